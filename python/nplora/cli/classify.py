@@ -26,8 +26,8 @@ from nplora.distributed.launch import require_one_process
 from nplora.distributed.opening import heard_by_all_ranks
 
 HELP = (
-    "Train a classifier of texts with LoRA, print how well it predicts the labels of rows, or write its "
-    "predictions."
+    "Train a classifier of texts or of their words with LoRA, print how well it predicts the labels of rows, "
+    "or write its predictions."
 )
 
 _SHARED = ("columns", "separator", "skip_bad", "compute")  # options of several of the three commands
@@ -37,6 +37,7 @@ _NOT_OF_TRAIN = {
     "any_base": "eval and predict",
     "json": "eval",
     "plot": "eval",
+    "probabilities": "predict",
 }
 
 
@@ -48,13 +49,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("what", metavar="WHAT", choices=("train", "eval", "predict"), help=text)
     add_model(parser)
-    add_data(parser, "train.csv and perhaps valid.csv", weighted=False)
+    add_data(parser, "train.csv and perhaps valid.csv", weighted=False, words=True)
     text = "train: validation rows; their loss is printed after every epoch"
     parser.add_argument("--valid", metavar="FILE", type=path, help=text)
     text = (
         "train: directory for the adapter, the checkpoints and log.jsonl; predict: new file for the "
         "rows with their predictions, .csv or .jsonl (default: JSON lines on stdout), or for the "
-        "probabilities alone, .npy"
+        "probabilities alone, .npy; for words, only .jsonl"
     )
     parser.add_argument("--output", metavar="PATH", type=path, help=text)
     text = "eval and predict: PEFT directory of the adapter (default: the head in the files of the model)"
@@ -63,6 +64,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="eval: print the report as JSON")
     text = "eval: new PNG file for a plot of the confusion matrix and of the scores of each label"
     parser.add_argument("--plot", metavar="FILE", type=path, help=text)
+    text = "predict: if words are labelled, also write the probability of each label for each word"
+    parser.add_argument("--probabilities", action="store_true", help=text)
     add_options(parser, ClassifyOptions)
 
 
@@ -112,6 +115,8 @@ def _evaluate(arguments: argparse.Namespace, options: dict[str, Any]) -> None:
 
     if arguments.output is not None:
         raise UsageError("classify eval: --output is for train and predict")
+    if arguments.probabilities:
+        raise UsageError("classify eval: --probabilities is for predict")
     if arguments.plot is not None:
         files.require_new(arguments.plot, overwrite=False)
     classifier = _loaded(arguments, options)
@@ -131,9 +136,19 @@ def _predict(arguments: argparse.Namespace, options: dict[str, Any]) -> None:
         raise UsageError("classify predict: --plot is for eval")
     with _opened(arguments.output) as stream:
         classifier = _loaded(arguments, options)
-        data = given_data(arguments.data)
-        rows = finetuning.predict_rows(classifier, data, progress=arguments.output is not None, **options)
         suffix = ".jsonl" if arguments.output is None else os.path.splitext(arguments.output)[1].lower()
+        if classifier.classifies_tokens and suffix != ".jsonl":
+            raise UsageError(
+                f"classify predict: --output is {arguments.output!r}, expected a name that ends in .jsonl, "
+                "because the classifier labels words"
+            )
+        rows = finetuning.predict_rows(
+            classifier,
+            given_data(arguments.data),
+            progress=arguments.output is not None,
+            probabilities=arguments.probabilities,
+            **options,
+        )
         if suffix == ".npy":
             save_array(stream.buffer, rows)
         else:

@@ -138,16 +138,17 @@ def add_data(
     parser: argparse.ArgumentParser,
     directory: str = "train.jsonl and perhaps valid.jsonl",
     weighted: bool = True,
+    words: bool = False,
 ) -> None:
     """Add --data.
 
     Args:
         directory: the files of a directory that are read.
         weighted: whether the help text describes weights.
+        words: whether the help text names files of words and tags.
     """
-    text = (
-        f"file of rows (.jsonl, .json, .csv, .tsv, .txt, .parquet, .arrow), or directory with {directory}. "
-    )
+    suffixes = ".jsonl, .json, .csv, .tsv, .txt, .parquet, .arrow" + (", .conll" if words else "")
+    text = f"file of rows ({suffixes}), or directory with {directory}. "
     if weighted:
         text += "WEIGHT is the number of times that an epoch uses each example (default: 1). "
     metavar = "FILE[:WEIGHT]" if weighted else "FILE"

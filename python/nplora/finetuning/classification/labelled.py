@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from nplora.finetuning.classification.tagged import has_tags, tags_of, words_of
 from nplora.finetuning.data.bad_rows import BadRows
 from nplora.finetuning.data.rows import Row
 from nplora.finetuning.data.sources import Source
@@ -22,6 +23,7 @@ from nplora.formats.label_record import LONGEST_LABEL
 
 Array = npt.NDArray[Any]
 Target = str | tuple[str, ...] | float  # a label, several labels, or a number
+Targets = Array | list[Array]  # of all texts; an array for each sentence if words are labelled
 
 _MOST_SHOWN = 8  # labels in a message
 
@@ -32,19 +34,28 @@ class Columns:
 
     Attributes:
         text, label: the fields with the text and its label or labels.
+        tokens, tags: the fields with the words and the tag of each; None: those with a usual name.
     """
 
     text: str = "text"
     label: str = "label"
+    tokens: str | None = None
+    tags: str | None = None
 
     @staticmethod
-    def of(op: str, names: Mapping[str, str]) -> Columns:
+    def of(op: str, names: Mapping[str, str], task: str | None = None) -> Columns:
         """Raises ValueError for an unknown key, and TypeError for a value that is not the name of a field."""
+        known = {"tokens": ("tokens", "tags")}.get(task or "", ("text", "label"))
         for ours, theirs in names.items():
             if not isinstance(theirs, str):
                 raise TypeError(f"{op}: columns[{ours!r}] is {theirs!r}, expected the name of a field")
-            if ours not in ("text", "label"):
-                raise ValueError(f"{op}: columns names {ours!r}, expected text or label, as in text=review")
+            if ours not in known:
+                shown = (
+                    "text or label, as in text=review"
+                    if "text" in known
+                    else "tokens or tags, as in tags=pos"
+                )
+                raise ValueError(f"{op}: columns names {ours!r}, expected {shown}")
         return Columns(**names)
 
 
@@ -54,6 +65,13 @@ class Labelled:
 
     text: str
     target: Target
+
+
+@dataclass(frozen=True)
+class Tagged(Labelled):
+    """A sentence whose target is the tag of each of its words."""
+
+    words: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -85,15 +103,16 @@ class LabelledTexts:
         """All labels in their natural order: numbers by their value, then texts.
 
         Raises:
-            DataError: no row has a label; or there is only one label, and the task is "single".
+            DataError: no row has a label; or there is only one label, and the task is "single" or "tokens".
         """
         if task == "regression":
             return ("score",)
         given = (row.target if isinstance(row.target, tuple) else (str(row.target),) for row in self.rows)
         found = sorted({*self.other_labels, *(label for labels in given for label in labels)}, key=_natural)
-        if len(found) < (2 if task == "single" else 1):
+        least = 2 if task in ("single", "tokens") else 1
+        if len(found) < least:
             what = f"all rows have the label {found[0]!r}" if found else "no row has a label"
-            raise DataError(f"{self.names}: {what}, expected at least {2 if task == 'single' else 1} labels")
+            raise DataError(f"{self.names}: {what}, expected at least {least} labels")
         return tuple(found)
 
     def fingerprint(self) -> str:
@@ -132,7 +151,7 @@ class RowReader:
 
     Args:
         columns: the names of the fields.
-        task: as in `TextClassifier`.
+        task: as in `TextClassifier`; or "tokens", if each word has a label.
         separator: the text between several labels, if a field is a text instead of a list.
         labels: the known labels; None: every label is accepted.
         numbered: whether an integer that is not a label is the number of a label, as in data sets of
@@ -175,6 +194,12 @@ class RowReader:
         return LabelledTexts(names, rows, places, bad)
 
     def _labelled(self, row: Row) -> Labelled:
+        if self._task == "tokens":
+            _, words = words_of(row, self._columns.tokens)
+            if not words:
+                raise DataError(f"{row.where}: the sentence has no words")
+            tags = tags_of(row, self._columns.tags, words)
+            return Tagged(" ".join(words), tuple(self._label(tag, at) for at, tag in tags), tuple(words))
         text = text_of(row, self._columns.text)
         if not text.strip():
             raise DataError(f"{row.where}: the text is empty")
@@ -193,7 +218,8 @@ class RowReader:
             value = int(value)
         kind = {str: "a text", int: "a number", bool: "true or false"}.get(type(value))
         if kind is None:
-            hint = "; --task regression (task='regression') predicts numbers" if _is_float(value) else ""
+            may_be_numbers = _is_float(value) and self._task != "tokens"
+            hint = "; --task regression (task='regression') predicts numbers" if may_be_numbers else ""
             raise DataError(f"{where}: the label is {brief(value)}, expected a text or an integer{hint}")
         name = str(value).strip()
         if not name:
@@ -222,6 +248,20 @@ class RowReader:
         shown = ", ".join(map(brief, self._known[:_MOST_SHOWN]))
         more = ", …" if len(self._known) > _MOST_SHOWN else ""
         raise DataError(f"{where}: the label {brief(name)} is unknown, expected one of {shown}{more}")
+
+
+def task_of(task: str | None, columns: Mapping[str, str], sources: Sequence[Source]) -> str:
+    """The task; if none is given, "tokens" for rows with words and tags, or else "single".
+
+    The names in `columns` decide, or else the fields of the first row.
+    """
+    if task is not None or not {"text", "label"}.isdisjoint(columns):
+        return task or "single"
+    if not {"tokens", "tags"}.isdisjoint(columns):
+        return "tokens"
+    first = None if sources[0].is_text else next(iter(sources[0].read()), None)
+    is_text = first is None or "text" in first.values
+    return "tokens" if first is not None and not is_text and has_tags(first) else "single"
 
 
 def require_separator(op: str, separator: object) -> None:
@@ -300,8 +340,10 @@ def _natural(label: str) -> tuple[int, float, str]:
     return 1, 0.0, label
 
 
-def targets_of(rows: LabelledTexts, task: str, labels: Sequence[str]) -> Array:
+def targets_of(rows: LabelledTexts, task: str, labels: Sequence[str]) -> Targets:
     """The targets as an array: labels as int64 (n,), or float32 (n, outputs).
+
+    With the task "tokens", the labels of the words of each sentence: int64 (words,).
 
     Raises:
         DataError: a label is not among `labels`.
@@ -311,8 +353,14 @@ def targets_of(rows: LabelledTexts, task: str, labels: Sequence[str]) -> Array:
     index = {label: i for i, label in enumerate(labels)}
     if task == "single":
         return np.array([index[str(row.target)] for row in rows.rows], np.int64)
+    if task == "tokens":
+        return [np.array([index[tag] for tag in _several(row)], np.int64) for row in rows.rows]
     made = np.zeros((len(rows), len(labels)), np.float32)
     for i, row in enumerate(rows.rows):
-        assert isinstance(row.target, tuple)
-        made[i, [index[label] for label in row.target]] = 1
+        made[i, [index[label] for label in _several(row)]] = 1
     return made
+
+
+def _several(row: Labelled) -> tuple[str, ...]:
+    assert isinstance(row.target, tuple)
+    return row.target

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from nplora.finetuning.classification.entities import count_entities, kinds_of
 from nplora.finetuning.classification.picture import draw
 from nplora.finetuning.embedding.metrics import pearson, spearman
 from nplora.formats import files
@@ -51,16 +53,19 @@ class ClassificationReport:
     """How well a classifier predicts the rows of some data; `print` shows it.
 
     Attributes:
-        task: as in `TextClassifier`.
+        task: as in `TextClassifier`; or "tokens", if words are labelled.
         labels: the names of the outputs.
-        examples: the number of texts.
+        examples: the number of texts; for "tokens", of words.
         values: the metrics by name. For "single": loss (cross entropy), accuracy, macro_f1 and
-            calibration_error. For "multi": loss, subset_accuracy, micro_f1 and macro_f1. For "regression":
-            loss (mean squared error), mae, rmse, r2, pearson and spearman. A metric that is not defined is
-            NaN.
+            calibration_error. For "tokens": the same of words and, if the labels are IOB2 tags such as B-PER
+            and I-PER, entity_precision, entity_recall and entity_f1 of all entities. For "multi": loss,
+            subset_accuracy, micro_f1 and macro_f1. For "regression": loss (mean squared error), mae, rmse,
+            r2, pearson and spearman. A metric that is not defined is NaN.
         scores: the scores of each label; empty for a regression.
-        confusion: for "single": the number of texts for each true label (row) and predicted label (column).
-            None with more than 1,000 labels.
+        confusion: for "single" and "tokens": the number of texts or words for each true label (row) and
+            predicted label (column). None with more than 1,000 labels.
+        entities: for IOB2 tags, the scores of each kind of entity. A predicted entity is right if its kind
+            and all its words are.
 
     >>> logits = np.array([[2.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
     >>> report = nplora.finetuning.ClassificationReport.of("single", ["a", "b"], logits, np.array([0, 1, 1]))
@@ -74,20 +79,39 @@ class ClassificationReport:
     values: dict[str, float]
     scores: dict[str, LabelScore] = field(default_factory=dict)
     confusion: Array | None = None
+    entities: dict[str, LabelScore] = field(default_factory=dict)
+
+    @property
+    def unit(self) -> str:
+        """What is labelled: "text" or "word"."""
+        return "word" if self.task == "tokens" else "text"
 
     @staticmethod
-    def of(task: str, labels: Sequence[str], logits: Array, targets: Array) -> ClassificationReport:
+    def of(
+        task: str, labels: Sequence[str], logits: Array, targets: Array | Sequence[Array]
+    ) -> ClassificationReport:
         """Compare logits (n, outputs) with targets, both in the form that the losses take.
 
+            >>> labels, logits = ["O", "B-PER", "I-PER"], np.eye(3)[[1, 2, 0, 1]]
+            >>> truth = [np.array([1, 2, 0]), np.array([0])]
+            >>> report = nplora.finetuning.ClassificationReport.of("tokens", labels, logits, truth)
+            >>> report.values["accuracy"], report.values["entity_precision"], report.entities["PER"].recall
+            (0.75, 0.5, 1.0)
+
+        Args:
+            logits: for "tokens", those of all words in order.
+            targets: for "tokens", an array for each sentence: the numbers of the labels of its words.
         Raises:
             ValueError: a logit is NaN or infinite.
         """
         names, wide = tuple(labels), np.asarray(logits, np.float64)
         require_finite("ClassificationReport", wide)
         if task == "regression":
-            return ClassificationReport(task, names, len(wide), _regression(wide, targets))
+            return ClassificationReport(task, names, len(wide), _regression(wide, np.asarray(targets)))
         if task == "multi":
             return _several(names, wide, np.asarray(targets) > 0.5)
+        if task == "tokens":
+            return _words(names, wide, list(targets))
         return _single(names, wide, np.asarray(targets))
 
     def as_json(self) -> dict[str, Any]:
@@ -101,6 +125,8 @@ class ClassificationReport:
         found: dict[str, Any] = {"task": self.task, "examples": self.examples, **values}
         if self.scores:
             found["labels"] = {name: vars(score) for name, score in self.scores.items()}
+        if self.entities:
+            found["entities"] = {name: vars(score) for name, score in self.entities.items()}
         if self.confusion is not None:
             found["confusion"] = self.confusion.tolist()
         return found
@@ -133,25 +159,34 @@ class ClassificationReport:
             "recall": [score.recall for score in self.scores.values()],
             "F1": [score.f1 for score in self.scores.values()],
         }
-        picture = draw(list(map(shown, self.labels)), scores, self.confusion)
+        picture = draw(list(map(shown, self.labels)), scores, self.confusion, f"{self.unit}s")
         files.replace([files.NewFile(path, len(picture), [picture])])
         return path
 
     def __str__(self) -> str:
         metrics = ", ".join(f"{name} {value:.4f}" for name, value in self.values.items())
-        lines = [f"{counted(self.examples, 'text')}: {metrics}"]
+        lines = [f"{counted(self.examples, self.unit)}: {metrics}"]
         names = list(map(shown, self.labels))
-        if self.scores:
-            width = max(5, *map(len, names))
-            lines.append(f"{'label':<{width}}  precision  recall     f1  texts")
-            for name, score in zip(names, self.scores.values(), strict=True):
-                lines.append(
-                    f"{name:<{width}}  {score.precision:9.3f}  {score.recall:6.3f}  {score.f1:5.3f}  "
-                    f"{score.support:5d}"
-                )
+        if self.entities:
+            lines += _table("entity", "entities", self.entities)
+        elif self.scores:
+            lines += _table("label", f"{self.unit}s", self.scores)
         if self.confusion is not None and len(self.labels) <= _MOST_IN_MATRIX:
             lines += ["", *_matrix(names, self.confusion)]
         return "\n".join(lines)
+
+
+def _table(of: str, counted_as: str, scores: Mapping[str, LabelScore]) -> list[str]:
+    """The lines of a printed table of scores."""
+    names = list(map(shown, scores))
+    width = max(5, len(of), *map(len, names))
+    lines = [f"{of:<{width}}  precision  recall     f1  {counted_as}"]
+    for name, score in zip(names, scores.values(), strict=True):
+        lines.append(
+            f"{name:<{width}}  {score.precision:9.3f}  {score.recall:6.3f}  {score.f1:5.3f}  "
+            f"{score.support:{len(counted_as)}d}"
+        )
+    return lines
 
 
 def _matrix(names: Sequence[str], confusion: Array) -> list[str]:
@@ -176,7 +211,8 @@ def _single(labels: tuple[str, ...], logits: Array, targets: Array) -> Classific
     right = predicted == targets
     shifted = logits - logits.max(axis=1, keepdims=True)
     losses = np.log(np.exp(shifted).sum(axis=1)) - shifted[np.arange(len(targets)), targets]
-    scores = _scores(labels, hits, np.bincount(predicted, minlength=k), np.bincount(targets, minlength=k))
+    counts = (hits, np.bincount(predicted, minlength=k), np.bincount(targets, minlength=k))
+    scores = _scores(labels, *(own.tolist() for own in counts))
     values = {
         "loss": float(losses.mean()),
         "accuracy": float(right.mean()),
@@ -186,10 +222,24 @@ def _single(labels: tuple[str, ...], logits: Array, targets: Array) -> Classific
     return ClassificationReport("single", labels, len(targets), values, scores, confusion)
 
 
+def _words(labels: tuple[str, ...], logits: Array, targets: list[Array]) -> ClassificationReport:
+    made = _single(labels, logits, np.concatenate(targets))
+    values, entities = dict(made.values), dict[str, LabelScore]()
+    if kinds := kinds_of(labels):
+        predicted = np.split(logits.argmax(axis=1), np.cumsum([len(own) for own in targets])[:-1])
+        tags = ([[labels[i] for i in own.tolist()] for own in each] for each in (predicted, targets))
+        hits, found, true = ([each[kind] for kind in kinds] for each in count_entities(*tags))
+        entities = _scores(kinds, hits, found, true)
+        every = _scores(["all"], [sum(hits)], [sum(found)], [sum(true)])["all"]
+        values |= {f"entity_{name}": getattr(every, name) for name in ("precision", "recall", "f1")}
+    return dataclasses.replace(made, task="tokens", values=values, entities=entities)
+
+
 def _several(labels: tuple[str, ...], logits: Array, truth: Array) -> ClassificationReport:
     predicted = logits >= 0
     hits = (predicted & truth).sum(axis=0)
-    scores = _scores(labels, hits, predicted.sum(axis=0), truth.sum(axis=0))
+    counts = (hits, predicted.sum(axis=0), truth.sum(axis=0))
+    scores = _scores(labels, *(own.tolist() for own in counts))
     total = predicted.sum() + truth.sum()
     losses = np.maximum(logits, 0) - logits * truth + np.log1p(np.exp(-np.abs(logits)))
     values = {
@@ -215,10 +265,11 @@ def _regression(predicted: Array, targets: Array) -> dict[str, float]:
     }
 
 
-def _scores(labels: tuple[str, ...], hits: Array, predicted: Array, true: Array) -> dict[str, LabelScore]:
+def _scores(
+    labels: Sequence[str], hits: Sequence[int], predicted: Sequence[int], true: Sequence[int]
+) -> dict[str, LabelScore]:
     made = {}
-    rows = zip(labels, hits.tolist(), predicted.tolist(), true.tolist(), strict=True)
-    for name, right, chosen, support in rows:
+    for name, right, chosen, support in zip(labels, hits, predicted, true, strict=True):
         both = chosen + support
         made[name] = LabelScore(
             right / chosen if chosen else 0.0,

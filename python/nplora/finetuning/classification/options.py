@@ -17,6 +17,7 @@ from nplora.nn.optim import SCHEDULES
 from nplora.trainer.fit_config import KEEP
 from nplora.weights import COMPUTES
 
+TASKS_OF_ROWS = (*TASKS, "tokens")
 CLASS_WEIGHTS = ("none", "balanced")
 
 
@@ -41,12 +42,13 @@ class ClassifyOptions:
     'multi'
     """
 
-    task: str = _option(
+    task: str | None = _option(
         "labels",
-        "single",
-        "kind of the labels: single (one for each text), multi (any number for each text) or regression (a "
-        "number for each text)",
-        choices=TASKS,
+        None,
+        "kind of the labels: single (one for each text, the default), multi (any number for each text), "
+        "regression (a number for each text) or tokens (one for each word, the default for rows with words "
+        "and tags)",
+        choices=TASKS_OF_ROWS,
     )
     class_weights: str = _option(
         "labels",
@@ -82,7 +84,7 @@ class ClassifyOptions:
     batch_examples: int = _option("batches", 32, "texts in a batch")
     accumulate: int = _same("accumulate")
     columns: Mapping[str, str] | str | None = _same(
-        "columns", help="names of fields in the data, as in text=review,label=stars"
+        "columns", help="names of fields in the data, as in text=review,label=stars or tokens=words,tags=pos"
     )
     valid_split: float | None = _same(
         "valid_split", help="share of the rows to hold out for validation; chosen by a hash of each row"
@@ -123,14 +125,16 @@ class ClassifyOptions:
             if all(getattr(self, name) not in (None, False) for name in (one, other)):
                 raise ValueError(f"{op}: {one} and {other} are both given, expected only one of them")
         for name, words in (
-            ("task", TASKS), ("class_weights", CLASS_WEIGHTS), ("schedule", SCHEDULES), ("keep", KEEP),
+            ("class_weights", CLASS_WEIGHTS), ("schedule", SCHEDULES), ("keep", KEEP),
             ("init", LoRALinear.inits),
         ):  # fmt: skip
             _check.choice(op, name, getattr(self, name), words)
-        for name, words in (("compute", COMPUTES), ("distributed", DISTRIBUTED)):
+        for name, words in (
+            ("task", TASKS_OF_ROWS), ("compute", COMPUTES), ("distributed", DISTRIBUTED),
+        ):  # fmt: skip
             if getattr(self, name) is not None:
                 _check.choice(op, name, getattr(self, name), words)
-        if self.class_weights == "balanced" and self.task != "single":
+        if self.class_weights == "balanced" and self.task in ("multi", "regression"):
             raise ValueError(f"{op}: class_weights='balanced' needs the task 'single', not {self.task!r}")
         if self.calibrate and self.task == "regression":
             raise ValueError(f"{op}: calibrate is for labels, but the task is a regression")

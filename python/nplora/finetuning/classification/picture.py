@@ -16,12 +16,18 @@ _LONGEST = 24  # characters of a label that are shown
 _INCHES = 0.45  # for each label
 
 
-def draw(labels: Sequence[str], scores: Mapping[str, Sequence[float]], confusion: Array | None) -> bytes:
+def draw(
+    labels: Sequence[str],
+    scores: Mapping[str, Sequence[float]],
+    confusion: Array | None,
+    unit: str = "texts",
+) -> bytes:
     """A PNG image. Without a confusion matrix, the picture only shows the scores.
 
     Args:
         scores: the name of each score, and its value for each label.
         confusion: the number of texts for each true label (row) and predicted label (column).
+        unit: what has the labels.
     Raises:
         ModuleNotFoundError: matplotlib is not installed.
     """
@@ -37,20 +43,20 @@ def draw(labels: Sequence[str], scores: Mapping[str, Sequence[float]], confusion
     figure = Figure(figsize=(panels * (side + 1.5), side + 1), layout="constrained")
     axes = figure.subplots(1, panels, squeeze=False)[0]
     if confusion is not None:
-        _draw_matrix(axes[0], names, confusion)
+        _draw_matrix(axes[0], names, confusion, unit)
     _draw_scores(axes[-1], names, scores)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=120)
     return buffer.getvalue()
 
 
-def _draw_matrix(axes: Any, names: Sequence[str], confusion: Array) -> None:
+def _draw_matrix(axes: Any, names: Sequence[str], confusion: Array, unit: str) -> None:
     """The colour of a cell is its share of the row, so that rare labels can be seen."""
     shares = confusion / np.maximum(1, confusion.sum(axis=1, keepdims=True))
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     axes.set_xticks(range(len(names)), names, rotation=45, ha="right")
     axes.set_yticks(range(len(names)), names)
-    axes.set(xlabel="predicted label", ylabel="true label", title="texts (colour: share of the row)")
+    axes.set(xlabel="predicted label", ylabel="true label", title=f"{unit} (colour: share of the row)")
     if len(names) <= _MOST_WITH_NUMBERS:
         for row, column in np.ndindex(confusion.shape):
             colour = "white" if shares[row, column] > 0.5 else "black"

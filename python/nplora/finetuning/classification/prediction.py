@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
 
 from nplora import _check
+from nplora.finetuning.classification.encoded import Encoded, cut_in_words
 from nplora.finetuning.classification.labelled import (
     Columns,
+    Labelled,
     RowReader,
+    Tagged,
     require_separator,
     require_tokens,
     rows_of,
@@ -21,6 +24,7 @@ from nplora.finetuning.classification.labelled import (
     text_of,
 )
 from nplora.finetuning.classification.metrics import ClassificationReport
+from nplora.finetuning.classification.tagged import WORDS, words_of
 from nplora.finetuning.data import Data
 from nplora.finetuning.data.bad_rows import BadRows
 from nplora.finetuning.data.rows import Row
@@ -30,6 +34,7 @@ from nplora.finetuning.token_progress import speaker
 from nplora.formats.errors import DataError, LimitError, counted
 from nplora.lm import TextClassifier
 from nplora.lm.classifier import probabilities, require_finite
+from nplora.lm.word_ids import WordIds
 from nplora.runtime.user_warning import warn_user
 
 Array = npt.NDArray[Any]
@@ -57,42 +62,44 @@ def evaluate_classifier(
 
     Args:
         data: rows as for `train_classifier`. In a directory, the validation data are read, or else train.csv.
-            A label may also be given by its number, counted from 0, as in data sets of transformers.
+            A label may also be given by its number, counted from 0, as in data sets of transformers. If the
+            classifier classifies tokens, rows have words and tags. Words without a token are left out.
         columns, separator, skip_bad: as for `train_classifier`.
         progress: print on stderr how many rows are done; None: only on a terminal or in a notebook.
     Raises:
         DataError: a row is wrong, or has a label that the classifier does not know. With `skip_bad`, such
             rows are left out, and a warning says how many.
-        ValueError: the classifier classifies tokens or predicts several numbers, the separator is empty, or a
-            logit is NaN or infinite.
+        ValueError: the classifier predicts several numbers, the separator is empty, or a logit is NaN or
+            infinite.
         TypeError: the separator or the name of a column is not a text.
     Warns:
         UserWarning: texts were cut, or rows were skipped.
     """
     op = "evaluate_classifier"
-    _require_texts(op, classifier)
     require_separator(op, separator)
     labels = None if classifier.task == "regression" else classifier.labels
     if labels is None and len(classifier.labels) > 1:
         raise ValueError(f"{op}: the classifier predicts {len(classifier.labels)} numbers, but rows have one")
-    named = Columns.of(op, parse_columns(columns, op))
-    reader = RowReader(named, classifier.task, separator, labels, numbered=True)
+    task = task_of_rows(classifier)
+    named = Columns.of(op, parse_columns(columns, op), task)
+    reader = RowReader(named, task, separator, labels, numbered=True)
     rows = reader.read(sources_of(op, data), skip_bad)
     if rows.bad.count:
         warn_user(f"{op}: {rows.bad.reason()}")
     predictor, done = _Predictor(op, classifier), _Done(progress, len(rows))
-    parts = list[Array]()
-    every = rows.texts
+    targets = targets_of(rows, task, classifier.labels)
+    logits, truth = list[Array](), list[Array]()
     for begin in range(0, len(rows), _ROWS):
         own = slice(begin, begin + _ROWS)
-        ids = predictor.token_ids(every[own])
-        for where, text in zip(rows.places[own], ids, strict=True):
+        encoded = predictor.encoded(rows.rows[own])
+        for where, text in zip(rows.places[own], encoded.ids, strict=True):
             require_tokens(where, text)
-        parts.append(predictor.logits(ids, rows.places[own]))
-        done.add(len(ids))
+        logits.append(predictor.logits(encoded, rows.places[own]))
+        truth.extend(encoded.truth(targets[own]))
+        done.add(len(encoded.ids))
     predictor.warn()
-    targets = targets_of(rows, classifier.task, classifier.labels)
-    return ClassificationReport.of(classifier.task, classifier.labels, np.concatenate(parts), targets)
+    known = truth if task == "tokens" else targets
+    return ClassificationReport.of(task, classifier.labels, np.concatenate(logits), known)
 
 
 def predict_rows(
@@ -101,6 +108,7 @@ def predict_rows(
     columns: Mapping[str, str] | str | None = None,
     skip_bad: bool = False,
     progress: bool | None = False,
+    probabilities: bool = False,
 ) -> Iterator[dict[str, Any]]:
     """Yield each row with the prediction for its text.
 
@@ -109,6 +117,9 @@ def predict_rows(
     has one label, "probability" is the probability of the predicted label. If texts may have several labels,
     a decision is made about each label. Then "probability" is the smallest probability of these decisions.
 
+    If the classifier classifies tokens, the new fields have an item for each word. A word without a token has
+    None: the sentence was cut before it, or the tokenizer drops its characters.
+
         >>> encoder = nplora.load_encoder("encoder-model")
         >>> classifier = nplora.new_classifier(encoder, ["order", "refund"])
         >>> row = next(nplora.finetuning.predict_rows(classifier, [{"id": 7, "text": "a refund"}]))
@@ -116,22 +127,28 @@ def predict_rows(
         (['id', 'text', 'prediction', 'probability', 'probabilities'], ['order', 'refund'])
 
     Args:
-        data: rows with a text, or a .txt file, each line of which is a text. Rows are read when they are
-            needed.
-        columns: the name of the field with the text, as in text=review.
+        data: rows with a text or words, or a .txt file, each line of which is a text. Rows are read when they
+            are needed. Words may also be given as a text with spaces.
+        columns: the name of the field with the text or the words, as in text=review or tokens=words.
         skip_bad: leave out rows without a text, and warn at the end how many rows were left out.
         progress: as in `evaluate_classifier`.
+        probabilities: for words, also yield "probabilities"; rows of texts always have this field.
     Raises:
         DataError: a row has no text, a text has no tokens, or a row has a field with the name of one of the
             new ones, and `skip_bad` is not set.
-        ValueError: the classifier classifies tokens, or a logit is NaN or infinite.
+        ValueError: a logit is NaN or infinite.
     Warns:
         UserWarning: texts were cut, texts were empty, or rows were skipped.
     """
     op = "predict_rows"
-    _require_texts(op, classifier)
-    column = Columns.of(op, parse_columns(columns, op)).text
-    return _predicted(_Predictor(op, classifier), sources_of(op, data), column, skip_bad, progress)
+    named = Columns.of(op, parse_columns(columns, op), task_of_rows(classifier))
+    predictor = _Predictor(op, classifier, named, probabilities)
+    return _predicted(predictor, sources_of(op, data), skip_bad, progress)
+
+
+def task_of_rows(classifier: TextClassifier) -> str:
+    """The task of `ClassifyOptions` that trains such a classifier."""
+    return "tokens" if classifier.classifies_tokens else classifier.task
 
 
 def save_array(stream: BinaryIO, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -146,27 +163,25 @@ def save_array(stream: BinaryIO, rows: Iterable[Mapping[str, Any]]) -> None:
 
 
 def _predicted(
-    predictor: _Predictor, sources: Iterable[Source], column: str, skip_bad: bool, progress: bool | None
+    predictor: _Predictor, sources: Iterable[Source], skip_bad: bool, progress: bool | None
 ) -> Iterator[dict[str, Any]]:
-    bad, done, rows = BadRows(), _Done(progress), _rows(sources, column)
+    bad, done, rows = BadRows(), _Done(progress), _rows(sources, predictor.column)
     while held := list(itertools.islice(rows, _ROWS)):
-        found = list[tuple[Row, str]]()
+        found = list[tuple[Row, Labelled]]()
         for row in held:
             try:
-                predictor.require_free_names(row)
-                found.append((row, text_of(row, column)))
+                found.append(predictor.read(row))
             except (DataError, LimitError) as error:
                 bad.skip(error, skip_bad)
-        kept, ids = list[Row](), list[list[int]]()
-        for (row, _), own in zip(found, predictor.token_ids([text for _, text in found]), strict=True):
+        encoded, kept = predictor.encoded([text for _, text in found]), list[int]()
+        for i, (row, _) in enumerate(found):
             try:
-                require_tokens(row.where, own)
+                require_tokens(row.where, encoded.ids[i])
             except DataError as error:
                 bad.skip(error, skip_bad)
                 continue
-            kept.append(row)
-            ids.append(own)
-        yield from predictor.rows(kept, ids)
+            kept.append(i)
+        yield from predictor.rows([found[i][0] for i in kept], encoded.part(kept))
         done.add(len(kept))
     predictor.warn()
     if bad.count:
@@ -204,57 +219,91 @@ class _Done:
 
 
 class _Predictor:
-    """Predicts texts, and counts those that were cut or empty."""
+    """Predicts texts or words, and counts those that were cut or empty."""
 
-    def __init__(self, op: str, classifier: TextClassifier) -> None:
-        self._op, self._classifier = op, classifier
-        self._cut = self._empty = 0
+    def __init__(
+        self,
+        op: str,
+        classifier: TextClassifier,
+        columns: Columns | None = None,
+        with_probabilities: bool = False,
+    ) -> None:
+        self._op, self._classifier, self._columns = op, classifier, columns or Columns()
+        self._with_probabilities = with_probabilities
+        self._cut = self._lost = self._empty = 0
 
-    def require_free_names(self, row: Row) -> None:
-        """Raise DataError if a row has a field that the prediction would replace."""
+    @property
+    def column(self) -> str:
+        """The field of the text or words, in rows without names."""
+        columns = self._columns
+        return (columns.tokens or WORDS[0]) if self._classifier.classifies_tokens else columns.text
+
+    def read(self, row: Row) -> tuple[Row, Labelled]:
+        """The text or the words of a row, and the row with its words as a list.
+
+        Raises DataError if a row has no text, or a field that the prediction would replace.
+        """
         names = ["prediction"]
         if self._classifier.task != "regression":
             names += ["probability", "probabilities"]
         for name in names:
             if name in row.values:
                 raise DataError(f"{row.where}: the field {name!r} has the name of a new field; rename it")
+        if not self._classifier.classifies_tokens:
+            return row, Labelled(text_of(row, self._columns.text), ())
+        name, words = words_of(row, self._columns.tokens)
+        return Row(row.where, {**row.values, name: words}), Tagged(" ".join(words), (), tuple(words))
 
-    def token_ids(self, texts: list[str]) -> list[list[int]]:
-        ids, cut = self._classifier.encoder.token_ids(texts, self._classifier.max_length)
-        self._cut += cut
-        self._empty += sum(bool(own) and not text.strip() for text, own in zip(texts, ids, strict=True))
-        return ids
+    def encoded(self, rows: Sequence[Labelled]) -> Encoded:
+        made = Encoded.of(self._classifier, rows)
+        self._cut += made.cut
+        self._lost += made.lost
+        self._empty += sum(
+            bool(own) and not row.text.strip() for row, own in zip(rows, made.ids, strict=True)
+        )
+        return made
 
-    def logits(self, ids: list[list[int]], places: list[str]) -> Array:
-        found = self._classifier.logits_of_ids(ids)
-        require_finite(self._op, found, places)
+    def logits(self, encoded: Encoded, places: list[str]) -> Array:
+        found = encoded.chosen(self._classifier.logits_of_ids(encoded.ids))
+        require_finite(self._op, found, encoded.places(places))
         return found
 
-    def rows(self, held: list[Row], ids: list[list[int]]) -> Iterator[dict[str, Any]]:
+    def rows(self, held: list[Row], encoded: Encoded) -> Iterator[dict[str, Any]]:
         if not held:
             return
         classifier = self._classifier
-        logits = self.logits(ids, [row.where for row in held])
+        logits = self.logits(encoded, [row.where for row in held])
         decided = classifier.decided(logits)
         if classifier.task == "regression":
             for row, value in zip(held, decided, strict=True):
                 yield {**row.values, "prediction": value}
             return
         chances = probabilities(classifier.task, logits)
+        if encoded.words is not None:
+            yield from self._tagged(held, encoded.words, decided, chances)
+            return
         for row, value, own in zip(held, decided, chances, strict=True):
             chosen = own.max() if classifier.task == "single" else np.maximum(own, 1 - own).min()
             named = dict(zip(classifier.labels, own.tolist(), strict=True))
             yield {**row.values, "prediction": value, "probability": float(chosen), "probabilities": named}
 
+    def _tagged(
+        self, held: list[Row], words: WordIds, decided: list[Any], chances: Array
+    ) -> Iterator[dict[str, Any]]:
+        tags, chosen = words.per_word(decided), words.per_word(chances.max(axis=-1).tolist())
+        each = words.per_word(chances.tolist()) if self._with_probabilities else None
+        for i, row in enumerate(held):
+            made = {**row.values, "prediction": tags[i], "probability": chosen[i]}
+            if each is not None:
+                made["probabilities"] = {
+                    label: [None if one is None else one[k] for one in each[i]]
+                    for k, label in enumerate(self._classifier.labels)
+                }
+            yield made
+
     def warn(self) -> None:
-        """Warn of texts that were cut, and of empty texts."""
-        longest = self._classifier.max_length
-        if self._cut:
-            warn_user(f"{self._op}: {counted(self._cut, 'text')} had more than {longest} tokens and were cut")
+        """Warn of texts that were cut, of words without a label, and of empty texts."""
+        if self._cut or self._lost:
+            warn_user(f"{self._op}: {cut_in_words(self._cut, self._lost, self._classifier.max_length)}")
         if self._empty:
             warn_user(f"{self._op}: {counted(self._empty, 'empty text')}; the predictions mean little")
-
-
-def _require_texts(op: str, classifier: TextClassifier) -> None:
-    if classifier.classifies_tokens:
-        raise ValueError(f"{op}: the classifier classifies tokens, expected one of whole texts")

@@ -1,4 +1,4 @@
-"""TextBatches: batches of token ids and targets. The order depends only on seed and epoch."""
+"""TextBatches and TokenBatches: batches of token ids and targets, in an order that seed and epoch decide."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class TextBatches:
     def epoch(self, epoch: int, skip: int) -> Iterator[tuple[list[Sequence[int]], Array]]:
         """The batches of an epoch (counted from 0), without its first `skip` batches."""
         for numbers, targets in self._numbers.epoch(epoch, skip):
-            yield [self._ids[i] for i in numbers.tolist()], targets
+            yield [self._ids[i] for i in numbers.tolist()], self._chosen(targets)
 
     def __iter__(self) -> Iterator[tuple[list[Sequence[int]], Array]]:
         return self.epoch(0, 0)
@@ -79,19 +79,50 @@ class TextBatches:
 
         def add_gradient() -> None:
             logits, saved = model.forward(self._ids[:count])
-            model.backward(losses.call(loss, logits, self._targets[:count])[1], saved)
+            targets = self._chosen(self._targets[:count])
+            model.backward(losses.call(loss, logits, targets)[1], saved)
 
         return add_gradient
 
     def identity(self) -> dict[str, Any]:
         """The settings that must be the same when the run is resumed, as JSON values."""
-        targets = fingerprint(self._targets, whole=True)
+        targets = fingerprint(self._chosen(self._targets), whole=True)
         return {**self._numbers.identity(), "x": ids_fingerprint(self._ids), "y": targets}
 
     def log_summary(self) -> dict[str, Any]:
         """The description of these batches in the log of a run."""
         tokens = sum(map(len, self._ids))
         return {**self._numbers.log_summary(), "tokens": tokens}
+
+    def _chosen(self, targets: Array) -> Array:
+        """The targets in the form that the loss takes, for some of the targets in the constructor."""
+        return targets
+
+
+class TokenBatches(TextBatches):
+    """Like `TextBatches`, but each token has a target.
+
+        >>> ids, tags = [[2, 5, 3], [2, 6, 3]], [np.array([-100, 0, -100]), np.array([-100, 1, -100])]
+        >>> [y.tolist() for x, y in nplora.finetuning.TokenBatches(ids, tags, batch_size=2)]
+        [[-100, 0, -100, -100, 1, -100]]
+
+    Args:
+        targets: for each text, the target of each of its tokens, int64 (tokens,); -100: no target.
+    """
+
+    def __init__(
+        self,
+        ids: Sequence[Sequence[int]],
+        targets: Sequence[Array],
+        batch_size: int,
+        shuffle: bool = False,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(ids, np.arange(len(targets)), batch_size, shuffle, seed)
+        self._of_tokens = list(targets)
+
+    def _chosen(self, targets: Array) -> Array:
+        return np.concatenate([self._of_tokens[i] for i in targets.tolist()])
 
 
 def ids_fingerprint(ids: Iterable[Sequence[int]]) -> str:

@@ -10,11 +10,12 @@ class TextProgress(TokenProgress):
 
     Args:
         counted: the number of items that the loss counts for each text: 1, or the number of labels.
+        unit: "texts", or "words" if words are labelled.
     """
 
-    def __init__(self, counted: int = 1) -> None:
+    def __init__(self, counted: int = 1, unit: str = "texts") -> None:
         super().__init__()
-        self._counted = counted
+        self._counted, self._unit = counted, unit
 
     def _rate(self, seconds: float) -> str:
-        return f"{sum(record.count for record in self._recent) / self._counted / seconds:.1f} texts/s"
+        return f"{sum(record.count for record in self._recent) / self._counted / seconds:.1f} {self._unit}/s"

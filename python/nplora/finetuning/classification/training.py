@@ -18,12 +18,15 @@ from nplora.distributed.communicator import Alone, Communicator
 from nplora.distributed.opening import heard_by_all_ranks, opened_communicator
 from nplora.finetuning.agreement import require_same_data, require_same_options
 from nplora.finetuning.classification.calibration import temperature as fitting_temperature
+from nplora.finetuning.classification.encoded import Encoded, cut_in_words
 from nplora.finetuning.classification.labelled import (
     Columns,
     LabelledTexts,
     RowReader,
+    Targets,
     require_tokens,
     targets_of,
+    task_of,
 )
 from nplora.finetuning.classification.metrics import ClassificationReport
 from nplora.finetuning.classification.options import ClassifyOptions
@@ -64,6 +67,7 @@ class ClassifierRun:
         classifier: the trained classifier.
         examples: the number of texts that were trained on.
         cut: the number of texts, in training and validation data, that were too long and were cut.
+        lost: the number of words without a label, because their sentence was cut or they have no token.
         skipped: the bad rows that were skipped, in words; empty if there are none.
         valid: the report on the validation data; None without such data.
         temperature: the number by which the logits were divided; 1 without `calibrate`.
@@ -84,6 +88,7 @@ class ClassifierRun:
     classifier: TextClassifier
     examples: int
     cut: int
+    lost: int
     skipped: str
     valid: ClassificationReport | None
     temperature: float
@@ -95,19 +100,18 @@ class ClassifierRun:
         model, history = self.classifier, self.history
         counted_each = len(model.labels) if model.task == "multi" else 1  # elements of the loss for a text
         texts = sum(record.count for record in history.steps) / counted_each
-        rate = texts / max(1e-9, history.seconds)
-        unit = "texts" if counted_each == 1 else "labels"
+        rate, unit = texts / max(1e-9, history.seconds), "words" if model.classifies_tokens else "texts"
         losses = f", loss {history.loss[0]:.4f} -> {history.loss[-1]:.4f}" if history.steps else ""
         names = ", ".join(map(shown, model.labels[:20])) + (", …" if len(model.labels) > 20 else "")
         lines = [
-            f"{counted(len(history.steps), 'step')} in {history.seconds:.1f} s, {rate:.1f} texts/s, "
+            f"{counted(len(history.steps), 'step')} in {history.seconds:.1f} s, {rate:.1f} {unit}/s, "
             f"peak memory {peak_memory() / 1e6:.0f} MB{losses}",
-            *(record.in_words(unit) for record in self.ranks),
+            *(record.in_words("labels" if counted_each > 1 else unit) for record in self.ranks),
             f"{counted(len(model.labels), 'label')}: {names}",
             f"trained {model.num_trainable:,} of {model.num_parameters:,} values",
         ]
-        if self.cut:
-            lines.append(f"{counted(self.cut, 'text')} had more than {model.max_length} tokens and were cut")
+        if self.cut or self.lost:
+            lines.append(cut_in_words(self.cut, self.lost, model.max_length))
         if self.skipped:
             lines.append(self.skipped)
         if history.best_step is not None and len(history.evaluations) > 1:
@@ -131,7 +135,7 @@ def train_classifier(
     progress: bool | None = None,
     callbacks: Sequence[Callback] = (),
     communicator: Communicator | None = None,
-    task: str = "single",
+    task: str | None = None,
     class_weights: str = "none",
     separator: str = "|",
     calibrate: bool = False,
@@ -192,8 +196,9 @@ def train_classifier(
         communicator: the ranks that train together, as in `Trainer`; `distributed` opens one by itself. The
             batches of a step are divided among at most `accumulate` ranks, and the adapter has the same bits
             for any number of them. Every rank makes the same call. Only rank 0 writes to `output`.
-        task: kind of the labels: single (one for each text), multi (any number for each text) or regression
-            (a number for each text).
+        task: kind of the labels: single (one for each text, the default), multi (any number for each text),
+            regression (a number for each text) or tokens (one for each word, the default for rows with words
+            and tags).
         class_weights: weights of the labels in the loss: none, or balanced (rare labels count more, so that
             all labels have the same total weight).
         separator: text between the labels of a text, in files without lists.
@@ -218,7 +223,7 @@ def train_classifier(
         seed: random seed of the initial values, the dropout and the order of the data.
         batch_examples: texts in a batch.
         accumulate: batches in one step (gradient accumulation).
-        columns: names of fields in the data, as in text=review,label=stars.
+        columns: names of fields in the data, as in text=review,label=stars or tokens=words,tags=pos.
         valid_split: share of the rows to hold out for validation; chosen by a hash of each row.
         max_length: maximum tokens of a text; longer texts are cut (default: the model's maximum).
         skip_bad: skip bad rows of the data, and count them.
@@ -281,21 +286,26 @@ class _Training:
             files.require_directory(output)
         splits = splits_of(op, data)
         held_out = splits.valid if valid is None else sources_of(op, valid)
+        columns = parse_columns(options.columns, op)
+        self.task = task_of(options.task, columns, splits.train)
+        self.columns = Columns.of(op, columns, self.task)
         self.train, self.valid = self._read(splits.train, held_out)
         require_same_data(ranks, self.train, self.valid, op)
         if self.valid is None and options.calibrate:
             raise ValueError(f"{op}: calibrate needs validation data: give valid or valid_split")
-        labels = self.train.labels(options.task)
+        labels = self.train.labels(self.task)
         encoder = opened_encoder(op, model, options.compute)
         if isinstance(model, Encoder) and model.adapter_layers():
             raise ValueError(f"{op}: the encoder has an adapter already, expected one without")
         if self.is_first:
             self._require_not_read(encoder, [*splits.train, *(held_out or [])])
-        self.classifier = new_classifier(encoder, labels, options.task, seed=options.seed)
+        tokens = self.task == "tokens"
+        self.classifier = new_classifier(
+            encoder, labels, "single" if tokens else self.task, tokens, options.seed
+        )
         if options.max_length is not None:
             self.classifier.max_length = min(options.max_length, encoder.config.max_position_embeddings)
             require_room(op, self.classifier)
-        self.cut = 0
         self.train_ids = self._encoded(self.train)
         self.valid_ids = None if self.valid is None else self._encoded(self.valid)
         self.base = os.fspath(encoder.source if isinstance(model, Encoder) else model)
@@ -306,21 +316,20 @@ class _Training:
         self, sources: Sequence[Source], held_out: Sequence[Source] | None
     ) -> tuple[LabelledTexts, LabelledTexts | None]:
         options = self.options
-        columns = Columns.of("train_classifier", parse_columns(options.columns, "train_classifier"))
-        reader = RowReader(columns, options.task, options.separator)
+        reader = RowReader(self.columns, self.task, options.separator)
         train = reader.read(sources, options.skip_bad)
         if held_out is None:
             return (train, None) if options.valid_split is None else self._divided(train, options.valid_split)
         if options.valid_split is not None:
             raise ValueError("train_classifier: valid_split and validation data are both given")
-        known = None if options.task == "regression" else train.labels(options.task)
-        valid = RowReader(columns, options.task, options.separator, known)
+        known = None if self.task == "regression" else train.labels(self.task)
+        valid = RowReader(self.columns, self.task, options.separator, known)
         return train, valid.read(held_out, options.skip_bad)
 
     def _divided(self, rows: LabelledTexts, share: float) -> tuple[LabelledTexts, LabelledTexts]:
         """The training rows and the held-out rows have the same list of labels: all labels of the data."""
         train, valid = rows.divided(share)
-        labels = () if self.options.task == "regression" else rows.labels(self.options.task)
+        labels = () if self.task == "regression" else rows.labels(self.task)
         return train.with_labels(labels), valid
 
     def _require_not_read(self, encoder: Encoder, sources: Sequence[Source]) -> None:
@@ -331,13 +340,11 @@ class _Training:
         read += [("data", source.path) for source in sources if source.path is not None]
         files.require_not_read("train_classifier", [Path(self.output, name) for name in names], read)
 
-    def _encoded(self, rows: LabelledTexts) -> list[list[int]]:
-        encoder = self.classifier.encoder
-        ids, cut = encoder.token_ids(rows.texts, self.classifier.max_length)
-        self.cut += cut
-        for where, text in zip(rows.places, ids, strict=True):
+    def _encoded(self, rows: LabelledTexts) -> Encoded:
+        made = Encoded.of(self.classifier, rows.rows)
+        for where, text in zip(rows.places, made.ids, strict=True):
             require_tokens(where, text)
-        return ids
+        return made
 
     # ---- the run ----
 
@@ -346,16 +353,18 @@ class _Training:
         speaking = self.is_first and speaks(progress)
         say, labels = speaker(speaking), classifier.labels
         say(f"{counted(len(self.train), 'text')} to train on, {counted(len(labels), 'label')}")
-        targets = targets_of(self.train, options.task, labels)
-        truth = None if self.valid is None else targets_of(self.valid, options.task, labels)
-        centre, spread = _standard(targets, classifier) if options.task == "regression" else (0.0, 1.0)
+        targets = targets_of(self.train, self.task, labels)
+        truth = None if self.valid is None else targets_of(self.valid, self.task, labels)
+        centre, spread = 0.0, 1.0
+        if self.task == "regression":
+            centre, spread = _standard(np.asarray(targets), classifier)
         classifier.add_lora(
             options.rank, options.alpha, options.targets, options.layers, options.dropout, options.use_rslora,
             options.use_dora, options.seed, options.init,
         )  # fmt: skip
         callbacks = [
             *own,
-            *([TextProgress(len(labels) if options.task == "multi" else 1)] * speaking),
+            *([TextProgress(*self._counted())] * speaking),
         ]
         loss = self._loss(targets)
         train, valid = self._batches(targets, truth, centre, spread)
@@ -368,22 +377,31 @@ class _Training:
             classifier.head.rescale(spread, centre)
             fitted, report = 1.0, None
             if self.valid_ids is not None and truth is not None:
-                logits = self._logits(self.valid_ids)
+                logits = self.valid_ids.chosen(self._logits(self.valid_ids.ids))
+                truth = self.valid_ids.truth(truth)
                 if options.calibrate:
-                    fitted = fitting_temperature(options.task, logits, truth)
+                    fitted = fitting_temperature(classifier.task, logits, _joined(truth))
                     classifier.head.rescale(1 / fitted)
                     logits = logits / fitted
-                report = ClassificationReport.of(options.task, labels, logits, truth)
+                report = ClassificationReport.of(self.task, labels, logits, truth)
             if directory is not None:
                 with Interrupts(terminate=False) as interrupts, interrupts.hold():
                     save_adapter(classifier, directory, self.base)
                 found_at = directory.seen_from(self.given)
             keep_layers()  # if saving fails, the encoder is as before
+        encoded = [each for each in (self.train_ids, self.valid_ids) if each is not None]
         bad = [rows.bad.reason() for rows in (self.train, self.valid) if rows is not None and rows.bad.count]
         return ClassifierRun(
-            found_at, classifier, len(self.train), self.cut, "; ".join(dict.fromkeys(bad)), report, fitted,
-            history, self.ranks.rank, tuple(trainer.ranks),
+            found_at, classifier, len(self.train), sum(each.cut for each in encoded),
+            sum(each.lost for each in encoded), "; ".join(dict.fromkeys(bad)), report, fitted, history,
+            self.ranks.rank, tuple(trainer.ranks),
         )  # fmt: skip
+
+    def _counted(self) -> tuple[int, str]:
+        """The number of items that the loss counts for a text or word, and which of both are counted."""
+        if self.task == "tokens":
+            return 1, "words"
+        return len(self.classifier.labels) if self.task == "multi" else 1, "texts"
 
     def _logits(self, ids: list[list[int]]) -> Array:
         """The logits of texts, with the bits of `logits_of_ids`. The ranks divide its batches."""
@@ -397,31 +415,31 @@ class _Training:
         return np.concatenate(made)
 
     def _batches(
-        self, targets: Array, truth: Array | None, centre: float, spread: float
+        self, targets: Targets, truth: Targets | None, centre: float, spread: float
     ) -> tuple[TextBatches, TextBatches | None]:
         size, seed = self.options.batch_examples, self.options.seed
 
-        def standardised(values: Array) -> Array:
-            if self.options.task != "regression":
+        def standardised(values: Targets) -> Targets:
+            if self.task != "regression":
                 return values
-            return ((values.astype(np.float64) - centre) / spread).astype(np.float32)
+            return ((np.asarray(values, np.float64) - centre) / spread).astype(np.float32)
 
-        train = TextBatches(self.train_ids, standardised(targets), size, True, seed)
+        train = self.train_ids.batches(standardised(targets), size, True, seed)
         if self.valid_ids is None or truth is None:
             return train, None
-        return train, TextBatches(self.valid_ids, standardised(truth), size)
+        return train, self.valid_ids.batches(standardised(truth), size)
 
-    def _loss(self, targets: Array) -> Loss:
-        if self.options.task == "regression":
+    def _loss(self, targets: Targets) -> Loss:
+        if self.task == "regression":
             return MeanSquaredError()
-        if self.options.task == "multi":
+        if self.task == "multi":
             return BinaryCrossEntropy()
         if self.options.class_weights == "none":
             return CrossEntropy()
-        counts = Counter(targets.tolist())
-        k = len(self.classifier.labels)
+        known = _joined(self.train_ids.truth(targets))
+        counts, k = Counter(known.tolist()), len(self.classifier.labels)
         return CrossEntropy(
-            class_weights=tuple(len(targets) / (k * counts[i]) if counts[i] else 0.0 for i in range(k))
+            class_weights=tuple(len(known) / (k * counts[i]) if counts[i] else 0.0 for i in range(k))
         )
 
     def _trainer(self, loss: Loss, callbacks: list[Callback]) -> Trainer:
@@ -476,6 +494,10 @@ def _standard(targets: Array, classifier: TextClassifier) -> tuple[float, float]
     centre = 0.0 if classifier.head.out.bias is None else float(wide.mean())
     spread = float(np.sqrt(((wide - centre) ** 2).mean()))
     return centre, spread or 1.0
+
+
+def _joined(targets: Targets) -> Array:
+    return np.concatenate(targets) if isinstance(targets, list) else targets
 
 
 def _nothing() -> None:

@@ -258,6 +258,43 @@ def _text(path: StrPath) -> Iterator[Row]:
         yield Row(f"{files.name(path)}, line {first}", {"text": last})
 
 
+def _conll(path: StrPath) -> Iterator[Row]:
+    """The sentences of a CoNLL file as rows {"tokens": [...], "tags": [...]}.
+
+    A line is a word and its tag, in the first and the last column. An empty line ends a sentence. Without
+    tags, a line is a word. Lines of CoNLL 2003 that begin a document are left out.
+    """
+    lines = list[tuple[int, list[str]]]()
+    size = 0
+    for number, line in _lines(path):
+        text = _decoded(line, f"{files.name(path)}, line {number}")
+        fields = text.split("\t") if "\t" in text else [field for field in text.split(" ") if field]
+        size += len(line)
+        if text.strip() and not text.startswith("-DOCSTART-"):
+            if size > MAX_LINE:
+                where = f"{files.name(path)}, line {number}"
+                raise LimitError(
+                    f"{where}: the sentence has more than {MAX_LINE:,} bytes, the limit for a row"
+                )
+            lines.append((number, fields))
+            continue
+        if lines:
+            yield _sentence(lines, files.name(path))
+        lines, size = [], 0
+    if lines:
+        yield _sentence(lines, files.name(path))
+
+
+def _sentence(lines: list[tuple[int, list[str]]], name: str) -> Row:
+    (begin, first), where = lines[0], f"{name}, line {lines[0][0]}"
+    for number, fields in lines:
+        if len(fields) != len(first):
+            words = f"{counted(len(fields), 'column')}, expected {len(first)} as in line {begin}"
+            return Row(where, {}, DataError(f"{name}, line {number}: {words}"))
+    values = {"tokens": [fields[0] for _, fields in lines]}
+    return Row(where, values | ({"tags": [fields[-1] for _, fields in lines]} if len(first) > 1 else {}))
+
+
 def _table(
     read: Callable[[StrPath, int], Iterator[dict[str, Any] | None]],
 ) -> Callable[[StrPath], Iterator[Row]]:
@@ -279,6 +316,7 @@ _READERS: dict[str, Callable[[StrPath], Iterator[Row]]] = {
     ".csv": _csv,
     ".tsv": _tsv,
     ".txt": _text,
+    ".conll": _conll,
     ".parquet": _table(read_parquet),
     ".arrow": _table(read_arrow),
 }

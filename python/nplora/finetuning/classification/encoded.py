@@ -1,0 +1,86 @@
+"""Encoded: the token ids of texts, or of sentences whose words are labelled."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from nplora.finetuning.classification.labelled import Labelled, Tagged, Targets
+from nplora.finetuning.classification.text_batches import TextBatches, TokenBatches
+from nplora.formats.errors import counted
+from nplora.lm import TextClassifier
+from nplora.lm.word_ids import WordIds
+
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """The token ids of some texts for a classifier, with the methods that depend on what is labelled.
+
+    Attributes:
+        ids: the token ids of each text.
+        cut: the number of texts that were too long, and were cut.
+        words: the places of the words among the tokens; None if whole texts are labelled.
+    """
+
+    ids: list[list[int]]
+    cut: int
+    words: WordIds | None = None
+
+    @staticmethod
+    def of(classifier: TextClassifier, rows: Sequence[Labelled]) -> Encoded:
+        """Encode texts or, for a classifier of tokens, sentences."""
+        if classifier.classifies_tokens:
+            sentences = [row.words if isinstance(row, Tagged) else () for row in rows]
+            words = classifier.encoder.word_ids(sentences, classifier.max_length)
+            return Encoded(words.ids, words.cut, words)
+        ids, cut = classifier.encoder.token_ids([row.text for row in rows], classifier.max_length)
+        return Encoded(ids, cut)
+
+    def part(self, numbers: Iterable[int]) -> Encoded:
+        """The texts with these numbers."""
+        chosen = list(numbers)
+        ids, words = [self.ids[i] for i in chosen], self.words
+        if words is not None:
+            words = WordIds(ids, [words.first[i] for i in chosen])
+        return Encoded(ids, 0, words)
+
+    @property
+    def lost(self) -> int:
+        """The number of words without a token, which have no label."""
+        return 0 if self.words is None else self.words.lost
+
+    def chosen(self, logits: Array) -> Array:
+        """The logits of what is labelled, given those of `ids`: of each text, or of each word with a token."""
+        return logits if self.words is None else logits[self.words.rows()]
+
+    def places(self, places: Sequence[str]) -> list[str]:
+        """The place of each row of `chosen`, given the place of each text."""
+        if self.words is None:
+            return list(places)
+        counts = map(len, self.words.kept(self.words.first))
+        return [place for place, count in zip(places, counts, strict=True) for _ in range(count)]
+
+    def truth(self, targets: Targets) -> Targets:
+        """The targets of the rows of `chosen`, in the form that `ClassificationReport.of` takes."""
+        if self.words is None:
+            return targets
+        return self.words.kept(targets)
+
+    def batches(self, targets: Targets, size: int, shuffle: bool = False, seed: int = 0) -> TextBatches:
+        if self.words is None:
+            return TextBatches(self.ids, np.asarray(targets), size, shuffle, seed)
+        return TokenBatches(self.ids, self.words.token_targets(targets), size, shuffle, seed)
+
+
+def cut_in_words(cut: int, lost: int, longest: int) -> str:
+    """The number of texts that were cut, and the number of words that have no label, in words."""
+    found = [f"{counted(cut, 'text')} had more than {longest} tokens and were cut"] if cut else []
+    if lost:
+        found.append(f"{counted(lost, 'word')} without a token {'has' if lost == 1 else 'have'} no label")
+    return "; ".join(found)

@@ -1,0 +1,67 @@
+"""Entities: spans of words with tags such as B-PER and I-PER (IOB2), and how well they are predicted."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+OUTSIDE = "O"
+
+
+class Entity(NamedTuple):
+    """An entity: its kind, and its words, from `begin` to before `end`."""
+
+    kind: str
+    begin: int
+    end: int
+
+
+class EntityCounts(NamedTuple):
+    """The numbers of entities of each kind: predicted and true, predicted, and true."""
+
+    hits: Counter[str]
+    predicted: Counter[str]
+    true: Counter[str]
+
+
+def kinds_of(tags: Iterable[str]) -> tuple[str, ...]:
+    """The kinds of entities that these tags name, in sorted order. Empty if they are not IOB2 tags.
+
+    >>> from nplora.finetuning.classification.entities import kinds_of
+    >>> kinds_of(["O", "B-PER", "I-PER", "B-LOC"]), kinds_of(["NOUN", "VERB"])
+    (('LOC', 'PER'), ())
+    """
+    inside = [tag for tag in tags if tag != OUTSIDE]
+    if any(tag[:2] not in ("B-", "I-") or not tag[2:] for tag in inside):
+        return ()
+    return tuple(sorted({tag[2:] for tag in inside}))
+
+
+def entities(tags: Sequence[str]) -> Iterator[Entity]:
+    """The entities of a sentence, as the script of CoNLL counts them.
+
+    An I- tag begins an entity too, if the word before has no entity, or one of another kind.
+
+    >>> from nplora.finetuning.classification.entities import entities
+    >>> [tuple(entity) for entity in entities(["B-PER", "I-PER", "O", "I-LOC", "B-LOC"])]
+    [('PER', 0, 2), ('LOC', 3, 4), ('LOC', 4, 5)]
+    """
+    begin, kind = 0, ""
+    for place, tag in enumerate([*tags, OUTSIDE]):
+        own = "" if tag == OUTSIDE else tag[2:]
+        if kind and (own != kind or tag.startswith("B-")):
+            yield Entity(kind, begin, place)
+            kind = ""
+        if own and not kind:
+            begin, kind = place, own
+
+
+def count_entities(predicted: Iterable[Sequence[str]], true: Iterable[Sequence[str]]) -> EntityCounts:
+    """Count the entities of sentences. A hit has the same kind and the same words in both."""
+    counts = EntityCounts(Counter(), Counter(), Counter())
+    for ours, theirs in zip(predicted, true, strict=True):
+        found, wanted = set(entities(ours)), set(entities(theirs))
+        for counter, chosen in zip(counts, (found & wanted, found, wanted), strict=True):
+            counter.update(entity.kind for entity in chosen)
+    return counts

@@ -1,0 +1,65 @@
+"""Tagged sentences: reads the words of a row and the tag of each word."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from nplora.finetuning.data.rows import Row
+from nplora.formats.errors import DataError, brief, counted
+
+# The names of the fields in data sets of Hugging Face.
+WORDS = ("tokens", "words")
+TAGS = ("tags", "ner_tags", "labels")
+
+
+def has_tags(row: Row) -> bool:
+    """Whether a row has a field of words and a field of tags with one of their usual names."""
+    return not {*row.values}.isdisjoint(WORDS) and not {*row.values}.isdisjoint(TAGS)
+
+
+def words_of(row: Row, column: str | None) -> tuple[str, list[str]]:
+    """The words of a row, and the name of their field. A text is divided at its spaces.
+
+    Args:
+        column: the field; None: the one with a usual name.
+    Raises:
+        DataError: the row has no such field, or it is not a list of words. Also the error that occurred when
+            the row was read.
+    """
+    name, words = _items(row, "tokens", column, WORDS)
+    for i, word in enumerate(words):
+        if not isinstance(word, str) or not word.strip():
+            raise DataError(f"{row.where}, {name}[{i}]: the word is {brief(word)}, expected a text")
+    return name, words
+
+
+def tags_of(row: Row, column: str | None, words: Sequence[str]) -> list[tuple[str, Any]]:
+    """The tag of each word, with its place for messages. Arguments and errors are those of `words_of`."""
+    name, tags = _items(row, "tags", column, TAGS)
+    if len(tags) != len(words):
+        raise DataError(
+            f"{row.where}: {name!r} has {counted(len(tags), 'tag')}, expected {len(words)}, one for each word"
+        )
+    return [(f"{row.where}, {name}[{i}]", tag) for i, tag in enumerate(tags)]
+
+
+def _items(row: Row, ours: str, column: str | None, usual: Sequence[str]) -> tuple[str, list[Any]]:
+    """The name and the items of a list field."""
+    if row.error is not None:
+        raise row.error
+    found = [name for name in (usual if column is None else [column]) if name in row.values]
+    hint = f"--columns {ours}=NAME"
+    if not found:
+        names = " or ".join(map(repr, usual if column is None else [column]))
+        raise DataError(
+            f"{row.where}: no field {names}, only {brief(list(row.values))}; {hint} names another"
+        )
+    if len(found) > 1:
+        raise DataError(f"{row.where}: the fields {' and '.join(map(repr, found))}; {hint} chooses one")
+    value = row.values[found[0]]
+    if isinstance(value, str):
+        value = value.split()
+    if not isinstance(value, list):
+        raise DataError(f"{row.where}: {found[0]!r} is {brief(value)}, expected a list")
+    return found[0], value

@@ -1,0 +1,460 @@
+"""Classifiers of words: training, predictions, entities, and wrong rows."""
+
+import json
+import math
+import random
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import nplora
+from nplora.finetuning import (
+    ClassificationReport,
+    TokenBatches,
+    evaluate_classifier,
+    predict_rows,
+    train_classifier,
+)
+from nplora.finetuning.classification.entities import count_entities, entities, kinds_of
+from nplora.formats import peft_adapter
+from nplora.formats.errors import DataError
+from nplora.trainer import Callback
+from small_encoder import save_small_encoder
+from small_llama import save_small_llama
+
+pytest.importorskip("tokenizers")
+
+LABELS = ("B-PET", "I-PET", "O")
+FAST: dict[str, Any] = {"rank": 2, "lr": 1e-2, "batch_examples": 8}
+
+
+def some_rows(count: int = 48, seed: int = 0) -> list[dict[str, Any]]:
+    """Sentences of random words. A pet is "cat" or "dog"; "sitting" after it belongs to it."""
+    rng, rows = random.Random(seed), list[dict[str, Any]]()
+    for _ in range(count):
+        words, tags = list[str](), list[str]()
+        for _ in range(rng.randint(2, 5)):
+            if rng.random() < 0.4:
+                pet, more = rng.choice(["cat", "dog"]), rng.random() < 0.5
+                words += [pet, "sitting"] if more else [pet]
+                tags += ["B-PET", "I-PET"] if more else ["B-PET"]
+            else:
+                words.append(rng.choice(["the", "mat", "order", "parcel", "refund"]))
+                tags.append("O")
+        rows.append({"tokens": words, "tags": tags})
+    return rows
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_small_encoder(tmp_path_factory.mktemp("model"))
+
+
+def untrained(model: Path, labels: Any = LABELS) -> nplora.TextClassifier:
+    return nplora.new_classifier(nplora.load_encoder(model), labels, tokens=True)
+
+
+# ---- training ----
+
+
+def test_tags_are_learned_and_the_adapter_is_read_again(model: Path, tmp_path: Path) -> None:
+    rows, held_out = some_rows(), some_rows(30, 1)
+    run = train_classifier(model, rows, tmp_path, valid=held_out, epochs=12, **FAST)
+    assert run.classifier.labels == LABELS
+    assert run.valid is not None
+    assert run.valid.values["accuracy"] >= 0.95
+    assert run.valid.values["entity_f1"] >= 0.9
+    assert run.valid.examples == sum(len(row["tags"]) for row in held_out)
+    config = json.loads((tmp_path / peft_adapter.CONFIG).read_text())
+    assert config["task_type"] == "TOKEN_CLS"
+    again = nplora.load_classifier(model, tmp_path)
+    assert again.classifies_tokens
+    assert evaluate_classifier(again, held_out).as_json() == run.valid.as_json()
+    found = list(predict_rows(again, held_out))
+    assert [row["prediction"] for row in found] == again.predict_words([row["tokens"] for row in held_out])
+    hits = [a == b for row in found for a, b in zip(row["tags"], row["prediction"], strict=True)]
+    assert math.isclose(np.mean(hits), run.valid.values["accuracy"])
+    assert re.search(r"\d words/s", str(run))
+    assert "entity" in str(run)
+
+
+def test_only_the_first_token_of_a_word_is_trained(model: Path) -> None:
+    """With the tokens [CLS] a dog sat ##s [SEP], "sats" carries its tag on "sat"."""
+    tagger = untrained(model)
+    words = tagger.encoder.word_ids([["a", "dog", "sats"], ["cat"]], 8)
+    targets = words.token_targets([np.array([2, 0, 1]), np.array([0])])
+    assert [own.tolist() for own in targets] == [[-100, 2, 0, 1, -100, -100], [-100, 0, -100]]
+    (batch,) = TokenBatches(words.ids, targets, batch_size=2)
+    tagger.add_lora(rank=2)
+    logits, saved = tagger.forward(batch[0])
+    loss, gradient = nplora.losses.cross_entropy(logits, batch[1])
+    tagger.backward(gradient, saved)
+    wide = logits.astype(np.float64)
+    chances = np.exp(wide) / np.exp(wide).sum(axis=1, keepdims=True)
+    rows, labels = [1, 2, 3, 7], [2, 0, 1, 0]
+    assert math.isclose(loss, -np.log(chances[rows, labels]).mean(), rel_tol=1e-6)
+    assert np.flatnonzero(gradient.any(axis=1)).tolist() == rows
+
+
+def test_the_loss_of_a_run_is_the_mean_over_all_words(model: Path, tmp_path: Path) -> None:
+    rows = [{"tokens": ["a", "cat"], "tags": ["O", "B-PET"]}, {"tokens": ["dog"], "tags": ["B-PET"]}]
+    run = train_classifier(model, rows, tmp_path, steps=1, lr=1e-12)
+    report = evaluate_classifier(run.classifier, rows)
+    assert run.history.steps[0].count == 3
+    assert math.isclose(run.history.loss[0], report.values["loss"], rel_tol=1e-5)
+
+
+def test_balanced_weights_count_words(model: Path, tmp_path: Path) -> None:
+    rows = [{"tokens": ["cat", "the", "mat", "order"], "tags": ["PET", "O", "O", "O"]}]
+    run = train_classifier(model, rows, tmp_path, class_weights="balanced", steps=1, lr=1e-12)
+    logits = run.classifier.word_logits(run.classifier.encoder.word_ids([rows[0]["tokens"]], 32))
+    wide, labels = logits.astype(np.float64), np.array([1, 0, 0, 0])
+    losses = np.log(np.exp(wide).sum(axis=1)) - wide[np.arange(4), labels]
+    assert run.classifier.labels == ("O", "PET")
+    assert math.isclose(
+        run.history.loss[0], (np.array([2, 2 / 3, 2 / 3, 2 / 3]) * losses).mean(), rel_tol=1e-5
+    )
+
+
+class _Fail(Callback):
+    def on_step_end(self, run: Any, record: Any) -> None:
+        if record.step == 4:
+            raise OSError("the power is gone")
+
+
+def test_a_resumed_run_has_the_bits_of_a_run_without_a_stop(model: Path, tmp_path: Path) -> None:
+    options = {**FAST, "epochs": 2, "dropout": 0.1, "save_every": 3, "valid_split": 0.2, "calibrate": True}
+    whole = train_classifier(model, some_rows(), tmp_path / "whole", **options)
+    with pytest.raises(OSError, match="the power is gone"):
+        train_classifier(model, some_rows(), tmp_path / "cut", callbacks=[_Fail()], **options)
+    again = train_classifier(model, some_rows(), tmp_path / "cut", resume=True, **options)
+    files = [Path(tmp_path, name, "adapter_model.safetensors").read_bytes() for name in ("whole", "cut")]
+    assert files[0] == files[1]
+    assert whole.temperature == again.temperature != 1
+    other = [{**row, "tags": [*row["tags"][:-1], "O"]} for row in some_rows()]
+    with pytest.raises(ValueError, match=r"\by\b"):
+        train_classifier(model, other, tmp_path / "cut", resume=True, **options)
+
+
+def test_the_best_adapter_is_kept(model: Path, tmp_path: Path) -> None:
+    """The validation data contradict the training data, so their loss rises after the first epoch."""
+    other = {"O": "B-PET", "B-PET": "I-PET", "I-PET": "O"}
+    rows = some_rows(30, 1)
+    wrong = [{**row, "tags": [other[tag] for tag in row["tags"]]} for row in rows]
+    run = train_classifier(model, some_rows(), tmp_path, valid=wrong, epochs=6, **FAST)
+    losses = [record.val_loss for record in run.history.evaluations]
+    assert run.valid is not None
+    assert losses[0] < losses[-1]
+    assert math.isclose(run.valid.values["loss"], min(losses), rel_tol=1e-4)
+
+
+def test_a_language_model_tags_words(tmp_path: Path) -> None:
+    path = save_small_llama(tmp_path / "model.gguf")
+    rows = [{"words": ["a", "b"], "ner_tags": [0, 1]}, {"words": ["c"], "ner_tags": [0]}]
+    run = train_classifier(path, rows, tmp_path / "out", steps=2)
+    again = nplora.load_classifier(path, tmp_path / "out")
+    sentences = [row["words"] for row in rows]
+    assert again.predict_words(sentences) == run.classifier.predict_words(sentences)
+
+
+# ---- what rows may look like ----
+
+
+@pytest.mark.parametrize(
+    ("row", "options"),
+    [
+        ({"tokens": ["a", "cat"], "ner_tags": ["O", "B-PET"]}, {}),
+        ({"words": ["a", "cat"], "labels": ["O", "B-PET"]}, {}),
+        ({"tokens": "a cat", "tags": "O B-PET"}, {}),
+        ({"tokens": ["a", "cat"], "pos": ["O", "B-PET"], "tags": [1, 2]}, {"columns": "tags=pos"}),
+        (
+            {"text": "a cat", "x": ["a", "cat"], "y": ["O", "B-PET"]},
+            {"columns": {"tokens": "x", "tags": "y"}},
+        ),
+        ({"text": "a cat", "tokens": ["a", "cat"], "tags": ["O", "B-PET"]}, {"task": "tokens"}),
+    ],
+)
+def test_words_and_tags_are_found(
+    row: dict[str, Any], options: dict[str, Any], model: Path, tmp_path: Path
+) -> None:
+    run = train_classifier(model, [row], tmp_path, steps=1, **options)
+    assert run.classifier.classifies_tokens
+    assert run.classifier.labels == ("B-PET", "O")
+    assert run.history.steps[0].count == 2
+
+
+def test_rows_with_a_text_are_not_taken_for_words(model: Path, tmp_path: Path) -> None:
+    rows = [{"text": "a cat", "label": i, "tokens": ["a", "cat"], "tags": ["x", "y"]} for i in range(2)]
+    assert not train_classifier(model, rows, tmp_path, steps=1).classifier.classifies_tokens
+
+
+CONLL = """-DOCSTART- -X- -X- O
+
+the DT B-NP O
+cat NN I-NP B-PET
+sats VB I-NP I-PET
+
+a\tDT\tB-NP\tO
+order\tNN\tI-NP\tO
+
+
+"""
+
+
+@pytest.mark.parametrize("suffix", [".conll", ".jsonl", ".json", ".csv", ".parquet", ".conll.gz"])
+def test_every_kind_of_file_has_the_same_sentences(suffix: str, model: Path, tmp_path: Path) -> None:
+    rows = [
+        {"tokens": ["the", "cat", "sats"], "tags": ["O", "B-PET", "I-PET"]},
+        {"tokens": ["a", "order"], "tags": ["O", "O"]},
+    ]
+    file = tmp_path / f"train{suffix}"
+    if suffix == ".parquet":
+        pyarrow = pytest.importorskip("pyarrow")
+        pytest.importorskip("pyarrow.parquet").write_table(pyarrow.Table.from_pylist(rows), file)
+    elif suffix == ".conll.gz":
+        gzip = pytest.importorskip("gzip")
+        file.write_bytes(gzip.compress(CONLL.replace("\n", "\r\n").encode()))
+    else:
+        lines = [f"{' '.join(row['tokens'])},{' '.join(row['tags'])}" for row in rows]
+        file.write_text(
+            {
+                ".conll": CONLL,
+                ".jsonl": "".join(json.dumps(row) + "\n" for row in rows),
+                ".json": json.dumps(rows),
+                ".csv": "\n".join(["tokens,tags", *lines]),
+            }[suffix]
+        )
+    run = train_classifier(model, file, tmp_path / "out", steps=1)
+    assert run.classifier.labels == LABELS
+    found = list(predict_rows(run.classifier, file))
+    assert [row["tokens"] for row in found] == [row["tokens"] for row in rows]
+    assert (
+        evaluate_classifier(run.classifier, file).as_json()
+        == evaluate_classifier(run.classifier, rows).as_json()
+    )
+
+
+def test_a_conll_file_of_words_alone_is_predicted(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.conll").write_text("the\ncat\n\na\n")
+    (tmp_path / "a.txt").write_text("the cat\na\n")
+    found = [list(predict_rows(untrained(model), tmp_path / f"a.{end}")) for end in ("conll", "txt")]
+    assert [row["tokens"] for row in found[0]] == [["the", "cat"], ["a"]]
+    assert found[0] == found[1]
+
+
+ROW = {"tokens": ["a", "cat"], "tags": ["O", "B-PET"]}
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"tokens": ["a"], "tags": ["O", "O"]}, "row 2: 'tags' has 2 tags, expected 1, one for"),
+        ({"tokens": ["a", "b"], "tags": []}, "data, row 2: 'tags' has 0 tags, expected 2"),
+        ({"tokens": [], "tags": []}, "data, row 2: the sentence has no words"),
+        ({"tokens": ["a", ""], "tags": ["O", "O"]}, r"row 2, tokens\[1\]: the word is '', expected a text"),
+        ({"tokens": ["a", 3], "tags": ["O", "O"]}, r"row 2, tokens\[1\]: the word is 3, expected a text"),
+        ({"tokens": 3, "tags": ["O"]}, "row 2: 'tokens' is 3, expected a list"),
+        ({"tokens": ["a"], "tags": None}, "row 2: 'tags' is None, expected a list"),
+        ({"tokens": ["a"], "tags": [0.5]}, r"row 2, tags\[0\]: the label is 0.5, expected .* an integer$"),
+        ({"tokens": ["a"], "tags": [None]}, r"row 2, tags\[0\]: the label is None, expected"),
+        ({"tokens": ["a"], "tags": [" "]}, r"row 2, tags\[0\]: the label is empty"),
+        ({"tokens": ["a"], "tags": [1]}, r"the label 1 is a number, but data, row 1, tags\[0\] has 'O'"),
+        ({"tokens": ["a"]}, r"no field 'tags' or 'ner_tags' or 'labels', only \['tokens'\]; --columns tags="),
+        ({"tags": ["O"]}, r"row 2: no field 'tokens' or 'words', only \['tags'\]; --columns tokens=NAME"),
+        ({**ROW, "ner_tags": [1, 2]}, "the fields 'tags' and 'ner_tags'; --columns tags=NAME chooses one"),
+    ],
+)  # fmt: skip
+def test_wrong_rows_are_refused_with_their_place(
+    row: dict[str, Any], message: str, model: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(DataError, match=message):
+        train_classifier(model, [ROW, row], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    run = train_classifier(model, [ROW, row], tmp_path / "out", skip_bad=True, steps=1)
+    assert run.examples == 1
+    assert "1 bad row skipped (data, row 2" in str(run)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a O\ncat\n\n", "wrong.conll, line 2: 1 column, expected 2 as in line 1"),
+        ("a O\n\ncat NN O\ndog O\n", "wrong.conll, line 4: 2 columns, expected 3 as in line 3"),
+        ("a\t\ncat\tO\n", r"wrong.conll, line 1, tags\[0\]: the label is empty"),
+        ("a\ncat\n", "wrong.conll, line 1: no field 'tags'"),
+        ("a O\ncat O\n", "all rows have the label 'O', expected at least 2 labels"),
+        ("\n\n", "wrong.conll: no rows to read"),
+    ],
+)
+def test_wrong_lines_are_refused_with_their_place(
+    text: str, message: str, model: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "wrong.conll").write_text(text)
+    with pytest.raises(DataError, match=message):
+        train_classifier(model, tmp_path / "wrong.conll", tmp_path / "out", task="tokens")
+
+
+@pytest.mark.parametrize(
+    ("columns", "task", "message"),
+    [
+        ("text=a", "tokens", "columns names 'text', expected tokens or tags, as in tags=pos"),
+        ("tokens=a", "single", "columns names 'tokens', expected text or label"),
+        ("tokens=a,label=b", None, "columns names 'tokens', expected text or label"),
+    ],
+)
+def test_columns_of_another_task_are_refused(
+    columns: str, task: str | None, message: str, model: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        train_classifier(model, [ROW], tmp_path / "out", columns=columns, task=task)
+
+
+def test_long_sentences_are_cut_and_counted(model: Path, tmp_path: Path) -> None:
+    """With 5 tokens, [CLS] the cat sat [SEP], "sats" is tagged and "mat" is not."""
+    rows = [{"tokens": ["the", "cat", "sats", "mat"], "tags": ["O", "B-PET", "I-PET", "O"]}, ROW]
+    run = train_classifier(model, rows, tmp_path, steps=1, max_length=5, batch_examples=1)
+    assert (run.cut, run.lost) == (1, 1)
+    text = "1 text had more than 5 tokens and were cut; 1 word without a token has no label"
+    assert text in str(run)
+    again = nplora.load_classifier(model, tmp_path)
+    with pytest.warns(UserWarning, match=text):
+        report = evaluate_classifier(again, rows)
+    assert report.examples == 5
+    with pytest.warns(UserWarning, match=text):
+        found = list(predict_rows(again, rows, probabilities=True))
+    assert found[0]["prediction"][:3] == again.predict_words([["the", "cat", "sat"]])[0]
+    assert found[0]["prediction"][3] is None
+    assert found[0]["probability"][3] is None
+    assert found[0]["probabilities"]["O"][3] is None
+    with pytest.warns(UserWarning, match="predict_words: 1 sentence had more than 5 tokens and were cut"):
+        assert again.predict_words([row["tokens"] for row in rows]) == [row["prediction"] for row in found]
+
+
+def test_a_word_that_the_tokenizer_drops_has_no_label(model: Path) -> None:
+    tagger = untrained(model)
+    words = tagger.encoder.word_ids([["\u0301", "cat", "\u200b"], []], 8)
+    assert [own.tolist() for own in words.first] == [[-1, 1, -1], []]
+    found = tagger.predict_words([["\u0301", "cat"], []])
+    assert [[tag is None for tag in tags] for tags in found] == [[True, False], []]
+
+
+# ---- predictions ----
+
+
+def test_probabilities_are_written_on_request(model: Path) -> None:
+    tagger, row = untrained(model), {"id": 7, "tokens": ["a", "cat"]}
+    (plain,) = predict_rows(tagger, [row])
+    assert list(plain) == ["id", "tokens", "prediction", "probability"]
+    (found,) = predict_rows(tagger, [row], probabilities=True)
+    logits = tagger.word_logits(tagger.encoder.word_ids([row["tokens"]], 8)).astype(np.float64)
+    chances = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    np.testing.assert_allclose(list(found["probabilities"].values()), chances.T, rtol=1e-12)
+    assert list(found["probabilities"]) == list(LABELS)
+    assert found["prediction"] == [LABELS[i] for i in chances.argmax(axis=1)]
+    np.testing.assert_allclose(found["probability"], chances.max(axis=1), rtol=1e-12)
+
+
+def test_what_a_classifier_of_words_cannot_do_is_said(model: Path) -> None:
+    tagger = untrained(model)
+    with pytest.raises(DataError, match="row 1: the field 'prediction' has the name of a new field"):
+        list(predict_rows(tagger, [{**ROW, "prediction": 1}]))
+    with pytest.raises(ValueError, match="`predict_words` labels the words"):
+        tagger.predict(["a cat"])
+    with pytest.raises(
+        TypeError, match=r"predict_words: sentences\[0\] is 'a cat', expected a list of texts"
+    ):
+        tagger.predict_words(["a cat"])
+    with pytest.raises(TypeError, match="sentences is 'a cat', expected a list of lists"):
+        tagger.predict_words("a cat")
+    texts = nplora.new_classifier(nplora.load_encoder(model), LABELS)
+    with pytest.raises(ValueError, match="predict_words: the classifier classifies texts"):
+        texts.predict_words([["a"]])
+    with pytest.raises(
+        DataError, match="the label 'B-ZOO' is unknown, expected one of 'B-PET', 'I-PET', 'O'"
+    ):
+        evaluate_classifier(tagger, [{"tokens": ["a"], "tags": ["B-ZOO"]}])
+
+
+def test_tags_may_be_given_by_number(model: Path) -> None:
+    tagger = untrained(model)
+    numbered = [{"tokens": ROW["tokens"], "ner_tags": [2, 0]}]
+    assert evaluate_classifier(tagger, numbered).as_json() == evaluate_classifier(tagger, [ROW]).as_json()
+
+
+# ---- entities ----
+
+
+@pytest.mark.parametrize(
+    ("tags", "expected"),
+    [
+        ("", []),
+        ("O O", []),
+        ("B-A", [("A", 0, 1)]),
+        ("B-A I-A O", [("A", 0, 2)]),
+        ("B-A B-A", [("A", 0, 1), ("A", 1, 2)]),
+        ("B-A I-B", [("A", 0, 1), ("B", 1, 2)]),
+        ("O I-A I-A", [("A", 1, 3)]),
+        ("I-A B-A I-A O I-B", [("A", 0, 1), ("A", 1, 3), ("B", 4, 5)]),
+        ("B-A O I-A", [("A", 0, 1), ("A", 2, 3)]),
+    ],
+)
+def test_entities_are_those_of_conll(tags: str, expected: list[Any]) -> None:
+    assert [tuple(entity) for entity in entities(tags.split())] == expected
+
+
+def test_only_iob2_tags_have_entities() -> None:
+    assert kinds_of(["O", "B-PER", "I-LOC", "B-A-B"]) == ("A-B", "LOC", "PER")
+    for tags in (["NOUN"], ["O"], ["O", "B-"], ["B-PER", "S-PER"], ["0", "1"]):
+        assert kinds_of(tags) == ()
+
+
+def test_the_scores_of_entities_are_those_of_seqeval() -> None:
+    """The numbers are the output of seqeval 1.2.2, `classification_report(true, predicted)`."""
+    true = ["B-PER I-PER O B-LOC", "O B-ORG I-ORG O B-PER", "B-LOC I-LOC I-LOC", "B-LOC O"]
+    predicted = ["B-PER I-PER O B-ORG", "O B-ORG I-PER O I-PER", "B-LOC I-LOC O", "B-LOC O"]
+    labels = sorted({tag for line in true + predicted for tag in line.split()})
+    numbers = [
+        [np.array([labels.index(tag) for tag in line.split()]) for line in each] for each in (true, predicted)
+    ]
+    logits = np.eye(len(labels))[np.concatenate(numbers[1])]
+    report = ClassificationReport.of("tokens", labels, logits, numbers[0])
+    found = {kind: (s.precision, s.recall, s.f1, s.support) for kind, s in report.entities.items()}
+    assert found == {
+        "LOC": (1 / 2, 1 / 3, 2 / 5, 3),
+        "ORG": (0, 0, 0, 1),
+        "PER": (2 / 3, 1, 4 / 5, 2),
+    }
+    values = [report.values[f"entity_{name}"] for name in ("precision", "recall", "f1")]
+    np.testing.assert_allclose(values, [3 / 7, 1 / 2, 6 / 13])
+    assert math.isclose(report.values["accuracy"], 10 / 14)
+    assert json.loads(json.dumps(report.as_json()))["entities"]["PER"]["support"] == 2
+    assert re.search(r"entity  precision  recall     f1  entities\nLOC  ", str(report))
+
+
+def test_counts_of_random_tags_are_those_of_a_pattern() -> None:
+    """In a text of a letter for each word, an entity is a B or an I, and every I that follows."""
+    rng = random.Random(0)
+    letters = {"B-A": "B", "I-A": "I", "O": "O"}
+    for _ in range(200):
+        both = [[rng.choice(list(letters)) for _ in range(12)] for _ in range(2)]
+        spans = [
+            {found.span() for found in re.finditer("(B|I)I*", "".join(letters[tag] for tag in tags))}
+            for tags in both
+        ]
+        counts = count_entities([both[0]], [both[1]])
+        assert [each["A"] for each in counts] == [len(spans[0] & spans[1]), len(spans[0]), len(spans[1])]
+        assert isinstance(counts.hits, Counter)
+
+
+def test_tags_that_are_no_entities_have_scores_for_each_tag(model: Path, tmp_path: Path) -> None:
+    rows = [{"tokens": ["a", "cat"], "tags": ["DET", "NOUN"]}]
+    run = train_classifier(model, rows, tmp_path, steps=1)
+    report = evaluate_classifier(run.classifier, rows)
+    assert not report.entities
+    assert "entity_f1" not in report.values
+    assert {name: score.support for name, score in report.scores.items()} == {"DET": 1, "NOUN": 1}
+    assert re.search(r"2 words: .*\nlabel  precision  recall     f1  words\nDET", str(report))

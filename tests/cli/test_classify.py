@@ -66,6 +66,44 @@ def test_the_command_trains_evaluates_and_predicts(here: Path, capsys: pytest.Ca
     assert "the file exists already" in capsys.readouterr().err
 
 
+TAGGED = "the O\ncat B-PET\nsat I-PET\n\na O\ndog B-PET\n\nreturn O\nmy O\norder O\n"
+
+
+def test_the_command_labels_words(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (here / "train.conll").write_text(TAGGED)
+    train = ["classify", "train", "model", "--data", "train.conll", "--output", "out", *FAST]
+    assert cli.main([*train, "--valid", "train.conll"]) == 0
+    out, err = capsys.readouterr()
+    assert "3 labels: B-PET, I-PET, O" in out
+    assert "entity_f1" in out
+    assert "3 texts to train on, 3 labels" in err
+    assert "words/s" in err
+    shared = ["model", "--adapter", "out", "--data", "train.conll"]
+    assert cli.main(["classify", "eval", *shared]) == 0
+    assert "8 words: loss" in capsys.readouterr().out
+    assert cli.main(["classify", "eval", *shared, "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["accuracy"] == report["entity_f1"] == 1
+    assert report["entities"]["PET"]["support"] == 2
+    assert cli.main(["classify", "predict", *shared]) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["tokens"] for row in rows][1:] == [["a", "dog"], ["return", "my", "order"]]
+    assert [row["prediction"] for row in rows] == [row["tags"] for row in rows]
+    words = ["classify", "predict", *shared, "--probabilities", "--output", "found.jsonl"]
+    assert cli.main(words) == 0
+    found = [json.loads(line) for line in (here / "found.jsonl").read_text().splitlines()]
+    for row in found:
+        chances = np.array(list(row.pop("probabilities").values()))
+        np.testing.assert_allclose(chances.sum(axis=0), 1)
+        np.testing.assert_allclose(chances.max(axis=0), row["probability"])
+    assert found == rows
+    capsys.readouterr()
+    for end in ("csv", "npy"):
+        assert cli.main(["classify", "predict", *shared, "--output", f"found.{end}"]) == 2
+        assert "expected a name that ends in .jsonl, because the classifier labels" in capsys.readouterr().err
+        assert not (here / f"found.{end}").exists()
+
+
 def test_eval_draws_the_confusion_matrix(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("matplotlib")
     assert cli.main(["classify", "train", "model", "--data", "train.csv", "--output", "out", *FAST]) == 0
@@ -92,6 +130,9 @@ def test_eval_draws_the_confusion_matrix(here: Path, capsys: pytest.CaptureFixtu
         ),
         ("predict model --data train.csv --plot a.png", "--plot is for eval"),
         ("train model --data train.csv --output out --plot a.png", "--plot is for eval"),
+        ("train model --data train.csv --output out --probabilities", "--probabilities is for predict"),
+        ("eval model --data train.csv --probabilities", "--probabilities is for predict"),
+        ("train model --data train.csv --output out --task tokens", "line 2: no field 'tokens' or 'words'"),
         ("train model --data train.csv --output out --compute int4", "invalid choice: 'int4'"),
         ("eval model --data train.csv", "the model has no layer 'classifier', expected the files of a"),
         ("train model --data train.csv --output out --task many", "invalid choice: 'many'"),

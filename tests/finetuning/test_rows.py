@@ -649,3 +649,33 @@ def test_a_list_of_texts_is_no_list_of_rows(text: str) -> None:
         splits_of("test", [text, "b"])
     with pytest.raises(FileNotFoundError, match=r"^\[Errno 2\] No such file"):
         splits_of("test", ["no.jsonl"])
+
+
+# ---- CoNLL files ----
+
+
+def test_a_word_of_a_conll_file_keeps_its_characters(tmp_path: Path) -> None:
+    """Only tabs divide the columns of a line that has one; other spaces of Unicode never do."""
+    (tmp_path / "a.conll").write_text("New York\tB-LOC\n\u00a0x\u3000  NN   O\n", encoding="utf-8")
+    first, second = "a.conll, line 2: 3 columns, expected 2", "New York\tB-LOC\n\n\u00a0x\u3000  NN   O\n"
+    assert first in str(next(read_rows(tmp_path / "a.conll")).error)
+    (tmp_path / "a.conll").write_text(second, encoding="utf-8")
+    assert [(row.where.rpartition(" ")[2], row.values) for row in read_rows(tmp_path / "a.conll")] == [
+        ("1", {"tokens": ["New York"], "tags": ["B-LOC"]}),
+        ("3", {"tokens": ["\u00a0x\u3000"], "tags": ["O"]}),
+    ]
+
+
+def test_hostile_conll_files_are_refused(tmp_path: Path) -> None:
+    file = tmp_path / "a.conll"
+    file.write_bytes(b"a O\nb\xff O\n")
+    with pytest.raises(DataError, match=r"a\.conll, line 2: not UTF-8 at byte 1"):
+        list(read_rows(file))
+    for line, number in ((b"a O\n", 262_145), (b"a " * 200_000 + b"\n", 42)):
+        file.write_bytes(line * number)
+        with pytest.raises(
+            LimitError, match=rf"a\.conll, line {number}: the sentence has more than 262,144 words"
+        ):
+            list(read_rows(file))
+        file.write_bytes(line * (number - 1) + b"\n" + line)
+        assert len(list(read_rows(file))) == 2

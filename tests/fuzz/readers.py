@@ -203,6 +203,7 @@ def read_checkpoint(data: bytes) -> None:
 
 
 ROW_FILES = {"a": ".json", "c": ".csv", "s": ".tsv", "t": ".txt", "z": ".jsonl.gz", "y": ".json.gz"}
+ROW_FILES["n"] = ".conll"
 if importlib.util.find_spec("pyarrow"):
     ROW_FILES |= {"p": ".parquet", "w": ".arrow"}
 

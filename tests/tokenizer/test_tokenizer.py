@@ -863,3 +863,75 @@ def test_loading_many_special_tokens_takes_time_in_proportion() -> None:
         *tokenizer.encode("2|>"),
     ]
     assert tokenizer.encode("<|2|>", parse_special=True) == [len(TOKENS) + 2]
+
+
+# ---- words ----
+
+
+def wordpiece() -> Any:
+    """BERT's way: words are split at spaces and punctuation, then into pieces."""
+    tokenizers = pytest.importorskip("tokenizers")
+    vocabulary = {word: i for i, word in enumerate(["[UNK]", "a", "##b", "##a", "b", ".", "é"])}
+    made = tokenizers.Tokenizer(tokenizers.models.WordPiece(vocabulary, unk_token="[UNK]"))
+    made.normalizer = tokenizers.normalizers.BertNormalizer()
+    made.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
+    return made
+
+
+def metaspace() -> Any:
+    """XLM-RoBERTa's way: a word begins with ▁, which is a token of its own before rare characters."""
+    tokenizers = pytest.importorskip("tokenizers")
+    vocabulary = {piece: i for i, piece in enumerate(["<unk>", "▁", "a", "b", "▁a", "Ж", "ab"])}
+    merges = [("▁", "a"), ("a", "b")]
+    made = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, merges, unk_token="<unk>"))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    return made
+
+
+@pytest.mark.parametrize("make", [wordpiece, metaspace])
+def test_the_first_tokens_of_words_are_those_of_tokenizers(make: Callable[[], Any]) -> None:
+    """transformers gives its words to `tokenizers` one by one, and labels the first token of each."""
+    backend, rng = make(), random.Random(0)
+    ours = Tokenizer(make(), "words", vocab_size=backend.get_vocab_size(), bos_id=None, eos_id=None)
+    sentences = [
+        ["".join(rng.choices("abЖ.é", k=rng.randint(1, 4))) for _ in range(rng.randint(1, 6))]
+        for _ in range(300)
+    ]
+    wanted = [backend.encode(words, is_pretokenized=True) for words in sentences]
+    ids, first, cut = ours.encode_words(sentences, 99)
+    assert ids == [one.ids for one in wanted]
+    for words, own, one in zip(sentences, first, wanted, strict=True):
+        assert own == [one.word_ids.index(i) for i in range(len(words))]
+    assert cut == 0
+
+
+def test_the_space_before_a_word_counts_only_on_request() -> None:
+    """Llama 3's rule leaves the space before digits alone."""
+    tokenizer = from_gguf(opened(byte_level(pre="llama-bpe")))
+    sentences = [["hello", "12", "!"], ["12", "hello"]]
+    ids, first, _ = tokenizer.encode_words(sentences, 99, with_space=False)
+    spelling = tokenizer.tokens()
+    assert [spelling[i] for i in ids[0]] == ["hello", "Ġ", "12", "Ġ", "!"]
+    assert first == [[0, 2, 4], [0, 1]]
+    assert tokenizer.encode_words(sentences, 99)[1] == [[0, 1, 3], [0, 1]]
+
+
+def test_a_token_of_several_words_belongs_to_the_first() -> None:
+    tokenizers = pytest.importorskip("tokenizers")
+    vocabulary = {"a": 0, " ": 1, "b": 2, "a ": 3, "a b": 4}
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, [("a", " "), ("a ", "b")]))
+    ours = Tokenizer(backend, "words", vocab_size=5, bos_id=None, eos_id=None)
+    assert ours.encode_words([["a", "b", "a", "a"]], 9)[:2] == ([[4, 1, 3, 0]], [[0, -1, 1, 3]])
+    assert ours.encode_words([["a", "b", "a", "a"]], 9, with_space=False)[1] == [[0, -1, 2, 3]]
+
+
+def test_of_a_very_long_sentence_only_the_beginning_is_encoded() -> None:
+    tokenizer = Tokenizer(wordpiece(), "words", vocab_size=7, bos_id=None, eos_id=None)
+    words = ["ab", "b."] * 500_000
+    begin = time.perf_counter()
+    ids, first, cut = tokenizer.encode_words([words, ["a"]], 5)
+    assert time.perf_counter() - begin < 5
+    assert (ids, cut) == ([[1, 2, 4, 5, 1], [1]], 1)
+    assert first[0][:4] == [0, 2, 4, -1]
+    assert len(first[0]) == len(words)
+    assert max(first[0][3:]) == -1

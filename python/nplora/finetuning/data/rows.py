@@ -21,6 +21,7 @@ from nplora.formats.files import StrPath
 MAX_LINE = 1 << 24  # bytes
 MOST_INFLATED = 256  # bytes of text for each byte of a compressed file
 _PART = 1 << 20
+_MOST_WORDS = 1 << 18  # of a sentence in a CoNLL file
 _FREE = 1 << 26  # bytes of text that any compressed file may have
 _FREE_LINES = 1 << 20  # empty lines that any file may have
 _GIVEN = 1 << 12  # bytes that zlib gets at a time
@@ -271,10 +272,10 @@ def _conll(path: StrPath) -> Iterator[Row]:
         fields = text.split("\t") if "\t" in text else [field for field in text.split(" ") if field]
         size += len(line)
         if text.strip() and not text.startswith("-DOCSTART-"):
-            if size > MAX_LINE:
-                where = f"{files.name(path)}, line {number}"
+            if size > MAX_LINE or len(lines) == _MOST_WORDS:
                 raise LimitError(
-                    f"{where}: the sentence has more than {MAX_LINE:,} bytes, the limit for a row"
+                    f"{files.name(path)}, line {number}: the sentence has more than {_MOST_WORDS:,} words or "
+                    f"{MAX_LINE:,} bytes; expected an empty line after each sentence"
                 )
             lines.append((number, fields))
             continue

@@ -19,7 +19,7 @@ import nplora
 from nplora.finetuning import train_classifier
 from nplora.formats import safetensors
 from nplora.formats.errors import FormatError
-from nplora.sklearn import LoRATextClassifier, LoRATextRegressor, TextEmbedder
+from nplora.sklearn import LoRATextClassifier, LoRATextRegressor, LoRATokenClassifier, TextEmbedder
 from nplora.trainer import Trainer
 from small_encoder import save_small_encoder, tensors
 from small_llama import save_small_llama
@@ -164,7 +164,7 @@ def test_long_texts_are_cut_with_a_warning(model: Path) -> None:
         LoRATextClassifier(model, max_length=6, **FAST).fit(["a", "b", "a cat and the dog sat"], [0, 1, 1])
 
 
-@pytest.mark.parametrize("kind", [LoRATextClassifier, LoRATextRegressor, TextEmbedder])
+@pytest.mark.parametrize("kind", [LoRATextClassifier, LoRATextRegressor, LoRATokenClassifier, TextEmbedder])
 @pytest.mark.parametrize(
     "name",
     [

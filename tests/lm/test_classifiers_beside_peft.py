@@ -14,6 +14,7 @@ peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 import torch_encoders  # noqa: E402
 import torch_models  # noqa: E402
+from small_encoder import save_small_encoder  # noqa: E402
 
 pytestmark = [
     pytest.mark.slow,
@@ -196,3 +197,26 @@ def test_a_language_model_classifies(task: str, tmp_path: Path) -> None:
     model = head.from_pretrained(tmp_path / "base", num_labels=3)
     loaded = peft.PeftModel.from_pretrained(model, tmp_path / "ours").double().eval()
     np.testing.assert_allclose(ours(texts), logits_of(loaded, texts), rtol=0, atol=1e-4)
+
+
+def test_a_trained_classifier_of_words_gives_the_same_labels_in_transformers(tmp_path: Path) -> None:
+    """As in transformers' run_ner, the label of a word is that of its first token."""
+    base_of("bert", tmp_path / "base")
+    save_small_encoder(tmp_path / "words")
+    (tmp_path / "words" / "tokenizer.json").rename(tmp_path / "base" / "tokenizer.json")
+    rows = [
+        {"tokens": ["the", "cat", "sats", "."], "tags": ["O", "B-PET", "O", "O"]},
+        {"tokens": ["A", "dogs", "unknown"], "tags": ["O", "B-PET", "I-PET"]},
+    ] * 8
+    options = {"rank": 2, "lr": 1e-2, "epochs": 20, "batch_examples": 8}
+    run = nplora.finetuning.train_classifier(tmp_path / "base", rows, tmp_path / "ours", **options)
+    loaded = peft.AutoPeftModelForTokenClassification.from_pretrained(tmp_path / "ours", num_labels=3)
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "base" / "tokenizer.json"))
+    for row, found in zip(rows, nplora.finetuning.predict_rows(run.classifier, rows), strict=True):
+        encoding = tokenizer(row["tokens"], is_split_into_words=True, padding=False, truncation=False)
+        wanted = logits_of(loaded.double().eval(), [encoding["input_ids"]])
+        first = [encoding.word_ids().index(i) for i in range(len(row["tokens"]))]
+        ours = run.classifier.word_logits(run.classifier.encoder.word_ids([row["tokens"]], 64))
+        np.testing.assert_allclose(ours, wanted[first], rtol=0, atol=TOLERANCE)
+        assert [run.classifier.labels[i] for i in wanted[first].argmax(axis=1)] == found["prediction"]
+        assert found["prediction"] == row["tags"]

@@ -13,6 +13,7 @@ from nplora.sklearn.lora_classifier import LoRAClassifier
 from nplora.sklearn.lora_regressor import LoRARegressor
 from nplora.sklearn.lora_text_classifier import LoRATextClassifier
 from nplora.sklearn.lora_text_regressor import LoRATextRegressor
+from nplora.sklearn.lora_token_classifier import LoRATokenClassifier
 from nplora.sklearn.networks import read_network
 from nplora.sklearn.text_embedder import TextEmbedder
 
@@ -21,6 +22,7 @@ __all__ = [
     "LoRARegressor",
     "LoRATextClassifier",
     "LoRATextRegressor",
+    "LoRATokenClassifier",
     "TextEmbedder",
     "read_network",
 ]

@@ -108,6 +108,10 @@ class LoRAEstimator(BaseEstimator):  # type: ignore[misc]
         """Return a text that identifies the features, for the name of a checkpoint."""
         return fingerprint(np.asarray(x), whole=True)
 
+    def _target_identity(self, y: Array) -> str:
+        """Return a text that identifies encoded targets, for the name of a checkpoint."""
+        return fingerprint(y, whole=True)
+
     # ---- the fit loop ----
 
     def _train(
@@ -211,7 +215,7 @@ class LoRAEstimator(BaseEstimator):  # type: ignore[misc]
         settings = {k: repr(v) for k, v in self.get_params(deep=False).items() if k not in _UNSEEN}
         parts = [settings, seed, repr(loss), base_fingerprint(self.model_, whole=True), start]
         for features, targets in [(x, y), *([held_out] if held_out else [])]:
-            parts += [self._identity(features), fingerprint(targets, whole=True)]
+            parts += [self._identity(features), self._target_identity(targets)]
         digest = hashlib.sha256(repr(parts).encode()).hexdigest()
         directory = Path(self.checkpoint_dir, f"{type(self).__name__}-{digest[:16]}")
         os.makedirs(self.checkpoint_dir, exist_ok=True)

@@ -18,13 +18,40 @@ from nplora.sklearn.calibration import log_probabilities, temperature
 Array = npt.NDArray[Any]
 
 
-class ClassifierBase(ClassifierMixin, LoRAEstimator):  # type: ignore[misc]
+class LabelledBase(LoRAEstimator):
+    """Base class of the estimators that predict one of several labels, for rows or for their words."""
+
+    classes_: Array
+
+    def _set_classes(self, classes: Array) -> None:
+        """Set the labels of a fit.
+
+        Raises ValueError if there is only one, or if an earlier fit that continues had others.
+        """
+        if len(classes) < 2:
+            raise ValueError(
+                f"{type(self).__name__}: the data has only one class, {_shown(classes)}, "
+                "expected at least two"
+            )
+        if self._continues and not np.array_equal(classes, self.classes_):
+            raise ValueError(
+                f"{type(self).__name__}: warm_start=True, but the data has the classes {_shown(classes)} and "
+                f"the earlier fit had {_shown(self.classes_)}"
+            )
+        self.classes_ = classes
+
+    def _class_weights(self, classes: Array, y: Array) -> tuple[float, ...] | None:
+        if self.class_weight is None:
+            return None
+        weights = compute_class_weight(self.class_weight, classes=classes, y=y)
+        return tuple(map(float, weights))
+
+
+class ClassifierBase(ClassifierMixin, LabelledBase):  # type: ignore[misc]
     """Base class of the classifiers.
 
     Its subclasses define the methods that the docstring of `LoRAEstimator` lists.
     """
-
-    classes_: Array
 
     @unchanged_on_error
     def fit(self, X: Any, y: Any) -> Self:
@@ -39,17 +66,8 @@ class ClassifierBase(ClassifierMixin, LoRAEstimator):  # type: ignore[misc]
         """
         x, y = self._checked(X, y, reset=not self._continues)
         classes, encoded = np.unique(y, return_inverse=True)
-        if len(classes) < 2:
-            raise ValueError(
-                f"{type(self).__name__}: the data has only one class, {_shown(classes)}, "
-                "expected at least two"
-            )
-        if self._continues and not np.array_equal(classes, self.classes_):
-            raise ValueError(
-                f"{type(self).__name__}: warm_start=True, but the data has the classes {_shown(classes)} and "
-                f"the earlier fit had {_shown(self.classes_)}"
-            )
-        self.classes_, self.temperature_ = classes, 1.0
+        self._set_classes(classes)
+        self.temperature_ = 1.0
 
         def loss(labels: Array) -> CrossEntropy:
             return CrossEntropy(class_weights=self._class_weights(classes, classes[labels]))
@@ -100,12 +118,6 @@ class ClassifierBase(ClassifierMixin, LoRAEstimator):  # type: ignore[misc]
         labels = column_or_1d(labels, warn=True)
         check_classification_targets(labels)
         return x, labels
-
-    def _class_weights(self, classes: Array, y: Array) -> tuple[float, ...] | None:
-        if self.class_weight is None:
-            return None
-        weights = compute_class_weight(self.class_weight, classes=classes, y=y)
-        return tuple(map(float, weights))
 
     # ---- predictions ----
 

@@ -82,7 +82,7 @@ class StoredClassifier:
 
     Attributes:
         path: the encoder.
-        labels, task, lora, max_length: the arguments that build the model.
+        labels, task, lora, max_length, tokens: the arguments that build the model.
         values, streams: the trained arrays, and the dropout streams.
         base: the fingerprint of the frozen weights.
     """
@@ -95,6 +95,7 @@ class StoredClassifier:
     values: dict[str, Array]
     streams: dict[str, list[int]]
     base: str
+    tokens: bool = False
 
     def restored(self) -> TextClassifier:
         """Read the encoder again and return the model.
@@ -102,7 +103,7 @@ class StoredClassifier:
         Raises:
             FormatError: the path now holds a different encoder. OSError: the encoder cannot be read.
         """
-        made = _classifier(self.path, self.labels, self.task, self.lora, self.max_length, 0)
+        made = _classifier(self.path, self.labels, self.task, self.tokens, self.lora, self.max_length, 0)
         if base_fingerprint(made, whole=True) != self.base:
             raise FormatError(f"{self.path}: this is not the encoder that the estimator was fitted with")
         set_factors(made, self.values)
@@ -111,10 +112,16 @@ class StoredClassifier:
 
 
 def _classifier(
-    path: StrPath, labels: Sequence[str], task: str, lora: dict[str, Any], max_length: int | None, seed: int
+    path: StrPath,
+    labels: Sequence[str],
+    task: str,
+    tokens: bool,
+    lora: dict[str, Any],
+    max_length: int | None,
+    seed: int,
 ) -> TextClassifier:
     encoder = shared_encoder("TextEstimator", path).copied({})
-    made = new_classifier(encoder, labels, task, seed=seed)
+    made = new_classifier(encoder, labels, task, tokens, seed)
     if max_length is not None:
         made.max_length = min(max_length, encoder.config.max_position_embeddings)
     made.add_lora(**lora, seed=seed)
@@ -131,11 +138,22 @@ class TextEstimator(LoRAEstimator):
 
     model_: TextClassifier
     _task: str
+    _tokens = False  # whether the model labels tokens
 
-    def _features(self, X: Any, reset: bool) -> list[list[int]]:
-        """The token ids. A fitted model keeps its tokenizer, even if `model` or its files change later."""
+    def _features(self, X: Any, reset: bool) -> Any:
+        """The token ids of each text."""
+        texts = texts_of(type(self).__name__, X)
+        longest = self._longest(reset)
+        ids, cut = self._encoder.token_ids(texts, longest)
+        self._warn_if_cut(cut, longest)
+        return ids
+
+    def _longest(self, reset: bool) -> int:
+        """Set `_encoder`, and return the largest number of tokens of a text.
+
+        A fitted model keeps its tokenizer, even if `model` or its files change later.
+        """
         op = type(self).__name__
-        texts = texts_of(op, X)
         if reset or not hasattr(self, "model_"):
             self._encoder = shared_encoder(op, self.model)
             longest = self._encoder.max_length
@@ -145,10 +163,12 @@ class TextEstimator(LoRAEstimator):
         else:
             self._encoder = self.model_.encoder
             longest = self.model_.max_length
-        ids, cut = self._encoder.token_ids(texts, longest)
+        return longest
+
+    def _warn_if_cut(self, cut: int, longest: int) -> None:
         if cut:
+            op = type(self).__name__
             warn_user(f"{op}: {counted(cut, 'text')} had more than {longest} tokens and were cut")
-        return ids
 
     def _build(self, x: Any, outputs: int, seed: int) -> Module:
         targets = self.targets if isinstance(self.targets, str) else tuple(self.targets)
@@ -161,7 +181,8 @@ class TextEstimator(LoRAEstimator):
         }
         self._lora, self._path = lora, os.fspath(files.absolute(self.model))
         self._rescaling: list[Scale] = []
-        return _classifier(self.model, self._labels(outputs), self._task, lora, self.max_length, seed)
+        labels = self._labels(outputs)
+        return _classifier(self.model, labels, self._task, self._tokens, lora, self.max_length, seed)
 
     def _labels(self, outputs: int) -> list[str]:
         """The names of the outputs, as the saved adapter stores them."""
@@ -216,7 +237,7 @@ class TextEstimator(LoRAEstimator):
             base = base_fingerprint(made, whole=True)
             state["model_"] = StoredClassifier(
                 self._path, made.labels, made.task, self._lora,
-                made.max_length, values, made.random_state(), base,
+                made.max_length, values, made.random_state(), base, made.classifies_tokens,
             )  # fmt: skip
         return state
 

@@ -1,0 +1,124 @@
+"""The estimator that labels words, with a small encoder of random numbers."""
+
+import copy
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from sklearn.base import clone
+from sklearn.exceptions import NotFittedError
+from sklearn.model_selection import GridSearchCV, cross_val_score
+
+import nplora
+from nplora.finetuning import train_classifier
+from nplora.sklearn import LoRATokenClassifier
+from small_encoder import save_small_encoder
+
+pytest.importorskip("tokenizers")
+
+X = [["where", "is", "my", "parcel"], ["return", "an", "order"], ["the", "dog", "sitting"], ["a", "cat"]] * 4
+Y = [["O", "O", "O", "B-THING"], ["O", "O", "B-THING"], ["O", "B-PET", "I-PET"], ["O", "B-PET"]] * 4
+FAST: dict[str, Any] = {"rank": 2, "epochs": 20, "lr": 1e-2, "batch_size": 8, "random_state": 0}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_small_encoder(tmp_path_factory.mktemp("encoder"))
+
+
+def test_the_estimator_is_that_of_train_classifier(model: Path, tmp_path: Path) -> None:
+    """With the seed that `random_state` gives, both train the same values."""
+    fitted = LoRATokenClassifier(model, **FAST).fit(X, Y)
+    seed = int(np.random.RandomState(0).randint(2**31 - 1))
+    rows = [{"tokens": words, "tags": tags} for words, tags in zip(X, Y, strict=True)]
+    options = {"rank": 2, "epochs": 20, "lr": 1e-2, "batch_examples": 8, "seed": seed, "max_grad_norm": 1e9}
+    wanted = train_classifier(model, rows, tmp_path / "out", **options).classifier
+    words = wanted.encoder.word_ids(X, 32)
+    np.testing.assert_array_equal(fitted.model_.word_logits(words), wanted.word_logits(words))
+    assert fitted.classes_.tolist() == list(wanted.labels)
+    assert fitted.predict(X) == wanted.predict_words(X) == Y
+    assert fitted.score(X, Y) == 1
+    nplora.save_adapter(fitted.model_, tmp_path / "adapter")
+    assert nplora.load_classifier(model, tmp_path / "adapter").predict_words(X) == Y
+
+
+def test_probabilities_are_those_of_the_logits(model: Path) -> None:
+    fitted = LoRATokenClassifier(model, **FAST | {"epochs": 1}).fit(X, Y)
+    found = fitted.predict_proba(X[:2])
+    logits = fitted.model_.word_logits(fitted.model_.encoder.word_ids(X[:2], 32)).astype(np.float64)
+    wanted = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    assert [rows.shape for rows in found] == [(4, 4), (3, 4)]
+    np.testing.assert_allclose(np.concatenate(found), wanted, rtol=1e-12)
+
+
+def test_searches_and_scores_work(model: Path) -> None:
+    search = GridSearchCV(LoRATokenClassifier(model, **FAST), {"lr": [1e-5, 1e-2]}, cv=2).fit(X, Y)
+    assert search.best_params_ == {"lr": 1e-2}
+    assert search.best_score_ == 1
+    assert cross_val_score(LoRATokenClassifier(model, **FAST), X, Y, cv=2).tolist() == [1, 1]
+
+
+def test_copies_and_pickles_predict_the_same(model: Path) -> None:
+    fitted = LoRATokenClassifier(model, **FAST | {"epochs": 1}).fit(X, Y)
+    for other in (copy.deepcopy(fitted), pickle.loads(pickle.dumps(fitted))):
+        for ours, theirs in zip(other.predict_proba(X), fitted.predict_proba(X), strict=True):
+            np.testing.assert_array_equal(ours, theirs)
+    with pytest.raises(NotFittedError):
+        clone(fitted).predict(X)
+
+
+def test_an_interrupted_fit_continues_and_other_labels_start_anew(model: Path, tmp_path: Path) -> None:
+    options = FAST | {"epochs": 1}
+    kept = LoRATokenClassifier(model, checkpoint_dir=tmp_path, **options).fit(X, Y)
+    again = LoRATokenClassifier(model, checkpoint_dir=tmp_path, **options).fit(X, Y)
+    for ours, theirs in zip(again.predict_proba(X), kept.predict_proba(X), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    assert len(list(tmp_path.iterdir())) == 1
+    other = [*Y[:-1], ["B-PET", "O"]]
+    LoRATokenClassifier(model, checkpoint_dir=tmp_path, **options).fit(X, other)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_early_stopping_and_class_weights(model: Path) -> None:
+    options = FAST | {"early_stopping": True, "validation_fraction": 0.25, "class_weight": "balanced"}
+    fitted = LoRATokenClassifier(model, **options).fit(X, Y)
+    assert len(fitted.validation_curve_) == fitted.n_iter_
+    assert fitted.score(X, Y) > 0.9
+
+
+def test_integers_are_labels_too(model: Path) -> None:
+    numbers = [[("O", "B-PET", "I-PET", "B-THING").index(tag) for tag in tags] for tags in Y]
+    fitted = LoRATokenClassifier(model, **FAST).fit([np.array(words) for words in X], numbers)
+    assert fitted.predict(X) == numbers
+    assert fitted.model_.labels == ("0", "1", "2", "3")
+
+
+def test_words_after_a_cut_have_no_label(model: Path) -> None:
+    with pytest.warns(UserWarning, match="4 texts had more than 5 tokens and were cut"):
+        fitted = LoRATokenClassifier(model, max_length=5, **FAST).fit(X, Y)
+    with pytest.warns(UserWarning, match="1 text had more than 5 tokens"):
+        assert fitted.predict(X[:2])[0][3] is None
+    with pytest.warns(UserWarning, match="1 text had more than 5 tokens"):
+        assert np.isnan(fitted.predict_proba(X[:2])[0]).all(axis=1).tolist() == [False, False, False, True]
+    with pytest.warns(UserWarning, match="1 text had more than 5 tokens"):
+        assert fitted.score(X[:1], Y[:1]) == 0.75
+
+
+@pytest.mark.parametrize(
+    ("x", "y", "error", "message"),
+    [
+        (["a cat"], [["O"]], TypeError, r"X\[0\] is 'a cat', expected a list of texts"),
+        ("a cat", [["O"]], TypeError, "X is 'a cat', expected a list of lists of texts"),
+        ([], [], ValueError, "X is empty"),
+        ([["a"], []], [["O"], []], ValueError, "a sentence is empty, expected sentences of"),
+        ([["a"]], [["O"], ["O"]], ValueError, "y has 2 sentences, expected 1 as in X"),
+        ([["a"], ["b", "c"]], [["O"], ["O"]], ValueError, r"y\[1\] has 1 label, expected 2, one for"),
+        ([["a", "b"]], [["O", 1]], ValueError, "the labels in y are of int, str, expected only"),
+        ([["a", "b"]], [["O", "O"]], ValueError, "only one class, 'O', expected at least two"),
+    ],
+)  # fmt: skip
+def test_wrong_rows_are_refused(x: Any, y: Any, error: type[Exception], message: str, model: Path) -> None:
+    with pytest.raises(error, match=message):
+        LoRATokenClassifier(model, **FAST).fit(x, y)

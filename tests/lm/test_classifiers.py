@@ -175,7 +175,7 @@ def test_tokens_have_logits_of_their_own(model: Path, tmp_path: Path) -> None:
     again = nplora.load_classifier(model, saved(model, tmp_path / "adapter", tokens=True))
     assert again.classifies_tokens
     assert again.task_type == "TOKEN_CLS"
-    with pytest.raises(ValueError, match="classifies tokens, expected one of whole texts"):
+    with pytest.raises(ValueError, match="row 1: no field 'tokens' or 'words'"):
         nplora.finetuning.evaluate_classifier(again, [{"text": "a", "label": "a"}])
 
 
@@ -292,5 +292,7 @@ def test_labels_of_tokens_need_an_adapter_for_tokens(model: Path, tmp_path: Path
 def test_predictions_of_tokens_are_refused(model: Path) -> None:
     classifier = new(model, ("O", "B"), tokens=True)
     for use in (classifier.predict, classifier.predict_proba):
-        with pytest.raises(ValueError, match="the classifier classifies tokens; `logits` has a row for each"):
+        with pytest.raises(
+            ValueError, match="the classifier classifies tokens; `predict_words` labels the words"
+        ):
             use(["a cat"])

@@ -36,9 +36,9 @@ class LoRATokenClassifier(LabelledBase, TextEstimator):
 
         >>> X = [["where", "is", "my", "parcel"], ["return", "an", "order"]] * 4
         >>> y = [["O", "O", "O", "B-THING"], ["O", "O", "B-THING"]] * 4
-        >>> model = nplora.sklearn.LoRATokenClassifier("encoder-model", epochs=20, lr=1e-2, random_state=0)
-        >>> model.fit(X, y).predict([["my", "order"], ["return", "my", "parcel"]])
-        [['O', 'B-THING'], ['O', 'O', 'B-THING']]
+        >>> model = nplora.sklearn.LoRATokenClassifier("encoder-model", epochs=40, lr=1e-2, random_state=0)
+        >>> model.fit(X, y).predict([["return", "an", "order"], ["return", "my", "parcel"]])
+        [['O', 'O', 'B-THING'], ['O', 'O', 'B-THING']]
 
     Args:
         model: the path of an encoder, as for `nplora.load_encoder`.

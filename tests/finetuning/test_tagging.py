@@ -159,6 +159,8 @@ def test_a_language_model_tags_words(tmp_path: Path) -> None:
     again = nplora.load_classifier(path, tmp_path / "out")
     sentences = [row["words"] for row in rows]
     assert again.predict_words(sentences) == run.classifier.predict_words(sentences)
+    words, spelling = again.encoder.word_ids([["1", "+", "1"]], 32), again.encoder.tokenizer.tokens()
+    assert [spelling[words.ids[0][place]] for place in words.first[0]] == ["1", "+", "1"]  # not the spaces
 
 
 # ---- what rows may look like ----

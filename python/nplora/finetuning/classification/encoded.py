@@ -56,7 +56,7 @@ class Encoded:
         return 0 if self.words is None else self.words.lost
 
     def chosen(self, logits: Array) -> Array:
-        """The logits of what is labelled, given those of `ids`: of each text, or of each word with a token."""
+        """The logits of each text, or of each word with a token, given the logits of `ids`."""
         return logits if self.words is None else logits[self.words.rows()]
 
     def places(self, places: Sequence[str]) -> list[str]:

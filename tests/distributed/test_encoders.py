@@ -36,7 +36,13 @@ def labelled(count: int = 20, seed: int = 0) -> list[dict[str, Any]]:
     rows = [{"text": text(rng)} for _ in range(count)]
     pets = [[pet for pet in PETS if pet in row["text"]] for row in rows]
     return [
-        {**row, "label": "pet" if own else "shop", "pets": own, "number": 3.0 + len(own)}
+        {
+            **row,
+            "label": "pet" if own else "shop",
+            "pets": own,
+            "number": 3.0 + len(own),
+            "tags": ["B-PET" if word in PETS else "O" for word in row["text"].split()],
+        }
         for row, own in zip(rows, pets, strict=True)
     ]
 
@@ -92,6 +98,12 @@ CLASSIFIERS: dict[str, dict[str, Any]] = {
     "multi": {"task": "multi", "columns": "label=pets", "schedule": "linear", "eval_every": 1},
     "regression": {"task": "regression", "columns": "label=number", "dropout": 0.1},
     "int8": {"compute": "int8", "patience": 1},
+    "words": {
+        "columns": "tokens=text,tags=tags",
+        "dropout": 0.2,
+        "class_weights": "balanced",
+        "calibrate": True,
+    },
 }
 
 

@@ -116,7 +116,7 @@ def main(words: Any = None) -> None:
                 exchanged[name].append(found["exchanged"])
     report(names, BATCH * length * given.accumulate, seconds, exchanged)
     batch = median(seconds[ALONE]) / given.accumulate
-    rounds = [(1, 2 * batch)] * (given.accumulate // 2)  # a rank of one thread takes twice as long
+    rounds = [(1, 2 * batch)] * -(-given.accumulate // 2)  # a rank of one thread takes twice as long
     predicted = Network.parse(given.rate).sums(4 * TRAINED, 2, rounds)
     print(f"predicted for {given.rate}/s: {1e3 * predicted:.0f} ms")
 

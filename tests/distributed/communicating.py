@@ -84,6 +84,22 @@ def travel() -> None:
             assert (outs[0] == np.arange(size)[:, None]).all()
 
 
+def fail_while_rows_travel(failing: str) -> None:
+    """Some ranks fail after an exchange has started; the others come to it before, later or never."""
+    with MPICommunicator(share_cores=False, timeout=20) as ranks:
+        parts, out = np.ones((3, 2_000_000)), np.zeros((3, 2_000_000))
+        if failing == "all" or ranks.rank == 1:
+            ranks.start_exchange(parts, out, range(3))
+            raise MemoryError("no memory for a test")
+        if failing == "one, and the others come later":
+            time.sleep(1)
+        if failing == "one, and the others do not come":
+            ranks.gather(1, "another place")
+        ranks.start_exchange(parts, out, range(3))
+        time.sleep(0.3)
+        ranks.wait_for_exchanges()
+
+
 def elsewhere() -> None:
     with MPICommunicator(share_cores=False) as ranks:
         ranks.gather(1, "the first place" if ranks.rank != 1 else "the second place")
@@ -99,4 +115,4 @@ def beside_a_fit() -> None:
 
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
-    globals()[sys.argv[1]]()
+    globals()[sys.argv[1]](*sys.argv[2:])

@@ -1,11 +1,15 @@
 """MPICommunicator: the values that it sends, its cleaning up, and its errors for ranks at different
 places."""
 
+import time
+from typing import Any
+
 import pytest
 
 from distributed.launching import HERE, needs_mpi, run
 from nplora.distributed import MPICommunicator, mpi
 from nplora.distributed.launch import launched_ranks
+from nplora.distributed.messages import Messages, Progress
 
 PROGRAM = HERE / "communicating.py"
 
@@ -21,6 +25,56 @@ def test_a_communicator(check: str, ranks: int, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)  # it would be the most threads
     status, _, errors = run((ranks, [PROGRAM, check]))
     assert status == 0, errors
+
+
+@needs_mpi
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "failing", ["all", "one", "one, and the others come later", "one, and the others do not come"]
+)
+def test_ranks_that_fail_while_rows_travel_end_the_job(failing: str) -> None:
+    begin = time.monotonic()
+    status, _, errors = run((3, [PROGRAM, "fail_while_rows_travel", failing]))
+    assert status != 0
+    assert errors.count("MemoryError: no memory for a test") == 3, errors
+    assert "did not react" not in errors
+    assert time.monotonic() - begin < 18  # before the timeout
+
+
+def test_an_error_of_mpi_in_the_thread_that_moves_messages_is_raised() -> None:
+    class Broken:
+        """MPI sets a request that has failed to a request that is complete."""
+
+        calls = 0
+
+        def Test(self) -> bool:  # noqa: N802
+            self.calls += 1
+            if self.calls == 2:
+                raise RuntimeError("the connection is lost")
+            return self.calls > 2
+
+    messages = Messages()
+    messages.receives.append((1, Broken()))
+    progress = Progress(messages, is_allowed=True)
+    progress.start()
+    while messages.receives[0][1].calls < 2:
+        time.sleep(0.001)
+    with pytest.raises(RuntimeError, match="the connection is lost"):
+        progress.stop()
+    progress.stop()
+
+
+def test_abandoned_messages_keep_their_requests_even_if_mpi_fails() -> None:
+    class Broken:
+        def Test(self) -> bool:  # noqa: N802
+            raise RuntimeError("the connection is lost")
+
+    messages, pending, requests = Messages(), list[Any](), [Broken(), Broken()]
+    messages.receives.append((1, requests[0]))
+    messages.sends.append((2, requests[1]))
+    messages.abandon(pending)
+    assert pending == requests
+    assert messages.unfinished() == []
 
 
 @needs_mpi

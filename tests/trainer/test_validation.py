@@ -395,7 +395,9 @@ def test_ctrl_c_keeps_the_last_factors_and_a_resumed_run_knows_the_best(tmp_path
     whole = fit(trainer_of(0, seen), **every_step)
     losses = [record.val_loss for record in whole.evaluations]
     # The losses differ by instruction set. At this step and the one before, they are above an earlier loss.
-    end = next(n for n in range(3, len(losses) + 1) if min(losses[n - 2 : n]) > min(losses[: n - 2]))
+    ends = [n for n in range(3, len(losses) + 1) if min(losses[n - 2 : n]) > min(losses[: n - 2])]
+    assert ends, "the test needs two losses in a row above an earlier one"
+    end = ends[0]
     best = 1 + int(np.argmin(losses[:end]))
     last.on_step_end = last.on_evaluation  # type: ignore[attr-defined]
     first = trainer_of(0, last, StopAt(end))

@@ -1,5 +1,6 @@
 """MPICommunicator: ranks that an MPI launcher has started. The package mpi4py is imported when it is used."""
 
+import contextlib
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -110,7 +111,7 @@ class MPICommunicator:
         self._threads: int | None = None  # the number before it was limited
         self._exchanges = Messages()  # those that are started
         self._progress = Progress(
-            self._exchanges, is_allowed=self._mpi.Query_thread() >= self._mpi.THREAD_SERIALIZED
+            self._exchanges, is_allowed=self._mpi.Query_thread() >= self._mpi.THREAD_MULTIPLE
         )
         self._farewell = Farewell(self._mpi, self._comm, _DEFAULT_TIMEOUT)
         try:
@@ -247,7 +248,7 @@ class MPICommunicator:
                 if waited > _SPIN:
                     time.sleep(PAUSE)
         except BaseException:
-            farewell.pending += messages.abandon()
+            messages.abandon(farewell.pending)
             raise
         messages.clear()
 
@@ -271,9 +272,12 @@ class MPICommunicator:
     def _end(self, error: BaseException | None) -> None:
         """Leave the other ranks, after an error or at the regular end."""
         if error is not None:
-            self._progress.stop()
-            self._farewell.pending += self._exchanges.abandon()
-            self._farewell.leave(error)
+            try:
+                with contextlib.suppress(Exception):  # an error of MPI must not replace this one
+                    self._progress.stop()
+                self._exchanges.abandon(self._farewell.pending)
+            finally:
+                self._farewell.leave(error)
             return
         try:  # the other ranks may still fail, for example when rank 0 saves its results
             self.wait_for_exchanges()  # those of a step that a signal has ended

@@ -106,7 +106,7 @@ class Work:
         """The most arrays, each as large as all gradients, that a rank needs at once to exchange them.
 
         >>> batches = [(np.array([8, 5]), np.array([3, 2]))]
-        >>> work = nplora.finetuning.planning.Work(batches, steps=10, adds_in_order=True)
+        >>> work = nplora.finetuning.planning.Work(batches, steps=10, accumulate=2, adds_in_order=True)
         >>> work.gradient_copies(micro_tokens=None), work.gradient_copies(micro_tokens=8)
         (4, 7)
         """
@@ -115,9 +115,9 @@ class Work:
         parts = max(len(cut(lengths, micro_tokens)) - 1 for lengths, _ in self.batches)
         if self.is_local:  # this rank's gradients twice, and their sum
             return 2 * parts + 1 + _ARRAYS_OF_OUTER_STEPS
-        # At most: this rank's gradients of the batch that it computes; those of the batch before, which are
-        # on their way; those of the other ranks; and the sum.
-        return 3 * parts + 1
+        # At most: this rank's gradients of the batch that it computes; those of the batch before, which may
+        # be on their way; those of the other ranks; and the sum.
+        return (3 if self.accumulate > 1 else 2) * parts + 1
 
     def shortened(self, length: int) -> Work:
         """The same work, with longer sequences cut to this length."""

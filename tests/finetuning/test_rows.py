@@ -666,11 +666,22 @@ def test_a_word_of_a_conll_file_keeps_its_characters(tmp_path: Path) -> None:
     ]
 
 
+def test_a_sentence_that_is_not_utf_8_is_a_bad_row(tmp_path: Path) -> None:
+    (tmp_path / "a.conll").write_bytes(b"a O\nb\xff O\n\nc O\n")
+    bad, good = read_rows(tmp_path / "a.conll")
+    assert isinstance(bad.error, DataError)
+    assert str(bad.error).endswith("a.conll, line 2: not UTF-8 at byte 1")
+    assert good.values == {"tokens": ["c"], "tags": ["O"]}
+
+
+@pytest.mark.parametrize("space", ["\u3000", "\u00a0", "\u2028", "\x0c"])
+def test_only_spaces_and_tabs_make_an_empty_line(space: str, tmp_path: Path) -> None:
+    (tmp_path / "a.conll").write_text(f"a\n{space}\ncat\n \t\nb\n", encoding="utf-8")
+    assert [row.values["tokens"] for row in read_rows(tmp_path / "a.conll")] == [["a", space, "cat"], ["b"]]
+
+
 def test_hostile_conll_files_are_refused(tmp_path: Path) -> None:
     file = tmp_path / "a.conll"
-    file.write_bytes(b"a O\nb\xff O\n")
-    with pytest.raises(DataError, match=r"a\.conll, line 2: not UTF-8 at byte 1"):
-        list(read_rows(file))
     for line, number in ((b"a O\n", 262_145), (b"a " * 200_000 + b"\n", 42)):
         file.write_bytes(line * number)
         with pytest.raises(

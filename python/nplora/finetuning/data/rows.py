@@ -265,35 +265,40 @@ def _conll(path: StrPath) -> Iterator[Row]:
     A line is a word and its tag, in the first and the last column. An empty line ends a sentence. Without
     tags, a line is a word. Lines of CoNLL 2003 that begin a document are left out.
     """
-    lines = list[tuple[int, list[str]]]()
-    size = 0
+    lines, size, name = list[tuple[int, bytes]](), 0, files.name(path)
     for number, line in _lines(path):
-        text = _decoded(line, f"{files.name(path)}, line {number}")
-        fields = text.split("\t") if "\t" in text else [field for field in text.split(" ") if field]
         size += len(line)
-        if text.strip() and not text.startswith("-DOCSTART-"):
+        if line.strip(b" \t") and not line.startswith(b"-DOCSTART-"):
             if size > MAX_LINE or len(lines) == _MOST_WORDS:
                 raise LimitError(
-                    f"{files.name(path)}, line {number}: the sentence has more than {_MOST_WORDS:,} words or "
+                    f"{name}, line {number}: the sentence has more than {_MOST_WORDS:,} words or "
                     f"{MAX_LINE:,} bytes; expected an empty line after each sentence"
                 )
-            lines.append((number, fields))
+            lines.append((number, line))
             continue
         if lines:
-            yield _sentence(lines, files.name(path))
+            yield _sentence(lines, name)
         lines, size = [], 0
     if lines:
-        yield _sentence(lines, files.name(path))
+        yield _sentence(lines, name)
 
 
-def _sentence(lines: list[tuple[int, list[str]]], name: str) -> Row:
-    (begin, first), where = lines[0], f"{name}, line {lines[0][0]}"
-    for number, fields in lines:
-        if len(fields) != len(first):
-            words = f"{counted(len(fields), 'column')}, expected {len(first)} as in line {begin}"
-            return Row(where, {}, DataError(f"{name}, line {number}: {words}"))
-    values = {"tokens": [fields[0] for _, fields in lines]}
-    return Row(where, values | ({"tags": [fields[-1] for _, fields in lines]} if len(first) > 1 else {}))
+def _sentence(lines: list[tuple[int, bytes]], name: str) -> Row:
+    begin, where = lines[0][0], f"{name}, line {lines[0][0]}"
+    words, tags, columns = list[str](), list[str](), 0
+    for number, line in lines:
+        try:
+            text = _decoded(line, f"{name}, line {number}")
+        except DataError as error:
+            return Row(where, {}, error)
+        fields = text.split("\t") if "\t" in text else [field for field in text.split(" ") if field]
+        columns = columns or len(fields)
+        if len(fields) != columns:
+            wrong = f"{counted(len(fields), 'column')}, expected {columns} as in line {begin}"
+            return Row(where, {}, DataError(f"{name}, line {number}: {wrong}"))
+        words.append(fields[0])
+        tags.append(fields[-1])
+    return Row(where, {"tokens": words} | ({"tags": tags} if columns > 1 else {}))
 
 
 def _table(

@@ -416,6 +416,26 @@ def test_a_damaged_table_is_refused_without_a_trace(
     assert capfd.readouterr().err == ""
 
 
+@pytest.mark.parametrize(
+    ("written", "escaped"),
+    [("/", "\\/"), ("A", "\\u0041"), ("precompiled_charsmap", "\\u0070recompiled\\u005fcharsma\\u0070")],
+)
+def test_a_damaged_table_with_escaped_characters_is_refused_without_a_trace(
+    written: str, escaped: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The package `tokenizers` panics if the root is outside of the tree."""
+    table = character_table(b"\xff\xff\xff\0", {0: 256 << 10})
+    readers_of(table, tmp_path)
+    file = tmp_path / "model" / "tokenizer.json"
+    before, after = file.read_text().split('"precompiled_charsmap": "')
+    assert written in "precompiled_charsmap" + after.partition('"')[0]
+    changed = ('precompiled_charsmap": "' + after).replace(written, escaped, 1)
+    file.write_text(f'{before}"{changed}')
+    with pytest.raises(FormatError, match="precompiled_charsmap is damaged"):
+        from_directory(tmp_path / "model")
+    assert capfd.readouterr().err == ""
+
+
 def test_a_table_with_damaged_bits_is_refused_or_reads_every_text(sentencepiece: tuple[Any, Array]) -> None:
     from tokenizers.normalizers import Precompiled
 

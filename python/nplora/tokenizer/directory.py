@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import binascii
 import json
 import re
 from collections.abc import Iterator
@@ -21,7 +20,8 @@ from nplora.tokenizer.tokenizer import Tokenizer, backend_errors, backend_packag
 MAX_CONFIG = 20_000_000
 _MOST_SETTINGS = 1 << 20  # values of the other files; each added token takes 8
 _MAX_TEMPLATE = 1_000_000
-_TABLE = re.compile(rb'"precompiled_charsmap"\s*:\s*"([^"\\]*)"')
+_TABLE = "precompiled_charsmap"
+_MAY_HAVE_TABLE = re.compile(rb"precompiled_charsmap|\\u00[4-7]")  # the name, or a letter that is escaped
 _SEQUENCES = ("normalizers", "pretokenizers", "decoders", "processors")  # keys of the steps of a Sequence
 
 
@@ -69,16 +69,19 @@ def from_directory(path: StrPath) -> Tokenizer:
 
 def _backend(path: Path) -> Any:
     raw, source = bytes(files.read(path, MAX_BYTES)), files.name(path)
-    strict_json.require_size(raw, source, MOST_VALUES)
-    for table in _TABLE.findall(raw):  # before the package prints a trace about a damaged one
-        _table_growth(table, source)
+    growth = 1
+    if _MAY_HAVE_TABLE.search(raw):  # the package would print a trace about a damaged table
+        growth = _growth_of_tables(strict_json.loads(raw, source, MOST_VALUES), source)
+    else:
+        strict_json.require_size(raw, source, MOST_VALUES)
     with backend_errors(f"{source}: not a tokenizer"):
         backend = backend_package().Tokenizer.from_buffer(raw)
-    parts = (backend.normalizer, backend.pre_tokenizer, backend.decoder, backend.post_processor)
+    normalizer = backend.normalizer
+    parts = (normalizer, backend.pre_tokenizer, backend.decoder, backend.post_processor)
     for part in parts:
         if part is not None:
             steps = list(_steps(json.loads(part.__getstate__())))
-            _require_bounded(steps, source)
+            _require_bounded(steps, source, growth if part is normalizer else 1)
             _require_tokens(backend, steps, source)
     backend.no_padding()
     backend.no_truncation()
@@ -96,15 +99,17 @@ def _require_tokens(backend: Any, steps: list[dict[str, Any]], source: str) -> N
                 raise FormatError(f"{source}: the {step['type']} adds token {id_}, which does not exist")
 
 
-def _require_bounded(steps: list[dict[str, Any]], source: str) -> None:
-    """Raise UnsafeError if the steps could run for ever, or make a very long result from a short text."""
-    growth = 1
+def _require_bounded(steps: list[dict[str, Any]], source: str, growth: int) -> None:
+    """Raise UnsafeError if the steps could run for ever, or make a very long result from a short text.
+
+    `growth` is that of the tables of characters of the steps.
+    """
     for step in steps:
         pattern = step.get("pattern")
         text = pattern.get("Regex") if isinstance(pattern, dict) else None
         if isinstance(text, str) and not split_pattern.is_safe(text):
             raise UnsafeError(f"{source}: the regular expression {brief(text)} could run for ever")
-        growth *= _growth(step, source)
+        growth *= _growth(step)
         if growth > MAX_GROWTH:
             raise UnsafeError(
                 f"{source}: the {brief(step.get('type'))} could make a text over {MAX_GROWTH} times as long"
@@ -123,27 +128,43 @@ def _steps(part: Any) -> Iterator[dict[str, Any]]:
             waiting.extend(value)
 
 
-def _growth(step: dict[str, Any], source: str) -> int:
-    """The largest factor by which a step can lengthen a text or its token list."""
+def _growth(step: dict[str, Any]) -> int:
+    """The largest factor by which a step, other than a table, can lengthen a text or its token list."""
     kind = step.get("type")
     if kind == "Replace":
         replaced = step["pattern"].get("String", " ")
         return max(1, -(-len(step["content"]) // max(1, len(replaced))))
     if kind == "Prepend":
         return 1 + len(step["prepend"])
-    if kind == "Precompiled":
-        return _table_growth(step["precompiled_charsmap"], source)
     if kind == "TemplateProcessing":
         return max(1, len(step["single"]))
     return 1
 
 
-def _table_growth(table: str | bytes, source: str) -> int:
+def _growth_of_tables(fields: Any, source: str) -> int:
+    """The factor by which all tables of characters of tokenizer.json together can lengthen a text.
+
+    Raises FormatError if a table is damaged.
+    """
+    growth, waiting = 1, [fields.get("normalizer")] if isinstance(fields, dict) else []
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, dict):
+            table = value.get(_TABLE)
+            growth *= _table_growth(table, source) if isinstance(table, str) else 1
+        waiting.extend(
+            value.values() if isinstance(value, dict) else value if isinstance(value, list) else []
+        )
+    return growth
+
+
+def _table_growth(table: str, source: str) -> int:
     """`character_table.growth` of a table in base64."""
     try:
-        return character_table.growth(base64.b64decode(table, validate=True), source)
-    except binascii.Error as error:
-        raise FormatError(f"{source}: precompiled_charsmap is damaged: {error}") from error
+        content = base64.b64decode(table, validate=True)
+    except ValueError as error:  # also for characters beyond ASCII
+        raise FormatError(f"{source}: {_TABLE} is damaged: {error}") from error
+    return character_table.growth(content, source)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -336,6 +336,46 @@ def test_long_sentences_are_cut_and_counted(model: Path, tmp_path: Path) -> None
         assert again.predict_words([row["tokens"] for row in rows]) == [row["prediction"] for row in found]
 
 
+@pytest.mark.parametrize(
+    ("tags", "error", "message"),
+    [
+        ([[0, 1]], ValueError, "the tags are those of 1 sentence, expected 2"),
+        ([[0, 1], [0], [0]], ValueError, "the tags are those of 3 sentences, expected 2"),
+        ([[0, 1], [0, 1]], ValueError, r"tags\[1\] has shape \(2,\), expected \(1,\), one for each word"),
+        ([[0, 1], [0.5]], TypeError, r"tags\[1\] is of float64, expected integers"),
+    ],
+)  # fmt: skip
+def test_tags_that_do_not_fit_the_words_are_refused(
+    tags: Any, error: type[Exception], message: str, model: Path
+) -> None:
+    words = nplora.load_encoder(model).word_ids([["a", "cat"], ["dog"]], 8)
+    for op, method in (("token_targets", words.token_targets), ("kept", words.kept)):
+        with pytest.raises(error, match=f"{op}: {message}"):
+            method(tags)
+
+
+@pytest.mark.parametrize("word", ["", " ", "\u3000"])
+def test_an_empty_word_is_refused(word: str, model: Path) -> None:
+    tagger, sentences = untrained(model), [["a"], ["cat", word]]
+    for method in (
+        tagger.predict_words,
+        lambda given: tagger.encoder.word_ids(given, 8),
+        lambda given: tagger.encoder.tokenizer.encode_words(given, 8),
+    ):
+        with pytest.raises(ValueError, match=r"sentences\[1\]\[1\] is '.*', expected a word"):
+            method(sentences)
+    with pytest.raises(TypeError, match=r"sentences\[0\]\[0\] is 3, expected a word"):
+        tagger.predict_words([[3]])  # type: ignore[list-item]
+    with pytest.raises(TypeError, match=r"sentences\[0\] is 'aaaa.{70,80}…, expected a list of texts"):
+        tagger.predict_words(["a" * 1_000_000])
+
+
+def test_a_classifier_of_texts_has_no_logits_of_words(model: Path) -> None:
+    encoder = nplora.load_encoder(model)
+    with pytest.raises(ValueError, match="word_logits: the classifier classifies texts"):
+        nplora.new_classifier(encoder, LABELS).word_logits(encoder.word_ids([["a"]], 8))
+
+
 def test_a_word_that_the_tokenizer_drops_has_no_label(model: Path) -> None:
     tagger = untrained(model)
     words = tagger.encoder.word_ids([["\u0301", "cat", "\u200b"], []], 8)

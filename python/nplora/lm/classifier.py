@@ -16,9 +16,10 @@ from nplora.formats.label_record import LabelRecord, shown
 from nplora.lm import adapting
 from nplora.lm.classifier_head import ClassifierHead, HeadSaved
 from nplora.lm.encoder import Encoder, EncoderSaved, Ids
-from nplora.lm.word_ids import WordIds, sentences_of
+from nplora.lm.word_ids import WordIds
 from nplora.nn.module import Gradient, Module, Saved, inference
 from nplora.runtime.user_warning import warn_user
+from nplora.tokenizer.words import sentences_of
 
 Array = npt.NDArray[Any]
 
@@ -262,7 +263,7 @@ class TextClassifier(Module):
             batch_size: as in `logits_of_ids`.
         Raises:
             TypeError: a sentence is not a list of texts.
-            ValueError: the classifier classifies texts, or a logit is NaN or infinite.
+            ValueError: a word is empty, the classifier classifies texts, or a logit is NaN or infinite.
         Warns:
             UserWarning: sentences were too long, and were cut.
         """
@@ -275,14 +276,24 @@ class TextClassifier(Module):
         return words.per_word(self.decided(self.word_logits(words, batch_size)))
 
     def word_logits(self, words: WordIds, batch_size: int | None = None) -> Array:
-        """The logits of the words that have a token: float32 (words, outputs).
+        """The logits of the words that have a token, those of their first tokens.
 
-        >>> import nplora
-        >>> encoder = nplora.load_encoder("encoder-model")
-        >>> tagger = nplora.new_classifier(encoder, ["O", "THING"], tokens=True)
-        >>> tagger.word_logits(encoder.word_ids([["my", "parcel"]], 8)).shape
-        (2, 2)
+            >>> import nplora
+            >>> encoder = nplora.load_encoder("encoder-model")
+            >>> tagger = nplora.new_classifier(encoder, ["O", "THING"], tokens=True)
+            >>> tagger.word_logits(encoder.word_ids([["my", "parcel"]], 8)).shape
+            (2, 2)
+
+        Args:
+            words: the result of `Encoder.word_ids`.
+            batch_size: as in `logits_of_ids`.
+        Returns:
+            float32 (words, outputs). `WordIds.per_word` divides the rows among the sentences.
+        Raises:
+            ValueError: the classifier classifies texts.
         """
+        if not self.classifies_tokens:
+            raise ValueError("word_logits: the classifier classifies texts, expected one of tokens")
         return self.logits_of_ids(words.ids, batch_size)[words.rows()]
 
     def decided(self, logits: Array) -> list[Any]:

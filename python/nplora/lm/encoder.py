@@ -291,7 +291,13 @@ class Encoder(Module):
             >>> words.ids, [first.tolist() for first in words.first]
             ([[2, 5, 6, 3], [2, 1, 3]], [[1, 2], [1]])
 
+        Args:
+            sentences: the words of each sentence.
+            longest: the largest number of tokens of a sentence, including special tokens. The end of a longer
+                sentence is cut; `cut` of the result counts such sentences.
         Raises:
+            TypeError: a sentence is not a list of texts.
+            ValueError: a word is empty or has only spaces, or `longest` has no room for the special tokens.
             FormatError: as in `token_ids`.
         """
         # In a language model, a token of only a space has not seen the word, so it cannot carry its tag.

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from nplora import _check
+from nplora.formats.errors import counted
 
 Array = npt.NDArray[Any]
 
@@ -44,26 +45,55 @@ class WordIds:
         found = [start + own[own >= 0] for start, own in zip(starts, self.first, strict=False)]
         return np.concatenate([np.empty(0, np.int64), *found])
 
-    def token_targets(self, tags: Iterable[Array]) -> list[Array]:
-        """The targets of the tokens of each sentence, int64 (tokens,), given those of its words."""
-        made = [np.full(len(ids), NO_TAG, np.int64) for ids in self.ids]
-        for targets, first, own in zip(made, self.first, tags, strict=True):
+    def token_targets(self, tags: Iterable[npt.ArrayLike]) -> list[Array]:
+        """The targets of the tokens of each sentence, int64 (tokens,), given those of its words.
+
+            >>> import nplora
+            >>> words = nplora.load_encoder("encoder-model").word_ids([["a", "cat"], ["sitting"]], 8)
+            >>> [targets.tolist() for targets in words.token_targets([[0, 1], [2]])]
+            [[-100, 0, 1, -100], [-100, 2, -100]]
+
+        Args:
+            tags: for each sentence, the target of each of its words, integers (words,).
+        Returns:
+            for each sentence, the targets of its words at their first tokens, and -100 elsewhere.
+        Raises:
+            ValueError: the number of sentences or of words is wrong. TypeError: the tags are not integers.
+        """
+        made = list[Array]()
+        for ids, first, own in zip(self.ids, self.first, self._checked("token_targets", tags), strict=True):
+            targets = np.full(len(ids), NO_TAG, np.int64)
             targets[first[first >= 0]] = own[first >= 0]
+            made.append(targets)
         return made
 
-    def kept(self, values: Iterable[Array]) -> list[Array]:
-        """The values of the words that have a token, for each sentence, given a value for each word."""
-        return [own[first >= 0] for first, own in zip(self.first, values, strict=True)]
+    def kept(self, tags: Iterable[npt.ArrayLike]) -> list[Array]:
+        """The tags of the words that have a token. Arguments and errors are those of `token_targets`.
+
+        >>> import nplora
+        >>> words = nplora.load_encoder("encoder-model").word_ids([["a", "cat", "sat"]], longest=4)
+        >>> [tags.tolist() for tags in words.kept([[5, 6, 7]])]
+        [[5, 6]]
+        """
+        checked = self._checked("kept", tags)
+        return [own[first >= 0] for first, own in zip(self.first, checked, strict=True)]
+
+    def _checked(self, op: str, tags: Iterable[npt.ArrayLike]) -> list[Array]:
+        made = [_check.as_array(op, f"tags[{i}]", own) for i, own in enumerate(tags)]
+        if len(made) != len(self.first):
+            raise ValueError(
+                f"{op}: the tags are those of {counted(len(made), 'sentence')}, expected {len(self.first)}"
+            )
+        for i, (own, first) in enumerate(zip(made, self.first, strict=True)):
+            if own.shape != first.shape:
+                raise ValueError(
+                    f"{op}: tags[{i}] has shape {own.shape}, expected {first.shape}, one for each word"
+                )
+            if len(own) and not np.issubdtype(own.dtype, np.integer):
+                raise TypeError(f"{op}: tags[{i}] is of {own.dtype}, expected integers")
+        return made
 
     def per_word(self, values: Sequence[Any]) -> list[list[Any]]:
         """Divide the values of `rows` among the sentences. A word without a token gets None."""
         given = iter(values)
         return [[next(given) if place >= 0 else None for place in own.tolist()] for own in self.first]
-
-
-def sentences_of(op: str, name: str, given: Iterable[Any]) -> list[tuple[str, ...]]:
-    """The sentences as tuples of words. Raises TypeError if one of them is not a list of texts."""
-    if not isinstance(given, Iterable) or isinstance(given, str):
-        raise TypeError(f"{op}: {name} is {_check.kind(given)}, expected a list of lists of texts")
-    lists = (words.tolist() if isinstance(words, np.ndarray) else words for words in given)
-    return [_check.texts(op, f"{name}[{i}]", words) for i, words in enumerate(lists)]

@@ -14,12 +14,13 @@ from nplora.finetuning import TokenBatches
 from nplora.finetuning.classification.text_batches import ids_fingerprint
 from nplora.formats.errors import counted
 from nplora.formats.files import StrPath
-from nplora.lm.word_ids import WordIds, sentences_of
+from nplora.lm.word_ids import WordIds
 from nplora.nn.losses import CrossEntropy
 from nplora.sklearn.base import unchanged_on_error
 from nplora.sklearn.calibration import log_probabilities
 from nplora.sklearn.classification import LabelledBase
 from nplora.sklearn.texts import TextEstimator
+from nplora.tokenizer.words import sentences_of
 from nplora.trainer import Batches
 from nplora.trainer.fingerprint import fingerprint
 

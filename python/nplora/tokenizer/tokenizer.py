@@ -21,6 +21,7 @@ from nplora.platform.processes import call_in_forked_child
 from nplora.tokenizer import turns as turns_of
 from nplora.tokenizer.chat_template import ChatTemplate, plain
 from nplora.tokenizer.streaming import StreamDecoder
+from nplora.tokenizer.words import first_tokens, sentences_of
 
 Message = Mapping[str, Any]
 Objects = Sequence[Mapping[str, Any]] | None  # tools as JSON schemas, or documents
@@ -373,9 +374,10 @@ class Tokenizer:
     ) -> tuple[list[list[int]], list[list[int]], int]:
         """Encode sentences that are given as words, and find the first token of each word.
 
-        A sentence is encoded as its words with a space between them.
+        A sentence is encoded as its words with a space between them. Names of special tokens are plain text.
 
         Args:
+            sentences: the words of each sentence.
             longest: as in `encode_texts`.
             with_space: whether a token of only the space before a word counts as a token of this word, as in
                 transformers. The tokenizer of XLM-RoBERTa has such a token before rare characters.
@@ -383,7 +385,9 @@ class Tokenizer:
             the token ids of each sentence; for each sentence, the place of the first token of each word, and
             -1 for a word without tokens, as after a cut; and the number of sentences that were cut.
         Raises:
-            TypeError, ValueError, FormatError: as in `encode_texts`.
+            TypeError: a sentence is not a list of texts.
+            ValueError: a word is empty or has only spaces. Also as in `encode_texts`.
+            FormatError: the tokenizer cannot encode a sentence.
 
         >>> import nplora
         >>> tokenizer = nplora.load_encoder("encoder-model").tokenizer
@@ -391,10 +395,11 @@ class Tokenizer:
         >>> len(ids[0]), first, cut
         (5, [[1, 2, 3]], 0)
         """
-        found = self._encode_beginnings("encode_words", [" ".join(words) for words in sentences], longest)
+        checked = sentences_of("encode_words", "sentences", sentences)
+        found = self._encode_beginnings("encode_words", [" ".join(words) for words in checked], longest)
         first = [
-            _first_tokens(one.offsets, words, with_space)
-            for (one, _), words in zip(found, sentences, strict=True)
+            first_tokens(one.offsets, words, with_space)
+            for (one, _), words in zip(found, checked, strict=True)
         ]
         return [one.ids for one, _ in found], first, sum(beyond > 0 for _, beyond in found)
 
@@ -862,26 +867,6 @@ def _cut(text: str, size: int) -> int:
     """
     line = _LINE.search(text, size, 2 * size)
     return line.end() if line else size
-
-
-def _first_tokens(offsets: Iterable[tuple[int, int]], words: Sequence[str], with_space: bool) -> list[int]:
-    """The first token of each word of a sentence, or -1, from the characters that each token stands for.
-
-    A token of several words belongs to the first of them.
-    """
-    ends = list(itertools.accumulate((len(word) + 1 for word in words), initial=-1))[1:]
-    begins = [end - len(word) - with_space for end, word in zip(ends, words, strict=True)]
-    first, word = [-1] * len(words), 0
-    for place, (begin, end) in enumerate(offsets):
-        if begin == end:  # a special token
-            continue
-        while word < len(words) and ends[word] <= begin:
-            word += 1
-        if word == len(words):
-            break
-        if end > begins[word] and first[word] < 0:
-            first[word] = place
-    return first
 
 
 def _given(tools: Objects, documents: Objects) -> dict[str, Any]:

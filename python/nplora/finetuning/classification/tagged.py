@@ -7,6 +7,7 @@ from typing import Any
 
 from nplora.finetuning.data.rows import Row
 from nplora.formats.errors import DataError, brief, counted
+from nplora.tokenizer.words import is_word
 
 # The names of the fields in data sets of Hugging Face.
 WORDS = ("tokens", "words")
@@ -29,7 +30,7 @@ def words_of(row: Row, column: str | None) -> tuple[str, list[str]]:
     """
     name, words = _items(row, "tokens", column, WORDS)
     for i, word in enumerate(words):
-        if not isinstance(word, str) or not word.strip():
+        if not is_word(word):
             raise DataError(f"{row.where}, {name}[{i}]: the word is {brief(word)}, expected a text")
     return name, words
 

@@ -95,14 +95,55 @@ def test_integers_are_labels_too(model: Path) -> None:
     assert fitted.model_.labels == ("0", "1", "2", "3")
 
 
+def test_balanced_weights_allow_a_label_that_is_only_held_out(model: Path) -> None:
+    """Whichever sentence has the rare label, one of these fits holds it out."""
+    options = FAST | {"epochs": 1, "early_stopping": True, "validation_fraction": 0.25}
+    for i in range(4):
+        labels = [*Y[:i], ["RARE"] * len(Y[i]), *Y[i + 1 : 4]]
+        LoRATokenClassifier(model, class_weight="balanced", **options).fit(X[:4], labels)
+
+
+def test_balanced_weights_count_the_words_that_are_trained(model: Path, tmp_path: Path) -> None:
+    """The cut words have most of the labels "B-THING"."""
+    options = FAST | {"epochs": 2, "max_length": 4}
+    with pytest.warns(UserWarning, match="were cut"):
+        fitted = LoRATokenClassifier(model, class_weight="balanced", **options).fit(X, Y)
+    seed = int(np.random.RandomState(0).randint(2**31 - 1))
+    rows = [{"tokens": words, "tags": tags} for words, tags in zip(X, Y, strict=True)]
+    wanted = train_classifier(
+        model, rows, tmp_path, class_weights="balanced", rank=2, epochs=2, lr=1e-2, batch_examples=8,
+        seed=seed, max_grad_norm=1e9, max_length=4,
+    ).classifier  # fmt: skip
+    words = wanted.encoder.word_ids(X, 4)
+    np.testing.assert_array_equal(fitted.model_.word_logits(words), wanted.word_logits(words))
+
+
+def test_true_and_false_are_labels(model: Path) -> None:
+    fitted = LoRATokenClassifier(model, **FAST).fit(X, [[tag == "O" for tag in tags] for tags in Y])
+    assert fitted.predict(X[:1]) == [[True, True, True, False]]
+
+
+def test_scores_of_labels_that_do_not_fit_are_refused(model: Path) -> None:
+    fitted = LoRATokenClassifier(model, **FAST | {"epochs": 1}).fit(X, Y)
+    with pytest.raises(ValueError, match="y has 1 sentence, expected 2 as in X"):
+        fitted.score(X[:2], Y[:1])
+    with pytest.raises(ValueError, match=r"y\[0\] has 3 labels, expected 4, one for each word"):
+        fitted.score(X[:1], Y[1:2])
+
+
+def test_words_without_a_token_cannot_be_fitted(model: Path) -> None:
+    with pytest.raises(ValueError, match="LoRATokenClassifier: no word of X has a token"):
+        LoRATokenClassifier(model, **FAST).fit([["\u200b", "\u200b"]], [["O", "B"]])
+
+
 def test_words_after_a_cut_have_no_label(model: Path) -> None:
-    with pytest.warns(UserWarning, match="4 texts had more than 5 tokens and were cut"):
+    with pytest.warns(UserWarning, match="4 sentences had more than 5 tokens and were cut"):
         fitted = LoRATokenClassifier(model, max_length=5, **FAST).fit(X, Y)
-    with pytest.warns(UserWarning, match="1 text had more than 5 tokens"):
+    with pytest.warns(UserWarning, match="1 sentence had more than 5 tokens"):
         assert fitted.predict(X[:2])[0][3] is None
-    with pytest.warns(UserWarning, match="1 text had more than 5 tokens"):
+    with pytest.warns(UserWarning, match="1 sentence had more than 5 tokens"):
         assert np.isnan(fitted.predict_proba(X[:2])[0]).all(axis=1).tolist() == [False, False, False, True]
-    with pytest.warns(UserWarning, match="1 text had more than 5 tokens"):
+    with pytest.warns(UserWarning, match="1 sentence had more than 5 tokens"):
         assert fitted.score(X[:1], Y[:1]) == 0.75
 
 
@@ -116,6 +157,12 @@ def test_words_after_a_cut_have_no_label(model: Path) -> None:
         ([["a"]], [["O"], ["O"]], ValueError, "y has 2 sentences, expected 1 as in X"),
         ([["a"], ["b", "c"]], [["O"], ["O"]], ValueError, r"y\[1\] has 1 label, expected 2, one for"),
         ([["a", "b"]], [["O", 1]], ValueError, "the labels in y are of int, str, expected only"),
+        ([["a", "b"]], [[True, 2]], ValueError, "the labels in y are of bool, int, expected only"),
+        ([["a", "b"]], [[0.5, 1.5]], ValueError, "the labels in y are of float, expected only"),
+        ([["a", "cat"]], ["OP"], TypeError, r"y\[0\] is 'OP', expected a list of labels, one for each word"),
+        ([["a"]], [3], TypeError, r"y\[0\] is 3, expected a list of labels"),
+        ([["a"]], 3, TypeError, "y is 3, expected a list of lists of labels"),
+        ([["a", ""]], [["O", "O"]], ValueError, r"X\[0\]\[1\] is '', expected a word"),
         ([["a", "b"]], [["O", "O"]], ValueError, "only one class, 'O', expected at least two"),
     ],
 )  # fmt: skip

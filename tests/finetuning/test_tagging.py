@@ -19,6 +19,7 @@ from nplora.finetuning import (
     predict_rows,
     train_classifier,
 )
+from nplora.finetuning.classification.class_weights import balanced_weights
 from nplora.finetuning.classification.entities import count_entities, entities, kinds_of
 from nplora.formats import peft_adapter
 from nplora.formats.errors import DataError
@@ -118,6 +119,13 @@ def test_balanced_weights_count_words(model: Path, tmp_path: Path) -> None:
     assert math.isclose(
         run.history.loss[0], (np.array([2, 2 / 3, 2 / 3, 2 / 3]) * losses).mean(), rel_tol=1e-5
     )
+
+
+def test_balanced_weights_are_those_of_scikit_learn() -> None:
+    compute = pytest.importorskip("sklearn.utils.class_weight").compute_class_weight
+    numbers = np.array([0, 3, 3, 1, 0, 0])
+    wanted = compute("balanced", classes=np.array([0, 1, 3]), y=numbers) * 3 / 4  # of four labels
+    assert balanced_weights(np.append(numbers, -100), 4) == (*wanted[:2], 0.0, wanted[2])
 
 
 class _Fail(Callback):

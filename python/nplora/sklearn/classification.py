@@ -11,6 +11,7 @@ from sklearn.utils.class_weight import compute_class_weight
 from sklearn.utils.multiclass import _check_partial_fit_first_call, check_classification_targets
 from sklearn.utils.validation import column_or_1d
 
+from nplora.finetuning.classification.class_weights import balanced_weights
 from nplora.nn.losses import CrossEntropy
 from nplora.sklearn.base import LoRAEstimator, unchanged_on_error
 from nplora.sklearn.calibration import log_probabilities, temperature
@@ -40,10 +41,13 @@ class LabelledBase(LoRAEstimator):
             )
         self.classes_ = classes
 
-    def _class_weights(self, classes: Array, y: Array) -> tuple[float, ...] | None:
+    def _class_weights(self, numbers: Array) -> tuple[float, ...] | None:
+        """The weights of the labels, given the numbers of the labels that are trained on."""
         if self.class_weight is None:
             return None
-        weights = compute_class_weight(self.class_weight, classes=classes, y=y)
+        if isinstance(self.class_weight, str) and self.class_weight == "balanced":
+            return balanced_weights(numbers, len(self.classes_))
+        weights = compute_class_weight(self.class_weight, classes=self.classes_, y=self.classes_)
         return tuple(map(float, weights))
 
 
@@ -70,7 +74,7 @@ class ClassifierBase(ClassifierMixin, LabelledBase):  # type: ignore[misc]
         self.temperature_ = 1.0
 
         def loss(labels: Array) -> CrossEntropy:
-            return CrossEntropy(class_weights=self._class_weights(classes, classes[labels]))
+            return CrossEntropy(class_weights=self._class_weights(labels))
 
         held_out = self._train(x, encoded, len(classes), loss, stratify=encoded)
         self._set_scale(1.0)
@@ -108,7 +112,7 @@ class ClassifierBase(ClassifierMixin, LabelledBase):  # type: ignore[misc]
             )
         self.temperature_ = 1.0  # the temperature of an earlier fit does not suit the model that follows
         encoded = np.searchsorted(self.classes_, y)
-        loss = CrossEntropy(class_weights=self._class_weights(self.classes_, y))
+        loss = CrossEntropy(class_weights=self._class_weights(encoded))
         self._train_more(x, encoded, len(self.classes_), loss)
         self._set_scale(1.0)
         return self

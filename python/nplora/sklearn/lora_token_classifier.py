@@ -12,9 +12,9 @@ from sklearn.utils.validation import check_is_fitted
 
 from nplora.finetuning import TokenBatches
 from nplora.finetuning.classification.text_batches import ids_fingerprint
-from nplora.formats.errors import counted
+from nplora.formats.errors import brief, counted
 from nplora.formats.files import StrPath
-from nplora.lm.word_ids import WordIds
+from nplora.lm.word_ids import NO_TAG, WordIds
 from nplora.nn.losses import CrossEntropy
 from nplora.sklearn.base import unchanged_on_error
 from nplora.sklearn.calibration import log_probabilities
@@ -26,6 +26,7 @@ from nplora.trainer.fingerprint import fingerprint
 
 Array = npt.NDArray[Any]
 Sentence = tuple[list[int], Array]
+_KINDS = {"str": str, "bool": bool | np.bool_, "int": int | np.integer}  # all labels are of one kind
 
 
 class LoRATokenClassifier(LabelledBase, TextEstimator):
@@ -112,24 +113,28 @@ class LoRATokenClassifier(LabelledBase, TextEstimator):
         """Train a new model or, with `warm_start`, continue to train the existing one.
 
         Args:
-            X: the words of n sentences. y: the labels of their words: texts or integers, at least two.
+            X: the words of n sentences. y: the labels of their words: all texts, all integers or all bool,
+                and at least two.
         Returns:
             the estimator.
         Raises:
-            ValueError: X or y does not fit, or y has only one label. TypeError: a sentence is not a list of
-            texts. KeyboardInterrupt: Ctrl-C.
+            ValueError: X or y does not fit, no word has a token, or y has only one label.
+            TypeError: an item of X is not a list of texts, or an item of y is not a list.
+            KeyboardInterrupt: Ctrl-C.
         """
         x = self._features(X, reset=not self._continues)
         labels = self._checked_labels(x, y)
         self._set_classes(np.unique(np.concatenate(labels)))
 
+        if all((first < 0).all() for _, first in x):
+            raise ValueError(f"{type(self).__name__}: no word of X has a token")
+
         def loss(numbers: Array) -> CrossEntropy:
-            known = self.classes_[np.concatenate(list(numbers))]
-            return CrossEntropy(class_weights=self._class_weights(self.classes_, known))
+            return CrossEntropy(class_weights=self._class_weights(np.concatenate(list(numbers))))
 
         encoded = np.empty(len(labels), object)
-        for i, own in enumerate(labels):
-            encoded[i] = np.searchsorted(self.classes_, own)
+        for i, (own, (_, first)) in enumerate(zip(labels, x, strict=True)):
+            encoded[i] = np.where(first < 0, NO_TAG, np.searchsorted(self.classes_, own))
         self._train(x, encoded, len(self.classes_), loss, stratify=None)
         self._set_scale(1.0)
         return self
@@ -140,12 +145,12 @@ class LoRATokenClassifier(LabelledBase, TextEstimator):
         A word without a token gets None: its sentence was cut before it, or the tokenizer drops its
         characters.
         """
-        words, logits = self._word_logits(X)
-        return words.per_word(self.classes_[logits.argmax(axis=1)].tolist())
+        return self._predicted_labels(self._fitted_features(X))
 
     def predict_proba(self, X: Any) -> list[Array]:
         """Return an array (words, classes) for each sentence, with NaN for a word without a token."""
-        words, logits = self._word_logits(X)
+        x = self._fitted_features(X)
+        words, logits = _joined(x), self._outputs(x)
         nothing = np.full(len(self.classes_), np.nan)
         found = words.per_word(list(np.exp(log_probabilities(logits))))
         return [
@@ -154,10 +159,14 @@ class LoRATokenClassifier(LabelledBase, TextEstimator):
         ]
 
     def score(self, X: Any, y: Any) -> float:
-        """Return the share of words with the right label. A word without a token counts as wrong."""
-        predicted = self.predict(X)
-        pairs = (zip(own, true, strict=True) for own, true in zip(predicted, y, strict=True))
-        return float(np.mean([ours == theirs for ours, theirs in itertools.chain(*pairs)]))
+        """Return the share of words with the right label. A word without a token counts as wrong.
+
+        Raises ValueError or TypeError as `fit`, if X or y does not fit.
+        """
+        x = self._fitted_features(X)
+        true = np.concatenate(self._checked_labels(x, y)).tolist()
+        found = itertools.chain(*self._predicted_labels(x))
+        return float(np.mean([ours == theirs for ours, theirs in zip(found, true, strict=True)]))
 
     # ---- what the fit loop asks ----
 
@@ -174,22 +183,24 @@ class LoRATokenClassifier(LabelledBase, TextEstimator):
             )
         longest = self._longest(reset)
         words = self._encoder.word_ids(sentences, longest)
-        self._warn_if_cut(words.cut, longest)
+        self._warn_if_cut(words.cut, longest, "sentence")
         return list(zip(words.ids, words.first, strict=True))
 
-    def _checked_labels(self, x: Sequence[Sentence], y: Iterable[Any]) -> list[Array]:
-        op, given = type(self).__name__, [list(own) for own in y]
+    def _checked_labels(self, x: Sequence[Sentence], y: Any) -> list[Array]:
+        op, given = type(self).__name__, _lists(type(self).__name__, y)
         if len(given) != len(x):
-            raise ValueError(f"{op}: y has {len(given)} sentences, expected {len(x)} as in X")
+            raise ValueError(f"{op}: y has {counted(len(given), 'sentence')}, expected {len(x)} as in X")
         for i, (own, (_, first)) in enumerate(zip(given, x, strict=True)):
             if len(own) != len(first):
                 raise ValueError(
                     f"{op}: y[{i}] has {counted(len(own), 'label')}, expected {len(first)}, one for each word"
                 )
-        kinds = {type(label) for own in given for label in own}
-        if not any(all(issubclass(kind, one) for kind in kinds) for one in (str, int | np.integer)):
-            names = ", ".join(sorted(kind.__name__ for kind in kinds))
-            raise ValueError(f"{op}: the labels in y are of {names}, expected only texts or only integers")
+        kinds = sorted({_kind(type(label)) for own in given for label in own})
+        if len(kinds) != 1 or kinds[0] not in _KINDS:
+            names = ", ".join(kinds)
+            raise ValueError(
+                f"{op}: the labels in y are of {names}, expected only texts, only integers or only bool"
+            )
         return [np.array(own) for own in given]
 
     def _batches(self, x: Any, y: Array, shuffle: bool, seed: int) -> Batches:
@@ -206,10 +217,30 @@ class LoRATokenClassifier(LabelledBase, TextEstimator):
     def _outputs(self, x: Any) -> Array:
         return self.model_.word_logits(_joined(x)).astype(np.float64)
 
-    def _word_logits(self, X: Any) -> tuple[WordIds, Array]:
+    def _fitted_features(self, X: Any) -> list[Sentence]:
         check_is_fitted(self, "model_")
-        x = self._features(X, reset=False)
-        return _joined(x), self._outputs(x)
+        return self._features(X, reset=False)
+
+    def _predicted_labels(self, x: Sequence[Sentence]) -> list[list[Any]]:
+        return _joined(x).per_word(self.classes_[self._outputs(x).argmax(axis=1)].tolist())
+
+
+def _kind(of: type) -> str:
+    """The kind of labels of a type. The type bool is a kind of its own, although it is a subclass of int."""
+    return next((name for name, types in _KINDS.items() if issubclass(of, types)), of.__name__)
+
+
+def _lists(op: str, y: Any) -> list[list[Any]]:
+    """The labels of each sentence. Raises TypeError if `y` is not a list of lists."""
+    if not isinstance(y, Iterable) or isinstance(y, str):
+        raise TypeError(f"{op}: y is {brief(y)}, expected a list of lists of labels")
+    made = list[list[Any]]()
+    for i, own in enumerate(y):
+        labels = own.tolist() if isinstance(own, np.ndarray) else own
+        if not isinstance(labels, list | tuple):
+            raise TypeError(f"{op}: y[{i}] is {brief(own)}, expected a list of labels, one for each word")
+        made.append(list(labels))
+    return made
 
 
 def _joined(x: Sequence[Sentence]) -> WordIds:

@@ -145,7 +145,7 @@ class TextEstimator(LoRAEstimator):
         texts = texts_of(type(self).__name__, X)
         longest = self._longest(reset)
         ids, cut = self._encoder.token_ids(texts, longest)
-        self._warn_if_cut(cut, longest)
+        self._warn_if_cut(cut, longest, "text")
         return ids
 
     def _longest(self, reset: bool) -> int:
@@ -165,10 +165,10 @@ class TextEstimator(LoRAEstimator):
             longest = self.model_.max_length
         return longest
 
-    def _warn_if_cut(self, cut: int, longest: int) -> None:
+    def _warn_if_cut(self, cut: int, longest: int, unit: str) -> None:
         if cut:
             op = type(self).__name__
-            warn_user(f"{op}: {counted(cut, 'text')} had more than {longest} tokens and were cut")
+            warn_user(f"{op}: {counted(cut, unit)} had more than {longest} tokens and were cut")
 
     def _build(self, x: Any, outputs: int, seed: int) -> Module:
         targets = self.targets if isinstance(self.targets, str) else tuple(self.targets)

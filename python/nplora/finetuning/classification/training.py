@@ -3,7 +3,6 @@
 import contextlib
 import itertools
 import os
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -18,6 +17,7 @@ from nplora.distributed.communicator import Alone, Communicator
 from nplora.distributed.opening import heard_by_all_ranks, opened_communicator
 from nplora.finetuning.agreement import require_same_data, require_same_options
 from nplora.finetuning.classification.calibration import temperature as fitting_temperature
+from nplora.finetuning.classification.class_weights import balanced_weights
 from nplora.finetuning.classification.encoded import Encoded, cut_in_words
 from nplora.finetuning.classification.labelled import (
     Columns,
@@ -437,10 +437,7 @@ class _Training:
         if self.options.class_weights == "none":
             return CrossEntropy()
         known = _joined(self.train_ids.truth(targets))
-        counts, k = Counter(known.tolist()), len(self.classifier.labels)
-        return CrossEntropy(
-            class_weights=tuple(len(known) / (k * counts[i]) if counts[i] else 0.0 for i in range(k))
-        )
+        return CrossEntropy(class_weights=balanced_weights(known, len(self.classifier.labels)))
 
     def _trainer(self, loss: Loss, callbacks: list[Callback]) -> Trainer:
         options = self.options

@@ -1,0 +1,19 @@
+"""balanced_weights: weights of labels in the loss with which all labels have the same total weight."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+
+def balanced_weights(targets: npt.NDArray[Any], count: int) -> tuple[float, ...]:
+    """The weight of each of `count` labels, given the numbers of the labels of all texts or words.
+
+    A weight is the number of targets / (count · the number of targets with this label), as in scikit-learn.
+    A label without targets has the weight 0. Negative targets are words without a token, and do not count.
+    """
+    known = targets[targets >= 0]
+    found = np.bincount(known, minlength=count).tolist()
+    return tuple(len(known) / (count * own) if own else 0.0 for own in found)

@@ -345,6 +345,22 @@ def test_long_sentences_are_cut_and_counted(model: Path, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
+    ("targets", "message"),
+    [
+        (
+            [[-100, 0], [1, -100, 0]],
+            r"targets\[0\] has shape \(2,\), expected \(3,\), one for each token of ids",
+        ),
+        ([[0, 1, 0], 1], r"targets\[1\] has shape \(\), expected \(2,\)"),
+        ([[0, 1, 0]], "^TokenBatches: "),
+    ],
+)
+def test_batches_of_tokens_have_a_target_for_each_token(targets: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TokenBatches([[2, 5, 3], [2, 6]], targets, batch_size=2)
+
+
+@pytest.mark.parametrize(
     ("tags", "error", "message"),
     [
         ([[0, 1]], ValueError, "the tags are those of 1 sentence, expected 2"),

@@ -48,10 +48,11 @@ class TextBatches:
         seed: int = 0,
     ) -> None:
         self._ids, self._targets = list(ids), np.asarray(targets)
-        _check.integer("TextBatches", "batch_size", batch_size, least=1)
+        op = type(self).__name__
+        _check.integer(op, "batch_size", batch_size, least=1)
         numbers = np.arange(len(self._ids))
         self._numbers = ArrayBatches(
-            "TextBatches", numbers, self._targets, batch_size, shuffle, seed, ("ids", "targets")
+            op, numbers, self._targets, batch_size, shuffle, seed, ("ids", "targets")
         )
 
     @property
@@ -108,6 +109,9 @@ class TokenBatches(TextBatches):
 
     Args:
         targets: for each text, the target of each of its tokens, int64 (tokens,); -100: no target.
+    Raises:
+        ValueError: there are no texts, or the numbers of texts and targets differ, or those of the tokens and
+            targets of a text.
     """
 
     def __init__(
@@ -119,7 +123,13 @@ class TokenBatches(TextBatches):
         seed: int = 0,
     ) -> None:
         super().__init__(ids, np.arange(len(targets)), batch_size, shuffle, seed)
-        self._of_tokens = list(targets)
+        self._of_tokens = [np.asarray(own) for own in targets]
+        for i, (text, own) in enumerate(zip(self._ids, self._of_tokens, strict=True)):
+            if own.shape != (len(text),):
+                raise ValueError(
+                    f"{type(self).__name__}: targets[{i}] has shape {own.shape}, expected ({len(text)},), "
+                    f"one for each token of ids[{i}]"
+                )
 
     def _chosen(self, targets: Array) -> Array:
         return np.concatenate([self._of_tokens[i] for i in targets.tolist()])

@@ -21,6 +21,8 @@ from nplora.finetuning import (
 )
 from nplora.finetuning.classification.class_weights import balanced_weights
 from nplora.finetuning.classification.entities import count_entities, entities, kinds_of
+from nplora.finetuning.classification.labelled import Columns, RowReader
+from nplora.finetuning.data.sources import sources_of
 from nplora.formats import peft_adapter
 from nplora.formats.errors import DataError
 from nplora.trainer import Callback
@@ -289,6 +291,20 @@ def test_wrong_rows_are_refused_with_their_place(
     assert "1 bad row skipped (data, row 2" in str(run)
 
 
+@pytest.mark.parametrize("row", [{"tokens": ["a"]}, {"words": []}])
+def test_a_bad_first_row_does_not_decide_the_task(row: dict[str, Any], model: Path, tmp_path: Path) -> None:
+    run = train_classifier(model, [row, ROW], tmp_path, skip_bad=True, steps=1)
+    assert run.classifier.labels == ("B-PET", "O")
+    assert "1 bad row skipped (data, row 1" in str(run)
+
+
+def test_a_bad_first_sentence_of_a_file_is_skipped(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.conll").write_bytes(b"a O\ncat\n\nb\xff O\n\na O\ncat B-PET\n")
+    run = train_classifier(model, tmp_path / "a.conll", tmp_path / "out", skip_bad=True, steps=1)
+    assert run.examples == 1
+    assert "2 bad rows skipped (a.conll, line 2: 1 column" in str(run).replace(f"{tmp_path}/", "")
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -304,8 +320,9 @@ def test_wrong_lines_are_refused_with_their_place(
     text: str, message: str, model: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "wrong.conll").write_text(text)
-    with pytest.raises(DataError, match=message):
-        train_classifier(model, tmp_path / "wrong.conll", tmp_path / "out", task="tokens")
+    for task in ("tokens", None) if text.strip() else ("tokens",):
+        with pytest.raises(DataError, match=message):
+            train_classifier(model, tmp_path / "wrong.conll", tmp_path / "out", task=task)
 
 
 @pytest.mark.parametrize(
@@ -342,6 +359,18 @@ def test_long_sentences_are_cut_and_counted(model: Path, tmp_path: Path) -> None
     assert found[0]["probabilities"]["O"][3] is None
     with pytest.warns(UserWarning, match="predict_words: 1 sentence had more than 5 tokens and were cut"):
         assert again.predict_words([row["tokens"] for row in rows]) == [row["prediction"] for row in found]
+
+
+def test_a_run_is_not_resumed_with_other_words(model: Path) -> None:
+    """Both rows have the text "a b c" and the tags O, O."""
+    files = [
+        RowReader(Columns(), "tokens", "|").read(
+            sources_of("test", [{"tokens": words, "tags": ["O", "O"]}]), skip_bad=False
+        )
+        for words in (["a b", "c"], ["a", "b c"])
+    ]
+    assert files[0].texts == files[1].texts
+    assert files[0].fingerprint() != files[1].fingerprint()
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from nplora.finetuning.classification.tagged import has_tags, tags_of, words_of
+from nplora.finetuning.classification.tagged import has_words, tags_of, words_of
 from nplora.finetuning.data.bad_rows import BadRows
 from nplora.finetuning.data.rows import Row
 from nplora.finetuning.data.sources import Source
@@ -116,10 +117,10 @@ class LabelledTexts:
         return tuple(found)
 
     def fingerprint(self) -> str:
-        """A SHA-256 of the texts and targets."""
+        """A SHA-256 of the texts, words and targets."""
         found = hashlib.sha256()
         for row in self.rows:
-            found.update(repr((row.text, row.target)).encode())
+            found.update(repr(dataclasses.astuple(row)).encode())
         return found.hexdigest()
 
     def with_labels(self, labels: tuple[str, ...]) -> LabelledTexts:
@@ -251,17 +252,17 @@ class RowReader:
 
 
 def task_of(task: str | None, columns: Mapping[str, str], sources: Sequence[Source]) -> str:
-    """The task; if none is given, "tokens" for rows with words and tags, or else "single".
+    """The task; if none is given, "tokens" for rows with words and without a text, or else "single".
 
-    The names in `columns` decide, or else the fields of the first row.
+    The names in `columns` decide, or else the fields of the first row that could be read.
     """
     if task is not None or not {"text", "label"}.isdisjoint(columns):
         return task or "single"
     if not {"tokens", "tags"}.isdisjoint(columns):
         return "tokens"
-    first = None if sources[0].is_text else next(iter(sources[0].read()), None)
-    is_text = first is None or "text" in first.values
-    return "tokens" if first is not None and not is_text and has_tags(first) else "single"
+    rows = itertools.chain.from_iterable(source.read() for source in sources if not source.is_text)
+    first = next((row for row in rows if row.error is None), None)
+    return "tokens" if first is not None and "text" not in first.values and has_words(first) else "single"
 
 
 def require_separator(op: str, separator: object) -> None:

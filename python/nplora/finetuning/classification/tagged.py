@@ -14,9 +14,9 @@ WORDS = ("tokens", "words")
 TAGS = ("tags", "ner_tags", "labels")
 
 
-def has_tags(row: Row) -> bool:
-    """Whether a row has a field of words and a field of tags with one of their usual names."""
-    return not {*row.values}.isdisjoint(WORDS) and not {*row.values}.isdisjoint(TAGS)
+def has_words(row: Row) -> bool:
+    """Whether a row has a field of words with one of their usual names."""
+    return not {*row.values}.isdisjoint(WORDS)
 
 
 def words_of(row: Row, column: str | None) -> tuple[str, list[str]]:

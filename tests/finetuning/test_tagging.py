@@ -361,6 +361,19 @@ def test_long_sentences_are_cut_and_counted(model: Path, tmp_path: Path) -> None
         assert again.predict_words([row["tokens"] for row in rows]) == [row["prediction"] for row in found]
 
 
+def test_data_without_a_token_are_refused(model: Path, tmp_path: Path) -> None:
+    nothing = [{"tokens": ["\u200b", "\u200b"], "tags": ["O", "B-PET"]}]
+    for data, options in (
+        (nothing, {"class_weights": "balanced"}),
+        ([ROW], {"valid": nothing, "calibrate": True}),
+    ):
+        with pytest.raises(DataError, match="data: no word has a token, expected words"):
+            train_classifier(model, data, tmp_path / "out", steps=1, **options)
+        assert not (tmp_path / "out").exists()
+    with pytest.raises(DataError, match="data: no word has a token"):
+        evaluate_classifier(untrained(model), nothing)
+
+
 def test_a_run_is_not_resumed_with_other_words(model: Path) -> None:
     """Both rows have the text "a b c" and the tags O, O."""
     files = [

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from nplora.finetuning.classification.labelled import Labelled, Tagged, Targets
 from nplora.finetuning.classification.text_batches import TextBatches, TokenBatches
-from nplora.formats.errors import counted
+from nplora.formats.errors import DataError, counted
 from nplora.lm import TextClassifier
 from nplora.lm.word_ids import WordIds
 
@@ -76,6 +76,12 @@ class Encoded:
         if self.words is None:
             return TextBatches(self.ids, np.asarray(targets), size, shuffle, seed)
         return TokenBatches(self.ids, self.words.token_targets(targets), size, shuffle, seed)
+
+
+def require_words(names: str, count: int) -> None:
+    """Raise DataError if no word has a token, so that nothing can be learned or compared."""
+    if not count:
+        raise DataError(f"{names}: no word has a token, expected words that the tokenizer knows")
 
 
 def cut_in_words(cut: int, lost: int, longest: int) -> str:

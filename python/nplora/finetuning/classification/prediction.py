@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from nplora import _check
-from nplora.finetuning.classification.encoded import Encoded, cut_in_words
+from nplora.finetuning.classification.encoded import Encoded, cut_in_words, require_words
 from nplora.finetuning.classification.labelled import (
     Columns,
     Labelled,
@@ -68,7 +68,7 @@ def evaluate_classifier(
         progress: print on stderr how many rows are done; None: only on a terminal or in a notebook.
     Raises:
         DataError: a row is wrong, or has a label that the classifier does not know. With `skip_bad`, such
-            rows are left out, and a warning says how many.
+            rows are left out, and a warning says how many. Also if no word has a token.
         ValueError: the classifier predicts several numbers, the separator is empty, or a logit is NaN or
             infinite.
         TypeError: the separator or the name of a column is not a text.
@@ -97,6 +97,8 @@ def evaluate_classifier(
         logits.append(predictor.logits(encoded, rows.places[own]))
         truth.extend(encoded.truth(targets[own]))
         done.add(len(encoded.ids))
+    if task == "tokens":
+        require_words(rows.names, sum(map(len, truth)))
     predictor.warn()
     known = truth if task == "tokens" else targets
     return ClassificationReport.of(task, classifier.labels, np.concatenate(logits), known)

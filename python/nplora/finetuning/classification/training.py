@@ -18,7 +18,7 @@ from nplora.distributed.opening import heard_by_all_ranks, opened_communicator
 from nplora.finetuning.agreement import require_same_data, require_same_options
 from nplora.finetuning.classification.calibration import temperature as fitting_temperature
 from nplora.finetuning.classification.class_weights import balanced_weights
-from nplora.finetuning.classification.encoded import Encoded, cut_in_words
+from nplora.finetuning.classification.encoded import Encoded, cut_in_words, require_words
 from nplora.finetuning.classification.labelled import (
     Columns,
     LabelledTexts,
@@ -242,8 +242,8 @@ def train_classifier(
     Returns:
         the classifier, the report on the validation data, and the history; `print` shows them.
     Raises:
-        DataError: a row is wrong, labels are of mixed types, there is only one label, or the validation data
-            have a label that the training data do not have.
+        DataError: a row is wrong, labels are of mixed types, there is only one label, no word has a token, or
+            the validation data have a label that the training data do not have.
         ValueError, TypeError: an option is out of range, or `calibrate` is set without validation data; or
             the ranks do not have the same options and data.
         FileExistsError: the output directory holds a run, and neither `resume` nor `overwrite` is set; or it
@@ -357,6 +357,8 @@ class _Training:
         truth = None if self.valid is None else targets_of(self.valid, self.task, labels)
         centre, spread = 0.0, 1.0
         if self.task == "regression":
+        if made.words is not None:
+            require_words(rows.names, sum(map(len, made.words.first)) - made.lost)
             centre, spread = _standard(np.asarray(targets), classifier)
         classifier.add_lora(
             options.rank, options.alpha, options.targets, options.layers, options.dropout, options.use_rslora,

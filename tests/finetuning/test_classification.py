@@ -220,7 +220,10 @@ def test_bad_rows_are_skipped_and_counted_on_request(model: Path, tmp_path: Path
     ("options", "message"),
     [
         ({"task": "several"}, "task='several' is not available"),
-        ({"task": "multi", "class_weights": "balanced"}, "class_weights='balanced' needs the task 'single'"),
+        (
+            {"task": "multi", "class_weights": "balanced"},
+            "is for the tasks 'single' and 'tokens', not 'multi'",
+        ),
         ({"task": "regression", "calibrate": True}, "calibrate is for labels"),
         ({"epochs": 1, "steps": 1}, "epochs and steps are both given"),
         ({"separator": ""}, "separator is '', expected a text"),

@@ -345,7 +345,7 @@ def test_long_sentences_are_cut_and_counted(model: Path, tmp_path: Path) -> None
     rows = [{"tokens": ["the", "cat", "sats", "mat"], "tags": ["O", "B-PET", "I-PET", "O"]}, ROW]
     run = train_classifier(model, rows, tmp_path, steps=1, max_length=5, batch_examples=1)
     assert (run.cut, run.lost) == (1, 1)
-    text = "1 text had more than 5 tokens and were cut; 1 word without a token has no label"
+    text = "1 sentence had more than 5 tokens and were cut; 1 word without a token has no label"
     assert text in str(run)
     again = nplora.load_classifier(model, tmp_path)
     with pytest.warns(UserWarning, match=text):

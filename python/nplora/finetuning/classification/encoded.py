@@ -73,6 +73,15 @@ class Encoded:
         return self.words.kept(targets)
 
     def batches(self, targets: Targets, size: int, shuffle: bool = False, seed: int = 0) -> TextBatches:
+        """The texts and their targets in batches, for `Trainer.fit`.
+
+        Args:
+            targets: the target of each text; or for each sentence, an array with the target of each word.
+            size: the number of texts in a batch.
+            shuffle, seed: as in `TextBatches`.
+        Raises:
+            ValueError: the numbers of texts and targets, or of words and targets, differ.
+        """
         if self.words is None:
             return TextBatches(self.ids, np.asarray(targets), size, shuffle, seed)
         return TokenBatches(self.ids, self.words.token_targets(targets), size, shuffle, seed)
@@ -84,9 +93,9 @@ def require_words(names: str, count: int) -> None:
         raise DataError(f"{names}: no word has a token, expected words that the tokenizer knows")
 
 
-def cut_in_words(cut: int, lost: int, longest: int) -> str:
-    """The number of texts that were cut, and the number of words that have no label, in words."""
-    found = [f"{counted(cut, 'text')} had more than {longest} tokens and were cut"] if cut else []
+def cut_in_words(cut: int, lost: int, longest: int, unit: str) -> str:
+    """The number of texts or sentences that were cut, and of words that have no label, in words."""
+    found = [f"{counted(cut, unit)} had more than {longest} tokens and were cut"] if cut else []
     if lost:
         found.append(f"{counted(lost, 'word')} without a token {'has' if lost == 1 else 'have'} no label")
     return "; ".join(found)

@@ -54,7 +54,7 @@ class ClassifyOptions:
         "labels",
         "none",
         "weights of the labels in the loss: none, or balanced (rare labels count more, so that all labels "
-        "have the same total weight)",
+        "have the same total weight; only for single and tokens)",
         choices=CLASS_WEIGHTS,
     )
     separator: str = _option("labels", "|", "text between the labels of a text, in files without lists")
@@ -135,7 +135,9 @@ class ClassifyOptions:
             if getattr(self, name) is not None:
                 _check.choice(op, name, getattr(self, name), words)
         if self.class_weights == "balanced" and self.task in ("multi", "regression"):
-            raise ValueError(f"{op}: class_weights='balanced' needs the task 'single', not {self.task!r}")
+            raise ValueError(
+                f"{op}: class_weights='balanced' is for the tasks 'single' and 'tokens', not {self.task!r}"
+            )
         if self.calibrate and self.task == "regression":
             raise ValueError(f"{op}: calibrate is for labels, but the task is a regression")
         require_separator(op, self.separator)

@@ -306,6 +306,8 @@ class _Predictor:
     def warn(self) -> None:
         """Warn of texts that were cut, of words without a label, and of empty texts."""
         if self._cut or self._lost:
-            warn_user(f"{self._op}: {cut_in_words(self._cut, self._lost, self._classifier.max_length)}")
+            unit = "sentence" if self._classifier.classifies_tokens else "text"
+            found = cut_in_words(self._cut, self._lost, self._classifier.max_length, unit)
+            warn_user(f"{self._op}: {found}")
         if self._empty:
             warn_user(f"{self._op}: {counted(self._empty, 'empty text')}; the predictions mean little")

@@ -65,8 +65,9 @@ class ClassifierRun:
     Attributes:
         output: the directory with the adapter.
         classifier: the trained classifier.
-        examples: the number of texts that were trained on.
-        cut: the number of texts, in training and validation data, that were too long and were cut.
+        examples: the number of texts or sentences that were trained on.
+        cut: the number of texts or sentences, in training and validation data, that were too long and were
+            cut.
         lost: the number of words without a label, because their sentence was cut or they have no token.
         skipped: the bad rows that were skipped, in words; empty if there are none.
         valid: the report on the validation data; None without such data.
@@ -111,7 +112,8 @@ class ClassifierRun:
             f"trained {model.num_trainable:,} of {model.num_parameters:,} values",
         ]
         if self.cut or self.lost:
-            lines.append(cut_in_words(self.cut, self.lost, model.max_length))
+            cut_unit = "sentence" if model.classifies_tokens else "text"
+            lines.append(cut_in_words(self.cut, self.lost, model.max_length, cut_unit))
         if self.skipped:
             lines.append(self.skipped)
         if history.best_step is not None and len(history.evaluations) > 1:
@@ -171,11 +173,17 @@ def train_classifier(
     overwrite: bool = False,
     distributed: str | None = None,
 ) -> ClassifierRun:
-    """Train LoRA on an encoder, and a new head, to predict the labels of texts or numbers.
+    """Train LoRA on an encoder, and a new head, to classify texts or words, or to predict numbers.
 
-    A row has a text and its label, {"text": ..., "label": ...}. With task="multi", the label is a list of
-    texts, or a text with separators. The adapter is of PEFT's kind SEQ_CLS. The adapter includes the head and
-    the names of the labels. The output directory also holds checkpoints and `log.jsonl`. Ctrl-C ends the run
+    There are four tasks:
+    - "single": a row has a text and its label, {"text": ..., "label": ...}.
+    - "multi": the label of a text is a list of texts, or a text with separators.
+    - "regression": the label of a text is a number.
+    - "tokens": a row has the words of a sentence and a tag for each, {"tokens": [...], "tags": [...]}. Only
+      the first token of a word is trained.
+
+    The adapter is of PEFT's kind TOKEN_CLS for words, and SEQ_CLS otherwise. It includes the head and the
+    names of the labels. The output directory also holds checkpoints and `log.jsonl`. Ctrl-C ends the run
     and saves the current adapter. `resume=True` continues the run; the results are bit for bit the same as
     without a stop. Nothing is written before all rows are read and checked.
 
@@ -200,7 +208,7 @@ def train_classifier(
             regression (a number for each text) or tokens (one for each word, the default for rows with words
             and tags).
         class_weights: weights of the labels in the loss: none, or balanced (rare labels count more, so that
-            all labels have the same total weight).
+            all labels have the same total weight; only for single and tokens).
         separator: text between the labels of a text, in files without lists.
         calibrate: after training, divide the logits by the temperature that fits the validation data best.
         rank: rank of the LoRA factors.
@@ -254,6 +262,11 @@ def train_classifier(
     >>> run = nplora.finetuning.train_classifier("encoder-model", rows, "out", epochs=20, lr=1e-2)
     >>> nplora.load_classifier("encoder-model", "out").predict(["a refund"])
     ['refund']
+
+    >>> rows = [{"tokens": ["return", "my", "parcel"], "tags": ["O", "O", "THING"]}]
+    >>> run = nplora.finetuning.train_classifier("encoder-model", rows, "tags", epochs=60, lr=1e-2)
+    >>> run.classifier.predict_words([["return", "my", "parcel"]])
+    [['O', 'O', 'THING']]
     """
     arguments = locals()
     op = "train_classifier"
@@ -344,6 +357,8 @@ class _Training:
         made = Encoded.of(self.classifier, rows.rows)
         for where, text in zip(rows.places, made.ids, strict=True):
             require_tokens(where, text)
+        if made.words is not None:
+            require_words(rows.names, sum(map(len, made.words.first)) - made.lost)
         return made
 
     # ---- the run ----
@@ -357,8 +372,6 @@ class _Training:
         truth = None if self.valid is None else targets_of(self.valid, self.task, labels)
         centre, spread = 0.0, 1.0
         if self.task == "regression":
-        if made.words is not None:
-            require_words(rows.names, sum(map(len, made.words.first)) - made.lost)
             centre, spread = _standard(np.asarray(targets), classifier)
         classifier.add_lora(
             options.rank, options.alpha, options.targets, options.layers, options.dropout, options.use_rslora,

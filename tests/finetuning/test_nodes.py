@@ -107,6 +107,15 @@ def test_nodes_wait_for_the_longest_batch_and_in_a_round_that_is_not_full() -> N
     )
 
 
+def test_nodes_without_a_batch_because_the_epoch_is_short_are_told() -> None:
+    found = NodesPlan.of([[BatchTime(1.0)] * 2], 0, 4, GIGABIT, accumulate=8)
+    assert (
+        str(found)
+        .splitlines()[-1]
+        .startswith("an epoch has only 2 of the 8 batches of a step, so some nodes have nothing to do: ")
+    )
+
+
 def test_each_micro_batch_of_the_longest_batch_is_a_term_of_the_sum() -> None:
     """Rounds of 1 and 3 terms, then of 2: 5 terms, and the sums. Passes that take no time hide nothing."""
     step = [BatchTime(0.0, 1), BatchTime(0.0, 3), BatchTime(0.0, 2)]
@@ -306,7 +315,7 @@ def test_simulated_models_have_the_trained_values_that_peft_prints(
 def test_the_command_prints_the_plan_and_the_time_on_nodes(
     files: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = [str(files[0]), "--data", str(files[1]), "--accumulate", "8"]
+    words = [str(files[0]), "--data", str(files[1]), "--accumulate", "8", "--batch-examples", "2"]
     assert cli.main(["plan", *words, "--nodes", "4", "--network", "10Gb", "--latency", "20us"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("float32, activations kept: ")

@@ -23,7 +23,7 @@ from nplora.cli.parser import (
     path,
 )
 from nplora.distributed.launch import require_one_process
-from nplora.distributed.opening import heard_by_all_ranks
+from nplora.distributed.opening import heard_by_all_ranks, require_choice
 
 HELP = (
     "Train a classifier of texts or of their words with LoRA, print how well it predicts the labels of rows, "
@@ -92,6 +92,7 @@ def run(arguments: argparse.Namespace) -> None:
 def _train(arguments: argparse.Namespace, options: dict[str, Any]) -> None:
     from nplora import finetuning
 
+    require_choice("classify train", arguments.distributed)
     with heard_by_all_ranks(arguments.distributed):
         for name, owner in _NOT_OF_TRAIN.items():
             if getattr(arguments, name):

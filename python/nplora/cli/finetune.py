@@ -3,7 +3,7 @@
 import argparse
 
 from nplora.cli.parser import add_data, add_model, add_options, checked, given_data, given_options, path
-from nplora.distributed.opening import heard_by_all_ranks
+from nplora.distributed.opening import heard_by_all_ranks, require_choice
 
 HELP = "Fine-tune a language model with LoRA on a file of text. The adapter is saved in PEFT's format."
 
@@ -24,6 +24,7 @@ def run(arguments: argparse.Namespace) -> None:
     from nplora import finetuning
     from nplora.finetuning import FinetuneOptions
 
+    require_choice("finetune", arguments.distributed)
     with heard_by_all_ranks(arguments.distributed):
         options = given_options(arguments, FinetuneOptions)
         checked(FinetuneOptions, options)

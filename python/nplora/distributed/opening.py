@@ -40,6 +40,23 @@ def opened_communicator(
         yield ranks
 
 
+def require_choice(op: str, distributed: str | None) -> None:
+    """Refuse a command that a launcher has started several times without the option `distributed`.
+
+    Another rank may have been started with the option. It would wait for this rank, so the refusal is
+    reported to all ranks.
+
+    Raises:
+        ValueError: `distributed` is None, and a launcher has started several ranks.
+
+    >>> from nplora.distributed.opening import require_choice
+    >>> require_choice("finetune", None)  # without a launcher
+    """
+    if distributed is None:
+        with heard_by_all_ranks("mpi"):
+            require_one_process(op, can_train_together=True)
+
+
 @contextlib.contextmanager
 def heard_by_all_ranks(distributed: str | None) -> Iterator[None]:
     """Report an error to the other ranks if it occurs in this block, before `opened_communicator`.

@@ -12,6 +12,7 @@ from typing import Any
 from nplora import _check
 from nplora.adapters import rollback_on_error, save_adapter
 from nplora.distributed.communicator import Alone, Communicator
+from nplora.distributed.opening import opened_communicator
 from nplora.finetuning.agreement import require_same_data
 from nplora.finetuning.data.sources import Data, sources_of, splits_of
 from nplora.finetuning.embedding.batches import ExampleBatches
@@ -106,6 +107,7 @@ def train(
     callbacks: Sequence[Callback] = (),
     progress: bool | None = None,
     communicator: Communicator | None = None,
+    distributed: str | None = None,
     resume: bool = False,
     overwrite: bool = False,
 ) -> EmbeddingTraining:
@@ -155,6 +157,8 @@ def train(
         communicator: the ranks that train together, as in `Trainer`. The batches of a step are divided among
             at most `accumulate` ranks, and the adapter has the same bits for any number of them. Every rank
             makes the same call. Only rank 0 writes to `output`.
+        distributed: "mpi": open the ranks of `mpirun` as the communicator. "off": allow a separate run in
+            each process of `mpirun`.
         resume: continue the run in `output`; the results are bit for bit the same as without a stop.
         overwrite: delete the run and the adapter in `output`.
     Returns:
@@ -169,69 +173,69 @@ def train(
     """
     op = "train"
     files.require_named(op, output=output)
-    ranks = Alone() if communicator is None else communicator
-    is_first = ranks.rank == 0  # this rank writes the output and prints
-    if is_first:
-        files.require_directory(output)
-    function = EmbeddingLoss(loss, dims=dims, micro_tokens=micro_tokens)
-    splits = splits_of(op, data)
-    held_out = splits.valid if valid is None else sources_of(op, valid)
-    encoder = _opened(op, model, compute)
-    paths = [each.path for each in [*splits.train, *(held_out or [])] if each.path is not None]
-    if is_first:
-        require_inputs_kept(op, output, encoder.config.source, [("data", path) for path in paths])
-    read = [
-        read_sources(op, sources, encoder, function.function, columns, prompts, max_length, skip_bad)
-        for sources in (splits.train, held_out)
-        if sources is not None
-    ]
-    require_same_data(ranks, read[0], read[1] if len(read) > 1 else None, op)
-    say, place = speaker(is_first and speaks(progress)), Path(files.absolute(output))
-    for examples in read:
-        say(str(examples.report))
-    batches = [
-        ExampleBatches(examples, batch_size, shuffle, seed)
-        for examples, shuffle in zip(read, (True, False), strict=False)
-    ]
-    lora = {
-        "rank": rank, "alpha": alpha, "targets": targets, "layers": layers, "dropout": dropout,
-        "use_rslora": use_rslora, "use_dora": use_dora, "init": init,
-    }  # fmt: skip
-    with rollback_on_error(encoder):
-        _add_lora(op, encoder, lora, seed, say)
-        rate = default_lr(encoder.config.hidden_size) if lr is None else lr
-        callbacks = list(callbacks)
-        if computes_in_int8(encoder):
-            callbacks.append(Int8Check(encoder, function.sample_gradient(encoder, read[0]), say))
-        trainer = Trainer(
-            encoder, function, AdamW(rate, weight_decay=weight_decay), schedule=schedule, warmup_steps=warmup,
-            accumulate=accumulate, clip_norm=max_grad_norm, seed=seed, callbacks=callbacks, progress=progress,
-            communicator=communicator,
-        )  # fmt: skip
+    with opened_communicator(op, distributed, communicator) as ranks:
+        is_first = ranks.rank == 0  # this rank writes the output and prints
         if is_first:
-            require_free_directory(place, resume, overwrite)
-        found_at = place
-        with opened_output(place, ranks) as directory:
-            history = trainer.fit(
-                batches[0],
-                epochs=epochs,
-                steps=steps,
-                validation=batches[1] if len(batches) > 1 else None,
-                eval_every=eval_every,
-                patience=patience,
-                keep=keep,
-                checkpoint_dir=directory,
-                checkpoint_every=save_every,
-                save_minutes=save_minutes,
-                resume=resume,
-                overwrite=overwrite,
-            )
-            if directory is not None:
-                with Interrupts(terminate=False) as interrupts, interrupts.hold():
-                    save_adapter(encoder, directory, os.fspath(encoder.source))
-                found_at = directory.seen_from(output)
-    report = read[1].report if len(read) > 1 else None
-    return EmbeddingTraining(encoder, found_at, read[0].report, report, history, tuple(trainer.ranks))
+            files.require_directory(output)
+        function = EmbeddingLoss(loss, dims=dims, micro_tokens=micro_tokens)
+        splits = splits_of(op, data)
+        held_out = splits.valid if valid is None else sources_of(op, valid)
+        encoder = _opened(op, model, compute)
+        paths = [each.path for each in [*splits.train, *(held_out or [])] if each.path is not None]
+        if is_first:
+            require_inputs_kept(op, output, encoder.config.source, [("data", path) for path in paths])
+        read = [
+            read_sources(op, sources, encoder, function.function, columns, prompts, max_length, skip_bad)
+            for sources in (splits.train, held_out)
+            if sources is not None
+        ]
+        require_same_data(ranks, read[0], read[1] if len(read) > 1 else None, op)
+        say, place = speaker(is_first and speaks(progress)), Path(files.absolute(output))
+        for examples in read:
+            say(str(examples.report))
+        batches = [
+            ExampleBatches(examples, batch_size, shuffle, seed)
+            for examples, shuffle in zip(read, (True, False), strict=False)
+        ]
+        lora = {
+            "rank": rank, "alpha": alpha, "targets": targets, "layers": layers, "dropout": dropout,
+            "use_rslora": use_rslora, "use_dora": use_dora, "init": init,
+        }  # fmt: skip
+        with rollback_on_error(encoder):
+            _add_lora(op, encoder, lora, seed, say)
+            rate = default_lr(encoder.config.hidden_size) if lr is None else lr
+            callbacks = list(callbacks)
+            if computes_in_int8(encoder):
+                callbacks.append(Int8Check(encoder, function.sample_gradient(encoder, read[0]), say))
+            trainer = Trainer(
+                encoder, function, AdamW(rate, weight_decay=weight_decay), schedule=schedule,
+                warmup_steps=warmup, accumulate=accumulate, clip_norm=max_grad_norm, seed=seed,
+                callbacks=callbacks, progress=progress, communicator=None if type(ranks) is Alone else ranks,
+            )  # fmt: skip
+            if is_first:
+                require_free_directory(place, resume, overwrite)
+            found_at = place
+            with opened_output(place, ranks) as directory:
+                history = trainer.fit(
+                    batches[0],
+                    epochs=epochs,
+                    steps=steps,
+                    validation=batches[1] if len(batches) > 1 else None,
+                    eval_every=eval_every,
+                    patience=patience,
+                    keep=keep,
+                    checkpoint_dir=directory,
+                    checkpoint_every=save_every,
+                    save_minutes=save_minutes,
+                    resume=resume,
+                    overwrite=overwrite,
+                )
+                if directory is not None:
+                    with Interrupts(terminate=False) as interrupts, interrupts.hold():
+                        save_adapter(encoder, directory, os.fspath(encoder.source))
+                    found_at = directory.seen_from(output)
+        report = read[1].report if len(read) > 1 else None
+        return EmbeddingTraining(encoder, found_at, read[0].report, report, history, tuple(trainer.ranks))
 
 
 def _opened(op: str, model: StrPath | Encoder, compute: str | None) -> Encoder:

@@ -40,6 +40,7 @@ class NodesPlan:
             changes. Gradients travel while the machines compute their next batches.
         size: bytes of the gradients.
         local_steps: steps of each machine between two outer steps; None: there are no outer steps.
+        most: the number of batches in the largest step. A short epoch has fewer than `batches`.
 
     >>> planning = nplora.finetuning.planning
     >>> step = [planning.BatchTime(seconds) for seconds in (10.0, 9.0, 10.0)]
@@ -60,6 +61,7 @@ class NodesPlan:
     sums: float
     size: int
     local_steps: int | None = None
+    most: int | None = None
 
     @classmethod
     def of(
@@ -87,7 +89,8 @@ class NodesPlan:
             ValueError: there are more nodes than batches in a step.
         """
         nodes = _check.integer(op, "nodes", nodes, least=1)
-        batches = accumulate or max(len(step) for step in steps)
+        most = max(len(step) for step in steps)
+        batches = accumulate or most
         if nodes > batches:
             raise ValueError(
                 f"{op}: nodes is {nodes}, expected at most {batches}, the number of batches in a step: "
@@ -105,7 +108,7 @@ class NodesPlan:
             else:
                 sums += network.local_sums(size, nodes, local_steps, len(rounds))
         alone, slowest, sums = (each / len(steps) for each in (alone, slowest, sums))
-        return cls(nodes, network, batches, alone, slowest - alone / nodes, sums, size, local_steps)
+        return cls(nodes, network, batches, alone, slowest - alone / nodes, sums, size, local_steps, most)
 
     @property
     def seconds(self) -> float:
@@ -132,7 +135,12 @@ class NodesPlan:
             f"  {self.waiting:6.2f} s  waiting for the slowest machine",
             f"  {self.sums:6.2f} s  {self._summed()}",
         ]
-        if idle := -self.batches % self.nodes:
+        if self.most is not None and self.most < self.nodes:
+            lines.append(
+                f"an epoch has only {self.most} of the {self.batches} batches of a step, so some nodes have "
+                "nothing to do: use smaller batches (--batch-examples, --batch-tokens) or fewer nodes"
+            )
+        elif idle := -self.batches % self.nodes:
             lines.append(
                 f"the {self.batches} batches of a step are no multiple of {nodes}: "
                 f"--accumulate {self.batches + idle} keeps all nodes busy"

@@ -1,5 +1,6 @@
 """`nplora chat`: through pipes, and in a terminal."""
 
+import codecs
 import contextlib
 import io
 import json
@@ -193,6 +194,7 @@ class Terminal:
         )  # fmt: skip
         os.close(other)
         self.seen = ""
+        self._decoder = codecs.getincrementaldecoder("utf-8")()  # a character may arrive in two pieces
 
     def until(self, pattern: str) -> str:
         """Read until a pattern appears, and return the text up to its end."""
@@ -202,7 +204,7 @@ class Terminal:
             with contextlib.suppress(OSError):
                 piece = os.read(self._side, 4096)
                 assert piece, self.seen
-                self.seen += piece.decode(errors="replace")
+                self.seen += self._decoder.decode(piece)
         text, self.seen = self.seen[: found.end()], self.seen[found.end() :]
         return text
 

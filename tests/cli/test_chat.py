@@ -196,9 +196,17 @@ class Terminal:
         self.seen = ""
         self._decoder = codecs.getincrementaldecoder("utf-8")()  # a character may arrive in two pieces
 
-    def until(self, pattern: str) -> str:
+    def interrupt_until(self, pattern: str) -> str:
+        """Press Ctrl-C until a pattern appears. Just after a prompt, Python may miss the signal."""
+        for _ in range(int(SECONDS)):
+            self.type("\x03")
+            with contextlib.suppress(AssertionError):
+                return self.until(pattern, seconds=1)
+        raise AssertionError(self.seen)
+
+    def until(self, pattern: str, seconds: float = SECONDS) -> str:
         """Read until a pattern appears, and return the text up to its end."""
-        end = time.monotonic() + SECONDS
+        end = time.monotonic() + seconds
         while not (found := re.search(pattern, self.seen)):
             assert select.select([self._side], [], [], max(0, end - time.monotonic()))[0], self.seen
             with contextlib.suppress(OSError):
@@ -242,8 +250,7 @@ def test_a_chat_in_a_terminal(terminal: Terminal, tmp_path: Path) -> None:
     terminal.until(r"hello\r\n[^\r]{20}")  # the answer has begun, and would go on for a minute
     terminal.type("\x03")
     terminal.until("\r\n> ")
-    terminal.type("\x03")  # at the prompt
-    terminal.until(r"\(Ctrl-D ends the chat\)\r\n> ")
+    terminal.interrupt_until(r"\(Ctrl-D ends the chat\)\r\n> ")  # at the prompt
     terminal.type("/nonsense\n")
     terminal.until("nplora: error: no command /nonsense.*\r\n> ")
     terminal.type('"""one\n')

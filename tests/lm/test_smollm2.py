@@ -131,13 +131,15 @@ def test_logits_gradients_and_training_are_those_of_torch(
     optimizer = nplora.AdamW(lr=1e-3, weight_decay=0.01)
     their_optimizer = torch.optim.AdamW([p for _, p, _ in pairs], lr=1e-3, weight_decay=0.01)
     for step in range(10):
-        loss = model(tokens, labels=tokens).loss
+        # Torch's loss in float32 errs by 1e-5, more than nplora's: 49,152 terms, summed by eight AVX2 lanes.
+        logits = model(tokens).logits[0, :-1].double()
+        loss = torch.nn.functional.cross_entropy(logits, tokens[0, 1:])
         their_optimizer.zero_grad()
         loss.backward()
         batch = pack([(ids, ids)])
         lm.zero_grad()
         total = lm.forward_backward(batch, 1 / batch.num_targets)
-        assert total / batch.num_targets == pytest.approx(loss.item(), abs=1e-3)
+        assert total / batch.num_targets == pytest.approx(loss.item(), abs=1e-4)
         figure("difference of a loss in ten steps", abs(total / batch.num_targets - loss.item()))
         if step == 0:
             found = {p.name: p.grad for p in lm.parameters()}

@@ -1,8 +1,10 @@
 """`nplora finetune --distributed mpi`, as a user runs it."""
 
+import dataclasses
 import json
 import os
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +19,10 @@ from distributed.threads import ThreadRank, on_threads
 from nplora import cli
 from nplora.distributed import Alone, RankError, mpi
 from nplora.finetuning import FinetuneOptions, finetune
-from nplora.finetuning.execution import choose_execution
+from nplora.finetuning.execution import choose_execution, fitting_all
 from nplora.finetuning.load import read_inputs
 from nplora.finetuning.objectives import TokenLoss
-from nplora.finetuning.planning import ExecutionPlan
+from nplora.finetuning.planning import Alternative, BudgetError, ExecutionPlan, Memory, MemoryPlan, choice
 from nplora.lm import load_model
 from nplora.models.packing import pack
 from small_llama import save_small_llama
@@ -75,7 +77,7 @@ def test_one_rank_prints_and_writes_and_all_are_reported(inputs: Path, tmp_path:
         ({"data": "missing.jsonl"}, "rank 1: FileNotFoundError"),
         ({"model": "other.gguf"}, "the ranks do not agree: rank 1 differs in base model"),
         ({"model": "missing.gguf"}, "rank 1: FileNotFoundError"),
-        ({"more": ["--lr", 0.5]}, "the ranks do not agree: rank 1 differs in lr: 0.5, but None on rank 0"),
+        ({"more": ["--lr", 0.5]}, "the ranks do not agree: rank 1 differs in lr: 0.5, but not set on rank 0"),
     ],
 )
 def test_a_rank_with_other_inputs_is_one_error_that_names_it(
@@ -122,6 +124,7 @@ def test_a_rank_with_another_validation_or_no_limit_of_memory_is_named(
     [
         (["--rank", 0], "60", "rank 1: UsageError: finetune: rank is 0"),
         (["--unknown", 1], "60", "rank 1: UsageError: unrecognized arguments: --unknown 1"),
+        (["--lr", "fast"], "60", "rank 1: WrongArguments: argument --lr: "),
         ([], "soon", "rank 1: ValueError: MPICommunicator: NPLORA_RANK_TIMEOUT is 'soon'"),
     ],
 )
@@ -265,6 +268,42 @@ def test_ranks_with_other_limits_use_the_plan_of_the_smallest_memory(
     alone = [used(Alone(), memory) for memory in (2 * 10**9, small)]
     assert alone[0] != alone[1]
     assert on_threads(2, lambda ranks: used(ranks, 2 * 10**9, small)) == [alone[1]] * 2
+
+
+def test_a_rank_with_more_threads_gets_no_plan_that_is_too_large_for_it(
+    inputs: Path, repeatable_plans: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads = threading.local()
+    monkeypatch.setattr(choice, "get_num_threads", lambda: threads.count)
+
+    def planned(count: int, memory: int, ranks: ThreadRank | Alone) -> ExecutionPlan:
+        threads.count = count
+        options = FinetuneOptions(rank=2, batch_examples=24, accumulate=2, memory=memory)
+        given = read_inputs("finetune", inputs / "model.gguf", ROWS, None, options)
+        return choose_execution(inputs / "model.gguf", given, options, None, lambda text: None, ranks)
+
+    threads.count = 64
+    plan = nplora.plan(inputs / "model.gguf", ROWS, rank=2, batch_examples=24, accumulate=2, memory="9G")
+    limit = int(1.02 * min(other.size for other in plan.others)) + 100_000  # for 64 threads
+    alone = [planned(count, limit, Alone()) for count in (1, 64)]
+    assert alone[0] != alone[1]
+    for counts in ((1, 64), (64, 1)):
+        found = on_threads(2, lambda ranks, counts=counts: planned(counts[ranks.rank], limit, ranks))
+        assert found == [alone[1]] * 2
+
+
+def test_plans_of_which_none_fits_on_every_rank_are_refused() -> None:
+    memory = Memory(100_000_000, *[0] * (len(dataclasses.fields(Memory)) - 1))
+    first, second = (ExecutionPlan("float32", recompute) for recompute in (False, True))
+
+    def plan_of(chosen: ExecutionPlan, other: ExecutionPlan) -> MemoryPlan:
+        return MemoryPlan(chosen, memory, 1.0, 1, (Alternative(other, 200_000_000, 2.0),), limit=150e6)
+
+    message = (
+        "no rank's plan fits on every rank: for that of rank 1 .*, rank 0 needs 200 MB, more than its 150 MB"
+    )
+    with pytest.raises(BudgetError, match=message):
+        fitting_all([plan_of(first, second), plan_of(second, first)])
 
 
 def test_the_progress_counts_the_tokens_of_all_ranks(inputs: Path) -> None:

@@ -20,6 +20,7 @@ from nplora.finetuning.load import (
 from nplora.finetuning.options import FinetuneOptions, from_arguments
 from nplora.finetuning.planning import (
     Adapters,
+    BudgetError,
     ExecutionPlan,
     MemoryPlan,
     PlanConstraints,
@@ -162,9 +163,9 @@ def choose_execution(
         earlier: the run to resume, which keeps its micro-batch size; None for a new run.
         say: function that prints a text.
         ranks: the processes that train together. Each rank makes a plan for its memory. All ranks then use
-            the plan that needs the least memory besides the weights.
+            the first of these plans that fits on every rank.
     Raises:
-        BudgetError: no plan fits into `memory`.
+        BudgetError: no plan fits into `memory`, or no rank's plan fits on every rank.
         ValueError: the options do not fit the model.
     Warns:
         UserWarning: `memory` is not set, and the run needs more memory than is available.
@@ -191,13 +192,31 @@ def choose_execution(
         resuming=earlier is not None,
     )
     own = _planned("finetune", inputs, adapters, options, constraints)
-    plans = ranks.gather(own, "the plan of the memory")
-    chosen = min(plans, key=lambda plan: plan.memory.total - plan.memory.process - plan.memory.weights)
+    chosen = fitting_all(ranks.gather(own, "the plan of the memory"))
     say(str(chosen))
     if chosen.chosen.compute != inputs.lm.compute:
         assert not isinstance(model, LanguageModel), "the arithmetic of a loaded model cannot change"
         inputs.reload(model, chosen.chosen.compute)
     return chosen.chosen
+
+
+def fitting_all(plans: Sequence[MemoryPlan]) -> MemoryPlan:
+    """The first plan of the ranks that fits on every rank.
+
+    The ranks may have different limits, and different numbers of threads, each of which needs memory.
+    """
+    problem = ""
+    for rank, plan in enumerate(plans):
+        sizes = [each.size_of(plan.chosen) for each in plans]
+        misfits = [r for r, each in enumerate(plans) if sizes[r] > each.limit]
+        if not misfits:
+            return plan
+        first = misfits[0]
+        problem = (
+            f"for that of rank {rank} ({plan.chosen}), rank {first} needs {sizes[first] / 1e6:.0f} MB, more "
+            f"than its {plans[first].limit / 1e6:.0f} MB"
+        )
+    raise BudgetError(f"finetune: no rank's plan fits on every rank: {problem}")
 
 
 def predicted(

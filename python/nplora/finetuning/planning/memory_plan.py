@@ -67,6 +67,17 @@ class MemoryPlan:
     times: tuple[tuple[BatchTime, ...], ...] = field(default=(), repr=False)
     gradients: int = 0
 
+    def size_of(self, plan: ExecutionPlan) -> float:
+        """The peak memory of the process in bytes with this execution plan; infinite if it was not compared.
+
+        >>> plan = nplora.plan("model.gguf", "train.jsonl", batch_examples=4)
+        >>> plan.size_of(plan.chosen) == plan.memory.total
+        True
+        """
+        if plan == self.chosen:
+            return self.memory.total
+        return next((other.size for other in self.others if other.plan == plan), math.inf)
+
     def on_nodes(
         self,
         nodes: int,

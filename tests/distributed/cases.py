@@ -181,6 +181,8 @@ LANGUAGE: dict[str, dict[str, Any]] = {
     "trained_tokens": {"trainable_tokens": "a,1", "plan": CUT, "batch_examples": 4},
     "adapter_on_the_head": {"targets": "q_proj,lm_head", "plan": CUT, "batch_examples": 4},
     "bfloat16": {"compute": "bfloat16", "recompute": True, "steps": 3, "epochs": None},
+    "int8": {"compute": "int8", "recompute": True, "dropout": 0.2, "steps": 3, "epochs": None},
+    "freeze_B": {"freeze_B": True, "steps": 3, "epochs": None},
     "sent_in_bfloat16": {"communication_dtype": "bfloat16", "plan": CUT, "batch_examples": 4},
     "dpo": {"objective": "dpo", "data": PAIRS, "valid": UNLIKED},
     "dpo_micro_batches": {"objective": "dpo", "data": PAIRS, "valid": UNLIKED, "plan": CUT},

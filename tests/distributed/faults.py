@@ -51,6 +51,9 @@ class Fault(Callback):
             resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
         if self.kind == "raise":
             raise KeyboardInterrupt
+        if self.kind == "announce":  # the test then sends a signal to the launcher
+            print("now", flush=True)
+            vars(run.model)["forward"] = functools.partial(_forward, run.model.forward, 0.1)
         if self.kind in ("batch", "slow-batch"):  # of the next step
             delay = float(os.environ["FAULT_SECONDS"]) if self.kind == "slow-batch" else None
             vars(run.model)["forward"] = functools.partial(_forward, run.model.forward, delay)

@@ -231,8 +231,14 @@ def test_a_communicator_of_your_own_is_used(model: Path, tmp_path: Path) -> None
 
 
 def test_a_communicator_and_distributed_exclude_each_other(model: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="train_classifier: communicator and distributed are both given"):
-        classified(Alone(), model, tmp_path, distributed="mpi")
+    for train, op in ((classified, "train_classifier"), (embedded, "train")):
+        with pytest.raises(ValueError, match=f"{op}: communicator and distributed are both given"):
+            train(Alone(), model, tmp_path, distributed="mpi")
+        with pytest.raises(
+            ValueError, match=f"{op}: distributed='MPI' is not available; possible: 'mpi', 'off'"
+        ):
+            train(None, model, tmp_path, distributed="MPI")
+    assert not list(tmp_path.iterdir())
 
 
 def test_ranks_train_the_labels_of_tokens(model: Path) -> None:
@@ -263,6 +269,7 @@ EMBEDDINGS: dict[str, dict[str, Any]] = {
     "widths": {"dims": (32, 8), "micro_tokens": 24},
     "triplet": {"loss": "triplet", "micro_tokens": 40},
     "cosine": {"loss": "cosine", "data": scored(), "valid": scored(9, 1), "micro_tokens": 24},
+    "int8": {"compute": "int8"},
     "cosent": {"loss": "cosent", "data": scored(), "valid": scored(9, 1), "use_dora": True},
 }
 

@@ -1,5 +1,6 @@
 """A rank that fails, is killed, hangs or gets a signal ends the job, which says why and can be resumed."""
 
+import signal
 import time
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 
 from distributed import faults
-from distributed.launching import HERE, needs_mpi, run
+from distributed.launching import HERE, needs_mpi, run, start
 from nplora.trainer.run_directory import RunDirectory
 
 # The steps that rank 0 may have saved if the launcher has ended it. MPICH kills it, so the newest checkpoint
@@ -142,6 +143,20 @@ def test_a_signal_to_all_ranks_saves_the_run(tmp_path: Path) -> None:
     require_same_end(tmp_path / "run")
 
 
+@pytest.mark.parametrize(
+    ("number", "wanted"), [(signal.SIGINT, 0), (signal.SIGTERM, 143), (signal.SIGUSR1, 138)]
+)
+def test_a_signal_to_the_launcher_saves_the_run(number: int, wanted: int, tmp_path: Path) -> None:
+    process = start((2, [HERE / "faults.py", "announce", -1, 5, tmp_path / "run"]))
+    assert process.stdout is not None
+    assert "now" in process.stdout.readline()
+    process.send_signal(number)
+    process.communicate(timeout=60)
+    assert process.returncode == wanted
+    assert saved_step(tmp_path / "run") in range(5, 15)
+    require_same_end(tmp_path / "run")
+
+
 def test_a_handler_of_the_program_is_called_on_all_ranks_and_may_let_the_run_continue(tmp_path: Path) -> None:
     status, out, errors = run((2, [HERE / "faults.py", "handled", 1, 5, tmp_path / "run"]))
     assert status == 0, errors
@@ -156,7 +171,7 @@ def test_a_loss_that_is_not_finite_on_one_rank_is_the_error_of_all(tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    ("kind", "what"), [("data", "x"), ("settings", "clip_norm: 0.5, but None on rank 0")]
+    ("kind", "what"), [("data", "x"), ("settings", "clip_norm: 0.5, but not set on rank 0")]
 )
 def test_ranks_with_other_data_or_settings_are_named(kind: str, what: str, tmp_path: Path) -> None:
     status, _, errors = run((2, [HERE / "faults.py", kind, 1, 0, tmp_path / "run"]))

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,10 @@ from distributed import cases
 from distributed.cases import StopAt
 from distributed.threads import ThreadRank, on_threads
 from nplora.distributed import Alone, Communicator, RankError
-from nplora.finetuning import FinetuneOptions
+from nplora.finetuning import FinetuneOptions, TokenLoss, int8_check
+from nplora.models.packing import pack
 from nplora.trainer import Callback, History, Run, StepRecord, resuming
+from small_llama import save_small_llama
 
 BATCH, LR, OUTER_LR, OUTER_MOMENTUM = 4, 0.05, 0.7, 0.9
 Array = np.ndarray[Any, Any]
@@ -52,6 +55,38 @@ def trained(ranks: Communicator | None, batches: int = 6, **more: Any) -> tuple[
 
 
 FIT = ("epochs", "steps", "checkpoint_dir", "checkpoint_every", "resume", "validation", "eval_every")
+
+
+def test_all_ranks_return_the_same_blocks_to_bfloat16(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between outer steps, the gradients of the ranks differ, and so may their cosines."""
+    path = save_small_llama(tmp_path / "model.gguf", "q8_0")
+
+    def parts(ranks: ThreadRank) -> list[str]:
+        lm = nplora.load_model(path, compute="int8")
+        lm.add_lora(rank=2)
+        names, said = int8_check.part_names(lm), list[str]()
+        low.cosines = {name: 0.5 if i == ranks.rank else 0.99 for i, name in enumerate(names)}
+        check = int8_check.Int8Check(lm, lambda: None, said.append)
+        ids = np.arange(1, 9)
+        trainer = nplora.Trainer(
+            lm,
+            TokenLoss(),
+            accumulate=2,
+            callbacks=[check],
+            progress=False,
+            communicator=ranks,
+            local_steps=2,
+        )
+        trainer.fit([(pack([(ids, ids)]), None)] * 2, epochs=1)
+        assert said[0].endswith(f": {names[0]}, {names[1]}")
+        return said
+
+    low = threading.local()
+    monkeypatch.setattr(int8_check, "cosines", lambda *_: (0.99, low.cosines))
+    first, second = on_threads(2, parts)
+    assert first == second
 
 
 # ---- an oracle in plain NumPy ----

@@ -15,6 +15,7 @@ from typing import Any, NoReturn, TypeVar
 from nplora import _check, _core
 from nplora.cli.errors import UsageError, one_line
 from nplora.formats import model_directory
+from nplora.runtime.stderr import stderr
 from nplora.weights import COMPUTES
 
 T = TypeVar("T")
@@ -64,11 +65,24 @@ _OTHER_COMMANDS = {
 }
 
 
+class WrongArguments(SystemExit):
+    """The end of the program, with status 2, after the parser has printed its error."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(2)
+        self.message = message
+
+    def __str__(self) -> str:  # what the other ranks of a distributed run print
+        return self.message
+
+
 class Parser(argparse.ArgumentParser):
     """A parser that prints an error as one line."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"nplora: error: {one_line(message)} (try {self.prog} --help)\n")
+        text = one_line(message)
+        print(f"nplora: error: {text} (try {self.prog} --help)", file=stderr)
+        raise WrongArguments(text)
 
 
 class CommandParser(Parser):

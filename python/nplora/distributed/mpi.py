@@ -110,6 +110,7 @@ class MPICommunicator:
         self.waited = self.exchanged = 0.0
         self._threads: int | None = None  # the number before it was limited
         self._exchanges = Messages()  # those that are started
+        # Progress calls MPI in its own thread, and the program may call MPI for other purposes meanwhile.
         self._progress = Progress(
             self._exchanges, is_allowed=self._mpi.Query_thread() >= self._mpi.THREAD_MULTIPLE
         )

@@ -4,9 +4,12 @@ import contextlib
 import warnings
 from collections.abc import Iterator
 
+from nplora import _check
 from nplora.distributed.communicator import Alone, Communicator
 from nplora.distributed.launch import launched_ranks, require_one_process
 from nplora.distributed.mpi import MPICommunicator
+
+DISTRIBUTED = ("mpi", "off")
 
 
 @contextlib.contextmanager
@@ -17,13 +20,16 @@ def opened_communicator(
 
     Args:
         op: name of the calling function in messages.
-        distributed: "mpi": the ranks of an MPI launcher. "off": this process alone. None: this process alone,
-            but an error if a launcher has started several.
+        distributed: one of DISTRIBUTED. "mpi": the ranks of an MPI launcher. "off": this process alone. None:
+            this process alone, but an error if a launcher has started several.
         given: a communicator that the caller has opened, instead of `distributed`.
     Raises:
-        ValueError: `distributed` is None, and a launcher has started several ranks; or both are given.
+        ValueError: `distributed` is another value; or it is None, and a launcher has started several ranks;
+            or both are given.
         ModuleNotFoundError, ImportError, ValueError: as `MPICommunicator` raises.
     """
+    if distributed is not None:
+        _check.choice(op, "distributed", distributed, DISTRIBUTED)
     if given is not None:
         if distributed is not None:
             raise ValueError(f"{op}: communicator and distributed are both given, expected only one of them")
@@ -38,6 +44,20 @@ def opened_communicator(
         if ranks.rank:
             warnings.simplefilter("ignore")
         yield ranks
+
+
+def or_none_if_alone(ranks: Communicator) -> Communicator | None:
+    """The communicator for a `Trainer`: None for a process that trains alone.
+
+    With a communicator, the trainer stores the gradients of each batch of a step, to add them in order. A
+    process alone needs no such copies.
+
+    >>> from nplora.distributed import Alone
+    >>> from nplora.distributed.opening import or_none_if_alone
+    >>> or_none_if_alone(Alone()) is None
+    True
+    """
+    return None if type(ranks) is Alone else ranks  # a subclass may do more, and is used
 
 
 def require_choice(op: str, distributed: str | None) -> None:

@@ -40,7 +40,8 @@ def require_same_options(ranks: Communicator, options: _Options, op: str = "fine
             more ranks than batches in a step.
     """
     names = [field.name for field in dataclasses.fields(options)]
-    mine = {**program(), **{n: repr(getattr(options, n)) for n in names if n not in _MAY_DIFFER}}
+    values = {name: getattr(options, name) for name in names if name not in _MAY_DIFFER}
+    mine = {**program(), **{name: None if value is None else repr(value) for name, value in values.items()}}
     if "memory" in names:
         mine["use of memory"] = "planned" if vars(options)["memory"] is not None else "not limited"
     _require_same(ranks, mine, op, "the options")

@@ -81,10 +81,20 @@ class Int8Check(Callback):
 
     def _compare(self, run: Run) -> None:
         try:
-            whole, parts = cosines(self._model, self._add_gradient)
+            own, problem = cosines(self._model, self._add_gradient), ""
         except NonFiniteLossError as error:
-            self._say(f"step {run.step}: the gradient in int8 is not compared: {error}")
+            own, problem = (1.0, {}), str(error)
+        # With local steps, the values of the ranks differ, but all ranks must compute in the same arithmetic.
+        found, problems = zip(
+            *run.ranks.gather((own, problem), f"the comparison of step {run.step}"), strict=True
+        )
+        if any(problems):
+            self._say(
+                f"step {run.step}: the gradient in int8 is not compared: {next(filter(None, problems))}"
+            )
             return
+        whole = _least(cosine for cosine, _ in found)
+        parts = {part: _least(cosines[part] for _, cosines in found) for part in found[0][1]}
         worst = min(parts, key=lambda part: parts[part], default="")
         in_int8 = [part for part in parts if any(layer.int8 for layer in layers_of(self._model, [part]))]
         new = [part for part in in_int8 if not parts[part] >= self._least]
@@ -111,6 +121,11 @@ class Int8Check(Callback):
         self._fallen_back += parts
         for layer in layers_of(self._model, self._fallen_back):
             layer.int8 = False
+
+
+def _least(cosines: Iterable[float]) -> float:
+    """The smallest cosine; NaN if one of them is NaN."""
+    return float(np.min(list(cosines)))
 
 
 def of_tokens(lm: LanguageModel, batches: TokenBatches, micro_tokens: int | None = None) -> AddGradient:

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 from nplora import _check
 from nplora.adapters import Adapter
+from nplora.distributed.opening import DISTRIBUTED
 from nplora.distributed.ordered_sum import COMMUNICATION_DTYPES
 from nplora.finetuning.data import FORMATS, LEARN, ONE_ANSWER
 from nplora.finetuning.data.dataset import ReadOptions
@@ -43,7 +44,6 @@ DEFAULT_EXAMPLES = 8
 TEACHER_DTYPES = ("float16", "float32")
 EVALUATED = (*ONE_ANSWER, "preference", "choice")
 KEEP_PREFIX = ("off", "memory", "disk")
-DISTRIBUTED = ("mpi", "off")
 INT8_HEAD = ("auto", "on", "off")
 _OF_THE_ADAPTER = (
     "rank", "alpha", "rank_pattern", "alpha_pattern", "targets", "layers", "use_rslora", "use_dora", "init",

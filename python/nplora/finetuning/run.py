@@ -13,8 +13,8 @@ from typing import Any
 
 from nplora import _check
 from nplora.adapters import Adapter, rollback_on_error, save_adapter
-from nplora.distributed.communicator import Alone, Communicator
-from nplora.distributed.opening import heard_by_all_ranks, opened_communicator
+from nplora.distributed.communicator import Communicator
+from nplora.distributed.opening import heard_by_all_ranks, opened_communicator, or_none_if_alone
 from nplora.finetuning import int8_check
 from nplora.finetuning.agreement import require_same_data, require_same_options
 from nplora.finetuning.baseline import Baseline, answers_of
@@ -372,7 +372,7 @@ def _finetune(
             if lm.compute == "int8":
                 sample = int8_check.of_tokens(lm, batches, execution.micro_tokens)
                 callbacks.append(Int8Check(lm, sample, say))
-            trainer = new_trainer(lm, loss, chosen, callbacks, ranks)
+            trainer = new_trainer(lm, loss, chosen, callbacks, or_none_if_alone(ranks))
             history = _train(trainer, batches, validation, chosen, directory)
         found_at = place
         if directory is not None:
@@ -455,7 +455,7 @@ def new_trainer(
     loss: PackedLoss,
     options: FinetuneOptions,
     callbacks: list[Callback],
-    ranks: Communicator | None = None,
+    communicator: Communicator | None = None,
 ) -> Trainer:
     """The trainer of a run with these options, which have a learning rate."""
     assert options.lr is not None
@@ -470,7 +470,7 @@ def new_trainer(
         seed=options.seed,
         callbacks=callbacks,
         progress=False,
-        communicator=None if isinstance(ranks, Alone) else ranks,
+        communicator=communicator,
         communication_dtype=options.communication_dtype,
         local_steps=options.local_steps,
         outer_lr=options.outer_lr,

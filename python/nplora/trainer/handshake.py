@@ -48,6 +48,8 @@ def differences(ranks: list[dict[str, Any]]) -> list[str]:
 
 
 def _text(value: Any) -> str:
+    if value is None:
+        return "not set"
     if isinstance(value, dict | list):
         return json.dumps(value, sort_keys=True, allow_nan=False)
     return str(value)

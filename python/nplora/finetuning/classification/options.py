@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from nplora import _check
+from nplora.distributed.opening import DISTRIBUTED
 from nplora.finetuning.classification.labelled import require_separator
-from nplora.finetuning.options import DISTRIBUTED, FinetuneOptions, parse_columns
+from nplora.finetuning.options import FinetuneOptions, parse_columns
 from nplora.formats.label_record import TASKS
 from nplora.lm.adapting import parse_blocks, target_names
 from nplora.nn import LoRALinear

@@ -13,8 +13,8 @@ import numpy.typing as npt
 
 from nplora import _check
 from nplora.adapters import rollback_on_error, save_adapter
-from nplora.distributed.communicator import Alone, Communicator
-from nplora.distributed.opening import heard_by_all_ranks, opened_communicator
+from nplora.distributed.communicator import Communicator
+from nplora.distributed.opening import heard_by_all_ranks, opened_communicator, or_none_if_alone
 from nplora.finetuning.agreement import require_same_data, require_same_options
 from nplora.finetuning.classification.calibration import temperature as fitting_temperature
 from nplora.finetuning.classification.class_weights import balanced_weights
@@ -468,7 +468,7 @@ class _Training:
             seed=options.seed,
             callbacks=callbacks,
             progress=False,
-            communicator=None if type(self.ranks) is Alone else self.ranks,
+            communicator=or_none_if_alone(self.ranks),
         )
 
     def _fit(

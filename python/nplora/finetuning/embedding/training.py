@@ -11,8 +11,8 @@ from typing import Any
 
 from nplora import _check
 from nplora.adapters import rollback_on_error, save_adapter
-from nplora.distributed.communicator import Alone, Communicator
-from nplora.distributed.opening import opened_communicator
+from nplora.distributed.communicator import Communicator
+from nplora.distributed.opening import heard_by_all_ranks, opened_communicator, or_none_if_alone
 from nplora.finetuning.agreement import require_same_data
 from nplora.finetuning.data.sources import Data, sources_of, splits_of
 from nplora.finetuning.embedding.batches import ExampleBatches
@@ -172,7 +172,8 @@ def train(
         NonFiniteLossError, CorruptError, OSError: as in `Trainer.fit`.
     """
     op = "train"
-    files.require_named(op, output=output)
+    with heard_by_all_ranks(distributed):
+        files.require_named(op, output=output)
     with opened_communicator(op, distributed, communicator) as ranks:
         is_first = ranks.rank == 0  # this rank writes the output and prints
         if is_first:
@@ -210,7 +211,7 @@ def train(
             trainer = Trainer(
                 encoder, function, AdamW(rate, weight_decay=weight_decay), schedule=schedule,
                 warmup_steps=warmup, accumulate=accumulate, clip_norm=max_grad_norm, seed=seed,
-                callbacks=callbacks, progress=progress, communicator=None if type(ranks) is Alone else ranks,
+                callbacks=callbacks, progress=progress, communicator=or_none_if_alone(ranks),
             )  # fmt: skip
             if is_first:
                 require_free_directory(place, resume, overwrite)

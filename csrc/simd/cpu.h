@@ -9,7 +9,7 @@ struct Cpu {
   bool avx512 = false;   // AVX-512 with the parts F, BW, DQ and VL
   bool avx512vnni = false;
   bool avx512bf16 = false;  // with VNNI
-  bool amx = false;         // AMX with BF16, on a processor that also has avx512bf16; see ask_for_tiles
+  bool amx = false;         // AMX with BF16; also requires avx512bf16 (see ask_for_tiles)
   bool neon = false;
   bool neonbf16 = false;  // BF16 together with dot products of bytes
   bool neoni8mm = false;  // with BF16

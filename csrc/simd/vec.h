@@ -2,28 +2,27 @@
 //
 // A kernel unit is one of the files kernels/isa_*.cpp. Each kernel unit defines NPLORA_ISA, the namespace of
 // all its code, and one macro NPLORA_SIMD_*, which selects the registers. Only kernel units may include this
-// file. If two units shared an inline function, the linker could keep the AVX-512 version of this function,
-// which would crash on an older machine. Kernel units use no templates of the standard library, because the
-// linker could share these too.
+// file. If two kernel units shared an inline function, the linker would keep only one version of this
+// function. An AVX-512 version would crash on an older machine. Kernel units use no templates of the standard
+// library, because the linker would also keep only one version of each template function.
 //
 //   `zero()`, `load(p)` and `store(p)` work on all lanes of a vector.
 //   `broadcast(x)` copies x to all lanes. The result of `broadcast` is a vector, or another type that `fma`
-//   accepts as its
-//     second argument.
+//     accepts as its second argument.
 //   `load_partial(p, n)` and `store_partial(p, n)` access only the first n lanes. `load_partial` sets the
 //     other lanes to 0.
 //   `load_group<n>(p)` loads n elements and repeats them until all lanes are full.
-//   `pair_rows(first, second)` of Bf16Pair pairs each bfloat16 value of one row with the value below it in
-//     the next row.
+//   `Vec<Bf16Pair>::pair_rows(first, second)` pairs each bfloat16 value of one row with the value in the same
+//     column of the next row.
 //   `fma(a, b, c)` returns a * b + c.
 //   `max(a, b)` and `min(a, b)` return NaN if b is NaN. The functions `max` and `min` and the operators -, *
 //     and / exist for float only.
-//   `times_power_of_two(a, n)` returns a * 2^n for whole numbers n from -252 to 254, for float only.
-//     `times_power_of_two` rounds once unless the result is subnormal, and returns NaN if a is NaN.
-//   `transpose(Vec (&)[kLanes])` transposes a square block of elements, with a row in each vector.
-//   `add_neighbours(a, b)` returns the sums of neighbouring lanes of a, then the sums of neighbouring lanes
-//     of b.
-//   `keep(v)` keeps a loaded vector in its register.
+//   `times_power_of_two(a, n)` returns a * 2^n for whole numbers n from -252 to 254. `times_power_of_two`
+//     exists for float only. The result is exact unless it is subnormal or too large, and is NaN if a is NaN.
+//   `transpose(Vec (&)[kLanes])` transposes a square block of elements. Each vector is a row of the block.
+//   `add_neighbours(a, b)` adds lanes 2i and 2i + 1 of each vector. The result has the sums of a, then the
+//     sums of b.
+//   `keep(v)` makes the compiler keep the loaded vector v in a register.
 #pragma once
 
 #if !defined(NPLORA_ISA)

@@ -1,7 +1,7 @@
 // Vectors of 8 floats or 4 doubles in one AVX register, with FMA3. This file is included by vec.h, inside the
 // namespace of one instruction set.
 
-// The 8 words that start at index 8 - n are a mask that selects the first n words.
+// For n from 0 to 8, the 8 words that start at index 8 - n are a mask that selects the first n words.
 alignas(32) inline constexpr int32_t kMaskWords[16] = {-1, -1, -1, -1, -1, -1, -1, -1,
                                                        0,  0,  0,  0,  0,  0,  0,  0};
 
@@ -125,7 +125,8 @@ inline Vec<float> second(Vec<Bf16Pair> a) {
 }
 
 inline Vec<float> add_neighbours(Vec<float> a, Vec<float> b) {
-  // The order of the sums is: low half of `a`, low half of `b`, high half of `a`, high half of `b`.
+  // The instruction hadd returns the sums in this order: low half of `a`, low half of `b`, high half of `a`,
+  // high half of `b`. The permutation then puts all sums of `a` before the sums of `b`.
   const __m256d halves = _mm256_castps_pd(_mm256_hadd_ps(a.v, b.v));
   return {_mm256_castpd_ps(_mm256_permute4x64_pd(halves, 0xd8))};
 }

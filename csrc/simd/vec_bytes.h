@@ -1,17 +1,18 @@
 // Vectors of sixteen bytes, which are the codes of a low-bit block before they become floats. The rules of
 // kernel units are in vec.h.
 //
-//   `move(b, from, to, mask)` shifts the bits of each byte so that bit `from` becomes bit `to`, and clears
-//     the bits that are not in `mask`.
+//   `move(b, from, to, mask)` shifts the bits of each byte so that bit `from` becomes bit `to`. Then `move`
+//     clears the bits that are not in `mask`.
 //   `each_bit(bits, value)` sets byte i to `value` if bit i of `bits` is set, else to 0.
 //   `interleave(a, b)` returns the bytes a0 b0 a1 b1 ... a7 b7 as `low` and the bytes a8 b8 ... a15 b15 as
 //     `high`.
 //   `widen(b)` converts the bytes, as signed numbers, to floats.
-//   `lookup(levels, b)` returns levels[byte] for each byte, which must be below 16. The levels of `lookup`
+//   `lookup(levels, b)` returns levels[byte] for each byte of b. All bytes of b must be below 16. The levels
 //     are floats or bytes.
-//   `low(nibbles, b)` decodes the low nibble q of each byte: the value is d * (q - offset) or d * q + m.
-//   `high(nibbles, b)` decodes the high nibble of each byte in the same way as `low`. `nibbles.all()` returns
-//     the values of the codes 0 to 15.
+//   `Nibbles(offset, d)` decodes a nibble q to d * (q - offset), and `Nibbles(d, m)` decodes q to d * q + m.
+//     For an object `nibbles` of this type, `low(nibbles, b)` decodes the low nibble of each byte.
+//   `high(nibbles, b)` decodes the high nibble of each byte. `nibbles.all()` returns the values of the
+//     nibbles 0 to 15.
 #pragma once
 
 #include "simd/vec.h"
@@ -54,7 +55,7 @@ inline Floats widen(Bytes b) {
   return {{{_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32((__m128i)b))}}};
 }
 
-// The bytes as indices of a permutation, which reads only the low four bits of each index.
+// Returns the bytes as indices for `permuted`, which reads only the low four bits of each index.
 typedef uint32_t Indices __attribute__((vector_size(64)));
 inline Indices indices(Bytes b) {
   return (Indices)_mm512_cvtepu8_epi32((__m128i)b);
@@ -79,7 +80,7 @@ inline BytePair interleave(Bytes a, Bytes b) {
   return {(Bytes)_mm_unpacklo_epi8((__m128i)a, (__m128i)b), (Bytes)_mm_unpackhi_epi8((__m128i)a, (__m128i)b)};
 }
 
-// A table with the values of all 16 codes. One permutation turns codes into values. The permutation reads
+// A table with the values of all 16 nibbles. One permutation turns nibbles into values. The permutation reads
 // only the low four bits of each index.
 struct Nibbles {
   __m512 values;
@@ -152,7 +153,7 @@ inline Floats widen(Bytes b) {
            {vcvtq_f32_s32(vmovl_high_s16(high))}}};
 }
 
-// The levels as four planes of bytes: plane i holds byte i of every level.
+// The levels are stored in four vectors of bytes: vector i holds byte i of every level.
 struct Levels {
   uint8x16x4_t planes;
   explicit Levels(const float (&levels)[16]) : planes(vld4q_u8(reinterpret_cast<const uint8_t*>(levels))) {}
@@ -177,8 +178,8 @@ inline BytePair interleave(Bytes a, Bytes b) {
 
 #else
 
-// The generic unit does not inline long functions: with inlining, the unit made up two fifths of the library,
-// although few machines run it.
+// The generic unit (isa_generic.cpp) does not inline long functions. With inlining, this unit made up two
+// fifths of the library, although few machines run this unit.
 [[gnu::noinline]] inline Bytes lookup(Bytes levels, Bytes b) {
   uint8_t from[kBytes], r[kBytes];
   __builtin_memcpy(from, &levels, sizeof from);
@@ -222,8 +223,7 @@ inline BytePair interleave(Bytes a, Bytes b) {
 
 #endif
 
-// Does the same as `interleave` with words of two bytes: returns the words a0 b0 a1 b1 ... as `low` and
-// `high`.
+// Interleaves words of two bytes. The result a0 b0 a1 b1 ... is returned in two halves, `low` and `high`.
 inline BytePair interleave_words(Bytes a, Bytes b) {
 #if defined(NPLORA_SIMD_AVX512) || defined(NPLORA_SIMD_AVX2)
   return {(Bytes)_mm_unpacklo_epi16((__m128i)a, (__m128i)b),

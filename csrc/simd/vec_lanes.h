@@ -1,20 +1,21 @@
-// Vectors of whole registers on x86-64. Each lane of 32 bits belongs to one of kLaneRows rows of W. A part of
-// such a vector is 128 bits: part p has the lanes of rows 4p to 4p + 3. The rules of kernel units are in
-// vec.h.
+// Vectors that fill a whole register, for x86-64 only. Each 32-bit lane belongs to one of kLaneRows rows of
+// W. Each vector consists of parts of 128 bits: part p has the lanes of rows 4p to 4p + 3. The rules of
+// kernel units are in vec.h.
 //
-//   `join_parts(parts)` joins one Bytes for each part. `first_halves(s)` and `last_halves(s)` do the same
-//     with halves of sub-blocks.
+//   `join_parts(parts)` makes a vector whose part p is `parts[p]`. `first_halves(s)` makes a vector whose
+//     part p is the first half of the sub-block `s[p]`. `last_halves(s)` makes such a vector of the last
+//     halves.
 //   `transpose_parts(v)` transposes each part of four vectors: lane r of a part of vector k becomes lane k of
 //     the same part of vector r.
-//   `dot_lanes(sums, u, x)` adds the products of the four bytes of each lane of `u` and `x` to the sums. The
-//     bytes of `u` are unsigned, and the bytes of `x` are from -127 to 127. Without VNNI, the bytes of `u`
-//     must be at most 128.
+//   `dot_lanes(sums, u, x)` multiplies the four bytes of each lane of `u` by the four bytes of the same lane
+//     of `x`, and adds the four products to the same lane of `sums`. The bytes of `u` are unsigned, and the
+//     bytes of `x` are from -127 to 127. Without VNNI, the bytes of `u` must be at most 128.
 //   `broadcast_four(p)` loads four bytes into each lane.
-//   `magnitudes(b)` returns the magnitudes of bytes, and `set_signs(signs, b)` stores the signs of bytes in
-//   `signs`.
-//     `with_signs(x, signs)` multiplies `x` by these signs. The sign of 0 may be 1.
-//   `to_floats(sums)` converts integers to floats. `floats_of_halves(lanes)` converts the float16 numbers in
-//     the low halves of the lanes to floats.
+//   `magnitudes(b)` returns the magnitudes of signed bytes. `set_signs(signs, b)` stores the signs of the
+//     bytes b in `signs`. The stored sign of a byte 0 is 0 with AVX2 and 1 with AVX-512. `with_signs(x,
+//     signs)` multiplies each byte of `x` by the stored sign.
+//   `to_floats(sums)` converts integers to floats, lane by lane. `floats_of_halves(lanes)` converts the
+//     float16 numbers in the low halves of the lanes to floats.
 #pragma once
 
 #include "simd/vec_sub_blocks.h"
@@ -127,8 +128,8 @@ inline LaneInts dot_lanes(LaneInts sums, LaneBytes u, LaneBytes x) {
 #endif
 }
 
-// The signs of bytes, stored as the bytes themselves. The bytes stay in memory, because the magnitudes need
-// the registers.
+// The signs of bytes, stored as the bytes themselves. `set_signs` stores the bytes in memory, because the
+// magnitudes need the registers.
 struct LaneSigns {
   LaneBytes bytes;
 };

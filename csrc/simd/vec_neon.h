@@ -1,9 +1,10 @@
 // Vectors of 4 floats or 2 doubles in one NEON register. This file is included by vec.h, inside the namespace
 // of one instruction set.
 
-// The result of `broadcast`: one number, for the multiply-by-element instructions. Loading one number takes
-// only a plain load (ldr). Loading a vector of copies (ld1r) would also occupy the pipelines of the
-// multipliers (Neoverse and Cortex-A7x optimisation guides), and would need an addition for each address.
+// The result of `broadcast`: one number, for instructions that multiply a vector by one element. One number
+// needs only a plain load (ldr). The instruction ld1r, which loads a vector of copies, would also occupy the
+// pipelines of the multipliers (Neoverse and Cortex-A7x optimisation guides). The instruction ld1r would also
+// need an addition for each address.
 template <class T>
 struct Scalar;
 template <>
@@ -22,8 +23,9 @@ struct Scalar<Bf16Pair> {
   operator Vec<Bf16Pair>() const;
 };
 
-// Returns the first `n` of 4 words, or of 4 half words, and zeros for the others. Both functions load
-// straight into a register, because a loop over the words would go through the stack.
+// `first_words` returns the first `n` of 4 words of 32 bits, with zeros in the other lanes. `first_halves`
+// does the same for words of 16 bits. Both functions load directly into registers. A loop over the words
+// would instead build the vector on the stack.
 inline uint32x4_t first_words(const void* p, size_t n) {
   uint64_t pair = 0;
   uint32_t third = 0;

@@ -1,15 +1,16 @@
 // Vectors of four int8 codes in each 32-bit lane, which are multiplied as integers and summed in each lane.
 // The rules of kernel units are in vec.h.
 //
-//   `all_lanes(x)` is a Vec<float> with x in all lanes.
-//   `LaneInts` has a 32-bit integer for each lane of Vec<float>. `floats_of(v)` converts these integers to
-//     floats. `to_ints(v)` rounds floats to nearest, ties to even. The floats must be within +-2^22. NaN
-//     becomes an unspecified number.
-//   `kCodeOffset` is added to the codes of W in memory: 128 if the instruction multiplies unsigned by signed
-//     bytes, else 0.
+//   `all_lanes(x)` returns a Vec<float> with x in all lanes.
+//   `LaneInts` has a 32-bit integer for each lane of Vec<float>. `floats_of(v)` converts the integers of a
+//     LaneInts to floats. `to_ints(v)` rounds floats to the nearest integers, ties to even. `to_ints` accepts
+//     floats from -2^22 to 2^22, and converts NaN to an unspecified integer.
+//   `kCodeOffset` is the number that is added to the codes of W in memory. `kCodeOffset` is 128 with VNNI,
+//     because vpdpbusd multiplies unsigned bytes by signed bytes, and 0 without VNNI.
 //   `load_quads(p)` loads a vector of codes.
-//   `dot_vectors(sums, w, x)` adds the products of the four codes of each lane of each vector of `w` (with
-//     the offset) and `x` to the sums of this lane.
+//   `dot_vectors(sums, w, x)` multiplies the four codes of each lane of `w[v]` by the four codes of the same
+//     lane of `x`, and adds the four products to the same lane of `sums[v]`, for each v. The codes of `w`
+//     include the offset.
 #pragma once
 
 #include "simd/vec.h"
@@ -52,7 +53,7 @@ inline int32_t sum_of_lanes(LaneInts v) {
   return sum;
 #endif
 }
-// The low byte of each lane.
+// Returns the low byte of each lane.
 inline LaneCodes low_bytes(LaneInts v) {
   return __builtin_convertvector(v, LaneCodes);
 }
@@ -63,7 +64,7 @@ inline LaneInts to_ints(Vec<float> v) {
   return (LaneInts)_mm512_cvtps_epi32(v.v);
 }
 inline LaneInts load_quads(const void* p) {
-  LaneInts v;  // in assembler: GCC 12 moves the result of the load intrinsic to the stack and back
+  LaneInts v;  // assembly, because GCC 12 stores the result of the load intrinsic on the stack
   __asm__("vmovdqu32 %1, %0" : "=v"(v) : "m"(*static_cast<const UnalignedInts*>(p)));
   return v;
 }
@@ -76,8 +77,8 @@ inline constexpr uint8_t kCodeOffset = 128;
 
 #else
 
-// The instruction vpmaddubsw multiplies unsigned by signed bytes, so the signs of `w` are moved to `x`. The
-// sum of two products is at most 2 * 127 * 127, which fits into 16 bits.
+// The instruction vpmaddubsw multiplies unsigned bytes by signed bytes, so the signs of `w` are moved to `x`.
+// The sum of two products is at most 2 * 127 * 127, which fits into 16 bits.
 inline constexpr uint8_t kCodeOffset = 0;
 inline void dot_quads(LaneInts& sums, LaneInts w, LaneInts x) {
   const __m512i codes = (__m512i)w, with_sign = _mm512_mask_sub_epi8((__m512i)x, _mm512_movepi8_mask(codes),
@@ -108,7 +109,7 @@ inline constexpr uint8_t kCodeOffset = 128;
 #else
 
 inline constexpr uint8_t kCodeOffset = 0;
-// The signs of `w` are moved to `x`, as for AVX-512 without VNNI.
+// The signs of `w` are moved to `x`, because vpmaddubsw multiplies unsigned bytes by signed bytes.
 inline void dot_quads(LaneInts& sums, LaneInts w, LaneInts x) {
   const __m256i codes = (__m256i)w, with_sign = _mm256_sign_epi8((__m256i)x, codes);
   sums += (LaneInts)_mm256_madd_epi16(_mm256_maddubs_epi16(_mm256_abs_epi8(codes), with_sign),
@@ -131,7 +132,7 @@ inline void dot_quads(LaneInts& sums, LaneInts w, LaneInts x) {
   const auto a = (int8x16_t)w, b = (int8x16_t)x;
 #if defined(NPLORA_SIMD_DOTPROD)
   sums = (LaneInts)vdotq_s32((int32x4_t)sums, a, b);
-#else  // the sum of two products fits into 16 bits: each is at most 127 * 127
+#else  // the sum of two products is at most 2 * 127 * 127, which fits into 16 bits
   const int16x8_t neighbours = vpaddq_s16(vmull_s8(vget_low_s8(a), vget_low_s8(b)), vmull_high_s8(a, b));
   sums = (LaneInts)vpadalq_s16((int32x4_t)sums, neighbours);
 #endif
@@ -161,7 +162,8 @@ inline void dot_quads(LaneInts& sums, LaneInts w, LaneInts x) {
 
 #if defined(NPLORA_SIMD_VNNI)
 // GCC 12 copies the sums of the intrinsic _mm512_dpbusd_epi32 and spills the copies, which halves the speed.
-// With one asm statement for each product, GCC 12 still copies some sums.
+// With one asm statement for each product, GCC 12 still copies some sums. So one asm statement computes all
+// products.
 template <size_t kVectors>
 [[gnu::always_inline]] inline void dot_vectors(LaneInts (&s)[kVectors], const LaneInts (&w)[kVectors],
                                                LaneInts x) {

@@ -1,15 +1,15 @@
 // Vectors of the 32 codes of a sub-block, which are multiplied as integers and summed in eight lanes. The
 // rules of kernel units are in vec.h.
 //
-//   `load_sub_block(p)` loads 32 bytes, `join(low, high)` joins two Bytes, and `lookup(levels, s)` works as
-//     for Bytes.
-//   `dot(u, x)` multiplies `u` and `x` byte by byte and sums four products in each of eight lanes. Lanes 0 to
-//     3 sum over the first half of the bytes, lanes 4 to 7 over the second half. The bytes of `u` must be
-//     from 0 to 127, and those of `x` from -127 to 127.
+//   `load_sub_block(p)` loads 32 bytes. `join(low, high)` makes a SubBlock from two Bytes. `lookup(levels,
+//     s)` returns levels[byte] for each byte of s, as in vec_bytes.h.
+//   `dot(u, x)` multiplies `u` and `x` byte by byte. Each of the eight lanes of the result is the sum of four
+//     products. Lanes 0 to 3 sum the first half of the bytes, and lanes 4 to 7 sum the second half. The bytes
+//     of `x` must be from -127 to 127. The bytes of `u` must be from 0 to 127, or from 0 to 255 with VNNI.
 //   `dot_signed(w, x)` does the same as `dot` for any signed bytes `w`.
 //   `to_floats(sums)` converts the eight integer sums to floats.
 //   `spread(two)` puts `two[0]` into lanes 0 to 3 and `two[1]` into lanes 4 to 7.
-//   `sum(v)` returns the sum of the eight lanes of `v`, added in a fixed tree.
+//   `sum(v)` returns the sum of the eight lanes of `v`. The order of the additions is fixed.
 #pragma once
 
 #include "simd/vec_bytes.h"
@@ -54,7 +54,7 @@ inline float sum(Eight v) {
   return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7]));
 }
 
-// Shifts the bits of each byte, as the `move` for Bytes does.
+// Shifts the bits of each byte, as `move` in vec_bytes.h does.
 inline SubBlock move(SubBlock s, size_t from, size_t to, uint8_t mask) {
   return (SubBlock)(from <= to ? (SubBlockWords)s << (to - from) : (SubBlockWords)s >> (from - to)) & mask;
 }
@@ -72,7 +72,7 @@ inline SubBlock lookup(Bytes levels, SubBlock s) {
 inline EightInts dot(SubBlock u, SubBlock x) {
 #if defined(NPLORA_SIMD_VNNI)
   return (EightInts)_mm256_dpbusd_epi32(_mm256_setzero_si256(), (__m256i)u, (__m256i)x);
-#else  // the sum of two products of at most 127 * 127 fits into 16 bits
+#else  // the sum of two products is at most 2 * 128 * 127, which fits into 16 bits
   return (EightInts)_mm256_madd_epi16(_mm256_maddubs_epi16((__m256i)u, (__m256i)x), _mm256_set1_epi16(1));
 #endif
 }
@@ -99,7 +99,8 @@ inline SubBlock lookup(Bytes levels, SubBlock s) {
 
 #if defined(NPLORA_SIMD_NEON)
 
-// Sums four products in each lane. The sum of two products of at most 128 * 127 fits into 16 bits.
+// Multiplies 16 bytes of `w` by 16 bytes of `x` and sums four products in each lane. A sum of two products is
+// at most 2 * 128 * 127, which fits into 16 bits.
 inline int32x4_t dot_half(int8x16_t w, int8x16_t x) {
   const int16x8_t products = vmull_s8(vget_low_s8(w), vget_low_s8(x));
   return vpaddlq_s16(vmlal_s8(products, vget_high_s8(w), vget_high_s8(x)));

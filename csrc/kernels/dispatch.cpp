@@ -10,7 +10,7 @@
 
 namespace nplora::kernels {
 
-// The kernel tables in this build, which CMakeLists.txt chooses.
+// The kernels in this build. CMakeLists.txt defines NPLORA_X86_64 or NPLORA_AARCH64 for the target processor.
 extern const KernelTable k_generic_table;
 #if defined(NPLORA_X86_64)
 extern const KernelTable k_avx2_table, k_avx512_table;
@@ -54,7 +54,7 @@ struct Choice {
   const KernelTable* table;
   bool available;            // on this machine
   const char* parts;         // the processor features that the table requires
-  bool takes_tiles = false;  // whether the table needs the tile registers of AMX, which Linux may refuse
+  bool takes_tiles = false;  // whether the table needs the AMX tile registers, which Linux may refuse
 };
 
 // Returns the tables of this build, with the best table last.

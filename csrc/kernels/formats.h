@@ -1,19 +1,19 @@
-// The list of all block formats. Each format has a file in kernels/formats that holds its block layout. If a
-// kernel unit (isa_*.cpp) includes the file, the file also holds the decoder and the conversion of the codes
-// to int8. A new format needs a file in kernels/formats, two lines below that name it, and a quantiser in
-// ops/quantizers.
+// The list of all block formats. Each format has a file in kernels/formats that holds its block layout. For
+// kernel units (isa_*.cpp), the file of a format also holds the decoder and the conversion of the codes to
+// int8. A new format needs a file in kernels/formats, two lines below that name the format and its file, and
+// a quantiser in ops/quantizers.
 //
 // In the 4-bit and 5-bit formats with blocks of 32 elements, the low nibbles of the bytes `q` belong to
-// elements 0 to 15, and the high nibbles to elements 16 to 31. Bit i of `high` is the fifth bit of the code
-// of element i.
+// elements 0 to 15, and the high nibbles belong to elements 16 to 31. In the 5-bit formats, bit i of `high`
+// is the fifth bit of the code of element i.
 #ifndef NPLORA_KERNELS_FORMATS_H
 #define NPLORA_KERNELS_FORMATS_H
 
 #include "base/block.h"
 
-// Calls the macro X(name, Name) for each row format, which is a format whose blocks run along rows.
-// Block<Name> is the layout of the format, and BlockFormat::k<Name> is its number. Arrays with one kernel for
-// each format have the order of this list.
+// Calls the macro X(name, Name) for each row format. A row format is a format whose blocks run along rows.
+// Block<Name> is the layout of the format, and BlockFormat::k<Name> is the number of the format. Arrays with
+// one kernel for each format have the order of this list.
 #define NPLORA_ROW_FORMATS(X) \
   X(q4_0, Q4_0)               \
   X(q4_1, Q4_1)               \
@@ -41,9 +41,9 @@ inline constexpr size_t kRowFormats = static_cast<size_t>(BlockFormat::kNf4);
 
 #endif
 
-// A kernel unit (isa_*.cpp) includes this file twice. The first include gives it only the list of formats
-// above. The second include, in table-inl.h, gives it the layouts and decoders. It comes after the functions
-// that the decoders call.
+// A kernel unit (isa_*.cpp) includes this file twice. The first include provides only the list of formats
+// above. The second include, in table-inl.h, provides the layouts and decoders. The second include must come
+// after the functions that the decoders call.
 #if !defined(NPLORA_ISA) || defined(NPLORA_DECODERS)
 #include "kernels/formats/iq4_nl-inl.h"
 #include "kernels/formats/iq4_xs-inl.h"

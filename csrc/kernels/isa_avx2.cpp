@@ -1,7 +1,7 @@
 // AVX2, FMA3 and F16C (Haswell, Zen): 16 registers of 256 bits. Both matrix products use 6 x 2 accumulators
-// (rows x vectors). With 4 x 3 accumulators, gemm_outputs_in_lanes would read W 1.5 times as often from L2.
-// For a dense panel, gemm_outputs_in_lanes uses 2 x 6 accumulators. A tile with two vectors would read only
-// every third cache line of a dense panel, and the hardware would then prefetch nothing.
+// (rows x vectors). With 4 x 3 accumulators, gemm_outputs_in_lanes would read W from L2 1.5 times as often.
+// For a dense panel, gemm_outputs_in_lanes uses 2 x 6 accumulators. With 6 x 2 accumulators, a tile would
+// read only every third cache line of a dense panel, and the hardware would not prefetch any lines.
 #define NPLORA_ISA avx2
 #define NPLORA_SIMD_AVX2
 

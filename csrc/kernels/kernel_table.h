@@ -1,10 +1,11 @@
 // The whole interface between the kernels and the rest of the library: one table of function pointers for
-// each instruction set. The library chooses one table when it first needs one. A kernel reads and writes only
-// the elements that the shapes in its comment name. A kernel allocates no memory, throws no exceptions and
-// does not know about threads.
+// each instruction set. The library chooses its table when it first needs a kernel. A kernel reads and writes
+// only the elements that the shapes in its comment name. A kernel allocates no memory, throws no exceptions
+// and does not know about threads.
 //
-// In the comments, a name before sizes, such as x (rows, cols), is an array of this shape. The depth of a
-// matrix product is the dimension that it sums over. An array is dense if there are no gaps between its rows.
+// In the comments, x (rows, cols) means that the array x has the shape (rows, cols). The depth of a matrix
+// product is the dimension that the product sums over. An array is dense if there are no gaps between its
+// rows.
 #pragma once
 
 #include <cstddef>
@@ -38,8 +39,8 @@ struct Strided {
   size_t step_stride;
 };
 
-// One bfloat16 value of a weight. (A Bf16Pair holds two values.) Products of very few tokens do not form
-// pairs: they convert each value to float in registers.
+// One bfloat16 value of a weight. (A Bf16Pair holds two values.) Products of very few tokens convert each
+// bfloat16 value to float in registers instead of forming pairs.
 enum class Bf16 : uint16_t {};
 
 // The element type of the bfloat16 products: two bfloat16 values that are neighbours along the depth, with
@@ -87,21 +88,23 @@ struct Fetch {
   static constexpr Fetch none() { return {}; }
 
   // Prefetches `lines` cache lines that begin at `from`. At each step, gemm_outputs_in_lanes prefetches
-  // `each` lines, but no more lines than the step reads from `w`. If the lines do not suffice for all steps,
-  // the last steps of gemm_outputs_in_lanes prefetch later rows of `w`. Products with low-bit blocks ignore
-  // `each` and spread the cache lines over the rows of W.
+  // `each` lines, but no more lines than the step reads from `w`. When few lines are left, a step prefetches
+  // one line. When fewer lines are left than a tile has steps, the steps prefetch later rows of `w` instead.
+  // In L1 blocks (see l1_block_bytes), a step prefetches at most one line and no later rows. Products with
+  // low-bit blocks ignore `each` and spread the prefetches evenly over the rows of W.
   static constexpr Fetch memory(const void* from, size_t lines, size_t each = 0) {
     return {static_cast<const char*>(from), lines, each};
   }
 
-  // Only for gemm_outputs_in_lanes: prefetches the rows of `w` that are kFetchAhead bytes further on, or the
-  // rows of the next L1 block (see l1_block_bytes).
+  // This Fetch is only for gemm_outputs_in_lanes. Each step prefetches the rows of `w` that are kFetchAhead
+  // bytes after the rows that the step reads. In L1 blocks (see l1_block_bytes), the steps prefetch the next
+  // L1 block instead.
   static constexpr Fetch rows_ahead() { return {nullptr, 0, 1}; }
 };
 
-// The distance, in bytes, at which a weight that is read only once is prefetched. Memory delivers about 10
-// bytes in each cycle. The first bytes arrive more than 500 cycles after the request, or 1000 cycles if other
-// programs use the same memory. In 1000 cycles memory delivers 10000 bytes, and kFetchAhead is more.
+// The prefetch distance, in bytes, for a weight that is read only once. Memory delivers about 10 bytes in
+// each cycle. The first bytes arrive more than 500 cycles after the request, or 1000 cycles if other programs
+// use the same memory. In 1000 cycles, memory delivers 10000 bytes, so kFetchAhead must be larger than 10000.
 inline constexpr size_t kFetchAhead = 12288;
 
 // A multiple of the `depth_unit` of every instruction set (see Tiles). If the depth is cut at multiples of
@@ -112,16 +115,16 @@ inline constexpr size_t kFetchAhead = 12288;
 inline constexpr size_t kDepthUnit = 16;
 static_assert(kPanelDepth<float> % kDepthUnit == 0);
 
-// Multiplies values in registers only, at the highest speed of the instructions that products use. Returns
-// the number of floating-point operations.
+// Multiplies values that stay in registers, as fast as the multiply instructions of this table allow. Returns
+// the number of operations.
 using Peak = double (*)(size_t iterations);
 
-// The two matrix products on which the larger operations are built. In both products, the argument `depth`
+// The two matrix products from which the larger operations are built. In both products, the argument `depth`
 // counts elements. Both products sum over the depth strictly in order. If depth_unit is above 1, each group
 // of depth_unit elements is summed first, and then the sums of the groups are added in order. Both products
 // use fused multiply-adds if the instruction set has them. If the depth is cut only at multiples of
-// depth_unit, the result does not depend on tile sizes, blocking or threads, and both products give the
-// same bits.
+// depth_unit, the result does not depend on tile sizes, blocking or threads, and both products give the same
+// bits.
 template <class E>
 struct Tiles {
   // The number of tokens in a full tile of gemm_tokens_in_lanes. The tokens of a tile fill two vectors. Small
@@ -181,15 +184,16 @@ struct StoredOf<Bf16Pair> {
   using Type = Bf16;
 };
 
-// Matrix products for small batches. The weight is read once, in the order in which it is stored, and it
-// is not transposed.
+// Matrix products for small batches. A product reads the weight once, in storage order, and does not
+// transpose the weight.
 template <class W>
 struct SmallProducts {
   // Multiplies x (m, depth) with the rows of `w` (rows, depth). `part` (m, rows, lanes / 2) holds partial
-  // sums: sum i adds the products of the elements k with k % (lanes / 2) == i. The sums are stored in `part`,
-  // or added to it if `accumulate` is set. If `depth` is not 0, row_stride must be greater than 0. The order
-  // of the additions of a row of `x` depends neither on `m` nor on the storage of `w`, which may be panels or
-  // row-major. Pairs of bfloat16 have no such kernel.
+  // sums: partial sum i is the sum of the products at all depths k with k % (lanes / 2) == i. The sums are
+  // stored in `part`. If `accumulate` is set, the sums are added to `part` instead. If `depth` is not 0,
+  // row_stride must be greater than 0. The order in which the products of a row of `x` are added does not
+  // depend on `m`. The order is also the same whether `w` is stored in panels or row-major. Pairs of bfloat16
+  // have no such kernel.
   void (*dots)(size_t m, size_t rows, size_t depth, const Panels<W>& w, const Sum<W>* x, size_t x_stride,
                Sum<W>* part, bool accumulate);
 
@@ -199,9 +203,9 @@ struct SmallProducts {
   void (*add_dots)(size_t m, size_t rows, size_t depth, const W* a, const Sum<W>* z, size_t z_stride,
                    Sum<W>* y, size_t y_stride);
 
-  // Computes the same product as gemm_outputs_in_lanes in Tiles, except that `depth` always counts the rows
-  // of `w`. If `a` holds pairs of bfloat16 values, the first value of a pair is multiplied by one row of `w`,
-  // and the second value by the next row. If `depth` is odd, the last row is paired with zeros.
+  // Computes the same product as gemm_outputs_in_lanes of Tiles, but `depth` always counts the rows of `w`.
+  // If `a` holds pairs of bfloat16 values, the first value of a pair is multiplied by one row of `w`, and the
+  // second value by the next row. If `depth` is odd, the last row is paired with zeros.
   void (*gemm_outputs_in_lanes)(size_t m, size_t n, size_t depth, const Strided<Operand<W>>& a,
                                 const typename StoredOf<W>::Type* w, size_t w_stride, Sum<W>* c,
                                 size_t c_stride, bool accumulate, const Fetch& next);
@@ -226,8 +230,8 @@ struct SgdCoefficients {
 
 template <class T>
 struct Products : Tiles<T> {
-  // Transposes `x` (rows, cols) into `xt` (cols, n_lanes), for rows <= n_lanes. Lanes without a row are
-  // set to zero.
+  // Transposes `x` (rows, cols) into `xt` (cols, n_lanes), for rows <= n_lanes. If there are fewer rows than
+  // lanes, the other lanes are set to zero.
   void (*to_lanes)(size_t n_lanes, size_t rows, size_t cols, const T* x, size_t x_stride, T* xt);
 
   // Transposes `yt` (cols, n_lanes) into `y` (rows, cols), for rows <= n_lanes, and adds `bias` (cols), which
@@ -238,7 +242,7 @@ struct Products : Tiles<T> {
   // Transposes `x` (rows, cols) into `xt` (cols, rows).
   void (*transpose)(size_t rows, size_t cols, const T* x, size_t x_stride, T* xt, size_t xt_stride);
 
-  // Sums the lanes of each row of `part` (rows, lanes / 2), in a fixed tree, and adds `bias` (rows), which
+  // Sums the lanes of each row of `part` (rows, lanes / 2) in a fixed order, and adds `bias` (rows), which
   // may be null. The sums are stored in `y` (rows).
   void (*sum_parts)(size_t rows, const T* part, const T* bias, T* y);
 
@@ -257,15 +261,16 @@ struct Products : Tiles<T> {
   // 32 random bits that Philox4x32-10 gives for `seed` and first + i are below `threshold`.
   void (*dropout)(size_t n, uint64_t seed, uint64_t first, uint32_t threshold, T factor, const T* x, T* out);
 
-  // Adds the product of a dense `a` (m, depth) and w (depth, n) to `c` (m, n), and sums in the same order as
-  // gemm_outputs_in_lanes. `panels` holds w in dense panels of kPanelColumns columns; the last panel has the
-  // remaining columns. If `streams` is set, `c` is too large for the cache and is prefetched.
+  // Adds the product of a dense `a` (m, depth) and w (depth, n) to `c` (m, n). The order of the additions is
+  // the same as in gemm_outputs_in_lanes. `panels` holds w in dense panels of kPanelColumns columns. The last
+  // panel has the remaining columns and is dense too. If `streams` is set, `c` is too large for the cache and
+  // is prefetched.
   void (*merge)(size_t m, size_t n, size_t depth, const T* a, const T* panels, T* c, size_t c_stride,
                 bool streams);
 };
 
 // Conversions between float and 16-bit formats. The conversions from float round to nearest, with ties to
-// even. NaN and subnormal numbers are kept, and numbers that are too large become Inf.
+// even. NaN stays NaN, subnormal numbers are not replaced by zero, and numbers that are too large become Inf.
 struct Conversions {
   void (*widen_bfloat16)(size_t n, const uint16_t* from, float* to);
   void (*narrow_bfloat16)(size_t n, const float* from, uint16_t* to);
@@ -273,9 +278,10 @@ struct Conversions {
   void (*narrow_float16)(size_t n, const float* from, uint16_t* to);
 
   // Rounds stochastically: each x[i] becomes one of its two neighbours in the 16-bit format. The random
-  // choice makes the expected value of the result equal to x[i]. For float16 below 2^-14, the expected value
-  // has an error of at most 2^-48. The random bits come from the generator of dropout. Values beyond the
-  // largest finite number of the format do not change.
+  // choice makes the expected value of the result equal to x[i]. If the format is float16 and |x[i]| is below
+  // 2^-14, the expected value has an error of at most 2^-48. The random bits come from the generator of
+  // dropout. If x[i] is NaN or |x[i]| is at least the largest finite number of the format, x[i] does not
+  // change.
   void (*dither_bfloat16)(size_t n, uint64_t seed, uint64_t first, float* x);
   void (*dither_float16)(size_t n, uint64_t seed, uint64_t first, float* x);
 
@@ -298,41 +304,43 @@ struct Nf4 {
   float absmax_offset = 0;
 };
 
-// The memory for rows of decoded floats. If a row covers two panels, the columns of the second panel are
-// stored `apart` elements further on, so that neither panel has gaps between its rows.
+// The memory for rows of decoded floats. A row may cover two panels. In this case, the columns of the second
+// panel are stored `apart` elements later than in a contiguous row, so that neither panel has gaps between
+// its rows.
 struct DecodedRows {
   float* data;
   size_t stride, apart = 0;
 };
 
-// Conversions of low-bit blocks (kernels/formats) to float. Every value is computed as if in float32 without
-// fused multiply-adds, so all instruction sets give the same bits.
+// Conversions of low-bit blocks (kernels/formats) to float. All instruction sets give the same bits: each
+// value is the same as in float32 arithmetic without fused multiply-adds.
 struct BlockDecoders {
-  // Decodes the columns [first, first + cols) of rows of blocks to `to` (rows, cols). The rows of blocks
+  // Decodes the columns [first, first + cols) of rows of blocks into `to` (rows, cols). The rows of blocks
   // begin `row_bytes` bytes apart. `first` and `cols` are multiples of kSubBlock. There is one kernel for
   // each row format, in the order of BlockFormat.
   void (*decode[kRowFormats])(size_t rows, size_t first, size_t cols, const void* blocks, size_t row_bytes,
                               const DecodedRows& to);
 
-  // Decodes like `decode`, and converts the values to `codes` (rows, cols) as Int8Gemm::encode does, with the
-  // same bits: value * inverses[row], rounded to nearest, ties to even, plus `offset`.
+  // Decodes like `decode`, then converts the values to `codes` (rows, cols) with the same bits as
+  // Int8Gemm::encode. A code is value * inverses[row], rounded to nearest, ties to even, plus `offset`.
   void (*encode[kRowFormats])(size_t rows, size_t first, size_t cols, const void* blocks, size_t row_bytes,
                               const float* inverses, uint8_t offset, uint8_t* codes, size_t codes_stride);
 
-  // Decodes NF4 to `to` (rows, cols). Element (i, j) of `to` is element first + i * row_step + j of the
+  // Decodes NF4 into `to` (rows, cols). Element (i, j) of `to` is element first + i * row_step + j of the
   // flattened tensor. Any `first` and `row_step` are allowed, but even numbers are faster. If the panels of
   // `to` are apart (see DecodedRows), `first` and `row_step` must be multiples of 16.
   void (*decode_nf4)(size_t rows, size_t cols, Nf4 w, size_t first, size_t row_step, const DecodedRows& to);
 };
 
-// Products of small batches with a weight in low-bit blocks, which are decoded in registers. The weight is
-// read once, in the order in which it is stored.
+// Products of small batches with a weight in low-bit blocks. The blocks are decoded in registers. A product
+// reads the weight once, in storage order.
 struct BlockDots {
-  // Multiplies `x` (m, cols) with rows of blocks. `part` (m, rows, lanes / 2) holds partial sums: sum i adds
-  // the products of the elements k with k % (lanes / 2) == i. `cols` is a multiple of the number of elements
-  // in a block. There is one kernel for each row format, in the order of BlockFormat. The sums of a row of
-  // `x` have the same bits for every `m`. A kernel may sum the products of the codes of a sub-block with `x`
-  // before it multiplies by the scale, so magnitudes of `x` above 1e34 can overflow.
+  // Multiplies `x` (m, cols) with rows of blocks. The result `part` (m, rows, lanes / 2) holds partial sums:
+  // partial sum i is the sum of the products of all columns k with k % (lanes / 2) == i. `cols` is a multiple
+  // of the number of elements in a block. There is one kernel for each row format, in the order of
+  // BlockFormat. The sums of a row of `x` have the same bits for every `m`. A kernel may sum the products of
+  // `x` and the codes of a sub-block before it multiplies the sum by the scale. So magnitudes of `x` above
+  // 1e34 can overflow.
   void (*dots[kRowFormats])(size_t m, size_t rows, size_t cols, const void* blocks, size_t row_bytes,
                             const float* x, size_t x_stride, float* part, const Fetch& next);
 
@@ -343,9 +351,9 @@ struct BlockDots {
 };
 
 // Rows of `x` in int8. Element i of a row is approximately codes[i] * scale, with one scale for each
-// sub-block. For each sub-block, `sums` holds the scale times the sum of the codes; `half_sums` holds the
-// same for each half of a sub-block. The shapes are codes (m, cols), scales (m, cols / kSubBlock), sums (m,
-// cols / kSubBlock) and half_sums (m, 2 * cols / kSubBlock).
+// sub-block. For each sub-block, `sums` holds the scale times the sum of the codes. For each half of a
+// sub-block, `half_sums` holds the scale times the sum of the codes. The shapes are codes (m, cols), scales
+// (m, cols / kSubBlock), sums (m, cols / kSubBlock) and half_sums (m, 2 * cols / kSubBlock).
 struct Int8Rows {
   const int8_t* codes;
   const float *scales, *sums, *half_sums;
@@ -354,8 +362,9 @@ struct Int8Rows {
 // Products of small batches with a weight in low-bit blocks, in integer arithmetic.
 struct Int8Products {
   // Quantises a row of `n` elements, where `n` is a multiple of kSubBlock. In each sub-block, scale = max |x|
-  // / 127, and a code is x / scale, rounded to nearest. A sub-block whose magnitudes are all below 2^-119
-  // counts as zero. A sub-block with a NaN or infinity counts as NaN.
+  // / 127, and a code is x * (1 / scale), rounded to nearest. If all magnitudes in a sub-block are below
+  // 2^-119, the scale, the sums and the codes are 0. If a sub-block contains NaN or infinity, the scale and
+  // the sums are NaN, and the codes are 0.
   void (*quantize)(size_t n, const float* x, int8_t* codes, float* scales, float* sums, float* half_sums);
 
   // Multiplies `x` (m, cols) with rows of blocks and stores the products in `y` (m, rows). `cols` is a
@@ -365,11 +374,11 @@ struct Int8Products {
                             const Int8Rows& x, float* y, const Fetch& next);
 };
 
-// Rows in int8 for the products of large batches. Each row has a scale for every group of `group` values
-// along the depth; the last group may be shorter. Element i of a row is about codes[i] * scales[i / group].
-// `corrections` holds the sum of the codes of each group, times minus the offset of W's codes (see Int8Gemm).
-// The rows of `codes` begin `stride` bytes apart, and are filled with zeros up to a multiple of four codes.
-// The rows of `scales` and `corrections` begin `groups` elements apart.
+// Rows in int8 for the products of large batches. Each row is divided into groups of `group` values along the
+// depth. The last group may be shorter. Each group has one scale: element i of a row is about codes[i] *
+// scales[i / group]. For each group, `corrections` holds the sum of the codes, multiplied by the negated
+// offset of W's codes (see Int8Gemm). The rows of `codes` begin `stride` bytes apart. Each row is padded with
+// zeros to a multiple of four codes. The rows of `scales` and `corrections` begin `groups` elements apart.
 struct CodedRows {
   const int8_t* codes;
   size_t stride;
@@ -385,10 +394,11 @@ inline constexpr size_t kInt8Group = 64;
 // The number of columns of a panel of W in forward products. Backward products use kPanelColumns instead.
 inline constexpr size_t kInt8PanelColumns = 32;
 
-// The largest depth of one int8 product. With this depth, a sum of codes easily fits into 32 bits: a product
-// of two codes is at most 255 * 127, and 4096 * 255 * 127 < 2^27. The correction for the offset of W's codes
-// is smaller: 4096 * 128 * 127 < 2^26. A longer depth is cut, and the parts are added in float, so no depth
-// can overflow. 4032 is the largest such multiple of both kPanelColumns and kInt8Group.
+// The largest depth of one int8 product. With this depth, a sum of products of codes fits into 32 bits: a
+// product of two codes is at most 255 * 127, and 4096 * 255 * 127 < 2^27. The correction for the offset of
+// W's codes is smaller: 4096 * 128 * 127 < 2^26. A longer depth is cut into several products, which are added
+// in float. So no depth can overflow. 4032 is the largest multiple of both kPanelColumns and kInt8Group that
+// is at most 4096.
 inline constexpr size_t kInt8Depth = 4032;
 static_assert(kInt8Depth % kPanelColumns == 0 && kInt8Depth % kInt8Group == 0 && kInt8Depth <= 4096);
 static_assert(int64_t{255 + 128} * 127 * 4096 < int64_t{1} << 31);
@@ -410,21 +420,21 @@ static inline CodeScale code_scale(float largest) {
 inline constexpr size_t kDithered = 64;
 
 // The products of large batches in int8. W has one scale for each row. The codes of W and of `x` are from
-// -127 to 127; in memory, the codes of W have an offset that depends on the instruction set.
+// -127 to 127. In memory, an offset is added to the codes of W. The offset depends on the instruction set.
 struct Int8Gemm {
-  size_t code_offset;  // the offset of the codes of W; at most 128
+  size_t code_offset;  // the offset of the codes of W, at most 128
 
   // Quantises a row of `n` elements x[i] * factors[i], or x[i] if `factors` is null, in groups of `group`
-  // elements. Each group has the scale of code_scale, and a code is x * (1 / scale), rounded to nearest, ties
-  // to even. The codes are 0 if the scale is 0 or NaN. Codes after the last one, up to a multiple of four,
-  // become 0.
+  // elements. The function code_scale gives the scale of each group. A code is the element times (1 / scale),
+  // rounded to nearest, ties to even. The codes are 0 if the scale is 0 or NaN. The codes are padded with
+  // zeros to a multiple of four.
   void (*quantize)(size_t n, size_t group, const float* x, const float* factors, int8_t* codes, float* scales,
                    int32_t* corrections);
 
-  // Quantises like `quantize`, but rounds stochastically: x * (1 / scale) becomes one of the two whole
-  // numbers beside it, and the expected code is the value itself, with an error of at most 2^-23. Let e =
-  // first + i, where `first` and `group` are multiples of kDithered. The random bits of element i are the low
-  // 23 bits of output word e / 16 % 4 of the Philox counter e / kDithered * 16 + e % 16.
+  // Quantises like `quantize`, but rounds v = x * (1 / scale) stochastically, up or down. The expected code
+  // is v, with an error of at most 2^-23. `first` and `group` must be multiples of kDithered. With e = first
+  // + i, the random bits of element i are the low 23 bits of output word e / 16 % 4 of the Philox counter e /
+  // kDithered * 16 + e % 16.
   void (*dither)(size_t n, size_t group, uint64_t seed, uint64_t first, const float* x, const float* factors,
                  int8_t* codes, float* scales, int32_t* corrections);
 
@@ -432,8 +442,9 @@ struct Int8Gemm {
   // counts as larger than all numbers.
   void (*largest)(size_t rows, size_t cols, const float* w, size_t w_stride, float* largest);
 
-  // Converts floats w (rows, cols) to codes (rows, cols) of W: w * inverses[row], rounded to nearest, ties to
-  // even, plus the offset. The products w * inverses[row] must be from -127.5 to 127.5, or NaN.
+  // Converts floats w (rows, cols) to `codes` (rows, cols). A code is w * inverses[row], rounded to nearest,
+  // ties to even, plus the offset. The product w * inverses[row] must lie strictly between -127.5 and 127.5,
+  // or be NaN.
   void (*encode)(size_t rows, size_t cols, const float* w, size_t w_stride, const float* inverses,
                  uint8_t* codes, size_t codes_stride);
 
@@ -443,18 +454,19 @@ struct Int8Gemm {
   void (*quad_rows)(size_t rows, size_t cols, const uint8_t* codes, size_t codes_stride, Int8Quad* out,
                     size_t out_stride);
 
-  // Computes c = a w diag(scales), or adds this product to `c` if `accumulate` is set, for c (m, n), a (m,
-  // depth) and w (depth / 4, n) in a panel whose rows are `columns` elements apart. `columns` is
-  // kInt8PanelColumns or kPanelColumns, and n is at most `columns`; all columns of the panel may be read.
-  // `depth` counts values and is at most kInt8Depth. `a` begins at the start of a group. If `scales` is null,
-  // the factor is 1. Within a group, codes are summed in integers; the groups are summed in order, in float.
+  // Computes c = a w diag(scales), or c += a w diag(scales) if `accumulate` is set. The shapes are c (m, n),
+  // a (m, depth) and w (ceil(depth / 4), n). `w` is part of a panel whose rows are `columns` elements apart.
+  // `columns` is kInt8PanelColumns or kPanelColumns. `n` is at most `columns`, but the kernel may read all
+  // columns of the panel. `depth` counts values and is at most kInt8Depth. `a` begins at the start of a
+  // group. If `scales` is null, all scales are 1. Within a group, products of codes are summed in integers.
+  // The sums of the groups are then added in order, in float.
   void (*multiply)(size_t m, size_t n, size_t depth, const CodedRows& a, const Int8Quad* w, size_t columns,
                    const float* scales, float* c, size_t c_stride, bool accumulate);
 
   Peak peak;
 };
 
-// `select` tests this many elements at a time.
+// The number of elements that `select` tests at a time.
 inline constexpr size_t kSelected = 64;
 
 // The activation functions: silu(g) = g / (1 + exp(-g)), GELU in its tanh form, and the exact GELU, which is
@@ -514,9 +526,9 @@ struct Transformer {
   // Returns the dot product of `a` and `b`. Each lane adds up its own partial sum.
   float (*dot)(size_t n, const float* a, const float* b);
 
-  // Stores the dot products of the heads of a query q (heads, dim) with rows of keys k (rows, heads / group *
-  // dim) in `scores` (heads, rows). Head h of the query uses the `dim` columns of `k` from column h / group *
-  // dim on, with h / group rounded down.
+  // Computes the dot products of the heads of a query q (heads, dim) and the rows of keys k (rows, heads /
+  // group * dim). The results are stored in `scores` (heads, rows). Head h of the query uses the `dim`
+  // columns of `k` from column h / group * dim on, with h / group rounded down.
   void (*key_dots)(size_t rows, size_t heads, size_t group, size_t dim, const float* q, const float* k,
                    size_t k_stride, float* scores, size_t s_stride);
 
@@ -525,41 +537,42 @@ struct Transformer {
   void (*add_values)(size_t rows, size_t heads, size_t group, size_t dim, const float* weights,
                      size_t w_stride, const float* v, size_t v_stride, float* out);
 
-  // Stores the indices of the elements of `x` that are at least `least` in `ids`, in ascending order, and
-  // these elements in `values`. Returns the number of these elements, or `limit` + 1 if there are more than
-  // `limit`; the contents of `ids` and `values` are then undefined. `ids` and `values` have room for `limit`
-  // + kSelected elements. `n` is below 2^31. NaN is not selected.
+  // Selects the elements of `x` that are at least `least`. The indices of the selected elements are stored in
+  // `ids`, in ascending order, and their values in `values`. Returns the number of selected elements. If this
+  // number is above `limit`, the kernel returns `limit` + 1, and the contents of `ids` and `values` are
+  // undefined. `ids` and `values` have room for `limit` + kSelected elements. `n` is below 2^31. NaN is not
+  // selected.
   size_t (*select)(size_t n, const float* x, float least, size_t limit, int32_t* ids, float* values);
 
-  // Adds weighted rows to `out` (n): out += the sum of weights[i] * row ids[i] over i < count, one product
-  // after another. The last panel of `rows` may be narrower.
+  // Adds weighted rows to `out` (n): for each i < count in order, out += weights[i] * (row ids[i] of `rows`).
+  // The last panel of `rows` may have fewer columns than the others.
   void (*add_rows)(size_t count, size_t n, const uint8_t* ids, const float* weights,
                    const Panels<float>& rows, float* out);
 
-  // Multiplies column j of `x` (rows, n) by factor[j], for each column.
+  // Multiplies each column j of `x` (rows, n) by factor[j].
   void (*scale_columns)(size_t rows, size_t n, const float* factor, float* x, size_t x_stride);
 
-  // Does one step of a softmax down the columns of `s` (rows, n), whose rows arrive tile by tile (Milakov &
-  // Gimelshein 2018). If a tile has a new largest element, all earlier sums must be multiplied by `factor`.
-  // For each column, the step computes:
+  // Does one step of a softmax over each column. The rows of the columns arrive in tiles, and `s` (rows, n)
+  // is one tile (Milakov & Gimelshein 2018). The caller must multiply its sums over earlier tiles by
+  // `factor`. For each column, the step computes:
   //   new = max(largest, max s);  factor = exp(largest - new);  s = exp(s - new);
   //   sum = sum * factor + Σ s;  largest = new.
-  // Elements of -Inf become 0, even if all elements are -Inf, provided that `largest` begins as the
-  // lowest finite float.
+  // Before the first tile, the caller sets `largest` to the lowest finite float. Elements of -Inf then become
+  // 0, even if all elements are -Inf.
   void (*softmax_step)(size_t rows, size_t n, float* s, size_t s_stride, float* largest, float* sum,
                        float* factor);
 
-  // The backward pass of the softmax, down the columns of `s` and `dp` (rows, n): p = exp(min(s - lse, 0))
-  // and ds = p * (dp - delta). The kernel works in place: `s` becomes p, and `dp` becomes ds.
+  // The backward pass of the softmax over each column of `s` and `dp` (rows, n): p = exp(min(s - lse, 0)) and
+  // ds = p * (dp - delta). The kernel works in place: `s` becomes p, and `dp` becomes ds.
   void (*softmax_backward)(size_t rows, size_t n, const float* lse, const float* delta, float* s, float* dp,
                            size_t stride);
 
-  // Does the same as softmax_backward for columns that hold the scores of all keys. This kernel computes p =
-  // softmax(s) and delta = Σ p * dp itself.
+  // Does the same as softmax_backward, but each column must hold the scores of all keys. This kernel computes
+  // p = softmax(s) and delta = Σ p * dp itself.
   void (*whole_softmax_backward)(size_t rows, size_t n, float* s, float* dp, size_t stride);
 };
 
-// The kernels that become faster with instructions for bfloat16 and bytes.
+// The kernels that are faster if the processor has instructions for bfloat16 and bytes.
 struct NarrowKernels {
   Tiles<Bf16Pair> bf16;
   SmallProducts<Bf16Pair> small_pairs;
@@ -567,8 +580,8 @@ struct NarrowKernels {
   Int8Products int8;
   Int8Gemm int8_gemm;
 
-  // Whether small_pairs.gemm_outputs_in_lanes pairs the rows of `w` in registers, instead of making a copy of
-  // `w` in pairs at each call.
+  // If pairs_in_registers is true, small_pairs.gemm_outputs_in_lanes pairs the rows of `w` in registers. If
+  // pairs_in_registers is false, each call copies `w` into pairs.
   bool pairs_in_registers = true;
 };
 
@@ -629,15 +642,15 @@ inline const SmallProducts<Bf16Pair>& KernelTable::small<Bf16Pair>() const {
 }
 
 // Returns the table in use: the best table that this machine can run, or the table that the environment
-// variable NPLORA_ISA names. The first call chooses the table. Linux is asked for the AMX registers only if
-// they would be used. If Linux refuses, the next best table is used, unless NPLORA_ISA is amx. Throws
-// std::invalid_argument, with the reason, if NPLORA_ISA names a table that is unknown, not in this build, or
-// not runnable on this machine.
+// variable NPLORA_ISA names. The first call chooses the table. This function asks Linux for the AMX registers
+// only if it would choose the table for AMX. If Linux refuses, the function chooses the next best table, or
+// throws if NPLORA_ISA is amx. Throws std::invalid_argument, with the reason, if NPLORA_ISA names a table
+// that is unknown, is not in this build, or cannot run on this machine.
 const KernelTable& table();
 
-// Fills `out` with the tables of this build that this machine can run, with the best table last, and returns
-// the number of tables. This function does not ask Linux for the AMX registers. Tests and show_config use
-// this function.
+// Fills `out` with the tables of this build that this machine can run, and returns the number of these
+// tables. The best table comes last. This function does not ask Linux for the AMX registers. Tests and
+// show_config use this function.
 size_t available_tables(const KernelTable** out, size_t capacity);
 
 }  // namespace nplora::kernels

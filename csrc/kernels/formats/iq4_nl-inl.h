@@ -36,12 +36,13 @@ inline constexpr IQ4Levels kIQ4 = [] {
   return levels;
 }();
 
-// The codes are levels.
+// Int8 products use the level of each code instead of the code itself.
 struct IQ4Codes : EightBitCodes {
   static SubBlock of(const uint8_t* q) { return lookup(moved(kIQ4.as_bytes()), nibbles(q)); }
 };
 
-// Decodes 32 codes, which are the nibbles of 16 bytes: stores `d` times their levels to `to`.
+// Decodes 32 codes, which are the nibbles of 16 bytes. The decoded value of a code is `d` times the level of
+// the code.
 template <class To>
 inline void put_iq4(const uint8_t* codes, Vec<float> d, To to) {
   const Bytes q = load_bytes(codes);

@@ -6,10 +6,10 @@
 namespace nplora {
 
 // A block has eight sub-blocks. An element with code q is d * (scale - 32) * kIQ4Levels[q], with one 6-bit
-// `scale` for each sub-block. Sub-block j starts at byte 16 j of `q` and is laid out as in IQ4_NL. The low
-// four bits of the scale of sub-block j are in byte j / 2 of `scales_low`, in the low nibble if j is even,
-// else in the high nibble. The high two bits of the scale of sub-block j are at bit 2 j of the 16-bit
-// number `scales_high`.
+// `scale` for each sub-block. Sub-block j starts at byte 16 * j of `q` and has the layout of IQ4_NL. The low
+// four bits of the scale of sub-block j are in byte j / 2 of `scales_low`: in the low nibble if j is even,
+// else in the high nibble. The high two bits of the scale of sub-block j are bits 2 * j and 2 * j + 1 of the
+// 16-bit number `scales_high`.
 struct BlockIQ4_XS {
   static constexpr size_t kElements = 256;
   static constexpr BlockFacts kFacts{.largest = 31 * 113 * kLargestHalf, .shorter = "iq4_nl"};
@@ -25,7 +25,8 @@ static_assert(sizeof(BlockIQ4_XS) == 136);
 #ifdef NPLORA_ISA
 namespace nplora::kernels::NPLORA_ISA {
 
-// The factors d * (scale - 32) of the eight sub-blocks, followed by eight numbers without meaning.
+// The factors d * (scale - 32) of the eight sub-blocks. The last eight numbers of the array `d` have no
+// meaning.
 template <>
 struct Scales<BlockIQ4_XS> {
   alignas(64) float d[16];
@@ -35,8 +36,8 @@ struct Scales<BlockIQ4_XS> {
 inline void Scales<BlockIQ4_XS>::read(const BlockIQ4_XS& block) {
   uint32_t low;
   __builtin_memcpy(&low, block.scales_low, sizeof low);
-  // Spreads eight 2-bit fields over eight bytes. Each step splits every run of adjacent fields into two
-  // halves and moves the halves apart.
+  // Spreads eight 2-bit fields over eight bytes. Each step splits each sequence of adjacent fields into two
+  // halves and moves the upper half up.
   uint64_t high = block.scales_high[0] | uint64_t(block.scales_high[1]) << 32;
   high = (high | high << 12) & 0x000F000F000F000F;
   high = (high | high << 6) & 0x0303030303030303;

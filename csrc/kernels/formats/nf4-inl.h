@@ -6,11 +6,12 @@
 
 namespace nplora {
 
-// An element with code q is absmax * kNf4Levels[q], where `absmax` is the scale of its block. A block is 64
-// elements of the flattened tensor, and may begin and end within a row. In a block, element 2 i is the high
-// nibble of byte i, and element 2 i + 1 is the low nibble. The scales are in a separate array, with one float
-// for each block. The scales may themselves be quantised. A quantised scale with code c is book[c] * s +
-// offset. The book has kNf4Book levels. Each group of kNf4Group blocks shares one factor s.
+// An element with code q is absmax * kNf4Levels[q], where `absmax` is the scale of the block. A block is 64
+// elements of the flattened tensor, and may begin and end within a row. In a block, the code of element 2 * i
+// is the high nibble of byte i, and the code of element 2 * i + 1 is the low nibble of byte i. The scales are
+// in a separate array, with one float for each block. The scales may themselves be quantised. A quantised
+// scale with code c is book[c] * s + offset. The book has kNf4Book levels. Each group of kNf4Group blocks
+// shares one factor s.
 struct BlockNf4 {
   static constexpr size_t kElements = 64;
   static constexpr BlockFacts kFacts{.largest = 0x1.FFFFFEp127f};
@@ -54,8 +55,8 @@ inline constexpr Nf4Levels kLevels = [] {
   return levels;
 }();
 
-// Rounds the product before it adds the offset, as bitsandbytes does. The keyword `volatile` prevents a fused
-// multiply-add, which would not round the product.
+// This function rounds the product before the addition of the offset, as bitsandbytes does. The keyword
+// `volatile` prevents a fused multiply-add, which would not round the product.
 inline float absmax_of(const Nf4& w, size_t block) {
   if (w.absmax) return w.absmax[block];
   const volatile float product = w.absmax_book[w.absmax_codes[block]] * w.absmax_scales[block / kNf4Group];
@@ -66,7 +67,7 @@ inline float nf4_value(const uint8_t* codes, size_t i, float absmax) {
   return kLevels.v[i % 2 == 0 ? codes[i / 2] >> 4 : codes[i / 2] & 15] * absmax;
 }
 
-// Decodes the elements [i, i + n) of the flattened tensor to `to`. These elements are all in one block.
+// Decodes the elements [i, i + n) of the flattened tensor into `to`. All these elements must be in one block.
 inline void decode_nf4_run(const uint8_t* codes, size_t i, size_t n, float absmax, const Levels& levels,
                            DecodedRow to) {
   const Vec<float> d = Vec<float>::broadcast(absmax);

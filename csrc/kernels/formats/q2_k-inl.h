@@ -5,8 +5,9 @@
 namespace nplora {
 
 // A block has eight sub-blocks. An element with code q is d * scale * q - dmin * min. Each half of a
-// sub-block has one byte in `scales`: the low nibble is its `scale`, the high nibble its `min`. The codes of
-// sub-block j are in the 32 bytes of `q` that start at byte 32 (j / 4), at bit 2 (j % 4) of each byte.
+// sub-block has one byte in `scales`: the low nibble is `scale`, and the high nibble is `min`. The 2-bit
+// codes of sub-block j are in the 32 bytes of `q` that start at byte 32 * (j / 4). Each code starts at bit 2
+// * (j % 4) of its byte.
 struct BlockQ2_K {
   static constexpr size_t kElements = 256;
   static constexpr BlockFacts kFacts{.largest = 15 * kLargestHalf, .shorter = "iq4_nl"};
@@ -21,7 +22,7 @@ static_assert(sizeof(BlockQ2_K) == 84);
 #ifdef NPLORA_ISA
 namespace nplora::kernels::NPLORA_ISA {
 
-// For each half of a sub-block, the factor d * scale and the negated minimum -dmin * min.
+// The factor d * scale and the negated minimum -dmin * min of each half of a sub-block.
 template <>
 struct Scales<BlockQ2_K> {
   alignas(64) float d[16], m[16];

@@ -6,10 +6,10 @@ namespace nplora {
 
 // A block has eight sub-blocks. An element with the 3-bit code q is d * (scale - 32) * (q - 4), with one
 // 6-bit `scale` for each half of a sub-block. The low two bits of the codes of sub-block j are in the 32
-// bytes of `low` that start at byte 32 * (j / 4). The two bits start at bit 2 * (j % 4) of each byte. The
-// high bits of the codes of sub-block j are bit j of each byte of `high`. The low four bits of scale i are in
-// byte i % 8 of `scales`, in the low nibble if i < 8, else in the high nibble. The high two bits of scale
-// i are in byte 8 + i % 4 of `scales`, at bit 2 * (i / 4).
+// bytes of `low` that start at byte 32 * (j / 4). The low two bits of a code start at bit 2 * (j % 4) of
+// their byte. The highest bits of the codes of sub-block j are bit j of each byte of `high`. The low four
+// bits of scale i are in byte i % 8 of `scales`: in the low nibble if i < 8, else in the high nibble. The
+// high two bits of scale i start at bit 2 * (i / 4) of byte 8 + i % 4 of `scales`.
 struct BlockQ3_K {
   static constexpr size_t kElements = 256;
   static constexpr BlockFacts kFacts{.largest = 31 * 3 * kLargestHalf, .shorter = "iq4_nl"};
@@ -25,7 +25,7 @@ static_assert(sizeof(BlockQ3_K) == 110);
 #ifdef NPLORA_ISA
 namespace nplora::kernels::NPLORA_ISA {
 
-// Stores the 16 factors d * (scale - 32) of a block to `to`.
+// Stores the 16 factors d * (scale - 32) of a block in `to`.
 inline void put_scales(const BlockQ3_K& block, float* to) {
   constexpr uint64_t kFour = 0x0F0F0F0F0F0F0F0F, kTwo = 0x3030303030303030;
   uint64_t low;
@@ -76,7 +76,8 @@ struct Decoder<BlockQ3_K> {
   }
 };
 
-// The codes are left unsigned: the 4 that an element subtracts from its code is part of the minimum.
+// The codes q stay unsigned. An element is factor * (q - 4) = factor * q + minimum, so the minimum is -4 *
+// factor.
 template <>
 struct Codes<BlockQ3_K> : Unsigned {
   using Factors = EightSubBlocks;

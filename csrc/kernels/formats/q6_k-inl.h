@@ -5,10 +5,11 @@
 namespace nplora {
 
 // A block has eight sub-blocks. An element with code q is d * scale * (q - 32), with one `scale` for each
-// half of a sub-block. The codes have six bits. The low four bits of the codes of sub-block j are in 32 bytes
-// of `low`, from byte 64 * (j / 4) + 32 * (j % 2) on. If j % 4 < 2, these bits are the low nibbles of the
-// bytes, else the high nibbles. The high two bits of the codes are in 32 bytes of `high`, from byte 32 * (j /
-// 4) on, at bit 2 * (j % 4) of each byte.
+// half of a sub-block. The codes have six bits. The low four bits of the codes of sub-block j are in the 32
+// bytes of `low` that start at byte 64 * (j / 4) + 32 * (j % 2). If j % 4 < 2, the low four bits are in the
+// low nibbles of these bytes, else in the high nibbles. The high two bits of the codes of sub-block j are in
+// the 32 bytes of `high` that start at byte 32 * (j / 4). The high two bits of a code start at bit 2 * (j %
+// 4) of their byte.
 struct BlockQ6_K {
   static constexpr size_t kElements = 256;
   static constexpr BlockFacts kFacts{.largest = 31 * 127 * kLargestHalf, .shorter = "q8_0"};
@@ -24,7 +25,7 @@ static_assert(sizeof(BlockQ6_K) == 210);
 #ifdef NPLORA_ISA
 namespace nplora::kernels::NPLORA_ISA {
 
-// For each half of a sub-block, the factor d * scale.
+// The factor d * scale of each half of a sub-block.
 template <>
 struct Scales<BlockQ6_K> {
   alignas(64) float d[16];
@@ -54,7 +55,8 @@ struct Decoder<BlockQ6_K> {
   }
 };
 
-// The codes are left unsigned: the 32 that an element subtracts from its code is part of the minimum.
+// The codes q stay unsigned. An element is factor * (q - 32) = factor * q + minimum, so the minimum is -32 *
+// factor.
 template <>
 struct Codes<BlockQ6_K> : Unsigned {
   using Factors = EightSubBlocks;

@@ -45,8 +45,8 @@ inline Vec<float> sum_of(const Vec<float>* v) {
 }
 
 // Processes two heads of a query and kRows rows of `k` at a time, where kRows is half the number of lanes.
-// Each pair of a head and a row gives one vector of partial sums. A transpose then sums the lanes of all
-// these vectors at once. The remaining rows are processed one by one.
+// Each pair of a head and a row gives one vector of partial sums. After a transpose, the lanes of all these
+// vectors are summed at once. The remaining rows are processed one by one.
 inline void key_dots(size_t rows, size_t heads, size_t group, size_t dim, const float* q, const float* k,
                      size_t k_stride, float* scores, size_t s_stride) {
   using V = Vec<float>;
@@ -114,9 +114,9 @@ inline void scale_columns(size_t rows, size_t n, const float* factor, float* x, 
   });
 }
 
-// Each lane holds a different column. Returns, in each lane, the maximum of `before` and the `rows` elements
-// of the lane's column. The loop keeps four independent maxima, because a single maximum would wait for the
-// result of each comparison.
+// Returns, in each lane, the maximum of `before` and of the `rows` elements of one column. Neighbouring lanes
+// belong to neighbouring columns. The loop keeps four independent maxima, because a single maximum would wait
+// for the result of each comparison.
 template <class Span>
 inline Vec<float> largest_of_column(size_t rows, const float* column, size_t stride, Vec<float> before,
                                     const Span& span) {
@@ -149,12 +149,13 @@ inline void softmax_step(size_t rows, size_t n, float* s, size_t s_stride, float
   });
 }
 
-// The backward pass of p = softmax(s) is ds = p (dp - delta) with delta = Σ p dp, where dx is the gradient of
-// the loss with respect to x. In attention, delta is also Σ dout out, where `out` is the output of attention
-// (Dao et al. 2022, section 3.1). The probabilities p are computed again as exp(s - lse), where `lse` is the
-// logarithm of the forward pass's sum of exp(s). The scores s are computed again too, and may be rounded
-// differently than in the forward pass. This rounding can make a large s so much greater than `lse` that
-// exp(s - lse) would overflow, so s - lse is limited to at most 0.
+// The backward pass of p = softmax(s) is ds = p (dp - delta) with delta = Σ p dp. Here, dx stands for the
+// gradient of the loss with respect to x, for each x. In attention, delta is also Σ dout out, where `out` is
+// the output of attention (Dao et al. 2022, section 3.1). The backward pass computes the probabilities p
+// again, as exp(s - lse). `lse` is the logarithm of the sum of exp(s), from the forward pass. The backward
+// pass also computes the scores s again, perhaps with other rounding errors than in the forward pass. A large
+// s can then be so much greater than `lse` that exp(s - lse) would overflow. So s - lse is limited to at most
+// 0.
 inline void softmax_backward(size_t rows, size_t n, const float* lse, const float* delta, float* s, float* dp,
                              size_t stride) {
   using V = Vec<float>;
@@ -168,9 +169,9 @@ inline void softmax_backward(size_t rows, size_t n, const float* lse, const floa
   });
 }
 
-// Does the same as softmax_backward for columns that hold the scores of all keys, so it needs no arguments
-// `lse` and `delta`. The sum delta = Σ p dp uses the rounded values of p and dp. In a column with a single
-// row, delta is therefore exactly dp, and ds is 0.
+// Does the same as softmax_backward, but each column must hold the scores of all keys. So the function needs
+// no `lse` and no `delta` from its caller. In a column with a single row, p is exactly 1 and delta is exactly
+// dp, so ds is 0.
 inline void whole_softmax_backward(size_t rows, size_t n, float* s, float* dp, size_t stride) {
   using V = Vec<float>;
   // `kLeast` prevents a division by 0 if all elements of a column are -Inf.

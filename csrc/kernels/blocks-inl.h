@@ -2,10 +2,11 @@
 // instruction set and every block format. Each kernel is documented in kernel_table.h. The decoders
 // are in kernels/formats.
 //
-// A decoded value is the product of a float16, a scale and a code, sometimes plus a minimum. A fused
-// multiply-add gives the same value as a separate multiplication and addition, because the product is exact.
-// A float16 has 11 significant bits, a scale at most 7 and a code at most 6, so their product fits into the
-// 24 bits of a float. Only one operation rounds: adding the minimum.
+// In all formats but NF4, a decoded value is the product of a float16, a scale and a code (or the level of a
+// code). Some formats add a minimum to the product. A fused multiply-add gives the same value as a separate
+// multiplication and addition, because the product is exact. A float16 has 11 significant bits. A scale and a
+// code together have at most 12: 7 + 5 bits in Q6_K, and 5 + 7 bits in IQ4_XS. So the product fits into the
+// 24 bits of a float. Only the addition of the minimum rounds.
 
 namespace nplora::kernels::NPLORA_ISA {
 
@@ -22,8 +23,8 @@ inline float to_float(Half half) {
 #endif
 }
 
-// Copies the 16 bits of `half` into every lane and then converts all lanes to float. The other order, which
-// converts one number and then copies it to all lanes, would need a permutation.
+// Copies the 16 bits of `half` into every lane and then converts all lanes to float. Converting one number
+// first, and then copying the float to all lanes, would need a permutation.
 inline Vec<float> broadcast(const Half& half) {
 #if defined(NPLORA_SIMD_AVX512)
   return {_mm512_cvtph_ps(_mm256_set1_epi16(__builtin_bit_cast(int16_t, half)))};
@@ -45,7 +46,7 @@ inline void to_four_floats(uint64_t halves, float* to) {
 inline Half negative(Half half) {
   return __builtin_bit_cast(Half, static_cast<uint16_t>(__builtin_bit_cast(uint16_t, half) ^ 0x8000));
 }
-// Forces `values` into memory, so that each value is later broadcast by a load. GCC would otherwise keep the
+// Forces `values` into memory, so that a load later broadcasts each value. GCC would otherwise keep the
 // values in a register and permute that register for each broadcast.
 template <size_t kCount>
 inline void keep_in_memory(float (&values)[kCount]) {
@@ -55,8 +56,9 @@ inline void keep_in_memory(float (&values)[kCount]) {
 inline void put(const Floats& values, float* to) {
   for (size_t i = 0; i < kVectors; ++i) values.v[i].store(to + i * Vec<float>::kLanes);
 }
-// The functions below store d * q, or d * q + m for formats with a minimum m, where d is the scale and q the
-// code. Without a minimum, nothing is added, because adding 0 would turn a product of -0 into +0.
+// The functions below store d * q, or d * q + m for formats with a minimum m, where d is the scale and q is
+// the code. For formats without a minimum, the functions do not add 0, because adding 0 would turn a product
+// of -0 into +0.
 inline void put(const Floats& q, Vec<float> d, float* to) {
   for (size_t i = 0; i < kVectors; ++i) (q.v[i] * d).store(to + i * Vec<float>::kLanes);
 }
@@ -69,8 +71,8 @@ inline void put(const Floats& low, const Floats& high, Vec<float> d, To to) {
   put(high, d, to + kBytes);
 }
 
-// A position in a row of DecodedRows. If the two panels of a row are apart in memory, the position must be a
-// multiple of kBytes, so that the next kBytes elements are all in one panel.
+// A position in a row of DecodedRows. If a gap in memory separates the two panels of a row, the position must
+// be a multiple of kBytes. The next kBytes elements are then all in one panel.
 static_assert(kPanelColumns % kBytes == 0);
 struct DecodedRow {
   float* row;
@@ -111,7 +113,7 @@ inline void put(const Floats& q, Vec<float> d, Vec<float> m, const EncodedRow& t
 }
 
 // Prepares the conversion of nibbles to the values that a destination stores. If the destination stores int8
-// codes, the codes of the sixteen possible nibbles of a sub-block are computed once, and then looked up.
+// codes, the codes of the sixteen possible nibbles of a sub-block are computed once and then looked up.
 struct NibbleCodes {
   Bytes codes;
 };
@@ -130,7 +132,8 @@ inline Bytes high(const NibbleCodes& n, Bytes b) {
 }
 
 // A destination that does not store decoded values but multiplies them with kTokens rows of `x`. The products
-// of each token are added up in one vector of sums, in an order that does not depend on the number of tokens.
+// of each token are added to one vector of sums. The order of the additions does not depend on the number of
+// tokens.
 template <size_t kTokens>
 struct Dot {
   const float* x;
@@ -163,8 +166,9 @@ inline void put(const Floats& q, Vec<float> d, Vec<float> m, const Dot<kTokens>&
   for (size_t i = 0; i < kVectors; ++i) to.add(i, fma(q.v[i], d, m));
 }
 
-// Adds the products of a sub-block that has a single scale `d`. The scale multiplies the sum of the products,
-// because scaling each code would take more multiplications for one token.
+// Adds the products of a sub-block that has a single scale `d`. The function multiplies the sum of the
+// products by the scale. For a single token, multiplying each code by the scale would take more
+// multiplications.
 template <size_t kTokens>
 inline void put(const Floats& low, const Floats& high, Vec<float> d, const Dot<kTokens>& to) {
 #pragma GCC unroll 4
@@ -180,8 +184,8 @@ inline void put(const Floats& low, const Floats& high, Vec<float> d, const Dot<k
 
 // ---- decoders of a single block ----
 
-// A decoder prepares the scales of one block. The decoder's member `sub_block(j, to)` stores sub-block
-// j as floats.
+// A decoder prepares the scales of one block. The decoder's member `sub_block(j, to)` decodes sub-block j and
+// passes the values to the destination `to`.
 template <class Block>
 struct Decoder;
 
@@ -240,7 +244,7 @@ inline void fetch_columns(const void* at, size_t bytes) {
     __builtin_prefetch(static_cast<const char*>(at) + line);
 }
 
-// Decodes columns of each row. The destination of row i is destination(i).
+// Decodes the columns [first, first + cols) of each row. The destination of row i is destination(i).
 template <class Block, class Destination>
 inline void decode_rows(size_t rows, size_t first, size_t cols, const void* blocks, size_t row_bytes,
                         const Destination& destination) {
@@ -281,8 +285,9 @@ void encode_blocks(size_t rows, size_t first, size_t cols, const void* blocks, s
 
 // ---- products of a few tokens with rows of blocks ----
 
-// All tokens are multiplied with kFewRows rows of W before the next rows are read. The code also prefetches
-// the same columns of later rows, at least kFetchAhead bytes ahead.
+// All tokens are multiplied with kFewRows rows of W before the next rows are read. While rows are read, the
+// same columns of later rows are prefetched. The function fetch_ahead returns the distance to the later rows:
+// at least kFetchAhead bytes, and a multiple of `group` rows.
 inline constexpr size_t kFewRows = 8;
 inline size_t fetch_ahead(size_t row_bytes, size_t group = kFewRows) {
   const size_t few = group * row_bytes;
@@ -291,7 +296,7 @@ inline size_t fetch_ahead(size_t row_bytes, size_t group = kFewRows) {
 
 // Prefetches a part of the memory `next` into L2. This function is called before each group of rows of W,
 // when `rows` rows are left, including this group. Each call prefetches the fraction group / rows of the
-// cache lines that `next` still has. So all calls prefetch about the same number of lines.
+// cache lines that are left in `next`. So all calls prefetch about the same number of lines.
 inline void fetch_share(Fetch& next, size_t rows, size_t group = kFewRows) {
   const size_t n = rows <= group ? next.lines : ceil_div(next.lines * group, rows);
   next.lines -= n;
@@ -299,8 +304,8 @@ inline void fetch_share(Fetch& next, size_t rows, size_t group = kFewRows) {
     __builtin_prefetch(next.at, 0, 2);
 }
 
-// Creates the decoders of up to kTogether neighbouring blocks in each row of a tile. The pointer at[r] is the
-// address of the first of these blocks in row r.
+// Creates the decoders of up to kTogether neighbouring blocks in each row of a tile. The pointer at[r] points
+// to the first of these blocks in row r.
 inline constexpr size_t kTogether = 16;
 template <class Block, size_t kRows>
 struct Decoders {
@@ -310,8 +315,8 @@ struct Decoders {
 };
 
 // The decoders of formats whose block is a single sub-block. These decoders convert the scales and minima of
-// several rows to float together, and later broadcast them from memory. Tiles of two rows have more tokens
-// and gain nothing from the joint conversion, so they use the general decoders above.
+// several rows to float together, and later broadcast each float from memory. Tiles of two rows use the
+// general decoders above. These tiles have more tokens, so the joint conversion makes them no faster.
 template <class Block, size_t kRows>
   requires(Block::kElements == kSubBlock && kRows > 2)
 struct Decoders<Block, kRows> {
@@ -322,7 +327,7 @@ struct Decoders<Block, kRows> {
   Decoders(const Block* const (&at)[kRows], size_t n) : at(at) {
     static_assert(offsetof(Block, d) == 0);
     if constexpr (kFactors == 2) static_assert(offsetof(Block, m) == sizeof(Half));
-    constexpr size_t kAtOnce = smaller(kRows, 64 / kBits);  // their scales and minima fit into 64 bits
+    constexpr size_t kAtOnce = smaller(kRows, 64 / kBits);  // rows whose scales and minima fit into 64 bits
     for (size_t i = 0; i < n; ++i)
       for (size_t r = 0; r < kRows; r += kAtOnce) {
         uint64_t halves = 0;
@@ -377,7 +382,7 @@ struct BlockRows {
   }
 };
 
-// Multiplies kTokens rows of `x` with up to kRows rows of W. The sums of each lane are stored in `part`
+// Multiplies kTokens rows of `x` with up to kRows rows of W. The vectors of sums are stored in `part`
 // (tokens, all, lanes), where `all` is the number of rows of W. If fewer than kRows rows are left, the last
 // row is repeated and its additional sums are dropped.
 template <size_t kTokens, size_t kRows, class Rows>

@@ -1,17 +1,17 @@
 // Matrix products for small batches. These products read the weight W once, in the order in which it is
 // stored: panel by panel, or row by row if W is row-major. Each kernel is documented in kernel_table.h.
 //
-// The products of a token are summed in an order that does not depend on the other tokens: each lane of a
-// vector sums every kLanes-th product of a row of W, and the lanes are added at the end. So a token gets the
-// same bits in every batch.
+// The products of a token are summed in an order that does not depend on the other tokens. Each lane of a
+// vector sums every kLanes-th product of a row of W, and the lanes are added at the end. So the results of a
+// token have the same bits in every batch.
 //
 // Each kernel unit (isa_*.cpp) defines three constants.
-//   `kDotResident` is the largest number of vectors of `x`, for one panel, that stay in registers while rows
-//     of W are read, beside the sums of one token.
-//   `kDotRows` is the number of rows of W that share each load of `x` if there is one token, and if `x` does
-//     not stay in registers.
-//   `kDotSums` is the number of partial sums of a row: the latency of an FMA times its throughput (4 x 2),
-//     divided by the number of rows that are summed at once.
+//   `kDotResident` is the largest number of vectors of `x` that stay in registers while the rows of one panel
+//     of W are read. The sums of one token need kDotSums more registers.
+//   `kDotRows` is the number of rows of W that share each load of `x`, for a single token whose `x` does not
+//     stay in registers.
+//   `kDotSums` is the number of partial sums of a row. kDotRows * kDotSums is at least 8, because an FMA has
+//     a latency of 4 cycles and 2 FMAs can start in each cycle.
 
 namespace nplora::kernels::NPLORA_ISA {
 
@@ -19,18 +19,18 @@ namespace nplora::kernels::NPLORA_ISA {
 template <class W>
 inline constexpr size_t kVectorsOfPanel = kPanelColumns / Vec<Sum<W>>::kLanes;
 
-// The number of partial sums of a row of W. If a panel has few vectors, the products of a row are all added,
-// in order, to a single sum.
+// The number of partial sums of a row of W. If a row of a panel has fewer than 2 * kDotSums vectors, all
+// products of the row are added, in order, to a single vector of sums.
 template <class W>
 inline constexpr size_t kSideSums = kVectorsOfPanel<W> >= 2 * kDotSums ? kDotSums : 1;
 
-// The number of rows of W that share each load of `x`. Eight sums hide the latency of an FMA, and more sums
-// of several tokens would not fit into the registers.
+// The number of rows of W that share each load of `x`. Eight sums hide the latency of an FMA. For several
+// tokens, more than eight sums would not fit into the registers.
 template <class W, size_t kTokens>
 inline constexpr size_t kSharingRows =
     kTokens == 1 ? kDotRows : (kTokens * kSideSums<W> < 8 ? 8 / (kTokens * kSideSums<W>) : 1);
 
-// Whether the part of `x` for one panel stays in registers, beside the sums.
+// Whether the registers have room for the part of `x` that belongs to one panel, as well as for the sums.
 template <class W, size_t kTokens>
 inline constexpr bool kStaysInRegisters =
     kTokens * (kVectorsOfPanel<W> + kSideSums<W>) <= kDotResident + kDotSums;
@@ -39,9 +39,9 @@ inline constexpr bool kStaysInRegisters =
 template <class W, size_t kTokens, size_t kRows>
 using RowSums = Vec<Sum<W>>[kRows][kTokens][kSideSums<W>];
 
-// Adds the products of row w[r] of a full panel with kTokens rows of `x` to sums[r][t][0]. The order of the
-// additions depends neither on the number of tokens nor on how W is stored. `x_at(t, s)` returns vector s of
-// row t of `x`.
+// Multiplies each row w[r] of a full panel with each row t of `x`, and adds the products to sums[r][t][0].
+// The order of the additions is the same for any number of tokens, and whether W is stored in panels or
+// row-major. `x_at(t, s)` returns vector s of row t of `x`.
 template <class W, size_t kTokens, size_t kRows, class XAt>
 [[gnu::always_inline]] inline void add_panel(const W* const (&w)[kRows], const XAt& x_at,
                                              RowSums<W, kTokens, kRows>& sums) {
@@ -82,8 +82,8 @@ inline void fetch_panel(const W* at) {
     __builtin_prefetch(reinterpret_cast<const char*>(at) + line, 0, 2);
 }
 
-// A product of some tokens: `rows` rows of `w` times rows of `x`. The sums of token t and row r are at part +
-// t * part_stride + r * lanes.
+// A product of `rows` rows of `w` with the rows of `x` of some tokens. The sums of token t and row r of `w`
+// are at part + t * part_stride + r * kLanes.
 template <class W>
 struct Dots {
   size_t rows;
@@ -171,8 +171,8 @@ inline void dots_narrow(Dots<W> p, size_t width) {
 }
 
 // Multiplies the full panels of a row-major W, kRows rows at a time, until fewer than kRows rows are left.
-// The sums of the kRows rows stay in registers for all panels. The code also prefetches the memory `ahead`
-// elements after the rows that are read.
+// The sums of the kRows rows stay in registers for all panels. Rows of W that come `ahead` elements later are
+// prefetched.
 template <class W, size_t kTokens, size_t kRows>
 inline void dots_row_major(Dots<W>& p, size_t panels, size_t ahead) {
   using V = Vec<Sum<W>>;
@@ -200,14 +200,15 @@ inline void dots_row_major(Dots<W>& p, size_t panels, size_t ahead) {
   }
 }
 
-// Calls body.operator()<kTokens>(first token) for groups of 4, then 2, then 1 of the `m` tokens.
+// Divides the `m` tokens into groups of 4, then 2, then 1, and calls body.operator()<kTokens>(first token)
+// for each group of kTokens tokens.
 template <size_t kTokens = 4, class Body>
 [[gnu::always_inline]] inline void for_tokens(size_t m, const Body& body, size_t first = 0) {
   for (; first + kTokens <= m; first += kTokens) body.template operator()<kTokens>(first);
   if constexpr (kTokens > 1) for_tokens<kTokens / 2>(m, body, first);
 }
 
-// Returns the product for the tokens from `first` on.
+// Returns `p` without the tokens before token `first`.
 template <class W>
 inline Dots<W> from_token(Dots<W> p, size_t first) {
   p.x += first * p.x_stride;
@@ -273,9 +274,9 @@ void dots(size_t m, size_t rows, size_t depth, const Panels<W>& w, const Sum<W>*
   } while (depth > 0);
 }
 
-// Adds up the lanes of each row of `part` (rows, lanes) pairwise, as a tree, adds `bias` (rows) unless it is
-// null, and stores the sums in `y` (rows). A block of kLanes rows is transposed, so that all its rows are
-// summed at once.
+// Adds up the lanes of each row of `part` (rows, kLanes) in pairs, then the results in pairs, and so on. If
+// `bias` (rows) is not null, `bias` is added. The sums are stored in `y` (rows). The function transposes
+// blocks of kLanes rows, so that all rows of a block are summed at once.
 template <class T>
 void sum_parts(size_t rows, const T* part, const T* bias, T* y) {
   constexpr size_t kLanes = Vec<T>::kLanes;
@@ -297,8 +298,8 @@ void sum_parts(size_t rows, const T* part, const T* bias, T* y) {
 
 // ---- add_dots: y += z aᵀ, where the depth is the rank of an adapter ----
 
-// Divides the lanes of each of the kCount vectors `v` into groups of kCount neighbours, and sums each group.
-// The result has the sums of the first vector, followed by the sums of the other vectors in order.
+// Divides the lanes of each of the kCount vectors in `v` into groups of kCount neighbours, and sums each
+// group. The result has the sums of the first vector, then the sums of the second vector, and so on.
 template <size_t kCount, class T>
 inline Vec<T> sums_of_neighbours(Vec<T> (&v)[kCount]) {
 #pragma GCC unroll 4
@@ -316,8 +317,8 @@ inline void add_first(Vec<T> sums, size_t n, T* y) {
     (Vec<T>::load_partial(y, n) + sums).store_partial(y, n);
 }
 
-// Adds the product of `a` (rows, kDepth) and `z` to `y` (rows), for at most kLanes rows. Each vector holds
-// several rows of `a`, because kDepth is less than kLanes.
+// Adds the product of `a` (rows, kDepth) and `z` to `y` (rows), for at most kLanes rows. Each loaded vector
+// holds several rows of `a`, because kDepth is less than kLanes.
 template <size_t kDepth, class A, class T>
 inline void add_packed_rows(size_t rows, const A* a, Vec<T> z, T* y) {
   constexpr size_t kLanes = Vec<T>::kLanes;

@@ -5,8 +5,8 @@
 
 namespace nplora::kernels::NPLORA_ISA {
 
-// Optimiser steps are limited by memory bandwidth, but they do not prefetch. The hardware prefetcher of a Zen
-// 4 can follow the four arrays of a step, and software prefetching made a step a fifth slower.
+// Memory bandwidth limits the speed of optimiser steps. Even so, the code does not prefetch. On a Zen 4, the
+// hardware prefetcher follows the four arrays of a step, and software prefetching made a step a fifth slower.
 
 // One AdamW step for the parameters `p`, gradients `g` and moments `m` and `v`, which have n elements each.
 // The names b1 and b2 mean beta1 and beta2, wd is the weight decay, and bias1 and bias2 correct the moments.
@@ -18,8 +18,8 @@ void adamw(size_t n, T* __restrict p, const T* __restrict g, T* __restrict m, T*
            const AdamWCoefficients& k) {
   const T beta1 = T(k.beta1), beta2 = T(k.beta2), rest1 = T(1 - k.beta1), rest2 = T(1 - k.beta2),
           grad_scale = T(k.grad_scale), decay = T(1 - k.lr * k.weight_decay);
-  // The numerator and the denominator of the update are multiplied by sqrt(bias2), which leaves one division
-  // instead of two.
+  // The numerator and the denominator of the update are both multiplied by sqrt(bias2). Each element then
+  // needs one division instead of two.
   const double root_bias2 = __builtin_sqrt(k.bias2);
   const T step = T(k.lr / k.bias1 * root_bias2), eps = T(k.eps * root_bias2);
   for (size_t i = 0; i < n; ++i) {
@@ -34,8 +34,9 @@ void adamw(size_t n, T* __restrict p, const T* __restrict g, T* __restrict m, T*
 }
 
 // One SGD step for the parameters `p` with gradients `g`, which have n elements each. Without momentum, the
-// step is p -= lr * d, where d = g + wd * p and wd is the weight decay. With momentum, the step is buf =
-// momentum * buf + d, followed by p -= lr * (d + momentum * buf) if `nesterov` is set, else by p -= lr * buf.
+// step is p -= lr * d, where d = g + wd * p and wd is the weight decay. With momentum, the step first
+// computes buf = momentum * buf + d. If `nesterov` is set, p -= lr * (d + momentum * buf) follows, else p -=
+// lr * buf.
 template <class T>
 void sgd_plain(size_t n, T* __restrict p, const T* __restrict g, const SgdCoefficients& k) {
   const T lr = T(k.lr), decay = T(k.weight_decay), grad_scale = T(k.grad_scale);
@@ -63,8 +64,8 @@ void sgd(size_t n, T* p, const T* g, T* buf, const SgdCoefficients& k) {
     sgd_momentum<false>(n, p, g, buf, k);
 }
 
-// Keeps sixteen partial sums: the square of element i is added to sum i % 16. The partial sums are added in
-// pairs at the end. The order of the additions is the same on every instruction set.
+// Keeps sixteen partial sums: the square of element i is added to partial sum i % 16. At the end, the partial
+// sums are added in pairs. The order of the additions is the same on every instruction set.
 template <class T>
 double sum_of_squares(size_t n, const T* x) {
   double sums[16] = {};
@@ -77,8 +78,8 @@ double sum_of_squares(size_t n, const T* x) {
   return sums[0];
 }
 
-// Calls `body(i, word)` for each i < n, where `word` is the random word of element e = first + i. The random
-// word of element e is output word e % 4 of the Philox counter e / 4.
+// Calls `body(i, word)` for each i < n. With e = first + i, the random number `word` is output word e % 4 of
+// the Philox counter e / 4.
 template <class Body>
 inline void for_words(size_t n, uint64_t seed, uint64_t first, const Body& body) {
   constexpr size_t kElements = 4 * kPhiloxBlocks;
@@ -103,8 +104,8 @@ void dropout(size_t n, uint64_t seed, uint64_t first, uint32_t threshold, T fact
 
 // Rounds a magnitude stochastically to a format that keeps all but the last `dropped` bits of a float. The
 // function adds random bits to the last `dropped` bits, then sets these bits to zero. If the addition carries
-// into the exponent, the result is still the right number. NaN and numbers of at least `largest` are not
-// changed, because they have no finite upper neighbour in the format.
+// into the exponent, the result is still correct. NaN and numbers of at least `largest` do not change,
+// because they have no finite upper neighbour in the format.
 inline uint32_t dither_bits(uint32_t magnitude, uint32_t word, int dropped, uint32_t largest) {
   const uint32_t dithered = (magnitude + (word >> (32 - dropped))) >> dropped << dropped;
   return magnitude >= largest ? magnitude : dithered;
@@ -123,7 +124,7 @@ inline void dither_float16(size_t n, uint64_t seed, uint64_t first, float* x) {
                    magnitude = bits ^ sign;
     const uint32_t normal = dither_bits(magnitude, word, 13, 0x477FE000u);
     // Below 2^-14, neighbouring float16 numbers are 2^-24 apart, so the magnitude of x[i] is converted to
-    // units of 2^-24. A random fraction is added, and the sum is rounded down.
+    // units of 2^-24. The code adds a random fraction and rounds the sum down.
     const bool is_subnormal = magnitude < 0x38800000u;
     const float units = is_subnormal ? __builtin_bit_cast(float, magnitude) * 0x1p24f : 0.0f;
     const int32_t whole = int32_t(units), part = int32_t((units - float(whole)) * 0x1p24f);
@@ -139,8 +140,8 @@ inline void widen_bfloat16(size_t n, const uint16_t* from, float* to) {
   for (size_t i = 0; i < n; ++i) to[i] = __builtin_bit_cast(float, uint32_t(from[i]) << 16);
 }
 
-// Rounds `x` to the nearest bfloat16, with ties to even. A NaN is not rounded, because a carry could turn it
-// into infinity: it keeps its upper bits and becomes a quiet NaN.
+// Rounds `x` to the nearest bfloat16, with ties to even. A NaN is not rounded, because rounding could turn
+// the NaN into infinity or zero. The function keeps the upper bits of the NaN and makes the NaN quiet.
 inline uint32_t bfloat16_bits(float x) {
   const uint32_t bits = __builtin_bit_cast(uint32_t, x);
   const uint32_t rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
@@ -153,10 +154,10 @@ inline Bf16Pair bfloat16_pair(float first, float second) {
 }
 
 #if defined(NPLORA_SIMD_AVX512) && defined(NPLORA_SIMD_BF16)
-// The next functions narrow two vectors of floats to bfloat16 in one instruction, with the first vector in
-// the low half of the result. The narrowing instruction gives the same bits as bfloat16_bits, except for
-// subnormal numbers. Subnormal numbers are recognised by their bits, because a program may have set its
-// processor to treat them as 0.
+// `narrowed` converts two vectors of floats to bfloat16 in one instruction. The first vector becomes the low
+// half of the result. The instruction gives the same bits as bfloat16_bits, except for subnormal numbers.
+// `can_narrow` recognises subnormal numbers by their bits, because a program may have set its processor to
+// treat subnormal numbers as 0.
 inline __mmask16 subnormals(__m512 x) {
   const __m512i bits = _mm512_castps_si512(x);
   return _mm512_test_epi32_mask(bits, _mm512_set1_epi32(0x7FFFFF)) &
@@ -185,9 +186,9 @@ inline void narrow_bfloat16(size_t n, const float* from, uint16_t* to) {
 
 inline void pair_rows(size_t rows, size_t cols, const float* x, size_t x_stride, Bf16Pair* out) {
 #if defined(NPLORA_SIMD_AVX512) && defined(NPLORA_SIMD_BF16)
-  // The hardware prefetcher cannot follow all rows of `x`, so each pair of rows is prefetched. The distance
-  // is about kFetchAhead bytes, but at least one pair of rows. The divisor is cols + 1 because `cols` may
-  // be 0.
+  // The hardware prefetcher cannot follow all rows of `x`, so the code prefetches each pair of rows. The
+  // prefetch distance is about kFetchAhead bytes, but at least one pair of rows. The divisor is cols + 1
+  // because `cols` may be 0.
   const size_t ahead = (kFetchAhead / sizeof(float) / (cols + 1) + 2) * x_stride;
 #endif
   for (; rows >= 2; rows -= 2, x += 2 * x_stride, out += cols) {
@@ -243,7 +244,7 @@ inline void narrow_float16_portable(size_t n, const float* from, uint16_t* to) {
     } else if (value >= 0x477FF000u) {  // a magnitude of at least 65520 is rounded to infinity
       half = 0x7C00u;
     } else if (value < 0x38800000u) {
-      // In the sum with 0.5, the last bit of the float has the value 2^-24, like the last bit of a subnormal
+      // Adds 0.5. The last bit of a float from 0.5 to 1 has the value 2^-24, like the last bit of a subnormal
       // float16. The addition therefore rounds like a conversion to float16.
       half = __builtin_bit_cast(uint32_t, __builtin_bit_cast(float, value) + 0.5f) - 0x3F000000u;
     } else {  // changes the exponent's bias from 127 to 15 and rounds to nearest, ties to even

@@ -1,15 +1,15 @@
-// The exponential function of all kernels, and for_vectors, which loops over an array of floats in steps of
-// one vector.
+// The exponential function that all kernels use, and for_vectors, which loops over an array of floats in
+// steps of one vector.
 
 namespace nplora::kernels::NPLORA_ISA {
 
-// Computes exp(x) with a relative error below 2^-23. NaN stays NaN. For x above 88.72 the result is Inf, for
-// x below -104 it is 0, and from -104 to about -87.3 it is subnormal.
+// Computes exp(x) with a relative error below 2^-23. NaN stays NaN. The result is Inf for x above 88.72,
+// subnormal for x between about -104 and -87.3, and 0 for smaller x.
 //
 // The argument is split into x = n ln 2 + r with a whole number n and |r| <= ln 2 / 2, so that exp(x) = 2^n
-// exp(r). A polynomial approximates exp(r). The polynomial begins with 1 + r; the other coefficients minimise
-// its largest relative error, which is below 2^-28. The constant ln 2 is split into two parts, of which the
-// first has 9 bits, so that n times the first part is exact.
+// exp(r). A polynomial approximates exp(r). The polynomial begins with 1 + r. The other coefficients minimise
+// the largest relative error of the polynomial, which is below 2^-28. The constant ln 2 is split into two
+// parts. The first part has only 9 bits, so that n times the first part is exact.
 inline Vec<float> exp(Vec<float> x) {
   using V = Vec<float>;
   constexpr float kShift = 0x1.8p23f;  // floats from 2^23 to 2^24 are whole numbers
@@ -27,8 +27,8 @@ inline Vec<float> exp(Vec<float> x) {
   return times_power_of_two(p, n);
 }
 
-// `Whole` accesses a whole vector of floats, and `Part` only the first `n` lanes of a vector. The functions
-// of `Part` set the other lanes to zero, except that `load_or` takes them from another vector.
+// `Whole` accesses a whole vector of floats. `Part` accesses only the first `n` lanes of a vector: `load` and
+// `or_zero` set the other lanes to zero, and `load_or` takes the other lanes from another vector.
 struct Whole {
   Vec<float> load(const float* p) const { return Vec<float>::load(p); }
   Vec<float> load_or(Vec<float>, const float* p) const { return load(p); }
@@ -52,8 +52,8 @@ struct Part {
   }
 };
 
-// Calls `body(i, span)` for each vector of an array of `n` floats. The vector begins at element i, and `span`
-// is a Whole or a Part that accesses it.
+// Calls `body(i, span)` for each vector of an array of `n` floats. The vector begins at element i of the
+// array, and `span` is the Whole or the Part that accesses this vector.
 template <class Body>
 inline void for_vectors(size_t n, const Body& body) {
   constexpr size_t kLanes = Vec<float>::kLanes;
@@ -62,7 +62,8 @@ inline void for_vectors(size_t n, const Body& body) {
   if (i < n) body(i, Part{n - i});
 }
 
-// Combines the lanes of `v` in pairs, then combines the results in pairs, until one number is left.
+// Combines the lanes of `v` in pairs with the function `pair`, then combines the results in pairs, and so on
+// until one number is left.
 template <class Pair>
 inline float fold(Vec<float> v, const Pair& pair) {
   float lanes[Vec<float>::kLanes];

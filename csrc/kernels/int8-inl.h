@@ -1,8 +1,8 @@
 // Products of a few rows of `x`, quantised to int8, with rows of low-bit blocks, in integer arithmetic. One
 // implementation serves every instruction set. Each kernel is documented in kernel_table.h.
 //
-// An element of a block is a * code + b, where the factors a and b belong to a sub-block or to half of it. An
-// element of `x` is scale * code. The product of two sub-blocks is
+// An element of a block is a * code + b, where a and b are the factors of a sub-block or of half a sub-block.
+// An element of `x` is scale * code. The product of two sub-blocks is
 //   a * scale * Σ (codes of the block * codes of x) + b * scale * Σ (codes of x).
 // The sum of the products of codes is computed in integers. The value scale * Σ (codes of x) is stored
 // with `x`.
@@ -11,8 +11,8 @@ namespace nplora::kernels::NPLORA_ISA {
 
 // ---- x ----
 
-// Returns the largest magnitude in a sub-block of `x`, as the bits of a float. The bits of magnitudes, read
-// as integers, have the same order as the magnitudes, and NaN is above all numbers.
+// Returns the largest magnitude in a sub-block of `x`, as the bits of a float. Magnitudes have the same order
+// as their bits, read as integers. In this order, NaN is above all numbers.
 inline uint32_t largest_bits(const float* x) {
   EightBits most{};
   for (size_t i = 0; i < kSubBlock; i += 8) {
@@ -88,8 +88,8 @@ inline float sum(EightSubBlocks x) {
   return sum(x.v);
 }
 
-// The factors of a block with eight sub-blocks, one for each half of a sub-block. The two factors of a
-// sub-block are multiplied by the same scale, which belongs to the matching sub-block of `x`.
+// The factors of a block with eight sub-blocks, one for each half of a sub-block. Both factors of a sub-block
+// are multiplied by the scale of the matching sub-block of `x`.
 struct Halves {
   const float* factors;
   Eight x;  // the scales of eight sub-blocks of `x`
@@ -114,8 +114,8 @@ inline float sum(const HalfMinima& x) {
   return sum(x.low + x.high);
 }
 
-// The scale d and the minimum m of a block, as floats. The two numbers are neighbours in memory and are
-// converted together if one instruction can do it.
+// The scale d and the minimum m of a block, as floats. The two numbers are neighbours in memory. On x86-64,
+// one instruction converts both.
 struct TwoFloats {
   float first, second;
 };
@@ -133,19 +133,21 @@ inline TwoFloats two_floats(const Block& block) {
 template <class Block>
 struct Codes;
 
-// For formats with unsigned codes: an element is a code times its scale, plus a minimum.
+// The base class of Codes for formats with unsigned codes: an element is a code times a scale, plus a
+// minimum.
 struct Unsigned {
   static constexpr bool kHasMinimum = true, kPlainNibbles = false;
   static EightInts dot_with(SubBlock codes, SubBlock x) { return dot(codes, x); }
 };
-// For formats with signed codes: an element is a code times its scale.
+// The base class of Codes for formats with signed codes: an element is a code times a scale.
 struct Signed {
   static constexpr bool kHasMinimum = false, kPlainNibbles = false;
   static EightInts dot_with(SubBlock codes, SubBlock x) { return dot_signed(codes, x); }
 };
 
-// For formats with signed codes of eight bits. vpdpbusd multiplies unsigned bytes and adds the products in 32
-// bits. So 128 is added to each code. To compensate, the minimum of the sub-block is -128 times its scale.
+// The base class of Codes for formats with signed codes of eight bits. With VNNI, 128 is added to each code,
+// because the instruction vpdpbusd needs unsigned bytes. To compensate, the minimum of a sub-block is -128
+// times the scale of the sub-block. Without VNNI, the codes stay signed (see dot_signed).
 #if defined(NPLORA_SIMD_VNNI)
 struct EightBitCodes : Unsigned {
   static constexpr float kOffset = 128;
@@ -185,15 +187,16 @@ struct MinimaOf<Block> {
 
 // ---- rows ----
 
-// Rows of blocks. While a block is read, the memory `ahead` bytes after it is prefetched.
+// Rows of blocks. When a block is read, the memory `ahead` bytes after the block is prefetched.
 struct Rows {
   const uint8_t* blocks;
   size_t count, row_bytes, ahead;
   Rows after(size_t i) const { return {blocks + i * row_bytes, count - i, row_bytes, ahead}; }
 };
 
-// Formats without `Scales` read their factors from the block. The scales of all rows are decoded before their
-// products begin, because decoding is a long chain of instructions: the chains of several rows overlap.
+// Returns the codes and the factors of a block. Formats that do not specialise `Scales` read their factors
+// from the block. The scales of all rows of a tile are decoded before the products are computed. The decoding
+// of one row is a long chain of dependent instructions, and the chains of several rows overlap.
 template <class Block>
 inline Codes<Block> codes_of(const Block& block, const Scales<Block>& scales) {
   if constexpr (requires { Codes<Block>{{}, block, scales}; })
@@ -202,7 +205,7 @@ inline Codes<Block> codes_of(const Block& block, const Scales<Block>& scales) {
     return {{}, block};
 }
 
-// Multiplies kTokens rows of `x` with up to kRows rows of W and stores the products in `y`, whose rows are
+// Multiplies kTokens rows of `x` with up to kRows rows of W. The products are stored in `y`, whose rows are
 // `all` elements apart. If fewer than kRows rows are left, the last row is repeated and its additional
 // products are dropped.
 template <class Block, size_t kTokens, size_t kRows>
@@ -269,19 +272,20 @@ inline void int8_tiles(const Rows& w, size_t m, size_t sub_blocks, Int8Rows x, f
 // ---- rows of W in the lanes, for formats whose block is a single sub-block ----
 //
 // Each lane belongs to one of kLaneRows rows of W. The codes of the rows are transposed once for all tokens.
-// Each token needs one conversion to float for all rows of the lanes, and no sums across lanes.
+// For each token and each sub-block, one conversion to float serves all rows. No sums across lanes are
+// needed.
 
 template <class Block>
 inline constexpr bool kRowsInLanes = Block::kElements == kSubBlock;
 
-// The largest number of tokens whose sums fit into the registers, beside the codes of the rows.
+// The largest number of tokens whose sums fit into the registers together with the codes of the rows.
 #if defined(NPLORA_SIMD_AVX512)
 inline constexpr size_t kLaneTokens = 8;
 #else
 inline constexpr size_t kLaneTokens = 4;
 #endif
 
-// Returns kLaneParts values: value p is the result of the call of(k + 4p).
+// Returns kLaneParts values: value p is the result of of(k + 4 * p).
 template <class Of>
 [[gnu::always_inline]] inline auto of_parts(size_t k, const Of& of) {
   struct {
@@ -292,7 +296,7 @@ template <class Of>
   return found;
 }
 
-// Afterwards, lane r of codes[k] holds the codes 4k to 4k + 3 of the block at(r).
+// Sets lane r of codes[k] to the codes 4 * k to 4 * k + 3 of the block at(r).
 template <class Block, class At>
 [[gnu::always_inline]] inline void transposed_codes(const At& at, LaneBytes (&codes)[8]) {
   LaneBytes low[4], high[4];
@@ -323,7 +327,7 @@ template <class Block, class At>
   }
 }
 
-// Lane r holds the first four bytes of the block at(r).
+// Returns a vector whose lane r holds the first four bytes of the block at(r).
 template <class Block, class At>
 [[gnu::always_inline]] inline LaneBits first_bytes(const At& at) {
   if constexpr (kLaneRows == 8) {
@@ -337,12 +341,12 @@ template <class Block, class At>
 #pragma GCC unroll 4
   for (size_t r = 0; r < 4; ++r)
     heads[r] = join_parts(of_parts(r, [&](size_t row) { return load_bytes(&at(row)); }).parts);
-  transpose_parts(heads);  // the compiler drops the other results, because nothing uses them
+  transpose_parts(heads);  // only heads[0] is used, so the compiler drops the other results
   return (LaneBits)heads[0];
 }
 
-// Multiplies kTokens rows of `x` with up to kLaneRows rows of W. If fewer rows are left, the last row is
-// repeated and its additional products are dropped.
+// Multiplies kTokens rows of `x` with up to kLaneRows rows of W. If fewer than kLaneRows rows are left, the
+// last row is repeated and its additional products are dropped.
 template <class Block, size_t kTokens>
 inline void int8_lanes(const Rows& w, size_t sub_blocks, const Int8Rows& x, float* y, size_t all) {
   using C = Codes<Block>;
@@ -356,7 +360,7 @@ inline void int8_lanes(const Rows& w, size_t sub_blocks, const Int8Rows& x, floa
     LaneBytes codes[8];
     transposed_codes<Block>(at, codes);
     [[maybe_unused]] LaneSigns signs[8];
-    if constexpr (!C::kHasMinimum)  // the signs of W move to x, because dot_lanes needs unsigned bytes
+    if constexpr (!C::kHasMinimum)  // dot_lanes needs unsigned bytes, so x gets the signs of W
 #pragma GCC unroll 8
       for (size_t k = 0; k < 8; ++k) {
         const LaneBytes all = codes[k];

@@ -2,11 +2,12 @@
 // kernel is documented in kernel_table.h.
 //
 // Each kernel unit (isa_*.cpp) defines the sizes of its tiles.
-//   `kTokenTileRows` x `kTokenTileVectors` is the tile if a row of `a` has one group. The tile needs
-//     kTokenTileRows * kTokenTileVectors integer accumulators, kTokenTileVectors vectors of `w` and 1
-//     broadcast element.
-//   `kGroupTileRows` x `kGroupTileVectors` is the tile if a row of `a` has several groups. The tile needs
-//     kGroupTileRows * kGroupTileVectors integer accumulators and the same number of float accumulators.
+//   `kTokenTileRows` x `kTokenTileVectors` is the size of a tile (rows x vectors) if a row of `a` has one
+//     group. Such a tile needs kTokenTileRows * kTokenTileVectors integer accumulators, kTokenTileVectors
+//     vectors of `w` and 1 broadcast element.
+//   `kGroupTileRows` x `kGroupTileVectors` is the size of a tile (rows x vectors) if a row of `a` has several
+//     groups. Such a tile needs kGroupTileRows * kGroupTileVectors integer accumulators and the same number
+//     of float accumulators.
 
 #include "kernels/philox-inl.h"
 
@@ -14,14 +15,14 @@ namespace nplora::kernels::NPLORA_ISA {
 
 // ---- x and W to int8 ----
 
-// Loads the elements of `from` from element i on, with zeros after the last of the `n` elements. If `whole`
-// is set, there are enough elements for all lanes.
+// Loads one vector from the array `from`, starting at element i. The array has `n` elements. Lanes after the
+// last element are zero. If `whole` is set, the elements fill all lanes.
 [[gnu::always_inline]] inline Vec<float> load_upto(size_t n, const float* from, size_t i, bool whole) {
   return whole || n - i >= kIntLanes ? Vec<float>::load(from + i) : Vec<float>::load_partial(from + i, n - i);
 }
 
 // Returns the largest of `least` and the magnitudes of `n` elements. NaN counts as larger than all numbers.
-// The bits of magnitudes, read as integers, have the same order as the magnitudes.
+// Magnitudes have the same order as their bits, read as integers.
 template <class Load>
 inline float largest_magnitude(size_t n, const Load& load, float least) {
   LaneInts most = broadcast_int(__builtin_bit_cast(int32_t, least)), other = most;
@@ -44,10 +45,10 @@ struct Nearest {
   LaneInts operator()(size_t, Vec<float> x) const { return to_ints(x); }
 };
 
-// Rounds elements stochastically, beginning with element `first` (see Int8Gemm::dither). The random words are
-// computed kDithered elements at a time, so elements must be rounded in order.
+// Rounds elements stochastically. Element i uses the random bits of e = first + i (see Int8Gemm::dither). The
+// random words are computed for kDithered elements at a time, so the elements must be rounded in order.
 struct Stochastic {
-  static constexpr int kFraction = 23;  // with 23 bits of fraction, numbers up to 127 fit into 31 bits
+  static constexpr int kFraction = 23;  // with 23 bits of fraction, numbers from -127 to 127 fit into 31 bits
   uint64_t seed, first;
   mutable uint32_t words[4][kPhiloxBlocks];
 
@@ -65,8 +66,8 @@ struct Stochastic {
   }
 };
 
-// Quantises one group. `load(i, whole)` returns the elements from i on, as load_upto does. `round(i, v)`
-// turns these elements, times 1 / scale, into codes.
+// Quantises one group. `load(i, whole)` loads one vector of elements, starting at element i (see load_upto).
+// `round(i, v)` converts `v`, which is this vector times 1 / scale, to codes.
 template <class Load, class Round>
 inline void quantize_group(size_t n, const Load& load, const Round& round, int8_t* codes, float& scale,
                            int32_t& correction) {
@@ -148,7 +149,8 @@ inline void encode(size_t rows, size_t cols, const float* w, size_t w_stride, co
   }
 }
 
-// Interleaves sixteen columns of four rows: first as pairs of rows, then as pairs of pairs.
+// Interleaves the bytes of four rows of sixteen columns. The function first interleaves single bytes of two
+// rows, then pairs of bytes.
 inline void quad_sixteen(Bytes a, Bytes b, Bytes c, Bytes d, void* out) {
   const BytePair first = interleave(a, b), second = interleave(c, d);
   const BytePair low = interleave_words(first.low, second.low),
@@ -193,8 +195,8 @@ struct Int8Product {
   bool accumulate;
 };
 
-// Stores the sums of one vector of outputs, times the scales of W. If `kPartial` is set, there may be fewer
-// outputs than a vector has lanes.
+// Multiplies one vector of sums by the scales of W and stores the products in `c`. If `kPartial` is set, `c`
+// may have too few columns for all lanes.
 template <bool kPartial>
 [[gnu::always_inline]] inline void store_outputs(const Int8Product& p, Vec<float> sums, size_t row,
                                                  size_t column) {
@@ -211,7 +213,7 @@ template <bool kPartial>
     sums.store_partial(c, count);
 }
 
-// Adds the products of `quads` steps of the depth to integer sums.
+// Adds products of codes to integer sums. Each of the `quads` steps covers four codes along the depth.
 template <size_t kRows, size_t kVectors>
 [[gnu::always_inline]] inline void int8_steps(size_t quads, const int8_t* a, size_t a_stride,
                                               const Int8Quad* w, size_t columns,
@@ -241,23 +243,25 @@ template <size_t kRows, size_t kVectors>
 
 #if defined(NPLORA_SIMD_I8MM)
 
-// The operations of one vector of products in int8_peak.
+// The number of operations in one vector of products of int8_peak.
 inline constexpr double kPeakOperations = 16 * kIntLanes;
 [[gnu::always_inline]] inline void peak_step(LaneInts (&sums)[3], LaneInts x) {
 #pragma GCC unroll 3
   for (LaneInts& sum : sums) sum = (LaneInts)vmmlaq_s32((int32x4_t)sum, (int8x16_t)x, (int8x16_t)x);
 }
 
-// Two vectors of sums, for two rows and one vector of columns. smmla needs the sums as blocks of two rows and
-// two columns. Exchanging halves twice restores the vectors.
+// Exchanges the high half of `first` and the low half of `second`. The instruction smmla needs each vector of
+// sums to be a block of two rows and two columns. The exchange turns two vectors of sums, one for each row,
+// into two such blocks. A second exchange restores the two vectors.
 [[gnu::always_inline]] inline void exchange_halves(LaneInts& first, LaneInts& second) {
   const auto a = (int64x2_t)first, b = (int64x2_t)second;
   first = (LaneInts)vzip1q_s64(a, b);
   second = (LaneInts)vzip2q_s64(a, b);
 }
 
-// Does the work of int8_steps for two steps at a time: smmla multiplies eight codes of each of two rows of
-// `a` by eight codes of each of two columns of `w`. An odd step and an odd row are left to int8_steps.
+// Does the same as int8_steps, but two steps at a time: smmla multiplies eight codes of each of two rows of
+// `a` by eight codes of each of two columns of `w`. If the number of steps or rows is odd, int8_steps
+// computes the last step or row.
 template <size_t kRows, size_t kVectors>
 [[gnu::always_inline]] inline void int8_double_steps(size_t quads, const int8_t* a, size_t a_stride,
                                                      const Int8Quad* w, size_t columns,
@@ -398,7 +402,7 @@ inline void int8_tile_upto(size_t rows, const Int8Product& p, size_t column) {
   if constexpr (kRows > 1) int8_tile_upto<kOneGroup, kRows - 1, kVectors, kPartial>(rows, p, column);
 }
 
-// Computes all `m` rows, for kVectors vectors of columns.
+// Computes all `m` rows of kVectors vectors of columns, from column `column` on.
 template <bool kOneGroup, size_t kRows, size_t kVectors, bool kPartial>
 inline void int8_rows(size_t m, Int8Product p, size_t column) {
   for (size_t rows; m > 0; m -= rows) {
@@ -411,8 +415,8 @@ inline void int8_rows(size_t m, Int8Product p, size_t column) {
   }
 }
 
-// The last columns, which are fewer than kVectors whole vectors, are computed one vector at a time, in tiles
-// of fewer rows.
+// Computes all columns, kVectors vectors at a time. The last columns may be fewer than kVectors vectors. The
+// last columns are computed one vector at a time, in tiles of at most four rows.
 template <bool kOneGroup, size_t kRows, size_t kVectors>
 inline void int8_columns(size_t m, const Int8Product& p) {
   constexpr size_t kWidth = kVectors * kIntLanes, kFewRows = kRows < 4 ? kRows : 4;
@@ -430,7 +434,7 @@ inline void int8_multiply(size_t m, size_t n, size_t depth, const CodedRows& a, 
     int8_columns<false, kGroupTileRows, kGroupTileVectors>(m, p);
 }
 
-// Twelve sums hide the latency of the products.
+// Twelve independent sums hide the latency of the products.
 inline double int8_peak(size_t iterations) {
   constexpr size_t kGroups = 4, kVectors = 3;
   alignas(64) const LaneInts ones = broadcast_int(0x01010101);

@@ -10,11 +10,12 @@
 //     gemm_outputs_in_lanes has kTileTokens * kOutputVectors accumulators, kOutputVectors vectors of `w` and
 //     1 broadcast element.
 //   `kPanelVectors` is the number of vectors of `w` in a tile of gemm_outputs_in_lanes for a dense panel.
-//     Either tiles for a dense panel have fewer rows of `a` and cover a whole row of floats, or
-//     `kPanelVectors` is the same as kOutputVectors.
-//   `kNearRows` is the number of rows of `a` that gemm_outputs_in_lanes addresses from one pointer, by
-//     multiples of their stride. With more rows, GCC runs out of general registers and keeps multiples of the
-//     stride in vector registers. Moving these multiples back to general registers costs 3-4 % of the time.
+//     `kPanelVectors` is either kOutputVectors, or so large that a tile covers a whole row of a panel of
+//     floats. In the second case, the tile has fewer rows of `a`.
+//   `kNearRows` is the number of rows of `a` that gemm_outputs_in_lanes addresses from one pointer, with
+//     multiples of the row stride as offsets. With more rows for one pointer, GCC runs out of general
+//     registers and keeps multiples of the stride in vector registers. Moving these multiples back to general
+//     registers costs 3-4 % of the time.
 // Full tiles have at least 8 independent accumulators, because an FMA has a latency of 4 cycles and 2 FMAs
 // can start in each cycle.
 
@@ -31,12 +32,13 @@ struct TokensInLanes {
   bool accumulate;
 };
 
-// Computes one tile. `kStride` is the row stride of `w` if it is known at compile time (in a full panel),
-// else 0. In a full panel, the rows of the next tile follow in memory, but the hardware does not prefetch
-// them. Each step prefetches at most one cache line of the next tile's rows. Tiles of fewer than 24
-// accumulators prefetch into L2, larger tiles into L1. On a Zen 4, if W is not in the cache, prefetching into
-// L2 makes batches of 16 rows a quarter faster. With AVX2, prefetching into L2 also makes batches of 32 rows
-// a tenth faster. Larger tiles gain nothing from prefetching into L2.
+// Computes one tile. If `w` is in full panels, `kStride` is the row stride of `w`, which is known at compile
+// time. Otherwise, `kStride` is 0. In a full panel, the rows of the next tile come next in memory, but the
+// hardware does not prefetch these rows. So each step prefetches at most one cache line of the next tile's
+// rows. Tiles of fewer than 24 accumulators prefetch into L2, and larger tiles prefetch into L1. If W is not
+// in the cache of a Zen 4, prefetching into L2 instead of L1 makes batches of 16 rows a quarter faster. With
+// AVX2, prefetching into L2 also makes batches of 32 rows a tenth faster. Larger tiles gain nothing from
+// prefetching into L2.
 template <class E, size_t kVectors, size_t kRows, size_t kStride>
 inline void gemm_tokens_in_lanes_fixed(TokensInLanes<E> p) {
   using T = Sum<E>;
@@ -112,30 +114,29 @@ void gemm_tokens_in_lanes(size_t n_lanes, size_t rows, size_t depth, const Panel
 
 // ---- gemm_outputs_in_lanes: the product c = a w ----
 
-// How many rows of `w` belong to one element of `a`. The number is 2 if `a` holds pairs of bfloat16 values
-// and `w` holds single values, which are paired in registers. In all other cases, the number is 1.
+// The number of rows of `w` that belong to one element of `a`. The number is 2 if `a` holds pairs of bfloat16
+// values and `w` holds single values, which are paired in registers. In all other cases, the number is 1.
 template <class E, class W>
 inline constexpr size_t kRowsOf = 1;
 template <>
 inline constexpr size_t kRowsOf<Bf16Pair, Bf16> = 2;
 
-// The number of rows of `a` in a full tile that has `vectors` vectors of `w`.
+// Returns the number of rows of `a` in a full tile that has `vectors` vectors of `w`.
 constexpr size_t rows_beside(size_t vectors) {
   return smaller(kTileTokens, kTileTokens * kOutputVectors / vectors);
 }
 
 // The size of an L1 block in bytes, or 0 if no tiles are wide. A wide tile has kPanelVectors vectors of `w`,
 // and an L1 block is the part of a dense panel that wide tiles process at a time. Wide tiles have few rows
-// and read `w` so fast that it has to come from L1: on AVX2, tiles of 2 x 6 accumulators read 192 bytes of
-// `w` every 6 cycles. L1 has 32 KB or more, and must also hold the rows of `a` and `c`. Products of pairs use
-// no wide tiles, because AVX2 would have to split the pairs of `w` for each row of `a`.
+// and read `w` so fast that `w` must be in L1: on AVX2, tiles of 2 x 6 accumulators read 192 bytes of `w`
+// every 6 cycles. L1 has 32 KB or more, and must also hold the rows of `a` and `c`. Products of pairs use no
+// wide tiles, because AVX2 would have to split the pairs of `w` for each row of `a`.
 template <class E>
 inline constexpr size_t kL1BlockBytes =
     kValuesPerElement<E> == 1 && kPanelVectors > kOutputVectors ? size_t{24} << 10 : 0;
 
-// Returns a Fetch for wide tiles. At each step, a wide tile prefetches one cache line, at the next address
-// that its Fetch gives. In this Fetch, the member `each` is the distance from one line to the next, in
-// bytes.
+// Returns a Fetch for wide tiles. A wide tile prefetches one cache line at each step. In a Fetch for wide
+// tiles, the member `each` is the distance, in bytes, from one prefetched line to the next.
 inline Fetch lines_apart(const void* from, size_t lines, size_t bytes) {
   return Fetch::memory(from, lines, bytes);
 }
@@ -175,8 +176,8 @@ inline FetchSteps take(Fetch& next, size_t steps, const W* w, size_t w_stride) {
   return taken;
 }
 
-// The operands of a product. `w` holds elements of the type E of `a`, or bfloat16 values that are converted
-// to float or paired. `depth` counts the rows of `w`.
+// The operands of a product. `w` holds elements of type E, like `a`, or bfloat16 values. The kernel converts
+// bfloat16 values to float, or pairs them. `depth` counts the rows of `w`.
 template <class E, class W>
 struct OutputsInLanes {
   size_t n, depth;
@@ -188,9 +189,9 @@ struct OutputsInLanes {
   bool accumulate;
 };
 
-// Computes `tiles` tiles of kRows rows, one below the other. If rows of `w` are paired, `tiles` is taken as
-// 1, because no register is left for a loop over tiles. The `n` columns are kVectors full vectors; if
-// `kPartial` is set, the last vector is not full.
+// Computes `tiles` tiles of kRows rows, one below the other. If rows of `w` are paired, only one tile is
+// computed, because no register is left for a loop over tiles. The `n` columns are kVectors vectors. The last
+// vector is full unless `kPartial` is set.
 template <class E, class W, size_t kRows, size_t kVectors, bool kPartial>
 inline void gemm_outputs_in_lanes_fixed(size_t tiles, const OutputsInLanes<E, W>& tile, Fetch& fetch) {
   using T = Sum<E>;
@@ -198,7 +199,7 @@ inline void gemm_outputs_in_lanes_fixed(size_t tiles, const OutputsInLanes<E, W>
   constexpr size_t kLanes = Vec<T>::kLanes;
   const size_t last = p.n - (kVectors - 1) * kLanes;
   constexpr bool kWide = kVectors > kOutputVectors;
-  constexpr int kLocality = kWide ? 2 : 3;  // wide tiles use L2: L1 has no room for two L1 blocks
+  constexpr int kLocality = kWide ? 2 : 3;  // wide tiles prefetch into L2: L1 has no room for two L1 blocks
   static_assert(kRows <= 2 * kNearRows);
   const auto load = [last]<class V>(V, const auto* from, size_t v) __attribute__((always_inline)) {
     const auto* at = from + v * kLanes;
@@ -223,7 +224,7 @@ inline void gemm_outputs_in_lanes_fixed(size_t tiles, const OutputsInLanes<E, W>
                       __attribute__((always_inline)) { acc[i][v] = load(Vec<T>{}, c, v); });
     else
       for_vectors([&](T* c, size_t i, size_t v) __attribute__((always_inline)) {
-        // Prefetches `c`, because stores that miss the cache would hold up later stores.
+        // Prefetches `c`, because a store that misses the cache would delay later stores.
         __builtin_prefetch(c + v * kLanes, 1);
         acc[i][v] = Vec<T>::zero();
       });
@@ -348,10 +349,10 @@ inline void gemm_outputs_in_lanes_l1_blocks(size_t m, OutputsInLanes<E, W> p, Fe
   bool streams = readings > 0 && fetch.each > 0 && fetch.lines == 0;  // the caller requests rows_ahead
   if (fetch.each > 0) fetch = lines_apart(fetch.at, fetch.lines, kCacheLine);
   // Each time a block is read, one cache line of each row of the next block is prefetched. If a block is read
-  // fewer times than a row has cache lines, these prefetches miss a part of the next block. In this case, the
-  // hardware prefetches better without them. The hardware prefetches best in blocks of 6 KB: on a Zen 4,
-  // products with 4 rows are a quarter faster than in blocks of 12 KB. A panel that is read only once needs
-  // no blocks.
+  // fewer times than a row has cache lines, these prefetches miss a part of the next block. In this case, no
+  // line is prefetched by software, because the hardware alone prefetches better. The hardware prefetches
+  // best in blocks of 6 KB: on a Zen 4, products with 4 rows are a quarter faster in blocks of 6 KB than in
+  // blocks of 12 KB. A panel that is read only once needs no blocks.
   if (streams && readings * kCacheLine < row_bytes) {
     streams = false;
     fetch = Fetch::none();
@@ -387,10 +388,10 @@ void gemm_outputs_in_lanes(size_t m, size_t n, size_t depth, const Strided<E>& a
 // into L2, because rows that are a multiple of 4 KB apart would evict each other from L1.
 inline constexpr size_t kPanelsAhead = 8;
 
-// Computes a row of full tiles along `count` panels. Unlike gemm_outputs_in_lanes, this function prefetches
-// `c`, one row of a tile at each step. If all rows of a tile were prefetched at once, the requests would wait
-// for each other. With a small rank, a tile has too few steps to hide this wait. In the last panels, this
-// function prefetches the next kRows rows of `c`. The sizes are template parameters so that
+// Computes a row of full tiles along `count` panels. If `streams` is set, each step prefetches one row of a
+// later tile of `c`. If all rows of the later tile were prefetched at once, the requests would wait for each
+// other. With a small rank, a tile has too few steps to hide this wait. In the last panels of a row of tiles,
+// the later tile is in the next kRows rows of `c`. The sizes are template parameters so that
 // tests/inner_loops.py can read them in the function's name.
 template <class T, size_t kRows, size_t kVectors>
 inline void merge_tiles(size_t count, size_t depth, const T* a, const T* panels, T* c, size_t c_stride,
@@ -398,7 +399,7 @@ inline void merge_tiles(size_t count, size_t depth, const T* a, const T* panels,
   constexpr size_t kLanes = Vec<T>::kLanes, kGroup = kVectors * kLanes;
   static_assert(kPanelColumns % kGroup == 0);
   const size_t ahead = smaller(count, kPanelsAhead);
-  // The distance from the end of the last panel to the start of the next kRows rows.
+  // The distance, in elements, from the end of the last panel to the start of the next kRows rows.
   const size_t to_next_rows = kRows * c_stride - count * kPanelColumns;
   for (; count > 0; --count, panels += depth * kPanelColumns)
     for (size_t j = 0; j < kPanelColumns; j += kGroup, c += kGroup) {
@@ -455,9 +456,9 @@ void merge(size_t m, size_t n, size_t depth, const T* a, const T* panels, T* c, 
 
 // ---- transposes into and out of the SIMD lanes ----
 
-// Transposes `x` (rows, cols) into `xt` (cols, n_lanes). Lanes without a row are set to zero. The hardware
-// prefetcher cannot follow all rows of `x`, so each row is prefetched kAhead columns ahead. At the end of the
-// rows, the start of the next n_lanes rows is prefetched.
+// Transposes `x` (rows, cols) into `xt` (cols, n_lanes). If there are fewer rows than lanes, the other lanes
+// are set to zero. The hardware prefetcher cannot follow all rows of `x`, so each row is prefetched kAhead
+// columns ahead. At the end of the rows, the start of the next n_lanes rows is prefetched.
 template <class T>
 void to_lanes(size_t n_lanes, size_t rows, size_t cols, const T* x, size_t x_stride, T* xt) {
   constexpr size_t kLanes = Vec<T>::kLanes, kAhead = 8 * kCacheLine / sizeof(T);
@@ -538,13 +539,14 @@ void transpose(size_t rows, size_t cols, const T* x, size_t x_stride, T* xt, siz
     }
 }
 
-// Twelve sums hide the latency of the products: 4 cycles, and two products start in each cycle.
+// Twelve independent sums hide the latency of the products. A product has a latency of 4 cycles, and two
+// products can start in each cycle.
 template <class E>
 double peak(size_t iterations) {
   constexpr size_t kSums = 12, kLanes = Vec<E>::kLanes;
   alignas(64) E operand[kLanes] = {};
   const E* at = operand;
-  keep(at);  // the compiler does not know the operand, so it computes every product
+  keep(at);  // hides the operand from the compiler, so that every product is computed
   const Vec<E> x = Vec<E>::load(at);
   const auto factor = Vec<E>::broadcast(*at);
   Vec<Sum<E>> sums[kSums];
@@ -563,7 +565,7 @@ double peak(size_t iterations) {
   for (size_t i = 1; i < kSums; ++i) total = total + sums[i];
   Sum<E> lanes[Vec<Sum<E>>::kLanes];
   total.store(lanes);
-  __asm__ volatile("" : : "m"(lanes));  // so that the sums are used
+  __asm__ volatile("" : : "m"(lanes));  // uses the sums, so that the compiler keeps the products
   return 2.0 * double(iterations) * double(kSums * kLanes * kValuesPerElement<E>);
 }
 

@@ -1,11 +1,11 @@
 // Products of bfloat16 pairs in the tile registers of AMX (simd/tile_registers.h). Each kernel is
 // documented in kernel_table.h.
 //
-// Six of the eight registers hold sums: two rows of three tiles in gemm_outputs_in_lanes, three rows of two
-// tiles in gemm_tokens_in_lanes. The other two of the eight registers hold a tile of `a` and a tile of `b`. A
-// step multiplies up to kTileSide pairs along the depth for all six sums. A step needs seven loads of 8
-// cycles and six products of 16 cycles. The products of a step are summed first, and their sum is then added
-// to the result. Subnormal numbers count as zero.
+// Six of the eight registers hold sums: two rows of three tiles in gemm_outputs_in_lanes, or three rows of
+// two tiles in gemm_tokens_in_lanes. The other two registers hold a tile of the first operand `a` and a tile
+// of the second operand `b`. A step multiplies up to kTileSide pairs along the depth for all six sums. A step
+// needs seven loads of 8 cycles and six products of 16 cycles. The products of a step are summed first, and
+// then this sum is added to the earlier sums. Subnormal numbers count as zero.
 
 namespace nplora::kernels::NPLORA_ISA {
 
@@ -47,8 +47,8 @@ inline void store_sums(float* c, size_t c_stride) {
   });
 }
 
-// Adds the product of `a` and `b` to all sums. Every second row of tiles is processed backwards, so that it
-// starts with the tile of `b` that is already loaded.
+// Adds the product of `a` and `b` to all sums. Every second row of tiles is processed backwards, so that the
+// row starts with the tile of `b` that is already loaded.
 template <int kRows, int kColumns>
 inline void tile_step(const Bf16Pair* a, size_t a_stride, const Bf16Pair* b, size_t b_stride) {
   for_sums<kRows, kColumns>([&]<int kRow, int kNth>() __attribute__((always_inline)) {
@@ -59,13 +59,14 @@ inline void tile_step(const Bf16Pair* a, size_t a_stride, const Bf16Pair* b, siz
   });
 }
 
-// A copy of the operands of a step, for operands that cannot be loaded as tiles or that end within the step.
-// After the end of the operands, the copy is filled with zeros.
+// A copy of the operands of a step. The copy is needed if the operands cannot be loaded as tiles, or if the
+// operands end within the step. If the operands end within the step, the rest of the copy is filled with
+// zeros.
 struct CopiedStep {
   alignas(64) Bf16Pair a[kPanelColumns * kTileSide];
   alignas(64) Bf16Pair b[kTileSide * kPanelColumns];
 
-  // Copies elements to the columns [first, end) of `a`.
+  // Copies elements of `from` to the columns [first, end) of `a`.
   void copy_a(size_t rows, size_t first, size_t end, const Strided<Bf16Pair>& from) {
     for (size_t i = 0; i < rows; ++i)
       for (size_t k = first; k < end; ++k)
@@ -98,8 +99,8 @@ struct OutputTiles {
   size_t steps() const { return a.step_stride == 1 && 0 < depth && depth < kTileSide ? depth : kTileSide; }
 };
 
-// Computes kRows x kColumns tiles of `c`. The last tile has the shape (rows, columns), which must match the
-// last call of set_shapes.
+// Computes kRows x kColumns tiles of `c`. The last tile has the shape (rows, columns). This shape must be the
+// shape in the last call of set_shapes.
 template <int kRows, int kColumns>
 inline void output_tiles(size_t rows, size_t columns, OutputTiles p) {
   const auto advance = [&p](size_t steps) {
@@ -155,8 +156,8 @@ inline void gemm_outputs_in_lanes(size_t m, size_t n, size_t depth, const Stride
   release_tiles();
 }
 
-// Does the same as gemm_outputs_in_lanes for a `w` that holds single bfloat16 values. The function copies
-// kPairedRows rows of `w` at a time as pairs, and the copy stays in L1.
+// Does the same as gemm_outputs_in_lanes, but `w` holds single bfloat16 values. The function copies
+// kPairedRows rows of `w` at a time into pairs. The copy fits into L1.
 inline constexpr size_t kPairedRows = 256;
 
 inline void paired_gemm_outputs_in_lanes(size_t m, size_t n, size_t depth, const Strided<Bf16Pair>& a,
@@ -183,8 +184,8 @@ inline void paired_gemm_outputs_in_lanes(size_t m, size_t n, size_t depth, const
 
 // ---- gemm_tokens_in_lanes: the product yt = w xt ----
 
-// Computes kRows x kColumns tiles of `yt`. If `w` is in panels, every third step begins in one panel and ends
-// in the next, so the part of `w` for this step is copied.
+// Computes kRows x kColumns tiles of `yt`. If `w` is in panels, one step in three begins in one panel and
+// ends in the next. The part of `w` for such a step is copied.
 template <int kRows, int kColumns>
 inline void token_tiles(size_t rows, size_t depth, const Panels<Bf16Pair>& w, const Bf16Pair* xt, float* yt,
                         bool accumulate) {
@@ -242,7 +243,7 @@ inline void gemm_tokens_in_lanes(size_t n_lanes, size_t rows, size_t depth, cons
   release_tiles();
 }
 
-// Products of two registers, for all six sums.
+// Each iteration multiplies two registers six times, once for each register of sums.
 inline double peak(size_t iterations) {
   alignas(64) const Bf16Pair operand[kTileSide * kTileSide] = {};
   set_shapes(kTileSide, kTileSide, kTileSide);

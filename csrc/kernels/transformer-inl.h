@@ -38,7 +38,8 @@ inline void rms_norm_backward(size_t n, const float* dy, const float* x, const f
   });
 }
 
-// The mean of a row, and 1 / sqrt(variance + eps). The variance is computed from the differences to the mean.
+// The mean of a row, and 1 / sqrt(variance + eps). The variance is computed from the differences between the
+// elements and the mean.
 struct Moments {
   float mean, r;
 };
@@ -66,8 +67,8 @@ inline void layer_norm(size_t n, const float* x, const float* weight, const floa
   });
 }
 
-// The backward pass of y = weight ∘ xn + bias with xn = (x - mean) r. With dn = dy ∘ weight, dx = r (dn -
-// mean(dn) - xn mean(dn ∘ xn)), because mean and r depend on all elements of x.
+// The backward pass of y = weight ∘ xn + bias with xn = (x - mean) r. The gradient is dx = r (dn - mean(dn) -
+// xn mean(dn ∘ xn)) with dn = dy ∘ weight, because mean and r depend on all elements of x.
 inline void layer_norm_backward(size_t n, const float* dy, const float* x, const float* weight, float eps,
                                 float* dx, bool accumulate) {
   using V = Vec<float>;
@@ -118,9 +119,10 @@ inline Vec<float> sigmoid(Vec<float> g) {
 }
 
 // Every activation has the form act(g) = g * gate(g). In each struct, `gate` returns gate(g), and `backward`
-// returns d act'(g), given d and s = gate(g).
+// returns d * act'(g). The argument s of `backward` is gate(g).
 
-// gate(g) = sigmoid(p(g)) with a polynomial p, so that act'(g) = s (1 + g p'(g) (1 - s)). `slope` is g p'(g).
+// An activation with gate(g) = sigmoid(p(g)), where p is a polynomial. The derivative is act'(g) = s (1 + g
+// p'(g) (1 - s)). `Polynomial::inner` returns p(g), and `Polynomial::slope` returns g p'(g).
 template <class Polynomial>
 struct Sigmoidal {
   static Vec<float> gate(Vec<float> g) { return sigmoid(Polynomial::inner(g)); }
@@ -137,8 +139,8 @@ struct SiluInner {  // p = g
 using Silu = Sigmoidal<SiluInner>;
 
 // The tanh form of GELU is g (1 + tanh u) / 2 with u = sqrt(2 / pi) (g + 0.044715 g³) (Hendrycks and Gimpel
-// 2016). Since 1 + tanh u = 2 s(2 u) for the sigmoid function s, the polynomial p of this activation is 2 u =
-// kA g + kB g³.
+// 2016). The sigmoid function s satisfies 1 + tanh u = 2 s(2 u). So the polynomial p of this activation is 2
+// u = kA g + kB g³.
 struct GeluTanhInner {
   static constexpr float kA = 1.5957691216057308f, kB = 0.07135481282553024f;
   static Vec<float> inner(Vec<float> g) {
@@ -152,9 +154,9 @@ using GeluTanh = Sigmoidal<GeluTanhInner>;
 
 // The exact GELU: gate(g) = Phi(g), and act'(g) = Phi(g) + g phi(g) with the density phi of N(0, 1).
 //
-// For z = |g| / sqrt(2), Phi(-|g|) = erfc(z) / 2 = t exp(P(t) - z²) / 2 with t = 1 / (1 + z / 2). With this
-// polynomial P, the relative error is below 1.2e-7 for all z (Press et al., Numerical Recipes, section 6.2).
-// For the positive side, Phi(|g|) = 1 - Phi(-|g|).
+// With z = |g| / sqrt(2) and t = 1 / (1 + z / 2), Phi(-|g|) = erfc(z) / 2 is approximately t exp(P(t) - z²) /
+// 2. The coefficients of the polynomial P are kP (Press et al., Numerical Recipes, section 6.2). The relative
+// error is below 1.2e-7 for all z. For positive g, Phi(g) = 1 - Phi(-g).
 struct Gelu {
   static Vec<float> gate(Vec<float> g) {
     using V = Vec<float>;
@@ -166,8 +168,8 @@ struct Gelu {
 #pragma GCC unroll 9
     for (size_t i = 1; i < sizeof kP / sizeof *kP; ++i) p = fma(p, t, V(V::broadcast(kP[i])));
     const V half = V::broadcast(0.5f), tail = half * t * exp(fma(square, V(V::broadcast(-0.5f)), p));
-    // Phi(g) is 1 - tail if g > 0, else tail. `positive` is 1 or 0. If g is so small that tail is 1/2,
-    // `positive` may also be between 0 and 1. The result is then 1/2 in any case.
+    // Phi(g) is 1 - tail if g > 0, else tail. `positive` is 1 if g > 0, else 0. If |g| is so small that tail
+    // is 1/2, `positive` may also be between 0 and 1, but the result is 1/2 for every value of `positive`.
     const V positive = min(one, max(V::zero(), g * V(V::broadcast(1e30f))));
     return tail + positive * (one - (tail + tail));
   }
@@ -212,7 +214,7 @@ inline float largest(size_t n, const float* x) {
   return fold(max(max(m[0], m[1]), max(m[2], m[3])), [](float a, float b) { return a > b ? a : b; });
 }
 
-// Prefetches `x` kFetchAhead bytes ahead. An L1 cache has room for all these bytes.
+// Prefetches `x` kFetchAhead bytes ahead. The L1 cache is larger than kFetchAhead bytes.
 inline float exp_sum(size_t n, const float* x, float shift, float* y) {
   const Vec<float> less = Vec<float>::broadcast(shift);
   Vec<float> sum = Vec<float>::zero();
@@ -234,8 +236,9 @@ inline void scaled(size_t n, float factor, const float* x, float* y, bool accumu
 }
 
 // Most groups of kSelected elements have no elements to select, or only a few. The compiler vectorises the
-// test for a whole group. Within a group, each element is stored, and the next element overwrites it unless
-// it is selected. A branch for each element would often be mispredicted.
+// test for a whole group. If a group has elements to select, the code stores every element of the group, but
+// counts only the selected elements. So the next element overwrites an element that is not selected. A branch
+// for each element would often be mispredicted.
 inline size_t select(size_t n, const float* x, float least, size_t limit, int32_t* ids, float* values) {
   size_t count = 0;
   for (size_t first = 0; first < n; first += kSelected) {
@@ -253,7 +256,7 @@ inline size_t select(size_t n, const float* x, float least, size_t limit, int32_
   return count;
 }
 
-// Does add_rows for kPanels full panels. The sums stay in registers.
+// Does the work of add_rows for kPanels full panels. The sums of the panels stay in registers.
 template <size_t kPanels>
 inline void add_rows_of_panels(size_t count, const uint8_t* ids, const float* weights,
                                const Panels<float>& rows, float* out) {

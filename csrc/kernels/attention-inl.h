@@ -45,8 +45,8 @@ inline Vec<float> sum_of(const Vec<float>* v) {
 }
 
 // Processes two heads of a query and kRows rows of `k` at a time, where kRows is half the number of lanes.
-// Each pair of a head and a row gives one vector of partial sums. After a transpose, the lanes of all these
-// vectors are summed at once. The remaining rows are processed one by one.
+// Each pair of a head and a row gives one vector of partial sums. These vectors are transposed, so that the
+// lanes of all vectors are summed at once. The remaining rows are processed one by one.
 inline void key_dots(size_t rows, size_t heads, size_t group, size_t dim, const float* q, const float* k,
                      size_t k_stride, float* scores, size_t s_stride) {
   using V = Vec<float>;
@@ -149,13 +149,12 @@ inline void softmax_step(size_t rows, size_t n, float* s, size_t s_stride, float
   });
 }
 
-// The backward pass of p = softmax(s) is ds = p (dp - delta) with delta = Σ p dp. Here, dx stands for the
-// gradient of the loss with respect to x, for each x. In attention, delta is also Σ dout out, where `out` is
-// the output of attention (Dao et al. 2022, section 3.1). The backward pass computes the probabilities p
-// again, as exp(s - lse). `lse` is the logarithm of the sum of exp(s), from the forward pass. The backward
-// pass also computes the scores s again, perhaps with other rounding errors than in the forward pass. A large
-// s can then be so much greater than `lse` that exp(s - lse) would overflow. So s - lse is limited to at most
-// 0.
+// The backward pass of p = softmax(s) is ds = p (dp - delta) with delta = Σ p dp. Each name dx means the
+// gradient of the loss with respect to x. In attention, delta is also Σ dout out, where `out` is the output
+// of attention (Dao et al. 2022, section 3.1). The backward pass computes the probabilities p again, as exp(s
+// - lse). `lse` is the logarithm of the sum of exp(s), from the forward pass. The backward pass also computes
+// the scores s again, perhaps with other rounding errors than in the forward pass. A large s can then be so
+// much greater than `lse` that exp(s - lse) would overflow. So s - lse is limited to at most 0.
 inline void softmax_backward(size_t rows, size_t n, const float* lse, const float* delta, float* s, float* dp,
                              size_t stride) {
   using V = Vec<float>;
@@ -169,9 +168,9 @@ inline void softmax_backward(size_t rows, size_t n, const float* lse, const floa
   });
 }
 
-// Does the same as softmax_backward, but each column must hold the scores of all keys. So the function needs
-// no `lse` and no `delta` from its caller. In a column with a single row, p is exactly 1 and delta is exactly
-// dp, so ds is 0.
+// Does the same as softmax_backward, but each column must hold the scores of all keys. This function computes
+// the sum of exp(s) and delta itself, so the caller passes no `lse` and no `delta`. In a column with a single
+// row, p is exactly 1 and delta is exactly dp, so ds is 0.
 inline void whole_softmax_backward(size_t rows, size_t n, float* s, float* dp, size_t stride) {
   using V = Vec<float>;
   // `kLeast` prevents a division by 0 if all elements of a column are -Inf.

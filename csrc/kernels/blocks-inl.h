@@ -235,7 +235,7 @@ struct SubScales {
 // of a block.
 
 // Prefetches the columns of a row that is decoded kRowsAhead rows later. The hardware does not prefetch these
-// columns, because they are too few bytes to be detected as a stream.
+// columns, because it detects no stream in so few bytes.
 constexpr size_t kRowsAhead = 8;
 inline void fetch_columns(const void* at, size_t bytes) {
   constexpr size_t kMost = 4 * kCacheLine;
@@ -296,7 +296,7 @@ inline size_t fetch_ahead(size_t row_bytes, size_t group = kFewRows) {
 
 // Prefetches a part of the memory `next` into L2. This function is called before each group of rows of W,
 // when `rows` rows are left, including this group. Each call prefetches the fraction group / rows of the
-// cache lines that are left in `next`. So all calls prefetch about the same number of lines.
+// cache lines that are left in `next`, so that all calls prefetch about the same number of lines.
 inline void fetch_share(Fetch& next, size_t rows, size_t group = kFewRows) {
   const size_t n = rows <= group ? next.lines : ceil_div(next.lines * group, rows);
   next.lines -= n;
@@ -316,7 +316,7 @@ struct Decoders {
 
 // The decoders of formats whose block is a single sub-block. These decoders convert the scales and minima of
 // several rows to float together, and later broadcast each float from memory. Tiles of two rows use the
-// general decoders above. These tiles have more tokens, so the joint conversion makes them no faster.
+// general decoders above, because the joint conversion makes these tiles no faster.
 template <class Block, size_t kRows>
   requires(Block::kElements == kSubBlock && kRows > 2)
 struct Decoders<Block, kRows> {

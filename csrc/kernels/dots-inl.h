@@ -40,7 +40,7 @@ template <class W, size_t kTokens, size_t kRows>
 using RowSums = Vec<Sum<W>>[kRows][kTokens][kSideSums<W>];
 
 // Multiplies each row w[r] of a full panel with each row t of `x`, and adds the products to sums[r][t][0].
-// The order of the additions is the same for any number of tokens, and whether W is stored in panels or
+// The order of the additions depends neither on the number of tokens nor on whether W is stored in panels or
 // row-major. `x_at(t, s)` returns vector s of row t of `x`.
 template <class W, size_t kTokens, size_t kRows, class XAt>
 [[gnu::always_inline]] inline void add_panel(const W* const (&w)[kRows], const XAt& x_at,
@@ -241,7 +241,7 @@ void dots(size_t m, size_t rows, size_t depth, const Panels<W>& w, const Sum<W>*
           Sum<W>* part, bool accumulate) {
   constexpr size_t kLanes = Vec<Sum<W>>::kLanes;
   Dots<W> p{rows, w.data, w.row_stride, x, x_stride, part, rows * kLanes, accumulate, w.data};
-  // If W is row-major or has a single row, its full panels are multiplied here.
+  // If W is row-major or has a single row, the full panels of W are multiplied here.
   if (const size_t panels = depth / kPanelColumns; panels > 0 && w.panel_stride == kPanelColumns) {
     dots_row_major(m, p, panels);
     depth -= panels * kPanelColumns;

@@ -35,8 +35,8 @@ void adamw(size_t n, T* __restrict p, const T* __restrict g, T* __restrict m, T*
 
 // One SGD step for the parameters `p` with gradients `g`, which have n elements each. Without momentum, the
 // step is p -= lr * d, where d = g + wd * p and wd is the weight decay. With momentum, the step first
-// computes buf = momentum * buf + d. If `nesterov` is set, p -= lr * (d + momentum * buf) follows, else p -=
-// lr * buf.
+// computes buf = momentum * buf + d. Then the step is p -= lr * (d + momentum * buf) if `nesterov` is set,
+// else p -= lr * buf.
 template <class T>
 void sgd_plain(size_t n, T* __restrict p, const T* __restrict g, const SgdCoefficients& k) {
   const T lr = T(k.lr), decay = T(k.weight_decay), grad_scale = T(k.grad_scale);

@@ -8,8 +8,8 @@ namespace nplora::kernels::NPLORA_ISA {
 //
 // The argument is split into x = n ln 2 + r with a whole number n and |r| <= ln 2 / 2, so that exp(x) = 2^n
 // exp(r). A polynomial approximates exp(r). The polynomial begins with 1 + r. The other coefficients minimise
-// the largest relative error of the polynomial, which is below 2^-28. The constant ln 2 is split into two
-// parts. The first part has only 9 bits, so that n times the first part is exact.
+// the largest relative error of the polynomial. This error is below 2^-28. The constant ln 2 is split into
+// two parts. The first part has only 9 bits, so that n times the first part is exact.
 inline Vec<float> exp(Vec<float> x) {
   using V = Vec<float>;
   constexpr float kShift = 0x1.8p23f;  // floats from 2^23 to 2^24 are whole numbers

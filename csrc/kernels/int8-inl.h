@@ -1,4 +1,4 @@
-// Products of a few rows of `x`, quantised to int8, with rows of low-bit blocks, in integer arithmetic. One
+// Integer products of a few rows of `x`, which are quantised to int8, and rows of low-bit blocks. One
 // implementation serves every instruction set. Each kernel is documented in kernel_table.h.
 //
 // An element of a block is a * code + b, where a and b are the factors of a sub-block or of half a sub-block.

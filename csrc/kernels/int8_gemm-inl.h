@@ -1,5 +1,5 @@
-// Products of many rows of `x` with W, both in int8. One implementation serves every instruction set. Each
-// kernel is documented in kernel_table.h.
+// Products of many rows of `x` with W, where both `x` and W are in int8. One implementation serves every
+// instruction set. Each kernel is documented in kernel_table.h.
 //
 // Each kernel unit (isa_*.cpp) defines the sizes of its tiles.
 //   `kTokenTileRows` x `kTokenTileVectors` is the size of a tile (rows x vectors) if a row of `a` has one
@@ -243,7 +243,7 @@ template <size_t kRows, size_t kVectors>
 
 #if defined(NPLORA_SIMD_I8MM)
 
-// The number of operations in one vector of products of int8_peak.
+// The number of operations in one product of two vectors in int8_peak.
 inline constexpr double kPeakOperations = 16 * kIntLanes;
 [[gnu::always_inline]] inline void peak_step(LaneInts (&sums)[3], LaneInts x) {
 #pragma GCC unroll 3
@@ -441,7 +441,7 @@ inline double int8_peak(size_t iterations) {
   LaneInts sums[kGroups][kVectors] = {};
   const void* at = &ones;
   for (size_t k = 0; k < iterations; ++k) {
-    keep(at);  // hides the operands from the compiler, so that it computes every product
+    keep(at);  // hides the operands from the compiler, so that every product is computed
     const LaneInts x = load_quads(at);
 #pragma GCC unroll 4
     for (size_t i = 0; i < kGroups; ++i) peak_step(sums[i], x);

@@ -173,7 +173,7 @@ struct OperandOf<Bf16Pair> {
 template <class W>
 using Operand = typename OperandOf<W>::Type;
 
-// The element type of a weight W in memory, as gemm_outputs_in_lanes reads it. For products of bfloat16
+// The element type in which gemm_outputs_in_lanes reads a weight W from memory. For products of bfloat16
 // pairs, W holds single bfloat16 values, and gemm_outputs_in_lanes makes the pairs itself.
 template <class W>
 struct StoredOf {
@@ -191,9 +191,9 @@ struct SmallProducts {
   // Multiplies x (m, depth) with the rows of `w` (rows, depth). `part` (m, rows, lanes / 2) holds partial
   // sums: partial sum i is the sum of the products at all depths k with k % (lanes / 2) == i. The sums are
   // stored in `part`. If `accumulate` is set, the sums are added to `part` instead. If `depth` is not 0,
-  // row_stride must be greater than 0. The order in which the products of a row of `x` are added does not
-  // depend on `m`. The order is also the same whether `w` is stored in panels or row-major. Pairs of bfloat16
-  // have no such kernel.
+  // row_stride must be greater than 0. The order in which the products of a row of `x` are added depends
+  // neither on `m` nor on whether `w` is stored in panels or row-major. Pairs of bfloat16 have no such
+  // kernel.
   void (*dots)(size_t m, size_t rows, size_t depth, const Panels<W>& w, const Sum<W>* x, size_t x_stride,
                Sum<W>* part, bool accumulate);
 
@@ -211,7 +211,8 @@ struct SmallProducts {
                                 size_t c_stride, bool accumulate, const Fetch& next);
 };
 
-// The products of bfloat16 pairs for AMX. They replace the products in the table of another instruction set.
+// The products of bfloat16 pairs for AMX. These products replace the products of bfloat16 pairs in the table
+// for avx512bf16.
 struct PairProducts {
   Tiles<Bf16Pair> tiles;
   decltype(SmallProducts<Bf16Pair>::gemm_outputs_in_lanes) small_gemm_outputs_in_lanes;

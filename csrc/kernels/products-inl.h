@@ -349,10 +349,10 @@ inline void gemm_outputs_in_lanes_l1_blocks(size_t m, OutputsInLanes<E, W> p, Fe
   bool streams = readings > 0 && fetch.each > 0 && fetch.lines == 0;  // the caller requests rows_ahead
   if (fetch.each > 0) fetch = lines_apart(fetch.at, fetch.lines, kCacheLine);
   // Each time a block is read, one cache line of each row of the next block is prefetched. If a block is read
-  // fewer times than a row has cache lines, these prefetches miss a part of the next block. In this case, no
-  // line is prefetched by software, because the hardware alone prefetches better. The hardware prefetches
-  // best in blocks of 6 KB: on a Zen 4, products with 4 rows are a quarter faster in blocks of 6 KB than in
-  // blocks of 12 KB. A panel that is read only once needs no blocks.
+  // fewer times than a row has cache lines, these prefetches would miss a part of the next block. In this
+  // case, the code does not prefetch, because the hardware prefetches better without such prefetches. The
+  // hardware prefetches best in blocks of 6 KB: on a Zen 4, products with 4 rows are a quarter faster in
+  // blocks of 6 KB than in blocks of 12 KB. A panel that is read only once needs no blocks.
   if (streams && readings * kCacheLine < row_bytes) {
     streams = false;
     fetch = Fetch::none();

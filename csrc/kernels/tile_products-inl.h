@@ -95,11 +95,11 @@ struct OutputTiles {
   bool accumulate;
 
   // Returns the number of pairs in a step. If the whole depth is less than kTileSide, as for a small rank,
-  // one shorter step covers it.
+  // one shorter step covers the whole depth.
   size_t steps() const { return a.step_stride == 1 && 0 < depth && depth < kTileSide ? depth : kTileSide; }
 };
 
-// Computes kRows x kColumns tiles of `c`. The last tile has the shape (rows, columns). This shape must be the
+// Computes kRows x kColumns tiles of `c`. The last tile has the shape (rows, columns), which must be the
 // shape in the last call of set_shapes.
 template <int kRows, int kColumns>
 inline void output_tiles(size_t rows, size_t columns, OutputTiles p) {

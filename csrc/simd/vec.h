@@ -18,7 +18,8 @@
 //   `max(a, b)` and `min(a, b)` return NaN if b is NaN. The functions `max` and `min` and the operators -, *
 //     and / exist for float only.
 //   `times_power_of_two(a, n)` returns a * 2^n for whole numbers n from -252 to 254. `times_power_of_two`
-//     exists for float only. The result is exact unless it is subnormal or too large, and is NaN if a is NaN.
+//     exists for float only. The result is exact unless the result is subnormal or too large. If a is NaN,
+//     the result is NaN.
 //   `transpose(Vec (&)[kLanes])` transposes a square block of elements. Each vector is a row of the block.
 //   `add_neighbours(a, b)` adds lanes 2i and 2i + 1 of each vector. The result has the sums of a, then the
 //     sums of b.

@@ -3,8 +3,8 @@
 // kernel units are in vec.h.
 //
 //   `join_parts(parts)` makes a vector whose part p is `parts[p]`. `first_halves(s)` makes a vector whose
-//     part p is the first half of the sub-block `s[p]`. `last_halves(s)` makes such a vector of the last
-//     halves.
+//     part p is the first half of the sub-block `s[p]`. `last_halves(s)` makes a vector whose part p is the
+//     last half of `s[p]`.
 //   `transpose_parts(v)` transposes each part of four vectors: lane r of a part of vector k becomes lane k of
 //     the same part of vector r.
 //   `dot_lanes(sums, u, x)` multiplies the four bytes of each lane of `u` by the four bytes of the same lane

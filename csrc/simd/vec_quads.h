@@ -162,8 +162,8 @@ inline void dot_quads(LaneInts& sums, LaneInts w, LaneInts x) {
 
 #if defined(NPLORA_SIMD_VNNI)
 // GCC 12 copies the sums of the intrinsic _mm512_dpbusd_epi32 and spills the copies, which halves the speed.
-// With one asm statement for each product, GCC 12 still copies some sums. So one asm statement computes all
-// products.
+// With one asm statement for each product, GCC 12 still copies some sums. For this reason, one asm statement
+// computes all products here.
 template <size_t kVectors>
 [[gnu::always_inline]] inline void dot_vectors(LaneInts (&s)[kVectors], const LaneInts (&w)[kVectors],
                                                LaneInts x) {

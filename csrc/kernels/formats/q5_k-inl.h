@@ -4,8 +4,8 @@
 
 namespace nplora {
 
-// The layout is the layout of Q4_K with a fifth bit for each code. The fifth bit of element i of sub-block j
-// is bit j of high[i].
+// Q5_K has the layout of Q4_K, with a fifth bit for each code. The fifth bit of element i of sub-block j is
+// bit j of high[i].
 struct BlockQ5_K {
   static constexpr size_t kElements = 256;
   static constexpr BlockFacts kFacts{.largest = 63 * kLargestHalf, .shorter = "q5_1"};

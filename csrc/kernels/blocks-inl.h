@@ -168,7 +168,7 @@ inline void put(const Floats& q, Vec<float> d, Vec<float> m, const Dot<kTokens>&
 
 // Adds the products of a sub-block that has a single scale `d`. The function multiplies the sum of the
 // products by the scale. For a single token, multiplying each code by the scale would take more
-// multiplications.
+// multiplications than multiplying the sum.
 template <size_t kTokens>
 inline void put(const Floats& low, const Floats& high, Vec<float> d, const Dot<kTokens>& to) {
 #pragma GCC unroll 4

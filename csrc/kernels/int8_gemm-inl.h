@@ -252,7 +252,7 @@ inline constexpr double kPeakOperations = 16 * kIntLanes;
 
 // Exchanges the high half of `first` and the low half of `second`. The instruction smmla needs each vector of
 // sums to be a block of two rows and two columns. The exchange turns two vectors of sums, one for each row,
-// into two such blocks. A second exchange restores the two vectors.
+// into two blocks of two rows and two columns. A second exchange restores the two vectors.
 [[gnu::always_inline]] inline void exchange_halves(LaneInts& first, LaneInts& second) {
   const auto a = (int64x2_t)first, b = (int64x2_t)second;
   first = (LaneInts)vzip1q_s64(a, b);

@@ -161,7 +161,7 @@ struct Tiles {
 inline constexpr size_t kSmallBatch = 8;
 
 // The element type of `x` in products with a weight of type W. Single bfloat16 values of a weight are
-// converted to float, so `x` holds floats. Pairs are not converted, so `x` holds pairs too.
+// converted to float, so `x` holds floats. Pairs in a weight are not converted, so `x` holds pairs too.
 template <class W>
 struct OperandOf {
   using Type = Sum<W>;
@@ -558,8 +558,8 @@ struct Transformer {
   // `factor`. For each column, the step computes:
   //   new = max(largest, max s);  factor = exp(largest - new);  s = exp(s - new);
   //   sum = sum * factor + Σ s;  largest = new.
-  // Before the first tile, the caller sets `largest` to the lowest finite float. Elements of -Inf then become
-  // 0, even if all elements are -Inf.
+  // Before the first tile, the caller must set `largest` to the lowest finite float, so that elements of -Inf
+  // become 0 even if all elements are -Inf.
   void (*softmax_step)(size_t rows, size_t n, float* s, size_t s_stride, float* largest, float* sum,
                        float* factor);
 

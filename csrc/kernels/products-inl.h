@@ -11,7 +11,7 @@
 //     1 broadcast element.
 //   `kPanelVectors` is the number of vectors of `w` in a tile of gemm_outputs_in_lanes for a dense panel.
 //     `kPanelVectors` is either kOutputVectors, or so large that a tile covers a whole row of a panel of
-//     floats. In the second case, the tile has fewer rows of `a`.
+//     floats. If `kPanelVectors` is larger than kOutputVectors, the tile has fewer rows of `a`.
 //   `kNearRows` is the number of rows of `a` that gemm_outputs_in_lanes addresses from one pointer, with
 //     multiples of the row stride as offsets. With more rows for one pointer, GCC runs out of general
 //     registers and keeps multiples of the stride in vector registers. Moving these multiples back to general
@@ -115,7 +115,7 @@ void gemm_tokens_in_lanes(size_t n_lanes, size_t rows, size_t depth, const Panel
 // ---- gemm_outputs_in_lanes: the product c = a w ----
 
 // The number of rows of `w` that belong to one element of `a`. The number is 2 if `a` holds pairs of bfloat16
-// values and `w` holds single values, which are paired in registers. In all other cases, the number is 1.
+// values and `w` holds single values, which are paired in registers. Otherwise, the number of rows is 1.
 template <class E, class W>
 inline constexpr size_t kRowsOf = 1;
 template <>

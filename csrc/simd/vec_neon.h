@@ -24,8 +24,8 @@ struct Scalar<Bf16Pair> {
 };
 
 // `first_words` returns the first `n` of 4 words of 32 bits, with zeros in the other lanes. `first_halves`
-// does the same for words of 16 bits. Both functions load directly into registers. A loop over the words
-// would instead build the vector on the stack.
+// returns the first `n` of 4 words of 16 bits. Both functions load directly into registers. A loop over the
+// words would instead build the vector on the stack.
 inline uint32x4_t first_words(const void* p, size_t n) {
   uint64_t pair = 0;
   uint32_t third = 0;

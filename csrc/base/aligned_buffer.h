@@ -9,8 +9,8 @@ namespace nplora {
 
 enum class Life { kShort, kLong };
 
-// A buffer that starts at a cache line. Buffers of 2 MiB or more use huge pages if the system grants them;
-// long-lived buffers (Life::kLong) can use huge pages from 64 KiB on.
+// A buffer that starts at a cache line. A buffer of 2 MiB or more uses huge pages if the system grants them.
+// A long-lived buffer (Life::kLong) can already use huge pages if it has 64 KiB or more.
 class AlignedBuffer {
  public:
   AlignedBuffer() = default;

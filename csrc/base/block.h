@@ -21,10 +21,10 @@ inline constexpr float kSmallestHalf = 0x1p-24f, kLargestHalf = 65504;
 
 // Properties of a block format, apart from its layout.
 struct BlockFacts {
-  // The largest magnitude of a value. A larger value would need a scale or minimum beyond the range of
-  // float16, or of float in NF4.
+  // The largest magnitude of a value. For a larger value, float16 could not hold the scale or the minimum of
+  // the block. (In NF4, scales are floats, so float is the limit.)
   float largest;
-  const char* shorter = nullptr;  // for rows that do not end with a whole block, as in llama.cpp
+  const char* shorter = nullptr;  // the format for rows that are not whole blocks, as in llama.cpp
 };
 
 }  // namespace nplora

@@ -34,8 +34,7 @@ AlignedBuffer BufferCache::take(size_t bytes) {
 }
 
 // Makes room for a new buffer of `bytes`: frees idle buffers, the largest first, until the sum of used, idle
-// and new memory is at most the peak of used memory and the spare memory. The new buffer counts as used in
-// this peak.
+// and new memory is at most the peak of used memory plus the spare memory. The peak includes the new buffer.
 void BufferCache::make_room(size_t bytes) {
   const size_t peak = std::max(most_used_, used_bytes_ + bytes), most = peak + std::min(peak, kSpareBytes);
   while (!idle_.empty() && used_bytes_ + idle_bytes_ + bytes > most) {

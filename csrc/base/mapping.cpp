@@ -13,8 +13,8 @@ namespace nplora {
 namespace {
 
 // Weights are placed one after the other in regions of kRegion bytes of address space. Only weights of up to
-// kLargestNeighbour bytes share huge pages. In a larger weight, the small pages at the end are only a small
-// part.
+// kLargestNeighbour bytes share huge pages. A larger weight would gain little: only the small pages after its
+// last huge page could be shared, and they are a small part of the weight.
 constexpr size_t kRegion = size_t{32} << 20, kLargestNeighbour = size_t{8} << 20;
 
 size_t whole_pages(size_t bytes) {
@@ -29,8 +29,8 @@ char* huge_page_after(char* at) {
   return huge_page_of(at + kHugePage - 1);
 }
 
-// Places weights in memory one after the other, so that they share huge pages. No thread waits for the lock,
-// because in the child of a fork, the thread that holds the lock may not exist.
+// Places weights in memory one after the other, so that they share huge pages. No thread waits for the lock:
+// in a forked child, the thread that holds the lock may not exist, and the wait would never end.
 class Neighbours {
  public:
   // Returns nullptr if weights cannot share huge pages on this system, if another thread holds the lock, or
@@ -53,16 +53,17 @@ class Neighbours {
     return at;
   }
 
-  // Called before memory is unmapped, because other code may then map the same addresses. If these addresses
-  // belong to a huge page that weights have not filled yet, the small pages in this huge page are never
-  // collapsed. A `take` that runs on another thread at the same time may miss this call. Other code may then
-  // use more memory, but no data is lost.
+  // Must be called before memory is unmapped, because other code may map the same addresses afterwards. If
+  // these addresses belong to a huge page that weights have not filled yet, the small pages in this huge page
+  // are never collapsed. A `take` that runs on another thread at the same time may miss this call. Other code
+  // may then use more memory, but no data is lost.
   void leave(const char* at, size_t size) {
     if (at < end_ && at + size > small_pages_) has_hole_ = true;
   }
 
  private:
-  // Places the next weight at `start`, and returns the unused address space before `start` to the system.
+  // Makes `start` the address of the next weight, and returns the unused address space before `start` to the
+  // system.
   void move_to(char* start) {
     if (start != next_) platform::unmap_pages(next_, static_cast<size_t>(start - next_));
     next_ = start;
@@ -85,7 +86,7 @@ class Neighbours {
   std::mutex mutex_;
   std::optional<bool> shares_;
   char* next_ = nullptr;
-  std::atomic<char*> end_ = nullptr;  // of the region
+  std::atomic<char*> end_ = nullptr;  // the end of the region
   // The start of the first huge page that weights do not fill yet. All pages of the region after this address
   // are small or unused.
   std::atomic<char*> small_pages_ = nullptr;

@@ -13,8 +13,8 @@ namespace nplora {
 
 namespace {
 
-// One watched mapping, as an entry of a list. The signal handler reads the list without a lock, so an entry
-// is never freed. A new mapping reuses an entry that is not in use.
+// One watched mapping. The mappings form a linked list. The signal handler reads the list without a lock, so
+// an entry is never freed. A new mapping reuses an entry that is not in use.
 struct Watch {
   size_t number = 0;
   std::atomic<uintptr_t> begin = 0, end = 0;  // `begin` and `end` are 0 if the entry is not in use
@@ -37,8 +37,8 @@ std::string_view message_about(uintptr_t address) {
   return {};
 }
 
-// Returns an entry that is not in use. If all entries are in use, adds a new entry, which covers no memory
-// yet.
+// Returns an entry that is not in use. If all entries are in use, adds a new entry to the list. The new entry
+// covers no memory yet.
 Watch* free_watch() {
   for (Watch* watch = watches.load(); watch != nullptr; watch = watch->next)
     if (watch->end.load() == 0) return watch;

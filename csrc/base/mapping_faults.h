@@ -6,15 +6,15 @@
 
 namespace nplora {
 
-// From now on, a SIGBUS between `start` and `start + bytes` writes `message` to stderr, calls the handler
+// After this call, a SIGBUS between `start` and `start + bytes` writes `message` to stderr, calls the handler
 // that was installed before, and ends the process with status platform::kFaultStatus. A SIGBUS at any other
 // address only calls the handler that was installed before. Returns a number for `unwatch_mapping`. Only the
-// first kLongestMessage bytes of the message are kept.
+// first kLongestMessage bytes of the message are printed.
 inline constexpr size_t kLongestMessage = 1000;
 size_t watch_mapping(const void* start, size_t bytes, const char* message, size_t length);
 
-// Ends the watch with this number. Call this function when the memory is no longer mapped. Unknown numbers
-// are ignored.
+// Ends the effect of the call of `watch_mapping` that returned this number. Call this function when the
+// memory is no longer mapped. Unknown numbers are ignored.
 void unwatch_mapping(size_t number);
 
 }  // namespace nplora

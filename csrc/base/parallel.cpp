@@ -25,16 +25,16 @@ namespace {
 std::atomic<size_t> thread_limit{0};
 std::atomic<bool (*)()> interrupt_hook{nullptr};
 
-// Whether this thread is running the interrupt hook in the middle of a parallel_for. Work that the hook
-// starts stays on this thread.
+// Whether this thread is running the interrupt hook in the middle of a parallel_for. If the hook itself calls
+// parallel_for, all tasks of that call run on this thread.
 thread_local bool asking = false;
 
-// The smallest number of operations that makes it worth starting another thread. One core computes this many
-// operations in about 5 µs, which is also the time to wake a worker.
+// The number of operations that makes one more thread worthwhile. One core computes this many operations in
+// about 5 µs, and waking a worker also takes about 5 µs.
 constexpr double kOperationsPerThread = 5e5;
 
 // Hands out tasks one by one from a shared counter. After the first exception, no more tasks are handed out.
-// All threads compute in the caller's floating-point environment (rounding, flushing of subnormals), so
+// All threads compute in the caller's floating-point environment (rounding mode, flushing of subnormals), so
 // results do not depend on which thread takes a task.
 class TaskRun {
  public:
@@ -118,7 +118,7 @@ size_t threads_at_start() {
     const char* text = std::getenv("OMP_NUM_THREADS");
     if (text == nullptr) text = "";
     text += std::strspn(text, " \t");
-    unsigned number = 0;  // stays 0 if the text is not a number of at least 1
+    unsigned number = 0;  // stays 0 unless the text starts with a number of at least 1
     std::from_chars(text, text + std::strlen(text), number);
     return number > 0 ? size_t{number} : platform::usable_processors();
   }();

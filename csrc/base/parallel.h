@@ -11,14 +11,16 @@ struct Interrupted : std::runtime_error {
   Interrupted() : std::runtime_error("interrupted") {}
 };
 
-// Sets our own limit for the number of threads; 0 means no limit. num_threads() is the smaller of this limit
-// and outer_threads(). In a forked child num_threads() is always 1, because threads do not survive a fork.
+// Sets nplora's own limit for the number of threads; 0 means no limit. num_threads() is the smaller of this
+// limit and outer_threads(). In a forked child num_threads() is always 1, because threads do not survive a
+// fork.
 void set_thread_limit(size_t n);
 size_t num_threads();
 
-// The limit that other libraries set, as threadpoolctl does. Its first value is OMP_NUM_THREADS or, if this
-// is not set, the number of processors that this process may use. Each calling thread has its own limit, as
-// in OpenMP; in a build with OpenMP, the limit is OpenMP's limit.
+// The thread limit that other libraries can change, for example threadpoolctl. The limit is at first the
+// value of the environment variable OMP_NUM_THREADS. If the variable is not set, the limit is at first the
+// number of processors that this process may use. Each calling thread has its own limit, as in OpenMP. In a
+// build with OpenMP, the limit is OpenMP's limit.
 void set_outer_threads(size_t n);
 size_t outer_threads();
 
@@ -41,13 +43,13 @@ void run_tasks(size_t tasks, size_t threads, Interruptible interruptible, void (
                const void* context);
 }
 
-// The number of threads that is worth starting for this many floating-point operations. For elementwise work,
-// `operations` may be the number of elements.
+// The number of threads that are worth starting for this many floating-point operations. For elementwise
+// work, `operations` may be the number of elements.
 size_t useful_threads(double operations);
 
-// Calls body(task) once for each task in [0, tasks), in any order, on at most `threads` threads. A reduction
-// is never split: each task owns its outputs, so results do not depend on the number of threads. If tasks
-// throw, the first exception is rethrown.
+// Calls body(task) once for each task in [0, tasks), in any order, on at most `threads` threads. Each task
+// must compute its outputs alone: a sum is never split between tasks, so results do not depend on the number
+// of threads. If tasks throw, the first exception is rethrown.
 template <class Body>
 void parallel_for(size_t tasks, size_t threads, Interruptible interruptible, const Body& body) {
   detail::run_tasks(

@@ -14,7 +14,7 @@ inline void pause() {
 #endif
 }
 
-// Polls until done() is true, but not longer than `most`. Returns done().
+// Polls until done() is true, but for at most the time `most`. Returns done().
 template <class Done>
 bool spin(const Done& done, std::chrono::microseconds most) {
   const auto end = std::chrono::steady_clock::now() + most;
@@ -25,9 +25,10 @@ bool spin(const Done& done, std::chrono::microseconds most) {
   return done();
 }
 
-// Waits until another thread makes done() true, which is expected soon. The waiting thread first polls, and
-// then yields its processor, because the other thread may need it. The waiting thread does not yield at once,
-// because after a yield it may not run again for a whole time slice.
+// Waits until another thread makes done() true. Use this function only for short waits. The waiting thread
+// first polls. After 50 µs it yields its processor again and again, because the other thread may need that
+// processor. The waiting thread does not yield earlier, because after a yield it may not run again for a
+// whole time slice.
 template <class Done>
 void wait_until(const Done& done) {
   if (spin(done, std::chrono::microseconds(50))) return;

@@ -18,19 +18,21 @@ namespace nplora::platform {
 
 size_t page_size();
 
-// Maps whole pages. The memory starts at a multiple of `alignment`, a power of two, if the system supports
-// this, and at least at a multiple of a cache line. Returns nullptr if there is no memory.
+// Maps whole pages. If the system supports alignment, the memory starts at a multiple of `alignment`, which
+// is a power of two. On every system, the memory starts at a multiple of a cache line. Returns nullptr if
+// there is no memory.
 char* map_pages(size_t bytes, size_t alignment);
 
 // A part of a mapping can be unmapped only on systems where `can_collapse_pages` may return true.
 void unmap_pages(void* at, size_t bytes);
 
-// These two functions request huge pages or small pages. If the system refuses, only speed or memory is lost.
+// Two requests to the system: to use huge pages, or to use small pages. If the system refuses a request, the
+// program still works, but is slower or uses more memory.
 void prefer_huge_pages(char* at, size_t bytes);
 void keep_small_pages(char* at, size_t bytes);
 
-// Whether `collapse_pages` can work on huge pages of this size. Returns no value if there is no memory for a
-// trial.
+// Whether `collapse_pages` can work on huge pages of this size. The test maps one huge page; if there is no
+// memory for the test, returns std::nullopt.
 std::optional<bool> can_collapse_pages(size_t huge_page);
 
 // Moves the content of small pages into huge pages. If the system refuses, only speed is lost.
@@ -47,11 +49,11 @@ bool has_threads();
 size_t usable_processors();
 
 // Calls `f` in every child process that is forked after this call. If the system has no memory for this
-// registration, forked children may hang. Nothing else depends on the registration.
+// registration, forked children may hang, but nothing else fails.
 void call_in_forked_child(void (*f)());
 
-// Threads that are started during the lifetime of this object block all signals, so that the program's own
-// threads receive them.
+// Threads that are started during the lifetime of this object block all signals. The program's own threads
+// then receive the signals.
 class WithoutSignals {
  public:
   WithoutSignals();
@@ -66,26 +68,29 @@ class WithoutSignals {
 // The number of the processor that runs the calling thread, or -1 if the system does not say.
 int current_processor();
 
-// Keeps the threads off this processor. Returns false if the system refuses, or if no processor is left.
+// Keeps the threads off this processor. Returns false if the system refuses, or if the process may use no
+// other processor.
 bool avoid_processor(std::span<const Thread> threads, int processor);
 
 // ---- faults in mapped files ----
 
-// Returns the message about an address, or an empty text. The function is called in a signal handler.
+// A function that returns the message about an address, or an empty text. The signal handler calls this
+// function.
 using FaultMessage = std::string_view (*)(uintptr_t address);
 
-// From now on, if a page of a mapped file cannot be read and `find` has a message about its address, the
-// message goes to stderr, the handler that was installed before is called, and the process ends with status
-// kFaultStatus. Call this function again before each new mapping: other code may have restored an older
-// handler, as faulthandler.disable() does.
+// After this call, a page of a mapped file that cannot be read ends the process, if `find` has a message
+// about its address. The message goes to stderr, the handler that was installed before is called, and the
+// process ends with status kFaultStatus. Call this function again before each new mapping, because other code
+// may have restored an older handler, as faulthandler.disable() does.
 void explain_faults(FaultMessage find);
 
-inline constexpr int kFaultStatus = 135;  // 128 + the number of SIGBUS on Linux; the same on every system
+inline constexpr int kFaultStatus = 135;  // on Linux, 128 + the number of SIGBUS; all systems use this value
 
 // ---- the processor ----
 
-// Whether a process may use the tile registers of AMX after `request_tiles`, which returns false if the
-// system refuses. All threads of the process then need larger signal stacks.
+// offers_tiles: whether the system would let a process use the tile registers of AMX. request_tiles: asks for
+// permission to use these registers, and returns false if the system refuses. After request_tiles, all
+// threads of the process need larger signal stacks.
 bool offers_tiles();
 bool request_tiles();
 

@@ -1,5 +1,5 @@
-// The functions for macOS that go beyond POSIX. macOS has no huge pages, no AMX, and cannot keep a thread off
-// a processor.
+// Platform functions for macOS that POSIX alone cannot implement. macOS offers no huge pages and no Intel
+// AMX, and cannot keep a thread off a processor.
 #include <sys/sysctl.h>
 
 #include <algorithm>

@@ -1,4 +1,4 @@
-// Linux and macOS.
+// Platform functions that Linux and macOS share.
 #include <pthread.h>
 #include <signal.h>
 #include <sys/mman.h>
@@ -92,12 +92,12 @@ void call(const struct sigaction& action, int signal, siginfo_t* info, void* con
     if (count <= 0) break;
     done += static_cast<size_t>(count);
   }
-  if (is_function(before)) call(before, signal, info, context);  // for example faulthandler's
+  if (is_function(before)) call(before, signal, info, context);  // for example the handler of faulthandler
   _exit(kFaultStatus);
 }
 
 void on_bus_error(int signal, siginfo_t* info, void* context) {
-  const bool is_access = info->si_code > 0;  // false if the signal was sent by another process
+  const bool is_access = info->si_code > 0;  // false if a process sent the signal, for example with kill
   if (is_access) {
     const std::string_view message = message_of.load()(reinterpret_cast<uintptr_t>(info->si_addr));
     if (!message.empty()) end_with(message, signal, info, context);
@@ -105,7 +105,7 @@ void on_bus_error(int signal, siginfo_t* info, void* context) {
   if (is_function(before)) return call(before, signal, info, context);
   if (before.sa_handler == SIG_IGN && !is_access) return;
   ::signal(signal, SIG_DFL);
-  if (!is_access) raise(signal);  // after the handler returns, the failed access is repeated and fails again
+  if (!is_access) raise(signal);  // after this handler returns, a failed access is repeated and fails again
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-// WebAssembly: one thread, no signals, and memory that only grows.
+// Platform functions for WebAssembly, which has one thread, no signals, and memory that only grows.
 #include <new>
 
 #include "base/cache_line.h"
@@ -10,7 +10,7 @@ size_t page_size() {
   return size_t{64} << 10;
 }
 
-// WebAssembly has no use for the alignment.
+// The alignment is ignored, because WebAssembly has no huge pages.
 char* map_pages(size_t bytes, size_t) {
   return static_cast<char*>(::operator new(bytes, std::align_val_t{kCacheLine}, std::nothrow));
 }

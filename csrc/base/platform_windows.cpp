@@ -1,4 +1,5 @@
-// Windows. The functions for Windows. Large pages need a privilege that users lack, so all pages are small.
+// Platform functions for Windows. Large pages need a privilege that users normally lack, so all pages are
+// small.
 #define WIN32_LEAN_AND_MEAN
 #define NOMINMAX
 #include <windows.h>
@@ -14,7 +15,8 @@ namespace {
 
 std::atomic<FaultMessage> message_of = nullptr;
 
-// Windows refuses to truncate a mapped file, so only a failing disk or network raises this exception.
+// Windows refuses to truncate a mapped file, so this exception (EXCEPTION_IN_PAGE_ERROR) is raised only if a
+// disk or a network fails.
 LONG CALLBACK on_exception(EXCEPTION_POINTERS* exception) {
   const EXCEPTION_RECORD& record = *exception->ExceptionRecord;
   if (record.ExceptionCode != EXCEPTION_IN_PAGE_ERROR || record.NumberParameters < 2)
@@ -42,7 +44,7 @@ size_t page_size() {
   return size_of_page;
 }
 
-// On Windows, the memory starts at a multiple of 64 KiB.
+// The alignment is ignored: on Windows, the memory starts at a multiple of 64 KiB.
 char* map_pages(size_t bytes, size_t) {
   return static_cast<char*>(VirtualAlloc(nullptr, bytes, MEM_RESERVE | MEM_COMMIT, PAGE_READWRITE));
 }

@@ -1,9 +1,10 @@
 // A pool of threads. The caller never waits for a worker that has not begun to work on the job.
 //
-// An OpenMP region ends at a barrier that every thread must reach. The second core may be busy with another
-// program, or with OpenBLAS, whose workers spin for 100 ms after each product. The caller then waits at the
-// barrier for a whole time slice, although it has done all the work itself. In this pool, a worker that wakes
-// up joins a job only if the job is still open, and the caller waits only for workers that joined.
+// An OpenMP region ends at a barrier that every thread must reach. A processor core may be busy with another
+// program, or with OpenBLAS, whose workers spin for 100 ms after each product. The caller of the region then
+// waits at the barrier for a whole time slice, although the caller has done all the work itself. In this
+// pool, a worker that wakes up joins a job only if the job is still open, and the caller waits only for
+// workers that joined.
 #pragma once
 
 #include <cstddef>
@@ -11,8 +12,9 @@
 namespace nplora {
 
 // Runs work(context, true) on the calling thread and work(context, false) on up to `helpers` workers. Returns
-// when all calls that started have returned. `work` must return at once when nothing is left to do, and must
-// not throw. Several threads may call run_on_pool at once, but `work` must not call it.
+// when every call of `work` that started has returned. `work` must return at once when nothing is left to do,
+// and must not throw. Several threads may call run_on_pool at the same time, but `work` must not call
+// run_on_pool.
 void run_on_pool(size_t helpers, void (*work)(void*, bool calling_thread), void* context);
 
 // Whether this process is a child of fork. Threads do not survive a fork, so a child must not use the pool.

@@ -1,6 +1,6 @@
 // Measures how much time a thread spends in each activity. While a thread profiles, each operation adds its
 // wall time and its floating-point operations to the totals of its activity. While a thread does not profile,
-// an operation only reads one variable more.
+// the only extra cost of an operation is to read one variable.
 #pragma once
 
 #include <array>
@@ -43,8 +43,9 @@ using Profile = std::array<ActivityTotals, kActivities>;
 // The totals of the calling thread; null if the thread does not profile.
 inline thread_local Profile* current_profile = nullptr;
 
-// Adds the time from its construction to its destruction to an activity. A Timed object that exists inside
-// another one adds nothing.
+// A Timed object adds the time from its construction to its destruction to the totals of an activity. If a
+// thread creates a Timed object while another Timed object of this thread exists, the new object adds
+// nothing.
 class Timed {
  public:
   explicit Timed(Activity activity) : profile_(current_profile), activity_(activity) {
@@ -62,7 +63,7 @@ class Timed {
   Timed(const Timed&) = delete;
   Timed& operator=(const Timed&) = delete;
 
-  // Whether the thread profiles. Otherwise, operations need not be counted.
+  // Whether the thread profiles. If not, operations need not be counted.
   explicit operator bool() const { return profile_ != nullptr; }
 
   void count(Arithmetic arithmetic, double operations) const {

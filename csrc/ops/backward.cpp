@@ -20,8 +20,8 @@ using kernels::Sum;
 namespace {
 
 // Computes the gradients of a stack of layers. The products use elements of type E, and blocks of the weight
-// have elements of type W. For each token block, dz is computed first, then dx and the sums of dA and dB, so
-// that dy and x are read from memory once. The sums are added to the caller's dA and dB at the end, so an
+// have elements of type W. For each token block, dz is computed first, and then dx and the sums of dA and dB.
+// So dy and x are read from memory once. The sums are added to the caller's dA and dB at the end, so an
 // interrupted call leaves dA and dB unchanged.
 template <class E, class W>
 void backward(std::span<const BackwardPart<Sum<E>>> parts, Matrix<const Sum<E>> x, Matrix<Sum<E>> dx,
@@ -115,8 +115,8 @@ void add_outer(Matrix<const T> a, Matrix<const T> b, double scale, Matrix<T> out
     const Range rows = nth_block(out.rows, kRowBlock, i / col_tasks);
     const Range cols = nth_block(out.cols, kColumnBlock, i % col_tasks);
     T* scaled = scratch<T>(Scratch::kFactor, kSumDepth * kRowBlock);
-    // The whole product is added to `out` at once. So a sum of several products has the same bits, whether
-    // they are added here or elsewhere.
+    // The whole product is computed before it is added to `out`. A caller that computes several products and
+    // adds them itself therefore gets the same bits.
     const Matrix<T> product{scratch<T>(Scratch::kWeight, rows.count * cols.count), rows.count, cols.count,
                             cols.count};
     for (size_t first = 0; first < a.rows; first += kSumDepth) {

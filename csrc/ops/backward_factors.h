@@ -23,8 +23,8 @@ class FactorGradients {
   // Adds the product of one token block to the sums of a task.
   void add(Range token_block, size_t task) const;
 
-  // Adds all sums to the caller's gradients. The addition cannot be interrupted, because the caller could not
-  // see which gradients were complete.
+  // Adds all sums to the caller's gradients. The addition cannot be interrupted: after an interrupt, the
+  // caller could not know which gradients are complete.
   void finish() const;
 
  private:

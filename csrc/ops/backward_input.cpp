@@ -20,11 +20,11 @@ using kernels::Strided;
 
 namespace {
 
-// The memory to prefetch while some tokens are multiplied with a block of W. If W is packed, the product of
-// the first tokens prefetches the memory that is read after the block: the next rows of the same panel, or
-// the next panel. If all tokens fill only one tile, or if the block is read in place and processed in L1
-// blocks, the product prefetches later rows of the block itself. The product of later tokens prefetches rows
-// of the block from L2 into L1.
+// The memory to prefetch while the first tokens of a task are multiplied with a block of W. Usually this is
+// the memory that is read after the block: the next rows of the same panel, or the next panel. Later rows of
+// the block itself are prefetched in three cases: if W is not packed, if all tokens fill only one tile, or if
+// the block is read in place and processed in L1 blocks. (While later tokens are multiplied, rows of the
+// block are prefetched from L2 into L1.)
 template <class E>
 Fetch following(const WeightView& w, Range rows, Range panel, size_t tokens, const void* block) {
   const kernels::Tiles<E>& k = kernels::table().tiles<E>();
@@ -67,7 +67,7 @@ void InputGradient<E, W>::place_codes(size_t block_tokens, void* memory) {
   }
 }
 
-// The scales of W's rows are factors of dy, so that the products need no scales of W.
+// dy is multiplied by the scales of W's rows before it is rounded, so that the products need no scales of W.
 template <class E, class W>
 void InputGradient<E, W>::prepare(Range token_block, Range some) const {
   if constexpr (kInt8)
@@ -92,8 +92,8 @@ typename InputGradient<E, W>::Gradient InputGradient<E, W>::gradient_of(const Pa
     return {stack_.dy_of(p, token_block, some), nullptr, 0};
 }
 
-// Whether many tokens share a copy of each block of W. With double, a copy of two panels would not stay in
-// L2.
+// Whether many tokens share a copy of each block of W. With double there is no copy, because a copy of two
+// panels would not stay in L2.
 template <class E, class W>
 bool InputGradient<E, W>::is_shared() const {
   return sizeof(W) <= sizeof(float) && stack_.tokens() > kInPlaceBatch;
@@ -112,14 +112,14 @@ size_t InputGradient<E, W>::block_tokens(size_t threads) const {
 }
 
 // The largest number of tokens in a task. If blocks of W have two panels, or if an update is merged into
-// them, one task takes a whole token block, so that each block of W serves all its tokens. In all other cases
-// tasks are smaller, so that more threads have work.
+// blocks of W, one task takes a whole token block, so that each block of W serves all tokens of the token
+// block. In all other cases tasks are smaller, so that more threads have work.
 template <class E, class W>
 size_t InputGradient<E, W>::task_tokens(size_t block_tokens) const {
   return merges_ || group_ > kPanelColumns ? block_tokens : kTaskTokens;
 }
 
-// Computes a group of panels at a time. As soon as dy W of the last part has been added to a panel of dx, dz
+// Computes a group of panels at a time. As soon as dy W of the last layer has been added to a panel of dx, dz
 // B is added to the same panel.
 template <class E, class W>
 void InputGradient<E, W>::multiply(Range token_block, Range some, Range cols) const {
@@ -149,7 +149,7 @@ ColumnBlock<W> InputGradient<E, W>::block_at(const WeightView& w, Range rows, Ra
 }
 
 // Multiplies dy by a group of columns of W: dx[:, group] = [dx +] dy W[:, group]. Calls after(panel, tokens)
-// as soon as the outputs of a few tokens in one panel are complete, while they are still in L1.
+// as soon as the outputs of a few tokens in one panel are complete, while these outputs are still in L1.
 template <class E, class W>
 template <class After>
 void InputGradient<E, W>::add_frozen(const Part& p, const Gradient& dy, Range group, Matrix<T> dx,
@@ -175,7 +175,7 @@ void InputGradient<E, W>::add_frozen(const Part& p, const Gradient& dy, Range gr
 }
 
 // Multiplies some columns of dy by one block of W: dx[:, panel] = [dx +] dy[:, rows] W[rows, panel]. If the
-// update is merged on the fly, it is added to the block first.
+// update is merged on the fly, the update is added to the block first.
 template <class E, class W>
 template <class After>
 void InputGradient<E, W>::add_block(const Part& p, const Gradient& dy, Range rows, Range panel,
@@ -207,9 +207,9 @@ void InputGradient<E, W>::add_block(const Part& p, const Gradient& dy, Range row
   }
 }
 
-// Adds the low-rank part of the gradient for a few tokens: dx[few, panel] += undrop(dz B[:, panel]). Both
-// ranges mean the same tokens: 0 in `few` is the first row of dx, and 0 in `some` is the start of the token
-// block.
+// Adds the low-rank part of the gradient for a few tokens: dx[few, panel] += undrop(dz B[:, panel]). `few`
+// and `some` are the same tokens: `few` counts from the first row of dx, and `some` counts from the start of
+// the token block.
 template <class E, class W>
 void InputGradient<E, W>::add_low_rank(const Joined& all, Range token_block, Range some, Range panel,
                                        Matrix<T> dx, Range few) const {

@@ -11,8 +11,9 @@
 
 namespace nplora {
 
-// Computes dx. E is the element type of the products with the factors, and W the element type of the weight's
-// blocks: if W is Int8Quad, dy is multiplied with the weight in int8.
+// Computes dx. The template parameter E is the element type of the products with the factors. The template
+// parameter W is the element type of blocks of the weight. If W is Int8Quad, dy is multiplied with the weight
+// in int8.
 template <class E, class W>
 class InputGradient {
  public:
@@ -29,7 +30,7 @@ class InputGradient {
   // The largest number of tokens in a task.
   size_t task_tokens(size_t block_tokens) const;
 
-  // The bytes that dy in int8 needs, if a token block has at most `block_tokens` tokens.
+  // The number of bytes that dy in int8 needs, if a token block has at most `block_tokens` tokens.
   size_t code_bytes(size_t block_tokens) const;
 
   // Sets the memory in which dy in int8 is stored.
@@ -52,7 +53,7 @@ class InputGradient {
   struct Gradient {
     kernels::Strided<E> elements;
     const CodedBlock* codes;
-    size_t first;  // the first token of `codes`
+    size_t first;  // the first of these tokens in `codes`
   };
 
   bool is_shared() const;
@@ -71,7 +72,7 @@ class InputGradient {
   const std::optional<uint64_t> dither_key_;
   size_t group_ = kernels::kPanelColumns;
   bool merges_ = false;            // whether an update is merged on the fly
-  std::vector<CodedBlock> codes_;  // the dy of each part in int8
+  std::vector<CodedBlock> codes_;  // the dy of each layer in int8
 };
 
 }  // namespace nplora

@@ -104,7 +104,7 @@ void BackwardStack<E>::bring_b(Joined& all) const {
   all.b = pairs_down_columns<E>({stack, all.rank, d_in_, d_in_}, room);
 }
 
-// Takes a few tokens at a time, so that dy is in L2 when it is multiplied with A.
+// Takes a few tokens at a time, so that dy is still in L2 when the product with A reads it.
 template <class E>
 void BackwardStack<E>::prepare(Range token_block, Range some) const {
   for (size_t i = 0; i < some.count; i += kTokenUnit) {

@@ -1,5 +1,5 @@
-// The first of three steps of a backward pass. This step computes dz = scale dy A, and converts dy, z and dz
-// to the element type of the other two steps if that differs.
+// The first of three steps of a backward pass. This step computes dz = scale dy A. If the other two steps use
+// bfloat16 pairs, this step also converts dy, z and dz to pairs.
 #pragma once
 
 #include <span>
@@ -19,21 +19,21 @@ Matrix<const T> block_of(Matrix<const T> m, Range rows, Range cols) {
 }
 
 // A stack of layers (parts). The gradients of the layers are computed with elements of type E, one token
-// block at a time. Tokens are counted from the start of the token block unless stated otherwise. All pointers
-// into scratch memory are valid after `reserve`.
+// block at a time. Tokens are counted from the start of the token block unless a comment says otherwise. All
+// pointers into scratch memory are valid after `reserve`.
 template <class E>
 class BackwardStack {
  public:
   using T = kernels::Sum<E>;
 
-  // A group of parts whose dz are stored side by side. For a group, dz B and dB are one product each, and x
-  // is read once. All parts of a group have the same values of `adds` and `wants_db`. A part with dropout
-  // forms its own group, because it drops different elements of x.
+  // A group of layers whose dz are stored side by side. dz B and dB are each computed by one product for the
+  // whole group, so that x is read once. All layers of a group have the same values of `adds` and `wants_db`.
+  // A layer with dropout forms its own group, because each layer drops different elements of x.
   struct Joined {
     bool adds, wants_db;                  // whether dz B is added to dx; whether dB is wanted
-    const LowRank<T>* dropped = nullptr;  // the part that uses dropout, or null
-    size_t rank = 0;                      // the sum of the ranks of all parts
-    Matrix<const E> b{};  // the B of all parts, one below the other, (rank, d_in), or with rows in pairs
+    const LowRank<T>* dropped = nullptr;  // the update that uses dropout, or null
+    size_t rank = 0;                      // the sum of the ranks of all layers of the group
+    Matrix<const E> b{};  // the B of all layers, one below the other: (rank, d_in), or with rows in pairs
     T* dz = nullptr;      // the dz of a token block, (n, rank)
     E *elements = nullptr, *rows = nullptr;  // if E is pairs: dz, and dz transposed (rank, n / 2)
     T* db = nullptr;                         // the sums of dB, (r, d_in)
@@ -44,7 +44,7 @@ class BackwardStack {
     Update update;
     Joined* joined;  // null if dz is not needed
     bool wants_da;
-    size_t column = 0;    // the part's first column in the joined dz
+    size_t column = 0;    // the layer's first column in the joined dz
     E* dy = nullptr;      // the dy of a token block, if it is converted to type E
     E* z_rows = nullptr;  // the z of a token block, transposed (r, n / 2), if E is pairs
     Matrix<const E> a{};  // A (d_out, r), or A with rows in pairs
@@ -54,7 +54,7 @@ class BackwardStack {
     size_t dy_depth() const { return depth_of<E>(arrays.w.d_out); }
   };
 
-  // If `multiplies_elements` is set, the product of dy and W is computed with elements of type E.
+  // `multiplies_elements` says whether the product of dy and W is computed with elements of type E.
   BackwardStack(std::span<const BackwardPart<T>> parts, Matrix<const T> x, Matrix<T> dx,
                 bool multiplies_elements);
   BackwardStack(const BackwardStack&) = delete;

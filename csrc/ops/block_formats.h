@@ -9,7 +9,7 @@ namespace nplora {
 
 struct BlockFormatInfo {
   const char *name, *ggml_name;  // ggml_name is null if ggml does not have the format
-  size_t elements, bytes;        // of one block
+  size_t elements, bytes;        // the number of values, and of bytes, in one block
   size_t scales, scale_at[2];    // the number of float16 scales in a block, and the byte offset of each
   BlockFacts facts;
 };

@@ -17,12 +17,12 @@ namespace nplora {
 // this number is also a multiple of kDepthUnit elements, even if an element is a pair of values.
 inline constexpr size_t kDepthUnitValues =
     kernels::kValuesPerElement<kernels::Bf16Pair> * kernels::kDepthUnit;
-// The number of rows of W that are multiplied with the lanes of x at a time: a multiple of tile_rows on every
-// instruction set.
+// The number of rows of W that are multiplied at a time with tokens in the SIMD lanes. This number is a
+// multiple of tile_rows on every instruction set.
 inline constexpr size_t kRowBlock = 48;
-// The largest depth of a block, in values. With this depth, a panel of W, a panel of a transposed block of W,
-// or the lanes of x stay in L2: 1056 x 48 floats = 198 KB. The depth is cut into blocks of about equal size.
-// The sums are loaded and stored once for each block.
+// The largest depth of a block, in values. With this depth, each of the following fits into L2: a panel of W,
+// a panel of a transposed block of W, and x in lanes (1056 x 48 floats = 198 KB). The depth is cut into
+// blocks of about equal size. The sums are loaded and stored once for each block.
 inline constexpr size_t kDepthBlock = 22 * kernels::kPanelColumns;
 // The depth is cut at multiples of two panels. A single panel has 48 values, which is not a multiple of
 // kDepthUnitValues.
@@ -34,21 +34,21 @@ inline size_t depth_block(size_t depth) {
 // kTaskTokens: the largest number of tokens that a task keeps in L2 or L3. kLanesBytes: the largest size in
 // bytes of a token block of x after it is transposed into lanes.
 inline constexpr size_t kTaskTokens = 256, kLanesBytes = size_t{8} << 20;
-// In the backward pass, batches of up to this many rows are computed in the weight's own float type, because
-// bfloat16 products are not faster with so few rows.
+// In the backward pass, batches of up to this many rows are not computed in bfloat16 or int8, because such
+// products are not faster with so few rows.
 inline constexpr size_t kFloatBatch = 4;
-// In the backward pass, batches above this size share a copy of each block of W, unless W is packed or
-// double.
+// In the backward pass of a batch above this size, all tokens share one copy of each block of W. There is no
+// copy if W is packed or double.
 inline constexpr size_t kInPlaceBatch = 16;
-// In the backward pass, batches of up to this many tokens use the bfloat16 values of W without a copy. The
-// limit of float products is kWidenedBatch: each tile widens the values to float in registers. The limit of
-// products of pairs is kPairedBatch, if W is packed and pairs_in_registers is true: each tile pairs the
-// values in registers.
+// Limits for backward passes with a W in bfloat16. Batches of up to this many tokens use the values of W
+// without a copy. kWidenedBatch is the limit for products in float: each tile widens the values to float in
+// registers. kPairedBatch is the limit for products of pairs, if W is packed and pairs_in_registers is true:
+// each tile pairs the values in registers.
 inline constexpr size_t kWidenedBatch = 8, kPairedBatch = 256;
 // The number of rows of a packed W whose partial sums stay in L2 (4128 x 16 lanes of floats = 258 KB) while
 // the panels are read.
 inline constexpr size_t kStreamedRows = round_up(4096, kRowBlock);
-// Replaces kStreamedRows for bfloat16 and a single token. The products of a single token would have to wait
+// The same number for a W in bfloat16 and a single token. The products of a single token would have to wait
 // for sums in L2, so the sums stay in L1 (128 x 16 lanes of floats = 8 KB).
 inline constexpr size_t kStreamedBf16Rows = 128;
 // The size of the transposed blocks of W that are kept in L2 at a time, in bytes.
@@ -56,10 +56,10 @@ inline constexpr size_t kBlocksBytes = size_t{448} << 10;
 // The last block of W is multiplied with this many tokens at a time, so that their outputs in one panel (64 x
 // 48 floats = 12 KB) are still in L1 when the update is added.
 inline constexpr size_t kFewTokens = 64;
-// Int8 products use 63 tokens instead, a multiple of their tile sizes 7 and 9.
+// The same number for int8 products: 63 is a multiple of their tile sizes, which are 7 and 9 tokens.
 inline constexpr size_t kFewInt8Tokens = 63;
-// kColumnBlock: the number of columns of a gradient of A or B that one task owns. kSumDepth: the number of
-// tokens whose products a task adds at a time.
+// kColumnBlock: the number of columns that one task computes of a gradient of A or B. kSumDepth: the number
+// of tokens whose products a task adds at a time.
 inline constexpr size_t kColumnBlock = 4 * kernels::kPanelColumns, kSumDepth = 128;
 static_assert(kSumDepth % kDepthUnitValues == 0 && kTaskTokens % kDepthUnitValues == 0);
 // The largest number of floating-point operations of one task. On the slowest instruction set, a task takes
@@ -70,10 +70,10 @@ inline double flops(size_t n, size_t d_out, size_t d_in) {
   return 2.0 * static_cast<double>(n) * static_cast<double>(d_out) * static_cast<double>(d_in);
 }
 
-// The number of tokens in a token block (MC in BLIS): as many as fit into `bytes`, at `width` elements for
-// each token. The blocks of a batch have about equal size. A batch is cut into token blocks at multiples of
-// kTokenUnit. Token blocks are cut into tasks at such multiples too, except in forward_lanes, which cuts at
-// multiples of the number of lanes.
+// The number of tokens in a token block (MC in BLIS): as many tokens as fit into `bytes`, if each token has
+// `width` elements. The blocks of a batch have about equal size. A batch is cut into token blocks at
+// multiples of kTokenUnit. A token block is cut into tasks at multiples of kTokenUnit, too; only
+// forward_lanes cuts it at multiples of the number of lanes.
 inline constexpr size_t kTokenUnit = 32;
 static_assert(kTokenUnit % kDepthUnitValues == 0);
 inline size_t tokens_of_block(size_t tokens, size_t width, size_t element_bytes, size_t bytes = kLanesBytes) {
@@ -81,8 +81,8 @@ inline size_t tokens_of_block(size_t tokens, size_t width, size_t element_bytes,
   const size_t blocks = ceil_div(tokens, std::max(2 * kTokenUnit, most));
   return round_up(ceil_div(tokens, std::max<size_t>(1, blocks)), kTokenUnit);
 }
-// The number of tokens in a token block if blocks of W are transposed, or if an update is added to them. All
-// tokens of a token block must fit into a core's share of L3.
+// The number of tokens in a token block if blocks of W are transposed, or if an update is added to blocks of
+// W. All tokens of a token block must fit into a core's share of L3.
 inline constexpr size_t kL3BlockBytes = size_t{4} << 20;
 inline size_t tokens_of_l3_block(size_t tokens, size_t width, size_t element_bytes) {
   return tokens_of_block(tokens, width, element_bytes, kL3BlockBytes);
@@ -106,7 +106,7 @@ void for_pieces(size_t n, size_t unit, size_t threads, const Body& body) {
 // For several threads, W is cut into shorter and shorter pieces: each piece is half of a thread's share of
 // the remaining W (guided self-scheduling, Polychronopoulos & Kuck 1987, with half shares). The first pieces
 // are long, because W is read in order within a piece. The last pieces are short, so that no thread waits
-// long for another.
+// long for another thread.
 class Grid {
  public:
   struct Cut {
@@ -118,12 +118,13 @@ class Grid {
     // The number of units is at least one, so that there are tasks even if W has no rows or columns.
     const size_t units = std::max<size_t>(1, ceil_div(side.count, side.unit));
     size_t pieces = ceil_div(tokens.count, std::max<size_t>(1, tokens.most));
-    // If W has too few units for all threads, the tokens are cut too. If the threads can share the units of W
-    // evenly, the tokens are not cut, because W would be read and decoded again for each piece of the tokens.
+    // If W has too few units for all threads, the tokens are cut into more pieces. But if the threads can
+    // share the units of W evenly, the tokens are not cut further, because W would be read and decoded again
+    // for each piece.
     if (pieces * units < pieces_for(threads) && units % threads != 0)
       pieces = ceil_div(pieces_for(threads), units);
-    // Reduces the number of pieces of tokens while the longest piece keeps its length, because W is read once
-    // for each piece.
+    // Takes the smallest number of token pieces for which the longest piece does not become longer. Fewer
+    // pieces are better, because each piece reads W once.
     const size_t token_units = ceil_div(tokens.count, tokens.unit);
     pieces = ceil_div(token_units, ceil_div(token_units, pieces));
     const size_t in_time = pieces * units / (static_cast<size_t>(operations / kTaskFlops) + 1);

@@ -1,4 +1,5 @@
-// Dropout on the low-rank path. The mask is never stored: it is computed again from its key.
+// Dropout on the low-rank path. The mask is never stored: whenever the mask is needed, it is computed again
+// from its key.
 #pragma once
 
 #include <cmath>

@@ -1,5 +1,5 @@
-// Converts activations and factors to the element type of the products, which is their own type or pairs of
-// bfloat16.
+// Converts activations and factors to the element type of a product: floats stay floats or become pairs of
+// bfloat16 values, and doubles stay doubles.
 #pragma once
 
 #include <cstddef>
@@ -34,7 +34,8 @@ void lanes_of(size_t n_lanes, Matrix<const kernels::Sum<E>> x, E* xt) {
 }
 
 // Converts m (rows, cols) to pairs of bfloat16 in `out`, with `depth` elements from one row to the next. A
-// pair holds neighbours of one row; an odd last value is paired with zero.
+// pair holds two neighbours of one row. If a row has an odd number of values, the last value is paired with
+// zero.
 template <class E>
 void elements_of(Matrix<const float> m, E* out, size_t depth) {
   for (size_t i = 0; i < m.rows; ++i) {
@@ -44,8 +45,8 @@ void elements_of(Matrix<const float> m, E* out, size_t depth) {
   }
 }
 
-// Returns m with its values as elements of type E. If E is pairs, elements_of converts m into `out`;
-// otherwise the result is m itself.
+// Returns m with its values as elements of type E. If E is Bf16Pair, m is converted to pairs in `out` (see
+// elements_of). For every other E, the result is m itself.
 template <class E>
 kernels::Strided<E> elements_or_self(Matrix<const kernels::Sum<E>> m, E* out) {
   if constexpr (kernels::kValuesPerElement<E> == 1) {
@@ -56,8 +57,9 @@ kernels::Strided<E> elements_or_self(Matrix<const kernels::Sum<E>> m, E* out) {
   }
 }
 
-// Returns m (rows, cols) with its values as elements of type E. If E is pairs, neighbours of one column are
-// paired, and the result is (depth_of(rows), cols) in `out`; otherwise the result is m itself.
+// Returns m (rows, cols) with its values as elements of type E. If E is Bf16Pair, neighbours of one column
+// are paired, and the result (depth_of(rows), cols) is stored in `out`. For every other E, the result is m
+// itself.
 template <class E>
 Matrix<const E> pairs_down_columns(Matrix<const kernels::Sum<E>> m, E* out) {
   if constexpr (kernels::kValuesPerElement<E> == 1) {

@@ -21,8 +21,8 @@ bool reads_bf16(const WeightView& w) {
   return w.storage == Storage::kBfloat16;
 }
 
-// Neighbouring parts that read W in the same element type are computed together. Small batches are computed
-// in float even if larger ones are computed in pairs of bfloat16.
+// Computes a small batch. Neighbouring layers that read W in the same element type are computed together. A
+// small batch is never computed with pairs of bfloat16, even if larger batches are.
 template <class T>
 void small_stack(std::span<const ForwardPart<T>> parts, Matrix<const T> x) {
   while (!parts.empty()) {
@@ -60,7 +60,8 @@ bool same_weight(const WeightView& a, const WeightView& b) {
          a.nf4.codes == b.nf4.codes;
 }
 
-// Whether two parts with the same weight have the same bias. The copies of a layer have copies of its bias.
+// Whether two layers with the same weight have the same bias. The biases may lie at different addresses,
+// because a copy of a layer has a copy of the bias.
 template <class T>
 bool same_bias(const ForwardPart<T>& a, const ForwardPart<T>& b) {
   if (a.bias == b.bias) return true;
@@ -122,9 +123,9 @@ void lora_infer(std::span<const ForwardPart<T>> parts, Matrix<const T> x, size_t
   forward_as(parts, x, inference_tokens(std::max(batch, x.rows)), false);
 }
 
-// A small batch reads each weight once for all groups. A larger batch reads each weight once for each group.
-// All groups are computed as the whole batch would be, so that the bits of a row do not depend on its group's
-// size.
+// A small batch reads each weight once for all groups of rows. A larger batch reads each weight once for each
+// group. The method for a group depends on the size of the whole batch, so the bits of a row do not depend on
+// the size of its group.
 template <class T>
 void lora_forward_groups(std::span<const GroupParts<T>> groups, Matrix<const T> x) {
   if (x.rows > kernels::kSmallBatch || !share_weights(groups)) {

@@ -12,7 +12,7 @@
 namespace nplora {
 
 // The method for batches of up to kSmallBatch rows. The weight is read once, as elements of type W in the
-// order of memory, and nothing is transposed.
+// order in which they are stored. Nothing is transposed.
 template <class W>
 void forward_small(std::span<const ForwardPart<kernels::Sum<W>>> parts, Matrix<const kernels::Sum<W>> x);
 
@@ -21,9 +21,9 @@ template <class E>
 void forward_lanes(std::span<const ForwardPart<kernels::Sum<E>>> parts, Matrix<const kernels::Sum<E>> x,
                    size_t threads);
 
-// The method with outputs in the SIMD lanes. Blocks of W are transposed. The low-rank update is added to
-// these blocks (merged on the fly) if plan_forward chooses this for a batch of `plan_tokens` rows. Blocks of
-// the weight have elements of type W, which is E or Int8Quad.
+// The method with outputs in the SIMD lanes. This method transposes blocks of W. The low-rank update is added
+// to these blocks (merged on the fly) if plan_forward prefers that for a batch of `plan_tokens` rows. Blocks
+// of the weight have elements of type W, which is E or Int8Quad.
 template <class E, class W>
 void forward_rows(std::span<const ForwardPart<kernels::Sum<E>>> parts, Matrix<const kernels::Sum<E>> x,
                   size_t threads, size_t plan_tokens);
@@ -46,7 +46,7 @@ const T* bias_at(const ForwardPart<T>& part, size_t row) {
   return part.bias ? part.bias + row : nullptr;
 }
 
-// Calls body(rows, low) for each group of rows, or once for all n rows if the part has no groups.
+// Calls body(rows, low) for each group of rows of x, or once for all n rows if the layer has no groups.
 template <class T, class Body>
 void for_groups(const ForwardPart<T>& part, size_t n, const Body& body) {
   if (part.groups.empty()) return body(Range{0, n}, part.low);
@@ -57,14 +57,14 @@ void for_groups(const ForwardPart<T>& part, size_t n, const Body& body) {
   }
 }
 
-// A range of rows of one part of a stack.
+// Some rows of the weight of one layer. `part` is the index of the layer in a stack.
 struct PartRows {
   size_t part;
   Range rows;
 };
 
-// The rows of all parts of a stack, as one sequence of blocks. Each part begins with a new block of
-// `block_rows` rows.
+// The rows of the weights of all layers of a stack, as one sequence of blocks of `block_rows` rows. Each
+// layer begins with a new block.
 template <class T>
 class StackRows {
  public:
@@ -77,7 +77,7 @@ class StackRows {
     return sum;
   }
 
-  // For a range of blocks, calls body(PartRows) with the rows of each part in this range.
+  // Calls body(PartRows) for each layer that has rows in a range of blocks. PartRows holds these rows.
   template <class Body>
   void for_parts(Range blocks, const Body& body) const {
     size_t first = 0;

@@ -78,8 +78,8 @@ class LanesForward {
     }
   }
 
-  // The number of lanes for this many tokens. Half of all lanes are used if that is enough, as in the last
-  // block of most batches.
+  // The number of lanes for this many tokens: half of the lanes if that is enough, as for the last tokens of
+  // most batches, and all lanes if not.
   size_t width(size_t tokens) const { return tokens <= tiles_.lanes / 2 ? tiles_.lanes / 2 : tiles_.lanes; }
 
   Range lane_block(Range token_block, size_t b) const {
@@ -87,7 +87,7 @@ class LanesForward {
     return {token_block.first + block.first, block.count};
   }
 
-  // Computes xt (x transposed) for one block of tokens, and zt (z transposed) and z for all parts.
+  // Computes xt (x transposed) for one block of tokens, and zt (z transposed) and z for all layers.
   void prepare(Range token_block, size_t b) const {
     const Range tokens = lane_block(token_block, b);
     E* lanes = xt_ + b * depth_ * lanes_;
@@ -115,8 +115,8 @@ class LanesForward {
     for (size_t i = 0; i < rank * lanes; ++i) zt[i] *= T(part.low.scale);
   }
 
-  // Computes y for some rows of a part, and for some lane blocks of a token block. A lane block consists of
-  // the tokens that fill all lanes once.
+  // Computes y for some rows of the weight of one layer, and for some lane blocks of a token block. A lane
+  // block consists of the tokens that fill all lanes once.
   void multiply(Range token_block, Range blocks, PartRows piece) const {
     const LoraDelta& delta = deltas_[piece.part];
     const ForwardPart<T>& part = delta.part;
@@ -139,13 +139,13 @@ class LanesForward {
 
   // Multiplies some rows of W by several blocks of tokens: yt (blocks, kRowBlock, lanes) = W[rows] xt, where
   // xt is x transposed. Calls after(block, yt of the block) as soon as the yt of a block is complete, while
-  // it is still in L1.
+  // this yt is still in L1.
   template <class After>
   void frozen(const ForwardPart<T>& part, Range token_block, Range rows, Range blocks, T* yt,
               const After& after) const {
     const WeightView& w = part.w;
     const size_t most = depth_block(w.d_in);
-    // In pairs of bfloat16, the depth may only be cut at multiples of kDepthCut, which is two panels. All
+    // For pairs of bfloat16, the depth may only be cut at multiples of kDepthCut, which is two panels. All
     // columns after the last such multiple are multiplied together: a full panel, a narrower panel or both.
     const size_t full = kValuesPerElement<E> == 1 ? full_columns(w.d_in) : w.d_in / kDepthCut * kDepthCut;
     E* decoded = scratch<E>(Scratch::kWeight, kRowBlock * scratch_columns(most));

@@ -24,9 +24,10 @@ using kernels::Sum;
 
 namespace {
 
-// The forward pass with outputs in the SIMD lanes. Each block of W is transposed once for all tokens of a
-// task. The update may be merged into the block on the fly. E is the element type of the products with the
-// factors, and W the element type of the blocks of W: E, or Int8Quad for products with W in int8.
+// The forward pass with outputs in the SIMD lanes. Each block of the weight is transposed once for all tokens
+// of a task. The update may be merged into the block on the fly. The template parameter E is the element type
+// of the products with the factors. The template parameter W is the element type of blocks of the weight: E,
+// or Int8Quad for products in int8.
 template <class E, class W>
 class RowsForward {
  public:
@@ -74,12 +75,12 @@ class RowsForward {
   static constexpr size_t kTaskRows = kInt8 ? 2 * kRowBlock : kRowBlock;
   static_assert(kTaskRows % kBlockRows == 0);
 
-  // A group of parts whose z are columns of one product, so that x is read once. A part with dropout is a
-  // group of its own, because it drops different elements of x.
+  // Layers whose z are columns of one product, so that x is read once for all these layers. A layer with
+  // dropout is not joined with other layers, because each layer drops different elements of x.
   struct Joined {
-    const LowRank<T>* dropped = nullptr;  // the part that uses dropout, or null
-    size_t rank = 0;                      // the sum of the ranks of all parts
-    E* b = nullptr;                       // the Bᵀ of all parts, side by side, (depth, rank)
+    const LowRank<T>* dropped = nullptr;  // the update that uses dropout, or null
+    size_t rank = 0;                      // the sum of the ranks of all joined layers
+    E* b = nullptr;                       // the Bᵀ of all joined layers, side by side, (depth, rank)
     T* z = nullptr;                       // the z of a token block, (n, rank)
   };
 
@@ -87,10 +88,10 @@ class RowsForward {
     const ForwardPart<T>& part;
     Update update;
     Joined* joined;             // null if z is not needed
-    size_t column = 0;          // the part's first column in the joined z
+    size_t column = 0;          // the layer's first column in the joined z
     T* a = nullptr;             // scale * Aᵀ (r, d_out)
     Matrix<const E> a_pairs{};  // scale * Aᵀ, converted to type E
-    E* z_elements = nullptr;    // the part's z of a token block, if it is converted to E
+    E* z_elements = nullptr;    // the layer's z of a token block, if it is converted to E
 
     size_t rank() const { return part.low.rank(); }
   };
@@ -102,7 +103,7 @@ class RowsForward {
     return &joined_.emplace_back(Joined{drops ? &low : nullptr});
   }
 
-  // Divides the scratch memory among the parts, and converts their factors to elements of type E.
+  // Divides the scratch memory among the layers, and converts their factors to elements of type E.
   void reserve() {
     for (PartUpdate& u : updates_)
       if (u.joined) u.column = std::exchange(u.joined->rank, u.joined->rank + u.rank());
@@ -153,8 +154,8 @@ class RowsForward {
     }
   }
 
-  // Converts the x of a few tokens for the products with W, and returns it for the products with B. `first`
-  // is the first token, counted from the start of the token block.
+  // Converts the x of a few tokens for the products with W. Returns the same x as elements of type E for the
+  // products with B. `first` is the first token, counted from the start of the token block.
   Strided<E> convert(Matrix<const T> x, size_t first) const {
     if constexpr (kInt8) {
       for (size_t i = 0; i < x.rows; ++i) x_codes_.quantize(first + i, x.row(i), nullptr);
@@ -176,7 +177,8 @@ class RowsForward {
                    false, rows_after(x_, tokens));
   }
 
-  // Copies a part's z of a few tokens to the caller, and converts it to elements of type E for the update.
+  // Copies a layer's z of a few tokens to the caller. Also converts this z to elements of type E for the
+  // update.
   void keep(const PartUpdate& u, Range token_block, Range few) const {
     const size_t stride = u.joined->rank;
     const Matrix<const T> z{u.joined->z + few.first * stride + u.column, few.count, u.rank(), stride};
@@ -203,8 +205,8 @@ class RowsForward {
       return {u.z_elements + first * depth, depth, 1};
   }
 
-  // Computes the outputs y of some rows of a part, for some tokens of a token block. The blocks of a few
-  // panels are transposed at a time, so that x is loaded into L2 once for all these panels.
+  // Computes the outputs y of some rows of a layer's weight, for some tokens of a token block. The blocks of
+  // a few panels are transposed at a time, so that x is loaded into L2 once for all these panels.
   void multiply(Range token_block, Range some, PartRows piece) const {
     const PartUpdate& u = updates_[piece.part];
     const size_t depth = kInt8 ? int8_depth_block(x_.cols) : depth_block(x_.cols);
@@ -231,8 +233,7 @@ class RowsForward {
     }
   }
 
-  // Calls body(index, rows) for each group of kBlockRows rows of W, which become the columns of a block of
-  // Wᵀ.
+  // Calls body(index, rows) for each kBlockRows rows of W. These rows become the columns of one block of Wᵀ.
   template <class Body>
   static void for_blocks_of(Range rows, const Body& body) {
     for (size_t i = 0; i * kBlockRows < rows.count; ++i) {
@@ -312,7 +313,7 @@ class RowsForward {
   size_t block_tokens_ = 0;
   std::vector<Joined> joined_;
   std::vector<PartUpdate> updates_;
-  E* x_elements_ = nullptr;  // x of a token block as elements of type E, or x_codes_ in int8
+  E* x_elements_ = nullptr;  // x of a token block as elements of type E (in int8, x_codes_ holds x instead)
   CodedBlock x_codes_{x_.cols, kernels::kInt8Group};
 };
 

@@ -31,7 +31,7 @@ kernels::Int8Rows quantized(Matrix<const float> x) {
   return {codes, scales, sums, half_sums};
 }
 
-// The update of some rows of x, and z (rows.count, r) of these rows, times the scale.
+// The update of one group of rows of x. `z` (rows.count, r) holds z of these rows, times the scale.
 template <class T>
 struct ProjectedUpdate {
   Range rows;
@@ -41,9 +41,9 @@ struct ProjectedUpdate {
   size_t rank() const { return low->rank(); }
 };
 
-// The parts of the factors to prefetch before the update of some rows of W: the same rows of A, and a
-// proportional share of B. Other workers may prefetch the other shares of B. The limit `most` applies to A
-// and to B.
+// Lists the memory to prefetch before the update of the outputs of some rows of W: the same rows of A, and a
+// proportional share of B. Other workers may prefetch the other shares of B. At most `most` bytes of A, and
+// at most `most` bytes of B, are prefetched.
 template <class T>
 FetchList factors(const LowRank<T>& low, Range rows, size_t most) {
   if (low.rank() == 0 || rows.count == 0) return {Fetch::none(), Fetch::none()};
@@ -57,12 +57,12 @@ FetchList factors(const LowRank<T>& low, Range rows, size_t most) {
   return {lines(low.b.data + first, b_count), lines(low.a.data + a_first, a_count)};
 }
 
-// Prefetches a piece of memory into L2, all of it at once.
+// Prefetches all cache lines of `some` into L2 at once.
 void fetch(const Fetch& some) {
   for (size_t i = 0; i < some.lines; ++i) __builtin_prefetch(some.at + i * kCacheLine, 0, 2);
 }
 
-// Computes one part of a stack. The weight is read once, as elements of type W. If the weight is stored in
+// Computes one layer of a stack. The weight is read once, as elements of type W. If the weight is stored in
 // panels, the panels are read one after the other, while the partial sums of the rows stay in the cache. The
 // updates are added last, when their factors are in the cache. The updates are computed in the type of the
 // sums. Every row of x has the same bits in every batch.
@@ -74,7 +74,7 @@ class SmallForward {
   SmallForward(const ForwardPart<T>& part, Matrix<const T> x, const kernels::Int8Rows& codes)
       : part_(part), x_(x), k_(kernels::table().products<T>()), lanes_(k_.lanes / 2), codes_(codes) {}
 
-  // Adds the update of some rows of x. `z` is memory for the z of these rows.
+  // Adds the update of some rows of x to the list of updates. `z` is memory for the z of these rows.
   void add(Range rows, const LowRank<T>& low, T* z) {
     if (rows.count > 0 && low.rank() > 0) groups_.push_back({rows, &low, z});
   }
@@ -85,7 +85,7 @@ class SmallForward {
   // are prefetched.
   void multiply(Range rows) const {
     std::vector<FetchList> next;
-    constexpr size_t kMostBytes = 256 << 10;  // the limit of all A, and of all B, which stay in L2
+    constexpr size_t kMostBytes = 256 << 10;  // of all A together, and of all B together: they stay in L2
     for (const auto& group : groups_) next.push_back(factors(*group.low, rows, kMostBytes / groups_.size()));
     if constexpr (std::is_same_v<W, float>)
       if (dots_blocks(part_.w)) {
@@ -107,7 +107,7 @@ class SmallForward {
     multiply_rows(rows);
   }
 
-  // Multiplies the rows of x of one group by some rows of B: z[:, ranks] = scale * drop(x) B[ranks]ᵀ. The
+  // Multiplies one group of rows of x by some rows of B: z[:, ranks] = scale * drop(x) B[ranks]ᵀ. The
   // caller's z is stored without the scale.
   void project(size_t group, Range ranks) const {
     const auto& [rows, low, z] = groups_[group];
@@ -179,7 +179,7 @@ class SmallForward {
   }
 
   // Does the work of `multiply` if W is not in low-bit blocks. If W must be decoded, a few rows are decoded
-  // at a time and stay in L2. The partial sums of several tokens stay in L1.
+  // at a time, and the decoded rows stay in L2. The partial sums of several tokens stay in L1.
   void multiply_rows(Range rows) const {
     const bool decodes = !in_place<W>(part_.w);
     const bool sums_in_l1 = std::is_same_v<W, Bf16> && part_.w.packed;
@@ -219,14 +219,14 @@ class SmallForward {
 // Each worker takes at least this many rows of B, because kernels compute up to four rows at a time.
 constexpr size_t kLeastRanks = 4;
 
-// Rows of B of one group of a part.
+// A task of the products with B: some rows of B, for one group of rows of x in one layer.
 struct Projection {
   size_t part, group;
   Range ranks;
 };
 
-// Adds one to a counter when a piece of work ends. Other threads wait until the counter reaches the number of
-// all pieces. Work that ends with an exception counts too.
+// Adds one to a counter when a product with rows of B ends, even if it ends with an exception. Other threads
+// wait until all these products have ended.
 class Counted {
  public:
   explicit Counted(std::atomic<size_t>& count) : count_(count) {}
@@ -282,11 +282,11 @@ void forward_small(std::span<const ForwardPart<Sum<W>>> parts, Matrix<const Sum<
         projections.push_back({product, i, {r, std::min(step, rank - r)}});
     }
   }
-  // Each worker multiplies rows of W, one task after the other, and then rows of B. When no rows of B are
-  // left to take, the worker waits until z is complete. The worker then adds the updates to the outputs of
-  // its own rows of W. So a worker only waits for rows of B that another worker is computing. For large
-  // weights there are more workers than threads, so that each thread runs several workers, and Ctrl-C is
-  // noticed between them.
+  // Each worker first multiplies rows of W, one task after the other, and then rows of B. When no rows of B
+  // are left to take, the worker waits until z is complete. Then the worker adds the updates to the outputs
+  // that it has computed. So a worker waits only while other workers still multiply rows of B. For large
+  // weights there are more workers than threads: each thread runs several workers, and Ctrl-C is noticed
+  // between two workers.
   const size_t in_time = static_cast<size_t>(flops_of(parts, x.rows) / kTaskFlops);
   const size_t workers = round_up(std::max(threads, in_time), threads);
   const size_t most_rows = workers > threads ? ceil_div(rows, workers) : rows;

@@ -15,11 +15,12 @@ namespace {
 
 constexpr size_t kCodesPerQuad = kernels::kValuesPerElement<Int8Quad>;
 
-// Rows of W that are decoded at a time: 48 rows of two panels are 18 KB of floats.
+// The number of rows of W that are decoded at a time: 48 rows of two panels are 18 KB of floats.
 constexpr size_t kRowsAtOnce = 48;
 
-// Calls body(panel, columns) for each panel of floats W[rows, cols], at most kDecodedColumns columns at a
-// time. A last panel that is narrower is decoded alone (see full_columns).
+// Decodes W[rows, cols] to floats, at most kDecodedColumns columns at a time, and calls body(panel, column)
+// for each panel. `column` is the first column of the panel, counted from cols.first. A last panel that is
+// narrower is decoded alone (see full_columns).
 template <class Body>
 void for_float_panels(const WeightView& w, Range rows, Range cols, const Body& body) {
   float* decoded = scratch<float>(Scratch::kDecoded, rows.count * scratch_columns(kDecodedColumns));
@@ -62,7 +63,7 @@ void RowScales::find(const WeightView& w) {
 
 static_assert(kInt8DepthUnit % kernels::kDithered == 0 && kernels::kInt8Group % kernels::kDithered == 0);
 
-// Rows whose distance is a multiple of 1 KB would evict each other from L1.
+// Rows whose distance is a multiple of 1 KB would evict each other from L1, so the distance is made larger.
 size_t CodedBlock::stride() const {
   const size_t bytes = round_up(cols_, kCodesPerQuad);
   return bytes % 1024 == 0 ? bytes + kCacheLine : bytes;
@@ -95,7 +96,7 @@ kernels::CodedRows CodedBlock::from(size_t row, size_t col) const {
 
 namespace {
 
-// 1 / scale for some rows of W, or 0 if the scale is 0 or NaN.
+// For some rows of W: 1 / scale, or 0 if the scale is 0 or NaN.
 struct Inverses {
   float of[kRowsAtOnce];
 

@@ -1,6 +1,6 @@
-// W and the rows that it multiplies in int8, for large batches. W is recoded from its storage while a block
-// is packed: each row has one scale, for every storage format. (Products of small batches use the blocks' own
-// codes, see kernels::Int8Products.)
+// The operands of int8 products for large batches: W, and rows of x or dy. A block of W is converted from its
+// storage format to int8 when the block is packed. In int8, each row of W has one scale, for every storage
+// format. (Products of small batches use the codes of the low-bit blocks, see kernels::Int8Products.)
 #pragma once
 
 #include <atomic>
@@ -14,8 +14,8 @@
 
 namespace nplora {
 
-// The scales of W's rows. The scales are computed when a product first needs them, because decoding with a
-// mapped model should not read the whole file first.
+// The scales of W's rows. The scales are computed when a product first needs them, because text generation
+// does not need them, and should not read the whole file of a mapped model first.
 class RowScales {
  public:
   RowScales() = default;
@@ -27,16 +27,16 @@ class RowScales {
   // time, one result is kept.
   void find(const WeightView& w);
 
-  // The scales (d_out) after `find`: the largest magnitude of a row / 127. The scale is 0 if all magnitudes
-  // are below 2^-119, and NaN if an element is NaN or infinite.
+  // The scales (d_out), or null before `find`. A scale is the largest magnitude in a row, divided by 127. The
+  // scale is 0 if all magnitudes are below 2^-119, and NaN if an element is NaN or infinite.
   const float* scales() const { return found_.load(std::memory_order_acquire); }
 
  private:
   std::atomic<float*> found_ = nullptr;
 };
 
-// The depth of a block in int8 products, in values. A depth that fits is not cut; a longer depth is cut into
-// blocks of about equal size.
+// The depth of a block in int8 products, in values. A depth of up to kInt8Depth is not cut; a longer depth is
+// cut into blocks of about equal size.
 inline constexpr size_t kInt8DepthUnit = 192;  // a multiple of two panels and of kInt8Group
 static_assert(kernels::kInt8Depth % kInt8DepthUnit == 0);
 static_assert(kInt8DepthUnit % kDecodedColumns == 0 && kInt8DepthUnit % kernels::kInt8Group == 0);
@@ -64,7 +64,8 @@ class CodedBlock {
   // and on the column.
   void dither(size_t row, uint64_t seed, size_t random_row, const float* x, const float* factors) const;
 
-  // The stored rows, beginning at row `row` and column `col`. `col` is the first column of a group.
+  // The stored rows, beginning at row `row` and column `col`. `col` is the first column of a group that
+  // shares a scale.
   kernels::CodedRows from(size_t row, size_t col) const;
 
  private:

@@ -1,6 +1,6 @@
-// Chooses the methods to compute a product and its low-rank update. The choice compares numbers of
-// operations. The choice never depends on timing, on the number of threads or on the instruction set, so that
-// none of these changes a result.
+// Chooses the methods to compute a product and its low-rank update, by comparing numbers of operations. The
+// choice depends neither on timing nor on the number of threads or the instruction set, so none of these can
+// change a result.
 #pragma once
 
 #include <algorithm>
@@ -18,8 +18,8 @@ enum class ForwardPath {
   kRows,   // W is transposed, which is fastest for large batches
 };
 
-// Transposing a block of W that was just decoded, and is still in L1, is this many times cheaper than
-// transposing x and y.
+// Transposing an element of a block of W that was just decoded, and is still in L1, is this many times
+// cheaper than transposing an element of x or y.
 inline constexpr size_t kDecodedGain = 6;
 
 inline ForwardPath forward_path(size_t tokens, size_t d_out, size_t d_in, size_t element_bytes,
@@ -30,21 +30,22 @@ inline ForwardPath forward_path(size_t tokens, size_t d_out, size_t d_in, size_t
                                                                                : ForwardPath::kLanes;
 }
 
-// Inference computes every batch above kSmallBatch rows as if it had this many rows. So a row has the same
-// bits in all these batches, and a prompt may be read in pieces of any length above kSmallBatch.
+// Inference computes every batch above kSmallBatch rows as if the batch had this many rows. A row of the
+// result then has the same bits in all these batches, and a prompt may be read in pieces of any length above
+// kSmallBatch.
 inline constexpr size_t kInferenceTokens = 64;
 
 inline size_t inference_tokens(size_t batch) {
   return batch <= kernels::kSmallBatch ? batch : kInferenceTokens;
 }
 
-// Whether a product with this many rows is computed in pairs of bfloat16.
+// Whether a product with this many rows is computed with pairs of bfloat16 values.
 inline bool computes_pairs(const WeightView& w, size_t tokens) {
   return w.compute != Compute::kFloat && tokens > kFloatBatch;
 }
 
-// Whether a forward product, or a backward product, with this many rows is computed in int8. (Forward
-// products of small batches are computed in int8 if dots_int8 is true.)
+// Whether a forward product, or a backward product, with this many rows is computed by the int8 kernels for
+// large batches. (For forward products of small batches, dots_int8 says whether they are computed in int8.)
 inline bool forward_in_int8(const WeightView& w, size_t tokens) {
   return w.compute == Compute::kInt8 && tokens > kernels::kSmallBatch;
 }
@@ -53,7 +54,7 @@ inline bool backward_in_int8(const WeightView& w, size_t tokens) {
 }
 
 // The arithmetic of a product with W. `in_int8` says whether the product is computed in int8. The update of
-// an int8 product is computed in pairs of bfloat16.
+// an int8 product is computed with pairs of bfloat16 values.
 template <class T>
 Arithmetic arithmetic_of(const WeightView& w, size_t tokens, bool in_int8) {
   if (sizeof(T) == 8) return Arithmetic::kFloat64;
@@ -93,14 +94,14 @@ inline double merge_cost(const LayerShape& s, size_t width) {
          (flops(s.d_out, s.rank, s.d_in) + kCopyOperations * double(s.d_out) * double(s.d_in));
 }
 
-// The method for one layer of a stack, and the cost of each alternative.
+// How the update of one layer is applied, and what each alternative would cost.
 struct KernelPlan {
   Update update;
   UpdateCost cost;
 };
 
-// Chooses the cheaper alternative. Only float and double may be merged on the fly: in bfloat16, rounding W +
-// scale A B would lose a small update, such as that of an adapter at the start of training.
+// Chooses the cheaper alternative. An update is merged on the fly only in float and double: in bfloat16,
+// rounding W + scale A B would lose a small update, such as that of an adapter at the start of training.
 inline KernelPlan cheaper(const LayerShape& s, const UpdateCost& cost) {
   if (s.rank == 0) return {Update::kNone, cost};
   const bool can_merge = s.element_bytes >= 4 && !s.dropout && s.tokens > kernels::kSmallBatch;
@@ -108,7 +109,7 @@ inline KernelPlan cheaper(const LayerShape& s, const UpdateCost& cost) {
 }
 
 // A separate update needs the products z = x Bᵀ and z Aᵀ. Merging on the fly needs neither product, but z is
-// still computed if it is kept for a backward pass. Only the method that transposes W can merge.
+// still computed if a backward pass will need it. Only the method that transposes W can merge on the fly.
 inline KernelPlan plan_forward(const LayerShape& s, bool keep_z) {
   const double project = flops(s.tokens, s.rank, s.d_in), expand = flops(s.tokens, s.rank, s.d_out);
   KernelPlan plan = cheaper(s, {project + expand, merge_cost(s, s.d_in) + (keep_z ? project : 0)});

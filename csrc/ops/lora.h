@@ -20,14 +20,15 @@ struct LowRank {
   double scale = 0;
   double dropout = 0;  // the probability of dropping an element of x on the low-rank path
   uint64_t key = 0;    // the key of the dropout mask
-  // The elements of a and b in bfloat16, without gaps, or null. Small batches read these copies instead,
-  // because they take half as long to read. The copies must have the same values as a and b.
+  // Copies of a and b in bfloat16, without gaps between the rows, or null. Small batches read the copies
+  // instead of a and b, because the copies take half as long to read. The copies must have the same values as
+  // a and b.
   const kernels::Bf16 *narrow_a = nullptr, *narrow_b = nullptr;
 
   size_t rank() const { return scale == 0 ? 0 : a.cols; }
 };
 
-// The update of the next `rows` rows of x.
+// One group of rows in a small batch: the next `rows` rows of x, and the update for these rows.
 template <class T>
 struct GroupUpdate {
   size_t rows;
@@ -35,8 +36,9 @@ struct GroupUpdate {
 };
 
 // One layer of a forward pass: z = drop(x) Bᵀ, y = x Wᵀ + scale z Aᵀ [+ bias]. The shapes are x (n, d_in), y
-// (n, d_out) and z (n, r). `bias` may be null. The data of z may be null if the caller does not need z. A
-// small batch may have `groups` instead of `low`. The groups together have n rows, and their z is not stored.
+// (n, d_out) and z (n, r). `bias` may be null. The data of z may be null if the caller does not need z. In a
+// small batch, `groups` may replace `low`: each group of rows of x then has its own update. The groups
+// together have n rows, and their z is not stored.
 template <class T>
 struct ForwardPart {
   WeightView w;
@@ -46,33 +48,35 @@ struct ForwardPart {
   std::span<const GroupUpdate<T>> groups = {};
 };
 
-// All parts of a stack read the same x (n, d_in). If `int8` is not set, large batches with weights of
-// Compute::kInt8 are computed as with kBfloat16. Training may set `int8`: W is then rounded once more, from
-// its blocks to codes with one scale for each row, which makes training faster. Inference does not set
-// `int8`, so that the answers of the model do not lose accuracy.
+// Computes a stack of layers; each of `parts` is one layer. All layers read the same x (n, d_in). If `int8`
+// is false, large batches with weights of Compute::kInt8 are computed as with Compute::kBfloat16. Training
+// may set `int8` to be faster: W is then rounded once more, from its blocks to codes with one scale for each
+// row. Inference does not set `int8`, because this rounding would make the answers of the model less
+// accurate.
 template <class T>
 void lora_forward(std::span<const ForwardPart<T>> parts, Matrix<const T> x, bool int8);
 
-// Does the same as the function above, but for inference, without int8 for large batches. The rows of x
-// belong to a batch of `batch` rows. All batches of up to kSmallBatch rows are computed in the same way, and
-// so are all larger batches (see kInferenceTokens).
+// Does the same as lora_forward, but for inference, without int8 for large batches. The rows of x belong to a
+// batch of `batch` rows. All batches of up to kSmallBatch rows are computed with one method, and all larger
+// batches with another (see kInferenceTokens).
 template <class T>
 void lora_infer(std::span<const ForwardPart<T>> parts, Matrix<const T> x, size_t batch);
 
-// The layers of a stack for the next `rows` rows of x.
+// One group of rows: the next `rows` rows of x, and the layers of a stack that these rows pass through.
 template <class T>
 struct GroupParts {
   size_t rows;
   std::vector<ForwardPart<T>> parts;
 };
 
-// Does lora_infer for several groups of rows of x. Each group has its own layers. Usually, the layers share
-// the weights and have different updates. Layer i of each group writes its rows of one array y.
+// Does the same as lora_infer for several groups of rows of x. Each group has its own layers. Usually, the
+// groups share the weights and have different updates. Layer i of every group writes to the same array y:
+// each group writes its own rows.
 template <class T>
 void lora_forward_groups(std::span<const GroupParts<T>> groups, Matrix<const T> x);
 
-// One layer of a backward pass: dz = scale dy A, da += scale dyᵀ z, db += dzᵀ drop(x). The data of da and db
-// may be null.
+// One layer of a backward pass: dz = scale dy A, da += scale dyᵀ z, db += dzᵀ drop(x). If a gradient is not
+// needed, the data of da or db is null.
 template <class T>
 struct BackwardPart {
   WeightView w;
@@ -81,12 +85,12 @@ struct BackwardPart {
   Matrix<T> da, db;
 };
 
-// Computes the gradients of all parts, and dx = the sum of dy W + undrop(dz B) over all parts. The data of dx
-// may be null. If `int8` is not set, weights of Compute::kInt8 are computed as with kBfloat16. With
-// `dither_key`, int8 products round dy stochastically, with random bits that depend on the key and on the
-// element. Gradients of logits need int8 = false or a `dither_key`: they have many small elements beside one
-// large element of their row. If such gradients were rounded to nearest in int8, all small elements would
-// become 0.
+// Computes the gradients of all layers, and dx = the sum of dy W + undrop(dz B) over all layers. If dx is not
+// needed, its data is null. If `int8` is false, weights of Compute::kInt8 are computed as with
+// Compute::kBfloat16. If `dither_key` is given, int8 products round dy stochastically, with random bits that
+// depend on the key and on the element. Gradients of logits need int8 = false or a `dither_key`, because they
+// have many small elements beside one large element of their row. If such gradients were rounded to nearest
+// in int8, all small elements would become 0.
 template <class T>
 void lora_backward(std::span<const BackwardPart<T>> parts, Matrix<const T> x, Matrix<T> dx, bool int8,
                    std::optional<uint64_t> dither_key = {});

@@ -15,15 +15,15 @@ using kernels::Products;
 namespace {
 
 constexpr size_t kRowsPerTask = 48;  // a multiple of tile_tokens (for float) on every instruction set
-// The largest size, in bytes, of the columns of B that a task multiplies with its rows at a time. On a Zen 4,
-// whose L2 holds 1 MB, 128 KB was 2-3 % slower.
+// The largest size, in bytes, of the columns of B that a task multiplies with its rows of A at a time. On a
+// Zen 4, whose L2 holds 1 MB, a limit of 128 KB was 2-3 % slower.
 constexpr size_t kColumnsBytes = size_t{320} << 10;
 // The number of columns of a tile. 16-bit weights are converted to float one tile at a time: 8 x 384 floats =
 // 12 KB.
 constexpr size_t kTileColumns = 8 * kPanelColumns;
 
-// Copies B to panels of kPanelColumns columns without gaps. Rows of the caller's B may be a multiple of 4 KB
-// apart, and would then evict each other from L1.
+// Copies B to panels of kPanelColumns columns without gaps. In the caller's B, the distance of two rows may
+// be a multiple of 4 KB, and such rows would evict each other from L1.
 template <class T>
 const T* panels_of(Matrix<const T> b) {
   T* panels = scratch<T>(Scratch::kLowLanes, b.rows * b.cols);

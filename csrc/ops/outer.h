@@ -22,7 +22,8 @@ const auto& gemm_outputs_in_lanes() {
 }
 
 // c (m, cols) = [c +] a (m, depth) times w (depth, cols). The columns are computed panel by panel. If `next`
-// is Fetch::memory, it applies only to the first panel; Fetch::rows_ahead applies to every panel.
+// is Fetch::memory, the memory is prefetched with the first panel only. If `next` is Fetch::rows_ahead, every
+// panel prefetches rows.
 template <class E>
 void add_product(size_t m, size_t cols, size_t depth, kernels::Strided<E> a, const E* w, size_t w_stride,
                  kernels::Sum<E>* c, size_t c_stride, bool accumulate,
@@ -35,8 +36,8 @@ void add_product(size_t m, size_t cols, size_t depth, kernels::Strided<E> a, con
   }
 }
 
-// The rows of m to prefetch while the range `some` is computed: the rows that follow `some`, but not more
-// rows than `some` has. Nothing is prefetched if the rows of m have gaps.
+// Returns the rows of m to prefetch while the rows `some` are computed. These are the rows that follow
+// `some`, but not more rows than `some` has. Nothing is prefetched if the rows of m have gaps.
 template <class T>
 kernels::Fetch rows_after(Matrix<const T> m, Range some) {
   const size_t end = some.first + some.count, count = std::min(some.count, m.rows - end);

@@ -9,24 +9,23 @@
 namespace nplora {
 
 // The use of a scratch buffer. Buffers of different uses exist at the same time; the contents of a buffer are
-// not used after the call that wrote them. The comments give the largest size of each buffer, in elements
-// unless they name a unit. L is the number of SIMD lanes (at most 32), and r is the sum of the ranks of a
-// stack.
+// not used after the call that wrote them. The comments give the largest size of each buffer, in elements if
+// no unit is named. L is the number of SIMD lanes (at most 32), and r is the sum of the ranks of a stack.
 enum class Scratch {
   // Holds x of a token block, transposed into lanes or converted to pairs of bfloat16 values or to int8. The
   // largest size is kLanesBytes or 64 d_in elements (64 tokens), whichever is larger. In the backward pass,
-  // holds dy, z and dz in pairs, dy in int8, and the factors. For attention in bfloat16, holds the keys and
-  // values of a batch in pairs. For a filtered loss, holds the weights of the kept words: up to a quarter of
-  // the logits.
+  // this buffer holds dy, z and dz in pairs, dy in int8, and the factors. For attention in bfloat16, it holds
+  // the keys and values of a batch in pairs. For a filtered loss, it holds the weights of the kept words: up
+  // to a quarter of the logits.
   kLanes,
-  // Holds z of a token block in lanes or pairs, with r elements for each token. Also holds a stack's factors,
-  // with r (d_in + d_out) elements, or B in panels.
+  // Holds z of a token block in lanes or pairs, with r elements for each token. In the same call, this buffer
+  // also holds the factors of a stack, with r (d_in + d_out) elements. In a merge, it holds B in panels.
   kLowLanes,
-  // Holds z or dz of a token block, with r elements for each token. Also holds A, or the sums of the
-  // gradients of A and B. These sums have r (d_in + d_out) elements.
+  // Holds z or dz of a token block, with r elements for each token. In the same call, this buffer also holds
+  // A, or the sums of the gradients of A and B. These sums have r (d_in + d_out) elements.
   kLowGradients,
-  // Holds L / 2 partial sums for each of kStreamedRows rows of W, or for each pair of one of 8 tokens and one
-  // of 48 rows of W or r rows of B.
+  // Holds L / 2 partial sums for each of kStreamedRows rows of W and one token. For a batch of up to 8
+  // tokens, holds L / 2 partial sums for each token and each of 48 rows of W or r rows of B.
   kSums,
   kWeight,   // decoded or transposed blocks of W: kBlocksBytes, or 48 kStreamedRows elements
   kDecoded,  // a block of W before it is transposed, or after the update is added: 48 kDepthBlock
@@ -36,16 +35,17 @@ enum class Scratch {
   kFactor,
   kDropped,       // rows of x after dropout: 32 d_in
   kDroppedLanes,  // rows of x after dropout, in lanes or pairs: 32 d_in
-  // Rows of x before they are put into lanes: 48 L, or 8 d_in; rows of x in pairs: 16 d_in. For attention in
-  // pairs, holds a tile: 96 (head_dim + 24) elements.
+  // Holds rows of x before they are put into lanes (48 L or 8 d_in elements), or rows of x in pairs (16 d_in
+  // elements). For attention in pairs, this buffer holds a tile: 96 (head_dim + 24) elements.
   kPairing,
   kCodes,       // a small batch of x in int8: 8 d_in
   kCodeScales,  // the scales and sums of these codes: d_in
   // Holds a tile of attention, with 48 (5 head_dim + 130) elements, or the scores of a single query, with
   // heads (256 + head_dim) elements.
   kAttention,
-  // If the keys of a single query are cut into pieces, holds the results for each piece: heads (head_dim + 2)
-  // elements. In the backward pass, holds one element for each head and token of the batch.
+  // Holds the results for each piece, with heads (head_dim + 2) elements, if the keys of a single query are
+  // cut into pieces. In the backward pass, this buffer holds one element for each head and token of the
+  // batch.
   kAttentionParts,
   kCount
 };

@@ -104,8 +104,8 @@ void copy_row(const WeightView& w, size_t row, T* out) {
   for_panels(w.d_in, [&](size_t c, size_t width) { widen(w.storage, width, locate(w, row, c).at, out + c); });
 }
 
-// Prefetches columns of a few rows of W in place. The hardware does not prefetch these columns, because there
-// are too few rows to detect a stream, or because a stream only begins here.
+// Prefetches columns of a few rows of W that is read in place. The hardware does not prefetch these columns,
+// because there are too few rows to detect a stream, or because a new stream begins here.
 void fetch(const WeightView& w, Range rows, Range cols) {
   if (w.packed || w.storage == Storage::kNf4) return;
   const bool blocks = is_blocks(w.storage);
@@ -124,13 +124,13 @@ void fetch_after(const WeightView& w, Range rows, Range cols) {
   fetch(w, rows, {end, std::min(cols.count, w.d_in - end)});
 }
 
-// Prefetches row i + 2 of a block, while row i is in use. A row has up to 8 KB, so three rows fit into L1.
+// Prefetches row i + 2 of a block while row i is in use. A row has at most 8 KB, so three rows fit into L1.
 void fetch_next(const WeightView& w, Range rows, size_t i, Range cols) {
   if (i + 2 < rows.count) fetch(w, {rows.first + i + 2, 1}, cols);
 }
 
 // Writes the panels of a block to `out`, one after the other, widened to T. Each panel has contiguous rows of
-// kPanelColumns columns; the last panel may be narrower. If W is not packed, it is read row by row.
+// kPanelColumns columns; the last panel may be narrower. A W that is not packed is read row by row.
 template <class T>
 void widen_block(const WeightView& w, Range rows, Range cols, T* out) {
   if (w.packed)
@@ -211,9 +211,9 @@ Panels<Bf16> row_block(const WeightView& w, Range rows, Range cols, bool, Bf16*)
 }
 
 // A full panel of bfloat16 values is read in place as a panel of pairs. The last panel may have an odd number
-// of columns. The last panel is therefore copied row by row, like other storage formats, and if its rows have
-// an odd number of values, a zero is added to each of them. If the block also has the panel before the last
-// one, both panels are copied.
+// of columns. The last panel is therefore copied row by row, like panels of other storage formats. If the
+// rows of the last panel have an odd number of values, a zero is added to each row. If the block also has the
+// panel before the last one, both panels are copied.
 template <>
 Panels<Bf16Pair> row_block(const WeightView& w, Range rows, Range cols, bool, Bf16Pair* scratch) {
   constexpr size_t kPanelPairs = kPanelColumns / 2;
@@ -283,8 +283,8 @@ void for_fetched_rows(const WeightView& w, Range rows, Range cols, const Body& b
   }
 }
 
-// Widens the block W[rows, cols] to out (rows, cols). The columns of the block are side by side in memory; in
-// packed W, they are in one panel.
+// Widens the block W[rows, cols] to out (rows, cols). The columns of the block must be side by side in
+// memory. In packed W, they must therefore belong to one panel.
 template <class T>
 void widen_rows(const WeightView& w, Range rows, Range cols, T* out) {
   const Location from = locate(w, rows.first, cols.first);
@@ -294,7 +294,7 @@ void widen_rows(const WeightView& w, Range rows, Range cols, T* out) {
 }
 
 // Converts the block W[rows, cols] to pairs of neighbouring rows: out (ceil(rows / 2), cols). The columns of
-// the block are side by side in memory.
+// the block must be side by side in memory.
 void pair(const WeightView& w, Range rows, Range cols, Bf16Pair* out) {
   const kernels::Conversions& convert = kernels::table().convert;
   const Location from = locate(w, rows.first, cols.first);

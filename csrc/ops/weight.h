@@ -1,6 +1,6 @@
 // The frozen matrix W (d_out, d_in). Either the library holds W packed in its storage format, or W is in the
-// caller's memory (often a mapped file) as a row-major array or low-bit blocks. Blocks are decoded a part at
-// a time; the whole W is never decoded at once.
+// caller's memory (often a mapped file) as a row-major array or low-bit blocks. Blocks are decoded a few at a
+// time; the whole W is never decoded at once.
 #pragma once
 
 #include <cstdint>
@@ -19,14 +19,14 @@ class RowScales;
 
 // The arithmetic of the products with a weight. With kFloat, products use the weight's own float type. With
 // kBfloat16, larger batches use pairs of bfloat16, summed in float: forward above kSmallBatch rows, backward
-// above kFloatBatch rows. With kInt8, these products use int8 instead (see ops/int8_weight.h), and forward
-// passes of small batches use int8 too if W is in one of GGUF's block formats. The products with the factors
-// of an update are computed as with kBfloat16.
+// above kFloatBatch rows. With kInt8, these larger batches use int8 instead (see ops/int8_weight.h), and
+// forward passes of small batches use int8 too if W is in one of GGUF's block formats. With kInt8, the
+// products with the factors of an update are computed as with kBfloat16.
 enum class Compute { kFloat, kBfloat16, kInt8 };
 
 // W in the form in which the products read it. If `packed` is true, W is panels of kPanelColumns columns with
-// contiguous rows; the last panel may be narrower and is not padded. Otherwise W is a row-major array, rows
-// of blocks, or NF4, whose blocks may contain the end of one row and the start of the next.
+// contiguous rows; the last panel may be narrower and is not padded. If `packed` is false, W is a row-major
+// array, rows of blocks, or NF4. A block of NF4 may contain the end of one row and the start of the next row.
 struct WeightView {
   Storage storage;
   bool packed;
@@ -43,8 +43,8 @@ WeightView view_of(Matrix<const T> w) {
   return {sizeof(T) == 4 ? Storage::kFloat32 : Storage::kFloat64, false, w.data, w.rows, w.cols, w.stride};
 }
 
-// The first column of the last panel if that panel is narrower, or d_in if all panels are full. A row_block
-// that begins before this column must also end there, unless its elements are Bf16Pair.
+// The first column of the last panel if that panel is narrower, or d_in if all panels are full. If a
+// row_block begins before this column, it must not go beyond this column, unless its elements are Bf16Pair.
 inline size_t full_columns(size_t d_in) {
   return d_in / kernels::kPanelColumns * kernels::kPanelColumns;
 }
@@ -64,20 +64,20 @@ inline constexpr size_t scratch_columns(size_t cols) {
   return cols + kernels::kPanelColumns;
 }
 
-// The block W[rows, cols] in elements of type E. The first column is a multiple of kPanelColumns. The block
-// is read in place if the elements of W are stored as type E; otherwise it is decoded into `scratch` (rows *
-// scratch_columns(cols) elements). If many tokens share the block and W is not packed, the block is copied
-// too: rows that are a power of two apart would evict each other from the cache. The element type Bf16 is for
-// bfloat16 storage only, which is read in place. The element type Bf16Pair pairs neighbours along a row,
-// because gemm_tokens_in_lanes reads along the rows of W.
+// The block W[rows, cols] in elements of type E. The first column is a multiple of kPanelColumns. If the
+// elements of W are stored as type E, the block is read in place. If not, the block is decoded into `scratch`
+// (rows * scratch_columns(cols) elements). A block that many tokens share (`shared`) is copied even if its
+// type is E, unless W is packed: rows that are a power of two apart would evict each other from the cache.
+// The element type Bf16 is only for weights stored in bfloat16, which are read in place. A Bf16Pair holds two
+// neighbours of a row, because gemm_tokens_in_lanes reads along the rows of W.
 template <class E>
 kernels::Panels<E> row_block(const WeightView& w, Range rows, Range cols, bool shared, E* scratch);
 
-// The block W[rows, cols] for gemm_outputs_in_lanes. This kernel reads down the columns of W, so Bf16Pair
-// pairs neighbours down a column. `cols` is one panel or, if makes_two_panels is true, up to kDecodedColumns
-// columns that start at a multiple of kDecodedColumns. Two panels are stored one after the other. If each row
-// held both panels, the hardware would prefetch the half of the row that is not wanted. (NF4 does store rows
-// with both panels if d_in is not a multiple of 16.)
+// The block W[rows, cols] for gemm_outputs_in_lanes. A Bf16Pair holds two neighbours of a column, because
+// this kernel reads down the columns of W. `cols` is one panel or, if makes_two_panels is true, up to
+// kDecodedColumns columns that start at a multiple of kDecodedColumns. Two panels are stored one after the
+// other. If each row held both panels, the hardware would prefetch the half of the row that is not wanted.
+// (NF4 does store rows with both panels if d_in is not a multiple of 16.)
 inline constexpr size_t kDecodedColumns = 2 * kernels::kPanelColumns;  // whole sub-blocks
 inline bool makes_two_panels(const WeightView& w, bool shared) {
   return is_blocks(w.storage) || (!w.packed && shared);
@@ -104,9 +104,9 @@ inline bool encodes_blocks(const WeightView& w) {
   return is_blocks(w.storage) && w.storage != Storage::kNf4;
 }
 
-// The block W[rows, cols] in int8 codes (see kernels::Int8Gemm::encode), with a factor for each of the rows.
-// `scratch` has rows * scratch_columns(cols) codes. If the first column is a multiple of kDecodedColumns, the
-// codes begin where `scratch` begins.
+// The block W[rows, cols] in int8 codes (see kernels::Int8Gemm::encode). Row i is multiplied by inverses[i]
+// before it is rounded to codes. `scratch` has rows * scratch_columns(cols) codes. If the first column is a
+// multiple of kDecodedColumns, the codes begin where `scratch` begins.
 Matrix<const uint8_t> encoded_block(const WeightView& w, Range rows, Range cols, const float* inverses,
                                     uint8_t* scratch);
 
@@ -118,8 +118,8 @@ inline bool dots_int8(const WeightView& w) {
   return w.compute == Compute::kInt8 && is_blocks(w.storage) && w.storage != Storage::kNf4;
 }
 
-// Multiplies a small batch by low-bit blocks: part (m, rows, lanes / 2) = x W[rows]ᵀ, where each product is
-// left as lanes / 2 partial sums (see kernels::BlockDots).
+// Multiplies a small batch by low-bit blocks: part (m, rows, lanes / 2) = x W[rows]ᵀ. Each product of two
+// rows is stored as lanes / 2 partial sums (see kernels::BlockDots).
 void dots_of_blocks(const WeightView& w, Range rows, Matrix<const float> x, float* part,
                     const kernels::Fetch& next);
 
@@ -129,12 +129,12 @@ void int8_dots_of_blocks(const WeightView& w, Range rows, size_t m, const kernel
 
 class PackedWeight {
  public:
-  // W in its storage layout, in memory that exists as long as `owner` exists. Nothing is copied.
+  // Uses W where it is stored, without a copy. The memory of W must exist as long as `owner` exists.
   PackedWeight(const WeightView& w, std::shared_ptr<const void> owner);
   ~PackedWeight();
 
-  // Packs a copy of w. The values of w are float or double, which are rounded to the storage format, or
-  // uint16_t, which are bit patterns of a 16-bit format.
+  // Packs a copy of w. If T is float or double, the values are rounded to the storage format. If T is
+  // uint16_t, the values are bit patterns of a 16-bit format.
   template <class T>
   PackedWeight(Matrix<const T> w, Storage storage, Compute compute);
 

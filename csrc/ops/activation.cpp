@@ -38,8 +38,8 @@ T gate(T x, bool tanh) {
   return 1 / (1 + std::exp(-2 * T(kTanhFactor) * (x + T(kTanhCubic) * x * x * x)));
 }
 
-// For |x| > 40 the gate is 0 or 1 in both float and double, while x² and x³ may overflow. So the gate is
-// computed for |x| <= 40 only.
+// For |x| > 40 the gate is 0 or 1 in both float and double, but x² and x³ may overflow. So the gate is
+// computed only for |x| <= 40.
 template <class T>
 T gelu_of(T x, bool tanh) {
   return x < T(-40) ? T(0) : x * gate(std::min(x, T(40)), tanh);

@@ -9,7 +9,7 @@
 namespace nplora {
 
 // out (n) = x Phi(x), where Phi is the normal distribution function. If `tanh` is false, Phi is computed with
-// erf; otherwise, Phi is approximated by the tanh formula of Hendrycks & Gimpel 2016.
+// erf. If `tanh` is true, Phi is approximated by the tanh formula of Hendrycks & Gimpel 2016.
 template <class T>
 void gelu(size_t n, const T* x, bool tanh, T* out);
 
@@ -17,7 +17,7 @@ void gelu(size_t n, const T* x, bool tanh, T* out);
 template <class T>
 void gelu_backward(size_t n, const T* x, const T* dy, bool tanh, T* out);
 
-// out (n) = x / (1 - probability) if the mask of `key` keeps the element, else 0.
+// out (n) = x / (1 - probability) for each element that the mask of `key` keeps, and 0 for all others.
 template <class T>
 void dropout(size_t n, const T* x, double probability, uint64_t key, T* out);
 

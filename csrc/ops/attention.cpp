@@ -14,19 +14,20 @@ namespace {
 
 constexpr float kLowest = std::numeric_limits<float>::lowest();
 
-// The largest number of tiles in a task. With longer tasks, threads would be idle at the end of short
+// The largest number of tiles in a task. With longer tasks, some threads would be idle at the end of short
 // sequences.
 constexpr size_t kTilesPerTask = 4;
 
-// A run of queries with fewer lanes than this is computed without tiles, because too much of each SIMD vector
-// would be idle.
+// A run consists of neighbouring queries of one sequence. A run with fewer lanes than this is computed
+// without tiles, because too much of each SIMD vector would be idle.
 constexpr size_t kFewestLanes = 12;
 
 // The keys of a single query are cut into pieces of at most this many keys.
 constexpr size_t kPieceKeys = 256;
 
-// The time of single queries, divided by the time of their floating-point operations in a matrix product.
-// Each key and value is read from memory for a few operations only.
+// The time of single queries, divided by the time of the same number of floating-point operations in a matrix
+// product. Single queries are slower, because each key and value is read from memory for a few operations
+// only.
 constexpr double kReadingCost = 4;
 
 const kernels::Transformer& kernel() {
@@ -34,7 +35,7 @@ const kernels::Transformer& kernel() {
 }
 
 struct Outputs {
-  Matrix<float> out, lse;  // if its data is null, lse is not written
+  Matrix<float> out, lse;  // lse is not written if its data is null
 };
 
 struct ForwardBuffers {
@@ -62,7 +63,7 @@ struct ForwardBuffers {
 };
 
 // Algorithm 1 of Dao 2023 (FlashAttention-2) for one tile of queries. Each key is read from memory only once.
-// Whenever a tile of keys has a larger score than all tiles before, the sums so far are scaled down.
+// Whenever a tile of keys has a larger score than all earlier tiles, the sums so far are scaled down.
 void attend(const QueryTile& tile, Matrix<const float> q, const Outputs& to) {
   const size_t dim = tile.shape.head_dim, lanes = tile.lanes;
   const ForwardBuffers b(dim);
@@ -74,7 +75,8 @@ void attend(const QueryTile& tile, Matrix<const float> q, const Outputs& to) {
   const size_t column = tile.kv_head * dim;
   if (tile.shape.pairs) pair_rows(dim, lanes, b.queries, b.pairs);
 
-  // Keys before the window are masked. Such keys are read so that the sums begin at a multiple of kKeyUnit.
+  // Keys before the window are masked. They are read all the same, so that the sums begin at a multiple of
+  // kKeyUnit.
   const Span visible = tile.visible();
   bool accumulate = false;
   for_key_tiles({round_down(visible.first, kKeyUnit), visible.end}, [&](Span keys) {
@@ -161,7 +163,8 @@ void attend_piece(const AttentionShape& shape, const Piece& piece, Matrix<const 
   float *largest = part + heads * dim, *sum = largest + heads;
   float *scaled = scratch<float>(Scratch::kAttention, heads * (dim + n)), *scores = scaled + heads * dim;
   kernel().scaled(heads * dim, shape.scale, q.row(piece.row), scaled, false);
-  // key_dots sums the last keys of a call in another order. So the first call ends at a multiple of kKeyUnit.
+  // key_dots sums the last keys of a call in another order, so the first call must end at a multiple of
+  // kKeyUnit.
   const size_t aligned = std::min(round_up(piece.keys.first, kKeyUnit), piece.keys.end);
   for (const Span half : {Span{piece.keys.first, aligned}, Span{aligned, piece.keys.end}})
     run.for_parts(half, [&](Span part) {
@@ -204,7 +207,7 @@ void join_pieces(const AttentionShape& shape, size_t row, size_t pieces, const f
   }
 }
 
-// Attention for runs of only a few queries, which would not fill a tile and are limited by the speed of
+// Attention for runs of only a few queries. Such runs would not fill a tile, and are limited by the speed of
 // memory. For each query, keys and values are read once, for all heads at once. The keys are cut into pieces,
 // which threads share (Dao et al. 2023, Flash-Decoding).
 void attend_rows(const AttentionShape& shape, const std::vector<Run>& runs, Matrix<const float> q,

@@ -1,7 +1,7 @@
 // Attention, causal or in both directions, tile by tile (Vaswani et al. 2017). Groups of query heads share
-// keys and values (Ainslie et al. 2023). Only one tile of scores exists at a time (Dao et al. 2022; Dao
-// 2023). Rows are tokens: a row of q is (heads, head_dim), a row of k or v is (kv_heads, head_dim). Query
-// head h uses key-value head h / (heads / kv_heads).
+// keys and values (Ainslie et al. 2023). Each thread has only one tile of scores at a time (Dao et al. 2022;
+// Dao 2023). Rows are tokens: a row of q is (heads, head_dim), and a row of k or v is (kv_heads, head_dim).
+// Query head h uses key-value head h / (heads / kv_heads).
 #pragma once
 
 #include <cstddef>
@@ -16,12 +16,12 @@ struct AttentionShape {
   float scale;         // the factor of all scores, usually 1 / sqrt(head_dim)
   size_t window;       // a token attends to itself and `window` - 1 tokens before it; 0 means no limit
   bool pairs = false;  // whether tiles of queries are multiplied in pairs of bfloat16, summed in float32
-  // If `causal` is false, a token also attends to the tokens after it (to `window` - 1 of them, if there is a
-  // window).
+  // If `causal` is false, a token also attends to the tokens after it. If there is a window too, it attends
+  // to `window` - 1 of these tokens.
   bool causal = true;
   // A number that is added to the score of each head, query and key (Shaw et al. 2018). The number depends on
   // the distance from the query to the key: bias is (heads, 2 reach + 1), and its columns are the distances
-  // -reach to reach. No key is further away than `reach`. Null: nothing is added.
+  // -reach to reach. No key is further away than `reach`. If `bias` is null, nothing is added.
   const float* bias = nullptr;
   size_t reach = 0;
 
@@ -40,9 +40,9 @@ struct Sequences {
 
 // Computes out = softmax(scale q kᵀ) v within each sequence, and lse (n, heads) = log Σ exp(scores), which
 // the backward pass needs. A score is a sum of head_dim products; an output is a sum of one product for each
-// key. All sums run in order, in float32. So the error of a sum of m products is below gamma(m) = m u / (1 -
-// m u) times the sum of the products' magnitudes, where u is the unit roundoff. Inf or NaN in a row may
-// spread to all rows of its own sequence, but not to other sequences.
+// key. All sums run in order, in float32. The error of a sum of m products is therefore below gamma(m) = m u
+// / (1 - m u) times the sum of the products' magnitudes, where u is the unit roundoff. Inf or NaN in a row
+// may spread to all rows of the same sequence, but not to other sequences.
 void attention(const AttentionShape& shape, Sequences sequences, Matrix<const float> q, Matrix<const float> k,
                Matrix<const float> v, Matrix<float> out, Matrix<float> lse);
 
@@ -52,7 +52,8 @@ struct AttentionSaved {
 void attention_backward(const AttentionShape& shape, Sequences sequences, Matrix<const float> dout,
                         const AttentionSaved& saved, Matrix<float> dq, Matrix<float> dk, Matrix<float> dv);
 
-// A page holds a multiple of kPageUnit tokens, unless a sequence has only one page.
+// The number of tokens in a page is a multiple of kPageUnit. (If each sequence has only one page, any number
+// is allowed.)
 inline constexpr size_t kPageUnit = 16;
 
 // The keys and values of earlier tokens. Both arrays are (pages, page_tokens, kv_heads * head_dim). Slot s
@@ -64,10 +65,11 @@ struct KeyValueCache {
   const int64_t* table;  // (slots, slot_pages)
   size_t slot_pages;
 };
-// Row i of q is the query of token lengths[i] - 1 in slot slots[i] of the cache. The query attends to this
-// token and all tokens before it, as far as the window allows. The bits of a row depend neither on the size
-// of the pages nor on the other rows, with one exception: if there are fewer than kFewestLanes / group
-// neighbouring tokens of one slot, they are computed by another method.
+// Row i of q is the query of the token at position lengths[i] - 1 in slot slots[i] of the cache. The query
+// attends to this token and to all tokens before it, as far as the window allows. The bits of a row depend
+// neither on the size of the pages nor on the other rows, with one exception: neighbouring rows with
+// successive tokens of one slot are computed together, and the method depends on whether there are at least
+// kFewestLanes / group such rows.
 void attention_cached(const AttentionShape& shape, Matrix<const float> q, KeyValueCache cache,
                       const int64_t* slots, const int64_t* lengths, Matrix<float> out);
 

@@ -11,8 +11,9 @@ namespace nplora {
 
 namespace {
 
-// Blocks are made small enough for at least this many tasks on the first diagonal. kFewestTasks must not
-// depend on the number of threads, because the order of the sums depends on the size of the blocks.
+// The size of a block is halved while the first diagonal (see attention_backward) has fewer tasks than this.
+// kFewestTasks must not depend on the number of threads, because the order of the sums depends on the size of
+// the blocks.
 constexpr size_t kFewestTasks = 12;
 
 const kernels::Transformer& kernel() {
@@ -20,7 +21,7 @@ const kernels::Transformer& kernel() {
 }
 
 // The inputs and outputs of all tiles. delta (n, heads) holds the dot product of dout and out for each token
-// and head. The tiles of the first diagonal compute delta.
+// and head. delta is computed together with the tiles of the first diagonal.
 struct Operands {
   Matrix<const float> dout;
   AttentionSaved saved;
@@ -98,7 +99,8 @@ void find_delta(const QueryTile& tile, const Operands& x, bool first, const Back
   });
 }
 
-// Turns the scores into p, and dp into ds. If `whole` is set, the scores include all keys.
+// Turns the scores into p, and dp into ds. `whole` says whether b.scores holds the scores of all keys of the
+// queries.
 void softmax_backward(size_t n, size_t lanes, bool whole, const BackwardBuffers& b) {
   if (whole)
     kernel().whole_softmax_backward(n, lanes, b.scores, b.dp, kTileLanes);
@@ -106,8 +108,9 @@ void softmax_backward(size_t n, size_t lanes, bool whole, const BackwardBuffers&
     kernel().softmax_backward(n, lanes, b.lse, b.delta, b.scores, b.dp, kTileLanes);
 }
 
-// The keys for which a tile of queries is computed. If `whole` is set, the queries attend to no other keys,
-// and one tile of scores holds the scores of all keys. Otherwise, the keys are cut at multiples of kTileKeys.
+// The keys for which a tile of queries is computed. If `whole` is true, the queries attend to no other keys,
+// and one tile of scores holds the scores of all keys. If `whole` is false, the keys are cut at multiples of
+// kTileKeys.
 struct Keys {
   Span span;
   bool whole;
@@ -137,8 +140,8 @@ void multiply(const QueryTile& tile, const Keys& all, const Operands& x, const B
   });
 }
 
-// Does the same as `multiply` in pairs of bfloat16. Pairs of keys begin at even positions, so an earlier key
-// may be computed too. This key is masked, because it is before the window.
+// Does the same as `multiply` in pairs of bfloat16. Pairs of keys begin at even positions, so the key before
+// all.span may be computed too. That key is masked if it is before the window.
 void multiply_pairs(const QueryTile& tile, const Keys& all, const Operands& x, const BackwardBuffers& b) {
   const size_t dim = tile.shape.head_dim, lanes = tile.lanes, column = tile.kv_head * dim;
   const PairBuffers pairs(dim, lanes, b);
@@ -168,8 +171,9 @@ void multiply_pairs(const QueryTile& tile, const Keys& all, const Operands& x, c
 //   p = exp(s - lse);  dv += p dout;  dp = dout vᵀ;  ds = p ∘ (dp - delta);
 //   dq = scale ds k;  dk += ds (scale q).
 // The first block of a tile sets dq, and later blocks add to it. If one tile of scores holds all keys of the
-// queries, p and delta are computed from these scores. With so few keys, dp and delta can be nearly equal. A
-// delta that is computed from the rounded `out` would then make dp - delta too inexact.
+// queries, p and delta are computed from these scores. The reason is that dp and delta can be nearly equal if
+// there are so few keys. With a delta that is computed from the rounded `out`, dp - delta would then be too
+// inexact.
 void attend_backward(const QueryTile& tile, Span block, const Operands& x, bool first) {
   const size_t dim = tile.shape.head_dim, lanes = tile.lanes;
   const Span seen = tile.visible(),
@@ -199,7 +203,7 @@ void attend_backward(const QueryTile& tile, Span block, const Operands& x, bool 
 }
 
 // The number of tokens in a block. The keys and values of a block and their gradients take up to 4 * 128 KB
-// of L2. Blocks are halved as long as there are fewer than kFewestTasks tasks.
+// of L2. The number is halved while there are fewer than kFewestTasks tasks.
 size_t block_tokens(const AttentionShape& shape, const std::vector<Run>& runs) {
   size_t block = std::clamp<size_t>(32768 / shape.head_dim / kTileKeys, 1, 8) * kTileKeys;
   const auto tasks = [&] {
@@ -220,10 +224,10 @@ struct Task {
 
 // dq is a sum over keys; dk and dv are sums over queries. Think of a matrix whose rows are query blocks and
 // whose columns are key blocks. The blocks on one diagonal of this matrix share neither queries nor keys, so
-// they are computed in parallel. The diagonals are computed one after the other. So every sum has one fixed
-// order, no product is computed twice, and no thread waits for another within a diagonal. Causal attention
-// has only the main diagonal and the diagonals below it. Without causality, each diagonal continues above the
-// main diagonal, as on a torus.
+// they are computed in parallel. The diagonals are computed one after the other. Every sum then has one fixed
+// order, no product is computed twice, and within a diagonal, no thread waits for another thread. Causal
+// attention has only the main diagonal and the diagonals below it. Without causality, each diagonal continues
+// above the main diagonal, as on a torus.
 void attention_backward(const AttentionShape& given, Sequences sequences, Matrix<const float> dout,
                         const AttentionSaved& saved, Matrix<float> dq, Matrix<float> dk, Matrix<float> dv) {
   const Timed timed(Activity::kAttentionBackward);

@@ -17,8 +17,8 @@
 namespace nplora {
 
 // A lane is one head of one query. The lanes of a run are ordered by token, then by head, and cut into tiles
-// of kTileLanes lanes. So heads that share a key-value head are neighbours. A tile is (rows, kTileLanes) in
-// memory: its lanes are contiguous.
+// of kTileLanes lanes. Heads that share a key-value head are therefore neighbours. A tile is (rows,
+// kTileLanes) in memory: the lanes of a row are contiguous.
 inline constexpr size_t kTileLanes = kernels::kPanelColumns;
 // The number of keys in a tile. The scores of a tile are 64 keys x 48 lanes of floats = 12 KB.
 inline constexpr size_t kTileKeys = 64;
@@ -30,8 +30,9 @@ struct Span {
   size_t size() const { return end - first; }
 };
 
-// The sums over keys are cut at multiples of kKeyUnit positions: key_dots computes 4 or 8 keys at a time, and
-// products cut their depth at multiples of kDepthUnit. So the results do not depend on the pages.
+// The sums over keys are cut at multiples of kKeyUnit positions, because key_dots computes 4 or 8 keys at a
+// time, and products cut their depth at multiples of kDepthUnit. The results then do not depend on the size
+// of the pages.
 inline constexpr size_t kKeyUnit = kernels::kDepthUnit;
 static_assert(kPageUnit % kKeyUnit == 0 && kTileKeys % kKeyUnit == 0);
 
@@ -41,11 +42,11 @@ struct PairedRows {
   const kernels::Bf16Pair* down;   // pairs of neighbouring positions of a run in a column
   size_t width;                    // the number of values in a row
 
-  // One head's rows of `along`, from `row` on, as the left operand of a product over head_dim.
+  // The rows of `along` for one head, from `row` on, as the left operand of a product over head_dim.
   kernels::Strided<kernels::Bf16Pair> over_dim(size_t row, size_t column) const {
     return {along + (row * width + column) / 2, width / 2, 1};
   }
-  // One head's rows of `down`, from `row` on, as the left operand of a product over keys.
+  // The rows of `down` for one head, from `row` on, as the left operand of a product over keys.
   kernels::Strided<kernels::Bf16Pair> over_keys(size_t row, size_t column) const {
     return {down + row * width + column, 1, width};
   }
@@ -56,9 +57,9 @@ struct PairedRows {
 struct Run {
   size_t row, count;               // rows of q
   size_t first_position;           // the position of the first query among the keys
-  const float *k, *v;              // page 0
+  const float *k, *v;              // the start of page 0
   size_t stride;                   // the row stride of k and v
-  const int64_t* pages = nullptr;  // the page of each page_tokens positions; null: all are in page 0
+  const int64_t* pages = nullptr;  // the page of each page_tokens positions; if null, all are in page 0
   size_t page_tokens = 0;
   const PairedRows* k_pairs = nullptr;  // set if products are computed in pairs (never with pages)
   const PairedRows* v_pairs = nullptr;
@@ -187,7 +188,7 @@ struct QueryTile {
         scores[(key - keys.first) * kTileLanes + lane] += bias[key];
     }
   }
-  // The first lane whose query has the position `at` or a later one.
+  // The first lane whose query has the position `at` or a later position.
   size_t lane_at(size_t at) const {
     if (at <= run.first_position) return 0;
     const size_t lane = (at - run.first_position) * shape.group();
@@ -195,8 +196,8 @@ struct QueryTile {
   }
 };
 
-// Cuts a range of keys at multiples of kTileKeys, and calls body(keys) for each tile. So the result of a
-// query does not depend on the other queries of its tile, which may attend to other keys.
+// Cuts a range of keys at multiples of kTileKeys, and calls body(keys) for each tile. The result of a query
+// then does not depend on the other queries of its tile, which may attend to other keys.
 template <class Body>
 void for_key_tiles(Span keys, const Body& body) {
   while (keys.first < keys.end) {
@@ -240,8 +241,8 @@ inline void pair_rows(size_t rows, size_t lanes, const float* x, kernels::Bf16Pa
 // The keys and values of some runs in pairs of bfloat16, in scratch memory of the calling thread.
 class PairedKeysAndValues {
  public:
-  // Converts k and v (n, width), and lets the runs point to the results. Only a backward pass needs v_.along
-  // and k_.down.
+  // Converts k and v (n, width), and sets the pointers in `runs` to the results. Only a backward pass needs
+  // v_.along and k_.down.
   PairedKeysAndValues(std::vector<Run>& runs, Matrix<const float> k, Matrix<const float> v, bool backward);
   PairedKeysAndValues(const PairedKeysAndValues&) = delete;
   PairedKeysAndValues& operator=(const PairedKeysAndValues&) = delete;

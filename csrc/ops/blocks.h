@@ -10,15 +10,16 @@
 
 namespace nplora {
 
-// Decodes blocks (rows, cols / elements * bytes) to out (rows, cols), in any format but NF4. `elements` and
-// `bytes` describe one block.
+// Decodes blocks (rows, cols / elements * bytes) to out (rows, cols), in any format except NF4. `elements`
+// and `bytes` are the number of values and of bytes of one block.
 void dequantize(BlockFormat format, Matrix<const uint8_t> blocks, Matrix<float> out);
 
-// Quantises values (rows, cols) to blocks, with a squared error close to the smallest possible. Before
-// anything is written, throws the errors of require_storable.
+// Quantises values (rows, cols) to blocks, with a squared error close to the smallest possible error. First
+// calls require_storable; if that throws an error, nothing is written.
 void quantize(BlockFormat format, Matrix<const float> values, Matrix<uint8_t> blocks);
 
-// Throws std::invalid_argument, which names the row, if a value is not finite or too large for the format.
+// Throws std::invalid_argument if a value is not finite or too large for the format. The message names the
+// row.
 void require_storable(BlockFormat format, Matrix<const float> values);
 
 // Quantises one row on the calling thread. The format must be able to store the values.
@@ -27,7 +28,7 @@ void quantize_row(BlockFormat format, size_t cols, const float* x, uint8_t* out)
 // ---- NF4, whose blocks cut the flat tensor ----
 
 // Quantises n = rows * cols values, which have no gaps between rows, to codes (ceil(n / 2)) and absmax
-// (ceil(n / 64)). Throws the errors of `quantize`.
+// (ceil(n / 64)). First calls require_storable, like `quantize`.
 void quantize_nf4(Matrix<const float> values, uint8_t* codes, float* absmax);
 
 // The second quantisation of NF4, which quantises absmax (n) itself. Fills codes (n), book (kNf4Book) and

@@ -16,18 +16,20 @@ namespace nplora {
 
 namespace {
 
-// The words of the vocabulary are multiplied block by block. A task multiplies up to kColumns columns of W at
-// a time. These columns of a block take 24 KB, so they stay in L1 while all tokens use them.
+// The words of the vocabulary are multiplied in blocks of kWords words. A task multiplies up to kColumns
+// columns of W at a time. These columns of a block take 24 KB, so they stay in L1 while all tokens use them.
 constexpr size_t kWords = 32, kColumns = 2 * kDecodedColumns;
-// A dense product of this many words costs about as much as one kept word.
+// The cost of one kept word, divided by the cost of one word in a dense product.
 constexpr double kKeptCost = 2;
 
-// The kept words of all rows. A row keeps at most limit() likely words, and its target. At first, each row
-// has a list in ascending order. The lists overwrite the rows' logits, so they take no other memory: the
-// first counts[i] floats of row i are the weights, and the second half of the row begins with the ids.
+// The kept words of all rows. A row keeps at most limit() likely words, and its target. `keep` stores the
+// words of a row as a list in ascending order. The list overwrites the logits of the row, so it takes no
+// other memory: the first counts[i] floats of row i are the weights, and the second half of the row begins
+// with the ids.
 //
-// Then, `arrange` brings the words into the order in which they are multiplied: block by block, and row by
-// row in each block. The lists of the rows are too far apart in memory to be read in this order.
+// Afterwards, `arrange` brings the words into the order in which they are multiplied: block by block, and row
+// by row in each block. The lists of different rows are too far apart in memory to be read in this order
+// during the multiplication.
 class KeptWords {
  public:
   explicit KeptWords(Matrix<float> logits)
@@ -38,7 +40,8 @@ class KeptWords {
   size_t blocks() const { return blocks_; }
   size_t size() const { return size_; }
 
-  // Stores the kept words of one row. Returns false, and changes nothing, if there are more than the limit.
+  // Stores the kept words of one row. If the row has more likely words than the limit, returns false and
+  // changes nothing.
   bool keep(size_t row, const RowSum& sum, int32_t target, double factor, double bound, double* skipped);
 
   void arrange();
@@ -94,7 +97,8 @@ void KeptWords::arrange() {
   firsts_ = scratch<uint32_t>(Scratch::kLowGradients, blocks_ * rows() + 1);
   std::fill_n(firsts_, blocks_ * rows() + 1, 0);
   const size_t threads = useful_threads(double(blocks_ * rows()));
-  // Calls body(row) for all rows. Neighbouring rows go to the same thread: their counts are neighbours.
+  // Calls body(row) for all rows. Neighbouring rows go to the same thread, because their counts are
+  // neighbours in memory.
   const auto for_rows = [&](const auto& body) {
     for_pieces(rows(), kTokenUnit, threads, [&](Range some) {
       for (size_t i = 0; i < some.count; ++i) body(some.first + i);
@@ -119,8 +123,8 @@ void KeptWords::arrange() {
   });
 }
 
-// The columns [first, first + cols.count) of W that a block of words takes at a time: full panels, or the
-// last narrower panel.
+// The next columns of W that a block of words takes at a time, if `done` columns of `side` are finished.
+// These columns are full panels, or the last panel if it is narrower.
 Range next_columns(const WeightView& w, Range side, size_t done) {
   const size_t first = side.first + done, full = full_columns(w.d_in),
                end = std::min(side.first + side.count, first < full ? full : w.d_in);

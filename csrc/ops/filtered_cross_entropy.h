@@ -8,34 +8,35 @@
 
 namespace nplora {
 
-// `bound` is the smallest probability of a word that the gradient of a row uses. In this gradient, `mean`
-// replaces the rows of W that belong to all other words.
+// The gradient of a row uses the rows of W of the target and of all words whose probability is at least
+// `bound`. `mean` replaces the rows of W of all other words.
 struct WordFilter {
   double bound;       // above 0
   const float* mean;  // (d_in)
 };
 
-// For each row, whether it was too flat for the filter, and the total probability of its skipped words.
+// The results for each row: the loss, the total probability of the skipped words, and whether the row was too
+// flat for the filter.
 struct FilteredRows {
   double *losses, *skipped;  // (n)
   uint8_t* is_flat;          // (n)
 };
 
-// Computes the losses of `cross_entropy`, with the same bits, and the gradient of the input x of logits = x
-// Wᵀ. With p = softmax(logits), that gradient is dx = factor (Σ p_w W_w - W_target). The words w with p_w >=
-// bound are kept, and so is the target; all other words are skipped (gradient filtering of Wijmans et al.
-// 2024, word by word). The mean row μ of W replaces the row of each skipped word:
+// Computes the losses of `cross_entropy`, with the same bits, and the gradient dx of the input x of logits =
+// x Wᵀ. With p = softmax(logits), dx = factor (Σ p_w W_w - W_target). The words w with p_w >= bound are kept,
+// and so is the target; all other words are skipped (gradient filtering of Wijmans et al. 2024, word by
+// word). The mean row μ of W replaces the row of each skipped word:
 //   dx = factor (Σ_kept p_w W_w + m μ - W_target),  where m = Σ_skipped p_w = 1 - Σ_kept p_w.
 // The error of a row of dx is `factor` · Σ_skipped p_w (W_w - μ). By the triangle inequality, the norm of
 // this error is at most `factor` · m · max_w ‖W_w - μ‖. The mass m is at most `bound` · (number of skipped
 // words).
-// Rounding in float32 adds two errors: the error of the sums, and the error of m. The error of m is that of
-// the sum Σ in `cross_entropy`.
+// Rounding in float32 adds two errors: the error of the sums, and the error of m. The error of m is the error
+// of the sum Σ in `cross_entropy`.
 //
 // A row is flat if more than a quarter of all words have p_w >= bound. For flat rows, the dense product is
-// faster. The loss of a flat row is computed, but its logits and its row of dx do not change, and its mass is
-// 0. All other logits are overwritten with undefined values. Rows with an ignored target have loss, mass and
-// dx 0.
+// faster. The loss of a flat row is computed, but its logits and its row of dx do not change, and `skipped`
+// is 0. All other logits are overwritten with undefined values. For a row with an ignored target, the loss,
+// `skipped` and dx are 0.
 //
 // Σ_kept adds the words in ascending order, in float32, even if W computes in bfloat16. W must not be
 // float64.

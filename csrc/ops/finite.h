@@ -1,4 +1,4 @@
-// Checks that all elements of an array are finite, as fast as memory can be read.
+// Checks that all elements of an array are finite, at the speed at which memory can be read.
 #pragma once
 
 #include <cstddef>

@@ -1,5 +1,5 @@
-// Optimiser steps that change a list of parameters in place. After a thread's first step, nothing is
-// allocated.
+// Optimiser steps that change a list of parameters in place. Only the first step of a thread allocates
+// memory.
 #pragma once
 
 #include <cstddef>

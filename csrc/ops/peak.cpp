@@ -12,7 +12,7 @@ namespace nplora {
 namespace {
 
 constexpr size_t kIterations = 1 << 16;  // less than a millisecond with AVX2
-constexpr int kRepeats = 8;              // the fastest counts: other programs may disturb some of them
+constexpr int kRepeats = 8;              // the fastest repeat counts: other programs may slow down the others
 
 kernels::Peak peak_of(Arithmetic arithmetic) {
   const kernels::KernelTable& table = kernels::table();

@@ -1,4 +1,4 @@
-// The most operations that this machine can do in a second, with operands in registers.
+// Measures the highest number of operations per second of this machine, with operands in registers.
 #pragma once
 
 #include "base/profile.h"

@@ -10,8 +10,8 @@
 
 namespace nplora {
 
-// The code writes a pair of bfloat16 as two halves and reads it as one word, in memory and in files, so it
-// needs a little-endian machine.
+// A pair of bfloat16 is written as two halves and read as one word, in memory and in files. This needs a
+// little-endian machine.
 static_assert(std::endian::native == std::endian::little, "nplora needs a little-endian machine");
 
 size_t bytes_per_element(Storage storage) {

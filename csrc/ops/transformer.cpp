@@ -140,7 +140,7 @@ void gated_backward(Activation act, size_t n, const float* dout, const uint16_t*
   const Timed timed(Activity::kActivation);
   const auto kernel_of_act = kernel().gated_backward[size_t(act)];
   const auto widen = kernels::table().convert.widen_bfloat16;
-  for_converted(n, [&](size_t first, size_t count) {  // the kernel overwrites its inputs
+  for_converted(n, [&](size_t first, size_t count) {  // dgate and dup first hold the gate and the up
     widen(count, gate + first, dgate + first);
     widen(count, up + first, dup + first);
     kernel_of_act(count, dout + first, dgate + first, dup + first, dgate + first, dup + first);

@@ -21,10 +21,11 @@ void rms_norm_backward(Matrix<const float> dy, Matrix<const float> x, const floa
                        Matrix<float> dx, bool accumulate);
 
 // y = (x - mean x) / sqrt(variance x + eps) ∘ weight + bias for each row (Ba et al. 2016). The shapes are
-// those of `rms_norm`, and bias is (d) or null. The mean and the variance are summed in the same way.
+// those of `rms_norm`, and bias is (d) or null. The mean and the variance are summed in the same way as the
+// squares in `rms_norm`.
 void layer_norm(Matrix<const float> x, const float* weight, const float* bias, float eps, Matrix<float> y);
 
-// Does the same for the sum of two arrays, row by row: sum += x, then y = the norm of `sum`.
+// Does the same as `layer_norm` for the sum of two arrays, row by row: sum += x, then y = the norm of `sum`.
 void add_layer_norm(Matrix<const float> x, Matrix<float> sum, const float* weight, const float* bias,
                     float eps, Matrix<float> y);
 
@@ -33,8 +34,8 @@ void layer_norm_backward(Matrix<const float> dy, Matrix<const float> x, const fl
                          Matrix<float> dx, bool accumulate);
 
 // The cosines and sines of rotary position embeddings. Row p of `data` holds rotary_dim / 2 cosines and then
-// as many sines, for position p. If `interleaved` is true, the two elements of a pair are neighbours;
-// otherwise they are rotary_dim / 2 apart.
+// as many sines, for position p. If `interleaved` is true, the two elements of a pair are neighbours. If
+// `interleaved` is false, they are rotary_dim / 2 elements apart.
 struct RotaryTable {
   const float* data;
   size_t rotary_dim;
@@ -53,12 +54,12 @@ using kernels::Activation;
 void gated(Activation act, size_t n, const float* gate, const float* up, float* out);
 
 // Computes the gradients of `gated`. `dgate` may be the same array as `gate`, and `dup` the same array as
-// `up`. If `up` is null, so is `dup`.
+// `up`. If `up` is null, `dup` must be null too.
 void gated_backward(Activation act, size_t n, const float* dout, const float* gate, const float* up,
                     float* dgate, float* dup);
 
 // Does the same as `gated` for a gate and an up in bfloat16. A few elements at a time are converted to
-// float32, and stay in L1.
+// float32; the converted elements stay in L1.
 void gated(Activation act, size_t n, const uint16_t* gate, const uint16_t* up, float* out);
 void gated_backward(Activation act, size_t n, const float* dout, const uint16_t* gate, const uint16_t* up,
                     float* dgate, float* dup);

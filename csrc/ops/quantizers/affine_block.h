@@ -39,8 +39,8 @@ CodeGrid fit_group(const float* x, CodeRange codes) {
   return best;
 }
 
-// In each group, changes the integer scale and minimum by at most one, to the values with the smallest
-// squared error.
+// In each group, changes the integer scale and the integer minimum by at most one, to the values with the
+// smallest squared error.
 template <class Affine>
 void settle(const float* x, CodeRange codes, Affine& b) {
   b.error = 0;

@@ -1,5 +1,5 @@
-// The tools of the quantisers' searches: grids of numbers, and the error of values that are rounded to a
-// grid.
+// The building blocks of the quantisers' searches: grids of numbers, and the error of values that are rounded
+// to a grid.
 #pragma once
 
 #include <cstddef>
@@ -38,8 +38,8 @@ class Encoder {
   CodeRange codes_;
 };
 
-// The sum of term(i) for i < n. Each of eight partial sums takes every eighth term, so that vectors of any
-// width can sum in this order.
+// The sum of term(i) for i < n. There are eight partial sums, and each of them adds every eighth term.
+// Vectors of any width can therefore sum in the same order.
 template <size_t n, class Term>
 float sum(const Term& term) {
   float parts[8] = {};
@@ -83,8 +83,8 @@ inline CodeGrid fitted(const Moments& s, CodeGrid otherwise) {
 }
 
 // A grid that spans exactly the range of the values does not give the smallest error, so a few other grids
-// are tried. These grids spread the values over fewer codes, or over more codes than exist, which clips the
-// extreme values.
+// are tried. Some of these grids spread the values over fewer codes than exist. Other grids spread the values
+// over more codes than exist, so that the extreme values are clipped.
 inline constexpr int kTries = 8;
 inline float codes_of_try(int i) {
   constexpr float kFewest = -1.5f, kMost = 1.5f;

@@ -1,5 +1,5 @@
 // Formats with a scale for each group of values, but no minimum. A value is (d * scale) * q, where q is the
-// number that its code stands for, and d is a float16 number of the block.
+// number that the code of the value stands for, and d is a float16 number of the block.
 #pragma once
 
 #include <initializer_list>
@@ -50,8 +50,8 @@ inline float absmax(size_t n, const float* x) {
   return most;
 }
 
-// Fits d to the current codes and scales, and then the codes and scales to d. Repeats both steps as long as
-// the error becomes smaller, at most kRounds - 1 times.
+// Fits d to the current codes and scales, and then fits the codes and scales to the new d. Repeats both steps
+// as long as the error becomes smaller, at most kRounds - 1 times.
 template <class Format>
 ScaledBlock<Format> refined(const float* x, ScaledBlock<Format> best) {
   for (int i = 1; i < kRounds; ++i) {

@@ -1,5 +1,6 @@
 // NumPy arrays that Python passes to C++. An array must have the exact dtype and be in C order. Shapes are
-// checked here too; python/nplora/_check.py gives the friendlier error messages.
+// checked here, too. Before that, python/nplora/_check.py checks the arguments of users, with better error
+// messages.
 #pragma once
 
 #include <pybind11/numpy.h>
@@ -22,14 +23,14 @@ namespace nplora::bindings {
 
 namespace py = pybind11;
 
-// An array that is never converted. An array of another dtype or order is refused, so that writes reach the
-// caller's buffer.
+// An array that is never converted. If the dtype or the order of an argument differs, the argument is
+// refused. So writes always reach the caller's buffer.
 template <class T>
 using Array = py::array_t<T, py::array::c_style>;
 
-// Takes the GIL back. If the interpreter shuts down meanwhile, Python (before 3.14) ends a daemon thread here
-// with pthread_exit, which glibc does by unwinding the stack. The destructors of Python objects in the
-// callers would then run without the GIL. So the thread stops here until the process ends, as in Python 3.14.
+// Takes the GIL back. If the interpreter shuts down in the meantime, Python before 3.14 ends a daemon thread
+// here with pthread_exit, and glibc then unwinds the stack. The destructors of Python objects in the callers
+// would then run without the GIL. So the thread stops here until the process ends, as in Python 3.14.
 inline void take_gil(PyThreadState* state) {
   try {
     PyEval_RestoreThread(state);
@@ -101,7 +102,8 @@ Matrix<T> write(std::optional<Array<T>>& array) {
   return array ? write(*array) : Matrix<T>{};
 }
 
-// Arrays below this size use NumPy's own memory, because malloc's caches are as fast for small arrays.
+// Arrays below this size use NumPy's own memory, because malloc is as fast as the buffer cache for small
+// arrays.
 inline constexpr size_t kLeastBufferBytes = size_t{1} << 16;
 
 // An array whose memory returns to the buffer cache when the last view of the array is gone.

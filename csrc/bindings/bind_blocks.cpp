@@ -111,21 +111,21 @@ void register_blocks(py::module_& m) {
       .def_readonly("nbytes", &BlockFormatInfo::bytes)
       .def_property_readonly("scale_offsets", &scale_offsets)
       .def_property_readonly("shorter", [](const BlockFormatInfo& of) { return of.facts.shorter; });
-  m.def("block_formats", &block_formats, "the formats by their names");
+  m.def("block_formats", &block_formats, "The block formats, with their names as keys");
   m.def("quantize", &quantize_rows, arg("values").noconvert(), arg("format"), arg("blocks").noconvert(),
-        "float32 to low-bit blocks");
+        "Quantise float32 values to low-bit blocks");
   m.def("dequantize", &dequantize_rows, arg("blocks").noconvert(), arg("format"), arg("out").noconvert(),
-        "low-bit blocks to float32");
+        "Decode low-bit blocks to float32");
   m.def("quantize_nf4", &quantize_to_nf4, arg("values").noconvert(), arg("codes").noconvert(),
-        arg("absmax").noconvert(), "float32 to NF4");
+        arg("absmax").noconvert(), "Quantise float32 values to NF4");
   m.def("quantize_absmax", &quantize_nf4_absmax, arg("absmax").noconvert(), arg("codes").noconvert(),
         arg("book").noconvert(), arg("scales").noconvert(),
-        "the second quantisation of NF4; returns the offset");
+        "Quantise the absmax of NF4 (double quantisation); returns the offset");
   m.def("dequantize_nf4", &dequantize_from_nf4, arg("codes").noconvert(), arg("absmax").noconvert(),
-        arg("out").noconvert(), "NF4 to float32");
+        arg("out").noconvert(), "Decode NF4 to float32");
   m.def("dequantize_nested_nf4", &dequantize_from_nested_nf4, arg("codes").noconvert(),
         arg("absmax_codes").noconvert(), arg("book").noconvert(), arg("scales").noconvert(), arg("offset"),
-        arg("out").noconvert(), "NF4 with a quantised absmax to float32");
+        arg("out").noconvert(), "Decode NF4 with a quantised absmax to float32");
 }
 
 }  // namespace nplora::bindings

@@ -25,9 +25,9 @@ py::array empty_array(const py::dtype& dtype, const std::vector<py::ssize_t>& sh
 
 void register_buffers(py::module_& m) {
   m.def("empty", &empty_array, py::arg("dtype"), py::arg("shape"),
-        "An array with undefined contents, in memory that earlier ones have left");
-  m.def("release_buffers", [] { buffer_cache().release(); }, "Returns idle buffers to the system");
-  m.def("allocations", &AlignedBuffer::allocations, "How many buffers this process has allocated");
+        "An array with undefined contents, which may reuse the memory of a deleted array");
+  m.def("release_buffers", [] { buffer_cache().release(); }, "Return idle buffers to the system");
+  m.def("allocations", &AlignedBuffer::allocations, "The number of buffers that this process has allocated");
 }
 
 }  // namespace nplora::bindings

@@ -19,7 +19,7 @@ void register_functions(py::module_& m) {
         without_gil([&] { dropout(size_t(x.size()), x.data(), probability, key, to); });
       },
       arg("x").noconvert(), arg("probability"), arg("key"), arg("out").noconvert(),
-      "out = x / (1 - probability) where kept, else 0");
+      "out = x / (1 - probability) for kept elements, and 0 for dropped elements");
   m.def(
       "gelu",
       [](const Array<T>& x, bool tanh, Array<T> out) {
@@ -62,7 +62,8 @@ void register_first_nonfinite(py::module_& m) {
         without_gil([&] { first = first_nonfinite(storage, n, values.data()); });
         return first == n ? py::ssize_t(-1) : py::ssize_t(first);
       },
-      arg("values").noconvert(), arg("storage"), "the index of the first NaN or infinity, or -1");
+      arg("values").noconvert(), arg("storage"),
+      "The index of the first NaN or infinity, or -1 if there is none");
 }
 
 }  // namespace
@@ -84,7 +85,7 @@ void register_elementwise(py::module_& m) {
         without_gil([&] { widen_bits(size_t(bits.size()), bits.data(), storage, to); });
       },
       arg("bits").noconvert(), arg("storage"), arg("out").noconvert(),
-      "bit patterns of a 16-bit format to float32");
+      "Convert bit patterns of a 16-bit format to float32");
   m.def(
       "narrow",
       [](const Array<float>& values, const std::string& name, Array<uint16_t> out) {
@@ -95,7 +96,7 @@ void register_elementwise(py::module_& m) {
         without_gil([&] { narrow_bits(size_t(values.size()), values.data(), storage, to); });
       },
       arg("values").noconvert(), arg("storage"), arg("out").noconvert(),
-      "float32 to bit patterns, to nearest even");
+      "Convert float32 to bit patterns of a 16-bit format, rounded to nearest even");
 }
 
 }  // namespace nplora::bindings

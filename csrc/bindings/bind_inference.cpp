@@ -1,4 +1,4 @@
-// Layers for repeated inference: their arrays are checked once and then read in place.
+// Layers for repeated inference. The arrays of a layer are checked once, and then read in place in each call.
 #include <bit>
 #include <type_traits>
 #include <variant>
@@ -63,7 +63,8 @@ class InferenceLayer {
 
 using Layers = std::vector<const InferenceLayer*>;
 
-// Returns one part for each layer, for the rows of x (rows, d_in). The parts have no y yet.
+// Checks that x (rows, d_in) fits each layer, and returns a ForwardPart for each layer. Its `y` is not set
+// yet.
 template <class T>
 std::vector<ForwardPart<T>> parts_of(const Layers& layers, const Array<T>& x, size_t rows) {
   std::vector<ForwardPart<T>> parts;
@@ -127,9 +128,9 @@ void register_products(py::module_& m, py::class_<InferenceLayer>& layer) {
             arg("weight"), arg("a").noconvert(), arg("b").noconvert(), arg("scale"),
             arg("bias").noconvert().none(true), arg("constant") = false);
   m.def("infer", &infer<T>, arg("x").noconvert(), arg("layers"), arg("batch") = py::none(),
-        "y = x W^T + scale (x B^T) A^T [+ bias] for layers that read one x");
+        "y = x W^T + scale (x B^T) A^T [+ bias] for layers that read the same x");
   m.def("infer_groups", &infer_groups<T>, arg("x").noconvert(), arg("groups"), arg("rows"),
-        "The same for groups of rows, each with layers of its own");
+        "Does the same as infer for groups of rows of x; each group has its own layers");
 }
 
 }  // namespace

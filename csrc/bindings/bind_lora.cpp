@@ -202,7 +202,7 @@ void register_products(py::module_& m) {
         arg("out").noconvert(), "out += scale a^T b");
   m.def("lora_forward", &forward<T>, arg("x").noconvert(), arg("layers").noconvert(),
         arg("batch") = py::none(), arg("int8") = true,
-        "z = drop(x) B^T; y = x W^T + scale z A^T [+ bias] for layers that read one x");
+        "z = drop(x) B^T; y = x W^T + scale z A^T [+ bias] for layers that read the same x");
   m.def("lora_backward", &backward<T>, arg("x").noconvert().none(true), arg("dx").noconvert().none(true),
         arg("layers").noconvert(), arg("int8") = true, arg("dither_key") = py::none(),
         "dz = scale dy A; dx = sum of dy W + undrop(dz B); da += scale dy^T z; db += dz^T drop(x)");
@@ -220,7 +220,7 @@ void register_merge(py::module_& m) {
 void register_lora(py::module_& m) {
   using py::arg;
   m.def("explain", &explain, arg("weight"), arg("rows"), arg("rank"), arg("dropout"), arg("keep_z"),
-        "How the two passes are computed, in words");
+        "Describe in words how the forward and backward pass are computed");
   register_fields<ForwardFields<float>>(m);
   register_fields<BackwardFields<float>>(m);
   register_products<float>(m);

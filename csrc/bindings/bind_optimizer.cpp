@@ -45,8 +45,8 @@ void require_alike(const char* name, const py::array& array, const py::array& va
     refuse(std::string(name) + " must have the shape and dtype of its parameter");
 }
 
-// Checks that the buffers to which a step writes do not overlap, because two threads may write to them at
-// once.
+// Checks that the buffers to which a step writes do not overlap, because two threads may write to them at the
+// same time.
 void require_apart(const std::vector<Trained>& all) {
   static thread_local std::vector<std::pair<const char*, size_t>> written;
   written.clear();
@@ -66,8 +66,8 @@ struct Rates {
   const Array<bool>& is_a;
 };
 
-// Collects the buffers of one step, and checks that they fit each other. The result is valid until this
-// thread's next call. A parameter is a tuple (name, value, grad). For SGD, `second` is null; for SGD without
+// Collects the buffers of one step, and checks that they fit each other. The result is valid until the next
+// call on this thread. A parameter is a tuple (name, value, grad). For SGD, `second` is null; for SGD without
 // momentum, `first` is null too.
 const std::vector<Trained>& collect(const py::tuple& parameters, const py::tuple* first,
                                     const py::tuple* second, const Rates& rates) {
@@ -97,9 +97,9 @@ const std::vector<Trained>& collect(const py::tuple& parameters, const py::tuple
   return all;
 }
 
-// Calls step(scale) without the GIL. If max_norm is given, the scale is first lowered so that the norm of the
-// gradients is at most max_norm. Returns the norm with the given scale. If the norm is not finite, `step` is
-// not called.
+// Calls step(scale) without the GIL. If max_norm is given, first computes the norm of all gradients times
+// `scale`, and lowers `scale` so that this norm is at most max_norm. Returns the norm before `scale` was
+// lowered. If this norm is not finite, `step` is not called.
 template <class Step>
 std::optional<double> clip_and_step(const std::vector<Trained>& parameters, double scale,
                                     std::optional<double> max_norm, const Step& step) {
@@ -159,7 +159,8 @@ void register_optimizer(py::module_& m) {
   m.def("sgd_step", &sgd, arg("parameters"), arg("momentum_buffers").none(true), arg("lr"), arg("lr_of_a"),
         arg("is_a").noconvert(), arg("weight_decay"), arg("momentum"), arg("nesterov"), arg("grad_scale"),
         arg("max_norm").none(true), "One SGD step in place");
-  m.def("sum_of_squares", &squares, arg("arrays"), "Sum of squares over all arrays, in double");
+  m.def("sum_of_squares", &squares, arg("arrays"),
+        "The sum of the squares of all elements of all arrays, in float64");
 }
 
 }  // namespace nplora::bindings

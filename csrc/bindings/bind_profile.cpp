@@ -43,10 +43,11 @@ void register_profile(py::module_& m) {
         current_profile = &totals;
       },
       "Time the calls of this thread, and count their operations");
-  m.def("stop_profile", [] { current_profile = nullptr; }, "Time no more calls of this thread");
+  m.def("stop_profile", [] { current_profile = nullptr; }, "Stop timing the calls of this thread");
   m.def("take_profile", &take_profile,
-        "(activity, calls, seconds, operations by arithmetic) since the last call of this or start_profile");
-  m.def("peak_rate", &peak, py::arg("arithmetic"), "Operations per second of products in registers");
+        "(activity, calls, seconds, operations by arithmetic) since start_profile or the last take_profile");
+  m.def("peak_rate", &peak, py::arg("arithmetic"),
+        "The highest number of operations per second, with operands in registers");
 }
 
 }  // namespace nplora::bindings

@@ -10,13 +10,13 @@ namespace nplora::bindings {
 
 namespace {
 
-// Python's main thread, the only one that runs signal handlers.
+// The identifier of Python's main thread, the only thread that runs signal handlers.
 unsigned long main_thread = 0;  // the result of PyThread_get_thread_ident
 
 // The interrupt hook. The hook is called between tasks, on the thread that called the core and released the
-// GIL. On Python's main thread, a pending Ctrl-C becomes a Python exception. Threads other than the main
-// thread have no signals to check, and must not take the GIL: while the interpreter shuts down, this could
-// end a daemon thread.
+// GIL. On Python's main thread, a pending Ctrl-C becomes a Python exception. Other threads have no signals to
+// check, and must not take the GIL: while the interpreter shuts down, taking the GIL could end a daemon
+// thread.
 bool signal_pending() {
   using Clock = std::chrono::steady_clock;
   constexpr auto kInterval = std::chrono::milliseconds(50);
@@ -90,9 +90,9 @@ void register_runtime(py::module_& m) {
         require(n >= 1, "the number of threads must be at least 1, got " + std::to_string(n));
         set_outer_threads(size_t(n));
       },
-      py::arg("n"), "What omp_set_num_threads does: for calls from this thread");
-  m.def("get_outer_threads", &outer_threads, "What omp_get_max_threads returns");
-  m.def("get_num_threads", &num_threads, "The number of threads in use");
+      py::arg("n"), "Limit the threads for calls from this thread, as omp_set_num_threads does");
+  m.def("get_outer_threads", &outer_threads, "The thread limit of this thread, as in omp_get_max_threads");
+  m.def("get_num_threads", &num_threads, "The largest number of threads that an operation uses");
   m.def("config", &config, "Version, instruction set, threads and compiler");
   m.def(
       "watch_mapping",
@@ -101,9 +101,11 @@ void register_runtime(py::module_& m) {
         const std::string_view text = message;
         return watch_mapping(memory.ptr, size_t(memory.size * memory.itemsize), text.data(), text.size());
       },
-      py::arg("mapping"), py::arg("message"), "Explain a SIGBUS in this memory");
-  m.def("unwatch_mapping", &unwatch_mapping, py::arg("number"), "The mapping is gone");
-  m.def("available_isas", &available_isas, "What NPLORA_ISA may name on this machine, best last");
+      py::arg("mapping"), py::arg("message"), "Print this message if reading this memory raises SIGBUS");
+  m.def("unwatch_mapping", &unwatch_mapping, py::arg("number"),
+        "End the effect of watch_mapping, after the memory is unmapped");
+  m.def("available_isas", &available_isas,
+        "The instruction sets that NPLORA_ISA may name on this machine; the last one is the best");
 }
 
 }  // namespace nplora::bindings

@@ -22,7 +22,7 @@ void require_like(const char* name, const Array<T>& array, const Array<U>& other
   require_shape(name, array, size_t(other.shape(0)), size_t(other.shape(1)));
 }
 
-// Copies indices before they are checked. No other code can write to the copy while the GIL is released.
+// Copies indices before they are checked, so that no other code can change them while the GIL is released.
 std::vector<int64_t> copied(const char* name, const Integers& array, size_t n) {
   require_size(name, array, n);
   return {array.data(), array.data() + n};
@@ -50,7 +50,7 @@ std::vector<int64_t> checked_targets(const Integers& targets, const Matrix<float
   return wanted;
 }
 
-// The activation that a value of hidden_act names in a configuration of the transformers library.
+// The activation of this name. The names are those of hidden_act in the transformers library.
 Activation activation_of(const std::string& act) {
   if (act == "silu") return Activation::kSilu;
   if (act == "gelu_pytorch_tanh") return Activation::kGeluTanh;
@@ -58,7 +58,7 @@ Activation activation_of(const std::string& act) {
   throw std::invalid_argument("act is '" + act + "', expected silu, gelu_pytorch_tanh or gelu");
 }
 
-// Gated units whose inputs are float32 or bits of bfloat16.
+// Registers the gated units for inputs of type T: float32, or bfloat16 as bit patterns.
 template <class T>
 void register_gated(py::module_& m) {
   using py::arg;
@@ -73,7 +73,7 @@ void register_gated(py::module_& m) {
         without_gil([&] { gated(activation, g.rows * g.cols, g.data, u.data, to.data); });
       },
       arg("act"), arg("gate").noconvert(), arg("up").noconvert(), arg("out").noconvert(),
-      "out = act(gate) ∘ up, act being silu, gelu_pytorch_tanh or gelu");
+      "out = act(gate) ∘ up, where act is silu, gelu_pytorch_tanh or gelu");
   m.def(
       "gated_backward",
       [](const std::string& act, const Floats& dout, const Array<T>& gate, const Array<T>& up, Floats dgate,
@@ -198,7 +198,7 @@ void register_elements(py::module_& m) {
             [&] { rope(to, head_dim, rows.data(), {angles.data, rotary_dim, interleaved}, inverse); });
       },
       arg("x").noconvert(), arg("positions").noconvert(), arg("table").noconvert(), arg("interleaved"),
-      arg("inverse"), arg("head_dim"), "Rotary positions in place");
+      arg("inverse"), arg("head_dim"), "Apply rotary position embeddings in place");
   register_gated<float>(m);
   register_gated<uint16_t>(m);
   m.def(
@@ -219,7 +219,7 @@ void register_elements(py::module_& m) {
       },
       arg("act"), arg("gate").noconvert(), arg("up").noconvert(), arg("out").noconvert(),
       arg("gate_bits").noconvert(), arg("up_bits").noconvert(),
-      "gated, and the bits of gate and up in bfloat16");
+      "Does the same as gated, and stores gate and up as bit patterns of bfloat16");
   m.def(
       "cross_entropy",
       [](Floats logits, const Integers& targets, double factor, Array<double> losses, bool gradient) {
@@ -260,7 +260,7 @@ void register_filtered_cross_entropy(py::module_& m) {
       arg("weight"), arg("logits").noconvert(), arg("targets").noconvert(), arg("factor"), arg("bound"),
       arg("mean").noconvert(), arg("losses").noconvert(), arg("skipped").noconvert(),
       arg("is_flat").noconvert(), arg("dx").noconvert(),
-      "The losses, and dx = factor (Σ p W + (1 - Σ p) mean - W[target]) over the words with p >= bound");
+      "The losses, and dx = factor (Σ p W + (1 - Σ p) mean - W[target]); Σ runs over the kept words");
 }
 
 AttentionShape shape_of(const Floats& q, size_t kv_width, size_t heads, size_t kv_heads, double scale,
@@ -275,8 +275,8 @@ AttentionShape shape_of(const Floats& q, size_t kv_width, size_t heads, size_t k
   return {heads, kv_heads, dim, float(scale), size_t(std::min(window, kMostKeys)), bfloat16};
 }
 
-// Adds the direction and the bias to a shape. Requires that each sequence is short enough for the distances
-// in the bias.
+// Sets the direction and the bias of a shape. Checks that `bias` has a column for every distance within a
+// sequence.
 void set_direction(AttentionShape& shape, bool causal, const std::optional<Floats>& bias,
                    const std::vector<int64_t>& starts) {
   shape.causal = causal;
@@ -326,7 +326,7 @@ void register_attention(py::module_& m) {
       arg("q").noconvert(), arg("k").noconvert(), arg("v").noconvert(), arg("starts").noconvert(),
       arg("heads"), arg("kv_heads"), arg("scale"), arg("window"), arg("out").noconvert(),
       arg("lse").noconvert(), arg("bfloat16") = false, arg("causal") = true,
-      arg("bias").noconvert() = py::none(), "Attention within packed sequences");
+      arg("bias").noconvert() = py::none(), "Attention within each of the packed sequences");
   m.def(
       "attention_backward",
       [](const Floats& dout, const Floats& q, const Floats& k, const Floats& v, const Floats& out,
@@ -382,7 +382,7 @@ void register_attention(py::module_& m) {
       },
       arg("q").noconvert(), arg("keys").noconvert(), arg("values").noconvert(), arg("pages").noconvert(),
       arg("slots").noconvert(), arg("lengths").noconvert(), arg("heads"), arg("kv_heads"), arg("scale"),
-      arg("window"), arg("out").noconvert(), "Attention of new queries to keys and values computed before");
+      arg("window"), arg("out").noconvert(), "Attention of new queries to the keys and values in a cache");
 }
 
 }  // namespace

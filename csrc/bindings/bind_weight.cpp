@@ -144,7 +144,7 @@ void register_weight(py::module_& m) {
   using py::arg;
   py::class_<PackedWeight>(
       m, "PackedWeight", py::is_final(), made_whole(),
-      "A frozen matrix in its storage format: packed in panels, or as it lies in arrays.")
+      "A frozen matrix in its storage format: a copy in panels, or the caller's arrays without a copy.")
       .def(py::init(&pack<float>), arg("w").noconvert(), arg("storage"), arg("compute") = "float")
       .def(py::init(&pack<double>), arg("w").noconvert(), arg("storage"), arg("compute") = "float")
       .def(py::init(&pack<uint16_t>), arg("w").noconvert(), arg("storage"), arg("compute") = "float")

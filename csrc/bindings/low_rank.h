@@ -1,4 +1,4 @@
-// Code that the bindings of all layers share.
+// Code that bind_lora.cpp and bind_inference.cpp share.
 #pragma once
 
 #include "bindings/arrays.h"

@@ -5,9 +5,9 @@
 
 namespace nplora::bindings {
 
-// pybind11's own tp_new leaves the object empty, and a method that is called on it would read uninitialised
-// memory. new_with_init therefore runs __init__ too. Python then calls __init__ again, which finds a
-// constructed object and returns at once.
+// pybind11's own tp_new leaves the object empty, and a method of an empty object would read uninitialised
+// memory. new_with_init therefore runs __init__, too. Python then calls __init__ again. This second call
+// finds a constructed object and returns at once.
 inline PyObject* new_with_init(PyTypeObject* type, PyObject* args, PyObject* kwargs) {
   PyObject* self = type->tp_base->tp_new(type, args, kwargs);
   if (self && type->tp_init(self, args, kwargs) < 0) Py_CLEAR(self);

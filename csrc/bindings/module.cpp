@@ -21,8 +21,8 @@ bool in_main_interpreter() {
 PYBIND11_MODULE(_core, m, pybind11::mod_gil_not_used()) {
   if (!in_main_interpreter()) throw pybind11::import_error(kOnlyInMain);
   m.doc() =
-      "The compiled core of nplora. It is strict about shapes, dtypes and order; the functions of `nplora` "
-      "are not.";
+      "The compiled core of nplora. It requires exact shapes, dtypes and C order; the functions of `nplora` "
+      "convert their arguments.";
   nplora::bindings::register_runtime(m);
   nplora::bindings::register_constants(m);
   nplora::bindings::register_buffers(m);

@@ -22,7 +22,7 @@ inline constexpr float kSmallestHalf = 0x1p-24f, kLargestHalf = 65504;
 // Properties of a block format, apart from its layout.
 struct BlockFacts {
   // The largest magnitude of a value. For a larger value, float16 could not hold the scale or the minimum of
-  // the block. (In NF4, scales are floats, so float is the limit.)
+  // the block. (In NF4, scales are floats, so the limit is the range of float.)
   float largest;
   const char* shorter = nullptr;  // the format for rows that are not whole blocks, as in llama.cpp
 };

@@ -69,7 +69,7 @@ WithoutSignals::~WithoutSignals() {
 
 namespace {
 
-struct sigaction before;  // the SIGBUS handler that ours has replaced
+struct sigaction before;  // the SIGBUS handler that on_bus_error has replaced
 std::atomic<FaultMessage> message_of = nullptr;
 static_assert(std::atomic<FaultMessage>::is_always_lock_free);
 

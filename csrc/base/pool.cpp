@@ -20,10 +20,9 @@ std::atomic<bool> in_child{false};
 [[maybe_unused]] const bool fork_watch = (platform::call_in_forked_child([] { in_child = true; }), true);
 
 // How long an idle thread polls before it sleeps. The polling time is longer than the gaps between the calls
-// of a training step. A sleeping thread may be woken on the caller's own core. (This happens in a virtual
-// machine, where another core that is halted does not count as idle.) The woken thread then waits for a time
-// slice while the caller does all the work: with 20 µs of polling, a step took 8.0 ms on two cores instead of
-// 4.3 ms.
+// of a training step. A sleeping thread may be woken on the caller's own core. (In a virtual machine, a core
+// that is halted does not count as idle.) The woken thread then waits for a time slice while the caller does
+// all the work: with 20 µs of polling, a step took 8.0 ms on two cores instead of 4.3 ms.
 constexpr auto kSpinTime = std::chrono::microseconds(1000);
 
 struct Job {

@@ -63,7 +63,7 @@ class Timed {
   Timed(const Timed&) = delete;
   Timed& operator=(const Timed&) = delete;
 
-  // Whether the thread profiles. If not, operations need not be counted.
+  // Whether the thread profiles. If the thread does not profile, operations need not be counted.
   explicit operator bool() const { return profile_ != nullptr; }
 
   void count(Arithmetic arithmetic, double operations) const {

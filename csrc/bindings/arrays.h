@@ -1,5 +1,5 @@
 // NumPy arrays that Python passes to C++. An array must have the exact dtype and be in C order. Shapes are
-// checked here, too. Before that, python/nplora/_check.py checks the arguments of users, with better error
+// checked here, too. python/nplora/_check.py has usually checked the arguments before, with better error
 // messages.
 #pragma once
 
@@ -40,7 +40,7 @@ inline void take_gil(PyThreadState* state) {
 }
 
 // Runs `f` without the GIL. pybind11's gil_scoped_release is not used, because its destructor takes the GIL
-// back, and pthread_exit must not pass a destructor.
+// back, and pthread_exit must not unwind the stack through a destructor.
 template <class F>
 void without_gil(const F& f) {
   PyThreadState* state = PyEval_SaveThread();

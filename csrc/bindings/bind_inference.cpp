@@ -63,8 +63,8 @@ class InferenceLayer {
 
 using Layers = std::vector<const InferenceLayer*>;
 
-// Checks that x (rows, d_in) fits each layer, and returns a ForwardPart for each layer. Its `y` is not set
-// yet.
+// Checks that x (rows, d_in) fits each layer, and returns a ForwardPart for each layer. The `y` of each
+// ForwardPart is not set yet.
 template <class T>
 std::vector<ForwardPart<T>> parts_of(const Layers& layers, const Array<T>& x, size_t rows) {
   std::vector<ForwardPart<T>> parts;

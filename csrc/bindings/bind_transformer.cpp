@@ -39,7 +39,8 @@ std::vector<int64_t> within(const char* name, const Integers& array, size_t n, i
   return values;
 }
 
-// Copies the targets of some rows of logits, and checks that each is a word or ignored.
+// Copies the targets of some rows of logits, and checks that each target is the number of a word or
+// kIgnoredTarget.
 std::vector<int64_t> checked_targets(const Integers& targets, const Matrix<float>& logits) {
   std::vector<int64_t> wanted = copied("targets", targets, logits.rows);
   for (const int64_t target : wanted)
@@ -50,7 +51,7 @@ std::vector<int64_t> checked_targets(const Integers& targets, const Matrix<float
   return wanted;
 }
 
-// The activation of this name. The names are those of hidden_act in the transformers library.
+// Returns the activation with the name `act`. The names are those of hidden_act in the transformers library.
 Activation activation_of(const std::string& act) {
   if (act == "silu") return Activation::kSilu;
   if (act == "gelu_pytorch_tanh") return Activation::kGeluTanh;

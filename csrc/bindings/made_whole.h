@@ -14,7 +14,7 @@ inline PyObject* new_with_init(PyTypeObject* type, PyObject* args, PyObject* kwa
   return self;
 }
 
-// Use this only for final classes: new_with_init requires tp_base to be pybind11's base class, but the
+// Use made_whole only for final classes: new_with_init requires tp_base to be pybind11's base class, but the
 // tp_base of a subclass would be the bound class.
 inline pybind11::custom_type_setup made_whole() {
   return pybind11::custom_type_setup([](PyHeapTypeObject* type) { type->ht_type.tp_new = &new_with_init; });

@@ -14,7 +14,7 @@ namespace {
 
 constexpr size_t kElementsPerTask = 16384;
 
-// The cost of one element of each function, in floating-point operations.
+// The cost of each function for one element, in floating-point operations.
 constexpr double kErfOperations = 40, kPhiloxOperations = 20, kConversionOperations = 8;
 
 template <class Body>

@@ -57,8 +57,8 @@ struct ForwardBuffers {
   float *queries, *sums;          // (head_dim, kTileLanes)
   float* scores;                  // (kTileKeys, kTileLanes)
   float *largest, *sum, *factor;  // (kTileLanes)
-  // For products in pairs: the queries as `pairs` (head_dim / 2, lanes), and the weights of a tile of keys as
-  // `weights` (kTileKeys / 2, lanes).
+  // Used for products in pairs of bfloat16: `pairs` (head_dim / 2, lanes) holds the queries, and `weights`
+  // (kTileKeys / 2, lanes) holds the weights of a tile of keys.
   kernels::Bf16Pair *pairs, *weights;
 };
 
@@ -75,7 +75,7 @@ void attend(const QueryTile& tile, Matrix<const float> q, const Outputs& to) {
   const size_t column = tile.kv_head * dim;
   if (tile.shape.pairs) pair_rows(dim, lanes, b.queries, b.pairs);
 
-  // Keys before the window are masked. They are read all the same, so that the sums begin at a multiple of
+  // Keys before the window are masked. Such keys are read only because the sums must begin at a multiple of
   // kKeyUnit.
   const Span visible = tile.visible();
   bool accumulate = false;
@@ -163,8 +163,8 @@ void attend_piece(const AttentionShape& shape, const Piece& piece, Matrix<const 
   float *largest = part + heads * dim, *sum = largest + heads;
   float *scaled = scratch<float>(Scratch::kAttention, heads * (dim + n)), *scores = scaled + heads * dim;
   kernel().scaled(heads * dim, shape.scale, q.row(piece.row), scaled, false);
-  // key_dots sums the last keys of a call in another order, so the first call must end at a multiple of
-  // kKeyUnit.
+  // For the last keys of a call, key_dots uses a different order of summation. So the first call must end at
+  // a multiple of kKeyUnit.
   const size_t aligned = std::min(round_up(piece.keys.first, kKeyUnit), piece.keys.end);
   for (const Span half : {Span{piece.keys.first, aligned}, Span{aligned, piece.keys.end}})
     run.for_parts(half, [&](Span part) {
@@ -213,7 +213,7 @@ void join_pieces(const AttentionShape& shape, size_t row, size_t pieces, const f
 void attend_rows(const AttentionShape& shape, const std::vector<Run>& runs, Matrix<const float> q,
                  const Outputs& to) {
   std::vector<Piece> pieces;
-  std::vector<size_t> first_piece;  // the first piece of each row, then the number of all pieces
+  std::vector<size_t> first_piece;  // the index of each row's first piece; at the end, the number of pieces
   double operations = 0;
   for (const Run& run : runs)
     for (size_t i = 0; i < run.count; ++i) {

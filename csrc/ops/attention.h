@@ -16,8 +16,8 @@ struct AttentionShape {
   float scale;         // the factor of all scores, usually 1 / sqrt(head_dim)
   size_t window;       // a token attends to itself and `window` - 1 tokens before it; 0 means no limit
   bool pairs = false;  // whether tiles of queries are multiplied in pairs of bfloat16, summed in float32
-  // If `causal` is false, a token also attends to the tokens after it. If there is a window too, it attends
-  // to `window` - 1 of these tokens.
+  // If `causal` is false, a token also attends to the tokens after it. If there is a window too, the token
+  // attends only to the next `window` - 1 tokens.
   bool causal = true;
   // A number that is added to the score of each head, query and key (Shaw et al. 2018). The number depends on
   // the distance from the query to the key: bias is (heads, 2 reach + 1), and its columns are the distances
@@ -67,9 +67,9 @@ struct KeyValueCache {
 };
 // Row i of q is the query of the token at position lengths[i] - 1 in slot slots[i] of the cache. The query
 // attends to this token and to all tokens before it, as far as the window allows. The bits of a row depend
-// neither on the size of the pages nor on the other rows, with one exception: neighbouring rows with
-// successive tokens of one slot are computed together, and the method depends on whether there are at least
-// kFewestLanes / group such rows.
+// neither on the size of the pages nor on the other rows, with one exception. Neighbouring rows with
+// successive tokens of one slot are computed together. If there are fewer than kFewestLanes / group such
+// rows, they are computed by a different method.
 void attention_cached(const AttentionShape& shape, Matrix<const float> q, KeyValueCache cache,
                       const int64_t* slots, const int64_t* lengths, Matrix<float> out);
 

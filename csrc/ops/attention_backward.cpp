@@ -11,17 +11,17 @@ namespace nplora {
 
 namespace {
 
-// The size of a block is halved while the first diagonal (see attention_backward) has fewer tasks than this.
-// kFewestTasks must not depend on the number of threads, because the order of the sums depends on the size of
-// the blocks.
+// The size of a block is halved while the first diagonal (see attention_backward) has fewer tasks than
+// kFewestTasks. This number must not depend on the number of threads, because the order of the sums depends
+// on the size of the blocks.
 constexpr size_t kFewestTasks = 12;
 
 const kernels::Transformer& kernel() {
   return kernels::table().transformer;
 }
 
-// The inputs and outputs of all tiles. delta (n, heads) holds the dot product of dout and out for each token
-// and head. delta is computed together with the tiles of the first diagonal.
+// The inputs and outputs of all tiles. For each token and head, delta (n, heads) holds the dot product of
+// dout and out. The tiles of the first diagonal compute delta.
 struct Operands {
   Matrix<const float> dout;
   AttentionSaved saved;
@@ -171,9 +171,8 @@ void multiply_pairs(const QueryTile& tile, const Keys& all, const Operands& x, c
 //   p = exp(s - lse);  dv += p dout;  dp = dout vᵀ;  ds = p ∘ (dp - delta);
 //   dq = scale ds k;  dk += ds (scale q).
 // The first block of a tile sets dq, and later blocks add to it. If one tile of scores holds all keys of the
-// queries, p and delta are computed from these scores. The reason is that dp and delta can be nearly equal if
-// there are so few keys. With a delta that is computed from the rounded `out`, dp - delta would then be too
-// inexact.
+// queries, p and delta are computed from these scores. With few keys, dp and delta can be nearly equal. If
+// delta were computed from the rounded `out`, dp - delta would then be too inexact.
 void attend_backward(const QueryTile& tile, Span block, const Operands& x, bool first) {
   const size_t dim = tile.shape.head_dim, lanes = tile.lanes;
   const Span seen = tile.visible(),
@@ -203,7 +202,7 @@ void attend_backward(const QueryTile& tile, Span block, const Operands& x, bool 
 }
 
 // The number of tokens in a block. The keys and values of a block and their gradients take up to 4 * 128 KB
-// of L2. The number is halved while there are fewer than kFewestTasks tasks.
+// of L2. The number of tokens is halved while there are fewer than kFewestTasks tasks.
 size_t block_tokens(const AttentionShape& shape, const std::vector<Run>& runs) {
   size_t block = std::clamp<size_t>(32768 / shape.head_dim / kTileKeys, 1, 8) * kTileKeys;
   const auto tasks = [&] {
@@ -215,7 +214,7 @@ size_t block_tokens(const AttentionShape& shape, const std::vector<Run>& runs) {
   return block;
 }
 
-// One block of queries and one block of keys, for all query heads that share a key-value head.
+// A task: one block of queries and one block of keys, for all query heads that share a key-value head.
 struct Task {
   size_t run, kv_head, query_block;
 };

@@ -31,8 +31,8 @@ struct Span {
 };
 
 // The sums over keys are cut at multiples of kKeyUnit positions, because key_dots computes 4 or 8 keys at a
-// time, and products cut their depth at multiples of kDepthUnit. The results then do not depend on the size
-// of the pages.
+// time, and products cut their depth at multiples of kDepthUnit. So the results do not depend on the size of
+// the pages.
 inline constexpr size_t kKeyUnit = kernels::kDepthUnit;
 static_assert(kPageUnit % kKeyUnit == 0 && kTileKeys % kKeyUnit == 0);
 

@@ -53,7 +53,7 @@ class InputGradient {
   struct Gradient {
     kernels::Strided<E> elements;
     const CodedBlock* codes;
-    size_t first;  // the first of these tokens in `codes`
+    size_t first;  // the row of `codes` that holds the first of these tokens
   };
 
   bool is_shared() const;

@@ -35,7 +35,7 @@ class BackwardStack {
     size_t rank = 0;                      // the sum of the ranks of all layers of the group
     Matrix<const E> b{};  // the B of all layers, one below the other: (rank, d_in), or with rows in pairs
     T* dz = nullptr;      // the dz of a token block, (n, rank)
-    E *elements = nullptr, *rows = nullptr;  // if E is pairs: dz, and dz transposed (rank, n / 2)
+    E *elements = nullptr, *rows = nullptr;  // if E is Bf16Pair: dz, and dz transposed (rank, n / 2)
     T* db = nullptr;                         // the sums of dB, (r, d_in)
   };
 
@@ -46,7 +46,7 @@ class BackwardStack {
     bool wants_da;
     size_t column = 0;    // the layer's first column in the joined dz
     E* dy = nullptr;      // the dy of a token block, if it is converted to type E
-    E* z_rows = nullptr;  // the z of a token block, transposed (r, n / 2), if E is pairs
+    E* z_rows = nullptr;  // the z of a token block, transposed (r, n / 2), if E is Bf16Pair
     Matrix<const E> a{};  // A (d_out, r), or A with rows in pairs
     T* da = nullptr;      // the sums of dA, transposed (r, d_out)
 
@@ -67,7 +67,7 @@ class BackwardStack {
   // Whether `prepare` must be called.
   bool prepares() const { return !joined_.empty() || kernels::kValuesPerElement<E> > 1; }
 
-  // Computes dz for some tokens. If E is the type of bfloat16 pairs, also converts dy, z and dz to pairs.
+  // Computes dz for some tokens. If E is Bf16Pair, also converts dy, z and dz to pairs.
   void prepare(Range token_block, Range some) const;
 
   // dy_of returns the dy of some tokens. dz_of returns the dz of the tokens from `first` on. The results have

@@ -40,7 +40,7 @@ inline constexpr size_t kFloatBatch = 4;
 // In the backward pass of a batch above this size, all tokens share one copy of each block of W. There is no
 // copy if W is packed or double.
 inline constexpr size_t kInPlaceBatch = 16;
-// Limits for backward passes with a W in bfloat16. Batches of up to this many tokens use the values of W
+// Limits for backward passes with a W in bfloat16, in tokens. Up to the limit, a batch uses the values of W
 // without a copy. kWidenedBatch is the limit for products in float: each tile widens the values to float in
 // registers. kPairedBatch is the limit for products of pairs, if W is packed and pairs_in_registers is true:
 // each tile pairs the values in registers.
@@ -48,17 +48,17 @@ inline constexpr size_t kWidenedBatch = 8, kPairedBatch = 256;
 // The number of rows of a packed W whose partial sums stay in L2 (4128 x 16 lanes of floats = 258 KB) while
 // the panels are read.
 inline constexpr size_t kStreamedRows = round_up(4096, kRowBlock);
-// The same number for a W in bfloat16 and a single token. The products of a single token would have to wait
-// for sums in L2, so the sums stay in L1 (128 x 16 lanes of floats = 8 KB).
+// Replaces kStreamedRows if W is in bfloat16 and the batch is a single token. The products of a single token
+// would have to wait for sums in L2, so the sums stay in L1 (128 x 16 lanes of floats = 8 KB).
 inline constexpr size_t kStreamedBf16Rows = 128;
 // The size of the transposed blocks of W that are kept in L2 at a time, in bytes.
 inline constexpr size_t kBlocksBytes = size_t{448} << 10;
 // The last block of W is multiplied with this many tokens at a time, so that their outputs in one panel (64 x
 // 48 floats = 12 KB) are still in L1 when the update is added.
 inline constexpr size_t kFewTokens = 64;
-// The same number for int8 products: 63 is a multiple of their tile sizes, which are 7 and 9 tokens.
+// Replaces kFewTokens in int8 products: 63 is a multiple of their tile sizes, which are 7 and 9 tokens.
 inline constexpr size_t kFewInt8Tokens = 63;
-// kColumnBlock: the number of columns that one task computes of a gradient of A or B. kSumDepth: the number
+// kColumnBlock: the number of columns of a gradient of A or B that one task computes. kSumDepth: the number
 // of tokens whose products a task adds at a time.
 inline constexpr size_t kColumnBlock = 4 * kernels::kPanelColumns, kSumDepth = 128;
 static_assert(kSumDepth % kDepthUnitValues == 0 && kTaskTokens % kDepthUnitValues == 0);

@@ -19,7 +19,7 @@ namespace {
 
 constexpr size_t kElementsPerTask = 16384;
 
-// The cost of one element of each function, in floating-point operations.
+// The cost of each function for one element, in floating-point operations.
 constexpr double kSearchOperations = 100, kNf4Operations = 20, kDecodeOperations = 2, kCheckOperations = 1;
 
 // Cuts n items of `size` > 0 elements into pieces, and calls body(range) for each piece.

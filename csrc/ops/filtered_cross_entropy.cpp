@@ -92,7 +92,7 @@ bool KeptWords::keep(size_t row, const RowSum& sum, int32_t target, double facto
   return true;
 }
 
-// This is a counting sort by blocks, which keeps the order of the rows.
+// `arrange` is a counting sort by blocks, which keeps the order of the rows.
 void KeptWords::arrange() {
   firsts_ = scratch<uint32_t>(Scratch::kLowGradients, blocks_ * rows() + 1);
   std::fill_n(firsts_, blocks_ * rows() + 1, 0);

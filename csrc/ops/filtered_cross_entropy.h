@@ -8,8 +8,8 @@
 
 namespace nplora {
 
-// The gradient of a row uses the rows of W of the target and of all words whose probability is at least
-// `bound`. `mean` replaces the rows of W of all other words.
+// In the gradient of a row of x, the target and each word with a probability of at least `bound` are used
+// with their rows of W. All other words are used with `mean` instead of their rows of W.
 struct WordFilter {
   double bound;       // above 0
   const float* mean;  // (d_in)

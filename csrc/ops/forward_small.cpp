@@ -41,7 +41,7 @@ struct ProjectedUpdate {
   size_t rank() const { return low->rank(); }
 };
 
-// Lists the memory to prefetch before the update of the outputs of some rows of W: the same rows of A, and a
+// Lists the memory to prefetch before an update is added to some outputs y[:, rows]: A[rows], and a
 // proportional share of B. Other workers may prefetch the other shares of B. At most `most` bytes of A, and
 // at most `most` bytes of B, are prefetched.
 template <class T>
@@ -81,11 +81,11 @@ class SmallForward {
 
   const std::vector<ProjectedUpdate<T>>& groups() const { return groups_; }
 
-  // Multiplies x by some rows of W: y[:, rows] = x W[rows]ᵀ [+ bias]. Meanwhile, the factors of the updates
-  // are prefetched.
+  // Multiplies x by some rows of W: y[:, rows] = x W[rows]ᵀ [+ bias]. During this product, the factors of the
+  // updates are prefetched.
   void multiply(Range rows) const {
     std::vector<FetchList> next;
-    constexpr size_t kMostBytes = 256 << 10;  // of all A together, and of all B together: they stay in L2
+    constexpr size_t kMostBytes = 256 << 10;  // in L2: the limit for all A together, and for all B together
     for (const auto& group : groups_) next.push_back(factors(*group.low, rows, kMostBytes / groups_.size()));
     if constexpr (std::is_same_v<W, float>)
       if (dots_blocks(part_.w)) {
@@ -148,7 +148,7 @@ class SmallForward {
   }
 
  private:
-  // Cuts the rows into ranges of at most `most` rows, and calls body(range) for each.
+  // Cuts the rows into ranges of at most `most` rows, and calls body(range) for each range.
   template <class Body>
   static void for_blocks(Range rows, size_t most, const Body& body) {
     for (size_t r = 0; r < rows.count; r += most) body(Range{rows.first + r, std::min(most, rows.count - r)});

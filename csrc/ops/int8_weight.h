@@ -14,8 +14,8 @@
 
 namespace nplora {
 
-// The scales of W's rows. The scales are computed when a product first needs them, because text generation
-// does not need them, and should not read the whole file of a mapped model first.
+// The scales of W's rows. The scales are computed when a product first needs them. Text generation does not
+// need the scales, and computing them would read the whole file of a mapped model.
 class RowScales {
  public:
   RowScales() = default;

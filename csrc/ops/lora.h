@@ -75,8 +75,8 @@ struct GroupParts {
 template <class T>
 void lora_forward_groups(std::span<const GroupParts<T>> groups, Matrix<const T> x);
 
-// One layer of a backward pass: dz = scale dy A, da += scale dyᵀ z, db += dzᵀ drop(x). If a gradient is not
-// needed, the data of da or db is null.
+// One layer of a backward pass: dz = scale dy A, da += scale dyᵀ z, db += dzᵀ drop(x). The data of da or db
+// is null if that gradient is not needed.
 template <class T>
 struct BackwardPart {
   WeightView w;
@@ -88,9 +88,9 @@ struct BackwardPart {
 // Computes the gradients of all layers, and dx = the sum of dy W + undrop(dz B) over all layers. If dx is not
 // needed, its data is null. If `int8` is false, weights of Compute::kInt8 are computed as with
 // Compute::kBfloat16. If `dither_key` is given, int8 products round dy stochastically, with random bits that
-// depend on the key and on the element. Gradients of logits need int8 = false or a `dither_key`, because they
-// have many small elements beside one large element of their row. If such gradients were rounded to nearest
-// in int8, all small elements would become 0.
+// depend on the key and on the element. Gradients of logits need int8 = false or a `dither_key`, because each
+// row of such a gradient has one large element and many small elements. If such gradients were rounded to
+// nearest in int8, all small elements would become 0.
 template <class T>
 void lora_backward(std::span<const BackwardPart<T>> parts, Matrix<const T> x, Matrix<T> dx, bool int8,
                    std::optional<uint64_t> dither_key = {});

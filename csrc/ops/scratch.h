@@ -14,15 +14,17 @@ namespace nplora {
 enum class Scratch {
   // Holds x of a token block, transposed into lanes or converted to pairs of bfloat16 values or to int8. The
   // largest size is kLanesBytes or 64 d_in elements (64 tokens), whichever is larger. In the backward pass,
-  // this buffer holds dy, z and dz in pairs, dy in int8, and the factors. For attention in bfloat16, it holds
-  // the keys and values of a batch in pairs. For a filtered loss, it holds the weights of the kept words: up
-  // to a quarter of the logits.
+  // this buffer holds dy, z and dz in pairs, dy in int8, and the factors. For attention in bfloat16, this
+  // buffer holds the keys and values of a batch in pairs. For filtered_cross_entropy, this buffer holds the
+  // weights of the kept words: up to a quarter as many elements as there are logits.
   kLanes,
-  // Holds z of a token block in lanes or pairs, with r elements for each token. In the same call, this buffer
-  // also holds the factors of a stack, with r (d_in + d_out) elements. In a merge, it holds B in panels.
+  // Holds z of a token block in lanes or pairs, with r elements for each token. If outputs are in the lanes,
+  // this buffer also holds the factors of a stack, with r (d_in + d_out) elements. In a merge, this buffer
+  // holds B in panels.
   kLowLanes,
-  // Holds z or dz of a token block, with r elements for each token. In the same call, this buffer also holds
-  // A, or the sums of the gradients of A and B. These sums have r (d_in + d_out) elements.
+  // Holds z or dz of a token block, with r elements for each token. This buffer also holds A in the forward
+  // pass, and the sums of the gradients of A and B in the backward pass. These sums have r (d_in + d_out)
+  // elements.
   kLowGradients,
   // Holds L / 2 partial sums for each of kStreamedRows rows of W and one token. For a batch of up to 8
   // tokens, holds L / 2 partial sums for each token and each of 48 rows of W or r rows of B.

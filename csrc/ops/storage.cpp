@@ -10,7 +10,7 @@
 
 namespace nplora {
 
-// A pair of bfloat16 is written as two halves and read as one word, in memory and in files. This needs a
+// A pair of bfloat16 is written as two halves and read as one word, in memory and in files. So nplora needs a
 // little-endian machine.
 static_assert(std::endian::native == std::endian::little, "nplora needs a little-endian machine");
 

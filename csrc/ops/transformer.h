@@ -35,7 +35,7 @@ void layer_norm_backward(Matrix<const float> dy, Matrix<const float> x, const fl
 
 // The cosines and sines of rotary position embeddings. Row p of `data` holds rotary_dim / 2 cosines and then
 // as many sines, for position p. If `interleaved` is true, the two elements of a pair are neighbours. If
-// `interleaved` is false, they are rotary_dim / 2 elements apart.
+// `interleaved` is false, the two elements of a pair are rotary_dim / 2 elements apart.
 struct RotaryTable {
   const float* data;
   size_t rotary_dim;

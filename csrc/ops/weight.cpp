@@ -104,8 +104,8 @@ void copy_row(const WeightView& w, size_t row, T* out) {
   for_panels(w.d_in, [&](size_t c, size_t width) { widen(w.storage, width, locate(w, row, c).at, out + c); });
 }
 
-// Prefetches columns of a few rows of W that is read in place. The hardware does not prefetch these columns,
-// because there are too few rows to detect a stream, or because a new stream begins here.
+// Prefetches columns of a few rows of W, unless W is packed or in NF4. The hardware does not prefetch these
+// columns, because there are too few rows to detect a stream, or because a new stream begins here.
 void fetch(const WeightView& w, Range rows, Range cols) {
   if (w.packed || w.storage == Storage::kNf4) return;
   const bool blocks = is_blocks(w.storage);

@@ -8,7 +8,7 @@ namespace nplora {
 
 namespace {
 
-// The largest size of an idle buffer that `take` reuses for a request of `bytes`. This size is a quarter
+// The largest size of an idle buffer that `take` reuses for a request of `bytes`. The limit is a quarter
 // larger than the request, because batches differ a little in their number of tokens.
 constexpr size_t most_for(size_t bytes) {
   return bytes + bytes / 4;

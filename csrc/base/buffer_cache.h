@@ -11,8 +11,8 @@ namespace nplora {
 
 // Used and idle buffers together take at most kSpareBytes more memory than the peak of the used buffers
 // alone, and at most twice this peak. Some passes, such as reading a prompt, need a few buffers of different
-// sizes one after the other. Without spare memory, such a pass would free and map nearly all of its buffers
-// in each layer.
+// sizes one after the other. Without spare memory, reading a prompt would free and map nearly all buffers in
+// each layer.
 class BufferCache {
  public:
   static constexpr size_t kSpareBytes = size_t{4} << 20;

@@ -60,7 +60,7 @@ std::unique_ptr<PackedWeight> pack(const Array<T>& w, const std::string& name,
   return packed;
 }
 
-// A weight whose values stay in the caller's arrays. These arrays are kept alive and not copied, and no code
+// A weight whose values stay in the caller's arrays. The arrays are kept alive and not copied, and no code
 // may write to them. (pybind11's keep_alive would also run after a call with wrong arguments, and would
 // crash.)
 template <class... Arrays>

@@ -75,8 +75,8 @@ void attend(const QueryTile& tile, Matrix<const float> q, const Outputs& to) {
   const size_t column = tile.kv_head * dim;
   if (tile.shape.pairs) pair_rows(dim, lanes, b.queries, b.pairs);
 
-  // Keys before the window are masked. Such keys are read only because the sums must begin at a multiple of
-  // kKeyUnit.
+  // Keys before the window are masked. Keys before the window are read only because the sums must begin at a
+  // multiple of kKeyUnit.
   const Span visible = tile.visible();
   bool accumulate = false;
   for_key_tiles({round_down(visible.first, kKeyUnit), visible.end}, [&](Span keys) {
@@ -207,9 +207,9 @@ void join_pieces(const AttentionShape& shape, size_t row, size_t pieces, const f
   }
 }
 
-// Attention for runs of only a few queries. Such runs would not fill a tile, and are limited by the speed of
-// memory. For each query, keys and values are read once, for all heads at once. The keys are cut into pieces,
-// which threads share (Dao et al. 2023, Flash-Decoding).
+// Attention for runs of only a few queries. A run of a few queries would not fill a tile, and is limited by
+// the speed of memory. For each query, keys and values are read once, for all heads at once. The keys are cut
+// into pieces, which threads share (Dao et al. 2023, Flash-Decoding).
 void attend_rows(const AttentionShape& shape, const std::vector<Run>& runs, Matrix<const float> q,
                  const Outputs& to) {
   std::vector<Piece> pieces;

@@ -56,9 +56,9 @@ void attention_backward(const AttentionShape& shape, Sequences sequences, Matrix
 // is allowed.)
 inline constexpr size_t kPageUnit = 16;
 
-// The keys and values of earlier tokens. Both arrays are (pages, page_tokens, kv_heads * head_dim). Slot s
-// holds a sequence whose tokens are in the pages table[s * slot_pages], table[s * slot_pages + 1], and so on.
-// Slots may share pages.
+// The keys and values of earlier tokens. The arrays `keys` and `values` are (pages, page_tokens, kv_heads *
+// head_dim). Slot s holds a sequence whose tokens are in the pages table[s * slot_pages], table[s *
+// slot_pages + 1], and so on. Slots may share pages.
 struct KeyValueCache {
   const float *keys, *values;
   size_t page_tokens;

@@ -12,8 +12,8 @@ namespace nplora {
 namespace {
 
 // The size of a block is halved while the first diagonal (see attention_backward) has fewer tasks than
-// kFewestTasks. This number must not depend on the number of threads, because the order of the sums depends
-// on the size of the blocks.
+// kFewestTasks. The constant kFewestTasks must not depend on the number of threads, because the order of the
+// sums depends on the size of the blocks.
 constexpr size_t kFewestTasks = 12;
 
 const kernels::Transformer& kernel() {

@@ -17,8 +17,8 @@ namespace nplora {
 // this number is also a multiple of kDepthUnit elements, even if an element is a pair of values.
 inline constexpr size_t kDepthUnitValues =
     kernels::kValuesPerElement<kernels::Bf16Pair> * kernels::kDepthUnit;
-// The number of rows of W that are multiplied at a time with tokens in the SIMD lanes. This number is a
-// multiple of tile_rows on every instruction set.
+// The number of rows of W that are multiplied at a time with tokens in the SIMD lanes. The number kRowBlock
+// is a multiple of tile_rows on every instruction set.
 inline constexpr size_t kRowBlock = 48;
 // The largest depth of a block, in values. With this depth, each of the following fits into L2: a panel of W,
 // a panel of a transposed block of W, and x in lanes (1056 x 48 floats = 198 KB). The depth is cut into

@@ -32,7 +32,7 @@ void for_pieces(size_t n, size_t size, double operations_per_element, const Body
 
 // ---- checks of values ----
 
-// The bits of |x| as an integer. These integers are in the same order as the numbers |x|. The integers of
+// The bits of |x| as an integer. The integers have the same order as the numbers |x|. The integers of
 // infinity and NaN are larger than the integers of all finite numbers.
 uint32_t magnitude(float x) {
   return std::bit_cast<uint32_t>(x) & 0x7FFFFFFFu;

@@ -17,7 +17,8 @@ namespace nplora {
 namespace {
 
 // The words of the vocabulary are multiplied in blocks of kWords words. A task multiplies up to kColumns
-// columns of W at a time. These columns of a block take 24 KB, so they stay in L1 while all tokens use them.
+// columns of W at a time. kColumns columns of a block take 24 KB, so they stay in L1 while all tokens use
+// them.
 constexpr size_t kWords = 32, kColumns = 2 * kDecodedColumns;
 // The cost of one kept word, divided by the cost of one word in a dense product.
 constexpr double kKeptCost = 2;
@@ -123,8 +124,8 @@ void KeptWords::arrange() {
   });
 }
 
-// The next columns of W that a block of words takes at a time, if `done` columns of `side` are finished.
-// These columns are full panels, or the last panel if it is narrower.
+// The next columns of W that a block of words takes at a time, if `done` columns of `side` are finished. The
+// next columns are full panels, or the last panel if the last panel is narrower.
 Range next_columns(const WeightView& w, Range side, size_t done) {
   const size_t first = side.first + done, full = full_columns(w.d_in),
                end = std::min(side.first + side.count, first < full ? full : w.d_in);

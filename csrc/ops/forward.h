@@ -1,4 +1,4 @@
-// The three methods for the forward pass, and the code that they share. kernel_plan.h chooses the method.
+// The three methods for the forward pass, and the code that all three use. kernel_plan.h chooses the method.
 #pragma once
 
 #include <algorithm>
@@ -16,14 +16,14 @@ namespace nplora {
 template <class W>
 void forward_small(std::span<const ForwardPart<kernels::Sum<W>>> parts, Matrix<const kernels::Sum<W>> x);
 
-// The method with tokens in the SIMD lanes, in elements of type E. This method transposes x and y.
+// The method with tokens in the SIMD lanes, in elements of type E. forward_lanes transposes x and y.
 template <class E>
 void forward_lanes(std::span<const ForwardPart<kernels::Sum<E>>> parts, Matrix<const kernels::Sum<E>> x,
                    size_t threads);
 
-// The method with outputs in the SIMD lanes. This method transposes blocks of W. The low-rank update is added
-// to these blocks (merged on the fly) if plan_forward prefers that for a batch of `plan_tokens` rows. Blocks
-// of the weight have elements of type W, which is E or Int8Quad.
+// The method with outputs in the SIMD lanes. forward_rows transposes blocks of W. The low-rank update is
+// added to these blocks (merged on the fly) if plan_forward prefers that for a batch of `plan_tokens` rows.
+// Blocks of the weight have elements of type W, which is E or Int8Quad.
 template <class E, class W>
 void forward_rows(std::span<const ForwardPart<kernels::Sum<E>>> parts, Matrix<const kernels::Sum<E>> x,
                   size_t threads, size_t plan_tokens);

@@ -1,5 +1,5 @@
-// The forward pass z = drop(x) Bᵀ, y = x Wᵀ + scale z Aᵀ [+ bias] with the outputs in the SIMD lanes. This
-// method uses the same matrix product as the backward pass, on blocks of Wᵀ.
+// The forward pass z = drop(x) Bᵀ, y = x Wᵀ + scale z Aᵀ [+ bias] with the outputs in the SIMD lanes.
+// forward_rows uses the same matrix product as the backward pass, on blocks of Wᵀ.
 #include <type_traits>
 #include <utility>
 #include <vector>
@@ -35,7 +35,7 @@ class RowsForward {
 
   RowsForward(std::span<const ForwardPart<T>> parts, Matrix<const T> x, size_t plan_tokens)
       : parts_(parts), x_(x), depth_(depth_of<E>(x.cols)) {
-    joined_.reserve(parts.size());  // so that elements never move, because updates_ points to them
+    joined_.reserve(parts.size());  // the elements must never move, because updates_ points to them
     for (const auto& part : parts) {
       const bool keep_z = part.z.data != nullptr;
       const LayerShape shape{plan_tokens,
@@ -137,7 +137,7 @@ class RowsForward {
     u.a_pairs = pairs_down_columns<E>({u.a, rank, d_out, d_out}, const_cast<E*>(u.a_pairs.data));
     const Strided<E> b = elements_or_self<E>(
         low.b, kValuesPerElement<E> == 1 ? nullptr : scratch<E>(Scratch::kFactor, rank * depth_));
-    // A pair of bfloat16 is moved as if it were a float.
+    // A pair of bfloat16 is moved as one float.
     transpose<T>({reinterpret_cast<const T*>(b.data), rank, depth_, b.row_stride},
                  reinterpret_cast<T*>(u.joined->b + u.column), u.joined->rank);
   }
@@ -296,7 +296,7 @@ class RowsForward {
       const Panels<E> panel = row_block(w, rows, {cols.first + c, width}, false, decoded);
       E* out = block + c / kValuesPerElement<E> * kPanelColumns;
       k.to_lanes(kPanelColumns, rows.count, depth_of<E>(width), reinterpret_cast<const T*>(panel.data),
-                 panel.row_stride, reinterpret_cast<T*>(out));  // pairs are moved as if they were floats
+                 panel.row_stride, reinterpret_cast<T*>(out));  // each pair is moved as one float
     }
     if constexpr (kValuesPerElement<E> == 1)
       if (u.update == Update::kMergedOnTheFly) {

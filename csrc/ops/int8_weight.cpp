@@ -115,7 +115,7 @@ void transposed_quads(const WeightView& w, Range rows, Range cols, Int8Quad* out
   constexpr size_t kColumns = kInt8DepthUnit;
   alignas(kCacheLine) uint8_t codes[kInt8PanelColumns * scratch_columns(kColumns)];
   const auto transpose = [&](Matrix<const uint8_t> block, size_t col) {
-    // Four codes are moved as if they were a float.
+    // Four codes are moved together, as one float.
     k.f32.to_lanes(kInt8PanelColumns, rows.count, ceil_div(block.cols, kCodesPerQuad),
                    reinterpret_cast<const float*>(block.data), block.stride / kCodesPerQuad,
                    reinterpret_cast<float*>(out + col / kCodesPerQuad * kInt8PanelColumns));

@@ -22,8 +22,8 @@ enum class Scratch {
   // this buffer also holds the factors of a stack, with r (d_in + d_out) elements. In a merge, this buffer
   // holds B in panels.
   kLowLanes,
-  // Holds z or dz of a token block, with r elements for each token. This buffer also holds A in the forward
-  // pass, and the sums of the gradients of A and B in the backward pass. These sums have r (d_in + d_out)
+  // Holds z or dz of a token block, with r elements for each token. The buffer also holds A in the forward
+  // pass, and the sums of the gradients of A and B in the backward pass. The sums have r (d_in + d_out)
   // elements.
   kLowGradients,
   // Holds L / 2 partial sums for each of kStreamedRows rows of W and one token. For a batch of up to 8

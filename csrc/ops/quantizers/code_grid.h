@@ -71,7 +71,8 @@ Moments moments(const float* x, CodeGrid grid, CodeRange codes) {
 }
 
 // Fits a grid to the values by least squares, with their codes unchanged. fitted_scale finds d with m = 0,
-// and `fitted` finds d and m. Both functions return `otherwise` if the codes do not determine the grid.
+// and `fitted` finds d and m. fitted_scale and `fitted` return the grid `otherwise` if the codes do not
+// determine a grid.
 inline CodeGrid fitted_scale(const Moments& s, CodeGrid otherwise) {
   return s.qq > 0 ? CodeGrid{float(s.xq / s.qq)} : otherwise;
 }

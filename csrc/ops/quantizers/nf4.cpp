@@ -23,8 +23,8 @@ float inverse_of(float absmax) {
   return 1 / std::max(absmax, kSmallestAbsmax);
 }
 
-// The code of the level nearest to x, or of the lower level if two are equally near. This code is the number
-// of midpoints between neighbouring levels that are below x.
+// The code of the level nearest to x, or of the lower level if two are equally near. The code is the number
+// of those midpoints between neighbouring levels that are below x.
 uint8_t nearest_level(float x) {
   int middles = 0;
   for (size_t i = 0; i < 15; ++i) middles += x > (kNf4Levels[i] + kNf4Levels[i + 1]) / 2;

@@ -141,7 +141,7 @@ void multiply(const QueryTile& tile, const Keys& all, const Operands& x, const B
 }
 
 // Does the same as `multiply` in pairs of bfloat16. Pairs of keys begin at even positions, so the key before
-// all.span may be computed too. That key is masked if it is before the window.
+// all.span may be computed too. That key is masked, because it is before the window.
 void multiply_pairs(const QueryTile& tile, const Keys& all, const Operands& x, const BackwardBuffers& b) {
   const size_t dim = tile.shape.head_dim, lanes = tile.lanes, column = tile.kv_head * dim;
   const PairBuffers pairs(dim, lanes, b);

@@ -73,7 +73,7 @@ def test_duplicates_are_counted_inside_the_data_and_between_its_parts(tmp_path: 
     assert found.shared == 3
     text = str(found)
     assert "3 examples already there before" in text
-    assert "3 examples to evaluate on, of 4, also to train on: the validation loss is too low" in text
+    assert "found in the training data: 3 examples of the 4 to evaluate on, so the validation loss" in text
     split = preview([*ROWS, *ROWS], TOKENIZER, valid_split=0.3)  # equal rows are on the same side
     assert split.valid is not None
     assert (split.train.repeated + split.valid.repeated, split.shared) == (30, 0)
@@ -206,7 +206,7 @@ def test_the_command_shows_marks_or_colours(
     assert "1 example longer than 64 tokens: cut" in printed  # the context of the model
     assert "1+1=[[2<|end|>]]" in printed
     assert "xxx" not in printed
-    assert "2 examples to evaluate on, of 2, also to train on" in printed
+    assert "found in the training data: 2 examples of the 2 to evaluate on" in printed
     monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
     monkeypatch.delenv("NO_COLOR", raising=False)
     assert cli.main(line) == 0

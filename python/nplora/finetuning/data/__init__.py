@@ -1,4 +1,4 @@
-"""Training data: turns rows of files or of Python into tokens and labels, and these into packed batches."""
+"""Training data: turns rows of files or of Python into tokens and labels, and packs them into batches."""
 
 from nplora.finetuning.data.batches import EVALUATION_TOKENS, TokenBatches
 from nplora.finetuning.data.dataset import Dataset, read_dataset

@@ -19,7 +19,7 @@ from nplora.runtime.user_warning import warn_user
 
 _Made = TypeVar("_Made", bound=Stored)
 
-MOST_EXAMPLES = 1 << 25  # that weights may make of the stored examples, in an epoch
+MOST_EXAMPLES = 1 << 25  # the most examples of an epoch, if weights repeat examples
 
 
 class Builder(Generic[_Made]):
@@ -45,13 +45,13 @@ class Builder(Generic[_Made]):
         self._sources: list[Source] = []
         self._kinds: list[str] = []
         self._first = self._emptied_before = self._emptied = self._unused = 0
-        self.bad, self._skipped = BadRows(), BadRows()  # of the current source, and of those before
+        self.bad, self._skipped = BadRows(), BadRows()  # in the current source, and in the earlier ones
         self._truncated = bytearray()  # for each example, whether it is cut
         self._forms = set[bool]()
         self.kind = ""
 
     def begin(self, source: Source) -> None:
-        """Begin a source. Begin a source. All examples that are added after this call belong to it."""
+        """Begin a source. Examples that are added after this call belong to this source."""
         self._sources.append(source)
         self._first = self.stored
         self.bad, self._emptied_before, self.kind = BadRows(), self._emptied, ""
@@ -62,10 +62,12 @@ class Builder(Generic[_Made]):
         return (len(self._starts) - 1) // self._made.sequences
 
     def add(self, sequences: list[Encoded], where: str, unused: bool = False) -> None:
-        """Add the sequences of an example. The example is left out if one of them has nothing to train.
+        """Add the sequences of an example, cut to the maximum length.
+
+        The function `is_emptied` decides whether the example is left out.
 
         Args:
-            unused: the row has tools or documents that no sequence has.
+            unused: whether the row has tools or documents that are in none of the sequences.
         """
         give_way()
         cut = [self._cut(sequence, where) for sequence in sequences]
@@ -87,7 +89,7 @@ class Builder(Generic[_Made]):
         if most is None or count <= most or self._sources[-1].is_text:
             return sequence
         if self._strict:
-            least = "at least " * (count <= most + 2)  # only one token more than the limit is encoded
+            least = "at least " * (count <= most + 2)  # encoding stops soon after the limit
             raise DataError(f"{where}: {least}{count:,} tokens, expected at most {most:,}")
         return Encoded(sequence.ids[:most], sequence.trained[:most])
 
@@ -95,8 +97,8 @@ class Builder(Generic[_Made]):
         """End a source: repeat its examples according to its weight.
 
         Raises:
-            DataError: the source has no examples, but must have some. LimitError: the weight repeats the
-                examples too often.
+            DataError: the source has no examples, but must have some.
+            LimitError: the weight repeats the examples too often.
         """
         source, added, reasons = self._sources[-1], range(self._first, self.stored), self._why()
         if not added and source.may_be_empty and not reasons:
@@ -191,11 +193,11 @@ def copies(weight: float, tokens: array.array[int]) -> int:
 
 
 def is_emptied(cut: list[Encoded], whole: list[Encoded]) -> bool:
-    """Whether an example is left out after it was cut: nothing is trained, or no pair is left."""
+    """Whether an example is left out because of a cut: a sequence has nothing to train, or all are equal."""
     is_cut = any(len(one.ids) < len(before.ids) for one, before in zip(cut, whole, strict=True))
     return is_cut and (not all(any(one.trained[1:]) for one in cut) or _are_equal(cut))
 
 
 def _are_equal(sequences: list[Encoded]) -> bool:
-    """Whether two sequences have the same tokens. Two long answers may be equal after they are cut."""
+    """Whether several sequences have the same tokens. Two long answers may be equal after they are cut."""
     return len(sequences) > 1 and all(one.ids == sequences[0].ids for one in sequences)

@@ -29,11 +29,11 @@ Labelled = tuple[Array, Array]  # ids and labels of a sequence
 
 @dataclass(frozen=True)
 class Answers:
-    """The additional inputs of a loss of pairs, besides a batch.
+    """What a loss of pairs needs in addition to a batch.
 
     Attributes:
-        is_answer: for each token of the batch, whether the next one belongs to an answer.
-        tokens_per_pair: the mean number of trained tokens in the chosen sequences of the whole data set.
+        is_answer: for each token of the batch, whether the next token belongs to an answer.
+        tokens_per_pair: the mean number of trained tokens of a chosen sequence, over the whole data set.
     """
 
     is_answer: Array
@@ -41,7 +41,8 @@ class Answers:
 
 
 class PairDataset(Stored):
-    """Pairs of answers to one prompt. Each sequence is the prompt and an answer, the chosen answer first."""
+    """Pairs of answers to one prompt. A pair has two sequences: the prompt with the chosen answer, and the
+    prompt with the rejected answer."""
 
     sequences = 2
 
@@ -61,7 +62,7 @@ class PairDataset(Stored):
 
 
 class LearnedPairs(PairDataset):
-    """Pairs whose chosen sequence is also trained as a whole, the prompt included (ORPO)."""
+    """Pairs for ORPO, which also trains the whole chosen sequence, including the prompt."""
 
     def batch(self, indices: Array) -> tuple[PackedBatch, Answers]:
         _, answers = super().batch(indices)
@@ -77,11 +78,11 @@ class LearnedPairs(PairDataset):
 
 @dataclass(frozen=True)
 class Judgements:
-    """The additional inputs of the loss besides a batch: judgements of the answers, and mismatched pairs.
+    """What the loss of judged answers needs in addition to a batch.
 
     Attributes:
         good: whether each answer is good.
-        mismatched: each prompt with an answer to another prompt; empty if the loss does not need them.
+        mismatched: each prompt with an answer to another prompt; empty if the loss needs no such pairs.
     """
 
     good: Array
@@ -91,11 +92,11 @@ class Judgements:
 class JudgedDataset(Stored):
     """Answers that were judged as good or bad.
 
-    Each prompt is also paired with an answer to another prompt. This answer is the nearest one before the
-    prompt in its batch or, if the batch has only one prompt, in the data set. If the search reaches the
-    beginning, it continues at the end. The mean log-ratio of these mismatched pairs estimates the KL
-    divergence from the reference. The batches are the same in all epochs, so the log-probabilities of the
-    reference are computed only once.
+    Each prompt is also paired with the answer of another example: the nearest earlier example of the batch
+    that has another prompt. If all prompts of the batch are equal, the whole data set is searched. A search
+    that reaches the beginning continues at the end. The mean log-ratio of these mismatched pairs
+    estimates the KL divergence from the reference. The batches are the same in all epochs, so the
+    log-probabilities of the reference are computed only once.
 
     Attributes:
         good: for each stored example, whether the answer is good.
@@ -169,7 +170,7 @@ def _before_with_another(values: Array) -> Array | None:
 
     The positions form a circle: the last position comes before the first.
     """
-    begins = np.flatnonzero(values != np.roll(values, 1))  # of the runs of equal values
+    begins = np.flatnonzero(values != np.roll(values, 1))  # each begins a run of equal values
     if not len(begins):
         return None
     run = np.searchsorted(begins, np.arange(len(values)), side="right") - 1
@@ -191,7 +192,7 @@ def read_pairs(
 
     Args:
         objective: the name of the objective, for messages.
-    Raises as `read_dataset`. DataError: the rows are not comparisons.
+    Raises the same errors as `read_dataset`, and a DataError if the rows are not comparisons.
     """
     builder = Builder(options.max_length, options.strict, made, "pair")
     _read(op, builder, sources, tokenizer, options, _Wanted(objective, ("preference",)), _whole)
@@ -206,12 +207,12 @@ def read_judged(
     objective: str,
     mismatches: bool,
 ) -> JudgedDataset:
-    """The judged answers of all sources. A pair gives two: a good one (chosen) and a bad one (rejected).
+    """The judged answers of all sources. In a pair, the chosen answer is good, and the rejected one is bad.
 
     Args:
         mismatches: whether the loss needs prompts with answers to other prompts.
-    Raises as `read_dataset`. DataError: the rows have no judgement; or they have only one prompt, and the
-    loss needs several.
+    Raises the same errors as `read_dataset`, and a DataError if the rows have no judgement, or if they have
+    only one prompt and the loss needs several.
     """
     builder = _JudgedBuilder(options.max_length, options.strict, JudgedDataset, "answer")
     _read(op, builder, sources, tokenizer, options, _Wanted(objective, ("kto", "preference")), _each)

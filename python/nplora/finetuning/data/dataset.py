@@ -143,14 +143,14 @@ def read_dataset(
             - rows: an iterable of dictionaries, a data frame of pandas or polars, or a `Dataset` of Hugging
               Face.
             - a list of paths, or of pairs (path, weight). An epoch has each example of a file `weight` times.
-              If the weight has a fraction, this share of the examples is added, the same examples in every
-              epoch.
+              With a weight of 1.5, an epoch has half of the examples twice, and every epoch has the same
+              examples.
         tokenizer: the model's tokenizer, or the model.
         max_length: maximum tokens of an example; longer examples are cut. A plain text requires max_length.
         learn: "completion" trains the tokens that are listed above; "all" trains all tokens.
         format: format of the rows: "messages", "sharegpt", "alpaca", "completion" or "text"; None: the fields
             decide.
-        columns: names of fields in the data, by the name that is listed above: {"prompt": "question"}.
+        columns: maps names that are listed above to names of fields in the data: {"prompt": "question"}.
         chat: write prompts and completions with the chat template, as messages of the user and the assistant.
         skip_bad: skip bad rows, and count them.
         strict: refuse an example of more than max_length tokens.
@@ -198,7 +198,7 @@ def tokenizer_of(op: str, given: object) -> Tokenizer:
 
 
 def read_sources(op: str, sources: list[Source], tokenizer: Tokenizer, options: ReadOptions) -> Dataset:
-    """The examples of all sources. Raises as `read_dataset`."""
+    """The examples of all sources. Raises the same errors as `read_dataset`."""
     builder = Builder(options.max_length, options.strict, Dataset)
     for source in sources:
         builder.begin(source)
@@ -213,7 +213,7 @@ def read_sources(op: str, sources: list[Source], tokenizer: Tokenizer, options: 
 
 
 def text_windows(op: str, source: Source, tokenizer: Tokenizer, length: int | None) -> Iterator[Encoded]:
-    """Divide a plain text into windows of this many tokens, all of which are trained.
+    """Divide a plain text into windows of `length` tokens. All tokens are trained.
 
     The last token of a window is also the first token of the next one. So every token of the text except the
     first is a target exactly once.
@@ -243,7 +243,7 @@ def add_rows(
     """Add the rows of a source.
 
     Args:
-        require: a function that takes the kind and the place of a row, and raises a DataError if the
+        require: a function that takes the kind of a row and its file and line, and raises a DataError if the
             objective does not read rows of this kind.
         examples_of: a function that divides the sequences of a row into examples.
     """
@@ -310,7 +310,7 @@ def kind_of(
     options: ReadOptions,
     require: Callable[[Kind, str], None] = _require_one_answer,
 ) -> Kind:
-    """The kind of a row. It must be the same as that of the earlier rows.
+    """The kind of a row, which must be the same as the kind of the earlier rows.
 
     Raises the error that occurred when the row was read, or a DataError.
     """
@@ -318,13 +318,14 @@ def kind_of(
 
 
 class Parsed(NamedTuple):
-    """A row after its fields are read.
+    """The content of a row.
 
     Attributes:
-        kind: its kind.
+        kind: the kind of the row.
         example: the content of the row.
         lacks_context: whether the row has tools or documents that the example lacks.
-        unread: all other fields that are not used and not empty, by their names in the data.
+        unread: the fields, except tools and documents, that are not used and not empty, by their names in the
+            data.
     """
 
     kind: Kind
@@ -336,7 +337,7 @@ class Parsed(NamedTuple):
 def parsed(
     row: Row, before: Kind | None, options: ReadOptions, require: Callable[[Kind, str], None] | None = None
 ) -> Parsed:
-    """Read the fields of a row, whose kind `kind_of` finds.
+    """Find the kind of a row, as `kind_of` does, and read its fields.
 
     Args:
         before: the kind of the rows before; None: any.

@@ -52,8 +52,8 @@ class Encoder:
 
     Args:
         learn_all: whether all tokens are trained, including prompts.
-        max_length: the maximum number of tokens, or None. If an example is longer, one more token is encoded,
-            which shows that the example is too long.
+        max_length: the maximum number of tokens, or None. Encoding stops soon after this number, so that an
+            example that is too long is noticed.
         chat: whether completions go through the chat template too.
     Raises:
         ValueError: the model has no EOS token.
@@ -69,12 +69,12 @@ class Encoder:
         self._most = None if max_length is None else max_length + 1
 
     def encode(self, example: Example, where: str) -> list[Encoded]:
-        """The sequences of an example: one sequence or, for a preference, two, the chosen answer first.
+        """The sequences of an example: the chosen and the rejected one of a preference, or a single one.
 
         Raises:
             DataError: nothing can be trained, both answers of a preference have the same tokens, or the chat
-                template refuses the messages. UnsafeError, FormatError: the chat template is unsafe or
-                invalid.
+                template refuses the messages.
+            UnsafeError, FormatError: the chat template is unsafe or invalid.
         """
         if self._chat:
             example = through_template(example)
@@ -113,7 +113,7 @@ class Encoder:
         return self._completion(example, where)
 
     def _completion(self, example: Completion, where: str) -> Encoded:
-        """Encode prompt and completion as one, or separately if joining them changes the prompt's tokens."""
+        """Encode prompt and completion as one text, or as two if joining changes the tokens of the prompt."""
         prompt, completion = example.prompt, example.completion
         before, ids = (
             self._tokenizer.encode_prompt(prompt, self._most),
@@ -157,10 +157,10 @@ class Encoder:
 def _require_calls(message: Message, lost: list[int], where: str) -> None:
     """Check that the template writes all tool calls of a trained turn.
 
-    If the template left them out, the model would learn to end its turn at once.
+    If the template left out a call, the model would learn to end its turn without the call.
 
     Args:
-        lost: the numbers of the calls that the template leaves out.
+        lost: the indices of the calls that the template leaves out.
     """
     if lost:
         name = message["tool_calls"][lost[0]]["function"]["name"]
@@ -171,8 +171,7 @@ def _require_calls(message: Message, lost: list[int], where: str) -> None:
 
 
 def _unusual_order(messages: list[Message]) -> str:
-    """A text about the first message with a role that many templates refuse at its position; "" if all roles
-    are usual."""
+    """Describe the first message whose role many templates refuse at its position; "" if there is none."""
     before: str | None = None
     for number, message in enumerate(messages, 1):
         role = message["role"]

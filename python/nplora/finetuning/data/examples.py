@@ -9,7 +9,7 @@ Message: TypeAlias = dict[str, Any]
 Objects: TypeAlias = list[dict[str, Any]]
 
 SYSTEM_ROLES = ("system", "developer")
-TOOL_ROLES = ("tool", "function", "ipython")  # of a tool's result
+TOOL_ROLES = ("tool", "function", "ipython")  # roles of a message with a tool's result
 
 # The prompt that Stanford Alpaca was trained with, for models without a chat template.
 _ALPACA = (

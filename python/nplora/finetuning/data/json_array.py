@@ -18,14 +18,15 @@ _NEXT = json.JSONDecoder()
 def elements(parts: Iterator[bytes], name: str, most: int) -> Iterator[bytes]:
     """The elements of the array in a text: the text is `[…]`, or an object with the array as its "data".
 
-    Neither the elements nor the rest of such an object are parsed.
+    The elements are not parsed. The part of an object after the array is not parsed either.
 
     Args:
         parts: the text. The array must begin within the first megabyte.
         name: the name of the text, for messages.
         most: the largest number of bytes of an element.
     Raises:
-        DataError: the text is neither an array nor such an object, its end is missing, or more text follows.
+        DataError: the text is neither an array nor an object with an array, the end of the array or of the
+            object is missing, or more text follows.
         LimitError: an element is too long.
     """
     joined = bytearray()

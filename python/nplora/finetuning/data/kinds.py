@@ -44,7 +44,7 @@ KINDS = (
     Kind("kto", "an answer and a label", (), preferences.judged),
     Kind("choice", "prompt, choices and answer", ("choices",), choices.multiple_choice),
 )
-# All fields that the kinds read, by the names that `columns` maps.
+# All fields that the kinds read. These names are the possible keys of `columns`.
 FIELDS = (
     "answer", "chosen", "choices", "completion", "conversations", "documents", "history", "input",
     "instruction", "label", "messages", "non_preferred_output", "output", "preferred_output", "prompt",
@@ -80,7 +80,10 @@ def recognise(values: Mapping[str, Any], where: str) -> Kind:
 
 
 def _renames(names: list[str]) -> str:
-    """How to read a row of no kind. Fields with the usual names of a question and its answer are named."""
+    """The end of a message about a row of no kind: how to rename its fields.
+
+    If the row has a field with a usual name of a question and one of an answer, the message names both.
+    """
     prompt, answer = (
         next((n for n in known if n in names), None) for known in (preferences.PROMPTS, _ANSWERS)
     )
@@ -96,8 +99,8 @@ def _kinds_with(names: list[str], is_judged: bool) -> dict[str, str]:
     """The kinds that fields with these names may belong to, each with the field that identifies it.
 
     Args:
-        is_judged: whether the row has a label that is true or false. Other labels may be anything, such as a
-            topic, so only a completion is judged by them.
+        is_judged: whether the row has a label that is true or false. Any other label, which may be a topic,
+            counts as a judgement only if the row has a completion.
     """
     found = {kind.name: name for kind in KINDS for name in reversed(kind.known_by) if name in names}
     if "preference" in found and not {"chosen", "rejected"}.isdisjoint(names):

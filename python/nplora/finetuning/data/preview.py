@@ -34,10 +34,10 @@ from nplora.tokenizer import Tokenizer
 
 _BAR = 40  # characters of the longest bar
 _MOST_SHOWN = 2000  # characters of an example
-_FIELDS = 10  # names that are shown of the fields that are not used
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")  # may change a terminal
+_FIELDS = 10  # the most names of unused fields that are shown
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")  # may confuse a terminal
 _TRAINED, _PLAIN = "\x1b[1;32m", "\x1b[0m"
-_PURPOSE = {  # of rows that `finetune` does not read without an objective
+_PURPOSE = {  # what the rows are for, if `finetune` without options does not read them
     "preference": "pairs of answers are for --objective dpo, orpo or kto",
     "kto": "judged answers are for --objective kto",
     "choice": "questions with choices are for `nplora eval`; finetune refuses them",
@@ -49,10 +49,11 @@ class Example:
     """One example of a preview.
 
     Attributes:
-        where: its file and line.
-        name: "chosen" or "rejected" for an answer of a pair, "good" or "bad" for a judged one, else empty.
-        pieces: the pieces of its text; for each piece, whether it is trained.
-        tokens, trained: the number of its tokens, and of those that count in the loss.
+        where: the file and line of the example.
+        name: "chosen" or "rejected" for an answer of a pair, "good" or "bad" for a judged answer, "" for any
+            other example.
+        pieces: the pieces of the text; for each piece, whether it is trained.
+        tokens, trained: the number of tokens, and the number of tokens that count in the loss.
     """
 
     where: str
@@ -85,10 +86,10 @@ class Part:
     Attributes:
         source: the files.
         kinds: the formats of the rows.
-        examples: the number of examples. A pair is one.
-        epoch: the number of examples of an epoch, without those that are left out, and repeated according to
-            the weights.
-        lengths: the number of tokens of each sequence before it is cut. A pair has two.
+        examples: the number of examples. A pair is one example.
+        epoch: the number of examples in an epoch: examples that are left out do not count, and examples that
+            a weight repeats count several times.
+        lengths: the number of tokens of each sequence before it is cut. A pair has two sequences.
         trained: the number of tokens that count in the loss, before examples are cut.
         cut: the number of examples that are longer than the maximum length.
         lost: the number of tokens that are cut off.
@@ -97,8 +98,8 @@ class Part:
         unused: the number of examples with messages, reasoning, tools or documents that the chat template
             leaves out.
         unread: the fields that are not used, each with the number of rows that have it.
-        without_prompt: for comparisons without a prompt, the other field that probably holds the prompt, and
-            the number of rows.
+        without_prompt: for comparisons without a prompt, the fields that probably hold the prompt, each with
+            the number of its rows.
         repeated: the number of examples that repeat an earlier example.
         bad: the number of bad rows.
         problems: the errors of the first few bad rows.
@@ -172,8 +173,8 @@ class Preview:
             blocks.append(_summary(self.valid, self.max_length))
             if self.shared:
                 blocks.append(
-                    f"{counted(self.shared, 'example')} to evaluate on, of {self.valid.examples:,}, also "
-                    "to train on: the validation loss is too low"
+                    f"found in the training data: {counted(self.shared, 'example')} of the "
+                    f"{self.valid.examples:,} to evaluate on, so the validation loss is too low"
                 )
         blocks.append("\n".join(_histogram(self.train.lengths)))
         if self.examples:
@@ -253,7 +254,7 @@ def preview(
 
 @dataclass(frozen=True)
 class _Found:
-    """A good row: its place, kind and sequences, and its judgement, if it has one."""
+    """A row without an error: its file and line, its kind, its sequences, and its judgement, if any."""
 
     where: str
     kind: str

@@ -1,7 +1,7 @@
 """Rows of files of training data, each with its place in the file.
 
-Files are read in parts. A wrong line is a DataError, and a line over a limit is a LimitError. Both errors
-name the file and the line.
+Files are read in parts. A wrong line is a DataError, and a line over a limit is a LimitError. The messages of
+DataError and LimitError name the file and the line.
 """
 
 import csv
@@ -22,7 +22,7 @@ MAX_LINE = 1 << 24  # bytes
 MOST_INFLATED = 256  # bytes of text for each byte of a compressed file
 _PART = 1 << 20
 _MOST_WORDS = 1 << 18  # of a sentence in a CoNLL file
-_FREE = 1 << 26  # bytes of text that any compressed file may have
+_FREE = 1 << 26  # bytes of text to which any compressed file may expand
 _FREE_LINES = 1 << 20  # empty lines that any file may have
 _GIVEN = 1 << 12  # bytes that zlib gets at a time
 _BOM = b"\xef\xbb\xbf"
@@ -34,8 +34,8 @@ class Row:
     """A row, or the error that occurred when the row was read.
 
     Attributes:
-        where: its file and line, for messages.
-        values: its fields; empty if there is an error.
+        where: the file and line of the row, for messages.
+        values: the fields of the row; empty if there is an error.
     """
 
     where: str
@@ -204,7 +204,7 @@ def _tsv(path: StrPath) -> Iterator[Row]:
 
 
 def _separated(path: StrPath, delimiter: str) -> Iterator[Row]:
-    """The rows of a table in text, whose first line names the columns."""
+    """The rows of a .csv or .tsv file. The first line names the columns."""
     name = files.name(path)
     lines = (_decoded(line, f"{name}, line {number}") + "\n" for number, line in _lines(path))
     reader, begin = csv.reader(lines, strict=True, delimiter=delimiter), 1
@@ -230,7 +230,7 @@ def _separated(path: StrPath, delimiter: str) -> Iterator[Row]:
 
 
 def _next(reader: Any) -> list[str] | None:
-    """Read the next record. Its fields may be as long as a line (`MAX_LINE`).
+    """Read the next record. A field of a record may be as long as a line (`MAX_LINE`).
 
     The csv module's limit for fields is global, so its old value is restored afterwards.
     """

@@ -22,7 +22,7 @@ from nplora.formats.files import StrPath
 # A file; rows; or several files, perhaps each with a weight.
 Data: TypeAlias = StrPath | Iterable[Any]
 
-# Names of validation data. They choose the adapter that is saved, so a test split is not among them.
+# Names of validation data. "test" is not among them, because validation data decide which adapter is saved.
 _VALID = ("valid", "validation", "eval")
 _VALID_FILES = ("valid", "validation")
 
@@ -35,7 +35,7 @@ class Source:
         name: the file, or "data" for Python objects.
         read: a function that reads the rows, and can be called several times.
         path: the file; None for Python objects.
-        weight: how many times each example is in an epoch; a fraction takes that share of the examples.
+        weight: how many times an epoch has each example; 0.5: an epoch has half of the examples.
         may_be_empty: whether the source may have no rows.
     """
 
@@ -87,11 +87,11 @@ def splits_of(op: str, data: Data) -> Splits:
 
 
 def sources_of(op: str, data: Data) -> list[Source]:
-    """The sources to evaluate on: the validation data of a directory, or else the training data.
+    """The sources to evaluate on: from a directory, the validation data or, without any, the training data.
 
-    From a mapping of splits, the validation data are taken, or else the test data, or else the training data.
+    From a mapping of splits, the first of these is taken: validation data, test data, training data.
 
-    Raises as `splits_of`.
+    Raises the same errors as `splits_of`.
     """
     if isinstance(data, str | os.PathLike) and os.fspath(data) and Path(data).is_dir():
         return [_file(find_evaluated(data))]
@@ -218,7 +218,7 @@ def find_evaluated(path: StrPath) -> Path:
     """Find the file that a model is evaluated on: in a directory, valid.*, or train.* if there is no valid.*.
 
     Raises:
-        FileNotFoundError: there is no such file, or the directory has neither.
+        FileNotFoundError: there is no such file, or the directory has neither file.
         ValueError: the directory has two files of one split.
 
     >>> nplora.data.find_evaluated(".").name

@@ -20,11 +20,11 @@ class Division:
 
     Whether a row is held out depends on a hash of its example. So a row stays in its part when rows are added
     or the order changes, and rows with equal examples are in the same part. Each source is read only once:
-    while the rows to train on are read, the others are kept in memory for `held_out`.
+    while the rows to train on are read, the held-out rows are kept in memory for `held_out`.
 
     Attributes:
-        train: the sources of the rows to train on. The end of the last source raises a DataError if no row or
-            every row is held out.
+        train: the sources of the rows to train on. If no row or every row is held out, a DataError is raised
+            when the last source has been read to its end.
     """
 
     def __init__(self, op: str, sources: list[Source], share: float, options: ReadOptions) -> None:

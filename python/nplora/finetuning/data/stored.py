@@ -27,7 +27,7 @@ class DataReport:
         tokens: the number of tokens in all examples.
         learned: the number of tokens that count in the loss.
         shortest, median, longest: lengths of the examples, in tokens.
-        truncated: the number of these examples that were cut to the maximum length.
+        truncated: the number of examples in an epoch that were cut to the maximum length.
         emptied: the number of examples that are left out because no trained token remained after the cut.
         skipped: the number of bad rows that were skipped.
         problems: the errors of the first few skipped rows.
@@ -137,7 +137,7 @@ class Stored:
         Args:
             ids, trained: the tokens of all sequences, one after another, and whether each is trained.
             starts: the index of the first token of each sequence, and the index after the last sequence.
-            order: for each example, the number of a stored example; None: each stored example occurs once.
+            order: for each example, the index of the stored example; None: each stored example occurs once.
         """
         self._ids, self._trained, self._starts = ids, trained, starts
         self._order = np.arange((len(starts) - 1) // self.sequences) if order is None else order

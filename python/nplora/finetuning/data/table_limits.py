@@ -1,7 +1,8 @@
-"""Finds the size of the content of Parquet and Arrow files before it is decompressed or made into objects.
+"""Limits the memory that the content of Parquet and Arrow files may take.
 
 A small file can hold a large table: compression, dictionaries, run lengths and views repeat bytes. So the
-sizes are checked first: those that a file states for its parts, and then those of its rows.
+sizes that a file states for its parts are checked before the parts are decompressed. The sizes of the rows
+are estimated before the rows become Python objects.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ import numpy.typing as npt
 from nplora.formats.errors import DataError, LimitError
 
 MOST_EXPANDED = 64  # bytes of content for each byte of a compressed part
-_FREE = 1 << 28  # bytes that any part may have
+_FREE = 1 << 28  # bytes to which any part may expand
 _FREE_ROWS = 1 << 22  # rows that any file may have
-_VALUE = 32  # bytes of a value as an object of Python, at least
+_VALUE = 32  # the least bytes that a value takes as a Python object
 _DICTIONARY, _BATCH = 2, 3  # kinds of Arrow's messages
 
 Array = npt.NDArray[Any]
@@ -35,7 +36,7 @@ def require_parquet(metadata: Any, name: str, file_size: int) -> None:
     for number in range(metadata.num_row_groups):
         group = metadata.row_group(number)
         chunks = [group.column(column) for column in range(group.num_columns)]
-        # The levels of nested values are run lengths, so they take memory and nearly no bytes.
+        # The levels of nested values are stored as run lengths, which take nearly no bytes in the file.
         nested = sum(max(0, chunk.num_values - group.num_rows) for chunk in chunks)
         size = sum(chunk.total_uncompressed_size for chunk in chunks) + 8 * nested
         _require(
@@ -47,11 +48,11 @@ def reading(metadata: Any, rows: int) -> tuple[list[str], int]:
     """Choose how to read a Parquet file without filling the memory.
 
     Texts stay in their dictionaries, because a few bytes may repeat a long text in every row. Texts in delta
-    encoding have no dictionaries in pyarrow. Such a text may repeat all the texts before it, so only a few
-    rows are read at a time.
+    encoding have no dictionaries in pyarrow. A text in delta encoding may repeat all the texts before it, so
+    only a few rows are read at a time.
 
     Args:
-        rows: the number of rows at a time, at most.
+        rows: the largest number of rows to read at a time.
     Returns:
         the columns to read as dictionaries, and the number of rows at a time.
     """
@@ -134,7 +135,7 @@ class _Table:
         return _Table(self._raw, place + self._read("<I", place))
 
     def pairs(self, field: int) -> Iterator[tuple[int, int]]:
-        """The pairs of 64-bit integers in a vector of them."""
+        """The items of a vector whose items are pairs of 64-bit integers."""
         place = self.place(field)
         if place is None:
             return iter(())

@@ -1,6 +1,7 @@
 """Rows of tables: Parquet and Arrow files, and the data frames of pandas and polars.
 
-These packages are imported only when they are needed. A data frame is recognised by its methods.
+pyarrow is imported only when a file needs it. Data frames are recognised by their methods, without an import
+of pandas or polars.
 """
 
 from __future__ import annotations
@@ -27,9 +28,10 @@ def read_parquet(path: StrPath, most: int) -> Iterator[dict[str, Any] | None]:
     """The rows of a Parquet file.
 
     Args:
-        most: the largest number of bytes of a row. None replaces a row that has more bytes.
+        most: the largest number of bytes of a row. A row with more bytes is replaced by None.
     Raises:
-        DataError: the file is not a Parquet file. LimitError: a part of it is too large.
+        DataError: the file is not a Parquet file.
+        LimitError: a part of the file is too large.
         ModuleNotFoundError: `pyarrow` is not installed.
     """
     with files.reading(path) as reader:  # refuses what is not a regular file
@@ -68,7 +70,7 @@ def read_arrow(path: StrPath, most: int) -> Iterator[dict[str, Any] | None]:
 
 
 def _rows(batch: Any, most: int) -> Iterator[dict[str, Any] | None]:
-    """The rows of a batch from a file, a few at a time. pyarrow does not check batches by itself."""
+    """The rows of a batch, a few at a time. The batch is checked first, because pyarrow does not check it."""
     batch.validate(full=True)
     ends = np.cumsum(row_sizes(batch))
     begin, before = 0, 0

@@ -10,7 +10,7 @@ from nplora.finetuning.data.parsing.fields import Fields
 from nplora.finetuning.data.parsing.messages import messages_of
 from nplora.formats.errors import brief
 
-_LETTERS = tuple("ABCDEFGHIJKLMNOPQRSTUVWXYZ")  # labels of choices for which a row has none
+_LETTERS = tuple("ABCDEFGHIJKLMNOPQRSTUVWXYZ")  # labels of the choices of a row that has no labels
 
 
 def multiple_choice(row: Fields) -> Example:
@@ -27,7 +27,7 @@ def multiple_choice(row: Fields) -> Example:
 
 
 def _choices(row: Fields) -> tuple[tuple[str, ...], list[str] | None]:
-    """The choices, and their labels if there are any: texts, or {"text": […], "label": […]} as in ARC."""
+    """The choices, and their labels or None. A row has texts, or {"text": […], "label": […]} as in ARC."""
     wanted = "expected a list of two or more different texts"
     value: Any = row.unpacked("choices")
     labels: Any = None
@@ -47,10 +47,11 @@ def _choices(row: Fields) -> tuple[tuple[str, ...], list[str] | None]:
 
 
 def _right_choice(row: Fields, choices: tuple[str, ...], labels: list[str] | None) -> int:
-    """The index of the right choice. The row gives its label, the choice itself, or its index.
+    """The index of the right choice, of which the field "answer" gives the label, the text or the index.
 
-    If the row gives no labels, they are A, B, …, and a choice with such a text takes precedence. If labels
-    are numbers, "answer" cannot be an index, because the first label may be 0 or 1.
+    If the row has no labels, the labels are A, B, …. An answer that is the text of a choice then means this
+    choice, even if the text is such a letter. If labels are numbers, "answer" cannot be an index, because the
+    first label may be 0 or 1.
     """
     answer = row.get("answer")
     if isinstance(answer, str | int) and not isinstance(answer, bool):

@@ -41,7 +41,7 @@ class Fields:
         self.values, self.where = _Noted(values), where
 
     def unread(self) -> dict[str, Any]:
-        """The fields that were not looked up and are not empty. Tools and documents are counted elsewhere."""
+        """The fields, except tools and documents, that were not looked up and are not empty."""
         known = self.values.asked.union(CONTEXT)
         return {k: v for k, v in self.values.raw.items() if k not in known and not _is_empty(v)}
 
@@ -55,7 +55,7 @@ class Fields:
         return self.values[name]
 
     def unpacked(self, name: str) -> Any:
-        """The value of a required field that is not a text. In a table of texts, it may be given as JSON."""
+        """The value of a required field that is not a text. JSON text, as in a CSV file, is parsed."""
         value = self.get(name)
         if isinstance(value, str) and value.lstrip().startswith(("[", "{")):
             with contextlib.suppress(ValueError):

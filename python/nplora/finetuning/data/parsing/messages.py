@@ -39,7 +39,7 @@ def chat_of(row: Fields, messages: list[Message], prompt: list[Any] | None) -> C
 
 
 def messages_of(row: Fields, name: str, value: Any) -> list[Message]:
-    """Messages as in OpenAI's API, checked, in the form that chat templates read."""
+    """Check messages in the form of OpenAI's API, and return them in the form that chat templates read."""
     if not isinstance(value, list):
         raise row.error(f"{name} is {brief(value)}, {_MESSAGES}")
     of = "" if name == "messages" else f" of {name}"
@@ -49,7 +49,11 @@ def messages_of(row: Fields, name: str, value: Any) -> list[Message]:
 def read_turns(
     row: Fields, turns: list[object], read: Callable[[Fields, object], Message], name: str, of: str = ""
 ) -> list[Message]:
-    """Read the turns of a chat, and check their order. Errors name a turn by `name`, its number and `of`."""
+    """Read the turns of a chat, and check their order.
+
+    Args:
+        name, of: the words before and after the number of a turn in errors, as in "message 2 of chosen".
+    """
     messages = list[Message]()
     for number, turn in enumerate(turns, 1):
         part = row.part(f"{name} {number}{of}")
@@ -76,7 +80,7 @@ def message_of(row: Fields, message: object) -> Message:
 
 
 def _with_tool_calls(row: Fields, message: Message) -> Message:
-    """The message with the older `function_call` of OpenAI's API as a tool call."""
+    """The message, with `function_call`, an older field of OpenAI's API, as a tool call."""
     called = message.get("function_call")
     if called is None:
         return message
@@ -116,7 +120,7 @@ def _tool_calls(row: Fields, message: Message) -> Objects:
 
 
 def _tool_call(row: Fields, call: dict[str, Any]) -> dict[str, Any]:
-    """A tool call whose arguments are an object, because templates write them as JSON themselves."""
+    """A tool call whose arguments are an object, not JSON text, because templates write the JSON."""
     function = call.get("function", call)
     name = function.get("name") if isinstance(function, dict) else None
     if not isinstance(name, str) or not name:

@@ -14,8 +14,8 @@ from nplora.finetuning.data.parsing.texts import instruction, prompt_and_answer
 from nplora.formats.errors import brief
 
 PROMPTS = ("question", "query", "input", "user", "context")  # other names of the prompt
-_FEW_WORDS = 5  # with which two answers may begin alike by chance
-# Judgements. TRL takes 1 and 0 too, and tables in text files have no booleans.
+_FEW_WORDS = 5  # two answers may begin with the same few words by chance
+# The labels that judge answers. TRL also accepts 1 and 0, and tables in text files have no booleans.
 _LABELS: dict[object, bool] = {1: True, 0: False}
 _LABELS |= {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
 
@@ -70,7 +70,7 @@ def _has_whole_chats(row: Fields) -> bool:
 
 
 def _without_prompt(row: Fields) -> Preference:
-    """Two texts or chats. The beginning that they share is the prompt."""
+    """A pair of two texts or two chats, whose common beginning is the prompt."""
     if isinstance(row.values.get("chosen"), str) or isinstance(row.values.get("rejected"), str):
         texts = row.text("chosen"), row.text("rejected")
         shared = _shared(row, *texts)
@@ -102,7 +102,7 @@ def _shared(row: Fields, one: Sequence[object], other: Sequence[object]) -> int:
 
 
 def prompt_among(unread: Mapping[str, Any]) -> str | None:
-    """The unused field of a row that is probably the prompt: it has a known name, or it is a text.
+    """The unused field of a row that is probably the prompt: it has a known name, or looks like a text.
 
     A text of one word is not a prompt, but an identifier or the name of a source. A text without letters is a
     date or a number.

@@ -25,7 +25,7 @@ def prompt_and_answer(row: Fields, name: str) -> Answered:
 
 
 def _answered(row: Fields, name: str) -> list[Message]:
-    """The messages of an answer. The row may give a list of messages, a single message, or only its text."""
+    """The messages of an answer. The row has a list of messages, one message, or the text of one message."""
     value = row.get(name)
     if isinstance(value, str):
         value = {"role": "assistant", "content": row.text(name)}
@@ -33,7 +33,7 @@ def _answered(row: Fields, name: str) -> list[Message]:
 
 
 def instruction(row: Fields, name: str = "output") -> Instruction:
-    """An instruction and its answer, which the row calls `name`."""
+    """An instruction and its answer, which is in the field `name`."""
     history = row.unpacked("history") if row.has("history") else []
     history = [] if history == "" else history
     is_pairs = isinstance(history, list) and all(

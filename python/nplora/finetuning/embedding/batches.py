@@ -64,7 +64,7 @@ class TextBatch:
 
 
 class Examples(Protocol):
-    """The examples of `ExampleBatches`, which are `TextExamples`."""
+    """The examples that `ExampleBatches` reads, such as `TextExamples`."""
 
     @property
     def report(self) -> Any:

@@ -78,9 +78,9 @@ class TextExamples:
     Attributes:
         tokens: int32, the token ids of all different texts, one after the other.
         starts: int64 (texts + 1,), the start of each text.
-        first, second: int64 (examples,), the number of the anchor (or first text) and of the positive (or
-            second text) of each example.
-        negatives: int64, the numbers of the negatives of all examples, one after the other.
+        first, second: int64 (examples,), the indices of the two texts of each example: of the anchor or first
+            text, and of the positive or second text.
+        negatives: int64, the indices of the negatives of all examples, one after the other.
         negative_starts: int64 (examples + 1,), the start of the negatives of each example.
         scores: float32 (examples,), or None.
         report: a summary.
@@ -157,12 +157,12 @@ def read_examples(
             `nplora.data.read_dataset`. The training data of a directory or of a dictionary of splits is read.
         encoder: the model, which has the tokenizer.
         loss: the name of the loss, or the loss.
-        columns: names of fields in the data, by the names above: {"anchor": "question"}, or
+        columns: maps the names above to names of fields in the data: {"anchor": "question"}, or
             "anchor=question".
         prompts: a text that precedes each text, or one such text for each field: {"anchor": "query: "}. None:
             the model's default prompt.
-        max_length: the largest number of tokens of a text, with special tokens; None: the encoder's. Longer
-            texts are cut, and the report says how many.
+        max_length: the largest number of tokens of a text, with special tokens; None: the encoder's maximum.
+            Longer texts are cut, and the report says how many.
         skip_bad: skip bad rows, and count them.
     Raises:
         DataError: a field is missing or empty or has another type, a score is not finite, or there are no
@@ -281,7 +281,7 @@ def _prompts(op: str, encoder: Encoder, prompts: str | Mapping[str, str] | None)
 
 
 class _Collected:
-    """The texts of the rows that were read so far. Equal texts have the same number."""
+    """The texts of the rows that were read so far. Equal texts have the same index."""
 
     def __init__(self, prompts: Mapping[str, str]) -> None:
         self._prompts = prompts

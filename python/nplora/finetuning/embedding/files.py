@@ -86,7 +86,7 @@ def embed_file(
 
     Args:
         model: a directory or GGUF file, as for `load_encoder`, or an encoder.
-        data: rows, as in `nplora.data.read_dataset`, or a .txt file, each line of which is a text.
+        data: rows, as in `nplora.data.read_dataset`, or a .txt file with a text in each line.
         output: the file to write. .npy: float32 (texts, dim); .csv: a column for the text, and one for each
             value; .jsonl: {"text": …, "embedding": […]}. The rows have the order of the data.
         adapter: a PEFT directory, or an adapter, for a model that is given as a path.

@@ -26,7 +26,7 @@ Array = npt.NDArray[Any]
 
 MICRO_TOKENS = 4096
 _SAMPLE_EXAMPLES = 16  # the most examples whose gradient is compared
-_LEAST_EXAMPLES = 2  # the positive of one is a negative of the other
+_LEAST_EXAMPLES = 2  # with two examples, the positive of one is a negative of the other
 
 
 class EmbeddingLoss(FusedLoss):
@@ -114,12 +114,12 @@ class EmbeddingLoss(FusedLoss):
         return loss * len(x)
 
     def sample_gradient(self, model: Module, examples: Examples) -> Callable[[], None]:
-        """A function that adds the gradient of the first examples, for `Int8Check`.
+        """Return a function that adds the gradient of the first examples to the gradients, for `Int8Check`.
 
-        The sample has up to 16 examples, and about `SAMPLE_TOKENS` tokens. The sample has at least two
-        examples and `LEAST_ROWS` texts, if the batch has that many. With fewer texts, the last block may not
-        be compared, as in `TextBatches.sample_gradient`. The function raises NonFiniteLossError if the loss
-        is not finite.
+        The sample has up to 16 examples, and about `SAMPLE_TOKENS` tokens. If the data have enough, the
+        sample has at least two examples and `LEAST_ROWS` texts. With fewer texts, the comparison may miss the
+        last block, as in `TextBatches.sample_gradient`. The function raises NonFiniteLossError if the loss is
+        not finite.
         """
         most = min(_SAMPLE_EXAMPLES, len(examples))
         singles = (examples.batch(np.array([i]))[0].texts for i in range(most))

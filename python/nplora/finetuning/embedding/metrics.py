@@ -203,7 +203,7 @@ def _require_dim(op: str, encoder: Encoder, dim: int | None) -> None:
 
 
 def _units(op: str, vectors: Array, dim: int | None) -> Array:
-    """The first `dim` values of the embeddings, divided by their length.
+    """The first `dim` values of the embeddings, divided by their norm.
 
     Raises:
         ValueError: an embedding has NaN or infinity, so the metrics would mean nothing.
@@ -276,7 +276,7 @@ def _largest(scores: Array, k: int) -> Array:
         return np.argsort(-scores, axis=1, kind="stable")
     least = np.partition(scores, n - k, axis=1)[:, n - k : n - k + 1]
     among = scores >= least
-    for row in np.flatnonzero(among.sum(axis=1) > k):  # more values equal the k-th than fit
+    for row in np.flatnonzero(among.sum(axis=1) > k):  # too many values equal the k-th largest
         equal = np.flatnonzero(scores[row] == least[row])
         among[row, equal[k - among[row].sum() :]] = False
     found = np.nonzero(among)[1].reshape(len(scores), k)

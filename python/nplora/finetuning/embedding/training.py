@@ -155,7 +155,7 @@ def train(
         callbacks: callbacks of the trainer.
         progress: print progress on stderr; None: only on a terminal or in a notebook.
         communicator: the ranks that train together, as in `Trainer`. The batches of a step are divided among
-            at most `accumulate` ranks, and the adapter has the same bits for any number of them. Every rank
+            at most `accumulate` ranks, and the adapter has the same bits for any number of ranks. Every rank
             makes the same call. Only rank 0 writes to `output`.
         distributed: "mpi": open the ranks of `mpirun` as the communicator. "off": allow a separate run in
             each process of `mpirun`.

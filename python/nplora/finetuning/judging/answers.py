@@ -34,8 +34,8 @@ class Asked:
 
     Attributes:
         ids: the tokens of the prompt.
-        row: the fields of its row.
-        where: its file and line.
+        row: the fields of the row with the prompt.
+        where: the file and line of the row.
     """
 
     ids: list[int]
@@ -45,7 +45,7 @@ class Asked:
 
 
 def asked(tokenizer: Tokenizer, example: Example, row: dict[str, Any], where: str, chat: bool) -> Asked:
-    """The prompt of an example. The reference answer is the last text that training would learn.
+    """The prompt of an example. The reference answer is the last text that would be trained.
 
     Args:
         chat: whether texts go through the chat template too.

@@ -14,7 +14,7 @@ from nplora.formats.errors import DataError
 from nplora.lm import LanguageModel
 from nplora.tokenizer import Tokenizer
 
-_TOGETHER = 16  # questions; the model divides them further by their tokens
+_TOGETHER = 16  # questions in one call; the model divides them further by their tokens
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Choices:
 def encode_choices(tokenizer: Tokenizer, example: MultipleChoice, where: str, chat: bool) -> Choices:
     """The tokens of a question and of each choice.
 
-    A choice follows a prompt as in lm-evaluation-harness: after a space, unless there is already white space.
+    A choice follows a prompt as in lm-evaluation-harness: after a space, unless white space is already there.
     White space at the end of the prompt is moved to the beginning of each choice, because tokens begin with
     white space rather than end with it.
 

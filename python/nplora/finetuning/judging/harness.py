@@ -27,15 +27,16 @@ from nplora.lm.generation import Sampling, generate_ids
 Request = Any  # lm_eval's Instance
 Pair = tuple[list[int], list[int]]
 
-_TOGETHER = 16  # contexts; the model divides them further by their tokens
+_TOGETHER = 16  # contexts in one call; the model divides them further by their tokens
 
 
 @register_model("nplora")
 class NploraLM(LM):  # type: ignore[misc]
     """A language model with an adapter, for lm-evaluation-harness.
 
-    Contexts that several continuations share are computed once. If a text is too long, its beginning is cut,
-    as in the models of the harness. The text of a special token, such as `<|end|>`, is read as this token.
+    Contexts that several continuations share are computed once. If a text is too long, its beginning is cut
+    off, as in the models of the harness. The text of a special token, such as `<|end|>`, is read as this
+    token.
 
     Args:
         pretrained: a GGUF file, a Hugging Face directory, or a loaded `LanguageModel`.
@@ -140,7 +141,7 @@ class NploraLM(LM):  # type: ignore[misc]
         return self._prefix
 
     def _pair(self, context: str, continuation: str) -> Pair:
-        """The tokens of a context and of a continuation: `max_length` + 1 tokens at most in total.
+        """The tokens of a context and of a continuation, together at most `max_length` + 1 tokens.
 
         White space at the end of the context is moved to the continuation.
         """

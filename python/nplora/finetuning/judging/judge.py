@@ -91,9 +91,10 @@ def read_judge(
 
     Raises:
         DataError: a row is wrong; a row has no prompt, although answers are to be generated; or there are no
-            examples. The other errors are those of `read_dataset`.
+            examples.
+        Other errors: see `read_dataset`.
     """
-    if metrics:  # the rows are read for the loss and for their prompts
+    if metrics:  # the rows are read twice: for the loss, and for the prompts
         sources = [source if source.is_text else in_memory(source) for source in sources]
     kind = _kind(sources, reading)
     if kind == _CHOICE:
@@ -121,7 +122,7 @@ def read_judge(
 
 
 def _kind(sources: list[Source], reading: ReadOptions) -> str | None:
-    """The kind of the first good row; None if there is no such row."""
+    """The kind in `reading` or, if it names none, the kind of the first row without an error, or None."""
     if reading.format is not None:
         return reading.format
     for source in sources:
@@ -148,7 +149,8 @@ def _require_choice(kind: Kind, where: str) -> None:
 def _examples(
     sources: list[Source], reading: ReadOptions, require: Callable[[Kind, str], None], bad: BadRows
 ) -> Iterator[tuple[Example, Row, bool]]:
-    """The examples of all good rows, each with its row, and whether it lacks the row's tools or documents."""
+    """For each row without an error: the example, the row, and whether the example lacks the row's tools or
+    documents."""
     for source in sources:
         if source.is_text:
             raise DataError(f"{source.name}: a plain text has no prompts, expected rows with prompts")
@@ -206,7 +208,7 @@ def _report(sources: list[Source], found: list[Choices], bad: BadRows, unused: i
 def _asked(
     lm: LanguageModel, sources: list[Source], reading: ReadOptions, choices: list[Choices], bad: BadRows
 ) -> Iterator[Asked]:
-    """The prompts of all good rows. `bad` counts the good rows without a prompt that can be answered."""
+    """The prompts of all rows without an error. `bad` counts the rows whose prompt cannot be used."""
     context, counted_before = lm.config.max_position_embeddings, BadRows()
     questions = {question.where for question in choices}
     require = _require_choice if choices else _any_kind

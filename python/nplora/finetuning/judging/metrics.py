@@ -24,7 +24,7 @@ from nplora.runtime.stderr import stderr
 MetricFunction: TypeAlias = Callable[[str, str, dict[str, Any]], float]
 
 _MESSAGE = 200  # characters of an error's message that a result holds
-_SHOWN = 3  # tracebacks of a metric, each of another kind
+_SHOWN = 3  # tracebacks that are printed for a metric, one for each kind of error
 # Names that a record or a result of an evaluation has already.
 _RESERVED = {
     "loss", "perplexity", "token_accuracy", "acc", "acc_norm", "acc_token", "reward_acc", "reward_margin",
@@ -53,9 +53,9 @@ def words_of(answer: str, reference: str) -> tuple[list[str], list[str]]:
     """The words of both texts, in lower case, without punctuation and English articles.
 
     The steps and their order are those of SQuAD's script evaluate-v1.1.py (Rajpurkar et al. 2016), with two
-    differences. Numbers keep their signs and the marks inside them. If a text has no words left, the articles
-    of both texts are kept; if it still has none, their punctuation is kept too. So the answers "A" and "+"
-    are compared, and can be wrong.
+    differences. Numbers keep their signs and the marks inside them. If this leaves one text without words,
+    the articles of both texts are kept. If one text still has no words, the punctuation of both texts is kept
+    too. So answers such as "A" and "+" can also be right or wrong.
 
     >>> words_of("The answer: -1.5", "1.5")
     (['answer', '-1.5'], ['1.5'])
@@ -121,7 +121,7 @@ class Metric:
         return score
 
     def _show(self, error: BaseException, where: str) -> None:
-        """Print the traceback, but only of the first few kinds of errors."""
+        """Print the traceback of an error, once for each of the first few kinds of errors."""
         frames = traceback.extract_tb(error.__traceback__)
         kind = (type(error), frames[-1].filename, frames[-1].lineno)
         if kind in self._seen or len(self._seen) == _SHOWN:
@@ -134,7 +134,7 @@ class Metric:
 
 def brief_error(error: BaseException) -> str:
     """The class and the first line of the message of an error."""
-    *_, last = traceback.format_exception_only(error)  # also if the error's own __str__ fails
+    *_, last = traceback.format_exception_only(error)  # works even if the error's own __str__ fails
     return last.strip().partition("\n")[0][:_MESSAGE]
 
 
@@ -142,8 +142,8 @@ def metrics_of(op: str, given: object) -> list[Metric]:
     """The metrics that a user names: "exact_match,f1", "module:function", a function, or several of these.
 
     Raises:
-        ValueError: there is no such metric, module or function; or a metric is given twice. TypeError: a
-            metric is neither a text nor a function.
+        ValueError: there is no such metric, module or function; or a metric is given twice.
+        TypeError: a metric is neither a text nor a function.
     """
     several = list(given) if isinstance(given, Sequence) and not isinstance(given, str) else [given]
     found = list[Metric]()

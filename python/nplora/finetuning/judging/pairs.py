@@ -21,7 +21,7 @@ class PairScores:
 
     Attributes:
         log_probs: the log-probability of each answer (pairs, 2), the chosen answer first.
-        counts: the tokens of each answer (pairs, 2).
+        counts: the number of tokens of each answer (pairs, 2).
         top: the number of tokens of each answer that the model ranks first (pairs, 2).
     """
 

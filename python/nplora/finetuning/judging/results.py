@@ -31,8 +31,8 @@ class Score(TypedDict):
         value: the metric; NaN, which is null in JSON, if the metric failed in all examples.
         low, high: the interval, by a bootstrap over the examples; None for fewer than two examples.
         examples: the number of examples.
-        failed: the number of examples in which the metric failed. Such examples count as 0, unless the metric
-            failed in all examples.
+        failed: the number of examples in which the metric failed. A failed example counts as 0, unless the
+            metric failed in all examples.
         error: the first error of the metric; empty if it never failed.
 
     >>> nplora.evaluate("model.gguf", "valid.jsonl")["metrics"]["token_accuracy"]["examples"]
@@ -66,7 +66,7 @@ class Evaluation(MeanLoss):
         source: the name of the file.
         examples, truncated, emptied, skipped: counts of examples and rows, see `DataReport`.
         perplexity: e to the power of the loss.
-        token_accuracy: the share of these tokens that the model ranks first.
+        token_accuracy: the share of the tokens in the mean that the model ranks first.
         metrics: every metric by its name, including "loss" and "token_accuracy", each as a `Score`. For
             multiple-choice rows: "acc", "acc_norm" and "acc_token". For preference pairs: "acc", "acc_token"
             and, with an adapter, "reward_acc" and "reward_margin".

@@ -18,7 +18,7 @@ import numpy.typing as npt
 Array = npt.NDArray[Any]
 
 RESAMPLES = 2000
-LEVEL = 0.95  # of the confidence intervals
+LEVEL = 0.95  # the level of the confidence intervals
 _SEED = 0
 _ROUNDING = 1e-12  # relative; two differences closer than this count as equal
 
@@ -29,8 +29,8 @@ class Measured:
 
     Attributes:
         name: the metric.
-        values, weights: float64 (examples,). For a loss, these are the summed loss of each example, and its
-            number of tokens.
+        values, weights: float64 (examples,). For a loss, `values` has the summed loss of each example, and
+            `weights` has the number of tokens of each example.
         lower_is_better: whether a lower metric is better.
         failed: the number of examples that could not be scored.
         error: the first error of the metric; empty if all examples were scored.
@@ -79,9 +79,9 @@ def difference_interval(one: Measured, other: Measured) -> Interval | None:
 def paired_p(one: Measured, other: Measured) -> float | None:
     """The two-sided p-value of the paired permutation test; None as in `interval`.
 
-    If there are few examples, all permutations are counted. If there are many, a random sample of
-    permutations is counted, and the unpermuted data count as one more. So p is never 0 (Phipson and Smyth
-    2010).
+    If there are few examples, all permutations are tried. If there are many examples, a random sample of
+    permutations is tried, and the unpermuted data count as one more permutation. So p is never 0 (Phipson and
+    Smyth 2010).
     """
     if not (_can_resample(one) and _can_resample(other)):
         return None

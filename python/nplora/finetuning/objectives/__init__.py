@@ -1,4 +1,4 @@
-"""Objectives that a fine-tuning run minimises. Each module has an `Objective`."""
+"""`Objective` and its subclasses: the objectives that a fine-tuning run can minimise."""
 
 from nplora.finetuning.objectives.distill import DistillObjective
 from nplora.finetuning.objectives.kto import KtoObjective

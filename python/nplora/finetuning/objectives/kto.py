@@ -27,13 +27,14 @@ Array = npt.NDArray[Any]
 
 
 class KtoLoss(PackedLoss):
-    """The mean of a loss over answers. Each answer is compared with the KL divergence of its batch.
+    """The mean of a loss over answers. The loss compares each log-ratio with the KL divergence of its batch.
 
     The KL divergence is the mean log-ratio of answers that do not fit their prompts, or 0 if the mean is
     negative. No gradient flows through the KL divergence.
 
     The metrics are the mean rewards of good and bad answers, their difference, the accuracy and the KL
-    divergence. The accuracy is the share of answers on the right side of the KL divergence.
+    divergence. The accuracy is the share of answers whose log-ratio is on the right side of the KL
+    divergence: above for a good answer, and below for a bad one.
     """
 
     unit = "answers"

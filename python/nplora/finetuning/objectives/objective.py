@@ -27,12 +27,12 @@ from nplora.tokenizer import Tokenizer
 class Objective:
     """The base class is supervised fine-tuning ("sft"): the mean of -log p(token) over the trained tokens.
 
-    Each run has its own object.
+    An object serves a single run.
 
     Attributes:
         has_reference: whether `prepare` needs the model without its adapter.
-        extra_passes: the number of additional forward passes in a step. Each has about as many tokens as the
-            step.
+        extra_passes: the number of additional forward passes in a step. Each pass has about as many tokens as
+            the step.
     """
 
     name: ClassVar[str] = "sft"
@@ -92,7 +92,7 @@ class Objective:
         writes: bool = True,
         ranks: Ranks | None = None,
     ) -> None:
-        """Compute the values that the losses need besides the model.
+        """Compute the values that the losses need in addition to the model.
 
         A second call adds the values for other batches.
 

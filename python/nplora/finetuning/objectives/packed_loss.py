@@ -13,7 +13,7 @@ from nplora.models.word_filter import WordFilter
 from nplora.nn.module import Module
 from nplora.trainer import FusedLoss
 
-MicroBatch = tuple[PackedBatch, slice, slice]  # with its sequences and tokens in the whole batch
+MicroBatch = tuple[PackedBatch, slice, slice]  # the slices are its sequences and tokens in the whole batch
 
 
 class PackedLoss(FusedLoss):
@@ -22,7 +22,7 @@ class PackedLoss(FusedLoss):
     Args:
         micro_tokens: maximum tokens of a micro-batch; None: batches are not cut into micro-batches.
     Attributes:
-        tokens: number of tokens, trained or not, of all batches that were processed, here or on other ranks.
+        tokens: number of tokens, trained or not, in all batches that this rank or another rank has processed.
         after_part: called after the backward pass of each micro-batch.
         word_filter: the filter of the model's head, or None.
         int8_head: whether the gradient of the head's input is computed in int8; None: the model does not use
@@ -83,7 +83,7 @@ class PackedLoss(FusedLoss):
 
 
 def micro_batches(x: PackedBatch, most_tokens: int | None, together: int = 1) -> Iterator[MicroBatch]:
-    """Divide a batch as `PackedBatch.pieces` does. Each piece comes with its sequences and tokens in `x`."""
+    """Divide a batch as `PackedBatch.pieces` does. The slices are a piece's sequences and tokens in `x`."""
     sequences = tokens = 0
     for part in x.pieces(most_tokens, together):
         ends = sequences + len(part.starts) - 1, tokens + len(part.ids)

@@ -14,8 +14,9 @@ import numpy.typing as npt
 
 Array = npt.NDArray[Any]
 
-# The upper limit of the mean log-probabilities in ORPO, because a probability of 1 has infinite odds. Beyond
-# it, a chosen answer has slope 0, as it cannot become likelier. A rejected one keeps the slope of the limit.
+# The upper limit of the mean log-probabilities in ORPO, because a probability of 1 has infinite odds. Above
+# the limit, the slope of a chosen answer is 0, because the answer cannot become likelier. The slope of a
+# rejected answer is the slope at the limit.
 _ALMOST_CERTAIN = -1e-7
 
 
@@ -45,7 +46,7 @@ class Dpo:
 
         Args:
             ratios: log-ratios (n, 2) of the chosen and the rejected answers.
-            counts: the tokens (n, 2) of these answers.
+            counts: the numbers of tokens (n, 2) of these answers.
         """
         per_token = self.loss_type in ("ipo", "sigmoid_norm")
         scale = 1 / np.maximum(counts, 1) if per_token else np.ones_like(ratios)
@@ -54,7 +55,11 @@ class Dpo:
         return values, slopes[:, None] * scale * [1.0, -1.0]
 
     def _of_margin(self, margin: Array) -> tuple[Array, Array]:
-        """The loss and its derivative, as functions of how much better the chosen answer scores."""
+        """The loss, and its derivative with respect to the margin.
+
+        Args:
+            margin: the score of the chosen answer minus the score of the rejected answer (n,).
+        """
         beta, smoothing = self.beta, self.label_smoothing
         x = beta * margin
         if self.loss_type == "ipo":

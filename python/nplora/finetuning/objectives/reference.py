@@ -85,8 +85,8 @@ class Reference:
             batches: the training data, and the validation data, if there are any.
             sequences_of: the sequences of a batch whose log-probabilities are needed.
             directory: the output directory; None on other ranks than rank 0.
-            writes: whether the file is written, every minute and at the end. Otherwise, `keep` writes the
-                file later.
+            writes: whether the file is written, every minute and at the end; False: `keep` writes the file
+                later.
             ranks: the processes that train together. Each rank computes a share of the log-probabilities.
         Raises:
             NonFiniteLossError: a log-probability is NaN or infinite.
@@ -146,7 +146,7 @@ class Reference:
 
 
 class _SharedParts:
-    """Computes the log-probabilities of parts of batches, one part on each rank at a time (a round).
+    """Computes the log-probabilities of parts of batches in rounds. Each rank computes one part in a round.
 
     The ranks exchange the results after every round. So a faster rank waits for a slower one during at most
     one part, and all ranks know the results of all parts but the last few.
@@ -158,7 +158,7 @@ class _SharedParts:
     def __init__(self, lm: LanguageModel, ranks: Ranks, known: dict[int, float]) -> None:
         self._lm, self._ranks, self._known = lm, ranks, known
         self._round: list[PackedBatch] = []
-        self._keys: set[int] = set()  # of the sequences in the round
+        self._keys: set[int] = set()  # the keys of the sequences in the round
 
     def lacks(self, part: PackedBatch) -> bool:
         """Whether a log-probability of a part is neither known nor about to be computed."""
@@ -178,7 +178,8 @@ class _SharedParts:
     def compute(self) -> None:
         """Compute the parts of the round.
 
-        A sequence may be in several parts, with different rounding. The last part counts, as on one rank.
+        A sequence may be in several parts, with different rounding. The result of the last part is kept, as
+        with a single rank.
         """
         if not self._round:
             return
@@ -203,7 +204,7 @@ def _key(content: bytes) -> int:
 
 
 def by_sequence(batch: PackedBatch) -> Array:
-    """For each target of a batch, the number of its sequence."""
+    """For each target of a batch, the index of its sequence."""
     return np.asarray(rows_of(batch.starts)[batch.targets != IGNORED])
 
 
@@ -281,7 +282,7 @@ def _read(directory: files.Directory, model: str) -> tuple[dict[int, float], str
 
 
 def _write(directory: files.Directory, model: str, found: dict[int, float]) -> None:
-    """Write the file. A failure is only a warning: if the disk is full, the first checkpoint fails anyway."""
+    """Write the file. Only warn if this fails: if the disk is full, the first checkpoint raises an error."""
     keys = np.array(sorted(found), np.uint64)
     values = np.array([found[key] for key in sorted(found)], np.float64)
     metadata = {REFERENCE_MARK: _SCHEMA, "model": model, "sha256": _digest(keys, values)}

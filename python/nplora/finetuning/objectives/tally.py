@@ -33,8 +33,8 @@ class Tally:
         self._additions += additions
 
     def take_additions(self) -> list[Addition]:
-        """All values that were added since the last call, in order, so that their sum has the same bits
-        everywhere."""
+        """All values that were added since the last call, in order. If all ranks add up the values in this
+        order, the sums have the same bits."""
         taken, self._additions = self._additions, []
         return taken
 

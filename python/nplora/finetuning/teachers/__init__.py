@@ -1,4 +1,4 @@
-"""Teachers: models, or stored log-probabilities of one, that a student learns to imitate."""
+"""Teachers that a student learns to imitate: a model, or a file with the log-probabilities of a model."""
 
 from nplora.finetuning.teachers.model_teacher import ModelTeacher, model_digest
 from nplora.finetuning.teachers.stored import StoredTeacher, is_stored

@@ -4,12 +4,13 @@ The file is a safetensors file. n is the number of trained tokens of all its seq
 different sequences, and k the number of tokens that are stored for each trained token.
 
     sequences   uint64 (m,)      a digest of the tokens and targets of each sequence (`sequence_keys`)
-    starts      int64 (m + 1,)   the first row of each sequence below, and n
+    starts      int64 (m + 1,)   the first row of each sequence in `ids` and `log_probs`, and n
     ids         int32 (n, k)     the k most likely tokens, the most likely first
-    log_probs   (n, k + 1)       float16 or float32: their log-probabilities, and in the last column that of
-                                 all other tokens together, at the temperature that the metadata names
+    log_probs   (n, k + 1)       float16 or float32: the log-probabilities of these tokens, and in the last
+                                 column the log-probability of all other tokens together, at the temperature
+                                 that the metadata names
     tokens      uint8            the vocabulary: the tokens in UTF-8, one after another
-    token_ends  int64 (v,)       the end of each token there; an id without a token has no bytes
+    token_ends  int64 (v,)       the end of each token in `tokens`; an id without a token has no bytes
 
 The rows are read from the file when they are needed, and are not kept in memory.
 """
@@ -183,7 +184,7 @@ class StoredTeacher:
         return lambda rows: top[numbers[rows]]
 
     def _places(self, batch: PackedBatch) -> tuple[Array, Array]:
-        """For each sequence of a batch, its number in the file, and whether the file has it."""
+        """For each sequence of a batch, its index in the file, and whether the file has the sequence."""
         keys = sequence_keys(batch)
         found = np.minimum(np.searchsorted(self._keys, keys), max(0, len(self._keys) - 1))
         return self._order[found], self._keys[found] == keys
@@ -197,9 +198,10 @@ class StoredTeacher:
         return np.frombuffer(data, dtype).reshape(-1, entry.shape[1])
 
     def _distributions(self, ids: Array, log_probs: Array) -> TopK:
-        """Check the rows, leave out tokens that the student lacks, and scale the other ones to the sum 1.
+        """Check the rows, leave out tokens that the student lacks, and scale the probabilities to the sum 1.
 
-        Rounding also changes the sum.
+        Without the scaling, the sum would differ from 1 even with all tokens, because stored values are
+        rounded.
         """
         ordered = np.sort(ids, axis=1)
         if ids.min(initial=0) < 0 or ids.max(initial=0) >= len(self._tokens):
@@ -227,7 +229,7 @@ class StoredTeacher:
     # ---- the file ----
 
     def _checked(self, file: SafetensorsFile) -> dict[str, Entry]:
-        """The entries of the file, whose types and shapes fit together."""
+        """Check that the types and shapes of the file's entries fit together, and return the entries."""
         problems = []
         for name, (tag, axes) in _KINDS.items():
             entry = file.entries.get(name)

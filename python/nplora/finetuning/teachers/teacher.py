@@ -24,8 +24,8 @@ class Teacher(Protocol):
         name: the file or directory, for messages.
         model: the model that runs beside the student; None if the distributions are stored.
         top_k: the number of stored tokens in each distribution; 0 for a model.
-        temperature: the temperature of the distributions; None: any temperature, because they are computed
-            from logits.
+        temperature: the temperature of the distributions; None: any temperature, because the distributions
+            are computed from logits.
         paths: the files that are read.
     """
 

@@ -28,8 +28,8 @@ from nplora.platform.memory import available_memory, current_memory, peak_memory
 from nplora.runtime import get_num_threads
 
 _LEAST_MICRO_BATCH = 32  # tokens: smaller micro-batches save little memory and lose speed
-# The memory of a process before its run differs a little between processes. So a new plan keeps this share of
-# the limit free, and a run that resumes in another process may use it. Errors count this share too.
+# A new plan must fit into the limit divided by this margin. A resumed run may use the whole limit, because
+# another process may need a little more memory before its run. Error messages take the margin into account.
 _MARGIN = 1.02
 _TIMED_BATCHES = 1024  # a plan holds the times of about this many batches
 _FLOAT = 4
@@ -188,8 +188,8 @@ def _plans(
     """The plans that the constraints allow, float32 first.
 
     Args:
-        free: whether to vary the settings that the constraints leave open. Otherwise, these settings get
-            their defaults.
+        free: whether to vary the settings that the constraints leave open; False: these settings get their
+            defaults.
     """
     computes, policies = [constraints.compute or lm.compute], [constraints.recompute]
     if free and constraints.compute is None and lm.compute == "float32":

@@ -28,7 +28,7 @@ from nplora.nn.principal import PRINCIPAL_INITS
 _FLOAT, _BITS = 4, 2
 _LANES = _core.constants.lanes_bytes
 _PASS = _core.constants.l3_block_bytes
-_TOKENS = 2 * _core.constants.task_tokens  # tokens of a block in the backward pass, for every two threads
+_TOKENS = 2 * _core.constants.task_tokens  # tokens in a block of the backward pass, for every two threads
 _THREAD = 3 << 19  # the other scratch of a thread, rounded up
 _HEAP = 10 << 20  # code read from the disk, small arrays, and memory that malloc keeps
 
@@ -53,7 +53,7 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class ExecutionPlan:
-    """How a training step is computed. Plans differ in memory and time; their results differ by rounding.
+    """How a training step is computed. Plans differ in memory and time, but in the results only by rounding.
 
     Attributes:
         compute: arithmetic of the products with frozen weights.
@@ -97,7 +97,7 @@ class Adapters:
     ranks: Mapping[str, int] = dataclasses.field(default_factory=dict)
     added: int = 0  # rows of the embedding and the head beyond those of the model
     freeze_B: bool = False  # noqa: N815
-    trains_head: bool = False  # whether rows of the head are trained; the embedding may own them
+    trains_head: bool = False  # whether rows of the head, which it may share, are trained
 
     @classmethod
     def of(
@@ -128,7 +128,7 @@ class Adapters:
         if init not in PRINCIPAL_INITS:
             return made
         weights = sum(modules[name].weight.nbytes for name in names)
-        factors = _FLOAT * (made.numbers + made.frozen)  # the initial ones
+        factors = _FLOAT * (made.numbers + made.frozen)  # the initial factors
         return dataclasses.replace(made, taken=weights + factors)
 
     def with_rows(
@@ -142,9 +142,10 @@ class Adapters:
         """Add trained rows to the adapted layers: layer -> ids of the rows, or None for all rows.
 
         Args:
-            tokens: the number of tokens that are added to the model.
+            tokens: the tokens that are added to the model.
             least: the least number of rows of the embedding and the head.
-            tie_whole: whether a head that shares the embedding's weight also shares rows if all are trained.
+            tie_whole: whether a head that shares the embedding's weight also shares the trained rows if all
+                rows are trained.
         """
         stored, width = lm.config.vocab_size, lm.config.hidden_size
         size = max(least, rows_needed(stored, {}, tokens))
@@ -269,13 +270,13 @@ class Memory:
 
 @dataclass(frozen=True)
 class Extra:
-    """Bytes that a loss takes besides the head.
+    """Bytes that a loss takes in addition to the head.
 
     Attributes:
         kept: bytes that are held during a whole micro-batch.
         head: bytes for one chunk of rows, taken while the head is computed.
         inference: bytes taken at the start of a micro-batch, before any of its activations are kept.
-        evaluation: bytes taken in an evaluation, besides the bytes of the model's forward pass.
+        evaluation: bytes taken in an evaluation, in addition to those of the model's forward pass.
 
     >>> nplora.finetuning.planning.memory.Extra(kept=5).head
     0
@@ -321,7 +322,7 @@ def predicted(
         resident: bytes in memory before the adapters are made, and bytes of the weights that are not read
             yet.
         prefix_tokens: the number of tokens for which a `PrefixCache` holds block outputs in memory.
-        extra: bytes that the loss takes besides the head.
+        extra: bytes that the loss takes in addition to the head.
         keeps_best: whether a copy of the best factors is kept.
 
     >>> planning = nplora.finetuning.planning

@@ -162,7 +162,7 @@ def room(size: int) -> str:
 
 
 def shortage(memory: Memory, available: int | None) -> str:
-    """A message if more memory is needed than is available, else an empty text.
+    """A message if more memory is needed than is available; otherwise an empty text.
 
     >>> memory = nplora.plan("model.gguf", "train.jsonl").memory
     >>> nplora.finetuning.planning.shortage(memory, available=1_000_000)

@@ -35,12 +35,12 @@ class NodesPlan:
         batches: the number of batches in a step, except at the end of an epoch.
         alone: seconds of the step on one machine.
         waiting: seconds that an average machine waits for the slowest one. Machines wait because batches
-            differ in length, or because the last round of a step has too few batches.
-        sums: seconds that the machines wait for the sums of their gradients or, with outer steps, of the
-            changes. Gradients travel while the machines compute their next batches.
+            differ in length, or because the last round of a step has fewer batches than machines.
+        sums: seconds that the machines wait for the sums of their gradients or, with outer steps, for the
+            sums of their changes. Gradients travel while the machines compute their next batches.
         size: bytes of the gradients.
         local_steps: steps of each machine between two outer steps; None: there are no outer steps.
-        most: the number of batches in the largest step. A short epoch has fewer than `batches`.
+        most: the number of batches in the largest step; below `batches` if an epoch is shorter than a step.
 
     >>> planning = nplora.finetuning.planning
     >>> step = [planning.BatchTime(seconds) for seconds in (10.0, 9.0, 10.0)]

@@ -1,4 +1,4 @@
-"""The memory of this process: in use now, the peak, available, and mapped but not read yet."""
+"""Sizes in bytes: reads a size such as 600M, and finds how much of a mapped model is not read yet."""
 
 from __future__ import annotations
 

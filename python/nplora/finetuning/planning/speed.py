@@ -20,7 +20,7 @@ from nplora.weights import FrozenWeight, buffers
 
 Array = npt.NDArray[Any]
 
-_HEAD_ROWS = 64  # rows in the longer timing of the head; more logits would need more memory than some plans
+_HEAD_ROWS = 64  # rows in the longer timing of the head; more logits may need more memory than a plan has
 _FEW, _MANY = 32, 256  # tokens in two timings, to separate the cost of a call from the cost of a token
 _ATTENTION = 4, 10  # operations per score and element of a head: two products forward, five backward
 _LOW_RANK = 2.0  # products with the factors run at about half the rate of the frozen products

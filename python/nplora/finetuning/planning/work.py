@@ -18,8 +18,8 @@ from nplora.models.packing import cut
 
 Array = npt.NDArray[Any]
 
-# For each trained value: the momentum; copies of the value, the momentum and AdamW's two moments; and, while
-# ranks add up, the term, the terms of the others and the sum.
+# Arrays as large as all trained values: the momentum; copies of the values, the momentum and AdamW's two
+# moments; and, while the ranks add up, this rank's term, the terms of the other ranks, and the sum.
 _ARRAYS_OF_OUTER_STEPS = 1 + 4 + 3
 
 
@@ -28,7 +28,8 @@ class Work:
     """The batches of a run, described by the sizes of their examples.
 
     Attributes:
-        batches: for each batch, two arrays: the number of tokens and of trained tokens of each example.
+        batches: for each batch, two arrays: the number of tokens of each example, and the number of its
+            trained tokens.
         steps: the number of steps of the run.
         accumulate: the number of batches in a step.
         epoch: the number of batches in an epoch, whose last step may have fewer batches; 0: all batches
@@ -39,13 +40,13 @@ class Work:
         sequences: the number of sequences of an example. The maximum length applies to each sequence.
         extra_passes: the number of additional forward passes in a step, each over about as many tokens as the
             step's own.
-        reference: for each forward pass before the first step, the number of tokens, and of tokens in the
-            loss.
+        reference: for each forward pass before the first step, the number of tokens, and the number of tokens
+            in the loss.
         teaching: the additional memory and time of a distillation; None without a teacher.
         adds_in_order: whether the gradients of each micro-batch are kept, to be added up in a fixed order.
         is_local: whether ranks make local steps, which outer steps combine.
         filters: whether a word filter computes the gradient of the head's input.
-        int8_head: whether plans in int8 compute this gradient in int8.
+        int8_head: whether plans in int8 also compute the gradient of the head's input in int8.
 
     >>> work = nplora.finetuning.planning.Work([(np.array([8, 5]), np.array([3, 2]))], steps=10)
     >>> work.longest, work.batch_tokens
@@ -115,8 +116,8 @@ class Work:
         parts = max(len(cut(lengths, micro_tokens)) - 1 for lengths, _ in self.batches)
         if self.is_local:  # this rank's gradients twice, and their sum
             return 2 * parts + 1 + _ARRAYS_OF_OUTER_STEPS
-        # At most: this rank's gradients of the batch that it computes; those of the batch before, which may
-        # be on their way; those of the other ranks; and the sum.
+        # At most: this rank's gradients of the current batch; its gradients of the batch before, which may
+        # not have arrived everywhere; the gradients of the other ranks; and the sum.
         return (3 if self.accumulate > 1 else 2) * parts + 1
 
     def shortened(self, length: int) -> Work:

@@ -14,7 +14,7 @@ class OptunaSampler:
     """Proposes settings one by one, each from the losses of the earlier proposals.
 
     The same seed and the same losses give the same proposals. A resumed search asks for the earlier proposals
-    again, so that the sampler's state is as it was.
+    again, so that the sampler has the same state as before.
 
     Raises:
         ModuleNotFoundError: Optuna is not installed.
@@ -29,7 +29,7 @@ class OptunaSampler:
         self._asked: Any = None
 
     def propose(self) -> Settings:
-        """The settings of the next trial. Call `tell` with its loss before the next proposal."""
+        """The settings of the next trial. Call `tell` with the trial's loss before the next proposal."""
         self._asked = self._study.ask()
         rates, changes = self._space.rates, dict[str, Any]()
         lr = rates[0]

@@ -24,7 +24,7 @@ class TuneLog:
     Attributes:
         path: the file.
         start: everything that the search depends on; it must be the same when the search is resumed.
-        baseline: the loss before training and the seconds of its evaluation, if it is known.
+        baseline: the loss before training and the seconds of its evaluation; None: not measured yet.
         rungs: the rungs that were decided, by their numbers.
         trials: the trials with their results, in order.
     """
@@ -35,7 +35,7 @@ class TuneLog:
         self.baseline: tuple[float, float] | None = None
         self.rungs: dict[int, Rung] = {}
         self.trials: list[Trial] = []
-        self._trials_before: dict[int, int] = {}  # the number of a rung -> the trials before it was decided
+        self._trials_before: dict[int, int] = {}  # number of a rung -> trials before it was decided
         self._lines: list[str] = []
 
     def begin(self, start: dict[str, Any], resume: bool, overwrite: bool) -> None:

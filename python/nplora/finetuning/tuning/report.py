@@ -26,7 +26,8 @@ class TuneReport:
     Attributes:
         output: the directory with tune.jsonl.
         trials: all trials, in the order in which they were made.
-        winner: the trial with the lowest loss among the longest trials; None if all of them diverged.
+        winner: the trial with the lowest loss among the full runs or, if there are none, among the longest
+            trials; None if all trials diverged.
         options: the options of `finetune` that train the winner, including those that the search was given.
         command: the `nplora finetune` line for the winner; "" without a winner.
         loss_before: the validation loss before training.

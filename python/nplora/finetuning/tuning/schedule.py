@@ -2,9 +2,10 @@
 
 Each rung trains fewer candidates for more steps (Jamieson and Talwalkar 2016; Li et al. 2018, "Hyperband").
 Every trial starts from scratch with its own learning rate schedule, which ends with the trial. The
-alternative is to continue the trials of a rung in the next rung. Their schedules would then have to be
-constant, or be stretched later, so the rungs would compare runs that `finetune` never makes. High learning
-rates would also be judged too early, because they pay off only after the schedule has lowered the rate.
+alternative is to continue the trials of a rung in the next rung. The schedules of continued trials would have
+to be constant, or be stretched later, so the rungs would compare runs that `finetune` never makes. High
+learning rates would also be judged too early, because they pay off only after the schedule has lowered the
+rate.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ from dataclasses import dataclass
 LEAST_STEPS = 10  # fewer steps say nothing about a learning rate
 # Shares of the budget for the rung of learning rates and for that of variations. Full runs get the rest.
 RATES, VARIATIONS = 0.15, 0.35
-_TRIALS = 6  # the maximum in a rung of variations; trials do not get longer if fewer learning rates are tried
+# The most trials in a rung of variations. The time for learning rates is divided by at least this number, so
+# that trials do not get longer if only a few learning rates are tried.
+_TRIALS = 6
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,7 @@ class Rung:
 
 
 def first_rung(budget: float, pace: Pace, rates: int, full: int) -> Rung:
-    """The rung of learning rates: all, or as many as fit into the time with LEAST_STEPS each.
+    """The rung of learning rates: all rates, or as many as the time allows with LEAST_STEPS steps each.
 
     Args:
         full: the steps of the run that is tuned.
@@ -60,7 +63,7 @@ def first_rung(budget: float, pace: Pace, rates: int, full: int) -> Rung:
 
 
 def second_rung(budget: float, left: float, pace: Pace, candidates: int, least: int, full: int) -> Rung:
-    """The rung of variations. A trial has at least twice as many steps as in the first rung, or `full`.
+    """The rung of variations. A trial has at least twice as many steps as in the first rung, or `full` steps.
 
     Args:
         left: the seconds that are left of the budget.

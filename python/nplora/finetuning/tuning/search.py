@@ -47,8 +47,8 @@ class Search:
             epochs.
         budget: the seconds that the trials may take.
         planned: the predicted seconds of a step, used until a trial has measured them.
-        train: a function that makes a trial. Its arguments are the settings and the steps. Its results are
-            the loss and the seconds of training and evaluation.
+        train: a function that makes a trial from settings and a number of steps, and returns the loss and the
+            seconds of training and evaluation.
         sampler: proposes the settings of the first rung; None: the learning rates of the space.
         say: prints a text.
     """
@@ -172,9 +172,9 @@ class Search:
                 return
 
     def _nearby(self, rates: Sequence[float]) -> list[float]:
-        """A new learning rate, between the best two rates.
+        """A new learning rate near the best rate: between the two best rates.
 
-        If the best rate is the smallest or the largest that was tried, the new rate is beyond it.
+        If the best rate is the smallest (or largest) rate tried, the new rate is even smaller (or larger).
         """
         tried = sorted(rates)
         if len(tried) < 2:

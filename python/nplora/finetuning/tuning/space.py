@@ -18,7 +18,7 @@ Settings: TypeAlias = dict[str, Any]  # options of `finetune`, by name
 
 _DEFAULTS: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(FinetuneOptions)}
 _RATES = range(-2, 3)  # half decades around the default: from a tenth of it to ten times as much
-_RANKS = (4, 32)  # besides the default
+_RANKS = (4, 32)  # in addition to the default
 _EPOCHS = (1, 2, 4)
 # What belongs to one run, not to a search.
 UNSEARCHED = (
@@ -60,7 +60,7 @@ class Space:
         return made
 
     def variations(self) -> Iterator[tuple[str, Any]]:
-        """Yield every value of every option, except its first. Values of different options alternate."""
+        """Yield each option with each of its values except the first. The options alternate."""
         rows = [[(name, value) for value in values[1:]] for name, values in self.others.items()]
         for turn in range(max(map(len, rows), default=0)):
             yield from (row[turn] for row in rows if turn < len(row))
@@ -129,7 +129,7 @@ def require_searchable(op: str, name: str) -> None:
 
 
 def require_values(op: str, search: Mapping[str, Sequence[Any]], given: Mapping[str, Any]) -> None:
-    """Check the values of searched options as `finetune` does, for all pairs of options.
+    """Check the values of searched options as `finetune` does, for all pairs of values.
 
     Args:
         given: the options of `finetune` that the user has fixed.

@@ -39,7 +39,8 @@ from nplora.nn.losses import NonFiniteLossError
 from nplora.trainer.directory_lock import DirectoryLock
 from nplora.trainer.evaluation import evaluate
 
-_FEW = 30  # held-out examples; with fewer, the standard error is near the differences of good settings
+# Held-out examples. With fewer, the standard error is about as large as the differences of good settings.
+_FEW = 30
 _SPLIT = 0.1  # the share that is held out if there are no validation data
 _PREFIX_SHARE = 0.25  # share of the available memory; a larger cache is made only if the options ask for it
 
@@ -73,18 +74,18 @@ def tune(
     Args:
         model, data: as for `finetune`.
         output: directory for tune.jsonl.
-        valid: held-out rows to compare the trials on. Without any, here or in a directory `data`, a tenth of
-            the examples is held out (`valid_split=0.1`).
+        valid: held-out rows to compare the trials on. If neither `valid` nor a directory `data` gives such
+            rows, a tenth of the examples is held out (`valid_split=0.1`).
         progress: print progress on stderr; None: only on a terminal or in a notebook.
         budget: time for all trials, such as "90s", "30m" or "1.5h"; a number counts minutes. The time to load
             the model and the data is not included.
         search: values to try, such as {"lr": [1e-4, 1e-3], "dropout": [0, 0.05]}, for any option of
             `finetune` that changes the training. The search starts with the first value of each list. If an
-            option of the loss such as `beta` is searched, all trials are compared by the loss with its first
-            value. The learning rate, the rank, the targets and the epochs are always searched, unless they
-            are given.
+            option of the loss such as `beta` is searched, all trials are compared by the loss with the first
+            value of this option. The learning rate, the rank, the targets and the epochs are always searched,
+            unless they are given.
         sampler: source of the first trials: "halving" (a grid of learning rates) or "optuna" (its TPE
-            sampler, over all searched options but the epochs).
+            sampler, over all searched options except the epochs).
         resume: continue the search in the output directory; no trial is repeated. The budget includes the
             time of the earlier trials, and may be larger than before.
         overwrite: delete the search in the output directory.
@@ -343,7 +344,7 @@ class _Trials:
         self._inputs, self._base, self._execution, self._full = inputs, base, execution, full
         self._output, self._say = output, say
         self._measure = inputs.objective.with_options("tune", first)
-        self._prepared = list[dict[str, Any]]()  # the batches that the objective has seen
+        self._prepared = list[dict[str, Any]]()  # identities of the batches that were prepared
         self._validation: TokenBatches = evaluation_batches(inputs.held_out)
         self._prefix: PrefixCache | None = None
 
@@ -409,9 +410,10 @@ class _Trials:
         return found, time.perf_counter() - start
 
     def _shared_prefix(self, lm: LanguageModel) -> PrefixCache | None:
-        """The cache of outputs below the adapters.
+        """The cache of the outputs of the blocks below the adapters.
 
-        The options decide where the cache is stored; a small cache is in memory.
+        The option `keep_prefix` decides where the cache is stored. If the option is "off" and no memory limit
+        is given, a small cache is still kept in memory.
         """
         first, nbytes = lm.model.first_adapted(), 4 * self._inputs.tokens * lm.config.hidden_size
         if self._prefix is None and first:

@@ -27,7 +27,7 @@ def temperature(task: str, logits: Array, targets: Array) -> float:
         logits: (n, outputs). targets: labels (n,), or 0 and 1 (n, outputs).
     """
     wide = np.asarray(logits, np.float64)
-    # The sum of truth · logits, without a matrix of zeros and ones for "single".
+    # The terms of the sum of truth · logits. For "single", no matrix of zeros and ones is made.
     right = wide[np.arange(len(wide)), targets] if task == "single" else np.asarray(targets) * wide
     low, high = 1 / _MOST, 1 / _LEAST
     for _ in range(_HALVINGS):

@@ -1,4 +1,4 @@
-"""balanced_weights: weights of labels in the loss with which all labels have the same total weight."""
+"""balanced_weights: loss weights that give all labels the same total weight."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 
 def balanced_weights(targets: npt.NDArray[Any], count: int) -> tuple[float, ...]:
-    """The weight of each of `count` labels, given the numbers of the labels of all texts or words.
+    """The weight of each of `count` labels. `targets` holds the label index of each text or word.
 
     A weight is the number of targets / (count · the number of targets with this label), as in scikit-learn.
     A label without targets has the weight 0. Negative targets are words without a token, and do not count.

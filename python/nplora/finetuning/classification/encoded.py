@@ -20,12 +20,12 @@ Array = npt.NDArray[Any]
 
 @dataclass(frozen=True)
 class Encoded:
-    """The token ids of some texts for a classifier, with the methods that depend on what is labelled.
+    """The token ids of texts for a classifier. The methods serve both labelled texts and labelled words.
 
     Attributes:
         ids: the token ids of each text.
         cut: the number of texts that were too long, and were cut.
-        words: the places of the words among the tokens; None if whole texts are labelled.
+        words: the positions of the words among the tokens; None if whole texts are labelled.
     """
 
     ids: list[list[int]]
@@ -43,7 +43,7 @@ class Encoded:
         return Encoded(ids, cut)
 
     def part(self, numbers: Iterable[int]) -> Encoded:
-        """The texts with these numbers."""
+        """The texts with these indices."""
         chosen = list(numbers)
         ids, words = [self.ids[i] for i in chosen], self.words
         if words is not None:
@@ -52,7 +52,7 @@ class Encoded:
 
     @property
     def lost(self) -> int:
-        """The number of words without a token, which have no label."""
+        """The number of words that have no token and therefore no label."""
         return 0 if self.words is None else self.words.lost
 
     def chosen(self, logits: Array) -> Array:
@@ -60,14 +60,14 @@ class Encoded:
         return logits if self.words is None else logits[self.words.rows()]
 
     def places(self, places: Sequence[str]) -> list[str]:
-        """The place of each row of `chosen`, given the place of each text."""
+        """The file and line of each row that `chosen` returns, given the file and line of each text."""
         if self.words is None:
             return list(places)
         counts = map(len, self.words.kept(self.words.first))
         return [place for place, count in zip(places, counts, strict=True) for _ in range(count)]
 
     def truth(self, targets: Targets) -> Targets:
-        """The targets of the rows of `chosen`, in the form that `ClassificationReport.of` takes."""
+        """The targets of the rows that `chosen` returns, in the form that `ClassificationReport.of` takes."""
         if self.words is None:
             return targets
         return self.words.kept(targets)
@@ -88,13 +88,13 @@ class Encoded:
 
 
 def require_words(names: str, count: int) -> None:
-    """Raise DataError if no word has a token, so that nothing can be learned or compared."""
+    """Raise DataError if no word has a token, because then nothing can be trained or compared."""
     if not count:
         raise DataError(f"{names}: no word has a token, expected words that the tokenizer knows")
 
 
 def cut_in_words(cut: int, lost: int, longest: int, unit: str) -> str:
-    """The number of texts or sentences that were cut, and of words that have no label, in words."""
+    """A text that says how many texts or sentences were cut, and how many words have no label."""
     found = [f"{counted(cut, unit)} had more than {longest} tokens and were cut"] if cut else []
     if lost:
         found.append(f"{counted(lost, 'word')} without a token {'has' if lost == 1 else 'have'} no label")

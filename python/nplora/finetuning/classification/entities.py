@@ -10,7 +10,7 @@ OUTSIDE = "O"
 
 
 class Entity(NamedTuple):
-    """An entity: its kind, and its words, from `begin` to before `end`."""
+    """An entity: its kind, and the indices of its words, from `begin` to `end` - 1."""
 
     kind: str
     begin: int
@@ -18,7 +18,7 @@ class Entity(NamedTuple):
 
 
 class EntityCounts(NamedTuple):
-    """The numbers of entities of each kind: predicted and true, predicted, and true."""
+    """The number of entities of each kind: those both predicted and true, all predicted, and all true."""
 
     hits: Counter[str]
     predicted: Counter[str]
@@ -26,7 +26,7 @@ class EntityCounts(NamedTuple):
 
 
 def kinds_of(tags: Iterable[str]) -> tuple[str, ...]:
-    """The kinds of entities that these tags name, in sorted order. Empty if they are not IOB2 tags.
+    """The sorted kinds of entities that these tags name. The result is empty if a tag is not an IOB2 tag.
 
     >>> from nplora.finetuning.classification.entities import kinds_of
     >>> kinds_of(["O", "B-PER", "I-PER", "B-LOC"]), kinds_of(["NOUN", "VERB"])
@@ -39,9 +39,9 @@ def kinds_of(tags: Iterable[str]) -> tuple[str, ...]:
 
 
 def entities(tags: Sequence[str]) -> Iterator[Entity]:
-    """The entities of a sentence, as the script of CoNLL counts them.
+    """The entities of a sentence, as CoNLL's evaluation script counts them.
 
-    An I- tag begins an entity too, if the word before has no entity, or one of another kind.
+    An I- tag also begins an entity if the word before it is in no entity, or in an entity of another kind.
 
     >>> from nplora.finetuning.classification.entities import entities
     >>> [tuple(entity) for entity in entities(["B-PER", "I-PER", "O", "I-LOC", "B-LOC"])]
@@ -58,7 +58,7 @@ def entities(tags: Sequence[str]) -> Iterator[Entity]:
 
 
 def count_entities(predicted: Iterable[Sequence[str]], true: Iterable[Sequence[str]]) -> EntityCounts:
-    """Count the entities of sentences. A hit has the same kind and the same words in both."""
+    """Count the entities of sentences. A hit is a predicted entity whose kind and words are both true."""
     counts = EntityCounts(Counter(), Counter(), Counter())
     for ours, theirs in zip(predicted, true, strict=True):
         found, wanted = set(entities(ours)), set(entities(theirs))

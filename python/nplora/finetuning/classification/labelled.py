@@ -1,4 +1,4 @@
-"""Labelled texts: reads texts and targets from rows of files or of Python, with their places in the files."""
+"""Labelled texts: reads texts and targets from rows of files or of Python, each with its file and line."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from nplora.formats.label_record import LONGEST_LABEL
 
 Array = npt.NDArray[Any]
 Target = str | tuple[str, ...] | float  # a label, several labels, or a number
-Targets = Array | list[Array]  # of all texts; an array for each sentence if words are labelled
+Targets = Array | list[Array]  # an array for all texts; if words are labelled, an array for each sentence
 
 _MOST_SHOWN = 8  # labels in a message
 
@@ -35,7 +35,7 @@ class Columns:
 
     Attributes:
         text, label: the fields with the text and its label or labels.
-        tokens, tags: the fields with the words and the tag of each; None: those with a usual name.
+        tokens, tags: the fields with the words and with the tag of each word; None: fields with usual names.
     """
 
     text: str = "text"
@@ -77,12 +77,12 @@ class Tagged(Labelled):
 
 @dataclass(frozen=True)
 class LabelledTexts:
-    """The rows of some sources.
+    """The texts and targets that were read from some sources.
 
     Attributes:
         names: the names of the sources, for messages.
         rows: the texts and targets.
-        places: the place of each row, for messages.
+        places: the file and line of each row, for messages.
         bad: the rows that were skipped.
         other_labels: labels that are known even if no row has them.
     """
@@ -124,11 +124,11 @@ class LabelledTexts:
         return found.hexdigest()
 
     def with_labels(self, labels: tuple[str, ...]) -> LabelledTexts:
-        """The same rows, with these labels as further known labels."""
+        """The same rows, with these labels as `other_labels`."""
         return dataclasses.replace(self, other_labels=labels)
 
     def divided(self, share: float) -> tuple[LabelledTexts, LabelledTexts]:
-        """The rows to train on, and those that are held out, by a hash of each row.
+        """Divide the rows into rows to train on and held-out rows, by a hash of each row.
 
         Raises:
             DataError: one of the two parts is empty.
@@ -153,10 +153,10 @@ class RowReader:
     Args:
         columns: the names of the fields.
         task: as in `TextClassifier`; or "tokens", if each word has a label.
-        separator: the text between several labels, if a field is a text instead of a list.
+        separator: the text between several labels, if their field is a text instead of a list.
         labels: the known labels; None: every label is accepted.
-        numbered: whether an integer that is not a label is the number of a label, as in data sets of
-            transformers.
+        numbered: whether an integer that is not a label itself stands for the label with this index, as in
+            data sets of transformers.
     """
 
     def __init__(
@@ -215,7 +215,7 @@ class RowReader:
         return Labelled(text, tuple(dict.fromkeys(self._label(item, row.where) for item in items)))
 
     def _label(self, value: Any, where: str) -> str:
-        if isinstance(value, float) and value.is_integer():  # pandas has floats beside missing integers
+        if isinstance(value, float) and value.is_integer():  # from a pandas column with missing values
             value = int(value)
         kind = {str: "a text", int: "a number", bool: "true or false"}.get(type(value))
         if kind is None:
@@ -252,9 +252,10 @@ class RowReader:
 
 
 def task_of(task: str | None, columns: Mapping[str, str], sources: Sequence[Source]) -> str:
-    """The task; if none is given, "tokens" for rows with words and without a text, or else "single".
+    """Return `task`. If it is None, return "tokens" for rows with words and no text, and "single" otherwise.
 
-    The names in `columns` decide, or else the fields of the first row that could be read.
+    The keys of `columns` show what the rows have. If `columns` is empty, the fields of the first row without
+    an error show it.
     """
     if task is not None or not {"text", "label"}.isdisjoint(columns):
         return task or "single"
@@ -328,7 +329,10 @@ def _is_float(value: Any) -> bool:
 
 
 def _by_name(labels: Sequence[str]) -> dict[str, str]:
-    """The labels without surrounding spaces, in the form in which rows are read. Equal names are left out."""
+    """Map each label without surrounding spaces to the label itself.
+
+    Labels that differ only in these spaces are left out.
+    """
     counts = Counter(label.strip() for label in labels)
     return {label.strip(): label for label in labels if counts[label.strip()] == 1}
 
@@ -342,9 +346,10 @@ def _natural(label: str) -> tuple[int, float, str]:
 
 
 def targets_of(rows: LabelledTexts, task: str, labels: Sequence[str]) -> Targets:
-    """The targets as an array: labels as int64 (n,), or float32 (n, outputs).
+    """The targets as an array: indices of labels as int64 (n,), or float32 (n, outputs).
 
-    With the task "tokens", the labels of the words of each sentence: int64 (words,).
+    For the task "tokens", a list with an array for each sentence: the indices of the labels of its words, as
+    int64 (words,).
 
     Raises:
         DataError: a label is not among `labels`.

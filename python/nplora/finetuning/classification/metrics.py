@@ -23,8 +23,8 @@ from nplora.lm.classifier import probabilities, require_finite
 
 Array = npt.NDArray[Any]
 
-_BINS = 15  # of the calibration error, as Guo et al. 2017 use
-_MOST_IN_CONFUSION = 1000  # labels; the matrix of more takes too much memory
+_BINS = 15  # bins of confidence for the calibration error, as in Guo et al. 2017
+_MOST_IN_CONFUSION = 1000  # labels; a matrix of more labels takes too much memory
 _MOST_IN_MATRIX = 12  # labels in a printed confusion matrix
 
 
@@ -50,22 +50,22 @@ class LabelScore:
 
 @dataclass(frozen=True)
 class ClassificationReport:
-    """How well a classifier predicts the rows of some data; `print` shows it.
+    """How well a classifier predicts the rows of some data; `print` shows the report.
 
     Attributes:
         task: as in `TextClassifier`; or "tokens", if words are labelled.
         labels: the names of the outputs.
-        examples: the number of texts; for "tokens", of words.
+        examples: the number of texts; for "tokens", the number of words.
         values: the metrics by name. For "single": loss (cross entropy), accuracy, macro_f1 and
-            calibration_error. For "tokens": the same of words and, if the labels are IOB2 tags such as B-PER
-            and I-PER, entity_precision, entity_recall and entity_f1 of all entities. For "multi": loss,
-            subset_accuracy, micro_f1 and macro_f1. For "regression": loss (mean squared error), mae, rmse,
-            r2, pearson and spearman. A metric that is not defined is NaN.
+            calibration_error. For "tokens": the same metrics, over words. If the labels are IOB2 tags such as
+            B-PER and I-PER, also entity_precision, entity_recall and entity_f1, over the entities of all
+            kinds. For "multi": loss, subset_accuracy, micro_f1 and macro_f1. For "regression": loss (mean
+            squared error), mae, rmse, r2, pearson and spearman. A metric that is not defined is NaN.
         scores: the scores of each label; empty for a regression.
         confusion: for "single" and "tokens": the number of texts or words for each true label (row) and
-            predicted label (column). None with more than 1,000 labels.
+            predicted label (column). With more than 1,000 labels, there is no matrix (None).
         entities: for IOB2 tags, the scores of each kind of entity. A predicted entity is right if its kind
-            and all its words are.
+            and all its words are right.
 
     >>> logits = np.array([[2.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
     >>> report = nplora.finetuning.ClassificationReport.of("single", ["a", "b"], logits, np.array([0, 1, 1]))
@@ -83,7 +83,7 @@ class ClassificationReport:
 
     @property
     def unit(self) -> str:
-        """What is labelled: "text" or "word"."""
+        """The kind of item that has a label: "text" or "word"."""
         return "word" if self.task == "tokens" else "text"
 
     @staticmethod
@@ -100,7 +100,7 @@ class ClassificationReport:
 
         Args:
             logits: for "tokens", those of all words in order.
-            targets: for "tokens", an array for each sentence: the numbers of the labels of its words.
+            targets: for "tokens", an array for each sentence: the indices of the labels of its words.
         Raises:
             ValueError: a logit is NaN or infinite.
         """
@@ -281,7 +281,7 @@ def _scores(
 
 
 def _calibration_error(confidence: Array, right: Array) -> float:
-    """The mean difference of confidence and accuracy over all bins of confidence (Guo et al. 2017, eq. 3)."""
+    """The mean |confidence - accuracy| of the bins, weighted by their counts (Guo et al. 2017, eq. 3)."""
     bins = np.minimum((confidence * _BINS).astype(np.intp), _BINS - 1)
     gap = np.bincount(bins, confidence, _BINS) - np.bincount(bins, right.astype(np.float64), _BINS)
     return float(np.abs(gap).sum() / len(right))

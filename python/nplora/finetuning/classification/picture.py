@@ -22,12 +22,12 @@ def draw(
     confusion: Array | None,
     unit: str = "texts",
 ) -> bytes:
-    """A PNG image. Without a confusion matrix, the picture only shows the scores.
+    """A PNG image. Without a confusion matrix, the picture shows the scores alone.
 
     Args:
         scores: the name of each score, and its value for each label.
         confusion: the number of texts for each true label (row) and predicted label (column).
-        unit: what has the labels.
+        unit: the kind of items that have labels: "texts" or "words".
     Raises:
         ModuleNotFoundError: matplotlib is not installed.
     """
@@ -51,7 +51,7 @@ def draw(
 
 
 def _draw_matrix(axes: Any, names: Sequence[str], confusion: Array, unit: str) -> None:
-    """The colour of a cell is its share of the row, so that rare labels can be seen."""
+    """Draw the confusion matrix. A cell's colour is its share of its row, so that rare labels are visible."""
     shares = confusion / np.maximum(1, confusion.sum(axis=1, keepdims=True))
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     axes.set_xticks(range(len(names)), names, rotation=45, ha="right")

@@ -61,14 +61,15 @@ def evaluate_classifier(
         (2, 2)
 
     Args:
-        data: rows as for `train_classifier`. In a directory, the validation data are read, or else train.csv.
-            A label may also be given by its number, counted from 0, as in data sets of transformers. If the
+        data: rows as for `train_classifier`. From a directory, the validation data are read, or the training
+            data if there are no validation data. A label may also be given by its index, which counts from 0,
+            as in data sets of transformers. If the
             classifier classifies tokens, rows have words and tags. Words without a token are left out.
         columns, separator, skip_bad: as for `train_classifier`.
         progress: print on stderr how many rows are done; None: only on a terminal or in a notebook.
     Raises:
-        DataError: a row is wrong, or has a label that the classifier does not know. With `skip_bad`, such
-            rows are left out, and a warning says how many. Also if no word has a token.
+        DataError: no word has a token; or a row is wrong, or has a label that the classifier does not know.
+            With `skip_bad`, such rows are left out, and a warning says how many.
         ValueError: the classifier predicts several numbers, the separator is empty, or a logit is NaN or
             infinite.
         TypeError: the separator or the name of a column is not a text.
@@ -116,11 +117,12 @@ def predict_rows(
 
     A row keeps its fields and gets "prediction". If labels are predicted, the row also gets "probabilities",
     the probability of each label by name, and "probability", the confidence of the prediction. If each text
-    has one label, "probability" is the probability of the predicted label. If texts may have several labels,
-    a decision is made about each label. Then "probability" is the smallest probability of these decisions.
+    has one label, "probability" is the probability of the predicted label. If a text may have several labels,
+    each label is decided separately. Then "probability" is the smallest probability of these decisions.
 
-    If the classifier classifies tokens, the new fields have an item for each word. A word without a token has
-    None: the sentence was cut before it, or the tokenizer drops its characters.
+    If the classifier classifies tokens, the new fields have an item for each word. The item is None if the
+    word has no token. A word has no token if the sentence was cut before the word, or if the tokenizer drops
+    all its characters.
 
         >>> encoder = nplora.load_encoder("encoder-model")
         >>> classifier = nplora.new_classifier(encoder, ["order", "refund"])
@@ -129,15 +131,15 @@ def predict_rows(
         (['id', 'text', 'prediction', 'probability', 'probabilities'], ['order', 'refund'])
 
     Args:
-        data: rows with a text or words, or a .txt file, each line of which is a text. Rows are read when they
-            are needed. Words may also be given as a text with spaces.
+        data: rows with a text or words, or a .txt file with a text in each line. Rows are read when they are
+            needed. Words may also be given as a text with spaces.
         columns: the name of the field with the text or the words, as in text=review or tokens=words.
         skip_bad: leave out rows without a text, and warn at the end how many rows were left out.
         progress: as in `evaluate_classifier`.
         probabilities: for words, also yield "probabilities"; rows of texts always have this field.
     Raises:
-        DataError: a row has no text, a text has no tokens, or a row has a field with the name of one of the
-            new ones, and `skip_bad` is not set.
+        DataError: `skip_bad` is not set, and a row has no text, a text has no tokens, or a row already has a
+            field with the name of a new field.
         ValueError: a logit is NaN or infinite.
     Warns:
         UserWarning: texts were cut, texts were empty, or rows were skipped.
@@ -149,7 +151,7 @@ def predict_rows(
 
 
 def task_of_rows(classifier: TextClassifier) -> str:
-    """The task of `ClassifyOptions` that trains such a classifier."""
+    """The value of `task` with which `train_classifier` trains a classifier of this kind."""
     return "tokens" if classifier.classifies_tokens else classifier.task
 
 
@@ -221,7 +223,7 @@ class _Done:
 
 
 class _Predictor:
-    """Predicts texts or words, and counts those that were cut or empty."""
+    """Classifies texts or words, and counts texts that were cut or empty, and words without a token."""
 
     def __init__(
         self,
@@ -236,14 +238,14 @@ class _Predictor:
 
     @property
     def column(self) -> str:
-        """The field of the text or words, in rows without names."""
+        """The name of the field with the text or words, for rows that are lines of a plain text."""
         columns = self._columns
         return (columns.tokens or WORDS[0]) if self._classifier.classifies_tokens else columns.text
 
     def read(self, row: Row) -> tuple[Row, Labelled]:
         """The text or the words of a row, and the row with its words as a list.
 
-        Raises DataError if a row has no text, or a field that the prediction would replace.
+        Raises DataError if the row has no text, or has a field that the prediction would replace.
         """
         names = ["prediction"]
         if self._classifier.task != "regression":

@@ -9,24 +9,24 @@ from nplora.finetuning.data.rows import Row
 from nplora.formats.errors import DataError, brief, counted
 from nplora.tokenizer.words import is_word
 
-# The names of the fields in data sets of Hugging Face.
+# The usual names of the fields with words and with tags in data sets of Hugging Face.
 WORDS = ("tokens", "words")
 TAGS = ("tags", "ner_tags", "labels")
 
 
 def has_words(row: Row) -> bool:
-    """Whether a row has a field of words with one of their usual names."""
+    """Whether a row has a field with a usual name for words."""
     return not {*row.values}.isdisjoint(WORDS)
 
 
 def words_of(row: Row, column: str | None) -> tuple[str, list[str]]:
-    """The words of a row, and the name of their field. A text is divided at its spaces.
+    """The words of a row, and the name of their field. If the field is a text, it is divided at its spaces.
 
     Args:
-        column: the field; None: the one with a usual name.
+        column: the name of the field; None: one of the names in `WORDS`.
     Raises:
-        DataError: the row has no such field, or it is not a list of words. Also the error that occurred when
-            the row was read.
+        DataError: the row has no such field, or the field is not a list of words.
+        Other errors: an error that occurred when the row was read.
     """
     name, words = _items(row, "tokens", column, WORDS)
     for i, word in enumerate(words):
@@ -36,7 +36,10 @@ def words_of(row: Row, column: str | None) -> tuple[str, list[str]]:
 
 
 def tags_of(row: Row, column: str | None, words: Sequence[str]) -> list[tuple[str, Any]]:
-    """The tag of each word, with its place for messages. Arguments and errors are those of `words_of`."""
+    """The tag of each word, with the place of the tag for messages. For arguments and errors, see `words_of`.
+
+    Without a `column`, the field has one of the names in `TAGS`.
+    """
     name, tags = _items(row, "tags", column, TAGS)
     if len(tags) != len(words):
         raise DataError(

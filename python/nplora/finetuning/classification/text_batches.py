@@ -1,4 +1,4 @@
-"""TextBatches and TokenBatches: batches of token ids and targets, in an order that seed and epoch decide."""
+"""TextBatches and TokenBatches: batches of token ids and targets. Seed and epoch determine the order."""
 
 from __future__ import annotations
 
@@ -68,13 +68,12 @@ class TextBatches:
         return self.epoch(0, 0)
 
     def sample_gradient(self, model: TextClassifier, loss: Loss) -> Callable[[], None]:
-        """A function that adds the gradient of the first texts, for `Int8Check`.
+        """Return a function that adds the gradient of the first texts to the gradients, for `Int8Check`.
 
         The sample has about `SAMPLE_TOKENS` tokens, and at least `LEAST_ROWS` texts unless the data have
-        fewer.
-        If the data have fewer texts, one block may not be compared: if the head reads one token of each text,
-        the last block has one row for each text. With compute="int8", so few rows are multiplied with
-        low-bit weights in int8 in both runs.
+        fewer. With fewer texts, the comparison may miss the last block: if the head reads one token of each
+        text, the last block computes one row for each text. Products of so few rows with low-bit weights are
+        computed in int8 even when the check turns int8 off.
         """
         count = sample_length((len(ids), 1) for ids in self._ids)
 
@@ -96,7 +95,7 @@ class TextBatches:
         return {**self._numbers.log_summary(), "tokens": tokens}
 
     def _chosen(self, targets: Array) -> Array:
-        """The targets in the form that the loss takes, for some of the targets in the constructor."""
+        """Convert some of the constructor's targets to the form that the loss takes."""
         return targets
 
 
@@ -110,8 +109,8 @@ class TokenBatches(TextBatches):
     Args:
         targets: for each text, the target of each of its tokens, int64 (tokens,); -100: no target.
     Raises:
-        ValueError: there are no texts, or the numbers of texts and targets differ, or those of the tokens and
-            targets of a text.
+        ValueError: there are no texts, the numbers of texts and targets differ, or the numbers of tokens and
+            targets differ in a text.
     """
 
     def __init__(

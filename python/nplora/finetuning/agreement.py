@@ -10,12 +10,12 @@ from nplora.trainer.handshake import differences, program
 from nplora.trainer.resuming import first_few
 from nplora.trainer.training_setup import too_many_ranks
 
-# The options that may differ from machine to machine, and those that may be objects or paths.
+# Options that are not compared. Each rank may have its own values, such as paths or objects.
 _MAY_DIFFER = ("memory", "report_to", "profile", "save_every", "save_minutes", "teacher", "adapter")
 
 
 class _Options(Protocol):
-    """The dataclass of a function's options."""
+    """The options of a function, as a dataclass."""
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
 
@@ -52,7 +52,7 @@ def require_same_options(ranks: Communicator, options: _Options, op: str = "fine
 def require_same_data(
     ranks: Communicator, train: _Examples, held_out: _Examples | None, op: str = "finetune"
 ) -> None:
-    """Check that all ranks have read the same data, because their next exchanges depend on the data.
+    """Check that all ranks have read the same data, because later exchanges between ranks depend on the data.
 
     Args:
         op: the name of the calling function, for messages.

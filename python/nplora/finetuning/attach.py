@@ -30,7 +30,7 @@ def load_with_adapter(
 
     Args:
         model, compute: see `load_model`.
-        adapter, any_base: see `attach_adapter`. The default attaches no adapter.
+        adapter, any_base: see `attach_adapter`. Without `adapter`, the model gets no adapter.
     Raises the same errors as `load_model` and `attach_adapter`.
 
     >>> lm = nplora.finetuning.load_with_adapter("model.gguf", "adapter")

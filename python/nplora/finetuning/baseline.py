@@ -15,14 +15,15 @@ from nplora.runtime.user_warning import warn_user
 from nplora.trainer import Callback, Run
 from nplora.trainer.evaluation import evaluate
 
-_EVENT = "before"  # the event of this line in the log
-_SAMPLING = Sampling(max_new_tokens=48, repetition_penalty=1.1)  # the penalty: small models repeat themselves
+_EVENT = "before"  # the name of the baseline's event in the log
+# Without the penalty, small models repeat themselves.
+_SAMPLING = Sampling(max_new_tokens=48, repetition_penalty=1.1)
 
 
 def answers_of(lm: LanguageModel, prompts: Sequence[Prompt]) -> list[str]:
     """Return the text that the model generates after each prompt."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about a full context: the user did not choose the length
+        warnings.simplefilter("ignore")  # no warning of a full context: the user did not choose the length
         return generate(lm, prompts, _SAMPLING)
 
 

@@ -32,7 +32,7 @@ from nplora.formats.strict_json import json_values
 from nplora.formats.tokenizer_json import AddedToken
 from nplora.lm import LanguageModel
 
-_LEFT_OUT = ("token_accuracy", "acc_token")  # metrics without a sentence, because other metrics say the same
+_LEFT_OUT = ("token_accuracy", "acc_token")  # metrics that get no sentence: other metrics say the same
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class Comparison:
         return f"{markdown_table(self.evaluations)}\n\n" + "\n".join(f"- {s}" for s in self.sentences())
 
     def sentences(self) -> list[str]:
-        """A sentence for each difference, without the differences that other sentences imply.
+        """A sentence for each difference, except for metrics that say the same as another metric.
 
         >>> comparison = nplora.finetuning.compare("model.gguf", "valid.jsonl", ["adapter"])
         >>> comparison.sentences()[0]
@@ -120,8 +120,8 @@ def compare(
 ) -> Comparison:
     """Evaluate a model alone and with each of several adapters, on the same examples.
 
-    Each difference has a 95 % confidence interval and a p-value, both over the examples. The model is loaded
-    once.
+    Each difference has a 95 % confidence interval and a p-value, computed from the single examples. The model
+    is loaded once.
 
     Args:
         adapters: a list of adapters, each in a form that `evaluate` accepts; or a dictionary from names to
@@ -129,8 +129,8 @@ def compare(
         model, data, any_base, progress, and all options: see `evaluate`.
         record: as in `evaluate`; each dictionary also has the name of the system, as "system".
     Raises:
-        ValueError: there are no adapters, or two have the same name. The other errors are those of
-            `evaluate`.
+        ValueError: there are no adapters, or two adapters have the same name.
+        Other errors: see `evaluate`.
 
     >>> comparison = nplora.finetuning.compare("model.gguf", "valid.jsonl", {"mine": "adapter"})
     >>> difference = comparison.differences[0]
@@ -164,10 +164,10 @@ def compare(
 
 
 def _same_tokens(systems: Mapping[str, LanguageModel]) -> tuple[AddedToken, ...]:
-    """The tokens that all adapters add.
+    """The tokens that the adapters add, which must be the same for all adapters.
 
     Raises:
-        ValueError: the adapters add different tokens, so that they would read the same text differently.
+        ValueError: the adapters add different tokens, so that the same text would be read differently.
     """
     first, *others = ((name, lm.added_tokens) for name, lm in systems.items())
     for name, tokens in others:
@@ -219,7 +219,7 @@ def _named(adapters: object) -> dict[str, Adapters]:
 
 
 def _name(adapter: Any) -> str:
-    """The name of an adapter: its path, and its weight if that is not 1. In a sum, + joins the names."""
+    """The name of an adapter: its path, and its weight if that is not 1. Names in a sum are joined by +."""
     if isinstance(adapter, tuple) and len(adapter) == 2 and isinstance(adapter[1], int | float):
         return _name(adapter[0]) if adapter[1] == 1 else f"{_name(adapter[0])}:{adapter[1]:g}"
     if isinstance(adapter, list | tuple):

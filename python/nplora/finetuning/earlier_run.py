@@ -21,7 +21,7 @@ class EarlierRun:
     Attributes:
         compute: arithmetic of the products with frozen weights; None: the checkpoint does not name it.
         int8_head: whether the gradient of the head's input was computed in int8; None: the checkpoint does
-            not say it. Runs that are older than the option computed this gradient as "auto" does.
+            not say it. Runs that are older than the option `int8_head` computed this gradient as "auto" does.
         micro_tokens: maximum tokens of a micro-batch; None: the run did not cut its batches.
         step: the number of steps that the run has made.
     """
@@ -32,7 +32,7 @@ class EarlierRun:
     int8_head: bool | None = None
 
     def keep_compute(self, options: FinetuneOptions) -> FinetuneOptions:
-        """Return the options. If their `compute` is None, the `compute` of the earlier run replaces it."""
+        """Return the options. If `compute` is None, the `compute` of the earlier run replaces it."""
         if options.compute is None and self.compute is not None:
             return dataclasses.replace(options, compute=self.compute)
         return options
@@ -41,10 +41,11 @@ class EarlierRun:
         """Return the options. If both runs are in int8, the earlier run's `int8_head` replaces "auto".
 
         Args:
-            compute: arithmetic of the resumed run. If the earlier run has another one, the trainer refuses
-                the run.
+            compute: arithmetic of the resumed run. If the earlier run used another arithmetic, the trainer
+                refuses to resume.
         Raises:
-            ValueError: `int8_head` is given, but the checkpoint does not say whether that is a change.
+            ValueError: `int8_head` is given, but the checkpoint does not say how the earlier run computed its
+                head.
         """
         if not self.compute == compute == "int8":
             return options
@@ -55,7 +56,8 @@ class EarlierRun:
             )
         if self.int8_head is None or options.int8_head != "auto":
             return options
-        # These options exclude "on". If they are new, the trainer refuses the run and names them.
+        # These options exclude int8_head="on". If the earlier run was without them, the trainer refuses to
+        # resume, and names them.
         rows = options.trainable_tokens or options.add_tokens or options.modules_to_save
         if options.filter_vocabulary or rows:
             return options

@@ -15,7 +15,7 @@ from nplora.finetuning.token_progress import speaker
 from nplora.formats.files import StrPath
 from nplora.lm import LanguageModel
 
-TEXT_AND_REMEDY = "this text", "chat=True (--chat) does that"  # the end of a warning of `warn_of_form`
+TEXT_AND_REMEDY = "this text", "chat=True (--chat) does that"  # arguments of `warn_of_form`
 
 
 @_check.keywords
@@ -41,9 +41,9 @@ def evaluate(
     """Compute the mean loss of a language model over a file of text, and other metrics.
 
     In multiple-choice rows {"prompt": …, "choices": […], "answer": …}, "answer" is the text of the right
-    choice, its index from 0, or its letter. The model's answer is the choice with the largest likelihood. The
-    loss is that of the right choice. In preference rows {"prompt": …, "chosen": …, "rejected": …}, the loss
-    is that of the chosen answers.
+    choice, its index from 0, or its letter. The model's answer is the choice with the largest likelihood. In
+    multiple-choice rows, the loss is computed over the right choice; in preference rows {"prompt": …,
+    "chosen": …, "rejected": …}, over the chosen answer.
 
     Args:
         model: a GGUF file or a Hugging Face directory, as for `load_model`; or a loaded model.
@@ -74,7 +74,7 @@ def evaluate(
     Returns:
         the mean loss, the number of tokens in the mean, the other metrics, and a report of the data.
     Raises:
-        DataError: a line of the data is wrong, or a line has no prompt, and `metric` is given.
+        DataError: a line of the data is wrong; or `metric` is given, and a line has no prompt.
         ValueError, TypeError: an option is out of range, a file has a weight, a metric is not found,
             `compute` is given for a model that is loaded already, or `adapter` is given for a model that
             already has an adapter.
@@ -129,7 +129,8 @@ def sources_to_judge(op: str, data: Data) -> list[Source]:
     """The sources of an evaluation's data.
 
     Raises:
-        ValueError: a source has a weight. The other errors are those of `sources_of`.
+        ValueError: a source has a weight.
+        Other errors: see `sources_of`.
     """
     sources = sources_of(op, data)
     for source in sources:

@@ -41,7 +41,8 @@ from nplora.lm.trained_rows import wanted as wanted_rows
 from nplora.runtime.user_warning import warn_user
 from nplora.trainer.training_setup import adds_in_order
 
-_MOST_EXAMPLES = 1_000_000  # a plan lists the batches of epochs with about this many examples in total
+# A plan lists the batches of the first epochs, up to about this many examples in total.
+_MOST_EXAMPLES = 1_000_000
 
 
 @_check.keywords
@@ -228,7 +229,7 @@ def predicted(
 
 
 def fixed_compute(model: StrPath | LanguageModel, options: FinetuneOptions) -> str | None:
-    """The arithmetic of a loaded model, or that in the options; None if neither fixes it."""
+    """The arithmetic of the model if it is loaded, and otherwise the option `compute`, which may be None."""
     return model.compute if isinstance(model, LanguageModel) else options.compute
 
 
@@ -278,7 +279,7 @@ def adapters_of(op: str, inputs: RunInputs, options: FinetuneOptions) -> Adapter
 def _require_invocation(
     op: str, lm: LanguageModel, dataset: Examples, invocation: tuple[int, ...], is_new: bool
 ) -> None:
-    """Check that an activated LoRA is active in the examples. Where the LoRA is inactive, it changes nothing.
+    """Check that examples have the invocation tokens of an activated LoRA, which is inactive without them.
 
     Args:
         is_new: whether the adapter is new, so that its invocation can still be chosen.
@@ -326,7 +327,7 @@ def _planned(
 def _shortage(
     inputs: RunInputs, adapters: Adapters, options: FinetuneOptions, execution: ExecutionPlan, done: int
 ) -> str:
-    """A message if the remaining steps need more memory than is available, else an empty text.
+    """A message if the remaining steps need more memory than is available; otherwise an empty text.
 
     Only the batches of the first epoch are listed: all epochs are assumed to need the same memory.
 
@@ -365,7 +366,7 @@ def _work_of(
         options.accumulate,
         batches.length,
         evaluated=max(evaluated, default=0),
-        # If only the end of the run is evaluated, its factors need no copy.
+        # If the only evaluation is at the end of the run, the best factors need no copy.
         keeps_best=held_out is not None
         and options.keep == "best"
         and min(steps_of_epoch, options.eval_every or steps_of_epoch) < steps,

@@ -52,13 +52,13 @@ def held_out_loss(data: Data, *, progress: bool | None = None, **reading: Any) -
             raise TypeError(f"held_out_loss: unexpected keyword {name!r}{_check.suggestion(name, READING)}")
     options = EvaluateOptions(**reading, op="merge")
     rows = list(data) if isinstance(data, Iterator) else data
-    judges = dict[object, Judge]()  # by what decides how the rows are encoded
+    judges = dict[object, Judge]()  # the keys hold what decides how rows are encoded
 
     def loss(model: StrPath, adapter: Source | None) -> float:
         lm = opened(_OP, model, None)
         attached = _attachable(adapter)
         if attached is not None:
-            # The merge has checked that the adapter belongs to the model, as strictly as its caller wants.
+            # The merge has checked that the adapter belongs to the model, unless its caller allows any model.
             lm = with_adapters(_OP, lm, attached, any_base=True)
         key = lm.tokenizer.digest(), lm.vocab_size, lm.config.max_position_embeddings
         if key not in judges:

@@ -23,15 +23,15 @@ Array = npt.NDArray[np.float32]
 
 EVERY = 100  # steps between two comparisons; there is also one after the first step
 SAMPLE_TOKENS = 512  # the most tokens of the sample, if its first sequence is not longer
-# The least rows of a product that is compared. Fewer rows are multiplied with low-bit weights in int8 even
-# within `without_int8`.
+# The least rows of a product that is compared. A product of fewer rows with low-bit weights is computed in
+# int8 even within `without_int8`.
 LEAST_ROWS = _core.constants.small_batch + 1
-# The least cosine of a part's gradients. With int8, SmolLM2 has about 0.985. A cosine of 0.95 means that the
-# error has a third of the gradient's norm, less than the noise of a batch.
+# The least cosine between a part's gradients in int8 and in bfloat16. SmolLM2 has about 0.985. At 0.95, the
+# norm of the error is a third of the gradient's norm, which is less than the noise of a batch.
 LEAST_COSINE = 0.95
-# About this many values of the gradients are compared at most. A sample of them needs little memory.
+# At most about this many values of the gradients are compared, so that the comparison needs little memory.
 COMPARED = 1 << 20
-_EVENT = "int8"  # the event of these lines in the log
+_EVENT = "int8"  # the name of the check's event in the log
 
 AddGradient = Callable[[], None]  # adds the gradient of the sample to the gradients of the model
 
@@ -43,7 +43,7 @@ class Int8Check(Callback):
     head and the embedding. If the cosine of a part's two gradients is too small, the part computes in
     bfloat16 from then on. If only the cosine of the whole gradient is too small, the part with the smallest
     cosine switches to bfloat16. The log has one line for each comparison. If `add_gradient` raises
-    NonFiniteLossError, nothing is compared, and a line says so.
+    NonFiniteLossError, nothing is compared, and a message says so.
 
     Args:
         model: the model, with its adapter.
@@ -68,7 +68,7 @@ class Int8Check(Callback):
     def on_fit_start(self, run: Run) -> None:
         """Restore the parts that an earlier run in this directory has switched back to bfloat16."""
         for layer in layers_of(self._model, part_names(self._model)):
-            layer.int8 = True  # an earlier run may have ended with an error
+            layer.int8 = True  # an earlier run that ended with an error may have left it False
         self._fall_back(run.logged(_EVENT).get("in_bfloat16", []))
 
     def on_step_end(self, run: Run, record: StepRecord) -> None:
@@ -144,7 +144,7 @@ def of_tokens(lm: LanguageModel, batches: TokenBatches, micro_tokens: int | None
             lm.forward_backward(sample, 1 / max(1, sample.num_targets))
         finally:
             if lm.model.word_filter is not None:
-                lm.model.word_filter.take_skipped()  # these words are not the run's
+                lm.model.word_filter.take_skipped()  # the run must not count the sample's words
 
     return add_gradient
 
@@ -152,8 +152,7 @@ def of_tokens(lm: LanguageModel, batches: TokenBatches, micro_tokens: int | None
 def sample_length(sizes: Iterable[tuple[int, int]]) -> int:
     """The number of examples in a sample.
 
-    The sample has at most `SAMPLE_TOKENS` tokens, but at least `LEAST_ROWS` texts, if the data have that
-    many.
+    The sample has at most `SAMPLE_TOKENS` tokens, unless fewer than `LEAST_ROWS` texts would fit.
 
     Args:
         sizes: the number of tokens and of texts in each example.
@@ -190,7 +189,7 @@ def cosines(model: Module, add_gradient: AddGradient) -> tuple[float, dict[str, 
 
 
 def sample_step(gradients: Sequence[Array]) -> int:
-    """The distance between compared values: COMPARED values at most, and some in every column.
+    """The distance between compared values. At most COMPARED values are compared, some in every column.
 
     Every `step`-th value of an array meets all columns only if `step` and the length of a row have no common
     factor.
@@ -207,7 +206,7 @@ def sample_step(gradients: Sequence[Array]) -> int:
 
 
 class Products:
-    """The products of two long vectors, which are added piece by piece."""
+    """The dot products of two long vectors, and of each with itself, added up piece by piece."""
 
     def __init__(self) -> None:
         self.ab = self.aa = self.bb = 0.0
@@ -231,7 +230,7 @@ def computes_in_int8(model: Module) -> bool:
 
 
 def layers_of(model: Module, parts: Iterable[str]) -> Iterator[Linear | LoRALinear]:
-    """The layers of some parts of a model that can compute in int8."""
+    """The layers of these parts of a model that are linear, and can therefore compute in int8."""
     wanted = set(parts)
     for name, module in model.named_modules():
         if isinstance(module, Linear | LoRALinear) and part_of(name) in wanted:
@@ -258,7 +257,7 @@ def part_of(name: str) -> str:
 def _undisturbed(model: Module) -> Iterator[None]:
     """Restore the gradients and the random generators at the end of the `with` block."""
     streams = model.random_state()
-    kept = [p.grad.copy() if p.grad.any() else None for p in model.parameters()]  # usually zero after a step
+    kept = [p.grad.copy() if p.grad.any() else None for p in model.parameters()]  # usually all zero
     model.zero_grad()
     try:
         yield

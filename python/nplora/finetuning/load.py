@@ -136,7 +136,7 @@ def _added_tokens(
     Raises:
         ValueError: the run has a teacher, which does not know the tokens.
     Warns:
-        UserWarning: the model has a token already.
+        UserWarning: the model already has one of the tokens.
     """
     if start is not None:
         tokens = lm.new_tokens(start.added_tokens)
@@ -225,7 +225,7 @@ def require_vocabulary(lm: LanguageModel, source: str, largest_id: int) -> None:
 
     Args:
         source: the place of the text, for the message.
-        largest_id: the largest id of its tokens.
+        largest_id: the largest token id in the text.
     """
     if largest_id >= lm.vocab_size:
         raise FormatError(
@@ -247,7 +247,7 @@ def _start(op: str, lm: LanguageModel, options: FinetuneOptions) -> Adapter | No
 def computes_head_in_int8(lm: LanguageModel, options: FinetuneOptions, trains_head: bool) -> bool:
     """Whether a run computes the gradient of the head's input in int8.
 
-    False unless the model uses int8. The word filter and a trained head never compute in int8.
+    The result is False unless the model uses int8. The word filter and a trained head never compute in int8.
 
     Args:
         trains_head: whether rows of the head are trained, without a low-rank adapter.

@@ -31,7 +31,7 @@ def watched_blocks(model: Decoder, name: Callable[[int], str]) -> Iterator[list[
     """A context that yields a list. The name of each block whose output is not finite is added to the list.
 
     Args:
-        name: the name of the block with this number.
+        name: a function that returns the name of a block, given its index.
     """
     found: list[str] = []
     for index, block in enumerate(model.layers):

@@ -86,14 +86,14 @@ class FinetuneOptions:
     rank_pattern: Mapping[str, int] | str | None = _option(
         _ADAPTER,
         None,
-        "ranks of layers that differ from `rank`, by parts of their names, as in q_proj=16,layers.3.mlp=4",
+        "other ranks for some layers, by parts of the layers' names, as in q_proj=16,layers.3.mlp=4",
         kind="pattern",
         metavar="NAME=RANK",
     )
     alpha_pattern: Mapping[str, float] | str | None = _unplanned(
         _ADAPTER,
         None,
-        "alphas of layers that differ from `alpha`, in the form of `rank_pattern`",
+        "other alphas for some layers, in the form of `rank_pattern`",
         kind="pattern",
         metavar="NAME=ALPHA",
     )
@@ -165,8 +165,8 @@ class FinetuneOptions:
     beta: float = _unplanned(
         _OBJECTIVE,
         0.1,
-        "strength of the preference; in dpo and kto, larger values keep the model closer to the one without "
-        "adapter; in orpo, the weight of the comparison",
+        "strength of the preference; in dpo and kto, larger values keep the outputs closer to those of the "
+        "model without the adapter; in orpo, the weight of the comparison",
     )
     loss_type: str | None = _option(
         _OBJECTIVE,
@@ -178,7 +178,7 @@ class FinetuneOptions:
     label_smoothing: float = _unplanned(
         _OBJECTIVE,
         0.0,
-        "assumed share of pairs in dpo whose answers are swapped, for sigmoid, sigmoid_norm and robust",
+        "for dpo with sigmoid, sigmoid_norm or robust: assumed share of pairs whose answers are swapped",
     )
     desirable_weight: float = _unplanned(_OBJECTIVE, 1.0, "weight of the good answers in the loss of kto")
     undesirable_weight: float = _unplanned(_OBJECTIVE, 1.0, "weight of the bad answers in the loss of kto")
@@ -199,7 +199,8 @@ class FinetuneOptions:
     temperature: float | None = _option(
         _OBJECTIVE,
         None,
-        "softmax temperature of teacher and student in distill (default: 1, or that of a stored `teacher`)",
+        "softmax temperature of teacher and student in distill (default: 1, or the temperature of a stored "
+        "`teacher`)",
     )
     kd_ratio: float = _option(
         _OBJECTIVE, 0.5, "share of the divergence in the loss of distill; the rest is the loss of sft"
@@ -250,7 +251,7 @@ class FinetuneOptions:
     )
     chat: bool = _option(_DATA, False, "write prompts and completions with the model's chat template")
     valid_split: float | None = _option(
-        _DATA, None, "share of the examples to hold out for validation; chosen by a hash of each example"
+        _DATA, None, "share of the examples to hold out for validation; a hash of each example decides which"
     )
     max_length: int = _option(_DATA, 1024, "maximum tokens of an example; longer examples are cut")
     learn: str = _option(
@@ -286,8 +287,8 @@ class FinetuneOptions:
     int8_head: str = _option(
         _SPEED,
         "auto",
-        "with int8: whether the head's backward pass is in int8 too, rounded stochastically (on), in "
-        "bfloat16 (off), or in int8 only on processors without bfloat16 instructions (auto)",
+        "with int8, arithmetic of the head's backward pass: int8 with stochastic rounding (on), bfloat16 "
+        "(off), or int8 only on processors without bfloat16 instructions (auto)",
         choices=INT8_HEAD,
     )
     recompute: bool = _option(
@@ -345,22 +346,22 @@ class FinetuneOptions:
     distributed: str | None = _option(
         _RUN,
         None,
-        "work of the processes that mpirun started: mpi (they train one adapter together, each on a part of "
-        "every step) or off (each process makes a separate run)",
+        "what the processes that mpirun started do: mpi (train one adapter together, each on a part of every "
+        "step) or off (make a separate run each)",
         choices=DISTRIBUTED,
     )
     communication_dtype: str = _option(
         _RUN,
         "float32",
-        "precision in which ranks send gradients: float32, or bfloat16 for half of the bytes; one process "
-        "rounds in the same way",
+        "precision in which ranks send gradients: float32, or bfloat16 for half of the bytes; a run in one "
+        "process rounds in the same way",
         choices=COMMUNICATION_DTYPES,
     )
     local_steps: int | None = _option(
         _RUN,
         None,
-        "local steps that every rank makes before the ranks are averaged (DiLoCo), for slow networks "
-        "(default: the ranks exchange gradients in every step)",
+        "local steps that every rank makes before the changes of all ranks are averaged (DiLoCo), for slow "
+        "networks (default: the ranks exchange gradients in every step)",
     )
     outer_lr: float = _unplanned(
         _RUN,
@@ -513,7 +514,7 @@ def default_lr(hidden_size: int) -> float:
 
 
 def _same_option(name: str, **more: Any) -> Any:
-    """The option of `finetune` with this name. `more` replaces parts of its metadata."""
+    """The option of `finetune` with this name. `more` replaces parts of the option's metadata."""
     field = next(field for field in dataclasses.fields(FinetuneOptions) if field.name == name)
     return dataclasses.field(default=field.default, metadata={**field.metadata, **more})
 
@@ -686,7 +687,8 @@ def parse_columns(columns: Mapping[str, str] | str | None, op: str = "finetune")
     A mapping stays as it is.
 
     Raises:
-        ValueError: the text does not have this form. TypeError: it is neither a text nor a mapping.
+        ValueError: the text does not have this form.
+        TypeError: `columns` is neither a text nor a mapping.
     """
     if columns is None or isinstance(columns, Mapping):
         return columns or {}

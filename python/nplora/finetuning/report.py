@@ -58,18 +58,18 @@ class FinetuneReport:
             validation data. `loss_before` is also None if the log of a resumed run does not have it.
             `loss_after` is also None if the run was interrupted.
         samples: prompts, with the texts before and after training.
-        history: the records of the trainer. `history.best_step` is the step of the saved adapter if it is
-            the best one.
+        history: the records of the trainer. `history.best_step` is the step of the saved adapter, if the best
+            adapter was saved.
         trained: number of trained values.
         parameters: number of all values of the model.
         was_finished: whether the resumed run was already finished, so that nothing was trained.
         unit: the unit of the counts in the history: trained tokens, pairs or answers.
         metrics_before, metrics_after: other quantities that the loss measures on the validation data, such as
             the rewards of DPO, before and after training.
-        process: number of the process that made the report, if several processes have trained together. Only
+        process: rank of the process that made the report, if several processes have trained together. Only
             rank 0 has the texts of the samples.
         ranks: the speed and the waiting time of each of these processes.
-        profile: where the time of the steps went, if `profile` was set.
+        profile: how the time of the steps was spent, if `profile` was set.
         tokens: number of trained tokens in all steps, including the steps before a resume. If the unit is
             pairs or answers, the number is estimated from their mean length.
 
@@ -157,16 +157,16 @@ class FinetuneReport:
         return text
 
     def _best(self) -> str:
-        """The step of the saved adapter, if there was a choice."""
+        """The step of the saved adapter, if there were several evaluations."""
         evaluations, best = self.history.evaluations, self.history.best_step
         if best is None or len(evaluations) < 2:
             return ""
-        if any(record.val_loss < (self.loss_after or 0) for record in evaluations):  # on other data, before
+        if any(record.val_loss < (self.loss_after or 0) for record in evaluations):  # on earlier data
             return f" (step {best})"
         return f" (step {best}, the lowest of {len(evaluations)} evaluations)"
 
     def _kept_best(self) -> str:
-        """A line about an earlier adapter after Ctrl-C, if its validation loss is lower and it is kept."""
+        """After Ctrl-C, a line about an earlier adapter that is kept because its validation loss is lower."""
         evaluations = self.history.evaluations
         for best in evaluations[:-1]:
             if best.step == self.history.kept_step:

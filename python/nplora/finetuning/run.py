@@ -138,8 +138,9 @@ def finetune(
     """Fine-tune a language model with LoRA on a file of text, and save the adapter in PEFT's format.
 
     The output directory also holds checkpoints and `log.jsonl`. Ctrl-C ends the run and saves the current
-    adapter, even if an earlier one had a lower validation loss. `resume=True` continues the run; the results
-    are bit for bit the same as without a stop. Nothing is written before all input is read and checked.
+    adapter, even if an earlier adapter had a lower validation loss. `resume=True` continues the run; the
+    results are bit for bit the same as without a stop. Nothing is written before all input is read and
+    checked.
 
     If a step raises an error, the run is saved too, and a note on the error says so. If a loss is not finite,
     the model and the output directory get the adapter of the last checkpoint before the failed step, except
@@ -157,14 +158,14 @@ def finetune(
             valid.jsonl.
         output: directory for the adapter, the checkpoints and the log.
         valid: rows to evaluate on, before training and after every epoch. `valid` takes the same kinds of
-            rows as `data`. The adapter of the lowest loss is saved; see `keep`.
+            rows as `data`. The adapter with the lowest loss is saved; see `keep`.
         progress: print progress on stderr; None: only on a terminal or in a notebook.
         callbacks: your `Callback`s; `run.model` is the language model.
         rank: rank of the LoRA factors.
         alpha: LoRA alpha: the update is scaled by alpha / rank.
-        rank_pattern: ranks of layers that differ from `rank`, by parts of their names, as in
+        rank_pattern: other ranks for some layers, by parts of the layers' names, as in
             q_proj=16,layers.3.mlp=4.
-        alpha_pattern: alphas of layers that differ from `alpha`, in the form of `rank_pattern`.
+        alpha_pattern: other alphas for some layers, in the form of `rank_pattern`.
         targets: layers that get an adapter: all-linear, or a list of names such as q_proj,v_proj.
         layers: blocks that get an adapter: last:N or first:N (default: all).
         dropout: LoRA dropout probability.
@@ -186,19 +187,19 @@ def finetune(
         objective: goal of the training: sft (learn the answers), dpo or orpo (prefer chosen answers to
             rejected ones), kto (prefer good answers to bad ones) or distill (learn the predictions of a
             `teacher`).
-        beta: strength of the preference; in dpo and kto, larger values keep the model closer to the one
-            without adapter; in orpo, the weight of the comparison.
+        beta: strength of the preference; in dpo and kto, larger values keep the outputs closer to those of
+            the model without the adapter; in orpo, the weight of the comparison.
         loss_type: variant of the loss; for dpo: sigmoid (the default), hinge, ipo, robust or sigmoid_norm;
             for kto: kto (the default) or apo_zero_unpaired.
-        label_smoothing: assumed share of pairs in dpo whose answers are swapped, for sigmoid, sigmoid_norm
-            and robust.
+        label_smoothing: for dpo with sigmoid, sigmoid_norm or robust: assumed share of pairs whose answers
+            are swapped.
         desirable_weight: weight of the good answers in the loss of kto.
         undesirable_weight: weight of the bad answers in the loss of kto.
         teacher: teacher for distill: a model with the same vocabulary, or a file that nplora teach made.
         kl: divergence for distill: forward (learn everything that the teacher may say) or reverse (say only
             what the teacher would say).
-        temperature: softmax temperature of teacher and student in distill (default: 1, or that of a stored
-            `teacher`).
+        temperature: softmax temperature of teacher and student in distill (default: 1, or the temperature of
+            a stored `teacher`).
         kd_ratio: share of the divergence in the loss of distill; the rest is the loss of sft.
         lr: peak learning rate (default: 0.8 / hidden size of the model, at most 2e-3).
         lora_plus_ratio: learning rate of A divided by that of B (LoRA+); 16 is usual.
@@ -216,7 +217,7 @@ def finetune(
             the names of the fields decide).
         columns: names of fields in the data, as in prompt=question,completion=answer.
         chat: write prompts and completions with the model's chat template.
-        valid_split: share of the examples to hold out for validation; chosen by a hash of each example.
+        valid_split: share of the examples to hold out for validation; a hash of each example decides which.
         max_length: maximum tokens of an example; longer examples are cut.
         learn: tokens to train on: completion (completions and assistant turns) or all.
         skip_bad: skip bad lines of the data, and count them.
@@ -227,8 +228,8 @@ def finetune(
         keep: adapter to save if there are validation data: best (with the lowest validation loss) or last.
         compute: arithmetic of the products with frozen weights: float32, bfloat16 or int8 (default: float32,
             unless `memory` is too small for float32).
-        int8_head: with int8: whether the head's backward pass is in int8 too, rounded stochastically (on), in
-            bfloat16 (off), or in int8 only on processors without bfloat16 instructions (auto).
+        int8_head: with int8, arithmetic of the head's backward pass: int8 with stochastic rounding (on),
+            bfloat16 (off), or int8 only on processors without bfloat16 instructions (auto).
         recompute: gradient checkpointing: recompute activations in the backward pass; slower, but saves
             memory.
         filter_vocabulary: leave words below this probability, such as 1e-6, out of the gradient of the output
@@ -246,12 +247,12 @@ def finetune(
             stop.
         overwrite: delete the run and the adapter in the output directory.
         sample: prompt to answer before and after training; sent as a chat if the training data are chats.
-        distributed: work of the processes that mpirun started: mpi (they train one adapter together, each on
-            a part of every step) or off (each process makes a separate run).
+        distributed: what the processes that mpirun started do: mpi (train one adapter together, each on a
+            part of every step) or off (make a separate run each).
         communication_dtype: precision in which ranks send gradients: float32, or bfloat16 for half of the
-            bytes; one process rounds in the same way.
-        local_steps: local steps that every rank makes before the ranks are averaged (DiLoCo), for slow
-            networks (default: the ranks exchange gradients in every step).
+            bytes; a run in one process rounds in the same way.
+        local_steps: local steps that every rank makes before the changes of all ranks are averaged (DiLoCo),
+            for slow networks (default: the ranks exchange gradients in every step).
         outer_lr: learning rate of the outer step, which adds the average change after `local_steps`.
         outer_momentum: Nesterov momentum of the outer step.
         checkpoint_blocks: the old name of `recompute`.
@@ -457,7 +458,7 @@ def new_trainer(
     callbacks: list[Callback],
     communicator: Communicator | None = None,
 ) -> Trainer:
-    """The trainer of a run with these options, which have a learning rate."""
+    """The trainer of a run with these options, which must have a learning rate."""
     assert options.lr is not None
     return Trainer(
         lm,
@@ -505,10 +506,11 @@ def _train(
 def _saved_after_an_error(
     lm: LanguageModel, output: StrPath, base: str, save: Callable[..., None], reached: Milestones
 ) -> Iterator[None]:
-    """Save an adapter also if the run ends with an error or a signal.
+    """Save an adapter even if the run ends with an error or a signal.
 
-    If the training has ended, and a callback or a report fails or is interrupted after it, save the adapter
-    of the run. If a loss is not finite, save the adapter of the last good checkpoint, unless that is step 0.
+    If a callback or a report fails or is interrupted after the end of the training, save the adapter of the
+    run. If a loss is not finite, save the adapter of the last good checkpoint, unless that is the checkpoint
+    of step 0.
     """
     try:
         yield
@@ -590,6 +592,6 @@ def _validated(history: History) -> tuple[float | None, dict[str, float]]:
     """The validation loss and metrics of the saved adapter."""
     if history.best_loss is not None:
         best = [record for record in history.evaluations if record.step == history.best_step]
-        return history.best_loss, best[-1].val_metrics if best else {}  # the log with the record is lost
+        return history.best_loss, best[-1].val_metrics if best else {}  # no record: the log is lost
     last = history.epochs[-1:]
     return (last[0].val_loss, last[0].val_metrics) if last else (None, {})

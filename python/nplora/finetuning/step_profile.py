@@ -27,7 +27,7 @@ _NAMES = {
     ("", "optimizer"): "clipping and optimiser",
 }
 _HEAD_REST, _REST = "head: norm and rest", "rest: Python and NumPy"
-_PEAKS = ("float32", "bfloat16", "int8")  # measured before the run too
+_PEAKS = ("float32", "bfloat16", "int8")  # the peak rates of these are measured before the run too
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class StepProfile:
         steps: the number of steps.
         seconds: the time of all steps, without evaluations and checkpoints.
         threads: the number of threads.
-        rows: the activities. Their seconds add up to `seconds`.
+        rows: the activities, whose seconds add up to `seconds`.
         peaks: the most operations per second of the processor's instructions on all threads, by arithmetic,
             as measured at the beginning and the end of the run.
 
@@ -102,8 +102,8 @@ class StepProfiler(Callback):
     """Makes the profile of a run.
 
     A step is recorded from this callback's `on_step_begin` to its `on_step_end`. The profiler must be the
-    first callback, so that the work of other callbacks in `on_step_end` is not recorded. Their work in
-    `on_step_begin` is recorded. `cancel` must be called at the end.
+    first callback, so that the work of other callbacks in `on_step_end` is not recorded. The work of other
+    callbacks in `on_step_begin` is recorded. `cancel` must be called at the end.
     """
 
     def __init__(self) -> None:

@@ -45,7 +45,7 @@ class Taught:
         tokens: the number of trained tokens in these examples.
         top_k: the number of tokens that are stored for each trained token.
         nbytes: the size of the file.
-        kept: the total probability of the tokens stored for a trained token, on average.
+        kept: the total probability of the stored tokens, as a mean over the trained tokens.
 
     >>> print(nplora.finetuning.teach("model.gguf", "train.jsonl", "taught.safetensors", top_k=4))
     taught.safetensors: 16 examples, ... tokens, the 4 most likely of each (... % of the probability), ...
@@ -100,7 +100,7 @@ def teach(
         model: the teacher: a GGUF file or a Hugging Face directory, as for `load_model`; or a loaded model.
         data: rows to predict: as for `finetune`. In a directory, valid.jsonl is read too.
         output: the file to write, which appears only when it is complete.
-        valid: rows to predict besides `data`, for the validation of a run.
+        valid: rows to predict in addition to `data`, for the validation of a run.
         adapter: adapter of the teacher, as for `evaluate`.
         any_base: accept an adapter that was trained on another model with the same shapes.
         progress: print progress on stderr; None: only on a terminal or in a notebook.

@@ -27,7 +27,7 @@ def _option(group: str, default: Any, text: str, **more: Any) -> Any:
 
 
 def _same(name: str, **more: Any) -> Any:
-    """Copy the option of `finetune` with this name. `more` replaces parts of its metadata."""
+    """Copy the option of `finetune` with this name. `more` replaces parts of the option's metadata."""
     field = next(field for field in dataclasses.fields(FinetuneOptions) if field.name == name)
     return dataclasses.field(default=field.default, metadata={**field.metadata, **more})
 
@@ -88,7 +88,7 @@ class ClassifyOptions:
         "columns", help="names of fields in the data, as in text=review,label=stars or tokens=words,tags=pos"
     )
     valid_split: float | None = _same(
-        "valid_split", help="share of the rows to hold out for validation; chosen by a hash of each row"
+        "valid_split", help="share of the rows to hold out for validation; a hash of each row decides which"
     )
     max_length: int | None = _option(
         "data", None, "maximum tokens of a text; longer texts are cut (default: the model's maximum)"

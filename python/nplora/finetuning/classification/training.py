@@ -1,4 +1,4 @@
-"""train_classifier: trains LoRA and a new head on labelled texts, and saves both as PEFT's adapter."""
+"""train_classifier: trains LoRA and a new head on labelled texts, and saves both as a PEFT adapter."""
 
 import contextlib
 import itertools
@@ -69,11 +69,11 @@ class ClassifierRun:
         cut: the number of texts or sentences, in training and validation data, that were too long and were
             cut.
         lost: the number of words without a label, because their sentence was cut or they have no token.
-        skipped: the bad rows that were skipped, in words; empty if there are none.
+        skipped: a text about the bad rows that were skipped; empty if there are none.
         valid: the report on the validation data; None without such data.
         temperature: the number by which the logits were divided; 1 without `calibrate`.
         history: the records of the trainer.
-        process: the number of the process, if several processes have trained together.
+        process: the rank of this process, if several processes have trained together.
         ranks: the speed and the waiting time of each of these processes.
 
     >>> rows = [{"text": "where is my parcel", "label": "order"}, {"text": "a refund", "label": "refund"}]
@@ -179,13 +179,14 @@ def train_classifier(
     - "single": a row has a text and its label, {"text": ..., "label": ...}.
     - "multi": the label of a text is a list of texts, or a text with separators.
     - "regression": the label of a text is a number.
-    - "tokens": a row has the words of a sentence and a tag for each, {"tokens": [...], "tags": [...]}. Only
-      the first token of a word is trained.
+    - "tokens": a row has the words of a sentence and a tag for each word, {"tokens": [...], "tags": [...]}.
+      Only the first token of a word is trained.
 
-    The adapter is of PEFT's kind TOKEN_CLS for words, and SEQ_CLS otherwise. It includes the head and the
-    names of the labels. The output directory also holds checkpoints and `log.jsonl`. Ctrl-C ends the run
-    and saves the current adapter. `resume=True` continues the run; the results are bit for bit the same as
-    without a stop. Nothing is written before all rows are read and checked.
+    The adapter has PEFT's task type TOKEN_CLS for the task "tokens", and SEQ_CLS for the other tasks. The
+    adapter includes the head and the names of the labels. The output directory also holds checkpoints and
+    `log.jsonl`. Ctrl-C ends the run and saves the current adapter. `resume=True` continues the run; the
+    results are bit for bit the same as without a stop. Nothing is written before all rows are read and
+    checked.
 
     For a regression, the model is trained on targets with mean 0 and variance 1. The saved head predicts the
     original targets. The head of a language model has no bias, so its targets keep their mean and are only
@@ -201,9 +202,10 @@ def train_classifier(
         valid: rows to evaluate on, after every epoch and at the end.
         progress: print progress on stderr; None: only on a terminal or in a notebook.
         callbacks: your `Callback`s; `run.model` is the classifier.
-        communicator: the ranks that train together, as in `Trainer`; `distributed` opens one by itself. The
-            batches of a step are divided among at most `accumulate` ranks, and the adapter has the same bits
-            for any number of them. Every rank makes the same call. Only rank 0 writes to `output`.
+        communicator: the ranks that train together, as in `Trainer`; with `distributed`, this function opens
+            a communicator itself. The batches of a step are divided among at most `accumulate` ranks, and the
+            adapter has the same bits for any number of ranks. Every rank makes the same call. Only rank 0
+            writes to `output`.
         task: kind of the labels: single (one for each text, the default), multi (any number for each text),
             regression (a number for each text) or tokens (one for each word, the default for rows with words
             and tags).
@@ -232,7 +234,7 @@ def train_classifier(
         batch_examples: texts in a batch.
         accumulate: batches in one step (gradient accumulation).
         columns: names of fields in the data, as in text=review,label=stars or tokens=words,tags=pos.
-        valid_split: share of the rows to hold out for validation; chosen by a hash of each row.
+        valid_split: share of the rows to hold out for validation; a hash of each row decides which.
         max_length: maximum tokens of a text; longer texts are cut (default: the model's maximum).
         skip_bad: skip bad rows of the data, and count them.
         eval_every: steps between evaluations of the validation data, besides one after every epoch.
@@ -245,8 +247,8 @@ def train_classifier(
         resume: continue the run in the output directory; the results are bit for bit the same as without a
             stop.
         overwrite: delete the run and the adapter in the output directory.
-        distributed: work of the processes that mpirun started: mpi (they train one adapter together, each on
-            a part of every step) or off (each process makes a separate run).
+        distributed: what the processes that mpirun started do: mpi (train one adapter together, each on a
+            part of every step) or off (make a separate run each).
     Returns:
         the classifier, the report on the validation data, and the history; `print` shows them.
     Raises:
@@ -340,7 +342,7 @@ class _Training:
         return train, valid.read(held_out, options.skip_bad)
 
     def _divided(self, rows: LabelledTexts, share: float) -> tuple[LabelledTexts, LabelledTexts]:
-        """The training rows and the held-out rows have the same list of labels: all labels of the data."""
+        """Divide the rows. The training rows also know the labels that only held-out rows have."""
         train, valid = rows.divided(share)
         labels = () if self.task == "regression" else rows.labels(self.task)
         return train.with_labels(labels), valid
@@ -403,7 +405,7 @@ class _Training:
                 with Interrupts(terminate=False) as interrupts, interrupts.hold():
                     save_adapter(classifier, directory, self.base)
                 found_at = directory.seen_from(self.given)
-            keep_layers()  # if saving fails, the encoder is as before
+            keep_layers()  # if saving fails, this is not reached, and the encoder is restored
         encoded = [each for each in (self.train_ids, self.valid_ids) if each is not None]
         bad = [rows.bad.reason() for rows in (self.train, self.valid) if rows is not None and rows.bad.count]
         return ClassifierRun(
@@ -413,13 +415,13 @@ class _Training:
         )  # fmt: skip
 
     def _counted(self) -> tuple[int, str]:
-        """The number of items that the loss counts for a text or word, and which of both are counted."""
+        """The number of items that the loss counts for each text or word, and the name of the unit."""
         if self.task == "tokens":
             return 1, "words"
         return len(self.classifier.labels) if self.task == "multi" else 1, "texts"
 
     def _logits(self, ids: list[list[int]]) -> Array:
-        """The logits of texts, with the bits of `logits_of_ids`. The ranks divide its batches."""
+        """The logits of texts, bit for bit those of `logits_of_ids`. Each rank computes some batches."""
         cuts = cut(np.array([len(text) for text in ids]), MOST_TOKENS)
         batches = [ids[first:end] for first, end in itertools.pairwise(cuts)]
         made = list[Array]()
@@ -500,7 +502,7 @@ def _standard(targets: Array, classifier: TextClassifier) -> tuple[float, float]
     """The mean and the standard deviation of the targets. After training, both numbers are merged into the
     last layer.
 
-    A last layer without a bias cannot add the mean, so the mean is then 0.
+    If the last layer has no bias, it cannot add the mean. Then the mean is taken as 0.
     """
     wide = targets.astype(np.float64)
     centre = 0.0 if classifier.head.out.bias is None else float(wide.mean())

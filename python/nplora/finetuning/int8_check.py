@@ -230,7 +230,7 @@ def computes_in_int8(model: Module) -> bool:
 
 
 def layers_of(model: Module, parts: Iterable[str]) -> Iterator[Linear | LoRALinear]:
-    """The layers of these parts of a model that are linear, and can therefore compute in int8."""
+    """The linear layers of these parts of a model. Linear layers can compute in int8."""
     wanted = set(parts)
     for name, module in model.named_modules():
         if isinstance(module, Linear | LoRALinear) and part_of(name) in wanted:

@@ -161,7 +161,8 @@ class FinetuneReport:
         evaluations, best = self.history.evaluations, self.history.best_step
         if best is None or len(evaluations) < 2:
             return ""
-        if any(record.val_loss < (self.loss_after or 0) for record in evaluations):  # on earlier data
+        # An evaluation before a resume may have used other validation data, with a lower loss.
+        if any(record.val_loss < (self.loss_after or 0) for record in evaluations):
             return f" (step {best})"
         return f" (step {best}, the lowest of {len(evaluations)} evaluations)"
 

@@ -27,7 +27,7 @@ _NAMES = {
     ("", "optimizer"): "clipping and optimiser",
 }
 _HEAD_REST, _REST = "head: norm and rest", "rest: Python and NumPy"
-_PEAKS = ("float32", "bfloat16", "int8")  # the peak rates of these are measured before the run too
+_PEAKS = ("float32", "bfloat16", "int8")  # arithmetics whose peak rates are measured before the run too
 
 
 @dataclass(frozen=True)

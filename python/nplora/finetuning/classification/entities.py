@@ -18,7 +18,7 @@ class Entity(NamedTuple):
 
 
 class EntityCounts(NamedTuple):
-    """The number of entities of each kind: those both predicted and true, all predicted, and all true."""
+    """For each kind, the number of correctly predicted entities, of predicted entities, and of true ones."""
 
     hits: Counter[str]
     predicted: Counter[str]

@@ -331,7 +331,7 @@ def _is_float(value: Any) -> bool:
 def _by_name(labels: Sequence[str]) -> dict[str, str]:
     """Map each label without surrounding spaces to the label itself.
 
-    Labels that differ only in these spaces are left out.
+    Labels that are equal without these spaces are left out.
     """
     counts = Counter(label.strip() for label in labels)
     return {label.strip(): label for label in labels if counts[label.strip()] == 1}

@@ -63,8 +63,8 @@ def evaluate_classifier(
     Args:
         data: rows as for `train_classifier`. From a directory, the validation data are read, or the training
             data if there are no validation data. A label may also be given by its index, which counts from 0,
-            as in data sets of transformers. If the
-            classifier classifies tokens, rows have words and tags. Words without a token are left out.
+            as in data sets of transformers. If the classifier classifies tokens, rows have words and tags.
+            Words without a token are left out.
         columns, separator, skip_bad: as for `train_classifier`.
         progress: print on stderr how many rows are done; None: only on a terminal or in a notebook.
     Raises:

@@ -94,9 +94,9 @@ class JudgedDataset(Stored):
 
     Each prompt is also paired with the answer of another example: the nearest earlier example of the batch
     that has another prompt. If all prompts of the batch are equal, the whole data set is searched. A search
-    that reaches the beginning continues at the end. The mean log-ratio of these mismatched pairs
-    estimates the KL divergence from the reference. The batches are the same in all epochs, so the
-    log-probabilities of the reference are computed only once.
+    that reaches the beginning continues at the end. The mean log-ratio of these mismatched pairs estimates
+    the KL divergence from the reference. The batches are the same in all epochs, so the log-probabilities of
+    the reference are computed only once.
 
     Attributes:
         good: for each stored example, whether the answer is good.

@@ -53,7 +53,7 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class ExecutionPlan:
-    """How a training step is computed. Plans differ in memory and time, but in the results only by rounding.
+    """How a training step is computed. Plans differ in memory and time; results differ only by rounding.
 
     Attributes:
         compute: arithmetic of the products with frozen weights.
@@ -97,7 +97,7 @@ class Adapters:
     ranks: Mapping[str, int] = dataclasses.field(default_factory=dict)
     added: int = 0  # rows of the embedding and the head beyond those of the model
     freeze_B: bool = False  # noqa: N815
-    trains_head: bool = False  # whether rows of the head, which it may share, are trained
+    trains_head: bool = False  # whether rows of the head, or of a tied embedding, are trained
 
     @classmethod
     def of(

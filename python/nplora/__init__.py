@@ -21,7 +21,7 @@ import os
 import sys
 
 try:
-    # Imported first: the core needs static thread-local storage, and later imports may use all of it up.
+    # The core is imported first: it needs static thread-local storage, which other imports may use up.
     from nplora import _core
 except ImportError as error:
     # An NPLORA_ environment variable has a wrong value. The command `nplora` (or `python -m nplora`) prints
@@ -91,7 +91,7 @@ if TYPE_CHECKING:
 
 __version__: str = _core.config()["version"]
 
-# Names that are imported at their first use: {name: (module, the name in that module)}. None stands for the
+# Names that are imported when they are first used: {name: (module, name in the module)}. None stands for the
 # module itself.
 _LATE: dict[str, tuple[str, str | None]] = {
     **{name: (f"nplora.{name}", None) for name in ("adapters", "distributed", "finetuning", "formats")},

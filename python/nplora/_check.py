@@ -17,7 +17,7 @@ Array = npt.NDArray[Any]
 T = TypeVar("T")
 P = ParamSpec("P")
 
-_OVERLAP_WORK = 10_000  # limits the search of np.shares_memory; beyond it, overlap is assumed
+_OVERLAP_WORK = 10_000  # the limit for np.shares_memory; if it needs more, the arrays count as overlapping
 _INT64_MAX = 2**63 - 1
 
 MAX_RANK = 1 << 16  # a larger rank of an adapter is surely a mistake, and might take all memory
@@ -35,7 +35,7 @@ def is_bfloat16(array: Array) -> bool:
 
 
 def kind(value: object) -> str:
-    """Describe any value briefly, for a message. Classes of other packages are named with their module."""
+    """Describe any value briefly for a message. The name of another package's class includes its module."""
     if isinstance(value, type):
         return f"the class {_title(value)}, not one of its objects"
     return f"{value[:40]!r}" if isinstance(value, str) else f"a {_title(type(value))}"
@@ -107,7 +107,7 @@ _NOT_OURS = (
 _OTHER_MEANINGS = {
     "warmup_ratio": ", a number of steps",
     "max_length": ", which does not count the prompt",
-    "do_sample": ", where 0 takes always the most likely token",
+    "do_sample": ", where 0 always takes the most likely token",
 }
 # Keywords of functions that generate text, and what nplora does instead.
 _INSTEAD = {
@@ -201,7 +201,7 @@ def integer(op: str, name: str, value: object, least: int, most: int | None = No
 def boolean(op: str, name: str, value: object) -> None:
     """Check that a value is True or False.
 
-    Any other value, such as the text "no", would count as true or false too.
+    Python would accept any other value too: for example, the text "no" would count as true.
     """
     if not isinstance(value, bool | np.bool_):
         raise TypeError(f"{op}: {name} is {value!r}, expected True or False")
@@ -236,7 +236,7 @@ def choice(op: str, name: str, value: object, allowed: Iterable[str]) -> str:
 
 
 def generator(op: str, rng: np.random.Generator | int | None) -> np.random.Generator:
-    """Return a random generator: `rng` itself, or a new one with the seed `rng`. None gives a random seed."""
+    """Return a random generator: `rng` itself, or a new one with the seed `rng`. None: with a random seed."""
     try:
         return np.random.default_rng(rng)
     except (TypeError, ValueError) as error:
@@ -330,7 +330,7 @@ def own(op: str, saved: Any, layer: object) -> None:
 def rows(
     op: str, name: str, value: npt.ArrayLike, width: int, width_name: str, dtype: npt.DTypeLike
 ) -> tuple[Array, tuple[int, ...]]:
-    """Reshape an array (..., width) to (n, width); return it, and the shape of the leading axes."""
+    """Reshape an array (..., width) to (n, width); return the new array and the shape of the leading axes."""
     array = floats(op, name, value, dtype)
     if array.ndim == 0:
         raise ValueError(f"{op}: {name} is a single number, expected (..., {width_name}={width})")

@@ -1,6 +1,6 @@
 """The compiled core. It requires exact shapes, dtypes and C order; `_check.py` makes the checks for users.
 
-Every array is C-contiguous. Arrays are float32, unless the weight is float64: then all of them are float64.
+Every array is C-contiguous. Arrays are float32, or float64 if the weight is float64.
 A weight `w` is a `PackedWeight` or a C-contiguous (d_out, d_in) array. x is (n, d_in), dy (n, d_out),
 a (d_out, r), b (r, d_in), z (n, r). The caller allocates the output arrays, which are written in place.
 Every call releases the GIL.
@@ -17,17 +17,17 @@ Array = ndarray[Any, Any]
 class PackedWeight:
     """A frozen matrix, stored as "float32", "float64", "bfloat16" or "float16" and packed in panels.
 
-    The static methods instead use the given arrays without a copy, and keep them alive. The caller must not
-    change these arrays.
+    The constructor copies `w`. The static methods do not copy the given arrays, but keep them alive. The
+    caller must not change these arrays.
     """
 
     def __init__(self, w: Array, storage: str, compute: str = "float") -> None:
         """w: (d_out, d_in) float32 (float64 for "float64"), or uint16 bit patterns for the 16-bit storages.
 
         compute: "float" computes in float32 (float64 for "float64"). "bfloat16" rounds x, dy, W and B to
-        bfloat16, and sums in float32; in the backward pass and for many rows, all operands of the low-rank
-        products are rounded. "int8" rounds x, dy and W to int8 in the products with W, and computes the
-        low-rank products as "bfloat16" does.
+        bfloat16, and sums in float32. In the backward pass, and in the forward pass of many rows, it rounds
+        all operands of the low-rank products. "int8" rounds x, dy and W to int8 in the products with W, and
+        computes the low-rank products as "bfloat16" does.
         """
     @staticmethod
     def of_array(w: Array, storage: str, compute: str) -> PackedWeight:
@@ -113,12 +113,13 @@ class InferenceLayer:
 def infer(x: Array, layers: list[InferenceLayer], batch: int | None = None) -> list[Array]:
     """y = x Wᵀ + scale · (x Bᵀ) Aᵀ [+ bias], for layers that read the same x.
 
-    A row has the same bits in every batch of up to `constants.small_batch` rows, and the same bits in every
-    larger batch. If x is only a part of a batch, `batch` is the number of rows of the whole batch.
+    The result of a row has the same bits in every batch of up to `constants.small_batch` rows. It also has
+    the same bits in every larger batch, but these may differ from the bits in small batches. If x is only a
+    part of a batch, `batch` is the number of rows of the whole batch.
     """
 
 def infer_groups(x: Array, groups: list[list[InferenceLayer]], rows: list[int]) -> list[Array]:
-    """Like `infer`, but with other layers for each group of rows: groups[g] for the next rows[g] rows.
+    """Like `infer`, but each group of rows has its own layers: groups[g] for the next rows[g] rows.
 
     A weight that all groups share is read once if x has few rows.
     """
@@ -151,12 +152,12 @@ def lora_backward(
 
     dx None: not needed. x may be None if every db is None. If `int8` is False, weights that compute in int8
     are computed in bfloat16. With a `dither_key`, they round dy stochastically, with random bits that depend
-    on the key and on the element. A gradient of logits needs one of the two: rounded to nearest in int8, its
-    small elements would become 0.
+    on the key and on the element. If dy is a gradient of logits, set `int8` to False or give a `dither_key`:
+    rounding to the nearest int8 would set small elements to 0.
     """
 
 def explain(weight: PackedWeight, rows: int, rank: int, dropout: bool, keep_z: bool) -> dict[str, str]:
-    """How the forward and backward pass are computed, and why, in words."""
+    """Describe in words how the forward and backward pass are computed, and why."""
 
 def merge_lora(w: Array, a: Array, b: Array, scale: float, storage: str, key: int | None = None) -> None:
     """W += scale · A B in place. With a 64-bit key (uint16 only), the sums are rounded stochastically.
@@ -167,7 +168,7 @@ def merge_lora(w: Array, a: Array, b: Array, scale: float, storage: str, key: in
     """
 
 def dropout(x: Array, probability: float, key: int, out: Array) -> None:
-    """out = x where kept, scaled by 1 / (1 - probability).
+    """out = x / (1 - probability), or 0 for dropped elements.
 
     The element with flat index i depends on a random word: word i % 4 of Philox4x32-10 at counter i // 4,
     with the 64-bit `key`. The element is dropped if the word < floor(probability · 2³²).
@@ -194,8 +195,8 @@ def adamw_step(
 
     A parameter is (name, value, grad); float32 and float64 may be mixed. is_a (bool, one per parameter) marks
     the parameters with the learning rate lr_of_a. With max_norm, grad_scale is lowered so that the norm of
-    all gradients together is at most max_norm. The norm before that is returned; if it is not finite, nothing
-    is written. Without max_norm, None is returned.
+    all gradients together is at most max_norm. The original norm is returned; if it is not finite, nothing is
+    written. Without max_norm, None is returned.
     """
 
 def sgd_step(
@@ -245,13 +246,13 @@ class BlockFormat:
 
     @property
     def shorter(self) -> str | None:
-        """The format that llama.cpp uses instead for rows that are not whole blocks of this one."""
+        """The format that llama.cpp uses for rows whose length is not a multiple of this format's block."""
 
 def block_formats() -> dict[str, BlockFormat]:
     """The low-bit formats by name, "nf4" last."""
 
 def quantize(values: Array, format: str, blocks: Array) -> None:
-    """Quantise float32 (rows, cols) to uint8 (rows, bytes of cols values). The squared error is nearly least.
+    """Quantise float32 (rows, cols) to uint8 (rows, bytes of cols values), almost minimising squared errors.
 
     format: any of `block_formats` except "nf4". "q8_0" gives ggml's bits. No block of "q4_0" ... "q5_1" has a
     larger error than ggml's. If a value is not finite or too large, ValueError names its row, and nothing is
@@ -265,7 +266,7 @@ def quantize_nf4(values: Array, codes: Array, absmax: Array) -> None:
     """Quantise n = rows · cols float32 values to NF4. codes: uint8 (⌈n / 2⌉). absmax: float32 (⌈n / 64⌉)."""
 
 def quantize_absmax(absmax: Array, codes: Array, book: Array, scales: Array) -> float:
-    """The second quantisation: absmax ≈ book[codes] · scales[block // 256] + the returned offset.
+    """Quantise absmax, and return an offset: absmax ≈ book[codes] · scales[block // 256] + offset.
 
     codes: uint8, one per absmax. book: float32 (256,), written. scales: float32, one per 256 absmax.
     """
@@ -321,7 +322,7 @@ def gated(act: str, gate: Array, up: Array, out: Array) -> None:
     """
 
 def gated_narrow(act: str, gate: Array, up: Array, out: Array, gate_bits: Array, up_bits: Array) -> None:
-    """Compute `gated` of float32 arrays, and store gate and up as bits of bfloat16 (uint16) too."""
+    """Compute `gated` of float32 arrays, and also store gate and up as bits of bfloat16 (uint16)."""
 
 def gated_backward(act: str, dout: Array, gate: Array, up: Array, dgate: Array, dup: Array) -> None:
     """The gradients of gate and up. dgate may be the same array as gate, and dup the same as up.
@@ -418,12 +419,12 @@ def filtered_cross_entropy(
     is_flat: Array,
     dx: Array,
 ) -> None:
-    """The losses of cross_entropy, and the gradient of x, where logits = x Wᵀ, without unlikely words.
+    """The losses of cross_entropy for logits = x Wᵀ, and the gradient of x without unlikely words.
 
     dx (n, d) = factor · (Σ p W + skipped · mean - W[target]), where Σ runs over the words with p >= bound and
     the target, and `skipped` (n,) float64 is the probability of all other words. `is_flat` (n,) bool marks
     rows in which more than a quarter of all words have p >= bound: their logits and their dx do not change,
-    and their `skipped` is 0. All other logits become undefined. The weight is not float64.
+    and their `skipped` is 0. All other logits become undefined. The weight must not be float64.
     """
 
 class Constants(NamedTuple):
@@ -431,10 +432,8 @@ class Constants(NamedTuple):
 
     cache_line: int  # bytes
     least_buffer_bytes: int  # NumPy's own allocator serves smaller arrays
-    small_batch: (
-        int  # up to this many rows, a product adds up in another order, which is the same for each row
-    )
-    spare_buffer_bytes: int  # idle buffers may take this much more memory than the peak of the used ones
+    small_batch: int  # up to this many rows, products add up in another order, the same for each row
+    spare_buffer_bytes: int  # used and idle buffers together may exceed the peak of used buffers by this much
     float_batch: int  # up to this many rows, products of the backward pass are not rounded to bfloat16
     task_tokens: int  # the most tokens that one task keeps in L2 or L3
     lanes_bytes: int  # the most scratch bytes for the rows of x, rearranged for the products
@@ -447,10 +446,10 @@ constants: Constants
 def set_num_threads(n: int) -> None: ...
 def get_num_threads() -> int: ...
 def set_outer_threads(n: int) -> None:
-    """Do what omp_set_num_threads does: limit the threads of calls from this thread."""
+    """Limit the number of threads for calls from this thread, like omp_set_num_threads."""
 
 def get_outer_threads() -> int:
-    """What omp_get_max_threads returns: the limit of other libraries, at first that of OMP_NUM_THREADS."""
+    """The limit that `set_outer_threads` has set, at first that of OMP_NUM_THREADS."""
 
 def config() -> dict[str, Any]:
     """version, isa, num_threads, parallel ("pool" or "openmp"), openmp (0: no), compiler."""
@@ -472,10 +471,10 @@ def start_profile() -> None:
     """Time the later calls of this thread, and count the operations of their products."""
 
 def stop_profile() -> None:
-    """Time no more calls of this thread."""
+    """Stop timing the calls of this thread."""
 
 def take_profile() -> list[Any]:
-    """(activity, calls, seconds, {arithmetic: operations}) since the last call of this or start_profile."""
+    """(activity, calls, seconds, {arithmetic: operations}) since the last call of this or `start_profile`."""
 
 def peak_rate(arithmetic: str) -> float:
     """The most operations per second of products in registers, on all threads, measured now.

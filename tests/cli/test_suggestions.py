@@ -54,7 +54,7 @@ def test_an_option_is_suggested_only_if_the_command_has_it(capsys: pytest.Captur
         ),
         (
             ["generate", "m", "x", "--do-sample", "1"],
-            "mean --temperature, where 0 takes always the most likely",
+            "mean --temperature, where 0 always takes the most likely",
         ),
         (["generate", "m", "x", "--num-beams", "3"], "no option --num-beams; nplora generates one text"),
         (["eval", "m", "d", "--batch-size", "3"], "no option --batch-size; nplora forms the batches itself"),

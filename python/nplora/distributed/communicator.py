@@ -69,13 +69,15 @@ class Communicator(Ranks, Protocol):
     """The methods and attributes that a `Trainer` needs for the connection between its ranks.
 
     Every rank must call the same methods in the same order. Each method returns when this rank has all the
-    values that it needs. `place` says where in the program the call is; a communicator may compare it.
+    values that it needs. `place` says where in the program the call is; a communicator may compare the places
+    of the ranks.
 
     Attributes:
         rank: the number of this process, from 0.
         size: the number of processes.
         waited: the seconds that this process has waited in `gather` and `broadcast`.
-        exchanged: the seconds that this process has spent in the other three methods.
+        exchanged: the seconds that this process has spent in `start_exchange`, `wait_for_exchanges` and
+            `join`.
 
     >>> import nplora, numpy as np
     >>> class Watched(nplora.distributed.Alone):
@@ -95,8 +97,8 @@ class Communicator(Ranks, Protocol):
     def start_exchange(self, parts: Array, out: Array, senders: Sequence[int]) -> None:
         """Start to send row r of `parts` to rank r, and to receive row s of `out` from rank s.
 
-        The rows may travel while this process computes. Until `wait_for_exchanges` returns, `parts` must not
-        change, and `out` must not be read. Several exchanges may be on the way at a time.
+        The exchange may run while this process computes. Until `wait_for_exchanges` returns, `parts` must not
+        change, and `out` must not be read. Several exchanges may run at the same time.
 
         Args:
             parts: array (size, m). Only the ranks in `senders` send their `parts`.

@@ -10,10 +10,10 @@ from typing import Any
 from nplora.distributed.communicator import RankError, mark_reported
 from nplora.runtime.stderr import stderr
 
-_QUIET = 5.0  # seconds for which a rank that has failed waits before it says so
-_FORWARDING = 0.3  # seconds in which the launcher prints what a rank has written, before the rank ends all
-_LAST_VALUES = 0.1  # seconds in which the last values of a rank that has failed arrive
-PAUSE = 5e-4  # seconds between two looks at messages
+_QUIET = 5.0  # a failed rank waits this many seconds before it prints that it waits
+_FORWARDING = 0.3  # seconds that the launcher gets to print a rank's message before the rank ends all ranks
+_LAST_VALUES = 0.1  # for this many seconds after a failure, values that the failed rank has sent may arrive
+PAUSE = 5e-4  # seconds between two checks for messages
 
 _NOTICE = 3  # the tag of notices; other tags are those of `MPICommunicator`
 _ENDS, _LEAVES = "ends", "leaves"  # kinds of notices
@@ -27,9 +27,9 @@ class Farewell:
     - "leaves": a rank sends this notice when an exception leaves its `with` block. The other ranks also raise
       the failure, and no longer wait for this rank.
 
-    A rank reads notices only while it waits in an exchange. So the rank that leaves waits for the others,
-    which may first compute a batch. If no notice arrives within the timeout, the rank ends all ranks by
-    force. If the rank has already waited that long for all remaining ranks, it ends them at once.
+    A rank reads notices only while it waits in an exchange. The other ranks may first compute a batch, so the
+    rank that leaves waits for them. If no notice arrives within the timeout, the leaving rank ends all ranks
+    by force. If all remaining ranks have already exceeded the timeout, it does so without waiting again.
 
     Attributes:
         timeout: the seconds after which a rank that does not respond counts as failed.
@@ -44,10 +44,10 @@ class Farewell:
         self._failure: RankError | None = None
         self._failed_at = 0.0  # the time at which this rank learned of the failure
         self._noticed_at = 0.0  # the time of the last notice of another rank
-        self._hung: set[int] = set()  # ranks that do not answer
+        self._hung: set[int] = set()  # ranks that did not respond within the timeout
         self._ended: set[int] = set()  # ranks that send no more values
         self._gone: set[int] = set()  # ranks that have left
-        self._reported: tuple[int, str] | None = None  # the error with which rank 0 has left
+        self._reported: tuple[int, str] | None = None  # the failed rank and the reason that rank 0 has sent
 
     # ---- in an exchange ----
 
@@ -56,11 +56,11 @@ class Farewell:
 
         Args:
             missing: ranks that have not sent their values. The failure is raised only if one of these ranks
-                will send no values. None: the failure is raised in any case.
+                will never send them. None: the failure is always raised.
         """
         if self._failure is None:
             return
-        # A rank that has failed may have sent its values before.
+        # Values that a rank sent before its failure may still arrive.
         is_late = time.monotonic() - self._failed_at > _LAST_VALUES
         if missing is None or (is_late and self._ended.intersection(missing)):
             raise self._failure
@@ -97,7 +97,7 @@ class Farewell:
         self._notify(_ENDS, failure.rank, failure.reason)
 
     def _notify(self, kind: str, rank: int, reason: str) -> None:
-        """Send a notice to all other ranks: the rank that has failed, and why."""
+        """Send all other ranks a notice that names the failed rank and the reason."""
         notice = self.rank, kind, rank, reason
         self.pending += [self._comm.isend(notice, dest=other, tag=_NOTICE) for other in self._others()]
 
@@ -107,20 +107,20 @@ class Farewell:
     # ---- after an exception ----
 
     def leave(self, error: BaseException) -> None:
-        """Report an error to the other ranks, and wait until they have ended their runs too."""
+        """Report an error to the other ranks, and wait until these ranks have ended their runs too."""
         rank, reason = (error.rank, error.reason) if isinstance(error, RankError) else (self.rank, "")
         reason = reason or in_words(error)
         try:
             self._notify(_LEAVES, rank, reason + _notes(error))
             self._wait_for_the_end_of_others(error)
         except KeyboardInterrupt:
-            if self.rank == 0:  # else rank 0 may still be saving the run
+            if self.rank == 0:  # another rank must not end rank 0, which may still be saving the run
                 self._abort_beside(error, set(self._others()) - self._gone)
             raise
         except Exception:  # MPI itself has failed
             self._abort_beside(error, set(self._others()) - self._gone)
         if isinstance(error, OSError | MemoryError) and not isinstance(error, RankError):
-            error.add_note(f"this was rank {self.rank}")  # whose disk or memory it is
+            error.add_note(f"this was rank {self.rank}")  # says whose disk or memory failed
         if self.rank and self._reported is not None:
             their_rank, theirs = self._reported
             if their_rank == rank or theirs.startswith(reason):

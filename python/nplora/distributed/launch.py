@@ -3,8 +3,8 @@
 import os
 from collections.abc import Mapping
 
-# The variables in which launchers give the number of ranks: Open MPI, MPICH and Intel MPI, MVAPICH, srun.
-# A launcher of MPI may run inside a step of Slurm, so the first variable that is set counts.
+# The environment variables with the number of ranks that Open MPI, MPICH and Intel MPI, MVAPICH and srun set.
+# An MPI launcher may run inside a Slurm step, so the first of these variables that is set counts.
 _SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
 
 
@@ -20,7 +20,7 @@ def launched_ranks(environment: Mapping[str, str] = os.environ) -> int:
 
 
 def require_one_process(op: str, can_train_together: bool = False) -> None:
-    """Raise an error if a launcher has started several ranks, because each rank would do the whole work.
+    """Raise an error if a launcher has started several ranks, because every rank would do all of the work.
 
     Args:
         op: the name of the calling function or command in messages.

@@ -1,4 +1,4 @@
-"""Messages: MPI messages on their way, and Progress, which moves them while the process computes."""
+"""Messages: the pending MPI messages of a rank. Progress: a thread that lets MPI move these messages."""
 
 import contextlib
 import threading
@@ -8,10 +8,10 @@ _PERIOD = 1e-3  # seconds between two calls of MPI
 
 
 class Messages:
-    """MPI requests of messages to and from other ranks.
+    """The MPI requests that send messages to other ranks or receive messages from them.
 
     Attributes:
-        receives, sends: pairs of the other rank and the request.
+        receives, sends: a pair (other rank, request) for each message.
     """
 
     def __init__(self) -> None:
@@ -19,13 +19,13 @@ class Messages:
         self.sends: list[tuple[int, Any]] = []
 
     def unfinished(self) -> list[int]:
-        """The other ranks of the requests that are not complete yet."""
+        """The other rank of each request that is not complete yet."""
         return [rank for rank, request in (*self.receives, *self.sends) if not request.Test()]
 
     def abandon(self, pending: list[Any]) -> None:
         """Cancel the receives, and move all requests to `pending`.
 
-        MPI may still carry out the requests, so they must keep their memory.
+        MPI may still complete the requests, so `pending` must keep them and their buffers alive.
         """
         receives = [request for _, request in self.receives]
         pending += [*receives, *(request for _, request in self.sends)]
@@ -42,14 +42,15 @@ class Messages:
 
 
 class Progress:
-    """A thread that lets MPI move messages. MPI moves large messages only while the process calls it.
+    """A thread that lets MPI move messages while the process computes.
 
-    No other thread may call MPI between `start` and `stop`.
+    MPI moves large messages only during calls of MPI functions, so the thread calls MPI again and again. No
+    other thread may call MPI between `start` and `stop`.
 
     Args:
-        messages: the thread ends when all of them have arrived.
-        is_allowed: whether threads may call MPI. If not, `start` does nothing, and messages move when the
-            process waits for them.
+        messages: the messages. The thread ends when all of them are complete.
+        is_allowed: whether a thread may call MPI. If not, `start` does nothing, and MPI moves messages only
+            when the process waits for them.
     """
 
     def __init__(self, messages: Messages, is_allowed: bool) -> None:
@@ -69,7 +70,7 @@ class Progress:
         """End the thread, if it runs.
 
         Raises:
-            Exception: the error of MPI that has ended the thread.
+            Exception: an MPI error has ended the thread.
         """
         if self._thread is not None:
             self._stopped.set()

@@ -1,4 +1,4 @@
-"""MPICommunicator: ranks that an MPI launcher has started. The package mpi4py is imported when it is used."""
+"""MPICommunicator: the connection between ranks that an MPI launcher started. It needs the package mpi4py."""
 
 import contextlib
 import os
@@ -23,9 +23,9 @@ Array = npt.NDArray[Any]
 T = TypeVar("T")
 
 _OP = "MPICommunicator"
-_TIMEOUT = "NPLORA_RANK_TIMEOUT"  # the environment variable with the seconds
+_TIMEOUT = "NPLORA_RANK_TIMEOUT"  # the environment variable with the timeout in seconds
 _DEFAULT_TIMEOUT = 600.0
-_SPIN = 2e-4  # seconds of looking at messages without a pause
+_SPIN = 2e-4  # for the first seconds of a wait, a rank checks for messages without a pause
 
 _VALUE, _ROW = 1, 2  # tags of messages
 
@@ -63,7 +63,7 @@ def _mpi() -> Any:
 
 
 class MPICommunicator:
-    """The ranks that `mpirun`, `mpiexec` or `srun` has started, in a `with` block around a `Trainer`'s run.
+    """Connects the ranks that `mpirun`, `mpiexec` or `srun` has started, in a `with` block around a run.
 
     If an exception leaves the block on one rank, the other ranks raise `RankError` in their next exchange, so
     that rank 0 can still save its run. The other ranks may first compute a batch, so the failed rank waits
@@ -89,8 +89,8 @@ class MPICommunicator:
     Raises:
         ModuleNotFoundError, ImportError: mpi4py or an MPI library is missing; the message says what to
             install.
-        ValueError: the launcher belongs to another MPI library than the one that mpi4py uses; MPI is not
-            running; or the timeout is not a number above 0.
+        ValueError: the launcher and mpi4py use different MPI libraries; MPI is not running; or the timeout is
+            not a number above 0.
     Warns:
         UserWarning: the ranks of a machine run more threads than the machine has cores, or the launcher has
             bound a rank to one core.
@@ -108,8 +108,8 @@ class MPICommunicator:
         self._comm = world.Dup()
         self.rank, self.size = int(self._comm.rank), int(self._comm.size)
         self.waited = self.exchanged = 0.0
-        self._threads: int | None = None  # the number before it was limited
-        self._exchanges = Messages()  # those that are started
+        self._threads: int | None = None  # the number of threads before `_share_cores` limited it
+        self._exchanges = Messages()  # the messages of the exchanges that were started
         # Progress calls MPI in its own thread, and the program may call MPI for other purposes meanwhile.
         self._progress = Progress(
             self._exchanges, is_allowed=self._mpi.Query_thread() >= self._mpi.THREAD_MULTIPLE
@@ -149,7 +149,7 @@ class MPICommunicator:
         if self.size == 1:
             return [value]
         found = self._values(value, place, self._others(), self._others())
-        # Every rank compares with rank 0, so that all of them blame the same rank.
+        # Every rank compares all places with that of rank 0, so that all ranks raise the same error.
         at = [place if rank == self.rank else found[rank][0] for rank in range(self.size)]
         for rank, other in enumerate(at):
             if other != at[0]:
@@ -192,7 +192,7 @@ class MPICommunicator:
     def _values(
         self, value: Any, place: str, receivers: Sequence[int], senders: Sequence[int]
     ) -> dict[int, tuple[str, Any]]:
-        """Send a value to some ranks. Return the values of other ranks, each with the place of its call."""
+        """Send a value to `receivers`. Return the place and the value that each of `senders` has sent."""
         started, byte, status = time.perf_counter(), self._mpi.BYTE, self._mpi.Status()
         self._progress.stop()
         content = self._mpi.pickle.dumps((place, value)) if receivers else b""
@@ -264,7 +264,7 @@ class MPICommunicator:
         try:
             if self.size > 1:
                 self._end(error)
-            if error is None or self.size == 1:  # all ranks must free it together
+            if error is None or self.size == 1:  # MPI requires that all ranks free a communicator together
                 self._comm.Free()
         finally:
             if self._threads is not None:
@@ -274,14 +274,14 @@ class MPICommunicator:
         """Leave the other ranks, after an error or at the regular end."""
         if error is not None:
             try:
-                with contextlib.suppress(Exception):  # an error of MPI must not replace this one
+                with contextlib.suppress(Exception):  # an MPI error must not replace `error`
                     self._progress.stop()
                 self._exchanges.abandon(self._farewell.pending)
             finally:
                 self._farewell.leave(error)
             return
         try:  # the other ranks may still fail, for example when rank 0 saves its results
-            self.wait_for_exchanges()  # those of a step that a signal has ended
+            self.wait_for_exchanges()  # a signal may have ended a step before its exchanges were complete
             self.gather(None, "the end of the communicator's with block")
         except BaseException as late:
             self._farewell.leave(late)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 # An Ethernet packet of 1538 bytes, with its headers and the gap after it, carries 1448 bytes of a message.
 _PAYLOAD = 1448 / 1538
-# Seconds of a processor to send a message and to receive one. Measured with MPICH over TCP: 6 to 40 µs.
+# Seconds of CPU time to send one message and to receive one. MPICH over TCP took 6 to 40 µs.
 _MESSAGE = 20e-6
 
 _RATE = re.compile(r"(\d+(?:\.\d*)?)\s*([KMGT])(b|bit|B)(?:/s|ps)?")
@@ -20,13 +20,13 @@ _UNITS = {"us": 1e-6, "µs": 1e-6, "μs": 1e-6, "ms": 1e-3, "s": 1.0}
 
 @dataclass(frozen=True)
 class Network:
-    """The network between the ranks of a run, one rank on each node.
+    """The network between the ranks of a run, with one rank on each node.
 
-    Every node can send and receive at the full rate at the same time, whatever the other nodes do.
+    The predictions assume that all nodes can send and receive at the full rate at the same time.
 
     Attributes:
-        rate: bits per second of a node's connection.
-        latency: seconds from one node to another.
+        rate: the bits per second of a node's connection.
+        latency: the seconds that a message takes from one node to another.
 
     >>> import nplora
     >>> network = nplora.distributed.Network.parse("1Gb", latency="50us")
@@ -46,7 +46,7 @@ class Network:
         Args:
             op: name of the public function. Error messages begin with this name.
         Raises:
-            ValueError: a text is not of this form, or the rate is not above 0.
+            ValueError: the rate or the latency does not have such a form, or the rate is 0.
 
         >>> import nplora
         >>> nplora.distributed.Network.parse("125MB").rate
@@ -64,10 +64,10 @@ class Network:
         return cls(float(bits[1]) * of_unit, float(seconds[1]) * _UNITS[seconds[2]])
 
     def exchange(self, size: int, nodes: int) -> float:
-        """The seconds that all nodes take to send each other a slice of an array.
+        """The seconds that all nodes take to send each other one slice of an array.
 
         Args:
-            size: bytes of the array, which is cut into as many slices as there are nodes.
+            size: the bytes of the array. The array is cut into one slice for each node.
         """
         if nodes == 1:
             return 0.0
@@ -79,17 +79,17 @@ class Network:
         return self.exchange(0, nodes)
 
     def sums(self, size: int, nodes: int, rounds: Sequence[tuple[int, float]]) -> float:
-        """The seconds that the ranks wait for each other to add up the gradients of a step.
+        """The seconds of a step that the ranks wait while they add up their gradients.
 
         In each round, every rank computes one batch, and the ranks exchange their results. Every rank adds up
-        one slice of all gradients, and so receives this slice from all other ranks, while it computes the
-        batch of the next round. At the end of the step, every rank sends its slice of the sums to all others,
-        and the ranks agree on whether the run is over.
+        one slice of the gradients. So every rank receives this slice from all other ranks, while it computes
+        the batch of the next round. At the end of the step, every rank sends its slice of the sums to all
+        other ranks, and the ranks agree on whether the run is over.
 
         Args:
-            size: bytes of the gradients.
-            rounds: for each round of the step, the number of gradients that a rank sends (one for each of its
-                micro-batches), and the seconds of computing.
+            size: the bytes of the gradients.
+            rounds: for each round of the step, a pair: the number of gradients that a rank sends (one for
+                each of its micro-batches), and the seconds that a rank computes.
         """
         one, waited = self.exchange(size, nodes), 0.0
         for number, (terms, _) in enumerate(rounds, start=1):
@@ -98,14 +98,14 @@ class Network:
         return waited + one + (len(rounds) + 1) * self.gather(nodes)
 
     def local_sums(self, size: int, nodes: int, local_steps: int, rounds: int) -> float:
-        """The seconds per average step that the ranks take to exchange values if each rank makes local steps.
+        """The seconds that an average step spends on exchanges if the ranks make local steps.
 
         The ranks exchange small values in every step. In every outer step, the ranks add up the changes of
         the trained values and the two moments of AdamW. Each of these three sums takes as long as the sum of
-        one gradient (see `sums`).
+        the gradients (see `sums`).
 
         Args:
-            size: bytes of the trained values.
+            size: the bytes of the trained values.
             local_steps: the number of steps between two outer steps.
             rounds: the number of rounds in a step.
         """

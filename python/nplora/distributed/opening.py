@@ -21,12 +21,12 @@ def opened_communicator(
     Args:
         op: name of the calling function in messages.
         distributed: one of DISTRIBUTED. "mpi": the ranks of an MPI launcher. "off": this process alone. None:
-            this process alone, but an error if a launcher has started several.
-        given: a communicator that the caller has opened, instead of `distributed`.
+            this process alone; it is an error if a launcher has started several ranks.
+        given: a communicator that the caller has opened. If it is given, `distributed` must be None.
     Raises:
         ValueError: `distributed` is another value; or it is None, and a launcher has started several ranks;
-            or both are given.
-        ModuleNotFoundError, ImportError, ValueError: as `MPICommunicator` raises.
+            or `distributed` and `given` are both given.
+        ModuleNotFoundError, ImportError, ValueError: see `MPICommunicator`.
     """
     if distributed is not None:
         _check.choice(op, "distributed", distributed, DISTRIBUTED)
@@ -61,10 +61,9 @@ def or_none_if_alone(ranks: Communicator) -> Communicator | None:
 
 
 def require_choice(op: str, distributed: str | None) -> None:
-    """Refuse a command that a launcher has started several times without the option `distributed`.
+    """Refuse a command that a launcher has started on several ranks without the option `distributed`.
 
-    Another rank may have been started with the option. It would wait for this rank, so the refusal is
-    reported to all ranks.
+    A rank that was started with the option would wait for this rank. So the refusal is reported to all ranks.
 
     Raises:
         ValueError: `distributed` is None, and a launcher has started several ranks.
@@ -79,10 +78,10 @@ def require_choice(op: str, distributed: str | None) -> None:
 
 @contextlib.contextmanager
 def heard_by_all_ranks(distributed: str | None) -> Iterator[None]:
-    """Report an error to the other ranks if it occurs in this block, before `opened_communicator`.
+    """Report an error in this block to the other ranks. The block comes before `opened_communicator`.
 
-    The other ranks wait in `opened_communicator`, without a timeout, until this rank has opened its
-    communicator too. So after an error, this rank opens a communicator only to report the error and leave.
+    In `opened_communicator`, the other ranks wait without a timeout until this rank has opened its
+    communicator too. So after an error, this rank opens a communicator to report the error.
 
     Args:
         distributed: as in `opened_communicator`.

@@ -18,17 +18,17 @@ Array = npt.NDArray[Any]
 class OrderedSum:
     """Adds up the contents of the same arrays on all ranks, such as the gradients of a model.
 
-    Floating-point sums depend on the order of their terms. Here each rank adds a slice of all terms, in the
-    order of the terms, and the ranks then exchange the finished slices. So the sums have the same bits as if
-    one process added the same terms one after the other.
+    A term is the content of the arrays on one rank at one time. Floating-point sums depend on the order of
+    their terms. So each rank adds up the same slice of all terms, in the order of the terms, and the ranks
+    then exchange the finished slices. The sums have the same bits as if one process added all terms.
 
-    The terms travel between the ranks while the caller computes the next ones.
+    The ranks exchange terms while the caller computes the next terms.
 
     Args:
-        arrays: the arrays, which `keep` reads and clears, and `finish` overwrites.
-        dtype: "bfloat16" rounds each term, and later the sum, to bfloat16. So the ranks send half as many
-            bytes. The terms are still added in the dtype of the arrays. A single process rounds in the same
-            way. "float32" sends all values unchanged, including float64 values.
+        arrays: the arrays. `keep` reads and clears them, and `finish` overwrites them.
+        dtype: "bfloat16" rounds each term, and later the sum, to bfloat16, so the ranks send fewer bytes. The
+            terms are still added in the dtype of the arrays. A single process rounds in the same way.
+            "float32" sends all values unchanged, including float64 values.
 
     >>> import nplora, numpy as np
     >>> gradient = np.zeros(3, np.float32)
@@ -77,7 +77,7 @@ class OrderedSum:
     def add(self, counts: Sequence[int]) -> None:
         """Add the kept terms of all ranks: first those of rank 0 in their order, then those of rank 1, ...
 
-        Their rows may still be on the way when this returns.
+        This method may return before all terms have arrived.
 
         Args:
             counts: the number of terms that each rank has kept.
@@ -86,7 +86,7 @@ class OrderedSum:
         for each in self._slices:
             each.send(counts)
         if self._communicator.size == 1:
-            self._add_sent()  # the memory of the terms is then free for the next ones
+            self._add_sent()  # the next terms can then use the memory of these terms
 
     def finish(self) -> None:
         """Write the sums into the arrays of all ranks, and start new sums at zero."""
@@ -95,7 +95,7 @@ class OrderedSum:
             each.finish()
 
     def _add_sent(self) -> None:
-        """Wait for the terms that are on the way, and add them."""
+        """Wait for the terms that were sent, and add them."""
         self._communicator.wait_for_exchanges()
         for each in self._slices:
             each.add_sent()
@@ -105,7 +105,7 @@ class _Slices:
     """The arrays of one dtype, joined into one flat array and cut into one slice for each rank.
 
     Args:
-        rounds: whether terms and sums are rounded to bfloat16, and kept and sent as its bit patterns.
+        rounds: whether terms and sums are rounded to bfloat16, and stored and sent as bit patterns.
     """
 
     def __init__(self, communicator: Communicator, arrays: list[Array], rounds: bool) -> None:
@@ -114,10 +114,10 @@ class _Slices:
         self._shape = communicator.size, -(-sum(array.size for array in arrays) // communicator.size)
         self.terms: list[Array] = []
         self.sum: Array | None = None
-        self._sent: list[Array] = []  # terms of this rank on the way
-        self._counts: Sequence[int] = ()  # the numbers of terms of all ranks on the way
+        self._sent: list[Array] = []  # terms of this rank that `send` has started to send
+        self._counts: Sequence[int] = ()  # for each rank, the number of terms that it has started to send
         self._received: list[Array] = []
-        self._idle: list[Array] = []  # the memory of terms that were added
+        self._idle: list[Array] = []  # memory for later terms
 
     def _empty(self) -> Array:
         return self._idle.pop() if self._idle else np.zeros(self._shape, self._kind)
@@ -175,7 +175,7 @@ class _Slices:
         self.sum = None
 
     def _store(self, values: Array, out: Array) -> None:
-        """Write values in the form in which they are sent: as bit patterns of bfloat16, or unchanged."""
+        """Write values in the form that is sent: as bit patterns of bfloat16, or unchanged."""
         if self._rounds:
             _core.narrow(np.ascontiguousarray(values, np.float32), _BFLOAT16, out)
         else:

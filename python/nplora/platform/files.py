@@ -1,7 +1,7 @@
-"""Open files and directories, locks, and replacing files.
+"""Opens, locks, renames and replaces files on all operating systems.
 
-A directory is held open by a descriptor, and its files are named relative to it. So renaming the directory or
-changing the working directory has no effect on these names.
+A directory is held open by a descriptor, and its files are named relative to this descriptor. So renaming the
+directory or changing the working directory has no effect on these names.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ if sys.platform == "win32":
 elif sys.platform != "emscripten":
     import fcntl
 
-_F_PREALLOCATE = 42  # of macOS' <sys/fcntl.h>
-_seeking = threading.Lock()  # on systems that cannot read or write at a position
+_F_PREALLOCATE = 42  # from macOS' <sys/fcntl.h>
+_seeking = threading.Lock()  # for Windows, which has no call that reads or writes at a position
 
 
 def open_file(
@@ -35,8 +35,9 @@ def open_file(
     Args:
         flags: os.O_RDONLY, os.O_WRONLY or os.O_RDWR, with os.O_CREAT, os.O_EXCL, os.O_APPEND.
         directory: the descriptor of the directory that contains a relative path.
-        follow_links: whether a symbolic link is followed; else it raises OSError with errno.ELOOP.
-        wait: whether to wait for another process that opens the other end of a FIFO.
+        follow_links: whether to follow a symbolic link. If False, a symbolic link raises OSError with
+            errno.ELOOP.
+        wait: whether to wait until another process opens the other end of a FIFO.
     """
     if sys.platform == "win32":
         return windows_files.open_file(path, flags, directory, follow_links)
@@ -69,7 +70,7 @@ def path_of(descriptor: int) -> str:
 
 
 def stat_in(directory: int | None, name: str, follow_links: bool = True) -> os.stat_result:
-    """os.stat of a file in an open directory; None: in the working directory."""
+    """os.stat of a file in an open directory, or in the working directory if `directory` is None."""
     if sys.platform == "win32":
         return os.stat(windows_files.joined(directory, name), follow_symlinks=follow_links)
     return os.stat(name, dir_fd=directory, follow_symlinks=follow_links)
@@ -91,11 +92,11 @@ def remove_in(directory: int, name: str) -> None:
 
 
 def replace_in(directory: int, old: str, new: str) -> None:
-    """Rename a file of an open directory. An existing file of the new name is replaced.
+    """Rename a file in an open directory. An existing file with the new name is replaced.
 
-    Windows cannot replace a file that is mapped. The mapped file is therefore renamed first. A crash between
-    the two renames leaves no file with the new name, only one that ends in ".old". The next call removes that
-    file, unless it is still mapped.
+    Windows cannot replace a file that is mapped. So the mapped file first gets a name that ends in ".old". If
+    the process is killed before the second rename, no file has the new name. The next call removes the file
+    that ends in ".old", unless that file is still mapped.
     """
     if sys.platform == "win32":
         windows_files.replace(windows_files.joined(directory, old), windows_files.joined(directory, new))
@@ -104,7 +105,7 @@ def replace_in(directory: int, old: str, new: str) -> None:
 
 
 def link(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
-    """Make a symbolic link. Windows allows few users to make one; a hard link or a copy then replaces it."""
+    """Make a symbolic link. On Windows, where most users may make none, make a hard link or else a copy."""
     if sys.platform != "win32":
         os.symlink(source, target)
         return
@@ -117,10 +118,11 @@ def link(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> None
 def lock(descriptor: int, shared: bool = False) -> None:
     """Lock an open file or directory without waiting. The lock ends when the descriptor is closed.
 
-    In a browser, where no other process sees the files, this does nothing.
+    In a browser, this function does nothing, because no other process sees the files.
 
     Raises:
-        BlockingIOError: another process has a lock. OSError: the file system or the system has no such locks.
+        BlockingIOError: another process has a lock. OSError: the file system or the operating system does not
+            support this kind of lock.
     """
     if sys.platform == "win32":
         windows_files.lock(descriptor, shared)
@@ -181,9 +183,9 @@ def reserve(descriptor: int, nbytes: int) -> None:
         OSError: the disk has too little space.
     """
     if sys.platform == "win32" or sys.platform == "emscripten":
-        os.ftruncate(descriptor, nbytes)  # NTFS reserves what it adds; in a browser, there is no disk
+        os.ftruncate(descriptor, nbytes)  # NTFS reserves the added space; a browser has no disk
     elif sys.platform == "darwin":
-        # struct fstore: F_ALLOCATEALL, F_PEOFPOSMODE, from 0, this many bytes
+        # struct fstore: F_ALLOCATEALL, F_PEOFPOSMODE, offset 0, length `nbytes`
         fcntl.fcntl(descriptor, _F_PREALLOCATE, struct.pack("=Iiqqq", 4, 3, 0, nbytes, 0))
         os.ftruncate(descriptor, nbytes)
     else:

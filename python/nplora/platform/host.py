@@ -1,4 +1,4 @@
-"""The machine: its name, its processor, the processors that this process may use."""
+"""The machine: its name, its processor, and the cores that this process may use."""
 
 from __future__ import annotations
 

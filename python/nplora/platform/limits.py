@@ -2,9 +2,9 @@
 
 renderer.py imports this module by its path, without the package, so that its process starts fast.
 
-Linux limits the memory and the CPU time of a process. macOS limits only the time, and Windows neither. On
-macOS and Windows, the parent process checks the memory and time of the process every few milliseconds, and
-ends the process if it exceeds a limit (see `watched`).
+Linux can limit the memory and the CPU time of a process. macOS can limit only the time, and Windows neither.
+The parent process therefore watches what the system cannot limit: every few milliseconds, it checks the usage
+of the process, and it ends the process if a limit is exceeded (see `watched`).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if sys.platform != "win32" and sys.platform != "emscripten":  # browsers have no
 
 LIMITS_MEMORY = sys.platform == "linux"
 LIMITS_TIME = sys.platform != "win32"
-_POLL = 0.005  # seconds between two looks at the process
+_POLL = 0.005  # seconds between two checks of the process
 _IDLE = 48 << 20, 1.0  # bytes and seconds that the process needs to start
 _MEMORY_STATUS = 86  # the exit status on Windows
 _STACK_OVERFLOW = 0xC000_00FD  # Windows' exit status
@@ -39,7 +39,9 @@ else:
 
 
 def cause_of_end(status: int) -> str | None:
-    """The limit that ended a process: "compiling", "rendering", "memory" or "nesting"; None: another cause.
+    """The limit that ended a process: "compiling", "rendering", "memory" or "nesting".
+
+    The result is "other" if another signal ended the process, and None if no signal and no limit ended it.
 
     Args:
         status: the exit status; on POSIX, a negative number means that a signal ended the process.
@@ -47,13 +49,13 @@ def cause_of_end(status: int) -> str | None:
     return _CAUSES.get(status, "other" if status < 0 else None)
 
 
-# ---- in the process itself ----
+# ---- called by the limited process ----
 
 
 def isolate() -> None:
     """Prevent this process from writing files, and let the signals of the time limits end it."""
     if sys.platform != "win32" and sys.platform != "emscripten":
-        os.set_blocking(sys.stderr.fileno(), False)  # nothing reads it until this process ends
+        os.set_blocking(sys.stderr.fileno(), False)  # the parent reads it only after this process has ended
         for kind in (resource.RLIMIT_CORE, resource.RLIMIT_FSIZE):
             resource.setrlimit(kind, (0, 0))
         signal.pthread_sigmask(signal.SIG_SETMASK, [])
@@ -75,16 +77,16 @@ def limit_rendering(seconds: float) -> None:
 
 @contextlib.contextmanager
 def limited_memory(nbytes: int) -> Iterator[None]:
-    """Let the process use this much more memory in a `with` body.
+    """Limit the additional memory that this process can use in the `with` body to `nbytes`; 0: no limit.
 
-    The end of the body removes time limits too.
+    Only Linux has this limit. At the end of the body, the time limits are removed too.
     """
     if sys.platform == "linux":
         soft, hard = resource.getrlimit(resource.RLIMIT_AS)
         with open("/proc/self/statm") as file:
             mapped = int(file.read().split()[0]) * resource.getpagesize()
         if nbytes:
-            with contextlib.suppress(ValueError):  # the hard limit is lower already
+            with contextlib.suppress(ValueError):  # the hard limit is already lower
                 resource.setrlimit(resource.RLIMIT_AS, (mapped + nbytes, hard))
     yield
     limit_compiling(0)
@@ -100,11 +102,11 @@ def end_without_memory() -> NoReturn:
     os._exit(_MEMORY_STATUS)
 
 
-# ---- in its parent ----
+# ---- called by the parent process ----
 
 
 class Limits(NamedTuple):
-    """The limits of the process for one request. Earlier use does not count. 0 means no limit.
+    """The limits for one request. Memory and time that earlier requests used do not count. 0 means no limit.
 
     Attributes:
         compiling, rendering: seconds of CPU time.

@@ -8,7 +8,13 @@ from typing import Any, NamedTuple
 
 
 class Usage(NamedTuple):
-    """The usage of a process: bytes in memory, bytes that count against it, and seconds of CPU time."""
+    """The usage of a process.
+
+    Attributes:
+        resident: the bytes in memory.
+        footprint: the bytes that macOS compares with its memory limits.
+        seconds: the CPU time.
+    """
 
     resident: int
     footprint: int
@@ -57,7 +63,7 @@ def free() -> int | None:
 
 
 def text(name: bytes) -> str:
-    """A text of sysctl, or an empty text if there is no such name."""
+    """The text that sysctl returns for a name, or an empty text if there is no such name."""
     buffer, size = ctypes.create_string_buffer(256), ctypes.c_size_t(256)
     found = _system().sysctlbyname(name, buffer, ctypes.byref(size), None, ctypes.c_size_t(0))
     return buffer.value.decode(errors="replace") if found == 0 else ""

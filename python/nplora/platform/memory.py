@@ -18,10 +18,10 @@ if sys.platform == "darwin":
     from nplora.platform import macos_memory
 
 _KIBIBYTE = 1024
-_WASM_MEMORY = 4 << 30  # all that a 32-bit address reaches
+_WASM_MEMORY = 4 << 30  # the bytes that 32-bit addresses can reach
 _ROOT = Path("/")
 _NUMBER = r"(\d{1,19})"
-_GROUP = r"(?m)^\d+:([^:\n]*):(/.*)$"  # the controllers (none in version 2) and the path
+_GROUP = r"(?m)^\d+:([^:\n]*):(/.*)$"  # a control group: its controllers (none in version 2) and its path
 _CACHES = ("active_file", "inactive_file", "slab_reclaimable")
 _MAPPING = re.compile(r"^[0-9a-f]+-[0-9a-f]+ ")
 
@@ -41,11 +41,14 @@ def peak_memory() -> int:
 
 
 def largest_memory() -> int:
-    """The peak memory that `getrusage` reports, on Windows the largest working set, in a browser the heap."""
+    """The peak memory that `getrusage` reports.
+
+    On Windows, this is the largest working set; in a browser, the size of the heap.
+    """
     if sys.platform == "win32":
         return windows_memory.counters().peak
     elif sys.platform == "emscripten":
-        return int(ctypes.CDLL(None).emscripten_get_heap_size())  # it never shrinks
+        return int(ctypes.CDLL(None).emscripten_get_heap_size())  # a browser's heap never shrinks
     else:
         unit = 1 if sys.platform == "darwin" else _KIBIBYTE  # macOS counts bytes
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
@@ -82,7 +85,7 @@ def available_memory() -> int | None:
     if sys.platform == "emscripten":
         return _WASM_MEMORY
     left = [*_sizes("proc/meminfo", "MemAvailable"), *_left_in_groups()]
-    own = _status("RssAnon") + _status("RssShmem")  # pages of files count as free
+    own = _status("RssAnon") + _status("RssShmem")  # not RssFile, whose pages `left` already contains
     return min(left) + own if left else None
 
 
@@ -120,7 +123,7 @@ def _left_in_groups() -> Iterator[int]:
     for controllers, path in re.findall(_GROUP, _text("proc/self/cgroup")):
         if not controllers:
             limits, use, total = ["memory.max", "memory.high"], "memory.current", ""
-        elif "memory" in controllers.split(","):  # total_: with the groups below, as in version 2
+        elif "memory" in controllers.split(","):  # total_ includes the child groups, as in version 2
             limits, use, total = ["memory.limit_in_bytes"], "memory.usage_in_bytes", "total_"
         else:
             continue

@@ -18,7 +18,7 @@ if sys.platform == "win32":
     NOTICE: signal.Signals | None = None
 else:
     ENDING_SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
-    NOTICE = signal.SIGUSR1  # that Slurm and mpirun can send before the end of a job
+    NOTICE = signal.SIGUSR1  # Slurm and mpirun can send this signal before the end of a job
 
 
 def call_in_forked_child(function: Callable[[], object]) -> None:
@@ -42,9 +42,9 @@ def do_not_wait(stream: IO[bytes]) -> None:
 
 
 def write_utf8(stream: TextIO | None) -> None:
-    """Let a stream to a file or a pipe write UTF-8 on Windows too, as Python does from version 3.15 on.
+    """On Windows, let a stream to a file or a pipe write UTF-8, as Python does from version 3.15 on.
 
-    In the older encoding, letters of most languages would be lost. Text for a console is not affected.
+    Windows' older encodings lack the letters of most languages. Text for a console is not affected.
     """
     if sys.platform != "win32" or "PYTHONIOENCODING" in os.environ:
         return
@@ -68,7 +68,7 @@ def detect_vanished_peer(connection: Any) -> None:
 
 
 def reuse_address(listener: socket.socket) -> None:
-    """Let a server listen on its port again at once after it ended.
+    """Let a restarted server listen on its port at once.
 
     Windows always allows this. On Windows, SO_REUSEADDR would let another program take the port.
     """

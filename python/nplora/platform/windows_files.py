@@ -14,7 +14,7 @@ import secrets
 import sys
 from typing import TYPE_CHECKING
 
-assert sys.platform == "win32" or not TYPE_CHECKING  # type checkers ignore the rest elsewhere
+assert sys.platform == "win32" or not TYPE_CHECKING  # on other systems, type checkers skip what follows
 
 with contextlib.suppress(ImportError):  # the module can be imported on every system
     import _winapi
@@ -24,8 +24,8 @@ _SHARED = 1 | 2 | 4  # FILE_SHARE_READ, FILE_SHARE_WRITE, FILE_SHARE_DELETE
 _CREATE_NEW, _CREATE_ALWAYS, _OPEN_EXISTING, _OPEN_ALWAYS = 1, 2, 3, 4
 _NORMAL = 0x80  # FILE_ATTRIBUTE_NORMAL
 _DIRECTORY = 0x0200_0000  # FILE_FLAG_BACKUP_SEMANTICS
-_LOCKED_BYTE = 1 << 40  # no such byte exists: nobody can read locked bytes
-# Access denied, sharing violation, lock violation, a file with a mapping.
+_LOCKED_BYTE = 1 << 40  # beyond the end of the file, because Windows lets no other process read a locked byte
+# Windows' errors for: access denied, sharing violation, lock violation, and a file that is mapped.
 _IN_USE = {5, 32, 33, 1224}
 _LONGEST = 1 << 15
 
@@ -49,7 +49,7 @@ def open_file(path: str | os.PathLike[str], flags: int, directory: int | None, f
 def open_directory(path: str, directory: int | None) -> int:
     path = joined(directory, path)
     if not os.path.isdir(path):
-        os.stat(path)  # FileNotFoundError
+        os.stat(path)  # raises FileNotFoundError if nothing has this name
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), path)
     return _descriptor(path, 0, _OPEN_EXISTING, _DIRECTORY, os.O_RDONLY)
 
@@ -106,7 +106,7 @@ def _replaced(path: str, mark: str) -> str:
 
 
 def _remove(path: str) -> None:
-    with contextlib.suppress(OSError):  # it is still mapped; the next call of `replace` tries again
+    with contextlib.suppress(OSError):  # the file is still mapped; the next call of `replace` tries again
         os.unlink(path)
 
 

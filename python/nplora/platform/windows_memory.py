@@ -60,7 +60,7 @@ def counters(process: int = _THIS_PROCESS) -> Counters:
     found = _Counters()
     found.cb = ctypes.sizeof(found)
     _kernel().K32GetProcessMemoryInfo(ctypes.c_void_p(process), ctypes.byref(found), found.cb)
-    private = max(found.PrivateUsage, found.PagefileUsage)  # equal on Windows; Wine sets the second only
+    private = max(found.PrivateUsage, found.PagefileUsage)  # equal on Windows; Wine sets only PagefileUsage
     return Counters(found.WorkingSetSize, found.PeakWorkingSetSize, private)
 
 

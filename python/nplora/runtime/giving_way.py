@@ -12,7 +12,7 @@ _pause: ContextVar[Callable[[], None] | None] = ContextVar("nplora_pause", defau
 def give_way() -> None:
     """Call the function that `giving_way` has set in this thread (or asyncio task), if there is one.
 
-    Decoders call this between blocks.
+    Models call this function between two blocks.
     """
     pause = _pause.get()
     if pause is not None:
@@ -21,7 +21,7 @@ def give_way() -> None:
 
 @contextlib.contextmanager
 def giving_way(pause: Callable[[], None]) -> Iterator[None]:
-    """A context in which `give_way` calls `pause`, which may wait, or raise an error to end the work.
+    """A context in which `give_way` calls `pause`. `pause` may wait, or raise an error to end the work.
 
     The setting is valid only in the thread (or asyncio task) that enters the context.
 

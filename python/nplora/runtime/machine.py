@@ -1,4 +1,4 @@
-"""Describes the machine, for bug reports and logs."""
+"""Describes the machine for bug reports and logs."""
 
 import functools
 

@@ -1,4 +1,4 @@
-"""Profiler: measures the time of a thread, by activities of the core and by sections of the program."""
+"""Profiler: measures the time that a thread spends in activities of the core and sections of the program."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _of_thread = threading.local()  # its attribute `profiler`: the Profiler that re
 
 @dataclass
 class Total:
-    """The total of an activity.
+    """The totals of an activity.
 
     Attributes:
-        operations: the floating-point operations of its products, by arithmetic.
+        operations: the number of operations in products, for each arithmetic (such as "float32").
     """
 
     calls: int = 0
@@ -37,8 +37,9 @@ class Profiler:
     """Records the calls of the core that one thread makes between `start` and `stop`.
 
     Attributes:
-        totals: (section, activity) -> total. The section of a call outside of all sections is "".
-        sections: the seconds in each section, including the work in Python.
+        totals: a dictionary from (section, activity) to the total. The section of a call outside all sections
+            is "".
+        sections: the seconds in each section, including the time spent in Python code.
 
     >>> import nplora, numpy as np
     >>> from nplora.runtime.profile import Profiler, section
@@ -59,7 +60,7 @@ class Profiler:
         self._spans: list[tuple[str, float]] = []
 
     def start(self) -> None:
-        """Record the calls of this thread from now on. Earlier calls without a `stop` are dropped."""
+        """Record the calls of this thread from now on. Drop recorded calls that `stop` has not added yet."""
         self.cancel()
         _of_thread.profiler = self
         _core.start_profile()
@@ -74,7 +75,7 @@ class Profiler:
         self.cancel()
 
     def cancel(self) -> None:
-        """Record no more calls, and drop those since `start`."""
+        """Stop recording, and drop the calls recorded since `start`."""
         _core.stop_profile()
         _of_thread.profiler = None
         self._section, self._rows, self._spans = "", [], []

@@ -14,8 +14,8 @@ _INT_MAX = 2**31 - 1  # the core counts threads in an int
 def obey_threadpoolctl() -> None:
     """Let `threadpoolctl.threadpool_limits` limit nplora's threads too, like those of OpenMP.
 
-    threadpoolctl knows OpenMP's libraries, but nplora has its own thread pool. A build with OpenMP follows
-    OpenMP's limit, so it needs no such help.
+    threadpoolctl knows OpenMP's libraries, but nplora has its own thread pool. In a build with OpenMP, nplora
+    follows OpenMP's limit, so this function does nothing.
     """
     if _core.config()["openmp"]:
         return
@@ -73,8 +73,8 @@ def get_num_threads() -> int:
 def release_memory() -> None:
     """Return idle memory to the system.
 
-    When a large result is freed, nplora keeps its memory for later results. Even without this call, idle
-    memory and memory in use together exceed the largest amount that was in use at one time by at most 4 MiB.
+    When a large result is freed, nplora keeps its memory for later results. Even if this function is never
+    called, used and idle memory together exceed the peak of the used memory by at most 4 MiB.
 
         >>> import nplora
         >>> nplora.release_memory()

@@ -11,21 +11,22 @@ from collections.abc import Callable
 from nplora import _check
 
 WINDOW = 1.0  # seconds
-_RECENT = 64  # slices from which the next one is predicted
-_MOST_MEDIANS = 2  # times the median: a longer slice was an exception
-_GAP = 0.02  # seconds without urgent work after which it counts as done
-_MOST_WAIT = 0.25  # seconds that urgent work waits for the end of a slice
+_RECENT = 64  # the number of recent slices that predict the length of the next slice
+_MOST_MEDIANS = 2  # the prediction is at most this many times the median of the recent slices
+_GAP = 0.02  # after this many seconds without urgent work, urgent work counts as over
+_MOST_WAIT = 0.25  # the most seconds that urgent work waits for the end of a slice
 
 
 class TimeBudget:
     """Computes when the next slice of training may begin, so that training keeps to its share of the time.
 
     Training takes at most `share` of any second. In addition, a pause follows each slice, in proportion to
-    the slice, so that the slices are spread over the second. A slice that is longer than its share of a
-    second is followed by a longer pause.
+    the slice, so that the slices are spread over the second. If a slice is expected to take longer than
+    `share` seconds, the limit applies to a longer window instead of a second.
 
-    The next slice is expected to take as long as the longest recent one, but at most twice the median. So an
-    exception, such as a write to a slow disk, may break the limit once, but does not hold up training later.
+    The next slice is expected to take as long as the longest recent slice, but at most twice the median. So
+    one unusually long slice, for example during a write to a slow disk, may exceed the limit, but does not
+    delay training later.
 
     >>> budget = TimeBudget(share=0.25)
     >>> budget.add(10.0, 10.125)  # a slice of an eighth of a second
@@ -35,13 +36,14 @@ class TimeBudget:
 
     def __init__(self, share: float) -> None:
         self.share = share
-        self._slices = collections.deque[tuple[float, float]]()  # those in the last window
+        self._slices = collections.deque[tuple[float, float]]()  # the slices in the last window
         self._recent = collections.deque[float](maxlen=_RECENT)
 
     def add(self, began: float, ended: float, counted_from: float | None = None) -> None:
-        """Note a slice.
+        """Record a slice.
 
-        Only the part of the slice after `counted_from` counts; None: the whole slice counts.
+        Only the part of the slice after `counted_from` counts. If `counted_from` is None, the whole slice
+        counts.
         """
         self._recent.append(ended - began)
         begin = began if counted_from is None else max(began, counted_from)
@@ -66,10 +68,13 @@ class TimeBudget:
         return ended + (ended - began) * (1 - self.share) / self.share - now
 
     def _until_within(self, now: float, expected: float, window: float) -> float:
-        """The seconds until the window that ends with the next slice has room for this slice."""
+        """The seconds until the next slice may begin without taking more than the share of its window.
+
+        The window ends with the next slice.
+        """
         excess = sum(end - begin for begin, end in self._slices) + expected - self.share * window
         delay = 0.0
-        for begin, end in self._slices:  # the oldest first: these leave the window first
+        for begin, end in self._slices:  # the oldest slice first, because it leaves the window first
             if excess <= 0:
                 break
             leaving = min(end - begin, excess)
@@ -78,11 +83,12 @@ class TimeBudget:
 
 
 class TimeShare:
-    """Lets urgent work and training take turns. Training gets a share of the time, or all if nothing waits.
+    """Lets urgent work and training take turns.
 
-    Urgent work is a `with` block; training calls `pause` between slices, such as the blocks of a model.
-    While training waits in `pause`, only urgent work runs. Urgent work waits for the end of a slice, but not
-    longer than a quarter of a second: after that, both run at the same time until the slice ends.
+    Training gets a share of the time while there is urgent work, and all of the time otherwise. Urgent work
+    runs in a `with` block. Training calls `pause` between slices, such as the blocks of a model. While
+    training waits in `pause`, only urgent work runs. Urgent work waits until a slice ends, but at most a
+    quarter of a second; then urgent work and training run at the same time until the slice ends.
 
     Args:
         share: the share of the time for training, above 0 and at most 1.
@@ -102,10 +108,11 @@ class TimeShare:
         self._changed = threading.Condition()
         self._urgent = 0  # the number of `with` blocks that wait or run
         self._running = 0  # the number of `with` blocks that run
-        self._since, self._until = 0.0, float("-inf")  # when urgent work came after a gap, and last ended
-        self._began: float | None = None  # the beginning of the present slice
-        self._is_long = False  # urgent work does not wait for the present slice any more
-        self._waits = False  # training waits in `pause`
+        # When the first urgent work after a gap came, and when urgent work last ended.
+        self._since, self._until = 0.0, float("-inf")
+        self._began: float | None = None  # the beginning of the current slice; None: there is no slice
+        self._is_long = False  # whether urgent work has stopped waiting for the end of the current slice
+        self._waits = False  # whether training waits in `pause`
 
     @property
     def share(self) -> float:
@@ -148,7 +155,7 @@ class TimeShare:
             self._waits, self._began = False, now
 
     def end(self) -> None:
-        """End the current slice, before work that needs no turn."""
+        """End the current slice. Training calls this before work that may run beside urgent work."""
         with self._changed:
             self._end_slice()
 
@@ -160,19 +167,19 @@ class TimeShare:
             self._changed.notify_all()
 
     def _is_slicing(self) -> bool:
-        """Whether training runs a slice, so that urgent work waits for its end."""
+        """Whether training runs a slice whose end urgent work still waits for."""
         return self._began is not None and not self._is_long
 
     def _is_busy(self, now: float) -> bool:
-        """Whether there is urgent work now, or was a moment ago. More work is then likely to come."""
+        """Whether there is urgent work now, or was a moment ago, so that more is likely to come."""
         return self._urgent > 0 or now - self._until < _GAP
 
     def _is_due(self, now: float) -> bool:
-        """Whether training waits, and has the right to run its next slice before later urgent work."""
+        """Whether training waits, and may run its next slice before urgent work that comes now."""
         return self._waits and self._budget.delay(now) <= 0
 
     def _seconds(self, now: float) -> float | None:
-        """The seconds after which training checks again; None: when urgent work ends."""
+        """The seconds after which training checks again. None: it waits until urgent work ends."""
         if self._running:
             return None
         delay = self._budget.delay(now)

@@ -1,4 +1,4 @@
-"""Training: `Trainer`, the records of a run, and its callbacks."""
+"""Training: `Trainer`, and the records and the callbacks of a run."""
 
 from nplora.trainer.batches import Batches
 from nplora.trainer.callbacks import Callback

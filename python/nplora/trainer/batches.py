@@ -1,4 +1,4 @@
-"""Batches: shuffled rows of arrays, or the items of a user's iterable. Reading can start at any batch."""
+"""Batches: rows of arrays, or the items of a user's iterable. Reading can start at any batch of an epoch."""
 
 import itertools
 from collections.abc import Iterable, Iterator, Sequence, Sized
@@ -41,7 +41,7 @@ class Batches(Protocol):
         """The batches of an epoch (counted from 0), without its first `skip` batches."""
 
     def identity(self) -> dict[str, Any]:
-        """The settings that must be the same when a run is resumed, as values that JSON can hold."""
+        """The settings that a resumed run must share with the original run, as values that JSON can hold."""
 
 
 def shuffled(rows: int, seed: int, epoch: int) -> Array:
@@ -59,7 +59,7 @@ def shuffled(rows: int, seed: int, epoch: int) -> Array:
 
 
 class ArrayBatches:
-    """Rows of two arrays, `batch_size` at a time; the last batch of an epoch may be smaller.
+    """Batches of `batch_size` rows from two arrays; the last batch of an epoch may be smaller.
 
     The order of the rows in an epoch depends only on the seed and the number of the epoch. So a resumed run
     finds its position in the data without reading the earlier batches.
@@ -127,7 +127,7 @@ class IterableBatches:
     A resumed run iterates from the beginning, and skips the batches that it has already used.
 
     Args:
-        batches: any iterable. A generator can be read only once, so it is enough for one epoch.
+        batches: any iterable. A generator can be read only once, so it serves a single epoch.
     Attributes:
         once: whether `batches` can be read only once.
     Raises:

@@ -17,8 +17,8 @@ class Callback:
     `run.stop()` ends the run after the current step, as if this step were the last. If a hook raises an
     exception, the run is saved and ends.
 
-    A resumed run has the log up to its checkpoint. So a callback can save its state with `run.log` in
-    `on_step_end`, and read the last saved state with `run.logged` in `on_fit_start`.
+    A callback can save its own state with `run.log` in `on_step_end`. When the run is resumed, `run.logged`
+    in `on_fit_start` returns the last state that was logged before the checkpoint.
 
     On several ranks, every rank calls the hooks of its callbacks, but only rank 0 calls `on_checkpoint`. A
     callback that changes the model or its gradients must do the same on all ranks; otherwise the run ends
@@ -41,7 +41,7 @@ class Callback:
         """Called before the first step. A resumed run has already loaded its checkpoint.
 
         A new run writes its first checkpoint after this hook. So if the hook raises an exception, the
-        directory contains no new run, and an earlier run that should be overwritten is still there.
+        directory contains no new run, and an earlier run that was to be overwritten is still there.
         """
 
     def on_step_begin(self, run: Run) -> None:
@@ -71,7 +71,7 @@ class Callback:
         """Called after every update of the parameters."""
 
     def on_evaluation(self, run: Run, record: EvaluationRecord) -> None:
-        """Called after every evaluation of the validation data, including those at the end of an epoch."""
+        """Called after every evaluation of the validation data, including the one at the end of an epoch."""
 
     def on_epoch_end(self, run: Run, record: EpochRecord) -> None:
         """Called after every epoch and its validation."""
@@ -80,7 +80,7 @@ class Callback:
         """Called after a checkpoint was written to the disk, on rank 0 only."""
 
     def on_fit_end(self, run: Run) -> None:
-        """Called at the end of the run, also after Ctrl-C, but not after an error."""
+        """Called at the end of the run, including after Ctrl-C, but not after an error."""
 
 
 def checked_callbacks(op: str, callbacks: Any) -> list[Callback]:

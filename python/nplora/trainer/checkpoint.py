@@ -31,20 +31,20 @@ class Checkpoint:
     """The state of a run between two steps.
 
     Attributes:
-        step, epoch, batch: the numbers of steps made, of epochs finished, and of batches used in the current
-            epoch.
+        step, epoch, batch: the number of finished steps, the number of finished epochs, and the number of
+            batches used in the current epoch.
         total_steps: the number of steps in the whole run; None if unknown.
-        random_state: the state of each layer's dropout, from `Module.random_state`.
-        settings: the settings of the run. A resumed run compares its own settings with the stored settings.
+        random_state: the state of each layer's dropout stream, from `Module.random_state`.
+        settings: the settings of the run, with which a resumed run compares its own.
         base: the fingerprint of the model's frozen weights, from `base_fingerprint`.
         best: the evaluation with the lowest validation loss, as a dictionary of "loss", "epoch", "step" and
             "since". "since" is the number of later evaluations.
         epochs, evaluations: the records of the last finished epochs and of the last evaluations.
-        log_bytes: the length of the log in bytes. The log holds all records.
-        parameters, optimizer, best_parameters: dictionaries of the model's factors, the optimiser's moments,
-            and the factors of the best evaluation.
-        history: the records of the last steps, one array for each field. Earlier records are only in the log,
-            so a checkpoint does not grow with its run.
+        log_bytes: the length of the log in bytes when the checkpoint was written. The log holds all records.
+        parameters, optimizer, best_parameters: the model's factors, the optimiser's moments, and the factors
+            of the best evaluation, each as a dictionary.
+        history: the records of the last steps, as one array for each field. Earlier records are only in the
+            log, so the size of a checkpoint does not grow during a run.
         outer: the momentum of outer steps; empty if the ranks make no local steps.
         isa, version: the instruction set and the version of nplora that made the checkpoint.
         serial: the number of the checkpoint. Each new checkpoint in a directory gets a higher number.
@@ -71,7 +71,7 @@ class Checkpoint:
     serial: int = 0
 
     def warn_if_moved(self) -> None:
-        """Warn if the instruction set or the version of nplora differs: rounding may then differ too."""
+        """Warn if the instruction set or nplora's version has changed, because rounding may then differ."""
         config = _core.config()
         for what, then, now in (
             ("instruction set", self.isa, config["isa"]),
@@ -119,8 +119,8 @@ def new_file(path: Path, checkpoint: Checkpoint, more: Mapping[str, str] | None 
 def read(path: Path) -> Checkpoint:
     """Read the arrays of a checkpoint one by one to check them; then map the file into memory.
 
-    The file is mapped because the memory may be too small for a copy of all arrays. The arrays are read
-    before the file is mapped, because a disk error in a mapped file would end the process.
+    The file is mapped because a copy of all arrays might not fit into memory. The arrays are read before the
+    file is mapped, because a disk error in a mapped file would end the process.
 
     Raises:
         UnsupportedError: a later version of nplora made the file. FormatError: the file is damaged. OSError:
@@ -210,7 +210,7 @@ def _fields(state: object, path: Path) -> dict[str, Any]:
 
 
 def _completed(state: object) -> object:
-    """Add the fields that an older schema lacks. Step 0 in `best` then means that the step is unknown."""
+    """Add the fields that an older schema lacks. In `best`, an added step of 0 means an unknown step."""
     if not isinstance(state, dict) or "evaluations" in state:
         return state
     best = state.get("best")

@@ -21,7 +21,7 @@ class DirectoryLock:
     process locks nothing.
 
     Args:
-        directory: the directory; the lock uses it until `close`.
+        directory: the directory, which must stay open until `close`.
         what: the name of the other process in error messages.
     Raises:
         BlockingIOError: another process has the lock; the message names its PID.
@@ -66,8 +66,8 @@ class DirectoryLock:
     def close(self) -> None:
         """Unlock the directory.
 
-        The lock file is removed before it is unlocked. If the lock file was unlocked first, another process
-        could lock the file before it is removed, and would lose its lock file.
+        The lock file is removed before it is unlocked. In the opposite order, another process could lock the
+        file between the two actions, and then lose its lock file.
         """
         if self._descriptor < 0:
             return

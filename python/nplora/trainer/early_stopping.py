@@ -23,9 +23,10 @@ class EarlyStopping:
         keeps_factors: whether the best factors are kept.
     Attributes:
         best: the evaluation with the lowest validation loss, as a dictionary of "loss", "epoch", "step" and
-            "since", the number of evaluations made after it. "loss" is None until an evaluation has a finite
-            loss. `best` itself is None before the first evaluation.
-        copies: copies of the best factors. The copies are out of date while the model has the best factors.
+            "since". "since" is the number of later evaluations. "loss" is None until an evaluation has a
+            finite loss. `best` itself is None before the first evaluation.
+        copies: copies of the best factors. While the model itself has the best factors, the copies are out of
+            date.
     """
 
     def __init__(self, model: Module, patience: int | None, keeps_factors: bool) -> None:
@@ -49,7 +50,7 @@ class EarlyStopping:
     def continue_from(self, best: dict[str, Any] | None, best_factors: Mapping[str, Array]) -> None:
         """Take over the best evaluation and its factors from a checkpoint.
 
-        If best factors should be kept, but the checkpoint has none, the earlier best evaluation is dropped.
+        If the best factors should be kept, but the checkpoint has none, its best evaluation is dropped.
         """
         if best is not None and best["loss"] is not None and self._keeps_factors and not best_factors:
             best = None
@@ -78,7 +79,7 @@ class EarlyStopping:
 
     @property
     def best_factors(self) -> dict[str, Array]:
-        """The factors of the best evaluation; empty if they are not kept."""
+        """The factors of the best evaluation; empty if the best factors are not kept."""
         return factors(self._model) if self._is_in_model else self.copies
 
     @property

@@ -22,9 +22,9 @@ def evaluate(
 ) -> dict[str, float]:
     """The mean loss over all examples, tokens or elements, without dropout, and other metrics.
 
-    For class labels, the result also has the accuracy; for a `MeasuredLoss`, its own metrics. If there are
-    several ranks, each rank evaluates one batch at a time. The values are added in the order of the batches,
-    so that the result does not depend on the number of ranks.
+    For class labels, the result also has the accuracy. For a `MeasuredLoss`, the result also has the metrics
+    of the loss. If there are several ranks, each rank evaluates one batch at a time. The values are added in
+    the order of the batches, so that the result does not depend on the number of ranks.
     """
     ranks = ranks or Alone()
     take_metrics(loss)  # drops the metrics of an unfinished evaluation
@@ -47,12 +47,12 @@ def evaluate(
 
 @dataclass
 class _Sums:
-    """The sums over the examples of one batch or of several.
+    """The sums over the examples of one or more batches.
 
     Attributes:
         count: the number of items over which the loss is averaged.
         right, labelled: the number of labels that were predicted correctly, and the number of all labels.
-        has_classes: whether the labels are numbers of classes.
+        has_classes: whether the labels are the integers of classes.
     """
 
     loss: float = 0.0
@@ -110,8 +110,8 @@ def predict(model: Module, x: npt.ArrayLike, batch_size: int) -> Array:
 def check_rows(op: str, model: Module, x: Array) -> None:
     """Refuse a single example if the model expects an array of examples.
 
-    If x has one axis, each number in x counts as one example, such as a token id. The model is called with
-    the first number, to see whether it accepts a number as an example.
+    If x has one axis, each number in x counts as one example, such as a token id. This function calls the
+    model with the first number, to see whether the model accepts a single number as an example.
 
     Raises:
         ValueError: x has one axis, and the model does not accept a single number as an example.

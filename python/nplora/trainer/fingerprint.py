@@ -1,4 +1,4 @@
-"""The parts of a model in a checkpoint: the fingerprint of the frozen model, and the factors by name."""
+"""What a checkpoint stores of a model: the fingerprint of the frozen weights, and the factors by name."""
 
 import hashlib
 from collections.abc import Iterable, Mapping
@@ -17,12 +17,12 @@ Array = npt.NDArray[Any]
 
 
 def base_fingerprint(model: Module, whole: bool = False) -> str:
-    """SHA-256 over the names, shapes and rows of all frozen arrays, and another one of the configuration.
+    """A SHA-256 of the names, shapes and rows of all frozen arrays, and a SHA-256 of the configuration.
 
     Args:
-        whole: whether to read all rows, so that every changed bit is detected. Otherwise sampled rows
-            distinguish base models: reading all of a large model would take longer than the first training
-            steps.
+        whole: whether to read all rows, so that every changed bit is detected. By default, only sampled rows
+            are read, because reading a large model would take longer than the first training steps. Sampled
+            rows are enough to distinguish base models.
     """
     digest = hashlib.sha256()
     for name, module in model.named_modules():
@@ -36,15 +36,18 @@ def base_fingerprint(model: Module, whole: bool = False) -> str:
 
 
 def is_same_base(found: str, base: str) -> bool:
-    """Whether a stored fingerprint is that of a model. Earlier versions stored no configuration."""
+    """Whether the fingerprint `found` in a checkpoint matches the fingerprint `base` of a model.
+
+    Checkpoints of earlier versions have no SHA-256 of the configuration.
+    """
     return found in (base, base.partition(" ")[0])
 
 
 def fingerprint(array: FrozenWeight | Array, whole: bool = False) -> str:
-    """The dtype and shape of an array, and a SHA-256 over at most 64 KiB of evenly spaced rows.
+    """The dtype and shape of an array, and a SHA-256 of evenly spaced rows, at most 64 KiB of them.
 
     Args:
-        whole: whether the SHA-256 is over all rows.
+        whole: whether the SHA-256 covers all rows.
     """
     digest = hashlib.sha256()
     for part in _contents(array) if whole else [_sample(array)]:
@@ -66,7 +69,7 @@ def _sample(array: FrozenWeight | Array) -> Array:
 
 
 def factors(model: Module) -> dict[str, Array]:
-    """The model's arrays that a checkpoint stores: the parameters, and B of layers that train only A."""
+    """The model's arrays that a checkpoint stores: the parameters, and B of each layer with a frozen B."""
     arrays = {p.name: p.value for p in model.parameters()}
     for name, module in model.named_modules():
         if isinstance(module, LoRALayer) and module.freeze_B:
@@ -75,7 +78,7 @@ def factors(model: Module) -> dict[str, Array]:
 
 
 def set_factors(model: Module, values: Mapping[str, Array]) -> None:
-    """Write the values into the model's arrays of the same names, which `factors` returns."""
+    """Write the values into the arrays that `factors` returns, by name."""
     for name, array in factors(model).items():
         array[...] = values[name]
 

@@ -39,7 +39,7 @@ def require_outer_steps(op: str, eval_every: int | None, local_steps: int | None
     """Check that the ranks have the same trained values at every evaluation.
 
     Raises:
-        ValueError: some evaluations would not come right after an outer step.
+        ValueError: some evaluations would not come directly after an outer step.
     """
     if eval_every is not None and local_steps is not None and eval_every % local_steps:
         raise ValueError(

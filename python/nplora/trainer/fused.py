@@ -1,4 +1,4 @@
-"""FusedLoss: forward, loss and backward in one call, for models whose output is too large to keep."""
+"""FusedLoss: forward pass, loss and backward pass in one call, for models with outputs too large to keep."""
 
 from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
@@ -10,11 +10,11 @@ from nplora.nn.module import Module
 class FusedLoss(Protocol):
     """A loss for `Trainer` that runs the forward pass, the loss and the backward pass in one call.
 
-    A `FusedLoss` may also have a method `take_metrics()`, which returns other quantities by name. Each is a
-    mean over all batches since the last call. The records of steps and epochs then have these metrics. If the
-    number of values in a mean NAME differs from `count`, the metric "count/NAME" gives this number. On
-    several ranks, such a loss also needs the methods of `MergedLoss`, because each rank measures only its own
-    batches.
+    A `FusedLoss` may also have a method `take_metrics()`, which returns other quantities (metrics) by name.
+    Each metric is a mean over all batches since the last call. The records of steps and epochs then contain
+    these metrics. If a mean NAME covers a number of values other than `count`, the metric "count/NAME" gives
+    that number. On several ranks, a loss with metrics also needs the methods of `MergedLoss`, because each
+    rank measures only its own batches.
 
     >>> import nplora, numpy as np
     >>> class Distance:
@@ -56,7 +56,7 @@ class FusedLoss(Protocol):
         """
 
     def settings(self) -> dict[str, Any]:
-        """The settings that must be the same when a run is resumed, as values that JSON can hold."""
+        """The settings that a resumed run must share with the original run, as values that JSON can hold."""
 
 
 @runtime_checkable
@@ -75,7 +75,7 @@ class MergedLoss(MeasuredLoss, Protocol):
         """Return the measurements since the last call. `take_metrics` then no longer returns them."""
 
     def add_measured(self, measured: Any) -> None:
-        """Add measurements that `take_measured` has returned, on this rank or on another one."""
+        """Add measurements that `take_measured` has returned, on this rank or on another rank."""
 
 
 @runtime_checkable
@@ -83,7 +83,7 @@ class PartedLoss(FusedLoss, Protocol):
     """A `FusedLoss` that cuts a batch into parts, and runs a forward and a backward pass for each part.
 
     Attributes:
-        after_part: called after each backward pass of `forward_backward`.
+        after_part: a function that `forward_backward` calls after each backward pass.
     """
 
     after_part: Callable[[], None]
@@ -107,5 +107,5 @@ def add_measured(loss: Any, measured: Any) -> None:
 
 
 def take_metrics(loss: Any) -> dict[str, float]:
-    """The metrics of a loss since the last call; empty if the loss has no metrics."""
+    """The metrics of a loss over the batches since the last call; empty if the loss has no metrics."""
     return loss.take_metrics() if isinstance(loss, MeasuredLoss) else {}

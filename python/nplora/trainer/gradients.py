@@ -1,4 +1,4 @@
-"""The gradients of one step: each batch runs forward and backward, and adds to the model's gradients."""
+"""Gradients: runs each batch of a step forward and backward, and adds up the gradients in the model."""
 
 import math
 import time
@@ -26,9 +26,9 @@ class StepTotals:
 
     step: int = 0  # the number of the step, from 1
     batches: int = 0
-    count: int = 0
-    first_count: int = 0  # the first count that is not 0; gradients are weighted relative to it
-    own_count: int = 0  # the count of the batches whose gradients the model holds
+    count: int = 0  # the number of items over which the loss is averaged
+    first_count: int = 0  # the first batch's count that is not 0; gradients are weighted relative to it
+    own_count: int = 0  # the count of only those batches whose gradients the model holds
     loss: float = 0.0  # the sum of loss · count
     started: float = field(default_factory=time.perf_counter)
 
@@ -55,8 +55,8 @@ class NonfiniteLoss:
 
     Attributes:
         batch: the number of the batch in the step, from 1.
-        what: the end of an error message: the value of the loss, and the place where NaN or infinity appears
-            first.
+        what: the end of an error message, which names the value of the loss and the place where NaN or
+            infinity appears first.
     """
 
     batch: int
@@ -76,10 +76,10 @@ class Gradients:
         """Begin a step."""
 
     def add(self, x: Any, y: Any, totals: StepTotals) -> NonfiniteLoss | None:
-        """Run one batch forward and backward; add the gradients, weighted by the batch's number of items.
+        """Run one batch forward and backward; add its gradients, weighted by its number of items.
 
         Returns:
-            the reason if the loss is not finite.
+            None, or the reason why the loss is not finite.
         """
         streams = [layer.dropout_stream for layer in self._adapters]
         loss = self._setup.loss
@@ -108,7 +108,7 @@ class Gradients:
     def _add(self, loss: Loss, x: Any, y: Any, totals: StepTotals) -> float:
         """Run one batch; return its loss. If the loss is not finite, the gradients stay unchanged."""
         forward = self._loss_of(loss, x, y)
-        if forward.count == 0:  # the loss is not finite, or no row is labelled
+        if forward.count == 0:  # the loss is not finite, or no row has a label
             return forward.loss
         totals.first_count = totals.first_count or forward.count
         totals.count += forward.count

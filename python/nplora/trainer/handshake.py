@@ -23,10 +23,10 @@ _LONG = 40  # characters; a longer value is not shown
 def require_agreement(communicator: Communicator, setup: TrainingSetup, config: FitConfig) -> None:
     """Check that all ranks start the same run.
 
-    A signal does not end the handshake: the run is not loaded yet, so an interrupted run could not be saved.
+    A signal does not end the handshake, because the run is not loaded yet and so could not be saved.
 
     Raises:
-        ValueError: a rank differs from rank 0; the message names the rank and what differs.
+        ValueError: a rank differs from rank 0; the message names the rank and the differences.
     """
     if communicator.size > 1:
         problems = differences(communicator.gather(_described(setup, config), "the handshake"))
@@ -75,7 +75,7 @@ def _described(setup: TrainingSetup, config: FitConfig) -> dict[str, Any]:
         **program(),
         "base model": base_fingerprint(setup.model, whole=True),
         **settings["free"],
-        **fixed,  # the "loss" of a `FusedLoss` has its settings; that of "free" has only its name
+        **fixed,  # its "loss", the settings of a `FusedLoss`, replaces the "loss" of "free", which is a name
         "validation data": settings["validation"],
         "adapter (layers, ranks, alphas)": layers,
         "start of the factors": _digest(factors(setup.model)),

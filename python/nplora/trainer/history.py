@@ -15,7 +15,7 @@ from nplora.formats.strict_json import json_values
 
 Array = npt.NDArray[Any]
 
-# A checkpoint has this many records of each kind, so some history survives the loss of the log.
+# A checkpoint has up to this many records of each kind, so these records survive if the log is lost.
 KEPT = 64
 
 
@@ -30,9 +30,9 @@ class StepRecord:
         (1, 0.75, 16)
 
     Attributes:
-        step: the number of updates made, including this one.
+        step: the number of this update, counted from 1.
         epoch: the number of the epoch, counted from 1.
-        loss: the mean loss of the step's batches before the update, weighted by each batch's count.
+        loss: the mean loss of the step's batches before the update. Each batch is weighted by its count.
         count: the number of examples, tokens or elements over which the loss is averaged.
         lr: the learning rate.
         grad_norm: the Euclidean norm of all gradients, before clipping.
@@ -70,7 +70,7 @@ class EvaluationRecord:
         [1, 2, 3, 4, 5]
 
     Attributes:
-        step: the number of updates made before the evaluation.
+        step: the number of updates before the evaluation.
         epoch: the number of the epoch, counted from 1.
         val_loss, val_accuracy: the loss and accuracy on the validation data. Without class labels,
             `val_accuracy` is None.
@@ -92,7 +92,7 @@ class EvaluationRecord:
 
 @dataclass(frozen=True, slots=True)
 class EpochRecord:
-    """One pass over the data, or the beginning of a pass if the run ended within it.
+    """One epoch (a pass over the data), or the beginning of an epoch if the run ended within the epoch.
 
         >>> import nplora, numpy as np
         >>> x, labels = np.eye(3), np.array([0, 1, 2])
@@ -103,12 +103,12 @@ class EpochRecord:
 
     Attributes:
         epoch: the number of the epoch, counted from 1.
-        step: the number of updates made by the end of the epoch.
-        loss: the mean loss of the epoch's steps, weighted by each step's `count`.
+        step: the number of updates by the end of the epoch.
+        loss: the mean loss of the epoch's steps. Each step is weighted by its `count`.
         val_loss, val_accuracy: the loss and accuracy on the validation data at the end of the epoch; None
             without validation data. Without class labels, `val_accuracy` is None too.
         seconds: the time that the epoch's steps took.
-        metrics: the means of the steps' metrics, weighted by their counts.
+        metrics: the means of the steps' metrics. Each step is weighted by its count.
         val_metrics: other quantities that the loss function measured on the validation data.
     """
 
@@ -134,7 +134,7 @@ def _row(record: "Record") -> dict[str, Any]:
 R = TypeVar("R", EpochRecord, EvaluationRecord)
 Record: TypeAlias = StepRecord | EvaluationRecord | EpochRecord
 
-COUNT = "count/"  # a metric of this name and NAME is the number of values in the mean NAME
+COUNT = "count/"  # the metric "count/NAME" is the number of values in the mean NAME
 EVALUATION = "evaluation"  # the event of an evaluation in the log
 
 _KINDS: dict[str, type[StepRecord] | type[EvaluationRecord] | type[EpochRecord]] = {
@@ -150,7 +150,7 @@ _METRIC = "metrics."  # the prefix of the metrics' columns in a checkpoint
 
 @dataclass
 class History:
-    """All records of a run, including those made before the run was resumed.
+    """All records of a run, including the records from before the run was resumed.
 
         >>> import nplora, numpy as np
         >>> trainer = nplora.Trainer(nplora.LoRALinear(np.eye(4), rank=1, rng=0), loss="mse")
@@ -166,8 +166,8 @@ class History:
         best_step, best_epoch, best_loss: the step, the epoch (counted from 1) and the validation loss of the
             evaluation whose factors the model has after the run. All three are None if the model has the
             factors of the last step.
-        kept_step: after Ctrl-C, the step of the best evaluation so far, if the checkpoint keeps its factors
-            for the resumed run.
+        kept_step: after Ctrl-C, the step of the best evaluation so far, if the factors of this evaluation are
+            kept for a resumed run; otherwise None.
     """
 
     steps: list[StepRecord] = field(default_factory=list)
@@ -224,7 +224,7 @@ class History:
     # ---- in a checkpoint and in the log ----
 
     def step_columns(self) -> dict[str, Array]:
-        """The last step records, one array for each field. The log has all records."""
+        """The last step records, as one array for each field. Only the log has all records."""
         last = self.steps[-KEPT:]
         columns = {
             f.name: np.array([getattr(r, f.name) for r in last], np.int64 if f.type is int else np.float64)
@@ -246,7 +246,7 @@ class History:
     def restore(
         self, columns: Mapping[str, Array], epochs: list[dict[str, Any]], evaluations: list[dict[str, Any]]
     ) -> None:
-        """Replace the records by those that `step_columns`, `epoch_rows` and `evaluation_rows` returned.
+        """Restore the records that `step_columns`, `epoch_rows` and `evaluation_rows` returned.
 
         Raises:
             ValueError, TypeError: one of the arguments does not have the expected form.
@@ -267,9 +267,9 @@ class History:
     def add_log(self, log: bytes, step: int, epoch: int) -> None:
         """Add the records of a log up to the given step and epoch; skip lines that are not records.
 
-        A record that the history already has is not replaced: it comes from a checkpoint, which a checksum
-        protects. Only evaluations before the checkpoint's evaluations are added. A log of an earlier version
-        has no evaluation records, so its epoch records are used instead.
+        Records that the history already has are not replaced, because they come from a checkpoint, which a
+        checksum protects. Only evaluations before the checkpoint's evaluations are added. A log of an earlier
+        version has no evaluation records, so evaluations are made from its epoch records.
         """
         steps, epochs = dict[int, StepRecord](), dict[int, EpochRecord]()
         evaluations = dict[int, EvaluationRecord]()
@@ -321,8 +321,8 @@ def last_of_each_event(log: bytes) -> dict[str, dict[str, Any]]:
 def _validated(epochs: Sequence[EpochRecord], evaluations: Sequence[EvaluationRecord]) -> list[EpochRecord]:
     """The epochs of a log or a checkpoint, with NaN for each validation loss that was not finite.
 
-    JSON stores such a loss as null, and also the missing loss of an epoch without validation data. Only an
-    epoch with validation data has an evaluation at its end.
+    In JSON, null stands for such a loss, and also for the missing loss of an epoch without validation data.
+    An epoch has a validation loss only if there is an evaluation at its end.
     """
     ends = {(record.epoch, record.step): record.val_loss for record in evaluations}
     return [
@@ -351,7 +351,7 @@ def _logged(line: bytes) -> Record | None:
 
 def _restored(kind: type[R], row: dict[str, Any]) -> R:
     """Make a record from a row that `epoch_rows` or `evaluation_rows` has returned."""
-    kind(**row)  # refuses other fields
+    kind(**row)  # raises TypeError if the row has other fields
     what = "epoch" if kind is EpochRecord else "evaluation"
     values = dict[str, Any]()
     for f in _plain_fields(kind):
@@ -367,7 +367,10 @@ def _restored(kind: type[R], row: dict[str, Any]) -> R:
 
 
 def _field(kind: Any, value: Any) -> Any:
-    """Check a number in a record of the log, and return it. A null replaces a number that was not finite."""
+    """Check and return a number in a record of the log.
+
+    In the log, null stands for a number that is not finite. It becomes NaN, or None if the field may be None.
+    """
     if value is None and kind is not int:
         return math.nan if kind is float else None
     if isinstance(value, bool) or not isinstance(value, int if kind is int else int | float):
@@ -381,7 +384,7 @@ def _plain_fields(kind: type[Record]) -> list[dataclasses.Field[Any]]:
 
 
 def _metrics(row: dict[str, Any]) -> dict[str, float]:
-    """The metrics of a record from the log. Raise TypeError or AttributeError for any other content."""
+    """The metrics of a record from the log. Raise TypeError or AttributeError if `row` has no such form."""
     return {str(name): _field(float, value) for name, value in row.items()}
 
 
@@ -397,8 +400,8 @@ def _measured(columns: list[str], values: Sequence[float]) -> dict[str, float]:
 def mean_metrics(steps: Sequence[StepRecord]) -> dict[str, float]:
     """The means of the metrics of several steps, over all values that were measured.
 
-    Each step's mean of a metric is weighted by its number of values: the metric with the name `COUNT` + the
-    metric's name or, if there is none, the step's `count`.
+    For a metric NAME, each step is weighted by its number of values: by its metric "count/NAME", or by the
+    step's `count` if there is no such metric.
     """
     means = dict[str, float]()
     for name in dict.fromkeys(name for record in steps for name in record.metrics):
@@ -413,7 +416,7 @@ def mean_metrics(steps: Sequence[StepRecord]) -> dict[str, float]:
 
 
 def with_margin(means: dict[str, float]) -> dict[str, float]:
-    """Set the mean reward margin, the difference of two means, if both means are known."""
+    """Add the mean reward margin, which is the difference of two means, if both means are known."""
     if {"rewards/chosen", "rewards/rejected"} <= means.keys():
         means["rewards/margins"] = means["rewards/chosen"] - means["rewards/rejected"]
     return means

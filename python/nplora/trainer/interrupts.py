@@ -1,4 +1,4 @@
-"""Signals during a run, whose handling is delayed while parameters or a checkpoint are written."""
+"""Interrupts: delays the handling of signals while a run writes parameters or a checkpoint."""
 
 import math
 import signal
@@ -11,13 +11,13 @@ from typing import Any, Self
 
 from nplora.platform.processes import ENDING_SIGNALS, NOTICE
 
-REPEAT_SECONDS = 0.5  # two Ctrl-C within this time end the program
+REPEAT_SECONDS = 0.5  # a second Ctrl-C within this time ends the program
 
 Handler = Callable[[int, FrameType | None], Any]
 
 
 class Terminated(BaseException):
-    """Raised when SIGTERM, SIGHUP or SIGUSR1 arrives, to end the process.
+    """SIGTERM, SIGHUP or SIGUSR1 has arrived and ends the process.
 
     Attributes:
         status: the exit status that a shell reports for a process ended by the signal.
@@ -37,28 +37,25 @@ def _interrupt(signum: int, frame: FrameType | None) -> None:
 
 
 def _ignore(signum: int, frame: FrameType | None) -> None:
-    """The handler of SIGUSR1 after a run of several processes.
-
-    The handler does nothing, so that the program can still save its results.
-    """
+    """Ignore SIGUSR1 after a run of several processes, so that the program can still save its results."""
 
 
 class Interrupts:
     """A context manager that can delay the signals SIGINT, SIGTERM, SIGHUP and SIGUSR1.
 
-    A signal is handled at once, except inside a `hold()` block, where it waits until the block ends. The
-    existing handlers are kept: Python's handler of SIGINT raises KeyboardInterrupt, and an ignored signal,
-    such as SIGHUP under nohup, stays ignored. If `terminate` is true, SIGTERM, SIGHUP and SIGUSR1 raise
-    Terminated instead of ending the process at once. Slurm and mpirun can send SIGUSR1 before the end of a
-    job. Python handles signals only in the main thread, so in any other thread the context manager does
-    nothing.
+    A signal is handled at once, except inside a `hold()` block, which delays the signal until the block ends.
+    The existing handlers are kept: Python's handler of SIGINT raises KeyboardInterrupt, and an ignored
+    signal, such as SIGHUP under nohup, stays ignored. If `terminate` is true, SIGTERM, SIGHUP and SIGUSR1
+    raise Terminated, instead of ending the process at once, unless the program has its own handler for the
+    signal. Slurm and mpirun can send SIGUSR1 before the end of a job. Python handles signals only in the main
+    thread, so in any other thread the context manager does nothing.
 
     Args:
         terminate: whether SIGTERM, SIGHUP and SIGUSR1 raise Terminated.
-        noted_only: only record signals until `end_run` handles them. Runs of several processes need this,
-            because the processes must end together.
+        noted_only: whether signals are only recorded until `end_run` handles them. Runs of several processes
+            need this, because the processes must end together.
     Attributes:
-        repeated: whether the last Ctrl-C came soon after another Ctrl-C, perhaps in the previous run. A
+        repeated: whether the last Ctrl-C came soon after another Ctrl-C, even one in the previous run. A
             repeated Ctrl-C means that the user wants to end the whole program.
     """
 
@@ -92,7 +89,7 @@ class Interrupts:
 
     def __exit__(self, *exception: object) -> None:
         for signum, previous in self._previous.items():
-            # MPI may have a handler of its own here, which Python does not know and cannot restore.
+            # MPI may have had its own handler for this signal. Python does not know and cannot restore it.
             is_usual = self._noted_only and signum == NOTICE and previous is signal.SIG_DFL
             signal.signal(signum, _ignore if is_usual else previous)
 
@@ -122,11 +119,11 @@ class Interrupts:
         return (self._waiting[-1], self.repeated) if self._waiting else None
 
     def end_run(self, signum: int, repeated: bool) -> None:
-        """Handle a signal that this process or another one has recorded.
+        """Handle a signal that this process or another process of the run has recorded.
 
         Raises:
-            KeyboardInterrupt, Terminated: the signal ends the run. Nothing is raised if the program has set a
-                handler that returns.
+            KeyboardInterrupt, Terminated: the signal ends the run. If the program's own handler of the signal
+                returns, the run continues.
         """
         self._waiting.clear()
         self.repeated = repeated

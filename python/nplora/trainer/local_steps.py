@@ -1,4 +1,4 @@
-"""LocalSteps: every rank makes local steps, and after a number of steps the ranks are combined."""
+"""LocalSteps: every rank makes local steps, and outer steps combine the results of all ranks."""
 
 from typing import Any
 
@@ -14,18 +14,18 @@ Array = npt.NDArray[Any]
 
 
 class LocalSteps:
-    """Combines the local steps of all ranks (DiLoCo, Douillard et al. 2023, algorithm 1).
+    """Combines the local steps of all ranks in outer steps (DiLoCo, Douillard et al. 2023, algorithm 1).
 
-    θ are the trained values after the last outer step, and θₖ those of rank k after its local steps:
+    θ are the trained values after the last outer step; θₖ are the values of rank k after its local steps:
 
         Δ = mean over the ranks of (θ - θₖ);  θ = the outer optimiser's step from θ with the gradient Δ
 
-    Unlike in the paper, the moments of the ranks' optimisers are averaged too. So after an outer step all
-    ranks have the same state, and a checkpoint holds one state instead of one for each rank.
+    Unlike the paper, this class also averages the moments of the ranks' optimisers. So after an outer step
+    all ranks have the same state, and a checkpoint holds one state instead of one state for each rank.
 
     Attributes:
         every: the number of steps between two outer steps; None: there are no outer steps.
-        is_open: whether the ranks have made local steps that are not combined yet.
+        is_open: whether the ranks have made local steps since the last outer step.
     """
 
     def __init__(self, setup: TrainingSetup, state: RunState, meeting: Meeting) -> None:
@@ -57,7 +57,7 @@ class LocalSteps:
             return
         state, outer = self._state, self._outer
         state.updating = True
-        state.optimizer.steps = max(  # some ranks had no batch
+        state.optimizer.steps = max(  # a rank that had no batch in a step has a lower number
             self._meeting.gather(state.optimizer.steps, f"the outer step after step {state.step}")
         )
         for parameter, before in zip(state.parameters, self._start.values, strict=True):

@@ -16,10 +16,10 @@ _MOST = 4000  # the most characters of a text, so that a line of the log stays s
 
 
 def log_header(model: Module, batches: Batches, validation: Batches | None) -> dict[str, Any]:
-    """Make the record for the log about the program that begins or resumes a run.
+    """Make the log record that describes a run when the run begins or is resumed.
 
     "command" is the command line of the program, or of the kernel in a notebook. "data" and "valid" describe
-    the training and the validation data, and the sizes of their batches.
+    the training and the validation data and their batches.
     """
     return {
         "nplora": str(_core.config()["version"]),

@@ -1,4 +1,4 @@
-"""Meeting: exchanges values between the ranks of a run, and ends all of them after a signal to one."""
+"""Meeting: exchanges values between the ranks of a run. If one rank gets a signal, all ranks end."""
 
 from typing import TypeVar
 
@@ -11,8 +11,8 @@ T = TypeVar("T")
 class Meeting:
     """The ranks of one call of `Trainer.fit`.
 
-    A signal must not end the run of one rank alone, because the other ranks would wait for it. So with
-    several ranks, signals are only recorded when they arrive, and `gather` raises the exception on all ranks.
+    A signal must not end only one rank, because the other ranks would wait for that rank. So on several
+    ranks, a signal is only recorded when it arrives, and the next `gather` handles it on all ranks.
 
     Attributes:
         is_ended: whether a signal has ended the run on all ranks.

@@ -16,15 +16,15 @@ from nplora.trainer.training_setup import TrainingSetup
 
 @dataclass
 class _Result:
-    """The report of a rank about its batch.
+    """The result of a rank's batch, which the rank sends to all ranks.
 
     Attributes:
         loss: the sum of the batch's losses.
         count: the number of items over which the loss is averaged.
         terms: the number of gradients to add, one for each part of the batch.
         problem: why the loss is not finite; empty if it is finite.
-        masks: for each layer, the number of dropout masks that a part has drawn; None if all numbers are as
-            expected.
+        masks: for each layer, the number of dropout masks that a part of the batch has drawn; None if all
+            numbers are as expected.
         measured: the measurements of the loss.
         data: the checksum of all batches of the round.
     """
@@ -39,15 +39,15 @@ class _Result:
 
 
 class OrderedGradients(Gradients):
-    """Computes the gradients of a step on several ranks, which get one batch each at a time (a round).
+    """Computes the gradients of a step on several ranks, in rounds of one batch on each rank.
 
-    Each batch gets the same dropout masks as on one rank. The gradients of the batches, or of their
-    parts, are added in the order of the batches. So the sums have the same bits for any number of ranks. But
-    if ranks make local steps (`local_steps`), each rank adds only the gradients of its own batches.
+    Each batch gets the same dropout masks as on one rank. The gradients of the batches (or of their parts, if
+    the loss cuts batches into parts) are added in the order of the batches. So the sums have the same bits
+    for any number of ranks. With `local_steps`, each rank adds only the gradients of its own batches.
 
     Attributes:
         computed: the seconds that this rank has spent in forward and backward passes.
-        items: the number of items (rows, trained tokens) that this rank has computed.
+        items: the number of items (such as rows or trained tokens) that this rank has processed.
     """
 
     def __init__(self, setup: TrainingSetup, meeting: Meeting) -> None:
@@ -61,12 +61,12 @@ class OrderedGradients(Gradients):
             else OrderedSum(meeting.communicator, gradients, setup.communication_dtype)
         )
         self._round: list[tuple[Any, Any]] = []
-        self._measured: list[Any] = []  # of the step's batches, in order
+        self._measured: list[Any] = []  # the measurements of the step's batches, in order
         self._masks = [int(getattr(layer, "dropout", 0.0) > 0) for layer in self._adapters]
         self.computed, self.items = 0.0, 0
 
     def begin(self) -> None:
-        """Drop the terms of an unfinished step."""
+        """Begin a step. Drop the batches and gradients of an unfinished step."""
         self._round.clear()
         self._measured.clear()
         self._sum.restart()
@@ -216,7 +216,7 @@ class OrderedGradients(Gradients):
     # ---- parts of a batch, and their dropout masks ----
 
     def _parts(self, x: Any, y: Any) -> int:
-        """The number of passes through the model that a batch takes."""
+        """The number of parts of a batch. The model computes each part in one pass."""
         loss = self._setup.loss
         if not isinstance(loss, FusedLoss):
             return 1
@@ -225,12 +225,12 @@ class OrderedGradients(Gradients):
         return loss.parts(x, y) if isinstance(loss, PartedLoss) else 1
 
     def _set_streams(self, start: list[tuple[int, int]], parts: int) -> None:
-        """Set the dropout streams of all layers to the position after a number of passes."""
+        """Set the dropout streams of all layers to the position after `parts` passes."""
         for layer, (seed, calls), masks in zip(self._adapters, start, self._masks, strict=True):
             layer.dropout_stream = seed, calls + masks * parts
 
     def _unexpected_masks(self, before: list[tuple[int, int]], parts: int) -> list[int] | None:
-        """The number of masks that each layer has drawn in a part. None if all numbers are as expected."""
+        """For each layer, the number of masks drawn for one part; None if all numbers are as expected."""
         drawn = [
             layer.dropout_stream[1] - calls for layer, (_, calls) in zip(self._adapters, before, strict=True)
         ]

@@ -16,7 +16,7 @@ PICTURE = "plot.png"
 
 _MAX_LOG = 1 << 30
 _STEEP = 30  # losses that span more than this factor get a logarithmic axis
-_WINDOWS = 25  # the smoothed curve averages over about this fraction of a run: 1 / _WINDOWS
+_WINDOWS = 25  # the smoothed curve averages over about 1 / _WINDOWS of a run
 _FEWEST = 10  # a run with fewer steps has no smoothed curve
 
 Records = list[dict[str, Any]]
@@ -35,7 +35,8 @@ class RunLog(NamedTuple):
     Attributes:
         steps, epochs: the records of all steps and epochs.
         loss_before: the validation loss before the first step; None if it was not measured.
-        evaluations: the records of all evaluations. An older log has evaluations only in its epoch records.
+        evaluations: the records of all evaluations; empty for an older log, which has evaluations only in its
+            epoch records.
 
     >>> import nplora, numpy as np
     >>> trainer = nplora.Trainer(nplora.LoRALinear(np.eye(4), rank=1, rng=0), loss="mse")
@@ -67,7 +68,7 @@ def plot_run(directory: StrPath, output: StrPath | None = None, overwrite: bool 
         PosixPath('plotted-run/plot.png')
 
     Args:
-        directory: the `checkpoint_dir` of a run, finished or not.
+        directory: the `checkpoint_dir` of a run. The run need not be finished.
         output: the path of the PNG; None: plot.png in the directory.
         overwrite: replace an existing file.
     Returns:
@@ -76,7 +77,7 @@ def plot_run(directory: StrPath, output: StrPath | None = None, overwrite: bool 
         ModuleNotFoundError: matplotlib, from the extra [plot], is not installed.
         ValueError: a path is empty, the name of the output does not end in .png, or the output is the log.
         FileExistsError: the output exists, and `overwrite` is not set.
-        FileNotFoundError: the directory has no log.jsonl, so it is not the directory of a run.
+        FileNotFoundError: the directory has no log.jsonl, so it belongs to no run.
         DataError: nplora did not write the log, or the log has no step yet.
         OSError: the PNG cannot be written.
     """
@@ -96,7 +97,7 @@ def plot_run(directory: StrPath, output: StrPath | None = None, overwrite: bool 
 
 
 def read_log(path: StrPath) -> RunLog:
-    """Read the records of the steps, evaluations and epochs, and the loss before training, from a log.
+    """Read from a log the records of steps, evaluations and epochs, and the loss before training.
 
     An incomplete last line is skipped.
 
@@ -108,7 +109,7 @@ def read_log(path: StrPath) -> RunLog:
         ([1, 2, 3], None)
 
     Raises:
-        DataError: a line is not a record (the message has the line's number), or the log has no step yet.
+        DataError: a line is not a record (the message names the line's number), or the log has no step yet.
         OSError: the log cannot be read.
     """
     lines = bytes(files.read(path, _MAX_LOG)).split(b"\n")[:-1]
@@ -146,7 +147,7 @@ def _check_record(record: dict[str, Any], where: str) -> None:
 
 
 def _number(record: dict[str, Any], name: str, where: str) -> float | None:
-    """Return a field of a record as a number. None stands for NaN or for a value that was not measured."""
+    """Return a field of a record as a number, or None if the value was not measured or not finite."""
     value = record.get(name)
     if value is None:
         return None
@@ -163,7 +164,7 @@ class _Curve(NamedTuple):
 
 
 def _curve(label: str, records: Records, name: str, **style: Any) -> _Curve:
-    """Make a curve from the records, without those whose value is null or missing."""
+    """Make a curve from the records. Records whose value is null or missing are left out."""
     points = [(record["step"], record[name]) for record in records if record.get(name) is not None]
     return _Curve(label, [x for x, _ in points], [y for _, y in points], style)
 
@@ -202,7 +203,7 @@ def _loss_curves(log: RunLog) -> list[_Curve]:
 
 
 def _validated(log: RunLog) -> Records:
-    """All evaluations of a log, by step. In an older log, evaluations are only in the epoch records."""
+    """All evaluations of a log, sorted by step. An older log has evaluations only in its epoch records."""
     found = {record["step"]: record for record in [*log.epochs, *log.evaluations]}
     return [found[step] for step in sorted(found)]
 
@@ -252,7 +253,7 @@ def _draw(log: RunLog, title: str) -> bytes:
     axes[0].set_title(title, parse_math=False)  # a name may contain dollar signs
     axes[-1].set_xlabel("step")
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")  # without pyplot, Agg draws it, and no display is needed
+    figure.savefig(buffer, format="png")  # without pyplot, matplotlib draws with Agg and needs no display
     return buffer.getvalue()
 
 

@@ -1,4 +1,4 @@
-"""The progress line: tqdm's bar if tqdm is installed, otherwise a plain line."""
+"""The progress line: a tqdm bar if tqdm is installed, otherwise a plain line."""
 
 import sys
 import time
@@ -19,15 +19,15 @@ class ProgressLine(Callback):
         self.close()
 
     def close(self) -> None:
-        """End the line, so that the next output starts below it."""
+        """End the progress line, so that the next output starts on a new line."""
 
 
 def progress_line(progress: bool | None) -> ProgressLine | None:
     """A callback that shows progress on stderr; None if no progress should be shown.
 
     Args:
-        progress: whether to show progress; None: only in a terminal or a notebook. A process without stderr
-            shows no progress.
+        progress: whether to show progress; None: show progress only in a terminal or a notebook. A process
+            without stderr never shows progress.
     """
     if sys.stderr is None or progress is False or (progress is None and not stderr.is_watched()):
         return None
@@ -61,7 +61,7 @@ class TqdmLine(ProgressLine):
 
 
 class PlainLine(ProgressLine):
-    """Redraws one line on a terminal or in a notebook; elsewhere, prints a line for every epoch."""
+    """Redraws one line in a terminal or a notebook; elsewhere, prints a line after every epoch."""
 
     def __init__(self) -> None:
         self._redraws = stderr.is_watched()

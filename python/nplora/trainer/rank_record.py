@@ -14,14 +14,14 @@ class RankRecord:
 
     Attributes:
         rank: the number of the rank.
-        host: the name of its machine.
-        threads: the number of its threads.
-        items: the number of rows or trained tokens that it has computed.
+        host: the name of the rank's machine.
+        threads: the number of the rank's threads.
+        items: the number of rows or trained tokens that the rank has processed.
         seconds: the time of the run.
-        computed: the seconds of its forward and backward passes.
-        waited: the seconds in which it waited for the slowest rank.
-        exchanged: the seconds in which it sent and received gradients, and did not compute.
-        peak_memory: the largest memory of its process, in bytes.
+        computed: the seconds that the rank spent in forward and backward passes.
+        waited: the seconds that the rank waited for slower ranks.
+        exchanged: the seconds in which the rank only sent and received gradients, without computing.
+        peak_memory: the peak memory of the rank's process, in bytes.
 
     >>> import nplora
     >>> record = nplora.trainer.RankRecord(1, "node7", 8, items=300, seconds=5.0, computed=3.0, waited=1.0,

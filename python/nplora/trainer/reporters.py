@@ -27,8 +27,8 @@ from nplora.trainer.callbacks import Callback
 from nplora.trainer.history import EvaluationRecord, StepRecord
 from nplora.trainer.run import Run
 
-_PROJECT = "nplora"  # the default name of the project, or of the experiment
-_LONGEST = 500  # the most characters of a setting that MLflow allows
+_PROJECT = "nplora"  # the default name of the W&B project or the MLflow experiment
+_LONGEST = 500  # the most characters that MLflow allows for a setting
 _MAX_CSV = 1 << 30
 _FLUSH_SECONDS = 10
 
@@ -36,14 +36,14 @@ _FLUSH_SECONDS = 10
 class Reporter(Callback):
     """The base class of reporters. A resumed run appends to the report of the run that was stopped.
 
-    If a report fails during the run, for example without a network, the run warns and continues without the
-    report.
+    If a report fails during the run, for example because there is no network, there is a warning, and the run
+    continues without the report.
 
     Args:
         directory: the directory for files of the report, created if needed.
         settings: the hyper-parameters that the report shows.
-        tokens: a function that returns the number of tokens processed so far. If None, the report shows the
-            items of the loss per second, not tokens per second.
+        tokens: a function that returns the number of tokens processed so far. If `tokens` is None, the report
+            shows items per second instead: the examples, tokens or elements over which the loss is averaged.
 
     >>> import nplora, numpy as np
     >>> from nplora.trainer.reporters import CsvReporter
@@ -59,7 +59,7 @@ class Reporter(Callback):
 
     name: ClassVar[str]
     package: ClassVar[str | None] = None
-    pip: ClassVar[str] = ""  # what pip installs to get the package
+    pip: ClassVar[str] = ""  # the argument of `pip install` that installs the package
 
     def __init__(
         self,
@@ -81,7 +81,7 @@ class Reporter(Callback):
                 name=cls.package,
             )
 
-    # ---- what a kind of report does ----
+    # ---- methods that a subclass overrides ----
 
     def _open(self, run: Run) -> None:
         """Open the report, or open it again if the run is resumed."""
@@ -117,7 +117,7 @@ class Reporter(Callback):
         self.close(run.history.ended)
 
     def close(self, ended: str | None = None) -> None:
-        """Close the report, if it is open. A run closes its reports at its end, but not after an error.
+        """Close the report, if it is open. A run closes its reports when it ends without an error.
 
         >>> from nplora.trainer.reporters import CsvReporter
         >>> CsvReporter("reports").close()
@@ -133,13 +133,13 @@ class Reporter(Callback):
         """Write to the report, if it is open. If the write fails, close the report."""
         if self._is_open and not self._succeeds(lambda: self._write(step, metrics)):
             self._is_open = False
-            with contextlib.suppress(Exception):  # a warning about the same report was given
+            with contextlib.suppress(Exception):  # there was already a warning about this report
                 self._close(None)
 
     def _succeeds(self, action: Callable[[], None]) -> bool:
-        """Write to the report or close it.
+        """Call a function that writes to the report or closes it; return whether the call succeeded.
 
-        A failure gives a warning: the report ends, but the run continues.
+        If the call fails, issue a warning that the report ends.
         """
         try:
             action()
@@ -152,8 +152,8 @@ class Reporter(Callback):
 class CsvReporter(Reporter):
     """Writes a row into metrics.csv for each step and each evaluation.
 
-    The file has further columns for metrics of the loss, such as the rewards of DPO. The settings are written
-    to settings.json in the same directory.
+    If the loss has metrics, such as the rewards of DPO, the file has further columns for these metrics. The
+    settings are written to settings.json in the same directory.
 
     >>> import nplora, numpy as np
     >>> report = CsvReporter("reports", {"rank": 1})
@@ -181,7 +181,7 @@ class CsvReporter(Reporter):
         self._begin(rows)
 
     def _begin(self, rows: list[dict[str, str]], more: Iterable[str] = ()) -> None:
-        """Write the file with these rows, and open it. `more`: the names of additional columns."""
+        """Write the file with these rows, and open it to append rows. `more`: names of additional columns."""
         self._names = tuple(dict.fromkeys([*self._usual, *(name for row in rows for name in row), *more]))
         text = _csv_text([self._names, *map(self._cells, rows)])
         files.replace([_new_file(self._path, text)])
@@ -191,8 +191,8 @@ class CsvReporter(Reporter):
     def _rows_before(self, run: Run) -> list[dict[str, str]]:
         """The rows of this run up to the step from which it resumes.
 
-        Rows of later steps are dropped, because the resumed run writes them again. A missing row, for example
-        after Ctrl-C between a step and its report, is made from the run's history.
+        Rows of later steps are dropped, because the resumed run writes these rows again. If a row is missing,
+        for example after Ctrl-C between a step and its report, it is made from the run's history.
         """
         rows = self._rows() if os.path.lexists(self._path) else []
         found = {(row["step"], "loss" not in row): row for row in rows if "step" in row}
@@ -249,11 +249,12 @@ class TensorBoardReporter(Reporter):
         from tensorboardX import SummaryWriter
         from tensorboardX.summary import hparams
 
-        # TensorBoard drops the earlier events of the steps that are made again, also those of a replaced run.
+        # With `purge_step`, TensorBoard drops earlier events of the steps that follow, also those of an
+        # overwritten run.
         self._writer = SummaryWriter(
             str(self._directory),
             purge_step=run.step + 1,
-            filename_suffix=f".{run.step:09}",  # two writers within a second would have the same file
+            filename_suffix=f".{run.step:09}",  # without it, two writers within a second would share a file
             flush_secs=_FLUSH_SECONDS,
         )
         if not run.step:
@@ -360,7 +361,7 @@ REPORTERS: dict[str, type[Reporter]] = {
 def require_reporters(op: str, names: Iterable[str]) -> None:
     """Raise an error if a reporter does not exist, or if its library is not installed.
 
-    The libraries are imported here, so that a later memory plan includes their memory.
+    This function imports the libraries, so that a later memory plan includes the memory of the libraries.
     """
     for name in names:
         kind = REPORTERS[_check.choice(op, "report_to", name, REPORTERS)]

@@ -19,21 +19,22 @@ from nplora.trainer.training_setup import TrainingSetup
 NONFINITE = "nonfinite"  # the event of a log line about a loss that was not finite
 
 _USUAL: dict[str, Any] = {"communication_dtype": "float32", "local_steps": None}
-# Runs in int8 have this setting, except those of early versions. It is compared only if both runs have it.
+# Runs in int8 have this setting, except runs of early versions. The setting is compared only if both runs
+# have it.
 _OPTIONAL = ("int8_head",)
 _MOST = 5  # the most differences that a message lists
 _LONGEST_ERROR = 500  # the most characters of an error message in the log
 
 
-# ---- the settings that a checkpoint keeps ----
+# ---- the settings that a checkpoint stores ----
 
 
 def settings_of(setup: TrainingSetup, config: FitConfig) -> dict[str, Any]:
     """The settings of a run, as values that JSON writes and reads without a change.
 
     The settings under "fixed" must be the same when the run is resumed, because the position in the data and
-    the arrays of a checkpoint depend on them. If a setting under "free" has changed, there is only a warning.
-    If the validation data have changed, the earlier best factors are dropped.
+    the arrays of a checkpoint depend on these settings. If a setting under "free" has changed, there is only
+    a warning. If the validation data have changed, the earlier best factors are dropped.
     """
     model, loss, optimizer = setup.model, setup.loss, setup.optimizer
     public = {k: v for k, v in vars(optimizer).items() if not k.startswith("_") and k != "steps"}
@@ -65,7 +66,7 @@ def settings_of(setup: TrainingSetup, config: FitConfig) -> dict[str, Any]:
 
 
 def _of_ranks(setup: TrainingSetup) -> dict[str, Any]:
-    """The settings of several ranks that change results, without those that have their usual values."""
+    """The settings for several ranks that influence results, without those that have their default values."""
     chosen = {name: getattr(setup, name) for name in _USUAL}
     return {name: value for name, value in chosen.items() if value != _USUAL[name]}
 
@@ -91,7 +92,7 @@ def _loss_name(loss: Loss | FusedLoss) -> str:
 
 
 def failure_record(step: int, error: Exception, settings: dict[str, Any]) -> dict[str, Any]:
-    """The log record of a step whose resulting parameters led to a loss that was not finite."""
+    """The log record of a step after which a loss was not finite."""
     return {"after": step, "error": str(error)[:_LONGEST_ERROR], "settings": _choices(settings)}
 
 
@@ -105,17 +106,17 @@ def _choices(settings: dict[str, Any]) -> str:
 
 
 def starting_point(directory: RunDirectory, newest: Checkpoint, settings: dict[str, Any]) -> Checkpoint:
-    """The checkpoint to resume: the newest, or an earlier one if the newest led to a loss of NaN or infinity.
+    """The checkpoint to resume: the newest, or an earlier one if the newest led to NaN or infinity.
 
     The first loss after a checkpoint depends only on the parameters and the data, so another learning rate
-    would not change this loss.
+    would not change that loss.
 
     Raises:
         ValueError: no setting has changed since the run diverged, or no earlier checkpoint is left.
     """
     try:
         log = directory.read_log(directory.log_bytes)
-    except (FormatError, OSError):  # `restored_history` warns that the log is not readable
+    except (FormatError, OSError):  # `restored_history` warns that the log cannot be read
         return newest
     failure = last_logged(log[newest.log_bytes :], NONFINITE)
     if not failure:
@@ -133,7 +134,7 @@ def starting_point(directory: RunDirectory, newest: Checkpoint, settings: dict[s
     return start
 
 
-# ---- whether the checkpoint fits ----
+# ---- checks of the checkpoint ----
 
 
 def restored_history(
@@ -144,13 +145,14 @@ def restored_history(
     base: str,
     batches: int | None,
 ) -> tuple[History, list[tuple[str, Record]]]:
-    """Check that a checkpoint fits the run; return the history up to the checkpoint. Nothing is changed.
+    """Check that a checkpoint fits the run; return the history up to the checkpoint. Change nothing.
 
     Args:
         base: the fingerprint of the run's base model.
         batches: the number of batches in an epoch; None if unknown.
-    Returns: the history; and the records that are missing at the end of the log, for example after a full
-        disk, as pairs (event, record).
+    Returns:
+        the history, and the records that are missing at the end of the log, for example after a full disk.
+        Each record is returned as a pair (event, record).
     Raises:
         CorruptError: the checkpoint belongs to another model or another data file, its arrays do not fit (the
             message lists the first few differences), or its position is beyond the end of an epoch.
@@ -181,7 +183,7 @@ def restored_history(
 
 
 def has_other_validation(checkpoint: Checkpoint, settings: dict[str, Any]) -> bool:
-    """Whether the run used other validation data, so that earlier validation losses cannot be compared."""
+    """Whether the earlier run used other validation data, so that its validation losses do not compare."""
     then, now = checkpoint.settings.get("validation"), settings["validation"]
     return then is not None and now is not None and then != now
 
@@ -191,7 +193,7 @@ def _refusal(path: object) -> str:
 
 
 def _check_settings(path: object, checkpoint: Checkpoint, settings: dict[str, Any]) -> None:
-    """Raise an error if the data, the batches or the optimiser differ from those of the checkpoint's run."""
+    """Raise an error if a setting under "fixed", such as the data, differs from the checkpoint's setting."""
     fixed = checkpoint.settings.get("fixed")
     if isinstance(fixed, dict) and fixed.get("data") != settings["fixed"].get("data"):
         raise CorruptError(f"{_refusal(path)}: the data file or the way it is read has changed")
@@ -238,13 +240,13 @@ def _check_arrays(path: object, checkpoint: Checkpoint, state: RunState) -> None
 
 
 def first_few(sentences: list[str], separator: str) -> str:
-    """Join the first few items of a list for a message, and add the number of items left out."""
+    """Join the first few sentences for a message, and add the number of sentences left out."""
     more = f"{separator}and {len(sentences) - _MOST} more" if len(sentences) > _MOST else ""
     return separator.join(sentences[:_MOST]) + more
 
 
 def _changes(then: Any, now: dict[str, Any]) -> str:
-    """The text of all changed settings except those of layers, such as "batch_size was 8, is 16"."""
+    """A text about all changed settings except those of layers, such as "batch_size was 8, is 16"."""
     if not isinstance(then, dict):
         return "the checkpoint does not state its settings"
     skipped = {"layers", *(name for name in _OPTIONAL if name not in then or name not in now)}
@@ -258,10 +260,10 @@ def _changes(then: Any, now: dict[str, Any]) -> str:
 
 
 def _layer_changes(then: Any, now: dict[str, dict[str, Any]]) -> str:
-    """The text of the layers' changed settings, such as "0.alpha was 16.0, is 64.0".
+    """A text about the changed settings of layers, such as "0.alpha was 16.0, is 64.0".
 
-    A change that several layers share is listed once, as in "rank was 8, is 4 in 205 layers". A checkpoint of
-    an early version has no settings of layers, so nothing is compared.
+    A change that several layers share is listed once, as in "rank was 8, is 4 in 205 layers". If a checkpoint
+    of an early version has no settings of layers, nothing is compared.
     """
     if then is None:
         return ""
@@ -282,7 +284,7 @@ def _layer_changes(then: Any, now: dict[str, dict[str, Any]]) -> str:
 
 
 def _in_layers(change: str, layers: list[str]) -> str:
-    """The text of a changed setting, with its layer's name or the number of layers that share the change."""
+    """A text about a changed setting, with the layer's name or the number of layers that share the change."""
     return f"{change} in {len(layers)} layers" if len(layers) > 1 else f"{layers[0]}.{change}".lstrip(".")
 
 
@@ -290,9 +292,9 @@ def _in_layers(change: str, layers: list[str]) -> str:
 
 
 def _add_log(history: History, checkpoint: Checkpoint, directory: RunDirectory) -> list[tuple[str, Record]]:
-    """Complete the history from the log; return the records that the log lacks.
+    """Complete the history from the log; return the records that are missing in the log.
 
-    A warning is given if the log is incomplete, or if the history stays incomplete.
+    Warn if the log is incomplete, or if the history is still incomplete.
     """
     log, reason = b"", "missing, cut or damaged"
     try:

@@ -26,9 +26,9 @@ class Run:
 
     def __init__(self, state: RunState, directory: RunDirectory | None) -> None:
         self._state, self._directory = state, directory
-        self._logged: dict[str, dict[str, Any]] | None = None  # where rank 0 has the log: its last lines
+        self._logged: dict[str, dict[str, Any]] | None = None  # other ranks: the last log line of each event
         self.ranks: Ranks = Alone()  # the processes that train together
-        self._ended: str | None = None  # the reason for the end, as in `History.ended`
+        self._ended: str | None = None  # why the run ended, as in `History.ended`
 
     def __repr__(self) -> str:
         total = "" if self.total_steps is None else f" of {self.total_steps}"
@@ -47,12 +47,12 @@ class Run:
 
     @property
     def step(self) -> int:
-        """The number of updates made."""
+        """The number of updates so far."""
         return self._state.step
 
     @property
     def epoch(self) -> int:
-        """The number of epochs finished."""
+        """The number of finished epochs."""
         return self._state.epoch
 
     @property
@@ -91,8 +91,8 @@ class Run:
     def logged(self, event: str) -> dict[str, Any]:
         """The content of the last line with the event `event` in the run's log; empty if there is none.
 
-        On several ranks, only rank 0 writes the log. The other ranks know the log of a resumed run, and the
-        lines that they have logged.
+        On several ranks, only rank 0 writes the log. The other ranks know the log lines of a resumed run and
+        the lines that they themselves have logged.
         """
         if self._directory is None:
             return dict((self._logged or {}).get(event, {}))

@@ -1,4 +1,4 @@
-"""RunCheckpoints saves a run at intervals and after an error, and loads the checkpoint to resume."""
+"""RunCheckpoints: saves a run at intervals and after an error, and loads a checkpoint to resume the run."""
 
 import math
 import time
@@ -25,10 +25,10 @@ from nplora.trainer.run_directory import RunDirectory
 from nplora.trainer.run_state import RunState
 from nplora.trainer.training_setup import TrainingSetup
 
-EPOCH_CHECKPOINT_SECONDS = 1.0  # the least time between the checkpoints of two epochs
+EPOCH_CHECKPOINT_SECONDS = 1.0  # at the end of an epoch, the least age of the last checkpoint
 RESUME_HINT = "--resume (resume=True) continues the run"
 
-_RUINED = 3.0  # a run whose loss is this many times the first loss is not worth continuing
+_RUINED = 3.0  # if the loss is more than this many times the first loss, a new run is better
 
 
 class RunCheckpoints:
@@ -52,8 +52,8 @@ class RunCheckpoints:
         self._base = base_fingerprint(state.model)
         self._settings = settings_of(setup, config)
         self._saved: tuple[int, ...] | None = None  # the position of the newest checkpoint
-        self._tried_step = 0  # the step of the last checkpoint, written or not
-        self._tried_at = -math.inf  # the time of the last checkpoint, written or not
+        self._tried_step = 0  # the step of the last attempt to write a checkpoint
+        self._tried_at = -math.inf  # the time of the last attempt to write a checkpoint
 
     # ---- the beginning ----
 
@@ -71,7 +71,7 @@ class RunCheckpoints:
         """Load the state of the run in the directory; return False if the directory holds no run.
 
         Raises:
-            ValueError: the run cannot continue with the present data and settings.
+            ValueError: the run cannot continue with the current data and settings.
             CorruptError: the checkpoint is damaged, or does not fit the model.
         """
         newest, batches = self._directory.latest(), self._config.batches.length
@@ -89,7 +89,7 @@ class RunCheckpoints:
             self._state.early_stopping.continue_from(None, {})
         elif (
             self._settings["validation"] is None
-        ):  # the best evaluation stays, and so does its data's identity
+        ):  # the best evaluation is kept, and so is the identity of its data
             self._settings["validation"] = checkpoint.settings.get("validation")
         self._note_saved()
         self._directory.cut_log(checkpoint.log_bytes)
@@ -99,14 +99,14 @@ class RunCheckpoints:
         if checkpoint is not newest:
             self._saved = None
             self.save(must=True)  # so that this older checkpoint becomes the newest
-        self._directory.newest = None  # its arrays have been copied
+        self._directory.newest = None  # not needed any more: the state has copies of its arrays
         return True
 
     # ---- during the run ----
 
     def is_due_after_step(self) -> bool:
         every, step = self._config.checkpoint_every, self._state.step
-        # With local steps, a checkpoint may be due at a step at which none can be written.
+        # Between outer steps, a checkpoint may become due, but cannot be written.
         is_due = step == 1 or (every is not None and step // every > self._tried_step // every)
         return is_due or self._age() >= self._config.save_seconds
 
@@ -120,10 +120,10 @@ class RunCheckpoints:
         Return False if there is nothing new to save, or if the checkpoint was not written.
 
         Args:
-            must: whether a failed write raises an error instead of giving a warning. (After a warning, the
-                next call of `save` tries again.)
+            must: whether a failed write raises an error. If False, a failed write only gives a warning, and
+                the next call of `save` tries again.
         Raises:
-            NonFiniteLossError: the last update made a parameter infinite; nothing is written.
+            NonFiniteLossError: the last update made a parameter NaN or infinite; nothing is written.
             OSError: the log cannot be written, or `must` is set and the checkpoint cannot be written. The
                 earlier checkpoints are kept.
         Warns:
@@ -141,7 +141,7 @@ class RunCheckpoints:
             )
             raise state.divergence
         with self._interrupts.hold():
-            self._directory.sync_log()  # the checkpoint relies on the log's records
+            self._directory.sync_log()  # the history of the checkpoint is in the log
             try:
                 self._directory.save(state.checkpoint(self._settings, self._base))
             except OSError as error:
@@ -186,7 +186,7 @@ class RunCheckpoints:
         state.roll_back()
         state.reopen_epoch()
         try:
-            self._directory.cut_log(self._directory.log_bytes)  # drops a line that was cut short
+            self._directory.cut_log(self._directory.log_bytes)  # removes an incomplete last line
             diverged = error is state.divergence
             if not (diverged and nonfinite_parameters(state.parameters, gradients=False)):
                 saved = state.step if self.save(must=True) else saved
@@ -202,7 +202,7 @@ class RunCheckpoints:
 
         A resumed run then starts from an earlier checkpoint, and needs other settings.
         """
-        step = self._state.diverged_after  # the present step may be an earlier one, without local steps
+        step = self._state.diverged_after  # the current step may be lower, if local steps were undone
         good = self._directory.before(step)
         error.good_step = None if good is None else good.step
         self._directory.log({"event": NONFINITE, **failure_record(step, error, self._settings)})
@@ -211,7 +211,7 @@ class RunCheckpoints:
         return self._way_out(good)
 
     def _way_out(self, good: Checkpoint) -> str:
-        """Advice for the user: how to continue from a checkpoint, or that a new run would be better."""
+        """Advice for the user: how to continue from a checkpoint, and whether a new run would be better."""
         words = f"--resume with a lower --lr (resume=True, a lower lr) continues from step {good.step}"
         losses = {record.step: record.loss for record in self._state.history.steps}
         first, then = losses.get(1, math.nan), losses.get(good.step + 1, math.nan)

@@ -2,7 +2,7 @@
 
 The directory holds
 
-    checkpoint-0.safetensors, checkpoint-1.safetensors     the last two checkpoints, written in turn
+    checkpoint-0.safetensors, checkpoint-1.safetensors     the last two checkpoints; the older one is replaced
     log.jsonl                                              a header, and a line for every step and epoch
     reference.safetensors                                  log-probabilities of the model without its adapter,
                                                            for some objectives; nplora.finetuning writes it
@@ -10,7 +10,7 @@ The directory holds
 
 A new checkpoint is written to a temporary file, which is then renamed over the older checkpoint
 (`formats.files.replace`). So a complete checkpoint exists at every moment. A SHA-256 in each checkpoint shows
-whether it is damaged. Only `formats.files` and the class `RunDirectory` access the disk. `RunDirectory` keeps
+whether the file is damaged. Only `formats.files` and `RunDirectory` access the disk. `RunDirectory` keeps
 the directory open, so a run can continue after the directory is renamed. `RunDirectory` never follows a
 symbolic link, and never writes to a file that another program made.
 """
@@ -49,11 +49,11 @@ _MAX_LOG = 1 << 30
 _LONGEST_LINE = 1 << 16
 
 
-# Checks that a file was made by a run, one for each file name.
+# Each of the following functions checks whether a run made a file.
 
 
 def _is_log(reader: files.Reader) -> bool:
-    """Whether the file is a log: it begins with a record, or with a part of one if the disk was full."""
+    """Whether the file is a log: it begins with a record, or with a part of a record if the disk was full."""
     head = bytes(reader[:64])
     is_cut = len(reader) < 64 and b"\n" not in head
     return bool(_FIRST_RECORD.match(head)) or (is_cut and b'{"event":"'.startswith(head[:10]))
@@ -71,7 +71,7 @@ def _is_generation(reader: files.Reader) -> bool:
 
 
 def _is_reference(reader: files.Reader) -> bool:
-    """Whether the file may be a reference. A file that is not safetensors may be a damaged one."""
+    """Whether the file may be a reference. A file that is not safetensors may be a damaged reference."""
     try:
         return REFERENCE_MARK in SafetensorsFile(reader, REFERENCE).metadata
     except FormatError:
@@ -91,8 +91,8 @@ class RunDirectory:
     Args:
         overwrite: whether a new run deletes the adapter of an earlier run.
     Attributes:
-        newest: the newest undamaged checkpoint, or None; read at the first access, and released by the first
-            `save`.
+        newest: the newest undamaged checkpoint, or None. The file is read when `newest` is first used, and
+            `save` sets `newest` to None.
         damaged: one sentence for each damaged checkpoint. If the newer checkpoint is undamaged, only the
             header of the older checkpoint is checked.
         occupied: whether the directory held a checkpoint, damaged or not, when it was opened.
@@ -111,9 +111,9 @@ class RunDirectory:
         self.damaged: list[str] = []
         self._overwrite = overwrite
         self._serials = [0, 0]  # the serials of the two checkpoints; 0: none
-        self._slot = 0  # the index of the checkpoint that is replaced next
+        self._slot = 0  # the index (0 or 1) of the checkpoint file that is replaced next
         self._step = 0  # the step of the newest checkpoint
-        # The log of a run that overwrites an earlier run, until the first checkpoint is written.
+        # The log of a run that overwrites an earlier run, in memory until the first checkpoint is written.
         self._first_log: bytearray | None = None
         self._descriptors: list[int] = []
         self._lock: DirectoryLock | None = None
@@ -144,11 +144,11 @@ class RunDirectory:
 
     @property
     def path(self) -> Path:
-        """The current path of the directory, which may have been renamed."""
+        """The current path of the directory. It changes if the directory is renamed."""
         return Path(self._directory)
 
     def _require_ours(self) -> None:
-        """Before any write, check that all files with the names of a run's files were made by a run."""
+        """Before the first write, check that a run made every file that has the name of a run's file."""
         for name in {LOG, REFERENCE, *CHECKPOINTS}.intersection(system.list_in(self._directory.fd)):
             self._open(name, os.O_RDONLY)
             os.close(self._descriptors.pop())
@@ -190,7 +190,7 @@ class RunDirectory:
     def latest(self) -> Checkpoint | None:
         """The checkpoint to continue from; None if there is none.
 
-        If the checkpoint's run had begun to delete an earlier run's files, the remaining files are deleted.
+        If the run was killed while it deleted the files of an earlier run, the remaining files are deleted.
 
         Raises:
             CorruptError: all checkpoints are damaged.
@@ -209,7 +209,7 @@ class RunDirectory:
         return self.newest
 
     def before(self, step: int) -> Checkpoint | None:
-        """The latest undamaged checkpoint from before step `step`; None if there is none."""
+        """The newest undamaged checkpoint of a step before `step`; None if there is none."""
         found: Checkpoint | None = None
         for name in CHECKPOINTS:
             with contextlib.suppress(FormatError, OSError):
@@ -219,7 +219,7 @@ class RunDirectory:
         return found
 
     def _finish_dropping(self, newest: Checkpoint) -> None:
-        """Complete `_drop_other` after a crash: replace the old log, and delete the old adapter."""
+        """Complete a `_drop_other` that a crash interrupted: replace the old log, delete the old adapter."""
         log = self._newest_metadata().get(run_files.FIRST_LOG)
         if log is None:
             return
@@ -264,8 +264,8 @@ class RunDirectory:
     def save(self, checkpoint: Checkpoint) -> None:
         """Replace the directory's older checkpoint. The first save of a new run replaces both checkpoints.
 
-        If the newest checkpoint is of the same step, it is replaced instead of the older one, so the two
-        checkpoints always have different steps.
+        If the newest checkpoint is of the same step, this checkpoint is replaced instead of the older one. So
+        the two checkpoints always have different steps.
 
         Raises:
             OSError: the checkpoint cannot be written. Both checkpoints are unchanged, and the message says
@@ -280,10 +280,10 @@ class RunDirectory:
         self._step = checkpoint.step
 
     def sync_log(self) -> None:
-        """Flush the log to the disk, so that the next checkpoint finds its history there.
+        """Flush the log to the disk, because the next checkpoint needs the history in the log.
 
         Raises:
-            OSError: the flush has failed, and lines of the log may be lost.
+            OSError: the flush has failed, so lines of the log may be lost.
         """
         with files.disk_errors(self.path / LOG, "the log may have lost lines, so no checkpoint is written"):
             system.sync(self._log)
@@ -298,9 +298,9 @@ class RunDirectory:
     def _drop_other(self, checkpoint: Checkpoint) -> None:
         """Write the first checkpoint of a run that overwrites an earlier run; delete the earlier run's files.
 
-        The new run replaces the old one when the checkpoint's file is renamed. After a crash,
-        `_finish_dropping` replaces the log and deletes the old adapter. For this, the checkpoint contains the
-        new log and a digest of the old adapter.
+        The checkpoint contains the new log and a digest of the old adapter. The new run replaces the old run
+        when the checkpoint's file is renamed. If a crash follows, `_finish_dropping` replaces the log and
+        deletes the old adapter.
         """
         log = bytes(self._first_log or b"")
         metadata = {run_files.FIRST_LOG: log.decode()}

@@ -23,8 +23,9 @@ class StateCopy:
     """A copy of the state of a run, without the best factors.
 
     Attributes:
-        step, batch, records: the numbers of steps, of batches used in the epoch, and of records of steps.
-        updates, outer_updates: the numbers of steps that the optimiser and the outer optimiser have made.
+        step, batch, records: the number of steps, the number of batches used in the epoch, and the number of
+            step records.
+        updates, outer_updates: the number of steps of the optimiser, and that of the outer optimiser.
         streams: the dropout streams.
         values, moments: the trained values, and the arrays of the optimiser and of the outer optimiser.
     """
@@ -47,12 +48,12 @@ class RunState:
         outer: the optimiser of outer steps; None if the ranks make no local steps.
         history: the records of the run so far.
         early_stopping: keeps the best evaluation so far.
-        step: the number of updates made.
-        epoch, batch: the numbers of epochs finished, and of batches used in the current epoch.
+        step: the number of updates so far.
+        epoch, batch: the number of finished epochs, and the number of batches used in the current epoch.
         total_steps: the number of steps in the whole run; None if the number of batches is unknown.
-        updating: whether an update has begun that `step` does not count yet.
+        updating: whether an update has begun but is not finished, so that the state must not be saved.
         divergence: the error if the current parameters led to NaN or infinity; otherwise None.
-        diverged_after: the step that made these parameters.
+        diverged_after: the step whose update made these parameters.
     """
 
     def __init__(
@@ -74,11 +75,14 @@ class RunState:
         self.diverged_after = 0
         self._adapters = list(model.adapter_layers().values())
         self._streams = self._dropout_streams()
-        self._evaluated_at_the_end = False  # whether the run evaluated only because it ended
+        self._evaluated_at_the_end = False  # whether the last evaluation was made only because the run ended
 
     @property
     def position(self) -> tuple[int, ...]:
-        """Step, epoch, batch and the numbers of records. A checkpoint is written only at a new position."""
+        """The step, the epoch, the batch, and the numbers of epoch records and evaluations.
+
+        A checkpoint is written only if the position differs from that of the last checkpoint.
+        """
         history = self.history
         return self.step, self.epoch, self.batch, len(history.epochs), len(history.evaluations)
 
@@ -111,7 +115,7 @@ class RunState:
             layer.dropout_stream = stream
 
     def copy_to(self, copy: StateCopy) -> None:
-        """Copy the state into `copy`, whose arrays are reused. The state must be that between two steps."""
+        """Copy the state into `copy`, and reuse the arrays of `copy`. Call this only between two steps."""
         copy.step, copy.batch, copy.records = self.step, self.batch, len(self.history.steps)
         copy.updates, copy.streams = self.optimizer.steps, list(self._streams)
         copy.outer_updates = 0 if self.outer is None else self.outer.steps
@@ -147,8 +151,7 @@ class RunState:
         """Record an evaluation of the current factors, and update early stopping.
 
         Args:
-            at_the_end: whether the run ends here within an epoch, so that a longer run would not evaluate
-                here.
+            at_the_end: whether this evaluation is made only because the run ends here, within an epoch.
         """
         self.history.evaluations.append(record)
         self.early_stopping.judge(record)
@@ -163,8 +166,8 @@ class RunState:
     def reopen_epoch(self) -> None:
         """Remove the records that exist only because the run ended within an epoch.
 
-        A resumed run makes such records at its own end. The best factors need no change: a resumed run takes
-        them from the last checkpoint, which is older than these records.
+        A resumed run makes such records again when it ends. The best factors need no change: a resumed run
+        takes them from the last checkpoint, which is older than these records.
         """
         if self._evaluated_at_the_end:
             self.history.evaluations.pop()
@@ -173,7 +176,7 @@ class RunState:
             self.history.epochs.pop()
 
     def checkpoint(self, settings: dict[str, Any], base: str) -> Checkpoint:
-        """The state as a checkpoint, which shares the model's arrays instead of copying them."""
+        """Make a checkpoint of the state. The checkpoint shares the model's arrays and does not copy them."""
         return Checkpoint(
             step=self.step,
             epoch=self.epoch,
@@ -208,7 +211,7 @@ class RunState:
         self.history.evaluations = history.evaluations
         self.step, self.epoch, self.batch = checkpoint.step, checkpoint.epoch, checkpoint.batch
         best = checkpoint.best
-        if best is not None and best["epoch"] and not best["step"]:  # an older schema: the end of an epoch
+        if best is not None and best["epoch"] and not best["step"]:  # an older schema without steps in `best`
             steps = [record.step for record in history.epochs if record.epoch == best["epoch"]]
             best = {**best, "step": max(steps, default=0)}
         self.early_stopping.continue_from(best, checkpoint.best_parameters)

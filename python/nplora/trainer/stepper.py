@@ -39,7 +39,10 @@ class Stepper:
 
     @property
     def work(self) -> tuple[int, float]:
-        """On several ranks: the number of items that this rank has computed, and the seconds that it took."""
+        """The number of items that this rank has processed, and the seconds that this took.
+
+        Both numbers are 0 if the gradients are not added in order (see `adds_in_order`).
+        """
         made = self._gradients
         return (made.items, made.computed) if isinstance(made, OrderedGradients) else (0, 0.0)
 
@@ -55,18 +58,18 @@ class Stepper:
 
     @property
     def has_gradients(self) -> bool:
-        """Whether the batches of the step have any label to train on."""
+        """Whether the batches of the step (with local steps: of this rank) have any label to train on."""
         return self._totals.own_count > 0
 
     def gradients(self) -> Mapping[str, Array]:
-        """The gradients of the step's mean loss, by parameter name: the model's own arrays."""
+        """The gradients of the step's mean loss by parameter name. The arrays are not copied."""
         self._weight_gradients()
         return MappingProxyType({p.name: p.grad for p in self._state.parameters})
 
     def _weight_gradients(self) -> None:
-        """Scale the gradients, which are sums over the batches, to the gradients of the step's mean loss.
+        """Scale the gradients from sums over the batches to the gradients of the step's mean loss.
 
-        In the sums, each batch is weighted by its count divided by the first batch's count.
+        In the sums, the weight of each batch is its count divided by the first batch's count.
         """
         totals = self._totals
         if totals.first_count != totals.own_count:
@@ -136,7 +139,7 @@ class Stepper:
             state.updating = False
             names = nonfinite_parameters(state.parameters, gradients=True)
             problem = f"the loss is finite, but the gradient of {first_few(names, ', ')} is not"
-        if setup.local_steps is not None:  # each rank has another gradient, but all must end together
+        if setup.local_steps is not None:  # each rank has its own gradient, but all ranks must end together
             problems = self._meeting.gather(problem, f"the update of step {state.step + 1}")
             problem = next(filter(None, problems), "")
         if problem:
@@ -146,8 +149,8 @@ class Stepper:
     def _nonfinite(self, what: str) -> NonFiniteLossError:
         """Make the error for NaN or infinity in a step.
 
-        The error counts as divergence of the parameters, unless the data are not finite or no step has been
-        made.
+        The error counts as divergence of the parameters, except if the data are not finite, or if the error
+        occurs in the first step.
         """
         state = self._state
         blamed = state.step > 0 and not what.endswith((INPUT, TARGETS))

@@ -74,8 +74,9 @@ class Trainer(TrainingSetup):
             (DiLoCo). Ranks then exchange values much less often. `accumulate` is still the number of batches
             of all ranks together. The results depend on the number of ranks.
         outer_lr, outer_momentum: learning rate and Nesterov momentum of the outer step, which adds the
-            average change to the trained values. With 1 and 0, the values become the averages of the ranks'
-            values. DiLoCo uses 0.7 and 0.9, for runs with hundreds of outer steps.
+            average change to the trained values. With `outer_lr` 1 and `outer_momentum` 0, the values become
+            the averages of the ranks' values. The DiLoCo paper uses 0.7 and 0.9 for runs with hundreds of
+            outer steps.
     Attributes:
         ranks: after a run on several ranks, a `RankRecord` for each rank, with its speed and waiting time.
     Raises:
@@ -135,14 +136,14 @@ class Trainer(TrainingSetup):
 
         Ctrl-C ends the run early. The run is then saved in the `checkpoint_dir`, if there is one, and the
         history is returned with `interrupted` set to True. A second Ctrl-C within half a second, or while the
-        run is being saved, raises KeyboardInterrupt after the checkpoint is written, to end the program. If
+        run is being saved, ends the program: KeyboardInterrupt is raised after the checkpoint is written. If
         there is a `checkpoint_dir`, SIGTERM, SIGHUP (a closed terminal) and SIGUSR1 save the run and end the
         program.
 
         An error in a step leaves the parameters and the optimiser's moments as they were after the last
         complete step. After any error, the state of the last complete step is saved in the `checkpoint_dir`,
-        and a note on the error names this step. If a checkpoint cannot be written during the run, as on a
-        full disk, the run warns, continues, and tries again at the next checkpoint.
+        and a note on the error names this step. If a checkpoint cannot be written during the run, for example
+        because the disk is full, there is a warning, and the run tries again at the next checkpoint.
 
             >>> import nplora, numpy as np
             >>> rng = np.random.default_rng(0)
@@ -167,7 +168,7 @@ class Trainer(TrainingSetup):
                 the epoch.
             validation: a tuple of two arrays, or an iterable of batches, evaluated after every epoch and at
                 the end of the run.
-            eval_every: evaluate the validation data also after every `eval_every` steps.
+            eval_every: also evaluate the validation data after every `eval_every` steps.
             patience: stop after this many evaluations in a row without a lower validation loss (early
                 stopping). A loss that is NaN or infinite never counts as lower.
             keep: with validation data, the factors that the model gets at the end of the run: "best" (those
@@ -176,8 +177,8 @@ class Trainer(TrainingSetup):
                 last factors.
             checkpoint_dir: a directory for checkpoints and `log.jsonl`, created if needed.
             checkpoint_every: the number of steps between two checkpoints. None: a checkpoint is written at
-                the end of an epoch, if the last checkpoint is at least a second old. A run also writes a
-                checkpoint at the beginning, after the first step, and at the end or after Ctrl-C.
+                the end of an epoch if the last checkpoint is at least a second old. In any case, a run writes
+                a checkpoint at the beginning, after the first step, at the end, and after Ctrl-C.
             save_minutes: the longest time between two checkpoints in minutes; 0: no limit.
             resume: continue from the checkpoint in `checkpoint_dir`, or begin a new run if there is none. The
                 results are the same, bit for bit, as those of a run without a break. The earlier history is
@@ -190,7 +191,7 @@ class Trainer(TrainingSetup):
             NonFiniteLossError: a loss or a gradient is NaN or infinite. The message names the step, the batch
                 and the first layer whose output is not finite. The parameters and moments stay as they were
                 after the last complete step, which is saved. The error is also raised if an update has made a
-                parameter NaN or infinite; the step of this update is not saved.
+                parameter NaN or infinite; that step is not saved.
             ValueError: the arguments, the data and the checkpoint do not fit each other, or a label is out of
                 range.
             TypeError: the validation data, or the results of the model or the loss, have the wrong type.
@@ -207,8 +208,8 @@ class Trainer(TrainingSetup):
         Warns:
             UserWarning: a damaged checkpoint was skipped, and an earlier one is used; the settings, the
                 instruction set or the version differ from the checkpoint's; `log.jsonl` has lost records; a
-                checkpoint cannot be written during the run; the run ends before the warm-up does; or no step
-                had a label to train on.
+                checkpoint cannot be written during the run; the run ends before the end of the warm-up; or no
+                step had a label to train on.
         """
         if checkpoint_dir is not None and not self.communicator.rank:
             files.require_named(_OP, checkpoint_dir=checkpoint_dir)
@@ -221,7 +222,7 @@ class Trainer(TrainingSetup):
         for batches in (config.batches, config.validation):
             if isinstance(batches, ArrayBatches):
                 self._check_labels(batches)
-        if self.communicator.rank:  # rank 0 writes, and the others get the state to resume from it
+        if self.communicator.rank:  # only rank 0 uses the directory; it sends the state of a resumed run
             return self._run(config, None, resume)
         if checkpoint_dir is None:
             if resume or overwrite or checkpoint_every is not None:
@@ -353,7 +354,7 @@ class Trainer(TrainingSetup):
         return config
 
     def _check_model(self) -> None:
-        optim.require(_OP, self.optimizer)  # the user may have replaced it after `__init__`
+        optim.require(_OP, self.optimizer)  # the user may have replaced the optimiser after `__init__`
         if not self.model.parameters():
             raise ValueError(f"{_OP}: the model has no trainable parameters")
         self.model.require_trainable("fit")

@@ -46,8 +46,8 @@ class TrainingRun(Run):
         self.ranks = self._meeting = Meeting(setup.communicator, self._interrupts)
         self._stepper = Stepper(setup, state, self._meeting)
         self._local = LocalSteps(setup, state, self._meeting)
-        self._has_begun = False  # before that, the run has no state that may be saved
-        self._log_bytes = 0  # the length of the log when the ranks began to make steps on their own
+        self._has_begun = False  # while this is False, the run has no state to save
+        self._log_bytes = 0  # the length of the log when the ranks began their local steps
         self._stopwatch = Stopwatch.start(setup.communicator, time.perf_counter())
 
     def execute(self, resume: bool) -> History:
@@ -99,7 +99,7 @@ class TrainingRun(Run):
         self._has_begun = True
 
     def _last_lines(self) -> dict[str, dict[str, Any]] | None:
-        """The last line of each event in the log; None without a log."""
+        """The last line of each event in the log; None if there is no log."""
         directory = self._directory
         return None if directory is None else last_of_each_event(directory.read_log(directory.log_bytes))
 
@@ -126,7 +126,7 @@ class TrainingRun(Run):
         """Undo the batches since the last update, and all steps since the last outer step."""
         self._state.roll_back()
         if self._local.undo() and self._directory is not None:
-            with suppress(OSError):  # a resumed run ignores the rest of the log
+            with suppress(OSError):  # if the log cannot be cut, a resumed run ignores the lines at its end
                 self._directory.cut_log(self._log_bytes)
 
     def _finish(self) -> None:
@@ -150,8 +150,9 @@ class TrainingRun(Run):
 
     def _train(self) -> None:
         self._call("on_fit_start")
-        self._save(must=True)  # only of a new run: a callback that fails to start leaves no run behind
-        self._evaluate_if_due()  # a run may have stopped between a step and its evaluation
+        # The first checkpoint of a new run comes after `on_fit_start`. So if the hook fails, no run is left.
+        self._save(must=True)
+        self._evaluate_if_due()  # a resumed run may have stopped between a step and its evaluation
         while not self._is_over():
             if self._make_steps_of_epoch():
                 self._close_epoch(complete=True)
@@ -162,10 +163,10 @@ class TrainingRun(Run):
             self._close_epoch(complete=False)
 
     def _is_over(self) -> bool:
-        """Whether the run is over on all ranks. A callback may have ended the run on one of the ranks.
+        """Whether the run is over on all ranks. A callback may have ended the run on any of the ranks.
 
-        If a callback ends a run, the end comes after an outer step, so that a resumed run gets the same
-        results.
+        If a callback ends a run between two outer steps, the run continues until the next outer step, so that
+        a resumed run gets the same results.
 
         Raises:
             ValueError: the ranks have different trained values.
@@ -229,18 +230,18 @@ class TrainingRun(Run):
         self._evaluate_if_due()
 
     def _save_if_due(self) -> None:
-        """Write a checkpoint if one is due and the ranks have no local steps to combine."""
+        """Write a checkpoint if a checkpoint is due and the ranks have no local steps to combine."""
         checkpoints = None if self._local.is_open else self._checkpoints
         if checkpoints is not None and checkpoints.is_due_after_step():
             self._save()
 
     def _combine(self) -> None:
-        """Make an outer step, if the ranks have made steps on their own."""
+        """Make an outer step if the ranks have made local steps."""
         with self._interrupts.hold():
             self._local.combine()
 
     def _evaluate_if_due(self) -> None:
-        """Evaluate after every `eval_every` steps."""
+        """Evaluate the validation data if `step` is a multiple of `eval_every`."""
         every, state = self._config.eval_every, self._state
         if every is None or not self.step or self.step % every or state.last_evaluation is not None:
             return
@@ -287,7 +288,7 @@ class TrainingRun(Run):
             self._ended = "patience"
 
     def _keep_best(self) -> None:
-        """Copy the best factors, unless the run is over. After the run, the model itself keeps them."""
+        """Copy the best factors, unless the run is over. The model's factors then no longer change."""
         if not self._is_over():
             self._state.early_stopping.before_other_factors()
 

@@ -15,14 +15,14 @@ from nplora.nn.optim import SCHEDULES, SGD, AdamW, Optimizer
 from nplora.trainer.fused import FusedLoss, MeasuredLoss, MergedLoss
 from nplora.trainer.rank_record import RankRecord
 
-# Momentum of 0.9, as in the paper, needs hundreds of outer steps: in a run with few of them it overshoots.
+# The momentum of the DiLoCo paper is 0.9. In runs with few outer steps, 0.9 overshoots.
 OUTER_LR, OUTER_MOMENTUM = 0.7, 0.5
 
 Array = npt.NDArray[Any]
 
 
 class TrainingSetup:
-    """The settings of a `Trainer`, whose docstring describes them."""
+    """The settings of a `Trainer`. The docstring of `Trainer` describes them."""
 
     def __init__(
         self,
@@ -85,9 +85,9 @@ class TrainingSetup:
 
 
 def adds_in_order(on_ranks: bool, communication_dtype: str, local_steps: int | None) -> bool:
-    """Whether a step keeps the gradients of all parts of a batch, to add them up in order.
+    """Whether a step keeps the gradients of each part of a batch, so that they can be added up in order.
 
-    A process that trains alone also keeps them if its results must equal those of several ranks.
+    A process that trains alone must do this too if its results are to equal the results of several ranks.
 
     Args:
         on_ranks: whether the run has a communicator.

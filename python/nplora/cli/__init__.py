@@ -1,4 +1,4 @@
-"""The command line: `entry` runs it, `parser` lists the commands, and each command has its own file."""
+"""The command line: `entry` runs a command, `parser` lists the commands. Each command has its own file."""
 
 from nplora.cli.entry import main
 

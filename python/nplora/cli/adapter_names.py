@@ -1,4 +1,4 @@
-"""Reads the adapters of a command line: NAME=PATH, or a path alone."""
+"""Reads the adapters on a command line, given as NAME=PATH or PATH."""
 
 import os
 from collections.abc import Iterable
@@ -8,10 +8,10 @@ from nplora.cli.errors import UsageError
 
 
 def named_adapters(given: Iterable[str]) -> dict[str, str]:
-    """The paths by name, from texts such as "tone=out/tone" and "out/tone".
+    """Return {name: path} for texts such as "tone=out/tone" and "out/tone".
 
-    A text is a path if a file has this name, or if the part before "=" cannot be a name. Without a name, the
-    adapter has the name of its file or directory.
+    A text with "=" is still a path if it is the path of an existing file, or if the part before "=" cannot be
+    a name. An adapter without a name gets the name of its file or directory.
 
     Raises:
         UsageError: a path is empty, or two adapters have the same name.

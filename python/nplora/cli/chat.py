@@ -36,15 +36,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--adapter", metavar="[NAME=]PATH", type=path, action="append", default=[], help=text)
     add_any_base(parser)
     parser.add_argument("--system", metavar="TEXT", help="system message")
-    text = "obey commands such as /reset from a pipe too; by default, each line of a pipe is a message"
+    text = "obey commands such as /reset in a pipe; by default, each line from a pipe is a message"
     parser.add_argument("--commands", action="store_true", help=text)
     add_compute(parser)
-    text = "memory limit of the whole process (default: a part of the available memory)"
+    text = "memory limit for the whole process (default: a part of the available memory)"
     parser.add_argument("--memory", metavar="SIZE", help=text)
     add_options(parser, Sampling)
     for action in parser._actions:
         if action.dest == "max_new_tokens":
-            action.help = f"maximum number of tokens of an answer (default: {_MOST_TOKENS})"
+            action.help = f"maximum number of tokens in an answer (default: {_MOST_TOKENS})"
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -18,7 +18,7 @@ from nplora.runtime.stderr import stderr
 if TYPE_CHECKING:
     from nplora.serving import Conversation
 
-# The commands, with what they take and do.
+# {command: (its argument, what it does)}
 COMMANDS = {
     "/adapter": ("[NAME]", "answer with this adapter, or without one (none); without a name: list all"),
     "/system": ("[TEXT]", "set the system message; without a text: remove it"),
@@ -37,7 +37,7 @@ class ChatSession:
     ends the program.
 
     Args:
-        obeys: True: a line that begins with a slash is a command. False: it is a message like other lines.
+        obeys: whether a line that begins with a slash is a command. If False, every line is a message.
     """
 
     def __init__(self, chat: Conversation, lines: Lines, obeys: bool = True) -> None:
@@ -47,7 +47,7 @@ class ChatSession:
         """Chat until there are no more lines.
 
         Args:
-            model: the name of the model, which the first line names.
+            model: the path of the model. In a terminal, the first line shows the last part of the path.
         """
         if self._lines.is_terminal:
             print(

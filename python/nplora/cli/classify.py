@@ -30,7 +30,7 @@ HELP = (
     "or write its predictions."
 )
 
-_SHARED = ("columns", "separator", "skip_bad", "compute")  # options of several of the three commands
+_SHARED = ("columns", "separator", "skip_bad", "compute")  # options of train that eval accepts too
 
 _NOT_OF_TRAIN = {
     "adapter": "eval and predict",
@@ -53,12 +53,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text = "train: validation rows; their loss is printed after every epoch"
     parser.add_argument("--valid", metavar="FILE", type=path, help=text)
     text = (
-        "train: directory for the adapter, the checkpoints and log.jsonl; predict: new file for the "
-        "rows with their predictions, .csv or .jsonl (default: JSON lines on stdout), or for the "
-        "probabilities alone, .npy; for words, only .jsonl"
+        "train: directory for the adapter, the checkpoints and log.jsonl; predict: new .csv or .jsonl file "
+        "for the rows with their predictions, or new .npy file for the probabilities only (default: JSON "
+        "lines on stdout); if words are labelled, only .jsonl"
     )
     parser.add_argument("--output", metavar="PATH", type=path, help=text)
-    text = "eval and predict: PEFT directory of the adapter (default: the head in the files of the model)"
+    text = "eval and predict: PEFT directory of the adapter (default: use the model's own head)"
     parser.add_argument("--adapter", metavar="DIR", type=adapter_path, help=text)
     add_any_base(parser)
     parser.add_argument("--json", action="store_true", help="eval: print the report as JSON")
@@ -165,7 +165,7 @@ def _loaded(arguments: argparse.Namespace, options: dict[str, Any]) -> Any:
 
 @contextlib.contextmanager
 def _opened(output: str | None) -> Iterator[TextIO]:
-    """Open a new file, which is deleted if an error is raised; or return stdout."""
+    """Open a new file for writing, or return stdout if `output` is None. After an error, delete the file."""
     if output is None:
         yield sys.stdout
         return
@@ -192,9 +192,9 @@ def _write_lines(stream: TextIO, rows: Iterable[dict[str, Any]]) -> None:
 
 
 def _write_table(stream: TextIO, rows: Iterable[dict[str, Any]]) -> None:
-    """Write CSV with the columns of the first row. "|" joins several predicted labels.
+    """Write CSV with the columns of the first row. If a row has several predicted labels, "|" joins them.
 
-    Each label has a column with its probability.
+    Each label also has a column for its probability.
     """
     from nplora.formats.errors import DataError, brief
 

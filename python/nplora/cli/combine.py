@@ -38,7 +38,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _check_output(arguments: argparse.Namespace) -> None:
-    """Refuse an output directory that cannot be written, before the slow work begins."""
+    """Check the output directory before the slow work begins. Refuse one that cannot be written."""
     from nplora.formats import files
     from nplora.formats.model_directory import require_no_model
     from nplora.formats.output_directory import require_no_other

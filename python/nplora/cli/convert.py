@@ -7,12 +7,12 @@ from nplora.cli.errors import UsageError
 from nplora.cli.parser import STORAGES, add_any_base, path
 
 HELP = (
-    "Convert a LoRA adapter from a PEFT directory to llama.cpp's GGUF file, or back. Also converts a model "
-    "from a Hugging Face directory to GGUF, or a GGUF model to another storage type."
+    "Convert a LoRA adapter from a PEFT directory to llama.cpp's GGUF file, or back. The command also "
+    "converts a model from a Hugging Face directory to GGUF, or a GGUF model to another storage type."
 )
 
 _EPILOG = (
-    "The tokenizer of a Hugging Face model is converted too if it is a byte-level BPE tokenizer. A GGUF "
+    "If the tokenizer of a Hugging Face model is a byte-level BPE tokenizer, it is converted too. A GGUF "
     "model keeps its tokenizer."
 )
 
@@ -20,13 +20,13 @@ _EPILOG = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = _EPILOG
     text = (
-        "adapter (a directory or a .gguf file), or model (a directory, its model.safetensors, a .gguf file)"
+        "adapter (a directory or a .gguf file) or model (a directory, its model.safetensors or a .gguf file)"
     )
     parser.add_argument("source", metavar="SOURCE", type=path, help=text)
     text = "new .gguf file, or new directory for an adapter"
     parser.add_argument("target", metavar="TARGET", type=path, help=text)
     storages = tuple(name for name in STORAGES if name != "float64")
-    text = "storage type of the model's matrices (default: same)"
+    text = "storage type of the model's matrices; same: keep each matrix's type (default: same)"
     parser.add_argument("--dtype", choices=storages, help=text)
     text = (
         "model that the adapter was trained on: a GGUF file, a config.json or its directory (default: the "

@@ -6,9 +6,7 @@ import sys
 
 from nplora.cli.parser import add_options, given_data, given_options, path, weighted_path
 
-HELP = (
-    "Show how training data are read: what is trained, the lengths, which examples are cut, and duplicates."
-)
+HELP = "Show how training data are read: the trained tokens, the lengths, cut examples, and duplicates."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -1,7 +1,7 @@
-"""The text that `nplora info` prints about a file or directory: GGUF, safetensors, a model or an adapter.
+"""The text that `nplora info` prints about a GGUF or safetensors file, a model directory or an adapter.
 
-For weights, only the header of a file is read. For an adapter, the factors are read too, to print their
-norms.
+Of a file with weights, only the header is read. Of an adapter, the factors are read too, because the text
+contains their norms.
 """
 
 import errno
@@ -42,7 +42,7 @@ Row: TypeAlias = tuple[str, ...]
 
 _LONGEST_VALUE = 60
 _NF4 = "nf4"
-_RANK = 8  # the rank for which the parameters of an adapter are counted
+_RANK = 8  # the text gives the number of parameters of an adapter with this rank
 _OUTPUTS = ("output", "lm_head")
 _KNOWN_IN_GGUF = frozenset(family.architecture for family in families.FAMILIES)
 _KNOWN = frozenset(family.model_type for family in families.FAMILIES)
@@ -128,7 +128,7 @@ def _gguf(file: GgufFile, size: int) -> str:
 
 
 def _unknown(family: object, known: Collection[str], commands: str, encoders: Collection[str] = ()) -> str:
-    """A line that lists the commands that refuse an encoder or an unsupported family, else ""."""
+    """For an encoder or an unsupported family, a line with the commands that refuse it; otherwise ""."""
     if family is None or (isinstance(family, str) and family in known):
         return ""
     if isinstance(family, str) and family in encoders:
@@ -138,7 +138,7 @@ def _unknown(family: object, known: Collection[str], commands: str, encoders: Co
 
 
 def _target(stored: str, architecture: object) -> str:
-    """The name of a tensor's layer in --targets, or the tensor's name if --targets cannot name the layer."""
+    """The name of a tensor's layer in the option --targets, or the tensor's name if there is no such name."""
     layer = stored.removesuffix(".weight")
     name = architecture if isinstance(architecture, str) else ""
     family = (
@@ -170,7 +170,7 @@ def _safetensors(path: StrPath, size: int) -> str:
 
 
 def _is_trained(file: SafetensorsFile) -> bool:
-    """Whether the file holds an adapter's factors or a checkpoint, and so has no layers to adapt."""
+    """Whether the file holds an adapter's factors or a checkpoint, so that it has no layers to adapt."""
     return is_checkpoint(file.metadata) or any(".lora_" in name for name in file)
 
 
@@ -360,7 +360,7 @@ def _llama_cpp(file: GgufFile) -> str:
 def _layer(name: str, lora_a: Array, lora_b: Array, scale: float) -> Row:
     """A table row with the norms of a layer's factors a and b and of its update ΔW = s b a (s is the scale).
 
-    The norm is computed without forming ΔW: ‖s b a‖² = s² Σ (bᵀ b) ∘ (a aᵀ).
+    The norm of ΔW is computed without forming ΔW: ‖s b a‖² = s² Σ (bᵀ b) ∘ (a aᵀ).
     """
     a, b = lora_a.astype(np.float64), lora_b.astype(np.float64)
     delta = abs(scale) * math.sqrt(max(0.0, float(np.sum((b.T @ b) * (a @ a.T)))))
@@ -378,7 +378,7 @@ def _targets(layers: Iterable[str]) -> list[Row]:
 
 
 def _text(*head: str, **sections: list[Row]) -> str:
-    """Join the lines of `head` and the tables of `sections` with their titles, without the empty ones."""
+    """Join the lines of `head`, and the tables of `sections` with their titles. Leave out what is empty."""
     lines = [_printable(line) for line in head if line]
     for title, rows in sections.items():
         if rows:
@@ -390,5 +390,5 @@ def _text(*head: str, **sections: list[Row]) -> str:
 
 
 def _printable(text: str) -> str:
-    """Escape the control characters of a text, because they might control the terminal."""
+    """Escape the control characters in a text, so that the text cannot control the terminal."""
     return text if text.isprintable() else repr(text)[1:-1]

@@ -14,19 +14,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("data", metavar="FILE", type=weighted_path, nargs="+", help=text)
     text = "the file to write: .npy, .csv or .jsonl"
     parser.add_argument("--output", metavar="FILE", type=path, required=True, help=text)
-    text = "adapter to put on the model: a PEFT directory"
+    text = "adapter for the model: a PEFT directory"
     parser.add_argument("--adapter", metavar="DIR", type=path, help=text)
     text = "field that holds the text (default: text)"
     parser.add_argument("--column", metavar="NAME", default="text", help=text)
-    text = "scale embeddings to length 1; --no-normalize: keep the length (default: as in the model's files)"
+    text = "scale embeddings to length 1; --no-normalize: keep their length (default: see the model's files)"
     parser.add_argument("--normalize", action=argparse.BooleanOptionalAction, default=None, help=text)
     text = 'a text that is put before each text, such as "query: "'
     parser.add_argument("--prompt", metavar="TEXT", help=text)
     text = "name of a prompt in the model's files"
     parser.add_argument("--prompt-name", metavar="NAME", help=text)
-    text = "number of texts that are computed together (default: texts of about 4,096 tokens in total)"
+    text = "number of texts in a batch (default: texts with about 4,096 tokens in total)"
     parser.add_argument("--batch-size", metavar="N", type=int, help=text)
-    text = "maximum tokens of a text; longer texts are cut (default: the model's)"
+    text = "maximum number of tokens in a text; longer texts are cut (default: the model's maximum)"
     parser.add_argument("--max-length", metavar="N", type=int, help=text)
     parser.add_argument("--overwrite", action="store_true", help="replace an existing file")
 

@@ -1,4 +1,4 @@
-"""The entry point: run one command, and print its error as one line."""
+"""The entry point of the command line: runs one command, and prints an error as one line."""
 
 import argparse
 import contextlib
@@ -19,7 +19,7 @@ from nplora.distributed.opening import heard_by_all_ranks
 from nplora.platform.processes import write_utf8
 from nplora.runtime.stderr import stderr
 
-_INTERRUPTED = 128 + 2  # what a shell reports for a program that Ctrl-C ended
+_INTERRUPTED = 128 + 2  # the exit status that a shell reports for a program that Ctrl-C ended
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -29,11 +29,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     - 1: the command failed, or the program that reads stdout has ended.
     - 2: the arguments or a file are wrong, the disk failed, a package is missing, or --memory is too small.
     - 130: the user pressed Ctrl-C.
-    - 129, 138 or 143: SIGHUP, SIGUSR1 or SIGTERM ended a training run, which is saved.
-    - 135: another program shortened a model file while it was mapped into memory.
+    - 129, 138 or 143: SIGHUP, SIGUSR1 or SIGTERM ended a training run. The run is saved.
+    - 135: another program shortened a model file while the file was mapped into memory.
 
-    With status 1, 2 or 135, one line on stderr states the reason, unless the reader of stdout has ended. Each
-    warning is one line too. If stderr cannot be written, these lines are lost, but the status is the same.
+    With status 1, 2 or 135, one line on stderr states the reason, except if the program that reads stdout has
+    ended. Each warning is one line too. If stderr cannot be written, these lines are lost, but the exit
+    status is the same.
 
     Args:
         arguments: the words after `nplora`; None: the arguments of this process.
@@ -49,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     write_utf8(sys.stdout)
     write_utf8(sys.stderr)
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # print "?" for a letter that cannot be shown
+        sys.stdout.reconfigure(errors="replace")  # print "?" for a letter that the encoding lacks
     try:
         return _status(list(sys.argv[1:] if arguments is None else arguments))
     finally:
@@ -90,7 +91,7 @@ def _status(arguments: list[str]) -> int:
 
 
 def _run_command(parsed: argparse.Namespace) -> None:
-    """Run the command. An error of another rank that rank 0 prints is not printed here again."""
+    """Run the command. If rank 0 prints the error of another rank, do not print the error again here."""
     try:
         parsed.run_command(parsed)
     except Exception as error:
@@ -100,7 +101,7 @@ def _run_command(parsed: argparse.Namespace) -> None:
 
 
 def _distributed(arguments: list[str]) -> str | None:
-    """Whether the arguments, which may be wrong, ask for a run on the ranks of MPI."""
+    """Return "mpi" if the arguments, which may be wrong, ask for a run on MPI's ranks; otherwise None."""
     pairs = {" ".join(pair) for pair in itertools.pairwise(arguments)} | set(arguments)
     return None if pairs.isdisjoint({"--distributed mpi", "--distributed=mpi"}) else "mpi"
 
@@ -109,16 +110,16 @@ _PLACES = ("output", "target", "ollama", "plot")  # the arguments that name file
 
 
 def _require_one_writer(parsed: argparse.Namespace) -> None:
-    """Refuse a command that cannot divide its work, if each rank of mpirun would write the same output."""
+    """Raise an error if mpirun started several ranks that would all write the same output."""
     writes = any(getattr(parsed, name, None) is not None for name in _PLACES)
     if writes and not hasattr(parsed, "distributed"):
         require_one_process(parsed.prog.split()[-1])
 
 
 def _discard_unwritable(stream: TextIO | None) -> None:
-    """Send a stream's buffered text to /dev/null if it cannot be written.
+    """If a stream's buffered text cannot be written, send the text to /dev/null.
 
-    Without this, Python fails at exit.
+    Otherwise Python would try to write the text again at exit, and report an error.
     """
     if stream is None:
         return

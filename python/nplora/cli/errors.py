@@ -1,4 +1,4 @@
-"""The errors and warnings that the command line prints on stderr, one line each."""
+"""Prints the errors and warnings of the command line on stderr, each on one line."""
 
 import errno
 import os
@@ -7,14 +7,14 @@ from collections.abc import Callable, Mapping, Sequence
 
 from nplora.runtime.stderr import stderr
 
-# A name that stands alone, and is no part of a path, a quoted text or a longer name.
+# _ALONE and _END enclose a name that is not a part of a path, a quoted text or a longer name.
 _ALONE, _END = r"(?<![\w/.'\"=-])", r"(?![\w/='\"-]|\.\w)"
 _VALUE = r"True|False|-?\d[\w.+-]*(?<!\.)|'[\w:.,-]+'"
 _OPERATION = re.compile(r"([a-z_]\w*): ")  # as in "finetune: rank is 0"
 _ROW = re.compile(r", (line|row|window) \d+$")
 _REPEATED = re.compile(r"(--[\w-]+) \(\1\)")
 
-_LONG_LIST = 300  # characters; if a list in a message is longer, only its first item is shown
+_LONG_LIST = 300  # characters; if a list in a message is longer, only the first item of the list is shown
 
 
 class UsageError(ValueError):
@@ -35,24 +35,24 @@ def show_error(error: Exception, hint: str = "", spelled: Callable[[str], str] =
 def show_warning(
     message: Warning | str, *where: object, spelled: Callable[[str], str] = str, **more: object
 ) -> None:
-    """Print a warning. `where` and `more` take the other arguments that Python passes to `showwarning`."""
+    """Print a warning. Ignore `where` and `more`, the other arguments that Python passes to `showwarning`."""
     print(f"nplora: warning: {spelled(one_line(str(message)))}", file=stderr)
 
 
 class Spelling:
-    """Replaces the names of Python keywords in a message by the options of a command.
+    """Replaces names of Python keywords in a message by the options of a command.
 
     `resume=True` becomes --resume, `rank=8` becomes "--rank 8", and a name with an underscore, such as
     `valid_split`, becomes --valid-split. If a message names an option and then the same keyword in
-    parentheses, the keyword is dropped.
+    parentheses, the keyword is removed.
 
-    A message about a file begins with the file's name. The fields of a file may have the same names as
-    options. In such a message, a keyword is therefore replaced only if a value follows it. In a message about
-    a row, nothing is replaced. An argument that the user has typed stays unchanged, because it may be the
-    name of a file.
+    A message about a file begins with the file's name, and may name fields of the file. The fields may have
+    the same names as options. So in a message about a file, a keyword is replaced only if a value follows it,
+    and in a message about a row, nothing is replaced. An argument that the user has typed stays unchanged,
+    because it may be the name of a file.
 
     Args:
-        options: for the name of each keyword, the option.
+        options: a dictionary from keywords to options.
         typed: the arguments of the command line.
     """
 
@@ -104,7 +104,7 @@ def message_of(error: Exception) -> str:
 
 
 def one_line(text: str) -> str:
-    """Put a message on one line. If a list follows a colon, separate its items with semicolons."""
+    """Put a message on one line. If the message ends in a list, separate the items with semicolons."""
     head, colon, items = text.partition(":\n  ")
     if len(items) > _LONG_LIST and "\n  " in items:
         items = f"{items.partition(chr(10))[0]}\n  …"

@@ -20,7 +20,7 @@ from nplora.cli.parser import (
     path,
 )
 
-HELP = "Print the mean loss of a language model over a file of text, and other metrics."
+HELP = "Print the mean loss of a language model on a file of text, and other metrics."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -89,7 +89,7 @@ def _compare(arguments: argparse.Namespace, options: dict[str, Any]) -> None:
 
 
 class _Recorder:
-    """Writes records as lines of JSON to a new file. The file is created with the first record."""
+    """Writes records as lines of JSON to a new file. The first record creates the file."""
 
     def __init__(self, file: str) -> None:
         if os.path.lexists(file):

@@ -15,11 +15,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text = "directory to write; `ollama create NAME -f DIR/Modelfile` imports it"
     parser.add_argument("--ollama", metavar="DIR", type=path, required=True, help=text)
     text = (
-        "storage type of the merged weights or, if MODEL is a directory, of all matrices; same: keep the "
-        "types (default: q8_0)"
+        "storage type of the merged weights; if MODEL is a directory, of all matrices. same: keep the types "
+        "(default: q8_0)"
     )
     parser.add_argument("--dtype", choices=STORAGES, default="q8_0", help=text)
-    text = "do not merge the adapter, but write it beside the model; only for Ollama 0.34.0 and older"
+    text = "do not merge the adapter, but write it as a separate file; only for Ollama 0.34.0 and older"
     parser.add_argument("--keep-adapter", action="store_true", help=text)
     parser.add_argument("--system", metavar="TEXT", help="system message of the model")
     text = "parameter of Ollama, such as temperature=0.7 (repeatable)"

@@ -5,8 +5,8 @@ import argparse
 from nplora.cli.parser import path
 
 HELP = (
-    "Describe a model or adapter file. Without FILE, print what a bug report needs: versions, instruction "
-    "set and threads."
+    "Describe a model or an adapter. Without FILE, print what a bug report needs: versions, instruction set "
+    "and threads."
 )
 
 

@@ -15,18 +15,18 @@ from nplora.cli.parser import (
 )
 
 HELP = (
-    "Merge a LoRA adapter into a model, write the new model, and report how much of the adapter's change it "
-    "keeps."
+    "Merge a LoRA adapter into a model, write the new model, and report how much of the adapter's change the "
+    "new model keeps."
 )
 
 _EPILOG = (
-    "With --check, the new model is loaded before it appears under its name, and its loss is compared with "
-    "that of the base with the adapter. If the loss rises too much, no file is written, and the error names "
-    "a storage type that is precise enough. ΔW is the adapter's change of the weights. 'ΔW kept' is the "
-    "share of ΔW that the stored weights hold; a merge that keeps less than 90 % is refused. Noise is every "
-    "other change that rounding makes. Noise spreads over all directions, while ΔW acts in a few, so noise "
-    "that is larger than ΔW can still be harmless. Relative error is the size of the lost part of ΔW and the "
-    "noise together, divided by the size of ΔW."
+    "With --check, the loss of the new model is compared with the loss of BASE with the adapter. If the loss "
+    "rises too much, no file is written, and the error names a storage type that is precise enough. ΔW is "
+    "the adapter's change of the weights. 'ΔW kept' is the share of ΔW that the stored weights hold; a merge "
+    "that keeps less than 90 % is refused. Noise is every other change that rounding makes. Noise spreads "
+    "over all directions, while ΔW acts in only a few directions. So noise that is larger than ΔW can still "
+    "be harmless. Relative error is the size of the lost part of ΔW and the noise together, divided by the "
+    "size of ΔW."
 )
 
 
@@ -50,7 +50,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace an existing model")
     text = "print how much of the adapter each tensor kept"
     parser.add_argument("--verbose", action="store_true", help=text)
-    text = "held-out data: write the model only if its loss on these data is as low as with the adapter"
+    text = (
+        "held-out data; the model is written only if its loss on these data is about as low as that of BASE "
+        "with the adapter"
+    )
     parser.add_argument("--check", metavar="FILE", type=path, help=text)
     text = f"accepted rise of the loss, in nats per token (default: {TOLERANCE}, 2 %% of the perplexity)"
     parser.add_argument("--tolerance", metavar="NATS", type=float, default=TOLERANCE, help=text)

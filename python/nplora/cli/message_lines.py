@@ -1,4 +1,4 @@
-"""Reads lines from a pipe, or from a user, whose earlier lines are kept in a history."""
+"""Reads lines from a pipe or a terminal. The lines from a terminal are kept in a history."""
 
 import contextlib
 import os
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 _MULTILINE = '"""'
-_MOST_LINES = 1000  # of the history
+_MOST_LINES = 1000  # the most lines that the history keeps
 _PROMPT, _MORE = "> ", "… "
 
 
@@ -18,7 +18,7 @@ class PipedLines:
     is_terminal = False
 
     def read(self) -> str | None:
-        """The next line that is not empty; None at the end.
+        """The next line that is not empty; None at the end of the input.
 
         Raises:
             ValueError: the line is not UTF-8.
@@ -33,14 +33,14 @@ class PipedLines:
         return None
 
     def close(self) -> None:
-        """A pipe has no history."""
+        """Do nothing, because a pipe has no history."""
 
 
 class TerminalLines:
     """The messages that a user types.
 
-    A message that begins with three quotation marks may have several lines. The next three quotation marks
-    end it.
+    A message that begins with three quotation marks may have several lines, and ends with the next three
+    quotation marks.
 
     Args:
         words: the words that the Tab key completes at the beginning of a line.
@@ -73,7 +73,7 @@ class TerminalLines:
         return text.partition(_MULTILINE)[0].strip("\n")
 
     def close(self) -> None:
-        """Keep the history. If the disk cannot be written, no error is raised."""
+        """Save the history. If the disk cannot be written, raise no error."""
         if self._readline is None:
             return
         with contextlib.suppress(OSError):
@@ -87,7 +87,7 @@ Lines = PipedLines | TerminalLines
 
 
 def opened(words: Sequence[str]) -> Lines:
-    """The lines of the terminal or, if standard input or output is a pipe or a file, of standard input."""
+    """The lines of a terminal, or of standard input if standard input or output is a pipe or a file."""
     is_terminal = sys.stdin.isatty() and sys.stdout is not None and sys.stdout.isatty()
     return TerminalLines(words, history_file()) if is_terminal else PipedLines()
 
@@ -101,7 +101,7 @@ def history_file() -> Path:
 def _readline() -> Any:
     try:
         import readline
-    except ImportError:  # some builds of Python lack it: lines cannot be edited then
+    except ImportError:  # some builds of Python have no `readline`; lines can then not be edited
         return None
     return readline
 

@@ -20,7 +20,7 @@ from nplora.weights import COMPUTES
 
 T = TypeVar("T")
 
-# The commands, each with its module: HELP, `add_arguments(parser)` and `run(arguments)`.
+# {command: module}. Each module has HELP, `add_arguments(parser)` and `run(arguments)`.
 COMMANDS = {
     "finetune": "finetune",
     "plan": "plan",
@@ -49,7 +49,7 @@ STORAGES = (
 )
 
 
-# What other programs call our commands.
+# {a name of a command in other programs: our command}
 _OTHER_COMMANDS = {
     **dict.fromkeys(("train", "sft", "lora", "fine-tune", "fine_tune"), "finetune"),
     **dict.fromkeys(("evaluate", "test", "perplexity"), "eval"),
@@ -86,7 +86,7 @@ class Parser(argparse.ArgumentParser):
 
 
 class CommandParser(Parser):
-    """The parser of one command. If an option is unknown, the parser suggests a similar one."""
+    """The parser of one command. If an option is unknown, the parser suggests a similar option."""
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         for word in itertools.takewhile("--".__ne__, args or ()):
@@ -94,7 +94,7 @@ class CommandParser(Parser):
         return super().parse_known_args(args, namespace)
 
     def _require_option(self, word: str) -> None:
-        """Refuse an unknown option that resembles a known one. argparse refuses all other unknown options."""
+        """Refuse an unknown option if a known option is similar. argparse refuses other unknown options."""
         options = [option for option in self._option_string_actions if option.startswith("--")]
         begun = [option for option in options if option.startswith(word)]
         if not word.startswith("-") or " " in word or word in self._option_string_actions or len(begun) == 1:
@@ -107,9 +107,7 @@ class CommandParser(Parser):
 
 
 def parser_of(words: Sequence[str]) -> Parser:
-    """Make the parser for `words`, with only the arguments of the command in `words`.
-
-    If `words` contain a command, the modules of the other commands are not loaded.
+    """Make the parser for a command line. If `words` contain a command, load only the module of this command.
 
     Raises:
         SystemExit: there is no such command.
@@ -157,7 +155,7 @@ def add_data(
     """Add --data.
 
     Args:
-        directory: the files of a directory that are read.
+        directory: the names of the files that are read if the user gives a directory.
         weighted: whether the help text describes weights.
         words: whether the help text names files of words and tags.
     """
@@ -183,7 +181,7 @@ def given_data(data: list[tuple[str, float]]) -> Any:
 
 def add_adapters(parser: argparse.ArgumentParser) -> None:
     text = (
-        "PEFT directory or llama.cpp file, and its weight (default: 1); repeatable: several adapters add up"
+        "PEFT directory or llama.cpp file, and its weight (default: 1). Repeatable: several adapters add up"
     )
     parser.add_argument("--adapter", metavar="PATH[:WEIGHT]", type=weighted_path, action="append", help=text)
     add_any_base(parser)
@@ -196,21 +194,21 @@ def add_any_base(parser: argparse.ArgumentParser) -> None:
 
 def add_compute(parser: argparse.ArgumentParser) -> None:
     text = (
-        "arithmetic of the products with frozen weights; int8 makes decoding faster if the weights are "
-        "quantised (default: float32)"
+        "arithmetic of the products with frozen weights; if the weights are quantised, int8 makes decoding "
+        "faster (default: float32)"
     )
     parser.add_argument("--compute", choices=COMPUTES, default="float32", help=text)
 
 
 def path(text: str) -> str:
-    """Check a path. An empty path, for example from an unset shell variable, is refused."""
+    """Refuse an empty path, which for example an unset shell variable gives. Return any other path."""
     if not text:
         raise argparse.ArgumentTypeError("the path is empty")
     return text
 
 
 def weighted_path(text: str) -> tuple[str, float]:
-    """Read PATH:WEIGHT or PATH. A path that exists is taken whole, even if it ends in a colon and a number.
+    """Read PATH:WEIGHT or PATH. If a file named like the whole text exists, the text is a PATH.
 
     Raises:
         FileNotFoundError: the text is the address of an adapter on the Hugging Face Hub.
@@ -250,7 +248,7 @@ def columns(text: str) -> dict[str, str]:
         raise argparse.ArgumentTypeError(str(error).partition(": ")[2]) from None
 
 
-_KINDS: dict[str, Callable[[str], Any]] = {  # by the `kind` in the metadata of a field
+_KINDS: dict[str, Callable[[str], Any]] = {  # {`kind` in a field's metadata: function that reads a value}
     "adapter": adapter_path,
     "columns": columns,
     "metric": str,
@@ -292,7 +290,7 @@ def add_options(
 
 
 def _help_of(field: "dataclasses.Field[Any]") -> str:
-    """The help text of a field. A field name in backticks becomes an option: `max_length`, --max-length."""
+    """The help text of a field. Names of fields in backticks become options: `max_length` --max-length."""
     text = re.sub(r"`(\w+)`", lambda match: _option(match[1]), field.metadata["help"]).replace("%", "%%")
     default = field.default
     if isinstance(default, tuple):
@@ -330,7 +328,7 @@ def _option(name: str) -> str:
 
 
 def given_options(arguments: argparse.Namespace, options: type) -> dict[str, Any]:
-    """The fields of a dataclass that were given on the command line."""
+    """The options given on the command line that are fields of a dataclass, as {field: value}."""
     found = {field.name: getattr(arguments, field.name, None) for field in dataclasses.fields(options)}
     return {
         name: tuple(value) if isinstance(value, list) else value

@@ -7,8 +7,8 @@ from nplora.cli.errors import UsageError
 from nplora.cli.parser import add_data, add_model, add_options, checked, given_data, given_options, path
 
 HELP = (
-    "Predict the memory and the time that finetune takes. With --memory, find the fastest plan that fits. "
-    "Nothing is trained."
+    "Predict the memory and the time that finetune takes. With --memory, find the fastest plan that fits "
+    "into this memory. Nothing is trained."
 )
 
 _LATENCY = "50us"
@@ -17,7 +17,7 @@ _LATENCY = "50us"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     from nplora.finetuning import FinetuneOptions
 
-    parser.epilog = "All other options of finetune are accepted, but have no effect."
+    parser.epilog = "The other options of finetune are accepted, but have no effect."
     add_model(parser)
     add_data(parser)
     parser.add_argument("--valid", metavar="FILE", type=path, help="validation file of the run")
@@ -40,7 +40,7 @@ def run(arguments: argparse.Namespace) -> None:
     _check_nodes(arguments)
     options = given_options(arguments, FinetuneOptions)
     if several:
-        options.setdefault("distributed", "mpi")  # the memory is that of a rank
+        options.setdefault("distributed", "mpi")  # so the plan predicts the memory of one rank
     checked(functools.partial(FinetuneOptions, op="plan"), options)
     found = finetuning.plan(arguments.model, given_data(arguments.data), valid=arguments.valid, **options)
     nodes = None
@@ -54,7 +54,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _check_nodes(arguments: argparse.Namespace) -> None:
-    """Check the options for several machines, before the model is read."""
+    """Check the options for several machines. This check comes before the slow reading of the model."""
     from nplora.distributed import Network
 
     given = {name: getattr(arguments, name) is not None for name in ("nodes", "network", "latency")}

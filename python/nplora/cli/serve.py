@@ -47,5 +47,5 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _print(text: str) -> None:
-    with contextlib.suppress(OSError, ValueError):  # nobody reads it any more
+    with contextlib.suppress(OSError, ValueError):  # stdout is closed
         print(text, flush=True)

@@ -13,7 +13,7 @@ from nplora.cli.parser import (
     path,
 )
 
-HELP = "Store the predictions of a teacher for a data set, for finetune --objective distill --teacher FILE."
+HELP = "Store a teacher model's predictions for a data set, for finetune --objective distill --teacher FILE."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_data(parser)
     text = "validation file; its predictions are stored too"
     parser.add_argument("--valid", metavar="FILE", type=path, help=text)
-    text = "the file to write, in safetensors' format"
+    text = "safetensors file to write"
     parser.add_argument("--output", metavar="FILE", type=path, required=True, help=text)
     add_adapters(parser)
     add_options(parser, TeachOptions)

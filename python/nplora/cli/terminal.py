@@ -1,9 +1,9 @@
-"""Text from a model on a terminal."""
+"""Makes a model's text safe to print on a terminal."""
 
 import sys
 
-# Escape sequences begin with ESC or with a control character of C1. They could change the clipboard, or
-# what was printed before. Unicode has pictures of the control characters below the space.
+# Escape sequences begin with ESC or with a C1 control character. They could change the clipboard or earlier
+# output. Unicode has visible symbols for the control characters below the space.
 _SHOWN = {
     **{code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\t\n"},
     **dict.fromkeys(range(0x80, 0xA0), "\ufffd"),
@@ -13,9 +13,6 @@ _SHOWN = {
 
 
 def printed(text: str) -> str:
-    """The printed form of a text.
-
-    On a terminal, control characters except tabs and line ends become visible.
-    """
+    """The text as it is printed: on a terminal, control characters except tabs and line ends are visible."""
     is_terminal = sys.stdout is not None and sys.stdout.isatty()
     return text.translate(_SHOWN) if is_terminal else text

@@ -10,8 +10,8 @@ from nplora.cli.errors import UsageError
 from nplora.cli.parser import add_data, add_model, add_options, checked, given_data, given_options, path
 
 HELP = (
-    "Search for the learning rate, the rank, the targets and the epochs of finetune, by short runs within a "
-    "time budget. Prints a table of the runs and the finetune command of the best."
+    "Search for the learning rate, the rank, the targets and the epochs of finetune, with short runs within "
+    "a time budget. Print a table of the runs, and the finetune command of the best run."
 )
 
 
@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     from nplora.finetuning import FinetuneOptions, TuneOptions
     from nplora.finetuning.tuning.options import NOT_PASSED
 
-    parser.epilog = "If you give an option of finetune, all trials use its value, and it is not searched."
+    parser.epilog = "If you give an option of finetune, all trials use its value; tune does not search it."
     add_model(parser)
     add_data(parser)
     text = "held-out data to compare the trials on (default: a tenth of the examples)"
@@ -71,11 +71,11 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def searched(text: str) -> tuple[str, list[Any]]:
-    """Read NAME=VALUE,VALUE. A value of `targets` may be several names, joined by +.
+    """Read NAME=VALUE,VALUE. For `targets`, "+" joins the names of one value.
 
     Raises:
-        ArgumentTypeError: the text has another form, the option cannot be searched, or a value is not of the
-            option's type.
+        ArgumentTypeError: the text has another form, tune cannot search this option, or a value does not have
+            the option's type.
     """
     from nplora.finetuning import FinetuneOptions
     from nplora.finetuning.tuning.space import require_searchable

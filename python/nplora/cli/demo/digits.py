@@ -47,7 +47,7 @@ class DigitsNet(Module):
         return y, (s1, r1, s2, r2, s3)
 
     def backward(self, dy: Array, saved: Any, need_dx: bool = True) -> Array | None:
-        """Add to the gradients of the factors. Return the gradient dx (n, 64), or None without `need_dx`."""
+        """Add to the gradients of the factors. Return dx (n, 64), or None if `need_dx` is False."""
         s1, r1, s2, r2, s3 = saved
         dh = self.relu.backward(self.fc3.backward(dy, s3), r2)
         dh = self.relu.backward(self.fc2.backward(dh, s2), r1)
@@ -65,7 +65,7 @@ class Digits:
 
 @dataclass(frozen=True)
 class Accuracy:
-    """The accuracy on held-out digits: on original images (`old`) and on changed ones (`new`)."""
+    """The accuracy on original images (`old`) and on changed images (`new`) of the held-out digits."""
 
     old: float
     new: float
@@ -76,8 +76,8 @@ class MergeCheck:
     """How well merged and unmerged outputs agree on the changed images of the held-out digits.
 
     Attributes:
-        difference: how much merging changes one element of a layer's output. The element is chosen so that
-            its change is nearest to its `bound`.
+        difference: how much merging changes one element of a layer's output. Of all elements, this is the one
+            with the largest ratio of `difference` to `bound`.
         bound: the largest change that rounding alone can make to this element.
         logits: the largest change that merging makes to the network's logits.
     """
@@ -97,9 +97,9 @@ class DemoReport:
         off: accuracy after training, with the adapter switched off.
         examples, held_out: the number of digits for training, and for evaluation.
         rank, factors, parameters: the rank, the number of trained values, and the number of frozen values.
-        saved_bytes: bytes of the activations that one batch keeps for the backward pass.
-        seconds, threads: duration of the training, and its number of threads.
-        digests: SHA-256 of all frozen weights and biases, before training and at the end.
+        saved_bytes: bytes of the activations of one batch that are kept for the backward pass.
+        seconds, threads: the duration of the training, and the number of threads.
+        digests: the SHA-256 of all frozen weights and biases before training, and that at the end.
         merge: the comparison of merged and unmerged outputs.
         reloaded_equal: whether a new network with the saved adapter has the same logits, bit for bit.
     """
@@ -121,7 +121,7 @@ class DemoReport:
 
     @property
     def failures(self) -> list[str]:
-        """A message for each claim of the demo that is false. The list is empty unless there is a bug."""
+        """One message for each claim of the demo that is false. If there is no bug, the list is empty."""
         promises = {
             "the frozen weights changed": self.digests[0] == self.digests[1],
             "the adapter changes the results even when it is off": self.off == self.before,
@@ -169,13 +169,13 @@ def run(
             directory is created.
         rank: rank of the LoRA factors.
         seed: random seed of the initial factors and the order of the examples.
-        overwrite: delete the run, the adapter and the plot in `output`, for example from an earlier demo.
+        overwrite: delete an earlier run, adapter and plot in `output`, for example those of an earlier demo.
         epochs: number of passes over the 600 examples.
         lr: peak learning rate of AdamW.
     Returns:
         the report that was printed.
     Raises:
-        ModuleNotFoundError: scikit-learn, whose data set is used, is not installed.
+        ModuleNotFoundError: scikit-learn, which contains the data set, is not installed.
         FileExistsError: `output` holds a run, an adapter or a plot, and `overwrite` is not set.
         RuntimeError: a claim of the demo is false, which is a bug.
     """
@@ -232,7 +232,7 @@ def pretrained_weights() -> SafetensorsFile:
 
 
 def digits(numbers: Array) -> Digits:
-    """Load the digits of scikit-learn with these indices (0 to 1796), and their changed images.
+    """Load the digits with the indices `numbers` (0 to 1796) from scikit-learn, and make the changed images.
 
     Raises:
         ModuleNotFoundError: scikit-learn is not installed.
@@ -265,7 +265,7 @@ def adapt(
         epochs=epochs,
         batch_size=BATCH,
         checkpoint_dir=directory,
-        checkpoint_every=epochs * len(examples.labels),  # that is, only at the beginning and at the end
+        checkpoint_every=epochs * len(examples.labels),  # more than all steps: only at the beginning and end
         overwrite=overwrite,
     )
     if history.interrupted:
@@ -291,9 +291,9 @@ def frozen_digest(model: DigitsNet) -> str:
 def check_merge(model: DigitsNet, x: Array) -> MergeCheck:
     """Merge the adapters, compare the layers' outputs with those before the merge, and unmerge.
 
-    A layer gets the same inputs h before and after the merge. Merged or not, it computes (W + s A B) h + b,
-    where s is the scale and b the bias. Rounding changes each element of the result by at most
-    γ (|W| |h| + s |A| |B| |h| + |b|). The constant γ = γ_k (Higham 2002, section 3.1) with
+    A layer gets the same inputs h before and after the merge. In both cases, the layer computes
+    (W + s A B) h + b, where s is the scale and b the bias. Rounding changes each element of the result by at
+    most γ (|W| |h| + s |A| |B| |h| + |b|). The constant γ = γ_k (Higham 2002, section 3.1) with
     k = 2 d_in + r + 6 covers both computations, for any order of the sums.
     """
     layers = (model.fc1, model.fc2, model.fc3)

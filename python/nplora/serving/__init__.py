@@ -1,4 +1,4 @@
-"""Serving: one model answers many requests at the same time, each with its own adapter."""
+"""Serving: one model answers many requests at the same time. Each request may use another adapter."""
 
 from nplora.lm.answer import Guide
 from nplora.serving.conversation import Conversation

@@ -13,10 +13,10 @@ from typing import Protocol
 from nplora.formats.errors import brief
 from nplora.serving.request_error import RequestError
 
-# A loaded adapter is in memory in `lm.adapters` and in the layers of its model. If bfloat16 holds its values
-# exactly, as in most files, the layers also keep a copy in bfloat16, which decoding reads.
+# A loaded adapter is in memory twice: in `lm.adapters` and in the layers of its model. If bfloat16 holds the
+# values exactly, as in most files, the layers also keep a copy in bfloat16 (half the size) for decoding.
 _COPIES = 2.5
-_LOADING = _COPIES + 1  # while it is read
+_LOADING = _COPIES + 1  # while the adapter is read
 _WAIT = 5.0  # seconds
 
 
@@ -27,18 +27,18 @@ class NamedModels(Protocol):
 
 
 class AdapterMemory:
-    """Counts the memory of adapters, and refuses one that does not fit.
+    """Counts the memory of adapters, and refuses an adapter that does not fit.
 
-    The memory of an unloaded adapter is free when the last request with this adapter has ended.
+    The memory of an unloaded adapter becomes free when the last request with this adapter has ended.
 
     Args:
-        most: the bytes for all adapters that are loaded after the engine was planned.
+        most: the bytes for all adapters that are loaded after the engine has planned its memory.
     """
 
     def __init__(self, most: int) -> None:
         self.most, self._lock = most, threading.Lock()
-        self._sizes: dict[object, int] = {}  # of each adapter
-        self._unloaded = float("-inf")  # the time
+        self._sizes: dict[object, int] = {}  # the bytes of each adapter
+        self._unloaded = float("-inf")  # the time at which an adapter was last unloaded
 
     @property
     def used(self) -> int:
@@ -46,11 +46,11 @@ class AdapterMemory:
         return sum(list(self._sizes.values()))
 
     def unloaded(self) -> None:
-        """Record that an adapter was unloaded. The memory is free after the current round at the earliest."""
+        """Record that an adapter was unloaded. Its memory stays in use at least until the round ends."""
         self._unloaded = time.monotonic()
 
     def require(self, name: str, size: int, waits: bool = True) -> None:
-        """Check that there is memory for an adapter of at least this size, before it is read.
+        """Before an adapter is read, check that there is memory for an adapter of at least this size.
 
         The arguments and the error are those of `room`.
         """
@@ -59,11 +59,11 @@ class AdapterMemory:
 
     @contextlib.contextmanager
     def room(self, lm: NamedModels, name: str, size: int, waits: bool = True) -> Iterator[None]:
-        """Reserve memory for an adapter that the `with` block loads, until no request uses it any more.
+        """Reserve memory for an adapter that the `with` block loads, until nothing uses the adapter any more.
 
         Args:
-            size: the bytes of its values.
-            waits: wait a few seconds for the memory of an adapter that was unloaded just now.
+            size: the bytes of the adapter's values.
+            waits: whether to wait a few seconds for the memory of an adapter that was just unloaded.
         Raises:
             RequestError: the adapter does not fit. The status is 507.
         """
@@ -79,7 +79,7 @@ class AdapterMemory:
             del self._sizes[key]
             raise
         self._sizes[key] = int(_COPIES * size)
-        weakref.finalize(model, self._sizes.pop, key, None)  # without a lock: it runs at any time
+        weakref.finalize(model, self._sizes.pop, key, None)  # takes no lock, because it can run at any time
 
     def _wait(self, needed: int, waits: bool) -> None:
         while self.used + needed > self.most:

@@ -1,4 +1,4 @@
-"""Conversation: a chat of several turns, which computes only the new messages of each turn."""
+"""Conversation: a chat of several turns. Each turn computes only the new messages."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from nplora.serving.ticket import Usage
 class Conversation:
     """A chat of several turns.
 
-    The engine keeps the keys and values of the last prompt, while memory lasts. So the next turn computes
-    only the last answer, which is now a part of the prompt, and the new message. If the system message or the
-    adapter changes, all turns are computed again.
+    The engine keeps the keys and values of the last prompt, as long as there is enough memory. So the next
+    turn computes only the last answer, which is now a part of the prompt, and the new message. If the system
+    message or the adapter changes, all turns are computed again.
 
         >>> lm = nplora.load_model("model.gguf")
         >>> with nplora.serving.Engine(lm) as engine:
@@ -30,8 +30,8 @@ class Conversation:
         adapter: the name of one of the model's adapters, or None for the model alone.
     Attributes:
         turns: the messages of the user and the assistant, in order.
-        finish_reason, usage: how the last answer ended, and its numbers of tokens; None before the first
-            answer.
+        finish_reason, usage: how the last answer ended, and how many tokens its prompt and its text have.
+            Both are None before the first answer.
     """
 
     def __init__(
@@ -56,8 +56,8 @@ class Conversation:
         """Send a user's message, and yield the answer in pieces.
 
         If the caller stops early (by an exception such as KeyboardInterrupt, or by `close()`), the request is
-        cancelled, and the chat keeps the answer so far. If the request fails, or is cancelled before its
-        first text, the chat stays as it was.
+        cancelled, and the chat keeps the question and the answer so far. If the request fails, or is
+        cancelled before the first text, the chat does not change.
 
         Raises:
             ValueError: the model has no chat template, or the chat fills the context.

@@ -20,9 +20,9 @@ from nplora.serving.metrics import Metrics
 from nplora.serving.served_encoder import Model, ServedEncoder
 
 _OP = "EncoderEngine.submit"
-ROUND = 2048  # the most tokens that are computed at once, except for one longer text
+ROUND = 2048  # the most tokens that are computed at once; a text with more tokens is computed alone
 _PART = 1024  # a request with more tokens is divided, so that other requests need not wait for its end
-WAITING = 64 << 20  # the most bytes of token ids and results of all requests, except for one larger request
+WAITING = 64 << 20  # the most bytes of all requests' token ids and results; a single request may have more
 
 
 class EncoderEngine:
@@ -41,8 +41,8 @@ class EncoderEngine:
         encoder: the encoder, which must not be trained or merged while the engine uses it.
         memory: the most bytes that this process may use, as a number or as a text such as "2G". None: a part
             of the available memory.
-        adapter_memory: a part of `memory` that is reserved for adapters that are loaded later; None: an
-            eighth of the memory that the model leaves.
+        adapter_memory: the part of `memory` that is reserved for adapters that are loaded later; None: an
+            eighth of the memory that the model leaves free.
         max_waiting: how many requests may wait or be computed at the same time.
     Attributes:
         served: the encoder and its named adapters.
@@ -67,7 +67,7 @@ class EncoderEngine:
         self._metrics = Metrics()
         self._queue = FairQueue[Request]()
         self._open: dict[Future[Array], Request] = {}
-        self._bytes = 0  # of the open requests
+        self._bytes = 0  # the bytes of the open requests
         self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)
         self._thread: threading.Thread | None = None
@@ -75,12 +75,12 @@ class EncoderEngine:
 
     @property
     def context(self) -> int:
-        """The most tokens of a text, without an adapter."""
+        """The largest number of tokens of a text if no adapter is used."""
         return min(self.longest, self.served.encoder.max_length)
 
     @property
     def longest(self) -> int:
-        """The largest number of tokens of a text that fits into memory, with any adapter."""
+        """The largest number of tokens of a text for which there is memory, with or without an adapter."""
         return self.plan.longest
 
     @property
@@ -102,16 +102,18 @@ class EncoderEngine:
         Args:
             ids: the token ids of each text, including special tokens (`encoder.encode` makes them). Do not
                 change these arrays before the result is available.
-            model: one of `served.named_model`; None: the model without an adapter.
+            model: a model that `served.named_model` has returned; None: the model without an adapter.
             classes: whether the result is a classifier's logits (texts, outputs), instead of embeddings
                 (texts, dim).
             normalize: whether embeddings have length 1; None: the setting in the model's files.
-            client: clients take turns, and each client's requests are computed in order.
-        Returns: a future with the result, float32. `cancel()` ends the request.
+            client: the name of the client. Clients take turns, and each client's requests are computed in
+                order.
+        Returns:
+            a future of the result, float32. Its `cancel()` ends the request.
         Raises:
             TypeError: classes are wanted, but the model is not a classifier; or the ids are not integers.
-            ValueError: a text has no tokens or too many, or the model does not have a token.
-            QueueFullError: too many requests are waiting, or they take too much memory.
+            ValueError: a text has no tokens or too many, or a token is not in the model's vocabulary.
+            QueueFullError: too many requests are waiting, or all requests together take too much memory.
             RuntimeError: the engine was closed.
         """
         model = model or self.served.named_model(None)
@@ -172,8 +174,8 @@ class EncoderEngine:
         """Accept no more requests, and end the thread.
 
         Args:
-            drain: first compute all requests to their end; False: cancel them.
-            timeout: seconds after which the rest is cancelled; None: no limit.
+            drain: whether to compute all requests first. If False, all requests are cancelled.
+            timeout: seconds after which the remaining requests are cancelled; None: no limit.
         """
         with self._lock:
             self._closed = True
@@ -199,7 +201,7 @@ class EncoderEngine:
         return self
 
     def __exit__(self, kind: object, *error: object) -> None:
-        """Close the engine; without draining if there was an exception."""
+        """Close the engine. After an exception, cancel the remaining requests."""
         self.close(drain=kind is None)
 
     # ---- rounds ----
@@ -211,7 +213,7 @@ class EncoderEngine:
                 self._changed.wait_for(lambda: self._open or self._closed)
                 if not self._open:
                     return
-            if not self.step():  # the request that is left has no texts, and ends in a moment
+            if not self.step():  # the remaining request has no texts, and ends in a moment
                 time.sleep(0.001)
 
     def _next_parts(self) -> list[Part]:
@@ -253,7 +255,7 @@ class EncoderEngine:
                 self._compute([part])
 
     def _ended(self, future: Future[Array]) -> None:
-        """Count a request that has ended, and forget the parts that were not computed."""
+        """Count a request that has ended, and remove its remaining parts from the queue."""
         reason = "cancelled"
         if not future.cancelled():
             reason = "stop" if future.exception() is None else "error"
@@ -268,7 +270,7 @@ class EncoderEngine:
 
 
 def _store(part: Part, rows: Array) -> None:
-    """Give the rows of a part to its request, which ends if it is complete."""
+    """Give the rows of a part to the part's request. If the request is complete, end it."""
     request = part.request
     try:
         if not np.isfinite(rows).all():
@@ -278,10 +280,10 @@ def _store(part: Part, rows: Array) -> None:
         _fail(request, error)
         return
     if made is not None:
-        with contextlib.suppress(InvalidStateError):  # it was cancelled
+        with contextlib.suppress(InvalidStateError):  # the request was cancelled
             request.future.set_result(made)
 
 
 def _fail(request: Request, error: Exception) -> None:
-    with contextlib.suppress(InvalidStateError):  # it has ended already
+    with contextlib.suppress(InvalidStateError):  # the request has already ended
         request.future.set_exception(error)

@@ -1,4 +1,4 @@
-"""The requests of an EncoderEngine, and the parts of them that are computed at once."""
+"""The requests of an EncoderEngine, and the parts into which a long request is divided."""
 
 from __future__ import annotations
 
@@ -19,26 +19,26 @@ from nplora.serving.served_encoder import Model, encoder_of
 Array = npt.NDArray[Any]
 Ids = Sequence[npt.ArrayLike]  # the token ids of each text
 
-_ARRAY = 128  # the bytes of a small array besides its values, rounded up
+_ARRAY = 128  # the bytes of a small array in addition to its values, rounded up
 _FLOAT = 4
 
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """The model and the kind of its result. Texts with equal `Work` are computed together."""
+    """A model and the kind of result that it computes. Texts with equal `Work` are computed together."""
 
     model: Model
     classes: bool
     normalize: bool | None
 
     def width(self) -> int:
-        """The number of values of a text."""
+        """The number of values that are computed for a text."""
         if not isinstance(self.model, TextClassifier):
             return self.model.dim
         return len(self.model.labels) if self.classes else self.model.encoder.dim
 
     def compute(self, ids: Sequence[Array]) -> Array:
-        """The values of each text."""
+        """Compute the values of each text."""
         if not isinstance(self.model, TextClassifier):
             return self.model.embed_ids(ids, normalize=self.normalize)
         if self.classes:
@@ -50,7 +50,7 @@ class Work:
 
         Raises:
             TypeError: ids are not integers.
-            ValueError: a text has no tokens or more than `longest`, or the model does not have a token.
+            ValueError: a text has no tokens or more than `longest`, or a token is not in the vocabulary.
         """
         texts = [_check.integers(op, f"ids[{i}]", text) for i, text in enumerate(ids)]
         for i, text in enumerate(texts):
@@ -69,7 +69,7 @@ class Request:
     """Texts that one client sent together. A long request is computed in parts.
 
     Args:
-        part: the largest number of tokens in a part; a text with more tokens is a part of its own.
+        part: the largest number of tokens in a part. A text with more tokens is a part by itself.
     Attributes:
         tokens: the number of tokens.
         bytes: the memory of the ids and of the result.
@@ -89,7 +89,7 @@ class Request:
         self._ids = ids
         self._cuts = cut(np.array(list(map(len, ids)), np.int64), part)
         self._taken = self._stored = 0
-        self._rows: Array | None = None  # made with the first rows, so that a waiting request has none
+        self._rows: Array | None = None  # allocated with the first rows; a waiting request needs no rows
 
     @property
     def begun(self) -> bool:
@@ -106,7 +106,7 @@ class Request:
         return self._taken == len(self._cuts) - 1
 
     def store(self, first: int, rows: Array) -> Array | None:
-        """Keep the rows of a part. Return all rows after the last part, and None before that."""
+        """Store the rows of a part. If it is the last part, return all rows; otherwise return None."""
         if self._rows is None:
             self._rows = np.empty((len(self._ids), self.work.width()), np.float32)
         self._rows[first : first + len(rows)] = rows
@@ -116,7 +116,7 @@ class Request:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Part:
-    """Some of a request's texts, from text number `first` on."""
+    """Consecutive texts of a request. `first` is the number of the first text."""
 
     request: Request
     first: int

@@ -1,4 +1,4 @@
-"""The engine: one model answers many requests at the same time, each with its own adapter."""
+"""The engine: one model answers many requests at the same time. Each request may use another adapter."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ class Engine:
     """Generates the answers of many requests together.
 
     Requests join and leave between rounds. A round reads a piece of the waiting prompts, and then generates
-    one token for every running request. Other requests do not affect the greedy text of a request: the text
-    always equals the text that `lm.generate` returns.
+    one token for every running request. Other requests do not influence the text of a request with greedy
+    decoding: the text always equals the text that `lm.generate` returns.
 
         >>> lm = nplora.load_model("model.gguf")
         >>> sampling = nplora.generate.Sampling(max_new_tokens=4)
@@ -66,15 +66,15 @@ class Engine:
         lm: the model, which must not be trained or merged while the engine uses it. Its named adapters may be
             loaded and deleted at any time.
         memory: the most bytes that this process may use, as a number or as a text such as "2G". The keys and
-            values take the memory that the weights and the work space leave. None: a part of the available
-            memory.
-        adapter_memory: a part of `memory` that stays free for adapters that are loaded later; None: an eighth
-            of the memory that the model leaves.
+            values take the memory that the weights and the work space leave free. None: a part of the
+            available memory.
+        adapter_memory: the part of `memory` that is reserved for adapters that are loaded later; None: an
+            eighth of the memory that the model leaves free.
         max_requests: how many requests are computed at the same time. The others wait.
         max_waiting: how many requests may wait.
-        turn: a context manager that is entered for each call of the model. A round has one call for each page
-            of a prompt, one for the incomplete last pages of several prompts, and one for the next tokens.
-            With a lock here, other work (training) can alternate with the calls.
+        turn: a context manager that the engine enters for each call of the model. A round has one call for
+            each page of a prompt, one for the incomplete last pages of several prompts, and one for the next
+            tokens. If `turn` is a lock, other work, such as training, can alternate with the calls.
     Raises:
         ValueError: the memory does not suffice for one short request, or an argument is out of range.
     """
@@ -103,11 +103,11 @@ class Engine:
             turn or contextlib.nullcontext(),
             self._ended,
         )
-        self._requests: dict[int, Request] = {}  # by the id of their tickets, which they hold
+        self._requests: dict[int, Request] = {}  # {id of the request's ticket: request}
         self._cancelled: deque[Ticket] = deque()
         self._roots = weakref.WeakKeyDictionary[LanguageModel, str]()
         self._numbers = itertools.count()
-        self._lock = threading.RLock()  # for the queue and everything else that `submit` touches
+        self._lock = threading.RLock()  # for the queue and everything else that `submit` changes
         self._changed = threading.Condition(self._lock)
         self._rounds = threading.Lock()
         self._in_round: int | None = None  # the thread that holds `_rounds`
@@ -121,7 +121,10 @@ class Engine:
 
     @property
     def context(self) -> int:
-        """The most tokens of a prompt and its answer, as the model's context and the memory allow."""
+        """The largest number of tokens of a prompt and its answer together.
+
+        The model's context and the memory limit it.
+        """
         return self._context
 
     @property
@@ -152,13 +155,14 @@ class Engine:
             ids: the tokens of the prompt (`lm.tokenizer.encode_prompt` or `encode_chat`).
             sampling: how tokens are chosen; None: always the most likely token, up to 128 tokens.
             adapter: the name of one of `lm.adapters`; None: the model without a named adapter. A request
-                keeps its adapter to the end, even if the adapter is deleted in between.
-            logprobs: n: the log-probabilities of each token and of the n most likely tokens; None: no
-                log-probabilities.
-            client: clients take turns, and each client's requests are computed in order.
+                keeps its adapter to the end, even if the adapter is deleted in the meantime.
+            logprobs: if this is n, the result has the log-probabilities of each generated token and of the n
+                most likely tokens at its position. None: no log-probabilities.
+            client: the name of the client. Clients take turns, and each client's requests are computed in
+                order.
             priority: requests with a higher priority start first.
             index: the number of the answer, if a prompt gets several answers. Each answer draws other random
-                numbers. With index i, the answer equals row i of `lm.generate`.
+                numbers. The answer with index i equals row i of `lm.generate`.
             guide: restricts the tokens, for example to a grammar.
         Raises:
             KeyError: no adapter has this name.
@@ -207,7 +211,7 @@ class Engine:
     def step(self) -> bool:
         """Run one round. Return False if there was nothing to do.
 
-        An error of one request ends this request only.
+        An error in one request ends only this request.
 
         Raises:
             RuntimeError: a listener, a guide or `turn` called this method during a round.
@@ -237,8 +241,8 @@ class Engine:
         """Take no more requests, and end the thread.
 
         Args:
-            drain: first compute all requests to their end; False: cancel them.
-            timeout: seconds after which the rest is cancelled; None: no limit.
+            drain: whether to compute all requests first. If False, all requests are cancelled.
+            timeout: seconds after which the remaining requests are cancelled; None: no limit.
         Raises:
             RuntimeError: a listener, a guide or `turn` called this method during a round.
         """
@@ -263,7 +267,7 @@ class Engine:
             self._scheduler.close()
 
     def metrics(self) -> Metrics:
-        """A snapshot of the counters, which does not change any more."""
+        """A copy of the counters, which does not change later."""
         with self._lock:
             self._scheduler.counts()
             return self._metrics.copy()
@@ -274,7 +278,7 @@ class Engine:
         return self
 
     def __exit__(self, kind: object, *error: object) -> None:
-        """Close the engine; without draining if there was an exception."""
+        """Close the engine. After an exception, cancel the remaining requests."""
         self.close(drain=kind is None)
 
     # ---- rounds ----
@@ -284,7 +288,7 @@ class Engine:
         while not self._stopping:
             try:
                 active = self.step()
-            except BaseException as error:  # a mistake in the engine: the requests end, but not the engine
+            except BaseException as error:  # a bug in the engine ends all requests, but not the engine
                 active = True
                 self._end_all("error", error)
             if not active:
@@ -317,7 +321,7 @@ class Engine:
                 self._in_round = None
 
     def _require_no_round(self, op: str) -> None:
-        """Refuse a call from inside a round, because the call would wait for itself."""
+        """Refuse a call from inside a round, because such a call would wait for itself."""
         if self._in_round == threading.get_ident():
             raise RuntimeError(f"{op}: a listener, guide or turn of this engine called it during a round")
 
@@ -344,7 +348,7 @@ class Engine:
         return self._lm.named_model(adapter)
 
     def _root(self, model: LanguageModel) -> str:
-        """A text that identifies a model with an adapter in the keys of pages."""
+        """A text that identifies a model and its adapter in the keys of pages."""
         with self._lock:
             return self._roots.setdefault(model, f"adapter {next(self._numbers)}")
 

@@ -1,4 +1,4 @@
-"""FairQueue: the waiting requests. Clients take turns, so one client's requests do not block the others."""
+"""FairQueue: the waiting requests. Clients take turns, so one client does not block the other clients."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ Item = TypeVar("Item", bound=Waiting)
 class FairQueue(Generic[Item]):
     """The waiting requests, in the order in which they will start.
 
-    Requests with the highest priority come first. Among requests of equal priority, those that have already
-    been running come first, the oldest before the others. For the rest, the clients take turns, and each
-    client's requests keep their order. All methods may be called from any thread.
+    Requests with the highest priority come first. Among requests with equal priority, requests that have
+    already started before come first, the oldest of them at the front. For the other requests, the clients
+    take turns, and each client's requests keep their order. All methods may be called from any thread.
     """
 
     def __init__(self) -> None:
@@ -61,9 +61,9 @@ class FairQueue(Generic[Item]):
             return None if highest is None else next(iter(self._lines[highest].values()))[0]
 
     def pass_turn(self, item: Item) -> None:
-        """If `item` is first, move its client behind the other clients.
+        """If `item` is the next request, move its client behind the other clients.
 
-        `item` stays the first request of its client.
+        `item` remains the first request of its client.
         """
         with self._lock:
             line = self._lines.get(item.priority)
@@ -71,9 +71,9 @@ class FairQueue(Generic[Item]):
                 line.move_to_end(item.client)
 
     def remove(self, item: Item) -> bool:
-        """Remove a request. Return False if the queue does not hold it.
+        """Remove a request. Return False if the queue does not contain the request.
 
-        If the request is the first one, it starts now, and the next turn goes to another client.
+        If the request is the first in the queue, its client has had its turn, and another client is next.
         """
         with self._lock:
             return self._remove(item)

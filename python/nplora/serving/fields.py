@@ -1,4 +1,4 @@
-"""Fields: the fields of a request's JSON object, with checks."""
+"""Fields: reads and checks the fields of a request's JSON object."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ class Fields:
         return None if value is None else Fields(value, f"{self.name(field)}.")
 
     def objects(self, field: str, most: int) -> list[Fields]:
-        """A list of objects; empty if it is missing."""
+        """A field that is a list of objects; an empty list if the field is missing."""
         value = self.get(field)
         if value is None:
             return []
@@ -110,7 +110,7 @@ class Fields:
 
 
 def wrong(name: str, value: object, expected: str, param: str | None = None) -> RequestError:
-    """The error for a value of a wrong type, or out of range."""
+    """The error for a value that has a wrong type or is out of range."""
     return RequestError(
         f"{name} is {brief(value)}, expected {expected}", param=param or name, code="invalid_value"
     )

@@ -1,4 +1,4 @@
-"""How much memory the engine has for keys and values."""
+"""Plans how an engine uses memory, and how much memory is left for keys and values."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ from nplora.platform.memory import current_memory
 from nplora.runtime import get_num_threads
 
 _FLOAT = 4
-_THREAD = 3 << 19  # the scratch of a thread besides the rows of a product, rounded up
+_THREAD = 3 << 19  # a thread's scratch memory in addition to the rows of a product, rounded up
 _HEAP = (8 << 20) + _core.constants.spare_buffer_bytes  # small arrays, texts of requests, idle memory
-_PART = 0.5  # without a budget: the part of the available memory that the engine may take
-_ADAPTERS = 8  # by default, adapters that are loaded later get an eighth of what the model leaves
+_PART = 0.5  # without a memory limit, the engine may take this part of the available memory
+_ADAPTERS = 8  # by default, adapters that are loaded later get 1 / _ADAPTERS of the memory the model leaves
 _LEAST_PAGES = 4
 
 
 @dataclasses.dataclass(frozen=True)
 class MemoryPlan:
-    """Memory in bytes, term by term; `total` is the peak of the whole process.
+    """A plan for the memory of a process, in bytes. `total` is the peak of the whole process.
 
     Attributes:
-        process: this process before the engine, with the model and its adapters.
-        weights: weights that are not read yet.
-        adapters: reserved for adapters that are loaded later.
-        work: the memory of a round: a piece of a prompt, the scores of all requests, and scratch memory; for
-            an encoder, also the waiting requests.
+        process: the memory of this process before the engine starts, including the model and its adapters.
+        weights: the memory of weights that are not read yet.
+        adapters: the memory that is reserved for adapters that are loaded later.
+        work: the memory of a round: for a piece of a prompt, the scores of all requests, and scratch memory;
+            for an encoder, also for the waiting requests.
         pages: the number of pages for keys and values.
-        page_bytes: the size of one page.
-        longest: for an encoder, the largest number of tokens of a text that fits into memory.
+        page_bytes: the bytes of one page.
+        longest: for an encoder, the largest number of tokens of a text for which there is memory.
     """
 
     process: int
@@ -66,17 +66,17 @@ class MemoryPlan:
 def plan_memory(
     lm: LanguageModel, memory: int | str | None, max_requests: int, adapter_memory: int | str | None = 0
 ) -> MemoryPlan:
-    """Divide the memory.
+    """Plan the memory of a process that serves a language model.
 
     Args:
-        memory: the budget of the process; None: a part of the available memory.
+        memory: the memory limit of the process; None: a part of the available memory.
         max_requests: how many requests are computed at the same time.
-        adapter_memory: reserved for adapters that are loaded later; None: an eighth of the memory that the
-            model leaves.
+        adapter_memory: the memory for adapters that are loaded later; None: an eighth of the memory that the
+            model leaves free.
     Raises:
-        ValueError: the budget is not a size, or does not suffice.
+        ValueError: the memory limit is not a size, or is too small.
     """
-    _ = lm.tokenizer  # which reads it, so that it counts as memory in use
+    _ = lm.tokenizer  # this reads the tokenizer, so that it counts as memory in use
     process, weights = resident_memory(lm)
     work, page = work_bytes(lm, max_requests), page_bytes(lm.config)
     most = max_requests * -(-lm.config.max_position_embeddings // PAGE)
@@ -108,19 +108,19 @@ def plan_encoder_memory(
     adapter_memory: int | str | None = 0,
     waiting: int = 0,
 ) -> MemoryPlan:
-    """Divide the memory of a process that serves an encoder. An encoder keeps no keys and values.
+    """Plan the memory of a process that serves an encoder. An encoder keeps no keys and values.
 
-    A text of more than `tokens` tokens is computed alone. The remaining memory limits its length, up to the
-    encoder's `max_length`.
+    A text with more than `tokens` tokens is computed alone. The remaining memory limits the length of such a
+    text, up to the encoder's `max_length`.
 
     Args:
         tokens: how many tokens are computed at once.
         memory, adapter_memory: as in `plan_memory`.
         waiting: the bytes of waiting requests.
     Raises:
-        ValueError: the budget is not a size, or does not suffice.
+        ValueError: the memory limit is not a size, or is too small.
     """
-    _ = encoder.tokenizer  # which reads it, so that it counts as memory in use
+    _ = encoder.tokenizer  # this reads the tokenizer, so that it counts as memory in use
     process, weights = current_memory(), unread(encoder.config.source)
     work = encoder_work_bytes(encoder, tokens) + waiting
     a_token = encoder_work_bytes(encoder, tokens + 1) + waiting - work
@@ -130,7 +130,7 @@ def plan_encoder_memory(
         budget = parse_bytes(memory, "EncoderEngine")
     elif (available := available_memory()) is not None:
         budget = fixed + int(_PART * max(0, available - fixed))
-    else:  # it is unknown: enough for the longest text, with room for adapters
+    else:  # the available memory is unknown: assume enough for the longest text, with room for adapters
         budget = fixed + 2 * (most - tokens) * a_token
     left = budget - fixed
     adapters = max(0, left) // _ADAPTERS if adapter_memory is None else _adapter_bytes(adapter_memory)
@@ -147,7 +147,7 @@ def plan_encoder_memory(
 
 
 def encoder_work_bytes(encoder: Encoder, tokens: int) -> int:
-    """The largest amount of memory that is needed to compute `tokens` tokens at once, in bytes."""
+    """The most bytes that are needed to compute `tokens` tokens at once."""
     block = max(layer.footprint(NOT_ADAPTED, False).forward for layer in encoder.model.layers)
     streams = 3 * _FLOAT * encoder.config.hidden_size  # the residual stream, the norm's result and its copy
     scratch = get_num_threads() * (_core.constants.lanes_bytes + _THREAD)
@@ -162,16 +162,17 @@ def _adapter_bytes(adapter_memory: int | str) -> int:
 
 
 def page_bytes(config: ModelConfig) -> int:
-    """The size of the keys and values of PAGE tokens."""
+    """The bytes of the keys and values of PAGE tokens."""
     return 2 * _FLOAT * PAGE * config.key_value_width * config.num_hidden_layers
 
 
 def work_bytes(lm: LanguageModel, max_requests: int) -> int:
-    """The most memory that a round takes."""
+    """The most bytes that a round takes."""
     config, threads = lm.config, get_num_threads()
     block = max(layer.footprint(NOT_ADAPTED, False).forward for layer in lm.model.layers)
     piece = PIECE * (block + 2 * _FLOAT * config.hidden_size)
-    scores = max_requests * config.vocab_size * _FLOAT + 4 * 8 * config.vocab_size  # one row in float64
+    # The scores of all requests in float32, and one row four times in float64.
+    scores = max_requests * config.vocab_size * _FLOAT + 4 * 8 * config.vocab_size
     lanes = _FLOAT * min(PIECE, 256) * config.intermediate_size
     scratch = threads * (min(_core.constants.lanes_bytes, lanes) + _THREAD)
     return piece + scores + scratch + _HEAP

@@ -1,4 +1,4 @@
-"""The counters of the engine: plain numbers, which a server can print in any format."""
+"""The counters of the engine. They are plain numbers, so that a server can print them in any format."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ class Histogram:
 
     Attributes:
         bounds: the upper bounds, ascending.
-        counts: for each bound, the number of values that are above the bound before and not above this bound;
-            the last entry counts the values above all bounds. (Prometheus expects the running sums of these
+        counts: for each bound, the number of values above the previous bound and not above this bound. The
+            last entry counts the values above all bounds. (Prometheus expects the cumulative sums of these
             numbers.)
         total: the sum of all values.
 
@@ -45,29 +45,30 @@ class Histogram:
         return sum(self.counts)
 
     def copy(self) -> Histogram:
-        """Return a copy, even while another thread adds values."""
+        """Return a copy. Another thread may add values at the same time."""
         return Histogram(self.bounds, list(self.counts), self.total)
 
 
 @dataclasses.dataclass
 class Metrics:
-    """The engine's counters since its beginning, and its state now.
+    """The counters of an engine since its start, and its current state.
 
     Attributes:
-        finished: requests by finish reason ("stop", "length", "cancelled", "error").
-        prompt_tokens, cached_tokens, generated_tokens: prompt tokens, prompt tokens that were found in the
-            prefix cache, and generated tokens.
-        put_back: how often a request lost its pages to older ones, and was computed again later.
-        running, waiting: the numbers of requests that run and wait now.
+        finished: the number of ended requests for each finish reason ("stop", "length", "cancelled",
+            "error").
+        prompt_tokens, cached_tokens, generated_tokens: the number of prompt tokens, of prompt tokens that
+            were found in the prefix cache, and of generated tokens.
+        put_back: how often a request lost its pages to other requests, and was computed again later.
+        running, waiting: the number of requests that run now, and of requests that wait now.
         pages, pages_used, pages_cached: the number of all pages, of pages of running requests, and of pages
             that only the prefix cache holds.
-        page_tokens: the tokens of one page.
+        page_tokens: the number of tokens in a page.
         rounds: the number of rounds so far.
-        compute_seconds: seconds of computing, without waiting for a turn.
-        queue_seconds: from `submit` to the first computation.
-        first_token_seconds: from `submit` to the first token.
-        token_seconds: between the tokens of a request.
-        request_seconds: from `submit` to the end.
+        compute_seconds: the seconds of computing, without the time of waiting for a turn.
+        queue_seconds: the seconds from `submit` to the first computation.
+        first_token_seconds: the seconds from `submit` to the first token.
+        token_seconds: the seconds between two tokens of a request.
+        request_seconds: the seconds from `submit` to the end of the request.
 
     >>> engine = nplora.serving.Engine(nplora.load_model("model.gguf"))
     >>> text = engine.submit([5, 6, 7], nplora.generate.Sampling(max_new_tokens=4)).text()
@@ -95,7 +96,7 @@ class Metrics:
     request_seconds: Histogram = dataclasses.field(default_factory=Histogram)
 
     def copy(self) -> Metrics:
-        """Return a copy, even while another thread counts."""
+        """Return a copy. Another thread may count at the same time."""
         held: dict[str, Any] = {
             name: value.copy() for name, value in vars(self).items() if isinstance(value, dict | Histogram)
         }

@@ -34,22 +34,22 @@ class ServeOptions:
     port: int = _option(8080, "port to listen on; 0: any free port")
     name: str | None = _option(None, "name of the base model in the API (default: the name of its file)")
     embeddings: bool = _option(
-        False, "serve embeddings and classes of texts instead of generated text; always so for encoders"
+        False, "serve embeddings and classes of texts instead of generated text (always set for encoders)"
     )
     pooling: str | None = _option(
-        None, "how the hidden states of a text become its embedding: cls, mean, max, last, weighted_mean or "
-        "mean_sqrt (default: as the model's files say)", metavar="NAME",
+        None, "how the embedding is computed from the hidden states of a text: cls, mean, max, last, "
+        "weighted_mean or mean_sqrt (default: as in the model's files)", metavar="NAME",
     )  # fmt: skip
     memory: str | None = _option(
-        None, "memory limit of the whole process (default: a part of the available memory)", metavar="SIZE"
+        None, "memory limit for the whole process (default: a part of the available memory)", metavar="SIZE"
     )
     adapter_memory: str | None = _option(
         None, "part of the memory for adapters that are loaded while the server runs (default: an eighth of "
-        "what the model leaves, if there are adapters or jobs)", metavar="SIZE",
+        "the memory that the model leaves free, if there are adapters or jobs)", metavar="SIZE",
     )  # fmt: skip
     adapter_dtype: str | None = _option(
-        None, "bfloat16: round the factors of adapters, so that decoding with several adapters at once is "
-        "faster (default: as in their files)", metavar="NAME",
+        None, "bfloat16: round the factors of adapters, which makes decoding with several adapters at once "
+        "faster (default: as in the adapters' files)", metavar="NAME",
     )  # fmt: skip
     max_requests: int = _option(8, "number of requests that are computed at the same time; others wait")
     jobs: str | None = _option(
@@ -57,7 +57,7 @@ class ServeOptions:
         metavar="DIR", kind="path",
     )  # fmt: skip
     train_share: float = _option(
-        0.5, "largest share of the computing time that training takes while requests are answered"
+        0.5, "largest share of the time that training takes while requests are answered (0 to 1)"
     )
     api_key: tuple[str, ...] = _option(
         (), "key that requests must send; also read from NPLORA_API_KEY (repeatable)", group=_ACCESS,
@@ -71,7 +71,7 @@ class ServeOptions:
         (), "origin of a web page that may use the server (CORS), such as https://example.org; *: any page "
         "(repeatable)", group=_ACCESS, metavar="ORIGIN",
     )  # fmt: skip
-    max_queue: int = _option(256, "number of requests that may wait; more are refused", group=_LIMITS)
+    max_queue: int = _option(256, "number of requests that may wait; others are refused", group=_LIMITS)
     max_tokens: int | None = _option(
         None, "maximum number of generated tokens per answer (default: the model's context)", group=_LIMITS
     )
@@ -82,7 +82,7 @@ class ServeOptions:
     )
     timeout: float = _option(600.0, "seconds after which an answer is cancelled", group=_LIMITS)
     drain: float = _option(
-        30.0, "seconds that answers may still take when the server is stopped", group=_LIMITS
+        30.0, "seconds that unfinished answers may still take when the server is stopped", group=_LIMITS
     )
 
     def __post_init__(self) -> None:

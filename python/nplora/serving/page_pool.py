@@ -1,8 +1,8 @@
-"""PagePool: the pages of the cache, which are free, in use by requests, or kept for later prompts.
+"""PagePool: the pages of the key-value cache. A page is free, in use by requests, or kept for later prompts.
 
-A page that is full of prompt tokens gets a key, which identifies the adapter and all tokens up to the end of
-the page. Another request whose prompt begins in the same way shares the page. A page that no request uses any
-more is kept as long as its memory is not needed.
+A page that is full of prompt tokens gets a key. The key identifies the adapter and all tokens of the prompt
+up to the end of the page. If the prompt of another request begins in the same way, the two requests share the
+page. A page with a key that no request uses any more is kept until its memory is needed.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class PagePool:
         return len(self._kept)
 
     def new(self) -> int | None:
-        """Give a page to a user. If no page is free, a kept page loses its content.
+        """Give a page to a request. If no page is free, a kept page loses its content.
 
         Return None if all pages are in use.
         """
@@ -59,7 +59,7 @@ class PagePool:
         return page
 
     def share(self, key: Key) -> int | None:
-        """Give the page with this key to one more user. Return None if no page has this key."""
+        """Give the page with this key to one more request. Return None if no page has this key."""
         page = self._by_key.get(key)
         if page is not None:
             self._kept.pop(page, None)
@@ -71,20 +71,19 @@ class PagePool:
         return key in self._by_key
 
     def is_used(self, key: Key) -> bool:
-        """Whether the page with this key is in use. The next user of a used page takes no page from
-        `available`."""
+        """Whether the page with this key is in use. Sharing a used page does not reduce `available`."""
         page = self._by_key.get(key)
         return page is not None and self._users[page] > 0
 
     def publish(self, page: int, key: Key) -> None:
-        """Give a key to a page whose content is complete, so that others can share it."""
+        """Give a key to a page whose content is complete, so that other requests can share the page."""
         if key not in self._by_key:
             self._by_key[key], self._keys[page] = page, key
 
     def release(self, pages: Sequence[int]) -> None:
-        """Release the pages of one sequence, in order, for one of their users.
+        """Release the pages of a request. `pages` are in the order of the request's tokens.
 
-        Later pages are useless without the earlier ones, so the memory of later pages is reused first.
+        Later pages are useless without the earlier pages, so the memory of later pages is reused first.
         """
         for page in reversed(pages):
             self._users[page] -= 1
@@ -104,7 +103,7 @@ def page_keys(root: str, ids: Sequence[int], page_tokens: int, start: int = int(
     """The key of each whole page of a prompt.
 
     Args:
-        root: identifies the adapter, on which the keys and values depend besides the tokens.
+        root: a text that identifies the adapter, because keys and values depend on the adapter too.
         start: the first position at which an activated LoRA acts.
     """
     tokens, key = np.asarray(ids, np.int64), hashlib.sha256(root.encode()).digest()

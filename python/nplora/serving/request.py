@@ -24,23 +24,23 @@ class Request:
     """A request in the engine.
 
     Args:
-        model: the model with the request's adapter, which the request keeps even if the adapter is deleted;
-            None for the engine's model.
+        model: the model with the request's adapter; None: the engine's model. The request keeps this model
+            even if the adapter is deleted.
         root: a name for the adapter. Keys and values depend on the adapter and on the tokens (see
             `page_keys`).
         invocation: the invocation tokens, if the adapter is an activated LoRA.
-        limit: the most tokens of the prompt and the answer.
-        switch: with LongRoPE, the number of tokens above which a sequence uses the long factors; else
-            infinite.
+        limit: the largest number of tokens of the prompt and the answer together.
+        switch: with LongRoPE, the number of tokens above which a sequence uses the long factors; without
+            LongRoPE, infinity.
     Attributes:
         ticket, answer: the client's view of the request, and the tokens.
         client, priority, model: see the arguments, and `Engine.submit`.
-        slot: the cache slot while the request runs.
+        slot: the cache slot while the request runs; otherwise None.
         started: a number that increases with each request that starts; None before the start. A request that
-            is put back keeps its number.
-        to_read: the number of tokens that are read in pieces. All later tokens are computed one by one, so
-            that all bits are the same. After a request was put back, tokens that are already known are
-            computed one by one too.
+            is put back into the queue keeps its number.
+        to_read: the number of tokens that are read in pieces. All later tokens are computed one by one. If
+            a request was put back, its known tokens after `to_read` are computed one by one again, so that
+            the results have the same bits.
         keys: the keys of the whole pages among the tokens to read.
         cached: the number of prompt tokens that were in shared pages when they were first needed.
         known: the largest number of tokens that were in the cache at the same time.
@@ -72,7 +72,7 @@ class Request:
         self.read_all()
 
     def read_all(self) -> None:
-        """Read all tokens so far in pieces."""
+        """Read all tokens of the prompt and of the answer so far in pieces."""
         ids = self.answer.ids
         self.to_read = len(ids)
         root = f"{self._root} {'long' if self.to_read > self.switch else 'short'}"
@@ -106,7 +106,7 @@ class Request:
         """Choose the next token. Return the chunk for the client, which `pass_on` sends.
 
         Raises:
-            FloatingPointError: the scores are NaN, or the largest one is infinite.
+            FloatingPointError: the scores are NaN, or the largest score is infinite.
         """
         answer = self.answer
         count = len(answer.ids)
@@ -119,7 +119,7 @@ class Request:
             self.ticket.put(chunk, self.usage)
 
     def cut(self) -> None:
-        """End the answer because there is no more memory, and pass the rest of the text on."""
+        """End the answer because there is no more memory, and pass the rest of the text to the client."""
         self.pass_on(Chunk(self.answer.cut()))
 
     def _token(self, token: int, scores: Array) -> Token:

@@ -13,7 +13,7 @@ _TYPES = {
 
 
 class RequestError(Exception):
-    """A request is wrong, or cannot be carried out now.
+    """The error of a request that is wrong or cannot be carried out now.
 
     Attributes:
         status: the HTTP status.

@@ -40,11 +40,11 @@ def serve(
     Args:
         model: a language model, which generates text; or an encoder, for embeddings and classes.
         adapters: pairs (name, path).
-        any_base: accept adapters that were trained on another model of the same shapes.
-        listener: a socket that listens; None: one for `options.host` and `options.port` is made.
-        report: called with texts for the person who runs the server. The texts are the address and the memory
-            plan when the server is ready, the events of jobs, and the number of answers for which the server
-            waits before it ends.
+        any_base: whether to accept adapters that were trained on another model with the same shapes.
+        listener: a listening socket; None: make a socket for `options.host` and `options.port`.
+        report: called with texts for the person who runs the server: the address and the memory plan when the
+            server is ready, the events of jobs, and, when the server stops, the number of answers that it
+            waits for.
     Raises:
         ModuleNotFoundError: starlette or uvicorn is not installed.
         OSError: the port is in use, or an adapter cannot be read.
@@ -124,7 +124,7 @@ def _nothing() -> None:
 
 
 def _limits(options: ServeOptions) -> dict[str, Any]:
-    """The fields that all services have."""
+    """The values of the fields that both kinds of services have."""
     return {
         "adapter_dir": None if options.adapter_dir is None else Path(options.adapter_dir),
         "max_body": parse_bytes(options.max_body, "serve"),
@@ -168,11 +168,11 @@ def _limit(options: ServeOptions) -> str:
 
 
 def last_words(engine: AnyEngine, seconds: float) -> str:
-    """The line that a stopping server prints: how many answers it still waits for."""
+    """The line that a stopping server prints. It says how many answers the server still waits for."""
     metrics = engine.metrics()
     count = metrics.running + metrics.waiting
     ends = "at once"
-    if isinstance(engine, EncoderEngine):  # its rounds may take long, and cannot be cancelled
+    if isinstance(engine, EncoderEngine):  # the rounds of this engine may be long, and cannot be cancelled
         ends = "after the current texts"
     if not count:
         return f"stopping; Ctrl-C again ends the server {ends}"
@@ -189,7 +189,7 @@ def running(
 ) -> Iterator[tuple[Engine, FineTuning | None]]:
     """The engine and the fine-tuning jobs. The engine and the jobs are stopped at the end of this context.
 
-    The caller starts the jobs, so that it can print its own lines before the events of jobs.
+    The caller must start the jobs. So the caller can print its own lines before the events of jobs.
 
     Args:
         log: called with the events of jobs.
@@ -211,7 +211,7 @@ def running(
                 log=log,
             )
             stack.callback(jobs.close)
-            jobs.publish_earlier()  # before the engine divides the memory that is left
+            jobs.publish_earlier()  # before the engine plans the remaining memory
         engine = Engine(
             lm,
             memory=engine_memory(lm, options),
@@ -229,7 +229,7 @@ def running(
 def engine_memory(lm: LanguageModel, options: ServeOptions) -> int | None:
     """The memory limit of the engine.
 
-    If there are jobs, half of the memory that the model leaves is for training.
+    If there are jobs, half of the memory that the model leaves free is for training.
     """
     if options.memory is None:
         return None
@@ -239,13 +239,16 @@ def engine_memory(lm: LanguageModel, options: ServeOptions) -> int | None:
 
 
 def training_memory(options: ServeOptions, engine: Engine) -> int:
-    """The memory limit of the process during training, minus memory that the engine has not taken yet."""
+    """The memory limit of the process during training.
+
+    It leaves room for the planned memory that the engine has not taken yet.
+    """
     assert options.memory is not None
     return parse_bytes(options.memory, "serve") - max(0, engine.plan.total - current_memory())
 
 
 def adapter_memory(lm: LanguageModel | ServedEncoder, options: ServeOptions) -> int | str | None:
-    """The memory for adapters that are loaded later. None: an eighth of the memory that the model leaves."""
+    """The memory for adapters that are loaded later. None: an eighth of the memory the model leaves free."""
     may_load = lm.adapters or options.adapter_dir is not None or options.jobs is not None
     return options.adapter_memory if may_load or options.adapter_memory is not None else 0
 

@@ -1,4 +1,4 @@
-"""Scheduler: decides which requests a round computes and which pages they get, and calls the model."""
+"""Scheduler: chooses the requests of a round, gives them pages, and calls the model."""
 
 from __future__ import annotations
 
@@ -23,9 +23,10 @@ from nplora.serving.ticket import Chunk
 
 Array = npt.NDArray[Any]
 
-# Tokens of prompts that a round reads while other requests generate. These wait for as long as this takes.
+# The prompt tokens that a round reads while other requests generate. The other requests wait meanwhile.
 _READ_BETWEEN = 2 * PAGE
-# Every fourth piece is read from the oldest prompt, the others from the prompt with the shortest rest.
+# Every fourth piece comes from the oldest prompt. The other pieces come from the prompt that has the fewest
+# tokens left to read.
 _OLDEST_EVERY = 4
 
 
@@ -35,10 +36,10 @@ class Scheduler:
     Args:
         lm: the model.
         slots: how many requests are computed at the same time.
-        context: the most tokens of a request.
+        context: the largest number of tokens of a request.
         pages: the number of pages of PAGE tokens.
-        metrics: counted up.
-        turn: entered for each call of the model.
+        metrics: the counters, which the scheduler updates.
+        turn: a context manager that the scheduler enters for each call of the model.
         ended: called with each request that has ended.
     Attributes:
         queue: the waiting requests.
@@ -101,7 +102,7 @@ class Scheduler:
         self.__dict__.pop("_cache", None)
 
     def counts(self) -> None:
-        """Write the numbers of requests and pages into the metrics."""
+        """Write the current numbers of requests and pages into the metrics."""
         metrics, pool = self._metrics, self._pool
         metrics.running, metrics.waiting = len(self.running), len(self.queue)
         metrics.pages, metrics.pages_cached, metrics.page_tokens = pool.pages, pool.kept, PAGE
@@ -110,15 +111,16 @@ class Scheduler:
     # ---- joining and leaving ----
 
     def _admit(self) -> None:
-        """Start waiting requests, as long as slots are free and the pages suffice for their prompts.
+        """Start waiting requests, as long as slots are free and there are enough pages for their prompts.
 
-        One more page is left for each running request, so that a new request is not put back at once.
+        One additional page for each running request must be available, so that a new request is not put back
+        at once.
         """
         while self._slots and (request := self.queue.first()) is not None:
             pages = self._pages_to_come([*self.running, request]) + len(self.running)
             if self.running and pages > self._pool.available:
                 return
-            if not self.queue.remove(request):  # it was cancelled a moment ago
+            if not self.queue.remove(request):  # the request has just been cancelled
                 continue
             if request.started is None:
                 request.started = next(self._started)
@@ -131,8 +133,8 @@ class Scheduler:
     def _pages_to_come(self, requests: Sequence[Request]) -> int:
         """The number of pages that these requests still need for their known tokens and one more token.
 
-        A page that several of these requests can share counts once. A page that a running request already has
-        does not count.
+        A page that several of these requests can share counts once. Pages that running requests already have
+        do not count.
         """
         own, common = 0, set[Key]()
         for request in requests:
@@ -157,7 +159,7 @@ class Scheduler:
         self._slots.append(slot)
         request.slot = None
         self.running.remove(request)
-        if not self.running:  # the models that it joins may have adapters that are deleted now
+        if not self.running:  # `joint` may keep models whose adapters were deleted
             self._cache.joint = None
 
     def _missing(self, request: Request, tokens: int) -> int:
@@ -165,12 +167,11 @@ class Scheduler:
         return max(0, -(-tokens // PAGE) - int(self._cache.held[request.slot]))
 
     def _make_room(self, request: Request, tokens: int) -> bool:
-        """Give a request the pages for this many tokens. Return False if the request was put back or ended
-        instead.
+        """Give a request the pages for this many tokens. Return False if it was put back or ended instead.
 
-        If there are too few pages, a request is put back into the queue and computed again later. Among the
-        requests with the lowest priority, the one that started last is put back. If there is only one
-        request, its answer ends.
+        If there are too few pages, a request is put back into the queue and computed again later: among the
+        requests with the lowest priority, the request that started last. If only one request is running, its
+        answer ends.
         """
         while self._missing(request, tokens):
             page = self._pool.new()
@@ -229,8 +230,9 @@ class Scheduler:
     def _read_pieces(self, first: Request, reading: Sequence[Request], most: int) -> int:
         """Read the next piece of the first request's prompt. Return the number of tokens that were read.
 
-        If the piece is the prompt's last, incomplete page, the incomplete last pages of other prompts are
-        read in the same call. Whole pages are read one prompt at a time, so that others can share them.
+        If the piece is the incomplete last page of the prompt, the incomplete last pages of other prompts are
+        read in the same call. Whole pages are read for one prompt at a time, so that other prompts can share
+        these pages.
         """
         begin, end = self._next_piece(first, most)
         together, tokens = [first], end - begin
@@ -240,7 +242,7 @@ class Scheduler:
                 together.append(other)
                 tokens += end - begin
         for request in together:
-            if request.slot is not None:  # a request before it may have put it back
+            if request.slot is not None:  # an earlier request may have put this request back
                 self._make_room(request, self._next_piece(request, most)[1])
         ready = [request for request in together if request.slot is not None]
         if not ready:
@@ -268,19 +270,19 @@ class Scheduler:
         request.known = max(request.known, end)
         for page in range(begin // PAGE, end // PAGE):
             self._pool.publish(int(self._cache.table[request.slot, page]), request.keys[page])
-        return end == len(request.answer.ids)  # a request that was put back knows its next tokens
+        return end == len(request.answer.ids)  # False if a request that was put back knows the next tokens
 
     # ---- answers ----
 
     def _decode(self) -> None:
         """Generate one token of each request whose prompt is read."""
         for request in [one for one in self.running if self._length(one) >= one.to_read]:
-            if request.slot is not None:  # a request before it may have put it back
+            if request.slot is not None:  # an earlier request may have put this request back
                 self._make_room(request, self._length(request) + 1)
         ready = [one for one in self.running if self._length(one) >= one.to_read]
         if not ready:
             return
-        # A request that was put back has tokens that are computed again, although they are known.
+        # The tokens of a request that was put back are computed again, although they are known.
         rows = self._compute([one.answer.ids[self._length(one)] for one in ready], ready)
         self._advance(
             [
@@ -291,7 +293,7 @@ class Scheduler:
         )
 
     def _advance(self, computed: Sequence[tuple[Request, Array]]) -> None:
-        """Choose the next tokens of requests. Then pass on all tokens together, to wake clients once."""
+        """Choose the next tokens of requests. Then pass all tokens on together, so that clients wake once."""
         chunks = list[tuple[Request, bool, Chunk]]()
         try:
             for request, scores in computed:
@@ -334,11 +336,10 @@ class Scheduler:
         self._prepare(request)
 
     def _compute(self, ids: Sequence[Any], requests: Sequence[Request]) -> Sequence[Array | None]:
-        """The scores after the next tokens of each request.
+        """Compute the scores after the next tokens of each request.
 
-        A request that fails ends, and None replaces its scores.
-
-        If the requests fail together, each is computed alone, to find those that fail.
+        If the computation fails, each request is computed alone, to find the requests that fail. A request
+        that fails ends, and its scores are None.
         """
         try:
             with self._turn:
@@ -358,7 +359,7 @@ class Scheduler:
 
 
 def _itself(model: LanguageModel) -> LanguageModel:
-    """Return the model: the slots of the engine's cache hold models instead of adapters."""
+    """Return the model. The cache needs this function because its slots hold models instead of adapters."""
     return model
 
 

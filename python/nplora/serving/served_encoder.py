@@ -1,4 +1,4 @@
-"""ServedEncoder: an encoder and its named adapters, some of which classify texts."""
+"""ServedEncoder: an encoder and its named adapters. Some of the adapters may classify texts."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ Model = Encoder | TextClassifier
 class ServedEncoder:
     """An encoder and its named adapters. All adapters share the frozen weights.
 
-    The adapter of a classifier includes a head. Without an adapter, the model classifies texts if its files
-    have the head of a classifier. All methods may be called from any thread.
+    The adapter of a classifier includes a head. The model without an adapter also classifies texts if the
+    model's files contain the head of a classifier. All methods may be called from any thread.
 
     Args:
         encoder: the encoder, without an adapter. The encoder must not change while it is served.
     Attributes:
         encoder: see the arguments.
-        classifier: the classifier of the model's files; None if they have none.
+        classifier: the classifier in the model's files; None if the files contain no classifier.
     Raises:
-        FormatError: the files have the head of a classifier, but it is broken.
+        FormatError: the files contain the head of a classifier, but this head is broken.
     """
 
     def __init__(self, encoder: Encoder) -> None:
@@ -60,7 +60,7 @@ class ServedEncoder:
         """Add an adapter under a name.
 
         Args:
-            dtype: must be None. Rounded factors make decoding faster, and an encoder does not decode.
+            dtype: must be None. (Rounded factors only make decoding faster, and an encoder does not decode.)
         Raises:
             FormatError: the adapter does not fit the model, or belongs to another model.
             UnsupportedError: the adapter classifies tokens.
@@ -84,7 +84,7 @@ class ServedEncoder:
             )
         if adapter.task_type == "SEQ_CLS":
             made = load_classifier(copy, adapter, any_base=any_base)
-            copy.max_length = made.max_length  # requests are cut by the length of the copy
+            copy.max_length = made.max_length  # texts of requests are cut at the `max_length` of the copy
             return made
         adapter.attach(copy, any_base)
         return copy

@@ -1,4 +1,4 @@
-"""Ticket: the client's view of a request, to follow its text or to cancel it."""
+"""Ticket: the client's view of a request. With a ticket, the client follows or cancels the request."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 
 from nplora.runtime.user_warning import warn_user
 
-_LONGEST_WAIT = 0.5  # seconds, after which a waiting thread looks whether the engine's thread still runs
+_LONGEST_WAIT = 0.5  # seconds after which a waiting thread checks whether the engine's thread still runs
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -39,7 +39,7 @@ class Token:
         text: the text of this token alone. U+FFFD replaces bytes that are not a whole character.
         logprob: the natural logarithm of the model's probability, before temperature, penalties and biases;
             None if the request did not ask for log-probabilities.
-        top: the most likely tokens at this position, as many as the request asked for, the likeliest first.
+        top: the most likely tokens at this position, the likeliest first. The request sets their number.
 
     >>> engine = nplora.serving.Engine(nplora.load_model("model.gguf"))
     >>> ticket = engine.submit([5, 6], nplora.generate.Sampling(max_new_tokens=2), logprobs=3)
@@ -59,8 +59,8 @@ class Chunk:
     """The next piece of an answer.
 
     Attributes:
-        text: whole characters. Text that may be the beginning of a stop text is held back until this is
-            decided.
+        text: whole characters. Text that may be the beginning of a stop text is held back until later tokens
+            decide.
         tokens: the tokens that were generated since the last chunk, without the end token. Because some text
             is held back, the joined texts of these tokens may differ from `text`.
 
@@ -79,7 +79,7 @@ class Usage:
     Attributes:
         prompt: the tokens of the prompt.
         cached: the number of prompt tokens that were found in the prefix cache, and were not computed.
-        generated: the number of generated tokens, including an end token.
+        generated: the number of generated tokens, including the end token if there is one.
 
     >>> nplora.serving.Usage(prompt=5)
     Usage(prompt=5, cached=0, generated=0)
@@ -102,13 +102,13 @@ class Ticket:
     Args:
         prompt: the number of tokens of the prompt.
         run: runs a round of the engine in this thread, or returns False if another thread runs the rounds.
-        cancel: called with this ticket when a client cancels it.
+        cancel: called with this ticket when the client cancels the request.
     """
 
     def __init__(self, prompt: int, run: Callable[[], bool], cancel: Callable[[Ticket], None]) -> None:
         self._changed = threading.Condition()
-        self._chunks: deque[Chunk | None] = deque()  # None: the end, for a listener only
-        self._is_passing = False  # a thread passes chunks to the listener
+        self._chunks: deque[Chunk | None] = deque()  # for a listener, the last entry is None
+        self._is_passing = False  # whether a thread is passing a chunk to the listener
         self._listener: Callable[[Chunk | None], None] | None = None
         self._reason: str | None = None
         self._error: BaseException | None = None
@@ -122,10 +122,11 @@ class Ticket:
 
     @property
     def finish_reason(self) -> str | None:
-        """How the answer ended; None before its end.
+        """How the answer ended; None as long as it has not ended.
 
-        "stop": an end token or a stop text. "length": `max_new_tokens`, or the context or the memory for keys
-        and values is full. "cancelled": `cancel` was called, or the engine was closed. "error": see `error`.
+        "stop": with an end token or a stop text. "length": the answer has `max_new_tokens`, or the context or
+        the memory for keys and values is full. "cancelled": `cancel` was called, or the engine was closed.
+        "error": see `error`.
         """
         return self._reason
 
@@ -135,7 +136,7 @@ class Ticket:
         return self._error
 
     def cancel(self) -> None:
-        """Cancel the request, which ends before the next round.
+        """Cancel the request. It ends before the next round.
 
         If the request has already ended, this method does nothing.
         """
@@ -148,7 +149,7 @@ class Ticket:
         If no thread runs the engine (`Engine.start`), the iterator runs rounds itself.
 
         Raises:
-            BaseException: `error`, after the chunks before it.
+            BaseException: the exception `error`, after all chunks have been yielded.
         """
         while (chunk := self._next()) is not None:
             yield chunk
@@ -173,10 +174,10 @@ class Ticket:
 
         The callback gets each chunk once, in order, and then None.
 
-        The calling thread passes the chunks that are already there. The engine's thread passes the later
-        chunks, and waits for the callback. So the callback must return quickly, as
-        `loop.call_soon_threadsafe(...)` does. An exception of the callback cancels the request, with a
-        warning. The callback may not close the engine or wait for another answer.
+        The calling thread passes the chunks that already exist. The engine's thread passes the later chunks,
+        and waits for the callback. So the callback must return quickly, as `loop.call_soon_threadsafe(...)`
+        does. If the callback raises an exception, the request is cancelled, and there is a warning. The
+        callback must not close the engine or wait for another answer.
 
         Raises:
             RuntimeError: the ticket has a listener already.
@@ -190,13 +191,13 @@ class Ticket:
         self._pass_chunks()
 
     def text(self) -> str:
-        """Wait for the end, and return the whole text. Raises `error` if there is one."""
+        """Wait for the end of the answer, and return the whole text. If there is an `error`, raise it."""
         return "".join(chunk.text for chunk in self)
 
     # ---- the engine's side ----
 
     def put(self, chunk: Chunk, usage: Usage) -> None:
-        """Pass a chunk on. Only the engine calls this method."""
+        """Add a chunk for the client. Only the engine calls this method."""
         with self._changed:
             self._usage = usage
             self._chunks.append(chunk)
@@ -216,9 +217,8 @@ class Ticket:
     def _pass_chunks(self) -> None:
         """Pass the chunks to the listener.
 
-        The lock is released before, because the listener may need it in another thread.
-
-        Only one thread does this at a time, so that the chunks keep their order.
+        The lock is not held during a call of the listener, because another thread may need the lock before
+        the listener can return. Only one thread at a time passes chunks, so that the chunks keep their order.
         """
         while True:
             with self._changed:
@@ -239,16 +239,16 @@ class Ticket:
                         self._listener = _ignore
 
     def _leave_out(self, error: BaseException) -> None:
-        """Cancel the request because its listener failed."""
+        """Drop the listener, which has failed, and cancel the request."""
         self._listener = _ignore
         self.cancel()
         warn_user(f"Engine: a ticket's listener failed and is left out: {type(error).__name__}: {error}")
 
 
 def _ignore(value: object) -> None:
-    """Replaces the listener of a request that has ended, or whose listener has failed."""
+    """Do nothing. This function replaces a listener that has failed, and callbacks of an ended request."""
 
 
 def _no_round() -> bool:
-    """Replaces the engine of a request that has ended."""
+    """Run no round. This function replaces the engine of an ended request."""
     return False

@@ -11,26 +11,26 @@ from urllib.parse import urlsplit
 from nplora.formats.errors import brief
 from nplora.serving.request_error import RequestError
 
-# As in ASGI.
+# ASGI's types.
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
-_NO_KEY = frozenset({"/health"})  # routes that need no key; the files of the page need none either
+_NO_KEY = frozenset({"/health"})  # routes that need no key, in addition to the files of the page
 _LOCAL_NAMES = frozenset({"localhost", "ip6-localhost", ""})
 
 
 class Access:
     """Decides which requests are answered.
 
-    - With keys, a request needs one of them as `Authorization: Bearer KEY`.
-    - Without keys, the Host header of a request must name this machine. So the server refuses a web page
-      whose name points to this machine (DNS rebinding).
+    - If there are keys, a request must contain one of the keys as `Authorization: Bearer KEY`.
+    - If there are no keys, the Host header of a request must name this machine. So the server refuses a web
+      page of another site whose host name was made to point to this machine (DNS rebinding).
     - A request from a web page must come from this server's own page, or from one of `origins`. Without this
-      check, a browser would send some requests of any page.
+      check, any web page could make the browser send requests to this server.
 
     Args:
-        keys: the accepted keys; empty: none is needed.
+        keys: the accepted keys. If empty, no key is needed.
         origins: the origins of other web pages that may use the server.
         page: the paths of the page's files, which need no key.
         hosts: names of this machine in addition to those of the loopback interface.
@@ -49,7 +49,7 @@ class Access:
         self._hosts = frozenset(hosts)
 
     def require(self, method: str, path: str, headers: dict[bytes, bytes], client: str) -> str:
-        """Check a request, and return a name of its client, which the fair queue needs.
+        """Check a request, and return a name for its client. The fair queue needs this name.
 
         Raises:
             RequestError: the request is refused.

@@ -34,7 +34,7 @@ def delete_model(service: Service, name: str) -> dict[str, Any]:
 
 
 async def load(service: Service, body: Body) -> str:
-    """POST /v1/load_lora_adapter, with `lora_name`, `lora_path` and perhaps `load_inplace`."""
+    """POST /v1/load_lora_adapter, with `lora_name`, `lora_path` and optionally `load_inplace`."""
     fields = Fields(await body.json())
     fields.require_known({"lora_name", "lora_path", "load_inplace"}, {"base_model_name": ()})
     name = checked_text("lora_name", fields.required("lora_name"))

@@ -1,4 +1,4 @@
-"""Makes OpenAI's objects for chats and completions, as whole answers and in pieces."""
+"""Makes OpenAI's response objects for chats and completions, as whole answers or in pieces."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ _REPLACEMENT = "\ufffd"
 
 
 class AnswerObjects:
-    """Makes the objects of the answer to one request.
+    """Makes the response objects for one request.
 
     Args:
         request: the request.
         tickets: one ticket for each answer. The answers to the first prompt come first.
     """
 
-    objects = "", ""  # the names of a whole answer and of a piece
+    objects = "", ""  # the value of the field "object" for a whole answer, and that for a piece
     prefix = ""
 
     def __init__(self, request: TextRequest, tickets: Sequence[Ticket]) -> None:
@@ -49,7 +49,7 @@ class AnswerObjects:
         return self.object(0, made, usage=self.usage())
 
     def usage(self) -> Shape:
-        """The numbers of tokens. Answers to the same prompt count its tokens once."""
+        """The numbers of tokens. If a prompt has several answers, the tokens of the prompt count once."""
         used = [ticket.usage for ticket in self.tickets]
         prompts = used[:: self.request.n]
         prompt, generated = sum(one.prompt for one in prompts), sum(one.generated for one in used)
@@ -61,22 +61,22 @@ class AnswerObjects:
         }
 
     def last(self) -> list[Shape]:
-        """The last pieces of a stream, after the ends of all choices."""
+        """The last pieces of a stream, after all choices have ended."""
         return [self.object(1, [], usage=self.usage())] if self.request.usage else []
 
     def choice(self, index: int, chunks: Sequence[Chunk]) -> Shape:
         raise NotImplementedError
 
     def first(self) -> list[Shape]:
-        """The pieces before the first text of a stream."""
+        """The first pieces of a stream, before any generated text."""
         return []
 
     def piece(self, index: int, chunk: Chunk) -> list[Shape]:
-        """The pieces of a stream for a chunk."""
+        """The pieces that a stream sends for a chunk."""
         raise NotImplementedError
 
     def end(self, index: int) -> list[Shape]:
-        """The pieces of a stream at the end of a choice."""
+        """The pieces that a stream sends at the end of a choice."""
         raise NotImplementedError
 
 
@@ -197,7 +197,7 @@ class CompletionObjects(AnswerObjects):
 
 
 def _shown(token: Token | TopToken) -> Shape:
-    """A token with its bytes. The bytes are unknown if the token holds only a part of a character."""
+    """A token with its bytes. If the token holds only a part of a character, the bytes are unknown (None)."""
     whole = _REPLACEMENT not in token.text
     return {
         "token": token.text,

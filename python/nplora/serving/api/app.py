@@ -30,16 +30,17 @@ _PAGE_HEADERS = {
     "referrer-policy": "no-referrer",
     "cache-control": "no-cache",
 }
-_FORM = 1 << 20  # bytes of an upload besides its file
-_RETRY = {429: b"1", 503: b"5"}  # seconds
-_DRAINED, _DRAINED_OF_STRANGERS = 64 << 20, 64 << 10  # bytes of refused bodies that are still read
-_FINAL = {504, 507}  # OpenAI's clients would repeat such a request, with the same result
+_FORM = 1 << 20  # the most bytes of an upload in addition to those of its file
+_RETRY = {429: b"1", 503: b"5"}  # {status: seconds after which the client should try again}
+# The most bytes that are still read of a refused body; fewer if the client was refused access.
+_DRAINED, _DRAINED_OF_STRANGERS = 64 << 20, 64 << 10
+_FINAL = {504, 507}  # OpenAI's clients would repeat such a request in vain, so they are told not to
 
 Handler = Callable[[Any], Awaitable[Any]]
 
 
 def page_files(directory: Path = PAGE) -> dict[str, tuple[bytes, str]]:
-    """The files of the page: for the path of each route, the file and its type."""
+    """The files of the web page: {path of the route: (content of the file, its media type)}."""
     if not (directory / "index.html").is_file():
         return {}
     found = {
@@ -51,7 +52,7 @@ def page_files(directory: Path = PAGE) -> dict[str, tuple[bytes, str]]:
 
 
 class Application:
-    """The server's routes, behind its checks. An ASGI application.
+    """The ASGI application of the server: it checks the access to the routes and calls them.
 
     Args:
         service: the objects and limits that the routes share.
@@ -114,9 +115,9 @@ class Application:
             await self._refuse(_known(error), scope, body, noted)
 
     async def _refuse(self, error: RequestError, scope: Scope, body: Body, send: Send) -> None:
-        """Send an error. If the client is still sending its body, continue to read it for a while.
+        """Send an error. If the client is still sending the body of its request, read on for a while.
 
-        If the connection ended at once, the client's write would fail before the client reads the error.
+        If the connection ended at once, writing would fail in the client before the client reads the error.
         """
         from starlette.responses import JSONResponse
 
@@ -146,7 +147,8 @@ class Application:
         by_path: dict[str, dict[str, Handler]] = {}
         for method, path, handler in self._table():
             by_path.setdefault(path, {})[method] = handler
-        # One route for each path: otherwise the Allow header of a 405 would name the methods of the first.
+        # There is only one route for each path. With one route for each method, the Allow header of an error
+        # 405 would name only the methods of the first route.
         routes = [Route(path, self._endpoint(found), methods=[*found]) for path, found in by_path.items()]
         return Router([*routes, *(Route(path, self._file) for path in self._page)], redirect_slashes=False)
 
@@ -222,7 +224,7 @@ class Application:
         return lambda request: asyncio.to_thread(function, self.service, *request.path_params.values())
 
     def _refusing(self, is_encoder: bool) -> Handler:
-        """The handler of a route that this kind of model does not have. The handler refuses all requests."""
+        """A handler that refuses all requests, for a route that this kind of model does not support."""
         text = (
             "this server has embeddings and classes, and does not generate text"
             if is_encoder
@@ -272,7 +274,7 @@ class Application:
 
 
 def _known(error: Exception) -> RequestError:
-    """The response to any error of a route."""
+    """The error that a client sees for any exception of a route."""
     from starlette.exceptions import HTTPException
 
     if isinstance(error, HTTPException):

@@ -1,4 +1,4 @@
-"""The bodies of requests: read within limits of size and time."""
+"""Reads the bodies of requests within limits of size and time."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from nplora.serving.api.access import Receive
 from nplora.serving.request_error import RequestError
 
 _MOST_VALUES = 1 << 19
-_STALL = 30.0  # seconds that a client may pause inside a body
+_STALL = 30.0  # seconds that a client may pause while it sends a body
 _JSON_SECONDS = 60.0
 _DRAIN_SECONDS = 5.0
 
 
 class DisconnectedError(Exception):
-    """The client has left."""
+    """The client has closed the connection."""
 
 
 class Body:
     """The body of one request, with a limit on its size.
 
     Args:
-        receive: the ASGI function.
-        length: the Content-Length, if the client sent it.
-        limit: the most bytes.
+        receive: ASGI's function `receive`.
+        length: the Content-Length header; None if the client sent none.
+        limit: the largest number of bytes.
     """
 
     def __init__(self, receive: Receive, length: str | None, limit: int) -> None:
@@ -41,7 +41,7 @@ class Body:
         return self._ended
 
     async def receive(self) -> MutableMapping[str, Any]:
-        """The ASGI function `receive`, with limits of size and time.
+        """ASGI's function `receive`, with limits on size and time.
 
         Raises:
             RequestError: the body is too large, or the client pauses too long.
@@ -85,7 +85,7 @@ class Body:
         """The body as JSON.
 
         Raises:
-            RequestError: the body is not JSON, or beyond a limit.
+            RequestError: the body is not JSON, is too large or nested too deeply, or did not arrive in time.
         """
         raw = await self.read()
         if not raw.strip():
@@ -98,7 +98,7 @@ class Body:
             raise RequestError("the body is nested too deeply", code="invalid_json") from None
 
     async def drain(self, most: int) -> None:
-        """Read the rest of a refused body, at most for some seconds."""
+        """Read the rest of a refused body: at most `most` bytes, and at most for some seconds."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_DRAIN_SECONDS):
                 while not self._ended and most > 0:
@@ -108,10 +108,10 @@ class Body:
 
 
 async def unless_disconnected(receive: Receive, work: Awaitable[Any]) -> Any:
-    """Wait for `work`, and cancel it if the client leaves.
+    """Wait for `work`, and cancel `work` if the client closes the connection.
 
     Raises:
-        DisconnectedError: the client has left.
+        DisconnectedError: the client has closed the connection.
     """
     task = asyncio.ensure_future(work)
     watch = asyncio.ensure_future(_disconnection(receive))

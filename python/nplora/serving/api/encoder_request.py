@@ -1,4 +1,4 @@
-"""The requests for vectors: reads the bodies of requests to /v1/embeddings and /v1/classify."""
+"""Reads the bodies of requests to /v1/embeddings and /v1/classify, and makes the answers."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ class EncoderRequest:
     """A checked request for embeddings or classes.
 
     Attributes:
-        name: the name of the model, as the answer repeats it.
+        name: the name of the model in the answer.
         model: the model, with its adapter.
-        ids: the token ids of each text, int64. Arrays take a fraction of the memory of lists.
+        ids: the token ids of each text, as int64 arrays, which take much less memory than lists.
         base64: whether embeddings are sent as base64.
-        dimensions: the number of values of an embedding; None: all of them.
+        dimensions: the number of values of an embedding; None: all values.
         normalize: whether embeddings are scaled to length 1.
         classifier: the classifier that computes the classes; None: the request is for embeddings.
     """
@@ -99,10 +99,10 @@ class EncoderRequest:
 
 
 class EncoderReader:
-    """Reads requests for an encoder. Tokenizing takes time, so it is done in a thread.
+    """Reads requests for an encoder. Call it in a thread, because tokenizing takes time.
 
     Args:
-        longest: the largest number of tokens of a text that fits into memory.
+        longest: the largest number of tokens of a text for which there is memory.
     """
 
     def __init__(self, models: Models[ServedEncoder], longest: int) -> None:
@@ -142,7 +142,10 @@ class EncoderReader:
         return EncoderRequest(name, model, self._input(body, model.encoder, ""), classifier=model)
 
     def _input(self, body: Fields, encoder: Encoder, prompt: str) -> list[Array]:
-        """The token ids of each text: `input` is a text, several texts, tokens, or lists of tokens."""
+        """The token ids of each text.
+
+        The field `input` is a text, a list of texts, a list of tokens, or a list of lists of tokens.
+        """
         given = body.required("input")
         length = _Length.read(body, encoder, self._longest)
         if isinstance(given, str) or (isinstance(given, list) and given and isinstance(given[0], int)):
@@ -158,7 +161,13 @@ class EncoderReader:
 
 @dataclass(frozen=True)
 class _Length:
-    """The largest number of tokens of a text, whether longer texts are cut, and the reason for the limit."""
+    """The length limit of a text.
+
+    Attributes:
+        most: the largest number of tokens.
+        cuts: whether longer texts are cut; if not, they are refused.
+        reason: the reason for the limit, for a message.
+    """
 
     most: int
     cuts: bool
@@ -182,7 +191,7 @@ def _wrong_task(message: str) -> RequestError:
 
 
 def _prompt(body: Fields, encoder: Encoder) -> str:
-    """The prompt that precedes each text."""
+    """The prompt that is put before each text."""
     name = body.choice("prompt_name", encoder.prompts) if body.has("prompt_name") else None
     try:
         return encoder.prompt_text(name=name)

@@ -44,7 +44,7 @@ async def _answer(service: EncoderService, body: Body, client: str, read: Read, 
 async def _submitted(
     service: EncoderService, body: Body, client: str, read: Read
 ) -> tuple[EncoderRequest, Future[Rows]]:
-    """Read and submit a request. The texts are not kept in memory while the request waits."""
+    """Read and submit a request. While the request waits, its texts are not in memory."""
     values = await body.json()
 
     def submit() -> tuple[EncoderRequest, Future[Rows]]:

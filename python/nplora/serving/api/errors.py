@@ -24,7 +24,7 @@ def as_request_error(error: BaseException) -> RequestError:
         return RequestError("the server has too little memory for this request", 503, code="out_of_memory")
     if isinstance(
         error, FloatingPointError | CorruptError
-    ):  # the model's scores are NaN, its file has changed
+    ):  # the model's scores are NaN, or the model's file has changed
         return RequestError(str(error), 500, code="model_error")
     traceback.print_exception(error, file=stderr if sys.stderr is None else sys.stderr)
     return RequestError("the server failed; its log has the reason", 500, code="internal_error")

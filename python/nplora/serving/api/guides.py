@@ -1,4 +1,4 @@
-"""Guides: the tokens of an answer are restricted to a grammar, by the package llguidance."""
+"""Guides: the package llguidance restricts the tokens of an answer to a grammar."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Array = npt.NDArray[Any]
 
 _MOST_TOKENIZERS = 4
 _PARAM = "response_format"
-# JSON is written as json.dumps writes it. oneOf counts as anyOf.
+# The generated JSON has the form of json.dumps. In a schema, oneOf is treated as anyOf.
 _RULES = {
     "whitespace_flexible": False,
     "item_separator": ", ",
@@ -26,11 +26,12 @@ _RULES = {
     "coerce_one_of": True,
 }
 _LONGEST_SCHEMA = 120_000
-_MOST_INTERSECTED = 8  # schemas that are combined by allOf: for patterns, the time grows exponentially
+# The most schemas that a schema may combine by allOf. For patterns, the time grows exponentially with them.
+_MOST_INTERSECTED = 8
 
 
 def read_format(body: Fields) -> str | None:
-    """The grammar that `response_format` requires, as a JSON schema; None: any text is allowed.
+    """The JSON schema that `response_format` requires; None: any text is allowed.
 
     Raises:
         RequestError: the format is unknown, or its schema is not an object.
@@ -39,12 +40,12 @@ def read_format(body: Fields) -> str | None:
     if given is None:
         return None
     kind = given.choice("type", ("text", "json_object", "json_schema"))
-    if kind == "json_object" and given.has("schema"):  # as llama.cpp and others have it
+    if kind == "json_object" and given.has("schema"):  # the form of llama.cpp and others
         kind = "json_schema"
     if kind == "json_object":
         return '{"type": "object"}'
     if kind == "json_schema":
-        inner = given.object("json_schema") or given  # llama.cpp also takes the schema here
+        inner = given.object("json_schema") or given  # llama.cpp also accepts the schema in the outer object
         inner.required("schema")
         schema = inner.object("schema")
         return None if schema is None else json.dumps(schema.values, allow_nan=False)
@@ -66,7 +67,7 @@ def _call(function: dict[str, Any]) -> dict[str, Any]:
 
 
 class Guides:
-    """Makes guides. For each tokenizer, the object keeps the data that all guides share."""
+    """Makes guides. `Guides` keeps the data that all guides for a tokenizer share."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -100,12 +101,13 @@ class Guides:
                 made = package.LLTokenizer(
                     tokenizer.to_json(), n_vocab=tokenizer.vocab_size, eos_token=sorted(tokenizer.eos_ids)
                 )
-                self._known[id(tokenizer)] = tokenizer, made  # the tokenizer is kept, so its id stays its own
+                # The tokenizer is kept, so that no other object can get its id.
+                self._known[id(tokenizer)] = tokenizer, made
             return self._known[id(tokenizer)][1]
 
 
 def _require_small(schema: str) -> None:
-    """Refuse a schema that would take too long to prepare."""
+    """Refuse a schema whose preparation would take too long."""
     if len(schema) > _LONGEST_SCHEMA:
         raise RequestError(
             f"the schema has {len(schema):,} characters, at most {_LONGEST_SCHEMA:,} are accepted",
@@ -130,7 +132,7 @@ def _require_small(schema: str) -> None:
 
 
 class Guide:
-    """Allows the tokens that the grammar allows next. The class implements the engine's `Guide`."""
+    """An implementation of the engine's `Guide`. It allows only the tokens that the grammar allows next."""
 
     def __init__(self, matcher: Any) -> None:
         self._matcher = matcher

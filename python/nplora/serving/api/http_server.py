@@ -16,10 +16,12 @@ from nplora.platform import processes
 from nplora.serving.api.app import Application
 from nplora.serving.request_error import RequestError
 
-_HEADER_SECONDS = 10.0  # for the head of a request, from the first byte on or from the connection
+# The time limit for the head of a request: from its first byte on or, for the first request, from the
+# beginning of the connection on.
+_HEADER_SECONDS = 10.0
 _KEEP_ALIVE_SECONDS = 30
-_LAST_SECONDS = 5  # after the drain, for the errors that the unfinished answers end with
-_STALL_SECONDS = 60.0  # that a client may leave an answer unread
+_LAST_SECONDS = 5  # after `drain_seconds`, unfinished answers get this time to send their errors
+_STALL_SECONDS = 60.0  # the time for which a client may leave an answer unread
 _MOST_CONNECTIONS = 1000
 _MOST_HEAD = 32 << 10  # bytes of the head of a request
 _FULL = RequestError("the server has too many connections", 503, code="too_many_connections")
@@ -40,8 +42,8 @@ def serve(
 
     Args:
         listener: a listening socket.
-        drain_seconds: how long answers that have begun may still take.
-        ready: called when requests are accepted.
+        drain_seconds: how many seconds the answers that have begun may still take.
+        ready: called when the server accepts requests.
         stopping: called after the first signal, before the answers are finished.
     """
     server = _server(app, drain_seconds, ready, stopping)
@@ -49,9 +51,9 @@ def serve(
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """Listen on a socket, so that a port in use is found before the model is loaded.
+    """Listen on a socket, so that a port in use is detected before the model is loaded.
 
-    The connections that come before `serve` wait for it.
+    Connections that arrive earlier wait until `serve` is called.
 
     Raises:
         OSError: the host is unknown, or the port is in use.
@@ -110,7 +112,8 @@ def _server(
                 for number, handler in before.items():
                     signal.signal(number, handler)
 
-    logging.getLogger("python_multipart").setLevel(logging.ERROR)  # the client gets what it would log
+    # python_multipart's warnings are not logged, because the client gets them as errors.
+    logging.getLogger("python_multipart").setLevel(logging.ERROR)
     logging.getLogger("asyncio").addFilter(_is_no_departure)
     config = uvicorn.Config(
         app,
@@ -131,7 +134,7 @@ def _server(
 
 
 def _is_no_departure(record: logging.LogRecord) -> bool:
-    """Filters asyncio's warning that a client has left while it gets an answer."""
+    """Filter out asyncio's warning that a client has closed the connection during an answer."""
     return not str(record.msg).startswith("socket.send() raised")
 
 

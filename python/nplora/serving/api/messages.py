@@ -1,4 +1,4 @@
-"""The messages and tools of a chat, as a chat template reads them."""
+"""Reads the messages and tools of a chat request into the form that chat templates need."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _MOST_TOOLS = 128
 
 
 def read_messages(body: Fields) -> list[Message]:
-    """The messages of a request. The content of each is one text, and the arguments of calls are objects.
+    """The messages of a request. Each message has one text as content, and objects as arguments of calls.
 
     Raises:
-        RequestError: a message has a wrong form, or contains anything but text.
+        RequestError: a message has a wrong form, or contains something other than text.
     """
     body.required("messages")
     given = body.objects("messages", _MOST_MESSAGES)
@@ -34,7 +34,7 @@ def _message(given: Fields) -> Message:
     given.required("role")
     role = given.choice("role", ROLES)
     made = {name: value for name, value in given.values.items() if value is not None}
-    made["role"] = "system" if role == "developer" else role  # templates know the older name only
+    made["role"] = "system" if role == "developer" else role  # chat templates know only the older name
     called = given.objects("tool_calls", _MOST_CALLS)
     if (old := given.object("function_call")) is not None:
         called.append(old)
@@ -74,7 +74,7 @@ def _part(part: Fields) -> str:
 
 
 def _call(call: Fields) -> dict[str, Any]:
-    """A tool call whose arguments are an object, because templates write them as JSON themselves."""
+    """A tool call. Its arguments are an object, because chat templates convert them to JSON themselves."""
     function = call.object("function") or call
     name = checked_text(function.name("name"), function.required("name"), empty=False)
     arguments = function.get("arguments")
@@ -117,7 +117,7 @@ def _tool(tool: Fields) -> dict[str, Any]:
 
 
 def chosen_tools(body: Fields, tools: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], bool]:
-    """Apply `tool_choice`: the tools that the model sees, and whether it must call one of them."""
+    """Apply `tool_choice`: return the tools that the model sees, and whether the model must call a tool."""
     choice = body.get("tool_choice")
     if choice is None or choice == "auto":
         return tools, False

@@ -17,8 +17,8 @@ from nplora.serving.model_name import checked_name
 from nplora.serving.request_error import RequestError
 
 _MOST_SCALE = 1000.0
-_MOST_SUMS = 16  # sums of scaled adapters that are kept
-_MOST_HEADER = 1 << 20  # bytes of an adapter's file that are no values
+_MOST_SUMS = 16  # the most sums of scaled adapters that are kept
+_MOST_HEADER = 1 << 20  # the most bytes of an adapter's file that do not belong to values
 
 
 class ServedModel(Protocol):
@@ -52,9 +52,9 @@ class Models(Generic[LM]):
     Args:
         lm: the base model. This object manages the named adapters of the model.
         name: the name of the base model.
-        any_base: accept adapters that were trained on another model with the same shapes.
-        read: reads an adapter, as `nplora.adapters.read_for` does.
-        dtype: as in `LanguageModel.load_adapter`. A sum of adapters is not rounded a second time.
+        any_base: whether to accept adapters that were trained on another model with the same shapes.
+        read: a function that reads an adapter, like `nplora.adapters.read_for`.
+        dtype: as in `LanguageModel.load_adapter`. Sums of adapters are not rounded to this dtype again.
     Attributes:
         lm, name: see the arguments.
         memory: the memory for adapters that are loaded from now on; None: no limit.
@@ -72,11 +72,11 @@ class Models(Generic[LM]):
         self.lm, self.name, self._read, self._dtype = lm, name, read, dtype
         self.memory: AdapterMemory | None = None
         self._any_base, self._lock = any_base, threading.RLock()
-        self._changing = threading.RLock()  # for loading and unloading; requests do not wait for it
-        self._loaded: dict[str, tuple[int, str]] = {}  # the id of each adapter, and its path
+        self._changing = threading.RLock()  # for loading and unloading; requests do not wait for this lock
+        self._loaded: dict[str, tuple[int, str]] = {}  # {name of an adapter: (its id, its path)}
         self._next_id = 0
-        self._scales: dict[int, float] = {}  # by id, of requests to the base model
-        self._sums: dict[str, str] = {}  # hidden names, by their description
+        self._scales: dict[int, float] = {}  # {adapter's id: default scale in requests to the base model}
+        self._sums: dict[str, str] = {}  # {description of a sum: name of its adapter}; not in the lists
         self._since = int(time.time())
 
     # ---- adapters ----
@@ -85,10 +85,10 @@ class Models(Generic[LM]):
         """Load an adapter.
 
         Args:
-            replace: replace an existing adapter with this name as soon as the new one is read. The new
-                adapter gets the id and the scale of the old one.
+            replace: replace an existing adapter with this name as soon as the new adapter is read. The new
+                adapter gets the id and the scale of the old adapter.
         Raises:
-            RequestError: the name has wrong characters, or is taken, or there is too little memory.
+            RequestError: the name has wrong characters or is taken, or there is too little memory.
             OSError, ValueError: the adapter cannot be read, or does not fit the model.
         """
         checked_name("the adapter's name", name)
@@ -111,7 +111,7 @@ class Models(Generic[LM]):
                 self._forget_sums()
 
     def _add(self, adapter: Adapter, name: str, any_base: bool, replace: bool = False) -> None:
-        is_sum = name.startswith("=")  # requests to the base model wait for a sum, so it does not wait
+        is_sum = name.startswith("=")  # a sum must not wait for memory, because requests wait for the sum
         dtype = None if is_sum else self._dtype
         if self.memory is None:
             self.lm.load_adapter(adapter, name, any_base, dtype, replace)
@@ -122,7 +122,7 @@ class Models(Generic[LM]):
             self.memory.unloaded()
 
     def unload(self, name: str) -> None:
-        """Remove an adapter. Requests that use the adapter are finished with it."""
+        """Remove an adapter. Requests that already use the adapter continue to use it."""
         with self._changing, self._lock:
             if name not in self._loaded:
                 raise self._unknown(name, "adapter", "lora_name")
@@ -141,7 +141,7 @@ class Models(Generic[LM]):
     # ---- requests ----
 
     def chosen(self, body: Fields) -> tuple[str, str | None]:
-        """The name in the answer, and the named adapter of the model that a request wants (None: no adapter).
+        """The name of a request's model in the answer, and the named adapter to use (None: no adapter).
 
         Raises:
             RequestError: there is no such model or adapter.
@@ -159,7 +159,7 @@ class Models(Generic[LM]):
         return name, self._sum(self._scales if scales is None else self._read_scales("lora", scales))
 
     def _sum(self, scales: Mapping[int, float]) -> str | None:
-        """The named adapter that is the sum of these adapters."""
+        """The named adapter that is the sum of scaled adapters. `scales` is {adapter's id: scale}."""
         with self._lock:
             names = {id_: name for name, (id_, _) in self._loaded.items()}
             parts = [(names[id_], scale) for id_, scale in sorted(scales.items()) if scale and id_ in names]
@@ -180,7 +180,7 @@ class Models(Generic[LM]):
             return self._sums[key]
 
     def _add_sum(self, adapter: Adapter, name: str) -> None:
-        """Add a sum. If the memory is too small for the sum, the other sums are deleted first."""
+        """Add a sum. If there is too little memory for the sum, delete the other sums first."""
         try:
             self._add(adapter, name, any_base=True)
         except RequestError:
@@ -220,7 +220,7 @@ class Models(Generic[LM]):
         return [self.name, *self._loaded]
 
     def cards(self, context: int) -> list[dict[str, Any]]:
-        """The models as OpenAI's API lists them, with vLLM's fields for adapters."""
+        """The models in the form of OpenAI's API, with vLLM's fields for adapters."""
         with self._lock:
             paths = {name: path for name, (_, path) in self._loaded.items()}
         base = self._card(self.name, str(self.lm.source), None, context)
@@ -244,7 +244,7 @@ class Models(Generic[LM]):
         raise self._unknown(name, "model", "model")
 
     def scales(self) -> list[dict[str, Any]]:
-        """The adapters as llama.cpp lists them, with the scales of requests to the base model."""
+        """The adapters in llama.cpp's form, with their default scales in requests to the base model."""
         with self._lock:
             return [
                 {"id": id_, "name": name, "path": path, "scale": self._scales.get(id_, 0.0)}
@@ -252,9 +252,9 @@ class Models(Generic[LM]):
             ]
 
     def set_scales(self, value: object) -> None:
-        """Set the default scales: those of requests to the base model that give no scales.
+        """Set the default scales, which apply to requests to the base model that give no scales.
 
-        Adapters that are left out get 0.
+        Adapters that are not in the list get the scale 0.
         """
         scales = self._read_scales("the body", value)
         with self._lock:
@@ -262,15 +262,15 @@ class Models(Generic[LM]):
 
 
 def _file_size(path: Path) -> int:
-    """At most the size of the values in an adapter's file, in bytes; 0 if the file is not there."""
+    """A lower bound for the bytes of the values in an adapter's file; 0 if there is no file."""
     file = path / "adapter_model.safetensors" if path.is_dir() else path
     return max(0, file.stat().st_size - _MOST_HEADER) if file.is_file() else 0
 
 
 def inside(directory: Path, path: str) -> Path:
-    """Return the real path of an adapter in a directory. A link that leads out of the directory is refused.
+    """Return the real path of an adapter in a directory. Refuse links that lead out of the directory.
 
-    The links inside the adapter's directory are checked too.
+    The files inside the adapter's directory are checked too.
 
     Raises:
         RequestError: the path is outside the directory, or does not exist.
@@ -295,7 +295,7 @@ def inside(directory: Path, path: str) -> Path:
 
 
 def default_name(source: Path) -> str:
-    """The name of a model or an adapter whose path is `source`."""
+    """The default name of a model or an adapter whose path is `source`."""
     stem = source.name.removesuffix(".gguf")
     name = re.sub(r"[^\w.:@+-]", "-", stem).strip("._-")
     return re.sub(r"\.{2,}", ".", name) or "model"

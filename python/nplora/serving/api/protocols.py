@@ -1,4 +1,4 @@
-"""The members of the engines, and of the object that runs fine-tuning jobs, that the HTTP interface uses."""
+"""Protocols: what the HTTP interface needs from the engines, and from the object that runs training jobs."""
 
 from __future__ import annotations
 
@@ -67,9 +67,9 @@ class EncodingEngine(AnyEngine, Protocol):
 
 
 class TuningJobs(Protocol):
-    """Files and fine-tuning jobs. Each method implements one route, and returns an object of OpenAI's API.
+    """Files and fine-tuning jobs. Most methods implement a route, and return an object of OpenAI's API.
 
-    The methods may be called from any thread, and raise `RequestError`.
+    The methods may be called from any thread. On errors, they raise `RequestError`.
     """
 
     def start(self) -> None: ...

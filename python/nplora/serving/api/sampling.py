@@ -1,4 +1,4 @@
-"""Reads the sampling options of a request: OpenAI's fields, and those that vLLM and llama.cpp add."""
+"""Reads the sampling options of a request: OpenAI's fields, and additional fields of vLLM and llama.cpp."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def read_sampling(body: Fields, default_tokens: int, most_tokens: int, vocab_siz
         "logit_bias": _biases(body, vocab_size),
     }
     top_k, top_p = body.integer("top_k", -1), body.number("top_p", 0, 1)
-    if options["temperature"] > 0:  # otherwise they have no effect
+    if options["temperature"] > 0:  # at temperature 0, top_k and top_p have no effect
         options["top_k"] = (
             top_k if top_k is not None and top_k > 0 else None
         )  # 0 and -1: no limit, as in vLLM
@@ -88,17 +88,17 @@ def _stop(body: Fields) -> tuple[str, ...]:
         checked_text("stop", text)
         if len(text) > _LONGEST_STOP:
             raise RequestError(f"a stop text has more than {_LONGEST_STOP:,} characters", param="stop")
-    return tuple(text for text in texts if text)  # an empty text means none for many clients
+    return tuple(text for text in texts if text)  # many clients send an empty text for no stop text
 
 
 def _seed(body: Fields) -> int:
-    """The given seed, or a new random one. Negative seeds are valid, as in llama.cpp."""
+    """The given seed, or a new random seed. Negative seeds are valid, as in llama.cpp."""
     seed = body.integer("seed", -_LARGEST_SEED - 1, _LARGEST_SEED)
     return secrets.randbits(62) if seed is None else seed % (_LARGEST_SEED + 1)
 
 
 def _biases(body: Fields, vocab_size: int) -> dict[int, float] | None:
-    """The biases by token. The names in a JSON object are strings, so each token is given as a string."""
+    """The bias of each token. In the JSON object, the keys are token ids, written as strings."""
     given = body.object("logit_bias")
     if given is None or not given.values:
         return None
@@ -114,7 +114,7 @@ def _biases(body: Fields, vocab_size: int) -> dict[int, float] | None:
 
 
 def read_choices(body: Fields, sampling: Sampling) -> int:
-    """`n`: how many answers the request wants."""
+    """Read the field `n`, the number of answers that the request wants."""
     n = body.integer("n", 1, MOST_CHOICES) or 1
     best_of = body.integer("best_of", 1, MOST_CHOICES)
     if best_of not in (None, n):

@@ -36,7 +36,7 @@ class Service:
         models: the base model and the adapters.
         jobs: files and fine-tuning jobs; None: the server has none.
         adapter_dir: the directory from which requests may load adapters; None: requests may load none.
-        most_tokens: the largest accepted `max_tokens`, if the model generates text.
+        most_tokens: the largest accepted `max_tokens`; only used if the model generates text.
         max_body: the largest body in bytes.
         max_file: the largest uploaded file in bytes.
         timeout: seconds after which an answer is cancelled.
@@ -56,21 +56,21 @@ class Service:
     def __post_init__(self) -> None:
         self._answers: weakref.WeakSet[Any] = weakref.WeakSet()
         self._is_stopped = False
-        # The default number of threads is the number of processors + 4, at most 32. A thread tokenises a
-        # prompt or writes an answer, so more threads would wait for processors. The 4 are for threads that
+        # By default, there are as many threads as processors plus 4, at most 32. A thread tokenises a prompt
+        # or writes an answer, so more threads would only wait for processors. The additional 4 threads may
         # wait until another process has rendered a chat template.
         self._threads = ThreadPoolExecutor(thread_name_prefix="nplora-answers")
 
     async def in_thread(self, function: Callable[..., T], *arguments: Any) -> T:
         """Call a function in one of the threads for answers.
 
-        `asyncio.to_thread` has other threads. All of them may be waiting for the disk.
+        `asyncio.to_thread` uses other threads, which may all be waiting for the disk.
         """
         run = contextvars.copy_context().run
         return await asyncio.get_running_loop().run_in_executor(self._threads, run, function, *arguments)
 
     def follow(self, answers: Stoppable) -> None:
-        """Remember answers that have begun, for `stop_answers`."""
+        """Remember answers that have begun, so that `stop_answers` can stop them."""
         self._answers.add(answers)
         if self._is_stopped:
             answers.stop()

@@ -1,4 +1,4 @@
-"""Submits requests to the engine, and turns the errors of `submit` into those that clients see."""
+"""Submits requests to the engine, and turns the errors of `submit` into the errors that clients see."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ _ATTEMPTS = 3
 
 
 def submitted(submit: Callable[[], T]) -> T:
-    """Read a request and submit it.
+    """Read a request and submit it to the engine.
 
-    If the adapter is unloaded in between, the request is read again. After that, the request is refused, or
-    uses another adapter that now has the same name.
+    If the request's adapter is unloaded between reading and submitting, the request is read again. The second
+    reading refuses the request, unless a new adapter has the same name.
 
     Args:
-        submit: raises KeyError if the adapter was unloaded.
+        submit: a function that reads and submits the request. It raises KeyError if the adapter was unloaded.
     """
     for _ in range(_ATTEMPTS):
         try:
@@ -31,7 +31,7 @@ def submitted(submit: Callable[[], T]) -> T:
 
 
 def refusal(error: BaseException) -> BaseException:
-    """Turn an error of an engine's `submit` into the one that the client sees."""
+    """Turn an error of an engine's `submit` into the error that the client sees."""
     if isinstance(error, ValueError):
         return RequestError(str(error), code="invalid_value")
     if type(error) is RuntimeError:

@@ -1,4 +1,4 @@
-"""The requests for text: reads the bodies of requests to /v1/chat/completions and /v1/completions."""
+"""Reads the bodies of requests to /v1/chat/completions and /v1/completions."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _NO_EFFECT = {
     *("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"),
     *("prompt_cache_retention", "prompt_cache_options", "cache_prompt", "stream_options", "verbosity"),
     *("reasoning_effort", "prediction", "moderation"),
-    # llama.cpp's
+    # fields of llama.cpp
     *("timings_per_token", "return_progress", "id_slot", "samplers", "reasoning_format"),
     *("dynatemp_exponent", "xtc_threshold"),
 }
@@ -26,7 +26,7 @@ _CHAT = _COMMON | {
     *("messages", "tools", "tool_choice", "parallel_tool_calls", "response_format", "top_logprobs"),
 }
 _COMPLETION = _COMMON | {"prompt", "echo", "best_of", "response_format"}
-# Fields that would change the answer but are not implemented, with the values that change nothing.
+# Fields that are not implemented. Each field is accepted only with the listed values, which change nothing.
 _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "suffix": ("",),
     "functions": ([],),
@@ -53,7 +53,7 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
 _UNSUPPORTED_CHAT = {**_UNSUPPORTED, "best_of": (1,)}
 _MOST_TOP = 20
 _MOST_PROMPTS = 64
-_COMPLETION_TOKENS = 16  # what OpenAI's API generates by default
+_COMPLETION_TOKENS = 16  # the default of OpenAI's API
 
 
 @dataclass(frozen=True)
@@ -61,16 +61,17 @@ class TextRequest:
     """The content of a request for text, after all checks.
 
     Attributes:
-        model: the name of the model, as the answer repeats it.
+        model: the name of the model in the answer.
         adapter: the named adapter, or None.
         prompts: the tokens of each prompt.
-        texts: the text of each prompt, if the answer must repeat it.
+        texts: the text of each prompt; empty if the answer does not repeat the prompt.
         n: the number of answers to each prompt.
         sampling: how tokens are chosen.
-        logprobs: the number of most likely tokens to report beside each token; None: no log-probabilities.
+        logprobs: for each token, how many of the most likely tokens the answer reports too; None: the answer
+            has no log-probabilities.
         stream: whether the answer is sent in pieces.
         usage: whether a stream ends with the numbers of tokens.
-        grammar: the form that the text must have, or None.
+        grammar: a JSON schema that the text must follow, or None.
         tools: the names of the functions that the text may call.
         most_calls: the largest number of tool calls in an answer; None: no limit.
     """
@@ -92,11 +93,11 @@ class TextRequest:
 class Reader:
     """Reads requests for a model.
 
-    Reading takes time (a chat template is rendered in another process), so it is done in a thread.
+    Call the methods in a thread, because reading takes time: another process renders the chat template.
 
     Args:
-        context: the most tokens of a prompt and its answer together.
-        most_tokens: the largest accepted `max_tokens`; None: no limit but the context.
+        context: the largest number of tokens of a prompt and its answer together.
+        most_tokens: the largest accepted `max_tokens`; None: only the context limits it.
     """
 
     def __init__(self, models: Models[LanguageModel], context: int, most_tokens: int | None = None) -> None:
@@ -154,7 +155,11 @@ class Reader:
         )  # fmt: skip
 
     def guide(self, request: TextRequest) -> Any:
-        """A new guide for one answer, or None. Raises RequestError if the grammar is wrong."""
+        """A new guide for one answer; None if the request has no grammar.
+
+        Raises:
+            RequestError: the grammar is wrong.
+        """
         if request.grammar is None:
             return None
         return self._guides.guide(self._selected(request.adapter).tokenizer, request.grammar)
@@ -236,7 +241,7 @@ class Reader:
     def _prompts(self, lm: LanguageModel, body: Fields) -> list[list[int]]:
         """The tokens of each prompt.
 
-        The field is a text, several texts, tokens, or several lists of tokens.
+        The field `prompt` is a text, a list of texts, a list of tokens, or a list of lists of tokens.
         """
         given = body.required("prompt")
         if isinstance(given, list) and given and not isinstance(given[0], int):

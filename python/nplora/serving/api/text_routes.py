@@ -17,9 +17,8 @@ from nplora.serving.api.ticket_stream import TicketStream
 from nplora.serving.request_error import RequestError
 from nplora.serving.ticket import Chunk, Ticket
 
-_PING_SECONDS = (
-    10.0  # a stream that has nothing to send sends a comment, which shows whether the client is there
-)
+# A stream that has nothing else to send sends a comment at this interval, to detect that the client is gone.
+_PING_SECONDS = 10.0
 _SSE_HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
 
 Read = Callable[[Reader, object], TextRequest]
@@ -58,7 +57,7 @@ async def _answer(
 def _submit(
     service: TextService, values: object, client: str, read: Read
 ) -> tuple[TextRequest, list[Ticket]]:
-    """Read a request, and submit its answers to the engine: either all of them or none."""
+    """Read a request, and submit all of its answers to the engine. After an error, submit none."""
     return submitted(lambda: _submit_once(service, values, client, read))
 
 

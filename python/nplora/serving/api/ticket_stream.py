@@ -1,4 +1,4 @@
-"""Follows the answers of the engine in asyncio, while the engine computes in its own thread."""
+"""Passes the engine's answers to asyncio. The engine computes in its own thread."""
 
 from __future__ import annotations
 
@@ -12,18 +12,17 @@ from collections.abc import AsyncGenerator, Sequence
 from nplora.serving.request_error import RequestError
 from nplora.serving.ticket import Chunk, Ticket
 
-PAUSE = None  # yielded when nothing has come for a while
+PAUSE = None  # `follow` yields this value if no chunk has come for a while
 
 
 Queue = asyncio.Queue[tuple[int, Chunk | None] | None]
 
 
 class Inbox:
-    """Brings chunks from the engine's thread into the queues of a loop.
+    """Moves chunks from the engine's thread into the queues of an event loop.
 
-    A round of the engine has a chunk for each of its requests. Waking the loop takes a system call, during
-    which the engine may lose the interpreter's lock. So the loop is woken only once for all chunks that have
-    arrived.
+    A round of the engine makes a chunk for each request. Waking the loop takes a system call, during which
+    the engine may lose the interpreter's lock. So the loop is woken only once for several chunks.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -32,15 +31,15 @@ class Inbox:
         self._woken = False
 
     def put(self, queue: Queue, index: int, chunk: Chunk | None) -> None:
-        """Put a chunk into a queue of the loop. Any thread may call this."""
+        """Put a chunk into a queue of the loop. This method may be called from any thread."""
         self._came.append((queue, index, chunk))
         if not self._woken and (loop := self._loop()) is not None:
             self._woken = True
-            with contextlib.suppress(RuntimeError):  # the loop has ended, and with it all connections
+            with contextlib.suppress(RuntimeError):  # the loop and all connections have ended
                 loop.call_soon_threadsafe(self._distribute)
 
     def _distribute(self) -> None:
-        self._woken = False  # first: what comes from now on wakes the loop again
+        self._woken = False  # set first, so that a chunk that comes from now on wakes the loop again
         while self._came:
             queue, index, chunk = self._came.popleft()
             queue.put_nowait((index, chunk))
@@ -68,21 +67,21 @@ class TicketStream:
             ticket.listen(functools.partial(inbox.put, self._queue, index))
 
     def stop(self) -> None:
-        """End the answers now, because the server shuts down: `follow` raises an error at once."""
+        """End the answers now, because the server shuts down. `follow` then raises an error at once."""
         self._queue.put_nowait(None)
         self.cancel()
 
     def cancel(self) -> None:
-        """End the answers that have not ended."""
+        """Cancel the answers that have not ended yet."""
         for ticket in self.tickets:
             if ticket.finish_reason is None:
                 ticket.cancel()
 
     async def follow(self, pause: float | None = None) -> AsyncGenerator[tuple[int, Chunk | None] | None]:
-        """Yield pairs (number of the answer, chunk) as they come. The chunk None ends an answer.
+        """Yield pairs (number of the answer, chunk) as soon as they come. The chunk None ends an answer.
 
         Args:
-            pause: seconds without a chunk after which PAUSE is yielded.
+            pause: yield PAUSE after this many seconds without a chunk; None: never.
         Raises:
             RequestError: an answer failed, or took too long, or the server is shutting down.
         """
@@ -95,7 +94,7 @@ class TicketStream:
                 )
             wait = self._end - now if pause is None else min(pause, self._end - now)
             try:
-                async with asyncio.timeout(wait):  # wait_for of Python 3.11 may swallow a cancellation
+                async with asyncio.timeout(wait):  # Python 3.11's wait_for may lose a cancellation
                     found = await self._queue.get()
             except TimeoutError:
                 yield PAUSE

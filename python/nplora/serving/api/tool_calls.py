@@ -1,8 +1,9 @@
 """Reads the tool calls in a generated text, in the notations that chat templates use.
 
 - `<tool_call>{"name": ..., "arguments": ...}</tool_call>` (Hermes, Qwen), also with a list of calls (SmolLM);
-- `[TOOL_CALLS][{"name": ..., "arguments": ...}]` (Mistral; a special token is not part of the text);
-- a text that is nothing but `{"name": ..., "parameters": ...}` (Llama), or a list of them.
+- `[TOOL_CALLS][{"name": ..., "arguments": ...}]` (Mistral; if [TOOL_CALLS] is a special token, the text does
+  not contain it);
+- a text that consists only of `{"name": ..., "parameters": ...}` (Llama), or of a list of such objects.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 
 _OPEN, _CLOSE = "<tool_call>", "</tool_call>"
 _MARKS = (_OPEN, "[TOOL_CALLS]", "<|python_tag|>")
-_BETWEEN = " \n\r\t;,"  # what may stand between calls
+_BETWEEN = " \n\r\t;,"  # the characters that may separate calls
 
 
 def _refuse_constant(name: str) -> None:
@@ -27,8 +28,8 @@ _DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
 def split_calls(text: str, names: Collection[str]) -> tuple[str, list[dict[str, Any]]]:
     """Split a text into its content and its tool calls, in the form of OpenAI's API.
 
-    If the text has no complete call of a known function, the whole text is content. Text after the complete
-    calls, such as a call that was cut short, is content too.
+    If the text has no complete call of a known function, the whole text is content. Text after the last
+    complete call, such as an incomplete call, is content too.
 
     >>> content, calls = split_calls('<tool_call>{"name": "add", "arguments": {"x": 1}}</tool_call>', {"add"})
     >>> content, calls[0]["function"]
@@ -61,9 +62,10 @@ def split_calls(text: str, names: Collection[str]) -> tuple[str, list[dict[str, 
 
 
 def _call(value: Any, names: Collection[str]) -> dict[str, Any] | None:
-    """A call whose arguments are an object.
+    """A call in OpenAI's form; None if `value` is not a call of a known function.
 
-    The arguments are written as ASCII JSON, which cannot contain half of a surrogate pair.
+    The arguments must be an object. They are written as ASCII JSON, because half of a surrogate pair, which
+    they may contain, cannot be sent in UTF-8.
 
     Raises:
         ValueError, RecursionError: the arguments are not JSON.
@@ -92,7 +94,7 @@ class CallFilter:
     """Holds back the part of a streamed text that may be a tool call.
 
     Args:
-        names: the functions that may be called; if there are none, nothing is held back.
+        names: the functions that may be called. If `names` is empty, no text is held back.
     """
 
     def __init__(self, names: Collection[str]) -> None:
@@ -114,7 +116,7 @@ class CallFilter:
         return split_calls(held, self._names) if self._names and held else (held, [])
 
     def _first_doubt(self, text: str) -> int:
-        """Where a tool call may begin: at a whole or partial mark, or at JSON that begins the text."""
+        """The first position where a tool call may begin: a whole or partial mark, or JSON at the start."""
         if not self._begun and (not text.strip() or text.lstrip().startswith(("{", "["))):
             return 0
         places = [place for mark in _MARKS if (place := text.find(mark)) >= 0]

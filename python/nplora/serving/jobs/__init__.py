@@ -1,4 +1,4 @@
-"""Fine-tuning jobs of a server: files, jobs and their events, in the shapes of OpenAI's API."""
+"""Fine-tuning jobs of a server: files, jobs and the events of jobs, in the form of OpenAI's API."""
 
 from nplora.serving.jobs.fine_tuning import FineTuning
 

@@ -16,14 +16,14 @@ from nplora.serving.jobs.shapes import Shape
 class EventLog:
     """The events of one job, the oldest first.
 
-    A line that a crash cut short is removed. A damaged line is ignored.
+    If a crash left the last line incomplete, this line is removed. Damaged lines are ignored.
 
-    A job that continues after a crash repeats its last steps, with the same results. The events of these
-    steps are already in the log, so they are not added again.
+    A job that continues after a crash repeats its last steps, with the same results. Events of these steps
+    that are already in the log are not added again.
 
     Args:
-        path: the file; it is created with the first event.
-        key: a part of the ids of the events.
+        path: the file, which is created when the first event is added.
+        key: a part of the events' ids.
         clock: returns the Unix time.
     """
 
@@ -40,12 +40,13 @@ class EventLog:
         self._seen = {_subject(event) for event in self._events} - {None}
 
     def add(self, message: str, level: str = "info", data: Shape | None = None) -> None:
-        """Add an event. The type of the event is "metrics" if there are data, else "message".
+        """Add an event. The type of the event is "metrics" if there are `data`, and "message" otherwise.
 
         Args:
-            data: numbers. Only the first event with the same kind of numbers for the same "step" is added.
+            data: numbers about a "step". If the log already has numbers of the same kind (training or
+                validation) for this step, the event is not added.
         Raises:
-            OSError: the event cannot be written. The event is still added in memory.
+            OSError: the event cannot be written. In memory, the event is added anyway.
         """
         number = 1 + int(self._events[-1]["id"].rpartition("-")[2]) if self._events else 0
         event: Shape = {
@@ -81,15 +82,16 @@ def _event(line: bytes) -> Shape | None:
 
 
 def _subject(event: Shape) -> tuple[str, int] | None:
-    """The kind and the step of an event's numbers; None if it has none."""
+    """The kind and the step of an event's numbers; None if the event has no numbers."""
     data = event["data"]
     return None if data is None else ("train" if "train_loss" in data else "valid", int(data["step"]))
 
 
 def _append(path: Path, line: bytes) -> None:
-    """Append a line. If the whole line cannot be written, no part of it is left.
+    """Append a line. If the whole line cannot be written, remove the part that was written.
 
-    The line survives if this process is killed. The system writes the line to the disk a little later.
+    The line survives if this process is killed. It may be lost if the system crashes, because the system
+    writes the line to the disk a little later.
     """
     progress = files.Progress(len(line))
     with files.disk_errors(path, progress):

@@ -36,29 +36,29 @@ _MOST_STEPS = 10**9
 class FineTuning:
     """Keeps files and fine-tuning jobs in one directory. A thread trains the jobs one after the other.
 
-    All methods may be called from any thread. The methods return dictionaries in the shapes of OpenAI's API.
-    On errors, the methods raise `RequestError`, which has the fields of OpenAI's error object. Every change
-    is on the disk before the method returns, so a killed process loses no change. After the next `start`, a
-    job continues from its last checkpoint, and ends with the same bits.
+    All methods may be called from any thread. The methods return dictionaries in the form of OpenAI's API. On
+    errors, the methods raise `RequestError`, which has the fields of OpenAI's error object. Every change is
+    on the disk before the method returns, so a killed process loses no change. After the next `start`, a job
+    continues from its last checkpoint, and its result has the same bits as without the break.
 
     Args:
         lm: the model that answers requests. This model does not change: a job trains a second model that
             shares the frozen weights.
         directory: the directory for files and jobs, created if needed. One process can use it at a time.
         model: the name of the base model in the API.
-        turns: the engine's `turn`, which divides the time between training and answers. None: training does
-            not wait.
-        publish: called as publish(name, directory) when a job has ended, and in `start` for earlier jobs. The
-            function makes the adapter in this PEFT directory available under the name, even if another
-            adapter has the name. Default: `lm.load_adapter`.
-        withdraw: called as withdraw(name) for an adapter that is no longer there. Default:
+        turns: divides the time between training and answers; the same object as the engine's `turn`. None:
+            training does not wait for answers.
+        publish: called as publish(name, directory) for each new adapter of a job, and in `start` for the
+            adapters of earlier jobs. The function makes the adapter in this PEFT directory available under
+            the name, even if another adapter has the name. Default: `lm.load_adapter`.
+        withdraw: called as withdraw(name) before the files of an adapter are deleted. Default:
             `lm.delete_adapter`. The function may raise KeyError or RequestError.
-        memory: memory limit of the whole process while a job trains, as in `finetune`; or a function that
+        memory: memory limit for the whole process while a job trains, as in `finetune`; or a function that
             returns the limit when a job begins.
-        compute: arithmetic of training; None: that of `lm`, or float32 if `lm` computes in int8.
-        max_file_bytes: the largest file that is accepted.
+        compute: the arithmetic of training; None: that of `lm`, or float32 if `lm` computes in int8.
+        max_file_bytes: the largest accepted size of a file.
         max_files_bytes: the largest size of all files together, including deleted files that jobs still use.
-        log: called with one line for each event except metrics.
+        log: called with a line of text for each event, except for events with metrics.
     Raises:
         BlockingIOError: another process uses the directory.
         OSError: the directory cannot be created, read or written.
@@ -135,8 +135,7 @@ class FineTuning:
     def delete_model(self, name: str) -> None:
         """Permanently delete the files of an adapter that a job has made: a part of DELETE /v1/models/{name}.
 
-        The name may be that of any model, but only the adapters of jobs have files here. The caller must
-        withdraw the adapter.
+        If `name` belongs to another model, nothing is deleted. The caller must withdraw the adapter.
 
         Raises:
             RequestError: the disk is full or has failed.
@@ -208,7 +207,7 @@ class FineTuning:
         return None
 
     def wait(self, job_id: str, seconds: float | None = None) -> Shape:
-        """Wait until a job has ended or is paused, at most for some seconds; return the job."""
+        """Wait until a job has ended or is paused, at most for `seconds` (None: no limit). Return the job."""
         with self._changed:
             self._changed.wait_for(
                 lambda: self._job(job_id)["status"] not in OPEN and not self._trains(job_id), seconds
@@ -394,7 +393,7 @@ class FineTuning:
 
 @contextlib.contextmanager
 def _disk_errors() -> Iterator[None]:
-    """Turn an error of the disk into a `RequestError` that does not name the server's files."""
+    """Turn a disk error into a `RequestError` that does not name the server's files."""
     try:
         yield
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Describes the error that ended a job, in the fields of OpenAI's API."""
+"""Describes the error that ended a job, with the fields of OpenAI's API."""
 
 from __future__ import annotations
 
@@ -24,8 +24,7 @@ def job_error(error: Exception, names: Mapping[str, tuple[str, str]]) -> dict[st
     """The code, the message and the parameter of the error that ended a job.
 
     Args:
-        names: for the path of each data file, the file's name for the user, and the parameter that names the
-            file.
+        names: {path of a data file: (the name that the user gave the file, the request's parameter for it)}.
     """
     message, param = str(error) or type(error).__name__, None
     for path, (name, parameter) in names.items():

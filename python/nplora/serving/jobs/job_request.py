@@ -1,4 +1,4 @@
-"""JobRequest: checks the body of a request for a fine-tuning job, and translates it into our options."""
+"""JobRequest: checks the body of a request for a fine-tuning job, and makes options of `finetune` from it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _OPENAI = (
     "integrations", "user",
 )  # fmt: skip
 _HYPERPARAMETERS = {"n_epochs": "epochs", "batch_size": "batch_examples", "learning_rate_multiplier": "lr"}
-# Options that a request may not set: they name files, or belong to the server.
+# Options of `finetune` that a request may not set, because they name files or are for the server to decide.
 _NOT_OF_REQUESTS = {
     "adapter", "any_base", "objective", "teacher", "kl", "temperature", "kd_ratio", "seed", "compute",
     "memory", "keep_prefix", "save_every", "save_minutes", "report_to", "resume", "overwrite", "sample",
@@ -44,7 +44,7 @@ class JobRequest:
         training_file, validation_file: the ids of files.
         suffix: a part of the name of the new adapter.
         seed: the random seed.
-        metadata: texts that the client stores with the job.
+        metadata: texts by name that the client stores with the job.
         method: "supervised", "dpo", "orpo" or "kto".
         hyperparameters: the hyperparameters in the request, by OpenAI's names.
         options: options of `finetune`. A learning rate that is given as a multiplier is not included.
@@ -62,7 +62,7 @@ class JobRequest:
 
     @property
     def multiplier(self) -> float | None:
-        """The factor of the default learning rate, if the request gives one."""
+        """The factor for the default learning rate; None if the request gives no factor."""
         given = self.hyperparameters.get("learning_rate_multiplier")
         return None if given is None else float(given)
 
@@ -71,7 +71,7 @@ def checked(request: Mapping[str, Any], base: str) -> JobRequest:
     """Check the body of a request.
 
     Args:
-        base: the name of the base model. A job of another model continues an adapter.
+        base: the name of the base model. If the request names another model, the job continues an adapter.
     Raises:
         RequestError: a field is missing, unknown or wrong.
     """
@@ -103,7 +103,7 @@ def checked(request: Mapping[str, Any], base: str) -> JobRequest:
 
 
 def require_text(value: object, param: str | None = None) -> None:
-    """Raise a RequestError if a value is not JSON, or a text in it has half a surrogate pair."""
+    """Raise a RequestError if a value is not JSON, or if a text in it contains half of a surrogate pair."""
     try:
         json.dumps(value, ensure_ascii=False, allow_nan=False, default=dict).encode()
     except (ValueError, TypeError, RecursionError) as error:
@@ -115,7 +115,7 @@ def require_text(value: object, param: str | None = None) -> None:
 def _method(body: Fields) -> tuple[str, Shape]:
     """The method and the hyperparameters of the request.
 
-    The hyperparameters may be in `method` or beside it.
+    The hyperparameters may be inside the field `method` or in a field of the request itself.
     """
     kind, inner = "supervised", Fields({})
     if (method := body.object("method")) is not None:
@@ -133,7 +133,7 @@ def _method(body: Fields) -> tuple[str, Shape]:
 
 
 def _translated(given: Mapping[str, Any], own: Mapping[str, Any]) -> Shape:
-    """Translate OpenAI's hyperparameters into our options, without the learning rate."""
+    """Translate OpenAI's hyperparameters, except for the learning rate, into options of `finetune`."""
     options = Shape()
     for name, ours in _HYPERPARAMETERS.items():
         if name not in given:

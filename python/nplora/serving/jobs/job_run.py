@@ -1,4 +1,4 @@
-"""JobRun: trains one job, in the thread that trains."""
+"""JobRun: trains one job in the training thread."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ from nplora.serving.request_error import RequestError
 from nplora.trainer import EpochRecord, Run
 
 KEPT_CHECKPOINTS = 3
-CHECKPOINT_SECONDS = 10.0  # the least time between two of them
-_SAVE_MINUTES = 1.0  # between two checkpoints of the run, the most that a killed process repeats
+CHECKPOINT_SECONDS = 10.0  # the least time between two published checkpoints
+_SAVE_MINUTES = 1.0  # the longest time between two saved states; after a kill, this much is repeated
 
 
 def checkpoint_name(name: str, step: int) -> str:
@@ -61,8 +61,8 @@ class JobRun:
         lm: the model that answers requests. This model does not change.
         state: the records and the events of all jobs.
         job_id: the job.
-        publishing: how the adapter becomes available.
-        turns: divides the time between training and answers; None: training does not wait.
+        publishing: makes the job's adapters available.
+        turns: divides the time between training and answers; None: training does not wait for answers.
         memory, compute: as in `finetune`.
     """
 
@@ -121,7 +121,8 @@ class JobRun:
             options["lr"] = multiplier * default_lr(self._lm.config.hidden_size)
         data = {role: self._place / name for role, name in record["data"].items()}
         start = self._place / "start"
-        own = self._lm.compute  # int8 is chosen for the speed of answers; a job trains in int8 only if asked
+        # int8 may have been chosen for the speed of answers. A job trains in int8 only if `compute` says so.
+        own = self._lm.compute
         compute = self._compute or ("float32" if own == "int8" else own)
         return finetune(
             self._lm.with_compute(compute),
@@ -164,7 +165,7 @@ class JobRun:
         """
         is_last = run.total_steps is not None and record.step >= run.total_steps
         if is_last or time.monotonic() - self._last_checkpoint < CHECKPOINT_SECONDS:
-            return  # the next one follows soon
+            return  # the next checkpoint, or the job's result, follows soon
         self._last_checkpoint = time.monotonic()
         job, step = self._state.storage.jobs[self.job_id], record.step
         if any(known["step"] == step for known in job["checkpoints"]):
@@ -189,7 +190,7 @@ class JobRun:
     def _checkpoint(
         self, part: str, step: int, name: str, train_loss: float | None, valid_loss: float | None
     ) -> dict[str, Any]:
-        """The record of a checkpoint. `part` is the last part of its id."""
+        """Make the record of a checkpoint. `part` is the last part of the checkpoint's id."""
         made = {
             "id": f"ftckpt-{self._state.key(self.job_id)}-{part}", "created_at": int(time.time()),
             "step": step, "name": name, "train_loss": train_loss, "valid_loss": valid_loss,
@@ -202,7 +203,7 @@ class JobRun:
             shutil.rmtree(self._place / "checkpoints" / f"step-{one['step']}", ignore_errors=True)
 
     def _withdraw(self, name: str) -> None:
-        with contextlib.suppress(KeyError, RequestError):  # somebody else may have removed it
+        with contextlib.suppress(KeyError, RequestError):  # a client may have removed the adapter
             self._publishing.withdraw(name)
 
     # ---- the end ----
@@ -214,7 +215,7 @@ class JobRun:
         state, job = self._state, self._state.storage.jobs[self.job_id]
         if self._has_ended():
             return
-        self._publish(job["name"], self._place / "run")  # without the lock: it may take seconds
+        self._publish(job["name"], self._place / "run")  # does not hold the lock, because it may take seconds
         with state.lock:
             if self._has_ended():
                 self._withdraw(job["name"])
@@ -239,7 +240,7 @@ class JobRun:
         self._event("The job has successfully completed", None)
 
     def _publish(self, name: str, place: Path) -> None:
-        """Make an adapter available. While the memory is too small, withdraw the job's oldest checkpoint."""
+        """Make an adapter available. As long as the memory is too small, withdraw the oldest checkpoint."""
         while True:
             try:
                 return self._publishing.publish(name, place)
@@ -261,7 +262,7 @@ class JobRun:
 
 
 def _first_words(step: int, has_begun: bool) -> str:
-    """The message at the beginning of a run that starts at a step."""
+    """The message at the beginning of a run. `step` is the number of steps that the run has already made."""
     if step:
         return f"Fine-tuning job continues at step {step}"
     return (

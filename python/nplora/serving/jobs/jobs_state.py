@@ -11,20 +11,20 @@ from nplora.runtime.user_warning import warn_user
 from nplora.serving.jobs.event_log import EventLog
 from nplora.serving.jobs.storage import Record, Storage
 
-ENDED = ("succeeded", "failed", "cancelled", "paused")  # the training thread leaves such a job alone
+ENDED = ("succeeded", "failed", "cancelled", "paused")  # the training thread does not train such a job
 OPEN = ("queued", "validating_files", "running")
 
 
 class JobsState:
     """The records of a `Storage`, and the events of its jobs.
 
-    If the disk is full, a change by the training thread is kept only in memory, with a warning. After a
-    restart, the job then continues from the state on the disk.
+    If the disk is full, the training thread keeps its changes only in memory, and warns. After a restart, the
+    job then continues from the state on the disk.
 
     Args:
-        log: called with one line for each event except metrics.
+        log: called with a line of text for each event, except for events with metrics.
     Attributes:
-        storage: the records. Hold `lock` while you read or change them.
+        storage: the records. Hold `lock` while you read or change records.
         lock: the lock of the storage.
     """
 
@@ -80,11 +80,9 @@ class JobsState:
             self.storage.drop_data(job_id)
 
     def add_results(self, job_id: str, content: bytes) -> list[str]:
-        """Store the table of a job's losses as a file, and return the file's id in a list.
+        """Store the table of a job's losses as a file, and return a list with the file's id.
 
-        The list is empty if the disk is full.
-
-        A repeated call replaces the file.
+        If the disk is full, the list is empty. A second call replaces the file.
         """
         file_id = f"file-results-{self.key(job_id)}"
         record: Record = {
@@ -96,7 +94,7 @@ class JobsState:
         return [file_id] if file_id in self.storage.files else []
 
     def names(self, job_id: str) -> dict[str, tuple[str, str]]:
-        """For each path of a job's data, the name that the user gave, and the parameter that names it."""
+        """{path of a data file of a job: (the user's name for the file, the request's parameter for it)}."""
         job, place = self.storage.jobs[job_id], self.storage.place(job_id)
         parameters = {"train": "training_file", "valid": "validation_file"}
         return {
@@ -107,7 +105,7 @@ class JobsState:
 
 @contextlib.contextmanager
 def _kept_in_memory(job_id: str) -> Iterator[None]:
-    """Turn an error of the disk into a warning."""
+    """Turn a disk error into a warning."""
     try:
         yield
     except OSError as error:

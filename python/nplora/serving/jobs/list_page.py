@@ -1,4 +1,4 @@
-"""Pages of lists, as OpenAI's API divides them."""
+"""Divides lists into pages, as OpenAI's API does."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from nplora.serving.request_error import RequestError
 
 
 def list_page(items: Sequence[Shape], after: str | None, limit: int, most: int) -> Shape:
-    """The page of a list that follows the item with the id `after`; None: the first page.
+    """The page of a list that begins after the item with the id `after`; None: the first page.
 
     Args:
-        limit: how many items the page may have, from 1 to `most`.
+        limit: the largest number of items in the page, from 1 to `most`.
     Raises:
         RequestError: `limit` is out of range, or no item has this id.
     """

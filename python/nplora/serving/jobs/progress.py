@@ -1,4 +1,4 @@
-"""Progress: writes the events and the checkpoints of a job while it trains."""
+"""Progress: a callback that reports the steps, evaluations and epochs of a job while it trains."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from nplora.trainer import Callback, EpochRecord, EvaluationRecord, Run, StepRec
 
 Event = Callable[[str, Mapping[str, Any] | None], None]
 
-_RECENT = 0.9  # the weight of earlier steps in the mean time of a step
+_RECENT = 0.9  # the weight of the earlier steps in the moving average of a step's seconds
 
 
 class Progress(Callback):
@@ -32,11 +32,11 @@ class Progress(Callback):
     ) -> None:
         self._event, self._on_start, self._on_epoch, self._clock = event, on_start, on_epoch, clock
         self._last, self._seconds = 0.0, 0.0
-        self._left = 0  # steps
+        self._left = 0  # the number of remaining steps
 
     @property
     def estimated_finish(self) -> int | None:
-        """The Unix time at which the last step will end, if further steps take as long as the recent ones."""
+        """The Unix time at which the last step will end if each step takes as long as recent steps did."""
         return round(self._last + self._left * self._seconds) if self._seconds else None
 
     def on_fit_start(self, run: Run) -> None:

@@ -1,4 +1,4 @@
-"""Checks the records that a server reads again when it starts: a damaged one must not stop the server."""
+"""Checks the records that a server reads when it starts. A damaged record must not stop the server."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ def _or_none(check: Check) -> Check:
 
 
 def _texts(value: object) -> bool:
-    """Whether a value is an object of texts."""
+    """Whether a value is an object whose values are texts."""
     return isinstance(value, Mapping) and all(isinstance(one, str) for one in value.values())
 
 
 def _file_names(value: object) -> bool:
-    """Whether a value is an object whose values are file names, and no name leads out of its directory."""
+    """Whether a value is an object whose values are file names that cannot lead out of a directory."""
     return _texts(value) and all(map(_is_file_name, value.values()))  # type: ignore[attr-defined]
 
 
@@ -72,10 +72,10 @@ JOB: Mapping[str, Check] = {
 
 
 def require_record(path: str, record: object, id_: str, fields: Mapping[str, Check]) -> dict[str, Any]:
-    """Return a record whose id is `id_` and whose fields are right.
+    """Check that a record has the id `id_` and the given fields; return the record.
 
     Raises:
-        FormatError: a field is missing or wrong.
+        FormatError: the id or the schema differs, or a field is missing or wrong.
     """
     if not isinstance(record, dict) or record.get("id") != id_:
         raise FormatError(f"{path}: not a record of {id_}")

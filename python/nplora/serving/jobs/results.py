@@ -9,7 +9,7 @@ from nplora.trainer import History
 
 
 def results_csv(history: History) -> bytes:
-    """The losses of all steps, and those of the evaluations after them, as CSV."""
+    """A CSV table of the training losses of all steps and the validation losses of all evaluations."""
     losses = {record.step: record.loss for record in history.steps}
     validated = {record.step: record.val_loss for record in history.evaluations}
     out = io.StringIO()

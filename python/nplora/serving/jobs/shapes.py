@@ -1,4 +1,4 @@
-"""The objects of OpenAI's API: files, jobs and checkpoints."""
+"""Makes the objects of OpenAI's API for files, jobs and checkpoints."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def job(record: Mapping[str, Any], estimated_finish: int | None) -> Shape:
 
 
 def checkpoint(job_id: str, record: Mapping[str, Any]) -> Shape:
-    """A checkpoint of a job, whose adapter is available under a name."""
+    """A checkpoint of a job. The adapter of the checkpoint is available under a name."""
     return {
         "id": record["id"],
         "object": "fine_tuning.job.checkpoint",

@@ -5,15 +5,16 @@ The directory holds
     lock                                 exists while a server uses the directory
     files/ID/content.SUFFIX, file.json   an uploaded file, and its record
     jobs/ID/job.json                     the record of a job
-    jobs/ID/train.SUFFIX, valid.SUFFIX   its data: links to the files' contents, which outlive the files
-    jobs/ID/start/                       the adapter that it continues, if any
-    jobs/ID/events.jsonl                 its events
+    jobs/ID/train.SUFFIX, valid.SUFFIX   the job's data: hard links to the contents of uploaded files, which
+                                         remain if a client deletes these files
+    jobs/ID/start/                       the adapter that the job continues, if any
+    jobs/ID/events.jsonl                 the job's events
     jobs/ID/run/                         the output directory of `finetune`: checkpoints, log and adapter
     jobs/ID/checkpoints/step-N/          adapters of the last epochs
 
-A record is written after all other files, and is replaced as a whole. A directory without a record is
-removed, because it was left by a killed process. Directories whose names are not ids are ignored. This module
-makes all ids, and compares an id from a request only with the ids of records. So no text from a request
+A record is written after the other files of its directory, and is replaced as a whole. A directory without a
+record was left by a killed process, and is removed. Directories whose names are not ids are ignored. This
+module makes all ids. An id from a request is only compared with the ids of records, so no text from a request
 becomes a part of a path.
 """
 
@@ -59,13 +60,13 @@ class Storage:
     """Keeps uploaded files and the records of jobs in one directory.
 
     Attributes:
-        files, jobs: the records by id, in the order in which they were made. Hold `lock` while you read the
-            records, and change the records only through the methods. All methods but `add_file` need the lock
-            too.
+        files, jobs: the records by id, in the order of their creation. Hold `lock` while you read the
+            records, and change the records only through the methods. Also hold `lock` while you call a method
+            other than `add_file`.
         lock: a reentrant lock.
     Raises:
         BlockingIOError: another process uses the directory.
-        OSError: the directory cannot be made, read or written.
+        OSError: the directory cannot be created, read or written.
     Warns:
         UserWarning: a record cannot be read, and is ignored.
     """
@@ -87,11 +88,11 @@ class Storage:
         except BaseException:
             self.close()
             raise
-        self._arriving = dict[str, int]()  # the bytes of uploads that have not ended
-        self._stored: int | None = None  # the bytes of all files, once counted, until they change
+        self._arriving = dict[str, int]()  # the bytes received so far of each unfinished upload
+        self._stored: int | None = None  # the bytes of all files; None: count them again
         self._file_serials = itertools.count(_next_serial(self.files))
         for job_id, job in self.jobs.items():
-            if job["status"] in ("succeeded", "cancelled"):  # a crash may have come before this
+            if job["status"] in ("succeeded", "cancelled"):  # a crash may have left the data of such a job
                 with contextlib.suppress(OSError):
                     self.drop_data(job_id)
 
@@ -114,11 +115,11 @@ class Storage:
         The record of the file gets the number of bytes, the name of the content, and a serial number.
 
         Args:
-            most: the most bytes of the file.
-            most_together: the most bytes of all files; None: no limit.
+            most: the largest number of bytes of the file.
+            most_together: the largest number of bytes of all files together; None: no limit.
         Raises:
             RequestError: the file is empty or too large, or all files together are too large.
-            OSError: the file cannot be written; nothing of it is left.
+            OSError: the file cannot be written. No part of the file is left.
         """
         record = {**record, "bytes": 0, "content": f"content{_suffix(record['filename'])}"}
         record["serial"] = next(self._file_serials)
@@ -153,10 +154,7 @@ class Storage:
         return record
 
     def _file_bytes(self) -> int:
-        """The bytes of all files.
-
-        Files that are being uploaded count, and deleted files that jobs still use.
-        """
+        """The bytes of all files, including unfinished uploads and deleted files that jobs still use."""
         if self._stored is None:
             self._stored = self._stored_bytes()
         return self._stored + sum(self._arriving.values())
@@ -179,7 +177,7 @@ class Storage:
             (self.place(job_id) / name).unlink(missing_ok=True)
 
     def delete_file(self, file_id: str) -> None:
-        """Delete a file. The record is deleted first, so that no record is left without its content."""
+        """Delete a file. The record is deleted first, so that a crash leaves no record without content."""
         place, self._stored = self.path / "files" / self.files[file_id]["id"], None
         os.unlink(place / _FILE)
         del self.files[file_id]
@@ -193,13 +191,13 @@ class Storage:
     # ---- jobs ----
 
     def add_job(self, record: Record, data: Mapping[str, str], start: Adapter | None) -> Record:
-        """Write a new job. The job's record gets the names of the data, and a serial number.
+        """Write a new job. The job's record gets the names of the data files, and a serial number.
 
         Args:
-            data: ids of files by their role, "train" or "valid".
-            start: the adapter that the job continues.
+            data: {"train" or "valid": id of a file}.
+            start: the adapter that the job continues, or None.
         Raises:
-            OSError: the job cannot be written; nothing of it is left.
+            OSError: the job cannot be written. No part of the job is left.
         """
         place = self.path / "jobs" / record["id"]
         record = {**record, "serial": _next_serial(self.jobs), "data": {}}
@@ -219,10 +217,11 @@ class Storage:
         return record
 
     def change_job(self, job_id: str, **changes: Any) -> Record:
-        """Replace the record of a job by one with these changes, in memory and on the disk.
+        """Change fields of a job's record, in memory and on the disk.
 
         Raises:
-            OSError: the disk still has the old record. The new record is used in memory.
+            OSError: the new record cannot be written. The disk keeps the old record; the memory has the new
+                record.
         """
         record = {**self.jobs[job_id], **changes}
         self.jobs[job_id] = record
@@ -234,7 +233,7 @@ class Storage:
         return self.path / "jobs" / str(self.jobs[job_id]["id"])
 
     def _make(self, place: Path, new: list[NewFile]) -> None:
-        """Write the files of a new directory; remove the directory again after an error."""
+        """Write the files of a new directory. After an error, remove the directory."""
         os.makedirs(place, exist_ok=True)
         try:
             files.replace(new)
@@ -246,7 +245,7 @@ class Storage:
 
 
 def _read(place: Path, name: str, fields: Mapping[str, Check]) -> dict[str, Record]:
-    """The records in the directories of a directory, in the order in which they were made."""
+    """The records in the subdirectories of `place`, in the order of their creation."""
     found = list[Record]()
     for entry in sorted(place.iterdir()):
         if not _ID.fullmatch(entry.name):
@@ -298,7 +297,7 @@ def _parts(content: bytes | BinaryIO | Iterable[bytes]) -> Iterator[bytes]:
 
 
 def _link(source: Path, target: Path) -> None:
-    """Make a hard link to a file, or a copy if the file system has no links."""
+    """Make a hard link to a file, or a copy if the file system does not support hard links."""
     try:
         os.link(source, target)
     except OSError:

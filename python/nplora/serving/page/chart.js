@@ -1,4 +1,4 @@
-// The loss of a training job as an SVG drawing.
+// Draws the losses of a training job as SVG.
 
 const SVG = "http://www.w3.org/2000/svg";
 const HEIGHT = 260;
@@ -11,7 +11,7 @@ function node(name, attributes, text) {
   return made;
 }
 
-// Draws points [step, loss] of training and validation into a figure.
+// Draws the points [step, loss] of training and of validation into a figure.
 export function draw(figure, train, valid, total) {
   if (!train.length && !valid.length) {
     figure.replaceChildren();
@@ -50,7 +50,7 @@ export function draw(figure, train, valid, total) {
   figure.replaceChildren(svg, legend);
 }
 
-// Round numbers around a range: the lowest, the highest, and all marks.
+// Round numbers for the marks of an axis: the lowest, the highest, and a list of all marks.
 function scale(least, most) {
   const span = most - least || Math.abs(most) || 1;
   const rough = span / 4;
@@ -63,7 +63,7 @@ function scale(least, most) {
   return [low, high, marks];
 }
 
-// The mean of each point and those around it.
+// Replaces each loss by the mean of this loss and the losses around it.
 function smooth(points) {
   const reach = Math.max(1, Math.round(points.length / 24));
   return points.map(([step], at) => {

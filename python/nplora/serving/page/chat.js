@@ -1,4 +1,4 @@
-// The chat: one column, or two that answer the same messages with two models.
+// The chat: one column, or two columns in which two models answer the same messages.
 
 import { ApiError, events } from "./api.js";
 import { element, markdown } from "./markdown.js";
@@ -8,7 +8,7 @@ const NAME = "nplora.chat";
 const IDEAS = ["Introduce yourself in two sentences.", "Explain LoRA to a ten-year-old.", "Write a haiku about small models."];
 const $ = (id) => document.getElementById(id);
 
-let models = []; // as the server lists them; the first is the base model
+let models = []; // in the server's order; the first is the base model
 let columns = [[], []]; // the messages of each column
 let running = []; // the abort controllers of the answers that are being written
 
@@ -121,7 +121,7 @@ function fill(body, message) {
   else body.replaceChildren(message.writing ? element("span", { className: "dots" }, element("i"), element("i"), element("i")) : "");
 }
 
-// An answer must never end the page: what cannot be drawn is shown as plain text.
+// An answer must never break the page: if its Markdown cannot be drawn, it is shown as plain text.
 function drawn(text) {
   try {
     return markdown(text);
@@ -245,7 +245,7 @@ function keep() {
   try {
     localStorage.setItem(NAME, JSON.stringify({ columns: kept, compare: $("compare").checked, model: $("model").value, other: $("other").value }));
   } catch {
-    // Too long to keep: the chat lasts as long as the page.
+    // The chat is too long for the browser's storage. It is lost when the page is closed.
   }
 }
 

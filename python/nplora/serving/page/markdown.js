@@ -1,4 +1,4 @@
-// Markdown as elements. Text becomes text nodes only, so that an answer cannot bring HTML into the page.
+// Turns Markdown into HTML elements. Text becomes only text nodes, so an answer cannot add HTML to the page.
 
 export function element(name, properties = {}, ...children) {
   const made = Object.assign(document.createElement(name), properties);
@@ -6,7 +6,7 @@ export function element(name, properties = {}, ...children) {
   return made;
 }
 
-const DEEPEST = 8; // quotations inside each other; more would overflow the stack
+const DEEPEST = 8; // the most quotations inside each other; a deep nesting would overflow the stack
 
 export function markdown(text, depth = 0) {
   const made = document.createDocumentFragment();
@@ -41,7 +41,7 @@ export function markdown(text, depth = 0) {
   return made;
 }
 
-// Whether a line begins something else than a paragraph.
+// Whether a line begins something other than a paragraph.
 const begins = (line) => /^ {0,3}(```|~~~)|^#{1,6}\s|^\s*([-*+]|\d+[.)])\s+\S|^>/.test(line);
 
 function list(lines, at, made) {

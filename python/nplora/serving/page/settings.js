@@ -1,4 +1,4 @@
-// The settings, kept in the browser.
+// The settings, which are stored in the browser.
 
 const NAME = "nplora.settings";
 const DEFAULTS = { system: "", temperature: 0.7, "top-p": 0.95, "max-tokens": 512, seed: "", key: "", theme: "" };
@@ -20,7 +20,7 @@ export function set(name, value) {
   try {
     localStorage.setItem(NAME, JSON.stringify(values));
   } catch {
-    // A browser may refuse to keep anything: the settings last as long as the page.
+    // A browser may refuse to store anything. The settings are then lost when the page is closed.
   }
 }
 

@@ -1,20 +1,20 @@
-// Fine-tuning jobs: the list, one job with its loss, and a form that starts a new one.
+// Fine-tuning jobs: a list of all jobs, one job with its losses, and a form that starts a new job.
 
 import { get, post } from "./api.js";
 import { draw } from "./chart.js";
 import { element } from "./markdown.js";
 
-const PAUSE = 2000; // milliseconds between two looks at the jobs
+const PAUSE = 2000; // milliseconds between two requests for the jobs
 const ENDED = ["succeeded", "failed", "cancelled"];
 const $ = (id) => document.getElementById(id);
 
 let jobs = [];
 let shown = null; // the id of the job that is shown
-let log = new Map(); // its events by id
+let log = new Map(); // the events of this job by id
 let timer = 0;
-let turn = 0; // counts the looks; an older look that ends late changes nothing
+let turn = 0; // the number of calls of `look`; if an older call ends after a newer one, it changes nothing
 let isOpen = false;
-let isStale = false; // whether the error that is shown came from a look
+let isStale = false; // whether the error that is shown came from `look`
 let ready = () => {}; // called when a job has succeeded
 
 // Whether the server has jobs at all.
@@ -52,7 +52,7 @@ export function close() {
 
 const current = () => jobs.find((job) => job.id === shown);
 
-// Asks for the jobs, and again after a pause while this part of the page is open.
+// Requests the jobs from the server. While this part of the page is open, repeats this after each pause.
 async function look() {
   clearTimeout(timer);
   if (!isOpen) return;
@@ -116,7 +116,7 @@ async function follow() {
     const isKnown = page.data.some((event) => log.has(event.id));
     for (const event of page.data) log.set(event.id, event);
     after = page.data.at(-1)?.id ?? "";
-    if (isKnown || !page.has_more || !after) break; // the newest come first
+    if (isKnown || !page.has_more || !after) break; // the newest events come first, so the rest is known
   }
   const job = current();
   $("job-name").textContent = title(job);
@@ -193,7 +193,7 @@ async function start(event) {
   }
 }
 
-// Shows an error, or hides it: null.
+// Shows an error. If `error` is null, hides the last error.
 function report(error) {
   isStale = false;
   $("job-error").textContent = error?.message ?? "";

@@ -46,10 +46,10 @@ class Spelling:
     `valid_split`, becomes --valid-split. If a message names an option and then the same keyword in
     parentheses, the keyword is removed.
 
-    A message about a file begins with the file's name, and may name fields of the file. The fields may have
-    the same names as options. So in a message about a file, a keyword is replaced only if a value follows it,
-    and in a message about a row, nothing is replaced. An argument that the user has typed stays unchanged,
-    because it may be the name of a file.
+    A message about a file begins with the file's name, and may name fields of the file. The fields of a file
+    may have the same names as options. So in a message about a file, a keyword is replaced only if a value
+    follows the keyword, and in a message about a row, nothing is replaced. An argument that the user has
+    typed stays unchanged, because the argument may be the name of a file.
 
     Args:
         options: a dictionary from keywords to options.

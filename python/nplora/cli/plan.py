@@ -54,7 +54,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _check_nodes(arguments: argparse.Namespace) -> None:
-    """Check the options for several machines. This check comes before the slow reading of the model."""
+    """Check the options for several machines before the model is read, which is slow."""
     from nplora.distributed import Network
 
     given = {name: getattr(arguments, name) is not None for name in ("nodes", "network", "latency")}

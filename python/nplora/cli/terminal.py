@@ -13,6 +13,6 @@ _SHOWN = {
 
 
 def printed(text: str) -> str:
-    """The text as it is printed: on a terminal, control characters except tabs and line ends are visible."""
+    """Make the control characters of a text visible, except tabs and line ends, if stdout is a terminal."""
     is_terminal = sys.stdout is not None and sys.stdout.isatty()
     return text.translate(_SHOWN) if is_terminal else text

@@ -29,7 +29,8 @@ class Farewell:
 
     A rank reads notices only while it waits in an exchange. The other ranks may first compute a batch, so the
     rank that leaves waits for them. If no notice arrives within the timeout, the leaving rank ends all ranks
-    by force. If all remaining ranks have already exceeded the timeout, it does so without waiting again.
+    by force. If all remaining ranks have already exceeded the timeout, the leaving rank ends all ranks at
+    once.
 
     Attributes:
         timeout: the seconds after which a rank that does not respond counts as failed.
@@ -56,7 +57,7 @@ class Farewell:
 
         Args:
             missing: ranks that have not sent their values. The failure is raised only if one of these ranks
-                will never send them. None: the failure is always raised.
+                will never send its values. None: the failure is always raised.
         """
         if self._failure is None:
             return
@@ -66,10 +67,7 @@ class Farewell:
             raise self._failure
 
     def no_answer(self, missing: Collection[int]) -> RankError:
-        """Return the error for ranks that did not respond within the timeout.
-
-        Also report it to the other ranks.
-        """
+        """Make the error for ranks that did not respond within the timeout, and report it to other ranks."""
         self._hung.update(missing)
         names = ", ".join(map(str, sorted(set(missing))))
         more = f" (the ranks {names} do not answer)" if len(set(missing)) > 1 else ""

@@ -1,4 +1,4 @@
-"""Messages: the pending MPI messages of a rank. Progress: a thread that lets MPI move these messages."""
+"""Messages: the pending MPI messages of a rank. Progress: a thread that lets MPI move messages."""
 
 import contextlib
 import threading
@@ -48,9 +48,9 @@ class Progress:
     other thread may call MPI between `start` and `stop`.
 
     Args:
-        messages: the messages. The thread ends when all of them are complete.
-        is_allowed: whether a thread may call MPI. If not, `start` does nothing, and MPI moves messages only
-            when the process waits for them.
+        messages: the messages. The thread ends when all messages are complete.
+        is_allowed: whether a thread may call MPI. If False, `start` does nothing, and MPI moves messages only
+            when the process waits for messages.
     """
 
     def __init__(self, messages: Messages, is_allowed: bool) -> None:
@@ -67,7 +67,7 @@ class Progress:
             self._thread.start()
 
     def stop(self) -> None:
-        """End the thread, if it runs.
+        """End the thread, if there is one.
 
         Raises:
             Exception: an MPI error has ended the thread.

@@ -1,4 +1,4 @@
-"""MPICommunicator: the connection between ranks that an MPI launcher started. It needs the package mpi4py."""
+"""MPICommunicator: connects, with the package mpi4py, the ranks that an MPI launcher has started."""
 
 import contextlib
 import os
@@ -68,7 +68,7 @@ class MPICommunicator:
     If an exception leaves the block on one rank, the other ranks raise `RankError` in their next exchange, so
     that rank 0 can still save its run. The other ranks may first compute a batch, so the failed rank waits
     for them up to the timeout; after the timeout, it aborts the whole job. If a rank does not respond within
-    the timeout, the errors of the other ranks name it. After an error, open no other communicator.
+    the timeout, the errors of the other ranks name that rank. After an error, open no other communicator.
 
     Only one thread, and so only one run, may use a communicator at a time.
 

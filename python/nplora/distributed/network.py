@@ -46,7 +46,7 @@ class Network:
         Args:
             op: name of the public function. Error messages begin with this name.
         Raises:
-            ValueError: the rate or the latency does not have such a form, or the rate is 0.
+            ValueError: `rate` is not a rate, `latency` is not a time, or the rate is 0.
 
         >>> import nplora
         >>> nplora.distributed.Network.parse("125MB").rate

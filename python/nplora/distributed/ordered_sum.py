@@ -25,7 +25,7 @@ class OrderedSum:
     The ranks exchange terms while the caller computes the next terms.
 
     Args:
-        arrays: the arrays. `keep` reads and clears them, and `finish` overwrites them.
+        arrays: the arrays. `keep` reads and clears the arrays, and `finish` overwrites the arrays.
         dtype: "bfloat16" rounds each term, and later the sum, to bfloat16, so the ranks send fewer bytes. The
             terms are still added in the dtype of the arrays. A single process rounds in the same way.
             "float32" sends all values unchanged, including float64 values.

@@ -105,7 +105,11 @@ def replace_in(directory: int, old: str, new: str) -> None:
 
 
 def link(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
-    """Make a symbolic link. On Windows, where most users may make none, make a hard link or else a copy."""
+    """Make a symbolic link.
+
+    On Windows, most users may not make symbolic links. So on Windows, this function makes a hard link, or a
+    copy if a hard link is not possible.
+    """
     if sys.platform != "win32":
         os.symlink(source, target)
         return
@@ -131,7 +135,7 @@ def lock(descriptor: int, shared: bool = False) -> None:
 
 
 def set_permissions(descriptor: int, permissions: int) -> None:
-    """Set the permissions of an open file. On Windows, this does nothing."""
+    """Set the permissions of an open file. On Windows, this function does nothing."""
     if sys.platform != "win32":
         os.fchmod(descriptor, permissions)
 

@@ -41,7 +41,7 @@ else:
 def cause_of_end(status: int) -> str | None:
     """The limit that ended a process: "compiling", "rendering", "memory" or "nesting".
 
-    The result is "other" if another signal ended the process, and None if no signal and no limit ended it.
+    The result is "other" if another signal ended the process, and None if the process ended by itself.
 
     Args:
         status: the exit status; on POSIX, a negative number means that a signal ended the process.
@@ -79,7 +79,8 @@ def limit_rendering(seconds: float) -> None:
 def limited_memory(nbytes: int) -> Iterator[None]:
     """Limit the additional memory that this process can use in the `with` body to `nbytes`; 0: no limit.
 
-    Only Linux has this limit. At the end of the body, the time limits are removed too.
+    On systems other than Linux, the memory is not limited. At the end of the body, the time limits are
+    removed too.
     """
     if sys.platform == "linux":
         soft, hard = resource.getrlimit(resource.RLIMIT_AS)

@@ -70,7 +70,8 @@ def detect_vanished_peer(connection: Any) -> None:
 def reuse_address(listener: socket.socket) -> None:
     """Let a restarted server listen on its port at once.
 
-    Windows always allows this. On Windows, SO_REUSEADDR would let another program take the port.
+    Windows always lets a restarted server listen at once. On Windows, SO_REUSEADDR would let another program
+    take the port.
     """
     if sys.platform == "win32":
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_EXCLUSIVEADDRUSE, 1)

@@ -155,7 +155,7 @@ class TimeShare:
             self._waits, self._began = False, now
 
     def end(self) -> None:
-        """End the current slice. Training calls this before work that may run beside urgent work."""
+        """End the current slice. Training calls `end` before work that may run beside urgent work."""
         with self._changed:
             self._end_slice()
 
@@ -179,7 +179,7 @@ class TimeShare:
         return self._waits and self._budget.delay(now) <= 0
 
     def _seconds(self, now: float) -> float | None:
-        """The seconds after which training checks again. None: it waits until urgent work ends."""
+        """The seconds after which training checks again. None: training waits until urgent work ends."""
         if self._running:
             return None
         delay = self._budget.delay(now)

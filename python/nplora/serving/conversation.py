@@ -31,7 +31,7 @@ class Conversation:
     Attributes:
         turns: the messages of the user and the assistant, in order.
         finish_reason, usage: how the last answer ended, and how many tokens its prompt and its text have.
-            Both are None before the first answer.
+            `finish_reason` and `usage` are None before the first answer.
     """
 
     def __init__(

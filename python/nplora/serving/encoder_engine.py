@@ -100,8 +100,8 @@ class EncoderEngine:
         """Add a request. This method may be called from any thread.
 
         Args:
-            ids: the token ids of each text, including special tokens (`encoder.encode` makes them). Do not
-                change these arrays before the result is available.
+            ids: the token ids of each text, including special tokens, as `encoder.encode` makes them. Do not
+                change the arrays of ids before the result is available.
             model: a model that `served.named_model` has returned; None: the model without an adapter.
             classes: whether the result is a classifier's logits (texts, outputs), instead of embeddings
                 (texts, dim).

@@ -101,12 +101,12 @@ class Request:
         return Part(self, first, self._ids[first:end])
 
     def take_part(self) -> bool:
-        """Count the next part as taken. Return True if it was the last part."""
+        """Count the next part as taken. Return whether this part is the last part of the request."""
         self._taken += 1
         return self._taken == len(self._cuts) - 1
 
     def store(self, first: int, rows: Array) -> Array | None:
-        """Store the rows of a part. If it is the last part, return all rows; otherwise return None."""
+        """Store the rows of a part. If this part is the last one, return all rows; otherwise return None."""
         if self._rows is None:
             self._rows = np.empty((len(self._ids), self.work.width()), np.float32)
         self._rows[first : first + len(rows)] = rows

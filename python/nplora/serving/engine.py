@@ -123,7 +123,7 @@ class Engine:
     def context(self) -> int:
         """The largest number of tokens of a prompt and its answer together.
 
-        The model's context and the memory limit it.
+        This number depends on the model's context and on the memory.
         """
         return self._context
 

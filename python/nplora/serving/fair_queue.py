@@ -25,8 +25,8 @@ class FairQueue(Generic[Item]):
     """The waiting requests, in the order in which they will start.
 
     Requests with the highest priority come first. Among requests with equal priority, requests that have
-    already started before come first, the oldest of them at the front. For the other requests, the clients
-    take turns, and each client's requests keep their order. All methods may be called from any thread.
+    already been started come first, in the order of their start. For the other requests, the clients take
+    turns, and each client's requests keep their order. All methods may be called from any thread.
     """
 
     def __init__(self) -> None:

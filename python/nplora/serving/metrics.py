@@ -1,4 +1,4 @@
-"""The counters of the engine. They are plain numbers, so that a server can print them in any format."""
+"""The counters of the engine. The counters are plain numbers, which a server can print in any format."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ class ServeOptions:
     )  # fmt: skip
     max_requests: int = _option(8, "number of requests that are computed at the same time; others wait")
     jobs: str | None = _option(
-        None, "directory for uploaded files and fine-tuning jobs, which continue after a restart",
+        None, "directory for uploaded files and fine-tuning jobs; jobs continue after a restart",
         metavar="DIR", kind="path",
     )  # fmt: skip
     train_share: float = _option(

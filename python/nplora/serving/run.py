@@ -168,7 +168,7 @@ def _limit(options: ServeOptions) -> str:
 
 
 def last_words(engine: AnyEngine, seconds: float) -> str:
-    """The line that a stopping server prints. It says how many answers the server still waits for."""
+    """The line that a stopping server prints, with the number of answers that the server still waits for."""
     metrics = engine.metrics()
     count = metrics.running + metrics.waiting
     ends = "at once"
@@ -241,7 +241,7 @@ def engine_memory(lm: LanguageModel, options: ServeOptions) -> int | None:
 def training_memory(options: ServeOptions, engine: Engine) -> int:
     """The memory limit of the process during training.
 
-    It leaves room for the planned memory that the engine has not taken yet.
+    The limit leaves room for the planned memory that the engine has not taken yet.
     """
     assert options.memory is not None
     return parse_bytes(options.memory, "serve") - max(0, engine.plan.total - current_memory())

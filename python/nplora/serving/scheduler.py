@@ -167,7 +167,7 @@ class Scheduler:
         return max(0, -(-tokens // PAGE) - int(self._cache.held[request.slot]))
 
     def _make_room(self, request: Request, tokens: int) -> bool:
-        """Give a request the pages for this many tokens. Return False if it was put back or ended instead.
+        """Give a request the pages for this many tokens. Return False if the request lost its slot instead.
 
         If there are too few pages, a request is put back into the queue and computed again later: among the
         requests with the lowest priority, the request that started last. If only one request is running, its

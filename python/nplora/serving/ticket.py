@@ -39,7 +39,7 @@ class Token:
         text: the text of this token alone. U+FFFD replaces bytes that are not a whole character.
         logprob: the natural logarithm of the model's probability, before temperature, penalties and biases;
             None if the request did not ask for log-probabilities.
-        top: the most likely tokens at this position, the likeliest first. The request sets their number.
+        top: the most likely tokens at this position, the likeliest first. The request sets how many.
 
     >>> engine = nplora.serving.Engine(nplora.load_model("model.gguf"))
     >>> ticket = engine.submit([5, 6], nplora.generate.Sampling(max_new_tokens=2), logprobs=3)
@@ -122,7 +122,7 @@ class Ticket:
 
     @property
     def finish_reason(self) -> str | None:
-        """How the answer ended; None as long as it has not ended.
+        """How the answer ended; None before the end of the answer.
 
         "stop": with an end token or a stop text. "length": the answer has `max_new_tokens`, or the context or
         the memory for keys and values is full. "cancelled": `cancel` was called, or the engine was closed.
@@ -136,7 +136,7 @@ class Ticket:
         return self._error
 
     def cancel(self) -> None:
-        """Cancel the request. It ends before the next round.
+        """Cancel the request. The request ends before the next round.
 
         If the request has already ended, this method does nothing.
         """

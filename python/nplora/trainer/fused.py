@@ -72,7 +72,7 @@ class MergedLoss(MeasuredLoss, Protocol):
     """A `MeasuredLoss` whose measurements on different ranks can be merged."""
 
     def take_measured(self) -> Any:
-        """Return the measurements since the last call. `take_metrics` then no longer returns them."""
+        """Return the measurements since the last call. `take_metrics` no longer counts these measurements."""
 
     def add_measured(self, measured: Any) -> None:
         """Add measurements that `take_measured` has returned, on this rank or on another rank."""

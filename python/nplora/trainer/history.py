@@ -369,7 +369,8 @@ def _restored(kind: type[R], row: dict[str, Any]) -> R:
 def _field(kind: Any, value: Any) -> Any:
     """Check and return a number in a record of the log.
 
-    In the log, null stands for a number that is not finite. It becomes NaN, or None if the field may be None.
+    In the log, null stands for a number that is not finite. Null becomes NaN, or None if the field may be
+    None.
     """
     if value is None and kind is not int:
         return math.nan if kind is float else None

@@ -53,7 +53,7 @@ class Interrupts:
     Args:
         terminate: whether SIGTERM, SIGHUP and SIGUSR1 raise Terminated.
         noted_only: whether signals are only recorded until `end_run` handles them. Runs of several processes
-            need this, because the processes must end together.
+            need `noted_only`, because the processes must end together.
     Attributes:
         repeated: whether the last Ctrl-C came soon after another Ctrl-C, even one in the previous run. A
             repeated Ctrl-C means that the user wants to end the whole program.

@@ -374,7 +374,7 @@ def require_reporters(op: str, names: Iterable[str]) -> None:
 def reporting(
     names: Iterable[str], directory: Path, settings: Mapping[str, Any], tokens: Callable[[], int] | None
 ) -> Iterator[list[Reporter]]:
-    """The reporters of these names. Their files are in `directory`.
+    """The reporters of these names. The files of the reporters are in `directory`.
 
     All reporters are closed after the `with` block.
     """

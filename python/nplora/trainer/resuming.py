@@ -183,7 +183,7 @@ def restored_history(
 
 
 def has_other_validation(checkpoint: Checkpoint, settings: dict[str, Any]) -> bool:
-    """Whether the earlier run used other validation data, so that its validation losses do not compare."""
+    """Whether the validation data have changed, so that earlier validation losses are not comparable."""
     then, now = checkpoint.settings.get("validation"), settings["validation"]
     return then is not None and now is not None and then != now
 

@@ -144,7 +144,7 @@ class RunDirectory:
 
     @property
     def path(self) -> Path:
-        """The current path of the directory. It changes if the directory is renamed."""
+        """The current path of the directory. The path changes if the directory is renamed."""
         return Path(self._directory)
 
     def _require_ours(self) -> None:

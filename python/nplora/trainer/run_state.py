@@ -26,7 +26,7 @@ class StateCopy:
         step, batch, records: the number of steps, the number of batches used in the epoch, and the number of
             step records.
         updates, outer_updates: the number of steps of the optimiser, and that of the outer optimiser.
-        streams: the dropout streams.
+        streams: the positions of the layers' dropout streams.
         values, moments: the trained values, and the arrays of the optimiser and of the outer optimiser.
     """
 

@@ -183,8 +183,8 @@ class Trainer(TrainingSetup):
             resume: continue from the checkpoint in `checkpoint_dir`, or begin a new run if there is none. The
                 results are the same, bit for bit, as those of a run without a break. The earlier history is
                 read from `log.jsonl`. A run that ended with NonFiniteLossError continues from the last
-                checkpoint before the step at fault, and only with other settings, such as a lower learning
-                rate.
+                checkpoint before the step that caused the error, and only with other settings, such as a
+                lower learning rate.
             overwrite: begin a new run in a `checkpoint_dir` that holds an old run. The files of the old run,
                 and its adapter, are deleted when the first checkpoint of the new run is on the disk.
         Raises:

@@ -87,7 +87,8 @@ class TrainingSetup:
 def adds_in_order(on_ranks: bool, communication_dtype: str, local_steps: int | None) -> bool:
     """Whether a step keeps the gradients of each part of a batch, so that they can be added up in order.
 
-    A process that trains alone must do this too if its results are to equal the results of several ranks.
+    A process that trains alone must also keep the gradients of each part if its results are to equal the
+    results of several ranks.
 
     Args:
         on_ranks: whether the run has a communicator.

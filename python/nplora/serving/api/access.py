@@ -49,7 +49,7 @@ class Access:
         self._hosts = frozenset(hosts)
 
     def require(self, method: str, path: str, headers: dict[bytes, bytes], client: str) -> str:
-        """Check a request, and return a name for its client. The fair queue needs this name.
+        """Check a request, and return a name for the client, which the fair queue needs.
 
         Raises:
             RequestError: the request is refused.

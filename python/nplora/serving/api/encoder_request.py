@@ -99,7 +99,7 @@ class EncoderRequest:
 
 
 class EncoderReader:
-    """Reads requests for an encoder. Call it in a thread, because tokenizing takes time.
+    """Reads requests for an encoder. Call the methods in a thread, because tokenizing takes time.
 
     Args:
         longest: the largest number of tokens of a text for which there is memory.
@@ -165,7 +165,7 @@ class _Length:
 
     Attributes:
         most: the largest number of tokens.
-        cuts: whether longer texts are cut; if not, they are refused.
+        cuts: whether longer texts are cut. If False, longer texts are refused.
         reason: the reason for the limit, for a message.
     """
 

@@ -132,7 +132,7 @@ def _require_small(schema: str) -> None:
 
 
 class Guide:
-    """An implementation of the engine's `Guide`. It allows only the tokens that the grammar allows next."""
+    """Implements the engine's `Guide`: lets the model generate only tokens that the grammar allows next."""
 
     def __init__(self, matcher: Any) -> None:
         self._matcher = matcher

@@ -69,7 +69,7 @@ class EncodingEngine(AnyEngine, Protocol):
 class TuningJobs(Protocol):
     """Files and fine-tuning jobs. Most methods implement a route, and return an object of OpenAI's API.
 
-    The methods may be called from any thread. On errors, they raise `RequestError`.
+    The methods may be called from any thread. On errors, the methods raise `RequestError`.
     """
 
     def start(self) -> None: ...

@@ -19,7 +19,7 @@ def submitted(submit: Callable[[], T]) -> T:
     reading refuses the request, unless a new adapter has the same name.
 
     Args:
-        submit: a function that reads and submits the request. It raises KeyError if the adapter was unloaded.
+        submit: a function that reads and submits the request, or raises KeyError if the adapter was unloaded.
     """
     for _ in range(_ATTEMPTS):
         try:

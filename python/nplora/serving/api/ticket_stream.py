@@ -78,7 +78,7 @@ class TicketStream:
                 ticket.cancel()
 
     async def follow(self, pause: float | None = None) -> AsyncGenerator[tuple[int, Chunk | None] | None]:
-        """Yield pairs (number of the answer, chunk) as soon as they come. The chunk None ends an answer.
+        """Yield a pair (number of the answer, chunk) for each new chunk. The chunk None ends an answer.
 
         Args:
             pause: yield PAUSE after this many seconds without a chunk; None: never.

@@ -64,8 +64,8 @@ def split_calls(text: str, names: Collection[str]) -> tuple[str, list[dict[str, 
 def _call(value: Any, names: Collection[str]) -> dict[str, Any] | None:
     """A call in OpenAI's form; None if `value` is not a call of a known function.
 
-    The arguments must be an object. They are written as ASCII JSON, because half of a surrogate pair, which
-    they may contain, cannot be sent in UTF-8.
+    The arguments must be an object. The arguments are written as ASCII JSON, because they may contain half of
+    a surrogate pair, which UTF-8 cannot represent.
 
     Raises:
         ValueError, RecursionError: the arguments are not JSON.

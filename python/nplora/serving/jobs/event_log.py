@@ -90,8 +90,8 @@ def _subject(event: Shape) -> tuple[str, int] | None:
 def _append(path: Path, line: bytes) -> None:
     """Append a line. If the whole line cannot be written, remove the part that was written.
 
-    The line survives if this process is killed. It may be lost if the system crashes, because the system
-    writes the line to the disk a little later.
+    The line survives if this process is killed. If the system crashes, the line may be lost, because the
+    system writes the line to the disk a little later.
     """
     progress = files.Progress(len(line))
     with files.disk_errors(path, progress):

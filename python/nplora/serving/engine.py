@@ -50,8 +50,8 @@ class Engine:
     """Generates the answers of many requests together.
 
     Requests join and leave between rounds. A round reads a piece of the waiting prompts, and then generates
-    one token for every running request. Other requests do not influence the text of a request with greedy
-    decoding: the text always equals the text that `lm.generate` returns.
+    one token for every running request. A request with greedy decoding always gets the text that
+    `lm.generate` returns. Other requests do not influence this text.
 
         >>> lm = nplora.load_model("model.gguf")
         >>> sampling = nplora.generate.Sampling(max_new_tokens=4)

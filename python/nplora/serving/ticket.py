@@ -39,7 +39,7 @@ class Token:
         text: the text of this token alone. U+FFFD replaces bytes that are not a whole character.
         logprob: the natural logarithm of the model's probability, before temperature, penalties and biases;
             None if the request did not ask for log-probabilities.
-        top: the most likely tokens at this position, the likeliest first. The request sets how many.
+        top: the n most likely tokens at this position, the likeliest first. The request sets n.
 
     >>> engine = nplora.serving.Engine(nplora.load_model("model.gguf"))
     >>> ticket = engine.submit([5, 6], nplora.generate.Sampling(max_new_tokens=2), logprobs=3)

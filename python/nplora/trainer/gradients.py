@@ -164,10 +164,7 @@ class Gradients:
         return pair[0], pair[1]
 
     def _check_buffers(self) -> None:
-        """Refuse a model that has replaced a trained array by a new array.
-
-        The new array would not be updated.
-        """
+        """Refuse a model that has replaced a trained array by a new array, which would not be updated."""
         if self._checked:
             return
         now = {p.name: p for p in self._model.parameters()}

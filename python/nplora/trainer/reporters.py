@@ -43,7 +43,8 @@ class Reporter(Callback):
         directory: the directory for files of the report, created if needed.
         settings: the hyper-parameters that the report shows.
         tokens: a function that returns the number of tokens processed so far. If `tokens` is None, the report
-            shows items per second instead: the examples, tokens or elements over which the loss is averaged.
+            shows items per second instead. Items are the examples, tokens or elements over which the loss is
+            averaged.
 
     >>> import nplora, numpy as np
     >>> from nplora.trainer.reporters import CsvReporter

@@ -127,7 +127,7 @@ class RunState:
     def return_to(self, copy: StateCopy) -> None:
         """Undo all steps since `copy_to`.
 
-        No evaluation and no end of an epoch may have happened since then.
+        Since `copy_to`, there must have been no evaluation and no end of an epoch.
         """
         self.step, self.batch, self.optimizer.steps = copy.step, copy.batch, copy.updates
         if self.outer is not None:

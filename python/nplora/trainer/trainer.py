@@ -136,8 +136,8 @@ class Trainer(TrainingSetup):
 
         Ctrl-C ends the run early. The run is then saved in the `checkpoint_dir`, if there is one, and the
         history is returned with `interrupted` set to True. A second Ctrl-C within half a second, or while the
-        run is being saved, ends the program: KeyboardInterrupt is raised after the checkpoint is written. If
-        there is a `checkpoint_dir`, SIGTERM, SIGHUP (a closed terminal) and SIGUSR1 save the run and end the
+        run is being saved, ends the program with KeyboardInterrupt after the checkpoint is written. If there
+        is a `checkpoint_dir`, SIGTERM, SIGHUP (a closed terminal) and SIGUSR1 save the run and end the
         program.
 
         An error in a step leaves the parameters and the optimiser's moments as they were after the last

@@ -288,7 +288,7 @@ class TrainingRun(Run):
             self._ended = "patience"
 
     def _keep_best(self) -> None:
-        """Copy the best factors, unless the run is over. The model's factors then no longer change."""
+        """Copy the best factors, unless the run is over and the model's factors no longer change."""
         if not self._is_over():
             self._state.early_stopping.before_other_factors()
 

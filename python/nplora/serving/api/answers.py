@@ -49,7 +49,7 @@ class AnswerObjects:
         return self.object(0, made, usage=self.usage())
 
     def usage(self) -> Shape:
-        """The numbers of prompt tokens and generated tokens. A prompt with several answers counts once."""
+        """The numbers of prompt and generated tokens. A prompt with several answers counts only once."""
         used = [ticket.usage for ticket in self.tickets]
         prompts = used[:: self.request.n]
         prompt, generated = sum(one.prompt for one in prompts), sum(one.generated for one in used)

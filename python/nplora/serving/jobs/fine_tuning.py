@@ -111,7 +111,7 @@ class FineTuning:
             self._thread.start()
 
     def publish_earlier(self) -> None:
-        """Publish the adapters of earlier jobs, once. `start` also does this."""
+        """Publish the adapters of earlier jobs, unless an earlier call or `start` has already done so."""
         with self._state.lock:
             jobs = [] if self._has_published else list(self._jobs.values())
             self._has_published = True

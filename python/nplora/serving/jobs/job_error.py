@@ -24,7 +24,8 @@ def job_error(error: Exception, names: Mapping[str, tuple[str, str]]) -> dict[st
     """The code, the message and the parameter of the error that ended a job.
 
     Args:
-        names: {path of a data file: (the name that the user gave the file, the request's parameter for it)}.
+        names: for the path of each data file, a pair: the user's name for the file, and the parameter of the
+            request that names the file.
     """
     message, param = str(error) or type(error).__name__, None
     for path, (name, parameter) in names.items():

@@ -94,7 +94,7 @@ class JobsState:
         return [file_id] if file_id in self.storage.files else []
 
     def names(self, job_id: str) -> dict[str, tuple[str, str]]:
-        """{path of a data file of a job: (the user's name for the file, the request's parameter for it)}."""
+        """The names of a job's data files: {path: (the user's name for the file, its parameter)}."""
         job, place = self.storage.jobs[job_id], self.storage.place(job_id)
         parameters = {"train": "training_file", "valid": "validation_file"}
         return {

@@ -83,7 +83,7 @@ def digest_of(path: StrPath, any_base: bool = False) -> str | None:
 
 
 def _config_of(path: StrPath) -> Path | None:
-    """The config.json that a path refers to; None if it refers to a GGUF file."""
+    """The config.json that a path refers to; None if the path refers to a GGUF file."""
     model_directory.require_no_hub_name(path)
     if Path(path).is_dir():
         return Path(path, CONFIG)

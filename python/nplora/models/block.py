@@ -60,7 +60,7 @@ class AttentionMixer(Mixer, Protocol):
     """Attention, the first mixer of a block. The mixer can leave out outputs that are not needed."""
 
     def run(self, x: Array, positions: PackedPositions, rows: Array | None = None) -> tuple[Array, Any]:
-        """Like `Mixer.run`. With `rows` (m,), y (m, d) has only the outputs of these tokens."""
+        """Like `Mixer.run`, but with `rows` (m,), y (m, d) has only the outputs of these tokens."""
 
     def run_backward(
         self,
@@ -71,7 +71,7 @@ class AttentionMixer(Mixer, Protocol):
         need_dx: bool,
         rows: Array | None = None,
     ) -> Gradient:
-        """Like `Mixer.run_backward`, with the rows of `run`."""
+        """Like `Mixer.run_backward`. `rows` is the argument `rows` of `run`."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -131,8 +131,9 @@ class DecoderBlock(Module):
         """Return the output y (n, d), and the values that `run_backward` needs.
 
         Args:
-            rows: int64 (m,), the different tokens whose outputs are needed; then y is (m, d). None: all. The
-                first half-block reads all tokens. The MLP computes only these rows.
+            rows: int64 (m,), the indices of the tokens whose outputs are needed, each at most once; y is then
+                (m, d). The first half-block still reads all tokens, but the MLP computes only these rows.
+                None: all tokens.
         """
         saved = list[HalfSaved]()
         keep = narrowed if self._narrow and not inferring() else _unchanged
@@ -260,7 +261,7 @@ class DecoderBlock(Module):
         return None if name is None else getattr(self, name)
 
     def _outer(self, half: Half, y: Array, x: Array) -> Array:
-        """The output outer(x + scale · y) of a half-block. `y` becomes the sum."""
+        """The output outer(x + scale · y) of a half-block. `y` is overwritten with the sum x + scale · y."""
         norm = self._norm(half.outer)
         assert norm is not None
         if half.scale != 1:

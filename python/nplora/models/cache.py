@@ -18,15 +18,15 @@ from nplora.nn.module import Module
 Array = npt.NDArray[Any]
 
 UNKNOWN = -1
-PAGE_UNIT = 16  # the core sums over keys in groups of this many tokens, which one page must hold
+PAGE_UNIT = 16  # the core sums over keys in groups of this many tokens; a group must be in one page
 
 
 class KVCache:
     """Memory for a batch of sequences, each in its own slot.
 
     The memory is divided into pages. Without `page_tokens`, each slot has one page of its own, which holds
-    the whole sequence. With `page_tokens` and `pages`, the slots have no pages at first; `give` gives them
-    some. Several slots may have the same page, if their sequences begin with the same tokens.
+    the whole sequence. With `page_tokens` and `pages`, the slots have no pages at first, and `give` adds
+    pages to a slot. Several slots may share a page, if their sequences begin with the same tokens.
 
     Args:
         slots, capacity: the number of sequences, and the maximum number of tokens of each sequence.
@@ -35,19 +35,21 @@ class KVCache:
         pages: the number of pages; None gives each slot its own pages, enough for `capacity` tokens.
     Attributes:
         slots, capacity: the number of sequences, and the maximum number of tokens of each sequence.
-        lengths: int64 (slots,), the number of tokens in each slot. Lowering it drops the last tokens.
+        lengths: int64 (slots,), the number of tokens in each slot. To drop a slot's last tokens, lower its
+            length.
         limits: int64 (slots,), the number of tokens that each slot may hold; initially `capacity`. With
-            LongRoPE, the limit decides which rotation factors a sequence uses. If a sequence will be shorter,
-            lower the limit before its first token.
+            LongRoPE, the limit decides which rotation factors a sequence uses. If a sequence will be shorter
+            than `capacity`, lower the slot's limit before the first token.
         keys, values: for each layer an array (pages, page_tokens, kv_heads · head_dim). The arrays take
             memory only as they are filled.
         table: int64 (slots, pages of a slot), the pages of each slot in order.
         held: int64 (slots,), how many pages each slot has. Later entries of the slot's row in `table` are not
             used.
-        adapters: the adapter of each slot, which can be set while the slot is empty: the name of a named
-            adapter, an `Adapter`, or None (the initial value) for the owner without them.
-        activation: int64 (slots,), for an activated LoRA, the first position at which it acts in each slot;
-            UNKNOWN: `decode` looks for the invocation tokens in the next tokens; NEVER: it does not act.
+        adapters: the adapter of each slot, which can be set while the slot is empty. An entry is the name of
+            a named adapter, an `Adapter`, or None. With None, the initial value, `owner` computes the slot.
+        activation: int64 (slots,), for an activated LoRA, the first position at which it acts in each slot.
+            UNKNOWN: `decode` looks for the invocation tokens in the next tokens. NEVER: the adapter does not
+            act in this slot.
         owner: the model (with its selected named adapters) that may fill the cache; None allows any model.
 
     >>> lm = nplora.load_model("model.gguf")
@@ -90,7 +92,7 @@ class KVCache:
         self.limits = np.full(self.slots, self.capacity, np.int64)
         self.activation = np.full(self.slots, UNKNOWN, np.int64)
         self.adapters = SlotAdapters(self.lengths, owner, resolve)
-        self.joint: object = None  # what `decode` made to compute the models of several slots together
+        self.joint: object = None  # a `JointModel`, once `decode` has computed slots with different adapters
 
     def reset(self) -> None:
         """Drop all sequences.
@@ -159,12 +161,12 @@ class KVCache:
                 self.activation[slot] = self.lengths[slot] + start
 
     def active(self, positions: CachePositions) -> Array | None:
-        """The new rows on which an activated LoRA acts. None: on all rows."""
+        """The indices of the new rows on which an activated LoRA acts. None: it acts on all rows."""
         acts = self.acts(positions)
         return None if acts.all() else np.flatnonzero(acts)
 
     def acts(self, positions: CachePositions) -> Array:
-        """Whether the adapter of each new row's slot acts on it, bool (m,)."""
+        """For each new row, whether the adapter of the row's slot acts on the row; bool (m,)."""
         if not self.adapters.any_invocation:
             return np.ones(len(positions.slots), np.bool_)
         acts: Array = positions.in_sequence >= self._starts(positions.slots)
@@ -177,7 +179,7 @@ class KVCache:
         return starts
 
     def require_room(self, slots: Array, counts: Array) -> None:
-        """Check that no slot is given twice, and that each slot has room for `counts` more tokens."""
+        """Check that `slots` has no slot twice, and that each slot has room for `counts` more tokens."""
         _check.in_range("decode", "slots", slots, self.slots)
         if len(np.unique(slots)) != len(slots):
             raise ValueError(f"decode: slots are {slots.tolist()}, expected no slot twice")

@@ -37,17 +37,17 @@ class ModelConfig:
         model_type: the name of the model's family in `models.families`.
         max_position_embeddings: the context length that the model was trained for.
         rope: the rotation of q and k.
-        sliding_windows: for each layer, how many of the last tokens a query attends to, including its own; 0:
-            all tokens.
+        sliding_windows: for each layer, how many of the last tokens a query attends to, including its own
+            token; 0: all tokens.
         local_rope: the rotation in layers with a sliding window, or None if it is the same as in other
             layers.
         unrotated: the indices of the layers without rotation.
         rotary_dim: how many values of each head are rotated, counted from the first; None: all values.
         qkv_bias, o_bias, mlp_bias: whether these linear layers have a bias.
         hidden_act: the MLP's activation: "silu", or "gelu_pytorch_tanh" (GELU approximated with tanh).
-        query_pre_attn_scalar: attention scores are divided by the square root of this number, or of
-            `head_dim` if it is None.
-        attention_multiplier: a factor for the attention scores, used instead of the division; or None.
+        query_pre_attn_scalar: attention scores are divided by the square root of this number. None: they are
+            divided by the square root of `head_dim`.
+        attention_multiplier: a factor for the attention scores, which replaces this division; or None.
         embedding_multiplier: a factor for the embeddings.
         residual_multiplier: a factor for the output of each half-block (attention or MLP).
         logits_scaling: a divisor for the logits.
@@ -126,9 +126,10 @@ class ModelConfig:
             raise FormatError(f"{self.source}: {name} is {value:,}, expected 1 to {most:,}")
 
     def described(self) -> str:
-        """All settings as a text, without the file that they were read from. Equal settings have equal texts.
+        """All settings as a text, without `source`. Equal settings have equal texts.
 
-        Settings with their default value are left out, so that a new setting does not change the texts.
+        Settings with their default value are left out. So the texts of old models stay the same when this
+        class gets a new setting.
 
         >>> import nplora
         >>> print(nplora.load_model("model.gguf").config.described())
@@ -167,7 +168,7 @@ class ModelConfig:
 
 
 def described(config: Any) -> str:
-    """The settings of a configuration as a text, without the file that they were read from."""
+    """The settings of a configuration as a text, without `source`."""
     return _described(dataclasses.replace(config, source=""))
 
 

@@ -19,8 +19,8 @@ from nplora.models.decoder import Decoder
 Array = npt.NDArray[Any]
 Scores = tuple[Array, Array]  # the loss of each token, and whether it is the most likely token
 
-MOST_ROWS = 512  # tokens that are computed at a time, which limits the memory that they take
-_MOST_CELLS = 2048  # tokens in the caches of the prompts that are computed together
+MOST_ROWS = 512  # the maximum number of tokens that are computed at a time, to limit the memory
+_MOST_CELLS = 2048  # the maximum size of a cache, in tokens; a single prompt may exceed it
 
 
 class Question(NamedTuple):
@@ -32,7 +32,7 @@ class Question(NamedTuple):
 
     @property
     def long(self) -> list[Array]:
-        """The continuations with more than one token: only these need a sequence of their own."""
+        """The continuations with more than one token. Only these need a slot of their own in the cache."""
         return [tokens for tokens in self.continuations if len(tokens) > 1]
 
     @property
@@ -41,7 +41,7 @@ class Question(NamedTuple):
 
     @property
     def length(self) -> int:
-        """The number of tokens to compute in the longest sequence. Its last token is only predicted."""
+        """The number of tokens to compute in the longest sequence. The last token is only predicted."""
         return len(self.prompt) + max(map(len, self.continuations)) - 1
 
 
@@ -139,7 +139,11 @@ def _rows(ids: Array, slot: int, begin: int, limit: int) -> _Rows:
 
 
 def _run(model: Decoder, parts: list[_Rows], cache: KVCache, most_rows: int, kept: Array) -> Array:
-    """Compute rows in order, a few at a time. Return the residual stream of rows `kept` (ascending)."""
+    """Compute rows in order, at most `most_rows` at a time. Return the residual stream of some of the rows.
+
+    Args:
+        kept: the indices of the rows to return, ascending.
+    """
     if not parts:
         return np.empty((0, model.norm.weight.shape[0]), np.float32)
     rows, found = _Rows(*map(np.concatenate, zip(*parts, strict=True))), list[Array]()

@@ -47,8 +47,8 @@ class BlockInput(Saved):
 class DecoderSaved(Saved):
     """The values that `run_backward` needs, for the lowest adapted block and all blocks above it.
 
-    `run_backward` begins with the last block, and removes a block's values when it uses them. `rows` are the
-    tokens whose outputs were computed; None: all.
+    `run_backward` begins with the last block, and removes each block's values when it uses them. `rows` are
+    the indices of the tokens whose outputs were computed; None: all.
     """
 
     positions: PackedPositions
@@ -61,7 +61,8 @@ class Decoder(Module):
     """Token embedding, blocks and last norm.
 
     The last norm is computed together with the head, only for the rows whose logits are needed. Blocks below
-    the lowest adapted block store nothing and compute no gradient. Before each block, `give_way` is called.
+    the lowest adapted block store nothing and compute no gradient. Before each block, `give_way` lets more
+    urgent work run.
 
     Attributes:
         recompute: use gradient checkpointing (Chen et al. 2016): store only each block's input, and compute
@@ -104,7 +105,8 @@ class Decoder(Module):
         """Compute the residual stream (n, d) after the last block. Call this method in `with inference()`.
 
         Args:
-            rows: int64 (m,), the different tokens that are needed; then the result is (m, d). None: all.
+            rows: int64 (m,), the indices of the tokens whose outputs are needed, each at most once. The
+                result is then (m, d). None: all tokens.
         """
         first = self.first_adapted() if rows is None else min(self.first_adapted(), len(self.layers) - 1)
         x = self._run_frozen(first, ids, positions)[0]
@@ -142,7 +144,10 @@ class Decoder(Module):
         return x, DecoderSaved(positions, embedding, blocks, rows)
 
     def run_backward(self, dx: Array, saved: DecoderSaved) -> None:
-        """Accumulate the gradients of all LoRA factors. The stream's gradient `dx` (n, d) is overwritten."""
+        """Accumulate the gradients of all LoRA factors, given the gradient `dx` (n, d) of the output.
+
+        `dx` is overwritten.
+        """
         whole = bool(self.embed_tokens.local_parameters())
         for block in reversed(self.layers[len(self.layers) - len(saved.blocks) :]):
             give_way()

@@ -32,8 +32,8 @@ Array = npt.NDArray[Any]
 DIVERGENCES = ("forward", "reverse")
 _TINY = 1e-30  # the least probability of the rest, which float32 may round to 0
 _NEVER = np.float32(-1e30)  # the logit of a token that is left out; finite, as the kernels expect
-_GROUP = 32  # tokens whose largest logit stands for them all in the search for the largest
-BLOCK_BYTES = 1 << 21  # logits that NumPy works on at once, few enough to stay in the cache
+_GROUP = 32  # the number of logits in each group of `_largest`
+BLOCK_BYTES = 1 << 21  # the logits that NumPy works on at once; they fit into the processor's cache
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def most_likely(logits: Array, k: int, temperature: float = 1.0) -> TopK:
         others = np.ones((n, k + 1), bool)
         chosen = ids <= k
         others[np.nonzero(chosen)[0], ids[chosen]] = False
-        first = others.argmax(axis=1)  # a token of the rest: k + 1 tokens cannot all be among the k
+        first = others.argmax(axis=1)  # a token of the rest, found among the first k + 1 tokens
         rest = logits[np.arange(n), first] + _losses(logits, first)
     return TopK(ids, np.column_stack([top, rest]) - total[:, None])
 
@@ -115,7 +115,7 @@ class Distillation:
     Attributes:
         kl: "forward" or "reverse".
         temperature: T.
-        ratio: the share of the divergence, from 0 to 1.
+        ratio: the weight of the divergence in the loss, from 0 to 1.
     """
 
     kl: str = "forward"
@@ -187,11 +187,11 @@ def _common(kl: str, z: Array, t: Array, factor: float, gradient: bool) -> Array
 
 
 def _dense(kl: str, z: Array, t: Array, factor: float, gradient: bool) -> Array:
-    """The divergences (n,), given all logits of the teacher (t) and of the student (z), which are
-    overwritten.
+    """The divergences (n,), given all logits of the teacher (t) and of the student (z). Both are overwritten.
 
     At a high temperature, p and q are almost equal, and the divergence is much smaller than its terms. So the
-    terms are added up in float64, and divided by Σ p, which is not exactly 1 because of rounding.
+    terms are added up in float64. Their sum is divided by the sum of the weights (p or q), which is not
+    exactly 1 because of rounding.
     """
     log_ratio = t - z
     shift = _softmax(t) - _softmax(z)  # t is p, and z is q
@@ -219,7 +219,7 @@ def _softmax(z: Array) -> Array:
     """Replace logits (n, vocabulary) by their softmax. Return log Σ exp(z), float64 (n,)."""
     first, losses = z[:, 0].astype(np.float64), np.empty(len(z))
     _core.cross_entropy(z, np.zeros(len(z), np.int64), 1.0, losses, True)
-    z[:, 0] = np.exp(-losses)  # the core has subtracted 1 there
+    z[:, 0] = np.exp(-losses)  # `_core.cross_entropy` has subtracted 1 from column 0
     return losses + first
 
 
@@ -234,12 +234,12 @@ def _sparse(kl: str, z: Array, teacher: TopK, factor: float, gradient: bool) -> 
     log_q = np.full((len(z), k), -np.inf)
     log_q[rows, places] = z[rows, ids]
     log_q -= _softmax(z)[:, None]
-    z[rows, ids] = 0  # z is q on the rest
+    z[rows, ids] = 0  # now z holds q for the rest, and 0 for the teacher's tokens
     if has_rest:
-        rest = np.maximum(_sums(z), _TINY)  # 1 - Σ q_i would cancel
+        rest = np.maximum(_sums(z), _TINY)  # more exact than 1 - Σ q_i, which would lose digits
         log_q = np.column_stack([log_q, np.log(rest)])
-    # Rounding moves the sum away from 1. Without the rest, the student may also have more tokens, which only
-    # pad its vocabulary.
+    # Normalise q: rounding moves its sum away from 1. If there is no rest, the student's vocabulary may still
+    # have further tokens, which are only padding but have a probability.
     log_q -= np.log(np.exp(log_q).sum(axis=1, keepdims=True))
     log_ratio, on_rest = np.zeros_like(log_q), np.zeros(len(z))
     np.subtract(log_p, log_q, out=log_ratio, where=np.isfinite(log_q))

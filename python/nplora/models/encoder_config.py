@@ -35,8 +35,8 @@ class EncoderConfig:
         position_rows: the rows of the table of learned positions; 0: the model has none.
         first_position: the row of the table for the first token.
         relative_buckets: the number of buckets of relative positions; 0: the model has none.
-        sliding_windows: for each layer, how many tokens before and after itself a token attends to, plus 1
-            for the token itself; 0: all tokens.
+        sliding_windows: a number w for each layer. A token attends to itself, and to w - 1 tokens on each
+            side; 0: to all tokens.
         rope, local_rope: the rotation of q and k in layers without and with a window; None: no rotation.
         attention_bias, mlp_bias, norm_bias: whether the linear layers of attention, those of the MLP, and the
             norms have a bias.

@@ -45,7 +45,7 @@ class EncoderModel(Decoder):
             These tables are weights instead of modules, because they cannot have an adapter.
         embed_norm: the norm of the sum of the embeddings.
         norm: the last norm, or None.
-        hf_name: a function that turns the name of a module here into its name in transformers.
+        hf_name: a function that turns nplora's name of a module into the name in transformers.
     """
 
     norm: LayerNorm | None  # type: ignore[assignment]

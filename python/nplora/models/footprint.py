@@ -30,7 +30,7 @@ class Adapted:
     freeze_B: bool = False  # noqa: N815
 
     def read_inputs(self, names: Iterable[str]) -> bool:
-        """Whether an adapter of the named layers needs the layer's input in the backward pass."""
+        """Whether a named layer has an adapter that needs the layer's input in the backward pass."""
         return not self.freeze_B and not self.outputs.keys().isdisjoint(names)
 
     def saved(self, names: Iterable[str]) -> int:

@@ -1,7 +1,7 @@
 """Converts a language model from Hugging Face's files to GGUF: names, row order, types, hyperparameters.
 
 The file is written while the source is read, a few rows at a time. The tokenizer is included if it is a
-byte-level BPE that llama.cpp has a name for. A GGUF model is converted to other types of its matrices.
+byte-level BPE that llama.cpp has a name for. The matrices of a GGUF model can be converted to another type.
 """
 
 from collections import Counter
@@ -90,7 +90,7 @@ def _is_gguf(path: Path) -> bool:
 def model_to_gguf(
     source: StrPath, path: StrPath, dtype: str = "same", overwrite: bool = False
 ) -> ModelConversion:
-    """Convert a Hugging Face model to a GGUF file, or a GGUF model to other types of its matrices.
+    """Convert a Hugging Face model to a GGUF file, or the matrices of a GGUF model to another type.
 
     The model must belong to one of the families in `nplora.models.families`. Matrices get the requested type.
     A matrix whose rows are not whole blocks of that type gets the next type that fits, as in llama.cpp. Norms
@@ -164,7 +164,7 @@ def model_to_gguf(
 
 
 def _retyped(source: StrPath, path: StrPath, dtype: str) -> ModelConversion:
-    """Convert a GGUF model to other types of its matrices."""
+    """Convert the matrices of a GGUF model to another type."""
     file = gguf.open(source)
     if gguf_adapter.is_adapter(file):
         raise FormatError(f"{file.source}: an adapter, expected a model")
@@ -193,7 +193,7 @@ def _retyped(source: StrPath, path: StrPath, dtype: str) -> ModelConversion:
 
 
 def _in_type(file: gguf.GgufFile, name: str, dtype: str) -> gguf.Tensor | gguf.Stream:
-    """A tensor of a GGUF file in another type. Vectors and integers stay unchanged."""
+    """A tensor of a GGUF file, converted to another type. Vectors and integers are not converted."""
     tensor = file[name]
     given = {kind: storage for storage, kind in storages.GGML_NAMES.items()}.get(tensor.type)
     if len(tensor.shape) < 2 or (given is None and GGML_TYPES[tensor.type].dtype is not None):
@@ -213,7 +213,7 @@ def _in_type(file: gguf.GgufFile, name: str, dtype: str) -> gguf.Tensor | gguf.S
 
 
 def _tokenizer(directory: Path, vocab_size: int) -> tuple[dict[str, Any], str]:
-    """Return the tokenizer's metadata and an empty text; or no metadata, and the reason for that."""
+    """Return the tokenizer's metadata and an empty string, or no metadata and the reason why."""
     try:
         return gguf_metadata.from_directory(directory, vocab_size), ""
     except FileNotFoundError:
@@ -252,7 +252,7 @@ def _bytes(rows: Array) -> Array:
 
 
 def _metadata(name: str, config: ModelConfig) -> dict[str, Any]:
-    """The metadata that describe a model, under llama.cpp's keys."""
+    """A model's hyperparameters as GGUF metadata, under llama.cpp's keys."""
     family = families.of(config)
     metadata = {
         "general.architecture": family.architecture,

@@ -1,4 +1,4 @@
-"""The last norm, the head and the loss, a few rows at a time, so that memory never holds all logits."""
+"""Computes the last norm, the head and the loss a few rows at a time. Memory never holds all logits."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ class LogitLoss(Protocol):
 
         Args:
             logits: float32 (n, vocabulary). With `gradient`, the loss overwrites the logits with `factor`
-                times the gradient; otherwise, it may overwrite the logits with anything.
+                times the gradient. Without `gradient`, the loss may overwrite the logits with anything.
             rows: the positions of these rows in the batch.
         """
 
 
-SECTION = "head"  # of a Profiler: the head and the loss
+SECTION = "head"  # a Profiler's name for the time spent on the head and the loss
 
-# Logits of a chunk. A chunk must be small enough to stay in the cache between head, loss and gradient, and
-# have enough rows that reading the head's weight costs little compared with the products. If more than
-# _MANY_CHUNKS are needed, each is half as large again, so that the weight is decoded less often. Training so
-# many tokens takes far more memory elsewhere anyway.
+# The size of a chunk's logits. A chunk must be small enough to stay in the processor's cache between head,
+# loss and gradient. It must have enough rows that reading the head's weight costs little compared with the
+# products. If there would be more than _MANY_CHUNKS chunks, each chunk gets 1.5 times as many rows, so that
+# the weight is decoded less often. Training with so many tokens needs far more memory elsewhere anyway.
 _CHUNK_BYTES = 32 << 20
 _MANY_CHUNKS = 4
 _LEAST_ROWS, _MOST_ROWS = 64, 256
@@ -66,13 +66,13 @@ def gradient_of_losses(
 ) -> tuple[float, Array]:
     """The value of a function of the tokens' losses, and its gradient with respect to x (n, d).
 
-    The gradient of a token's loss depends on its own row alone. With a frozen head, one pass therefore
-    computes all losses and their gradients; the derivatives of the function then weight the rows. A trained
-    head needs weighted gradients of the logits, and therefore a second pass.
+    The gradient of a token's loss depends only on the token's own row. With a frozen head, one pass therefore
+    computes all losses and their gradients. Then each row is multiplied by the function's derivative. A
+    trained head needs weighted gradients of the logits, and therefore a second pass.
 
     Args:
-        function: takes the losses of all rows with a target, float64 (m,), and returns a value and its
-            derivative with respect to each loss (m,).
+        function: takes the losses of all rows with a target, float64 (m,). It returns a value, and the
+            value's derivative with respect to each loss (m,).
     """
     dx, trained = np.zeros_like(x), np.flatnonzero(targets != IGNORED)
     if head.parameters() or isinstance(head, TrainedHead):  # a tied head trains the rows of the embedding
@@ -97,7 +97,7 @@ def gradient_of_losses(
 def _chunk_gradient(
     model: Decoder, head: AnyHead, x: Array, targets: Array, factor: float, weights: Array | None = None
 ) -> tuple[Array, Array]:
-    """The losses of a few rows, and each loss's gradient times `factor` and the row's weight.
+    """The losses of a few rows, and the gradient of each loss times `factor` and the row's weight.
 
     The logits of these rows are freed at the end.
     """
@@ -161,7 +161,7 @@ def logits_forward(head: AnyHead, x: Array) -> tuple[Array, Any]:
 
 
 def _dither_key(model: Decoder, losses: Array) -> int | None:
-    """The key for `logits_backward`, or None if the model's head computes in bfloat16.
+    """The key of the random numbers for `logits_backward`, or None if the model's `int8_head` is False.
 
     The key is a hash of the losses. So each step draws different numbers, a repeated step draws the same
     numbers, and a run need not save the state of a generator.
@@ -177,8 +177,9 @@ def logits_backward(head: AnyHead, dlogits: Array, saved: Any, dither_key: int |
     `dlogits` may be overwritten.
 
     Args:
-        dither_key: a head with compute="int8" computes in int8, and rounds dlogits stochastically (see
-            `stack_backward`). None, or a head with trained rows: it computes in bfloat16.
+        dither_key: the key of random numbers. With a key, a head with compute="int8" computes in int8, and
+            uses the numbers to round dlogits stochastically (see `stack_backward`). With None, such a head
+            computes in bfloat16. A head with trained rows ignores the key.
     """
     if isinstance(head, TrainedHead):
         dx: Array = head.backward(dlogits, saved, overwrite_dy=True)
@@ -225,9 +226,9 @@ def _chunk_losses(model: Decoder, head: AnyHead, x: Array, targets: Array) -> Ar
 
 
 def _chunks_of(targets: Array, head: AnyHead) -> Iterator[Array]:
-    """The rows that have a target, in chunks. Before each chunk, `give_way` is called.
+    """The rows that have a target, in chunks. Before each chunk, `give_way` lets more urgent work run.
 
-    A chunk may take several times as long as a block, so `give_way` is also called within it.
+    A chunk may take several times as long as a block, so callers also call `give_way` within a chunk.
     """
     for rows in chunks(np.flatnonzero(targets != IGNORED), head.weight.shape[0]):
         give_way()

@@ -1,7 +1,7 @@
 """Finds where activated LoRA (aLoRA) begins to act: at the last occurrence of its invocation tokens.
 
-The tokens before this occurrence are computed with the base model alone, as in PEFT. A sequence without the
-invocation tokens is computed with the base model as a whole.
+The tokens before this occurrence are computed with the base model alone, as in PEFT. If a sequence does not
+contain the invocation tokens, the base model computes all of its tokens.
 """
 
 from __future__ import annotations

@@ -113,7 +113,7 @@ class MLP(Module):
         joint = 2 * f if len(self.reading) == 1 else 0
         low = adapted.saved((*self.reading, "down_proj"))
         saved = stored(narrow) * 2 * f
-        # x, gate, up, hidden, and y or the bits of gate and up
+        # At its peak, the forward pass holds x, gate, up, hidden, and either y or the bits of gate and up.
         forward = low + FLOAT * (d + 3 * f + joint) + (BITS * 2 * f if narrow else FLOAT * d)
         backward = FLOAT * (f + d + joint)  # the gradients of hidden and x
         backward += FLOAT * d if adapted.read_inputs(self.reading) else 0  # x
@@ -128,7 +128,7 @@ class MLP(Module):
         return out
 
     def _gated_narrow(self, gate: Array, up: Array) -> tuple[Array, Array, Array]:
-        """The gated unit, and the bits of gate and up in bfloat16."""
+        """act(gate) ∘ up in float32, and gate and up as bfloat16 bits."""
         out, gate_bits, up_bits = (buffers.empty(gate.shape, t) for t in (np.float32, np.uint16, np.uint16))
         _core.gated_narrow(self._act, gate, up, out, gate_bits, up_bits)
         return out, gate_bits, up_bits

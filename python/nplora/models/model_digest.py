@@ -1,8 +1,8 @@
 """A hash of a model's norm weights, which identifies the model. An adapter stores the hash of its base model.
 
-Norm weights are 16- or 32-bit floats in every file, even if the matrices are quantised. Rounded to bfloat16,
-norm weights are equal in all copies of a model. Norms are trained together with the matrices, so they differ
-between models.
+Norm weights are 16- or 32-bit floats in every file, even if the matrices are quantised. After rounding to
+bfloat16, the norm weights are equal in all copies of a model. Norms are trained together with the matrices,
+so norm weights differ between models.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def difference(name: str | None, digest: str | None, model: str | None) -> str:
 
 
 def refusal(name: str | None, digest: str | None, model: str | None) -> str:
-    """Like `difference`, followed by how to use the adapter anyway."""
+    """Like `difference`, but the sentence also says how to use the adapter anyway."""
     text = difference(name, digest, model)
     return f"{text}; {TAKEN}" if text else ""
 

@@ -45,12 +45,14 @@ class ModelFiles:
     Attributes:
         suffix: the kind of file: ".gguf" or ".safetensors".
         family: the description of the model's family; Llama's if the family is not known.
-        place: a function that returns the tensor name of a layer's weight (or None), and its row order.
+        place: a function that takes the name and the number of rows of a layer. It returns the name of the
+            weight's tensor (None: there is no such tensor), and the order of the rows in the file (None: the
+            order is not changed).
         new_files: a function that returns the files to write, for given tensors and a new vocabulary (None:
             the model's vocabulary). A tensor may be a stream.
         tokenizer: a function that returns the model's tokenizer.
         tied: whether the head shares the embedding's weight.
-        mapped: the stamps of the memory-mapped files, by which later changes are detected.
+        mapped: the stamps (size and time) of the memory-mapped files, to detect later changes.
         shards: the names of the shard files, if the model has several.
     """
 
@@ -138,7 +140,7 @@ def _open_safetensors(base: StrPath) -> ModelFiles:
         metadata = {key: value for key, value in file.metadata.items() if isinstance(value, str)}
         if not is_directory(output):
             return [safetensors.new_file(output, tensors, metadata)]
-        metadata.setdefault("format", "pt")  # transformers refuses a directory without it
+        metadata.setdefault("format", "pt")  # transformers refuses a file without this entry
         weights = safetensors.new_file(weights_path(output), tensors, metadata)
         companions = model_directory.companions(Path(base), Path(output))
         return [
@@ -158,7 +160,7 @@ def _open_safetensors(base: StrPath) -> ModelFiles:
 
 
 def _extended(companions: list[NewFile], base: Path, vocabulary: NewVocabulary) -> list[NewFile]:
-    """The files beside a model's weights with new tokens: the size in config.json, and tokenizer.json."""
+    """The files beside a model's weights, with the new tokens in tokenizer.json and config.json."""
     text = tokenizer.from_directory(base).with_tokens(vocabulary.tokens).files()[TOKENIZER]
     found = list[NewFile]()
     for file in companions:
@@ -172,7 +174,7 @@ def _extended(companions: list[NewFile], base: Path, vocabulary: NewVocabulary) 
 
 
 def _resized(raw: bytes, size: int) -> bytes:
-    """A config.json with another size of the vocabulary."""
+    """A config.json with another vocabulary size."""
     fields = json.loads(raw)
     for part in (fields, fields.get("text_config")):
         if isinstance(part, dict) and "vocab_size" in part:

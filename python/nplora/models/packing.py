@@ -66,11 +66,12 @@ class PackedBatch:
         return int(np.count_nonzero(self.targets != IGNORED))
 
     def pieces(self, most_tokens: int | None, together: int = 1) -> list[PackedBatch]:
-        """Split into batches of at most `most_tokens` tokens, in order. With None, there is one batch.
+        """Split into batches of at most `most_tokens` tokens, in order.
 
-        A sequence with more tokens gets its own batch.
+        A group of sequences with more tokens gets its own batch.
 
         Args:
+            most_tokens: the maximum number of tokens in a batch; None: no limit, so there is one batch.
             together: the number of neighbouring sequences in a group. All sequences of a group are in one
                 batch.
         """
@@ -87,7 +88,7 @@ class PackedBatch:
 def cut(lengths: Array, most_tokens: int | None) -> list[int]:
     """Divide sequences into batches of at most `most_tokens` tokens.
 
-    Returns the index of the first sequence of each batch, and the number of sequences.
+    Returns the index of each batch's first sequence, followed by the number of all sequences.
     """
     cuts, size = [0], 0
     for index, length in enumerate(lengths.tolist()):
@@ -99,7 +100,7 @@ def cut(lengths: Array, most_tokens: int | None) -> list[int]:
 
 
 def pack(sequences: Iterable[tuple[npt.ArrayLike, npt.ArrayLike]]) -> PackedBatch:
-    """Pack pairs (ids, labels) of integer sequences. A label has its token's position, as in transformers.
+    """Pack pairs (ids, labels) of integer sequences. labels[i] is the label of ids[i], as in transformers.
 
     Raises:
         ValueError: the ids and labels of a sequence differ in length, or have more than one axis.

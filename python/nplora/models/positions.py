@@ -59,12 +59,12 @@ class CachePositions:
 
 def rows_of(starts: Array) -> Array:
     """intp (n,): for each row of packed sequences, the number of its sequence."""
-    counts = np.diff(starts).astype(np.intp)  # repeat refuses wider counts
+    counts = np.diff(starts).astype(np.intp)  # np.repeat refuses wider integers
     return np.repeat(np.arange(len(counts)), counts)
 
 
 def scattered(y: Array, rows: Array, count: int) -> Array:
-    """An array (count, d) with y (m, d) in its rows `rows`, and zeros in the others."""
+    """An array (count, d) with y (m, d) in the rows `rows`, and zeros in all other rows."""
     whole = np.zeros((count, y.shape[1]), y.dtype)
     whole[rows] = y
     return whole
@@ -72,7 +72,7 @@ def scattered(y: Array, rows: Array, count: int) -> Array:
 
 def packed_positions(starts: Array) -> PackedPositions:
     """The positions of sequences that begin at `starts`."""
-    starts = np.asarray(starts, np.int64)  # NumPy's default has 32 bits on some systems
+    starts = np.asarray(starts, np.int64)  # NumPy's default integer has 32 bits on some systems
     in_sequence = np.arange(starts[-1], dtype=np.int64) - starts[rows_of(starts)]
     return PackedPositions(starts, in_sequence, int(np.diff(starts).max(initial=0)))
 
@@ -85,14 +85,14 @@ def cache_positions(
     Args:
         slots, in_sequence, limits: int64 (m,), the slot of each token, its position in the slot's sequence,
             and the length that the sequence may reach.
-        pages: the cache's table of pages, from which only the columns that are needed are kept.
+        pages: the cache's table of pages. The result has only the columns that are needed.
         page_tokens: the number of tokens in a page.
     """
     slots, in_sequence = np.asarray(slots, np.int64), np.asarray(in_sequence, np.int64)
     page, cell = np.divmod(in_sequence, page_tokens)
     cells: tuple[Any, Any] = (pages[slots, page], cell)
     if slots[0] == slots[-1] and page[0] == page[-1] and cell[-1] - cell[0] == len(cell) - 1:
-        # consecutive cells, which NumPy indexes faster with a slice
+        # NumPy indexes consecutive cells faster with a slice.
         cells = int(cells[0][0]), slice(int(cell[0]), int(cell[-1]) + 1)
     longest = int(in_sequence.max()) + 1
     needed = np.ascontiguousarray(pages[:, : -(-longest // page_tokens)])

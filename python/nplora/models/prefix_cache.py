@@ -18,8 +18,8 @@ from nplora.weights import buffers
 
 Array = npt.NDArray[Any]
 
-# Up to this many rows, products sum in another order than with more rows, and the bits of a row's values
-# depend only on that. So batches of at most this size are neither stored nor looked up.
+# A product with at most this many rows adds its terms in another order than a product with more rows, so the
+# last bits of its results may differ. So batches of at most this size are neither stored nor looked up.
 SMALL_BATCH = _core.constants.small_batch
 
 
@@ -35,13 +35,14 @@ class PrefixCache:
     """Stores the residual stream before the first adapted block, for each sequence.
 
     The stream depends only on a sequence's own tokens, because all blocks below are frozen and attention
-    stays within a sequence. So sequences are looked up by their tokens, however they are packed. A stored
-    stream has the same bits as one that is computed again.
+    stays within a sequence. So the cache looks up a sequence by its tokens, no matter which other sequences
+    are packed with it. A stored stream has the same bits as one that is computed again.
 
     Args:
-        blocks: the number of blocks below the first adapted block. A model with a different number ignores
-            the cache.
-        capacity: the maximum number of tokens of all sequences. A sequence that no longer fits is not stored.
+        blocks: the number of blocks below the first adapted block. A model in which this number differs
+            ignores the cache.
+        capacity: the maximum number of tokens in all sequences together. A sequence that no longer fits is
+            not stored.
         width: values per token, `hidden_size`.
         directory: where to create an unnamed file for the rows, or None to store them in memory. The file
             disappears when the process ends, even in a crash.
@@ -61,7 +62,7 @@ class PrefixCache:
 
     def __init__(self, blocks: int, capacity: int, width: int, directory: StrPath | None = None) -> None:
         self.blocks, self._capacity, self._width = blocks, capacity, width
-        self._starts: dict[bytes, int] = {}  # tokens -> the number of their first row
+        self._starts: dict[bytes, int] = {}  # a sequence's tokens -> the index of its first row
         self._used = 0
         self._store: _Store = (
             _Memory(capacity, width) if directory is None else _Disk(capacity, width, directory)
@@ -91,7 +92,7 @@ class PrefixCache:
         return rows
 
     def keep(self, ids: Array, starts: Array, rows: Array) -> None:
-        """Store the rows (n, width) of packed sequences, as far as there is room.
+        """Store the rows (n, width) of packed sequences. A sequence that no longer fits is not stored.
 
         >>> cache = PrefixCache(blocks=1, capacity=100, width=4)
         >>> cache.keep(np.arange(60), np.array([0, 60]), np.ones((60, 4), np.float32))

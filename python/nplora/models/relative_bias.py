@@ -9,8 +9,8 @@ import numpy.typing as npt
 
 Array = npt.NDArray[Any]
 
-_FIRST_LENGTH = 128  # tokens that a new table has room for, which doubles when positions need it
-_MAX_DISTANCE = 128  # all keys that are at least this far away share a bucket
+_FIRST_LENGTH = 128  # the longest sequence for a new table; longer sequences double this length
+_MAX_DISTANCE = 128  # all keys that are at least this far away on one side share a bucket
 
 
 class RelativeBias:
@@ -34,7 +34,7 @@ class RelativeBias:
             float32 (heads, 2 reach + 1), where `reach` is at least `longest` - 1. Column reach + d is for a
                 key that is d tokens after the query.
         """
-        table = self._table  # read once, because another thread may replace it
+        table = self._table  # read once, because another thread may replace `_table`
         if table.shape[1] < 2 * longest - 1:
             length = max(_FIRST_LENGTH, 1 << (longest - 1).bit_length())
             buckets = _buckets(np.arange(1 - length, length), len(self._weight))
@@ -47,7 +47,7 @@ def _buckets(distances: Array, count: int) -> Array:
     half, exact = count // 2, count // 4
     away = np.abs(distances)
     with np.errstate(divide="ignore"):
-        # float32, as in transformers: a distance at the edge of two buckets depends on the rounding
+        # float32, as in transformers: at the edge of two buckets, rounding decides which one a distance gets
         steps = np.log((away / np.float32(exact)).astype(np.float32)) / np.float32(
             np.log(_MAX_DISTANCE / exact)
         )

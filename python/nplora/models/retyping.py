@@ -1,4 +1,4 @@
-"""Stores the tensors of a model in other types: the type of each tensor, and its bytes, block by block."""
+"""Chooses new types for the tensors of a model, and converts the tensors a few rows at a time."""
 
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol

@@ -15,7 +15,7 @@ from nplora.models.positions import CachePositions, PackedPositions
 
 Array = npt.NDArray[Any]
 
-_FIRST_ROWS = 256  # rows of a new table, which doubles when positions need it
+_FIRST_ROWS = 256  # rows of a new table; the table doubles when positions need more rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,8 +60,8 @@ class RopeConfig:
     """The speed at which each pair of values of a head rotates.
 
     Attributes:
-        theta: the base. Of `dim` rotated values, pair i rotates by theta^(-2 i / dim) radians per token,
-            divided by the factors below.
+        theta: the base. If `dim` values of a head are rotated, pair i rotates by theta^(-2 i / dim) radians
+            per token, divided by the factors below.
         linear_factor: one factor for all pairs ("linear" scaling).
         llama3: Llama 3.1's scaling, from config.json.
         factors: one factor per pair, from GGUF's tensor rope_freqs.weight.
@@ -109,9 +109,9 @@ class Rope:
         """The table for at least `length` positions. A row has dim / 2 cosines, then dim / 2 sines.
 
         With LongRoPE, the table begins with the rows for short sequences. The second value is the number of
-        rows for short sequences (0 without LongRoPE).
+        these rows (0 without LongRoPE).
         """
-        tables = self._tables  # read once, because another thread may replace it
+        tables = self._tables  # read once, because another thread may replace `_tables`
         if len(tables[0]) - tables[1] < length:
             rows = max(_FIRST_ROWS, 1 << (length - 1).bit_length())
             if self._long is None:

@@ -19,7 +19,7 @@ class SlotAdapters:
     Args:
         lengths: the number of tokens in each slot. The cache changes this array in place.
         owner: the model that computes the slots without an adapter.
-        resolve: returns the model for an adapter; None if the slots may have no adapters.
+        resolve: a function that returns the model for an adapter; None if the slots may have no adapters.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class SlotAdapters:
         return self._models[slot]
 
     def invocation(self, slot: int) -> tuple[int, ...] | None:
-        """The invocation tokens of the slot's adapter, or None if it is not an activated LoRA."""
+        """The invocation tokens of the slot's adapter, or None if the adapter is not an activated LoRA."""
         return self._invocations[slot]
 
     @property

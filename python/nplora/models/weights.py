@@ -22,14 +22,14 @@ from nplora.weights.nonfinite import require_finite
 
 Array = npt.NDArray[Any]
 
-_MOST_HINTS = 20  # each hint is a search
+_MOST_HINTS = 20  # the maximum number of hints in a message, because each hint is a slow search
 
 
 class Weights(Protocol):
     """A source of a model's tensors.
 
     Attributes:
-        mapped: the stamps of the memory-mapped files, which show later changes.
+        mapped: the stamps (size and time) of the memory-mapped files, to detect later changes.
     """
 
     source: str
@@ -42,7 +42,7 @@ class Weights(Protocol):
         """The name of a tensor in the file."""
 
     def unused(self, config: ModelConfig) -> frozenset[str]:
-        """Names of tensors that the file may contain although the model does not use them."""
+        """The names of tensors that the file may contain, but that the model does not use."""
 
     def matrix(self, tensor: TensorSpec) -> FrozenWeight:
         """A matrix in the format that the file stores. A float64 matrix is converted to float32.
@@ -72,7 +72,7 @@ def require_tensors(weights: Weights, config: ModelConfig) -> None:
 def require_fitting(
     weights: Weights, model_type: str, tensors: Iterable[TensorSpec], is_unused: Callable[[str], bool]
 ) -> None:
-    """Check that a file holds `tensors` with the right shapes, and no others but unused ones.
+    """Check that a file holds `tensors` with the right shapes, and no others except unused ones.
 
     Args:
         is_unused: a function that returns whether the model ignores a tensor of the file.
@@ -118,7 +118,7 @@ class GgufWeights:
     """The tensors of a memory-mapped GGUF file. Matrices are not copied.
 
     Args:
-        elsewhere: names of tensors that are no part of the model, and that the caller reads.
+        elsewhere: the names of tensors that do not belong to the model itself. The caller reads these.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""WordFilter: leaves unlikely words of the vocabulary out of the gradient of the head's input."""
+"""WordFilter: computes the gradient of the head's input without the unlikely words of the vocabulary."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FLAT_ROWS = 32  # the most rows of logits that are copied at once
 
 
 class WordFilter:
-    """Leaves words below a probability out of a product (gradient filtering of Wijmans et al. 2024).
+    """Computes a gradient without the unlikely words of the vocabulary (Wijmans et al. 2024).
 
     The gradient of the head's input x is dx = factor · (Σ p_w W_w - W_target), a sum over the whole
     vocabulary. The filter keeps the words with p_w >= `bound`, and the target. For each skipped word, it uses
@@ -26,12 +26,13 @@ class WordFilter:
 
         ‖error of dx‖ <= factor · m · max_w ‖W_w - μ‖,
 
-    where m is the total probability of the skipped words. The bound is the triangle inequality for the error
-    factor · Σ_skipped p_w (W_w - μ). The bits of losses do not change. If more than a quarter of the
-    vocabulary is at or above the bound in some row, that row is computed without the filter.
+    where m is the total probability of the skipped words. This limit follows from the triangle inequality,
+    because the error is factor · Σ_skipped p_w (W_w - μ). The filter does not change the bits of the losses.
+    If more than a quarter of the vocabulary has p_w >= `bound` in some row, that row is computed without the
+    filter.
 
-    The filter applies to a frozen head, unless it computes in float64. A head that is trained, or has an
-    adapter, is computed without it.
+    The filter applies only to a frozen head that does not compute in float64. A head that is trained, or has
+    an adapter, is computed without the filter.
 
         >>> import nplora
         >>> from nplora.models import WordFilter
@@ -64,9 +65,9 @@ class WordFilter:
         )
 
     def gradient(self, head: Linear, logits: Array, targets: Array, factor: float, losses: Array) -> Array:
-        """Return dx (n, d) for rows of logits, which are overwritten, and fill `losses` (n,), float64.
+        """Return dx (n, d) for rows of `logits`, and write the losses, float64, to `losses` (n,).
 
-        Every row must have a target that is not ignored.
+        Every row must have a target that is not ignored. `logits` is overwritten.
         """
         weight = head.weight
         assert isinstance(weight, FrozenWeight)
@@ -88,7 +89,7 @@ class WordFilter:
         return dx
 
     def take_skipped(self) -> Array:
-        """The probability of the skipped words in each row since the last call, float64."""
+        """The total probability of the skipped words, float64, for each row since the last call."""
         taken, self._skipped = self._skipped, []
         return np.concatenate([np.empty(0), *taken])
 

@@ -54,8 +54,8 @@ FAMILIES: tuple[Family, ...] = (
     Phi3(),
 )
 
-# Language models whose tokens attend to later ones too, and that have an architecture of their own in GGUF.
-# Only `load_encoder` reads them.
+# Language models whose tokens also attend to later tokens. Each has its own architecture name in GGUF. Only
+# `load_encoder` reads these models.
 BIDIRECTIONAL: tuple[Family, ...] = (EmbeddingGemma(),)
 
 ENCODERS: tuple[EncoderFamily, ...] = (
@@ -121,7 +121,8 @@ def encoder_by_model_type(model_type: str) -> EncoderFamily | None:
 def encoder_by_architecture(architecture: str, tokenizer: str = "") -> EncoderFamily | None:
     """The family of encoders with this GGUF architecture, or None.
 
-    If several families share it, the first one with this tokenizer is returned, or else the first one.
+    If several families share the architecture, the first family with this tokenizer is returned. If no family
+    has this tokenizer, the first family is returned.
 
     >>> encoder_by_architecture("bert").model_type
     'bert'

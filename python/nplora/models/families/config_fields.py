@@ -10,7 +10,7 @@ from nplora.models.config import ModelConfig, require_layers
 from nplora.models.rope import Llama3Scaling, RopeConfig, require_theta
 
 NO_WINDOW = 0
-_WINDOW = 4096  # the default if config.json has no value; null means no window
+_WINDOW = 4096  # the sliding window if config.json does not have the field; null means no window
 
 # The activations that config.json may name, and the core's names for them.
 _ACTIVATIONS = {
@@ -59,7 +59,7 @@ def heads(fields: Fields, name: str) -> int:
 
 
 def after_padding(fields: Fields) -> int:
-    """The row of the first position in models that leave all rows up to the padding token's row unused."""
+    """The first used row of the position table, in models that do not use the rows 0 to `pad_token_id`."""
     return fields.integer("pad_token_id", 1) + 1
 
 
@@ -139,7 +139,7 @@ def has_window(fields: Fields) -> bool:
 
 
 def windows(fields: Fields, kinds: list[str]) -> tuple[int, ...]:
-    """The sliding window of each layer. `kinds` are the layers' types if `layer_types` is missing."""
+    """The sliding window of each layer. If `layer_types` is missing, `kinds` has the types of the layers."""
     if "layer_types" in fields:
         kinds = fields.strings("layer_types", len(kinds))
     sizes = {"full_attention": NO_WINDOW}

@@ -29,7 +29,7 @@ from nplora.models.rope import Rope
 from nplora.nn import Linear
 from nplora.nn.module import Module
 
-# Names of a part: in transformers' files, and in GGUF ("" if llama.cpp has no such part).
+# The name of a layer, norm or table in transformers' files, and its name in GGUF ("" if llama.cpp has none).
 Names = tuple[str, str]
 
 _BLOCK = re.compile(r"blk\.(0|[1-9][0-9]{0,5})\.(.+)")
@@ -40,8 +40,8 @@ _LAYER = re.compile(r"layers\.(0|[1-9][0-9]{0,5})(?:\.(.+))?")
 class StoredNames:
     """The names of an encoder's tensors in a safetensors file.
 
-    The file may be of a model with a head, whose tensors have a prefix. Old files call the weight and the
-    bias of a norm gamma and beta.
+    In the file of a model with a head, the names of the encoder's tensors have a prefix. In old files, the
+    weight and the bias of a norm are called gamma and beta.
 
     Attributes:
         names: the names of all tensors in the file.
@@ -54,7 +54,7 @@ class StoredNames:
     ignored: tuple[str, ...]
 
     def stored(self, name: str) -> str:
-        """The name in the file of the tensor that transformers calls `name`."""
+        """The name that a tensor has in the file. `name` is the tensor's name in transformers."""
         found = self.prefix + name
         layer, _, kind = found.rpartition(".")
         old = f"{layer}.{({'weight': 'gamma', 'bias': 'beta'}).get(kind, kind)}"
@@ -71,13 +71,13 @@ class EncoderFamily:
     A block computes h = norm(x + attention(x)), then y = norm(h + mlp(h)). Blocks use LayerNorm, learned
     positions, biases, and a feed-forward network without a gate. A subclass defines only what differs.
 
-    A module has one name for all families (`self_attn.q_proj`), and a name in transformers
-    (`attention.self.query`), which adapters and the names of layers use.
+    A module has two names. One name is the same for all families (`self_attn.q_proj`). The other is the name
+    in transformers (`attention.self.query`), which adapter files and `named_modules` use.
 
     Attributes:
         model_type: Hugging Face's name for the family.
         architecture: GGUF's name for the family; None if llama.cpp has none.
-        gguf_tokenizer: GGUF's name for the tokenizer, which tells families of one architecture apart.
+        gguf_tokenizer: GGUF's name for the tokenizer, which distinguishes families of one architecture.
         prefix: the beginning of the names of all tensors in files of models with a head, such as
             BertForMaskedLM.
         blocks: transformers' name of the list of blocks.
@@ -124,7 +124,7 @@ class EncoderFamily:
     # ---- config.json ----
 
     def read_config(self, fields: Fields) -> EncoderConfig:
-        """The configuration that a config.json describes. Raises FormatError, UnsupportedError."""
+        """The configuration that a config.json describes. May raise FormatError or UnsupportedError."""
         config_fields.require_readable(fields)
         self.require_encoder(fields)
         layers, rows = fields.integer("num_hidden_layers"), fields.integer("max_position_embeddings", 512)
@@ -164,7 +164,7 @@ class EncoderFamily:
     # ---- GGUF's metadata ----
 
     def read_metadata(self, file: GgufFile) -> EncoderConfig:
-        """The configuration that a GGUF file's metadata describe. Raises FormatError, UnsupportedError."""
+        """The configuration from a GGUF file's metadata. May raise FormatError or UnsupportedError."""
         assert self.architecture is not None
         data = ArchitectureMetadata(file, self.architecture)
         layers, width = data.integer("block_count"), data.integer("embedding_length")
@@ -200,7 +200,7 @@ class EncoderFamily:
     def hf_name(self, name: str) -> str:
         """The name in transformers of a module of the encoder, such as "layers.0.self_attn.q_proj".
 
-        Modules that transformers does not have keep their name, after the block's name in transformers.
+        If transformers has no such module, the part of the name after the block stays the same.
         """
         match = _LAYER.fullmatch(name)
         if match is None:
@@ -209,7 +209,7 @@ class EncoderFamily:
         return ".".join(filter(None, (self.blocks, match[1], names[0] if names else match[2])))
 
     def hf_layer(self, stored: str) -> str | None:
-        """The name in transformers of a layer or norm, given GGUF's name, or None."""
+        """The name in transformers of a layer or norm, given GGUF's name; None if the name is unknown."""
         match = _BLOCK.fullmatch(stored)
         names = self.outside if match is None else {**self.layers, **self.norms}
         found = next((name for name, gguf in names.values() if gguf == (match[2] if match else stored)), None)
@@ -290,7 +290,7 @@ class EncoderFamily:
         bias: RelativeBias | None,
         modules: Mapping[str, Linear | Norm],
     ) -> DecoderBlock:
-        """Build a block from `modules`: its layers and norms, by their names in the block."""
+        """Build a block. `modules` maps names in the block to the block's layers and norms."""
 
         def mixer(name: str, own: Mapping[str, Module]) -> Mixer:
             return self.mixer(name, config, layer, rope, bias, own)

@@ -89,7 +89,7 @@ class Family:
     # ---- config.json ----
 
     def read_config(self, fields: Fields) -> ModelConfig:
-        """The configuration that a config.json describes. Raises FormatError, UnsupportedError."""
+        """The configuration that a config.json describes. May raise FormatError or UnsupportedError."""
         config_fields.require_readable(fields)
         layers, width = fields.integer("num_hidden_layers"), fields.integer("hidden_size")
         require_layers(fields.source, layers)
@@ -135,7 +135,7 @@ class Family:
     def read_metadata(self, file: GgufFile) -> ModelConfig:
         """The configuration that a GGUF file's metadata and tensor names describe.
 
-        Raises FormatError, UnsupportedError.
+        May raise FormatError or UnsupportedError.
         """
         data = ArchitectureMetadata(file, self.architecture)
         layers = data.integer("block_count")
@@ -244,7 +244,7 @@ class Family:
         return None if stored is None else f"blk.{match[1]}.{stored}"
 
     def gguf_tensor(self, name: str) -> str | None:
-        """GGUF's name of a tensor such as "model.layers.0.input_layernorm.weight"."""
+        """GGUF's name of a tensor such as "model.layers.0.input_layernorm.weight"; None if it is unknown."""
         layer, _, kind = name.rpartition(".")
         stored = self.gguf_layer(layer)
         return None if stored is None else f"{stored}.{kind}"
@@ -259,7 +259,7 @@ class Family:
         return None if found is None else f"model.layers.{match[1]}.{found}"
 
     def permuted_heads(self, name: str, heads: int, kv_heads: int) -> int:
-        """`TensorSpec.heads` of a layer: its number of heads if GGUF reorders its rows, else 0.
+        """The value of `TensorSpec.heads` for a layer: the number of heads if GGUF reorders the rows, else 0.
 
         Args:
             name: Hugging Face's name of the layer.
@@ -310,7 +310,7 @@ class Family:
     def block(
         self, config: ModelConfig, layer: int, rope: Rope | None, modules: Mapping[str, Linear | RMSNorm]
     ) -> DecoderBlock:
-        """Build a block from `modules`: its layers and norms, by their names in the block."""
+        """Build a block. `modules` maps names in the block to the block's layers and norms."""
 
         def mixer(name: str, own: Mapping[str, Module]) -> Mixer:
             return self.mixer(name, config, layer, rope, own)

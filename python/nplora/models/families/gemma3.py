@@ -1,8 +1,8 @@
 """Gemma 3 (Gemma Team 2025) for text only: 270M, 1B, and larger models stored as Gemma3ForCausalLM.
 
 There are norms before and after each half-block (attention or MLP), and for each head of q and k. Hugging
-Face's files store a norm weight of 1 + w as w. Every sixth layer attends to all earlier tokens; the others
-have a sliding window, and a different base of the rotary position embeddings.
+Face's files store a norm weight of 1 + w as w. Every sixth layer attends to all earlier tokens. All other
+layers have a sliding window, and another base of the rotary position embeddings.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from nplora.models.rope import RopeConfig, require_theta
 
 _PATTERN = 6  # every sixth layer attends to all tokens
 _LOCAL_THETA = 10_000.0
-_LARGEST = 62  # layers of the 27B model, whose scores llama.cpp divides by another number
+_LARGEST = 62  # the layers of the 27B model; for it, llama.cpp divides attention scores by another number
 
 
 class Gemma3(Family):
@@ -130,7 +130,7 @@ class Gemma3(Family):
 
 
 class EmbeddingGemma(Gemma3):
-    """Gemma 3 for embeddings, in GGUF: each token attends to all others, or to those within half a window."""
+    """Gemma 3 for embeddings, in GGUF. Each token attends to tokens on both sides, in some layers to all."""
 
     architecture = "gemma-embedding"
 
@@ -142,7 +142,7 @@ class EmbeddingGemma(Gemma3):
 
 
 def _on_both_sides(windows: tuple[int, ...]) -> tuple[int, ...]:
-    """The windows of a model that is not causal: half of a window is before the token, half after it."""
+    """The windows of a model that is not causal. Half of a window is before the token, and half after it."""
     return tuple(window // 2 + 1 if window else NO_WINDOW for window in windows)
 
 

@@ -64,8 +64,8 @@ def heads_of_keys(data: ArchitectureMetadata, default: int) -> int:
 def sliding_layers(data: ArchitectureMetadata, layers: int, pattern: int, first: bool = False) -> list[bool]:
     """For each layer, whether it has the sliding window.
 
-    The file may list the layers with a window. Otherwise, one layer in each group of `pattern` has none: the
-    first one if `first`, and the last one by default.
+    The file may list the layers with a window. If the file has no list, one layer in each group of `pattern`
+    layers has no window: the first layer of the group if `first` is True, or else the last one.
     """
     name = "attention.sliding_window_pattern"
     if name in data and data.file.metadata.types[data.key(name)] == "BOOL":
@@ -86,7 +86,7 @@ def vocabulary(data: ArchitectureMetadata) -> int:
 
 
 def require_length(data: ArchitectureMetadata, name: str, head_dim: int) -> None:
-    """Raise UnsupportedError if an entry, such as the length of the value heads, is not `head_dim`."""
+    """Raise UnsupportedError if an entry, such as the width of the value heads, is not `head_dim`."""
     found = data.integer(name, head_dim)
     if found != head_dim:
         raise UnsupportedError(

@@ -19,7 +19,7 @@ from nplora.models.families import config_fields
 from nplora.models.families.family import Family
 from nplora.models.families.gguf_fields import ArchitectureMetadata
 
-# From the names in ModelConfig and config.json to GGUF's names.
+# Maps the names in ModelConfig and config.json to GGUF's names.
 _MULTIPLIERS = {
     "embedding_multiplier": "embedding_scale",
     "residual_multiplier": "residual_scale",
@@ -40,7 +40,7 @@ class Granite(Family):
         return _multiplied(dataclasses.replace(config, mlp_bias=mlp_bias), multipliers)
 
     def read_metadata(self, file: GgufFile) -> ModelConfig:
-        """A multiplier of 0 counts as missing. By default, attention scores are divided by sqrt(head_dim)."""
+        """Read a GGUF file's metadata. A multiplier of 0 counts as missing, so the default is used."""
         data = ArchitectureMetadata(file, self.architecture)
         config = super().read_metadata(file)
         found = {name: data.number(key, 0.0) for name, key in _MULTIPLIERS.items()}

@@ -1,4 +1,4 @@
-"""HeadSpec: the head of transformers' models for classification, as its family describes it."""
+"""HeadSpec: describes the head of transformers' models for classification, for one family."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class HeadSpec:
         pooling: how the hidden states of a text become one vector: "cls", "mean" or "last"; None: each token
             has its own logits.
         out: the name of the last layer, which gives the logits.
-        saved: PEFT's names in `modules_to_save` for the whole head.
+        saved: the names in PEFT's `modules_to_save` that cover the whole head.
         dense: the name of the dense layer, or None.
         activation: the activation after the dense layer: "tanh", "relu", "gelu" or "silu".
         norm: the name of the LayerNorm after the activation, or None.

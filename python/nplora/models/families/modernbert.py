@@ -1,6 +1,6 @@
-"""ModernBERT (Warner et al. 2024): rotary positions, norms before each half, GeGLU, and mostly no biases.
+"""ModernBERT (Warner et al. 2024): rotary positions, a norm before each half-block, GeGLU, mostly no biases.
 
-Every third layer attends to the whole text. The others have a window, and another base of the rotation.
+Every third layer attends to the whole text. All other layers have a window, and another base of the rotation.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from nplora.models.rope import Rope, RopeConfig, require_theta
 from nplora.nn.module import Module
 
 _PATTERN = 3  # every third layer attends to all tokens
-_WINDOW = 128  # half of it on each side of a token
-_POOLINGS, _ACTIVATIONS = ("cls", "mean"), ("gelu", "relu", "silu", "tanh")  # of a classifier's head
+_WINDOW = 128  # tokens, half of them on each side of a token
+_POOLINGS, _ACTIVATIONS = ("cls", "mean"), ("gelu", "relu", "silu", "tanh")  # for a classifier's head
 _GLOBAL_THETA, _LOCAL_THETA = 160_000.0, 10_000.0
 
 
@@ -155,7 +155,7 @@ class ModernBert(EncoderFamily):
 
 
 def _windows(fields: Fields, layers: int) -> tuple[int, ...]:
-    """The window of each layer: 1 for the token itself, and half of `local_attention` on each side."""
+    """The entries of `EncoderConfig.sliding_windows`. `local_attention` counts the tokens on both sides."""
     pattern, total = (
         fields.integer("global_attn_every_n_layers", _PATTERN),
         fields.integer("local_attention", _WINDOW),
@@ -175,7 +175,7 @@ def _windows(fields: Fields, layers: int) -> tuple[int, ...]:
 
 
 def _half_window(source: str, name: str, total: int) -> int:
-    """The tokens on one side of a token that it attends to, and the token itself."""
+    """The entry of `EncoderConfig.sliding_windows` for a window with `total` tokens on both sides."""
     if not 0 <= total < 1 << 31:
         raise FormatError(f"{source}: {name} is {total}, expected 0 to 2^31 - 1")
     return total // 2 + 1

@@ -12,7 +12,7 @@ from nplora.models.encoder_config import EncoderConfig
 from nplora.models.families.encoder_family import EncoderFamily, Names
 from nplora.models.families.head_spec import HeadSpec
 
-_BUCKETS = 32  # transformers computes with this number, whatever the configuration says
+_BUCKETS = 32  # transformers always computes with this number, even if config.json has another one
 
 
 class MpNet(EncoderFamily):
@@ -33,7 +33,7 @@ class MpNet(EncoderFamily):
         **EncoderFamily.outside,
         "relative_bias": ("encoder.relative_attention_bias", ""),
     }
-    first_position = 2  # the rows before it are for padding
+    first_position = 2  # the rows before row 2 are for padding
 
     def read_config(self, fields: Fields) -> EncoderConfig:
         buckets = fields.integer("relative_attention_num_buckets", _BUCKETS)

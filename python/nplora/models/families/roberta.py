@@ -11,7 +11,7 @@ from nplora.models.families.head_spec import HeadSpec
 
 class Roberta(EncoderFamily):
     model_type = "roberta"
-    architecture = "bert"  # without the unused rows of the table of positions
+    architecture = "bert"  # GGUF files omit the unused rows of the position table
     gguf_tokenizer = "gpt2"
     prefix = "roberta"
 

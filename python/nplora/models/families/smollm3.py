@@ -27,7 +27,7 @@ class SmolLM3(Family):
         config = config_fields.with_attention_bias(super().read_config(fields), fields)
         layers = config.num_hidden_layers
         unrotated = _every(layers, fields.integer("no_rope_layer_interval", _INTERVAL), fields.source)
-        if "no_rope_layers" in fields:  # 1 for a layer that rotates
+        if "no_rope_layers" in fields:  # 0 for a layer without rotation, else 1
             rotates = fields.integers("no_rope_layers", layers)
             unrotated = frozenset(i for i in range(layers) if not rotates[i])
         has_window = fields.boolean("use_sliding_window", False) and "sliding_window" in fields

@@ -1,4 +1,4 @@
-"""Activated LoRA (aLoRA): checks the options of `add_lora` that can be combined with it."""
+"""Activated LoRA (aLoRA): reads its invocation tokens, and refuses options that it does not support."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def require_plain(
     modules: object,
     added: object,
 ) -> None:
-    """Raise ValueError if an option does not go with activated LoRA."""
+    """Raise ValueError if an option cannot be combined with activated LoRA."""
     outside = [name for name in names if not name.startswith("model.layers.")]
     refused = {
         f"the target {outside[0]}" if outside else "": outside,

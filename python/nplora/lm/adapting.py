@@ -23,11 +23,11 @@ from nplora.weights import buffers, storages
 Array = npt.NDArray[Any]
 
 _BLOCK = re.compile(r"(?:\w+\.){0,2}layers?\.(\d{1,6})(?:\.|$)")
-ALL_LINEAR = "all-linear"  # PEFT's word: every linear layer of the blocks, not the head
+ALL_LINEAR = "all-linear"  # PEFT's name for every linear layer of the blocks; the head is not included
 
 
 def target_names(targets: str | Iterable[str]) -> tuple[str, ...]:
-    """Split a text like "q_proj,v_proj", or several of them, into names.
+    """Split a text like "q_proj,v_proj", or several such texts, into names.
 
     Raises:
         TypeError: `targets` is neither a text nor an iterable of texts.
@@ -114,7 +114,7 @@ def _parsed(text: str) -> float | None:
 
 
 def by_layer(op: str, option: str, pattern: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
-    """Map the name of each layer that a pattern matches to its number. The first match decides.
+    """Find the number that a pattern gives to each layer, by the layer's name. The first match decides.
 
     A name in the pattern, such as "q_proj" or "layers.3.mlp", is one part or several neighbouring parts of a
     layer's dotted name.
@@ -247,8 +247,8 @@ def adapted(
 def require_init(name: str, layer: Linear | Embedding, init: str, op: str = "add_lora") -> None:
     """Raise ValueError if `init` is "pissa" or "olora" and the weight is quantised.
 
-    "pissa" and "olora" change the weight. A quantised weight would be rounded again, and the model would
-    change.
+    "pissa" and "olora" change the weight. A quantised weight would be rounded again, so the model's outputs
+    would change.
     """
     storage = getattr(layer.weight, "dtype", None)
     if init in PRINCIPAL_INITS and storage in storages.BLOCKS:
@@ -259,7 +259,7 @@ def require_init(name: str, layer: Linear | Embedding, init: str, op: str = "add
 
 
 def row_order(config: ModelConfig, name: str) -> Array | None:
-    """The order of a weight's rows in the file, or None if it is the order in Hugging Face's files.
+    """The order of a weight's rows in the file, or None if they have the same order in Hugging Face's files.
 
     Row i of the weight in the file is row `order[i]` of the weight in Hugging Face's files.
     """

@@ -1,4 +1,4 @@
-"""Answer: one prompt and the tokens that are generated after it, their text, and when they end."""
+"""Answer: one prompt and the tokens that are generated after the prompt, their text, and why they end."""
 
 from __future__ import annotations
 
@@ -83,10 +83,11 @@ class Answer:
         return scores[: self._vocab]
 
     def advance(self, scores: Array, capacity: int) -> str:
-        """Choose the next token, and return the text that it completes.
+        """Choose the next token, and return the text that this token completes.
 
         Args:
-            capacity: the maximum number of tokens of prompt and answer together. The answer ends there.
+            capacity: the maximum number of tokens of prompt and answer together. The answer ends when this
+                number is reached.
         """
         scores = self.own_scores(scores)
         if self._guide is not None:

@@ -36,7 +36,7 @@ class ClassifierSaved(Saved):
 class TextClassifier(Module):
     """An encoder with a trained head.
 
-    `nplora.new_classifier` and `nplora.load_classifier` make such an object.
+    `nplora.new_classifier` and `nplora.load_classifier` create classifiers.
 
     The layers have the names of transformers' model for the task, such as
     `bert.encoder.layer.0.attention.self.query` and `classifier`.
@@ -102,7 +102,7 @@ class TextClassifier(Module):
         """
         return self.head.spec.pooling is None
 
-    # ---- what adapters and checkpoints ask ----
+    # ---- what adapters and checkpoints need ----
 
     @property
     def task_type(self) -> str:  # type: ignore[override]
@@ -207,8 +207,8 @@ class TextClassifier(Module):
     def predict_proba(self, texts: Iterable[str], batch_size: int | None = None) -> Array:
         """The probability of each label for each text: float64 (texts, outputs).
 
-        If each text has one label, the probabilities of a row add up to 1. Otherwise, the probability of each
-        label is independent of the others.
+        With the task "single", the probabilities of a text add up to 1. With the task "multi", the
+        probability of each label is independent of the other labels.
 
             >>> import nplora
             >>> classifier = nplora.new_classifier(nplora.load_encoder("encoder-model"), ["a", "b"])
@@ -249,8 +249,8 @@ class TextClassifier(Module):
     ) -> list[list[str | None]]:
         """The label of each word of each sentence, if the classifier classifies tokens.
 
-        The label of a word is that of its first token. A word without a token gets None: the sentence was cut
-        before it, or the tokenizer drops its characters.
+        The label of a word is the label of its first token. A word gets None if it has no token, because the
+        sentence was cut before the word, or because the tokenizer drops the word's characters.
 
             >>> import nplora
             >>> encoder = nplora.load_encoder("encoder-model")
@@ -276,7 +276,7 @@ class TextClassifier(Module):
         return words.per_word(self.decided(self.word_logits(words, batch_size)))
 
     def word_logits(self, words: WordIds, batch_size: int | None = None) -> Array:
-        """The logits of the words that have a token, those of their first tokens.
+        """The logits at the first token of each word. Words without a token are left out.
 
             >>> import nplora
             >>> encoder = nplora.load_encoder("encoder-model")

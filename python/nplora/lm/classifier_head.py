@@ -55,7 +55,7 @@ class ClassifierHead(Module):
         self.out = self.steps[spec.out] = _linear(arrays[spec.out], True)
 
     def _walk(self, prefix: str, seen: set[int]) -> Iterator[tuple[str, Module]]:
-        """The layers have the names that they have in transformers' whole model."""
+        """Name the layers as in transformers' model with the head. `prefix` is ignored."""
         for name, module in self.steps.items():
             yield from module._walk(name, seen)
 

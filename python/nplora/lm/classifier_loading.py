@@ -29,7 +29,7 @@ from nplora.nn.module import layer_stream
 Array = npt.NDArray[Any]
 
 _SPREAD = 0.02  # the standard deviation of transformers' new layers
-_SHORT = 8  # tokens; only such a limit may have no room for words, and reading the tokenizer takes time
+_SHORT = 8  # only a `max_length` below this is checked for room, because reading the tokenizer takes time
 _PROBLEMS = {  # transformers' names of the tasks
     "single_label_classification": "single",
     "multi_label_classification": "multi",
@@ -47,7 +47,7 @@ def new_classifier(
 ) -> TextClassifier:
     """Put a new head on an encoder, to be trained. The encoder is not copied.
 
-    The dense layer of the head starts with the values in the model's files, if they have this layer. All
+    The dense layer of the head starts with the values in the model's files, if the files have this layer. All
     other weights are drawn from N(0, 0.02²), as in transformers.
 
         >>> import nplora
@@ -104,7 +104,7 @@ def load_classifier(
     Args:
         model: as for `load_encoder`; or a loaded encoder without an adapter, which then gets the adapter.
         adapter: a PEFT directory, or an `Adapter`.
-        compute: as for `load_encoder`; None: float32, or that of a loaded encoder.
+        compute: as for `load_encoder`; None: "float32", or the value of a loaded encoder.
         any_base: accept an adapter that was trained on another model with the same shapes.
     Raises:
         FormatError: the adapter or the model has no head for a classifier, or the adapter does not fit.
@@ -122,7 +122,7 @@ def load_classifier(
             f"{found.source}: the adapter has no layer {spec.out!r}, expected an adapter of a classifier"
         )
     weight = head[spec.out]["weight"]
-    outputs = weight.shape[0] if weight.ndim else 1  # without axes, the shape is refused below
+    outputs = weight.shape[0] if weight.ndim else 1  # a weight without axes is refused below
     _require_outputs(found.source, outputs)
     arrays = {}
     for layer, shapes in classifier_head.shapes(spec, encoder.config.hidden_size, outputs).items():
@@ -142,7 +142,7 @@ def load_classifier(
     made = TextClassifier(encoder, ClassifierHead(spec, arrays, _eps(encoder), frozen), record)
     factors = Adapter.of(dataclasses.replace(found, modules_to_save={}))
     if record.max_length is not None and record.max_length < _SHORT:
-        require_room(found.source, made)  # before the encoder gets layers
+        require_room(found.source, made)  # before the encoder gets LoRA layers
     factors.attach(made, any_base)
     return made
 
@@ -162,7 +162,7 @@ def require_room(source: str, classifier: TextClassifier) -> None:
 
 
 def opened_encoder(op: str, model: StrPath | Encoder, compute: str | None) -> Encoder:
-    """The encoder, loaded if `model` is a path. Its pooling is not used, because the head has a pooling.
+    """The encoder, which is loaded if `model` is a path. The head has a pooling, so the encoder needs none.
 
     Raises:
         ValueError: `compute` is given for an encoder that is loaded already.
@@ -215,7 +215,7 @@ def _require_outputs(source: str, outputs: int) -> None:
 
 
 def has_output_bias(encoder: Encoder) -> bool:
-    """Whether the last layer of a new head for texts has a bias. Language models have none."""
+    """Whether the last layer of a new head for texts has a bias. It has none for a language model."""
     return _spec(encoder, tokens=False).out_bias
 
 
@@ -232,7 +232,7 @@ def _new(layer: str, shapes: Mapping[str, tuple[int, ...]], seed: int, is_norm: 
 
 
 def _stored(encoder: Encoder, layer: str, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Array] | None:
-    """The arrays of a layer in the model's files; None if one is missing or has another shape."""
+    """The arrays of a layer in the model's files; None if an array is missing or has another shape."""
     found = {name: encoder.head_tensor(f"{layer}.{name}") for name in shapes}
     fitting = {n: a for n, a in found.items() if a is not None and a.shape == shapes[n]}
     return fitting if len(fitting) == len(shapes) else None
@@ -245,7 +245,7 @@ def _given(
     head: Mapping[str, Mapping[str, Array]],
     encoder: Encoder,
 ) -> dict[str, Array]:
-    """The arrays of a layer in an adapter; if the adapter has none, those in the model's files."""
+    """The arrays of a layer in an adapter. If the adapter does not have the layer, the model's files must."""
     if layer not in head:
         stored = _stored(encoder, layer, shapes)
         if stored is None:

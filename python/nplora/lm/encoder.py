@@ -41,7 +41,7 @@ MOST_TOKENS = 4096
 class EncoderSaved(Saved):
     """The values that `Encoder.backward` needs. `backward` frees these values when it uses them.
 
-    `starts` is the start of each text among the rows of `x`, which holds the tokens that are needed.
+    `x` has a row for each token that is needed. `starts` has the start of each text among these rows.
     """
 
     x: Array
@@ -247,7 +247,7 @@ class Encoder(Module):
     # ---- inference ----
 
     def encode(self, texts: Iterable[str], max_length: int | None = None) -> list[list[int]]:
-        """The token ids of each text, with the tokens that the model puts around a text.
+        """The token ids of each text, with the special tokens that the tokenizer puts around a text.
 
             >>> import nplora
             >>> encoder = nplora.load_encoder("encoder-model")
@@ -294,13 +294,14 @@ class Encoder(Module):
         Args:
             sentences: the words of each sentence.
             longest: the largest number of tokens of a sentence, including special tokens. The end of a longer
-                sentence is cut; `cut` of the result counts such sentences.
+                sentence is cut off; the result's `cut` is the number of such sentences.
         Raises:
             TypeError: a sentence is not a list of texts.
             ValueError: a word is empty or has only spaces, or `longest` has no room for the special tokens.
             FormatError: as in `token_ids`.
         """
-        # In a language model, a token of only a space has not seen the word, so it cannot carry its tag.
+        # In a language model, a token that is only the space before a word does not attend to the word, so
+        # this token cannot carry the word's tag.
         with_space = not isinstance(self.config, ModelConfig)
         ids, first, cut = self.tokenizer.encode_words(sentences, longest, with_space)
         self._require_known(ids)
@@ -317,7 +318,7 @@ class Encoder(Module):
     def hidden_states(self, ids: Ids) -> list[Array]:
         """The hidden states of each text's tokens, after the last norm.
 
-        A text does not depend on the other texts, because there is no padding.
+        The states of a text do not depend on the other texts, because there is no padding.
 
             >>> import nplora
             >>> encoder = nplora.load_encoder("encoder-model")
@@ -362,8 +363,8 @@ class Encoder(Module):
             texts: the texts, or one text.
             batch_size: the number of texts that are computed together; None: texts of about 4,096 tokens in
                 total. The batch size changes the result only by rounding.
-            normalize: whether the embeddings have length 1, so that their products are cosines; None: the
-                setting in the model's files.
+            normalize: whether to scale the embeddings to length 1, so that their dot products are cosines;
+                None: the setting in the model's files.
             prompt: a text to put before each text, such as "query: "; "" for none.
             prompt_name: the name of one of `prompts`, instead of `prompt`.
             max_length: the largest number of tokens of a text; None: `max_length` of the encoder.
@@ -420,9 +421,9 @@ class Encoder(Module):
         return self.forward_for(None, ids)
 
     def forward_for(self, pooling: Pooling | None, ids: Ids) -> tuple[Array, EncoderSaved]:
-        """Like `forward`, but returns only the tokens that a pooling reads.
+        """Like `forward`, but return the hidden states of only those tokens that the pooling reads.
 
-        `starts` of the result counts these tokens.
+        `saved.starts` has the start of each text among these tokens.
 
         >>> import nplora
         >>> from nplora.lm.pooling import Pooling
@@ -458,7 +459,7 @@ class Encoder(Module):
         Args:
             dy: the gradient of the loss with respect to the result of `forward`.
         Raises:
-            ValueError: `dy` does not have the shape of that result, or `saved` is from another model.
+            ValueError: `dy` has another shape than the result of `forward`, or `saved` is from another model.
             TypeError: `saved` was not returned by `forward`.
             RuntimeError: `saved` was used before, or a layer is merged.
         """
@@ -520,7 +521,7 @@ class Encoder(Module):
             )
         return "\n".join(lines)
 
-    # ---- what comes in ----
+    # ---- checks of arguments ----
 
     def _packed(self, op: str, ids: Ids) -> tuple[Array, Array]:
         """The ids of all texts one after the other, int64, and the start of each text."""
@@ -538,7 +539,7 @@ class Encoder(Module):
     def _batches(
         self, packed: Array, starts: Array, most: int, batch_size: int | None = None
     ) -> Iterator[tuple[Array, Array]]:
-        """Cut packed texts into batches: the ids of each, and the starts of its texts."""
+        """Cut packed texts into batches. Yield the ids of each batch, and the start of each text in it."""
         lengths = np.diff(starts)
         if batch_size is None:
             cuts = cut(lengths, most)
@@ -556,8 +557,7 @@ class Encoder(Module):
         Args:
             op: the name of the calling function, for messages.
             batch_size: the number of texts that are computed at once; None: as in `embed`.
-            pooling: the pooling that reads the states; only the tokens that it reads are returned. None: all
-                tokens.
+            pooling: return only the states of the tokens that this pooling reads; None: those of all tokens.
         """
         packed, starts = self._packed(op, ids)
         for own_ids, own_starts in self._batches(packed, starts, MOST_TOKENS, batch_size):
@@ -601,7 +601,7 @@ class Encoder(Module):
 
 
 def _texts(op: str, texts: Iterable[str]) -> list[str]:
-    """The texts as a list. Raises TypeError if one of them is not a text."""
+    """The texts as a list. Raises TypeError if an item is not a text."""
     if isinstance(texts, str) or not np.iterable(texts):
         raise TypeError(f"{op}: texts is {_check.kind(texts)}, expected a list of texts")
     given = list(texts)

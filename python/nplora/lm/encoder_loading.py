@@ -35,9 +35,9 @@ from nplora.weights import COMPUTES
 
 Array = npt.NDArray[Any]
 
-# llama.cpp's numbers of poolings in GGUF's metadata.
+# The numbers by which llama.cpp names poolings in GGUF's metadata.
 _GGUF_POOLINGS = {1: "mean", 2: "cls", 3: "last"}
-# llama.cpp's names of the Dense modules 2_Dense and 3_Dense, which have no bias and no activation.
+# llama.cpp's names for the weights of the modules 2_Dense and 3_Dense, which have no bias and no activation.
 _GGUF_DENSE = ("dense_2.weight", "dense_3.weight")
 
 
@@ -66,7 +66,7 @@ def load_encoder(
         pooling: how the hidden states of a text's tokens become its embedding: "cls" (the first token),
             "mean", "max", "last" (the last token), "weighted_mean" or "mean_sqrt". None: the pooling that the
             files name. If the files name no pooling, encoders use the mean, and causal language models use
-            the last token. Dense modules are left out if a pooling is given.
+            the last token. If `pooling` is given, the Dense modules of the files are not used.
     Raises:
         UnsupportedError: the architecture, a module, or the type of a tensor is not supported.
         FormatError: a file breaks its format, or does not describe a whole model.
@@ -122,8 +122,8 @@ class _Parts:
 
     Attributes:
         prefix: as in `Encoder`.
-        default: the pooling if the files name none.
-        read_tensor: a function that reads a tensor that hidden states do not need.
+        default: the pooling that is used if the files name none.
+        read_tensor: a function that reads, by name, a tensor that is not needed for the hidden states.
     """
 
     config: EncoderConfig | ModelConfig
@@ -194,7 +194,7 @@ def _from_directory(path: StrPath, compute: str, mmap: bool, check: bool) -> _Pa
         return tokenizer.from_directory(directory)
 
     if family is None:
-        # No head is needed, so it does not matter whether the file has one.
+        # The head is not needed. With tied embeddings, the file may contain a head, but need not.
         config = dataclasses.replace(_decoder_config(fields), tie_word_embeddings=True)
         weights = SafetensorsWeights(file, compute, check, _decoder_names(file))
         model, _ = building.decoder(config, weights)
@@ -232,7 +232,7 @@ def _decoder_config(fields: Fields) -> ModelConfig:
 def _decoder_names(names: Container[str]) -> Callable[[str], str]:
     """A function that maps a tensor's name to its name in the file.
 
-    The file may have no head and no prefix.
+    In a file without a head, the names may lack the prefix "model.".
     """
     prefix = "" if "model.embed_tokens.weight" in names else "model."
     return lambda name: name.removeprefix(prefix)
@@ -264,11 +264,13 @@ def _from_gguf(path: StrPath, compute: str, mmap: bool, check: bool) -> _Parts:
 
 
 def _gguf_settings(file: GgufFile, architecture: str, weights: GgufWeights) -> SentenceSettings:
-    """The pooling that the metadata name, and the Dense modules after it. llama.cpp normalises embeddings.
+    """The pooling that the metadata name, and the Dense modules after the pooling.
+
+    The embeddings are normalised, as in llama.cpp.
 
     Args:
-        weights: the tensors of the file. Dense modules compute in float32, as those of a directory do: they
-            have one row for each text, so a faster arithmetic would save little time.
+        weights: the tensors of the file, computing in float32. Dense modules compute only one row for each
+            text, so a faster arithmetic would save little time.
     """
     found = file.metadata.integer(f"{architecture}.pooling_type", 0)
     dense = {name: shape for name, shape in weights.shapes().items() if name in _GGUF_DENSE}

@@ -35,7 +35,7 @@ __all__ = [
     "prompt_pieces", "softmax", "stream", "stream_all",
 ]  # fmt: skip
 
-PIECE = 512  # tokens of a prompt that are read at a time, which limits the memory that they take
+PIECE = 512  # the maximum number of a prompt's tokens that are computed at a time, to limit the memory
 PAGE = 64  # a prompt is cut at multiples of this many tokens
 _OP = "generate"
 
@@ -59,7 +59,7 @@ class GeneratingModel(Protocol):
 
 
 class AdapterChoosingModel(GeneratingModel, Protocol):
-    """A model with the method that generation also needs if prompts have adapters."""
+    """A model that also has the method that generation needs if prompts have adapters."""
 
     def named_model(self, adapter: str | Adapter) -> GeneratingModel: ...
 
@@ -72,7 +72,7 @@ def generate(
 ) -> list[str]:
     """Generate a text after each prompt.
 
-    The prompts are computed together, as rows of one batch. The other prompts do not affect a text.
+    The prompts are computed together, as rows of one batch. A text does not depend on the other prompts.
 
         >>> import nplora
         >>> lm = nplora.load_model("model.gguf")
@@ -174,7 +174,7 @@ def generate_ids(
 def _models(
     lm: GeneratingModel, prompts: Sequence[Any], adapters: Adapters | None
 ) -> Sequence[GeneratingModel]:
-    """The model of each prompt, whose tokenizer has the tokens that its adapter adds."""
+    """For each prompt, a model whose tokenizer has the tokens that the prompt's adapter adds."""
     if adapters is None:
         return [lm] * len(prompts)
     if len(adapters) != len(prompts):
@@ -213,7 +213,7 @@ def _stream_ids(
         yield from _advanced(answer, scores, cache)
     while active := [answer for answer in answers if not answer.ended]:
         switching = [answer for answer in active if len(answer.ids) == longest + 1]
-        for answer in switching:  # its keys were rotated by the short factors
+        for answer in switching:  # the cached keys were rotated by the short factors
             cache.lengths[answer.index], cache.limits[answer.index] = 0, limits[answer.index]
             yield from _advanced(answer, _read(lm, answer.ids, answer.index, cache), cache)
         others = [answer for answer in active if answer not in switching]
@@ -269,8 +269,8 @@ def checked_ids(op: str, lm: GeneratingModel, ids: list[int], context: int | Non
     """Check the tokens of a prompt.
 
     Args:
-        context: the context that the memory allows, if it is smaller than the model's.
-    Raises as `prompt_ids`.
+        context: the context length that the memory allows, if this is less than the model's context length.
+    Raises the errors that `prompt_ids` raises for tokens.
     """
     tokenizer, context = lm.tokenizer, context or int(lm.config.max_position_embeddings)
     vocab = getattr(lm, "vocab_size", lm.config.vocab_size)  # with the tokens that an adapter adds
@@ -300,14 +300,13 @@ def _read(lm: GeneratingModel, ids: list[int], slot: int, cache: Any) -> Array:
 def prompt_pieces(begin: int, end: int, most: int = PIECE) -> Iterator[tuple[int, int]]:
     """Cut the tokens of a prompt into pieces, which are read one after the other.
 
-    The core rounds differently for a few rows and for many rows. So the tokens after the last whole page are
-    a separate piece. Then the bits of a prompt depend neither on `most` nor on the number of tokens in the
-    cache, if `begin` is a multiple of PAGE.
+    The core rounds differently for a few rows and for many rows. So the tokens after the last whole page form
+    a piece of their own. Then the bits of the results depend neither on `most` nor on `begin`.
 
     Args:
-        begin: the number of tokens in the cache, a multiple of PAGE.
+        begin: the number of tokens that are in the cache already, a multiple of PAGE.
         end: the number of tokens of the prompt.
-        most: the most tokens of a piece, a multiple of PAGE.
+        most: the maximum number of tokens in a piece, a multiple of PAGE.
 
     >>> list(prompt_pieces(0, 1100))
     [(0, 512), (512, 1024), (1024, 1088), (1088, 1100)]

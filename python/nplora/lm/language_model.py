@@ -148,7 +148,7 @@ class LanguageModel(Module):
 
     @property
     def vocab_size(self) -> int:
-        """The number of logits of each position: the rows of the embedding, with those for added tokens.
+        """The number of logits at each position: the number of rows of the embedding, including added rows.
 
         >>> import nplora
         >>> lm = nplora.load_model("model.gguf")
@@ -178,7 +178,7 @@ class LanguageModel(Module):
         return self._tokenizer
 
     def _tokenizer_with(self, tokens: Sequence[AddedToken]) -> Tokenizer:
-        """The model's tokenizer with these tokens. The last result is kept."""
+        """The model's tokenizer with these tokens. The result is kept for the next call."""
         if not tokens:
             return self._file_tokenizer()
         if self._extended is None or self._extended[0] != tuple(tokens):
@@ -186,7 +186,9 @@ class LanguageModel(Module):
         return self._extended[1]
 
     def new_tokens(self, tokens: Sequence[AddedToken]) -> tuple[AddedToken, ...]:
-        """The tokens of an adapter that the model lacks: they are not in its tokenizer, or have no row.
+        """The tokens that the model lacks, among these tokens of an adapter.
+
+        The model lacks a token if the tokenizer does not have it, or if it has no row in the embedding.
 
             >>> import nplora
             >>> lm = nplora.load_model("model.gguf")
@@ -208,7 +210,7 @@ class LanguageModel(Module):
     def with_tokens(self, tokens: Sequence[AddedToken]) -> Self:
         """A model without adapter that shares the weights and has additional rows for these tokens.
 
-        The new rows are the mean of all rows of the embedding, or of the head. `self` is not changed.
+        Each new row is the mean of all rows of the embedding, or of the head. `self` is not changed.
 
             >>> import nplora
             >>> lm = nplora.load_model("model.gguf")
@@ -240,7 +242,8 @@ class LanguageModel(Module):
     def with_compute(self, compute: str) -> LanguageModel:
         """A model without adapter that shares the weights, but computes products in another arithmetic.
 
-        So a model that answers with compute="int8" can be trained in float32. `self` is not changed.
+        For example, a model that generates with compute="int8" can be trained in float32. `self` is not
+        changed.
 
             >>> import nplora
             >>> lm = nplora.load_model("model.gguf", compute="int8")
@@ -321,7 +324,7 @@ class LanguageModel(Module):
     ) -> None:
         """Put a LoRA adapter on frozen layers. With init="zero" the model's outputs stay the same at first.
 
-        Layers that have an adapter already keep it.
+        Layers that already have an adapter keep this adapter.
 
             >>> import nplora
             >>> lm = nplora.load_model("model.gguf")
@@ -343,20 +346,20 @@ class LanguageModel(Module):
             seed: seed of the initial factors. A layer's factors depend on this seed and the layer's name.
             init: initial factors, as in `LoRALinear`. "gaussian" changes the model's outputs at once. "pissa"
                 and "olora" need unquantised weights.
-            rank_pattern, alpha_pattern: ranks and alphas of layers that differ from `rank` and `alpha`, by
-                parts of their names: {"q_proj": 16, "layers.3.mlp": 4}, or "q_proj=16,layers.3.mlp=4". The
-                first name that matches decides. The scale of a layer is its alpha divided by its rank.
+            rank_pattern, alpha_pattern: other ranks and alphas for some layers, by parts of the layers'
+                names: {"q_proj": 16, "layers.3.mlp": 4}, or "q_proj=16,layers.3.mlp=4". The first name that
+                matches decides. The scale of a layer is its alpha divided by its rank.
             trainable_tokens: tokens whose rows of the embedding and of the head are trained too: a list of
-                ids and texts, or a text like "<|im_start|>,<|im_end|>" or "2,3". The rows start with the
-                values of the model and replace them, as with PEFT's `trainable_token_indices`.
+                ids and texts, or a text like "<|im_start|>,<|im_end|>" or "2,3". The trained rows start with
+                the model's values and replace the model's rows, as PEFT's `trainable_token_indices` does.
             modules_to_save: "embed_tokens", "lm_head" or both, to train all rows of the embedding or of the
                 head in float32. If the two share one weight, both names train this weight.
-            invocation: a text, or the ids of its tokens, for activated LoRA (aLoRA). The adapter acts only
-                from the last occurrence of these tokens on, in each sequence. An activated LoRA can adapt
+            invocation: a text, or the ids of its tokens, for activated LoRA (aLoRA). In each sequence, the
+                adapter acts only from the last occurrence of these tokens on. An activated LoRA can adapt
                 linear layers of the blocks, without DoRA and dropout.
-            add_tokens: new tokens, as a list of texts, or a text like "<tool>,</tool>". Each gets a row in
-                the embedding and in the head, which starts with the mean of all rows and is trained. If the
-                model already has a token, its row keeps its values at first, and is trained.
+            add_tokens: new tokens, as a list of texts, or a text like "<tool>,</tool>". Each token gets a
+                trained row in the embedding and in the head, which starts with the mean of all rows. If the
+                model already has a token, the token's row is trained, and starts with the model's values.
             freeze_B: train only A (LoRA-FA), and keep B at its initial values. DoRA's magnitudes and the rows
                 of `trainable_tokens`, `modules_to_save` and `add_tokens` are still trained.
         Raises:
@@ -423,13 +426,13 @@ class LanguageModel(Module):
             path: a PEFT directory, a GGUF adapter file, or an `Adapter`.
             any_base: as in `nplora.load_adapter`.
             dtype: "bfloat16" rounds A and B to bfloat16. Decoding with many adapters at once is then faster,
-                because their factors take half as long to read. None: the values stay unchanged. If bfloat16
-                can represent all of them, decoding is equally fast.
+                because reading the factors takes half as long. None: A and B keep their values. If bfloat16
+                can represent all of these values, decoding is as fast as with "bfloat16".
             replace: replace the adapter that has this name. If the new adapter cannot be loaded, the old one
                 stays.
         Raises:
             ValueError: an adapter with this name is loaded already and `replace` is not set, or `dtype` is
-                another word.
+                neither "bfloat16" nor None.
             TypeError: `path` is neither a path nor an `Adapter`, or `name` is not a text or is empty.
             FormatError: the adapter does not fit the model, or belongs to another model. The other errors are
                 those of `nplora.load_adapter`.
@@ -462,7 +465,7 @@ class LanguageModel(Module):
             >>> lm.set_adapter(None)      # none: the model's own LoRA layers
 
         Args:
-            names: a name; a list of names, whose adapters are added up; or None for no named adapter.
+            names: a name; or a list of names, whose adapters are added up; or None for no named adapter.
         Raises:
             KeyError: one of the names is unknown; the message lists the nearest names, or all names.
             TypeError: `names` is not a name, a list of names or None.
@@ -565,7 +568,7 @@ class LanguageModel(Module):
         self._named.forget_models()
 
     def _selected(self, op: str) -> LanguageModel:
-        """The model with the named adapters that this thread has selected; if there are none, this model."""
+        """The model with the named adapters that this thread has selected; `self` if none is selected."""
         return self._named.model(self, op, self._named.selected)
 
     def merge(self, dtype: str | None = None) -> list[MergeReport]:
@@ -686,8 +689,8 @@ class LanguageModel(Module):
         """The hidden states after the last norm, which the head turns into logits.
 
         The result has shape (batch, time, hidden_size) for ids of shape (batch, time), and (time,
-        hidden_size) for ids of shape (time,). `nplora.load_encoder` loads the same model for texts of
-        different lengths, embeddings, and gradients of the hidden states.
+        hidden_size) for ids of shape (time,). For texts of different lengths, for embeddings, or for
+        gradients of the hidden states, load the model with `nplora.load_encoder`.
 
             >>> import nplora, numpy as np
             >>> lm = nplora.load_model("model.gguf")
@@ -887,7 +890,7 @@ class LanguageModel(Module):
         return loss
 
     def forward_backward(self, batch: PackedBatch, factor: float) -> float:
-        """Return the sum of a batch's losses; add `factor` times its gradient to the adapters' gradients.
+        """Return the sum of a batch's losses, and add `factor` times the gradient to the adapters' gradients.
 
         For the mean over several batches, set `factor` to 1 / (the number of targets of all batches). A batch
         without targets is not computed, and its loss is 0.
@@ -934,7 +937,7 @@ class LanguageModel(Module):
         Args:
             loss: a function that takes the log-probability of each target of the batch, float64 (m,), and
                 returns the loss and its derivative with respect to each log-probability (m,).
-        Raises as `forward_backward`.
+        Raises the errors that `forward_backward` raises.
         """
         self._require_ready("forward_backward_of", batch)
         x, saved = self.model.run(batch.ids, packed_positions(batch.starts))
@@ -950,9 +953,10 @@ class LanguageModel(Module):
         return value
 
     def forward_backward_with(self, batch: PackedBatch, loss: head.LogitLoss, factor: float) -> float:
-        """Return the sum of a loss over the rows of logits; add `factor` times its gradient to the adapters'.
+        """Return the sum of a loss over the rows of logits that have a target.
 
-        The logits of all tokens are never in memory at once: the loss sees a few rows at a time.
+        Add `factor` times the gradient to the adapters' gradients. The logits of all tokens are never in
+        memory at once: the loss gets a few rows at a time.
 
             >>> import nplora, numpy as np
             >>> from nplora.models.packing import pack
@@ -984,14 +988,17 @@ class LanguageModel(Module):
 
     @contextlib.contextmanager
     def _added_at_once(self) -> Iterator[None]:
-        """Add to the gradients of the head only once, although a pass computes them in several parts.
+        """A context in which the head's gradients start at 0. At its end, the earlier gradients are added.
 
-        So a sum over several batches has the same bits if one process adds them and if several processes do.
-        A head that is trained as a whole is left out, because its gradient is too large for a copy.
+        The head computes a batch in several parts. In this context, the parts of one batch are summed before
+        other batches are added. So a sum over several batches has the same bits if one process computes all
+        batches and if several processes do. If the whole head is trained, its gradients are simply
+        accumulated, because a copy would be too large.
         """
         arrays = [parameter.grad for parameter in self.lm_head.parameters()]
         if isinstance(self.lm_head, TrainedHead):
-            arrays = [] if self.lm_head.is_whole else [self.lm_head.rows.grad]  # a tied head lists none
+            # The parameters of a tied head do not include its rows, which belong to the embedding.
+            arrays = [] if self.lm_head.is_whole else [self.lm_head.rows.grad]
         before = [(array, array.copy()) for array in arrays if array.any()]
         for array, _ in before:
             array.fill(0)
@@ -1068,7 +1075,7 @@ class LanguageModel(Module):
             layer.require_trainable("backward")
         saved.use_up(op)
         if isinstance(self.lm_head, TrainedHead):
-            rows = rows.copy()  # the head overwrites it
+            rows = rows.copy()  # the head overwrites its argument
         dnormed = head.logits_backward(self.lm_head, rows, saved.head)
         self.model.run_backward(self.model.read_out_backward(dnormed, saved.x), saved.decoder)
         return None
@@ -1079,10 +1086,11 @@ class LanguageModel(Module):
         """Create a cache for `slots` sequences of at most `capacity` tokens, for the selected adapter.
 
         A model with LongRoPE (Phi-3 with a long context) uses other rotation factors for sequences that are
-        longer than its original context. `cache.limits` has the maximum length of each sequence, which
-        selects the factors. The initial limit is `capacity`. If a sequence will stay short, lower its limit
-        before adding its first token. `generate` begins with the short factors, as transformers does. When a
-        sequence outgrows the original context, `generate` computes all its tokens again.
+        longer than the model's original context. `cache.limits` has the maximum length of each sequence,
+        which selects the factors. The initial limit is `capacity`. If a sequence will stay short, lower the
+        limit of its slot before you add its first token. `generate` begins with the short factors, as
+        transformers does. When a sequence outgrows the original context, `generate` computes all tokens of
+        the sequence again.
 
             >>> import nplora
             >>> lm = nplora.load_model("model.gguf")
@@ -1103,8 +1111,8 @@ class LanguageModel(Module):
     def decode(self, token_ids: npt.ArrayLike, slots: npt.ArrayLike, cache: KVCache) -> Array:
         """Add the next tokens of m sequences to a cache, and return the logits (m, vocab) that follow.
 
-        The logits of a sequence have the same bits in every call, no matter which other sequences the call
-        has. Each sequence has the adapter that `cache.adapters` gives its slot. If an adapter adds tokens,
+        The logits of a sequence have the same bits no matter which other sequences the same call computes.
+        Each sequence has the adapter that `cache.adapters` gives its slot. If an adapter adds tokens,
         sequences with other adapters have scores of -inf for these tokens.
 
             >>> import nplora
@@ -1221,8 +1229,8 @@ class LanguageModel(Module):
             frequency_penalty: a number that is subtracted from a token's score for each time that it was
                 generated before.
             logit_bias: numbers that are added to the scores of tokens, by token id; -inf rules a token out.
-            adapters: for each prompt, the name of a named adapter or an `Adapter`; None for the model as it
-                is. The prompts share the frozen weights in each step, and each text is the same as alone.
+            adapters: for each prompt, the name of a named adapter, an `Adapter`, or None for the model as it
+                is. All prompts are computed together, and each text is the same as for its prompt alone.
         Returns:
             the generated text without its prompt; a list of texts for several prompts.
         Raises:
@@ -1237,7 +1245,7 @@ class LanguageModel(Module):
         """
         options = max_new_tokens, temperature, top_k, top_p, repetition_penalty, stop, seed
         penalties = presence_penalty, frequency_penalty, logit_bias
-        sampling = Sampling(*options, *penalties)  # type: ignore[arg-type]  # it makes a tuple of stop
+        sampling = Sampling(*options, *penalties)  # type: ignore[arg-type]  # Sampling makes a tuple of `stop`
         if not np.iterable(prompt) or isinstance(prompt, str | bytes | bytearray | Mapping):
             return generate(self, [prompt], sampling, adapters)[0]  # type: ignore[list-item]
         given: list[Any] = list(prompt)
@@ -1280,10 +1288,10 @@ class LanguageModel(Module):
         held = {id(a): a for _, module in self.named_modules() for a in module.local_frozen()}
         sizes = Counter[str]()
         for array in held.values():
-            sizes[str(array.dtype)] += array.size if len(array.shape) > 1 else 0  # not the norms and biases
+            sizes[str(array.dtype)] += array.size if len(array.shape) > 1 else 0  # no norms or biases
         return ", ".join(name for name, size in sizes.most_common() if size)
 
-    # ---- what comes in ----
+    # ---- checks of arguments ----
 
     def _ids(self, op: str, token_ids: npt.ArrayLike) -> Array:
         ids = _check.in_range(op, "token_ids", _check.integers(op, "token_ids", token_ids), self.vocab_size)

@@ -23,7 +23,7 @@ from nplora.nn.module import AdapterLayer
 
 Names = tuple[str, ...]
 
-# The names that this context has selected, by the model's NamedAdapters.
+# For each NamedAdapters object, the names that are selected in the current context.
 _selected: ContextVar[Mapping[weakref.ref[Any], Names]] = ContextVar("nplora_selected", default={})  # noqa: B039
 
 
@@ -38,7 +38,7 @@ Model = TypeVar("Model", bound=_Model)
 
 
 def _constant(model: Model) -> Model:
-    """Protect the factors from changes. Inference may then keep copies of them."""
+    """Make the factors read-only, so that inference may keep copies of them. Return the model."""
     for layer in model.adapter_layers().values():
         if isinstance(layer, LoRALayer):
             for array in (layer.A, layer.B):
@@ -80,7 +80,10 @@ class NamedAdapters(Generic[Model]):
         dtype: str | None = None,
         replace: bool = False,
     ) -> None:
-        """Check that an adapter fits the model, and store a copy under a name, with rounded factors."""
+        """Check that an adapter fits the model, and store a copy under a name.
+
+        If `dtype` is given, the factors of the copy are rounded to this type.
+        """
         if not isinstance(name, str) or not name:
             raise TypeError(f"load_adapter: name is {name!r}, expected a non-empty text")
         adapter = copy.deepcopy(adapter)
@@ -142,7 +145,11 @@ class NamedAdapters(Generic[Model]):
             return self._models[names]
 
     def model_of(self, lm: Model, op: str, adapter: str | Adapter) -> Model:
-        """Return a copy of the model with one adapter: a name, or an `Adapter` that has or had a name."""
+        """Return a copy of the model with one adapter.
+
+        Args:
+            adapter: a name, or an `Adapter` that is or was loaded under a name.
+        """
         if isinstance(adapter, str):
             return self.model(lm, op, (adapter,))
         with self._lock:

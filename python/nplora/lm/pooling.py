@@ -23,7 +23,7 @@ _LEAST_NORM = np.float32(1e-12)  # as in torch.nn.functional.normalize
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class PoolingSaved(Saved):
-    """The values that `Pooling.backward` needs.
+    """The values that `Pooling.run_backward` needs.
 
     Attributes:
         starts: the start of each text among the rows.
@@ -39,7 +39,7 @@ class PoolingSaved(Saved):
 
 
 class Pooling(Module):
-    """One embedding per text: a mean, a maximum or one token of the hidden states, then optional layers.
+    """Makes one embedding per text: the mean, the maximum or one of the hidden states, then optional layers.
 
         >>> import numpy as np
         >>> from nplora.lm.pooling import Pooling
@@ -51,9 +51,9 @@ class Pooling(Module):
     Args:
         modes: "cls" (the first token), "mean", "max", "last" (the last token), "weighted_mean" (the i-th
             token has weight i) or "mean_sqrt" (the sum divided by the square root of the number of tokens),
-            or several of them, whose results are joined.
+            or several of these modes, whose results are concatenated.
         layers: linear layers, each with the name of its activation, "tanh" or None.
-        normalize: whether the embeddings have length 1.
+        normalize: whether to scale the embeddings to length 1.
     Raises:
         ValueError: a mode or an activation is unknown.
     """
@@ -84,7 +84,7 @@ class Pooling(Module):
 
         Args:
             starts: int64 (m + 1,), the first row of each text, followed by n. No text is empty.
-            normalize: whether the embeddings have length 1; None: as in the constructor.
+            normalize: whether to scale the embeddings to length 1; None: as in the constructor.
         """
         return self.run(x, starts, normalize)[0]
 
@@ -176,7 +176,10 @@ def _pooled_backward(mode: str, dy: Array, saved: PoolingSaved) -> Array:
 
 
 def _at_the_largest(x: Array, starts: Array, spread: Array) -> Array:
-    """`spread` (n, d) at the first largest element of each column and text, and 0 elsewhere."""
+    """The gradient of the maximum: `spread` at the first largest element in each column of each text, else 0.
+
+    `spread` has shape (n, d).
+    """
     dx = np.zeros_like(x)
     for first, end in itertools.pairwise(starts.tolist()):
         row, column = first + x[first:end].argmax(axis=0), np.arange(x.shape[1])

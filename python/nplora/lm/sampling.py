@@ -120,7 +120,8 @@ def choose(
         scores: (vocab,), the score of each token of the vocabulary.
         before: the tokens of the sequence so far, for the penalties.
         rng: the random generator for sampling.
-        prompt: how many of these tokens are the prompt, which presence and frequency penalties leave out.
+        prompt: the number of tokens of `before` that are the prompt. Presence and frequency penalties ignore
+            these tokens.
 
     Raises:
         FloatingPointError: a score is NaN, or the largest one is infinite.
@@ -151,7 +152,7 @@ def choose(
     penalise(scores, before, sampling, prompt)
     if sampling.temperature == 0:
         return int(scores.argmax())
-    with np.errstate(over="ignore"):  # only -inf can come out: the largest score becomes 0 first
+    with np.errstate(over="ignore"):  # the largest score becomes 0, so others can only become -inf
         scores -= scores.max()
         scores /= sampling.temperature
     if sampling.top_k is not None:
@@ -251,7 +252,7 @@ def keep_top_k(scores: Array, k: int) -> None:
 
 
 def keep_top_p(scores: Array, p: float) -> None:
-    """Set the scores of the least likely tokens, up to a total probability of 1 - p, to -inf.
+    """Set the scores of the least likely tokens to -inf. Their total probability is at most 1 - p.
 
     The scores are changed in place (nucleus sampling, Holtzman et al. 2020).
 

@@ -22,7 +22,7 @@ _TRANSFORMER_SETTINGS = ("sentence_bert_config.json", "sentence_roberta_config.j
                          "sentence_distilbert_config.json", "sentence_mpnet_config.json",
                          "sentence_xlm-roberta_config.json")  # fmt: skip
 _MOST_MODULES = 32
-# The names of poolings in 1_Pooling/config.json, in the order in which sentence-transformers joins them.
+# Flags for poolings in older files 1_Pooling/config.json, in the order in which the results are joined.
 _FLAGS = {
     "pooling_mode_cls_token": "cls",
     "pooling_mode_max_tokens": "max",
@@ -49,7 +49,7 @@ class SentenceSettings:
     Attributes:
         pooling: the pooling, or None if there are no such files.
         max_length: the largest number of tokens of a text, or None.
-        prompts: texts to put before each text, by name.
+        prompts: the prompts by name. A prompt is a text that can be put before each text.
         default_prompt: the name of the prompt that is used by default, or None.
         include_prompt: whether the tokens of the prompt take part in the pooling.
         transformer: the folder of the model's files, relative to the directory.
@@ -126,7 +126,7 @@ def _modules(path: Path) -> list[tuple[str, str]]:
 
 
 def _pooling_modes(fields: Fields) -> tuple[str, ...]:
-    """The poolings of a configuration: new files name them, older files have a flag for each."""
+    """The poolings of a configuration. New files name the poolings; older files have a flag for each one."""
     named = dict(fields.items()).get("pooling_mode")
     if named is not None:
         names = named if isinstance(named, list) else [named]
@@ -194,7 +194,7 @@ def _max_length(directory: Path) -> int | None:
 
 
 def _tokenizer_length(directory: Path) -> int | None:
-    """The largest number of tokens in the tokenizer's file, where sentence-transformers 6 keeps it.
+    """The largest number of tokens of a text, which sentence-transformers 6 stores in the tokenizer's file.
 
     transformers writes an immense number if there is no limit.
     """

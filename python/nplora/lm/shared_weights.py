@@ -19,7 +19,7 @@ Array = npt.NDArray[Any]
 
 
 class SharedWeights:
-    """The tensors of a model without adapter. Matrices that are used in place are shared, not copied.
+    """The tensors of a model without adapter. A matrix is shared if it is used in place, or else copied.
 
     Args:
         modules: the modules of the model by name.

@@ -1,8 +1,9 @@
 """Decodes the next tokens of several sequences of a cache together, each with the adapter of its slot.
 
-The frozen weights are read once for several sequences, and each sequence has the same bits as if it were
-computed alone. The core rounds differently for up to 8 rows and for more rows. So short pieces are joined
-until they have 8 rows, and long pieces are joined only with long pieces.
+A piece is the next tokens of one sequence. The frozen weights are read once for several sequences, and the
+results have the same bits as if each sequence were computed alone. The core rounds differently for up to 8
+rows and for more rows. So short pieces are joined until they have 8 rows, and long pieces (more than 8 rows)
+are joined only with long pieces.
 """
 
 from __future__ import annotations
@@ -37,8 +38,8 @@ class SlotModel(Protocol):
     def copied(self, replaced: Mapping[int, Module]) -> Self: ...
 
 
-_FEW = _core.constants.small_batch  # rows
-_MANY = 512  # most rows of a batch of long pieces, for the memory; a longer piece is a batch of its own
+_FEW = _core.constants.small_batch  # the maximum number of rows of a short piece
+_MANY = 512  # the maximum number of rows in a batch of several long pieces, to limit the memory
 
 
 def pieces_of(token_ids: npt.ArrayLike) -> list[Array]:
@@ -57,9 +58,9 @@ def pieces_of(token_ids: npt.ArrayLike) -> list[Array]:
 
 
 def decode(lm: SlotModel, pieces: Sequence[Array], slots: Array, cache: KVCache) -> Array:
-    """The logits (m, vocab) after the next tokens of each sequence, which are stored in the cache.
+    """Store the next tokens of each sequence in the cache, and return the logits (m, vocab) that follow.
 
-    The cache's lengths do not change. Call this function in `with inference()`.
+    The cache's `lengths` do not change. Call this function in `with inference()`.
 
     Args:
         lm: the model for a cache without an owner.
@@ -82,14 +83,14 @@ def decode(lm: SlotModel, pieces: Sequence[Array], slots: Array, cache: KVCache)
 
 def _batches(models: Sequence[SlotModel], counts: Sequence[int]) -> Iterator[list[int]]:
     """The indices of sequences that are computed together. Sequences with the same model are neighbours."""
-    number = {id(model): index for index, model in enumerate(models)}  # one for each model
+    number = {id(model): index for index, model in enumerate(models)}  # a number for each model, to sort by
     order = sorted(range(len(counts)), key=lambda i: (counts[i] > _FEW, number[id(models[i])]))
     some: list[int] = []
     for i in order:
         is_long = counts[i] > _FEW
         rows = sum(counts[j] for j in some) + counts[i]
         alike = some and (counts[some[0]] > _FEW) == is_long
-        # The head has a row for each sequence, so their number is small, too.
+        # The head computes one row for each sequence, so a batch has at most _FEW sequences.
         if some and (not alike or len(some) == _FEW or rows > (_MANY if is_long else _FEW)):
             yield some
             some = []
@@ -98,9 +99,9 @@ def _batches(models: Sequence[SlotModel], counts: Sequence[int]) -> Iterator[lis
 
 
 def _filled(logits: Array, rows: list[int], few: Array) -> Array:
-    """Store some rows in the logits, which are widened if these rows are longer.
+    """Write some rows to the logits, and return the logits.
 
-    Shorter rows end with -inf.
+    If the new rows are longer, the array is made wider. Shorter rows are then filled up with -inf.
     """
     if few.shape[1] > logits.shape[1]:
         wider = np.full((len(logits), few.shape[1]), -np.inf, few.dtype)
@@ -128,7 +129,7 @@ def _check_ids(models: Sequence[SlotModel], pieces: Sequence[Array]) -> None:
 def _decode_together(
     models: Sequence[SlotModel], pieces: Sequence[Array], slots: Array, cache: KVCache
 ) -> Array:
-    """`decode` for sequences that are computed together."""
+    """Compute `decode` for the sequences of one batch."""
     counts = np.array([len(piece) for piece in pieces])
     acts = cache.acts(cache.next_positions(slots, counts))
     if acts.all() and all(model is models[0] for model in models):
@@ -145,7 +146,11 @@ def _decode_together(
 
 
 def _grouped(rows: Iterable[tuple[int, bool]]) -> tuple[RowGroup, ...]:
-    """Join neighbouring rows with the same model whose adapter acts, or does not act, on all of them."""
+    """Group neighbouring rows with equal entries.
+
+    Args:
+        rows: for each row, the number of its model, and whether the model's adapter acts on the row.
+    """
     return tuple(
         RowGroup(model, sum(1 for _ in some), acts) for (model, acts), some in itertools.groupby(rows)
     )
@@ -176,7 +181,7 @@ def _logits(
 
 
 class JointModel:
-    """Several models that share the frozen weights, as one model with a GroupedLayer in each adapted place.
+    """Several models that share the frozen weights, as one model. A GroupedLayer replaces each adapted layer.
 
     Attributes:
         lm: the joint model, which can only compute inside `grouped_rows`.
@@ -190,8 +195,8 @@ class JointModel:
     def __init__(self, models: Sequence[SlotModel], owner: object, most: int) -> None:
         self._models = list(models)
         self._owner, self._most = owner, most
-        self._free = list[int]()  # the numbers of models that are not joined any more
-        self._numbers = {id(model): number for number, model in enumerate(models)}  # the last used one last
+        self._free = list[int]()  # the numbers of removed models, for new models
+        self._numbers = {id(model): number for number, model in enumerate(models)}  # ordered by last use
         adapted = [model.adapter_layers() for model in models]
         places = [dict(model.named_modules()) for model in models]
         self._grouped = {
@@ -202,11 +207,11 @@ class JointModel:
         self._watch_owner()
 
     def number(self, model: SlotModel) -> int:
-        """The number of a model among the joined models."""
+        """The number of a model in this joint model."""
         return self._numbers[id(model)]
 
     def join(self, models: Sequence[SlotModel], in_slots: Sequence[SlotModel]) -> bool:
-        """Join models that are not joined yet. The new models do not replace models that a slot uses.
+        """Add models that are not in this joint model yet. New models do not replace models that a slot uses.
 
         Return False if this is not possible, because a model adapts a layer that no other model adapts, or
         because the owner has changed, for example by merging.
@@ -232,7 +237,10 @@ class JointModel:
         return True
 
     def keep(self, models: Collection[SlotModel]) -> bool:
-        """Remove all models except these and the owner. Return False if none is left."""
+        """Remove all models except these and the owner.
+
+        If no model would be left, remove nothing and return False.
+        """
         needed = {id(self._owner), *map(id, models)}
         unused = [one for one in self._numbers if one not in needed]
         if len(unused) in (0, len(self._numbers)):
@@ -247,7 +255,10 @@ class JointModel:
         return True
 
     def _free_number(self, in_slots: Sequence[SlotModel]) -> int:
-        """A free number, the next number, or that of the least recently used model that no slot uses."""
+        """A number for a new model.
+
+        The number is free, or the next one, or that of the least recently used model that no slot uses.
+        """
         if self._free:
             return self._free.pop()
         needed = {id(model) for model in in_slots}
@@ -269,9 +280,9 @@ class JointModel:
 
 
 def forget(cache: KVCache, named: Iterable[SlotModel]) -> None:
-    """Remove from the cache the models that no slot uses, except those with a named adapter.
+    """Remove the models that no slot uses from the cache's joint model, except models with a named adapter.
 
-    The adapters of these models were deleted, so the models are not needed again.
+    The adapters of the removed models were deleted, so these models are not needed again.
     """
     if isinstance(cache.joint, JointModel):
         in_slots = (cache.adapters.model(slot) for slot in range(cache.slots))

@@ -1,4 +1,4 @@
-"""The tokens and modules that `add_lora` trains beside the LoRA factors."""
+"""Reads the options of `add_lora` that choose tokens and modules to train besides the LoRA factors."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ class NewTokens:
 
 
 def new_tokens(lm: _Model, op: str, texts: str | Sequence[str]) -> NewTokens:
-    """Give ids to new tokens: those that follow the last token of the model's tokenizer.
+    """Give new tokens the ids that follow the last token of the model's tokenizer.
 
     Raises:
         ValueError, TypeError: as in `text_list`.
@@ -175,7 +175,7 @@ def wanted(
         new: the tokens that are added to the model.
     Raises:
         ValueError: as in `token_ids` and `module_names`; or a layer is chosen twice, or has an adapter; or a
-            token is to be trained, and also added.
+            token is both in `tokens` and in `new`.
     """
     assert isinstance(lm, Module)
     listed, names = token_list(op, tokens) if tokens else (), module_names(op, modules) if modules else ()

@@ -1,4 +1,4 @@
-"""WordIds: the token ids of sentences, and the token of each word that carries its tag."""
+"""WordIds: the token ids of sentences, and the token of each word that carries the word's tag."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from nplora.formats.errors import counted
 
 Array = npt.NDArray[Any]
 
-NO_TAG = -100  # the target of a token without a tag, which `CrossEntropy` leaves out
+NO_TAG = -100  # the target of a token without a tag; `CrossEntropy` ignores such tokens
 
 
 @dataclass(frozen=True)
 class WordIds:
     """The token ids of sentences that are given as words.
 
-    Only the first token of a word carries its tag. A word without a token has no tag: the sentence was cut
-    before it, or the tokenizer drops its characters.
+    Only the first token of a word carries the word's tag. A word has no token, and no tag, if the sentence
+    was cut before the word, or if the tokenizer drops the word's characters.
 
     Attributes:
         ids: the token ids of each sentence, with the special tokens.
-        first: for each sentence, int64 (words,): the place of the first token of each word, or -1.
+        first: for each sentence, int64 (words,): the index of each word's first token; -1: no token.
         cut: the number of sentences that were too long, and were cut.
     """
 
@@ -40,13 +40,13 @@ class WordIds:
         return sum(int((own < 0).sum()) for own in self.first)
 
     def rows(self) -> Array:
-        """The place of the first token of each word among the tokens of all sentences."""
+        """The index of each word's first token among the tokens of all sentences, if the word has a token."""
         starts = np.cumsum([0, *map(len, self.ids)])
         found = [start + own[own >= 0] for start, own in zip(starts, self.first, strict=False)]
         return np.concatenate([np.empty(0, np.int64), *found])
 
     def token_targets(self, tags: Iterable[npt.ArrayLike]) -> list[Array]:
-        """The targets of the tokens of each sentence, int64 (tokens,), given those of its words.
+        """The targets of the tokens of each sentence, int64 (tokens,), given the targets of the words.
 
             >>> import nplora
             >>> words = nplora.load_encoder("encoder-model").word_ids([["a", "cat"], ["sitting"]], 8)
@@ -56,7 +56,7 @@ class WordIds:
         Args:
             tags: for each sentence, the target of each of its words, integers (words,).
         Returns:
-            for each sentence, the targets of its words at their first tokens, and -100 elsewhere.
+            for each sentence, the target of each word at the word's first token, and -100 elsewhere.
         Raises:
             ValueError: the number of sentences or of words is wrong. TypeError: the tags are not integers.
         """
@@ -94,6 +94,6 @@ class WordIds:
         return made
 
     def per_word(self, values: Sequence[Any]) -> list[list[Any]]:
-        """Divide the values of `rows` among the sentences. A word without a token gets None."""
+        """Divide values, one for each entry of `rows`, among the sentences. None: a word without a token."""
         given = iter(values)
         return [[next(given) if place >= 0 else None for place in own.tolist()] for own in self.first]

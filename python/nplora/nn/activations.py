@@ -32,7 +32,7 @@ class Activation(Module):
     float64.
     """
 
-    _keeps_output = False  # whether f' is computed from y, which the next layer keeps as its input
+    _keeps_output = False  # whether f' is computed from y, which the next layer keeps in memory anyway
 
     def forward(self, x: npt.ArrayLike) -> tuple[Array, ActivationSaved]:
         """Return y with the shape of x, and the values that `backward` needs.

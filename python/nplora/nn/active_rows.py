@@ -15,13 +15,13 @@ _active: ContextVar[Array | None] = ContextVar("nplora_active_rows", default=Non
 
 
 def active_rows() -> Array | None:
-    """The numbers of the rows on which adapters act in the current pass, or None for all rows."""
+    """The indices of the rows on which adapters act in the current pass, or None for all rows."""
     return _active.get()
 
 
 @contextlib.contextmanager
 def only_active(rows: Array | None) -> Iterator[None]:
-    """Inside `with only_active(rows):` LoRA layers add their update to these rows only. None: to all rows."""
+    """Inside `with only_active(rows):` LoRA layers add their update only to these rows. None: to all rows."""
     token = _active.set(rows)
     try:
         yield

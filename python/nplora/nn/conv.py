@@ -1,4 +1,4 @@
-"""Conv2d: a convolution of images, frozen or trained. LoRAConv2d: a frozen one with a low-rank update."""
+"""Conv2d: a frozen or trained convolution. LoRAConv2d: a frozen convolution with a low-rank update."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from nplora.weights import FrozenWeight
 
 Array = npt.NDArray[Any]
 
-_MOST_VALUES = 1 << 22  # values in the rows of windows that exist at the same time: 16 MB in float32
+_MOST_VALUES = 1 << 22  # the maximum number of windows' values in memory at once: 16 MB in float32
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -27,7 +27,7 @@ class ConvSaved(Saved):
 
     Attributes:
         shape: the shape of x.
-        items: the values that the products of each group of images have kept, without the rows of windows.
+        items: for each group of images, the values that the product has kept, without the rows of windows.
             `backward` computes these rows again from the images.
         x: the images (n, c_in, height, width), or None if the pass kept nothing.
     """
@@ -168,7 +168,7 @@ class LoRAConv2d(_Convolution, LoRALinear):
         W, stride, padding, dilation, kernel_size: as in Conv2d.
         rank, alpha, bias, dtype, compute, init, use_rslora, use_dora, freeze_B, rng: as in LoRALinear.
         dropout: the probability that a value of a window is dropped on the low-rank path, in training only.
-            (PEFT drops a value of x from all of its windows.)
+            (PEFT drops a value of x from all windows that contain the value.)
     Attributes:
         kernel: the shape (c_in, height, width) of the windows.
     Raises:
@@ -245,7 +245,7 @@ class LoRAConv2d(_Convolution, LoRALinear):
 
     @classmethod
     def over(cls, layer: Conv2d | LoRAConv2d, rank: int, alpha: float, **options: Any) -> LoRAConv2d:
-        """Make a layer over the frozen kernel, the bias and the geometry of another layer.
+        """Make a layer with the frozen kernel, the bias and the geometry of another layer.
 
             >>> import nplora, numpy as np
             >>> conv = nplora.Conv2d(np.ones((8, 3, 3, 3)), padding=1)
@@ -314,7 +314,10 @@ def _matrix(
 
 
 def _groups(windows: Windows, shape: tuple[int, ...]) -> Iterator[slice]:
-    """Yield groups of images whose windows fit the limit, or single images. Groups depend only on shapes."""
+    """Yield groups of images. A group has at most _MOST_VALUES values of windows, or is a single image.
+
+    The groups depend only on shapes.
+    """
     vertical, horizontal = windows.counts(*shape[2:])
     images = max(1, _MOST_VALUES // (vertical * horizontal * windows.width or 1))
     for start in range(0, shape[0], images):

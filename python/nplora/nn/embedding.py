@@ -1,4 +1,4 @@
-"""Embedding: a lookup table, frozen or trained as a whole. LoRAEmbedding: a frozen table with an update."""
+"""Embedding: a frozen or trained lookup table. LoRAEmbedding: a frozen table with a low-rank update."""
 
 from __future__ import annotations
 
@@ -264,7 +264,7 @@ def token_ids(op: str, ids: npt.ArrayLike, vocab: int) -> tuple[Array, tuple[int
 
 
 def add_rows(out: Array, ids: Array, rows: Array) -> None:
-    """Add `rows` to out[ids]. If an id repeats, its rows are summed first, in order."""
+    """Add `rows` to out[ids]. If an id occurs several times, its rows are first summed, in order."""
     if not ids.size:
         return
     order = np.argsort(ids, kind="stable")

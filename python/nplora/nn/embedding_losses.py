@@ -1,8 +1,8 @@
 """Losses of embeddings: rankings with in-batch negatives, triplets, cosine similarities, Matryoshka.
 
 An embedding loss is a callable (columns, targets) -> (loss, gradients). `columns` are arrays (n, d) of
-embeddings, such as the anchors and their positives, and each has a gradient. Losses of float64 embeddings are
-computed in float64, all others in float32.
+embeddings, such as the anchors and their positives. `gradients` has a gradient for each column. Losses of
+float64 embeddings are computed in float64, all other losses in float32.
 
     >>> import numpy as np
     >>> from nplora.nn.embedding_losses import RankingLoss
@@ -34,7 +34,7 @@ class EmbeddingFunction(Protocol):
 
     Attributes:
         columns: the names of the columns. At least the first two columns are needed.
-        needs_scores: whether the targets are a number for each row.
+        needs_scores: whether the loss needs targets that are a number for each row.
     """
 
     @property
@@ -81,8 +81,8 @@ class RankingLoss:
 
         Args:
             columns: anchors (n, d), positives (n, d), and perhaps negatives (m, d), with any m.
-            targets: bool (n, n + m), the candidates that are left out for an anchor, because they are also
-                right. The positive of an anchor is never left out for this anchor.
+            targets: bool (n, n + m), true if a candidate is left out for an anchor, because the candidate is
+                also right. The positive of an anchor is never left out for this anchor.
         Raises:
             ValueError: the shapes do not fit each other.
         """
@@ -129,7 +129,7 @@ class TripletLoss:
         _check.choice("TripletLoss", "distance", self.distance, DISTANCES)
 
     def __call__(self, columns: Sequence[Array], targets: Array | None = None) -> tuple[float, list[Array]]:
-        """The mean loss over the triplets, and the gradients of the columns, which all are (n, d).
+        """The mean loss over the triplets, and the gradients of the three columns (n, d).
 
         Raises:
             ValueError: the shapes do not fit each other.
@@ -174,7 +174,7 @@ class CosineLoss:
 
 @dataclasses.dataclass(frozen=True)
 class CoSENTLoss:
-    """log(1 + Σ exp(scale · (cosine of pair i - cosine of pair j))) over all i, j with a lower score of i.
+    """log(1 + Σ exp(scale · (cosine of pair i - cosine of pair j))) over all i, j with score i < score j.
 
     Only the order of the scores matters (Su 2022, "CoSENT").
 
@@ -236,7 +236,7 @@ class MatryoshkaLoss:
         2.0
 
     Args:
-        loss: the loss of embeddings of each width.
+        loss: the loss that is computed at each width.
         dims: the widths.
         weights: the weight of each width; None: all 1.
     Raises:
@@ -272,7 +272,7 @@ class MatryoshkaLoss:
         """The weighted sum of the losses, and the gradients of the columns.
 
         Raises:
-            ValueError: a width is above that of the embeddings; or as in the loss.
+            ValueError: a width is above the width of the embeddings; or as in the loss.
         """
         given = _columns("MatryoshkaLoss", columns, 1, len(columns), equal=1)
         width, total, gradients = given[0].shape[1], 0.0, [np.zeros_like(x) for x in given]
@@ -356,7 +356,7 @@ def _ranked(
 
 
 def _distance(name: str, x: Array, y: Array) -> tuple[Array, Array, Array]:
-    """The distance of each row of x to that of y (n,), and its gradients with respect to x and y."""
+    """The distance (n,) of row i of x and row i of y, and its gradients with respect to x and y."""
     if name == "cosine":
         cosines, dx, dy = _cosine(x, y)
         return 1 - cosines, -dx, -dy
@@ -370,7 +370,7 @@ def _distance(name: str, x: Array, y: Array) -> tuple[Array, Array, Array]:
 
 
 def _cosine(x: Array, y: Array) -> tuple[Array, Array, Array]:
-    """The cosine of each row of x and that of y (n,), and its gradients with respect to x and y."""
+    """The cosine (n,) of row i of x and row i of y, and its gradients with respect to x and y."""
     (u, lengths_x), (v, lengths_y) = _normalized(x), _normalized(y)
     cosines = (u * v).sum(axis=1)
     return cosines, _normalized_backward(v, u, lengths_x), _normalized_backward(u, v, lengths_y)
@@ -385,7 +385,7 @@ def _normalized(x: Array) -> tuple[Array, Array]:
 
 
 def _normalized_backward(du: Array, u: Array, lengths: Array) -> Array:
-    """The gradient of x, given that of u = x / |x|: dx = (du - u (u · du)) / |x|."""
+    """The gradient of x, given the gradient du of u = x / |x|: dx = (du - u (u · du)) / |x|."""
     return np.asarray((du - u * (u * du).sum(axis=1, keepdims=True)) / lengths)
 
 

@@ -42,5 +42,5 @@ def without_int8() -> Iterator[None]:
 
 
 def in_int8(*layers: Int8Layer) -> bool:
-    """Whether the products of these layers may be in int8. The layers are computed together."""
+    """Whether a training pass may compute products of these layers in int8. False in inference."""
     return _allowed.get() and not inferring() and all(layer.int8 for layer in layers)

@@ -46,7 +46,7 @@ class Linear(Prepared, Module):
         compute: the arithmetic of products with a frozen weight: "float32", "bfloat16" or "int8", as in
             FrozenWeight.
         trainable: whether W and `bias` themselves are trained, as the parameters "weight" and "bias".
-            Products with a trainable weight are computed in its dtype.
+            Products with a trainable weight are computed in the weight's dtype.
     Attributes:
         weight: a FrozenWeight, or, if `trainable`, the array (d_out, d_in) that optimisers update in place.
         dweight, dbias: the gradients of `weight` and `bias`, or None if these are not trained.
@@ -220,7 +220,7 @@ def no_factors(d_out: int, d_in: int, dtype: np.dtype[Any]) -> tuple[Array, Arra
 
 
 def core_weight(weight: FrozenWeight | Array) -> _core.Weight:
-    """Return a weight in the form that products of the C++ core take."""
+    """Return a weight in the form that the C++ core needs for products."""
     return weight.packed if isinstance(weight, FrozenWeight) else weight
 
 

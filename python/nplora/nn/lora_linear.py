@@ -31,7 +31,7 @@ class LoRALinearSaved(Saved):
     """
 
     lead: tuple[int, ...]  # the axes of x before the last
-    alone: bool = False  # the pass used W or the merged weight, and added no update
+    alone: bool = False  # the pass used only W, or only the merged weight, and added no update
     merged: bool = False
     dropout: float = 0.0
     key: int = 0  # the key of the dropout mask, from which `backward` draws the same mask again
@@ -270,7 +270,7 @@ class LoRALinear(LoRALayer):
                 dx[saved.active] += more
 
     def _inference_state(self) -> tuple[Hashable, ...]:
-        own = vars(self)  # decoding calls this for each token, and LiveArray would take most of the time
+        own = vars(self)  # faster than access through LiveArray, because decoding calls this for each token
         strength = own["_alpha"], own["_use_rslora"], self.adapter_enabled
         return own["_weight"], own["_merged"], strength, id(own["A"])
 
@@ -383,9 +383,9 @@ class LoRALinear(LoRALayer):
 
         The layer chooses a method by counting floating-point operations, never by timing. The same call
         therefore gives the same bits on every machine with the same instruction set. The text describes the
-        present state of the layer. This text shows no update while the adapter is merged or disabled, and no
-        line for `backward` while that method would raise an error. The costs of DoRA and of the gradients are
-        the same for every method, so they are not shown.
+        present state of the layer. While the adapter is merged or disabled, the text shows no update. While
+        `backward` would raise an error, the text has no line for `backward`. The costs of DoRA and of the
+        gradients are the same for every method, so these costs are not shown.
 
             >>> import nplora, numpy as np
             >>> layer = nplora.LoRALinear(np.eye(64), rank=4)

@@ -1,8 +1,9 @@
-"""Loss functions (prediction, target) -> (loss, dprediction). Each is a mean over elements or labelled rows.
+"""Loss functions (prediction, target) -> (loss, dprediction).
 
 A loss function is any callable of that form, where dprediction is the gradient of the loss with respect to
-the prediction. A built-in loss also has a method `count(prediction, target)`, the number of elements or rows
-in its mean. With this number, batches of different sizes can be weighted exactly.
+the prediction. The built-in losses are means over elements or over labelled rows. They also have a method
+`count(prediction, target)`, the number of elements or rows in the mean. With this number, batches of
+different sizes can be weighted exactly.
 
     >>> import nplora
     >>> loss, gradient = nplora.losses.mse([1.0, 2.0], [1.0, 4.0])
@@ -157,7 +158,7 @@ class BinaryCrossEntropy(_Elementwise):
 
 @dataclasses.dataclass(frozen=True)
 class CrossEntropy:
-    """The mean over labelled rows of log Σ exp(logits) - logits[label].
+    """The mean of log Σ exp(logits) - logits[label] over all labelled rows.
 
         >>> import nplora
         >>> logits, labels = [[0.0, 0.0], [9.0, 0.0]], [1, -100]
@@ -166,8 +167,8 @@ class CrossEntropy:
 
     Args:
         ignore_index: the label of rows that are left out of the mean.
-        class_weights: a number of at least 0 for each class, by which the loss of its rows is multiplied. The
-            mean still divides by the number of labelled rows.
+        class_weights: a number of at least 0 for each class. The loss of a row is multiplied by the number
+            for the row's label. The mean still divides by the number of labelled rows.
     Raises:
         ValueError: a class weight is negative or not finite.
     """
@@ -181,7 +182,7 @@ class CrossEntropy:
             checked = (_check.at_least(self.name, "a class weight", w, 0) for w in self.class_weights)
             object.__setattr__(self, "class_weights", tuple(checked))
 
-    def __repr__(self) -> str:  # checkpoints hold it, also those of versions without class weights
+    def __repr__(self) -> str:  # checkpoints store this text; older versions had no class weights
         weights = "" if self.class_weights is None else f", class_weights={self.class_weights}"
         return f"CrossEntropy(ignore_index={self.ignore_index}{weights})"
 

@@ -69,7 +69,8 @@ class LoRALayer(Prepared, AdapterLayer):
         dA, dB, dm: the gradients of A, B and m, which `backward` adds to. dB is None if B is frozen; dm is
             None without DoRA.
         rank, use_rslora, use_dora, freeze_B: the arguments of the constructor; read-only.
-        alpha: can be set, which also changes `scale`. With init "pissa" or "olora", alpha is read-only.
+        alpha: the strength of the update. Setting alpha also changes `scale`. With init "pissa" or "olora",
+            alpha is read-only.
         scale: alpha / rank, or alpha / sqrt(rank) with rsLoRA; read-only.
         dropout: the dropout probability, which can be set in LoRALinear and is 0 in LoRAEmbedding.
         row_order: an array of row numbers, if W and adapter files order their rows differently. Row i of W is
@@ -88,7 +89,7 @@ class LoRALayer(Prepared, AdapterLayer):
 
     _dropout = 0.0
     row_order: Array | None = None
-    invocation_tokens: tuple[int, ...] | None = None  # activated LoRA: the tokens from which on it acts
+    invocation_tokens: tuple[int, ...] | None = None  # an activated LoRA acts from these tokens on
 
     def __init__(
         self,
@@ -182,11 +183,11 @@ class LoRALayer(Prepared, AdapterLayer):
         }
 
     def prepare_adopt(self, delta: LoraDelta) -> Commit:
-        """Prepare to copy into this layer an update whose rows are in the order of an adapter file.
+        """Prepare to copy an update into this layer. The update's rows are in the order of an adapter file.
 
-        The returned function makes the change; it allocates no arrays and cannot fail. The update must have
-        magnitudes m if the layer has them, and none otherwise. If the ranks of the update and the layer
-        differ, the layer gets new arrays for A and B.
+        The returned function copies the update; it allocates no arrays and cannot fail. The update must have
+        magnitudes m if the layer has magnitudes, and must not have them if the layer has none. If the ranks
+        of the update and the layer differ, the layer gets new arrays for A and B.
         """
         self.require_unmerged("prepare_adopt")
         self._require_whole_weight("load_adapter")
@@ -313,7 +314,7 @@ class LoRALayer(Prepared, AdapterLayer):
         return self._merged or self.weight.like(self._finite_still(self.merged_weight()))
 
     def _finite_still(self, merged: Array) -> Array:
-        """Return `merged`. Raise ValueError if finite values become infinite in the sum or the storage."""
+        """Return `merged`. Raise ValueError if the sum or the storage format made finite values infinite."""
         storage = self.weight.float_dtype
         lost = become_infinite(merged, storage).size
         if not lost and not np.isfinite(merged).all() and self._finite_factors():

@@ -23,7 +23,7 @@ if TYPE_CHECKING:  # `import nplora` loads no formats
 
 Array = npt.NDArray[Any]
 Commit = Callable[[], None]
-SharedWeights: TypeAlias = dict[int, FrozenWeight]  # by the id of the rows that belong to the layers
+SharedWeights: TypeAlias = dict[int, FrozenWeight]  # merged weights, by the id of their `TrainedRows`
 
 _MOST_SHOWN = 12  # the most modules that a `repr` lists
 
@@ -48,8 +48,8 @@ def inference() -> Iterator[None]:
         _inferring.reset(token)
 
 
-# The disabled adapters: for each `disable_adapter` block that this code runs in, a dict of layers by id. The
-# dict also holds the layers, because the id of a deleted layer could be reused.
+# The disabled adapters: for each `disable_adapter` block around the current code, a dict of layers by id. The
+# dict holds the layers themselves, so that no id is reused for another object.
 _disabled: ContextVar[tuple[dict[int, AdapterLayer], ...]] = ContextVar("nplora_disabled", default=())
 
 
@@ -67,7 +67,7 @@ def pair(module: Module, result: Any) -> tuple[Array, Any]:
 
 
 def name_error(error: ValueError, container: Module, culprit: Module | None = None) -> None:
-    """Put "layer " and the dotted name of the module that failed before the error's message.
+    """Make the error's message begin with "layer " and the dotted name of the module that failed.
 
     The innermost container passes `culprit`, the module that failed. Each enclosing container then replaces
     the name in the message by the module's dotted name in that container.
@@ -174,11 +174,11 @@ class Module:
 
     task_type: str | None = None  # PEFT's name for the model's task, which is written into saved adapters
 
-    # PEFT's names for the fully trained layers, and the outputs of a classifier, for saved adapters.
+    # For saved adapters: PEFT's names for the fully trained layers, and a classifier's task and labels.
     saved_names: tuple[str, ...] = ()
     label_record: LabelRecord | None = None
 
-    # The layers whose rows can be trained (`TrainedRowsLayer`), and whether the head shares the embedding's.
+    # The layers whose rows can be trained (`TrainedRowsLayer`), and whether head and embedding share rows.
     trained_row_layers: tuple[str, ...] = ()
     ties_head: bool = False
 
@@ -196,7 +196,7 @@ class Module:
         return ""
 
     def new_tokens(self, tokens: Sequence[AddedToken]) -> tuple[AddedToken, ...]:
-        """Return the tokens of an adapter that the model itself lacks."""
+        """Return those tokens of an adapter that the model itself does not have."""
         return tuple(tokens)
 
     def tokenizer_files(self) -> Mapping[str, bytes]:
@@ -284,7 +284,7 @@ class Module:
         >>> [(name, type(child).__name__) for name, child in model.named_children()]
         [('0', 'Linear'), ('1', 'Tanh')]
         """
-        for name, value in list(vars(self).items()):  # another thread may prepare this layer meanwhile
+        for name, value in list(vars(self).items()):  # a copy: another thread may set `_prepared` meanwhile
             if isinstance(value, _HOLDERS):
                 yield from _modules_in(value, name)
 
@@ -418,9 +418,9 @@ class Module:
             (True, True)
 
         Args:
-            dtype: the storage format of the merged weights, rounded from a float32 sum: a format of
-                `FrozenWeight`, or "same" for the format of the frozen weight. None means float32 for a
-                quantised weight, whose coarse steps may lose the update, and otherwise "same".
+            dtype: the storage format to which the merged weights are rounded: a format of `FrozenWeight`, or
+                "same" for the format of the frozen weight. None means float32 for a quantised weight, because
+                its coarse steps may lose the update. For any other weight, None means "same".
         Returns:
             one report for each layer about how much of the update the storage format kept, or an empty list
                 if `dtype` is None.
@@ -505,10 +505,10 @@ class Module:
             _disabled.set(tuple(held for held in _disabled.get() if held is not layers))
 
     def seed(self, seed: int) -> None:
-        """Draw the initial factors of every adapter layer again, and restart its dropout stream.
+        """Draw the initial factors of all adapter layers again, and restart the dropout streams.
 
-        Each layer draws from its own random stream, which depends on the seed and the layer's dotted name
-        only. So two layers of the same shape start differently, and a layer starts with the same factors
+        Each layer draws from its own random stream, which depends only on the seed and the layer's dotted
+        name. So two layers of the same shape start differently, and a layer starts with the same factors
         regardless of the other layers in the model.
 
             >>> import nplora, numpy as np
@@ -609,7 +609,7 @@ class AdapterLayer(Module):
 
         Setting `adapter_enabled` to False disables the adapter in every thread.
         """
-        blocks = _disabled.get()  # usually empty; decoding gets it for each layer and token
+        blocks = _disabled.get()  # usually empty; decoding reads it for each layer and token
         return self._enabled and not (blocks and any(id(self) in layers for layers in blocks))
 
     @adapter_enabled.setter
@@ -635,21 +635,22 @@ class AdapterLayer(Module):
         self.require_unmerged(what)
 
     def prepare_merge(self, name: str, dtype: str | None) -> tuple[Commit, MergeReport | None]:
-        """Build the merged weight. The returned function, which cannot fail, makes the layer use it.
+        """Build the merged weight. The returned function makes the layer use this weight, and cannot fail.
 
         If `dtype` is given, also return a report, in which the layer is called `name`.
         """
         raise NotImplementedError
 
     def prepare_unmerge(self) -> Commit:
-        """Check that the layer is merged. The returned function, which cannot fail, undoes the merge."""
+        """Check that the layer is merged. The returned function undoes the merge, and cannot fail."""
         raise NotImplementedError
 
     def unloaded(self, shared: SharedWeights) -> Module:
         """Return a plain frozen layer with the merged weight.
 
         Args:
-            shared: the merged weights of one `merge_and_unload` that several layers use.
+            shared: the merged weights that several layers of one `merge_and_unload` share. The method may
+                add weights.
         """
         raise NotImplementedError
 

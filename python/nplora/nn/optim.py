@@ -77,7 +77,7 @@ class Optimizer:
         for parameter in parameters:
             self._check_parameter(parameter)
         values = {p.name: p.value for p in parameters}
-        self._state = None  # releases its memory, which _zeros uses again
+        self._state = None  # releases the old arrays, so that _zeros can reuse their memory
         self._keep(_zeros(dict.fromkeys(self._moments, values)), tuple(values))
         self.steps = 0
 
@@ -126,7 +126,7 @@ class Optimizer:
         try:
             norm = self._update(parameters, rate, grad_scale, max_norm)
         except (TypeError, ValueError):
-            self._check_state(parameters)  # raises an error with a better message if it finds the fault
+            self._check_state(parameters)  # raises an error with a better message if it finds the cause
             raise
         if norm is None or math.isfinite(norm):
             self.steps += 1
@@ -135,7 +135,7 @@ class Optimizer:
     def _update(
         self, parameters: tuple[Parameter, ...], lr: float, grad_scale: float, max_norm: float | None
     ) -> float | None:
-        """Make a step in one call of the C++ core, which checks all arrays before it writes to any."""
+        """Make a step in one call of the C++ core. The core checks all arrays before it changes any array."""
         raise NotImplementedError
 
     def _keep(self, state: Mapping[str, Mapping[str, Array]], names: tuple[str, ...]) -> None:
@@ -153,7 +153,7 @@ class Optimizer:
     def state_dict(self, copy: bool = True) -> dict[str, Array]:
         """Return the state: "steps", and every array as "<moment>.<parameter name>".
 
-        With copy=False, the arrays are the optimiser's own, which the next step changes.
+        With copy=False, the result has the optimiser's own arrays, which the next step changes.
 
         >>> import nplora, numpy as np
         >>> layer, optimizer = nplora.LoRALinear(np.eye(4), rank=1), nplora.AdamW()
@@ -171,9 +171,9 @@ class Optimizer:
     def load_state_dict(self, state: Mapping[str, Array]) -> None:
         """Continue from a result of `state_dict`, whose docstring has an example.
 
-        If the optimiser has its parameters already (after `init` or a step), the state must fit them, and is
-        copied into the optimiser's arrays. In a new optimiser, the first step checks whether the state fits.
-        If the arrays are the optimiser's own, from `state_dict(copy=False)`, each must keep its name.
+        After `init` or a step, the state must fit the parameters of the optimiser, and is copied into the
+        optimiser's arrays. In a new optimiser, the first step checks whether the state fits. If `state` has
+        the optimiser's own arrays, from `state_dict(copy=False)`, each array must keep its name.
 
         Raises:
             ValueError: an array is missing, unknown, or has another shape or dtype. The message lists all
@@ -413,9 +413,9 @@ def global_norm(parameters: Iterable[Parameter]) -> float:
 def schedule(name: str, step: int, total: int, warmup: int = 0) -> float:
     """Return the factor that multiplies the base learning rate at a step.
 
-    During the warm-up the factor rises in equal steps to 1, which it reaches at step `warmup`. After the
-    warm-up, the factor stays 1 ("constant"), or falls to 0 at step `total`, along a line ("linear") or half a
-    cosine wave ("cosine").
+    During the warm-up, the factor rises in equal steps, and it is 1 at step `warmup`. After the warm-up, the
+    factor stays 1 ("constant"), or falls to 0 at step `total`, along a line ("linear") or half a cosine wave
+    ("cosine").
 
         >>> import nplora
         >>> [nplora.optim.schedule("linear", step, total=5, warmup=1) for step in range(5)]

@@ -17,7 +17,7 @@ Array = npt.NDArray[Any]
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class PoolSaved(Saved):
-    """The shape of x, and the number of the largest value in each window."""
+    """The shape of x, and the index of the largest value in each window."""
 
     shape: tuple[int, ...]
     largest: Array | None = None
@@ -72,7 +72,7 @@ class MaxPool2d(Module):
         return y, PoolSaved(images.shape, largest, layer=self)
 
     def backward(self, dy: npt.ArrayLike, saved: PoolSaved, need_dx: bool = True) -> Gradient:
-        """Return dx, which has each dy at the position of the largest value; or None without `need_dx`.
+        """Return dx, in which each dy is added at its window's largest value; or None without `need_dx`.
 
             >>> import nplora, numpy as np
             >>> pool = nplora.MaxPool2d(2)

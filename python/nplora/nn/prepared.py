@@ -22,7 +22,7 @@ class Prepared:
         if kept is not None and kept[0] == state:
             return kept[1]
         made = self._inference_layer()
-        if self._inference_state() == state:  # otherwise another thread changed the layer meanwhile
+        if self._inference_state() == state:  # if not, another thread changed the layer meanwhile
             self._prepared = state, made
         return made
 
@@ -46,6 +46,6 @@ class Prepared:
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the state for copies and pickles. The kept argument is left out: a copy builds its own."""
-        state = vars(self).copy()  # another thread may prepare this layer meanwhile
+        state = vars(self).copy()  # another thread may set `_prepared` meanwhile
         state.pop("_prepared", None)
         return state

@@ -24,7 +24,7 @@ Array = npt.NDArray[Any]
 
 PRINCIPAL_INITS = ("pissa", "olora")
 
-_OVERSAMPLING = 16  # directions beyond the rank, which make the others converge faster
+_OVERSAMPLING = 16  # additional directions, which make the first `rank` directions converge faster
 _MOST_ITERATIONS = 60
 _SETTLED = 1e-7  # a smaller relative change ends the search; about float32's rounding
 
@@ -38,7 +38,7 @@ def principal_factors(init: str, weight: FrozenWeight, rank: int, scale: float) 
         ValueError: the weight holds NaN or an infinity, or values whose products overflow.
     """
     factors = None
-    with contextlib.suppress(np.linalg.LinAlgError):  # the SVD raises it for NaN
+    with contextlib.suppress(np.linalg.LinAlgError):  # the SVD raises this error for NaN
         factors = _olora(weight, rank) if init == "olora" else _pissa(weight, rank, scale)
     if factors is None or not all(np.isfinite(factor).all() for factor in factors):
         raise ValueError(

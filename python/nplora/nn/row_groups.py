@@ -40,7 +40,7 @@ class RowGroup(NamedTuple):
 
 PartOf: TypeAlias = Callable[[Module, RowGroup], _core.InferenceLayer | None]
 
-_KEPT = 16  # stacks whose arguments are kept, of the groups that decoding last computed
+_KEPT = 16  # the maximum number of stacks whose arguments are kept for the next tokens
 
 _groups: ContextVar[tuple[RowGroup, ...] | None] = ContextVar("nplora_row_groups", default=None)
 
@@ -52,7 +52,7 @@ def row_groups() -> tuple[RowGroup, ...] | None:
 
 @contextlib.contextmanager
 def grouped_rows(groups: tuple[RowGroup, ...] | None) -> Iterator[None]:
-    """Inside `with grouped_rows(groups):` a GroupedLayer computes each group of rows by its model's layer."""
+    """Inside `with grouped_rows(groups):` a GroupedLayer computes each group with the layer of its model."""
     token = _groups.set(groups)
     try:
         yield
@@ -74,9 +74,9 @@ def slices(groups: Sequence[RowGroup]) -> list[slice]:
 
 
 class GroupedLayer(Module):
-    """The layers at one place of several models. Each group of rows is computed by its model's layer.
+    """The layers at one place of several models. Each group of rows is computed by the layer of its model.
 
-    The layers must not change, except by `put` and for the values in their arrays.
+    Only `put` may replace layers. The values in the arrays of the layers may change.
 
         >>> import nplora, numpy as np
         >>> from nplora.nn.row_groups import GroupedLayer, RowGroup, grouped_rows
@@ -101,7 +101,7 @@ class GroupedLayer(Module):
         """Set the layer of a model, or add the layer of the next model."""
         self._layers = (*self._layers[:model], layer, *self._layers[model + 1 :])
         self._parts = {key: part for key, part in self._parts.items() if key[0] != model}
-        self._stacks.clear()  # its other layers may be new, too
+        self._stacks.clear()  # other layers of these stacks may be new, too
 
     def forward(self, x: npt.ArrayLike) -> tuple[Array, None]:
         """Return the outputs of all rows of x. A shorter output is extended with -inf."""

@@ -77,13 +77,13 @@ def _forward(
 def stack_infer(layers: Sequence[Stackable], x: Array, batch: int | None = None) -> list[Array]:
     """Return the outputs (n, d_out) of `stack_forward`, up to rounding, for inference only.
 
-    Decoding calls this function for each token. A row has the same bits in every batch of up to
-    `_core.constants.small_batch` rows, and the same bits in every larger batch.
+    Decoding calls this function for each token. The bits of a row depend on the batch in only one way: they
+    may differ between batches of up to `_core.constants.small_batch` rows and larger batches.
 
     Args:
         layers: one or more LoRALinear or Linear with the same d_in and arithmetic.
         x: contiguous array (n, d_in) in the layers' dtype; the core refuses other arrays.
-        batch: the number of rows of the whole batch, if x is only a part of it.
+        batch: the number of rows of the whole batch, if x is only a part of the batch.
     """
     batch = len(x) if batch is None else batch
     if (groups := row_groups()) is not None:
@@ -99,7 +99,7 @@ def stack_infer(layers: Sequence[Stackable], x: Array, batch: int | None = None)
 def _infer_groups(
     layers: Sequence[Stackable | GroupedLayer], x: Array, groups: tuple[RowGroup, ...]
 ) -> list[Array]:
-    """Compute each group of rows by its own layers. The core computes all groups together if it can."""
+    """Compute each group of rows with the layers of its model, in one call of the core if possible."""
     first = next((layer for layer in layers if isinstance(layer, GroupedLayer)), None)
     if first is None:  # all groups have the same layers
         with grouped_rows(None):
@@ -142,10 +142,11 @@ def stack_backward(
         layers: the layers of the forward pass.
         dys: the gradients dy (..., d_out) of the layers' outputs, in the order of `layers`.
         need_dx: compute dx.
-        int8: False: weights with compute="int8" compute dx in bfloat16. The head of a model needs this: most
-            elements of a gradient of logits are small, and would become 0 if they were rounded to int8.
-        dither_key: int8 products round dys stochastically, so that the mean keeps small elements. The random
-            bits depend on this key (below 2^64) and on the element. None: round to nearest.
+        int8: with False, weights with compute="int8" compute dx in bfloat16. A model's head needs False or a
+            `dither_key`: most elements of a gradient of logits are small, and would become 0 if they were
+            rounded to the nearest int8 number.
+        dither_key: with a key (below 2^64), int8 products round dys stochastically, so that small elements
+            are kept on average. The random bits depend on the key and on the element. None: round to nearest.
     Raises:
         ValueError: a dy does not have the shape of its y, the numbers of dys and layers differ, or `saved` is
             from a pass of other layers.

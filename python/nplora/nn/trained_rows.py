@@ -1,7 +1,7 @@
 """Layers that train rows of a frozen embedding or head, as PEFT's `trainable_token_indices` does.
 
-All rows can be trained too, as with PEFT's `modules_to_save`. A head that shares the embedding's weight
-shares the trained rows with it.
+All rows can be trained too, as with PEFT's `modules_to_save`. A head that shares the embedding's weight also
+shares the embedding's trained rows.
 """
 
 from __future__ import annotations
@@ -44,8 +44,9 @@ class Merged:
 class TrainedRows:
     """The trained copies of rows of a frozen weight, and rows that the weight lacks.
 
-    Rows of new tokens start with the mean of all rows of the weight. A row of a new token may be one that the
-    weight already has (as padding), or a row beyond its end. The weight itself never gets more rows.
+    Rows of new tokens start with the mean of all rows of the weight. The row of a new token may be a row that
+    the weight already has as padding, or a row beyond the weight's end. The weight itself never gets more
+    rows.
 
         >>> import nplora, numpy as np
         >>> rows = nplora.nn.TrainedRows(nplora.FrozenWeight(np.eye(4)), [3, 1])
@@ -103,7 +104,7 @@ class TrainedRows:
         return values
 
     def beyond(self, weight: FrozenWeight) -> NewRows | None:
-        """The rows beyond the weight's end with the values that they start with; None if there are none."""
+        """The rows beyond the weight's end, with their initial values; None if there are no such rows."""
         stored, dim = weight.shape
         if self.size == stored:
             return None
@@ -114,7 +115,8 @@ class TrainedRows:
     def whole(self, weight: FrozenWeight) -> FrozenWeight:
         """The weight with the trained rows in it.
 
-        The storage format is that of the merge, or else that of `weight`, but float32 for a quantised weight.
+        The result has the storage format that the rows were merged in. If there is no such format, the result
+        has the format of `weight`, or float32 for a quantised weight.
         """
         if self.merged is not None and isinstance(self.merged.rows, FrozenWeight):
             return self.merged.rows
@@ -171,7 +173,7 @@ class _Terms(NamedTuple):
 
     Attributes:
         weight: the weight.
-        rows: rows that replace those of the weight, or follow its last row; None if there are none.
+        rows: rows that replace rows of the weight, or follow the weight's last row; None if there are none.
         alone: whether the adapter is disabled.
         merged: whether the rows are merged.
     """
@@ -193,9 +195,9 @@ class TrainedRowsLayer(AdapterLayer):
 
     Args:
         weight: the frozen weight (vocab, dim), which is shared.
-        rows: its trained rows. The rows are a parameter of this layer, unless `is_tied` is set.
-        is_tied: whether the rows belong to another layer with the same weight. The other layer also merges
-            the rows.
+        rows: the trained rows of the weight. They are a parameter of this layer, unless `is_tied` is set.
+        is_tied: whether the rows belong to another layer with the same weight. Then only the other layer
+            merges the rows.
     """
 
     def __init__(self, weight: FrozenWeight, rows: TrainedRows, is_tied: bool = False) -> None:
@@ -318,7 +320,7 @@ def _nothing() -> None:
 def _rounded(
     name: str, before: FrozenWeight | Array, values: Array, storage: str
 ) -> tuple[FrozenWeight | Array, MergeReport]:
-    """Round trained rows to a storage format: some rows as decoded values, or all of them as a weight."""
+    """Round trained rows to a storage format. Return some rows as decoded values, or all rows as a weight."""
     update = NewRows(None, values, before.shape)
     if isinstance(before, FrozenWeight):
         return merge_weight(name, before, update, storage)
@@ -429,7 +431,7 @@ class TrainedHead(TrainedRowsLayer):
         """Add to the gradients of the trained rows; return dx (..., dim), or None if need_dx is False.
 
         Args:
-            overwrite_dy: dy may be changed. Otherwise a copy of dy is needed if only some rows are trained.
+            overwrite_dy: whether dy may be overwritten. If not, and only some rows are trained, dy is copied.
         Raises:
             ValueError: dy does not have the shape of y, or `saved` is from a pass of another layer.
             TypeError: `saved` is from another kind of layer.

@@ -35,7 +35,7 @@ class Windows:
 
     @classmethod
     def of(cls, op: str, channels: int, size: Any, stride: Any, padding: Any, dilation: Any) -> Windows:
-        """Check a user's arguments. Each of the last four is a number or a pair of numbers.
+        """Check a user's arguments. Each one after `channels` is a number or a pair of numbers.
 
         Raises:
             ValueError: a number is too small. TypeError: an argument is neither a number nor a pair.
@@ -56,7 +56,7 @@ class Windows:
     def counts(self, height: int, width: int) -> tuple[int, int]:
         """Return the numbers of windows in an image, vertical and horizontal.
 
-        The numbers may be 0 or below.
+        If a window is larger than the image, a number may be 0 or negative.
         """
         vertical, horizontal = (
             (length + 2 * padding - dilation * (size - 1) - 1) // stride + 1
@@ -107,7 +107,7 @@ class Windows:
         return out
 
     def images(self, rows: Array, height: int, width: int) -> Array:
-        """Add up the values of all windows at their places in the images: the transpose of `rows`."""
+        """Add each value of each window at its place in the images. This is the transpose of `rows`."""
         vertical, horizontal = self.counts(height, width)
         n = len(rows) // (vertical * horizontal)
         values = rows.reshape(n, vertical, horizontal, self.channels, *self.size)
@@ -129,7 +129,7 @@ class Windows:
         return padded
 
     def describe(self) -> list[str]:
-        """Return the settings that differ from the usual ones, for a `repr`."""
+        """Return the settings that differ from the defaults, for a `repr`."""
         usual = (("stride", self.stride, 1), ("padding", self.padding, 0), ("dilation", self.dilation, 1))
         return [
             f"{name}={value[0] if value[0] == value[1] else value}"

@@ -438,7 +438,7 @@ def test_an_empty_word_is_refused(word: str, model: Path) -> None:
 
 def test_a_classifier_of_texts_has_no_logits_of_words(model: Path) -> None:
     encoder = nplora.load_encoder(model)
-    with pytest.raises(ValueError, match="word_logits: the classifier classifies texts"):
+    with pytest.raises(ValueError, match="word_logits: the classifier is for texts"):
         nplora.new_classifier(encoder, LABELS).word_logits(encoder.word_ids([["a"]], 8))
 
 
@@ -479,7 +479,7 @@ def test_what_a_classifier_of_words_cannot_do_is_said(model: Path) -> None:
     with pytest.raises(TypeError, match="sentences is 'a cat', expected a list of lists"):
         tagger.predict_words("a cat")
     texts = nplora.new_classifier(nplora.load_encoder(model), LABELS)
-    with pytest.raises(ValueError, match="predict_words: the classifier classifies texts"):
+    with pytest.raises(ValueError, match="predict_words: the classifier is for texts"):
         texts.predict_words([["a"]])
     with pytest.raises(
         DataError, match="the label 'B-ZOO' is unknown, expected one of 'B-PET', 'I-PET', 'O'"

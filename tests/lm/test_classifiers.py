@@ -285,7 +285,7 @@ def test_labels_of_tokens_need_an_adapter_for_tokens(model: Path, tmp_path: Path
         return arrays, {**metadata, "labels": json.dumps(record)}
 
     adapter = rewritten(saved(model, tmp_path / "adapter"), for_tokens)
-    with pytest.raises(FormatError, match="the labels are of tokens, but task_type SEQ_CLS is of whole"):
+    with pytest.raises(FormatError, match="the labels are for tokens, but task_type SEQ_CLS is for whole"):
         nplora.load_classifier(model, adapter)
 
 

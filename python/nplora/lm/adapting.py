@@ -189,7 +189,7 @@ def lora_layers(
     seed: int,
     options: dict[str, Any],
 ) -> dict[str, LoRALayer]:
-    """Create LoRA layers over the named layers of a model, with their initial factors.
+    """Create LoRA layers, with initial factors, over the named layers of a model.
 
     Args:
         options: the other options of `adapted`.
@@ -259,7 +259,7 @@ def require_init(name: str, layer: Linear | Embedding, init: str, op: str = "add
 
 
 def row_order(config: ModelConfig, name: str) -> Array | None:
-    """The order of a weight's rows in the file, or None if they have the same order in Hugging Face's files.
+    """The order of a weight's rows in the file; None: the order of Hugging Face's files.
 
     Row i of the weight in the file is row `order[i]` of the weight in Hugging Face's files.
     """

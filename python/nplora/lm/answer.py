@@ -1,4 +1,4 @@
-"""Answer: one prompt and the tokens that are generated after the prompt, their text, and why they end."""
+"""Answer: one prompt, and the tokens that are generated after the prompt, as ids and as text."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Guide(Protocol):
     """
 
     def restrict(self, scores: Array) -> None:
-        """Set the scores (vocab,) of the tokens that may not come next to -inf, in place.
+        """Change `scores` (vocab,) in place: each token that is not allowed gets the score -inf.
 
         At least one score must stay finite. End tokens can be ruled out like all other tokens.
         """
@@ -79,15 +79,14 @@ class Answer:
         return "stop" if self._stop.found or self.count < self.generated else "length"
 
     def own_scores(self, scores: Array) -> Array:
-        """The part of the scores that belongs to tokens of the vocabulary."""
+        """The scores of the tokenizer's tokens, without those of padding rows."""
         return scores[: self._vocab]
 
     def advance(self, scores: Array, capacity: int) -> str:
         """Choose the next token, and return the text that this token completes.
 
         Args:
-            capacity: the maximum number of tokens of prompt and answer together. The answer ends when this
-                number is reached.
+            capacity: the answer ends when prompt and answer together have this number of tokens.
         """
         scores = self.own_scores(scores)
         if self._guide is not None:

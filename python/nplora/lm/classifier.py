@@ -53,8 +53,7 @@ class TextClassifier(Module):
         labels: the names of the outputs.
         task: "single" (each text has one label), "multi" (each text has any number of labels) or "regression"
             (each output is a number).
-        max_length: the largest number of tokens of a text; longer texts are cut. This attribute can be
-            changed.
+        max_length: the largest number of tokens of a text; longer texts are cut. `max_length` can be changed.
     """
 
     def __init__(self, encoder: Encoder, head: ClassifierHead, record: LabelRecord) -> None:
@@ -165,7 +164,7 @@ class TextClassifier(Module):
         return self.logits_of_ids(x)
 
     def logits_of_ids(self, ids: Ids, batch_size: int | None = None) -> Array:
-        """The logits for the token ids of each text, which include the special tokens.
+        """The logits for the token ids of each text. The ids include the special tokens.
 
             >>> import nplora
             >>> classifier = nplora.new_classifier(nplora.load_encoder("encoder-model"), ["a", "b"])
@@ -268,7 +267,7 @@ class TextClassifier(Module):
             UserWarning: sentences were too long, and were cut.
         """
         if not self.classifies_tokens:
-            raise ValueError("predict_words: the classifier classifies texts, expected one of tokens")
+            raise ValueError("predict_words: the classifier is for texts, expected one for tokens")
         words = self.encoder.word_ids(sentences_of("predict_words", "sentences", sentences), self.max_length)
         if words.cut:
             what = counted(words.cut, "sentence")
@@ -293,7 +292,7 @@ class TextClassifier(Module):
             ValueError: the classifier classifies texts.
         """
         if not self.classifies_tokens:
-            raise ValueError("word_logits: the classifier classifies texts, expected one of tokens")
+            raise ValueError("word_logits: the classifier is for texts, expected one for tokens")
         return self.logits_of_ids(words.ids, batch_size)[words.rows()]
 
     def decided(self, logits: Array) -> list[Any]:
@@ -357,7 +356,7 @@ class TextClassifier(Module):
 
 
 def probabilities(task: str, logits: Array) -> Array:
-    """The probabilities that belong to logits (..., outputs), in float64.
+    """Convert logits (..., outputs) to probabilities, in float64.
 
     Raises:
         ValueError: the task is a regression, or a logit is NaN or infinite.
@@ -378,8 +377,8 @@ def require_finite(op: str, logits: Array, places: Sequence[str] = ()) -> None:
 
     Args:
         logits: an array (texts, outputs).
-        places: the place of each text, for the message. If `places` is empty, the message counts texts from
-            0.
+        places: where each text comes from, for the message. If `places` is empty, the message numbers the
+            texts from 0.
     """
     wrong = np.flatnonzero(~np.isfinite(logits).all(axis=-1))
     if len(wrong):

@@ -32,7 +32,7 @@ class HeadSaved(Saved):
 
 
 class ClassifierHead(Module):
-    """The pooling and the layers that follow an encoder. The layers have transformers' names.
+    """The pooling and the layers that follow an encoder. The layers have the names of transformers.
 
     Args:
         spec: the family's description of the layers.

@@ -90,9 +90,9 @@ def load_classifier(
 ) -> TextClassifier:
     """Load a classifier: a model with an adapter of a classifier, or a model whose files have a head.
 
-    The adapter is of PEFT's kind SEQ_CLS or TOKEN_CLS, written by nplora or PEFT. Adapters of nplora name the
-    labels. For adapters of PEFT, the names are those in the model's config.json if their number fits, or else
-    LABEL_0, LABEL_1 and so on.
+    The adapter is of PEFT's kind SEQ_CLS or TOKEN_CLS, written by nplora or PEFT. An adapter of nplora names
+    its labels. For an adapter of PEFT, the labels get the names in the model's config.json, if there is one
+    name for each label. If not, the names are LABEL_0, LABEL_1 and so on.
 
         >>> import nplora
         >>> classifier = nplora.new_classifier(nplora.load_encoder("encoder-model"), ["order", "refund"])
@@ -133,7 +133,7 @@ def load_classifier(
     if record.tokens != tokens:
         kinds = ("tokens", "whole texts") if record.tokens else ("whole texts", "tokens")
         raise FormatError(
-            f"{found.source}: the labels are of {kinds[0]}, but task_type {found.task_type} is of {kinds[1]}"
+            f"{found.source}: the labels are for {kinds[0]}, but task_type {found.task_type} is for {kinds[1]}"
         )
     if len(record.labels) != outputs:
         raise FormatError(f"{found.source}: {len(record.labels)} labels, but the head has {outputs} outputs")
@@ -162,7 +162,7 @@ def require_room(source: str, classifier: TextClassifier) -> None:
 
 
 def opened_encoder(op: str, model: StrPath | Encoder, compute: str | None) -> Encoder:
-    """The encoder, which is loaded if `model` is a path. The head has a pooling, so the encoder needs none.
+    """The encoder, which is loaded if `model` is a path. The encoder's own pooling is not used.
 
     Raises:
         ValueError: `compute` is given for an encoder that is loaded already.
@@ -215,7 +215,7 @@ def _require_outputs(source: str, outputs: int) -> None:
 
 
 def has_output_bias(encoder: Encoder) -> bool:
-    """Whether the last layer of a new head for texts has a bias. It has none for a language model."""
+    """Whether the last layer of a new head for texts has a bias. On a language model, it has no bias."""
     return _spec(encoder, tokens=False).out_bias
 
 
@@ -245,7 +245,7 @@ def _given(
     head: Mapping[str, Mapping[str, Array]],
     encoder: Encoder,
 ) -> dict[str, Array]:
-    """The arrays of a layer in an adapter. If the adapter does not have the layer, the model's files must."""
+    """The arrays of a layer, from the adapter, or from the model's files if the adapter has no such layer."""
     if layer not in head:
         stored = _stored(encoder, layer, shapes)
         if stored is None:
@@ -287,7 +287,7 @@ def _from_model(encoder: Encoder) -> TextClassifier:
 
 
 def has_head(encoder: Encoder) -> bool:
-    """Whether the model's files have the last layer of a classifier. The layer may still be broken.
+    """Whether the model's files have the last layer of a classifier. The shape of the layer is not checked.
 
     Raises:
         FormatError, UnsupportedError: as in `Encoder.head_tensor`.

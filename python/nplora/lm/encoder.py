@@ -41,7 +41,7 @@ MOST_TOKENS = 4096
 class EncoderSaved(Saved):
     """The values that `Encoder.backward` needs. `backward` frees these values when it uses them.
 
-    `x` has a row for each token that is needed. `starts` has the start of each text among these rows.
+    `x` has a row for each token that is needed. `starts` has the start of each text among the rows of `x`.
     """
 
     x: Array
@@ -61,7 +61,7 @@ class EncoderSaved(Saved):
 
 
 class Encoder(Module):
-    """A model with frozen weights that turns texts into vectors; `nplora.load_encoder` makes it.
+    """A model with frozen weights that turns texts into vectors; `nplora.load_encoder` loads such a model.
 
     The layers have the names that transformers gives them in the model without a head:
     `encoder.layer.0.attention.self.query` in BERT, `layers.0.self_attn.q_proj` in Llama.
@@ -75,10 +75,9 @@ class Encoder(Module):
         config: the sizes and settings of the model.
         model: the embeddings, the blocks and the last norm.
         pooling: how the hidden states of a text become its embedding.
-        max_length: the largest number of tokens of a text; `embed` cuts longer texts. You can change this
-            limit.
-        prompts: prompts by name. If `embed` is given the name of a prompt, it puts this prompt before each
-            text.
+        max_length: the largest number of tokens of a text; `embed` cuts longer texts. `max_length` can be
+            changed.
+        prompts: the prompts by name. `embed` puts a prompt before each text if the caller names the prompt.
         default_prompt: the name of the prompt that `embed` uses by default, or None.
         prefix: the name of this model inside transformers' models with a head, such as "bert" in
             BertForSequenceClassification.
@@ -145,7 +144,7 @@ class Encoder(Module):
         return self.pooling.dim(self.config.hidden_size)
 
     def head_tensor(self, name: str) -> Array | None:
-        """A tensor of the model's files that hidden states do not need, as float32; None if it is missing.
+        """A tensor of the model's files that hidden states do not need, as float32; None: no such tensor.
 
         For example, BERT's classifiers begin with the layer "pooler.dense".
 
@@ -209,7 +208,7 @@ class Encoder(Module):
     ) -> None:
         """Put a LoRA adapter on frozen layers. With init="zero", the outputs stay the same at first.
 
-        Layers that already have an adapter keep it. `nplora.save_adapter` saves the adapter for PEFT.
+        Layers that already have an adapter keep this adapter. `nplora.save_adapter` writes a PEFT adapter.
 
             >>> import nplora
             >>> encoder = nplora.load_encoder("encoder-model")
@@ -219,12 +218,13 @@ class Encoder(Module):
 
         Args:
             rank, alpha, dropout, use_rslora, use_dora: as in `LoRALinear`.
-            targets: the layers to adapt: "all-linear" (every linear layer of the blocks), the last part of
-                their names in transformers, such as "query,value", or a list of names.
+            targets: the layers to adapt: "all-linear" (every linear layer of the blocks), the last parts of
+                the layers' names in transformers, such as "query,value", or a list of names.
             layers: the blocks to adapt: None (all), "last:4", "first:4", a range, or a list of numbers.
             seed, init, rank_pattern, alpha_pattern, freeze_B: as in `LanguageModel.add_lora`.
         Raises:
-            ValueError: a target or block does not exist, or an option does not fit. The model is not changed.
+            ValueError: a target or block does not exist, or an option does not fit. This error leaves the
+                model unchanged.
         """
         names = adapting.targeted(self, self.config.num_hidden_layers, targets, layers)
         options = {
@@ -363,8 +363,8 @@ class Encoder(Module):
             texts: the texts, or one text.
             batch_size: the number of texts that are computed together; None: texts of about 4,096 tokens in
                 total. The batch size changes the result only by rounding.
-            normalize: whether to scale the embeddings to length 1, so that their dot products are cosines;
-                None: the setting in the model's files.
+            normalize: whether to scale the embeddings to length 1, so that their dot products are cosines.
+                With None, the setting in the model's files decides.
             prompt: a text to put before each text, such as "query: "; "" for none.
             prompt_name: the name of one of `prompts`, instead of `prompt`.
             max_length: the largest number of tokens of a text; None: `max_length` of the encoder.
@@ -423,7 +423,7 @@ class Encoder(Module):
     def forward_for(self, pooling: Pooling | None, ids: Ids) -> tuple[Array, EncoderSaved]:
         """Like `forward`, but return the hidden states of only those tokens that the pooling reads.
 
-        `saved.starts` has the start of each text among these tokens.
+        `saved.starts` has the start of each text among the returned tokens.
 
         >>> import nplora
         >>> from nplora.lm.pooling import Pooling
@@ -439,7 +439,7 @@ class Encoder(Module):
         return self.model.hidden_states(x), EncoderSaved(x, own, decoder, None, [None], layer=self)
 
     def _read_by(self, pooling: Pooling | None, starts: Array) -> tuple[Array | None, Array]:
-        """The tokens that a pooling reads (None: all), and the start of each text among these tokens."""
+        """The tokens that a pooling reads (None: all), and the start of each text among those tokens."""
         one = pooling is not None and pooling.modes in (("cls",), ("last",))
         if pooling is None or not one or not self.model.may_leave_out_rows():
             return None, starts
@@ -491,7 +491,7 @@ class Encoder(Module):
         op = "Encoder.embed_backward"
         _check.saved(op, saved, EncoderSaved)
         if saved.pooling is None:
-            raise ValueError(f"{op}: saved is from forward, expected one of embed_forward")
+            raise ValueError(f"{op}: saved is from forward, expected one from embed_forward")
         shape = len(saved.pooling.starts) - 1, self.dim
         rows = _check.shaped(op, "dy", dy, shape, np.float32)
         self._use_up(op, saved)
@@ -539,7 +539,7 @@ class Encoder(Module):
     def _batches(
         self, packed: Array, starts: Array, most: int, batch_size: int | None = None
     ) -> Iterator[tuple[Array, Array]]:
-        """Cut packed texts into batches. Yield the ids of each batch, and the start of each text in it."""
+        """Cut packed texts into batches. Yield each batch's ids, and the start of each text in the batch."""
         lengths = np.diff(starts)
         if batch_size is None:
             cuts = cut(lengths, most)

@@ -1,4 +1,4 @@
-"""load_encoder: an encoder from a Hugging Face directory, a directory of sentence-transformers, or GGUF."""
+"""load_encoder: reads an encoder from a directory of transformers or sentence-transformers, or from GGUF."""
 
 from __future__ import annotations
 
@@ -165,7 +165,7 @@ def _encoder(parts: _Parts, pooling: str | None) -> Encoder:
 
 
 def _require_fitting(pooling: Pooling, config: EncoderConfig | ModelConfig) -> None:
-    """Raise FormatError if a Dense module does not fit the values that it gets."""
+    """Raise FormatError if a Dense module expects another number of values than it gets."""
     width = len(pooling.modes) * config.hidden_size
     for i, layer in enumerate(pooling.dense):
         d_out, d_in = layer.weight.shape

@@ -84,7 +84,7 @@ class TokenScores(NamedTuple):
 
 
 class LanguageModel(Module):
-    """A decoder-only language model with frozen weights; `nplora.load_model` makes it.
+    """A decoder-only language model with frozen weights; `nplora.load_model` loads such a model.
 
     The layers have the names that transformers gives them: `model.layers.0.self_attn.q_proj`, `lm_head`.
 
@@ -160,7 +160,7 @@ class LanguageModel(Module):
 
     @property
     def added_tokens(self) -> tuple[AddedToken, ...]:
-        """The tokens that the model's own adapter adds to its vocabulary.
+        """The tokens that the model's own adapter adds to the model's vocabulary.
 
         >>> import nplora
         >>> lm = nplora.load_model("model.gguf")
@@ -178,7 +178,7 @@ class LanguageModel(Module):
         return self._tokenizer
 
     def _tokenizer_with(self, tokens: Sequence[AddedToken]) -> Tokenizer:
-        """The model's tokenizer with these tokens. The result is kept for the next call."""
+        """The model's tokenizer with these added tokens. The tokenizer is kept for the next call."""
         if not tokens:
             return self._file_tokenizer()
         if self._extended is None or self._extended[0] != tuple(tokens):
@@ -186,9 +186,9 @@ class LanguageModel(Module):
         return self._extended[1]
 
     def new_tokens(self, tokens: Sequence[AddedToken]) -> tuple[AddedToken, ...]:
-        """The tokens that the model lacks, among these tokens of an adapter.
+        """The tokens of an adapter that the model lacks.
 
-        The model lacks a token if the tokenizer does not have it, or if it has no row in the embedding.
+        The model lacks a token that is not in the tokenizer, and a token that has no row in the embedding.
 
             >>> import nplora
             >>> lm = nplora.load_model("model.gguf")
@@ -264,7 +264,7 @@ class LanguageModel(Module):
     def require_unchanged(self) -> None:
         """Raise CorruptError if a memory-mapped file of the weights was modified after it was opened.
 
-        Every call that returns losses, gradients or scores does this check after computing them. Replacing
+        Every call that returns losses, gradients or scores makes this check after the computation. Replacing
         the model's file by renaming another file is safe, because the old file stays mapped.
 
             >>> import nplora
@@ -346,26 +346,26 @@ class LanguageModel(Module):
             seed: seed of the initial factors. A layer's factors depend on this seed and the layer's name.
             init: initial factors, as in `LoRALinear`. "gaussian" changes the model's outputs at once. "pissa"
                 and "olora" need unquantised weights.
-            rank_pattern, alpha_pattern: other ranks and alphas for some layers, by parts of the layers'
-                names: {"q_proj": 16, "layers.3.mlp": 4}, or "q_proj=16,layers.3.mlp=4". The first name that
-                matches decides. The scale of a layer is its alpha divided by its rank.
+            rank_pattern, alpha_pattern: other ranks and alphas for some layers. The keys are parts of the
+                layers' names, as in {"q_proj": 16, "layers.3.mlp": 4} or "q_proj=16,layers.3.mlp=4". The
+                first name that matches decides. The scale of a layer is its alpha divided by its rank.
             trainable_tokens: tokens whose rows of the embedding and of the head are trained too: a list of
                 ids and texts, or a text like "<|im_start|>,<|im_end|>" or "2,3". The trained rows start with
                 the model's values and replace the model's rows, as PEFT's `trainable_token_indices` does.
             modules_to_save: "embed_tokens", "lm_head" or both, to train all rows of the embedding or of the
-                head in float32. If the two share one weight, both names train this weight.
-            invocation: a text, or the ids of its tokens, for activated LoRA (aLoRA). In each sequence, the
-                adapter acts only from the last occurrence of these tokens on. An activated LoRA can adapt
-                linear layers of the blocks, without DoRA and dropout.
-            add_tokens: new tokens, as a list of texts, or a text like "<tool>,</tool>". Each token gets a
+                head in float32. If embedding and head share one weight, both names train this weight.
+            invocation: the invocation tokens of an activated LoRA (aLoRA), as a text or as ids. In each
+                sequence, the adapter acts only from the last occurrence of the invocation tokens on. An
+                activated LoRA can adapt linear layers of the blocks, without DoRA and dropout.
+            add_tokens: new tokens, as a list of texts, or a text like "<tool>,</tool>". A new token gets a
                 trained row in the embedding and in the head, which starts with the mean of all rows. If the
                 model already has a token, the token's row is trained, and starts with the model's values.
             freeze_B: train only A (LoRA-FA), and keep B at its initial values. DoRA's magnitudes and the rows
                 of `trainable_tokens`, `modules_to_save` and `add_tokens` are still trained.
         Raises:
             UnsupportedError: the tokenizer cannot take new tokens.
-            ValueError: a target, block or token does not exist, or an option does not fit. The model is not
-                changed.
+            ValueError: a target, block or token does not exist, or an option does not fit. This error leaves
+                the model unchanged.
         """
         names = adapting.targeted(self, self.config.num_hidden_layers, targets, layers)
         tokens = activated.invocation_tokens(self, "add_lora", invocation)
@@ -408,10 +408,10 @@ class LanguageModel(Module):
         dtype: str | None = None,
         replace: bool = False,
     ) -> None:
-        """Load an adapter under a name; `set_adapter` then selects it.
+        """Load an adapter under a name; `set_adapter` can then select the adapter.
 
-        The adapter is kept beside the model's own LoRA layers, and may adapt other layers. Named adapters are
-        for inference only.
+        A named adapter does not change the model's own LoRA layers, and may adapt other layers. Named
+        adapters are for inference only.
 
             >>> import nplora
             >>> lm = nplora.load_model("model.gguf")
@@ -427,7 +427,7 @@ class LanguageModel(Module):
             any_base: as in `nplora.load_adapter`.
             dtype: "bfloat16" rounds A and B to bfloat16. Decoding with many adapters at once is then faster,
                 because reading the factors takes half as long. None: A and B keep their values. If bfloat16
-                can represent all of these values, decoding is as fast as with "bfloat16".
+                can represent all values of A and B, decoding is as fast as with "bfloat16".
             replace: replace the adapter that has this name. If the new adapter cannot be loaded, the old one
                 stays.
         Raises:
@@ -553,8 +553,8 @@ class LanguageModel(Module):
             True
 
         Args:
-            adapter: a name, or one of the values of `adapters`. An `Adapter` may also be one that was deleted
-                in the meantime.
+            adapter: a name, or one of the values of `adapters`. An `Adapter` that was deleted in the meantime
+                is accepted too.
         Raises:
             KeyError: no adapter has this name.
             TypeError: `adapter` is neither a name nor an `Adapter`.
@@ -647,7 +647,7 @@ class LanguageModel(Module):
 
         Args:
             as_decoded: with compute="int8", compute a few tokens at a time, as in decoding. False: compute
-                whole sequences in bfloat16, as the model reads prompts, which is faster.
+                whole sequences in bfloat16, which is faster. The model reads prompts in this way too.
         Raises:
             ValueError, CorruptError: as in `logits`.
         """
@@ -819,8 +819,9 @@ class LanguageModel(Module):
             ((1,), (2,))
 
         Args:
-            prompts: the token ids of each prompt, at least one.
-            continuations: for each prompt, the token ids of each continuation, at least one.
+            prompts: the token ids of each prompt. A prompt has at least one token.
+            continuations: for each prompt, the token ids of each continuation. A prompt has at least one
+                continuation, and a continuation has at least one token.
         Raises:
             ValueError: a prompt or continuation is empty, a prompt has no continuation, or the two lists have
                 different lengths; or as in `logits`.
@@ -955,8 +956,8 @@ class LanguageModel(Module):
     def forward_backward_with(self, batch: PackedBatch, loss: head.LogitLoss, factor: float) -> float:
         """Return the sum of a loss over the rows of logits that have a target.
 
-        Add `factor` times the gradient to the adapters' gradients. The logits of all tokens are never in
-        memory at once: the loss gets a few rows at a time.
+        Add `factor` times the gradient to the adapters' gradients. The loss gets a few rows at a time, so the
+        logits of all tokens are never in memory at once.
 
             >>> import nplora, numpy as np
             >>> from nplora.models.packing import pack
@@ -988,7 +989,7 @@ class LanguageModel(Module):
 
     @contextlib.contextmanager
     def _added_at_once(self) -> Iterator[None]:
-        """A context in which the head's gradients start at 0. At its end, the earlier gradients are added.
+        """A context in which the head's gradients start at 0. At the end, the earlier gradients are added.
 
         The head computes a batch in several parts. In this context, the parts of one batch are summed before
         other batches are added. So a sum over several batches has the same bits if one process computes all
@@ -1132,8 +1133,8 @@ class LanguageModel(Module):
             slots: integers (m,), the cache slot of each sequence. No slot may occur twice.
         Raises:
             TypeError: `token_ids` or `slots` are not integers.
-            ValueError: the shapes do not fit, an id or slot is out of range, or the cache is full. The
-                cache is not changed.
+            ValueError: the shapes do not fit, an id or slot is out of range, or the cache is full. This error
+                leaves the cache unchanged.
             CorruptError: as in `require_unchanged`.
         """
         pieces = slot_models.pieces_of(token_ids)
@@ -1335,7 +1336,7 @@ def _ranks(layers: Iterable[Module]) -> str:
 
 
 def _rows(layers: Iterable[Module]) -> str:
-    """Describe the trained rows of the embedding and the head: ", 2 trained tokens" or ", embedding"."""
+    """Describe trained rows of the embedding and the head: ", 2 trained tokens" or ", the whole head"."""
     found = {
         name: layer for layer in layers if isinstance(layer, TrainedRowsLayer) for name in (type(layer),)
     }

@@ -1,4 +1,4 @@
-"""load_model: a language model from a GGUF file or a Hugging Face directory."""
+"""load_model: reads a language model from a GGUF file or a Hugging Face directory."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ def load_model(
         path: a GGUF file, or a directory with config.json and model.safetensors (one file or shards).
         compute: arithmetic of the products with frozen weights: "float32", "bfloat16" or "int8", as in
             `FrozenWeight`.
-        mmap: map the files into memory. Weights are then not copied, and the system keeps them in memory
-            while there is room. If another program truncates a mapped file, the process ends with a message
-            and status 135. If another program writes to a mapped file, the next call of the model raises
-            CorruptError. Replacing a file by renaming another file is safe. With False, the files are copied
-            into memory.
+        mmap: map the files into memory. With True, weights are not copied, and the system keeps them in
+            memory while there is room. If another program truncates a mapped file, the process ends with a
+            message and status 135. If another program writes to a mapped file, the next call of the model
+            raises CorruptError. Replacing a file by renaming another file is safe. With False, the files are
+            copied into memory.
         check: search all matrices for NaN and infinities, which reads the whole file once. With False, a
             matrix is read only when it is first used.
     Raises:

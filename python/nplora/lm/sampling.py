@@ -124,7 +124,7 @@ def choose(
             these tokens.
 
     Raises:
-        FloatingPointError: a score is NaN, or the largest one is infinite.
+        FloatingPointError: a score is NaN, or the largest score is infinite.
 
     >>> import numpy as np
     >>> rng = np.random.default_rng(0)
@@ -252,7 +252,7 @@ def keep_top_k(scores: Array, k: int) -> None:
 
 
 def keep_top_p(scores: Array, p: float) -> None:
-    """Set the scores of the least likely tokens to -inf. Their total probability is at most 1 - p.
+    """Set the scores of the least likely tokens, whose total probability is at most 1 - p, to -inf.
 
     The scores are changed in place (nucleus sampling, Holtzman et al. 2020).
 

@@ -47,7 +47,7 @@ class SentenceSettings:
     """The content of the files of sentence-transformers.
 
     Attributes:
-        pooling: the pooling, or None if there are no such files.
+        pooling: the pooling, or None if the directory has no modules.json.
         max_length: the largest number of tokens of a text, or None.
         prompts: the prompts by name. A prompt is a text that can be put before each text.
         default_prompt: the name of the prompt that is used by default, or None.

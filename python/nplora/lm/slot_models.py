@@ -66,7 +66,7 @@ def decode(lm: SlotModel, pieces: Sequence[Array], slots: Array, cache: KVCache)
         lm: the model for a cache without an owner.
         pieces: (count,) token ids for each slot.
     Raises:
-        ValueError: an id is out of range. The cache is not changed.
+        ValueError: an id is out of range. This error leaves the cache unchanged.
     """
     models: list[Any] = [cache.adapters.model(slot) or lm for slot in slots.tolist()]
     _check_ids(models, pieces)
@@ -146,7 +146,7 @@ def _decode_together(
 
 
 def _grouped(rows: Iterable[tuple[int, bool]]) -> tuple[RowGroup, ...]:
-    """Group neighbouring rows with equal entries.
+    """Make one RowGroup of all neighbouring rows that have equal entries in `rows`.
 
     Args:
         rows: for each row, the number of its model, and whether the model's adapter acts on the row.
@@ -213,7 +213,7 @@ class JointModel:
     def join(self, models: Sequence[SlotModel], in_slots: Sequence[SlotModel]) -> bool:
         """Add models that are not in this joint model yet. New models do not replace models that a slot uses.
 
-        Return False if this is not possible, because a model adapts a layer that no other model adapts, or
+        Return False if a model cannot be added, because it adapts a layer that no other model adapts, or
         because the owner has changed, for example by merging.
         """
         if self._state != self._owner_state():
@@ -292,7 +292,7 @@ def forget(cache: KVCache, named: Iterable[SlotModel]) -> None:
 
 
 def _joint_of(cache: KVCache, models: Sequence[SlotModel]) -> JointModel:
-    """A joint model of these models, which the cache keeps.
+    """Return a joint model of these models. The cache keeps the joint model for the next tokens.
 
     A new joint model also contains the models of the other slots.
     """

@@ -134,7 +134,7 @@ class NewTokens:
 
     @property
     def ids(self) -> list[int]:
-        """The ids of all tokens. Their rows are trained."""
+        """The ids of all these tokens, whose rows are trained."""
         return [*self.known.values(), *(token.id for token in self.added)]
 
 

@@ -66,12 +66,13 @@ class AttentionConfig(Protocol):
 class Attention(Module):
     """Computes softmax(q kᵀ · scale) v within each sequence (Vaswani et al. 2017).
 
-    In a causal model, a token attends to itself and earlier tokens. In other models, a token also attends to
-    later tokens. The layers `q_proj`, `k_proj` and `v_proj` are computed in one call. A single layer
-    `qkv_proj` with the rows of all three can replace these layers. Each key/value head is shared by a group
-    of query heads (grouped-query attention, Ainslie et al. 2023). The optional norms `q_norm` and `k_norm`
-    are applied to q and k before the rotation. If a norm's weight is as long as one head, each head is
-    normalised alone. If the weight is as long as all heads together, all heads are normalised together.
+    In a causal model, a token attends to itself and earlier tokens. In any other model, a token also attends
+    to later tokens. The layers `q_proj`, `k_proj` and `v_proj` are computed in one call. A single layer
+    `qkv_proj`, which has all of their rows, can replace `q_proj`, `k_proj` and `v_proj`. Each key/value head
+    is shared by a group of query heads (grouped-query attention, Ainslie et al. 2023). The optional norms
+    `q_norm` and `k_norm` are applied to q and k before the rotation. If a norm's weight is as long as one
+    head, each head is normalised alone. If a norm's weight is as long as all heads together, all heads are
+    normalised together.
 
     Args:
         layer: the index of this layer in the model.

@@ -60,7 +60,7 @@ class AttentionMixer(Mixer, Protocol):
     """Attention, the first mixer of a block. The mixer can leave out outputs that are not needed."""
 
     def run(self, x: Array, positions: PackedPositions, rows: Array | None = None) -> tuple[Array, Any]:
-        """Like `Mixer.run`, but with `rows` (m,), y (m, d) has only the outputs of these tokens."""
+        """Like `Mixer.run`, but y (m, d) has only the outputs of the tokens `rows` (m,). None: all tokens."""
 
     def run_backward(
         self,
@@ -132,8 +132,8 @@ class DecoderBlock(Module):
 
         Args:
             rows: int64 (m,), the indices of the tokens whose outputs are needed, each at most once; y is then
-                (m, d). The first half-block still reads all tokens, but the MLP computes only these rows.
-                None: all tokens.
+                (m, d). The first half-block still reads all tokens, but the MLP computes only the needed
+                rows. None: all tokens.
         """
         saved = list[HalfSaved]()
         keep = narrowed if self._narrow and not inferring() else _unchanged

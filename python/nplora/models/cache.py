@@ -45,8 +45,8 @@ class KVCache:
         table: int64 (slots, pages of a slot), the pages of each slot in order.
         held: int64 (slots,), how many pages each slot has. Later entries of the slot's row in `table` are not
             used.
-        adapters: the adapter of each slot, which can be set while the slot is empty. An entry is the name of
-            a named adapter, an `Adapter`, or None. With None, the initial value, `owner` computes the slot.
+        adapters: the adapter of each slot, which can be set while the slot is empty. A slot's adapter is a
+            name, an `Adapter`, or None. With None, the initial value, `owner` computes the slot.
         activation: int64 (slots,), for an activated LoRA, the first position at which it acts in each slot.
             UNKNOWN: `decode` looks for the invocation tokens in the next tokens. NEVER: the adapter does not
             act in this slot.
@@ -161,7 +161,7 @@ class KVCache:
                 self.activation[slot] = self.lengths[slot] + start
 
     def active(self, positions: CachePositions) -> Array | None:
-        """The indices of the new rows on which an activated LoRA acts. None: it acts on all rows."""
+        """The indices of the new rows on which an activated LoRA acts; None: all rows."""
         acts = self.acts(positions)
         return None if acts.all() else np.flatnonzero(acts)
 

@@ -32,7 +32,7 @@ class Question(NamedTuple):
 
     @property
     def long(self) -> list[Array]:
-        """The continuations with more than one token. Only these need a slot of their own in the cache."""
+        """The continuations with more than one token, which need a slot of their own in the cache."""
         return [tokens for tokens in self.continuations if len(tokens) > 1]
 
     @property
@@ -41,7 +41,7 @@ class Question(NamedTuple):
 
     @property
     def length(self) -> int:
-        """The number of tokens to compute in the longest sequence. The last token is only predicted."""
+        """The number of tokens to compute in the longest sequence: all tokens except the last one."""
         return len(self.prompt) + max(map(len, self.continuations)) - 1
 
 

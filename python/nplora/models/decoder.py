@@ -114,7 +114,7 @@ class Decoder(Module):
             return _run_through(self.layers[first:], x, positions, rows)
 
     def may_leave_out_rows(self) -> bool:
-        """Whether `run` and `infer` accept `rows`. This is false if an adapter acts only on some rows."""
+        """Whether `run` and `infer` accept `rows`; False if an adapter acts only on some rows."""
         return invocation_of(self) is None and row_groups() is None
 
     def _activated(self, ids: Array, positions: PackedPositions) -> AbstractContextManager[None]:

@@ -5,7 +5,7 @@ p is the teacher's distribution and q the student's, both softmax(logits / T) at
     forward  KL(p || q) = Σ p log(p / q)     dL/dz_j = q_j - p_j
     reverse  KL(q || p) = Σ q log(q / p)     dL/dz_j = q_j (log(q_j / p_j) - KL)      z = student's logits / T
 
-A loss multiplies the divergence by T², so that its gradients keep their size at any temperature (Hinton et
+A loss multiplies the divergence by T², so that the gradients have the same size at any temperature (Hinton et
 al. 2015, arXiv:1503.02531, section 2).
 
 A teacher is given by all of its logits, or by its k most likely tokens. With k tokens, all other tokens form
@@ -41,7 +41,8 @@ class TopK:
     """A teacher's most likely tokens.
 
     Attributes:
-        ids: integers (n, k), the tokens, each at most once in a row. -1: a token that the student lacks.
+        ids: integers (n, k), the tokens, each at most once in a row. The id -1 is a token that the student
+            lacks.
         log_probs: float64 (n, k + 1), the log-probabilities of these k tokens, -inf for the id -1. The last
             column has the log-probability of all other tokens together, or -inf if there are none. The
             probabilities of a row sum to 1.
@@ -90,8 +91,8 @@ def _largest(values: Array, k: int) -> Array:
     """The positions (n, k) of the k largest values of each row, the largest first.
 
     The row is divided into groups, and the k-th largest of the groups' maxima is a bound. At least k values
-    reach this bound. So only the few values that reach it are sorted, which is several times faster than a
-    partition of the whole row.
+    reach this bound. Only the few values that reach the bound are sorted, which is several times faster than
+    a partition of the whole row.
     """
     n, size = values.shape
     groups = size // _GROUP
@@ -128,8 +129,8 @@ class Distillation:
         """The losses of some rows, their divergences (without the factor T²), and their cross-entropies.
 
         Args:
-            logits: float32 (n, vocabulary), the student's logits; overwritten. With `gradient`, they become
-                `factor` times the gradient.
+            logits: float32 (n, vocabulary), the student's logits; overwritten. With `gradient`, the logits
+                become `factor` times the gradient.
             targets: integers (n,), the labels.
             teacher: the teacher's logits or most likely tokens, for the same rows.
         Returns:
@@ -152,7 +153,7 @@ class Distillation:
     def _block(
         self, z: Array, targets: Array, teacher: Teacher, factor: float, gradient: bool, hard: Array | None
     ) -> Array:
-        """The divergences of a few rows. Their cross-entropies are written to `hard` if it is an array."""
+        """The divergences of a few rows. If `hard` is an array, the cross-entropies are written to `hard`."""
         of_labels = None
         if hard is not None:
             of_labels = z.copy() if gradient else z
@@ -190,7 +191,7 @@ def _dense(kl: str, z: Array, t: Array, factor: float, gradient: bool) -> Array:
     """The divergences (n,), given all logits of the teacher (t) and of the student (z). Both are overwritten.
 
     At a high temperature, p and q are almost equal, and the divergence is much smaller than its terms. So the
-    terms are added up in float64. Their sum is divided by the sum of the weights (p or q), which is not
+    terms are added up in float64. The sum of the terms is divided by the sum of p (reverse: q), which is not
     exactly 1 because of rounding.
     """
     log_ratio = t - z

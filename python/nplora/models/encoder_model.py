@@ -42,7 +42,7 @@ class EncoderModel(Decoder):
 
     Args:
         positions, types: the embeddings of positions and of token types, or None. All tokens have type 0.
-            These tables are weights instead of modules, because they cannot have an adapter.
+            Both tables are weights instead of modules, because a table cannot have an adapter.
         embed_norm: the norm of the sum of the embeddings.
         norm: the last norm, or None.
         hf_name: a function that turns nplora's name of a module into the name in transformers.

@@ -213,7 +213,7 @@ def _in_type(file: gguf.GgufFile, name: str, dtype: str) -> gguf.Tensor | gguf.S
 
 
 def _tokenizer(directory: Path, vocab_size: int) -> tuple[dict[str, Any], str]:
-    """Return the tokenizer's metadata and an empty string, or no metadata and the reason why."""
+    """Return the tokenizer's metadata and "", or {} and the reason why there are no metadata."""
     try:
         return gguf_metadata.from_directory(directory, vocab_size), ""
     except FileNotFoundError:

@@ -71,8 +71,8 @@ def gradient_of_losses(
     trained head needs weighted gradients of the logits, and therefore a second pass.
 
     Args:
-        function: takes the losses of all rows with a target, float64 (m,). It returns a value, and the
-            value's derivative with respect to each loss (m,).
+        function: a function of the losses of all rows with a target, float64 (m,). The function returns a
+            value, and the value's derivative with respect to each loss (m,).
     """
     dx, trained = np.zeros_like(x), np.flatnonzero(targets != IGNORED)
     if head.parameters() or isinstance(head, TrainedHead):  # a tied head trains the rows of the embedding
@@ -178,7 +178,7 @@ def logits_backward(head: AnyHead, dlogits: Array, saved: Any, dither_key: int |
 
     Args:
         dither_key: the key of random numbers. With a key, a head with compute="int8" computes in int8, and
-            uses the numbers to round dlogits stochastically (see `stack_backward`). With None, such a head
+            uses the numbers to round dlogits stochastically (see `stack_backward`). With None, the head
             computes in bfloat16. A head with trained rows ignores the key.
     """
     if isinstance(head, TrainedHead):
@@ -248,5 +248,5 @@ def largest_chunk(rows: int, vocab: int) -> int:
 
 
 def chunks(rows: Array, vocab: int) -> list[Array]:
-    """Split the rows into even chunks. A short last chunk would read the whole head for a few rows."""
+    """Split the rows into even chunks. A short last chunk would read the whole head for only a few rows."""
     return np.array_split(rows, math.ceil(len(rows) / most_rows(len(rows), vocab))) if len(rows) else []

@@ -1,7 +1,7 @@
 """Finds where activated LoRA (aLoRA) begins to act: at the last occurrence of its invocation tokens.
 
-The tokens before this occurrence are computed with the base model alone, as in PEFT. If a sequence does not
-contain the invocation tokens, the base model computes all of its tokens.
+The base model alone computes the tokens before the last occurrence, as in PEFT. If a sequence does not
+contain the invocation tokens, the base model alone computes the whole sequence.
 """
 
 from __future__ import annotations

@@ -45,9 +45,9 @@ class ModelFiles:
     Attributes:
         suffix: the kind of file: ".gguf" or ".safetensors".
         family: the description of the model's family; Llama's if the family is not known.
-        place: a function that takes the name and the number of rows of a layer. It returns the name of the
-            weight's tensor (None: there is no such tensor), and the order of the rows in the file (None: the
-            order is not changed).
+        place: a function that takes the name and the number of rows of a layer. The function returns the name
+            of the weight's tensor (None: there is no such tensor), and the order of the rows in the file
+            (None: the order is not changed).
         new_files: a function that returns the files to write, for given tensors and a new vocabulary (None:
             the model's vocabulary). A tensor may be a stream.
         tokenizer: a function that returns the model's tokenizer.

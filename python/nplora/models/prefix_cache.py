@@ -39,8 +39,8 @@ class PrefixCache:
     are packed with it. A stored stream has the same bits as one that is computed again.
 
     Args:
-        blocks: the number of blocks below the first adapted block. A model in which this number differs
-            ignores the cache.
+        blocks: the number of blocks below the first adapted block. A model with another number of blocks
+            below its first adapted block ignores the cache.
         capacity: the maximum number of tokens in all sequences together. A sequence that no longer fits is
             not stored.
         width: values per token, `hidden_size`.

@@ -108,8 +108,8 @@ class Rope:
     def _table_for(self, length: int) -> tuple[Array, int]:
         """The table for at least `length` positions. A row has dim / 2 cosines, then dim / 2 sines.
 
-        With LongRoPE, the table begins with the rows for short sequences. The second value is the number of
-        these rows (0 without LongRoPE).
+        With LongRoPE, the table begins with the rows for short sequences. The second returned value is the
+        number of rows for short sequences (0 without LongRoPE).
         """
         tables = self._tables  # read once, because another thread may replace `_tables`
         if len(tables[0]) - tables[1] < length:

@@ -30,7 +30,7 @@ def loss(config: ModelConfig, model: Decoder, lm_head: AnyHead, batch: PackedBat
 def token_scores(
     config: ModelConfig, model: Decoder, lm_head: AnyHead, batch: PackedBatch
 ) -> tuple[Array, Array]:
-    """The loss of each target, and whether it is the most likely token, as in `head.token_scores`.
+    """The loss of each target, and whether the target is the most likely token, as in `head.token_scores`.
 
     Call this function in `with inference()`.
     """

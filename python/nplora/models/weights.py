@@ -72,7 +72,7 @@ def require_tensors(weights: Weights, config: ModelConfig) -> None:
 def require_fitting(
     weights: Weights, model_type: str, tensors: Iterable[TensorSpec], is_unused: Callable[[str], bool]
 ) -> None:
-    """Check that a file holds `tensors` with the right shapes, and no others except unused ones.
+    """Check that a file holds `tensors` with the right shapes, and apart from these only unused tensors.
 
     Args:
         is_unused: a function that returns whether the model ignores a tensor of the file.
@@ -118,7 +118,7 @@ class GgufWeights:
     """The tensors of a memory-mapped GGUF file. Matrices are not copied.
 
     Args:
-        elsewhere: the names of tensors that do not belong to the model itself. The caller reads these.
+        elsewhere: the names of tensors that the caller reads, because they do not belong to the model itself.
     """
 
     def __init__(
@@ -182,7 +182,7 @@ class SafetensorsWeights:
         return tensor.name if self._stored is None else self._stored(tensor.name)
 
     def unused(self, config: ModelConfig) -> frozenset[str]:
-        """Old files also hold the rotation's frequencies, and some hold a head that equals the embedding."""
+        """Old files also hold rotation frequencies, and some files hold a head that equals the embedding."""
         layers = range(config.num_hidden_layers)
         names = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq" for i in layers}
         return frozenset(names | ({"lm_head.weight"} if config.tie_word_embeddings else set()))

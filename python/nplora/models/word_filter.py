@@ -21,12 +21,13 @@ class WordFilter:
     """Computes a gradient without the unlikely words of the vocabulary (Wijmans et al. 2024).
 
     The gradient of the head's input x is dx = factor · (Σ p_w W_w - W_target), a sum over the whole
-    vocabulary. The filter keeps the words with p_w >= `bound`, and the target. For each skipped word, it uses
-    the mean row μ of W instead of the word's row, so the probabilities still add up to 1. The error is
+    vocabulary. The filter keeps the words with p_w >= `bound`, and the target. For each skipped word, the
+    filter uses the mean row μ of W instead of the word's row, so the probabilities still add up to 1. The
+    error is
 
         ‖error of dx‖ <= factor · m · max_w ‖W_w - μ‖,
 
-    where m is the total probability of the skipped words. This limit follows from the triangle inequality,
+    where m is the total probability of the skipped words. The limit follows from the triangle inequality,
     because the error is factor · Σ_skipped p_w (W_w - μ). The filter does not change the bits of the losses.
     If more than a quarter of the vocabulary has p_w >= `bound` in some row, that row is computed without the
     filter.

@@ -153,8 +153,8 @@ class LoRAConv2d(_Convolution, LoRALinear):
     """A frozen convolution with a trainable low-rank update, in PEFT's layout for `torch.nn.Conv2d`.
 
     The update is two convolutions: first B, with a kernel of the frozen size and r outputs, then A, with a
-    kernel of size 1 × 1. The layer keeps both as matrices, A (c_out, r) and B (r, c_in · height · width).
-    PEFT stores the same numbers with four axes. The frozen kernel is a matrix too, so all methods of
+    kernel of size 1 × 1. The layer keeps both kernels as matrices, A (c_out, r) and B (r, c_in · height ·
+    width). PEFT stores the same numbers with four axes. The frozen kernel is a matrix too, so all methods of
     LoRALinear apply.
 
         >>> import nplora, numpy as np
@@ -353,7 +353,7 @@ def _backward(
     backward: Callable[[Array, Any, bool], Gradient],
     need_dx: bool,
 ) -> Gradient:
-    """Run the backward pass of each group of images, after computing its rows of windows again.
+    """Run the backward pass of each group of images. The rows of windows are computed again for each group.
 
     The gradients of all groups are added to the layer's gradients at once, as if there were one group. So
     several processes can get the same bits as one process. If a group fails, the gradients of the layer do

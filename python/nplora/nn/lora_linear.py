@@ -50,7 +50,7 @@ class LoRALinear(LoRALayer):
 
     With DoRA (Liu et al. 2024, eq. 5):  y = (m / ‖W + scale·A·B‖) ∘ (x Wᵀ + scale · (x Bᵀ) Aᵀ) [+ bias].
     Here ‖·‖ is the norm of each row. The norms are computed without forming A·B, and `backward` treats them
-    as constants (section 4.3 of the paper). If a row of W + scale·A·B is 0, it stays 0.
+    as constants (section 4.3 of the paper). A row of W + scale·A·B that is 0 stays 0.
 
         >>> import nplora, numpy as np
         >>> W = np.random.default_rng(0).normal(size=(96, 64))

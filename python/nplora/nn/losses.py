@@ -1,9 +1,9 @@
 """Loss functions (prediction, target) -> (loss, dprediction).
 
 A loss function is any callable of that form, where dprediction is the gradient of the loss with respect to
-the prediction. The built-in losses are means over elements or over labelled rows. They also have a method
-`count(prediction, target)`, the number of elements or rows in the mean. With this number, batches of
-different sizes can be weighted exactly.
+the prediction. The built-in losses are means over elements or over labelled rows. A built-in loss also has a
+method `count(prediction, target)`, which returns the number of elements or rows in the mean. With the count,
+batches of different sizes can be weighted exactly.
 
     >>> import nplora
     >>> loss, gradient = nplora.losses.mse([1.0, 2.0], [1.0, 4.0])
@@ -67,7 +67,7 @@ class Loss(Protocol):
         """Return the loss, and its gradient with the shape and dtype of `prediction`."""
 
     def count(self, prediction: Array, target: Any) -> int:
-        """Count the elements or labelled rows in the mean. If there are none, loss and gradient are 0."""
+        """Count the elements or labelled rows in the mean. If the count is 0, loss and gradient are 0."""
 
 
 class _Elementwise:

@@ -61,8 +61,8 @@ class LoRALayer(Prepared, AdapterLayer):
         (4.0, (8, 2), (2, 8))
 
     Attributes:
-        weight: the FrozenWeight W (d_out, d_in). With init "pissa" or "olora", this is the original weight
-            minus the initial scale · A·B.
+        weight: the FrozenWeight W (d_out, d_in). With init "pissa" or "olora", `weight` is the original
+            weight minus the initial scale · A·B.
         A, B: arrays (d_out, r) and (r, d_in) that optimisers update in place, in float64 if W is float64,
             else in float32.
         m: DoRA's magnitudes (d_out,), one for each row of W, or None without DoRA.
@@ -74,7 +74,7 @@ class LoRALayer(Prepared, AdapterLayer):
         scale: alpha / rank, or alpha / sqrt(rank) with rsLoRA; read-only.
         dropout: the dropout probability, which can be set in LoRALinear and is 0 in LoRAEmbedding.
         row_order: an array of row numbers, if W and adapter files order their rows differently. Row i of W is
-            then row row_order[i] of the file. None means that the order is the same.
+            then row row_order[i] of the file. None means that both have the same order.
     """
 
     A = LiveArray[Array]()

@@ -649,8 +649,8 @@ class AdapterLayer(Module):
         """Return a plain frozen layer with the merged weight.
 
         Args:
-            shared: the merged weights that several layers of one `merge_and_unload` share. The method may
-                add weights.
+            shared: the merged weights that several layers of one `merge_and_unload` share. A layer may add
+                its merged weight.
         """
         raise NotImplementedError
 

@@ -146,7 +146,8 @@ def stack_backward(
             `dither_key`: most elements of a gradient of logits are small, and would become 0 if they were
             rounded to the nearest int8 number.
         dither_key: with a key (below 2^64), int8 products round dys stochastically, so that small elements
-            are kept on average. The random bits depend on the key and on the element. None: round to nearest.
+            are kept on average. The random bits depend on the key and on the element's position. None: round
+            to nearest.
     Raises:
         ValueError: a dy does not have the shape of its y, the numbers of dys and layers differ, or `saved` is
             from a pass of other layers.

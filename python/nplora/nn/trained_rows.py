@@ -115,8 +115,8 @@ class TrainedRows:
     def whole(self, weight: FrozenWeight) -> FrozenWeight:
         """The weight with the trained rows in it.
 
-        The result has the storage format that the rows were merged in. If there is no such format, the result
-        has the format of `weight`, or float32 for a quantised weight.
+        If the rows were merged in a storage format, the result has this format. If not, the result has the
+        format of `weight`, or float32 for a quantised weight.
         """
         if self.merged is not None and isinstance(self.merged.rows, FrozenWeight):
             return self.merged.rows
@@ -195,9 +195,9 @@ class TrainedRowsLayer(AdapterLayer):
 
     Args:
         weight: the frozen weight (vocab, dim), which is shared.
-        rows: the trained rows of the weight. They are a parameter of this layer, unless `is_tied` is set.
-        is_tied: whether the rows belong to another layer with the same weight. Then only the other layer
-            merges the rows.
+        rows: the trained rows of the weight. The rows are a parameter of this layer, unless `is_tied` is set.
+        is_tied: whether the rows belong to another layer with the same weight. A tied layer does not merge
+            the rows.
     """
 
     def __init__(self, weight: FrozenWeight, rows: TrainedRows, is_tied: bool = False) -> None:
@@ -431,7 +431,7 @@ class TrainedHead(TrainedRowsLayer):
         """Add to the gradients of the trained rows; return dx (..., dim), or None if need_dx is False.
 
         Args:
-            overwrite_dy: whether dy may be overwritten. If not, and only some rows are trained, dy is copied.
+            overwrite_dy: whether dy may be overwritten. False: dy is copied if only some rows are trained.
         Raises:
             ValueError: dy does not have the shape of y, or `saved` is from a pass of another layer.
             TypeError: `saved` is from another kind of layer.

@@ -35,7 +35,7 @@ class Windows:
 
     @classmethod
     def of(cls, op: str, channels: int, size: Any, stride: Any, padding: Any, dilation: Any) -> Windows:
-        """Check a user's arguments. Each one after `channels` is a number or a pair of numbers.
+        """Check a user's arguments. Each argument after `channels` is a number or a pair of numbers.
 
         Raises:
             ValueError: a number is too small. TypeError: an argument is neither a number nor a pair.
@@ -107,7 +107,7 @@ class Windows:
         return out
 
     def images(self, rows: Array, height: int, width: int) -> Array:
-        """Add each value of each window at its place in the images. This is the transpose of `rows`."""
+        """Add each value of each window at its place in the images: the transpose of the method `rows`."""
         vertical, horizontal = self.counts(height, width)
         n = len(rows) // (vertical * horizontal)
         values = rows.reshape(n, vertical, horizontal, self.channels, *self.size)

@@ -69,10 +69,11 @@ class EncoderFamily:
     """The base class of all families of encoders. The base class itself describes BERT.
 
     A block computes h = norm(x + attention(x)), then y = norm(h + mlp(h)). Blocks use LayerNorm, learned
-    positions, biases, and a feed-forward network without a gate. A subclass defines only what differs.
+    positions, biases, and a feed-forward network without a gate. A subclass defines only what differs from
+    BERT.
 
-    A module has two names. One name is the same for all families (`self_attn.q_proj`). The other is the name
-    in transformers (`attention.self.query`), which adapter files and `named_modules` use.
+    A module has one name for all families (`self_attn.q_proj`), and a second name in transformers
+    (`attention.self.query`). Adapter files and `named_modules` use the name in transformers.
 
     Attributes:
         model_type: Hugging Face's name for the family.
@@ -86,8 +87,8 @@ class EncoderFamily:
         ignored: the first parts of names of tensors that do not affect the hidden states.
         halves: the half-blocks (attention and MLP) of a block.
         activation_field: the name of config.json's field for the activation.
-        first_position: the row of the table of positions for the first token, if config.json does not name
-            it.
+        first_position: the row of the table of positions for the first token, if config.json does not name a
+            row.
     """
 
     model_type: ClassVar[str]

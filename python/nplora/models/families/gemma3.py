@@ -130,7 +130,7 @@ class Gemma3(Family):
 
 
 class EmbeddingGemma(Gemma3):
-    """Gemma 3 for embeddings, in GGUF. Each token attends to tokens on both sides, in some layers to all."""
+    """Gemma 3 for embeddings, in GGUF. Each token also attends to later tokens."""
 
     architecture = "gemma-embedding"
 

@@ -65,7 +65,7 @@ def sliding_layers(data: ArchitectureMetadata, layers: int, pattern: int, first:
     """For each layer, whether it has the sliding window.
 
     The file may list the layers with a window. If the file has no list, one layer in each group of `pattern`
-    layers has no window: the first layer of the group if `first` is True, or else the last one.
+    layers has no window. This is the first layer of the group if `first` is True, or else the last layer.
     """
     name = "attention.sliding_window_pattern"
     if name in data and data.file.metadata.types[data.key(name)] == "BOOL":

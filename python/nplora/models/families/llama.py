@@ -22,7 +22,7 @@ class Llama(Family):
         return dataclasses.replace(config, mlp_bias=fields.boolean("mlp_bias", False))
 
     def read_metadata(self, file: GgufFile) -> ModelConfig:
-        """Read a GGUF file's metadata. Only the sliding window distinguishes Mistral from Llama there."""
+        """Read a GGUF file's metadata. In GGUF, only the sliding window distinguishes Mistral from Llama."""
         config = super().read_metadata(file)
         if config.sliding_windows[0] == NO_WINDOW:
             return config

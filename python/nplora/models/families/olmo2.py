@@ -33,7 +33,7 @@ class Olmo2(Family):
         return config_fields.with_attention_bias(super().read_config(fields), fields)
 
     def read_metadata(self, file: GgufFile) -> ModelConfig:
-        """Refuse OLMo 3, which has sliding windows in three of four layers. GGUF files call it OLMo 2 too."""
+        """Refuse OLMo 3, which GGUF files also call "olmo2". OLMo 3 has sliding windows in most layers."""
         config = super().read_metadata(file)
         if any(config.sliding_windows):
             raise UnsupportedError(f"{file.source}: a sliding window, as in OLMo 3, is not supported")

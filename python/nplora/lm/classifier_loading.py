@@ -133,7 +133,8 @@ def load_classifier(
     if record.tokens != tokens:
         kinds = ("tokens", "whole texts") if record.tokens else ("whole texts", "tokens")
         raise FormatError(
-            f"{found.source}: the labels are for {kinds[0]}, but task_type {found.task_type} is for {kinds[1]}"
+            f"{found.source}: the labels are for {kinds[0]}, but task_type {found.task_type} is for "
+            f"{kinds[1]}"
         )
     if len(record.labels) != outputs:
         raise FormatError(f"{found.source}: {len(record.labels)} labels, but the head has {outputs} outputs")

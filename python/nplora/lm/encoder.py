@@ -32,8 +32,8 @@ from nplora.tokenizer import Tokenizer
 Array = npt.NDArray[Any]
 Ids = Sequence[npt.ArrayLike]  # the token ids of each text
 
-# The most tokens that `embed` and `hidden_states` compute at once. More tokens take more memory, and are no
-# faster.
+# The maximum number of tokens that `embed` and `hidden_states` compute at once. More tokens would take more
+# memory without being faster.
 MOST_TOKENS = 4096
 
 

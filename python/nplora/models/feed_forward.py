@@ -93,7 +93,7 @@ class FeedForward(Module):
         d, f = self.down_proj.weight.shape
         low = adapted.saved(("up_proj", "down_proj"))
         saved = stored(narrow) * f
-        forward = low + FLOAT * (2 * f + d) + (BITS * f if narrow else 0)  # up, hidden, y
+        forward = low + FLOAT * (2 * f + d) + (BITS * f if narrow else 0)  # the peak holds up, hidden and y
         backward = FLOAT * (f + d)  # the gradients of hidden and x
         backward += FLOAT * d if adapted.read_inputs(("up_proj",)) and narrow else 0  # x
         backward += FLOAT * f if adapted.read_inputs(("down_proj",)) else 0  # hidden

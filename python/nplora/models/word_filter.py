@@ -14,7 +14,7 @@ from nplora.weights import FrozenWeight, buffers
 
 Array = npt.NDArray[Any]
 
-FLAT_ROWS = 32  # the most rows of logits that are copied at once
+FLAT_ROWS = 32  # the maximum number of rows of logits that are copied at once
 
 
 class WordFilter:

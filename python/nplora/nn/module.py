@@ -178,7 +178,8 @@ class Module:
     saved_names: tuple[str, ...] = ()
     label_record: LabelRecord | None = None
 
-    # The layers whose rows can be trained (`TrainedRowsLayer`), and whether head and embedding share rows.
+    # The layers whose rows can be trained (`TrainedRowsLayer`). `ties_head` says whether head and embedding
+    # share one weight.
     trained_row_layers: tuple[str, ...] = ()
     ties_head: bool = False
 

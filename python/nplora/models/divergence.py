@@ -1,6 +1,6 @@
 """The Kullback-Leibler divergence between a teacher's and a student's next-token distributions.
 
-p is the teacher's distribution and q the student's, both softmax(logits / T) at temperature T.
+p is the teacher's distribution, and q is the student's. Both are softmax(logits / T) at temperature T.
 
     forward  KL(p || q) = Σ p log(p / q)     dL/dz_j = q_j - p_j
     reverse  KL(q || p) = Σ q log(q / p)     dL/dz_j = q_j (log(q_j / p_j) - KL)      z = student's logits / T

@@ -19,7 +19,7 @@ class Adapted:
     Attributes:
         rank: the rank of the layers that are not in `ranks`.
         outputs: the output width d_out of each of these layers, by the last part of the layer's name.
-        ranks: the ranks that differ from `rank`, by the same names.
+        ranks: the ranks that differ from `rank`, by the last part of the layer's name.
         freeze_B: whether the adapters train A only, so that the backward pass needs no layer's input.
     """
 

@@ -49,7 +49,7 @@ class ModelFiles:
             of the weight's tensor (None: there is no such tensor), and the order of the rows in the file
             (None: the order is not changed).
         new_files: a function that returns the files to write, for given tensors and a new vocabulary (None:
-            the model's vocabulary). A tensor may be a stream.
+            the model's vocabulary). A given tensor may be a `Stream`.
         tokenizer: a function that returns the model's tokenizer.
         tied: whether the head shares the embedding's weight.
         mapped: the stamps (size and time) of the memory-mapped files, to detect later changes.

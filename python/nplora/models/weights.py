@@ -72,7 +72,7 @@ def require_tensors(weights: Weights, config: ModelConfig) -> None:
 def require_fitting(
     weights: Weights, model_type: str, tensors: Iterable[TensorSpec], is_unused: Callable[[str], bool]
 ) -> None:
-    """Check that a file holds `tensors` with the right shapes, and apart from these only unused tensors.
+    """Check that a file holds `tensors` with the right shapes, and that the model ignores all other tensors.
 
     Args:
         is_unused: a function that returns whether the model ignores a tensor of the file.

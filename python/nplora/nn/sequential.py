@@ -86,7 +86,7 @@ class Sequential(Module):
         Raises:
             ValueError: as in `forward`, or `saved` is from a pass through another number of modules.
             TypeError: `saved` is from another kind of layer.
-            RuntimeError: a module after the first returned no gradient of its input.
+            RuntimeError: a module other than the first one returned no gradient of its input.
         """
         _check.saved("Sequential.backward", saved, SequentialSaved)
         if len(saved.items) != len(self.modules):

@@ -142,9 +142,9 @@ def stack_backward(
         layers: the layers of the forward pass.
         dys: the gradients dy (..., d_out) of the layers' outputs, in the order of `layers`.
         need_dx: compute dx.
-        int8: with False, weights with compute="int8" compute dx in bfloat16. A model's head needs False or a
-            `dither_key`: most elements of a gradient of logits are small, and would become 0 if they were
-            rounded to the nearest int8 number.
+        int8: with False, weights with compute="int8" compute dx in bfloat16. For a model's head, use False or
+            a `dither_key`, because most elements of a gradient of logits are small, and would become 0 if
+            they were rounded to the nearest int8 number.
         dither_key: with a key (below 2^64), int8 products round dys stochastically, so that small elements
             are kept on average. The random bits depend on the key and on the element's position. None: round
             to nearest.

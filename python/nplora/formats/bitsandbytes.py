@@ -2,7 +2,7 @@
 
     NAME                                uint8 (ceil(n / 2), 1): the codes of n values, row after row
     NAME.absmax                         the largest magnitude of each block of 64 values: float32, or uint8
-                                        codes if quantised a second time
+                                        codes if absmax is itself quantised (the second quantisation)
     NAME.quant_map                      float32 (16,), the levels
     NAME.nested_absmax                  second quantisation: float32 scales, one for each 256 values of absmax
     NAME.nested_quant_map               second quantisation: float32 (256,), the levels
@@ -94,10 +94,11 @@ def shape(file: File, name: str) -> tuple[int, ...]:
 
 
 def read(file: File, name: str) -> Nf4:
-    """Read a 4-bit matrix, whose arrays are views of the file.
+    """Read a 4-bit matrix. The arrays of the result are views of the file.
 
     Raises:
-        UnsupportedError: the matrix is not NF4, its block size is not 64, or that of its absmax is not 256.
+        UnsupportedError: the matrix is not NF4, its block size is not 64, or the block size of its absmax is
+            not 256.
         FormatError: a tensor of the matrix is missing, has another dtype or shape, or is not finite.
     """
     where, state = _state(file, name)
@@ -125,7 +126,7 @@ def read(file: File, name: str) -> Nf4:
 
 
 def _state(file: File, name: str) -> tuple[str, dict[str, Any]]:
-    """The name of a matrix for error messages (file and tensor), and the matrix's quantisation state."""
+    """Return a matrix's name for error messages (file and tensor), and its quantisation state."""
     where = f"{file.source}: tensor {brief(name)}"
     if f"{name}{_STATE}nf4" not in file:
         kinds = [part.partition(_STATE)[2] for part in file if part.startswith(f"{name}{_STATE}")]

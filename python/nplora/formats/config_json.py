@@ -36,7 +36,7 @@ class Fields:
         return value
 
     def integer_or_null(self, name: str, default: int | None) -> int | None:
-        """An integer; None if the field is null; `default` if the field is missing."""
+        """Return an integer, or None if the field is null, or `default` if the field is missing."""
         return self.integer(name) if name in self else None if name in self._values else default
 
     def number(self, name: str, default: float | None = None) -> float:

@@ -65,7 +65,7 @@ class NotFetchedError(FormatError):
 
 
 class UnsafeError(FormatError):
-    """Reading this file could run code, access files outside the directory, or hang.
+    """Reading this file could run code, access files outside the file's directory, or hang.
 
     >>> import nplora
     >>> os.symlink("model.gguf", "link.safetensors")
@@ -76,7 +76,7 @@ class UnsafeError(FormatError):
 
 
 class CorruptError(FormatError):
-    """A file does not match its recorded checksum, or its recorded size and time.
+    """A file does not match its recorded checksum, or its size or modification time changed during use.
 
     >>> import nplora
     >>> with open("adapter/adapter_config.json") as file:
@@ -101,7 +101,7 @@ class DataError(FormatError):
     """
 
 
-# difflib takes time quadratic in the length of a name and linear in the number of names.
+# These limits bound difflib's time, which is quadratic in a name's length and linear in the number of names.
 _LONGEST_NAME = 256
 _MOST_NAMES = 5_000
 

@@ -99,7 +99,11 @@ def _open_regular(path: StrPath, follow_links: bool) -> Iterator[int]:
 
 
 class Stamp(NamedTuple):
-    """Identifies one version of a file. Equal stamps mean an unchanged file, up to the clock's resolution."""
+    """Identifies one version of a file.
+
+    If two stamps of a file are equal, the file did not change between them, except perhaps within one tick of
+    the file system's clock.
+    """
 
     name: str
     device: int
@@ -116,10 +120,10 @@ class Stamp(NamedTuple):
         return time.time_ns() - self.mtime_ns > _COARSEST_TICK_NS
 
     def require_unchanged(self) -> None:
-        """Raise CorruptError if the file was modified after this stamp: its mapping then shows other data.
+        """Raise CorruptError if the file was modified after this stamp was taken.
 
-        No error is raised if another file was renamed over this one, because the mapping still shows the old
-        content.
+        A mapping of a modified file shows the new data. If another file was renamed over this file, no error
+        is raised, because the mapping still shows the old data.
         """
         try:
             found = os.stat(self.name)
@@ -188,7 +192,7 @@ class Reader:
 
 
 def _memory(nbytes: int) -> memoryview:
-    """Allocate writable memory. Freeing a large block returns it to the system, because it is a mapping."""
+    """Allocate writable memory. A large block is a mapping, so the system gets it back when it is freed."""
     return memoryview(bytearray(nbytes) if nbytes < _LEAST_MAPPED else mmap.mmap(-1, nbytes))
 
 
@@ -229,10 +233,10 @@ def sha256(path: StrPath) -> str:
 
 
 def cached(path: Path) -> Path:
-    """Follow a link of Hugging Face's cache (snapshots/REVISION/NAME -> blobs/DIGEST). Else return `path`.
+    """If `path` is a link of Hugging Face's cache, return the link's target, else `path`.
 
-    File names that come from a model pass through this function, because no other links are followed for
-    them.
+    The cache's links lead from snapshots/REVISION/NAME to blobs/DIGEST. This function is used for paths that
+    a model's files name. No other symbolic links are followed for such paths.
     """
     cache, target = path.parent.resolve().parent, path.resolve()
     is_cached = path.is_symlink() and cache.name == "snapshots" and target.parent == cache.parent / "blobs"
@@ -271,7 +275,7 @@ class Progress:
 
 @contextlib.contextmanager
 def disk_errors(path: StrPath, note: object) -> Iterator[None]:
-    """Add the file's name and `note` to an OSError. If `note` is a `Progress`, its current state is added."""
+    """Add the file's name and `note` to an OSError that the `with` body raises."""
     try:
         yield
     except OSError as error:
@@ -312,7 +316,7 @@ class Directory(os.PathLike[str]):
 
     def __fspath__(self) -> str:
         if not self.is_at(self._path):
-            with contextlib.suppress(OSError):  # the system does not know
+            with contextlib.suppress(OSError):  # the system may not know the directory's path
                 moved = system.path_of(self.fd)
                 return moved if self.is_at(moved) else self._path
         return self._path
@@ -351,7 +355,9 @@ def require_new(path: StrPath, overwrite: bool) -> None:
 
 
 def require_not_read(op: str, outputs: Iterable[StrPath], inputs: Iterable[tuple[str, StrPath]]) -> None:
-    """Raise an error if an output is a file that the same call reads, even through a symbolic or hard link.
+    """Raise an error if an output is a file that the same call reads.
+
+    A symbolic or hard link to an input counts as that input.
 
     Args:
         inputs: pairs (name for the message, path). Paths that do not exist are ignored.
@@ -387,10 +393,10 @@ def replace(
     another call is writing in the same directory.
 
     Args:
-        directory: an open directory that all files are written into. With `directory`, only the last
-            component of a path names the file, and the whole path appears in messages.
-        check: a function that is called with the temporary files before they are renamed. If it raises an
-            error, the temporary files are removed, and all old files stay unchanged.
+        directory: an open directory that all files are written into. If `directory` is given, only the last
+            component of each path is used as the file's name. Messages show the whole path.
+        check: a function that is called with the paths of the temporary files before the files are renamed.
+            If `check` raises an error, the temporary files are removed, and all old files stay unchanged.
     Raises:
         OSError: a target exists and is not a regular file (or a link to one), or the disk fails. After a
             disk failure, the temporary files are removed, and the message gives the number of needed bytes.
@@ -405,7 +411,7 @@ def replace(
 
 @contextlib.contextmanager
 def written(files: Sequence[NewFile]) -> Iterator[list[Path]]:
-    """Write files to temporary names beside their targets for a `with` body, then remove them again.
+    """Write files to temporary names beside their targets. At the end of the `with` body, remove the files.
 
     Raises:
         OSError: as in `replace`.
@@ -446,7 +452,7 @@ def _temporaries(
 
 
 def _require_replaceable(target: Path, directory: int | None = None) -> None:
-    """Raise an error if an existing target is not a regular file. A rename would replace even a device."""
+    """Raise an error if an existing target is not a regular file. (A rename could replace a device.)"""
     place = str(target) if directory is None else target.name or "."
     try:
         kind = stat.S_IFMT(system.stat_in(directory, place).st_mode)

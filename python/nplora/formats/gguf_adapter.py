@@ -5,11 +5,12 @@
     adapter.type            "lora"
     adapter.lora.alpha      float32
     adapter.alora.invocation_tokens    uint32[], only for activated LoRA (aLoRA)
-    nplora.base_norms.sha256           string, our own: the digest of the base model
-    nplora.chat_template               bool, our own: whether the training data went through the chat template
+    nplora.base_norms.sha256           string, only from nplora: the digest of the base model
+    nplora.chat_template               bool, only from nplora: whether the training data went through the chat
+                                       template
     W.lora_a, W.lora_b      (r, d_in) and (d_out, r) for each adapted tensor W: "blk.0.attn_q.weight.lora_a"
 
-As in PEFT, lora_a is nplora's B, and lora_b is nplora's A. To W, llama.cpp adds the update
+As in PEFT, lora_a is nplora's B, and lora_b is nplora's A. llama.cpp adds this update to W:
 
     user_scale * s * lora_b @ lora_a        with s = alpha / r, or 1 if alpha is 0 or missing
 
@@ -124,7 +125,7 @@ def from_file(file: GgufFile) -> GgufAdapter:
 
 
 def trained_with_template(path: StrPath) -> bool | None:
-    """Whether the training data of an adapter file went through the chat template; None: not known."""
+    """Whether the training data of an adapter file went through the chat template; None if unknown."""
     return _with_template(gguf.open(path))
 
 
@@ -162,7 +163,11 @@ def save(path: StrPath, adapter: GgufAdapter) -> None:
 
 
 def _adapted(file: GgufFile) -> tuple[list[str], tuple[str, ...]]:
-    """The names of the base model's tensors that have both factors, and of the ignored norm tensors."""
+    """Return the names of the adapted tensors in the base model, and the names of the ignored norm tensors.
+
+    Raises:
+        FormatError: one factor of a tensor is missing, or a name is not that of a factor or norm.
+    """
     adapted: dict[str, None] = {}
     passed_over = []
     for name in file:

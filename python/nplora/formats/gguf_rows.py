@@ -1,7 +1,7 @@
 """Converts the rows of the q and k projections between Hugging Face's order and GGUF's.
 
-A rotary embedding rotates the rows of a head in pairs. Hugging Face pairs row i of a head with row half + i,
-where a head has 2 · half rows. In GGUF, some architectures pair neighbouring rows instead.
+A rotary embedding rotates the rows of a head in pairs. A head has 2 · half rows. Hugging Face pairs row i of
+the head with row half + i. In GGUF, some architectures pair the neighbouring rows 2 i and 2 i + 1 instead.
 Source: llama.cpp's convert_hf_to_gguf.py, LlamaModel.permute.
 """
 

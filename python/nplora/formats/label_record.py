@@ -43,13 +43,13 @@ def is_name(label: str) -> bool:
 
 
 def shown(label: str) -> str:
-    """A label for a line of text: without control characters, and not longer than 40 characters."""
+    """Cut a label to 40 characters, then write unprintable characters as escapes, for one line of text."""
     cut = label if len(label) <= _SHOWN else label[: _SHOWN - 1] + "…"
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in cut)
 
 
 def loads(text: str, source: str) -> LabelRecord:
-    """Read a record. `source` names the place of the text in messages.
+    """Read a record. `source` is the text's name in messages.
 
     Raises:
         FormatError: the text breaks the format. LimitError: there are too many labels.

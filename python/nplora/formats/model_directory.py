@@ -22,15 +22,15 @@ INDEX = "model.safetensors.index.json"
 _COMPANIONS = (".json", ".txt", ".model", ".jinja")  # configuration, tokenizer, chat template
 _MAX_COMPANION = 64 << 20
 _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
-# Matches OWNER/NAME on the Hugging Face Hub, and the address of the repository or of one of its pages. A
-# quantisation may follow after a colon, as in Ollama's names.
+# Matches the name OWNER/NAME of a repository on the Hugging Face Hub, the repository's web address, and the
+# addresses of its pages. A colon and the name of a quantisation may follow the name, as in Ollama's names.
 _HUB_NAME = re.compile(
     r"(?P<host>(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/|hf://)?"
     r"(?P<name>(?!(?:datasets|spaces)/)[a-z\d][\w.-]*/(?P<local>[a-z\d][\w.-]*))(?::\w+)?"
     r"(?(host)(?:/(?P<page>tree|blob|resolve)/(?P<revision>[\w.-]+)(?:/(?P<file>[\w./-]+?))?)?)/?(?(host)(?:\?.*)?)",
     re.ASCII | re.IGNORECASE,
 )
-_NO_HUB_NAMES = (".gguf", ".safetensors", ".json", ".jsonl", ".csv", ".txt", ".bin")  # ends of file names
+_NO_HUB_NAMES = (".gguf", ".safetensors", ".json", ".jsonl", ".csv", ".txt", ".bin")  # suffixes of files
 
 Tensors: TypeAlias = SafetensorsFile | ShardedFile
 
@@ -113,8 +113,7 @@ def open_tensors(
 
     Args:
         mmap: as in `sharded.open`.
-        wanted: as in `sharded.open`, but used for an index only: a single file is opened with all its
-            tensors.
+        wanted: as in `sharded.open`. A single file is always opened with all its tensors.
     Raises:
         UnsafeError: the directory's weights are a pickle.
         FormatError: the directory has no weights, or a file breaks its format.
@@ -156,7 +155,7 @@ def companions(source: Path, target: Path) -> list[NewFile]:
 
 @contextlib.contextmanager
 def linked(source: Path, weights: Path, changed: Mapping[str, Path] | None = None) -> Iterator[Path]:
-    """A temporary directory that holds links to a model's configuration and tokenizer, and to other weights.
+    """Make a temporary directory with links to a model's configuration and tokenizer, and to other weights.
 
     Args:
         source: the directory with the configuration and the tokenizer.

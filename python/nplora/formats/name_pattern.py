@@ -4,10 +4,11 @@ PEFT passes a file's patterns to a backtracking engine, where `(a+)+$` can run f
 only the syntax below. The matcher follows all alternatives of a pattern at once, so its time grows only with
 the product of the pattern's length and the name's length.
 
-- Letters, digits, the space and the characters _ - / : match themselves. Other ASCII punctuation matches
-  itself after a backslash.
+- ASCII letters and digits, the space, the characters _ - / : and all non-ASCII characters match themselves.
+  Other ASCII punctuation matches itself after a backslash.
 - One character is matched by `.`, `\\d`, `\\w`, or a set such as `[a-z0-9_]` or `[^.]`.
-- One character can be repeated with `*`, `+`, `?` or their lazy forms `*?`, `+?`, `??`. A group cannot.
+- One character can be repeated with `*`, `+`, `?` or their lazy forms `*?`, `+?`, `??`. A group cannot be
+  repeated.
 - Alternatives are written `(a|b)` or `(?:a|b)`, nested at most 8 deep.
 - `^` is the start and `$` is the end of the name.
 """
@@ -29,7 +30,7 @@ _RANGE = re.compile(r"([A-Za-z0-9])-([A-Za-z0-9])")
 
 
 class Name:
-    """A module's name. `places` maps each character to its positions, the set bits of an integer."""
+    """A module's name. `places` maps each character to an integer whose set bits are its positions."""
 
     def __init__(self, text: str) -> None:
         self.everywhere = (1 << len(text)) - 1
@@ -125,7 +126,7 @@ class NamePattern:
         self.only_name = self._as_name()
 
     def _as_name(self) -> str | None:
-        """The only name that matches if the pattern is `^` followed by literal characters; otherwise None."""
+        """If the pattern is `^` followed by literal characters, the only name that matches, else None."""
         pieces = self._root.branches[0]
         if len(self._root.branches) > 1 or pieces[:1] != (_End(at_start=True),):
             return None
@@ -144,7 +145,10 @@ class NamePattern:
         )
 
     def _next(self, expected: str = "") -> str:
-        """Consume and return the next character. If `expected` lacks the character, return "" instead."""
+        """Consume and return the next character.
+
+        If `expected` is given and does not contain the next character, consume nothing and return "".
+        """
         character = self.text[self._position : self._position + 1]
         if expected and (not character or character not in expected):
             return ""

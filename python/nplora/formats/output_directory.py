@@ -8,7 +8,7 @@ from nplora.formats.run_files import holds_run
 
 
 def trained(directory: StrPath) -> str | None:
-    """Describe the result of training in a directory: "a run", "an adapter", or None."""
+    """Whether a directory holds "a run" (the files of a training run), "an adapter", or neither (None)."""
     if holds_run(directory):
         return "a run"
     return "an adapter" if peft_adapter.lies_in(directory) else None

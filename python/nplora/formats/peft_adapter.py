@@ -2,12 +2,12 @@
 
 Two files cannot be replaced at the same instant. So the metadata of the tensors' file hold a copy of the new
 configuration, the SHA-256 of that copy, and the SHA-256 of the old configuration. The new adapter takes
-effect when the tensors' file is renamed into place. If a reader then still finds the old configuration file,
-the reader uses the copy in the metadata. A configuration file that matches neither SHA-256 was edited by
-hand.
+effect when the tensors' file is renamed into place. If a reader finds the new tensors' file beside the old
+configuration file, the reader uses the copy in the metadata. A configuration file that matches neither
+SHA-256 was edited by hand.
 
-The metadata also hold a digest of the base model (`model_digest`). PEFT ignores these metadata entries and
-does not write them. Without these entries, nplora compares no digests.
+The metadata also hold a digest of the base model (`model_digest`). PEFT neither reads nor writes any of these
+metadata entries. If a file lacks a digest, nplora skips the check that needs this digest.
 """
 
 import contextlib
@@ -75,7 +75,7 @@ class PeftAdapter:
 
     Attributes:
         directory: the directory's name for messages.
-        tensors: the tensors, each read on access while the directory is open.
+        tensors: the tensors. Each tensor is read from disk when it is accessed.
         config: the configuration that was saved with the tensors, or the edited one if it was edited.
         paired: False if the configuration is known to be edited.
         base_digest: the digest of the base model (`models.model_digest.of`), or None if the file has none.
@@ -92,13 +92,15 @@ class PeftAdapter:
     is_ours: bool = False
 
     def added_tokens(self, wanted: Collection[int]) -> tuple[AddedToken, ...]:
-        """The new tokens of the adapter: those in the metadata, or in a tokenizer.json of another program.
+        """Read the new tokens of the adapter.
+
+        nplora stores the new tokens in the metadata. Other programs store them in a tokenizer.json.
 
         Args:
-            wanted: the ids of the tokens to return from a tokenizer.json. Such a file also names older
-                tokens.
+            wanted: the ids of the tokens to return from a tokenizer.json, which also lists tokens that are
+                not new. The new tokens in the metadata are all returned.
         Raises:
-            FormatError: the metadata or the file are damaged.
+            FormatError: the metadata or the tokenizer.json is damaged.
         """
         source = str(Path(self.directory, TENSORS))
         if self.is_ours:
@@ -111,7 +113,7 @@ class PeftAdapter:
         return tokenizer_json.added_tokens(raw, str(path), wanted)
 
     def labels(self) -> LabelRecord | None:
-        """The description of a classifier's outputs in the metadata, or None.
+        """Read the description of a classifier's outputs from the metadata. Return None if there is none.
 
         Raises:
             FormatError: the metadata are damaged.
@@ -121,13 +123,13 @@ class PeftAdapter:
         return None if text is None else label_record.loads(text, source)
 
     def copy_of(self, layer: str) -> str | None:
-        """The tensor in which PEFT stored the frozen weight of an embedding or head, or None."""
+        """The name of the tensor in which PEFT stored a layer's frozen weight, or None if there is none."""
         endings = (_TOKEN_ADAPTER + BASE_COPY, _ORIGINAL, BASE_COPY, ".weight")
         names = (f"{PREFIX}{layer}{ending}" for ending in endings)
         return next((name for name in names if name in self.tensors and self._is_base_copy(name)), None)
 
     def whole(self) -> dict[str, dict[str, str]]:
-        """The fully trained layers of `modules_to_save`: layer -> parameter -> tensor's name.
+        """Find the fully trained layers of `modules_to_save`: layer -> parameter -> tensor's name.
 
         Raises:
             LimitError: there are too many tensors and names to compare in reasonable time.
@@ -159,10 +161,10 @@ class PeftAdapter:
         return [f"{name}." for name in saved]
 
     def tokens(self, problems: list[str]) -> dict[str, tuple[str, tuple[int, ...]]]:
-        """The trained tokens of each layer: layer -> (tensor's name, token ids).
+        """Find the trained tokens of each layer: layer -> (tensor's name, token ids).
 
-        A tensor whose tokens the configuration does not name, and tokens without a tensor, are listed in
-        `problems`.
+        Each tensor whose shape does not fit the token ids in the configuration adds a message to `problems`.
+        If the configuration names tokens, but no tensor holds their rows, this also adds a message.
         """
         named = self.config.trainable_token_indices
         found: dict[str, tuple[str, tuple[int, ...]]] = {}
@@ -218,7 +220,7 @@ class PeftAdapter:
         return found
 
     def base_copies(self) -> list[str]:
-        """The layers for which PEFT also stored the frozen weight, which usually equals the base model's."""
+        """The layers whose frozen weight PEFT also stored. It usually equals the base model's weight."""
         found = [tensor.removeprefix(PREFIX) for tensor in filter(self._is_base_copy, self.tensors)]
         endings = (_TOKEN_ADAPTER + BASE_COPY, BASE_COPY, _ORIGINAL, _UNNAMED, ".weight")
         layers = [tensor[: -len(next(filter(tensor.endswith, endings)))] for tensor in found]
@@ -239,7 +241,7 @@ class PeftAdapter:
         return False
 
     def _is_resized_copy(self, tensor: str) -> bool:
-        """Whether PEFT stored an embedding or a head because its number of rows was changed."""
+        """Whether a tensor is an embedding or head that PEFT stored because its number of rows changed."""
         if not tensor.startswith(PREFIX):
             return False
         name = tensor.removeprefix(PREFIX)
@@ -336,7 +338,7 @@ def kernel(lora_a: tuple[int, ...]) -> tuple[int, int, int] | None:
 def trained_with_template(path: StrPath) -> bool | None:
     """Whether the training data of an adapter directory went through the chat template.
 
-    None: unknown, for example if another program wrote the file.
+    Returns None if this is unknown, for example if another program wrote the file.
     """
     tensors = Path(path, TENSORS)
     if not tensors.is_file():
@@ -350,7 +352,7 @@ def _with_template(tensors: SafetensorsFile) -> bool | None:
 
 
 def require_finished(directory: StrPath) -> None:
-    """Raise FileNotFoundError if a directory holds a run whose own adapter is not written yet."""
+    """Raise FileNotFoundError if a directory holds a training run that has not written its adapter yet."""
     if not run_files.holds_run(directory):
         return
     is_whole = all(map(os.path.lexists, files_of(directory)))
@@ -360,7 +362,7 @@ def require_finished(directory: StrPath) -> None:
 
 
 def is_dropped(directory: StrPath) -> bool:
-    """Whether the adapter in a directory was left by an earlier run that the present run overwrites."""
+    """Whether the adapter in a directory belongs to an earlier run, which the present run overwrites."""
     dropped = run_files.dropped_adapter(directory)
     return dropped is not None and tensors_digest(directory) == dropped
 
@@ -374,11 +376,11 @@ def tensors_digest(directory: StrPath) -> str | None:
 def _pair(
     config_path: Path, tensors_path: Path, opened: contextlib.ExitStack
 ) -> tuple[SafetensorsFile, bytes, bool]:
-    """Open the tensors and read the configuration. The returned bool is False if the two do not match.
+    """Open the tensors and read the configuration. The returned bool is False if they do not match.
 
-    A save replaces the tensors first, and then the configuration. So the tensors are opened before the
-    configuration is read. If the tensors file is not replaced in between, the configuration is not newer than
-    the tensors. If the tensors file is replaced, both files are read again.
+    A save replaces the tensors first, and then the configuration. So this function opens the tensors first,
+    and then reads the configuration. If the tensors file is replaced between these two steps, both files are
+    read again. If the tensors file is not replaced, the configuration is not newer than the tensors.
     """
     for _ in range(_MOST_REPLACED):
         with contextlib.ExitStack() as attempt:
@@ -406,13 +408,14 @@ def files_of(path: StrPath) -> list[Path]:
 
 
 def require_ours(directory: StrPath, overwrite: bool, with_tokenizer: bool = False) -> None:
-    """Raise an error if `save` would replace a symbolic link or, without `overwrite`, a file of another kind.
+    """Raise an error if `save` would replace a file that it must not replace.
 
     Args:
-        with_tokenizer: whether `save` will write the files of a tokenizer too.
+        overwrite: accept regular files that do not belong to an adapter.
+        with_tokenizer: whether `save` will also write the files of a tokenizer.
     Raises:
         UnsafeError: a file is a symbolic link.
-        FormatError: a file is a directory, FIFO or device.
+        FormatError: there is a directory, FIFO or device under the name of a file.
         FileExistsError: a file does not belong to an adapter, and `overwrite` is not set.
     """
     checks: list[tuple[str, Callable[[files.Reader], bool]]] = [(CONFIG, _is_config), (TENSORS, _is_tensors)]

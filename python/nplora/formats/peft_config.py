@@ -21,7 +21,7 @@ from nplora.formats.name_pattern import Name, NamePattern
 
 MAX_BYTES = 16 << 20
 MAX_PATTERN_TEXT = 1 << 14  # each layer's name is compared with all of this text
-MAX_EXACT_TEXT = 1 << 18  # characters of patterns that match only one name; a table holds these
+MAX_EXACT_TEXT = 1 << 18  # characters of all patterns; one that matches only one name is cheap to look up
 
 # PEFT writes these keys. The keys say how the factors were initialised or trained, not what the adapter
 # computes.
@@ -67,7 +67,7 @@ _MEGATRON = "megatron.core"
 _REPEATED_GROUP = re.compile(r"\)[*+{]")
 
 Number: TypeAlias = int | float
-Tokens: TypeAlias = tuple[int, ...] | Mapping[str, tuple[int, ...]]  # of the embedding, or by layer
+Tokens: TypeAlias = tuple[int, ...] | Mapping[str, tuple[int, ...]]  # ids for the embedding, or by layer
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class Patterns:
         )
 
     def value(self, name: str, default: Number) -> Number:
-        """The value for the module `name`. The lookup is slow, because it tries every inexact pattern."""
+        """The value for the module `name`. The lookup is slow, because it may try every inexact pattern."""
         places, exact = Name(name), self._exact.get(name, len(self.pairs))
         position = next((at for at, pattern in self.inexact if at < exact and pattern.matches(places)), exact)
         return self.pairs[position][1] if position < len(self.pairs) else default
@@ -223,7 +223,7 @@ def loads(raw: bytes, source: str) -> PeftConfig:
 
 
 def _targets(value: object) -> tuple[str, ...] | str:
-    """Read `target_modules`, which nplora does not match with modules. Wrong types are therefore ignored."""
+    """Read `target_modules`. Values of a wrong type are ignored, because nplora does not use the names."""
     if isinstance(value, str):
         return value
     return tuple(name for name in value if isinstance(name, str)) if isinstance(value, list) else ()
@@ -271,8 +271,8 @@ def _refuse_unsafe(fields: dict[str, Any], source: str) -> None:
 def _is_plain_module_mapping(mapping: object) -> bool:
     """Whether `auto_mapping` is the entry that PEFT writes for a plain torch module.
 
-    nplora never imports the named class. PEFT never names a class of the standard library, because no model's
-    class is there.
+    nplora never imports the named class. PEFT never names a class of the standard library, because the
+    standard library has no models.
     """
     if not isinstance(mapping, dict) or mapping.keys() != {"base_model_class", "parent_library"}:
         return False

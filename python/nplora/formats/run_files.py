@@ -1,8 +1,8 @@
-"""The names of a training run's files, and the record of an earlier run in the newest checkpoint.
+"""The names of a training run's files, and what a checkpoint records about an earlier run.
 
-A run that overwrites an earlier run deletes the earlier files as soon as its own first checkpoint is on disk.
-The first checkpoint contains the new log and the SHA-256 of the old adapter. So if a crash prevents
-the deletion, nplora still knows which files belong to the earlier run.
+A run can overwrite an earlier run. The files of the earlier run are deleted as soon as the first checkpoint
+of the new run is on disk. This checkpoint contains the new log and the SHA-256 of the old adapter. So if a
+crash prevents the deletion, nplora still knows which files belong to the earlier run.
 """
 
 import os
@@ -17,7 +17,8 @@ LOCK = "lock"
 CHECKPOINTS = ("checkpoint-0.safetensors", "checkpoint-1.safetensors")
 REFERENCE = "reference.safetensors"  # log-probabilities of the model without its adapter
 NAMES = (LOG, LOCK, *CHECKPOINTS, REFERENCE)
-# Metadata keys of a checkpoint. Only the first checkpoint of a run that overwrites another has the last two.
+# Metadata keys of a checkpoint. FIRST_LOG and DROPPED_ADAPTER appear only in the first checkpoint of a run
+# that overwrites another run.
 STATE = "state"  # JSON
 REFERENCE_MARK = "reference"  # a metadata key that every file of log-probabilities has
 FIRST_LOG = "log"

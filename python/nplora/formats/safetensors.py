@@ -155,7 +155,7 @@ class SafetensorsFile(Mapping[str, Tensor]):
     """The tensors of an open file by name, in the header's order. `metadata` maps text to text.
 
     `entries` gives the tensors' shapes and element types without reading the tensors. If the file is mapped,
-    `mapped` holds its `Stamp`, with which a later change of the file is detected.
+    `mapped` holds the file's `Stamp`, which serves to detect later changes of the file.
 
     >>> file = loads(dumps({"w": np.eye(2)}, {"made by": "hand"}))
     >>> file, list(file), file.metadata
@@ -219,8 +219,8 @@ def open(path: StrPath, mmap: bool = True, follow_links: bool = True) -> Safeten
     Args:
         path: the file.
         mmap: map the file, so that each part is read from disk on first use. If another program truncates a
-            mapped file, a process that reads the lost part ends with a message and status 135. `mmap=False`
-            copies the whole file into memory instead, after the header has been checked.
+            mapped file, a process that reads the lost part ends with a message and exit status 135.
+            `mmap=False` copies the whole file into memory instead, after the header has been checked.
         follow_links: whether `path` may be a symbolic link. Pass False for paths that come from another file.
     Returns:
         a mapping from name to `Tensor`, with the file's `.metadata`. The arrays are read-only views that keep
@@ -308,8 +308,8 @@ def dumps(tensors: Tensors, metadata: Mapping[str, str] | None = None) -> bytes:
 def new_file(path: StrPath, tensors: Tensors, metadata: Mapping[str, str] | None = None) -> files.NewFile:
     """Prepare the file that `save` would write, so that the caller can replace several files together.
 
-    At any time, at most one tensor is copied to make it contiguous. The function of a `Stream` is called when
-    the tensor is written.
+    At any time, at most one tensor is copied to make it contiguous. The function `Stream.chunks` is called
+    when the tensor is written.
     """
     tagged = [(name, *_tagged(name, value)) for name, value in tensors.items()]
     tagged.sort(key=lambda item: (_ORDER[item[1]], item[0]))

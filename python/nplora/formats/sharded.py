@@ -51,7 +51,7 @@ class ShardedFile(Mapping[str, Tensor]):
 
     @property
     def mapped(self) -> tuple[Stamp, ...]:
-        """The `Stamp` of each mapped shard, which shows later changes of the file."""
+        """The `Stamp` of each mapped shard. A stamp serves to detect later changes of the file."""
         return tuple(dict.fromkeys(stamp for shard in self._shards.values() for stamp in shard.mapped))
 
 

@@ -33,9 +33,9 @@ def loads(raw: Bytes, source: str, most: int | Sequence[int] = MAX_VALUES) -> An
 
     Args:
         source: the text's name in messages, usually the file's path.
-        most: the largest accepted number of values, or a sequence of such limits, one for each depth from the
-            outermost. The last limit also covers all deeper levels together. Values are counted before any
-            object is created.
+        most: the largest accepted number of values, or a sequence of such limits, one for each nesting depth,
+            the outermost first. The last limit applies to the sum over its own and all deeper levels. Values
+            are counted before any object is created.
     Raises:
         FormatError: the text is not UTF-8 or not JSON, or has a duplicate key, NaN, a number beyond float64
             or half a surrogate pair.
@@ -55,7 +55,7 @@ def loads(raw: Bytes, source: str, most: int | Sequence[int] = MAX_VALUES) -> An
 
     def integer(text: str) -> int | float:
         short(text)
-        return -0.0 if text == "-0" else int(text)  # a float as in serde_json, because no integer is -0
+        return -0.0 if text == "-0" else int(text)  # -0 is a float, as in serde_json: no integer is -0
 
     def real(text: str) -> float:
         short(text)
@@ -128,10 +128,10 @@ def json_values(value: Any) -> Any:
 
 
 class Marks:
-    """Finds the brackets and the commas outside strings, in a text that is read part by part.
+    """Finds the marks of a JSON text that is read part by part: the brackets and commas outside strings.
 
     Attributes:
-        depth: the nesting depth after the parts so far.
+        depth: the nesting depth at the end of the parts that were read so far.
     """
 
     def __init__(self, depth: int = 0) -> None:
@@ -139,10 +139,10 @@ class Marks:
         self._in_string, self._rest = False, b""
 
     def find(self, part: bytes) -> tuple[bytes, Array, Array]:
-        """The marks of the next part.
+        """Find the marks of the next part.
 
-        Returns: the part, the positions of its marks, and the depth after each mark. If the part ends inside
-            an escape, the backslash comes with the next part.
+        Returns: the part, the positions of its marks, and the depth after each mark. If the part ends with a
+            backslash that begins an escape, this backslash is moved to the next part.
         """
         text = self._rest + part
         hidden = text

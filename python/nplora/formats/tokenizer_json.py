@@ -14,9 +14,10 @@ TOKENIZER_CONFIG = "tokenizer_config.json"
 FILES = (TOKENIZER, TOKENIZER_CONFIG)  # what an adapter with new tokens has besides its own two files
 MAX_BYTES = 100_000_000
 MAX_SPECIAL = 1 << 17  # special tokens, which are searched for in each text; speech models have 65,536
-# The largest number of values in tokenizer.json, by depth: its fields; added tokens and the model's fields;
-# vocabulary, merges and fields of added tokens; parts of merges. The largest files in use have 850,000 at
-# depth 3.
+# The largest accepted number of values in tokenizer.json at each depth. Depth 1 holds the file's fields.
+# Depth 2 holds the added tokens and the fields of the tokenizer's model. Depth 3 holds the vocabulary, the
+# merges and the fields of the added tokens; the largest files in use have 850,000 values at this depth.
+# Depth 4 holds the two parts of each merge.
 MOST_VALUES = (1000, MAX_SPECIAL + 1000, 3 << 19, 1 << 21, 1 << 16)
 MAX_TEXT = 1 << 12  # characters of an added token
 _MAX_ID = 1 << 31
@@ -29,8 +30,8 @@ class AddedToken:
     Attributes:
         id: the number of the token, and of its row in the embedding.
         text: the text that becomes this token.
-        special: whether it is a control token, such as the one that ends a text. Plain text never becomes a
-            special token.
+        special: whether the token is a control token, such as the token that ends a text. Plain text never
+            becomes a special token.
     """
 
     id: int
@@ -45,7 +46,7 @@ def added_tokens(raw: bytes, source: str, wanted: Collection[int] | None = None)
         source: the file's name in messages.
         wanted: the ids of the tokens to return, or None for all.
     Raises:
-        FormatError: the file is damaged. LimitError: it holds too many values.
+        FormatError: the file is damaged. LimitError: the file holds too many values.
     """
     fields = strict_json.loads(raw, source, MOST_VALUES)
     listed = fields.get("added_tokens") if isinstance(fields, dict) else None

@@ -11,8 +11,8 @@
     the rest    the tensors' bytes; offsets count from here and are multiples of the alignment
 
 All numbers are little-endian. A string is stored as its uint64 length, followed by UTF-8 bytes. This reader
-refuses arrays of arrays and big-endian files. PyPI's package gguf accepts every file that this reader
-accepts, except files with Q8_1 tensors, whose size that package computes wrongly.
+refuses arrays of arrays and big-endian files. The PyPI package gguf accepts every file that this reader
+accepts, except for files with Q8_1 tensors: that package computes a wrong size for such tensors.
 
 Source: ggml's docs/gguf.md.
 """

@@ -10,7 +10,7 @@ from nplora.formats.gguf.metadata import Typed
 
 FILE_TYPE = "general.file_type"
 
-# llama.cpp's numbers (llama_ftype).
+# The numbers are those of llama.cpp's enum llama_ftype.
 _NUMBERS = {
     "F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "Q2_K": 10, "Q3_K": 11,
     "Q4_K": 14, "Q5_K": 16, "Q6_K": 18, "IQ2_XXS": 19, "IQ2_XS": 20, "IQ3_XXS": 23, "IQ1_S": 24, "IQ4_NL": 25,
@@ -35,7 +35,10 @@ def main_type(tensors: Mapping[str, _Tensor]) -> str:
 
 
 def describe(tensors: Mapping[str, _Tensor]) -> dict[str, Typed]:
-    """The metadata entries about the types of `tensors`. A type without a known number gets no entry."""
+    """Make the metadata entries about the types of `tensors`.
+
+    `general.file_type` is left out if the main type has no number in llama_ftype.
+    """
     number = _NUMBERS.get(main_type(tensors))
     entries = {} if number is None else {FILE_TYPE: Typed(number, "UINT32")}
     if any(GGML_TYPES[tensor.type].dtype is None for tensor in tensors.values()):

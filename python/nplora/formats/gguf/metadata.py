@@ -24,7 +24,7 @@ class Typed:
     Attributes:
         value: a scalar, or a list or array of scalars.
         type: "UINT8", "INT8", "UINT16", "INT16", "UINT32", "INT32", "UINT64", "INT64", "FLOAT32", "FLOAT64",
-            "BOOL" or "STRING". For a list or array, `type` is that of the elements.
+            "BOOL" or "STRING". For a list or array, `type` is the type of the elements.
 
     >>> from nplora.formats import gguf
     >>> file = gguf.loads(gguf.dumps({}, {"n": Typed(32, "UINT32"), "names": ["a", "b"]}))
@@ -38,7 +38,7 @@ class Typed:
 
 @dataclass(frozen=True)
 class ArrayEntry:
-    """The position of an array in the file. The array is validated, except for the UTF-8 of strings.
+    """The position of an array in the file. The array has been checked, but not the UTF-8 of its strings.
 
     Attributes:
         type: the type of the elements.
@@ -85,7 +85,7 @@ class StringArray(Sequence[str]):
         return self._text(index, int(self._begins[index]))[0]
 
     def _find(self) -> Array:
-        """The position of each string, which is only needed for access by index."""
+        """Find the position of each string. Only access by index needs these positions."""
         begins, begin = np.empty(len(self), np.int64), self._entry.begin
         for index in range(len(self)):
             begins[index] = begin
@@ -116,7 +116,7 @@ class Metadata(Mapping[str, Scalar | Array | StringArray]):
 
     The methods `integer`, `number`, `boolean`, `string`, `array` and `strings` return a value of one required
     type. These methods raise FormatError if the value is missing and there is no default, if the value has
-    another type, or if an array has another length.
+    another type, or if an array does not have `count` elements.
 
     >>> from nplora.formats import gguf
     >>> metadata = gguf.loads(gguf.dumps({}, {"general.name": "toy", "sizes": np.arange(3)})).metadata
@@ -160,7 +160,7 @@ class Metadata(Mapping[str, Scalar | Array | StringArray]):
         return {key: Typed(self[key], self.types[key]) for key in self}
 
     def integer(self, key: str, default: int | None = None) -> int:
-        """A scalar of any integer type.
+        """Return a scalar of any integer type.
 
         >>> from nplora.formats import gguf
         >>> metadata = gguf.loads(gguf.dumps({}, {"size": gguf.Typed(7, "UINT32")})).metadata
@@ -173,7 +173,7 @@ class Metadata(Mapping[str, Scalar | Array | StringArray]):
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
-        """A scalar of any integer or float type.
+        """Return a scalar of any integer or float type.
 
         >>> from nplora.formats import gguf
         >>> gguf.loads(gguf.dumps({}, {"eps": gguf.Typed(0.5, "FLOAT32")})).metadata.number("eps")
@@ -185,7 +185,7 @@ class Metadata(Mapping[str, Scalar | Array | StringArray]):
         return value
 
     def boolean(self, key: str, default: bool | None = None) -> bool:
-        """A scalar BOOL.
+        """Return a scalar of type BOOL.
 
         >>> from nplora.formats import gguf
         >>> gguf.loads(gguf.dumps({}, {"tied": True})).metadata.boolean("tied")
@@ -197,7 +197,7 @@ class Metadata(Mapping[str, Scalar | Array | StringArray]):
         return value
 
     def string(self, key: str, default: str | None = None) -> str:
-        """A scalar STRING.
+        """Return a scalar of type STRING.
 
         >>> from nplora.formats import gguf
         >>> gguf.loads(gguf.dumps({}, {"name": "toy"})).metadata.string("name")
@@ -209,7 +209,7 @@ class Metadata(Mapping[str, Scalar | Array | StringArray]):
         return value
 
     def array(self, key: str, type: str, count: int | None = None) -> Array:
-        """An array of numbers or BOOL. `type` names the type of its elements, as in `Typed`.
+        """Return an array of numbers or of BOOL. `type` names the type of the elements, as in `Typed`.
 
         >>> from nplora.formats import gguf
         >>> metadata = gguf.loads(gguf.dumps({}, {"factors": np.array([1.0, 2.0], np.float32)})).metadata
@@ -219,7 +219,7 @@ class Metadata(Mapping[str, Scalar | Array | StringArray]):
         return self._array(key, self._array_entry(key, type, count))  # type: ignore[return-value]
 
     def strings(self, key: str, count: int | None = None) -> StringArray:
-        """An array of STRING.
+        """Return an array of strings.
 
         >>> from nplora.formats import gguf
         >>> metadata = gguf.loads(gguf.dumps({}, {"tokens": ["a", "b"]})).metadata

@@ -1,4 +1,4 @@
-"""Opens GGUF files. Reads GGUF files. Tensors and metadata are views of the mapped file."""
+"""Opens and reads GGUF files. Tensors and metadata are views of the mapped file."""
 
 import mmap
 import weakref
@@ -24,7 +24,7 @@ class GgufFile(Mapping[str, Tensor]):
     """The tensors of an open GGUF file by name, in the file's order. `metadata` holds the file's metadata.
 
     `entries` gives the tensors' types, shapes and positions without reading the tensors. If the file is
-    mapped, `mapped` holds its `Stamp`, which shows later changes of the file.
+    mapped, `mapped` holds the file's `Stamp`, which serves to detect later changes of the file.
 
     >>> from nplora.formats import gguf
     >>> file = gguf.loads(gguf.dumps({"w": np.zeros((2, 3), np.float32)}, {"general.name": "toy"}))
@@ -63,14 +63,14 @@ class GgufFile(Mapping[str, Tensor]):
 def open(path: StrPath, mmap: bool = True) -> GgufFile:
     """Open a GGUF file and check its header.
 
-    As long as the file's size and modification time do not change, its header is cached, and mappings that
-    are in use are shared. So it is cheap to open a file again for each of its tensors.
+    The header is cached, and a mapping that is still in use is shared with later calls, as long as the file's
+    size and modification time stay the same. So it is cheap to open a file again for each of its tensors.
 
     Args:
         path: the file.
         mmap: map the file, so that each part is read from disk on first use. If another program truncates a
-            mapped file, a process that reads the lost part ends with a message and status 135. `mmap=False`
-            copies the whole file into memory instead.
+            mapped file, a process that reads the lost part ends with a message and exit status 135.
+            `mmap=False` copies the whole file into memory instead.
     Returns:
         a mapping from name to `Tensor`, with the file's `.metadata`. Tensors and metadata keep the file
         mapped.

@@ -37,7 +37,7 @@ class Tensor:
     Attributes:
         name: the tensor's name in the file.
         type: ggml's name of the element type: "F32", "BF16", "Q4_0", ...
-        shape: the shape as in NumPy, rows first: the reverse of ggml's `ne`.
+        shape: the shape in NumPy's order, which is the reverse of ggml's `ne`.
         data: the elements' bytes as uint8. Bytes from a file are read-only and keep the file mapped.
         offset: the position of the bytes in the file, or None.
         source: the file's name for messages.

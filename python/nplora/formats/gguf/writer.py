@@ -92,8 +92,8 @@ def dumps(tensors: Tensors, metadata: Mapping[str, Any] | None = None) -> bytes:
 def new_file(path: StrPath, tensors: Tensors, metadata: Mapping[str, Any] | None = None) -> files.NewFile:
     """Prepare the file that `save` would write, so that the caller can replace several files together.
 
-    At any time, at most one tensor is copied to make it contiguous. The function of a `Stream` is called when
-    the tensor is written.
+    At any time, at most one tensor is copied to make it contiguous. The function `Stream.chunks` is called
+    when the tensor is written.
 
     >>> files.replace([new_file("a.gguf", {"w": np.zeros(2)}), new_file("b.gguf", {"w": np.ones(2)})])
     """

@@ -2,10 +2,10 @@
 
 Arguments and errors that several functions of this package share:
 
-    base: the base model of the adapter: a GGUF file, a config.json, or the directory that holds one. If the
-        base model's weights are present, the adapter's names and shapes are checked against them. A llama.cpp
-        adapter for the Llama family cannot be read without the base model, because the order of the adapter's
-        rows depends on the model's number of heads.
+    base: the base model of the adapter: a GGUF file, a config.json, or a directory that holds a config.json.
+        If the base model's weights are present, the adapter's names and shapes are checked against them. A
+        llama.cpp adapter for the Llama family cannot be read without the base model, because the order of the
+        adapter's rows depends on the model's number of heads.
     any_base: accept an adapter that was trained on another language model with the same shapes. An adapter
         stores a digest (SHA-256) of its base model's norm weights. Without `any_base`, a digest that differs
         from the model's is an error. An adapter without a digest is always accepted.
@@ -13,11 +13,11 @@ Arguments and errors that several functions of this package share:
         loaded adapter is saved again, `edited_config` is no longer needed.
     overwrite: replace an existing adapter at the output path.
 
-    FormatError: a file breaks its format, or the adapter belongs to another model or does not fit this one.
-        The message lists every mismatch. UnsupportedError: nplora does not know this kind of adapter, or the
-        operation does not support fully trained layers or DoRA magnitudes. UnsafeError: the weights are a
-        pickle, or the configuration could run code or make a reader hang. CorruptError: adapter_config.json
-        was edited.
+    FormatError: a file breaks its format, or the adapter belongs to another model or does not fit the given
+        model. The message lists every mismatch. UnsupportedError: nplora does not know this kind of adapter,
+        or the operation does not support fully trained layers or DoRA magnitudes. UnsafeError: the weights
+        are a pickle, or the configuration could run code or make a reader hang. CorruptError:
+        adapter_config.json was edited.
     ValueError: a path is empty, or `base` is required but missing.
     FileExistsError: the output exists. With `overwrite`, an adapter is replaced, but never a model or a
         training run.

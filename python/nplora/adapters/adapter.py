@@ -75,7 +75,9 @@ class Adapter(AdapterContent):
     def save(
         self, path: StrPath, overwrite: bool = False, base: StrPath | None = None, any_base: bool = False
     ) -> AdapterConversion | None:
-        """Write a PEFT adapter directory or, with `base`, a llama.cpp file as `adapter_to_gguf` does.
+        """Write a PEFT adapter directory. If `base` is given, write a llama.cpp file instead.
+
+        A llama.cpp file is written as `adapter_to_gguf` writes it.
 
         Returns:
             a report of the conversion to a llama.cpp file; None for a directory.
@@ -113,7 +115,7 @@ class Adapter(AdapterContent):
             freeze_B: train A only, as in `LoRALinear`.
         Raises:
             ValueError: the model has an adapter and `replace` is not set; or a layer to be replaced was made
-                with init="pissa" or "olora", which changed its frozen weight.
+                with init="pissa" or "olora", which changed the layer's frozen weight.
             RuntimeError: the update of a layer to be replaced is merged into the layer's weight.
             FormatError: the adapter does not fit the model or belongs to another model, or it has fully
                 trained layers.

@@ -149,7 +149,7 @@ def _last_part(name: str | None) -> str | None:
 
 
 def _require_alike(adapters: list[AdapterContent]) -> None:
-    """Raise ValueError if a layer differs in shape or kind (linear, say) between the adapters."""
+    """Raise ValueError if a layer has different shapes or kinds (such as linear) in the adapters."""
     first: dict[str, tuple[str, LoraDelta]] = {}
     problems = []
     for adapter in adapters:
@@ -168,6 +168,6 @@ def _kind(update: LoraDelta) -> str:
 
 
 def _agreed(values: Iterable[T | None]) -> T | None:
-    """The value that all adapters have; None if they differ."""
+    """The value that all adapters have; None if the values differ."""
     found = set(values)
     return found.pop() if len(found) == 1 else None

@@ -26,19 +26,21 @@ class AdapterContent(Mapping[str, LoraDelta]):
         task_type: PEFT's name for the task, such as "CAUSAL_LM", or None.
         base_digest: the digest of the base model's norms (`models.model_digest.of`), or None.
         modules_to_save: the arrays of fully trained layers: layer -> parameter -> array.
-        saved_names: PEFT's names for the fully trained layers in its configuration; empty: the names of the
-            layers. PEFT names the head of a classifier as a whole, not its layers.
+        saved_names: the names that PEFT's configuration lists under `modules_to_save`. If `saved_names` is
+            empty, the names of the fully trained layers are listed. For a classifier, PEFT lists the whole
+            head instead of the layers of the head.
         labels: the outputs of a classifier, or None.
         token_rows: the trained rows of embeddings and heads: layer -> `TokenRows`.
         invocation_tokens: the tokens after which an activated LoRA (aLoRA) begins to act, or None.
-        is_tied: whether the embedding and the head in `modules_to_save` are one weight.
+        is_tied: whether the embedding and the head in `modules_to_save` share one weight.
         dropout: the LoRA dropout probability of most layers.
         unknown: the keys of adapter_config.json that nplora does not know.
         neighbours: the names of the model's modules that are not LoRA layers, if known.
         uses_expression: whether the file selects layers by a regular expression instead of a list.
-        added_tokens: the new tokens that the adapter trains. If another program wrote the adapter, these are
-            all tokens in the tokenizer.json beside it that may be new.
-        tokenizer_files: the files of the tokenizer with the new tokens, which are saved with the adapter.
+        added_tokens: the new tokens that the adapter trains. If another program wrote the adapter, this list
+            has all tokens of the adapter's tokenizer.json that may be new.
+        tokenizer_files: the files of the tokenizer with the new tokens. These files are saved with the
+            adapter.
         chat_template: whether the training data went through the chat template; None if that is not known.
     """
 
@@ -91,7 +93,7 @@ class AdapterContent(Mapping[str, LoraDelta]):
 
     @property
     def trained_rows(self) -> dict[str, NDArray[Any] | None]:
-        """The layers that train rows: layer -> the rows, or None for all rows.
+        """The layers whose rows are trained: layer -> the ids of the trained rows, or None for all rows.
 
         A head that shares the rows of the embedding is left out.
         """

@@ -15,20 +15,20 @@ from nplora.models import model_digest
 
 
 def kind(embedding: bool, kernel: tuple[int, ...] | None) -> str:
-    """The name of a layer's kind in messages. `kernel` is the shape of a convolution's windows, or empty."""
+    """The name of a layer's kind in messages. `kernel` is the shape of a convolution's kernel, or empty."""
     return "a convolution" if kernel else "an embedding" if embedding else "a linear layer"
 
 
 @dataclass(frozen=True)
 class Place:
-    """The properties of a weight, which an adapter's layer must fit. A property that is None fits all layers.
+    """The properties of a weight that an adapter's layer must fit. A property of None fits every layer.
 
     Attributes:
         title: the weight's name in messages.
         shape: (d_out, d_in).
         embedding: whether the weight is an embedding table.
         use_dora: whether the layer has DoRA magnitudes.
-        kernel: the shape (c_in, height, width) of a convolution's windows; empty for other weights.
+        kernel: the shape (c_in, height, width) of a convolution's kernel; empty for other weights.
         dtype: the dtype that the factors are converted to.
     """
 
@@ -47,15 +47,17 @@ class Target:
     Attributes:
         title: the target's name in messages; empty if every adapter fits.
         place: a function that takes a layer's name and shape (d_out, d_in). The function returns the layer's
-            `Place`, or a text that says why the target has none.
+            `Place`, or a text that says why the target has no such layer.
         digest: the digest of the target's norms (`model_digest.of`), or None.
         required: the layers that the adapter must have.
         accepts_more: whether an adapter with new tokens may have rows beyond the end of an embedding or head.
         ties_head: whether the head of the model shares the embedding's weight.
-        whole: the arrays of the model's fully trained layers: layer -> parameter -> array, or the `Place` of
-            one. If `whole` is None, the adapter may have any fully trained layers.
+        whole: the arrays of the model's fully trained layers: layer -> parameter -> array. An array that does
+            not exist yet is described by a `Place`. If `whole` is None, the adapter may have any fully
+            trained layers.
         rows: a function that takes a layer's name. The function returns the shape of the weight whose rows an
-            adapter may replace, or a text that says why there is no such weight. None accepts all rows.
+            adapter may replace, or a text that says why there is no such weight. If the function returns
+            None, the target accepts all rows.
         require_kind: a function that raises UnsupportedError if the target cannot hold this kind of adapter.
             The arguments of the function are the adapter's source, whether the adapter has DoRA, the
             adapter's fully trained layers, and the layers in which it trains tokens.
@@ -117,7 +119,8 @@ class Target:
         """Raise FormatError if the target has no weight with these rows.
 
         Args:
-            tokens: the adapter's new tokens. Without new tokens, no row is beyond the end of the weight.
+            tokens: the adapter's new tokens. Without new tokens, a row beyond the end of the weight is an
+                error.
         """
         shape = self.rows(layer)
         if isinstance(shape, str):
@@ -126,8 +129,8 @@ class Target:
             return
         if width != shape[1]:
             raise FormatError(
-                f"{brief(layer)}: the adapter's trained tokens have {width} values, but {self.title}'s have "
-                f"{shape[1]}"
+                f"{brief(layer)}: the adapter's trained tokens have {width} values, but the tokens of "
+                f"{self.title} have {shape[1]}"
             )
         beyond = sorted(id_ for id_ in ids if id_ >= shape[0])
         if not beyond or (
@@ -214,7 +217,7 @@ ANYTHING = Target()
 
 @contextlib.contextmanager
 def collecting(problems: list[str]) -> Iterator[None]:
-    """Catch a FormatError of the `with` body and add its message to `problems`, to report all at once."""
+    """Catch a FormatError of the `with` body, and add its message to `problems` for a common report."""
     try:
         yield
     except FormatError as error:

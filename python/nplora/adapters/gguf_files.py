@@ -4,11 +4,11 @@ Both formats name the factors lora_a and lora_b (see `letters`). The formats dif
 
 - Names: PEFT's "model.layers.0.self_attn.q_proj" is "blk.0.attn_q.weight" in llama.cpp.
 - Rows: for the architecture llama, GGUF permutes the rows of q and k, and therefore the rows of their lora_b.
-- Scale: PEFT has alpha / r or, with rsLoRA, alpha / sqrt(r), and alpha and r may differ by layer. llama.cpp
-  has alpha / r with one alpha for all layers, and reads alpha = 0 as a scale of 1.
+- Scale: in PEFT, the scale is alpha / r, or alpha / sqrt(r) with rsLoRA, and each layer can have its own
+  alpha and r. In llama.cpp, the scale is alpha / r with one alpha for all layers, but 1 if alpha is 0.
 
-If the alpha of a layer differs from that of the file, the scale is folded into lora_b: lora_b is multiplied
-by the ratio of the two alphas.
+If the alpha of a layer differs from the alpha of the file, the layer's scale is folded into lora_b: lora_b is
+multiplied by the ratio of the two alphas.
 """
 
 import dataclasses
@@ -51,8 +51,8 @@ class AdapterConversion:
         layers: the names of the adapted layers, as PEFT writes them.
         alpha: the alpha of the new adapter. If layers differ in alpha, this is the most common value.
         folded: the layers whose scale was multiplied into lora_b.
-        passed_over: tensors of the source that are not LoRA factors, and are ignored as in llama.cpp.
-        named_base: the base model that adapter_config.json names, if it was used; else empty.
+        passed_over: tensors of the source that are not LoRA factors. They are ignored, as in llama.cpp.
+        named_base: the base model that adapter_config.json names, if that model was used; else empty.
 
     >>> done = nplora.adapter_to_gguf("adapter", "adapter.gguf", base="model.gguf")
     >>> done.architecture, len(done.layers), done.alpha, done.folded
@@ -88,8 +88,8 @@ def convert_adapter(
 ) -> AdapterConversion:
     """Convert a PEFT directory with `adapter_to_gguf`, or a llama.cpp file with `adapter_from_gguf`.
 
-    The command `nplora convert` calls this function. The base model of a PEFT directory is by default the one
-    that its adapter_config.json names.
+    The command `nplora convert` calls this function. For a PEFT directory, the default of `base` is the model
+    that the directory's adapter_config.json names.
 
     Raises:
         ValueError: the suffix of `target` does not match the kind of the output; or `base` is not given, and
@@ -121,7 +121,7 @@ def convert_adapter(
 
 
 def _target(model: BaseModel | None, family: Family) -> Target:
-    """The `Target` that describes a base model. Without a model, the target fits the whole family."""
+    """The `Target` that describes a base model. Without a model, the target does not check shapes."""
     title, digest = ("its architecture", None) if model is None else (model.source, model.digest)
     shapes = None if model is None else model.shapes
 
@@ -180,9 +180,9 @@ def adapter_to_gguf(
 ) -> AdapterConversion:
     """Convert a PEFT adapter directory to a LoRA adapter file for llama.cpp, with factors in float32.
 
-    With the default scale of 1, llama.cpp then adds the same ΔW as PEFT. If a layer's scale is multiplied
-    into lora_b, ΔW differs by the rounding of lora_b to float32. The file stores the digest of the base
-    model's norm weights, if known. See `nplora.adapters` for the arguments and the other errors.
+    If llama.cpp loads the file with its default scale of 1, it adds the same ΔW as PEFT. If a layer's scale
+    is multiplied into lora_b, ΔW differs by the rounding of lora_b to float32. The file stores the digest of
+    the base model's norm weights, if known. See `nplora.adapters` for the arguments and the other errors.
 
     Raises:
         ValueError: `path` does not end in .gguf, or is a file of the adapter or of the base model.
@@ -270,7 +270,7 @@ def _folded(where: str, lora_b: Array, factor: float) -> Array:
     with np.errstate(over="ignore"):
         product = (lora_b.astype(np.float64) * factor).astype(np.float32)
     if not np.isfinite(product).all():
-        raise FormatError(f"{where}: lora_B times {factor:g}, to fold the layer's scale in, exceeds float32")
+        raise FormatError(f"{where}: lora_B times {factor:g} (the ratio of the alphas) exceeds float32")
     return product
 
 

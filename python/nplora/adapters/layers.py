@@ -1,4 +1,4 @@
-"""Saves a model's LoRA layers as an adapter, loads an adapter into them, and makes new LoRA layers."""
+"""Saves a model's LoRA layers as an adapter, loads an adapter into a model, and makes new LoRA layers."""
 
 import contextlib
 import itertools
@@ -62,8 +62,9 @@ def save_adapter(
 
     Args:
         base_model_name_or_path: the name of the base model, to be stored with the adapter.
-        chat_template: whether the training data went through the model's chat template, to be stored with the
-            adapter; None: not known. `nplora generate` warns if its use of the template differs.
+        chat_template: whether the training data went through the model's chat template; None: not known. The
+            value is stored with the adapter. `nplora generate` prints a warning if it uses the chat template
+            although the training did not, or the other way round.
     Raises:
         ValueError: the model has no LoRA layer; a value is NaN or infinite; or PEFT's format cannot express
             the adapter, because layers differ in rsLoRA or DoRA, or because PEFT would apply a layer's
@@ -109,7 +110,7 @@ def _trained(op: str, model: Module) -> tuple[dict[str, LoRALayer], dict[str, di
         if isinstance(module, LoRALayer):
             layers[name] = module
         elif isinstance(module, TrainedRowsLayer) and module.is_whole:
-            whole[name] = {"weight": module.rows.value}  # also if the layer shares it
+            whole[name] = {"weight": module.rows.value}  # even if two layers share this array
         elif isinstance(module, TrainedRowsLayer):
             pass
         elif parameters := module.local_parameters():
@@ -150,7 +151,7 @@ class AdapterReport:
     """A report about the adapter that `load_adapter` loaded.
 
     Attributes:
-        directory: the directory.
+        directory: the adapter's directory.
         layers: the names of the layers that were loaded.
         changes: the changes of rank, alpha or rsLoRA, one line for all layers with the same change.
         dropped: unknown keys of adapter_config.json, which are ignored with a warning.
@@ -181,8 +182,8 @@ def load_adapter(
     The layers take over the rank, alpha and rsLoRA setting of the file. If a layer's rank stays the same, the
     values are written into its arrays A and B. If the rank changes, A and B become new arrays, and an
     optimiser that holds the old arrays must be created anew. The file and the model must have the same
-    adapted layers; if they differ, use `Adapter.attach` with `replace=True`. All checks precede the first
-    change of the model, and the sizes of tensors are checked before tensors are read. See `nplora.adapters`
+    adapted layers; if they differ, use `Adapter.attach` with `replace=True`. The model only changes after all
+    checks have passed. The sizes of tensors are checked before the tensors are read. See `nplora.adapters`
     for the arguments and the other errors.
 
     Returns:
@@ -224,17 +225,18 @@ def load_adapter(
 
 
 def _require_same_tokens(adapter: AdapterContent, tokens: Mapping[str, TokenRows]) -> None:
-    """Raise FormatError if the trained tokens of an adapter differ from those of the model that gets it."""
+    """Raise FormatError if the trained tokens of an adapter differ from the model's trained tokens."""
     for name, rows in adapter.token_rows.items():
         if not np.array_equal(rows.ids, tokens[name].ids):
             raise FormatError(
                 f"{adapter.source}: {brief(name)}: the adapter trains the tokens {brief(rows.ids.tolist())}, "
-                f"but the model {brief(tokens[name].ids.tolist())}; use Adapter.attach with replace=True"
+                f"but the model trains {brief(tokens[name].ids.tolist())}; use Adapter.attach with "
+                "replace=True"
             )
 
 
 def _require_same_texts(adapter: AdapterContent, model: Module) -> None:
-    """Raise FormatError if the new tokens of an adapter differ from those of the model that gets it."""
+    """Raise FormatError if the new tokens of an adapter differ from the model's new tokens."""
     theirs = {token.id: token.text for token in model.new_tokens(adapter.added_tokens)}
     ours = {token.id: token.text for token in _added_tokens(model)}
     if theirs != ours:
@@ -350,7 +352,10 @@ def _new_layer(layer: Any, delta: LoraDelta, freeze_B: bool) -> LoRALayer:
 
 
 def require_plain_invocation(adapter: AdapterContent, model: Module) -> None:
-    """Raise UnsupportedError if an activated LoRA adapts layers outside the blocks."""
+    """Raise UnsupportedError if an activated LoRA does more than adapt a language model's blocks plainly.
+
+    Such an adapter must not adapt layers outside the blocks, use DoRA, or train rows.
+    """
     if adapter.invocation_tokens is None:
         return
     inside = "model.layers."
@@ -387,7 +392,7 @@ def _new_trained_rows(
 
 
 def _size(adapter: AdapterContent, model: Module, tokens: Sequence[AddedToken]) -> int:
-    """The number of rows of the embedding and the head with this adapter.
+    """The number of rows that the embedding and the head have with this adapter.
 
     Raises:
         FormatError: the adapter has no row for one of the tokens.
@@ -408,7 +413,8 @@ def _size(adapter: AdapterContent, model: Module, tokens: Sequence[AddedToken]) 
 def rollback_on_error(model: Module) -> Iterator[Callable[[], None]]:
     """If the `with` body raises an error, restore the layers that the body replaced.
 
-    The body gets a function. After the body has called this function, an error no longer restores the layers.
+    The context manager yields a function. After the body has called this function, an error no longer
+    restores the layers.
 
     >>> lm = nplora.load_model("model.gguf")
     >>> try:
@@ -467,7 +473,7 @@ def _target(model: Module, live: bool, **more: Any) -> Target:
             return "the model's layer is fully trained"
         assert isinstance(module.weight, FrozenWeight)
         embedding = isinstance(module, Embedding | LoRAEmbedding | TrainedEmbedding)
-        use_dora = False if embedding else None  # a new layer may have DoRA or not
+        use_dora = False if embedding else None  # None: a new layer can be made with or without DoRA
         if live and isinstance(module, LoRALayer):
             use_dora = module.use_dora
         kernel = module.kernel if isinstance(module, Conv2d | LoRAConv2d) else ()

@@ -50,24 +50,24 @@ def merge_adapter(
     Sums are computed in float32 and then rounded to the storage type. Only a block of rows is in memory at a
     time, never a whole weight. The output file is complete on the disk before it appears under its name.
 
-    With `check`, the new model is first written to a temporary file and loaded. Its loss is compared with
-    that of the base model with the adapter attached. If the loss rises by more than the tolerance, the file
-    is removed, and an existing output is not changed.
+    If `check` is given, the new model is first written to a temporary file and loaded. Its loss is compared
+    with the loss of the base model with the adapter attached. If the loss rises by more than the tolerance,
+    the temporary file is removed, and an existing output is not changed.
 
     Args:
         base: a GGUF file, a safetensors file or index, or a Hugging Face directory.
         adapter: a PEFT directory, a llama.cpp file or an `Adapter`. DoRA is supported.
         output: a file of the same kind as the base, but not the base itself. If the base is a directory,
-            `output` may be a directory too, which then also gets the base's configuration and tokenizer.
+            `output` may also be a directory. The base's configuration and tokenizer are then copied into it.
         dtype: the storage type of the merged weights: "same" for the base's type, or a type of `FrozenWeight`
             that the output file can hold.
         any_base: see `nplora.adapters`.
         overwrite: replace existing files.
-        lossy: write the model even if rounding keeps less than 90 % of the adapter's ΔW. If `check` is given
-            too, only the loss decides.
+        lossy: write the model even if rounding keeps less than 90 % of the adapter's ΔW. If `check` is also
+            given, the loss alone decides.
         check: a function that takes a model's path and an adapter (or None), and returns the model's loss on
             held-out data with this adapter. `nplora.finetuning.held_out_loss` makes such a function from a
-            data file. None: the loss is not measured.
+            data file. If `check` is None, the loss is not measured.
         tolerance: the largest accepted rise of the held-out loss, in nats per token. A rise of 0.02 raises
             the perplexity by 2 %.
     Returns:
@@ -82,9 +82,10 @@ def merge_adapter(
             base or the adapter. The directory of `output` holds an index of other weights. A sum is too large
             for the storage type.
         ValueError: rounding to the storage type would keep less than 90 % of ΔW, and `lossy` is not set; or
-            the held-out loss would rise by more than `tolerance`. The message names the smallest type, if
-            any, that keeps enough by an estimate. With `check`, the loss of this type is measured too, if the
-            disk has room for the file. No output file is written, and an existing file stays.
+            the held-out loss would rise by more than `tolerance`. The message suggests the smallest storage
+            type that keeps enough of ΔW by an estimate, if there is such a type. With `check`, the loss with
+            the suggested type is also measured, if the disk has room for a temporary file. No output file is
+            written, and an existing file stays unchanged.
         TypeError: `check` is not a function.
         FileExistsError: `output` exists and `overwrite` is not set; or its directory holds an adapter or a
             training run (only a .gguf file may be written there).
@@ -134,7 +135,7 @@ class _RefusedError(Exception):
 
 
 def _replace(new: list[files.NewFile], merged: MergedTensors, gate: MergeGate) -> Verdict:
-    """Write the files, and rename them if they pass the gate. Otherwise remove them."""
+    """Write the files under temporary names. If they pass the gate, rename them, otherwise remove them."""
     verdicts = list[Verdict]()
 
     def check(written: list[Path]) -> None:
@@ -160,7 +161,7 @@ def _require_output(model: ModelFiles, base: StrPath, adapter: Source, output: S
     weights = weights_path(output)
     files.require_not_read("merge", [output, weights], _inputs(model, base, adapter))
     found = trained(weights.parent)
-    # A reader could take a safetensors file in this directory for a part of the adapter or the run.
+    # A reader could mistake a safetensors file in this directory for a part of the adapter or the run.
     if found is not None and model.suffix != ".gguf":
         reason = f"the directory holds {found}; choose another one"
         raise FileExistsError(errno.EEXIST, reason, files.name(weights.parent))
@@ -178,7 +179,7 @@ def _inputs(model: ModelFiles, base: StrPath, adapter: Source) -> list[tuple[str
 
 @contextlib.contextmanager
 def _new_directory(path: Path) -> Iterator[None]:
-    """Create a directory for the `with` body. Remove a new directory again if the body raises an error."""
+    """Create a directory if it does not exist. Remove it again if the `with` body raises an error."""
     is_new = not path.exists()
     path.mkdir(exist_ok=True)
     try:
@@ -194,7 +195,9 @@ def _new_directory(path: Path) -> Iterator[None]:
 
 
 def _vocabulary(model: ModelFiles, adapter: AdapterContent, output: StrPath) -> NewVocabulary | None:
-    """The new tokens of an adapter, and the number of rows of the embedding with them.
+    """The new tokens of an adapter, and the number of rows that the embedding has with these tokens.
+
+    Returns None if the adapter has no tokens that are new to the model.
 
     Raises:
         ValueError: the output is a safetensors file, which has no tokenizer.
@@ -222,7 +225,7 @@ def _placed(
     any_base: bool,
     vocabulary: NewVocabulary | None,
 ) -> dict[str, LoraDelta | NewRows]:
-    """Map the names of the model's tensors to their updates, with rows in the order of the file."""
+    """Map the names of the model's tensors to their updates. An update's rows are in the file's order."""
     if dtype not in (possible := ("same", *possible_storages(model))):
         words = ", ".join(map(repr, possible))
         raise ValueError(f"merge: a {model.suffix} file cannot hold dtype={dtype!r}; possible: {words}")
@@ -250,9 +253,9 @@ def _placed(
 
 
 def _fill(model: ModelFiles, updates: dict[str, LoraDelta | NewRows], size: int) -> None:
-    """Add the rows beyond the end of an embedding or a head that the adapter does not train.
+    """Add rows for the new tokens that the adapter does not train, to the embedding and to the head.
 
-    As in training, such a row is the mean of all rows.
+    As in training, such a row is the mean of all stored rows.
     """
     for layer in (EMBEDDING,) if model.tied else (EMBEDDING, HEAD):
         name = model.place(layer, 0)[0] or ""
@@ -294,7 +297,7 @@ def _target(model: ModelFiles, adapter: AdapterContent) -> Target:
         return Place(found.name, found.shape, kernel=())
 
     def rows(layer: str) -> tuple[int, int] | str:
-        """The shape of a weight whose rows an adapter replaces."""
+        """The shape of a weight whose rows an adapter replaces, or a text that says why it cannot do this."""
         if model.tied and layer in adapter.trained_rows and not _replaces_both(layer, adapter):
             return _BOTH
         found = tensor(layer)

@@ -1,4 +1,4 @@
-"""The merges of a model's tensors, and the tensors that a new file gets from them."""
+"""Merges updates into a model's tensors, and prepares the files of the new model."""
 
 from __future__ import annotations
 
@@ -20,16 +20,17 @@ from nplora.weights import storages
 
 Array = NDArray[Any]
 
-# Maps a file's name of a storage type to FrozenWeight's name.
+# Maps the name of a storage type in a file to the name that FrozenWeight uses.
 STORAGES = {kind: name for name, kind in storages.GGML_NAMES.items()} | {s: s for s in storages.FLOATS}
 
 
 @dataclass
 class MergedTensors:
-    """Merges updates into a model's tensors, in one storage type. Each merge can be written once.
+    """Merges updates into a model's tensors. Each merge can be written only once.
 
     Attributes:
         updates: the update of each tensor, with rows in the order of the file.
+        dtype: the storage type of the merged tensors, or "same" if each tensor keeps its type.
         vocabulary: the new tokens of the adapter, if it has any.
         merges: the merge of each tensor that changes.
     """
@@ -108,7 +109,7 @@ def mean_row(tensor: Tensor) -> Array:
 
 
 class _LongerRows:
-    """The bytes of a tensor's rows, followed by rows of zeros, which decode to 0 in every storage type."""
+    """The bytes of a tensor's rows, followed by rows of zero bytes. Zero bytes decode to 0 in every type."""
 
     def __init__(self, rows: Array, size: int) -> None:
         self._rows, self._size = rows, size

@@ -13,10 +13,11 @@ _OTHERS = "use --base MODEL (base)"
 
 
 def find(directory: StrPath) -> Path:
-    """The base model of a PEFT adapter, as its adapter_config.json names it.
+    """Find the base model that the adapter_config.json of a PEFT adapter names.
 
-    A name is first tried as a path, as in PEFT, and then as a model of the Hugging Face Hub in the local
-    cache. The file is not trusted: only a GGUF file, a config.json or a directory that holds one is taken.
+    The name is first tried as a path, as in PEFT, and then as a model of the Hugging Face Hub in the local
+    cache. The file is not trusted: only a GGUF file, a config.json, or a directory that holds a config.json
+    is accepted.
 
     Raises:
         ValueError: the file names no model, or a model that is not on this machine.
@@ -55,7 +56,7 @@ def _cached(name: str) -> list[Path]:
 
 
 def _cache() -> Path:
-    """The cache directory, by the variables that huggingface_hub reads."""
+    """The directory of Hugging Face's cache, from the environment variables that huggingface_hub reads."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
     home = Path(os.environ.get("HF_HOME") or cache / "huggingface").expanduser()
     return Path(os.environ.get("HF_HUB_CACHE") or home / "hub").expanduser()

@@ -1,4 +1,4 @@
-"""Exports a model, with an adapter, for Ollama: a directory with a GGUF file and a Modelfile."""
+"""Exports a model, with or without an adapter, for Ollama: a directory with a GGUF file and a Modelfile."""
 
 import re
 import tempfile
@@ -19,7 +19,7 @@ from nplora.tokenizer import go_template
 
 MODELFILE, MODEL, ADAPTER = "Modelfile", "model.gguf", "adapter.gguf"
 _OP = "export"
-_CONTEXT = 4096  # tokens; Ollama keeps memory for all of them
+_CONTEXT = 4096  # tokens; Ollama allocates memory for the whole context
 # The parameters of Ollama by their types (the structs Options and Runner in its api/types.go).
 _PARAMETERS = {
     "a whole number": (
@@ -47,7 +47,7 @@ class OllamaExport:
     """What `export_ollama` wrote.
 
     Attributes:
-        directory: the directory.
+        directory: the directory that was written.
         lines: a report for the user, in several lines.
         model: the GGUF file that the Modelfile names.
         adapter: the adapter that the Modelfile names, or None.
@@ -89,19 +89,20 @@ def export_ollama(
     """Write a directory that `ollama create NAME -f DIRECTORY/Modelfile` imports.
 
     The directory gets `model.gguf`, the model with the adapter merged into it, and a `Modelfile` with the
-    chat template, the stop words and the parameters. The template is written in Go's template language, if it
-    only puts fixed texts around the messages. Otherwise, Ollama uses the template in `model.gguf`. The
-    template has no tools and removes no spaces. `lines` reports if the model's template differs in this. An
-    adapter that was trained on texts without the chat template gets the template `{{ .Prompt }}`.
+    chat template, the stop words and the parameters. The chat template is translated into Go's template
+    language, if it only puts fixed texts around the messages. Otherwise, the Modelfile has no template, and
+    Ollama uses the chat template in `model.gguf`. The translation writes no tools, and does not strip white
+    space from messages. If the model's template does, `lines` says so. If the adapter was trained on texts
+    without the chat template, the template in the Modelfile is `{{ .Prompt }}`.
 
     Args:
-        model: a GGUF file or a Hugging Face directory. Without an adapter, a GGUF file is not copied: the
-            Modelfile names it.
+        model: a GGUF file or a Hugging Face directory. If no adapter is merged into a GGUF file, the file is
+            not copied, and the Modelfile contains the file's path.
         directory: the directory to write, which may exist.
         adapter: a PEFT directory or, unless `keep_adapter` is set, a llama.cpp file.
         dtype: the type of the merged weights; if `model` is a directory, the type of all matrices.
-        keep_adapter: write `adapter.gguf` beside the model instead of merging it. Ollama takes adapters up to
-            version 0.34.0.
+        keep_adapter: write `adapter.gguf` beside the model instead of merging the adapter. Ollama accepts
+            adapters only up to Ollama's version 0.34.0.
         system: the system message of the model. If the text is empty, there is no system message.
         parameters: more parameters of Ollama as pairs (name, value), such as ("temperature", "0.7").
         any_base, lossy: as in `merge_adapter`.
@@ -175,7 +176,10 @@ def _checked(parameters: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
 def _merged(
     model: StrPath, adapter: StrPath, path: Path, dtype: str, any_base: bool, lossy: bool, overwrite: bool
 ) -> str:
-    """Merge an adapter into a GGUF model. A directory is merged in float32, and then rounded once."""
+    """Write a GGUF model with an adapter merged into it.
+
+    If the model is a directory, the merge is computed in float32, so that each weight is rounded only once.
+    """
     if _is_gguf(model):
         return str(merge_adapter(model, adapter, path, dtype, any_base, overwrite, lossy))
     files.require_new(path, overwrite)
@@ -197,7 +201,7 @@ def _with_tokenizer(done: ModelConversion) -> ModelConversion:
 def _settings(
     file: GgufFile, is_plain: bool, given: list[tuple[str, str]]
 ) -> tuple[str | None, list[tuple[str, str]], list[str]]:
-    """The template in Go's language, all parameters, and a list of what the template lacks."""
+    """The template in Go's language, all parameters, and sentences about what the template lacks."""
     template, stops, lacks = ("{{ .Prompt }}", list[str](), list[str]()) if is_plain else _template(file)
     architecture = file.metadata.string("general.architecture")
     context = min(int(file.metadata.number(f"{architecture}.context_length", _CONTEXT)), _CONTEXT)
@@ -206,7 +210,7 @@ def _settings(
 
 
 def _template(file: GgufFile) -> tuple[str | None, list[str], list[str]]:
-    """The template in Go's language, its stop words, and sentences about what it lacks."""
+    """The template in Go's language, its stop words, and sentences about what the template lacks."""
     words = tokenizer.from_gguf(file)
     found = go_template.of(words)
     if found is None or _quoted(str(found)) is None:
@@ -226,6 +230,6 @@ def _require_quotable(name: str, text: str, lines: int | None = None) -> None:
 
 
 def _quoted(text: str) -> str | None:
-    """A text between quotes; None if Ollama's parser would change it."""
+    """A text between triple quotes; None if Ollama's parser would change the text."""
     is_printable = all(part.isprintable() for line in text.split("\n") for part in line.split("\t"))
     return f'"""{text}"""' if is_printable and '"""' not in text and not text.endswith('"') else None

@@ -110,7 +110,7 @@ def _read(opened: PeftAdapter, target: Target, edited_config: bool, any_base: bo
 
 
 def _warn_of_copies(opened: PeftAdapter) -> None:
-    """Warn that copies of frozen weights in the adapter are ignored, as they may differ from the model's."""
+    """Warn that copies of frozen weights in the adapter are ignored. They may differ from the model's."""
     if layers := opened.base_copies():
         shown = [*map(brief, layers[:_MOST_NAMED]), *(["…"] if len(layers) > _MOST_NAMED else [])]
         warn_user(
@@ -156,7 +156,8 @@ def _magnitudes_shape(d_out: int, kernel: tuple[int, ...] | None) -> tuple[int, 
 def _is_same(opened: PeftAdapter, tokens: Mapping[str, tuple[str, tuple[int, ...]]]) -> bool:
     """Whether the embedding and the head have the same trained tokens, with the same rows.
 
-    PEFT stores the rows of a head that shares the embedding's weight if the number of rows was changed.
+    If the number of rows was changed, PEFT stores the rows of the head too, even if the head shares the
+    embedding's weight.
     """
     found = [tokens.get(layer) for layer in (ROWS_EMBEDDING, ROWS_HEAD)]
     if found[0] is None or found[1] is None or found[0][1] != found[1][1]:
@@ -170,7 +171,7 @@ def _ids_with_rows(
     tokens: Mapping[str, tuple[str, Sequence[int]]],
     target: Target,
 ) -> Collection[int]:
-    """The tokens that have a row in the adapter, without copies of rows that the target has.
+    """The ids of the tokens that have a row in the adapter. Copies of rows that the target has do not count.
 
     Args:
         whole: layer -> parameter -> tensor. tokens: layer -> (tensor, ids).
@@ -192,7 +193,7 @@ def _ids_with_rows(
 def _untrained_rows(
     opened: PeftAdapter, rows: Mapping[str, TokenRows], whole: Collection[str], target: Target
 ) -> dict[str, TokenRows]:
-    """The trained rows of the embedding and the head, and PEFT's copies of other rows that the target lacks.
+    """For the embedding and the head: the trained rows, and PEFT's copies of rows that the target lacks.
 
     PEFT stores such copies if the number of rows was changed, for example to a multiple of 64.
     """
@@ -237,14 +238,14 @@ def _token_rows(
     """Read the trained rows of a layer."""
     array = np.array(ids, np.int64)
     require_distinct(layer, array)
-    has_copy = opened.copy_of(layer) is not None  # it has the rows between the trained ones
+    has_copy = opened.copy_of(layer) is not None  # the copy also has the rows between the trained rows
     if not (has_copy and tokens and target.accepts_more):
         target.check_rows(layer, ids, opened.tensors.entries[tensor].shape[1], tokens)
     return TokenRows(array, opened.array(tensor))
 
 
 def _is_tied(opened: PeftAdapter, whole: Mapping[str, Mapping[str, Array]], problems: list[str]) -> bool:
-    """Whether the embedding and the head in `modules_to_save` are one weight."""
+    """Whether the embedding and the head in `modules_to_save` share one weight."""
     both = [whole.get(name, {}).get("weight") for name in (ROWS_EMBEDDING, ROWS_HEAD)]
     if not opened.config.ensure_weight_tying or both[0] is None or both[1] is None:
         return False
@@ -321,7 +322,7 @@ def config_of(adapter: AdapterContent) -> PeftConfig:
 
 
 def _tokens(adapter: AdapterContent) -> tuple[int, ...] | dict[str, tuple[int, ...]] | None:
-    """The trained tokens: a list if only the embedding has some, under PEFT's usual name; else by layer."""
+    """The trained tokens: one list if only the embedding trains tokens, else one list for each layer."""
     tokens = {layer: tuple(rows.ids.tolist()) for layer, rows in adapter.token_rows.items()}
     if not tokens:
         return None
@@ -329,7 +330,7 @@ def _tokens(adapter: AdapterContent) -> tuple[int, ...] | dict[str, tuple[int, .
 
 
 def _targets(adapter: AdapterContent) -> tuple[str, ...] | str:
-    """The layer names as a list, or as one regular expression if the list would match other layers too.
+    """The layer names as a list, or as one regular expression if the list would also match other layers.
 
     PEFT compares a listed name with the end of each module's name, so "0" also matches "1.0".
     """
@@ -341,7 +342,7 @@ def _targets(adapter: AdapterContent) -> tuple[str, ...] | str:
 
 
 def _require_unmistakable(name: str, others: Iterable[str]) -> None:
-    """Raise ValueError if a name in `modules_to_save` would make PEFT save another module too.
+    """Raise ValueError if a name in `modules_to_save` would also make PEFT save another module.
 
     PEFT saves every module whose name ends in `name`, and everything inside a module of that name.
     """

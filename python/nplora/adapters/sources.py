@@ -51,7 +51,7 @@ def low_rank(
 def whole(
     source: Source, base: StrPath | None = None, edited_config: bool = False, any_base: bool = False
 ) -> AdapterContent:
-    """Like `low_rank`, but accept an adapter with trained tokens or fully trained layers too."""
+    """Like `low_rank`, but also accept an adapter with trained tokens or fully trained layers."""
     if isinstance(source, Module):
         source = layers.from_model(source, "read_adapter")
     elif isinstance(source, str | os.PathLike):

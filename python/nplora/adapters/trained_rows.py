@@ -14,7 +14,7 @@ from nplora.nn.module import Module
 from nplora.weights import FrozenWeight
 
 Array = NDArray[Any]
-Ids = Array | None  # the numbers of the trained rows, or None for all rows
+Ids = Array | None  # the indices of the trained rows, or None for all rows
 
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
 
@@ -24,7 +24,7 @@ class TokenRows:
     """The trained rows of an embedding or a head.
 
     Attributes:
-        ids: the tokens, which are the numbers of the rows (k,).
+        ids: the token ids, which are also the indices of the rows (k,).
         values: the rows (k, dim).
 
     >>> rows = nplora.adapters.TokenRows(np.array([7, 2]), np.zeros((2, 16), np.float32))
@@ -37,7 +37,7 @@ class TokenRows:
 
 
 def rows_to_train(model: Module, tokens: Ids, modules: tuple[str, ...]) -> dict[str, Ids]:
-    """The layers whose rows a new run trains.
+    """Map each layer whose rows a new run trains to the indices of these rows.
 
     Args:
         tokens: the tokens to train in the embedding and in the head, or None for no tokens.
@@ -59,15 +59,16 @@ def trained_layers(
 ) -> dict[str, TrainedRowsLayer]:
     """Make layers that train rows over the frozen weights of a model. The model itself does not change.
 
-    If the head shares the embedding's weight, it also shares its trained rows, unless it has its own rows.
-    Rows beyond the end of a weight are in both layers, even if `wanted` names only one of them.
+    If the head shares the embedding's weight, the head also shares the embedding's trained rows, unless
+    `wanted` gives rows for the head. Rows beyond the end of a weight are in both layers, even if `wanted`
+    names only one of the layers.
 
     Args:
         wanted: the rows to train in each layer.
         tie_whole: share the rows with the head even if all rows are trained.
-        tokens: the new tokens, whose rows start with the mean of all rows.
-        size: the number of rows of both layers; None: enough for the rows of the weights and for all ids in
-            `wanted` and `tokens`.
+        tokens: the new tokens. The initial value of their rows is the mean of all rows.
+        size: the number of rows of both layers. If None, this is the smallest number that is enough for the
+            rows of the weights and for all ids in `wanted` and `tokens`.
     Raises:
         ValueError: an id is not a row, or occurs twice.
     """
@@ -98,7 +99,7 @@ def rows_needed(stored: int, wanted: Mapping[str, Ids], tokens: Sequence[AddedTo
 
 
 def with_rows_beyond(ties_head: bool, wanted: Mapping[str, Ids], stored: int, size: int) -> dict[str, Ids]:
-    """The rows to train in each layer, followed by all rows beyond the end of the weights.
+    """The indices of the rows to train in each layer, followed by all rows beyond the end of the weights.
 
     Args:
         stored: the number of rows of the weights.

@@ -22,10 +22,11 @@ class LoraDelta:
             its norm becomes the magnitude of this row (Liu et al. 2024, eq. 5).
         embedding: whether W is an embedding table (vocab, dim). PEFT stores the A and B of embeddings in
             another layout.
-        kernel: the shape (c_in, height, width) of the windows of a convolution, or None. W is then the
-            kernel's matrix, with d_in = c_in · height · width. PEFT stores the same numbers with four axes.
+        kernel: the shape (c_in, height, width) of a convolution's kernel, or None. For a convolution, W is
+            the kernel as a matrix, with d_in = c_in · height · width. PEFT stores the same numbers with four
+            axes.
         alpha, use_rslora: the settings that give `scale`, for saving the adapter again. If `alpha` is None,
-            rank · scale is saved.
+            the saved alpha is rank · scale.
     Raises:
         ValueError: the shapes do not fit together.
 
@@ -119,13 +120,16 @@ class LoraDelta:
 
     @property
     def is_zero(self) -> bool:
-        """Whether ΔW is 0. A merge of such a ΔW changes no weight whose storage format is kept."""
+        """Whether ΔW is 0. A merge of such a ΔW only changes a weight if it changes the storage format."""
         if self.m is not None or not all(np.isfinite(factor).all() for factor in (self.A, self.B)):
             return False
         return self.scale == 0 or not (self.A.any() and self.B.any())
 
     def apply(self, rows: Array, first: int) -> Array:
-        """Apply the change to `rows`, the rows of W from number `first` on; return the result as new rows.
+        """Apply the change to `rows`, which are consecutive rows of W. Return the result as a new array.
+
+        Args:
+            first: the index in W of the first of these rows.
 
         >>> a, b = np.array([[1.0], [2.0], [3.0]], np.float32), np.ones((1, 3), np.float32)
         >>> LoraDelta(a, b, 0.5).apply(np.zeros((2, 3), np.float32), first=1)  # the second and the third row
@@ -139,7 +143,7 @@ class LoraDelta:
         return merged if self.m is None else (merged * self._gain(merged, part)).astype(rows.dtype)
 
     def delta(self, rows: Array, first: int) -> Array:
-        """Return the exact change of these rows, in float64. `rows` and `first` are as in `apply`.
+        """Return the exact change of `rows`, in float64. `rows` and `first` are as in `apply`.
 
         >>> a, b = np.array([[1.0], [2.0], [3.0]], np.float32), np.ones((1, 3), np.float32)
         >>> LoraDelta(a, b, 0.5).delta(np.zeros((1, 3), np.float32), first=2)

@@ -82,11 +82,11 @@ def lora_backward(
     Args:
         dy: array (..., d_out).
         x: array (..., d_in), the input of the forward pass.
-        z: array (..., r), the result of the forward pass. If None, z is computed again.
+        z: array (..., r), the second result of `lora_forward`. If None, z is computed again.
         fw, A, B, scale: as in the forward pass.
         out: (dx, dA, dB): arrays for the results, or None for new arrays. dx is overwritten, but the
             gradients are ADDED to dA and dB.
-        need_dx: False skips the product with the frozen weight.
+        need_dx: if False, dx is not computed, and the product with the frozen weight is skipped.
     Returns:
         dx (..., d_in) (None if need_dx is False), dA (d_out, r), dB (r, d_in).
     Raises:
@@ -157,7 +157,7 @@ def merge_lora(
             patterns with dtype="bfloat16"). Each row must be contiguous, but rows may be any distance apart.
         A, B: arrays (d_out, r) and (r, d_in) that do not overlap W.
         scale: the factor of the update. If scale is 0, A and B are not read.
-        dtype: the name of W's format, which is only needed for bit patterns.
+        dtype: the name of W's format. This argument is only needed if W holds bit patterns.
         rounding: how sums are rounded to W's format. Sums are float32, or float64 for a float64 W.
 
             - "nearest": to nearest, ties to even. In float16, sums above 65504 become infinite, and

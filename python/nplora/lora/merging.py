@@ -29,7 +29,7 @@ class MergeReport:
 
     Attributes:
         name: the name of the layer or tensor.
-        storage, nbytes: storage and size of the merged weight.
+        storage, nbytes: the storage format of the merged weight, and its size in bytes.
         error: ‖effective ΔW - ΔW‖ / ‖ΔW‖ in the Frobenius norm. For ΔW = 0, the error is infinite if a new
             storage format changed the weight, and otherwise 0.
         kept: the kept share of ΔW, ⟨effective ΔW, ΔW⟩ / ‖ΔW‖², or 1 if ΔW is 0. If the share is near 1, the
@@ -148,7 +148,7 @@ class Merge:
         """Encode merged rows, and measure how much of their change `delta` is lost by rounding.
 
         Args:
-            numbers: the numbers of the rows.
+            numbers: the indices of these rows in W.
         """
         try:
             raw = storages.encode(merged, self.storage)
@@ -229,7 +229,7 @@ class RowsMerge(Merge):
 def merge_weight(
     name: str, weight: FrozenWeight, update: LoraDelta | NewRows, storage: str
 ) -> tuple[FrozenWeight, MergeReport]:
-    """Merge an update into a new weight in the given storage. W is decoded a few rows at a time.
+    """Merge an update into a copy of a weight. The weight is decoded a few rows at a time.
 
     Args:
         storage: a storage format of `FrozenWeight` that computes in the same dtype as `weight`, or "same" for
@@ -254,6 +254,6 @@ def merge_weight(
 
 
 def _relative(lost: Array, asked: Array) -> Array:
-    """Return the relative error √(lost / asked) of squared norms. Where `lost` is 0, the error is 0."""
+    """Return the relative error √(lost / asked) from squared norms. If `lost` is 0, the error is 0."""
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.where(lost == 0, 0.0, np.sqrt(lost / asked))

@@ -12,8 +12,8 @@ _SHOWN = 3  # the number of tensors in a summary
 _FINER = dict.fromkeys(storages.BLOCKS, "q8_0") | {
     "q8_0": "float16", "bfloat16": "float16", "float16": "float32", "float32": None, "float64": None,
 }  # fmt: skip
-_UNAFFECTED = 0.005  # nats per token: the perplexity changes by less than half a percent
-_NOT_MEASURED = "held-out loss not measured: --check FILE (check=) compares it with the adapter's"
+_UNAFFECTED = 0.005  # nats per token; such a change of the loss changes the perplexity by half a percent
+_NOT_MEASURED = "held-out loss not measured: --check FILE (check=) measures the loss"
 _LITTLE = 0.5  # if rounding keeps less than this share of a tensor's ΔW, there is a warning
 
 
@@ -56,7 +56,7 @@ class ModelMerge:
     """A report about the model that `merge_adapter` wrote.
 
     Attributes:
-        target: the file or directory.
+        target: the file or directory that was written.
         reports: one `MergeReport` for each merged tensor, in the order of the file.
         kept: the number of tensors that were copied unchanged.
         nbytes: the total size of the written files.
@@ -142,7 +142,7 @@ class ModelMerge:
 
 
 def least_kept(reports: Iterable[MergeReport]) -> float:
-    """Return `ModelMerge.delta_kept`, or a second mean of the kept shares if that is smaller.
+    """Return the smaller one of two means of the kept shares. The first mean is `ModelMerge.delta_kept`.
 
     In `delta_kept`, a matrix with large numbers outweighs all other matrices. The second mean therefore
     weights each tensor by the square of its relative change, (‖ΔW‖ / ‖W‖)².

@@ -16,7 +16,7 @@ class NewRows:
     `LoraDelta`.
 
     Attributes:
-        ids: the numbers of the rows (k,), each once, or None for all rows.
+        ids: the indices of the replaced rows (k,), without duplicates, or None for all rows.
         values: the new rows (k, d_in).
         shape: the shape of the whole weight.
     """
@@ -25,7 +25,7 @@ class NewRows:
     values: Array
     shape: tuple[int, int]
 
-    is_zero = False  # whether the rows differ from the weight's is not known before the weight is read
+    is_zero = False  # only a look at the weight could show that no value changes
 
     @cached_property
     def _sorted(self) -> tuple[Array, Array]:
@@ -34,7 +34,7 @@ class NewRows:
         return self.ids[order], order
 
     def found(self, ids: Array) -> tuple[Array, Array]:
-        """The positions in `ids` (n,) whose row is replaced, and the number of each such row in `values`."""
+        """Find which of the rows `ids` (n,) are replaced. Return their positions in `ids` and in `values`."""
         if self.ids is None:
             return np.arange(len(ids)), ids
         known, order = self._sorted
@@ -43,7 +43,7 @@ class NewRows:
         return places, order[near[places]]
 
     def within(self, first: int, stop: int) -> tuple[Array, Array]:
-        """The replaced rows among first, ..., stop - 1: their offsets from `first`, and their new values."""
+        """Find the replaced rows among first, ..., stop - 1: their offsets from `first`, and their values."""
         if self.ids is None:
             return np.arange(stop - first), self.values[first:stop]
         ids, order = self._sorted
@@ -51,7 +51,7 @@ class NewRows:
         return ids[part] - first, self.values[order[part]]
 
     def rows(self, wanted: Array) -> "NewRows":
-        """The change of the rows wanted[0], wanted[1], ... of the weight. `wanted` must be sorted."""
+        """Return the change of the rows wanted[0], wanted[1], ... of the weight. `wanted` must be sorted."""
         shape = (len(wanted), self.shape[1])
         if self.ids is None:
             return NewRows(None, self.values[wanted], shape)
@@ -59,14 +59,18 @@ class NewRows:
         return NewRows(np.searchsorted(wanted, self.ids[kept]), self.values[kept], shape)
 
     def apply(self, rows: Array, first: int) -> Array:
-        """Apply the change to `rows`, the rows of the weight from number `first` on, in a new array."""
+        """Replace rows in a copy of `rows`, which are consecutive rows of the weight.
+
+        Args:
+            first: the index in the weight of the first of these rows.
+        """
         merged = rows.copy()
         places, values = self.within(first, first + len(rows))
         merged[places] = values
         return merged
 
     def delta(self, rows: Array, first: int) -> Array:
-        """Return the exact change of these rows, in float64. `rows` and `first` are as in `apply`."""
+        """Return the exact change of `rows`, in float64. `rows` and `first` are as in `apply`."""
         delta = np.zeros(rows.shape)
         places, values = self.within(first, first + len(rows))
         delta[places] = values.astype(np.float64) - rows[places]

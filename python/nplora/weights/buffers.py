@@ -17,13 +17,13 @@ Array = npt.NDArray[Any]
 def empty(shape: tuple[int, ...], dtype: npt.DTypeLike) -> Array:
     """Return a new array without initial values, if possible in memory that earlier arrays have freed.
 
-    New memory pages can cost the system more time than a matrix product takes to fill them. Idle and used
-    memory together exceed the largest amount that was in use at once by at most 4 MiB. `release` returns idle
-    memory to the system.
+    The system can need more time to provide new memory pages than a matrix product needs to fill them. The
+    total of idle and used memory is at most 4 MiB larger than the largest amount that was in use at once.
+    `release` returns idle memory to the system.
     """
     dtype = np.dtype(dtype)
-    if math.prod(shape) * dtype.itemsize < _core.constants.least_buffer_bytes:  # malloc's caches are as fast
-        return np.empty(shape, dtype)
+    if math.prod(shape) * dtype.itemsize < _core.constants.least_buffer_bytes:
+        return np.empty(shape, dtype)  # for small arrays, malloc's caches are as fast
     return _core.empty(dtype, shape)
 
 
@@ -35,7 +35,7 @@ def empty_like(array: Array) -> Array:
 def output(
     op: str, name: str, out: object, shape: tuple[int, ...], dtype: np.dtype[Any], *readers: tuple[str, Array]
 ) -> Array:
-    """Return `out`, checked for a result of this shape and dtype, or a new array if `out` is None."""
+    """Check that `out` can hold a result of this shape and dtype. If `out` is None, make a new array."""
     if out is None:
         return empty(shape, dtype)
     array = _check.writable(op, name, out, *readers)
@@ -57,7 +57,7 @@ _LINE = _core.constants.cache_line
 
 
 class _Shelf:
-    """A buffer of zeros, which is divided among arrays one after another."""
+    """A buffer of zeros. Arrays take parts of the buffer, one after another."""
 
     def __init__(self, nbytes: int) -> None:
         whole = np.zeros(nbytes + _LINE, np.uint8)
@@ -77,7 +77,7 @@ _shelves: ContextVar[tuple[_Shelf, _Shelf] | None] = ContextVar("nplora_shelves"
 
 @contextlib.contextmanager
 def side_by_side(*sizes: int) -> Iterator[None]:
-    """Within this context, arrays of these sizes in bytes share one buffer; their gradients share another.
+    """Within this context, arrays of these sizes (in bytes) share one buffer. Their gradients share another.
 
     Hundreds of small arrays then fit into a few large memory pages, if the system offers large pages.
     """
@@ -92,7 +92,7 @@ def side_by_side(*sizes: int) -> Iterator[None]:
 def value_and_gradient(
     shape: tuple[int, ...], dtype: np.dtype[Any], trained: bool = True
 ) -> tuple[Array, Array | None]:
-    """Return two arrays of zeros, one for a value and one for its gradient, or None if it is not trained."""
+    """Return arrays of zeros for a value and its gradient. If `trained` is False, the gradient is None."""
     values, gradients = _shelves.get() or (_Shelf(0), _Shelf(0))
     return _zeros(values, shape, dtype), _zeros(gradients, shape, dtype) if trained else None
 

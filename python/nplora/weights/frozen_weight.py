@@ -24,7 +24,8 @@ COMPUTES = (*FLOAT_COMPUTES, "int8")
 _UNROUNDED_ROWS = _core.constants.float_batch
 
 # The smallest magnitude that becomes infinite: the largest finite value plus half a unit in its last place.
-# float64 is rounded to float32 before a 16-bit type, so half a unit of float32 is subtracted for these types.
+# A float64 value is rounded to float32 first, and then to a 16-bit type. So half a unit in the last place of
+# float32 is subtracted for 16-bit types.
 _INFINITE_FROM = {
     "float64": np.inf,
     "float32": (2 - 2.0**-24) * 2.0**127,
@@ -53,19 +54,21 @@ class FrozenWeight:
 
             - "float32".
             - "bfloat16": x, dy, W and the factor B of an update are rounded to bfloat16. In the backward
-              pass, or if x has many rows, A and z = x Bᵀ are rounded as well. Sums stay float32. Products are
-              twice as fast if the CPU has bfloat16 instructions. If x has up to 8 rows, products are still
-              computed in float32.
+              pass, or if x has many rows, A and z = x Bᵀ are also rounded. Sums are computed in float32.
+              Products are twice as fast if the CPU has bfloat16 instructions. If x has up to 8 rows, products
+              are still computed in float32.
             - "int8": W is rounded to 8 bits with one scale for each row, and x to 8 bits with one scale for
               every 64 values. In the backward pass, dy times the scales of W is rounded to 8 bits, with one
               scale for each row of dy (or for each of several equal parts of a row, if d_out is above 4032).
               Products of codes are summed as integers. The factors of an update are computed as with
-              "bfloat16". If x has up to 8 rows, it is multiplied with GGUF's own blocks, with one scale for
-              every 32 values; other storage formats then compute in float32. `matmul_t` with up to 4 rows
-              computes in float32. Layers round W in this way only in training. In inference, layers compute
-              more than 8 rows as with "bfloat16". The head of a language model computes its backward pass in
-              bfloat16, or rounds it stochastically (`int8` and `dither_key` in `stack_backward`). In your own
-              models, use "bfloat16" for a layer whose outputs go into a softmax over many classes.
+              "bfloat16".
+              If x has up to 8 rows, x is multiplied with the blocks of a GGUF format directly, and gets one
+              scale for every 32 values. In any other storage format, such an x is multiplied in float32.
+              `matmul_t` computes up to 4 rows in float32. Layers round W in this way only in training. In
+              inference, layers compute more than 8 rows as with "bfloat16".
+              The head of a language model computes its backward pass in bfloat16, or with stochastic rounding
+              (`int8` and `dither_key` in `stack_backward`). In your own models, use "bfloat16" for a layer
+              whose outputs go into a softmax over many classes.
         double_quant: also quantise the absmax of NF4 to 8 bits. A value of W then takes 4.13 bits instead of
             4.5.
     Raises:
@@ -327,7 +330,7 @@ class FrozenWeight:
         return out
 
     def contents(self) -> Iterator[Array]:
-        """Yield arrays that together determine the matrix, a few rows at a time if they must be decoded.
+        """Yield arrays that together determine the matrix. If rows must be decoded, yield a few at a time.
 
         >>> weight = FrozenWeight(np.eye(2, dtype=np.float32))
         >>> [part.shape for part in weight.contents()]
@@ -518,7 +521,7 @@ def _restored(storage: str, shape: tuple[int, int], arrays: tuple[Array, ...], c
 
 
 def _core_compute(op: str, storage: str, compute: str) -> str:
-    """Return the C++ core's name for `compute`, in which "float" means the weight's own type."""
+    """Return the core's name for `compute`. "float" means float64 for a float64 weight, else float32."""
     _check.choice(op, "compute", compute, COMPUTES)
     if storage == "float64" and compute != "float32":
         raise ValueError(
@@ -583,7 +586,7 @@ def _few_at_a_time(product: Callable[[Array], Array], x: npt.ArrayLike) -> Array
 def freeze(
     op: str, W: npt.ArrayLike | FrozenWeight, dtype: npt.DTypeLike | None, compute: str = "float32"
 ) -> FrozenWeight:
-    """Return W itself if it is a FrozenWeight that fits `dtype` and `compute`; pack an array W."""
+    """Pack W if it is an array. If W is a FrozenWeight, check `dtype` and `compute`, and return W itself."""
     if not isinstance(W, FrozenWeight):
         return FrozenWeight(W, dtype_name(op, dtype), compute)
     if dtype is not None and dtype_name(op, dtype) != W.dtype:

@@ -21,7 +21,7 @@ BLOCKS = {name: (of.elements, of.nbytes) for name, of in FORMATS.items()}  # (va
 BLOCKS["nf4"] = (BLOCKS["nf4"][0], BLOCKS["nf4"][1] + 4)
 STORAGES = (*FLOATS, *BLOCKS)
 
-# ggml's type names. The unquantised ones are also the names in safetensors files.
+# ggml's type names. The names of unquantised types are also the names in safetensors files.
 GGML_NAMES = {"float32": "F32", "float64": "F64", "float16": "F16", "bfloat16": "BF16"} | {
     name: of.ggml_name for name, of in FORMATS.items() if of.ggml_name is not None
 }

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 from nplora.formats.errors import UnsupportedError, brief
 from nplora.tokenizer.gguf_vocabulary import IGNORES_MERGES, SINGLE_DIGITS, SPLITS
 
-# The values that the model's settings may have. They all mean "not used".
+# The values that the BPE model's settings may have. Each of these values means "not used".
 _PLAIN: dict[str, tuple[object, ...]] = {
     "dropout": (None, 0),
     "unk_token": (None,),
@@ -20,7 +20,7 @@ _PLAIN: dict[str, tuple[object, ...]] = {
     "end_of_word_suffix": (None, ""),
     "byte_fallback": (None, False),
 }
-_SEVERAL = {  # the key of the steps in a Sequence
+_SEVERAL = {  # the key under which a Sequence lists its steps
     "normalizer": "normalizers",
     "pre_tokenizer": "pretokenizers",
     "decoder": "decoders",
@@ -66,10 +66,10 @@ def require_plain_token(token: dict[str, Any], pre: str, source: str) -> None:
 
 
 def ends(fields: dict[str, Any], source: str) -> tuple[list[int], list[int]]:
-    """The ids of the tokens that are added before a text, and of those that are added after it.
+    """The ids of the tokens that are added before each text, and the ids of those that are added after it.
 
     Raises:
-        UnsupportedError: the post-processor does anything else.
+        UnsupportedError: the post-processor does more than add such tokens.
     """
     whole = "post_processor"
     templates = [step for step in steps(fields, whole) if step.get("type") != "ByteLevel"]

@@ -1,9 +1,10 @@
-"""SentencePiece's table of characters (`precompiled_charsmap`), by which Unigram normalises a text.
+"""SentencePiece's table of characters (`precompiled_charsmap`), with which Unigram normalises a text.
 
-A table is the size of a search tree in bytes, then the tree, then the replacements, each of which ends with
-a 0. The tree is a double array of the library darts-clone: units of 32 bits, in blocks of 256 units. A node
-is a unit whose label is the last byte of some characters. Each node has a base. The next byte b leads to the
-unit at base ^ b. If the characters have a replacement, the unit at the base itself holds its place.
+A table consists of the size of a search tree in bytes, the tree, and the replacements. Each replacement ends
+with a zero byte. The tree is a double array of the library darts-clone: units of 32 bits, in blocks of 256
+units. A path through the tree spells the bytes of some characters. A node is a unit whose label is the last
+byte of its path. Each node has a base: the next byte b leads to the unit with the index base ^ b. If the
+characters have a replacement, the unit at the base itself holds the position of the replacement.
 """
 
 from __future__ import annotations
@@ -15,13 +16,13 @@ from nplora.formats.errors import FormatError
 MAX_GROWTH = 100  # how many times longer a text may become
 _SIZE = 4  # bytes of the size of the tree
 _BLOCK = 4 * 256  # bytes of a block of the tree
-_LABEL = 1 << 31 | 0xFF  # the bits of a unit's label; the highest one says that the unit is a place
-_IS_REPLACED = 1 << 8  # a bit of a node
-_IS_FAR = 1 << 9  # a bit of a node, whose offset to its base is then shifted by 8 = _IS_FAR >> 6
+_LABEL = 1 << 31 | 0xFF  # the bits of a unit's label; the highest bit says that the unit holds a position
+_IS_REPLACED = 1 << 8  # set in a node whose characters have a replacement
+_IS_FAR = 1 << 9  # set in a node whose offset to its base is shifted left by 8 bits (_IS_FAR >> 6)
 
 
 def growth(table: bytes, source: str) -> int:
-    """The largest number of characters by which the table replaces one character, at least 1.
+    """The largest number of characters that can replace one character, at least 1.
 
     The longest replacement of the table "nmt_nfkc" has 18 characters.
 
@@ -41,7 +42,7 @@ def growth(table: bytes, source: str) -> int:
 
 
 def _is_whole(tree: bytes, replacements: bytes) -> bool:
-    """Whether all bases are in the tree, and all places are the start of a character, or the end."""
+    """Whether all bases are in the tree, and all positions are the start of a character or the end."""
     units = np.frombuffer(tree, "<u4")
     bases = np.arange(len(units), dtype=np.uint32) ^ ((units >> 10) << ((units & _IS_FAR) >> 6))
     is_node = units & _LABEL <= 0xFF

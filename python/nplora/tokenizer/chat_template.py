@@ -17,11 +17,12 @@ from nplora.platform.limits import Limits
 from nplora.tokenizer.render_process import End, RenderProcess
 
 MAX_TEMPLATE = 1 << 16  # characters; the longest in use have 20,000
-# Seconds of CPU time. The longest templates in use, with many short messages, take a fraction of these.
+# Seconds of CPU time. The longest templates in use, with many short messages, take a fraction of these times.
 _COMPILING, _RENDERING, _RENDERING_A_BYTE = 2.0, 0.5, 1e-5
-_MEMORY, _MEMORY_A_BYTE = 64 << 20, 64  # a template of MAX_TEMPLATE takes 33 MB to compile, then 14
-_LENGTH, _LENGTH_A_BYTE = 4 << 20, 16  # of the rendered text; longer text counts as too much memory
-# What the cause of the process's end means.
+# Bytes. A template of MAX_TEMPLATE characters takes 33 MB while it is compiled, and 14 MB afterwards.
+_MEMORY, _MEMORY_A_BYTE = 64 << 20, 64
+_LENGTH, _LENGTH_A_BYTE = 4 << 20, 16  # bytes of the rendered text; longer text counts as too much memory
+# The text of the error for each cause that can end the rendering process.
 _ENDS = {
     "compiling": "takes more than {compiling} s of CPU time to compile",
     "rendering": "takes more than {rendering:.1f} s of CPU time",
@@ -32,7 +33,7 @@ _ENDS = {
 
 
 class RefusedChatError(ValueError):
-    """The template refuses the messages, or does not find something that it needs in them."""
+    """The template refuses the messages, or the messages lack something that the template needs."""
 
 
 _ERRORS = {"unsafe": UnsafeError, "format": FormatError, "value": RefusedChatError}
@@ -69,7 +70,7 @@ class ChatTemplate:
             FormatError: the template is not valid Jinja.
             LimitError: the template is too long.
             UnsafeError: the template tries to access Python's internals, or takes too much time or memory.
-            RefusedChatError: the template refuses the messages, or does not find something that it needs.
+            RefusedChatError: the template refuses the messages, or they lack something that it needs.
             ValueError: the messages cannot be passed to a template.
             ModuleNotFoundError: the package `jinja2` is not installed.
             OSError: the rendering process cannot be started.

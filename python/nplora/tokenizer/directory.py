@@ -18,20 +18,20 @@ from nplora.tokenizer.character_table import MAX_GROWTH
 from nplora.tokenizer.tokenizer import Tokenizer, backend_errors, backend_package
 
 MAX_CONFIG = 20_000_000
-_MOST_SETTINGS = 1 << 20  # values of the other files; each added token takes 8
+_MOST_SETTINGS = 1 << 20  # values in each of the other files; an added token takes 8 values
 _MAX_TEMPLATE = 1_000_000
 _TABLE = "precompiled_charsmap"
-_MAY_HAVE_TABLE = re.compile(rb"precompiled_charsmap|\\u00[4-7]")  # the name, or a letter that is escaped
+_MAY_HAVE_TABLE = re.compile(rb"precompiled_charsmap|\\u00[4-7]")  # the key, or an escaped letter in any key
 _SEQUENCES = ("normalizers", "pretokenizers", "decoders", "processors")  # keys of the steps of a Sequence
 
 
 def from_directory(path: StrPath) -> Tokenizer:
-    """The tokenizer of a model's directory, as transformers writes it.
+    """Read the tokenizer of a model's directory, in the files that transformers writes.
 
     Only the file tokenizer.json is required. The file tokenizer_config.json contains the names of BOS and
-    EOS, and the chat template, which may instead be in chat_template.jinja. The file generation_config.json
-    may list more tokens that end a turn. Settings for padding and truncation in tokenizer.json are ignored,
-    because nplora packs sequences without padding.
+    EOS. The chat template is in tokenizer_config.json or in chat_template.jinja. The file
+    generation_config.json may list more tokens that end a turn. Settings for padding and truncation in
+    tokenizer.json are ignored, because nplora packs sequences without padding.
 
     Args:
         path: the directory.
@@ -102,7 +102,7 @@ def _require_tokens(backend: Any, steps: list[dict[str, Any]], source: str) -> N
 def _require_bounded(steps: list[dict[str, Any]], source: str, growth: int) -> None:
     """Raise UnsafeError if the steps could run for ever, or make a very long result from a short text.
 
-    `growth` is that of the tables of characters of the steps.
+    `growth` is the factor by which the tables of characters in these steps can lengthen a text.
     """
     for step in steps:
         pattern = step.get("pattern")
@@ -129,7 +129,7 @@ def _steps(part: Any) -> Iterator[dict[str, Any]]:
 
 
 def _growth(step: dict[str, Any]) -> int:
-    """The largest factor by which a step, other than a table, can lengthen a text or its token list."""
+    """The largest factor by which a step can lengthen a text or its token list. Tables are not counted."""
     kind = step.get("type")
     if kind == "Replace":
         replaced = step["pattern"].get("String", " ")
@@ -162,7 +162,7 @@ def _table_growth(table: str, source: str) -> int:
     """`character_table.growth` of a table in base64."""
     try:
         content = base64.b64decode(table, validate=True)
-    except ValueError as error:  # also for characters beyond ASCII
+    except ValueError as error:  # b64decode raises ValueError for characters beyond ASCII too
         raise FormatError(f"{source}: {_TABLE} is damaged: {error}") from error
     return character_table.growth(content, source)
 

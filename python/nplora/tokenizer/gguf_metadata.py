@@ -17,7 +17,7 @@ from nplora.tokenizer.directory import from_directory as from_tokenizer_json
 from nplora.tokenizer.gguf_vocabulary import CONTROL, KEY, NORMAL, UNUSED, USER_DEFINED, from_gguf
 
 _SPECIAL = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
-_NEW_SCORE = -1000.0  # as llama.cpp's converter gives to added tokens
+_NEW_SCORE = -1000.0  # llama.cpp's converter gives added tokens this score
 _SAMPLES = (
     "Hello hello, it's THE théâtre's 1234567 don't\n\n  we'll\tgo \r\n ... (a+b) == {c}; ",
     "e\u0301 \u212b ﬁ ½ 日本語 한국어 العربية ☃ 👩‍🚀 \u00a0\u3000",
@@ -25,7 +25,7 @@ _SAMPLES = (
 
 
 def from_directory(path: StrPath, vocab_size: int) -> dict[str, Any]:
-    """The tokenizer as metadata of a GGUF file, in the form that llama.cpp uses.
+    """Convert the tokenizer of a directory to metadata of a GGUF file, in the form that llama.cpp uses.
 
     Unused tokens fill the vocabulary up to `vocab_size`, the number of rows of the embedding. If the package
     `tokenizers` is installed, the original and the converted tokenizer are compared on a few texts.
@@ -70,15 +70,15 @@ def from_directory(path: StrPath, vocab_size: int) -> dict[str, Any]:
 
 
 def with_tokens(metadata: Mapping[str, Typed], tokens: Sequence[AddedToken], size: int) -> dict[str, Typed]:
-    """The metadata of a GGUF model whose vocabulary also has these tokens.
+    """Add tokens to the metadata of a GGUF model.
 
     Args:
-        size: the number of rows of the embedding. Rows without a token get an unused one.
+        size: the number of rows of the embedding. A row without a token gets an unused token.
     Raises:
         FormatError: the metadata hold no tokenizer.
     """
     if f"{KEY}tokens" not in metadata:
-        raise FormatError(f"the model has no '{KEY}tokens', which new tokens would extend")
+        raise FormatError(f"the model has no metadata '{KEY}tokens', so no tokens can be added")
     listed = list(metadata[f"{KEY}tokens"].value)
     known = metadata.get(f"{KEY}token_type")
     kinds = [NORMAL] * len(listed) if known is None else [int(kind) for kind in known.value]

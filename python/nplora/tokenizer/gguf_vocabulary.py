@@ -20,8 +20,8 @@ MAX_TOKEN = 1 << 12  # characters
 MAX_PIECE = 1 << 7  # characters of a SentencePiece token; all ways to split it in two are looked up
 MAX_PAIRS = 1 << 23  # total characters of all such pairs; the largest vocabularies in use have 3 million
 KEY = "tokenizer.ggml."
-_KINDS = ("gpt2", "llama", "t5", "bert")  # `model`
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # `token_type`
+_KINDS = ("gpt2", "llama", "t5", "bert")  # the values of tokenizer.ggml.model that nplora knows
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # the values of tokenizer.ggml.token_type
 _BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")
 _SPACE = "▁"  # SentencePiece's symbol for a space
 
@@ -52,15 +52,15 @@ SPLITS = {
     "gpt-4o": _GPT_4O,
 }
 _COMPOSES = {"qwen2", "modern-bert"}  # text is normalised (NFC) first
-IGNORES_MERGES = {"llama-bpe"}  # text that is one token needs no merges
-_BEGINS_WITH_BOS = {"llama-bpe"}  # byte-level tokenizers that add BOS if the file does not say
+IGNORES_MERGES = {"llama-bpe"}  # a piece of text that is a token becomes this token without any merges
+_BEGINS_WITH_BOS = {"llama-bpe"}  # byte-level tokenizers that add BOS if the file has no setting for this
 
 
 def from_gguf(file: GgufFile) -> Tokenizer:
-    """The tokenizer of a GGUF model.
+    """Build the tokenizer of a GGUF model.
 
-    Its kind is byte-level BPE ("gpt2"), SentencePiece with BPE ("llama") or with Unigram ("t5"), or WordPiece
-    ("bert").
+    The tokenizer's kind is byte-level BPE ("gpt2"), SentencePiece with BPE ("llama"), SentencePiece with
+    Unigram ("t5"), or WordPiece ("bert").
 
     Args:
         file: an open file, from `formats.gguf.open`.
@@ -246,7 +246,7 @@ class _Vocabulary:
         return backend
 
     def _scores(self) -> np.ndarray[Any, Any]:
-        """The score of each token. Raises FormatError if one is not finite."""
+        """The score of each token. Raises FormatError if a score is not finite."""
         scores = self.metadata.array(f"{KEY}scores", "FLOAT32", len(self.tokens))
         if not np.isfinite(scores).all():
             worst = int(np.argmin(np.isfinite(scores)))
@@ -254,7 +254,7 @@ class _Vocabulary:
         return scores
 
     def _unknown(self) -> int | None:
-        """The unknown token: the one that the file names, or else the first of this type."""
+        """The id of the unknown token: the id in the file, or else the first token of type UNKNOWN."""
         first = next(iter(np.flatnonzero(self.types == UNKNOWN).tolist()), None)
         return first if self.unknown is None else self.unknown
 
@@ -276,7 +276,7 @@ class _Vocabulary:
         return merges
 
     def _wordpiece(self) -> Any:
-        """Build BERT's tokenizer. llama.cpp marks tokens that begin a word; BERT marks all others."""
+        """Build BERT's tokenizer. llama.cpp marks tokens that begin a word; BERT marks all other tokens."""
         package = backend_package()
         names = {}
         for id_, (token, kind) in enumerate(zip(self.tokens, self.types, strict=True)):
@@ -291,7 +291,7 @@ class _Vocabulary:
             raise FormatError(f"{self.source}: the file names no unknown token, and has no token '[UNK]'")
         model = package.models.WordPiece(vocab=vocab, unk_token=unknown_token, max_input_chars_per_word=100)
         backend = package.Tokenizer(model)
-        # A vocabulary without capital letters is of a model that reads lower case only.
+        # If the vocabulary has no capital letters, the model reads only lower case.
         normal = (token for token, kind in zip(self.tokens, self.types, strict=True) if kind == NORMAL)
         is_cased = any(token != token.lower() for token in normal if not token.startswith("["))
         backend.normalizer = package.normalizers.BertNormalizer(lowercase=not is_cased)
@@ -309,11 +309,14 @@ class _Vocabulary:
         ):
             chosen = [self.tokens[id_] for id_ in np.flatnonzero(np.isin(self.types, kinds))]
             special = CONTROL in kinds
-            add([added(token, special=special, normalized=False) for token in chosen])  # calls are slow
+            # One call adds all tokens, because each call is slow.
+            add([added(token, special=special, normalized=False) for token in chosen])
 
     def _add_cls_and_sep(self, backend: Any, bos: int | None, eos: int | None) -> None:
-        """Put [CLS] before and [SEP] after each text. Old files give the ids as those of BOS and EOS, or not
-        at all."""
+        """Put [CLS] before and [SEP] after each text.
+
+        Old files give the ids of [CLS] and [SEP] under the keys of BOS and EOS, or do not give them.
+        """
         ids = {token: id_ for id_, token in enumerate(self.tokens)}
         found = list[int]()
         for name, key, other in (("[CLS]", "cls_token_id", bos), ("[SEP]", "seperator_token_id", eos)):
@@ -324,7 +327,7 @@ class _Vocabulary:
         _put_around(backend, {"cls": found[0]}, {"sep": found[1]})
 
     def _add_ends(self, backend: Any, bos: int | None, eos: int | None) -> None:
-        """Make the text begin with BOS and end with EOS if the file says so."""
+        """Add BOS before and EOS after each text, if the file's settings or their defaults say so."""
         begins = self.model == "llama" or self.metadata.string(f"{KEY}pre", "") in _BEGINS_WITH_BOS
         before = {"bos": bos} if bos is not None and self._flag("add_bos_token", begins) else {}
         after = {"eos": eos} if eos is not None and self._flag("add_eos_token", self.model == "t5") else {}
@@ -335,8 +338,8 @@ class _Vocabulary:
 def _put_around(backend: Any, before: dict[str, int], after: dict[str, int]) -> None:
     """Put tokens before and after each text.
 
-    The template uses our own names for the tokens, because a template may give a token such as "$A" a
-    meaning.
+    The template calls the tokens "bos", "eos", "cls" and "sep" instead of by their texts, because a text such
+    as "$A" would have another meaning in a template.
     """
     backend.post_processor = backend_package().processors.TemplateProcessing(
         single=[*before, "$A", *after], special_tokens=[*before.items(), *after.items()]

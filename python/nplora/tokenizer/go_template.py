@@ -1,9 +1,10 @@
 """Writes a chat template in the template language of Go, which Ollama reads.
 
 A Jinja template can do anything, but nearly all templates write a chat as fixed texts around the messages.
-The fixed texts are found by rendering chats whose messages are marks. They are then compared with the text
-that the Jinja template writes for other chats. A template that does more than that is not translated. There
-are two exceptions, which the translation leaves out: `trimmed` and `has_tools` report them.
+This module finds the fixed texts by rendering chats whose messages are marks. Then it checks that the fixed
+texts reproduce what the Jinja template writes for other chats. A template that writes more than fixed texts
+is not translated, with two exceptions: the template may strip white space from messages, and it may write
+tools. The translation does neither. `trimmed` and `has_tools` report this difference.
 
 A template that uses the time gets the same time as in training.
 """
@@ -20,7 +21,7 @@ from nplora.formats.errors import FormatError
 from nplora.tokenizer.chat_template import RefusedChatError
 from nplora.tokenizer.tokenizer import TRAINING_TIME, Tokenizer
 
-_S, _U, _A, _V = (chr(0xE300 + number) for number in range(4))  # private characters: no template changes them
+_S, _U, _A, _V = (chr(0xE300 + number) for number in range(4))  # private-use characters for the marks
 
 
 @dataclass(frozen=True)
@@ -29,8 +30,8 @@ class GoTemplate:
 
     Attributes:
         first: the text before the first user message, in a chat without a system message.
-        system: the texts before the system message, and between it and the first user message; None if the
-            template refuses system messages.
+        system: the text before the system message, and the text between the system message and the first user
+            message; None if the template refuses system messages.
         user: the texts before and after each user message except the first.
         assistant: the texts before and after an answer.
         answer: the text where the model's next answer begins.
@@ -78,7 +79,7 @@ class GoTemplate:
         None if the text does not end with `user`.
 
         Args:
-            system: Go's name of the system message.
+            system: the name of the system message in Go.
         """
         texts = [self.first] if self.system is None else [self.first, self.system[1]]
         if not all(text.endswith(user) for text in texts):
@@ -107,7 +108,8 @@ def of(tokenizer: Tokenizer) -> GoTemplate | None:
     A BOS token that the tokenizer adds to each text is left out, because llama.cpp adds it too.
 
     Returns:
-        the template; None if there is none, or if it writes more than fixed texts.
+        the translated template; None if the tokenizer has no chat template, or if the template writes more
+        than fixed texts.
     """
     if tokenizer.chat_template is None:
         return None
@@ -208,7 +210,7 @@ _CHATS = [_chat(roles) for roles in ("u", "su", "uau", "suau", "suauauau")]
 
 
 def _split(text: str, *marks: str) -> list[str]:
-    """Split a text at marks, each of which must be there once, in this order."""
+    """Split a text at marks. Each mark must occur exactly once, and the marks must be in this order."""
     parts = []
     for mark in marks:
         part, found, text = text.partition(mark)

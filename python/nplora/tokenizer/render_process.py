@@ -20,7 +20,7 @@ _PROGRAM = Path(__file__).with_name("renderer.py")
 
 
 class End(NamedTuple):
-    """How the process ended: its status, the last line of its error output, and the limit that ended it."""
+    """How the process ended: its status, the last line of its error output, and the limit it exceeded."""
 
     status: int
     words: str
@@ -28,7 +28,7 @@ class End(NamedTuple):
 
 
 class _Line(NamedTuple):
-    """One end of two pipes."""
+    """One side of a connection of two pipes: the pipe to read from, and the pipe to write to."""
 
     reader: int
     writer: int

@@ -3,7 +3,7 @@
 A request is two lines of JSON on standard input:
 
 - an object with "template", "now", and the limits "compiling" and "rendering" (seconds of CPU time) and
-  "memory" (bytes), which are 0 if the system cannot set them;
+  "memory" (bytes); a limit is 0 if this process cannot set the limit itself;
 - an object with the template's variables.
 
 The answer is one line of JSON on standard output: ["text", the rendered text] or [kind of refusal, reason].
@@ -36,7 +36,7 @@ from jinja2.ext import LoopControlExtension
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 _LONGEST_REFUSAL = 1000  # characters
-_GENERATION = re.compile(r"\{%([-+]?)\s*generation\s*([-+]?)%\}")  # transformers' tag for trained tokens
+_GENERATION = re.compile(r"\{%([-+]?)\s*generation\s*([-+]?)%\}")  # transformers' tag before trained tokens
 _END_GENERATION = re.compile(r"\{%([-+]?)\s*endgeneration\s*([-+]?)%\}")
 
 
@@ -48,7 +48,8 @@ class Environment(ImmutableSandboxedEnvironment):
     """jinja2's sandbox, changed to raise an error for unsafe attributes instead of hiding them."""
 
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
-        # jinja2 replaces format and format_map itself. Before 3.1.6, the filter attr could still reach them.
+        # jinja2 replaces str.format and str.format_map with safe versions. Before jinja2 3.1.6, the filter
+        # `attr` could still reach the original methods.
         formats = isinstance(obj, str) and attr in ("format", "format_map")
         return not (formats or isinstance(obj, type)) and super().is_safe_attribute(obj, attr, value)
 
@@ -137,7 +138,7 @@ def main() -> None:
     At a time limit, the signal of a timer ends the process, even in the middle of a long Python operation.
     """
     limits.isolate()
-    gc.freeze()  # these objects stay
+    gc.freeze()  # the objects so far are never freed
     for line in sys.stdin.buffer:
         request, variables = json.loads(line), json.loads(sys.stdin.buffer.readline())
         gc.collect()  # otherwise reference cycles of earlier templates would add up

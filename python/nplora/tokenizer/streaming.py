@@ -3,14 +3,14 @@
 from collections.abc import Callable, Sequence
 
 _REPLACEMENT = "\ufffd"  # a decoder's output for bytes that are not (yet) a whole character
-_LONGEST = 64  # after this many tokens without a whole character, the bytes are output as they are
+_LONGEST = 64  # after this many tokens without a whole character, the text is returned with U+FFFD
 
 
 class StreamDecoder:
     """Decodes tokens one by one, and never returns a part of a character.
 
-    One UTF-8 character may span several tokens, and a token may lose its leading space when it is decoded
-    first. So the last tokens are decoded again together with each new token. `Tokenizer.stream` creates a
+    One UTF-8 character may span several tokens, and a token may lose its leading space if no token precedes
+    it. So the last tokens are decoded again together with each new token. `Tokenizer.stream` creates a
     decoder.
 
     >>> parts = [bytes([byte]) for byte in "€5".encode()]  # a euro sign has three bytes
@@ -27,8 +27,8 @@ class StreamDecoder:
     ) -> None:
         self._decode, self._skip = decode, skip_special_tokens
         self._ids = list(context)
-        self._context = len(self._ids)  # tokens whose text was returned before the later ones arrived
-        self._given = len(decode(self._ids, self._skip))  # characters of the text of _ids already returned
+        self._context = len(self._ids)  # the first tokens of _ids, whose text was returned before
+        self._given = len(decode(self._ids, self._skip))  # how many characters of _ids' text were returned
 
     def push(self, id_: int) -> str:
         """Add a token, and return the text that the token completes, which may be empty.

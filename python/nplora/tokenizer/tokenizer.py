@@ -26,7 +26,7 @@ from nplora.tokenizer.words import first_tokens, sentences_of
 Message = Mapping[str, Any]
 Objects = Sequence[Mapping[str, Any]] | None  # tools as JSON schemas, or documents
 
-# Tokens that end a turn or a text in some model family, whichever token the file names as "eos".
+# Tokens that end a turn or a text in some model family, even if the file names another token as EOS.
 END_TOKENS = (
     "</s>",
     "<|endoftext|>",
@@ -38,21 +38,24 @@ END_TOKENS = (
     "<end_of_turn>",
     "<｜end▁of▁sentence｜>",
 )
-_SPACES = ("▁", "Ġ")  # a space in SentencePiece vocabularies and in byte-level ones
-# If only the first tokens of a long text are needed, only its beginning is encoded: `_CHARACTERS` per token.
-# The last tokens of a beginning may depend on the text that follows, so `_UNSURE` of them do not count.
+_SPACES = ("▁", "Ġ")  # a space in SentencePiece vocabularies, and a space in byte-level vocabularies
+# If only the first tokens of a long text are needed, only the beginning of the text is encoded, with
+# `_CHARACTERS` characters for each token. The last tokens of a beginning may depend on the text that follows,
+# so the last `_UNSURE` tokens are not used.
 _CHARACTERS, _UNSURE = 8, 1024
 _LINE = re.compile(r"\n(?=[^\W\d_])")
-_SENTINELS = ("\n", "\x01", "\ue000")  # characters that hardly any token extends
+_SENTINELS = ("\n", "\x01", "\ue000")  # characters with which hardly any longer token begins
 TRAINING_TIME = datetime.datetime(2024, 7, 26)  # the time that chat templates see in training
-# A chat is rendered and encoded twice for each assistant turn. This limits messages x turns to about 10 s.
+# A chat is rendered and encoded twice for each assistant turn. This many messages x turns take about 10 s.
 _MOST_RENDERED = 1 << 19
 _TOKENS_PER_MESSAGE = 64
-# While a template is rendered, a special token in a message's text is replaced by its id between these two.
+# While a template is rendered, a special token in a message's text is replaced by its id between these two
+# characters.
 _QUOTE, _UNQUOTE = "\U000ff800", "\U000ff801"
 _QUOTED = re.compile(f"{_QUOTE}([0-9]+){_UNQUOTE}")
 
-_encoding = threading.Lock()  # one for all tokenizers, because the backend holds the GIL while it encodes
+# One lock for all tokenizers is enough, because the backend holds the GIL while it encodes.
+_encoding = threading.Lock()
 
 
 def _renew_lock() -> None:
@@ -72,8 +75,8 @@ class Chat:
         ids: the tokens.
         turns: for each assistant message (by its index), the positions of the turn's tokens, including the
             end token.
-        unused: "messages", "reasoning", "tools" or "documents", if some were given that do not change the
-            rendered text.
+        unused: the inputs that were given but do not change the rendered text: "messages", "reasoning",
+            "tools" or "documents".
         lost_calls: the tool calls that the template leaves out, as pairs (index of the message, number of the
             call).
     """
@@ -146,7 +149,7 @@ class Tokenizer:
         return f"Tokenizer({self.source!r}, {self.vocab_size} tokens)"
 
     def tokens(self) -> list[str | None]:
-        """The text of each token in the vocabulary's own spelling, by id; None for an id without a token.
+        """The spelling of each token in the vocabulary, by id; None for an id without a token.
 
         The same token has the same spelling in a GGUF file and in a Hugging Face directory.
 
@@ -159,7 +162,7 @@ class Tokenizer:
         return [self._backend.id_to_token(id_) for id_ in range(self.vocab_size)]
 
     def digest(self) -> str:
-        """A digest of everything that decides which tokens a text or a chat has.
+        """A SHA-256 of everything that determines the tokens of a text or a chat.
 
         >>> import nplora
         >>> tokenizer = nplora.load_model("model.gguf").tokenizer
@@ -173,11 +176,11 @@ class Tokenizer:
     # ---- added tokens ----
 
     def with_tokens(self, tokens: Iterable[AddedToken]) -> Tokenizer:
-        """A tokenizer that also knows these tokens. Tokens that it already has do not change.
+        """Return a tokenizer that also knows these tokens. Tokens that this tokenizer has do not change.
 
         Raises:
             FormatError: a token's id or text belongs to another token.
-            UnsupportedError: the ids of this tokenizer have gaps, so that new tokens would get ids in them.
+            UnsupportedError: the ids of this tokenizer have gaps, and new tokens would get the missing ids.
 
         >>> import nplora
         >>> tokenizer = nplora.load_model("model.gguf").tokenizer
@@ -193,7 +196,7 @@ class Tokenizer:
             backend = type(self._backend).from_str(self._backend.to_str())
         listed, following = list[AddedToken](), self.vocab_size
         for token in new:
-            # A backend numbers new tokens itself, so fillers take the ids before this token's.
+            # The backend gives new tokens the next free ids, so fillers take the ids before this token's id.
             listed += [AddedToken(id_, f"<|unused {id_}|>") for id_ in range(following, token.id)]
             listed.append(token)
             following = token.id + 1
@@ -243,7 +246,11 @@ class Tokenizer:
         if id_ == token.id:
             return True
         if id_ is not None or there is not None:
-            other = f"{brief(token.text)} is token {id_}" if id_ is not None else f"this is {brief(there)}"
+            other = (
+                f"{brief(token.text)} is token {id_}"
+                if id_ is not None
+                else f"token {token.id} is {brief(there)}"
+            )
             raise FormatError(
                 f"{self.source}: the token {brief(token.text)} was added as token {token.id}, but in this "
                 f"model {other}; use the model that the token was added to"
@@ -267,7 +274,7 @@ class Tokenizer:
         return text
 
     def files(self) -> dict[str, bytes]:
-        """The files of this tokenizer as transformers reads them, by name.
+        """The files from which transformers reads this tokenizer: name -> content.
 
         >>> import nplora
         >>> sorted(nplora.load_model("model.gguf").tokenizer.files())
@@ -303,7 +310,8 @@ class Tokenizer:
             add_special_tokens: add the tokens that the model puts around a text, such as BOS. Many models add
                 BOS; some add nothing.
             parse_special: read names such as "<|im_end|>" as special tokens, as needed for the output of
-                `apply_chat_template`. False: read the names as plain text, which is right for untrusted text.
+                `apply_chat_template`. If False, the names are read as plain text, which is right for
+                untrusted text.
             most: the number of tokens that are needed. If the text is long, only its beginning is encoded,
                 and the first `most` tokens are returned. If the text is short, all tokens are returned, even
                 if there are more than `most`.
@@ -325,9 +333,9 @@ class Tokenizer:
     def _encode_beginning(
         self, text: str, most: int | None, add_special_tokens: bool = False, parse_special: bool = False
     ) -> tuple[list[int], bool]:
-        """Like `encode`, but also return whether these are all tokens.
+        """Like `encode`, but also return whether the result contains all tokens of the text.
 
-        If the result is False, more than `_UNSURE` further tokens follow.
+        If it does not, more than `_UNSURE` further tokens follow.
         """
         _require_text(text)
         size = len(text) if most is None else _CHARACTERS * (most + _UNSURE)
@@ -339,14 +347,14 @@ class Tokenizer:
         return self._encode(text, add_special_tokens, parse_special), True
 
     def _encode(self, text: str, add_special_tokens: bool, parse_special: bool) -> list[int]:
-        with _encoding:  # the option below is stored in the backend, for all threads
+        with _encoding:  # all threads share the option below, which the backend stores
             self._backend.encode_special_tokens = not parse_special
             with backend_errors(f"{self.source}: the tokenizer fails with {brief(text)}"):
                 ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
         return ids
 
     def encode_texts(self, texts: Sequence[str], longest: int) -> tuple[list[list[int]], int]:
-        """Encode many texts with the tokens that the model puts around a text, and cut long ones.
+        """Encode many texts with the tokens that the model puts around a text, and cut long texts.
 
         Names of special tokens in the texts are read as plain text.
 
@@ -379,14 +387,16 @@ class Tokenizer:
         Args:
             sentences: the words of each sentence.
             longest: as in `encode_texts`.
-            with_space: whether a token of only the space before a word counts as a token of this word, as in
-                transformers. The tokenizer of XLM-RoBERTa has such a token before rare characters.
+            with_space: whether a token that consists only of the space before a word counts as a token of
+                this word, as in transformers. The tokenizer of XLM-RoBERTa has such a token before rare
+                characters.
         Returns:
-            the token ids of each sentence; for each sentence, the place of the first token of each word, and
-            -1 for a word without tokens, as after a cut; and the number of sentences that were cut.
+            the token ids of each sentence; for each sentence, the position of the first token of each word,
+            or -1 for a word without tokens (for example after a cut); and the number of sentences that were
+            cut.
         Raises:
             TypeError: a sentence is not a list of texts.
-            ValueError: a word is empty or has only spaces. Also as in `encode_texts`.
+            ValueError: a word is empty or has only spaces; or a reason that `encode_texts` lists.
             FormatError: the tokenizer cannot encode a sentence.
 
         >>> import nplora
@@ -404,7 +414,7 @@ class Tokenizer:
         return [one.ids for one, _ in found], first, sum(beyond > 0 for _, beyond in found)
 
     def _encode_beginnings(self, op: str, texts: Sequence[str], longest: int) -> list[tuple[Any, int]]:
-        """Encode texts, of very long ones only the beginning. The results are those of `_encode_cut`."""
+        """Encode texts, but only the beginning of a very long text. Returns what `_encode_cut` returns."""
         for text in texts:
             _require_text(text)
         around = self._backend.num_special_tokens_to_add(False)
@@ -414,13 +424,13 @@ class Tokenizer:
         beginnings = [text if len(text) <= room else text[: _cut(text, room)] for text in texts]
         found = self._encode_cut(beginnings, longest)
         for i, (text, beginning) in enumerate(zip(texts, beginnings, strict=True)):
-            if len(beginning) < len(text) and found[i][1] < _UNSURE:  # few tokens, such as many spaces
+            if len(beginning) < len(text) and found[i][1] < _UNSURE:  # too few tokens, perhaps many spaces
                 found[i] = self._encode_cut([text], longest)[0]
         return found
 
     def _encode_cut(self, texts: Sequence[str], longest: int) -> list[tuple[Any, int]]:
         """The encoding of each text by `tokenizers`, and the number of tokens that were cut off."""
-        with _encoding:  # the options below are stored in the backend, for all threads
+        with _encoding:  # all threads share the options below, which the backend stores
             self._backend.encode_special_tokens = True
             self._backend.enable_truncation(longest)
             try:
@@ -445,7 +455,7 @@ class Tokenizer:
         return ids[:-1] if is_whole and ids and ids[-1] == self.eos_id else ids
 
     def encode_continuation(self, text: str, most: int | None = None) -> list[int]:
-        """Encode a text that follows another, without the space that some models add before a text.
+        """Encode a text that follows another text, without the space that some models add before a text.
 
         `most` is as in `encode`.
 
@@ -514,7 +524,7 @@ class Tokenizer:
 
         Args:
             skip_special_tokens: leave out special tokens such as BOS.
-            context: tokens that come before the first one; their text is not returned.
+            context: tokens that come before the first token of the stream. Their text is not returned.
 
         >>> import nplora
         >>> tokenizer = nplora.load_model("model.gguf").tokenizer
@@ -621,7 +631,7 @@ class Tokenizer:
             most: as in `encode`. Turns that begin after the first `most` tokens are left out.
         Raises:
             UnsupportedError: the template changes earlier text when more messages follow, and writes no
-                special tokens around it, so the tokens of a turn are not known.
+                special tokens around a turn, so the tokens of the turn are not known.
             ValueError: the chat has so many turns and tokens that encoding would take minutes; or as in
                 `apply_chat_template`.
 
@@ -673,7 +683,7 @@ class Tokenizer:
         """Find each turn by rendering the chat up to the start and up to the end of the turn."""
         turns = {}
         for index in indices:
-            if not index:  # many templates fail without messages, or write no head of an answer then
+            if not index:  # without messages, many templates fail or do not write the head of an answer
                 raise UnsupportedError(
                     f"{self.source}: the chat begins with the assistant, and the chat template writes no "
                     "special tokens around an answer, so the tokens of message 1 are not known"
@@ -705,7 +715,7 @@ class Tokenizer:
     def _turns_by_marks(
         self, quoted: list[Message], given: dict[str, Any], text: str, ids: list[int]
     ) -> dict[int, range]:
-        """Find the turns by the special tokens around them. Turns that begin after `ids` are left out."""
+        """Find the turns by the special tokens around them. Turns beyond the end of `ids` are left out."""
         mark = turns_of.mark_of([text])
         marked = self._render(turns_of.with_marks(quoted, mark), False, TRAINING_TIME, given)
         found = turns_of.find_turns(
@@ -750,7 +760,7 @@ class Tokenizer:
             return False
         try:
             return self._render(quoted, False, TRAINING_TIME, {**given, name: None}) == text
-        except ValueError:  # the template needs them
+        except ValueError:  # the template needs the tools (or documents)
             return False
 
     def _lost(self, quoted: list[Message], given: dict[str, Any], text: str) -> list[turns_of.Part]:
@@ -777,7 +787,7 @@ class Tokenizer:
         written = [message for index, message in enumerate(quoted) if index not in lost]
         try:
             return self._render(written, False, TRAINING_TIME, given) == text
-        except ValueError:  # the template needs them
+        except ValueError:  # the template needs the lost messages
             return False
 
     def _leaves_out_reasoning(self, quoted: list[Message], given: dict[str, Any], text: str) -> bool:
@@ -787,15 +797,15 @@ class Tokenizer:
             return False
         try:
             return self._render(without, False, TRAINING_TIME, given) == text
-        except ValueError:  # the template needs it
+        except ValueError:  # the template needs the reasoning
             return False
 
     def _require_beginning(self, part: list[int], ids: list[int], is_whole: bool, which: str) -> None:
         """Check that the whole chat begins with the tokens of the first messages (`part`)."""
         if (part if is_whole else part[: len(ids)]) != ids[: len(part)]:
             raise UnsupportedError(
-                f"{self.source}: the chat template writes the messages {which} (the assistant's) differently "
-                "if more messages follow, so the tokens of that message are not known"
+                f"{self.source}: the chat template writes the messages {which} differently if more messages "
+                "follow, so the tokens of this assistant message are not known"
             )
 
     def _quoted_given(self, tools: Objects, documents: Objects) -> dict[str, Any]:
@@ -861,7 +871,7 @@ def _require_text(text: str) -> None:
 
 
 def _cut(text: str, size: int) -> int:
-    """The position at which to cut a text: before a line that begins with a letter, or else at `size`.
+    """The position at which to cut a text: before the next line that begins with a letter, or else `size`.
 
     All tokenizers split a text before a line that begins with a letter.
     """
@@ -900,7 +910,7 @@ def backend_package() -> Any:
 def backend_errors(what: str) -> Iterator[None]:
     """Convert errors of the package `tokenizers` to FormatError.
 
-    Rust panics, which are not derived from `Exception`, are converted too.
+    Rust panics, which are not derived from `Exception`, are also converted.
     """
     try:
         yield

@@ -1,10 +1,10 @@
 """Finds the assistant's turns in a chat that a template wrote.
 
 Many templates write a message differently when other messages follow: Qwen 3 drops the reasoning of earlier
-turns. So a turn cannot always be found by rendering the chat up to it. Instead, the chat is rendered a second
-time, with marks that replace the texts of the messages. A mark shows which special tokens stand before and
-after a message. Only the template can write special tokens, so both texts contain the same ones, in the same
-order.
+turns. So a turn cannot always be found by rendering the chat up to this turn. Instead, the chat is rendered a
+second time, with marks that replace the texts of the messages. A mark shows which special tokens stand before
+and after a message. Only the template can write special tokens, so both renderings contain the same special
+tokens in the same order.
 """
 
 from __future__ import annotations
@@ -16,20 +16,21 @@ from typing import Any, NamedTuple
 
 from nplora.formats.errors import UnsupportedError
 
-Pieces = list[tuple[str, bool]]  # of a text: special tokens (True) and the text between them
+Pieces = list[tuple[str, bool]]  # the pieces of a text: special tokens (True) and the text between them
 
-Part = tuple[int, int | None]  # a message by its index, or (with a number) one of its tool calls
+Part = tuple[int, int | None]  # the index of a message, and the number of one of its tool calls (or None)
 
-_REASONING = ("reasoning_content", "reasoning", "thinking")  # names that templates have for it
-_MARKS = range(0xE200, 0xE300)  # private characters, which no template changes
+_REASONING = ("reasoning_content", "reasoning", "thinking")  # keys under which a message has its reasoning
+_MARKS = range(0xE200, 0xE300)  # private-use characters, which no template changes
 
 
 class Turn(NamedTuple):
     """The place of an assistant's turn. Special tokens are numbered from the beginning of the text.
 
     Attributes:
-        first: the number of the special token that the head begins with, as in "<|im_start|>assistant\\n".
-        head: the text of the head, which the model does not write itself.
+        first: the number of the special token with which the head begins.
+        head: the text that the template writes before an answer, such as "<|im_start|>assistant\\n". The
+            model does not generate the head.
         last: the number of the special token that ends the turn; None: the turn ends with the text.
     """
 
@@ -47,12 +48,12 @@ def mark_of(texts: Sequence[str]) -> str:
 
 
 def with_marks(messages: Sequence[Mapping[str, Any]], mark: str) -> list[Mapping[str, Any]]:
-    """Copy the messages, and replace the text of each with its number between two marks."""
+    """Copy the messages, and replace each message's text with the message's index between two marks."""
     return [_with_mark(message, f"{mark}{index}{mark}") for index, message in enumerate(messages)]
 
 
 def _with_mark(message: Mapping[str, Any], mark: str) -> Mapping[str, Any]:
-    if message.get("role") in ("system", "developer"):  # templates look for settings in them
+    if message.get("role") in ("system", "developer"):  # templates look for settings in these messages
         return message
     fields = ("content", *_REASONING) if message.get("role") == "assistant" else ("content",)
     made = dict(message)
@@ -84,11 +85,12 @@ def with_written_marks(
 ) -> tuple[list[Mapping[str, Any]], dict[Part, str]]:
     """Copy the messages, and put a separate mark at the end of each part that a template should write.
 
-    Parts are the texts of messages that are not the assistant's, and the names of called functions. Text
-    before a mark is kept, because templates look for settings in it.
+    Parts are the texts of messages that are not the assistant's, and the names of called functions. The text
+    of a part stays before the mark, because templates look for settings in the text.
 
     Args:
-        by_id: mark the calls by their id instead, which some templates write in place of the name.
+        by_id: put the marks of calls into their ids instead of their names, because some templates write only
+            the ids.
     Returns:
         the messages, and the mark of each part.
     """
@@ -129,7 +131,7 @@ def find_turns(
     prompt: Pieces,
     is_end: Callable[[str], bool],
 ) -> dict[int, Turn]:
-    """The turn of each assistant message, by its index.
+    """Find the turn of each assistant message: the message's index -> `Turn`.
 
     Args:
         messages: the chat.
@@ -187,11 +189,11 @@ def _marked_places(marked: Pieces, mark: str) -> dict[int, list[int]]:
 
 
 def _heads(text: Pieces, specials: list[int], prompt: Pieces, wanted: int) -> dict[int, str]:
-    """For each of the assistant's turns, the number of its first special token, and the text of the head.
+    """For each of the assistant's turns: the number of its first special token -> the text of its head.
 
     A prompt may end with text that only the last turn has, such as "<think>". The other turns then begin
     with only a part of the prompt. The common part must be so long that no message of another role begins
-    with it.
+    with this part.
     """
     begin = next((place for place, (_, is_special) in enumerate(prompt) if is_special), None)
     if begin is None:
@@ -209,7 +211,7 @@ def _heads(text: Pieces, specials: list[int], prompt: Pieces, wanted: int) -> di
 
 
 def _parts(prompt: Pieces) -> list[Pieces]:
-    """The beginnings of the prompt that end with a line or a special token, the longest first."""
+    """The beginnings of the prompt that end after a line or a special token, the longest first."""
     parts = list[Pieces]()
     for length in range(len(prompt), 0, -1):
         *before, (piece, is_special) = prompt[:length]

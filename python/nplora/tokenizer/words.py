@@ -1,4 +1,4 @@
-"""Words of sentences: the checks of words that a user gives, and the first token of each word."""
+"""Checks the words of sentences that a user gives, and finds the first token of each word."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def is_word(value: object) -> TypeGuard[str]:
 
 
 def sentences_of(op: str, name: str, given: object) -> list[tuple[str, ...]]:
-    """The sentences as tuples of words.
+    """Check sentences of words, and return each sentence as a tuple of words.
 
     Raises:
         TypeError: a sentence is not a list of texts. ValueError: a word is empty, or has only spaces.
@@ -39,9 +39,13 @@ def sentences_of(op: str, name: str, given: object) -> list[tuple[str, ...]]:
 
 
 def first_tokens(offsets: Iterable[tuple[int, int]], words: Sequence[str], with_space: bool) -> list[int]:
-    """The first token of each word of a sentence, or -1, from the characters that each token stands for.
+    """The position of the first token of each word of a sentence, or -1 for a word without tokens.
 
-    A token of several words belongs to the first of them.
+    A token that covers several words belongs to the first of these words.
+
+    Args:
+        offsets: for each token, the range of characters that the token stands for.
+        with_space: as in `Tokenizer.encode_words`.
     """
     ends = list(itertools.accumulate((len(word) + 1 for word in words), initial=-1))[1:]
     begins = [end - len(word) - with_space for end, word in zip(ends, words, strict=True)]

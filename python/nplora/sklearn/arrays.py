@@ -25,11 +25,11 @@ _DTYPES = [np.float64, np.float32]
 
 @dataclass(frozen=True)
 class FileModel:
-    """The pickled form of a fitted model whose network is in a file, without the frozen weights.
+    """The pickled form of a fitted model whose network is in a file. The frozen weights are not pickled.
 
     Attributes:
         path, activation, adaptation, probe: the arguments that build the model.
-        values, streams: the trained arrays, and the dropout streams.
+        values, streams: the trained arrays, and the states of the random streams of dropout.
         base: the fingerprint of the frozen weights.
     """
 

@@ -29,7 +29,7 @@ from nplora.trainer.fingerprint import base_fingerprint, fingerprint
 Array = npt.NDArray[Any]
 
 _PREDICTION_ROWS = 256
-_UNSEEN = ("checkpoint_dir", "network", "verbose", "warm_start")  # parameters that are not a run's settings
+_UNSEEN = ("checkpoint_dir", "network", "verbose", "warm_start")  # not in the digest that names a checkpoint
 
 
 P = ParamSpec("P")
@@ -40,7 +40,7 @@ E = TypeVar("E", bound="LoRAEstimator")
 def unchanged_on_error(method: Callable[Concatenate[E, P], T]) -> Callable[Concatenate[E, P], T]:
     """Restore the estimator's attributes if the method fails, so that the estimator can still predict.
 
-    If a further training of the same model fails, the model keeps the steps made so far.
+    If the method continues to train an existing model and fails, the model keeps the training steps so far.
     """
 
     @functools.wraps(method)
@@ -57,7 +57,7 @@ def unchanged_on_error(method: Callable[Concatenate[E, P], T]) -> Callable[Conca
 
 
 class HeldOut(NamedTuple):
-    """The rows that a fit does not train on: features as `_features` returns them, and encoded targets."""
+    """The rows that a fit does not train on: their features (as from `_features`) and encoded targets."""
 
     x: Any
     y: Array
@@ -67,8 +67,8 @@ class LoRAEstimator(BaseEstimator):  # type: ignore[misc]
     """Base class of the estimators: trains a model that maps features to outputs (n, k).
 
     The model is any Module: its `forward` takes a batch of features, and its `backward` the gradient of the
-    outputs. A subclass has a constructor with the parameters of `LoRAClassifier`, apart from those of its
-    network, and defines these methods:
+    outputs. A subclass has a constructor with the parameters of `LoRAClassifier`, except the parameters of
+    the network, and defines these methods:
 
         _features(X, reset)         check X and return features, an array or a list of rows
         _build(x, outputs, seed)    return a new model of these features
@@ -80,7 +80,11 @@ class LoRAEstimator(BaseEstimator):  # type: ignore[misc]
     # ---- what a subclass defines ----
 
     def _features(self, X: Any, reset: bool) -> Any:
-        """Check X; return the rows for `_batches` and `_outputs`. `reset`: whether this is the first fit."""
+        """Check X, and return the rows for `_batches` and `_outputs`.
+
+        Args:
+            reset: whether a new model is fitted. If not, X must have the same features as in the earlier fit.
+        """
         raise NotImplementedError
 
     def _features_and_targets(self, X: Any, y: Any, reset: bool, numeric: bool) -> tuple[Any, Array]:
@@ -121,8 +125,8 @@ class LoRAEstimator(BaseEstimator):  # type: ignore[misc]
 
         Args:
             loss: a function that takes the targets of the training rows and returns the loss.
-            stratify: labels; each label has the same share of the held-out rows as of all rows. None: the
-                rows are drawn at random.
+            stratify: a label for each row. Each label has the same share of the held-out rows as of all rows.
+                If `stratify` is None, the held-out rows are drawn at random.
         """
         self._check_settings()
         seed = self._seed()
@@ -151,7 +155,7 @@ class LoRAEstimator(BaseEstimator):  # type: ignore[misc]
         return held_out
 
     def _train_more(self, x: Any, y: Array, outputs: int, loss: Loss) -> None:
-        """Train on some rows once, as a continuation of earlier calls. No rows are held out."""
+        """Train on some rows once. This continues the training of earlier calls. No rows are held out."""
         self._check_settings()
         if not hasattr(self, "model_"):
             self._start_run(self._seed())

@@ -3,8 +3,8 @@
 import numpy as np
 import numpy.typing as npt
 
-_LEAST, _MOST = 0.05, 20.0  # of a temperature: outside, the held-out rows say too little
-_STEPS = 60  # of the search, each of which narrows the interval by the golden ratio
+_LEAST, _MOST = 0.05, 20.0  # limits of a temperature; held-out rows are too few to show a more extreme one
+_STEPS = 60  # steps of the search; each step narrows the interval by the golden ratio
 _RATIO = (np.sqrt(5) - 1) / 2
 
 
@@ -16,10 +16,10 @@ def log_probabilities(logits: npt.NDArray[np.floating]) -> npt.NDArray[np.floati
 
 
 def temperature(logits: npt.ArrayLike, labels: npt.ArrayLike) -> float:
-    """Return the T that minimises the cross entropy of softmax(logits / T), between 0.05 and 20.
+    """Return the T between 0.05 and 20 that minimises the cross entropy of softmax(logits / T).
 
-    Guo et al. 2017, section 4.2. The cross entropy is a convex function of 1 / T, so a golden-section search
-    of log T finds its only minimum.
+    The cross entropy is a convex function of 1 / T, so a golden-section search of log T finds its only
+    minimum. Source: Guo et al. 2017, section 4.2.
 
     >>> logits = np.array([[4.0, 0.0], [4.0, 0.0], [4.0, 0.0], [0.0, 4.0]])
     >>> from nplora.sklearn.calibration import temperature
@@ -27,7 +27,7 @@ def temperature(logits: npt.ArrayLike, labels: npt.ArrayLike) -> float:
     3.64
 
     Args:
-        logits: array (n, classes). labels: the classes' numbers (n,).
+        logits: array (n, classes). labels: the index of each row's class (n,).
     """
     rows, at = np.asarray(logits, np.float64), np.asarray(labels, np.int64)
 

@@ -20,14 +20,14 @@ Array = npt.NDArray[Any]
 
 
 class LabelledBase(LoRAEstimator):
-    """Base class of the estimators that predict one of several labels, for rows or for their words."""
+    """Base class of the estimators that predict one of several labels, for each row or for each word."""
 
     classes_: Array
 
     def _set_classes(self, classes: Array) -> None:
         """Set the labels of a fit.
 
-        Raises ValueError if there is only one, or if an earlier fit that continues had others.
+        Raises ValueError if there is only one label, or if this fit continues a fit that had other labels.
         """
         if len(classes) < 2:
             raise ValueError(
@@ -42,7 +42,7 @@ class LabelledBase(LoRAEstimator):
         self.classes_ = classes
 
     def _class_weights(self, numbers: Array) -> tuple[float, ...] | None:
-        """The weights of the labels, given the numbers of the labels that are trained on."""
+        """The weight of each label in the loss, or None. `numbers` are the indices of the training labels."""
         if self.class_weight is None:
             return None
         if isinstance(self.class_weight, str) and self.class_weight == "balanced":
@@ -85,13 +85,13 @@ class ClassifierBase(ClassifierMixin, LabelledBase):  # type: ignore[misc]
 
     @unchanged_on_error
     def partial_fit(self, X: Any, y: Any, classes: Any = None) -> Self:
-        """Make one pass over some rows. Later calls continue with other rows, as on a device that learns.
+        """Train for one pass over some rows. Later calls continue the training with other rows.
 
         The probabilities are not calibrated afterwards, because no rows are held out.
 
         Args:
             X, y: as in `fit`; y may have fewer classes.
-            classes: all labels that will ever occur; needed in the first call only.
+            classes: all labels that can occur in any call. Only the first call needs them.
         Returns:
             the estimator.
         Raises:
@@ -110,7 +110,7 @@ class ClassifierBase(ClassifierMixin, LabelledBase):  # type: ignore[misc]
                 f"{type(self).__name__}.partial_fit: y has the unknown label {unknown[0]!r}, expected one of "
                 f"{_shown(self.classes_)}"
             )
-        self.temperature_ = 1.0  # the temperature of an earlier fit does not suit the model that follows
+        self.temperature_ = 1.0  # the temperature of an earlier fit does not suit the changed model
         encoded = np.searchsorted(self.classes_, y)
         loss = CrossEntropy(class_weights=self._class_weights(encoded))
         self._train_more(x, encoded, len(self.classes_), loss)

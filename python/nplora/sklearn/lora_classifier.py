@@ -16,11 +16,11 @@ class LoRAClassifier(ClassifierBase, ArrayEstimator):
     """Adapt a pretrained network to classes of your own, with LoRA and a new head.
 
     The frozen weights are never copied: clones and the fits of a grid search share them. Every frozen linear
-    layer and convolution gets a LoRA layer, apart from the head.
+    layer and convolution gets a LoRA layer, except the head.
 
-    Without a network, nothing is pretrained. One layer of random frozen features then replaces the network,
-    and LoRA adapts this layer too. Random features are enough to try the estimator. If you have no pretrained
-    network, scikit-learn's models are the better choice.
+    If `network` is None, one frozen layer of random features replaces the network, and LoRA adapts this
+    layer. Nothing is pretrained then. Random features are enough to try the estimator. If you have no
+    pretrained network, scikit-learn's models are the better choice.
 
         >>> rng = np.random.default_rng(0)
         >>> X = rng.normal(size=(200, 4))
@@ -36,23 +36,25 @@ class LoRAClassifier(ClassifierBase, ArrayEstimator):
             in `read_network`; or None for random features.
         rank, alpha, dropout: the settings of the LoRA layers, as in `LoRALinear`. If a side of a layer is
             shorter than `rank`, the layer's rank is the length of that side. The scale stays the same.
-        targets: the names of the layers to adapt, or the ends of their dotted names; None: all.
+        targets: the names of the layers to adapt, or the ends of their dotted names; None: all layers.
         head: "replace" replaces the network's last linear layer by a new trained layer; "append" adds a new
             trained layer behind the network; "keep" uses the network's outputs as logits of the classes in
-            sorted order, and adapts the last layer too.
-        random_features, activation: without a network, the number of random features and their activation.
+            sorted order, and also adapts the last layer.
+        random_features, activation: the number of random features and their activation, if `network` is None.
             `activation` ("relu", "gelu", "silu" or "tanh") is also the activation between layers that are
             read from a file.
         lr, epochs, batch_size, weight_decay, schedule: the settings of AdamW and of the run, as in `Trainer`.
         class_weight: a dict of weights by label, "balanced", or None.
-        early_stopping: hold rows out, stop after `patience` epochs without a lower loss on them, and keep the
-            factors of the best epoch.
-        validation_fraction, patience: the share of rows that is held out, and the epochs to wait.
+        early_stopping: hold rows out, stop after `patience` epochs without a lower loss on these rows, and
+            keep the factors of the best epoch.
+        validation_fraction: the share of rows that is held out.
+        patience: the number of epochs without a lower loss after which the training stops.
         calibrate: hold rows out, and divide the logits by the temperature that fits these rows best. The
             probabilities then match the error rates better, and the predicted labels stay the same.
         checkpoint_dir: a directory for checkpoints. Each fit writes to a subdirectory, which is named after
             the settings and the data. If `random_state` is an integer, a repeated fit continues an
-            interrupted one with the same bits, and loads a finished one.
+            interrupted fit and ends with the same bits. If the earlier fit was finished, its result is
+            loaded.
         warm_start: whether `fit` continues with the factors of the last fit.
         random_state: the seed of the factors, the head, the order of the rows, and the choice of held-out
             rows.
@@ -60,7 +62,7 @@ class LoRAClassifier(ClassifierBase, ArrayEstimator):
     Attributes:
         classes_: the labels in sorted order.
         model_: the adapted network. `nplora.save_adapter(estimator.model_, directory)` saves the adapter.
-        temperature_: the temperature, 1 without calibration.
+        temperature_: the number by which logits are divided; 1 without calibration.
         n_iter_, loss_curve_, validation_curve_: the number of epochs of the last run; the training loss of
             each epoch; with early stopping, the loss on the held-out rows after each epoch.
         n_features_in_, feature_names_in_: as in scikit-learn.

@@ -15,8 +15,8 @@ from nplora.sklearn.regression import RegressorBase
 class LoRARegressor(RegressorBase, ArrayEstimator):
     """Adapt a pretrained network to targets of your own, with LoRA and a new head.
 
-    `LoRAClassifier` describes all other arguments. Without a network, random features replace it, as in
-    `LoRAClassifier`.
+    `LoRAClassifier` describes the arguments that are not listed here. If `network` is None, random features
+    replace the network, as in `LoRAClassifier`.
 
         >>> rng = np.random.default_rng(0)
         >>> X = rng.normal(size=(200, 4))
@@ -26,8 +26,9 @@ class LoRARegressor(RegressorBase, ArrayEstimator):
         True
 
     Args:
-        head: as in `LoRAClassifier`. A new head learns targets with mean 0 and variance 1, and `predict`
-            undoes this. A kept head ("keep") learns the targets as they are.
+        head: as in `LoRAClassifier`. A new head is trained on targets that are rescaled to mean 0 and
+            variance 1, and `predict` reverses the rescaling. A kept head ("keep") is trained on the original
+            targets.
         loss: "mse" or "huber".
     Attributes:
         model_, n_iter_, loss_curve_, validation_curve_, n_features_in_, feature_names_in_: as in

@@ -27,21 +27,22 @@ class LoRATextClassifier(ClassifierBase, TextEstimator):
     Args:
         model: the path of an encoder, as for `nplora.load_encoder`.
         rank, alpha, dropout, layers: the settings of LoRA, as in `Encoder.add_lora`.
-        targets: the layers to adapt: "all-linear", or the ends of their names.
-        max_length: the number of tokens after which texts are cut; None: that of the model.
+        targets: the layers to adapt: "all-linear", or the ends of the layers' names.
+        max_length: the number of tokens after which texts are cut; None: the encoder's own limit.
         lr, epochs, batch_size, weight_decay, schedule: the settings of AdamW and of the run, as in `Trainer`.
         class_weight: a dict of weights by label, "balanced", or None.
-        early_stopping: hold rows out, stop after `patience` epochs without a lower loss on them, and keep the
-            factors of the best epoch.
-        validation_fraction, patience: the share of rows that is held out, and the epochs to wait.
+        early_stopping: hold rows out, stop after `patience` epochs without a lower loss on these rows, and
+            keep the factors of the best epoch.
+        validation_fraction: the share of rows that is held out.
+        patience: the number of epochs without a lower loss after which the training stops.
         calibrate: hold rows out, and divide the logits by the temperature that fits these rows best.
         checkpoint_dir, warm_start, random_state, verbose: as in `LoRAClassifier`.
     Attributes:
         classes_: the labels in sorted order.
-        model_: the trained `TextClassifier`. `nplora.save_adapter(estimator.model_, directory)` saves it
-            as PEFT's adapter.
+        model_: the trained `TextClassifier`. `nplora.save_adapter(estimator.model_, directory)` saves the
+            model's adapter in PEFT's format.
         n_iter_, loss_curve_, validation_curve_: as in `LoRAClassifier`.
-        temperature_: the temperature, 1 without calibration.
+        temperature_: the number by which logits are divided; 1 without calibration.
     """
 
     _task = "single"

@@ -15,8 +15,8 @@ from nplora.sklearn.texts import TextEstimator
 class LoRATextRegressor(RegressorBase, TextEstimator):
     """Predict numbers from texts with a pretrained encoder, LoRA and a new head.
 
-    X is a list or a column of texts; y has one number or several for each. Clones and pickles are as for
-    `LoRATextClassifier`.
+    X is a list or a column of texts. y has one or several numbers for each text. Clones and pickles work as
+    for `LoRATextClassifier`.
 
         >>> X = ["a cat", "a dog", "the cat and the dog", "the mat"] * 4
         >>> y = [1, 1, 2, 0] * 4
@@ -27,17 +27,18 @@ class LoRATextRegressor(RegressorBase, TextEstimator):
     Args:
         model: the path of an encoder, as for `nplora.load_encoder`.
         rank, alpha, dropout, layers: the settings of LoRA, as in `Encoder.add_lora`.
-        targets: the layers to adapt: "all-linear", or the ends of their names.
-        max_length: the number of tokens after which texts are cut; None: that of the model.
+        targets: the layers to adapt: "all-linear", or the ends of the layers' names.
+        max_length: the number of tokens after which texts are cut; None: the encoder's own limit.
         lr, epochs, batch_size, weight_decay, schedule: the settings of AdamW and of the run, as in `Trainer`.
         loss: "mse" or "huber".
-        early_stopping: hold rows out, stop after `patience` epochs without a lower loss on them, and keep the
-            factors of the best epoch.
-        validation_fraction, patience: the share of rows that is held out, and the epochs to wait.
+        early_stopping: hold rows out, stop after `patience` epochs without a lower loss on these rows, and
+            keep the factors of the best epoch.
+        validation_fraction: the share of rows that is held out.
+        patience: the number of epochs without a lower loss after which the training stops.
         checkpoint_dir, warm_start, random_state, verbose: as in `LoRAClassifier`.
     Attributes:
-        model_: the trained `TextClassifier`. `nplora.save_adapter(estimator.model_, directory)` saves it
-            as PEFT's adapter.
+        model_: the trained `TextClassifier`. `nplora.save_adapter(estimator.model_, directory)` saves the
+            model's adapter in PEFT's format.
         n_iter_, loss_curve_, validation_curve_: as in `LoRAClassifier`.
     """
 

@@ -32,7 +32,8 @@ class Adaptation:
     """How a network is adapted: the settings of the LoRA layers, and the kind of head.
 
     Attributes:
-        rank: the rank of each LoRA layer; a layer with a smaller side gets that side's length.
+        rank: the rank of each LoRA layer. If a side of a layer is shorter, the layer's rank is the length of
+            that side.
         targets: the names of the layers to adapt; None: all frozen linear layers and convolutions.
         head: "replace", "append" or "keep", as in `LoRAClassifier`.
         outputs: the number of outputs that the adapted network must have.
@@ -55,8 +56,9 @@ def read_network(path: StrPath, activation: str = "relu") -> Sequential:
     """Read a network of linear layers from a safetensors file, with one activation between the layers.
 
     The file has a matrix "NAME.weight" (d_out, d_in) for each layer and perhaps "NAME.bias" (d_out,). The
-    layers stand in the natural order of their names, in which "fc2" comes before "fc10". A file that torch
-    wrote of such a `torch.nn.Sequential` fits. The weights stay in the file, which is mapped into memory.
+    layers are ordered by their names, and numbers in names by their value: "fc2" comes before "fc10". The
+    state dict of such a `torch.nn.Sequential` has this form. The weights stay in the file, which is mapped
+    into memory.
 
         >>> from nplora.formats import safetensors
         >>> W1, W2 = np.ones((8, 4), np.float32), np.ones((3, 8), np.float32)
@@ -128,9 +130,9 @@ def _natural(name: str) -> list[tuple[int, int, str]]:
 
 
 def random_features(d_in: int, width: int, activation: str, dtype: npt.DTypeLike, seed: int) -> Sequential:
-    """Return a network of one frozen random layer (Rahimi & Recht 2008), if there is no pretrained one.
+    """Return a network of one frozen random layer, which replaces a pretrained network.
 
-    The weights are drawn from N(0, 2 / d_in) and the biases from U(-1, 1).
+    The weights are drawn from N(0, 2 / d_in) and the biases from U(-1, 1). Source: Rahimi & Recht 2008.
     """
     rng = np.random.default_rng(layer_stream(seed, "features"))
     W = rng.normal(0, np.sqrt(2 / d_in), (width, d_in)).astype(dtype)
@@ -148,10 +150,10 @@ def adapted(network: Module, adaptation: Adaptation, probe: Array) -> Module:
     change.
 
     Args:
-        probe: one row of x, which shows the number of outputs.
+        probe: one row of x. The network is applied to this row to find the number of the network's outputs.
     Raises:
         ValueError: no layer has a wanted name; no layer can be adapted; the number of outputs differs from
-            that of `adaptation`; or the row does not fit the network.
+            `adaptation.outputs`; or the row does not fit the network.
     """
     model = copy.deepcopy(network)
     if isinstance(model, Linear) or not list(model.named_children()):
@@ -176,7 +178,7 @@ def adapted(network: Module, adaptation: Adaptation, probe: Array) -> Module:
 
 
 def _require_outputs(model: Module, outputs: int, probe: Array) -> None:
-    """Raise ValueError if the layers after a new head do not fit it."""
+    """Raise ValueError if the layers after a new head do not fit the head."""
     words = f"LoRA: head='replace' gives the last linear layer {outputs} outputs"
     try:
         shape = model(probe).shape
@@ -187,7 +189,7 @@ def _require_outputs(model: Module, outputs: int, probe: Array) -> None:
 
 
 def _new_head(model: Module, adaptation: Adaptation, probe: Array) -> Linear:
-    """Return a trained layer, or raise ValueError if a network that keeps its head has the wrong outputs."""
+    """Make a new trained layer. Raise ValueError if a kept head has the wrong number of outputs."""
     y = model(probe)
     if y.ndim != 2:
         raise ValueError(f"LoRA: the network's output has shape {y.shape}, expected (n, outputs)")
@@ -239,7 +241,7 @@ def _targets(
 
 def _lora_layer(layer: Linear, adaptation: Adaptation) -> LoRALinear:
     rank = max(1, min(adaptation.rank, *layer.shape))
-    scale = adaptation.alpha / adaptation.rank  # kept where a small layer lowers the rank
+    scale = adaptation.alpha / adaptation.rank  # also for a small layer, which gets a lower rank
     options: dict[str, Any] = {"dropout": adaptation.dropout, "rng": 0}
     if isinstance(layer, Conv2d):
         return LoRAConv2d.over(layer, rank, scale * rank, **options)

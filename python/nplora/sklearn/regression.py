@@ -17,13 +17,13 @@ Array = npt.NDArray[Any]
 class RegressorBase(RegressorMixin, LoRAEstimator):  # type: ignore[misc]
     """Base class of the regressors. Its subclasses define the methods that `LoRAEstimator` names.
 
-    A new head is trained on targets with mean 0 and variance 1, and `predict` undoes this. A kept head
-    (`head="keep"`) is trained on the targets as they are.
+    A new head is trained on targets that are rescaled to mean 0 and variance 1, and `predict` reverses the
+    rescaling. A kept head (`head="keep"`) is trained on the original targets.
     """
 
     @unchanged_on_error
     def fit(self, X: Any, y: Any) -> Self:
-        """Train a new model, or with `warm_start` the present one.
+        """Train a new model or, with `warm_start`, continue to train the existing one.
 
         Args:
             X: the features of n rows. y: their targets, (n,) or (n, targets).
@@ -43,7 +43,7 @@ class RegressorBase(RegressorMixin, LoRAEstimator):  # type: ignore[misc]
 
     @unchanged_on_error
     def partial_fit(self, X: Any, y: Any) -> Self:
-        """Make one pass over some rows. Later calls continue with other rows, as on a device that learns.
+        """Train for one pass over some rows. Later calls continue the training with other rows.
 
         The first call sets the mean and the variance of the targets for all later calls.
 
@@ -75,14 +75,16 @@ class RegressorBase(RegressorMixin, LoRAEstimator):  # type: ignore[misc]
         return x, array.reshape(len(array), -1)
 
     def _measure(self, targets: Array) -> None:
-        """Store the mean and the standard deviation of each target.
+        """Store the mean and the standard deviation of each target, by which the targets are rescaled.
 
-        For a constant target, 1 replaces the standard deviation.
+        For a constant target, 1 is stored instead of the standard deviation. If a new head has no bias, 0 is
+        stored instead of the mean. For a kept head, 0 and 1 are stored.
         """
         if getattr(self, "head", None) == "keep":
             self._centre, self._spread = np.zeros(targets.shape[1]), np.ones(targets.shape[1])
             return
-        _, power = np.frexp(np.abs(targets).max(axis=0))  # without it, the squares of large targets overflow
+        # Without this scaling by a power of two, the squares of large targets would overflow.
+        _, power = np.frexp(np.abs(targets).max(axis=0))
         scaled = np.ldexp(targets, -power)
         centre = scaled.mean(axis=0) if self._has_bias() else np.zeros(targets.shape[1])
         spread = np.ldexp(np.sqrt(((scaled - centre) ** 2).mean(axis=0)), power)

@@ -86,7 +86,7 @@ class TextEmbedder(TransformerMixin, BaseEstimator):  # type: ignore[misc]
         return np.array([f"textembedder{i}" for i in range(self._loaded().dim)], object)
 
     def _loaded(self) -> Encoder:
-        """The encoder. The encoder is loaded at its first use, also after unpickling."""
+        """Return the encoder. It is loaded when it is first used, also after unpickling."""
         if getattr(self, "_key", None) != (str(self.model), self.pooling):
             self._load()
         return self._encoder
@@ -100,13 +100,15 @@ class TextEmbedder(TransformerMixin, BaseEstimator):  # type: ignore[misc]
         shared, version = self._shared(), (versions_of(self.model), self.pooling)
         if version not in shared:
             made = load_encoder(self.model, pooling=self.pooling)
-            shared.clear()  # so that clones with other models do not add up in memory
+            shared.clear()  # drop the encoders that other clones loaded, or they would add up in memory
             shared[version] = made
         self._encoder, self._key = shared[version], (str(self.model), self.pooling)
 
     def _shared(self) -> dict[Any, Encoder]:
-        """The encoder that this estimator or a clone loaded last. The key is the versions of the encoder's
-        files."""
+        """Return a dictionary with the encoder that this estimator or a clone loaded last.
+
+        The key consists of the versions of the encoder's files and the pooling.
+        """
         found: dict[Any, Encoder] = self.__dict__.setdefault("_encoders", {})
         return found
 

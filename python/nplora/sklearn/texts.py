@@ -35,7 +35,7 @@ _loaded: weakref.WeakValueDictionary[tuple[Any, ...], Encoder] = weakref.WeakVal
 
 
 def shared_encoder(op: str, model: StrPath | None) -> Encoder:
-    """Load an encoder, or return the one that is loaded from this path already.
+    """Load an encoder, or return the encoder that was already loaded from the same files.
 
     Raises:
         TypeError: `model` is not a path. Other errors: see `load_encoder`.
@@ -78,12 +78,12 @@ def texts_of(op: str, X: Any) -> list[str]:
 
 @dataclass(frozen=True)
 class StoredClassifier:
-    """The pickled form of a fitted model, without the frozen weights.
+    """The pickled form of a fitted model. The frozen weights are not pickled.
 
     Attributes:
-        path: the encoder.
+        path: the path of the encoder.
         labels, task, lora, max_length, tokens: the arguments that build the model.
-        values, streams: the trained arrays, and the dropout streams.
+        values, streams: the trained arrays, and the states of the random streams of dropout.
         base: the fingerprint of the frozen weights.
     """
 
@@ -188,7 +188,7 @@ class TextEstimator(LoRAEstimator):
         """The names of the outputs, as the saved adapter stores them."""
         return [f"target_{i}" for i in range(outputs)]
 
-    # The scale of predictions is a part of the head, so that a saved adapter predicts the same.
+    # The scale of predictions is stored in the head, so that a saved adapter makes the same predictions.
 
     def _set_scale(self, factor: Array | float, offset: Array | float = 0.0) -> None:
         for earlier in self._rescaling:

@@ -1,4 +1,4 @@
-"""Converts bfloat16, a type that NumPy lacks. A bfloat16 number is the upper half of a float32."""
+"""Converts between float32 and bfloat16, which NumPy lacks. A bfloat16 is the upper half of a float32."""
 
 from typing import Any
 

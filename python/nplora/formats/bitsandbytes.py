@@ -77,7 +77,7 @@ def refuse(file: Container[str], name: str, source: str, deed: str) -> None:
     if holds(file, name):
         raise UnsupportedError(
             f"{source}: tensor {brief(name)} has a 4-bit type of bitsandbytes, which nplora does not {deed}; "
-            "use the unquantised model that it was made from"
+            "use the unquantised model instead"
         )
 
 

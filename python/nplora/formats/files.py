@@ -192,7 +192,7 @@ class Reader:
 
 
 def _memory(nbytes: int) -> memoryview:
-    """Allocate writable memory. A large block is a mapping, so the system gets it back when it is freed."""
+    """Allocate writable memory. A large block is a mapping, so that freeing it returns it to the system."""
     return memoryview(bytearray(nbytes) if nbytes < _LEAST_MAPPED else mmap.mmap(-1, nbytes))
 
 
@@ -236,7 +236,7 @@ def cached(path: Path) -> Path:
     """If `path` is a link of Hugging Face's cache, return the link's target, else `path`.
 
     The cache's links lead from snapshots/REVISION/NAME to blobs/DIGEST. This function is used for paths that
-    a model's files name. No other symbolic links are followed for such paths.
+    a model's files name. These are the only symbolic links that are followed for such paths.
     """
     cache, target = path.parent.resolve().parent, path.resolve()
     is_cached = path.is_symlink() and cache.name == "snapshots" and target.parent == cache.parent / "blobs"
@@ -411,7 +411,7 @@ def replace(
 
 @contextlib.contextmanager
 def written(files: Sequence[NewFile]) -> Iterator[list[Path]]:
-    """Write files to temporary names beside their targets. At the end of the `with` body, remove the files.
+    """Write files to temporary names beside their targets, and remove them at the end of the `with` body.
 
     Raises:
         OSError: as in `replace`.

@@ -47,7 +47,8 @@ def require_no_hub_name(path: StrPath, kind: str = "a model") -> None:
     Args:
         kind: "a model" or "an adapter", for the message.
     Raises:
-        FileNotFoundError: the path is such a name or address. The message says how to download the files.
+        FileNotFoundError: the path is a Hub name or a web address. The message says how to download the
+            files.
     """
     found = _HUB_NAME.fullmatch(files.name(path))
     if found is None or os.path.lexists(path):
@@ -124,7 +125,7 @@ def open_tensors(
 
 
 def weights_of(directory: Path) -> Path | None:
-    """A directory's single weights file, else its index; None if it has neither."""
+    """A directory's single weights file, or else its index, or None if the directory has neither."""
     return next((directory / name for name in (WEIGHTS, INDEX) if os.path.lexists(directory / name)), None)
 
 

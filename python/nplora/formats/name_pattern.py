@@ -30,7 +30,7 @@ _RANGE = re.compile(r"([A-Za-z0-9])-([A-Za-z0-9])")
 
 
 class Name:
-    """A module's name. `places` maps each character to an integer whose set bits are its positions."""
+    """A module's name. In the integer places[c], the bits at the positions of the character c are set."""
 
     def __init__(self, text: str) -> None:
         self.everywhere = (1 << len(text)) - 1

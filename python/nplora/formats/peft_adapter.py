@@ -76,7 +76,7 @@ class PeftAdapter:
     Attributes:
         directory: the directory's name for messages.
         tensors: the tensors. Each tensor is read from disk when it is accessed.
-        config: the configuration that was saved with the tensors, or the edited one if it was edited.
+        config: the configuration that was saved with the tensors, or the edited file if it was edited.
         paired: False if the configuration is known to be edited.
         base_digest: the digest of the base model (`models.model_digest.of`), or None if the file has none.
         chat_template: whether the training data went through the chat template; None if that is not known.
@@ -94,11 +94,11 @@ class PeftAdapter:
     def added_tokens(self, wanted: Collection[int]) -> tuple[AddedToken, ...]:
         """Read the new tokens of the adapter.
 
-        nplora stores the new tokens in the metadata. Other programs store them in a tokenizer.json.
+        nplora stores the new tokens in the metadata. Other programs store the new tokens in a tokenizer.json.
 
         Args:
             wanted: the ids of the tokens to return from a tokenizer.json, which also lists tokens that are
-                not new. The new tokens in the metadata are all returned.
+                not new. If nplora wrote the adapter, `wanted` is ignored.
         Raises:
             FormatError: the metadata or the tokenizer.json is damaged.
         """
@@ -113,7 +113,7 @@ class PeftAdapter:
         return tokenizer_json.added_tokens(raw, str(path), wanted)
 
     def labels(self) -> LabelRecord | None:
-        """Read the description of a classifier's outputs from the metadata. Return None if there is none.
+        """Read the description of a classifier's outputs from the metadata; None if there is no description.
 
         Raises:
             FormatError: the metadata are damaged.
@@ -123,7 +123,7 @@ class PeftAdapter:
         return None if text is None else label_record.loads(text, source)
 
     def copy_of(self, layer: str) -> str | None:
-        """The name of the tensor in which PEFT stored a layer's frozen weight, or None if there is none."""
+        """The name of the tensor in which PEFT stored a layer's frozen weight; None without such a tensor."""
         endings = (_TOKEN_ADAPTER + BASE_COPY, _ORIGINAL, BASE_COPY, ".weight")
         names = (f"{PREFIX}{layer}{ending}" for ending in endings)
         return next((name for name in names if name in self.tensors and self._is_base_copy(name)), None)
@@ -164,7 +164,7 @@ class PeftAdapter:
         """Find the trained tokens of each layer: layer -> (tensor's name, token ids).
 
         Each tensor whose shape does not fit the token ids in the configuration adds a message to `problems`.
-        If the configuration names tokens, but no tensor holds their rows, this also adds a message.
+        If the configuration names tokens, but no tensor holds their rows, a message is also added.
         """
         named = self.config.trainable_token_indices
         found: dict[str, tuple[str, tuple[int, ...]]] = {}
@@ -220,7 +220,7 @@ class PeftAdapter:
         return found
 
     def base_copies(self) -> list[str]:
-        """The layers whose frozen weight PEFT also stored. It usually equals the base model's weight."""
+        """The layers whose frozen weight PEFT also stored, usually as an exact copy of the base model's."""
         found = [tensor.removeprefix(PREFIX) for tensor in filter(self._is_base_copy, self.tensors)]
         endings = (_TOKEN_ADAPTER + BASE_COPY, BASE_COPY, _ORIGINAL, _UNNAMED, ".weight")
         layers = [tensor[: -len(next(filter(tensor.endswith, endings)))] for tensor in found]
@@ -328,7 +328,7 @@ def reading(directory: StrPath) -> Iterator[PeftAdapter]:
 
 
 def kernel(lora_a: tuple[int, ...]) -> tuple[int, int, int] | None:
-    """The shape (c_in, height, width) of a convolution's windows, from the shape of its lora_A, or None."""
+    """The shape (c_in, height, width) of a convolution's kernel, from the shape of its lora_A, or None."""
     if len(lora_a) != 4:
         return None
     _, channels, height, width = lora_a
@@ -376,7 +376,7 @@ def tensors_digest(directory: StrPath) -> str | None:
 def _pair(
     config_path: Path, tensors_path: Path, opened: contextlib.ExitStack
 ) -> tuple[SafetensorsFile, bytes, bool]:
-    """Open the tensors and read the configuration. The returned bool is False if they do not match.
+    """Open the tensors and read the configuration. Return both, and whether the two belong together.
 
     A save replaces the tensors first, and then the configuration. So this function opens the tensors first,
     and then reads the configuration. If the tensors file is replaced between these two steps, both files are
@@ -403,7 +403,7 @@ def lies_in(directory: StrPath) -> bool:
 
 
 def files_of(path: StrPath) -> list[Path]:
-    """The two files of an adapter directory, or the path itself if it is a file."""
+    """The two files of an adapter directory, or the path itself if the path is a file."""
     return [Path(path)] if Path(path).is_file() else [Path(path, name) for name in (CONFIG, TENSORS)]
 
 

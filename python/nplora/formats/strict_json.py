@@ -1,4 +1,4 @@
-"""Strict JSON: a parser for untrusted text, which follows RFC 8259 and serde_json, and values for a writer.
+"""Parses untrusted JSON text as strictly as RFC 8259 and serde_json, and prepares values for a JSON writer.
 
 Unlike Python's own parser, this parser refuses NaN, duplicate keys, lone surrogates and deep nesting.
 """

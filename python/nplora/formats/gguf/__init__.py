@@ -12,7 +12,7 @@
 
 All numbers are little-endian. A string is stored as its uint64 length, followed by UTF-8 bytes. This reader
 refuses arrays of arrays and big-endian files. The PyPI package gguf accepts every file that this reader
-accepts, except for files with Q8_1 tensors: that package computes a wrong size for such tensors.
+accepts, except for files with Q8_1 tensors, because that package computes a wrong size for such tensors.
 
 Source: ggml's docs/gguf.md.
 """

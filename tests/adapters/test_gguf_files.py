@@ -461,7 +461,7 @@ def test_rows_that_do_not_make_the_base_s_heads_are_refused(tmp_path: Path) -> N
     (base / "config.json").write_text(json.dumps(fields))
     directory = write_peft(tmp_path / "peft", alike(), factors(alike()))
     with pytest.raises(
-        FormatError, match=r"q_proj': 24 rows cannot be divided into 5 heads of an even number of rows"
+        FormatError, match=r"q_proj': 24 rows cannot be divided into 5 heads with an even number of rows each"
     ):
         nplora.adapter_to_gguf(directory, tmp_path / "a.gguf", base)
 

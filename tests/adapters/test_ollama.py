@@ -141,7 +141,7 @@ def test_tools_and_spaces_that_the_template_lacks_are_reported(tmp_path: Path) -
     assert report.template
     assert report.lines == (
         "TEMPLATE has no tools: Ollama refuses requests with tools",
-        "TEMPLATE keeps spaces at the ends of messages; the model's own removes them "
+        "TEMPLATE keeps spaces at the ends of messages; the model's template removes them "
         "(system, user, assistant)",
     )
 

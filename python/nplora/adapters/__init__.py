@@ -8,7 +8,7 @@ Arguments and errors that several functions of this package share:
         adapter's rows depends on the model's number of heads.
     any_base: accept an adapter that was trained on another language model with the same shapes. An adapter
         stores a digest (SHA-256) of its base model's norm weights. Without `any_base`, a digest that differs
-        from the model's is an error. An adapter without a digest is always accepted.
+        from the model's digest is an error. An adapter without a digest is always accepted.
     edited_config: accept an adapter_config.json that was edited after `save_adapter` wrote it. After the
         loaded adapter is saved again, `edited_config` is no longer needed.
     overwrite: replace an existing adapter at the output path.
@@ -19,8 +19,8 @@ Arguments and errors that several functions of this package share:
         are a pickle, or the configuration could run code or make a reader hang. CorruptError:
         adapter_config.json was edited.
     ValueError: a path is empty, or `base` is required but missing.
-    FileExistsError: the output exists. With `overwrite`, an adapter is replaced, but never a model or a
-        training run.
+    FileExistsError: the output exists. With `overwrite`, an existing adapter is replaced. A model or a
+        training run is never replaced.
     OSError: a file cannot be read or written. On a full disk the message says how many bytes were needed.
 """
 

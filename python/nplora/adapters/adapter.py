@@ -152,13 +152,13 @@ class Adapter(AdapterContent):
                 singular values, and the result's `errors` gives the relative error of each layer.
             any_base: also add up adapters of different base models. Base models count as different if the
                 adapters store different digests of the models' norm weights. If an adapter has no digest, the
-                last parts of the base models' names are compared too. A missing name matches every name.
+                last parts of the base models' names are also compared. A missing name matches every name.
         Returns:
             an adapter whose layers all have scale 1.
         Raises:
             The errors of `read_adapter`, and these:
-            UnsupportedError: an adapter uses DoRA, which rescales the rows of W + ΔW, so its update cannot be
-                added to others.
+            UnsupportedError: an adapter uses DoRA, which rescales the rows of W + ΔW, so the adapter's update
+                cannot be added to other updates.
             ValueError: there are no adapters, a weight is not finite, `rank` is below 1, a sum exceeds the
                 range of float32, or the adapters belong to different models or do not fit each other.
             TypeError: `adapters` is not a list of pairs.

@@ -60,7 +60,7 @@ class Target:
             None, the target accepts all rows.
         require_kind: a function that raises UnsupportedError if the target cannot hold this kind of adapter.
             The arguments of the function are the adapter's source, whether the adapter has DoRA, the
-            adapter's fully trained layers, and the layers in which it trains tokens.
+            adapter's fully trained layers, and the layers in which the adapter trains tokens.
     """
 
     title: str = ""
@@ -189,7 +189,7 @@ class Target:
         for name, parameters in adapter.modules_to_save.items():
             if not parameters:
                 problems.append(
-                    f"{brief(name)}: modules_to_save names this layer, but there is no tensor of it"
+                    f"{brief(name)}: modules_to_save names this layer, but the file has no tensor for it"
                 )
             for parameter, array in parameters.items():
                 with collecting(problems):
@@ -217,7 +217,7 @@ ANYTHING = Target()
 
 @contextlib.contextmanager
 def collecting(problems: list[str]) -> Iterator[None]:
-    """Catch a FormatError of the `with` body, and add its message to `problems` for a common report."""
+    """Catch a FormatError that the `with` body raises, and add the error's message to `problems`."""
     try:
         yield
     except FormatError as error:

@@ -51,7 +51,8 @@ class AdapterConversion:
         layers: the names of the adapted layers, as PEFT writes them.
         alpha: the alpha of the new adapter. If layers differ in alpha, this is the most common value.
         folded: the layers whose scale was multiplied into lora_b.
-        passed_over: tensors of the source that are not LoRA factors. They are ignored, as in llama.cpp.
+        passed_over: tensors of the source that are not LoRA factors. nplora and llama.cpp ignore such
+            tensors.
         named_base: the base model that adapter_config.json names, if that model was used; else empty.
 
     >>> done = nplora.adapter_to_gguf("adapter", "adapter.gguf", base="model.gguf")
@@ -134,7 +135,7 @@ def _target(model: BaseModel | None, family: Family) -> Target:
             return f"{title} has no tensor {weight}"
         heads = 0 if model is None else model.permuted_heads(layer)
         if heads and shape[0] % (2 * heads):
-            return f"{shape[0]} rows cannot be divided into {heads} heads of an even number of rows"
+            return f"{shape[0]} rows cannot be divided into {heads} heads with an even number of rows each"
         return Place(weight, None if shapes is None else shapes[weight], weight == EMBEDDING, kernel=())
 
     return Target(title, place, digest, require_kind=_require_sums)
@@ -180,9 +181,10 @@ def adapter_to_gguf(
 ) -> AdapterConversion:
     """Convert a PEFT adapter directory to a LoRA adapter file for llama.cpp, with factors in float32.
 
-    If llama.cpp loads the file with its default scale of 1, it adds the same ΔW as PEFT. If a layer's scale
-    is multiplied into lora_b, ΔW differs by the rounding of lora_b to float32. The file stores the digest of
-    the base model's norm weights, if known. See `nplora.adapters` for the arguments and the other errors.
+    If llama.cpp loads the file with the default scale of 1, llama.cpp adds the same ΔW as PEFT. If a layer's
+    scale is multiplied into lora_b, ΔW differs by the rounding of lora_b to float32. The file stores the
+    digest of the base model's norm weights, if known. See `nplora.adapters` for the arguments and the other
+    errors.
 
     Raises:
         ValueError: `path` does not end in .gguf, or is a file of the adapter or of the base model.

@@ -62,9 +62,9 @@ def save_adapter(
 
     Args:
         base_model_name_or_path: the name of the base model, to be stored with the adapter.
-        chat_template: whether the training data went through the model's chat template; None: not known. The
-            value is stored with the adapter. `nplora generate` prints a warning if it uses the chat template
-            although the training did not, or the other way round.
+        chat_template: whether the training data went through the model's chat template; None: not known. This
+            argument is stored with the adapter. `nplora generate` prints a warning if training and generation
+            differ in their use of the chat template.
     Raises:
         ValueError: the model has no LoRA layer; a value is NaN or infinite; or PEFT's format cannot express
             the adapter, because layers differ in rsLoRA or DoRA, or because PEFT would apply a layer's
@@ -135,7 +135,7 @@ def _added_tokens(model: Module) -> tuple[AddedToken, ...]:
 
 
 def _token_rows(model: Module) -> dict[str, TokenRows]:
-    """The trained rows of the layers that train only some rows and do not share them with another layer."""
+    """The trained rows of each layer that trains only some rows and does not share its trained rows."""
     return {
         name: TokenRows(layer.rows.ids, layer.rows.value)
         for name, layer in _trained_rows(model).items()
@@ -316,7 +316,7 @@ def new_layers(
     (14, 0)
     """
     if not model.trained_row_layers:
-        adapter.require_low_rank("this model has no layers that could hold them")
+        adapter.require_low_rank("this kind of model can only take low-rank factors")
     plain_target(model).check(adapter, any_base)
     modules: dict[str, Any] = dict(model.named_modules())
     sizes = [4 * factor.size for delta in adapter.values() for factor in (delta.A, delta.B)]
@@ -352,9 +352,9 @@ def _new_layer(layer: Any, delta: LoraDelta, freeze_B: bool) -> LoRALayer:
 
 
 def require_plain_invocation(adapter: AdapterContent, model: Module) -> None:
-    """Raise UnsupportedError if an activated LoRA does more than adapt a language model's blocks plainly.
+    """Raise UnsupportedError if an activated LoRA has parts that nplora does not support.
 
-    Such an adapter must not adapt layers outside the blocks, use DoRA, or train rows.
+    An activated LoRA must not adapt layers outside a language model's blocks, use DoRA, or train rows.
     """
     if adapter.invocation_tokens is None:
         return

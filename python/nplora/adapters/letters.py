@@ -1,4 +1,4 @@
-"""Converts between the factors A and B of nplora and those of PEFT and llama.cpp.
+"""Converts between the factors A and B of nplora and the factors of PEFT and llama.cpp.
 
 In nplora, the update is scale · A B, with A of shape (d_out, r) and B of shape (r, d_in). The LoRA paper,
 PEFT and llama.cpp swap the names A and B:

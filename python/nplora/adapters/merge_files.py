@@ -50,15 +50,15 @@ def merge_adapter(
     Sums are computed in float32 and then rounded to the storage type. Only a block of rows is in memory at a
     time, never a whole weight. The output file is complete on the disk before it appears under its name.
 
-    If `check` is given, the new model is first written to a temporary file and loaded. Its loss is compared
-    with the loss of the base model with the adapter attached. If the loss rises by more than the tolerance,
-    the temporary file is removed, and an existing output is not changed.
+    If `check` is given, the new model is first written to a temporary file and loaded. The new model's loss
+    is compared with the loss of the base model with the adapter attached. If the loss rises by more than the
+    tolerance, the temporary file is removed, and an existing output is not changed.
 
     Args:
         base: a GGUF file, a safetensors file or index, or a Hugging Face directory.
         adapter: a PEFT directory, a llama.cpp file or an `Adapter`. DoRA is supported.
         output: a file of the same kind as the base, but not the base itself. If the base is a directory,
-            `output` may also be a directory. The base's configuration and tokenizer are then copied into it.
+            `output` may also be a directory, into which the base's configuration and tokenizer are copied.
         dtype: the storage type of the merged weights: "same" for the base's type, or a type of `FrozenWeight`
             that the output file can hold.
         any_base: see `nplora.adapters`.
@@ -135,7 +135,7 @@ class _RefusedError(Exception):
 
 
 def _replace(new: list[files.NewFile], merged: MergedTensors, gate: MergeGate) -> Verdict:
-    """Write the files under temporary names. If they pass the gate, rename them, otherwise remove them."""
+    """Write files under temporary names. Rename the files if they pass the gate, else remove the files."""
     verdicts = list[Verdict]()
 
     def check(written: list[Path]) -> None:
@@ -179,7 +179,7 @@ def _inputs(model: ModelFiles, base: StrPath, adapter: Source) -> list[tuple[str
 
 @contextlib.contextmanager
 def _new_directory(path: Path) -> Iterator[None]:
-    """Create a directory if it does not exist. Remove it again if the `with` body raises an error."""
+    """Create a missing directory. If the `with` body raises an error, remove the new directory again."""
     is_new = not path.exists()
     path.mkdir(exist_ok=True)
     try:
@@ -255,7 +255,7 @@ def _placed(
 def _fill(model: ModelFiles, updates: dict[str, LoraDelta | NewRows], size: int) -> None:
     """Add rows for the new tokens that the adapter does not train, to the embedding and to the head.
 
-    As in training, such a row is the mean of all stored rows.
+    As in training, the row of such a token is the mean of all stored rows.
     """
     for layer in (EMBEDDING,) if model.tied else (EMBEDDING, HEAD):
         name = model.place(layer, 0)[0] or ""
@@ -297,7 +297,7 @@ def _target(model: ModelFiles, adapter: AdapterContent) -> Target:
         return Place(found.name, found.shape, kernel=())
 
     def rows(layer: str) -> tuple[int, int] | str:
-        """The shape of a weight whose rows an adapter replaces, or a text that says why it cannot do this."""
+        """The shape of a weight whose rows an adapter replaces, or a text why these cannot be replaced."""
         if model.tied and layer in adapter.trained_rows and not _replaces_both(layer, adapter):
             return _BOTH
         found = tensor(layer)

@@ -174,7 +174,7 @@ def _problem(loss: HeldOutLoss, kinds: str) -> str:
 def _candidates(merged: MergedTensors) -> Iterator[tuple[str, float]]:
     """The larger storage types that keep enough of ΔW, the smallest type first.
 
-    Each type comes with the estimated share of ΔW that it keeps.
+    Each type comes with the estimated share of ΔW that the type keeps.
     """
     merges, model = merged.merges, merged.model
     shapes = [merge.shape for merge in merges.values()]

@@ -92,8 +92,8 @@ def export_ollama(
     chat template, the stop words and the parameters. The chat template is translated into Go's template
     language, if it only puts fixed texts around the messages. Otherwise, the Modelfile has no template, and
     Ollama uses the chat template in `model.gguf`. The translation writes no tools, and does not strip white
-    space from messages. If the model's template does, `lines` says so. If the adapter was trained on texts
-    without the chat template, the template in the Modelfile is `{{ .Prompt }}`.
+    space from messages. If the model's template does one of these things, `lines` says so. If the adapter was
+    trained on texts without the chat template, the template in the Modelfile is `{{ .Prompt }}`.
 
     Args:
         model: a GGUF file or a Hugging Face directory. If no adapter is merged into a GGUF file, the file is
@@ -220,7 +220,9 @@ def _template(file: GgufFile) -> tuple[str | None, list[str], list[str]]:
         lacks.append("TEMPLATE has no tools: Ollama refuses requests with tools")
     if found.trimmed:
         roles = ", ".join(found.trimmed)
-        lacks.append(f"TEMPLATE keeps spaces at the ends of messages; the model's own removes them ({roles})")
+        lacks.append(
+            f"TEMPLATE keeps spaces at the ends of messages; the model's template removes them ({roles})"
+        )
     return str(found), go_template.special_tokens(words, found), lacks
 
 

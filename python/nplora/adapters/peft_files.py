@@ -110,7 +110,7 @@ def _read(opened: PeftAdapter, target: Target, edited_config: bool, any_base: bo
 
 
 def _warn_of_copies(opened: PeftAdapter) -> None:
-    """Warn that copies of frozen weights in the adapter are ignored. They may differ from the model's."""
+    """Warn that copies of frozen weights are ignored, because they may differ from the model's weights."""
     if layers := opened.base_copies():
         shown = [*map(brief, layers[:_MOST_NAMED]), *(["…"] if len(layers) > _MOST_NAMED else [])]
         warn_user(
@@ -171,7 +171,7 @@ def _ids_with_rows(
     tokens: Mapping[str, tuple[str, Sequence[int]]],
     target: Target,
 ) -> Collection[int]:
-    """The ids of the tokens that have a row in the adapter. Copies of rows that the target has do not count.
+    """The ids of the tokens that have a row in the adapter. A copy of a row that the target has is ignored.
 
     Args:
         whole: layer -> parameter -> tensor. tokens: layer -> (tensor, ids).

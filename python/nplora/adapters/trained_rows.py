@@ -66,9 +66,9 @@ def trained_layers(
     Args:
         wanted: the rows to train in each layer.
         tie_whole: share the rows with the head even if all rows are trained.
-        tokens: the new tokens. The initial value of their rows is the mean of all rows.
-        size: the number of rows of both layers. If None, this is the smallest number that is enough for the
-            rows of the weights and for all ids in `wanted` and `tokens`.
+        tokens: the new tokens, whose rows begin as the mean of all rows.
+        size: the number of rows of both layers; None: the smallest number that is enough for the rows of the
+            weights and for all ids in `wanted` and `tokens`.
     Raises:
         ValueError: an id is not a row, or occurs twice.
     """
@@ -103,7 +103,7 @@ def with_rows_beyond(ties_head: bool, wanted: Mapping[str, Ids], stored: int, si
 
     Args:
         stored: the number of rows of the weights.
-        size: the number of rows, including those beyond the end.
+        size: the number of rows, including the rows beyond the end of the weights.
     """
     if size == stored:
         return dict(wanted)

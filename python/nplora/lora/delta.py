@@ -120,7 +120,7 @@ class LoraDelta:
 
     @property
     def is_zero(self) -> bool:
-        """Whether ΔW is 0. A merge of such a ΔW only changes a weight if it changes the storage format."""
+        """Whether ΔW is 0. A merge of a zero ΔW changes a weight only if the storage format changes."""
         if self.m is not None or not all(np.isfinite(factor).all() for factor in (self.A, self.B)):
             return False
         return self.scale == 0 or not (self.A.any() and self.B.any())
@@ -129,7 +129,7 @@ class LoraDelta:
         """Apply the change to `rows`, which are consecutive rows of W. Return the result as a new array.
 
         Args:
-            first: the index in W of the first of these rows.
+            first: the index of the first one of these rows in W.
 
         >>> a, b = np.array([[1.0], [2.0], [3.0]], np.float32), np.ones((1, 3), np.float32)
         >>> LoraDelta(a, b, 0.5).apply(np.zeros((2, 3), np.float32), first=1)  # the second and the third row

@@ -2,7 +2,7 @@
 
 The quantisation steps of a low-bit format can be larger than the update, so a merge can lose the update. The
 new weight is W + ΔW, computed in float32 (in float64 if W is float64) and then rounded to the storage format.
-The comparison with W + ΔW in float64 shows the loss.
+A comparison with W + ΔW in float64 shows how much of ΔW is lost.
 """
 
 import math
@@ -25,7 +25,7 @@ Array = NDArray[Any]
 class MergeReport:
     """How much of an update is kept after a merge into one weight.
 
-    Below, the effective ΔW is the merged weight, as stored, minus the original weight.
+    The "effective ΔW" is the merged weight, as stored, minus the original weight.
 
     Attributes:
         name: the name of the layer or tensor.

@@ -34,7 +34,7 @@ class NewRows:
         return self.ids[order], order
 
     def found(self, ids: Array) -> tuple[Array, Array]:
-        """Find which of the rows `ids` (n,) are replaced. Return their positions in `ids` and in `values`."""
+        """For those rows in `ids` (n,) that are replaced, return the positions in `ids` and in `values`."""
         if self.ids is None:
             return np.arange(len(ids)), ids
         known, order = self._sorted
@@ -62,7 +62,7 @@ class NewRows:
         """Replace rows in a copy of `rows`, which are consecutive rows of the weight.
 
         Args:
-            first: the index in the weight of the first of these rows.
+            first: the index of the first one of these rows in the weight.
         """
         merged = rows.copy()
         places, values = self.within(first, first + len(rows))

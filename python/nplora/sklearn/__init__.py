@@ -1,4 +1,4 @@
-"""Estimators for scikit-learn. They need scikit-learn: `pip install "nplora[sklearn]"`.
+"""Estimators for scikit-learn, which must be installed: `pip install "nplora[sklearn]"`.
 
 The estimators work in pipelines, grid searches and cross-validation, and can be cloned and pickled.
 """

@@ -83,7 +83,8 @@ class LoRAEstimator(BaseEstimator):  # type: ignore[misc]
         """Check X, and return the rows for `_batches` and `_outputs`.
 
         Args:
-            reset: whether a new model is fitted. If not, X must have the same features as in the earlier fit.
+            reset: whether a new model is fitted. If `reset` is False, X must have the same features as in the
+                earlier fit.
         """
         raise NotImplementedError
 
@@ -155,7 +156,7 @@ class LoRAEstimator(BaseEstimator):  # type: ignore[misc]
         return held_out
 
     def _train_more(self, x: Any, y: Array, outputs: int, loss: Loss) -> None:
-        """Train on some rows once. This continues the training of earlier calls. No rows are held out."""
+        """Continue the training of earlier calls with one pass over some rows. No rows are held out."""
         self._check_settings()
         if not hasattr(self, "model_"):
             self._start_run(self._seed())

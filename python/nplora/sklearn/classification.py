@@ -54,7 +54,7 @@ class LabelledBase(LoRAEstimator):
 class ClassifierBase(ClassifierMixin, LabelledBase):  # type: ignore[misc]
     """Base class of the classifiers.
 
-    Its subclasses define the methods that the docstring of `LoRAEstimator` lists.
+    The subclasses define the methods that the docstring of `LoRAEstimator` lists.
     """
 
     @unchanged_on_error
@@ -91,7 +91,7 @@ class ClassifierBase(ClassifierMixin, LabelledBase):  # type: ignore[misc]
 
         Args:
             X, y: as in `fit`; y may have fewer classes.
-            classes: all labels that can occur in any call. Only the first call needs them.
+            classes: all labels that can occur in any call. Only the first call needs this argument.
         Returns:
             the estimator.
         Raises:

@@ -19,8 +19,8 @@ class LoRAClassifier(ClassifierBase, ArrayEstimator):
     layer and convolution gets a LoRA layer, except the head.
 
     If `network` is None, one frozen layer of random features replaces the network, and LoRA adapts this
-    layer. Nothing is pretrained then. Random features are enough to try the estimator. If you have no
-    pretrained network, scikit-learn's models are the better choice.
+    layer. Random features are enough to try the estimator. If you have no pretrained network, scikit-learn's
+    models are the better choice.
 
         >>> rng = np.random.default_rng(0)
         >>> X = rng.normal(size=(200, 4))
@@ -53,8 +53,7 @@ class LoRAClassifier(ClassifierBase, ArrayEstimator):
             probabilities then match the error rates better, and the predicted labels stay the same.
         checkpoint_dir: a directory for checkpoints. Each fit writes to a subdirectory, which is named after
             the settings and the data. If `random_state` is an integer, a repeated fit continues an
-            interrupted fit and ends with the same bits. If the earlier fit was finished, its result is
-            loaded.
+            interrupted fit and ends with the same bits, or loads the result of a finished fit.
         warm_start: whether `fit` continues with the factors of the last fit.
         random_state: the seed of the factors, the head, the order of the rows, and the choice of held-out
             rows.

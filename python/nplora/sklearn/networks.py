@@ -56,9 +56,9 @@ def read_network(path: StrPath, activation: str = "relu") -> Sequential:
     """Read a network of linear layers from a safetensors file, with one activation between the layers.
 
     The file has a matrix "NAME.weight" (d_out, d_in) for each layer and perhaps "NAME.bias" (d_out,). The
-    layers are ordered by their names, and numbers in names by their value: "fc2" comes before "fc10". The
-    state dict of such a `torch.nn.Sequential` has this form. The weights stay in the file, which is mapped
-    into memory.
+    names are sorted to find the order of the layers. Numbers in names are compared by value, so "fc2" comes
+    before "fc10". The state dict of a `torch.nn.Sequential` of linear layers has this form. The weights stay
+    in the file, which is mapped into memory.
 
         >>> from nplora.formats import safetensors
         >>> W1, W2 = np.ones((8, 4), np.float32), np.ones((3, 8), np.float32)
@@ -189,7 +189,7 @@ def _require_outputs(model: Module, outputs: int, probe: Array) -> None:
 
 
 def _new_head(model: Module, adaptation: Adaptation, probe: Array) -> Linear:
-    """Make a new trained layer. Raise ValueError if a kept head has the wrong number of outputs."""
+    """Make a new layer for the head. Raise ValueError if a kept head has the wrong number of outputs."""
     y = model(probe)
     if y.ndim != 2:
         raise ValueError(f"LoRA: the network's output has shape {y.shape}, expected (n, outputs)")

@@ -15,7 +15,7 @@ Array = npt.NDArray[Any]
 
 
 class RegressorBase(RegressorMixin, LoRAEstimator):  # type: ignore[misc]
-    """Base class of the regressors. Its subclasses define the methods that `LoRAEstimator` names.
+    """Base class of the regressors. The subclasses define the methods that `LoRAEstimator` lists.
 
     A new head is trained on targets that are rescaled to mean 0 and variance 1, and `predict` reverses the
     rescaling. A kept head (`head="keep"`) is trained on the original targets.

@@ -86,7 +86,7 @@ class TextEmbedder(TransformerMixin, BaseEstimator):  # type: ignore[misc]
         return np.array([f"textembedder{i}" for i in range(self._loaded().dim)], object)
 
     def _loaded(self) -> Encoder:
-        """Return the encoder. It is loaded when it is first used, also after unpickling."""
+        """Return the encoder, which is loaded when it is first used, also after unpickling."""
         if getattr(self, "_key", None) != (str(self.model), self.pooling):
             self._load()
         return self._encoder

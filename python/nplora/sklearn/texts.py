@@ -60,7 +60,7 @@ def versions_of(model: StrPath) -> tuple[Any, ...]:
 
 
 def texts_of(op: str, X: Any) -> list[str]:
-    """The texts as a list.
+    """Check that X is a sequence of texts, and return the texts as a list.
 
     Raises:
         ValueError: X is not a sequence of texts, or it is empty.
@@ -134,7 +134,7 @@ def _inverse(scale: Scale) -> Scale:
 
 
 class TextEstimator(LoRAEstimator):
-    """Base class of the estimators whose inputs are texts. Their features are token ids."""
+    """Base class of the estimators whose inputs are texts. The features of a text are its token ids."""
 
     model_: TextClassifier
     _task: str

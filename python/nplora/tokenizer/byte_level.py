@@ -2,7 +2,7 @@
 
 GGUF metadata name the rule that splits text (`pre`), and state whether BOS and EOS are added. GGUF cannot
 express the other settings of a tokenizer.json. So all the other settings must have the values that
-`gguf_vocabulary` assumes. Otherwise the GGUF file would describe a different tokenizer.
+`gguf_vocabulary` assumes. With other values, the GGUF file would describe a different tokenizer.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def require_plain_token(token: dict[str, Any], pre: str, source: str) -> None:
 
 
 def ends(fields: dict[str, Any], source: str) -> tuple[list[int], list[int]]:
-    """The ids of the tokens that are added before each text, and the ids of those that are added after it.
+    """The ids of the tokens that are added before each text, and of the tokens that are added after it.
 
     Raises:
         UnsupportedError: the post-processor does more than add such tokens.

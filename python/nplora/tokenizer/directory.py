@@ -129,7 +129,10 @@ def _steps(part: Any) -> Iterator[dict[str, Any]]:
 
 
 def _growth(step: dict[str, Any]) -> int:
-    """The largest factor by which a step can lengthen a text or its token list. Tables are not counted."""
+    """The largest factor by which a step can lengthen a text or its token list.
+
+    Tables of characters are not counted.
+    """
     kind = step.get("type")
     if kind == "Replace":
         replaced = step["pattern"].get("String", " ")

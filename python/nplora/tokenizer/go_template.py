@@ -1,10 +1,10 @@
 """Writes a chat template in the template language of Go, which Ollama reads.
 
 A Jinja template can do anything, but nearly all templates write a chat as fixed texts around the messages.
-This module finds the fixed texts by rendering chats whose messages are marks. Then it checks that the fixed
-texts reproduce what the Jinja template writes for other chats. A template that writes more than fixed texts
-is not translated, with two exceptions: the template may strip white space from messages, and it may write
-tools. The translation does neither. `trimmed` and `has_tools` report this difference.
+This module finds the fixed texts by rendering chats whose messages are marks. Then the module checks that the
+fixed texts reproduce what the Jinja template writes for other chats. A template that writes more than fixed
+texts is not translated. As an exception, a template may strip white space from messages, and may write tools.
+The translation does not strip white space and does not write tools, which `trimmed` and `has_tools` report.
 
 A template that uses the time gets the same time as in training.
 """
@@ -36,8 +36,8 @@ class GoTemplate:
         assistant: the texts before and after an answer.
         answer: the text where the model's next answer begins.
         trimmed: the roles of the messages from which the Jinja template strips white space. A Go template
-            cannot do this.
-        has_tools: whether the Jinja template writes tools. The Go template does not write them.
+            cannot strip white space.
+        has_tools: whether the Jinja template writes tools. The Go template writes no tools.
     """
 
     first: str
@@ -98,14 +98,14 @@ class GoTemplate:
 
 
 def _literal(text: str) -> str:
-    """A text in Go's syntax. Two braces begin an action, so a brace at the end of the text is escaped too."""
+    """A text in Go's syntax. Two braces begin an action, so a brace at the text's end is also escaped."""
     return re.sub(r"\{{2,}|\{\Z", r'{{ "\g<0>" }}', text)
 
 
 def of(tokenizer: Tokenizer) -> GoTemplate | None:
     """Translate the chat template of a tokenizer.
 
-    A BOS token that the tokenizer adds to each text is left out, because llama.cpp adds it too.
+    If the tokenizer adds BOS to each text, the translation has no BOS, because llama.cpp also adds BOS.
 
     Returns:
         the translated template; None if the tokenizer has no chat template, or if the template writes more
@@ -173,7 +173,7 @@ def _texts(tokenizer: Tokenizer, chats: Sequence[list[Any]]) -> list[str]:
 
 
 def _changed(chat: list[Any], form: str, but: Sequence[str] = ()) -> list[Any]:
-    """A chat with spaces around its messages, but not around those of some roles."""
+    """Put spaces around the messages of a chat, except around the messages of the roles in `but`."""
     return [
         message if message["role"] in but else {**message, "content": form.format(message["content"])}
         for message in chat

@@ -7,7 +7,7 @@ _LONGEST = 64  # after this many tokens without a whole character, the text is r
 
 
 class StreamDecoder:
-    """Decodes tokens one by one, and never returns a part of a character.
+    """Decodes tokens one by one, and returns only whole characters.
 
     One UTF-8 character may span several tokens, and a token may lose its leading space if no token precedes
     it. So the last tokens are decoded again together with each new token. `Tokenizer.stream` creates a

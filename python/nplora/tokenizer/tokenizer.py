@@ -335,7 +335,7 @@ class Tokenizer:
     ) -> tuple[list[int], bool]:
         """Like `encode`, but also return whether the result contains all tokens of the text.
 
-        If it does not, more than `_UNSURE` further tokens follow.
+        If the result lacks tokens of the text, it lacks more than `_UNSURE` tokens.
         """
         _require_text(text)
         size = len(text) if most is None else _CHARACTERS * (most + _UNSURE)
@@ -524,7 +524,7 @@ class Tokenizer:
 
         Args:
             skip_special_tokens: leave out special tokens such as BOS.
-            context: tokens that come before the first token of the stream. Their text is not returned.
+            context: tokens before the first token of the stream. The text of these tokens is not returned.
 
         >>> import nplora
         >>> tokenizer = nplora.load_model("model.gguf").tokenizer
@@ -668,7 +668,7 @@ class Tokenizer:
         except UnsupportedError:
             raise ValueError(
                 f"cannot find the {len(indices):,} assistant turns of a chat of {len(messages):,} messages "
-                f"and {len(ids):,} tokens, because it is too long: split the chat"
+                f"and {len(ids):,} tokens, because the chat is too long: split the chat"
             ) from None
 
     def _turns_by_beginnings(

@@ -77,7 +77,7 @@ _shelves: ContextVar[tuple[_Shelf, _Shelf] | None] = ContextVar("nplora_shelves"
 
 @contextlib.contextmanager
 def side_by_side(*sizes: int) -> Iterator[None]:
-    """Within this context, arrays of these sizes (in bytes) share one buffer. Their gradients share another.
+    """In this context, arrays of these sizes (in bytes) share one buffer, and their gradients another buffer.
 
     Hundreds of small arrays then fit into a few large memory pages, if the system offers large pages.
     """

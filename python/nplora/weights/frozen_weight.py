@@ -63,9 +63,9 @@ class FrozenWeight:
               Products of codes are summed as integers. The factors of an update are computed as with
               "bfloat16".
               If x has up to 8 rows, x is multiplied with the blocks of a GGUF format directly, and gets one
-              scale for every 32 values. In any other storage format, such an x is multiplied in float32.
-              `matmul_t` computes up to 4 rows in float32. Layers round W in this way only in training. In
-              inference, layers compute more than 8 rows as with "bfloat16".
+              scale for every 32 values. With any other storage format, up to 8 rows of x are multiplied in
+              float32. `matmul_t` computes up to 4 rows in float32. Layers round W to 8 bits only in training.
+              In inference, layers compute more than 8 rows as with "bfloat16".
               The head of a language model computes its backward pass in bfloat16, or with stochastic rounding
               (`int8` and `dither_key` in `stack_backward`). In your own models, use "bfloat16" for a layer
               whose outputs go into a softmax over many classes.
@@ -330,7 +330,7 @@ class FrozenWeight:
         return out
 
     def contents(self) -> Iterator[Array]:
-        """Yield arrays that together determine the matrix. If rows must be decoded, yield a few at a time.
+        """Yield arrays that together determine the matrix. Rows that must be decoded come a few at a time.
 
         >>> weight = FrozenWeight(np.eye(2, dtype=np.float32))
         >>> [part.shape for part in weight.contents()]

@@ -37,7 +37,7 @@ EMBEDDING = "token_embd.weight"
 
 _ALPHA = "adapter.lora.alpha"
 _INVOCATION = "adapter.alora.invocation_tokens"
-_BASE_DIGEST, _CHAT_TEMPLATE = "nplora.base_norms.sha256", "nplora.chat_template"  # llama.cpp ignores them
+_BASE_DIGEST, _CHAT_TEMPLATE = "nplora.base_norms.sha256", "nplora.chat_template"  # llama.cpp ignores these
 _SUFFIXES = (".lora_a", ".lora_b")
 _FLOATS = ("F32", "F16", "BF16", "F64")
 

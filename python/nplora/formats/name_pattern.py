@@ -44,7 +44,7 @@ class Name:
 
 
 # A set of positions is an integer with one bit for each position, as in `Name`. The method `follow` returns
-# the positions at which one part of a pattern can end if it begins at one of the positions in `starts`.
+# the positions at which one part of a pattern can end if the part begins at one of the positions in `starts`.
 
 
 @dataclass(frozen=True)

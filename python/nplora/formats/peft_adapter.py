@@ -65,7 +65,7 @@ _UNNAMED = ".modules_to_save.weight"  # PEFT may store the trained layer a secon
 _RESIZED = ("embed_tokens", "lm_head")  # PEFT copies these layers if their number of rows was changed
 _TIED = {"embed_tokens": "lm_head"}
 _MOST_REPLACED = 100  # attempts to read both files of one adapter while other processes replace it
-MAX_PATTERN_WORK = 1 << 22  # layers times characters of patterns: about a second
+MAX_PATTERN_WORK = 1 << 22  # layers times characters of patterns; this much work takes about a second
 _LONG_NAME = 256  # characters; a name with more counts as several layers
 
 
@@ -309,7 +309,7 @@ def reading(directory: StrPath) -> Iterator[PeftAdapter]:
     """
     files.require_named("adapter", directory=directory)
     model_directory.require_no_hub_name(directory, "an adapter")
-    os.stat(directory)  # if the directory is missing, the error names it rather than a file in it
+    os.stat(directory)  # if the directory is missing, the error names the directory, not one of its files
     files.require_directory(directory)
     require_finished(directory)
     config_path, tensors_path, pickle = (Path(directory, name) for name in (CONFIG, TENSORS, PICKLE))

@@ -21,7 +21,7 @@ from nplora.formats.name_pattern import Name, NamePattern
 
 MAX_BYTES = 16 << 20
 MAX_PATTERN_TEXT = 1 << 14  # each layer's name is compared with all of this text
-MAX_EXACT_TEXT = 1 << 18  # characters of all patterns; one that matches only one name is cheap to look up
+MAX_EXACT_TEXT = 1 << 18  # characters of all patterns; a pattern with only one possible match is cheap
 
 # PEFT writes these keys. The keys say how the factors were initialised or trained, not what the adapter
 # computes.

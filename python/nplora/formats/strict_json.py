@@ -16,7 +16,7 @@ import numpy.typing as npt
 from nplora.formats.errors import FormatError, LimitError, brief
 
 MAX_DEPTH = 64
-MAX_VALUES = 1 << 19  # per text; as Python objects they take up to 200 MB
+MAX_VALUES = 1 << 19  # in one text; as Python objects, this many values take up to 200 MB
 _MAX_DIGITS = 100
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 _PIECE = 1 << 18  # bytes of text that are measured at a time

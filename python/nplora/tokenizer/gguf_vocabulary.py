@@ -18,7 +18,7 @@ from nplora.tokenizer.tokenizer import Tokenizer, backend_package
 MAX_TOKENS = 1 << 20
 MAX_TOKEN = 1 << 12  # characters
 MAX_PIECE = 1 << 7  # characters of a SentencePiece token; all ways to split it in two are looked up
-MAX_PAIRS = 1 << 23  # total characters of all such pairs; the largest vocabularies in use have 3 million
+MAX_PAIRS = 1 << 23  # characters of all such pairs together; the largest vocabularies in use have 3 million
 KEY = "tokenizer.ggml."
 _KINDS = ("gpt2", "llama", "t5", "bert")  # the values of tokenizer.ggml.model that nplora knows
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # the values of tokenizer.ggml.token_type

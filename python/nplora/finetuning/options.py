@@ -93,7 +93,7 @@ class FinetuneOptions:
     alpha_pattern: Mapping[str, float] | str | None = _unplanned(
         _ADAPTER,
         None,
-        "other alphas for some layers, in the form of `rank_pattern`",
+        "other alphas for some layers, by parts of the layers' names, in the form of `rank_pattern`",
         kind="pattern",
         metavar="NAME=ALPHA",
     )

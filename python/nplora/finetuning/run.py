@@ -165,7 +165,8 @@ def finetune(
         alpha: LoRA alpha: the update is scaled by alpha / rank.
         rank_pattern: other ranks for some layers, by parts of the layers' names, as in
             q_proj=16,layers.3.mlp=4.
-        alpha_pattern: other alphas for some layers, in the form of `rank_pattern`.
+        alpha_pattern: other alphas for some layers, by parts of the layers' names, in the form of
+            `rank_pattern`.
         targets: layers that get an adapter: all-linear, or a list of names such as q_proj,v_proj.
         layers: blocks that get an adapter: last:N or first:N (default: all).
         dropout: LoRA dropout probability.

@@ -187,8 +187,9 @@ void attend_piece(const AttentionShape& shape, const Piece& piece, Matrix<const 
   });
 }
 
-// Combines the results of a query's pieces. The sum of exponentials of each piece is relative to the largest
-// score of the piece; the total is relative to the largest score of all pieces.
+// The keys of a query are computed in pieces. This function combines the results of the pieces. The sum of
+// exponentials of each piece is relative to the largest score of the piece; the total is relative to the
+// largest score of all pieces.
 void join_pieces(const AttentionShape& shape, size_t row, size_t pieces, const float* parts,
                  const Outputs& to) {
   const size_t dim = shape.head_dim, heads = shape.heads, stride = heads * (dim + 2);

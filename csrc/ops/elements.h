@@ -33,9 +33,9 @@ void lanes_of(size_t n_lanes, Matrix<const kernels::Sum<E>> x, E* xt) {
   }
 }
 
-// Converts m (rows, cols) to pairs of bfloat16 in `out`, with `depth` elements from one row to the next. A
-// pair holds two neighbours of one row. If a row has an odd number of values, the last value is paired with
-// zero.
+// Converts the matrix m (rows, cols) to bfloat16. Each element of `out` is a pair of neighbouring values of
+// one row. The row stride of `out` is `depth` pairs. If a row has an odd number of values, the last value is
+// paired with zero.
 template <class E>
 void elements_of(Matrix<const float> m, E* out, size_t depth) {
   for (size_t i = 0; i < m.rows; ++i) {

@@ -129,7 +129,7 @@ def sources_to_judge(op: str, data: Data) -> list[Source]:
     """The sources of an evaluation's data.
 
     Raises:
-        ValueError: a source has a weight.
+        ValueError: a source has a sampling weight, which an evaluation cannot use.
         Other errors: see `sources_of`.
     """
     sources = sources_of(op, data)

@@ -204,7 +204,7 @@ def choose_execution(
 def fitting_all(plans: Sequence[MemoryPlan]) -> MemoryPlan:
     """The first plan of the ranks that fits on every rank.
 
-    The ranks may have different limits, and different numbers of threads, each of which needs memory.
+    The ranks may have different memory limits and different numbers of threads. Each thread needs memory.
     """
     problem = ""
     for rank, plan in enumerate(plans):

@@ -23,7 +23,7 @@ class SharedWeights:
 
     Args:
         modules: the modules of the model by name.
-        compute: the arithmetic of the products of the new model.
+        compute: the arithmetic in which the new model multiplies with frozen weights, such as "bfloat16".
     """
 
     def __init__(

@@ -160,7 +160,7 @@ def test_a_missing_model_is_said(model: Path) -> None:
 
 
 def test_long_texts_are_cut_with_a_warning(model: Path) -> None:
-    with pytest.warns(UserWarning, match="1 text had more than 6 tokens and were cut"):
+    with pytest.warns(UserWarning, match="cut to 6 tokens: 1 text"):
         LoRATextClassifier(model, max_length=6, **FAST).fit(["a", "b", "a cat and the dog sat"], [0, 1, 1])
 
 

@@ -137,7 +137,7 @@ def test_words_without_a_token_cannot_be_fitted(model: Path) -> None:
 
 
 def test_words_after_a_cut_have_no_label(model: Path) -> None:
-    with pytest.warns(UserWarning, match="4 sentences had more than 5 tokens and were cut"):
+    with pytest.warns(UserWarning, match="cut to 5 tokens: 4 sentences"):
         fitted = LoRATokenClassifier(model, max_length=5, **FAST).fit(X, Y)
     with pytest.warns(UserWarning, match="1 sentence had more than 5 tokens"):
         assert fitted.predict(X[:2])[0][3] is None

@@ -158,7 +158,7 @@ def test_long_texts_are_cut_and_counted(model: Path, tmp_path: Path) -> None:
     rows = [{"text": "a cat " * 40, "label": "pet"}, {"text": "the mat", "label": "shop"}]
     run = train_classifier(model, rows, tmp_path, steps=1, max_length=10)
     assert run.cut == 1
-    assert "1 text had more than 10 tokens and were cut" in str(run)
+    assert "cut to 10 tokens: 1 text" in str(run)
     again = nplora.load_classifier(model, tmp_path)
     assert again.max_length == 10
     with pytest.warns(UserWarning, match="1 text had more than 10 tokens"):

@@ -345,7 +345,7 @@ def test_long_sentences_are_cut_and_counted(model: Path, tmp_path: Path) -> None
     rows = [{"tokens": ["the", "cat", "sats", "mat"], "tags": ["O", "B-PET", "I-PET", "O"]}, ROW]
     run = train_classifier(model, rows, tmp_path, steps=1, max_length=5, batch_examples=1)
     assert (run.cut, run.lost) == (1, 1)
-    text = "1 sentence had more than 5 tokens and were cut; 1 word without a token has no label"
+    text = "cut to 5 tokens: 1 sentence; 1 word without a token has no label"
     assert text in str(run)
     again = nplora.load_classifier(model, tmp_path)
     with pytest.warns(UserWarning, match=text):
@@ -357,7 +357,7 @@ def test_long_sentences_are_cut_and_counted(model: Path, tmp_path: Path) -> None
     assert found[0]["prediction"][3] is None
     assert found[0]["probability"][3] is None
     assert found[0]["probabilities"]["O"][3] is None
-    with pytest.warns(UserWarning, match="predict_words: 1 sentence had more than 5 tokens and were cut"):
+    with pytest.warns(UserWarning, match="predict_words: cut to 5 tokens: 1 sentence"):
         assert again.predict_words([row["tokens"] for row in rows]) == [row["prediction"] for row in found]
 
 

@@ -271,7 +271,7 @@ class TextClassifier(Module):
         words = self.encoder.word_ids(sentences_of("predict_words", "sentences", sentences), self.max_length)
         if words.cut:
             what = counted(words.cut, "sentence")
-            warn_user(f"predict_words: {what} had more than {self.max_length} tokens and were cut")
+            warn_user(f"predict_words: cut to {self.max_length} tokens: {what}")
         return words.per_word(self.decided(self.word_logits(words, batch_size)))
 
     def word_logits(self, words: WordIds, batch_size: int | None = None) -> Array:

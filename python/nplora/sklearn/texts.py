@@ -168,7 +168,7 @@ class TextEstimator(LoRAEstimator):
     def _warn_if_cut(self, cut: int, longest: int, unit: str) -> None:
         if cut:
             op = type(self).__name__
-            warn_user(f"{op}: {counted(cut, unit)} had more than {longest} tokens and were cut")
+            warn_user(f"{op}: cut to {longest} tokens: {counted(cut, unit)}")
 
     def _build(self, x: Any, outputs: int, seed: int) -> Module:
         targets = self.targets if isinstance(self.targets, str) else tuple(self.targets)

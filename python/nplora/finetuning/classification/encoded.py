@@ -95,7 +95,7 @@ def require_words(names: str, count: int) -> None:
 
 def cut_in_words(cut: int, lost: int, longest: int, unit: str) -> str:
     """A text that says how many texts or sentences were cut, and how many words have no label."""
-    found = [f"{counted(cut, unit)} had more than {longest} tokens and were cut"] if cut else []
+    found = [f"cut to {longest} tokens: {counted(cut, unit)}"] if cut else []
     if lost:
         found.append(f"{counted(lost, 'word')} without a token {'has' if lost == 1 else 'have'} no label")
     return "; ".join(found)

@@ -41,6 +41,10 @@ class LabelledBase(LoRAEstimator):
             )
         self.classes_ = classes
 
+    def _labels(self, outputs: int) -> list[str]:
+        """The names of the outputs, as `TextEstimator` stores them in an adapter."""
+        return [str(label) for label in self.classes_.tolist()]
+
     def _class_weights(self, numbers: Array) -> tuple[float, ...] | None:
         """The weight of each label in the loss, or None. `numbers` are the indices of the training labels."""
         if self.class_weight is None:

@@ -93,6 +93,3 @@ class LoRATextClassifier(ClassifierBase, TextEstimator):
         self.warm_start = warm_start
         self.random_state = random_state
         self.verbose = verbose
-
-    def _labels(self, outputs: int) -> list[str]:
-        return [str(label) for label in self.classes_.tolist()]

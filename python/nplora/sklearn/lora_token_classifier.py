@@ -170,9 +170,6 @@ class LoRATokenClassifier(LabelledBase, TextEstimator):
 
     # ---- what the fit loop asks ----
 
-    def _labels(self, outputs: int) -> list[str]:
-        return [str(label) for label in self.classes_.tolist()]
-
     def _features(self, X: Any, reset: bool) -> list[Sentence]:
         """The token ids of each sentence, and the first token of each word."""
         sentences = sentences_of(type(self).__name__, "X", X)

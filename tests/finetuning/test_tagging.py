@@ -310,7 +310,8 @@ def test_a_bad_first_sentence_of_a_file_is_skipped(model: Path, tmp_path: Path) 
     [
         ("a O\ncat\n\n", "wrong.conll, line 2: 1 column, expected 2 as in line 1"),
         ("a O\n\ncat NN O\ndog O\n", "wrong.conll, line 4: 2 columns, expected 3 as in line 3"),
-        ("a\t\ncat\tO\n", r"wrong.conll, line 1, tags\[0\]: the label is empty"),
+        ("a\tO\ncat\t\n", "wrong.conll, line 2: the label is empty"),
+        ("a O\n\nb O\n\tO\n", "wrong.conll, line 4: the word is '', expected a text"),
         ("a\ncat\n", "wrong.conll, line 1: no field 'tags'"),
         ("a O\ncat O\n", "all rows have the label 'O', expected at least 2 labels"),
         ("\n\n", "wrong.conll: no rows to read"),

@@ -31,7 +31,7 @@ def words_of(row: Row, column: str | None) -> tuple[str, list[str]]:
     name, words = _items(row, "tokens", column, WORDS)
     for i, word in enumerate(words):
         if not is_word(word):
-            raise DataError(f"{row.where}, {name}[{i}]: the word is {brief(word)}, expected a text")
+            raise DataError(f"{row.place_of(name, i)}: the word is {brief(word)}, expected a text")
     return name, words
 
 
@@ -45,7 +45,7 @@ def tags_of(row: Row, column: str | None, words: Sequence[str]) -> list[tuple[st
         raise DataError(
             f"{row.where}: {name!r} has {counted(len(tags), 'tag')}, expected {len(words)}, one for each word"
         )
-    return [(f"{row.where}, {name}[{i}]", tag) for i, tag in enumerate(tags)]
+    return [(row.place_of(name, i), tag) for i, tag in enumerate(tags)]
 
 
 def _items(row: Row, ours: str, column: str | None, usual: Sequence[str]) -> tuple[str, list[Any]]:

@@ -36,11 +36,20 @@ class Row:
     Attributes:
         where: the file and line of the row, for messages.
         values: the fields of the row; empty if there is an error.
+        lines: the file, and the line of the first item of each list, if every item has a line of its own.
     """
 
     where: str
     values: dict[str, Any]
     error: FormatError | None = None
+    lines: tuple[str, int] | None = None
+
+    def place_of(self, name: str, i: int) -> str:
+        """The place of item `i` of the list in the field `name`, for messages."""
+        if self.lines is None:
+            return f"{self.where}, {name}[{i}]"
+        file, first = self.lines
+        return f"{file}, line {first + i}"
 
 
 def read_rows(path: StrPath) -> Iterator[Row]:
@@ -298,7 +307,7 @@ def _sentence(lines: list[tuple[int, bytes]], name: str) -> Row:
             return Row(where, {}, DataError(f"{name}, line {number}: {wrong}"))
         words.append(fields[0])
         tags.append(fields[-1])
-    return Row(where, {"tokens": words} | ({"tags": tags} if columns > 1 else {}))
+    return Row(where, {"tokens": words} | ({"tags": tags} if columns > 1 else {}), lines=(name, begin))
 
 
 def _table(

@@ -76,7 +76,7 @@ def test_the_command_labels_words(here: Path, capsys: pytest.CaptureFixture[str]
     out, err = capsys.readouterr()
     assert "3 labels: B-PET, I-PET, O" in out
     assert "entity_f1" in out
-    assert "3 texts to train on, 3 labels" in err
+    assert "3 sentences to train on, 3 labels" in err
     assert "words/s" in err
     shared = ["model", "--adapter", "out", "--data", "train.conll"]
     assert cli.main(["classify", "eval", *shared]) == 0

@@ -1,9 +1,11 @@
 """Classifiers of words: training, predictions, entities, and wrong rows."""
 
+import itertools
 import json
 import math
 import random
 import re
+import warnings
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ from nplora.finetuning import (
     train_classifier,
 )
 from nplora.finetuning.classification.class_weights import balanced_weights
-from nplora.finetuning.classification.entities import count_entities, entities, kinds_of
+from nplora.finetuning.classification.entities import count_entities, entities, kinds_of, scheme_of
 from nplora.finetuning.classification.labelled import Columns, RowReader
 from nplora.finetuning.data.sources import sources_of
 from nplora.formats import peft_adapter
@@ -509,28 +511,63 @@ def test_tags_may_be_given_by_number(model: Path) -> None:
         ("O I-A I-A", [("A", 1, 3)]),
         ("I-A B-A I-A O I-B", [("A", 0, 1), ("A", 1, 3), ("B", 4, 5)]),
         ("B-A O I-A", [("A", 0, 1), ("A", 2, 3)]),
+        ("B-A I-A E-A S-A", [("A", 0, 3), ("A", 3, 4)]),
+        ("B-A E-A E-A I-A", [("A", 0, 2), ("A", 2, 3), ("A", 3, 4)]),
+        ("S-A I-A B-A S-A", [("A", 0, 1), ("A", 1, 2), ("A", 2, 3), ("A", 3, 4)]),
+        ("B-A E-B O E-A", [("A", 0, 1), ("B", 1, 2), ("A", 3, 4)]),
+        ("B-A I-A L-A U-A U-A", [("A", 0, 3), ("A", 3, 4), ("A", 4, 5)]),
     ],
 )
 def test_entities_are_those_of_conll(tags: str, expected: list[Any]) -> None:
     assert [tuple(entity) for entity in entities(tags.split())] == expected
 
 
-def test_only_iob2_tags_have_entities() -> None:
+def test_only_tags_of_a_scheme_have_entities() -> None:
     assert kinds_of(["O", "B-PER", "I-LOC", "B-A-B"]) == ("A-B", "LOC", "PER")
-    for tags in (["NOUN"], ["O"], ["O", "B-"], ["B-PER", "S-PER"], ["0", "1"]):
+    assert kinds_of(["O", "S-PER", "E-LOC"]) == kinds_of(["L-LOC", "U-PER"]) == ("LOC", "PER")
+    for tags in (["NOUN"], ["O"], ["O", "B-"], ["B-PER", "S-PER", "U-PER"], ["0", "1"], ["B-PER", "NOUN"]):
         assert kinds_of(tags) == ()
+
+
+@pytest.mark.parametrize(
+    ("sentences", "scheme"),
+    [
+        ("O B-A I-A B-A|B-B", "IOB2"),
+        ("O I-A I-A B-A|I-B", "IOB1"),
+        ("I-A B-A I-A|I-A I-B", "IOB1"),
+        ("I-A|O B-A", "IOB2"),  # the I- is a mistake
+        ("I-A B-B", "IOB2"),
+        ("O O", "IOB2"),
+        ("I-A E-A O", "IOE"),
+        ("B-A E-A O|S-B", "IOBES"),
+        ("B-A L-A O|U-B", "BILOU"),
+    ],
+)
+def test_the_scheme_is_found(sentences: str, scheme: str) -> None:
+    tags = [own.split() for own in sentences.split("|")]
+    labels = {"O", "I-A", *itertools.chain(*tags)}
+    assert scheme_of(labels, tags) == scheme
+    names = sorted(labels)
+    numbers = [np.array([names.index(tag) for tag in own]) for own in tags]
+    report = ClassificationReport.of("tokens", names, np.eye(len(names))[np.concatenate(numbers)], numbers)
+    assert report.scheme == report.as_json()["scheme"] == scheme
+    assert f"\nscheme of the tags: {scheme}\nentity  " in str(report)
+
+
+def report_of(true: list[str], predicted: list[str]) -> ClassificationReport:
+    labels = sorted({tag for line in true + predicted for tag in line.split()})
+    numbers = [
+        [np.array([labels.index(tag) for tag in line.split()]) for line in each] for each in (true, predicted)
+    ]
+    logits = np.eye(len(labels))[np.concatenate(numbers[1])]
+    return ClassificationReport.of("tokens", labels, logits, numbers[0])
 
 
 def test_the_scores_of_entities_are_those_of_seqeval() -> None:
     """The numbers are the output of seqeval 1.2.2, `classification_report(true, predicted)`."""
     true = ["B-PER I-PER O B-LOC", "O B-ORG I-ORG O B-PER", "B-LOC I-LOC I-LOC", "B-LOC O"]
     predicted = ["B-PER I-PER O B-ORG", "O B-ORG I-PER O I-PER", "B-LOC I-LOC O", "B-LOC O"]
-    labels = sorted({tag for line in true + predicted for tag in line.split()})
-    numbers = [
-        [np.array([labels.index(tag) for tag in line.split()]) for line in each] for each in (true, predicted)
-    ]
-    logits = np.eye(len(labels))[np.concatenate(numbers[1])]
-    report = ClassificationReport.of("tokens", labels, logits, numbers[0])
+    report = report_of(true, predicted)
     found = {kind: (s.precision, s.recall, s.f1, s.support) for kind, s in report.entities.items()}
     assert found == {
         "LOC": (1 / 2, 1 / 3, 2 / 5, 3),
@@ -544,15 +581,34 @@ def test_the_scores_of_entities_are_those_of_seqeval() -> None:
     assert re.search(r"entity  precision  recall     f1  entities\nLOC  ", str(report))
 
 
-def test_counts_of_random_tags_are_those_of_a_pattern() -> None:
-    """In a text of a letter for each word, an entity is a B or an I, and every I that follows."""
+@pytest.mark.parametrize("letters", ["BIES", "BILU"])
+def test_the_scores_of_other_schemes_are_those_of_seqeval(letters: str) -> None:
+    """The numbers are the output of seqeval 1.2.2, `classification_report(true, predicted)`, for IOBES."""
+    other = str.maketrans("ES", letters[2:])
+    true = ["b-PER e-PER O s-LOC", "O b-ORG i-ORG e-ORG s-PER", "b-LOC e-LOC s-LOC"]
+    predicted = ["b-PER e-PER O s-ORG", "O b-ORG e-ORG i-ORG s-PER", "b-LOC e-LOC e-LOC"]
+    both = [
+        [re.sub(r"\b[a-z]", lambda found: found[0].upper().translate(other), line) for line in each]
+        for each in (true, predicted)
+    ]
+    report = report_of(*both)
+    found = {kind: (s.precision, s.recall, s.f1, s.support) for kind, s in report.entities.items()}
+    assert found == {"LOC": (1, 2 / 3, 4 / 5, 3), "ORG": (0, 0, 0, 1), "PER": (1, 1, 1, 2)}
+    values = [report.values[f"entity_{name}"] for name in ("precision", "recall", "f1")]
+    np.testing.assert_allclose(values, [4 / 7, 2 / 3, 8 / 13])
+
+
+@pytest.mark.parametrize(
+    ("letters", "pattern"), [("BI", "[BI]I*"), ("BIES", "S|[BI]I*E?|E"), ("BILU", "U|[BI]I*L?|L")]
+)
+def test_counts_of_random_tags_are_those_of_a_pattern(letters: str, pattern: str) -> None:
+    """In a text of a letter for each word, an entity of IOB is a B or an I, and every I that follows."""
     rng = random.Random(0)
-    letters = {"B-A": "B", "I-A": "I", "O": "O"}
+    tags = ["O", *(f"{letter}-A" for letter in letters)]
     for _ in range(200):
-        both = [[rng.choice(list(letters)) for _ in range(12)] for _ in range(2)]
+        both = [rng.choices(tags, k=12) for _ in range(2)]
         spans = [
-            {found.span() for found in re.finditer("(B|I)I*", "".join(letters[tag] for tag in tags))}
-            for tags in both
+            {found.span() for found in re.finditer(pattern, "".join(tag[0] for tag in tags))} for tags in both
         ]
         counts = count_entities([both[0]], [both[1]])
         assert [each["A"] for each in counts] == [len(spans[0] & spans[1]), len(spans[0]), len(spans[1])]
@@ -567,3 +623,55 @@ def test_tags_that_are_no_entities_have_scores_for_each_tag(model: Path, tmp_pat
     assert "entity_f1" not in report.values
     assert {name: score.support for name, score in report.scores.items()} == {"DET": 1, "NOUN": 1}
     assert re.search(r"2 words: .*\nlabel  precision  recall     f1  words\nDET", str(report))
+
+
+@pytest.mark.parametrize(
+    ("tags", "wrong"),
+    [
+        ("O B-PET|b-PET O", "data, row 2: the tag 'b-PET' of 'w0'"),
+        ("O B_PET|B_PET O", "data, row 1: the tag 'B_PET' of 'w1'"),
+        ("O B-PET|PET I-PET", "data, row 2: the tag 'PET' of 'w0'"),
+        ("O B-PET|0 I-PET", "data, row 2: the tag '0' of 'w0'"),
+        ("O B|O I", "data, row 1: the tag 'B' of 'w1'"),
+        ("B-PET E-PET|O U-PET", "data, row 2: the tag 'U-PET' of 'w1'"),
+    ],
+)
+def test_a_tag_that_nearly_fits_a_scheme_is_named_once(
+    tags: str, wrong: str, model: Path, tmp_path: Path
+) -> None:
+    rows = [
+        {"tokens": [f"w{i}" for i in range(len(own.split()))], "tags": own.split()} for own in tags.split("|")
+    ]
+    text = f"{wrong} is not a tag of entities, so reports have no scores of entities; expected O, or a letter"
+    for op, work in (
+        ("train_classifier", lambda: train_classifier(model, rows, tmp_path, valid=rows, steps=1).classifier),
+        ("evaluate_classifier", lambda: evaluate_classifier(nplora.load_classifier(model, tmp_path), rows)),
+    ):
+        with pytest.warns(UserWarning, match=f"^{op}: {text}") as found:
+            work()
+        assert len(found) == 1
+    with pytest.warns(UserWarning, match="evaluate_classifier: the label '.*' is not a tag of entities"):
+        evaluate_classifier(untrained(model, ["O", "b-X"]), [{"tokens": ["a"], "tags": ["O"]}])
+
+
+@pytest.mark.parametrize("tags", ["NOUN VERB", "I N V", "S-NOM NP", "O X", "1 2", "O B-PET", "O S-PET U"])
+def test_other_tags_are_no_reason_for_a_warning(tags: str, model: Path) -> None:
+    rows = [{"tokens": [f"w{i}" for i in range(len(tags.split()))], "tags": tags.split()}]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        evaluate_classifier(untrained(model, tags.split()), rows)
+
+
+def test_messages_speak_of_sentences(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tagger = untrained(model)
+    evaluate_classifier(tagger, [ROW, ROW], progress=True)
+    assert re.match(r"2 of 2 sentences, [\d.]+ sentences/s, ", capsys.readouterr().err)
+    with pytest.warns(UserWarning, match="1 empty sentence; the predictions mean little"):
+        list(predict_rows(tagger, [ROW, {"tokens": []}], progress=True))
+    assert re.match(r"2 sentences, [\d.]+ sentences/s", capsys.readouterr().err)
+
+
+def test_an_unknown_tag_of_a_file_is_named_by_its_own_line(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.conll").write_text("the O\n\na O\ncat B-ZOO\n")
+    with pytest.raises(DataError, match=r"a\.conll, line 4: the label 'B-ZOO' is unknown"):
+        evaluate_classifier(untrained(model), tmp_path / "a.conll")

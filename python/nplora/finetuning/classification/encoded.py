@@ -87,6 +87,11 @@ class Encoded:
         return TokenBatches(self.ids, self.words.token_targets(targets), size, shuffle, seed)
 
 
+def unit_of(classifier: TextClassifier) -> str:
+    """What a row of the classifier's data holds: "text" or "sentence"."""
+    return "sentence" if classifier.classifies_tokens else "text"
+
+
 def require_words(names: str, count: int) -> None:
     """Raise DataError if no word has a token, because then nothing can be trained or compared."""
     if not count:

@@ -1,12 +1,26 @@
-"""Entities: spans of words with tags such as B-PER and I-PER (IOB2), and how well they are predicted."""
+"""Entities: spans of words with tags such as B-PER and I-PER, and how well they are predicted.
+
+The tags follow one of these schemes:
+
+- IOB2: B- begins an entity, and I- continues it.
+- IOB1: I- begins and continues an entity. B- begins it directly after an entity of the same kind.
+- IOE: I- begins and continues an entity. E- is its last word, always or only before one of the same kind.
+- IOBES: as IOB2, but E- is the last word of an entity, and S- its only word.
+- BILOU: as IOBES, with L- instead of E-, and U- instead of S-.
+"""
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 OUTSIDE = "O"
+_SCHEMES = (frozenset("BIES"), frozenset("BILU"))  # the letters that may occur together
+_BEGIN, _END = frozenset("BSU"), frozenset("ESLU")  # letters of the first and of the last word of an entity
+_TAG = re.compile(r"[BIESLU]-.+", re.DOTALL)
+_NEARLY = re.compile(r"[BbIi][\W_].*", re.DOTALL)
 
 
 class Entity(NamedTuple):
@@ -25,36 +39,96 @@ class EntityCounts(NamedTuple):
     true: Counter[str]
 
 
-def kinds_of(tags: Iterable[str]) -> tuple[str, ...]:
-    """The sorted kinds of entities that these tags name. The result is empty if a tag is not an IOB2 tag.
+def first_misfit(tags: Iterable[str]) -> str | None:
+    """The first tag that fits no scheme, alone or together with the tags before it. None: all tags fit.
+
+    >>> from nplora.finetuning.classification.entities import first_misfit
+    >>> first_misfit(["O", "B-PER", "b-LOC"]), first_misfit(["U-PER", "S-PER"]), first_misfit(["O", "S-PER"])
+    ('b-LOC', 'S-PER', None)
+    """
+    letters = set[str]()
+    for tag in tags:
+        if tag == OUTSIDE:
+            continue
+        letters.add(tag[:1])
+        if not _TAG.fullmatch(tag) or not any(letters <= scheme for scheme in _SCHEMES):
+            return tag
+    return None
+
+
+def look_like_entities(tags: Iterable[str]) -> bool:
+    """Whether some tags begin with B or I as if they were tags of entities, even if they fit no scheme.
+
+    >>> from nplora.finetuning.classification.entities import look_like_entities
+    >>> look_like_entities(["O", "b-LOC"]), look_like_entities(["B", "I", "O"]), look_like_entities(["NOUN"])
+    (True, True, False)
+    """
+    every = set(tags)
+    return any(map(_NEARLY.fullmatch, every)) or {"B", "I"} <= every <= {OUTSIDE, *"BIESLU"}
+
+
+def kinds_of(tags: Sequence[str]) -> tuple[str, ...]:
+    """The sorted kinds of entities that these tags name. The result is empty if the tags fit no scheme.
 
     >>> from nplora.finetuning.classification.entities import kinds_of
     >>> kinds_of(["O", "B-PER", "I-PER", "B-LOC"]), kinds_of(["NOUN", "VERB"])
     (('LOC', 'PER'), ())
     """
-    inside = [tag for tag in tags if tag != OUTSIDE]
-    if any(tag[:2] not in ("B-", "I-") or not tag[2:] for tag in inside):
+    if first_misfit(tags) is not None:
         return ()
-    return tuple(sorted({tag[2:] for tag in inside}))
+    return tuple(sorted({tag[2:] for tag in tags if tag != OUTSIDE}))
+
+
+def scheme_of(tags: Iterable[str], sentences: Iterable[Sequence[str]]) -> str:
+    """The name of the scheme.
+
+    IOB1 and IOB2 have the same tags. The scheme is IOB1 if an entity begins with I-, and B- begins only
+    entities that directly follow one of the same kind.
+
+    >>> from nplora.finetuning.classification.entities import scheme_of
+    >>> scheme_of(["B-PER", "I-PER", "O"], [["I-PER", "O"]]), scheme_of(["O", "S-PER"], [])
+    ('IOB1', 'IOBES')
+
+    Args:
+        tags: all tags; they fit a scheme.
+        sentences: the true tags of the words of each sentence.
+    """
+    letters = {tag[:1] for tag in tags}
+    if not letters.isdisjoint("LU"):
+        return "BILOU"
+    if not letters.isdisjoint("ES"):
+        return "IOE" if letters.isdisjoint("BS") else "IOBES"
+    name = "IOB2"
+    for own in sentences:
+        before = Entity("", 0, 0)
+        for entity in entities(own):
+            if own[entity.begin].startswith("I"):
+                name = "IOB1"
+            elif (before.kind, before.end) != (entity.kind, entity.begin):
+                return "IOB2"
+            before = entity
+    return name
 
 
 def entities(tags: Sequence[str]) -> Iterator[Entity]:
-    """The entities of a sentence, as CoNLL's evaluation script counts them.
+    """The entities of a sentence, as CoNLL's evaluation script counts them, for all schemes.
 
-    An I- tag also begins an entity if the word before it is in no entity, or in an entity of another kind.
+    A tag that is not O begins an entity if the word before it is in no entity, is in an entity of another
+    kind, or is the last word of an entity.
 
     >>> from nplora.finetuning.classification.entities import entities
     >>> [tuple(entity) for entity in entities(["B-PER", "I-PER", "O", "I-LOC", "B-LOC"])]
     [('PER', 0, 2), ('LOC', 3, 4), ('LOC', 4, 5)]
     """
-    begin, kind = 0, ""
+    begin, kind, ended = 0, "", False
     for place, tag in enumerate([*tags, OUTSIDE]):
-        own = "" if tag == OUTSIDE else tag[2:]
-        if kind and (own != kind or tag.startswith("B-")):
+        letter, own = tag[:1], tag[2:]
+        if kind and (own != kind or letter in _BEGIN or ended):
             yield Entity(kind, begin, place)
             kind = ""
         if own and not kind:
             begin, kind = place, own
+        ended = letter in _END
 
 
 def count_entities(predicted: Iterable[Sequence[str]], true: Iterable[Sequence[str]]) -> EntityCounts:

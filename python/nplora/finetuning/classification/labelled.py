@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from nplora.finetuning.classification.entities import first_misfit, look_like_entities
 from nplora.finetuning.classification.tagged import has_words, tags_of, words_of
 from nplora.finetuning.data.bad_rows import BadRows
 from nplora.finetuning.data.rows import Row
@@ -274,10 +275,14 @@ def require_separator(op: str, separator: object) -> None:
         raise ValueError(f"{op}: separator is '', expected a text")
 
 
-def require_tokens(where: str, ids: Sequence[int]) -> None:
-    """Raise DataError if a text has no tokens. Some language models have no tokens for an empty text."""
+def require_tokens(where: str, ids: Sequence[int], unit: str) -> None:
+    """Raise DataError if a text has no tokens. Some language models have no tokens for an empty text.
+
+    Args:
+        unit: "text" or "sentence", for the message.
+    """
     if not ids:
-        raise DataError(f"{where}: the text has no tokens, expected at least one word")
+        raise DataError(f"{where}: the {unit} has no tokens, expected at least one word")
 
 
 def rows_of(sources: Iterable[Source]) -> Iterator[Row]:
@@ -365,6 +370,32 @@ def targets_of(rows: LabelledTexts, task: str, labels: Sequence[str]) -> Targets
     for i, row in enumerate(rows.rows):
         made[i, [index[label] for label in _several(row)]] = 1
     return made
+
+
+def unfit_tag(labels: Sequence[str], *data: LabelledTexts) -> str:
+    """The first tag that keeps entities out of the reports, in words.
+
+    Empty if all tags fit a scheme of entities, or if none looks as if it should.
+
+    Args:
+        labels: all labels. data: the sentences in which the tag is looked for.
+    """
+    if first_misfit(labels) is None or not look_like_entities(labels):
+        return ""
+
+    def words() -> Iterator[tuple[str, str, str]]:
+        for rows in data:
+            for row, at in zip(rows.rows, rows.places, strict=True):
+                if isinstance(row, Tagged):
+                    yield from ((at, word, tag) for word, tag in zip(row.words, _several(row), strict=True))
+
+    wrong = first_misfit(itertools.chain((tag for _, _, tag in words()), labels))
+    places = (f"{at}: the tag {brief(tag)} of {brief(word)}" for at, word, tag in words() if tag == wrong)
+    return (
+        f"{next(places, f'the label {brief(wrong)}')} is not a tag of entities, so reports have no scores of "
+        "entities; expected O, or a letter, a hyphen and a kind, as in B-PER; the letters are B and I, also "
+        "with E and S, or with L and U"
+    )
 
 
 def _several(row: Labelled) -> tuple[str, ...]:

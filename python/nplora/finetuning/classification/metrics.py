@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from nplora.finetuning.classification.entities import count_entities, kinds_of
+from nplora.finetuning.classification.entities import count_entities, kinds_of, scheme_of
 from nplora.finetuning.classification.picture import draw
 from nplora.finetuning.embedding.metrics import pearson, spearman
 from nplora.formats import files
@@ -57,15 +57,16 @@ class ClassificationReport:
         labels: the names of the outputs.
         examples: the number of texts; for "tokens", the number of words.
         values: the metrics by name. For "single": loss (cross entropy), accuracy, macro_f1 and
-            calibration_error. For "tokens": the same metrics, over words. If the labels are IOB2 tags such as
-            B-PER and I-PER, also entity_precision, entity_recall and entity_f1, over the entities of all
+            calibration_error. For "tokens": the same metrics, over words. If the labels are tags such as B-PER
+            and I-PER, also entity_precision, entity_recall and entity_f1, over the entities of all
             kinds. For "multi": loss, subset_accuracy, micro_f1 and macro_f1. For "regression": loss (mean
             squared error), mae, rmse, r2, pearson and spearman. A metric that is not defined is NaN.
         scores: the scores of each label; empty for a regression.
         confusion: for "single" and "tokens": the number of texts or words for each true label (row) and
             predicted label (column). With more than 1,000 labels, there is no matrix (None).
-        entities: for IOB2 tags, the scores of each kind of entity. A predicted entity is right if its kind
+        entities: for tags such as B-PER, the scores of each kind of entity. A predicted entity is right if its kind
             and all its words are right.
+        scheme: the scheme of these tags: IOB1, IOB2, IOE, IOBES or BILOU; empty if there are no entities.
 
     >>> logits = np.array([[2.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
     >>> report = nplora.finetuning.ClassificationReport.of("single", ["a", "b"], logits, np.array([0, 1, 1]))
@@ -80,6 +81,7 @@ class ClassificationReport:
     scores: dict[str, LabelScore] = field(default_factory=dict)
     confusion: Array | None = None
     entities: dict[str, LabelScore] = field(default_factory=dict)
+    scheme: str = ""
 
     @property
     def unit(self) -> str:
@@ -126,6 +128,7 @@ class ClassificationReport:
         if self.scores:
             found["labels"] = {name: vars(score) for name, score in self.scores.items()}
         if self.entities:
+            found["scheme"] = self.scheme
             found["entities"] = {name: vars(score) for name, score in self.entities.items()}
         if self.confusion is not None:
             found["confusion"] = self.confusion.tolist()
@@ -168,6 +171,7 @@ class ClassificationReport:
         lines = [f"{counted(self.examples, self.unit)}: {metrics}"]
         names = list(map(shown, self.labels))
         if self.entities:
+            lines.append(f"scheme of the tags: {self.scheme}")
             lines += _table("entity", "entities", self.entities)
         elif self.scores:
             lines += _table("label", f"{self.unit}s", self.scores)
@@ -224,15 +228,16 @@ def _single(labels: tuple[str, ...], logits: Array, targets: Array) -> Classific
 
 def _words(labels: tuple[str, ...], logits: Array, targets: list[Array]) -> ClassificationReport:
     made = _single(labels, logits, np.concatenate(targets))
-    values, entities = dict(made.values), dict[str, LabelScore]()
+    values, entities, scheme = dict(made.values), dict[str, LabelScore](), ""
     if kinds := kinds_of(labels):
         predicted = np.split(logits.argmax(axis=1), np.cumsum([len(own) for own in targets])[:-1])
-        tags = ([[labels[i] for i in own.tolist()] for own in each] for each in (predicted, targets))
-        hits, found, true = ([each[kind] for kind in kinds] for each in count_entities(*tags))
+        ours, theirs = ([[labels[i] for i in own.tolist()] for own in each] for each in (predicted, targets))
+        hits, found, true = ([each[kind] for kind in kinds] for each in count_entities(ours, theirs))
+        scheme = scheme_of(labels, theirs)
         entities = _scores(kinds, hits, found, true)
         every = _scores(["all"], [sum(hits)], [sum(found)], [sum(true)])["all"]
         values |= {f"entity_{name}": getattr(every, name) for name in ("precision", "recall", "f1")}
-    return dataclasses.replace(made, task="tokens", values=values, entities=entities)
+    return dataclasses.replace(made, task="tokens", values=values, entities=entities, scheme=scheme)
 
 
 def _several(labels: tuple[str, ...], logits: Array, truth: Array) -> ClassificationReport:

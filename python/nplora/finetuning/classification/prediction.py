@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from nplora import _check
-from nplora.finetuning.classification.encoded import Encoded, cut_in_words, require_words
+from nplora.finetuning.classification.encoded import Encoded, cut_in_words, require_words, unit_of
 from nplora.finetuning.classification.labelled import (
     Columns,
     Labelled,
@@ -22,6 +22,7 @@ from nplora.finetuning.classification.labelled import (
     rows_of,
     targets_of,
     text_of,
+    unfit_tag,
 )
 from nplora.finetuning.classification.metrics import ClassificationReport
 from nplora.finetuning.classification.tagged import WORDS, words_of
@@ -74,7 +75,8 @@ def evaluate_classifier(
             infinite.
         TypeError: the separator or the name of a column is not a text.
     Warns:
-        UserWarning: texts were cut, or rows were skipped.
+        UserWarning: texts were cut, or rows were skipped; or tags look like those of entities, but one of
+            them fits no scheme such as IOB2.
     """
     op = "evaluate_classifier"
     require_separator(op, separator)
@@ -87,14 +89,16 @@ def evaluate_classifier(
     rows = reader.read(sources_of(op, data), skip_bad)
     if rows.bad.count:
         warn_user(f"{op}: {rows.bad.reason()}")
-    predictor, done = _Predictor(op, classifier), _Done(progress, len(rows))
+    if task == "tokens" and (unfit := unfit_tag(classifier.labels, rows)):
+        warn_user(f"{op}: {unfit}")
+    predictor, done = _Predictor(op, classifier), _Done(progress, unit_of(classifier), len(rows))
     targets = targets_of(rows, task, classifier.labels)
     logits, truth = list[Array](), list[Array]()
     for begin in range(0, len(rows), _ROWS):
         own = slice(begin, begin + _ROWS)
         encoded = predictor.encoded(rows.rows[own])
         for where, text in zip(rows.places[own], encoded.ids, strict=True):
-            require_tokens(where, text)
+            require_tokens(where, text, predictor.unit)
         logits.append(predictor.logits(encoded, rows.places[own]))
         truth.extend(encoded.truth(targets[own]))
         done.add(len(encoded.ids))
@@ -169,7 +173,7 @@ def save_array(stream: BinaryIO, rows: Iterable[Mapping[str, Any]]) -> None:
 def _predicted(
     predictor: _Predictor, sources: Iterable[Source], skip_bad: bool, progress: bool | None
 ) -> Iterator[dict[str, Any]]:
-    bad, done, rows = BadRows(), _Done(progress), _rows(sources, predictor.column)
+    bad, done, rows = BadRows(), _Done(progress, predictor.unit), _rows(sources, predictor.column)
     while held := list(itertools.islice(rows, _ROWS)):
         found = list[tuple[Row, Labelled]]()
         for row in held:
@@ -180,7 +184,7 @@ def _predicted(
         encoded, kept = predictor.encoded([text for _, text in found]), list[int]()
         for i, (row, _) in enumerate(found):
             try:
-                require_tokens(row.where, encoded.ids[i])
+                require_tokens(row.where, encoded.ids[i], predictor.unit)
             except DataError as error:
                 bad.skip(error, skip_bad)
                 continue
@@ -208,18 +212,21 @@ def _rows(sources: Iterable[Source], column: str) -> Iterator[Row]:
 
 
 class _Done:
-    """Prints the number of finished texts, the texts per second and, if the total is known, the time left."""
+    """Prints the number of finished texts or sentences, their number per second and, if the total is known,
+    the time left.
+    """
 
-    def __init__(self, progress: bool | None, total: int | None = None) -> None:
-        self._say, self._total = speaker(progress), total
+    def __init__(self, progress: bool | None, unit: str, total: int | None = None) -> None:
+        self._say, self._unit, self._total = speaker(progress), unit, total
         self._count, self._begun = 0, time.monotonic()
 
     def add(self, count: int) -> None:
         self._count += count
         rate = self._count / max(1e-9, time.monotonic() - self._begun)
-        total = "" if self._total is None else f" of {self._total:,}"
+        done = "" if self._total is None else f"{self._count:,} of "
+        done += counted(self._count if self._total is None else self._total, self._unit)
         left = "" if self._total is None else f", {(self._total - self._count) / rate:.0f} s left"
-        self._say(f"{self._count:,}{total} texts, {rate:.1f} texts/s{left}")
+        self._say(f"{done}, {rate:.1f} {self._unit}s/s{left}")
 
 
 class _Predictor:
@@ -235,6 +242,11 @@ class _Predictor:
         self._op, self._classifier, self._columns = op, classifier, columns or Columns()
         self._with_probabilities = with_probabilities
         self._cut = self._lost = self._empty = 0
+
+    @property
+    def unit(self) -> str:
+        """What a row holds: "sentence" or "text"."""
+        return unit_of(self._classifier)
 
     @property
     def column(self) -> str:
@@ -308,8 +320,8 @@ class _Predictor:
     def warn(self) -> None:
         """Warn of texts that were cut, of words without a label, and of empty texts."""
         if self._cut or self._lost:
-            unit = "sentence" if self._classifier.classifies_tokens else "text"
-            found = cut_in_words(self._cut, self._lost, self._classifier.max_length, unit)
+            found = cut_in_words(self._cut, self._lost, self._classifier.max_length, self.unit)
             warn_user(f"{self._op}: {found}")
         if self._empty:
-            warn_user(f"{self._op}: {counted(self._empty, 'empty text')}; the predictions mean little")
+            found = counted(self._empty, f"empty {self.unit}")
+            warn_user(f"{self._op}: {found}; the predictions mean little")

@@ -18,7 +18,7 @@ from nplora.distributed.opening import heard_by_all_ranks, opened_communicator, 
 from nplora.finetuning.agreement import require_same_data, require_same_options
 from nplora.finetuning.classification.calibration import temperature as fitting_temperature
 from nplora.finetuning.classification.class_weights import balanced_weights
-from nplora.finetuning.classification.encoded import Encoded, cut_in_words, require_words
+from nplora.finetuning.classification.encoded import Encoded, cut_in_words, require_words, unit_of
 from nplora.finetuning.classification.labelled import (
     Columns,
     LabelledTexts,
@@ -27,6 +27,7 @@ from nplora.finetuning.classification.labelled import (
     require_tokens,
     targets_of,
     task_of,
+    unfit_tag,
 )
 from nplora.finetuning.classification.metrics import ClassificationReport
 from nplora.finetuning.classification.options import ClassifyOptions
@@ -49,6 +50,7 @@ from nplora.lm.encoder import MOST_TOKENS
 from nplora.models.packing import cut
 from nplora.nn.losses import BinaryCrossEntropy, CrossEntropy, Loss, MeanSquaredError
 from nplora.nn.optim import AdamW
+from nplora.runtime.user_warning import warn_user
 from nplora.trainer import Callback, History, RankRecord, Trainer
 from nplora.trainer.callbacks import checked_callbacks
 from nplora.trainer.interrupts import Interrupts
@@ -112,8 +114,7 @@ class ClassifierRun:
             f"trained {model.num_trainable:,} of {model.num_parameters:,} values",
         ]
         if self.cut or self.lost:
-            cut_unit = "sentence" if model.classifies_tokens else "text"
-            lines.append(cut_in_words(self.cut, self.lost, model.max_length, cut_unit))
+            lines.append(cut_in_words(self.cut, self.lost, model.max_length, unit_of(model)))
         if self.skipped:
             lines.append(self.skipped)
         if history.best_step is not None and len(history.evaluations) > 1:
@@ -259,6 +260,8 @@ def train_classifier(
         FileExistsError: the output directory holds a run, and neither `resume` nor `overwrite` is set; or it
             holds an adapter, and `overwrite` is not set.
         Other errors: see `load_encoder` and `Trainer.fit`.
+    Warns:
+        UserWarning: tags look like those of entities, but one of them fits no scheme such as IOB2.
 
     >>> rows = [{"text": "where is my parcel", "label": "order"}, {"text": "a refund", "label": "refund"}]
     >>> run = nplora.finetuning.train_classifier("encoder-model", rows, "out", epochs=20, lr=1e-2)
@@ -358,7 +361,7 @@ class _Training:
     def _encoded(self, rows: LabelledTexts) -> Encoded:
         made = Encoded.of(self.classifier, rows.rows)
         for where, text in zip(rows.places, made.ids, strict=True):
-            require_tokens(where, text)
+            require_tokens(where, text, unit_of(self.classifier))
         if made.words is not None:
             require_words(rows.names, sum(map(len, made.words.first)) - made.lost)
         return made
@@ -369,7 +372,12 @@ class _Training:
         options, classifier = self.options, self.classifier
         speaking = self.is_first and speaks(progress)
         say, labels = speaker(speaking), classifier.labels
-        say(f"{counted(len(self.train), 'text')} to train on, {counted(len(labels), 'label')}")
+        examples = counted(len(self.train), unit_of(classifier))
+        say(f"{examples} to train on, {counted(len(labels), 'label')}")
+        if self.is_first and self.task == "tokens":
+            data = [self.train] if self.valid is None else [self.train, self.valid]
+            if unfit := unfit_tag(labels, *data):
+                warn_user(f"train_classifier: {unfit}")
         targets = targets_of(self.train, self.task, labels)
         truth = None if self.valid is None else targets_of(self.valid, self.task, labels)
         centre, spread = 0.0, 1.0

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -100,8 +101,52 @@ def test_the_command_labels_words(here: Path, capsys: pytest.CaptureFixture[str]
     capsys.readouterr()
     for end in ("csv", "npy"):
         assert cli.main(["classify", "predict", *shared, "--output", f"found.{end}"]) == 2
-        assert "expected a name that ends in .jsonl, because the classifier labels" in capsys.readouterr().err
+        text = "expected a name that ends in .jsonl or .conll, because the classifier labels words"
+        assert text in capsys.readouterr().err
         assert not (here / f"found.{end}").exists()
+    words = ["classify", "predict", *shared, "--output", "found.conll"]
+    assert cli.main([*words, "--probabilities"]) == 2
+    assert "a .conll file has no probabilities; write .jsonl" in capsys.readouterr().err
+    assert cli.main(words) == 0
+    assert (here / "found.conll").read_text() == TAGGED.replace(" ", "\t") + "\n"
+
+
+@pytest.mark.filterwarnings("ignore:predict_rows")
+@pytest.mark.parametrize(
+    ("row", "lines", "columns"),
+    [
+        ('{"words": ["New York", "\u200b"]}', ["New York", "\u200b\t_"], []),
+        ('{"w": ["a"], "tokens": "x"}\n{"w": []}', ["a", ""], ["--columns", "tokens=w"]),
+        ('{"tokens": ["a\\tb"]}', "row 1: 'a\\tb' has a tab or a line break, which would end it", []),
+        ('{"tokens": ["a"]}\n{"tokens": ["a\\nb"]}', "row 2: 'a\\nb' has a tab or a line break", []),
+    ],
+)
+def test_predictions_in_a_conll_file(
+    row: str, lines: list[str] | str, columns: list[str], here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (here / "train.conll").write_text(TAGGED)
+    train = ["classify", "train", "model", "--data", "train.conll", "--output", "out", "--steps", "1"]
+    assert cli.main(train) == 0
+    (here / "rows.jsonl").write_text(row + "\n", encoding="utf-8")
+    words = ["classify", "predict", "model", "--adapter", "out", "--data", "rows.jsonl", *columns]
+    status = cli.main([*words, "--output", "found.conll"])
+    if isinstance(lines, str):
+        assert status == 2
+        assert lines in capsys.readouterr().err
+        assert not (here / "found.conll").exists()
+        return
+    assert status == 0
+    found = (here / "found.conll").read_text(encoding="utf-8").split("\n")
+    assert [re.sub("\t([BI]-PET|O)$", "", line) for line in found] == [*lines, "", ""]
+
+
+def test_a_classifier_of_texts_writes_no_conll_file(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["classify", "train", "model", "--data", "train.csv", "--output", "out", *FAST]) == 0
+    words = ["classify", "predict", "model", "--adapter", "out", "--data", "train.csv", "--output", "a.conll"]
+    assert cli.main(words) == 2
+    text = "expected a name that ends in .csv, .jsonl or .npy, because the classifier labels texts"
+    assert text in capsys.readouterr().err
+    assert not (here / "a.conll").exists()
 
 
 def test_eval_draws_the_confusion_matrix(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -126,7 +171,7 @@ def test_eval_draws_the_confusion_matrix(here: Path, capsys: pytest.CaptureFixtu
         ("predict model --data train.csv --valid v", "--valid is an option of classify train"),
         (
             "predict model --data train.csv --output a.txt",
-            "expected a name that ends in .csv, .jsonl or .npy",
+            "expected a name that ends in .csv, .jsonl or .npy or, for words, in .jsonl or .conll",
         ),
         ("predict model --data train.csv --plot a.png", "--plot is for eval"),
         ("train model --data train.csv --output out --plot a.png", "--plot is for eval"),

@@ -7,7 +7,7 @@ import errno
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TextIO
 
 from nplora.cli.errors import UsageError
@@ -29,6 +29,8 @@ HELP = (
     "Train a classifier of texts or of their words with LoRA, print how well it predicts the labels of rows, "
     "or write its predictions."
 )
+
+_OF_TEXTS, _OF_WORDS = (".csv", ".jsonl", ".npy"), (".jsonl", ".conll")  # names of outputs
 
 _SHARED = ("columns", "separator", "skip_bad", "compute")  # options of train that eval accepts too
 
@@ -55,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text = (
         "train: directory for the adapter, the checkpoints and log.jsonl; predict: new .csv or .jsonl file "
         "for the rows with their predictions, or new .npy file for the probabilities only (default: JSON "
-        "lines on stdout); if words are labelled, only .jsonl"
+        "lines on stdout); if words are labelled, only .jsonl or .conll"
     )
     parser.add_argument("--output", metavar="PATH", type=path, help=text)
     text = "eval and predict: PEFT directory of the adapter (default: use the model's own head)"
@@ -130,6 +132,7 @@ def _evaluate(arguments: argparse.Namespace, options: dict[str, Any]) -> None:
 def _predict(arguments: argparse.Namespace, options: dict[str, Any]) -> None:
     from nplora import finetuning
     from nplora.finetuning.classification.prediction import save_array
+    from nplora.finetuning.options import parse_columns
 
     if arguments.json:
         raise UsageError("classify predict: --json is for eval; predictions are JSON lines anyway")
@@ -137,12 +140,15 @@ def _predict(arguments: argparse.Namespace, options: dict[str, Any]) -> None:
         raise UsageError("classify predict: --plot is for eval")
     with _opened(arguments.output) as stream:
         classifier = _loaded(arguments, options)
-        suffix = ".jsonl" if arguments.output is None else os.path.splitext(arguments.output)[1].lower()
-        if classifier.classifies_tokens and suffix != ".jsonl":
+        suffix = f".{(arguments.output or '.jsonl').lower().rpartition('.')[2]}"
+        labelled, known = ("words", _OF_WORDS) if classifier.classifies_tokens else ("texts", _OF_TEXTS)
+        if suffix not in known:
             raise UsageError(
-                f"classify predict: --output is {arguments.output!r}, expected a name that ends in .jsonl, "
-                "because the classifier labels words"
+                f"classify predict: --output is {arguments.output!r}, expected a name that ends in "
+                f"{_listed(known)}, because the classifier labels {labelled}"
             )
+        if suffix == ".conll" and arguments.probabilities:
+            raise UsageError("classify predict: a .conll file has no probabilities; write .jsonl")
         rows = finetuning.predict_rows(
             classifier,
             given_data(arguments.data),
@@ -152,6 +158,8 @@ def _predict(arguments: argparse.Namespace, options: dict[str, Any]) -> None:
         )
         if suffix == ".npy":
             save_array(stream.buffer, rows)
+        elif suffix == ".conll":
+            _write_conll(stream, rows, parse_columns(options.get("columns")).get("tokens"))
         else:
             (_write_table if suffix == ".csv" else _write_lines)(stream, rows)
 
@@ -169,9 +177,10 @@ def _opened(output: str | None) -> Iterator[TextIO]:
     if output is None:
         yield sys.stdout
         return
-    if not output.lower().endswith((".csv", ".jsonl", ".npy")):
+    if not output.lower().endswith((*_OF_TEXTS, *_OF_WORDS)):
         raise UsageError(
-            f"classify predict: --output is {output!r}, expected a name that ends in .csv, .jsonl or .npy"
+            f"classify predict: --output is {output!r}, expected a name that ends in {_listed(_OF_TEXTS)} "
+            f"or, for words, in {_listed(_OF_WORDS)}"
         )
     if os.path.lexists(output):
         raise FileExistsError(errno.EEXIST, "the file exists already; choose another for --output", output)
@@ -182,6 +191,10 @@ def _opened(output: str | None) -> Iterator[TextIO]:
         except BaseException:
             os.unlink(output)
             raise
+
+
+def _listed(suffixes: Sequence[str]) -> str:
+    return f"{', '.join(suffixes[:-1])} or {suffixes[-1]}"
 
 
 def _write_lines(stream: TextIO, rows: Iterable[dict[str, Any]]) -> None:
@@ -217,6 +230,29 @@ def _write_table(stream: TextIO, rows: Iterable[dict[str, Any]]) -> None:
                 "columns of CSV, has none; write .jsonl"
             )
         writer([flat.get(name, "") for name in columns])
+
+
+def _write_conll(stream: TextIO, rows: Iterable[dict[str, Any]], column: str | None) -> None:
+    """Write a line with each word and its tag, "_" for none, and an empty line after each sentence.
+
+    `column` is the field of the words; None: the one with a usual name.
+    """
+    from nplora.finetuning.classification.tagged import words_of
+    from nplora.finetuning.data.rows import Row
+    from nplora.formats.errors import DataError, brief
+
+    for number, row in enumerate(rows, 1):
+        where = f"--output: row {number}"
+        _, words = words_of(Row(where, row), column)
+        for line in zip(words, ("_" if tag is None else tag for tag in row["prediction"]), strict=True):
+            for text in line:
+                if not {"\t", "\n", "\r"}.isdisjoint(text):
+                    raise DataError(
+                        f"{where}: {brief(text)} has a tab or a line break, which would end it in a .conll "
+                        "file; write .jsonl"
+                    )
+            stream.write("\t".join(line) + "\n")
+        stream.write("\n")
 
 
 def _cell(value: Any) -> Any:

@@ -136,15 +136,24 @@ def test_words_without_a_token_cannot_be_fitted(model: Path) -> None:
         LoRATokenClassifier(model, **FAST).fit([["\u200b", "\u200b"]], [["O", "B"]])
 
 
-def test_words_after_a_cut_have_no_label(model: Path) -> None:
+def test_long_sentences_are_cut_in_fits_and_predicted_whole(model: Path) -> None:
     with pytest.warns(UserWarning, match="cut to 5 tokens: 4 sentences"):
         fitted = LoRATokenClassifier(model, max_length=5, **FAST).fit(X, Y)
-    with pytest.warns(UserWarning, match="1 sentence had more than 5 tokens"):
-        assert fitted.predict(X[:2])[0][3] is None
-    with pytest.warns(UserWarning, match="1 sentence had more than 5 tokens"):
-        assert np.isnan(fitted.predict_proba(X[:2])[0]).all(axis=1).tolist() == [False, False, False, True]
-    with pytest.warns(UserWarning, match="1 sentence had more than 5 tokens"):
-        assert fitted.score(X[:1], Y[:1]) == 0.75
+    long = [[word for words in X[:4] for word in words]]
+    labels = fitted.predict(long)
+    assert labels == fitted.model_.predict_words(long)
+    assert fitted.score(long, labels) == 1
+    (chances,) = fitted.predict_proba(long)
+    assert fitted.classes_[chances.argmax(axis=1)].tolist() == labels[0]
+
+
+def test_a_word_that_the_tokenizer_drops_has_no_label(model: Path) -> None:
+    fitted = LoRATokenClassifier(model, **FAST | {"epochs": 1}).fit(X, Y)
+    sentence = ["where", "is", "my", "\u200b"]
+    assert [label is None for label in fitted.predict([sentence])[0]] == [False, False, False, True]
+    assert np.isnan(fitted.predict_proba([sentence])[0]).all(axis=1).tolist() == [False, False, False, True]
+    true = [*fitted.predict([sentence[:3]])[0], "O"]
+    assert fitted.score([sentence], [true]) == 0.75
 
 
 @pytest.mark.parametrize(

@@ -343,25 +343,18 @@ def test_columns_of_another_task_are_refused(
         train_classifier(model, [ROW], tmp_path / "out", columns=columns, task=task)
 
 
-def test_long_sentences_are_cut_and_counted(model: Path, tmp_path: Path) -> None:
-    """With 5 tokens, [CLS] the cat sat [SEP], "sats" is tagged and "mat" is not."""
+def test_training_cuts_long_sentences_and_counts_them(model: Path, tmp_path: Path) -> None:
+    """With 5 tokens, [CLS] the cat sat [SEP], "sats" is trained and "mat" is not."""
     rows = [{"tokens": ["the", "cat", "sats", "mat"], "tags": ["O", "B-PET", "I-PET", "O"]}, ROW]
-    run = train_classifier(model, rows, tmp_path, steps=1, max_length=5, batch_examples=1)
-    assert (run.cut, run.lost) == (1, 1)
-    text = "cut to 5 tokens: 1 sentence; 1 word without a token has no label"
+    run = train_classifier(model, rows, tmp_path, valid=rows, steps=1, max_length=5, batch_examples=1)
+    assert (run.cut, run.lost) == (2, 2)
+    text = "cut to 5 tokens: 2 sentences; 2 words without a token have no label"
     assert text in str(run)
+    assert run.valid is not None
+    assert run.valid.examples == 6
     again = nplora.load_classifier(model, tmp_path)
-    with pytest.warns(UserWarning, match=text):
-        report = evaluate_classifier(again, rows)
-    assert report.examples == 5
-    with pytest.warns(UserWarning, match=text):
-        found = list(predict_rows(again, rows, probabilities=True))
-    assert found[0]["prediction"][:3] == again.predict_words([["the", "cat", "sat"]])[0]
-    assert found[0]["prediction"][3] is None
-    assert found[0]["probability"][3] is None
-    assert found[0]["probabilities"]["O"][3] is None
-    with pytest.warns(UserWarning, match="predict_words: cut to 5 tokens: 1 sentence"):
-        assert again.predict_words([row["tokens"] for row in rows]) == [row["prediction"] for row in found]
+    assert again.max_length == 5
+    assert evaluate_classifier(again, rows).as_json() == run.valid.as_json()
 
 
 def test_data_without_a_token_are_refused(model: Path, tmp_path: Path) -> None:
@@ -451,6 +444,71 @@ def test_a_word_that_the_tokenizer_drops_has_no_label(model: Path) -> None:
     assert [own.tolist() for own in words.first] == [[-1, 1, -1], []]
     found = tagger.predict_words([["\u0301", "cat"], []])
     assert [[tag is None for tag in tags] for tags in found] == [[True, False], []]
+
+
+# ---- long sentences ----
+
+
+def test_the_words_of_a_long_sentence_are_read_in_windows(model: Path) -> None:
+    """With room for 8 tokens, windows begin after 0, 6, 12 … tokens, and the last ends with the sentence."""
+    tagger, rng = untrained(model), random.Random(0)
+    tagger.max_length, room = 10, 8
+    tokens = {"the": [9], "cat": [6], "sats": [10, 11], "mat": [14], "dogs": [7, 11]}
+    for count in (1, 3, 8, 9, 20, 41):
+        sentence = rng.choices(list(tokens), k=count)
+        body = list(itertools.chain.from_iterable(tokens[word] for word in sentence))
+        first = list(itertools.accumulate((len(tokens[word]) for word in sentence), initial=0))[:-1]
+        last = max(0, len(body) - room)
+        windows = [(begin, begin + room) for begin in sorted({*range(0, last, 6), last})]
+        found = tagger.word_logits(tagger.encoder.word_ids([["the"], sentence, ["cat", "mat"]]))
+        assert len(found) == count + 3
+        for place, ours in zip(first, found[1:], strict=False):
+            depths = {
+                (begin, end): min(
+                    math.inf if begin == 0 else place - begin,
+                    math.inf if end >= len(body) else end - 1 - place,
+                )
+                for begin, end in windows
+                if begin <= place < end
+            }
+            deepest = [window for window, depth in depths.items() if depth == max(depths.values())]
+            logits = [
+                tagger.logits_of_ids([[2, *body[begin:end], 3]])[1 + place - begin] for begin, end in deepest
+            ]
+            assert any(np.allclose(ours, own, rtol=0, atol=1e-5) for own in logits)
+
+
+def test_every_word_of_a_long_sentence_has_a_label(model: Path) -> None:
+    tagger, words = untrained(model), ["the", "cat", "sats", "on", "the", "\u200b", "mat"] * 30
+    rows = [{"tokens": words, "tags": ["O"] * len(words)}, ROW]
+    tagger.max_length = 16
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        (tags, short) = tagger.predict_words([row["tokens"] for row in rows])
+    assert [tag is None for tag in tags] == [word == "\u200b" for word in words]
+    assert short == tagger.predict_words([ROW["tokens"]])[0]
+    with pytest.warns(UserWarning, match="predict_rows: 30 words without a token have no label$"):
+        found = list(predict_rows(tagger, rows, probabilities=True))
+    assert [row["prediction"] for row in found] == [tags, short]
+    assert found[0]["probabilities"]["O"][5] is None
+    with pytest.warns(UserWarning, match="evaluate_classifier: 30 words without a token have no label$"):
+        assert evaluate_classifier(tagger, rows).examples == 6 * 30 + 2
+    tagger.max_length = 2
+    with pytest.raises(ValueError, match="windows: longest is 2, expected more than the 2 special tokens"):
+        tagger.predict_words([["the"]])
+
+
+def test_a_language_model_reads_windows_too(tmp_path: Path) -> None:
+    encoder = nplora.load_encoder(save_small_llama(tmp_path / "model.gguf"), pooling="mean")
+    tagger, sentence = nplora.new_classifier(encoder, LABELS, tokens=True), ["1", "+", "1", "="] * 6
+    whole = tagger.encoder.word_ids([sentence])
+    tagger.max_length = 8
+    around = tagger.encoder.token_ids([""], 8)[0][0]
+    ids, rows = tagger.windows(whole)
+    assert all(len(window) == 8 and window[: len(around)] == around for window in ids)
+    joined = list(itertools.chain.from_iterable(ids))
+    assert [joined[row] for row in rows] == [whole.ids[0][place] for place in whole.first[0]]
+    assert None not in tagger.predict_words([sentence])[0]
 
 
 # ---- predictions ----

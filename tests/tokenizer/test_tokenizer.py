@@ -941,3 +941,12 @@ def test_of_a_very_long_sentence_only_the_beginning_is_encoded(monkeypatch: pyte
     assert first[0][:4] == [0, 2, 4, -1]
     assert len(first[0]) == len(words)
     assert max(first[0][3:]) == -1
+
+
+def test_without_a_limit_no_sentence_is_cut() -> None:
+    tokenizer = Tokenizer(wordpiece(), "words", vocab_size=7, bos_id=None, eos_id=None)
+    sentences = [["ab", "b."] * 20_000, ["a"]]
+    found = tokenizer.encode_words(sentences, None)
+    assert found == tokenizer.encode_words(sentences, 1_000_000)
+    assert found[2] == 0
+    assert min(found[1][0]) == 0

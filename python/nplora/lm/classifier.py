@@ -11,14 +11,12 @@ import numpy as np
 import numpy.typing as npt
 
 from nplora import _check
-from nplora.formats.errors import counted
 from nplora.formats.label_record import LabelRecord, shown
 from nplora.lm import adapting
 from nplora.lm.classifier_head import ClassifierHead, HeadSaved
 from nplora.lm.encoder import Encoder, EncoderSaved, Ids
 from nplora.lm.word_ids import WordIds
 from nplora.nn.module import Gradient, Module, Saved, inference
-from nplora.runtime.user_warning import warn_user
 from nplora.tokenizer.words import sentences_of
 
 Array = npt.NDArray[Any]
@@ -53,7 +51,8 @@ class TextClassifier(Module):
         labels: the names of the outputs.
         task: "single" (each text has one label), "multi" (each text has any number of labels) or "regression"
             (each output is a number).
-        max_length: the largest number of tokens of a text; longer texts are cut. `max_length` can be changed.
+        max_length: the largest number of tokens of a text; longer texts are cut. If words are labelled,
+            `predict_words` reads longer sentences in windows. `max_length` can be changed.
     """
 
     def __init__(self, encoder: Encoder, head: ClassifierHead, record: LabelRecord) -> None:
@@ -248,8 +247,9 @@ class TextClassifier(Module):
     ) -> list[list[str | None]]:
         """The label of each word of each sentence, if the classifier classifies tokens.
 
-        The label of a word is the label of its first token. A word gets None if it has no token, because the
-        sentence was cut before the word, or because the tokenizer drops the word's characters.
+        The label of a word is the label of its first token. A word gets None if the tokenizer drops all its
+        characters. A sentence with more than `max_length` tokens is read in overlapping windows, see
+        `WordIds.windows`.
 
             >>> import nplora
             >>> encoder = nplora.load_encoder("encoder-model")
@@ -263,15 +263,10 @@ class TextClassifier(Module):
         Raises:
             TypeError: a sentence is not a list of texts.
             ValueError: a word is empty, the classifier classifies texts, or a logit is NaN or infinite.
-        Warns:
-            UserWarning: sentences were too long, and were cut.
         """
         if not self.classifies_tokens:
             raise ValueError("predict_words: the classifier is for texts, expected one for tokens")
-        words = self.encoder.word_ids(sentences_of("predict_words", "sentences", sentences), self.max_length)
-        if words.cut:
-            what = counted(words.cut, "sentence")
-            warn_user(f"predict_words: cut to {self.max_length} tokens: {what}")
+        words = self.encoder.word_ids(sentences_of("predict_words", "sentences", sentences))
         return words.per_word(self.decided(self.word_logits(words, batch_size)))
 
     def word_logits(self, words: WordIds, batch_size: int | None = None) -> Array:
@@ -280,7 +275,7 @@ class TextClassifier(Module):
             >>> import nplora
             >>> encoder = nplora.load_encoder("encoder-model")
             >>> tagger = nplora.new_classifier(encoder, ["O", "THING"], tokens=True)
-            >>> tagger.word_logits(encoder.word_ids([["my", "parcel"]], 8)).shape
+            >>> tagger.word_logits(encoder.word_ids([["my", "parcel"]])).shape
             (2, 2)
 
         Args:
@@ -293,7 +288,25 @@ class TextClassifier(Module):
         """
         if not self.classifies_tokens:
             raise ValueError("word_logits: the classifier is for texts, expected one for tokens")
-        return self.logits_of_ids(words.ids, batch_size)[words.rows()]
+        ids, rows = self.windows(words)
+        return self.logits_of_ids(ids, batch_size)[rows]
+
+    def windows(self, words: WordIds) -> tuple[list[list[int]], Array]:
+        """The token ids of sentences, those with more than `max_length` tokens in windows.
+
+            >>> import nplora
+            >>> encoder = nplora.load_encoder("encoder-model")
+            >>> tagger = nplora.new_classifier(encoder, ["O", "THING"], tokens=True)
+            >>> tagger.windows(encoder.word_ids([["my", "parcel"]]))
+            ([[2, 26, 27, 3]], array([1, 2]))
+
+        Returns:
+            as `WordIds.windows`.
+        Raises:
+            ValueError: `max_length` has no room for a word.
+        """
+        around, _ = self.encoder.token_ids([""], self.encoder.config.max_position_embeddings)
+        return words.windows(self.max_length, around[0])
 
     def decided(self, logits: Array) -> list[Any]:
         """The result of `predict` for texts with these logits.

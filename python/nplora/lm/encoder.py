@@ -283,7 +283,7 @@ class Encoder(Module):
         self._require_known(ids)
         return ids, cut
 
-    def word_ids(self, sentences: Sequence[Sequence[str]], longest: int) -> WordIds:
+    def word_ids(self, sentences: Sequence[Sequence[str]], longest: int | None = None) -> WordIds:
         """The token ids of sentences that are given as words, and the first token of each word.
 
             >>> import nplora
@@ -294,7 +294,8 @@ class Encoder(Module):
         Args:
             sentences: the words of each sentence.
             longest: the largest number of tokens of a sentence, including special tokens. The end of a longer
-                sentence is cut off; the result's `cut` is the number of such sentences.
+                sentence is cut off; the result's `cut` is the number of such sentences. None: no sentence is cut,
+                and `WordIds.windows` divides sentences that are too long for the model.
         Raises:
             TypeError: a sentence is not a list of texts.
             ValueError: a word is empty or has only spaces, or `longest` has no room for the special tokens.

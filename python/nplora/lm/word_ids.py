@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -44,6 +45,46 @@ class WordIds:
         starts = np.cumsum([0, *map(len, self.ids)])
         found = [start + own[own >= 0] for start, own in zip(starts, self.first, strict=False)]
         return np.concatenate([np.empty(0, np.int64), *found])
+
+    def windows(self, longest: int, around: Sequence[int]) -> tuple[list[list[int]], Array]:
+        """Divide the sentences that have too many tokens into overlapping windows.
+
+        Neighbouring windows share at least a quarter of their tokens. A word is labelled in the window in
+        which its first token is furthest from a cut. The beginning and the end of a sentence are not cuts.
+
+            >>> import nplora
+            >>> words = nplora.load_encoder("encoder-model").word_ids([["a", "cat", "and", "a", "dog"]])
+            >>> words.ids, words.windows(longest=6, around=[2, 3])
+            ([[2, 5, 6, 8, 5, 7, 3]], ([[2, 5, 6, 8, 5, 3], [2, 6, 8, 5, 7, 3]], array([ 1,  2,  8,  9, 10])))
+
+        Args:
+            longest: the largest number of tokens of a window, including the special tokens.
+            around: the special tokens before and after a sentence. Each window has them too.
+        Returns:
+            the token ids of the windows of all sentences; and for each word with a token, the place of its
+            first token among the tokens of all windows, int64 (words,).
+        Raises:
+            ValueError: `longest` has no room for a word.
+        """
+        room = longest - len(around)
+        if room < 1:
+            raise ValueError(
+                f"windows: longest is {longest}, expected more than the {len(around)} special tokens"
+            )
+        made, places, start = list[list[int]](), list[Array](), 0
+        for ids in self.ids:
+            same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(around, ids, strict=False))
+            before = len(list(same))
+            after, excess = len(ids) - len(around) + before, len(ids) - longest
+            begins = [0] if excess <= 0 else [*range(0, excess, room - room // 4), excess]
+            middles = [before + (a + b + room) // 2 for a, b in itertools.pairwise(begins)]
+            edges = itertools.pairwise([0, *middles, len(ids)])
+            for begin, (first, end) in zip(begins, edges, strict=True):
+                body = ids[before + begin : min(before + begin + room, after)]
+                made.append([*ids[:before], *body, *ids[after:]])
+                places.append(np.arange(first, end) - begin + start)
+                start += len(made[-1])
+        return made, np.concatenate([np.empty(0, np.int64), *places])[self.rows()]
 
     def token_targets(self, tags: Iterable[npt.ArrayLike]) -> list[Array]:
         """The targets of the tokens of each sentence, int64 (tokens,), given the targets of the words.

@@ -46,7 +46,8 @@ class LoRATokenClassifier(LabelledBase, TextEstimator):
         model: the path of an encoder, as for `nplora.load_encoder`.
         rank, alpha, dropout, layers: the settings of LoRA, as in `Encoder.add_lora`.
         targets: the layers to adapt: "all-linear", or the ends of their names.
-        max_length: the number of tokens after which sentences are cut; None: that of the model.
+        max_length: the number of tokens after which `fit` cuts a sentence; None: that of the model. Longer
+            sentences are predicted in windows of this length, as by `TextClassifier.predict_words`.
         lr, epochs, batch_size, weight_decay, schedule: the settings of AdamW and of the run, as in `Trainer`.
         class_weight: a dict of weights by label, "balanced", or None.
         early_stopping: hold sentences out, stop after `patience` epochs without a lower loss on them, and
@@ -142,8 +143,7 @@ class LoRATokenClassifier(LabelledBase, TextEstimator):
     def predict(self, X: Any) -> list[list[Any]]:
         """Return the most likely label of each word of each sentence.
 
-        A word without a token gets None: its sentence was cut before it, or the tokenizer drops its
-        characters.
+        A word without a token gets None, because the tokenizer drops its characters.
         """
         return self._predicted_labels(self._fitted_features(X))
 
@@ -171,17 +171,20 @@ class LoRATokenClassifier(LabelledBase, TextEstimator):
     # ---- what the fit loop asks ----
 
     def _features(self, X: Any, reset: bool) -> list[Sentence]:
-        """The token ids of each sentence, and the first token of each word."""
+        """The token ids of each sentence, which may be cut, and the first token of each word."""
+        sentences, longest = self._sentences(X), self._longest(reset)
+        words = self._encoder.word_ids(sentences, longest)
+        self._warn_if_cut(words.cut, longest, "sentence")
+        return list(zip(words.ids, words.first, strict=True))
+
+    def _sentences(self, X: Any) -> list[tuple[str, ...]]:
         sentences = sentences_of(type(self).__name__, "X", X)
         if not sentences or not all(sentences):
             what = "a sentence" if sentences else "X"
             raise ValueError(
                 f"{type(self).__name__}: {what} is empty, expected sentences of at least one word"
             )
-        longest = self._longest(reset)
-        words = self._encoder.word_ids(sentences, longest)
-        self._warn_if_cut(words.cut, longest, "sentence")
-        return list(zip(words.ids, words.first, strict=True))
+        return sentences
 
     def _checked_labels(self, x: Sequence[Sentence], y: Any) -> list[Array]:
         op, given = type(self).__name__, _lists(type(self).__name__, y)
@@ -215,8 +218,10 @@ class LoRATokenClassifier(LabelledBase, TextEstimator):
         return self.model_.word_logits(_joined(x)).astype(np.float64)
 
     def _fitted_features(self, X: Any) -> list[Sentence]:
+        """Like `_features`, but no sentence is cut."""
         check_is_fitted(self, "model_")
-        return self._features(X, reset=False)
+        words = self.model_.encoder.word_ids(self._sentences(X))
+        return list(zip(words.ids, words.first, strict=True))
 
     def _predicted_labels(self, x: Sequence[Sentence]) -> list[list[Any]]:
         return _joined(x).per_word(self.classes_[self._outputs(x).argmax(axis=1)].tolist())

@@ -43,6 +43,7 @@ _SPACES = ("▁", "Ġ")  # a space in SentencePiece vocabularies, and a space in
 # `_CHARACTERS` characters for each token. The last tokens of a beginning may depend on the text that follows,
 # so the last `_UNSURE` tokens are not used.
 _CHARACTERS, _UNSURE = 8, 1024
+_NEVER_CUT = 1 << 30  # tokens, more than a text has
 _LINE = re.compile(r"\n(?=[^\W\d_])")
 _SENTINELS = ("\n", "\x01", "\ue000")  # characters with which hardly any longer token begins
 TRAINING_TIME = datetime.datetime(2024, 7, 26)  # the time that chat templates see in training
@@ -378,7 +379,7 @@ class Tokenizer:
         return [one.ids for one, _ in found], sum(beyond > 0 for _, beyond in found)
 
     def encode_words(
-        self, sentences: Sequence[Sequence[str]], longest: int, with_space: bool = True
+        self, sentences: Sequence[Sequence[str]], longest: int | None, with_space: bool = True
     ) -> tuple[list[list[int]], list[list[int]], int]:
         """Encode sentences that are given as words, and find the first token of each word.
 
@@ -386,7 +387,7 @@ class Tokenizer:
 
         Args:
             sentences: the words of each sentence.
-            longest: as in `encode_texts`.
+            longest: as in `encode_texts`; None: no sentence is cut.
             with_space: whether a token that consists only of the space before a word counts as a token of
                 this word, as in transformers. The tokenizer of XLM-RoBERTa has such a token before rare
                 characters.
@@ -406,7 +407,8 @@ class Tokenizer:
         (5, [[1, 2, 3]], 0)
         """
         checked = sentences_of("encode_words", "sentences", sentences)
-        found = self._encode_beginnings("encode_words", [" ".join(words) for words in checked], longest)
+        most = _NEVER_CUT if longest is None else longest
+        found = self._encode_beginnings("encode_words", [" ".join(words) for words in checked], most)
         first = [
             first_tokens(one.offsets, words, with_space)
             for (one, _), words in zip(found, checked, strict=True)

@@ -33,11 +33,11 @@ class Encoded:
     words: WordIds | None = None
 
     @staticmethod
-    def of(classifier: TextClassifier, rows: Sequence[Labelled]) -> Encoded:
-        """Encode texts or, for a classifier of tokens, sentences."""
+    def of(classifier: TextClassifier, rows: Sequence[Labelled], whole: bool = False) -> Encoded:
+        """Encode texts or, for a classifier of tokens, sentences. `whole`: sentences are not cut."""
         if classifier.classifies_tokens:
             sentences = [row.words if isinstance(row, Tagged) else () for row in rows]
-            words = classifier.encoder.word_ids(sentences, classifier.max_length)
+            words = classifier.encoder.word_ids(sentences, None if whole else classifier.max_length)
             return Encoded(words.ids, words.cut, words)
         ids, cut = classifier.encoder.token_ids([row.text for row in rows], classifier.max_length)
         return Encoded(ids, cut)
@@ -55,19 +55,23 @@ class Encoded:
         """The number of words that have no token and therefore no label."""
         return 0 if self.words is None else self.words.lost
 
-    def chosen(self, logits: Array) -> Array:
-        """The logits of each text, or of each word with a token, given the logits of `ids`."""
-        return logits if self.words is None else logits[self.words.rows()]
+    def inputs(self, classifier: TextClassifier) -> tuple[list[list[int]], Array | slice]:
+        """The token ids that the classifier computes, and the rows of its logits that count.
+
+        The rows are those of each text, or of each word with a token. Sentences that are too long for the
+        classifier are divided into windows.
+        """
+        return (self.ids, slice(None)) if self.words is None else classifier.windows(self.words)
 
     def places(self, places: Sequence[str]) -> list[str]:
-        """The file and line of each row that `chosen` returns, given the file and line of each text."""
+        """The file and line of each text, or of each word with a token, given those of each text."""
         if self.words is None:
             return list(places)
         counts = map(len, self.words.kept(self.words.first))
         return [place for place, count in zip(places, counts, strict=True) for _ in range(count)]
 
     def truth(self, targets: Targets) -> Targets:
-        """The targets of the rows that `chosen` returns, in the form that `ClassificationReport.of` takes."""
+        """The targets of each text, or of each word with a token, as `ClassificationReport.of` takes them."""
         if self.words is None:
             return targets
         return self.words.kept(targets)

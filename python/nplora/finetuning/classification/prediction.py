@@ -65,7 +65,7 @@ def evaluate_classifier(
         data: rows as for `train_classifier`. From a directory, the validation data are read, or the training
             data if there are no validation data. A label may also be given by its index, which counts from 0,
             as in data sets of transformers. If the classifier classifies tokens, rows have words and tags.
-            Words without a token are left out.
+            Long sentences are read in windows, as in `predict_words`. Words without a token are left out.
         columns, separator, skip_bad: as for `train_classifier`.
         progress: print on stderr how many rows are done; None: only on a terminal or in a notebook.
     Raises:
@@ -124,9 +124,8 @@ def predict_rows(
     has one label, "probability" is the probability of the predicted label. If a text may have several labels,
     each label is decided separately. Then "probability" is the smallest probability of these decisions.
 
-    If the classifier classifies tokens, the new fields have an item for each word. The item is None if the
-    word has no token. A word has no token if the sentence was cut before the word, or if the tokenizer drops
-    all its characters.
+    If the classifier classifies tokens, the new fields have an item for each word, as in `predict_words`. The
+    item is None if the tokenizer drops all characters of the word.
 
         >>> encoder = nplora.load_encoder("encoder-model")
         >>> classifier = nplora.new_classifier(encoder, ["order", "refund"])
@@ -146,7 +145,7 @@ def predict_rows(
             field with the name of a new field.
         ValueError: a logit is NaN or infinite.
     Warns:
-        UserWarning: texts were cut, texts were empty, or rows were skipped.
+        UserWarning: texts were cut or empty, words have no token, or rows were skipped.
     """
     op = "predict_rows"
     named = Columns.of(op, parse_columns(columns, op), task_of_rows(classifier))
@@ -271,7 +270,7 @@ class _Predictor:
         return Row(row.where, {**row.values, name: words}), Tagged(" ".join(words), (), tuple(words))
 
     def encoded(self, rows: Sequence[Labelled]) -> Encoded:
-        made = Encoded.of(self._classifier, rows)
+        made = Encoded.of(self._classifier, rows, whole=True)
         self._cut += made.cut
         self._lost += made.lost
         self._empty += sum(
@@ -280,7 +279,8 @@ class _Predictor:
         return made
 
     def logits(self, encoded: Encoded, places: list[str]) -> Array:
-        found = encoded.chosen(self._classifier.logits_of_ids(encoded.ids))
+        ids, chosen = encoded.inputs(self._classifier)
+        found = self._classifier.logits_of_ids(ids)[chosen]
         require_finite(self._op, found, encoded.places(places))
         return found
 

@@ -401,9 +401,12 @@ class _Training:
             history = self._fit(trainer, train, valid, directory)
             classifier.head.rescale(spread, centre)
             fitted, report = 1.0, None
-            if self.valid_ids is not None and truth is not None:
-                logits = self.valid_ids.chosen(self._logits(self.valid_ids.ids))
-                truth = self.valid_ids.truth(truth)
+            if self.valid is not None and self.valid_ids is not None and truth is not None:
+                encoded = self.valid_ids
+                if encoded.cut and classifier.classifies_tokens:
+                    encoded = Encoded.of(classifier, self.valid.rows, whole=True)
+                ids, chosen = encoded.inputs(classifier)
+                logits, truth = self._logits(ids)[chosen], encoded.truth(truth)
                 if options.calibrate:
                     fitted = fitting_temperature(classifier.task, logits, _joined(truth))
                     classifier.head.rescale(1 / fitted)
@@ -414,11 +417,11 @@ class _Training:
                     save_adapter(classifier, directory, self.base)
                 found_at = directory.seen_from(self.given)
             keep_layers()  # if saving fails, this is not reached, and the encoder is restored
-        encoded = [each for each in (self.train_ids, self.valid_ids) if each is not None]
+        cut_off = [each for each in (self.train_ids, self.valid_ids) if each is not None]
         bad = [rows.bad.reason() for rows in (self.train, self.valid) if rows is not None and rows.bad.count]
         return ClassifierRun(
-            found_at, classifier, len(self.train), sum(each.cut for each in encoded),
-            sum(each.lost for each in encoded), "; ".join(dict.fromkeys(bad)), report, fitted, history,
+            found_at, classifier, len(self.train), sum(each.cut for each in cut_off),
+            sum(each.lost for each in cut_off), "; ".join(dict.fromkeys(bad)), report, fitted, history,
             self.ranks.rank, tuple(trainer.ranks),
         )  # fmt: skip
 

@@ -294,8 +294,8 @@ class Encoder(Module):
         Args:
             sentences: the words of each sentence.
             longest: the largest number of tokens of a sentence, including special tokens. The end of a longer
-                sentence is cut off; the result's `cut` is the number of such sentences. None: no sentence is cut,
-                and `WordIds.windows` divides sentences that are too long for the model.
+                sentence is cut off; the result's `cut` is the number of such sentences. None: no sentence is
+                cut, and `WordIds.windows` divides sentences that are too long for the model.
         Raises:
             TypeError: a sentence is not a list of texts.
             ValueError: a word is empty or has only spaces, or `longest` has no room for the special tokens.

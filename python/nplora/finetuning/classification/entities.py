@@ -113,8 +113,8 @@ def scheme_of(tags: Iterable[str], sentences: Iterable[Sequence[str]]) -> str:
 def entities(tags: Sequence[str]) -> Iterator[Entity]:
     """The entities of a sentence, as CoNLL's evaluation script counts them, for all schemes.
 
-    A tag such as B-PER always begins an entity. Every other tag except O begins one if the word before it is in
-    no entity, is in an entity of another kind, or is the last word of an entity.
+    A tag such as B-PER always begins an entity. Every other tag except O begins one if the word before it is
+    in no entity, is in an entity of another kind, or is the last word of an entity.
 
     >>> from nplora.finetuning.classification.entities import entities
     >>> [tuple(entity) for entity in entities(["B-PER", "I-PER", "O", "I-LOC", "B-LOC"])]

@@ -51,8 +51,8 @@ class FineTuning:
         publish: called as publish(name, directory) for each new adapter of a job, and in `start` for the
             adapters of earlier jobs. The function makes the adapter in this PEFT directory available under
             the name, even if another adapter has the name. Default: `lm.load_adapter`.
-        withdraw: called as withdraw(name) before the files of an adapter are deleted. Default:
-            `lm.delete_adapter`. The function may raise KeyError or RequestError.
+        withdraw: called as withdraw(name). The function makes the adapter with this name unavailable again.
+            `withdraw` may raise KeyError or RequestError. Default: `lm.delete_adapter`.
         memory: memory limit for the whole process while a job trains, as in `finetune`; or a function that
             returns the limit when a job begins.
         compute: the arithmetic of training; None: that of `lm`, or float32 if `lm` computes in int8.

@@ -161,7 +161,7 @@ def test_long_texts_are_cut_and_counted(model: Path, tmp_path: Path) -> None:
     assert "cut to 10 tokens: 1 text" in str(run)
     again = nplora.load_classifier(model, tmp_path)
     assert again.max_length == 10
-    with pytest.warns(UserWarning, match="1 text had more than 10 tokens"):
+    with pytest.warns(UserWarning, match="cut to 10 tokens: 1 text"):
         evaluate_classifier(again, rows)
 
 

@@ -238,6 +238,12 @@ def test_a_communicator_and_distributed_exclude_each_other(model: Path, tmp_path
             ValueError, match=f"{op}: distributed='MPI' is not available; possible: 'mpi', 'off'"
         ):
             train(None, model, tmp_path, distributed="MPI")
+    no_communicator: Any = "mpi"
+    message = "communicator is 'mpi', expected a Communicator, which has rank"
+    with pytest.raises(TypeError, match=f"train: {message}"):
+        embedding.train(model, triplets(), tmp_path, communicator=no_communicator)
+    with pytest.raises(TypeError, match=f"train_classifier: {message}"):
+        train_classifier(model, labelled(), tmp_path, communicator=no_communicator)
     assert not list(tmp_path.iterdir())
 
 

@@ -5,6 +5,8 @@ from typing import Any, Protocol, Self, TypeVar
 
 import numpy.typing as npt
 
+from nplora import _check
+
 Array = npt.NDArray[Any]
 T = TypeVar("T")
 
@@ -110,6 +112,16 @@ class Communicator(Ranks, Protocol):
 
     def join(self, part: Array, out: Array) -> None:
         """Send `part` (m) to all ranks; write the parts of all ranks into the rows of `out` (size, m)."""
+
+
+def require_communicator(op: str, given: Any) -> None:
+    """Raise a TypeError if an argument lacks an attribute or a method of a `Communicator`."""
+    exchanges = ("start_exchange", "wait_for_exchanges", "join")
+    names = ("rank", "size", "gather", "broadcast", *exchanges, "waited", "exchanged")
+    if missing := [name for name in names if not hasattr(given, name)]:
+        raise TypeError(
+            f"{op}: communicator is {_check.kind(given)}, expected a Communicator, which has {missing[0]}"
+        )
 
 
 class Alone:

@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Iterator
 
 from nplora import _check
-from nplora.distributed.communicator import Alone, Communicator
+from nplora.distributed.communicator import Alone, Communicator, require_communicator
 from nplora.distributed.launch import launched_ranks, require_one_process
 from nplora.distributed.mpi import MPICommunicator
 
@@ -33,6 +33,7 @@ def opened_communicator(
     if given is not None:
         if distributed is not None:
             raise ValueError(f"{op}: communicator and distributed are both given, expected only one of them")
+        require_communicator(op, given)
         yield given
         return
     if distributed != "mpi":

@@ -6,7 +6,7 @@ from typing import Any
 import numpy.typing as npt
 
 from nplora import _check
-from nplora.distributed.communicator import Alone, Communicator
+from nplora.distributed.communicator import Alone, Communicator, require_communicator
 from nplora.distributed.ordered_sum import COMMUNICATION_DTYPES
 from nplora.nn import losses, optim
 from nplora.nn.losses import LossFunction
@@ -65,7 +65,7 @@ class TrainingSetup:
         self.outer = SGD(self.outer_lr, self.outer_momentum, nesterov=self.outer_momentum > 0)
         self.adds_in_order = adds_in_order(communicator is not None, communication_dtype, local_steps)
         self.communicator = Alone() if communicator is None else communicator
-        _require_communicator(self.communicator)
+        require_communicator("Trainer", self.communicator)
         if self.communicator.size > self.accumulate:
             raise ValueError(f"Trainer: {too_many_ranks(self.communicator.size, self.accumulate)}")
         if self.communicator.size > 1 and _measures_alone(self.loss):
@@ -102,15 +102,6 @@ def too_many_ranks(ranks: int, batches: int) -> str:
         f"{ranks} ranks need at least {ranks} batches in a step, but there are {batches}: use fewer ranks, "
         f"or accumulate={ranks}"
     )
-
-
-def _require_communicator(given: Any) -> None:
-    exchanges = ("start_exchange", "wait_for_exchanges", "join")
-    names = ("rank", "size", "gather", "broadcast", *exchanges, "waited", "exchanged")
-    if missing := [name for name in names if not hasattr(given, name)]:
-        raise TypeError(
-            f"Trainer: communicator is {_check.kind(given)}, expected a Communicator, which has {missing[0]}"
-        )
 
 
 def _measures_alone(loss: Any) -> bool:

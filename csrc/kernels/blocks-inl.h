@@ -2,9 +2,9 @@
 // instruction set and every block format. Each kernel is documented in kernel_table.h. The decoders
 // are in kernels/formats.
 //
-// In all formats but NF4, a decoded value is the product of three factors: the float16 scale of the block,
-// the integer scale of the sub-block, and the code (or the level that a table gives for the code). Some
-// formats add a minimum to the product. A fused multiply-add gives the same value as a separate
+// In all formats but NF4, a decoded value is the product of the float16 scale of the block, the integer scale
+// of the sub-block (if the format has such scales), and the code (or the level that a table gives for the
+// code). Some formats add a minimum to the product. A fused multiply-add gives the same value as a separate
 // multiplication and addition, because the product is exact. A float16 has 11 significant bits. A scale and a
 // code together have at most 12: 7 + 5 bits in Q6_K, and 5 + 7 bits in IQ4_XS. So the product fits into the
 // 24 bits of a float. Only the addition of the minimum rounds.

@@ -114,8 +114,8 @@ inline float sum(const HalfMinima& x) {
   return sum(x.low + x.high);
 }
 
-// The scale d and the minimum m of a block, as floats. The two numbers are neighbours in memory. On x86-64,
-// one instruction converts both.
+// The scale d and the minimum m of a block, as floats. The two numbers are neighbours in memory. With AVX2 or
+// AVX-512, one instruction converts both.
 struct TwoFloats {
   float first, second;
 };

@@ -88,17 +88,18 @@ struct Fetch {
   static constexpr Fetch none() { return {}; }
 
   // Prefetches `lines` cache lines that begin at `from`. At each step, gemm_outputs_in_lanes prefetches
-  // `each` lines, but no more lines than the step reads from `w`. When few lines are left, a step prefetches
-  // one line. When fewer lines are left than a tile has steps, the steps prefetch later rows of `w` instead.
-  // In L1 blocks (see l1_block_bytes), a step prefetches at most one line and no later rows. Products with
-  // low-bit blocks ignore `each` and spread the prefetches evenly over the rows of W.
+  // `each` lines, but no more lines than the step reads from `w`. If `each` is 0, gemm_outputs_in_lanes
+  // prefetches nothing. When few lines are left, a step prefetches one line. When fewer lines are left than a
+  // tile has steps, the steps prefetch later rows of `w` instead. In L1 blocks (see l1_block_bytes), a step
+  // prefetches at most one line and no later rows. Products with low-bit blocks ignore `each` and spread the
+  // prefetches evenly over the rows of W.
   static constexpr Fetch memory(const void* from, size_t lines, size_t each = 0) {
     return {static_cast<const char*>(from), lines, each};
   }
 
   // This Fetch is only for gemm_outputs_in_lanes. Each step prefetches the rows of `w` that are kFetchAhead
   // bytes after the rows that the step reads. In L1 blocks (see l1_block_bytes), the steps prefetch the next
-  // L1 block instead.
+  // L1 block instead, or nothing if the block is read too few times to prefetch all of the next one.
   static constexpr Fetch rows_ahead() { return {nullptr, 0, 1}; }
 };
 

@@ -16,8 +16,8 @@ struct AttentionShape {
   float scale;         // the factor of all scores, usually 1 / sqrt(head_dim)
   size_t window;       // a token attends to itself and `window` - 1 tokens before it; 0 means no limit
   bool pairs = false;  // whether tiles of queries are multiplied in pairs of bfloat16, summed in float32
-  // If `causal` is false, a token also attends to the tokens after it. If there is a window too, the token
-  // attends only to the next `window` - 1 tokens.
+  // If `causal` is false, a token also attends to tokens after it: to all of them or, if there is a window,
+  // to the next `window` - 1 of them.
   bool causal = true;
   // A number that is added to the score of each head, query and key (Shaw et al. 2018). The number depends on
   // the distance from the query to the key: bias is (heads, 2 reach + 1), and its columns are the distances

@@ -202,7 +202,7 @@ void attend_backward(const QueryTile& tile, Span block, const Operands& x, bool 
 }
 
 // The number of tokens in a block. The keys and values of a block and their gradients take up to 4 * 128 KB
-// of L2. The number of tokens is halved while there are fewer than kFewestTasks tasks.
+// of L2. While there are fewer than kFewestTasks tasks, the number of tokens is halved, down to kTileKeys.
 size_t block_tokens(const AttentionShape& shape, const std::vector<Run>& runs) {
   size_t block = std::clamp<size_t>(32768 / shape.head_dim / kTileKeys, 1, 8) * kTileKeys;
   const auto tasks = [&] {

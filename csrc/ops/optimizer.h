@@ -1,5 +1,5 @@
-// Optimiser steps that change a list of parameters in place. Only the first step of a thread allocates
-// memory.
+// Optimiser steps that change a list of parameters in place. After the first step of a thread, further steps
+// with the same parameters allocate no memory.
 #pragma once
 
 #include <cstddef>

@@ -236,7 +236,7 @@ def choice(op: str, name: str, value: object, allowed: Iterable[str]) -> str:
 
 
 def generator(op: str, rng: np.random.Generator | int | None) -> np.random.Generator:
-    """Return a random generator: `rng` itself, or a new one with the seed `rng`. None: with a random seed."""
+    """Return a random generator: `rng` itself, or a new one seeded with `rng`. None gives a random seed."""
     try:
         return np.random.default_rng(rng)
     except (TypeError, ValueError) as error:

@@ -252,7 +252,7 @@ def block_formats() -> dict[str, BlockFormat]:
     """The low-bit formats by name, "nf4" last."""
 
 def quantize(values: Array, format: str, blocks: Array) -> None:
-    """Quantise float32 (rows, cols) to uint8 (rows, bytes of cols values), almost minimising squared errors.
+    """Quantise float32 (rows, cols) to uint8 (rows, bytes of cols values), near the least squared error.
 
     format: any of `block_formats` except "nf4". "q8_0" gives ggml's bits. No block of "q4_0" ... "q5_1" has a
     larger error than ggml's. If a value is not finite or too large, ValueError names its row, and nothing is

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -45,15 +46,12 @@ def start(*programs: tuple[int, list[Any]], **more: str) -> subprocess.Popen[str
     )  # fmt: skip
 
 
-def run(*programs: tuple[int, list[Any]], **more: str) -> tuple[int, str, str]:
-    """Run programs until their end. Return the status, stdout, and stderr.
-
-    Python writes the kind of an uncaught error and its message one after the other, so the output of another
-    rank may stand between them. So compare only messages.
-    """
+@contextlib.contextmanager
+def started(*programs: tuple[int, list[Any]], **more: str) -> Iterator[subprocess.Popen[str]]:
+    """Start programs, and end them with the block."""
     process = start(*programs, **more)
     try:
-        out, errors = process.communicate(timeout=120)
+        yield process
     finally:
         if process.poll() is None:  # SIGKILL alone would leave the ranks behind
             process.terminate()
@@ -61,4 +59,14 @@ def run(*programs: tuple[int, list[Any]], **more: str) -> tuple[int, str, str]:
                 process.wait(5)
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
+
+
+def run(*programs: tuple[int, list[Any]], **more: str) -> tuple[int, str, str]:
+    """Run programs until their end. Return the status, stdout, and stderr.
+
+    Python writes the kind of an uncaught error and its message one after the other, so the output of another
+    rank may stand between them. So compare only messages.
+    """
+    with started(*programs, **more) as process:
+        out, errors = process.communicate(timeout=120)
     return process.returncode, out, errors

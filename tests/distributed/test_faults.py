@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from distributed import faults
-from distributed.launching import HERE, needs_mpi, run, start
+from distributed.launching import HERE, needs_mpi, run, started
 from nplora.trainer.run_directory import RunDirectory
 
 # The steps that rank 0 may have saved if the launcher has ended it. MPICH kills it, so the newest checkpoint
@@ -147,11 +147,11 @@ def test_a_signal_to_all_ranks_saves_the_run(tmp_path: Path) -> None:
     ("number", "wanted"), [(signal.SIGINT, 0), (signal.SIGTERM, 143), (signal.SIGUSR1, 138)]
 )
 def test_a_signal_to_the_launcher_saves_the_run(number: int, wanted: int, tmp_path: Path) -> None:
-    process = start((2, [HERE / "faults.py", "announce", -1, 5, tmp_path / "run"]))
-    assert process.stdout is not None
-    assert "now" in process.stdout.readline()
-    process.send_signal(number)
-    process.communicate(timeout=60)
+    with started((2, [HERE / "faults.py", "announce", -1, 5, tmp_path / "run"])) as process:
+        assert process.stdout is not None
+        assert "now" in process.stdout.readline()
+        process.send_signal(number)
+        process.communicate(timeout=60)
     assert process.returncode == wanted
     assert saved_step(tmp_path / "run") in range(5, 15)
     require_same_end(tmp_path / "run")

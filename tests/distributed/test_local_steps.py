@@ -16,6 +16,7 @@ from distributed.threads import ThreadRank, on_threads
 from nplora.distributed import Alone, Communicator, RankError
 from nplora.finetuning import FinetuneOptions, TokenLoss, int8_check
 from nplora.models.packing import pack
+from nplora.nn.losses import NonFiniteLossError
 from nplora.trainer import Callback, History, Run, StepRecord, resuming
 from small_llama import save_small_llama
 
@@ -87,6 +88,34 @@ def test_all_ranks_return_the_same_blocks_to_bfloat16(
     monkeypatch.setattr(int8_check, "cosines", lambda *_: (0.99, low.cosines))
     first, second = on_threads(2, parts)
     assert first == second
+
+
+def test_nothing_is_compared_if_the_loss_of_one_rank_is_not_finite(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = save_small_llama(tmp_path / "model.gguf", "q8_0")
+
+    def said(ranks: ThreadRank) -> list[str]:
+        lm, lines = nplora.load_model(path, compute="int8"), list[str]()
+        lm.add_lora(rank=2)
+        own.rank = ranks.rank
+        check = int8_check.Int8Check(lm, lambda: None, lines.append)
+        ids = np.arange(1, 9)
+        trainer = nplora.Trainer(
+            lm, TokenLoss(), accumulate=2, callbacks=[check], progress=False, communicator=ranks
+        )
+        trainer.fit([(pack([(ids, ids)]), None)] * 2, epochs=1)
+        return lines
+
+    def found(*_: Any) -> Any:
+        if own.rank == 1:
+            raise NonFiniteLossError("the loss is nan")
+        return 0.5, {"model.layers.0": 0.5}
+
+    own = threading.local()
+    monkeypatch.setattr(int8_check, "cosines", found)
+    line = "step 1: the gradient in int8 is not compared: rank 1: the loss is nan"
+    assert on_threads(2, said) == [[line]] * 2
 
 
 # ---- an oracle in plain NumPy ----

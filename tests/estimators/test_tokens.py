@@ -139,6 +139,7 @@ def test_words_without_a_token_cannot_be_fitted(model: Path) -> None:
 def test_long_sentences_are_cut_in_fits_and_predicted_whole(model: Path) -> None:
     with pytest.warns(UserWarning, match="cut to 5 tokens: 4 sentences"):
         fitted = LoRATokenClassifier(model, max_length=5, **FAST).fit(X, Y)
+    assert fitted.model_.max_length == 5
     long = [[word for words in X[:4] for word in words]]
     labels = fitted.predict(long)
     assert labels == fitted.model_.predict_words(long)

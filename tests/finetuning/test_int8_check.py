@@ -147,6 +147,22 @@ def test_the_worst_part_that_still_computes_in_int8_returns_next(
     assert [line.split(": ")[-1] for line in said] == names  # one after another, then nothing is left
 
 
+def test_a_comparison_that_a_signal_prevented_is_made_when_the_run_is_resumed(
+    path: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options: dict[str, Any] = {"compute": "int8", "progress": False, "rank": 4, "steps": 2}
+
+    def interrupted(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(int8_check, "cosines", interrupted)
+        assert finetune(path, data, tmp_path / "out", **options).history.interrupted
+    finetune(path, data, tmp_path / "out", resume=True, **options)
+    log = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in log if row["event"] == "int8"] == [1]
+
+
 def test_a_run_logs_its_cosines_and_resumes_with_its_parts(
     path: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

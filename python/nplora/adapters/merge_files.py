@@ -253,9 +253,9 @@ def _placed(
 
 
 def _fill(model: ModelFiles, updates: dict[str, LoraDelta | NewRows], size: int) -> None:
-    """Add rows for the new tokens that the adapter does not train, to the embedding and to the head.
+    """Add the rows after the stored rows that the adapter does not train, to the embedding and to the head.
 
-    As in training, the row of such a token is the mean of all stored rows.
+    As in training, such a row is the mean of all stored rows.
     """
     for layer in (EMBEDDING,) if model.tied else (EMBEDDING, HEAD):
         name = model.place(layer, 0)[0] or ""

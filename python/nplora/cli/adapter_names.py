@@ -10,7 +10,7 @@ from nplora.cli.errors import UsageError
 def named_adapters(given: Iterable[str]) -> dict[str, str]:
     """Return {name: path} for texts such as "tone=out/tone" and "out/tone".
 
-    A text with "=" is still a path if it is the path of an existing file, or if the part before "=" cannot be
+    A text with "=" is still a path if a file or directory has this name, or if the part before "=" cannot be
     a name. An adapter without a name gets the name of its file or directory.
 
     Raises:

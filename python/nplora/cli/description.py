@@ -1,6 +1,6 @@
 """The text that `nplora info` prints about a GGUF or safetensors file, a model directory or an adapter.
 
-Of a file with weights, only the header is read. Of an adapter, the factors are read too, because the text
+For a file with weights, only the header is read. For an adapter, the factors are read too, because the text
 contains their norms.
 """
 

@@ -26,6 +26,7 @@ def opened_communicator(
     Raises:
         ValueError: `distributed` is another value; or it is None, and a launcher has started several ranks;
             or `distributed` and `given` are both given.
+        TypeError: `given` is not a `Communicator`.
         ModuleNotFoundError, ImportError, ValueError: see `MPICommunicator`.
     """
     if distributed is not None:

@@ -1,6 +1,7 @@
 """Decide how a run computes its steps: from its options, from its memory limit, or from an earlier run."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -213,10 +214,13 @@ def fitting_all(plans: Sequence[MemoryPlan]) -> MemoryPlan:
         if not misfits:
             return plan
         first = misfits[0]
-        problem = (
-            f"for that of rank {rank} ({plan.chosen}), rank {first} needs {sizes[first] / 1e6:.0f} MB, more "
-            f"than its {plans[first].limit / 1e6:.0f} MB"
-        )
+        problem = f"rank {first} has no plan like that of rank {rank} ({plan.chosen})"
+        if sizes[first] < math.inf:
+            least, most = math.ceil(sizes[first] / 1e6), math.floor(plans[first].limit / 1e6)
+            problem = (
+                f"the plan of rank {rank} ({plan.chosen}) needs {least} MB on rank {first}, which has {most} "
+                f"MB: give rank {first} a larger --memory"
+            )
     raise BudgetError(f"finetune: no rank's plan fits on every rank: {problem}")
 
 

@@ -69,32 +69,27 @@ class Int8Check(Callback):
         """Restore the parts that an earlier run in this directory has switched back to bfloat16."""
         for layer in layers_of(self._model, part_names(self._model)):
             layer.int8 = True  # an earlier run that ended with an error may have left it False
-        self._fall_back(run.logged(_EVENT).get("in_bfloat16", []))
+        last = run.logged(_EVENT)
+        self._fall_back(last.get("in_bfloat16", []))
+        if run.step and self._is_due(run) and last.get("step") != run.step:
+            self._compare(run)  # a signal ended the earlier run before this comparison
 
     def on_step_end(self, run: Run, record: StepRecord) -> None:
-        if run.step == 1 or run.step % self._every == 0:
+        if self._is_due(run):
             self._compare(run)
 
     def on_fit_end(self, run: Run) -> None:
         for layer in layers_of(self._model, self._fallen_back):
             layer.int8 = True
 
+    def _is_due(self, run: Run) -> bool:
+        return run.step == 1 or run.step % self._every == 0
+
     def _compare(self, run: Run) -> None:
-        try:
-            own, problem = cosines(self._model, self._add_gradient), ""
-        except NonFiniteLossError as error:
-            own, problem = (1.0, {}), str(error)
-        # With local steps, the values of the ranks differ, but all ranks must compute in the same arithmetic.
-        found, problems = zip(
-            *run.ranks.gather((own, problem), f"the comparison of step {run.step}"), strict=True
-        )
-        if any(problems):
-            self._say(
-                f"step {run.step}: the gradient in int8 is not compared: {next(filter(None, problems))}"
-            )
+        found = self._smallest_cosines(run)
+        if found is None:
             return
-        whole = _least(cosine for cosine, _ in found)
-        parts = {part: _least(cosines[part] for _, cosines in found) for part in found[0][1]}
+        whole, parts = found
         worst = min(parts, key=lambda part: parts[part], default="")
         in_int8 = [part for part in parts if any(layer.int8 for layer in layers_of(self._model, [part]))]
         new = [part for part in in_int8 if not parts[part] >= self._least]
@@ -117,15 +112,30 @@ class Int8Check(Callback):
             },
         )
 
+    def _smallest_cosines(self, run: Run) -> tuple[float, dict[str, float]] | None:
+        """The smallest cosines of all ranks, or None if the loss of the sample is not finite on a rank.
+
+        With local steps, the values of the ranks differ, but all ranks must compute in the same arithmetic.
+        """
+        own, problem = None, ""
+        try:
+            own = cosines(self._model, self._add_gradient)
+        except NonFiniteLossError as error:
+            problem = str(error)
+        rows = run.ranks.gather((own, problem), f"the comparison of step {run.step}")
+        found = [row for row, _ in rows if row is not None]
+        if len(found) < len(rows):
+            rank, problem = next((rank, problem) for rank, (row, problem) in enumerate(rows) if row is None)
+            where = f"rank {rank}: " if len(rows) > 1 else ""
+            self._say(f"step {run.step}: the gradient in int8 is not compared: {where}{problem}")
+            return None
+        whole = min(cosine for cosine, _ in found)
+        return whole, {part: min(of_parts[part] for _, of_parts in found) for part in found[0][1]}
+
     def _fall_back(self, parts: Iterable[str]) -> None:
         self._fallen_back += parts
         for layer in layers_of(self._model, self._fallen_back):
             layer.int8 = False
-
-
-def _least(cosines: Iterable[float]) -> float:
-    """The smallest cosine; NaN if one of them is NaN."""
-    return float(np.min(list(cosines)))
 
 
 def of_tokens(lm: LanguageModel, batches: TokenBatches, micro_tokens: int | None = None) -> AddGradient:

@@ -76,7 +76,7 @@ class UnsafeError(FormatError):
 
 
 class CorruptError(FormatError):
-    """A file does not match its recorded checksum, or its size or modification time changed during use.
+    """A file does not match its checksum, changed during use, or does not fit the run that it belongs to.
 
     >>> import nplora
     >>> with open("adapter/adapter_config.json") as file:

@@ -164,7 +164,8 @@ class PeftAdapter:
         """Find the trained tokens of each layer: layer -> (tensor's name, token ids).
 
         Each tensor whose shape does not fit the token ids in the configuration adds a message to `problems`.
-        If the configuration names tokens, but no tensor holds their rows, a message is also added.
+        If the configuration names tokens, but no tensor holds trained rows and `problems` is empty, a message
+        is added too.
         """
         named = self.config.trainable_token_indices
         found: dict[str, tuple[str, tuple[int, ...]]] = {}

@@ -49,8 +49,9 @@ class WordIds:
     def windows(self, longest: int, around: Sequence[int]) -> tuple[list[list[int]], Array]:
         """Divide the sentences that have too many tokens into overlapping windows.
 
-        Neighbouring windows share at least a quarter of their tokens. A word is labelled in the window in
-        which its first token is furthest from a cut. The beginning and the end of a sentence are not cuts.
+        Neighbouring windows share at least a quarter of their tokens, if a window has room for two tokens
+        besides the special tokens. A word is labelled in the window in which its first token is furthest from
+        a cut. The beginning and the end of a sentence are not cuts.
 
             >>> import nplora
             >>> words = nplora.load_encoder("encoder-model").word_ids([["a", "cat", "and", "a", "dog"]])
@@ -76,7 +77,7 @@ class WordIds:
             same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(around, ids, strict=False))
             before = len(list(same))
             after, excess = len(ids) - len(around) + before, len(ids) - longest
-            begins = [0] if excess <= 0 else [*range(0, excess, room - room // 4), excess]
+            begins = [0] if excess <= 0 else [*range(0, excess, max(1, 3 * room // 4)), excess]
             middles = [before + (a + b + room) // 2 for a, b in itertools.pairwise(begins)]
             edges = itertools.pairwise([0, *middles, len(ids)])
             for begin, (first, end) in zip(begins, edges, strict=True):

@@ -18,7 +18,7 @@ from nplora.models.packing import PackedBatch
 
 Array = npt.NDArray[Any]
 
-FEW = _core.constants.small_batch  # the number of tokens in each step
+FEW = _core.constants.small_batch  # the maximum number of tokens in each step
 
 
 def loss(config: ModelConfig, model: Decoder, lm_head: AnyHead, batch: PackedBatch) -> float:

@@ -46,7 +46,7 @@ class AdapterMemory:
         return sum(list(self._sizes.values()))
 
     def unloaded(self) -> None:
-        """Record that an adapter was unloaded. The adapter's memory becomes free after the current round."""
+        """Record that an adapter was unloaded. Its memory becomes free when no request uses it any more."""
         self._unloaded = time.monotonic()
 
     def require(self, name: str, size: int, waits: bool = True) -> None:

@@ -57,7 +57,7 @@ class ServeOptions:
         metavar="DIR", kind="path",
     )  # fmt: skip
     train_share: float = _option(
-        0.5, "largest share of the time that training takes while requests are answered (0 to 1)"
+        0.5, "largest share of the time that training takes while requests are answered (above 0, at most 1)"
     )
     api_key: tuple[str, ...] = _option(
         (), "key that requests must send; also read from NPLORA_API_KEY (repeatable)", group=_ACCESS,

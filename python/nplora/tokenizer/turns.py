@@ -48,7 +48,7 @@ def mark_of(texts: Sequence[str]) -> str:
 
 
 def with_marks(messages: Sequence[Mapping[str, Any]], mark: str) -> list[Mapping[str, Any]]:
-    """Copy the messages, and replace each message's text with the message's index between two marks."""
+    """Copy the messages, and replace the texts of each, except system messages, by an index in marks."""
     return [_with_mark(message, f"{mark}{index}{mark}") for index, message in enumerate(messages)]
 
 

@@ -52,7 +52,7 @@ class _Sums:
     Attributes:
         count: the number of items over which the loss is averaged.
         right, labelled: the number of labels that were predicted correctly, and the number of all labels.
-        has_classes: whether the labels are the integers of classes.
+        has_classes: whether the labels are class indices.
     """
 
     loss: float = 0.0

@@ -76,8 +76,8 @@ class MergeCheck:
     """How well merged and unmerged outputs agree on the changed images of the held-out digits.
 
     Attributes:
-        difference: how much merging changes one element of a layer's output. Of all elements, this is the one
-            with the largest ratio of `difference` to `bound`.
+        difference: how much merging changes one element of a layer's output. The element is the one with the
+            largest ratio of `difference` to `bound`.
         bound: the largest change that rounding alone can make to this element.
         logits: the largest change that merging makes to the network's logits.
     """

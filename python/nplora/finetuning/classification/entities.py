@@ -111,10 +111,10 @@ def scheme_of(tags: Iterable[str], sentences: Iterable[Sequence[str]]) -> str:
 
 
 def entities(tags: Sequence[str]) -> Iterator[Entity]:
-    """The entities of a sentence, as CoNLL's evaluation script counts them, for all schemes.
+    """The entities of a sentence, as seqeval's default mode counts them; L- counts as E-, and U- as S-.
 
-    A tag such as B-PER always begins an entity. Every other tag except O begins one if the word before it is
-    in no entity, is in an entity of another kind, or is the last word of an entity.
+    A tag with B-, S- or U- always begins an entity. Every other tag except O begins one if the word before it
+    is in no entity, is in an entity of another kind, or is the last word of an entity.
 
     >>> from nplora.finetuning.classification.entities import entities
     >>> [tuple(entity) for entity in entities(["B-PER", "I-PER", "O", "I-LOC", "B-LOC"])]

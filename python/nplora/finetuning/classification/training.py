@@ -68,9 +68,10 @@ class ClassifierRun:
         output: the directory with the adapter.
         classifier: the trained classifier.
         examples: the number of texts or sentences that were trained on.
-        cut: the number of texts or sentences, in training and validation data, that were too long and were
-            cut.
-        lost: the number of words without a label, because their sentence was cut or they have no token.
+        cut: the number of texts in training and validation data that were too long and were cut. For words,
+            the number of training sentences that were cut; the report reads long sentences in windows.
+        lost: the number of training words without a label, because their sentence was cut or they have no
+            token.
         skipped: a text about the bad rows that were skipped; empty if there are none.
         valid: the report on the validation data; None without such data.
         temperature: the number by which the logits were divided; 1 without `calibrate`.
@@ -417,7 +418,9 @@ class _Training:
                     save_adapter(classifier, directory, self.base)
                 found_at = directory.seen_from(self.given)
             keep_layers()  # if saving fails, this is not reached, and the encoder is restored
-        cut_off = [each for each in (self.train_ids, self.valid_ids) if each is not None]
+        cut_off = [self.train_ids]
+        if self.valid_ids is not None and self.task != "tokens":  # the report reads long sentences in windows
+            cut_off.append(self.valid_ids)
         bad = [rows.bad.reason() for rows in (self.train, self.valid) if rows is not None and rows.bad.count]
         return ClassifierRun(
             found_at, classifier, len(self.train), sum(each.cut for each in cut_off),

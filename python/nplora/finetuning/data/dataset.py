@@ -143,8 +143,8 @@ def read_dataset(
             - rows: an iterable of dictionaries, a data frame of pandas or polars, or a `Dataset` of Hugging
               Face.
             - a list of paths, or of pairs (path, weight). An epoch has each example of a file `weight` times.
-              With a weight of 1.5, an epoch has half of the examples twice, and every epoch has the same
-              examples.
+              With a weight of 1.5, an epoch has about half of the examples twice, and every epoch has the
+              same examples.
         tokenizer: the model's tokenizer, or the model.
         max_length: maximum tokens of an example; longer examples are cut. A plain text requires max_length.
         learn: "completion" trains the tokens that are listed above; "all" trains all tokens.

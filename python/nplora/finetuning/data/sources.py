@@ -35,7 +35,7 @@ class Source:
         name: the file, or "data" for Python objects.
         read: a function that reads the rows, and can be called several times.
         path: the file; None for Python objects.
-        weight: how many times an epoch has each example; 0.5: an epoch has half of the examples.
+        weight: how many times an epoch has each example; 0.5: an epoch has about half of the examples.
         may_be_empty: whether the source may have no rows.
     """
 

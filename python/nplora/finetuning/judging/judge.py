@@ -122,7 +122,7 @@ def read_judge(
 
 
 def _kind(sources: list[Source], reading: ReadOptions) -> str | None:
-    """The kind in `reading` or, if it names none, the kind of the first row without an error, or None."""
+    """The kind in `reading`; without one, the kind of the first good row (of 100 in each source), or None."""
     if reading.format is not None:
         return reading.format
     for source in sources:

@@ -19,7 +19,7 @@ class Qwen2(Family):
     key_value_heads = 32
 
     def read_config(self, fields: Fields) -> ModelConfig:
-        """Read a config.json. The first `max_window_layers` layers never have a sliding window."""
+        """Read a config.json. Without `layer_types`, the first `max_window_layers` layers have no window."""
         config = super().read_config(fields)
         layers, first = config.num_hidden_layers, fields.integer("max_window_layers", 28)
         if not fields.boolean("use_sliding_window", False) or not config_fields.has_window(fields):

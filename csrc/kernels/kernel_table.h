@@ -47,8 +47,8 @@ enum class Bf16 : uint16_t {};
 // the first in the low half.
 enum class Bf16Pair : uint32_t {};
 
-// The element type of W in the int8 products of large batches: four codes that are neighbours along the
-// depth, the first in the lowest byte.
+// The element type of W in the int8 products of large batches. One element packs four codes that are
+// neighbours along the depth, with the first code in the lowest byte.
 enum class Int8Quad : uint32_t {};
 
 // The type in which products of elements of type E are summed.

@@ -30,9 +30,9 @@ struct Span {
   size_t size() const { return end - first; }
 };
 
-// The sums over keys are cut at multiples of kKeyUnit positions, because key_dots computes 4 or 8 keys at a
-// time, and products cut their depth at multiples of kDepthUnit. So the results do not depend on the size of
-// the pages.
+// The sums over keys are split at multiples of kKeyUnit positions, for two reasons. key_dots computes 4 or 8
+// keys at a time, and a product may split its depth only at multiples of kDepthUnit. So the results do not
+// depend on the size of the pages.
 inline constexpr size_t kKeyUnit = kernels::kDepthUnit;
 static_assert(kPageUnit % kKeyUnit == 0 && kTileKeys % kKeyUnit == 0);
 

@@ -22,8 +22,8 @@ const auto& gemm_outputs_in_lanes() {
 }
 
 // c (m, cols) = [c +] a (m, depth) times w (depth, cols). The columns are computed panel by panel. If `next`
-// is Fetch::memory, the memory is prefetched with the first panel only. If `next` is Fetch::rows_ahead, every
-// panel prefetches rows.
+// is Fetch::memory, the memory is prefetched with the first panel only. If `next` is Fetch::rows_ahead, the
+// product with each panel prefetches later rows of the panel.
 template <class E>
 void add_product(size_t m, size_t cols, size_t depth, kernels::Strided<E> a, const E* w, size_t w_stride,
                  kernels::Sum<E>* c, size_t c_stride, bool accumulate,

@@ -32,8 +32,8 @@ enum class Scratch {
   kWeight,   // decoded or transposed blocks of W: kBlocksBytes, or 48 kStreamedRows elements
   kDecoded,  // a block of W before it is transposed, or after the update is added: 48 kDepthBlock
   kFewRows,  // a few rows of a block of W before they are paired: 18 KB
-  // Holds one of these: B (r * d_in elements), in pairs or before it is paired; z or dz of a few tokens,
-  // transposed (32 * r elements); or rows of A times the scale (kDepthBlock * r elements).
+  // Holds one of three things. (1) B (r, d_in), r * d_in elements, plain or in pairs. (2) z or dz of a few
+  // tokens, transposed, 32 * r elements. (3) Rows of A times the scale, kDepthBlock * r elements.
   kFactor,
   kDropped,       // rows of x after dropout: 32 d_in
   kDroppedLanes,  // rows of x after dropout, in lanes or pairs: 32 d_in

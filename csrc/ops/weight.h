@@ -20,8 +20,8 @@ class RowScales;
 // The arithmetic of the products with a weight. With kFloat, products use the weight's own float type. With
 // kBfloat16, larger batches use pairs of bfloat16, summed in float: forward above kSmallBatch rows, backward
 // above kFloatBatch rows. With kInt8, these larger batches use int8 instead (see ops/int8_weight.h), and
-// forward passes of small batches use int8 too if W is in one of GGUF's block formats. With kInt8, the
-// products with the factors of an update are computed as with kBfloat16.
+// forward passes of small batches use int8 too if W is in one of GGUF's block formats. The products with the
+// LoRA factors A and B never use int8: for kInt8, they are computed as for kBfloat16.
 enum class Compute { kFloat, kBfloat16, kInt8 };
 
 // W in the form in which the products read it. If `packed` is true, W is panels of kPanelColumns columns with
@@ -66,10 +66,11 @@ inline constexpr size_t scratch_columns(size_t cols) {
 
 // The block W[rows, cols] in elements of type E. The first column is a multiple of kPanelColumns. If the
 // elements of W are stored as type E, the block is read in place. If not, the block is decoded into `scratch`
-// (rows * scratch_columns(cols) elements). A block that many tokens share (`shared`) is copied even if its
-// type is E, unless W is packed: rows that are a power of two apart would evict each other from the cache.
-// The element type Bf16 is only for weights stored in bfloat16, which are read in place. A Bf16Pair holds two
-// neighbours of a row, because gemm_tokens_in_lanes reads along the rows of W.
+// (rows * scratch_columns(cols) elements). If many tokens use the block (`shared`), it is copied even if it
+// needs no decoding, because rows of W that are a power of two apart would evict each other from the cache. A
+// packed W has no such rows, and is never copied for this reason. The element type Bf16 is only for weights
+// stored in bfloat16, which are read in place. A Bf16Pair holds two neighbours of a row, because
+// gemm_tokens_in_lanes reads along the rows of W.
 template <class E>
 kernels::Panels<E> row_block(const WeightView& w, Range rows, Range cols, bool shared, E* scratch);
 

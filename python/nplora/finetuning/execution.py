@@ -296,8 +296,8 @@ def _require_invocation(
     where = f"{op}: {dataset.report.source}: {without} of {len(dataset)} examples"
     text = lm.tokenizer.decode(invocation)
     words = (
-        f"{where} do not have the invocation tokens {list(invocation)}, the text {brief(text)}, so the "
-        "adapter would not act in them"
+        f"{where} do not have the invocation tokens {list(invocation)} (the text {brief(text)}), so the "
+        "adapter has no effect on these examples"
     )
     if without == len(dataset):
         raise ValueError(words + (_invocation_advice(lm, dataset) if is_new else ""))

@@ -56,7 +56,8 @@ def stack_forward(layers: Sequence[Stackable], x: npt.ArrayLike) -> tuple[list[A
     Returns:
         the arrays (..., d_out) in the order of the layers, and the values that `stack_backward` needs.
     Raises:
-        ValueError: `layers` is empty, d_in or the arithmetic differs, or the last axis of x is not d_in.
+        ValueError: `layers` is empty, the layers differ in d_in or in arithmetic, or the last axis of x does
+            not have the length d_in.
         TypeError: a layer is neither a LoRALinear nor a Linear.
     """
     op = "stack_forward"

@@ -53,7 +53,7 @@ class Adaptation:
 
 
 def read_network(path: StrPath, activation: str = "relu") -> Sequential:
-    """Read a network of linear layers from a safetensors file, with one activation between the layers.
+    """Read a network of linear layers from a safetensors file, with the same activation between all layers.
 
     The file has a matrix "NAME.weight" (d_out, d_in) for each layer and perhaps "NAME.bias" (d_out,). The
     names are sorted to find the order of the layers. Numbers in names are compared by value, so "fc2" comes

@@ -168,7 +168,7 @@ def find_turns(
             bisect.bisect_right(seen, (first, len(messages))) : bisect.bisect_left(seen, (end + 1, 0))
         ]
         if any(other != index for _, other in inside):
-            raise UnsupportedError(f"message {index + 1} does not end before another message")
+            raise UnsupportedError(f"message {index + 1} does not end before the next message begins")
         if last is None and index < len(messages) - 1:
             raise UnsupportedError(f"message {index + 1} has no token that ends it")
         turns[index] = Turn(first, heads[first], last)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import nplora
+from nplora.distributed import Alone
 from nplora.finetuning.embedding import (
     EmbeddingLoss,
     ExampleBatches,
@@ -463,7 +464,7 @@ def test_a_sample_whose_loss_is_not_finite_is_not_compared(model: Path) -> None:
     encoder.adapter_layers()["encoder.layer.1.output.dense"].A[...] = np.inf  # type: ignore[attr-defined]
     loss, said, log = EmbeddingLoss(), list[str](), list[Any]()
     check = Int8Check(encoder, loss.sample_gradient(encoder, read_examples(ROWS, encoder)), said.append)
-    run: Any = SimpleNamespace(step=1, log=lambda *row: log.append(row))
+    run: Any = SimpleNamespace(step=1, ranks=Alone(), log=lambda *row: log.append(row))
     with np.errstate(all="ignore"):
         check.on_step_end(run, None)  # type: ignore[arg-type]
     assert said == ["step 1: the gradient in int8 is not compared: the loss of its sample is nan"]

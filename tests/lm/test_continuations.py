@@ -1,5 +1,6 @@
 """Scores of continuations, which share the computation of their prompt."""
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -134,8 +135,9 @@ def test_questions_are_grouped_by_the_size_of_their_caches(monkeypatch: pytest.M
         for prompt, several in zip(PROMPTS, CONTINUATIONS, strict=True)
     ]
     # Slots: only continuations of more than one token need one. Lengths: without the last token.
-    assert [(question.slots, question.length) for question in questions] == [(1, 4), (1, 1), (2, 11), (1, 2)]
+    assert [(each.slots, each.computed) for each in questions] == [(1, 4), (1, 1), (2, 11), (1, 2)]
+    parts = continuations._parts(questions, math.inf)
     monkeypatch.setattr(continuations, "_MOST_CELLS", 8)
-    assert [len(group) for group in continuations.groups(questions)] == [2, 1, 1]
+    assert [len(group) for group in continuations._groups(parts)] == [2, 1, 1]
     monkeypatch.setattr(continuations, "_MOST_CELLS", 44)
-    assert [len(group) for group in continuations.groups(questions)] == [3, 1]
+    assert [len(group) for group in continuations._groups(parts)] == [3, 1]

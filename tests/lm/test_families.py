@@ -209,6 +209,20 @@ def test_a_text_that_outgrows_the_original_context_is_generated_as_by_transforme
     assert calls.count((1, 17)) == 2 + 1 + 3, "the prompt of 17 tokens, and texts that are read again"
 
 
+def test_each_continuation_rotates_by_its_own_length(tmp_path: Path) -> None:
+    """With LongRoPE: the score of a short continuation does not depend on a long one beside it."""
+    theirs, ours = model_of("phi3 with longrope", "as usual", 10, tmp_path)
+    prompts = [ids_for(theirs, 1, length)[0] for length in (13, 15, 16)]  # the original context has 16 tokens
+    answers = [[ids_for(theirs, 1, length)[0] for length in (9, 1, 3, 4, 2)]] * len(prompts)
+    found = ours.continuation_scores(prompts, answers)
+    for prompt, several, scores in zip(prompts, answers, found, strict=True):
+        for tokens, score in zip(several, scores, strict=True):
+            with torch.no_grad():
+                logits = theirs(torch.from_numpy(np.append(prompt, tokens))[None]).logits[0].double()
+            wanted = logits.log_softmax(-1)[len(prompt) - 1 : -1][range(len(tokens)), tokens]
+            np.testing.assert_allclose(score.log_probs, wanted.numpy(), rtol=0, atol=2e-5)
+
+
 def test_a_text_in_a_batch_rotates_as_it_does_alone(tmp_path: Path) -> None:
     """With LongRoPE: a short prompt beside one beyond the original context keeps the short factors."""
     theirs, ours = model_of("phi3 with longrope", "as usual", 8, tmp_path)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol, cast
 
@@ -239,8 +238,8 @@ def longest_before_switch(config: Any) -> float:
     When a sequence outgrows this maximum, all its tokens are computed again with the long factors, as in
     transformers. So the text does not depend on `max_new_tokens`.
     """
-    long = config.rope.long
-    return math.inf if long is None else int(long.original_length)
+    longest: float = config.rope.longest_short
+    return longest
 
 
 def prompt_ids(op: str, lm: GeneratingModel, prompt: Prompt) -> list[int]:

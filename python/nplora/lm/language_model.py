@@ -30,7 +30,7 @@ from nplora.lora.merging import MergeReport
 from nplora.models import building, families, head, model_digest, stepwise
 from nplora.models.cache import KVCache
 from nplora.models.config import ModelConfig
-from nplora.models.continuations import MOST_ROWS, Question, groups
+from nplora.models.continuations import MOST_ROWS, Question
 from nplora.models.continuations import token_scores as score_continuations
 from nplora.models.decoder import Decoder, DecoderSaved
 from nplora.models.packing import IGNORED, PackedBatch, pack
@@ -840,15 +840,13 @@ class LanguageModel(Module):
         ]
         if not all(question.continuations for question in questions):
             raise ValueError(f"{op}: a prompt has no continuation, expected at least one")
-        self._warn_if_longer(op, max((question.length for question in questions), default=0))
+        self._warn_if_longer(op, max((question.computed for question in questions), default=0))
         lm = self._selected(op)
-        rows, found = stepwise.FEW if self.compute == "int8" else MOST_ROWS, list[list[TokenScores]]()
+        rows = stepwise.FEW if self.compute == "int8" else MOST_ROWS
         with inference():
-            for group in groups(questions):
-                scores = score_continuations(lm.config, lm.model, lm.lm_head, group, rows)
-                found += [[TokenScores(-losses, is_top) for losses, is_top in each] for each in scores]
+            scores = score_continuations(lm.config, lm.model, lm.lm_head, questions, rows)
         self.require_unchanged()
-        return found
+        return [[TokenScores(-losses, is_top) for losses, is_top in each] for each in scores]
 
     def _sequence(self, op: str, token_ids: npt.ArrayLike) -> Array:
         """Check the ids of one sequence, which must not be empty."""

@@ -41,8 +41,21 @@ class Question(NamedTuple):
 
     @property
     def length(self) -> int:
+        """The number of tokens in the longest sequence, which is the prompt and one continuation."""
+        return len(self.prompt) + max(map(len, self.continuations))
+
+    @property
+    def computed(self) -> int:
         """The number of tokens to compute in the longest sequence: all tokens except the last one."""
-        return len(self.prompt) + max(map(len, self.continuations)) - 1
+        return self.length - 1
+
+
+class _Part(NamedTuple):
+    """Some continuations of a question, which are computed with the same rotation of the prompt."""
+
+    index: int  # of the question
+    places: list[int]  # of the continuations in the question
+    question: Question
 
 
 class _Rows(NamedTuple):
@@ -52,18 +65,6 @@ class _Rows(NamedTuple):
     slots: Array
     in_sequence: Array
     limits: Array
-
-
-def groups(questions: Sequence[Question]) -> list[list[Question]]:
-    """Divide the questions, in order, into groups that are computed together."""
-    found, slots, length = list[list[Question]](), 0, 0
-    for question in questions:
-        slots, length = slots + question.slots, max(length, question.length)
-        if not found or slots * length > _MOST_CELLS:
-            found.append([])
-            slots, length = question.slots, question.length
-        found[-1].append(question)
-    return found
 
 
 def token_scores(
@@ -78,8 +79,43 @@ def token_scores(
     Args:
         most_rows: the number of tokens that are computed at a time.
     """
+    found = [dict[int, Scores]() for _ in questions]
+    for group in _groups(_parts(questions, config.rope.longest_short)):
+        scores = _group_scores(config, model, lm_head, [part.question for part in group], most_rows)
+        for part, each in zip(group, scores, strict=True):
+            found[part.index].update(zip(part.places, each, strict=True))
+    return [[scores[place] for place in range(len(scores))] for scores in found]
+
+
+def _parts(questions: Sequence[Question], longest_short: float) -> list[_Part]:
+    """Divide each question if LongRoPE rotates the prompt differently for its long continuations."""
+    parts = list[_Part]()
+    for index, (prompt, continuations) in enumerate(questions):
+        is_long = [len(prompt) + len(tokens) > longest_short for tokens in continuations]
+        for side in (False, True):
+            if places := [place for place, long in enumerate(is_long) if long == side]:
+                parts.append(_Part(index, places, Question(prompt, [continuations[i] for i in places])))
+    return parts
+
+
+def _groups(parts: Sequence[_Part]) -> list[list[_Part]]:
+    """Divide the parts, in order, into groups that are computed together."""
+    found, slots, length = list[list[_Part]](), 0, 0
+    for part in parts:
+        slots, length = slots + part.question.slots, max(length, part.question.computed)
+        if not found or slots * length > _MOST_CELLS:
+            found.append([])
+            slots, length = part.question.slots, part.question.computed
+        found[-1].append(part)
+    return found
+
+
+def _group_scores(
+    config: ModelConfig, model: Decoder, lm_head: head.AnyHead, questions: Sequence[Question], most_rows: int
+) -> list[list[Scores]]:
+    """The scores of questions that are computed together."""
     starts = np.cumsum([0, *(question.slots for question in questions)], dtype=np.int64)
-    cache = KVCache(config, int(starts[-1]), max(question.length for question in questions), model)
+    cache = KVCache(config, int(starts[-1]), max(question.computed for question in questions), model)
     for question, first in zip(questions, starts[:-1], strict=True):
         for slot in range(first, first + question.slots):
             cache.activate(slot, question.prompt)

@@ -83,6 +83,11 @@ class RopeConfig:
             frequencies = frequencies / self.factors
         return np.asarray(frequencies / self.linear_factor)
 
+    @property
+    def longest_short(self) -> float:
+        """The maximum length for which LongRoPE uses its short divisors; infinite without LongRoPE."""
+        return math.inf if self.long is None else self.long.original_length
+
 
 class Rope:
     """Rotates the heads of q and k by the positions of their tokens.

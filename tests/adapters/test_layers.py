@@ -379,6 +379,24 @@ def test_a_failure_after_a_replacement_brings_the_old_adapter_back() -> None:
     assert modules_and_values(model) == before
 
 
+@pytest.mark.parametrize("swaps", [0, 1, 2, 3])
+def test_ctrl_c_while_layers_are_replaced_leaves_the_old_adapter(
+    swaps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, adapter = few(), Adapter.from_model(adapted_net())
+    before, exchange = modules_and_values(model), type(model).exchange
+
+    def interrupted(self: nplora.Module, replaced: dict[int, nplora.Module]) -> None:
+        monkeypatch.undo()
+        exchange(self, dict(list(replaced.items())[:swaps]))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(type(model), "exchange", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        adapter.attach(model, replace=True)
+    assert modules_and_values(model) == before
+
+
 def test_a_language_model_takes_an_adapter_in_the_place_of_another(tmp_path: Path) -> None:
     path = save_small_llama(tmp_path / "model.gguf")
     ids, model, alone = [[1, 2, 3, 4]], nplora.load_model(path), nplora.load_model(path)

@@ -295,7 +295,8 @@ def attach(
         plain[id(layer)] = layer.frozen()
     modules = dict(model.named_modules())
     made = new_layers(adapter, model, any_base, freeze_B)
-    model.exchange({**plain, **{id(modules[name]): layer for name, layer in made.items()}})
+    with rollback_on_error(model):
+        model.exchange({**plain, **{id(modules[name]): layer for name, layer in made.items()}})
 
 
 def new_layers(

@@ -126,6 +126,7 @@ FAMILIES: dict[str, Kind] = {
 # GGUF cannot express these models, because llama.cpp computes all models of a family in the same way.
 UNKNOWN_TO_GGUF = {
     "llama with gelu": Kind("Llama", {"hidden_act": "gelu_pytorch_tanh"}),
+    "llama with exact gelu": Kind("Llama", {"hidden_act": "gelu"}),
     "gemma3 with another pattern": Kind(
         "Gemma3",
         {

@@ -560,7 +560,7 @@ def test_an_adapter_of_a_family_that_is_not_known_is_refused(tmp_path: Path) -> 
     path = of_llama_cpp(tmp_path / "a.gguf", 1.0, attn_q=1)
     file = gguf.open(path)
     gguf.save(path, dict(file), file.metadata.typed() | {"general.architecture": "mamba"})
-    with pytest.raises(UnsupportedError, match=r"nplora does not know the architecture 'mamba'"):
+    with pytest.raises(UnsupportedError, match=r"general\.architecture is 'mamba', expected one of gemma3, "):
         nplora.adapter_from_gguf(path, tmp_path / "back")
 
 
@@ -637,7 +637,8 @@ def test_the_base_model_is_found_by_its_name_in_the_configuration(
         assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "b.gguf").read_bytes()
     (tmp_path / "text.txt").write_text("private")
     os.mkfifo(tmp_path / "pipe.gguf")
-    for name in ("nowhere.gguf", "owner/other", "text.txt", "/etc/passwd", "pipe.gguf", ".", "\0", "../x/y"):
+    nothing = ("nowhere.gguf", "owner/other", "text.txt", "/etc/passwd", "pipe.gguf", ".", "\0", "../x/y")
+    for name in (*nothing, "x" * 5000):
         directory = write_peft(tmp_path / "peft", alike(), factors(alike()), base_model_name_or_path=name)
         with pytest.raises(ValueError, match="which is not on this machine; use --base MODEL"):
             adapters.convert_adapter(directory, tmp_path / "c.gguf")

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 import small_models
-from nplora.formats.errors import FormatError, UnsupportedError
+from nplora.formats.errors import FormatError
 from nplora.models import base_model, families, hf_config
 from nplora.models.config import ModelConfig
 
@@ -57,7 +57,7 @@ def test_the_windows_are_those_of_transformers(
     transformers = pytest.importorskip("transformers")
     path = write(tmp_path, family, sliding_window=window, use_sliding_window=use)
     if family == "gemma3_text" and window is None:  # its layers with a window rotate with another base
-        with pytest.raises(UnsupportedError, match="a layer has type 'sliding_attention'"):
+        with pytest.raises(FormatError, match="a layer has type 'sliding_attention'"):
             hf_config.read(path)
         return
     theirs = transformers.AutoConfig.from_pretrained(tmp_path)
@@ -151,6 +151,8 @@ def test_a_smollm3_has_the_windows_that_layer_types_name(tmp_path: Path) -> None
     kinds = ["sliding_attention", "full_attention"] * 15
     config = read(tmp_path, "smollm3", layer_types=kinds, sliding_window=7)
     assert config.sliding_windows == (7, 0) * 15
+    with pytest.raises(FormatError, match="'sliding_attention', but there is no sliding_window"):
+        read(tmp_path, "smollm3", layer_types=kinds)
 
 
 @pytest.mark.parametrize(

@@ -327,11 +327,7 @@ def read(path: StrPath, base: StrPath | None, any_base: bool = False) -> tuple[A
     The arguments and errors are those of `adapter_from_gguf`.
     """
     stored, source = gguf_adapter.load(path), files.name(path)
-    family = families.find_architecture(stored.architecture)
-    if family is None:
-        raise UnsupportedError(
-            f"{source}: nplora does not know the architecture {brief(stored.architecture)}"
-        )
+    family = families.by_architecture(source, stored.architecture)
     model = None if base is None else base_model.read(base, any_base)
     if model is not None and model.family.architecture != stored.architecture:
         raise FormatError(

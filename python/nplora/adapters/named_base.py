@@ -36,11 +36,12 @@ def find(directory: StrPath) -> Path:
 
 
 def _is_base(path: Path) -> bool:
-    if "\0" in str(path):
+    try:
+        if path.is_dir():
+            return (path / model_directory.CONFIG).is_file()
+        return path.is_file() and (files.suffix(path) == ".gguf" or path.name == model_directory.CONFIG)
+    except (OSError, ValueError):  # the path is too long, or holds "\0"
         return False
-    if path.is_dir():
-        return (path / model_directory.CONFIG).is_file()
-    return path.is_file() and (files.suffix(path) == ".gguf" or path.name == model_directory.CONFIG)
 
 
 def _cached(name: str) -> list[Path]:

@@ -44,7 +44,8 @@ class ModelConfig:
         unrotated: the indices of the layers without rotation.
         rotary_dim: how many values of each head are rotated, counted from the first; None: all values.
         qkv_bias, o_bias, mlp_bias: whether these linear layers have a bias.
-        hidden_act: the MLP's activation: "silu", or "gelu_pytorch_tanh" (GELU approximated with tanh).
+        hidden_act: the MLP's activation: "silu", "gelu", or "gelu_pytorch_tanh" (which approximates
+            GELU with tanh).
         query_pre_attn_scalar: attention scores are divided by the square root of this number, or by the
             square root of `head_dim` if the number is None.
         attention_multiplier: a factor for the attention scores, instead of the division by a square root; or

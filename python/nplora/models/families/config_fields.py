@@ -138,12 +138,23 @@ def has_window(fields: Fields) -> bool:
     return fields.integer_or_null("sliding_window", _WINDOW) is not None
 
 
-def windows(fields: Fields, kinds: list[str]) -> tuple[int, ...]:
-    """The sliding window of each layer. If `layer_types` is missing, `kinds` has the types of the layers."""
+def windows(fields: Fields, kinds: list[str], default: int | None = _WINDOW) -> tuple[int, ...]:
+    """The sliding window of each layer.
+
+    Args:
+        kinds: the types of the layers, if `layer_types` is missing.
+        default: the window, if `sliding_window` is missing; None: there is no window.
+    Raises:
+        FormatError: a layer has type "sliding_attention", but there is no window.
+    """
     if "layer_types" in fields:
         kinds = fields.strings("layer_types", len(kinds))
     sizes = {"full_attention": NO_WINDOW}
-    window = fields.integer_or_null("sliding_window", _WINDOW)
+    window = fields.integer_or_null("sliding_window", default)
+    if window is None and "sliding_attention" in kinds:
+        raise FormatError(
+            f"{fields.source}: a layer has type 'sliding_attention', but there is no sliding_window"
+        )
     if window is not None:
         sizes["sliding_attention"] = require_window(fields.source, window)
     for kind in kinds:

@@ -33,7 +33,7 @@ class SmolLM3(Family):
         has_window = fields.boolean("use_sliding_window", False) and "sliding_window" in fields
         slides = unrotated if has_window else frozenset[int]()
         kinds = ["sliding_attention" if i in slides else "full_attention" for i in range(layers)]
-        windows = config_fields.windows(fields, kinds)
+        windows = config_fields.windows(fields, kinds, default=None)
         mlp_bias = fields.boolean("mlp_bias", False)
         return dataclasses.replace(config, unrotated=unrotated, sliding_windows=windows, mlp_bias=mlp_bias)
 

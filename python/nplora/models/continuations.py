@@ -53,8 +53,8 @@ class Question(NamedTuple):
 class _Part(NamedTuple):
     """Some continuations of a question, which are computed with the same rotation of the prompt."""
 
-    index: int  # of the question
-    places: list[int]  # of the continuations in the question
+    number: int  # the index of the question
+    places: list[int]  # the indices of the continuations in the question
     question: Question
 
 
@@ -83,18 +83,18 @@ def token_scores(
     for group in _groups(_parts(questions, config.rope.longest_short)):
         scores = _group_scores(config, model, lm_head, [part.question for part in group], most_rows)
         for part, each in zip(group, scores, strict=True):
-            found[part.index].update(zip(part.places, each, strict=True))
+            found[part.number].update(zip(part.places, each, strict=True))
     return [[scores[place] for place in range(len(scores))] for scores in found]
 
 
 def _parts(questions: Sequence[Question], longest_short: float) -> list[_Part]:
     """Divide each question if LongRoPE rotates the prompt differently for its long continuations."""
     parts = list[_Part]()
-    for index, (prompt, continuations) in enumerate(questions):
+    for number, (prompt, continuations) in enumerate(questions):
         is_long = [len(prompt) + len(tokens) > longest_short for tokens in continuations]
         for side in (False, True):
             if places := [place for place, long in enumerate(is_long) if long == side]:
-                parts.append(_Part(index, places, Question(prompt, [continuations[i] for i in places])))
+                parts.append(_Part(number, places, Question(prompt, [continuations[i] for i in places])))
     return parts
 
 

@@ -110,6 +110,7 @@ def small_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("test", examples(), ids=lambda test: test.name)
 def test_an_example_prints_what_its_docstring_shows(
     test: doctest.DocTest, small_files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -7,6 +7,8 @@ import sys
 import tomllib
 from pathlib import Path
 
+import pytest
+
 import nplora
 from nplora import _core
 
@@ -42,6 +44,7 @@ def test_numpy_is_the_only_required_dependency() -> None:
     assert [re.split(r"[<>=!~ ]", line)[0] for line in PROJECT["dependencies"]] == ["numpy"]
 
 
+@pytest.mark.slow
 def test_import_loads_only_numpy() -> None:
     code = (
         "import sys, numpy; before = set(sys.modules); import nplora; "
@@ -52,6 +55,7 @@ def test_import_loads_only_numpy() -> None:
     assert set(run.stdout.split()) <= {"nplora", "numpy"} | learns | sys.stdlib_module_names
 
 
+@pytest.mark.slow
 def test_import_does_not_load_files_models_and_training() -> None:
     code = "import sys, nplora; print(*(m for m in sys.modules if m.startswith('nplora.')))"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -59,6 +63,7 @@ def test_import_does_not_load_files_models_and_training() -> None:
     assert not [m for m in run.stdout.split() if m.split(".")[1] in late]
 
 
+@pytest.mark.slow
 def test_modules_that_are_imported_lazily_are_available() -> None:
     late = {name: name for name in ("trainer", "finetuning", "formats", "adapters", "models", "tokenizer")}
     late |= {"data": "finetuning.data", "generate": "lm.generation", "plot": "trainer.plot"}
@@ -72,6 +77,7 @@ def test_modules_that_are_imported_lazily_are_available() -> None:
     assert run.stdout.splitlines() == ["[]", "[]", "<class 'nplora.trainer.callbacks.Callback'>"]
 
 
+@pytest.mark.slow
 def test_modules_can_be_imported_by_the_names_that_the_docs_use() -> None:
     code = (
         "import importlib, types, nplora\n"
@@ -85,6 +91,7 @@ def test_modules_can_be_imported_by_the_names_that_the_docs_use() -> None:
     assert run.stdout.splitlines() == ["True True", "True nplora.finetuning.data True"]
 
 
+@pytest.mark.slow
 def test_import_does_not_change_the_floating_point_mode() -> None:
     """A subnormal survives. -ffast-math would set flush-to-zero when the library is loaded."""
     code = "import nplora, numpy as np; print(np.float32(2.0**-130) * np.float32(0.5) > 0, 5e-324 * 1.0 > 0)"

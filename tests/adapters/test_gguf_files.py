@@ -195,6 +195,7 @@ def base_config(directory: Path, model_type: str = "llama") -> Path:
     return directory
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_llama_cpp_s_rule_gives_peft_s_update(case: str, tmp_path: Path) -> None:
     settings = CASES[case]

@@ -79,6 +79,7 @@ def delta(update: LoraDelta, stored: str) -> Array:
     return in_llama_order(update.scale * update.A.astype(np.float64) @ update.B.astype(np.float64), stored)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("storage", STORAGES)
 def test_a_gguf_file_gets_the_sum_in_its_own_storage(
     storage: str, rng: np.random.Generator, tmp_path: Path
@@ -765,6 +766,7 @@ def test_blocks_that_are_not_decoded_are_refused(rng: np.random.Generator, tmp_p
         nplora.merge_adapter(tmp_path / "base.gguf", adapter, tmp_path / "out.gguf")
 
 
+@pytest.mark.slow
 def test_no_weight_is_held_as_a_whole(rng: np.random.Generator, tmp_path: Path) -> None:
     shape = (6000, 2048)
     raw = np.zeros(shape[0] * 64 * 20, np.uint8)

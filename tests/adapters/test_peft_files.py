@@ -344,6 +344,7 @@ def test_a_missing_file_is_an_os_error(name: str, tmp_path: Path) -> None:
         load_adapter(Net(), tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*unknown keys are ignored")
 @pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
 def test_damaged_files_give_format_errors_and_change_nothing(name: str, tmp_path: Path) -> None:
@@ -523,6 +524,7 @@ def ending_after(number: int, real: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
+@pytest.mark.slow
 def test_a_save_killed_before_any_call_leaves_the_old_adapter_or_the_new(tmp_path: Path) -> None:
     old, new = perturbed(Net(rank=5, alpha=8), 1), perturbed(Net(rank=3, alpha=12), 2)
     found = []
@@ -544,6 +546,7 @@ def test_a_save_killed_before_any_call_leaves_the_old_adapter_or_the_new(tmp_pat
     assert len(found) - switch >= 3  # the flush, the second rename, and its flush
 
 
+@pytest.mark.slow
 def test_a_reader_sees_the_old_adapter_or_the_new_while_one_replaces_the_other(tmp_path: Path) -> None:
     both = [perturbed(Net(rank=5, alpha=8), 1), perturbed(Net(rank=3, alpha=12), 2)]
     wanted, ended, seen = [state(model) for model in both], threading.Event(), set[int]()

@@ -149,6 +149,7 @@ def test_a_classifier_of_texts_writes_no_conll_file(here: Path, capsys: pytest.C
     assert not (here / "a.conll").exists()
 
 
+@pytest.mark.slow
 def test_eval_draws_the_confusion_matrix(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("matplotlib")
     assert cli.main(["classify", "train", "model", "--data", "train.csv", "--output", "out", *FAST]) == 0
@@ -206,6 +207,7 @@ def test_a_file_of_predictions_is_not_left_behind_after_an_error(
     assert not (here / "p.csv").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("rows", "message"),
     [

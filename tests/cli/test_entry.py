@@ -18,11 +18,13 @@ from nplora.cli import demo, entry
 from nplora.cli.demo import dictionary
 
 
+@pytest.mark.slow
 def test_the_version_is_printed() -> None:
     done = command("--version")
     assert (done.returncode, done.stdout) == (0, f"nplora {nplora.__version__}\n")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "status", "message"),
     [
@@ -144,6 +146,7 @@ def test_ctrl_c_while_the_parser_is_made_exits_with_130(monkeypatch: pytest.Monk
     assert cli.main(["finetune"]) == 130
 
 
+@pytest.mark.slow
 def test_a_reader_that_goes_away_leaves_no_traceback() -> None:
     reading, writing = os.pipe()
     os.close(reading)
@@ -154,6 +157,7 @@ def test_a_reader_that_goes_away_leaves_no_traceback() -> None:
     assert (done.returncode, done.stderr) == (1, "")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "status"), [("info", 0), ("info missing", 2), ("combine a --output b --rank x", 2)]
 )
@@ -185,6 +189,7 @@ def test_the_notes_on_an_error_are_in_its_line(
     assert capsys.readouterr().err == "nplora: error: two problems: one; two; a note\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
 def test_letters_that_a_terminal_cannot_show_are_replaced(encoding: str) -> None:
     done = subprocess.run(

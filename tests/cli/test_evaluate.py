@@ -68,6 +68,7 @@ def test_eval_prints_each_metric_with_its_interval(
         assert re.fullmatch(pattern, line), line
 
 
+@pytest.mark.slow
 def test_the_json_of_eval_is_that_of_python(
     model: Path, data: Path, adapter: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -77,6 +78,7 @@ def test_the_json_of_eval_is_that_of_python(
     assert json.loads(run(capsys, *words, "--compare")[1]) == expected
 
 
+@pytest.mark.slow
 def test_compare_prints_a_table_with_a_row_for_each_adapter(
     model: Path, data: Path, adapter: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -142,6 +142,7 @@ def test_the_storages_are_those_that_can_be_written() -> None:
 HEAVY = {"finetune", "plan", "eval", "generate", "merge", "tune"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("word", ["generate", "info", "combine", "--help"])
 def test_a_parser_loads_what_its_command_needs_and_no_other_command(word: str) -> None:
     program = (

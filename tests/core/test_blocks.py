@@ -100,6 +100,7 @@ def test_scale_offsets_list_every_float16_of_a_block(name: str) -> None:
     assert np.isfinite(dequantize(block, name)).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FORMATS)
 def test_any_block_decodes_to_the_bits_of_gguf(name: str, rng: np.random.Generator, figure: Figure) -> None:
     for count in range(100):
@@ -275,6 +276,7 @@ def test_k_types_beat_min_max_rounding_by_a_tenth(name: str, data: Data, rng: np
     assert ours.sum() <= LEAST_GAIN.get(name, 0.9) * min_max_error(values, name).sum()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("data", WEIGHTS, ids=lambda data: data.name)
 @pytest.mark.parametrize("name", SEARCHED)
 def test_no_plain_search_block_by_block_does_better(name: str, data: Data, rng: np.random.Generator) -> None:
@@ -358,6 +360,7 @@ def test_values_that_cannot_be_stored_are_refused_with_their_row_and_nothing_is_
     assert (blocks == 7).all()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("thread_limit")
 @pytest.mark.parametrize("name", FORMATS)
 def test_blocks_and_values_are_the_same_on_any_number_of_threads(name: str, rng: np.random.Generator) -> None:

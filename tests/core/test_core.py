@@ -82,6 +82,7 @@ class Case:
         assert (np.abs(got - expected) <= self.bound(magnitude, depth) + 1.01 * off).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize(("storage", "compute"), KINDS)
 @pytest.mark.parametrize("shape", SHAPES)

@@ -87,6 +87,7 @@ def assert_right(head: Head, bound: float, results: tuple[Array, Array, Array, A
     assert (error <= limit[~flat]).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("storage", FORMATS)
 @pytest.mark.parametrize(
     ("n", "vocab", "d"), [(1, 64, 32), (3, 65, 96), (5, 1000, 160), (40, 700, 64), (33, 5003, 576)]

@@ -59,6 +59,7 @@ def collapses() -> bool:
     return True
 
 
+@pytest.mark.slow
 @needs_smaps
 @pytest.mark.parametrize("count", [1, 2, 5, 40])
 def test_weights_smaller_than_a_huge_page_take_their_storage_in_whole_pages(count: int) -> None:
@@ -70,6 +71,7 @@ def test_weights_smaller_than_a_huge_page_take_their_storage_in_whole_pages(coun
     assert huge <= in_pages
 
 
+@pytest.mark.slow
 @needs_smaps
 @pytest.mark.skipif(not collapses(), reason="the system makes no huge pages on request")
 def test_weights_smaller_than_a_huge_page_share_them() -> None:
@@ -77,6 +79,7 @@ def test_weights_smaller_than_a_huge_page_share_them() -> None:
     assert huge >= 0.5 * nbytes  # the system may refuse some huge pages when it is short of them
 
 
+@pytest.mark.slow
 @needs_smaps
 def test_a_weight_gives_back_its_memory_while_its_neighbours_live() -> None:
     code = """
@@ -92,6 +95,7 @@ print(grown()[0])
     assert none <= 256 * KIBIBYTE
 
 
+@pytest.mark.slow
 @needs_smaps
 def test_weights_that_come_and_go_beside_one_that_stays_leave_nothing() -> None:
     code = """
@@ -104,6 +108,7 @@ print(grown()[0], W.nbytes)
     assert total <= nbytes + 256 * KIBIBYTE
 
 
+@pytest.mark.slow
 @needs_smaps
 @pytest.mark.skipif(not collapses(), reason="the system makes no huge pages on request")
 def test_memory_mapped_in_a_freed_weight_s_place_is_left_alone() -> None:
@@ -129,6 +134,7 @@ print(filled, grown()[0], 3 * size)
     assert total <= in_pages + 64 * KIBIBYTE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rows", [1030, 1024])
 @pytest.mark.skipif(not collapses(), reason="the system makes no huge pages on request")
 def test_a_weight_after_a_freed_one_or_of_whole_huge_pages_starts_on_a_huge_page(rows: int) -> None:
@@ -149,6 +155,7 @@ print(advised() - before)
     assert run(code) == [2 * MEBIBYTE]
 
 
+@pytest.mark.slow
 @systems.needs_fork
 def test_a_forked_child_can_make_weights_while_threads_of_its_parent_make_some() -> None:
     code = """
@@ -174,6 +181,7 @@ print(1)
     assert run(code) == [1]
 
 
+@pytest.mark.slow
 def test_weights_of_all_sizes_keep_their_values_while_others_come_and_go() -> None:
     def come_and_go(seed: int) -> None:
         rng = np.random.default_rng(seed)

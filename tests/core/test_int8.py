@@ -54,6 +54,7 @@ def test_explain_says_up_to_how_many_rows_are_int8(rows: int) -> None:
     assert as_blocks == bool(np.all(np.abs(got - rounded(x) @ W.T) <= bound(x, W)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("storage", GGUF_BLOCKS)
 def test_the_error_of_rounding_x_is_below_one_percent(storage: str) -> None:
     x, W = normal(4, 1024), normal(256, 1024, seed=1)

@@ -67,6 +67,7 @@ def agree(got: Array, wanted: tuple[Array, Array]) -> bool:
     return bool(np.all(np.abs(got - wanted[0]) <= wanted[1]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("storage", STORAGES)
 @pytest.mark.parametrize("rows", ROWS)
 def test_products_are_those_of_the_scheme(storage: str, rows: int) -> None:

@@ -59,6 +59,7 @@ def test_products_equal_those_of_the_decoded_matrix(
             assert np.all(error <= bound), (d_out, d_in, n)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OF_32)
 def test_rows_that_are_no_multiple_of_a_panel_or_a_pair_of_them_work(
     name: str, rng: np.random.Generator
@@ -74,6 +75,7 @@ def test_rows_that_are_no_multiple_of_a_panel_or_a_pair_of_them_work(
             assert np.all(np.abs(fw.matmul_t(dy) - dy.astype(np.float64) @ W) <= bound)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compute", ["float32", "bfloat16"])
 @pytest.mark.parametrize("d_in", [1, 31, 33, 63, 65, 100, 577])
 def test_blocks_of_nf4_may_straddle_rows(d_in: int, compute: str, rng: np.random.Generator) -> None:
@@ -136,6 +138,7 @@ def test_non_finite_scales_propagate() -> None:
 # ---- the low-rank update ----
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n", [1, 3, 8, 40, 300])
 @pytest.mark.parametrize("name", FORMATS)
 def test_lora_gradients_equal_those_of_the_decoded_matrix(
@@ -413,6 +416,7 @@ print(private() - before, fw.nbytes)
 """
 
 
+@pytest.mark.slow
 @systems.needs_procfs("smaps_rollup")
 @pytest.mark.parametrize("storage", ["float32", "bfloat16", "q4_1", "q6_k"])
 def test_an_owned_weight_takes_little_more_than_its_storage(storage: str) -> None:

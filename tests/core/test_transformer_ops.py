@@ -434,6 +434,7 @@ class Attention:
         return reference.grouped_heads(x, heads, self.starts)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bfloat16", [False, True])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_attention_and_its_backward_match_the_whole_matrix(case: Case, bfloat16: bool) -> None:
@@ -771,6 +772,7 @@ thread.join()
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kernel", ["rope", "cross_entropy"])
 def test_indices_changed_by_another_thread_never_reach_memory_outside(kernel: str) -> None:
     subprocess.run([sys.executable, "-c", WRITER, kernel], check=True, timeout=60)

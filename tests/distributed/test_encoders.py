@@ -124,6 +124,7 @@ def classified(
     return made, (digest(made.classifier), numbers(made.history), made.temperature, report)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CLASSIFIERS)
 def test_ranks_train_the_classifier_of_one_process(name: str, model: Path, tmp_path: Path) -> None:
     alone = classified(None, model, tmp_path / "alone", **CLASSIFIERS[name])[1]
@@ -145,6 +146,7 @@ def test_a_classifier_of_ranks_reports_each_of_them(model: Path, tmp_path: Path)
     assert len(re.findall(r"rank [01] on .* texts/s, waited", str(first))) == 2
 
 
+@pytest.mark.slow
 def test_ranks_train_a_classifier_on_a_language_model(tmp_path: Path) -> None:
     model = tmp_path / "model.gguf"
     save_small_llama(model)
@@ -153,6 +155,7 @@ def test_ranks_train_a_classifier_on_a_language_model(tmp_path: Path) -> None:
     assert on_threads(2, lambda ranks: work(ranks)[1]) == [alone] * 2
 
 
+@pytest.mark.slow
 def test_ranks_divide_the_batches_of_the_report(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -179,6 +182,7 @@ class _Fail(Callback):
             raise OSError("the power is gone")
 
 
+@pytest.mark.slow
 def test_a_run_of_two_ranks_is_resumed_by_three(model: Path, tmp_path: Path) -> None:
     more: dict[str, Any] = {"dropout": 0.2, "save_every": 1}
     alone = classified(None, model, tmp_path / "alone", **more)[1]
@@ -216,6 +220,7 @@ def test_a_classifier_with_more_ranks_than_batches_in_a_step_is_refused(model: P
         on_threads(3, lambda ranks: classified(ranks, model, tmp_path, accumulate=2))
 
 
+@pytest.mark.slow
 def test_a_communicator_of_your_own_is_used(model: Path, tmp_path: Path) -> None:
     class Counted(Alone):
         joins = 0
@@ -247,6 +252,7 @@ def test_a_communicator_and_distributed_exclude_each_other(model: Path, tmp_path
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_ranks_train_the_labels_of_tokens(model: Path) -> None:
     def trained(ranks: Communicator | None) -> tuple[Any, ...]:
         encoder = nplora.load_encoder(model)
@@ -289,6 +295,7 @@ def embedded(ranks: Communicator | None, model: Path, output: Path, **more: Any)
     return digest(made.encoder), numbers(made.history)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EMBEDDINGS)
 def test_ranks_train_the_embeddings_of_one_process(name: str, model: Path, tmp_path: Path) -> None:
     """With `micro_tokens`, most batches have several micro-batches, whose number differs."""

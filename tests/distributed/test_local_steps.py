@@ -262,6 +262,7 @@ def resumed(
     return on_threads(size, work)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
 def test_an_error_between_outer_steps_loses_only_the_steps_since_the_last_one(
     rank: int, tmp_path: Path

@@ -116,6 +116,7 @@ def test_another_communication_dtype_is_refused() -> None:
         nplora.Trainer(nplora.LoRALinear(np.eye(4), rank=1), communication_dtype="float16")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [2, 5])
 @pytest.mark.parametrize(
     "name", ["numpy_model", "numpy_batch_without_labels", "numpy_layer_used_twice", "numpy_sent_in_bfloat16"]

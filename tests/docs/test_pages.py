@@ -174,6 +174,7 @@ def test_blocks_are_one_session_in_one_directory(tmp_path: Path) -> None:
     assert run(blocks_of_text("page", PAGE_THAT_RUNS), tmp_path) == ""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("page", "problem"),
     [
@@ -345,6 +346,7 @@ def other_options() -> set[str]:
     return found | OPTIONS_OF_OTHERS
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", sorted(BLOCKS.keys() - CHANGES_THE_CODE))
 def test_every_option_that_a_page_names_exists(page: str) -> None:
     options = {name: options_of(name) for name in COMMANDS}

@@ -85,6 +85,7 @@ def texts(rng: np.random.Generator) -> tuple[list[str], list[str]]:
     ], labels
 
 
+@pytest.mark.slow
 def test_an_estimator_of_texts_needs_a_few_methods_only(tmp_path: Path, rng: np.random.Generator) -> None:
     X, y = texts(rng)
     model = LetterClassifier(checkpoint_dir=tmp_path, early_stopping=True).fit(X, y)

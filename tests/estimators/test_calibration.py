@@ -6,6 +6,7 @@ import pytest
 from nplora.sklearn.calibration import log_probabilities, temperature
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("factor", [0.3, 1.0, 4.0])
 def test_the_temperature_minimises_the_cross_entropy(factor: float, rng: np.random.Generator) -> None:
     logits = rng.normal(size=(5000, 4)) * 2

@@ -11,6 +11,7 @@ from nplora.sklearn import LoRAClassifier, LoRARegressor
 ESTIMATORS = [LoRAClassifier(epochs=25), LoRARegressor(epochs=25)]
 
 
+@pytest.mark.slow
 @parametrize_with_checks(ESTIMATORS)
 def test_scikit_learn_s_checks_pass(estimator: Any, check: Any) -> None:
     name = getattr(check, "func", check).__name__

@@ -324,6 +324,7 @@ def stopping_at(monkeypatch: pytest.MonkeyPatch, steps: int) -> Callable[[], Non
     return lambda: monkeypatch.setattr(nplora.Sequential, "backward", real)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("early_stopping", [False, True])
 def test_an_interrupted_fit_continues_with_the_same_bits(
     early_stopping: bool, tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
@@ -344,6 +345,7 @@ def test_an_interrupted_fit_continues_with_the_same_bits(
     np.testing.assert_array_equal(resumed.predict_proba(X), whole.predict_proba(X))
 
 
+@pytest.mark.slow
 def test_a_grid_search_that_was_interrupted_loads_its_finished_fits(
     tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -424,6 +426,7 @@ def test_bad_settings_are_refused_with_plain_words(
         classifier(**options).fit(X, y)
 
 
+@pytest.mark.slow
 def test_fits_leave_no_network_behind(rng: np.random.Generator) -> None:
     X, y = blobs(rng)
     model = classifier(epochs=1)

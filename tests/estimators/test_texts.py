@@ -95,6 +95,7 @@ def test_a_pickle_refuses_another_encoder(tmp_path: Path) -> None:
         pickle.loads(stored)
 
 
+@pytest.mark.slow
 def test_a_grid_search_shares_the_frozen_weights(model: Path) -> None:
     search = GridSearchCV(LoRATextClassifier(model, **FAST), {"rank": [1, 2, 4], "lr": [1e-4, 1e-2]}, cv=2)
     search.fit(X, Y)

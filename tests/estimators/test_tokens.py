@@ -28,6 +28,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_small_encoder(tmp_path_factory.mktemp("encoder"))
 
 
+@pytest.mark.slow
 def test_the_estimator_is_that_of_train_classifier(model: Path, tmp_path: Path) -> None:
     """With the seed that `random_state` gives, both train the same values."""
     fitted = LoRATokenClassifier(model, **FAST).fit(X, Y)
@@ -53,6 +54,7 @@ def test_probabilities_are_those_of_the_logits(model: Path) -> None:
     np.testing.assert_allclose(np.concatenate(found), wanted, rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_searches_and_scores_work(model: Path) -> None:
     search = GridSearchCV(LoRATokenClassifier(model, **FAST), {"lr": [1e-5, 1e-2]}, cv=2).fit(X, Y)
     assert search.best_params_ == {"lr": 1e-2}

@@ -127,6 +127,7 @@ def test_tokens_around_a_text_are_added(stand_in: ModuleType, monkeypatch: pytes
         assert ours.encode(text, add_special_tokens=True, parse_special=True) == expected
 
 
+@pytest.mark.slow
 def test_the_classes_of_characters_are_those_of_unicode(stand_in: ModuleType) -> None:
     for code in range(sys.maxunicode + 1):
         category = unicodedata.category(chr(code))[0]
@@ -147,6 +148,7 @@ def test_another_kind_of_tokenizer_is_refused(stand_in: ModuleType, monkeypatch:
         from_gguf(gguf.loads(gguf.dumps({}, metadata)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("text", "name"),
     [

@@ -35,6 +35,7 @@ def run(script: str, directory: Path, *arguments: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_the_textbook_script_runs(tmp_path: Path) -> None:
     assert "rank of the update: 2" in run("textbook_lora.py", tmp_path)
 

@@ -40,6 +40,7 @@ def key(adapter: Path) -> str | None:
     return content.metadata.get("chat_template")
 
 
+@pytest.mark.slow
 def test_an_adapter_remembers_whether_its_data_went_through_the_template(model: Path, tmp_path: Path) -> None:
     for name, rows, options, expected in (
         ("pairs", PAIRS, {}, "false"),
@@ -77,6 +78,7 @@ def test_generate_warns_of_another_form(
     assert printed == (f"nplora: warning: generate: {adapter.parent}/{message}\n" if message else "")
 
 
+@pytest.mark.slow
 def test_evaluate_warns_of_another_form(model: Path, tmp_path: Path) -> None:
     chats = trained(model, tmp_path / "chats", CHATS)
     with pytest.warns(
@@ -94,6 +96,7 @@ def test_evaluate_warns_of_another_form(model: Path, tmp_path: Path) -> None:
         evaluate(model, PAIRS, adapter=tmp_path / "other")  # an adapter that does not say
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("rows", "with_template"), [(CHATS, True), (PAIRS, False)])
 def test_a_converted_adapter_remembers_the_form_too(
     model: Path, tmp_path: Path, rows: list[Any], with_template: bool
@@ -112,6 +115,7 @@ def test_a_converted_adapter_remembers_the_form_too(
     assert "nplora.chat_template" not in oracle.GGUFReader(tmp_path / "other.gguf").fields
 
 
+@pytest.mark.slow
 def test_a_combined_adapter_remembers_the_form_that_all_parts_have(model: Path, tmp_path: Path) -> None:
     chats, pairs = (trained(model, tmp_path / str(len(rows[0])), rows) for rows in (CHATS, PAIRS))
     save_adapter(load_with_adapter(model, chats), tmp_path / "other")

@@ -48,6 +48,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_small_encoder(tmp_path_factory.mktemp("model"))
 
 
+@pytest.mark.slow
 def test_a_classifier_learns_and_its_adapter_is_read_again(model: Path, tmp_path: Path) -> None:
     rows = some_rows()
     run = train_classifier(model, rows, tmp_path, valid=some_rows(40, 1), epochs=8, **FAST)
@@ -64,6 +65,7 @@ def test_a_classifier_learns_and_its_adapter_is_read_again(model: Path, tmp_path
     assert list(predicted[0]["probabilities"].values()) == again.predict_proba(texts)[0].tolist()
 
 
+@pytest.mark.slow
 def test_several_labels_for_a_text_are_learned(model: Path, tmp_path: Path) -> None:
     rows = some_rows()
     run = train_classifier(model, rows, tmp_path, task="multi", columns="label=pets", epochs=20, **FAST)
@@ -74,6 +76,7 @@ def test_several_labels_for_a_text_are_learned(model: Path, tmp_path: Path) -> N
     assert evaluate_classifier(run.classifier, separated, separator=";").as_json() == report.as_json()
 
 
+@pytest.mark.slow
 def test_a_regression_predicts_the_targets_as_they_are(model: Path, tmp_path: Path) -> None:
     rows = some_rows()
     run = train_classifier(
@@ -96,6 +99,7 @@ class _Fail(Callback):
             raise OSError("the power is gone")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ["single", "regression"])
 def test_a_resumed_run_has_the_bits_of_a_run_without_a_stop(task: str, model: Path, tmp_path: Path) -> None:
     column = "label=number" if task == "regression" else "label=label"
@@ -119,6 +123,7 @@ def test_a_resumed_run_has_the_bits_of_a_run_without_a_stop(task: str, model: Pa
         train_classifier(model, other, tmp_path / "cut", resume=True, **options)
 
 
+@pytest.mark.slow
 def test_a_run_in_int8_learns_compares_its_gradients_and_resumes_to_the_bit(
     model: Path, tmp_path: Path
 ) -> None:

@@ -71,6 +71,7 @@ def after_a_rise(losses: list[float], begin: int) -> int:
 # ---- the adapter that is kept ----
 
 
+@pytest.mark.slow
 def test_the_adapter_of_the_lowest_validation_loss_is_saved(model: Path, data: Path, tmp_path: Path) -> None:
     every_step = WILD | {"eval_every": 1, "steps": 60}
     whole = finetune(model, data, tmp_path / "whole", **every_step)
@@ -114,6 +115,7 @@ def test_patience_ends_a_run_and_keeps_its_best_adapter(
     assert again.loss_after == report.loss_after
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [3, 4, 5, 9, 12, 17])
 def test_a_stopped_run_saves_its_last_adapter_and_resumes_to_the_best(
     step: int, model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -141,6 +143,7 @@ def hint_of(report: FinetuneReport) -> str:
     return "".join(line for line in str(report).splitlines() if "--patience 1" in line)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("keep", ["best", "last"])
 def test_after_ctrl_c_only_an_adapter_that_is_kept_is_offered(
     keep: str, model: Path, data: Path, tmp_path: Path
@@ -217,6 +220,7 @@ def test_callbacks_run_in_a_fine_tuning_run(model: Path, data: Path, tmp_path: P
         finetune(model, data, tmp_path / "other", callbacks=[print])  # type: ignore[list-item]
 
 
+@pytest.mark.slow
 def test_a_plan_counts_the_copy_of_the_best_factors(model: Path, data: Path) -> None:
     def planned(where: Path = data, **options: Any) -> int:
         return plan(model, where, **options).memory.factors

@@ -84,6 +84,7 @@ def adapter_of(output: Path) -> dict[str, Array]:
 # ---- training ----
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kl", ["forward", "reverse"])
 @pytest.mark.parametrize("stored", [False, True])
 def test_the_divergence_falls(
@@ -101,6 +102,7 @@ def test_the_divergence_falls(
     assert "KL" in str(report)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kl", "temperature"), [("forward", 1.0), ("reverse", 2.0)])
 def test_all_tokens_stored_teach_as_the_model_itself(
     model: Path, teacher: Path, data: Path, tmp_path: Path, kl: str, temperature: float
@@ -129,6 +131,7 @@ class Stop(Callback):
             raise KeyboardInterrupt
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stored", [False, True])
 def test_a_run_resumes_to_the_bit(
     model: Path, teacher: Path, taught: Path, data: Path, tmp_path: Path, stored: bool
@@ -152,6 +155,7 @@ def test_a_run_resumes_to_the_bit(
             np.testing.assert_array_equal(parts[name], array)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changed", "words"),
     [({"kl": "reverse"}, "kl was forward, is reverse"), ({"kd_ratio": 0.9}, "kd_ratio was 0.5, is 0.9")],
@@ -164,6 +168,7 @@ def test_a_run_does_not_resume_with_another_divergence(
         finetune(model, data, tmp_path / "out", teacher=taught, steps=2, resume=True, **DISTILL | changed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["stored", "model", "in memory"])
 def test_a_run_does_not_resume_with_another_teacher(
     model: Path, teacher: Path, taught: Path, data: Path, tmp_path: Path, kind: str
@@ -191,6 +196,7 @@ def adapted(model: Path, selected: str | list[str] | None = None, **changes: Any
     return lm
 
 
+@pytest.mark.slow
 def test_a_teacher_is_identified_by_all_that_decides_its_predictions(model: Path, teacher: Path) -> None:
     different: list[dict[str, Any]] = [
         {},
@@ -347,6 +353,7 @@ def test_the_adapter_of_the_teacher_is_not_replaced(
     assert (adapter / name).read_bytes() == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("temperature", [0.01, 100.0])
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 def test_a_file_of_an_extreme_temperature_teaches(
@@ -452,6 +459,7 @@ def test_a_teacher_of_another_vocabulary_is_refused(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("padded", ["model", "teacher"])
 @pytest.mark.parametrize("kl", ["forward", "reverse"])
 def test_a_vocabulary_may_be_padded(
@@ -479,6 +487,7 @@ def talkative(model: Path) -> Path:
     return save_small_llama(path, changes=changes, vocab=len(tokens) + 7)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kl", ["forward", "reverse"])
 def test_a_stored_teacher_may_know_tokens_that_the_student_lacks(
     model: Path, talkative: Path, data: Path, tmp_path: Path, kl: str
@@ -591,6 +600,7 @@ def put(place: Any, value: Any) -> Callable[[Array], Array]:
     return change
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "words"),
     [

@@ -65,6 +65,7 @@ def gradients(
 # ---- micro-batches ----
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dims", [None, (32, 8)])
 def test_micro_batches_give_the_gradients_of_the_whole_batch(
     model: Path, dims: Any, rng: np.random.Generator
@@ -400,6 +401,7 @@ def test_unknown_names_of_a_search_are_refused(model: Path) -> None:
 # ---- runs ----
 
 
+@pytest.mark.slow
 def test_a_run_learns_the_pairs_and_its_adapter_gives_equal_embeddings(model: Path, tmp_path: Path) -> None:
     queries = {i: row["anchor"] for i, row in enumerate(ROWS)}
     corpus = {i: row["positive"] for i, row in enumerate(ROWS)}
@@ -417,6 +419,7 @@ def test_a_run_learns_the_pairs_and_its_adapter_gives_equal_embeddings(model: Pa
     assert config["task_type"] == "FEATURE_EXTRACTION"
 
 
+@pytest.mark.slow
 def test_a_resumed_run_has_the_bits_of_a_run_without_a_stop(model: Path, tmp_path: Path) -> None:
     options: dict[str, Any] = {"lr": 1e-2, "batch_size": 3, "dropout": 0.2, "micro_tokens": 20}
 
@@ -434,6 +437,7 @@ def test_a_resumed_run_has_the_bits_of_a_run_without_a_stop(model: Path, tmp_pat
         np.testing.assert_array_equal(one.value, other.value)
 
 
+@pytest.mark.slow
 def test_a_run_in_int8_learns_and_compares_its_gradients(model: Path, tmp_path: Path) -> None:
     train(model, ROWS, tmp_path / "out", lr=1e-2, epochs=30, batch_size=2, compute="int8")
     encoder = nplora.load_encoder(model)  # in float32
@@ -472,6 +476,7 @@ def test_a_sample_whose_loss_is_not_finite_is_not_compared(model: Path) -> None:
     assert all(layer.int8 for layer in layers_of(encoder, part_names(encoder)))
 
 
+@pytest.mark.slow
 def test_every_loss_trains_on_its_rows(model: Path, tmp_path: Path) -> None:
     scored = [{"sentence1": "a cat", "sentence2": "the cat", "score": 1.0},
               {"sentence1": "a cat", "sentence2": "my parcel", "score": 0.0}]  # fmt: skip

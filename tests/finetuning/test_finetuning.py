@@ -86,6 +86,7 @@ def files_of(directory: Path) -> dict[str, bytes]:
 # ---- a run ----
 
 
+@pytest.mark.slow
 def test_a_run_learns_and_leaves_an_adapter(model: Path, data: Path, tmp_path: Path) -> None:
     report = finetune(model, data, tmp_path / "out", sample=("1+1=", "x"), **QUICK)
     assert report.loss_before is not None
@@ -111,6 +112,7 @@ def test_a_run_learns_and_leaves_an_adapter(model: Path, data: Path, tmp_path: P
     assert config["task_type"] == "CAUSAL_LM"
 
 
+@pytest.mark.slow
 def test_steps_are_those_of_the_batches_mean_loss(model: Path, data: Path, tmp_path: Path) -> None:
     """One step over accumulated batches equals the step over all of their tokens at once."""
     runs = []
@@ -227,6 +229,7 @@ def test_every_option_of_the_data_reaches_the_reader(model: Path, tmp_path: Path
     assert report.learned == report.tokens - 2  # all but the first token of each
 
 
+@pytest.mark.slow
 def test_the_model_learns_to_end_its_answers(model: Path, tmp_path: Path) -> None:
     (tmp_path / "train.jsonl").write_text('{"prompt": "say:", "completion": "abc"}\n' * 8)
     targets = ("all-linear", "lm_head")
@@ -237,6 +240,7 @@ def test_the_model_learns_to_end_its_answers(model: Path, tmp_path: Path) -> Non
     assert report.loss_before is report.loss_after is None
 
 
+@pytest.mark.slow
 def test_recomputed_activations_give_the_same_adapter(model: Path, data: Path, tmp_path: Path) -> None:
     for recompute in (False, True):
         finetune(model, data, tmp_path / str(recompute), recompute=recompute, **QUICK)
@@ -252,6 +256,7 @@ def test_the_old_name_of_recompute_still_works(model: Path, data: Path) -> None:
     assert plan(model, data, checkpoint_blocks=True).chosen.recompute
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["memory", "disk"])
 def test_kept_outputs_of_frozen_blocks_give_the_same_adapter(
     model: Path, data: Path, tmp_path: Path, where: str
@@ -282,6 +287,7 @@ def test_a_disk_that_is_too_full_for_the_kept_outputs_is_an_error_before_the_run
     assert not (tmp_path / "out" / "checkpoint-0.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_a_run_with_a_frozen_b_trains_a_alone_and_continues_to_the_bit(
     model: Path, data: Path, tmp_path: Path
 ) -> None:
@@ -398,6 +404,7 @@ def test_nothing_is_written_for_options_that_do_not_fit(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:generate. the text ends")  # the context is full
 def test_a_sample_is_a_chat_if_the_training_data_are(tmp_path: Path) -> None:
     template = (
@@ -457,6 +464,7 @@ def test_a_run_in_the_directory_is_kept(model: Path, data: Path, tmp_path: Path)
     assert files_of(tmp_path / "out") != was
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", ["adapter_config.json", "adapter_model.safetensors"])
 def test_an_adapter_in_the_directory_is_kept(file: str, model: Path, data: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
@@ -504,6 +512,7 @@ def test_no_file_that_a_run_reads_is_replaced(
     assert os.listdir(out) == [name]
 
 
+@pytest.mark.slow
 def test_the_files_of_an_interrupted_run_are_ours_or_stay(model: Path, data: Path, tmp_path: Path) -> None:
     out, users = tmp_path / "out", tmp_path / "users"
     finetune(model, data, out, **QUICK)
@@ -525,6 +534,7 @@ def test_the_files_of_an_interrupted_run_are_ours_or_stay(model: Path, data: Pat
     finetune(model, data, out, **QUICK, resume=True)
 
 
+@pytest.mark.slow
 def test_an_adapter_is_saved_in_the_directory_of_the_run_even_if_it_moves(
     model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -580,6 +590,7 @@ def test_the_adapter_of_an_overwritten_run_is_not_used_for_the_new_run(
     assert files_of(out) != was
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", ["config.json", "model.safetensors", "model-00001-of-00002.safetensors"])
 def test_a_directory_with_a_model_gets_no_adapter(
     file: str, model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -601,6 +612,7 @@ def test_a_directory_with_a_model_gets_no_adapter(
     assert [path.name for path in out.iterdir()] == [file]
 
 
+@pytest.mark.slow
 def test_a_run_does_not_resume_with_other_data(model: Path, data: Path, tmp_path: Path) -> None:
     finetune(model, data, tmp_path / "out", **QUICK)
     with (data / "train.jsonl").open("a") as file:
@@ -609,6 +621,7 @@ def test_a_run_does_not_resume_with_other_data(model: Path, data: Path, tmp_path
         finetune(model, data, tmp_path / "out", **QUICK, resume=True)
 
 
+@pytest.mark.slow
 def test_a_run_that_cannot_resume_is_one_error_with_a_way_out(
     model: Path, data: Path, tmp_path: Path
 ) -> None:
@@ -628,6 +641,7 @@ def test_a_run_that_cannot_resume_is_one_error_with_a_way_out(
             )
 
 
+@pytest.mark.slow
 def test_a_run_that_needs_more_memory_than_there_is_warns_of_it(
     model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -670,6 +684,7 @@ def test_targets_may_be_one_text_as_on_the_command_line() -> None:
         assert FinetuneOptions(targets=given).targets == ("q_proj", "v_proj")  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_a_finished_run_that_is_resumed_trains_nothing_and_says_so(
     model: Path, data: Path, tmp_path: Path
 ) -> None:
@@ -743,6 +758,7 @@ def test_a_run_that_resumes_from_its_start_measures_the_baseline(
     assert (resumed.loss_before, resumed.samples) == (whole.loss_before, whole.samples)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -777,6 +793,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(model: Path, data: Path, tmp_pat
     assert not (tmp_path / "out" / "adapter_model.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_a_run_that_diverges_leaves_its_last_good_adapter_and_continues_with_a_lower_lr(
     model: Path,
     data: Path,
@@ -840,6 +857,7 @@ def steps_of(output: Path) -> list[dict[str, Any]]:
     return [row for row in rows if row["event"] == "step"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", DEAD)
 def test_progress_that_nobody_reads_ends_no_run(
     kind: str, model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -849,6 +867,7 @@ def test_progress_that_nobody_reads_ends_no_run(
     assert (len(report.history.steps), report.history.ended) == (5, "complete")
 
 
+@pytest.mark.slow
 def test_the_adapter_is_saved_before_the_samples_and_the_report(
     model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -878,6 +897,7 @@ def fail() -> None:
     raise ArithmeticError("of a callback")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("action", "error"),
     [
@@ -899,6 +919,7 @@ def test_the_adapter_is_saved_if_a_callback_fails_or_is_interrupted_after_the_la
     assert files_of(tmp_path / "out") == files_of(tmp_path / "plain")
 
 
+@pytest.mark.slow
 def test_ctrl_c_waits_until_the_adapter_is_saved(
     model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -1035,6 +1056,7 @@ def test_a_model_is_unchanged_after_a_run_that_is_refused(model: Path, data: Pat
             finetune(lm, data, tmp_path / "other", **QUICK, targets=(targets,))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("hook", ["on_fit_start", "on_before_optimizer_step"])
 def test_a_model_is_unchanged_after_a_run_that_fails_before_the_end_of_its_first_step(
     hook: str, model: Path, data: Path, tmp_path: Path
@@ -1067,6 +1089,7 @@ def test_a_model_keeps_what_was_trained_before_an_error(model: Path, data: Path,
     assert all(values.any() for values in trained)
 
 
+@pytest.mark.slow
 def test_the_commands_refuse_an_adapter_of_another_model_and_take_it_on_request(
     model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -1106,6 +1129,7 @@ def test_an_adapter_that_is_replaced_while_it_is_put_on_is_the_old_one(
         assert value.tobytes() == next(p.value for p in old.parameters() if p.name == name).tobytes()
 
 
+@pytest.mark.slow
 def test_an_adapter_of_llama_cpp_is_put_on_as_well(model: Path, data: Path, tmp_path: Path) -> None:
     finetune(model, data, tmp_path / "peft", **QUICK, targets=("all-linear", "embed_tokens", "lm_head"))
     nplora.adapter_to_gguf(tmp_path / "peft", tmp_path / "adapter.gguf", model)
@@ -1192,6 +1216,7 @@ def test_adapters_have_weights(model: Path, data: Path, tmp_path: Path, capsys: 
         evaluate(model, data, adapter=[(b, float("nan"))])
 
 
+@pytest.mark.slow
 def test_a_run_continues_from_an_adapter(model: Path, data: Path, tmp_path: Path) -> None:
     options = {**CONTINUE, "lr": 1e-2, "schedule": "constant"}
     start = load_model(model)
@@ -1215,6 +1240,7 @@ def test_a_run_continues_from_an_adapter(model: Path, data: Path, tmp_path: Path
     assert nplora.plan(model, data, **options, adapter=str(tmp_path / "start"))
 
 
+@pytest.mark.slow
 def test_a_run_that_continues_from_an_adapter_resumes_to_the_bit(
     model: Path, data: Path, tmp_path: Path
 ) -> None:
@@ -1325,6 +1351,7 @@ def test_a_model_answers_texts_chats_and_lists_of_them(model: Path) -> None:
         lm.generate("x", top_k=0)
 
 
+@pytest.mark.slow
 def test_an_error_says_where_a_misplaced_adapter_belongs(model: Path, data: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     finetune(model, data, out, **QUICK)
@@ -1397,6 +1424,7 @@ def test_an_adapter_is_a_path_a_pair_or_a_list_of_these(model: Path, tmp_path: P
             load_with_adapter(model, wrong)  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_an_adapter_in_memory_is_taken_as_its_directory_is(model: Path, data: Path, tmp_path: Path) -> None:
     lm = load_model(model)
     lm.add_lora(rank=2, init="gaussian")
@@ -1489,6 +1517,7 @@ def test_decoding_in_int8_without_quantised_weights_is_warned_of(
     evaluate(save_small_llama(tmp_path / "low.gguf", "q8_0"), data, compute="int8")  # warns of nothing
 
 
+@pytest.mark.slow
 def test_finetune_and_plan_take_an_adapter_of_another_model_on_request(
     model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -1516,6 +1545,7 @@ def test_finetune_and_plan_take_an_adapter_of_another_model_on_request(
         assert cli.main([*command_line, "--any-base"]) == 0
 
 
+@pytest.mark.slow
 def test_a_notebook_shows_progress_by_default_in_one_line(
     model: Path,
     data: Path,
@@ -1545,6 +1575,7 @@ def test_a_notebook_shows_progress_by_default_in_one_line(
 # ---- the word filter ----
 
 
+@pytest.mark.slow
 def test_a_filtered_run_logs_what_it_skips_and_resumes_to_the_bit(
     model: Path, data: Path, tmp_path: Path
 ) -> None:

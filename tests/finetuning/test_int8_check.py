@@ -163,6 +163,7 @@ def test_a_comparison_that_a_signal_prevented_is_made_when_the_run_is_resumed(
     assert [row["step"] for row in log if row["event"] == "int8"] == [1]
 
 
+@pytest.mark.slow
 def test_a_run_logs_its_cosines_and_resumes_with_its_parts(
     path: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

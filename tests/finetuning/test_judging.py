@@ -87,6 +87,7 @@ def test_rows_are_read_once_for_the_loss_and_the_answers(lm: LanguageModel, rows
 # ---- tokens ----
 
 
+@pytest.mark.slow
 def test_loss_and_token_accuracy_are_those_of_the_logits(lm: LanguageModel, adapters: Path) -> None:
     adapted = lm.with_adapter(nplora.read_adapter(adapters / "trained"))
     found = evaluate(lm, ROWS, adapter=adapters / "trained")
@@ -302,6 +303,7 @@ def test_a_failed_score_is_null_in_the_file_of_answers(lm: LanguageModel, module
     assert (scores.count(None), scores.count(1.0)) == (6, 6)
 
 
+@pytest.mark.slow
 def test_a_function_that_always_fails_has_no_value_but_a_reason(
     lm: LanguageModel, module: str, adapters: Path
 ) -> None:
@@ -628,6 +630,7 @@ def test_pairs_are_judged_by_the_log_probabilities_of_both_answers(lm: LanguageM
     assert (found["examples"], found["metrics"]["reward_acc"]["examples"]) == (8, 8)
 
 
+@pytest.mark.slow
 def test_pairs_are_compared_with_the_model_alone(lm: LanguageModel, adapters: Path) -> None:
     found = compare(lm, PAIRS, {"mine": adapters / "trained"})
     base = found.evaluations["base"]["metrics"]
@@ -660,6 +663,7 @@ def test_pairs_are_not_answered_and_do_not_mix(lm: LanguageModel) -> None:
 # ---- comparisons ----
 
 
+@pytest.mark.slow
 def test_each_adapter_is_compared_with_the_base_and_the_best_with_the_others(
     lm: LanguageModel, adapters: Path
 ) -> None:

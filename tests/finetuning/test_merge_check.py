@@ -64,6 +64,7 @@ def unquantised(path: Path, output: Path) -> Path:
     return output
 
 
+@pytest.mark.slow
 def test_an_adapter_that_loses_its_training_is_refused_with_a_type_that_keeps_it(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -331,6 +332,7 @@ def hf_directory(directory: Path) -> Path:
     return directory
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("base", "output"), [("", "out"), ("", "out.safetensors"), ("model.safetensors", "out.safetensors")]
 )

@@ -184,6 +184,7 @@ def test_a_plan_counts_the_micro_batches_of_each_batch(files: tuple[Path, Path])
         assert time.parts == parts > 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("more", [{}, {"local_steps": 2}])
 def test_ranks_find_each_plan_that_fits_with_the_gradients_that_they_keep(
     files: tuple[Path, Path], repeatable_plans: None, more: dict[str, Any]

@@ -63,6 +63,7 @@ class CtrlC(Callback):
             raise KeyboardInterrupt
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves_a_run_that_resumes_to_the_bit(
     options: dict[str, Any], expected: dict[str, bytes], tmp_path: Path
 ) -> None:
@@ -74,6 +75,7 @@ def test_ctrl_c_saves_a_run_that_resumes_to_the_bit(
     assert adapter_of(out) == expected
 
 
+@pytest.mark.slow
 def test_a_full_disk_keeps_the_last_checkpoint_from_which_a_run_resumes_to_the_bit(
     options: dict[str, Any], expected: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -104,6 +106,7 @@ def test_a_full_disk_keeps_the_last_checkpoint_from_which_a_run_resumes_to_the_b
     assert adapter_of(out) == expected
 
 
+@pytest.mark.slow
 def test_a_run_that_diverges_names_its_step_and_saves_no_bad_factors(
     options: dict[str, Any], tmp_path: Path
 ) -> None:

@@ -294,6 +294,7 @@ def test_a_need_and_the_room_for_it_never_read_the_same(
         plan(model, data, memory=226_399_999)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_may_use_the_margin_of_its_plan(
     model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -739,6 +740,7 @@ def test_a_run_with_a_plan_resumes_to_the_bit(
     assert (tmp_path / "other" / "adapter_model.safetensors").read_bytes() == whole
 
 
+@pytest.mark.slow
 def test_the_pairs_of_attention_are_what_a_pass_keeps(model: Path) -> None:
     """Compared with how much a new process grows in a forward and a backward pass in bfloat16."""
     n, width, heads = 8192, 512, 8

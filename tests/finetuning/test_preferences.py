@@ -527,6 +527,7 @@ def test_a_reference_is_not_used_for_a_model_with_a_few_other_rows(tmp_path: Pat
     assert not np.array_equal(again, first)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", ["sft", "dpo"])
 def test_a_model_with_another_configuration_is_another_model(objective: str, tmp_path: Path) -> None:
     path, output = save_small_llama(tmp_path / "m.gguf"), tmp_path / "out"
@@ -584,6 +585,7 @@ def test_a_reference_that_is_not_finite_ends_the_run_before_it_begins(
     assert not (tmp_path / "out" / REFERENCE).exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{"init": "gaussian"}, {"init": "pissa"}, {"adapter": "first"}], ids=str)
 def test_the_reference_is_the_model_without_any_adapter(
     options: dict[str, Any], model: Path, tmp_path: Path
@@ -611,6 +613,7 @@ def files_of(directory: Path) -> dict[str, bytes]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_a_run_prefers_the_chosen_answers_and_reports_it(
     objective: str, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -644,6 +647,7 @@ def test_a_run_prefers_the_chosen_answers_and_reports_it(
     assert nplora.evaluate(model, [{"text": "a"}], adapter=tmp_path / "out")["loss"] > 0
 
 
+@pytest.mark.slow
 def test_the_reported_rewards_are_those_of_the_saved_adapter(model: Path, tmp_path: Path) -> None:
     """The validation data have chosen and rejected exchanged, so that the first evaluation is the best."""
     exchanged = [row | {"chosen": row["rejected"], "rejected": row["chosen"]} for row in PAIRS[:6]]
@@ -671,6 +675,7 @@ class Stop(Callback):
 STOPS = [("on_step_end", 1), ("on_before_optimizer_step", 2), ("on_step_end", 3)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_a_run_of_any_objective_resumes_to_the_bit(objective: str, model: Path, tmp_path: Path) -> None:
     options = {**QUICK, "objective": objective, "valid": HELD_OUT, "accumulate": 2, "dropout": 0.2}
@@ -691,6 +696,7 @@ def test_a_run_of_any_objective_resumes_to_the_bit(objective: str, model: Path, 
         assert (resumed.loss_before, resumed.loss_after) == (whole.loss_before, whole.loss_after)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_recomputed_activations_and_cached_prefixes_give_the_same_adapter(
     objective: str, model: Path, tmp_path: Path
@@ -701,6 +707,7 @@ def test_recomputed_activations_and_cached_prefixes_give_the_same_adapter(
     assert files_of(tmp_path / "re") == files_of(tmp_path / "plain") == files_of(tmp_path / "kept")
 
 
+@pytest.mark.slow
 def test_steps_of_accumulated_batches_are_the_steps_of_the_whole_batch(model: Path, tmp_path: Path) -> None:
     rows, found = PAIRS[:12], []
     for size, accumulate in ((12, 1), (3, 4)):
@@ -717,6 +724,7 @@ def test_steps_of_accumulated_batches_are_the_steps_of_the_whole_batch(model: Pa
     assert found[0][-1].metrics["rewards/margins"] > 1e-3
 
 
+@pytest.mark.slow
 def test_a_run_does_not_resume_with_another_objective_or_strength(model: Path, tmp_path: Path) -> None:
     finetune(model, PAIRS, tmp_path / "out", objective="dpo", **QUICK)
     with pytest.raises(ValueError, match=r"beta was 0\.1, is 0\.2"):
@@ -734,6 +742,7 @@ REFUSED: list[dict[str, Any]] = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", REFUSED, ids=str)
 def test_a_run_that_may_not_resume_computes_and_changes_no_reference(
     options: dict[str, Any], model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -753,6 +762,7 @@ def test_a_run_that_may_not_resume_computes_and_changes_no_reference(
     assert {path.name: path.read_bytes() for path in output.iterdir()} == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("error", [NonFiniteLossError, KeyboardInterrupt])
 @pytest.mark.parametrize("where", ["log_probs", "forward_backward_of"])
 def test_a_failed_run_over_another_one_changes_its_reference_only_after_the_first_checkpoint(
@@ -782,6 +792,7 @@ def test_a_failed_run_over_another_one_changes_its_reference_only_after_the_firs
         assert after["log.jsonl"] != before["log.jsonl"]
 
 
+@pytest.mark.slow
 def test_a_resumed_run_computes_a_lost_reference_while_it_holds_the_lock(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -802,6 +813,7 @@ def test_a_resumed_run_computes_a_lost_reference_while_it_holds_the_lock(
     assert (output / REFERENCE).read_bytes() == before
 
 
+@pytest.mark.slow
 def test_another_run_over_the_directory_drops_the_reference(model: Path, tmp_path: Path) -> None:
     finetune(model, PAIRS, tmp_path / "out", objective="dpo", **QUICK)
     assert (tmp_path / "out" / REFERENCE).exists()
@@ -809,6 +821,7 @@ def test_another_run_over_the_directory_drops_the_reference(model: Path, tmp_pat
     assert not (tmp_path / "out" / REFERENCE).exists()
 
 
+@pytest.mark.slow
 def test_a_file_of_the_reference_s_name_that_no_run_made_is_kept(model: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     output.mkdir()
@@ -829,6 +842,7 @@ def test_a_file_of_the_reference_s_name_that_no_run_made_is_kept(model: Path, tm
         finetune(model, PAIRS, tmp_path / "linked", objective="dpo", **QUICK)
 
 
+@pytest.mark.slow
 def test_a_disk_without_room_for_the_reference_warns_and_the_run_says_what_it_needs(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -850,6 +864,7 @@ def test_a_disk_without_room_for_the_reference_warns_and_the_run_says_what_it_ne
     assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_ends_the_run_and_names_the_step(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -904,6 +919,7 @@ def test_the_command_line_trains_on_pairs(
     assert (settings["objective"], settings["loss_type"], settings["beta"]) == ("dpo", "ipo", 0.2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_a_plan_counts_whole_pairs_and_the_reference(objective: str, model: Path) -> None:
     found = plan(model, PAIRS, objective=objective, batch_examples=4)
@@ -915,6 +931,7 @@ def test_a_plan_counts_whole_pairs_and_the_reference(objective: str, model: Path
 # ---- records ----
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_the_metrics_of_an_epoch_are_means_over_all_values(
     objective: str, model: Path, tmp_path: Path

@@ -277,6 +277,7 @@ def test_a_stream_does_not_copy_all_the_streams_after_it(
     assert sum(given) < 400 * len(streams)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("blank", [b"\n", b" \t\r\n"])
 @pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".txt"])
 def test_a_file_of_empty_lines_is_refused(
@@ -460,6 +461,7 @@ def test_a_compressed_part_of_a_table_is_refused_before_it_is_decompressed(tmp_p
         list(read_rows(file))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_megabyte")
 def test_nulls_that_take_no_bytes_are_refused_before_they_are_read(tmp_path: Path) -> None:
     pa, parquet = arrow()
@@ -472,6 +474,7 @@ def test_nulls_that_take_no_bytes_are_refused_before_they_are_read(tmp_path: Pat
         list(read_rows(file))
 
 
+@pytest.mark.slow
 def test_the_metadata_of_an_arrow_file_may_be_any_bytes(tmp_path: Path) -> None:
     """Each byte of a small file is changed: the file is read, or refused by an error of its format."""
     pa, _ = arrow()
@@ -680,6 +683,7 @@ def test_only_spaces_and_tabs_make_an_empty_line(space: str, tmp_path: Path) -> 
     assert [row.values["tokens"] for row in read_rows(tmp_path / "a.conll")] == [["a", space, "cat"], ["b"]]
 
 
+@pytest.mark.slow
 def test_hostile_conll_files_are_refused(tmp_path: Path) -> None:
     file = tmp_path / "a.conll"
     for line, number in ((b"a O\n", 262_145), (b"a " * 200_000 + b"\n", 42)):

@@ -108,6 +108,7 @@ def test_few_examples_have_the_p_value_of_scipy() -> None:
     assert paired_p(measured(one), measured(other)) == pytest.approx(expected.pvalue)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shift", [0.0, 0.03, 0.08])
 def test_many_examples_have_the_p_value_of_scipy(losses: tuple[Array, Array, Array], shift: float) -> None:
     scipy_stats = pytest.importorskip("scipy.stats")
@@ -126,6 +127,7 @@ def test_many_examples_have_the_p_value_of_scipy(losses: tuple[Array, Array, Arr
     assert found == pytest.approx(expected, abs=5 * error + 1 / statistics.RESAMPLES)
 
 
+@pytest.mark.slow
 def test_the_p_value_of_equal_systems_is_uniform() -> None:
     rng = np.random.default_rng(7)
     pairs = ((rng.standard_normal(40), rng.standard_normal(40)) for _ in range(30))

@@ -65,6 +65,7 @@ def test_the_products_are_those_of_the_layers(path: Path, data: Path, tmp_path: 
     assert found["head: products, backward"] == found["head: products, forward"]
 
 
+@pytest.mark.slow
 def test_evaluations_and_comparisons_of_gradients_are_not_recorded(
     path: Path, data: Path, tmp_path: Path
 ) -> None:
@@ -76,6 +77,7 @@ def test_evaluations_and_comparisons_of_gradients_are_not_recorded(
     assert operations(plain)["products, forward"].keys() == {"int8", "bfloat16"}
 
 
+@pytest.mark.slow
 def test_a_profile_changes_no_bit(path: Path, data: Path, tmp_path: Path) -> None:
     assert run(path, data, tmp_path / "off").profile is None
     run(path, data, tmp_path / "on", profile=True, accumulate=2)

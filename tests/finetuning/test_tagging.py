@@ -66,6 +66,7 @@ def untrained(model: Path, labels: Any = LABELS) -> nplora.TextClassifier:
 # ---- training ----
 
 
+@pytest.mark.slow
 def test_tags_are_learned_and_the_adapter_is_read_again(model: Path, tmp_path: Path) -> None:
     rows, held_out = some_rows(), some_rows(30, 1)
     run = train_classifier(model, rows, tmp_path, valid=held_out, epochs=12, **FAST)
@@ -138,6 +139,7 @@ class _Fail(Callback):
             raise OSError("the power is gone")
 
 
+@pytest.mark.slow
 def test_a_resumed_run_has_the_bits_of_a_run_without_a_stop(model: Path, tmp_path: Path) -> None:
     options = {**FAST, "epochs": 2, "dropout": 0.1, "save_every": 3, "valid_split": 0.2, "calibrate": True}
     whole = train_classifier(model, some_rows(), tmp_path / "whole", **options)
@@ -178,6 +180,7 @@ def test_a_language_model_tags_words(tmp_path: Path) -> None:
 # ---- what rows may look like ----
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("row", "options"),
     [
@@ -219,6 +222,7 @@ order\tNN\tI-NP\tO
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", [".conll", ".jsonl", ".json", ".csv", ".parquet", ".conll.gz"])
 def test_every_kind_of_file_has_the_same_sentences(suffix: str, model: Path, tmp_path: Path) -> None:
     rows = [
@@ -263,6 +267,7 @@ def test_a_conll_file_of_words_alone_is_predicted(model: Path, tmp_path: Path) -
 ROW = {"tokens": ["a", "cat"], "tags": ["O", "B-PET"]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("row", "message"),
     [
@@ -683,6 +688,7 @@ def test_tags_that_are_no_entities_have_scores_for_each_tag(model: Path, tmp_pat
     assert re.search(r"2 words: .*\nlabel  precision  recall     f1  words\nDET", str(report))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("tags", "wrong"),
     [

@@ -171,6 +171,7 @@ def test_a_fixed_learning_rate_and_fixed_epochs_are_not_searched(tmp_path: Path)
     assert winner.settings == {"lr": 1e-3, "rank": 32}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("best", [2.5e-3, 1.5e-3, 6e-4, 5e-3, 3e-5])
 def test_a_search_resumes_after_any_event_with_the_same_trials(best: float, tmp_path: Path) -> None:
     whole = Made(best=best)
@@ -346,6 +347,7 @@ def test_finetune_repeats_the_winner_to_the_bit(
     assert capsys.readouterr().out.splitlines() == out
 
 
+@pytest.mark.slow
 def test_trials_share_the_outputs_of_the_frozen_blocks(
     model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -467,6 +469,7 @@ def test_a_model_with_numbers_that_are_not_finite_after_a_trial_has_diverged(
     assert sorted(trial.loss for trial in report.trials if trial.settings["lr"] > 1) == [math.inf]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("more", [{}, {"resume": True}, {"overwrite": True}])
 def test_a_second_search_in_the_same_directory_is_refused(
     model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: dict[str, Any]
@@ -499,6 +502,7 @@ def test_a_second_search_in_the_same_directory_is_refused(
     assert tune(model, data, out, **given, resume=True).winner is not None
 
 
+@pytest.mark.slow
 def test_a_trial_that_diverges_is_reported(model: Path, data: Path, tmp_path: Path) -> None:
     few: dict[str, Any] = QUICK | {"epochs": 1, "progress": False, "budget": 1}
     report = tune(model, data, tmp_path / "out", search={"lr": [1e20, 1e-2]}, **few)
@@ -584,6 +588,7 @@ def test_the_command_line_reads_values_to_try(
     assert searched("lr=1e-3") == ("lr", [1e-3])
 
 
+@pytest.mark.slow
 def test_few_held_out_examples_are_said_to_be_noise(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

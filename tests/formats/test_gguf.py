@@ -284,6 +284,7 @@ def settled(path: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_views_keep_the_mapping_alive_without_the_file(tmp_path: Path) -> None:
     path = tmp_path / "a.gguf"
     gguf.save(path, {"w": np.arange(1 << 16)}, {"ids": np.arange(1 << 16)})
@@ -302,6 +303,7 @@ def open_files() -> int:
     return len(os.listdir("/proc/self/fd"))
 
 
+@pytest.mark.slow
 @systems.needs_procfs("fd")
 def test_a_file_opened_for_each_tensor_is_mapped_once_and_parsed_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

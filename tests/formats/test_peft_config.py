@@ -85,6 +85,7 @@ def test_an_exact_pattern_decides_in_its_turn() -> None:
     assert [config.rank(name) for name in ("a.q", "b.q", "c.k", "d.k", "e")] == [2, 3, 6, 7, 1]
 
 
+@pytest.mark.slow
 def test_as_many_exact_patterns_are_read_as_a_large_model_has_layers() -> None:
     ranks = {f"model.layers.{i}.self_attention.q_proj": 1 + i for i in range(2_000)}
     config = PeftConfig(r=5, rank_pattern=Patterns.exact(ranks))

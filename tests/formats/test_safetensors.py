@@ -273,6 +273,7 @@ def test_an_unaligned_tensor_is_copied_into_place() -> None:
     assert array[0] == 1.5
 
 
+@pytest.mark.slow
 def test_an_array_keeps_the_mapping_alive(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     safetensors.save(path, {"w": np.arange(1 << 16)})

@@ -210,6 +210,7 @@ def test_a_frozen_b_leaves_the_other_gradients_as_they_are(model: Path) -> None:
         assert gradient.any()
 
 
+@pytest.mark.slow
 def test_a_run_learns_and_resumes_with_the_same_bits(model: Path, tmp_path: Path) -> None:
     data = write_rows(tmp_path / "train.jsonl", "=>")
     settings: dict[str, Any] = {"rank": 2, "lr": 1e-2, "schedule": "constant", "invocation": "=>"}
@@ -299,6 +300,7 @@ def test_sequences_with_the_call_are_found_in_packed_tokens(length: int, rng: np
         assert sequences_with(ids, starts, call).tolist() == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", ["dpo", "orpo", "kto"])
 def test_preferences_are_learned_from_the_call_on(objective: str, model: Path, tmp_path: Path) -> None:
     pairs = [{"prompt": f"{n}=>", "chosen": "yes", "rejected": "no"} for n in range(8)]

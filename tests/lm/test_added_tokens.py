@@ -209,6 +209,7 @@ def test_an_unloaded_model_keeps_the_tokens(model: Path) -> None:
     assert (lm.vocab_size, lm.tokenizer.encode("<a>")) == (VOCAB + 2, [VOCAB])
 
 
+@pytest.mark.slow
 def test_a_named_adapter_brings_its_tokens(model: Path, tmp_path: Path) -> None:
     lm = nplora.load_model(model)
     lm.add_lora(rank=2, add_tokens=NEW)
@@ -273,6 +274,7 @@ def token(id_: Any, text: Any) -> dict[str, Any]:
     return {"id": id_, "text": text, "special": False}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("tokens", "words"),
     [
@@ -340,6 +342,7 @@ def test_what_holds_only_factors_refuses_added_tokens(model: Path, tmp_path: Pat
             refusing()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("storage", ["float32", "q8_0"])
 @pytest.mark.parametrize("without", ["", "output.weight"])
 @pytest.mark.parametrize("options", [{}, {"modules_to_save": "embed_tokens,lm_head"}])
@@ -367,6 +370,7 @@ def test_a_merged_file_has_the_tokens(storage: str, without: str, options: Any, 
     assert files[1].metadata.array("tokenizer.ggml.token_type", "INT32", VOCAB + 2)[-2:].tolist() == [4, 4]
 
 
+@pytest.mark.slow
 def test_a_merge_that_loses_too_much_names_a_type_that_keeps_the_tokens(tmp_path: Path) -> None:
     path = save_small_llama(tmp_path / "m.gguf", "q4_0", "output.weight")
     rows = some_rows()
@@ -390,6 +394,7 @@ def test_a_merge_refuses_tokens_that_the_model_names_otherwise(model: Path, tmp_
 # ---- runs ----
 
 
+@pytest.mark.slow
 def test_a_run_learns_its_new_tokens_and_evaluates_and_continues(model: Path, tmp_path: Path) -> None:
     rows = some_rows()
     report = nplora.finetune(
@@ -410,6 +415,7 @@ def test_a_run_learns_its_new_tokens_and_evaluates_and_continues(model: Path, tm
         compare(model, rows, {"one": tmp_path / "out", "other": tmp_path / "other"})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"modules_to_save": "embed_tokens,lm_head"}])
 def test_a_resumed_run_has_the_same_bits(model: Path, options: Any, tmp_path: Path) -> None:
     rows = some_rows()
@@ -460,6 +466,7 @@ def test_a_run_refuses_and_warns_before_it_writes(model: Path, tmp_path: Path) -
     assert (tmp_path / "own" / "tokenizer.json").read_text() == "{}"
 
 
+@pytest.mark.slow
 def test_a_plan_counts_the_new_rows(model: Path) -> None:
     rows = some_rows()
     layers = 1 if nplora.load_model(model).ties_head else 2

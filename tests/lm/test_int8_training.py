@@ -99,6 +99,7 @@ def test_an_evaluation_computes_as_decoding_and_a_validation_whole_sequences(tmp
     assert int8.loss_packed(batch) != bfloat16.loss_packed(batch)
 
 
+@pytest.mark.slow
 def test_a_run_in_int8_learns_as_in_bfloat16_and_resumes_with_the_same_bits(
     model: Path, tmp_path: Path
 ) -> None:
@@ -124,6 +125,7 @@ def test_a_run_in_int8_learns_as_in_bfloat16_and_resumes_with_the_same_bits(
     assert files[0] == files[1]
 
 
+@pytest.mark.slow
 def test_the_head_in_int8_is_an_option_that_a_run_keeps(model: Path, tmp_path: Path) -> None:
     data = tmp_path / "data.jsonl"
     data.write_text(
@@ -170,6 +172,7 @@ def settings(run: Path) -> dict[str, Any]:
     return fixed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("in_int8", [True, False])
 def test_a_run_that_does_not_state_its_head_resumes_as_it_began(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_int8: bool
@@ -191,6 +194,7 @@ def test_a_run_that_does_not_state_its_head_resumes_as_it_began(
     assert settings(tmp_path / "older")["int8_head"] is in_int8
 
 
+@pytest.mark.slow
 def test_a_model_in_float32_does_not_resume_a_run_in_int8(model: Path, int8_run: Path) -> None:
     with pytest.raises(ValueError, match="compute was int8, is float32"):
         finetune(nplora.load_model(model), ROWS, int8_run, steps=4, resume=True, **SHORT)
@@ -198,6 +202,7 @@ def test_a_model_in_float32_does_not_resume_a_run_in_int8(model: Path, int8_run:
         finetune(model, ROWS, int8_run, steps=4, compute="float32", resume=True, **SHORT)
 
 
+@pytest.mark.slow
 def test_a_filter_of_words_does_not_resume_a_run_with_its_head_in_int8(model: Path, tmp_path: Path) -> None:
     finetune(model, ROWS, tmp_path / "run", compute="int8", int8_head="on", steps=2, **SHORT)
     with pytest.raises(ValueError, match=r"filter_vocabulary was None, is 0\.001"):
@@ -212,6 +217,7 @@ HEADS_WITHOUT_INT8: list[dict[str, Any]] = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", HEADS_WITHOUT_INT8)
 def test_a_run_whose_head_is_not_in_int8_says_so(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]

@@ -16,6 +16,7 @@ def frozen_weights(lm: nplora.LanguageModel) -> dict[str, FrozenWeight]:
     return {name: weight for name, weight in held.items() if isinstance(weight, FrozenWeight)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("storage", ["float32", "q8_0"])
 @pytest.mark.parametrize("compute", ["float32", "bfloat16", "int8"])
 @pytest.mark.parametrize("before", ["int8", "bfloat16"])

@@ -61,6 +61,7 @@ def alone(lm: LanguageModel, adapter: str | None, ids: Array, pieces: tuple[int,
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pieces", [(1, 1, 1, 1), (2, 1, 1), (3, 1), (4,)])
 @pytest.mark.parametrize("compute", ["float32", "bfloat16"])
 def test_each_slot_has_the_logits_of_its_adapter_alone(
@@ -102,6 +103,7 @@ def test_a_sequence_has_the_same_bits_with_any_other_sequences(lm: LanguageModel
             np.testing.assert_array_equal(row, wanted[slot])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compute", ["float32", "bfloat16", "int8"])
 def test_pieces_of_different_lengths_are_computed_together(
     model: Path, paths: dict[str, Path], compute: str, monkeypatch: pytest.MonkeyPatch

@@ -123,6 +123,7 @@ def test_a_head_that_shares_the_trained_embedding_gets_no_factors(tmp_path: Path
 # ---- learning to stop ----
 
 
+@pytest.mark.slow
 def test_a_base_model_learns_to_stop_only_with_its_end_token_trained(untied: Path, tmp_path: Path) -> None:
     """The row of the end token is 0, so that its logit stays 0 whatever the LoRA factors are."""
     file = gguf.open(untied)
@@ -149,6 +150,7 @@ def test_a_base_model_learns_to_stop_only_with_its_end_token_trained(untied: Pat
 # ---- files ----
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{"trainable_tokens": [0, 5]}, {"modules_to_save": "embed_tokens"}])
 def test_a_saved_adapter_comes_back_to_the_bit(model: Path, options: Any, tmp_path: Path) -> None:
     lm = nplora.load_model(model)
@@ -191,6 +193,7 @@ def test_named_adapters_and_copies_share_the_frozen_weights(model: Path) -> None
         plain.set_adapter(["first", "second"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("storage", ["float32", "q8_0"])
 @pytest.mark.parametrize(
     "options", [{"trainable_tokens": [0, 5]}, {"modules_to_save": "embed_tokens,lm_head"}]
@@ -322,6 +325,7 @@ def test_a_damaged_list_of_tokens_is_refused(untied: Path, indices: Any, words: 
 # ---- runs ----
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options", [{"trainable_tokens": [END]}, {"modules_to_save": "embed_tokens,lm_head"}]
 )
@@ -347,6 +351,7 @@ def test_a_resumed_run_has_the_same_bits(model: Path, options: Any, tmp_path: Pa
             nplora.finetune(model, data, tmp_path / "parts", steps=8, resume=True, **settings | changed)
 
 
+@pytest.mark.slow
 def test_a_run_continues_from_an_adapter_with_its_tokens(model: Path, tmp_path: Path) -> None:
     data = write_rows(tmp_path / "train.jsonl")
     nplora.finetune(model, data, tmp_path / "one", steps=2, trainable_tokens=[0, 5])
@@ -358,6 +363,7 @@ def test_a_run_continues_from_an_adapter_with_its_tokens(model: Path, tmp_path: 
         nplora.finetune(model, data, tmp_path / "x", adapter=tmp_path / "one", trainable_tokens=[1])
 
 
+@pytest.mark.slow
 def test_a_plan_counts_the_values_of_the_trained_rows(model: Path, tmp_path: Path) -> None:
     data = write_rows(tmp_path / "train.jsonl")
     lm = nplora.load_model(model)

@@ -55,6 +55,7 @@ def check_report(layer: nplora.LoRALinear, report: MergeReport, storage: str, fi
     assert report.name == "LoRALinear"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("base", ["q4_1", "q8_0", "q4_k", "float32", "bfloat16"])
 @pytest.mark.parametrize("dtype", ["same", *BLOCKS, *FLOATS])
 def test_the_report_says_how_much_of_the_update_the_storage_kept(
@@ -225,6 +226,7 @@ def test_sums_that_no_storage_can_hold_are_refused(rng: np.random.Generator) -> 
     assert not layer.merged
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["q8_0", "q4_k", "q4_1", "nf4"])
 @pytest.mark.parametrize("init", ["pissa", "olora"])
 def test_the_residual_of_a_principal_start_keeps_the_storage_of_the_weight(

@@ -73,6 +73,7 @@ def rows_in_order(values: Array, heads: int) -> Array:
     return moved
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", model_conversion.DTYPES)
 def test_matrices_get_the_type_and_vectors_stay_float32(
     dtype: str, rng: np.random.Generator, tmp_path: Path
@@ -260,6 +261,7 @@ def test_a_byte_level_tokenizer_is_included(pre: str, rng: np.random.Generator, 
     assert file.metadata.string("tokenizer.chat_template") == "{{ messages }}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pre", ["gpt-2", "llama-bpe"])
 @pytest.mark.parametrize("single", ["$A", "<|start|> $A", "$A <|end|>", "<|start|> $A <|end|>"])
 @pytest.mark.parametrize("config", [{}, {"add_bos_token": True}, {"add_bos_token": False}], ids=str)

@@ -54,6 +54,7 @@ def test_the_blocks_of_q8_0_are_those_of_gguf(model: Path, tmp_path: Path) -> No
     assert report.tokenizer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("before", ["float16", "bfloat16", "q8_0", "q4_1"])
 @pytest.mark.parametrize("after", ["float32", "bfloat16", "q8_0", "q4_0"])
 def test_each_type_becomes_each_other(before: str, after: str, tmp_path: Path) -> None:

@@ -208,6 +208,7 @@ def test_nan_and_infinity_propagate_without_a_warning(
 # ---- backward ----
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", VARIANTS)
 def test_gradients_match_central_differences(name: str, rng: np.random.Generator) -> None:
     layer, x = layer_of(rng, **VARIANTS[name]), rng.standard_normal((N, D_IN))
@@ -407,6 +408,7 @@ def test_a_merged_layer_answers_with_the_merged_weight_alone(
     np.testing.assert_array_equal(layer(x), before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16", "float16"])
 def test_a_thousand_merges_leave_the_frozen_weight_bit_identical(
     dtype: str, rng: np.random.Generator

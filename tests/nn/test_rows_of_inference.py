@@ -38,6 +38,7 @@ def require_equal_rows(layers: Sequence[Any], x: Array) -> None:
                 np.testing.assert_array_equal(got, wanted[first : first + n], err_msg=f"{n} rows")
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:LoRALinear. rank")
 @pytest.mark.parametrize(("storage", "compute"), STORED)
 @pytest.mark.parametrize(("d_out", "d_in"), SHAPES)

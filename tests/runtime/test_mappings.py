@@ -82,6 +82,7 @@ CUT = {
 }
 
 
+@pytest.mark.slow
 @systems.needs_cut_files
 @pytest.mark.parametrize("what", CUT)
 def test_a_model_that_is_cut_short_ends_the_process_with_one_line(what: str, tmp_path: Path) -> None:
@@ -92,6 +93,7 @@ def test_a_model_that_is_cut_short_ends_the_process_with_one_line(what: str, tmp
     assert done.stdout == ("term\n" if "beside" in what else "")
 
 
+@pytest.mark.slow
 @systems.needs_fork
 def test_a_forked_child_ends_alone(tmp_path: Path) -> None:
     path = small_models.write(tmp_path / "small.gguf")
@@ -127,6 +129,7 @@ def test_other_mappings_and_signals_go_to_the_handler_from_before(tmp_path: Path
         assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGBUS, "", "")
 
 
+@pytest.mark.slow
 @systems.needs_cut_files
 @pytest.mark.parametrize("handler", ["faulthandler", "Python's"])
 def test_a_handler_from_before_is_called_in_between(handler: str, tmp_path: Path) -> None:
@@ -141,6 +144,7 @@ def test_a_handler_from_before_is_called_in_between(handler: str, tmp_path: Path
     assert done.returncode == BUS_ERROR
 
 
+@pytest.mark.slow
 def test_faulthandler_that_is_switched_off_takes_the_message_along_until_the_next_mapping(
     tmp_path: Path,
 ) -> None:

@@ -92,6 +92,7 @@ def test_packed_and_row_major_weights_give_the_same_bits() -> None:
         assert left.tobytes() == right.tobytes()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("threads")
 def test_limits_of_threads_are_honoured() -> None:
     _core.set_num_threads(1)
@@ -124,6 +125,7 @@ def test_a_limit_of_threadpoolctl_belongs_to_its_thread() -> None:
     assert any(pool["num_threads"] == most for pool in pools)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("variable", "threads"), [(" 3", 3), ("2,4", 2), ("", None), ("0", None), ("-1", None), ("many", None)]
 )
@@ -154,6 +156,7 @@ def test_a_forked_child_computes_the_same_bits(kind: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_other_python_threads_run_while_the_core_works() -> None:
     x, w, _, _ = factors(512, 1024, 1024, 1)
     y = np.empty((512, 1024), np.float32)
@@ -229,6 +232,7 @@ def test_ctrl_c_ends_a_long_product_within_200_ms() -> None:
     assert seconds_to_interrupt(60_000, 2048, 2048) < 0.2
 
 
+@pytest.mark.slow
 def test_ctrl_c_is_heard_within_one_block_of_tokens() -> None:
     # A vocabulary's weight on the slowest instruction set: 0.1 s here, 2 s without the bound on a task.
     assert seconds_to_interrupt(256, 32768, 4096, NPLORA_ISA="generic", OMP_NUM_THREADS="1") < 1
@@ -277,6 +281,7 @@ def test_workers_round_as_the_caller_does(kind: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 @systems.needs_signals
 def test_workers_leave_signals_to_the_program() -> None:
     code = (
@@ -313,6 +318,7 @@ def test_a_fork_inside_a_signal_handler_neither_hangs_nor_lies() -> None:
     assert done.returncode == 7, done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("isa", _core.available_isas())
 def test_every_instruction_set_can_be_chosen(isa: str) -> None:
     done = run_python("from nplora import _core; print(_core.config()['isa'])", NPLORA_ISA=isa)

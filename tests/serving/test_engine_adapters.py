@@ -52,6 +52,7 @@ def alone(lm: LanguageModel, ids: list[int], name: str | None, sampling: Samplin
         lm.set_adapter(None)
 
 
+@pytest.mark.slow
 def test_requests_with_different_adapters_are_computed_together(lm: LanguageModel) -> None:
     rng = np.random.default_rng(0)
     names = [None, *SETTINGS, None, "all", "activated"]
@@ -109,6 +110,7 @@ def test_an_adapter_that_takes_the_name_of_another_shares_nothing_with_it(tmp_pa
     assert other.usage.cached == 0
 
 
+@pytest.mark.slow
 def test_deleted_adapters_leave_the_memory(tmp_path: Path) -> None:
     lm, rng = small(tmp_path), np.random.default_rng(5)
     engine, ids, held = Engine(lm, max_requests=1), prompt(rng, 5), []
@@ -122,6 +124,7 @@ def test_deleted_adapters_leave_the_memory(tmp_path: Path) -> None:
     assert [ref() for ref in held] == [None] * 6
 
 
+@pytest.mark.slow
 def test_a_deleted_adapter_leaves_the_memory_while_another_request_runs(tmp_path: Path) -> None:
     lm, rng = small(tmp_path), np.random.default_rng(6)
     engine, held = Engine(lm, max_requests=4), []
@@ -144,6 +147,7 @@ def test_a_deleted_adapter_leaves_the_memory_while_another_request_runs(tmp_path
     assert running.text() == expected
 
 
+@pytest.mark.slow
 def test_random_adapters_joins_and_cancellations_lose_nothing(lm: LanguageModel) -> None:
     rng = np.random.default_rng(4)
     systems = [prompt(rng, n) for n in (0, PAGE, 2 * PAGE + 30)]

@@ -76,6 +76,7 @@ def after_its_beginning(pages: int) -> Callable[[LanguageModel, list[int], str |
     return submit
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "call", "length"),
     [

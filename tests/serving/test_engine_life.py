@@ -239,6 +239,7 @@ def test_a_listener_that_fails_for_earlier_chunks_cancels_the_request(
     assert ticket.usage.generated < 10
 
 
+@pytest.mark.slow
 def test_chunks_keep_their_order_while_a_listener_joins(lm: LanguageModel) -> None:
     """The first chunks come from the thread that listens, and the engine's thread adds more meanwhile."""
     sampling = Sampling(max_new_tokens=200, logit_bias=ENDLESS, temperature=1.0)  # few tokens twice
@@ -290,6 +291,7 @@ def test_cancelled_requests_do_not_fill_the_queue(lm: LanguageModel) -> None:
     assert not engine.busy
 
 
+@pytest.mark.slow
 def test_a_request_of_higher_priority_keeps_its_pages(lm: LanguageModel) -> None:
     rng, sampling = np.random.default_rng(1), Sampling(max_new_tokens=3 * PAGE, logit_bias=ENDLESS)
     engine = engine_with(lm, pages=6, max_requests=2)

@@ -224,6 +224,7 @@ def wait_for(condition: Any, seconds: float = 10) -> None:
         time.sleep(0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("reset", [False, True])
 def test_the_request_of_a_client_that_leaves_is_cancelled(
@@ -326,6 +327,7 @@ def test_answers_do_not_wait_for_requests_that_use_the_disk(
             assert read_answer(client)[0] == 200
 
 
+@pytest.mark.slow
 def test_a_client_that_reads_nothing_is_dropped(
     url: str, app: Application, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -468,6 +470,7 @@ def test_requests_need_a_key_if_there_is_one(tmp_path: Any) -> None:
             assert b"access-control-allow-origin: http://page.example" in client.recv(4096)
 
 
+@pytest.mark.slow
 def test_a_server_that_stops_finishes_what_has_begun(tmp_path: Any) -> None:
     app = live_server.application(tmp_path)
     engine: Any = app.service.engine

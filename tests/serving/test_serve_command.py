@@ -287,6 +287,7 @@ def test_a_port_is_taken_from_the_beginning() -> None:
             http_server.bind("127.0.0.1", port)
 
 
+@pytest.mark.slow
 def test_help_names_the_options() -> None:
     text = command("serve", "--help").stdout
     for option in ("--adapter", "--jobs", "--api-key", "--adapter-dir", "--allow-origin", "--train-share"):

@@ -533,6 +533,7 @@ def test_a_forked_process_starts_its_own_rendering_process(busy: bool) -> None:
     assert busy or process().pid == first
 
 
+@pytest.mark.slow
 @systems.needs_signals
 @pytest.mark.parametrize("end", ["", "os.kill(os.getpid(), signal.SIGKILL)"])
 def test_the_process_ends_with_its_parent(end: str) -> None:

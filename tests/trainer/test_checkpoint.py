@@ -173,6 +173,7 @@ def test_a_run_stopped_in_any_batch_of_a_step_resumes_to_the_same_bits(
     assert found["history"] == uninterrupted["history"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("epoch", range(1, EPOCHS + 1))
 def test_a_run_stopped_at_the_end_of_an_epoch_resumes_to_the_same_bits(
     epoch: int, uninterrupted: dict[str, Any], tmp_path: Path
@@ -209,6 +210,7 @@ def test_a_resumed_run_counts_validation_losses_that_were_not_finite(tmp_path: P
     assert (history.ended, history.best_epoch, len(history.epochs)) == ("patience", None, 3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("epoch", [1, 2, 3, 4])
 def test_early_stopping_survives_a_stop(epoch: int, tmp_path: Path) -> None:
     """A learning rate that is much too high: the validation loss rises after a while."""
@@ -327,6 +329,7 @@ def test_checkpoints_do_not_grow_with_the_run(tmp_path: Path, monkeypatch: pytes
     assert sizes[1] - sizes[0] < 200  # larger numbers have more digits; there are no more records
 
 
+@pytest.mark.slow
 def test_the_history_of_a_long_run_is_rebuilt_from_the_log(tmp_path: Path) -> None:
     def run(epochs: int, **arguments: Any) -> dict[str, Any]:
         trainer = trainer_of(net(rng=0), schedule="constant", accumulate=1)
@@ -535,6 +538,7 @@ class Saves(Callback):
         self.steps.append(run.step)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("often", "clock", "saved"),
     [
@@ -586,6 +590,7 @@ class FailAt(Callback):
             raise ArithmeticError("of a callback")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("hook", "step", "saved"),
     [("on_step_end", 8, 8), ("on_epoch_end", 8, 10), ("on_checkpoint", 9, 15), ("on_fit_end", 1, STEPS)],
@@ -639,6 +644,7 @@ def test_an_error_in_the_data_or_the_validation_loses_nothing(tmp_path: Path) ->
         assert outcome(second, second.fit(batches, **arguments)) == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("patience", [None, 20])
 @pytest.mark.parametrize("line", ['{"event":"step","step":8,', '{"event":"epoch","epoch":2,'])
 def test_a_log_that_fails_once_loses_nothing(
@@ -733,6 +739,7 @@ def exploding(lr: float, directory: Path, every: int, **arguments: Any) -> tuple
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("every", [1, 2, 4, 100])
 def test_a_run_that_diverged_continues_with_a_lower_lr_and_not_with_the_same(
     every: int, tmp_path: Path
@@ -797,6 +804,7 @@ def test_a_diverged_run_without_an_earlier_checkpoint_is_refused(tmp_path: Path)
         exploding(0.001, tmp_path, 100, resume=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("at", "good"), [(1, 0), (5, 3)])
 def test_parameters_that_an_update_made_infinite_leave_the_checkpoint_before(
     at: int, good: int, tmp_path: Path
@@ -928,6 +936,7 @@ def empty(raw: bytearray) -> None:
     raw.clear()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", [damage_header, damage_state, damage_tensor, cut_short, empty])
 def test_a_damaged_checkpoint_is_skipped_with_a_warning(
     damage: Callable[[bytearray], None], stopped: Path, uninterrupted: dict[str, Any], tmp_path: Path
@@ -1697,6 +1706,7 @@ def test_ctrl_c_while_a_directory_is_opened_lets_the_next_run_in(
     RunDirectory(tmp_path).close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["log.jsonl", "lock"])
 def test_a_fifo_with_the_name_of_a_file_is_an_error(name: str, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / name)

@@ -173,6 +173,7 @@ def test_without_matplotlib_the_extra_is_named(run: Path, monkeypatch: pytest.Mo
     assert not (run / "plot.png").exists()
 
 
+@pytest.mark.slow
 def test_rewards_are_drawn_below_the_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("matplotlib")
     step = {"event": "step", "loss": 0.6, "lr": 0.1}

@@ -101,6 +101,7 @@ def test_a_csv_report_has_a_row_for_each_step_and_each_evaluation(tmp_path: Path
     assert json.loads((tmp_path / "reports/settings.json").read_text()) == SHOWN
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", range(1, 11))
 def test_the_csv_report_of_a_resumed_run_has_every_row_once(step: int, tmp_path: Path) -> None:
     """Ctrl-C comes before the step is reported. Rows after the last checkpoint are written again."""

@@ -96,6 +96,7 @@ def test_a_run_is_the_loop_written_by_hand() -> None:
     assert history.ended == "complete"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", ["mse", "huber", "bce"])
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 def test_every_loss_and_optimiser_learns(loss: str, optimizer: str) -> None:
@@ -978,6 +979,7 @@ def test_a_run_inside_disable_adapter_is_refused() -> None:
     assert len(trainer.fit(*data(), steps=1).steps) == 1
 
 
+@pytest.mark.slow
 @systems.needs_signals
 @pytest.mark.parametrize("signum", ENDING_SIGNALS)
 def test_a_signal_that_ends_the_process_saves_first(tmp_path: Path, signum: signal.Signals) -> None:

@@ -198,6 +198,7 @@ def test_every_evaluation_has_the_metrics_of_the_loss(tmp_path: Path) -> None:
     assert logged == largest_of(history.evaluations)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("log", ["there", "lost", "without evaluations"])
 @pytest.mark.parametrize("step", [3, 5, 7])
 def test_a_resumed_run_has_the_metrics_of_all_evaluations(step: int, log: str, tmp_path: Path) -> None:
@@ -441,6 +442,7 @@ def uninterrupted() -> dict[str, Any]:
     return outcome(trainer, fit(trainer))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", range(1, STEPS + 1))
 def test_a_run_stopped_after_any_step_resumes_to_the_same_bits(
     step: int, uninterrupted: dict[str, Any], tmp_path: Path
@@ -451,6 +453,7 @@ def test_a_run_stopped_after_any_step_resumes_to_the_same_bits(
     assert outcome(second, fit(second, checkpoint_dir=tmp_path, resume=True)) == uninterrupted
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("hook", ["on_evaluation", "on_epoch_end"])
 @pytest.mark.parametrize("step", [3, 4, 6, 8, 12, 16, 18])
 def test_a_run_stopped_after_an_evaluation_does_not_repeat_it(
@@ -466,6 +469,7 @@ def test_a_run_stopped_after_an_evaluation_does_not_repeat_it(
     assert logged == [3, 4, 6, 8, 9, 12, 15, 16, 18]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n", range(1, 10))
 def test_a_run_stopped_within_an_evaluation_repeats_it(
     n: int, uninterrupted: dict[str, Any], tmp_path: Path

@@ -91,6 +91,7 @@ for size in (64, 100, 30, 7, 128, 90, 127):
     assert max(map(float, out)) < 128 + 8
 
 
+@pytest.mark.slow
 def test_arrays_of_many_sizes_leave_no_holes_behind():
     out = in_fresh_process("""
 rng = np.random.default_rng(0)
@@ -112,6 +113,7 @@ print(rss(), most)
     assert held < 1.1 * most + 4 + 4  # of these, 4 MiB are the spare memory of the cache
 
 
+@pytest.mark.slow
 def test_buffers_of_different_sizes_that_are_used_in_turn_are_all_kept():
     """As in the layers of a model that reads a prompt: attention has other sizes than the MLP."""
     out = in_fresh_process("""

@@ -173,6 +173,7 @@ NOT_WRITTEN = {
 }
 
 
+@pytest.mark.slow
 def test_written_json_never_holds_nan() -> None:
     package, found = Path(nplora.__file__).parent, 0
     for file in package.rglob("*.py"):

@@ -111,6 +111,7 @@ def test_a_job_that_is_killed_twice_ends_with_the_same_bits(
     assert adapter_of(runs[0]) == adapter_of(runs[1])
 
 
+@pytest.mark.slow
 def test_a_job_that_is_stopped_by_close_continues_after_the_next_start(
     lm: nplora.LanguageModel, tmp_path: Path
 ) -> None:

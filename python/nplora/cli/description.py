@@ -284,9 +284,7 @@ def _peft(adapter: PeftAdapter) -> str:
     others: list[str] = []
     layers = []
     whole, tokens = adapter.whole(), adapter.tokens(others)
-    taken = {tensor for parameters in whole.values() for tensor in parameters.values()}
-    taken |= {tensor for tensor, _ in tokens.values()}
-    for name, halves in adapter.factors(others, taken).items():
+    for name, halves in adapter.factors(others, whole).items():
         try:
             adapter.require_rank(name, halves)
             lora_a, lora_b = (adapter.array(half) for half in halves)

@@ -21,7 +21,7 @@ from nplora.formats.errors import brief
 from nplora.formats.files import StrPath
 from nplora.formats.output_directory import trained
 from nplora.lora.delta import LoraDelta
-from nplora.lora.model_merge import ModelMerge
+from nplora.lora.model_merge import HeldOutLoss, ModelMerge
 from nplora.lora.new_rows import NewRows
 from nplora.models import model_digest, model_files
 from nplora.models.model_files import ModelFiles, NewVocabulary, Tensor, is_directory, weights_path
@@ -117,34 +117,33 @@ def merge_adapter(
             files.require_new(file.path, overwrite)
         files.require_not_read("merge", [file.path for file in new], _inputs(model, base, adapter))
         gate.measure(adapter)
-        try:
-            verdict = _replace(new, merged, gate)
-        except _RefusedError as refused:
-            raise gate.refusal(refused.verdict, merged, output) from None
+        loss = _replace(new, merged, gate, output)
     reports = merged.reports()
     nbytes = sum(file.nbytes for file in new)
     kept = len(model.tensors) - len(reports)
-    return ModelMerge(files.name(output), reports, kept, nbytes, verdict.loss)
+    return ModelMerge(files.name(output), reports, kept, nbytes, loss)
 
 
 class _RefusedError(Exception):
     """Raised if a merge loses too much."""
 
-    def __init__(self, verdict: Verdict) -> None:
-        self.verdict = verdict
 
-
-def _replace(new: list[files.NewFile], merged: MergedTensors, gate: MergeGate) -> Verdict:
+def _replace(
+    new: list[files.NewFile], merged: MergedTensors, gate: MergeGate, output: StrPath
+) -> HeldOutLoss | None:
     """Write files under temporary names. Rename the files if they pass the gate, else remove the files."""
     verdicts = list[Verdict]()
 
     def check(written: list[Path]) -> None:
         verdicts.append(gate.judge(merged, written))
         if not verdicts[0].passes:
-            raise _RefusedError(verdicts[0])
+            raise _RefusedError
 
-    files.replace(new, check=check)
-    return verdicts[0]
+    try:
+        files.replace(new, check=check)
+    except _RefusedError:
+        raise gate.refusal(verdicts[0], merged, output) from None
+    return verdicts[0].loss
 
 
 # ---- the output ----
@@ -329,9 +328,7 @@ def _require_blocks(model: ModelFiles, updates: Mapping[str, LoraDelta | NewRows
     rows = {update.shape[1]: name for name, update in updates.items()}
     short = [d_in for d_in in rows if dtype != "same" and not storages.fits(dtype, d_in)]
     if short:
-        fitting = [
-            name for name in possible_storages(model) if all(storages.fits(name, d_in) for d_in in rows)
-        ]
+        fitting = possible_storages(model, rows)
         raise ValueError(
             f"merge: dtype {dtype} needs rows of a multiple of {storages.block_elements(dtype)} elements, "
             f"but {rows[short[0]]} has rows of {short[0]}; possible: {', '.join(('same', *fitting))}"

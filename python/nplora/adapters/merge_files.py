@@ -15,9 +15,9 @@ from nplora.adapters.fitting import Place, Target
 from nplora.adapters.merge_gate import TOLERANCE, Check, MergeGate, Verdict, require_check, require_tolerance
 from nplora.adapters.merged_tensors import STORAGES, MergedTensors, kind_of, mean_row, possible_storages
 from nplora.adapters.sources import Source
-from nplora.adapters.trained_rows import EMBEDDING, HEAD
+from nplora.adapters.trained_rows import EMBEDDING, HEAD, Ids, with_rows_beyond
 from nplora.formats import bitsandbytes, files, model_directory, peft_adapter
-from nplora.formats.errors import brief
+from nplora.formats.errors import FormatError, brief
 from nplora.formats.files import StrPath
 from nplora.formats.output_directory import trained
 from nplora.lora.delta import LoraDelta
@@ -237,48 +237,48 @@ def _placed(
     for layer, delta in adapter.items():
         name, order = model.place(layer, delta.shape[0])
         deltas[name or ""] = delta.rows(order)
-    for layer in adapter.trained_rows if model.tied else (*adapter.token_rows, *adapter.modules_to_save):
-        name, tokens = model.place(layer, 0)[0] or "", adapter.token_rows.get(layer)
-        ids, values = (
-            (tokens.ids, tokens.values) if tokens else (None, adapter.modules_to_save[layer]["weight"])
-        )
-        stored, width = model.tensors[name].shape
-        size = stored if vocabulary is None else vocabulary.size
-        deltas[name] = NewRows(ids, values, (size, width))
+    trained, sizes = adapter.trained_rows, dict[str, int]()
+    if not model.tied:
+        trained |= dict.fromkeys(adapter.modules_to_save)
     if vocabulary is not None:
-        _fill(model, deltas, vocabulary.size)
+        stored = model.tensors[model.place(EMBEDDING, 0)[0] or ""].shape[0]
+        sizes = dict.fromkeys((EMBEDDING, HEAD), vocabulary.size)
+        trained = with_rows_beyond(model.tied, trained, stored, vocabulary.size)
+    for layer, ids in trained.items():
+        name = model.place(layer, 0)[0] or ""
+        if name in deltas:
+            raise FormatError(
+                f"{adapter.source}: {layer}: the adapter has LoRA factors and trained rows for one weight"
+            )
+        tensor = model.tensors[name]
+        deltas[name] = _new_rows(adapter, layer, ids, tensor, sizes.get(layer, tensor.shape[0]))
     _require_blocks(model, deltas, dtype)
     return {name: deltas[name] for name in model.tensors if name in deltas}
 
 
-def _fill(model: ModelFiles, updates: dict[str, LoraDelta | NewRows], size: int) -> None:
-    """Add the rows after the stored rows that the adapter does not train, to the embedding and to the head.
+def _new_rows(adapter: AdapterContent, layer: str, ids: Ids, tensor: Tensor, size: int) -> NewRows:
+    """The rows of a layer that a merge replaces or adds.
 
-    As in training, such a row is the mean of all stored rows.
+    As in training, a row that the adapter does not hold is the mean of all stored rows.
     """
-    for layer in (EMBEDDING,) if model.tied else (EMBEDDING, HEAD):
-        name = model.place(layer, 0)[0] or ""
-        stored, width = model.tensors[name].shape
-        update = updates.get(name)
-        if update is not None and not isinstance(update, NewRows):
-            raise ValueError(f"merge: {layer} has LoRA factors, so its rows for new tokens are not known")
-        given = np.empty(0, np.int64) if update is None else update.ids
-        if size == stored or given is None:
-            continue
-        missing = np.setdiff1d(np.arange(stored, size), given)
-        if missing.size:
-            values = np.tile(mean_row(model.tensors[name]), (len(missing), 1))
-            own = np.empty((0, width), np.float32) if update is None else update.values
-            ids = np.concatenate([given, missing])
-            updates[name] = NewRows(ids, np.concatenate([own, values]), (size, width))
+    width = tensor.shape[1]
+    values = np.empty((0, width), np.float32)
+    if layer in adapter.token_rows:
+        values = adapter.token_rows[layer].values
+    elif layer in adapter.modules_to_save:
+        values = adapter.modules_to_save[layer]["weight"]
+    missing = (size if ids is None else len(ids)) - len(values)
+    if missing > 0:
+        values = np.concatenate([values, np.tile(mean_row(tensor), (missing, 1))])
+    return NewRows(ids, values, (size, width))
 
 
 def _target(model: ModelFiles, adapter: AdapterContent) -> Target:
     taken: dict[str, str] = {}
 
-    def tensor(layer: str, rows: int = 0) -> Tensor | str:
+    def tensor(layer: str) -> Tensor | str:
         """The tensor of a layer's weight, or a text that says why nothing can be merged into it."""
-        name, _ = model.place(layer, rows)
+        name, _ = model.place(layer, 0)
         if name is None:
             return "the model has no tensor for this layer"
         if (other := taken.setdefault(name, layer)) != layer:
@@ -288,7 +288,7 @@ def _target(model: ModelFiles, adapter: AdapterContent) -> Target:
     def place(layer: str, shape: tuple[int, ...]) -> Place | str:
         if model.tied and layer.rpartition(".")[2] in _SHARED:
             return _BOTH
-        found = tensor(layer, shape[0])
+        found = tensor(layer)
         if isinstance(found, str):
             return found
         if found.shape == shape and kind_of(found) not in STORAGES:

@@ -3,7 +3,7 @@
 Layers have Hugging Face's dotted names, as in PEFT: "model.layers.0.self_attn.q_proj".
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -117,12 +117,17 @@ class AdapterContent(Mapping[str, LoraDelta]):
 
     def require_low_rank(self, hint: str) -> None:
         """Raise UnsupportedError if the adapter holds fully trained layers or trained tokens."""
-        for what, layers in (
-            ("fully trained layers", self.modules_to_save),
-            ("trained tokens", self.token_rows),
-        ):
-            if layers:
-                names = ", ".join(map(brief, layers))
-                raise UnsupportedError(
-                    f"{self.source}: the adapter holds {what} ({names}), expected low-rank factors; {hint}"
-                )
+        ending = f", expected low-rank factors; {hint}"
+        require_low_rank(self.source, self.modules_to_save, self.token_rows, ending)
+
+
+def require_low_rank(source: str, whole: Collection[str], tokens: Collection[str], ending: str) -> None:
+    """Raise UnsupportedError if an adapter has fully trained layers, or layers with trained tokens.
+
+    Args:
+        ending: the end of the message, which says what is possible instead.
+    """
+    for what, layers in (("fully trained layers", whole), ("trained tokens", tokens)):
+        if layers:
+            names = ", ".join(map(brief, layers))
+            raise UnsupportedError(f"{source}: the adapter holds {what} ({names}){ending}")

@@ -91,10 +91,8 @@ class Target:
         place = self.place(layer, shape)
         if isinstance(place, str):
             raise FormatError(f"{brief(layer)}: {place}")
-        if place.embedding not in (None, embedding):
-            wanted, found = kind(embedding, kernel), kind(not embedding, place.kernel)
-            raise FormatError(f"{brief(layer)}: the adapter has {wanted}, but {place.title} is {found}")
-        if place.kernel is not None and bool(place.kernel) != bool(kernel):
+        is_convolution = None if place.kernel is None else bool(place.kernel)
+        if place.embedding not in (None, embedding) or is_convolution not in (None, bool(kernel)):
             wanted, found = kind(embedding, kernel), kind(bool(place.embedding), place.kernel)
             raise FormatError(f"{brief(layer)}: the adapter has {wanted}, but {place.title} is {found}")
         if place.kernel and place.kernel != kernel:

@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nplora.adapters import letters, named_base, peft_files
-from nplora.adapters.content import AdapterContent
+from nplora.adapters.content import AdapterContent, require_low_rank
 from nplora.adapters.fitting import Place, Target, collecting
 from nplora.formats import files, gguf, gguf_adapter, gguf_rows, model_directory, peft_adapter
 from nplora.formats.errors import FormatError, UnsupportedError, brief, counted
@@ -147,18 +147,11 @@ def _require_sums(source: str, has_dora: bool, whole: Collection[str], tokens: C
             f"{source}: the adapter uses DoRA, which rescales the rows of W + ΔW. llama.cpp only adds ΔW, so "
             "merge the adapter into the model instead"
         )
-    if whole:
-        _refuse(source, "fully trained layers", whole)
-    if tokens:
-        _refuse(source, "trained tokens", tokens)
-
-
-def _refuse(source: str, what: str, layers: Collection[str]) -> None:
-    names = ", ".join(map(brief, layers))
-    raise UnsupportedError(
-        f"{source}: the adapter holds {what} ({names}); a llama.cpp adapter can only hold low-rank factors, "
-        "so merge the adapter into the model instead (nplora merge)"
+    ending = (
+        "; a llama.cpp adapter can only hold low-rank factors, so merge the adapter into the model instead "
+        "(nplora merge)"
     )
+    require_low_rank(source, whole, tokens, ending)
 
 
 def _require_not_read(outputs: Iterable[StrPath], adapter: StrPath | None, base: StrPath | None) -> None:

@@ -218,7 +218,9 @@ def read_adapter(
     >>> len(adapter), adapter["model.layers.0.self_attn.q_proj"].rank
     (14, 2)
     """
-    return Adapter.of(sources.low_rank(source, base, edited_config, any_base))
+    adapter = sources.read_any(source, base, edited_config, any_base)
+    adapter.require_low_rank("Adapter.read reads it")
+    return Adapter.of(adapter)
 
 
 def read_for(model: Module, path: StrPath, base: StrPath, any_base: bool = False) -> Adapter:

@@ -103,7 +103,7 @@ def merge_adapter(
     model = model_files.open(base)
     _require_output(model, base, adapter, output)
     facts = base if Path(base).is_dir() or model.suffix == ".gguf" else None
-    content = sources.whole(adapter, facts, any_base=any_base)
+    content = sources.read_any(adapter, facts, any_base=any_base)
     content.require_always_active("merge")
     vocabulary = _vocabulary(model, content, output)
     updates = _placed(model, content, dtype, any_base, vocabulary)

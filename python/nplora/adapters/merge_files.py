@@ -276,42 +276,38 @@ def _new_rows(adapter: AdapterContent, layer: str, ids: Ids, tensor: Tensor, siz
 def _target(model: ModelFiles, adapter: AdapterContent) -> Target:
     taken: dict[str, str] = {}
 
-    def tensor(layer: str) -> Tensor | str:
-        """The tensor of a layer's weight, or a text that says why nothing can be merged into it."""
+    def tensor(layer: str, shape: tuple[int, ...] | None = None) -> Tensor | str:
+        """The tensor of a layer's weight, or a text that says why nothing can be merged into it.
+
+        A tensor with another shape than `shape` is returned without a look at its type.
+        """
         name, _ = model.place(layer, 0)
         if name is None:
             return "the model has no tensor for this layer"
         if (other := taken.setdefault(name, layer)) != layer:
             return f"its tensor {name} also belongs to {brief(other)}"
-        return model.tensors[name]
+        found = model.tensors[name]
+        if shape in (None, found.shape) and kind_of(found) not in STORAGES:
+            return f"{found.name} has type {kind_of(found)}, which nplora cannot decode"
+        return found
 
     def place(layer: str, shape: tuple[int, ...]) -> Place | str:
         if model.tied and layer.rpartition(".")[2] in _SHARED:
             return _BOTH
-        found = tensor(layer)
-        if isinstance(found, str):
-            return found
-        if found.shape == shape and kind_of(found) not in STORAGES:
-            return f"{found.name} has type {kind_of(found)}, which nplora cannot decode"
-        return Place(found.name, found.shape, kernel=())
+        found = tensor(layer, shape)
+        return found if isinstance(found, str) else Place(found.name, found.shape, kernel=())
 
     def rows(layer: str) -> tuple[int, int] | str:
         """The shape of a weight whose rows an adapter replaces, or a text why these cannot be replaced."""
+        if model.tied and adapter.is_tied and layer == HEAD:
+            return rows(EMBEDDING)
         if model.tied and layer in adapter.trained_rows and not _replaces_both(layer, adapter):
             return _BOTH
         found = tensor(layer)
-        if isinstance(found, str):
-            return found
-        if kind_of(found) not in STORAGES:
-            return f"{found.name} has type {kind_of(found)}, which nplora cannot decode"
-        return found.shape  # type: ignore[return-value]
+        return found if isinstance(found, str) else found.shape  # type: ignore[return-value]
 
-    whole = dict[str, dict[str, Place]]()
-    for layer in adapter.trained_rows if model.tied else adapter.modules_to_save:
-        if layer in adapter.modules_to_save and not isinstance(shape := rows(layer), str):
-            whole[layer] = {"weight": Place(shape=shape)}
-    if model.tied and adapter.is_tied:
-        whole[HEAD] = whole.get(EMBEDDING, {})
+    shapes = {layer: rows(layer) for layer in adapter.modules_to_save}
+    whole = {layer: {"weight": Place(shape=s)} for layer, s in shapes.items() if not isinstance(s, str)}
     digest = model_digest.of_tensors(model.tensors, model.family)
     return Target(model.source, place, digest, whole=whole, rows=rows, accepts_more=True)
 

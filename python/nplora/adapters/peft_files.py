@@ -200,7 +200,7 @@ def _ids_with_rows(
         if layer in (ROWS_EMBEDDING, ROWS_HEAD) and "weight" in parameters
     ]
     if shapes:
-        return range(max(shape[0] for shape in shapes if shape))
+        return range(max((shape[0] for shape in shapes if shape), default=0))
     found = {id_ for _, ids in tokens.values() for id_ in ids}
     if found and ROWS_EMBEDDING in copied:
         found.update(copied[ROWS_EMBEDDING][1].tolist())

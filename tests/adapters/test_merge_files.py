@@ -16,7 +16,7 @@ from test_gguf_files import HEADS, KV_HEADS, in_llama_order
 
 import nplora
 from nplora import cli
-from nplora.adapters import Adapter, merge_gate
+from nplora.adapters import Adapter, TokenRows, merge_gate
 from nplora.formats import gguf, safetensors
 from nplora.formats.errors import FormatError, UnsafeError
 from nplora.formats.gguf import Typed
@@ -698,6 +698,15 @@ def test_two_layers_of_one_tensor_are_refused(rng: np.random.Generator, tmp_path
         FormatError, match=rf"'blk\.0\.attn_q': its tensor blk\.0\.attn_q\.weight also belongs to '{layer}'"
     ):
         nplora.merge_adapter(base, adapter, tmp_path / "out.gguf")
+
+
+def test_factors_and_trained_rows_of_one_weight_are_refused(rng: np.random.Generator, tmp_path: Path) -> None:
+    base = base_gguf(tmp_path / "base.gguf", rng, "float32")
+    rows = TokenRows(np.array([3]), np.zeros((1, WIDTH), np.float32))
+    adapter = Adapter("both", {"lm_head": random_adapter(rng)["lm_head"]}, token_rows={"lm_head": rows})
+    with pytest.raises(FormatError, match="both: lm_head: the adapter has LoRA factors and trained rows"):
+        nplora.merge_adapter(base, adapter, tmp_path / "out.gguf")
+    assert not (tmp_path / "out.gguf").exists()
 
 
 @pytest.mark.parametrize("name", ["out.gguf", "out.GGUF"])

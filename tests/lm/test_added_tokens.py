@@ -345,7 +345,9 @@ def test_what_holds_only_factors_refuses_added_tokens(model: Path, tmp_path: Pat
 @pytest.mark.slow
 @pytest.mark.parametrize("storage", ["float32", "q8_0"])
 @pytest.mark.parametrize("without", ["", "output.weight"])
-@pytest.mark.parametrize("options", [{}, {"modules_to_save": "embed_tokens,lm_head"}])
+@pytest.mark.parametrize(
+    "options", [{}, {"modules_to_save": "lm_head"}, {"modules_to_save": "embed_tokens,lm_head"}]
+)
 def test_a_merged_file_has_the_tokens(storage: str, without: str, options: Any, tmp_path: Path) -> None:
     path = save_small_llama(tmp_path / "m.gguf", storage, without)
     rows = some_rows()

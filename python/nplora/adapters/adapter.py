@@ -130,7 +130,16 @@ class Adapter(AdapterContent):
         ValueError: attach_adapter: the model already has an adapter, on 14 layers; replace=True removes it
         >>> adapter.attach(lm, replace=True)
         """
-        layers.attach(self, model, any_base, replace, freeze_B)
+        if not replace:
+            layers.require_no_adapter(model)
+        plain = dict[int, Module]()
+        for layer in model.adapter_layers().values():
+            layer.require_unmerged("attach")
+            plain[id(layer)] = layer.frozen()
+        modules = dict(model.named_modules())
+        made = layers.new_layers(self, model, any_base, freeze_B)
+        with layers.rollback_on_error(model):
+            model.exchange({**plain, **{id(modules[name]): layer for name, layer in made.items()}})
 
     @staticmethod
     def combine(
@@ -218,7 +227,9 @@ def read_adapter(
     >>> len(adapter), adapter["model.layers.0.self_attn.q_proj"].rank
     (14, 2)
     """
-    return Adapter.of(sources.low_rank(source, base, edited_config, any_base))
+    adapter = sources.read_any(source, base, edited_config, any_base)
+    adapter.require_low_rank("Adapter.read reads it")
+    return Adapter.of(adapter)
 
 
 def read_for(model: Module, path: StrPath, base: StrPath, any_base: bool = False) -> Adapter:

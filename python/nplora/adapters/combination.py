@@ -11,6 +11,7 @@ from typing import TypeVar
 from nplora import _check
 from nplora.adapters import sources
 from nplora.adapters.content import AdapterContent
+from nplora.adapters.fitting import kind
 from nplora.adapters.sources import Source
 from nplora.formats import files
 from nplora.formats.errors import UnsupportedError, counted, in_places
@@ -23,7 +24,6 @@ from nplora.models import base_model, model_digest
 T = TypeVar("T")
 
 _SHOWN = 3  # layers in a summary
-_MERGE = "merge one of the adapters into the model instead"
 
 
 @dataclass(eq=False, repr=False)
@@ -81,15 +81,13 @@ def combine(
     files.require_named("combine", base=base)
     base_digest = None if base is None else base_model.digest_of(base, any_base)
     weighted = [
-        (
-            sources.low_rank(source, base, any_base=any_base, hint=_MERGE),
-            _check.number("combine", "weight", weight),
-        )
+        (sources.read_any(source, base, any_base=any_base), _check.number("combine", "weight", weight))
         for source, weight in _pairs(adapters)
     ]
     if not weighted:
         raise ValueError("combine: got no adapters, expected at least one")
     for adapter, _ in weighted:
+        adapter.require_low_rank("merge one of the adapters into the model instead")
         adapter.require_always_active("combine")
         if adapter.use_dora:
             raise UnsupportedError(
@@ -162,9 +160,8 @@ def _require_alike(adapters: list[AdapterContent]) -> None:
 
 
 def _kind(update: LoraDelta) -> str:
-    if update.kernel is not None:
-        return f"a convolution {(update.shape[0], *update.kernel)}"
-    return f"{'an embedding' if update.embedding else 'a linear layer'} {update.shape}"
+    shape = update.shape if update.kernel is None else (len(update.A), *update.kernel)
+    return f"{kind(update.embedding, update.kernel)} {shape}"
 
 
 def _agreed(values: Iterable[T | None]) -> T | None:

@@ -3,13 +3,13 @@
 Layers have Hugging Face's dotted names, as in PEFT: "model.layers.0.self_attn.q_proj".
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from numpy.typing import NDArray
 
-from nplora.adapters.trained_rows import HEAD, TokenRows
+from nplora.adapters.trained_rows import HEAD, TokenRows, rows_needed
 from nplora.formats.errors import UnsupportedError, brief, counted
 from nplora.formats.label_record import LabelRecord
 from nplora.formats.tokenizer_json import AddedToken
@@ -104,8 +104,7 @@ class AdapterContent(Mapping[str, LoraDelta]):
     def rows(self) -> int:
         """The smallest number of rows that the embedding and the head must have for this adapter."""
         whole = [len(arrays["weight"]) for arrays in self.modules_to_save.values() if "weight" in arrays]
-        trained = [1 + int(rows.ids.max()) for rows in self.token_rows.values() if rows.ids.size]
-        return max([0, *whole, *trained])
+        return max([rows_needed(0, self.trained_rows, ()), *whole])
 
     def require_always_active(self, op: str) -> None:
         """Raise UnsupportedError for an activated LoRA, whose update cannot be added to a weight."""
@@ -117,12 +116,17 @@ class AdapterContent(Mapping[str, LoraDelta]):
 
     def require_low_rank(self, hint: str) -> None:
         """Raise UnsupportedError if the adapter holds fully trained layers or trained tokens."""
-        for what, layers in (
-            ("fully trained layers", self.modules_to_save),
-            ("trained tokens", self.token_rows),
-        ):
-            if layers:
-                names = ", ".join(map(brief, layers))
-                raise UnsupportedError(
-                    f"{self.source}: the adapter holds {what} ({names}), expected low-rank factors; {hint}"
-                )
+        ending = f", expected low-rank factors; {hint}"
+        require_low_rank(self.source, self.modules_to_save, self.token_rows, ending)
+
+
+def require_low_rank(source: str, whole: Collection[str], tokens: Collection[str], ending: str) -> None:
+    """Raise UnsupportedError if an adapter has fully trained layers, or layers with trained tokens.
+
+    Args:
+        ending: the end of the message, which says what is possible instead.
+    """
+    for what, layers in (("fully trained layers", whole), ("trained tokens", tokens)):
+        if layers:
+            names = ", ".join(map(brief, layers))
+            raise UnsupportedError(f"{source}: the adapter holds {what} ({names}){ending}")

@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nplora.adapters import letters, named_base, peft_files
-from nplora.adapters.content import AdapterContent
+from nplora.adapters.content import AdapterContent, require_low_rank
 from nplora.adapters.fitting import Place, Target, collecting
 from nplora.formats import files, gguf, gguf_adapter, gguf_rows, model_directory, peft_adapter
 from nplora.formats.errors import FormatError, UnsupportedError, brief, counted
@@ -147,18 +147,11 @@ def _require_sums(source: str, has_dora: bool, whole: Collection[str], tokens: C
             f"{source}: the adapter uses DoRA, which rescales the rows of W + ΔW. llama.cpp only adds ΔW, so "
             "merge the adapter into the model instead"
         )
-    if whole:
-        _refuse(source, "fully trained layers", whole)
-    if tokens:
-        _refuse(source, "trained tokens", tokens)
-
-
-def _refuse(source: str, what: str, layers: Collection[str]) -> None:
-    names = ", ".join(map(brief, layers))
-    raise UnsupportedError(
-        f"{source}: the adapter holds {what} ({names}); a llama.cpp adapter can only hold low-rank factors, "
-        "so merge the adapter into the model instead (nplora merge)"
+    ending = (
+        "; a llama.cpp adapter can only hold low-rank factors, so merge the adapter into the model instead "
+        "(nplora merge)"
     )
+    require_low_rank(source, whole, tokens, ending)
 
 
 def _require_not_read(outputs: Iterable[StrPath], adapter: StrPath | None, base: StrPath | None) -> None:
@@ -245,10 +238,8 @@ def _write(adapter: AdapterContent, path: StrPath, model: BaseModel, any_base: b
             lora_b = gguf_rows.interleave(lora_b, heads)
         if name in folded:
             lora_b = _folded(where, lora_b, wanted[name] / _rounded(alpha))
-        lora_a, lora_b = _float32(where, lora_a), _float32(where, lora_b)
-        pairs[model.family.gguf_tensor(f"{name}.weight") or ""] = Pair(
-            lora_a.T if delta.embedding else lora_a, lora_b
-        )
+        pair = Pair(_float32(where, lora_a), _float32(where, lora_b))
+        pairs[model.family.gguf_tensor(f"{name}.weight") or ""] = pair
     digest = model.digest or (None if any_base else adapter.base_digest)
     architecture, tokens = model.family.architecture, adapter.invocation_tokens
     stored = GgufAdapter(architecture, alpha, pairs, (), digest, tokens, chat_template=adapter.chat_template)
@@ -338,20 +329,19 @@ def read(path: StrPath, base: StrPath | None, any_base: bool = False) -> tuple[A
     for tensor, pair in stored.pairs.items():
         layer = tensor.removesuffix(".weight")
         name, embedding = family.hf_layer(layer), tensor == EMBEDDING
-        lora_a, lora_b = pair.lora_a.T if embedding else pair.lora_a, pair.lora_b
         with collecting(problems):
             if name is None or layer == tensor:
                 raise FormatError(f"{brief(tensor)}: {stored.architecture} has no layer of this name")
-            shape = letters.weight_shape(lora_a.shape, lora_b.shape, embedding)
+            shape = letters.weight_shape(pair.lora_a.shape, pair.lora_b.shape, embedding)
             target.place_of(name, shape, embedding, False)
             if model is None and family.permuted_heads(name, 1, 1):
                 raise ValueError(
                     f"{source}: the order of the rows of {tensor} depends on the number of heads; "
                     "name the base model with --base MODEL (base)"
                 )
-            if heads := model and model.permuted_heads(name):
-                lora_b = gguf_rows.deinterleave(lora_b, heads)
-            a, b = letters.from_peft(lora_a, lora_b, embedding)
+            heads = 0 if model is None else model.permuted_heads(name)
+            lora_b = gguf_rows.deinterleave(pair.lora_b, heads) if heads else pair.lora_b
+            a, b = letters.from_peft(pair.lora_a, lora_b, embedding)
             alpha = stored.alpha or pair.rank
             deltas[name] = LoraDelta.of_alpha(a, b, alpha, False, None, embedding)
     adapter = AdapterContent(source, deltas, task_type="CAUSAL_LM", base_digest=stored.base_digest)

@@ -4,7 +4,7 @@ import contextlib
 import itertools
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -109,10 +109,9 @@ def _trained(op: str, model: Module) -> tuple[dict[str, LoRALayer], dict[str, di
     for name, module in model.named_modules():
         if isinstance(module, LoRALayer):
             layers[name] = module
-        elif isinstance(module, TrainedRowsLayer) and module.is_whole:
-            whole[name] = {"weight": module.rows.value}  # even if two layers share this array
         elif isinstance(module, TrainedRowsLayer):
-            pass
+            if module.is_whole:
+                whole[name] = {"weight": module.rows.value}  # even if two layers share this array
         elif parameters := module.local_parameters():
             whole[name] = {parameter.name: parameter.value for parameter in parameters}
     kind = type(model).__name__
@@ -283,22 +282,6 @@ def require_no_adapter(model: Module) -> None:
         )
 
 
-def attach(
-    adapter: AdapterContent, model: Module, any_base: bool, replace: bool, freeze_B: bool = False
-) -> None:
-    """See `Adapter.attach`."""
-    if not replace:
-        require_no_adapter(model)
-    plain = dict[int, Module]()
-    for layer in model.adapter_layers().values():
-        layer.require_unmerged("attach")
-        plain[id(layer)] = layer.frozen()
-    modules = dict(model.named_modules())
-    made = new_layers(adapter, model, any_base, freeze_B)
-    with rollback_on_error(model):
-        model.exchange({**plain, **{id(modules[name]): layer for name, layer in made.items()}})
-
-
 def new_layers(
     adapter: AdapterContent, model: Module, any_base: bool = False, freeze_B: bool = False
 ) -> dict[str, AdapterLayer]:
@@ -330,7 +313,7 @@ def new_layers(
             layer.restart_dropout(layer_stream(0, name))
             layer.prepare_adopt(delta)()
             layer.invocation_tokens = adapter.invocation_tokens
-    rows = _new_trained_rows(adapter, model, adapter.added_tokens)
+    rows = _new_trained_rows(adapter, model)
     if both := ", ".join(made.keys() & rows.keys()):
         raise FormatError(
             f"{adapter.source}: {both}: the adapter has LoRA factors and trained rows for one weight"
@@ -368,46 +351,29 @@ def require_plain_invocation(adapter: AdapterContent, model: Module) -> None:
         )
 
 
-def _new_trained_rows(
-    adapter: AdapterContent, model: Module, tokens: Sequence[AddedToken]
-) -> dict[str, TrainedRowsLayer]:
+def _new_trained_rows(adapter: AdapterContent, model: Module) -> dict[str, TrainedRowsLayer]:
     """Make the layers that train rows.
 
-    Args:
-        tokens: the tokens that the adapter adds to the model.
+    Raises:
+        FormatError: the adapter has no row for one of its new tokens.
     """
-    wanted = adapter.trained_rows
+    wanted, tokens = adapter.trained_rows, adapter.added_tokens
     if not wanted:
         return {}
-    size = _size(adapter, model, tokens)
-    made = trained_layers(model, wanted, adapter.is_tied, model.new_tokens(tokens), size)
-    for name in wanted:
-        whole, rows = adapter.modules_to_save.get(name), adapter.token_rows.get(name)
-        value = made[name].rows.value
-        if rows is not None:
-            value[: len(rows.ids)] = rows.values
-        else:
-            given = (whole or {})["weight"]
-            value[: len(given)] = given
-    return made
-
-
-def _size(adapter: AdapterContent, model: Module, tokens: Sequence[AddedToken]) -> int:
-    """The number of rows that the embedding and the head have with this adapter.
-
-    Raises:
-        FormatError: the adapter has no row for one of the tokens.
-    """
     modules: dict[str, Any] = dict(model.named_modules())
-    stored: list[int] = [modules[name].weight.shape[0] for name in model.trained_row_layers]
-    size = max(adapter.rows, *stored)
+    size = max(adapter.rows, *(modules[name].weight.shape[0] for name in model.trained_row_layers))
     for token in tokens:
         if token.id >= size:
             raise FormatError(
                 f"{adapter.source}: the new token {brief(token.text)} is token {token.id}, but the adapter "
                 f"and the model have only {size} rows"
             )
-    return size
+    made = trained_layers(model, wanted, adapter.is_tied, model.new_tokens(tokens), size)
+    for name in wanted:
+        rows = adapter.token_rows.get(name)
+        values = adapter.modules_to_save[name]["weight"] if rows is None else rows.values
+        made[name].rows.value[: len(values)] = values
+    return made
 
 
 @contextlib.contextmanager
@@ -481,7 +447,4 @@ def _target(model: Module, live: bool, **more: Any) -> Target:
         dtype = module.weight.compute_dtype
         return Place("the model's layer", module.weight.shape, embedding, use_dora, kernel, dtype)
 
-    return Target(
-        "the model", place, model.base_digest(), rows=rows, accepts_more=True, ties_head=model.ties_head,
-        **more,
-    )  # fmt: skip
+    return Target("the model", place, model.base_digest(), rows=rows, ties_head=model.ties_head, **more)

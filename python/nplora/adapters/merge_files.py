@@ -15,13 +15,13 @@ from nplora.adapters.fitting import Place, Target
 from nplora.adapters.merge_gate import TOLERANCE, Check, MergeGate, Verdict, require_check, require_tolerance
 from nplora.adapters.merged_tensors import STORAGES, MergedTensors, kind_of, mean_row, possible_storages
 from nplora.adapters.sources import Source
-from nplora.adapters.trained_rows import EMBEDDING, HEAD
+from nplora.adapters.trained_rows import EMBEDDING, HEAD, Ids, with_rows_beyond
 from nplora.formats import bitsandbytes, files, model_directory, peft_adapter
-from nplora.formats.errors import brief
+from nplora.formats.errors import FormatError, brief
 from nplora.formats.files import StrPath
 from nplora.formats.output_directory import trained
 from nplora.lora.delta import LoraDelta
-from nplora.lora.model_merge import ModelMerge
+from nplora.lora.model_merge import HeldOutLoss, ModelMerge
 from nplora.lora.new_rows import NewRows
 from nplora.models import model_digest, model_files
 from nplora.models.model_files import ModelFiles, NewVocabulary, Tensor, is_directory, weights_path
@@ -51,8 +51,7 @@ def merge_adapter(
     time, never a whole weight. The output file is complete on the disk before it appears under its name.
 
     If `check` is given, the new model is first written to a temporary file and loaded. The new model's loss
-    is compared with the loss of the base model with the adapter attached. If the loss rises by more than the
-    tolerance, the temporary file is removed, and an existing output is not changed.
+    is compared with the loss of the base model with the adapter attached.
 
     Args:
         base: a GGUF file, a safetensors file or index, or a Hugging Face directory.
@@ -67,7 +66,7 @@ def merge_adapter(
             given, the loss alone decides.
         check: a function that takes a model's path and an adapter (or None), and returns the model's loss on
             held-out data with this adapter. `nplora.finetuning.held_out_loss` makes such a function from a
-            data file. If `check` is None, the loss is not measured.
+            data file.
         tolerance: the largest accepted rise of the held-out loss, in nats per token. A rise of 0.02 raises
             the perplexity by 2 %.
     Returns:
@@ -103,7 +102,7 @@ def merge_adapter(
     model = model_files.open(base)
     _require_output(model, base, adapter, output)
     facts = base if Path(base).is_dir() or model.suffix == ".gguf" else None
-    content = sources.whole(adapter, facts, any_base=any_base)
+    content = sources.read_any(adapter, facts, any_base=any_base)
     content.require_always_active("merge")
     vocabulary = _vocabulary(model, content, output)
     updates = _placed(model, content, dtype, any_base, vocabulary)
@@ -111,40 +110,39 @@ def merge_adapter(
     for name in merged.merges:
         require_finite(model.source, model.tensors[name])
     gate = MergeGate(base, lossy, require_check(check), require_tolerance(tolerance))
-    with _new_directory(Path(output)) if is_directory(output) else contextlib.nullcontext():
+    with _new_directory(output):
         new = merged.new_files(output)
         for file in new:
             files.require_new(file.path, overwrite)
         files.require_not_read("merge", [file.path for file in new], _inputs(model, base, adapter))
         gate.measure(adapter)
-        try:
-            verdict = _replace(new, merged, gate)
-        except _RefusedError as refused:
-            raise gate.refusal(refused.verdict, merged, output) from None
+        loss = _replace(new, merged, gate, output)
     reports = merged.reports()
     nbytes = sum(file.nbytes for file in new)
     kept = len(model.tensors) - len(reports)
-    return ModelMerge(files.name(output), reports, kept, nbytes, verdict.loss)
+    return ModelMerge(files.name(output), reports, kept, nbytes, loss)
 
 
 class _RefusedError(Exception):
     """Raised if a merge loses too much."""
 
-    def __init__(self, verdict: Verdict) -> None:
-        self.verdict = verdict
 
-
-def _replace(new: list[files.NewFile], merged: MergedTensors, gate: MergeGate) -> Verdict:
+def _replace(
+    new: list[files.NewFile], merged: MergedTensors, gate: MergeGate, output: StrPath
+) -> HeldOutLoss | None:
     """Write files under temporary names. Rename the files if they pass the gate, else remove the files."""
     verdicts = list[Verdict]()
 
     def check(written: list[Path]) -> None:
         verdicts.append(gate.judge(merged, written))
         if not verdicts[0].passes:
-            raise _RefusedError(verdicts[0])
+            raise _RefusedError
 
-    files.replace(new, check=check)
-    return verdicts[0]
+    try:
+        files.replace(new, check=check)
+    except _RefusedError:
+        raise gate.refusal(verdicts[0], merged, output) from None
+    return verdicts[0].loss
 
 
 # ---- the output ----
@@ -178,16 +176,17 @@ def _inputs(model: ModelFiles, base: StrPath, adapter: Source) -> list[tuple[str
 
 
 @contextlib.contextmanager
-def _new_directory(path: Path) -> Iterator[None]:
+def _new_directory(output: StrPath) -> Iterator[None]:
     """Create a missing directory. If the `with` body raises an error, remove the new directory again."""
-    is_new = not path.exists()
-    path.mkdir(exist_ok=True)
+    is_new = is_directory(output) and not Path(output).exists()
+    if is_new:
+        Path(output).mkdir(exist_ok=True)
     try:
         yield
     except BaseException:
-        with contextlib.suppress(OSError):
-            if is_new:
-                path.rmdir()
+        if is_new:
+            with contextlib.suppress(OSError):
+                Path(output).rmdir()
         raise
 
 
@@ -238,83 +237,79 @@ def _placed(
     for layer, delta in adapter.items():
         name, order = model.place(layer, delta.shape[0])
         deltas[name or ""] = delta.rows(order)
-    for layer in adapter.trained_rows if model.tied else (*adapter.token_rows, *adapter.modules_to_save):
-        name, tokens = model.place(layer, 0)[0] or "", adapter.token_rows.get(layer)
-        ids, values = (
-            (tokens.ids, tokens.values) if tokens else (None, adapter.modules_to_save[layer]["weight"])
-        )
-        stored, width = model.tensors[name].shape
-        size = stored if vocabulary is None else vocabulary.size
-        deltas[name] = NewRows(ids, values, (size, width))
+    trained, sizes = adapter.trained_rows, dict[str, int]()
+    if not model.tied:
+        trained |= dict.fromkeys(adapter.modules_to_save)
     if vocabulary is not None:
-        _fill(model, deltas, vocabulary.size)
+        stored = model.tensors[model.place(EMBEDDING, 0)[0] or ""].shape[0]
+        sizes = dict.fromkeys((EMBEDDING, HEAD), vocabulary.size)
+        trained = with_rows_beyond(model.tied, trained, stored, vocabulary.size)
+    for layer, ids in trained.items():
+        name = model.place(layer, 0)[0] or ""
+        if name in deltas:
+            raise FormatError(
+                f"{adapter.source}: {layer}: the adapter has LoRA factors and trained rows for one weight"
+            )
+        tensor = model.tensors[name]
+        deltas[name] = _new_rows(adapter, layer, ids, tensor, sizes.get(layer, tensor.shape[0]))
     _require_blocks(model, deltas, dtype)
     return {name: deltas[name] for name in model.tensors if name in deltas}
 
 
-def _fill(model: ModelFiles, updates: dict[str, LoraDelta | NewRows], size: int) -> None:
-    """Add the rows after the stored rows that the adapter does not train, to the embedding and to the head.
+def _new_rows(adapter: AdapterContent, layer: str, ids: Ids, tensor: Tensor, size: int) -> NewRows:
+    """The rows of a layer that a merge replaces or adds.
 
-    As in training, such a row is the mean of all stored rows.
+    As in training, a row that the adapter does not hold is the mean of all stored rows.
     """
-    for layer in (EMBEDDING,) if model.tied else (EMBEDDING, HEAD):
-        name = model.place(layer, 0)[0] or ""
-        stored, width = model.tensors[name].shape
-        update = updates.get(name)
-        if update is not None and not isinstance(update, NewRows):
-            raise ValueError(f"merge: {layer} has LoRA factors, so its rows for new tokens are not known")
-        given = np.empty(0, np.int64) if update is None else update.ids
-        if size == stored or given is None:
-            continue
-        missing = np.setdiff1d(np.arange(stored, size), given)
-        if missing.size:
-            values = np.tile(mean_row(model.tensors[name]), (len(missing), 1))
-            own = np.empty((0, width), np.float32) if update is None else update.values
-            ids = np.concatenate([given, missing])
-            updates[name] = NewRows(ids, np.concatenate([own, values]), (size, width))
+    width = tensor.shape[1]
+    values = np.empty((0, width), np.float32)
+    if layer in adapter.token_rows:
+        values = adapter.token_rows[layer].values
+    elif layer in adapter.modules_to_save:
+        values = adapter.modules_to_save[layer]["weight"]
+    missing = (size if ids is None else len(ids)) - len(values)
+    if missing > 0:
+        values = np.concatenate([values, np.tile(mean_row(tensor), (missing, 1))])
+    return NewRows(ids, values, (size, width))
 
 
 def _target(model: ModelFiles, adapter: AdapterContent) -> Target:
     taken: dict[str, str] = {}
 
-    def tensor(layer: str, rows: int = 0) -> Tensor | str:
-        """The tensor of a layer's weight, or a text that says why nothing can be merged into it."""
-        name, _ = model.place(layer, rows)
+    def tensor(layer: str, shape: tuple[int, ...] | None = None) -> Tensor | str:
+        """The tensor of a layer's weight, or a text that says why nothing can be merged into it.
+
+        A tensor with another shape than `shape` is returned without a look at its type.
+        """
+        name, _ = model.place(layer, 0)
         if name is None:
             return "the model has no tensor for this layer"
         if (other := taken.setdefault(name, layer)) != layer:
             return f"its tensor {name} also belongs to {brief(other)}"
-        return model.tensors[name]
+        found = model.tensors[name]
+        if shape in (None, found.shape) and kind_of(found) not in STORAGES:
+            return f"{found.name} has type {kind_of(found)}, which nplora cannot decode"
+        return found
 
     def place(layer: str, shape: tuple[int, ...]) -> Place | str:
         if model.tied and layer.rpartition(".")[2] in _SHARED:
             return _BOTH
-        found = tensor(layer, shape[0])
-        if isinstance(found, str):
-            return found
-        if found.shape == shape and kind_of(found) not in STORAGES:
-            return f"{found.name} has type {kind_of(found)}, which nplora cannot decode"
-        return Place(found.name, found.shape, kernel=())
+        found = tensor(layer, shape)
+        return found if isinstance(found, str) else Place(found.name, found.shape, kernel=())
 
     def rows(layer: str) -> tuple[int, int] | str:
         """The shape of a weight whose rows an adapter replaces, or a text why these cannot be replaced."""
+        if model.tied and adapter.is_tied and layer == HEAD:
+            return rows(EMBEDDING)
         if model.tied and layer in adapter.trained_rows and not _replaces_both(layer, adapter):
             return _BOTH
         found = tensor(layer)
-        if isinstance(found, str):
-            return found
-        if kind_of(found) not in STORAGES:
-            return f"{found.name} has type {kind_of(found)}, which nplora cannot decode"
-        return found.shape  # type: ignore[return-value]
+        return found if isinstance(found, str) else found.shape  # type: ignore[return-value]
 
-    whole = dict[str, dict[str, Place]]()
-    for layer in adapter.trained_rows if model.tied else adapter.modules_to_save:
-        if layer in adapter.modules_to_save and not isinstance(shape := rows(layer), str):
-            whole[layer] = {"weight": Place(shape=shape)}
-    if model.tied and adapter.is_tied:
-        whole[HEAD] = whole.get(EMBEDDING, {})
+    shapes = {layer: rows(layer) for layer in adapter.modules_to_save}
+    whole = {layer: {"weight": Place(shape=s)} for layer, s in shapes.items() if not isinstance(s, str)}
     digest = model_digest.of_tensors(model.tensors, model.family)
-    return Target(model.source, place, digest, whole=whole, rows=rows, accepts_more=True)
+    return Target(model.source, place, digest, whole=whole, rows=rows)
 
 
 def _replaces_both(layer: str, adapter: AdapterContent) -> bool:
@@ -329,9 +324,7 @@ def _require_blocks(model: ModelFiles, updates: Mapping[str, LoraDelta | NewRows
     rows = {update.shape[1]: name for name, update in updates.items()}
     short = [d_in for d_in in rows if dtype != "same" and not storages.fits(dtype, d_in)]
     if short:
-        fitting = [
-            name for name in possible_storages(model) if all(storages.fits(name, d_in) for d_in in rows)
-        ]
+        fitting = possible_storages(model, rows)
         raise ValueError(
             f"merge: dtype {dtype} needs rows of a multiple of {storages.block_elements(dtype)} elements, "
             f"but {rows[short[0]]} has rows of {short[0]}; possible: {', '.join(('same', *fitting))}"

@@ -6,6 +6,7 @@ Two measures decide: the share of ΔW that rounding keeps, and the loss on held-
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -98,7 +99,10 @@ class MergeGate:
         if verdict.loss is not None:
             problems.append(_problem(verdict.loss, kinds))
         remedy = self._remedy(merged, output)
-        return ValueError(f"merge: {', and '.join(problems)}; {remedy}; {self._anyway(verdict)}")
+        without = "" if verdict.loss is None or verdict.loss.is_kept else " without --check"
+        return ValueError(
+            f"merge: {', and '.join(problems)}; {remedy}; --lossy (lossy=True){without} merges anyway"
+        )
 
     def _loss(self, merged: MergedTensors, written: list[Path]) -> HeldOutLoss | None:
         if self.check is None or self.before is None:
@@ -112,9 +116,7 @@ class MergeGate:
             named = f"--dtype {storage} keeps about {kept:.0%}"
             if self.check is None:
                 return named
-            loss = self._trial(
-                MergedTensors(merged.model, merged.updates, storage, merged.vocabulary), output
-            )
+            loss = self._trial(dataclasses.replace(merged, dtype=storage), output)
             if loss is None:
                 return f"{named} of ΔW by an estimate"
             if loss.is_kept:
@@ -133,11 +135,6 @@ class MergeGate:
                 return self._loss(merged, written)
         except (OSError, ValueError):
             return None
-
-    def _anyway(self, verdict: Verdict) -> str:
-        if verdict.loss is None or verdict.loss.is_kept:
-            return "--lossy (lossy=True) merges anyway"
-        return "--lossy (lossy=True) without --check merges anyway"
 
 
 @dataclass(frozen=True)
@@ -182,9 +179,8 @@ def _candidates(merged: MergedTensors) -> Iterator[tuple[str, float]]:
     def size(storage: str) -> int:
         return sum(rows * storages.row_nbytes(storage, d_in) for rows, d_in in shapes)
 
-    fitting = [name for name in possible_storages(model) if all(storages.fits(name, n) for _, n in shapes)]
     present = sum(merge.nbytes for merge in merges.values())
-    for storage in sorted(fitting, key=size):
+    for storage in sorted(possible_storages(model, [d_in for _, d_in in shapes]), key=size):
         if size(storage) > present or (size(storage) == present and storage in storages.FLOATS):
             kept = _estimated_kept(model, {name: merge.update for name, merge in merges.items()}, storage)
             if kept >= _ENOUGH:
@@ -197,7 +193,7 @@ def _estimated_kept(model: ModelFiles, updates: Mapping[str, LoraDelta | NewRows
     reports = []
     for name, update in updates.items():
         count = max(1, elements // max(1, update.shape[1]))
-        merge = merge_of(model.tensors[name], name, update, storage, _sampled(update, count))
+        merge = merge_of(model.tensors[name], update, storage, _sampled(update, count))
         try:
             for _ in merge.rows():
                 pass

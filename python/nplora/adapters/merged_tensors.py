@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,7 +43,7 @@ class MergedTensors:
 
     def __post_init__(self) -> None:
         self.merges = {
-            name: merge_of(self.model.tensors[name], name, update, self.dtype)
+            name: merge_of(self.model.tensors[name], update, self.dtype)
             for name, update in self.updates.items()
             if self.dtype != "same" or not update.is_zero
         }
@@ -60,14 +60,15 @@ class MergedTensors:
     def reports(self) -> tuple[MergeReport, ...]:
         """The reports, in the order of the updates. Call this method after the files are written."""
         return tuple(
-            self.merges[name].report if name in self.merges else _unchanged(name, self.model.tensors[name])
+            self.merges[name].report if name in self.merges else _unchanged(self.model.tensors[name])
             for name in self.updates
         )
 
 
-def possible_storages(model: ModelFiles) -> tuple[str, ...]:
-    """The storage types that a file of the model's format can hold."""
-    return tuple(storages.GGML_NAMES if model.suffix == ".gguf" else storages.FLOATS)
+def possible_storages(model: ModelFiles, widths: Collection[int] = ()) -> tuple[str, ...]:
+    """The storage types that a file of the model's format can hold, for rows of these widths."""
+    known = storages.GGML_NAMES if model.suffix == ".gguf" else storages.FLOATS
+    return tuple(name for name in known if all(storages.fits(name, width) for width in widths))
 
 
 def kind_of(tensor: Tensor) -> str:
@@ -75,22 +76,16 @@ def kind_of(tensor: Tensor) -> str:
     return tensor.type if isinstance(tensor, gguf.Tensor) else tensor.dtype
 
 
-def merge_of(
-    tensor: Tensor, name: str, update: LoraDelta | NewRows, dtype: str, sample: Array | None = None
-) -> Merge:
+def merge_of(tensor: Tensor, update: LoraDelta | NewRows, dtype: str, sample: Array | None = None) -> Merge:
     """Prepare the merge of a tensor, or only of its rows in `sample`."""
-    storage = STORAGES[kind_of(tensor)]
-    stored, d_in = tensor.shape[0], update.shape[1]
-    rows: Array | _LongerRows = _bytes(tensor).reshape(stored, storages.row_nbytes(storage, d_in))
-    if update.shape[0] > stored:
-        assert isinstance(rows, np.ndarray)
-        rows = _LongerRows(rows, update.shape[0])
+    storage, (stored, d_in) = STORAGES[kind_of(tensor)], tensor.shape
+    rows = _rows(tensor) if update.shape[0] <= stored else _LongerRows(_rows(tensor), update.shape[0])
     if sample is not None:
         rows, update = rows[sample], update.rows(sample)
     if dtype in ("same", storage) and isinstance(update, NewRows):
-        return RowsMerge(name, update.shape, lambda first, last: rows[first:last], update, storage)
+        return RowsMerge(tensor.name, update.shape, lambda first, last: rows[first:last], update, storage)
     return Merge(
-        name,
+        tensor.name,
         update.shape,
         lambda first, last: storages.decode(rows[first:last], storage, d_in),
         update,
@@ -101,8 +96,7 @@ def merge_of(
 def mean_row(tensor: Tensor) -> Array:
     """The mean of all rows of a matrix, float32. The matrix is decoded a few rows at a time."""
     storage, (stored, width) = STORAGES[kind_of(tensor)], tensor.shape
-    rows = _bytes(tensor).reshape(stored, storages.row_nbytes(storage, width))
-    total = np.zeros(width)
+    rows, total = _rows(tensor), np.zeros(width)
     for block in storages.row_blocks(stored, width):
         total += storages.decode(rows[block], storage, width).sum(axis=0, dtype=np.float64)
     return np.asarray(total / stored, np.float32)
@@ -130,9 +124,12 @@ def _stream(model: ModelFiles, merge: Merge) -> Stream:
     return safetensors.Stream(merge.storage, merge.shape, chunks)
 
 
-def _bytes(tensor: Tensor) -> Array:
-    return tensor.data if isinstance(tensor, gguf.Tensor) else tensor.array.reshape(-1).view(np.uint8)
+def _rows(tensor: Tensor) -> Array:
+    """The bytes of a tensor's rows (n, row_nbytes)."""
+    raw = tensor.data if isinstance(tensor, gguf.Tensor) else tensor.array.reshape(-1).view(np.uint8)
+    stored, d_in = tensor.shape
+    return raw.reshape(stored, storages.row_nbytes(STORAGES[kind_of(tensor)], d_in))
 
 
-def _unchanged(name: str, tensor: Tensor) -> MergeReport:
-    return MergeReport.unchanged(name, STORAGES[kind_of(tensor)], tensor.nbytes)
+def _unchanged(tensor: Tensor) -> MergeReport:
+    return MergeReport.unchanged(tensor.name, STORAGES[kind_of(tensor)], tensor.nbytes)

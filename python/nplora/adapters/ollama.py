@@ -20,26 +20,21 @@ from nplora.tokenizer import go_template
 MODELFILE, MODEL, ADAPTER = "Modelfile", "model.gguf", "adapter.gguf"
 _OP = "export"
 _CONTEXT = 4096  # tokens; Ollama allocates memory for the whole context
-# The parameters of Ollama by their types (the structs Options and Runner in its api/types.go).
-_PARAMETERS = {
-    "a whole number": (
+# The names of Ollama's parameters (the structs Options and Runner in its api/types.go), by a description and
+# a pattern of their values.
+_NAMES = {
+    ("a whole number", r"[+-]?[0-9]{1,18}"): (
         *("num_ctx", "num_batch", "num_gpu", "main_gpu", "num_thread", "draft_num_predict"),
         *("num_keep", "seed", "num_predict", "top_k", "repeat_last_n"),
     ),
-    "a number": (
+    ("a number", r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]{1,2})?"): (
         *("top_p", "min_p", "typical_p", "temperature"),
         *("repeat_penalty", "presence_penalty", "frequency_penalty"),
     ),
-    "true or false": ("use_mmap",),
-    "one line of text": ("stop",),
+    ("true or false", "true|false"): ("use_mmap",),
+    ("one line of text", r"[^\n]*[^\s][^\n]*"): ("stop",),
 }
-_TYPES = {name: type_ for type_, names in _PARAMETERS.items() for name in names}
-_VALUES = {
-    "a whole number": re.compile(r"[+-]?[0-9]{1,18}"),
-    "a number": re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)(e[+-]?[0-9]{1,2})?", re.IGNORECASE),
-    "true or false": re.compile("true|false"),
-    "one line of text": re.compile(r"[^\n]*[^\s][^\n]*"),
-}
+_VALUES = {name: values for values, names in _NAMES.items() for name in names}
 
 
 @dataclass(frozen=True)
@@ -165,11 +160,12 @@ def _is_gguf(model: StrPath) -> bool:
 def _checked(parameters: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
     found = [(str(name), str(value)) for name, value in parameters]
     for name, value in found:
-        if name not in _TYPES:
-            near = _check.suggestion(name, _TYPES) or f"; expected one of {', '.join(sorted(_TYPES))}"
+        if name not in _VALUES:
+            near = _check.suggestion(name, _VALUES) or f"; expected one of {', '.join(sorted(_VALUES))}"
             raise ValueError(f"{_OP}: Ollama has no parameter {brief(name)}{near}")
-        if _VALUES[_TYPES[name]].fullmatch(value) is None or _quoted(value) is None:
-            raise ValueError(f"{_OP}: parameter {name}={brief(value)}, expected {_TYPES[name]}")
+        expected, pattern = _VALUES[name]
+        if re.fullmatch(pattern, value) is None or _quoted(value) is None:
+            raise ValueError(f"{_OP}: parameter {name}={brief(value)}, expected {expected}")
     return found
 
 

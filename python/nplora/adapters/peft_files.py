@@ -17,7 +17,7 @@ from nplora.adapters.content import AdapterContent
 from nplora.adapters.fitting import ANYTHING, Target, collecting
 from nplora.adapters.trained_rows import EMBEDDING as ROWS_EMBEDDING
 from nplora.adapters.trained_rows import HEAD as ROWS_HEAD
-from nplora.adapters.trained_rows import TokenRows, require_distinct
+from nplora.adapters.trained_rows import TokenRows
 from nplora.formats import files, peft_adapter
 from nplora.formats.errors import FormatError, UnsupportedError, brief, counted
 from nplora.formats.files import StrPath
@@ -57,29 +57,25 @@ def _read(opened: PeftAdapter, target: Target, edited_config: bool, any_base: bo
     target.require_kind(opened.directory, has_dora, config.modules_to_save, tokens)
     if target.ties_head and _is_same(opened, tokens):
         del tokens[ROWS_HEAD]
-    added = opened.added_tokens(_ids_with_rows(opened, tensors, tokens, target))
-    passed_over = {tensor for parameters in tensors.values() for tensor in parameters.values()}
-    passed_over |= {tensor for tensor in opened.tensors if tensor.endswith(TOKENS)}
+    copied = _copied_rows(opened, tensors, tokens, target)
+    added = opened.added_tokens(_ids_with_rows(opened, tensors, tokens, copied))
     deltas, whole = dict[str, LoraDelta](), dict[str, dict[str, Array]]()
-    factors = opened.factors(problems, passed_over)
+    factors = opened.factors(problems, tensors)
     for name, halves in factors.items():
         with collecting(problems):
             deltas[name] = _delta(opened, name, halves, target)
     for layer, parameters in tensors.items():
         for parameter, tensor in parameters.items():
             with collecting(problems):
-                whole.setdefault(layer, {})[parameter] = _whole(
-                    opened, layer, parameter, tensor, target, added
-                )
+                shape = opened.tensors.entries[tensor].shape
+                dtype = target.check_whole(layer, parameter, shape, tensor, added)
+                whole.setdefault(layer, {})[parameter] = opened.array(tensor, dtype)
+    if not added:
+        copied = {}
     rows = dict[str, TokenRows]()
-    for layer, (tensor, ids) in tokens.items():
+    for layer in {**tokens, **copied}:
         with collecting(problems):
-            rows[layer] = _token_rows(opened, layer, tensor, ids, target, added)
-    if added and target.accepts_more:
-        for layer, more in _untrained_rows(opened, rows, whole, target).items():
-            with collecting(problems):
-                target.check_rows(layer, more.ids.tolist(), more.values.shape[1], added)
-                rows[layer] = more
+            rows[layer] = _token_rows(opened, layer, tokens.get(layer), copied.get(layer), target, added)
     found = {*factors, *tensors, *rows, *tokens}
     missing = [name for name in target.required if name not in found]
     problems += [f"{brief(name)}: the adapter has no such layer" for name in missing]
@@ -165,16 +161,38 @@ def _is_same(opened: PeftAdapter, tokens: Mapping[str, tuple[str, tuple[int, ...
     return np.array_equal(opened.array(found[0][0]), opened.array(found[1][0]))
 
 
+def _copied_rows(
+    opened: PeftAdapter, whole: Collection[str], tokens: Collection[str], target: Target
+) -> dict[str, tuple[str, Array]]:
+    """Find the rows of the embedding and the head that PEFT copied and the target lacks.
+
+    PEFT copies both weights if their number of rows was changed, for example to a multiple of 64.
+
+    Returns:
+        layer -> (the tensor with the copy, the ids of the rows that the target lacks).
+    """
+    found = dict[str, tuple[str, Array]]()
+    for layer in (ROWS_EMBEDDING, ROWS_HEAD):
+        shape, copy = target.rows(layer), opened.copy_of(layer)
+        is_shared = target.ties_head and layer == ROWS_HEAD and layer not in tokens
+        if is_shared or layer in whole or copy is None or not isinstance(shape, tuple):
+            continue
+        stored = opened.tensors.entries[copy].shape
+        if stored[1:] == shape[1:] and stored > shape:
+            found[layer] = copy, np.arange(shape[0], stored[0])
+    return found
+
+
 def _ids_with_rows(
     opened: PeftAdapter,
     whole: Mapping[str, Mapping[str, str]],
     tokens: Mapping[str, tuple[str, Sequence[int]]],
-    target: Target,
+    copied: Mapping[str, tuple[str, Array]],
 ) -> Collection[int]:
     """The ids of the tokens that have a row in the adapter. A copy of a row that the target has is ignored.
 
     Args:
-        whole: layer -> parameter -> tensor. tokens: layer -> (tensor, ids).
+        whole: layer -> parameter -> tensor. tokens: layer -> (tensor, ids). copied: as from `_copied_rows`.
     """
     shapes = [
         opened.tensors.entries[parameters["weight"]].shape
@@ -182,66 +200,36 @@ def _ids_with_rows(
         if layer in (ROWS_EMBEDDING, ROWS_HEAD) and "weight" in parameters
     ]
     if shapes:
-        return range(max(shape[0] for shape in shapes if shape))
+        return range(max((shape[0] for shape in shapes if shape), default=0))
     found = {id_ for _, ids in tokens.values() for id_ in ids}
-    shape, copy = target.rows(ROWS_EMBEDDING), opened.copy_of(ROWS_EMBEDDING)
-    if found and copy is not None and isinstance(shape, tuple):
-        found |= {*range(shape[0], opened.tensors.entries[copy].shape[0])}
+    if found and ROWS_EMBEDDING in copied:
+        found.update(copied[ROWS_EMBEDDING][1].tolist())
     return found
-
-
-def _untrained_rows(
-    opened: PeftAdapter, rows: Mapping[str, TokenRows], whole: Collection[str], target: Target
-) -> dict[str, TokenRows]:
-    """For the embedding and the head: the trained rows, and PEFT's copies of rows that the target lacks.
-
-    PEFT stores such copies if the number of rows was changed, for example to a multiple of 64.
-    """
-    found = dict[str, TokenRows]()
-    for layer in (ROWS_EMBEDDING, ROWS_HEAD):
-        shape, tensor = target.rows(layer), opened.copy_of(layer)
-        if target.ties_head and layer == ROWS_HEAD and layer not in rows:
-            continue
-        if layer in whole or tensor is None or not isinstance(shape, tuple):
-            continue
-        copied = opened.tensors.entries[tensor].shape
-        if len(copied) != 2 or copied[1] != shape[1] or copied[0] <= shape[0]:
-            continue
-        own = rows.get(layer, TokenRows(np.empty(0, np.int64), np.empty((0, shape[1]), np.float32)))
-        ids = np.setdiff1d(np.arange(shape[0], copied[0]), own.ids)
-        values = np.concatenate([own.values, opened.array(tensor)[ids]])
-        found[layer] = TokenRows(np.concatenate([own.ids, ids]), values)
-    return found
-
-
-def _whole(
-    opened: PeftAdapter,
-    layer: str,
-    parameter: str,
-    tensor: str,
-    target: Target,
-    tokens: Sequence[AddedToken],
-) -> Array:
-    """Read an array of a fully trained layer."""
-    dtype = target.check_whole(layer, parameter, opened.tensors.entries[tensor].shape, tensor, tokens)
-    return opened.array(tensor, dtype)
 
 
 def _token_rows(
     opened: PeftAdapter,
     layer: str,
-    tensor: str,
-    ids: tuple[int, ...],
+    trained: tuple[str, tuple[int, ...]] | None,
+    copied: tuple[str, Array] | None,
     target: Target,
     tokens: Sequence[AddedToken],
 ) -> TokenRows:
-    """Read the trained rows of a layer."""
-    array = np.array(ids, np.int64)
-    require_distinct(layer, array)
-    has_copy = opened.copy_of(layer) is not None  # the copy also has the rows between the trained rows
-    if not (has_copy and tokens and target.accepts_more):
-        target.check_rows(layer, ids, opened.tensors.entries[tensor].shape[1], tokens)
-    return TokenRows(array, opened.array(tensor))
+    """Read the trained rows of a layer, followed by the rows of PEFT's copy that are not trained."""
+    tensor, ids = trained or ("", ())
+    own = np.array(ids, np.int64)
+    values, counts = np.unique(own, return_counts=True)
+    if (counts > 1).any():
+        twice = values[counts > 1][0]
+        raise FormatError(f"{brief(layer)}: token {twice} occurs twice in the trained tokens")
+    copy, beyond = copied or ("", own[:0])
+    others = np.setdiff1d(beyond, own)
+    width = opened.tensors.entries[tensor or copy].shape[1]
+    target.check_rows(layer, [*ids, *others.tolist()], width, tokens)
+    parts = [opened.array(tensor)] if trained else []
+    if others.size:
+        parts.append(opened.array(copy)[others])
+    return TokenRows(np.concatenate([own, others]), np.concatenate(parts))
 
 
 def _is_tied(opened: PeftAdapter, whole: Mapping[str, Mapping[str, Array]], problems: list[str]) -> bool:

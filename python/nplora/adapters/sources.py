@@ -35,30 +35,16 @@ def trained_with_template(path: StrPath) -> bool | None:
     return peft_adapter.trained_with_template(path)
 
 
-def low_rank(
-    source: Source,
-    base: StrPath | None = None,
-    edited_config: bool = False,
-    any_base: bool = False,
-    hint: str = "Adapter.read reads it",
-) -> AdapterContent:
-    """Read an adapter of low-rank factors from any `Source`. Raises the errors of `read_adapter`."""
-    found = whole(source, base, edited_config, any_base)
-    found.require_low_rank(hint)
-    return found
-
-
-def whole(
+def read_any(
     source: Source, base: StrPath | None = None, edited_config: bool = False, any_base: bool = False
 ) -> AdapterContent:
-    """Like `low_rank`, but also accept an adapter with trained tokens or fully trained layers."""
+    """Read an adapter from any `Source`."""
     if isinstance(source, Module):
-        source = layers.from_model(source, "read_adapter")
-    elif isinstance(source, str | os.PathLike):
-        source = read(source, base, edited_config, any_base)
-    elif not isinstance(source, AdapterContent):
-        raise TypeError(
-            f"read_adapter: got {source!r}, expected a PEFT directory, a llama.cpp file, a model or "
-            "an Adapter"
-        )
-    return source
+        return layers.from_model(source, "read_adapter")
+    if isinstance(source, str | os.PathLike):
+        return read(source, base, edited_config, any_base)
+    if isinstance(source, AdapterContent):
+        return source
+    raise TypeError(
+        f"read_adapter: got {source!r}, expected a PEFT directory, a llama.cpp file, a model or an Adapter"
+    )

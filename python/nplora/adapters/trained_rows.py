@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nplora.formats.errors import FormatError, brief
 from nplora.formats.tokenizer_json import AddedToken
 from nplora.nn import Embedding, Linear, TrainedEmbedding, TrainedHead, TrainedRows, TrainedRowsLayer
 from nplora.nn.module import Module
@@ -121,10 +120,3 @@ def _layer(layer: Any, rows: TrainedRows, is_tied: bool) -> TrainedRowsLayer:
         return TrainedEmbedding(weight, rows, is_tied)
     assert isinstance(layer, Linear | TrainedHead)
     return TrainedHead(weight, rows, is_tied, layer.bias)
-
-
-def require_distinct(where: str, ids: Array) -> None:
-    """Raise FormatError if a token occurs twice in an adapter."""
-    values, counts = np.unique(ids, return_counts=True)
-    if (counts > 1).any():
-        raise FormatError(f"{brief(where)}: token {values[counts > 1][0]} occurs twice in the trained tokens")

@@ -284,9 +284,7 @@ def _peft(adapter: PeftAdapter) -> str:
     others: list[str] = []
     layers = []
     whole, tokens = adapter.whole(), adapter.tokens(others)
-    taken = {tensor for parameters in whole.values() for tensor in parameters.values()}
-    taken |= {tensor for tensor, _ in tokens.values()}
-    for name, halves in adapter.factors(others, taken).items():
+    for name, halves in adapter.factors(others, whole).items():
         try:
             adapter.require_rank(name, halves)
             lora_a, lora_b = (adapter.array(half) for half in halves)
@@ -344,8 +342,7 @@ def _llama_cpp(file: GgufFile) -> str:
     adapter = gguf_adapter.from_file(file)
     layers = []
     for name, pair in adapter.pairs.items():
-        lora_a = pair.lora_a.T if name == gguf_adapter.EMBEDDING else pair.lora_a
-        layers.append(_layer(name, lora_a, pair.lora_b, adapter.scale(name)))
+        layers.append(_layer(name, pair.lora_a, pair.lora_b, adapter.scale(name)))
     return _text(
         f"{file.source}: llama.cpp's LoRA adapter for a model of architecture {adapter.architecture}",
         _unknown(adapter.architecture, _KNOWN_IN_GGUF, "eval, generate, merge, combine and convert"),

@@ -189,18 +189,21 @@ class PeftAdapter:
             problems.append("trainable_token_indices names tokens, but there is no tensor with their rows")
         return found
 
-    def factors(self, problems: list[str], passed_over: Collection[str] = ()) -> dict[str, tuple[str, str]]:
+    def factors(
+        self, problems: list[str], whole: Mapping[str, Mapping[str, str]]
+    ) -> dict[str, tuple[str, str]]:
         """Map each layer to the names of its two factor tensors. Other tensors are listed in `problems`.
 
-        DoRA magnitudes, the tensors in `passed_over` and copies of frozen weights are skipped.
+        DoRA magnitudes, the tensors in `whole`, trained tokens and copies of frozen weights are skipped.
 
         Raises:
             LimitError: there are too many layers and patterns to find each layer's rank in reasonable time.
         """
         found: dict[str, tuple[str, str]] = {}
+        in_whole = {tensor for parameters in whole.values() for tensor in parameters.values()}
+        others = (TOKENS, MAGNITUDE) if self.config.use_dora else (TOKENS,)
         for tensor in self.tensors:
-            is_magnitude = self.config.use_dora and tensor.endswith(MAGNITUDE)
-            if tensor in passed_over or is_magnitude or self._is_base_copy(tensor):
+            if tensor in in_whole or tensor.endswith(others) or self._is_base_copy(tensor):
                 continue
             kind = next((kind for kind in (LINEAR, EMBEDDING) if tensor.endswith(kind)), None)
             if kind is None or not tensor.startswith(PREFIX):

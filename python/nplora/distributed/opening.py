@@ -4,7 +4,6 @@ import contextlib
 import warnings
 from collections.abc import Iterator
 
-from nplora import _check
 from nplora.distributed.communicator import Alone, Communicator, require_communicator
 from nplora.distributed.launch import launched_ranks, require_one_process
 from nplora.distributed.mpi import MPICommunicator
@@ -20,17 +19,16 @@ def opened_communicator(
 
     Args:
         op: name of the calling function in messages.
-        distributed: one of DISTRIBUTED. "mpi": the ranks of an MPI launcher. "off": this process alone. None:
-            this process alone; it is an error if a launcher has started several ranks.
+        distributed: one of DISTRIBUTED, as the caller has checked, or None. "mpi": the ranks of an MPI
+            launcher. "off": this process alone. None: this process alone; it is an error if a launcher has
+            started several ranks.
         given: a communicator that the caller has opened. If it is given, `distributed` must be None.
     Raises:
-        ValueError: `distributed` is another value; or it is None, and a launcher has started several ranks;
-            or `distributed` and `given` are both given.
+        ValueError: `distributed` is None, and a launcher has started several ranks; or `distributed` and
+            `given` are both given.
         TypeError: `given` is not a `Communicator`.
         ModuleNotFoundError, ImportError, ValueError: see `MPICommunicator`.
     """
-    if distributed is not None:
-        _check.choice(op, "distributed", distributed, DISTRIBUTED)
     if given is not None:
         if distributed is not None:
             raise ValueError(f"{op}: communicator and distributed are both given, expected only one of them")

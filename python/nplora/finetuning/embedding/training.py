@@ -12,7 +12,7 @@ from typing import Any
 from nplora import _check
 from nplora.adapters import rollback_on_error, save_adapter
 from nplora.distributed.communicator import Communicator
-from nplora.distributed.opening import heard_by_all_ranks, opened_communicator, or_none_if_alone
+from nplora.distributed.opening import DISTRIBUTED, heard_by_all_ranks, opened_communicator, or_none_if_alone
 from nplora.finetuning.agreement import require_same_data
 from nplora.finetuning.data.sources import Data, sources_of, splits_of
 from nplora.finetuning.embedding.batches import ExampleBatches
@@ -173,6 +173,8 @@ def train(
     """
     op = "train"
     with heard_by_all_ranks(distributed):
+        if distributed is not None:
+            _check.choice(op, "distributed", distributed, DISTRIBUTED)
         files.require_named(op, output=output)
     with opened_communicator(op, distributed, communicator) as ranks:
         is_first = ranks.rank == 0  # this rank writes the output and prints

@@ -17,7 +17,7 @@ from distributed.cases import PAIRS, ROWS
 from distributed.launching import needs_mpi, run
 from distributed.threads import ThreadRank, on_threads
 from nplora import cli
-from nplora.distributed import Alone, RankError, mpi
+from nplora.distributed import Alone, RankError, mpi, opening
 from nplora.finetuning import FinetuneOptions, finetune
 from nplora.finetuning.execution import choose_execution, fitting_all
 from nplora.finetuning.load import read_inputs
@@ -234,6 +234,17 @@ def test_the_failure_of_another_rank_is_not_a_wrong_argument(
     files = [inputs / "model.gguf", "--data", inputs / "train.jsonl", "--output", tmp_path / "out"]
     assert cli.main(["finetune", *map(str, files)]) == 1
     assert capsys.readouterr().err == "nplora: error: rank 1: MemoryError: out of memory\n"
+
+
+def test_a_process_that_no_launcher_started_says_that_it_is_alone(
+    monkeypatch: pytest.MonkeyPatch, inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(opening, "MPICommunicator", Alone)  # MPI without a launcher has one rank too
+    assert cli.main([*map(str, words(inputs, tmp_path / "out", "--steps", 1)[2:])]) == 0
+    out, errors = capsys.readouterr()
+    notice = "--distributed mpi: this process trains alone; start it with `mpiexec -n N` to use N processes\n"
+    assert errors.count(notice) == 1
+    assert "rank 0 on " not in out
 
 
 def test_a_run_that_cannot_be_resumed_is_said_once(

@@ -2,7 +2,7 @@
 
 import contextlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from nplora.distributed.communicator import Alone, Communicator, require_communicator
 from nplora.distributed.launch import launched_ranks, require_one_process
@@ -58,6 +58,18 @@ def or_none_if_alone(ranks: Communicator) -> Communicator | None:
     True
     """
     return None if type(ranks) is Alone else ranks  # a subclass may do more, and is used
+
+
+def say_if_alone(ranks: Communicator, distributed: str | None, say: Callable[[str], None]) -> None:
+    """Print a notice if `distributed` is "mpi" but no launcher has started other ranks.
+
+    >>> from nplora.distributed import Alone
+    >>> from nplora.distributed.opening import say_if_alone
+    >>> say_if_alone(Alone(), "mpi", print)
+    --distributed mpi: this process trains alone; start it with `mpiexec -n N` to use N processes
+    """
+    if distributed == "mpi" and ranks.size == 1:
+        say("--distributed mpi: this process trains alone; start it with `mpiexec -n N` to use N processes")
 
 
 def require_choice(op: str, distributed: str | None) -> None:

@@ -119,6 +119,8 @@ def test_the_command_labels_words(here: Path, capsys: pytest.CaptureFixture[str]
         ('{"w": ["a"], "tokens": "x"}\n{"w": []}', ["a", ""], ["--columns", "tokens=w"]),
         ('{"tokens": ["a\\tb"]}', "row 1: 'a\\tb' has a tab or a line break, which would end it", []),
         ('{"tokens": ["a"]}\n{"tokens": ["a\\nb"]}', "row 2: 'a\\nb' has a tab or a line break", []),
+        ('{"tokens": ["-DOCSTART-"]}', "row 1: '-DOCSTART-' begins a document in a .conll file; write", []),
+        ('{"tokens": ["a", "-DOCSTART-x"]}', "row 1: '-DOCSTART-x' begins a document in a .conll", []),
     ],
 )
 def test_predictions_in_a_conll_file(
@@ -144,7 +146,7 @@ def test_a_classifier_of_texts_writes_no_conll_file(here: Path, capsys: pytest.C
     assert cli.main(["classify", "train", "model", "--data", "train.csv", "--output", "out", *FAST]) == 0
     words = ["classify", "predict", "model", "--adapter", "out", "--data", "train.csv", "--output", "a.conll"]
     assert cli.main(words) == 2
-    text = "expected a name that ends in .csv, .jsonl or .npy, because the classifier labels texts"
+    text = "expected a name that ends in .csv or .jsonl or .npy, because the classifier labels texts"
     assert text in capsys.readouterr().err
     assert not (here / "a.conll").exists()
 
@@ -172,7 +174,7 @@ def test_eval_draws_the_confusion_matrix(here: Path, capsys: pytest.CaptureFixtu
         ("predict model --data train.csv --valid v", "--valid is an option of classify train"),
         (
             "predict model --data train.csv --output a.txt",
-            "expected a name that ends in .csv, .jsonl or .npy or, for words, in .jsonl or .conll",
+            "expected a name that ends in .csv or .jsonl or .npy; for words, in .jsonl or .conll",
         ),
         ("predict model --data train.csv --plot a.png", "--plot is for eval"),
         ("train model --data train.csv --output out --plot a.png", "--plot is for eval"),

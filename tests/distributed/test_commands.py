@@ -17,7 +17,7 @@ from distributed.cases import PAIRS, ROWS
 from distributed.launching import needs_mpi, run
 from distributed.threads import ThreadRank, on_threads
 from nplora import cli
-from nplora.distributed import Alone, RankError, mpi
+from nplora.distributed import Alone, RankError, mpi, opening
 from nplora.finetuning import FinetuneOptions, finetune
 from nplora.finetuning.execution import choose_execution, fitting_all
 from nplora.finetuning.load import read_inputs
@@ -236,6 +236,17 @@ def test_the_failure_of_another_rank_is_not_a_wrong_argument(
     assert capsys.readouterr().err == "nplora: error: rank 1: MemoryError: out of memory\n"
 
 
+def test_a_process_that_no_launcher_started_says_that_it_is_alone(
+    monkeypatch: pytest.MonkeyPatch, inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(opening, "MPICommunicator", Alone)  # MPI without a launcher has one rank too
+    assert cli.main([*map(str, words(inputs, tmp_path / "out", "--steps", 1)[2:])]) == 0
+    out, errors = capsys.readouterr()
+    notice = "--distributed mpi: this process trains alone; start it with `mpiexec -n N` to use N processes\n"
+    assert errors.count(notice) == 1
+    assert "rank 0 on " not in out
+
+
 def test_a_run_that_cannot_be_resumed_is_said_once(
     inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -292,18 +303,49 @@ def test_a_rank_with_more_threads_gets_no_plan_that_is_too_large_for_it(
         assert found == [alone[1]] * 2
 
 
+KEPT, RECOMPUTED, CUT = (ExecutionPlan("float32", *rest) for rest in ((False,), (True,), (False, 64)))
+BFLOAT16 = ExecutionPlan("bfloat16", False)
+
+
+def compared(*found: tuple[ExecutionPlan, int, float], limit: float = 150e6) -> MemoryPlan:
+    """What a rank found for each plan: the bytes and the seconds. The first plan is its own choice."""
+    (chosen, size, seconds), *others = found
+    memory = Memory(size, *[0] * (len(dataclasses.fields(Memory)) - 1))
+    return MemoryPlan(chosen, memory, seconds, 1, tuple(Alternative(*one) for one in others), limit)
+
+
+def test_ranks_use_a_plan_that_fits_on_all_even_if_it_is_the_choice_of_none() -> None:
+    first = compared((KEPT, 100_000_000, 1.0), (RECOMPUTED, 200_000_000, 2.0), (CUT, 120_000_000, 3.0))
+    second = compared((RECOMPUTED, 100_000_000, 1.0), (CUT, 120_000_000, 3.0), (KEPT, 200_000_000, 2.0))
+    for plans in ([first, second], [second, first]):
+        assert fitting_all(plans) == CUT
+
+
+def test_of_the_plans_that_fit_on_all_ranks_the_ranks_prefer_float32_and_then_the_fastest() -> None:
+    sizes = {KEPT: 200_000_000, BFLOAT16: 1_000_000, CUT: 2_000_000, RECOMPUTED: 3_000_000}
+    seconds = (
+        {KEPT: 1.0, BFLOAT16: 0.5, CUT: 2.0, RECOMPUTED: 3.0},
+        {KEPT: 1.0, BFLOAT16: 0.5, CUT: 4.0, RECOMPUTED: 3.0},  # a step takes as long as on this rank
+    )
+    plans = [
+        compared(*((plan, sizes[plan], one[plan]) for plan in one), limit=limit)
+        for one, limit in zip(seconds, (250e6, 150e6), strict=True)
+    ]
+    assert fitting_all(plans) == fitting_all(plans[::-1]) == RECOMPUTED
+    assert fitting_all(plans[:1]) == KEPT
+
+
 def test_plans_of_which_none_fits_on_every_rank_are_refused() -> None:
-    memory = Memory(100_000_000, *[0] * (len(dataclasses.fields(Memory)) - 1))
-    first, second = (ExecutionPlan("float32", recompute) for recompute in (False, True))
-
-    def plan_of(chosen: ExecutionPlan, other: ExecutionPlan) -> MemoryPlan:
-        return MemoryPlan(chosen, memory, 1.0, 1, (Alternative(other, 200_000_000, 2.0),), limit=150e6)
-
+    first = compared((KEPT, 100_000_000, 1.0), (RECOMPUTED, 170_000_000, 2.0))
+    second = compared((RECOMPUTED, 100_000_000, 1.0), (KEPT, 190_000_000, 2.0))
     message = (
-        "no rank's plan fits on every rank: the plan of rank 1 .* needs 200 MB on rank 0, which has 150 MB"
+        r"no plan fits on every rank: the nearest plan \(float32, activations recomputed\) needs 170 MB on "
+        "rank 0, which has 150 MB: give rank 0 a larger --memory"
     )
     with pytest.raises(BudgetError, match=message):
-        fitting_all([plan_of(first, second), plan_of(second, first)])
+        fitting_all([first, second])
+    with pytest.raises(BudgetError, match="no plan fits on every rank: rank 1 has compared other plans"):
+        fitting_all([first, compared((CUT, 1_000_000, 1.0))])
 
 
 def test_the_progress_counts_the_tokens_of_all_ranks(inputs: Path) -> None:

@@ -15,7 +15,7 @@ import nplora
 from distributed.launching import needs_mpi, run
 from distributed.threads import ThreadRank, on_threads
 from nplora import cli, embedding
-from nplora.distributed import Alone, Communicator
+from nplora.distributed import Alone, Communicator, opening
 from nplora.finetuning import ClassifierRun, ClassifyOptions, agreement, train_classifier
 from nplora.trainer import Callback, History, Run, StepRecord
 from small_encoder import WORDS, save_small_encoder
@@ -252,6 +252,19 @@ def test_a_communicator_and_distributed_exclude_each_other(model: Path, tmp_path
     assert not list(tmp_path.iterdir())
 
 
+def test_a_process_that_no_launcher_started_says_that_it_is_alone(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(opening, "MPICommunicator", Alone)  # MPI without a launcher has one rank too
+    notice = "--distributed mpi: this process trains alone; start it with `mpiexec -n N` to use N processes\n"
+    for train in (classified, embedded):
+        for distributed in ("mpi", "off"):
+            train(
+                None, model, tmp_path / distributed / train.__name__, progress=True, distributed=distributed
+            )
+            assert capsys.readouterr().err.count(notice) == (distributed == "mpi"), train
+
+
 @pytest.mark.slow
 def test_ranks_train_the_labels_of_tokens(model: Path) -> None:
     def trained(ranks: Communicator | None) -> tuple[Any, ...]:
@@ -287,10 +300,10 @@ EMBEDDINGS: dict[str, dict[str, Any]] = {
 
 
 def embedded(ranks: Communicator | None, model: Path, output: Path, **more: Any) -> tuple[Any, ...]:
-    options: dict[str, Any] = {"data": triplets(), "valid": triplets(9, 1)} | more
+    options: dict[str, Any] = {"data": triplets(), "valid": triplets(9, 1), "progress": False} | more
     made = embedding.train(
         model, output=place(ranks, output), rank=2, lr=1e-2, batch_size=3, accumulate=ACCUMULATE, epochs=2,
-        progress=False, communicator=ranks, **options,
+        communicator=ranks, **options,
     )  # fmt: skip
     return digest(made.encoder), numbers(made.history)
 

@@ -692,12 +692,12 @@ def test_tags_that_are_no_entities_have_scores_for_each_tag(model: Path, tmp_pat
 @pytest.mark.parametrize(
     ("tags", "wrong"),
     [
-        ("O B-PET|b-PET O", "data, row 2: the tag 'b-PET' of 'w0'"),
-        ("O B_PET|B_PET O", "data, row 1: the tag 'B_PET' of 'w1'"),
-        ("O B-PET|PET I-PET", "data, row 2: the tag 'PET' of 'w0'"),
-        ("O B-PET|0 I-PET", "data, row 2: the tag '0' of 'w0'"),
-        ("O B|O I", "data, row 1: the tag 'B' of 'w1'"),
-        ("B-PET E-PET|O U-PET", "data, row 2: the tag 'U-PET' of 'w1'"),
+        ("O B-PET|b-PET O", "data, row 2, tags[0]: the tag 'b-PET' of 'w0'"),
+        ("O B_PET|B_PET O", "data, row 1, tags[1]: the tag 'B_PET' of 'w1'"),
+        ("O B-PET|PET I-PET", "data, row 2, tags[0]: the tag 'PET' of 'w0'"),
+        ("O B-PET|0 I-PET", "data, row 2, tags[0]: the tag '0' of 'w0'"),
+        ("O B|O I", "data, row 1, tags[1]: the tag 'B' of 'w1'"),
+        ("B-PET E-PET|O U-PET", "data, row 2, tags[1]: the tag 'U-PET' of 'w1'"),
     ],
 )
 def test_a_tag_that_nearly_fits_a_scheme_is_named_once(
@@ -706,7 +706,10 @@ def test_a_tag_that_nearly_fits_a_scheme_is_named_once(
     rows = [
         {"tokens": [f"w{i}" for i in range(len(own.split()))], "tags": own.split()} for own in tags.split("|")
     ]
-    text = f"{wrong} is not a tag of entities, so reports have no scores of entities; expected O, or a letter"
+    found_at = re.escape(wrong)
+    text = (
+        f"{found_at} is not a tag of entities, so reports have no scores of entities; expected O, or a letter"
+    )
     for op, work in (
         ("train_classifier", lambda: train_classifier(model, rows, tmp_path, valid=rows, steps=1).classifier),
         ("evaluate_classifier", lambda: evaluate_classifier(nplora.load_classifier(model, tmp_path), rows)),
@@ -716,6 +719,14 @@ def test_a_tag_that_nearly_fits_a_scheme_is_named_once(
         assert len(found) == 1
     with pytest.warns(UserWarning, match="evaluate_classifier: the label '.*' is not a tag of entities"):
         evaluate_classifier(untrained(model, ["O", "b-X"]), [{"tokens": ["a"], "tags": ["O"]}])
+
+
+def test_a_tag_that_nearly_fits_a_scheme_is_named_with_its_line(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.conll").write_text("bad b-PET O\nrow\n\nthe O\ncat b-PET\n\na b-PET\n")
+    classifier = untrained(model, ["O", "b-PET"])
+    with pytest.warns(UserWarning, match=r"evaluate_classifier: .*a\.conll, line") as found:
+        evaluate_classifier(classifier, tmp_path / "a.conll", skip_bad=True)
+    assert "a.conll, line 5: the tag 'b-PET' of 'cat' is not a tag of" in str(found[-1].message)
 
 
 @pytest.mark.parametrize("tags", ["NOUN VERB", "I N V", "S-NOM NP", "O X", "1 2", "O B-PET", "O S-PET U"])

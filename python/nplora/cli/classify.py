@@ -7,7 +7,7 @@ import errno
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TextIO
 
 from nplora.cli.errors import UsageError
@@ -130,9 +130,7 @@ def _evaluate(arguments: argparse.Namespace, options: dict[str, Any]) -> None:
 
 
 def _predict(arguments: argparse.Namespace, options: dict[str, Any]) -> None:
-    from nplora import finetuning
-    from nplora.finetuning.classification.prediction import save_array
-    from nplora.finetuning.options import parse_columns
+    from nplora.finetuning.classification.prediction import predictions, save_array
 
     if arguments.json:
         raise UsageError("classify predict: --json is for eval; predictions are JSON lines anyway")
@@ -145,21 +143,22 @@ def _predict(arguments: argparse.Namespace, options: dict[str, Any]) -> None:
         if suffix not in known:
             raise UsageError(
                 f"classify predict: --output is {arguments.output!r}, expected a name that ends in "
-                f"{_listed(known)}, because the classifier labels {labelled}"
+                f"{' or '.join(known)}, because the classifier labels {labelled}"
             )
         if suffix == ".conll" and arguments.probabilities:
             raise UsageError("classify predict: a .conll file has no probabilities; write .jsonl")
-        rows = finetuning.predict_rows(
+        found = predictions(
             classifier,
             given_data(arguments.data),
             progress=arguments.output is not None,
             probabilities=arguments.probabilities,
             **options,
         )
+        rows = (row for _, row in found)
         if suffix == ".npy":
             save_array(stream.buffer, rows)
         elif suffix == ".conll":
-            _write_conll(stream, rows, parse_columns(options.get("columns")).get("tokens"))
+            _write_conll(stream, found)
         else:
             (_write_table if suffix == ".csv" else _write_lines)(stream, rows)
 
@@ -179,8 +178,8 @@ def _opened(output: str | None) -> Iterator[TextIO]:
         return
     if not output.lower().endswith((*_OF_TEXTS, *_OF_WORDS)):
         raise UsageError(
-            f"classify predict: --output is {output!r}, expected a name that ends in {_listed(_OF_TEXTS)} "
-            f"or, for words, in {_listed(_OF_WORDS)}"
+            f"classify predict: --output is {output!r}, expected a name that ends in "
+            f"{' or '.join(_OF_TEXTS)}; for words, in {' or '.join(_OF_WORDS)}"
         )
     if os.path.lexists(output):
         raise FileExistsError(errno.EEXIST, "the file exists already; choose another for --output", output)
@@ -191,10 +190,6 @@ def _opened(output: str | None) -> Iterator[TextIO]:
         except BaseException:
             os.unlink(output)
             raise
-
-
-def _listed(suffixes: Sequence[str]) -> str:
-    return f"{', '.join(suffixes[:-1])} or {suffixes[-1]}"
 
 
 def _write_lines(stream: TextIO, rows: Iterable[dict[str, Any]]) -> None:
@@ -232,25 +227,25 @@ def _write_table(stream: TextIO, rows: Iterable[dict[str, Any]]) -> None:
         writer([flat.get(name, "") for name in columns])
 
 
-def _write_conll(stream: TextIO, rows: Iterable[dict[str, Any]], column: str | None) -> None:
+def _write_conll(stream: TextIO, found: Iterable[tuple[Any, dict[str, Any]]]) -> None:
     """Write a line with each word and its tag, "_" for none, and an empty line after each sentence.
 
-    `column` is the field of the words; None: the one with a usual name.
+    `found` is the result of `predictions`.
     """
-    from nplora.finetuning.classification.tagged import words_of
-    from nplora.finetuning.data.rows import Row
+    from nplora.finetuning.data.rows import BEGINS_DOCUMENT
     from nplora.formats.errors import DataError, brief
 
-    for number, row in enumerate(rows, 1):
-        where = f"--output: row {number}"
-        _, words = words_of(Row(where, row), column)
-        for line in zip(words, ("_" if tag is None else tag for tag in row["prediction"]), strict=True):
+    for number, (sentence, row) in enumerate(found, 1):
+        where, tags = f"--output: row {number}", ("_" if tag is None else tag for tag in row["prediction"])
+        for line in zip(sentence.words, tags, strict=True):
             for text in line:
                 if not {"\t", "\n", "\r"}.isdisjoint(text):
                     raise DataError(
                         f"{where}: {brief(text)} has a tab or a line break, which would end it in a .conll "
                         "file; write .jsonl"
                     )
+            if line[0].startswith(BEGINS_DOCUMENT):
+                raise DataError(f"{where}: {brief(line[0])} begins a document in a .conll file; write .jsonl")
             stream.write("\t".join(line) + "\n")
         stream.write("\n")
 

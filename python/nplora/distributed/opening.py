@@ -2,9 +2,8 @@
 
 import contextlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
-from nplora import _check
 from nplora.distributed.communicator import Alone, Communicator, require_communicator
 from nplora.distributed.launch import launched_ranks, require_one_process
 from nplora.distributed.mpi import MPICommunicator
@@ -20,17 +19,16 @@ def opened_communicator(
 
     Args:
         op: name of the calling function in messages.
-        distributed: one of DISTRIBUTED. "mpi": the ranks of an MPI launcher. "off": this process alone. None:
-            this process alone; it is an error if a launcher has started several ranks.
+        distributed: one of DISTRIBUTED, as the caller has checked, or None. "mpi": the ranks of an MPI
+            launcher. "off": this process alone. None: this process alone; it is an error if a launcher has
+            started several ranks.
         given: a communicator that the caller has opened. If it is given, `distributed` must be None.
     Raises:
-        ValueError: `distributed` is another value; or it is None, and a launcher has started several ranks;
-            or `distributed` and `given` are both given.
+        ValueError: `distributed` is None, and a launcher has started several ranks; or `distributed` and
+            `given` are both given.
         TypeError: `given` is not a `Communicator`.
         ModuleNotFoundError, ImportError, ValueError: see `MPICommunicator`.
     """
-    if distributed is not None:
-        _check.choice(op, "distributed", distributed, DISTRIBUTED)
     if given is not None:
         if distributed is not None:
             raise ValueError(f"{op}: communicator and distributed are both given, expected only one of them")
@@ -60,6 +58,18 @@ def or_none_if_alone(ranks: Communicator) -> Communicator | None:
     True
     """
     return None if type(ranks) is Alone else ranks  # a subclass may do more, and is used
+
+
+def say_if_alone(ranks: Communicator, distributed: str | None, say: Callable[[str], None]) -> None:
+    """Print a notice if `distributed` is "mpi" but no launcher has started other ranks.
+
+    >>> from nplora.distributed import Alone
+    >>> from nplora.distributed.opening import say_if_alone
+    >>> say_if_alone(Alone(), "mpi", print)
+    --distributed mpi: this process trains alone; start it with `mpiexec -n N` to use N processes
+    """
+    if distributed == "mpi" and ranks.size == 1:
+        say("--distributed mpi: this process trains alone; start it with `mpiexec -n N` to use N processes")
 
 
 def require_choice(op: str, distributed: str | None) -> None:

@@ -30,6 +30,7 @@ from nplora.finetuning.planning import (
     choose,
     needed,
     parse_bytes,
+    preferred,
     resident_memory,
     shortage,
 )
@@ -164,10 +165,10 @@ def choose_execution(
     Args:
         earlier: the run to resume, which keeps its micro-batch size; None for a new run.
         say: function that prints a text.
-        ranks: the processes that train together. Each rank makes a plan for its memory. All ranks then use
-            the first of these plans that fits on every rank.
+        ranks: the processes that train together. Each rank compares the plans for its memory. All ranks then
+            use a plan that fits on every rank.
     Raises:
-        BudgetError: no plan fits into `memory`, or no rank's plan fits on every rank.
+        BudgetError: no plan fits into `memory`, or no plan fits on every rank.
         ValueError: the options do not fit the model.
     Warns:
         UserWarning: `memory` is not set, and the run needs more memory than is available.
@@ -194,34 +195,46 @@ def choose_execution(
         resuming=earlier is not None,
     )
     own = _planned("finetune", inputs, adapters, options, constraints)
-    chosen = fitting_all(ranks.gather(own, "the plan of the memory"))
-    say(str(chosen))
-    if chosen.chosen.compute != inputs.lm.compute:
+    execution = fitting_all(ranks.gather(own, "the plan of the memory"))
+    is_own = execution == own.chosen
+    say(str(own) if is_own else f"{own.compared()[execution]}; this plan fits on every rank")
+    if execution.compute != inputs.lm.compute:
         assert not isinstance(model, LanguageModel), "the arithmetic of a loaded model cannot change"
-        inputs.reload(model, chosen.chosen.compute)
-    return chosen.chosen
+        inputs.reload(model, execution.compute)
+    return execution
 
 
-def fitting_all(plans: Sequence[MemoryPlan]) -> MemoryPlan:
-    """The first plan of the ranks that fits on every rank.
+def fitting_all(plans: Sequence[MemoryPlan]) -> ExecutionPlan:
+    """The plan that one process would prefer among those that fit on every rank.
 
-    The ranks may have different memory limits and different numbers of threads. Each thread needs memory.
+    The ranks may have different memory limits and different numbers of threads, and each thread needs memory.
+    A step takes as long as on the slowest rank.
+
+    Args:
+        plans: the plan of each rank, with the alternatives that the rank has compared.
+    Raises:
+        BudgetError: no plan fits on every rank.
     """
-    problem = ""
-    for rank, plan in enumerate(plans):
-        sizes = [each.size_of(plan.chosen) for each in plans]
-        misfits = [r for r, each in enumerate(plans) if sizes[r] > each.limit]
-        if not misfits:
-            return plan
-        first = misfits[0]
-        problem = f"rank {first} has no plan like that of rank {rank} ({plan.chosen})"
-        if sizes[first] < math.inf:
-            least, most = math.ceil(sizes[first] / 1e6), math.floor(plans[first].limit / 1e6)
-            problem = (
-                f"the plan of rank {rank} ({plan.chosen}) needs {least} MB on rank {first}, which has {most} "
-                f"MB: give rank {first} a larger --memory"
+    compared = [plan.compared() for plan in plans]
+    for rank, own in enumerate(compared):
+        if own.keys() != compared[0].keys():
+            raise BudgetError(
+                f"finetune: no plan fits on every rank: rank {rank} has compared other plans than rank 0"
             )
-    raise BudgetError(f"finetune: no rank's plan fits on every rank: {problem}")
+    # For each plan, the bytes by which it exceeds the limit of a rank, and the number of this rank.
+    excess = {
+        plan: max((own[plan].size - plans[rank].limit, rank) for rank, own in enumerate(compared))
+        for plan in compared[0]
+    }
+    if fitting := [plan for plan, (over, _) in excess.items() if over <= 0]:
+        return preferred(fitting, lambda plan: max(own[plan].seconds for own in compared))
+    nearest = min(excess, key=lambda plan: excess[plan])
+    rank = excess[nearest][1]
+    least, most = math.ceil(compared[rank][nearest].size / 1e6), math.floor(plans[rank].limit / 1e6)
+    raise BudgetError(
+        f"finetune: no plan fits on every rank: the nearest plan ({nearest}) needs {least} MB on rank "
+        f"{rank}, which has {most} MB: give rank {rank} a larger --memory"
+    )
 
 
 def predicted(

@@ -14,7 +14,12 @@ from typing import Any
 from nplora import _check
 from nplora.adapters import Adapter, rollback_on_error, save_adapter
 from nplora.distributed.communicator import Communicator
-from nplora.distributed.opening import heard_by_all_ranks, opened_communicator, or_none_if_alone
+from nplora.distributed.opening import (
+    heard_by_all_ranks,
+    opened_communicator,
+    or_none_if_alone,
+    say_if_alone,
+)
 from nplora.finetuning import int8_check
 from nplora.finetuning.agreement import require_same_data, require_same_options
 from nplora.finetuning.baseline import Baseline, answers_of
@@ -309,6 +314,7 @@ def _finetune(
     require_same_options(ranks, chosen)
     place, speaking = Path(files.absolute(output)), is_first and speaks(progress)
     say = speaker(speaking)
+    say_if_alone(ranks, chosen.distributed, say)
     earlier = None
     if is_first:
         files.require_directory(output)

@@ -85,6 +85,8 @@ class LabelledTexts:
         rows: the texts and targets.
         places: the file and line of each row, for messages.
         bad: the rows that were skipped.
+        first_tags: each tag of a word, with a text that names its first place and the word there. The tags
+            are in the order of these places.
         other_labels: labels that are known even if no row has them.
     """
 
@@ -92,6 +94,7 @@ class LabelledTexts:
     rows: list[Labelled]
     places: list[str]
     bad: BadRows
+    first_tags: Mapping[str, str]
     other_labels: tuple[str, ...] = ()
 
     @property
@@ -145,7 +148,7 @@ class LabelledTexts:
     def _part(self, chosen: Sequence[bool]) -> LabelledTexts:
         rows = [row for row, is_chosen in zip(self.rows, chosen, strict=True) if is_chosen]
         places = [at for at, is_chosen in zip(self.places, chosen, strict=True) if is_chosen]
-        return LabelledTexts(self.names, rows, places, self.bad)
+        return dataclasses.replace(self, rows=rows, places=places)
 
 
 class RowReader:
@@ -173,6 +176,7 @@ class RowReader:
         self._numbered = numbered
         self._by_name = _by_name(self._known or ())
         self._first: tuple[str, str, Any] | None = None  # kind, place and value of the first label
+        self._first_tags = dict[str, str]()  # see `LabelledTexts`
 
     def read(self, sources: Sequence[Source], skip_bad: bool) -> LabelledTexts:
         """Read all rows.
@@ -193,7 +197,7 @@ class RowReader:
         if not rows:
             reason = f": {bad.reason()}" if bad.count else ""
             raise DataError(f"{names}: no rows to read{reason}")
-        return LabelledTexts(names, rows, places, bad)
+        return LabelledTexts(names, rows, places, bad, self._first_tags)
 
     def _labelled(self, row: Row) -> Labelled:
         if self._task == "tokens":
@@ -201,7 +205,11 @@ class RowReader:
             if not words:
                 raise DataError(f"{row.where}: the sentence has no words")
             tags = tags_of(row, self._columns.tags, words)
-            return Tagged(" ".join(words), tuple(self._label(tag, at) for at, tag in tags), tuple(words))
+            labels = tuple(self._label(tag, at) for at, tag in tags)
+            for label, word, (at, _) in zip(labels, words, tags, strict=True):
+                if label not in self._first_tags:
+                    self._first_tags[label] = f"{at}: the tag {brief(label)} of {brief(word)}"
+            return Tagged(" ".join(words), labels, tuple(words))
         text = text_of(row, self._columns.text)
         if not text.strip():
             raise DataError(f"{row.where}: the text is empty")
@@ -378,23 +386,18 @@ def unfit_tag(labels: Sequence[str], *data: LabelledTexts) -> str:
     Empty if all tags fit a scheme of entities, or if none looks as if it should.
 
     Args:
-        labels: all labels. data: the sentences in which the tag is looked for.
+        labels: all labels. data: the sentences with the tags.
     """
-    if first_misfit(labels) is None or not look_like_entities(labels):
+    places = dict[str, str]()
+    for found in (*(rows.first_tags for rows in data), {each: f"the label {brief(each)}" for each in labels}):
+        places |= {tag: place for tag, place in found.items() if tag not in places}
+    wrong = first_misfit(places)
+    if wrong is None or not look_like_entities(labels):
         return ""
-
-    def words() -> Iterator[tuple[str, str, str]]:
-        for rows in data:
-            for row, at in zip(rows.rows, rows.places, strict=True):
-                if isinstance(row, Tagged):
-                    yield from ((at, word, tag) for word, tag in zip(row.words, _several(row), strict=True))
-
-    wrong = first_misfit(itertools.chain((tag for _, _, tag in words()), labels))
-    places = (f"{at}: the tag {brief(tag)} of {brief(word)}" for at, word, tag in words() if tag == wrong)
     return (
-        f"{next(places, f'the label {brief(wrong)}')} is not a tag of entities, so reports have no scores of "
-        "entities; expected O, or a letter, a hyphen and a kind, as in B-PER; the letters are B and I, also "
-        "with E and S, or with L and U"
+        f"{places[wrong]} is not a tag of entities, so reports have no scores of entities; expected O, "
+        "or a letter, a hyphen and a kind, as in B-PER; the letters are B and I, also with E and S, or with "
+        "L and U"
     )
 
 

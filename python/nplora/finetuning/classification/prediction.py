@@ -147,6 +147,18 @@ def predict_rows(
     Warns:
         UserWarning: texts were cut or empty, words have no token, or rows were skipped.
     """
+    return (row for _, row in predictions(classifier, data, columns, skip_bad, progress, probabilities))
+
+
+def predictions(
+    classifier: TextClassifier,
+    data: Data,
+    columns: Mapping[str, str] | str | None = None,
+    skip_bad: bool = False,
+    progress: bool | None = False,
+    probabilities: bool = False,
+) -> Iterator[tuple[Labelled, dict[str, Any]]]:
+    """Yield the text or the words of each row, and what `predict_rows` yields for the row."""
     op = "predict_rows"
     named = Columns.of(op, parse_columns(columns, op), task_of_rows(classifier))
     predictor = _Predictor(op, classifier, named, probabilities)
@@ -171,7 +183,7 @@ def save_array(stream: BinaryIO, rows: Iterable[Mapping[str, Any]]) -> None:
 
 def _predicted(
     predictor: _Predictor, sources: Iterable[Source], skip_bad: bool, progress: bool | None
-) -> Iterator[dict[str, Any]]:
+) -> Iterator[tuple[Labelled, dict[str, Any]]]:
     bad, done, rows = BadRows(), _Done(progress, predictor.unit), _rows(sources, predictor.column)
     while held := list(itertools.islice(rows, _ROWS)):
         found = list[tuple[Row, Labelled]]()
@@ -188,7 +200,8 @@ def _predicted(
                 bad.skip(error, skip_bad)
                 continue
             kept.append(i)
-        yield from predictor.rows([found[i][0] for i in kept], encoded.part(kept))
+        made = predictor.rows([found[i][0] for i in kept], encoded.part(kept))
+        yield from zip((found[i][1] for i in kept), made, strict=True)
         done.add(len(kept))
     predictor.warn()
     if bad.count:

@@ -14,7 +14,12 @@ import numpy.typing as npt
 from nplora import _check
 from nplora.adapters import rollback_on_error, save_adapter
 from nplora.distributed.communicator import Communicator
-from nplora.distributed.opening import heard_by_all_ranks, opened_communicator, or_none_if_alone
+from nplora.distributed.opening import (
+    heard_by_all_ranks,
+    opened_communicator,
+    or_none_if_alone,
+    say_if_alone,
+)
 from nplora.finetuning.agreement import require_same_data, require_same_options
 from nplora.finetuning.classification.calibration import temperature as fitting_temperature
 from nplora.finetuning.classification.class_weights import balanced_weights
@@ -373,6 +378,7 @@ class _Training:
         options, classifier = self.options, self.classifier
         speaking = self.is_first and speaks(progress)
         say, labels = speaker(speaking), classifier.labels
+        say_if_alone(self.ranks, options.distributed, say)
         examples = counted(len(self.train), unit_of(classifier))
         say(f"{examples} to train on, {counted(len(labels), 'label')}")
         if self.is_first and self.task == "tokens":

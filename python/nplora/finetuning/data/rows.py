@@ -20,6 +20,7 @@ from nplora.formats.files import StrPath
 
 MAX_LINE = 1 << 24  # bytes
 MOST_INFLATED = 256  # bytes of text for each byte of a compressed file
+BEGINS_DOCUMENT = "-DOCSTART-"  # a line of a CoNLL file with this beginning is no word, but a new document
 _PART = 1 << 20
 _MOST_WORDS = 1 << 18  # of a sentence in a CoNLL file
 _FREE = 1 << 26  # bytes of text to which any compressed file may expand
@@ -275,9 +276,10 @@ def _conll(path: StrPath) -> Iterator[Row]:
     tags, a line is a word. Lines of CoNLL 2003 that begin a document are left out.
     """
     lines, size, name = list[tuple[int, bytes]](), 0, files.name(path)
+    document = BEGINS_DOCUMENT.encode()
     for number, line in _lines(path):
         size += len(line)
-        if line.strip(b" \t") and not line.startswith(b"-DOCSTART-"):
+        if line.strip(b" \t") and not line.startswith(document):
             if size > MAX_LINE or len(lines) == _MOST_WORDS:
                 raise LimitError(
                     f"{name}, line {number}: the sentence has more than {_MOST_WORDS:,} words or "

@@ -12,7 +12,13 @@ from typing import Any
 from nplora import _check
 from nplora.adapters import rollback_on_error, save_adapter
 from nplora.distributed.communicator import Communicator
-from nplora.distributed.opening import heard_by_all_ranks, opened_communicator, or_none_if_alone
+from nplora.distributed.opening import (
+    DISTRIBUTED,
+    heard_by_all_ranks,
+    opened_communicator,
+    or_none_if_alone,
+    say_if_alone,
+)
 from nplora.finetuning.agreement import require_same_data
 from nplora.finetuning.data.sources import Data, sources_of, splits_of
 from nplora.finetuning.embedding.batches import ExampleBatches
@@ -173,6 +179,8 @@ def train(
     """
     op = "train"
     with heard_by_all_ranks(distributed):
+        if distributed is not None:
+            _check.choice(op, "distributed", distributed, DISTRIBUTED)
         files.require_named(op, output=output)
     with opened_communicator(op, distributed, communicator) as ranks:
         is_first = ranks.rank == 0  # this rank writes the output and prints
@@ -192,6 +200,7 @@ def train(
         ]
         require_same_data(ranks, read[0], read[1] if len(read) > 1 else None, op)
         say, place = speaker(is_first and speaks(progress)), Path(files.absolute(output))
+        say_if_alone(ranks, distributed, say)
         for examples in read:
             say(str(examples.report))
         batches = [

@@ -5,6 +5,7 @@ from nplora.finetuning.planning.choice import (
     PlanConstraints,
     choose,
     needed,
+    preferred,
     resident_memory,
 )
 from nplora.finetuning.planning.memory import Adapters, ExecutionPlan, Memory, MicroBatch, predicted
@@ -35,6 +36,7 @@ __all__ = [
     "parse_bytes",
     "peak_memory",
     "predicted",
+    "preferred",
     "resident_memory",
     "shortage",
 ]

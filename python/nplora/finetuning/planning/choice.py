@@ -26,6 +26,7 @@ from nplora.finetuning.planning.work import Array, Work
 from nplora.lm import LanguageModel
 from nplora.platform.memory import available_memory, current_memory, peak_memory
 from nplora.runtime import get_num_threads
+from nplora.weights import COMPUTES
 
 _LEAST_MICRO_BATCH = 32  # tokens: smaller micro-batches save little memory and lose speed
 # A new plan must fit into the limit divided by this margin. A resumed run may use the whole limit, because
@@ -167,8 +168,7 @@ def choose(
     seconds = {
         plan: _seconds(lm, adapters, work, plan, speeds[plan.compute], taught[plan.compute]) for plan in plans
     }
-    exact = [plan for plan in fitting if plan.compute == fitting[0].compute]
-    chosen = min(exact, key=lambda plan: seconds[plan])
+    chosen = preferred(fitting, seconds.__getitem__)
     others = tuple(Alternative(plan, sizes[plan], seconds[plan]) for plan in plans if plan != chosen)
     before = sum(speeds[chosen.compute].inference(lm, *one) for one in work.reference)
     most = max(1, _TIMED_BATCHES // work.accumulate)
@@ -180,6 +180,17 @@ def choose(
         chosen, memory(chosen), seconds[chosen], work.steps, others, limit, available_memory(), before,
         work.accumulate, times, _FLOAT * adapters.numbers,
     )  # fmt: skip
+
+
+def preferred(plans: Iterable[ExecutionPlan], seconds: Callable[[ExecutionPlan], float]) -> ExecutionPlan:
+    """The fastest of the plans with the most exact arithmetic. `seconds` returns the time of a step.
+
+    >>> planning = nplora.finetuning.planning
+    >>> plans = [planning.ExecutionPlan("bfloat16", False), planning.ExecutionPlan("float32", True)]
+    >>> print(planning.preferred(plans, {plans[0]: 1.0, plans[1]: 2.0}.__getitem__))
+    float32, activations recomputed
+    """
+    return min(plans, key=lambda plan: (COMPUTES.index(plan.compute), seconds(plan)))
 
 
 def _plans(

@@ -67,16 +67,15 @@ class MemoryPlan:
     times: tuple[tuple[BatchTime, ...], ...] = field(default=(), repr=False)
     gradients: int = 0
 
-    def size_of(self, plan: ExecutionPlan) -> float:
-        """The peak memory of the process in bytes with this execution plan; infinite if it was not compared.
+    def compared(self) -> dict[ExecutionPlan, Alternative]:
+        """The memory and the time of each plan that was compared. The first is the chosen plan.
 
         >>> plan = nplora.plan("model.gguf", "train.jsonl", batch_examples=4)
-        >>> plan.size_of(plan.chosen) == plan.memory.total
+        >>> plan.compared()[plan.chosen].size == plan.memory.total
         True
         """
-        if plan == self.chosen:
-            return self.memory.total
-        return next((other.size for other in self.others if other.plan == plan), math.inf)
+        own = Alternative(self.chosen, self.memory.total, self.seconds)
+        return {one.plan: one for one in (own, *self.others)}
 
     def on_nodes(
         self,

@@ -83,6 +83,80 @@ def test_an_interrupted_fit_continues_and_other_labels_start_anew(model: Path, t
     assert len(list(tmp_path.iterdir())) == 2
 
 
+# ---- learning in parts ----
+
+TAGS = ["B-PET", "B-THING", "I-PET", "O"]
+
+
+def test_partial_fits_are_the_steps_of_a_loop(model: Path) -> None:
+    """Each call goes on with the moments of the optimiser, and weighs the labels."""
+    weights = {"O": 0.5, "B-PET": 2.0}
+    learner = LoRATokenClassifier(model, class_weight=weights, **FAST)
+    tagger = nplora.new_classifier(nplora.load_encoder(model), TAGS, tokens=True, seed=(seed := first_seed()))
+    tagger.add_lora(rank=2, seed=seed)
+    optimizer = nplora.AdamW(lr=1e-2, weight_decay=0.01)
+    loss = nplora.losses.CrossEntropy(class_weights=(2.0, 1.0, 1.0, 0.5))
+    for i in range(6):
+        rows = slice(2 * i % 4, 2 * i % 4 + 2)  # neither half has all labels
+        learner.partial_fit(X[rows], Y[rows], classes=TAGS)
+        words = tagger.encoder.word_ids(X[rows], 32)
+        numbers = [np.array([TAGS.index(tag) for tag in tags]) for tags in Y[rows]]
+        tagger.zero_grad()
+        logits, saved = tagger.forward(words.ids)
+        _, gradient = loss(logits, np.concatenate(words.token_targets(numbers)))
+        tagger.backward(gradient, saved)
+        optimizer.step(tagger.parameters())
+    words = tagger.encoder.word_ids(X)
+    np.testing.assert_allclose(
+        learner.model_.word_logits(words), tagger.word_logits(words), rtol=1e-4, atol=1e-4
+    )
+    assert learner.predict(X) == tagger.predict_words(X)
+    assert learner.classes_.tolist() == TAGS
+
+
+def first_seed() -> int:
+    """The seed that `random_state=0` gives."""
+    return int(np.random.RandomState(0).randint(2**31 - 1))
+
+
+def test_partial_fits_after_a_pickle_or_a_fit_continue(model: Path) -> None:
+    fitted = LoRATokenClassifier(model, **FAST | {"epochs": 1}).fit(X, Y)
+    loaded = pickle.loads(pickle.dumps(fitted))
+    before = fitted.predict_proba(X)
+    for learner in (fitted, loaded):
+        learner.partial_fit(X[:2], Y[:2])
+    for ours, theirs, earlier in zip(fitted.predict_proba(X), loaded.predict_proba(X), before, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+        assert not np.array_equal(ours, earlier)
+
+
+def test_wrong_rows_of_partial_fits_change_nothing(model: Path) -> None:
+    learner = LoRATokenClassifier(model, **FAST)
+    with pytest.raises(ValueError, match="classes must be passed on the first call to partial_fit"):
+        learner.partial_fit(X, Y)
+    with pytest.raises(
+        ValueError, match=r"partial_fit: y has the unknown label 'B-PET', expected one of 'A', 'B'"
+    ):
+        learner.partial_fit(X, Y, classes=["A", "B"])
+    assert not hasattr(learner, "classes_")
+    learner.partial_fit(X, Y, classes=TAGS)
+    before = learner.predict_proba(X[:1])[0]
+    for x, y, message in (
+        (X[:1], [["O", "O", "O", "B-NEW"]], "y has the unknown label 'B-NEW', expected one of 'B-PET'"),
+        (X[:1], [[0, 1, 2, 3]], "y has the unknown label 0, expected one of 'B-PET'"),
+        (X[:1], Y[1:2], r"y\[0\] has 3 labels, expected 4, one for each word"),
+        ([["\u200b"]], [["O"]], "LoRATokenClassifier: no word of X has a token"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            learner.partial_fit(x, y)
+    with pytest.raises(ValueError, match="is not the same as on last call to partial_fit"):
+        learner.partial_fit(X, Y, classes=TAGS[1:])
+    learner.class_weight = "balanced"
+    with pytest.raises(ValueError, match="class_weight='balanced' needs all rows at once"):
+        learner.partial_fit(X, Y)
+    np.testing.assert_array_equal(learner.predict_proba(X[:1])[0], before)
+
+
 def test_early_stopping_and_class_weights(model: Path) -> None:
     options = FAST | {"early_stopping": True, "validation_fraction": 0.25, "class_weight": "balanced"}
     fitted = LoRATokenClassifier(model, **options).fit(X, Y)

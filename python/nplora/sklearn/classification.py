@@ -12,7 +12,7 @@ from sklearn.utils.multiclass import _check_partial_fit_first_call, check_classi
 from sklearn.utils.validation import column_or_1d
 
 from nplora.finetuning.classification.class_weights import balanced_weights
-from nplora.nn.losses import CrossEntropy
+from nplora.nn.losses import CrossEntropy, Loss
 from nplora.sklearn.base import LoRAEstimator, unchanged_on_error
 from nplora.sklearn.calibration import log_probabilities, temperature
 
@@ -23,6 +23,50 @@ class LabelledBase(LoRAEstimator):
     """Base class of the estimators that predict one of several labels, for each row or for each word."""
 
     classes_: Array
+
+    @unchanged_on_error
+    def partial_fit(self, X: Any, y: Any, classes: Any = None) -> Self:
+        """Train for one pass over some rows. Later calls continue the training with other rows.
+
+        No rows are held out, so no call stops early, and the probabilities are not calibrated afterwards.
+
+        Args:
+            X, y: as in `fit`; y may have fewer labels.
+            classes: all labels that can occur in any call. Only the first call needs this argument.
+        Returns:
+            the estimator.
+        Raises:
+            ValueError: `classes` is missing in the first call or differs later; y has an unknown label; or
+                class_weight is "balanced", which needs all rows. Other errors: as in `fit`.
+        """
+        if isinstance(self.class_weight, str) and self.class_weight == "balanced":
+            raise ValueError(
+                f"{type(self).__name__}.partial_fit: class_weight='balanced' needs all rows at once; "
+                "pass the weights as a dict"
+            )
+        is_first = _check_partial_fit_first_call(self, classes)
+        x, labels = self._checked(X, y, reset=is_first or not hasattr(self, "model_"))
+        if unknown := sorted(set(np.unique(labels).tolist()) - set(self.classes_.tolist()), key=repr):
+            raise ValueError(
+                f"{type(self).__name__}.partial_fit: y has the unknown label {unknown[0]!r}, expected one of "
+                f"{_shown(self.classes_)}"
+            )
+        targets = self._targets(x, np.searchsorted(self.classes_, labels))
+        self._train_more(x, targets, len(self.classes_), self._loss(targets))
+        self._set_scale(1.0)
+        return self
+
+    # ---- what a subclass defines ----
+
+    def _checked(self, X: Any, y: Any, reset: bool) -> tuple[Any, Array]:
+        """Check X and y, and return the features and all labels (n,). `reset`: as in `_features`."""
+        raise NotImplementedError
+
+    def _targets(self, x: Any, numbers: Array) -> Array:
+        """The target of each row of features, given the indices of all labels in `classes_`."""
+        return numbers
+
+    # ---- labels and loss ----
 
     def _set_classes(self, classes: Array) -> None:
         """Set the labels of a fit.
@@ -45,8 +89,11 @@ class LabelledBase(LoRAEstimator):
         """The names of the outputs, as `TextEstimator` stores them in an adapter."""
         return [str(label) for label in self.classes_.tolist()]
 
+    def _loss(self, targets: Array) -> CrossEntropy:
+        """The loss, with the weight of each label. `targets` are those of the training rows."""
+        return CrossEntropy(class_weights=self._class_weights(targets))
+
     def _class_weights(self, numbers: Array) -> tuple[float, ...] | None:
-        """The weight of each label in the loss, or None. `numbers` are the indices of the training labels."""
         if self.class_weight is None:
             return None
         if isinstance(self.class_weight, str) and self.class_weight == "balanced":
@@ -76,50 +123,16 @@ class ClassifierBase(ClassifierMixin, LabelledBase):  # type: ignore[misc]
         classes, encoded = np.unique(y, return_inverse=True)
         self._set_classes(classes)
         self.temperature_ = 1.0
-
-        def loss(labels: Array) -> CrossEntropy:
-            return CrossEntropy(class_weights=self._class_weights(labels))
-
-        held_out = self._train(x, encoded, len(classes), loss, stratify=encoded)
+        held_out = self._train(x, encoded, len(classes), self._loss, stratify=encoded)
         self._set_scale(1.0)
         if self.calibrate and held_out is not None:
             self.temperature_ = temperature(self._outputs(held_out.x), held_out.y)
             self._set_scale(1 / self.temperature_)
         return self
 
-    @unchanged_on_error
-    def partial_fit(self, X: Any, y: Any, classes: Any = None) -> Self:
-        """Train for one pass over some rows. Later calls continue the training with other rows.
-
-        The probabilities are not calibrated afterwards, because no rows are held out.
-
-        Args:
-            X, y: as in `fit`; y may have fewer classes.
-            classes: all labels that can occur in any call. Only the first call needs this argument.
-        Returns:
-            the estimator.
-        Raises:
-            ValueError: `classes` is missing in the first call or differs later; y has an unknown label; or
-                class_weight is "balanced", which needs all rows.
-        """
-        if self.class_weight == "balanced":
-            raise ValueError(
-                f"{type(self).__name__}.partial_fit: class_weight='balanced' needs all rows at once; "
-                "pass the weights as a dict"
-            )
-        is_first = _check_partial_fit_first_call(self, classes)
-        x, y = self._checked(X, y, reset=is_first or not hasattr(self, "model_"))
-        if unknown := sorted(set(np.unique(y).tolist()) - set(self.classes_.tolist()), key=repr):
-            raise ValueError(
-                f"{type(self).__name__}.partial_fit: y has the unknown label {unknown[0]!r}, expected one of "
-                f"{_shown(self.classes_)}"
-            )
+    def _train_more(self, x: Any, y: Array, outputs: int, loss: Loss) -> None:
         self.temperature_ = 1.0  # the temperature of an earlier fit does not suit the changed model
-        encoded = np.searchsorted(self.classes_, y)
-        loss = CrossEntropy(class_weights=self._class_weights(encoded))
-        self._train_more(x, encoded, len(self.classes_), loss)
-        self._set_scale(1.0)
-        return self
+        super()._train_more(x, y, outputs, loss)
 
     def _checked(self, X: Any, y: Any, reset: bool) -> tuple[Any, Array]:
         x, labels = self._features_and_targets(X, y, reset, numeric=False)

@@ -123,20 +123,10 @@ class LoRATokenClassifier(LabelledBase, TextEstimator):
             TypeError: an item of X is not a list of texts, or an item of y is not a list.
             KeyboardInterrupt: Ctrl-C.
         """
-        x = self._features(X, reset=not self._continues)
-        labels = self._checked_labels(x, y)
-        self._set_classes(np.unique(np.concatenate(labels)))
-
-        if all((first < 0).all() for _, first in x):
-            raise ValueError(f"{type(self).__name__}: no word of X has a token")
-
-        def loss(numbers: Array) -> CrossEntropy:
-            return CrossEntropy(class_weights=self._class_weights(np.concatenate(list(numbers))))
-
-        encoded = np.empty(len(labels), object)
-        for i, (own, (_, first)) in enumerate(zip(labels, x, strict=True)):
-            encoded[i] = np.where(first < 0, NO_TAG, np.searchsorted(self.classes_, own))
-        self._train(x, encoded, len(self.classes_), loss, stratify=None)
+        x, labels = self._checked(X, y, reset=not self._continues)
+        classes, numbers = np.unique(labels, return_inverse=True)
+        self._set_classes(classes)
+        self._train(x, self._targets(x, numbers), len(classes), self._loss, stratify=None)
         self._set_scale(1.0)
         return self
 
@@ -164,11 +154,29 @@ class LoRATokenClassifier(LabelledBase, TextEstimator):
         Raises ValueError or TypeError as `fit`, if X or y does not fit.
         """
         x = self._fitted_features(X)
-        true = np.concatenate(self._checked_labels(x, y)).tolist()
+        true = self._checked_labels(x, y).tolist()
         found = itertools.chain(*self._predicted_labels(x))
         return float(np.mean([ours == theirs for ours, theirs in zip(found, true, strict=True)]))
 
     # ---- what the fit loop asks ----
+
+    def _checked(self, X: Any, y: Any, reset: bool) -> tuple[list[Sentence], Array]:
+        x = self._features(X, reset)
+        labels = self._checked_labels(x, y)
+        if all((first < 0).all() for _, first in x):
+            raise ValueError(f"{type(self).__name__}: no word of X has a token")
+        return x, labels
+
+    def _targets(self, x: Sequence[Sentence], numbers: Array) -> Array:
+        """For each sentence, the target of each word. A word without a token has none."""
+        ends = np.cumsum([len(first) for _, first in x])
+        made = np.empty(len(x), object)
+        for i, (own, (_, first)) in enumerate(zip(np.split(numbers, ends[:-1]), x, strict=True)):
+            made[i] = np.where(first < 0, NO_TAG, own)
+        return made
+
+    def _loss(self, targets: Array) -> CrossEntropy:
+        return super()._loss(np.concatenate(list(targets)))
 
     def _features(self, X: Any, reset: bool) -> list[Sentence]:
         """The token ids of each sentence, which may be cut, and the first token of each word."""
@@ -186,7 +194,8 @@ class LoRATokenClassifier(LabelledBase, TextEstimator):
             )
         return sentences
 
-    def _checked_labels(self, x: Sequence[Sentence], y: Any) -> list[Array]:
+    def _checked_labels(self, x: Sequence[Sentence], y: Any) -> Array:
+        """The labels of all words of all sentences."""
         op, given = type(self).__name__, _lists(type(self).__name__, y)
         if len(given) != len(x):
             raise ValueError(f"{op}: y has {counted(len(given), 'sentence')}, expected {len(x)} as in X")
@@ -201,7 +210,7 @@ class LoRATokenClassifier(LabelledBase, TextEstimator):
             raise ValueError(
                 f"{op}: the labels in y are of {names}, expected only texts, only integers or only bool"
             )
-        return [np.array(own) for own in given]
+        return np.array(list(itertools.chain(*given)))
 
     def _batches(self, x: Any, y: Array, shuffle: bool, seed: int) -> Batches:
         words = _joined(x)

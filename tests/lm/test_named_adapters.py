@@ -4,6 +4,7 @@ import concurrent.futures
 import contextvars
 import itertools
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,13 @@ import numpy as np
 import pytest
 
 import nplora
+from nplora import _check
 from nplora.adapters import Adapter
-from nplora.formats.errors import FormatError, UnsupportedError
+from nplora.formats.errors import CorruptError, FormatError, UnsupportedError
 from nplora.lm import LanguageModel, load_model
-from nplora.lm.generation import stream
+from nplora.lm.generation import generate_ids, stream, stream_all
+from nplora.models.packing import pack
+from nplora.tokenizer import Tokenizer
 from small_llama import save_small_llama
 
 Array = np.ndarray[Any, Any]
@@ -61,6 +65,25 @@ def named(model: Path, paths: dict[str, Path]) -> LanguageModel:
 
 def answers(lm: LanguageModel) -> tuple[Any, ...]:
     return lm.logits(IDS).tobytes(), lm.loss(IDS, IDS), lm.generate(PROMPT, 6)
+
+
+def elsewhere(call: Callable[[], Any]) -> None:
+    """Call a function in a thread of its own."""
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        pool.submit(call).result()
+
+
+def before_first_call(of: Any, name: str, action: Callable[[], Any]) -> pytest.MonkeyPatch:
+    """Run an action in another thread just before the next call of a function. Call `undo` at the end."""
+    function, patch, todo = getattr(of, name), pytest.MonkeyPatch(), [action]
+
+    def with_action(*args: Any, **named: Any) -> Any:
+        if todo:
+            elsewhere(todo.pop())
+        return function(*args, **named)
+
+    patch.setattr(of, name, with_action)
+    return patch
 
 
 def test_a_named_adapter_answers_as_it_does_alone(model: Path, paths: dict[str, Path]) -> None:
@@ -258,6 +281,112 @@ def test_a_call_ends_with_the_adapter_that_it_began_with(model: Path, paths: dic
     for call in (lambda: lm.logits(IDS), lambda: lm.loss(IDS, IDS), lambda: lm.generate(PROMPT, 2)):
         with pytest.raises(KeyError, match="no adapter 'all'"):
             context.run(call)
+
+
+CHANGES: dict[str, Callable[[LanguageModel, Path], None]] = {
+    "delete": lambda lm, other: lm.delete_adapter("x"),
+    "replace": lambda lm, other: lm.load_adapter(other, "x", replace=True),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_call_keeps_its_adapter_when_another_thread_removes_it_meanwhile(
+    model: Path, paths: dict[str, Path], change: str
+) -> None:
+    lm, batch = load_model(model), pack([(IDS[0], IDS[0])])
+    ids = lm.tokenizer.encode_prompt(PROMPT)
+    sampling = nplora.generate.Sampling(max_new_tokens=8)
+    calls: dict[str, tuple[Any, str, Callable[[], Any]]] = {
+        "generate": (Tokenizer, "encode_prompt", lambda: lm.generate(PROMPT, 8)),
+        "adapters": (Tokenizer, "encode_prompt", lambda: lm.generate([PROMPT], 8, adapters=["x"])),
+        "several": (Tokenizer, "encode_prompt", lambda: lm.generate([PROMPT] * 2, 8, adapters=["x", "x"])),
+        "stream": (Tokenizer, "encode_prompt", lambda: "".join(stream(lm, PROMPT, sampling))),
+        "generate_ids": (LanguageModel, "decode", lambda: generate_ids(lm, [ids], sampling)),
+        "logits": (_check, "in_range", lambda: lm.logits(IDS).tobytes()),
+        "loss": (_check, "in_range", lambda: lm.loss(IDS, IDS)),
+        "loss_packed": (_check, "in_range", lambda: lm.loss_packed(batch)),
+        "log_probs": (_check, "in_range", lambda: lm.log_probs(batch).tobytes()),
+        "hidden_states": (_check, "in_range", lambda: lm.hidden_states(IDS).tobytes()),
+        "residual_stream": (_check, "in_range", lambda: lm.residual_stream(batch).tobytes()),
+        "loss_with": (
+            _check, "in_range", lambda: lm.loss_with(batch, lambda logits, *_: logits.sum(axis=1))
+        ),
+        "token_scores": (_check, "in_range", lambda: lm.token_scores(batch).log_probs.tobytes()),
+        "continuation_scores": (
+            _check, "in_range",
+            lambda: lm.continuation_scores([[1, 2]], [[[3], [4]]])[0][1].log_probs.tobytes(),
+        ),
+        "decode": (_check, "in_range", lambda: lm.decode([3], [0], lm.new_cache(1, 4)).tobytes()),
+    }  # fmt: skip
+    for name, (of, function, call) in calls.items():
+        lm.load_adapter(paths["few"], "x", replace=True)
+        lm.set_adapter("x")
+        after = call()
+        lm.load_adapter(paths["all"], "x", replace=True)
+        wanted = call()
+        assert wanted != after, name
+        patch = before_first_call(of, function, lambda: CHANGES[change](lm, paths["few"]))
+        try:
+            assert call() == wanted, name
+        finally:
+            patch.undo()
+        assert (lm.adapters["x"].source if "x" in lm.adapters else "") != str(paths["all"]), name
+
+
+def test_a_stream_keeps_the_adapter_of_its_call(model: Path, paths: dict[str, Path]) -> None:
+    sampling = nplora.generate.Sampling(max_new_tokens=8)
+    lm = alone(model, paths["few"])
+    own = lm.generate(PROMPT, 8)
+    lm.load_adapter(paths["all"], "all")
+    lm.set_adapter("all")
+    wanted = lm.generate(PROMPT, 8)
+    with lm.disable_adapter():
+        plain = lm.generate(PROMPT, 8)
+        begun = stream(lm, PROMPT, sampling)
+    assert len({own, wanted, plain}) == 3
+    assert "".join(begun) == plain
+    begun = stream(lm, PROMPT, sampling)
+    lm.set_adapter(None)
+    assert "".join(begun) == wanted
+    lm.set_adapter("all")
+    begun, named_once = stream(lm, PROMPT, sampling), stream_all(lm, [PROMPT], sampling, ["all"])
+    lm.delete_adapter("all")
+    assert "".join(begun) == "".join(piece for _, piece in named_once) == wanted
+    begun = stream(lm, PROMPT, sampling)
+    with lm.disable_adapter():
+        assert "".join(begun) == own
+
+
+def test_an_error_of_a_stream_is_raised_by_its_call(
+    model: Path, paths: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lm = named(model, paths)
+
+    def changed() -> None:
+        raise CorruptError("the file was changed")
+
+    with pytest.raises(KeyError, match="no adapter 'fewer'"):
+        stream(lm, PROMPT, adapter="fewer")
+    monkeypatch.setattr(lm, "require_unchanged", changed)
+    with pytest.raises(CorruptError, match="the file was changed"):
+        stream(lm, PROMPT)
+
+
+def test_an_adapter_object_of_several_prompts_is_built_once(
+    model: Path, paths: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lm, made = load_model(model), list[Adapter]()
+    one, other = Adapter.read(paths["few"]), Adapter.read(paths["all"])
+    with_adapter = LanguageModel.with_adapter
+
+    def counted(self: LanguageModel, adapter: Adapter, any_base: bool = False) -> LanguageModel:
+        made.append(adapter)
+        return with_adapter(self, adapter, any_base)
+
+    monkeypatch.setattr(LanguageModel, "with_adapter", counted)
+    texts = lm.generate([PROMPT] * 5, 6, adapters=[one, other, one, other, one])
+    assert len(made) == 2
+    assert texts == [alone(model, paths[name]).generate(PROMPT, 6) for name in ["few", "all"] * 2 + ["few"]]
 
 
 def test_a_context_that_is_copied_keeps_its_adapter_and_other_models_theirs(

@@ -87,8 +87,7 @@ def generate(
     Args:
         prompts: texts, or chats. A chat is a list of messages; the model's chat template renders it as text.
         sampling: how tokens are chosen; None: always the most likely token, up to 128 tokens.
-        adapters: for each prompt, the name of a named adapter or an `Adapter`; None: the model without such
-            an adapter.
+        adapters: for each prompt, the name of a named adapter, an `Adapter`, or None for the model as it is.
     Returns:
         the generated texts, without their prompts.
     Raises:

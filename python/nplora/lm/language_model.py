@@ -411,7 +411,7 @@ class LanguageModel(Module):
 
     @property
     def adapters(self) -> Mapping[str, Adapter]:
-        """The named adapters, as a read-only mapping from their names.
+        """The named adapters, as a read-only mapping from their names. Their arrays are read-only too.
 
         >>> import nplora
         >>> nplora.load_model("model.gguf").adapters
@@ -469,12 +469,15 @@ class LanguageModel(Module):
             _check.choice("load_adapter", "dtype", dtype, ("bfloat16",))
         self._named.add(self, name, adapter, any_base, dtype, replace)
 
-    def set_adapter(self, names: str | Sequence[str] | None) -> None:
+    def set_adapter(self, names: str | Iterable[str] | None) -> None:
         """Select the named adapter that later calls use instead of the model's own LoRA layers.
 
-        The selection is valid only in the current thread (or asyncio task). Each thread makes its own
-        selection, and starts without a named adapter. A running call keeps its adapter, even if another
-        thread deletes the adapter.
+        The selection is valid in the current thread or asyncio task. A new thread starts without a named
+        adapter. A new asyncio task, and a function that `asyncio.to_thread` calls, start with the selection
+        of the code that started them, and later selections on either side do not affect the other side.
+
+        A call of a method of this model, or of `nplora.generate.stream`, looks up its adapters once, when it
+        begins. It keeps these adapters, even if another thread replaces or deletes them in the meantime.
 
             >>> import nplora
             >>> lm = nplora.load_model("model.gguf")
@@ -484,16 +487,25 @@ class LanguageModel(Module):
             >>> lm.set_adapter(None)      # none: the model's own LoRA layers
 
         Args:
-            names: a name; or a list of names, whose adapters are added up; or None for no named adapter.
+            names: a name; or several names, whose adapters are added up; or None for no named adapter. The
+                sum does not depend on the order of the names. The last 8 sums of the model are kept, and
+                other sums are computed again when they are selected or used again.
         Raises:
             KeyError: one of the names is unknown; the message lists the nearest names, or all names.
+            ValueError: a name is given twice.
+            RuntimeError: the call is inside `disable_adapter`.
             TypeError: `names` is not a name, a list of names or None.
             UnsupportedError: there are several names, and one of the adapters uses DoRA.
         """
         given: Any = (names,) if isinstance(names, str) else () if names is None else names
-        if not np.iterable(given) or not all(isinstance(name, str) for name in given):
+        chosen = tuple(given) if np.iterable(given) else (given,)
+        if not all(isinstance(name, str) for name in chosen):
             raise TypeError(f"set_adapter: names is {names!r}, expected a name, a list of names, or None")
-        chosen = tuple(given)
+        if twice := next((name for name in chosen if chosen.count(name) > 1), None):
+            raise ValueError(
+                f"set_adapter: {twice!r} is given twice, expected each name once; nplora.combine makes an "
+                "adapter with a weight"
+            )
         self._named.model(self, "set_adapter", chosen)
         self._named.select(chosen)
 
@@ -518,15 +530,19 @@ class LanguageModel(Module):
 
     @contextlib.contextmanager
     def disable_adapter(self) -> Iterator[Self]:
-        """A context in which the model uses neither its LoRA layers nor named adapters.
+        """A context in which the model uses neither its LoRA layers nor the selected named adapters.
 
-        >>> import nplora, numpy as np
-        >>> lm = nplora.load_model("model.gguf")
-        >>> plain = lm.logits([1, 2])
-        >>> lm.add_lora(rank=2, init="gaussian")
-        >>> with lm.disable_adapter():
-        ...     np.array_equal(lm.logits([1, 2]), plain)
-        True
+        After the block, the selection is valid again. `set_adapter` is refused inside the block. Named
+        adapters that a call names itself (`generate(adapters=...)`) are used, and a cache that was made
+        outside the block keeps its named adapters.
+
+            >>> import nplora, numpy as np
+            >>> lm = nplora.load_model("model.gguf")
+            >>> plain = lm.logits([1, 2])
+            >>> lm.add_lora(rank=2, init="gaussian")
+            >>> with lm.disable_adapter():
+            ...     np.array_equal(lm.logits([1, 2]), plain)
+            True
         """
         with super().disable_adapter(), self._named.none_selected():
             yield self

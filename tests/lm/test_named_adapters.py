@@ -1,9 +1,12 @@
 """Several named adapters of one model: each context uses its own adapter, and a call keeps its adapter."""
 
+import asyncio
 import concurrent.futures
 import contextvars
+import copy
 import itertools
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +14,13 @@ import numpy as np
 import pytest
 
 import nplora
+from nplora import _check
 from nplora.adapters import Adapter
-from nplora.formats.errors import FormatError, UnsupportedError
-from nplora.lm import LanguageModel, load_model
-from nplora.lm.generation import stream
+from nplora.formats.errors import CorruptError, FormatError, UnsupportedError
+from nplora.lm import LanguageModel, load_model, named_adapters
+from nplora.lm.generation import generate_ids, stream, stream_all
+from nplora.models.packing import pack
+from nplora.tokenizer import Tokenizer
 from small_llama import save_small_llama
 
 Array = np.ndarray[Any, Any]
@@ -61,6 +67,25 @@ def named(model: Path, paths: dict[str, Path]) -> LanguageModel:
 
 def answers(lm: LanguageModel) -> tuple[Any, ...]:
     return lm.logits(IDS).tobytes(), lm.loss(IDS, IDS), lm.generate(PROMPT, 6)
+
+
+def elsewhere(call: Callable[[], Any]) -> None:
+    """Call a function in a thread of its own."""
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        pool.submit(call).result()
+
+
+def before_first_call(of: Any, name: str, action: Callable[[], Any]) -> pytest.MonkeyPatch:
+    """Run an action in another thread just before the next call of a function. Call `undo` at the end."""
+    function, patch, todo = getattr(of, name), pytest.MonkeyPatch(), [action]
+
+    def with_action(*args: Any, **named: Any) -> Any:
+        if todo:
+            elsewhere(todo.pop())
+        return function(*args, **named)
+
+    patch.setattr(of, name, with_action)
+    return patch
 
 
 def test_a_named_adapter_answers_as_it_does_alone(model: Path, paths: dict[str, Path]) -> None:
@@ -241,6 +266,62 @@ def test_threads_with_two_adapters_and_none_do_not_see_each_other(
     assert list(itertools.chain(*found)) == [True] * 600
 
 
+def test_calls_are_right_while_another_thread_replaces_and_deletes_adapters(
+    model: Path, paths: dict[str, Path]
+) -> None:
+    """Each call has the old or the new adapter, and never fails. Some calls use a deleted adapter."""
+    lm = named(model, paths)
+    kept = lm.adapters["dora"]
+
+    def all_outputs() -> tuple[Any, ...]:
+        return lm.generate(PROMPT, 4), lm.loss(IDS, IDS)
+
+    versions = [Adapter.read(paths[name]) for name in ("few", "ends")]
+    wanted: dict[Any, list[tuple[Any, ...]]] = {"x": [], ("x", "all"): []}
+    for version in versions:
+        lm.load_adapter(version, "x", replace=True)
+        for names, found in wanted.items():
+            lm.set_adapter(names)
+            found.append(all_outputs())
+    lm.set_adapter("dora")
+    deleted = lm.generate(PROMPT, 4)
+    lm.set_adapter(None)
+    plain = lm.generate(PROMPT, 4)
+    assert len({plain, deleted, *(text for pairs in wanted.values() for text, _ in pairs)}) >= 4
+    running = threading.Event()
+    running.set()
+
+    def change() -> int:
+        for number in itertools.count():
+            if not running.is_set():
+                return number
+            lm.load_adapter(versions[number % 2], "x", replace=True)
+            lm.delete_adapter("dora")
+            lm.load_adapter(paths["dora"], "dora")
+        raise AssertionError
+
+    def selected(names: Any) -> list[bool]:
+        lm.set_adapter(names)
+        texts, losses = (set(values) for values in zip(*wanted[names], strict=True))
+        found = [all_outputs() for _ in range(15)]
+        return [text in texts and loss in losses for text, loss in found]
+
+    def for_each_prompt() -> list[bool]:
+        found = [lm.generate([PROMPT] * 3, 4, adapters=[kept, None, "x"]) for _ in range(15)]
+        texts = {text for text, _ in wanted["x"]}
+        return [one == deleted and other == plain and x in texts for one, other, x in found]
+
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        changes = pool.submit(change)
+        runs = [pool.submit(selected, names) for names in wanted] + [pool.submit(for_each_prompt)]
+        try:
+            found = [run.result() for run in runs]
+        finally:
+            running.clear()
+        assert changes.result() > 2
+    assert found == [[True] * 15] * 3
+
+
 def test_a_call_ends_with_the_adapter_that_it_began_with(model: Path, paths: dict[str, Path]) -> None:
     lm = named(model, paths)
     lm.set_adapter("all")
@@ -258,6 +339,112 @@ def test_a_call_ends_with_the_adapter_that_it_began_with(model: Path, paths: dic
     for call in (lambda: lm.logits(IDS), lambda: lm.loss(IDS, IDS), lambda: lm.generate(PROMPT, 2)):
         with pytest.raises(KeyError, match="no adapter 'all'"):
             context.run(call)
+
+
+CHANGES: dict[str, Callable[[LanguageModel, Path], None]] = {
+    "delete": lambda lm, other: lm.delete_adapter("x"),
+    "replace": lambda lm, other: lm.load_adapter(other, "x", replace=True),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_call_keeps_its_adapter_when_another_thread_removes_it_meanwhile(
+    model: Path, paths: dict[str, Path], change: str
+) -> None:
+    lm, batch = load_model(model), pack([(IDS[0], IDS[0])])
+    ids = lm.tokenizer.encode_prompt(PROMPT)
+    sampling = nplora.generate.Sampling(max_new_tokens=8)
+    calls: dict[str, tuple[Any, str, Callable[[], Any]]] = {
+        "generate": (Tokenizer, "encode_prompt", lambda: lm.generate(PROMPT, 8)),
+        "adapters": (Tokenizer, "encode_prompt", lambda: lm.generate([PROMPT], 8, adapters=["x"])),
+        "several": (Tokenizer, "encode_prompt", lambda: lm.generate([PROMPT] * 2, 8, adapters=["x", "x"])),
+        "stream": (Tokenizer, "encode_prompt", lambda: "".join(stream(lm, PROMPT, sampling))),
+        "generate_ids": (LanguageModel, "decode", lambda: generate_ids(lm, [ids], sampling)),
+        "logits": (_check, "in_range", lambda: lm.logits(IDS).tobytes()),
+        "loss": (_check, "in_range", lambda: lm.loss(IDS, IDS)),
+        "loss_packed": (_check, "in_range", lambda: lm.loss_packed(batch)),
+        "log_probs": (_check, "in_range", lambda: lm.log_probs(batch).tobytes()),
+        "hidden_states": (_check, "in_range", lambda: lm.hidden_states(IDS).tobytes()),
+        "residual_stream": (_check, "in_range", lambda: lm.residual_stream(batch).tobytes()),
+        "loss_with": (
+            _check, "in_range", lambda: lm.loss_with(batch, lambda logits, *_: logits.sum(axis=1))
+        ),
+        "token_scores": (_check, "in_range", lambda: lm.token_scores(batch).log_probs.tobytes()),
+        "continuation_scores": (
+            _check, "in_range",
+            lambda: lm.continuation_scores([[1, 2]], [[[3], [4]]])[0][1].log_probs.tobytes(),
+        ),
+        "decode": (_check, "in_range", lambda: lm.decode([3], [0], lm.new_cache(1, 4)).tobytes()),
+    }  # fmt: skip
+    for name, (of, function, call) in calls.items():
+        lm.load_adapter(paths["few"], "x", replace=True)
+        lm.set_adapter("x")
+        after = call()
+        lm.load_adapter(paths["all"], "x", replace=True)
+        wanted = call()
+        assert wanted != after, name
+        patch = before_first_call(of, function, lambda: CHANGES[change](lm, paths["few"]))
+        try:
+            assert call() == wanted, name
+        finally:
+            patch.undo()
+        assert (lm.adapters["x"].source if "x" in lm.adapters else "") != str(paths["all"]), name
+
+
+def test_a_stream_keeps_the_adapter_of_its_call(model: Path, paths: dict[str, Path]) -> None:
+    sampling = nplora.generate.Sampling(max_new_tokens=8)
+    lm = alone(model, paths["few"])
+    own = lm.generate(PROMPT, 8)
+    lm.load_adapter(paths["all"], "all")
+    lm.set_adapter("all")
+    wanted = lm.generate(PROMPT, 8)
+    with lm.disable_adapter():
+        plain = lm.generate(PROMPT, 8)
+        begun = stream(lm, PROMPT, sampling)
+    assert len({own, wanted, plain}) == 3
+    assert "".join(begun) == plain
+    begun = stream(lm, PROMPT, sampling)
+    lm.set_adapter(None)
+    assert "".join(begun) == wanted
+    lm.set_adapter("all")
+    begun, named_once = stream(lm, PROMPT, sampling), stream_all(lm, [PROMPT], sampling, ["all"])
+    lm.delete_adapter("all")
+    assert "".join(begun) == "".join(piece for _, piece in named_once) == wanted
+    begun = stream(lm, PROMPT, sampling)
+    with lm.disable_adapter():
+        assert "".join(begun) == own
+
+
+def test_an_error_of_a_stream_is_raised_by_its_call(
+    model: Path, paths: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lm = named(model, paths)
+
+    def changed() -> None:
+        raise CorruptError("the file was changed")
+
+    with pytest.raises(KeyError, match="no adapter 'fewer'"):
+        stream(lm, PROMPT, adapter="fewer")
+    monkeypatch.setattr(lm, "require_unchanged", changed)
+    with pytest.raises(CorruptError, match="the file was changed"):
+        stream(lm, PROMPT)
+
+
+def test_an_adapter_object_of_several_prompts_is_built_once(
+    model: Path, paths: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lm, made = load_model(model), list[Adapter]()
+    one, other = Adapter.read(paths["few"]), Adapter.read(paths["all"])
+    with_adapter = LanguageModel.with_adapter
+
+    def counted(self: LanguageModel, adapter: Adapter, any_base: bool = False) -> LanguageModel:
+        made.append(adapter)
+        return with_adapter(self, adapter, any_base)
+
+    monkeypatch.setattr(LanguageModel, "with_adapter", counted)
+    texts = lm.generate([PROMPT] * 5, 6, adapters=[one, other, one, other, one])
+    assert len(made) == 2
+    assert texts == [alone(model, paths[name]).generate(PROMPT, 6) for name in ["few", "all"] * 2 + ["few"]]
 
 
 def test_a_context_that_is_copied_keeps_its_adapter_and_other_models_theirs(
@@ -353,3 +540,181 @@ def test_merging_while_a_named_adapter_is_selected_is_refused(model: Path, paths
             merge()
     lm.set_adapter(None)
     assert lm.merge() == []
+
+
+def test_names_may_come_from_any_iterable(model: Path, paths: dict[str, Path]) -> None:
+    lm = named(model, {name: paths[name] for name in ("few", "all")})
+    lm.set_adapter(["few", "all"])
+    both = answers(lm)
+    lm.set_adapter(None)
+    lm.set_adapter(iter(["few", "all"]))
+    assert answers(lm) == both
+    with pytest.raises(TypeError, match="expected a name, a list of names, or None"):
+        lm.set_adapter(name for name in ["few", 3])  # type: ignore[misc]
+    assert answers(lm) == both
+
+
+def test_a_name_that_is_given_twice_is_refused(model: Path, paths: dict[str, Path]) -> None:
+    lm = named(model, {name: paths[name] for name in ("few", "all")})
+    lm.set_adapter("few")
+    before = answers(lm)
+    with pytest.raises(
+        ValueError, match=r"set_adapter: 'all' is given twice, expected each name once; nplora\.comb"
+    ):
+        lm.set_adapter(["few", "all", "all"])
+    assert answers(lm) == before
+
+
+def test_an_adapter_may_be_deleted_while_adapters_are_disabled(model: Path, paths: dict[str, Path]) -> None:
+    plain, lm = answers(load_model(model)), named(model, paths)
+    lm.set_adapter("all")
+    with lm.disable_adapter():
+        lm.delete_adapter("all")
+    assert answers(lm) == plain
+    lm.set_adapter(["few", "ends"])
+    with lm.disable_adapter(), lm.disable_adapter():
+        lm.delete_adapter("ends")
+        assert answers(lm) == plain
+    assert answers(lm) == answers(alone(model, paths["few"]))
+    with lm.disable_adapter():
+        elsewhere(lambda: lm.delete_adapter("few"))
+        assert answers(lm) == plain
+    with pytest.raises(KeyError, match="no adapter 'few'"):  # as without the block
+        lm.logits(IDS)
+
+
+def test_an_adapter_cannot_be_selected_while_adapters_are_disabled(
+    model: Path, paths: dict[str, Path]
+) -> None:
+    plain, lm = answers(load_model(model)), named(model, paths)
+    other = named(model, {"few": paths["few"]})
+    lm.set_adapter("all")
+    wanted = answers(lm)
+    for names in ("few", None):
+        with (
+            pytest.raises(RuntimeError, match=r"set_adapter: this code is inside `with lm\.disable_adapter"),
+            lm.disable_adapter(),
+        ):
+            lm.set_adapter(names)
+        assert answers(lm) == wanted
+    with lm.disable_adapter():
+        other.set_adapter("few")  # another model
+        assert answers(other) == answers(alone(model, paths["few"]))
+        assert answers(lm) == plain
+
+
+def test_adapters_that_a_call_or_a_cache_names_are_used_while_adapters_are_disabled(
+    model: Path, paths: dict[str, Path]
+) -> None:
+    lm = named(model, paths)
+    lm.set_adapter("all")
+    cache = lm.new_cache(1, 4)
+    wanted, text = lm.decode([3], [0], cache), lm.generate(PROMPT, 6)
+    cache.reset()
+    with lm.disable_adapter():
+        assert lm.generate([PROMPT], 6, adapters=["all"]) == [text]
+        assert lm.decode([3], [0], cache).tobytes() == wanted.tobytes()
+        assert lm.decode([3], [0], lm.new_cache(1, 4)).tobytes() != wanted.tobytes()
+
+
+def test_a_sum_does_not_depend_on_the_order_of_its_names(model: Path, paths: dict[str, Path]) -> None:
+    lm = named(model, {name: paths[name] for name in ("few", "all", "ends")})
+    first, *others = itertools.permutations(["few", "all", "ends"])
+    lm.set_adapter(first)
+    wanted, copies = answers(lm), len(lm._named.models)
+    for names in others:
+        lm.set_adapter(names)
+        assert answers(lm) == wanted
+    assert len(lm._named.models) == copies
+    factors = [parameter.value.tobytes() for parameter in lm._selected("test").parameters()]
+    for names in others:
+        fresh = named(model, paths)
+        fresh.set_adapter(names)
+        assert [parameter.value.tobytes() for parameter in fresh._selected("test").parameters()] == factors
+
+
+def test_only_the_last_sums_are_kept(model: Path, paths: dict[str, Path]) -> None:
+    lm, most = load_model(model), named_adapters.MOST_SUMS
+    names = [f"n{number}" for number in range(6)]
+    for name in names:
+        lm.load_adapter(paths["few"], name)
+    single = {name: lm.named_model(name) for name in names}
+    pairs = list(itertools.combinations(names, 2))
+    assert len(pairs) > most
+    lm.set_adapter(pairs[0])
+    first = lm._selected("test")
+    for pair in pairs:
+        lm.set_adapter(pair)
+        lm.set_adapter(pairs[0])  # is used again and again
+    assert lm._selected("test") is first
+    assert len(lm._named.models) == len(names) + most
+    assert {name: lm.named_model(name) for name in names} == single
+    lm.set_adapter(pairs[1])  # was dropped
+    both = load_model(model)
+    nplora.combine([(paths["few"], 1), (paths["few"], 1)]).attach(both)
+    assert answers(lm) == answers(both)
+    lm.delete_adapter("n0")
+    assert first not in lm._named.models
+
+
+@pytest.mark.parametrize("copied", [lambda lm: lm, copy.deepcopy])
+def test_the_arrays_of_named_adapters_are_read_only(
+    model: Path, tmp_path: Path, copied: Callable[[LanguageModel], LanguageModel]
+) -> None:
+    lm = load_model(model)
+    settings: dict[str, dict[str, Any]] = {
+        "dora": {"targets": "q_proj", "use_dora": True},
+        "rows": {"targets": "q_proj", "trainable_tokens": [5, 7]},
+        "whole": {"targets": "q_proj", "modules_to_save": "embed_tokens"},
+    }
+    for name, options in settings.items():
+        other = load_model(model)
+        other.add_lora(rank=2, init="gaussian", **options)
+        nplora.save_adapter(other, tmp_path / name)
+        adapter = Adapter.read(tmp_path / name)
+        lm.load_adapter(adapter, name)
+        assert adapter["model.layers.0.self_attn.q_proj"].A.flags.writeable  # the caller's own arrays
+    arrays = list[Array]()
+    for adapter in copied(lm).adapters.values():
+        deltas = list(adapter.values())
+        arrays += [array for d in deltas for array in (d.A, d.B, d.m) if array is not None]
+        arrays += [array for rows in adapter.token_rows.values() for array in (rows.ids, rows.values)]
+        arrays += [array for module in adapter.modules_to_save.values() for array in module.values()]
+    assert len(arrays) >= 3 * 2 * 2 + 2 + 2 + 1
+    for array in arrays:
+        with pytest.raises(ValueError, match="read-only"):
+            array[...] = 0
+
+
+def test_a_named_adapter_can_be_attached_and_trained(model: Path, paths: dict[str, Path]) -> None:
+    lm = named(model, paths)
+    other = load_model(model)
+    lm.adapters["all"].attach(other)
+    before = other.loss(IDS, IDS)
+    for _ in range(3):
+        other.train_step(IDS, IDS, nplora.AdamW(lr=0.01))
+    assert other.loss(IDS, IDS) < before
+    lm.set_adapter("all")
+    assert answers(lm) == answers(alone(model, paths["all"]))
+
+
+def test_a_task_inherits_the_selection_and_a_new_thread_does_not(model: Path, paths: dict[str, Path]) -> None:
+    lm = named(model, paths)
+    few, plain = answers(alone(model, paths["few"])), answers(load_model(model))
+    found = list[tuple[Any, ...]]()
+
+    async def task() -> None:
+        found.append(answers(lm))
+        lm.set_adapter("all")
+
+    async def main() -> None:
+        lm.set_adapter("few")
+        await asyncio.create_task(task())
+        await asyncio.to_thread(lambda: found.append(answers(lm)))
+        found.append(answers(lm))  # the task's own selection does not matter here
+
+    asyncio.run(main())
+    assert found == [few] * 3
+    lm.set_adapter("few")
+    elsewhere(lambda: found.append(answers(lm)))
+    assert found[3] == plain

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextvars
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Protocol, cast
+from typing import Any, NamedTuple, Protocol, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +25,7 @@ from nplora.runtime.user_warning import warn_user
 from nplora.tokenizer import Tokenizer
 
 Array = npt.NDArray[Any]
+T = TypeVar("T")
 Message = Mapping[str, Any]
 Prompt = str | Sequence[Message]  # a text, or a chat
 Adapters = Sequence[str | Adapter | None]  # for each prompt a name, an adapter, or None
@@ -58,9 +60,10 @@ class GeneratingModel(Protocol):
 
 
 class AdapterChoosingModel(GeneratingModel, Protocol):
-    """A model that also has the method that generation needs if prompts have adapters."""
+    """A model with named adapters."""
 
     def named_model(self, adapter: str | Adapter) -> GeneratingModel: ...
+    def _selected(self, op: str) -> GeneratingModel: ...
 
 
 def generate(
@@ -83,8 +86,7 @@ def generate(
     Args:
         prompts: texts, or chats. A chat is a list of messages; the model's chat template renders it as text.
         sampling: how tokens are chosen; None: always the most likely token, up to 128 tokens.
-        adapters: for each prompt, the name of a named adapter or an `Adapter`; None: the model without such
-            an adapter.
+        adapters: for each prompt, the name of a named adapter, an `Adapter`, or None for the model as it is.
     Returns:
         the generated texts, without their prompts.
     Raises:
@@ -110,7 +112,8 @@ def stream(
 ) -> Iterator[str]:
     """Generate a text after one prompt, and yield it in pieces of whole characters.
 
-    The errors and warnings are those of `generate`.
+    The text has the adapter that is selected when `stream` is called, even if the pieces are read later. The
+    errors and warnings are those of `generate`. Errors in the arguments are raised by the call of `stream`.
 
     >>> import nplora
     >>> lm = nplora.load_model("model.gguf")
@@ -130,7 +133,7 @@ def stream_all(
 ) -> Iterator[tuple[int, str]]:
     """Generate a text after each prompt, and yield pairs (index of the prompt, piece of its text).
 
-    The errors and warnings are those of `generate`.
+    The adapters, errors and warnings are those of `stream`.
 
         >>> import nplora
         >>> lm = nplora.load_model("model.gguf")
@@ -142,8 +145,8 @@ def stream_all(
         True
     """
     models = _models(lm, prompts, adapters)
-    ids = [prompt_ids(_OP, model, prompt) for model, prompt in zip(models, prompts, strict=True)]
-    return _stream_ids(lm, ids, sampling or Sampling(), models, adapters)
+    ids = [prompt_ids(_OP, model, prompt) for model, prompt in zip(models.of_prompts, prompts, strict=True)]
+    return _stream_ids(models, ids, sampling or Sampling())
 
 
 def generate_ids(
@@ -164,46 +167,78 @@ def generate_ids(
     """
     texts = [""] * len(prompts)
     models = _models(lm, prompts, adapters)
-    checked = [checked_ids(_OP, model, list(ids)) for model, ids in zip(models, prompts, strict=True)]
-    for index, piece in _stream_ids(lm, checked, sampling, models, adapters):
+    checked = [
+        checked_ids(_OP, model, list(ids)) for model, ids in zip(models.of_prompts, prompts, strict=True)
+    ]
+    for index, piece in _stream_ids(models, checked, sampling):
         texts[index] += piece
     return texts
 
 
-def _models(
-    lm: GeneratingModel, prompts: Sequence[Any], adapters: Adapters | None
-) -> Sequence[GeneratingModel]:
-    """For each prompt, a model whose tokenizer has the tokens that the prompt's adapter adds."""
+class _Models(NamedTuple):
+    """The models of one call. A call looks up its adapters once, when it begins.
+
+    Attributes:
+        selected: the model with the selected adapters.
+        of_prompts: for each prompt, the model with the prompt's adapter; `selected` if it has no adapter.
+    """
+
+    selected: GeneratingModel
+    of_prompts: Sequence[GeneratingModel]
+
+
+def _models(lm: GeneratingModel, prompts: Sequence[Any], adapters: Adapters | None) -> _Models:
+    chooser = cast(AdapterChoosingModel, lm)
+    selected = chooser._selected(_OP) if hasattr(lm, "_selected") else lm
     if adapters is None:
-        return [lm] * len(prompts)
+        return _Models(selected, [selected] * len(prompts))
     if len(adapters) != len(prompts):
         raise ValueError(
             f"{_OP}: {len(adapters)} adapters for {counted(len(prompts), 'prompt')}, expected one for each"
         )
-    chooser = cast(AdapterChoosingModel, lm)
-    return [lm if adapter is None else chooser.named_model(adapter) for adapter in adapters]
+    keys = [adapter if isinstance(adapter, str) else id(adapter) for adapter in adapters]
+    made = {
+        key: selected if adapter is None else chooser.named_model(adapter)
+        for key, adapter in dict(zip(keys, adapters, strict=True)).items()
+    }
+    return _Models(selected, [made[key] for key in keys])
 
 
 def _stream_ids(
-    lm: GeneratingModel,
-    prompts: Sequence[list[int]],
-    sampling: Sampling,
-    models: Sequence[GeneratingModel],
-    adapters: Adapters | None,
+    models: _Models, prompts: Sequence[list[int]], sampling: Sampling
+) -> Iterator[tuple[int, str]]:
+    """The pieces of the texts. The tokens are computed when the pieces are read."""
+    lm = models.selected
+    context = int(lm.config.max_position_embeddings)
+    answers = [
+        Answer(model.tokenizer, index, ids, sampling)
+        for index, (model, ids) in enumerate(zip(models.of_prompts, prompts, strict=True))
+    ]
+    if not answers or not sampling.max_new_tokens:
+        return iter(())
+    limits = [min(context, len(answer.ids) + sampling.max_new_tokens) for answer in answers]
+    cache = lm.new_cache(len(answers), max(limits))
+    for slot, model in enumerate(models.of_prompts):
+        if model is not lm:
+            cache.adapters[slot] = model
+    return _in_this_context(_generated(lm, answers, limits, cache))
+
+
+def _in_this_context(items: Iterator[T]) -> Iterator[T]:
+    """Compute all items in a copy of the present context, so that they are the same wherever they are read.
+
+    For example, `disable_adapter` changes the context.
+    """
+    context = contextvars.copy_context()
+    end: Any = object()
+    return (item for item in iter(lambda: context.run(next, items, end), end))
+
+
+def _generated(
+    lm: GeneratingModel, answers: Sequence[Answer], limits: Sequence[int], cache: Any
 ) -> Iterator[tuple[int, str]]:
     context = int(lm.config.max_position_embeddings)
     longest = longest_before_switch(lm.config)
-    answers = [
-        Answer(model.tokenizer, index, ids, sampling)
-        for index, (model, ids) in enumerate(zip(models, prompts, strict=True))
-    ]
-    if not answers or not sampling.max_new_tokens:
-        return
-    limits = [min(context, len(answer.ids) + sampling.max_new_tokens) for answer in answers]
-    cache = lm.new_cache(len(answers), max(limits))
-    for slot, adapter in enumerate(adapters or ()):
-        if adapter is not None:
-            cache.adapters[slot] = adapter
     for answer, limit in zip(answers, limits, strict=True):
         if hasattr(cache, "activate"):  # a model with its own kind of cache has no activated LoRA
             cache.activate(answer.index, answer.ids)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
 import os
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Self, overload
+from typing import Any, Concatenate, NamedTuple, ParamSpec, Self, TypeVar, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -39,10 +39,13 @@ from nplora.nn import LoRALayer, RMSNorm, TrainedEmbedding, TrainedHead, Trained
 from nplora.nn.losses import NonFiniteLossError
 from nplora.nn.module import Gradient, Module, Saved, inference, inferring
 from nplora.nn.optim import Optimizer
+from nplora.runtime.user_warning import warn_user
 from nplora.tokenizer import Tokenizer
 from nplora.weights import COMPUTES
 
 Array = npt.NDArray[Any]
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -81,6 +84,21 @@ class TokenScores(NamedTuple):
 
     log_probs: Array
     is_top: Array
+
+
+def _with_selected_adapter(
+    method: Callable[Concatenate[LanguageModel, P], T],
+) -> Callable[Concatenate[LanguageModel, P], T]:
+    """Decorate a method so that `self` is the model with the adapters that are selected when the call begins.
+
+    So the call keeps these adapters, even if another thread deletes or replaces them in the meantime.
+    """
+
+    @functools.wraps(method)
+    def call(self: LanguageModel, /, *args: P.args, **named: P.kwargs) -> T:
+        return method(self._selected(method.__name__), *args, **named)
+
+    return call
 
 
 class LanguageModel(Module):
@@ -181,9 +199,10 @@ class LanguageModel(Module):
         """The model's tokenizer with these added tokens. The tokenizer is kept for the next call."""
         if not tokens:
             return self._file_tokenizer()
-        if self._extended is None or self._extended[0] != tuple(tokens):
-            self._extended = tuple(tokens), self._file_tokenizer().with_tokens(tokens)
-        return self._extended[1]
+        extended = self._extended  # another thread may replace it
+        if extended is None or extended[0] != tuple(tokens):
+            self._extended = extended = tuple(tokens), self._file_tokenizer().with_tokens(tokens)
+        return extended[1]
 
     def new_tokens(self, tokens: Sequence[AddedToken]) -> tuple[AddedToken, ...]:
         """The tokens of an adapter that the model lacks.
@@ -392,7 +411,7 @@ class LanguageModel(Module):
 
     @property
     def adapters(self) -> Mapping[str, Adapter]:
-        """The named adapters, as a read-only mapping from their names.
+        """The named adapters, as a read-only mapping from their names. Their arrays are read-only too.
 
         >>> import nplora
         >>> nplora.load_model("model.gguf").adapters
@@ -450,12 +469,15 @@ class LanguageModel(Module):
             _check.choice("load_adapter", "dtype", dtype, ("bfloat16",))
         self._named.add(self, name, adapter, any_base, dtype, replace)
 
-    def set_adapter(self, names: str | Sequence[str] | None) -> None:
+    def set_adapter(self, names: str | Iterable[str] | None) -> None:
         """Select the named adapter that later calls use instead of the model's own LoRA layers.
 
-        The selection is valid only in the current thread (or asyncio task). Each thread makes its own
-        selection, and starts without a named adapter. A running call keeps its adapter, even if another
-        thread deletes the adapter.
+        The selection is valid in the current thread or asyncio task. A new thread starts without a named
+        adapter. A new asyncio task, and a function that `asyncio.to_thread` calls, start with the selection
+        of the code that started them, and later selections on either side do not affect the other side.
+
+        A call of a method of this model, or of `nplora.generate.stream`, looks up its adapters once, when it
+        begins. It keeps these adapters, even if another thread replaces or deletes them in the meantime.
 
             >>> import nplora
             >>> lm = nplora.load_model("model.gguf")
@@ -465,16 +487,25 @@ class LanguageModel(Module):
             >>> lm.set_adapter(None)      # none: the model's own LoRA layers
 
         Args:
-            names: a name; or a list of names, whose adapters are added up; or None for no named adapter.
+            names: a name; or several names, whose adapters are added up; or None for no named adapter. The
+                sum does not depend on the order of the names. The last 8 sums of the model are kept, and
+                other sums are computed again when they are selected or used again.
         Raises:
             KeyError: one of the names is unknown; the message lists the nearest names, or all names.
+            ValueError: a name is given twice.
+            RuntimeError: the call is inside `disable_adapter`.
             TypeError: `names` is not a name, a list of names or None.
             UnsupportedError: there are several names, and one of the adapters uses DoRA.
         """
         given: Any = (names,) if isinstance(names, str) else () if names is None else names
-        if not np.iterable(given) or not all(isinstance(name, str) for name in given):
+        chosen = tuple(given) if np.iterable(given) else (given,)
+        if not all(isinstance(name, str) for name in chosen):
             raise TypeError(f"set_adapter: names is {names!r}, expected a name, a list of names, or None")
-        chosen = tuple(given)
+        if twice := next((name for name in chosen if chosen.count(name) > 1), None):
+            raise ValueError(
+                f"set_adapter: {twice!r} is given twice, expected each name once; nplora.combine makes an "
+                "adapter with a weight"
+            )
         self._named.model(self, "set_adapter", chosen)
         self._named.select(chosen)
 
@@ -499,15 +530,19 @@ class LanguageModel(Module):
 
     @contextlib.contextmanager
     def disable_adapter(self) -> Iterator[Self]:
-        """A context in which the model uses neither its LoRA layers nor named adapters.
+        """A context in which the model uses neither its LoRA layers nor the selected named adapters.
 
-        >>> import nplora, numpy as np
-        >>> lm = nplora.load_model("model.gguf")
-        >>> plain = lm.logits([1, 2])
-        >>> lm.add_lora(rank=2, init="gaussian")
-        >>> with lm.disable_adapter():
-        ...     np.array_equal(lm.logits([1, 2]), plain)
-        True
+        After the block, the selection is valid again. `set_adapter` is refused inside the block. Named
+        adapters that a call names itself (`generate(adapters=...)`) are used, and a cache that was made
+        outside the block keeps its named adapters.
+
+            >>> import nplora, numpy as np
+            >>> lm = nplora.load_model("model.gguf")
+            >>> plain = lm.logits([1, 2])
+            >>> lm.add_lora(rank=2, init="gaussian")
+            >>> with lm.disable_adapter():
+            ...     np.array_equal(lm.logits([1, 2]), plain)
+            True
         """
         with super().disable_adapter(), self._named.none_selected():
             yield self
@@ -618,6 +653,7 @@ class LanguageModel(Module):
         """
         return self(token_ids)
 
+    @_with_selected_adapter
     def loss(self, token_ids: npt.ArrayLike, labels: npt.ArrayLike) -> float:
         """The mean of -log p(label) over all labels that are not ignored; 0 if all are ignored.
 
@@ -635,6 +671,7 @@ class LanguageModel(Module):
         """
         return self.loss_packed(self._packed("loss", token_ids, labels))
 
+    @_with_selected_adapter
     def loss_packed(self, batch: PackedBatch, as_decoded: bool = True) -> float:
         """Like `loss`, for packed sequences.
 
@@ -652,8 +689,6 @@ class LanguageModel(Module):
             ValueError, CorruptError: as in `logits`.
         """
         self._check_batch("loss_packed", batch)
-        if (lm := self._selected("loss_packed")) is not self:
-            return lm.loss_packed(batch, as_decoded)
         with inference():
             if self.compute == "int8" and as_decoded:
                 total = stepwise.loss(self.config, self.model, self.lm_head, batch)
@@ -663,6 +698,7 @@ class LanguageModel(Module):
         self.require_unchanged()
         return total / max(1, batch.num_targets)
 
+    @_with_selected_adapter
     def log_probs(self, batch: PackedBatch) -> Array:
         """The log-probability of each target of a batch, float64 (m,), in the order of the targets.
 
@@ -677,14 +713,13 @@ class LanguageModel(Module):
             ValueError, CorruptError: as in `logits`.
         """
         self._check_batch("log_probs", batch)
-        if (lm := self._selected("log_probs")) is not self:
-            return lm.log_probs(batch)
         with inference():
             x = self.model.infer(batch.ids, packed_positions(batch.starts))
             losses = head.token_losses(self.model, self.lm_head, x, batch.targets)
         self.require_unchanged()
         return -losses
 
+    @_with_selected_adapter
     def hidden_states(self, token_ids: npt.ArrayLike) -> Array:
         """The hidden states after the last norm, which the head turns into logits.
 
@@ -705,8 +740,6 @@ class LanguageModel(Module):
         """
         op = "hidden_states"
         ids = self._ids(op, token_ids)
-        if (lm := self._selected(op)) is not self:
-            return lm.hidden_states(ids)
         rows = np.atleast_2d(ids)
         self._warn_if_longer(op, rows.shape[1])
         starts = np.arange(len(rows) + 1, dtype=np.int64) * rows.shape[1]
@@ -715,6 +748,7 @@ class LanguageModel(Module):
         self.require_unchanged()
         return states.reshape(*ids.shape, -1)
 
+    @_with_selected_adapter
     def residual_stream(self, batch: PackedBatch) -> Array:
         """The residual stream after the last block, (n, hidden_size). `logits_of` turns rows into logits.
 
@@ -729,13 +763,12 @@ class LanguageModel(Module):
             ValueError, CorruptError: as in `logits`.
         """
         self._check_batch("residual_stream", batch)
-        if (lm := self._selected("residual_stream")) is not self:
-            return lm.residual_stream(batch)
         with inference():
             x = self.model.infer(batch.ids, packed_positions(batch.starts))
         self.require_unchanged()
         return x
 
+    @_with_selected_adapter
     def logits_of(self, residual_stream: Array) -> Array:
         """Compute logits (m, vocab) from rows (m, hidden_size) of the result of `residual_stream`.
 
@@ -746,11 +779,10 @@ class LanguageModel(Module):
         >>> np.allclose(lm.logits_of(x[1:]), lm.logits([1, 2, 3])[1:], atol=1e-4)
         True
         """
-        if (lm := self._selected("logits_of")) is not self:
-            return lm.logits_of(residual_stream)
         with inference():
             return head.logits_of(self.model, self.lm_head, residual_stream)
 
+    @_with_selected_adapter
     def loss_with(self, batch: PackedBatch, loss: head.LogitLoss) -> float:
         """The sum of a loss over the rows of logits that have a target.
 
@@ -767,14 +799,13 @@ class LanguageModel(Module):
         2.0
         """
         self._check_batch("loss_with", batch)
-        if (lm := self._selected("loss_with")) is not self:
-            return lm.loss_with(batch, loss)
         with inference():
             x = self.model.infer(batch.ids, packed_positions(batch.starts))
             total = head.logit_loss(self.model, self.lm_head, x, batch.targets, loss)
         self.require_unchanged()
         return total
 
+    @_with_selected_adapter
     def token_scores(self, batch: PackedBatch) -> TokenScores:
         """The log-probability of each target of a batch, and whether the target is the most likely token.
 
@@ -793,8 +824,6 @@ class LanguageModel(Module):
             ValueError, CorruptError: as in `logits`.
         """
         self._check_batch("token_scores", batch)
-        if (lm := self._selected("token_scores")) is not self:
-            return lm.token_scores(batch)
         with inference():
             if self.compute == "int8":
                 losses, is_top = stepwise.token_scores(self.config, self.model, self.lm_head, batch)
@@ -804,6 +833,7 @@ class LanguageModel(Module):
         self.require_unchanged()
         return TokenScores(-losses, is_top)
 
+    @_with_selected_adapter
     def continuation_scores(
         self, prompts: Sequence[npt.ArrayLike], continuations: Sequence[Sequence[npt.ArrayLike]]
     ) -> list[list[TokenScores]]:
@@ -841,10 +871,9 @@ class LanguageModel(Module):
         if not all(question.continuations for question in questions):
             raise ValueError(f"{op}: a prompt has no continuation, expected at least one")
         self._warn_if_longer(op, max((question.computed for question in questions), default=0))
-        lm = self._selected(op)
         rows = stepwise.FEW if self.compute == "int8" else MOST_ROWS
         with inference():
-            scores = score_continuations(lm.config, lm.model, lm.lm_head, questions, rows)
+            scores = score_continuations(self.config, self.model, self.lm_head, questions, rows)
         self.require_unchanged()
         return [[TokenScores(-losses, is_top) for losses, is_top in each] for each in scores]
 
@@ -1009,8 +1038,8 @@ class LanguageModel(Module):
 
     def _require_ready(self, op: str, batch: PackedBatch) -> None:
         """Check that the model can be trained on a batch."""
-        self._check_batch(op, batch)
         self._require_none_selected(op)
+        self._check_batch(op, batch)
         if not self.adapter_layers():
             raise ValueError(f"{op}: the model has no adapter; call add_lora() first")
         self.require_trainable(op)
@@ -1066,7 +1095,7 @@ class LanguageModel(Module):
             TypeError: `saved` was not returned by `forward`.
             RuntimeError: `saved` was used before, or a layer is merged.
         """
-        op, vocab = "LanguageModel.backward", self.vocab_size
+        op, vocab = "LanguageModel.backward", slot_models.vocab_of(self)
         _check.saved(op, saved, LanguageModelSaved)
         rows = _check.shaped(op, "dy", dy, (*saved.lead, vocab), np.float32).reshape(-1, vocab)
         _check.own(op, saved, self)
@@ -1269,7 +1298,7 @@ class LanguageModel(Module):
         lines = [
             f"LanguageModel({str(self.source)!r}, {config.model_type}: "
             f"{counted(config.num_hidden_layers, 'block')} of width {config.hidden_size:,}, "
-            f"vocabulary {self.vocab_size:,}, context {config.max_position_embeddings:,})",
+            f"vocabulary {slot_models.vocab_of(self):,}, context {config.max_position_embeddings:,})",
             f"  weights: {self.num_parameters - self.num_trainable:,} values in {self._storages()}, "
             f"compute {self.compute!r}",
         ]
@@ -1293,7 +1322,8 @@ class LanguageModel(Module):
     # ---- checks of arguments ----
 
     def _ids(self, op: str, token_ids: npt.ArrayLike) -> Array:
-        ids = _check.in_range(op, "token_ids", _check.integers(op, "token_ids", token_ids), self.vocab_size)
+        ids, vocab = _check.integers(op, "token_ids", token_ids), slot_models.vocab_of(self)
+        _check.in_range(op, "token_ids", ids, vocab)
         if ids.ndim not in (1, 2):
             raise ValueError(f"{op}: token_ids have shape {ids.shape}, expected (batch, time) or (time,)")
         return ids
@@ -1306,17 +1336,17 @@ class LanguageModel(Module):
 
     def _check_batch(self, op: str, batch: PackedBatch) -> None:
         """Check the ids and targets of a batch before the forward pass begins."""
-        _check.in_range(op, "ids", batch.ids, self.vocab_size)
-        _check.in_range(op, "targets", batch.targets[batch.targets != IGNORED], self.vocab_size)
+        vocab = slot_models.vocab_of(self)
+        _check.in_range(op, "ids", batch.ids, vocab)
+        _check.in_range(op, "targets", batch.targets[batch.targets != IGNORED], vocab)
         self._warn_if_longer(op, int(np.diff(batch.starts).max(initial=0)))
 
     def _warn_if_longer(self, op: str, longest: int) -> None:
         """Warn if the longest sequence does not fit into the model's context."""
         if longest > self.config.max_position_embeddings:
-            warnings.warn(
+            warn_user(
                 f"{op}: a sequence has {longest} tokens, but the model was trained for at most "
-                f"{self.config.max_position_embeddings}",
-                stacklevel=4,
+                f"{self.config.max_position_embeddings}"
             )
 
 

@@ -1,8 +1,11 @@
 """Several named adapters of one language model. Each thread or asyncio task selects the adapters it uses.
 
 Each selection has its own copy of the model's modules, which shares the frozen weights but not the LoRA
-layers. A call fetches the copy of its selection once, when it begins. So other threads can select or delete
-adapters without an effect on a running call.
+layers. A call fetches the copy of its selection once, when it begins, and computes with this copy to the end.
+So other threads can select, replace or delete adapters without an effect on a running call.
+
+The selection is a context variable: an asyncio task and `asyncio.to_thread` begin with the selection of the
+code that started them.
 """
 
 from __future__ import annotations
@@ -23,8 +26,12 @@ from nplora.nn.module import AdapterLayer
 
 Names = tuple[str, ...]
 
+MOST_SUMS = 8  # the most sums of adapters whose copies of the model are kept
+
 # For each NamedAdapters object, the names that are selected in the current context.
 _selected: ContextVar[Mapping[weakref.ref[Any], Names]] = ContextVar("nplora_selected", default={})  # noqa: B039
+# The NamedAdapters object of each `none_selected` block around the current code.
+_disabled: ContextVar[tuple[NamedAdapters[Any], ...]] = ContextVar("nplora_none_selected", default=())
 
 
 class _Model(Protocol):
@@ -46,12 +53,25 @@ def _constant(model: Model) -> Model:
     return model
 
 
+def _read_only(adapter: Adapter) -> Adapter:
+    """Make the arrays of an adapter read-only, because copies of the model have the same values."""
+    arrays = [array for delta in adapter.values() for array in (delta.A, delta.B, delta.m)]
+    arrays += [array for rows in adapter.token_rows.values() for array in (rows.ids, rows.values)]
+    arrays += [array for module in adapter.modules_to_save.values() for array in module.values()]
+    for array in arrays:
+        if array is not None:
+            array.flags.writeable = False
+    return adapter
+
+
 class NamedAdapters(Generic[Model]):
     """The named adapters of one model."""
 
     def __init__(self) -> None:
+        # Reading these dicts needs no lock: they are not changed, but replaced by new dicts.
         self._adapters: dict[str, Adapter] = {}
-        self._models: dict[Names, Model] = {}
+        self._models: dict[str, Model] = {}
+        self._sums: dict[Names, Model] = {}  # by the sorted names, ordered by last use
         self._lock = threading.RLock()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -59,17 +79,17 @@ class NamedAdapters(Generic[Model]):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__()  # type: ignore[misc]
-        self._adapters = state["_adapters"]
+        self._adapters = {name: _read_only(adapter) for name, adapter in state["_adapters"].items()}
 
     @property
     def adapters(self) -> Mapping[str, Adapter]:
-        """The adapters, as a read-only mapping from their names."""
+        """The adapters, as a read-only mapping from their names. The arrays of the adapters are read-only."""
         return MappingProxyType(self._adapters)
 
     @property
     def models(self) -> list[Model]:
         """The copies of the model with one or several of the adapters."""
-        return list(self._models.values())
+        return [*self._models.values(), *self._sums.values()]
 
     def add(
         self,
@@ -89,43 +109,65 @@ class NamedAdapters(Generic[Model]):
         adapter = copy.deepcopy(adapter)
         if dtype is not None:
             adapter.deltas = {name: delta.rounded(dtype) for name, delta in adapter.items()}
+        _read_only(adapter)
         with self._lock:
             made = _constant(lm.with_adapter(adapter, any_base))
             if name in self._adapters and not replace:
                 raise ValueError(
                     f"load_adapter: an adapter {name!r} is loaded already; call delete_adapter first"
                 )
-            others = {names: lm for names, lm in self._models.items() if name not in names}
+            self._forget_sums_with(name)
             self._adapters = {**self._adapters, name: adapter}
-            self._models = {**others, (name,): made}
+            self._models = {**self._models, name: made}
 
     def delete(self, name: str) -> None:
         """Remove an adapter, also from this thread's selection. Raises KeyError for an unknown name."""
         with self._lock:
             self._require("delete_adapter", (name,))
+            self._forget_sums_with(name)
             self._adapters = {known: adapter for known, adapter in self._adapters.items() if known != name}
-            self._models = {names: lm for names, lm in self._models.items() if name not in names}
-        self.select(tuple(other for other in self.selected if other != name))
+            self._models = {known: lm for known, lm in self._models.items() if known != name}
+        selected = _selected.get().get(weakref.ref(self), ())  # also inside `none_selected`
+        self._select(tuple(other for other in selected if other != name))
+
+    def _forget_sums_with(self, name: str) -> None:
+        self._sums = {names: lm for names, lm in self._sums.items() if name not in names}
 
     @property
     def selected(self) -> Names:
-        """The names that this thread (or asyncio task) has selected."""
+        """The names that this thread (or asyncio task) has selected; none inside `none_selected`."""
+        blocks = _disabled.get()
+        if any(block is self for block in blocks):
+            return ()
         return _selected.get().get(weakref.ref(self), ())
 
     def select(self, names: Names) -> None:
-        """Use the sum of these adapters in this thread (or asyncio task)."""
+        """Use the sum of these adapters in this thread (or asyncio task).
+
+        Raises:
+            RuntimeError: this code is inside `none_selected`.
+        """
+        if any(block is self for block in _disabled.get()):
+            raise RuntimeError(
+                "set_adapter: this code is inside `with lm.disable_adapter()`, where no adapter can be "
+                "selected; call set_adapter before or after the block"
+            )
+        self._select(names)
+
+    def _select(self, names: Names) -> None:
         others = {key: value for key, value in _selected.get().items() if key() not in (None, self)}
         _selected.set({**others, weakref.ref(self): names} if names else others)
 
     @contextlib.contextmanager
     def none_selected(self) -> Iterator[None]:
-        """A context in which no named adapter is selected."""
-        before = self.selected
-        self.select(())
+        """A context in which no named adapter is selected. At its end, the selection is valid again."""
+        _disabled.set((*_disabled.get(), self))
         try:
             yield
         finally:
-            self.select(before)
+            blocks = list(_disabled.get())
+            blocks.remove(self)
+            _disabled.set(tuple(blocks))
 
     def model(self, lm: Model, op: str, names: Names) -> Model:
         """Return a copy of the model with the sum of these adapters, or the model itself if `names` is empty.
@@ -138,11 +180,23 @@ class NamedAdapters(Generic[Model]):
             return lm
         with self._lock:
             self._require(op, names)
-            if names not in self._models:
-                chosen = [self._adapters[name] for name in names]
-                summed = chosen[0] if len(chosen) == 1 else combine([(a, 1.0) for a in chosen], any_base=True)
-                self._models[names] = _constant(lm.with_adapter(summed, any_base=True))
-            return self._models[names]
+            if len(names) == 1:
+                return self._model(lm, names[0])
+            key = tuple(sorted(names))  # the bits of a sum depend on the order of its terms
+            sums = dict(self._sums)
+            made = sums.pop(key, None)
+            if made is None:
+                summed = combine([(self._adapters[name], 1.0) for name in key], any_base=True)
+                made = _constant(lm.with_adapter(summed, any_base=True))
+            sums[key] = made
+            self._sums = dict(list(sums.items())[-MOST_SUMS:])
+            return made
+
+    def _model(self, lm: Model, name: str) -> Model:
+        if name not in self._models:
+            made = _constant(lm.with_adapter(self._adapters[name], any_base=True))
+            self._models = {**self._models, name: made}
+        return self._models[name]
 
     def model_of(self, lm: Model, op: str, adapter: str | Adapter) -> Model:
         """Return a copy of the model with one adapter.
@@ -161,7 +215,7 @@ class NamedAdapters(Generic[Model]):
     def forget_models(self) -> None:
         """Drop the copies of the model, because its layers were replaced. New copies are made when needed."""
         with self._lock:
-            self._models = {}
+            self._models, self._sums = {}, {}
 
     def _require(self, op: str, names: Names) -> None:
         for name in names:

@@ -46,7 +46,8 @@ class KVCache:
         held: int64 (slots,), how many pages each slot has. Later entries of the slot's row in `table` are not
             used.
         adapters: the adapter of each slot, which can be set while the slot is empty. A slot's adapter is a
-            name, an `Adapter`, or None. With None, the initial value, `owner` computes the slot.
+            name, an `Adapter`, the model that `lm.named_model` returned for one of these, or None. With None,
+            the initial value, `owner` computes the slot.
         activation: int64 (slots,), for an activated LoRA, the first position at which it acts in each slot.
             UNKNOWN: `decode` looks for the invocation tokens in the next tokens. NEVER: the adapter does not
             act in this slot.

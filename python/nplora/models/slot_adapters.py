@@ -19,7 +19,7 @@ class SlotAdapters:
     Args:
         lengths: the number of tokens in each slot. The cache changes this array in place.
         owner: the model that computes the slots without an adapter.
-        resolve: a function that returns the model for an adapter; None if the slots may have no adapters.
+        resolve: a function that returns the model for an adapter; None if the slots may only have models.
     """
 
     def __init__(
@@ -48,9 +48,12 @@ class SlotAdapters:
             )
         model, invocation = self._owner, self._own_invocation
         if adapter is not None:
-            if self._resolve is None:
+            if isinstance(adapter, Module):
+                model = adapter
+            elif self._resolve is None:
                 raise TypeError("KVCache.adapters: this cache was not made by LanguageModel.new_cache")
-            model = self._resolve(adapter)
+            else:
+                model = self._resolve(adapter)
             invocation = invocation_of(model)
         self._given[slot], self._models[slot], self._invocations[slot] = adapter, model, invocation
 

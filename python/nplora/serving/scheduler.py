@@ -59,7 +59,7 @@ class Scheduler:
         self.queue: FairQueue[Request] = FairQueue()
         self.running: list[Request] = []
         self._lm, self._metrics, self._turn, self._ended = lm, metrics, turn, ended
-        self._cache = KVCache(lm.config, slots, context, lm, _itself, PAGE, pages)
+        self._cache = KVCache(lm.config, slots, context, lm, page_tokens=PAGE, pages=pages)
         self._pool = PagePool(pages)
         self._slots = list(range(slots - 1, -1, -1))
         self._started = itertools.count()
@@ -356,11 +356,6 @@ class Scheduler:
             return list(self._lm.decode(ids, [_slot(one) for one in requests], self._cache))
         finally:
             self._metrics.compute_seconds += time.monotonic() - began
-
-
-def _itself(model: LanguageModel) -> LanguageModel:
-    """Return the model. The cache needs this function because its slots hold models instead of adapters."""
-    return model
 
 
 def _slot(request: Request) -> int:

@@ -1,6 +1,6 @@
-// NumPy arrays that Python passes to C++. An array must have the exact dtype and be in C order. Shapes are
-// checked here, too. python/nplora/_check.py has usually checked the arguments before, with better error
-// messages.
+// NumPy arrays that Python passes to C++. An array must have the exact dtype and be in C order.
+// python/nplora/_check.py has usually checked the shapes already, with better error messages; they are
+// checked here again.
 #pragma once
 
 #include <pybind11/numpy.h>

@@ -39,8 +39,8 @@ std::vector<int64_t> within(const char* name, const Integers& array, size_t n, i
   return values;
 }
 
-// Copies the targets of some rows of logits, and checks that each target is the number of a word or
-// kIgnoredTarget.
+// Copies the targets of some rows of logits, and checks that each target is either kIgnoredTarget or the
+// index of a word.
 std::vector<int64_t> checked_targets(const Integers& targets, const Matrix<float>& logits) {
   std::vector<int64_t> wanted = copied("targets", targets, logits.rows);
   for (const int64_t target : wanted)

@@ -1,4 +1,4 @@
-// Integer products of a few rows of `x`, which are quantised to int8, and rows of low-bit blocks. One
+// Multiplies a few rows of `x`, quantised to int8, by rows of low-bit blocks, in integer arithmetic. One
 // implementation serves every instruction set. Each kernel is documented in kernel_table.h.
 //
 // An element of a block is a * code + b, where a and b are the factors of a sub-block or of half a sub-block.
@@ -98,7 +98,7 @@ struct Halves {
 };
 
 // The 16 minima of a block with eight sub-blocks: one for each half of each sub-block. Each minimum is
-// multiplied by the sum of the matching half of a sub-block of `x`.
+// multiplied by the sum of the values of `x` in its half of the sub-block.
 struct HalfMinima {
   Eight low, high;
   static HalfMinima load(const float* p) { return {load_eight(p), load_eight(p + 8)}; }
@@ -115,7 +115,7 @@ inline float sum(const HalfMinima& x) {
 }
 
 // The scale d and the minimum m of a block, as floats. The two numbers are neighbours in memory. With AVX2 or
-// AVX-512, one instruction converts both.
+// AVX-512, one instruction converts both numbers.
 struct TwoFloats {
   float first, second;
 };
@@ -170,9 +170,8 @@ inline SubBlock high_bits(const uint8_t (&bits)[4]) {
   return join(high.low, high.high);
 }
 
-// Defines the type of a format's minima, and loads the sums of `x` by which the minima are multiplied. The
-// sums of `x` are over whole sub-blocks in this template, and over halves of sub-blocks in the
-// specialisation below.
+// Defines the type of a format's minima, and loads the sums of `x` that multiply the minima. Each sum is over
+// a whole sub-block in this template, and over half a sub-block in the specialisation below.
 template <class Block>
 struct MinimaOf {
   using Type = typename Codes<Block>::Factors;

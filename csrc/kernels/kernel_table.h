@@ -109,10 +109,9 @@ struct Fetch {
 inline constexpr size_t kFetchAhead = 12288;
 
 // A multiple of the `depth_unit` of every instruction set (see Tiles). If the depth is cut at multiples of
-// kDepthUnit elements, the sums are the same as for the whole depth. A panel of floats has 48 elements along
-// the depth, which is a multiple of kDepthUnit. A panel of bfloat16 pairs has 24 elements, which is no
-// multiple of kDepthUnit, so the depth of a product of pairs is cut at multiples of kDepthCut
-// (ops/blocking.h).
+// kDepthUnit elements, the sums are the same as for the whole depth. A panel of floats is 48 elements deep,
+// which is a multiple of kDepthUnit. A panel of bfloat16 pairs is 24 elements deep, which is no multiple of
+// kDepthUnit. Therefore, products of pairs cut the depth at multiples of kDepthCut (ops/blocking.h).
 inline constexpr size_t kDepthUnit = 16;
 static_assert(kPanelDepth<float> % kDepthUnit == 0);
 

@@ -30,10 +30,10 @@ class InputGradient {
   // The largest number of tokens in a task.
   size_t task_tokens(size_t block_tokens) const;
 
-  // The number of bytes that dy in int8 needs, if a token block has at most `block_tokens` tokens.
+  // The size of the int8 copy of dy in bytes, if a token block has at most `block_tokens` tokens.
   size_t code_bytes(size_t block_tokens) const;
 
-  // Sets the memory in which dy in int8 is stored.
+  // Sets the memory for the int8 copy of dy.
   void place_codes(size_t block_tokens, void* memory);
 
   // If W is Int8Quad, quantises the dy of some tokens of a token block. With a dither key, dy is rounded

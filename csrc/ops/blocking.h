@@ -48,8 +48,9 @@ inline constexpr size_t kWidenedBatch = 8, kPairedBatch = 256;
 // The number of rows of a packed W whose partial sums stay in L2 (4128 x 16 lanes of floats = 258 KB) while
 // the panels are read.
 inline constexpr size_t kStreamedRows = round_up(4096, kRowBlock);
-// Replaces kStreamedRows if W is in bfloat16 and the batch is a single token. The products of a single token
-// would have to wait for sums in L2, so the sums stay in L1 (128 x 16 lanes of floats = 8 KB).
+// Replaces kStreamedRows if W is in bfloat16 and the batch is a single token. If the sums were in L2, the
+// products of a single token would wait for them. Therefore, the sums stay in L1 (128 x 16 lanes of floats =
+// 8 KB).
 inline constexpr size_t kStreamedBf16Rows = 128;
 // The size of the transposed blocks of W that are kept in L2 at a time, in bytes.
 inline constexpr size_t kBlocksBytes = size_t{448} << 10;
@@ -118,9 +119,9 @@ class Grid {
     // The number of units is at least one, so that there are tasks even if W has no rows or columns.
     const size_t units = std::max<size_t>(1, ceil_div(side.count, side.unit));
     size_t pieces = ceil_div(tokens.count, std::max<size_t>(1, tokens.most));
-    // If W has too few units for all threads, the tokens are cut into more pieces. But if the threads can
-    // share the units of W evenly, the tokens are not cut further, because W would be read and decoded again
-    // for each piece.
+    // If W has too few units for all threads, the range of tokens is cut into more pieces. But if the threads
+    // can share the units of W evenly, the tokens are not cut further, because W would be read and decoded
+    // again for each piece.
     if (pieces * units < pieces_for(threads) && units % threads != 0)
       pieces = ceil_div(pieces_for(threads), units);
     // Takes the smallest number of token pieces for which the longest piece does not become longer. Fewer

@@ -41,8 +41,8 @@ class KeptWords {
   size_t blocks() const { return blocks_; }
   size_t size() const { return size_; }
 
-  // Stores the kept words of one row. If the row has more likely words than the limit, returns false and
-  // changes nothing.
+  // Stores the kept words of one row. If the number of likely words in the row is above the limit, returns
+  // false and changes nothing.
   bool keep(size_t row, const RowSum& sum, int32_t target, double factor, double bound, double* skipped);
 
   void arrange();

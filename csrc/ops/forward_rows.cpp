@@ -88,7 +88,7 @@ class RowsForward {
     const ForwardPart<T>& part;
     Update update;
     Joined* joined;             // null if z is not needed
-    size_t column = 0;          // the layer's first column in the joined z
+    size_t column = 0;          // the layer's first column in Joined::z
     T* a = nullptr;             // scale * Aᵀ (r, d_out)
     Matrix<const E> a_pairs{};  // scale * Aᵀ, converted to type E
     E* z_elements = nullptr;    // the layer's z of a token block, if it is converted to E

@@ -37,7 +37,7 @@ class RowScales {
 
 // The depth of a block in int8 products, in values. A depth of up to kInt8Depth is not cut; a longer depth is
 // cut into blocks of about equal size.
-inline constexpr size_t kInt8DepthUnit = 192;  // a multiple of two panels and of kInt8Group
+inline constexpr size_t kInt8DepthUnit = 192;  // a multiple of 2 * kPanelColumns and of kInt8Group
 static_assert(kernels::kInt8Depth % kInt8DepthUnit == 0);
 static_assert(kInt8DepthUnit % kDecodedColumns == 0 && kInt8DepthUnit % kernels::kInt8Group == 0);
 inline size_t int8_depth_block(size_t depth) {
@@ -45,7 +45,7 @@ inline size_t int8_depth_block(size_t depth) {
   return round_up(std::max<size_t>(1, ceil_div(depth, blocks)), kInt8DepthUnit);
 }
 
-// Rows of x or dy of a token block in int8.
+// Rows of x, or of dy, for one token block, quantised to int8.
 class CodedBlock {
  public:
   CodedBlock() = default;
@@ -78,12 +78,14 @@ class CodedBlock {
   int32_t* corrections_ = nullptr;
 };
 
-// The transpose of W[rows, cols] in codes, for forward products: out (cols / 4, kInt8PanelColumns). There are
-// at most kInt8PanelColumns rows, and the first column is a multiple of kInt8DepthUnit.
+// Writes the int8 codes of W[rows, cols], transposed for forward products, to out (cols / 4,
+// kInt8PanelColumns). Each element of `out` holds four codes. There are at most kInt8PanelColumns rows, and
+// the first column is a multiple of kInt8DepthUnit.
 void transposed_quads(const WeightView& w, Range rows, Range cols, kernels::Int8Quad* out);
 
-// W[rows, cols] in codes, for backward products: out (rows / 4, kPanelColumns), or two such panels one after
-// the other. The first column is a multiple of kPanelColumns, and there are at most kDecodedColumns columns.
+// Writes the int8 codes of W[rows, cols], for backward products, to out (rows / 4, kPanelColumns), or to two
+// such panels one after the other. The first column is a multiple of kPanelColumns, and there are at most
+// kDecodedColumns columns.
 ColumnBlock<kernels::Int8Quad> column_quads(const WeightView& w, Range rows, Range cols,
                                             kernels::Int8Quad* out);
 

@@ -36,8 +36,8 @@ void add_product(size_t m, size_t cols, size_t depth, kernels::Strided<E> a, con
   }
 }
 
-// Returns the rows of m to prefetch while the rows `some` are computed. The returned rows follow `some`; at
-// most as many rows as `some` has are returned. Nothing is prefetched if the rows of m have gaps.
+// Returns the rows of m to prefetch while the rows `some` are computed: the rows directly after `some`, at
+// most as many as `some` contains. Nothing is prefetched if the rows of m have gaps.
 template <class T>
 kernels::Fetch rows_after(Matrix<const T> m, Range some) {
   const size_t end = some.first + some.count, count = std::min(some.count, m.rows - end);

@@ -21,7 +21,7 @@ namespace {
 
 constexpr size_t kRowsPerTask = 64;
 
-// The offset of element (row, col) of packed W in bytes. `col` is a multiple of kPanelColumns.
+// The offset, in bytes, of element (row, col) in packed W. `col` is a multiple of kPanelColumns.
 size_t packed_offset(const WeightView& w, size_t row, size_t col) {
   const size_t width = std::min(kPanelColumns, w.d_in - col);
   return (col * w.d_out + row * width) * bytes_per_element(w.storage);

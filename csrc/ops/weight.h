@@ -146,7 +146,8 @@ class PackedWeight {
   size_t d_in() const { return view_.d_in; }
   size_t nbytes() const;
 
-  // Writes W to out (d_out, d_in): in float, in double for kFloat64, or as bit patterns of a 16-bit format.
+  // Writes W to out (d_out, d_in). The type T is double for kFloat64, and otherwise float or the bit patterns
+  // of a 16-bit format.
   template <class T>
   void unpack(Matrix<T> out) const;
 

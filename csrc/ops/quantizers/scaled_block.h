@@ -72,8 +72,8 @@ ScaledBlock<Format> refined(const float* x, ScaledBlock<Format> best) {
   return best;
 }
 
-// Searches with several values of d, and returns the best block. The values of d differ so little that
-// d * scale varies by less than d, even for the largest scale. In each group, the search starts with the
+// Searches with several values of d, and returns the best block. The values of d are so close together that
+// for any scale, d * scale is within one step of d for all of them. In each group, the search starts with the
 // scale that puts the largest magnitude at the code `extreme`. The search then tries the integers within
 // `reach` of this scale, and of its negative.
 template <class Format>

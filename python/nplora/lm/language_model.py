@@ -410,8 +410,8 @@ class LanguageModel(Module):
     ) -> None:
         """Load an adapter under a name; `set_adapter` can then select the adapter.
 
-        A named adapter does not change the model's own LoRA layers, and may adapt other layers. Named
-        adapters are for inference only.
+        A named adapter does not change the model's own LoRA layers, and can adapt layers that have no LoRA of
+        their own. Named adapters are for inference only.
 
             >>> import nplora
             >>> lm = nplora.load_model("model.gguf")

@@ -2,8 +2,8 @@
 
 A loss function is any callable of that form, where dprediction is the gradient of the loss with respect to
 the prediction. The built-in losses are means over elements or over labelled rows. A built-in loss also has a
-method `count(prediction, target)`, which returns the number of elements or rows in the mean. With the count,
-batches of different sizes can be weighted exactly.
+method `count(prediction, target)`, which returns the number of elements or rows over which the mean is taken.
+With the count, batches of different sizes can be weighted exactly.
 
     >>> import nplora
     >>> loss, gradient = nplora.losses.mse([1.0, 2.0], [1.0, 4.0])

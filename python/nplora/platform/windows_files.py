@@ -98,7 +98,7 @@ def replace(old: str, new: str) -> None:
 
 
 def _replaced(path: str, mark: str) -> str:
-    """The name, or the pattern, of a file that was replaced while it was mapped."""
+    """The name of a file that was replaced while it was mapped. If `mark` is "*", a pattern for such names."""
     folder, name = os.path.split(path)
     if mark == "*":
         folder, name = glob.escape(folder), glob.escape(name)

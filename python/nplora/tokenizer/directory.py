@@ -131,7 +131,7 @@ def _steps(part: Any) -> Iterator[dict[str, Any]]:
 def _growth(step: dict[str, Any]) -> int:
     """The largest factor by which a step can lengthen a text or its token list.
 
-    Tables of characters are not counted.
+    A table that maps characters can lengthen a text, too, but counts as 1 here.
     """
     kind = step.get("type")
     if kind == "Replace":

@@ -3,8 +3,9 @@
 A Jinja template can do anything, but nearly all templates write a chat as fixed texts around the messages.
 This module finds the fixed texts by rendering chats whose messages are marks. Then the module checks that the
 fixed texts reproduce what the Jinja template writes for other chats. A template that writes more than fixed
-texts is not translated. As an exception, a template may strip white space from messages, and may write tools.
-The translation does not strip white space and does not write tools, which `trimmed` and `has_tools` report.
+texts is not translated. There are two exceptions: a template that strips white space from messages or that
+writes the definitions of tools is translated without these steps. `trimmed` and `has_tools` report what is
+missing.
 
 A template that uses the time gets the same time as in training.
 """
@@ -157,7 +158,10 @@ def _found(tokenizer: Tokenizer) -> GoTemplate:
 
 
 def _trimmed(tokenizer: Tokenizer, found: GoTemplate, chats: Sequence[list[Any]]) -> tuple[str, ...]:
-    """Compare chats without and with spaces around each message. Return the roles that lose these spaces."""
+    """Return the roles whose messages the template strips.
+
+    This compares chats without and with spaces around each message.
+    """
     if _texts(tokenizer, chats) != [found.render(chat) for chat in chats]:
         raise _OtherError
     padded = _texts(tokenizer, [_changed(chat, " {} \n") for chat in chats])

@@ -391,7 +391,7 @@ def reporting(
 
 
 def _row(step: int, metrics: Mapping[str, float]) -> dict[str, str]:
-    """The cells of a row by the names of their columns: "eval/loss" is in the column "eval_loss"."""
+    """The cells of a row by column name. For example, "eval/loss" goes into the column "eval_loss"."""
     names = {name: name.removeprefix("train/") for name in metrics}
     names |= {name: f"eval_{name[5:]}" for name in metrics if name.startswith("eval/")}
     return {"step": str(step), **{names[name]: str(value) for name, value in metrics.items()}}

@@ -31,8 +31,8 @@ class DataReport:
         emptied: the number of examples that are left out because no trained token remained after the cut.
         skipped: the number of bad rows that were skipped.
         problems: the errors of the first few skipped rows.
-        unused: the number of examples with messages, reasoning, tools or documents that the chat template
-            leaves out, so that the model does not see them.
+        unused: the number of examples in which the chat template leaves something out: messages, reasoning,
+            tools or documents. The model does not see what is left out.
         kind: the format of the rows, as `format` in `read_dataset`, or "plain text".
         unit: the name of an example: "example", or "pair" or "answer" for a preference objective.
         chat: whether the chat template wrote the examples; None if it wrote only some of them.

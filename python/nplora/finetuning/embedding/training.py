@@ -155,8 +155,8 @@ def train(
         callbacks: callbacks of the trainer.
         progress: print progress on stderr; None: only on a terminal or in a notebook.
         communicator: the ranks that train together, as in `Trainer`. The batches of a step are divided among
-            at most `accumulate` ranks, and the adapter has the same bits for any number of ranks. Every rank
-            makes the same call. Only rank 0 writes to `output`.
+            at most `accumulate` ranks, and the adapter's bits do not depend on the number of ranks. Every
+            rank makes the same call. Only rank 0 writes to `output`.
         distributed: "mpi": open the ranks of `mpirun` as the communicator. "off": allow a separate run in
             each process of `mpirun`.
         resume: continue the run in `output`; the results are bit for bit the same as without a stop.

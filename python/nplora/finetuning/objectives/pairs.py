@@ -115,8 +115,8 @@ class OrpoLoss(PairLoss):
     """The loss of the chosen text, prompt included, and a penalty for the odds of the rejected answer.
 
     The loss is the mean over the tokens of the chosen texts, plus the mean penalty over the pairs. The
-    trainer divides the sum by the number of pairs, so the loss of each token is multiplied by `weight`, which
-    is pairs / tokens.
+    trainer divides the sum of the losses by the number of pairs. To make this a mean over the tokens, the
+    loss of each token is multiplied by `weight` = pairs / tokens.
     """
 
     def __init__(self, beta: float, micro_tokens: int | None = None) -> None:

@@ -134,7 +134,7 @@ def encoder_by_architecture(architecture: str, tokenizer: str = "") -> EncoderFa
 
 
 def bidirectional_by_architecture(architecture: str) -> Family | None:
-    """The family of `BIDIRECTIONAL` with this GGUF architecture, or None.
+    """The family in `BIDIRECTIONAL` that has this GGUF architecture, or None.
 
     >>> bidirectional_by_architecture("gemma-embedding").model_type
     'gemma3_text'

@@ -86,7 +86,7 @@ def require_whole_rotation(fields: Fields) -> None:
 
 
 def rope_fields(fields: Fields) -> Fields:
-    """The fields in `rope_parameters`, or in `rope_scaling` if the file is older than transformers 5.
+    """The fields in `rope_parameters`, or in `rope_scaling`, which transformers wrote before version 5.
 
     Raises:
         FormatError: `rope_parameters` and `rope_scaling` are both set, and differ.

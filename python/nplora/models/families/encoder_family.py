@@ -79,7 +79,7 @@ class EncoderFamily:
         model_type: Hugging Face's name for the family.
         architecture: GGUF's name for the family; None if llama.cpp has none.
         gguf_tokenizer: GGUF's name for the tokenizer, which distinguishes families of one architecture.
-        prefix: the beginning of the names of all tensors in files of models with a head, such as
+        prefix: what every tensor's name begins with in the file of a model with a head, such as
             BertForMaskedLM.
         blocks: transformers' name of the list of blocks.
         layers, norms: the names of a block's layers and norms, in transformers and in GGUF.

@@ -165,7 +165,7 @@ class Reader:
         return self._guides.guide(self._selected(request.adapter).tokenizer, request.grammar)
 
     def _selected(self, adapter: str | None) -> LanguageModel:
-        """The model, with the adapter selected in this thread's context."""
+        """Select the adapter in this thread's context; return the model."""
         self._models.lm.set_adapter(adapter)
         return self._models.lm
 

@@ -25,7 +25,10 @@ def prompt_and_answer(row: Fields, name: str) -> Answered:
 
 
 def _answered(row: Fields, name: str) -> list[Message]:
-    """The messages of an answer. The row has a list of messages, one message, or the text of one message."""
+    """Return an answer as a list of messages.
+
+    The row has a list of messages, one message, or the text of one message.
+    """
     value = row.get(name)
     if isinstance(value, str):
         value = {"role": "assistant", "content": row.text(name)}

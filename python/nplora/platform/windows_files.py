@@ -98,7 +98,10 @@ def replace(old: str, new: str) -> None:
 
 
 def _replaced(path: str, mark: str) -> str:
-    """The name of a file that was replaced while it was mapped. If `mark` is "*", a pattern for such names."""
+    """Return the name of a file that was replaced while it was mapped.
+
+    If `mark` is "*", return a pattern for such names.
+    """
     folder, name = os.path.split(path)
     if mark == "*":
         folder, name = glob.escape(folder), glob.escape(name)

@@ -595,7 +595,8 @@ def test_a_directory_with_a_model_gets_no_adapter(
         ["convert", str(tmp_path / "adapter.gguf"), str(out), "--base", str(model)],
     ):
         assert cli.main(line) == 2
-        assert f"{out}: the directory holds a model ({file}): name another one" in capsys.readouterr().err
+        words = f"{out}: the directory holds a model ({file}): name another directory"
+        assert words in capsys.readouterr().err
     with pytest.raises(FileExistsError, match="holds a model"):
         nplora.read_adapter(tmp_path / "adapter").save(out)
     assert [path.name for path in out.iterdir()] == [file]

@@ -34,7 +34,7 @@ using Array = py::array_t<T, py::array::c_style>;
 inline void take_gil(PyThreadState* state) {
   try {
     PyEval_RestoreThread(state);
-  } catch (...) {  // only pthread_exit gets here, and glibc does not allow code to leave this block
+  } catch (...) {  // only pthread_exit leads here, and glibc does not allow code to leave this catch block
     for (;;) std::this_thread::sleep_for(std::chrono::hours(1));
   }
 }

@@ -556,8 +556,8 @@ struct Transformer {
   void (*scale_columns)(size_t rows, size_t n, const float* factor, float* x, size_t x_stride);
 
   // Does one step of a softmax over each column of a matrix (Milakov & Gimelshein 2018). A step processes one
-  // tile `s` (rows, n), which holds the next `rows` rows of the matrix. The caller must multiply its sums over
-  // earlier tiles by `factor`. For each column, the step computes:
+  // tile `s` (rows, n), which holds the next `rows` rows of the matrix. The caller must multiply its sums
+  // over earlier tiles by `factor`. For each column, the step computes:
   //   new = max(largest, max s);  factor = exp(largest - new);  s = exp(s - new);
   //   sum = sum * factor + Σ s;  largest = new.
   // Before the first tile, the caller must set `largest` to the lowest finite float, so that elements of -Inf

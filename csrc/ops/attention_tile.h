@@ -61,8 +61,8 @@ struct Run {
   size_t first_position;  // the position of the first query in its sequence
   const float *k, *v;     // the start of page 0 or, without pages, the row of position 0
   size_t stride;          // the row stride of k and v
-  // pages[i] is the page of the positions i * page_tokens to (i + 1) * page_tokens - 1. `pages` is null if all
-  // positions are in page 0.
+  // pages[i] is the page of the positions i * page_tokens to (i + 1) * page_tokens - 1. `pages` is null if
+  // page 0 holds all positions.
   const int64_t* pages = nullptr;
   size_t page_tokens = 0;
   const PairedRows* k_pairs = nullptr;  // null if products are in float32, as always with pages

@@ -571,17 +571,17 @@ def test_a_question_without_a_field_names_it(lm: LanguageModel, field: str) -> N
 
 def test_questions_and_other_rows_do_not_mix(lm: LanguageModel, tmp_path: Path) -> None:
     with pytest.raises(
-        DataError, match="row 2: has prompt and completion, and the rows before have prompt, choices"
+        DataError, match="row 2: the row has prompt and completion, but the earlier rows have prompt, choices"
     ):
         evaluate(lm, [GOOD, ROWS[0]])
-    with pytest.raises(DataError, match="row 2: has prompt, choices and answer"):
+    with pytest.raises(DataError, match="row 2: the row has prompt, choices and answer"):
         evaluate(lm, [ROWS[0], GOOD])
     with pytest.raises(
-        DataError, match="row 1: has prompt, choices and answer, a question for `nplora eval`"
+        DataError, match="row 1: the row has prompt, choices and answer, so it is for `nplora eval`"
     ):
         nplora.finetune(lm, [GOOD], tmp_path / "out")
     with pytest.raises(
-        DataError, match="row 1: has prompt, choices and answer, a question for `nplora eval`"
+        DataError, match="row 1: the row has prompt, choices and answer, so it is for `nplora eval`"
     ):
         read_dataset([GOOD], lm.tokenizer, format="choice")
 
@@ -653,7 +653,7 @@ def test_pairs_are_not_answered_and_do_not_mix(lm: LanguageModel) -> None:
         ValueError, match=r"^evaluate: metric is for generated answers, but the rows are pairs"
     ):
         evaluate(lm, PAIRS, metric="f1")
-    with pytest.raises(DataError, match=r"^data, row 2: has prompt and completion"):
+    with pytest.raises(DataError, match=r"^data, row 2: the row has prompt and completion"):
         evaluate(lm, [PAIRS[0], ROWS[0]])
 
 
@@ -762,7 +762,7 @@ def test_a_comparison_can_be_written_as_json_and_markdown(lm: LanguageModel, ada
     [
         ([], ValueError, "compare: adapters is empty, expected at least one adapter"),
         ({}, ValueError, "compare: adapters is empty, expected at least one adapter"),
-        (["a", "b", "./a"], ValueError, "compare: adapter a is given twice; a dictionary names adapters"),
+        (["a", "b", "./a"], ValueError, "compare: adapter a is given twice; a dictionary can give"),
         ("a", TypeError, "compare: adapters is 'a', expected a list or a dictionary"),
         ([3], TypeError, "compare: an adapter is 3, expected a path, a pair or an Adapter"),
         ({"base": "a"}, ValueError, "compare: an adapter has the name 'base'"),

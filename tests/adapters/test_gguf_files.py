@@ -524,7 +524,7 @@ def test_many_layers_and_many_patterns_are_refused_before_any_is_matched(
     peft_adapter.save(tmp_path / "peft", config, tensors)
     monkeypatch.setattr(NamePattern, "matches", lambda *arguments: pytest.fail("a pattern met a name"))
     with pytest.raises(
-        LimitError, match=r"20,000 layers and 11,000 characters of patterns, .* at most 4,194,304"
+        LimitError, match=r"20,000 layers times 11,000 characters of patterns, .* at most 4,194,304"
     ):
         nplora.adapter_to_gguf(tmp_path / "peft", tmp_path / "a.gguf", base_config(tmp_path / "base"))
     with pytest.raises(LimitError):

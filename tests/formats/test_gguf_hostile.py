@@ -99,7 +99,11 @@ HOSTILE = {
         LimitError,
         "9,223,372,036,854,775,808 tensors, at most 65,536",
     ),
-    "2^63 metadata entries": (container(n_metadata=2**63), LimitError, "metadata entries, at most 65,536"),
+    "2^63 metadata entries": (
+        container(n_metadata=2**63),
+        LimitError,
+        "metadata entries, expected at most 65,536",
+    ),
     "10^6 tensors": (
         container(n_tensors=10**6, data=bytes(25 * 10**6)),
         LimitError,

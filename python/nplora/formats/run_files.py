@@ -26,12 +26,12 @@ DROPPED_ADAPTER = "dropped_adapter.sha256"
 
 
 def holds_run(directory: StrPath) -> bool:
-    """Whether a directory has checkpoint files, damaged or not. The files are neither locked nor read."""
+    """Whether a directory has checkpoint files. The files are not read, so they may be damaged."""
     return any(os.path.lexists(Path(directory, name)) for name in CHECKPOINTS)
 
 
 def dropped_adapter(directory: StrPath) -> str | None:
-    """The SHA-256 of an earlier run's adapter, if the newest checkpoint names one; otherwise None."""
+    """The SHA-256 of an earlier run's adapter if the newest checkpoint contains this SHA-256, else None."""
     newest: tuple[int, str | None] = (0, None)
     for name in CHECKPOINTS:
         path = Path(directory, name)

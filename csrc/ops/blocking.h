@@ -42,10 +42,10 @@ inline constexpr size_t kFloatBatch = 4;
 // In the backward pass of a batch with more tokens than this, all tokens share one copy of each block of W.
 // If W is packed or double, blocks of W are not copied.
 inline constexpr size_t kInPlaceBatch = 16;
-// Two limits for the number of tokens in a backward pass if W is in bfloat16. A batch with at most this many
-// tokens uses the values of W without a copy. kWidenedBatch is the limit for products in float: each tile
-// widens the values to float in registers. kPairedBatch is the limit for products of pairs, if W is packed
-// and pairs_in_registers is true: each tile pairs the values in registers.
+// Two limits for the number of tokens in a backward pass if W is in bfloat16. A batch whose number of tokens
+// is not above the limit uses the values of W without a copy. kWidenedBatch is the limit for products in
+// float: each tile widens the values to float in registers. kPairedBatch is the limit for products of pairs,
+// if W is packed and pairs_in_registers is true: each tile pairs the values in registers.
 inline constexpr size_t kWidenedBatch = 8, kPairedBatch = 256;
 // While the panels of a packed W are read, the partial sums of this many rows of W stay in L2 (4128 x 16
 // lanes of floats = 258 KB).

@@ -31,9 +31,10 @@ struct RowSum {
   double loss(float logit) const;
 };
 
-// Sums one row block by block (Milakov & Gimelshein 2018), so that the row is read from memory once. The
-// exponentials of a block are relative to the largest logit so far. If `shifts` is not null, the exponentials
-// overwrite the logits, and `shifts` receives this largest logit for each block of kBlockLogits logits.
+// Sums one row block by block (Milakov & Gimelshein 2018), so that the row is read from memory once. For each
+// block of kBlockLogits logits, the function computes exp(logit - largest), where `largest` is the largest
+// logit from the start of the row to the end of the block. If `shifts` is not null, the exponentials
+// overwrite the logits, and `shifts` receives the number `largest` of each block.
 RowSum sum_of_row(size_t n, float* logits, float* shifts);
 
 }  // namespace nplora

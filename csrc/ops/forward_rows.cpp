@@ -316,7 +316,7 @@ class RowsForward {
   size_t block_tokens_ = 0;
   std::vector<Joined> joined_;
   std::vector<PartUpdate> updates_;
-  E* x_elements_ = nullptr;  // x of a token block as elements of type E (in int8, x_codes_ holds x instead)
+  E* x_elements_ = nullptr;  // x of a token block as elements of type E; in int8 products, x_codes_ is used
   CodedBlock x_codes_{x_.cols, kernels::kInt8Group};
 };
 

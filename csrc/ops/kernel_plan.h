@@ -44,8 +44,9 @@ inline bool computes_pairs(const WeightView& w, size_t tokens) {
   return w.compute != Compute::kFloat && tokens > kFloatBatch;
 }
 
-// Whether a forward product, or a backward product, with this many rows is computed by the int8 kernels for
-// large batches. (For forward products of small batches, dots_int8 says whether they are computed in int8.)
+// Each of these two functions returns true if the int8 kernels for large batches compute a product with this
+// many rows: the first function for a forward pass, the second for a backward pass. (For forward products of
+// small batches, dots_int8 says whether they are computed in int8.)
 inline bool forward_in_int8(const WeightView& w, size_t tokens) {
   return w.compute == Compute::kInt8 && tokens > kernels::kSmallBatch;
 }

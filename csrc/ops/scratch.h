@@ -46,9 +46,9 @@ enum class Scratch {
   // Holds a tile of attention, with 48 * (5 head_dim + 130) elements, or the scores of a single query, with
   // heads * (256 + head_dim) elements.
   kAttention,
-  // Holds the results for each piece, with heads (head_dim + 2) elements, if the keys of a single query are
-  // cut into pieces. In the backward pass, this buffer holds one element for each head and token of the
-  // batch.
+  // If the keys of a single query are cut into pieces, holds heads * (head_dim + 2) elements for each piece:
+  // the results of the piece. In the backward pass of attention, holds one element for each head and token of
+  // the batch.
   kAttentionParts,
   kCount
 };

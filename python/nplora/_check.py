@@ -117,7 +117,9 @@ _INSTEAD = {
     **dict.fromkeys(
         ("batch_size", "eval_batch_size", "per_device_eval_batch_size"), "; nplora forms the batches itself"
     ),
-    **dict.fromkeys(("num_beams", "num_return_sequences"), "; nplora generates a single text, without beam search"),
+    **dict.fromkeys(
+        ("num_beams", "num_return_sequences"), "; nplora generates one text, without beam search"
+    ),
 }
 
 

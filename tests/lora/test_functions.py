@@ -402,7 +402,7 @@ def test_merge_refuses_another_rounding_or_dtype(rng: np.random.Generator) -> No
     p = problem(rng)
     with pytest.raises(ValueError, match="rounding='up' is not available; possible: 'nearest', 'stochastic'"):
         nplora.merge_lora(p["W"], p["A"], p["B"], rounding="up")
-    with pytest.raises(ValueError, match="dtype='float16', but W holds float32"):
+    with pytest.raises(ValueError, match="dtype='float16', but W has dtype float32"):
         nplora.merge_lora(p["W"], p["A"], p["B"], dtype="float16")
     nplora.merge_lora(p["W"], p["A"], p["B"], dtype="float32")
 

@@ -68,7 +68,7 @@ void InputGradient<E, W>::place_codes(size_t block_tokens, void* memory) {
 }
 
 // dy is multiplied by the scales of W's rows before it is quantised, because the product dy W is a sum over
-// the rows of W, and cannot be multiplied by a scale for each row afterwards.
+// the rows of W: the scale of a single row cannot be applied after the sum.
 template <class E, class W>
 void InputGradient<E, W>::prepare(Range token_block, Range some) const {
   if constexpr (kInt8)

@@ -56,8 +56,9 @@ inline constexpr size_t kStreamedRows = round_up(4096, kRowBlock);
 inline constexpr size_t kStreamedBf16Rows = 128;
 // The size in bytes of the transposed blocks of W that are kept in L2 at the same time.
 inline constexpr size_t kBlocksBytes = size_t{448} << 10;
-// In the product with the last block of W, this many tokens are multiplied at a time, so that their outputs
-// in one panel (64 x 48 floats = 12 KB) are still in L1 when the update is added to the outputs.
+// In the product with the last block of W along the depth, this many tokens are multiplied at a time, so that
+// their outputs in one panel (64 x 48 floats = 12 KB) are still in L1 when the update is added to the
+// outputs.
 inline constexpr size_t kFewTokens = 64;
 // Replaces kFewTokens in int8 products: 63 is a multiple of 7 and 9, the numbers of tokens in a tile of these
 // products.

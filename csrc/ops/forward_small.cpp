@@ -85,7 +85,7 @@ class SmallForward {
   // updates are prefetched.
   void multiply(Range rows) const {
     std::vector<FetchList> next;
-    constexpr size_t kMostBytes = 256 << 10;  // the limit for all A together, and for all B together
+    constexpr size_t kMostBytes = 256 << 10;  // limit for the prefetched bytes of all A, and of all B
     for (const auto& group : groups_) next.push_back(factors(*group.low, rows, kMostBytes / groups_.size()));
     if constexpr (std::is_same_v<W, float>)
       if (dots_blocks(part_.w)) {

@@ -13,7 +13,7 @@ namespace nplora {
 template <class T>
 void merge_lora(Matrix<T> w, Matrix<const T> a, Matrix<const T> b, double scale);
 
-// Does the same for a matrix W in kBfloat16 or kFloat16, which is passed as bit patterns. Sums are computed
+// Adds scale * A B to a matrix W in kBfloat16 or kFloat16, which is passed as bit patterns. Sums are computed
 // in float and rounded once. Without `key`, a sum is rounded to nearest even. With `key`, a sum is rounded up
 // or down at random, so that the expected value is the exact sum. Element (i, j) uses number i * w.cols + j
 // of the random sequence.

@@ -46,9 +46,9 @@ enum class Scratch {
   // Holds a tile of attention, with 48 * (5 head_dim + 130) elements, or the scores of a single query, with
   // heads * (256 + head_dim) elements.
   kAttention,
-  // If the keys of a single query are cut into pieces, holds heads * (head_dim + 2) elements for each piece:
-  // the results of the piece. In the backward pass of attention, holds one element for each head and token of
-  // the batch.
+  // If the keys of a single query are cut into pieces, this buffer holds the results of each piece, with
+  // heads * (head_dim + 2) elements for each piece. In the backward pass of attention, this buffer holds one
+  // element for each head and token of the batch.
   kAttentionParts,
   kCount
 };
@@ -58,7 +58,8 @@ enum class Scratch {
 void* scratch_bytes(Scratch use, size_t bytes);
 
 // While a ScratchFrame exists, this thread uses a separate set of scratch buffers. A signal handler that
-// calls the library needs a frame, because it may run in the middle of a task that is using its own buffers.
+// calls the library needs a frame, because the signal may interrupt a task that is using the thread's own
+// buffers.
 class ScratchFrame {
  public:
   ScratchFrame();

@@ -212,8 +212,8 @@ Panels<Bf16> row_block(const WeightView& w, Range rows, Range cols, bool, Bf16*)
 }
 
 // If W is packed in bfloat16, a block of full panels is read in place as panels of pairs. Any other block is
-// copied. This includes blocks with a narrower last panel, because its rows may have an odd number of values.
-// If the number is odd, the last value of each row is paired with zero.
+// copied. A block that contains a narrower last panel is copied because the rows of this panel may have an
+// odd number of values. If the number is odd, the last value of each row is paired with zero.
 template <>
 Panels<Bf16Pair> row_block(const WeightView& w, Range rows, Range cols, bool, Bf16Pair* scratch) {
   constexpr size_t kPanelPairs = kPanelColumns / 2;

@@ -46,8 +46,8 @@ WeightView view_of(Matrix<const T> w) {
 }
 
 // The number of columns in full panels. All other columns are in the last panel, which is narrower. The
-// columns that row_block gets must be either all in full panels or all in the narrower panel, unless the
-// elements are Bf16Pair.
+// columns that are passed to row_block must be either all in full panels or all in the narrower panel, unless
+// the elements are Bf16Pair.
 inline size_t full_columns(size_t d_in) {
   return d_in / kernels::kPanelColumns * kernels::kPanelColumns;
 }
@@ -80,8 +80,8 @@ kernels::Panels<E> row_block(const WeightView& w, Range rows, Range cols, bool s
 // this kernel reads down the columns of W. If makes_two_panels is false, `cols` is one panel. If
 // makes_two_panels is true, `cols` has up to kDecodedColumns columns, and starts at a multiple of
 // kDecodedColumns. Two panels are stored one after the other. If each row contained the columns of both
-// panels, the hardware would also prefetch the half of a row that the kernel does not need. (NF4 does store
-// rows with both panels if d_in is not a multiple of 16.)
+// panels, the hardware would also prefetch the half of a row that the kernel does not need. (There is one
+// exception: if W is in NF4 and d_in is not a multiple of 16, each row contains the columns of both panels.)
 inline constexpr size_t kDecodedColumns = 2 * kernels::kPanelColumns;  // whole sub-blocks
 inline bool makes_two_panels(const WeightView& w, bool shared) {
   return is_blocks(w.storage) || (!w.packed && shared);

@@ -18,8 +18,8 @@ inline CodeGrid rounded(CodeGrid grid) {
   return {round_to_half(grid.d), round_to_half(grid.m)};
 }
 
-// Keeps the best of the tried grids. A grid is rounded to float16 before its error is computed, because it is
-// stored in float16.
+// Keeps the best of the tried grids. A grid is rounded to float16 before its error is computed, because
+// blocks store their grids in float16.
 struct Best {
   const float* x;
   CodeRange codes;

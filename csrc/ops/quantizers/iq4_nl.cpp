@@ -12,8 +12,8 @@ namespace {
 constexpr size_t kElements = BlockIQ4_NL::kElements;
 using Format = LevelCodes<kElements, kIQ4Levels>;
 
-// Tries scales that map the value of largest magnitude to a number near the first or the last level. Each
-// scale gives codes, and a new scale is fitted to these codes.
+// Tries scales that map the value of largest magnitude to a number near the first or the last level. The
+// values are rounded to codes with each of these scales, and a new scale is fitted to the codes.
 float best_scale(const float* x) {
   constexpr int kSteps = 7;
   constexpr float kStep = 0.01f;

@@ -28,8 +28,9 @@ struct ScaledBlock {
   float scale[kGroups] = {};
   double error = 0;
 
-  // Tries as the scale of group j all integers that differ by at most `reach` from one of `scales`. Sets the
-  // scale to the best of these integers, and adds the error of the group to the error of the block.
+  // Tries several integers as the scale of group j: all integers that differ by at most `reach` from one of
+  // `scales`. Sets the scale to the best of these integers, and adds the error of the group to the error of
+  // the block.
   void settle(const float* x, size_t j, std::initializer_list<float> scales, int reach) {
     float least = INFINITY;
     for (float near : scales)

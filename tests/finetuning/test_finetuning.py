@@ -381,7 +381,7 @@ def test_initial_factors_that_quantised_weights_cannot_give_are_refused(
         ({"sample": ("1+1=", "")}, "^finetune: sample '': the prompt is empty$"),
         (
             {"sample": ["x" * 64]},
-            "^finetune: sample 'x*': the prompt has 64 tokens, the model's context is 64$",
+            "^finetune: sample 'x*': the prompt has 64 tokens, but the model's context is 64$",
         ),
         ({"sample": "1+1="}, "finetune: sample is '1\\+1=', expected a list of texts"),
         ({"sample": None}, "finetune: sample is None, expected a list of texts"),
@@ -1279,7 +1279,8 @@ def test_a_text_with_tokens_that_the_model_does_not_have_is_refused(data: Path, 
         evaluate(lm, data)
     (data / "train.jsonl").write_text(json.dumps(rows[0]) + "\n")
     words = (
-        "^finetune: sample '<tool>': the prompt has token 265 of .*, the model's vocabulary ends with 199$"
+        "^finetune: sample '<tool>': the prompt has token 265 of .*, "
+        "but the model's vocabulary ends with 199$"
     )
     with pytest.raises(ValueError, match=words):
         finetune(lm, data, tmp_path / "out", sample=["<tool>"])
@@ -1338,7 +1339,7 @@ def test_an_error_says_where_a_misplaced_adapter_belongs(model: Path, data: Path
     with pytest.raises(FormatError, match=words):
         load_with_adapter(model, tensors)
     with pytest.raises(
-        FileNotFoundError, match=r"holds no config\.json, but an adapter: load its base model, and"
+        FileNotFoundError, match=r"holds no config\.json, but an adapter: load the base model, and"
     ):
         load_model(out)
 
@@ -1476,7 +1477,7 @@ def test_a_weight_that_is_not_finite_is_refused_in_the_name_of_the_caller(model:
 def test_decoding_in_int8_without_quantised_weights_is_warned_of(
     model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = r"with compute='int8', few tokens .*, but .*model.gguf has none, so decoding computes in float32"
+    words = r"with compute='int8', a step with few tokens .* .*model.gguf has no such weights, so decoding"
     with pytest.warns(UserWarning, match=f"^evaluate: {words}") as caught:
         evaluate(model, data, compute="int8")
     assert [warning.filename for warning in caught] == [__file__]

@@ -348,7 +348,7 @@ def test_a_metric_does_not_take_the_name_of_a_result(lm: LanguageModel) -> None:
     def loss(answer: str, reference: str, row: dict[str, Any]) -> float:
         return 1.0
 
-    with pytest.raises(ValueError, match=r"^evaluate: the results have a loss already; give the metric"):
+    with pytest.raises(ValueError, match=r"^evaluate: the results already have an entry loss; give"):
         evaluate(lm, ROWS, metric=loss)
 
 
@@ -373,7 +373,7 @@ def test_rows_that_are_not_answered_are_told(tmp_path: Path) -> None:
         found = evaluate(lm, [chat, call], metric="f1", max_new_tokens=1, skip_bad=True)
     assert (found["examples"], found["metrics"]["f1"]["examples"]) == (2, 1)
     with pytest.raises(
-        DataError, match=r"^data: no prompt to answer: data, row 1: the last assistant turn calls"
+        DataError, match=r"^data: no row has a prompt that can be used: data, row 1: the last assistant"
     ):
         evaluate(lm, [call], metric="f1", skip_bad=True)
 
@@ -400,7 +400,7 @@ def test_a_module_that_is_not_found_or_fails_is_an_error(lm: LanguageModel, modu
         ),
         (
             {"prompt": "x" * 80, "completion": "y"},
-            "data, row 1: the prompt has 80 tokens, the model's context is 64",
+            "data, row 1: the prompt has 80 tokens, but the model's context is 64",
         ),
     ],
 )  # fmt: skip
@@ -548,7 +548,7 @@ GOOD: dict[str, Any] = {"prompt": "1+1=", "choices": ["2", "3"], "answer": 0}
         ({"answer": "9" * 5000}, "answer is '999"),
         ({"answer": ["2"]}, r"answer is \['2'\], expected one of the choices, or 0 to 1"),
         ({"completion": "x"}, "the row has both completion and choices, expected only one of them"),
-        ({"prompt": "x" * 80}, "the prompt and a choice have 8[0-9] tokens, expected at most 64"),
+        ({"prompt": "x" * 80}, "the prompt with its longest choice has 8[0-9] tokens, expected at most 64"),
     ],
 )
 def test_a_malformed_question_is_an_error_with_file_and_line(
@@ -649,9 +649,7 @@ def test_the_accuracy_of_pairs_is_that_of_dpo(path: Path, lm: LanguageModel, tmp
 
 
 def test_pairs_are_not_answered_and_do_not_mix(lm: LanguageModel) -> None:
-    with pytest.raises(
-        ValueError, match=r"^evaluate: metric is for generated answers, but the rows are pairs"
-    ):
+    with pytest.raises(ValueError, match=r"^evaluate: metric scores generated answers, but no answers are"):
         evaluate(lm, PAIRS, metric="f1")
     with pytest.raises(DataError, match=r"^data, row 2: the row has prompt and completion"):
         evaluate(lm, [PAIRS[0], ROWS[0]])

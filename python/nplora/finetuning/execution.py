@@ -162,10 +162,11 @@ def choose_execution(
     again.
 
     Args:
-        earlier: the run to resume, which keeps its micro-batch size; None for a new run.
+        earlier: the run to resume; its micro-batch size stays the same. None: this is a new run.
         say: function that prints a text.
-        ranks: the processes that train together. Each rank makes a plan for its memory. All ranks then use
-            the first of these plans that fits on every rank.
+        ranks: the processes that train together. Each rank makes a plan for its own memory limit. All ranks
+            then use the same plan: the first of these plans, in the order of the ranks, that fits on every
+            rank.
     Raises:
         BudgetError: no plan fits into `memory`, or no rank's plan fits on every rank.
         ValueError: the options do not fit the model.
@@ -176,7 +177,7 @@ def choose_execution(
     if ranks.size > 1 and options.dropout and "lm_head" in adapters.shapes:
         raise ValueError(
             "finetune: several ranks cannot train an adapter on lm_head with dropout, because the head draws "
-            "several masks in a batch: leave lm_head out of the targets, or set the dropout to 0"
+            "several dropout masks for a batch: leave lm_head out of the targets, or set the dropout to 0"
         )
     if options.memory is None:
         micro_tokens = None if earlier is None else earlier.micro_tokens
@@ -203,9 +204,10 @@ def choose_execution(
 
 
 def fitting_all(plans: Sequence[MemoryPlan]) -> MemoryPlan:
-    """The first plan of the ranks that fits on every rank.
+    """The first of the ranks' plans that fits on every rank.
 
-    The ranks may have different memory limits and different numbers of threads. Each thread needs memory.
+    A plan may need more memory on some ranks, because each thread needs memory, and the ranks may have
+    different numbers of threads. The memory limits of the ranks may differ too.
     """
     problem = ""
     for rank, plan in enumerate(plans):
@@ -214,12 +216,12 @@ def fitting_all(plans: Sequence[MemoryPlan]) -> MemoryPlan:
         if not misfits:
             return plan
         first = misfits[0]
-        problem = f"rank {first} has no plan like that of rank {rank} ({plan.chosen})"
+        problem = f"rank {first} cannot use the plan of rank {rank} ({plan.chosen})"
         if sizes[first] < math.inf:
             least, most = math.ceil(sizes[first] / 1e6), math.floor(plans[first].limit / 1e6)
             problem = (
-                f"the plan of rank {rank} ({plan.chosen}) needs {least} MB on rank {first}, which has {most} "
-                f"MB: give rank {first} a larger --memory"
+                f"the plan of rank {rank} ({plan.chosen}) needs {least} MB on rank {first}, whose limit is "
+                f"{most} MB: give rank {first} a larger --memory"
             )
     raise BudgetError(f"finetune: no rank's plan fits on every rank: {problem}")
 
@@ -238,7 +240,7 @@ def fixed_compute(model: StrPath | LanguageModel, options: FinetuneOptions) -> s
 
 
 def adapters_of(op: str, inputs: RunInputs, options: FinetuneOptions) -> Adapters:
-    """The adapted layers of a run.
+    """The layers that a run adapts, and what it trains in them.
 
     Raises:
         ValueError: the layers do not fit the model; or `keep_prefix` is set and the lowest block is adapted;
@@ -275,7 +277,7 @@ def adapters_of(op: str, inputs: RunInputs, options: FinetuneOptions) -> Adapter
     if options.keep_prefix != "off" and not adapters.first_block(lm.config.num_hidden_layers):
         raise ValueError(
             f"{op}: keep_prefix={options.keep_prefix!r}, but there is no frozen block below the adapters; "
-            "to have some, adapt only the last blocks, for example with layers='last:4'"
+            "to have a frozen block there, adapt only the last blocks, for example with layers='last:4'"
         )
     return adapters
 
@@ -283,10 +285,10 @@ def adapters_of(op: str, inputs: RunInputs, options: FinetuneOptions) -> Adapter
 def _require_invocation(
     op: str, lm: LanguageModel, dataset: Examples, invocation: tuple[int, ...], is_new: bool
 ) -> None:
-    """Check that examples have the invocation tokens of an activated LoRA, which is inactive without them.
+    """Check that examples have the invocation tokens. An activated LoRA has no effect without these tokens.
 
     Args:
-        is_new: whether the adapter is new, so that its invocation can still be chosen.
+        is_new: whether the adapter is new. If so, the error advises another invocation.
     Raises:
         ValueError: no example has the invocation tokens.
     Warns:
@@ -306,7 +308,7 @@ def _require_invocation(
 
 
 def _invocation_advice(lm: LanguageModel, dataset: Examples) -> str:
-    """The end of a message: which text is a good invocation."""
+    """The end of an error message: how to choose a good invocation."""
     advice = (
         "; set --invocation (invocation=) to a text just before the answers that has the same tokens in each "
         "example"
@@ -315,7 +317,7 @@ def _invocation_advice(lm: LanguageModel, dataset: Examples) -> str:
         return advice
     asked = [lm.tokenizer.apply_chat_template([{"role": "user", "content": "a"}], b) for b in (False, True)]
     head = asked[1].removeprefix(asked[0]).strip()
-    return f"{advice}; in this chat template, {brief(head)} begins them" if head else advice
+    return f"{advice}; this chat template writes {brief(head)} before each answer" if head else advice
 
 
 def _planned(
@@ -333,7 +335,7 @@ def _shortage(
 ) -> str:
     """A message if the remaining steps need more memory than is available; otherwise an empty text.
 
-    Only the batches of the first epoch are listed: all epochs are assumed to need the same memory.
+    Only the batches of the first epoch are considered: all epochs are assumed to need the same memory.
 
     Args:
         done: the number of steps that the run has made.
@@ -396,6 +398,6 @@ def _largest_evaluation(held_out: Examples) -> int:
 
 
 def _sizes(dataset: Examples) -> list[tuple[int, int]]:
-    """For each batch of an evaluation, the number of tokens, and of tokens that count in the loss."""
+    """For each batch of an evaluation: the number of tokens, and the number of tokens in the loss."""
     batches, lengths, targets = evaluation_batches(dataset).members(0), dataset.lengths, dataset.targets
     return [(int(lengths[batch].sum()), int(targets[batch].sum())) for batch in batches]

@@ -142,8 +142,7 @@ class TokenBatches:
         return [*groups, order[begin:]]
 
     def _order(self, count: int, key: int) -> Array:
-        """A random permutation. All versions of NumPy give the same one, because it uses PCG64's raw
-        output."""
+        """A random permutation from PCG64's raw output. It is the same in all versions of NumPy."""
         if not self.shuffle:
             return np.arange(count)
         stream = np.random.PCG64(np.random.SeedSequence(self.seed, spawn_key=(key,)))

@@ -126,7 +126,7 @@ class Builder(Generic[_Made]):
         if emptied := self._emptied - self._emptied_before:
             reasons.append(
                 f"{emptied} with nothing to train on within max_length={self._max_length}; "
-                "a larger max_length leaves out fewer examples"
+                "with a larger maximum, fewer are left out"
             )
         return f": {', '.join(reasons)}" if reasons else ""
 

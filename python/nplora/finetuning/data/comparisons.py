@@ -29,7 +29,7 @@ Labelled = tuple[Array, Array]  # ids and labels of a sequence
 
 @dataclass(frozen=True)
 class Answers:
-    """What a loss that compares the answers of pairs needs in addition to a batch.
+    """The inputs that a loss over pairs needs in addition to a batch.
 
     Attributes:
         is_answer: for each token of the batch, whether the next token belongs to an answer.
@@ -130,7 +130,7 @@ class JudgedDataset(Stored):
         return bool((self._prompts != self._prompts[0]).any())
 
     def _others(self, indices: Array) -> Array:
-        """For each example of a batch, the index of the example whose answer its mismatched pair has."""
+        """For each example of a batch, the index of the example whose answer its mismatched pair uses."""
         found = _before_with_another(self._prompts[indices])
         return self._others_in_data[indices] if found is None else indices[found]
 

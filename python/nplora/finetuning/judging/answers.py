@@ -145,4 +145,4 @@ def _failures(metric: Metric, count: int) -> str:
     examples = counted(count, "example")
     if metric.failed == count:
         return f"the metric {metric.name} failed in all of {examples}, so it has no value: {metric.error}"
-    return f"the metric {metric.name} failed in {metric.failed} of {examples}, which count as 0"
+    return f"the metric {metric.name} failed in {metric.failed} of {examples}; a failed example counts as 0"

@@ -97,17 +97,17 @@ HOSTILE = {
     "2^63 tensors": (
         container(n_tensors=2**63),
         LimitError,
-        "9,223,372,036,854,775,808 tensors, at most 65,536",
+        "9,223,372,036,854,775,808 tensors, expected at most 65,536",
     ),
     "2^63 metadata entries": (
         container(n_metadata=2**63),
         LimitError,
-        "metadata entries, expected at most 65,536",
+        "metadata entries, expected at most",
     ),
     "10^6 tensors": (
         container(n_tensors=10**6, data=bytes(25 * 10**6)),
         LimitError,
-        "1,000,000 tensors, at most",
+        "1,000,000 tensors, expected at most",
     ),
     "more tensors than bytes": (
         container(n_tensors=9),
@@ -179,7 +179,7 @@ HOSTILE = {
     "token of 1 GiB": (
         container((array("STRING", 2, text(b"a") + u64(1 << 30), b"tokenizer.ggml.tokens"),)),
         LimitError,
-        "takes 1,073,741,841 bytes, but at most 100,000,000 bytes",
+        "takes 1,073,741,841 bytes, but a header may have at most",
     ),
     "string of an array of 2^64 - 1": (
         container((array("STRING", 2, text(b"a") + u64(2**64 - 1)),)),
@@ -202,7 +202,7 @@ HOSTILE = {
         "general.alignment is 0, expected a power of two",
     ),
     "alignment 13": (container((alignment(13),)), FormatError, "general.alignment is 13"),
-    "alignment 2^31": (container((alignment(2**31),)), LimitError, "2,147,483,648, at most 1,048,576"),
+    "alignment 2^31": (container((alignment(2**31),)), LimitError, "2,147,483,648, expected at most"),
     "alignment as INT32": (
         container((alignment(32, "INT32"),)),
         FormatError,

@@ -1,8 +1,8 @@
 """Several named adapters of one language model. Each thread or asyncio task selects the adapters it uses.
 
-Each selection has its own copy of the model's modules, which shares the frozen weights but not the LoRA
-layers. A call fetches the copy of its selection once, when it begins. So other threads can select or delete
-adapters without an effect on a running call.
+For each selection there is a copy of the model's modules. All copies share the frozen weights, but each copy
+has its own LoRA layers. When a call begins, it fetches the copy for the selection of its thread. So other
+threads can select or delete adapters without an effect on a running call.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _selected: ContextVar[Mapping[weakref.ref[Any], Names]] = ContextVar("nplora_sel
 
 
 class _Model(Protocol):
-    """The members of a LanguageModel that `NamedAdapters` uses."""
+    """The methods of a LanguageModel that `NamedAdapters` uses."""
 
     def with_adapter(self, adapter: Adapter, any_base: bool = False) -> Self: ...
     def adapter_layers(self) -> dict[str, AdapterLayer]: ...
@@ -38,7 +38,7 @@ Model = TypeVar("Model", bound=_Model)
 
 
 def _constant(model: Model) -> Model:
-    """Make the factors read-only, so that inference may keep copies of them. Return the model."""
+    """Make a model's LoRA factors read-only, so that inference may cache copies of them. Return the model."""
     for layer in model.adapter_layers().values():
         if isinstance(layer, LoRALayer):
             for array in (layer.A, layer.B):
@@ -68,7 +68,7 @@ class NamedAdapters(Generic[Model]):
 
     @property
     def models(self) -> list[Model]:
-        """The copies of the model with one or several of the adapters."""
+        """The copies of the model. Each copy has one adapter, or the sum of several adapters."""
         return list(self._models.values())
 
     def add(
@@ -113,7 +113,7 @@ class NamedAdapters(Generic[Model]):
         return _selected.get().get(weakref.ref(self), ())
 
     def select(self, names: Names) -> None:
-        """Use the sum of these adapters in this thread (or asyncio task)."""
+        """Select the adapters `names`, whose sum is used in this thread (or asyncio task)."""
         others = {key: value for key, value in _selected.get().items() if key() not in (None, self)}
         _selected.set({**others, weakref.ref(self): names} if names else others)
 
@@ -128,7 +128,9 @@ class NamedAdapters(Generic[Model]):
             self.select(before)
 
     def model(self, lm: Model, op: str, names: Names) -> Model:
-        """Return a copy of the model with the sum of these adapters, or the model itself if `names` is empty.
+        """Return a copy of the model with the sum of the adapters `names`.
+
+        If `names` is empty, return the model itself.
 
         Raises:
             KeyError: one of the names is unknown; the message lists the nearest names, or all names.
@@ -159,7 +161,10 @@ class NamedAdapters(Generic[Model]):
         return _constant(lm.with_adapter(adapter, any_base=True))
 
     def forget_models(self) -> None:
-        """Drop the copies of the model, because its layers were replaced. New copies are made when needed."""
+        """Drop the copies of the model, because layers of the model were replaced.
+
+        New copies are made when they are needed.
+        """
         with self._lock:
             self._models = {}
 
@@ -173,6 +178,6 @@ class NamedAdapters(Generic[Model]):
             return missing_name(op, name, self._adapters, "adapter")
         known = ", ".join(map(repr, self._adapters))
         hint = (
-            f"the loaded adapters are {known}" if known else "no adapter is loaded, call load_adapter first"
+            f"the loaded adapters are {known}" if known else "no adapter is loaded; call load_adapter first"
         )
         return KeyError(f"{op}: no adapter {brief(name)}; {hint}")

@@ -474,7 +474,7 @@ def test_tools_of_questions_that_the_model_does_not_see_are_counted(lm: Language
     tools = [{"type": "function", "function": {"name": "add"}}]
     rows = [{**row, "tools": tools if n < 2 else None} for n, row in enumerate(QUESTIONS)]
     with pytest.warns(
-        UserWarning, match=r"^data: 2 examples with messages, reasoning, tools or documents that the chat"
+        UserWarning, match=r"^data: in 2 examples, the chat template leaves out messages, reasoning,"
     ):
         evaluate(lm, rows)
 

@@ -382,7 +382,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({**chat(ANSWER), **talk(HUMAN, GPT)},
      "the row has both messages and conversations, expected only one of them"),
     ({**ALPACA, "text": "x"},
-     "both instruction and text, expected only one of them; --format alpaca or text "),
+     "both instruction and text, expected only one of them; set --format to alpaca or text "),
     ({**chat(ANSWER), "chosen": "b", "rejected": "c"}, "the row has both messages and chosen"),
 ]  # fmt: skip
 

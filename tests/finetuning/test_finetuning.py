@@ -1005,7 +1005,7 @@ LINEAR = {f"{Q}.lora_A.weight": (2, 32), f"{Q}.lora_B.weight": (32, 2)}
             "the adapter has an embedding, but the model's layer is a linear layer",
         ),
         (LINEAR, {"use_dora": True}, "lora_magnitude_vector"),
-        ({"x": (1,)}, {}, "tensor 'x' is not a factor of a layer"),
+        ({"x": (1,)}, {}, "tensor 'x' is not a LoRA factor of a layer"),
     ],
 )
 def test_a_model_is_unchanged_after_an_adapter_that_does_not_fit(

@@ -237,7 +237,7 @@ def test_a_dense_module_of_another_shape_or_in_a_pickle_is_refused(
         ([], FormatError, "expected a list of 1 to 32 modules"),
         ([3], FormatError, "3, expected an object"),
         (modules("Pooling"), UnsupportedError, "the first module is 'Pooling', expected Transformer"),
-        (modules("Transformer", "LSTM"), UnsupportedError, "module 'LSTM' is not supported in this place"),
+        (modules("Transformer", "LSTM"), UnsupportedError, "module 'LSTM' is not supported at this position"),
         (modules("Transformer", "Normalize"), UnsupportedError, "module 'Normalize' is not supported in"),
         (modules("Transformer"), UnsupportedError, "no module Pooling"),
         ([{"type": "a.Transformer", "path": "../.."}], UnsafeError, "leaves the directory"),
@@ -373,7 +373,7 @@ def test_a_prompt_is_put_before_each_text(directory: Path, tmp_path: Path) -> No
     with pytest.raises(UnsupportedError, match="include_prompt is false"):
         nplora.load_encoder(model).embed(["a"])
     change(settings, default_prompt_name="other")
-    with pytest.raises(FormatError, match="default_prompt_name is 'other', which is no prompt"):
+    with pytest.raises(FormatError, match="default_prompt_name is 'other', but no prompt has this name"):
         nplora.load_encoder(model)
 
 
@@ -533,7 +533,7 @@ def test_embed_backward_is_the_slope_of_the_embeddings(directory: Path, rng: np.
     np.testing.assert_allclose(vectors, encoder.embed_ids(texts), atol=1e-6)
     c = rng.standard_normal(vectors.shape, np.float32)
     encoder.embed_backward(c, saved)
-    with pytest.raises(RuntimeError, match="used by an earlier backward pass"):
+    with pytest.raises(RuntimeError, match="an earlier backward pass used and freed"):
         encoder.embed_backward(c, saved)
     slopes, gradients = [], []
     for parameter in encoder.parameters()[::5]:

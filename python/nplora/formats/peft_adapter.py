@@ -196,7 +196,7 @@ class PeftAdapter:
     def factors(self, problems: list[str], passed_over: Collection[str] = ()) -> dict[str, tuple[str, str]]:
         """Map each layer to the names of its two LoRA factors. Other tensors are listed in `problems`.
 
-        DoRA magnitudes, the tensors in `passed_over` and copies of frozen weights are skipped.
+        DoRA magnitudes, copies of frozen weights, and the tensors that `passed_over` names are skipped.
 
         Raises:
             LimitError: there are too many layers and patterns to find each layer's rank in reasonable time.

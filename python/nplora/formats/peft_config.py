@@ -138,7 +138,7 @@ class PeftConfig:
 
 
 def short_number(value: float) -> Number:
-    """A number in its usual form: 16, not 16.0."""
+    """Return a whole number as an integer (16 for 16.0), and another number as a float."""
     return int(value) if float(value).is_integer() else float(value)
 
 

@@ -1,8 +1,8 @@
 """The names of a training run's files, and what a checkpoint records about an earlier run.
 
 A run can overwrite an earlier run. The files of the earlier run are deleted as soon as the first checkpoint
-of the new run is on disk. This checkpoint contains the new log and the SHA-256 of the old adapter. So if a
-crash prevents the deletion, nplora still knows which files belong to the earlier run.
+of the new run is on disk. This checkpoint contains the new log and the SHA-256 of the old adapter. So if
+nplora crashes before it deletes the files, it still knows which files belong to the earlier run.
 """
 
 import os

@@ -66,7 +66,7 @@ class LanguageModelSaved(Saved):
 
 
 class TokenScores(NamedTuple):
-    """How likely a model finds each of several tokens.
+    """How likely each of m tokens is, according to a model.
 
     Attributes:
         log_probs: log p of each token, float64 (m,).
@@ -1090,7 +1090,9 @@ class LanguageModel(Module):
     # ---- decoding ----
 
     def new_cache(self, slots: int, capacity: int) -> KVCache:
-        """Create a cache for `slots` sequences of at most `capacity` tokens, for the selected adapter.
+        """Create a cache for `slots` sequences of at most `capacity` tokens.
+
+        A slot uses the adapter that is selected now, unless `cache.adapters` gives the slot another one.
 
         A model with LongRoPE (Phi-3 with a long context) uses other rotation factors for sequences that are
         longer than the model's original context. The maximum length of a sequence, in `cache.limits`, decides

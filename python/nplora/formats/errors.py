@@ -85,7 +85,7 @@ class CorruptError(FormatError):
     ...     _ = file.write(config.replace('"lora_alpha": 16', '"lora_alpha": 32'))
     >>> nplora.read_adapter("adapter")
     Traceback (most recent call last):
-    nplora.formats.errors.CorruptError: adapter/adapter_config.json: not the file that was saved ...
+    nplora.formats.errors.CorruptError: adapter/adapter_config.json: is not the file that was saved ...
     """
 
 

@@ -220,7 +220,7 @@ def test_a_space_between_prompt_and_answer_is_kept() -> None:
 
 def test_nan_scores_are_an_error(lm: Echo) -> None:
     lm.scores = lambda ids: np.full(266, np.nan, np.float32)  # type: ignore[method-assign]
-    with pytest.raises(FloatingPointError, match="the scores of the token at position 1 are NaN"):
+    with pytest.raises(FloatingPointError, match="the scores for the token at position 1 are NaN"):
         generate(lm, ["a"])
 
 
@@ -330,7 +330,7 @@ def test_a_temperature_near_zero_takes_the_most_likely_token_as_zero_does() -> N
 @pytest.mark.parametrize("scores", [[0.0, np.inf], [-np.inf, -np.inf]])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_scores_without_a_finite_largest_one_are_an_error(scores: list[float], temperature: float) -> None:
-    with pytest.raises(FloatingPointError, match=r"the largest score of the token at position 2 is -?inf"):
+    with pytest.raises(FloatingPointError, match=r"the largest score for the token at position 2 is -?inf"):
         choose(np.array(scores), [0, 1], Sampling(temperature=temperature), HIGHEST)  # type: ignore[arg-type]
 
 

@@ -200,7 +200,7 @@ def test_an_adapter_of_another_model_is_converted_only_on_request(
         with pytest.raises(FormatError) as caught:
             nplora.adapters.convert_adapter(source, target, other)
         assert str(caught.value).startswith(f"{source}: the adapter is of another model (")
-        assert f"sha256 {digest(model)[:12]} of its norms; this one has {digest(other)[:12]})" in str(
+        assert f"sha256 {digest(model)[:12]} of its norms; this model has {digest(other)[:12]})" in str(
             caught.value
         )
         arguments = ["convert", str(source), str(target), "--base", str(other)]

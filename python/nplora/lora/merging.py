@@ -54,9 +54,9 @@ class MergeReport:
 
     @property
     def noise(self) -> float:
-        """The norm of the error's component orthogonal to ΔW, relative to ‖ΔW‖.
+        """The norm of the part of the error that is orthogonal to ΔW, divided by ‖ΔW‖.
 
-        This component is noise, not a loss of ΔW.
+        This part is noise, not a loss of ΔW.
         """
         return math.sqrt(max(0.0, self.error**2 - (1 - self.kept) ** 2))
 

@@ -92,9 +92,9 @@ class ModelMerge:
 
     @property
     def noise(self) -> float:
-        """The norm of the error's component orthogonal to ΔW, relative to ‖ΔW‖.
+        """The norm of the part of the error that is orthogonal to ΔW, divided by ‖ΔW‖.
 
-        This component is noise, not a loss of ΔW.
+        This part is noise, not a loss of ΔW.
         """
         return self.total.noise
 

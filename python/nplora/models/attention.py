@@ -77,7 +77,7 @@ class Attention(Module):
     Args:
         layer: the index of this layer in the model.
         rope: the rotation of q and k, or None for no rotation.
-        modules: the projections and the norms, by name.
+        modules: a dict from names to the projections and the norms.
         bias: numbers that are added to the attention scores, for each distance between query and key; or
             None.
     """

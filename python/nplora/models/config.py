@@ -48,8 +48,8 @@ class ModelConfig:
         hidden_act: the MLP's activation: "silu", or "gelu_pytorch_tanh" (GELU approximated with tanh).
         query_pre_attn_scalar: attention scores are divided by the square root of this number, or by the
             square root of `head_dim` if the number is None.
-        attention_multiplier: a factor for the attention scores, instead of the division by a square root; or
-            None.
+        attention_multiplier: a factor for the attention scores, which replaces the division by the square
+            root; None: no such factor.
         embedding_multiplier: a factor for the embeddings.
         residual_multiplier: a factor for the output of each half-block (attention or MLP).
         logits_scaling: a divisor for the logits.

@@ -43,7 +43,7 @@ class MLP(Module):
 
     Args:
         act: the activation of the gate, named as in `ModelConfig.hidden_act`.
-        modules: the projections by name.
+        modules: a dict from names to the projections.
     """
 
     def __init__(self, act: str, modules: Mapping[str, Module]) -> None:

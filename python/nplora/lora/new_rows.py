@@ -43,8 +43,7 @@ class NewRows:
         return places, order[near[places]]
 
     def within(self, first: int, stop: int) -> tuple[Array, Array]:
-        """For the replaced rows among first, ..., stop - 1, return offsets from `first`, and the new values.
-        """
+        """For the replaced rows among first, ..., stop - 1, return offsets from `first`, and new values."""
         if self.ids is None:
             return np.arange(stop - first), self.values[first:stop]
         ids, order = self._sorted

@@ -98,9 +98,9 @@ def replace(old: str, new: str) -> None:
 
 
 def _replaced(path: str, mark: str) -> str:
-    """Return the name of a file that was replaced while it was mapped.
+    """Return the new name for the mapped file `path`, which another file is about to replace.
 
-    If `mark` is "*", return a pattern for such names.
+    `mark` is a part of the new name. If `mark` is "*", the result is a pattern for all such names.
     """
     folder, name = os.path.split(path)
     if mark == "*":

@@ -304,7 +304,7 @@ NAMES = tuple(_BY_NAME)
 
 
 def get(op: str, loss: str | EmbeddingFunction) -> EmbeddingFunction:
-    """The loss with this name, or the loss itself.
+    """Return the loss with this name. If `loss` is a loss already, return it unchanged.
 
     Raises:
         ValueError: no loss has this name.
@@ -319,7 +319,7 @@ def get(op: str, loss: str | EmbeddingFunction) -> EmbeddingFunction:
 
 
 def innermost(loss: EmbeddingFunction) -> EmbeddingFunction:
-    """The loss that a `MatryoshkaLoss` computes at each width, or the loss itself."""
+    """Return the loss that a `MatryoshkaLoss` computes at each width. Return any other loss unchanged."""
     while isinstance(loss, MatryoshkaLoss):
         loss = loss.loss
     return loss

@@ -203,7 +203,7 @@ class Module:
         return tuple(tokens)
 
     def tokenizer_files(self) -> Mapping[str, bytes]:
-        """Return the files of a tokenizer with new tokens, which are saved with an adapter."""
+        """Return {file name: content} of a tokenizer with new tokens. Adapters are saved with these files."""
         return {}
 
     def stored_row_order(self, name: str) -> Array | None:

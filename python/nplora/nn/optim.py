@@ -217,7 +217,7 @@ class Optimizer:
         return problems
 
     def _by_moment(self, state: Mapping[str, Array]) -> tuple[dict[str, dict[str, Array]], list[str]]:
-        """Return the arrays of a state as {moment: {parameter name: array}}, and its unknown keys."""
+        """Return the arrays of a state as {moment: {parameter name: array}}, and the state's unknown keys."""
         loaded: dict[str, dict[str, Array]] = {moment: {} for moment in self._moments}
         unknown = []
         for key, array in state.items():

@@ -34,7 +34,7 @@ class MaxPool2d(Module):
 
     Args:
         kernel_size: the size of a window: a number, or a pair (vertical, horizontal).
-        stride: the step from a window to the next; None: the size of a window.
+        stride: the step from a window to the next; None: equal to `kernel_size`.
     Raises:
         ValueError: a number is below 1. TypeError: an argument is neither a number nor a pair.
     """

@@ -31,7 +31,7 @@ _SETTLED = 1e-7  # a smaller relative change ends the search; about float32's ro
 
 
 def principal_factors(init: str, weight: FrozenWeight, rank: int, scale: float) -> tuple[Array, Array]:
-    """Return A (d_out, r) and B (r, d_in) for this `init`, in the dtype that the weight computes in.
+    """Return A (d_out, r) and B (r, d_in) for this `init`, in the weight's `compute_dtype`.
 
     The same arguments always give the same factors, because the search for singular vectors starts from fixed
     random directions.

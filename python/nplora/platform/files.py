@@ -33,7 +33,8 @@ def open_file(
     """Open a file, and return a descriptor that child processes do not inherit.
 
     Args:
-        flags: os.O_RDONLY, os.O_WRONLY or os.O_RDWR, with os.O_CREAT, os.O_EXCL, os.O_APPEND.
+        flags: os.O_RDONLY, os.O_WRONLY or os.O_RDWR, optionally combined with os.O_CREAT, os.O_EXCL and
+            os.O_APPEND.
         directory: the descriptor of the directory that contains a relative path.
         follow_links: whether to follow a symbolic link. If False, a symbolic link raises OSError with
             errno.ELOOP.

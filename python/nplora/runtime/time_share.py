@@ -156,7 +156,7 @@ class TimeShare:
             self._waits, self._began = False, now
 
     def end(self) -> None:
-        """End the current slice. Training calls `end` before work that may run at the same time as urgent work."""
+        """End the current slice. Training calls `end` before work that may overlap with urgent work."""
         with self._changed:
             self._end_slice()
 
@@ -180,7 +180,7 @@ class TimeShare:
         return self._waits and self._budget.delay(now) <= 0
 
     def _seconds(self, now: float) -> float | None:
-        """The seconds until training checks again whether it may run. None: it checks when urgent work ends."""
+        """The seconds until training checks again whether it may run. None: until urgent work ends."""
         if self._running:
             return None
         delay = self._budget.delay(now)

@@ -1,4 +1,4 @@
-"""Makes OpenAI's response objects for chats and completions, as whole answers or in pieces."""
+"""Makes OpenAI's response objects for chats and completions: whole answers, or pieces of a stream."""
 
 from __future__ import annotations
 

@@ -280,7 +280,7 @@ def _known(error: Exception) -> RequestError:
 
     if isinstance(error, HTTPException):
         made = RequestError(
-            {404: "there is no such route", 405: "this route has other methods"}.get(
+            {404: "there is no such route", 405: "this route does not support this method"}.get(
                 error.status_code, str(error.detail)
             ),
             error.status_code,

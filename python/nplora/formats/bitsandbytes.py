@@ -73,7 +73,8 @@ def holds(file: Container[str], name: str) -> bool:
 
 
 def refuse(file: Container[str], name: str, source: str, deed: str) -> None:
-    """Raise UnsupportedError if a tensor has a 4-bit type. `deed` names the refused operation."""
+    """Raise UnsupportedError if a tensor has a 4-bit type. `deed` is a verb: the operation that is
+    refused."""
     if holds(file, name):
         raise UnsupportedError(
             f"{source}: tensor {brief(name)} has a 4-bit type of bitsandbytes, which nplora does not {deed}; "
@@ -82,7 +83,7 @@ def refuse(file: Container[str], name: str, source: str, deed: str) -> None:
 
 
 def parts(names: Collection[str]) -> dict[str, str]:
-    """Map each tensor that holds auxiliary data of a 4-bit matrix to the matrix's name."""
+    """Map the name of each tensor that holds auxiliary data of a 4-bit matrix to the name of the matrix."""
     states = {name: name.partition(_STATE)[0] for name in names if _STATE in name}
     others = {f"{matrix}{part}": matrix for matrix in states.values() for part in _PARTS}
     return states | {name: others[name] for name in others.keys() & set(names)}

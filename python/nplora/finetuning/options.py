@@ -222,7 +222,7 @@ class FinetuneOptions:
     warmup: int = _unplanned(_TRAINING, 0, "warm-up steps, in which the learning rate rises to its peak")
     weight_decay: float = _unplanned(_TRAINING, 0.01, "weight decay of AdamW")
     max_grad_norm: float = _unplanned(
-        _TRAINING, 1.0, "maximum norm of the gradients; larger gradients are scaled down to it"
+        _TRAINING, 1.0, "maximum norm of the gradients; larger gradients are scaled down to this norm"
     )
     epochs: int | None = _option(
         _TRAINING, None, "passes over the data (default: 1, unless `steps` is given)"
@@ -349,8 +349,8 @@ class FinetuneOptions:
     distributed: str | None = _option(
         _RUN,
         None,
-        "what the processes that mpirun started do: mpi (train one adapter together, each on a part of every "
-        "step) or off (make a separate run each)",
+        "how the processes that mpirun started work: mpi (they train one adapter together, each on a part of "
+        "every step) or off (each process makes a separate run)",
         choices=DISTRIBUTED,
     )
     communication_dtype: str = _option(

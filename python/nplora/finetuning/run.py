@@ -208,7 +208,7 @@ def finetune(
         schedule: learning rate schedule: cosine, linear or constant.
         warmup: warm-up steps, in which the learning rate rises to its peak.
         weight_decay: weight decay of AdamW.
-        max_grad_norm: maximum norm of the gradients; larger gradients are scaled down to it.
+        max_grad_norm: maximum norm of the gradients; larger gradients are scaled down to this norm.
         epochs: passes over the data (default: 1, unless `steps` is given).
         steps: optimiser steps, instead of `epochs`.
         seed: random seed of the initial factors, the dropout and the order of the data.
@@ -250,8 +250,8 @@ def finetune(
             stop.
         overwrite: delete the run and the adapter in the output directory.
         sample: prompt to answer before and after training; sent as a chat if the training data are chats.
-        distributed: what the processes that mpirun started do: mpi (train one adapter together, each on a
-            part of every step) or off (make a separate run each).
+        distributed: how the processes that mpirun started work: mpi (they train one adapter together, each on
+            a part of every step) or off (each process makes a separate run).
         communication_dtype: precision in which ranks send gradients: float32, or bfloat16, which halves the
             number of bytes; a run in one process rounds its gradients in the same way.
         local_steps: local steps that every rank makes before the changes of all ranks are averaged (DiLoCo),

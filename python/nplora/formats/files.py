@@ -122,8 +122,8 @@ class Stamp(NamedTuple):
     def require_unchanged(self) -> None:
         """Raise CorruptError if the file was modified after this stamp was taken.
 
-        A mapping of a modified file shows the new data. If another file was renamed over this file, no error
-        is raised, because the mapping still shows the old data.
+        A mapping of a modified file shows the new data. If the file was replaced by another file with the
+        same name, no error is raised, because the mapping still shows the old data.
         """
         try:
             found = os.stat(self.name)

@@ -203,7 +203,7 @@ def _plans(
 
 
 def _halves(work: Work) -> Iterator[int]:
-    """Sizes in tokens: a half, a quarter, ... of the largest batch, down to the longest example."""
+    """Sizes of micro-batches in tokens: 1/2, 1/4, ... of the largest batch, down to the longest example."""
     size, least = work.batch_tokens, max(work.longest, _LEAST_MICRO_BATCH)
     while size > least:
         size = max(-(-size // 2), least)

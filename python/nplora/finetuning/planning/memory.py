@@ -239,8 +239,8 @@ class Adapters:
 class Memory:
     """Peak memory in bytes, term by term; `total` is the peak of the whole process.
 
-    `gradients` counts gradients that are stored until they are added up in a fixed order. This term is 0 if
-    the gradients of each batch are immediately added to those of the step.
+    `gradients` is the memory of gradients that are stored until they are added up in a fixed order. The term
+    is 0 if the gradients of each batch are immediately added to those of the step.
 
     >>> memory = nplora.plan("model.gguf", "train.jsonl").memory
     >>> memory.total > memory.process

@@ -153,8 +153,8 @@ class MemoryPlan:
 def need(size: int) -> str:
     """Needed bytes as a text, rounded up.
 
-    The limit is printed with `room`, which rounds down. So a need above the limit is also printed as above
-    it.
+    The limit is printed with `room`, which rounds down. So if the need exceeds the limit, the printed need
+    exceeds the printed limit too.
     """
     return f"{math.ceil(size / 1e6)} MB"
 

@@ -71,7 +71,8 @@ def measured(lm: LanguageModel, computes: tuple[str, ...], int8_head: bool = Fal
     """Measure the speed in each arithmetic, with the current number of threads.
 
     Args:
-        int8_head: whether the arithmetic int8 includes the gradient of the head's input.
+        int8_head: whether, with the arithmetic int8, the gradient of the head's input is computed in int8
+            too.
     """
     block = lm.model.layers[0]
     config = lm.config

@@ -139,7 +139,7 @@ def _state(file: File, name: str) -> tuple[str, dict[str, Any]]:
         raise FormatError(f"{where}: its quant_state is {tensor.dtype}, expected uint8")
     if tensor.nbytes > _MAX_STATE:
         raise LimitError(
-            f"{where}: a quant_state of {tensor.nbytes:,} bytes, at most {_MAX_STATE:,} are read"
+            f"{where}: a quant_state of {tensor.nbytes:,} bytes, expected at most {_MAX_STATE:,}"
         )
     state = strict_json.loads(tensor.array.tobytes(), f"{where}: quant_state")
     if not isinstance(state, dict):
@@ -152,7 +152,7 @@ def _shape(where: str, state: dict[str, Any]) -> tuple[int, ...]:
     if not isinstance(sizes, list) or any(type(n) is not int or n < 0 for n in sizes):
         raise FormatError(f"{where}: its shape is {brief(sizes)}, expected a list of sizes")
     if math.prod(sizes) > _MAX_SIZE:
-        raise LimitError(f"{where}: {math.prod(sizes):,} values, at most {_MAX_SIZE:,} are read")
+        raise LimitError(f"{where}: {math.prod(sizes):,} values, expected at most {_MAX_SIZE:,}")
     return tuple(sizes)
 
 

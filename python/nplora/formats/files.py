@@ -219,7 +219,7 @@ def read(path: StrPath, limit: int | None = None, follow_links: bool = True) -> 
     """Read a whole regular file. Raises the errors of `reading`, and LimitError above `limit` bytes."""
     with reading(path, follow_links) as reader:
         if limit is not None and len(reader) > limit:
-            raise LimitError(f"{name(path)}: {len(reader):,} bytes, at most {limit:,} are read")
+            raise LimitError(f"{name(path)}: {len(reader):,} bytes, expected at most {limit:,}")
         return reader[:]
 
 

@@ -130,7 +130,7 @@ def test_an_index_over_32_mib_is_not_read(directory: Path) -> None:
     path = directory / "model.safetensors.index.json"
     path.touch()
     os.truncate(path, (1 << 25) + 1)
-    with refused(LimitError, "33,554,433 bytes, at most 33,554,432", path):
+    with refused(LimitError, "33,554,433 bytes, expected at most 33,554,432", path):
         sharded.open(path)
 
 

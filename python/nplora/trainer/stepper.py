@@ -91,8 +91,7 @@ class Stepper:
         self._require_finite(self._gradients.add(x, y, self._totals))
 
     def complete(self) -> None:
-        """Complete the step's gradients: run the batches that have not run yet, and finish the sums over all
-        ranks.
+        """Complete the gradients of the step: run batches that have not run yet, and finish the sums.
 
         Raises:
             NonFiniteLossError: the loss of a batch is NaN or infinite.

@@ -5,7 +5,7 @@ The directory holds
     checkpoint-0.safetensors, checkpoint-1.safetensors     the last two checkpoints; the older one is replaced
     log.jsonl                                              a header, and a line for every step and epoch
     reference.safetensors                                  log-probabilities of the model without its adapter,
-                                                           for DPO, KTO and so on; written by nplora.finetuning
+                                                           for DPO, KTO, ...; nplora.finetuning writes it
     lock                                                   exists while a run writes here; contains its PID
 
 A new checkpoint is written to a temporary file, which is then renamed over the older checkpoint

@@ -67,7 +67,7 @@ class Engine:
         lm: the model, which must not be trained or merged while the engine uses it. Its named adapters may be
             loaded and deleted at any time.
         memory: the largest number of bytes that this process may use, as a number or as a text such as "2G".
-            What the weights and the working memory do not use is for keys and values. None: the engine may
+            The keys and values get what the weights and the working memory leave free. None: the engine may
             use half of the available memory that the model leaves free.
         adapter_memory: the part of `memory` that is reserved for adapters that are loaded later; None: an
             eighth of the memory that the model leaves free.
@@ -136,7 +136,7 @@ class Engine:
 
     @property
     def plan(self) -> MemoryPlan:
-        """How the memory is divided."""
+        """The plan by which the engine uses its memory."""
         return self._plan
 
     def submit(
@@ -158,7 +158,7 @@ class Engine:
             sampling: how tokens are chosen; None: always the most likely token, up to 128 tokens.
             adapter: the name of one of `lm.adapters`; None: the model without a named adapter. A request
                 keeps its adapter to the end, even if the adapter is deleted in the meantime.
-            logprobs: if this is n, the result has the log-probabilities of each generated token and of the n
+            logprobs: a number n: the answer gets the log-probability of each generated token, and of the n
                 most likely tokens at its position. None: no log-probabilities.
             client: the name of the client. Clients take turns, and each client's requests are computed in
                 order.
@@ -244,7 +244,8 @@ class Engine:
         """Accept no more requests, and end the engine's thread.
 
         Args:
-            drain: whether to compute all requests first. If False, all requests are cancelled.
+            drain: whether to compute all accepted requests before the engine ends. If False, all requests are
+                cancelled.
             timeout: seconds after which the remaining requests are cancelled; None: no limit.
         Raises:
             RuntimeError: a listener, a guide or `turn` called this method during a round.
@@ -281,7 +282,7 @@ class Engine:
         return self
 
     def __exit__(self, kind: object, *error: object) -> None:
-        """Close the engine. After an exception, cancel the remaining requests."""
+        """Close the engine. If the `with` block raised an exception, cancel the remaining requests."""
         self.close(drain=kind is None)
 
     # ---- rounds ----
@@ -324,7 +325,7 @@ class Engine:
                 self._in_round = None
 
     def _require_no_round(self, op: str) -> None:
-        """Raise RuntimeError if the calling thread is in a round, for whose end it would wait for ever."""
+        """Raise RuntimeError if the calling thread runs a round, because it would wait for itself."""
         if self._in_round == threading.get_ident():
             raise RuntimeError(f"{op}: a listener, guide or turn of this engine called it during a round")
 

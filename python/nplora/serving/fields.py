@@ -46,7 +46,7 @@ class Fields:
 
         Args:
             unsupported: a dict from the names of fields that are not implemented to the values that are
-                accepted, because they change nothing.
+                accepted because they do not change the answer.
         """
         for field, value in self.values.items():
             if field in unsupported:

@@ -117,7 +117,7 @@ def plan_encoder_memory(
     as the memory and the encoder's `max_length` allow.
 
     Args:
-        tokens: the number of tokens that are computed at once, in texts of at most this length.
+        tokens: the largest number of tokens that are computed at once, unless a single text has more.
         memory, adapter_memory: as in `plan_memory`.
         waiting: the number of bytes to reserve for waiting requests.
     Raises:

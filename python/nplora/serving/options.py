@@ -45,7 +45,7 @@ class ServeOptions:
         "memory that remains)", metavar="SIZE",
     )  # fmt: skip
     adapter_memory: str | None = _option(
-        None, "part of the memory for adapters that are loaded while the server runs (default: an eighth of "
+        None, "memory to reserve for adapters that are loaded while the server runs (default: an eighth of "
         "the memory that the model leaves free, if there are adapters or jobs)", metavar="SIZE",
     )  # fmt: skip
     adapter_dtype: str | None = _option(

@@ -41,7 +41,7 @@ def unchanged_on_error(method: Callable[Concatenate[E, P], T]) -> Callable[Conca
     """Decorate a method: if it raises an error, the estimator's attributes are restored.
 
     So the estimator can still predict after the error. If the method was training an existing model further,
-    this model keeps the training steps before the error.
+    this model keeps the changes that the training made before the error.
     """
 
     @functools.wraps(method)

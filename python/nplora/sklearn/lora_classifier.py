@@ -35,8 +35,8 @@ class LoRAClassifier(ClassifierBase, ArrayEstimator):
         network: a Module, such as a Sequential, which fitting does not change; the path of a safetensors
             file, as in `read_network`; or None for random features.
         rank, alpha, dropout: the settings of the LoRA layers, as in `LoRALinear`. If d_in or d_out of a layer
-            is less than `rank`, the layer's rank is the smaller of d_in and d_out. Its scale stays alpha /
-            `rank`.
+            is less than `rank`, the layer's rank is the smaller of d_in and d_out. The layer's scale stays
+            alpha / `rank`.
         targets: the names of the layers to adapt, or the last parts of their dotted names; None: all layers.
         head: "replace": a new trained layer replaces the network's last linear layer. "append": a new trained
             layer follows the network. "keep": the network's outputs are the logits of the classes in sorted

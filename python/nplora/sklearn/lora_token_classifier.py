@@ -1,4 +1,4 @@
-"""LoRATokenClassifier: a pretrained encoder with LoRA that labels words, in scikit-learn's manner."""
+"""LoRATokenClassifier: a scikit-learn estimator that labels words, with a pretrained encoder and LoRA."""
 
 from __future__ import annotations
 

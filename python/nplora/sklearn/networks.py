@@ -228,7 +228,7 @@ def _last_linear(model: Module) -> Linear | LoRALinear:
 def _targets(
     model: Module, wanted: tuple[str, ...] | None, without: Collection[int]
 ) -> dict[str, Linear | Conv2d]:
-    """Return the frozen layers to adapt, as a dict from names. Layers whose id is in `without` are left out.
+    """Return the frozen layers to adapt, as a dict {name: layer}, without layers whose id is in `without`.
 
     As in PEFT, an entry of `wanted` is a name, or the last parts of a dotted name. None: all frozen layers.
     """

@@ -1,4 +1,4 @@
-"""Checks whether GGUF metadata can describe a tokenizer.json, which must be a byte-level BPE for this.
+"""Checks whether GGUF metadata can describe the tokenizer in a tokenizer.json: a byte-level BPE.
 
 GGUF metadata contain the name of the rule that splits text (`pre`), and whether BOS and EOS are added. GGUF
 cannot express the other settings of a tokenizer.json. So all the other settings must have the values that

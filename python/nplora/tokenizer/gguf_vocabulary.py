@@ -336,7 +336,7 @@ class _Vocabulary:
         _put_around(backend, {"cls": found[0]}, {"sep": found[1]})
 
     def _add_ends(self, backend: Any, bos: int | None, eos: int | None) -> None:
-        """Put BOS before and EOS after each text. The file's settings decide this, or else their defaults."""
+        """Put BOS before and EOS after each text, unless the file's settings or their defaults forbid it."""
         begins = self.model == "llama" or self.metadata.string(f"{KEY}pre", "") in _BEGINS_WITH_BOS
         before = {"bos": bos} if bos is not None and self._flag("add_bos_token", begins) else {}
         after = {"eos": eos} if eos is not None and self._flag("add_eos_token", self.model == "t5") else {}

@@ -54,7 +54,7 @@ class _Part:
 
 @dataclass(frozen=True)
 class _Cost:
-    """The number of ways to match a text of n characters: `choices` times n to the power `degree`."""
+    """The number of ways to match a text of n characters, which is `choices` · n ** `degree`."""
 
     degree: int
     choices: int

@@ -336,7 +336,7 @@ class Tokenizer:
     ) -> tuple[list[int], bool]:
         """Like `encode`, but also return whether the result contains all tokens of the text.
 
-        If it does not, more than `_UNSURE` tokens of the text are missing.
+        If the result is incomplete, more than `_UNSURE` tokens of the text are missing.
         """
         _require_text(text)
         size = len(text) if most is None else _CHARACTERS * (most + _UNSURE)

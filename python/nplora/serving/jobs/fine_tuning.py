@@ -130,7 +130,7 @@ class FineTuning:
                 warn_user(f"the adapter {one['name']!r} cannot be used: {error}")
 
     def _adapter_place(self, job: Record, checkpoint: Record) -> Path:
-        """Return the directory with the adapter that a checkpoint of a job saved."""
+        """Return the directory that contains the adapter of a job's checkpoint."""
         is_final = checkpoint["name"] == job["fine_tuned_model"]
         part = "run" if is_final else f"checkpoints/step-{checkpoint['step']}"
         return self._state.storage.place(job["id"]) / part

@@ -1,9 +1,10 @@
 """Print random sentences of the project, or the average length of the sentences in README and docs.
 
-    python scripts/sentences.py --from python --count 40 --seed 1
+    python scripts/sentences.py --from python --count 40 --seed 1 --paragraphs
     python scripts/sentences.py --average
 
 Someone who never saw the code reads the random sentences; each one that needs a second reading is rewritten.
+With --paragraphs, the sentences before a sentence are printed, too, because no one reads it without them.
 """
 
 import argparse
@@ -25,6 +26,7 @@ class Sentence(NamedTuple):
     file: Path
     line: int
     text: str
+    before: tuple[str, ...] = ()  # the sentences before it in the same paragraph
 
     @property
     def words(self) -> int:
@@ -52,7 +54,8 @@ def split(text: str) -> list[str]:
 
 def _sentences(file: Path, paragraphs: Iterator[tuple[int, str]]) -> Iterator[Sentence]:
     for line, text in paragraphs:
-        yield from (Sentence(file, line, sentence) for sentence in split(text))
+        found = split(text)
+        yield from (Sentence(file, line, each, tuple(found[:i])) for i, each in enumerate(found))
 
 
 # ---- Python: help texts, messages and docstrings ----
@@ -162,9 +165,11 @@ SOURCES: dict[str, Callable[[], Iterator[Sentence]]] = {
 }
 
 
-def print_random(source: str, count: int, seed: int) -> None:
+def print_random(source: str, count: int, seed: int, with_paragraphs: bool) -> None:
     found = [sentence for sentence in SOURCES[source]() if sentence.words >= _LEAST_WORDS]
     for number, sentence in enumerate(random.Random(seed).sample(found, min(count, len(found))), 1):
+        if with_paragraphs and sentence.before:
+            print(f"     ({' '.join(sentence.before)})")
         print(f"{number:3}  {sentence}")
 
 
@@ -196,6 +201,8 @@ def main() -> int:
     parser.add_argument("--from", dest="source", choices=SOURCES, default="python", help="what to sample")
     parser.add_argument("--count", type=int, default=40, metavar="N", help="sentences to print (default: 40)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the choice (default: 0)")
+    text = "also print the sentences before each sentence in its paragraph, in parentheses"
+    parser.add_argument("--paragraphs", action="store_true", help=text)
     text = f"print words per sentence of README and docs; exit status 1 if a page is above {MOST_WORDS}"
     parser.add_argument("--average", action="store_true", help=text)
     text = "with --average: also print the N longest sentences"
@@ -203,7 +210,7 @@ def main() -> int:
     given = parser.parse_args()
     if given.average:
         return 0 if print_averages(given.longest) else 1
-    print_random(given.source, given.count, given.seed)
+    print_random(given.source, given.count, given.seed, given.paragraphs)
     return 0
 
 

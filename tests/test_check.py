@@ -42,7 +42,7 @@ NET = nplora.Sequential(nplora.Linear(np.eye(2), trainable=True))
             lambda: nplora.LanguageModel.generate(None, "x", max_length=3),
             "did you mean max_new_tokens, which does not count the prompt?",
         ),
-        (lambda: nplora.LanguageModel.generate(None, "x", num_beams=3), "one text, without beams"),
+        (lambda: nplora.LanguageModel.generate(None, "x", num_beams=3), "one text, without beam search"),
         (lambda: nplora.evaluate("m", "d", batch_size=3), "'batch_size'; nplora forms the batches itself"),
         (lambda: nplora.load_model("m", torch_dtype="bfloat16"), "did you mean compute?"),
     ],

@@ -9,8 +9,8 @@ namespace nplora {
 
 enum class Life { kShort, kLong };
 
-// A buffer that starts at a cache line. A buffer of 2 MiB or more uses huge pages if the system grants them.
-// A long-lived buffer (Life::kLong) can already use huge pages if it has 64 KiB or more.
+// A buffer that starts at a cache line. A buffer uses huge pages if the system grants them and the buffer is
+// large enough: at least 2 MiB, or at least 64 KiB if the buffer is long-lived (Life::kLong).
 class AlignedBuffer {
  public:
   AlignedBuffer() = default;

@@ -24,7 +24,7 @@ struct BlockFacts {
   // The largest magnitude of a value. For a larger value, float16 could not hold the scale or the minimum of
   // the block. (In NF4, scales are floats, so the limit is the range of float.)
   float largest;
-  const char* shorter = nullptr;  // the format for rows that are not whole blocks, as in llama.cpp
+  const char* shorter = nullptr;  // the substitute if a row is not a whole number of blocks, as in llama.cpp
 };
 
 }  // namespace nplora

@@ -8,8 +8,8 @@ namespace nplora {
 
 namespace {
 
-// The largest size of an idle buffer that `take` reuses for a request of `bytes`. The limit is a quarter
-// larger than the request, because batches differ a little in their number of tokens.
+// If the caller of `take` asks for `bytes` bytes, `take` reuses an idle buffer of at most this size. The
+// limit is a quarter larger than `bytes`, because batches differ a little in their number of tokens.
 constexpr size_t most_for(size_t bytes) {
   return bytes + bytes / 4;
 }
@@ -33,8 +33,9 @@ AlignedBuffer BufferCache::take(size_t bytes) {
   return buffer;
 }
 
-// Makes room for a new buffer of `bytes`: frees idle buffers, the largest first, until the sum of used, idle
-// and new memory is at most the peak of used memory plus the spare memory. The peak includes the new buffer.
+// Makes room for a new buffer of `bytes` bytes: frees idle buffers, the largest first, until all buffers
+// together, including the new buffer, take at most `most` bytes. This limit is the peak of the used buffers
+// plus the spare memory. The new buffer counts as used.
 void BufferCache::make_room(size_t bytes) {
   const size_t peak = std::max(most_used_, used_bytes_ + bytes), most = peak + std::min(peak, kSpareBytes);
   while (!idle_.empty() && used_bytes_ + idle_bytes_ + bytes > most) {

@@ -1,4 +1,4 @@
-// Large buffers that are reused: the next training step takes the buffers that this step gives back.
+// Large buffers that are reused: each training step takes the buffers that the previous step has given back.
 #pragma once
 
 #include <cstddef>
@@ -9,16 +9,16 @@
 
 namespace nplora {
 
-// Used and idle buffers together take at most kSpareBytes more memory than the peak of the used buffers
-// alone, and at most twice this peak. Some passes, such as reading a prompt, need a few buffers of different
-// sizes one after the other. Without spare memory, reading a prompt would free and map nearly all buffers in
-// each layer.
+// The cache has two limits for the memory of the used and the idle buffers together: the peak of the used
+// buffers plus kSpareBytes, and twice this peak. The spare memory is for passes that need a few buffers of
+// different sizes one after the other, for example a pass that reads a prompt. Without spare memory, such a
+// pass would free and map nearly all buffers in each layer.
 class BufferCache {
  public:
   static constexpr size_t kSpareBytes = size_t{4} << 20;
 
-  // Returns a buffer of at least this many bytes, with undefined contents. Reuses an idle buffer that is not
-  // much larger; if there is none, allocates a new buffer.
+  // Returns a buffer of at least this many bytes, with undefined contents. Reuses an idle buffer if its size
+  // is at most a quarter above `bytes`; otherwise, allocates a new buffer.
   AlignedBuffer take(size_t bytes);
   void give_back(AlignedBuffer buffer) noexcept;
 

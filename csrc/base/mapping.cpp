@@ -13,8 +13,8 @@ namespace nplora {
 namespace {
 
 // Weights are placed one after the other in regions of kRegion bytes of address space. Only weights of up to
-// kLargestNeighbour bytes share huge pages. A larger weight would gain little: only the small pages after its
-// last huge page could be shared, and they are a small part of the weight.
+// kLargestNeighbour bytes share huge pages. A larger weight would gain little: most of it fills huge pages of
+// its own, and only the rest at its end would share a huge page.
 constexpr size_t kRegion = size_t{32} << 20, kLargestNeighbour = size_t{8} << 20;
 
 size_t whole_pages(size_t bytes) {
@@ -54,9 +54,10 @@ class Neighbours {
   }
 
   // Must be called before memory is unmapped, because other code may map the same addresses afterwards. If
-  // these addresses belong to a huge page that weights have not filled yet, the small pages in this huge page
-  // are never collapsed. A `take` that runs on another thread at the same time may miss this call. Other code
-  // may then use more memory, but no data is lost.
+  // these addresses belong to a huge page that weights have not filled yet, the small pages at the addresses
+  // of this huge page are never moved into a huge page. A `take` that runs on another thread at the same time
+  // may miss this call, and may then move pages of other code into a huge page. The other code then uses more
+  // memory, but no data is lost.
   void leave(const char* at, size_t size) {
     if (at < end_ && at + size > small_pages_) has_hole_ = true;
   }

@@ -17,9 +17,10 @@ char* map(size_t bytes);
 
 // Maps memory for a weight. A weight is read from memory again and again. A huge page needs one address
 // translation; the same bytes in small pages need 512 translations, more than the processor can cache. So
-// weights are placed one after the other, and a huge page is requested only when weights fill all of it.
-// While the weights exist, huge pages therefore never make the process larger. If only a part of a huge page
-// is unmapped, the system reclaims this part when memory is short, or when the rest of the page is unmapped.
+// weights are placed one after the other, and a huge page is requested only when weights fill all of it. So
+// as long as the weights exist, the process takes no more memory with huge pages than without huge pages. If
+// only a part of a huge page is unmapped, the system reclaims this part when memory is short, or when the
+// rest of the page is unmapped.
 char* map_beside(size_t bytes);
 
 void unmap(void* at, size_t bytes);

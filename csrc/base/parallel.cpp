@@ -29,8 +29,8 @@ std::atomic<bool (*)()> interrupt_hook{nullptr};
 // parallel_for, all tasks of that call run on this thread.
 thread_local bool asking = false;
 
-// The number of operations that makes one more thread worthwhile. One core computes this many operations in
-// about 5 µs, and waking a worker also takes about 5 µs.
+// The number of floating-point operations that makes it worthwhile to use one more thread. One core computes
+// this many operations in about 5 µs, and waking a worker also takes about 5 µs.
 constexpr double kOperationsPerThread = 5e5;
 
 // Hands out tasks one by one from a shared counter. After the first exception, no more tasks are handed out.
@@ -118,7 +118,7 @@ size_t threads_at_start() {
     const char* text = std::getenv("OMP_NUM_THREADS");
     if (text == nullptr) text = "";
     text += std::strspn(text, " \t");
-    unsigned number = 0;  // stays 0 unless the text starts with a number of at least 1
+    unsigned number = 0;  // stays 0 if OMP_NUM_THREADS does not begin with a number of at least 1
     std::from_chars(text, text + std::strlen(text), number);
     return number > 0 ? size_t{number} : platform::usable_processors();
   }();

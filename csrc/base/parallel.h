@@ -17,10 +17,10 @@ struct Interrupted : std::runtime_error {
 void set_thread_limit(size_t n);
 size_t num_threads();
 
-// The thread limit that other libraries can change, for example threadpoolctl. The limit is at first the
-// value of the environment variable OMP_NUM_THREADS. If the variable is not set, the limit is at first the
-// number of processors that this process may use. Each calling thread has its own limit, as in OpenMP. In a
-// build with OpenMP, the limit is OpenMP's limit.
+// The thread limit that other libraries, such as threadpoolctl, can change. The limit starts as the value of
+// the environment variable OMP_NUM_THREADS. If this variable is not set, the limit starts as the number of
+// processors that this process may use. Each calling thread has its own limit, as in OpenMP. In a build with
+// OpenMP, the limit is OpenMP's limit.
 void set_outer_threads(size_t n);
 size_t outer_threads();
 

@@ -14,7 +14,7 @@ inline void pause() {
 #endif
 }
 
-// Polls until done() is true, but for at most the time `most`. Returns done().
+// Polls until done() is true or the time `most` has passed. Returns done().
 template <class Done>
 bool spin(const Done& done, std::chrono::microseconds most) {
   const auto end = std::chrono::steady_clock::now() + most;

@@ -23,7 +23,8 @@ size_t page_size();
 // there is no memory.
 char* map_pages(size_t bytes, size_t alignment);
 
-// A part of a mapping can be unmapped only on systems where `can_collapse_pages` may return true.
+// Unmaps a whole mapping. On a system where `can_collapse_pages` can return true, a call may also unmap only
+// a part of a mapping.
 void unmap_pages(void* at, size_t bytes);
 
 // Two requests to the system: to use huge pages, or to use small pages. If the system refuses a request, the
@@ -31,8 +32,8 @@ void unmap_pages(void* at, size_t bytes);
 void prefer_huge_pages(char* at, size_t bytes);
 void keep_small_pages(char* at, size_t bytes);
 
-// Whether `collapse_pages` can work on huge pages of this size. The test maps one huge page; if there is no
-// memory for the test, returns std::nullopt.
+// Whether `collapse_pages` can move small pages into huge pages of `huge_page` bytes. The function tries this
+// with one huge page, and returns std::nullopt if there is no memory for the trial.
 std::optional<bool> can_collapse_pages(size_t huge_page);
 
 // Moves the content of small pages into huge pages. If the system refuses, only speed is lost.
@@ -52,8 +53,8 @@ size_t usable_processors();
 // registration, forked children may hang, but nothing else fails.
 void call_in_forked_child(void (*f)());
 
-// Threads that are started during the lifetime of this object block all signals. The program's own threads
-// then receive the signals.
+// Threads that are started during the lifetime of this object block all signals. So only the other threads of
+// the process receive signals.
 class WithoutSignals {
  public:
   WithoutSignals();
@@ -68,8 +69,8 @@ class WithoutSignals {
 // The number of the processor that runs the calling thread, or -1 if the system does not say.
 int current_processor();
 
-// Keeps the threads off this processor. Returns false if the system refuses, or if the process may use no
-// other processor.
+// Makes the system run `threads` on any processor except `processor`. Returns false if the system does not
+// support this, or if the process may use no other processor.
 bool avoid_processor(std::span<const Thread> threads, int processor);
 
 // ---- faults in mapped files ----
@@ -78,10 +79,10 @@ bool avoid_processor(std::span<const Thread> threads, int processor);
 // function.
 using FaultMessage = std::string_view (*)(uintptr_t address);
 
-// After this call, a page of a mapped file that cannot be read ends the process, if `find` has a message
-// about its address. The message goes to stderr, the handler that was installed before is called, and the
-// process ends with status kFaultStatus. Call this function again before each new mapping, because other code
-// may have restored an older handler, as faulthandler.disable() does.
+// After this call, the process ends if it fails to read a page of a mapped file, and if `find` returns a
+// message about the address of the page. The message goes to stderr, the handler that was installed before is
+// called, and the process ends with status kFaultStatus. Call this function again before each new mapping,
+// because other code may have restored an older handler, as faulthandler.disable() does.
 void explain_faults(FaultMessage find);
 
 inline constexpr int kFaultStatus = 135;  // on Linux, 128 + the number of SIGBUS; all systems use this value

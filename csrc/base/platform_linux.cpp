@@ -59,7 +59,7 @@ void collapse_pages(char* at, size_t bytes) {
 // std::thread::hardware_concurrency counts all processors of the machine, including processors that this
 // process may not use because of taskset or a container.
 size_t usable_processors() {
-  for (size_t most = 1024; most <= size_t{1} << 20; most *= 4) {  // 2^20 is more than Linux supports
+  for (size_t most = 1024; most <= size_t{1} << 20; most *= 4) {  // Linux supports fewer than 2^20 processors
     cpu_set_t* const allowed = CPU_ALLOC(most);
     if (allowed == nullptr) break;
     const size_t bytes = CPU_ALLOC_SIZE(most);
@@ -115,7 +115,8 @@ bool request_tiles() {
 #endif
 
 bool has_arm_bf16_and_dot_products() {
-  constexpr unsigned long kBf16 = 1ul << 14, kDotProducts = 1ul << 20;  // bits in AT_HWCAP2 and in AT_HWCAP
+  // kBf16 is a bit of AT_HWCAP2, and kDotProducts is a bit of AT_HWCAP.
+  constexpr unsigned long kBf16 = 1ul << 14, kDotProducts = 1ul << 20;
   return (getauxval(AT_HWCAP2) & kBf16) != 0 && (getauxval(AT_HWCAP) & kDotProducts) != 0;
 }
 

@@ -19,10 +19,11 @@ namespace {
 std::atomic<bool> in_child{false};
 [[maybe_unused]] const bool fork_watch = (platform::call_in_forked_child([] { in_child = true; }), true);
 
-// How long an idle thread polls before it sleeps. The polling time is longer than the gaps between the calls
-// of a training step. A sleeping thread may be woken on the caller's own core. (In a virtual machine, a core
-// that is halted does not count as idle.) The woken thread then waits for a time slice while the caller does
-// all the work: with 20 µs of polling, a step took 8.0 ms on two cores instead of 4.3 ms.
+// How long an idle thread polls before it sleeps. The polling time is longer than the time between two jobs
+// of a training step, so threads do not sleep between these jobs. The system may wake a sleeping thread on
+// the caller's own core even if another core has no work: in a virtual machine, a core that is halted does
+// not count as idle. The woken thread then waits for a time slice while the caller does all the work: with 20
+// µs of polling, a step took 8.0 ms on two cores instead of 4.3 ms.
 constexpr auto kSpinTime = std::chrono::microseconds(1000);
 
 struct Job {
@@ -82,8 +83,8 @@ class Pool {
   }
 
   // Keeps the workers off the caller's processor. A sleeping worker would often be woken on that processor,
-  // and would wait there for a time slice while the caller does all the work. On any other processor a worker
-  // gets enough time, even if the threads of a BLAS library spin there for a while after each product.
+  // and would wait there for a time slice while the caller does all the work. On another processor, a worker
+  // can soon run, even if a thread of a BLAS library spins there for a while after a matrix product.
   void steer_workers() {
     const int processor = platform::current_processor();
     if (processor == steered_from_ || processor < 0) return;
@@ -117,7 +118,7 @@ class Pool {
   std::mutex mutex_;
   std::condition_variable wake_, done_;
   std::vector<Job*> jobs_;
-  std::atomic<size_t> open_places_{0};            // the sum of `places` over all jobs
+  std::atomic<size_t> open_places_{0};            // the sum of Job::places over all open jobs
   std::vector<platform::Thread> worker_threads_;  // workers never end
   int steered_from_ = -1;                         // the caller's processor, which the workers avoid
 };

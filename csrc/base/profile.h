@@ -28,7 +28,7 @@ inline constexpr const char* kActivityNames[] = {"forward", "backward", "attenti
                                                  "loss",    "optimizer"};
 inline constexpr size_t kActivities = std::size(kActivityNames);
 
-// The element types of products.
+// The element types in which matrix products are computed.
 enum class Arithmetic : uint8_t { kFloat64, kFloat32, kBfloat16, kInt8 };
 inline constexpr const char* kArithmeticNames[] = {"float64", "float32", "bfloat16", "int8"};
 inline constexpr size_t kArithmetics = std::size(kArithmeticNames);
@@ -36,7 +36,7 @@ inline constexpr size_t kArithmetics = std::size(kArithmeticNames);
 struct ActivityTotals {
   uint64_t calls = 0;
   double seconds = 0;
-  std::array<double, kArithmetics> operations{};  // the floating-point operations of products
+  std::array<double, kArithmetics> operations{};  // the number of operations for each Arithmetic
 };
 using Profile = std::array<ActivityTotals, kActivities>;
 

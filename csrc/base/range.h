@@ -22,14 +22,14 @@ struct Range {
   size_t first, count;
 };
 
-// Block i, if n items are cut into blocks of `size` items. The last block may be shorter.
+// Returns the range of block i if n items are cut into blocks of `size` items. The last block may be shorter.
 constexpr Range nth_block(size_t n, size_t size, size_t i) {
   return {i * size, std::min(size, n - i * size)};
 }
 
-// Piece i, if n items are cut into `pieces` pieces of about equal size that begin at multiples of `unit`.
-// `pieces` is at least 1 and at most the number of units. If the pieces differ in size, the last piece is one
-// of the shorter pieces.
+// Returns the range of piece i if n items are cut into `pieces` pieces of about equal size. Each piece begins
+// at a multiple of `unit`. `pieces` is at least 1 and at most ceil(n / unit). If the pieces differ in size,
+// the last piece is one of the shorter pieces.
 constexpr Range nth_piece(size_t n, size_t unit, size_t pieces, size_t i) {
   const size_t units = ceil_div(n, unit), first = ceil_div(units * i, pieces) * unit;
   return {first, std::min(n, ceil_div(units * (i + 1), pieces) * unit) - first};

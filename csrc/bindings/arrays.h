@@ -1,6 +1,6 @@
-// NumPy arrays that Python passes to C++. An array must have the exact dtype and be in C order. Shapes are
-// checked here, too. python/nplora/_check.py has usually checked the arguments before, with better error
-// messages.
+// NumPy arrays that Python passes to C++. An array must have the exact dtype and be in C order.
+// python/nplora/_check.py has usually checked the shapes already, with better error messages; they are
+// checked here again.
 #pragma once
 
 #include <pybind11/numpy.h>
@@ -34,7 +34,7 @@ using Array = py::array_t<T, py::array::c_style>;
 inline void take_gil(PyThreadState* state) {
   try {
     PyEval_RestoreThread(state);
-  } catch (...) {  // only pthread_exit gets here, and glibc does not allow code to leave this block
+  } catch (...) {  // only pthread_exit leads here, and glibc does not allow code to leave this catch block
     for (;;) std::this_thread::sleep_for(std::chrono::hours(1));
   }
 }

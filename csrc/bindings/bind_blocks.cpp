@@ -11,7 +11,8 @@ namespace {
 using Floats = Array<float>;
 using Bytes = Array<uint8_t>;
 
-// Finds a row format by its name. Every block format except nf4 is a row format.
+// Finds a row format by its name. A row format is a format whose blocks run along rows: every block format
+// except nf4.
 BlockFormat row_format(const std::string& name) {
   std::string known;
   for (size_t i = 0; i < kRowFormats; ++i) {

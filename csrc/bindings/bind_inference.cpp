@@ -1,4 +1,5 @@
-// Layers for repeated inference. The arrays of a layer are checked once, and then read in place in each call.
+// Layers that are created once and then called many times, without a backward pass. The arrays of a layer are
+// checked when the layer is created, and each call reads them in place.
 #include <bit>
 #include <type_traits>
 #include <variant>
@@ -17,8 +18,8 @@ class InferenceLayer {
   InferenceLayer(const InferenceLayer&) = delete;
   InferenceLayer& operator=(const InferenceLayer&) = delete;
 
-  // If `constant` is set, a and b never change. The factors are then copied to bfloat16 if bfloat16 can
-  // represent all their values.
+  // If `constant` is set, the arrays `a` and `b` never change. The constructor then copies both arrays to
+  // bfloat16, if bfloat16 can represent all their values.
   template <class T>
   InferenceLayer(const py::object& weight, const Array<T>& a, const Array<T>& b, double scale,
                  const std::optional<Array<T>>& bias, bool constant)

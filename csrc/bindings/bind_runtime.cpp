@@ -26,7 +26,7 @@ bool signal_pending() {
   if (now - last < kInterval) return false;
   last = now;
   const py::gil_scoped_acquire acquire;
-  const ScratchFrame frame;  // a signal handler may call the core in the middle of a task
+  const ScratchFrame frame;  // a signal handler may call the core, which then needs other scratch buffers
   return PyErr_CheckSignals() != 0;
 }
 

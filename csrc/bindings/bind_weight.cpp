@@ -26,7 +26,8 @@ const char* name_of(Storage storage) {
 
 namespace {
 
-// "float" is the weight's own type: float32, or float64 for float64 storage.
+// The names of the compute types. "float" means float64 for a weight that is stored in float64, and float32
+// for all other weights.
 constexpr const char* kComputes[] = {"float", "bfloat16", "int8"};
 Compute compute_of(const std::string& name) {
   for (size_t i = 0; i < std::size(kComputes); ++i)

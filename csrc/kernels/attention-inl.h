@@ -114,9 +114,9 @@ inline void scale_columns(size_t rows, size_t n, const float* factor, float* x, 
   });
 }
 
-// Returns, in each lane, the maximum of `before` and of the `rows` elements of one column. Neighbouring lanes
-// belong to neighbouring columns. The loop keeps four independent maxima, because a single maximum would wait
-// for the result of each comparison.
+// Returns the maxima of neighbouring columns, one column in each lane. The maximum of a column is over the
+// `rows` elements of the column and over the lane of `before` for this column. The loop keeps four
+// independent maxima, because a single maximum would wait for the result of each comparison.
 template <class Span>
 inline Vec<float> largest_of_column(size_t rows, const float* column, size_t stride, Vec<float> before,
                                     const Span& span) {

@@ -2,12 +2,14 @@
 // instruction set and every block format. Each kernel is documented in kernel_table.h. The decoders
 // are in kernels/formats.
 //
-// In all formats but NF4, a decoded value is the product of the float16 scale of the block, the integer scale
-// of the sub-block (if the format has such scales), and the code (or the level that a table gives for the
-// code). Some formats add a minimum to the product. A fused multiply-add gives the same value as a separate
-// multiplication and addition, because the product is exact. A float16 has 11 significant bits. A scale and a
-// code together have at most 12: 7 + 5 bits in Q6_K, and 5 + 7 bits in IQ4_XS. So the product fits into the
-// 24 bits of a float. Only the addition of the minimum rounds.
+// In all formats except NF4, a decoded value is a product of two or three factors. The first factor is the
+// scale of the block, a float16. The second factor is the scale of the sub-block, an integer; some formats
+// have no such scale. The last factor is the code, or the level that a table gives for the code. Some formats
+// add a minimum to the product. A fused multiply-add gives the same value as a separate multiplication and
+// addition, because the product is exact. The scale of the block has 11 significant bits. The scale of the
+// sub-block and the code have at most 12 significant bits together: 7 + 5 bits in Q6_K, and 5 + 7 bits in
+// IQ4_XS. So the product fits into the 24 significant bits of a float. Only the addition of the minimum
+// rounds.
 
 namespace nplora::kernels::NPLORA_ISA {
 
@@ -72,8 +74,8 @@ inline void put(const Floats& low, const Floats& high, Vec<float> d, To to) {
   put(high, d, to + kBytes);
 }
 
-// A position in a row of DecodedRows. If a gap in memory separates the two panels of a row, the position must
-// be a multiple of kBytes. The next kBytes elements are then all in one panel.
+// A position in a row of DecodedRows. If the row covers two panels, the position must be a multiple of
+// kBytes. The next kBytes elements are then all in one panel.
 static_assert(kPanelColumns % kBytes == 0);
 struct DecodedRow {
   float* row;
@@ -113,8 +115,9 @@ inline void put(const Floats& q, Vec<float> d, Vec<float> m, const EncodedRow& t
   put(values, to);
 }
 
-// Prepares the conversion of nibbles to the values that a destination stores. If the destination stores int8
-// codes, the codes of the sixteen possible nibbles of a sub-block are computed once and then looked up.
+// The function nibbles_for receives the values of the sixteen possible nibbles of a sub-block. If the
+// destination stores int8 codes, the function converts these sixteen values to codes. Each element then only
+// needs to look up its code.
 struct NibbleCodes {
   Bytes codes;
 };
@@ -199,8 +202,8 @@ struct HighBits {
         high(each_bit(static_cast<uint16_t>(bits[2] | bits[3] << 8), 16)) {}
 };
 
-// The factors and the minima of the sub-blocks of one block, decoded to memory by `read`. Formats that pack
-// their factors and minima into few bits specialise this struct.
+// The factors and the minima of a block, one of each for every sub-block. The function `read` decodes them to
+// memory. Formats that pack their factors and minima into few bits specialise this struct.
 template <class Block>
 struct Scales {
   void read(const Block&) {}
@@ -287,17 +290,18 @@ void encode_blocks(size_t rows, size_t first, size_t cols, const void* blocks, s
 // ---- products of a few tokens with rows of blocks ----
 
 // All tokens are multiplied with kFewRows rows of W before the next rows are read. While rows are read, the
-// same columns of later rows are prefetched. The function fetch_ahead returns the distance to the later rows:
-// at least kFetchAhead bytes, and a multiple of `group` rows.
+// same columns of later rows are prefetched. The function fetch_ahead returns the distance to the later rows
+// in bytes: the smallest multiple of the size of `group` rows that is at least kFetchAhead.
 inline constexpr size_t kFewRows = 8;
 inline size_t fetch_ahead(size_t row_bytes, size_t group = kFewRows) {
   const size_t few = group * row_bytes;
   return few == 0 ? 0 : ceil_div(kFetchAhead, few) * few;
 }
 
-// Prefetches a part of the memory `next` into L2. This function is called before each group of rows of W,
-// when `rows` rows are left, including this group. Each call prefetches the fraction group / rows of the
-// cache lines that are left in `next`, so that all calls prefetch about the same number of lines.
+// Prefetches some of the cache lines of `next` into L2, and removes these lines from `next`. The rows of W
+// are processed in groups of `group` rows. This function is called before each group, and `rows` is the
+// number of rows that are not yet processed. Each call prefetches the fraction group / rows of the cache
+// lines that are left in `next`, so that all calls prefetch about the same number of lines.
 inline void fetch_share(Fetch& next, size_t rows, size_t group = kFewRows) {
   const size_t n = rows <= group ? next.lines : ceil_div(next.lines * group, rows);
   next.lines -= n;
@@ -328,7 +332,7 @@ struct Decoders<Block, kRows> {
   Decoders(const Block* const (&at)[kRows], size_t n) : at(at) {
     static_assert(offsetof(Block, d) == 0);
     if constexpr (kFactors == 2) static_assert(offsetof(Block, m) == sizeof(Half));
-    constexpr size_t kAtOnce = smaller(kRows, 64 / kBits);  // rows whose scales and minima fit into 64 bits
+    constexpr size_t kAtOnce = smaller(kRows, 64 / kBits);  // number of rows whose factors fit into 64 bits
     for (size_t i = 0; i < n; ++i)
       for (size_t r = 0; r < kRows; r += kAtOnce) {
         uint64_t halves = 0;

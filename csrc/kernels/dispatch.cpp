@@ -88,7 +88,8 @@ const Choice* choices(size_t* count) {
   return all;
 }
 
-// Prepares this process to use a table. Returns an empty string on success, else the reason for the failure.
+// Checks that this process can use a table, and asks Linux for the tile registers if the table needs them.
+// Returns an empty string on success, else the reason for the failure.
 std::string try_to_enable(const Choice& choice) {
   if (!choice.available) return std::string("this machine, or its operating system, lacks ") + choice.parts;
   if (choice.takes_tiles && !simd::ask_for_tiles())

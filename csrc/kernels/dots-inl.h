@@ -7,7 +7,7 @@
 //
 // Each kernel unit (isa_*.cpp) defines three constants.
 //   `kDotResident` is the largest number of vectors of `x` that stay in registers while the rows of one panel
-//     of W are read. The sums of one token need kDotSums more registers.
+//     of W are read. The sums of one token take another kDotSums registers.
 //   `kDotRows` is the number of rows of W that share each load of `x`, for a single token whose `x` does not
 //     stay in registers.
 //   `kDotSums` is the number of partial sums of a row. kDotRows * kDotSums is at least 8, because an FMA has
@@ -24,13 +24,15 @@ inline constexpr size_t kVectorsOfPanel = kPanelColumns / Vec<Sum<W>>::kLanes;
 template <class W>
 inline constexpr size_t kSideSums = kVectorsOfPanel<W> >= 2 * kDotSums ? kDotSums : 1;
 
-// The number of rows of W that share each load of `x`. Eight sums hide the latency of an FMA. For several
-// tokens, more than eight sums would not fit into the registers.
+// The number of rows of W that share each load of `x`. For several tokens, rows share a load only if there
+// are at most eight sums in total: eight sums hide the latency of an FMA, and more sums would not fit into
+// the registers.
 template <class W, size_t kTokens>
 inline constexpr size_t kSharingRows =
     kTokens == 1 ? kDotRows : (kTokens * kSideSums<W> < 8 ? 8 / (kTokens * kSideSums<W>) : 1);
 
-// Whether the registers have room for the part of `x` that belongs to one panel, as well as for the sums.
+// Whether the registers have room for the sums and also for the columns of `x` that are multiplied by one
+// panel of W.
 template <class W, size_t kTokens>
 inline constexpr bool kStaysInRegisters =
     kTokens * (kVectorsOfPanel<W> + kSideSums<W>) <= kDotResident + kDotSums;
@@ -39,9 +41,10 @@ inline constexpr bool kStaysInRegisters =
 template <class W, size_t kTokens, size_t kRows>
 using RowSums = Vec<Sum<W>>[kRows][kTokens][kSideSums<W>];
 
-// Multiplies each row w[r] of a full panel with each row t of `x`, and adds the products to sums[r][t][0].
-// The order of the additions depends neither on the number of tokens nor on whether W is stored in panels or
-// row-major. `x_at(t, s)` returns vector s of row t of `x`.
+// Multiplies each row w[r] of a full panel by the matching elements of each row t of `x`, element by element.
+// The products of w[r] and row t are added to the lanes of sums[r][t][0]. The order of the additions depends
+// neither on the number of tokens nor on whether W is stored in panels or row-major. `x_at(t, s)` returns
+// vector s of row t of `x`.
 template <class W, size_t kTokens, size_t kRows, class XAt>
 [[gnu::always_inline]] inline void add_panel(const W* const (&w)[kRows], const XAt& x_at,
                                              RowSums<W, kTokens, kRows>& sums) {
@@ -208,7 +211,7 @@ template <size_t kTokens = 4, class Body>
   if constexpr (kTokens > 1) for_tokens<kTokens / 2>(m, body, first);
 }
 
-// Returns `p` without the tokens before token `first`.
+// Returns the part of the product `p` that begins at token `first`.
 template <class W>
 inline Dots<W> from_token(Dots<W> p, size_t first) {
   p.x += first * p.x_stride;

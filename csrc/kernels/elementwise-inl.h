@@ -155,9 +155,9 @@ inline Bf16Pair bfloat16_pair(float first, float second) {
 
 #if defined(NPLORA_SIMD_AVX512) && defined(NPLORA_SIMD_BF16)
 // `narrowed` converts two vectors of floats to bfloat16 in one instruction. The first vector becomes the low
-// half of the result. The instruction gives the same bits as bfloat16_bits, except for subnormal numbers.
-// `can_narrow` recognises subnormal numbers by their bits, because a program may have set its processor to
-// treat subnormal numbers as 0.
+// half of the result. The instruction gives the same bits as bfloat16_bits, except for subnormal numbers. The
+// function `can_narrow` returns true if there are no subnormal numbers. It tests the bits of the numbers,
+// because a program may have set its processor to treat subnormal numbers as 0.
 inline __mmask16 subnormals(__m512 x) {
   const __m512i bits = _mm512_castps_si512(x);
   return _mm512_test_epi32_mask(bits, _mm512_set1_epi32(0x7FFFFF)) &
@@ -187,8 +187,8 @@ inline void narrow_bfloat16(size_t n, const float* from, uint16_t* to) {
 inline void pair_rows(size_t rows, size_t cols, const float* x, size_t x_stride, Bf16Pair* out) {
 #if defined(NPLORA_SIMD_AVX512) && defined(NPLORA_SIMD_BF16)
   // The hardware prefetcher cannot follow all rows of `x`, so the code prefetches each pair of rows. The
-  // prefetch distance is about kFetchAhead bytes, but at least one pair of rows. The divisor is cols + 1
-  // because `cols` may be 0.
+  // prefetch distance is about kFetchAhead bytes, but at least one pair of rows. The code divides by cols + 1
+  // instead of `cols`, because `cols` may be 0.
   const size_t ahead = (kFetchAhead / sizeof(float) / (cols + 1) + 2) * x_stride;
 #endif
   for (; rows >= 2; rows -= 2, x += 2 * x_stride, out += cols) {

@@ -27,8 +27,9 @@ inline Vec<float> exp(Vec<float> x) {
   return times_power_of_two(p, n);
 }
 
-// `Whole` accesses a whole vector of floats. `Part` accesses only the first `n` lanes of a vector: `load` and
-// `or_zero` set the other lanes to zero, and `load_or` takes the other lanes from another vector.
+// `Whole` accesses a whole vector of floats. `Part` accesses only the first `n` lanes of a vector. In the
+// other lanes, the results of `load` and `or_zero` are zero, and the result of `load_or` has the lanes of the
+// first argument.
 struct Whole {
   Vec<float> load(const float* p) const { return Vec<float>::load(p); }
   Vec<float> load_or(Vec<float>, const float* p) const { return load(p); }

@@ -1,8 +1,8 @@
-// Integer products of a few rows of `x`, which are quantised to int8, and rows of low-bit blocks. One
+// Multiplies a few rows of `x`, quantised to int8, by rows of low-bit blocks, in integer arithmetic. One
 // implementation serves every instruction set. Each kernel is documented in kernel_table.h.
 //
-// An element of a block is a * code + b, where a and b are the factors of a sub-block or of half a sub-block.
-// An element of `x` is scale * code. The product of two sub-blocks is
+// An element of W is a * code + b, where a sub-block, or each half of a sub-block, has its own a and b. An
+// element of `x` is scale * code. The dot product of a sub-block of W and a sub-block of `x` is
 //   a * scale * Σ (codes of the block * codes of x) + b * scale * Σ (codes of x).
 // The sum of the products of codes is computed in integers. The value scale * Σ (codes of x) is stored
 // with `x`.
@@ -64,7 +64,7 @@ inline void quantize_row(size_t n, const float* x, int8_t* codes, float* scales,
 
 // ---- the factors a and b of one block, and the codes of its sub-blocks ----
 
-// The factor of a block that is a single sub-block.
+// The factor a or b of a block that has a single sub-block.
 struct One {
   float v;
   static One load(const float* p) { return {*p}; }
@@ -98,7 +98,7 @@ struct Halves {
 };
 
 // The 16 minima of a block with eight sub-blocks: one for each half of each sub-block. Each minimum is
-// multiplied by the sum of the matching half of a sub-block of `x`.
+// multiplied by the sum of the values of `x` in its half of the sub-block.
 struct HalfMinima {
   Eight low, high;
   static HalfMinima load(const float* p) { return {load_eight(p), load_eight(p + 8)}; }
@@ -115,7 +115,7 @@ inline float sum(const HalfMinima& x) {
 }
 
 // The scale d and the minimum m of a block, as floats. The two numbers are neighbours in memory. With AVX2 or
-// AVX-512, one instruction converts both.
+// AVX-512, one instruction converts both numbers.
 struct TwoFloats {
   float first, second;
 };
@@ -170,9 +170,8 @@ inline SubBlock high_bits(const uint8_t (&bits)[4]) {
   return join(high.low, high.high);
 }
 
-// Defines the type of a format's minima, and loads the sums of `x` by which the minima are multiplied. The
-// sums of `x` are over whole sub-blocks in this template, and over halves of sub-blocks in the
-// specialisation below.
+// Defines the type of a format's minima, and loads the sums of `x` that multiply the minima. Each sum is over
+// a whole sub-block in this template, and over half a sub-block in the specialisation below.
 template <class Block>
 struct MinimaOf {
   using Type = typename Codes<Block>::Factors;
@@ -278,14 +277,14 @@ inline void int8_tiles(const Rows& w, size_t m, size_t sub_blocks, Int8Rows x, f
 template <class Block>
 inline constexpr bool kRowsInLanes = Block::kElements == kSubBlock;
 
-// The largest number of tokens whose sums fit into the registers together with the codes of the rows.
+// The largest number of tokens for which the registers have room for the sums and for the codes of the rows.
 #if defined(NPLORA_SIMD_AVX512)
 inline constexpr size_t kLaneTokens = 8;
 #else
 inline constexpr size_t kLaneTokens = 4;
 #endif
 
-// Returns kLaneParts values: value p is the result of of(k + 4 * p).
+// Returns an array `parts` of kLaneParts values: parts[p] is the value that the call of(k + 4 * p) returns.
 template <class Of>
 [[gnu::always_inline]] inline auto of_parts(size_t k, const Of& of) {
   struct {
@@ -296,7 +295,8 @@ template <class Of>
   return found;
 }
 
-// Sets lane r of codes[k] to the codes 4 * k to 4 * k + 3 of the block at(r).
+// Transposes the codes of kLaneRows blocks, where at(r) returns block r. Each lane of codes[k] holds four
+// codes of one block: lane r holds the elements 4 * k to 4 * k + 3 of block r.
 template <class Block, class At>
 [[gnu::always_inline]] inline void transposed_codes(const At& at, LaneBytes (&codes)[8]) {
   LaneBytes low[4], high[4];
@@ -341,7 +341,7 @@ template <class Block, class At>
 #pragma GCC unroll 4
   for (size_t r = 0; r < 4; ++r)
     heads[r] = join_parts(of_parts(r, [&](size_t row) { return load_bytes(&at(row)); }).parts);
-  transpose_parts(heads);  // only heads[0] is used, so the compiler drops the other results
+  transpose_parts(heads);  // the compiler does not compute heads[1] to heads[3], which are not used
   return (LaneBits)heads[0];
 }
 
@@ -360,7 +360,7 @@ inline void int8_lanes(const Rows& w, size_t sub_blocks, const Int8Rows& x, floa
     LaneBytes codes[8];
     transposed_codes<Block>(at, codes);
     [[maybe_unused]] LaneSigns signs[8];
-    if constexpr (!C::kHasMinimum)  // dot_lanes needs unsigned bytes, so x gets the signs of W
+    if constexpr (!C::kHasMinimum)  // dot_lanes needs unsigned codes of W, so the signs move to `x`
 #pragma GCC unroll 8
       for (size_t k = 0; k < 8; ++k) {
         const LaneBytes all = codes[k];

@@ -1,7 +1,8 @@
 // Products of many rows of `x` with W, where both `x` and W are in int8. One implementation serves every
 // instruction set. Each kernel is documented in kernel_table.h.
 //
-// Each kernel unit (isa_*.cpp) defines the sizes of its tiles.
+// Each kernel unit (isa_*.cpp) defines the sizes of its tiles. The operand `a` holds the codes of `x`, and a
+// row of `a` has one or several groups: the values of a group share one scale (see CodedRows).
 //   `kTokenTileRows` x `kTokenTileVectors` is the size of a tile (rows x vectors) if a row of `a` has one
 //     group. Such a tile needs kTokenTileRows * kTokenTileVectors integer accumulators, kTokenTileVectors
 //     vectors of `w` and 1 broadcast element.
@@ -16,7 +17,8 @@ namespace nplora::kernels::NPLORA_ISA {
 // ---- x and W to int8 ----
 
 // Loads one vector from the array `from`, starting at element i. The array has `n` elements. Lanes after the
-// last element are zero. If `whole` is set, the elements fill all lanes.
+// last element are set to zero. If enough elements for all lanes are left, the caller may set `whole`, which
+// skips the test for the end of the array.
 [[gnu::always_inline]] inline Vec<float> load_upto(size_t n, const float* from, size_t i, bool whole) {
   return whole || n - i >= kIntLanes ? Vec<float>::load(from + i) : Vec<float>::load_partial(from + i, n - i);
 }
@@ -213,7 +215,8 @@ template <bool kPartial>
     sums.store_partial(c, count);
 }
 
-// Adds products of codes to integer sums. Each of the `quads` steps covers four codes along the depth.
+// Adds products of codes to integer sums. There are `quads` steps, and each step covers four codes along the
+// depth.
 template <size_t kRows, size_t kVectors>
 [[gnu::always_inline]] inline void int8_steps(size_t quads, const int8_t* a, size_t a_stride,
                                               const Int8Quad* w, size_t columns,
@@ -402,7 +405,8 @@ inline void int8_tile_upto(size_t rows, const Int8Product& p, size_t column) {
   if constexpr (kRows > 1) int8_tile_upto<kOneGroup, kRows - 1, kVectors, kPartial>(rows, p, column);
 }
 
-// Computes all `m` rows of kVectors vectors of columns, from column `column` on.
+// Computes kVectors vectors of columns of the product, in all `m` rows. The first of these columns is
+// `column`.
 template <bool kOneGroup, size_t kRows, size_t kVectors, bool kPartial>
 inline void int8_rows(size_t m, Int8Product p, size_t column) {
   for (size_t rows; m > 0; m -= rows) {

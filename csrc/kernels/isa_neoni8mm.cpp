@@ -1,5 +1,6 @@
-// NEON with int8 matrix products (Neoverse V1 and N2, Apple M2): int8 products of large batches with smmla.
-// The file dispatch.cpp combines these products with the other kernels of neonbf16.
+// NEON with int8 matrix products (Neoverse V1 and N2, Apple M2). The kernels of this file compute the int8
+// products of large batches with the instruction smmla. The file dispatch.cpp combines these kernels with the
+// other kernels of neonbf16.
 #define NPLORA_ISA neoni8mm
 #define NPLORA_SIMD_NEON
 #define NPLORA_SIMD_DOTPROD
@@ -11,7 +12,7 @@
 #include "simd/vec_quads.h"
 
 namespace nplora::kernels::neoni8mm {
-// The numbers of rows are even, because smmla multiplies two rows at a time.
+// The tiles have an even number of rows, because smmla multiplies two rows at a time.
 inline constexpr size_t kTokenTileRows = 8, kTokenTileVectors = 2, kGroupTileRows = 4, kGroupTileVectors = 2;
 }  // namespace nplora::kernels::neoni8mm
 

@@ -89,17 +89,19 @@ struct Fetch {
 
   // Prefetches `lines` cache lines that begin at `from`. At each step, gemm_outputs_in_lanes prefetches
   // `each` lines, but no more lines than the step reads from `w`. If `each` is 0, gemm_outputs_in_lanes
-  // prefetches nothing. When few lines are left, a step prefetches one line. When fewer lines are left than a
-  // tile has steps, the steps prefetch later rows of `w` instead. In L1 blocks (see l1_block_bytes), a step
-  // prefetches at most one line and no later rows. Products with low-bit blocks ignore `each` and spread the
-  // prefetches evenly over the rows of W.
+  // prefetches nothing. If too few lines are left for `each` lines at every step of a tile, every step
+  // prefetches one line. If too few lines are left for one line at every step, the steps prefetch later rows
+  // of `w` instead. In L1 blocks (see l1_block_bytes), a step prefetches at most one line, and never a later
+  // row of `w`. Products with low-bit blocks ignore `each` and spread the prefetches evenly over the rows of
+  // W.
   static constexpr Fetch memory(const void* from, size_t lines, size_t each = 0) {
     return {static_cast<const char*>(from), lines, each};
   }
 
   // This Fetch is only for gemm_outputs_in_lanes. Each step prefetches the rows of `w` that are kFetchAhead
-  // bytes after the rows that the step reads. In L1 blocks (see l1_block_bytes), the steps prefetch the next
-  // L1 block instead, or nothing if the block is read too few times to prefetch all of the next one.
+  // bytes after the rows that the step reads. In L1 blocks (see l1_block_bytes), each step prefetches one
+  // cache line of the next L1 block instead. If an L1 block is read so few times that its steps could not
+  // prefetch all of the next block, the steps prefetch nothing.
   static constexpr Fetch rows_ahead() { return {nullptr, 0, 1}; }
 };
 
@@ -109,10 +111,9 @@ struct Fetch {
 inline constexpr size_t kFetchAhead = 12288;
 
 // A multiple of the `depth_unit` of every instruction set (see Tiles). If the depth is cut at multiples of
-// kDepthUnit elements, the sums are the same as for the whole depth. A panel of floats has 48 elements along
-// the depth, which is a multiple of kDepthUnit. A panel of bfloat16 pairs has 24 elements, which is no
-// multiple of kDepthUnit, so the depth of a product of pairs is cut at multiples of kDepthCut
-// (ops/blocking.h).
+// kDepthUnit elements, the sums are the same as for the whole depth. A panel of floats is 48 elements deep,
+// which is a multiple of kDepthUnit. A panel of bfloat16 pairs is 24 elements deep, which is no multiple of
+// kDepthUnit. Therefore, products of pairs cut the depth at multiples of kDepthCut (ops/blocking.h).
 inline constexpr size_t kDepthUnit = 16;
 static_assert(kPanelDepth<float> % kDepthUnit == 0);
 
@@ -128,8 +129,8 @@ using Peak = double (*)(size_t iterations);
 // bits.
 template <class E>
 struct Tiles {
-  // The number of tokens in a full tile of gemm_tokens_in_lanes. The tokens of a tile fill two vectors. Small
-  // batches use one vector of lanes / 2 tokens.
+  // The number of tokens in a full tile of gemm_tokens_in_lanes. These tokens fill two vectors. For a small
+  // batch, a tile has only one vector, with half as many tokens.
   size_t lanes;
   // The number of rows of `w` in a full tile of gemm_tokens_in_lanes. Any number of rows is allowed, but full
   // tiles are the fastest.
@@ -192,21 +193,20 @@ struct SmallProducts {
   // Multiplies x (m, depth) with the rows of `w` (rows, depth). `part` (m, rows, lanes / 2) holds partial
   // sums: partial sum i is the sum of the products at all depths k with k % (lanes / 2) == i. The sums are
   // stored in `part`. If `accumulate` is set, the sums are added to `part` instead. If `depth` is not 0,
-  // row_stride must be greater than 0. The order in which the products of a row of `x` are added depends
-  // neither on `m` nor on whether `w` is stored in panels or row-major. Pairs of bfloat16 have no such
-  // kernel.
+  // w.row_stride must be greater than 0. The order in which the products of a row of `x` are added depends
+  // neither on `m` nor on whether `w` is stored in panels or row-major. If W is Bf16Pair, `dots` is null.
   void (*dots)(size_t m, size_t rows, size_t depth, const Panels<W>& w, const Sum<W>* x, size_t x_stride,
                Sum<W>* part, bool accumulate);
 
   // Adds z aᵀ to `y` (m, rows), for z (m, depth) and a dense a (rows, depth). The product is the low-rank
   // term of a small batch: `m` is at most kSmallBatch, and `depth` is a rank. A row of `y` has the same bits
-  // for every `m`. Pairs of bfloat16 have no such kernel.
+  // for every `m`. If W is Bf16Pair, `add_dots` is null.
   void (*add_dots)(size_t m, size_t rows, size_t depth, const W* a, const Sum<W>* z, size_t z_stride,
                    Sum<W>* y, size_t y_stride);
 
-  // Computes the same product as gemm_outputs_in_lanes of Tiles, but `depth` always counts the rows of `w`.
-  // If `a` holds pairs of bfloat16 values, the first value of a pair is multiplied by one row of `w`, and the
-  // second value by the next row. If `depth` is odd, the last row is paired with zeros.
+  // Computes the same product as gemm_outputs_in_lanes of Tiles, but `depth` is the number of rows of `w`
+  // even if `a` holds pairs of bfloat16 values. In this case, the first value of a pair is multiplied by one
+  // row of `w`, and the second value by the next row. If `depth` is odd, the last row is paired with zeros.
   void (*gemm_outputs_in_lanes)(size_t m, size_t n, size_t depth, const Strided<Operand<W>>& a,
                                 const typename StoredOf<W>::Type* w, size_t w_stride, Sum<W>* c,
                                 size_t c_stride, bool accumulate, const Fetch& next);
@@ -288,8 +288,8 @@ struct Conversions {
   void (*dither_float16)(size_t n, uint64_t seed, uint64_t first, float* x);
 
   // Pairs rows 2i and 2i + 1 of `x` (rows, cols), element by element, and stores the pairs in row i of `out`
-  // (ceil(rows / 2), cols). If the number of rows is odd, the last row is paired with zeros. The function
-  // pair_rows first converts the floats to bfloat16.
+  // (ceil(rows / 2), cols). If the number of rows is odd, the last row is paired with zeros. Before pairing,
+  // pair_rows converts floats to bfloat16; for pair_bits, `x` already holds the bits of bfloat16 values.
   void (*pair_rows)(size_t rows, size_t cols, const float* x, size_t x_stride, Bf16Pair* out);
   void (*pair_bits)(size_t rows, size_t cols, const uint16_t* x, size_t x_stride, Bf16Pair* out);
 };
@@ -306,9 +306,9 @@ struct Nf4 {
   float absmax_offset = 0;
 };
 
-// The memory for rows of decoded floats. A row may cover two panels. In this case, the columns of the second
-// panel are stored `apart` elements later than in a contiguous row, so that neither panel has gaps between
-// its rows.
+// The memory for rows of decoded floats. A row may cover two panels. Each panel then stores its columns of
+// all rows without gaps, so the columns of the second panel do not follow the columns of the first panel in
+// memory: compared with a contiguous row, they are stored `apart` elements later.
 struct DecodedRows {
   float* data;
   size_t stride, apart = 0;
@@ -329,8 +329,8 @@ struct BlockDecoders {
                               const float* inverses, uint8_t offset, uint8_t* codes, size_t codes_stride);
 
   // Decodes NF4 into `to` (rows, cols). Element (i, j) of `to` is element first + i * row_step + j of the
-  // flattened tensor. Any `first` and `row_step` are allowed, but even numbers are faster. If the panels of
-  // `to` are apart (see DecodedRows), `first` and `row_step` must be multiples of 16.
+  // flattened tensor. Decoding is faster if `first` and `row_step` are even. If `to.apart` is not 0 (see
+  // DecodedRows), `first` and `row_step` must be multiples of 16.
   void (*decode_nf4)(size_t rows, size_t cols, Nf4 w, size_t first, size_t row_step, const DecodedRows& to);
 };
 
@@ -440,8 +440,8 @@ struct Int8Gemm {
   void (*dither)(size_t n, size_t group, uint64_t seed, uint64_t first, const float* x, const float* factors,
                  int8_t* codes, float* scales, int32_t* corrections);
 
-  // Sets largest[row] to the maximum of largest[row] and the magnitudes of a row of w (rows, cols). NaN
-  // counts as larger than all numbers.
+  // For each row i of w (rows, cols), sets largest[i] to the maximum of largest[i] and the magnitudes of the
+  // elements of row i. NaN counts as larger than all numbers.
   void (*largest)(size_t rows, size_t cols, const float* w, size_t w_stride, float* largest);
 
   // Converts floats w (rows, cols) to `codes` (rows, cols). A code is w * inverses[row], rounded to nearest,
@@ -459,9 +459,9 @@ struct Int8Gemm {
   // Computes c = a w diag(scales), or c += a w diag(scales) if `accumulate` is set. The shapes are c (m, n),
   // a (m, depth) and w (ceil(depth / 4), n). `w` is part of a panel whose rows are `columns` elements apart.
   // `columns` is kInt8PanelColumns or kPanelColumns. `n` is at most `columns`, but the kernel may read all
-  // columns of the panel. `depth` counts values and is at most kInt8Depth. `a` begins at the start of a
-  // group. If `scales` is null, all scales are 1. Within a group, products of codes are summed in integers.
-  // The sums of the groups are then added in order, in float.
+  // columns of the panel. `depth` counts values and is at most kInt8Depth. The first column of `a` is the
+  // first column of a group. If `scales` is null, all scales are 1. Within a group, products of codes are
+  // summed in integers. The sums of the groups are then added in order, in float.
   void (*multiply)(size_t m, size_t n, size_t depth, const CodedRows& a, const Int8Quad* w, size_t columns,
                    const float* scales, float* c, size_t c_stride, bool accumulate);
 
@@ -518,14 +518,15 @@ struct Transformer {
   // result may or may not be NaN.
   float (*largest)(size_t n, const float* x);
 
-  // Stores y = exp(x - shift) and returns the sum of `y`. Each lane adds up its own partial sum. `y` may be
-  // null, or the same array as `x`.
+  // Stores y = exp(x - shift) and returns the sum of `y`. The sum is computed as partial sums, one for each
+  // SIMD lane, which are added at the end. `y` may be null, or the same array as `x`.
   float (*exp_sum)(size_t n, const float* x, float shift, float* y);
 
   // Computes y = factor * x, or y += factor * x if `accumulate` is set. `y` may be the same array as `x`.
   void (*scaled)(size_t n, float factor, const float* x, float* y, bool accumulate);
 
-  // Returns the dot product of `a` and `b`. Each lane adds up its own partial sum.
+  // Returns the dot product of `a` and `b`. The sum is computed as partial sums, one for each SIMD lane,
+  // which are added at the end.
   float (*dot)(size_t n, const float* a, const float* b);
 
   // Computes the dot products of the heads of a query q (heads, dim) and the rows of keys k (rows, heads /
@@ -547,16 +548,16 @@ struct Transformer {
   size_t (*select)(size_t n, const float* x, float least, size_t limit, int32_t* ids, float* values);
 
   // Adds weighted rows to `out` (n): for each i < count in order, out += weights[i] * (row ids[i] of `rows`).
-  // The last panel of `rows` may have fewer columns than the others.
+  // The matrix `rows` is stored in panels, and its last panel may have fewer columns than the other panels.
   void (*add_rows)(size_t count, size_t n, const uint8_t* ids, const float* weights,
                    const Panels<float>& rows, float* out);
 
   // Multiplies each column j of `x` (rows, n) by factor[j].
   void (*scale_columns)(size_t rows, size_t n, const float* factor, float* x, size_t x_stride);
 
-  // Does one step of a softmax over each column. The rows of the columns arrive in tiles, and `s` (rows, n)
-  // is one tile (Milakov & Gimelshein 2018). The caller must multiply its sums over earlier tiles by
-  // `factor`. For each column, the step computes:
+  // Does one step of a softmax over each column of a matrix (Milakov & Gimelshein 2018). A step processes one
+  // tile `s` (rows, n), which holds the next `rows` rows of the matrix. The caller must multiply its sums
+  // over earlier tiles by `factor`. For each column, the step computes:
   //   new = max(largest, max s);  factor = exp(largest - new);  s = exp(s - new);
   //   sum = sum * factor + Σ s;  largest = new.
   // Before the first tile, the caller must set `largest` to the lowest finite float, so that elements of -Inf
@@ -574,7 +575,8 @@ struct Transformer {
   void (*whole_softmax_backward)(size_t rows, size_t n, float* s, float* dp, size_t stride);
 };
 
-// The kernels that are faster if the processor has instructions for bfloat16 and bytes.
+// The kernels that use instructions for bfloat16 values and for bytes, if the processor has such
+// instructions.
 struct NarrowKernels {
   Tiles<Bf16Pair> bf16;
   SmallProducts<Bf16Pair> small_pairs;

@@ -126,11 +126,12 @@ constexpr size_t rows_beside(size_t vectors) {
   return smaller(kTileTokens, kTileTokens * kOutputVectors / vectors);
 }
 
-// The size of an L1 block in bytes, or 0 if no tiles are wide. A wide tile has kPanelVectors vectors of `w`,
-// and an L1 block is the part of a dense panel that wide tiles process at a time. Wide tiles have few rows
-// and read `w` so fast that `w` must be in L1: on AVX2, tiles of 2 x 6 accumulators read 192 bytes of `w`
-// every 6 cycles. L1 has 32 KB or more, and must also hold the rows of `a` and `c`. Products of pairs use no
-// wide tiles, because AVX2 would have to split the pairs of `w` for each row of `a`.
+// The size of an L1 block in bytes, or 0 if products use no wide tiles. A wide tile has kPanelVectors vectors
+// of `w`, which is more than kOutputVectors. An L1 block is the part of a dense panel that wide tiles process
+// at a time. Wide tiles have few rows and read `w` so fast that `w` must be in L1: on AVX2, tiles of 2 x 6
+// accumulators read 192 bytes of `w` every 6 cycles. L1 has 32 KB or more, and must also hold the rows of `a`
+// and `c`. Products of pairs use no wide tiles, because AVX2 would have to split the pairs of `w` for each
+// row of `a`.
 template <class E>
 inline constexpr size_t kL1BlockBytes =
     kValuesPerElement<E> == 1 && kPanelVectors > kOutputVectors ? size_t{24} << 10 : 0;
@@ -176,8 +177,9 @@ inline FetchSteps take(Fetch& next, size_t steps, const W* w, size_t w_stride) {
   return taken;
 }
 
-// The operands of a product. `w` holds elements of type E, like `a`, or bfloat16 values. The kernel converts
-// bfloat16 values to float, or pairs them. `depth` counts the rows of `w`.
+// The operands of a product. `a` holds elements of type E. `w` holds elements of type E or single bfloat16
+// values. The kernel converts single bfloat16 values to the type E: to floats, or to pairs of bfloat16.
+// `depth` counts the rows of `w`.
 template <class E, class W>
 struct OutputsInLanes {
   size_t n, depth;
@@ -190,8 +192,8 @@ struct OutputsInLanes {
 };
 
 // Computes `tiles` tiles of kRows rows, one below the other. If rows of `w` are paired, only one tile is
-// computed, because no register is left for a loop over tiles. The `n` columns are kVectors vectors. The last
-// vector is full unless `kPartial` is set.
+// computed, because no register is left for a loop over tiles. The `n` columns take kVectors vectors, and the
+// last of these vectors is full unless `kPartial` is set.
 template <class E, class W, size_t kRows, size_t kVectors, bool kPartial>
 inline void gemm_outputs_in_lanes_fixed(size_t tiles, const OutputsInLanes<E, W>& tile, Fetch& fetch) {
   using T = Sum<E>;
@@ -244,7 +246,9 @@ inline void gemm_outputs_in_lanes_fixed(size_t tiles, const OutputsInLanes<E, W>
         return Vec<E>::broadcast(i < kNearRows ? a[i * p.a.row_stride]
                                                : far[(i - kNearRows) * p.a.row_stride]);
       };
-      if constexpr (kWide && kRows < kVectors) {  // a column of `a` needs fewer registers than a row of `w`
+      // In a wide tile, the elements of `a` stay in registers during a step if they are fewer than the
+      // vectors of `w`.
+      if constexpr (kWide && kRows < kVectors) {
         decltype(load_a(0)) x[kRows];
 #pragma GCC unroll 16
         for (size_t i = 0; i < kRows; ++i) x[i] = load_a(i);
@@ -316,7 +320,7 @@ inline void gemm_outputs_in_lanes_rows(size_t m, OutputsInLanes<E, W> p, Fetch& 
     gemm_outputs_in_lanes_upto<E, W, kRows - 1, kVectors, kPartial>(m % kRows, p, fetch);
 }
 
-// Calls the template instance for the `n` columns, which are at most kVectors full vectors.
+// Calls the template instance for the number of vectors that the `n` columns take, which is at most kVectors.
 template <class E, class W, size_t kVectors>
 inline void gemm_outputs_in_lanes_columns(size_t m, const OutputsInLanes<E, W>& p, Fetch& fetch) {
   constexpr size_t kLanes = Vec<E>::kLanes;
@@ -346,7 +350,7 @@ inline void gemm_outputs_in_lanes_l1_blocks(size_t m, OutputsInLanes<E, W> p, Fe
   const size_t vectors = smaller(kPanelVectors, ceil_div(p.n, kLanes)), row_bytes = p.n * sizeof(W);
   const size_t readings = ceil_div(m, rows_beside(vectors)) * ceil_div(p.n, kPanelVectors * kLanes);
   size_t left = p.depth, blocks = left > 0 ? ceil_div(left * row_bytes, kL1BlockBytes<E>) : 1;
-  bool streams = readings > 0 && fetch.each > 0 && fetch.lines == 0;  // the caller requests rows_ahead
+  bool streams = readings > 0 && fetch.each > 0 && fetch.lines == 0;  // whether rows_ahead is requested
   if (fetch.each > 0) fetch = lines_apart(fetch.at, fetch.lines, kCacheLine);
   // Each time a block is read, one cache line of each row of the next block is prefetched. If a block is read
   // fewer times than a row has cache lines, these prefetches would miss a part of the next block. In this
@@ -388,11 +392,11 @@ void gemm_outputs_in_lanes(size_t m, size_t n, size_t depth, const Strided<E>& a
 // into L2, because rows that are a multiple of 4 KB apart would evict each other from L1.
 inline constexpr size_t kPanelsAhead = 8;
 
-// Computes a row of full tiles along `count` panels. If `streams` is set, each step prefetches one row of a
-// later tile of `c`. If all rows of the later tile were prefetched at once, the requests would wait for each
-// other. With a small rank, a tile has too few steps to hide this wait. In the last panels of a row of tiles,
-// the later tile is in the next kRows rows of `c`. The sizes are template parameters so that
-// tests/inner_loops.py can read them in the function's name.
+// Computes kRows rows of `c` in `count` full panels, tile by tile. If `streams` is set, each step prefetches
+// one row of a later tile of `c`. If all rows of the later tile were prefetched at once, the requests would
+// wait for each other. With a small rank, a tile has too few steps to hide this wait. In the last panels, the
+// later tile is in the next kRows rows of `c`. The sizes are template parameters so that tests/inner_loops.py
+// can read them in the function's name.
 template <class T, size_t kRows, size_t kVectors>
 inline void merge_tiles(size_t count, size_t depth, const T* a, const T* panels, T* c, size_t c_stride,
                         bool streams) {
@@ -556,7 +560,7 @@ double peak(size_t iterations) {
 #pragma GCC unroll 12
     for (size_t i = 0; i < kSums; ++i)
       if constexpr (kValuesPerElement<E> == 1)
-        sums[i] = fma(sums[i], factor, x);  // the sums differ, so every product is computed
+        sums[i] = fma(sums[i], factor, x);  // no two sums are equal, so the compiler computes every product
       else
         sums[i] = fma(x, factor, sums[i]);
   }

@@ -59,9 +59,9 @@ inline void tile_step(const Bf16Pair* a, size_t a_stride, const Bf16Pair* b, siz
   });
 }
 
-// A copy of the operands of a step. The copy is needed if the operands cannot be loaded as tiles, or if the
-// operands end within the step. If the operands end within the step, the rest of the copy is filled with
-// zeros.
+// A copy of the operands of a step. The copy is needed in two cases. In the first case, the elements of a row
+// of `a` are not contiguous in memory, so they cannot be loaded as a tile. In the second case, the operands
+// end within the step, and the rest of the copy is filled with zeros.
 struct CopiedStep {
   alignas(64) Bf16Pair a[kPanelColumns * kTileSide];
   alignas(64) Bf16Pair b[kTileSide * kPanelColumns];
@@ -99,8 +99,8 @@ struct OutputTiles {
   size_t steps() const { return a.step_stride == 1 && 0 < depth && depth < kTileSide ? depth : kTileSide; }
 };
 
-// Computes kRows x kColumns tiles of `c`. The last tile has the shape (rows, columns), which must be the
-// shape in the last call of set_shapes.
+// Computes kRows x kColumns tiles of `c`. The last tile has the shape (rows, columns). The caller must have
+// set this shape with set_shapes.
 template <int kRows, int kColumns>
 inline void output_tiles(size_t rows, size_t columns, OutputTiles p) {
   const auto advance = [&p](size_t steps) {

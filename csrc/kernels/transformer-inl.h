@@ -3,7 +3,8 @@
 
 namespace nplora::kernels::NPLORA_ISA {
 
-// Returns 1 / sqrt(mean x² + eps). Each lane adds up its own partial sum of squares.
+// Returns 1 / sqrt(mean x² + eps). The sum of the squares is computed as partial sums, one for each SIMD
+// lane, which are added at the end.
 inline float inverse_rms(size_t n, const float* x, float eps) {
   Vec<float> squares = Vec<float>::zero();
   for_vectors(n, [&](size_t i, auto span) {
@@ -168,8 +169,9 @@ struct Gelu {
 #pragma GCC unroll 9
     for (size_t i = 1; i < sizeof kP / sizeof *kP; ++i) p = fma(p, t, V(V::broadcast(kP[i])));
     const V half = V::broadcast(0.5f), tail = half * t * exp(fma(square, V(V::broadcast(-0.5f)), p));
-    // Phi(g) is 1 - tail if g > 0, else tail. `positive` is 1 if g > 0, else 0. If |g| is so small that tail
-    // is 1/2, `positive` may also be between 0 and 1, but the result is 1/2 for every value of `positive`.
+    // Phi(g) is 1 - tail if g > 0, else tail. `positive` is 1 if g is at least 1e-30, and 0 if g <= 0. For g
+    // between 0 and 1e-30, `positive` is between 0 and 1. But `tail` is then 1/2, so the result is 1/2 for
+    // every value of `positive`.
     const V positive = min(one, max(V::zero(), g * V(V::broadcast(1e30f))));
     return tail + positive * (one - (tail + tail));
   }
@@ -214,7 +216,8 @@ inline float largest(size_t n, const float* x) {
   return fold(max(max(m[0], m[1]), max(m[2], m[3])), [](float a, float b) { return a > b ? a : b; });
 }
 
-// Prefetches `x` kFetchAhead bytes ahead. The L1 cache is larger than kFetchAhead bytes.
+// Prefetches the elements of `x` that are kFetchAhead bytes ahead. They are prefetched into L1, which has
+// room for more than kFetchAhead bytes.
 inline float exp_sum(size_t n, const float* x, float shift, float* y) {
   const Vec<float> less = Vec<float>::broadcast(shift);
   Vec<float> sum = Vec<float>::zero();
@@ -237,8 +240,8 @@ inline void scaled(size_t n, float factor, const float* x, float* y, bool accumu
 
 // Most groups of kSelected elements have no elements to select, or only a few. The compiler vectorises the
 // test for a whole group. If a group has elements to select, the code stores every element of the group, but
-// counts only the selected elements. So the next element overwrites an element that is not selected. A branch
-// for each element would often be mispredicted.
+// counts only the selected elements. So if an element is not selected, the next element overwrites it. A
+// branch for each element would often be mispredicted.
 inline size_t select(size_t n, const float* x, float least, size_t limit, int32_t* ids, float* values) {
   size_t count = 0;
   for (size_t first = 0; first < n; first += kSelected) {

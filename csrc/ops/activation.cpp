@@ -14,7 +14,7 @@ namespace {
 
 constexpr size_t kElementsPerTask = 16384;
 
-// The cost of each function for one element, in floating-point operations.
+// The time of each function for one element, divided by the time of one floating-point operation.
 constexpr double kErfOperations = 40, kPhiloxOperations = 20, kConversionOperations = 8;
 
 template <class Body>

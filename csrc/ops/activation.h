@@ -17,7 +17,8 @@ void gelu(size_t n, const T* x, bool tanh, T* out);
 template <class T>
 void gelu_backward(size_t n, const T* x, const T* dy, bool tanh, T* out);
 
-// out (n) = x / (1 - probability) for each element that the mask of `key` keeps, and 0 for all others.
+// Dropout: out (n) = x / (1 - probability) for each element that is not dropped, and 0 for all others. A
+// random number generator with the seed `key` chooses the elements that are dropped.
 template <class T>
 void dropout(size_t n, const T* x, double probability, uint64_t key, T* out);
 

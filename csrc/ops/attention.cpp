@@ -18,8 +18,9 @@ constexpr float kLowest = std::numeric_limits<float>::lowest();
 // sequences.
 constexpr size_t kTilesPerTask = 4;
 
-// A run consists of neighbouring queries of one sequence. A run with fewer lanes than this is computed
-// without tiles, because too much of each SIMD vector would be idle.
+// A run consists of neighbouring queries of one sequence. For each key-value head, a run has one lane for
+// each query and each query head that uses the key-value head. If these are fewer than kFewestLanes lanes,
+// attention is computed without tiles, because most lanes of a tile would be idle.
 constexpr size_t kFewestLanes = 12;
 
 // The keys of a single query are cut into pieces of at most this many keys.
@@ -163,8 +164,8 @@ void attend_piece(const AttentionShape& shape, const Piece& piece, Matrix<const 
   float *largest = part + heads * dim, *sum = largest + heads;
   float *scaled = scratch<float>(Scratch::kAttention, heads * (dim + n)), *scores = scaled + heads * dim;
   kernel().scaled(heads * dim, shape.scale, q.row(piece.row), scaled, false);
-  // For the last keys of a call, key_dots uses a different order of summation. So the first call must end at
-  // a multiple of kKeyUnit.
+  // For the last keys of a call, key_dots uses a different order of summation. So every call except the last
+  // one must end at a multiple of kKeyUnit.
   const size_t aligned = std::min(round_up(piece.keys.first, kKeyUnit), piece.keys.end);
   for (const Span half : {Span{piece.keys.first, aligned}, Span{aligned, piece.keys.end}})
     run.for_parts(half, [&](Span part) {
@@ -230,7 +231,7 @@ void attend_rows(const AttentionShape& shape, const std::vector<Run>& runs, Matr
   const size_t stride = shape.heads * (shape.head_dim + 2), threads = useful_threads(operations);
   float* parts = scratch<float>(Scratch::kAttentionParts, pieces.size() * stride);
   const size_t rows = first_piece.size() - 1;
-  const bool whole = pieces.size() == rows;  // each query has a single piece
+  const bool whole = pieces.size() == rows;  // whether each query has a single piece
   const auto join = [&](size_t i) {
     const size_t first = first_piece[i];
     join_pieces(shape, pieces[first].row, first_piece[i + 1] - first, parts + first * stride, to);

@@ -15,13 +15,14 @@ struct AttentionShape {
   size_t heads, kv_heads, head_dim;
   float scale;         // the factor of all scores, usually 1 / sqrt(head_dim)
   size_t window;       // a token attends to itself and `window` - 1 tokens before it; 0 means no limit
-  bool pairs = false;  // whether tiles of queries are multiplied in pairs of bfloat16, summed in float32
+  bool pairs = false;  // whether the products of tiles multiply pairs of bfloat16 and sum in float32
   // If `causal` is false, a token also attends to tokens after it: to all of them or, if there is a window,
   // to the next `window` - 1 of them.
   bool causal = true;
-  // A number that is added to the score of each head, query and key (Shaw et al. 2018). The number depends on
-  // the distance from the query to the key: bias is (heads, 2 reach + 1), and its columns are the distances
-  // -reach to reach. No key is further away than `reach`. If `bias` is null, nothing is added.
+  // `bias` (heads, 2 reach + 1) holds numbers that are added to the scores (Shaw et al. 2018). The number for
+  // a score depends on the head and on the distance, which is the position of the key minus the position of
+  // the query. Column j of `bias` is for the distance j - reach. No key is further away than `reach`. If
+  // `bias` is null, nothing is added.
   const float* bias = nullptr;
   size_t reach = 0;
 
@@ -39,10 +40,10 @@ struct Sequences {
 };
 
 // Computes out = softmax(scale q kᵀ) v within each sequence, and lse (n, heads) = log Σ exp(scores), which
-// the backward pass needs. A score is a sum of head_dim products; an output is a sum of one product for each
-// key. All sums run in order, in float32. The error of a sum of m products is therefore below gamma(m) = m u
-// / (1 - m u) times the sum of the products' magnitudes, where u is the unit roundoff. Inf or NaN in a row
-// may spread to all rows of the same sequence, but not to other sequences.
+// the backward pass needs. A score is a sum of head_dim products. An output is a sum of products, with one
+// product for each key. All sums run in order, in float32. The error of a sum of m products is therefore
+// below gamma(m) = m u / (1 - m u) times the sum of the products' magnitudes, where u is the unit roundoff.
+// Inf or NaN in a row may spread to all rows of the same sequence, but not to other sequences.
 void attention(const AttentionShape& shape, Sequences sequences, Matrix<const float> q, Matrix<const float> k,
                Matrix<const float> v, Matrix<float> out, Matrix<float> lse);
 
@@ -68,8 +69,8 @@ struct KeyValueCache {
 // Row i of q is the query of the token at position lengths[i] - 1 in slot slots[i] of the cache. The query
 // attends to this token and to all tokens before it, as far as the window allows. The bits of a row depend
 // neither on the size of the pages nor on the other rows, with one exception. Neighbouring rows with
-// successive tokens of one slot are computed together. If there are fewer than kFewestLanes / group such
-// rows, they are computed by a different method.
+// successive tokens of one slot are computed together, by one of two methods that round differently. The
+// method depends on the number of these rows: it changes at kFewestLanes / (heads / kv_heads) rows.
 void attention_cached(const AttentionShape& shape, Matrix<const float> q, KeyValueCache cache,
                       const int64_t* slots, const int64_t* lengths, Matrix<float> out);
 

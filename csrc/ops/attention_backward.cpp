@@ -48,7 +48,8 @@ struct BackwardBuffers {
 };
 
 // The operands of a tile in pairs of bfloat16. A pair of `q` or `dout` holds two neighbouring values of one
-// lane. In all other operands, a pair holds the values of two neighbouring lanes or keys.
+// lane. A pair of `ds_down` holds the values of two neighbouring keys. In all other arrays, a pair holds the
+// values of two neighbouring lanes.
 struct PairBuffers {
   static constexpr size_t kLanePairs = kTileLanes / 2;
 
@@ -86,8 +87,8 @@ void add_outer(size_t keys, size_t depth, size_t dim, const E* weights, size_t w
                                                       true, kernels::Fetch::none());
 }
 
-// Sets b.delta (lanes) to the delta of the tile. On the first diagonal, delta is computed and stored in
-// x.delta; on later diagonals, delta is copied from x.delta.
+// Sets b.delta[i] to the delta of lane i of the tile (see Operands). On the first diagonal, delta is computed
+// and stored in x.delta; on later diagonals, delta is copied from x.delta.
 void find_delta(const QueryTile& tile, const Operands& x, bool first, const BackwardBuffers& b) {
   const size_t dim = tile.shape.head_dim;
   if (first) tile.gather(x.saved.out, 1, b.q_rows);
@@ -99,8 +100,8 @@ void find_delta(const QueryTile& tile, const Operands& x, bool first, const Back
   });
 }
 
-// Turns the scores into p, and dp into ds. `whole` says whether b.scores holds the scores of all keys of the
-// queries.
+// Computes the backward pass of the softmax in place: b.scores becomes p, and b.dp becomes ds (see
+// attend_backward). `whole` says whether b.scores holds the scores of all keys of the queries.
 void softmax_backward(size_t n, size_t lanes, bool whole, const BackwardBuffers& b) {
   if (whole)
     kernel().whole_softmax_backward(n, lanes, b.scores, b.dp, kTileLanes);
@@ -108,9 +109,9 @@ void softmax_backward(size_t n, size_t lanes, bool whole, const BackwardBuffers&
     kernel().softmax_backward(n, lanes, b.lse, b.delta, b.scores, b.dp, kTileLanes);
 }
 
-// The keys for which a tile of queries is computed. If `whole` is true, the queries attend to no other keys,
-// and one tile of scores holds the scores of all keys. If `whole` is false, the keys are cut at multiples of
-// kTileKeys.
+// The keys that attend_backward multiplies with a tile of queries. If `whole` is true, the queries attend to
+// no other keys, and one tile of scores holds the scores of all keys. If `whole` is false, the keys are cut
+// at multiples of kTileKeys.
 struct Keys {
   Span span;
   bool whole;
@@ -121,7 +122,8 @@ struct Keys {
   }
 };
 
-// Computes the products of one tile of queries and some keys in float32.
+// Computes the scores, p, dp and ds of one tile of queries and the keys `all`, and adds their products to dq,
+// dk and dv (see attend_backward). All products are computed in float32.
 void multiply(const QueryTile& tile, const Keys& all, const Operands& x, const BackwardBuffers& b) {
   const size_t dim = tile.shape.head_dim, lanes = tile.lanes, column = tile.kv_head * dim;
   bool add = false;
@@ -140,8 +142,9 @@ void multiply(const QueryTile& tile, const Keys& all, const Operands& x, const B
   });
 }
 
-// Does the same as `multiply` in pairs of bfloat16. Pairs of keys begin at even positions, so the key before
-// all.span may be computed too. That key is masked, because it is before the window.
+// Does the same as `multiply`, but multiplies pairs of bfloat16. A pair of keys begins at an even position.
+// If all.span begins at an odd position, the key before all.span is therefore computed too. This key is
+// masked, because it is before the window.
 void multiply_pairs(const QueryTile& tile, const Keys& all, const Operands& x, const BackwardBuffers& b) {
   const size_t dim = tile.shape.head_dim, lanes = tile.lanes, column = tile.kv_head * dim;
   const PairBuffers pairs(dim, lanes, b);
@@ -170,9 +173,9 @@ void multiply_pairs(const QueryTile& tile, const Keys& all, const Operands& x, c
 // in the SIMD lanes of all products. With the scores s:
 //   p = exp(s - lse);  dv += p dout;  dp = dout vᵀ;  ds = p ∘ (dp - delta);
 //   dq = scale ds k;  dk += ds (scale q).
-// The first block of a tile sets dq, and later blocks add to it. If one tile of scores holds all keys of the
-// queries, p and delta are computed from these scores. With few keys, dp and delta can be nearly equal. If
-// delta were computed from the rounded `out`, dp - delta would then be too inexact.
+// For a tile of queries, the first block of keys sets dq, and later blocks add to dq. If one tile of scores
+// holds all keys of the queries, p and delta are computed from these scores. With few keys, dp and delta can
+// be nearly equal. If delta were computed from the rounded `out`, dp - delta would then be too inexact.
 void attend_backward(const QueryTile& tile, Span block, const Operands& x, bool first) {
   const size_t dim = tile.shape.head_dim, lanes = tile.lanes;
   const Span seen = tile.visible(),
@@ -224,9 +227,10 @@ struct Task {
 // dq is a sum over keys; dk and dv are sums over queries. Think of a matrix whose rows are query blocks and
 // whose columns are key blocks. The blocks on one diagonal of this matrix share neither queries nor keys, so
 // they are computed in parallel. The diagonals are computed one after the other. Every sum then has one fixed
-// order, no product is computed twice, and within a diagonal, no thread waits for another thread. Causal
-// attention has only the main diagonal and the diagonals below it. Without causality, each diagonal continues
-// above the main diagonal, as on a torus.
+// order, no product is computed twice, and within a diagonal, no thread waits for another thread. On diagonal
+// d, query block i meets key block i - d. Causal attention has only the main diagonal and the diagonals below
+// it, so it begins with query block d. Without causality, the query blocks i < d are on diagonal d too: if a
+// sequence has n blocks, query block i meets key block i - d + n.
 void attention_backward(const AttentionShape& given, Sequences sequences, Matrix<const float> dout,
                         const AttentionSaved& saved, Matrix<float> dq, Matrix<float> dk, Matrix<float> dv) {
   const Timed timed(Activity::kAttentionBackward);

@@ -16,9 +16,9 @@
 
 namespace nplora {
 
-// A lane is one head of one query. The lanes of a run are ordered by token, then by head, and cut into tiles
-// of kTileLanes lanes. Heads that share a key-value head are therefore neighbours. A tile is (rows,
-// kTileLanes) in memory: the lanes of a row are contiguous.
+// A lane is one head of one query. All lanes of a tile use the same key-value head. The lanes of a run that
+// use the same key-value head are ordered by token, then by head, and are cut into tiles of kTileLanes lanes.
+// Most arrays of a tile have the shape (n, kTileLanes), so that neighbouring lanes are neighbours in memory.
 inline constexpr size_t kTileLanes = kernels::kPanelColumns;
 // The number of keys in a tile. The scores of a tile are 64 keys x 48 lanes of floats = 12 KB.
 inline constexpr size_t kTileKeys = 64;
@@ -30,23 +30,25 @@ struct Span {
   size_t size() const { return end - first; }
 };
 
-// The sums over keys are split at multiples of kKeyUnit positions, for two reasons. key_dots computes 4 or 8
-// keys at a time, and a product may split its depth only at multiples of kDepthUnit. So the results do not
-// depend on the size of the pages.
+// The sums over keys are split only at multiples of kKeyUnit positions, so that the results do not depend on
+// the size of the pages. Two limits determine kKeyUnit: key_dots computes 4 or 8 keys at a time, and a
+// product may split its depth only at multiples of kDepthUnit.
 inline constexpr size_t kKeyUnit = kernels::kDepthUnit;
 static_assert(kPageUnit % kKeyUnit == 0 && kTileKeys % kKeyUnit == 0);
 
 // The keys or the values of all runs in pairs of bfloat16.
 struct PairedRows {
-  const kernels::Bf16Pair* along;  // pairs of neighbours in a row
-  const kernels::Bf16Pair* down;   // pairs of neighbouring positions of a run in a column
-  size_t width;                    // the number of values in a row
+  const kernels::Bf16Pair* along;  // a pair holds two neighbouring values of a row
+  const kernels::Bf16Pair* down;   // a pair holds two values of a column, at positions 2i and 2i + 1
+  size_t width;                    // the number of columns of k or v
 
-  // The rows of `along` for one head, from `row` on, as the left operand of a product over head_dim.
+  // Returns the left operand of a product that sums over head_dim: the part of `along` that begins at row
+  // `row` and at column `column` of k or v.
   kernels::Strided<kernels::Bf16Pair> over_dim(size_t row, size_t column) const {
     return {along + (row * width + column) / 2, width / 2, 1};
   }
-  // The rows of `down` for one head, from `row` on, as the left operand of a product over keys.
+  // Returns the left operand of a product that sums over keys: the transpose of the part of `down` that
+  // begins at row `row` and at column `column`.
   kernels::Strided<kernels::Bf16Pair> over_keys(size_t row, size_t column) const {
     return {down + row * width + column, 1, width};
   }
@@ -55,15 +57,17 @@ struct PairedRows {
 // A run: neighbouring queries, and the keys of their sequence. The positions of the queries are
 // first_position, first_position + 1, and so on.
 struct Run {
-  size_t row, count;               // rows of q
-  size_t first_position;           // the position of the first query among the keys
-  const float *k, *v;              // the start of page 0
-  size_t stride;                   // the row stride of k and v
-  const int64_t* pages = nullptr;  // the page of each page_tokens positions; if null, all are in page 0
+  size_t row, count;      // rows of q
+  size_t first_position;  // the position of the first query in its sequence
+  const float *k, *v;     // the start of page 0 or, without pages, the row of position 0
+  size_t stride;          // the row stride of k and v
+  // pages[i] is the page of the positions i * page_tokens to (i + 1) * page_tokens - 1. `pages` is null if
+  // page 0 holds all positions.
+  const int64_t* pages = nullptr;
   size_t page_tokens = 0;
-  const PairedRows* k_pairs = nullptr;  // set if products are computed in pairs (never with pages)
+  const PairedRows* k_pairs = nullptr;  // null if products are in float32, as always with pages
   const PairedRows* v_pairs = nullptr;
-  size_t pair_row = 0;  // the row of `down` that holds the positions 0 and 1
+  size_t pair_row = 0;  // the row of `down` whose pairs hold positions 0 and 1
 
   Matrix<const float> keys(size_t head, size_t dim, Span part) const {
     return {k + row_of(part.first) * stride + head * dim, part.size(), dim, stride};
@@ -101,8 +105,8 @@ inline Span visible_keys(const AttentionShape& shape, const Run& run, size_t fir
   return {first, window > 0 ? std::min(last_position + window, keys) : keys};
 }
 
-// Counts the operations of attention. For each pair of a query head and a visible key, there are `products`
-// products with 2 head_dim operations each.
+// Counts the floating-point operations of attention. For each lane and each key to which the query of the
+// lane attends, attention computes `products` products of vectors with head_dim elements.
 inline void count_operations(const Timed& timed, const AttentionShape& shape, const std::vector<Run>& runs,
                              double products) {
   double pairs = 0;
@@ -113,14 +117,13 @@ inline void count_operations(const Timed& timed, const AttentionShape& shape, co
               products * pairs * 2.0 * double(shape.heads * shape.head_dim));
 }
 
-// A tile: the lanes `first` to first + lanes - 1 of a run. All query heads of a tile share the key-value head
-// kv_head.
+// A tile: the lanes `first` to first + lanes - 1 of those lanes of a run that use the key-value head kv_head.
 struct QueryTile {
   const AttentionShape& shape;
   const Run& run;
   size_t kv_head, first, lanes;
 
-  // Takes kTileLanes lanes from first_lane on, or fewer if end_lane comes first.
+  // The tile begins at first_lane and ends before end_lane, but has at most kTileLanes lanes.
   QueryTile(const AttentionShape& s, const Run& r, size_t head, size_t first_lane, size_t end_lane)
       : shape(s),
         run(r),
@@ -196,8 +199,9 @@ struct QueryTile {
   }
 };
 
-// Cuts a range of keys at multiples of kTileKeys, and calls body(keys) for each tile. The result of a query
-// then does not depend on the other queries of its tile, which may attend to other keys.
+// Cuts a range of keys at multiples of kTileKeys, and calls body(keys) for each tile. These cuts do not
+// depend on where the range begins. So the result of a query does not depend on the other queries of its
+// tile, which may attend to other keys.
 template <class Body>
 void for_key_tiles(Span keys, const Body& body) {
   while (keys.first < keys.end) {
@@ -233,7 +237,8 @@ inline void add_weighted(size_t lanes, Matrix<const float> v, const float* weigh
   add_weighted<float>(lanes, v.cols, v.rows, {v.data, 1, v.stride}, weights, kTileLanes, sums, accumulate);
 }
 
-// Pairs neighbouring rows of x (rows, lanes), whose rows are kTileLanes apart: out (ceil(rows / 2), lanes).
+// Pairs rows 2i and 2i + 1 of x (rows, lanes), element by element, and stores the pairs in row i of out
+// (ceil(rows / 2), lanes). The rows of `x` are kTileLanes elements apart.
 inline void pair_rows(size_t rows, size_t lanes, const float* x, kernels::Bf16Pair* out) {
   kernels::table().convert.pair_rows(rows, lanes, x, kTileLanes, out);
 }

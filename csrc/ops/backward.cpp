@@ -1,4 +1,5 @@
-// The backward pass: dz = scale dy A, dx = sum of dy W + undrop(dz B), da += scale dyᵀ z, db += dzᵀ drop(x).
+// The backward pass of LoRA layers: from the gradients dy of the outputs, computes dz = scale dy A and dx =
+// the sum of dy W + undrop(dz B) over all layers, and adds da += scale dyᵀ z and db += dzᵀ drop(x).
 // The function `drop` applies the dropout mask to x, and `undrop` applies the same mask to a gradient.
 #include <algorithm>
 #include <type_traits>
@@ -19,10 +20,10 @@ using kernels::Sum;
 
 namespace {
 
-// Computes the gradients of a stack of layers. The products use elements of type E, and blocks of the weight
-// have elements of type W. For each token block, dz is computed first, and then dx and the sums of dA and dB.
-// So dy and x are read from memory once. The sums are added to the caller's dA and dB at the end, so an
-// interrupted call leaves dA and dB unchanged.
+// Computes the gradients of a stack of layers. The template parameter E is the element type of the products
+// with the factors, and W is the element type of blocks of the weight. For each token block, dz is computed
+// first, and then dx and the sums of dA and dB. So dy and x are read from memory once. The sums are added to
+// the caller's dA and dB at the end, so an interrupted call leaves dA and dB unchanged.
 template <class E, class W>
 void backward(std::span<const BackwardPart<Sum<E>>> parts, Matrix<const Sum<E>> x, Matrix<Sum<E>> dx,
               std::optional<uint64_t> dither_key = {}) {
@@ -36,7 +37,7 @@ void backward(std::span<const BackwardPart<Sum<E>>> parts, Matrix<const Sum<E>> 
     const Range token_block{first, std::min(most, tokens - first)};
     if (stack.prepares())
       for_pieces(token_block.count, kTokenUnit, threads, [&](Range some) {
-        for (size_t i = 0; i < some.count; i += kTokenUnit) {  // a few tokens at a time, so that dy is in L2
+        for (size_t i = 0; i < some.count; i += kTokenUnit) {  // the dy of so few tokens stays in L2
           const Range few{some.first + i, std::min(kTokenUnit, some.count - i)};
           stack.prepare(token_block, few);
           input.prepare(token_block, few);
@@ -56,7 +57,8 @@ void backward(std::span<const BackwardPart<Sum<E>>> parts, Matrix<const Sum<E>> 
   factors.finish();
 }
 
-// Counts the operations of a backward pass, as if the updates were not merged on the fly.
+// Reports the number of operations of a backward pass to `timed`. An update that is merged on the fly counts
+// as many operations as a separate update.
 template <class T>
 void count_operations(const Timed& timed, std::span<const BackwardPart<T>> parts, bool wants_dx,
                       Arithmetic arithmetic) {
@@ -86,10 +88,10 @@ void lora_backward(std::span<const BackwardPart<T>> parts, Matrix<const T> x, Ma
     const auto is_packed = [](const BackwardPart<T>& part) { return part.w.packed; };
     const bool all_bf16 = std::all_of(parts.begin(), parts.end(), is_bf16);
     const bool all_packed = std::all_of(parts.begin(), parts.end(), is_packed);
-    // Up to this many tokens, gemm_outputs_in_lanes pairs the rows of W itself. On some instruction sets,
-    // gemm_outputs_in_lanes must copy the rows to pair them, and makes a new copy for every kFewTokens
-    // tokens. In larger batches, all tokens share one copy of the paired rows, which is made before the
-    // products.
+    // In batches of up to `most_paired` tokens, gemm_outputs_in_lanes pairs the rows of W during the product.
+    // On some instruction sets, gemm_outputs_in_lanes must copy the rows to pair them, and makes a new copy
+    // for every kFewTokens tokens. In larger batches, all tokens share one copy of the paired rows, which is
+    // made before the products.
     const size_t most_paired = !all_packed                           ? kInPlaceBatch
                                : kernels::table().pairs_in_registers ? kPairedBatch
                                                                      : kFewTokens;
@@ -115,8 +117,9 @@ void add_outer(Matrix<const T> a, Matrix<const T> b, double scale, Matrix<T> out
     const Range rows = nth_block(out.rows, kRowBlock, i / col_tasks);
     const Range cols = nth_block(out.cols, kColumnBlock, i % col_tasks);
     T* scaled = scratch<T>(Scratch::kFactor, kSumDepth * kRowBlock);
-    // The whole product is computed before it is added to `out`. A caller that computes several products and
-    // adds them itself therefore gets the same bits.
+    // The whole product is computed in separate memory, and then added to `out`. `out` therefore gets the
+    // same bits as if the caller computed the product into an array of zeros and then added this array to
+    // `out`.
     const Matrix<T> product{scratch<T>(Scratch::kWeight, rows.count * cols.count), rows.count, cols.count,
                             cols.count};
     for (size_t first = 0; first < a.rows; first += kSumDepth) {

@@ -26,9 +26,10 @@ void FactorGradients<E>::cut(const Part* part, const Joined* joined, size_t cols
     tasks_.push_back({part, joined, {c, std::min(kColumnBlock, cols - c)}});
 }
 
-// Adds the product of a token block to the sums of a task. The sums of a task are some columns of dA
-// transposed (r, d_out), to which zᵀ dy is added, or some columns of dB (r, d_in), to which dzᵀ drop(x) is
-// added. A few tokens are computed at a time, so that the rows of dy or x stay in the cache.
+// Adds the product of a token block to the sums of a task. If the task computes dA, the sums are some columns
+// of dA transposed (r, d_out), and the product is zᵀ dy. If the task computes dB, the sums are some columns
+// of dB (r, d_in), and the product is dzᵀ drop(x). Only a few tokens are multiplied at a time, so that the
+// rows of dy or x stay in the cache.
 template <class E>
 void FactorGradients<E>::add(Range token_block, size_t task) const {
   const Task& t = tasks_[task];
@@ -38,8 +39,8 @@ void FactorGradients<E>::add(Range token_block, size_t task) const {
     add_rows(t, token_block, {i, std::min(kSumDepth, token_block.count - i)}, sum, stride);
 }
 
-// Returns dy[tokens, cols] if the task computes dA, and drop(x)[tokens, cols] if the task computes dB.
-// `tokens` are rows of the batch, not of a token block.
+// Returns dy[tokens, cols] if the task computes dA, and drop(x)[tokens, cols] if the task computes dB. The
+// range `tokens` is counted from the start of the batch, not from the start of a token block.
 template <class E>
 Matrix<const typename FactorGradients<E>::T> FactorGradients<E>::right_of(const Task& task,
                                                                           Range tokens) const {
@@ -71,7 +72,7 @@ void FactorGradients<E>::add_rows(const Task& task, Range token_block, Range som
     const kernels::Conversions& convert = kernels::table().convert;
     const size_t depth = depth_of<E>(some.count);
     E* pairs = scratch<E>(Scratch::kWeight, depth * right.cols);
-    if (part && part->dy)  // dy is already in bfloat16
+    if (part && part->dy)  // dy was already converted to bfloat16
       convert.pair_bits(
           some.count, right.cols,
           reinterpret_cast<const uint16_t*>(part->dy + some.first * part->dy_depth()) + task.cols.first,

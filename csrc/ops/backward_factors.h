@@ -31,9 +31,9 @@ class FactorGradients {
   using Part = typename Stack::Part;
   using Joined = typename Stack::Joined;
 
-  // Some columns of one gradient. For the gradient of A (kept transposed), `part` is the layer, and `joined`
-  // is null. For the gradient of B, `joined` is a group of layers whose gradients are one matrix product, and
-  // `part` is null.
+  // A task computes some columns of one gradient. If the gradient is that of A (which is stored transposed),
+  // `part` is the layer, and `joined` is null. If the gradient is that of B, `joined` is a group of layers
+  // whose gradients of B are computed by one matrix product, and `part` is null.
   struct Task {
     const Part* part;
     const Joined* joined;

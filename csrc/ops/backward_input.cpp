@@ -20,11 +20,11 @@ using kernels::Strided;
 
 namespace {
 
-// The memory to prefetch while the first tokens of a task are multiplied with a block of W. Usually this is
-// the memory that is read after the block: the next rows of the same panel, or the next panel. Later rows of
-// the block itself are prefetched in three cases: if W is not packed, if all tokens fill only one tile, or if
-// the block is read in place and processed in L1 blocks. (While later tokens are multiplied, rows of the
-// block are prefetched from L2 into L1.)
+// Returns the memory to prefetch while the first tokens of a task are multiplied by a block of W. Usually
+// this is the memory that is read after the block: the next rows of the same panel, or the next panel. In
+// three cases, later rows of the same block are prefetched instead: if W is not packed, if all tokens fit
+// into one tile, or if the block is read in place and the kernel divides it into L1 blocks. (When the later
+// tokens of the task are multiplied, the block is already in L2, and its rows are prefetched into L1.)
 template <class E>
 Fetch following(const WeightView& w, Range rows, Range panel, size_t tokens, const void* block) {
   const kernels::Tiles<E>& k = kernels::table().tiles<E>();
@@ -67,7 +67,8 @@ void InputGradient<E, W>::place_codes(size_t block_tokens, void* memory) {
   }
 }
 
-// dy is multiplied by the scales of W's rows before it is rounded, so that the products need no scales of W.
+// dy is multiplied by the scales of W's rows before it is quantised, because the product dy W is a sum over
+// the rows of W: the scale of a single row cannot be applied after the sum.
 template <class E, class W>
 void InputGradient<E, W>::prepare(Range token_block, Range some) const {
   if constexpr (kInt8)
@@ -92,15 +93,15 @@ typename InputGradient<E, W>::Gradient InputGradient<E, W>::gradient_of(const Pa
     return {stack_.dy_of(p, token_block, some), nullptr, 0};
 }
 
-// Whether many tokens share a copy of each block of W. With double there is no copy, because a copy of two
-// panels would not stay in L2.
+// Returns true if many tokens share one copy of each block of W. Blocks of double are not copied, because a
+// copy of two panels of doubles would not stay in L2.
 template <class E, class W>
 bool InputGradient<E, W>::is_shared() const {
   return sizeof(W) <= sizeof(float) && stack_.tokens() > kInPlaceBatch;
 }
 
-// The largest number of tokens in a token block. If the update is added to blocks of W, a token block is as
-// large as L3 allows, so that each of these blocks of W serves many tokens.
+// The largest number of tokens in a token block. If an update is merged on the fly (added to blocks of W), a
+// token block is as large as L3 allows, so that each of these blocks of W serves many tokens.
 template <class E, class W>
 size_t InputGradient<E, W>::block_tokens(size_t threads) const {
   const size_t tokens = stack_.tokens();
@@ -111,16 +112,17 @@ size_t InputGradient<E, W>::block_tokens(size_t threads) const {
   return most;
 }
 
-// The largest number of tokens in a task. If blocks of W have two panels, or if an update is merged into
-// blocks of W, one task takes a whole token block, so that each block of W serves all tokens of the token
-// block. In all other cases tasks are smaller, so that more threads have work.
+// The largest number of tokens in a task. If blocks of W are two panels wide, or if an update is merged into
+// blocks of W, one task multiplies all tokens of a token block by each block of W, so that the block is
+// decoded or merged once for all these tokens. In all other cases tasks are smaller, so that more threads
+// have work.
 template <class E, class W>
 size_t InputGradient<E, W>::task_tokens(size_t block_tokens) const {
   return merges_ || group_ > kPanelColumns ? block_tokens : kTaskTokens;
 }
 
-// Computes a group of panels at a time. As soon as dy W of the last layer has been added to a panel of dx, dz
-// B is added to the same panel.
+// Computes a group of panels of dx at a time. As soon as dy W of the last layer has been added to a panel of
+// dx, dz B is added to the same panel.
 template <class E, class W>
 void InputGradient<E, W>::multiply(Range token_block, Range some, Range cols) const {
   const Matrix<T> all = stack_.dx();
@@ -161,7 +163,7 @@ void InputGradient<E, W>::add_frozen(const Part& p, const Gradient& dy, Range gr
   for (size_t g = 0; g < group.count; g += width) {
     const Range cols{group.first + g, std::min(width, group.count - g)};
     size_t o = 0;
-    do {  // runs once even if W has no rows, to set dx to zero
+    do {  // if W has no rows, one iteration sets dx to zero
       const Range rows{o, std::min(depth, w.d_out - o)};
       const ColumnBlock<W> block = block_at(w, rows, cols, made);
       for (size_t c = 0; c < cols.count; c += kPanelColumns) {
@@ -175,7 +177,7 @@ void InputGradient<E, W>::add_frozen(const Part& p, const Gradient& dy, Range gr
 }
 
 // Multiplies some columns of dy by one block of W: dx[:, panel] = [dx +] dy[:, rows] W[rows, panel]. If the
-// update is merged on the fly, the update is added to the block first.
+// update is merged on the fly, the update is first added to the block of W.
 template <class E, class W>
 template <class After>
 void InputGradient<E, W>::add_block(const Part& p, const Gradient& dy, Range rows, Range panel,
@@ -207,9 +209,9 @@ void InputGradient<E, W>::add_block(const Part& p, const Gradient& dy, Range row
   }
 }
 
-// Adds the low-rank part of the gradient for a few tokens: dx[few, panel] += undrop(dz B[:, panel]). `few`
-// and `some` are the same tokens: `few` counts from the first row of dx, and `some` counts from the start of
-// the token block.
+// Adds the low-rank part of the gradient for a few tokens: dx[few, panel] += undrop(dz B[:, panel]). The
+// ranges `few` and `some` contain the same tokens: `few` counts from the first row of dx, and `some` counts
+// from the start of the token block.
 template <class E, class W>
 void InputGradient<E, W>::add_low_rank(const Joined& all, Range token_block, Range some, Range panel,
                                        Matrix<T> dx, Range few) const {

@@ -30,17 +30,17 @@ class InputGradient {
   // The largest number of tokens in a task.
   size_t task_tokens(size_t block_tokens) const;
 
-  // The number of bytes that dy in int8 needs, if a token block has at most `block_tokens` tokens.
+  // The size in bytes of the int8 copy of dy, if a token block has at most `block_tokens` tokens.
   size_t code_bytes(size_t block_tokens) const;
 
-  // Sets the memory in which dy in int8 is stored.
+  // Sets the memory for the int8 copy of dy.
   void place_codes(size_t block_tokens, void* memory);
 
   // If W is Int8Quad, quantises the dy of some tokens of a token block. With a dither key, dy is rounded
   // stochastically.
   void prepare(Range token_block, Range some) const;
 
-  // Computes the columns `cols` of dx for the tokens `some` of a token block.
+  // Computes dx[some, cols]. The range `some` is counted from the start of the token block.
   void multiply(Range token_block, Range some, Range cols) const;
 
  private:
@@ -49,7 +49,7 @@ class InputGradient {
 
   static constexpr bool kInt8 = std::is_same_v<W, kernels::Int8Quad>;
 
-  // The dy of some tokens, as elements of type E or in int8.
+  // The dy of some tokens: `elements` holds elements of type E, or `codes` holds int8 codes.
   struct Gradient {
     kernels::Strided<E> elements;
     const CodedBlock* codes;
@@ -71,7 +71,7 @@ class InputGradient {
   const Stack& stack_;
   const std::optional<uint64_t> dither_key_;
   size_t group_ = kernels::kPanelColumns;
-  bool merges_ = false;            // whether an update is merged on the fly
+  bool merges_ = false;            // whether the update of any layer is merged on the fly
   std::vector<CodedBlock> codes_;  // the dy of each layer in int8
 };
 

@@ -61,7 +61,8 @@ void* BackwardStack<E>::reserve(size_t block_tokens, size_t more) {
   return free;
 }
 
-// Divides the scratch memory among the layers of the stack. Returns memory for `more` bytes.
+// Divides the scratch memory among the layers of the stack, and reserves `more` bytes for the caller. Returns
+// the address of the reserved bytes.
 template <class E>
 E* BackwardStack<E>::divide(Arena<T>& t, Arena<E>& e, size_t more) {
   constexpr bool kPairs = kValuesPerElement<E> > 1;
@@ -82,8 +83,8 @@ E* BackwardStack<E>::divide(Arena<T>& t, Arena<E>& e, size_t more) {
   return e.take(ceil_div(more, sizeof(E)));
 }
 
-// Stacks the B matrices of all joined layers, one below the other. If there is only one layer, its B is used
-// in place, or converted to pairs.
+// Stacks the B matrices of all joined layers, one below the other. If there is only one layer, its B is not
+// copied. If E is Bf16Pair, the rows of the stacked B are then converted to pairs.
 template <class E>
 void BackwardStack<E>::bring_b(Joined& all) const {
   E* room = const_cast<E*>(all.b.data);  // memory that `divide` reserved for the stacked B
@@ -104,7 +105,7 @@ void BackwardStack<E>::bring_b(Joined& all) const {
   all.b = pairs_down_columns<E>({stack, all.rank, d_in_, d_in_}, room);
 }
 
-// Takes a few tokens at a time, so that dy is still in L2 when the product with A reads it.
+// Prepares a few tokens at a time, so that dy is still in L2 when the product with A reads it.
 template <class E>
 void BackwardStack<E>::prepare(Range token_block, Range some) const {
   for (size_t i = 0; i < some.count; i += kTokenUnit) {
@@ -138,8 +139,8 @@ void BackwardStack<E>::prepare(const Part& p, Range token_block, Range few) cons
     for (size_t j = 0; j < dz.cols; ++j) dz.row(i)[j] *= T(p.arrays.low.scale);
 }
 
-// Transposes the rows of z (or dz), and writes the result in pairs to the columns of `out` (r, n) for the
-// tokens `few`.
+// Transposes the rows of z (or dz) for the tokens `few`, and writes the result in pairs to `out` (r, n / 2),
+// in the columns of these tokens.
 template <class E>
 void BackwardStack<E>::transpose_pairs(Matrix<const T> z, E* out, Range few) const {
   if constexpr (kValuesPerElement<E> > 1) {

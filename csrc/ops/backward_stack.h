@@ -12,30 +12,31 @@
 
 namespace nplora {
 
-// The block m[rows, cols] of a matrix m.
+// Returns a view of the block m[rows, cols] of a matrix m.
 template <class T>
 Matrix<const T> block_of(Matrix<const T> m, Range rows, Range cols) {
   return {m.row(rows.first) + cols.first, rows.count, cols.count, m.stride};
 }
 
-// A stack of layers (parts). The gradients of the layers are computed with elements of type E, one token
-// block at a time. Tokens are counted from the start of the token block unless a comment says otherwise. All
-// pointers into scratch memory are valid after `reserve`.
+// A stack of layers, which the code calls parts. The gradients of the layers are computed with elements of
+// type E, one token block at a time. Tokens are counted from the start of the token block unless a comment
+// says otherwise. All pointers into scratch memory are valid after `reserve`.
 template <class E>
 class BackwardStack {
  public:
   using T = kernels::Sum<E>;
 
   // A group of layers whose dz are stored side by side. dz B and dB are each computed by one product for the
-  // whole group, so that x is read once. All layers of a group have the same values of `adds` and `wants_db`.
-  // A layer with dropout forms its own group, because each layer drops different elements of x.
+  // whole group, so that x is read once. The value of `adds` is the same for all layers of a group, and so is
+  // the value of `wants_db`. A layer with dropout forms its own group, because each layer drops different
+  // elements of x.
   struct Joined {
-    bool adds, wants_db;                  // whether dz B is added to dx; whether dB is wanted
-    const LowRank<T>* dropped = nullptr;  // the update that uses dropout, or null
+    bool adds, wants_db;                  // adds: dz B is added to dx; wants_db: dB must be computed
+    const LowRank<T>* dropped = nullptr;  // the layer's update if it uses dropout, else null
     size_t rank = 0;                      // the sum of the ranks of all layers of the group
-    Matrix<const E> b{};  // the B of all layers, one below the other: (rank, d_in), or with rows in pairs
-    T* dz = nullptr;      // the dz of a token block, (n, rank)
-    E *elements = nullptr, *rows = nullptr;  // if E is Bf16Pair: dz, and dz transposed (rank, n / 2)
+    Matrix<const E> b{};  // the B of all layers, one below the other: (rank, d_in), or pairs (rank / 2, d_in)
+    T* dz = nullptr;      // the dz of a token block of n tokens, (n, rank)
+    E *elements = nullptr, *rows = nullptr;  // for pairs: dz (n, rank / 2), dz transposed (rank, n / 2)
     T* db = nullptr;                         // the sums of dB, (r, d_in)
   };
 
@@ -47,38 +48,40 @@ class BackwardStack {
     size_t column = 0;    // the layer's first column in the joined dz
     E* dy = nullptr;      // the dy of a token block, if it is converted to type E
     E* z_rows = nullptr;  // the z of a token block, transposed (r, n / 2), if E is Bf16Pair
-    Matrix<const E> a{};  // A (d_out, r), or A with rows in pairs
+    Matrix<const E> a{};  // A (d_out, r), or pairs of rows of A (d_out / 2, r)
     T* da = nullptr;      // the sums of dA, transposed (r, d_out)
 
     size_t rank() const { return arrays.low.rank(); }
     size_t dy_depth() const { return depth_of<E>(arrays.w.d_out); }
   };
 
-  // `multiplies_elements` says whether the product of dy and W is computed with elements of type E.
+  // `multiplies_elements` is true if dy W is computed with elements of type E, and false if dy W is computed
+  // in int8.
   BackwardStack(std::span<const BackwardPart<T>> parts, Matrix<const T> x, Matrix<T> dx,
                 bool multiplies_elements);
   BackwardStack(const BackwardStack&) = delete;
   BackwardStack& operator=(const BackwardStack&) = delete;
 
   // Reserves scratch memory for token blocks of at most this many tokens, and converts the factors to
-  // elements of type E. Returns `more` bytes, aligned to E, that the caller may use.
+  // elements of type E. Also reserves `more` bytes for the caller, and returns their address, which is
+  // aligned for elements of type E.
   void* reserve(size_t block_tokens, size_t more);
 
-  // Whether `prepare` must be called.
+  // False if `prepare` would do nothing.
   bool prepares() const { return !joined_.empty() || kernels::kValuesPerElement<E> > 1; }
 
   // Computes dz for some tokens. If E is Bf16Pair, also converts dy, z and dz to pairs.
   void prepare(Range token_block, Range some) const;
 
-  // dy_of returns the dy of some tokens. dz_of returns the dz of the tokens from `first` on. The results have
-  // elements of type E.
+  // dy_of returns the dy of the tokens `some`. dz_of returns the dz of token `first` and of all tokens after
+  // it. The results have elements of type E.
   kernels::Strided<E> dy_of(const Part& p, Range token_block, Range some) const;
   kernels::Strided<E> dz_of(const Joined& all, size_t first) const;
 
   const std::vector<Part>& parts() const { return parts_; }
   const std::vector<Joined>& joined() const { return joined_; }
   Matrix<const T> x() const { return x_; }
-  Matrix<T> dx() const { return dx_; }  // the data is null if dx is not needed
+  Matrix<T> dx() const { return dx_; }  // dx().data is null if dx is not needed
   size_t tokens() const { return tokens_; }
   size_t d_in() const { return d_in_; }
   size_t block_tokens() const { return block_tokens_; }

@@ -1,4 +1,5 @@
-// A table of the block formats, made from the list in kernels/formats.h and the layouts of the blocks.
+// A table of the block formats. The names are in the list of kernels/formats.h, and the numbers are computed
+// from the structs of the blocks.
 #pragma once
 
 #include <cstddef>
@@ -9,8 +10,8 @@ namespace nplora {
 
 struct BlockFormatInfo {
   const char *name, *ggml_name;  // ggml_name is null if ggml does not have the format
-  size_t elements, bytes;        // the number of values, and of bytes, in one block
-  size_t scales, scale_at[2];    // the number of float16 scales in a block, and the byte offset of each
+  size_t elements, bytes;        // elements: the number of values in a block; bytes: the size of a block
+  size_t scales, scale_at[2];    // scales: number of float16 scales in a block; scale_at: byte offsets
   BlockFacts facts;
 };
 

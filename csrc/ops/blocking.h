@@ -1,6 +1,7 @@
-// Divides the matrix products into blocks and tasks. Block sizes do not change a result, because every sum
-// runs over its whole depth in order and is cut only at multiples of kDepthUnitValues. The limits below which
-// a batch counts as small do change results, because small batches are summed in another order.
+// Divides the matrix products into blocks and tasks. Block sizes do not change a result, because each output
+// is summed over its whole depth in order, and the depth is cut only at multiples of kDepthUnitValues. The
+// limits below which a batch counts as small do change results, because small batches are summed in another
+// order.
 #pragma once
 
 #include <algorithm>
@@ -13,53 +14,57 @@
 
 namespace nplora {
 
-// The depth of a product may be cut at multiples of this many values (columns of W, or tokens). A multiple of
-// this number is also a multiple of kDepthUnit elements, even if an element is a pair of values.
+// The depth of a product may be cut at multiples of this many values (columns of W, or tokens). This many
+// values are kDepthUnit pairs, or 2 * kDepthUnit single values.
 inline constexpr size_t kDepthUnitValues =
     kernels::kValuesPerElement<kernels::Bf16Pair> * kernels::kDepthUnit;
 // The number of rows of W that are multiplied at a time with tokens in the SIMD lanes. The number kRowBlock
 // is a multiple of tile_rows on every instruction set.
 inline constexpr size_t kRowBlock = 48;
 // The largest depth of a block, in values. With this depth, each of the following fits into L2: a panel of W,
-// a panel of a transposed block of W, and x in lanes (1056 x 48 floats = 198 KB). The depth is cut into
-// blocks of about equal size. The sums are loaded and stored once for each block.
+// a panel of a transposed block of W, and a block of x that was transposed into the SIMD lanes (1056 x 48
+// floats = 198 KB). The depth is cut into blocks of about equal size. The sums are loaded and stored once for
+// each block.
 inline constexpr size_t kDepthBlock = 22 * kernels::kPanelColumns;
-// The depth is cut at multiples of two panels. A single panel has 48 values, which is not a multiple of
-// kDepthUnitValues.
+// The depth is cut at multiples of this many values, which is the width of two panels. The width of a single
+// panel is 48, which is not a multiple of kDepthUnitValues.
 inline constexpr size_t kDepthCut = 2 * kernels::kPanelColumns;
 static_assert(kDepthBlock % kDepthCut == 0 && kDepthCut % kDepthUnitValues == 0);
 inline size_t depth_block(size_t depth) {
   return round_up(ceil_div(depth, std::max<size_t>(1, ceil_div(depth, kDepthBlock))), kDepthCut);
 }
-// kTaskTokens: the largest number of tokens that a task keeps in L2 or L3. kLanesBytes: the largest size in
-// bytes of a token block of x after it is transposed into lanes.
+// A task keeps at most kTaskTokens tokens in L2 or L3. A token block of x has at most kLanesBytes bytes after
+// it is transposed into the SIMD lanes.
 inline constexpr size_t kTaskTokens = 256, kLanesBytes = size_t{8} << 20;
 // In the backward pass, batches of up to this many rows are not computed in bfloat16 or int8, because such
 // products are not faster with so few rows.
 inline constexpr size_t kFloatBatch = 4;
-// In the backward pass of a batch above this size, all tokens share one copy of each block of W. There is no
-// copy if W is packed or double.
+// In the backward pass of a batch with more tokens than this, all tokens share one copy of each block of W.
+// If W is packed or double, blocks of W are not copied.
 inline constexpr size_t kInPlaceBatch = 16;
-// Limits for backward passes with a W in bfloat16, in tokens. Up to the limit, a batch uses the values of W
-// without a copy. kWidenedBatch is the limit for products in float: each tile widens the values to float in
-// registers. kPairedBatch is the limit for products of pairs, if W is packed and pairs_in_registers is true:
-// each tile pairs the values in registers.
+// Two limits for the number of tokens in a backward pass if W is in bfloat16. A batch whose number of tokens
+// is not above the limit uses the values of W without a copy. kWidenedBatch is the limit for products in
+// float: each tile widens the values to float in registers. kPairedBatch is the limit for products of pairs,
+// if W is packed and pairs_in_registers is true: each tile pairs the values in registers.
 inline constexpr size_t kWidenedBatch = 8, kPairedBatch = 256;
-// The number of rows of a packed W whose partial sums stay in L2 (4128 x 16 lanes of floats = 258 KB) while
-// the panels are read.
+// While the panels of a packed W are read, the partial sums of this many rows of W stay in L2 (4128 x 16
+// lanes of floats = 258 KB).
 inline constexpr size_t kStreamedRows = round_up(4096, kRowBlock);
-// Replaces kStreamedRows if W is in bfloat16 and the batch is a single token. The products of a single token
-// would have to wait for sums in L2, so the sums stay in L1 (128 x 16 lanes of floats = 8 KB).
+// Replaces kStreamedRows if W is in bfloat16 and the batch is a single token. If the partial sums were in L2,
+// the products of a single token would wait for the sums. Therefore, the sums stay in L1 (128 x 16 lanes of
+// floats = 8 KB).
 inline constexpr size_t kStreamedBf16Rows = 128;
-// The size of the transposed blocks of W that are kept in L2 at a time, in bytes.
+// The size in bytes of the transposed blocks of W that are kept in L2 at the same time.
 inline constexpr size_t kBlocksBytes = size_t{448} << 10;
-// The last block of W is multiplied with this many tokens at a time, so that their outputs in one panel (64 x
-// 48 floats = 12 KB) are still in L1 when the update is added.
+// In the product with the last block of W along the depth, this many tokens are multiplied at a time, so that
+// their outputs in one panel (64 x 48 floats = 12 KB) are still in L1 when the update is added to the
+// outputs.
 inline constexpr size_t kFewTokens = 64;
-// Replaces kFewTokens in int8 products: 63 is a multiple of their tile sizes, which are 7 and 9 tokens.
+// Replaces kFewTokens in int8 products: 63 is a multiple of 7 and 9, the numbers of tokens in a tile of these
+// products.
 inline constexpr size_t kFewInt8Tokens = 63;
-// kColumnBlock: the number of columns of a gradient of A or B that one task computes. kSumDepth: the number
-// of tokens whose products a task adds at a time.
+// A task computes at most kColumnBlock columns of a gradient of A or B. The task sums over kSumDepth tokens
+// at a time.
 inline constexpr size_t kColumnBlock = 4 * kernels::kPanelColumns, kSumDepth = 128;
 static_assert(kSumDepth % kDepthUnitValues == 0 && kTaskTokens % kDepthUnitValues == 0);
 // The largest number of floating-point operations of one task. On the slowest instruction set, a task takes
@@ -70,10 +75,10 @@ inline double flops(size_t n, size_t d_out, size_t d_in) {
   return 2.0 * static_cast<double>(n) * static_cast<double>(d_out) * static_cast<double>(d_in);
 }
 
-// The number of tokens in a token block (MC in BLIS): as many tokens as fit into `bytes`, if each token has
-// `width` elements. The blocks of a batch have about equal size. A batch is cut into token blocks at
-// multiples of kTokenUnit. A token block is cut into tasks at multiples of kTokenUnit, too; only
-// forward_lanes cuts it at multiples of the number of lanes.
+// The number of tokens in a token block (BLIS calls this number MC): as many tokens as fit into `bytes`, if
+// each token has `width` elements. The token blocks of a batch have about equal size. A batch is cut into
+// token blocks at multiples of kTokenUnit. Token blocks are also cut into tasks at multiples of kTokenUnit,
+// except in forward_lanes, which cuts token blocks at multiples of the number of lanes.
 inline constexpr size_t kTokenUnit = 32;
 static_assert(kTokenUnit % kDepthUnitValues == 0);
 inline size_t tokens_of_block(size_t tokens, size_t width, size_t element_bytes, size_t bytes = kLanesBytes) {
@@ -88,8 +93,9 @@ inline size_t tokens_of_l3_block(size_t tokens, size_t width, size_t element_byt
   return tokens_of_block(tokens, width, element_bytes, kL3BlockBytes);
 }
 
-// The number of pieces into which work is cut for this many threads. There are several pieces for each
-// thread: a thread that starts late, or is slower, takes fewer pieces. Ctrl-C is noticed between pieces.
+// The number of pieces into which work for `threads` threads is cut. The number of pieces is larger than the
+// number of threads, so that a thread that starts late, or is slower, can take fewer pieces. Ctrl-C is
+// noticed between pieces.
 inline size_t pieces_for(size_t threads) {
   return 4 * std::max<size_t>(2, threads);
 }
@@ -101,12 +107,12 @@ void for_pieces(size_t n, size_t unit, size_t threads, const Body& body) {
   parallel_for(pieces, threads, Interruptible::kYes, [&](size_t i) { body(nth_piece(n, unit, pieces, i)); });
 }
 
-// The division of a product into tasks: by tokens, and by rows or columns of W (`side`). Tokens are cut into
-// few pieces, because W is read once for each piece of the tokens. W is cut so that no task takes too long.
-// For several threads, W is cut into shorter and shorter pieces: each piece is half of a thread's share of
-// the remaining W (guided self-scheduling, Polychronopoulos & Kuck 1987, with half shares). The first pieces
-// are long, because W is read in order within a piece. The last pieces are short, so that no thread waits
-// long for another thread.
+// Divides a product into tasks. Each task multiplies a range of tokens by a range of rows or columns of W
+// (the `side`). Tokens are cut into few pieces, because W is read once for each piece of the tokens. W is cut
+// so that no task takes too long. For several threads, W is cut into shorter and shorter pieces: the size of
+// each piece is half of the remaining W, divided by the number of threads (guided self-scheduling,
+// Polychronopoulos & Kuck 1987, but with half the size). The first pieces are long, because W is read in
+// order within a piece. The last pieces are short, so that no thread waits long for another thread.
 class Grid {
  public:
   struct Cut {
@@ -115,16 +121,17 @@ class Grid {
 
   Grid(Cut tokens, Cut side, double operations, size_t threads) {
     if (tokens.count == 0) return;
-    // The number of units is at least one, so that there are tasks even if W has no rows or columns.
+    // There is at least one unit of rows or columns, so that there are tasks even if W has no rows or
+    // columns.
     const size_t units = std::max<size_t>(1, ceil_div(side.count, side.unit));
     size_t pieces = ceil_div(tokens.count, std::max<size_t>(1, tokens.most));
-    // If W has too few units for all threads, the tokens are cut into more pieces. But if the threads can
-    // share the units of W evenly, the tokens are not cut further, because W would be read and decoded again
-    // for each piece.
+    // If W has too few units of rows or columns for all threads, the range of tokens is cut into more pieces.
+    // But if the threads can share these units evenly, the tokens are not cut further, because W would be
+    // read and decoded again for each piece of the tokens.
     if (pieces * units < pieces_for(threads) && units % threads != 0)
       pieces = ceil_div(pieces_for(threads), units);
-    // Takes the smallest number of token pieces for which the longest piece does not become longer. Fewer
-    // pieces are better, because each piece reads W once.
+    // Makes the number of token pieces as small as possible without making the longest piece longer. Fewer
+    // pieces are better, because W is read once for each piece.
     const size_t token_units = ceil_div(tokens.count, tokens.unit);
     pieces = ceil_div(token_units, ceil_div(token_units, pieces));
     const size_t in_time = pieces * units / (static_cast<size_t>(operations / kTaskFlops) + 1);

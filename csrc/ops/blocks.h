@@ -10,12 +10,12 @@
 
 namespace nplora {
 
-// Decodes blocks (rows, cols / elements * bytes) to out (rows, cols), in any format except NF4. `elements`
-// and `bytes` are the number of values and of bytes of one block.
+// Decodes a matrix (rows, cols) that is stored in blocks, in any format except NF4. Each row of `blocks`
+// holds cols / elements blocks one after the other, where a block has `elements` values and `bytes` bytes.
 void dequantize(BlockFormat format, Matrix<const uint8_t> blocks, Matrix<float> out);
 
 // Quantises values (rows, cols) to blocks, with a squared error close to the smallest possible error. First
-// calls require_storable; if that throws an error, nothing is written.
+// calls require_storable. If require_storable throws an error, nothing is written.
 void quantize(BlockFormat format, Matrix<const float> values, Matrix<uint8_t> blocks);
 
 // Throws std::invalid_argument if a value is not finite or too large for the format. The message names the
@@ -25,15 +25,15 @@ void require_storable(BlockFormat format, Matrix<const float> values);
 // Quantises one row on the calling thread. The format must be able to store the values.
 void quantize_row(BlockFormat format, size_t cols, const float* x, uint8_t* out);
 
-// ---- NF4, whose blocks cut the flat tensor ----
+// ---- NF4, whose blocks may begin in one row and end in the next ----
 
 // Quantises n = rows * cols values, which have no gaps between rows, to codes (ceil(n / 2)) and absmax
 // (ceil(n / 64)). First calls require_storable, like `quantize`.
 void quantize_nf4(Matrix<const float> values, uint8_t* codes, float* absmax);
 
 // The second quantisation of NF4, which quantises absmax (n) itself. Fills codes (n), book (kNf4Book) and
-// scales (ceil(n / kNf4Group)), so that absmax[i] is about mean + scales[i / kNf4Group] * book[codes[i]].
-// Returns the mean.
+// scales (ceil(n / kNf4Group)), and returns the mean of absmax. absmax[i] is about mean + scales[i /
+// kNf4Group] * book[codes[i]].
 float quantize_absmax(size_t n, const float* absmax, uint8_t* codes, float (&book)[kNf4Book], float* scales);
 
 // Decodes the n values of w to out (n).

@@ -8,14 +8,15 @@
 
 namespace nplora {
 
-inline constexpr int64_t kIgnoredTarget = -100;  // as in torch and transformers
+inline constexpr int64_t kIgnoredTarget = -100;  // torch and transformers use the same number
 
-// losses (n) = log Σ exp(logits) - logits[target] for each row, or 0 if the target is ignored. logits is (n,
-// vocab), targets is (n). If `gradient` is true, the logits are overwritten by their gradient: factor *
-// (softmax - one_hot), or 0 for ignored targets. If `gradient` is false, the logits do not change. The sum Σ
-// runs in float32 within blocks of kBlockLogits logits, as one partial sum for each of the L lanes of a
-// vector, and in float64 over the blocks. The relative error of Σ is below gamma(kBlockLogits / L + log2 L),
-// plus the error of one exponential. Here gamma(m) = m u / (1 - m u), and u is the unit roundoff.
+// The shapes are logits (n, vocab), targets (n) and losses (n). For each row, the loss is log Σ exp(logits) -
+// logits[target], or 0 if the target is ignored. If `gradient` is true, the logits are overwritten by their
+// gradient: factor * (softmax - one_hot), or 0 for ignored targets. If `gradient` is false, the logits do not
+// change. The sum Σ runs in float32 within blocks of kBlockLogits logits, as one partial sum for each of the
+// L lanes of a vector, and in float64 over the blocks. The relative error of Σ is below gamma(kBlockLogits /
+// L + log2 L), plus the error of one exponential. Here gamma(m) = m u / (1 - m u), and u is the unit
+// roundoff.
 void cross_entropy(Matrix<float> logits, const int64_t* targets, double factor, double* losses,
                    bool gradient);
 
@@ -30,9 +31,10 @@ struct RowSum {
   double loss(float logit) const;
 };
 
-// Sums one row block by block (Milakov & Gimelshein 2018), so that the row is read from memory once. The
-// exponentials of a block are relative to the largest logit so far. If `shifts` is not null, the exponentials
-// overwrite the logits, and `shifts` receives this largest logit for each block of kBlockLogits logits.
+// Sums one row block by block (Milakov & Gimelshein 2018), so that the row is read from memory once. For each
+// block of kBlockLogits logits, the function computes exp(logit - largest), where `largest` is the largest
+// logit from the start of the row to the end of the block. If `shifts` is not null, the exponentials
+// overwrite the logits, and `shifts` receives the number `largest` of each block.
 RowSum sum_of_row(size_t n, float* logits, float* shifts);
 
 }  // namespace nplora

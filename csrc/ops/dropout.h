@@ -1,5 +1,5 @@
-// Dropout on the low-rank path. The mask is never stored: whenever the mask is needed, it is computed again
-// from its key.
+// Dropout of the input x of a low-rank update. The mask is never stored: whenever the mask is needed, it is
+// computed again from its key.
 #pragma once
 
 #include <cmath>
@@ -10,8 +10,8 @@
 
 namespace nplora {
 
-// The dropout probability in the form that the kernels take. An element is dropped if its random 32 bits are
-// below `threshold`; all other elements are multiplied by `factor`.
+// The dropout probability, converted to the two arguments of the dropout kernels. An element is dropped if
+// its random 32 bits are below `threshold`; all other elements are multiplied by `factor`.
 struct Mask {
   uint32_t threshold;
   double factor;
@@ -21,8 +21,8 @@ struct Mask {
         factor(1 / (1 - probability)) {}
 };
 
-// out (rows, cols) = drop(x). x is part of a batch with `width` columns. In the batch, x begins at row
-// first_row and column first_col. Whether an element is dropped depends on its place in the batch.
+// out (rows, cols) = drop(x). x is a block of a batch with `width` columns, and begins at row first_row and
+// column first_col of the batch. Whether an element is dropped depends on its row and column in the batch.
 template <class T>
 void drop_rows(double probability, uint64_t key, size_t first_row, size_t first_col, size_t width,
                Matrix<const T> x, Matrix<T> out) {

@@ -16,21 +16,21 @@ namespace nplora {
 
 namespace {
 
-// The words of the vocabulary are multiplied in blocks of kWords words. A task multiplies up to kColumns
-// columns of W at a time. kColumns columns of a block take 24 KB, so they stay in L1 while all tokens use
+// The words of the vocabulary are processed in blocks of kWords words, and up to kColumns columns of W are
+// processed at a time. kColumns columns of one block take 24 KB, so they stay in L1 while all tokens use
 // them.
 constexpr size_t kWords = 32, kColumns = 2 * kDecodedColumns;
-// The cost of one kept word, divided by the cost of one word in a dense product.
+// The cost of adding the row of W for one kept word, divided by the cost of one word in a dense product.
 constexpr double kKeptCost = 2;
 
-// The kept words of all rows. A row keeps at most limit() likely words, and its target. `keep` stores the
-// words of a row as a list in ascending order. The list overwrites the logits of the row, so it takes no
-// other memory: the first counts[i] floats of row i are the weights, and the second half of the row begins
-// with the ids.
+// The kept words for each row of the logits: at most limit() likely words, and the target. `keep` stores the
+// kept words of one row as a list in ascending order. The list overwrites the logits of the row, so it takes
+// no other memory: the first counts[i] floats of row i are the weights of the words, and the second half of
+// the row begins with the ids of the words.
 //
-// Afterwards, `arrange` brings the words into the order in which they are multiplied: block by block, and row
-// by row in each block. The lists of different rows are too far apart in memory to be read in this order
-// during the multiplication.
+// Afterwards, `arrange` copies the words in the order in which they are multiplied: one block of the
+// vocabulary after the other, and within a block one row after the other. The multiplication cannot read the
+// lists in this order, because the lists of different rows are too far apart in memory.
 class KeptWords {
  public:
   explicit KeptWords(Matrix<float> logits)
@@ -41,14 +41,14 @@ class KeptWords {
   size_t blocks() const { return blocks_; }
   size_t size() const { return size_; }
 
-  // Stores the kept words of one row. If the row has more likely words than the limit, returns false and
-  // changes nothing.
+  // Stores the likely words and the target of one row. If the row has more than limit() likely words, returns
+  // false and changes nothing.
   bool keep(size_t row, const RowSum& sum, int32_t target, double factor, double bound, double* skipped);
 
   void arrange();
 
-  // After `arrange`, the words of a block and a row have the indices first(block, row) to first(block, row +
-  // 1) - 1.
+  // After `arrange`, the kept words of a row that belong to one block of the vocabulary have the indices
+  // first(block, row) to first(block, row + 1) - 1.
   size_t first(size_t block, size_t row) const { return firsts_[block * rows() + row]; }
   const float* weights() const { return weights_; }
   const uint8_t* ids() const { return ids_; }  // each id is counted from the first word of its block
@@ -98,8 +98,8 @@ void KeptWords::arrange() {
   firsts_ = scratch<uint32_t>(Scratch::kLowGradients, blocks_ * rows() + 1);
   std::fill_n(firsts_, blocks_ * rows() + 1, 0);
   const size_t threads = useful_threads(double(blocks_ * rows()));
-  // Calls body(row) for all rows. Neighbouring rows go to the same thread, because their counts are
-  // neighbours in memory.
+  // Calls body(row) for all rows. Neighbouring rows go to the same thread, because the counts of neighbouring
+  // rows are in the same cache line.
   const auto for_rows = [&](const auto& body) {
     for_pieces(rows(), kTokenUnit, threads, [&](Range some) {
       for (size_t i = 0; i < some.count; ++i) body(some.first + i);
@@ -124,16 +124,16 @@ void KeptWords::arrange() {
   });
 }
 
-// The next columns of W that a block of words takes at a time, if `done` columns of `side` are finished. The
-// next columns are full panels, or the last panel if the last panel is narrower.
+// Returns the columns of W that are processed next, if `done` columns of `side` are finished. All these
+// columns are in full panels, or all are in the last panel if the last panel is narrower.
 Range next_columns(const WeightView& w, Range side, size_t done) {
   const size_t first = side.first + done, full = full_columns(w.d_in),
                end = std::min(side.first + side.count, first < full ? full : w.d_in);
   return {first, std::min(kColumns, end - first)};
 }
 
-// Adds the weighted rows of W to dx. A task owns some columns of dx, for some tokens. A block of words that
-// no token of the task keeps is not decoded.
+// Adds the row of W of each kept word, times the weight of the word, to dx. A task computes some columns of
+// dx for some tokens. The task skips a block of words if no token of the task keeps a word of this block.
 void add_kept_rows(const WeightView& w, const KeptWords& kept, Matrix<float> dx) {
   const double work = kKeptCost * flops(1, kept.size(), dx.cols);
   const size_t threads = useful_threads(work);

@@ -1,4 +1,5 @@
-// The loss over a vocabulary, and its gradient without the products of unlikely words.
+// The loss of a language model over its vocabulary, and a gradient that skips the products with unlikely
+// words.
 #pragma once
 
 #include <cstdint>
@@ -8,38 +9,39 @@
 
 namespace nplora {
 
-// In the gradient of a row of x, the target and each word with a probability of at least `bound` are used
-// with their rows of W. All other words are used with `mean` instead of their rows of W.
+// The gradient of a row of x is a weighted sum of rows of W. The target and each word with a probability of
+// at least `bound` contribute their own rows of W to the sum. Every other word contributes `mean` instead of
+// its row.
 struct WordFilter {
   double bound;       // above 0
   const float* mean;  // (d_in)
 };
 
-// The results for each row: the loss, the total probability of the skipped words, and whether the row was too
-// flat for the filter.
+// The results for each row: the loss, the total probability of the skipped words, and whether the row is flat
+// (has too many likely words for the filter).
 struct FilteredRows {
   double *losses, *skipped;  // (n)
   uint8_t* is_flat;          // (n)
 };
 
-// Computes the losses of `cross_entropy`, with the same bits, and the gradient dx of the input x of logits =
-// x Wᵀ. With p = softmax(logits), dx = factor (Σ p_w W_w - W_target). The words w with p_w >= bound are kept,
-// and so is the target; all other words are skipped (gradient filtering of Wijmans et al. 2024, word by
-// word). The mean row μ of W replaces the row of each skipped word:
+// For logits = x Wᵀ, computes the losses, with the same bits as `cross_entropy`, and the gradient dx. With p
+// = softmax(logits), dx = factor (Σ p_w W_w - W_target). The words w with p_w >= bound are kept, and so is
+// the target; all other words are skipped (gradient filtering of Wijmans et al. 2024, word by word). The mean
+// row μ of W replaces the row of each skipped word:
 //   dx = factor (Σ_kept p_w W_w + m μ - W_target),  where m = Σ_skipped p_w = 1 - Σ_kept p_w.
 // The error of a row of dx is `factor` · Σ_skipped p_w (W_w - μ). By the triangle inequality, the norm of
 // this error is at most `factor` · m · max_w ‖W_w - μ‖. The mass m is at most `bound` · (number of skipped
 // words).
-// Rounding in float32 adds two errors: the error of the sums, and the error of m. The error of m is the error
-// of the sum Σ in `cross_entropy`.
+// Rounding in float32 adds two errors: the error of the sums, and the error of m. The error of m comes from
+// the error of the sum Σ in `cross_entropy`.
 //
 // A row is flat if more than a quarter of all words have p_w >= bound. For flat rows, the dense product is
-// faster. The loss of a flat row is computed, but its logits and its row of dx do not change, and `skipped`
-// is 0. All other logits are overwritten with undefined values. For a row with an ignored target, the loss,
-// `skipped` and dx are 0.
+// faster. For a flat row, the loss is computed, but the logits of this row and the row of dx do not change,
+// and `skipped` is 0. The logits of all other rows are overwritten with undefined values. For a row with an
+// ignored target, the loss, `skipped` and dx are 0.
 //
-// Σ_kept adds the words in ascending order, in float32, even if W computes in bfloat16. W must not be
-// float64.
+// Σ_kept adds the words in ascending order, in float32, even if other products with W are computed in
+// bfloat16. W must not be float64.
 void filtered_cross_entropy(const WeightView& w, Matrix<float> logits, const int64_t* targets, double factor,
                             const WordFilter& filter, const FilteredRows& rows, Matrix<float> dx);
 

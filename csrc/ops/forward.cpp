@@ -21,8 +21,8 @@ bool reads_bf16(const WeightView& w) {
   return w.storage == Storage::kBfloat16;
 }
 
-// Computes a small batch. Neighbouring layers that read W in the same element type are computed together. A
-// small batch is never computed with pairs of bfloat16, even if larger batches are.
+// Computes a small batch. Neighbouring layers are computed together if they read their weights as the same
+// element type. A small batch is never computed with pairs of bfloat16, even if larger batches are.
 template <class T>
 void small_stack(std::span<const ForwardPart<T>> parts, Matrix<const T> x) {
   while (!parts.empty()) {
@@ -68,7 +68,7 @@ bool same_bias(const ForwardPart<T>& a, const ForwardPart<T>& b) {
   return a.bias && b.bias && std::memcmp(a.bias, b.bias, a.w.d_out * sizeof(T)) == 0;
 }
 
-// Whether each layer has the same weight and bias in all groups.
+// Returns true if each layer has the same weight and bias in all groups of rows.
 template <class T>
 bool share_weights(std::span<const GroupParts<T>> groups) {
   for (const GroupParts<T>& group : groups)
@@ -79,7 +79,8 @@ bool share_weights(std::span<const GroupParts<T>> groups) {
   return true;
 }
 
-// Counts the operations of a forward pass, as if the updates were not merged on the fly.
+// Reports the number of operations of a forward pass to `timed`. An update that is merged on the fly counts
+// as many operations as a separate update.
 template <class T>
 void count_operations(const Timed& timed, std::span<const ForwardPart<T>> parts, size_t rows,
                       Arithmetic arithmetic) {
@@ -92,7 +93,7 @@ void count_operations(const Timed& timed, std::span<const ForwardPart<T>> parts,
   }
 }
 
-// Computes the rows of x as if the batch had `plan_tokens` rows.
+// Computes the outputs for the rows of x, with the methods that are chosen for a batch of `plan_tokens` rows.
 template <class T>
 void forward_as(std::span<const ForwardPart<T>> parts, Matrix<const T> x, size_t plan_tokens, bool int8) {
   for (const ForwardPart<T>& part : parts)
@@ -123,9 +124,9 @@ void lora_infer(std::span<const ForwardPart<T>> parts, Matrix<const T> x, size_t
   forward_as(parts, x, inference_tokens(std::max(batch, x.rows)), false);
 }
 
-// A small batch reads each weight once for all groups of rows. A larger batch reads each weight once for each
-// group. The method for a group depends on the size of the whole batch, so the bits of a row do not depend on
-// the size of its group.
+// In a small batch, each weight is read once for all groups of rows. In a larger batch, each weight is read
+// once for each group. The method for a group depends on the size of the whole batch, so the bits of a row do
+// not depend on the size of its group.
 template <class T>
 void lora_forward_groups(std::span<const GroupParts<T>> groups, Matrix<const T> x) {
   if (x.rows > kernels::kSmallBatch || !share_weights(groups)) {

@@ -11,8 +11,8 @@
 
 namespace nplora {
 
-// The method for batches of up to kSmallBatch rows. The weight is read once, as elements of type W in the
-// order in which they are stored. Nothing is transposed.
+// The method for batches of up to kSmallBatch rows. The weight is read once, in the order in which it is
+// stored, as elements of type W. Nothing is transposed.
 template <class W>
 void forward_small(std::span<const ForwardPart<kernels::Sum<W>>> parts, Matrix<const kernels::Sum<W>> x);
 
@@ -21,9 +21,9 @@ template <class E>
 void forward_lanes(std::span<const ForwardPart<kernels::Sum<E>>> parts, Matrix<const kernels::Sum<E>> x,
                    size_t threads);
 
-// The method with outputs in the SIMD lanes. forward_rows transposes blocks of W. The low-rank update is
-// added to these blocks (merged on the fly) if plan_forward prefers that for a batch of `plan_tokens` rows.
-// Blocks of the weight have elements of type W, which is E or Int8Quad.
+// The method with outputs in the SIMD lanes. forward_rows transposes blocks of W. If plan_forward chooses to
+// merge the low-rank update on the fly for a batch of `plan_tokens` rows, the update is added to these
+// blocks. Blocks of the weight have elements of type W, which is E or Int8Quad.
 template <class E, class W>
 void forward_rows(std::span<const ForwardPart<kernels::Sum<E>>> parts, Matrix<const kernels::Sum<E>> x,
                   size_t threads, size_t plan_tokens);
@@ -46,7 +46,8 @@ const T* bias_at(const ForwardPart<T>& part, size_t row) {
   return part.bias ? part.bias + row : nullptr;
 }
 
-// Calls body(rows, low) for each group of rows of x, or once for all n rows if the layer has no groups.
+// Calls body(rows, low) for each group of rows of x, where `low` is the update of the group. If the layer has
+// no groups, calls `body` once, for all n rows and the update of the layer.
 template <class T, class Body>
 void for_groups(const ForwardPart<T>& part, size_t n, const Body& body) {
   if (part.groups.empty()) return body(Range{0, n}, part.low);
@@ -63,8 +64,8 @@ struct PartRows {
   Range rows;
 };
 
-// The rows of the weights of all layers of a stack, as one sequence of blocks of `block_rows` rows. Each
-// layer begins with a new block.
+// The weights of all layers of a stack, divided into blocks of `block_rows` rows. Each layer begins with a
+// new block, and the blocks of all layers are numbered consecutively.
 template <class T>
 class StackRows {
  public:
@@ -77,7 +78,8 @@ class StackRows {
     return sum;
   }
 
-  // Calls body(PartRows) for each layer that has rows in a range of blocks. PartRows holds these rows.
+  // Calls body(PartRows) for each layer that has rows in a range of blocks. The argument of `body` contains
+  // these rows.
   template <class Body>
   void for_parts(Range blocks, const Body& body) const {
     size_t first = 0;

@@ -20,7 +20,7 @@ namespace {
 
 // The forward pass with tokens in the SIMD lanes and elements of type E. For a block of tokens, x is first
 // transposed into the lanes, and z is computed. Then the rows of W are multiplied with all tokens of the
-// block. The update z Aᵀ is added in the type of the sums.
+// block. The update z Aᵀ is computed and added in type T, the type of the sums.
 template <class E>
 class LanesForward {
  public:
@@ -59,7 +59,7 @@ class LanesForward {
   struct LoraDelta {
     const ForwardPart<T>& part;
     Strided<E> b;  // B, converted to type E
-    T* zt;         // z of a token block, transposed (blocks, r, lanes), times the scale
+    T* zt;         // z of a token block, times the scale, transposed to (lane blocks, r, lanes)
   };
 
   void reserve() {
@@ -78,8 +78,8 @@ class LanesForward {
     }
   }
 
-  // The number of lanes for this many tokens: half of the lanes if that is enough, as for the last tokens of
-  // most batches, and all lanes if not.
+  // The number of lanes that are used for this many tokens: half of the lanes if all tokens fit into them,
+  // and all lanes if not. The last tokens of a batch often fit into half of the lanes.
   size_t width(size_t tokens) const { return tokens <= tiles_.lanes / 2 ? tiles_.lanes / 2 : tiles_.lanes; }
 
   Range lane_block(Range token_block, size_t b) const {
@@ -87,7 +87,8 @@ class LanesForward {
     return {token_block.first + block.first, block.count};
   }
 
-  // Computes xt (x transposed) for one block of tokens, and zt (z transposed) and z for all layers.
+  // For one lane block of tokens, computes xt (x transposed), and for each layer z and zt (z transposed). A
+  // lane block consists of as many tokens as there are lanes.
   void prepare(Range token_block, size_t b) const {
     const Range tokens = lane_block(token_block, b);
     E* lanes = xt_ + b * depth_ * lanes_;
@@ -96,8 +97,8 @@ class LanesForward {
       if (delta.part.low.rank()) project(delta, tokens, b, lanes);
   }
 
-  // Multiplies B by one block of tokens: zt (r, lanes) = scale * B drop(x)ᵀ. The caller's z (tokens, r) is
-  // stored without the scale.
+  // Multiplies B by one lane block of tokens: zt (r, lanes) = scale * B drop(x)ᵀ. The caller's z (tokens, r)
+  // is stored without the scale.
   void project(const LoraDelta& delta, Range tokens, size_t b, const E* xt) const {
     const ForwardPart<T>& part = delta.part;
     const size_t rank = part.low.rank(), lanes = width(tokens.count);
@@ -115,8 +116,7 @@ class LanesForward {
     for (size_t i = 0; i < rank * lanes; ++i) zt[i] *= T(part.low.scale);
   }
 
-  // Computes y for some rows of the weight of one layer, and for some lane blocks of a token block. A lane
-  // block consists of the tokens that fill all lanes once.
+  // Computes y for some rows of the weight of one layer, and for some lane blocks of a token block.
   void multiply(Range token_block, Range blocks, PartRows piece) const {
     const LoraDelta& delta = deltas_[piece.part];
     const ForwardPart<T>& part = delta.part;
@@ -137,20 +137,21 @@ class LanesForward {
     }
   }
 
-  // Multiplies some rows of W by several blocks of tokens: yt (blocks, kRowBlock, lanes) = W[rows] xt, where
-  // xt is x transposed. Calls after(block, yt of the block) as soon as the yt of a block is complete, while
-  // this yt is still in L1.
+  // Multiplies some rows of W by several lane blocks of tokens: yt (blocks, kRowBlock, lanes) = W[rows] xt,
+  // where xt is x transposed. Calls after(b, yt[b]) as soon as the outputs of lane block b are complete,
+  // while these outputs are still in L1.
   template <class After>
   void frozen(const ForwardPart<T>& part, Range token_block, Range rows, Range blocks, T* yt,
               const After& after) const {
     const WeightView& w = part.w;
     const size_t most = depth_block(w.d_in);
-    // For pairs of bfloat16, the depth may only be cut at multiples of kDepthCut, which is two panels. All
-    // columns after the last such multiple are multiplied together: a full panel, a narrower panel or both.
+    // For pairs of bfloat16, the depth may only be cut at multiples of kDepthCut, which is the width of two
+    // panels. All columns after the last such multiple are multiplied together: a full panel, a narrower
+    // panel or both.
     const size_t full = kValuesPerElement<E> == 1 ? full_columns(w.d_in) : w.d_in / kDepthCut * kDepthCut;
     E* decoded = scratch<E>(Scratch::kWeight, kRowBlock * scratch_columns(most));
     size_t col = 0;
-    do {  // runs once even if W has no columns, to set yt to zero
+    do {  // if W has no columns, one iteration sets yt to zero
       const size_t cols = std::min(most, (col < full ? full : w.d_in) - col);
       const Panels<E> panels = row_block(w, rows, {col, cols}, blocks.count > 1, decoded);
       for (size_t b = 0; b < blocks.count; ++b) {

@@ -69,26 +69,26 @@ class RowsForward {
 
  private:
   static constexpr bool kInt8 = std::is_same_v<W, Int8Quad>, kConverts = kValuesPerElement<W> > 1;
-  // kBlockRows: the number of rows of W in a transposed block. kTaskRows: each task has a multiple of this
-  // number of rows.
+  // A transposed block contains kBlockRows rows of W. W is divided into tasks at multiples of kTaskRows rows.
   static constexpr size_t kBlockRows = kInt8 ? kInt8PanelColumns : kPanelColumns;
   static constexpr size_t kTaskRows = kInt8 ? 2 * kRowBlock : kRowBlock;
   static_assert(kTaskRows % kBlockRows == 0);
 
-  // Layers whose z are columns of one product, so that x is read once for all these layers. A layer with
-  // dropout is not joined with other layers, because each layer drops different elements of x.
+  // Layers whose z are computed by one product and stored side by side, so that x is read once for all these
+  // layers. A layer with dropout is not joined with other layers, because each layer drops different elements
+  // of x.
   struct Joined {
-    const LowRank<T>* dropped = nullptr;  // the update that uses dropout, or null
+    const LowRank<T>* dropped = nullptr;  // the layer's update if it uses dropout, else null
     size_t rank = 0;                      // the sum of the ranks of all joined layers
     E* b = nullptr;                       // the Bᵀ of all joined layers, side by side, (depth, rank)
-    T* z = nullptr;                       // the z of a token block, (n, rank)
+    T* z = nullptr;                       // the z of a token block of n tokens, (n, rank)
   };
 
   struct PartUpdate {
     const ForwardPart<T>& part;
     Update update;
     Joined* joined;             // null if z is not needed
-    size_t column = 0;          // the layer's first column in the joined z
+    size_t column = 0;          // the layer's first column in Joined::z
     T* a = nullptr;             // scale * Aᵀ (r, d_out)
     Matrix<const E> a_pairs{};  // scale * Aᵀ, converted to type E
     E* z_elements = nullptr;    // the layer's z of a token block, if it is converted to E
@@ -142,8 +142,8 @@ class RowsForward {
                  reinterpret_cast<T*>(u.joined->b + u.column), u.joined->rank);
   }
 
-  // Computes z, and converts x to elements of type E, for some tokens of a token block. A few tokens are
-  // taken at a time, so that x is in L2 when it is multiplied with Bᵀ.
+  // Computes z, and converts x to elements of type E, for some tokens of a token block. Only a few tokens are
+  // processed at a time, so that x is in L2 when it is multiplied with Bᵀ.
   void prepare(Range token_block, Range some) const {
     for (size_t i = 0; i < some.count; i += kTokenUnit) {
       const Range few{some.first + i, std::min(kTokenUnit, some.count - i)};
@@ -154,8 +154,9 @@ class RowsForward {
     }
   }
 
-  // Converts the x of a few tokens for the products with W. Returns the same x as elements of type E for the
-  // products with B. `first` is the first token, counted from the start of the token block.
+  // Converts the x of a few tokens for the products with W, and stores the result. Also returns the x of
+  // these tokens as elements of type E, for the products with B. `first` is the first token, counted from the
+  // start of the token block.
   Strided<E> convert(Matrix<const T> x, size_t first) const {
     if constexpr (kInt8) {
       for (size_t i = 0; i < x.rows; ++i) x_codes_.quantize(first + i, x.row(i), nullptr);
@@ -177,8 +178,8 @@ class RowsForward {
                    false, rows_after(x_, tokens));
   }
 
-  // Copies a layer's z of a few tokens to the caller. Also converts this z to elements of type E for the
-  // update.
+  // Copies the z of a layer, for a few tokens, to the caller. Also converts this z to elements of type E for
+  // the update.
   void keep(const PartUpdate& u, Range token_block, Range few) const {
     const size_t stride = u.joined->rank;
     const Matrix<const T> z{u.joined->z + few.first * stride + u.column, few.count, u.rank(), stride};
@@ -205,8 +206,8 @@ class RowsForward {
       return {u.z_elements + first * depth, depth, 1};
   }
 
-  // Computes the outputs y of some rows of a layer's weight, for some tokens of a token block. The blocks of
-  // a few panels are transposed at a time, so that x is loaded into L2 once for all these panels.
+  // Computes the outputs y of some rows of a layer's weight, for some tokens of a token block. Several blocks
+  // of W are transposed at a time, so that x is loaded into L2 once for all these blocks.
   void multiply(Range token_block, Range some, PartRows piece) const {
     const PartUpdate& u = updates_[piece.part];
     const size_t depth = kInt8 ? int8_depth_block(x_.cols) : depth_block(x_.cols);
@@ -218,7 +219,7 @@ class RowsForward {
     for (size_t r = 0; r < piece.rows.count; r += most) {
       const Range rows{piece.rows.first + r, std::min(most, piece.rows.count - r)};
       size_t col = 0;
-      do {  // runs once even if W has no columns, to set y to zero
+      do {  // if W has no columns, one iteration sets y to zero
         const Range cols{col, std::min(depth, x_.cols - col)};
         for_blocks_of(rows,
                       [&](size_t i, Range block) { make_block(u, block, cols, blocks + i * block_size); });
@@ -242,8 +243,8 @@ class RowsForward {
     }
   }
 
-  // Multiplies a few tokens by a block of Wᵀ: y[few, rows] = [y +] x[few, cols] W[rows, cols]ᵀ. The update is
-  // added after the last columns.
+  // Multiplies a few tokens by a block of Wᵀ: y[few, rows] = [y +] x[few, cols] W[rows, cols]ᵀ. After the
+  // last columns have been multiplied, the update is added.
   void multiply(const PartUpdate& u, Range token_block, Range few, Range rows, Range cols,
                 const W* block) const {
     T* y = u.part.y.row(token_block.first + few.first) + rows.first;
@@ -262,7 +263,8 @@ class RowsForward {
                                   kPanelColumns, y, y_stride, cols.first > 0, kernels::Fetch::rows_ahead());
   }
 
-  // Adds the update of a few tokens: y[few, rows] += z (scale A[rows])ᵀ [+ bias].
+  // Completes the outputs of a few tokens. If the update is not merged on the fly, y[few, rows] += z (scale
+  // A[rows])ᵀ. If the layer has a bias, the bias is added too.
   void add_update(const PartUpdate& u, Range few, Range rows, T* y) const {
     const ForwardPart<T>& part = u.part;
     const size_t rank = part.low.rank();
@@ -286,7 +288,8 @@ class RowsForward {
   void make_float_block(const PartUpdate& u, Range rows, Range cols, E* block) const {
     const auto& k = kernels::table().products<T>();
     const WeightView& w = u.part.w;
-    // The number of columns to transpose at a time. A block that is read in place need not be cut.
+    // The number of columns to transpose at a time. If W is row-major and is read in place, all columns are
+    // transposed at once.
     const size_t most = is_blocks(w.storage)          ? kDecodedColumns
                         : !w.packed && in_place<E>(w) ? std::max<size_t>(1, cols.count)
                                                       : kPanelColumns;
@@ -313,7 +316,7 @@ class RowsForward {
   size_t block_tokens_ = 0;
   std::vector<Joined> joined_;
   std::vector<PartUpdate> updates_;
-  E* x_elements_ = nullptr;  // x of a token block as elements of type E (in int8, x_codes_ holds x instead)
+  E* x_elements_ = nullptr;  // x of a token block as elements of type E; in int8 products, x_codes_ is used
   CodedBlock x_codes_{x_.cols, kernels::kInt8Group};
 };
 

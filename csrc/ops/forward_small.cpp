@@ -31,7 +31,7 @@ kernels::Int8Rows quantized(Matrix<const float> x) {
   return {codes, scales, sums, half_sums};
 }
 
-// The update of one group of rows of x. `z` (rows.count, r) holds z of these rows, times the scale.
+// The update of one group of rows of x. For these rows, `z` (rows.count, r) holds scale * drop(x) Bᵀ.
 template <class T>
 struct ProjectedUpdate {
   Range rows;
@@ -41,9 +41,9 @@ struct ProjectedUpdate {
   size_t rank() const { return low->rank(); }
 };
 
-// Lists the memory to prefetch before an update is added to some outputs y[:, rows]: A[rows], and a
-// proportional share of B. Other workers may prefetch the other shares of B. At most `most` bytes of A, and
-// at most `most` bytes of B, are prefetched.
+// Lists the memory to prefetch before an update is added to some outputs y[:, rows]: A[rows], and a share of
+// B. The share is proportional to the number of rows; other workers may prefetch the other shares. At most
+// `most` bytes of A, and at most `most` bytes of B, are prefetched.
 template <class T>
 FetchList factors(const LowRank<T>& low, Range rows, size_t most) {
   if (low.rank() == 0 || rows.count == 0) return {Fetch::none(), Fetch::none()};
@@ -57,15 +57,15 @@ FetchList factors(const LowRank<T>& low, Range rows, size_t most) {
   return {lines(low.b.data + first, b_count), lines(low.a.data + a_first, a_count)};
 }
 
-// Prefetches all cache lines of `some` into L2 at once.
+// Prefetches all cache lines of the memory `some` into L2 at once.
 void fetch(const Fetch& some) {
   for (size_t i = 0; i < some.lines; ++i) __builtin_prefetch(some.at + i * kCacheLine, 0, 2);
 }
 
 // Computes one layer of a stack. The weight is read once, as elements of type W. If the weight is stored in
 // panels, the panels are read one after the other, while the partial sums of the rows stay in the cache. The
-// updates are added last, when their factors are in the cache. The updates are computed in the type of the
-// sums. Every row of x has the same bits in every batch.
+// updates are added last, when their factors have been prefetched. The updates are computed in type T, the
+// type of the sums. For each row of x, the result has the same bits in every batch.
 template <class W>
 class SmallForward {
  public:
@@ -85,7 +85,7 @@ class SmallForward {
   // updates are prefetched.
   void multiply(Range rows) const {
     std::vector<FetchList> next;
-    constexpr size_t kMostBytes = 256 << 10;  // in L2: the limit for all A together, and for all B together
+    constexpr size_t kMostBytes = 256 << 10;  // limit for the prefetched bytes of all A, and of all B
     for (const auto& group : groups_) next.push_back(factors(*group.low, rows, kMostBytes / groups_.size()));
     if constexpr (std::is_same_v<W, float>)
       if (dots_blocks(part_.w)) {
@@ -154,8 +154,8 @@ class SmallForward {
     for (size_t r = 0; r < rows.count; r += most) body(Range{rows.first + r, std::min(most, rows.count - r)});
   }
 
-  // Does the work of `multiply` if W is in low-bit blocks. The blocks are decoded in registers or multiplied
-  // in int8.
+  // Computes the same as `multiply`, for a W in low-bit blocks. The blocks are decoded in registers or
+  // multiplied in int8.
   void multiply_blocks(Range rows, const Fetch& next) const {
     const size_t n = x_.rows;
     if (!dots_int8(part_.w)) {
@@ -178,8 +178,8 @@ class SmallForward {
       k_.sum_parts(rows.count, sums, bias_at(part_, rows.first), part_.y.row(t) + rows.first);
   }
 
-  // Does the work of `multiply` if W is not in low-bit blocks. If W must be decoded, a few rows are decoded
-  // at a time, and the decoded rows stay in L2. The partial sums of several tokens stay in L1.
+  // Computes the same as `multiply`, for a W that is not in low-bit blocks. If W must be decoded, a few rows
+  // are decoded at a time, and the decoded rows stay in L2. The partial sums of several tokens stay in L1.
   void multiply_rows(Range rows) const {
     const bool decodes = !in_place<W>(part_.w);
     const bool sums_in_l1 = std::is_same_v<W, Bf16> && part_.w.packed;
@@ -199,7 +199,7 @@ class SmallForward {
     const size_t full = full_columns(w.d_in);
     most = std::max(most, kPanelColumns);
     size_t c = 0;
-    do {  // runs once even if W has no columns, to set `sums` to zero
+    do {  // if W has no columns, one iteration sets `sums` to zero
       const size_t cols = std::min(most, (c < full ? full : w.d_in) - c);
       kernels::table().small<W>().dots(x_.rows, rows.count, cols,
                                        row_block(w, rows, {c, cols}, false, decoded), x_.data + c, x_.stride,
@@ -225,8 +225,8 @@ struct Projection {
   Range ranks;
 };
 
-// Adds one to a counter when a product with rows of B ends, even if it ends with an exception. Other threads
-// wait until all these products have ended.
+// Adds one to a counter at the end of a product with rows of B, even if the product throws an exception.
+// Other threads wait until all these products have ended.
 class Counted {
  public:
   explicit Counted(std::atomic<size_t>& count) : count_(count) {}
@@ -238,7 +238,7 @@ class Counted {
   std::atomic<size_t>& count_;
 };
 
-// The time to read and decode W, divided by the time of the floating-point operations with W.
+// Reading and decoding W takes about this many times as long as the floating-point operations with W.
 constexpr double kReadingCost = 2;
 
 }  // namespace
@@ -274,7 +274,7 @@ void forward_small(std::span<const ForwardPart<Sum<W>>> parts, Matrix<const Sum<
     const auto& groups = products.back().groups();
     for (size_t i = 0; i < groups.size(); ++i) {
       // If there are at least as many groups as threads, each group is one task. With dropout, all rows of B
-      // are one task, because each of several tasks would have to apply dropout to all of x.
+      // are one task, because otherwise each task would have to apply dropout to all of x again.
       const size_t rank = groups[i].rank();
       const bool whole = groups.size() >= threads || groups[i].low->dropout > 0;
       const size_t step = whole ? rank : std::max(kLeastRanks, ceil_div(rank, threads));

@@ -9,7 +9,7 @@
 
 namespace nplora {
 
-// Rounds x to the nearest float16, to even in a tie.
+// Rounds x to the nearest float16 number. If two are equally near, rounds to the even one.
 inline Half to_half(float x) {
   uint16_t bits;
   kernels::table().convert.narrow_float16(1, &x, &bits);

@@ -15,12 +15,13 @@ namespace {
 
 constexpr size_t kCodesPerQuad = kernels::kValuesPerElement<Int8Quad>;
 
-// The number of rows of W that are decoded at a time: 48 rows of two panels are 18 KB of floats.
+// The number of rows of W that are decoded at a time. 48 rows with the columns of two panels are 18 KB of
+// floats.
 constexpr size_t kRowsAtOnce = 48;
 
 // Decodes W[rows, cols] to floats, at most kDecodedColumns columns at a time, and calls body(panel, column)
-// for each panel. `column` is the first column of the panel, counted from cols.first. A last panel that is
-// narrower is decoded alone (see full_columns).
+// for each panel. `column` is the first column of the panel, counted from cols.first. If the last panel of W
+// is narrower than the other panels, it is not decoded together with the panel before it (see full_columns).
 template <class Body>
 void for_float_panels(const WeightView& w, Range rows, Range cols, const Body& body) {
   float* decoded = scratch<float>(Scratch::kDecoded, rows.count * scratch_columns(kDecodedColumns));
@@ -96,7 +97,7 @@ kernels::CodedRows CodedBlock::from(size_t row, size_t col) const {
 
 namespace {
 
-// For some rows of W: 1 / scale, or 0 if the scale is 0 or NaN.
+// The inverse of the scale for some rows of W: 1 / scale, or 0 if the scale is 0 or NaN.
 struct Inverses {
   float of[kRowsAtOnce];
 

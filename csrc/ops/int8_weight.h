@@ -1,6 +1,7 @@
 // The operands of int8 products for large batches: W, and rows of x or dy. A block of W is converted from its
-// storage format to int8 when the block is packed. In int8, each row of W has one scale, for every storage
-// format. (Products of small batches use the codes of the low-bit blocks, see kernels::Int8Products.)
+// storage format to int8 when a product copies the block to scratch memory. In int8, each row of W has one
+// scale, for every storage format. (Products of small batches use the codes of the low-bit blocks, see
+// kernels::Int8Products.)
 #pragma once
 
 #include <atomic>
@@ -15,7 +16,7 @@
 namespace nplora {
 
 // The scales of W's rows. The scales are computed when a product first needs them. Text generation does not
-// need the scales, and computing them would read the whole file of a mapped model.
+// need the scales. To compute them, the whole file of a mapped model would be read.
 class RowScales {
  public:
   RowScales() = default;
@@ -35,9 +36,9 @@ class RowScales {
   std::atomic<float*> found_ = nullptr;
 };
 
-// The depth of a block in int8 products, in values. A depth of up to kInt8Depth is not cut; a longer depth is
-// cut into blocks of about equal size.
-inline constexpr size_t kInt8DepthUnit = 192;  // a multiple of two panels and of kInt8Group
+// The depth of a block in int8 products, in values. If the depth of a product is at most kInt8Depth, there is
+// only one block. A longer depth is cut into blocks of about equal size.
+inline constexpr size_t kInt8DepthUnit = 192;  // a multiple of 2 * kPanelColumns and of kInt8Group
 static_assert(kernels::kInt8Depth % kInt8DepthUnit == 0);
 static_assert(kInt8DepthUnit % kDecodedColumns == 0 && kInt8DepthUnit % kernels::kInt8Group == 0);
 inline size_t int8_depth_block(size_t depth) {
@@ -45,7 +46,7 @@ inline size_t int8_depth_block(size_t depth) {
   return round_up(std::max<size_t>(1, ceil_div(depth, blocks)), kInt8DepthUnit);
 }
 
-// Rows of x or dy of a token block in int8.
+// Rows of x, or of dy, for one token block, quantised to int8.
 class CodedBlock {
  public:
   CodedBlock() = default;
@@ -57,15 +58,16 @@ class CodedBlock {
   // Sets the memory in which `rows` rows are stored.
   void place(size_t rows, void* memory);
 
-  // Quantises x (cols), times `factors` if they are not null, and stores the result as row `row`.
+  // Quantises x (cols), and stores the result as row `row`. If `factors` (cols) is not null, each element of
+  // x is first multiplied by its factor.
   void quantize(size_t row, const float* x, const float* factors) const;
 
   // Does the same as `quantize`, but rounds stochastically. The random bits depend on `seed`, on `random_row`
   // and on the column.
   void dither(size_t row, uint64_t seed, size_t random_row, const float* x, const float* factors) const;
 
-  // The stored rows, beginning at row `row` and column `col`. `col` is the first column of a group that
-  // shares a scale.
+  // The stored rows, beginning at row `row` and column `col`. `col` must be the first of a group of columns
+  // that share a scale.
   kernels::CodedRows from(size_t row, size_t col) const;
 
  private:
@@ -78,12 +80,14 @@ class CodedBlock {
   int32_t* corrections_ = nullptr;
 };
 
-// The transpose of W[rows, cols] in codes, for forward products: out (cols / 4, kInt8PanelColumns). There are
-// at most kInt8PanelColumns rows, and the first column is a multiple of kInt8DepthUnit.
+// Writes the int8 codes of W[rows, cols], transposed for forward products, to out (cols / 4,
+// kInt8PanelColumns). Each element of `out` holds four codes. There are at most kInt8PanelColumns rows, and
+// the first column is a multiple of kInt8DepthUnit.
 void transposed_quads(const WeightView& w, Range rows, Range cols, kernels::Int8Quad* out);
 
-// W[rows, cols] in codes, for backward products: out (rows / 4, kPanelColumns), or two such panels one after
-// the other. The first column is a multiple of kPanelColumns, and there are at most kDecodedColumns columns.
+// Writes the int8 codes of W[rows, cols], for backward products, to out (rows / 4, kPanelColumns). If there
+// are more than kPanelColumns columns, `out` holds two such panels, one after the other. The first column is
+// a multiple of kPanelColumns, and there are at most kDecodedColumns columns.
 ColumnBlock<kernels::Int8Quad> column_quads(const WeightView& w, Range rows, Range cols,
                                             kernels::Int8Quad* out);
 

@@ -1,6 +1,6 @@
-// Chooses the methods to compute a product and its low-rank update, by comparing numbers of operations. The
-// choice depends neither on timing nor on the number of threads or the instruction set, so none of these can
-// change a result.
+// Chooses the methods to compute a product with W and its low-rank update. The choice is made by comparing
+// the numbers of operations. The choice depends neither on timing nor on the number of threads or the
+// instruction set, so none of these can change a result.
 #pragma once
 
 #include <algorithm>
@@ -18,7 +18,7 @@ enum class ForwardPath {
   kRows,   // W is transposed, which is fastest for large batches
 };
 
-// Transposing an element of a block of W that was just decoded, and is still in L1, is this many times
+// If a block of W was just decoded and is still in L1, transposing one of its elements is this many times
 // cheaper than transposing an element of x or y.
 inline constexpr size_t kDecodedGain = 6;
 
@@ -30,9 +30,9 @@ inline ForwardPath forward_path(size_t tokens, size_t d_out, size_t d_in, size_t
                                                                                : ForwardPath::kLanes;
 }
 
-// Inference computes every batch above kSmallBatch rows as if the batch had this many rows. A row of the
-// result then has the same bits in all these batches, and a prompt may be read in pieces of any length above
-// kSmallBatch.
+// Inference computes every batch of more than kSmallBatch rows as if the batch had this many rows. A row of
+// the result then has the same bits in all these batches, and a prompt may be processed in pieces of any
+// length above kSmallBatch.
 inline constexpr size_t kInferenceTokens = 64;
 
 inline size_t inference_tokens(size_t batch) {
@@ -44,8 +44,9 @@ inline bool computes_pairs(const WeightView& w, size_t tokens) {
   return w.compute != Compute::kFloat && tokens > kFloatBatch;
 }
 
-// Whether a forward product, or a backward product, with this many rows is computed by the int8 kernels for
-// large batches. (For forward products of small batches, dots_int8 says whether they are computed in int8.)
+// Each of these two functions returns true if the int8 kernels for large batches compute a product with this
+// many rows: the first function for a forward pass, the second for a backward pass. (For forward products of
+// small batches, dots_int8 says whether they are computed in int8.)
 inline bool forward_in_int8(const WeightView& w, size_t tokens) {
   return w.compute == Compute::kInt8 && tokens > kernels::kSmallBatch;
 }
@@ -67,13 +68,13 @@ inline Arithmetic arithmetic_of_update(Arithmetic product) {
 
 enum class Update {
   kNone,            // there is no update
-  kSeparate,        // z Aᵀ (in backward: dz B) is computed and added to the product
+  kSeparate,        // z Aᵀ (in a backward pass: dz B) is computed and added to the product
   kMergedOnTheFly,  // scale A B is added to each block of W in the cache before the product
 };
 
 struct LayerShape {
   size_t tokens, d_out, d_in, rank;
-  size_t element_bytes;  // the bytes of a value in the arithmetic: double 8, float 4, bfloat16 2
+  size_t element_bytes;  // the size of a value in the product, in bytes: double 8, float 4, bfloat16 2
   bool dropout;          // whether the update uses drop(x) instead of x
   bool decoded;          // whether W is in low-bit blocks
 };
@@ -82,7 +83,8 @@ struct LayerShape {
 // for each element.
 inline constexpr double kCopyOperations = 8;
 
-// The cost of each way to apply the update, in floating-point operations beyond the product with W.
+// The cost of a separate update, and of an update that is merged on the fly, in floating-point operations.
+// The product with W itself is not counted.
 struct UpdateCost {
   double separate, merged;
 };
@@ -94,22 +96,24 @@ inline double merge_cost(const LayerShape& s, size_t width) {
          (flops(s.d_out, s.rank, s.d_in) + kCopyOperations * double(s.d_out) * double(s.d_in));
 }
 
-// How the update of one layer is applied, and what each alternative would cost.
+// The way in which the update of one layer is applied, and the costs of the two possible ways.
 struct KernelPlan {
   Update update;
   UpdateCost cost;
 };
 
-// Chooses the cheaper alternative. An update is merged on the fly only in float and double: in bfloat16,
-// rounding W + scale A B would lose a small update, such as that of an adapter at the start of training.
+// Chooses the cheaper of the two ways to apply the update. An update is merged on the fly only in float and
+// double: in bfloat16, rounding W + scale A B would lose a small update, such as that of an adapter at the
+// start of training.
 inline KernelPlan cheaper(const LayerShape& s, const UpdateCost& cost) {
   if (s.rank == 0) return {Update::kNone, cost};
   const bool can_merge = s.element_bytes >= 4 && !s.dropout && s.tokens > kernels::kSmallBatch;
   return {can_merge && cost.merged < cost.separate ? Update::kMergedOnTheFly : Update::kSeparate, cost};
 }
 
-// A separate update needs the products z = x Bᵀ and z Aᵀ. Merging on the fly needs neither product, but z is
-// still computed if a backward pass will need it. Only the method that transposes W can merge on the fly.
+// A separate update needs the products z = x Bᵀ and z Aᵀ. An update that is merged on the fly needs neither
+// product, but z is computed anyway if a backward pass will need it. Only the method that transposes W can
+// merge updates on the fly.
 inline KernelPlan plan_forward(const LayerShape& s, bool keep_z) {
   const double project = flops(s.tokens, s.rank, s.d_in), expand = flops(s.tokens, s.rank, s.d_out);
   KernelPlan plan = cheaper(s, {project + expand, merge_cost(s, s.d_in) + (keep_z ? project : 0)});

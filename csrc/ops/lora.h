@@ -1,5 +1,5 @@
-// Products with a frozen weight and a low-rank update, for one layer or a stack of layers: forward, backward,
-// and the outer products of the gradients.
+// Products with a frozen weight and a low-rank update, for one layer or a stack of layers: the forward pass,
+// the backward pass, and the product aᵀ b of two matrices, as in the gradients of the factors.
 #pragma once
 
 #include <cstdint>
@@ -18,7 +18,7 @@ template <class T>
 struct LowRank {
   Matrix<const T> a, b;
   double scale = 0;
-  double dropout = 0;  // the probability of dropping an element of x on the low-rank path
+  double dropout = 0;  // the probability that `drop` sets an element of x to zero
   uint64_t key = 0;    // the key of the dropout mask
   // Copies of a and b in bfloat16, without gaps between the rows, or null. Small batches read the copies
   // instead of a and b, because the copies take half as long to read. The copies must have the same values as
@@ -28,7 +28,8 @@ struct LowRank {
   size_t rank() const { return scale == 0 ? 0 : a.cols; }
 };
 
-// One group of rows in a small batch: the next `rows` rows of x, and the update for these rows.
+// One group of rows in a small batch. The group consists of the `rows` rows of x that follow the rows of the
+// previous group. All these rows have the same update.
 template <class T>
 struct GroupUpdate {
   size_t rows;
@@ -38,7 +39,7 @@ struct GroupUpdate {
 // One layer of a forward pass: z = drop(x) Bᵀ, y = x Wᵀ + scale z Aᵀ [+ bias]. The shapes are x (n, d_in), y
 // (n, d_out) and z (n, r). `bias` may be null. The data of z may be null if the caller does not need z. In a
 // small batch, `groups` may replace `low`: each group of rows of x then has its own update. The groups
-// together have n rows, and their z is not stored.
+// together have n rows. With groups, z is not stored.
 template <class T>
 struct ForwardPart {
   WeightView w;
@@ -49,20 +50,21 @@ struct ForwardPart {
 };
 
 // Computes a stack of layers; each of `parts` is one layer. All layers read the same x (n, d_in). If `int8`
-// is false, large batches with weights of Compute::kInt8 are computed as with Compute::kBfloat16. Training
-// may set `int8` to be faster: W is then rounded once more, from its blocks to codes with one scale for each
-// row. Inference does not set `int8`, because this rounding would make the answers of the model less
-// accurate.
+// is true, large batches with weights of Compute::kInt8 are multiplied in int8. If `int8` is false, these
+// batches are computed as for Compute::kBfloat16. Training may set `int8`, because products in int8 are
+// faster. But W is then rounded a second time, from its blocks to codes with one scale for each row.
+// Inference does not set `int8`, because this rounding would make the answers of the model less accurate.
 template <class T>
 void lora_forward(std::span<const ForwardPart<T>> parts, Matrix<const T> x, bool int8);
 
-// Does the same as lora_forward, but for inference, without int8 for large batches. The rows of x belong to a
-// batch of `batch` rows. All batches of up to kSmallBatch rows are computed with one method, and all larger
-// batches with another (see kInferenceTokens).
+// Does the same as lora_forward, but for inference, without int8 for large batches. The rows of x are all
+// rows, or some of the rows, of a batch of `batch` rows. All batches of up to kSmallBatch rows are computed
+// with one method, and all larger batches with another (see kInferenceTokens).
 template <class T>
 void lora_infer(std::span<const ForwardPart<T>> parts, Matrix<const T> x, size_t batch);
 
-// One group of rows: the next `rows` rows of x, and the layers of a stack that these rows pass through.
+// One group of rows. The group consists of the `rows` rows of x that follow the rows of the previous group,
+// and all these rows pass through the same layers of a stack.
 template <class T>
 struct GroupParts {
   size_t rows;
@@ -86,11 +88,11 @@ struct BackwardPart {
 };
 
 // Computes the gradients of all layers, and dx = the sum of dy W + undrop(dz B) over all layers. If dx is not
-// needed, its data is null. If `int8` is false, weights of Compute::kInt8 are computed as with
-// Compute::kBfloat16. If `dither_key` is given, int8 products round dy stochastically, with random bits that
-// depend on the key and on the element. Gradients of logits need int8 = false or a `dither_key`, because each
-// row of such a gradient has one large element and many small elements. If such gradients were rounded to
-// nearest in int8, all small elements would become 0.
+// needed, its data is null. If `int8` is false, products with weights of Compute::kInt8 are computed as for
+// Compute::kBfloat16. If `dither_key` is given, dy is rounded stochastically for int8 products. The random
+// bits for an element of dy depend on the key and on the position of the element. Gradients of logits need
+// int8 = false or a `dither_key`, because each row of such a gradient has one large element and many small
+// elements. If such gradients were rounded to nearest in int8, all small elements would become 0.
 template <class T>
 void lora_backward(std::span<const BackwardPart<T>> parts, Matrix<const T> x, Matrix<T> dx, bool int8,
                    std::optional<uint64_t> dither_key = {});

@@ -15,8 +15,9 @@ using kernels::Products;
 namespace {
 
 constexpr size_t kRowsPerTask = 48;  // a multiple of tile_tokens (for float) on every instruction set
-// The largest size, in bytes, of the columns of B that a task multiplies with its rows of A at a time. On a
-// Zen 4, whose L2 holds 1 MB, a limit of 128 KB was 2-3 % slower.
+// A task multiplies its rows of A by some columns of B at a time. These columns of B have at most this size
+// in bytes. On a Zen 4, whose L2 holds 1 MB, merging was 2-3 % slower with a limit of 128 KB than with this
+// limit.
 constexpr size_t kColumnsBytes = size_t{320} << 10;
 // The number of columns of a tile. 16-bit weights are converted to float one tile at a time: 8 x 384 floats =
 // 12 KB.
@@ -34,8 +35,9 @@ const T* panels_of(Matrix<const T> b) {
   return panels;
 }
 
-// Calls body(first, rows, scale * A[rows]) for blocks of rows of A. The loop cannot be interrupted, because
-// an interrupt would leave W partly merged.
+// Calls body(first, rows, scaled) for each block of rows of A: `first` is the first row, `rows` is the number
+// of rows, and `scaled` is scale * A[rows]. The loop cannot be interrupted, because an interrupt would leave
+// W partly merged.
 template <class T, class Body>
 void for_row_blocks(Matrix<const T> a, size_t d_in, double scale, const Body& body) {
   const double work = 2.0 * double(a.rows) * double(d_in) * double(a.cols);

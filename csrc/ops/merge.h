@@ -13,10 +13,10 @@ namespace nplora {
 template <class T>
 void merge_lora(Matrix<T> w, Matrix<const T> a, Matrix<const T> b, double scale);
 
-// Merges into a matrix W of kBfloat16 or kFloat16 values, given as bit patterns. Sums are computed in float
-// and rounded once. Without `key`, a sum is rounded to nearest even. With `key`, a sum is rounded up or down
-// at random, so that the expected value is the exact sum. Element (i, j) uses number i * w.cols + j of the
-// random sequence.
+// Adds scale * A B to a matrix W in kBfloat16 or kFloat16, which is passed as bit patterns. Sums are computed
+// in float and rounded once. Without `key`, a sum is rounded to nearest even. With `key`, a sum is rounded up
+// or down at random, so that the expected value is the exact sum. Element (i, j) uses number i * w.cols + j
+// of the random sequence.
 void merge_lora(Matrix<uint16_t> w, Storage storage, Matrix<const float> a, Matrix<const float> b,
                 double scale, std::optional<uint64_t> key);
 

@@ -15,7 +15,7 @@ struct Trained {
   size_t n;
   void* value;
   const void* grad;
-  void* first;   // AdamW: first moment; SGD: momentum, or null
+  void* first;   // AdamW: first moment; SGD: momentum, or null without momentum
   void* second;  // AdamW: second moment
   double lr;
 };
@@ -26,8 +26,8 @@ void sgd_step(const std::vector<Trained>& parameters, kernels::SgdCoefficients s
 // The sum of the squares of all gradients, in double.
 double sum_of_squares(const std::vector<Trained>& parameters);
 
-// Returns the Euclidean norm of all gradients, multiplied by `*scale`. If this norm is above max_norm,
-// `*scale` is lowered so that the norm becomes max_norm.
+// Returns the Euclidean norm of the scaled gradients, which are all gradients times `*scale`. If this norm is
+// above max_norm, `*scale` is lowered so that the norm of the scaled gradients becomes max_norm.
 double clip(const std::vector<Trained>& parameters, double max_norm, double* scale);
 
 }  // namespace nplora

@@ -1,5 +1,5 @@
-// Products that the kernel gemm_outputs_in_lanes computes. The rows of a result are tokens (or the r rows of
-// a factor), and its columns are in the SIMD lanes.
+// Products that the kernel gemm_outputs_in_lanes computes. Each row of a result belongs to a token or to one
+// of the r rows of a factor. The columns of the result are in the SIMD lanes.
 #pragma once
 
 #include <algorithm>
@@ -22,8 +22,8 @@ const auto& gemm_outputs_in_lanes() {
 }
 
 // c (m, cols) = [c +] a (m, depth) times w (depth, cols). The columns are computed panel by panel. If `next`
-// is Fetch::memory, the memory is prefetched with the first panel only. If `next` is Fetch::rows_ahead, the
-// product with each panel prefetches later rows of the panel.
+// is Fetch::memory, that memory is prefetched during the product with the first panel. If `next` is
+// Fetch::rows_ahead, later rows of each panel are prefetched during the product with this panel.
 template <class E>
 void add_product(size_t m, size_t cols, size_t depth, kernels::Strided<E> a, const E* w, size_t w_stride,
                  kernels::Sum<E>* c, size_t c_stride, bool accumulate,
@@ -36,8 +36,8 @@ void add_product(size_t m, size_t cols, size_t depth, kernels::Strided<E> a, con
   }
 }
 
-// Returns the rows of m to prefetch while the rows `some` are computed. The returned rows follow `some`; at
-// most as many rows as `some` has are returned. Nothing is prefetched if the rows of m have gaps.
+// Returns the memory to prefetch while the rows `some` of m are in use: the rows directly after `some`, at
+// most as many as there are in `some`. If the rows of m have gaps between them, nothing is prefetched.
 template <class T>
 kernels::Fetch rows_after(Matrix<const T> m, Range some) {
   const size_t end = some.first + some.count, count = std::min(some.count, m.rows - end);
@@ -45,9 +45,10 @@ kernels::Fetch rows_after(Matrix<const T> m, Range some) {
   return kernels::Fetch::memory(m.row(end), count * m.cols * sizeof(T) / kCacheLine, 1);
 }
 
-// Calls body(i, j) for the elements of a tall matrix (rows, cols), in an order that is also fast for its
-// transpose. The rows of the transpose are far apart and often evict each other from L1. So the loop
-// completes one cache line in every row of the transpose before it begins the next cache line in any row.
+// Calls body(i, j) for each element of a tall matrix (rows, cols), in an order that is fast for reading the
+// matrix and for writing its transpose.
+// The rows of the transpose are far apart and often evict each other from L1. So the loop completes one cache
+// line in every row of the transpose before it begins the next cache line in any row.
 template <class Body>
 void for_transposed(size_t rows, size_t cols, const Body& body) {
   constexpr size_t kLine = 16;

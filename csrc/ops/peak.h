@@ -5,8 +5,8 @@
 
 namespace nplora {
 
-// Multiplies on all threads for some milliseconds, with the instructions that products in this arithmetic
-// use. Returns the operations per second.
+// Returns the number of operations per second of all threads together. The threads multiply for some
+// milliseconds, with the instructions that matrix products in `arithmetic` use.
 double peak_rate(Arithmetic arithmetic);
 
 }  // namespace nplora

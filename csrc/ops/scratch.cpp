@@ -9,7 +9,7 @@ namespace {
 constexpr size_t kUses = static_cast<size_t>(Scratch::kCount);
 
 thread_local AlignedBuffer own[kUses];
-thread_local AlignedBuffer* current = nullptr;  // the buffers of the innermost frame
+thread_local AlignedBuffer* current = nullptr;  // the buffers of the innermost ScratchFrame, or null
 
 }  // namespace
 

@@ -8,15 +8,16 @@
 
 namespace nplora {
 
-// The use of a scratch buffer. Buffers of different uses exist at the same time; the contents of a buffer are
-// not used after the call that wrote them. The comments give the largest size of each buffer, in elements if
-// no unit is named. L is the number of SIMD lanes (at most 32), and r is the sum of the ranks of a stack.
+// The use of a scratch buffer. Buffers of different uses exist at the same time. When the call that wrote to
+// a buffer has ended, the contents of the buffer are no longer used. The comments give the largest size of
+// each buffer, in elements if no unit is named. L is the number of SIMD lanes (at most 32), and r is the sum
+// of the ranks of a stack.
 enum class Scratch {
   // Holds x of a token block, transposed into lanes or converted to pairs of bfloat16 values or to int8. The
   // largest size is kLanesBytes or 64 d_in elements (64 tokens), whichever is larger. In the backward pass,
-  // this buffer holds dy, z and dz in pairs, dy in int8, and the factors. For attention in bfloat16, this
-  // buffer holds the keys and values of a batch in pairs. For filtered_cross_entropy, this buffer holds the
-  // weights of the kept words: up to a quarter as many elements as there are logits.
+  // this buffer holds dy, z and dz in pairs, dy in int8, and the factors A and B. For attention in bfloat16,
+  // this buffer holds the keys and values of a batch in pairs. For filtered_cross_entropy, this buffer holds
+  // the weights of the kept words: up to a quarter as many elements as there are logits.
   kLanes,
   // Holds z of a token block in lanes or pairs, with r elements for each token. If outputs are in the lanes,
   // this buffer also holds the factors of a stack, with r (d_in + d_out) elements. In a merge, this buffer
@@ -26,11 +27,11 @@ enum class Scratch {
   // pass, and the sums of the gradients of A and B in the backward pass. The sums have r (d_in + d_out)
   // elements.
   kLowGradients,
-  // Holds L / 2 partial sums for each of kStreamedRows rows of W and one token. For a batch of up to 8
+  // For a single token, holds L / 2 partial sums for each of kStreamedRows rows of W. For a batch of up to 8
   // tokens, holds L / 2 partial sums for each token and each of 48 rows of W or r rows of B.
   kSums,
   kWeight,   // decoded or transposed blocks of W: kBlocksBytes, or 48 kStreamedRows elements
-  kDecoded,  // a block of W before it is transposed, or after the update is added: 48 kDepthBlock
+  kDecoded,  // a block of W before it is transposed, or with its update added: 48 kDepthBlock
   kFewRows,  // a few rows of a block of W before they are paired: 18 KB
   // Holds one of three things. (1) B (r, d_in), r * d_in elements, plain or in pairs. (2) z or dz of a few
   // tokens, transposed, 32 * r elements. (3) Rows of A times the scale, kDepthBlock * r elements.
@@ -41,13 +42,13 @@ enum class Scratch {
   // elements). For attention in pairs, this buffer holds a tile: 96 (head_dim + 24) elements.
   kPairing,
   kCodes,       // a small batch of x in int8: 8 d_in
-  kCodeScales,  // the scales and sums of these codes: d_in
-  // Holds a tile of attention, with 48 (5 head_dim + 130) elements, or the scores of a single query, with
-  // heads (256 + head_dim) elements.
+  kCodeScales,  // the scales and sums of the codes in kCodes: d_in
+  // Holds a tile of attention, with 48 * (5 head_dim + 130) elements, or the scores of a single query, with
+  // heads * (256 + head_dim) elements.
   kAttention,
-  // Holds the results for each piece, with heads (head_dim + 2) elements, if the keys of a single query are
-  // cut into pieces. In the backward pass, this buffer holds one element for each head and token of the
-  // batch.
+  // If the keys of a single query are cut into pieces, this buffer holds the results of each piece, with
+  // heads * (head_dim + 2) elements for each piece. In the backward pass of attention, this buffer holds one
+  // element for each head and token of the batch.
   kAttentionParts,
   kCount
 };
@@ -56,8 +57,9 @@ enum class Scratch {
 // and only grows, so a repeated call with the same shapes allocates nothing.
 void* scratch_bytes(Scratch use, size_t bytes);
 
-// While a ScratchFrame exists, this thread uses a separate set of scratch buffers. A frame is needed if a
-// signal handler calls the library in the middle of a task.
+// While a ScratchFrame exists, this thread uses a separate set of scratch buffers. A signal handler that
+// calls the library needs a frame, because the signal may interrupt a task that is using the thread's own
+// buffers.
 class ScratchFrame {
  public:
   ScratchFrame();
@@ -88,8 +90,8 @@ struct Arena {
   }
 };
 
-// Calls `divide` twice, with an arena of type T and an arena of type E. The first call only counts the sizes,
-// and the second call takes the parts from two buffers of these sizes.
+// Calls `divide` twice, with an arena of type T and an arena of type E. The first call only adds up sizes.
+// The second call gets arenas that point to two buffers of these sizes.
 template <class T, class E, class Divide>
 void divide_scratch(Scratch use_t, Scratch use_e, const Divide& divide) {
   Arena<T> t;

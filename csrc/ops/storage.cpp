@@ -10,8 +10,8 @@
 
 namespace nplora {
 
-// A pair of bfloat16 is written as two halves and read as one word, in memory and in files. So nplora needs a
-// little-endian machine.
+// Kernels write a pair of bfloat16 numbers as two 16-bit numbers, and read it as one 32-bit word. So nplora
+// needs a little-endian machine.
 static_assert(std::endian::native == std::endian::little, "nplora needs a little-endian machine");
 
 size_t bytes_per_element(Storage storage) {

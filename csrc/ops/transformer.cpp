@@ -34,7 +34,7 @@ void for_rows(size_t n, size_t cols, double operations_per_element, const Body& 
                });
 }
 
-// Cuts n elements into pieces, and calls body(first, count) for each piece.
+// Cuts n elements into pieces of kElementsPerTask elements, and calls body(first, count) for each piece.
 template <class Body>
 void for_pieces(size_t n, double operations_per_element, const Body& body) {
   parallel_for(ceil_div(n, kElementsPerTask), useful_threads(operations_per_element * double(n)),
@@ -140,7 +140,7 @@ void gated_backward(Activation act, size_t n, const float* dout, const uint16_t*
   const Timed timed(Activity::kActivation);
   const auto kernel_of_act = kernel().gated_backward[size_t(act)];
   const auto widen = kernels::table().convert.widen_bfloat16;
-  for_converted(n, [&](size_t first, size_t count) {  // dgate and dup first hold the gate and the up
+  for_converted(n, [&](size_t first, size_t count) {  // dgate and dup first hold `gate` and `up` as floats
     widen(count, gate + first, dgate + first);
     widen(count, up + first, dup + first);
     kernel_of_act(count, dout + first, dgate + first, dup + first, dgate + first, dup + first);

@@ -20,9 +20,9 @@ void rms_norm(Matrix<const float> x, const float* weight, float eps, Matrix<floa
 void rms_norm_backward(Matrix<const float> dy, Matrix<const float> x, const float* weight, float eps,
                        Matrix<float> dx, bool accumulate);
 
-// y = (x - mean x) / sqrt(variance x + eps) ∘ weight + bias for each row (Ba et al. 2016). The shapes are
-// those of `rms_norm`, and bias is (d) or null. The mean and the variance are summed in the same way as the
-// squares in `rms_norm`.
+// y = (x - mean x) / sqrt(variance x + eps) ∘ weight + bias for each row (Ba et al. 2016). The shapes are x
+// (n, d), y (n, d), weight (d) and bias (d); `bias` may be null. The mean and the variance are summed in the
+// same way as the squares in `rms_norm`.
 void layer_norm(Matrix<const float> x, const float* weight, const float* bias, float eps, Matrix<float> y);
 
 // Does the same as `layer_norm` for the sum of two arrays, row by row: sum += x, then y = the norm of `sum`.
@@ -33,9 +33,9 @@ void add_layer_norm(Matrix<const float> x, Matrix<float> sum, const float* weigh
 void layer_norm_backward(Matrix<const float> dy, Matrix<const float> x, const float* weight, float eps,
                          Matrix<float> dx, bool accumulate);
 
-// The cosines and sines of rotary position embeddings. Row p of `data` holds rotary_dim / 2 cosines and then
-// as many sines, for position p. If `interleaved` is true, the two elements of a pair are neighbours. If
-// `interleaved` is false, the two elements of a pair are rotary_dim / 2 elements apart.
+// The cosines and sines of rotary position embeddings. Row p of `data` is for position p, and holds
+// rotary_dim / 2 cosines and then rotary_dim / 2 sines. If `interleaved` is true, the two elements of a pair
+// are neighbours. If `interleaved` is false, the two elements of a pair are rotary_dim / 2 elements apart.
 struct RotaryTable {
   const float* data;
   size_t rotary_dim;
@@ -58,13 +58,13 @@ void gated(Activation act, size_t n, const float* gate, const float* up, float* 
 void gated_backward(Activation act, size_t n, const float* dout, const float* gate, const float* up,
                     float* dgate, float* dup);
 
-// Does the same as `gated` for a gate and an up in bfloat16. A few elements at a time are converted to
-// float32; the converted elements stay in L1.
+// Do the same as the functions `gated` and `gated_backward` above, for `gate` and `up` in bfloat16. A few
+// elements at a time are converted to float32, so that the converted elements stay in L1.
 void gated(Activation act, size_t n, const uint16_t* gate, const uint16_t* up, float* out);
 void gated_backward(Activation act, size_t n, const float* dout, const uint16_t* gate, const uint16_t* up,
                     float* dgate, float* dup);
 
-// Computes `gated`, and also stores the gate and the up in bfloat16.
+// Does the same as `gated`, and also stores `gate` and `up` in bfloat16.
 void gated_narrow(Activation act, size_t n, const float* gate, const float* up, float* out,
                   uint16_t* gate_bits, uint16_t* up_bits);
 

@@ -21,14 +21,14 @@ namespace {
 
 constexpr size_t kRowsPerTask = 64;
 
-// The offset of element (row, col) of packed W in bytes. `col` is a multiple of kPanelColumns.
+// The offset, in bytes, of element (row, col) in packed W. `col` is a multiple of kPanelColumns.
 size_t packed_offset(const WeightView& w, size_t row, size_t col) {
   const size_t width = std::min(kPanelColumns, w.d_in - col);
   return (col * w.d_out + row * width) * bytes_per_element(w.storage);
 }
 
-// The address of element (row, col) of W, and the distance to the next row of its panel, in elements. `col`
-// is a multiple of kPanelColumns.
+// The address of element (row, col) of W, and the number of elements from the start of this row to the start
+// of the next row, within the same panel. `col` is a multiple of kPanelColumns.
 struct Location {
   const char* at;
   size_t row_stride;
@@ -40,7 +40,8 @@ Location locate(const WeightView& w, size_t row, size_t col) {
   return {data + (row * w.row_stride + col) * bytes_per_element(w.storage), w.row_stride};
 }
 
-// Calls body(first column, number of columns) for each panel of a row.
+// Calls body(first, count) for each panel of a row, where `first` is the first column of the panel, and
+// `count` is the number of columns.
 template <class Body>
 void for_panels(size_t d_in, const Body& body) {
   for (size_t c = 0; c < d_in; c += kPanelColumns) body(c, std::min(kPanelColumns, d_in - c));
@@ -87,7 +88,7 @@ size_t decoded_stride(size_t cols, size_t element_bytes) {
 }
 
 // Calls body(first, rows, values) for a few rows at a time. The number of rows is even, except in the last
-// call. `values` is memory for (rows, cols) floats, which fit into L1.
+// call. `values` is memory for one float for each element of these rows; it fits into L1.
 template <class Body>
 void for_few_rows(Range rows, size_t cols, const Body& body) {
   constexpr size_t kValues = 4608;  // 18 KB
@@ -118,13 +119,13 @@ void fetch(const WeightView& w, Range rows, Range cols) {
     for (size_t line = 0; line < count; line += kCacheLine) __builtin_prefetch(row + line);
 }
 
-// Prefetches the columns that follow `cols` in the same rows.
+// Prefetches the columns directly after `cols`, as many as there are in `cols`, in the same rows.
 void fetch_after(const WeightView& w, Range rows, Range cols) {
   const size_t end = cols.first + cols.count;
   fetch(w, rows, {end, std::min(cols.count, w.d_in - end)});
 }
 
-// Prefetches row i + 2 of a block while row i is in use. A row has at most 8 KB, so three rows fit into L1.
+// While row i of a block is in use, prefetches row i + 2. A row has at most 8 KB, so three rows fit into L1.
 void fetch_next(const WeightView& w, Range rows, size_t i, Range cols) {
   if (i + 2 < rows.count) fetch(w, {rows.first + i + 2, 1}, cols);
 }
@@ -210,10 +211,9 @@ Panels<Bf16> row_block(const WeightView& w, Range rows, Range cols, bool, Bf16*)
   return stored_rows<Bf16>(w, rows, cols);
 }
 
-// A full panel of bfloat16 values is read in place as a panel of pairs. The last panel may have an odd number
-// of columns. The last panel is therefore copied row by row, like panels of other storage formats. If the
-// rows of the last panel have an odd number of values, a zero is added to each row. If the block also has the
-// panel before the last one, both panels are copied.
+// If W is packed in bfloat16, a block of full panels is read in place as panels of pairs. Any other block is
+// copied. A block that contains a narrower last panel is copied because the rows of this panel may have an
+// odd number of values. If the number is odd, the last value of each row is paired with zero.
 template <>
 Panels<Bf16Pair> row_block(const WeightView& w, Range rows, Range cols, bool, Bf16Pair* scratch) {
   constexpr size_t kPanelPairs = kPanelColumns / 2;
@@ -257,8 +257,8 @@ Panels<Bf16Pair> row_block(const WeightView& w, Range rows, Range cols, bool, Bf
 
 namespace {
 
-// The layout of a column block in scratch memory: two whole panels one after the other, or one panel with all
-// columns.
+// The way in which column_block arranges its columns in scratch memory: as two whole panels one after the
+// other, or as one panel that contains all columns.
 struct Panelling {
   size_t panels, width;
 
@@ -275,7 +275,7 @@ struct Panelling {
 // Before each call, the rows of the next call are prefetched.
 template <class Body>
 void for_fetched_rows(const WeightView& w, Range rows, Range cols, const Body& body) {
-  constexpr size_t kRows = 16;  // 6 KB of floats stay in L1 together with the prefetched rows
+  constexpr size_t kRows = 16;  // the floats of 16 rows (6 KB) stay in L1 together with the prefetched rows
   for (size_t i = 0; i < rows.count; i += kRows) {
     const size_t end = std::min(i + kRows, rows.count);
     fetch(w, {rows.first + end, std::min(kRows, rows.count - end)}, cols);

@@ -18,21 +18,23 @@ namespace nplora {
 class RowScales;
 
 // The arithmetic of the products with a weight. With kFloat, products use the weight's own float type. With
-// kBfloat16, larger batches use pairs of bfloat16, summed in float: forward above kSmallBatch rows, backward
-// above kFloatBatch rows. With kInt8, these larger batches use int8 instead (see ops/int8_weight.h), and
-// forward passes of small batches use int8 too if W is in one of GGUF's block formats. The products with the
-// LoRA factors A and B never use int8: for kInt8, they are computed as for kBfloat16.
+// kBfloat16, large batches use pairs of bfloat16, summed in float. A batch is large if it has more than
+// kSmallBatch rows in a forward pass, or more than kFloatBatch rows in a backward pass. With kInt8, large
+// batches use int8 instead (see ops/int8_weight.h), and forward passes of small batches use int8 too if W is
+// in one of GGUF's block formats. The products with the LoRA factors A and B never use int8. If a weight has
+// kInt8, its factors are multiplied in the same way as with kBfloat16.
 enum class Compute { kFloat, kBfloat16, kInt8 };
 
-// W in the form in which the products read it. If `packed` is true, W is panels of kPanelColumns columns with
-// contiguous rows; the last panel may be narrower and is not padded. If `packed` is false, W is a row-major
-// array, rows of blocks, or NF4. A block of NF4 may contain the end of one row and the start of the next row.
+// W in the form in which the products read it. If `packed` is true, W is stored as panels of kPanelColumns
+// columns with contiguous rows. The last panel may be narrower, and is not padded. If `packed` is false, W is
+// stored as a row-major array, as rows of blocks, or in NF4. A block of NF4 may contain the end of one row
+// and the start of the next row.
 struct WeightView {
   Storage storage;
   bool packed;
   const void* data;
   size_t d_out, d_in;
-  size_t row_stride;  // in elements for row-major data, in bytes for blocks
+  size_t row_stride;  // distance of two rows: in elements for row-major data, in bytes for blocks
   Compute compute = Compute::kFloat;
   kernels::Nf4 nf4{};
   RowScales* row_scales = nullptr;  // the scales of W in int8; not null if `compute` is kInt8
@@ -43,8 +45,9 @@ WeightView view_of(Matrix<const T> w) {
   return {sizeof(T) == 4 ? Storage::kFloat32 : Storage::kFloat64, false, w.data, w.rows, w.cols, w.stride};
 }
 
-// The first column of the last panel if that panel is narrower, or d_in if all panels are full. If a
-// row_block begins before this column, it must not go beyond this column, unless its elements are Bf16Pair.
+// The number of columns in full panels. All other columns are in the last panel, which is narrower. The
+// columns that are passed to row_block must be either all in full panels or all in the narrower panel, unless
+// the elements are Bf16Pair.
 inline size_t full_columns(size_t d_in) {
   return d_in / kernels::kPanelColumns * kernels::kPanelColumns;
 }
@@ -52,8 +55,7 @@ inline size_t full_columns(size_t d_in) {
 // The address of element (row, col) of packed W. `col` is a multiple of kPanelColumns.
 const char* stored_at(const WeightView& w, size_t row, size_t col);
 
-// Whether W is stored as elements of type E, so that it can be read in place. If the types differ, W is
-// decoded.
+// Returns true if W can be read in place as elements of type E. If not, W must be decoded.
 template <class E>
 bool in_place(const WeightView& w);
 
@@ -66,19 +68,20 @@ inline constexpr size_t scratch_columns(size_t cols) {
 
 // The block W[rows, cols] in elements of type E. The first column is a multiple of kPanelColumns. If the
 // elements of W are stored as type E, the block is read in place. If not, the block is decoded into `scratch`
-// (rows * scratch_columns(cols) elements). If many tokens use the block (`shared`), it is copied even if it
-// needs no decoding, because rows of W that are a power of two apart would evict each other from the cache. A
-// packed W has no such rows, and is never copied for this reason. The element type Bf16 is only for weights
-// stored in bfloat16, which are read in place. A Bf16Pair holds two neighbours of a row, because
-// gemm_tokens_in_lanes reads along the rows of W.
+// (rows * scratch_columns(cols) elements). If many tokens use the block (`shared`), the block is copied even
+// if it needs no decoding, because rows of W would evict each other from the cache if their distance is a
+// power of two. In a packed W, no rows have such a distance, so a packed W is not copied for this reason. The
+// element type Bf16 may only be used for weights stored in bfloat16, and these weights are read in place. A
+// Bf16Pair holds two neighbours of a row, because gemm_tokens_in_lanes reads along the rows of W.
 template <class E>
 kernels::Panels<E> row_block(const WeightView& w, Range rows, Range cols, bool shared, E* scratch);
 
 // The block W[rows, cols] for gemm_outputs_in_lanes. A Bf16Pair holds two neighbours of a column, because
-// this kernel reads down the columns of W. `cols` is one panel or, if makes_two_panels is true, up to
-// kDecodedColumns columns that start at a multiple of kDecodedColumns. Two panels are stored one after the
-// other. If each row held both panels, the hardware would prefetch the half of the row that is not wanted.
-// (NF4 does store rows with both panels if d_in is not a multiple of 16.)
+// this kernel reads down the columns of W. If makes_two_panels is false, `cols` is one panel. If
+// makes_two_panels is true, `cols` has up to kDecodedColumns columns, and starts at a multiple of
+// kDecodedColumns. Two panels are stored one after the other. If each row contained the columns of both
+// panels, the hardware would also prefetch the half of a row that the kernel does not need. (There is one
+// exception: if W is in NF4 and d_in is not a multiple of 16, each row contains the columns of both panels.)
 inline constexpr size_t kDecodedColumns = 2 * kernels::kPanelColumns;  // whole sub-blocks
 inline bool makes_two_panels(const WeightView& w, bool shared) {
   return is_blocks(w.storage) || (!w.packed && shared);
@@ -100,14 +103,15 @@ ColumnBlock<kernels::Bf16> column_block(const WeightView&, Range, Range, bool, k
 template <>
 ColumnBlock<kernels::Bf16Pair> column_block(const WeightView&, Range, Range, bool, kernels::Bf16Pair*);
 
-// Whether encoded_block accepts W.
+// Returns true if encoded_block accepts W: W must be in low-bit blocks, but not in NF4.
 inline bool encodes_blocks(const WeightView& w) {
   return is_blocks(w.storage) && w.storage != Storage::kNf4;
 }
 
 // The block W[rows, cols] in int8 codes (see kernels::Int8Gemm::encode). Row i is multiplied by inverses[i]
-// before it is rounded to codes. `scratch` has rows * scratch_columns(cols) codes. If the first column is a
-// multiple of kDecodedColumns, the codes begin where `scratch` begins.
+// before it is rounded to codes. `scratch` is memory for rows * scratch_columns(cols) codes. If the first
+// column is a multiple of kDecodedColumns, the result begins at the start of `scratch`. If not, the result
+// may begin later.
 Matrix<const uint8_t> encoded_block(const WeightView& w, Range rows, Range cols, const float* inverses,
                                     uint8_t* scratch);
 
@@ -119,8 +123,8 @@ inline bool dots_int8(const WeightView& w) {
   return w.compute == Compute::kInt8 && is_blocks(w.storage) && w.storage != Storage::kNf4;
 }
 
-// Multiplies a small batch by low-bit blocks: part (m, rows, lanes / 2) = x W[rows]ᵀ. Each product of two
-// rows is stored as lanes / 2 partial sums (see kernels::BlockDots).
+// Multiplies a small batch by low-bit blocks: part (m, rows, lanes / 2) = x W[rows]ᵀ. The product of a row of
+// x and a row of W is stored as lanes / 2 partial sums (see kernels::BlockDots).
 void dots_of_blocks(const WeightView& w, Range rows, Matrix<const float> x, float* part,
                     const kernels::Fetch& next);
 
@@ -146,7 +150,8 @@ class PackedWeight {
   size_t d_in() const { return view_.d_in; }
   size_t nbytes() const;
 
-  // Writes W to out (d_out, d_in): in float, in double for kFloat64, or as bit patterns of a 16-bit format.
+  // Writes W to out (d_out, d_in). If W is stored as kFloat64, T is double. In all other formats T is float.
+  // For the two 16-bit formats, T may also be uint16_t; `out` then receives the bit patterns.
   template <class T>
   void unpack(Matrix<T> out) const;
 

@@ -38,7 +38,7 @@ unsigned saved_state() {
 Cpu detect() {
   Cpu found;
   const Registers leaf1 = cpuid(1, 0), leaf7 = cpuid(7, 0), leaf7_1 = cpuid(7, 1);
-  if (!bit(leaf1.ecx, 27)) return found;  // OSXSAVE: the instruction xgetbv exists
+  if (!bit(leaf1.ecx, 27)) return found;  // the OSXSAVE bit: the instruction xgetbv can be used
   const unsigned state = saved_state();
   const bool ymm = (state & 0x06) == 0x06, zmm = (state & 0xe6) == 0xe6;
   const bool fma = bit(leaf1.ecx, 12), avx = bit(leaf1.ecx, 28), f16c = bit(leaf1.ecx, 29);

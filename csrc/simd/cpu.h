@@ -11,7 +11,7 @@ struct Cpu {
   bool avx512bf16 = false;  // with VNNI
   bool amx = false;         // AMX with BF16; also requires avx512bf16 (see ask_for_tiles)
   bool neon = false;
-  bool neonbf16 = false;  // BF16 together with dot products of bytes
+  bool neonbf16 = false;  // BF16, and also dot products of bytes
   bool neoni8mm = false;  // with BF16
 };
 

@@ -49,8 +49,8 @@ inline void store_tile(float* to, size_t stride) {
                    : "r"(to), "r"(stride * sizeof(float)), "n"(kTile)
                    : "memory");
 }
-// Adds the product of register kA (rows, pairs) and register kB (pairs, columns) to register kSums. Each
-// element of the two operands is a pair of bfloat16 values that are neighbours along the depth.
+// Adds the product of register kA (m, depth / 2) and register kB (depth / 2, n) to register kSums (m, n).
+// Each element of kA and kB is a pair of bfloat16 values that are neighbours along the depth.
 template <int kSums, int kA, int kB>
 inline void multiply_tiles() {
   __asm__ volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "n"(kSums), "n"(kA), "n"(kB));

@@ -3,8 +3,8 @@
 // A kernel unit is one of the files kernels/isa_*.cpp. Each kernel unit defines NPLORA_ISA, the namespace of
 // all its code, and one macro NPLORA_SIMD_*, which selects the registers. Only kernel units may include this
 // file. If two kernel units shared an inline function, the linker would keep only one version of this
-// function. An AVX-512 version would crash on an older machine. Kernel units use no templates of the standard
-// library, because the linker would also keep only one version of each template function.
+// function. An AVX-512 version would crash on an older machine. For the same reason, kernel units use no
+// templates of the standard library: the linker would keep only one version of each template function.
 //
 //   `zero()`, `load(p)` and `store(p)` work on all lanes of a vector.
 //   `broadcast(x)` copies x to all lanes. The result of `broadcast` is a vector, or another type that `fma`
@@ -15,14 +15,14 @@
 //   `Vec<Bf16Pair>::pair_rows(first, second)` pairs each bfloat16 value of one row with the value in the same
 //     column of the next row.
 //   `fma(a, b, c)` returns a * b + c.
-//   `max(a, b)` and `min(a, b)` return NaN if b is NaN. The functions `max` and `min` and the operators -, *
-//     and / exist for float only.
-//   `times_power_of_two(a, n)` returns a * 2^n for whole numbers n from -252 to 254. `times_power_of_two`
-//     exists for float only. The result is exact unless the result is subnormal or too large. If a is NaN,
+//   `max(a, b)` and `min(a, b)` return NaN if b is NaN. `max`, `min` and the operators -, * and / exist only
+//     for vectors of floats.
+//   `times_power_of_two(a, n)` returns a * 2^n for whole numbers n from -252 to 254. The function exists only
+//     for vectors of floats. A result is exact unless it is subnormal or too large for a float. If a is NaN,
 //     the result is NaN.
 //   `transpose(Vec (&)[kLanes])` transposes a square block of elements. Each vector is a row of the block.
-//   `add_neighbours(a, b)` adds lanes 2i and 2i + 1 of each vector. The result has the sums of a, then the
-//     sums of b.
+//   `add_neighbours(a, b)` adds lanes 2i and 2i + 1 of each vector. The first half of the result holds the
+//     sums of a, and the second half holds the sums of b.
 //   `keep(v)` makes the compiler keep the loaded vector v in a register.
 #pragma once
 
@@ -55,7 +55,7 @@ inline void keep(T*& p) {
   __asm__("" : "+r"(p));
 }
 
-// Returns the bytes at `p` as an object of type Bits.
+// Returns an object of type Bits that is a copy of the bytes at `p`.
 template <class Bits, class T>
 inline Bits bits_at(const T* p) {
   Bits bits;

@@ -1,7 +1,8 @@
 // Vectors of 8 floats or 4 doubles in one AVX register, with FMA3. This file is included by vec.h, inside the
 // namespace of one instruction set.
 
-// For n from 0 to 8, the 8 words that start at index 8 - n are a mask that selects the first n words.
+// A table of masks. For n from 0 to 8, the mask of the first n words consists of the 8 words from index 8 - n
+// on.
 alignas(32) inline constexpr int32_t kMaskWords[16] = {-1, -1, -1, -1, -1, -1, -1, -1,
                                                        0,  0,  0,  0,  0,  0,  0,  0};
 

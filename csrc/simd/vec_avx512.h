@@ -101,8 +101,8 @@ inline Vec<Bf16Pair> Vec<Bf16Pair>::pair_rows(Vec<Bf16> first, Vec<Bf16> second)
       _mm512_permutex2var_epi16(_mm512_castsi256_si512(first.v), order, _mm512_castsi256_si512(second.v))};
 }
 
-// The input is one sequence of pairs of 32-bit lanes: the pairs of `a`, then the pairs of `b`. Afterwards,
-// `a` holds the pairs with even indices, and `b` holds the pairs with odd indices.
+// Takes the pairs of 32-bit lanes of `a` and then those of `b` as one sequence. Afterwards, `a` holds the
+// pairs with even indices in this sequence, and `b` holds the pairs with odd indices.
 template <class T>
 inline void unzip_pairs(Vec<T>& a, Vec<T>& b) {
   const __m512i even = _mm512_set_epi64(14, 12, 10, 8, 6, 4, 2, 0),
@@ -154,8 +154,8 @@ inline void transpose(Vec<float> (&r)[16]) {
     u[i + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(b, d));
     u[i + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(b, d));
   }
-  // Quarter q of u[4 g + j] now holds column 4 q + j of the four rows from row 4 g on. The next step collects
-  // the four quarters of each column, one from each group g of four rows.
+  // Quarter q of u[4 g + j] now holds four elements of column 4 q + j, from the rows 4 g to 4 g + 3. The next
+  // step collects the four quarters of each column, one from each group g of four rows.
 #pragma GCC unroll 4
   for (int j = 0; j < 4; ++j) {
     const __m512 lo02 = _mm512_shuffle_f32x4(u[j], u[4 + j], 0x88),

@@ -10,9 +10,9 @@
 //   `lookup(levels, b)` returns levels[byte] for each byte of b. All bytes of b must be below 16. The levels
 //     are floats or bytes.
 //   `Nibbles(offset, d)` decodes a nibble q to d * (q - offset), and `Nibbles(d, m)` decodes q to d * q + m.
-//     For an object `nibbles` of this type, `low(nibbles, b)` decodes the low nibble of each byte.
-//   `high(nibbles, b)` decodes the high nibble of each byte. `nibbles.all()` returns the values of the
-//     nibbles 0 to 15.
+//   `low(nibbles, b)` decodes the low nibble of each byte of b, where `nibbles` is a Nibbles object.
+//     `high(nibbles, b)` decodes the high nibble of each byte. `nibbles.all()` returns the decoded values of
+//     the nibbles 0 to 15.
 #pragma once
 
 #include "simd/vec.h"
@@ -28,7 +28,7 @@ struct BytePair {
   Bytes low, high;
 };
 
-// One float for each of sixteen bytes.
+// Sixteen floats, one for each byte of a vector of type Bytes.
 struct Floats {
   Vec<float> v[kVectors];
 };
@@ -55,7 +55,7 @@ inline Floats widen(Bytes b) {
   return {{{_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32((__m128i)b))}}};
 }
 
-// Returns the bytes as indices for `permuted`, which reads only the low four bits of each index.
+// Converts bytes to indices for the function `permuted`, which reads only the low four bits of each index.
 typedef uint32_t Indices __attribute__((vector_size(64)));
 inline Indices indices(Bytes b) {
   return (Indices)_mm512_cvtepu8_epi32((__m128i)b);
@@ -80,8 +80,8 @@ inline BytePair interleave(Bytes a, Bytes b) {
   return {(Bytes)_mm_unpacklo_epi8((__m128i)a, (__m128i)b), (Bytes)_mm_unpackhi_epi8((__m128i)a, (__m128i)b)};
 }
 
-// A table with the values of all 16 nibbles. One permutation turns nibbles into values. The permutation reads
-// only the low four bits of each index.
+// A table with the decoded values of all 16 nibbles. One permutation instruction looks up the values of 16
+// nibbles. This instruction reads only the low four bits of each index.
 struct Nibbles {
   __m512 values;
   Nibbles(int offset, Vec<float> d) : values(_mm512_mul_ps(codes(offset), d.v)) {}
@@ -178,8 +178,8 @@ inline BytePair interleave(Bytes a, Bytes b) {
 
 #else
 
-// The generic unit (isa_generic.cpp) does not inline long functions. With inlining, this unit made up two
-// fifths of the library, although few machines run this unit.
+// In the generic unit (isa_generic.cpp), long functions are not inlined. With inlining, the code of this unit
+// was two fifths of the whole library, although few machines run this unit.
 [[gnu::noinline]] inline Bytes lookup(Bytes levels, Bytes b) {
   uint8_t from[kBytes], r[kBytes];
   __builtin_memcpy(from, &levels, sizeof from);
@@ -223,7 +223,8 @@ inline BytePair interleave(Bytes a, Bytes b) {
 
 #endif
 
-// Interleaves words of two bytes. The result a0 b0 a1 b1 ... is returned in two halves, `low` and `high`.
+// Interleaves words of two bytes. The words of `a` and `b` alternate in the result: a0 b0 a1 b1 ... The
+// result is returned in two halves, `low` and `high`.
 inline BytePair interleave_words(Bytes a, Bytes b) {
 #if defined(NPLORA_SIMD_AVX512) || defined(NPLORA_SIMD_AVX2)
   return {(Bytes)_mm_unpacklo_epi16((__m128i)a, (__m128i)b),

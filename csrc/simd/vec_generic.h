@@ -73,8 +73,8 @@ typedef int32_t WholeNumbers __attribute__((vector_size(16)));
 inline Vec<float> power_of_two(WholeNumbers n) {
   return {__builtin_bit_cast(Vec<float>::Register, (n + 127) << 23)};
 }
-// Adding 1.5 * 2^23 leaves `n` as a whole number in the low bits of the float. The addition replaces a
-// conversion to integers, which would be undefined for NaN.
+// After 1.5 * 2^23 is added to the float `n`, the low bits of the sum hold `n` as an integer. The addition
+// replaces a conversion to integers, which would be undefined for NaN.
 inline Vec<float> times_power_of_two(Vec<float> a, Vec<float> n) {
   constexpr float kShift = 0x1.8p23f;
   const WholeNumbers whole =

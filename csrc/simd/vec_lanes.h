@@ -1,6 +1,6 @@
-// Vectors that fill a whole register, for x86-64 only. Each 32-bit lane belongs to one of kLaneRows rows of
-// W. Each vector consists of parts of 128 bits: part p has the lanes of rows 4p to 4p + 3. The rules of
-// kernel units are in vec.h.
+// Vectors of 32-bit lanes that fill a whole register, for x86-64 only. There are kLaneRows lanes, and each
+// lane belongs to one row of W. Each vector consists of parts of 128 bits: part p has the lanes of rows 4p to
+// 4p + 3. The rules of kernel units are in vec.h.
 //
 //   `join_parts(parts)` makes a vector whose part p is `parts[p]`. `first_halves(s)` makes a vector whose
 //     part p is the first half of the sub-block `s[p]`. `last_halves(s)` makes a vector whose part p is the
@@ -12,8 +12,8 @@
 //     bytes of `x` are from -127 to 127. Without VNNI, the bytes of `u` must be at most 128.
 //   `broadcast_four(p)` loads four bytes into each lane.
 //   `magnitudes(b)` returns the magnitudes of signed bytes. `set_signs(signs, b)` stores the signs of the
-//     bytes b in `signs`. The stored sign of a byte 0 is 0 with AVX2 and 1 with AVX-512. `with_signs(x,
-//     signs)` multiplies each byte of `x` by the stored sign.
+//     bytes b in `signs`. For a byte that is 0, the stored sign is 0 with AVX2, and 1 with AVX-512.
+//     `with_signs(x, signs)` multiplies each byte of `x` by the stored sign.
 //   `to_floats(sums)` converts integers to floats, lane by lane. `floats_of_halves(lanes)` converts the
 //     float16 numbers in the low halves of the lanes to floats.
 #pragma once
@@ -82,7 +82,7 @@ inline LaneInts dot_lanes(LaneInts sums, LaneBytes u, LaneBytes x) {
 #endif
 }
 
-// The signs of bytes.
+// The signs of bytes, as one bit for each byte: 1 if the byte is negative.
 using LaneSigns = __mmask64;
 [[gnu::always_inline]] inline void set_signs(LaneSigns& signs, LaneBytes b) {
   signs = _mm512_movepi8_mask((__m512i)b);

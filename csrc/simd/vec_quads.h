@@ -77,8 +77,8 @@ inline constexpr uint8_t kCodeOffset = 128;
 
 #else
 
-// The instruction vpmaddubsw multiplies unsigned bytes by signed bytes, so the signs of `w` are moved to `x`.
-// The sum of two products is at most 2 * 127 * 127, which fits into 16 bits.
+// The instruction vpmaddubsw multiplies unsigned bytes by signed bytes, so w * x is computed as |w| * (x
+// times the sign of w). The sum of two products is at most 2 * 127 * 127, which fits into 16 bits.
 inline constexpr uint8_t kCodeOffset = 0;
 inline void dot_quads(LaneInts& sums, LaneInts w, LaneInts x) {
   const __m512i codes = (__m512i)w, with_sign = _mm512_mask_sub_epi8((__m512i)x, _mm512_movepi8_mask(codes),
@@ -109,7 +109,8 @@ inline constexpr uint8_t kCodeOffset = 128;
 #else
 
 inline constexpr uint8_t kCodeOffset = 0;
-// The signs of `w` are moved to `x`, because vpmaddubsw multiplies unsigned bytes by signed bytes.
+// Computes w * x as |w| * (x times the sign of w), because vpmaddubsw multiplies unsigned bytes by signed
+// bytes.
 inline void dot_quads(LaneInts& sums, LaneInts w, LaneInts x) {
   const __m256i codes = (__m256i)w, with_sign = _mm256_sign_epi8((__m256i)x, codes);
   sums += (LaneInts)_mm256_madd_epi16(_mm256_maddubs_epi16(_mm256_abs_epi8(codes), with_sign),
@@ -161,9 +162,9 @@ inline void dot_quads(LaneInts& sums, LaneInts w, LaneInts x) {
 #endif
 
 #if defined(NPLORA_SIMD_VNNI)
-// GCC 12 copies the sums of the intrinsic _mm512_dpbusd_epi32 and spills the copies, which halves the speed.
-// With one asm statement for each product, GCC 12 still copies some sums. For this reason, one asm statement
-// computes all products here.
+// With the intrinsic _mm512_dpbusd_epi32, GCC 12 copies the sums to other registers, and stores some of these
+// copies on the stack, which halves the speed. With one asm statement for each product, GCC 12 still copies
+// some sums. For this reason, one asm statement computes all products here.
 template <size_t kVectors>
 [[gnu::always_inline]] inline void dot_vectors(LaneInts (&s)[kVectors], const LaneInts (&w)[kVectors],
                                                LaneInts x) {

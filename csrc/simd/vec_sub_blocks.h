@@ -1,8 +1,8 @@
 // Vectors of the 32 codes of a sub-block, which are multiplied as integers and summed in eight lanes. The
 // rules of kernel units are in vec.h.
 //
-//   `load_sub_block(p)` loads 32 bytes. `join(low, high)` makes a SubBlock from two Bytes. `lookup(levels,
-//     s)` returns levels[byte] for each byte of s, as in vec_bytes.h.
+//   `load_sub_block(p)` loads 32 bytes. `join(low, high)` makes a SubBlock from two vectors of type Bytes.
+//     `lookup(levels, s)` returns levels[byte] for each byte of s, as in vec_bytes.h.
 //   `dot(u, x)` multiplies `u` and `x` byte by byte. Each of the eight lanes of the result is the sum of four
 //     products. Lanes 0 to 3 sum the first half of the bytes, and lanes 4 to 7 sum the second half. The bytes
 //     of `x` must be from -127 to 127. The bytes of `u` must be from 0 to 127, or from 0 to 255 with VNNI.
@@ -76,8 +76,8 @@ inline EightInts dot(SubBlock u, SubBlock x) {
   return (EightInts)_mm256_madd_epi16(_mm256_maddubs_epi16((__m256i)u, (__m256i)x), _mm256_set1_epi16(1));
 #endif
 }
-// Moves the signs of `w` to `x`, because `dot` needs unsigned bytes. A magnitude of 128 still fits into an
-// unsigned byte, and the sum of two products still fits into 16 bits.
+// Computes w * x as |w| * (x times the sign of w), because `dot` needs unsigned bytes. A magnitude of 128
+// still fits into an unsigned byte, and the sum of two products still fits into 16 bits.
 inline EightInts dot_signed(SubBlock w, SubBlock x) {
   return dot((SubBlock)_mm256_abs_epi8((__m256i)w), (SubBlock)_mm256_sign_epi8((__m256i)x, (__m256i)w));
 }
@@ -99,8 +99,8 @@ inline SubBlock lookup(Bytes levels, SubBlock s) {
 
 #if defined(NPLORA_SIMD_NEON)
 
-// Multiplies 16 bytes of `w` by 16 bytes of `x` and sums four products in each lane. A sum of two products is
-// at most 2 * 128 * 127, which fits into 16 bits.
+// Multiplies 16 bytes of `w` by 16 bytes of `x`. Each lane of the result is the sum of four products. Two
+// products are first added in 16 bits. Their sum is at most 2 * 128 * 127, which fits into 16 bits.
 inline int32x4_t dot_half(int8x16_t w, int8x16_t x) {
   const int16x8_t products = vmull_s8(vget_low_s8(w), vget_low_s8(x));
   return vpaddlq_s16(vmlal_s8(products, vget_high_s8(w), vget_high_s8(x)));

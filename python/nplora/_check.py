@@ -1,4 +1,7 @@
-"""Checks of the user's arguments. Error messages name the operation, and the expected and actual value."""
+"""Checks of the arguments that users pass to nplora.
+
+Error messages name the operation, the expected value and the actual value.
+"""
 
 from __future__ import annotations  # annotations do not import np.random, which is slow
 
@@ -114,19 +117,22 @@ _INSTEAD = {
     **dict.fromkeys(
         ("batch_size", "eval_batch_size", "per_device_eval_batch_size"), "; nplora forms the batches itself"
     ),
-    **dict.fromkeys(("num_beams", "num_return_sequences"), "; nplora generates one text, without beams"),
+    **dict.fromkeys(
+        ("num_beams", "num_return_sequences"), "; nplora generates one text, without beam search"
+    ),
 }
 
 
 def suggestion(name: str, known: Iterable[str], show: Callable[[str], str] = str) -> str:
     """Return the end of a message about an unknown name: for example, "; did you mean rank?".
 
-    If another library uses the name, the suggestion is our name for the same setting. For any other name, the
-    suggestion is the known name with the most similar spelling. For some settings that nplora does not need,
-    the text says what nplora does instead. Without a suggestion, the text is empty.
+    If another library uses the unknown name, the text suggests nplora's name for the same setting. For any
+    other unknown name, the text suggests the known name with the most similar spelling. For some settings
+    that nplora does not have, the text says what nplora does instead. If there is no suggestion, the text is
+    empty.
 
     Args:
-        show: a function that formats the suggested name.
+        show: a function that takes the suggested name and returns the text that the message shows for it.
     """
     if name in _NOT_OURS:
         return ""
@@ -254,7 +260,7 @@ def as_array(op: str, name: str, value: npt.ArrayLike) -> Array:
     except ValueError as error:
         if "inhomogeneous" not in str(error):
             raise ValueError(f"{op}: {name} is not an array: {error}") from error
-        raise ValueError(f"{op}: {name} is inhomogeneous: lists inside it differ in length") from None
+        raise ValueError(f"{op}: {name} is inhomogeneous: it contains lists of different lengths") from None
 
 
 def matrix(op: str, name: str, array: Array) -> Array:
@@ -264,7 +270,7 @@ def matrix(op: str, name: str, array: Array) -> Array:
             raise TypeError(
                 f"{op}: {name} is a {type(array.item()).__name__}, expected an array (d_out, d_in)"
             )
-        raise ValueError(f"{op}: {name} has {_axes(array)}, expected 2 (d_out, d_in)")
+        raise ValueError(f"{op}: {name} has {_axes(array)}, expected 2 axes (d_out, d_in)")
     return array
 
 
@@ -291,7 +297,9 @@ def shaped(op: str, name: str, value: npt.ArrayLike, shape: tuple[int, ...], dty
 
 
 def saved(op: str, value: object, kind: type) -> None:
-    """Check that `value`, which a forward pass returned beside its output, is of the class `kind`.
+    """Check that `value` is an object of the class `kind`.
+
+    The forward pass returns such an object in addition to its output, for the backward pass.
 
     Raises:
         TypeError: `value` is of another class.
@@ -304,7 +312,7 @@ def saved(op: str, value: object, kind: type) -> None:
 
 
 def kept(op: str, name: str, array: Array | None, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
-    """Check that an array kept by a forward pass has the shape and dtype that fit this layer.
+    """Check the shape and dtype of an array that a forward pass saved for the backward pass of a layer.
 
     Raises:
         ValueError: the shape or dtype differs, so the array comes from another layer's forward pass.
@@ -317,7 +325,9 @@ def kept(op: str, name: str, array: Array | None, shape: tuple[int, ...], dtype:
 
 
 def own(op: str, saved: Any, layer: object) -> None:
-    """Refuse `saved` from another layer's forward pass, even if all shapes fit. Call this check last.
+    """Refuse `saved` if it comes from another layer's forward pass, even if all shapes fit.
+
+    Call this check after all other checks of `saved`.
 
     Raises:
         ValueError: `saved` comes from another layer's forward pass.
@@ -330,10 +340,14 @@ def own(op: str, saved: Any, layer: object) -> None:
 def rows(
     op: str, name: str, value: npt.ArrayLike, width: int, width_name: str, dtype: npt.DTypeLike
 ) -> tuple[Array, tuple[int, ...]]:
-    """Reshape an array (..., width) to (n, width); return the new array and the shape of the leading axes."""
+    """Reshape an array (..., width) to (n, width).
+
+    Returns:
+        the new array, and a tuple with the lengths of all axes before the last one.
+    """
     array = floats(op, name, value, dtype)
     if array.ndim == 0:
-        raise ValueError(f"{op}: {name} is a single number, expected (..., {width_name}={width})")
+        raise ValueError(f"{op}: {name} is a single number, expected an array (..., {width_name}={width})")
     if array.shape[-1] != width:
         raise ValueError(f"{op}: {name} has last axis {array.shape[-1]}, expected {width_name}={width}")
     lead = array.shape[:-1]
@@ -402,7 +416,7 @@ def writable(op: str, name: str, array: object, *readers: tuple[str, Array]) -> 
 
 
 def overlap(a: Array, b: Array) -> bool:
-    """Whether two arrays share memory. The result is True if an exact search would take too long."""
+    """Return True if two arrays share memory, or if it would take too long to find out."""
     try:
         return bool(np.shares_memory(a, b, max_work=_OVERLAP_WORK))  # type: ignore[arg-type, unused-ignore]
     except np.exceptions.TooHardError:
@@ -413,8 +427,9 @@ def merge_target(op: str, W: object, dtype: str | None, *readers: tuple[str, Arr
     """Check the weight W that `merge_lora` changes in place.
 
     Returns:
-        W as the core expects it, and the name of its storage. A float32 or float64 array is returned
-        unchanged. For a float16 or bfloat16 array, a uint16 view of its bit patterns is returned.
+        a tuple: W in the form that the C++ core expects, and the name of W's dtype. If W is float32 or
+        float64, the first element is W itself. If W is float16 or bfloat16, the first element is a uint16
+        view of the bit patterns of W.
     """
     array = writable(op, "W", W, *readers)
     storage = _storage_in_place(op, array, dtype)
@@ -446,5 +461,5 @@ def _storage_in_place(op: str, array: Array, dtype: str | None) -> str:
         hint = '; for bit patterns of bfloat16 pass dtype="bfloat16"' if name == "uint16" else ""
         raise TypeError(f"{op}: W has dtype {name}, expected float32, float64, float16 or bfloat16{hint}")
     if dtype not in (None, name):
-        raise ValueError(f"{op}: dtype={dtype!r}, but W holds {name}")
+        raise ValueError(f"{op}: dtype={dtype!r}, but W has dtype {name}")
     return name

@@ -1,4 +1,4 @@
-"""`nplora.generate` is the module `nplora.lm.generation`."""
+"""`nplora.generate` is another name for the module `nplora.lm.generation`."""
 
 import sys
 

@@ -58,12 +58,12 @@ HOSTILE: dict[str, tuple[Tensors, type[FormatError], str]] = {
         "the layer has both linear and embedding factors",
     ),
     "a tensor that is no factor": (
-        tensors() | {"bias": np.ones(3)}, FormatError, "tensor 'bias' is not a factor of a layer"
+        tensors() | {"bias": np.ones(3)}, FormatError, "tensor 'bias' is not a LoRA factor of a layer"
     ),
     "magnitudes without DoRA": (
         tensors() | {PREFIX + "fc.lora_magnitude_vector": np.ones(3, "f4")},
         FormatError,
-        "is not a factor of a layer",
+        "is not a LoRA factor of a layer",
     ),
     "infinity": (
         tensors() | {A: np.full((3, 2), np.inf, np.float32)}, FormatError, "holds NaN or an infinity"

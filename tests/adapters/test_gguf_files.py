@@ -396,9 +396,9 @@ def test_all_that_does_not_fit_is_listed_and_nothing_is_written(tmp_path: Path) 
     for words in (
         f"tensor '{PREFIX}model.layers.0.self_attn.v_proj.lora_B.weight' is missing, "
         "but the layer's other factor is present",
-        "tensor 'stray' is not a factor of a layer",
-        "tensor 'stray.lora_A.weight' is not a factor of a layer",
-        f"tensor '{PREFIX}model.layers.0.mlp.bias' is not a factor of a layer",
+        "tensor 'stray' is not a LoRA factor of a layer",
+        "tensor 'stray.lora_A.weight' is not a LoRA factor of a layer",
+        f"tensor '{PREFIX}model.layers.0.mlp.bias' is not a LoRA factor of a layer",
         "'model.layers.0.self_attn.rotary': llama has no layer of this name",
         "'model.layers.0.mlp.up_proj': lora_A has shape (3, 20), lora_B (28, 4), expected rank 4",
         "'model.layers.0.mlp.gate_proj': the adapter is for a weight of shape (28, 21), "
@@ -525,7 +525,7 @@ def test_many_layers_and_many_patterns_are_refused_before_any_is_matched(
     peft_adapter.save(tmp_path / "peft", config, tensors)
     monkeypatch.setattr(NamePattern, "matches", lambda *arguments: pytest.fail("a pattern met a name"))
     with pytest.raises(
-        LimitError, match=r"20,000 layers and 11,000 characters of patterns, .* at most 4,194,304"
+        LimitError, match=r"20,000 layers times 11,000 characters of patterns, .* at most 4,194,304"
     ):
         nplora.adapter_to_gguf(tmp_path / "peft", tmp_path / "a.gguf", base_config(tmp_path / "base"))
     with pytest.raises(LimitError):

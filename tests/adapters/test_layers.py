@@ -126,9 +126,9 @@ def test_all_mismatches_are_listed_and_nothing_changes(tmp_path: Path) -> None:
     before = state(model)
     lines = [
         f"{tmp_path}: the adapter does not fit the model in 7 places:",
-        f"  tensor '{PREFIX}blocks.1.lora_magnitude_vector' is not a factor of a layer",
+        f"  tensor '{PREFIX}blocks.1.lora_magnitude_vector' is not a LoRA factor of a layer",
         f"  tensor '{PREFIX}blocks.7.lora_B.weight' is missing, but the layer's other factor is present",
-        "  tensor 'stray' is not a factor of a layer",
+        "  tensor 'stray' is not a LoRA factor of a layer",
         "  'blocks.0': lora_A has shape (2, 6), lora_B (7, 3), expected rank 3",
         f"  tensor '{PREFIX}blocks.1.lora_A.weight' holds NaN or an infinity",
         "  'blocks.8': the model has no such layer, the nearest names: 'blocks.1', 'blocks.0'",

@@ -157,7 +157,7 @@ def test_noise_larger_than_the_update_is_shown_beside_the_size_of_the_weights(
     lines = str(done).splitlines()
     assert lines[2] == f"the merged weights keep {done.delta_kept:.1%} of the adapter's change (ΔW)"
     assert lines[3] == (
-        f"rounding also adds random noise: {100 * done.noise * done.change:.3g}% of the weights' size "
+        f"rounding also adds random noise: {100 * done.noise * done.change:.3g}% of the weights' norm "
         f"({done.noise:.3g} times ΔW)"
     )
 
@@ -804,9 +804,9 @@ def test_the_command_merges_and_reports(
     assert err == ""
     size = (tmp_path / "out.gguf").stat().st_size
     assert lines[0] == f"{tmp_path / 'out.gguf'}: {size:,} bytes, 5 tensors merged (q8_0), 2 copied"
-    assert lines[1] == "held-out loss not measured: --check FILE (check=) measures the loss"
+    assert lines[1] == "held-out loss not measured (use --check FILE or check=)"
     assert re.fullmatch(r"the merged weights keep \d+\.\d% of the adapter's change \(ΔW\)", lines[2])
-    noise = r"rounding also adds random noise: 0\.\d+% of the weights' size \(0\.\d+ times ΔW\)"
+    noise = r"rounding also adds random noise: 0\.\d+% of the weights' norm \(0\.\d+ times ΔW\)"
     assert re.fullmatch(noise, lines[3])
     assert lines[4] == "the tensors that keep the least of ΔW:"
     assert len(lines) == 8

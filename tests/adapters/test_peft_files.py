@@ -257,7 +257,7 @@ def memory_limit(more: int) -> Iterator[None]:
             [f"{PREFIX}blocks.0.lora_A.weight", f"{PREFIX}blocks.0.lora_B.weight"],
             r"lora_A has shape \(4294967296,\), lora_B \(0,\), expected rank 3",
         ),
-        (["stray"], "tensor 'stray' is not a factor of a layer"),
+        (["stray"], "tensor 'stray' is not a LoRA factor of a layer"),
     ],
 )
 def test_no_memory_is_given_to_what_does_not_fit(names: list[str] | None, words: str, tmp_path: Path) -> None:
@@ -312,7 +312,7 @@ def test_an_edited_configuration_is_refused_until_it_is_said_to_be_edited(tmp_pa
     edit(tmp_path, lora_alpha=60)
     model = Net()
     before = state(model)
-    with pytest.raises(CorruptError, match=r"adapter_config\.json: not the file .*pass edited_config=True"):
+    with pytest.raises(CorruptError, match=r"config\.json: is not the file .*pass edited_config=True"):
         load_adapter(model, tmp_path)
     assert state(model) == before
     load_adapter(model, tmp_path, edited_config=True)
@@ -647,6 +647,6 @@ def test_peft_s_copy_of_a_frozen_weight_is_ignored_if_it_fits_the_factors(tmp_pa
     assert state(loaded) == state(model)
     for name, copy in copies.items():
         rewrite(tmp_path, lambda tensors, name=name, copy=copy: tensors.update({name: copy[1:]}))
-        with pytest.raises(FormatError, match=f"tensor '{name}' is not a factor of a layer"):
+        with pytest.raises(FormatError, match=f"tensor '{name}' is not a LoRA factor of a layer"):
             load_adapter(Net(), tmp_path, edited_config=True)
         rewrite(tmp_path, lambda tensors, name=name: tensors.pop(name))

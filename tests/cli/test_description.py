@@ -251,7 +251,7 @@ def test_a_peft_adapter_is_described_with_its_norms(
         row("layers.1.q_proj", *pair(2), scales[1]),
         "",
         "others",
-        "tensor 'stray' is not a factor of a layer",
+        "tensor 'stray' is not a LoRA factor of a layer",
     ]
 
 

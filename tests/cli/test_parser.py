@@ -89,7 +89,7 @@ def test_an_empty_path_is_refused_in_python(
         ),
         (
             lambda: nplora.finetune("m.gguf", data=["a.jsonl", 3], output="out"),
-            r"finetune: data has 3, expected paths, pairs \(path, weight\), or rows",
+            r"finetune: data contains 3, expected paths, pairs \(path, weight\), or rows",
         ),
         (
             lambda: nplora.finetune("m.gguf", data={"text": "a"}, output="out"),

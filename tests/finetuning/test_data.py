@@ -243,13 +243,13 @@ def test_examples_whose_tools_the_template_does_not_write_are_counted_once_a_fil
     with pytest.warns(UserWarning, match="messages, reasoning, tools or documents") as caught:
         report = read_dataset(path, tokenizer()).report
     assert [str(warning.message) for warning in caught] == [
-        f"{path}: 2 examples with messages, reasoning, tools or documents that the chat template leaves out: "
+        f"{path}: in 2 examples, the chat template leaves out messages, reasoning, tools or documents: "
         "the model does not see them"
     ]
     assert report.unused == 2
     assert read_dataset(path, tokenizer(TOOLS_TEMPLATE)).report.unused == 0
     for row in ({"text": "a"}, {"prompt": "a", "completion": "b"}):
-        with pytest.warns(UserWarning, match="1 example with messages, reasoning, tools"):
+        with pytest.warns(UserWarning, match="in 1 example, the chat template leaves out"):
             read_dataset([row | {"tools": [WEATHER]}, row | {"tools": None}], tokenizer(TOOLS_TEMPLATE))
 
 
@@ -514,9 +514,9 @@ def test_two_files_of_one_split_are_refused(tmp_path: Path, names: tuple[str, ..
     for name in names:
         write(tmp_path, {"text": "a"}, name=name)
     both = f"{names[-2]}.*{names[-1]}|{names[-1]}.*{names[-2]}"
-    with pytest.raises(ValueError, match=f"the directory has ({both}), expected one of them"):
+    with pytest.raises(ValueError, match=f"the directory has ({both}), expected only one of them"):
         find_splits(tmp_path)
-    with pytest.raises(ValueError, match=f"the directory has ({both}), expected one of them"):
+    with pytest.raises(ValueError, match=f"the directory has ({both}), expected only one of them"):
         find_evaluated(tmp_path)
 
 
@@ -637,7 +637,7 @@ BAD = [
     (b'{"text": "a"', DataError, "not JSON at character"),
     (b'{"text": "a", "text": "b"}', DataError, "the name 'text' appears twice"),
     (b'{"text": NaN}', DataError, "NaN is not JSON"),
-    (b"[" * 100_000, LimitError, "JSON nested 100,000 deep, at most 64"),
+    (b"[" * 100_000, LimitError, "JSON nested 100,000 deep, expected at most 64"),
     (b'["text"]', DataError, r"the row is \['text'\], expected an object"),
     (b'{"txt": "a"}', DataError, r"the row has \['txt'\], expected messages, conversations, "),
     (b"{}", DataError, r"has \[\], expected"),
@@ -652,7 +652,7 @@ BAD = [
     (
         b'{"prompt": "", "completion": "a"}',
         DataError,
-        "prompt is empty, and the model has no BOS token",
+        "prompt is empty, but a model without a BOS token needs",
     ),
     (b'{"prompt": "a", "completion": "b", "text": "c"}', DataError, "has both completion and text"),
     (b'{"text": "c", "completion": "b"}', DataError, "has both completion and text"),
@@ -668,7 +668,7 @@ BAD = [
     (
         weighted(b"1", b"user"),
         DataError,
-        "a message of role 'user' has a weight, expected it for 'assistant' only",
+        "a message of role 'user' has a weight, expected a weight for 'assistant' only",
     ),
     (
         b'{"messages": [{"role": "user", "content": "a"}, {"role": "asistant", "content": "b"}]}',
@@ -739,7 +739,7 @@ def test_an_empty_file_has_no_examples(tmp_path: Path, content: bytes, suffix: s
     [
         (b"a,b\n1,2\n", r"line 2: the row has \['a', 'b'\], expected messages, conversations, "),
         (b"a,b\n", r"data\.csv: no examples"),
-        (b"text,text\na,b\n", r"the columns are \['text', 'text'\], two of them with the same name"),
+        (b"text,text\na,b\n", r"the columns are \['text', 'text'\], expected a different name for each"),
         (b"text\na,b\n", "line 2: the row has 2 fields, expected 1"),
         (b"prompt,completion\na\n", "line 2: the row has 1 field, expected 2"),
         (b'text\n"a\n', "line 2: a quote is not closed"),

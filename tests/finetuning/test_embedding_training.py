@@ -307,7 +307,7 @@ def test_spearman_has_the_mean_rank_for_equal_values(rng: np.random.Generator) -
     assert spearman(x, y) == pytest.approx(stats.spearmanr(x, y).statistic, abs=1e-12)
     assert spearman(x, 3 * x + 1) == pytest.approx(1)
     assert np.isnan(spearman(x, np.ones(40)))
-    with pytest.raises(ValueError, match="expected two arrays of one length"):
+    with pytest.raises(ValueError, match=r"expected two arrays \(n,\), n >= 2"):
         spearman([1, 2], [1, 2, 3])
 
 
@@ -471,7 +471,7 @@ def test_a_sample_whose_loss_is_not_finite_is_not_compared(model: Path) -> None:
     run: Any = SimpleNamespace(step=1, ranks=Alone(), log=lambda *row: log.append(row))
     with np.errstate(all="ignore"):
         check.on_step_end(run, None)  # type: ignore[arg-type]
-    assert said == ["step 1: the gradient in int8 is not compared: the loss of its sample is nan"]
+    assert said == ["step 1: the gradient in int8 is not compared: the loss of the sample is nan"]
     assert not log
     assert all(layer.int8 for layer in layers_of(encoder, part_names(encoder)))
 
@@ -524,7 +524,7 @@ def test_an_encoder_with_an_adapter_is_trained_further_and_refuses_another_adapt
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     encoder = adapted(model)
-    with pytest.raises(ValueError, match="train: rank, layers would change the adapter, but the encoder has"):
+    with pytest.raises(ValueError, match="train: rank, layers would change the adapter, but the encoder al"):
         train(encoder, ROWS, tmp_path / "out", rank=4, layers="last:1", steps=1)
     result = train(encoder, ROWS, tmp_path / "out", steps=1, progress=True)
     assert result.encoder is encoder

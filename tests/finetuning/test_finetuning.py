@@ -387,7 +387,7 @@ def test_initial_factors_that_quantised_weights_cannot_give_are_refused(
         ({"sample": ("1+1=", "")}, "^finetune: sample '': the prompt is empty$"),
         (
             {"sample": ["x" * 64]},
-            "^finetune: sample 'x*': the prompt has 64 tokens, the model's context is 64$",
+            "^finetune: sample 'x*': the prompt has 64 tokens, but the model's context is 64$",
         ),
         ({"sample": "1+1="}, "finetune: sample is '1\\+1=', expected a list of texts"),
         ({"sample": None}, "finetune: sample is None, expected a list of texts"),
@@ -606,7 +606,8 @@ def test_a_directory_with_a_model_gets_no_adapter(
         ["convert", str(tmp_path / "adapter.gguf"), str(out), "--base", str(model)],
     ):
         assert cli.main(line) == 2
-        assert f"{out}: the directory holds a model ({file}): name another one" in capsys.readouterr().err
+        words = f"{out}: the directory holds a model ({file}): name another directory"
+        assert words in capsys.readouterr().err
     with pytest.raises(FileExistsError, match="holds a model"):
         nplora.read_adapter(tmp_path / "adapter").save(out)
     assert [path.name for path in out.iterdir()] == [file]
@@ -1025,7 +1026,7 @@ LINEAR = {f"{Q}.lora_A.weight": (2, 32), f"{Q}.lora_B.weight": (32, 2)}
             "the adapter has an embedding, but the model's layer is a linear layer",
         ),
         (LINEAR, {"use_dora": True}, "lora_magnitude_vector"),
-        ({"x": (1,)}, {}, "tensor 'x' is not a factor of a layer"),
+        ({"x": (1,)}, {}, "tensor 'x' is not a LoRA factor of a layer"),
     ],
 )
 def test_a_model_is_unchanged_after_an_adapter_that_does_not_fit(
@@ -1304,7 +1305,8 @@ def test_a_text_with_tokens_that_the_model_does_not_have_is_refused(data: Path, 
         evaluate(lm, data)
     (data / "train.jsonl").write_text(json.dumps(rows[0]) + "\n")
     words = (
-        "^finetune: sample '<tool>': the prompt has token 265 of .*, the model's vocabulary ends with 199$"
+        "^finetune: sample '<tool>': the prompt has token 265 of .*, "
+        "but the model's vocabulary ends with 199$"
     )
     with pytest.raises(ValueError, match=words):
         finetune(lm, data, tmp_path / "out", sample=["<tool>"])
@@ -1364,7 +1366,7 @@ def test_an_error_says_where_a_misplaced_adapter_belongs(model: Path, data: Path
     with pytest.raises(FormatError, match=words):
         load_with_adapter(model, tensors)
     with pytest.raises(
-        FileNotFoundError, match=r"holds no config\.json, but an adapter: load its base model, and"
+        FileNotFoundError, match=r"holds no config\.json, but an adapter: load the base model, and"
     ):
         load_model(out)
 
@@ -1503,7 +1505,7 @@ def test_a_weight_that_is_not_finite_is_refused_in_the_name_of_the_caller(model:
 def test_decoding_in_int8_without_quantised_weights_is_warned_of(
     model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = r"with compute='int8', few tokens .*, but .*model.gguf has none, so decoding computes in float32"
+    words = r"with compute='int8', a step with few tokens .* .*model.gguf has no such weights, so decoding"
     with pytest.warns(UserWarning, match=f"^evaluate: {words}") as caught:
         evaluate(model, data, compute="int8")
     assert [warning.filename for warning in caught] == [__file__]

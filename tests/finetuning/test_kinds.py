@@ -248,7 +248,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     (chat({**ANSWER, "content": [{"type": "text", "text": 3}]}), "a part of a content is"),
     (chat({**ANSWER, "content": ""}), "the assistant's content is '', expected a text"),
     (chat({**ANSWER, "weight": 2}), "the weight of a message is 2, expected 0 or 1"),
-    (chat({**USER, "weight": 1}), "a message of role 'user' has a weight, expected it for 'assistant' only"),
+    (chat({**USER, "weight": 1}), "a message of role 'user' has a weight, expected a weight for 'assistant'"),
     (chat(RESULT), "a message of role 'tool' is after 'user', expected it after an assistant's message"),
     ({"messages": [RESULT, ANSWER]},
      "a message of role 'tool' is at the beginning, expected it after an assist"),
@@ -264,17 +264,17 @@ BAD: list[tuple[dict[str, Any], str]] = [
     *((chat({**ANSWER, "tool_calls": calls}), "tool_calls is .*, expected a list of objects")
       for calls in ({}, 0, "", False)),
     (chat({**ANSWER, "function_call": "f"}), "function_call is 'f', expected an object"),
-    (chat({**ANSWER, "function_call": {}}), "a tool call is {}, expected the name of its function"),
+    (chat({**ANSWER, "function_call": {}}), "a tool call is {}, expected an object with the name of a"),
     (chat({**ANSWER, "function_call": {"name": "f", "arguments": "x"}}), "the arguments of the tool call"),
     (chat({**CALLING, "function_call": {"name": "f", "arguments": "{}"}}), "both tool_calls and function"),
     (chat({**USER, "function_call": {"name": "f", "arguments": "{}"}}), "a message of role 'user' has"),
     (chat({**USER, "tool_calls": [CALL]}), "a message of role 'user' has tool_calls, expected 'assistant'"),
     (chat({**CALLING, "tool_calls": CALL}), "tool_calls is .*, expected a list of objects"),
     (chat({**CALLING, "tool_calls": ["f"]}), r"tool_calls is \['f'\], expected a list of objects"),
-    (called(name=...), "a tool call is .*, expected the name of its function"),
-    (called(name=""), "a tool call is .*, expected the name of its function"),
-    (called(name=3), "a tool call is .*, expected the name of its function"),
-    (called(function="f"), "a tool call is .*, expected the name of its function"),
+    (called(name=...), "a tool call is .*, expected an object with the name of a"),
+    (called(name=""), "a tool call is .*, expected an object with the name of a"),
+    (called(name=3), "a tool call is .*, expected an object with the name of a"),
+    (called(function="f"), "a tool call is .*, expected an object with the name of a"),
     (called(arguments=...), "the arguments of the tool call 'f' are None, expected an object"),
     (called(arguments="{x}"), "the arguments of the tool call 'f' are '{x}', expected an object"),
     (called(arguments="[1]"), r"the arguments of the tool call 'f' are '\[1\]', expected an object"),
@@ -300,7 +300,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     (talk(HUMAN, {**FUNCTION, "value": "f(1)"}),
      r"a function_call is 'f\(1\)', expected a name and arguments as JSON"),
     (talk(HUMAN, {**FUNCTION, "value": "3"}), "a function_call is '3', expected"),
-    (talk(HUMAN, {**FUNCTION, "value": "{}"}), "a tool call is {}, expected the name of its function"),
+    (talk(HUMAN, {**FUNCTION, "value": "{}"}), "a tool call is {}, expected an object with the name of a"),
     (talk({"from": "observation", "value": "5"}, GPT), "a message of role 'tool' is at the beginning"),
     ({**talk(HUMAN, GPT), "system": 3}, "system is 3, expected a string"),
     ({**talk(HUMAN, GPT), "tools": 3}, "tools is 3, expected a list of objects"),
@@ -322,9 +322,9 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"prompt": [USER], "completion": 5},
      "completion is 5, expected a list of objects with a role and a content"),
     ({"prompt": [{"role": "system", "content": "s"}], "completion": [ANSWER, USER, ANSWER]},
-     "the prompt ends with a message of role 'system', expected one of the user, a tool or the assistant"),
+     "the prompt ends with a message of role 'system', expected a message of the user, a tool or"),
     ({"prompt": [{"role": "system", "content": "s"}], "completion": [ANSWER]},
-     "the prompt ends with a message of role 'system', expected one of the user, a tool or the assistant"),
+     "the prompt ends with a message of role 'system', expected a message of the user, a tool or"),
     ({"prompt": [USER], "completion": [5]}, "a message is 5, expected"),
     ({"prompt": [USER], "completion": ""}, "completion is empty, expected a text"),
     ({"prompt": [USER]}, "completion is missing; the row has"),
@@ -340,18 +340,18 @@ BAD: list[tuple[dict[str, Any], str]] = [
     (pair(rejected=" "), "rejected is empty, expected a text"),
     ({"prompt": "a", "chosen": "b"}, r"rejected is missing; the row has \['prompt', 'chosen'\]"),
     ({"prompt": "a", "rejected": "b"}, "chosen is missing; the row has"),
-    (pair(rejected="b"), "chosen and rejected are the same answer, expected two"),
+    (pair(rejected="b"), "chosen and rejected are the same answer, expected two different ones"),
     ({"chosen": "b", "rejected": "b"}, "chosen and rejected are the same answer"),
     (pair(prompt=[USER], chosen=[ANSWER], rejected=[ANSWER]), "chosen and rejected are the same answer"),
     (pair(prompt=[USER], chosen=[ANSWER], rejected=5), "rejected is 5, expected a list of objects"),
     (pair(prompt=[USER], chosen=[{"role": "x"}], rejected=[ANSWER]), "the role of a message is 'x'"),
     (pair(prompt=[USER, {"role": "developer", "content": "s"}], chosen="a", rejected="b"),
-     "the prompt ends with a message of role 'developer', expected one of the user"),
+     "the prompt ends with a message of role 'developer', expected a message of the user"),
     ({"chosen": [USER, ANSWER], "rejected": "c"}, "chosen is .*, expected a string"),
     ({"conversations": [HUMAN], "chosen": "b", "rejected": GPT},
      "a turn is 'b', expected an object with from and"),
     (pair(prompt=[USER], chosen=[ANSWER, USER], rejected=[ANSWER]),
-     "chosen ends with a message of role 'user', expected one of the assistant"),
+     "chosen ends with a message of role 'user', expected a message of the assistant"),
     (pair(prompt=[USER], chosen=[ANSWER], rejected=USER), "rejected ends with a message of role"),
     ({"conversations": [HUMAN], "chosen": HUMAN, "rejected": GPT}, "chosen ends with a message of role"),
     (judged(label=2), "label is 2, expected true or false, or 1 or 0"),
@@ -362,9 +362,9 @@ BAD: list[tuple[dict[str, Any], str]] = [
     (judged(label="good"), "label is 'good', expected true or false"),
     (judged(completion=""), "completion is empty"),
     ({"messages": [USER, ANSWER, USER], "label": True},
-     "the chat ends with a message of role 'user', expected one of the assistant"),
+     "the chat ends with a message of role 'user', expected a message of the assistant"),
     ({"messages": [{"role": "system", "content": "s"}, ANSWER], "label": True},
-     "the prompt ends with a message of role 'system', expected one of the user, a tool or the assistant"),
+     "the prompt ends with a message of role 'system', expected a message of the user, a tool or"),
     ({"instruction": "a", "chosen": "b", "rejected": 3}, "rejected is 3, expected a string"),
     ({"instruction": "a", "chosen": "b", "rejected": "b"}, "chosen and rejected are the same answer"),
     ({"instruction": 5, "chosen": "b", "rejected": "c"}, "instruction is 5, expected a string"),
@@ -374,7 +374,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"prompt": "q", "choices": ARC, "answer": "4"}, "answer is '4', expected one of the choices, or one"),
     ({"prompt": "q", "choices": ARC, "answer": True}, "answer is True, expected"),
     ({"prompt": "q", "choices": {**ARC, "label": ["A", "B", "A"]}, "answer": "A"},
-     r"the labels of choices are \['A', 'B', 'A'\], expected one for each choice, all different"),
+     r"the labels of choices are \['A', 'B', 'A'\], expected a different label for each choice"),
     ({"prompt": "q", "choices": {**ARC, "label": ["1", 1, "2"]}, "answer": "1"}, "the labels of choices are"),
     # no kind, or two
     ({"a": 1}, r"the row has \['a'\], expected messages, conversations, instruction and output, prompt and "
@@ -382,7 +382,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({**chat(ANSWER), **talk(HUMAN, GPT)},
      "the row has both messages and conversations, expected only one of them"),
     ({**ALPACA, "text": "x"},
-     "both instruction and text, expected only one of them; --format alpaca or text "),
+     "both instruction and text, expected only one of them; set --format to alpaca or text "),
     ({**chat(ANSWER), "chosen": "b", "rejected": "c"}, "the row has both messages and chosen"),
 ]  # fmt: skip
 
@@ -443,7 +443,9 @@ def test_columns_give_fields_their_names() -> None:
     columns = {"prompt": "question", "completion": "answer"}
     assert renamed(row, columns, "w") == {"prompt": "a", "completion": "b", "id": 3}
     assert renamed({"a": 1, "b": 2}, {"a": "b", "b": "a"}, "w") == {"a": 2, "b": 1}
-    with pytest.raises(DataError, match=r"w: has no 'answer', which columns names; it has \['question'\]"):
+    with pytest.raises(
+        DataError, match=r"w: the row has no field 'answer' of columns; it has \['question'\]"
+    ):
         renamed({"question": "a"}, columns, "w")
 
 
@@ -459,11 +461,11 @@ def test_the_usual_names_of_a_question_and_its_answer_are_recognised_in_the_erro
 
 def test_an_unknown_field_in_columns_is_named() -> None:
     with pytest.raises(
-        ValueError, match=r"here: columns names 'promptt', which no format has; did you mean 'pro"
+        ValueError, match=r"here: columns has the key 'promptt', which no format has; did you mean 'pro"
     ):
         ReadOptions(columns={"promptt": "question", "completion": "answer"}, op="here")
     with pytest.raises(
-        ValueError, match=r"here: columns names 'xyz', which no format has; possible: answer, ch"
+        ValueError, match=r"here: columns has the key 'xyz', which no format has; possible: answer, ch"
     ):
         ReadOptions(columns={"xyz": "question"}, op="here")
     ReadOptions(columns={name: "x" for row in (*GOOD.values(), {"tools": []}) for name in row})
@@ -478,7 +480,7 @@ def test_a_table_without_the_columns_is_refused(tmp_path: Path) -> None:
     words = from_gguf(opened(byte_level()))
     with pytest.raises(DataError, match=r"d\.parquet, row 1: the row has \['question', 'answer'\], expected"):
         read_dataset(tmp_path / "d.parquet", words)
-    with pytest.raises(DataError, match=r"d\.parquet, row 1: has no 'q', which columns names; it has"):
+    with pytest.raises(DataError, match=r"d\.parquet, row 1: the row has no field 'q' of columns; it has"):
         read_dataset(tmp_path / "d.parquet", words, columns={"prompt": "q"})
     columns = {"prompt": "question", "completion": "answer"}
     assert len(read_dataset(tmp_path / "d.parquet", words, columns=columns)) == 1
@@ -490,7 +492,7 @@ def test_rows_of_two_kinds_in_a_file_are_refused(tmp_path: Path) -> None:
     words = from_gguf(opened(byte_level()))
     with pytest.raises(
         DataError,
-        match=r"line 2: has prompt and completion, and the rows before have text; expected one format",
+        match=r"line 2: the row has prompt and completion, but the earlier rows have text; expected one",
     ):
         read_dataset(path, words)
     assert read_dataset(path, words, skip_bad=True).report.skipped == 1
@@ -502,12 +504,12 @@ def test_rows_of_two_kinds_in_a_file_are_refused(tmp_path: Path) -> None:
 def test_comparisons_are_refused_where_one_answer_is_learnt() -> None:
     words = from_gguf(opened(byte_level()))
     for row, fields in ((pair(), "chosen and rejected"), (judged(), "an answer and a label")):
-        with pytest.raises(DataError, match=f"row 1: has {fields}, a comparison; expected one answer"):
+        with pytest.raises(DataError, match=f"row 1: the row has {fields}, so it is a comparison; expected"):
             read_dataset([row], words)
     for row, format_ in (
         ({"prompt": "a", "completion": "b", "label": True}, "completion"),
         ({"instruction": "a", "output": "b", "label": True}, "alpaca"),
     ):
-        with pytest.raises(DataError, match=f"--format .*{format_}.* ignores the label"):
+        with pytest.raises(DataError, match=f"to ignore the label, set --format .*{format_}"):
             read_dataset([row], words)
         assert len(read_dataset([row], words, format=format_)) == 1

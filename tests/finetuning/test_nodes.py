@@ -246,7 +246,7 @@ def test_ranks_with_local_steps_exchange_as_often_as_predicted(files: tuple[Path
     nodes = found.on_nodes(2, "1Gb", local_steps=2)
     wanted = [GIGABIT.local_sums(size, 2, 2, -(-len(step) // 2)) for step in found.times]
     assert nodes.sums == pytest.approx(sum(wanted) / len(wanted))
-    assert f"a share of an outer step in 2 steps, which adds up 3 x {size / 1e6:.1f} MB" in str(nodes)
+    assert f"1/2 of an outer step, which adds up 3 x {size / 1e6:.1f} MB" in str(nodes)
 
 
 def exchanges(

@@ -198,10 +198,10 @@ def test_judged_answers_have_the_same_batches_in_every_epoch(lm: LanguageModel) 
 @pytest.mark.parametrize(
     ("rows", "objective", "message"),
     [
-        (PAIRS, "sft", r"data, row 1: has chosen and rejected, a comparison; expected one answer to learn\. "
-         r"Rows like this are for finetune --objective dpo \(objective='dpo'\)$"),
+        (PAIRS, "sft", r"has chosen and rejected, so it is a comparison; expected one answer to learn\. "
+         r"To train on comparisons, use finetune --objective dpo \(objective='dpo'\)$"),
         ([{"prompt": "a", "completion": "b", "label": True}], "sft", r"finetune --objective kto"),
-        ([{"text": "a"}], "dpo", r"row 1: has text; objective 'dpo' needs rows with chosen and rejected$"),
+        ([{"text": "a"}], "dpo", r"the row has text; objective 'dpo' needs rows with chosen and rejected$"),
         ([{"prompt": "a", "completion": "b"}], "orpo", "objective 'orpo' needs rows with chosen and rej"),
         ([{"prompt": "a", "completion": "b"}], "kto",
          r"objective 'kto' needs rows with an answer and a label, or chosen and rejected$"),

@@ -63,8 +63,8 @@ def test_a_preview_counts_what_a_run_cuts_and_leaves_out() -> None:
         assert kept == report.tokens
         assert sum(found.lengths) - found.lost == kept + report.emptied * most
     text = str(preview(rows, TOKENIZER, max_length=20))
-    assert "17 examples longer than 20 tokens: cut, without the last " in text
-    assert "1 example with nothing to train on after the cut: left out" in text
+    assert "17 examples longer than 20 tokens: cut, which removes " in text
+    assert "1 example left out: nothing to train on after the cut" in text
 
 
 def test_duplicates_are_counted_inside_the_data_and_between_its_parts(tmp_path: Path) -> None:
@@ -73,7 +73,7 @@ def test_duplicates_are_counted_inside_the_data_and_between_its_parts(tmp_path: 
     assert found.shared == 3
     text = str(found)
     assert "3 examples already there before" in text
-    assert "found in the training data: 3 examples of the 4 to evaluate on, so the validation loss" in text
+    assert "the training data contain 3 examples of the 4 to evaluate on, so the validation loss" in text
     split = preview([*ROWS, *ROWS], TOKENIZER, valid_split=0.3)  # equal rows are on the same side
     assert split.valid is not None
     assert (split.train.repeated + split.valid.repeated, split.shared) == (30, 0)
@@ -206,7 +206,7 @@ def test_the_command_shows_marks_or_colours(
     assert "1 example longer than 64 tokens: cut" in printed  # the context of the model
     assert "1+1=[[2<|end|>]]" in printed
     assert "xxx" not in printed
-    assert "found in the training data: 2 examples of the 2 to evaluate on" in printed
+    assert "the training data contain 2 examples of the 2 to evaluate on" in printed
     monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
     monkeypatch.delenv("NO_COLOR", raising=False)
     assert cli.main(line) == 0
@@ -252,7 +252,7 @@ def test_the_command_fails_if_no_row_can_be_used(
 @pytest.mark.parametrize(
     ("row", "weight", "message"),
     [
-        (ROWS[0], ":0.000001", "with the weights, an epoch has 0 examples"),
+        (ROWS[0], ":0.000001", "the weights are so small that an epoch has no examples"),
         (
             {"prompt": "1+1=", "choices": ["2", "3"], "answer": 0},
             "",
@@ -331,7 +331,7 @@ DIALOGUE = {name: f"Human: 2+2=?\n\nAssistant: {text}" for name, text in FORGOTT
 def test_a_pair_whose_prompt_has_another_name_is_warned_of(others: dict[str, Any], name: str | None) -> None:
     rows = [FORGOTTEN | others] * 3
     words = (
-        f"3 rows with chosen and rejected, but without a prompt; --columns prompt={name} "
+        f"found no prompt in 3 rows with chosen and rejected; --columns prompt={name} "
         f"(columns={{'prompt': '{name}'}}) reads the field '{name}' as prompt"
     )
     assert (words in str(preview(rows, TOKENIZER))) == (name is not None)
@@ -348,13 +348,13 @@ def test_several_names_of_a_prompt_make_one_warning() -> None:
     rows = [FORGOTTEN | {"ask": "What is 2+2?", "note": "of 2024"}] * 2 + [
         FORGOTTEN | {"ask": "What is 2+2?", "note": "a remark that is longer"}
     ]
-    with pytest.warns(UserWarning, match="without a prompt") as caught:
+    with pytest.warns(UserWarning, match="found no prompt") as caught:
         read_pairs("test", splits_of("test", rows).train, TOKENIZER, ReadOptions(), "dpo", PairDataset)
     [warning] = [str(one.message) for one in caught]
     assert warning.startswith(
-        "data: 3 rows with chosen and rejected, but without a prompt; --columns prompt=ask "
+        "data: found no prompt in 3 rows with chosen and rejected; --columns prompt=ask "
     )
-    assert str(preview(rows, TOKENIZER)).count("without a prompt") == 1
+    assert str(preview(rows, TOKENIZER)).count("found no prompt") == 1
 
 
 def test_answers_that_begin_differently_name_the_field_that_may_be_the_prompt() -> None:

@@ -81,7 +81,7 @@ def test_the_elements_of_an_array_are_those_of_json_wherever_the_parts_end() -> 
     [
         ("", "begins with ''"),
         ("{}", "begins with '{}'"),
-        ('{"data": {"a": 1}}', 'expected an array, or an object with "data": an array'),
+        ('{"data": {"a": 1}}', 'expected an array, or an object with an array as its "data"'),
         ('{"data": 1, "more": [1]}', "expected an array"),
         ('"data": []', "expected an array"),
         ("[1, 2", "the array does not end"),
@@ -125,7 +125,7 @@ def test_a_compressed_object_that_is_cut_after_its_array_is_refused(tmp_path: Pa
 
 def test_a_long_element_is_refused_before_it_is_read() -> None:
     parts = (b"[" + b"1" * 100 if number == 0 else b"1" * 100 for number in range(10**9))
-    with pytest.raises(LimitError, match=r"data, row 1: more than 1,000 bytes, the limit for a row"):
+    with pytest.raises(LimitError, match=r"data, row 1: the row has more than 1,000 bytes"):
         list(elements(parts, "data", 1000))
 
 
@@ -286,7 +286,7 @@ def test_a_file_of_empty_lines_is_refused(
     monkeypatch.setattr("nplora.finetuning.data.rows._FREE_LINES", 1000)
     file = tmp_path / f"data{suffix}.gz"
     file.write_bytes(gzip.compress(b"text\n" + blank * 2_000))
-    with pytest.raises(LimitError, match=r"line 1,00\d: more empty lines than other bytes"):
+    with pytest.raises(LimitError, match=r"line 1,00\d: the file so far has more empty lines"):
         list(read_rows(file))
     file.write_bytes(gzip.compress(b"text\n" + (b"a b c" * 9 + blank * 40) * 300))
     assert list(read_rows(file))
@@ -298,7 +298,7 @@ def test_compressed_text_that_is_too_large_for_its_file_is_refused(
     monkeypatch.setattr("nplora.finetuning.data.rows._FREE", 1 << 10)
     file = tmp_path / "data.jsonl.gz"
     file.write_bytes(gzip.compress(b'{"text": "a"}\n' * 40_000))
-    with pytest.raises(LimitError, match=r"data\.jsonl\.gz: .* bytes expand to more than "):
+    with pytest.raises(LimitError, match=r"data\.jsonl\.gz: .* compressed bytes expand to more than "):
         list(read_rows(file))
     file.write_bytes(gzip.compress(b"".join(b'{"text": "%d"}\n' % n for n in range(1000))))
     assert len(values(file)) == 1000
@@ -437,7 +437,7 @@ def test_a_row_of_a_table_over_the_limit_is_an_error_of_its_row(tmp_path: Path, 
         rows = list(read_rows(path))
         assert [row.error is None for row in rows] == [True, False, True]
         assert isinstance(rows[1].error, LimitError)
-        assert f"{path.name}, row 2: more than 16,777,216 bytes, the limit for a row" in str(rows[1].error)
+        assert f"{path.name}, row 2: the row has more than 16,777,216 bytes" in str(rows[1].error)
 
 
 @pytest.fixture
@@ -457,7 +457,7 @@ def test_a_compressed_part_of_a_table_is_refused_before_it_is_decompressed(tmp_p
     else:
         file = write_arrow(tmp_path / "data.arrow", column, form)
     assert file.stat().st_size < 1 << 15
-    with pytest.raises(LimitError, match=r"bytes expand to 4,194,\d{3}, at most 1,048,576 are read"):
+    with pytest.raises(LimitError, match=r"bytes expand to 4,194,\d{3} bytes, expected at most 1,048,576"):
         list(read_rows(file))
 
 
@@ -637,7 +637,7 @@ def test_a_lazy_frame_of_polars_must_be_collected() -> None:
     lazy = polars.LazyFrame({"text": ["a"]})
     words = (
         "test: data is a polars.lazyframe.frame.LazyFrame, expected a path, paths, or rows such as a list of "
-        "dictionaries or a data frame; its method .collect() returns one"
+        "dictionaries or a data frame; its method .collect() returns a data frame"
     )
     with pytest.raises(TypeError, match=f"^{re.escape(words)}$"):
         splits_of("test", lazy)

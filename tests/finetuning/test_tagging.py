@@ -406,10 +406,10 @@ def test_batches_of_tokens_have_a_target_for_each_token(targets: Any, message: s
 @pytest.mark.parametrize(
     ("tags", "error", "message"),
     [
-        ([[0, 1]], ValueError, "the tags are those of 1 sentence, expected 2"),
-        ([[0, 1], [0], [0]], ValueError, "the tags are those of 3 sentences, expected 2"),
+        ([[0, 1]], ValueError, "tags are given for 1 sentence, expected 2"),
+        ([[0, 1], [0], [0]], ValueError, "tags are given for 3 sentences, expected 2"),
         ([[0, 1], [0, 1]], ValueError, r"tags\[1\] has shape \(2,\), expected \(1,\), one for each word"),
-        ([[0, 1], [0.5]], TypeError, r"tags\[1\] is of float64, expected integers"),
+        ([[0, 1], [0.5]], TypeError, r"tags\[1\] has dtype float64, expected integers"),
     ],
 )  # fmt: skip
 def test_tags_that_do_not_fit_the_words_are_refused(

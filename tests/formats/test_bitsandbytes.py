@@ -71,7 +71,7 @@ FAULTS: dict[str, tuple[dict[str, Any], dict[str, Any], type[Exception], str]] =
     "other levels": ({f"{NAME}.quant_map": LEVELS[::-1]}, {}, UnsupportedError, "its own 4-bit levels"),
     "no shape": ({}, {"shape": None}, FormatError, "its shape is None"),
     "a negative shape": ({}, {"shape": [-3, -128]}, FormatError, r"its shape is \[-3, -128\]"),
-    "a vast shape": ({}, {"shape": [1 << 40, 1 << 40]}, LimitError, "values, at most"),
+    "a vast shape": ({}, {"shape": [1 << 40, 1 << 40]}, LimitError, "values, expected at most"),
     "a shape beyond the codes": ({}, {"shape": [3, 1280]}, FormatError, "expected 1,920 values of uint8"),
     "three axes": ({}, {"shape": [3, 64, 2]}, ValueError, r"expected \(d_out, d_in\)"),
     "larger blocks": ({}, {"blocksize": 128}, UnsupportedError, "blocksize is 128, expected 64"),

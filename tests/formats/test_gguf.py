@@ -175,7 +175,7 @@ def test_the_error_for_a_quantised_tensor_names_the_reader_of_its_blocks() -> No
 def test_a_type_that_is_not_decoded_is_listed_and_refused_by_name_when_used() -> None:
     file = gguf.loads(gguf.dumps({"w": gguf.Tensor("w", "IQ2_XS", (3, 512), quantised("IQ2_XS"))}))
     assert (file["w"].type, file["w"].shape, file["w"].nbytes) == ("IQ2_XS", (3, 512), 444)
-    with pytest.raises(UnsupportedError, match="tensor 'w' is IQ2_XS, which NumPy does not have"):
+    with pytest.raises(UnsupportedError, match="tensor 'w' has type IQ2_XS, which NumPy does not have"):
         file["w"].numpy()
     with pytest.raises(UnsupportedError, match=r"'w' is IQ2_XS, expected one of F32, .*BF16, Q4_0, .*Q6_K"):
         FrozenWeight.from_gguf(file, "w")

@@ -94,7 +94,7 @@ HOSTILE: dict[str, tuple[Callable[[dict[str, Any], dict[str, Any]], object], typ
     "another kind of adapter": (
         lambda _, metadata: metadata.update({"adapter.type": "ia3"}),
         UnsupportedError,
-        "adapter.type is 'ia3', only 'lora' is read",
+        "adapter.type is 'ia3', expected 'lora'",
     ),
     "no invocation tokens of an activated LoRA (aLoRA)": (
         lambda _, metadata: metadata.update({"adapter.alora.invocation_tokens": np.empty(0, np.uint32)}),

@@ -177,7 +177,7 @@ TOO_LONG = "n" * 64
         ({"w\0": np.zeros(2)}, ValueError, "without NUL"),
         ({"\ud800": np.zeros(2)}, ValueError, "half a surrogate pair"),
         ({TOO_LONG: np.zeros(2)}, ValueError, "1 to 63 bytes"),
-        ({"w": np.zeros((1,) * 5)}, ValueError, "'w' has 5 axes, at most 4"),
+        ({"w": np.zeros((1,) * 5)}, ValueError, "'w' has 5 axes, expected at most 4"),
         ({"w": Tensor("w", "Q9_9", (32,), BLOCKS)}, ValueError, "'w' is 'Q9_9', expected one of F32"),
         ({"w": Tensor("w", "Q4_K", (100,), BLOCKS)}, ValueError, "Q4_K needs rows of a multiple of 256"),
         ({"w": Tensor("w", "Q4_K", (), BLOCKS)}, ValueError, "Q4_K needs rows of a multiple of 256"),
@@ -186,9 +186,9 @@ TOO_LONG = "n" * 64
         (
             {"w": Tensor("w", "F32", (4,), np.zeros(4, "f4"))},
             TypeError,
-            "has data of float32, expected an array of uint8",
+            "has data of type float32, expected an array of uint8",
         ),
-        ({"w": Tensor("w", "Q4_0", (8, 64), bytes(288))}, TypeError, "has data of bytes, expected an array"),
+        ({"w": Tensor("w", "Q4_0", (8, 64), bytes(288))}, TypeError, "has data of type bytes, expected"),
         (
             {"w": nplora.FrozenWeight(np.ones((2, 64)), "nf4")},
             TypeError,
@@ -211,7 +211,7 @@ def test_a_tensor_that_the_format_cannot_hold_is_refused(
         (
             3,
             TypeError,
-            r'\'k\' is 3, whose type in the file is ambiguous: name one, as in Typed\(value, "UINT32"\)',
+            r'\'k\' is 3, whose type in the file is ambiguous: give the type, as in Typed\(value, "UINT32"\)',
         ),
         (0.5, TypeError, "'k' is 0.5"),
         ([1, 2], TypeError, r"'k' is \[1, 2\]"),
@@ -221,8 +221,8 @@ def test_a_tensor_that_the_format_cannot_hold_is_refused(
         (b"raw", TypeError, "'k' is b'raw'"),
         ({"a": 1}, TypeError, "'k' is"),
         (np.float16(1), TypeError, "'k' is"),
-        (Typed(1, "INT128"), TypeError, "'INT128' is not the type of a value"),
-        (Typed(1, "ARRAY"), TypeError, "'ARRAY' is not the type of a value"),
+        (Typed(1, "INT128"), TypeError, "'INT128' is not a type of GGUF metadata"),
+        (Typed(1, "ARRAY"), TypeError, "'ARRAY' is not a type of GGUF metadata"),
         (Typed("1", "INT8"), TypeError, "'k' is .*, expected INT8"),
         (Typed(1.0, "INT8"), TypeError, "expected INT8"),
         (Typed(True, "INT8"), TypeError, "expected INT8"),
@@ -258,7 +258,7 @@ def test_a_key_that_the_format_cannot_hold_is_refused() -> None:
 @pytest.mark.parametrize("value", [np.int32(32), Typed(13, "UINT32"), np.uint32(0), np.uint32(1 << 21), "32"])
 def test_an_alignment_that_the_format_does_not_allow_is_refused(value: Any) -> None:
     with pytest.raises(
-        ValueError, match=r"general\.alignment is .*, expected a UINT32, a power of two up to"
+        ValueError, match=r"general\.alignment is .*, expected a UINT32 that is a power of two, at most"
     ):
         gguf.dumps({}, {"general.alignment": value})
 

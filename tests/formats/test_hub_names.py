@@ -14,7 +14,8 @@ from small_llama import save_small_llama
 
 NAME = "HuggingFaceTB/SmolLM2-135M"
 DOWNLOAD = (
-    f"hf download {NAME} --local-dir SmolLM2-135M (pip install huggingface_hub), then give SmolLM2-135M"
+    f"hf download {NAME} --local-dir SmolLM2-135M (pip install huggingface_hub), "
+    "then use the path SmolLM2-135M"
 )
 
 
@@ -43,13 +44,13 @@ def test_the_address_of_a_page_on_the_hub_is_recognised(address: str, command: s
     with pytest.raises(FileNotFoundError) as caught:
         require_no_hub_name(address)
     assert str(caught.value.strerror).endswith(
-        f"hf download {command} (pip install huggingface_hub), then give {then}"
+        f"hf download {command} (pip install huggingface_hub), then use the path {then}"
     )
 
 
 def test_one_file_of_a_hub_model_in_gguf_is_downloaded() -> None:
     with pytest.raises(
-        FileNotFoundError, match=r"hf download a/B-GGUF FILE\.gguf .*then give B-GGUF/FILE\.gguf"
+        FileNotFoundError, match=r"hf download a/B-GGUF FILE\.gguf .*then use the path B-GGUF/FILE\.gguf"
     ):
         require_no_hub_name("a/B-GGUF")
 

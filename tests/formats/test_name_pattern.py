@@ -123,7 +123,7 @@ def test_other_syntax_is_refused(text: str) -> None:
 
 def test_a_pattern_of_more_than_512_characters_is_refused() -> None:
     NamePattern("a" * 512, "here")
-    with pytest.raises(LimitError, match="513 characters, at most 512"):
+    with pytest.raises(LimitError, match="513 characters, expected at most 512"):
         NamePattern("a" * 513, "here")
 
 

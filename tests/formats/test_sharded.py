@@ -46,7 +46,9 @@ def test_shards_without_a_wanted_tensor_are_not_opened(directory: Path) -> None:
     "shard", ["../../etc/passwd", "/etc/passwd", "sub/one.safetensors", "..", "", "a\\b", "a\0", "C:a"]
 )
 def test_a_shard_name_with_a_path_is_refused(directory: Path, shard: str) -> None:
-    with refused(UnsafeError, f"weight_map: 'a' is {shard!r}, expected a name without a path", directory):
+    with refused(
+        UnsafeError, f"weight_map: the shard of 'a' is {shard!r}, expected a name without a path", directory
+    ):
         sharded.open(index(directory, {"a": shard}))
 
 
@@ -85,7 +87,11 @@ def test_the_links_of_hugging_faces_cache_are_followed_and_no_others(
         ({"z": "one.safetensors"}, FormatError, "tensor 'z' is not in one.safetensors"),
         ({"a": 3}, FormatError, "'a' is 3, expected a file's name"),
         (["a"], FormatError, "weight_map is ['a'], expected an object"),
-        ({str(i): f"{i}.safetensors" for i in range(1001)}, LimitError, "1,001 shards, at most 1,000"),
+        (
+            {str(i): f"{i}.safetensors" for i in range(1001)},
+            LimitError,
+            "1,001 shards, expected at most 1,000",
+        ),
     ],
 )
 def test_an_index_that_is_wrong_gives_its_exact_error(
@@ -106,7 +112,7 @@ def test_an_index_that_is_wrong_gives_its_exact_error(
             FormatError,
             "'a' appears twice",
         ),
-        (b'{"weight_map": ' + b"[" * 10**5, LimitError, "100,001 deep, at most 64"),
+        (b'{"weight_map": ' + b"[" * 10**5, LimitError, "100,001 deep, expected at most 64"),
         (b'{"weight_map": {"\xff": "one.safetensors"}}', FormatError, "not UTF-8"),
         (b'{"weight_map": {"a": "\\ud800"}}', FormatError, "half a surrogate pair"),
     ],
@@ -124,7 +130,7 @@ def test_an_index_over_32_mib_is_not_read(directory: Path) -> None:
     path = directory / "model.safetensors.index.json"
     path.touch()
     os.truncate(path, (1 << 25) + 1)
-    with refused(LimitError, "33,554,433 bytes, at most 33,554,432", path):
+    with refused(LimitError, "33,554,433 bytes, expected at most 33,554,432", path):
         sharded.open(path)
 
 

@@ -36,7 +36,7 @@ def test_json_is_read_as_the_standard_library_reads_it(value: Any) -> None:
 
 def test_64_levels_are_read_and_65_refused() -> None:
     strict_json.loads(b"[" * 64 + b"]" * 64, "here")
-    with pytest.raises(LimitError, match="here: JSON nested 65 deep, at most 64"):
+    with pytest.raises(LimitError, match="here: JSON nested 65 deep, expected at most 64"):
         strict_json.loads(b"[" * 65 + b"]" * 65, "here")
 
 

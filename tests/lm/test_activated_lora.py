@@ -262,7 +262,7 @@ def test_a_chat_without_the_call_is_refused_with_what_begins_an_answer(tmp_path:
     changes = {"tokenizer.chat_template": template}
     model = save_small_llama(tmp_path / "model.gguf", without="output.weight", changes=changes)
     chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    advice = "each example; in this chat template, '<assistant>' begins them$"
+    advice = "each example; this chat template writes '<assistant>' before each answer$"
     with pytest.raises(ValueError, match=advice):
         nplora.plan(model, [{"messages": chat}], invocation="<|assistant|>")
     nplora.plan(model, [{"messages": chat}], invocation="<assistant>")

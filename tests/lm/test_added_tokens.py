@@ -93,7 +93,7 @@ def test_a_token_of_the_model_is_trained_only(model: Path, tmp_path: Path) -> No
         lm.model.embed_tokens.rows.value[0], lm.model.embed_tokens.weight.take([VOCAB - 1])[0]
     )
     rows = [{"prompt": "<tool>", "completion": "hello"}] * 4
-    with pytest.warns(UserWarning, match=rf"'<tool>' is token {VOCAB - 1} of the model already"):
+    with pytest.warns(UserWarning, match=rf"the model already has '<tool>' \(token {VOCAB - 1}\)"):
         nplora.finetune(model, rows, tmp_path / "out", steps=1, add_tokens="<tool>")
     adapter = Adapter.read(tmp_path / "out")
     assert not adapter.added_tokens

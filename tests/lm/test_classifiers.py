@@ -272,7 +272,7 @@ def test_heads_of_no_outputs_or_too_many_are_refused(model: Path, tmp_path: Path
 
     for count, error, message in (
         (0, FormatError, "the head has no outputs"),
-        (70_000, LimitError, "the head has 70,000 outputs, at most 65,536 are read"),
+        (70_000, LimitError, "the head has 70,000 outputs, expected at most 65,536"),
     ):
         adapter = rewritten(saved(model, tmp_path / str(count)), with_outputs(count))
         with pytest.raises(error, match=message):

@@ -237,7 +237,7 @@ def test_a_dense_module_of_another_shape_or_in_a_pickle_is_refused(
         ([], FormatError, "expected a list of 1 to 32 modules"),
         ([3], FormatError, "3, expected an object"),
         (modules("Pooling"), UnsupportedError, "the first module is 'Pooling', expected Transformer"),
-        (modules("Transformer", "LSTM"), UnsupportedError, "module 'LSTM' is not supported in this place"),
+        (modules("Transformer", "LSTM"), UnsupportedError, "module 'LSTM' is not supported at this position"),
         (modules("Transformer", "Normalize"), UnsupportedError, "module 'Normalize' is not supported in"),
         (modules("Transformer"), UnsupportedError, "no module Pooling"),
         ([{"type": "a.Transformer", "path": "../.."}], UnsafeError, "leaves the directory"),
@@ -280,7 +280,7 @@ def test_dense_modules_that_do_not_fit_are_refused(
     stored = model / "2_Dense" / "model.safetensors"
     bias = {"linear.bias": np.ones(6, np.float32)}
     safetensors.save(stored, {"linear.weight": np.ones((6, 7), np.float32)} | bias)
-    with pytest.raises(FormatError, match=r"Dense module 1 .* has in_features 7, but it gets 32 values"):
+    with pytest.raises(FormatError, match=r"Dense module 1 .* in_features 7, but its input has 32 values"):
         nplora.load_encoder(model)
     safetensors.save(stored, bias)
     with pytest.raises(FormatError, match=r"there is no tensor linear\.weight"):
@@ -292,7 +292,7 @@ def test_dense_modules_that_do_not_fit_are_refused(
     safetensors.save(stored, {"linear.weight": np.ones((6, WIDTH), np.float32)} | bias)
     shutil.copytree(model / "2_Dense", model / "3_Dense")
     (model / "modules.json").write_text(json.dumps(modules("Transformer", "Pooling", "Dense", "Dense")))
-    with pytest.raises(FormatError, match=r"Dense module 2 .* has in_features 32, but it gets 6 values"):
+    with pytest.raises(FormatError, match=r"Dense module 2 .* in_features 32, but its input has 6 values"):
         nplora.load_encoder(model)
     change(model / "2_Dense" / "config.json", in_features=0)
     with pytest.raises(FormatError, match=r"out_features and in_features are \(6, 0\), expected at least 1"):
@@ -329,7 +329,7 @@ def test_a_second_embed_backward_adds_no_gradient(
     vectors, saved = encoder.embed_forward([[2, 5, 3], [2, 6, 3]])
     encoder.embed_backward(vectors, saved)
     earlier = [p.grad.copy() for p in encoder.parameters()]
-    with pytest.raises(RuntimeError, match=r"Encoder\.embed_backward: saved was used by an earlier"):
+    with pytest.raises(RuntimeError, match=r"Encoder\.embed_backward: an earlier backward pass used"):
         encoder.embed_backward(vectors, saved)
     for parameter, before in zip(encoder.parameters(), earlier, strict=True):
         np.testing.assert_array_equal(parameter.grad, before)
@@ -373,7 +373,7 @@ def test_a_prompt_is_put_before_each_text(directory: Path, tmp_path: Path) -> No
     with pytest.raises(UnsupportedError, match="include_prompt is false"):
         nplora.load_encoder(model).embed(["a"])
     change(settings, default_prompt_name="other")
-    with pytest.raises(FormatError, match="default_prompt_name is 'other', which is no prompt"):
+    with pytest.raises(FormatError, match="default_prompt_name is 'other', but no prompt has this name"):
         nplora.load_encoder(model)
 
 
@@ -533,7 +533,7 @@ def test_embed_backward_is_the_slope_of_the_embeddings(directory: Path, rng: np.
     np.testing.assert_allclose(vectors, encoder.embed_ids(texts), atol=1e-6)
     c = rng.standard_normal(vectors.shape, np.float32)
     encoder.embed_backward(c, saved)
-    with pytest.raises(RuntimeError, match="used by an earlier backward pass"):
+    with pytest.raises(RuntimeError, match="an earlier backward pass used and freed"):
         encoder.embed_backward(c, saved)
     slopes, gradients = [], []
     for parameter in encoder.parameters()[::5]:

@@ -216,7 +216,7 @@ def test_dense_modules_without_a_pooling_are_refused(tmp_path: Path) -> None:
     kind = KINDS[-1]
     no_pooling = replace(kind, entries=kind.entries | {"pooling_type": whole(0)})
     path = save_both(no_pooling, tmp_path, more) / "model.gguf"
-    with pytest.raises(UnsupportedError, match=r"dense_2\.weight come after a pooling"):
+    with pytest.raises(UnsupportedError, match=r"dense_2\.weight must follow a pooling"):
         nplora.load_encoder(path)
 
 

@@ -138,7 +138,7 @@ def test_the_context_ends_an_answer(tokenizer: Tokenizer) -> None:
         assert generate(lm, ["abcdef"]) == [by_hand(lm, "abcdef", 4)]
     assert lm.calls == [(1, 6)] + [(1, 1)] * 3
     generate(lm, ["abcdef"], Sampling(max_new_tokens=4))  # as many as were asked for: nothing is to be told
-    with pytest.raises(ValueError, match="the prompt has 10 tokens, the model's context is 10"):
+    with pytest.raises(ValueError, match="the prompt has 10 tokens, but the model's context is 10"):
         generate(lm, ["abcdefghij"])
     with pytest.raises(ValueError, match="the prompt is empty"):
         generate(lm, ["abc", ""])
@@ -220,7 +220,7 @@ def test_a_space_between_prompt_and_answer_is_kept() -> None:
 
 def test_nan_scores_are_an_error(lm: Echo) -> None:
     lm.scores = lambda ids: np.full(266, np.nan, np.float32)  # type: ignore[method-assign]
-    with pytest.raises(FloatingPointError, match="the scores of the token at position 1 are NaN"):
+    with pytest.raises(FloatingPointError, match="the scores for the token at position 1 are NaN"):
         generate(lm, ["a"])
 
 
@@ -330,7 +330,7 @@ def test_a_temperature_near_zero_takes_the_most_likely_token_as_zero_does() -> N
 @pytest.mark.parametrize("scores", [[0.0, np.inf], [-np.inf, -np.inf]])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_scores_without_a_finite_largest_one_are_an_error(scores: list[float], temperature: float) -> None:
-    with pytest.raises(FloatingPointError, match=r"the largest score of the token at position 2 is -?inf"):
+    with pytest.raises(FloatingPointError, match=r"the largest score for the token at position 2 is -?inf"):
         choose(np.array(scores), [0, 1], Sampling(temperature=temperature), HIGHEST)  # type: ignore[arg-type]
 
 

@@ -214,7 +214,7 @@ def test_what_a_pass_kept_serves_one_backward_of_its_own_model(
     lm.backward(dy, saved)
     once = [p.grad.copy() for p in lm.parameters()]
     assert all(grad.any() for grad in once)
-    with pytest.raises(RuntimeError, match="saved was used by an earlier backward pass, which freed it"):
+    with pytest.raises(RuntimeError, match="an earlier backward pass used and freed the saved values"):
         lm.backward(dy, saved)
     for parameter, grad in zip(lm.parameters(), once, strict=True):
         np.testing.assert_array_equal(parameter.grad, grad, parameter.name)
@@ -259,7 +259,7 @@ def test_a_cache_that_does_not_fit_refuses_and_stays_as_it_was(lm: LanguageModel
         ([[1] * 6], [1], "a slot would hold 9 tokens, the cache has room for 8"),
         ([1, 2], [1, 1], "expected no slot twice"),
         ([1], [2], "slots holds 2"),
-        ([1, 2], [1], r"slots have shape \(1,\), expected one for each of 2"),
+        ([1, 2], [1], r"slots have shape \(1,\), expected one slot for each of 2"),
         ([VOCAB], [0], f"token_ids holds {VOCAB}"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -548,7 +548,7 @@ def test_ids_labels_and_states_that_make_no_sense_are_refused(lm: LanguageModel)
     for rank in (10**9, 2**63):
         with pytest.raises(ValueError, match=f"^add_lora: rank is {rank}, expected at most 65536$"):
             lm.add_lora(rank=rank)
-    with pytest.raises(ValueError, match=r"token_ids have shape \(6,\), labels \(5,\)"):
+    with pytest.raises(ValueError, match=r"token_ids have shape \(6,\), but labels have shape \(5,\)"):
         lm.loss(ids, ids[:5])
     with pytest.raises(ValueError, match=f"token_ids holds {VOCAB}, expected integers from 0 to {VOCAB - 1}"):
         lm.logits([VOCAB])

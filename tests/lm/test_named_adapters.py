@@ -153,7 +153,7 @@ def test_training_with_a_named_adapter_is_refused(model: Path, paths: dict[str, 
     lm.set_adapter("all")
     for call in (lambda: lm.train_step(IDS, IDS, nplora.SGD(lr=1e-3)), lambda: lm.forward(IDS)):
         with pytest.raises(
-            RuntimeError, match="the named adapter 'all' is selected, which is for inference only"
+            RuntimeError, match="the named adapter 'all' is selected, but named adapters are for"
         ):
             call()
     lm.set_adapter(None)
@@ -167,7 +167,7 @@ def test_training_a_model_with_a_named_adapter_selected_writes_nothing(
     data.write_text('{"prompt": "1+1=", "completion": "2"}\n')
     lm = named(model, {"few": paths["few"]})
     lm.set_adapter("few")
-    words = "the named adapter 'few' is selected, which is for inference only; call set_adapter"
+    words = "the named adapter 'few' is selected, but named adapters are for inference only; call set_adapter"
     for call in (lambda: nplora.finetune(lm, data, out), lambda: nplora.plan(lm, data)):
         with pytest.raises(RuntimeError, match=f"^(finetune|plan): {words}"):
             call()
@@ -182,7 +182,7 @@ def test_training_a_model_with_a_named_adapter_selected_writes_nothing(
 def test_a_name_unlike_all_others_is_a_key_error_with_all_names(model: Path, paths: dict[str, Path]) -> None:
     lm = load_model(model)
     with pytest.raises(
-        KeyError, match="set_adapter: no adapter 'x'; no adapter is loaded, call load_adapter first"
+        KeyError, match="set_adapter: no adapter 'x'; no adapter is loaded; call load_adapter first"
     ):
         lm.set_adapter("x")
     for name in ("few", "all"):

@@ -79,9 +79,9 @@ def test_layers_of_other_ranks_keep_their_initial_factors(model: Path) -> None:
         ),
         ("rank_pattern", {"q_proj": 2.5}, TypeError, r"rank_pattern\['q_proj'\] is 2.5, expected an integer"),
         ("rank_pattern", "q_proj=2.5", TypeError, r"rank_pattern\['q_proj'\] is 2.5, expected an integer"),
-        ("rank_pattern", "q_proj", ValueError, "rank_pattern is 'q_proj', expected names of layers and"),
-        ("rank_pattern", "=4", ValueError, "rank_pattern is '=4', expected names"),
-        ("rank_pattern", "q_proj=4,q_proj=5", ValueError, "expected names of layers"),
+        ("rank_pattern", "q_proj", ValueError, "rank_pattern is 'q_proj', expected pairs of a layer name"),
+        ("rank_pattern", "=4", ValueError, "rank_pattern is '=4', expected pairs"),
+        ("rank_pattern", "q_proj=4,q_proj=5", ValueError, "expected pairs of a layer name"),
         ("rank_pattern", ["q_proj"], TypeError, "rank_pattern is a list, expected a dictionary"),
         (
             "alpha_pattern",

@@ -96,7 +96,7 @@ def test_only_the_rows_of_the_tokens_change(model: Path) -> None:
         ({"trainable_tokens": [-1]}, "a trainable token is -1, expected at least 0"),
         ({"modules_to_save": "q_proj"}, "modules_to_save='q_proj' is not available; possible: 'embed_to"),
         ({"modules_to_save": "lm_head", "trainable_tokens": [1]},
-         "modules_to_save trains all tokens of lm_head; leave trainable_tokens out"),
+         "modules_to_save trains all rows of lm_head; leave trainable_tokens out"),
         ({"targets": "q_proj,embed_tokens", "trainable_tokens": [1]},
          "model.embed_tokens has LoRA factors or trained rows already"),
     ],

@@ -402,7 +402,7 @@ def test_merge_refuses_another_rounding_or_dtype(rng: np.random.Generator) -> No
     p = problem(rng)
     with pytest.raises(ValueError, match="rounding='up' is not available; possible: 'nearest', 'stochastic'"):
         nplora.merge_lora(p["W"], p["A"], p["B"], rounding="up")
-    with pytest.raises(ValueError, match="dtype='float16', but W holds float32"):
+    with pytest.raises(ValueError, match="dtype='float16', but W has dtype float32"):
         nplora.merge_lora(p["W"], p["A"], p["B"], dtype="float16")
     nplora.merge_lora(p["W"], p["A"], p["B"], dtype="float32")
 
@@ -473,7 +473,7 @@ def test_outputs_that_overlap_each_other_or_the_weight_are_refused(rng: np.rando
 
 
 def test_bit_patterns_are_not_taken_for_integers() -> None:
-    with pytest.raises(TypeError, match=r'fw holds uint16.*FrozenWeight\(fw, dtype="bfloat16"\)'):
+    with pytest.raises(TypeError, match=r'fw has dtype uint16.*FrozenWeight\(fw, dtype="bfloat16"\)'):
         nplora.lora_forward(np.ones(2), np.full((2, 2), 0x3F80, np.uint16), np.ones((2, 1)), np.ones((1, 2)))
 
 

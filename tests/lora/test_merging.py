@@ -158,7 +158,7 @@ def test_a_model_is_merged_as_a_whole_with_a_report_for_each_layer(rng: np.rando
     )
     with pytest.raises(
         ValueError,
-        match="merge: 2: rows of 40 elements do not divide into blocks of 32, the block length of q8_0",
+        match="merge: 2: a row has 40 elements, expected a multiple of 32, the block length of q8_0",
     ):
         model.merge("q8_0")
     assert not model[0].merged

@@ -200,7 +200,7 @@ def test_an_adapter_of_another_model_is_converted_only_on_request(
         with pytest.raises(FormatError) as caught:
             nplora.adapters.convert_adapter(source, target, other)
         assert str(caught.value).startswith(f"{source}: the adapter is of another model (")
-        assert f"sha256 {digest(model)[:12]} of its norms; this one has {digest(other)[:12]})" in str(
+        assert f"sha256 {digest(model)[:12]} of its norms; this model has {digest(other)[:12]})" in str(
             caught.value
         )
         arguments = ["convert", str(source), str(target), "--base", str(other)]
@@ -321,7 +321,7 @@ def test_a_git_lfs_pointer_is_named_whichever_file_it_replaces(name: str, tmp_pa
     ("put", "error", "words"),
     [
         (lambda path, data: path.write_bytes(data[:-1]), TruncatedError, "the tensors end at byte"),
-        (lambda path, data: path.touch(), TruncatedError, "0 bytes, expected the header's length"),
+        (lambda path, data: path.touch(), TruncatedError, "0 bytes, but the header's length"),
         (
             lambda path, data: path.write_bytes((1 << 40).to_bytes(8, "little") + data[8:]),
             LimitError,

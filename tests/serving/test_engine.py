@@ -202,7 +202,7 @@ def test_an_answer_ends_where_all_pages_are_full(lm: LanguageModel) -> None:
     assert (ticket.finish_reason, ticket.usage.generated) == ("length", 3 * PAGE)
     longer = alone(lm, ids, Sampling(max_new_tokens=3 * PAGE, logit_bias={0: -np.inf}))
     assert text == longer
-    with pytest.raises(ValueError, match="the prompt has 256 tokens, the memory suffices for 256"):
+    with pytest.raises(ValueError, match="the prompt has 256 tokens, but the memory suffices for 256"):
         engine.submit(prompt(rng, 4 * PAGE))
 
 

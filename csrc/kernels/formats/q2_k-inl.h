@@ -50,9 +50,9 @@ struct Decoder<BlockQ2_K> {
       const size_t half = 2 * j + i / kBytes;
       const auto d = Vec<float>::broadcast(scales.d[half]), m = Vec<float>::broadcast(scales.m[half]);
 #if defined(NPLORA_SIMD_AVX512)
-      // The permutation reads four bits of each index: the two bits of this code and, above them, two
-      // bits of another code. The table holds each value four times, so the upper two bits of the index
-      // do not matter.
+      // The permutation reads the lowest four bits of each index in `at`. The lower two of these bits are the
+      // code of an element, and the upper two belong to another code. The table holds each value four times,
+      // so the upper two bits do not matter.
       const __m512 codes = _mm512_broadcast_f32x4(_mm_setr_ps(0, 1, 2, 3));
       const __m512 values = _mm512_fmadd_ps(codes, d.v, m.v);
       const Indices at = indices(q) >> (j % 4 * 2);

@@ -9,7 +9,7 @@ namespace nplora {
 template <size_t kGroupCount, size_t kGroupSize, int kLargest>
 struct AffineBlock {
   static constexpr size_t kGroups = kGroupCount, kSize = kGroupSize;
-  static constexpr float kLargestScale = kLargest;  // this is also the largest value of `minimum`
+  static constexpr float kLargestScale = kLargest;  // also the largest value of `minimum`
   float d = 0, dmin = 0;
   float scale[kGroups] = {}, minimum[kGroups] = {};
   double error = 0;
@@ -39,8 +39,8 @@ CodeGrid fit_group(const float* x, CodeRange codes) {
   return best;
 }
 
-// In each group, changes the integer scale and the integer minimum by at most one, to the values with the
-// smallest squared error.
+// In each group, tries to change the integer scale and the integer minimum by at most one, and keeps the two
+// integers with the smallest squared error.
 template <class Affine>
 void settle(const float* x, CodeRange codes, Affine& b) {
   b.error = 0;
@@ -64,7 +64,8 @@ void settle(const float* x, CodeRange codes, Affine& b) {
 // solution with d > 0 and dmin >= 0.
 template <class Affine>
 bool refit(const float* x, CodeRange codes, Affine& b) {
-  // Sums over all values x of s * s, s * m, m * m, x * s and x * m, where s = scale * q and m = minimum.
+  // The sums of s * s, s * m, m * m, x * s and x * m over all values x of the block, where s = scale * q and
+  // m = minimum.
   double ss = 0, sm = 0, mm = 0, xs = 0, xm = 0;
   for (size_t j = 0; j < b.kGroups; ++j) {
     const Moments k = moments<Affine::kSize>(x + j * b.kSize, b.grid(j), codes);

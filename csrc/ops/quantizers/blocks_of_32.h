@@ -1,6 +1,6 @@
 // Searches for the best scale of a block, in formats with blocks of 32 values. The search starts with the
-// scale of ggml's rule, and tries other scales near it, fitted by least squares. The scale with the smallest
-// squared error is kept, so no block is worse than with ggml's rule.
+// scale of ggml's rule, and tries other scales near it, which are fitted to the values by least squares. The
+// scale with the smallest squared error is kept, so no block is worse than with ggml's rule.
 #pragma once
 
 #include <algorithm>
@@ -18,8 +18,8 @@ inline CodeGrid rounded(CodeGrid grid) {
   return {round_to_half(grid.d), round_to_half(grid.m)};
 }
 
-// Keeps the best of the tried grids. A grid is rounded to float16 before its error is computed, because it is
-// stored in float16.
+// Keeps the best of the tried grids. A grid is rounded to float16 before its error is computed, because
+// blocks store their grids in float16.
 struct Best {
   const float* x;
   CodeRange codes;
@@ -29,7 +29,7 @@ struct Best {
   void show(CodeGrid other) {
     const CodeGrid stored = rounded(other);
     const float e = squared_error<kElements>(x, stored, codes);
-    if (e < error) {  // the comparison is false if `d` became infinite, because `e` is then NaN
+    if (e < error) {  // if `d` became infinite, `e` is NaN and the comparison is false
       error = e;
       grid = stored;
     }
@@ -63,8 +63,8 @@ inline CodeGrid best_affine(const float* x, float last) {
   return best.grid;
 }
 
-// Stores the codes of a block. codes.first is subtracted, so that the smallest code is 0. The low four bits
-// of a code are stored in a nibble, and bit 4 is stored in `high` if the format has it.
+// Stores the codes of a block. codes.first is subtracted from each code, so that the stored codes begin at 0.
+// The low four bits of a code are stored in a nibble, and bit 4 is stored in `high` if the format has it.
 template <class Block>
 void store_codes(const float* x, CodeGrid grid, CodeRange codes, Block& out) {
   const Encoder code(grid, codes);
@@ -80,7 +80,7 @@ void store_codes(const float* x, CodeGrid grid, CodeRange codes, Block& out) {
     }
 }
 
-// `n` is half the number of codes.
+// The codes are the integers from -n to n - 1.
 template <class Block>
 void quantize_scale(size_t blocks, const float* x, Block* out, float n) {
   for (; blocks > 0; --blocks, x += kElements, ++out) {

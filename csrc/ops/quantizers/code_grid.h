@@ -38,8 +38,8 @@ class Encoder {
   CodeRange codes_;
 };
 
-// The sum of term(i) for i < n. There are eight partial sums, and each of them adds every eighth term.
-// Vectors of any width can therefore sum in the same order.
+// The sum of term(i) for i < n. The function adds eight partial sums, each of which contains every eighth
+// term, so that vectors of different widths can add the terms in the same order.
 template <size_t n, class Term>
 float sum(const Term& term) {
   float parts[8] = {};
@@ -57,7 +57,7 @@ float squared_error(const float* x, CodeGrid grid, CodeRange codes) {
   });
 }
 
-// The sums of 1, x, q, x * q and q * q over n values x with codes q.
+// For n values x with codes q: the number n, and the sums of x, q, x * q and q * q over all values.
 struct Moments {
   double n, x, q, xq, qq;
 };
@@ -70,9 +70,8 @@ Moments moments(const float* x, CodeGrid grid, CodeRange codes) {
           sum<n>([&](size_t i) { return x[i] * q[i]; }), sum<n>([&](size_t i) { return q[i] * q[i]; })};
 }
 
-// Fits a grid to the values by least squares, with their codes unchanged. fitted_scale finds d with m = 0,
-// and `fitted` finds d and m. fitted_scale and `fitted` return the grid `otherwise` if the codes do not
-// determine a grid.
+// Fits a grid to the values by least squares. The codes of the values do not change. fitted_scale finds d for
+// m = 0, and `fitted` finds d and m. If the codes do not determine a grid, both functions return `otherwise`.
 inline CodeGrid fitted_scale(const Moments& s, CodeGrid otherwise) {
   return s.qq > 0 ? CodeGrid{float(s.xq / s.qq)} : otherwise;
 }

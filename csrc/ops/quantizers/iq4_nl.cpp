@@ -12,8 +12,8 @@ namespace {
 constexpr size_t kElements = BlockIQ4_NL::kElements;
 using Format = LevelCodes<kElements, kIQ4Levels>;
 
-// Tries scales that map the value of largest magnitude to a number near the first or the last level. Each
-// scale gives codes, and a new scale is fitted to these codes.
+// Tries scales that map the value of largest magnitude to a number near the first or the last level. The
+// values are rounded to codes with each of these scales, and a new scale is fitted to the codes.
 float best_scale(const float* x) {
   constexpr int kSteps = 7;
   constexpr float kStep = 0.01f;
@@ -26,7 +26,7 @@ float best_scale(const float* x) {
       const float start = extreme / (end * (1 + kStep * float(i)));
       const float d = round_to_half(fitted_scale(Format::sums(x, start), {start}).d);
       const float e = Format::error(x, d);
-      if (e < error) {  // false if `d` became infinite, because `e` is then NaN
+      if (e < error) {  // if `d` became infinite, `e` is NaN and the comparison is false
         error = e;
         best = d;
       }

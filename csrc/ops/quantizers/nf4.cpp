@@ -23,8 +23,8 @@ float inverse_of(float absmax) {
   return 1 / std::max(absmax, kSmallestAbsmax);
 }
 
-// The code of the level nearest to x, or of the lower level if two are equally near. The code is the number
-// of those midpoints between neighbouring levels that are below x.
+// Returns the code of the level nearest to x, or of the lower level if two levels are equally near. A level's
+// code is its index, so the function counts the midpoints (between neighbouring levels) that are below x.
 uint8_t nearest_level(float x) {
   int middles = 0;
   for (size_t i = 0; i < 15; ++i) middles += x > (kNf4Levels[i] + kNf4Levels[i + 1]) / 2;
@@ -51,8 +51,8 @@ void dynamic_book(float (&book)[kNf4Book]) {
   for (int i = 0; i < kExponents; ++i) {
     const int parts = 1 << i;
     const float step = (1.0f - 0.1f) / float(parts), unit = float(std::pow(10.0, i - kExponents + 1));
-    // The bound is computed from the nearer end of the range, with a fused multiply-add, like in
-    // torch.linspace.
+    // bound(k) is where part k begins. Like torch.linspace, the function computes a bound from the nearer end
+    // of the range, with a fused multiply-add.
     const auto bound = [&](int k) {
       return k < (parts + 1) / 2 ? std::fma(step, float(k), 0.1f) : std::fma(-step, float(parts - k), 1.0f);
     };

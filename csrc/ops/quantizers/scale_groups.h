@@ -15,8 +15,9 @@ namespace nplora {
 
 inline constexpr int kRounds = 3;
 
-// The float16 whose product with largest_integer is about `largest`. Subnormal float16 numbers are sparse, so
-// a subnormal result is rounded up. If the result were rounded down, the product could be far too small.
+// The float16 number that is about `largest` / largest_integer. Subnormal float16 numbers are sparse, so a
+// subnormal result is rounded up. If the result were rounded down, its product with largest_integer could be
+// far below `largest`.
 inline float unit_of(float largest, float largest_integer) {
   if (largest == 0) return 0;
   return round_to_half(std::min(largest / largest_integer, kLargestHalf) + kSmallestHalf / 2);

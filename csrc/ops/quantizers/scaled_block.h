@@ -18,8 +18,9 @@ struct IntegerCodes {
   static Moments sums(const float* x, float d) { return moments<kSize>(x, {d}, kCodeRange); }
 };
 
-// A block and its error. `Format` provides the codes of a group (kSize, error, sums), the number of groups
-// kGroups, and the range of the integer scales, from kLeastScale to kMostScale.
+// A block and its error. `Format` provides the size of a group (kSize) and the functions for its codes
+// (`error` and `sums`), the number of groups (kGroups), and the smallest and the largest integer scale
+// (kLeastScale and kMostScale).
 template <class Format>
 struct ScaledBlock {
   static constexpr size_t kGroups = Format::kGroups, kSize = Format::kSize;
@@ -27,8 +28,9 @@ struct ScaledBlock {
   float scale[kGroups] = {};
   double error = 0;
 
-  // Sets the scale of group j to the best integer within `reach` of one of `scales`, and adds the error of
-  // the group to the error of the block.
+  // Tries several integers as the scale of group j: all integers that differ by at most `reach` from one of
+  // `scales`. Sets the scale to the best of these integers, and adds the error of the group to the error of
+  // the block.
   void settle(const float* x, size_t j, std::initializer_list<float> scales, int reach) {
     float least = INFINITY;
     for (float near : scales)
@@ -72,10 +74,10 @@ ScaledBlock<Format> refined(const float* x, ScaledBlock<Format> best) {
   return best;
 }
 
-// Searches with several values of d, and returns the best block. The values of d differ so little that
-// d * scale varies by less than d, even for the largest scale. In each group, the search starts with the
-// scale that puts the largest magnitude at the code `extreme`. The search then tries the integers within
-// `reach` of this scale, and of its negative.
+// Searches with several values of d, and returns the best block. The largest of these values is `unit`, and
+// the others are smaller by less than unit / kMostScale. In each group, the search starts with the scale that
+// gives the largest magnitude of the group the code `extreme`. The search then tries the integers that differ
+// by at most `reach` from this scale or from its negative.
 template <class Format>
 ScaledBlock<Format> best_of_starts(const float* x, float unit, float extreme, int reach) {
   constexpr int kStarts = 4;

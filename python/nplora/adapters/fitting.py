@@ -148,7 +148,9 @@ class Target:
         tensor: str = "",
         tokens: Collection[AddedToken] = (),
     ) -> npt.DTypeLike:
-        """Return the dtype for an array of a fully trained layer. `tokens` are the adapter's new tokens.
+        """Return the dtype for a parameter of a layer that is trained without LoRA.
+
+        `tokens` are the adapter's new tokens.
 
         Raises:
             FormatError: the array does not fit the target.

@@ -56,7 +56,9 @@ def trained_layers(
     tokens: Sequence[AddedToken] = (),
     size: int | None = None,
 ) -> dict[str, TrainedRowsLayer]:
-    """Make layers that train rows over the frozen weights of a model. The model itself does not change.
+    """Make layers that train some rows of a model's weights, and freeze the other rows.
+
+    The model itself does not change.
 
     If the head shares the embedding's weight, the head also shares the embedding's trained rows, unless
     `wanted` gives rows for the head. Rows beyond the end of a weight are in both layers, even if `wanted`

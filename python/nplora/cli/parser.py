@@ -66,7 +66,7 @@ _OTHER_COMMANDS = {
 
 
 class WrongArguments(SystemExit):
-    """The end of the program, with status 2, after the parser has printed its error."""
+    """Raised after the parser has printed an error, to end the program with status 2."""
 
     def __init__(self, message: str) -> None:
         super().__init__(2)

@@ -40,9 +40,10 @@ class Comparison:
     """The results of `compare`; `print` shows a table, and a sentence for each difference.
 
     Attributes:
-        evaluations: the results of each system, by its name. The first is "base", the model alone.
-        differences: each adapter compared with the base by every metric. If there are several adapters, the
-            one with the lowest loss is also compared with the others.
+        evaluations: a dict from the name of each system to its results. A system is the model, alone or with
+            an adapter. The first system is "base", the model alone.
+        differences: a `Difference` between each adapter and the base in every metric. If there are several
+            adapters, the adapter with the lowest loss is also compared with the other adapters.
 
     >>> comparison = nplora.finetuning.compare("model.gguf", "valid.jsonl", ["adapter"])
     >>> list(comparison.evaluations)
@@ -76,7 +77,9 @@ class Comparison:
         return f"{markdown_table(self.evaluations)}\n\n" + "\n".join(f"- {s}" for s in self.sentences())
 
     def sentences(self) -> list[str]:
-        """A sentence for each difference, except for metrics that say the same as another metric.
+        """A sentence for each difference, except for differences in `token_accuracy` and `acc_token`.
+
+        They measure nearly the same as other metrics.
 
         >>> comparison = nplora.finetuning.compare("model.gguf", "valid.jsonl", ["adapter"])
         >>> comparison.sentences()[0]
@@ -120,14 +123,15 @@ def compare(
 ) -> Comparison:
     """Evaluate a model alone and with each of several adapters, on the same examples.
 
-    Each difference has a 95 % confidence interval and a p-value, computed from the single examples. The model
-    is loaded once.
+    Each difference has a 95 % confidence interval and a p-value, which are computed from the results for each
+    example. The model is loaded once.
 
     Args:
         adapters: a list of adapters, each in a form that `evaluate` accepts; or a dictionary from names to
             such adapters.
         model, data, any_base, progress, and all options: see `evaluate`.
-        record: as in `evaluate`; each dictionary also has the name of the system, as "system".
+        record: as in `evaluate`; each dictionary that this function gets has one more entry, "system": the
+            name of the system.
     Raises:
         ValueError: there are no adapters, or two adapters have the same name.
         Other errors: see `evaluate`.
@@ -145,7 +149,7 @@ def compare(
     def prepare(lm: LanguageModel) -> LanguageModel:
         """Attach all adapters.
 
-        Return the model without an adapter, but with the tokens that the adapters add.
+        Return the model without adapters, but with the tokens that the adapters add to the vocabulary.
         """
         require_plain("compare", lm)
         made.update((name, with_adapters("compare", lm, one, any_base)) for name, one in named.items())
@@ -167,7 +171,8 @@ def _same_tokens(systems: Mapping[str, LanguageModel]) -> tuple[AddedToken, ...]
     """The tokens that the adapters add, which must be the same for all adapters.
 
     Raises:
-        ValueError: the adapters add different tokens, so that the same text would be read differently.
+        ValueError: the adapters add different tokens. Then the models would divide the same text into
+            different tokens.
     """
     first, *others = ((name, lm.added_tokens) for name, lm in systems.items())
     for name, tokens in others:
@@ -201,13 +206,13 @@ def _differences(measured: dict[str, list[Measured]]) -> list[Difference]:
 
 
 def _named(adapters: object) -> dict[str, Adapters]:
-    """The adapters by their names."""
+    """Return a dict from names to adapters. If `adapters` is a list, `_name` chooses the names."""
     if isinstance(adapters, Mapping):
         found = {str(name): adapter for name, adapter in adapters.items()}
     elif isinstance(adapters, Sequence) and not isinstance(adapters, str | tuple):
         names = list(map(_name, adapters))
         if twice := [name for name in names if names.count(name) > 1]:
-            raise ValueError(f"compare: adapter {twice[0]} is given twice; a dictionary names adapters")
+            raise ValueError(f"compare: adapter {twice[0]} is given twice; a dictionary can give each a name")
         found = dict(zip(names, adapters, strict=True))
     else:
         raise TypeError(f"compare: adapters is {brief(adapters)}, expected a list or a dictionary")
@@ -219,7 +224,10 @@ def _named(adapters: object) -> dict[str, Adapters]:
 
 
 def _name(adapter: Any) -> str:
-    """The name of an adapter: its path, and its weight if that is not 1. Names in a sum are joined by +."""
+    """The name of an adapter: its path, and its weight if the weight is not 1.
+
+    The name of a sum of adapters consists of the names of these adapters, separated by " + ".
+    """
     if isinstance(adapter, tuple) and len(adapter) == 2 and isinstance(adapter[1], int | float):
         return _name(adapter[0]) if adapter[1] == 1 else f"{_name(adapter[0])}:{adapter[1]:g}"
     if isinstance(adapter, list | tuple):

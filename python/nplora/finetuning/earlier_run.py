@@ -16,13 +16,14 @@ from nplora.weights import COMPUTES
 
 @dataclass(frozen=True)
 class EarlierRun:
-    """The choices that a resumed run keeps, even if another plan would fit now.
+    """The choices of an earlier run. The resumed run keeps them, even if a new run would choose otherwise.
 
     Attributes:
         compute: arithmetic of the products with frozen weights; None: the checkpoint does not name it.
-        int8_head: whether the gradient of the head's input was computed in int8; None: the checkpoint does
-            not say it. Runs that are older than the option `int8_head` computed this gradient as "auto" does.
-        micro_tokens: maximum tokens of a micro-batch; None: the run did not cut its batches.
+        int8_head: whether the gradient of the head's input was computed in int8; None: this is not in the
+            checkpoint, because the run is older than the option `int8_head`. Such a run computed this
+            gradient as with "auto".
+        micro_tokens: maximum tokens of a micro-batch; None: the run did not divide its batches.
         step: the number of steps that the run has made.
     """
 
@@ -38,7 +39,7 @@ class EarlierRun:
         return options
 
     def keep_int8_head(self, options: FinetuneOptions, compute: str | None) -> FinetuneOptions:
-        """Return the options. If both runs are in int8, the earlier run's `int8_head` replaces "auto".
+        """Return the options. If both runs compute in int8, the earlier run's `int8_head` replaces "auto".
 
         Args:
             compute: arithmetic of the resumed run. If the earlier run used another arithmetic, the trainer
@@ -74,7 +75,10 @@ def find_earlier_run(output: StrPath) -> EarlierRun | None:
 
 
 def _described(checkpoint: Checkpoint) -> EarlierRun:
-    """Read an earlier run from a checkpoint's settings. The trainer refuses wrong settings later."""
+    """Read an earlier run from the settings of a checkpoint.
+
+    Wrong settings are ignored here, because the trainer refuses them later.
+    """
     fixed = checkpoint.settings.get("fixed")
     settings: dict[str, Any] = fixed if isinstance(fixed, dict) else {}
     layers, micro_tokens = settings.get("layers"), settings.get("micro_tokens")

@@ -15,7 +15,7 @@ from nplora.finetuning.token_progress import speaker
 from nplora.formats.files import StrPath
 from nplora.lm import LanguageModel
 
-TEXT_AND_REMEDY = "this text", "chat=True (--chat) does that"  # arguments of `warn_of_form`
+TEXT_AND_REMEDY = "this text", "chat=True (--chat) applies the template"  # arguments of `warn_of_form`
 
 
 @_check.keywords
@@ -41,9 +41,9 @@ def evaluate(
     """Compute the mean loss of a language model over a file of text, and other metrics.
 
     In multiple-choice rows {"prompt": …, "choices": […], "answer": …}, "answer" is the text of the right
-    choice, its index from 0, or its letter. The model's answer is the choice with the largest likelihood. In
-    multiple-choice rows, the loss is computed over the right choice; in preference rows {"prompt": …,
-    "chosen": …, "rejected": …}, over the chosen answer.
+    choice, its index from 0, or its letter. The model's answer is the choice with the largest likelihood. The
+    loss of a multiple-choice row is that of the right choice. The loss of a preference row {"prompt": …,
+    "chosen": …, "rejected": …} is that of the chosen answer.
 
     Args:
         model: a GGUF file or a Hugging Face directory, as for `load_model`; or a loaded model.
@@ -51,15 +51,15 @@ def evaluate(
             `nplora.data.read_dataset`, but without weights; or a directory. In a directory, valid.jsonl is
             read, or train.jsonl if there is no valid.jsonl.
         adapter: adapter to evaluate the model with: a PEFT directory, a llama.cpp file or an `Adapter`; or a
-            pair (one of these, weight); or a list, whose adapters are added up. A loaded model does not
-            change.
+            pair (one of these, weight); or a list of these, to use the sum of several adapters. A loaded
+            model does not change.
         any_base: accept an adapter that was trained on another model with the same shapes.
         progress: print a report of the data on stderr; None: only on a terminal or in a notebook.
         record: a function that is called with a dictionary for each generated answer and each multiple-choice
             question.
         metric: how generated answers are scored: exact_match, f1 or module:function. The function is called
-            with the answer, the reference and the row. Commas separate several metrics. Python also takes
-            functions and lists.
+            with the answer, the reference and the row. Commas separate several metrics. In Python, this may
+            also be a function or a list.
         max_new_tokens: maximum tokens of a generated answer.
         format: format of the rows: messages, sharegpt, alpaca, completion, text, preference or choice
             (default: the names of the fields decide).
@@ -81,8 +81,8 @@ def evaluate(
         FormatError: a file is invalid, or the adapter does not fit the model or was trained on another model.
         OSError: a file cannot be read.
     Warns:
-        UserWarning: `compute` is "int8", but no weight can use int8; a metric failed in some examples; or the
-            adapter was trained with the chat template and these rows do not go through it, or vice versa.
+        UserWarning: `compute` is "int8", but no weight can use int8; a metric failed in some examples; or
+            the chat template is used either only in the adapter's training or only in this evaluation.
         Other warnings: see `attach_adapter`.
 
     >>> result = nplora.evaluate("model.gguf", "valid.jsonl", adapter="adapter")
@@ -117,8 +117,8 @@ def read_all(
     """Read the model and the data.
 
     Args:
-        prepare: a function that attaches adapters to the model before the data are read. The adapters may add
-            tokens.
+        prepare: a function that attaches adapters to the model. It is called before the data are read,
+            because adapters may add tokens to the vocabulary.
     """
     sources, metrics = sources_to_judge(op, data), metrics_of(op, options.metric)
     lm = prepare(opened(op, model, options.compute, to_decode=True))
@@ -145,7 +145,7 @@ def sources_to_judge(op: str, data: Data) -> list[Source]:
 def judge_for(
     op: str, lm: LanguageModel, sources: list[Source], options: EvaluateOptions, metrics: list[Metric]
 ) -> Judge:
-    """Read the data with the tokenizer of a model, for this model and others with the same tokenizer."""
+    """Read the data with the tokenizer of `lm`. Other models with the same tokenizer can use the result."""
     reading = options.reading(options.max_length or lm.config.max_position_embeddings)
     return read_judge(op, lm, sources, reading, metrics, options.max_new_tokens)
 

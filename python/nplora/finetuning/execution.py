@@ -163,7 +163,7 @@ def choose_execution(
     again.
 
     Args:
-        earlier: the run to resume, which keeps its micro-batch size; None for a new run.
+        earlier: the run to resume; its micro-batch size stays the same. None: this is a new run.
         say: function that prints a text.
         ranks: the processes that train together. Each rank compares the plans for its memory. All ranks then
             use a plan that fits on every rank.
@@ -177,7 +177,7 @@ def choose_execution(
     if ranks.size > 1 and options.dropout and "lm_head" in adapters.shapes:
         raise ValueError(
             "finetune: several ranks cannot train an adapter on lm_head with dropout, because the head draws "
-            "several masks in a batch: leave lm_head out of the targets, or set the dropout to 0"
+            "several dropout masks for a batch: leave lm_head out of the targets, or set the dropout to 0"
         )
     if options.memory is None:
         micro_tokens = None if earlier is None else earlier.micro_tokens
@@ -251,7 +251,7 @@ def fixed_compute(model: StrPath | LanguageModel, options: FinetuneOptions) -> s
 
 
 def adapters_of(op: str, inputs: RunInputs, options: FinetuneOptions) -> Adapters:
-    """The adapted layers of a run.
+    """The layers that a run adapts, and what it trains in them.
 
     Raises:
         ValueError: the layers do not fit the model; or `keep_prefix` is set and the lowest block is adapted;
@@ -288,7 +288,7 @@ def adapters_of(op: str, inputs: RunInputs, options: FinetuneOptions) -> Adapter
     if options.keep_prefix != "off" and not adapters.first_block(lm.config.num_hidden_layers):
         raise ValueError(
             f"{op}: keep_prefix={options.keep_prefix!r}, but there is no frozen block below the adapters; "
-            "to have some, adapt only the last blocks, for example with layers='last:4'"
+            "to have a frozen block there, adapt only the last blocks, for example with layers='last:4'"
         )
     return adapters
 
@@ -296,10 +296,10 @@ def adapters_of(op: str, inputs: RunInputs, options: FinetuneOptions) -> Adapter
 def _require_invocation(
     op: str, lm: LanguageModel, dataset: Examples, invocation: tuple[int, ...], is_new: bool
 ) -> None:
-    """Check that examples have the invocation tokens of an activated LoRA, which is inactive without them.
+    """Check that examples have the invocation tokens. An activated LoRA has no effect without these tokens.
 
     Args:
-        is_new: whether the adapter is new, so that its invocation can still be chosen.
+        is_new: whether the adapter is new. If so, the error advises another invocation.
     Raises:
         ValueError: no example has the invocation tokens.
     Warns:
@@ -319,7 +319,7 @@ def _require_invocation(
 
 
 def _invocation_advice(lm: LanguageModel, dataset: Examples) -> str:
-    """The end of a message: which text is a good invocation."""
+    """The end of an error message: how to choose a good invocation."""
     advice = (
         "; set --invocation (invocation=) to a text just before the answers that has the same tokens in each "
         "example"
@@ -328,7 +328,7 @@ def _invocation_advice(lm: LanguageModel, dataset: Examples) -> str:
         return advice
     asked = [lm.tokenizer.apply_chat_template([{"role": "user", "content": "a"}], b) for b in (False, True)]
     head = asked[1].removeprefix(asked[0]).strip()
-    return f"{advice}; in this chat template, {brief(head)} begins them" if head else advice
+    return f"{advice}; this chat template writes {brief(head)} before each answer" if head else advice
 
 
 def _planned(
@@ -346,7 +346,7 @@ def _shortage(
 ) -> str:
     """A message if the remaining steps need more memory than is available; otherwise an empty text.
 
-    Only the batches of the first epoch are listed: all epochs are assumed to need the same memory.
+    Only the batches of the first epoch are considered: all epochs are assumed to need the same memory.
 
     Args:
         done: the number of steps that the run has made.
@@ -409,6 +409,6 @@ def _largest_evaluation(held_out: Examples) -> int:
 
 
 def _sizes(dataset: Examples) -> list[tuple[int, int]]:
-    """For each batch of an evaluation, the number of tokens, and of tokens that count in the loss."""
+    """For each batch of an evaluation: the number of tokens, and the number of tokens in the loss."""
     batches, lengths, targets = evaluation_batches(dataset).members(0), dataset.lengths, dataset.targets
     return [(int(lengths[batch].sum()), int(targets[batch].sum())) for batch in batches]

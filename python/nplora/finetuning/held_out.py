@@ -1,4 +1,4 @@
-"""The loss on held-out data before and after a merge shows how much the merge lost."""
+"""Measures the loss on held-out data before and after a merge, to see how much quality the merge lost."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ def held_out_loss(data: Data, *, progress: bool | None = None, **reading: Any) -
         reading: how the data are read: `format`, `columns`, `chat`, `max_length`, `learn` and `skip_bad`, as
             in `evaluate`.
     Returns:
-        a function of a model's path and an adapter (or None) that returns the mean loss. Each call reads the
-        model. The first call reads and reports the data; later calls read the data again only for a model
-        with another tokenizer. The function raises the errors of `evaluate`.
+        a function that takes the path of a model and an adapter (or None), and returns the mean loss. Each
+        call loads the model. The first call reads and reports the data; later calls read the data again only
+        for a model with another tokenizer. The function raises the errors of `evaluate`.
     Raises:
         ValueError, TypeError: an option is unknown or out of range.
 
@@ -73,5 +73,5 @@ def held_out_loss(data: Data, *, progress: bool | None = None, **reading: Any) -
 
 
 def _attachable(adapter: Source | None) -> StrPath | Adapter | None:
-    """The adapter as `evaluate` takes it: a path or an `Adapter`."""
+    """Return the adapter in a form that `evaluate` accepts: a path or an `Adapter`."""
     return adapters.read_adapter(adapter) if isinstance(adapter, Module | AdapterContent) else adapter

@@ -39,11 +39,11 @@ AddGradient = Callable[[], None]  # adds the gradient of the sample to the gradi
 class Int8Check(Callback):
     """Computes the gradient of a sample in int8 and in bfloat16, and compares their directions.
 
-    Every comparison takes the same sample of the training data. The parts of the model are its blocks, the
-    head and the embedding. If the cosine of a part's two gradients is too small, the part computes in
-    bfloat16 from then on. If only the cosine of the whole gradient is too small, the part with the smallest
-    cosine switches to bfloat16. The log has one line for each comparison. If `add_gradient` raises
-    NonFiniteLossError, nothing is compared, and a message says so.
+    Every comparison uses the same sample of the training data. Here, the parts of a model are each of its
+    blocks, the head and the embedding. If the cosine between the two gradients of a part is too small, the
+    part computes in bfloat16 from then on. If the cosine is too small only for the gradient of the whole
+    model, the part with the smallest cosine switches to bfloat16. The log has one line for each comparison.
+    If `add_gradient` raises NonFiniteLossError, nothing is compared, and a message says so.
 
     Args:
         model: the model, with its adapter.
@@ -66,7 +66,7 @@ class Int8Check(Callback):
         self._fallen_back: list[str] = []  # the parts that compute in bfloat16
 
     def on_fit_start(self, run: Run) -> None:
-        """Restore the parts that an earlier run in this directory has switched back to bfloat16."""
+        """If the run is resumed, let the same parts compute in bfloat16 as before."""
         for layer in layers_of(self._model, part_names(self._model)):
             layer.int8 = True  # an earlier run that ended with an error may have left it False
         last = run.logged(_EVENT)
@@ -97,8 +97,8 @@ class Int8Check(Callback):
             new = [min(in_int8, key=lambda part: parts[part])]
         if new:
             self._say(
-                f"step {run.step}: the gradient in int8 has a cosine of {whole:.3f} with that in bfloat16; "
-                f"computed in bfloat16 from now on: {', '.join(new)}"
+                f"step {run.step}: the gradient in int8 has a cosine of {whole:.3f} with the gradient in "
+                f"bfloat16; from now on, these parts of the model compute in bfloat16: {', '.join(new)}"
             )
         self._fall_back(new)
         run.log(
@@ -113,9 +113,10 @@ class Int8Check(Callback):
         )
 
     def _smallest_cosines(self, run: Run) -> tuple[float, dict[str, float]] | None:
-        """The smallest cosines of all ranks, or None if the loss of the sample is not finite on a rank.
+        """The smallest cosine over all ranks: for the whole model, and for each part (a dict).
 
-        With local steps, the values of the ranks differ, but all ranks must compute in the same arithmetic.
+        None: the loss of the sample is not finite on a rank. With local steps, the factors of the ranks
+        differ, and so do their cosines. But all ranks must compute in the same arithmetic.
         """
         own, problem = None, ""
         try:
@@ -142,7 +143,7 @@ def of_tokens(lm: LanguageModel, batches: TokenBatches, micro_tokens: int | None
     """Return a function that adds the gradient for the first training sequences to the model's gradients.
 
     Args:
-        micro_tokens: the most tokens that are in memory together, as in PackedLoss.
+        micro_tokens: the largest number of tokens that are computed at once, as in PackedLoss.
     """
     tokens = min(SAMPLE_TOKENS, micro_tokens or SAMPLE_TOKENS)
 
@@ -162,10 +163,10 @@ def of_tokens(lm: LanguageModel, batches: TokenBatches, micro_tokens: int | None
 def sample_length(sizes: Iterable[tuple[int, int]]) -> int:
     """The number of examples in a sample.
 
-    The sample has at most `SAMPLE_TOKENS` tokens, unless fewer than `LEAST_ROWS` texts would fit.
+    The sample has at most `SAMPLE_TOKENS` tokens. It has more if this is necessary for `LEAST_ROWS` texts.
 
     Args:
-        sizes: the number of tokens and of texts in each example.
+        sizes: for each example, a pair: the number of tokens, and the number of texts.
     """
     tokens = texts = count = 0
     for new_tokens, new_texts in sizes:
@@ -199,10 +200,9 @@ def cosines(model: Module, add_gradient: AddGradient) -> tuple[float, dict[str, 
 
 
 def sample_step(gradients: Sequence[Array]) -> int:
-    """The distance between compared values. At most COMPARED values are compared, some in every column.
+    """Return the step k: every k-th value of the gradients is compared, at most COMPARED values in all.
 
-    Every `step`-th value of an array meets all columns only if `step` and the length of a row have no common
-    factor.
+    Some values of every column are compared. For this, k and the length of a row must have no common factor.
 
     >>> import numpy as np
     >>> sample_step([np.empty((1024, 6), np.float32), np.empty((3000, 576), np.float32)])
@@ -216,7 +216,7 @@ def sample_step(gradients: Sequence[Array]) -> int:
 
 
 class Products:
-    """The dot products of two long vectors, and of each with itself, added up piece by piece."""
+    """Adds up the dot products of pieces of two long vectors: a·b, a·a and b·b."""
 
     def __init__(self) -> None:
         self.ab = self.aa = self.bb = 0.0
@@ -240,7 +240,7 @@ def computes_in_int8(model: Module) -> bool:
 
 
 def layers_of(model: Module, parts: Iterable[str]) -> Iterator[Linear | LoRALinear]:
-    """The linear layers of these parts of a model. Linear layers can compute in int8."""
+    """The linear layers of these parts of a model: only linear layers can compute in int8."""
     wanted = set(parts)
     for name, module in model.named_modules():
         if isinstance(module, Linear | LoRALinear) and part_of(name) in wanted:

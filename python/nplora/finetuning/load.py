@@ -36,8 +36,8 @@ class RunInputs:
     Attributes:
         lm: the model, without an adapter.
         train: the examples to train on.
-        held_out: the examples to evaluate on, if any.
-        start: the adapter to continue from, if any.
+        held_out: the examples to evaluate on, or None.
+        start: the adapter to continue from, or None.
         paths: the files of the data, each with a description of its content.
         objective: the objective that the run minimises.
         added_tokens: the tokens that the adapter adds to the model.
@@ -57,14 +57,14 @@ class RunInputs:
 
     @property
     def tokens(self) -> int:
-        """The number of tokens of all sequences that the model reads."""
+        """The number of tokens of the training and held-out examples, in all passes over these examples."""
         passes = 1 + self.objective.extra_passes  # an extra pass reads other sequences of the same length
         return passes * sum(dataset.report.tokens for dataset in self.datasets)
 
     def prompts(self, texts: Sequence[str]) -> list[Prompt]:
         """Turn texts into prompts.
 
-        If the chat template wrote all training examples, the prompts are chats.
+        If the chat template wrote all training examples, each prompt is a chat with a message of the user.
         """
         if not self.train.report.chat:
             return list(texts)
@@ -72,11 +72,11 @@ class RunInputs:
 
     @property
     def teacher_model(self) -> LanguageModel | None:
-        """The teacher of a distillation, if it runs beside the model."""
+        """The teacher model of a distillation, if it is in memory; otherwise None."""
         return None if self.objective.teacher is None else self.objective.teacher.model
 
     def reload(self, model: StrPath, compute: str) -> None:
-        """Load the model again with another arithmetic. The memory of the old model is released first."""
+        """Load the model again, with another arithmetic. The memory of the old model is freed before this."""
         del self.lm
         self.lm = load_model(model, compute, check=False)  # it was checked before
         self.objective.reload(compute)
@@ -134,7 +134,7 @@ def _added_tokens(
     """The tokens that the run's adapter adds to the model.
 
     Raises:
-        ValueError: the run has a teacher, which does not know the tokens.
+        ValueError: the run adds tokens, but it is a distillation, and its teacher lacks these tokens.
     Warns:
         UserWarning: the model already has one of the tokens.
     """
@@ -144,7 +144,9 @@ def _added_tokens(
         new = new_tokens(lm, op, options.add_tokens or ())
         tokens = new.added
         for text, id_ in new.known.items():
-            warn_user(f"{op}: {brief(text)} is token {id_} of the model already, so its row is only trained")
+            warn_user(
+                f"{op}: the model already has {brief(text)} (token {id_}), so its row is trained, not added"
+            )
     if tokens and options.objective == "distill":
         shown = ", ".join(brief(token.text) for token in tokens)
         raise ValueError(
@@ -179,7 +181,7 @@ def opened(
     """Return the model. If `model` is a path, load the model.
 
     Args:
-        to_decode: warn as `loaded` does.
+        to_decode: whether the model will decode. If so, `loaded` loads the model, with its warning.
     """
     if not isinstance(model, LanguageModel):
         load = partial(loaded, op) if to_decode else load_model
@@ -196,8 +198,9 @@ def loaded(op: str, path: StrPath, compute: str, check: bool = True) -> Language
     lm = load_model(path, compute, check=check)
     if compute == "int8" and not any(weight.meets_int8 for weight in _frozen_weights(lm)):
         warn_user(
-            f"{op}: with compute='int8', few tokens are computed in int8 only if weights are in GGUF's "
-            f"quantised formats, but {files.name(path)} has none, so decoding computes in float32"
+            f"{op}: with compute='int8', a step with few tokens computes in int8 only if weights have one of "
+            f"GGUF's quantised formats. {files.name(path)} has no such weights, so decoding computes in "
+            "float32"
         )
     return lm
 
@@ -224,7 +227,7 @@ def require_vocabulary(lm: LanguageModel, source: str, largest_id: int) -> None:
     """Raise a FormatError if a token of a text is not in the model's vocabulary.
 
     Args:
-        source: the place of the text, for the message.
+        source: the name of the file or other source of the text, for the message.
         largest_id: the largest token id in the text.
     """
     if largest_id >= lm.vocab_size:
@@ -247,7 +250,8 @@ def _start(op: str, lm: LanguageModel, options: FinetuneOptions) -> Adapter | No
 def computes_head_in_int8(lm: LanguageModel, options: FinetuneOptions, trains_head: bool) -> bool:
     """Whether a run computes the gradient of the head's input in int8.
 
-    The result is False unless the model uses int8. The word filter and a trained head never compute in int8.
+    The result is False if the model does not use int8, if the run filters the vocabulary, or if the head is
+    trained.
 
     Args:
         trains_head: whether rows of the head are trained, without a low-rank adapter.

@@ -1,4 +1,4 @@
-"""Milestones: records the progress of a run. After an error, the progress decides which results are kept."""
+"""Milestones: notes the first step and the end of a run, to know after an error which results to keep."""
 
 from collections.abc import Callable
 
@@ -11,7 +11,7 @@ class Milestones(Callback):
     Args:
         on_first_step: function to call after the first step that this call of `finetune` makes, or None.
     Attributes:
-        has_ended: whether the training has ended, so that the model has the factors to save.
+        has_ended: whether the training has ended. Then the model has the factors to save.
     """
 
     def __init__(self, on_first_step: Callable[[], None] | None) -> None:

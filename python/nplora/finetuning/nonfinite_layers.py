@@ -28,7 +28,9 @@ def first_nonfinite_layer(lm: LanguageModel, batch: PackedBatch) -> str:
 
 @contextlib.contextmanager
 def watched_blocks(model: Decoder, name: Callable[[int], str]) -> Iterator[list[str]]:
-    """A context that yields a list. The name of each block whose output is not finite is added to the list.
+    """Watch the blocks of a model during a `with` body, and yield a list.
+
+    When a block returns an output that is not finite, the name of the block is added to the list.
 
     Args:
         name: a function that returns the name of a block, given its index.

@@ -31,13 +31,14 @@ _FOR = {  # the objectives that each option is for
 
 
 def check_objective(op: str, options: Any, defaults: Mapping[str, Any]) -> None:
-    """Check the options of the objective.
+    """Check the options that belong to the training objective, such as `beta` and `teacher`.
 
     Args:
         options: a `FinetuneOptions`.
         defaults: the default of each option.
     Raises:
-        ValueError, TypeError: an option is out of range, or is not for this objective.
+        ValueError, TypeError: a value is out of range, or an option is set that the chosen objective does not
+            use.
     """
     objective = _check.choice(op, "objective", options.objective, OBJECTIVES)
     for name, objectives in _FOR.items():
@@ -76,7 +77,8 @@ def _check_distillation(op: str, options: Any) -> None:
 def require_temperature(op: str, temperature: object) -> None:
     """Raise an error unless the value is a number from 0.01 to 100.
 
-    Beyond this range, the softmax is a single token or uniform, and float32 cannot represent the divergences.
+    At other temperatures, the softmax gives nearly all probability to one token, or the same probability to
+    all tokens, and float32 cannot represent the divergences.
     """
     least, most = TEMPERATURES
     if not least <= _check.number(op, "temperature", temperature) <= most:

@@ -62,7 +62,7 @@ def _option(group: str | None, default: Any, text: str, **more: Any) -> Any:
 
 
 def _unplanned(group: str, default: Any, text: str, **more: Any) -> Any:
-    """An option that changes neither the memory nor the time of a step."""
+    """Make the field of an option that changes neither the memory nor the time of a step."""
     return _option(group, default, text, planned=False, **more)
 
 
@@ -86,14 +86,14 @@ class FinetuneOptions:
     rank_pattern: Mapping[str, int] | str | None = _option(
         _ADAPTER,
         None,
-        "other ranks for some layers, by parts of the layers' names, as in q_proj=16,layers.3.mlp=4",
+        "ranks that differ from `rank`, given by a part of the layers' names, as in q_proj=16,layers.3.mlp=4",
         kind="pattern",
         metavar="NAME=RANK",
     )
     alpha_pattern: Mapping[str, float] | str | None = _unplanned(
         _ADAPTER,
         None,
-        "other alphas for some layers, by parts of the layers' names, in the form of `rank_pattern`",
+        "alphas that differ from `alpha`, given by a part of the layers' names, as in `rank_pattern`",
         kind="pattern",
         metavar="NAME=ALPHA",
     )
@@ -203,7 +203,10 @@ class FinetuneOptions:
         "`teacher`)",
     )
     kd_ratio: float = _option(
-        _OBJECTIVE, 0.5, "share of the divergence in the loss of distill; the rest is the loss of sft"
+        _OBJECTIVE,
+        0.5,
+        "weight of the divergence in the loss of distill, at most 1; the loss of sft gets the remaining "
+        "weight",
     )
     lr: float | None = _unplanned(
         _TRAINING,
@@ -219,7 +222,7 @@ class FinetuneOptions:
     warmup: int = _unplanned(_TRAINING, 0, "warm-up steps, in which the learning rate rises to its peak")
     weight_decay: float = _unplanned(_TRAINING, 0.01, "weight decay of AdamW")
     max_grad_norm: float = _unplanned(
-        _TRAINING, 1.0, "maximum norm of the gradients; larger gradients are scaled down to it"
+        _TRAINING, 1.0, "maximum norm of the gradients; larger gradients are scaled down to this norm"
     )
     epochs: int | None = _option(
         _TRAINING, None, "passes over the data (default: 1, unless `steps` is given)"
@@ -287,8 +290,8 @@ class FinetuneOptions:
     int8_head: str = _option(
         _SPEED,
         "auto",
-        "with int8, arithmetic of the head's backward pass: int8 with stochastic rounding (on), bfloat16 "
-        "(off), or int8 only on processors without bfloat16 instructions (auto)",
+        "if `compute` is int8, arithmetic of the head's backward pass: on (int8 with stochastic rounding), "
+        "off (bfloat16), or auto (bfloat16 if the processor has instructions for it, otherwise int8)",
         choices=INT8_HEAD,
     )
     recompute: bool = _option(
@@ -300,8 +303,8 @@ class FinetuneOptions:
     filter_vocabulary: float = _unplanned(
         _SPEED,
         0.0,
-        "leave words below this probability, such as 1e-6, out of the gradient of the output layer; makes "
-        "steps faster, with a small error (default: 0, all words are kept)",
+        "leave tokens that are less likely than this probability, such as 1e-6, out of the gradient of the "
+        "output layer; makes steps faster, with a small error (default: 0, no token is left out)",
         metavar="P",
     )
     memory: str | int | None = _option(
@@ -313,8 +316,8 @@ class FinetuneOptions:
     keep_prefix: str = _option(
         _SPEED,
         "off",
-        "where to cache the outputs of the frozen blocks below the lowest adapter for later epochs: off, "
-        "memory, or disk (in the output directory, during the run); takes 4 bytes x hidden size per token",
+        "cache that lets later epochs skip the frozen blocks below the lowest adapter: off, memory, or disk "
+        "(in the output directory, during the run); takes 4 bytes x hidden size per token",
         choices=KEEP_PREFIX,
     )
     save_every: int = _unplanned(_RUN, 100, "steps between checkpoints")
@@ -346,15 +349,15 @@ class FinetuneOptions:
     distributed: str | None = _option(
         _RUN,
         None,
-        "what the processes that mpirun started do: mpi (train one adapter together, each on a part of every "
-        "step) or off (make a separate run each)",
+        "how the processes that mpirun started work: mpi (they train one adapter together, each on a part of "
+        "every step) or off (each process makes a separate run)",
         choices=DISTRIBUTED,
     )
     communication_dtype: str = _option(
         _RUN,
         "float32",
-        "precision in which ranks send gradients: float32, or bfloat16 for half of the bytes; a run in one "
-        "process rounds in the same way",
+        "precision in which ranks send gradients: float32, or bfloat16, which halves the number of bytes; a "
+        "run in one process rounds its gradients in the same way",
         choices=COMMUNICATION_DTYPES,
     )
     local_steps: int | None = _option(
@@ -366,7 +369,8 @@ class FinetuneOptions:
     outer_lr: float = _unplanned(
         _RUN,
         OUTER_LR,
-        "learning rate of the outer step, which adds the average change after `local_steps`",
+        "learning rate of the outer step, which updates the trained values with the average change after "
+        "every `local_steps` steps",
     )
     outer_momentum: float = _unplanned(_RUN, OUTER_MOMENTUM, "Nesterov momentum of the outer step")
     checkpoint_blocks: InitVar[bool] = False  # the old name of recompute
@@ -458,7 +462,7 @@ class FinetuneOptions:
         """Raise a ValueError if `int8_head` is "on", but the head's backward pass cannot be in int8.
 
         Args:
-            trains_head: whether rows of the head are trained, without a low-rank adapter.
+            trains_head: whether rows of the head are trained directly, not through a low-rank adapter.
         """
         if self.int8_head != "on":
             return
@@ -500,12 +504,12 @@ class FinetuneOptions:
             raise ValueError(f"{op}: valid_split is {self.valid_split}, expected between 0 and 1")
 
     def reading(self, max_length: int, op: str = "finetune") -> ReadOptions:
-        """The options for reading the data, with this maximum length."""
+        """The options for reading the data, with `max_length` as the maximum length of an example."""
         return _reading(self, max_length, op)
 
 
 def default_lr(hidden_size: int) -> float:
-    """The learning rate of a run whose options give none, with two significant digits.
+    """The learning rate, with two significant digits, of a run whose options do not set one.
 
     A wider model needs a smaller learning rate. `bench/defaults.py` measured narrow models. For wider models,
     the rule 0.8 / (hidden size) agrees with the QLoRA paper: 2e-4 for width 4096, and 1e-4 for width 8192.
@@ -514,7 +518,7 @@ def default_lr(hidden_size: int) -> float:
 
 
 def _same_option(name: str, **more: Any) -> Any:
-    """The option of `finetune` with this name. `more` replaces parts of the option's metadata."""
+    """Make a field like that of the option `name` of `finetune`. `more` replaces entries of the metadata."""
     field = next(field for field in dataclasses.fields(FinetuneOptions) if field.name == name)
     return dataclasses.field(default=field.default, metadata={**field.metadata, **more})
 
@@ -579,7 +583,7 @@ class EvaluateOptions:
             _check.choice(op, "compute", self.compute, COMPUTES)
 
     def reading(self, max_length: int | None, op: str = "evaluate") -> ReadOptions:
-        """The options for reading the data, with this maximum length."""
+        """The options for reading the data, with `max_length` as the maximum length of an example."""
         return _reading(self, max_length, op)
 
 
@@ -587,7 +591,7 @@ class EvaluateOptions:
 class PreviewOptions:
     """The options of the command `data`, besides the files."""
 
-    examples: int = _option(None, 3, "how many of the first examples are shown")
+    examples: int = _option(None, 3, "number of examples to show, from the beginning of the data")
     format: str | None = _same_option("format", group=None)
     columns: Mapping[str, str] | str | None = _same_option("columns", group=None)
     chat: bool = _same_option("chat", group=None)
@@ -607,7 +611,7 @@ class TeachOptions:
     'float16'
     """
 
-    top_k: int = _option(_TEACHER, 32, "number of most likely tokens to store for each trained token")
+    top_k: int = _option(_TEACHER, 32, "how many of the most likely tokens to store for each trained token")
     temperature: float = _option(
         _TEACHER,
         1.0,
@@ -656,7 +660,7 @@ class TeachOptions:
             _check.choice(op, "compute", self.compute, FLOAT_COMPUTES)
 
     def reading(self, max_length: int, op: str = "teach") -> ReadOptions:
-        """The options for reading the data, with this maximum length."""
+        """The options for reading the data, with `max_length` as the maximum length of an example."""
         return _reading(self, max_length, op)
 
 
@@ -682,7 +686,7 @@ def _reporter_names(given: Any, op: str) -> tuple[str, ...]:
 
 
 def parse_columns(columns: Mapping[str, str] | str | None, op: str = "finetune") -> Mapping[str, str]:
-    """Read "prompt=question,completion=answer" as a dictionary from our names to names in the data.
+    """Read "prompt=question,completion=answer" as a dictionary from nplora's names to names in the data.
 
     A mapping stays as it is.
 

@@ -32,7 +32,7 @@ def opened_output(place: Path, ranks: Communicator) -> Iterator[files.Directory 
 
 
 def require_not_read(output: StrPath, inputs: RunInputs, adapter: StrPath | Adapter | None) -> None:
-    """Refuse a directory if the run would write to one of its input files there.
+    """Raise an error if the run, with this output directory, would overwrite one of its input files.
 
     Args:
         adapter: the adapter that the run continues from.
@@ -51,11 +51,11 @@ def require_inputs_kept(
     read: Iterable[tuple[str, StrPath]],
     more: Iterable[str] = (),
 ) -> None:
-    """Refuse a directory if a run would write to a file of the model or to another input file there.
+    """Raise an error if a run, with this output directory, would overwrite the model or another input.
 
     Args:
         read: pairs (name for messages, path) of the other input files.
-        more: names of additional files that are written, besides the files of every run.
+        more: names of files that this run writes in addition to the files that every run writes.
     """
     names = [*run_files.NAMES, peft_adapter.CONFIG, peft_adapter.TENSORS, *more]
     inputs = [("model", path) for path in model_directory.files_of(model)]
@@ -65,7 +65,8 @@ def require_inputs_kept(
 def require_free(output: StrPath, options: FinetuneOptions, adds_tokens: bool) -> None:
     """Refuse an output directory that is in use or holds a model.
 
-    A directory with a run or an adapter is refused too, unless an option continues or replaces it.
+    A directory with a run or an adapter is refused too, unless `options` continue or replace the run or the
+    adapter.
 
     Args:
         adds_tokens: whether the adapter adds tokens, so that a tokenizer is saved with it.
@@ -76,7 +77,7 @@ def require_free(output: StrPath, options: FinetuneOptions, adds_tokens: bool) -
 
 
 def require_free_directory(output: StrPath, resume: bool, overwrite: bool, adds_tokens: bool = False) -> None:
-    """Refuse an output directory that holds a model, or a run or an adapter that should not be replaced."""
+    """Refuse a directory with a model, or with a run or an adapter that is neither continued nor replaced."""
     model_directory.require_no_model(output)
     if peft_adapter.lies_in(output) and not (holds_run(output) or overwrite):
         raise FileExistsError(

@@ -18,7 +18,7 @@ RECENT = 20  # steps whose mean loss is shown, because the losses of single batc
 
 
 def mean_loss(records: Sequence[StepRecord]) -> float:
-    """The mean loss over the trained tokens of these steps."""
+    """The mean loss over the trained tokens (or pairs, or answers) of the steps in `records`."""
     return sum(r.loss * r.count for r in records) / max(1, sum(r.count for r in records))
 
 
@@ -61,17 +61,18 @@ class FinetuneReport:
         history: the records of the trainer. `history.best_step` is the step of the saved adapter, if the best
             adapter was saved.
         trained: number of trained values.
-        parameters: number of all values of the model.
+        parameters: number of all values of the model, trained or not.
         was_finished: whether the resumed run was already finished, so that nothing was trained.
         unit: the unit of the counts in the history: trained tokens, pairs or answers.
         metrics_before, metrics_after: other quantities that the loss measures on the validation data, such as
             the rewards of DPO, before and after training.
         process: rank of the process that made the report, if several processes have trained together. Only
             rank 0 has the texts of the samples.
-        ranks: the speed and the waiting time of each of these processes.
+        ranks: the speed and the waiting time of each process, if several processes have trained together.
         profile: how the time of the steps was spent, if `profile` was set.
         tokens: number of trained tokens in all steps, including the steps before a resume. If the unit is
-            pairs or answers, the number is estimated from their mean length.
+            pairs or answers, this is an estimate: their count times the mean number of trained tokens of an
+            example.
 
     >>> report = nplora.finetune("model.gguf", "train.jsonl", "out", steps=2, batch_examples=4)
     >>> len(report.history.steps), report.train.examples
@@ -143,7 +144,7 @@ class FinetuneReport:
         return "\n".join(lines)
 
     def _counted_rate(self) -> str:
-        """Trained tokens, pairs or answers per second: the items that the loss counts."""
+        """How many items the loss counts per second: trained tokens, pairs or answers."""
         rate = sum(record.count for record in self.history.steps) / max(1e-9, self.history.seconds)
         return f"{rate:.0f} trained" if self.unit == "trained tokens" else f"{rate:.1f} {self.unit}/s"
 
@@ -157,7 +158,7 @@ class FinetuneReport:
         return text
 
     def _best(self) -> str:
-        """The step of the saved adapter, if there were several evaluations."""
+        """A text that names the step of the saved adapter; "" if there were fewer than two evaluations."""
         evaluations, best = self.history.evaluations, self.history.best_step
         if best is None or len(evaluations) < 2:
             return ""
@@ -167,7 +168,7 @@ class FinetuneReport:
         return f" (step {best}, the lowest of {len(evaluations)} evaluations)"
 
     def _kept_best(self) -> str:
-        """After Ctrl-C, a line about an earlier adapter that is kept because its validation loss is lower."""
+        """After Ctrl-C, a line about the earlier step whose adapter is kept for its lower validation loss."""
         evaluations = self.history.evaluations
         for best in evaluations[:-1]:
             if best.step == self.history.kept_step:

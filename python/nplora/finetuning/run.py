@@ -148,9 +148,9 @@ def finetune(
     checked.
 
     If a step raises an error, the run is saved too, and a note on the error says so. If a loss is not finite,
-    the model and the output directory get the adapter of the last checkpoint before the failed step, except
-    if this is the checkpoint of step 0. The adapter is also saved if a callback or a report fails, or is
-    interrupted, after the last step.
+    the model and the output directory get the adapter of the last checkpoint before the failed step, unless
+    that checkpoint is the one of step 0. If a callback or a report fails or is interrupted after the last
+    step, the adapter is saved too.
 
     A loaded model keeps the adapter after the call. If the call ends with an error before its first step, the
     model is as it was before.
@@ -168,9 +168,9 @@ def finetune(
         callbacks: your `Callback`s; `run.model` is the language model.
         rank: rank of the LoRA factors.
         alpha: LoRA alpha: the update is scaled by alpha / rank.
-        rank_pattern: other ranks for some layers, by parts of the layers' names, as in
+        rank_pattern: ranks that differ from `rank`, given by a part of the layers' names, as in
             q_proj=16,layers.3.mlp=4.
-        alpha_pattern: other alphas for some layers, by parts of the layers' names, in the form of
+        alpha_pattern: alphas that differ from `alpha`, given by a part of the layers' names, as in
             `rank_pattern`.
         targets: layers that get an adapter: all-linear, or a list of names such as q_proj,v_proj.
         layers: blocks that get an adapter: last:N or first:N (default: all).
@@ -206,13 +206,14 @@ def finetune(
             what the teacher would say).
         temperature: softmax temperature of teacher and student in distill (default: 1, or the temperature of
             a stored `teacher`).
-        kd_ratio: share of the divergence in the loss of distill; the rest is the loss of sft.
+        kd_ratio: weight of the divergence in the loss of distill, at most 1; the loss of sft gets the
+            remaining weight.
         lr: peak learning rate (default: 0.8 / hidden size of the model, at most 2e-3).
         lora_plus_ratio: learning rate of A divided by that of B (LoRA+); 16 is usual.
         schedule: learning rate schedule: cosine, linear or constant.
         warmup: warm-up steps, in which the learning rate rises to its peak.
         weight_decay: weight decay of AdamW.
-        max_grad_norm: maximum norm of the gradients; larger gradients are scaled down to it.
+        max_grad_norm: maximum norm of the gradients; larger gradients are scaled down to this norm.
         epochs: passes over the data (default: 1, unless `steps` is given).
         steps: optimiser steps, instead of `epochs`.
         seed: random seed of the initial factors, the dropout and the order of the data.
@@ -234,16 +235,17 @@ def finetune(
         keep: adapter to save if there are validation data: best (with the lowest validation loss) or last.
         compute: arithmetic of the products with frozen weights: float32, bfloat16 or int8 (default: float32,
             unless `memory` is too small for float32).
-        int8_head: with int8, arithmetic of the head's backward pass: int8 with stochastic rounding (on),
-            bfloat16 (off), or int8 only on processors without bfloat16 instructions (auto).
+        int8_head: if `compute` is int8, arithmetic of the head's backward pass: on (int8 with stochastic
+            rounding), off (bfloat16), or auto (bfloat16 if the processor has instructions for it, otherwise
+            int8).
         recompute: gradient checkpointing: recompute activations in the backward pass; slower, but saves
             memory.
-        filter_vocabulary: leave words below this probability, such as 1e-6, out of the gradient of the output
-            layer; makes steps faster, with a small error (default: 0, all words are kept).
+        filter_vocabulary: leave tokens that are less likely than this probability, such as 1e-6, out of the
+            gradient of the output layer; makes steps faster, with a small error (default: 0, no token is left
+            out).
         memory: memory limit of the whole process, such as 600M or 1.5G; the fastest plan that fits is used.
-        keep_prefix: where to cache the outputs of the frozen blocks below the lowest adapter for later
-            epochs: off, memory, or disk (in the output directory, during the run); takes 4 bytes x hidden
-            size per token.
+        keep_prefix: cache that lets later epochs skip the frozen blocks below the lowest adapter: off,
+            memory, or disk (in the output directory, during the run); takes 4 bytes x hidden size per token.
         save_every: steps between checkpoints.
         save_minutes: maximum minutes between checkpoints; 0: no limit.
         report_to: where to report metrics: csv, tensorboard, wandb, mlflow; csv and tensorboard write into
@@ -253,13 +255,14 @@ def finetune(
             stop.
         overwrite: delete the run and the adapter in the output directory.
         sample: prompt to answer before and after training; sent as a chat if the training data are chats.
-        distributed: what the processes that mpirun started do: mpi (train one adapter together, each on a
-            part of every step) or off (make a separate run each).
-        communication_dtype: precision in which ranks send gradients: float32, or bfloat16 for half of the
-            bytes; a run in one process rounds in the same way.
+        distributed: how the processes that mpirun started work: mpi (they train one adapter together, each on
+            a part of every step) or off (each process makes a separate run).
+        communication_dtype: precision in which ranks send gradients: float32, or bfloat16, which halves the
+            number of bytes; a run in one process rounds its gradients in the same way.
         local_steps: local steps that every rank makes before the changes of all ranks are averaged (DiLoCo),
             for slow networks (default: the ranks exchange gradients in every step).
-        outer_lr: learning rate of the outer step, which adds the average change after `local_steps`.
+        outer_lr: learning rate of the outer step, which updates the trained values with the average change
+            after every `local_steps` steps.
         outer_momentum: Nesterov momentum of the outer step.
         checkpoint_blocks: the old name of `recompute`.
     Returns:
@@ -272,8 +275,8 @@ def finetune(
         BudgetError: no plan fits into `memory`. The message says which options would fit.
         NotADirectoryError: the output is not a directory.
         FileExistsError: the output directory holds a run, and neither `resume` nor `overwrite` is set; or it
-            holds an adapter without a run, and `overwrite` is not set; or it holds a file that nplora did not
-            make, under the name of one of the run's files.
+            holds an adapter without a run, and `overwrite` is not set; or it holds a file that has the name
+            of one of the run's files, but was not made by nplora.
         UnsafeError: a file with the name of one of the run's files is a link.
         NonFiniteLossError, CorruptError, OSError, RankError: see `Trainer.fit`.
         ModuleNotFoundError, ImportError: `distributed` is "mpi", and mpi4py or an MPI library is missing.
@@ -465,7 +468,7 @@ def new_trainer(
     callbacks: list[Callback],
     communicator: Communicator | None = None,
 ) -> Trainer:
-    """The trainer of a run with these options, which must have a learning rate."""
+    """Make the trainer of a run. `options.lr` must be set."""
     assert options.lr is not None
     return Trainer(
         lm,

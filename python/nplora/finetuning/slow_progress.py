@@ -1,4 +1,4 @@
-"""Progress: prints the progress of a computation that takes longer than a moment."""
+"""Progress: prints lines about the progress of a long computation."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ EVERY = 10.0  # seconds between two lines
 
 
 class Progress:
-    """Prints the finished part of a computation, its speed, and the time left.
+    """Prints how much of a computation is done, its speed, and the time left.
 
     Args:
         what: name of the computation, which begins each line of `add`; may be empty.
         unit: the name of the items that are counted, in the plural.
-        total: the number of all units.
+        total: the number of items in the whole computation.
         say: prints a line.
     """
 
@@ -24,14 +24,14 @@ class Progress:
         self._begun = self._shown = 0.0
 
     def begin(self, text: str) -> None:
-        """Print a text, at the first call only. From now on, `add` prints lines."""
+        """At the first call, print a text. `add` prints lines only after this call."""
         if not self._begun:
             self._begun = self._shown = time.monotonic()
             self._done_before = self._done
             self._say(text)
 
     def add(self, count: int) -> None:
-        """Count this many more items as done."""
+        """Add `count` to the number of finished items. Print a line if the last line is EVERY seconds old."""
         self._done += count
         now = time.monotonic()
         if not self._begun or now - self._shown < EVERY:

@@ -1,4 +1,4 @@
-"""StepProfile: how the time of a run's steps was spent, and the least time that the products could take."""
+"""StepProfile: how the time of a run's steps was spent, and the least time that matrix products need."""
 
 from __future__ import annotations
 
@@ -36,8 +36,9 @@ class ProfileRow:
 
     Attributes:
         seconds: the time of this activity in all steps.
-        operations: floating-point operations of products, by arithmetic; an operation in int8 counts as one.
-            The products with W and the products of the adapter are counted together.
+        operations: maps an arithmetic to the number of operations of the matrix products in it. An int8
+            operation counts like a floating-point operation. The products with W and those with the adapter's
+            factors are added up.
     """
 
     name: str
@@ -45,7 +46,7 @@ class ProfileRow:
     operations: Mapping[str, float]
 
     def floor(self, peaks: Mapping[str, float]) -> float:
-        """The seconds that the operations take at the peak rates."""
+        """The seconds that the operations would take at the peak rates."""
         return sum(number / peaks[arithmetic] for arithmetic, number in self.operations.items())
 
 
@@ -58,8 +59,8 @@ class StepProfile:
         seconds: the time of all steps, without evaluations and checkpoints.
         threads: the number of threads.
         rows: the activities, whose seconds add up to `seconds`.
-        peaks: the most operations per second of the processor's instructions on all threads, by arithmetic,
-            as measured at the beginning and the end of the run.
+        peaks: maps an arithmetic to the highest number of operations per second that all threads together
+            reached in measurements at the beginning and the end of the run.
 
     >>> report = nplora.finetune("model.gguf", "train.jsonl", "out", steps=2, profile=True, overwrite=True)
     >>> report.profile.steps, [row.name for row in report.profile.rows][:2]
@@ -74,7 +75,7 @@ class StepProfile:
 
     @property
     def floor(self) -> float:
-        """The seconds that the products of all steps take at the peak rates."""
+        """The seconds that the products of all steps would take at the peak rates."""
         return sum(row.floor(self.peaks) for row in self.rows)
 
     def __str__(self) -> str:
@@ -123,7 +124,7 @@ class StepProfiler(Callback):
         self._seconds += record.seconds
 
     def cancel(self) -> None:
-        """Record no more calls."""
+        """Stop recording."""
         self._profiler.cancel()
 
     def result(self) -> StepProfile:
@@ -138,7 +139,7 @@ class StepProfiler(Callback):
         return StepProfile(self._steps, self._seconds, get_num_threads(), tuple(rows), dict(self._peaks))
 
     def _measure(self, arithmetics: set[str] | tuple[str, ...]) -> None:
-        """Measure peak rates. The highest of all measurements counts: other programs may disturb some."""
+        """Measure peak rates. Keep the highest rates, because other programs may slow down a measurement."""
         for name in sorted(arithmetics):
             self._peaks[name] = max(self._peaks.get(name, 0.0), _core.peak_rate(name))
 

@@ -89,7 +89,7 @@ def teach(
     compute: str | None = None,
     overwrite: bool = False,
 ) -> Taught:
-    """Store the teacher's most likely tokens and their log-probabilities for each trained token of some data.
+    """Store the teacher's most likely tokens and their log-probabilities for each trained token of the data.
 
     `finetune` with objective="distill" and this file as `teacher` does not need the teacher itself. In
     float16, each trained token takes 6 bytes for each of the `top_k` tokens, and 2 more bytes: 194 bytes for
@@ -98,13 +98,14 @@ def teach(
 
     Args:
         model: the teacher: a GGUF file or a Hugging Face directory, as for `load_model`; or a loaded model.
-        data: rows to predict: as for `finetune`. In a directory, valid.jsonl is read too.
+        data: rows to predict, of the same kinds as for `finetune`. If `data` is a directory, its valid.jsonl
+            is read too.
         output: the file to write, which appears only when it is complete.
         valid: rows to predict in addition to `data`, for the validation of a run.
         adapter: adapter of the teacher, as for `evaluate`.
         any_base: accept an adapter that was trained on another model with the same shapes.
         progress: print progress on stderr; None: only on a terminal or in a notebook.
-        top_k: number of most likely tokens to store for each trained token.
+        top_k: how many of the most likely tokens to store for each trained token.
         temperature: softmax temperature of the stored probabilities; fine-tuning uses the same temperature.
         dtype: storage type of the log-probabilities: float16 or float32.
         format: format of the rows: messages, sharegpt, alpaca, completion or text (default: the names of the
@@ -155,7 +156,7 @@ def teach(
 
 
 def _vocab(lm: LanguageModel) -> int:
-    """The number of ids that have tokens. Larger ids only pad the model's head."""
+    """The number of ids that stand for a token. Larger ids only pad the model's head."""
     return min(lm.tokenizer.vocab_size, lm.vocab_size)
 
 
@@ -219,7 +220,7 @@ class _Writer:
         return np.array(list(found), np.uint64), np.array(list(found.values()), np.int64)
 
     def _rows(self) -> Iterator[tuple[bytes, bytes]]:
-        """Yield the ids and the log-probabilities as bytes, some rows at a time."""
+        """Yield pairs of bytes: the ids and the log-probabilities of the next rows of the file."""
         seen, progress = set[int](), Progress("", "tokens", self._total, self._say)
         progress.begin(f"computing {counted(self._total, 'token')} of the teacher")
         for batch in self._batches():
@@ -244,7 +245,7 @@ class _Writer:
         """Convert the log-probabilities to the stored form.
 
         Raises:
-            ValueError: a log-probability does not fit into `dtype`. No student could use such a file.
+            ValueError: a log-probability does not fit into `dtype`, so that no student could use the file.
         """
         with np.errstate(over="ignore"):
             stored = top.log_probs.astype(np.dtype(self._options.dtype).newbyteorder("<"))
@@ -258,9 +259,9 @@ class _Writer:
 
 
 def _without(batch: PackedBatch, seen: set[int]) -> PackedBatch | None:
-    """The sequences of a batch that are not in `seen`; None if all are in it.
+    """The sequences of a batch whose keys are not in `seen`; None if there are none.
 
-    The sequences are added to `seen`.
+    The keys of these sequences are added to `seen`.
     """
     kept = []
     for index, key in enumerate(sequence_keys(batch).tolist()):

@@ -73,7 +73,8 @@ def holds(file: Container[str], name: str) -> bool:
 
 
 def refuse(file: Container[str], name: str, source: str, deed: str) -> None:
-    """Raise UnsupportedError if a tensor has a 4-bit type. `deed` names the refused operation."""
+    """Raise UnsupportedError if a tensor has a 4-bit type. `deed` is a verb: the operation that is
+    refused."""
     if holds(file, name):
         raise UnsupportedError(
             f"{source}: tensor {brief(name)} has a 4-bit type of bitsandbytes, which nplora does not {deed}; "
@@ -82,7 +83,7 @@ def refuse(file: Container[str], name: str, source: str, deed: str) -> None:
 
 
 def parts(names: Collection[str]) -> dict[str, str]:
-    """Map each tensor that holds auxiliary data of a 4-bit matrix to the matrix's name."""
+    """Map the name of each tensor that holds auxiliary data of a 4-bit matrix to the name of the matrix."""
     states = {name: name.partition(_STATE)[0] for name in names if _STATE in name}
     others = {f"{matrix}{part}": matrix for matrix in states.values() for part in _PARTS}
     return states | {name: others[name] for name in others.keys() & set(names)}
@@ -138,7 +139,7 @@ def _state(file: File, name: str) -> tuple[str, dict[str, Any]]:
         raise FormatError(f"{where}: its quant_state is {tensor.dtype}, expected uint8")
     if tensor.nbytes > _MAX_STATE:
         raise LimitError(
-            f"{where}: a quant_state of {tensor.nbytes:,} bytes, at most {_MAX_STATE:,} are read"
+            f"{where}: a quant_state of {tensor.nbytes:,} bytes, expected at most {_MAX_STATE:,}"
         )
     state = strict_json.loads(tensor.array.tobytes(), f"{where}: quant_state")
     if not isinstance(state, dict):
@@ -151,7 +152,7 @@ def _shape(where: str, state: dict[str, Any]) -> tuple[int, ...]:
     if not isinstance(sizes, list) or any(type(n) is not int or n < 0 for n in sizes):
         raise FormatError(f"{where}: its shape is {brief(sizes)}, expected a list of sizes")
     if math.prod(sizes) > _MAX_SIZE:
-        raise LimitError(f"{where}: {math.prod(sizes):,} values, at most {_MAX_SIZE:,} are read")
+        raise LimitError(f"{where}: {math.prod(sizes):,} values, expected at most {_MAX_SIZE:,}")
     return tuple(sizes)
 
 

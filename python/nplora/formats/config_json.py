@@ -77,7 +77,7 @@ class Fields:
         return value
 
     def object(self, name: str) -> Fields:
-        """A nested object. A missing field gives an object without fields."""
+        """Return the object in a field or, if the field is missing, an object without fields."""
         value = self._get(name, {})
         if not isinstance(value, dict):
             self._refuse(name, "an object")

@@ -85,7 +85,7 @@ class CorruptError(FormatError):
     ...     _ = file.write(config.replace('"lora_alpha": 16', '"lora_alpha": 32'))
     >>> nplora.read_adapter("adapter")
     Traceback (most recent call last):
-    nplora.formats.errors.CorruptError: adapter/adapter_config.json: not the file that was saved ...
+    nplora.formats.errors.CorruptError: adapter/adapter_config.json: is not the file that was saved ...
     """
 
 
@@ -123,7 +123,8 @@ def counted(count: int, noun: str) -> str:
 def nearest_names(name: str, names: Iterable[str], count: int = 3) -> list[str]:
     """The `count` names that are most similar to `name`, the most similar first.
 
-    To bound the time, names of more than 256 characters and names after the first 5,000 are skipped.
+    To limit the time, the search skips names of more than 256 characters, and all names after the first
+    5,000.
     """
     short = [known for known in itertools.islice(names, _MOST_NAMES) if len(known) <= _LONGEST_NAME]
     return difflib.get_close_matches(name[:_LONGEST_NAME], short, n=count, cutoff=0.5)

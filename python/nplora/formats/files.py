@@ -50,7 +50,7 @@ _TEMPORARY = re.compile(r"\.(.+)\.[0-9a-f]{12}\.tmp", re.DOTALL)
 
 
 def kind_name(kind: int) -> str:
-    """Describe in words a kind of file that stat.S_IFMT returned."""
+    """Name a kind of file in words. `kind` is a result of stat.S_IFMT."""
     return _KINDS.get(kind, "something else")
 
 
@@ -101,8 +101,8 @@ def _open_regular(path: StrPath, follow_links: bool) -> Iterator[int]:
 class Stamp(NamedTuple):
     """Identifies one version of a file.
 
-    If two stamps of a file are equal, the file did not change between them, except perhaps within one tick of
-    the file system's clock.
+    If two stamps of a file are equal, the file did not change in the time between them. Only a change within
+    one tick of the file system's clock may be missed.
     """
 
     name: str
@@ -122,8 +122,8 @@ class Stamp(NamedTuple):
     def require_unchanged(self) -> None:
         """Raise CorruptError if the file was modified after this stamp was taken.
 
-        A mapping of a modified file shows the new data. If another file was renamed over this file, no error
-        is raised, because the mapping still shows the old data.
+        A mapping of a modified file shows the new data. If the file was replaced by another file with the
+        same name, no error is raised, because the mapping still shows the old data.
         """
         try:
             found = os.stat(self.name)
@@ -192,7 +192,7 @@ class Reader:
 
 
 def _memory(nbytes: int) -> memoryview:
-    """Allocate writable memory. A large block is a mapping, so that freeing it returns it to the system."""
+    """Allocate writable memory: if large, a mapping, which returns to the system when it is freed."""
     return memoryview(bytearray(nbytes) if nbytes < _LEAST_MAPPED else mmap.mmap(-1, nbytes))
 
 
@@ -219,7 +219,7 @@ def read(path: StrPath, limit: int | None = None, follow_links: bool = True) -> 
     """Read a whole regular file. Raises the errors of `reading`, and LimitError above `limit` bytes."""
     with reading(path, follow_links) as reader:
         if limit is not None and len(reader) > limit:
-            raise LimitError(f"{name(path)}: {len(reader):,} bytes, at most {limit:,} are read")
+            raise LimitError(f"{name(path)}: {len(reader):,} bytes, expected at most {limit:,}")
         return reader[:]
 
 
@@ -236,7 +236,7 @@ def cached(path: Path) -> Path:
     """If `path` is a link of Hugging Face's cache, return the link's target, else `path`.
 
     The cache's links lead from snapshots/REVISION/NAME to blobs/DIGEST. This function is used for paths that
-    a model's files name. These are the only symbolic links that are followed for such paths.
+    a model's files name. For such paths, no other symbolic links are followed.
     """
     cache, target = path.parent.resolve().parent, path.resolve()
     is_cached = path.is_symlink() and cache.name == "snapshots" and target.parent == cache.parent / "blobs"
@@ -253,7 +253,7 @@ class NewFile:
 
 
 def exactly(nbytes: int, chunks: Iterable[Chunk], where: str) -> Iterator[Chunk]:
-    """Yield the chunks, then check that their total size is `nbytes`, as the header already states."""
+    """Yield the chunks, then check that their total size is `nbytes`, the size in the file's header."""
     done = 0
     for chunk in chunks:
         done += memoryview(chunk).nbytes
@@ -288,9 +288,9 @@ def absolute(path: StrPath) -> str:
 
 
 class Directory(os.PathLike[str]):
-    """A directory that is held open, so that renaming it or changing the working directory has no effect.
+    """An open directory, which stays usable if it is renamed or if the working directory changes.
 
-    Used as a path, the object gives the directory's current location.
+    If the object is used as a path, the path is the directory's current location.
 
     Raises:
         OSError: the directory cannot be opened.
@@ -479,7 +479,7 @@ def _permissions(target: str, directory: int) -> int | None:
 
 @contextlib.contextmanager
 def _parent(target: Path, held: Directory | None) -> Iterator[int]:
-    """Open the target's directory with a new descriptor, because a lock belongs to one descriptor."""
+    """Open the target's directory with a new descriptor, because each descriptor has its own lock."""
     with disk_errors(target, "its directory cannot be opened"):
         directory = Directory(target.parent if held is None else held)
     with directory:
@@ -487,7 +487,7 @@ def _parent(target: Path, held: Directory | None) -> Iterator[int]:
 
 
 def unfinished(directory: int, targets: Container[str]) -> list[str]:
-    """The temporary files of these targets: a crash left them, or another `replace` is writing them."""
+    """The names of the targets' temporary files, which a crash left or another `replace` is writing."""
     return [
         file
         for file in sorted(system.list_in(directory))

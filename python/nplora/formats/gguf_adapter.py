@@ -1,4 +1,4 @@
-"""llama.cpp's LoRA adapter: a GGUF file with factors for some tensors of a base model.
+"""llama.cpp's LoRA adapter: a GGUF file with two low-rank factors for each adapted tensor of a base model.
 
     general.type            "adapter"
     general.architecture    the base model's, for example "llama"
@@ -6,11 +6,12 @@
     adapter.lora.alpha      float32
     adapter.alora.invocation_tokens    uint32[], only for activated LoRA (aLoRA)
     nplora.base_norms.sha256           string, only from nplora: the digest of the base model
-    nplora.chat_template               bool, only from nplora: whether the training data went through the chat
-                                       template
+    nplora.chat_template               bool, only from nplora: whether the chat template was applied to the
+                                       training data
     W.lora_a, W.lora_b      (r, d_in) and (d_out, r) for each adapted tensor W: "blk.0.attn_q.weight.lora_a"
 
-As in PEFT, lora_a is nplora's B, and lora_b is nplora's A. llama.cpp adds this update to W:
+The names are PEFT's: lora_a is the matrix that nplora calls B, and lora_b is the matrix that nplora calls A.
+llama.cpp adds this update to W, where the user chooses user_scale:
 
     user_scale * s * lora_b @ lora_a        with s = alpha / r, or 1 if alpha is 0 or missing
 
@@ -64,12 +65,13 @@ class GgufAdapter:
     """The content of an adapter file.
 
     Attributes:
-        pairs: the factors of each adapted tensor, by the tensor's name in the base model.
-        passed_over: the norm tensors of the file, which nplora and llama.cpp ignore.
-        base_digest: the digest of the base model (see `models.model_digest.of`), or None if the file has
-            none.
-        invocation_tokens: the tokens after which an activated LoRA (aLoRA) begins to act, or None.
-        chat_template: whether the training data went through the chat template; None if that is not known.
+        pairs: maps the name of each adapted tensor in the base model to the tensor's factors.
+        passed_over: the names of the norm tensors in the file, which nplora and llama.cpp ignore.
+        base_digest: a hash that identifies the base model (see `models.model_digest.of`); None if the file
+            has no such hash.
+        invocation_tokens: the ids of the tokens at which an activated LoRA (aLoRA) begins to act; None for a
+            normal LoRA.
+        chat_template: whether the chat template was applied to the training data; None if that is not known.
     """
 
     architecture: str
@@ -86,7 +88,7 @@ class GgufAdapter:
 
 
 def is_adapter(file: GgufFile) -> bool:
-    """Whether the file declares itself an adapter. Raises FormatError if general.type is not text."""
+    """Whether the metadata say that the file is an adapter. Raises FormatError if general.type is no text."""
     return "general.type" in file.metadata and file.metadata.string("general.type") == "adapter"
 
 
@@ -94,8 +96,8 @@ def load(path: StrPath) -> GgufAdapter:
     """Read an adapter file.
 
     Raises:
-        FormatError: the file is not an adapter; or factors are missing, not finite, or do not fit together.
-        UnsupportedError: the file holds another kind of adapter, or quantised factors.
+        FormatError: the file is not an adapter; or factors are missing, not finite, or of different ranks.
+        UnsupportedError: the adapter is not a LoRA adapter, or its factors are quantised.
         OSError: the file cannot be read.
     """
     model_directory.require_no_hub_name(path, "an adapter")
@@ -113,7 +115,7 @@ def from_file(file: GgufFile) -> GgufAdapter:
         raise FormatError(f"{file.source}: general.type is {brief(kind)}, expected 'adapter'")
     kind = file.metadata.string("adapter.type")
     if kind != "lora":
-        raise UnsupportedError(f"{file.source}: adapter.type is {brief(kind)}, only 'lora' is read")
+        raise UnsupportedError(f"{file.source}: adapter.type is {brief(kind)}, expected 'lora'")
     alpha = float(file.metadata.number(_ALPHA, 0.0))
     if not math.isfinite(alpha):
         raise FormatError(f"{file.source}: {_ALPHA} is {alpha}, expected a finite number")
@@ -128,7 +130,7 @@ def from_file(file: GgufFile) -> GgufAdapter:
 
 
 def trained_with_template(path: StrPath) -> bool | None:
-    """Whether the training data of an adapter file went through the chat template; None if unknown."""
+    """Whether the chat template was applied to the training data of an adapter file; None if unknown."""
     return _with_template(gguf.open(path))
 
 

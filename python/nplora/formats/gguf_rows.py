@@ -1,7 +1,8 @@
 """Converts the rows of the q and k projections between Hugging Face's order and GGUF's.
 
-A rotary embedding rotates the rows of a head in pairs. A head has 2 · half rows. Hugging Face pairs row i of
-the head with row half + i. In GGUF, some architectures pair the neighbouring rows 2 i and 2 i + 1 instead.
+In the weight of such a projection, each head has 2 · half rows. A rotary embedding rotates the outputs of two
+rows together, as a pair. Hugging Face pairs row i of the head with row half + i. In GGUF, some architectures
+pair the neighbouring rows 2 i and 2 i + 1 instead.
 Source: llama.cpp's convert_hf_to_gguf.py, LlamaModel.permute.
 """
 
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 
 
 def interleave(rows: NDArray[Any], heads: int) -> NDArray[Any]:
-    """Reorder rows of shape (heads * 2 * half, d) from Hugging Face's order to GGUF's.
+    """Reorder the rows of an array (heads * 2 * half, d) from Hugging Face's order to GGUF's.
 
     In each head, row i becomes row 2 i, and row half + i becomes row 2 i + 1.
     """

@@ -1,4 +1,4 @@
-"""LabelRecord: the description of a classifier's outputs in the metadata of its adapter file."""
+"""LabelRecord: describes a classifier's outputs. An adapter file stores the record in its metadata."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ class LabelRecord:
     Attributes:
         task: "single" (one label for each text), "multi" (any number of labels) or "regression" (numbers).
         labels: the name of each output, in order.
-        max_length: the number of tokens after which texts are cut, or None.
+        max_length: the maximum number of tokens of a text; longer texts are cut. None: the encoder's own
+            maximum.
         tokens: whether each token has its own outputs.
     """
 
@@ -38,18 +39,21 @@ def dumps(record: LabelRecord) -> str:
 
 
 def is_name(label: str) -> bool:
-    """Whether a text can be the name of an output: it is neither empty nor very long."""
+    """Whether a text can be the name of an output: it has between 1 and `LONGEST_LABEL` characters."""
     return 0 < len(label) <= LONGEST_LABEL
 
 
 def shown(label: str) -> str:
-    """Cut a label to 40 characters, then write unprintable characters as escapes, for one line of text."""
+    """Return a label for one line of output.
+
+    The label is cut to 40 characters. Then escapes replace its unprintable characters.
+    """
     cut = label if len(label) <= _SHOWN else label[: _SHOWN - 1] + "…"
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in cut)
 
 
 def loads(text: str, source: str) -> LabelRecord:
-    """Read a record. `source` is the text's name in messages.
+    """Read a record. `source` says in error messages where the text comes from.
 
     Raises:
         FormatError: the text breaks the format. LimitError: there are too many labels.
@@ -63,7 +67,7 @@ def loads(text: str, source: str) -> LabelRecord:
     if not isinstance(labels, list) or not labels or not all(isinstance(label, str) for label in labels):
         raise FormatError(f"{source}: labels is {brief(labels)}, expected a list of texts")
     if len(labels) > MAX_LABELS:
-        raise LimitError(f"{source}: {len(labels):,} labels, at most {MAX_LABELS:,} are read")
+        raise LimitError(f"{source}: labels has {len(labels):,} entries, expected at most {MAX_LABELS:,}")
     wrong = next((name for name in labels if not is_name(name)), None)
     if wrong is not None:
         raise FormatError(f"{source}: a label has {len(wrong):,} characters, expected 1 to {LONGEST_LABEL:,}")

@@ -42,7 +42,7 @@ def is_index(path: StrPath) -> bool:
 def require_no_hub_name(path: StrPath, kind: str = "a model") -> None:
     """Raise an error for a web address or a Hugging Face Hub name, such as "HuggingFaceTB/SmolLM2-135M".
 
-    A path that exists is accepted, and so is a name with the suffix of a file, such as "model.gguf".
+    Paths that exist are accepted. Names that end in a file's suffix, such as "model.gguf", are accepted too.
 
     Args:
         kind: "a model" or "an adapter", for the message.
@@ -59,13 +59,13 @@ def require_no_hub_name(path: StrPath, kind: str = "a model") -> None:
     raise FileNotFoundError(
         errno.ENOENT,
         f"no such file or directory; if it is {kind} on the Hugging Face Hub, get its files by "
-        f"hf download {options} (pip install huggingface_hub), then give {given}",
+        f"hf download {options} (pip install huggingface_hub), then use the path {given}",
         files.name(path),
     )
 
 
 def _download(found: re.Match[str]) -> tuple[str, str]:
-    """The arguments of `hf download` for a name on the Hub, and the path of the downloaded files."""
+    """Return the arguments of `hf download` for a name on the Hub, and the path of the downloaded model."""
     name, local, revision, file = found.group("name", "local", "revision", "file")
     if file is None and "gguf" in name.lower():
         file = "FILE.gguf"
@@ -80,12 +80,12 @@ def _download(found: re.Match[str]) -> tuple[str, str]:
 
 
 def of(path: StrPath) -> Path:
-    """The model's directory: the path itself, or the directory that holds the given file or index."""
+    """The model's directory: `path` itself, or the directory that contains the file `path`."""
     return Path(path) if Path(path).is_dir() else Path(path).parent
 
 
 def files_of(path: StrPath) -> list[Path]:
-    """The files that a model is read from: weights (except the shards), configuration and tokenizer."""
+    """The files that a model is read from, except shards: weights or index, configuration and tokenizer."""
     directory, found = of(path), [Path(path)]
     if files.suffix(path) != ".gguf" and directory.is_dir():
         found += [file for file in directory.iterdir() if files.suffix(file) in _COMPANIONS]
@@ -101,14 +101,14 @@ def require_no_model(directory: StrPath) -> None:
     """
     found = [path.name for name in (CONFIG, "model*.safetensors") for path in Path(directory).glob(name)]
     if found:
-        reason = f"the directory holds a model ({found[0]}): name another one"
+        reason = f"the directory holds a model ({found[0]}): name another directory"
         raise FileExistsError(errno.EEXIST, reason, files.name(directory))
 
 
 def open_tensors(
     path: StrPath, mmap: bool = True, wanted: Callable[[str], bool] = lambda name: True
 ) -> Tensors:
-    """Open a model's tensors from a file, an index, or a directory.
+    """Open a model's tensors from a safetensors file, an index of shards, or a directory.
 
     In a directory, a single weights file takes precedence over an index, as in transformers.
 
@@ -125,7 +125,7 @@ def open_tensors(
 
 
 def weights_of(directory: Path) -> Path | None:
-    """A directory's single weights file, or else its index, or None if the directory has neither."""
+    """The path of a directory's single weights file, else of its index; None if the directory has neither."""
     return next((directory / name for name in (WEIGHTS, INDEX) if os.path.lexists(directory / name)), None)
 
 
@@ -140,7 +140,7 @@ def _required_weights(directory: Path) -> Path:
 
 
 def companions(source: Path, target: Path) -> list[NewFile]:
-    """Prepare copies of a model's configuration and tokenizer files for another directory.
+    """Read a model's configuration and tokenizer files. Return copies that can be written into `target`.
 
     Raises:
         UnsafeError: a file is a symbolic link that does not belong to Hugging Face's cache.
@@ -156,12 +156,12 @@ def companions(source: Path, target: Path) -> list[NewFile]:
 
 @contextlib.contextmanager
 def linked(source: Path, weights: Path, changed: Mapping[str, Path] | None = None) -> Iterator[Path]:
-    """Make a temporary directory with links to a model's configuration and tokenizer, and to other weights.
+    """Make a temporary directory with links to the configuration and tokenizer in `source`, and to `weights`.
 
     Args:
         source: the directory with the configuration and the tokenizer.
         weights: a safetensors file of any name.
-        changed: files that replace the files of the same name in `source`.
+        changed: maps a file's name to the path of the file that replaces the file of this name in `source`.
     """
     with tempfile.TemporaryDirectory(prefix="nplora-") as made:
         for path in source.iterdir():

@@ -30,7 +30,7 @@ _RANGE = re.compile(r"([A-Za-z0-9])-([A-Za-z0-9])")
 
 
 class Name:
-    """A module's name. In the integer places[c], the bits at the positions of the character c are set."""
+    """A module's name. Bit i of the integer places[c] is set if character i of the name is c."""
 
     def __init__(self, text: str) -> None:
         self.everywhere = (1 << len(text)) - 1
@@ -55,7 +55,7 @@ class _Character:
 
     @property
     def only_letter(self) -> str:
-        """The character, if this part matches one fixed character exactly once; else an empty string."""
+        """Return the character if this part of a pattern matches only that one character, once; else ""."""
         plain = len(self.characters) == 1 and not self.negated and not self.repeat
         return "".join(self.characters) if plain else ""
 
@@ -100,7 +100,7 @@ _Piece = _Character | _End | _Choice
 
 @functools.lru_cache(256)
 def _letter(character: str) -> _Character:
-    """The part of a pattern that matches one given character once. All patterns share these objects."""
+    """Return a `_Character` that matches one given character once. All patterns share the cached results."""
     return _Character(frozenset(character), False)
 
 
@@ -115,7 +115,7 @@ class NamePattern:
     def __init__(self, text: str, source: str) -> None:
         if len(text) > MAX_LENGTH:
             raise LimitError(
-                f"{source}: a pattern of {len(text):,} characters, at most {MAX_LENGTH} are read"
+                f"{source}: a pattern has {len(text):,} characters, expected at most {MAX_LENGTH}"
             )
         self.text = text
         self._source = source
@@ -126,7 +126,7 @@ class NamePattern:
         self.only_name = self._as_name()
 
     def _as_name(self) -> str | None:
-        """If the pattern is `^` followed by literal characters, the only name that matches, else None."""
+        """Return the only name that matches if the pattern is `^` and literal characters; else None."""
         pieces = self._root.branches[0]
         if len(self._root.branches) > 1 or pieces[:1] != (_End(at_start=True),):
             return None
@@ -134,7 +134,7 @@ class NamePattern:
         return "".join(letters) if len(letters) == len(pieces) - 1 and all(letters) else None
 
     def matches(self, name: Name) -> bool:
-        """Whether a name matches `(.*\\.)?(pattern)$` from its start, as in PEFT."""
+        """Whether the regular expression `(.*\\.)?(pattern)$` matches at the start of a name, as in PEFT."""
         starts = 1 | name.where(".") << 1
         return bool(self._root.follow(name, starts) & name.end)
 

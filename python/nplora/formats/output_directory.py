@@ -8,7 +8,7 @@ from nplora.formats.run_files import holds_run
 
 
 def trained(directory: StrPath) -> str | None:
-    """Whether a directory holds "a run" (the files of a training run), "an adapter", or neither (None)."""
+    """Return what a directory holds: "a run" (the files of a training run), "an adapter" or None."""
     if holds_run(directory):
         return "a run"
     return "an adapter" if peft_adapter.lies_in(directory) else None
@@ -38,7 +38,7 @@ def require_no_other(directory: StrPath, overwrite: bool) -> None:
     files.require_named("adapter", output=directory)
     files.require_directory(directory)
     if holds_run(directory):
-        raise _occupied(directory, "a run, whose adapter would be replaced; name another one")
+        raise _occupied(directory, "a run, whose adapter would be replaced; name another directory")
     if peft_adapter.lies_in(directory) and not overwrite:
         raise _occupied(directory, f"an adapter; {files.OTHER_OR} replaces it")
 

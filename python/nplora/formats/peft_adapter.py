@@ -1,10 +1,10 @@
 """PEFT's adapter directory: adapter_config.json and adapter_model.safetensors, read and written as a pair.
 
-Two files cannot be replaced at the same instant. So the metadata of the tensors' file hold a copy of the new
-configuration, the SHA-256 of that copy, and the SHA-256 of the old configuration. The new adapter takes
-effect when the tensors' file is renamed into place. If a reader finds the new tensors' file beside the old
-configuration file, the reader uses the copy in the metadata. A configuration file that matches neither
-SHA-256 was edited by hand.
+Two files cannot be replaced at the same instant. So the metadata in adapter_model.safetensors hold a copy of
+the new configuration, the SHA-256 of that copy, and the SHA-256 of the old configuration file. The new
+adapter takes effect when adapter_model.safetensors is renamed into place. If a reader then still finds the
+old adapter_config.json, the reader uses the copy in the metadata. If adapter_config.json matches neither
+SHA-256, nplora concludes that the file was edited by hand.
 
 The metadata also hold a digest of the base model (`model_digest`). PEFT neither reads nor writes any of these
 metadata entries. If a file lacks a digest, nplora skips the check that needs this digest.
@@ -74,12 +74,14 @@ class PeftAdapter:
     """An open adapter directory.
 
     Attributes:
-        directory: the directory's name for messages.
+        directory: the directory's name in error messages.
         tensors: the tensors. Each tensor is read from disk when it is accessed.
-        config: the configuration that was saved with the tensors, or the edited file if it was edited.
-        paired: False if the configuration is known to be edited.
-        base_digest: the digest of the base model (`models.model_digest.of`), or None if the file has none.
-        chat_template: whether the training data went through the chat template; None if that is not known.
+        config: the configuration that was saved with the tensors; or the configuration file, if it was
+            edited.
+        paired: False if the SHA-256 shows that the configuration file was edited, else True.
+        base_digest: a hash that identifies the base model (`models.model_digest.of`); None if the file has no
+            such hash.
+        chat_template: whether the chat template was applied to the training data; None if that is not known.
         is_ours: whether nplora wrote the files.
     """
 
@@ -92,13 +94,13 @@ class PeftAdapter:
     is_ours: bool = False
 
     def added_tokens(self, wanted: Collection[int]) -> tuple[AddedToken, ...]:
-        """Read the new tokens of the adapter.
+        """Read the tokens that the adapter adds to the vocabulary.
 
-        nplora stores the new tokens in the metadata. Other programs store the new tokens in a tokenizer.json.
+        nplora stores these tokens in the metadata. Other programs store them in a tokenizer.json.
 
         Args:
-            wanted: the ids of the tokens to return from a tokenizer.json, which also lists tokens that are
-                not new. If nplora wrote the adapter, `wanted` is ignored.
+            wanted: the ids of the tokens to return. A tokenizer.json also lists tokens that the adapter does
+                not add. If nplora wrote the adapter, `wanted` is ignored.
         Raises:
             FormatError: the metadata or the tokenizer.json is damaged.
         """
@@ -123,13 +125,15 @@ class PeftAdapter:
         return None if text is None else label_record.loads(text, source)
 
     def copy_of(self, layer: str) -> str | None:
-        """The name of the tensor in which PEFT stored a layer's frozen weight; None without such a tensor."""
+        """The name of the tensor in which PEFT stored a layer's frozen weight; None if there is none."""
         endings = (_TOKEN_ADAPTER + BASE_COPY, _ORIGINAL, BASE_COPY, ".weight")
         names = (f"{PREFIX}{layer}{ending}" for ending in endings)
         return next((name for name in names if name in self.tensors and self._is_base_copy(name)), None)
 
     def whole(self) -> dict[str, dict[str, str]]:
-        """Find the fully trained layers of `modules_to_save`: layer -> parameter -> tensor's name.
+        """Find the layers of `modules_to_save`, which were trained without LoRA.
+
+        The result is a dictionary: layer -> {parameter: name of the tensor}.
 
         Raises:
             LimitError: there are too many tensors and names to compare in reasonable time.
@@ -148,10 +152,10 @@ class PeftAdapter:
 
     @property
     def _saved_names(self) -> list[str]:
-        """The names of `modules_to_save`, each with a dot at its end.
+        """The names in `modules_to_save`, with a dot appended to each name.
 
-        PEFT saves every module whose name ends in one of these names: "classifier" also means
-        "pre_classifier".
+        PEFT saves every module whose name ends in one of the names in `modules_to_save`: "classifier" also
+        means "pre_classifier".
         """
         saved = self.config.modules_to_save
         if self.config.ensure_weight_tying:  # PEFT then also stores the layers that share the weight
@@ -161,11 +165,11 @@ class PeftAdapter:
         return [f"{name}." for name in saved]
 
     def tokens(self, problems: list[str]) -> dict[str, tuple[str, tuple[int, ...]]]:
-        """Find the trained tokens of each layer: layer -> (tensor's name, token ids).
+        """Return a dictionary of the trained tokens: layer -> (name of the tensor, token ids).
 
-        Each tensor whose shape does not fit the token ids in the configuration adds a message to `problems`.
-        If the configuration names tokens, but no tensor holds trained rows and `problems` is empty, a message
-        is added too.
+        If the shape of a tensor does not fit the token ids in the configuration, a message is added to
+        `problems`. If the configuration names tokens, but no tensor holds trained rows and `problems` is
+        empty, a message is also added.
         """
         named = self.config.trainable_token_indices
         found: dict[str, tuple[str, tuple[int, ...]]] = {}
@@ -207,7 +211,7 @@ class PeftAdapter:
                 continue
             kind = next((kind for kind in (LINEAR, EMBEDDING) if tensor.endswith(kind)), None)
             if kind is None or not tensor.startswith(PREFIX):
-                problems.append(f"tensor {brief(tensor, 200)} is not a factor of a layer")
+                problems.append(f"tensor {brief(tensor, 200)} is not a LoRA factor of a layer")
                 continue
             stem = tensor[: -len(kind[0])]
             halves = (stem + kind[0], stem + kind[1])
@@ -224,14 +228,18 @@ class PeftAdapter:
         return found
 
     def base_copies(self) -> list[str]:
-        """The layers whose frozen weight PEFT also stored, usually as an exact copy of the base model's."""
+        """The layers whose frozen weight is also in the file. PEFT usually stores a copy of the base model's
+        weight.
+        """
         found = [tensor.removeprefix(PREFIX) for tensor in filter(self._is_base_copy, self.tensors)]
         endings = (_TOKEN_ADAPTER + BASE_COPY, BASE_COPY, _ORIGINAL, _UNNAMED, ".weight")
         layers = [tensor[: -len(next(filter(tensor.endswith, endings)))] for tensor in found]
         return list(dict.fromkeys(layers))
 
     def _is_base_copy(self, tensor: str) -> bool:
-        """Whether a tensor has a frozen weight's name, and the shape that its layer's factors require."""
+        """Whether a tensor is a copy of a frozen weight: by its name, and by the shape that the LoRA factors
+        require.
+        """
         stem = tensor.removesuffix(BASE_COPY)
         if stem == tensor:
             return self._is_resized_copy(tensor)
@@ -245,7 +253,7 @@ class PeftAdapter:
         return False
 
     def _is_resized_copy(self, tensor: str) -> bool:
-        """Whether a tensor is an embedding or head that PEFT stored because its number of rows changed."""
+        """Whether a tensor is an embedding or head that PEFT stored because rows were added or removed."""
         if not tensor.startswith(PREFIX):
             return False
         name = tensor.removeprefix(PREFIX)
@@ -257,7 +265,7 @@ class PeftAdapter:
         return layer != name and layer.rpartition(".")[2] in _RESIZED and not is_saved
 
     def _limit_patterns(self, layers: int) -> None:
-        """Raise LimitError if comparing `layers` names with all inexact patterns would take too long."""
+        """Raise LimitError if matching this number of layers with all patterns would take too long."""
         both = (self.config.rank_pattern, self.config.alpha_pattern)
         text = sum(len(pattern.text) for patterns in both for _, pattern in patterns.inexact)
         self._limit(layers, "layers", text, "patterns")
@@ -265,12 +273,12 @@ class PeftAdapter:
     def _limit(self, count: int, things: str, text: int, kind: str) -> None:
         if count * text > MAX_PATTERN_WORK:
             raise LimitError(
-                f"{self.directory}: {count:,} {things} and {text:,} characters of {kind}, "
-                f"their product may be at most {MAX_PATTERN_WORK:,}"
+                f"{self.directory}: {count:,} {things} times {text:,} characters of {kind}, "
+                f"expected a product of at most {MAX_PATTERN_WORK:,}"
             )
 
     def require_rank(self, name: str, halves: tuple[str, str]) -> None:
-        """Raise FormatError if the rank of a layer's factors differs from the configuration."""
+        """Raise FormatError if a layer's factors do not have the rank that the configuration gives."""
         shape_a, shape_b = (self.tensors.entries[half].shape for half in halves)
         rank = self.config.rank(name)
         axes = (2, 2) if kernel(shape_a) is None else (4, 4)
@@ -296,7 +304,7 @@ class PeftAdapter:
         """Raise CorruptError if the configuration was not saved together with these tensors."""
         if not self.paired:
             raise CorruptError(
-                f"{Path(self.directory, CONFIG)}: not the file that was saved with {TENSORS} "
+                f"{Path(self.directory, CONFIG)}: is not the file that was saved with {TENSORS} "
                 "(its SHA-256 differs): the file was edited, or a save of an older nplora was cut short; "
                 "if you edited it, pass edited_config=True in Python"
             )
@@ -332,7 +340,10 @@ def reading(directory: StrPath) -> Iterator[PeftAdapter]:
 
 
 def kernel(lora_a: tuple[int, ...]) -> tuple[int, int, int] | None:
-    """The shape (c_in, height, width) of a convolution's kernel, from the shape of its lora_A, or None."""
+    """Return a convolution's kernel shape (c_in, height, width), given the shape of lora_A.
+
+    Return None if the layer is not a convolution.
+    """
     if len(lora_a) != 4:
         return None
     _, channels, height, width = lora_a
@@ -340,7 +351,7 @@ def kernel(lora_a: tuple[int, ...]) -> tuple[int, int, int] | None:
 
 
 def trained_with_template(path: StrPath) -> bool | None:
-    """Whether the training data of an adapter directory went through the chat template.
+    """Whether the chat template was applied to the training data of the adapter in a directory.
 
     Returns None if this is unknown, for example if another program wrote the file.
     """
@@ -366,7 +377,7 @@ def require_finished(directory: StrPath) -> None:
 
 
 def is_dropped(directory: StrPath) -> bool:
-    """Whether the adapter in a directory belongs to an earlier run, which the present run overwrites."""
+    """Whether the adapter in a directory is from an earlier run that the run in this directory overwrites."""
     dropped = run_files.dropped_adapter(directory)
     return dropped is not None and tensors_digest(directory) == dropped
 
@@ -380,11 +391,12 @@ def tensors_digest(directory: StrPath) -> str | None:
 def _pair(
     config_path: Path, tensors_path: Path, opened: contextlib.ExitStack
 ) -> tuple[SafetensorsFile, bytes, bool]:
-    """Open the tensors and read the configuration. Return both, and whether the two belong together.
+    """Return (tensors, text of the configuration, whether the two files belong together).
 
     A save replaces the tensors first, and then the configuration. So this function opens the tensors first,
     and then reads the configuration. If the tensors file is replaced between these two steps, both files are
-    read again. If the tensors file is not replaced, the configuration is not newer than the tensors.
+    read again. If the tensors file is not replaced, the configuration cannot come from a later save than the
+    tensors.
     """
     for _ in range(_MOST_REPLACED):
         with contextlib.ExitStack() as attempt:
@@ -398,7 +410,7 @@ def _pair(
             if is_certain or reader.is_at(tensors_path):
                 opened.push(attempt.pop_all())
                 return tensors, text, is_certain or wanted is None
-    raise CorruptError(f"{tensors_path}: replaced {_MOST_REPLACED} times while it was read")
+    raise CorruptError(f"{tensors_path}: the file was replaced {_MOST_REPLACED} times while it was read")
 
 
 def lies_in(directory: StrPath) -> bool:
@@ -407,19 +419,19 @@ def lies_in(directory: StrPath) -> bool:
 
 
 def files_of(path: StrPath) -> list[Path]:
-    """The two files of an adapter directory, or the path itself if the path is a file."""
+    """The paths of the two files of an adapter directory; or only `path`, if `path` is a file."""
     return [Path(path)] if Path(path).is_file() else [Path(path, name) for name in (CONFIG, TENSORS)]
 
 
 def require_ours(directory: StrPath, overwrite: bool, with_tokenizer: bool = False) -> None:
-    """Raise an error if `save` would replace a file that it must not replace.
+    """Raise an error if `save` would replace a file that does not belong to an adapter.
 
     Args:
-        overwrite: accept regular files that do not belong to an adapter.
+        overwrite: accept such files if they are regular files.
         with_tokenizer: whether `save` will also write the files of a tokenizer.
     Raises:
         UnsafeError: a file is a symbolic link.
-        FormatError: there is a directory, FIFO or device under the name of a file.
+        FormatError: a directory, FIFO or device has the name of a file that `save` writes.
         FileExistsError: a file does not belong to an adapter, and `overwrite` is not set.
     """
     checks: list[tuple[str, Callable[[files.Reader], bool]]] = [(CONFIG, _is_config), (TENSORS, _is_tensors)]
@@ -448,7 +460,10 @@ def _is_config(reader: files.Reader) -> bool:
 
 
 def _has_added_tokens(directory: StrPath | files.Directory) -> bool:
-    """Whether a directory holds an adapter of nplora with new tokens, and therefore files of a tokenizer."""
+    """Whether a directory holds an adapter that nplora saved with added tokens.
+
+    The tokenizer files in such a directory belong to the adapter.
+    """
     try:
         with files.reading(Path(directory, TENSORS), follow_links=False) as reader:
             return ADDED_TOKENS in SafetensorsFile(reader, TENSORS).metadata
@@ -476,12 +491,13 @@ def save(
 ) -> None:
     """Write both files of an adapter. The directory is created if needed.
 
-    Both files are complete on disk before either is renamed into place. The configuration is renamed last. At
-    every moment, even after a crash, nplora finds either the complete old or the complete new adapter.
+    Both files are completely written under temporary names before one of them is renamed into place. The
+    configuration is renamed last. At every moment, even after a crash, nplora finds either the complete old
+    or the complete new adapter.
 
     Args:
-        added_tokens: the new tokens that the adapter trains.
-        tokenizer: the files of a tokenizer with these tokens, for other programs.
+        added_tokens: the tokens that the adapter adds to the vocabulary.
+        tokenizer: maps names of tokenizer files to their contents. Other programs read `added_tokens` there.
         labels: the outputs of a classifier.
     Raises:
         ValueError: the directory's name is empty.

@@ -1,8 +1,8 @@
 """`adapter_config.json` of a PEFT LoRA adapter: converts bytes to a validated, immutable record and back.
 
 nplora never runs, imports or opens anything that the file names. PEFT's keys that do not change the output of
-a trained adapter are ignored. Keys that switch on a computation that nplora lacks are refused. Unknown keys
-are dropped and listed in `unknown`.
+a trained adapter are ignored. A file is refused if one of its keys switches on a computation that nplora does
+not support. Unknown keys are dropped and listed in `unknown`.
 """
 
 import json
@@ -72,19 +72,19 @@ Tokens: TypeAlias = tuple[int, ...] | Mapping[str, tuple[int, ...]]  # ids for t
 
 @dataclass(frozen=True)
 class Patterns:
-    """Ranks or alphas for individual modules. The first pattern that matches a module's name decides."""
+    """Ranks or alphas for individual modules. A module gets the number of the first pattern that matches."""
 
     pairs: tuple[tuple[NamePattern, Number], ...] = ()
 
     @cached_property
     def _exact(self) -> dict[str, int]:
-        """Map each name that is the only match of a pattern to the position of the first such pattern."""
+        """Map each name to the position of the first pattern that matches this name and no other name."""
         names = [(pattern.only_name, position) for position, (pattern, _) in enumerate(self.pairs)]
         return {name: position for name, position in reversed(names) if name is not None}
 
     @cached_property
     def inexact(self) -> tuple[tuple[int, NamePattern], ...]:
-        """The patterns that can match several names, with their positions."""
+        """The patterns that can match several names, each with its position in `pairs`."""
         return tuple(
             (position, pattern)
             for position, (pattern, _) in enumerate(self.pairs)
@@ -92,14 +92,14 @@ class Patterns:
         )
 
     def value(self, name: str, default: Number) -> Number:
-        """The value for the module `name`. The lookup is slow, because it may try every inexact pattern."""
+        """The number for the module `name`. This is slow, because every pattern in `inexact` may be tried."""
         places, exact = Name(name), self._exact.get(name, len(self.pairs))
         position = next((at for at, pattern in self.inexact if at < exact and pattern.matches(places)), exact)
         return self.pairs[position][1] if position < len(self.pairs) else default
 
     @staticmethod
     def exact(values: dict[str, Number]) -> "Patterns":
-        """Make patterns that match only these names. (As a pattern, "0" would also match "1.0".)"""
+        """Make patterns that match only the given names. (The pattern "0" would also match "1.0".)"""
         return Patterns(
             tuple((NamePattern("^" + re.escape(name), name), value) for name, value in values.items())
         )
@@ -107,7 +107,7 @@ class Patterns:
 
 @dataclass(frozen=True)
 class PeftConfig:
-    """The settings that nplora uses from an `adapter_config.json`. `unknown` lists keys that were dropped."""
+    """The settings that nplora uses from an `adapter_config.json`. `unknown` lists the dropped keys."""
 
     r: int = 8
     lora_alpha: Number = 8
@@ -138,7 +138,7 @@ class PeftConfig:
 
 
 def short_number(value: float) -> Number:
-    """A number in its usual form: 16, not 16.0."""
+    """Return a whole number as an integer (16 for 16.0), and another number as a float."""
     return int(value) if float(value).is_integer() else float(value)
 
 
@@ -174,13 +174,14 @@ def dumps(config: PeftConfig) -> bytes:
 
 
 def loads(raw: bytes, source: str) -> PeftConfig:
-    """Parse the text of an `adapter_config.json`. `source` is the file's name in messages.
+    """Parse the text of an `adapter_config.json`. `source` is the file's name in error messages.
 
     Raises:
         FormatError: a value has the wrong type.
-        LimitError: a rank is above 65,536, or the patterns have too much text.
-        UnsupportedError: the file describes another kind of adapter.
-        UnsafeError: a name could make a reader run code, or a pattern could make a reader hang.
+        LimitError: a rank is above 65,536, or the patterns have too many characters.
+        UnsupportedError: the file describes an adapter that nplora does not support.
+        UnsafeError: the file names code that a program might run, or has a pattern on which a program could
+            hang.
     """
     fields = strict_json.loads(raw, source)
     if not isinstance(fields, dict):
@@ -189,7 +190,7 @@ def loads(raw: bytes, source: str) -> PeftConfig:
     if not isinstance(kind, str):
         raise FormatError(f"{source}: peft_type is {brief(kind)}, expected 'LORA'")
     if kind != "LORA":
-        raise UnsupportedError(f"{source}: peft_type is {brief(kind)}, only 'LORA' is read")
+        raise UnsupportedError(f"{source}: peft_type is {brief(kind)}, expected 'LORA'")
     _refuse_unsafe(fields, source)
     _refuse_unsupported(fields, source)
 
@@ -223,21 +224,21 @@ def loads(raw: bytes, source: str) -> PeftConfig:
 
 
 def _targets(value: object) -> tuple[str, ...] | str:
-    """Read `target_modules`. Values of a wrong type are ignored, because nplora does not use the names."""
+    """Read `target_modules`. Values of a wrong type are ignored, because nplora does not use this key."""
     if isinstance(value, str):
         return value
     return tuple(name for name in value if isinstance(name, str)) if isinstance(value, list) else ()
 
 
 def _tokens(value: object, source: str) -> Tokens | None:
-    """Read `trainable_token_indices`: a list of tokens, or a list for each layer."""
+    """Read `trainable_token_indices`: a list of token ids, or a dictionary from layers to such lists."""
     if value is None or _is_ids(value):
         return None if not value else tuple(value)  # type: ignore[arg-type]
     if isinstance(value, dict) and all(map(_is_ids, value.values())):
         return {name: tuple(ids) for name, ids in value.items()} or None
     raise FormatError(
-        f"{source}: trainable_token_indices is {brief(value)}, expected a list of token ids, or such a list "
-        "for each layer"
+        f"{source}: trainable_token_indices is {brief(value)}, expected a list of token ids, or an object "
+        "that maps layers to lists of token ids"
     )
 
 
@@ -246,7 +247,7 @@ def _is_ids(value: object) -> bool:
 
 
 def _refuse_unsafe(fields: dict[str, Any], source: str) -> None:
-    """Raise UnsafeError for names of code to run, and for patterns that could make another reader hang."""
+    """Raise UnsafeError if the file names code to run, or has a pattern on which PEFT could hang."""
     mapping = fields.get("auto_mapping")
     if mapping is not None and not _is_plain_module_mapping(mapping):
         raise UnsafeError(
@@ -265,7 +266,9 @@ def _refuse_unsafe(fields: dict[str, Any], source: str) -> None:
     for key in ("target_modules", "exclude_modules", "layers_pattern"):
         for text in fields[key] if isinstance(fields.get(key), list) else [fields.get(key)]:
             if isinstance(text, str) and _REPEATED_GROUP.search(text):
-                raise UnsafeError(f"{source}: {key} holds {brief(text)}; repeated groups can run for ever")
+                raise UnsafeError(
+                    f"{source}: {key} holds the pattern {brief(text)}, expected no repeated group"
+                )
 
 
 def _is_plain_module_mapping(mapping: object) -> bool:
@@ -286,11 +289,12 @@ def _refuse_unsupported(fields: dict[str, Any], source: str) -> None:
     for key in sorted(_MUST_BE_OFF & fields.keys()):
         if fields[key] not in (None, False, [], {}):
             raise UnsupportedError(
-                f"{source}: {key} is {brief(fields[key])}, only plain LoRA, rsLoRA and DoRA are read"
+                f"{source}: {key} is {brief(fields[key])}, but nplora supports only plain LoRA, rsLoRA and "
+                "DoRA"
             )
     if fields.get("bias", "none") != "none":
         raise UnsupportedError(
-            f"{source}: bias is {brief(fields['bias'])}, only 'none' is read: biases stay frozen"
+            f"{source}: bias is {brief(fields['bias'])}, expected 'none': nplora does not train biases"
         )
     start = fields.get("init_lora_weights", True)
     if not (start is None or isinstance(start, bool) or start in _PLAIN_STARTS):
@@ -304,7 +308,7 @@ def _rank(value: object, where: str) -> int:
     if type(value) is not int or value < 1:
         raise FormatError(f"{where} is {brief(value)}, expected an integer of at least 1")
     if value > MAX_RANK:
-        raise LimitError(f"{where} is {value:,}, at most {MAX_RANK:,} is read")
+        raise LimitError(f"{where} is {value:,}, expected at most {MAX_RANK:,}")
     return value
 
 
@@ -331,7 +335,7 @@ def _patterns(value: object, check: Callable[[object, str], Number], where: str)
 
 def _limit(length: int, limit: int, where: str) -> None:
     if length > limit:
-        raise LimitError(f"{where}: {length:,} characters of patterns, at most {limit:,} are read")
+        raise LimitError(f"{where}: {length:,} characters of patterns, expected at most {limit:,}")
 
 
 def _is_bool(value: object) -> bool:

@@ -1,8 +1,8 @@
 """The names of a training run's files, and what a checkpoint records about an earlier run.
 
 A run can overwrite an earlier run. The files of the earlier run are deleted as soon as the first checkpoint
-of the new run is on disk. This checkpoint contains the new log and the SHA-256 of the old adapter. So if a
-crash prevents the deletion, nplora still knows which files belong to the earlier run.
+of the new run is on disk. This checkpoint contains the new log and the SHA-256 of the old adapter. So if
+nplora crashes before it deletes the files, it still knows which files belong to the earlier run.
 """
 
 import os
@@ -26,12 +26,12 @@ DROPPED_ADAPTER = "dropped_adapter.sha256"
 
 
 def holds_run(directory: StrPath) -> bool:
-    """Whether a directory has checkpoint files, damaged or not. The files are neither locked nor read."""
+    """Whether a directory has checkpoint files. The files are not read, so they may be damaged."""
     return any(os.path.lexists(Path(directory, name)) for name in CHECKPOINTS)
 
 
 def dropped_adapter(directory: StrPath) -> str | None:
-    """The SHA-256 of an earlier run's adapter, if the newest checkpoint names one; otherwise None."""
+    """The SHA-256 of an earlier run's adapter if the newest checkpoint contains this SHA-256, else None."""
     newest: tuple[int, str | None] = (0, None)
     for name in CHECKPOINTS:
         path = Path(directory, name)

@@ -72,8 +72,9 @@ class Tensor:
 
     Attributes:
         name: the tensor's name in the file.
-        dtype: NumPy's name ("float32", "int8", ...) or "bfloat16", whose bit patterns are stored as uint16.
-        array: the elements. Arrays from a file are read-only and keep the file mapped.
+        dtype: the element type: NumPy's name ("float32", "int8", ...) or "bfloat16".
+        array: the elements; bfloat16 elements are stored as uint16 bit patterns. Arrays from a file are
+            read-only and keep the file mapped.
 
     >>> bits = np.array([0x3F80], np.uint16)  # 1 as bfloat16
     >>> tensor = loads(dumps({"w": Tensor("w", "bfloat16", bits)}))["w"]
@@ -94,7 +95,7 @@ class Tensor:
         return self.array.nbytes
 
     def numpy(self) -> Array:
-        """The elements as an array, without a copy. bfloat16 elements are uint16 bit patterns.
+        """The elements as an array, without a copy. bfloat16 elements appear as uint16 bit patterns.
 
         >>> loads(dumps({"w": np.arange(3)}))["w"].numpy()
         array([0, 1, 2])
@@ -111,7 +112,8 @@ class Stream:
 
     Attributes:
         dtype: as in `Tensor`.
-        chunks: a function that returns the bytes in order. The writer calls this function once.
+        chunks: a function that returns an iterable of byte strings, which are the tensor's bytes in order.
+            The writer calls this function once.
 
     >>> rows = Stream("float32", (3, 2), lambda: (np.full(2, i, np.float32).tobytes() for i in range(3)))
     >>> loads(dumps({"w": rows}))["w"].numpy()[:, 0]
@@ -129,7 +131,7 @@ class Stream:
 
 @dataclass(frozen=True)
 class Entry:
-    """The header's entry for one tensor, validated and checked against the file's size.
+    """One tensor as the header describes it. All values have been checked, also against the file's size.
 
     Attributes:
         tag: the element type as the file names it.
@@ -152,10 +154,11 @@ class Entry:
 
 
 class SafetensorsFile(Mapping[str, Tensor]):
-    """The tensors of an open file by name, in the header's order. `metadata` maps text to text.
+    """An open file: maps the name of each tensor to the `Tensor`, in the header's order.
 
-    `entries` gives the tensors' shapes and element types without reading the tensors. If the file is mapped,
-    `mapped` holds the file's `Stamp`, which serves to detect later changes of the file.
+    `metadata` maps text to text. `entries` maps each name to the shape and element type of the tensor,
+    without reading the tensor. If the file is mapped, the tuple `mapped` holds a `Stamp`, which can show
+    later that another program changed the file.
 
     >>> file = loads(dumps({"w": np.eye(2)}, {"made by": "hand"}))
     >>> file, list(file), file.metadata
@@ -193,7 +196,7 @@ class SafetensorsFile(Mapping[str, Tensor]):
             array = np.frombuffer(self._data[entry.begin : entry.end], dtype).reshape(entry.shape)
         if entry.tag == "BOOL" and array.view(np.uint8).max(initial=0) > 1:
             raise FormatError(
-                f"{self.source}: tensor {brief(name)}: a BOOL is stored as a byte other than 0 or 1"
+                f"{self.source}: tensor {brief(name)}: a BOOL is stored as a byte that is neither 0 nor 1"
             )
         if not array.flags.aligned:
             array = array.copy()
@@ -218,15 +221,16 @@ def open(path: StrPath, mmap: bool = True, follow_links: bool = True) -> Safeten
 
     Args:
         path: the file.
-        mmap: map the file, so that each part is read from disk on first use. If another program truncates a
-            mapped file, a process that reads the lost part ends with a message and exit status 135.
-            `mmap=False` copies the whole file into memory instead, after the header has been checked.
+        mmap: map the file into memory, so that each page is read from disk when it is first used. If another
+            program truncates a mapped file and this process then reads a page that was cut off, the process
+            ends with a message and exit status 135. `mmap=False` copies the whole file into memory instead,
+            after the header has been checked.
         follow_links: whether `path` may be a symbolic link. Pass False for paths that come from another file.
     Returns:
         a mapping from name to `Tensor`, with the file's `.metadata`. The arrays are read-only views that keep
-        the file mapped. A tensor that is not aligned in the file is copied.
+        the file mapped. If a tensor is not aligned in the file, its array is a copy.
     Raises:
-        FormatError: the file breaks the format; the subclass says how.
+        FormatError: the file breaks the format. The subclass of FormatError shows what is wrong.
         OSError: the file cannot be read.
 
     >>> import nplora
@@ -247,9 +251,10 @@ def open(path: StrPath, mmap: bool = True, follow_links: bool = True) -> Safeten
 
 @contextlib.contextmanager
 def reading(path: StrPath, follow_links: bool = True) -> Iterator[SafetensorsFile]:
-    """Like `open`, but each tensor is read from disk on access, and only inside the `with` block.
+    """Like `open`, but as a context manager. In the `with` block, each access to a tensor reads it from disk.
 
-    Use this function for untrusted files, because `entries` gives the sizes before memory is allocated.
+    Use this function for untrusted files: `entries` shows the sizes, and memory is allocated only when a
+    tensor is accessed.
 
     >>> save("toy.safetensors", {"w": np.arange(3)})
     >>> with reading("toy.safetensors") as file:
@@ -278,13 +283,13 @@ def save(path: StrPath, tensors: Tensors, metadata: Mapping[str, str] | None = N
 
     Args:
         path: the file to write.
-        tensors: a mapping of each tensor's name to an array of any strides and byte order (including
-            ml_dtypes.bfloat16), a `Tensor` or a `Stream`. A `Tensor` can store uint16 bit patterns as
-            bfloat16. The key becomes the name in the file; a `Tensor`'s own name is ignored.
+        tensors: a mapping of each tensor's name to an array, a `Tensor` or a `Stream`. An array may have any
+            strides and byte order, and the type ml_dtypes.bfloat16. A `Tensor` can store uint16 bit patterns
+            as bfloat16. The key becomes the name in the file; a `Tensor`'s own name is ignored.
         metadata: a mapping of text to text.
     Raises:
         TypeError: the format has no such element type, or a name or metadata entry is not text.
-        OSError: the disk fails; the message says how many bytes were needed.
+        OSError: the file cannot be written; the message says how many bytes were needed.
 
     >>> import nplora
     >>> tensors = {"w": np.eye(2, dtype=np.float16), "ids": np.arange(3)}
@@ -306,10 +311,12 @@ def dumps(tensors: Tensors, metadata: Mapping[str, str] | None = None) -> bytes:
 
 
 def new_file(path: StrPath, tensors: Tensors, metadata: Mapping[str, str] | None = None) -> files.NewFile:
-    """Prepare the file that `save` would write, so that the caller can replace several files together.
+    """Return the file that `save` would write, without writing it.
 
-    At any time, at most one tensor is copied to make it contiguous. The function `Stream.chunks` is called
-    when the tensor is written.
+    `files.replace` can write several such files together.
+
+    A tensor that is not contiguous is copied when it is written, and the copy is freed before the next
+    tensor. The function `Stream.chunks` is called when its tensor is written.
     """
     tagged = [(name, *_tagged(name, value)) for name, value in tensors.items()]
     tagged.sort(key=lambda item: (_ORDER[item[1]], item[0]))
@@ -321,7 +328,9 @@ def new_file(path: StrPath, tensors: Tensors, metadata: Mapping[str, str] | None
     text = json.dumps(header, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode("utf-8")
     text += b" " * (-len(text) % 8)
     if len(text) > MAX_HEADER:
-        raise ValueError(f"safetensors.save: a header of {len(text):,} bytes, at most {MAX_HEADER:,}")
+        raise ValueError(
+            f"safetensors.save: the header has {len(text):,} bytes, expected at most {MAX_HEADER:,}"
+        )
 
     def chunks() -> Iterator[files.Chunk]:
         yield len(text).to_bytes(8, "little") + text
@@ -336,7 +345,7 @@ def new_file(path: StrPath, tensors: Tensors, metadata: Mapping[str, str] | None
 
 
 def _tagged(name: str, value: ArrayLike | Tensor | Stream) -> tuple[str, Array | Stream]:
-    """The tag for an array's type in the file, and the array with a type that NumPy can write."""
+    """Return the tag of a tensor's element type, and its elements in a type that NumPy can write."""
     if not isinstance(name, str) or name == _METADATA:
         raise TypeError(f"safetensors.save: {name!r} cannot be the name of a tensor")
     if isinstance(value, Stream):
@@ -374,20 +383,25 @@ def _parse(data: Buffer, source: str) -> tuple[dict[str, Entry], dict[str, str]]
 def _header(data: Buffer, source: str) -> tuple[dict[str, Any], int]:
     """The header's JSON object, and the offset at which the data begin."""
     if len(data) < 8:
-        raise TruncatedError(f"{source}: {len(data)} bytes, expected the header's length in the first 8")
+        raise TruncatedError(
+            f"{source}: the file has {len(data)} bytes, but the header's length alone takes 8"
+        )
     if bytes(data[:4]) == b"GGUF":  # as a length, this would be more than a gigabyte, beyond the limit
         raise FormatError(f"{source}: is a GGUF file, expected safetensors")
     size = int.from_bytes(data[:8], "little")
     if size > min(MAX_HEADER, len(data) - 8):
         found = f"{source}: the first 8 bytes ({brief(bytes(data[:8]))}) announce a header of {size:,} bytes"
         if size > MAX_HEADER:
-            raise LimitError(f"{found}, at most {MAX_HEADER:,} are read")
+            raise LimitError(f"{found}, but at most {MAX_HEADER:,} are read")
         raise TruncatedError(f"{found}, but only {len(data) - 8:,} bytes follow")
     raw, where = data[8 : 8 + size], f"{source}: header"
     if bytes(raw[:1]) != b"{":
         raise FormatError(f"{source}: the header begins with {brief(bytes(raw[:8]))}, expected '{{'")
     if size > _MAX_WIDE and not _is_ascii(raw):
-        raise LimitError(f"{where} has {size:,} bytes that are not all ASCII, at most {_MAX_WIDE:,} are read")
+        raise LimitError(
+            f"{where} has {size:,} bytes, but a header with non-ASCII characters may have at most "
+            f"{_MAX_WIDE:,}"
+        )
     return strict_json.loads(raw, where, _MOST_VALUES), 8 + size
 
 
@@ -400,7 +414,7 @@ def _parse_metadata(metadata: object, source: str) -> dict[str, str]:
         raise FormatError(f"{source}: {_METADATA} is {brief(metadata)}, expected an object")
     if len(metadata) > MAX_METADATA:
         found = f"{_METADATA} has {len(metadata):,} entries"
-        raise LimitError(f"{source}: {found}, at most {MAX_METADATA:,} are read")
+        raise LimitError(f"{source}: {found}, expected at most {MAX_METADATA:,}")
     for key, value in metadata.items():
         if not isinstance(value, str):
             raise FormatError(f"{source}: {_METADATA}: {brief(key)} is {brief(value)}, expected text")
@@ -411,7 +425,9 @@ def _entry(name: str, fields: object, start: int, source: str) -> Entry:
     where = f"{source}: tensor {brief(name)}"
     if not isinstance(fields, dict) or fields.keys() != _FIELDS:
         found = sorted(fields) if isinstance(fields, dict) else fields
-        raise FormatError(f"{where}: its entry is {brief(found)}, expected dtype, shape and data_offsets")
+        raise FormatError(
+            f"{where}: the entry in the header is {brief(found)}, expected dtype, shape and data_offsets"
+        )
     tag = fields["dtype"]
     if not isinstance(tag, str):
         raise FormatError(f"{where}: dtype is {brief(tag)}, expected text")
@@ -419,13 +435,17 @@ def _entry(name: str, fields: object, start: int, source: str) -> Entry:
         raise UnsupportedError(f"{where}: dtype {brief(tag)}, expected one of {', '.join(_DTYPES)}")
     shape = _integers(fields["shape"], f"{where}: shape")
     if len(shape) > MAX_DIMENSIONS:
-        raise LimitError(f"{where}: {len(shape):,} dimensions, at most {MAX_DIMENSIONS} are read")
+        raise LimitError(
+            f"{where}: the shape has {len(shape):,} dimensions, expected at most {MAX_DIMENSIONS}"
+        )
     offsets = _integers(fields["data_offsets"], f"{where}: data_offsets")
     if len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise FormatError(f"{where}: data_offsets are {brief(offsets)}, expected [begin, end], begin <= end")
+        raise FormatError(
+            f"{where}: data_offsets are {brief(offsets)}, expected [begin, end] with begin <= end"
+        )
     itemsize = _DTYPES[tag][1].itemsize
     if math.prod(filter(None, shape)) * itemsize > 2**63 - 1:
-        raise LimitError(f"{where}: shape {brief(shape)} of {tag} is beyond 2^63 bytes")
+        raise LimitError(f"{where}: {tag} of shape {brief(shape)} is larger than 2^63 bytes")
     nbytes = math.prod(shape) * itemsize
     begin, end = offsets
     if end - begin != nbytes:

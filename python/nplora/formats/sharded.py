@@ -14,7 +14,9 @@ MAX_SHARDS = 1_000  # each mapped file uses a file descriptor
 
 
 class ShardedFile(Mapping[str, Tensor]):
-    """The tensors of all shards by name, in the index's order. `metadata` holds the index's metadata.
+    """Maps the name of each tensor in the shards to the `Tensor`, in the index's order.
+
+    `metadata` holds the index's metadata.
 
     >>> import json, nplora
     >>> nplora.formats.safetensors.save("part.safetensors", {"w": np.eye(2)})
@@ -51,7 +53,7 @@ class ShardedFile(Mapping[str, Tensor]):
 
     @property
     def mapped(self) -> tuple[Stamp, ...]:
-        """The `Stamp` of each mapped shard. A stamp serves to detect later changes of the file."""
+        """The `Stamp` of each mapped shard. A stamp can show later that another program changed the file."""
         return tuple(dict.fromkeys(stamp for shard in self._shards.values() for stamp in shard.mapped))
 
 
@@ -92,13 +94,14 @@ def _weight_map(index: object, source: str) -> dict[str, str]:
     for name, shard in names.items():
         if not isinstance(shard, str):
             raise FormatError(
-                f"{source}: weight_map: {brief(name)} is {brief(shard)}, expected a file's name"
+                f"{source}: weight_map: the shard of {brief(name)} is {brief(shard)}, expected a file's name"
             )
         if shard in ("", ".", "..") or any(sign in shard for sign in "/\\:\0"):
             raise UnsafeError(
-                f"{source}: weight_map: {brief(name)} is {brief(shard)}, expected a name without a path"
+                f"{source}: weight_map: the shard of {brief(name)} is {brief(shard)}, "
+                "expected a name without a path"
             )
     count = len(set(names.values()))
     if count > MAX_SHARDS:
-        raise LimitError(f"{source}: {count:,} shards, at most {MAX_SHARDS:,} are read")
+        raise LimitError(f"{source}: the index names {count:,} shards, expected at most {MAX_SHARDS:,}")
     return names

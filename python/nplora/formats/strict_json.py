@@ -1,4 +1,4 @@
-"""Parses untrusted JSON text as strictly as RFC 8259 and serde_json, and prepares values for a JSON writer.
+"""Parses untrusted JSON text as strictly as RFC 8259 and serde_json; replaces values that JSON does not have.
 
 Unlike Python's own parser, this parser refuses NaN, duplicate keys, lone surrogates and deep nesting.
 """
@@ -32,14 +32,15 @@ def loads(raw: Bytes, source: str, most: int | Sequence[int] = MAX_VALUES) -> An
     """Parse UTF-8 JSON text. Objects keep their order.
 
     Args:
-        source: the text's name in messages, usually the file's path.
-        most: the largest accepted number of values, or a sequence of such limits, one for each nesting depth,
-            the outermost first. The last limit applies to the sum over its own and all deeper levels. Values
-            are counted before any object is created.
+        source: the text's name in error messages, usually the file's path.
+        most: the maximum number of values in the text. Or a sequence of maximum numbers of values, one for
+            each nesting depth, beginning with the outermost depth. The last number is the maximum for its
+            depth and all deeper depths together. Values are counted before any object is created.
     Raises:
         FormatError: the text is not UTF-8 or not JSON, or has a duplicate key, NaN, a number beyond float64
             or half a surrogate pair.
-        LimitError: the text has more than 64 levels, too many values, or a number of over 100 characters.
+        LimitError: the text is nested more than 64 deep, has too many values, or has a number with more than
+            100 characters.
     """
     require_size(raw, source, most)
 
@@ -66,7 +67,9 @@ def loads(raw: Bytes, source: str, most: int | Sequence[int] = MAX_VALUES) -> An
 
     def short(text: str) -> None:
         if len(text) > _MAX_DIGITS:
-            raise LimitError(f"{source}: a number of {len(text):,} characters, at most {_MAX_DIGITS}")
+            raise LimitError(
+                f"{source}: a number has {len(text):,} characters, expected at most {_MAX_DIGITS}"
+            )
 
     try:
         text = str(raw, "utf-8")
@@ -91,7 +94,7 @@ def require_size(raw: Bytes, source: str, most: int | Sequence[int]) -> None:
         return
     deepest, counts = _measured(raw)
     if deepest > MAX_DEPTH:
-        raise LimitError(f"{source}: JSON nested {deepest:,} deep, at most {MAX_DEPTH} is read")
+        raise LimitError(f"{source}: JSON nested {deepest:,} deep, expected at most {MAX_DEPTH}")
     if isinstance(most, int):
         found = [("", int(counts.sum()), most)]
     else:
@@ -100,13 +103,13 @@ def require_size(raw: Bytes, source: str, most: int | Sequence[int]) -> None:
         found = [(f" at depth {depth}", int(counts[depth]), most[depth - 1]) for depth in depths]
     for where, count, limit in found:
         if count > limit:
-            raise LimitError(f"{source}: {count:,} values{where}, at most {limit:,} are read")
+            raise LimitError(f"{source}: {count:,} values{where}, expected at most {limit:,}")
 
 
 def _measured(raw: Bytes) -> tuple[int, Array]:
     """The text's nesting depth, and its number of values at each depth.
 
-    Each opening bracket and each comma counts as one value. So an empty array counts as if it held one value.
+    The function counts opening brackets and commas instead of values. So an empty array counts as one value.
     """
     counts, deepest, marks = np.zeros(MAX_DEPTH + 2, np.int64), 0, Marks()
     for begin in range(0, len(raw), _PIECE):
@@ -119,7 +122,7 @@ def _measured(raw: Bytes) -> tuple[int, Array]:
 
 
 def json_values(value: Any) -> Any:
-    """The value, with NaN and infinities replaced by None, because JSON does not have them."""
+    """Return a copy of a value in which None replaces NaN and infinities, which JSON does not have."""
     if isinstance(value, dict):
         return {name: json_values(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
@@ -128,10 +131,10 @@ def json_values(value: Any) -> Any:
 
 
 class Marks:
-    """Finds the marks of a JSON text that is read part by part: the brackets and commas outside strings.
+    """Finds the marks (brackets and commas outside strings) of a JSON text that is read part by part.
 
     Attributes:
-        depth: the nesting depth at the end of the parts that were read so far.
+        depth: the nesting depth at the end of the last part.
     """
 
     def __init__(self, depth: int = 0) -> None:
@@ -141,8 +144,9 @@ class Marks:
     def find(self, part: bytes) -> tuple[bytes, Array, Array]:
         """Find the marks of the next part.
 
-        Returns: the part, the positions of its marks, and the depth after each mark. If the part ends with a
-            backslash that begins an escape, this backslash is moved to the next part.
+        Returns: a tuple of the part, the positions of the marks in the part, and the nesting depth after each
+            mark. If the part ends with a backslash that begins an escape, this backslash is moved to the next
+            part.
         """
         text = self._rest + part
         hidden = text

@@ -25,10 +25,10 @@ _MAX_ID = 1 << 31
 
 @dataclass(frozen=True)
 class AddedToken:
-    """A token of a vocabulary that is not part of the tokenizer's model.
+    """A token that is listed in addition to the vocabulary of the tokenizer's model (BPE, WordPiece, ...).
 
     Attributes:
-        id: the number of the token, and of its row in the embedding.
+        id: the token's id, which is also the number of the token's row in the embedding.
         text: the text that becomes this token.
         special: whether the token is a control token, such as the token that ends a text. Plain text never
             becomes a special token.
@@ -43,7 +43,7 @@ def added_tokens(raw: bytes, source: str, wanted: Collection[int] | None = None)
     """Read the added tokens of a tokenizer.json.
 
     Args:
-        source: the file's name in messages.
+        source: the file's name in error messages.
         wanted: the ids of the tokens to return, or None for all.
     Raises:
         FormatError: the file is damaged. LimitError: the file holds too many values.
@@ -88,7 +88,7 @@ def _token(entry: Any, key: str, source: str) -> AddedToken:
     is_text = isinstance(text, str) and 0 < len(text) <= MAX_TEXT
     if type(id_) is not int or not 0 <= id_ < _MAX_ID or not is_text or type(special) is not bool:
         raise FormatError(
-            f"{source}: added token {brief(entry)}, expected an id, a text of 1 to {MAX_TEXT:,} characters, "
-            "and whether it is special"
+            f"{source}: an added token is {brief(entry)}, expected an id, a text of 1 to {MAX_TEXT:,} "
+            "characters, and whether it is special"
         )
     return AddedToken(id_, str(text), special)

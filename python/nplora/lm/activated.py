@@ -1,4 +1,4 @@
-"""Activated LoRA (aLoRA): reads its invocation tokens, and refuses options that it does not support."""
+"""Activated LoRA (aLoRA): reads the invocation tokens, and refuses options that aLoRA does not support."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ class _Model(Protocol):
 
 
 def invocation_tokens(lm: _Model, op: str, invocation: str | Sequence[int] | None) -> tuple[int, ...] | None:
-    """The ids of the invocation tokens. In a text, names such as "<|im_start|>" are special tokens.
+    """The ids of the invocation tokens.
+
+    If `invocation` is a text, names of special tokens in the text, such as "<|im_start|>", become these
+    tokens.
 
     Raises:
         ValueError: there are no tokens, or an id is not in the vocabulary.

@@ -27,7 +27,7 @@ ALL_LINEAR = "all-linear"  # PEFT's name for every linear layer of the blocks; t
 
 
 def target_names(targets: str | Iterable[str]) -> tuple[str, ...]:
-    """Split a text like "q_proj,v_proj", or several such texts, into names.
+    """Split a text like "q_proj,v_proj", or each of several such texts, into names.
 
     Raises:
         TypeError: `targets` is neither a text nor an iterable of texts.
@@ -47,7 +47,8 @@ def targeted(
 
     Raises:
         ValueError: the model has no layer for a target (the message lists the nearest names); or all layers
-            of a target have an adapter already; or a block of `layers` does not exist; or no layer is chosen.
+            of a target already have an adapter; or `layers` contains a block that the model does not have; or
+            no layer is chosen.
     """
     plain = [name for name, module in model.named_modules() if isinstance(module, Linear | Embedding)]
     blocks = chosen_blocks(layers, layer_count, op)
@@ -81,7 +82,7 @@ def parse_pattern(op: str, option: str, given: Mapping[str, Any] | str | None) -
         ValueError: the text does not have this form, or a number is out of range.
         TypeError: `given` is neither a text nor a mapping.
     """
-    wanted = "expected names of layers and their numbers, such as q_proj=16,layers.3.mlp=4"
+    wanted = "expected pairs of a layer name and a number, such as q_proj=16,layers.3.mlp=4"
     if given is None:
         return {}
     if isinstance(given, str):
@@ -114,15 +115,15 @@ def _parsed(text: str) -> float | None:
 
 
 def by_layer(op: str, option: str, pattern: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
-    """Find the number that a pattern gives to each layer, by the layer's name. The first match decides.
+    """Return a dictionary: layer -> number. The first key of `pattern` that matches a layer gives the number.
 
-    A name in the pattern, such as "q_proj" or "layers.3.mlp", is one part or several neighbouring parts of a
-    layer's dotted name.
+    A key such as "q_proj" or "layers.3.mlp" matches a layer if the key is one part, or several neighbouring
+    parts, of the layer's dotted name.
 
     Args:
         names: the dotted names of the adapted layers.
     Raises:
-        ValueError: a name matches none of the layers (the nearest names are listed).
+        ValueError: a key matches none of the layers (the message lists the nearest names).
     """
     found = dict[str, Any]()
     for part, value in pattern.items():
@@ -192,7 +193,7 @@ def lora_layers(
     """Create LoRA layers, with initial factors, over the named layers of a model.
 
     Args:
-        options: the other options of `adapted`.
+        options: the other options of the function `adapted`.
     Raises:
         ValueError: an option does not fit.
     """
@@ -218,10 +219,10 @@ def lora_layers(
 
 
 def factors_side_by_side(layers: Iterable[tuple[Linear | Embedding, int]]) -> AbstractContextManager[None]:
-    """A context in which `adapted` allocates the LoRA factors of these layers in one buffer.
+    """A context in which the function `adapted` allocates the LoRA factors of `layers` in one buffer.
 
     Args:
-        layers: the layers, each with its rank.
+        layers: pairs of a layer and the rank of its LoRA factors.
     """
     sizes = (rank * n * np.dtype(np.float32).itemsize for layer, rank in layers for n in layer.shape)
     return buffers.side_by_side(*sizes)
@@ -259,7 +260,7 @@ def require_init(name: str, layer: Linear | Embedding, init: str, op: str = "add
 
 
 def row_order(config: ModelConfig, name: str) -> Array | None:
-    """The order of a weight's rows in the file; None: the order of Hugging Face's files.
+    """The order of a weight's rows in the model's file; None if it is the order of Hugging Face's files.
 
     Row i of the weight in the file is row `order[i]` of the weight in Hugging Face's files.
     """

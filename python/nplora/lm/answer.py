@@ -17,7 +17,7 @@ _CONTEXT = 8  # last tokens of a prompt; they show whether the first generated t
 
 
 class Guide(Protocol):
-    """Restricts the tokens of an answer, for example to a grammar. Each answer needs its own guide.
+    """Decides which tokens an answer may contain, for example by a grammar. Each answer needs a new guide.
 
     >>> class OnlyEven:
     ...     def restrict(self, scores):
@@ -45,10 +45,10 @@ class Answer:
     """One prompt and the tokens generated after it.
 
     Args:
-        index: the answer's random numbers depend on the seed and on this index.
+        index: the number of the answer. The answer's random numbers depend on the seed and on this number.
     Attributes:
         ids: the tokens of the prompt and of the answer, without an end token.
-        prompt: the number of tokens of the prompt.
+        prompt: the number of tokens at the start of `ids` that belong to the prompt.
         generated: the number of generated tokens, including an end token.
         ended: whether the answer has ended.
         cut_off: whether the answer ended because the cache was full.
@@ -68,7 +68,7 @@ class Answer:
 
     @property
     def count(self) -> int:
-        """The number of generated tokens that are in `ids`."""
+        """The number of generated tokens in `ids`: like `generated`, but without the end token."""
         return len(self.ids) - self.prompt
 
     @property
@@ -79,11 +79,14 @@ class Answer:
         return "stop" if self._stop.found or self.count < self.generated else "length"
 
     def own_scores(self, scores: Array) -> Array:
-        """The scores of the tokenizer's tokens, without those of padding rows."""
+        """The scores of the tokenizer's tokens.
+
+        Scores that belong to padding rows of the embedding are dropped.
+        """
         return scores[: self._vocab]
 
     def advance(self, scores: Array, capacity: int) -> str:
-        """Choose the next token, and return the text that this token completes.
+        """Choose the next token, and return the text that can be output now.
 
         Args:
             capacity: the answer ends when prompt and answer together have this number of tokens.
@@ -108,7 +111,7 @@ class Answer:
         return piece + self._rest() if self.ended else piece
 
     def cut(self) -> str:
-        """End the answer because there is no more memory, and return the rest of the text."""
+        """End the answer because there is no more memory, and return the text that was held back."""
         self.ended = self.cut_off = True
         return self._rest()
 
@@ -117,7 +120,9 @@ class Answer:
 
 
 class StopText:
-    """Cuts a text before the first stop text. Characters that may begin a stop text are held back.
+    """Receives a text in pieces, and cuts it before the first stop text.
+
+    Characters that may be the beginning of a stop text are held back until more text arrives.
 
     Attributes:
         found: whether a stop text was found. After a stop text, no more text is returned.
@@ -133,7 +138,7 @@ class StopText:
         self._stop, self._held, self.found = tuple(stop), "", False
 
     def push(self, piece: str) -> str:
-        """Add a piece of text, and return the text that certainly does not begin a stop text.
+        """Add a piece of text, and return the text that certainly is not the beginning of a stop text.
 
         >>> stop = StopText(["END"])
         >>> stop.push("text E"), stop.push("ND")

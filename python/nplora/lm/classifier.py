@@ -36,7 +36,7 @@ class TextClassifier(Module):
 
     `nplora.new_classifier` and `nplora.load_classifier` create classifiers.
 
-    The layers have the names of transformers' model for the task, such as
+    The layers have the names that they have in transformers' model for the task, such as
     `bert.encoder.layer.0.attention.self.query` and `classifier`.
 
         >>> import nplora
@@ -51,8 +51,8 @@ class TextClassifier(Module):
         labels: the names of the outputs.
         task: "single" (each text has one label), "multi" (each text has any number of labels) or "regression"
             (each output is a number).
-        max_length: the largest number of tokens of a text; longer texts are cut. If words are labelled,
-            `predict_words` reads longer sentences in windows. `max_length` can be changed.
+        max_length: the largest number of tokens of a text; longer texts are cut. `predict_words` does not cut
+            longer sentences, but divides them into windows. `max_length` can be changed.
     """
 
     def __init__(self, encoder: Encoder, head: ClassifierHead, record: LabelRecord) -> None:
@@ -171,10 +171,10 @@ class TextClassifier(Module):
             (1, 2)
 
         Args:
-            batch_size: the number of texts that are computed together; None: texts of about 4,096 tokens in
-                total.
+            batch_size: the number of texts that are computed together. None: as many texts as have about
+                4,096 tokens in total.
         Returns:
-            float32 (texts, outputs); (tokens, outputs) if tokens are classified.
+            an array (texts, outputs), float32. If tokens are classified, the shape is (tokens, outputs).
         """
         if batch_size is not None:
             _check.integer("logits", "batch_size", batch_size, least=1)
@@ -265,12 +265,12 @@ class TextClassifier(Module):
             ValueError: a word is empty, the classifier classifies texts, or a logit is NaN or infinite.
         """
         if not self.classifies_tokens:
-            raise ValueError("predict_words: the classifier is for texts, expected one for tokens")
+            raise ValueError("predict_words: the classifier is for texts, expected a classifier of tokens")
         words = self.encoder.word_ids(sentences_of("predict_words", "sentences", sentences))
         return words.per_word(self.decided(self.word_logits(words, batch_size)))
 
     def word_logits(self, words: WordIds, batch_size: int | None = None) -> Array:
-        """The logits at the first token of each word. Words without a token are left out.
+        """The logits at the first token of each word. For a word without tokens, there is no row.
 
             >>> import nplora
             >>> encoder = nplora.load_encoder("encoder-model")
@@ -282,17 +282,19 @@ class TextClassifier(Module):
             words: the result of `Encoder.word_ids`.
             batch_size: as in `logits_of_ids`.
         Returns:
-            float32 (words, outputs). `WordIds.per_word` divides the rows among the sentences.
+            an array (words, outputs), float32. `WordIds.per_word` assigns the rows to sentences and words.
         Raises:
             ValueError: the classifier classifies texts.
         """
         if not self.classifies_tokens:
-            raise ValueError("word_logits: the classifier is for texts, expected one for tokens")
+            raise ValueError("word_logits: the classifier is for texts, expected a classifier of tokens")
         ids, rows = self.windows(words)
         return self.logits_of_ids(ids, batch_size)[rows]
 
     def windows(self, words: WordIds) -> tuple[list[list[int]], Array]:
-        """The token ids of sentences, those with more than `max_length` tokens in windows.
+        """Return the token ids of sentences.
+
+        A sentence with more than `max_length` tokens is divided into windows.
 
             >>> import nplora
             >>> encoder = nplora.load_encoder("encoder-model")
@@ -309,7 +311,7 @@ class TextClassifier(Module):
         return words.windows(self.max_length, around[0])
 
     def decided(self, logits: Array) -> list[Any]:
-        """The result of `predict` for texts with these logits.
+        """Return what `predict` returns for texts with these logits.
 
         >>> import nplora, numpy as np
         >>> classifier = nplora.new_classifier(nplora.load_encoder("encoder-model"), ["a", "b"])
@@ -369,7 +371,7 @@ class TextClassifier(Module):
 
 
 def probabilities(task: str, logits: Array) -> Array:
-    """Convert logits (..., outputs) to probabilities, in float64.
+    """Convert an array of logits (..., outputs) to probabilities (..., outputs), float64.
 
     Raises:
         ValueError: the task is a regression, or a logit is NaN or infinite.
@@ -390,8 +392,8 @@ def require_finite(op: str, logits: Array, places: Sequence[str] = ()) -> None:
 
     Args:
         logits: an array (texts, outputs).
-        places: where each text comes from, for the message. If `places` is empty, the message numbers the
-            texts from 0.
+        places: a name for each text in the error message, such as its line in a file. If `places` is empty,
+            the message numbers the texts from 0.
     """
     wrong = np.flatnonzero(~np.isfinite(logits).all(axis=-1))
     if len(wrong):

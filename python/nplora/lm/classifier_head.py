@@ -25,17 +25,19 @@ _ACTIVATIONS = {"gelu": GELU, "relu": ReLU, "silu": SiLU, "tanh": Tanh}
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class HeadSaved(Saved):
-    """The values that `ClassifierHead.run_backward` needs: those of the pooling and of each layer."""
+    """The values that `ClassifierHead.run_backward` needs from the pooling and from each layer."""
 
     pooling: PoolingSaved | None
     layers: tuple[Any, ...]
 
 
 class ClassifierHead(Module):
-    """The pooling and the layers that follow an encoder. The layers have the names of transformers.
+    """The pooling and the layers that follow an encoder.
+
+    The layers have the names that transformers gives them.
 
     Args:
-        spec: the family's description of the layers.
+        spec: describes the layers that the model's family uses.
         arrays: the weight and the bias of each layer.
         eps: the epsilon of the norm.
         frozen: the layers that are not trained, such as a dense layer that gets a LoRA adapter.
@@ -55,7 +57,7 @@ class ClassifierHead(Module):
         self.out = self.steps[spec.out] = _linear(arrays[spec.out], True)
 
     def _walk(self, prefix: str, seen: set[int]) -> Iterator[tuple[str, Module]]:
-        """Name the layers as in transformers' model with the head. `prefix` is ignored."""
+        """Yield the layers with the names that they have in transformers' model. `prefix` is ignored."""
         for name, module in self.steps.items():
             yield from module._walk(name, seen)
 
@@ -63,11 +65,14 @@ class ClassifierHead(Module):
         self.steps = {name: replaced.get(id(module), module) for name, module in self.steps.items()}
 
     def run(self, states: Array, starts: Array) -> tuple[Array, HeadSaved]:
-        """The logits from the hidden states (n, d) of all tokens, and the values that `run_backward` needs.
+        """Compute the logits from the hidden states (n, d) of all tokens.
+
+        Also return the values that `run_backward` needs.
 
         Args:
             starts: int64 (m + 1,), the first row of each text, followed by n.
-        Returns: logits (m, outputs); (n, outputs) if each token has its own logits.
+        Returns: the logits (m, outputs), or (n, outputs) if each token has its own logits; and the saved
+            values.
         """
         y, pooled = (states, None) if self.pooling is None else self.pooling.run(states, starts)
         kept = list[Any]()
@@ -77,7 +82,7 @@ class ClassifierHead(Module):
         return y, HeadSaved(pooled, tuple(kept))
 
     def run_backward(self, dy: Array, saved: HeadSaved) -> Array:
-        """Add the gradients of the layers. Return the gradient of the hidden states (n, d)."""
+        """Accumulate the gradients of the layers. Return the gradient of the hidden states (n, d)."""
         for module, kept in reversed(list(zip(self.steps.values(), saved.layers, strict=True))):
             dy = module.backward(dy, kept)
         if self.pooling is None:
@@ -105,7 +110,7 @@ def _linear(arrays: Mapping[str, Array], trainable: bool) -> Linear:
 
 
 def shapes(spec: HeadSpec, width: int, outputs: int) -> dict[str, dict[str, tuple[int, ...]]]:
-    """The shapes of all arrays of a head: layer -> "weight" or "bias" -> shape."""
+    """The shapes of all arrays of a head, as a dictionary: layer -> {"weight" or "bias": shape}."""
     found: dict[str, dict[str, tuple[int, ...]]] = {}
     for name, shape, has_bias in (
         (spec.dense, (width, width), spec.dense_bias),

@@ -1,4 +1,4 @@
-"""new_classifier and load_classifier: make classifiers with a new head, or with a head from files."""
+"""new_classifier makes a classifier with a new head; load_classifier reads the head from files."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def new_classifier(
         ('order', 'refund')
 
     Args:
-        labels: the names of the outputs; for a regression, the names of the numbers. Integers become texts.
+        labels: the names of the outputs. (In a regression, each output is a number.) Integers become texts.
             `labels` may be a dictionary such as transformers' `id2label`, from each number (0, 1, ...) to its
             name.
         task: "single" (each text has one label), "multi" (each text has any number of labels) or
@@ -88,11 +88,12 @@ def load_classifier(
     compute: str | None = None,
     any_base: bool = False,
 ) -> TextClassifier:
-    """Load a classifier: a model with an adapter of a classifier, or a model whose files have a head.
+    """Load a classifier: a model and a classifier's adapter, or a model whose files contain a head.
 
-    The adapter is of PEFT's kind SEQ_CLS or TOKEN_CLS, written by nplora or PEFT. An adapter of nplora names
-    its labels. For an adapter of PEFT, the labels get the names in the model's config.json, if there is one
-    name for each label. If not, the names are LABEL_0, LABEL_1 and so on.
+    The adapter must have PEFT's task type SEQ_CLS or TOKEN_CLS, and may be written by nplora or by PEFT. If
+    nplora wrote the adapter, its files contain the names of the labels. If PEFT wrote the adapter, the names
+    come from the model's config.json, provided that config.json has one name for each label. Otherwise the
+    names are LABEL_0, LABEL_1 and so on.
 
         >>> import nplora
         >>> classifier = nplora.new_classifier(nplora.load_encoder("encoder-model"), ["order", "refund"])
@@ -104,7 +105,7 @@ def load_classifier(
     Args:
         model: as for `load_encoder`; or a loaded encoder without an adapter, which then gets the adapter.
         adapter: a PEFT directory, or an `Adapter`.
-        compute: as for `load_encoder`; None: "float32", or the value of a loaded encoder.
+        compute: as for `load_encoder`. None: "float32"; a loaded encoder keeps its own value.
         any_base: accept an adapter that was trained on another model with the same shapes.
     Raises:
         FormatError: the adapter or the model has no head for a classifier, or the adapter does not fit.
@@ -149,10 +150,10 @@ def load_classifier(
 
 
 def require_room(source: str, classifier: TextClassifier) -> None:
-    """Raise FormatError if `max_length` has no room for a word between the tokens around a text.
+    """Raise FormatError if `max_length` is too small for a word and the special tokens around a text.
 
     Args:
-        source: the file or argument that set `max_length`, for the message.
+        source: the file or argument that set `max_length`, for the error message.
     """
     around = len(classifier.encoder.token_ids([""], classifier.encoder.config.max_position_embeddings)[0][0])
     if classifier.max_length <= around:
@@ -212,11 +213,11 @@ def _require_outputs(source: str, outputs: int) -> None:
     if not outputs:
         raise FormatError(f"{source}: the head has no outputs")
     if outputs > MAX_LABELS:
-        raise LimitError(f"{source}: the head has {outputs:,} outputs, at most {MAX_LABELS:,} are read")
+        raise LimitError(f"{source}: the head has {outputs:,} outputs, expected at most {MAX_LABELS:,}")
 
 
 def has_output_bias(encoder: Encoder) -> bool:
-    """Whether the last layer of a new head for texts has a bias. On a language model, it has no bias."""
+    """Whether the last layer of a new head for texts has a bias. A head on a language model has none."""
     return _spec(encoder, tokens=False).out_bias
 
 
@@ -246,7 +247,7 @@ def _given(
     head: Mapping[str, Mapping[str, Array]],
     encoder: Encoder,
 ) -> dict[str, Array]:
-    """The arrays of a layer, from the adapter, or from the model's files if the adapter has no such layer."""
+    """Return a layer's arrays from the adapter, or from the model's files if the adapter lacks the layer."""
     if layer not in head:
         stored = _stored(encoder, layer, shapes)
         if stored is None:
@@ -267,7 +268,7 @@ def _given(
 
 
 def _from_model(encoder: Encoder) -> TextClassifier:
-    """The classifier in the files of a model with a head."""
+    """Return the classifier of a model whose files contain a head."""
     width, tokens = encoder.config.hidden_size, _classifies_tokens(encoder)
     spec = _spec(encoder, tokens)
     weight = encoder.head_tensor(f"{spec.out}.weight")

@@ -41,7 +41,7 @@ MOST_TOKENS = 4096
 class EncoderSaved(Saved):
     """The values that `Encoder.backward` needs. `backward` frees these values when it uses them.
 
-    `x` has a row for each token that is needed. `starts` has the start of each text among the rows of `x`.
+    `x` has a row for each token whose hidden state was computed. `starts` holds the first row of each text.
     """
 
     x: Array
@@ -56,7 +56,7 @@ class EncoderSaved(Saved):
             self.unused.pop()
         except IndexError:
             raise RuntimeError(
-                f"{op}: saved was used by an earlier backward pass, which freed it; call forward again"
+                f"{op}: an earlier backward pass used and freed the saved values; call forward again"
             ) from None
 
 
@@ -79,8 +79,8 @@ class Encoder(Module):
             changed.
         prompts: the prompts by name. `embed` puts a prompt before each text if the caller names the prompt.
         default_prompt: the name of the prompt that `embed` uses by default, or None.
-        prefix: the name of this model inside transformers' models with a head, such as "bert" in
-            BertForSequenceClassification.
+        prefix: the name of the attribute that holds this model in transformers' models with a head, such as
+            "bert" in BertForSequenceClassification.
     """
 
     task_type = "FEATURE_EXTRACTION"
@@ -110,7 +110,7 @@ class Encoder(Module):
         self._read_tensor = read_tensor
 
     def _walk(self, prefix: str, seen: set[int]) -> Iterator[tuple[str, Module]]:
-        """As in transformers and PEFT, the names of modules in `model` do not begin with "model."."""
+        """Yield the modules with their names in transformers and PEFT, which do not begin with "model."."""
         if id(self) in seen:
             return
         seen.add(id(self))
@@ -144,7 +144,9 @@ class Encoder(Module):
         return self.pooling.dim(self.config.hidden_size)
 
     def head_tensor(self, name: str) -> Array | None:
-        """A tensor of the model's files that hidden states do not need, as float32; None: no such tensor.
+        """Read from the model's files a tensor that is not needed for hidden states.
+
+        Return the tensor as float32, or None if the files do not have it.
 
         For example, BERT's classifiers begin with the layer "pooler.dense".
 
@@ -206,9 +208,10 @@ class Encoder(Module):
         alpha_pattern: Mapping[str, float] | str | None = None,
         freeze_B: bool = False,
     ) -> None:
-        """Put a LoRA adapter on frozen layers. With init="zero", the outputs stay the same at first.
+        """Put a LoRA adapter on frozen layers.
 
-        Layers that already have an adapter keep this adapter. `nplora.save_adapter` writes a PEFT adapter.
+        With init="zero", the outputs do not change until the adapter is trained. Layers that already have an
+        adapter keep this adapter. `nplora.save_adapter` writes a PEFT adapter.
 
             >>> import nplora
             >>> encoder = nplora.load_encoder("encoder-model")
@@ -218,8 +221,8 @@ class Encoder(Module):
 
         Args:
             rank, alpha, dropout, use_rslora, use_dora: as in `LoRALinear`.
-            targets: the layers to adapt: "all-linear" (every linear layer of the blocks), the last parts of
-                the layers' names in transformers, such as "query,value", or a list of names.
+            targets: the layers to adapt: "all-linear" (every linear layer of the blocks); or the ends of the
+                layers' names in transformers, as a text such as "query,value" or as a list.
             layers: the blocks to adapt: None (all), "last:4", "first:4", a range, or a list of numbers.
             seed, init, rank_pattern, alpha_pattern, freeze_B: as in `LanguageModel.add_lora`.
         Raises:
@@ -270,7 +273,7 @@ class Encoder(Module):
         return ids
 
     def token_ids(self, texts: list[str], longest: int) -> tuple[list[list[int]], int]:
-        """The token ids of each text, cut to `longest` tokens, and how many texts were cut.
+        """Return the token ids of each text, cut to `longest` tokens, and the number of texts that were cut.
 
             >>> import nplora
             >>> nplora.load_encoder("encoder-model").token_ids(["a cat", "a"], 3)[1]
@@ -284,7 +287,7 @@ class Encoder(Module):
         return ids, cut
 
     def word_ids(self, sentences: Sequence[Sequence[str]], longest: int | None = None) -> WordIds:
-        """The token ids of sentences that are given as words, and the first token of each word.
+        """Return the token ids of sentences, and the position of each word's first token.
 
             >>> import nplora
             >>> words = nplora.load_encoder("encoder-model").word_ids([["a", "cat"], ["sitting"]], 8)
@@ -362,18 +365,19 @@ class Encoder(Module):
 
         Args:
             texts: the texts, or one text.
-            batch_size: the number of texts that are computed together; None: texts of about 4,096 tokens in
-                total. The batch size changes the result only by rounding.
+            batch_size: the number of texts that are computed together. None: as many texts as have about
+                4,096 tokens in total. The batch size changes the result only by rounding.
             normalize: whether to scale the embeddings to length 1, so that their dot products are cosines.
                 With None, the setting in the model's files decides.
             prompt: a text to put before each text, such as "query: "; "" for none.
-            prompt_name: the name of one of `prompts`, instead of `prompt`.
+            prompt_name: the name of a prompt in `prompts`. Give either `prompt` or `prompt_name`.
             max_length: the largest number of tokens of a text; None: `max_length` of the encoder.
         Returns:
             float32 (texts, dim); (dim,) for one text.
         Raises:
             TypeError: an item of `texts` is not a text.
-            ValueError: a text has no tokens, an option is out of range, or both prompts are given.
+            ValueError: a text has no tokens, an option is out of range, or `prompt` and `prompt_name` are
+                both given.
             KeyError: there is no prompt with this name; the message lists the names.
             CorruptError: as in `require_unchanged`.
         Warns:
@@ -440,7 +444,10 @@ class Encoder(Module):
         return self.model.hidden_states(x), EncoderSaved(x, own, decoder, None, [None], layer=self)
 
     def _read_by(self, pooling: Pooling | None, starts: Array) -> tuple[Array | None, Array]:
-        """The tokens that a pooling reads (None: all), and the start of each text among those tokens."""
+        """Return the positions of the tokens that a pooling reads, or None if it reads all tokens.
+
+        Also return the start of each text among these tokens.
+        """
         one = pooling is not None and pooling.modes in (("cls",), ("last",))
         if pooling is None or not one or not self.model.may_leave_out_rows():
             return None, starts
@@ -492,14 +499,14 @@ class Encoder(Module):
         op = "Encoder.embed_backward"
         _check.saved(op, saved, EncoderSaved)
         if saved.pooling is None:
-            raise ValueError(f"{op}: saved is from forward, expected one from embed_forward")
+            raise ValueError(f"{op}: the saved values are from forward, expected those of embed_forward")
         shape = len(saved.pooling.starts) - 1, self.dim
         rows = _check.shaped(op, "dy", dy, shape, np.float32)
         self._use_up(op, saved)
         self._run_backward(self.pooling.run_backward(rows, saved.pooling), saved)
 
     def _use_up(self, op: str, saved: EncoderSaved) -> None:
-        """Make the checks that come before the first gradient, and mark `saved` as used."""
+        """Check everything that must be checked before gradients change, and mark `saved` as used."""
         _check.own(op, saved, self)
         for layer in self.adapter_layers().values():
             layer.require_trainable("backward")
@@ -553,10 +560,12 @@ class Encoder(Module):
     def packed_states(
         self, op: str, ids: Ids, batch_size: int | None = None, pooling: Pooling | None = None
     ) -> Iterator[tuple[Array, Array]]:
-        """Yield the hidden states of a few texts at a time, joined, and the start of each text.
+        """Compute a few texts at a time.
+
+        Yield the hidden states of these texts in one array, and the first row of each text.
 
         Args:
-            op: the name of the calling function, for messages.
+            op: the name of the calling function, for error messages.
             batch_size: the number of texts that are computed at once; None: as in `embed`.
             pooling: return only the states of the tokens that this pooling reads; None: those of all tokens.
         """
@@ -584,7 +593,7 @@ class Encoder(Module):
 
         Raises:
             ValueError, KeyError: as in `embed`.
-            UnsupportedError: the model's files exclude the prompt from the pooling.
+            UnsupportedError: according to the model's files, the pooling must leave out the prompt.
         """
         if prompt is not None and name is not None:
             raise ValueError("embed: prompt and prompt_name are both given, expected one of them")

@@ -69,7 +69,7 @@ def load_encoder(
             the last token. If `pooling` is given, the Dense modules of the files are not used.
     Raises:
         UnsupportedError: the architecture, a module, or the type of a tensor is not supported.
-        FormatError: a file breaks its format, or does not describe a whole model.
+        FormatError: a file breaks its format, or the files do not contain a complete model.
         UnsafeError: the weights are a pickle, or a path leaves the directory.
         ValueError: `pooling` or `compute` is unknown.
         OSError: a file cannot be read.
@@ -86,7 +86,7 @@ def load_encoder(
 
 
 def is_encoder(path: StrPath) -> bool:
-    """Whether a model's files say that the model makes embeddings or classes, and does not generate text.
+    """Whether a model's files say that the model computes embeddings or class scores and generates no text.
 
     >>> import nplora
     >>> from nplora.lm.encoder_loading import is_encoder
@@ -118,7 +118,7 @@ def is_encoder(path: StrPath) -> bool:
 
 @dataclass(frozen=True)
 class _Parts:
-    """The parts of an encoder, from any kind of file.
+    """The arguments from which an `Encoder` is created, read from any kind of file.
 
     Attributes:
         prefix: as in `Encoder`.
@@ -165,14 +165,14 @@ def _encoder(parts: _Parts, pooling: str | None) -> Encoder:
 
 
 def _require_fitting(pooling: Pooling, config: EncoderConfig | ModelConfig) -> None:
-    """Raise FormatError if a Dense module expects another number of values than it gets."""
+    """Raise FormatError if a Dense module's input width differs from the output width before this module."""
     width = len(pooling.modes) * config.hidden_size
     for i, layer in enumerate(pooling.dense):
         d_out, d_in = layer.weight.shape
         if d_in != width:
             raise FormatError(
-                f"{config.source}: the Dense module {i + 1} after the model has in_features {d_in}, but it "
-                f"gets {width} values"
+                f"{config.source}: the Dense module {i + 1} after the model has in_features {d_in}, but its "
+                f"input has {width} values"
             )
         width = d_out
 
@@ -217,7 +217,7 @@ def _from_directory(path: StrPath, compute: str, mmap: bool, check: bool) -> _Pa
 
 
 def _decoder_config(fields: Fields) -> ModelConfig:
-    """The configuration of a language model. The error for an unknown family lists all families."""
+    """The configuration of a language model. If the family is unknown, the error lists all families."""
     kind = fields.string("model_type")
     family = families.find(kind)
     if family is None:
@@ -232,7 +232,7 @@ def _decoder_config(fields: Fields) -> ModelConfig:
 def _decoder_names(names: Container[str]) -> Callable[[str], str]:
     """A function that maps a tensor's name to its name in the file.
 
-    In a file without a head, the names may lack the prefix "model.".
+    If the file has no head, the names in the file may lack the prefix "model.".
     """
     prefix = "" if "model.embed_tokens.weight" in names else "model."
     return lambda name: name.removeprefix(prefix)
@@ -264,13 +264,13 @@ def _from_gguf(path: StrPath, compute: str, mmap: bool, check: bool) -> _Parts:
 
 
 def _gguf_settings(file: GgufFile, architecture: str, weights: GgufWeights) -> SentenceSettings:
-    """The pooling that the metadata name, and the Dense modules after the pooling.
+    """Read the kind of pooling from the metadata, and the Dense modules that follow the pooling.
 
     The embeddings are normalised, as in llama.cpp.
 
     Args:
-        weights: the tensors of the file, computing in float32. Dense modules compute only one row for each
-            text, so a faster arithmetic would save little time.
+        weights: the weights in the file. Their products are computed in float32. Dense modules compute only
+            one row for each text, so a faster arithmetic would save little time.
     """
     found = file.metadata.integer(f"{architecture}.pooling_type", 0)
     dense = {name: shape for name, shape in weights.shapes().items() if name in _GGUF_DENSE}
@@ -280,8 +280,8 @@ def _gguf_settings(file: GgufFile, architecture: str, weights: GgufWeights) -> S
     if found == 0:  # the file asks for no pooling, or says nothing
         if dense:
             raise UnsupportedError(
-                f"{file.source}: {', '.join(dense)} come after a pooling, but {architecture}.pooling_type "
-                "names none"
+                f"{file.source}: {', '.join(dense)} must follow a pooling, but {architecture}.pooling_type "
+                "names no pooling"
             )
         return SentenceSettings()
     if found not in _GGUF_POOLINGS:

@@ -60,7 +60,7 @@ class GeneratingModel(Protocol):
 
 
 class AdapterChoosingModel(GeneratingModel, Protocol):
-    """A model with named adapters."""
+    """A model that also has the method `named_model`, which generation needs if prompts have adapters."""
 
     def named_model(self, adapter: str | Adapter) -> GeneratingModel: ...
     def _selected(self, op: str) -> GeneratingModel: ...
@@ -110,7 +110,7 @@ def stream(
     sampling: Sampling | None = None,
     adapter: str | Adapter | None = None,
 ) -> Iterator[str]:
-    """Generate a text after one prompt, and yield it in pieces of whole characters.
+    """Generate a text after one prompt, and yield the text in pieces. No piece ends within a character.
 
     The text has the adapter that is selected when `stream` is called, even if the pieces are read later. The
     errors and warnings are those of `generate`. Errors in the arguments are raised by the call of `stream`.
@@ -268,7 +268,7 @@ def _advanced(answer: Answer, scores: Array, cache: Any) -> Iterator[tuple[int, 
 
 
 def longest_before_switch(config: Any) -> float:
-    """The maximum length for which LongRoPE uses its short factors; infinite without LongRoPE.
+    """The maximum length of a sequence for which LongRoPE uses its short factors; infinite without LongRoPE.
 
     When a sequence outgrows this maximum, all its tokens are computed again with the long factors, as in
     transformers. So the text does not depend on `max_new_tokens`.
@@ -303,7 +303,7 @@ def checked_ids(op: str, lm: GeneratingModel, ids: list[int], context: int | Non
     """Check the tokens of a prompt.
 
     Args:
-        context: the context length that the memory allows, if this is less than the model's context length.
+        context: the context length for which there is memory, if it is less than the model's context length.
     Raises the errors that `prompt_ids` raises for tokens.
     """
     tokenizer, context = lm.tokenizer, context or int(lm.config.max_position_embeddings)
@@ -315,12 +315,12 @@ def checked_ids(op: str, lm: GeneratingModel, ids: list[int], context: int | Non
     if max(ids) >= vocab:
         raise ValueError(
             f"{op}: the prompt has token {max(ids)} of {tokenizer}, "
-            f"the model's vocabulary ends with {vocab - 1}"
+            f"but the model's vocabulary ends with {vocab - 1}"
         )
     if len(ids) >= context:
         by_memory = context < int(lm.config.max_position_embeddings)
         limit = "the memory suffices for" if by_memory else "the model's context is"
-        raise ValueError(f"{op}: the prompt has {len(ids):,} tokens, {limit} {context:,}")
+        raise ValueError(f"{op}: the prompt has {len(ids):,} tokens, but {limit} {context:,}")
     return ids
 
 
@@ -334,8 +334,9 @@ def _read(lm: GeneratingModel, ids: list[int], slot: int, cache: Any) -> Array:
 def prompt_pieces(begin: int, end: int, most: int = PIECE) -> Iterator[tuple[int, int]]:
     """Cut the tokens of a prompt into pieces, which are read one after the other.
 
-    The core rounds differently for a few rows and for many rows. So the tokens after the last whole page form
-    a piece of their own. Then the bits of the results depend neither on `most` nor on `begin`.
+    The C++ core rounds differently if it computes only a few tokens at a time. So the tokens after the last
+    multiple of PAGE form a separate piece. Then the bits of the results depend neither on `most` nor on
+    `begin`.
 
     Args:
         begin: the number of tokens that are in the cache already, a multiple of PAGE.

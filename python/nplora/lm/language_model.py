@@ -64,12 +64,12 @@ class LanguageModelSaved(Saved):
             self.unused.pop()
         except IndexError:
             raise RuntimeError(
-                f"{op}: saved was used by an earlier backward pass, which freed it; call forward again"
+                f"{op}: an earlier backward pass used and freed the saved values; call forward again"
             ) from None
 
 
 class TokenScores(NamedTuple):
-    """How likely a model finds each of several tokens.
+    """How likely each of m tokens is, according to a model.
 
     Attributes:
         log_probs: log p of each token, float64 (m,).
@@ -152,7 +152,7 @@ class LanguageModel(Module):
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer that came with the model, with the tokens that the adapter in use adds.
+        """The tokenizer that came with the model, plus the tokens that the current adapter adds.
 
         The tokenizer is read at its first use.
 
@@ -196,7 +196,7 @@ class LanguageModel(Module):
         return self._tokenizer
 
     def _tokenizer_with(self, tokens: Sequence[AddedToken]) -> Tokenizer:
-        """The model's tokenizer with these added tokens. The tokenizer is kept for the next call."""
+        """The model's tokenizer with these added tokens. The result is cached for the next call."""
         if not tokens:
             return self._file_tokenizer()
         extended = self._extended  # another thread may replace it
@@ -205,9 +205,9 @@ class LanguageModel(Module):
         return extended[1]
 
     def new_tokens(self, tokens: Sequence[AddedToken]) -> tuple[AddedToken, ...]:
-        """The tokens of an adapter that the model lacks.
+        """Return those of an adapter's tokens that the model does not have.
 
-        The model lacks a token that is not in the tokenizer, and a token that has no row in the embedding.
+        The model does not have a token if the token is not in the tokenizer, or has no row in the embedding.
 
             >>> import nplora
             >>> lm = nplora.load_model("model.gguf")
@@ -227,9 +227,10 @@ class LanguageModel(Module):
         return self._tokenizer_with(self.added_tokens).files() if self.added_tokens else {}
 
     def with_tokens(self, tokens: Sequence[AddedToken]) -> Self:
-        """A model without adapter that shares the weights and has additional rows for these tokens.
+        """Create a model that shares the weights, has no adapter, and has additional rows for `tokens`.
 
-        Each new row is the mean of all rows of the embedding, or of the head. `self` is not changed.
+        In the embedding and in the head, each new row is the mean of the existing rows. `self` is not
+        changed.
 
             >>> import nplora
             >>> lm = nplora.load_model("model.gguf")
@@ -259,7 +260,7 @@ class LanguageModel(Module):
         return getattr(self.lm_head.weight, "compute", "float32")
 
     def with_compute(self, compute: str) -> LanguageModel:
-        """A model without adapter that shares the weights, but computes products in another arithmetic.
+        """Create a model that shares the weights, has no adapter, and computes in another arithmetic.
 
         For example, a model that generates with compute="int8" can be trained in float32. `self` is not
         changed.
@@ -341,9 +342,10 @@ class LanguageModel(Module):
         add_tokens: str | Sequence[str] = (),
         freeze_B: bool = False,
     ) -> None:
-        """Put a LoRA adapter on frozen layers. With init="zero" the model's outputs stay the same at first.
+        """Put a LoRA adapter on frozen layers.
 
-        Layers that already have an adapter keep this adapter.
+        With init="zero", the outputs do not change until the adapter is trained. Layers that already have an
+        adapter keep this adapter.
 
             >>> import nplora
             >>> lm = nplora.load_model("model.gguf")
@@ -368,14 +370,15 @@ class LanguageModel(Module):
             rank_pattern, alpha_pattern: other ranks and alphas for some layers. The keys are parts of the
                 layers' names, as in {"q_proj": 16, "layers.3.mlp": 4} or "q_proj=16,layers.3.mlp=4". The
                 first name that matches decides. The scale of a layer is its alpha divided by its rank.
-            trainable_tokens: tokens whose rows of the embedding and of the head are trained too: a list of
+            trainable_tokens: tokens whose rows of the embedding and of the head are also trained: a list of
                 ids and texts, or a text like "<|im_start|>,<|im_end|>" or "2,3". The trained rows start with
                 the model's values and replace the model's rows, as PEFT's `trainable_token_indices` does.
             modules_to_save: "embed_tokens", "lm_head" or both, to train all rows of the embedding or of the
                 head in float32. If embedding and head share one weight, both names train this weight.
             invocation: the invocation tokens of an activated LoRA (aLoRA), as a text or as ids. In each
-                sequence, the adapter acts only from the last occurrence of the invocation tokens on. An
-                activated LoRA can adapt linear layers of the blocks, without DoRA and dropout.
+                sequence, the adapter acts only on the last occurrence of the invocation tokens and on all
+                later tokens. An activated LoRA can adapt linear layers of the blocks, without DoRA and
+                dropout.
             add_tokens: new tokens, as a list of texts, or a text like "<tool>,</tool>". A new token gets a
                 trained row in the embedding and in the head, which starts with the mean of all rows. If the
                 model already has a token, the token's row is trained, and starts with the model's values.
@@ -429,8 +432,8 @@ class LanguageModel(Module):
     ) -> None:
         """Load an adapter under a name; `set_adapter` can then select the adapter.
 
-        A named adapter does not change the model's own LoRA layers, and may adapt other layers. Named
-        adapters are for inference only.
+        A named adapter does not change the model's own LoRA layers. It can also adapt layers that `add_lora`
+        did not adapt. Named adapters are for inference only.
 
             >>> import nplora
             >>> lm = nplora.load_model("model.gguf")
@@ -445,8 +448,8 @@ class LanguageModel(Module):
             path: a PEFT directory, a GGUF adapter file, or an `Adapter`.
             any_base: as in `nplora.load_adapter`.
             dtype: "bfloat16" rounds A and B to bfloat16. Decoding with many adapters at once is then faster,
-                because reading the factors takes half as long. None: A and B keep their values. If bfloat16
-                can represent all values of A and B, decoding is as fast as with "bfloat16".
+                because A and B have half as many bytes. None: A and B keep their values. If bfloat16 can
+                represent all of these values exactly, decoding with None is as fast as with "bfloat16".
             replace: replace the adapter that has this name. If the new adapter cannot be loaded, the old one
                 stays.
         Raises:
@@ -463,7 +466,7 @@ class LanguageModel(Module):
         else:
             raise TypeError(
                 f"load_adapter: path is {_check.kind(path)}, expected a path or an Adapter; "
-                "nplora.combine makes one Adapter of several"
+                "nplora.combine makes one Adapter from several"
             )
         if dtype is not None:
             _check.choice("load_adapter", "dtype", dtype, ("bfloat16",))
@@ -577,7 +580,7 @@ class LanguageModel(Module):
     def named_model(self, adapter: str | Adapter) -> LanguageModel:
         """The model with one named adapter, for inference.
 
-        The result shares the frozen weights with this model.
+        The returned model shares the frozen weights with `self`.
 
             >>> import nplora
             >>> lm = nplora.load_model("model.gguf")
@@ -588,8 +591,8 @@ class LanguageModel(Module):
             True
 
         Args:
-            adapter: a name, or one of the values of `adapters`. An `Adapter` that was deleted in the meantime
-                is accepted too.
+            adapter: a name, or an `Adapter` from the values of `adapters`. The `Adapter` may have been
+                deleted from `adapters` in the meantime.
         Raises:
             KeyError: no adapter has this name.
             TypeError: `adapter` is neither a name nor an `Adapter`.
@@ -636,7 +639,7 @@ class LanguageModel(Module):
     # ---- inference ----
 
     def logits(self, token_ids: npt.ArrayLike) -> Array:
-        """Compute the scores of the next token at each position.
+        """Compute the scores of all possible next tokens at each position.
 
         The result has shape (batch, time, vocab) for ids of shape (batch, time), and (time, vocab) for ids of
         shape (time,).
@@ -683,8 +686,9 @@ class LanguageModel(Module):
             (3, True)
 
         Args:
-            as_decoded: with compute="int8", compute a few tokens at a time, as in decoding. False: compute
-                whole sequences in bfloat16, which is faster. The model reads prompts in this way too.
+            as_decoded: has an effect only with compute="int8". True computes a few tokens at a time, as in
+                decoding. False computes whole sequences in bfloat16, which is faster; prompts are also
+                computed in this way.
         Raises:
             ValueError, CorruptError: as in `logits`.
         """
@@ -700,7 +704,7 @@ class LanguageModel(Module):
 
     @_with_selected_adapter
     def log_probs(self, batch: PackedBatch) -> Array:
-        """The log-probability of each target of a batch, float64 (m,), in the order of the targets.
+        """The log-probability of each of a batch's m targets, float64 (m,), in the order of the targets.
 
             >>> import nplora
             >>> from nplora.models.packing import pack
@@ -784,7 +788,7 @@ class LanguageModel(Module):
 
     @_with_selected_adapter
     def loss_with(self, batch: PackedBatch, loss: head.LogitLoss) -> float:
-        """The sum of a loss over the rows of logits that have a target.
+        """Return the sum of a loss over all positions that have a target.
 
         The argument `loss` is described in `forward_backward_with`.
 
@@ -807,7 +811,7 @@ class LanguageModel(Module):
 
     @_with_selected_adapter
     def token_scores(self, batch: PackedBatch) -> TokenScores:
-        """The log-probability of each target of a batch, and whether the target is the most likely token.
+        """Return each target's log-probability, and whether the target is the most likely token.
 
         The targets are in the order of the batch. With compute="int8", a few tokens are computed at a time,
         as in decoding.
@@ -854,7 +858,7 @@ class LanguageModel(Module):
                 continuation, and a continuation has at least one token.
         Raises:
             ValueError: a prompt or continuation is empty, a prompt has no continuation, or the two lists have
-                different lengths; or as in `logits`.
+                different lengths; `logits` lists other reasons.
             TypeError, CorruptError: as in `logits`.
         """
         op = "continuation_scores"
@@ -948,7 +952,7 @@ class LanguageModel(Module):
         return total
 
     def forward_backward_of(self, batch: PackedBatch, loss: Callable[[Array], tuple[float, Array]]) -> float:
-        """Compute a loss that is a function of log-probabilities.
+        """Return a loss that is a function of the targets' log-probabilities.
 
         Add the gradient of the loss to the adapters' gradients.
 
@@ -981,10 +985,10 @@ class LanguageModel(Module):
         return value
 
     def forward_backward_with(self, batch: PackedBatch, loss: head.LogitLoss, factor: float) -> float:
-        """Return the sum of a loss over the rows of logits that have a target.
+        """Return the sum of a loss over all positions that have a target.
 
-        Add `factor` times the gradient to the adapters' gradients. The loss gets a few rows at a time, so the
-        logits of all tokens are never in memory at once.
+        Add `factor` times the gradient to the adapters' gradients. The function `loss` is called for a few
+        positions at a time, so the logits of all tokens are never in memory at once.
 
             >>> import nplora, numpy as np
             >>> from nplora.models.packing import pack
@@ -999,9 +1003,9 @@ class LanguageModel(Module):
             True
 
         Args:
-            loss: called as loss(logits, rows, factor, gradient) with the logits of some rows that have a
-                target, and the positions of these rows in the batch. The function returns the loss of each
-                row, and overwrites the logits with `factor` times the gradient.
+            loss: a function that is called as loss(logits, rows, factor, gradient). `rows` are the positions,
+                in the batch, of the rows of `logits`. The function returns the loss of each row. If
+                `gradient` is true, it also overwrites `logits` with `factor` times the gradient.
         Raises the errors that `forward_backward` raises.
         """
         self._require_ready("forward_backward_with", batch)
@@ -1016,12 +1020,14 @@ class LanguageModel(Module):
 
     @contextlib.contextmanager
     def _added_at_once(self) -> Iterator[None]:
-        """A context in which the head's gradients start at 0. At the end, the earlier gradients are added.
+        """A context in which the head's gradients start at 0.
 
-        The head computes a batch in several parts. In this context, the parts of one batch are summed before
-        other batches are added. So a sum over several batches has the same bits if one process computes all
-        batches and if several processes do. If the whole head is trained, its gradients are simply
-        accumulated, because a copy would be too large.
+        When the context ends, the gradients from before are added.
+
+        The head computes a batch in several parts. In this context, the gradients of the parts of one batch
+        are summed before the gradients of other batches are added. So the sum over several batches has the
+        same bits, whether one or several processes compute the batches. If the whole head is trained, its
+        gradients are simply accumulated, because a copy would be too large.
         """
         arrays = [parameter.grad for parameter in self.lm_head.parameters()]
         if isinstance(self.lm_head, TrainedHead):
@@ -1111,11 +1117,13 @@ class LanguageModel(Module):
     # ---- decoding ----
 
     def new_cache(self, slots: int, capacity: int) -> KVCache:
-        """Create a cache for `slots` sequences of at most `capacity` tokens, for the selected adapter.
+        """Create a cache for `slots` sequences of at most `capacity` tokens.
+
+        A slot uses the adapter that is selected now, unless `cache.adapters` gives the slot another one.
 
         A model with LongRoPE (Phi-3 with a long context) uses other rotation factors for sequences that are
-        longer than the model's original context. `cache.limits` has the maximum length of each sequence,
-        which selects the factors. The initial limit is `capacity`. If a sequence will stay short, lower the
+        longer than the model's original context. The maximum length of a sequence, in `cache.limits`, decides
+        which factors are used. The initial limit is `capacity`. If a sequence will stay short, lower the
         limit of its slot before you add its first token. `generate` begins with the short factors, as
         transformers does. When a sequence outgrows the original context, `generate` computes all tokens of
         the sequence again.
@@ -1137,11 +1145,11 @@ class LanguageModel(Module):
         return KVCache(self.config, slots, capacity, owner, resolve)
 
     def decode(self, token_ids: npt.ArrayLike, slots: npt.ArrayLike, cache: KVCache) -> Array:
-        """Add the next tokens of m sequences to a cache, and return the logits (m, vocab) that follow.
+        """Add tokens of m sequences to a cache. Return the logits (m, vocab) of each sequence's next token.
 
         The logits of a sequence have the same bits no matter which other sequences the same call computes.
-        Each sequence has the adapter that `cache.adapters` gives its slot. If an adapter adds tokens,
-        sequences with other adapters have scores of -inf for these tokens.
+        The adapter of each sequence is the entry of `cache.adapters` for its slot. If an adapter adds tokens,
+        these tokens have scores of -inf in sequences with other adapters.
 
             >>> import nplora
             >>> lm = nplora.load_model("model.gguf")
@@ -1156,7 +1164,7 @@ class LanguageModel(Module):
 
         Args:
             token_ids: integers (m, count) or (m,), the next tokens of each sequence; or a list of m arrays
-                (count,) of different lengths. A long prompt may be added in pieces.
+                (count,) of different lengths. A long prompt may be added by several calls.
             slots: integers (m,), the cache slot of each sequence. No slot may occur twice.
         Raises:
             TypeError: `token_ids` or `slots` are not integers.
@@ -1167,7 +1175,10 @@ class LanguageModel(Module):
         pieces = slot_models.pieces_of(token_ids)
         rows = _check.integers("decode", "slots", slots)
         if rows.shape != (len(pieces),):
-            raise ValueError(f"decode: slots have shape {rows.shape}, expected one for each of {len(pieces)}")
+            raise ValueError(
+                f"decode: slots have shape {rows.shape}, expected one slot for each of "
+                f"{len(pieces)} sequences"
+            )
         counts = np.array([len(piece) for piece in pieces])
         cache.require_room(rows, counts)
         slot_models.forget(cache, self._named.models)
@@ -1254,11 +1265,12 @@ class LanguageModel(Module):
             seed: random seed of the sampling. The same seed gives the same text.
             presence_penalty: a number that is subtracted from the score of every token that was generated
                 before.
-            frequency_penalty: a number that is subtracted from a token's score for each time that it was
-                generated before.
+            frequency_penalty: a number that is subtracted from a token's score once for each time that the
+                token was generated before.
             logit_bias: numbers that are added to the scores of tokens, by token id; -inf rules a token out.
             adapters: for each prompt, the name of a named adapter, an `Adapter`, or None for the model as it
-                is. All prompts are computed together, and each text is the same as for its prompt alone.
+                is. All prompts are computed together, but each text is the same as if its prompt were
+                computed alone.
         Returns:
             the generated text without its prompt; a list of texts for several prompts.
         Raises:
@@ -1289,8 +1301,8 @@ class LanguageModel(Module):
     def _require_none_selected(self, op: str) -> None:
         if names := self._named.selected:
             raise RuntimeError(
-                f"{op}: the named adapter {', '.join(map(repr, names))} is selected, which is for inference "
-                "only; call set_adapter(None) first, or attach the adapter to the model"
+                f"{op}: the named adapter {', '.join(map(repr, names))} is selected, but named adapters are "
+                "for inference only; call set_adapter(None) first, or attach the adapter to the model"
             )
 
     def __repr__(self) -> str:
@@ -1331,7 +1343,7 @@ class LanguageModel(Module):
     def _packed(self, op: str, token_ids: npt.ArrayLike, labels: npt.ArrayLike) -> PackedBatch:
         ids, wanted = self._ids(op, token_ids), _check.integers(op, "labels", labels)
         if ids.shape != wanted.shape:
-            raise ValueError(f"{op}: token_ids have shape {ids.shape}, labels {wanted.shape}")
+            raise ValueError(f"{op}: token_ids have shape {ids.shape}, but labels have shape {wanted.shape}")
         return pack(zip(np.atleast_2d(ids), np.atleast_2d(wanted), strict=True))
 
     def _check_batch(self, op: str, batch: PackedBatch) -> None:

@@ -33,19 +33,19 @@ def load_model(
         path: a GGUF file, or a directory with config.json and model.safetensors (one file or shards).
         compute: arithmetic of the products with frozen weights: "float32", "bfloat16" or "int8", as in
             `FrozenWeight`.
-        mmap: map the files into memory. With True, weights are not copied, and the system keeps them in
-            memory while there is room. If another program truncates a mapped file, the process ends with a
-            message and status 135. If another program writes to a mapped file, the next call of the model
-            raises CorruptError. Replacing a file by renaming another file is safe. With False, the files are
-            copied into memory.
+        mmap: map the files into memory. With True, weights are not copied, and the operating system decides
+            how much of the files it keeps in memory. If another program truncates a mapped file, the process
+            ends with a message and exit status 135. If another program writes to a mapped file, the next call
+            of the model raises CorruptError. Replacing a file by renaming another file is safe. With False,
+            the files are copied into memory.
         check: search all matrices for NaN and infinities, which reads the whole file once. With False, a
             matrix is read only when it is first used.
     Raises:
         UnsupportedError: the architecture, or the type of a tensor, is not supported. The message lists the
             supported architectures or types, and all tensors of unsupported types.
-        FormatError: a file breaks its format, does not describe a whole model, or holds a NaN or infinite
-            weight. The message lists all missing tensors with the nearest names, or names the first NaN or
-            infinity.
+        FormatError: a file breaks its format, a weight is NaN or infinite, or the files do not contain a
+            complete model. The message lists all missing tensors with the nearest names, or names the first
+            NaN or infinity.
         UnsafeError: the weights are a pickle.
         OSError: a file cannot be read.
     """
@@ -67,7 +67,9 @@ def _from_directory(path: StrPath, compute: str, mmap: bool, check: bool) -> Lan
     if not Path(path, model_directory.CONFIG).exists():
         reason = f"the directory holds no {model_directory.CONFIG}"
         if Path(path, peft_adapter.CONFIG).exists():
-            reason += ", but an adapter: load its base model, and pass the directory as adapter (--adapter)"
+            reason += (
+                ", but an adapter: load the base model, and pass this directory as the adapter (--adapter)"
+            )
         raise FileNotFoundError(errno.ENOENT, reason, os.fspath(path))
     config = hf_config.read(Path(path, model_directory.CONFIG))
     weights = SafetensorsWeights(model_directory.open_tensors(path, mmap), compute, check)

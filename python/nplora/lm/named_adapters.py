@@ -35,7 +35,7 @@ _disabled: ContextVar[tuple[NamedAdapters[Any], ...]] = ContextVar("nplora_none_
 
 
 class _Model(Protocol):
-    """The members of a LanguageModel that `NamedAdapters` uses."""
+    """The methods of a LanguageModel that `NamedAdapters` uses."""
 
     def with_adapter(self, adapter: Adapter, any_base: bool = False) -> Self: ...
     def adapter_layers(self) -> dict[str, AdapterLayer]: ...
@@ -45,7 +45,7 @@ Model = TypeVar("Model", bound=_Model)
 
 
 def _constant(model: Model) -> Model:
-    """Make the factors read-only, so that inference may keep copies of them. Return the model."""
+    """Make a model's LoRA factors read-only, so that inference may cache copies of them. Return the model."""
     for layer in model.adapter_layers().values():
         if isinstance(layer, LoRALayer):
             for array in (layer.A, layer.B):
@@ -88,7 +88,7 @@ class NamedAdapters(Generic[Model]):
 
     @property
     def models(self) -> list[Model]:
-        """The copies of the model with one or several of the adapters."""
+        """The copies of the model. Each copy has one adapter, or the sum of several adapters."""
         return [*self._models.values(), *self._sums.values()]
 
     def add(
@@ -170,7 +170,9 @@ class NamedAdapters(Generic[Model]):
             _disabled.set(tuple(blocks))
 
     def model(self, lm: Model, op: str, names: Names) -> Model:
-        """Return a copy of the model with the sum of these adapters, or the model itself if `names` is empty.
+        """Return a copy of the model with the sum of the adapters `names`.
+
+        If `names` is empty, return the model itself.
 
         Raises:
             KeyError: one of the names is unknown; the message lists the nearest names, or all names.
@@ -213,7 +215,10 @@ class NamedAdapters(Generic[Model]):
         return _constant(lm.with_adapter(adapter, any_base=True))
 
     def forget_models(self) -> None:
-        """Drop the copies of the model, because its layers were replaced. New copies are made when needed."""
+        """Drop the copies of the model, because layers of the model were replaced.
+
+        New copies are made when they are needed.
+        """
         with self._lock:
             self._models, self._sums = {}, {}
 
@@ -227,6 +232,6 @@ class NamedAdapters(Generic[Model]):
             return missing_name(op, name, self._adapters, "adapter")
         known = ", ".join(map(repr, self._adapters))
         hint = (
-            f"the loaded adapters are {known}" if known else "no adapter is loaded, call load_adapter first"
+            f"the loaded adapters are {known}" if known else "no adapter is loaded; call load_adapter first"
         )
         return KeyError(f"{op}: no adapter {brief(name)}; {hint}")

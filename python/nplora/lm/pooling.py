@@ -26,10 +26,11 @@ class PoolingSaved(Saved):
     """The values that `Pooling.run_backward` needs.
 
     Attributes:
-        starts: the start of each text among the rows.
-        x: the hidden states (n, d), if the pooling is a maximum; else None.
+        starts: int64 (m + 1,): the first row of each text, followed by the number of rows.
+        x: the hidden states (n, d) if "max" is one of the modes, else None.
         layers: the saved values of each layer after the pooling.
-        unit: the normalised embeddings, and their lengths before the normalisation; None: not normalised.
+        unit: a pair of the normalised embeddings and their lengths before the normalisation; None if the
+            embeddings were not normalised.
     """
 
     starts: Array
@@ -39,7 +40,7 @@ class PoolingSaved(Saved):
 
 
 class Pooling(Module):
-    """Makes one embedding per text: the mean, the maximum or one of the hidden states, then optional layers.
+    """Makes one embedding per text: pools the hidden states of the tokens, then applies optional layers.
 
         >>> import numpy as np
         >>> from nplora.lm.pooling import Pooling
@@ -52,7 +53,7 @@ class Pooling(Module):
         modes: "cls" (the first token), "mean", "max", "last" (the last token), "weighted_mean" (the i-th
             token has weight i) or "mean_sqrt" (the sum divided by the square root of the number of tokens),
             or several of these modes, whose results are concatenated.
-        layers: linear layers, each with the name of its activation, "tanh" or None.
+        layers: pairs of a linear layer and the name of its activation; the name is "tanh" or None.
         normalize: whether to scale the embeddings to length 1.
     Raises:
         ValueError: a mode or an activation is unknown.
@@ -83,7 +84,7 @@ class Pooling(Module):
         """Return the embeddings (m, dim) of m texts, from the hidden states x (n, d) of all their tokens.
 
         Args:
-            starts: int64 (m + 1,), the first row of each text, followed by n. No text is empty.
+            starts: int64 (m + 1,): the first row of each text in x, followed by n. No text is empty.
             normalize: whether to scale the embeddings to length 1; None: as in the constructor.
         """
         return self.run(x, starts, normalize)[0]
@@ -107,7 +108,9 @@ class Pooling(Module):
         return y, PoolingSaved(starts, x if keep else None, tuple(saved), unit)
 
     def run_backward(self, dy: Array, saved: PoolingSaved) -> Array:
-        """The gradient of the hidden states (n, d), given the gradient of the embeddings (m, dim)."""
+        """Return the gradient of the hidden states (n, d), given the gradient `dy` of the embeddings (m,
+        dim).
+        """
         if saved.unit is not None:
             unit, lengths = saved.unit
             dy = (dy - unit * (unit * dy).sum(axis=1, keepdims=True)) / lengths
@@ -176,7 +179,10 @@ def _pooled_backward(mode: str, dy: Array, saved: PoolingSaved) -> Array:
 
 
 def _at_the_largest(x: Array, starts: Array, spread: Array) -> Array:
-    """The gradient of the maximum: `spread` at the first largest element in each column of each text, else 0.
+    """The gradient of the maximum (n, d).
+
+    For each text, the first largest element of each column of `x` gets the value of `spread`. All other
+    elements get 0.
 
     `spread` has shape (n, d).
     """

@@ -46,15 +46,15 @@ class Sampling:
         None, "total probability of the most likely tokens to sample from, above 0 and at most 1"
     )
     repetition_penalty: float = _option(
-        1.0, "repetition penalty; above 1, earlier tokens become less likely to be chosen again"
+        1.0, "repetition penalty; a value above 1 makes tokens less likely that the text contains already"
     )
-    stop: tuple[str, ...] = _option((), "stop text: generation ends before it (repeatable)")
+    stop: tuple[str, ...] = _option((), "stop text: generation ends before this text (repeatable)")
     seed: int = _option(0, "random seed of the sampling")
     presence_penalty: float = _option(
-        0.0, "number that is subtracted from the score of every token that was generated before"
+        0.0, "number that is subtracted from the score of every token that was generated already"
     )
     frequency_penalty: float = _option(
-        0.0, "number that is subtracted from a token's score for each time that it was generated before"
+        0.0, "number that is subtracted from a token's score once for each time that the token was generated"
     )
     logit_bias: Mapping[int, float] | tuple[tuple[int, float], ...] = _option(
         (), "numbers that are added to the scores of tokens, by token id", command=False
@@ -72,7 +72,7 @@ class Sampling:
             names = " and ".join(narrowed)
             have = "have" if len(narrowed) > 1 else "has"
             warn_user(
-                f"{_OP}: {names} {have} no effect at temperature 0, which always takes the most likely token"
+                f"{_OP}: {names} {have} no effect at temperature 0, where the most likely token is chosen"
             )
         if _check.number(_OP, "repetition_penalty", self.repetition_penalty) <= 0:
             raise ValueError(f"{_OP}: repetition_penalty is {self.repetition_penalty}, expected above 0")
@@ -97,7 +97,7 @@ class Sampling:
 
 
 def _biases(given: Any) -> tuple[tuple[int, float], ...]:
-    """The pairs (token, bias) of a mapping or of pairs, with checked values."""
+    """Check the biases of a mapping, or of a sequence of pairs, and return pairs (token, bias)."""
     try:
         pairs = dict(given)
     except (TypeError, ValueError):
@@ -118,10 +118,10 @@ def choose(
 
     Args:
         scores: (vocab,), the score of each token of the vocabulary.
-        before: the tokens of the sequence so far, for the penalties.
+        before: all tokens so far, beginning with the prompt. The penalties need these tokens.
         rng: the random generator for sampling.
-        prompt: the number of tokens of `before` that are the prompt. Presence and frequency penalties ignore
-            these tokens.
+        prompt: the number of tokens of the prompt, with which `before` begins. Presence and frequency
+            penalties ignore these tokens.
 
     Raises:
         FloatingPointError: a score is NaN, or the largest score is infinite.
@@ -137,10 +137,10 @@ def choose(
     best = int(scores.argmax())  # the first NaN, if there is one
     place, largest = f"the token at position {len(before)}", scores[best]
     if np.isnan(largest):
-        raise FloatingPointError(f"{_OP}: the scores of {place} are NaN")
+        raise FloatingPointError(f"{_OP}: the scores for {place} are NaN")
     if not np.isfinite(largest):
         raise FloatingPointError(
-            f"{_OP}: the largest score of {place} is {largest}, expected a finite number"
+            f"{_OP}: the largest score for {place} is {largest}, expected a finite number"
         )
     if sampling.plain:
         return best
@@ -164,10 +164,10 @@ def choose(
 
 
 def _likeliest_biased(scores: Array, best: int, biases: dict[int, float]) -> int | None:
-    """The most likely token with these biases; None if `best`, the best one without biases, has a bias.
+    """The most likely token with the biases `biases`, or None if `best` has a bias.
 
-    All other tokens keep their scores. So only the tokens with a bias are compared with `best`. A copy of all
-    scores would take much longer.
+    `best` is the most likely token without biases. Tokens without a bias keep their scores, so only the
+    tokens with a bias are compared with `best`. A copy of all scores would take much longer.
     """
     found = {token: float(scores[token]) + bias for token, bias in biases.items() if token < len(scores)}
     if best in found:
@@ -177,10 +177,10 @@ def _likeliest_biased(scores: Array, best: int, biases: dict[int, float]) -> int
 
 
 def penalise(scores: Array, before: Sequence[int], sampling: Sampling, prompt: int = 0) -> None:
-    """Apply the biases and the penalties in place. The arguments are those of `choose`.
+    """Apply the biases and the penalties to `scores` in place. The arguments are those of `choose`.
 
     Raises:
-        ValueError: every token is ruled out by `logit_bias`.
+        ValueError: `logit_bias` makes the score of every token -inf.
 
     >>> import numpy as np
     >>> scores = np.array([1.0, 2.0, 3.0])
@@ -222,7 +222,9 @@ def softmax(scores: Array) -> Array:
 
 
 def penalise_repetition(scores: Array, before: Sequence[int], penalty: float) -> None:
-    """Lower the scores of earlier tokens in place (Keskar et al. 2019, section 4.1). Scores stay finite.
+    """Lower the scores of the tokens in `before`, in place (Keskar et al. 2019, section 4.1).
+
+    Scores stay finite.
 
     >>> import numpy as np
     >>> scores = np.array([-1.0, 2.0, 3.0])
@@ -252,9 +254,9 @@ def keep_top_k(scores: Array, k: int) -> None:
 
 
 def keep_top_p(scores: Array, p: float) -> None:
-    """Set the scores of the least likely tokens, whose total probability is at most 1 - p, to -inf.
+    """Set the scores of the least likely tokens to -inf, in place (nucleus sampling, Holtzman et al. 2020).
 
-    The scores are changed in place (nucleus sampling, Holtzman et al. 2020).
+    The total probability of these tokens is at most 1 - p.
 
     >>> import numpy as np
     >>> scores = np.log([0.1, 0.6, 0.3])

@@ -1,4 +1,4 @@
-"""Reads the files of sentence-transformers that say how hidden states become an embedding."""
+"""Reads the files in which sentence-transformers stores how hidden states become an embedding."""
 
 from __future__ import annotations
 
@@ -44,13 +44,13 @@ _ACTIVATIONS = {"Identity": None, "Tanh": "tanh"}
 
 @dataclass(frozen=True)
 class SentenceSettings:
-    """The content of the files of sentence-transformers.
+    """The settings that sentence-transformers stores in a model's directory.
 
     Attributes:
-        pooling: the pooling, or None if the directory has no modules.json.
-        max_length: the largest number of tokens of a text, or None.
-        prompts: the prompts by name. A prompt is a text that can be put before each text.
-        default_prompt: the name of the prompt that is used by default, or None.
+        pooling: how hidden states become an embedding, or None if the directory has no modules.json.
+        max_length: the maximum number of tokens in a text, or None if the files give no maximum.
+        prompts: a dict from names to prompts. A prompt is a text that can be put before each input text.
+        default_prompt: the name of the prompt that is used by default, or None for no prompt.
         include_prompt: whether the tokens of the prompt take part in the pooling.
         transformer: the folder of the model's files, relative to the directory.
     """
@@ -90,7 +90,7 @@ def read(directory: Path) -> SentenceSettings:
             normalize = True
         else:
             raise UnsupportedError(
-                f"{files.name(path)}: module {brief(kind)} is not supported in this place; nplora reads "
+                f"{files.name(path)}: module {brief(kind)} is not supported at this position; nplora reads "
                 "Transformer, Pooling, Dense and Normalize, in this order"
             )
     if not modes:
@@ -107,7 +107,7 @@ def read(directory: Path) -> SentenceSettings:
 
 
 def _modules(path: Path) -> list[tuple[str, str]]:
-    """The class and the folder of each module."""
+    """Return a pair for each module: the name of its class, and its folder."""
     source = files.name(path)
     listed = strict_json.loads(bytes(files.read(path, MAX_CONFIG)), source)
     if not isinstance(listed, list) or not 1 <= len(listed) <= _MOST_MODULES:
@@ -126,7 +126,7 @@ def _modules(path: Path) -> list[tuple[str, str]]:
 
 
 def _pooling_modes(fields: Fields) -> tuple[str, ...]:
-    """The poolings of a configuration. New files name the poolings; older files have a flag for each one."""
+    """Read the poolings of a configuration. New files list them; older files have a flag for each pooling."""
     named = dict(fields.items()).get("pooling_mode")
     if named is not None:
         names = named if isinstance(named, list) else [named]
@@ -194,9 +194,10 @@ def _max_length(directory: Path) -> int | None:
 
 
 def _tokenizer_length(directory: Path) -> int | None:
-    """The largest number of tokens of a text, which sentence-transformers 6 stores in the tokenizer's file.
+    """Read the maximum number of tokens in a text from the tokenizer's file. None: there is no maximum.
 
-    transformers writes an immense number if there is no limit.
+    sentence-transformers 6 stores the maximum in this file. If there is no maximum, transformers writes an
+    immense number.
     """
     if not (directory / TOKENIZER_CONFIG).exists():
         return None
@@ -212,5 +213,7 @@ def _prompts(path: Path) -> tuple[dict[str, str], str | None]:
     named = {name: prompts.string(name) for name, _ in prompts.items()}
     default = fields.string("default_prompt_name", "") or None
     if default is not None and default not in named:
-        raise FormatError(f"{fields.source}: default_prompt_name is {brief(default)}, which is no prompt")
+        raise FormatError(
+            f"{fields.source}: default_prompt_name is {brief(default)}, but no prompt has this name"
+        )
     return named, default

@@ -19,10 +19,13 @@ Array = npt.NDArray[Any]
 
 
 class SharedWeights:
-    """The tensors of a model without adapter. A matrix is shared if it is used in place, or else copied.
+    """The tensors of a model without its adapter, as the source of another model's tensors.
+
+    If both models compute in the same arithmetic, they share all matrices. If not, they share only the
+    matrices that `FrozenWeight` uses in place, and all other matrices are copied.
 
     Args:
-        modules: the modules of the model by name.
+        modules: a dict from names to the modules of the existing model.
         compute: the arithmetic in which the new model multiplies with frozen weights, such as "bfloat16".
     """
 
@@ -51,6 +54,6 @@ class SharedWeights:
         return np.asarray(self._held(tensor))
 
     def _held(self, tensor: TensorSpec) -> Any:
-        """The weight or the bias that a module keeps for this tensor."""
+        """The weight or the bias of an existing module that holds the values of this tensor."""
         name, _, attribute = tensor.name.rpartition(".")
         return getattr(self._modules[name], attribute)

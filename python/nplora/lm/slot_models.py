@@ -1,9 +1,9 @@
 """Decodes the next tokens of several sequences of a cache together, each with the adapter of its slot.
 
-A piece is the next tokens of one sequence. The frozen weights are read once for several sequences, and the
-results have the same bits as if each sequence were computed alone. The core rounds differently for up to 8
-rows and for more rows. So short pieces are joined until they have 8 rows, and long pieces (more than 8 rows)
-are joined only with long pieces.
+A "piece" is an array of the next tokens of one sequence; each token is a row of the computation. The frozen
+weights are read once for several sequences, and the results have the same bits as if each sequence were
+computed alone. Products of up to 8 rows are rounded differently from products of more rows. So short pieces
+(up to 8 rows) are computed together only until they have 8 rows, and long pieces only with other long pieces.
 """
 
 from __future__ import annotations
@@ -43,28 +43,30 @@ _MANY = 512  # the maximum number of rows in a batch of several long pieces, to 
 
 
 def pieces_of(token_ids: npt.ArrayLike) -> list[Array]:
-    """The next tokens of each sequence, int64 (count,), from the arguments of `LanguageModel.decode`."""
+    """Split the `token_ids` of `LanguageModel.decode` into an int64 array (count,) for each sequence."""
     op, name = "decode", "token_ids"
     if isinstance(token_ids, list | tuple) and all(np.ndim(piece) == 1 for piece in token_ids):
         pieces = [_check.integers(op, name, piece) for piece in token_ids]
     else:
         ids = _check.integers(op, name, token_ids)
         if ids.ndim not in (1, 2):
-            raise ValueError(f"{op}: {name} has shape {ids.shape}, expected (m, count) or (m,)")
+            raise ValueError(
+                f"{op}: {name} has shape {ids.shape}, expected (m,) or (m, count) for m sequences"
+            )
         pieces = list(ids.reshape(len(ids), -1))
     if not pieces or not all(piece.size for piece in pieces):
-        raise ValueError(f"{op}: {name} has no tokens for a sequence, expected at least one for each")
+        raise ValueError(f"{op}: {name} has a sequence without tokens, expected at least one token")
     return pieces
 
 
 def decode(lm: SlotModel, pieces: Sequence[Array], slots: Array, cache: KVCache) -> Array:
-    """Store the next tokens of each sequence in the cache, and return the logits (m, vocab) that follow.
+    """Store the next tokens of m sequences in the cache. Return the logits (m, vocab) after each sequence.
 
     The cache's `lengths` do not change. Call this function in `with inference()`.
 
     Args:
-        lm: the model for a cache without an owner.
-        pieces: (count,) token ids for each slot.
+        lm: the model that computes the tokens if the cache has no owner.
+        pieces: for each slot, an array (count,) of the next token ids.
     Raises:
         ValueError: an id is out of range. This error leaves the cache unchanged.
     """
@@ -82,7 +84,7 @@ def decode(lm: SlotModel, pieces: Sequence[Array], slots: Array, cache: KVCache)
 
 
 def _batches(models: Sequence[SlotModel], counts: Sequence[int]) -> Iterator[list[int]]:
-    """The indices of sequences that are computed together. Sequences with the same model are neighbours."""
+    """Yield the indices of the sequences in each batch. Sequences with the same model are neighbours."""
     number = {id(model): index for index, model in enumerate(models)}  # a number for each model, to sort by
     order = sorted(range(len(counts)), key=lambda i: (counts[i] > _FEW, number[id(models[i])]))
     some: list[int] = []
@@ -99,9 +101,10 @@ def _batches(models: Sequence[SlotModel], counts: Sequence[int]) -> Iterator[lis
 
 
 def _filled(logits: Array, rows: list[int], few: Array) -> Array:
-    """Write some rows to the logits, and return the logits.
+    """Write the array `few` to the rows `rows` of `logits`, and return `logits`.
 
-    If the new rows are longer, the array is made wider. Shorter rows are then filled up with -inf.
+    If `few` has more columns than `logits`, a wider array replaces `logits`. The missing columns of all other
+    rows become -inf.
     """
     if few.shape[1] > logits.shape[1]:
         wider = np.full((len(logits), few.shape[1]), -np.inf, few.dtype)
@@ -129,7 +132,7 @@ def _check_ids(models: Sequence[SlotModel], pieces: Sequence[Array]) -> None:
 def _decode_together(
     models: Sequence[SlotModel], pieces: Sequence[Array], slots: Array, cache: KVCache
 ) -> Array:
-    """Compute `decode` for the sequences of one batch."""
+    """Like `decode`, for the sequences of one batch."""
     counts = np.array([len(piece) for piece in pieces])
     acts = cache.acts(cache.next_positions(slots, counts))
     if acts.all() and all(model is models[0] for model in models):
@@ -146,10 +149,11 @@ def _decode_together(
 
 
 def _grouped(rows: Iterable[tuple[int, bool]]) -> tuple[RowGroup, ...]:
-    """Make one RowGroup of all neighbouring rows that have equal entries in `rows`.
+    """Make a RowGroup for each group of neighbouring equal entries of `rows`.
 
     Args:
-        rows: for each row, the number of its model, and whether the model's adapter acts on the row.
+        rows: a pair for each row: the number of the row's model, and whether the model's adapter acts on the
+            row.
     """
     return tuple(
         RowGroup(model, sum(1 for _ in some), acts) for (model, acts), some in itertools.groupby(rows)
@@ -167,7 +171,8 @@ def _logits(
     """The logits of sequences that are computed by one model, or by a joint model.
 
     Args:
-        groups, ends: for a joint model, the groups of all rows, and of the last row of each sequence.
+        groups: for a joint model, the groups of all rows.
+        ends: for a joint model, the groups of the last rows, one row for each sequence.
     """
     counts = np.array([len(piece) for piece in pieces])
     positions = cache.next_positions(slots, counts)
@@ -181,14 +186,16 @@ def _logits(
 
 
 class JointModel:
-    """Several models that share the frozen weights, as one model. A GroupedLayer replaces each adapted layer.
+    """Combines several models that share the frozen weights into one model.
+
+    A GroupedLayer replaces each adapted layer.
 
     Attributes:
         lm: the joint model, which can only compute inside `grouped_rows`.
 
     Args:
         models: the models.
-        owner: the model whose layers may change. All other models are copies that are used only here.
+        owner: the model whose layers may change. The layers of all other models do not change.
         most: the maximum number of models. A further model replaces the least recently used one.
     """
 
@@ -207,7 +214,7 @@ class JointModel:
         self._watch_owner()
 
     def number(self, model: SlotModel) -> int:
-        """The number of a model in this joint model."""
+        """The number by which this joint model and its layers refer to `model`."""
         return self._numbers[id(model)]
 
     def join(self, models: Sequence[SlotModel], in_slots: Sequence[SlotModel]) -> bool:
@@ -237,7 +244,7 @@ class JointModel:
         return True
 
     def keep(self, models: Collection[SlotModel]) -> bool:
-        """Remove all models except these and the owner.
+        """Remove all models except `models` and the owner.
 
         If no model would be left, remove nothing and return False.
         """
@@ -255,9 +262,11 @@ class JointModel:
         return True
 
     def _free_number(self, in_slots: Sequence[SlotModel]) -> int:
-        """A number for a new model.
+        """Choose the number of a new model.
 
-        The number is free, or the next one, or that of the least recently used model that no slot uses.
+        A free number comes first. Without a free number, the new model gets a further number if there are
+        fewer than `most` models, or if every model is used by a slot. In all other cases, the new model
+        replaces the least recently used model that no slot uses.
         """
         if self._free:
             return self._free.pop()
@@ -280,9 +289,10 @@ class JointModel:
 
 
 def forget(cache: KVCache, named: Iterable[SlotModel]) -> None:
-    """Remove the models that no slot uses from the cache's joint model, except models with a named adapter.
+    """Remove all models from the cache's joint model, except models that a slot uses and models in `named`.
 
-    The adapters of the removed models were deleted, so these models are not needed again.
+    `named` are the models with a named adapter. The adapters of all other models were deleted, so these
+    models are not needed again.
     """
     if isinstance(cache.joint, JointModel):
         in_slots = (cache.adapters.model(slot) for slot in range(cache.slots))
@@ -292,7 +302,7 @@ def forget(cache: KVCache, named: Iterable[SlotModel]) -> None:
 
 
 def _joint_of(cache: KVCache, models: Sequence[SlotModel]) -> JointModel:
-    """Return a joint model of these models. The cache keeps the joint model for the next tokens.
+    """Return a joint model that contains `models`. The cache stores the joint model for the next tokens.
 
     A new joint model also contains the models of the other slots.
     """

@@ -28,11 +28,11 @@ class _Model(Protocol):
 
 
 def token_list(op: str, tokens: str | Sequence[str | int]) -> tuple[str | int, ...]:
-    """Split a text like "<|im_start|>,2" into texts and ids. A part that consists of digits is an id.
+    """Split a text like "<|im_start|>,2" into texts and ids. An entry that consists of digits is an id.
 
     Raises:
         TypeError: `tokens` is neither a text nor a list of texts and integers.
-        ValueError: a part is empty.
+        ValueError: an entry is empty.
     """
     given: list[Any] = [tokens]
     if not isinstance(tokens, str):
@@ -68,7 +68,7 @@ def module_names(op: str, modules: str | Sequence[str]) -> tuple[str, ...]:
 
 
 def token_ids(op: str, tokens: Sequence[str | int], vocab: int, tokenizer: Tokenizer | None) -> Ids:
-    """The ids of tokens, given as ids or texts; None if there are no tokens.
+    """Convert tokens, each given as an id or a text, to ids. Return None if there are no tokens.
 
     Raises:
         ValueError: a text is not a token, an id is not in the vocabulary, or a token is given twice. The
@@ -126,7 +126,7 @@ class NewTokens:
 
     Attributes:
         added: the tokens that the model lacks.
-        known: the texts that are tokens of the model already, with their ids.
+        known: for each text that is a token of the model already, the token's id.
     """
 
     added: tuple[AddedToken, ...] = ()
@@ -134,7 +134,7 @@ class NewTokens:
 
     @property
     def ids(self) -> list[int]:
-        """The ids of all these tokens, whose rows are trained."""
+        """The ids of all tokens in `known` and `added`. The rows of these tokens are trained."""
         return [*self.known.values(), *(token.id for token in self.added)]
 
 
@@ -168,7 +168,7 @@ def wanted(
     targets: Iterable[str],
     new: NewTokens | None = None,
 ) -> Mapping[str, Ids]:
-    """Choose the layers of a model whose rows are trained, and the rows.
+    """Choose the rows to train: for each layer with trained rows, the indices of these rows (None: all rows).
 
     Args:
         targets: the dotted names of the layers that get LoRA factors.
@@ -181,7 +181,7 @@ def wanted(
     listed, names = token_list(op, tokens) if tokens else (), module_names(op, modules) if modules else ()
     if listed and names:
         whole = ", ".join(names)
-        raise ValueError(f"{op}: modules_to_save trains all tokens of {whole}; leave trainable_tokens out")
+        raise ValueError(f"{op}: modules_to_save trains all rows of {whole}; leave trainable_tokens out")
     texts = any(isinstance(token, str) for token in listed)
     ids = token_ids(op, listed, lm.vocab_size, lm.tokenizer if texts else None)
     if new is not None and new.ids:

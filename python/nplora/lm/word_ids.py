@@ -1,4 +1,4 @@
-"""WordIds: the token ids of sentences, and the token of each word that carries the word's tag."""
+"""WordIds: the token ids of sentences of words, and the index of each word's first token."""
 
 from __future__ import annotations
 
@@ -22,12 +22,13 @@ NO_TAG = -100  # the target of a token without a tag; `CrossEntropy` ignores suc
 class WordIds:
     """The token ids of sentences that are given as words.
 
-    Only the first token of a word carries the word's tag. A word has no token, and no tag, if the sentence
-    was cut before the word, or if the tokenizer drops the word's characters.
+    A word's tag is the target of the word's first token. A word has no token if the sentence was cut before
+    the word, or if the tokenizer drops all characters of the word. The tag of such a word is not used.
 
     Attributes:
         ids: the token ids of each sentence, with the special tokens.
-        first: for each sentence, int64 (words,): the index of each word's first token; -1: no token.
+        first: for each sentence, int64 (words,): the index of each word's first token in the sentence's
+            `ids`, or -1 if the word has no token.
         cut: the number of sentences that were too long, and were cut.
     """
 
@@ -41,7 +42,7 @@ class WordIds:
         return sum(int((own < 0).sum()) for own in self.first)
 
     def rows(self) -> Array:
-        """The index of each word's first token among the tokens of all sentences, if the word has a token."""
+        """For each word with a token, the index of the word's first token in all sentences together."""
         starts = np.cumsum([0, *map(len, self.ids)])
         found = [start + own[own >= 0] for start, own in zip(starts, self.first, strict=False)]
         return np.concatenate([np.empty(0, np.int64), *found])
@@ -60,10 +61,10 @@ class WordIds:
 
         Args:
             longest: the largest number of tokens of a window, including the special tokens.
-            around: the special tokens before and after a sentence. Each window has them too.
+            around: the special tokens before and after a sentence. Each window also has these special tokens.
         Returns:
-            the token ids of the windows of all sentences; and for each word with a token, the place of its
-            first token among the tokens of all windows, int64 (words,).
+            a tuple: the token ids of each window of all sentences; and int64 (words,): for each word with a
+            token, the index of the word's first token among the tokens of all windows.
         Raises:
             ValueError: `longest` has no room for a word.
         """
@@ -88,7 +89,7 @@ class WordIds:
         return made, np.concatenate([np.empty(0, np.int64), *places])[self.rows()]
 
     def token_targets(self, tags: Iterable[npt.ArrayLike]) -> list[Array]:
-        """The targets of the tokens of each sentence, int64 (tokens,), given the targets of the words.
+        """Convert targets of words to targets of tokens: an int64 array (tokens,) for each sentence.
 
             >>> import nplora
             >>> words = nplora.load_encoder("encoder-model").word_ids([["a", "cat"], ["sitting"]], 8)
@@ -96,9 +97,10 @@ class WordIds:
             [[-100, 0, 1, -100], [-100, 2, -100]]
 
         Args:
-            tags: for each sentence, the target of each of its words, integers (words,).
+            tags: for each sentence, an integer array (words,): the targets of the words.
         Returns:
-            for each sentence, the target of each word at the word's first token, and -100 elsewhere.
+            for each sentence, an array with each word's target at the index of the word's first token. All
+            other elements are -100.
         Raises:
             ValueError: the number of sentences or of words is wrong. TypeError: the tags are not integers.
         """
@@ -110,7 +112,7 @@ class WordIds:
         return made
 
     def kept(self, tags: Iterable[npt.ArrayLike]) -> list[Array]:
-        """The tags of the words that have a token. Arguments and errors are those of `token_targets`.
+        """Return only the tags of words that have a token. Arguments and errors: see `token_targets`.
 
         >>> import nplora
         >>> words = nplora.load_encoder("encoder-model").word_ids([["a", "cat", "sat"]], longest=4)
@@ -124,7 +126,7 @@ class WordIds:
         made = [_check.as_array(op, f"tags[{i}]", own) for i, own in enumerate(tags)]
         if len(made) != len(self.first):
             raise ValueError(
-                f"{op}: the tags are those of {counted(len(made), 'sentence')}, expected {len(self.first)}"
+                f"{op}: tags are given for {counted(len(made), 'sentence')}, expected {len(self.first)}"
             )
         for i, (own, first) in enumerate(zip(made, self.first, strict=True)):
             if own.shape != first.shape:
@@ -132,10 +134,13 @@ class WordIds:
                     f"{op}: tags[{i}] has shape {own.shape}, expected {first.shape}, one for each word"
                 )
             if len(own) and not np.issubdtype(own.dtype, np.integer):
-                raise TypeError(f"{op}: tags[{i}] is of {own.dtype}, expected integers")
+                raise TypeError(f"{op}: tags[{i}] has dtype {own.dtype}, expected integers")
         return made
 
     def per_word(self, values: Sequence[Any]) -> list[list[Any]]:
-        """Divide values, one for each entry of `rows`, among the sentences. None: a word without a token."""
+        """Group `values`, one for each entry of `rows`, by sentence and word.
+
+        A word without a token gets None.
+        """
         given = iter(values)
         return [[next(given) if place >= 0 else None for place in own.tolist()] for own in self.first]

@@ -18,15 +18,14 @@ class LoraDelta:
     """The change that an adapter makes to one weight: ΔW = scale · A·B with A (d_out, r) and B (r, d_in).
 
     Attributes:
-        m: DoRA's magnitudes (d_out,), or None without DoRA. Each row of W + scale · A·B is rescaled, so that
-            its norm becomes the magnitude of this row (Liu et al. 2024, eq. 5).
-        embedding: whether W is an embedding table (vocab, dim). PEFT stores the A and B of embeddings in
-            another layout.
+        m: DoRA's magnitudes (d_out,), or None without DoRA. Row i of W + scale · A·B is rescaled, so that the
+            norm of the row becomes m[i] (Liu et al. 2024, eq. 5).
+        embedding: whether W is an embedding table (vocab, dim). For an embedding, PEFT stores A and B in
+            another layout than for a linear layer.
         kernel: the shape (c_in, height, width) of a convolution's kernel, or None. For a convolution, W is
-            the kernel as a matrix, with d_in = c_in · height · width. PEFT stores the same numbers with four
-            axes.
-        alpha, use_rslora: the settings that give `scale`, for saving the adapter again. If `alpha` is None,
-            the saved alpha is rank · scale.
+            the kernel as a matrix (d_out, c_in · height · width), and PEFT stores A and B with four axes.
+        alpha, use_rslora: the settings from which `scale` was computed. They are needed to save the adapter
+            again. If `alpha` is None, the adapter is saved with alpha = rank · scale.
     Raises:
         ValueError: the shapes do not fit together.
 
@@ -45,7 +44,7 @@ class LoraDelta:
     kernel: tuple[int, int, int] | None = None
 
     def rounded(self, dtype: str) -> Self:
-        """Return the change with factors that are rounded to "bfloat16" or "float16", as float32 arrays.
+        """Return the change with factors rounded to "bfloat16" or "float16". The factors are float32 arrays.
 
         >>> delta = LoraDelta(np.full((2, 1), 0.1, np.float32), np.ones((1, 2), np.float32), 1.0)
         >>> float(delta.rounded("bfloat16").A[0, 0])
@@ -94,7 +93,9 @@ class LoraDelta:
         return self.scale * self.rank if self.alpha is None else self.alpha
 
     def rows(self, order: Array | None) -> "LoraDelta":
-        """Return the change of the rows order[0], order[1], ... of W. If `order` is None, return self.
+        """Return the change of the matrix that consists of the rows order[0], order[1], ... of W.
+
+        If `order` is None, return self.
 
         >>> a, b = np.array([[1.0], [2.0], [3.0]], np.float32), np.ones((1, 3), np.float32)
         >>> LoraDelta(a, b, 1.0).rows(np.array([2, 0])).A
@@ -129,7 +130,7 @@ class LoraDelta:
         """Apply the change to `rows`, which are consecutive rows of W. Return the result as a new array.
 
         Args:
-            first: the index of the first one of these rows in W.
+            first: the index in W of the first row in `rows`.
 
         >>> a, b = np.array([[1.0], [2.0], [3.0]], np.float32), np.ones((1, 3), np.float32)
         >>> LoraDelta(a, b, 0.5).apply(np.zeros((2, 3), np.float32), first=1)  # the second and the third row

@@ -1,4 +1,4 @@
-"""LoRA on plain arrays: forward, backward and merge. (Layers do the same with their own arrays.)"""
+"""LoRA on plain arrays: forward, backward and merge. (The layers in `nplora.nn` hold their own arrays.)"""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def lora_backward(
         fw, A, B, scale: as in the forward pass.
         out: (dx, dA, dB): arrays for the results, or None for new arrays. dx is overwritten, but the
             gradients are ADDED to dA and dB.
-        need_dx: if False, dx is not computed, and the product with the frozen weight is skipped.
+        need_dx: whether to compute dx. If False, the product of dy and the frozen weight is skipped.
     Returns:
         dx (..., d_in) (None if need_dx is False), dA (d_out, r), dB (r, d_in).
     Raises:
@@ -154,17 +154,18 @@ def merge_lora(
 
     Args:
         W: array (d_out, d_in) of float32, float64, float16 or bfloat16 (an ml_dtypes array, or uint16 bit
-            patterns with dtype="bfloat16"). Each row must be contiguous, but rows may be any distance apart.
+            patterns with dtype="bfloat16"). Each row must be contiguous, but there may be gaps between the
+            rows.
         A, B: arrays (d_out, r) and (r, d_in) that do not overlap W.
         scale: the factor of the update. If scale is 0, A and B are not read.
         dtype: the name of W's format. This argument is only needed if W holds bit patterns.
         rounding: how sums are rounded to W's format. Sums are float32, or float64 for a float64 W.
 
             - "nearest": to nearest, ties to even. In float16, sums above 65504 become infinite, and
-              `unmerge_lora` cannot restore them.
+              `unmerge_lora` cannot restore the original values of W.
             - "stochastic", for float16 and bfloat16: up or down at random, so that the expected value is the
-              exact sum. Updates smaller than W's precision then add up over many merges, instead of being
-              lost. Sums beyond the largest finite number are rounded to nearest.
+              exact sum. So updates that are smaller than W's precision add up over many merges, instead of
+              being lost. Sums beyond the largest finite number are rounded to nearest.
         rng: a random generator or a seed, for "stochastic". The same seed gives the same bits with any number
             of threads.
     Returns:
@@ -234,19 +235,19 @@ def _merge(
 
 
 def _operand(op: str, fw: FrozenWeight | npt.ArrayLike) -> tuple[_core.Weight, int, int, np.dtype[Any]]:
-    """Return four values: the weight in the core's form, d_out, d_in, and the dtype of the computation."""
+    """Return four values: the weight as the core reads it, d_out, d_in, and the dtype of the computation."""
     if isinstance(fw, FrozenWeight):
         return fw.packed, *fw.shape, fw.compute_dtype
     given = _check.as_array(op, "fw", fw)
     if given.dtype == np.uint16:
-        raise TypeError(f'{op}: fw holds uint16; for bit patterns pass FrozenWeight(fw, dtype="bfloat16")')
+        raise TypeError(f'{op}: fw has dtype uint16; pass bit patterns as FrozenWeight(fw, dtype="bfloat16")')
     _check.matrix(op, "fw", given)
     array = _check.floats(op, "fw", given, np.float64 if given.dtype == np.float64 else np.float32)
     return array, array.shape[0], array.shape[1], array.dtype
 
 
 def _arrays(*named: tuple[str, object]) -> list[tuple[str, Array]]:
-    """Return the pairs (name, value) whose value is an array. No output may overlap these arrays."""
+    """Return only the pairs whose value is an array, to check that no output overlaps these arrays."""
     return [(name, value) for name, value in named if isinstance(value, np.ndarray)]
 
 

@@ -1,4 +1,4 @@
-"""Merges an update ΔW = scale · A·B into a weight, a few rows at a time, and measures how much of ΔW is kept.
+"""Merges an update ΔW = scale · A·B into a weight, a few rows at a time, and measures how much of ΔW is lost.
 
 The quantisation steps of a low-bit format can be larger than the update, so a merge can lose the update. The
 new weight is W + ΔW, computed in float32 (in float64 if W is float64) and then rounded to the storage format.
@@ -23,20 +23,20 @@ Array = NDArray[Any]
 
 @dataclass(frozen=True)
 class MergeReport:
-    """How much of an update is kept after a merge into one weight.
+    """How much of ΔW remains after rounding, for one merged weight.
 
     The "effective ΔW" is the merged weight, as stored, minus the original weight.
 
     Attributes:
         name: the name of the layer or tensor.
         storage, nbytes: the storage format of the merged weight, and its size in bytes.
-        error: ‖effective ΔW - ΔW‖ / ‖ΔW‖ in the Frobenius norm. For ΔW = 0, the error is infinite if a new
-            storage format changed the weight, and otherwise 0.
+        error: ‖effective ΔW - ΔW‖ / ‖ΔW‖ in the Frobenius norm. If ΔW is 0, the error is 0, or infinite if a
+            new storage format changed the weight.
         kept: the kept share of ΔW, ⟨effective ΔW, ΔW⟩ / ‖ΔW‖², or 1 if ΔW is 0. If the share is near 1, the
             error is rounding noise, which hardly changes the outputs. If the share is near 0, rounding has
             restored the original weight, and the update is lost.
-        worst_block: row and first column of the block with the largest relative error. Unquantised formats
-            have no blocks, so a whole row counts as one block.
+        worst_block: a tuple: the row and the first column of the block with the largest relative error.
+            Unquantised formats have no blocks, so a whole row counts as one block.
         worst_error: the relative error of that block.
         norm: ‖ΔW‖.
         weight_norm: ‖W‖ of the original weight.
@@ -54,7 +54,10 @@ class MergeReport:
 
     @property
     def noise(self) -> float:
-        """The part of the relative error that is orthogonal to ΔW. This part is noise, not a loss of ΔW."""
+        """The norm of the part of the error that is orthogonal to ΔW, divided by ‖ΔW‖.
+
+        This part is noise, not a loss of ΔW.
+        """
         return math.sqrt(max(0.0, self.error**2 - (1 - self.kept) ** 2))
 
     @classmethod
@@ -64,7 +67,7 @@ class MergeReport:
 
     @classmethod
     def of_all(cls, name: str, reports: "Sequence[MergeReport]") -> "MergeReport":
-        """Return one report of several merged weights together, without a worst block."""
+        """Return one report about all weights in `reports` together. The result has no worst block."""
         norms = [report.norm for report in reports]
         error = math.sqrt(weighted_mean(norms, [report.error**2 for report in reports], 0.0))
         kept = weighted_mean(norms, [report.kept for report in reports], 1.0)
@@ -88,9 +91,9 @@ class MergeReport:
 
 
 def weighted_mean(norms: Iterable[float], values: Iterable[float], nothing: float) -> float:
-    """Return the mean of `values`, each weighted by the square of its norm in `norms`.
+    """Return the weighted mean of `values`. The weight of values[i] is norms[i]².
 
-    An example is the mean of the kept shares, weighted by ‖ΔW‖². If all norms are 0, the result is `nothing`.
+    For example, the kept shares of ΔW get the weights ‖ΔW‖². If all norms are 0, the result is `nothing`.
     """
     weighted = [(norm**2, value) for norm, value in zip(norms, values, strict=True) if norm]
     if not weighted:
@@ -99,7 +102,7 @@ def weighted_mean(norms: Iterable[float], values: Iterable[float], nothing: floa
 
 
 class Merge:
-    """The merge of one weight. `rows()` yields the bytes of the new weight.
+    """Merges an update into one weight. `rows()` yields the bytes of the new weight.
 
     After `rows()` has yielded the last bytes, `report` is complete. `rows()` can be used only once.
 
@@ -120,7 +123,7 @@ class Merge:
         _check.choice("merge", "dtype", storage, storages.STORAGES)
         if not storages.fits(storage, shape[1]):
             raise ValueError(
-                f"merge: {name}: rows of {shape[1]} elements do not divide into blocks of "
+                f"merge: {name}: a row has {shape[1]} elements, expected a multiple of "
                 f"{storages.block_elements(storage)}, the block length of {storage}"
             )
         self.name, self.shape, self.update, self.storage = name, shape, update, storage
@@ -165,7 +168,7 @@ class Merge:
         return raw
 
     def decoded(self, raw: Array) -> Array:
-        """Return the values of rows that `rows()` yielded."""
+        """Decode rows of the new weight, such as those that `rows()` yields, to numbers."""
         return storages.decode(raw, self.storage, self.shape[1])
 
     def _count(self, before: Array, after: Array, delta: Array, numbers: Array) -> None:
@@ -207,7 +210,7 @@ class Merge:
 
 
 class RowsMerge(Merge):
-    """The merge of new rows into a weight that keeps its storage format. The other rows keep their bytes.
+    """Replaces rows of a weight, in the same storage format. The bytes of all other rows do not change.
 
     Args:
         read: a function; read(first, stop) returns the bytes (n, row_nbytes) of the rows W[first:stop].
@@ -232,10 +235,10 @@ def merge_weight(
     """Merge an update into a copy of a weight. The weight is decoded a few rows at a time.
 
     Args:
-        storage: a storage format of `FrozenWeight` that computes in the same dtype as `weight`, or "same" for
-            the format of `weight`.
+        storage: the storage format of the result, or "same" for the format of `weight`. Products with the
+            result must compute in the same dtype as products with `weight`.
     Raises:
-        ValueError: as in `Merge`, or the storage format computes in another dtype.
+        ValueError: as in `Merge`, or products with the result would compute in another dtype.
     """
     storage = (
         weight.dtype if storage == "same" else _check.choice("merge", "dtype", storage, storages.STORAGES)

@@ -13,7 +13,7 @@ _FINER = dict.fromkeys(storages.BLOCKS, "q8_0") | {
     "q8_0": "float16", "bfloat16": "float16", "float16": "float32", "float32": None, "float64": None,
 }  # fmt: skip
 _UNAFFECTED = 0.005  # nats per token; such a change of the loss changes the perplexity by half a percent
-_NOT_MEASURED = "held-out loss not measured: --check FILE (check=) measures the loss"
+_NOT_MEASURED = "held-out loss not measured (use --check FILE or check=)"
 _LITTLE = 0.5  # if rounding keeps less than this share of a tensor's ΔW, there is a warning
 
 
@@ -60,7 +60,7 @@ class ModelMerge:
         reports: one `MergeReport` for each merged tensor, in the order of the file.
         kept: the number of tensors that were copied unchanged.
         nbytes: the total size of the written files.
-        loss: the held-out loss before and after the merge, if it was measured.
+        loss: the held-out loss before and after the merge, or None if the loss was not measured.
 
     >>> done = nplora.merge_adapter("model.gguf", "adapter", "merged.gguf")
     >>> done.target, len(done.reports), done.nbytes == os.path.getsize("merged.gguf")
@@ -92,7 +92,10 @@ class ModelMerge:
 
     @property
     def noise(self) -> float:
-        """The part of the relative error that is orthogonal to ΔW. This part is noise, not a loss of ΔW."""
+        """The norm of the part of the error that is orthogonal to ΔW, divided by ‖ΔW‖.
+
+        This part is noise, not a loss of ΔW.
+        """
         return self.total.noise
 
     @property
@@ -112,7 +115,7 @@ class ModelMerge:
     def __str__(self) -> str:
         worst = sorted(self.reports, key=lambda report: report.kept)
         kinds = dict.fromkeys(report.storage for report in self.reports)
-        noise = f"{100 * self.noise * self.change:.3g}% of the weights' size ({self.noise:.3g} times ΔW)"
+        noise = f"{100 * self.noise * self.change:.3g}% of the weights' norm ({self.noise:.3g} times ΔW)"
         head = (
             f"{self.target}: {self.nbytes:,} bytes, {counted(len(self.reports), 'tensor')} merged "
             f"({', '.join(kinds)}), {self.kept} copied"
@@ -130,7 +133,7 @@ class ModelMerge:
     def warning(self) -> str:
         """A warning if rounding removed much of a tensor's ΔW, else an empty string.
 
-        The warning suggests a storage format that keeps more.
+        The warning suggests a storage format that keeps more of ΔW.
         """
         worst = min(self.reports, key=lambda report: report.kept)
         if worst.kept >= _LITTLE:
@@ -142,10 +145,11 @@ class ModelMerge:
 
 
 def least_kept(reports: Iterable[MergeReport]) -> float:
-    """Return the smaller one of two means of the kept shares. The first mean is `ModelMerge.delta_kept`.
+    """Average the kept shares of ΔW in two ways, and return the smaller mean.
 
-    In `delta_kept`, a matrix with large numbers outweighs all other matrices. The second mean therefore
-    weights each tensor by the square of its relative change, (‖ΔW‖ / ‖W‖)².
+    The first mean is `ModelMerge.delta_kept`, in which a tensor with a large ‖ΔW‖ outweighs all other
+    tensors. The second mean therefore weights each tensor by (‖ΔW‖ / ‖W‖)², the square of the tensor's
+    relative change.
     """
     changed = [report for report in reports if report.norm]
     kept = [report.kept for report in changed]

@@ -34,7 +34,7 @@ class NewRows:
         return self.ids[order], order
 
     def found(self, ids: Array) -> tuple[Array, Array]:
-        """For those rows in `ids` (n,) that are replaced, return the positions in `ids` and in `values`."""
+        """Find the replaced rows among `ids` (n,). Return their positions in `ids` and in `values`."""
         if self.ids is None:
             return np.arange(len(ids)), ids
         known, order = self._sorted
@@ -43,7 +43,7 @@ class NewRows:
         return places, order[near[places]]
 
     def within(self, first: int, stop: int) -> tuple[Array, Array]:
-        """Find the replaced rows among first, ..., stop - 1: their offsets from `first`, and their values."""
+        """For the replaced rows among first, ..., stop - 1, return offsets from `first`, and new values."""
         if self.ids is None:
             return np.arange(stop - first), self.values[first:stop]
         ids, order = self._sorted
@@ -51,7 +51,10 @@ class NewRows:
         return ids[part] - first, self.values[order[part]]
 
     def rows(self, wanted: Array) -> "NewRows":
-        """Return the change of the rows wanted[0], wanted[1], ... of the weight. `wanted` must be sorted."""
+        """Return the change of the matrix that consists of the rows wanted[0], wanted[1], ... of the weight.
+
+        `wanted` must be sorted.
+        """
         shape = (len(wanted), self.shape[1])
         if self.ids is None:
             return NewRows(None, self.values[wanted], shape)
@@ -62,7 +65,7 @@ class NewRows:
         """Replace rows in a copy of `rows`, which are consecutive rows of the weight.
 
         Args:
-            first: the index of the first one of these rows in the weight.
+            first: the index in the weight of the first row in `rows`.
         """
         merged = rows.copy()
         places, values = self.within(first, first + len(rows))

@@ -21,14 +21,14 @@ from nplora.lora.delta import LoraDelta
 def weighted_sum(
     name: str, terms: Sequence[tuple[LoraDelta, float]], limit: int | None
 ) -> tuple[LoraDelta, float, float]:
-    """Add up several updates ΔW, each times its weight, and cut the sum to rank `limit`.
+    """Compute the weighted sum of several updates ΔW, and reduce the rank of the sum to `limit`.
 
     Args:
         name: the layer's name, for messages.
         terms: pairs of an update and its weight in the sum. All updates are for the same layer, without DoRA.
         limit: the largest rank of the result, or None for the rank of the exact sum.
     Returns:
-        the sum, with scale 1 and factors in float32; the relative error of the cut,
+        a tuple: the sum, with scale 1 and factors in float32; the relative error caused by the lower rank,
         ‖sum - exact sum‖ / ‖exact sum‖ in the Frobenius norm; and ‖exact sum‖.
     Raises:
         ValueError: a factor holds NaN or an infinity, or the sum is too large for float32.

@@ -27,12 +27,12 @@ AnyLinear = Linear | LoRALinear
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class AttentionSaved(Saved):
-    """The arrays that the backward pass needs, besides the layer's input `x` (n, d) of n tokens.
+    """The arrays that the backward pass needs in addition to the layer's input `x` (n, d).
 
-    Each row holds the heads of one token side by side. `q` and `k` are stored after the rotation. If the
-    layer normalises `q` and `k`, both are stored before the norm instead, and the backward pass computes the
-    norm and the rotation again. `q` and `k` stay float32, because `lse`, the log-sum-exp of the scores, was
-    computed from them. `out` may be bfloat16 bits.
+    Row i of `q`, `k`, `v` and `out` holds the heads of token i side by side. `q` and `k` are stored after the
+    rotation, except if the layer has norms of q and k. In that case, `q` and `k` are stored before the norms,
+    and the backward pass computes norms and rotation again. `q` and `k` stay float32, because `lse`, the
+    log-sum-exp of the scores, was computed from them. `out` may be bfloat16 bits.
     """
 
     q: Array
@@ -67,18 +67,19 @@ class Attention(Module):
     """Computes softmax(q kᵀ · scale) v within each sequence (Vaswani et al. 2017).
 
     In a causal model, a token attends to itself and earlier tokens. In any other model, a token also attends
-    to later tokens. The layers `q_proj`, `k_proj` and `v_proj` are computed in one call. A single layer
-    `qkv_proj`, which has all of their rows, can replace `q_proj`, `k_proj` and `v_proj`. Each key/value head
-    is shared by a group of query heads (grouped-query attention, Ainslie et al. 2023). The optional norms
-    `q_norm` and `k_norm` are applied to q and k before the rotation. If a norm's weight is as long as one
-    head, each head is normalised alone. If a norm's weight is as long as all heads together, all heads are
-    normalised together.
+    to later tokens. The layers `q_proj`, `k_proj` and `v_proj` are computed in one call. One layer
+    `qkv_proj`, whose weight has the rows of all three weights, can replace these three layers. Each key/value
+    head is shared by a group of query heads (grouped-query attention, Ainslie et al. 2023). The optional
+    norms `q_norm` and `k_norm` are applied to q and k before the rotation. If a norm's weight is as long as
+    one head, each head is normalised alone. If a norm's weight is as long as all heads together, all heads
+    are normalised together.
 
     Args:
         layer: the index of this layer in the model.
         rope: the rotation of q and k, or None for no rotation.
-        modules: the projections and the norms, by name.
-        bias: numbers that are added to the scores, and depend on the distance of query and key; or None.
+        modules: a dict from names to the projections and the norms.
+        bias: numbers that are added to the attention scores, for each distance between query and key; or
+            None.
     """
 
     def __init__(
@@ -146,7 +147,7 @@ class Attention(Module):
         """Accumulate the gradients of the LoRA factors. Return dx (n, d), or None if `need_dx` is False.
 
         Args:
-            rows: the argument `rows` of `run`.
+            rows: the same as in the call of `run`.
         """
         deeper = need_dx or any(layer.local_parameters() for layer in self._inputs)
         out = widened(saved.out) if self._narrow else saved.out
@@ -182,7 +183,7 @@ class Attention(Module):
         """The memory per token of the forward and backward passes.
 
         Args:
-            narrow: whether the products compute in bfloat16.
+            narrow: whether matrix products are computed in bfloat16.
         """
         d, (q, kv) = self.o_proj.weight.shape[0], self._widths
         lse, joint = self._heads[0], (q + 2 * kv if len(self.reading) == 1 else 0)
@@ -200,14 +201,14 @@ class Attention(Module):
         return None if self._bias is None else self._bias.table(positions.longest)
 
     def _split(self, outputs: Sequence[Array]) -> Sequence[Array]:
-        """Split the output of `qkv_proj` into q, k and v; return three separate outputs as they are."""
+        """Return q, k and v. If `outputs` is the one output of `qkv_proj`, split it."""
         if len(outputs) == 3:
             return outputs
         q, kv = self._widths
         return [np.ascontiguousarray(part) for part in np.split(outputs[0], [q, q + kv], axis=1)]
 
     def _joined(self, *parts: Array) -> Sequence[Array]:
-        """The inverse of `_split`: join three arrays if the layer has one `qkv_proj`."""
+        """The inverse of `_split`: join three arrays into one if the layer has a `qkv_proj`."""
         return parts if len(self.reading) == 3 else [np.concatenate(parts, axis=1)]
 
     def _rotated(
@@ -227,7 +228,7 @@ class Attention(Module):
     def _rotated_backward(
         self, dq: Array, dk: Array, saved: AttentionSaved, positions: PackedPositions
     ) -> tuple[Array, Array]:
-        """Turn gradients of the rotated q and k into gradients of q and k before the norms and rotation."""
+        """Return the gradients of q and k before norms and rotation, given those after the rotation."""
         if self._rope is not None:
             for rows in (dq, dk):
                 self._rope.rotate(rows, positions, inverse=True)

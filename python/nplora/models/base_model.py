@@ -38,7 +38,7 @@ class BaseModel:
     digest: str | None = None
 
     def permuted_heads(self, layer: str) -> int:
-        """The number of heads of a layer if GGUF reorders the layer's rows, else 0.
+        """If GGUF reorders the rows of the layer, return the layer's number of heads. If not, return 0.
 
         Args:
             layer: the layer's name in Hugging Face's files.
@@ -50,7 +50,8 @@ def read(path: StrPath, any_base: bool = False) -> BaseModel:
     """Read the facts from a GGUF model, a config.json, or a directory with a config.json.
 
     Args:
-        any_base: as in `digest_of`.
+        any_base: whether the caller accepts any base model. If so, there is no warning about a missing
+            digest.
     Raises:
         UnsupportedError: nplora does not know the model's family. The other errors are those of `digest_of`.
     """
@@ -67,13 +68,14 @@ def digest_of(path: StrPath, any_base: bool = False) -> str | None:
     For a directory without weights, or with weights in a pickle, the digest is None.
 
     Args:
-        any_base: do not warn about a missing digest, because the caller accepts any base model.
+        any_base: whether the caller accepts any base model. If so, there is no warning about a missing
+            digest.
     Raises:
         FormatError: the path is not a model, or a file breaks its format.
         OSError: a file cannot be read.
     Warns:
-        UserWarning: the directory's weights are a Git LFS pointer, or one of their files is missing. There is
-            no warning if `any_base` is set.
+        UserWarning: a weights file is missing from the directory, or is only a Git LFS pointer; and
+            `any_base` is False.
     """
     config = _config_of(path)
     if config is None:
@@ -91,7 +93,7 @@ def _config_of(path: StrPath) -> Path | None:
 
 
 def _digest_beside(config: Path, family: Family, any_base: bool) -> str | None:
-    """The digest of the weights beside a config.json, or None if there are no weights."""
+    """The digest of the weights in the directory of a config.json, or None if there are no weights."""
     if config.name != CONFIG or model_directory.weights_of(config.parent) is None:
         return None
     try:

@@ -25,10 +25,10 @@ Array = npt.NDArray[Any]
 
 
 class Mixer(Protocol):
-    """The part of a half-block between its norms: attention, an MLP, or another layer.
+    """The layer between the norms of a half-block: attention, an MLP, or another layer.
 
     Attributes:
-        reading: the names of the linear layers whose input is `x`; they are computed in one call.
+        reading: the names of the linear layers whose input is `x`. These layers are computed in one call.
         reads_x: whether `run_backward` needs the input `x`.
     """
 
@@ -46,7 +46,7 @@ class Mixer(Protocol):
         """Accumulate the gradients of the LoRA factors. Return dx (n, d), or None if `need_dx` is False."""
 
     def run_cached(self, x: Array, positions: CachePositions, keys: Array, values: Array) -> Array:
-        """Compute the output y (m, d) for the m newest tokens. `keys` and `values` are the layer's cache."""
+        """Compute the output y (m, d) for the m newest tokens. `keys` and `values` belong to the cache."""
 
     def footprint(self, adapted: Adapted, narrow: bool) -> Footprint:
         """The memory per token of the forward and backward passes.
@@ -57,10 +57,10 @@ class Mixer(Protocol):
 
 
 class AttentionMixer(Mixer, Protocol):
-    """Attention, the first mixer of a block. The mixer can leave out outputs that are not needed."""
+    """Attention, the first mixer of a block. It can compute the outputs of a subset of the tokens."""
 
     def run(self, x: Array, positions: PackedPositions, rows: Array | None = None) -> tuple[Array, Any]:
-        """Like `Mixer.run`, but y (m, d) has only the outputs of the tokens `rows` (m,). None: all tokens."""
+        """Like `Mixer.run`, but compute only the outputs y (m, d) of the tokens `rows` (m,), if given."""
 
     def run_backward(
         self,
@@ -71,7 +71,7 @@ class AttentionMixer(Mixer, Protocol):
         need_dx: bool,
         rows: Array | None = None,
     ) -> Gradient:
-        """Like `Mixer.run_backward`. `rows` is the argument `rows` of `run`."""
+        """Like `Mixer.run_backward`, with the same `rows` as in the call of `run`."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -116,8 +116,8 @@ class DecoderBlock(Module):
 
     Args:
         halves: the half-blocks.
-        modules: the mixers and norms, by the names that the half-blocks use.
-        narrow: store activations for the backward pass in bfloat16.
+        modules: a dict from the names that the half-blocks use to the mixers and norms.
+        narrow: whether activations are stored as bfloat16 for the backward pass.
     """
 
     def __init__(self, halves: Sequence[Half], modules: Mapping[str, Module], narrow: bool) -> None:
@@ -163,11 +163,11 @@ class DecoderBlock(Module):
     ) -> Gradient:
         """Accumulate the gradients of the LoRA factors. Return dx, or None if `need_dx` is False.
 
-        `dy` is overwritten. Without `rows`, `dx` is in the memory of `dy`. The outputs of the norms were not
-        stored, so they are computed again if a gradient needs them.
+        `dy` is overwritten. If `rows` is None, `dx` is written to the memory of `dy`. The forward pass did
+        not store the outputs of norms, so the backward pass computes them again where a gradient needs them.
 
         Args:
-            rows: the argument `rows` of `run`.
+            rows: the same as in the call of `run`.
         """
         for index in reversed(range(len(self._halves))):
             half, kept = self._halves[index], saved.halves[index]
@@ -187,9 +187,9 @@ class DecoderBlock(Module):
         need_dx: bool,
         rows: Array | None,
     ) -> Array:
-        """Accumulate the LoRA factors' gradients. If `need_dx`, return the input's gradient.
+        """Accumulate the gradients of the LoRA factors. If `need_dx` is True, return the input's gradient.
 
-        Without `rows`, this gradient is in the memory of `dy`.
+        If `rows` is None, this gradient is written to the memory of `dy`.
         """
         widen = widened if self._narrow else _unchanged
         mixer, before, x = self._mixer(half), self._norm(half.before), widen(kept.x)
@@ -303,8 +303,8 @@ def assemble(
 
     Args:
         halves: the half-blocks.
-        mixer: a function that makes a mixer from its name and its layers and norms.
-        modules: the layers and norms, by their names in the block.
+        mixer: a function; mixer(name, modules) makes the mixer `name` from a dict of its layers and norms.
+        modules: a dict from names within the block to the block's layers and norms.
     """
     parts: dict[str, Module] = {}
     for half in halves:

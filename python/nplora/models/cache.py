@@ -22,17 +22,19 @@ PAGE_UNIT = 16  # the core sums over keys in groups of this many tokens; a group
 
 
 class KVCache:
-    """Memory for a batch of sequences, each in its own slot.
+    """Stores the keys and values of several sequences, each in a slot of its own.
 
     The memory is divided into pages. Without `page_tokens`, each slot has one page of its own, which holds
-    the whole sequence. With `page_tokens` and `pages`, the slots have no pages at first, and `give` adds
-    pages to a slot. Several slots may share a page, if their sequences begin with the same tokens.
+    the whole sequence. With `page_tokens` and `pages`, the slots have no pages at first, and each call of
+    `give` adds a page to a slot. Several slots may share a page, if their sequences begin with the same
+    tokens.
 
     Args:
         slots, capacity: the number of sequences, and the maximum number of tokens of each sequence.
-        owner: the model (with its selected named adapters) that may fill the cache; None allows any model.
+        owner: the model (with its selected named adapters) that computes all slots without an entry in
+            `adapters`. None: the model whose `decode` is called.
         page_tokens: the number of tokens in a page, a multiple of PAGE_UNIT.
-        pages: the number of pages; None gives each slot its own pages, enough for `capacity` tokens.
+        pages: the number of pages. None: each slot has its own pages for `capacity` tokens.
     Attributes:
         slots, capacity: the number of sequences, and the maximum number of tokens of each sequence.
         lengths: int64 (slots,), the number of tokens in each slot. To drop a slot's last tokens, lower its
@@ -42,16 +44,17 @@ class KVCache:
             than `capacity`, lower the slot's limit before the first token.
         keys, values: for each layer an array (pages, page_tokens, kv_heads · head_dim). The arrays take
             memory only as they are filled.
-        table: int64 (slots, pages of a slot), the pages of each slot in order.
-        held: int64 (slots,), how many pages each slot has. Later entries of the slot's row in `table` are not
-            used.
+        table: int64 (slots, pages of a slot), the pages of each slot, in the order of the tokens.
+        held: int64 (slots,), how many pages each slot has. Only the first held[i] entries of row i of `table`
+            are used.
         adapters: the adapter of each slot, which can be set while the slot is empty. A slot's adapter is a
-            name, an `Adapter`, the model that `lm.named_model` returned for one of these, or None. With None,
-            the initial value, `owner` computes the slot.
-        activation: int64 (slots,), for an activated LoRA, the first position at which it acts in each slot.
-            UNKNOWN: `decode` looks for the invocation tokens in the next tokens. NEVER: the adapter does not
-            act in this slot.
-        owner: the model (with its selected named adapters) that may fill the cache; None allows any model.
+            name, an `Adapter`, the model that `lm.named_model` returned for one of these, or None. Initially,
+            all slots have None: `owner` computes their tokens.
+        activation: int64 (slots,), for slots with an activated LoRA: the first position on which the adapter
+            acts. UNKNOWN: `decode` searches the next tokens for the invocation tokens. NEVER: the adapter
+            does not act in this slot.
+        owner: the model (with its selected named adapters) that computes all slots without an entry in
+            `adapters`. None: the model whose `decode` is called.
 
     >>> lm = nplora.load_model("model.gguf")
     >>> cache = lm.new_cache(slots=2, capacity=16)
@@ -109,7 +112,7 @@ class KVCache:
         self.activation[:] = UNKNOWN
 
     def give(self, slot: int, page: int) -> None:
-        """Give the next page to a slot.
+        """Append the page with the index `page` to the pages of a slot.
 
         >>> lm = nplora.load_model("model.gguf")
         >>> cache = KVCache(lm.config, slots=1, capacity=64, owner=lm, page_tokens=16, pages=2)
@@ -121,7 +124,7 @@ class KVCache:
         self.held[slot] += 1
 
     def take(self, slot: int) -> list[int]:
-        """Take all pages from a slot, so that it becomes empty. Return the pages.
+        """Remove all pages and tokens from a slot. Return the pages.
 
         >>> lm = nplora.load_model("model.gguf")
         >>> cache = KVCache(lm.config, slots=1, capacity=64, owner=lm, page_tokens=16, pages=2)
@@ -135,7 +138,7 @@ class KVCache:
         return pages
 
     def next_positions(self, slots: Array, counts: Array | int) -> CachePositions:
-        """The positions of the next `counts` tokens of the sequences in `slots`."""
+        """The positions of the next tokens: counts[i] tokens for the sequence in the slot slots[i]."""
         counts = np.broadcast_to(counts, slots.shape).astype(np.intp)
         begins = np.cumsum(counts) - counts  # the first row of each sequence
         in_sequence = np.arange(counts.sum(), dtype=np.int64) + np.repeat(
@@ -144,16 +147,16 @@ class KVCache:
         return self.positions(np.repeat(slots, counts), in_sequence, np.repeat(self.limits[slots], counts))
 
     def positions(self, slots: Array, in_sequence: Array, limits: Array) -> CachePositions:
-        """The positions of new tokens, given the slot, the position and the limit of each token."""
+        """Describe new tokens, given the slot, the position in the sequence and the limit of each token."""
         return cache_positions(slots, in_sequence, limits, self.table, self.page_tokens)
 
     def activate(self, slot: int, ids: Array) -> None:
-        """Find where an activated LoRA begins to act, given all tokens of a prompt."""
+        """Find the first position on which a slot's activated LoRA acts, given all tokens of the prompt."""
         if (invocation := self.adapters.invocation(slot)) is not None:
             self.activation[slot] = start_of(np.asarray(ids), invocation)
 
     def find_invocation(self, slots: Array, pieces: Sequence[Array]) -> None:
-        """Look for the invocation tokens in the next tokens of slots."""
+        """Search the next tokens of each slot for the invocation tokens of the slot's adapter."""
         for slot, piece in zip(slots.tolist(), pieces, strict=True):
             invocation = self.adapters.invocation(slot)
             if invocation is None or self.activation[slot] != UNKNOWN:
@@ -191,5 +194,5 @@ class KVCache:
 
     @property
     def nbytes(self) -> int:
-        """The size of the arrays in bytes, when they are full."""
+        """The size in bytes of all keys and values of a full cache."""
         return sum(array.nbytes for array in (*self.keys, *self.values))

@@ -30,32 +30,33 @@ _FACTORS = (
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """The sizes and settings of a model, named as in Hugging Face's config.json.
+    """The sizes and settings of a decoder. Most names are those of fields of Hugging Face's config.json.
 
     Attributes:
         source: the file that the configuration was read from.
         model_type: the name of the model's family in `models.families`.
         max_position_embeddings: the context length that the model was trained for.
         rope: the rotation of q and k.
-        sliding_windows: for each layer, how many of the last tokens a query attends to, including its own
-            token; 0: all tokens.
+        sliding_windows: for each layer, the number of last tokens that a query attends to, including the
+            query's own token; 0: all tokens.
         local_rope: the rotation in layers with a sliding window, or None if it is the same as in other
             layers.
         unrotated: the indices of the layers without rotation.
-        rotary_dim: how many values of each head are rotated, counted from the first; None: all values.
+        rotary_dim: the number of values that are rotated in each head, beginning with the first value; None:
+            all values.
         qkv_bias, o_bias, mlp_bias: whether these linear layers have a bias.
         hidden_act: the MLP's activation: "silu", "gelu", or "gelu_pytorch_tanh" (which approximates
             GELU with tanh).
         query_pre_attn_scalar: attention scores are divided by the square root of this number, or by the
             square root of `head_dim` if the number is None.
-        attention_multiplier: a factor for the attention scores, instead of the division by a square root; or
-            None.
+        attention_multiplier: a factor for the attention scores, which replaces the division by the square
+            root; None: no such factor.
         embedding_multiplier: a factor for the embeddings.
         residual_multiplier: a factor for the output of each half-block (attention or MLP).
         logits_scaling: a divisor for the logits.
         causal: whether a token attends only to itself and earlier tokens. If False, the model is an encoder.
-        interleaved: whether rotated pairs are neighbouring values of a head, as in some GGUF files. If False,
-            value i of a head is paired with value i + rotary_dim / 2.
+        interleaved: whether neighbouring values of a head are rotated as a pair, as in some GGUF files. If
+            False, value i of a head is paired with value i + rotary_dim / 2.
 
     >>> import nplora
     >>> config = nplora.load_model("model.gguf").config
@@ -112,8 +113,8 @@ class ModelConfig:
             2 <= self.rotary_dim <= self.head_dim and self.rotary_dim % 2 == 0
         ):
             raise FormatError(
-                f"{self.source}: {self.rotary_dim} values of a head rotate, expected an even number from 2 "
-                f"to head_dim={self.head_dim}"
+                f"{self.source}: {self.rotary_dim} values of a head are rotated, expected an even number "
+                f"from 2 to head_dim={self.head_dim}"
             )
         for name in _FACTORS:
             value = getattr(self, name)
@@ -128,7 +129,7 @@ class ModelConfig:
             raise FormatError(f"{self.source}: {name} is {value:,}, expected 1 to {most:,}")
 
     def described(self) -> str:
-        """All settings as a text, without `source`. Equal settings have equal texts.
+        """Return a text with all settings except `source`. Equal settings have equal texts.
 
         Settings with their default value are left out. So the texts of old models stay the same when this
         class gets a new setting.
@@ -170,7 +171,7 @@ class ModelConfig:
 
 
 def described(config: Any) -> str:
-    """The settings of a configuration as a text, without `source`."""
+    """Return a text with all settings of a configuration except `source`."""
     return _described(dataclasses.replace(config, source=""))
 
 

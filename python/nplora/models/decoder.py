@@ -30,12 +30,12 @@ Array = npt.NDArray[Any]
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class BlockInput(Saved):
-    """A block's input, from which the backward pass computes the block again.
+    """What the backward pass needs to compute a block again.
 
     Attributes:
         x: the block's input.
-        streams: the state of the block's dropout generators before its forward pass.
-        context: the context variables of the forward pass, which record the disabled adapters.
+        streams: the states of the block's dropout generators before the block's forward pass.
+        context: the context variables of the forward pass. These record which adapters are disabled.
     """
 
     x: Array
@@ -45,9 +45,9 @@ class BlockInput(Saved):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class DecoderSaved(Saved):
-    """The values that `run_backward` needs, for the lowest adapted block and all blocks above it.
+    """The values that `run_backward` needs. `blocks` begins with the values of the lowest adapted block.
 
-    `run_backward` begins with the last block, and removes each block's values when it uses them. `rows` are
+    `run_backward` begins with the last block, and removes the values of each block from `blocks`. `rows` are
     the indices of the tokens whose outputs were computed; None: all.
     """
 
@@ -66,8 +66,9 @@ class Decoder(Module):
 
     Attributes:
         recompute: use gradient checkpointing (Chen et al. 2016): store only each block's input, and compute
-            the block again in the backward pass. Training then takes a third more work and a tenth of the
-            memory. The gradients have the same bits as without checkpointing.
+            the block again in the backward pass. Compared with training without checkpointing, this takes a
+            third more computation and a tenth of the memory. The gradients have the same bits as without
+            checkpointing.
         prefix: the cached outputs of the blocks below the lowest adapted block, or None.
         word_filter: a filter that leaves unlikely words out of the gradient of the head's input, or None.
         int8_head: with compute="int8", also compute the gradient of the head's input in int8, rounded
@@ -94,7 +95,7 @@ class Decoder(Module):
 
     @property
     def checkpoint_blocks(self) -> bool:
-        """The earlier name of `recompute`."""
+        """The former name of `recompute`."""
         return self.recompute
 
     @checkpoint_blocks.setter
@@ -114,7 +115,7 @@ class Decoder(Module):
             return _run_through(self.layers[first:], x, positions, rows)
 
     def may_leave_out_rows(self) -> bool:
-        """Whether `run` and `infer` accept `rows`; False if an adapter acts only on some rows."""
+        """Whether `run` and `infer` accept `rows`. They do not if an adapter acts on a subset of the rows."""
         return invocation_of(self) is None and row_groups() is None
 
     def _activated(self, ids: Array, positions: PackedPositions) -> AbstractContextManager[None]:
@@ -190,7 +191,7 @@ class Decoder(Module):
         return self.hidden_states_backward(dy if self._readout == 1 else dy * self._readout, x)
 
     def _run_frozen(self, first: int, ids: Array, positions: PackedPositions) -> tuple[Array, Any]:
-        """The residual stream (n, d) before block `first`, and the values for the embedding's gradient."""
+        """Return the residual stream (n, d) before block `first`, and the saved values of the embedding."""
         prefix = self.prefix if self.prefix is not None and self.prefix.blocks == first > 0 else None
         found = None if prefix is None else prefix.find(ids, positions.starts)
         if found is not None:

@@ -9,12 +9,12 @@ A loss multiplies the divergence by T², so that the gradients have the same siz
 al. 2015, arXiv:1503.02531, section 2).
 
 A teacher is given by all of its logits, or by its k most likely tokens. With k tokens, all other tokens form
-one class, "the rest", of probability p_r = 1 - Σ p_i and q_r = 1 - Σ q_i. The divergence of these k + 1
-classes is a lower bound of the full divergence, and equals it if k is the size of the vocabulary. For a token
-j of the rest, dL/dz_j is q_j (1 - p_r / q_r) for the forward divergence, and q_j (log(q_r / p_r) - KL) for
-the reverse one. Without the class "the rest", the student would learn a distribution over the teacher's k
-tokens alone, which is too sharp (Anshumann et al. 2025, arXiv:2503.16870). TRL also computes this divergence
-(`loss_add_tail` of its server distillation).
+one class, "the rest". The class has the probability p_r = 1 - Σ p_i for the teacher and q_r = 1 - Σ q_i for
+the student. The divergence of these k + 1 classes is a lower bound of the full divergence, and equals it if k
+is the size of the vocabulary. For a token j of the rest, dL/dz_j is q_j (1 - p_r / q_r) for the forward
+divergence, and q_j (log(q_r / p_r) - KL) for the reverse one. Without the class "the rest", the student would
+learn a distribution over the teacher's k tokens alone, which is too sharp (Anshumann et al. 2025,
+arXiv:2503.16870). TRL also computes this divergence (`loss_add_tail` of its server distillation).
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ class TopK:
     """A teacher's most likely tokens.
 
     Attributes:
-        ids: integers (n, k), the tokens, each at most once in a row. The id -1 is a token that the student
-            lacks.
+        ids: integers (n, k), the tokens, each at most once in a row. The id -1 stands for a token that is not
+            in the student's vocabulary.
         log_probs: float64 (n, k + 1), the log-probabilities of these k tokens, -inf for the id -1. The last
             column has the log-probability of all other tokens together, or -inf if there are none. The
             probabilities of a row sum to 1.
@@ -56,8 +56,8 @@ class TopK:
 
 
 def most_likely(logits: Array, k: int, temperature: float = 1.0) -> TopK:
-    """The k most likely tokens of each row of logits, the most likely first. Equally likely tokens keep their
-    order.
+    """The k most likely tokens of each row of logits, the most likely first. Equally likely tokens are sorted
+    by id.
 
     Args:
         logits: float32 (n, vocabulary), finite; overwritten.
@@ -90,9 +90,9 @@ def _losses(logits: Array, targets: Array) -> Array:
 def _largest(values: Array, k: int) -> Array:
     """The positions (n, k) of the k largest values of each row, the largest first.
 
-    The row is divided into groups, and the k-th largest of the groups' maxima is a bound. At least k values
-    reach this bound. Only the few values that reach the bound are sorted, which is several times faster than
-    a partition of the whole row.
+    Each row is divided into groups. At least k values of the row reach the k-th largest of the groups'
+    maxima. Only the few values that reach this number are sorted, which is several times faster than a
+    partition of the whole row.
     """
     n, size = values.shape
     groups = size // _GROUP
@@ -126,15 +126,15 @@ class Distillation:
     def __call__(
         self, logits: Array, targets: Array, teacher: Teacher, factor: float, gradient: bool
     ) -> tuple[Array, Array, Array | None]:
-        """The losses of some rows, their divergences (without the factor T²), and their cross-entropies.
+        """Return the losses of n rows, the divergences (without the factor T²), and the cross-entropies.
 
         Args:
-            logits: float32 (n, vocabulary), the student's logits; overwritten. With `gradient`, the logits
-                become `factor` times the gradient.
+            logits: float32 (n, vocabulary), the student's logits. The array is overwritten: if `gradient` is
+                True, with `factor` times the gradient of the losses.
             targets: integers (n,), the labels.
             teacher: the teacher's logits or most likely tokens, for the same rows.
         Returns:
-            three float64 arrays (n,). With `gradient` and ratio = 1, there are no cross-entropies.
+            three float64 arrays (n,). If `gradient` is True and the ratio is 1, the third array is None.
         """
         n, vocab = logits.shape
         kls, hard = np.empty(n), None if gradient and self.ratio == 1 else np.empty(n)
@@ -173,9 +173,9 @@ class Distillation:
 
 
 def _common(kl: str, z: Array, t: Array, factor: float, gradient: bool) -> Array:
-    """The divergences over the tokens that both vocabularies have. All other tokens get gradient 0.
+    """The divergences over the tokens that both vocabularies have. The gradient of all other tokens is 0.
 
-    One vocabulary may be longer than the other, because a model may pad its weight with unused rows.
+    One vocabulary may be longer than the other, because some models pad the head's weight with unused rows.
     """
     common = min(z.shape[1], t.shape[1])
     if z.shape[1] == t.shape[1]:
@@ -190,9 +190,9 @@ def _common(kl: str, z: Array, t: Array, factor: float, gradient: bool) -> Array
 def _dense(kl: str, z: Array, t: Array, factor: float, gradient: bool) -> Array:
     """The divergences (n,), given all logits of the teacher (t) and of the student (z). Both are overwritten.
 
-    At a high temperature, p and q are almost equal, and the divergence is much smaller than its terms. So the
-    terms are added up in float64. The sum of the terms is divided by the sum of p (reverse: q), which is not
-    exactly 1 because of rounding.
+    At a high temperature, p and q are almost equal, and the divergence is much smaller than the terms of its
+    sum. So the terms are added up in float64. Because of rounding, the probabilities do not add up to exactly
+    1. So the sum of the terms is divided by the sum of p (forward) or of q (reverse).
     """
     log_ratio = t - z
     shift = _softmax(t) - _softmax(z)  # t is p, and z is q

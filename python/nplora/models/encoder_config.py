@@ -29,20 +29,20 @@ class EncoderConfig:
     Attributes:
         source: the file that the configuration was read from.
         model_type: the name of the model's family in `models.families`.
-        max_position_embeddings: the largest number of tokens of a text.
+        max_position_embeddings: the maximum number of tokens in a text.
         hidden_act: the activation: "gelu" (exact), "gelu_pytorch_tanh" or "silu".
-        type_vocab_size: the number of token types; 0: the model has none.
-        position_rows: the rows of the table of learned positions; 0: the model has none.
-        first_position: the row of the table for the first token.
-        relative_buckets: the number of buckets of relative positions; 0: the model has none.
-        sliding_windows: a number w for each layer. A token attends to itself, and to w - 1 tokens on each
-            side; 0: to all tokens.
-        rope, local_rope: the rotation of q and k in layers without and with a window; None: no rotation.
+        type_vocab_size: the number of token types; 0 if the model has no token types.
+        position_rows: the number of rows in the table of learned positions; 0 if the model has no such table.
+        first_position: the row of this table for the first token of a text.
+        relative_buckets: the number of buckets of relative positions; 0 if the model has no such buckets.
+        sliding_windows: a number w for each layer. A token attends to itself and to w - 1 tokens on each
+            side. If w is 0, a token attends to all tokens.
+        rope: the rotation of q and k in layers without a window; None: no rotation.
+        local_rope: the rotation of q and k in layers with a window; None: no rotation.
         attention_bias, mlp_bias, norm_bias: whether the linear layers of attention, those of the MLP, and the
             norms have a bias.
         classifier_pooling, classifier_activation, classifier_bias: settings of the head of a classifier.
-        causal: whether a token attends only to itself and earlier tokens. In an encoder, each token attends
-            to all tokens.
+        causal: always False, because a token of an encoder also attends to later tokens.
     """
 
     source: str
@@ -87,7 +87,7 @@ class EncoderConfig:
             )
         self._require("the width of a head", self.head_dim, 1, MAX_HEAD_DIM)
         if self.rope is not None and self.head_dim % 2:
-            raise FormatError(f"{self.source}: a head has {self.head_dim} values, expected an even number")
+            raise FormatError(f"{self.source}: a head is {self.head_dim} wide, expected an even number")
         if not 0 < self.layer_norm_eps < 1:
             raise FormatError(f"{self.source}: layer_norm_eps is {self.layer_norm_eps}, expected in (0, 1)")
 

@@ -35,16 +35,17 @@ class EmbeddedSaved(Saved):
 
 
 class EncoderModel(Decoder):
-    """The embeddings, the blocks and, if the family has one, the last norm.
+    """The embeddings, the blocks and the last norm, which some families do not have.
 
     Texts of different lengths are packed, so no work is spent on padding. The layers have the names that
     transformers gives them, such as "encoder.layer.0.attention.self.query".
 
     Args:
-        positions, types: the embeddings of positions and of token types, or None. All tokens have type 0.
-            Both tables are weights instead of modules, because a table cannot have an adapter.
-        embed_norm: the norm of the sum of the embeddings.
-        norm: the last norm, or None.
+        positions: the table of position embeddings, or None. The table is a weight instead of a module,
+            because a table cannot have an adapter.
+        types: the table of token-type embeddings, also a weight, or None. All tokens have type 0.
+        embed_norm: the LayerNorm that normalises the sum of the embeddings.
+        norm: the LayerNorm after the last block, or None.
         hf_name: a function that turns nplora's name of a module into the name in transformers.
     """
 
@@ -87,7 +88,7 @@ class EncoderModel(Decoder):
         self.embed_tokens.backward(dx, saved.tokens)
 
     def hidden_states(self, x: Array) -> Array:
-        """The last norm of the residual stream x (n, d); the stream itself if the model has no last norm."""
+        """Apply the last norm to the residual stream x (n, d). If the model has no last norm, return x."""
         return x if self.norm is None else norm_forward(self.norm, x)
 
     def hidden_states_backward(self, dy: Array, x: Array) -> Array:

@@ -88,7 +88,7 @@ class FeedForward(Module):
         """The memory per token of the forward and backward passes.
 
         Args:
-            narrow: whether the products compute in bfloat16.
+            narrow: whether matrix products are computed in bfloat16.
         """
         d, f = self.down_proj.weight.shape
         low = adapted.saved(("up_proj", "down_proj"))

@@ -14,13 +14,15 @@ FLOAT, BITS = 4, 2  # bytes of float32 and of bfloat16
 
 @dataclass(frozen=True)
 class Adapted:
-    """The layers of a block that have or will have an adapter.
+    """The layers of a block that have an adapter, or will get one.
 
     Attributes:
-        rank: the rank of the layers that are not in `ranks`.
-        outputs: the output width d_out of each of these layers, by the last part of the layer's name.
-        ranks: the ranks that differ from `rank`, by the last part of the layer's name.
-        freeze_B: whether the adapters train A only, so that the backward pass needs no layer's input.
+        rank: the rank of the adapters of all layers that are not in `ranks`.
+        outputs: a dict from the last part of each layer's name to the output width d_out of the layer.
+        ranks: a dict from the last part of a layer's name to the rank of the layer's adapter, for layers
+            whose rank is not `rank`.
+        freeze_B: whether the adapters train only A. If so, the backward pass does not need the inputs of the
+            layers.
     """
 
     rank: int
@@ -30,11 +32,11 @@ class Adapted:
     freeze_B: bool = False  # noqa: N815
 
     def read_inputs(self, names: Iterable[str]) -> bool:
-        """Whether a named layer has an adapter that needs the layer's input in the backward pass."""
+        """Whether the adapter of one of the layers `names` needs the layer's input in the backward pass."""
         return not self.freeze_B and not self.outputs.keys().isdisjoint(names)
 
     def saved(self, names: Iterable[str]) -> int:
-        """Bytes per token that the adapters of the named layers store for the backward pass.
+        """The number of bytes per token that the adapters of the layers `names` store for the backward pass.
 
         An adapter of rank r stores the r outputs of its first factor. With DoRA, an adapter also stores the
         layer's outputs before rescaling.
@@ -52,10 +54,11 @@ class Footprint:
     """Bytes per token.
 
     Attributes:
-        saved: the memory that is kept for the backward pass.
+        saved: the memory that the forward pass stores for the backward pass.
         forward: the peak memory in the forward pass, including `saved`.
-        backward: the peak memory in the backward pass, without `saved` and the gradients of input and output.
-        scratch: the core's own memory, which it keeps for the next pass. All blocks share this memory.
+        backward: the peak memory in the backward pass, not counting `saved` and the gradients of the block's
+            input and output.
+        scratch: memory that the core keeps from one pass to the next. All blocks share this memory.
     """
 
     saved: int

@@ -42,7 +42,7 @@ class ModelConversion:
         target: the written file.
         architecture: GGUF's name for the model's family.
         types: the number of tensors of each ggml type.
-        why_no_tokenizer: why the file has no tokenizer; empty if it has one.
+        why_no_tokenizer: why the file has no tokenizer; empty if the file has a tokenizer.
         short: a sentence about matrices that could not get the requested type, because their rows are not
             whole blocks of that type; empty if all matrices have the type.
     """
@@ -93,15 +93,16 @@ def model_to_gguf(
     """Convert a Hugging Face model to a GGUF file, or the matrices of a GGUF model to another type.
 
     The model must belong to one of the families in `nplora.models.families`. Matrices get the requested type.
-    A matrix whose rows are not whole blocks of that type gets the next type that fits, as in llama.cpp. Norms
-    and biases are float32. Rows of the q and k layers are permuted if the architecture requires that.
+    A matrix whose rows are not whole blocks of that type gets a type with shorter blocks, as in llama.cpp.
+    Norms and biases are float32. If the architecture requires it, the rows of the q and k layers are
+    permuted.
 
-    A GGUF model keeps its metadata, its tokenizer and its vectors. Values that were already rounded do not
-    become more precise.
+    If the source is a GGUF model, the new file has the source's metadata, tokenizer and vectors. Conversion
+    to a finer type does not undo the rounding of the source's values.
 
     Args:
-        source: a directory with config.json and model.safetensors (one file or shards), or the file or index
-            in such a directory; or a GGUF file.
+        source: a GGUF file; or a directory with config.json and model.safetensors (one file or shards); or
+            the safetensors file or shard index in such a directory.
         path: the GGUF file to write.
         dtype: "same" (not for a GGUF source), "float32", "float16", "bfloat16", or a ggml type such as "q8_0"
             or "q4_k" (`nplora convert --help` lists all).
@@ -170,11 +171,12 @@ def _retyped(source: StrPath, path: StrPath, dtype: str) -> ModelConversion:
         raise FormatError(f"{file.source}: an adapter, expected a model")
     if dtype == "same":
         raise ValueError(
-            f"model_to_gguf: {file.source} is a GGUF model already; give the dtype that its matrices get"
+            f"model_to_gguf: {file.source} is a GGUF model already; expected another dtype than 'same'"
         )
     if (count := file.metadata.number("split.count", 1)) > 1:
         raise UnsupportedError(
-            f"{file.source}: one of {count} files of a model; llama-gguf-split --merge joins them"
+            f"{file.source}: the file is one of {count} files of a model; join them with "
+            "llama-gguf-split --merge"
         )
     architecture = file.metadata.string("general.architecture")
     families.by_architecture(file.source, architecture)
@@ -213,7 +215,7 @@ def _in_type(file: gguf.GgufFile, name: str, dtype: str) -> gguf.Tensor | gguf.S
 
 
 def _tokenizer(directory: Path, vocab_size: int) -> tuple[dict[str, Any], str]:
-    """Return the tokenizer's metadata and "", or {} and the reason why there are no metadata."""
+    """Return the tokenizer's metadata and "", or an empty dict and the reason why there is no tokenizer."""
     try:
         return gguf_metadata.from_directory(directory, vocab_size), ""
     except FileNotFoundError:

@@ -23,15 +23,16 @@ FunctionOfLosses: TypeAlias = Callable[[Array], tuple[float, Array]]
 
 
 class LogitLoss(Protocol):
-    """A loss that is a sum over rows of logits."""
+    """A loss that is a sum of losses of single rows of logits."""
 
     def __call__(self, logits: Array, rows: Array, factor: float, gradient: bool) -> Array:
         """The loss of each row, float64 (n,).
 
         Args:
-            logits: float32 (n, vocabulary). With `gradient`, the loss overwrites the logits with `factor`
-                times the gradient. Without `gradient`, the loss may overwrite the logits with anything.
-            rows: the positions of these rows in the batch.
+            logits: float32 (n, vocabulary). If `gradient` is True, the loss overwrites the logits with
+                `factor` times their gradient. If `gradient` is False, the loss may overwrite the logits with
+                anything.
+            rows: the indices of these n rows in the batch.
         """
 
 
@@ -49,10 +50,10 @@ _LEAST_ROWS, _MOST_ROWS = 64, 256
 def loss_and_gradient(
     model: Decoder, head: AnyHead, x: Array, targets: Array, factor: float
 ) -> tuple[float, Array]:
-    """The sum of the losses, and `factor` times its gradient with respect to the residual stream x (n, d).
+    """The sum of the losses, and the gradient of this sum, times `factor`.
 
-    If the head has an adapter, the adapter's gradients are accumulated too. Rows without a target have
-    gradient 0.
+    The gradient is with respect to the residual stream x (n, d). Rows without a target have gradient 0. If
+    the head has an adapter, the adapter's gradients are accumulated too.
     """
     dx, total = np.zeros_like(x), 0.0
     for rows in _chunks_of(targets, head):
@@ -64,11 +65,12 @@ def loss_and_gradient(
 def gradient_of_losses(
     model: Decoder, head: AnyHead, x: Array, targets: Array, function: FunctionOfLosses
 ) -> tuple[float, Array]:
-    """The value of a function of the tokens' losses, and its gradient with respect to x (n, d).
+    """The value of `function` at the tokens' losses, and the value's gradient with respect to x (n, d).
 
-    The gradient of a token's loss depends only on the token's own row. With a frozen head, one pass therefore
-    computes all losses and their gradients. Then each row is multiplied by the function's derivative. A
-    trained head needs weighted gradients of the logits, and therefore a second pass.
+    The loss of a token depends only on the token's own row of x. With a frozen head, one pass therefore
+    computes all losses and their gradients. Then each row of the gradients is multiplied by the function's
+    derivative with respect to the row's loss. A trained head needs a second pass, because the gradients of
+    the logits must be multiplied by these derivatives first.
 
     Args:
         function: a function of the losses of all rows with a target, float64 (m,). The function returns a
@@ -97,7 +99,7 @@ def gradient_of_losses(
 def _chunk_gradient(
     model: Decoder, head: AnyHead, x: Array, targets: Array, factor: float, weights: Array | None = None
 ) -> tuple[Array, Array]:
-    """The losses of a few rows, and the gradient of each loss times `factor` and the row's weight.
+    """The losses of a few rows, and the gradient of each loss, times `factor` and times the row's weight.
 
     The logits of these rows are freed at the end.
     """
@@ -148,12 +150,12 @@ def logit_loss(model: Decoder, head: AnyHead, x: Array, targets: Array, row_loss
 
 
 def logits_of(model: Decoder, head: AnyHead, x: Array) -> Array:
-    """The logits of rows of the residual stream."""
+    """The logits of the rows x (n, d) of the residual stream."""
     return head.forward(model.read_out(x))[0]
 
 
 def logits_forward(head: AnyHead, x: Array) -> tuple[Array, Any]:
-    """The logits (n, vocab) of the head's input x (n, d), and the values for `logits_backward`."""
+    """The logits (n, vocab) of the head's input x (n, d), and the values that `logits_backward` needs."""
     if isinstance(head, TrainedHead):
         return head.forward(x)
     (logits,), saved = stack_forward((head,), x)
@@ -161,7 +163,7 @@ def logits_forward(head: AnyHead, x: Array) -> tuple[Array, Any]:
 
 
 def _dither_key(model: Decoder, losses: Array) -> int | None:
-    """The key of the random numbers for `logits_backward`, or None if the model's `int8_head` is False.
+    """The key of the random numbers in `logits_backward`, or None if the model's `int8_head` is False.
 
     The key is a hash of the losses. So each step draws different numbers, a repeated step draws the same
     numbers, and a run need not save the state of a generator.
@@ -177,9 +179,9 @@ def logits_backward(head: AnyHead, dlogits: Array, saved: Any, dither_key: int |
     `dlogits` may be overwritten.
 
     Args:
-        dither_key: the key of random numbers. With a key, a head with compute="int8" computes in int8, and
-            uses the numbers to round dlogits stochastically (see `stack_backward`). With None, the head
-            computes in bfloat16. A head with trained rows ignores the key.
+        dither_key: the key of random numbers, or None. With a key, a head with compute="int8" multiplies in
+            int8, and the random numbers round dlogits stochastically (see `stack_backward`). With None, such
+            a head multiplies in bfloat16. A head with trained rows ignores the key.
     """
     if isinstance(head, TrainedHead):
         dx: Array = head.backward(dlogits, saved, overwrite_dy=True)
@@ -202,7 +204,7 @@ def token_losses(model: Decoder, head: AnyHead, x: Array, targets: Array) -> Arr
 
 
 def token_scores(model: Decoder, head: AnyHead, x: Array, targets: Array) -> tuple[Array, Array]:
-    """The loss of each row that has a target, float64, and whether the target is the most likely token."""
+    """For each row with a target, the loss (float64), and whether the target is the most likely token."""
     pieces = [_chunk_scores(model, head, x[rows], targets[rows]) for rows in _chunks_of(targets, head)]
     losses, tops = zip((np.empty(0), np.empty(0, np.bool_)), *pieces, strict=True)
     return np.concatenate(losses), np.concatenate(tops)
@@ -228,7 +230,8 @@ def _chunk_losses(model: Decoder, head: AnyHead, x: Array, targets: Array) -> Ar
 def _chunks_of(targets: Array, head: AnyHead) -> Iterator[Array]:
     """The rows that have a target, in chunks. Before each chunk, `give_way` lets more urgent work run.
 
-    A chunk may take several times as long as a block, so callers also call `give_way` within a chunk.
+    The computation of a chunk may take several times as long as that of a block of the decoder. So callers
+    also call `give_way` within a chunk.
     """
     for rows in chunks(np.flatnonzero(targets != IGNORED), head.weight.shape[0]):
         give_way()
@@ -243,10 +246,13 @@ def most_rows(rows: int, vocab: int) -> int:
 
 
 def largest_chunk(rows: int, vocab: int) -> int:
-    """The number of rows in the largest chunk if `chunks` splits this number of rows."""
+    """The number of rows in the largest chunk when `chunks` splits `rows` rows."""
     return math.ceil(rows / math.ceil(rows / most_rows(rows, vocab))) if rows else 0
 
 
 def chunks(rows: Array, vocab: int) -> list[Array]:
-    """Split the rows into even chunks. A short last chunk would read the whole head for only a few rows."""
+    """Split the rows into chunks of almost equal size.
+
+    A chunk with only a few rows would be wasteful, because each chunk reads the whole weight of the head.
+    """
     return np.array_split(rows, math.ceil(len(rows) / most_rows(len(rows), vocab))) if len(rows) else []

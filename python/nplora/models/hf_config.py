@@ -21,7 +21,7 @@ def read(path: StrPath) -> ModelConfig:
     config = families.by_model_type(fields.source, fields.string("model_type")).read_config(fields)
     if not config.causal:
         raise UnsupportedError(
-            f"{fields.source}: a token attends to later tokens too, but only causal models are read here; "
-            "load_encoder reads this one"
+            f"{fields.source}: the model is not causal (a token also attends to later tokens); "
+            "nplora.load_encoder reads such models"
         )
     return config

@@ -1,7 +1,7 @@
 """Finds where activated LoRA (aLoRA) begins to act: at the last occurrence of its invocation tokens.
 
-The base model alone computes the tokens before the last occurrence, as in PEFT. If a sequence does not
-contain the invocation tokens, the base model alone computes the whole sequence.
+As in PEFT, the tokens before this occurrence are computed without the adapter. If a sequence does not contain
+the invocation tokens, the whole sequence is computed without the adapter.
 """
 
 from __future__ import annotations

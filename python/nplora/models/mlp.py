@@ -37,13 +37,13 @@ class MLPSaved(Saved):
 class MLP(Module):
     """A SwiGLU or GeGLU layer. `gate_proj` and `up_proj` are computed in one call.
 
-    One layer `gate_up_proj`, with the rows of `gate_proj` and then those of `up_proj`, can replace these two
-    layers. The backward pass computes act(gate) ∘ up again. If the products compute in bfloat16, gate and up
-    are stored in bfloat16 too, because they take most of the memory.
+    One layer `gate_up_proj` can replace these two layers; its weight has the rows of `gate_proj`, followed by
+    the rows of `up_proj`. The backward pass computes act(gate) ∘ up again. If matrix products are computed in
+    bfloat16, gate and up are also stored in bfloat16, because they take most of the memory.
 
     Args:
         act: the activation of the gate, named as in `ModelConfig.hidden_act`.
-        modules: the projections by name.
+        modules: a dict from names to the projections.
     """
 
     def __init__(self, act: str, modules: Mapping[str, Module]) -> None:
@@ -88,7 +88,7 @@ class MLP(Module):
     ) -> Gradient:
         """Accumulate the gradients of the LoRA factors. Return dx (n, d), or None if `need_dx` is False.
 
-        Arrays of float32 in `saved` are overwritten.
+        The float32 arrays in `saved` are overwritten.
         """
         deeper = need_dx or any(layer.local_parameters() for layer in self._inputs)
         gate, up = saved.gate, saved.up
@@ -107,7 +107,7 @@ class MLP(Module):
         """The memory per token of the forward and backward passes.
 
         Args:
-            narrow: whether the products compute in bfloat16.
+            narrow: whether matrix products are computed in bfloat16.
         """
         d, f = self.down_proj.weight.shape
         joint = 2 * f if len(self.reading) == 1 else 0
@@ -135,7 +135,7 @@ class MLP(Module):
 
 
 def _split(outputs: Sequence[Array]) -> Sequence[Array]:
-    """Split the output of `gate_up_proj` into gate and up; return two separate outputs as they are."""
+    """Return gate and up. If `outputs` is the one output of `gate_up_proj`, split it."""
     if len(outputs) == 2:
         return outputs
     return [np.ascontiguousarray(part) for part in np.split(outputs[0], 2, axis=1)]

@@ -39,7 +39,7 @@ def of(norms: Mapping[str, NDArray[Any]]) -> str | None:
 
 
 def of_tensors(tensors: Mapping[str, gguf.Tensor | safetensors.Tensor], family: Family) -> str | None:
-    """Find the norm weights among a file's tensors, and return the digest that `of` returns for them."""
+    """Find the norm weights among a file's tensors, and return the digest of these weights (see `of`)."""
     norms = {}
     for name, tensor in tensors.items():
         if isinstance(tensor, gguf.Tensor):
@@ -64,7 +64,7 @@ def difference(name: str | None, digest: str | None, model: str | None) -> str:
     """A sentence for messages if both digests are known and differ; otherwise an empty string."""
     if digest is None or model is None or digest == model:
         return ""
-    return f"the adapter is of another model ({described(name, digest)}; this one has {model[:_SHOWN]})"
+    return f"the adapter is of another model ({described(name, digest)}; this model has {model[:_SHOWN]})"
 
 
 def refusal(name: str | None, digest: str | None, model: str | None) -> str:

@@ -31,7 +31,7 @@ class NewVocabulary:
 
     Attributes:
         tokens: the new tokens.
-        size: the number of rows of the embedding.
+        size: the number of rows of the embedding in the saved model.
     """
 
     tokens: tuple[AddedToken, ...]
@@ -45,15 +45,15 @@ class ModelFiles:
     Attributes:
         suffix: the kind of file: ".gguf" or ".safetensors".
         family: the description of the model's family; Llama's if the family is not known.
-        place: a function that takes the name and the number of rows of a layer. The function returns the name
-            of the weight's tensor (None: there is no such tensor), and the order of the rows in the file
-            (None: the order is not changed).
-        new_files: a function that returns the files to write, for given tensors and a new vocabulary (None:
-            the model's vocabulary). A given tensor may be a `Stream`.
+        place: a function; place(layer, rows) returns the name of the tensor that holds the weight of a layer
+            (None: there is no such tensor), and the order of the weight's rows in the file (None: the order
+            is not changed).
+        new_files: a function; new_files(output, tensors, vocabulary) returns the files to write. A tensor may
+            be a `Stream`. If `vocabulary` is None, the vocabulary does not change.
         tokenizer: a function that returns the model's tokenizer.
         tied: whether the head shares the embedding's weight.
         mapped: the stamps (size and time) of the memory-mapped files, to detect later changes.
-        shards: the names of the shard files, if the model has several.
+        shards: the names of the shard files; empty if one file holds all weights.
     """
 
     source: str
@@ -89,7 +89,7 @@ def is_directory(output: StrPath) -> bool:
 
 
 def weights_path(output: StrPath) -> Path:
-    """The weights file of a model that is saved at this path."""
+    """The path of the weights file, if the model is saved at the path `output`."""
     return Path(output, model_directory.WEIGHTS) if is_directory(output) else Path(output)
 
 
@@ -160,7 +160,7 @@ def _open_safetensors(base: StrPath) -> ModelFiles:
 
 
 def _extended(companions: list[NewFile], base: Path, vocabulary: NewVocabulary) -> list[NewFile]:
-    """The files beside a model's weights, with the new tokens in tokenizer.json and config.json."""
+    """Add new tokens to tokenizer.json and config.json among the files beside a model's weights."""
     text = tokenizer.from_directory(base).with_tokens(vocabulary.tokens).files()[TOKENIZER]
     found = list[NewFile]()
     for file in companions:

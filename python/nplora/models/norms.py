@@ -48,7 +48,7 @@ def norm_backward(norm: Norm, dy: Array, x: Array, dx: Array, accumulate: bool =
 
 
 def piecewise_norm_forward(norm: RMSNorm, x: Array) -> Array:
-    """Cut the rows of `x` into segments as long as the norm's weight, and normalise each segment."""
+    """Cut each row of `x` into segments that are as long as the norm's weight. Normalise each segment."""
     return norm_forward(norm, x.reshape(-1, len(norm.weight))).reshape(x.shape)
 
 

@@ -25,7 +25,8 @@ class PackedBatch:
     Attributes:
         ids: int64 (n,), the tokens of all sequences.
         starts: int64 (sequences + 1,), the start of each sequence; the last entry is n.
-        targets: int64 (n,), the next token at each position, or IGNORED where no token is trained.
+        targets: int64 (n,), for each position the next token, or IGNORED if the position does not count in
+            the loss.
     Raises:
         TypeError: an array does not hold integers.
         ValueError: an array does not have one axis, `targets` and `ids` differ in length, or `starts` do not
@@ -62,18 +63,18 @@ class PackedBatch:
 
     @property
     def num_targets(self) -> int:
-        """The number of trained tokens. A mean loss is the sum of losses divided by this number."""
+        """The number of targets other than IGNORED. A mean loss is a sum of losses divided by this."""
         return int(np.count_nonzero(self.targets != IGNORED))
 
     def pieces(self, most_tokens: int | None, together: int = 1) -> list[PackedBatch]:
         """Split into batches of at most `most_tokens` tokens, in order.
 
-        A group of sequences with more tokens gets its own batch.
+        A group of sequences that has more than `most_tokens` tokens gets a batch of its own.
 
         Args:
             most_tokens: the maximum number of tokens in a batch; None: no limit, so there is one batch.
-            together: the number of neighbouring sequences in a group. All sequences of a group are in one
-                batch.
+            together: the number of neighbouring sequences that form a group. All sequences of a group are in
+                the same batch.
         """
         lengths = np.diff(self.starts).reshape(-1, together).sum(axis=1)
         cuts = [together * index for index in cut(lengths, most_tokens)]
@@ -88,7 +89,7 @@ class PackedBatch:
 def cut(lengths: Array, most_tokens: int | None) -> list[int]:
     """Divide sequences into batches of at most `most_tokens` tokens.
 
-    Returns the index of each batch's first sequence, followed by the number of all sequences.
+    Returns a list: the index of the first sequence of each batch, followed by the total number of sequences.
     """
     cuts, size = [0], 0
     for index, length in enumerate(lengths.tolist()):
@@ -100,7 +101,7 @@ def cut(lengths: Array, most_tokens: int | None) -> list[int]:
 
 
 def pack(sequences: Iterable[tuple[npt.ArrayLike, npt.ArrayLike]]) -> PackedBatch:
-    """Pack pairs (ids, labels) of integer sequences. labels[i] is the label of ids[i], as in transformers.
+    """Pack pairs (ids, labels) of integer sequences. labels[i] belongs to ids[i], as in transformers.
 
     Raises:
         ValueError: the ids and labels of a sequence differ in length, or have more than one axis.

@@ -36,11 +36,12 @@ class CachePositions:
 
     Attributes:
         slots, in_sequence: int64 (m,), the slot of each row, and its position in the slot's sequence.
-        lengths: `in_sequence` + 1, the number of tokens that each row attends to.
-        pages: int64 (slots of the cache, pages of a slot), the cache's table of pages.
-        cells: the index of the rows in a cache array (pages, page_tokens, ...) of keys or values.
+        lengths: int64 (m,), the number of tokens that each row attends to: `in_sequence` + 1.
+        pages: int64 (slots of the cache, pages of a slot), the pages of each slot, as in `KVCache.table`.
+        cells: an index that selects the rows in the cache's arrays (pages, page_tokens, ...) of keys and
+            values.
         longest: the length of the longest sequence, including the new tokens.
-        limits: int64 (m,), the length that each row's sequence may reach. LongRoPE rotates all tokens of the
+        limits: int64 (m,), the maximum length of each row's sequence. LongRoPE rotates all tokens of the
             sequence, even the first, by the factors for this length.
     """
 
@@ -64,7 +65,7 @@ def rows_of(starts: Array) -> Array:
 
 
 def scattered(y: Array, rows: Array, count: int) -> Array:
-    """An array (count, d) with y (m, d) in the rows `rows`, and zeros in all other rows."""
+    """Return an array (count, d) whose rows `rows` (m,) are y (m, d). All other rows are 0."""
     whole = np.zeros((count, y.shape[1]), y.dtype)
     whole[rows] = y
     return whole
@@ -83,9 +84,9 @@ def cache_positions(
     """The positions of new tokens in a cache.
 
     Args:
-        slots, in_sequence, limits: int64 (m,), the slot of each token, its position in the slot's sequence,
-            and the length that the sequence may reach.
-        pages: the cache's table of pages. The result has only the columns that are needed.
+        slots, in_sequence, limits: int64 (m,), the slot of each token, the token's position in the slot's
+            sequence, and the maximum length of the sequence.
+        pages: the cache's table of pages. The result contains only the columns of the table that are needed.
         page_tokens: the number of tokens in a page.
     """
     slots, in_sequence = np.asarray(slots, np.int64), np.asarray(in_sequence, np.int64)

@@ -1,4 +1,4 @@
-"""Caches the outputs of the frozen blocks below the lowest adapter, from one epoch to the next."""
+"""Stores the outputs of the frozen blocks below the lowest adapter, for use in later epochs."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ class PrefixCache:
     Args:
         blocks: the number of blocks below the first adapted block. A model with another number of blocks
             below its first adapted block ignores the cache.
-        capacity: the maximum number of tokens in all sequences together. A sequence that no longer fits is
-            not stored.
-        width: values per token, `hidden_size`.
+        capacity: the maximum number of tokens in all sequences together. Sequences beyond this number are not
+            stored.
+        width: the number of values per token, `hidden_size`.
         directory: where to create an unnamed file for the rows, or None to store them in memory. The file
             disappears when the process ends, even in a crash.
     Raises:
@@ -92,7 +92,7 @@ class PrefixCache:
         return rows
 
     def keep(self, ids: Array, starts: Array, rows: Array) -> None:
-        """Store the rows (n, width) of packed sequences. A sequence that no longer fits is not stored.
+        """Store the rows (n, width) of packed sequences, except sequences for which there is no more room.
 
         >>> cache = PrefixCache(blocks=1, capacity=100, width=4)
         >>> cache.keep(np.arange(60), np.array([0, 60]), np.ones((60, 4), np.float32))
@@ -145,7 +145,7 @@ class _Memory:
 
 
 class _Disk:
-    """Stores rows in a file. The whole file is reserved at the start, to report a full disk early."""
+    """Stores rows in a file. Space for all rows is reserved at the start, to report a full disk early."""
 
     def __init__(self, capacity: int, width: int, directory: StrPath) -> None:
         self._row_bytes, self._directory = 4 * width, directory

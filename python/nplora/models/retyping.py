@@ -22,7 +22,8 @@ def storage_of(given: str, shape: tuple[int, ...], dtype: str) -> str:
     """Choose the storage type of a tensor.
 
     Vectors are float32, because ggml computes with float32 vectors. A matrix gets the requested type if its
-    rows are whole blocks of that type. Any other matrix gets a type with shorter blocks, or float16.
+    rows are whole blocks of that type. If not, the matrix gets a type with shorter blocks, or float16 if its
+    rows are not whole blocks of that type either.
     """
     if len(shape) == 1:
         return "float32"
@@ -35,7 +36,7 @@ def storage_of(given: str, shape: tuple[int, ...], dtype: str) -> str:
 
 
 def short(tensors: Mapping[str, _Stored], dtype: str) -> str:
-    """A sentence about the matrices that did not get the requested type; empty if all did."""
+    """A sentence about the matrices that did not get the requested type. Empty if all matrices got it."""
     matrices = [tensor for tensor in tensors.values() if len(tensor.shape) > 1]
     others = [t for t in matrices if dtype != "same" and t.type != storages.GGML_NAMES[dtype]]
     if not others:
@@ -48,11 +49,11 @@ def short(tensors: Mapping[str, _Stored], dtype: str) -> str:
 def chunks(
     name: str, raw: Array, given: str, d_in: int, storage: str, order: Array | None = None, offset: float = 0
 ) -> Callable[[], Iterator[memoryview]]:
-    """A function that yields the bytes of a tensor in another type, a block of rows at a time.
+    """Return a function that yields the bytes of a tensor in another type, a few rows at a time.
 
     Args:
         name: the tensor's name, for messages.
-        raw: uint8 (rows, row_nbytes), the rows in the type `given`.
+        raw: uint8 (rows, row_nbytes), the rows in their present type `given`.
         d_in: the number of values in a row.
         storage: the new type.
         order: the order of the rows; None: unchanged.

@@ -45,7 +45,8 @@ class LongRope:
 
     Attributes:
         original_length: the length of the longest sequence that uses the divisors `short`.
-        short, long: a frequency divisor for each rotated pair, for short and for long sequences.
+        short: for short sequences, an array with a frequency divisor for each rotated pair.
+        long: the same for long sequences.
         attention_factor: a factor for q and k, which is applied with the rotation.
     """
 
@@ -61,8 +62,8 @@ class RopeConfig:
 
     Attributes:
         theta: the base. If `dim` values of a head are rotated, pair i rotates by theta^(-2 i / dim) radians
-            per token, divided by the factors below.
-        linear_factor: one factor for all pairs ("linear" scaling).
+            per token, divided by all of the factors that follow.
+        linear_factor: the same factor for all pairs ("linear" scaling).
         llama3: Llama 3.1's scaling, from config.json.
         factors: one factor per pair, from GGUF's tensor rope_freqs.weight.
         long: LongRoPE's factors.
@@ -93,7 +94,7 @@ class Rope:
     """Rotates the heads of q and k by the positions of their tokens.
 
     Args:
-        dim: how many values of each head are rotated, counted from the first.
+        dim: the number of values that are rotated in each head, beginning with the first value.
         interleaved: as in `ModelConfig`.
     """
 
@@ -111,10 +112,10 @@ class Rope:
         _core.rope(x, rows, table, self._interleaved, inverse, self._head_dim)
 
     def _table_for(self, length: int) -> tuple[Array, int]:
-        """The table for at least `length` positions. A row has dim / 2 cosines, then dim / 2 sines.
+        """Return a table for at least `length` positions, and the number of its rows for short sequences.
 
-        With LongRoPE, the table begins with the rows for short sequences. The second returned value is the
-        number of rows for short sequences (0 without LongRoPE).
+        A row has dim / 2 cosines, then dim / 2 sines. With LongRoPE, the rows for short sequences come first,
+        followed by the rows for long sequences. Without LongRoPE, the returned number is 0.
         """
         tables = self._tables  # read once, because another thread may replace `_tables`
         if len(tables[0]) - tables[1] < length:

@@ -40,7 +40,7 @@ def token_scores(
 
 
 def _steps(config: ModelConfig, model: Decoder, batch: PackedBatch) -> Iterator[tuple[Array, Array]]:
-    """The residual stream of a few tokens after the last block, and their targets."""
+    """For a few tokens at a time, yield the residual stream after the last block, and the tokens' targets."""
     for first, end in zip(batch.starts[:-1], batch.starts[1:], strict=True):
         cache, slot = KVCache(config, 1, max(1, int(end - first)), model), np.zeros(1, np.int64)
         cache.activate(0, batch.ids[first:end])

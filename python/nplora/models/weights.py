@@ -45,7 +45,7 @@ class Weights(Protocol):
         """The names of tensors that the file may contain, but that the model does not use."""
 
     def matrix(self, tensor: TensorSpec) -> FrozenWeight:
-        """A matrix in the format that the file stores. A float64 matrix is converted to float32.
+        """A matrix in the storage format that it has in the file. A float64 matrix is converted to float32.
 
         Raises:
             FormatError: a value, or the scale of a quantised block, is NaN or infinite, and checks are on.
@@ -58,8 +58,8 @@ class Weights(Protocol):
 def require_tensors(weights: Weights, config: ModelConfig) -> None:
     """Check that the file holds all tensors of the model with the right shapes, and no other tensors.
 
-    An unexpected tensor, for example a bias, means that the configuration describes another model. The
-    outputs would then look plausible but be wrong.
+    An unexpected tensor, for example a bias, means that the configuration describes another model. If such a
+    tensor were ignored, the outputs would look plausible but be wrong.
 
     Raises:
         FormatError: the tensors do not match. The message lists all problems, and similar names for missing
@@ -118,7 +118,8 @@ class GgufWeights:
     """The tensors of a memory-mapped GGUF file. Matrices are not copied.
 
     Args:
-        elsewhere: the names of tensors that the caller reads, because they do not belong to the model itself.
+        elsewhere: the names of tensors that do not belong to the model itself. The caller reads these
+            tensors.
     """
 
     def __init__(
@@ -156,7 +157,8 @@ class SafetensorsWeights:
     """The tensors of one or several memory-mapped safetensors files. Matrices are not copied.
 
     Args:
-        stored: a function from Hugging Face's name of a tensor to its name in the file; None: both are equal.
+        stored: a function from Hugging Face's name of a tensor to the tensor's name in the file. None: the
+            names are equal.
     """
 
     def __init__(
@@ -182,7 +184,7 @@ class SafetensorsWeights:
         return tensor.name if self._stored is None else self._stored(tensor.name)
 
     def unused(self, config: ModelConfig) -> frozenset[str]:
-        """Old files also hold rotation frequencies, and some files hold a head that equals the embedding."""
+        """The names of rotation frequencies (in old files), and of a head that repeats the embedding."""
         layers = range(config.num_hidden_layers)
         names = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq" for i in layers}
         return frozenset(names | ({"lm_head.weight"} if config.tie_word_embeddings else set()))

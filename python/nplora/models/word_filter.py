@@ -21,16 +21,15 @@ class WordFilter:
     """Computes a gradient without the unlikely words of the vocabulary (Wijmans et al. 2024).
 
     The gradient of the head's input x is dx = factor · (Σ p_w W_w - W_target), a sum over the whole
-    vocabulary. The filter keeps the words with p_w >= `bound`, and the target. For each skipped word, the
-    filter uses the mean row μ of W instead of the word's row, so the probabilities still add up to 1. The
-    error is
+    vocabulary. The filter keeps the words with p_w >= `bound`, and the target. For each skipped word, the sum
+    has p_w μ instead of p_w W_w, where μ is the mean of all rows of W. So the factors p_w in the sum still
+    add up to 1. The error is
 
         ‖error of dx‖ <= factor · m · max_w ‖W_w - μ‖,
 
-    where m is the total probability of the skipped words. The limit follows from the triangle inequality,
-    because the error is factor · Σ_skipped p_w (W_w - μ). The filter does not change the bits of the losses.
-    If more than a quarter of the vocabulary has p_w >= `bound` in some row, that row is computed without the
-    filter.
+    where m is the total probability of the skipped words. This follows from the triangle inequality, because
+    the error is factor · Σ_skipped p_w (W_w - μ). The filter does not change the bits of the losses. If more
+    than a quarter of the vocabulary has p_w >= `bound` in some row, that row is computed without the filter.
 
     The filter applies only to a frozen head that does not compute in float64. A head that is trained, or has
     an adapter, is computed without the filter.
@@ -45,7 +44,7 @@ class WordFilter:
         2
 
     Args:
-        bound: the smallest probability of a word that is kept; above 0 and below 1.
+        bound: the filter skips words with a probability below this number, which is above 0 and below 1.
     Raises:
         ValueError: `bound` is out of range.
     """
@@ -68,7 +67,7 @@ class WordFilter:
     def gradient(self, head: Linear, logits: Array, targets: Array, factor: float, losses: Array) -> Array:
         """Return dx (n, d) for rows of `logits`, and write the losses, float64, to `losses` (n,).
 
-        Every row must have a target that is not ignored. `logits` is overwritten.
+        No target may be IGNORED. `logits` is overwritten.
         """
         weight = head.weight
         assert isinstance(weight, FrozenWeight)
@@ -95,7 +94,7 @@ class WordFilter:
         return np.concatenate([np.empty(0), *taken])
 
     def _mean_of(self, weight: FrozenWeight) -> Array:
-        """The mean row (d,) of a weight. The mean is computed once, as a product with a row of ones."""
+        """The mean (d,) of all rows of a weight, computed only once, by a product with a row of ones."""
         if self._mean is None or self._mean[0] is not weight:
             ones, total = (
                 np.ones((1, weight.shape[0]), np.float32),

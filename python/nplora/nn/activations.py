@@ -20,7 +20,7 @@ Array = npt.NDArray[Any]
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ActivationSaved(Saved):
-    """The one array that the backward pass needs: the input x, or the output y if f' is computed from y."""
+    """Stores what the backward pass needs: the input x, or the output y if f' is computed from y."""
 
     array: Array | None
 

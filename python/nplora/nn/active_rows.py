@@ -21,7 +21,7 @@ def active_rows() -> Array | None:
 
 @contextlib.contextmanager
 def only_active(rows: Array | None) -> Iterator[None]:
-    """Inside `with only_active(rows):` LoRA layers add their update only to these rows. None: to all rows."""
+    """Inside `with only_active(rows):`, LoRA layers add their update only to `rows` (None: to all rows)."""
     token = _active.set(rows)
     try:
         yield

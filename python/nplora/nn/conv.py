@@ -27,9 +27,9 @@ class ConvSaved(Saved):
 
     Attributes:
         shape: the shape of x.
-        items: for each group of images, the values that the product has kept, without the rows of windows.
-            `backward` computes these rows again from the images.
-        x: the images (n, c_in, height, width), or None if the pass kept nothing.
+        items: for each group of images, the values that the matrix product has saved, without its input, the
+            windows. `backward` computes the windows again from the images.
+        x: the images (n, c_in, height, width), or None if `backward` does not need them.
     """
 
     shape: tuple[int, ...]
@@ -38,7 +38,7 @@ class ConvSaved(Saved):
 
 
 class _Convolution:
-    """The geometry of convolutions with and without LoRA."""
+    """The base class of convolutions with and without LoRA, which holds their geometry."""
 
     _windows: Windows
 
@@ -69,12 +69,13 @@ class Conv2d(_Convolution, Linear):
                [4., 6., 6., 4.]], dtype=float32)
 
     Args:
-        W: the kernel (c_out, c_in, height, width), which is copied; or a FrozenWeight, which is shared, with
-            the kernel's matrix (c_out, c_in · height · width).
+        W: the kernel (c_out, c_in, height, width), which is copied; or a FrozenWeight with the kernel as a
+            matrix (c_out, c_in · height · width), which is shared.
         bias: array (c_out,) or None.
         stride, padding, dilation: a number, or a pair (vertical, horizontal).
         kernel_size: the height and width of the kernel; needed only if W is a FrozenWeight.
-        dtype, compute, trainable: as in Linear. A trained kernel is the parameter "weight" with four axes.
+        dtype, compute, trainable: as in Linear. If the kernel is trained, the parameter "weight" is the
+            kernel with four axes.
     Attributes:
         kernel: the shape (c_in, height, width) of the windows.
         weight, dweight: the kernel's matrix and its gradient, as in Linear.
@@ -152,10 +153,10 @@ class Conv2d(_Convolution, Linear):
 class LoRAConv2d(_Convolution, LoRALinear):
     """A frozen convolution with a trainable low-rank update, in PEFT's layout for `torch.nn.Conv2d`.
 
-    The update is two convolutions: first B, with a kernel of the frozen size and r outputs, then A, with a
-    kernel of size 1 × 1. The layer keeps both kernels as matrices, A (c_out, r) and B (r, c_in · height ·
-    width). PEFT stores the same numbers with four axes. The frozen kernel is a matrix too, so all methods of
-    LoRALinear apply.
+    The update consists of two convolutions. The first has the kernel B, with r outputs and the size of the
+    frozen kernel. The second has the kernel A of size 1 × 1. The layer keeps both kernels as matrices, A
+    (c_out, r) and B (r, c_in · height · width). PEFT stores the same numbers with four axes. The frozen
+    kernel is also stored as a matrix, so all methods of LoRALinear can be used.
 
         >>> import nplora, numpy as np
         >>> layer = nplora.LoRAConv2d(np.ones((8, 3, 3, 3)), rank=2, padding=1)
@@ -314,9 +315,10 @@ def _matrix(
 
 
 def _groups(windows: Windows, shape: tuple[int, ...]) -> Iterator[slice]:
-    """Yield groups of images. A group has at most _MOST_VALUES values of windows, or is a single image.
+    """Yield groups of images.
 
-    The groups depend only on shapes.
+    A group is a single image, or its windows have at most _MOST_VALUES values. The groups depend only on
+    shapes.
     """
     vertical, horizontal = windows.counts(*shape[2:])
     images = max(1, _MOST_VALUES // (vertical * horizontal * windows.width or 1))
@@ -327,7 +329,7 @@ def _groups(windows: Windows, shape: tuple[int, ...]) -> Iterator[slice]:
 def _forward(
     windows: Windows, c_out: int, x: Array, product: Callable[[Array], tuple[Array, Any]]
 ) -> tuple[Array, tuple[Any, ...]]:
-    """Return y, and the values that `product` kept for each group of images, without the rows of windows."""
+    """Return y, and for each group of images, the values that `product` saved, without the windows."""
     y = np.empty((len(x), c_out, *windows.counts(*x.shape[2:])), x.dtype)
     items = []
     for group in _groups(windows, x.shape):
@@ -355,7 +357,7 @@ def _backward(
 ) -> Gradient:
     """Run the backward pass of each group of images. The rows of windows are computed again for each group.
 
-    The gradients of all groups are added to the layer's gradients at once, as if there were one group. So
+    The gradients of all groups are added up first, and their sum is then added to the layer's gradients. So
     several processes can get the same bits as one process. If a group fails, the gradients of the layer do
     not change.
     """

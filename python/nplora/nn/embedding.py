@@ -22,7 +22,10 @@ _SAVED_IDS = "saved is from another layer: its array of ids"
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class EmbeddingSaved(Saved):
-    """The values that `Embedding.backward` needs: the token ids (n,), or None for a frozen table."""
+    """The shape of the ids, and the flattened ids (n,) for `Embedding.backward`.
+
+    `ids` is None if the table is frozen or if the pass was inference.
+    """
 
     lead: tuple[int, ...]
     ids: Array | None = None
@@ -37,8 +40,7 @@ class Embedding(Module):
                [1., 0., 0.]], dtype=float32)
 
     Args:
-        W: the table E (vocab, dim). A float array is copied. A FrozenWeight is shared, or copied if
-            `trainable`.
+        W: the table E (vocab, dim). A float array is copied. A FrozenWeight is copied only if `trainable`.
         dtype: the storage format of the table, as in LoRALinear. A trainable table must be "float32" or
             "float64".
         trainable: whether the table itself is trained, as the parameter "weight".
@@ -122,7 +124,7 @@ class Embedding(Module):
 class LoRAEmbeddingSaved(Saved):
     """The values that `LoRAEmbedding.backward` needs: the token ids (n,) and the rows A[ids] (n, r).
 
-    The rows are kept for the gradient of B, so a layer with a frozen B does not keep them.
+    Only the gradient of B needs the rows, so `rows` is None if B is frozen.
     """
 
     lead: tuple[int, ...]
@@ -218,8 +220,8 @@ class LoRAEmbedding(LoRALayer):
             array([[False, False,  True]])
 
         Raises:
-            ValueError: dy does not have the shape of y, or `saved` is from a pass of another layer, rank or
-                dtype.
+            ValueError: dy does not have the shape of y; `saved` is from a forward pass of another layer; or
+                an array in `saved` does not fit the layer's rank or dtype.
             TypeError: `saved` is from another kind of layer.
             RuntimeError: the layer is merged, or it was merged during the forward pass, or the forward pass
                 ran in inference mode.
@@ -258,13 +260,13 @@ class LoRAEmbedding(LoRALayer):
 
 
 def token_ids(op: str, ids: npt.ArrayLike, vocab: int) -> tuple[Array, tuple[int, ...]]:
-    """Check ids (...); return them as one axis, and their shape."""
+    """Check that all ids (...) are in [0, vocab). Return the flattened ids (n,), and the shape of `ids`."""
     array = _check.in_range(op, "ids", _check.integers(op, "ids", ids), vocab)
     return array.reshape(-1), array.shape
 
 
 def add_rows(out: Array, ids: Array, rows: Array) -> None:
-    """Add `rows` to out[ids]. If an id occurs several times, its rows are first summed, in order."""
+    """Add rows[i] to out[ids[i]] for each i. The rows of an id that occurs several times are summed first."""
     if not ids.size:
         return
     order = np.argsort(ids, kind="stable")

@@ -1,8 +1,9 @@
-"""Losses of embeddings: rankings with in-batch negatives, triplets, cosine similarities, Matryoshka.
+"""Losses that train embeddings: ranking with in-batch negatives, triplet, cosine, CoSENT and Matryoshka.
 
-An embedding loss is a callable (columns, targets) -> (loss, gradients). `columns` are arrays (n, d) of
-embeddings, such as the anchors and their positives. `gradients` has a gradient for each column. Losses of
-float64 embeddings are computed in float64, all other losses in float32.
+An embedding loss is a callable (columns, targets) -> (loss, gradients). `columns` is a list of arrays (n, d)
+of embeddings, such as the anchors and the positives. `gradients` is a list with the gradient of the loss with
+respect to each of these arrays. Losses of float64 embeddings are computed in float64, all other losses in
+float32.
 
     >>> import numpy as np
     >>> from nplora.nn.embedding_losses import RankingLoss
@@ -30,11 +31,11 @@ _ROWS = 512  # rows of similarities that are computed at once
 
 
 class EmbeddingFunction(Protocol):
-    """A loss of embeddings.
+    """The type of an embedding loss, which is a callable as the docstring of this module describes.
 
     Attributes:
         columns: the names of the columns. At least the first two columns are needed.
-        needs_scores: whether the loss needs targets that are a number for each row.
+        needs_scores: whether `targets` must hold a score for each row.
     """
 
     @property
@@ -80,9 +81,11 @@ class RankingLoss:
         """The mean loss over the anchors, and the gradients of the columns.
 
         Args:
-            columns: anchors (n, d), positives (n, d), and perhaps negatives (m, d), with any m.
-            targets: bool (n, n + m), true if a candidate is left out for an anchor, because the candidate is
-                also right. The positive of an anchor is never left out for this anchor.
+            columns: the anchors (n, d), the positives (n, d) and, optionally, the negatives (m, d). m may
+                differ from n.
+            targets: None, or a bool mask (n, n + m) over the candidates, which are the positives followed by
+                the negatives. mask[i, j] leaves out candidate j for anchor i, because candidate j is also a
+                correct answer. mask[i, i] has no effect: the positive of an anchor always counts.
         Raises:
             ValueError: the shapes do not fit each other.
         """
@@ -161,7 +164,7 @@ class CosineLoss:
         """The mean loss over the pairs, and the gradients of both columns (n, d).
 
         Args:
-            targets: the scores (n,), as cosines.
+            targets: the scores (n,): the cosines that the pairs should have.
         Raises:
             ValueError: the shapes do not fit each other, or there are no scores.
         """
@@ -174,9 +177,10 @@ class CosineLoss:
 
 @dataclasses.dataclass(frozen=True)
 class CoSENTLoss:
-    """log(1 + Σ exp(scale · (cosine of pair i - cosine of pair j))) over all i, j with score i < score j.
+    """log(1 + Σ exp(scale · (cos_i - cos_j))), where the sum is over all rows i, j with score_i < score_j.
 
-    Only the order of the scores matters (Su 2022, "CoSENT").
+    Here cos_i is the cosine of the two embeddings in row i. Only the order of the scores matters (Su 2022,
+    "CoSENT").
 
         >>> import numpy as np
         >>> from nplora.nn.embedding_losses import CoSENTLoss
@@ -224,10 +228,10 @@ class CoSENTLoss:
 
 @dataclasses.dataclass(frozen=True)
 class MatryoshkaLoss:
-    """The weighted sum of a loss over embeddings that are cut to their first values (Kusupati et al. 2022).
+    """A weighted sum of one loss at several widths of the embeddings (Kusupati et al. 2022).
 
-    After training, the first values of an embedding are a good embedding by themselves. A cut embedding is
-    normalised before the loss is computed.
+    At width k, the loss is computed from only the first k values of each embedding, which are normalised to
+    length 1. After training, the first k values are a good embedding by themselves.
 
         >>> import numpy as np
         >>> from nplora.nn.embedding_losses import CosineLoss, MatryoshkaLoss
@@ -272,7 +276,7 @@ class MatryoshkaLoss:
         """The weighted sum of the losses, and the gradients of the columns.
 
         Raises:
-            ValueError: a width is above the width of the embeddings; or as in the loss.
+            ValueError: a width in `dims` is above the width of the embeddings, or `loss` raises ValueError.
         """
         given = _columns("MatryoshkaLoss", columns, 1, len(columns), equal=1)
         width, total, gradients = given[0].shape[1], 0.0, [np.zeros_like(x) for x in given]
@@ -300,7 +304,7 @@ NAMES = tuple(_BY_NAME)
 
 
 def get(op: str, loss: str | EmbeddingFunction) -> EmbeddingFunction:
-    """The loss with this name, or the loss itself.
+    """Return the loss with this name. If `loss` is a loss already, return it unchanged.
 
     Raises:
         ValueError: no loss has this name.
@@ -315,7 +319,7 @@ def get(op: str, loss: str | EmbeddingFunction) -> EmbeddingFunction:
 
 
 def innermost(loss: EmbeddingFunction) -> EmbeddingFunction:
-    """The loss that a `MatryoshkaLoss` computes at each width, or the loss itself."""
+    """Return the loss that a `MatryoshkaLoss` computes at each width. Return any other loss unchanged."""
     while isinstance(loss, MatryoshkaLoss):
         loss = loss.loss
     return loss
@@ -327,8 +331,9 @@ def innermost(loss: EmbeddingFunction) -> EmbeddingFunction:
 def _ranked(
     queries: Array, candidates: Array, scale: float, left_out: Array | None
 ) -> tuple[float, Array, Array]:
-    """The mean cross entropy and both gradients. The right candidate of a query has the same row number.
+    """The mean cross entropy over the queries, and its gradients with respect to queries and candidates.
 
+    The correct candidate for query i is candidate i:
     s = scale · q cᵀ, loss = mean(log Σ exp(s) - s_ii), ds = (softmax(s) - I) / n.
     """
     n, dtype = len(queries), queries.dtype
@@ -356,7 +361,7 @@ def _ranked(
 
 
 def _distance(name: str, x: Array, y: Array) -> tuple[Array, Array, Array]:
-    """The distance (n,) of row i of x and row i of y, and its gradients with respect to x and y."""
+    """The distances (n,) between row i of x and row i of y, and their gradients for x and y."""
     if name == "cosine":
         cosines, dx, dy = _cosine(x, y)
         return 1 - cosines, -dx, -dy
@@ -370,7 +375,7 @@ def _distance(name: str, x: Array, y: Array) -> tuple[Array, Array, Array]:
 
 
 def _cosine(x: Array, y: Array) -> tuple[Array, Array, Array]:
-    """The cosine (n,) of row i of x and row i of y, and its gradients with respect to x and y."""
+    """The cosines (n,) between row i of x and row i of y, and their gradients for x and y."""
     (u, lengths_x), (v, lengths_y) = _normalized(x), _normalized(y)
     cosines = (u * v).sum(axis=1)
     return cosines, _normalized_backward(v, u, lengths_x), _normalized_backward(u, v, lengths_y)
@@ -397,7 +402,7 @@ def _mean(values: Array) -> float:
 
 
 def _columns(op: str, columns: Sequence[Array], least: int, most: int, equal: int) -> list[Array]:
-    """The columns as arrays of one dtype. The first `equal` columns have the same number of rows."""
+    """Return the columns with one dtype. Check that the first `equal` columns have equally many rows."""
     if not least <= len(columns) <= most:
         wanted = f"{least}" if least == most else f"{least} to {most}"
         raise ValueError(f"{op}: {len(columns)} columns of embeddings, expected {wanted}")

@@ -17,13 +17,13 @@ Array = npt.NDArray[Any]
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class FlattenSaved(Saved):
-    """The shape of x."""
+    """The value that `Flatten.backward` needs: the shape of x."""
 
     shape: tuple[int, ...]
 
 
 class Flatten(Module):
-    """Reshape x (n, ...) to (n, values of a row).
+    """Reshape x (n, ...) to (n, d), where d is the number of values in a row.
 
     >>> import nplora, numpy as np
     >>> nplora.Flatten()(np.zeros((5, 8, 4, 4))).shape

@@ -1,4 +1,4 @@
-"""Switches that exclude layers and products from int8, for weights with compute="int8"."""
+"""Switches that turn off int8 arithmetic: for one layer, or for all layers inside a `with` block."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _allowed: ContextVar[bool] = ContextVar("nplora_int8", default=True)
 
 
 class Int8Layer(Protocol):
-    """A layer that can be excluded from int8.
+    """A layer whose int8 arithmetic can be turned off.
 
     If `int8` is False, the layer's large products are computed in bfloat16.
     """
@@ -23,7 +23,7 @@ class Int8Layer(Protocol):
 
 @contextlib.contextmanager
 def without_int8() -> Iterator[None]:
-    """Inside `with without_int8():` products that would be computed in int8 are computed in bfloat16.
+    """Inside `with without_int8():` bfloat16 arithmetic replaces int8 arithmetic.
 
     >>> import nplora, numpy as np
     >>> from nplora.nn.int8 import without_int8
@@ -42,5 +42,5 @@ def without_int8() -> Iterator[None]:
 
 
 def in_int8(*layers: Int8Layer) -> bool:
-    """Whether a training pass may compute products of these layers in int8. False in inference."""
+    """Whether all of these layers may now compute products in int8. Always False in inference."""
     return _allowed.get() and not inferring() and all(layer.int8 for layer in layers)

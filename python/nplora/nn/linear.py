@@ -39,8 +39,7 @@ class Linear(Prepared, Module):
         Linear((2, 3), dtype='float32', trainable=True)
 
     Args:
-        W: the weight (d_out, d_in). A float array is copied. A FrozenWeight is shared, or copied if
-            `trainable`.
+        W: the weight (d_out, d_in). A float array is copied. A FrozenWeight is copied only if `trainable`.
         bias: array (d_out,) or None.
         dtype: the storage format of W, as in LoRALinear. A trainable weight must be "float32" or "float64".
         compute: the arithmetic of products with a frozen weight: "float32", "bfloat16" or "int8", as in
@@ -118,7 +117,7 @@ class Linear(Prepared, Module):
     def backward(self, dy: npt.ArrayLike, saved: LinearSaved, need_dx: bool = True) -> Gradient:
         """Return dx = dy W, or None if need_dx is False. If the layer is trained, add to dweight and dbias.
 
-        dweight += dyᵀ x;  dbias += the sum of dy over its rows
+        dweight += dyᵀ x;  dbias += the sum of the rows of dy
 
             >>> import nplora, numpy as np
             >>> layer = nplora.Linear(np.eye(2, 3), trainable=True)
@@ -130,8 +129,8 @@ class Linear(Prepared, Module):
                    [0., 0., 0.]], dtype=float32)
 
         Raises:
-            ValueError: dy does not have the shape of y, or `saved` is from a pass of another layer, shape or
-                dtype.
+            ValueError: dy does not have the shape of y; `saved` is from a forward pass of another layer; or
+                an array in `saved` does not fit the layer's shape or dtype.
             TypeError: `saved` is from another kind of layer.
             RuntimeError: the weight is trained, but the forward pass ran in inference mode.
         """
@@ -158,10 +157,10 @@ class Linear(Prepared, Module):
     def forward_part(
         self, rows: Array, lead: tuple[int, ...]
     ) -> tuple[_core.ForwardPart, Array, LinearSaved]:
-        """Prepare this layer's part of a call of `_core.lora_forward` on `rows` (n, d_in).
+        """Prepare a call of `_core.lora_forward`, which may compute several layers for these rows (n, d_in).
 
-        Several layers can share the call. Return three things: the argument for the call, the array y
-        (n, d_out) into which the call writes this layer's output, and the values for `backward`.
+        Return three things: this layer's argument for the call, the array y (n, d_out) into which the call
+        writes this layer's output, and the values for `backward`.
         """
         y = buffers.empty((len(rows), self.shape[0]), self._dtype)
         a, b = self._factors

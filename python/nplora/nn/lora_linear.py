@@ -1,4 +1,4 @@
-"""LoRALinear: y = x Wᵀ + scale · (x Bᵀ) Aᵀ with a frozen W; also rsLoRA, dropout, DoRA and LoRA-FA."""
+"""LoRALinear: y = x Wᵀ + scale · (x Bᵀ) Aᵀ with a frozen W. Options: rsLoRA, dropout, DoRA, LoRA-FA."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class LoRALinear(LoRALayer):
         (10, 96)
 
     Args:
-        W: float array (d_out, d_in), which is copied and packed, or a FrozenWeight, which is shared.
+        W: float array (d_out, d_in), which is copied and packed, or a FrozenWeight, which is not copied.
         rank: the rank r of the update, from 1 to 65536.
         alpha: the strength of the update, which sets scale = alpha / rank.
         bias: a frozen array (d_out,), or None.
@@ -77,10 +77,12 @@ class LoRALinear(LoRALayer):
         init: how the factors A and B start.
 
             - "zero": A is 0, and B is drawn from U(±1/sqrt(d_in)). At first, the layer computes x Wᵀ.
-            - "gaussian": A and B are drawn from N(0, 1/r), which changes the outputs at once.
-            - "pissa", "olora": scale · A·B starts as the principal part of W, and `weight` is the rest of W
-              in the same storage format. At first, the two parts add up to W, apart from the rounding of the
-              rest, which is coarse for a quantised W. "pissa" and "olora" cannot be combined with DoRA.
+            - "gaussian": A and B are drawn from N(0, 1/r), so the layer computes more than x Wᵀ even before
+              training.
+            - "pissa", "olora": scale · A·B starts as the principal part of W, and `weight` is W minus this
+              part, rounded to the storage format of W. At first, the layer computes x Wᵀ, apart from this
+              rounding, which is coarse for a quantised format. "pissa" and "olora" cannot be combined with
+              DoRA.
         dropout: the probability that an element of x is dropped on the low-rank path, in training only.
         use_rslora: use scale = alpha / sqrt(rank) (rsLoRA, Kalajdzievski 2023).
         use_dora: also train the norm m of each row (DoRA).
@@ -198,10 +200,10 @@ class LoRALinear(LoRALayer):
     def forward_part(
         self, rows: Array, lead: tuple[int, ...]
     ) -> tuple[_core.ForwardPart, Array, LoRALinearSaved]:
-        """Prepare this layer's part of a call of `_core.lora_forward` on `rows` (n, d_in).
+        """Prepare a call of `_core.lora_forward`, which may compute several layers for these rows (n, d_in).
 
-        Several layers can share the call. Return this layer's argument, the array y (n, d_out) that the call
-        fills, and the values for `backward`.
+        Return three things: this layer's argument for the call, the array y (n, d_out) into which the call
+        writes this layer's output, and the values for `backward`.
         """
         y = buffers.empty((len(rows), len(self.A)), self.A.dtype)
         lone, merged = self._lone_weight()
@@ -223,7 +225,7 @@ class LoRALinear(LoRALayer):
         return part, y, saved
 
     def _core_terms(self, lone: FrozenWeight | None) -> tuple[_core.PackedWeight, float, Array | None]:
-        """Return the weight, the scale and the bias for the core. With DoRA, the bias is added later."""
+        """Return the weight, scale and bias for the core. The bias is None if `_rescale` adds it (DoRA)."""
         if lone is not None:
             return lone.packed, 0.0, self._bias  # scale 0: W alone
         return self._weight.packed, self.scale, None if self.use_dora else self._bias
@@ -237,7 +239,7 @@ class LoRALinear(LoRALayer):
         return y.reshape(*saved.lead, y.shape[1]), saved
 
     def _add_update(self, y: Array, saved: LoRALinearSaved, active: Array) -> LoRALinearSaved:
-        """Add the update to the active rows of y: y[active] += scale · z Aᵀ with z = x[active] Bᵀ."""
+        """Add the update to the rows on which it acts: y[active] += scale · z Aᵀ with z = x[active] Bᵀ."""
         assert saved.x is not None
         z = np.empty((len(active), self.rank), y.dtype)
         if len(active):
@@ -251,7 +253,7 @@ class LoRALinear(LoRALayer):
         return dataclasses.replace(saved, z=None if inferring() else z, x=saved.x if keeps_x else None)
 
     def finish_backward(self, du: Array, saved: LoRALinearSaved, dx: Array | None) -> None:
-        """After `_core.lora_backward`, add the gradients of an update that acted on some rows only."""
+        """Activated LoRA: after `_core.lora_backward`, add the gradients of active rows to dA, dB and dx."""
         if saved.active is None or saved.z is None or not len(saved.active):
             return
         own = np.ascontiguousarray(du[saved.active])
@@ -291,7 +293,7 @@ class LoRALinear(LoRALayer):
         )
 
     def _rescale(self, u: Array, saved: LoRALinearSaved, training: bool) -> tuple[Array, LoRALinearSaved]:
-        """Rescale the output u as DoRA does: y = m / ‖row‖ ∘ u + bias, for each row of W + scale·A·B."""
+        """Rescale the output u as DoRA does: y = m / norms ∘ u + bias. The norms: rows of W + scale·A·B."""
         assert self.m is not None
         with quiet():
             inverse_norm = self._inverse_norms()
@@ -305,7 +307,7 @@ class LoRALinear(LoRALayer):
         return y, saved
 
     def backward(self, dy: npt.ArrayLike, saved: LoRALinearSaved, need_dx: bool = True) -> Gradient:
-        """Add to the gradients dA, dB and dm; return dx (..., d_in), or None if need_dx is False.
+        """Add this pass's gradients to dA, dB and dm; return dx (..., d_in), or None if need_dx is False.
 
         forward:   z = x Bᵀ;  y = x Wᵀ + scale · z Aᵀ
         backward:  dz = scale · dy A;  dx = dy W + dz B;  dA += scale · dyᵀ z;  dB += dzᵀ x
@@ -319,8 +321,8 @@ class LoRALinear(LoRALayer):
             (True, False)
 
         Raises:
-            ValueError: dy does not have the shape of y, or `saved` is from a pass of another layer, shape,
-                rank or dtype.
+            ValueError: dy does not have the shape of y; `saved` is from a forward pass of another layer; or
+                an array in `saved` does not fit the layer's shape, rank or dtype.
             TypeError: `saved` is from another kind of layer.
             RuntimeError: the layer is merged, or it was merged during the forward pass; or the forward pass
                 ran in inference mode.
@@ -362,7 +364,7 @@ class LoRALinear(LoRALayer):
             _check.kept(op, name, array, shape, self.weight.compute_dtype)
 
     def backward_part(self, du: Array, saved: LoRALinearSaved) -> _core.BackwardPart:
-        """Add to dm; return this layer's argument for `_core.lora_backward`."""
+        """Add the gradient of m to dm (DoRA only); return this layer's argument for `_core.lora_backward`."""
         weight, a, b = self.weight.packed, self.A, self.B
         if saved.z is None or saved.active is not None:
             return _core.BackwardPart(
@@ -379,7 +381,7 @@ class LoRALinear(LoRALayer):
         )  # fmt: skip
 
     def explain(self, rows: int, training: bool = True) -> str:
-        """Describe how passes over `rows` rows of x are computed, and how many operations each method takes.
+        """Describe the method that computes a pass over `rows` rows of x, and the cost of each method.
 
         The layer chooses a method by counting floating-point operations, never by timing. The same call
         therefore gives the same bits on every machine with the same instruction set. The text describes the

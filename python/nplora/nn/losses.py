@@ -1,9 +1,10 @@
 """Loss functions (prediction, target) -> (loss, dprediction).
 
-A loss function is any callable of that form, where dprediction is the gradient of the loss with respect to
-the prediction. The built-in losses are means over elements or over labelled rows. A built-in loss also has a
-method `count(prediction, target)`, which returns the number of elements or rows in the mean. With the count,
-batches of different sizes can be weighted exactly.
+A loss function is any callable that takes (prediction, target) and returns (loss, dprediction). Here
+dprediction is the gradient of the loss with respect to the prediction. The built-in losses are means over
+elements or over labelled rows. A built-in loss also has a method `count(prediction, target)`, which returns
+the number of elements or rows over which the mean is taken. The trainer uses the counts to average the losses
+of batches of different sizes exactly.
 
     >>> import nplora
     >>> loss, gradient = nplora.losses.mse([1.0, 2.0], [1.0, 4.0])
@@ -67,7 +68,10 @@ class Loss(Protocol):
         """Return the loss, and its gradient with the shape and dtype of `prediction`."""
 
     def count(self, prediction: Array, target: Any) -> int:
-        """Count the elements or labelled rows in the mean. If the count is 0, loss and gradient are 0."""
+        """Return the number of elements or labelled rows over which the loss is a mean.
+
+        If the number is 0, the loss and the gradient are 0.
+        """
 
 
 class _Elementwise:
@@ -95,7 +99,7 @@ class _Elementwise:
         return int(np.size(np.asarray(prediction)))
 
     def _terms(self, p: Array, t: Array) -> tuple[Array, Array]:
-        """Return f(p, t) and its derivative by p, for each element."""
+        """Return f(p, t) and the derivative of f with respect to p, for each element."""
         raise NotImplementedError
 
 
@@ -167,8 +171,8 @@ class CrossEntropy:
 
     Args:
         ignore_index: the label of rows that are left out of the mean.
-        class_weights: a number of at least 0 for each class. The loss of a row is multiplied by the number
-            for the row's label. The mean still divides by the number of labelled rows.
+        class_weights: one weight (0 or larger) for each class. The loss of a row is multiplied by the weight
+            of the row's label. The mean still divides by the number of labelled rows.
     Raises:
         ValueError: a class weight is negative or not finite.
     """

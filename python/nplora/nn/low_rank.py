@@ -22,7 +22,7 @@ T = TypeVar("T", bound=Array | None)
 
 
 class LiveArray(Generic[T]):
-    """An array attribute that is never replaced: `layer.A = value` copies the value into the same array.
+    """An attribute that always holds the same array: `layer.A = value` copies the value into this array.
 
     Optimisers and the C++ core hold references to the arrays, so an assignment must write in place.
     """
@@ -73,8 +73,8 @@ class LoRALayer(Prepared, AdapterLayer):
             alpha is read-only.
         scale: alpha / rank, or alpha / sqrt(rank) with rsLoRA; read-only.
         dropout: the dropout probability, which can be set in LoRALinear and is 0 in LoRAEmbedding.
-        row_order: an array of row numbers, if W and adapter files order their rows differently. Row i of W is
-            then row row_order[i] of the file. None means that both have the same order.
+        row_order: None if the rows of W have the same order as in an adapter file. Otherwise an array of row
+            numbers: row i of W is row row_order[i] of the file.
     """
 
     A = LiveArray[Array]()
@@ -183,11 +183,12 @@ class LoRALayer(Prepared, AdapterLayer):
         }
 
     def prepare_adopt(self, delta: LoraDelta) -> Commit:
-        """Prepare to copy an update into this layer. The update's rows are in the order of an adapter file.
+        """Return a function that copies the update `delta` into this layer.
 
-        The returned function copies the update; it allocates no arrays and cannot fail. The update must have
-        magnitudes m if the layer has magnitudes, and must not have them if the layer has none. If the ranks
-        of the update and the layer differ, the layer gets new arrays for A and B.
+        The rows of `delta` are in the order of an adapter file. The returned function allocates no arrays and
+        cannot fail. The update must have magnitudes m if the layer has magnitudes, and must not have
+        magnitudes if the layer has none. If the ranks of the update and the layer differ, the layer gets new
+        arrays for A and B.
         """
         self.require_unmerged("prepare_adopt")
         self._require_whole_weight("load_adapter")
@@ -314,7 +315,7 @@ class LoRALayer(Prepared, AdapterLayer):
         return self._merged or self.weight.like(self._finite_still(self.merged_weight()))
 
     def _finite_still(self, merged: Array) -> Array:
-        """Return `merged`. Raise ValueError if the sum or the storage format made finite values infinite."""
+        """Return `merged`. Raise ValueError if the sum, or rounding to the storage format, overflowed."""
         storage = self.weight.float_dtype
         lost = become_infinite(merged, storage).size
         if not lost and not np.isfinite(merged).all() and self._finite_factors():
@@ -380,10 +381,10 @@ class LoRALayer(Prepared, AdapterLayer):
         object.__setattr__(self, "__class__", UnloadedLayer)
 
     def _lone_weight(self) -> tuple[FrozenWeight | None, bool]:
-        """Return the only weight that a pass multiplies by, and whether it is the merged weight.
+        """Return the weight of a pass without a separate update, and whether it is the merged weight.
 
-        While the adapter is disabled, the only weight is W. While the adapter is merged and enabled, the only
-        weight is the merged weight. Otherwise the result is None, because the pass computes a separate
+        While the adapter is disabled, this weight is W. While the adapter is merged and enabled, this weight
+        is the merged weight. Otherwise the result is (None, False), because the pass computes a separate
         update. A pass calls this method only once, because another thread may merge, unmerge or disable the
         layer meanwhile.
         """

@@ -59,7 +59,7 @@ def quiet() -> np.errstate:
 
 
 def pair(module: Module, result: Any) -> tuple[Array, Any]:
-    """Return the result of a `forward`, or raise TypeError if it is not a pair."""
+    """Return `result`, which a `forward` returned. Raise TypeError if `result` is not a pair (y, saved)."""
     if isinstance(result, tuple) and len(result) == 2:
         return result
     what = f"{len(result)} values" if isinstance(result, tuple) else type(result).__name__
@@ -69,8 +69,9 @@ def pair(module: Module, result: Any) -> tuple[Array, Any]:
 def name_error(error: ValueError, container: Module, culprit: Module | None = None) -> None:
     """Make the error's message begin with "layer " and the dotted name of the module that failed.
 
-    The innermost container passes `culprit`, the module that failed. Each enclosing container then replaces
-    the name in the message by the module's dotted name in that container.
+    The innermost container calls this function with `culprit`, the module that failed. Each enclosing
+    container then calls this function again, which replaces the name in the message by the module's dotted
+    name in that container.
     """
     if len(error.args) != 1 or not isinstance(error.args[0], str):
         return
@@ -118,7 +119,8 @@ class Saved:
 def saved_nbytes(saved: object) -> int:
     """Return the bytes of all arrays in a Saved, or in nested tuples, lists and dicts.
 
-    An array that is kept several times counts once. A view of a part of an array is counted separately.
+    An array that occurs several times counts once. A view of a part of an array counts in addition to the
+    whole array.
 
         >>> import nplora, numpy as np
         >>> layer = nplora.LoRALinear(np.eye(4), rank=2)
@@ -197,15 +199,15 @@ class Module:
         return ""
 
     def new_tokens(self, tokens: Sequence[AddedToken]) -> tuple[AddedToken, ...]:
-        """Return those tokens of an adapter that the model itself does not have."""
+        """Return those tokens added by an adapter that the model itself does not have."""
         return tuple(tokens)
 
     def tokenizer_files(self) -> Mapping[str, bytes]:
-        """Return the files of a tokenizer with new tokens, which are saved with an adapter."""
+        """Return {file name: content} of a tokenizer with new tokens. Adapters are saved with these files."""
         return {}
 
     def stored_row_order(self, name: str) -> Array | None:
-        """Return the `LoRALayer.row_order` of the layer with this dotted name (None: the usual order)."""
+        """Return `LoRALayer.row_order` for the layer with this dotted name. None: as in adapter files."""
         return None
 
     # ---- the two passes ----
@@ -221,7 +223,7 @@ class Module:
         raise NotImplementedError(f"{type(self).__name__} has no forward")
 
     def backward(self, dy: Array, saved: Any, need_dx: bool = True) -> Gradient:
-        """Add to the gradients of the parameters; return dx, or None if need_dx is False.
+        """Add this pass's gradients to `grad` of each parameter; return dx, or None if need_dx is False.
 
         `saved` must come from a forward pass of this module: the layers of nplora raise ValueError otherwise.
         A second call with the same `saved` adds the same gradients again. `LanguageModel`, however, frees the
@@ -252,7 +254,7 @@ class Module:
     # ---- what this module holds itself, apart from its children ----
 
     def local_parameters(self) -> list[Parameter]:
-        """Return the trainable arrays of this module, without its children.
+        """Return the trainable arrays of this module itself, but not those of its children.
 
         A layer of your own overrides this method.
 
@@ -274,11 +276,11 @@ class Module:
         return []
 
     def local_frozen(self) -> list[FrozenWeight | Array]:
-        """Return the frozen arrays of this module without its children, for `num_parameters`."""
+        """Return the frozen arrays of this module itself, but not those of its children."""
         return []
 
     def named_children(self) -> Iterator[tuple[str, Module]]:
-        """Yield the modules in this module's attributes, by name, in the order of their definition.
+        """Yield (name, module) for each module in this module's attributes, in the order of their definition.
 
         >>> import nplora, numpy as np
         >>> model = nplora.Sequential(nplora.Linear(np.eye(2)), nplora.Tanh())
@@ -292,7 +294,7 @@ class Module:
     # ---- the tree ----
 
     def named_modules(self) -> Iterator[tuple[str, Module]]:
-        """Yield this module under the name "", then every module inside it by its dotted name.
+        """Yield ("", this module), and then (dotted name, module) for every module inside this module.
 
         A module with several names is yielded once, under its first name.
 
@@ -302,7 +304,7 @@ class Module:
             ['', '0', '1']
 
         Raises:
-            ValueError: two modules have the same name, as in {"a.b": one, "a": {"b": other}}.
+            ValueError: two modules have the same name, such as "a.b" in {"a.b": m1, "a": {"b": m2}}.
         """
         names: set[str] = set()
         for name, module in self._walk("", set()):
@@ -387,7 +389,7 @@ class Module:
         return {name: m for name, m in self.named_modules() if isinstance(m, AdapterLayer)}
 
     def require_trainable(self, what: str) -> None:
-        """Raise RuntimeError if a layer has no gradients, because it is merged or for inference only.
+        """Raise RuntimeError if a layer is merged, because merged layers compute no gradients.
 
         Args:
             what: the name of the operation that needs the gradients, for the message.
@@ -408,8 +410,9 @@ class Module:
 
         All merged weights are built before the first one is used, so a failure leaves every layer unchanged.
         `merge` and `unmerge` take effect in every thread. If another thread runs a pass at the same time,
-        some layers of that pass may be merged and others not, so its result may differ by the rounding of the
-        merged weights. If a layer was merged in a training pass, its `backward` raises RuntimeError.
+        some layers of that pass may be merged and others not, so the result of that pass may differ by the
+        rounding of the merged weights. If a layer was merged in a training pass, its `backward` raises
+        RuntimeError.
 
             >>> import nplora, numpy as np
             >>> layer = nplora.LoRALinear(np.eye(4), rank=2, init="gaussian", rng=0)
@@ -423,12 +426,13 @@ class Module:
                 "same" for the format of the frozen weight. None means float32 for a quantised weight, because
                 its coarse steps may lose the update. For any other weight, None means "same".
         Returns:
-            one report for each layer about how much of the update the storage format kept, or an empty list
-                if `dtype` is None.
+            a list with one report for each layer, or an empty list if `dtype` is None. A report says how much
+            of the update is left after the rounding to the storage format.
         Raises:
             RuntimeError: a layer is merged already.
-            ValueError: finite values would become infinite; a layer's rows do not divide into blocks of the
-                storage format; or exactly one of the frozen weight and `dtype` is float64.
+            ValueError: finite values would become infinite; the length of a weight's rows is not a multiple
+                of the storage format's block size; or only one of `dtype` and the format of a frozen weight
+                is float64.
         """
         prepared = [layer.prepare_merge(name, dtype) for name, layer in self.adapter_layers().items()]
         for commit, _ in prepared:
@@ -456,8 +460,8 @@ class Module:
         """Replace every adapter layer by a plain frozen layer with the merged weight; return the model.
 
         The model is changed in place and returned. If the model is a single layer, its replacement is
-        returned. The factors and the original weights are released. All replacements are built before the
-        first one is used, so a failure leaves every layer unchanged.
+        returned. The factors A and B and the original weights are released. All replacements are built before
+        the first one is used, so a failure leaves every layer unchanged.
 
             >>> import nplora, numpy as np
             >>> nplora.LoRALinear(np.eye(4), rank=2).merge_and_unload()
@@ -474,13 +478,13 @@ class Module:
         return replaced.get(id(self), self)
 
     def exchange(self, replaced: Mapping[int, Module]) -> None:
-        """Replace modules inside this module. `replaced` maps the ids of old modules to new modules."""
+        """Replace modules inside this module. `replaced` is a dict {id(old module): new module}."""
         for module in [m for _, m in self.named_modules() if id(m) not in replaced]:
             for name, value in vars(module).items():
                 vars(module)[name] = _replace(value, replaced)
 
     def copied(self, replaced: Mapping[int, Module]) -> Self:
-        """Copy this module and its children, and replace modules as in `exchange`. Arrays are shared."""
+        """Copy the tree of modules, and replace modules in the copy as in `exchange`. Arrays are shared."""
         made = dict(replaced)
         return cast(Self, _copied(self, made))
 
@@ -490,7 +494,8 @@ class Module:
 
         Adapters are disabled only for the thread (or asyncio task) that enters the block. Other threads use
         the adapters, even threads that are started inside the block. If a generator yields inside the block,
-        its caller also runs without adapters until the generator resumes, as with every context variable.
+        adapters stay disabled for the code that uses the generator, until the generator resumes. Every
+        context variable behaves in this way.
 
             >>> import nplora, numpy as np
             >>> layer = nplora.LoRALinear(np.eye(2), rank=1, init="gaussian")
@@ -530,7 +535,7 @@ class Module:
             layer.reset(layer_stream(seed, name))
 
     def random_state(self) -> dict[str, list[int]]:
-        """Return the dropout streams: {dotted name of an adapter layer: [seed, passes with dropout so far]}.
+        """Return the dropout streams: {dotted name of a layer: [seed, number of passes with dropout so far]}.
 
         >>> import nplora, numpy as np
         >>> layer = nplora.LoRALinear(np.eye(4), rank=2, dropout=0.1)
@@ -593,7 +598,7 @@ class Module:
 
 
 class AdapterLayer(Module):
-    """Base class of layers with an adapter, with the methods that `Module` calls on all of them.
+    """Base class of layers with an adapter. `Module` calls these methods for all of its adapter layers.
 
     Attributes:
         dropout_stream: the pair (seed, calls), from which a training pass draws its dropout mask. If dropout
@@ -627,12 +632,12 @@ class AdapterLayer(Module):
         raise NotImplementedError
 
     def require_unmerged(self, what: str) -> None:
-        """Raise RuntimeError if the layer is merged, because `what` needs an unmerged layer."""
+        """Raise RuntimeError if the layer is merged. `what` is the operation that needs an unmerged layer."""
         if self.merged:
             raise RuntimeError(f"{type(self).__name__}.{what}: the layer is merged; call unmerge() first")
 
     def require_trainable(self, what: str) -> None:
-        """Raise RuntimeError if the layer has no gradients, because it is merged or for inference only."""
+        """Raise RuntimeError if the layer is merged, because a merged layer computes no gradients."""
         self.require_unmerged(what)
 
     def prepare_merge(self, name: str, dtype: str | None) -> tuple[Commit, MergeReport | None]:
@@ -650,8 +655,8 @@ class AdapterLayer(Module):
         """Return a plain frozen layer with the merged weight.
 
         Args:
-            shared: the merged weights that several layers of one `merge_and_unload` share. A layer may add
-                its merged weight.
+            shared: the merged weights of tied layers during one `merge_and_unload`. The first of several tied
+                layers adds its merged weight, and the other layers use this weight.
         """
         raise NotImplementedError
 
@@ -672,7 +677,7 @@ class AdapterLayer(Module):
         self.dropout_stream = (int(np.random.default_rng(stream).integers(2**63)), 0)
 
     def reset(self, stream: np.random.SeedSequence) -> None:
-        """Draw the initial factors and restart dropout, both from the random numbers of `stream`."""
+        """Draw new initial factors and a new seed for dropout. The random numbers come from `stream`."""
         raise NotImplementedError
 
 
@@ -686,7 +691,7 @@ _HOLDERS = (Module, *_CONTAINERS)  # types that can hold modules; most attribute
 
 
 def _modules_in(value: object, name: str, around: tuple[int, ...] = ()) -> Iterator[tuple[str, Module]]:
-    """Yield the modules in nested containers. `around` holds the ids of the enclosing containers."""
+    """Yield (name, module) for the modules in `value`. `around`: the ids of the containers around `value`."""
     if isinstance(value, Module):
         yield name, value
     elif isinstance(value, _CONTAINERS) and id(value) not in around:
@@ -695,7 +700,7 @@ def _modules_in(value: object, name: str, around: tuple[int, ...] = ()) -> Itera
 
 
 def _replace(value: Any, replaced: Mapping[int, Module], around: tuple[int, ...] = ()) -> Any:
-    """Return `value` with modules replaced. Lists and dicts change in place; tuples are copied if needed."""
+    """Return `value` with modules replaced. Lists and dicts change in place; a changed tuple is a new one."""
     if isinstance(value, Module):
         return replaced.get(id(value), value)
     if id(value) in around:

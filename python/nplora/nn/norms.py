@@ -18,7 +18,7 @@ Array = npt.NDArray[Any]
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class NormSaved(Saved):
-    """The normalised rows (n, d), and the factors (n, 1) that normalised them, for the backward pass."""
+    """The values that `backward` needs: normalised rows (n, d), and the scaling factor of each row (n, 1)."""
 
     lead: tuple[int, ...]
     normalised: Array | None = None
@@ -76,7 +76,9 @@ class _Norm(Module):
         return y.reshape(*lead, len(self.weight)), saved
 
     def backward(self, dy: npt.ArrayLike, saved: NormSaved, need_dx: bool = True) -> Gradient:
-        """Return dx, or None if need_dx is False. If the weights are trained, add to dweight and dbias.
+        """Return dx, or None if need_dx is False.
+
+        If the weights are trained, also add their gradients to dweight and dbias.
 
             >>> import nplora, numpy as np
             >>> norm = nplora.RMSNorm(np.ones(2), eps=0, trainable=True)
@@ -109,7 +111,7 @@ class _Norm(Module):
         return dx.reshape(*saved.lead, d)
 
     def _normalise(self, x: Array) -> tuple[Array, Array]:
-        """Return the normalised rows, and the factors (n, 1) that multiplied them."""
+        """Return the normalised rows (n, d), and the scaling factor of each row (n, 1)."""
         raise NotImplementedError
 
     def _differentiate(self, dn: Array, normalised: Array, factor: Array) -> Array:
@@ -133,7 +135,8 @@ class LayerNorm(_Norm):
 
     Args:
         weight, bias: arrays (d,), which are copied; bias may be None.
-        eps: a constant that is added to the variance. The variance is the sum of squares divided by d.
+        eps: a constant that is added to the variance. The variance is the sum of squared deviations from the
+            mean, divided by d.
         trainable: whether weight and bias are trained, as the parameters "weight" and "bias".
         dtype: the dtype of weight, bias and output: "float32" (also for None) or "float64".
     """

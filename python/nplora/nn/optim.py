@@ -25,8 +25,8 @@ _name_of = operator.itemgetter(0)  # the name of a Parameter
 class Optimizer:
     """Base class of AdamW and SGD.
 
-    The parameters of the model are passed to every step. For each parameter name, the optimiser keeps up to
-    two state arrays, its moments.
+    The parameters of the model are passed to every step. For each parameter, which its name identifies, the
+    optimiser keeps up to two state arrays, called moments.
 
         >>> import nplora, numpy as np
         >>> layer = nplora.LoRALinear(np.eye(4), rank=1, rng=0)
@@ -58,7 +58,7 @@ class Optimizer:
         self._is_a = np.zeros(0, bool)  # which of the parameters are named "A"
 
     def init(self, parameters: Iterable[Parameter]) -> None:
-        """Start with zero state and zero steps for these parameters.
+        """Set the number of steps, and the state arrays for these parameters, to zero.
 
         The first call of `step` calls `init` if the caller has not done so.
 
@@ -101,8 +101,9 @@ class Optimizer:
             lr: the learning rate of this step, or None for `self.lr`.
             grad_scale: the gradients are multiplied by this number, such as 1 / the number of accumulated
                 batches.
-            max_norm: the largest Euclidean norm of all gradients together, after `grad_scale`. If the norm is
-                larger, all gradients are scaled down. None means no limit, and no norm is computed.
+            max_norm: a limit on the Euclidean norm of all gradients together, after the multiplication by
+                `grad_scale`. If the norm is above the limit, all gradients are scaled down. None means no
+                limit, and no norm is computed.
         Returns:
             the norm before clipping, or None if `max_norm` is None. If the norm is not finite, no step is
             made and nothing is changed.
@@ -139,7 +140,7 @@ class Optimizer:
         raise NotImplementedError
 
     def _keep(self, state: Mapping[str, Mapping[str, Array]], names: tuple[str, ...]) -> None:
-        """Store the arrays of `state` in the order of the parameter names `names`."""
+        """Store `state`, which is {moment: {parameter name: array}}, with arrays in the order of `names`."""
         self._state = {moment: tuple(held[name] for name in names) for moment, held in state.items()}
         self._names, self._is_a = names, np.array([_is_a(name) for name in names], bool)
 
@@ -173,7 +174,7 @@ class Optimizer:
 
         After `init` or a step, the state must fit the parameters of the optimiser, and is copied into the
         optimiser's arrays. In a new optimiser, the first step checks whether the state fits. If `state` has
-        the optimiser's own arrays, from `state_dict(copy=False)`, each array must keep its name.
+        the optimiser's own arrays, from `state_dict(copy=False)`, do not exchange the names of these arrays.
 
         Raises:
             ValueError: an array is missing, unknown, or has another shape or dtype. The message lists all
@@ -200,7 +201,7 @@ class Optimizer:
         return self._misfits(state, dict.fromkeys(self._moments, values))
 
     def _misfits(self, state: Mapping[str, Array], wanted: Mapping[str, Mapping[str, Array]]) -> list[str]:
-        """List how a state differs from `wanted` in the names, shapes and dtypes of its arrays."""
+        """Return a sentence for each difference in array names, shapes or dtypes from `state` to `wanted`."""
         loaded, unknown = self._by_moment(state)
         problems = [f"unknown entry {key!r}" for key in unknown]
         if "steps" not in state:
@@ -216,7 +217,7 @@ class Optimizer:
         return problems
 
     def _by_moment(self, state: Mapping[str, Array]) -> tuple[dict[str, dict[str, Array]], list[str]]:
-        """Return the arrays of a state as {moment: {parameter name: array}}, and its unknown keys."""
+        """Return the arrays of a state as {moment: {parameter name: array}}, and the state's unknown keys."""
         loaded: dict[str, dict[str, Array]] = {moment: {} for moment in self._moments}
         unknown = []
         for key, array in state.items():
@@ -383,7 +384,7 @@ def require(op: str, optimizer: object) -> None:
     """Raise TypeError if `optimizer` is not an optimiser of nplora.
 
     Raises:
-        TypeError: `optimizer` is not an optimiser of nplora, but for example one of torch.
+        TypeError: `optimizer` is something else, such as an optimiser of torch.
 
     >>> require("my_loop", AdamW(lr=0.01))
     >>> require("my_loop", "adam")
@@ -441,7 +442,7 @@ def schedule(name: str, step: int, total: int, warmup: int = 0) -> float:
 def _zeros(like: Mapping[str, Mapping[str, Array]]) -> dict[str, dict[str, Array]]:
     """Return zeros in the shapes and dtypes of these arrays, in one block of memory.
 
-    The block can be the memory that an earlier state has released.
+    The block may reuse the memory that an earlier state has released.
     """
     sizes = [-(-array.nbytes // _LINE) * _LINE for held in like.values() for array in held.values()]
     block = buffers.empty((sum(sizes),), np.uint8)
@@ -471,7 +472,7 @@ def _checked(op: str, parameters: Any) -> tuple[Parameter, ...]:
 
 
 def _check_scalar(op: str, name: str, value: object) -> None:
-    """Raise TypeError for a collection, such as `model.parameters()`, without printing its items."""
+    """Raise TypeError if `value` is a collection, such as a list of parameters. Do not print the items."""
     if isinstance(value, Sized | Iterator) and not isinstance(value, str):
         raise TypeError(f"{op}: {name} is a {type(value).__name__}, expected a number")
 

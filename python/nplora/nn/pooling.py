@@ -33,8 +33,8 @@ class MaxPool2d(Module):
                [13., 15.]])
 
     Args:
-        kernel_size: the size of a window, a number or a pair (vertical, horizontal).
-        stride: the step from a window to the next; None: the size of a window.
+        kernel_size: the size of a window: a number, or a pair (vertical, horizontal).
+        stride: the step from a window to the next; None: equal to `kernel_size`.
     Raises:
         ValueError: a number is below 1. TypeError: an argument is neither a number nor a pair.
     """
@@ -72,7 +72,9 @@ class MaxPool2d(Module):
         return y, PoolSaved(images.shape, largest, layer=self)
 
     def backward(self, dy: npt.ArrayLike, saved: PoolSaved, need_dx: bool = True) -> Gradient:
-        """Return dx, in which each dy is added at its window's largest value; or None without `need_dx`.
+        """Return dx, or None if need_dx is False.
+
+        Each element of dy is added to dx at the position of the largest value of the element's window.
 
             >>> import nplora, numpy as np
             >>> pool = nplora.MaxPool2d(2)
@@ -106,7 +108,7 @@ class MaxPool2d(Module):
         return Windows(channels, self.kernel_size, self.stride, (0, 0), (1, 1))
 
     def _values(self, images: Array) -> Array:
-        """Return the values of every window: (n, channels, vertical, horizontal, values)."""
+        """Return an array (n, channels, windows down, windows across, values of a window)."""
         n, channels, height, width = images.shape
         windows = self._windows(channels)
         rows = windows.rows(images).reshape(n, *windows.counts(height, width), channels, -1)

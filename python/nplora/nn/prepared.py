@@ -14,7 +14,7 @@ class Prepared:
     _prepared: tuple[tuple[Hashable, ...], _core.InferenceLayer | None] | None = None
 
     def inference_layer(self) -> _core.InferenceLayer | None:
-        """Return the layer's argument for `_core.infer`, or None if only `forward` can compute the layer.
+        """Return the layer's argument for `_core.infer`, or None if `_core.infer` cannot run this layer.
 
         The argument refers to the layer's arrays, so it stays valid when values in the arrays change.
         """
@@ -36,8 +36,8 @@ class Prepared:
         If one of these values changes, the argument is built again.
 
         Arrays are represented by their ids, because == would compare their elements. The kept argument refers
-        to the arrays, so no other array can get the same id. A FrozenWeight itself is compared, not its id,
-        because the kept argument refers only to its packed part.
+        to the arrays, so no other array can get the same id. A FrozenWeight is represented by itself, not by
+        its id, because the kept argument refers only to the packed part of the weight.
         """
         raise NotImplementedError
 

@@ -1,9 +1,10 @@
 """Initial factors from the principal part of a weight: PiSSA (Meng et al. 2024), OLoRA (Büyükakyüz 2024).
 
 Both methods factor a part of the weight W and freeze the rest: W = W_rest + scale · A·B. The factors are the
-same as in PEFT. U S Vᵀ is the singular value decomposition of W, cut to rank r:
+same as in PEFT:
 
-    - pissa: A = U √(S / scale),  B = √(S / scale) Vᵀ.
+    - pissa: A = U √(S / scale),  B = √(S / scale) Vᵀ  with the singular value decomposition U S Vᵀ of W,
+      cut to rank r.
     - olora: A = Q[:, :r],  B = R[:r]  with the QR decomposition W = Q R.
 
 The methods only multiply by the weight, in float32 (float64 for a float64 weight). The whole weight is never
@@ -30,9 +31,10 @@ _SETTLED = 1e-7  # a smaller relative change ends the search; about float32's ro
 
 
 def principal_factors(init: str, weight: FrozenWeight, rank: int, scale: float) -> tuple[Array, Array]:
-    """Return A (d_out, r) and B (r, d_in) for this `init`, in the dtype that the weight computes in.
+    """Return A (d_out, r) and B (r, d_in) for this `init`, in the weight's `compute_dtype`.
 
-    The same arguments always give the same factors, because the search starts from fixed random directions.
+    The same arguments always give the same factors, because the search for singular vectors starts from fixed
+    random directions.
 
     Raises:
         ValueError: the weight holds NaN or an infinity, or values whose products overflow.

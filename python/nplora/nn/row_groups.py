@@ -1,6 +1,6 @@
 """Groups of rows of one batch.
 
-Each group is computed by its own model, and all models share the frozen weights.
+One of several models computes each group. All models share the frozen weights.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class RowGroup(NamedTuple):
     """Neighbouring rows of a batch.
 
     Attributes:
-        model: the number of the model that computes these rows.
+        model: the index of the model that computes these rows.
         rows: the number of rows.
         acts: whether the model's adapter acts on these rows. An activated LoRA does not act before its
             invocation tokens.
@@ -46,13 +46,13 @@ _groups: ContextVar[tuple[RowGroup, ...] | None] = ContextVar("nplora_row_groups
 
 
 def row_groups() -> tuple[RowGroup, ...] | None:
-    """The groups into which the rows of the current pass are divided, or None if one model computes all."""
+    """The groups of the rows of the current pass, or None if one model computes all rows."""
     return _groups.get()
 
 
 @contextlib.contextmanager
 def grouped_rows(groups: tuple[RowGroup, ...] | None) -> Iterator[None]:
-    """Inside `with grouped_rows(groups):` a GroupedLayer computes each group with the layer of its model."""
+    """Inside `with grouped_rows(groups):` a GroupedLayer computes each group with the group's own layer."""
     token = _groups.set(groups)
     try:
         yield
@@ -68,15 +68,15 @@ def one_group(group: RowGroup) -> Iterator[None]:
 
 
 def slices(groups: Sequence[RowGroup]) -> list[slice]:
-    """The rows of each group."""
+    """For each group, the slice of the batch that holds the rows of the group."""
     ends = np.cumsum([group.rows for group in groups]).tolist()
     return [slice(end - group.rows, end) for group, end in zip(groups, ends, strict=True)]
 
 
 class GroupedLayer(Module):
-    """The layers at one place of several models. Each group of rows is computed by the layer of its model.
+    """The same layer of several models. Each group of rows is computed by the layer of the group's model.
 
-    Only `put` may replace layers. The values in the arrays of the layers may change.
+    Only `put` may replace layers, but the values in the layers' arrays may change at any time.
 
         >>> import nplora, numpy as np
         >>> from nplora.nn.row_groups import GroupedLayer, RowGroup, grouped_rows
@@ -98,13 +98,13 @@ class GroupedLayer(Module):
         self._stacks: dict[tuple[tuple[int, ...], tuple[RowGroup, ...]], Parts | None] = {}
 
     def put(self, model: int, layer: Module) -> None:
-        """Set the layer of a model, or add the layer of the next model."""
+        """Replace the layer of the model with this index, or append the layer of a new model."""
         self._layers = (*self._layers[:model], layer, *self._layers[model + 1 :])
         self._parts = {key: part for key, part in self._parts.items() if key[0] != model}
         self._stacks.clear()  # other layers of these stacks may be new, too
 
     def forward(self, x: npt.ArrayLike) -> tuple[Array, None]:
-        """Return the outputs of all rows of x. A shorter output is extended with -inf."""
+        """Return the outputs for all rows of x. Narrower outputs than the widest are padded with -inf."""
         groups, rows, ys = row_groups(), np.asarray(x), []
         assert groups is not None
         for group, some in zip(groups, slices(groups), strict=True):
@@ -115,9 +115,10 @@ class GroupedLayer(Module):
     def parts_of_stack(
         self, layers: Sequence[Module], groups: tuple[RowGroup, ...], part_of: PartOf
     ) -> Parts | None:
-        """The arguments of `_core.infer_groups` for a stack with this layer; None if the core cannot run it.
+        """The arguments of `_core.infer_groups` for `layers`, which include this layer.
 
-        The arguments are kept, because decoding needs them again for the next tokens.
+        The result is None if the core cannot run one of the layers. The arguments are kept, because decoding
+        needs them again for the next tokens.
         """
         key = tuple(map(id, layers)), groups
         if key not in self._stacks:

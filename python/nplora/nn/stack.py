@@ -1,4 +1,4 @@
-"""Computes layers that share one input in one call, such as q, k and v, or gate and up."""
+"""Computes several layers with the same input in one call, such as q, k and v, or gate and up."""
 
 from __future__ import annotations
 
@@ -78,8 +78,9 @@ def _forward(
 def stack_infer(layers: Sequence[Stackable], x: Array, batch: int | None = None) -> list[Array]:
     """Return the outputs (n, d_out) of `stack_forward`, up to rounding, for inference only.
 
-    Decoding calls this function for each token. The bits of a row depend on the batch in only one way: they
-    may differ between batches of up to `_core.constants.small_batch` rows and larger batches.
+    Decoding calls this function for each token. The bits of the output for a row depend on the row itself and
+    on whether the whole batch has more than `_core.constants.small_batch` rows, but not on anything else in
+    the batch.
 
     Args:
         layers: one or more LoRALinear or Linear with the same d_in and arithmetic.
@@ -130,7 +131,7 @@ def stack_backward(
     int8: bool = True,
     dither_key: int | None = None,
 ) -> Gradient:
-    """Add to each layer's gradients; return the sum of all dx (..., d_in), or None if need_dx is False.
+    """Update each layer's gradients; return the sum of all dx (..., d_in), or None if need_dx is False.
 
         >>> import nplora, numpy as np
         >>> gate, up = (nplora.LoRALinear(np.ones((8, 4)), rank=2) for _ in range(2))
@@ -143,12 +144,12 @@ def stack_backward(
         layers: the layers of the forward pass.
         dys: the gradients dy (..., d_out) of the layers' outputs, in the order of `layers`.
         need_dx: compute dx.
-        int8: with False, weights with compute="int8" compute dx in bfloat16. For a model's head, use False or
-            a `dither_key`, because most elements of a gradient of logits are small, and would become 0 if
-            they were rounded to the nearest int8 number.
-        dither_key: with a key (below 2^64), int8 products round dys stochastically, so that small elements
-            are kept on average. The random bits depend on the key and on the element's position. None: round
-            to nearest.
+        int8: if False, dx is computed in bfloat16, even if the weights have compute="int8". For a model's
+            head, use False or a `dither_key`: most elements of a gradient of logits are so small that
+            rounding to the nearest int8 number would make them 0.
+        dither_key: a key below 2^64, with which int8 products round dys stochastically. The expected value of
+            a rounded element is the element itself, so small elements are not lost. The random bits depend on
+            the key and on the element's position. None: round to nearest.
     Raises:
         ValueError: a dy does not have the shape of its y, the numbers of dys and layers differ, or `saved` is
             from a pass of other layers.
@@ -201,7 +202,7 @@ def _common(op: str, layers: Sequence[Stackable]) -> tuple[int, np.dtype[Any]]:
 
 
 def _kind(weight: FrozenWeight | Array) -> tuple[int, str, np.dtype[Any]]:
-    """Return a weight's d_in, the arithmetic of its products, and the dtype of x."""
+    """Return d_in, the arithmetic of products with this weight, and the dtype of x."""
     if isinstance(weight, FrozenWeight):
         return weight.shape[1], weight.packed.compute, weight.compute_dtype
     return weight.shape[1], "float", weight.dtype

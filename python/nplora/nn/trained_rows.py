@@ -35,7 +35,12 @@ _MEAN_ROWS = 4096  # rows in memory at once while their mean is computed
 
 @dataclasses.dataclass(frozen=True)
 class Merged:
-    """Merged rows: some rows as values (k, dim), or all of them as a weight; and their storage format."""
+    """The trained rows after a merge.
+
+    Attributes:
+        rows: the values (k, dim) after rounding. If all rows are trained, this may be a FrozenWeight.
+        storage: the storage format to which the rows were rounded; None: the rows were not rounded.
+    """
 
     rows: FrozenWeight | Array
     storage: str | None
@@ -44,9 +49,8 @@ class Merged:
 class TrainedRows:
     """The trained copies of rows of a frozen weight, and rows that the weight lacks.
 
-    Rows of new tokens start with the mean of all rows of the weight. The row of a new token may be a row that
-    the weight already has as padding, or a row beyond the weight's end. The weight itself never gets more
-    rows.
+    Rows of new tokens start with the mean of all rows of the weight. The row of a new token may be a padding
+    row that the weight already has, or a row beyond the weight's end. The weight itself never gets more rows.
 
         >>> import nplora, numpy as np
         >>> rows = nplora.nn.TrainedRows(nplora.FrozenWeight(np.eye(4)), [3, 1])
@@ -65,10 +69,10 @@ class TrainedRows:
     Attributes:
         value: the rows (k, dim), which optimisers update in place.
         grad: the gradient of `value`.
-        merged: the rows after the rounding of a merge; None if they are not merged.
+        merged: the rows as `merge` rounded them; None if the rows are not merged.
     Raises:
-        ValueError: an id is not a row, or occurs twice, or there are no ids; or a row beyond the weight's end
-            is not trained.
+        ValueError: an id is not in [0, size), or occurs twice, or there are no ids; or a row beyond the
+            weight's end is not in `ids`.
         TypeError: ids are not integers.
     """
 
@@ -115,8 +119,8 @@ class TrainedRows:
     def whole(self, weight: FrozenWeight) -> FrozenWeight:
         """The weight with the trained rows in it.
 
-        If the rows were merged in a storage format, the result has this format. If not, the result has the
-        format of `weight`, or float32 for a quantised weight.
+        If a merge rounded the rows to a storage format, the result has this format. Otherwise the result has
+        the format of `weight`, or float32 for a quantised weight.
         """
         if self.merged is not None and isinstance(self.merged.rows, FrozenWeight):
             return self.merged.rows
@@ -169,7 +173,7 @@ class TrainedRowsSaved(Saved):
 
 
 class _Terms(NamedTuple):
-    """The arrays and states with which a pass computes.
+    """The arrays that a pass uses, and the state of the adapter during the pass.
 
     Attributes:
         weight: the weight.
@@ -237,7 +241,7 @@ class TrainedRowsLayer(AdapterLayer):
         self.rows.value[...] = self.rows.original(self.weight)
 
     def _terms(self) -> _Terms:
-        """The terms of a pass.
+        """Return the arrays and the state of the adapter for one pass.
 
         A pass calls this method only once, because another thread may merge or disable the layer meanwhile.
         """
@@ -320,7 +324,10 @@ def _nothing() -> None:
 def _rounded(
     name: str, before: FrozenWeight | Array, values: Array, storage: str
 ) -> tuple[FrozenWeight | Array, MergeReport]:
-    """Round trained rows to a storage format. Return some rows as decoded values, or all rows as a weight."""
+    """Round trained rows to a storage format; return the rounded rows and a report.
+
+    The rounded rows are a FrozenWeight if `before` is a FrozenWeight, and an array of values otherwise.
+    """
     update = NewRows(None, values, before.shape)
     if isinstance(before, FrozenWeight):
         return merge_weight(name, before, update, storage)
@@ -330,7 +337,7 @@ def _rounded(
 
 
 class TrainedEmbedding(TrainedRowsLayer):
-    """An embedding with some rows that are trained: y = E[ids], with trained copies of these rows.
+    """An embedding y = E[ids] in which trained rows replace some or all rows of the frozen E.
 
     >>> import nplora, numpy as np
     >>> table = nplora.FrozenWeight(np.eye(3))
@@ -384,7 +391,7 @@ class TrainedEmbedding(TrainedRowsLayer):
 
 
 class TrainedHead(TrainedRowsLayer):
-    """A linear layer with some rows that are trained: y = x Wᵀ + bias, with trained copies of these rows.
+    """A linear layer y = x Wᵀ + bias in which trained rows replace some or all rows of the frozen W.
 
     >>> import nplora, numpy as np
     >>> weight = nplora.FrozenWeight(np.eye(3))
@@ -428,10 +435,11 @@ class TrainedHead(TrainedRowsLayer):
     def backward(
         self, dy: npt.ArrayLike, saved: TrainedRowsSaved, need_dx: bool = True, overwrite_dy: bool = False
     ) -> Gradient:
-        """Add to the gradients of the trained rows; return dx (..., dim), or None if need_dx is False.
+        """Update the gradients of the trained rows; return dx (..., dim), or None if need_dx is False.
 
         Args:
-            overwrite_dy: whether dy may be overwritten. False: dy is copied if only some rows are trained.
+            overwrite_dy: whether the array dy may be overwritten, which saves a copy if only some rows are
+                trained.
         Raises:
             ValueError: dy does not have the shape of y, or `saved` is from a pass of another layer.
             TypeError: `saved` is from another kind of layer.
@@ -477,7 +485,7 @@ class TrainedHead(TrainedRowsLayer):
 
 
 def _widened(y: Array, size: int) -> Array:
-    """Return y (n, vocab) with room for `size` values in each row."""
+    """Return y (n, vocab) extended to `size` columns. The values in the added columns are not set."""
     if y.shape[1] == size:
         return y
     wide = buffers.empty((len(y), size), y.dtype)

@@ -1,4 +1,4 @@
-"""Windows: the geometry of a convolution. The class turns images into rows of windows and back."""
+"""Windows: the geometry of a convolution. Converts images to a matrix of their windows, and back."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Windows:
         return self.channels * self.size[0] * self.size[1]
 
     def counts(self, height: int, width: int) -> tuple[int, int]:
-        """Return the numbers of windows in an image, vertical and horizontal.
+        """Return how many windows an image has vertically, and how many it has horizontally.
 
         If a window is larger than the image, a number may be 0 or negative.
         """
@@ -107,7 +107,7 @@ class Windows:
         return out
 
     def images(self, rows: Array, height: int, width: int) -> Array:
-        """Add each value of each window at its place in the images: the transpose of the method `rows`."""
+        """Return images with each pixel summed over the windows that contain it: the transpose of `rows`."""
         vertical, horizontal = self.counts(height, width)
         n = len(rows) // (vertical * horizontal)
         values = rows.reshape(n, vertical, horizontal, self.channels, *self.size)

@@ -1,7 +1,7 @@
 """Opens, locks, renames and replaces files on all operating systems.
 
-A directory is held open by a descriptor, and its files are named relative to this descriptor. So renaming the
-directory or changing the working directory has no effect on these names.
+A directory is kept open through a descriptor, and the files in the directory are named relative to this
+descriptor. So the names stay valid if the directory is renamed or the working directory changes.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ def open_file(
     """Open a file, and return a descriptor that child processes do not inherit.
 
     Args:
-        flags: os.O_RDONLY, os.O_WRONLY or os.O_RDWR, with os.O_CREAT, os.O_EXCL, os.O_APPEND.
+        flags: os.O_RDONLY, os.O_WRONLY or os.O_RDWR, optionally combined with os.O_CREAT, os.O_EXCL and
+            os.O_APPEND.
         directory: the descriptor of the directory that contains a relative path.
         follow_links: whether to follow a symbolic link. If False, a symbolic link raises OSError with
             errno.ELOOP.
@@ -94,9 +95,10 @@ def remove_in(directory: int, name: str) -> None:
 def replace_in(directory: int, old: str, new: str) -> None:
     """Rename a file in an open directory. An existing file with the new name is replaced.
 
-    Windows cannot replace a file that is mapped. So the mapped file first gets a name that ends in ".old". If
-    the process is killed before the second rename, no file has the new name. The next call removes the file
-    that ends in ".old", unless that file is still mapped.
+    Windows cannot replace a file that is mapped. So the mapped file is first renamed to a name that ends in
+    ".old"; then the file `old` is renamed to `new`. If the process is killed between these two renames, no
+    file has the name `new`. The next call removes the file that ends in ".old", unless that file is still
+    mapped.
     """
     if sys.platform == "win32":
         windows_files.replace(windows_files.joined(directory, old), windows_files.joined(directory, new))
@@ -158,7 +160,7 @@ def sync_directory(descriptor: int) -> None:
 
 
 def read_at(descriptor: int, into: memoryview, offset: int) -> int:
-    """Read bytes from a position. Return their number, which may be less than `len(into)`."""
+    """Read bytes at `offset` into `into`. Return the number of bytes, which may be below `len(into)`."""
     if sys.platform != "win32" and sys.platform != "emscripten":
         return os.preadv(descriptor, [into], offset)
     if sys.platform == "win32":

@@ -39,7 +39,7 @@ else:
 
 
 def cause_of_end(status: int) -> str | None:
-    """The limit that ended a process: "compiling", "rendering", "memory" or "nesting".
+    """The name of the limit that ended a process: "compiling", "rendering", "memory" or "nesting".
 
     The result is "other" if another signal ended the process, and None if the process ended by itself.
 
@@ -53,7 +53,7 @@ def cause_of_end(status: int) -> str | None:
 
 
 def isolate() -> None:
-    """Prevent this process from writing files, and let the signals of the time limits end it."""
+    """Prevent this process from writing files, and let the time limits' signals end this process."""
     if sys.platform != "win32" and sys.platform != "emscripten":
         os.set_blocking(sys.stderr.fileno(), False)  # the parent reads it only after this process has ended
         for kind in (resource.RLIMIT_CORE, resource.RLIMIT_FSIZE):
@@ -119,11 +119,11 @@ class Limits(NamedTuple):
     memory: int
 
     def set_by_process(self) -> Limits:
-        """The limits that the process can set itself."""
+        """The limits that the rendering process can set for itself."""
         return self._replace(**({} if LIMITS_TIME else _NO_TIME), **({} if LIMITS_MEMORY else _NO_MEMORY))
 
     def set_by_parent(self) -> Limits:
-        """The limits that the parent must watch."""
+        """The limits that the parent process must watch."""
         return self._replace(**(_NO_TIME if LIMITS_TIME else {}), **(_NO_MEMORY if LIMITS_MEMORY else {}))
 
 
@@ -135,13 +135,14 @@ _NO_MEMORY: dict[str, Any] = {"memory": 0}
 def watched(
     usage: Callable[[], tuple[int, float] | None], kill: Callable[[], None], limits: Limits
 ) -> Iterator[list[str]]:
-    """End a process during a `with` body as soon as it exceeds a limit that it cannot set itself.
+    """During a `with` body, end a process as soon as it exceeds a limit that it cannot set for itself.
 
     Yields a list. If the process is ended, the cause is added to the list: "memory" or "rendering".
 
     Args:
-        usage: returns the bytes and the seconds of CPU time that the process has used; None if it is gone.
-        kill: ends the process.
+        usage: a function that returns the bytes of memory and the seconds of CPU time that the process has
+            used, or None if the process is gone.
+        kill: a function that ends the process.
     """
     causes: list[str] = []
     most = limits.set_by_parent()

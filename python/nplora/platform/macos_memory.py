@@ -11,9 +11,9 @@ class Usage(NamedTuple):
     """The usage of a process.
 
     Attributes:
-        resident: the bytes in memory.
-        footprint: the bytes that macOS compares with its memory limits.
-        seconds: the CPU time.
+        resident: the number of bytes of the process in physical memory.
+        footprint: the number of bytes that macOS compares with its memory limits.
+        seconds: the CPU time in seconds.
     """
 
     resident: int

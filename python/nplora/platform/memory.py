@@ -69,9 +69,10 @@ def current_memory() -> int:
 
 
 def available_memory() -> int | None:
-    """The most bytes that this process can have, including those that it has now; None if unknown.
+    """The number of bytes that this process can use, including the bytes in use now; None if unknown.
 
-    The result is the lowest limit of the machine and of all control groups (containers) of the process.
+    The result is the lowest of the limits that the machine and the control groups (containers) of the process
+    set.
 
     >>> available = nplora.finetuning.planning.available_memory()
     >>> available is None or available > 1e6
@@ -90,7 +91,7 @@ def available_memory() -> int | None:
 
 
 def unread(files: set[str]) -> int:
-    """The bytes of these mapped files that are not in memory; 0 on systems that do not report them."""
+    """The number of bytes of these mapped files that are not in memory; 0 if the system does not say."""
     if sys.platform == "win32":
         return 0
     found, reading = 0, False
@@ -119,7 +120,7 @@ def usage_of(pid: int) -> tuple[int, float] | None:
 
 
 def _left_in_groups() -> Iterator[int]:
-    """The bytes that each limit of the process's control groups leaves free. Caches count as free."""
+    """Yield the free bytes under each memory limit of the process's control groups. Caches count as free."""
     for controllers, path in re.findall(_GROUP, _text("proc/self/cgroup")):
         if not controllers:
             limits, use, total = ["memory.max", "memory.high"], "memory.current", ""

@@ -54,7 +54,7 @@ def write_utf8(stream: TextIO | None) -> None:
 
 
 def detect_vanished_peer(connection: Any) -> None:
-    """Let the system close a connection whose other end has vanished without closing it."""
+    """Let the system close a connection after the other end has vanished without closing the connection."""
     with contextlib.suppress(OSError, AttributeError):  # not TCP, or a system without one of these
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 10)

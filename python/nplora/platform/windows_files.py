@@ -98,7 +98,10 @@ def replace(old: str, new: str) -> None:
 
 
 def _replaced(path: str, mark: str) -> str:
-    """The name, or the pattern, of a file that was replaced while it was mapped."""
+    """Return the new name for the mapped file `path`, which another file is about to replace.
+
+    `mark` is a part of the new name. If `mark` is "*", the result is a pattern for all such names.
+    """
     folder, name = os.path.split(path)
     if mark == "*":
         folder, name = glob.escape(folder), glob.escape(name)

@@ -10,7 +10,13 @@ _QUERY_AND_READ = 0x1000 | 0x0010  # PROCESS_QUERY_LIMITED_INFORMATION, PROCESS_
 
 
 class Counters(NamedTuple):
-    """The memory of a process in bytes: in use now, at the peak, and not shared with other processes."""
+    """The memory of a process in bytes.
+
+    Attributes:
+        resident: the memory in use now.
+        peak: the most memory in use so far.
+        private: the memory that the process does not share with other processes.
+    """
 
     resident: int
     peak: int

@@ -16,10 +16,11 @@ _of_thread = threading.local()  # its attribute `profiler`: the Profiler that re
 
 @dataclass
 class Total:
-    """The totals of an activity.
+    """The total calls of an activity, with the seconds and the operations of these calls.
 
     Attributes:
-        operations: the number of operations in products, for each arithmetic (such as "float32").
+        operations: a dictionary from an arithmetic, such as "float32", to the number of operations in
+            products.
     """
 
     calls: int = 0
@@ -39,7 +40,7 @@ class Profiler:
     Attributes:
         totals: a dictionary from (section, activity) to the total. The section of a call outside all sections
             is "".
-        sections: the seconds in each section, including the time spent in Python code.
+        sections: a dictionary from a section to its seconds, including the time spent in Python code.
 
     >>> import nplora, numpy as np
     >>> from nplora.runtime.profile import Profiler, section
@@ -60,7 +61,7 @@ class Profiler:
         self._spans: list[tuple[str, float]] = []
 
     def start(self) -> None:
-        """Record the calls of this thread from now on. Drop recorded calls that `stop` has not added yet."""
+        """Record the calls of this thread from now on. Drop earlier calls that are not yet in the totals."""
         self.cancel()
         _of_thread.profiler = self
         _core.start_profile()

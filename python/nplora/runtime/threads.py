@@ -74,7 +74,7 @@ def release_memory() -> None:
     """Return idle memory to the system.
 
     When a large result is freed, nplora keeps its memory for later results. Even if this function is never
-    called, used and idle memory together exceed the peak of the used memory by at most 4 MiB.
+    called, the used and the idle memory together are never more than the peak of the used memory plus 4 MiB.
 
         >>> import nplora
         >>> nplora.release_memory()
@@ -83,7 +83,7 @@ def release_memory() -> None:
 
 
 def show_config() -> None:
-    """Print versions, instruction set, processor, threads and runtimes, for a bug report.
+    """Print versions, instruction set, processor, and thread counts and thread pools, for a bug report.
 
     >>> import nplora
     >>> nplora.show_config()  # doctest: +ELLIPSIS

@@ -20,13 +20,14 @@ _MOST_WAIT = 0.25  # the most seconds that urgent work waits for the end of a sl
 class TimeBudget:
     """Computes when the next slice of training may begin, so that training keeps to its share of the time.
 
-    Training takes at most `share` of any second. In addition, a pause follows each slice, in proportion to
-    the slice, so that the slices are spread over the second. If a slice is expected to take longer than
-    `share` seconds, the limit applies to a longer window instead of a second.
+    A slice is the training between two pauses. Within any window of one second, slices take at most `share`
+    seconds. In addition, a pause follows each slice, in proportion to the slice, so that the slices are
+    spread over the window. If the next slice alone is expected to take longer than `share` seconds, the
+    window is longer than one second: its length is the expected time divided by `share`.
 
-    The next slice is expected to take as long as the longest recent slice, but at most twice the median. So
-    one unusually long slice, for example during a write to a slow disk, may exceed the limit, but does not
-    delay training later.
+    The next slice is expected to take as long as the longest recent slice, but at most twice the median time
+    of the recent slices. So one unusually long slice, for example during a write to a slow disk, may exceed
+    the limit, but does not delay training later.
 
     >>> budget = TimeBudget(share=0.25)
     >>> budget.add(10.0, 10.125)  # a slice of an eighth of a second
@@ -42,8 +43,8 @@ class TimeBudget:
     def add(self, began: float, ended: float, counted_from: float | None = None) -> None:
         """Record a slice.
 
-        Only the part of the slice after `counted_from` counts. If `counted_from` is None, the whole slice
-        counts.
+        Only the time after `counted_from` counts towards training's share. If `counted_from` is None, the
+        whole slice counts.
         """
         self._recent.append(ended - began)
         begin = began if counted_from is None else max(began, counted_from)
@@ -68,9 +69,9 @@ class TimeBudget:
         return ended + (ended - began) * (1 - self.share) / self.share - now
 
     def _until_within(self, now: float, expected: float, window: float) -> float:
-        """The seconds until the next slice may begin without taking more than the share of its window.
+        """The seconds until the next slice may begin without exceeding training's share of the window.
 
-        The window ends with the next slice.
+        The window ends when the next slice ends.
         """
         excess = sum(end - begin for begin, end in self._slices) + expected - self.share * window
         delay = 0.0
@@ -155,7 +156,7 @@ class TimeShare:
             self._waits, self._began = False, now
 
     def end(self) -> None:
-        """End the current slice. Training calls `end` before work that may run beside urgent work."""
+        """End the current slice. Training calls `end` before work that may overlap with urgent work."""
         with self._changed:
             self._end_slice()
 
@@ -167,19 +168,19 @@ class TimeShare:
             self._changed.notify_all()
 
     def _is_slicing(self) -> bool:
-        """Whether training runs a slice whose end urgent work still waits for."""
+        """Whether training runs a slice, and urgent work waits (or would wait) for the end of this slice."""
         return self._began is not None and not self._is_long
 
     def _is_busy(self, now: float) -> bool:
-        """Whether there is urgent work now, or was a moment ago, so that more is likely to come."""
+        """Whether urgent work waits or runs now, or ended so recently that more is likely to come."""
         return self._urgent > 0 or now - self._until < _GAP
 
     def _is_due(self, now: float) -> bool:
-        """Whether training waits, and may run its next slice before urgent work that comes now."""
+        """Whether training waits in `pause` and may begin a slice now, so that new urgent work must wait."""
         return self._waits and self._budget.delay(now) <= 0
 
     def _seconds(self, now: float) -> float | None:
-        """The seconds after which training checks again. None: training waits until urgent work ends."""
+        """The seconds until training checks again whether it may run. None: until urgent work ends."""
         if self._running:
             return None
         delay = self._budget.delay(now)

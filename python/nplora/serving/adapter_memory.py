@@ -21,7 +21,7 @@ _WAIT = 5.0  # seconds
 
 
 class NamedModels(Protocol):
-    """The member of a served model that `AdapterMemory` uses."""
+    """The method of a served model that `AdapterMemory` calls."""
 
     def named_model(self, name: str, /) -> object: ...
 
@@ -32,7 +32,8 @@ class AdapterMemory:
     The memory of an unloaded adapter becomes free when the last request with this adapter has ended.
 
     Args:
-        most: the bytes for all adapters that are loaded after the engine has planned its memory.
+        most: the number of bytes for all adapters together. Adapters that were loaded before the engine
+            planned its memory do not count.
     """
 
     def __init__(self, most: int) -> None:
@@ -59,13 +60,15 @@ class AdapterMemory:
 
     @contextlib.contextmanager
     def room(self, lm: NamedModels, name: str, size: int, waits: bool = True) -> Iterator[None]:
-        """Reserve memory for an adapter that the `with` block loads, until nothing uses the adapter any more.
+        """Reserve memory for an adapter, which the `with` block loads.
+
+        The memory stays reserved until nothing uses the adapter any more.
 
         Args:
             size: the bytes of the adapter's values.
             waits: whether to wait a few seconds for the memory of an adapter that was just unloaded.
         Raises:
-            RequestError: the adapter does not fit. The status is 507.
+            RequestError: the adapter does not fit (HTTP status 507).
         """
         needed, key = int(_LOADING * size), object()
         self._wait(needed, waits)

@@ -1,4 +1,4 @@
-"""Conversation: a chat of several turns. Each turn computes only the new messages."""
+"""Conversation: a chat of several turns, which reuses the keys and values of earlier turns."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from nplora.serving.ticket import Usage
 class Conversation:
     """A chat of several turns.
 
-    The engine keeps the keys and values of the last prompt, as long as there is enough memory. So the next
-    turn computes only the last answer, which is now a part of the prompt, and the new message. If the system
-    message or the adapter changes, all turns are computed again.
+    The engine keeps the keys and values of the last prompt, as long as there is enough memory. So for the
+    next turn, the engine computes only the keys and values of the last answer and of the new message. If the
+    system message or the adapter changes, the engine computes the keys and values of all turns again.
 
         >>> lm = nplora.load_model("model.gguf")
         >>> with nplora.serving.Engine(lm) as engine:
@@ -27,11 +27,11 @@ class Conversation:
         engine: the engine, which may serve other conversations at the same time.
         sampling: how tokens are chosen; None: always the most likely token, up to 128 tokens.
         system: the system message, or None.
-        adapter: the name of one of the model's adapters, or None for the model alone.
+        adapter: the name of one of the model's adapters; None: the model without a named adapter.
     Attributes:
         turns: the messages of the user and the assistant, in order.
-        finish_reason, usage: how the last answer ended, and how many tokens its prompt and its text have.
-            `finish_reason` and `usage` are None before the first answer.
+        finish_reason: how the last answer ended (see `Ticket.finish_reason`); None before the first answer.
+        usage: the number of tokens of the last prompt and of the last answer; None before the first answer.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class Conversation:
 
         If the caller stops early (by an exception such as KeyboardInterrupt, or by `close()`), the request is
         cancelled, and the chat keeps the question and the answer so far. If the request fails, or is
-        cancelled before the first text, the chat does not change.
+        cancelled before any text was generated, the chat does not change.
 
         Raises:
             ValueError: the model has no chat template, or the chat fills the context.
@@ -83,5 +83,5 @@ class Conversation:
                 self.turns += [question, {"role": "assistant", "content": "".join(pieces)}]
 
     def reset(self) -> None:
-        """Forget all turns. The chat keeps its system message and its adapter."""
+        """Forget all turns, but keep the system message and the adapter."""
         self.turns.clear()

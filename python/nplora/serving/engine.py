@@ -1,4 +1,4 @@
-"""The engine: one model answers many requests at the same time. Each request may use another adapter."""
+"""Engine: one model answers many requests at the same time. Each request may use a different adapter."""
 
 from __future__ import annotations
 
@@ -49,9 +49,10 @@ class QueueFullError(RuntimeError):
 class Engine:
     """Generates the answers of many requests together.
 
-    Requests join and leave between rounds. A round reads a piece of the waiting prompts, and then generates
-    one token for every running request. A request with greedy decoding always gets the text that
-    `lm.generate` returns. Other requests do not influence this text.
+    The engine works in rounds. A round computes the keys and values of the next prompt tokens, and then
+    generates one token for every request whose prompt is complete. Requests start and end between rounds. A
+    request with greedy decoding always gets the text that `lm.generate` returns. Other requests do not
+    influence this text.
 
         >>> lm = nplora.load_model("model.gguf")
         >>> sampling = nplora.generate.Sampling(max_new_tokens=4)
@@ -65,16 +66,17 @@ class Engine:
     Args:
         lm: the model, which must not be trained or merged while the engine uses it. Its named adapters may be
             loaded and deleted at any time.
-        memory: the most bytes that this process may use, as a number or as a text such as "2G". The keys and
-            values take the memory that the weights and the work space leave free. None: a part of the
-            available memory.
+        memory: the largest number of bytes that this process may use, as a number or as a text such as "2G".
+            The keys and values get what the weights and the working memory leave free. None: the engine may
+            use half of the available memory that the model leaves free.
         adapter_memory: the part of `memory` that is reserved for adapters that are loaded later; None: an
             eighth of the memory that the model leaves free.
         max_requests: how many requests are computed at the same time. The others wait.
         max_waiting: how many requests may wait.
-        turn: a context manager that the engine enters for each call of the model. A round has one call for
-            each page of a prompt, one for the incomplete last pages of several prompts, and one for the next
-            tokens. If `turn` is a lock, other work, such as training, can alternate with the calls.
+        turn: a context manager that the engine enters for each call of the model. In a round, the engine
+            calls the model several times: for the next tokens of prompts, and to generate the next tokens of
+            answers. If `turn` is a lock, other code, such as training, can use the processors between two
+            calls.
     Raises:
         ValueError: the memory does not suffice for one short request, or an argument is out of range.
     """
@@ -121,9 +123,9 @@ class Engine:
 
     @property
     def context(self) -> int:
-        """The largest number of tokens of a prompt and its answer together.
+        """The largest number of tokens of a prompt plus its answer.
 
-        This number depends on the model's context and on the memory.
+        The model's context length and the memory limit this number.
         """
         return self._context
 
@@ -134,7 +136,7 @@ class Engine:
 
     @property
     def plan(self) -> MemoryPlan:
-        """How the memory is divided."""
+        """The plan by which the engine uses its memory."""
         return self._plan
 
     def submit(
@@ -156,19 +158,20 @@ class Engine:
             sampling: how tokens are chosen; None: always the most likely token, up to 128 tokens.
             adapter: the name of one of `lm.adapters`; None: the model without a named adapter. A request
                 keeps its adapter to the end, even if the adapter is deleted in the meantime.
-            logprobs: if this is n, the result has the log-probabilities of each generated token and of the n
+            logprobs: a number n: the answer gets the log-probability of each generated token, and of the n
                 most likely tokens at its position. None: no log-probabilities.
             client: the name of the client. Clients take turns, and each client's requests are computed in
                 order.
             priority: requests with a higher priority start first.
-            index: the number of the answer, if a prompt gets several answers. Each answer draws other random
-                numbers. The answer with index i equals row i of `lm.generate`.
-            guide: restricts the tokens, for example to a grammar.
+            index: the index of the answer, if a prompt is submitted several times to get several answers.
+                Answers with different indices use different random numbers. The answer with index i equals
+                row i of `lm.generate`.
+            guide: an object that restricts the tokens, for example to those that a grammar allows.
         Raises:
             KeyError: no adapter has this name.
             TypeError: `ids` are not integers.
-            ValueError: the prompt is empty, has tokens outside the vocabulary, or fills `context`; or an
-                option is out of range.
+            ValueError: the prompt is empty, has tokens outside the vocabulary, or leaves no room in `context`
+                for an answer; or an option is out of range.
             QueueFullError: `max_waiting` requests are waiting.
             RuntimeError: the engine was closed.
         """
@@ -238,10 +241,11 @@ class Engine:
                 self._thread.start()
 
     def close(self, drain: bool = True, timeout: float | None = None) -> None:
-        """Take no more requests, and end the thread.
+        """Accept no more requests, and end the engine's thread.
 
         Args:
-            drain: whether to compute all requests first. If False, all requests are cancelled.
+            drain: whether to compute all accepted requests before the engine ends. If False, all requests are
+                cancelled.
             timeout: seconds after which the remaining requests are cancelled; None: no limit.
         Raises:
             RuntimeError: a listener, a guide or `turn` called this method during a round.
@@ -278,7 +282,7 @@ class Engine:
         return self
 
     def __exit__(self, kind: object, *error: object) -> None:
-        """Close the engine. After an exception, cancel the remaining requests."""
+        """Close the engine. If the `with` block raised an exception, cancel the remaining requests."""
         self.close(drain=kind is None)
 
     # ---- rounds ----
@@ -302,7 +306,7 @@ class Engine:
                 self._scheduler.end(request, reason, error)
 
     def _run(self) -> bool:
-        """Run a round in this thread, unless `start` has started the engine's thread."""
+        """Run a round in the calling thread, or return False if the engine has a thread of its own."""
         self._require_no_round("Ticket")
         if self._thread is not None and self._thread.is_alive():
             return False
@@ -311,7 +315,7 @@ class Engine:
 
     @contextlib.contextmanager
     def _round(self, op: str) -> Iterator[None]:
-        """A context that only one thread enters at a time."""
+        """A context for a round, or for other work that must not run during a round."""
         self._require_no_round(op)
         with self._rounds:
             self._in_round = threading.get_ident()
@@ -321,12 +325,12 @@ class Engine:
                 self._in_round = None
 
     def _require_no_round(self, op: str) -> None:
-        """Refuse a call from inside a round, because such a call would wait for itself."""
+        """Raise RuntimeError if the calling thread runs a round, because it would wait for itself."""
         if self._in_round == threading.get_ident():
             raise RuntimeError(f"{op}: a listener, guide or turn of this engine called it during a round")
 
     def _cancel(self, ticket: Ticket) -> None:
-        """Remove a request from the queue, to make room for others.
+        """Cancel a request. If the request is waiting, it leaves the queue now, to make room for another.
 
         The request ends before the next round.
         """
@@ -348,7 +352,7 @@ class Engine:
         return self._lm.named_model(adapter)
 
     def _root(self, model: LanguageModel) -> str:
-        """A text that identifies a model and its adapter in the keys of pages."""
+        """Return a text that identifies a model with its adapter, for the keys of cache pages."""
         with self._lock:
             return self._roots.setdefault(model, f"adapter {next(self._numbers)}")
 
@@ -363,7 +367,7 @@ def _integers(ids: Sequence[int]) -> list[int]:
 
 
 def _unselected(function: Callable[[], T]) -> T:
-    """Call a function with no named adapter selected, even if the calling thread has selected one."""
+    """Call a function with no adapter selected, even if the calling thread has selected an adapter."""
     return contextvars.Context().run(function)
 
 

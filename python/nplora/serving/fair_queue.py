@@ -25,8 +25,9 @@ class FairQueue(Generic[Item]):
     """The waiting requests, in the order in which they will start.
 
     Requests with the highest priority come first. Among requests with equal priority, requests that have
-    already been started come first, in the order of their start. For the other requests, the clients take
-    turns, and each client's requests keep their order. All methods may be called from any thread.
+    started before and were put back come first, in the order of their start. Then come the requests that have
+    never started: the clients take turns, and each client's requests keep their order. All methods may be
+    called from any thread.
     """
 
     def __init__(self) -> None:
@@ -61,9 +62,9 @@ class FairQueue(Generic[Item]):
             return None if highest is None else next(iter(self._lines[highest].values()))[0]
 
     def pass_turn(self, item: Item) -> None:
-        """If `item` is the next request, move its client behind the other clients.
+        """If `item` is the next request, let the other clients start a request first.
 
-        `item` remains the first request of its client.
+        `item` is not removed, and remains the first request of its client.
         """
         with self._lock:
             line = self._lines.get(item.priority)
@@ -73,7 +74,7 @@ class FairQueue(Generic[Item]):
     def remove(self, item: Item) -> bool:
         """Remove a request. Return False if the queue does not contain the request.
 
-        If the request is the first in the queue, its client has had its turn, and another client is next.
+        If the request was the first in the queue, the request of another client is the next one.
         """
         with self._lock:
             return self._remove(item)

@@ -16,7 +16,7 @@ class Fields:
 
     Args:
         values: the object.
-        inside: the prefix of field names in messages, such as "messages[0].".
+        inside: a text that error messages write before the name of a field, such as "messages[0].".
     """
 
     def __init__(self, values: object, inside: str = "") -> None:
@@ -42,10 +42,11 @@ class Fields:
         return self.values[field]
 
     def require_known(self, known: Collection[str], unsupported: Mapping[str, Collection[Any]]) -> None:
-        """Refuse unknown fields, and known fields that are not implemented but would change the answer.
+        """Raise a RequestError if a field is unknown, or if its value is not supported.
 
         Args:
-            unsupported: fields that are not implemented, each with the values that are accepted.
+            unsupported: a dict from the names of fields that are not implemented to the values that are
+                accepted because they do not change the answer.
         """
         for field, value in self.values.items():
             if field in unsupported:
@@ -101,7 +102,7 @@ class Fields:
         return None if value is None else Fields(value, f"{self.name(field)}.")
 
     def objects(self, field: str, most: int) -> list[Fields]:
-        """A field that is a list of objects; an empty list if the field is missing."""
+        """Return the objects in a field whose value is a list; an empty list if the field is missing."""
         value = self.get(field)
         if value is None:
             return []
@@ -145,7 +146,7 @@ def checked_list(name: str, value: object, most: int) -> list[Any]:
         raise wrong(name, value, "a list")
     if len(value) > most:
         raise RequestError(
-            f"{name} has {len(value):,} items, at most {most:,} are accepted",
+            f"{name} has {len(value):,} items, expected at most {most:,}",
             param=name,
             code="invalid_value",
         )

@@ -1,4 +1,4 @@
-"""Plans how an engine uses memory, and how much memory is left for keys and values."""
+"""Plans how much memory an engine uses for keys and values, for adapters, and for other purposes."""
 
 from __future__ import annotations
 
@@ -26,17 +26,19 @@ _LEAST_PAGES = 4
 
 @dataclasses.dataclass(frozen=True)
 class MemoryPlan:
-    """A plan for the memory of a process, in bytes. `total` is the peak of the whole process.
+    """A plan for the memory of a process, in bytes. `total` is the largest memory use of the whole process.
 
     Attributes:
         process: the memory of this process before the engine starts, including the model and its adapters.
-        weights: the memory of weights that are not read yet.
+        weights: the memory for weights that are not in memory yet, because they are read on first use.
         adapters: the memory that is reserved for adapters that are loaded later.
-        work: the memory of a round: for a piece of a prompt, the scores of all requests, and scratch memory;
-            for an encoder, also for the waiting requests.
+        work: the working memory. For a language model, it holds the activations of some prompt tokens, the
+            scores of the next tokens of all requests, and scratch memory; for an encoder, the activations of
+            some texts, the waiting requests, and scratch memory.
         pages: the number of pages for keys and values.
-        page_bytes: the bytes of one page.
-        longest: for an encoder, the largest number of tokens of a text for which there is memory.
+        page_bytes: the number of bytes of one page.
+        longest: for an encoder, the number of tokens of the longest text that fits into the memory, otherwise
+            0.
     """
 
     process: int
@@ -69,7 +71,8 @@ def plan_memory(
     """Plan the memory of a process that serves a language model.
 
     Args:
-        memory: the memory limit of the process; None: a part of the available memory.
+        memory: the memory limit of the process; None: the engine may use half of the available memory that
+            the model leaves free.
         max_requests: how many requests are computed at the same time.
         adapter_memory: the memory for adapters that are loaded later; None: an eighth of the memory that the
             model leaves free.
@@ -110,13 +113,13 @@ def plan_encoder_memory(
 ) -> MemoryPlan:
     """Plan the memory of a process that serves an encoder. An encoder keeps no keys and values.
 
-    A text with more than `tokens` tokens is computed alone. The remaining memory limits the length of such a
-    text, up to the encoder's `max_length`.
+    A text with more than `tokens` tokens is computed alone, without other texts. Such a text may be as long
+    as the memory and the encoder's `max_length` allow.
 
     Args:
-        tokens: how many tokens are computed at once.
+        tokens: the largest number of tokens that are computed at once, unless a single text has more.
         memory, adapter_memory: as in `plan_memory`.
-        waiting: the bytes of waiting requests.
+        waiting: the number of bytes to reserve for waiting requests.
     Raises:
         ValueError: the memory limit is not a size, or is too small.
     """
@@ -147,7 +150,7 @@ def plan_encoder_memory(
 
 
 def encoder_work_bytes(encoder: Encoder, tokens: int) -> int:
-    """The most bytes that are needed to compute `tokens` tokens at once."""
+    """Return the largest number of bytes that are needed to compute this number of tokens at once."""
     block = max(layer.footprint(NOT_ADAPTED, False).forward for layer in encoder.model.layers)
     streams = 3 * _FLOAT * encoder.config.hidden_size  # the residual stream, the norm's result and its copy
     scratch = get_num_threads() * (_core.constants.lanes_bytes + _THREAD)
@@ -155,19 +158,19 @@ def encoder_work_bytes(encoder: Encoder, tokens: int) -> int:
 
 
 def _adapter_bytes(adapter_memory: int | str) -> int:
-    """The number of bytes in `adapter_memory`, which may be 0."""
+    """Convert `adapter_memory` to a number of bytes. Unlike other sizes, `adapter_memory` may be 0."""
     if adapter_memory in (0, "0") and not isinstance(adapter_memory, bool | float):
         return 0
     return parse_bytes(adapter_memory, "Engine", "adapter_memory")
 
 
 def page_bytes(config: ModelConfig) -> int:
-    """The bytes of the keys and values of PAGE tokens."""
+    """Return the number of bytes of a page: the keys and values of PAGE tokens."""
     return 2 * _FLOAT * PAGE * config.key_value_width * config.num_hidden_layers
 
 
 def work_bytes(lm: LanguageModel, max_requests: int) -> int:
-    """The most bytes that a round takes."""
+    """Return the largest number of bytes of working memory that a round of the engine needs."""
     config, threads = lm.config, get_num_threads()
     block = max(layer.footprint(NOT_ADAPTED, False).forward for layer in lm.model.layers)
     piece = PIECE * (block + 2 * _FLOAT * config.hidden_size)

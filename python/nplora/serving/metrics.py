@@ -1,4 +1,4 @@
-"""The counters of the engine. The counters are plain numbers, which a server can print in any format."""
+"""Metrics: counters and histograms of the engine, as plain Python numbers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.
 
 @dataclasses.dataclass
 class Histogram:
-    """A histogram: the number of values between each two bounds.
+    """A histogram: the number of values in each interval between two neighbouring bounds.
 
     Attributes:
         bounds: the upper bounds, ascending.
@@ -45,7 +45,7 @@ class Histogram:
         return sum(self.counts)
 
     def copy(self) -> Histogram:
-        """Return a copy. Another thread may add values at the same time."""
+        """Return a copy. Another thread may call `add` at the same time."""
         return Histogram(self.bounds, list(self.counts), self.total)
 
 
@@ -56,18 +56,22 @@ class Metrics:
     Attributes:
         finished: the number of ended requests for each finish reason ("stop", "length", "cancelled",
             "error").
-        prompt_tokens, cached_tokens, generated_tokens: the number of prompt tokens, of prompt tokens that
-            were found in the prefix cache, and of generated tokens.
-        put_back: how often a request lost its pages to other requests, and was computed again later.
-        running, waiting: the number of requests that run now, and of requests that wait now.
-        pages, pages_used, pages_cached: the number of all pages, of pages of running requests, and of pages
-            that only the prefix cache holds.
+        prompt_tokens: the number of prompt tokens.
+        cached_tokens: the number of prompt tokens whose keys and values were found in the prefix cache.
+        generated_tokens: the number of generated tokens.
+        put_back: how often a request lost its cache pages to other requests, and was computed again later.
+        running: the number of requests that are computed now.
+        waiting: the number of requests that wait now.
+        pages: the number of pages of the key-value cache.
+        pages_used: the number of pages that running requests use.
+        pages_cached: the number of pages that no request uses, kept because they hold the beginning of a
+            prompt.
         page_tokens: the number of tokens in a page.
         rounds: the number of rounds so far.
-        compute_seconds: the seconds of computing, without the time of waiting for a turn.
-        queue_seconds: the seconds from `submit` to the first computation.
+        compute_seconds: the seconds that calls of the model took, without the time of waiting for `turn`.
+        queue_seconds: the seconds from `submit` to the start of the request.
         first_token_seconds: the seconds from `submit` to the first token.
-        token_seconds: the seconds between two tokens of a request.
+        token_seconds: the seconds between two consecutive tokens of an answer.
         request_seconds: the seconds from `submit` to the end of the request.
 
     >>> engine = nplora.serving.Engine(nplora.load_model("model.gguf"))
@@ -96,7 +100,7 @@ class Metrics:
     request_seconds: Histogram = dataclasses.field(default_factory=Histogram)
 
     def copy(self) -> Metrics:
-        """Return a copy. Another thread may count at the same time."""
+        """Return a copy. Another thread may change the counters at the same time."""
         held: dict[str, Any] = {
             name: value.copy() for name, value in vars(self).items() if isinstance(value, dict | Histogram)
         }

@@ -1,4 +1,4 @@
-"""The names of models and adapters in the API."""
+"""Checks the names of models and adapters in the API."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ LONGEST_NAME = 200
 def checked_name(what: str, name: object, param: str = "lora_name") -> str:
     """Check the name of a model.
 
-    A name may have letters, digits and ``._:@+-``, and parts that are separated by "/".
+    A name consists of letters, digits and the characters ``._:@+-/``. At the start and after each "/", a
+    letter or a digit is required, and ".." is not allowed.
 
     Raises:
-        RequestError: the name has other characters, or more than 200.
+        RequestError: the name is not such a text, or has more than 200 characters.
     """
     if isinstance(name, str) and len(name) > LONGEST_NAME:
         message = f"{what} has {len(name)} characters, expected at most {LONGEST_NAME}: {brief(name)}"

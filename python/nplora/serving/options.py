@@ -26,30 +26,31 @@ class ServeOptions:
         '127.0.0.1'
 
     Raises:
-        ValueError, TypeError: an option is out of range or has a wrong type, or the server could be reached
-            from other machines without a key.
+        ValueError, TypeError: an option is out of range or has a wrong type, or other machines could use the
+            server without a key.
     """
 
     host: str = _option("127.0.0.1", "address to listen on; 0.0.0.0: all IPv4 addresses of this machine")
     port: int = _option(8080, "port to listen on; 0: any free port")
     name: str | None = _option(None, "name of the base model in the API (default: the name of its file)")
     embeddings: bool = _option(
-        False, "serve embeddings and classes of texts instead of generated text (always set for encoders)"
+        False, "serve embeddings and classes of texts instead of generating text (always on for encoders)"
     )
     pooling: str | None = _option(
         None, "how the embedding is computed from the hidden states of a text: cls, mean, max, last, "
         "weighted_mean or mean_sqrt (default: as in the model's files)", metavar="NAME",
     )  # fmt: skip
     memory: str | None = _option(
-        None, "memory limit for the whole process (default: a part of the available memory)", metavar="SIZE"
-    )
+        None, "memory limit for the whole process (default: what the model needs, and half of the available "
+        "memory that remains)", metavar="SIZE",
+    )  # fmt: skip
     adapter_memory: str | None = _option(
-        None, "part of the memory for adapters that are loaded while the server runs (default: an eighth of "
+        None, "memory to reserve for adapters that are loaded while the server runs (default: an eighth of "
         "the memory that the model leaves free, if there are adapters or jobs)", metavar="SIZE",
     )  # fmt: skip
     adapter_dtype: str | None = _option(
-        None, "bfloat16: round the factors of adapters, which makes decoding with several adapters at once "
-        "faster (default: as in the adapters' files)", metavar="NAME",
+        None, "bfloat16: round the weights of adapters to bfloat16, which makes decoding with several "
+        "adapters at once faster (default: as in the adapters' files)", metavar="NAME",
     )  # fmt: skip
     max_requests: int = _option(8, "number of requests that are computed at the same time; others wait")
     jobs: str | None = _option(
@@ -57,7 +58,7 @@ class ServeOptions:
         metavar="DIR", kind="path",
     )  # fmt: skip
     train_share: float = _option(
-        0.5, "largest share of the time that training takes while requests are answered (above 0, at most 1)"
+        0.5, "maximum share of the time for training while requests are also answered (above 0, at most 1)"
     )
     api_key: tuple[str, ...] = _option(
         (), "key that requests must send; also read from NPLORA_API_KEY (repeatable)", group=_ACCESS,
@@ -68,21 +69,19 @@ class ServeOptions:
         metavar="DIR", kind="path",
     )  # fmt: skip
     allow_origin: tuple[str, ...] = _option(
-        (), "origin of a web page that may use the server (CORS), such as https://example.org; *: any page "
+        (), "origin of web pages that may use the server (CORS), such as https://example.org; *: any origin "
         "(repeatable)", group=_ACCESS, metavar="ORIGIN",
     )  # fmt: skip
     max_queue: int = _option(256, "number of requests that may wait; others are refused", group=_LIMITS)
     max_tokens: int | None = _option(
         None, "maximum number of generated tokens per answer (default: the model's context)", group=_LIMITS
     )
-    max_body: str = _option("8M", "largest body of a request", group=_LIMITS, metavar="SIZE")
-    max_file: str = _option("512M", "largest uploaded file", group=_LIMITS, metavar="SIZE")
-    max_files: str = _option(
-        "8G", "largest size of all uploaded files together", group=_LIMITS, metavar="SIZE"
-    )
-    timeout: float = _option(600.0, "seconds after which an answer is cancelled", group=_LIMITS)
+    max_body: str = _option("8M", "maximum size of a request's body", group=_LIMITS, metavar="SIZE")
+    max_file: str = _option("512M", "maximum size of an uploaded file", group=_LIMITS, metavar="SIZE")
+    max_files: str = _option("8G", "maximum total size of all uploaded files", group=_LIMITS, metavar="SIZE")
+    timeout: float = _option(600.0, "time limit for an answer, in seconds", group=_LIMITS)
     drain: float = _option(
-        30.0, "seconds that unfinished answers may still take when the server is stopped", group=_LIMITS
+        30.0, "time limit for unfinished answers when the server is stopped, in seconds", group=_LIMITS
     )
 
     def __post_init__(self) -> None:

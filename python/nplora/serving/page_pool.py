@@ -1,8 +1,9 @@
-"""PagePool: the pages of the key-value cache. A page is free, in use by requests, or kept for later prompts.
+"""PagePool: the pages of the key-value cache. A page is free, in use, or kept.
 
-A page that is full of prompt tokens gets a key. The key identifies the adapter and all tokens of the prompt
-up to the end of the page. If the prompt of another request begins in the same way, the two requests share the
-page. A page with a key that no request uses any more is kept until its memory is needed.
+When a page is full of computed prompt tokens, it gets a key. The key identifies the adapter and all tokens
+from the start of the prompt to the end of the page. Another request whose prompt begins with the same tokens
+finds the page by its key, and shares the page. When no request uses the page any more, it is kept for later
+prompts until its memory is needed.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ Key = bytes
 
 
 class PagePool:
-    """Keeps track of which pages are used, kept or free.
+    """Keeps track of which pages are free, in use or kept.
 
     Args:
         pages: the number of pages.
@@ -35,16 +36,16 @@ class PagePool:
 
     @property
     def available(self) -> int:
-        """The number of pages that `new` can still give."""
+        """The number of pages that are free or kept, so that `new` can return them."""
         return len(self._free) + len(self._kept)
 
     @property
     def kept(self) -> int:
-        """The number of pages that no request uses, but that hold the beginning of a prompt."""
+        """The number of kept pages: no request uses them, but they hold the beginning of a prompt."""
         return len(self._kept)
 
     def new(self) -> int | None:
-        """Give a page to a request. If no page is free, a kept page loses its content.
+        """Return a page for a request. If no page is free, return a kept page, and forget its content.
 
         Return None if all pages are in use.
         """
@@ -59,7 +60,7 @@ class PagePool:
         return page
 
     def share(self, key: Key) -> int | None:
-        """Give the page with this key to one more request. Return None if no page has this key."""
+        """Return the page with this key, for one more request. Return None if no page has this key."""
         page = self._by_key.get(key)
         if page is not None:
             self._kept.pop(page, None)
@@ -71,19 +72,19 @@ class PagePool:
         return key in self._by_key
 
     def is_used(self, key: Key) -> bool:
-        """Whether the page with this key is in use. Sharing a used page does not reduce `available`."""
+        """Whether a request uses the page with this key. Sharing such a page does not reduce `available`."""
         page = self._by_key.get(key)
         return page is not None and self._users[page] > 0
 
     def publish(self, page: int, key: Key) -> None:
-        """Give a key to a page whose content is complete, so that other requests can share the page."""
+        """Give a key to a page whose tokens are all computed, so that other requests can share the page."""
         if key not in self._by_key:
             self._by_key[key], self._keys[page] = page, key
 
     def release(self, pages: Sequence[int]) -> None:
-        """Release the pages of a request. `pages` are in the order of the request's tokens.
+        """Release the pages of a request, which are in the order of its tokens.
 
-        Later pages are useless without the earlier pages, so the memory of later pages is reused first.
+        A page is useless without the pages before it. So the last page of the request will be reused first.
         """
         for page in reversed(pages):
             self._users[page] -= 1
@@ -100,11 +101,12 @@ class PagePool:
 
 
 def page_keys(root: str, ids: Sequence[int], page_tokens: int, start: int = int(NEVER)) -> Iterator[Key]:
-    """The key of each whole page of a prompt.
+    """Yield the key of each full page of a prompt.
 
     Args:
-        root: a text that identifies the adapter, because keys and values depend on the adapter too.
-        start: the first position at which an activated LoRA acts.
+        root: a text that identifies the adapter. Attention keys and values depend on the adapter, so pages of
+            different adapters need different keys.
+        start: the position from which an activated LoRA changes the model's outputs.
     """
     tokens, key = np.asarray(ids, np.int64), hashlib.sha256(root.encode()).digest()
     for begin in range(0, len(tokens) - page_tokens + 1, page_tokens):

@@ -1,4 +1,4 @@
-"""The engine's side of a request: its tokens, its adapter and its state."""
+"""Request: what the engine knows about a request: its tokens, its adapter and its state."""
 
 from __future__ import annotations
 
@@ -21,29 +21,31 @@ Array = npt.NDArray[Any]
 
 
 class Request:
-    """A request in the engine.
+    """A request as the engine sees it. The client sees its `Ticket`.
 
     Args:
-        model: the model with the request's adapter; None: the engine's model. The request keeps this model
-            even if the adapter is deleted.
-        root: a name for the adapter. Keys and values depend on the adapter and on the tokens (see
-            `page_keys`).
+        model: the model with the request's adapter; None: the engine's model without a named adapter. The
+            request keeps this model even if the adapter is deleted.
+        root: a text that identifies the adapter in the keys of cache pages (see `page_keys`).
         invocation: the invocation tokens, if the adapter is an activated LoRA.
-        limit: the largest number of tokens of the prompt and the answer together.
+        limit: the largest number of tokens of the prompt plus the answer.
         switch: with LongRoPE, the number of tokens above which a sequence uses the long factors; without
             LongRoPE, infinity.
     Attributes:
-        ticket, answer: the client's view of the request, and the tokens.
-        client, priority, model: see the arguments, and `Engine.submit`.
-        slot: the cache slot while the request runs; otherwise None.
-        started: a number that increases with each request that starts; None before the start. A request that
-            is put back into the queue keeps its number.
-        to_read: the number of tokens that are read in pieces. All later tokens are computed one by one. If
-            a request was put back, its known tokens after `to_read` are computed one by one again, so that
-            the results have the same bits.
-        keys: the keys of the whole pages among the tokens to read.
-        cached: the number of prompt tokens that were in shared pages when they were first needed.
-        known: the largest number of tokens that were in the cache at the same time.
+        ticket: the `Ticket` through which the client follows the request.
+        answer: the tokens of the prompt and of the answer, and the choice of the next token.
+        client, priority: as in `Engine.submit`.
+        model: see the arguments.
+        slot: the request's slot in the key-value cache while the request runs; otherwise None.
+        started: the position of the request in the order in which requests started; None before its start. A
+            request that is put back into the queue keeps this number.
+        to_read: the first `to_read` tokens are computed many at a time. All later tokens are computed one by
+            one. This also holds for known tokens that are computed again because the request was put back
+            into the queue, so that the results have the same bits.
+        keys: the page keys of the first `to_read` tokens, without an incomplete last page.
+        cached: the number of prompt tokens whose keys and values were in pages of other requests, and
+            therefore were never computed for this request.
+        known: the largest number of this request's tokens that have been in the cache at the same time.
     """
 
     def __init__(
@@ -72,7 +74,7 @@ class Request:
         self.read_all()
 
     def read_all(self) -> None:
-        """Read all tokens of the prompt and of the answer so far in pieces."""
+        """Let the scheduler compute all tokens so far, of the prompt and of the answer, many at a time."""
         ids = self.answer.ids
         self.to_read = len(ids)
         root = f"{self._root} {'long' if self.to_read > self.switch else 'short'}"
@@ -86,24 +88,25 @@ class Request:
 
     @property
     def common_keys(self) -> list[Key]:
-        """The keys of the pages that the request can take from other requests.
+        """The keys of the pages that the request can share with other requests.
 
-        The last token to read is always computed, because its scores are needed.
+        The page with the last of the `to_read` tokens is not shared, because that token must be computed to
+        get the scores of the next token.
         """
         return self.keys[: (self.to_read - 1) // PAGE]
 
     @property
     def slot_limit(self) -> int:
-        """The length that selects LongRoPE's factors, and that the slot must not exceed."""
+        """The largest number of tokens in the slot. LongRoPE selects its factors by this number."""
         return self.limit if self.to_read > self.switch else int(min(self.limit, self.switch))
 
     @property
     def usage(self) -> Usage:
-        """The numbers of tokens of the prompt and of the answer so far."""
+        """The number of tokens of the prompt, and of the answer so far."""
         return Usage(self.answer.prompt, self.cached, self.answer.generated)
 
     def advance(self, scores: Array) -> Chunk:
-        """Choose the next token. Return the chunk for the client, which `pass_on` sends.
+        """Choose the next token by its scores. Return a chunk with the token and its text.
 
         Raises:
             FloatingPointError: the scores are NaN, or the largest score is infinite.
@@ -114,12 +117,12 @@ class Request:
         return Chunk(piece, tuple(self._token(token, scores) for token in answer.ids[count:]))
 
     def pass_on(self, chunk: Chunk) -> None:
-        """Pass a chunk to the client, unless it is empty."""
+        """Pass a chunk to the client, unless the chunk is empty."""
         if chunk.text or chunk.tokens:
             self.ticket.put(chunk, self.usage)
 
     def cut(self) -> None:
-        """End the answer because there is no more memory, and pass the rest of the text to the client."""
+        """End the answer because there is no more memory. Pass the text that was held back to the client."""
         self.pass_on(Chunk(self.answer.cut()))
 
     def _token(self, token: int, scores: Array) -> Token:

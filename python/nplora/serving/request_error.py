@@ -1,4 +1,4 @@
-"""RequestError: a request that cannot be carried out, with the fields of OpenAI's error object."""
+"""RequestError: the error of a request, with the fields of OpenAI's error object."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _TYPES = {
 
 
 class RequestError(Exception):
-    """The error of a request that is wrong or cannot be carried out now.
+    """Raised for a request that is wrong or cannot be carried out now. The client gets the error as JSON.
 
     Attributes:
         status: the HTTP status.

@@ -42,9 +42,9 @@ def serve(
         adapters: pairs (name, path).
         any_base: whether to accept adapters that were trained on another model with the same shapes.
         listener: a listening socket; None: make a socket for `options.host` and `options.port`.
-        report: called with texts for the person who runs the server: the address and the memory plan when the
-            server is ready, the events of jobs, and, when the server stops, the number of answers that it
-            waits for.
+        report: called with texts for the person who runs the server. These texts contain the address and the
+            memory plan when the server is ready, each event of a job, and the number of unfinished answers
+            when the server stops.
     Raises:
         ModuleNotFoundError: starlette or uvicorn is not installed.
         OSError: the port is in use, or an adapter cannot be read.
@@ -81,7 +81,7 @@ def _text_service(
     any_base: bool,
     report: Callable[[str], None],
 ) -> Iterator[tuple[Service, str, Callable[[], None]]]:
-    """The service of a language model, its description, and a function that starts the jobs."""
+    """A context: the service of a language model, its description, and a function that starts the jobs."""
     models = Models(lm, options.name or default_name(lm.source), any_base, dtype=options.adapter_dtype)
     for name, path in adapters:
         models.load(name, path)
@@ -97,7 +97,7 @@ def _encoder_service(
     adapters: Sequence[tuple[str, str]],
     any_base: bool,
 ) -> Iterator[tuple[Service, str, Callable[[], None]]]:
-    """The service of an encoder and its description. An encoder has no jobs."""
+    """A context: the service of an encoder, its description, and a function that does nothing."""
     if options.jobs is not None:
         raise ValueError("serve: fine-tuning jobs need a language model that generates text")
     if options.adapter_dtype is not None:
@@ -124,7 +124,7 @@ def _nothing() -> None:
 
 
 def _limits(options: ServeOptions) -> dict[str, Any]:
-    """The values of the fields that both kinds of services have."""
+    """Return arguments for `TextService` and `EncoderService`, from the options."""
     return {
         "adapter_dir": None if options.adapter_dir is None else Path(options.adapter_dir),
         "max_body": parse_bytes(options.max_body, "serve"),
@@ -134,7 +134,7 @@ def _limits(options: ServeOptions) -> dict[str, Any]:
 
 
 def description(engine: Engine, models: Models[LanguageModel], options: ServeOptions) -> str:
-    """The lines that a server with a language model prints when it has started."""
+    """Return the lines that a server with a language model prints when it has started."""
     most, context = int(engine.lm.config.max_position_embeddings), engine.context
     why = f", because of the memory; the model has {most:,}" if context < most else ""
     limit = _limit(options)
@@ -147,7 +147,7 @@ def description(engine: Engine, models: Models[LanguageModel], options: ServeOpt
 
 
 def encoder_description(engine: EncoderEngine, models: Models[ServedEncoder], options: ServeOptions) -> str:
-    """The lines that a server with an encoder prints when it has started."""
+    """Return the lines that a server with an encoder prints when it has started."""
     served = engine.served
     found = served.classifier
     labels = () if found is None else found.labels
@@ -168,7 +168,7 @@ def _limit(options: ServeOptions) -> str:
 
 
 def last_words(engine: AnyEngine, seconds: float) -> str:
-    """The line that a stopping server prints, with the number of answers that the server still waits for."""
+    """Return the line that a server prints when it stops, with the number of unfinished answers."""
     metrics = engine.metrics()
     count = metrics.running + metrics.waiting
     ends = "at once"
@@ -187,9 +187,10 @@ def running(
     options: ServeOptions,
     log: Callable[[str], None] | None = None,
 ) -> Iterator[tuple[Engine, FineTuning | None]]:
-    """The engine and the fine-tuning jobs. The engine and the jobs are stopped at the end of this context.
+    """A context: the engine and the fine-tuning jobs, which are stopped at the end of the context.
 
-    The caller must start the jobs. So the caller can print its own lines before the events of jobs.
+    The engine has been started, but the jobs have not: the caller starts the jobs after printing its own
+    lines.
 
     Args:
         log: called with the events of jobs.
@@ -227,9 +228,10 @@ def running(
 
 
 def engine_memory(lm: LanguageModel, options: ServeOptions) -> int | None:
-    """The memory limit of the engine.
+    """Return the memory limit of the engine.
 
-    If there are jobs, half of the memory that the model leaves free is for training.
+    If the server has jobs, the engine gets only half of the memory that the model leaves free. The other half
+    is for training.
     """
     if options.memory is None:
         return None
@@ -239,16 +241,16 @@ def engine_memory(lm: LanguageModel, options: ServeOptions) -> int | None:
 
 
 def training_memory(options: ServeOptions, engine: Engine) -> int:
-    """The memory limit of the process during training.
+    """Return the memory limit of the process during training.
 
-    The limit leaves room for the planned memory that the engine has not taken yet.
+    This is the limit in the options minus the memory that the engine plans to use, but does not use yet.
     """
     assert options.memory is not None
     return parse_bytes(options.memory, "serve") - max(0, engine.plan.total - current_memory())
 
 
 def adapter_memory(lm: LanguageModel | ServedEncoder, options: ServeOptions) -> int | str | None:
-    """The memory for adapters that are loaded later. None: an eighth of the memory the model leaves free."""
+    """Return the memory for adapters that are loaded later. None: an eighth of what the model leaves free."""
     may_load = lm.adapters or options.adapter_dir is not None or options.jobs is not None
     return options.adapter_memory if may_load or options.adapter_memory is not None else 0
 

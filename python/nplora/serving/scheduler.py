@@ -31,19 +31,19 @@ _OLDEST_EVERY = 4
 
 
 class Scheduler:
-    """Computes requests in rounds.
+    """Computes requests in rounds. A round generates one token for each request whose prompt is complete.
 
     Args:
         lm: the model.
         slots: how many requests are computed at the same time.
-        context: the largest number of tokens of a request.
-        pages: the number of pages of PAGE tokens.
+        context: the largest number of tokens of a prompt plus its answer.
+        pages: the number of pages of the key-value cache. A page holds PAGE tokens.
         metrics: the counters, which the scheduler updates.
         turn: a context manager that the scheduler enters for each call of the model.
         ended: called with each request that has ended.
     Attributes:
         queue: the waiting requests.
-        running: the requests that have a slot, the oldest first.
+        running: the requests that have a slot in the key-value cache, in the order in which they started.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class Scheduler:
 
     @property
     def free_slots(self) -> int:
-        """The number of requests that could start now."""
+        """The number of free slots of the key-value cache, each of which allows one more request to run."""
         return len(self._slots)
 
     def round(self) -> bool:
@@ -84,7 +84,7 @@ class Scheduler:
     def end(self, request: Request, reason: str, error: BaseException | None = None) -> None:
         """End a waiting or running request.
 
-        During a round, other threads may only end requests that have not started.
+        Another thread may call this method during a round, but only for a request that has not started.
         """
         if request.slot is None:
             self.queue.remove(request)
@@ -113,8 +113,8 @@ class Scheduler:
     def _admit(self) -> None:
         """Start waiting requests, as long as slots are free and there are enough pages for their prompts.
 
-        One additional page for each running request must be available, so that a new request is not put back
-        at once.
+        A request starts only if one additional page is available for each running request. Without these
+        pages, a request that has just started might be put back into the queue at once.
         """
         while self._slots and (request := self.queue.first()) is not None:
             pages = self._pages_to_come([*self.running, request]) + len(self.running)
@@ -131,10 +131,10 @@ class Scheduler:
             self._prepare(request)
 
     def _pages_to_come(self, requests: Sequence[Request]) -> int:
-        """The number of pages that these requests still need for their known tokens and one more token.
+        """Return the number of pages that these requests still need for their tokens and one more token.
 
-        A page that several of these requests can share counts once. Pages that running requests already have
-        do not count.
+        A page that several of these requests can share is counted once. A page that a running request already
+        has is not counted.
         """
         own, common = 0, set[Key]()
         for request in requests:
@@ -145,7 +145,7 @@ class Scheduler:
         return own + sum(not self._pool.is_used(key) for key in common)
 
     def _prepare(self, request: Request) -> None:
-        """Make the request's empty slot ready for its adapter and its length."""
+        """Set the adapter and the length limit of the request's empty slot."""
         cache, slot = self._cache, _slot(request)
         cache.adapters[slot] = request.model
         cache.limits[slot] = request.slot_limit
@@ -163,15 +163,15 @@ class Scheduler:
             self._cache.joint = None
 
     def _missing(self, request: Request, tokens: int) -> int:
-        """The number of pages that a request lacks for this many tokens."""
+        """Return how many more pages a request needs to hold this number of tokens."""
         return max(0, -(-tokens // PAGE) - int(self._cache.held[request.slot]))
 
     def _make_room(self, request: Request, tokens: int) -> bool:
-        """Give a request the pages for this many tokens. Return False if the request lost its slot instead.
+        """Give a request enough pages for this number of tokens. Return False if the request lost its slot.
 
-        If there are too few pages, a request is put back into the queue and computed again later: among the
-        requests with the lowest priority, the request that started last. If only one request is running, its
-        answer ends.
+        If there are too few pages, a request loses its slot and its pages, and is put back into the queue to
+        be computed again later. This is the request that started last among those with the lowest priority.
+        If only one request is running, its answer ends.
         """
         while self._missing(request, tokens):
             page = self._pool.new()
@@ -196,7 +196,7 @@ class Scheduler:
         return int(self._cache.lengths[request.slot])
 
     def _read(self) -> None:
-        """Read the next pieces of the prompts. While other requests generate tokens, the pieces are short."""
+        """Compute the next tokens of prompts: only a few tokens while other requests generate answers."""
         left = PIECE if all(self._length(one) < one.to_read for one in self.running) else _READ_BETWEEN
         while left > 0:
             reading = [one for one in self.running if self._length(one) < one.to_read]
@@ -209,9 +209,10 @@ class Scheduler:
             left -= self._read_pieces(reading[0 if oldest else int(np.argmin(rest))], reading, left)
 
     def _share(self, request: Request) -> None:
-        """Give a request the next pages of its prompt that are already in the cache.
+        """Give a request the next pages of its prompt, if another request has already computed them.
 
-        The last token of a prompt is always computed, because its scores are needed.
+        The last token of a prompt is always computed, because this gives the scores of the first token of the
+        answer.
         """
         cache, slot = self._cache, _slot(request)
         at = self._length(request)
@@ -228,11 +229,11 @@ class Scheduler:
                 self._metrics.cached_tokens += PAGE
 
     def _read_pieces(self, first: Request, reading: Sequence[Request], most: int) -> int:
-        """Read the next piece of the first request's prompt. Return the number of tokens that were read.
+        """Compute the next tokens of the prompt of `first`. Return the number of tokens that were computed.
 
-        If the piece is the incomplete last page of the prompt, the incomplete last pages of other prompts are
-        read in the same call. Whole pages are read for one prompt at a time, so that other prompts can share
-        these pages.
+        If these tokens are the incomplete last page of the prompt, the same call of the model also computes
+        the incomplete last pages of other prompts. Full pages are computed for one prompt at a time, so that
+        other prompts can share these pages.
         """
         begin, end = self._next_piece(first, most)
         together, tokens = [first], end - begin
@@ -260,12 +261,15 @@ class Scheduler:
         return sum(end - begin for begin, end in pieces)
 
     def _next_piece(self, request: Request, most: int) -> tuple[int, int]:
-        """The bounds of the next piece of a prompt."""
+        """Return the positions (begin, end) of the prompt tokens to compute next."""
         pieces = prompt_pieces(self._length(request), request.to_read, max(PAGE, most // PAGE * PAGE))
         return next(pieces)
 
     def _have_read(self, request: Request, piece: tuple[int, int]) -> bool:
-        """Publish the whole pages of a piece that was read. Return whether the next token is to be chosen."""
+        """Make the full pages of computed tokens available to other requests.
+
+        Return whether the next token must be chosen.
+        """
         begin, end = piece
         request.known = max(request.known, end)
         for page in range(begin // PAGE, end // PAGE):
@@ -275,7 +279,7 @@ class Scheduler:
     # ---- answers ----
 
     def _decode(self) -> None:
-        """Generate one token of each request whose prompt is read."""
+        """Generate the next token of each request whose prompt is complete."""
         for request in [one for one in self.running if self._length(one) >= one.to_read]:
             if request.slot is not None:  # an earlier request may have put this request back
                 self._make_room(request, self._length(request) + 1)
@@ -293,7 +297,10 @@ class Scheduler:
         )
 
     def _advance(self, computed: Sequence[tuple[Request, Array]]) -> None:
-        """Choose the next tokens of requests. Then pass all tokens on together, so that clients wake once."""
+        """Choose the next token of each request, and then pass all new tokens to the clients together.
+
+        So the thread that serves the clients is woken only once.
+        """
         chunks = list[tuple[Request, bool, Chunk]]()
         try:
             for request, scores in computed:
@@ -327,19 +334,19 @@ class Scheduler:
             self._read_again(request)
 
     def _read_again(self, request: Request) -> None:
-        """Compute a request again with LongRoPE's long factors.
+        """Compute the tokens of a request again, with LongRoPE's long factors.
 
-        The keys of the request were rotated by the short factors.
+        The attention keys in the cache were rotated with the short factors, so they cannot be used any more.
         """
         self._pool.release(self._cache.take(_slot(request)))
         request.read_all()
         self._prepare(request)
 
     def _compute(self, ids: Sequence[Any], requests: Sequence[Request]) -> Sequence[Array | None]:
-        """Compute the scores after the next tokens of each request.
+        """Compute the given tokens of each request, and return the scores of the token that follows them.
 
-        If the computation fails, each request is computed alone, to find the requests that fail. A request
-        that fails ends, and its scores are None.
+        If the computation fails, each request is computed alone, to find the requests that cause the error.
+        These requests end, and their scores are None.
         """
         try:
             with self._turn:

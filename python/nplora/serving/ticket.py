@@ -14,12 +14,12 @@ _LONGEST_WAIT = 0.5  # seconds after which a waiting thread checks whether the e
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class TopToken:
-    """One of the most likely tokens at a position.
+    """One of the most likely tokens at a position of the answer.
 
     Attributes:
         id: the token.
         text: the text of this token alone. U+FFFD replaces bytes that are not a whole character.
-        logprob: the natural logarithm of the model's probability.
+        logprob: the natural logarithm of the token's probability, before temperature, penalties and biases.
 
     >>> nplora.serving.TopToken(id=7, text=" the", logprob=-0.5).text
     ' the'
@@ -37,9 +37,10 @@ class Token:
     Attributes:
         id: the token.
         text: the text of this token alone. U+FFFD replaces bytes that are not a whole character.
-        logprob: the natural logarithm of the model's probability, before temperature, penalties and biases;
+        logprob: the natural logarithm of the token's probability, before temperature, penalties and biases;
             None if the request did not ask for log-probabilities.
-        top: the n most likely tokens at this position, the likeliest first. The request sets n.
+        top: the most likely tokens at this position, the likeliest first. Their number is `logprobs` of
+            `Engine.submit`.
 
     >>> engine = nplora.serving.Engine(nplora.load_model("model.gguf"))
     >>> ticket = engine.submit([5, 6], nplora.generate.Sampling(max_new_tokens=2), logprobs=3)
@@ -60,9 +61,9 @@ class Chunk:
 
     Attributes:
         text: whole characters. Text that may be the beginning of a stop text is held back until later tokens
-            decide.
-        tokens: the tokens that were generated since the last chunk, without the end token. Because some text
-            is held back, the joined texts of these tokens may differ from `text`.
+            show whether it is.
+        tokens: the tokens that were generated since the last chunk, without the end token. Because text may
+            be held back, `text` may differ from the joined texts of these tokens.
 
     >>> nplora.serving.Chunk("Hello").tokens
     ()
@@ -74,11 +75,12 @@ class Chunk:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Usage:
-    """The number of tokens of a request.
+    """The number of tokens of a request's prompt and answer.
 
     Attributes:
-        prompt: the tokens of the prompt.
-        cached: the number of prompt tokens that were found in the prefix cache, and were not computed.
+        prompt: the number of tokens of the prompt.
+        cached: the number of prompt tokens that were not computed, because their keys and values were found
+            in the prefix cache.
         generated: the number of generated tokens, including the end token if there is one.
 
     >>> nplora.serving.Usage(prompt=5)
@@ -91,7 +93,7 @@ class Usage:
 
 
 class Ticket:
-    """A request in the engine. `Engine.submit` returns a ticket. All methods may be called from any thread.
+    """A client's handle of a request, from `Engine.submit`. All methods may be called from any thread.
 
         >>> engine = nplora.serving.Engine(nplora.load_model("model.gguf"))
         >>> ticket = engine.submit([5, 6, 7], nplora.generate.Sampling(max_new_tokens=4))
@@ -101,7 +103,8 @@ class Ticket:
 
     Args:
         prompt: the number of tokens of the prompt.
-        run: runs a round of the engine in this thread, or returns False if another thread runs the rounds.
+        run: a function that runs a round of the engine in the calling thread, or returns False if another
+            thread runs the rounds.
         cancel: called with this ticket when the client cancels the request.
     """
 
@@ -117,16 +120,16 @@ class Ticket:
 
     @property
     def usage(self) -> Usage:
-        """The number of tokens so far."""
+        """The number of tokens of the prompt and of the answer so far."""
         return self._usage
 
     @property
     def finish_reason(self) -> str | None:
         """How the answer ended; None before the end of the answer.
 
-        "stop": with an end token or a stop text. "length": the answer has `max_new_tokens`, or the context or
-        the memory for keys and values is full. "cancelled": `cancel` was called, or the engine was closed.
-        "error": see `error`.
+        "stop": with an end token or a stop text. "length": the answer has `max_new_tokens` tokens, or the
+        context or the memory for keys and values is full. "cancelled": `cancel` was called, or the engine was
+        closed. "error": see `error`.
         """
         return self._reason
 
@@ -144,9 +147,9 @@ class Ticket:
             self._cancel(self)
 
     def __iter__(self) -> Iterator[Chunk]:
-        """Yield the chunks as they come, until the request ends. Each chunk is yielded once.
+        """Yield each new chunk once, until the request ends.
 
-        If no thread runs the engine (`Engine.start`), the iterator runs rounds itself.
+        If the engine has no thread of its own (see `Engine.start`), the iterator runs the engine's rounds.
 
         Raises:
             BaseException: the exception `error`, after all chunks have been yielded.
@@ -157,7 +160,7 @@ class Ticket:
             raise self._error
 
     def _next(self) -> Chunk | None:
-        """Wait for the next chunk. None: there are no more chunks."""
+        """Wait for the next chunk, and return it. Return None if there are no more chunks."""
         while True:
             with self._changed:
                 if self._chunks and self._listener is None:
@@ -174,10 +177,11 @@ class Ticket:
 
         The callback gets each chunk once, in order, and then None.
 
-        The calling thread passes the chunks that already exist. The engine's thread passes the later chunks,
-        and waits for the callback. So the callback must return quickly, as `loop.call_soon_threadsafe(...)`
-        does. If the callback raises an exception, the request is cancelled, and there is a warning. The
-        callback must not close the engine or wait for another answer.
+        For the chunks that already exist, the callback is called in the calling thread. For later chunks, the
+        callback is called in the engine's thread, which waits until the callback returns. So the callback
+        must return quickly, as `loop.call_soon_threadsafe(...)` does. If the callback raises an exception,
+        the request is cancelled, and a warning reports the exception. The callback must not close the engine
+        or wait for another answer.
 
         Raises:
             RuntimeError: the ticket has a listener already.
@@ -191,7 +195,7 @@ class Ticket:
         self._pass_chunks()
 
     def text(self) -> str:
-        """Wait for the end of the answer, and return the whole text. If there is an `error`, raise it."""
+        """Wait for the end of the answer, and return the whole text. If `error` is set, raise it."""
         return "".join(chunk.text for chunk in self)
 
     # ---- the engine's side ----
@@ -246,9 +250,9 @@ class Ticket:
 
 
 def _ignore(value: object) -> None:
-    """Do nothing. This function replaces a listener that has failed, and callbacks of an ended request."""
+    """Do nothing. This function replaces a listener that has failed, and `cancel` of an ended request."""
 
 
 def _no_round() -> bool:
-    """Run no round. This function replaces the engine of an ended request."""
+    """Return False: no round was run. This function replaces `run` of an ended request."""
     return False

@@ -1,4 +1,4 @@
-"""ArrayEstimator: the common part of the estimators for arrays and NumPy networks."""
+"""ArrayEstimator: the base class of the estimators for arrays and NumPy networks."""
 
 from __future__ import annotations
 
@@ -25,12 +25,14 @@ _DTYPES = [np.float64, np.float32]
 
 @dataclass(frozen=True)
 class FileModel:
-    """The pickled form of a fitted model whose network is in a file. The frozen weights are not pickled.
+    """What is pickled of a fitted model whose network is in a file: everything except the frozen weights.
 
     Attributes:
-        path, activation, adaptation, probe: the arguments that build the model.
-        values, streams: the trained arrays, and the states of the random streams of dropout.
-        base: the fingerprint of the frozen weights.
+        path, activation, adaptation, probe: the arguments of `read_network` and `adapted`, which rebuild the
+            model.
+        values: a dict of the trained arrays.
+        streams: a dict of the states of the random streams, which dropout uses.
+        base: the fingerprint of the frozen weights, by which a changed file is detected.
     """
 
     path: str
@@ -58,7 +60,7 @@ class FileModel:
 
 
 class ArrayEstimator(LoRAEstimator):
-    """Base class of the estimators whose features are arrays and whose model is a network."""
+    """Base class of the estimators that take arrays as X and train a NumPy network."""
 
     def _features(self, X: Any, reset: bool) -> Array:
         array: Array = validate_data(self, X, reset=reset, **self._array_options())

@@ -1,4 +1,4 @@
-"""LoRAEstimator: the common part of all estimators: fit loop, held-out rows, checkpoints, copies, pickles."""
+"""LoRAEstimator: the base class of all estimators, with the fit loop, held-out rows and checkpoints."""
 
 from __future__ import annotations
 
@@ -38,9 +38,10 @@ E = TypeVar("E", bound="LoRAEstimator")
 
 
 def unchanged_on_error(method: Callable[Concatenate[E, P], T]) -> Callable[Concatenate[E, P], T]:
-    """Restore the estimator's attributes if the method fails, so that the estimator can still predict.
+    """Decorate a method: if it raises an error, the estimator's attributes are restored.
 
-    If the method continues to train an existing model and fails, the model keeps the training steps so far.
+    So the estimator can still predict after the error. If the method was training an existing model further,
+    this model keeps the changes that the training made before the error.
     """
 
     @functools.wraps(method)
@@ -57,21 +58,21 @@ def unchanged_on_error(method: Callable[Concatenate[E, P], T]) -> Callable[Conca
 
 
 class HeldOut(NamedTuple):
-    """The rows that a fit does not train on: their features (as from `_features`) and encoded targets."""
+    """The rows that a fit does not train on: features `x` (as `_features` returns them) and targets `y`."""
 
     x: Any
     y: Array
 
 
 class LoRAEstimator(BaseEstimator):  # type: ignore[misc]
-    """Base class of the estimators: trains a model that maps features to outputs (n, k).
+    """Base class of the estimators: trains a model that maps the features of n rows to outputs (n, k).
 
-    The model is any Module: its `forward` takes a batch of features, and its `backward` the gradient of the
-    outputs. A subclass has a constructor with the parameters of `LoRAClassifier`, except the parameters of
-    the network, and defines these methods:
+    The model is any Module. Its `forward` takes a batch of features, and its `backward` takes the gradient of
+    the loss with respect to the outputs. The constructor of a subclass takes the parameters of
+    `LoRAClassifier`, except those that describe the network. A subclass defines these methods:
 
-        _features(X, reset)         check X and return features, an array or a list of rows
-        _build(x, outputs, seed)    return a new model of these features
+        _features(X, reset)         check X and return the features: an array, or a list with one item per row
+        _build(x, outputs, seed)    return a new model whose `forward` takes these features
 
     A subclass may override other methods. If the features of a subclass are not arrays, the subclass
     overrides `_batches`, `_outputs` and `_identity`.
@@ -80,7 +81,7 @@ class LoRAEstimator(BaseEstimator):  # type: ignore[misc]
     # ---- what a subclass defines ----
 
     def _features(self, X: Any, reset: bool) -> Any:
-        """Check X, and return the rows for `_batches` and `_outputs`.
+        """Check X, and return the features, which `_batches` and `_outputs` take.
 
         Args:
             reset: whether a new model is fitted. If `reset` is False, X must have the same features as in the
@@ -89,7 +90,7 @@ class LoRAEstimator(BaseEstimator):  # type: ignore[misc]
         raise NotImplementedError
 
     def _features_and_targets(self, X: Any, y: Any, reset: bool, numeric: bool) -> tuple[Any, Array]:
-        """Check X and y; return features and targets. `numeric`: whether the targets are numbers."""
+        """Check X and y. Return a pair (features, targets). `numeric`: whether the targets are numbers."""
         features = self._features(X, reset)
         dtype = np.float64 if numeric else None
         targets: Array = check_array(y, ensure_2d=False, dtype=dtype, input_name="y")
@@ -97,24 +98,24 @@ class LoRAEstimator(BaseEstimator):  # type: ignore[misc]
         return features, targets
 
     def _build(self, x: Any, outputs: int, seed: int) -> Module:
-        """Return a new model that takes these features and has this number of outputs."""
+        """Return a new model for these features and this number of outputs."""
         raise NotImplementedError
 
     def _batches(self, x: Any, y: Array, shuffle: bool, seed: int) -> Batches:
-        """Return the batches of features and encoded targets."""
+        """Return batches of features and targets. A class label is encoded as its index in `classes_`."""
         op, size = f"{type(self).__name__}.fit", self.batch_size
         return ArrayBatches(op, x, y, size, shuffle, seed)
 
     def _outputs(self, x: Any) -> Array:
-        """Compute the outputs (n, k) of the fitted model for features, in float64."""
+        """Return the outputs (n, k) of the fitted model for the given features, in float64."""
         return predict(self.model_, x, _PREDICTION_ROWS).astype(np.float64)
 
     def _identity(self, x: Any) -> str:
-        """Return a text that identifies the features, for the name of a checkpoint."""
+        """Return a text that identifies the features, for the name of a checkpoint's directory."""
         return fingerprint(np.asarray(x), whole=True)
 
     def _target_identity(self, y: Array) -> str:
-        """Return a text that identifies encoded targets, for the name of a checkpoint."""
+        """Return a text that identifies the targets, for the name of a checkpoint's directory."""
         return fingerprint(y, whole=True)
 
     # ---- the fit loop ----
@@ -122,12 +123,12 @@ class LoRAEstimator(BaseEstimator):  # type: ignore[misc]
     def _train(
         self, x: Any, y: Array, outputs: int, loss: Callable[[Array], Loss], stratify: Any
     ) -> HeldOut | None:
-        """Train on features and encoded targets; return the rows that were held out, if any.
+        """Train on features and targets. Return the rows that were held out; None if no rows were held out.
 
         Args:
-            loss: a function that takes the targets of the training rows and returns the loss.
-            stratify: a label for each row. Each label has the same share of the held-out rows as of all rows.
-                If `stratify` is None, the held-out rows are drawn at random.
+            loss: a function that takes the targets of the training rows and returns a `Loss` object.
+            stratify: a label for each row. Rows are held out such that each label is as frequent among the
+                held-out rows as among all rows. None: the held-out rows are drawn at random.
         """
         self._check_settings()
         seed = self._seed()
@@ -156,7 +157,7 @@ class LoRAEstimator(BaseEstimator):  # type: ignore[misc]
         return held_out
 
     def _train_more(self, x: Any, y: Array, outputs: int, loss: Loss) -> None:
-        """Continue the training of earlier calls with one pass over some rows. No rows are held out."""
+        """Train the model of earlier calls further, for one pass over these rows. No rows are held out."""
         self._check_settings()
         if not hasattr(self, "model_"):
             self._start_run(self._seed())
@@ -166,7 +167,7 @@ class LoRAEstimator(BaseEstimator):  # type: ignore[misc]
         self._run(self._batches(x, y, True, seed), loss, "constant", seed, epochs=1)
 
     def _start_run(self, seed: int) -> None:
-        """Begin with a new optimiser, and count the calls of `partial_fit` from 1."""
+        """Create a new optimiser, and begin to count the calls of `partial_fit`."""
         self._first_seed, self._calls = seed, 1
         self._optimizer = AdamW(self.lr, weight_decay=self.weight_decay)
 
@@ -209,10 +210,11 @@ class LoRAEstimator(BaseEstimator):  # type: ignore[misc]
     def _checkpoint(
         self, x: Any, y: Array, held_out: HeldOut | None, loss: Loss, seed: int
     ) -> dict[str, Any]:
-        """Return the options of `Trainer.fit` for a checkpoint in a directory of this fit.
+        """Return the options with which `Trainer.fit` writes its checkpoints to a directory for this fit.
 
-        The directory's name is a digest of the settings, the network, the data and the values at the start.
-        So the fits of a grid search do not disturb each other, and a repeated fit finds its checkpoint.
+        The directory's name contains a digest of the settings, the network, the data and the initial values
+        of the trained arrays. So each fit of a grid search has its own directory, and a repeated fit finds
+        its checkpoint.
         """
         if self.checkpoint_dir is None:
             return {}
@@ -229,11 +231,11 @@ class LoRAEstimator(BaseEstimator):  # type: ignore[misc]
     # ---- predictions ----
 
     def _has_bias(self) -> bool:
-        """Whether a new head has a bias, which can hold the mean of the targets."""
+        """Whether a new head has a bias. The mean of the targets can be added to this bias."""
         return True
 
     def _set_scale(self, factor: Array | float, offset: Array | float = 0.0) -> None:
-        """Set the scale after a fit: a prediction is made from factor · output + offset."""
+        """Set the scale after a fit: predictions use the scaled outputs factor · output + offset."""
         self._scale = np.asarray(factor, np.float64), np.asarray(offset, np.float64)
 
     def _unscaled(self) -> contextlib.AbstractContextManager[None]:
@@ -241,7 +243,7 @@ class LoRAEstimator(BaseEstimator):  # type: ignore[misc]
         return contextlib.nullcontext()
 
     def _scaled(self, outputs: Array) -> Array:
-        """The outputs with the scale of the last fit."""
+        """Return the scaled outputs, with the scale that `_set_scale` stored."""
         factor, offset = self._scale
         return np.asarray(outputs * factor + offset)
 

@@ -1,4 +1,4 @@
-"""Calibration by temperature: dividing all logits by one number makes the probabilities fit the data."""
+"""Temperature scaling: divides all logits by one number, so that the probabilities match the error rates."""
 
 import numpy as np
 import numpy.typing as npt
@@ -18,8 +18,8 @@ def log_probabilities(logits: npt.NDArray[np.floating]) -> npt.NDArray[np.floati
 def temperature(logits: npt.ArrayLike, labels: npt.ArrayLike) -> float:
     """Return the T between 0.05 and 20 that minimises the cross entropy of softmax(logits / T).
 
-    The cross entropy is a convex function of 1 / T, so a golden-section search of log T finds its only
-    minimum. Source: Guo et al. 2017, section 4.2.
+    The cross entropy is a convex function of 1 / T, so it has only one minimum. A golden-section search over
+    log T finds this minimum. Source: Guo et al. 2017, section 4.2.
 
     >>> logits = np.array([[4.0, 0.0], [4.0, 0.0], [4.0, 0.0], [0.0, 4.0]])
     >>> from nplora.sklearn.calibration import temperature
@@ -27,7 +27,8 @@ def temperature(logits: npt.ArrayLike, labels: npt.ArrayLike) -> float:
     3.64
 
     Args:
-        logits: array (n, classes). labels: the index of each row's class (n,).
+        logits: array (n, classes).
+        labels: array (n,), the index of each row's class.
     """
     rows, at = np.asarray(logits, np.float64), np.asarray(labels, np.int64)
 

@@ -1,4 +1,4 @@
-"""ClassifierBase: labels, class weights, probabilities and calibration of a model that returns logits."""
+"""ClassifierBase: the base class of the classifiers, with labels, class weights and calibration."""
 
 from __future__ import annotations
 
@@ -113,7 +113,8 @@ class ClassifierBase(ClassifierMixin, LabelledBase):  # type: ignore[misc]
         """Train a new model or, with `warm_start`, continue to train the existing one.
 
         Args:
-            X: the features of n rows. y: their labels (n,), of at least two classes.
+            X: the features of n rows.
+            y: the labels of the rows (n,), at least two different ones.
         Returns:
             the estimator.
         Raises:

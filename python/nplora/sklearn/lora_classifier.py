@@ -1,4 +1,4 @@
-"""LoRAClassifier: a pretrained NumPy network with LoRA, as a classifier of scikit-learn."""
+"""LoRAClassifier: a scikit-learn classifier that adapts a pretrained NumPy network with LoRA."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ class LoRAClassifier(ClassifierBase, ArrayEstimator):
     The frozen weights are never copied: clones and the fits of a grid search share them. Every frozen linear
     layer and convolution gets a LoRA layer, except the head.
 
-    If `network` is None, one frozen layer of random features replaces the network, and LoRA adapts this
-    layer. Random features are enough to try the estimator. If you have no pretrained network, scikit-learn's
-    models are the better choice.
+    If `network` is None, the estimator uses a network of one frozen layer with random weights, which LoRA
+    adapts. Such random features are enough to try the estimator. If you have no pretrained network,
+    scikit-learn's models are the better choice.
 
         >>> rng = np.random.default_rng(0)
         >>> X = rng.normal(size=(200, 4))
@@ -32,38 +32,43 @@ class LoRAClassifier(ClassifierBase, ArrayEstimator):
         ((3,), True)
 
     Args:
-        network: a Module such as a Sequential, which is not changed; the path of a safetensors file, as
-            in `read_network`; or None for random features.
-        rank, alpha, dropout: the settings of the LoRA layers, as in `LoRALinear`. If a side of a layer is
-            shorter than `rank`, the layer's rank is the length of that side. The scale stays the same.
-        targets: the names of the layers to adapt, or the ends of their dotted names; None: all layers.
-        head: "replace" replaces the network's last linear layer by a new trained layer; "append" adds a new
-            trained layer behind the network; "keep" uses the network's outputs as logits of the classes in
-            sorted order, and also adapts the last layer.
-        random_features, activation: the number of random features and their activation, if `network` is None.
-            `activation` ("relu", "gelu", "silu" or "tanh") is also the activation between layers that are
-            read from a file.
-        lr, epochs, batch_size, weight_decay, schedule: the settings of AdamW and of the run, as in `Trainer`.
+        network: a Module, such as a Sequential, which fitting does not change; the path of a safetensors
+            file, as in `read_network`; or None for random features.
+        rank, alpha, dropout: the settings of the LoRA layers, as in `LoRALinear`. If d_in or d_out of a layer
+            is less than `rank`, the layer's rank is the smaller of d_in and d_out. The layer's scale stays
+            alpha / `rank`.
+        targets: the names of the layers to adapt, or the last parts of their dotted names; None: all layers.
+        head: "replace": a new trained layer replaces the network's last linear layer. "append": a new trained
+            layer follows the network. "keep": the network's outputs are the logits of the classes in sorted
+            order, and LoRA also adapts the last layer.
+        random_features: the number of random features, if `network` is None.
+        activation: "relu", "gelu", "silu" or "tanh": the activation of the random features, or the activation
+            between the layers of a network that is read from a file.
+        lr, epochs, batch_size, weight_decay, schedule: the settings of AdamW and of the training, as in
+            `Trainer`.
         class_weight: a dict of weights by label, "balanced", or None.
         early_stopping: hold rows out, stop after `patience` epochs without a lower loss on these rows, and
-            keep the factors of the best epoch.
-        validation_fraction: the share of rows that is held out.
+            use the trained values of the epoch with the lowest loss.
+        validation_fraction: the fraction of the rows that is held out.
         patience: the number of epochs without a lower loss after which the training stops.
-        calibrate: hold rows out, and divide the logits by the temperature that fits these rows best. The
-            probabilities then match the error rates better, and the predicted labels stay the same.
-        checkpoint_dir: a directory for checkpoints. Each fit writes to a subdirectory, which is named after
-            the settings and the data. If `random_state` is an integer, a repeated fit continues an
-            interrupted fit and ends with the same bits, or loads the result of a finished fit.
-        warm_start: whether `fit` continues with the factors of the last fit.
-        random_state: the seed of the factors, the head, the order of the rows, and the choice of held-out
-            rows.
+        calibrate: hold rows out, and divide the logits by the temperature that gives the lowest cross entropy
+            on these rows. Then the probabilities match the error rates better. The predicted labels do not
+            change.
+        checkpoint_dir: a directory for checkpoints. Each fit writes to a subdirectory whose name depends on
+            the settings and the data. With an integer as `random_state`, you can repeat a fit: an interrupted
+            fit continues from its checkpoint and ends with the same bits, and a finished fit loads its
+            result.
+        warm_start: whether `fit` trains the model of the last fit further, instead of a new model.
+        random_state: the seed of the LoRA weights, the head, the order of the rows, and the choice of
+            held-out rows.
         verbose: whether to show progress.
     Attributes:
         classes_: the labels in sorted order.
-        model_: the adapted network. `nplora.save_adapter(estimator.model_, directory)` saves the adapter.
+        model_: the adapted network. `nplora.save_adapter(estimator.model_, directory)` saves its adapter.
         temperature_: the number by which logits are divided; 1 without calibration.
-        n_iter_, loss_curve_, validation_curve_: the number of epochs of the last run; the training loss of
-            each epoch; with early stopping, the loss on the held-out rows after each epoch.
+        n_iter_: the number of epochs of the last fit.
+        loss_curve_: the training loss of each epoch.
+        validation_curve_: with early stopping, the loss on the held-out rows after each epoch.
         n_features_in_, feature_names_in_: as in scikit-learn.
     """
 

@@ -1,4 +1,4 @@
-"""LoRARegressor: a pretrained NumPy network with LoRA, as a regressor of scikit-learn."""
+"""LoRARegressor: a scikit-learn regressor that adapts a pretrained NumPy network with LoRA."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from nplora.sklearn.regression import RegressorBase
 class LoRARegressor(RegressorBase, ArrayEstimator):
     """Adapt a pretrained network to targets of your own, with LoRA and a new head.
 
-    `LoRAClassifier` describes the arguments that are not listed here. If `network` is None, random features
-    replace the network, as in `LoRAClassifier`.
+    `LoRAClassifier` describes the arguments that are not listed here. If `network` is None, the estimator
+    uses random features, as `LoRAClassifier` does.
 
         >>> rng = np.random.default_rng(0)
         >>> X = rng.normal(size=(200, 4))
@@ -27,8 +27,8 @@ class LoRARegressor(RegressorBase, ArrayEstimator):
 
     Args:
         head: as in `LoRAClassifier`. A new head is trained on targets that are rescaled to mean 0 and
-            variance 1, and `predict` reverses the rescaling. A kept head ("keep") is trained on the original
-            targets.
+            variance 1, and `predict` reverses the rescaling. With "keep", the model is trained on the
+            original targets.
         loss: "mse" or "huber".
     Attributes:
         model_, n_iter_, loss_curve_, validation_curve_, n_features_in_, feature_names_in_: as in

@@ -1,4 +1,4 @@
-"""LoRATextClassifier: a pretrained encoder with LoRA, as a classifier of scikit-learn."""
+"""LoRATextClassifier: a scikit-learn classifier that adapts a pretrained encoder with LoRA."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from nplora.sklearn.texts import TextEstimator
 class LoRATextClassifier(ClassifierBase, TextEstimator):
     """Classify texts with a pretrained encoder, LoRA and a new head.
 
-    X is a list or a column of texts. The fits of a grid search share the frozen weights. A pickle holds only
-    the path of the encoder and the trained values.
+    X is a list or a column of texts. The fits of a grid search share the frozen weights. A pickled estimator
+    contains the path of the encoder and the trained values, but not the frozen weights.
 
         >>> X = ["where is my parcel", "my delivery is late", "return an order", "a refund"]
         >>> y = ["delivery", "delivery", "return", "return"]
@@ -27,15 +27,17 @@ class LoRATextClassifier(ClassifierBase, TextEstimator):
     Args:
         model: the path of an encoder, as for `nplora.load_encoder`.
         rank, alpha, dropout, layers: the settings of LoRA, as in `Encoder.add_lora`.
-        targets: the layers to adapt: "all-linear", or the ends of the layers' names.
-        max_length: the number of tokens after which texts are cut; None: the encoder's own limit.
-        lr, epochs, batch_size, weight_decay, schedule: the settings of AdamW and of the run, as in `Trainer`.
+        targets: the layers to adapt: "all-linear", or a list with the last parts of the layers' dotted names.
+        max_length: the number of tokens to which longer texts are cut; None: the encoder's own limit.
+        lr, epochs, batch_size, weight_decay, schedule: the settings of AdamW and of the training, as in
+            `Trainer`.
         class_weight: a dict of weights by label, "balanced", or None.
         early_stopping: hold rows out, stop after `patience` epochs without a lower loss on these rows, and
-            keep the factors of the best epoch.
-        validation_fraction: the share of rows that is held out.
+            use the trained values of the epoch with the lowest loss.
+        validation_fraction: the fraction of the rows that is held out.
         patience: the number of epochs without a lower loss after which the training stops.
-        calibrate: hold rows out, and divide the logits by the temperature that fits these rows best.
+        calibrate: hold rows out, and divide the logits by the temperature that gives the lowest cross entropy
+            on these rows.
         checkpoint_dir, warm_start, random_state, verbose: as in `LoRAClassifier`.
     Attributes:
         classes_: the labels in sorted order.

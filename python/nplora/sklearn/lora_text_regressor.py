@@ -1,4 +1,4 @@
-"""LoRATextRegressor: a pretrained encoder with LoRA, as a regressor of scikit-learn."""
+"""LoRATextRegressor: a scikit-learn regressor that adapts a pretrained encoder with LoRA."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from nplora.sklearn.texts import TextEstimator
 class LoRATextRegressor(RegressorBase, TextEstimator):
     """Predict numbers from texts with a pretrained encoder, LoRA and a new head.
 
-    X is a list or a column of texts. y has one or several numbers for each text. Clones and pickles work as
-    for `LoRATextClassifier`.
+    X is a list or a column of texts. y has one or several numbers for each text. As with
+    `LoRATextClassifier`, the fits of a grid search share the frozen weights, and a pickled estimator does not
+    contain them.
 
         >>> X = ["a cat", "a dog", "the cat and the dog", "the mat"] * 4
         >>> y = [1, 1, 2, 0] * 4
@@ -27,13 +28,14 @@ class LoRATextRegressor(RegressorBase, TextEstimator):
     Args:
         model: the path of an encoder, as for `nplora.load_encoder`.
         rank, alpha, dropout, layers: the settings of LoRA, as in `Encoder.add_lora`.
-        targets: the layers to adapt: "all-linear", or the ends of the layers' names.
-        max_length: the number of tokens after which texts are cut; None: the encoder's own limit.
-        lr, epochs, batch_size, weight_decay, schedule: the settings of AdamW and of the run, as in `Trainer`.
+        targets: the layers to adapt: "all-linear", or a list with the last parts of the layers' dotted names.
+        max_length: the number of tokens to which longer texts are cut; None: the encoder's own limit.
+        lr, epochs, batch_size, weight_decay, schedule: the settings of AdamW and of the training, as in
+            `Trainer`.
         loss: "mse" or "huber".
         early_stopping: hold rows out, stop after `patience` epochs without a lower loss on these rows, and
-            keep the factors of the best epoch.
-        validation_fraction: the share of rows that is held out.
+            use the trained values of the epoch with the lowest loss.
+        validation_fraction: the fraction of the rows that is held out.
         patience: the number of epochs without a lower loss after which the training stops.
         checkpoint_dir, warm_start, random_state, verbose: as in `LoRAClassifier`.
     Attributes:

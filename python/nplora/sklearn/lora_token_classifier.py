@@ -1,4 +1,4 @@
-"""LoRATokenClassifier: a pretrained encoder with LoRA that labels words, in scikit-learn's manner."""
+"""LoRATokenClassifier: a scikit-learn estimator that labels words, with a pretrained encoder and LoRA."""
 
 from __future__ import annotations
 
@@ -32,9 +32,10 @@ _KINDS = {"str": str, "bool": bool | np.bool_, "int": int | np.integer}  # all l
 class LoRATokenClassifier(LabelledBase, TextEstimator):
     """Label the words of sentences with a pretrained encoder, LoRA and a new head.
 
-    X is a list of sentences, each a list of words. y has a list of labels for each sentence. Only the first
-    token of a word is trained and predicts its label, as in `train_classifier`. The fits of a grid search
-    share the frozen weights, and pickles are as for `LoRATextClassifier`.
+    X is a list of sentences. Each sentence is a list of words. y has a list of labels for each sentence. The
+    model predicts the label of a word at the word's first token. The loss also uses only the first token of
+    each word, as in `train_classifier`. As with `LoRATextClassifier`, the fits of a grid search share the
+    frozen weights, and a pickled estimator does not contain them.
 
         >>> X = [["where", "is", "my", "parcel"], ["return", "an", "order"]] * 4
         >>> y = [["O", "O", "O", "B-THING"], ["O", "O", "B-THING"]] * 4
@@ -45,19 +46,22 @@ class LoRATokenClassifier(LabelledBase, TextEstimator):
     Args:
         model: the path of an encoder, as for `nplora.load_encoder`.
         rank, alpha, dropout, layers: the settings of LoRA, as in `Encoder.add_lora`.
-        targets: the layers to adapt: "all-linear", or the ends of their names.
-        max_length: the number of tokens after which `fit` cuts a sentence; None: that of the model. Longer
-            sentences are predicted in windows of this length, as by `TextClassifier.predict_words`.
-        lr, epochs, batch_size, weight_decay, schedule: the settings of AdamW and of the run, as in `Trainer`.
+        targets: the layers to adapt: "all-linear", or a list with the last parts of the layers' dotted names.
+        max_length: the number of tokens to which `fit` cuts longer sentences; None: the encoder's own limit.
+            `predict` does not cut a longer sentence, but splits it into windows of this length, as
+            `TextClassifier.predict_words` does.
+        lr, epochs, batch_size, weight_decay, schedule: the settings of AdamW and of the training, as in
+            `Trainer`.
         class_weight: a dict of weights by label, "balanced", or None.
-        early_stopping: hold sentences out, stop after `patience` epochs without a lower loss on them, and
-            keep the factors of the best epoch.
-        validation_fraction, patience: the share of sentences that is held out, and the epochs to wait.
+        early_stopping: hold sentences out, stop after `patience` epochs without a lower loss on these
+            sentences, and use the trained values of the epoch with the lowest loss.
+        validation_fraction: the fraction of the sentences that is held out.
+        patience: the number of epochs without a lower loss after which the training stops.
         checkpoint_dir, warm_start, random_state, verbose: as in `LoRAClassifier`.
     Attributes:
         classes_: the labels in sorted order.
-        model_: the trained `TextClassifier`. `nplora.save_adapter(estimator.model_, directory)` saves it
-            as PEFT's adapter.
+        model_: the trained `TextClassifier`. `nplora.save_adapter(estimator.model_, directory)` saves the
+            model's adapter in PEFT's format.
         n_iter_, loss_curve_, validation_curve_: as in `LoRAClassifier`.
     """
 
@@ -151,7 +155,7 @@ class LoRATokenClassifier(LabelledBase, TextEstimator):
     def score(self, X: Any, y: Any) -> float:
         """Return the share of words with the right label. A word without a token counts as wrong.
 
-        Raises ValueError or TypeError as `fit`, if X or y does not fit.
+        Raises the same errors as `fit` if X or y has a wrong form.
         """
         x = self._fitted_features(X)
         true = self._checked_labels(x, y).tolist()
@@ -179,7 +183,7 @@ class LoRATokenClassifier(LabelledBase, TextEstimator):
         return super()._loss(np.concatenate(list(targets)))
 
     def _features(self, X: Any, reset: bool) -> list[Sentence]:
-        """The token ids of each sentence, which may be cut, and the first token of each word."""
+        """Return a pair for each sentence: its token ids, perhaps cut, and the first token of each word."""
         sentences, longest = self._sentences(X), self._longest(reset)
         words = self._encoder.word_ids(sentences, longest)
         self._warn_if_cut(words.cut, longest, "sentence")
@@ -237,12 +241,12 @@ class LoRATokenClassifier(LabelledBase, TextEstimator):
 
 
 def _kind(of: type) -> str:
-    """The kind of labels of a type. The type bool is a kind of its own, although it is a subclass of int."""
+    """Return "str", "bool" or "int" if `of` is such a type (bool is not counted as int), else its name."""
     return next((name for name, types in _KINDS.items() if issubclass(of, types)), of.__name__)
 
 
 def _lists(op: str, y: Any) -> list[list[Any]]:
-    """The labels of each sentence. Raises TypeError if `y` is not a list of lists."""
+    """Return the labels of each sentence as a list. Raises TypeError if `y` is not a list of lists."""
     if not isinstance(y, Iterable) or isinstance(y, str):
         raise TypeError(f"{op}: y is {brief(y)}, expected a list of lists of labels")
     made = list[list[Any]]()

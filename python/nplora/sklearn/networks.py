@@ -1,4 +1,4 @@
-"""Networks for the estimators: copies of a pretrained network with LoRA layers and a head."""
+"""Builds the networks of the estimators: copies of a pretrained network with LoRA layers and a head."""
 
 from __future__ import annotations
 
@@ -29,15 +29,16 @@ HEAD = "head"  # the name of the random stream of a new head
 
 @dataclass(frozen=True)
 class Adaptation:
-    """How a network is adapted: the settings of the LoRA layers, and the kind of head.
+    """The settings for adapting a network: the settings of the LoRA layers, and the kind of head.
 
     Attributes:
-        rank: the rank of each LoRA layer. If a side of a layer is shorter, the layer's rank is the length of
-            that side.
-        targets: the names of the layers to adapt; None: all frozen linear layers and convolutions.
+        rank: the rank of each LoRA layer. If d_in or d_out of a layer is less, the layer's rank is the
+            smaller of d_in and d_out.
+        targets: the names of the layers to adapt, or the last parts of their dotted names; None: all frozen
+            linear layers and convolutions.
         head: "replace", "append" or "keep", as in `LoRAClassifier`.
         outputs: the number of outputs that the adapted network must have.
-        seed: the seed of the factors and of the head.
+        seed: the seed of the LoRA weights and of the head.
     """
 
     rank: int
@@ -55,10 +56,10 @@ class Adaptation:
 def read_network(path: StrPath, activation: str = "relu") -> Sequential:
     """Read a network of linear layers from a safetensors file, with the same activation between all layers.
 
-    The file has a matrix "NAME.weight" (d_out, d_in) for each layer and perhaps "NAME.bias" (d_out,). The
-    names are sorted to find the order of the layers. Numbers in names are compared by value, so "fc2" comes
-    before "fc10". The state dict of a `torch.nn.Sequential` of linear layers has this form. The weights stay
-    in the file, which is mapped into memory.
+    For each layer, the file contains a matrix "NAME.weight" (d_out, d_in), and optionally a vector
+    "NAME.bias" (d_out,). The layers follow each other in the sorted order of their names. Numbers in names
+    are compared by value, so "fc2" comes before "fc10". The state dict of a `torch.nn.Sequential` of linear
+    layers has this form. The weights stay in the file, which is mapped into memory.
 
         >>> from nplora.formats import safetensors
         >>> W1, W2 = np.ones((8, 4), np.float32), np.ones((3, 8), np.float32)
@@ -72,8 +73,8 @@ def read_network(path: StrPath, activation: str = "relu") -> Sequential:
     Args:
         activation: "relu", "gelu", "silu" or "tanh".
     Raises:
-        FormatError: the file breaks its format, a tensor does not belong to a linear layer, or the layers do
-            not fit each other.
+        FormatError: the file breaks its format, a tensor does not belong to a linear layer, or d_in of a
+            layer is not d_out of the layer before it.
         OSError: the file cannot be read. ValueError: the activation is unknown.
     """
     _check.choice("read_network", "activation", activation, ACTIVATIONS)
@@ -89,7 +90,7 @@ def read_network(path: StrPath, activation: str = "relu") -> Sequential:
     for name in names:
         shape = opened[name].shape
         if len(shape) != 2 or width not in (None, shape[1]):
-            wanted = "two axes" if width is None else f"shape (d_out, {width}) after that layer"
+            wanted = "two axes" if width is None else f"shape (d_out, {width}) after the layer before it"
             raise FormatError(f"{source}: the tensor {brief(name, 200)} has shape {shape}, expected {wanted}")
         width = shape[0]
         bias = _bias(opened, biases[name])
@@ -117,9 +118,9 @@ def _bias(opened: safetensors.SafetensorsFile, name: str) -> Array | None:
 
 
 def _natural(name: str) -> list[tuple[int, int, str]]:
-    """A sort key for names, which compares the numbers in names by their value.
+    """Return a sort key for a name: numbers in names are compared by value.
 
-    Names of any length are compared quickly.
+    The numbers are not converted to int, because this would be slow for a name with very many digits.
     """
     parts = re.split(r"([0-9]+)", name)
     digits = [part.lstrip("0") if i % 2 else "" for i, part in enumerate(parts)]
@@ -130,7 +131,7 @@ def _natural(name: str) -> list[tuple[int, int, str]]:
 
 
 def random_features(d_in: int, width: int, activation: str, dtype: npt.DTypeLike, seed: int) -> Sequential:
-    """Return a network of one frozen random layer, which replaces a pretrained network.
+    """Return a network of one frozen layer with random weights, in place of a pretrained network.
 
     The weights are drawn from N(0, 2 / d_in) and the biases from U(-1, 1). Source: Rahimi & Recht 2008.
     """
@@ -146,14 +147,14 @@ def random_features(d_in: int, width: int, activation: str, dtype: npt.DTypeLike
 def adapted(network: Module, adaptation: Adaptation, probe: Array) -> Module:
     """Return a copy of a network with LoRA layers and a head. The copy shares the frozen weights.
 
-    The trained parts of the network are copied, and only the copy is trained. The network itself does not
-    change.
+    Trainable parameters that the network has are copied, so training the copy does not change the network.
 
     Args:
-        probe: one row of x. The network is applied to this row to find the number of the network's outputs.
+        probe: one row of features, of shape (1, ...). The network computes this row to find its number of
+            outputs.
     Raises:
-        ValueError: no layer has a wanted name; no layer can be adapted; the number of outputs differs from
-            `adaptation.outputs`; or the row does not fit the network.
+        ValueError: no layer has a name in `adaptation.targets`; no layer can be adapted; the number of
+            outputs differs from `adaptation.outputs`; or the network cannot compute `probe`.
     """
     model = copy.deepcopy(network)
     if isinstance(model, Linear) or not list(model.named_children()):
@@ -178,7 +179,7 @@ def adapted(network: Module, adaptation: Adaptation, probe: Array) -> Module:
 
 
 def _require_outputs(model: Module, outputs: int, probe: Array) -> None:
-    """Raise ValueError if the layers after a new head do not fit the head."""
+    """Raise ValueError if the layers after a new head change or refuse its number of outputs."""
     words = f"LoRA: head='replace' gives the last linear layer {outputs} outputs"
     try:
         shape = model(probe).shape
@@ -189,7 +190,10 @@ def _require_outputs(model: Module, outputs: int, probe: Array) -> None:
 
 
 def _new_head(model: Module, adaptation: Adaptation, probe: Array) -> Linear:
-    """Make a new layer for the head. Raise ValueError if a kept head has the wrong number of outputs."""
+    """Return a new layer for the head, which is not used with "keep".
+
+    Raise ValueError if `adaptation.head` is "keep", but the network has the wrong number of outputs.
+    """
     y = model(probe)
     if y.ndim != 2:
         raise ValueError(f"LoRA: the network's output has shape {y.shape}, expected (n, outputs)")
@@ -224,7 +228,10 @@ def _last_linear(model: Module) -> Linear | LoRALinear:
 def _targets(
     model: Module, wanted: tuple[str, ...] | None, without: Collection[int]
 ) -> dict[str, Linear | Conv2d]:
-    """The frozen layers to adapt, by name. A name in `wanted` may be the end of a dotted name, as in PEFT."""
+    """Return the frozen layers to adapt, as a dict {name: layer}, without layers whose id is in `without`.
+
+    As in PEFT, an entry of `wanted` is a name, or the last parts of a dotted name. None: all frozen layers.
+    """
     found = {
         name: module
         for name, module in model.named_modules()

@@ -1,4 +1,4 @@
-"""RegressorBase: targets and predictions of a model that returns numbers."""
+"""RegressorBase: the base class of the regressors, which rescales the targets."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class RegressorBase(RegressorMixin, LoRAEstimator):  # type: ignore[misc]
     """Base class of the regressors. The subclasses define the methods that `LoRAEstimator` lists.
 
     A new head is trained on targets that are rescaled to mean 0 and variance 1, and `predict` reverses the
-    rescaling. A kept head (`head="keep"`) is trained on the original targets.
+    rescaling. With `head="keep"`, the model is trained on the original targets.
     """
 
     @unchanged_on_error
@@ -26,7 +26,8 @@ class RegressorBase(RegressorMixin, LoRAEstimator):  # type: ignore[misc]
         """Train a new model or, with `warm_start`, continue to train the existing one.
 
         Args:
-            X: the features of n rows. y: their targets, (n,) or (n, targets).
+            X: the features of n rows.
+            y: the targets of the rows, of shape (n,) or (n, targets).
         Returns:
             the estimator.
         Raises:
@@ -75,10 +76,10 @@ class RegressorBase(RegressorMixin, LoRAEstimator):  # type: ignore[misc]
         return x, array.reshape(len(array), -1)
 
     def _measure(self, targets: Array) -> None:
-        """Store the mean and the standard deviation of each target, by which the targets are rescaled.
+        """Store the mean and the standard deviation of each target, for `_standardised`.
 
-        For a constant target, 1 is stored instead of the standard deviation. If a new head has no bias, 0 is
-        stored instead of the mean. For a kept head, 0 and 1 are stored.
+        For a target that is the same in all rows, store 1 instead of the standard deviation. If a new head
+        has no bias, store 0 instead of the mean. With `head="keep"`, store mean 0 and standard deviation 1.
         """
         if getattr(self, "head", None) == "keep":
             self._centre, self._spread = np.zeros(targets.shape[1]), np.ones(targets.shape[1])
@@ -98,7 +99,7 @@ class RegressorBase(RegressorMixin, LoRAEstimator):  # type: ignore[misc]
             )
 
     def _standardised(self, targets: Array, x: Any) -> Array:
-        """Return the targets that the model is trained on, in float32 unless the features are float64."""
+        """Return the rescaled targets, in float64 if the features are float64, else in float32."""
         dtype = np.float64 if getattr(x, "dtype", None) == np.float64 else np.float32
         with np.errstate(over="ignore"):
             scaled = ((targets - self._centre) / self._spread).astype(dtype)

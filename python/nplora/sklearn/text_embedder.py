@@ -1,4 +1,4 @@
-"""TextEmbedder: a pretrained encoder as a transformer of scikit-learn."""
+"""TextEmbedder: a scikit-learn transformer that turns texts into embeddings with a pretrained encoder."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _UNPICKLED = ("_encoder", "_encoders", "_key")
 
 
 class TextEmbedder(TransformerMixin, BaseEstimator):  # type: ignore[misc]
-    """Turn texts into vectors, for a pipeline with any other estimator. Nothing is trained.
+    """Turn texts into embeddings, for a pipeline with any other estimator. Nothing is trained.
 
         >>> from sklearn.linear_model import LogisticRegression
         >>> from sklearn.pipeline import make_pipeline
@@ -86,13 +86,13 @@ class TextEmbedder(TransformerMixin, BaseEstimator):  # type: ignore[misc]
         return np.array([f"textembedder{i}" for i in range(self._loaded().dim)], object)
 
     def _loaded(self) -> Encoder:
-        """Return the encoder, which is loaded when it is first used, also after unpickling."""
+        """Return the encoder. Load it if this estimator has not loaded it yet, or was unpickled."""
         if getattr(self, "_key", None) != (str(self.model), self.pooling):
             self._load()
         return self._encoder
 
     def _load(self) -> None:
-        """Load the encoder, or take it from a clone that has loaded the same files."""
+        """Set `_encoder`: load the encoder, or use the encoder that a clone loaded from the same files."""
         if not isinstance(self.model, str | os.PathLike):
             raise TypeError(
                 f"TextEmbedder: model is {_check.kind(self.model)}, expected the path of an encoder"
@@ -105,9 +105,9 @@ class TextEmbedder(TransformerMixin, BaseEstimator):  # type: ignore[misc]
         self._encoder, self._key = shared[version], (str(self.model), self.pooling)
 
     def _shared(self) -> dict[Any, Encoder]:
-        """Return a dictionary with the encoder that this estimator or a clone loaded last.
+        """Return the dictionary that this estimator shares with its clones, with the last loaded encoder.
 
-        The key consists of the versions of the encoder's files and the pooling.
+        The key of the encoder is the pair (versions of its files, pooling).
         """
         found: dict[Any, Encoder] = self.__dict__.setdefault("_encoders", {})
         return found

@@ -1,4 +1,4 @@
-"""TextEstimator: the common part of the estimators for texts and pretrained encoders."""
+"""TextEstimator: the base class of the estimators that train a pretrained encoder on texts."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def shared_encoder(op: str, model: StrPath | None) -> Encoder:
     """Load an encoder, or return the encoder that was already loaded from the same files.
 
     Raises:
-        TypeError: `model` is not a path. Other errors: see `load_encoder`.
+        TypeError: `model` is not a path. `load_encoder` lists the other errors.
     """
     if not isinstance(model, str | os.PathLike):
         raise TypeError(f"{op}: model is {_check.kind(model)}, expected the path of an encoder")
@@ -50,7 +50,7 @@ def shared_encoder(op: str, model: StrPath | None) -> Encoder:
 
 
 def versions_of(model: StrPath) -> tuple[Any, ...]:
-    """A key that changes if a file of the model changes: each file's path, inode, size and time of change."""
+    """Return a key that changes if a file of the model changes: path, inode, size and time of each file."""
     place = Path(files.absolute(model))
     found = {*model_directory.files_of(place)}
     if place.is_dir():  # the modules of sentence-transformers have directories of their own
@@ -78,13 +78,14 @@ def texts_of(op: str, X: Any) -> list[str]:
 
 @dataclass(frozen=True)
 class StoredClassifier:
-    """The pickled form of a fitted model. The frozen weights are not pickled.
+    """What is pickled of a fitted model: everything except the frozen weights.
 
     Attributes:
         path: the path of the encoder.
-        labels, task, lora, max_length, tokens: the arguments that build the model.
-        values, streams: the trained arrays, and the states of the random streams of dropout.
-        base: the fingerprint of the frozen weights.
+        labels, task, lora, max_length, tokens: the arguments of `_classifier`, which rebuilds the model.
+        values: a dict of the trained arrays.
+        streams: a dict of the states of the random streams, which dropout uses.
+        base: the fingerprint of the frozen weights, by which a changed encoder is detected.
     """
 
     path: str
@@ -141,7 +142,7 @@ class TextEstimator(LoRAEstimator):
     _tokens = False  # whether the model labels tokens
 
     def _features(self, X: Any, reset: bool) -> Any:
-        """The token ids of each text."""
+        """Return the token ids of each text."""
         texts = texts_of(type(self).__name__, X)
         longest = self._longest(reset)
         ids, cut = self._encoder.token_ids(texts, longest)
@@ -149,9 +150,10 @@ class TextEstimator(LoRAEstimator):
         return ids
 
     def _longest(self, reset: bool) -> int:
-        """Set `_encoder`, and return the largest number of tokens of a text.
+        """Set `_encoder`, and return the number of tokens to which longer texts are cut.
 
-        A fitted model keeps its tokenizer, even if `model` or its files change later.
+        A fitted model keeps its encoder and tokenizer, even if the parameter `model` or the model's files
+        change later.
         """
         op = type(self).__name__
         if reset or not hasattr(self, "model_"):
@@ -185,7 +187,7 @@ class TextEstimator(LoRAEstimator):
         return _classifier(self.model, labels, self._task, self._tokens, lora, self.max_length, seed)
 
     def _labels(self, outputs: int) -> list[str]:
-        """The names of the outputs, as the saved adapter stores them."""
+        """Return the names of the outputs, which a saved adapter contains."""
         return [f"target_{i}" for i in range(outputs)]
 
     # The scale of predictions is stored in the head, so that a saved adapter makes the same predictions.

@@ -1,7 +1,7 @@
-"""Checks whether a tokenizer.json is a byte-level BPE that GGUF metadata can describe.
+"""Checks whether GGUF metadata can describe the tokenizer in a tokenizer.json: a byte-level BPE.
 
-GGUF metadata name the rule that splits text (`pre`), and state whether BOS and EOS are added. GGUF cannot
-express the other settings of a tokenizer.json. So all the other settings must have the values that
+GGUF metadata contain the name of the rule that splits text (`pre`), and whether BOS and EOS are added. GGUF
+cannot express the other settings of a tokenizer.json. So all the other settings must have the values that
 `gguf_vocabulary` assumes. With other values, the GGUF file would describe a different tokenizer.
 """
 
@@ -29,7 +29,7 @@ _SEVERAL = {  # the key under which a Sequence lists its steps
 
 
 def require_known(fields: dict[str, Any], source: str) -> str:
-    """Check that GGUF can describe the tokenizer, and return the name of its rule that splits text (`pre`).
+    """Check that GGUF can describe the tokenizer. Return the name of the rule that splits text (`pre`).
 
     Raises:
         UnsupportedError: a setting has a value that GGUF cannot express, or that nplora does not know.
@@ -53,11 +53,11 @@ def require_known(fields: dict[str, Any], source: str) -> str:
 
 
 def require_plain_token(token: dict[str, Any], pre: str, source: str) -> None:
-    """Check that GGUF can describe how an added token is found in text.
+    """Check that GGUF can describe the rules by which an added token is found in a text.
 
     Raises:
-        UnsupportedError: the token includes the spaces around it, must be a whole word, or is searched for in
-            normalised text.
+        UnsupportedError: the token absorbs the spaces around it, is found only as a whole word, or is
+            searched for in the normalised text.
     """
     switches = ("single_word", "lstrip", "rstrip", *(["normalized"] if pre == "qwen2" else []))
     for name in switches:
@@ -66,10 +66,10 @@ def require_plain_token(token: dict[str, Any], pre: str, source: str) -> None:
 
 
 def ends(fields: dict[str, Any], source: str) -> tuple[list[int], list[int]]:
-    """The ids of the tokens that are added before each text, and of the tokens that are added after it.
+    """Return two lists of token ids: the tokens that are added before each text, and those added after it.
 
     Raises:
-        UnsupportedError: the post-processor does more than add such tokens.
+        UnsupportedError: the post-processor does something else too.
     """
     whole = "post_processor"
     templates = [step for step in steps(fields, whole) if step.get("type") != "ByteLevel"]
@@ -92,7 +92,7 @@ def ends(fields: dict[str, Any], source: str) -> tuple[list[int], list[int]]:
 
 
 def steps(fields: dict[str, Any], part: str) -> list[dict[str, Any]]:
-    """The steps of a part such as "normalizer", in order; empty if the part is null."""
+    """Return the steps of the setting `part`, such as "normalizer", in order; no steps if it is null."""
     value = fields.get(part)
     if value is None:
         return []

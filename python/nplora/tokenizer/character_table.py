@@ -1,10 +1,12 @@
-"""SentencePiece's table of characters (`precompiled_charsmap`), with which Unigram normalises a text.
+"""Checks SentencePiece's table of characters (`precompiled_charsmap`), which normalises texts for Unigram.
 
-A table consists of the size of a search tree in bytes, the tree, and the replacements. Each replacement ends
-with a zero byte. The tree is a double array of the library darts-clone: units of 32 bits, in blocks of 256
-units. A path through the tree spells the bytes of some characters. A node is a unit whose label is the last
-byte of its path. Each node has a base: the next byte b leads to the unit with the index base ^ b. If the
-characters have a replacement, the unit at the base itself holds the position of the replacement.
+A table consists of three parts: the number of bytes of a search tree, the tree, and the replacements. Each
+replacement is a UTF-8 text that ends with a zero byte. The tree has the double-array format of the library
+darts-clone: it is an array of 32-bit integers ("units"), in blocks of 256 units. A path from the root spells
+the bytes of one or more characters. A node of the tree is a unit, whose label is the last byte of the path to
+the node. Each node also stores an index, its base: from the node, the byte b leads to the unit with the index
+base ^ b. If the characters that the path spells have a replacement, the unit at the index `base` holds the
+position of this replacement.
 """
 
 from __future__ import annotations
@@ -22,13 +24,13 @@ _IS_FAR = 1 << 9  # set in a node whose offset to its base is shifted left by 8 
 
 
 def growth(table: bytes, source: str) -> int:
-    """The largest number of characters that can replace one character, at least 1.
+    """Return the largest number of characters that can replace one character, at least 1.
 
     The longest replacement of the table "nmt_nfkc" has 18 characters.
 
     Raises:
-        FormatError: the table is damaged. The package `tokenizers` would print a trace and fail, perhaps only
-            when a text has certain characters.
+        FormatError: the table is damaged. The package `tokenizers` would print a stack trace and fail,
+            perhaps only later, for a text with certain characters.
     """
     size = int.from_bytes(table[:_SIZE], "little")
     tree, replacements = table[_SIZE : _SIZE + size], table[_SIZE + size :]
@@ -42,7 +44,7 @@ def growth(table: bytes, source: str) -> int:
 
 
 def _is_whole(tree: bytes, replacements: bytes) -> bool:
-    """Whether all bases are in the tree, and all positions are the start of a character or the end."""
+    """Whether all bases are indices of the tree, and no position is inside a character of a replacement."""
     units = np.frombuffer(tree, "<u4")
     bases = np.arange(len(units), dtype=np.uint32) ^ ((units >> 10) << ((units & _IS_FAR) >> 6))
     is_node = units & _LABEL <= 0xFF

@@ -33,7 +33,7 @@ _ENDS = {
 
 
 class RefusedChatError(ValueError):
-    """The template refuses the messages, or the messages lack something that the template needs."""
+    """Raised if a template refuses the messages, or cannot be rendered with these messages."""
 
 
 _ERRORS = {"unsafe": UnsafeError, "format": FormatError, "value": RefusedChatError}
@@ -46,7 +46,7 @@ class ChatTemplate:
 
     Args:
         text: the template's Jinja code.
-        source: the name of the template's file, for messages.
+        source: the name of the template's file, for error messages.
     """
 
     def __init__(self, text: str, source: str) -> None:
@@ -64,20 +64,20 @@ class ChatTemplate:
         Args:
             messages: dictionaries that consist of strings, numbers, lists and dictionaries.
             add_generation_prompt: end the text with the start of the assistant's next turn.
-            now: the time for templates that use the time; None: the current time.
-            variables: other variables of the template, such as bos_token.
+            now: the time that the template sees as the present time; None: the present time.
+            variables: other variables that the template can use, such as bos_token.
         Raises:
             FormatError: the template is not valid Jinja.
             LimitError: the template is too long.
             UnsafeError: the template tries to access Python's internals, or takes too much time or memory.
-            RefusedChatError: the template refuses the messages, or they lack something that it needs.
-            ValueError: the messages cannot be passed to a template.
+            RefusedChatError: the template refuses the messages, or cannot be rendered with these messages.
+            ValueError: the messages cannot be converted to JSON.
             ModuleNotFoundError: the package `jinja2` is not installed.
             OSError: the rendering process cannot be started.
             RuntimeError: the rendering process fails.
         """
         if len(self.text) > MAX_TEMPLATE:
-            words = f"has {len(self.text):,} characters, at most {MAX_TEMPLATE:,} are read"
+            words = f"has {len(self.text):,} characters, expected at most {MAX_TEMPLATE:,}"
             raise LimitError(f"{self.source}: the chat template {words}")
         variables |= {"messages": list(messages), "add_generation_prompt": bool(add_generation_prompt)}
         try:

@@ -26,9 +26,9 @@ _SEQUENCES = ("normalizers", "pretokenizers", "decoders", "processors")  # keys 
 
 
 def from_directory(path: StrPath) -> Tokenizer:
-    """Read the tokenizer of a model's directory, in the files that transformers writes.
+    """Read the tokenizer of a model's directory, from the files that transformers writes.
 
-    Only the file tokenizer.json is required. The file tokenizer_config.json contains the names of BOS and
+    Only the file tokenizer.json is required. The file tokenizer_config.json contains the texts of BOS and
     EOS. The chat template is in tokenizer_config.json or in chat_template.jinja. The file
     generation_config.json may list more tokens that end a turn. Settings for padding and truncation in
     tokenizer.json are ignored, because nplora packs sequences without padding.
@@ -100,9 +100,9 @@ def _require_tokens(backend: Any, steps: list[dict[str, Any]], source: str) -> N
 
 
 def _require_bounded(steps: list[dict[str, Any]], source: str, growth: int) -> None:
-    """Raise UnsafeError if the steps could run for ever, or make a very long result from a short text.
+    """Raise UnsafeError if steps of the tokenizer could run for ever, or make a very long result.
 
-    `growth` is the factor by which the tables of characters in these steps can lengthen a text.
+    `growth` is the factor by which the character tables of these steps can lengthen a text.
     """
     for step in steps:
         pattern = step.get("pattern")
@@ -117,7 +117,7 @@ def _require_bounded(steps: list[dict[str, Any]], source: str, growth: int) -> N
 
 
 def _steps(part: Any) -> Iterator[dict[str, Any]]:
-    """All steps of a part of the tokenizer, including the steps inside sequences."""
+    """Yield all steps of a part of the tokenizer, such as its normalizer, with the steps inside sequences."""
     waiting = [part]
     while waiting:
         value = waiting.pop()
@@ -129,9 +129,9 @@ def _steps(part: Any) -> Iterator[dict[str, Any]]:
 
 
 def _growth(step: dict[str, Any]) -> int:
-    """The largest factor by which a step can lengthen a text or its token list.
+    """Return the largest factor by which a step can lengthen a text or its list of tokens.
 
-    Tables of characters are not counted.
+    A step with a character table counts as 1 here: see `_growth_of_tables`.
     """
     kind = step.get("type")
     if kind == "Replace":
@@ -145,7 +145,7 @@ def _growth(step: dict[str, Any]) -> int:
 
 
 def _growth_of_tables(fields: Any, source: str) -> int:
-    """The factor by which all tables of characters of tokenizer.json together can lengthen a text.
+    """Return the factor by which all character tables of a tokenizer.json together can lengthen a text.
 
     Raises FormatError if a table is damaged.
     """
@@ -162,7 +162,7 @@ def _growth_of_tables(fields: Any, source: str) -> int:
 
 
 def _table_growth(table: str, source: str) -> int:
-    """`character_table.growth` of a table in base64."""
+    """Return `character_table.growth` for a table that is encoded in base64."""
     try:
         content = base64.b64decode(table, validate=True)
     except ValueError as error:  # b64decode raises ValueError for characters beyond ASCII too
@@ -183,7 +183,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _named(backend: Any, config: dict[str, Any], key: str, source: str) -> int | None:
-    """The id of a token that the configuration names, either as a string or as an object with `content`."""
+    """Return the id of a special token, whose text is config[key], or the field `content` of config[key]."""
     value = config.get(key)
     name = value.get("content") if isinstance(value, dict) else value
     if name is None:

@@ -27,8 +27,9 @@ _SAMPLES = (
 def from_directory(path: StrPath, vocab_size: int) -> dict[str, Any]:
     """Convert the tokenizer of a directory to metadata of a GGUF file, in the form that llama.cpp uses.
 
-    Unused tokens fill the vocabulary up to `vocab_size`, the number of rows of the embedding. If the package
-    `tokenizers` is installed, the original and the converted tokenizer are compared on a few texts.
+    An embedding may have more rows than the tokenizer has tokens. So unused tokens are added until the
+    vocabulary has `vocab_size` tokens, one for each row of the embedding. If the package `tokenizers` is
+    installed, a few texts are encoded with both tokenizers to compare the results.
 
     Raises:
         UnsupportedError: GGUF metadata cannot describe this tokenizer exactly.
@@ -73,9 +74,9 @@ def with_tokens(metadata: Mapping[str, Typed], tokens: Sequence[AddedToken], siz
     """Add tokens to the metadata of a GGUF model.
 
     Args:
-        size: the number of rows of the embedding. A row without a token gets an unused token.
+        size: the number of rows of the embedding. For a row that has no token, an unused token is added.
     Raises:
-        FormatError: the metadata hold no tokenizer.
+        FormatError: the metadata contain no tokenizer.
     """
     if f"{KEY}tokens" not in metadata:
         raise FormatError(f"the model has no metadata '{KEY}tokens', so no tokens can be added")
@@ -97,7 +98,7 @@ def with_tokens(metadata: Mapping[str, Typed], tokens: Sequence[AddedToken], siz
 
 
 def _special(config: dict[str, Any], ids: dict[str, int]) -> dict[str, int]:
-    """The ids of BOS, EOS, unknown and padding tokens that tokenizer_config.json names."""
+    """Return the ids of those special tokens (BOS, EOS, unknown, padding) that tokenizer_config.json has."""
     values = {key: config.get(name) for key, name in _SPECIAL.items()}
     texts = {key: value.get("content") if isinstance(value, dict) else value for key, value in values.items()}
     return {key: ids[text] for key, text in texts.items() if isinstance(text, str) and text in ids}
@@ -132,7 +133,10 @@ def _added(fields: dict[str, Any], source: str) -> list[dict[str, Any]]:
 def _tokens(
     model: dict[str, Any], added: list[dict[str, Any]], vocab_size: int, source: str
 ) -> tuple[list[str], list[int]]:
-    """The token of each id, and its kind (such as "normal"). Ids without a token get the kind "unused"."""
+    """Return the tokens, and their kinds, such as NORMAL, as two lists.
+
+    For an id without a token, the kind is UNUSED.
+    """
     found: dict[int, tuple[str, int]] = {}
     vocab = model.get("vocab")
     if not isinstance(vocab, dict):
@@ -155,7 +159,7 @@ def _tokens(
 
 
 def _merges(model: dict[str, Any], source: str) -> list[str]:
-    """The merges, each as a text "left right". Newer files write a merge as two strings."""
+    """Return each merge as a text "left right". In newer files, a merge is a list of two strings instead."""
     merges = model.get("merges")
     if not isinstance(merges, list):
         raise FormatError(f"{source}: merges are {brief(merges)}, expected a list")

@@ -1,4 +1,4 @@
-"""Builds the tokenizer from the metadata of a GGUF file."""
+"""Builds a tokenizer from the metadata of a GGUF file."""
 
 from __future__ import annotations
 
@@ -59,8 +59,8 @@ _BEGINS_WITH_BOS = {"llama-bpe"}  # byte-level tokenizers that add BOS if the fi
 def from_gguf(file: GgufFile) -> Tokenizer:
     """Build the tokenizer of a GGUF model.
 
-    The tokenizer's kind is byte-level BPE ("gpt2"), SentencePiece with BPE ("llama"), SentencePiece with
-    Unigram ("t5"), or WordPiece ("bert").
+    Four kinds of tokenizers are known, by their names in GGUF: "gpt2" is byte-level BPE, "llama" is
+    SentencePiece with BPE, "t5" is SentencePiece with Unigram, and "bert" is WordPiece.
 
     Args:
         file: an open file, from `formats.gguf.open`.
@@ -129,13 +129,15 @@ class _Vocabulary:
     def _read_types(self) -> np.ndarray[Any, Any]:
         count = len(self.metadata.strings(f"{KEY}tokens"))
         if count > MAX_TOKENS:
-            raise LimitError(f"{self.source}: {count:,} tokens, at most {MAX_TOKENS:,} are read")
+            raise LimitError(f"{self.source}: the file has {count:,} tokens, expected at most {MAX_TOKENS:,}")
         if f"{KEY}token_type" not in self.metadata:
             return np.full(count, NORMAL)
         types = self.metadata.array(f"{KEY}token_type", "INT32", count)
         special = int(np.isin(types, (UNKNOWN, CONTROL, USER_DEFINED)).sum())
         if special > MAX_SPECIAL:
-            raise LimitError(f"{self.source}: {special:,} special tokens, at most {MAX_SPECIAL:,} are read")
+            raise LimitError(
+                f"{self.source}: the file has {special:,} special tokens, expected at most {MAX_SPECIAL:,}"
+            )
         return types
 
     def _read_ids(self) -> dict[str, int]:
@@ -145,7 +147,7 @@ class _Vocabulary:
         for id_, token in enumerate(strings):
             if len(token) > longest:
                 raise LimitError(
-                    f"{self.source}: token {id_} has {len(token):,} characters, at most {longest:,} are read"
+                    f"{self.source}: token {id_} has {len(token):,} characters, expected at most {longest:,}"
                 )
             if ids.setdefault(token, id_) != id_:
                 raise FormatError(f"{self.source}: tokens {ids[token]} and {id_} are both {brief(token)}")
@@ -201,7 +203,10 @@ class _Vocabulary:
             yield self.tokens[self.ids[left]], self.tokens[self.ids[right]]  # existing strings: less memory
 
     def _sentencepiece(self) -> Any:
-        """Build a BPE that merges pairs in the order of their scores. Unknown characters become bytes."""
+        """Build a BPE tokenizer, which merges pairs in the order of their scores, the best first.
+
+        Unknown characters are encoded as bytes.
+        """
         package = backend_package()
         scores, unknown = self._scores(), self._unknown()
         model = package.models.BPE(
@@ -222,7 +227,7 @@ class _Vocabulary:
         return backend
 
     def _unigram(self) -> Any:
-        """Build a Unigram tokenizer, which splits a text so that the sum of the scores is largest."""
+        """Build a Unigram tokenizer, which splits a text into the tokens with the largest sum of scores."""
         package, unknown = backend_package(), self._unknown()
         if unknown is None:
             raise FormatError(f"{self.source}: the file names no unknown token")
@@ -246,7 +251,7 @@ class _Vocabulary:
         return backend
 
     def _scores(self) -> np.ndarray[Any, Any]:
-        """The score of each token. Raises FormatError if a score is not finite."""
+        """Return the score of each token. Raises FormatError if a score is not finite."""
         scores = self.metadata.array(f"{KEY}scores", "FLOAT32", len(self.tokens))
         if not np.isfinite(scores).all():
             worst = int(np.argmin(np.isfinite(scores)))
@@ -254,12 +259,12 @@ class _Vocabulary:
         return scores
 
     def _unknown(self) -> int | None:
-        """The id of the unknown token: the id in the file, or else the first token of type UNKNOWN."""
+        """Return the id of the unknown token that the file names, or else the first token of type UNKNOWN."""
         first = next(iter(np.flatnonzero(self.types == UNKNOWN).tolist()), None)
         return first if self.unknown is None else self.unknown
 
     def _merges_by_score(self, scores: np.ndarray[Any, Any]) -> list[tuple[str, str]]:
-        """All pairs of tokens that together form a token, best score first."""
+        """Return all pairs of tokens that together form a token, in the order of that token's score."""
         plain = {token: token for token, kind in zip(self.tokens, self.types, strict=True) if kind == NORMAL}
         merges, size = list[tuple[str, str]](), 0
         for id_ in np.argsort(-scores, kind="stable"):
@@ -276,7 +281,11 @@ class _Vocabulary:
         return merges
 
     def _wordpiece(self) -> Any:
-        """Build BERT's tokenizer. llama.cpp marks tokens that begin a word; BERT marks all other tokens."""
+        """Build BERT's tokenizer.
+
+        In a GGUF file, "▁" marks the tokens that begin a word. In BERT's vocabulary, "##" marks all other
+        tokens.
+        """
         package = backend_package()
         names = {}
         for id_, (token, kind) in enumerate(zip(self.tokens, self.types, strict=True)):
@@ -284,7 +293,7 @@ class _Vocabulary:
             names[token if kind in (UNKNOWN, CONTROL) or plain != token else f"##{token}"] = id_
         vocab = {name.removeprefix(_SPACE): id_ for name, id_ in names.items()}
         if len(vocab) < len(self.tokens):
-            raise FormatError(f"{self.source}: two tokens are the same word of BERT")
+            raise FormatError(f"{self.source}: two tokens have the same spelling in BERT's vocabulary")
         self.tokens = list(vocab)
         unknown_token = "[UNK]" if self.unknown is None else self.tokens[self.unknown]
         if unknown_token not in vocab:
@@ -315,7 +324,7 @@ class _Vocabulary:
     def _add_cls_and_sep(self, backend: Any, bos: int | None, eos: int | None) -> None:
         """Put [CLS] before and [SEP] after each text.
 
-        Old files give the ids of [CLS] and [SEP] under the keys of BOS and EOS, or do not give them.
+        Old files store the ids of [CLS] and [SEP] under the keys of BOS and EOS, or do not store them.
         """
         ids = {token: id_ for id_, token in enumerate(self.tokens)}
         found = list[int]()
@@ -327,7 +336,7 @@ class _Vocabulary:
         _put_around(backend, {"cls": found[0]}, {"sep": found[1]})
 
     def _add_ends(self, backend: Any, bos: int | None, eos: int | None) -> None:
-        """Add BOS before and EOS after each text, if the file's settings or their defaults say so."""
+        """Put BOS before and EOS after each text, unless the file's settings or their defaults forbid it."""
         begins = self.model == "llama" or self.metadata.string(f"{KEY}pre", "") in _BEGINS_WITH_BOS
         before = {"bos": bos} if bos is not None and self._flag("add_bos_token", begins) else {}
         after = {"eos": eos} if eos is not None and self._flag("add_eos_token", self.model == "t5") else {}
@@ -338,8 +347,8 @@ class _Vocabulary:
 def _put_around(backend: Any, before: dict[str, int], after: dict[str, int]) -> None:
     """Put tokens before and after each text.
 
-    The template calls the tokens "bos", "eos", "cls" and "sep" instead of by their texts, because a text such
-    as "$A" would have another meaning in a template.
+    The names of the tokens in the backend's template are "bos", "eos", "cls" and "sep". The texts of the
+    tokens are not used as names, because a text such as "$A" has a special meaning in a template.
     """
     backend.post_processor = backend_package().processors.TemplateProcessing(
         single=[*before, "$A", *after], special_tokens=[*before.items(), *after.items()]

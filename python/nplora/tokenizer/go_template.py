@@ -1,12 +1,13 @@
-"""Writes a chat template in the template language of Go, which Ollama reads.
+"""Translates a chat template from Jinja to the template language of Go, for Ollama.
 
-A Jinja template can do anything, but nearly all templates write a chat as fixed texts around the messages.
-This module finds the fixed texts by rendering chats whose messages are marks. Then the module checks that the
-fixed texts reproduce what the Jinja template writes for other chats. A template that writes more than fixed
-texts is not translated. As an exception, a template may strip white space from messages, and may write tools.
-The translation does not strip white space and does not write tools, which `trimmed` and `has_tools` report.
+A Jinja template can do anything, but nearly all templates write the messages of a chat unchanged, with fixed
+texts around them. To find the fixed texts, this module renders chats in which each message is a single
+unusual character, a mark. Then the module checks that the fixed texts also give the right result for other
+chats. If a template does anything else, it is not translated, with two exceptions: it may strip white space
+from messages, and it may write the definitions of tools. The translation does neither. `trimmed` and
+`has_tools` report what is missing in the translation.
 
-A template that uses the time gets the same time as in training.
+If a template writes the present time, it gets `TRAINING_TIME`, as in training.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ _S, _U, _A, _V = (chr(0xE300 + number) for number in range(4))  # private-use ch
 
 @dataclass(frozen=True)
 class GoTemplate:
-    """The fixed texts of a chat.
+    """The fixed texts around the messages of a chat.
 
     Attributes:
         first: the text before the first user message, in a chat without a system message.
@@ -34,10 +35,10 @@ class GoTemplate:
             message; None if the template refuses system messages.
         user: the texts before and after each user message except the first.
         assistant: the texts before and after an answer.
-        answer: the text where the model's next answer begins.
+        answer: the text at the end of the chat, before the model's next answer.
         trimmed: the roles of the messages from which the Jinja template strips white space. A Go template
             cannot strip white space.
-        has_tools: whether the Jinja template writes tools. The Go template writes no tools.
+        has_tools: whether the Jinja template writes the definitions of tools. The Go template does not.
     """
 
     first: str
@@ -49,7 +50,7 @@ class GoTemplate:
     has_tools: bool = False
 
     def render(self, messages: Sequence[dict[str, str]]) -> str:
-        """The chat as text, with the beginning of the next answer."""
+        """Return the chat as text, up to the point where the next answer begins."""
         system = "".join(message["content"] for message in messages if message["role"] == "system")
         begun = f"{self.system[0]}{system}{self.system[1]}" if self.system and system else self.first
         text = ""
@@ -61,7 +62,7 @@ class GoTemplate:
         return text + self.answer
 
     def __str__(self) -> str:
-        """The template in Go's language. Ollama sets .System to the system messages of the chat."""
+        """Return the template in Go's language. Ollama sets .System to the system messages of the chat."""
         before, after = map(_literal, self.user)
         begin = self._begin(".System", self.user[0])
         if begin is None:  # the system message stands inside the first user message
@@ -74,12 +75,12 @@ class GoTemplate:
         return f"{begin}{{{{ range .Messages }}}}{user}{answer}{{{{ end }}}}{_literal(self.answer)}"
 
     def _begin(self, system: str, user: str = "") -> str | None:
-        """The Go text before the first user message, without `user` at its end.
+        """Return the part of the Go template that writes the text before the first user message.
 
-        None if the text does not end with `user`.
+        The text `user` at the end of that text is left out. Return None if the text does not end with `user`.
 
         Args:
-            system: the name of the system message in Go.
+            system: the Go variable with the system message.
         """
         texts = [self.first] if self.system is None else [self.first, self.system[1]]
         if not all(text.endswith(user) for text in texts):
@@ -98,18 +99,17 @@ class GoTemplate:
 
 
 def _literal(text: str) -> str:
-    """A text in Go's syntax. Two braces begin an action, so a brace at the text's end is also escaped."""
+    """Write a text in Go's syntax. Escape "{{", which begins an action, and "{" at the end of the text."""
     return re.sub(r"\{{2,}|\{\Z", r'{{ "\g<0>" }}', text)
 
 
 def of(tokenizer: Tokenizer) -> GoTemplate | None:
     """Translate the chat template of a tokenizer.
 
-    If the tokenizer adds BOS to each text, the translation has no BOS, because llama.cpp also adds BOS.
+    If the tokenizer adds BOS to each text, the translation does not write BOS, because llama.cpp adds it.
 
     Returns:
-        the translated template; None if the tokenizer has no chat template, or if the template writes more
-        than fixed texts.
+        the translated template; None if the tokenizer has no chat template, or if it cannot be translated.
     """
     if tokenizer.chat_template is None:
         return None
@@ -128,12 +128,12 @@ def of(tokenizer: Tokenizer) -> GoTemplate | None:
 
 
 def special_tokens(tokenizer: Tokenizer, template: GoTemplate) -> list[str]:
-    """The special tokens that the template writes. If one appears in an answer, the answer has ended."""
+    """Return the special tokens that the template writes. Each of them ends an answer of the model."""
     return list(dict.fromkeys(tokenizer.special_in(template.texts)))
 
 
 class _OtherError(Exception):
-    """The template writes more than fixed texts."""
+    """Raised if a template does more than writing fixed texts around the messages."""
 
 
 def _found(tokenizer: Tokenizer) -> GoTemplate:
@@ -157,7 +157,10 @@ def _found(tokenizer: Tokenizer) -> GoTemplate:
 
 
 def _trimmed(tokenizer: Tokenizer, found: GoTemplate, chats: Sequence[list[Any]]) -> tuple[str, ...]:
-    """Compare chats without and with spaces around each message. Return the roles that lose these spaces."""
+    """Return the roles whose messages the template strips.
+
+    To find these roles, render chats with and without spaces around each message.
+    """
     if _texts(tokenizer, chats) != [found.render(chat) for chat in chats]:
         raise _OtherError
     padded = _texts(tokenizer, [_changed(chat, " {} \n") for chat in chats])
@@ -173,7 +176,7 @@ def _texts(tokenizer: Tokenizer, chats: Sequence[list[Any]]) -> list[str]:
 
 
 def _changed(chat: list[Any], form: str, but: Sequence[str] = ()) -> list[Any]:
-    """Put spaces around the messages of a chat, except around the messages of the roles in `but`."""
+    """Replace each message by `form` with the message in it, except messages of the roles in `but`."""
     return [
         message if message["role"] in but else {**message, "content": form.format(message["content"])}
         for message in chat

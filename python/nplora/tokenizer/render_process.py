@@ -20,7 +20,7 @@ _PROGRAM = Path(__file__).with_name("renderer.py")
 
 
 class End(NamedTuple):
-    """How the process ended: its status, the last line of its error output, and the limit it exceeded."""
+    """How the process ended: exit status, last line of the error output, and the exceeded limit, if any."""
 
     status: int
     words: str
@@ -28,7 +28,7 @@ class End(NamedTuple):
 
 
 class _Line(NamedTuple):
-    """One side of a connection of two pipes: the pipe to read from, and the pipe to write to."""
+    """One end of a two-way connection: the file descriptor to read from, and the one to write to."""
 
     reader: int
     writer: int
@@ -44,7 +44,7 @@ class _Line(NamedTuple):
             rest = rest[os.write(self.writer, rest) :]
 
     def receive(self, most: int) -> bytes:
-        """Read a line of at most `most` bytes. The result may be incomplete if the other end is closed."""
+        """Read a line. It is incomplete if it has more than `most` bytes, or if the other end is closed."""
         received = bytearray()
         while not received.endswith(b"\n") and len(received) < most:
             piece = os.read(self.reader, 1 << 16)
@@ -78,10 +78,11 @@ class RenderProcess:
         processes.call_in_forked_child(self._leave)
 
     def ask(self, question: bytes, length: int, most: Limits) -> tuple[str, str] | End:
-        """Send a request. Return the answer (at most `length` bytes), or how the process ended.
+        """Send a request. Return the answer (kind, text), or an `End` if the process ended.
 
         Args:
-            most: the limits of the process for this request.
+            length: the largest accepted number of bytes of the answer.
+            most: the limits of time and memory for this request.
         Raises:
             ModuleNotFoundError: the package `jinja2` is not installed.
             OSError: the process cannot be started.
@@ -174,5 +175,5 @@ class RenderProcess:
 
 
 def _searched() -> list[str]:
-    """The entries of `sys.path` that can be passed to another process."""
+    """Return the entries of `sys.path` that can be arguments of another process."""
     return [path for path in sys.path if isinstance(path, str) and "\0" not in path]

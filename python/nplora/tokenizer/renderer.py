@@ -3,10 +3,10 @@
 A request is two lines of JSON on standard input:
 
 - an object with "template", "now", and the limits "compiling" and "rendering" (seconds of CPU time) and
-  "memory" (bytes); a limit is 0 if this process cannot set the limit itself;
+  "memory" (bytes); a limit is 0 if the parent process enforces the limit, because this process cannot;
 - an object with the template's variables.
 
-The answer is one line of JSON on standard output: ["text", the rendered text] or [kind of refusal, reason].
+The answer is one line of JSON on standard output: ["text", the rendered text] or [kind of error, reason].
 
 The program is started by its path and does not import the package nplora, so that it starts in a tenth of a
 second.
@@ -58,7 +58,7 @@ class Environment(ImmutableSandboxedEnvironment):
 
 
 def answer(request: dict[str, Any], variables: dict[str, Any]) -> tuple[str, str]:
-    """Return "text" and the rendered text, or a kind of refusal (such as "unsafe") and its reason."""
+    """Return ("text", the rendered text), or (the kind of error, such as "unsafe", the reason)."""
     try:
         kind, words = _answer(request, variables)
     except RecursionError:
@@ -91,7 +91,7 @@ def _answer(request: dict[str, Any], variables: dict[str, Any]) -> tuple[str, st
 
 @functools.lru_cache(maxsize=1)
 def _compiled(text: str) -> Any:
-    """Compile the template in its own sandbox."""
+    """Compile a template in a new sandbox."""
     text = _END_GENERATION.sub(r"{%\1 endif \2%}", _GENERATION.sub(r"{%\1 if true \2%}", text))
     environment = Environment(
         trim_blocks=True,
@@ -109,7 +109,7 @@ def _compiled(text: str) -> Any:
 
 @jinja2.pass_context
 def _unchanged(context: Any, value: Any) -> Any:
-    """Return the value. The parameter `context` keeps jinja2 from computing constants while compiling."""
+    """Return the value. The parameter `context` prevents jinja2 from computing constants in advance."""
     return value
 
 
@@ -124,7 +124,7 @@ def _tojson(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """JSON as in transformers, without HTML escapes."""
+    """Convert a value to JSON, as transformers does. Unlike jinja2's filter, do not escape HTML."""
     return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
@@ -135,7 +135,8 @@ def _raise_exception(message: Any) -> NoReturn:
 def main() -> None:
     """Render templates until standard input ends.
 
-    At a time limit, the signal of a timer ends the process, even in the middle of a long Python operation.
+    If a template takes too long, a timer sends a signal that ends this process, even in the middle of a long
+    Python operation.
     """
     limits.isolate()
     gc.freeze()  # the objects so far are never freed

@@ -1,10 +1,11 @@
 """Decides whether a regular expression from a file is safe to run.
 
-An expression is safe if a search in a text of n characters takes at most about n² steps. A pattern backtracks
-if one part can match in several ways and a later part can fail. This module counts the ways in which parts
-can match. An alternative may contain one part of unlimited length that can match in several ways, as in
-`\\s*[\\r\\n]+`, and a few parts of limited length. Repeated groups must match in only one way. Backreferences
-and other syntax that no tokenizer needs are refused.
+A regular expression is safe if a search in a text of n characters takes at most about n² steps. A search
+takes many steps if a part of the expression can match in several ways, and a later part can fail: then the
+search tries all these ways. This module counts the ways. Each alternative may contain one part that matches
+texts of any length in several ways, as in `\\s*[\\r\\n]+`, and a few parts that match texts of limited length
+in several ways. A group that repeats must match in only one way. Backreferences and other syntax that no
+tokenizer needs are refused.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ class _UnknownError(Exception):
 
 @dataclass(frozen=True)
 class _Part:
-    """A part of the pattern (a single character, an anchor or a group), and how often it may repeat."""
+    """A part of the pattern (one character, an anchor or a group), which repeats `least` to `most` times."""
 
     least: int = 1
     most: float = 1
@@ -53,14 +54,14 @@ class _Part:
 
 @dataclass(frozen=True)
 class _Cost:
-    """The number of ways to match a text of n characters: `choices` times n to the power `degree`."""
+    """The number of ways to match a text of n characters, which is `choices` · n ** `degree`."""
 
     degree: int
     choices: int
 
 
 def _cost(alternatives: list[list[_Part]], can_fail: bool) -> _Cost:
-    """The cost of a group. `can_fail`: whether a part after the group can fail."""
+    """Return the number of ways to match a group. `can_fail`: whether a part after the group can fail."""
     costs = [_cost_of_sequence(parts, can_fail) for parts in alternatives]
     return _Cost(max(cost.degree for cost in costs), sum(cost.choices for cost in costs))
 
@@ -87,7 +88,7 @@ class _Reader:
         self.pattern, self.place = pattern, 0
 
     def alternatives(self, depth: int) -> list[list[_Part]]:
-        """Parse the alternatives up to the end of a group."""
+        """Parse the alternatives of a group, up to its closing parenthesis or the end of the pattern."""
         if depth > _MAX_DEPTH:
             self._refuse()
         found: list[list[_Part]] = [[]]

@@ -10,7 +10,7 @@ class StreamDecoder:
     """Decodes tokens one by one, and returns only whole characters.
 
     One UTF-8 character may span several tokens, and a token may lose its leading space if no token precedes
-    it. So the last tokens are decoded again together with each new token. `Tokenizer.stream` creates a
+    it. So each new token is decoded together with the tokens just before it. `Tokenizer.stream` creates a
     decoder.
 
     >>> parts = [bytes([byte]) for byte in "€5".encode()]  # a euro sign has three bytes
@@ -50,7 +50,7 @@ class StreamDecoder:
         return piece
 
     def flush(self) -> str:
-        """Return the rest of the text, with U+FFFD for an incomplete character.
+        """Return the text that was held back. U+FFFD replaces an incomplete character.
 
         >>> parts = [bytes([byte]) for byte in "€".encode()[:2]]  # two of the three bytes of a euro sign
         >>> read = lambda ids, skip: b"".join(parts[i] for i in ids).decode(errors="replace")

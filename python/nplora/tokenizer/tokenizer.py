@@ -60,7 +60,7 @@ _encoding = threading.Lock()
 
 
 def _renew_lock() -> None:
-    """After a fork, use a new lock. The thread that held the old lock may not exist in the child."""
+    """In a forked process, replace the lock, which a thread of the parent may have held."""
     global _encoding
     _encoding = threading.Lock()
 
@@ -74,11 +74,11 @@ class Chat:
 
     Attributes:
         ids: the tokens.
-        turns: for each assistant message (by its index), the positions of the turn's tokens, including the
-            end token.
-        unused: the inputs that were given but do not change the rendered text: "messages", "reasoning",
-            "tools" or "documents".
-        lost_calls: the tool calls that the template leaves out, as pairs (index of the message, number of the
+        turns: a dict from the index of each assistant message to the positions of the message's tokens in
+            `ids`, including the token that ends the turn.
+        unused: the names of inputs that do not change the rendered text, among "messages", "reasoning",
+            "tools" and "documents".
+        lost_calls: the tool calls that the template leaves out, as pairs (index of the message, index of the
             call).
     """
 
@@ -89,7 +89,7 @@ class Chat:
 
     @property
     def is_reply(self) -> list[bool]:
-        """For each token, whether it belongs to an assistant's turn."""
+        """For each token of `ids`, whether it belongs to an assistant's turn."""
         replies = {place for turn in self.turns.values() for place in turn}
         return [place in replies for place in range(len(self.ids))]
 
@@ -97,7 +97,7 @@ class Chat:
 class Tokenizer:
     """Encodes and decodes text with a model's own vocabulary and rules.
 
-    `from_gguf` and `from_directory` create a tokenizer. A model has its own tokenizer as `lm.tokenizer`.
+    `from_gguf` and `from_directory` create a tokenizer. The tokenizer of a model is `lm.tokenizer`.
 
     Attributes:
         eos_id: the token that ends a text, or None.
@@ -150,7 +150,7 @@ class Tokenizer:
         return f"Tokenizer({self.source!r}, {self.vocab_size} tokens)"
 
     def tokens(self) -> list[str | None]:
-        """The spelling of each token in the vocabulary, by id; None for an id without a token.
+        """Return a list with the spelling of the token of each id; None for an id without a token.
 
         The same token has the same spelling in a GGUF file and in a Hugging Face directory.
 
@@ -163,7 +163,7 @@ class Tokenizer:
         return [self._backend.id_to_token(id_) for id_ in range(self.vocab_size)]
 
     def digest(self) -> str:
-        """A SHA-256 of everything that determines the tokens of a text or a chat.
+        """Return a SHA-256 digest of everything that determines the tokens of a text or a chat.
 
         >>> import nplora
         >>> tokenizer = nplora.load_model("model.gguf").tokenizer
@@ -177,11 +177,11 @@ class Tokenizer:
     # ---- added tokens ----
 
     def with_tokens(self, tokens: Iterable[AddedToken]) -> Tokenizer:
-        """Return a tokenizer that also knows these tokens. Tokens that this tokenizer has do not change.
+        """Return a tokenizer that has all tokens of this tokenizer, and also the given tokens.
 
         Raises:
             FormatError: a token's id or text belongs to another token.
-            UnsupportedError: the ids of this tokenizer have gaps, and new tokens would get the missing ids.
+            UnsupportedError: the ids of this tokenizer have gaps, so new tokens could not get the right ids.
 
         >>> import nplora
         >>> tokenizer = nplora.load_model("model.gguf").tokenizer
@@ -218,7 +218,7 @@ class Tokenizer:
         return made
 
     def missing(self, tokens: Iterable[AddedToken], rows: int) -> tuple[AddedToken, ...]:
-        """The tokens of an adapter that a model with this tokenizer lacks.
+        """Return those of an adapter's tokens that this tokenizer or the model's embedding does not have.
 
         Args:
             rows: the number of rows of the model's embedding. A token with an id of at least `rows` has no
@@ -264,7 +264,7 @@ class Tokenizer:
         return False
 
     def to_json(self) -> str:
-        """The tokenizer as the text of a tokenizer.json.
+        """Return the text of a tokenizer.json that describes this tokenizer.
 
         >>> import json, nplora
         >>> tokenizer = nplora.load_model("model.gguf").tokenizer
@@ -275,7 +275,7 @@ class Tokenizer:
         return text
 
     def files(self) -> dict[str, bytes]:
-        """The files from which transformers reads this tokenizer: name -> content.
+        """Return a dict from names to contents: the files from which transformers can read this tokenizer.
 
         >>> import nplora
         >>> sorted(nplora.load_model("model.gguf").tokenizer.files())
@@ -308,14 +308,14 @@ class Tokenizer:
 
         Args:
             text: the text.
-            add_special_tokens: add the tokens that the model puts around a text, such as BOS. Many models add
-                BOS; some add nothing.
+            add_special_tokens: add the tokens that the model puts around a text, such as BOS. Some models
+                have no such tokens.
             parse_special: read names such as "<|im_end|>" as special tokens, as needed for the output of
                 `apply_chat_template`. If False, the names are read as plain text, which is right for
                 untrusted text.
-            most: the number of tokens that are needed. If the text is long, only its beginning is encoded,
-                and the first `most` tokens are returned. If the text is short, all tokens are returned, even
-                if there are more than `most`.
+            most: the number of tokens that the caller needs; None: all tokens. If the text is long, only its
+                beginning is encoded, and the first `most` tokens are returned. If the text is not long, all
+                tokens are returned, even if there are more than `most`.
         Returns:
             list of token ids.
         Raises:
@@ -336,7 +336,7 @@ class Tokenizer:
     ) -> tuple[list[int], bool]:
         """Like `encode`, but also return whether the result contains all tokens of the text.
 
-        If the result lacks tokens of the text, it lacks more than `_UNSURE` tokens.
+        If the result is incomplete, more than `_UNSURE` tokens of the text are missing.
         """
         _require_text(text)
         size = len(text) if most is None else _CHARACTERS * (most + _UNSURE)
@@ -360,8 +360,8 @@ class Tokenizer:
         Names of special tokens in the texts are read as plain text.
 
         Args:
-            longest: the largest number of tokens of a text, including special tokens. The end of the text is
-                cut; the special tokens around the text are kept.
+            longest: the number of tokens to which a longer text is cut, including special tokens. The end of
+                the text is cut, but not the special tokens around the text.
         Returns:
             the token ids of each text, and the number of texts that were cut.
         Raises:
@@ -388,16 +388,15 @@ class Tokenizer:
         Args:
             sentences: the words of each sentence.
             longest: as in `encode_texts`; None: no sentence is cut.
-            with_space: whether a token that consists only of the space before a word counts as a token of
-                this word, as in transformers. The tokenizer of XLM-RoBERTa has such a token before rare
-                characters.
+            with_space: whether a token that is only the space before a word belongs to this word, as in
+                transformers. The tokenizer of XLM-RoBERTa makes such a token before rare characters.
         Returns:
-            the token ids of each sentence; for each sentence, the position of the first token of each word,
-            or -1 for a word without tokens (for example after a cut); and the number of sentences that were
-            cut.
+            a tuple of three: the token ids of each sentence; for each sentence, a list with the position of
+            the first token of each word, or -1 for a word without tokens (for example after a cut); and the
+            number of sentences that were cut.
         Raises:
             TypeError: a sentence is not a list of texts.
-            ValueError: a word is empty or has only spaces; or a reason that `encode_texts` lists.
+            ValueError: a word is empty or has only spaces; or as in `encode_texts`.
             FormatError: the tokenizer cannot encode a sentence.
 
         >>> import nplora
@@ -431,7 +430,7 @@ class Tokenizer:
         return found
 
     def _encode_cut(self, texts: Sequence[str], longest: int) -> list[tuple[Any, int]]:
-        """The encoding of each text by `tokenizers`, and the number of tokens that were cut off."""
+        """Return a pair for each text: its `tokenizers.Encoding`, and the number of tokens that were cut."""
         with _encoding:  # all threads share the options below, which the backend stores
             self._backend.encode_special_tokens = True
             self._backend.enable_truncation(longest)
@@ -457,7 +456,7 @@ class Tokenizer:
         return ids[:-1] if is_whole and ids and ids[-1] == self.eos_id else ids
 
     def encode_continuation(self, text: str, most: int | None = None) -> list[int]:
-        """Encode a text that follows another text, without the space that some models add before a text.
+        """Encode a text that continues another text, without the space that some models add before a text.
 
         `most` is as in `encode`.
 
@@ -478,7 +477,7 @@ class Tokenizer:
         return self.encode(text, most=most)
 
     def id_of(self, token: str) -> int | None:
-        """The id of the token with this text, such as "<|im_end|>", or None if there is no such token.
+        """Return the id of the token with this text, such as "<|im_end|>"; None if there is no such token.
 
         >>> import nplora
         >>> tokenizer = nplora.load_encoder("encoder-model").tokenizer
@@ -489,7 +488,7 @@ class Tokenizer:
         return found
 
     def special_in(self, text: str) -> list[str]:
-        """The special tokens in a text, such as "<|im_end|>", in order.
+        """Return the special tokens that appear in a text, such as "<|im_end|>", in order.
 
         >>> import nplora
         >>> tokenizer = nplora.load_encoder("encoder-model").tokenizer
@@ -554,7 +553,7 @@ class Tokenizer:
             add_generation_prompt: end the text with the start of the assistant's next turn.
             tools: functions that the assistant may call, as JSON schemas.
             documents: texts that the assistant may read, as dictionaries with "title" and "text".
-            now: the time for templates that use the time; None: the current time.
+            now: the time that the template sees as the present time; None: the present time.
         Raises:
             ValueError: the model has no chat template, or the template refuses the messages.
             UnsafeError, FormatError: the template is not safe, or not valid Jinja.
@@ -600,7 +599,7 @@ class Tokenizer:
     ) -> list[int]:
         """Encode a chat to tokens. Special tokens in the messages' own text are encoded as plain text.
 
-        `most` is as in `encode`. The other arguments and the errors are those of `apply_chat_template`.
+        `most` is as in `encode`. The other arguments and the errors are as in `apply_chat_template`.
 
         >>> import nplora
         >>> tokenizer = nplora.load_model("model.gguf").tokenizer
@@ -622,18 +621,18 @@ class Tokenizer:
     ) -> Chat:
         """Encode a whole chat to tokens, and find the tokens of the assistant's turns.
 
-        For each assistant turn, the template is rendered up to the start and up to the end of the turn. The
-        tokens between these two points belong to the turn. Some templates write earlier messages differently
-        when more messages follow. For such templates, a turn is found by the special tokens around it (see
-        `nplora.tokenizer.turns`). A template that uses the time gets `TRAINING_TIME`, so that the same chat
-        always has the same tokens.
+        For each assistant turn, the chat is rendered twice: up to the start and up to the end of the turn.
+        The tokens that only the second text has belong to the turn. Some templates write earlier messages
+        differently when more messages follow. For such templates, a turn is found by the special tokens
+        around it (see `nplora.tokenizer.turns`). A template that writes the present time gets
+        `TRAINING_TIME`, so that the same chat always has the same tokens.
 
         Args:
             messages, tools, documents: as in `apply_chat_template`.
             most: as in `encode`. Turns that begin after the first `most` tokens are left out.
         Raises:
-            UnsupportedError: the template changes earlier text when more messages follow, and writes no
-                special tokens around a turn, so the tokens of the turn are not known.
+            UnsupportedError: the template writes earlier messages differently when more messages follow, and
+                writes no special tokens around a turn, so the tokens of the turn cannot be found.
             ValueError: the chat has so many turns and tokens that encoding would take minutes; or as in
                 `apply_chat_template`.
 
@@ -703,10 +702,10 @@ class Tokenizer:
         return turns
 
     def _end_of_turn(self, said: list[int], begin: int) -> int:
-        """The position after the token that ends the turn. A model never generates text after this token.
+        """Return the position after the token that ends the turn. A model generates nothing after this token.
 
-        Some templates write an end token of the turn, and then an end token of the text, perhaps on a new
-        line.
+        Some templates write two end tokens: one ends the turn, and another one, perhaps on a new line, ends
+        the text. Then the first one counts.
         """
         ends = [place for place in range(begin, len(said)) if said[place] in self.eos_ids]
         last = ends.pop() if ends else len(said) - 1
@@ -717,7 +716,7 @@ class Tokenizer:
     def _turns_by_marks(
         self, quoted: list[Message], given: dict[str, Any], text: str, ids: list[int]
     ) -> dict[int, range]:
-        """Find the turns by the special tokens around them. Turns beyond the end of `ids` are left out."""
+        """Find the turns by the special tokens around them. Turns after the end of `ids` are left out."""
         mark = turns_of.mark_of([text])
         marked = self._render(turns_of.with_marks(quoted, mark), False, TRAINING_TIME, given)
         found = turns_of.find_turns(
@@ -744,7 +743,7 @@ class Tokenizer:
         return turns
 
     def _prompt_pieces(self, quoted: list[Message], given: dict[str, Any]) -> turns_of.Pieces:
-        """The text that the template writes where the assistant's first answer should begin."""
+        """Return the text that the template adds when the assistant's first answer should begin."""
         index = next(index for index, message in enumerate(quoted) if message.get("role") == "assistant")
         asked, without = (
             self._split(self._render(quoted[:index] or quoted, begins, TRAINING_TIME, given))
@@ -757,7 +756,7 @@ class Tokenizer:
         return list(_pieces(text, self._special_pattern))
 
     def _is_unused(self, name: str, quoted: Sequence[Message], given: dict[str, Any], text: str) -> bool:
-        """Whether the template renders the same text if the tools (or documents) are left out."""
+        """Whether the rendered text stays the same without the input `name` ("tools" or "documents")."""
         if not given[name]:
             return False
         try:
@@ -766,7 +765,10 @@ class Tokenizer:
             return False
 
     def _lost(self, quoted: list[Message], given: dict[str, Any], text: str) -> list[turns_of.Part]:
-        """The messages and tool calls whose marks the template does not write."""
+        """Return the messages and tool calls that the template leaves out.
+
+        A unique mark is put into each message and call. What the template leaves out has no mark in the text.
+        """
         mark, lost = turns_of.mark_of([text]), list[turns_of.Part]()
         for by_id in (False, True):
             messages, marks = turns_of.with_written_marks(quoted, mark, by_id)
@@ -783,7 +785,7 @@ class Tokenizer:
     def _leaves_out_messages(
         self, quoted: list[Message], lost: set[int], given: dict[str, Any], text: str
     ) -> bool:
-        """Whether the text is the same without the lost messages, such as a later system message."""
+        """Whether the rendered text stays the same without the messages in `lost`."""
         if not lost:
             return False
         written = [message for index, message in enumerate(quoted) if index not in lost]
@@ -793,7 +795,7 @@ class Tokenizer:
             return False
 
     def _leaves_out_reasoning(self, quoted: list[Message], given: dict[str, Any], text: str) -> bool:
-        """Whether the messages have reasoning, and the text is the same without it."""
+        """Whether the messages have reasoning, but the rendered text stays the same without the reasoning."""
         without = turns_of.without_reasoning(quoted)
         if without == quoted:
             return False
@@ -803,7 +805,7 @@ class Tokenizer:
             return False
 
     def _require_beginning(self, part: list[int], ids: list[int], is_whole: bool, which: str) -> None:
-        """Check that the whole chat begins with the tokens of the first messages (`part`)."""
+        """Check that `ids`, the tokens of the whole chat, begin with `part`, the tokens of some messages."""
         if (part if is_whole else part[: len(ids)]) != ids[: len(part)]:
             raise UnsupportedError(
                 f"{self.source}: the chat template writes the messages {which} differently if more messages "
@@ -820,7 +822,7 @@ class Tokenizer:
         return [self._quote(message) for message in messages]
 
     def _quote(self, message: Message) -> Message:
-        """Copy a message, with a placeholder for every special token in its strings."""
+        """Copy a message. In the copy's strings, a placeholder replaces every special token."""
         if not isinstance(message, Mapping):
             raise TypeError(f"a message of a chat is {brief(message)}, expected a dictionary")
         quoted: Message = plain(message, self._quote_text)
@@ -873,9 +875,9 @@ def _require_text(text: str) -> None:
 
 
 def _cut(text: str, size: int) -> int:
-    """The position at which to cut a text: before the next line that begins with a letter, or else `size`.
+    """Return where to cut a text: before the next line after `size` that begins with a letter, or at `size`.
 
-    All tokenizers split a text before a line that begins with a letter.
+    For all tokenizers, a new token begins at a line that begins with a letter.
     """
     line = _LINE.search(text, size, 2 * size)
     return line.end() if line else size
@@ -884,7 +886,7 @@ def _cut(text: str, size: int) -> int:
 def _given(tools: Objects, documents: Objects) -> dict[str, Any]:
     """Check `tools` and `documents`, and return them as variables for the template.
 
-    As in transformers, a template gets a variable even if its value is None.
+    As in transformers, the template also gets variables whose value is None.
     """
     given = {"tools": tools, "documents": documents}
     for name, value in given.items():

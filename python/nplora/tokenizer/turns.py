@@ -1,10 +1,11 @@
 """Finds the assistant's turns in a chat that a template wrote.
 
 Many templates write a message differently when other messages follow: Qwen 3 drops the reasoning of earlier
-turns. So a turn cannot always be found by rendering the chat up to this turn. Instead, the chat is rendered a
-second time, with marks that replace the texts of the messages. A mark shows which special tokens stand before
-and after a message. Only the template can write special tokens, so both renderings contain the same special
-tokens in the same order.
+turns. So the text of a chat up to a turn is not always the beginning of the text of the whole chat. Therefore
+this module finds a turn in another way: the chat is rendered a second time, with marks that replace the texts
+of the messages. The place of a mark among the special tokens shows which of them stand before and after the
+message. Only the template can write special tokens, so both renderings contain the same special tokens in the
+same order.
 """
 
 from __future__ import annotations
@@ -25,13 +26,13 @@ _MARKS = range(0xE200, 0xE300)  # private-use characters, which no template chan
 
 
 class Turn(NamedTuple):
-    """The place of an assistant's turn. Special tokens are numbered from the beginning of the text.
+    """The place of an assistant's turn. `first` and `last` are indices of special tokens, from 0.
 
     Attributes:
-        first: the number of the special token with which the head begins.
+        first: the index of the special token with which `head` begins.
         head: the text that the template writes before an answer, such as "<|im_start|>assistant\\n". The
             model does not generate the head.
-        last: the number of the special token that ends the turn; None: the turn ends with the text.
+        last: the index of the special token that ends the turn; None: the turn ends with the text.
     """
 
     first: int
@@ -40,7 +41,7 @@ class Turn(NamedTuple):
 
 
 def mark_of(texts: Sequence[str]) -> str:
-    """A character that is in none of these texts."""
+    """A character that is in none of the given texts, so that it can mark places in them."""
     try:
         return next(chr(code) for code in _MARKS if not any(chr(code) in text for text in texts))
     except StopIteration:
@@ -48,7 +49,10 @@ def mark_of(texts: Sequence[str]) -> str:
 
 
 def with_marks(messages: Sequence[Mapping[str, Any]], mark: str) -> list[Mapping[str, Any]]:
-    """Copy the messages, and replace the texts of each, except system messages, by an index in marks."""
+    """Copy the messages, but replace the texts of each message by its index between two mark characters.
+
+    System messages keep their texts.
+    """
     return [_with_mark(message, f"{mark}{index}{mark}") for index, message in enumerate(messages)]
 
 
@@ -83,16 +87,16 @@ def _named(call: Any, mark: str) -> Any:
 def with_written_marks(
     messages: Sequence[Mapping[str, Any]], mark: str, by_id: bool
 ) -> tuple[list[Mapping[str, Any]], dict[Part, str]]:
-    """Copy the messages, and put a separate mark at the end of each part that a template should write.
+    """Copy the messages, and append a different mark to each text that a template should write.
 
-    Parts are the texts of messages that are not the assistant's, and the names of called functions. The text
-    of a part stays before the mark, because templates look for settings in the text.
+    These texts are the contents of messages that are not the assistant's, and the names of called functions.
+    Each text stays before its mark, because templates look for settings in the texts.
 
     Args:
-        by_id: put the marks of calls into their ids instead of their names, because some templates write only
-            the ids.
+        by_id: append the marks of tool calls to the ids of the calls instead of the function names, because
+            some templates write only the ids.
     Returns:
-        the messages, and the mark of each part.
+        the messages, and a dict from each `Part` with a mark to its mark.
     """
     made, marks = list[Mapping[str, Any]](), dict[Part, str]()
 
@@ -131,16 +135,17 @@ def find_turns(
     prompt: Pieces,
     is_end: Callable[[str], bool],
 ) -> dict[int, Turn]:
-    """Find the turn of each assistant message: the message's index -> `Turn`.
+    """Find the turns of all assistant messages; return a dict from the index of a message to its `Turn`.
 
     Args:
         messages: the chat.
-        text, marked: the text that the template writes for the chat, without and with marks.
-        mark: the character of the marks.
+        text: the text that the template writes for the chat.
+        marked: the text that the template writes for the chat with marks.
+        mark: the character before and after each index in `marked`.
         prompt: the text that the template writes where the assistant's answer should begin.
         is_end: a function that returns whether a special token ends a turn.
     Raises:
-        UnsupportedError: the turns are not known for certain.
+        UnsupportedError: the special tokens do not show for certain where the turns are.
     """
     specials = [place for place, (_, is_special) in enumerate(text) if is_special]
     names = [text[place][0] for place in specials]
@@ -176,7 +181,11 @@ def find_turns(
 
 
 def _marked_places(marked: Pieces, mark: str) -> dict[int, list[int]]:
-    """Map each marked message to the number of special tokens before each of its marks, in order."""
+    """Count the special tokens before each mark.
+
+    Returns:
+        a dict from the index of each marked message to a list with one number for each mark.
+    """
     places, count = dict[int, list[int]](), 0
     for piece, is_special in marked:
         if is_special:
@@ -189,11 +198,11 @@ def _marked_places(marked: Pieces, mark: str) -> dict[int, list[int]]:
 
 
 def _heads(text: Pieces, specials: list[int], prompt: Pieces, wanted: int) -> dict[int, str]:
-    """For each of the assistant's turns: the number of its first special token -> the text of its head.
+    """Return the heads of the assistant's turns, as a dict from the index of a turn's first special token.
 
-    A prompt may end with text that only the last turn has, such as "<think>". The other turns then begin
-    with only a part of the prompt. The common part must be so long that no message of another role begins
-    with this part.
+    A prompt may end with text that only the last turn has, such as "<think>". The other turns then begin with
+    only the first characters of the prompt. The head must be long enough that no message of another role
+    begins with the head.
     """
     begin = next((place for place, (_, is_special) in enumerate(prompt) if is_special), None)
     if begin is None:
@@ -211,7 +220,7 @@ def _heads(text: Pieces, specials: list[int], prompt: Pieces, wanted: int) -> di
 
 
 def _parts(prompt: Pieces) -> list[Pieces]:
-    """The beginnings of the prompt that end after a line or a special token, the longest first."""
+    """All beginnings of the prompt that end at the end of a line or of a special token, longest first."""
     parts = list[Pieces]()
     for length in range(len(prompt), 0, -1):
         *before, (piece, is_special) = prompt[:length]
@@ -224,7 +233,7 @@ def _parts(prompt: Pieces) -> list[Pieces]:
 
 
 def _begins(text: Pieces, place: int, head: Pieces) -> bool:
-    """Whether the text contains the head at piece number `place`."""
+    """Whether `head` begins at the item `text[place]`."""
     *whole, (last, is_special) = head
     end = place + len(whole)
     if end >= len(text) or text[place:end] != whole or text[end][1] != is_special:

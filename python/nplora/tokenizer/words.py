@@ -13,7 +13,7 @@ from nplora.formats.errors import brief
 
 
 def is_word(value: object) -> TypeGuard[str]:
-    """Whether a value is a text with a character that is not a space."""
+    """Whether a value is a text with at least one character that is not a space."""
     return isinstance(value, str) and bool(value.strip())
 
 
@@ -45,7 +45,8 @@ def first_tokens(offsets: Iterable[tuple[int, int]], words: Sequence[str], with_
 
     Args:
         offsets: for each token, the range of characters that the token stands for.
-        with_space: as in `Tokenizer.encode_words`.
+        with_space: whether a token that consists only of the space before a word counts as a token of the
+            word.
     """
     ends = list(itertools.accumulate((len(word) + 1 for word in words), initial=-1))[1:]
     begins = [end - len(word) - with_space for end, word in zip(ends, words, strict=True)]

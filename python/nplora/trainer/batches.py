@@ -16,7 +16,7 @@ Batch = tuple[Any, Any]
 
 @runtime_checkable
 class Batches(Protocol):
-    """A source of batches (x, y), read epoch by epoch. Such a source can be the `x` of `Trainer.fit`.
+    """A source of batches (x, y), read epoch by epoch. `Trainer.fit` accepts such a source as `x`.
 
     >>> import nplora, numpy as np
     >>> class Noise:
@@ -47,8 +47,9 @@ class Batches(Protocol):
 def shuffled(rows: int, seed: int, epoch: int) -> Array:
     """A random order of rows, which depends only on the seed and the number of the epoch.
 
-    The rows are sorted by raw numbers of PCG64, which are the same in every version of NumPy. The results of
-    NumPy's `Generator.permutation` may change from version to version.
+    Each row gets a raw random number of PCG64, and the rows are sorted by these numbers, which are the same
+    in every version of NumPy. The results of NumPy's `Generator.permutation` may change from version to
+    version.
 
         >>> from nplora.trainer.batches import shuffled
         >>> sorted(shuffled(3, seed=0, epoch=1).tolist())
@@ -65,9 +66,9 @@ class ArrayBatches:
     finds its position in the data without reading the earlier batches.
 
     Args:
-        op: the name of the calling function in messages.
+        op: the name of the calling function, for error messages.
         x, y: arrays of the same length, which is at least 1. The arrays are not copied.
-        names: the names of x and y in messages.
+        names: the names of x and y in error messages.
     Raises:
         ValueError: x and y have different lengths, have no rows, or hold Python objects.
     """
@@ -127,7 +128,8 @@ class IterableBatches:
     A resumed run iterates from the beginning, and skips the batches that it has already used.
 
     Args:
-        batches: any iterable. A generator can be read only once, so it serves a single epoch.
+        batches: any iterable. A generator can be read only once, so it provides the batches of only one
+            epoch.
     Attributes:
         once: whether `batches` can be read only once.
     Raises:

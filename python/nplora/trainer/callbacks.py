@@ -11,14 +11,15 @@ from nplora.trainer.run import Run
 
 
 class Callback:
-    """The base class of callbacks: override the hooks that you need.
+    """The base class of callbacks. Override the methods (hooks) that you need.
 
     Each hook gets the object `run`, with the attributes `model`, `history`, `step` and `total_steps`.
     `run.stop()` ends the run after the current step, as if this step were the last. If a hook raises an
     exception, the run is saved and ends.
 
     A callback can save its own state with `run.log` in `on_step_end`. When the run is resumed, `run.logged`
-    in `on_fit_start` returns the last state that was logged before the checkpoint.
+    in `on_fit_start` returns the last state that was logged before the checkpoint from which the run
+    continues.
 
     On several ranks, every rank calls the hooks of its callbacks, but only rank 0 calls `on_checkpoint`. A
     callback that changes the model or its gradients must do the same on all ranks; otherwise the run ends
@@ -45,14 +46,15 @@ class Callback:
         """
 
     def on_step_begin(self, run: Run) -> None:
-        """Called in every step, before its first batch is computed."""
+        """Called in every step, before the first batch of the step is computed."""
 
     def on_before_optimizer_step(self, run: Run, gradients: Mapping[str, npt.NDArray[Any]]) -> None:
         """Called in every step, before the gradients are clipped and the parameters are updated.
 
-        `gradients` maps the name of each parameter to its gradient. The gradient is that of the mean loss
-        over all batches of the step. The norm, the clipping and the check for NaN come after the hook, so the
-        hook may change these arrays in place. The hook is not called in a step without any label to train on.
+        `gradients` maps the name of each parameter to its gradient. A gradient is that of the mean loss over
+        all batches of the step. After the hook, the trainer computes the norm of the gradients, clips them
+        and checks them for NaN, so the hook may change these arrays in place. The hook is not called in a
+        step without any label to train on.
 
         >>> import nplora, numpy as np
         >>> class FreezeB(nplora.trainer.Callback):

@@ -34,19 +34,23 @@ class Checkpoint:
         step, epoch, batch: the number of finished steps, the number of finished epochs, and the number of
             batches used in the current epoch.
         total_steps: the number of steps in the whole run; None if unknown.
-        random_state: the state of each layer's dropout stream, from `Module.random_state`.
-        settings: the settings of the run, with which a resumed run compares its own.
+        random_state: the state of each layer's random numbers for dropout, from `Module.random_state`.
+        settings: the settings of the run, for a comparison with the settings of a resumed run.
         base: the fingerprint of the model's frozen weights, from `base_fingerprint`.
-        best: the evaluation with the lowest validation loss, as a dictionary of "loss", "epoch", "step" and
-            "since". "since" is the number of later evaluations.
-        epochs, evaluations: the records of the last finished epochs and of the last evaluations.
+        best: the evaluation with the lowest validation loss, as a dictionary with the keys "loss", "epoch",
+            "step" and "since". "since" is the number of evaluations after this one.
+        epochs, evaluations: the records of the last finished epochs and of the last evaluations, at most
+            `history.KEPT` of each.
         log_bytes: the length of the log in bytes when the checkpoint was written. The log holds all records.
-        parameters, optimizer, best_parameters: the model's factors, the optimiser's moments, and the factors
-            of the best evaluation, each as a dictionary.
-        history: the records of the last steps, as one array for each field. Earlier records are only in the
-            log, so the size of a checkpoint does not grow during a run.
-        outer: the momentum of outer steps; empty if the ranks make no local steps.
-        isa, version: the instruction set and the version of nplora that made the checkpoint.
+        parameters, optimizer, best_parameters: three dictionaries from names to arrays: the model's arrays
+            from `fingerprint.factors`, the optimiser's moments, and the model's arrays at the best
+            evaluation.
+        history: the records of the last steps (at most `history.KEPT`), as one array for each field of
+            `StepRecord`. Earlier records are only in the log, so the size of a checkpoint does not grow
+            during a run.
+        outer: the momentum arrays of the outer steps, by name; empty if the ranks make no local steps.
+        isa, version: the instruction set and the version of nplora that were in use when the checkpoint was
+            made.
         serial: the number of the checkpoint. Each new checkpoint in a directory gets a higher number.
     """
 
@@ -210,7 +214,7 @@ def _fields(state: object, path: Path) -> dict[str, Any]:
 
 
 def _completed(state: object) -> object:
-    """Add the fields that an older schema lacks. In `best`, an added step of 0 means an unknown step."""
+    """Add the fields that an older schema lacks. In `best`, a missing step becomes 0 (unknown)."""
     if not isinstance(state, dict) or "evaluations" in state:
         return state
     best = state.get("best")

@@ -10,9 +10,9 @@ _PLAIN = (str, bytes, int, float, complex, type(None))
 
 
 def checksum(value: Any, start: int = 0) -> int:
-    """The CRC-32 of all arrays, texts and numbers in a value, such as an array, a tuple or a dataclass.
+    """The CRC-32 of all arrays, texts and numbers in `value`.
 
-    Objects of other types are ignored.
+    Lists, tuples, dictionaries and dataclasses in `value` are searched. Objects of other types are ignored.
 
     >>> import numpy as np
     >>> from nplora.trainer.checksum import checksum

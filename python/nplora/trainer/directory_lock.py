@@ -15,14 +15,14 @@ from nplora.platform import files as system
 
 
 class DirectoryLock:
-    """A locked file in a directory. The file contains the PID of the process, and is locked until `close`.
+    """A locked file in a directory. The file contains the PID of this process, and is locked until `close`.
 
     The operating system unlocks the file when the process ends for any reason. So the lock file of a killed
     process locks nothing.
 
     Args:
         directory: the directory, which must stay open until `close`.
-        what: the name of the other process in error messages.
+        what: what an error message calls the process that already has the lock.
     Raises:
         BlockingIOError: another process has the lock; the message names its PID.
         UnsafeError: a symbolic link has the name of the lock file.
@@ -56,7 +56,7 @@ class DirectoryLock:
             os.close(descriptor)
 
     def _is_in_directory(self, descriptor: int) -> bool:
-        """Whether the lock file in the directory is still the opened file."""
+        """Whether the lock file in the directory is still the file that this object has opened."""
         try:
             found = system.stat_in(self._directory.fd, LOCK, follow_links=False)
         except FileNotFoundError:

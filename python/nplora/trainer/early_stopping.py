@@ -15,18 +15,18 @@ Array = npt.NDArray[Any]
 
 
 class EarlyStopping:
-    """Keeps the factors of the evaluation with the lowest loss, and counts the evaluations after it.
+    """Keeps the model's factors at the lowest validation loss, and counts the evaluations since then.
 
     Args:
-        patience: the run ends after this number of evaluations in a row without a lower validation loss.
+        patience: the run ends after this number of evaluations in a row without a new lowest validation loss.
             None: there is no early stopping.
-        keeps_factors: whether the best factors are kept.
+        keeps_factors: whether to keep the best factors, which are the factors at the lowest validation loss.
     Attributes:
-        best: the evaluation with the lowest validation loss, as a dictionary of "loss", "epoch", "step" and
-            "since". "since" is the number of later evaluations. "loss" is None until an evaluation has a
-            finite loss. `best` itself is None before the first evaluation.
-        copies: copies of the best factors. While the model itself has the best factors, the copies are out of
-            date.
+        best: the evaluation with the lowest validation loss, as a dictionary with the keys "loss", "epoch",
+            "step" and "since". "since" is the number of evaluations after this one. "loss" is None until an
+            evaluation has a finite loss. `best` itself is None before the first evaluation.
+        copies: copies of the best factors. The copies are made only when the model's factors are about to
+            change. While the model itself has the best factors, the copies are out of date.
     """
 
     def __init__(self, model: Module, patience: int | None, keeps_factors: bool) -> None:
@@ -48,7 +48,7 @@ class EarlyStopping:
             self.best = {**best, "since": best["since"] + 1}
 
     def continue_from(self, best: dict[str, Any] | None, best_factors: Mapping[str, Array]) -> None:
-        """Take over the best evaluation and its factors from a checkpoint.
+        """Restore the best evaluation and its factors from a checkpoint.
 
         If the best factors should be kept, but the checkpoint has none, its best evaluation is dropped.
         """
@@ -61,7 +61,7 @@ class EarlyStopping:
             self._copy(best_factors)
 
     def before_other_factors(self) -> None:
-        """Copy the model's factors if they are the best ones.
+        """Copy the model's factors if they are the best factors so far.
 
         Call this method before the model's factors change.
         """
@@ -84,7 +84,7 @@ class EarlyStopping:
 
     @property
     def is_over(self) -> bool:
-        """Whether `patience` evaluations in a row had no lower validation loss than the best one."""
+        """Whether the last `patience` evaluations brought no new lowest validation loss."""
         return self._patience is not None and self.best is not None and self.best["since"] >= self._patience
 
     @property

@@ -23,8 +23,8 @@ def evaluate(
     """The mean loss over all examples, tokens or elements, without dropout, and other metrics.
 
     For class labels, the result also has the accuracy. For a `MeasuredLoss`, the result also has the metrics
-    of the loss. If there are several ranks, each rank evaluates one batch at a time. The values are added in
-    the order of the batches, so that the result does not depend on the number of ranks.
+    of the loss. If there are several ranks, each rank evaluates one batch at a time. The sums of the batches
+    are added in the order of the batches, so that the result does not depend on the number of ranks.
     """
     ranks = ranks or Alone()
     take_metrics(loss)  # drops the metrics of an unfinished evaluation
@@ -51,7 +51,8 @@ class _Sums:
 
     Attributes:
         count: the number of items over which the loss is averaged.
-        right, labelled: the number of labels that were predicted correctly, and the number of all labels.
+        right: the number of labels that were predicted correctly.
+        labelled: the number of labels, without those that the loss ignores.
         has_classes: whether the labels are class indices.
     """
 
@@ -110,7 +111,7 @@ def predict(model: Module, x: npt.ArrayLike, batch_size: int) -> Array:
 def check_rows(op: str, model: Module, x: Array) -> None:
     """Refuse a single example if the model expects an array of examples.
 
-    If x has one axis, each number in x counts as one example, such as a token id. This function calls the
+    If x has one axis, each number in x (such as a token id) counts as one example. This function calls the
     model with the first number, to see whether the model accepts a single number as an example.
 
     Raises:

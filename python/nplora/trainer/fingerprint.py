@@ -1,4 +1,4 @@
-"""What a checkpoint stores of a model: the fingerprint of the frozen weights, and the factors by name."""
+"""The parts of a model that a checkpoint stores: a fingerprint of the frozen weights, and the factors."""
 
 import hashlib
 from collections.abc import Iterable, Mapping
@@ -17,7 +17,7 @@ Array = npt.NDArray[Any]
 
 
 def base_fingerprint(model: Module, whole: bool = False) -> str:
-    """A SHA-256 of the names, shapes and rows of all frozen arrays, and a SHA-256 of the configuration.
+    """A SHA-256 of the names, shapes and rows of all frozen arrays, and one of `model.configuration()`.
 
     Args:
         whole: whether to read all rows, so that every changed bit is detected. By default, only sampled rows
@@ -36,7 +36,7 @@ def base_fingerprint(model: Module, whole: bool = False) -> str:
 
 
 def is_same_base(found: str, base: str) -> bool:
-    """Whether the fingerprint `found` in a checkpoint matches the fingerprint `base` of a model.
+    """Whether `found`, the fingerprint in a checkpoint, matches `base`, the fingerprint of a model.
 
     Checkpoints of earlier versions have no SHA-256 of the configuration.
     """
@@ -44,7 +44,7 @@ def is_same_base(found: str, base: str) -> bool:
 
 
 def fingerprint(array: FrozenWeight | Array, whole: bool = False) -> str:
-    """The dtype and shape of an array, and a SHA-256 of evenly spaced rows, at most 64 KiB of them.
+    """The dtype and shape of an array, and a SHA-256 of evenly spaced rows, up to 64 KiB in total.
 
     Args:
         whole: whether the SHA-256 covers all rows.
@@ -69,7 +69,7 @@ def _sample(array: FrozenWeight | Array) -> Array:
 
 
 def factors(model: Module) -> dict[str, Array]:
-    """The model's arrays that a checkpoint stores: the parameters, and B of each layer with a frozen B."""
+    """The arrays that a checkpoint stores, by name: the parameters, and each frozen LoRA factor B."""
     arrays = {p.name: p.value for p in model.parameters()}
     for name, module in model.named_modules():
         if isinstance(module, LoRALayer) and module.freeze_B:
@@ -78,7 +78,7 @@ def factors(model: Module) -> dict[str, Array]:
 
 
 def set_factors(model: Module, values: Mapping[str, Array]) -> None:
-    """Write the values into the arrays that `factors` returns, by name."""
+    """Write each of the values into the array that `factors` returns under the same name."""
     for name, array in factors(model).items():
         array[...] = values[name]
 

@@ -16,7 +16,7 @@ class FitConfig:
         total_steps: the number of steps in the whole run; None if the number of batches is unknown.
         eval_every: evaluate after every `eval_every` steps and after every epoch; None: only after every
             epoch.
-        patience: the run ends after this number of evaluations in a row without a lower validation loss.
+        patience: the run ends after this number of evaluations in a row without a new lowest validation loss.
             None: there is no early stopping.
         keep: which factors the model has after the run: "best" or "last".
         checkpoint_every: the number of steps between two checkpoints; None: about one checkpoint per epoch.
@@ -36,7 +36,7 @@ class FitConfig:
 
 
 def require_outer_steps(op: str, eval_every: int | None, local_steps: int | None) -> None:
-    """Check that the ranks have the same trained values at every evaluation.
+    """Check that evaluations come only after outer steps, when the ranks have the same trained values.
 
     Raises:
         ValueError: some evaluations would not come directly after an outer step.

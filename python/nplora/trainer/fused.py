@@ -11,10 +11,10 @@ class FusedLoss(Protocol):
     """A loss for `Trainer` that runs the forward pass, the loss and the backward pass in one call.
 
     A `FusedLoss` may also have a method `take_metrics()`, which returns other quantities (metrics) by name.
-    Each metric is a mean over all batches since the last call. The records of steps and epochs then contain
-    these metrics. If a mean NAME covers a number of values other than `count`, the metric "count/NAME" gives
-    that number. On several ranks, a loss with metrics also needs the methods of `MergedLoss`, because each
-    rank measures only its own batches.
+    Each metric is a mean over all batches since the last call of `take_metrics`. The records of steps and
+    epochs then contain these metrics. A metric NAME may be a mean over more or fewer values than the loss.
+    The metric "count/NAME" then gives the number of these values. On several ranks, a loss with metrics also
+    needs the methods of `MergedLoss`, because each rank measures only its own batches.
 
     >>> import nplora, numpy as np
     >>> class Distance:
@@ -44,7 +44,10 @@ class FusedLoss(Protocol):
         """
 
     def forward_backward(self, model: Module, x: Any, y: Any, factor: float) -> float:
-        """Return the sum of a batch's losses; add `factor` times its gradient to the model's gradients."""
+        """Return the sum of a batch's losses.
+
+        The gradient of this sum, times `factor`, is added to the model's gradients.
+        """
 
     def evaluate(self, model: Module, x: Any, y: Any) -> float:
         """The mean loss of a batch, without dropout."""
@@ -64,7 +67,7 @@ class MeasuredLoss(FusedLoss, Protocol):
     """A `FusedLoss` that also measures other quantities, such as an accuracy."""
 
     def take_metrics(self) -> dict[str, float]:
-        """The means over all batches since the last call, by name."""
+        """The means over all batches since the last call of this method, by name."""
 
 
 @runtime_checkable
@@ -72,10 +75,10 @@ class MergedLoss(MeasuredLoss, Protocol):
     """A `MeasuredLoss` whose measurements on different ranks can be merged."""
 
     def take_measured(self) -> Any:
-        """Return the measurements since the last call. `take_metrics` no longer counts these measurements."""
+        """Return and drop the measurements since the last call. `take_metrics` will not count them."""
 
     def add_measured(self, measured: Any) -> None:
-        """Add measurements that `take_measured` has returned, on this rank or on another rank."""
+        """Add measurements that `take_measured` has returned. They may come from another rank."""
 
 
 @runtime_checkable
@@ -92,20 +95,20 @@ class PartedLoss(FusedLoss, Protocol):
         """The number of parts of a batch, which is the number of calls of `after_part`."""
 
     def computed_elsewhere(self, x: Any, y: Any) -> None:
-        """Count a batch that another rank has computed."""
+        """Count the tokens (or similar) of a batch whose gradients are computed on another rank."""
 
 
 def take_measured(loss: Any) -> Any:
-    """The measurements of a loss since the last call; None if ranks cannot merge their measurements."""
+    """Return `loss.take_measured()`; None if ranks cannot merge the measurements of this loss."""
     return loss.take_measured() if isinstance(loss, MergedLoss) else None
 
 
 def add_measured(loss: Any, measured: Any) -> None:
-    """Add measurements that `take_measured` has returned."""
+    """Add measurements that `take_measured` has returned to the measurements of the loss."""
     if isinstance(loss, MergedLoss):
         loss.add_measured(measured)
 
 
 def take_metrics(loss: Any) -> dict[str, float]:
-    """The metrics of a loss over the batches since the last call; empty if the loss has no metrics."""
+    """Return `loss.take_metrics()`; an empty dictionary if the loss has no metrics."""
     return loss.take_metrics() if isinstance(loss, MeasuredLoss) else {}

@@ -19,7 +19,7 @@ Array = npt.NDArray[Any]
 
 @dataclass
 class StepTotals:
-    """The totals over the batches of one step. The model holds the sum of the batches' gradients.
+    """The loss and the counts of one step, added over its batches. The model holds the sum of the gradients.
 
     If ranks make local steps, the model holds only the gradients of this rank's batches.
     """
@@ -35,7 +35,7 @@ class StepTotals:
 
 @dataclass
 class Forward:
-    """The forward pass of one batch.
+    """The results of the forward pass of one batch.
 
     Attributes:
         count: the number of items over which the loss is averaged; 0 if the loss is not finite.
@@ -55,7 +55,7 @@ class NonfiniteLoss:
 
     Attributes:
         batch: the number of the batch in the step, from 1.
-        what: the end of an error message, which names the value of the loss and the place where NaN or
+        what: the end of an error message. This text names the value of the loss, and the place where NaN or
             infinity appears first.
     """
 
@@ -76,7 +76,7 @@ class Gradients:
         """Begin a step."""
 
     def add(self, x: Any, y: Any, totals: StepTotals) -> NonfiniteLoss | None:
-        """Run one batch forward and backward; add its gradients, weighted by its number of items.
+        """Run one batch forward and backward; add the gradients, weighted by the batch's number of items.
 
         Returns:
             None, or the reason why the loss is not finite.
@@ -95,7 +95,7 @@ class Gradients:
         return NonfiniteLoss(totals.batches, self._blame(value, x, y))
 
     def finish(self, totals: StepTotals) -> NonfiniteLoss | None:
-        """Complete the gradients of a step after its last batch."""
+        """Complete the gradients of a step. (In this class, `add` has already completed them.)"""
         return None
 
     def _blame(self, value: float, x: Any, y: Any) -> str:
@@ -126,7 +126,7 @@ class Gradients:
         return Forward(value, count, gradient, saved)
 
     def _backward(self, forward: Forward, first_count: int) -> None:
-        """Add the gradients of a batch, weighted by its count divided by `first_count`."""
+        """Add the gradients of a batch, weighted by the batch's count divided by `first_count`."""
         gradient = forward.gradient
         if forward.count != first_count:
             gradient = gradient * gradient.dtype.type(forward.count / first_count)

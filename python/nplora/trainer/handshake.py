@@ -66,7 +66,7 @@ def program() -> dict[str, str]:
 
 
 def _described(setup: TrainingSetup, config: FitConfig) -> dict[str, Any]:
-    """Everything that the results of a run depend on, by name."""
+    """A dictionary of everything that the results of a run depend on."""
     settings = settings_of(setup, config)
     fixed = settings["fixed"]
     layers = fixed.pop("layers")

@@ -32,12 +32,13 @@ class StepRecord:
     Attributes:
         step: the number of this update, counted from 1.
         epoch: the number of the epoch, counted from 1.
-        loss: the mean loss of the step's batches before the update. Each batch is weighted by its count.
+        loss: the mean loss over the step's batches, computed before the update. Each batch is weighted by its
+            number of examples, tokens or elements.
         count: the number of examples, tokens or elements over which the loss is averaged.
         lr: the learning rate.
         grad_norm: the Euclidean norm of all gradients, before clipping.
         seconds: the time that the step took.
-        metrics: other quantities that the loss function measured, by name; empty if there are none.
+        metrics: a dictionary of other quantities that the loss function measured; empty if there are none.
     """
 
     step: int
@@ -75,7 +76,7 @@ class EvaluationRecord:
         val_loss, val_accuracy: the loss and accuracy on the validation data. Without class labels,
             `val_accuracy` is None.
         seconds: the time that the evaluation took.
-        val_metrics: other quantities that the loss function measured on the validation data, by name.
+        val_metrics: a dictionary of other quantities that the loss function measured on the validation data.
     """
 
     step: int
@@ -108,7 +109,7 @@ class EpochRecord:
         val_loss, val_accuracy: the loss and accuracy on the validation data at the end of the epoch; None
             without validation data. Without class labels, `val_accuracy` is None too.
         seconds: the time that the epoch's steps took.
-        metrics: the means of the steps' metrics. Each step is weighted by its count.
+        metrics: the means of the steps' metrics, weighted as in `mean_metrics`.
         val_metrics: other quantities that the loss function measured on the validation data.
     """
 
@@ -127,7 +128,7 @@ class EpochRecord:
 
 
 def _row(record: "Record") -> dict[str, Any]:
-    """A record as a dictionary, without metrics if it has none."""
+    """A record as a dictionary. Empty dictionaries of metrics are left out."""
     return {name: value for name, value in dataclasses.asdict(record).items() if value != {}}
 
 
@@ -164,8 +165,8 @@ class History:
         steps, evaluations, epochs: the records of all steps, evaluations and epochs, in order.
         ended: why the run ended: "complete", "patience" (early stopping), "callback" or "interrupted".
         best_step, best_epoch, best_loss: the step, the epoch (counted from 1) and the validation loss of the
-            evaluation whose factors the model has after the run. All three are None if the model has the
-            factors of the last step.
+            best evaluation, if the model has the factors of this evaluation after the run. All three are None
+            if the model has the factors of the last step.
         kept_step: after Ctrl-C, the step of the best evaluation so far, if the factors of this evaluation are
             kept for a resumed run; otherwise None.
     """
@@ -224,7 +225,7 @@ class History:
     # ---- in a checkpoint and in the log ----
 
     def step_columns(self) -> dict[str, Array]:
-        """The last step records, as one array for each field. Only the log has all records."""
+        """The last `KEPT` step records, as one array for each field. Only the log has all records."""
         last = self.steps[-KEPT:]
         columns = {
             f.name: np.array([getattr(r, f.name) for r in last], np.int64 if f.type is int else np.float64)
@@ -236,11 +237,11 @@ class History:
         }
 
     def epoch_rows(self) -> list[dict[str, Any]]:
-        """The last epoch records as dictionaries for JSON. NaN and infinity become None."""
+        """The last `KEPT` epoch records as dictionaries for JSON. NaN and infinity become None."""
         return [json_values(record.row()) for record in self.epochs[-KEPT:]]
 
     def evaluation_rows(self) -> list[dict[str, Any]]:
-        """The last evaluation records, in the form of `epoch_rows`."""
+        """The last `KEPT` evaluation records as dictionaries for JSON. NaN and infinity become None."""
         return [json_values(record.row()) for record in self.evaluations[-KEPT:]]
 
     def restore(
@@ -295,7 +296,7 @@ class History:
 
 
 def last_logged(log: bytes, event: str) -> dict[str, Any]:
-    """The content of the last line with the event `event` in a log; empty if there is no such line."""
+    """The last line of a log whose key "event" has the value `event`; empty if there is no such line."""
     for line in reversed(log.splitlines()):
         try:
             row = json.loads(line)
@@ -321,8 +322,8 @@ def last_of_each_event(log: bytes) -> dict[str, dict[str, Any]]:
 def _validated(epochs: Sequence[EpochRecord], evaluations: Sequence[EvaluationRecord]) -> list[EpochRecord]:
     """The epochs of a log or a checkpoint, with NaN for each validation loss that was not finite.
 
-    In JSON, null stands for such a loss, and also for the missing loss of an epoch without validation data.
-    An epoch has a validation loss only if there is an evaluation at its end.
+    In JSON, null stands for a loss that was not finite, and also for the missing loss of an epoch without
+    validation data. An epoch has a validation loss only if there is an evaluation at the end of the epoch.
     """
     ends = {(record.epoch, record.step): record.val_loss for record in evaluations}
     return [
@@ -385,12 +386,12 @@ def _plain_fields(kind: type[Record]) -> list[dataclasses.Field[Any]]:
 
 
 def _metrics(row: dict[str, Any]) -> dict[str, float]:
-    """The metrics of a record from the log. Raise TypeError or AttributeError if `row` has no such form."""
+    """Metrics from the log. Raise TypeError or AttributeError if `row` does not map names to numbers."""
     return {str(name): _field(float, value) for name, value in row.items()}
 
 
 def _measured(columns: list[str], values: Sequence[float]) -> dict[str, float]:
-    """The metrics of a step, from the columns of a checkpoint. NaN values are left out."""
+    """The metrics of one step, by name. `columns` are names of columns in a checkpoint. NaN is left out."""
     return {
         name.removeprefix(_METRIC): value
         for name, value in zip(columns, values, strict=True)
@@ -399,10 +400,11 @@ def _measured(columns: list[str], values: Sequence[float]) -> dict[str, float]:
 
 
 def mean_metrics(steps: Sequence[StepRecord]) -> dict[str, float]:
-    """The means of the metrics of several steps, over all values that were measured.
+    """The means of the steps' metrics.
 
-    For a metric NAME, each step is weighted by its number of values: by its metric "count/NAME", or by the
-    step's `count` if there is no such metric.
+    For a metric NAME, each step is weighted by the number of values in the step's mean. This number is the
+    step's metric "count/NAME", or the step's `count` if there is no such metric. The metrics "count/NAME"
+    themselves are added up.
     """
     means = dict[str, float]()
     for name in dict.fromkeys(name for record in steps for name in record.metrics):
@@ -417,7 +419,7 @@ def mean_metrics(steps: Sequence[StepRecord]) -> dict[str, float]:
 
 
 def with_margin(means: dict[str, float]) -> dict[str, float]:
-    """Add the mean reward margin, which is the difference of two means, if both means are known."""
+    """If `means` has the mean rewards of chosen and rejected answers, add their difference (the margin)."""
     if {"rewards/chosen", "rewards/rejected"} <= means.keys():
         means["rewards/margins"] = means["rewards/chosen"] - means["rewards/rejected"]
     return means

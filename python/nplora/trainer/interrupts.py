@@ -37,7 +37,7 @@ def _interrupt(signum: int, frame: FrameType | None) -> None:
 
 
 def _ignore(signum: int, frame: FrameType | None) -> None:
-    """Ignore SIGUSR1 after a run of several processes, so that the program can still save its results."""
+    """Ignore SIGUSR1, which may come after a run of several processes while the program saves its results."""
 
 
 class Interrupts:
@@ -52,8 +52,8 @@ class Interrupts:
 
     Args:
         terminate: whether SIGTERM, SIGHUP and SIGUSR1 raise Terminated.
-        noted_only: whether signals are only recorded until `end_run` handles them. Runs of several processes
-            need `noted_only`, because the processes must end together.
+        noted_only: whether a signal is only recorded, and is handled later by `end_run`. Runs of several
+            processes need `noted_only`, because the processes must end together.
     Attributes:
         repeated: whether the last Ctrl-C came soon after another Ctrl-C, even one in the previous run. A
             repeated Ctrl-C means that the user wants to end the whole program.
@@ -115,7 +115,7 @@ class Interrupts:
                 self._handlers[signum := self._waiting.pop(0)](signum, None)
 
     def noted(self) -> tuple[int, bool] | None:
-        """The last signal that was recorded, and `repeated`; None if no signal was recorded."""
+        """Return a pair: the last signal that was recorded, and `repeated`. None: no signal was recorded."""
         return (self._waiting[-1], self.repeated) if self._waiting else None
 
     def end_run(self, signum: int, repeated: bool) -> None:

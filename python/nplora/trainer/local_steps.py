@@ -1,4 +1,4 @@
-"""LocalSteps: every rank makes local steps, and outer steps combine the results of all ranks."""
+"""LocalSteps: each rank trains its own copy for some steps; then an outer step combines all copies."""
 
 from typing import Any
 
@@ -18,7 +18,7 @@ class LocalSteps:
 
     θ are the trained values after the last outer step; θₖ are the values of rank k after its local steps:
 
-        Δ = mean over the ranks of (θ - θₖ);  θ = the outer optimiser's step from θ with the gradient Δ
+        Δ = mean over the ranks of (θ - θₖ);  new θ = the outer optimiser's step from θ with the gradient Δ
 
     Unlike the paper, this class also averages the moments of the ranks' optimisers. So after an outer step
     all ranks have the same state, and a checkpoint holds one state instead of one state for each rank.
@@ -37,7 +37,7 @@ class LocalSteps:
         self.is_open = False
 
     def begin(self) -> None:
-        """Keep a copy of the current state, unless the ranks have already made local steps."""
+        """Copy the current state, unless the ranks have made local steps since the last outer step."""
         if self.every is not None and not self.is_open:
             self._state.copy_to(self._start)
             self.is_open = True
@@ -48,7 +48,7 @@ class LocalSteps:
         return self.every is not None and self._state.step % self.every == 0
 
     def combine(self) -> None:
-        """Make an outer step, if the ranks have made local steps.
+        """Make an outer step, if the ranks have made local steps since the last outer step.
 
         Raises:
             KeyboardInterrupt, Terminated: a signal has reached one of the ranks.
@@ -90,7 +90,7 @@ class LocalSteps:
 
 
 def _moments(state: RunState) -> list[list[Array]]:
-    """The moments of the optimiser: for each kind, one array for each parameter."""
+    """The optimiser's moments: for each kind of moment, a list with one array for each parameter."""
     arrays = state.optimizer.state_dict(copy=False)
     kinds = dict.fromkeys(name.partition(".")[0] for name in arrays if name != "steps")
     return [[arrays[f"{kind}.{p.name}"] for p in state.parameters] for kind in kinds]

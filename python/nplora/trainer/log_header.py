@@ -16,7 +16,7 @@ _MOST = 4000  # the most characters of a text, so that a line of the log stays s
 
 
 def log_header(model: Module, batches: Batches, validation: Batches | None) -> dict[str, Any]:
-    """Make the log record that describes a run when the run begins or is resumed.
+    """Make the log record that describes a run. A run logs this record when it begins and when it is resumed.
 
     "command" is the command line of the program, or of the kernel in a notebook. "data" and "valid" describe
     the training and the validation data and their batches.

@@ -27,7 +27,7 @@ class Meeting:
         """Return the values of all ranks, in the order of the ranks.
 
         Args:
-            place: where in the program all ranks are, as in `Ranks`.
+            place: where in the program this call is, such as "step 3", for errors if the ranks differ.
         Raises:
             KeyboardInterrupt, Terminated: a signal has reached one of the ranks.
         """

@@ -18,8 +18,8 @@ def first_nonfinite(model: Module, x: Any, y: Any) -> str:
     """Return a sentence that says where NaN or infinity appears first.
 
     The input is checked first. Then the forward pass is run again, and the output of each module is checked
-    when its `forward` returns, so the result names the innermost module. The targets are checked last,
-    because a user's loss may use NaN for rows without a label.
+    when the `forward` of the module returns, so the sentence names the innermost module. The targets are
+    checked last, because a user's loss may use NaN for rows without a label.
     """
     if _not_finite(x):
         return INPUT

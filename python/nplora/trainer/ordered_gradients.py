@@ -21,12 +21,12 @@ class _Result:
     Attributes:
         loss: the sum of the batch's losses.
         count: the number of items over which the loss is averaged.
-        terms: the number of gradients to add, one for each part of the batch.
+        terms: the number of gradients that this batch adds, one for each part of the batch.
         problem: why the loss is not finite; empty if it is finite.
-        masks: for each layer, the number of dropout masks that a part of the batch has drawn; None if all
-            numbers are as expected.
+        masks: for each layer, the number of dropout masks that a part of the batch has drawn; None if each
+            layer has drawn as many masks as the rank assumed.
         measured: the measurements of the loss.
-        data: the checksum of all batches of the round.
+        data: the checksum of the batches of all ranks in this round.
     """
 
     loss: float = 0.0
@@ -141,7 +141,7 @@ class OrderedGradients(Gradients):
                 )
 
     def _own_result(self, batches: list[tuple[Any, Any]], parts: list[int], totals: StepTotals) -> _Result:
-        """Run the batch of this rank, if the round has one."""
+        """Run the batch of this rank, if the round has a batch for this rank."""
         has_batch = self._meeting.rank < len(batches)
         x, y = batches[self._meeting.rank] if has_batch else (None, None)
         before = [layer.dropout_stream for layer in self._adapters]
@@ -225,12 +225,12 @@ class OrderedGradients(Gradients):
         return loss.parts(x, y) if isinstance(loss, PartedLoss) else 1
 
     def _set_streams(self, start: list[tuple[int, int]], parts: int) -> None:
-        """Set the dropout streams of all layers to the position after `parts` passes."""
+        """Advance the dropout streams of all layers from `start` by `parts` parts of batches."""
         for layer, (seed, calls), masks in zip(self._adapters, start, self._masks, strict=True):
             layer.dropout_stream = seed, calls + masks * parts
 
     def _unexpected_masks(self, before: list[tuple[int, int]], parts: int) -> list[int] | None:
-        """For each layer, the number of masks drawn for one part; None if all numbers are as expected."""
+        """For each layer, the number of masks drawn for one part; None if `self._masks` has these numbers."""
         drawn = [
             layer.dropout_stream[1] - calls for layer, (_, calls) in zip(self._adapters, before, strict=True)
         ]

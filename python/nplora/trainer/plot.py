@@ -55,8 +55,8 @@ class RunLog(NamedTuple):
 def plot_run(directory: StrPath, output: StrPath | None = None, overwrite: bool = False) -> Path:
     """Draw the losses, the accuracy and the learning rate of a run.
 
-    The loss of every step is drawn in a pale colour, with a smoothed curve over it. The curve of validation
-    losses begins with the loss before training, if the log has it.
+    The loss of every step is drawn in a pale colour, and a smoothed curve of these losses is drawn over it.
+    The curve of validation losses begins with the loss before training, if the log has it.
 
         >>> import nplora, numpy as np
         >>> rng = np.random.default_rng(0)
@@ -75,7 +75,8 @@ def plot_run(directory: StrPath, output: StrPath | None = None, overwrite: bool 
         the path of the PNG.
     Raises:
         ModuleNotFoundError: matplotlib, from the extra [plot], is not installed.
-        ValueError: a path is empty, the name of the output does not end in .png, or the output is the log.
+        ValueError: a path is empty, the name of the output does not end in .png, or `output` is the path of
+            the log.
         FileExistsError: the output exists, and `overwrite` is not set.
         FileNotFoundError: the directory has no log.jsonl, so it belongs to no run.
         DataError: nplora did not write the log, or the log has no step yet.
@@ -209,7 +210,7 @@ def _validated(log: RunLog) -> Records:
 
 
 def _reward_curves(log: RunLog) -> list[_Curve]:
-    """The curves of a preference objective's rewards, for the steps and for the validation data."""
+    """Curves of the rewards that a preference objective (such as DPO) measures in steps and evaluations."""
     sides = ("chosen", "C0"), ("rejected", "C3")
     steps = [
         _curve(side, log.steps, f"metrics.rewards/{side}", color=color, linewidth=1) for side, color in sides

@@ -42,9 +42,9 @@ class Reporter(Callback):
     Args:
         directory: the directory for files of the report, created if needed.
         settings: the hyper-parameters that the report shows.
-        tokens: a function that returns the number of tokens processed so far. If `tokens` is None, the report
-            shows items per second instead. Items are the examples, tokens or elements over which the loss is
-            averaged.
+        tokens: a function that returns the number of tokens processed so far. With `tokens`, the report shows
+            tokens per second; otherwise, it shows items per second. Items are the examples, tokens or
+            elements over which the loss is averaged.
 
     >>> import nplora, numpy as np
     >>> from nplora.trainer.reporters import CsvReporter
@@ -75,7 +75,7 @@ class Reporter(Callback):
 
     @classmethod
     def require_package(cls, op: str) -> None:
-        """Raise a ModuleNotFoundError that names pip's command if the library is not installed."""
+        """If the library is not installed, raise a ModuleNotFoundError with the `pip install` command."""
         if cls.package is not None and importlib.util.find_spec(cls.package) is None:
             raise ModuleNotFoundError(
                 f"{op}: {cls.name} needs {cls.package}, which is not installed: pip install {cls.pip}",
@@ -138,7 +138,7 @@ class Reporter(Callback):
                 self._close(None)
 
     def _succeeds(self, action: Callable[[], None]) -> bool:
-        """Call a function that writes to the report or closes it; return whether the call succeeded.
+        """Call `action`, which writes to the report or closes the report; return whether the call succeeded.
 
         If the call fails, issue a warning that the report ends.
         """
@@ -182,7 +182,11 @@ class CsvReporter(Reporter):
         self._begin(rows)
 
     def _begin(self, rows: list[dict[str, str]], more: Iterable[str] = ()) -> None:
-        """Write the file with these rows, and open it to append rows. `more`: names of additional columns."""
+        """Write these rows to the file, and open the file to append rows.
+
+        Args:
+            more: names of additional columns.
+        """
         self._names = tuple(dict.fromkeys([*self._usual, *(name for row in rows for name in row), *more]))
         text = _csv_text([self._names, *map(self._cells, rows)])
         files.replace([_new_file(self._path, text)])
@@ -190,7 +194,7 @@ class CsvReporter(Reporter):
         self._file = open(descriptor, "a", newline="", encoding="utf-8")  # noqa: SIM115
 
     def _rows_before(self, run: Run) -> list[dict[str, str]]:
-        """The rows of this run up to the step from which it resumes.
+        """The rows for all steps and evaluations that this run has made before it is resumed.
 
         Rows of later steps are dropped, because the resumed run writes these rows again. If a row is missing,
         for example after Ctrl-C between a step and its report, it is made from the run's history.
@@ -232,7 +236,7 @@ class CsvReporter(Reporter):
 
 
 class TensorBoardReporter(Reporter):
-    """Writes event files for TensorBoard, with tensorboardX: `tensorboard --logdir DIRECTORY` shows them.
+    """Writes event files with tensorboardX. `tensorboard --logdir DIRECTORY` shows the files.
 
     >>> import nplora, numpy as np
     >>> report = TensorBoardReporter("reports/tensorboard", {"rank": 1})
@@ -360,7 +364,7 @@ REPORTERS: dict[str, type[Reporter]] = {
 
 
 def require_reporters(op: str, names: Iterable[str]) -> None:
-    """Raise an error if a reporter does not exist, or if its library is not installed.
+    """Raise an error if a name is not that of a reporter, or if the reporter's library is not installed.
 
     This function imports the libraries, so that a later memory plan includes the memory of the libraries.
     """
@@ -375,7 +379,7 @@ def require_reporters(op: str, names: Iterable[str]) -> None:
 def reporting(
     names: Iterable[str], directory: Path, settings: Mapping[str, Any], tokens: Callable[[], int] | None
 ) -> Iterator[list[Reporter]]:
-    """The reporters of these names. The files of the reporters are in `directory`.
+    """A context manager that makes the reporters with the given names. Their files are in `directory`.
 
     All reporters are closed after the `with` block.
     """
@@ -391,7 +395,7 @@ def reporting(
 
 
 def _row(step: int, metrics: Mapping[str, float]) -> dict[str, str]:
-    """The cells of a row by the names of their columns: "eval/loss" is in the column "eval_loss"."""
+    """A row as a dict from column names to cells. The metric "eval/loss" is in the column "eval_loss"."""
     names = {name: name.removeprefix("train/") for name in metrics}
     names |= {name: f"eval_{name[5:]}" for name in metrics if name.startswith("eval/")}
     return {"step": str(step), **{names[name]: str(value) for name, value in metrics.items()}}

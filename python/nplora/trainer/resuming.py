@@ -66,7 +66,7 @@ def settings_of(setup: TrainingSetup, config: FitConfig) -> dict[str, Any]:
 
 
 def _of_ranks(setup: TrainingSetup) -> dict[str, Any]:
-    """The settings for several ranks that influence results, without those that have their default values."""
+    """The settings for several ranks that influence results. Settings with default values are left out."""
     chosen = {name: getattr(setup, name) for name in _USUAL}
     return {name: value for name, value in chosen.items() if value != _USUAL[name]}
 
@@ -108,8 +108,8 @@ def _choices(settings: dict[str, Any]) -> str:
 def starting_point(directory: RunDirectory, newest: Checkpoint, settings: dict[str, Any]) -> Checkpoint:
     """The checkpoint to resume: the newest, or an earlier one if the newest led to NaN or infinity.
 
-    The first loss after a checkpoint depends only on the parameters and the data, so another learning rate
-    would not change that loss.
+    The first loss after a checkpoint depends only on the parameters and the data. If this loss was not
+    finite, no other learning rate would help, so the run must resume from an earlier checkpoint.
 
     Raises:
         ValueError: no setting has changed since the run diverged, or no earlier checkpoint is left.
@@ -151,11 +151,11 @@ def restored_history(
         base: the fingerprint of the run's base model.
         batches: the number of batches in an epoch; None if unknown.
     Returns:
-        the history, and the records that are missing at the end of the log, for example after a full disk.
-        Each record is returned as a pair (event, record).
+        the history, and a list of the records that are missing at the end of the log, for example because the
+        disk was full. Each item of the list is a pair (event, record).
     Raises:
         CorruptError: the checkpoint belongs to another model or another data file, its arrays do not fit (the
-            message lists the first few differences), or its position is beyond the end of an epoch.
+            message lists the first few differences), or its batch number is beyond the end of an epoch.
         ValueError: the run has other data or settings, or it ends before the checkpoint's step.
     Warns:
         UserWarning: a setting under "free" has changed, the instruction set or version differs, or the log
@@ -217,7 +217,7 @@ def _check_position(
 
 
 def _check_layers(path: object, checkpoint: Checkpoint, settings: dict[str, Any]) -> None:
-    """Raise an error if the settings of the adapter layers differ from those in the checkpoint's run."""
+    """Raise an error if the settings of the adapter layers differ from those in the checkpoint."""
     changed = _layer_changes(checkpoint.settings["fixed"].get("layers"), settings["fixed"]["layers"])
     if changed:
         raise ValueError(f"{_refusal(path)}: {changed}")

@@ -12,7 +12,7 @@ from nplora.trainer.run_state import RunState
 
 
 class Run:
-    """The object through which callbacks read, log and stop a call of `Trainer.fit`.
+    """Lets callbacks read the state of a call of `Trainer.fit`, write to its log and stop it.
 
     >>> import nplora, numpy as np
     >>> class Report(nplora.trainer.Callback):
@@ -89,10 +89,10 @@ class Run:
             self._logged[event] = json_values(row)
 
     def logged(self, event: str) -> dict[str, Any]:
-        """The content of the last line with the event `event` in the run's log; empty if there is none.
+        """The last line of the run's log whose key "event" has the value `event`; empty if there is none.
 
-        On several ranks, only rank 0 writes the log. The other ranks know the log lines of a resumed run and
-        the lines that they themselves have logged.
+        On several ranks, only rank 0 writes the log. On another rank, this method finds only the lines of the
+        run before it was resumed, and the lines that this rank itself has logged.
         """
         if self._directory is None:
             return dict((self._logged or {}).get(event, {}))

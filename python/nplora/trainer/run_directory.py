@@ -5,7 +5,7 @@ The directory holds
     checkpoint-0.safetensors, checkpoint-1.safetensors     the last two checkpoints; the older one is replaced
     log.jsonl                                              a header, and a line for every step and epoch
     reference.safetensors                                  log-probabilities of the model without its adapter,
-                                                           for some objectives; nplora.finetuning writes it
+                                                           for DPO, KTO, ...; nplora.finetuning writes it
     lock                                                   exists while a run writes here; contains its PID
 
 A new checkpoint is written to a temporary file, which is then renamed over the older checkpoint
@@ -71,7 +71,10 @@ def _is_generation(reader: files.Reader) -> bool:
 
 
 def _is_reference(reader: files.Reader) -> bool:
-    """Whether the file may be a reference. A file that is not safetensors may be a damaged reference."""
+    """Whether the file may be `reference.safetensors`.
+
+    A file that is not safetensors may be a damaged `reference.safetensors`.
+    """
     try:
         return REFERENCE_MARK in SafetensorsFile(reader, REFERENCE).metadata
     except FormatError:
@@ -91,8 +94,8 @@ class RunDirectory:
     Args:
         overwrite: whether a new run deletes the adapter of an earlier run.
     Attributes:
-        newest: the newest undamaged checkpoint, or None. The file is read when `newest` is first used, and
-            `save` sets `newest` to None.
+        newest: the newest undamaged checkpoint, or None. The file is read when `newest` is first used. After
+            `save`, `newest` is None.
         damaged: one sentence for each damaged checkpoint. If the newer checkpoint is undamaged, only the
             header of the older checkpoint is checked.
         occupied: whether the directory held a checkpoint, damaged or not, when it was opened.
@@ -100,8 +103,8 @@ class RunDirectory:
         BlockingIOError: another run writes to the directory; the message names its PID.
         UnsupportedError: a later version of nplora wrote a checkpoint.
         UnsafeError: a symbolic link has the name of a file of the run.
-        FileExistsError: a file that no run made has the name of one of the run's files. The file is left
-            unchanged.
+        FileExistsError: one of the files that the run would write exists, but was not made by a run. The file
+            is left unchanged.
         OSError: the directory cannot be created or written.
     Warns:
         UserWarning: an unfinished file of a crashed run was removed.
@@ -148,7 +151,7 @@ class RunDirectory:
         return Path(self._directory)
 
     def _require_ours(self) -> None:
-        """Before the first write, check that a run made every file that has the name of a run's file."""
+        """Before the first write, check that a run made the existing files with the names of run files."""
         for name in {LOG, REFERENCE, *CHECKPOINTS}.intersection(system.list_in(self._directory.fd)):
             self._open(name, os.O_RDONLY)
             os.close(self._descriptors.pop())
@@ -219,7 +222,7 @@ class RunDirectory:
         return found
 
     def _finish_dropping(self, newest: Checkpoint) -> None:
-        """Complete a `_drop_other` that a crash interrupted: replace the old log, delete the old adapter."""
+        """Complete a call of `_drop_other` after a crash: replace the old log, and delete the old adapter."""
         log = self._newest_metadata().get(run_files.FIRST_LOG)
         if log is None:
             return
@@ -240,7 +243,7 @@ class RunDirectory:
         return log[: log.rfind(b"\n") + 1]
 
     def cut_log(self, size: int) -> None:
-        """Truncate the log after the last complete line in its first `size` bytes."""
+        """Truncate the log to the complete lines in the first `size` bytes of the log."""
         with files.disk_errors(self.path / LOG, f"cutting the log to {size:,} bytes failed"):
             self.log_bytes = min(self.log_bytes, size)
             start = max(0, self.log_bytes - _LONGEST_LINE)
@@ -264,8 +267,8 @@ class RunDirectory:
     def save(self, checkpoint: Checkpoint) -> None:
         """Replace the directory's older checkpoint. The first save of a new run replaces both checkpoints.
 
-        If the newest checkpoint is of the same step, this checkpoint is replaced instead of the older one. So
-        the two checkpoints always have different steps.
+        If the newest checkpoint in the directory has the same step as the argument, the newest checkpoint is
+        replaced instead of the older one. So the two checkpoints always have different steps.
 
         Raises:
             OSError: the checkpoint cannot be written. Both checkpoints are unchanged, and the message says

@@ -25,7 +25,7 @@ class StateCopy:
     Attributes:
         step, batch, records: the number of steps, the number of batches used in the epoch, and the number of
             step records.
-        updates, outer_updates: the number of steps of the optimiser, and that of the outer optimiser.
+        updates, outer_updates: the numbers of steps that the optimiser and the outer optimiser have made.
         streams: the positions of the layers' dropout streams.
         values, moments: the trained values, and the arrays of the optimiser and of the outer optimiser.
     """
@@ -47,13 +47,13 @@ class RunState:
         model, optimizer, parameters: the objects that change in training.
         outer: the optimiser of outer steps; None if the ranks make no local steps.
         history: the records of the run so far.
-        early_stopping: keeps the best evaluation so far.
+        early_stopping: the object that keeps the best evaluation so far and its factors.
         step: the number of updates so far.
         epoch, batch: the number of finished epochs, and the number of batches used in the current epoch.
         total_steps: the number of steps in the whole run; None if the number of batches is unknown.
         updating: whether an update has begun but is not finished, so that the state must not be saved.
         divergence: the error if the current parameters led to NaN or infinity; otherwise None.
-        diverged_after: the step whose update made these parameters.
+        diverged_after: the step whose update made the parameters that led to NaN or infinity.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class RunState:
     def position(self) -> tuple[int, ...]:
         """The step, the epoch, the batch, and the numbers of epoch records and evaluations.
 
-        A checkpoint is written only if the position differs from that of the last checkpoint.
+        A checkpoint is written only if these numbers have changed since the last checkpoint.
         """
         history = self.history
         return self.step, self.epoch, self.batch, len(history.epochs), len(history.evaluations)
@@ -125,9 +125,9 @@ class RunState:
                 np.copyto(array, now)
 
     def return_to(self, copy: StateCopy) -> None:
-        """Undo all steps since `copy_to`.
+        """Undo all steps since the call of `copy_to` that filled `copy`.
 
-        Since `copy_to`, there must have been no evaluation and no end of an epoch.
+        Since that call, there must have been no evaluation and no end of an epoch.
         """
         self.step, self.batch, self.optimizer.steps = copy.step, copy.batch, copy.updates
         if self.outer is not None:
@@ -167,7 +167,7 @@ class RunState:
         """Remove the records that exist only because the run ended within an epoch.
 
         A resumed run makes such records again when it ends. The best factors need no change: a resumed run
-        takes them from the last checkpoint, which is older than these records.
+        reads the best factors from the last checkpoint, which is older than the removed records.
         """
         if self._evaluated_at_the_end:
             self.history.evaluations.pop()

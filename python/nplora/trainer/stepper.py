@@ -39,7 +39,7 @@ class Stepper:
 
     @property
     def work(self) -> tuple[int, float]:
-        """The number of items that this rank has processed, and the seconds that this took.
+        """The number of items that this rank has processed, and the seconds of these computations.
 
         Both numbers are 0 if the gradients are not added in order (see `adds_in_order`).
         """
@@ -58,18 +58,22 @@ class Stepper:
 
     @property
     def has_gradients(self) -> bool:
-        """Whether the batches of the step (with local steps: of this rank) have any label to train on."""
+        """Whether any batch of the step has a label to train on.
+
+        With local steps, only the batches of this rank count.
+        """
         return self._totals.own_count > 0
 
     def gradients(self) -> Mapping[str, Array]:
-        """The gradients of the step's mean loss by parameter name. The arrays are not copied."""
+        """A mapping from parameter names to gradients of the step's mean loss. The arrays are not copied."""
         self._weight_gradients()
         return MappingProxyType({p.name: p.grad for p in self._state.parameters})
 
     def _weight_gradients(self) -> None:
-        """Scale the gradients from sums over the batches to the gradients of the step's mean loss.
+        """Scale the gradients, which are sums over the batches, to the gradients of the step's mean loss.
 
-        In the sums, the weight of each batch is its count divided by the first batch's count.
+        In the sums, the weight of each batch is the count of this batch divided by the count of the first
+        batch.
         """
         totals = self._totals
         if totals.first_count != totals.own_count:
@@ -87,7 +91,7 @@ class Stepper:
         self._require_finite(self._gradients.add(x, y, self._totals))
 
     def complete(self) -> None:
-        """Complete the gradients of a step after its last batch.
+        """Complete the gradients of the step: run batches that have not run yet, and finish the sums.
 
         Raises:
             NonFiniteLossError: the loss of a batch is NaN or infinite.
@@ -149,8 +153,8 @@ class Stepper:
     def _nonfinite(self, what: str) -> NonFiniteLossError:
         """Make the error for NaN or infinity in a step.
 
-        The error counts as divergence of the parameters, except if the data are not finite, or if the error
-        occurs in the first step.
+        The parameters count as diverged, so that a resumed run starts from an earlier checkpoint, unless the
+        data are not finite or the error occurs in the first step.
         """
         state = self._state
         blamed = state.step > 0 and not what.endswith((INPUT, TARGETS))

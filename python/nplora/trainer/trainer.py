@@ -65,14 +65,14 @@ class Trainer(TrainingSetup):
             alone. The batches of a step are divided among the ranks, and the results have the same bits for
             any number of ranks up to `accumulate`. Every rank makes the same calls with the same model and
             data. Only rank 0 writes to the `checkpoint_dir` and shows progress.
-        communication_dtype: the precision in which ranks send gradients: "float32", or "bfloat16" for half of
-            the bytes. With "bfloat16", the gradient of every batch (or of every micro-batch, if the loss
-            divides batches) is rounded before it is added, and the sum is rounded too. One process rounds in
-            the same way, so the results have the same bits for any number of ranks.
+        communication_dtype: the precision in which ranks send gradients: "float32" or "bfloat16", which sends
+            half as many bytes. With "bfloat16", the gradient of every batch (or of every micro-batch, if the
+            loss divides batches) is rounded before it is added, and the sum is rounded too. A run in a single
+            process rounds in the same way, so the results have the same bits for any number of ranks.
         local_steps: if given, every rank updates its copy of the trained values with its own batches. After
             this number of steps, and at the end of every epoch, the changes of all ranks are averaged
             (DiLoCo). Ranks then exchange values much less often. `accumulate` is still the number of batches
-            of all ranks together. The results depend on the number of ranks.
+            in one step on all ranks together. The results depend on the number of ranks.
         outer_lr, outer_momentum: learning rate and Nesterov momentum of the outer step, which adds the
             average change to the trained values. With `outer_lr` 1 and `outer_momentum` 0, the values become
             the averages of the ranks' values. The DiLoCo paper uses 0.7 and 0.9 for runs with hundreds of
@@ -169,10 +169,10 @@ class Trainer(TrainingSetup):
             validation: a tuple of two arrays, or an iterable of batches, evaluated after every epoch and at
                 the end of the run.
             eval_every: also evaluate the validation data after every `eval_every` steps.
-            patience: stop after this many evaluations in a row without a lower validation loss (early
-                stopping). A loss that is NaN or infinite never counts as lower.
-            keep: with validation data, the factors that the model gets at the end of the run: "best" (those
-                of the evaluation with the lowest loss) or "last". Without validation data, and after Ctrl-C
+            patience: stop after this many evaluations in a row without a new lowest validation loss (early
+                stopping). A loss that is NaN or infinite never counts as a new lowest loss.
+            keep: which factors the model gets at the end of a run with validation data: "best" (the factors
+                at the evaluation with the lowest loss) or "last". Without validation data, and after Ctrl-C
                 or an error, the model has the factors of the last step. Checkpoints hold the best and the
                 last factors.
             checkpoint_dir: a directory for checkpoints and `log.jsonl`, created if needed.
@@ -190,17 +190,17 @@ class Trainer(TrainingSetup):
         Raises:
             NonFiniteLossError: a loss or a gradient is NaN or infinite. The message names the step, the batch
                 and the first layer whose output is not finite. The parameters and moments stay as they were
-                after the last complete step, which is saved. The error is also raised if an update has made a
-                parameter NaN or infinite; that step is not saved.
+                after the last complete step, and the state after that step is saved. The error is also raised
+                if an update has made a parameter NaN or infinite; that step is not saved.
             ValueError: the arguments, the data and the checkpoint do not fit each other, or a label is out of
                 range.
             TypeError: the validation data, or the results of the model or the loss, have the wrong type.
             RuntimeError: the model has replaced the array of a parameter or gradient by another array, a
                 layer is merged, or an adapter is switched off.
             CorruptError: every checkpoint in the directory is damaged, or belongs to another model.
-            FileExistsError: the directory holds a run, and neither `resume` nor `overwrite` is set; or a file
-                that no run made has the name of one of the run's files. UnsafeError: one of the run's files
-                is a symbolic link.
+            FileExistsError: the directory holds a run, and neither `resume` nor `overwrite` is set; or one of
+                the files that the run would write exists, but was not made by a run. UnsafeError: one of the
+                run's files is a symbolic link.
             BlockingIOError: another process writes to the directory.
             RankError: another rank has failed or does not respond.
             OSError: the directory, the log, or the first or last checkpoint cannot be written. The earlier
@@ -253,9 +253,11 @@ class Trainer(TrainingSetup):
             batch_size: the number of rows in a call of the model.
         Returns:
             the "loss". For integer labels (...) and predictions (..., C), the result also has "accuracy": the
-            share of the labelled rows whose label has the largest prediction.
+            share of labels that are the index of the largest of the C predictions. Labels that the loss
+            ignores do not count.
         Raises:
-            ValueError: x and y do not fit each other, the loss or the model; or x is a single example.
+            ValueError: x and y have different lengths, the loss or the model does not accept them, or x is a
+                single example.
         """
         op = "Trainer.evaluate"
         batches = batches_of(op, x, y, batch_size)

@@ -70,7 +70,7 @@ class TrainingRun(Run):
     def _train_until_interrupted(self, resume: bool) -> None:
         """Train until the end of the run or until a signal. The first Ctrl-C only ends the run early.
 
-        A second Ctrl-C, SIGTERM, SIGHUP and SIGUSR1 also raise an exception after the run is saved.
+        After SIGTERM, SIGHUP, SIGUSR1 or a second Ctrl-C, the run is saved and an exception is raised.
         """
         try:
             with self._interrupts.hold():
@@ -104,7 +104,7 @@ class TrainingRun(Run):
         return None if directory is None else last_of_each_event(directory.read_log(directory.log_bytes))
 
     def _begin_directory(self, directory: RunDirectory, resume: bool) -> bool:
-        """Load or write a checkpoint; return whether the run is resumed."""
+        """Load a checkpoint to resume a run, or begin a new log. Return whether a checkpoint was loaded."""
         self._checkpoints = RunCheckpoints(
             self._setup, self._config, self._state, directory, self._interrupts
         )
@@ -282,7 +282,7 @@ class TrainingRun(Run):
         self._call("on_epoch_end", record)
 
     def _stop_if_patience_is_lost(self) -> None:
-        """End the run early if `patience` is used up, unless all steps are made."""
+        """End the run early if `EarlyStopping.is_over`, unless all steps are made."""
         is_last = self._is_complete() or self.step == self.total_steps
         if self._ended is None and self._state.early_stopping.is_over and not is_last:
             self._ended = "patience"

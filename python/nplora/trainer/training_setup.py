@@ -85,7 +85,7 @@ class TrainingSetup:
 
 
 def adds_in_order(on_ranks: bool, communication_dtype: str, local_steps: int | None) -> bool:
-    """Whether a step keeps the gradients of each part of a batch, so that they can be added up in order.
+    """Whether a step keeps the gradients of each part of a batch separately, to add up the parts in order.
 
     A process that trains alone must also keep the gradients of each part if its results are to equal the
     results of several ranks.
@@ -97,7 +97,7 @@ def adds_in_order(on_ranks: bool, communication_dtype: str, local_steps: int | N
 
 
 def too_many_ranks(ranks: int, batches: int) -> str:
-    """The text of the error if some ranks would get no batch in a step."""
+    """The error message for the case that some ranks would get no batch in a step."""
     return (
         f"{ranks} ranks need at least {ranks} batches in a step, but there are {batches}: use fewer ranks, "
         f"or accumulate={ranks}"

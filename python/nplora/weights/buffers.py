@@ -17,9 +17,9 @@ Array = npt.NDArray[Any]
 def empty(shape: tuple[int, ...], dtype: npt.DTypeLike) -> Array:
     """Return a new array without initial values, if possible in memory that earlier arrays have freed.
 
-    The system can need more time to provide new memory pages than a matrix product needs to fill them. The
-    total of idle and used memory is at most 4 MiB larger than the largest amount that was in use at once.
-    `release` returns idle memory to the system.
+    Memory is reused because the operating system may take longer to provide new memory pages than a matrix
+    product takes to write its result into them. The total of idle and used memory is at most 4 MiB larger
+    than the largest amount that was in use at once. `release` returns idle memory to the system.
     """
     dtype = np.dtype(dtype)
     if math.prod(shape) * dtype.itemsize < _core.constants.least_buffer_bytes:
@@ -57,7 +57,7 @@ _LINE = _core.constants.cache_line
 
 
 class _Shelf:
-    """A buffer of zeros. Arrays take parts of the buffer, one after another."""
+    """A buffer of zeros. Each call of `take` returns the next bytes of the buffer as an array."""
 
     def __init__(self, nbytes: int) -> None:
         whole = np.zeros(nbytes + _LINE, np.uint8)
@@ -77,9 +77,11 @@ _shelves: ContextVar[tuple[_Shelf, _Shelf] | None] = ContextVar("nplora_shelves"
 
 @contextlib.contextmanager
 def side_by_side(*sizes: int) -> Iterator[None]:
-    """In this context, arrays of these sizes (in bytes) share one buffer, and their gradients another buffer.
+    """A context manager that puts arrays with the given sizes (in bytes) into one buffer.
 
-    Hundreds of small arrays then fit into a few large memory pages, if the system offers large pages.
+    This concerns the arrays that `value_and_gradient` returns: all values share one buffer, and all gradients
+    share another buffer. Hundreds of small arrays then fit into a few large memory pages, if the system
+    offers large pages.
     """
     total = sum(map(_whole_lines, sizes))
     token = _shelves.set((_Shelf(total), _Shelf(total)))

@@ -1,4 +1,4 @@
-"""FrozenWeight: a matrix that is never trained, packed in a storage format or used directly in a file."""
+"""FrozenWeight: a matrix that is never trained, packed in memory or read directly from a mapped file."""
 
 from __future__ import annotations
 
@@ -53,28 +53,29 @@ class FrozenWeight:
         compute: the arithmetic of the products. A float64 weight always computes in float64.
 
             - "float32".
-            - "bfloat16": x, dy, W and the factor B of an update are rounded to bfloat16. In the backward
-              pass, or if x has many rows, A and z = x Bᵀ are also rounded. Sums are computed in float32.
-              Products are twice as fast if the CPU has bfloat16 instructions. If x has up to 8 rows, products
-              are still computed in float32.
+            - "bfloat16": x, W, the LoRA factor B and the gradient dy of the output are rounded to bfloat16.
+              In the backward pass, or if x has many rows, the LoRA factor A and z = x Bᵀ are also rounded.
+              Sums are computed in float32. Products are twice as fast if the CPU has bfloat16 instructions.
+              If x has up to 8 rows, products are still computed in float32.
             - "int8": W is rounded to 8 bits with one scale for each row, and x to 8 bits with one scale for
-              every 64 values. In the backward pass, dy times the scales of W is rounded to 8 bits, with one
-              scale for each row of dy (or for each of several equal parts of a row, if d_out is above 4032).
-              Products of codes are summed as integers. The factors of an update are computed as with
-              "bfloat16".
-              If x has up to 8 rows, x is multiplied with the blocks of a GGUF format directly, and gets one
-              scale for every 32 values. With any other storage format, up to 8 rows of x are multiplied in
-              float32. `matmul_t` computes up to 4 rows in float32. Layers round W to 8 bits only in training.
-              In inference, layers compute more than 8 rows as with "bfloat16".
-              The head of a language model computes its backward pass in bfloat16, or with stochastic rounding
-              (`int8` and `dither_key` in `stack_backward`). In your own models, use "bfloat16" for a layer
-              whose outputs go into a softmax over many classes.
+              every 64 values. In the backward pass, dy is multiplied by the scales of W, and the product is
+              rounded to 8 bits with one scale for each row of dy. If d_out is above 4032, each row is divided
+              into several equal parts, and each part has a scale. The 8-bit values are multiplied and summed
+              as integers. Products with the LoRA factors are computed as with "bfloat16".
+              If x has up to 8 rows and W is stored in a GGUF format, x is multiplied with the blocks of W
+              directly, and x gets one scale for every 32 values. If W is stored in any other format, up to 8
+              rows of x are multiplied in float32. `matmul_t` computes up to 4 rows in float32. Layers round W
+              to 8 bits only in training. In inference, layers compute more than 8 rows as with "bfloat16".
+              The head of a language model computes its backward pass in bfloat16, or in int8 with stochastic
+              rounding (see the arguments `int8` and `dither_key` of `stack_backward`). In your own models,
+              use "bfloat16" for a layer whose outputs go into a softmax over many classes.
         double_quant: also quantise the absmax of NF4 to 8 bits. A value of W then takes 4.13 bits instead of
             4.5.
     Raises:
-        ValueError: W does not have two axes; dtype or compute is not one of the above; compute is not
-            "float32" for a float64 weight; d_in is not a multiple of the block length; a value is not finite
-            or too large for the blocks; or double_quant is used with another format than "nf4".
+        ValueError: W does not have two axes; dtype or compute is not one of the above; W is stored as
+            "float64" and compute is not the default "float32"; d_in is not a multiple of the block length; a
+            value is not finite or too large for the blocks; or double_quant is used with another format than
+            "nf4".
         TypeError: W does not hold floats, or `dtype` is neither a name nor a dtype.
     Warns:
         UserWarning: finite values exceed the range of the storage format and become infinite.
@@ -123,7 +124,10 @@ class FrozenWeight:
             )
 
     def _hold(self, storage: str, shape: tuple[int, ...], arrays: tuple[Array, ...], compute: str) -> None:
-        """Use arrays in place: a matrix, blocks, or NF4's arrays (5 if the absmax is quantised, else 2)."""
+        """Use `arrays` without a copy.
+
+        NF4 has two arrays (codes and absmax), or five if the absmax is quantised. Every other format has one.
+        """
         d_out, d_in = shape
         self._arrays = arrays
         if storage == "nf4" and len(arrays) == 2:
@@ -228,7 +232,7 @@ class FrozenWeight:
 
     @classmethod
     def of_rows(cls, raw: Array, storage: str, d_in: int, compute: str = "float32") -> Self:
-        """Return a weight from encoded rows, the result of `storages.encode`.
+        """Return a weight from encoded rows, which `storages.encode` has returned.
 
         The bytes are used in place, except that the bytes of NF4 are copied.
         """
@@ -271,7 +275,8 @@ class FrozenWeight:
     def with_compute(self, compute: str) -> FrozenWeight:
         """Return a weight with the same matrix, but another arithmetic for its products.
 
-        If the matrix is used in place, both weights share it; any other matrix is copied.
+        The two weights share the memory of a matrix that is quantised or used in place. A matrix of floats
+        that the constructor has copied is copied again.
 
         Args:
             compute: as in the constructor.
@@ -303,7 +308,7 @@ class FrozenWeight:
 
     @property
     def meets_int8(self) -> bool:
-        """Whether products with few rows of x are computed in int8."""
+        """Whether products are computed in int8 even if x has few rows (up to 8)."""
         return self.compute == "int8" and self.dtype in storages.BLOCKS and self.dtype != "nf4"
 
     @property
@@ -330,7 +335,7 @@ class FrozenWeight:
         return out
 
     def contents(self) -> Iterator[Array]:
-        """Yield arrays that together determine the matrix. Rows that must be decoded come a few at a time.
+        """Yield arrays that determine the matrix: its blocks or file, or a few decoded rows at a time.
 
         >>> weight = FrozenWeight(np.eye(2, dtype=np.float32))
         >>> [part.shape for part in weight.contents()]
@@ -473,7 +478,7 @@ class FrozenWeight:
 
     @property
     def float_dtype(self) -> str:
-        """The storage format for a changed W: never a low-bit format, which could lose the change."""
+        """The storage format for a changed W. A low-bit format becomes float32, so that no change is lost."""
         return "float32" if self.dtype in storages.BLOCKS else self.dtype
 
     def like(self, W: Array) -> FrozenWeight:
@@ -504,7 +509,7 @@ class FrozenWeight:
         return self.like_rows(raw, self.dtype)
 
     def _compute_word(self) -> str:
-        """The `compute` argument that the constructor takes for this weight."""
+        """The argument `compute` with which the constructor makes a weight like this one."""
         return self.compute if self.rounds else "float32"
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -531,7 +536,7 @@ def _core_compute(op: str, storage: str, compute: str) -> str:
 
 
 def _quantized(op: str, W: Array, storage: str) -> tuple[Array, ...]:
-    """Quantise a float32 W (d_out, d_in) to rows of blocks (d_out, bytes), or to NF4's codes and absmax."""
+    """Quantise a float32 W to an array of blocks (d_out, row bytes), or to NF4's two arrays."""
     (d_out, d_in), (length, nbytes) = W.shape, storages.BLOCKS[storage]
     try:
         if storage == "nf4":
@@ -575,7 +580,7 @@ def _require_matrix(op: str, source: str, name: str, shape: tuple[int, ...]) -> 
 
 
 def _few_at_a_time(product: Callable[[Array], Array], x: npt.ArrayLike) -> Array:
-    """Compute a product in batches of so few rows that no batch is rounded to bfloat16."""
+    """Compute a product a few rows at a time, because products with few rows are not rounded to bfloat16."""
     x = np.asarray(x)
     lead, width = x.shape[:-1], x.shape[-1]
     rows = x.reshape(math.prod(lead), width)

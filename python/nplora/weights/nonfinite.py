@@ -16,8 +16,8 @@ _INFINITE = 0x7C00  # float16's exponent, all ones: infinity or NaN
 def require_finite(source: str, tensor: gguf.Tensor | safetensors.Tensor) -> None:
     """Check that all values of a tensor, or the scales of its blocks, are finite.
 
-    The check takes about as long as reading the tensor once. Tensors of other types, such as integers, are
-    not checked.
+    The check takes about as long as reading the tensor once. Tensors that hold neither floats nor blocks with
+    scales, such as integers, are not checked.
 
     Raises:
         FormatError: a value or scale is NaN or infinite. The message names the file, the tensor and the

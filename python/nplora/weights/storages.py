@@ -1,8 +1,8 @@
 """Converts rows of a matrix to the bytes of a storage format and back.
 
 A storage format has the same name as in `FrozenWeight.dtype`: "float32", "bfloat16", "q8_0", "q4_k", and so
-on. In this module, a row of "nf4" is its codes followed by its float32 absmax values, so that rows can be
-encoded one by one. No file stores NF4 in this way.
+on. In this module, an encoded row of "nf4" consists of the codes of the row, followed by the float32 absmax
+of each block in the row. So rows can be encoded one by one. No file stores NF4 in this way.
 """
 
 from collections.abc import Iterator
@@ -56,7 +56,7 @@ def row_blocks(rows: int, d_in: int) -> Iterator[slice]:
 
 
 def compute_dtype(storage: str) -> np.dtype[Any]:
-    """Return the dtype of `decode`'s exact result: float64 for float64 storage, else float32."""
+    """Return the dtype of the arrays that `decode` returns: float64 for float64 storage, else float32."""
     return np.dtype(np.float64 if storage == "float64" else np.float32)
 
 

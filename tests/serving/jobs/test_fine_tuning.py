@@ -233,7 +233,7 @@ def test_a_log_that_fails_ends_neither_a_request_nor_a_job(lm: nplora.LanguageMo
         raise BrokenPipeError("the terminal is closed")
 
     with (
-        pytest.warns(UserWarning, match="events of jobs are printed no more: BrokenPipeError: the terminal"),
+        pytest.warns(UserWarning, match="events of jobs are no longer printed: BrokenPipeError"),
         FineTuning(lm, tmp_path / "jobs", model="small", log=closed) as jobs,
     ):
         assert done(jobs, create(jobs))["status"] == "succeeded"

@@ -215,7 +215,7 @@ def test_a_file_name_is_never_a_path(idle: FineTuning, tmp_path: Path) -> None:
         (b"\xff\xfe\n", "mine.jsonl", "invalid_training_file", "mine.jsonl"),
         (b"not a table", "mine.parquet", "invalid_training_file", "mine.parquet"),
         (jsonl([{"prompt": "a", "chosen": "b", "rejected": "c"}]), "pairs.jsonl", "invalid_training_file",
-         "pairs.jsonl, line 1: has chosen and rejected"),
+         "pairs.jsonl, line 1: the row has chosen and rejected"),
     ],
     ids=["type", "json", "utf-8", "parquet", "pairs"],
 )  # fmt: skip

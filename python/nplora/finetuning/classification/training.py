@@ -234,7 +234,7 @@ def train_classifier(
         schedule: learning rate schedule: cosine, linear or constant.
         warmup: warm-up steps, in which the learning rate rises to its peak.
         weight_decay: weight decay of AdamW.
-        max_grad_norm: maximum norm of the gradients; larger gradients are scaled down to it.
+        max_grad_norm: maximum norm of the gradients; larger gradients are scaled down to this norm.
         epochs: passes over the data (default: 3, unless `steps` is given).
         steps: optimiser steps, instead of `epochs`.
         seed: random seed of the initial values, the dropout and the order of the data.
@@ -254,8 +254,8 @@ def train_classifier(
         resume: continue the run in the output directory; the results are bit for bit the same as without a
             stop.
         overwrite: delete the run and the adapter in the output directory.
-        distributed: what the processes that mpirun started do: mpi (train one adapter together, each on a
-            part of every step) or off (make a separate run each).
+        distributed: how the processes that mpirun started work: mpi (they train one adapter together, each on
+            a part of every step) or off (each process makes a separate run).
     Returns:
         the classifier, the report on the validation data, and the history; `print` shows them.
     Raises:

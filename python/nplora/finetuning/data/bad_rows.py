@@ -1,4 +1,4 @@
-"""BadRows: counts the rows that are skipped because they are wrong."""
+"""BadRows: counts the rows that are skipped because reading them failed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class BadRows:
         self.count, self.problems = 0, list[str]()
 
     def skip(self, error: FormatError, may_skip: bool = True) -> None:
-        """Count a row with this error. Raise the error if bad rows may not be skipped."""
+        """Count one bad row, and keep its error. If `may_skip` is False, raise the error instead."""
         if not may_skip:
             raise error
         self.count += 1
@@ -27,7 +27,7 @@ class BadRows:
             self.problems.append(str(error))
 
     def add(self, other: BadRows) -> None:
-        """Count the rows of another source too."""
+        """Add the number of bad rows of another source, and their errors."""
         self.count += other.count
         self.problems += other.problems[: _QUOTED - len(self.problems)]
 

@@ -20,15 +20,16 @@ class TokenBatches:
 
     With `batch_tokens`, the examples are shuffled with the seed and grouped into batches once. Each epoch
     then uses the same batches in another order, so all epochs have the same number of batches. With
-    `batch_examples`, each epoch forms new batches, unless the examples of a batch belong together
-    (`dataset.same_batches`). Any batch can be made without the batches before it.
+    `batch_examples`, each epoch groups the examples into new batches. If `dataset.same_batches` is set, all
+    epochs use the same batches, in another order. An epoch can begin with any batch, without computing the
+    batches before it.
 
     Args:
         dataset: the examples.
-        batch_tokens: maximum tokens in a batch; a longer example is a batch by itself.
+        batch_tokens: maximum tokens in a batch. An example with more tokens is the only example of its batch.
         batch_examples: number of examples in a batch; the last batch may have fewer. Set either
             `batch_examples` or `batch_tokens`.
-        shuffle: False keeps the order of the file in every epoch.
+        shuffle: whether the order is random. False: every epoch has the order of the file.
         seed: random seed for the order of the examples, at least 0.
     Attributes:
         length: the number of batches in an epoch.
@@ -82,7 +83,7 @@ class TokenBatches:
     def epoch(self, epoch: int, skip: int = 0) -> Iterator[tuple[PackedBatch, Any]]:
         """Make the batches of an epoch (counted from 0).
 
-        Each batch is paired with the additional inputs of the loss.
+        Yields pairs: a batch, and the additional inputs of the loss for this batch.
 
         Args:
             skip: number of batches to leave out at the start of the epoch.
@@ -141,7 +142,7 @@ class TokenBatches:
         return [*groups, order[begin:]]
 
     def _order(self, count: int, key: int) -> Array:
-        """A random permutation from the raw output of PCG64, which is the same in all versions of NumPy."""
+        """A random permutation from PCG64's raw output. It is the same in all versions of NumPy."""
         if not self.shuffle:
             return np.arange(count)
         stream = np.random.PCG64(np.random.SeedSequence(self.seed, spawn_key=(key,)))

@@ -27,11 +27,11 @@ class Builder(Generic[_Made]):
 
     Args:
         max_length, strict: as in `read_dataset`.
-        made: the class of the dataset, which defines the number of sequences of an example.
+        made: the class of the dataset. The class defines how many sequences an example has.
         unit: the name of an example in the report.
 
     Attributes:
-        bad: the rows of the current source that are skipped.
+        bad: the number and the errors of the bad rows of the current source.
         kind: the kind of the rows of the current source.
     """
 
@@ -51,7 +51,7 @@ class Builder(Generic[_Made]):
         self.kind = ""
 
     def begin(self, source: Source) -> None:
-        """Begin a source. Examples that are added after this call belong to this source."""
+        """Begin a source. All examples that are added after this call belong to `source`."""
         self._sources.append(source)
         self._first = self.stored
         self.bad, self._emptied_before, self.kind = BadRows(), self._emptied, ""
@@ -64,10 +64,10 @@ class Builder(Generic[_Made]):
     def add(self, sequences: list[Encoded], where: str, unused: bool = False) -> None:
         """Add the sequences of an example, cut to the maximum length.
 
-        The function `is_emptied` decides whether the example is left out.
+        If `is_emptied` is true for the sequences after the cut, the example is left out.
 
         Args:
-            unused: whether the row has tools or documents that are in none of the sequences.
+            unused: whether the row has tools or documents that no sequence contains.
         """
         give_way()
         cut = [self._cut(sequence, where) for sequence in sequences]
@@ -94,11 +94,11 @@ class Builder(Generic[_Made]):
         return Encoded(sequence.ids[:most], sequence.trained[:most])
 
     def end(self) -> None:
-        """End a source: repeat its examples according to its weight.
+        """Finish the current source: repeat its examples according to its weight.
 
         Raises:
-            DataError: the source has no examples, but must have some.
-            LimitError: the weight repeats the examples too often.
+            DataError: the source has no examples, unless it may be empty and no row was skipped or left out.
+            LimitError: the weight gives an epoch more than `MOST_EXAMPLES` examples.
         """
         source, added, reasons = self._sources[-1], range(self._first, self.stored), self._why()
         if not added and source.may_be_empty and not reasons:
@@ -126,7 +126,7 @@ class Builder(Generic[_Made]):
         if emptied := self._emptied - self._emptied_before:
             reasons.append(
                 f"{emptied} with nothing to train on within max_length={self._max_length}; "
-                "a larger maximum keeps more"
+                "with a larger maximum, fewer are left out"
             )
         return f": {', '.join(reasons)}" if reasons else ""
 
@@ -134,13 +134,13 @@ class Builder(Generic[_Made]):
         """The dataset of all sources.
 
         Raises:
-            DataError: the weights leave no example.
+            DataError: the weights are so small that an epoch has no examples.
         Warns:
-            UserWarning: some rows have messages, reasoning, tools or documents that the model does not see.
+            UserWarning: some rows have messages, reasoning, tools or documents that are not in the tokens.
         """
         source = ", ".join(source.name for source in self._sources)
         if not self._order:
-            raise DataError(f"{source}: the weights leave no example")
+            raise DataError(f"{source}: the weights are so small that an epoch has no examples")
         # Views of the collected values, because copies would double the memory of a large data set.
         ids, starts, order = (
             np.frombuffer(values, type_)
@@ -168,22 +168,22 @@ class Builder(Generic[_Made]):
 
 
 def warn_of_unused(source: str, count: int, unit: str = "example") -> None:
-    """Warn if a part of some rows does not reach the model.
+    """Warn if some rows have messages, reasoning, tools or documents that are not in the tokens.
 
     Args:
-        count: the number of examples with such a part.
+        count: the number of examples of such rows.
     """
     if count:
         warn_user(
-            f"{source}: {counted(count, unit)} with messages, reasoning, tools or documents that the chat "
-            "template leaves out: the model does not see them"
+            f"{source}: in {counted(count, unit)}, the chat template leaves out messages, reasoning, tools "
+            "or documents: the model does not see them"
         )
 
 
 def copies(weight: float, tokens: array.array[int]) -> int:
-    """How often an epoch uses an example.
+    """How many times an epoch uses an example.
 
-    If the weight has a fraction, a hash of the tokens decides whether the example is used once more.
+    If the weight is not a whole number, a hash of the tokens decides whether the example is used once more.
     """
     whole, fraction = divmod(weight, 1)
     if not fraction:
@@ -193,7 +193,10 @@ def copies(weight: float, tokens: array.array[int]) -> int:
 
 
 def is_emptied(cut: list[Encoded], whole: list[Encoded]) -> bool:
-    """Whether an example is left out because of a cut: a sequence has nothing to train, or all are equal."""
+    """Whether an example is left out because it was cut.
+
+    It is left out if, after the cut, a sequence has no trained token, or all its sequences are equal.
+    """
     is_cut = any(len(one.ids) < len(before.ids) for one, before in zip(cut, whole, strict=True))
     return is_cut and (not all(any(one.trained[1:]) for one in cut) or _are_equal(cut))
 

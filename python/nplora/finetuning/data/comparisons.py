@@ -29,11 +29,12 @@ Labelled = tuple[Array, Array]  # ids and labels of a sequence
 
 @dataclass(frozen=True)
 class Answers:
-    """What a loss of pairs needs in addition to a batch.
+    """The inputs that a loss over pairs needs in addition to a batch.
 
     Attributes:
         is_answer: for each token of the batch, whether the next token belongs to an answer.
-        tokens_per_pair: the mean number of trained tokens of a chosen sequence, over the whole data set.
+        tokens_per_pair: the number of trained tokens of a chosen sequence, averaged over all pairs of the
+            data set.
     """
 
     is_answer: Array
@@ -41,8 +42,8 @@ class Answers:
 
 
 class PairDataset(Stored):
-    """Pairs of answers to one prompt. A pair has two sequences: the prompt with the chosen answer, and the
-    prompt with the rejected answer."""
+    """Pairs: a chosen and a rejected answer to the same prompt. A pair has two sequences: the prompt with the
+    chosen answer, and the prompt with the rejected answer."""
 
     sequences = 2
 
@@ -62,7 +63,7 @@ class PairDataset(Stored):
 
 
 class LearnedPairs(PairDataset):
-    """Pairs for ORPO, which also trains the whole chosen sequence, including the prompt."""
+    """Pairs for ORPO. ORPO also trains the whole chosen sequence, including the prompt."""
 
     def batch(self, indices: Array) -> tuple[PackedBatch, Answers]:
         _, answers = super().batch(indices)
@@ -82,7 +83,8 @@ class Judgements:
 
     Attributes:
         good: whether each answer is good.
-        mismatched: each prompt with an answer to another prompt; empty if the loss needs no such pairs.
+        mismatched: a batch of mismatched pairs: each prompt with an answer to another prompt. The batch is
+            empty if the loss needs no mismatched pairs.
     """
 
     good: Array
@@ -92,11 +94,12 @@ class Judgements:
 class JudgedDataset(Stored):
     """Answers that were judged as good or bad.
 
-    Each prompt is also paired with the answer of another example: the nearest earlier example of the batch
-    that has another prompt. If all prompts of the batch are equal, the whole data set is searched. A search
-    that reaches the beginning continues at the end. The mean log-ratio of these mismatched pairs estimates
-    the KL divergence from the reference. The batches are the same in all epochs, so the log-probabilities of
-    the reference are computed only once.
+    The prompt of each example also forms a mismatched pair with an answer to another prompt. It is the
+    answer of the nearest earlier example of the batch that has another prompt. A search that reaches the
+    beginning of the batch continues at its end. If all prompts of the batch are equal, the whole data set is
+    searched in the same way. The mean of log(p / p_reference) over the mismatched pairs estimates the KL
+    divergence of the model from the reference. The batches are the same in all epochs, so the
+    log-probabilities of the reference are computed only once.
 
     Attributes:
         good: for each stored example, whether the answer is good.
@@ -127,7 +130,7 @@ class JudgedDataset(Stored):
         return bool((self._prompts != self._prompts[0]).any())
 
     def _others(self, indices: Array) -> Array:
-        """For each prompt of a batch, the example that provides the answer of its mismatched pair."""
+        """For each example of a batch, the index of the example whose answer its mismatched pair uses."""
         found = _before_with_another(self._prompts[indices])
         return self._others_in_data[indices] if found is None else indices[found]
 
@@ -139,7 +142,7 @@ class JudgedDataset(Stored):
 
     @functools.cached_property
     def _prompts(self) -> Array:
-        """For each example, the number of its prompt: equal prompts have the same number."""
+        """An integer for the prompt of each example: equal prompts have the same integer."""
         numbers = dict[bytes, int]()
         stored = []
         for number in range(len(self.good)):
@@ -161,12 +164,12 @@ class JudgedDataset(Stored):
 
 
 def _first_trained(labels: Array) -> int:
-    """The number of tokens before the first trained token, at least 1."""
+    """The index of the first trained token, at least 1: the token at index 0 is never trained."""
     return 1 + int(np.argmax(labels[1:] >= 0))
 
 
 def _before_with_another(values: Array) -> Array | None:
-    """For each position, the nearest earlier position with another value; None if all values are equal.
+    """For each position, the nearest earlier position whose value is different; None if all values are equal.
 
     The positions form a circle: the last position comes before the first.
     """
@@ -207,12 +210,12 @@ def read_judged(
     objective: str,
     mismatches: bool,
 ) -> JudgedDataset:
-    """The judged answers of all sources. In a pair, the chosen answer is good, and the rejected one is bad.
+    """The judged answers of all sources. The chosen answer of a pair counts as good.
 
     Args:
-        mismatches: whether the loss needs prompts with answers to other prompts.
-    Raises the same errors as `read_dataset`, and a DataError if the rows have no judgement, or if they have
-    only one prompt and the loss needs several.
+        mismatches: whether the loss needs mismatched pairs: prompts with answers to other prompts.
+    Raises the same errors as `read_dataset`, and a DataError if the rows have no judgement, or if all rows
+    have the same prompt and the loss needs mismatched pairs.
     """
     builder = _JudgedBuilder(options.max_length, options.strict, JudgedDataset, "answer")
     _read(op, builder, sources, tokenizer, options, _Wanted(objective, ("kto", "preference")), _each)
@@ -222,8 +225,8 @@ def read_judged(
     if mismatches and not dataset.has_other_prompts:
         raise DataError(
             f"{dataset.report.source}: {counted(len(dataset), 'answer')} to one prompt, expected at least "
-            "two different prompts: loss_type 'kto' compares each prompt with the answer to another one; "
-            "'apo_zero_unpaired' does not"
+            "two different prompts: loss_type 'kto' compares each prompt with an answer to another prompt; "
+            "loss_type 'apo_zero_unpaired' works with one prompt"
         )
     return dataset
 
@@ -258,7 +261,8 @@ class _Wanted:
     def require(self, kind: Kind, where: str) -> None:
         if kind.name not in self.kinds:
             raise DataError(
-                f"{where}: has {kind.fields}; objective {self.objective!r} needs rows with {self.fields}"
+                f"{where}: the row has {kind.fields}; objective {self.objective!r} needs rows with "
+                f"{self.fields}"
             )
 
 
@@ -288,6 +292,6 @@ def _whole(_: Example, sequences: list[Encoded]) -> list[list[Encoded]]:
 
 
 def _each(example: Example, sequences: list[Encoded]) -> list[list[Encoded]]:
-    """Each answer of a row is an example."""
+    """Make an example of each answer of a row."""
     good = [example.good] if isinstance(example, Judged) else [True, False]
     return [[dataclasses.replace(one, good=is_good)] for one, is_good in zip(sequences, good, strict=True)]

@@ -1,4 +1,4 @@
-"""Dataset: the examples of a file as tokens, a mark for each trained token, and a report on the file."""
+"""Dataset: the examples of a file as tokens, which of these tokens are trained, and a report on the file."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class Dataset(Stored, Sequence[tuple[Array, Array]]):
         return self._labelled(int(self._order[range(len(self))[index]]))
 
     def batch(self, indices: Array) -> tuple[PackedBatch, Array]:
-        """The examples with these indices as one batch, and its targets.
+        """Pack the examples with these indices into one batch. Return the batch and its targets.
 
         >>> lm = nplora.load_model("model.gguf")
         >>> dataset = nplora.data.read_dataset("train.jsonl", lm.tokenizer)
@@ -100,7 +100,7 @@ class ReadOptions:
             if name not in FIELDS:
                 near = nearest_names(str(name), FIELDS, 1)
                 possible = f"did you mean {near[0]!r}?" if near else f"possible: {', '.join(FIELDS)}"
-                raise ValueError(f"{op}: columns names {brief(name)}, which no format has; {possible}")
+                raise ValueError(f"{op}: columns has the key {brief(name)}, which no format has; {possible}")
 
 
 def read_dataset(
@@ -119,12 +119,12 @@ def read_dataset(
 
     - {"messages": [{"role": …, "content": …}]}: the chat template writes the messages. The assistant's turns
       are trained.
-    - {"messages": …, "tools": […], "documents": […]}: the chat template also gets the tools and the
-      documents, as in transformers.
+    - {"messages": …, "tools": […], "documents": […]}: the tools and the documents are passed to the chat
+      template too, as in transformers.
     - {"conversations": [{"from": …, "value": …}]} (ShareGPT): the same as messages. The row may also have
       "system" and "tools".
     - {"instruction": …, "input": …, "output": …} (Alpaca): a chat. If the model has no chat template, the
-      prompt is worded as in Stanford Alpaca. "input", "system" and "history" may be missing.
+      prompt has the wording of Stanford Alpaca. "input", "system" and "history" may be missing.
     - {"prompt": "…", "completion": "…"}: both texts are joined and end with EOS. The completion and EOS are
       trained.
     - {"prompt": […], "completion": […]}: lists of messages. The assistant's turns in the completion are
@@ -142,25 +142,26 @@ def read_dataset(
               .json file holds an array, or an object with an array as its "data".
             - rows: an iterable of dictionaries, a data frame of pandas or polars, or a `Dataset` of Hugging
               Face.
-            - a list of paths, or of pairs (path, weight). An epoch has each example of a file `weight` times.
-              With a weight of 1.5, an epoch has about half of the examples twice, and every epoch has the
-              same examples.
+            - a list of paths, or of pairs (path, weight). An epoch contains each example of a file `weight`
+              times. With a weight of 1.5, an epoch contains about half of the examples twice and the others
+              once. Every epoch contains the same examples.
         tokenizer: the model's tokenizer, or the model.
         max_length: maximum tokens of an example; longer examples are cut. A plain text requires max_length.
-        learn: "completion" trains the tokens that are listed above; "all" trains all tokens.
+        learn: "completion" trains the tokens that the list above calls trained; "all" trains all tokens.
         format: format of the rows: "messages", "sharegpt", "alpaca", "completion" or "text"; None: the fields
             decide.
-        columns: maps names that are listed above to names of fields in the data: {"prompt": "question"}.
+        columns: a dict from field names of the list above to field names in the data: {"prompt": "question"}.
         chat: write prompts and completions with the chat template, as messages of the user and the assistant.
         skip_bad: skip bad rows, and count them.
         strict: refuse an example of more than max_length tokens.
     Raises:
-        DataError: the file has no rows, no token can be trained, or a row is wrong. A row is wrong if its
-            fields fit no format, two formats, or a format that differs from that of the rows before; if a
-            field is missing, empty or of another type; if a role is unknown or out of order; if a tool call
-            has no name; or if a weight is neither 0 nor 1, or belongs to a message that is not the
-            assistant's. The error message names the file and the line.
-        LimitError: a line is too long, its JSON exceeds a limit, or a weight repeats examples too often.
+        DataError: the file has no rows, no token can be trained, or a row is wrong. The error message names
+            the file and the line. A row is wrong in these cases: its fields fit no format, two formats, or
+            another format than the earlier rows; a field is missing or empty, or has a wrong type; a role is
+            unknown or out of order; a tool call has no name; a weight is neither 0 nor 1, or is in a message
+            that is not the assistant's.
+        LimitError: a line is too long, its JSON exceeds a limit, or a weight gives an epoch too many
+            examples.
         UnsafeError, FormatError: the model's chat template is invalid.
         ValueError: an argument is out of range, or the model has no EOS token or no chat template.
         ModuleNotFoundError: the package `pyarrow` is needed and not installed.
@@ -243,8 +244,8 @@ def add_rows(
     """Add the rows of a source.
 
     Args:
-        require: a function that takes the kind of a row and its file and line, and raises a DataError if the
-            objective does not read rows of this kind.
+        require: a function that is called with the kind of a row, and with the file and line of the row. The
+            function raises a DataError if the objective does not read rows of this kind.
         examples_of: a function that divides the sequences of a row into examples.
     """
     encoder = Encoder(tokenizer, options.learn == "all", options.max_length, options.chat)
@@ -267,7 +268,7 @@ def add_rows(
 
 
 def forgotten_in(row: Row, example: Example, unread: dict[str, Any], options: ReadOptions) -> str | None:
-    """The field that probably holds the prompt, if the row is a comparison without a field named prompt."""
+    """The name of the field that probably holds the prompt of a comparison without a prompt, or None."""
     if not isinstance(example, Preference) or row.values.get(options.columns.get("prompt", "prompt")):
         return None
     return forgotten_prompt(example, unread)
@@ -277,26 +278,28 @@ def without_prompt_words(names: Mapping[str, int]) -> str:
     """A warning that some comparisons have no prompt.
 
     Args:
-        names: the fields that probably hold the prompt, each with the number of its rows.
+        names: a dict from the fields that probably hold the prompt to the number of rows with this field.
     """
     rows, likely = counted(sum(names.values()), "row"), max(names, key=lambda name: names[name])
-    return f"{rows} with chosen and rejected, but without a prompt; {renaming('prompt', likely)}"
+    return f"found no prompt in {rows} with chosen and rejected; {renaming('prompt', likely)}"
 
 
 def _require_one_answer(kind: Kind, where: str) -> None:
     if kind.name in ("preference", "kto"):
         objective = "dpo" if kind.name == "preference" else "kto"
         ignoring = (
-            "; --format messages, sharegpt, alpaca or completion, whichever fits the row, ignores the label"
+            "; to ignore the label, set --format to the format of the row: messages, sharegpt, alpaca or "
+            "completion"
         )
         ignoring = "" if objective == "dpo" else ignoring
         raise DataError(
-            f"{where}: has {kind.fields}, a comparison; expected one answer to learn. Rows like this are for "
-            f"finetune --objective {objective} (objective={objective!r}){ignoring}"
+            f"{where}: the row has {kind.fields}, so it is a comparison; expected one answer to learn. "
+            f"To train on comparisons, use finetune --objective {objective} "
+            f"(objective={objective!r}){ignoring}"
         )
     if kind.name == "choice":
         raise DataError(
-            f"{where}: has {kind.fields}, a question for `nplora eval`; expected one answer to learn"
+            f"{where}: the row has {kind.fields}, so it is for `nplora eval`; expected one answer to learn"
         )
 
 
@@ -310,7 +313,7 @@ def kind_of(
     options: ReadOptions,
     require: Callable[[Kind, str], None] = _require_one_answer,
 ) -> Kind:
-    """The kind of a row, which must be the same as the kind of the earlier rows.
+    """Find the kind of a row, and check that it is the kind of the earlier rows.
 
     Raises the error that occurred when the row was read, or a DataError.
     """
@@ -323,9 +326,9 @@ class Parsed(NamedTuple):
     Attributes:
         kind: the kind of the row.
         example: the content of the row.
-        lacks_context: whether the row has tools or documents that the example lacks.
-        unread: the fields, except tools and documents, that are not used and not empty, by their names in the
-            data.
+        lacks_context: whether the row has tools or documents that are not in the example.
+        unread: the fields that are not used, not empty, and neither tools nor documents: a dict from the name
+            of the field in the data to its value.
     """
 
     kind: Kind
@@ -340,7 +343,7 @@ def parsed(
     """Find the kind of a row, as `kind_of` does, and read its fields.
 
     Args:
-        before: the kind of the rows before; None: any.
+        before: the kind of the earlier rows; None: the row may be of any kind.
         require: as in `add_rows`; None: rows of every kind are read.
     Raises the error that occurred when the row was read, or a DataError.
     """
@@ -364,7 +367,7 @@ def _kind_and_values(
         require(kind, row.where)
     if before is not None and before is not kind:
         raise DataError(
-            f"{row.where}: has {kind.fields}, and the rows before have {before.fields}; "
-            "expected one format in a file"
+            f"{row.where}: the row has {kind.fields}, but the earlier rows have {before.fields}; "
+            "expected one format in the whole file"
         )
     return kind, values

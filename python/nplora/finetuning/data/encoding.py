@@ -25,7 +25,7 @@ from nplora.tokenizer import Tokenizer
 from nplora.tokenizer.chat_template import RefusedChatError
 
 LEARN = ("completion", "all")
-_NOTHING = "nothing to train on, expected an assistant turn of weight 1 with a token before it"
+_NOTHING = "nothing to train on, expected an assistant turn of weight 1 after at least one token"
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Encoded:
 
     Attributes:
         ids: the tokens.
-        trained: whether each token is trained.
+        trained: for each token, whether it is trained.
         unused: whether the example has messages, reasoning, tools or documents that the template leaves out.
         is_chat: whether the chat template wrote the sequence.
         good: whether the sequence was judged to be a good answer.
@@ -69,7 +69,7 @@ class Encoder:
         self._most = None if max_length is None else max_length + 1
 
     def encode(self, example: Example, where: str) -> list[Encoded]:
-        """The sequences of an example: the chosen and the rejected one of a preference, or a single one.
+        """The sequences of an example. A preference has two: chosen and rejected. Any other example has one.
 
         Raises:
             DataError: nothing can be trained, both answers of a preference have the same tokens, or the chat
@@ -98,7 +98,7 @@ class Encoder:
         return sequences
 
     def text_parts(self, texts: Iterable[str]) -> Iterator[list[int]]:
-        """The tokens of each part of one text, then EOS."""
+        """Encode a text that is given in parts. Yield the tokens of each part, then EOS."""
         for index, text in enumerate(texts):
             encode = self._tokenizer.encode_continuation if index else self._tokenizer.encode_prompt
             yield encode(text)
@@ -113,14 +113,17 @@ class Encoder:
         return self._completion(example, where)
 
     def _completion(self, example: Completion, where: str) -> Encoded:
-        """Encode prompt and completion as one text, or as two if joining changes the tokens of the prompt."""
+        """Encode the prompt and the completion as one text.
+
+        If the prompt would then have other tokens than alone, encode the two texts separately.
+        """
         prompt, completion = example.prompt, example.completion
         before, ids = (
             self._tokenizer.encode_prompt(prompt, self._most),
             self._tokenizer.encode_prompt(prompt + completion, self._most),
         )
         if not before:
-            raise DataError(f"{where}: prompt is empty, and the model has no BOS token to begin with")
+            raise DataError(f"{where}: prompt is empty, but a model without a BOS token needs a prompt")
         if ids[: len(before)] != before:
             ids = before + self._tokenizer.encode_continuation(completion, self._most)
         ids.append(self._eos)
@@ -171,7 +174,7 @@ def _require_calls(message: Message, lost: list[int], where: str) -> None:
 
 
 def _unusual_order(messages: list[Message]) -> str:
-    """Describe the first message whose role many templates refuse at its position; "" if there is none."""
+    """Describe the first message with a role that many templates refuse there; "" if there is none."""
     before: str | None = None
     for number, message in enumerate(messages, 1):
         role = message["role"]

@@ -28,7 +28,7 @@ class Text:
 
 @dataclass(frozen=True)
 class Completion:
-    """A prompt as plain text, and its completion."""
+    """A prompt and its completion. Both are plain texts."""
 
     prompt: str
     completion: str
@@ -55,7 +55,8 @@ class Chat:
     prompt: int = 0
 
     def is_trained(self, index: int) -> bool:
-        """Whether a message is trained: an assistant's message after the prompt, whose weight is not 0."""
+        """Whether a message is trained: an assistant's message that follows the prompt, unless its weight
+        is 0."""
         message = self.messages[index]
         return message["role"] == "assistant" and index >= self.prompt and message.get("weight") != 0
 
@@ -79,7 +80,7 @@ class Instruction:
         return Chat([{"role": role, "content": content} for role, content in turns])
 
     def as_completion(self) -> Completion:
-        """The instruction in the words of Stanford Alpaca, for a model without a chat template."""
+        """The instruction with the wording of Stanford Alpaca, for a model without a chat template."""
         before = "".join(f"{_alpaca(question, '')}{answer}\n\n" for question, answer in self.history)
         system = f"{self.system}\n\n" if self.system else ""
         return Completion(f"{system}{before}{_alpaca(self.instruction, self.input)}", self.output)

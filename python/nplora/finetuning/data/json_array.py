@@ -16,17 +16,17 @@ _NEXT = json.JSONDecoder()
 
 
 def elements(parts: Iterator[bytes], name: str, most: int) -> Iterator[bytes]:
-    """The elements of the array in a text: the text is `[…]`, or an object with the array as its "data".
+    """The elements of the array in a JSON text: an array, or an object with an array as its "data".
 
-    The elements are not parsed. The part of an object after the array is not parsed either.
+    The elements are not parsed, and neither is the rest of an object after its array.
 
     Args:
-        parts: the text. The array must begin within the first megabyte.
+        parts: the text. The array must begin within the first megabyte of the text.
         name: the name of the text, for messages.
-        most: the largest number of bytes of an element.
+        most: the largest number of bytes that an element may have.
     Raises:
-        DataError: the text is neither an array nor an object with an array, the end of the array or of the
-            object is missing, or more text follows.
+        DataError: the text is neither an array nor an object with an array; the array or the object does not
+            end; or the text continues after this end.
         LimitError: an element is too long.
     """
     joined = bytearray()
@@ -57,7 +57,7 @@ def elements(parts: Iterator[bytes], name: str, most: int) -> Iterator[bytes]:
             return
         held += text[start:]
         if len(held) > most:
-            raise LimitError(f"{name}, row {number + 1}: more than {most:,} bytes, the limit for a row")
+            raise LimitError(f"{name}, row {number + 1}: the row has more than {most:,} bytes")
         part = next(parts, None)
     raise DataError(f"{name}: the array does not end")
 
@@ -80,7 +80,7 @@ def _after_object(rest: Iterator[bytes], name: str) -> Iterator[bytes]:
 
 
 def _require_blank(rest: Iterator[bytes], name: str, before: str) -> None:
-    """Read the rest of a text, which must be white space."""
+    """Check that the rest of a text is white space."""
     for part in rest:
         if part.strip():
             raise _follows(part, name, before)
@@ -91,7 +91,7 @@ def _follows(text: bytes, name: str, before: str) -> DataError:
 
 
 def _begin(head: bytes, name: str) -> tuple[int, bool]:
-    """The position of the first element, and whether the array is in an object."""
+    """The position after the "[" of the array, and whether the array is in an object."""
     text = head.removeprefix(b"\xef\xbb\xbf").decode("utf-8", "surrogateescape")
     before = len(head) - len(text.encode("utf-8", "surrogateescape"))
     place = _skip(text, 0)
@@ -118,12 +118,12 @@ def _begin(head: bytes, name: str) -> tuple[int, bool]:
         shown = brief(text.lstrip()[:40].encode("utf-8", "surrogateescape").decode(errors="replace"))
         lines = "; a file with an object on each line is .jsonl" * is_object
         raise DataError(
-            f'{name}: begins with {shown}, expected an array, or an object with "data": an array{lines}'
+            f'{name}: begins with {shown}, expected an array, or an object with an array as its "data"{lines}'
         )
     return before + len(text[: place + 1].encode("utf-8", "surrogateescape")), is_object
 
 
 def _skip(text: str, place: int) -> int:
-    """The position after white space."""
+    """The position of the first character, from `place` on, that is not white space."""
     found = _SPACE.match(text, place)
     return found.end() if found else place

@@ -17,7 +17,7 @@ class Kind:
     """A kind of rows.
 
     Attributes:
-        name: its name in the option `format`.
+        name: the value of the option `format` for this kind.
         fields: the fields of a row of this kind, as error messages name them.
         known_by: a row that has one of these fields is of this kind.
         parse: makes an example from the fields of a row.
@@ -58,7 +58,7 @@ _EXPECTED = (
 
 
 def recognise(values: Mapping[str, Any], where: str) -> Kind:
-    """The kind of a row, by the names of its fields.
+    """Find the kind of a row from the names of its fields.
 
     Raises:
         DataError: the fields belong to no kind, or to two kinds.
@@ -69,8 +69,8 @@ def recognise(values: Mapping[str, Any], where: str) -> Kind:
     if len(found) > 1:
         (one, first), (other, second) = list(found.items())[:2]
         raise DataError(
-            f"{where}: the row has both {first} and {second}, expected only one of them; --format {one} "
-            f"or {other} (format={one!r} or {other!r}) decides"
+            f"{where}: the row has both {first} and {second}, expected only one of them; set --format to "
+            f"{one} or {other} (format={one!r} or {other!r})"
         )
     if not found:
         raise DataError(
@@ -80,9 +80,10 @@ def recognise(values: Mapping[str, Any], where: str) -> Kind:
 
 
 def _renames(names: list[str]) -> str:
-    """The end of a message about a row of no kind: how to rename its fields.
+    """The end of the message for a row that is of no kind. It says how to rename fields.
 
-    If the row has a field with a usual name of a question and one of an answer, the message names both.
+    If two fields have usual names of a question and of an answer, the message says how to rename these
+    fields.
     """
     prompt, answer = (
         next((n for n in known if n in names), None) for known in (preferences.PROMPTS, _ANSWERS)
@@ -91,15 +92,16 @@ def _renames(names: list[str]) -> str:
         return "--columns OURS=THEIRS (columns={'OURS': 'THEIRS'}) renames fields"
     columns = {"prompt": prompt, "completion": answer}
     return (
-        f"--columns prompt={prompt},completion={answer} (columns={columns}) reads {prompt!r} and {answer!r}"
+        f"--columns prompt={prompt},completion={answer} (columns={columns}) reads the fields "
+        f"{prompt!r} and {answer!r}"
     )
 
 
 def _kinds_with(names: list[str], is_judged: bool) -> dict[str, str]:
-    """The kinds that fields with these names may belong to, each with the field that identifies it.
+    """The kinds that a row with these fields may have: a dict from each kind to the field that shows it.
 
     Args:
-        is_judged: whether the row has a label that is true or false. Any other label, which may be a topic,
+        is_judged: whether the row has a label that is true or false. Any other label may be a topic: it
             counts as a judgement only if the row has a completion.
     """
     found = {kind.name: name for kind in KINDS for name in reversed(kind.known_by) if name in names}
@@ -114,23 +116,25 @@ def _kinds_with(names: list[str], is_judged: bool) -> dict[str, str]:
 
 
 def renamed(values: dict[str, Any], columns: Mapping[str, str], where: str) -> dict[str, Any]:
-    """The row with its fields renamed to our names. `columns` maps each of our names to the name in the row.
+    """Rename the fields of a row. `columns` maps the names that the formats use to the names in the row.
 
     Raises:
-        DataError: the row does not have such a field.
+        DataError: the row lacks a field to be renamed.
     """
     if not columns:
         return values
     for theirs in columns.values():
         if theirs not in values:
-            raise DataError(f"{where}: has no {theirs!r}, which columns names; it has {brief(list(values))}")
+            raise DataError(
+                f"{where}: the row has no field {theirs!r} of columns; it has {brief(list(values))}"
+            )
     others = {k: v for k, v in values.items() if k not in columns and k not in columns.values()}
     return others | {ours: values[theirs] for ours, theirs in columns.items()}
 
 
 def lacks_context(values: Mapping[str, Any], example: Example) -> bool:
-    """Whether a row has tools or documents that its example lacks. Only examples with messages have tools or
-    documents."""
+    """Whether a row has tools or documents that are not in its example. Only an example with messages can
+    have them."""
     answer: object = example
     if isinstance(example, Preference):
         answer = example.chosen

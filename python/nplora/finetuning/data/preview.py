@@ -52,7 +52,7 @@ class Example:
         where: the file and line of the example.
         name: "chosen" or "rejected" for an answer of a pair, "good" or "bad" for a judged answer, "" for any
             other example.
-        pieces: the pieces of the text; for each piece, whether it is trained.
+        pieces: the text, divided into pieces. Each piece is a pair: a text, and whether this text is trained.
         tokens, trained: the number of tokens, and the number of tokens that count in the loss.
     """
 
@@ -81,13 +81,13 @@ class Example:
 
 @dataclass(frozen=True)
 class Part:
-    """The examples to train on, or those to evaluate on.
+    """A summary of the examples to train on, or of the examples to evaluate on.
 
     Attributes:
         source: the files.
         kinds: the formats of the rows.
         examples: the number of examples. A pair is one example.
-        epoch: the number of examples in an epoch: examples that are left out do not count, and examples that
+        epoch: the number of examples in an epoch. Examples that are left out do not count, and examples that
             a weight repeats count several times.
         lengths: the number of tokens of each sequence before it is cut. A pair has two sequences.
         trained: the number of tokens that count in the loss, before examples are cut.
@@ -97,9 +97,9 @@ class Part:
             on or both answers of a pair are the same.
         unused: the number of examples with messages, reasoning, tools or documents that the chat template
             leaves out.
-        unread: the fields that are not used, each with the number of rows that have it.
-        without_prompt: for comparisons without a prompt, the fields that probably hold the prompt, each with
-            the number of its rows.
+        unread: a dict from each field that is not used to the number of rows with this field.
+        without_prompt: for comparisons without a prompt: a dict from each field that probably holds the
+            prompt to the number of rows with this field.
         repeated: the number of examples that repeat an earlier example.
         bad: the number of bad rows.
         problems: the errors of the first few bad rows.
@@ -137,10 +137,11 @@ class Preview:
     (16, 0, 0)
 
     Attributes:
-        train, valid: the examples to train on, and those to evaluate on, if any.
+        train, valid: summaries of the examples to train on and of the examples to evaluate on; `valid` is
+            None if there are none.
         max_length: the maximum length, to which examples are cut.
         examples: the first examples to train on.
-        shared: the number of validation examples that are also training examples.
+        shared: the number of validation examples that are equal to a training example.
     """
 
     train: Part
@@ -153,8 +154,8 @@ class Preview:
         """Check that there are training examples and, if validation data are given, validation examples.
 
         Raises:
-            DataError: all rows are bad, are left out, or are for `nplora eval` alone; or the weights leave
-                nothing to train on.
+            DataError: all rows are bad, left out, or only for `nplora eval`; or the weights are so small that
+                an epoch has no examples.
         """
         for part in (self.train, self.valid):
             if part is not None and not part.usable:
@@ -164,7 +165,7 @@ class Preview:
         if self.train.kinds == ("choice",):
             raise DataError(f"{self.train.source}: no row can be used: {_PURPOSE['choice']}")
         if not self.train.epoch:
-            raise DataError(f"{self.train.source}: with the weights, an epoch has 0 examples")
+            raise DataError(f"{self.train.source}: the weights are so small that an epoch has no examples")
 
     def text(self, colour: bool = False) -> str:
         """The preview as text. With `colour`, the trained parts are green, for a terminal."""
@@ -173,7 +174,7 @@ class Preview:
             blocks.append(_summary(self.valid, self.max_length))
             if self.shared:
                 blocks.append(
-                    f"found in the training data: {counted(self.shared, 'example')} of the "
+                    f"the training data contain {counted(self.shared, 'example')} of the "
                     f"{self.valid.examples:,} to evaluate on, so the validation loss is too low"
                 )
         blocks.append("\n".join(_histogram(self.train.lengths)))
@@ -206,7 +207,7 @@ def preview(
 
     Args:
         data, tokenizer, format, columns, chat, max_length, learn: as for `read_dataset`. The rows may also be
-            comparisons. A plain text is shown in the windows that `finetune` trains on.
+            comparisons. A plain text is divided into the same windows as in `finetune`.
         valid: rows to evaluate on. The preview counts the validation rows that are also in `data`.
         valid_split: share of the examples to hold out, as for `finetune`.
         examples: how many of the first examples are shown.
@@ -254,7 +255,10 @@ def preview(
 
 @dataclass(frozen=True)
 class _Found:
-    """A row without an error: its file and line, its kind, its sequences, and its judgement, if any."""
+    """A row without an error, or a window of a plain text.
+
+    `where` is its file and line. `good` is its judgement; None: it was not judged.
+    """
 
     where: str
     kind: str
@@ -267,7 +271,7 @@ class _Found:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The names of the sequences."""
+        """The name of each sequence."""
         if self.good is not None:
             return ("good" if self.good else "bad",)
         return ("chosen", "rejected") if self.kind == "preference" else ("",)
@@ -286,7 +290,7 @@ class _Reader:
         self._encoder = Encoder(tokenizer, options.learn == "all", None, options.chat)
 
     def read(self, sources: list[Source], shown: int) -> tuple[Part, dict[bytes, int], tuple[Example, ...]]:
-        """The summary, the number of times that each example occurs, and the first examples."""
+        """Return a summary, the number of occurrences of the hash of each example, and the first examples."""
         lengths, seen, examples, bad = list[int](), dict[bytes, int](), list[Example](), BadRows()
         count = epoch = trained = cut = lost = emptied = unused = 0
         kinds, unread, without_prompt = dict[str, None](), Counter[str](), Counter[str]()
@@ -365,18 +369,16 @@ def _summary(part: Part, max_length: int) -> str:
     lines += [f"  {_PURPOSE[kind]}" for kind in part.kinds if kind in _PURPOSE]
     if part.cut:
         lines.append(
-            f"  {counted(part.cut, unit)} longer than {max_length:,} tokens: cut, without the last "
+            f"  {counted(part.cut, unit)} longer than {max_length:,} tokens: cut, which removes "
             f"{part.lost:,} of {tokens:,} tokens"
         )
     if part.emptied:
-        lines.append(f"  {counted(part.emptied, unit)} with nothing to train on after the cut: left out")
+        lines.append(f"  {counted(part.emptied, unit)} left out: nothing to train on after the cut")
     if part.repeated:
         lines.append(f"  {counted(part.repeated, unit)} already there before")
     if part.unused:
         examples = counted(part.unused, unit)
-        lines.append(
-            f"  {examples} with messages, reasoning, tools or documents that the template leaves out"
-        )
+        lines.append(f"  the chat template leaves out messages, reasoning, tools or documents of {examples}")
     if part.unread:
         shown = [f"{brief(name)} of {counted(count, 'row')}" for name, count in part.unread.items()]
         more = f", and {len(shown) - _FIELDS:,} more" if len(shown) > _FIELDS else ""

@@ -1,7 +1,7 @@
 """Rows of files of training data, each with its place in the file.
 
-Files are read in parts. A wrong line is a DataError, and a line over a limit is a LimitError. The messages of
-DataError and LimitError name the file and the line.
+Files are read in parts of limited size. A wrong line causes a DataError, and a line over a limit causes a
+LimitError. The messages of DataError and LimitError name the file and the line.
 """
 
 import csv
@@ -37,7 +37,8 @@ class Row:
     Attributes:
         where: the file and line of the row, for messages.
         values: the fields of the row; empty if there is an error.
-        lines: the file, and the line of the first item of each list, if every item has a line of its own.
+        lines: for a sentence of a CoNLL file, in which every word has its own line: the name of the file, and
+            the line of the first word. Otherwise None.
     """
 
     where: str
@@ -54,7 +55,7 @@ class Row:
 
 
 def read_rows(path: StrPath) -> Iterator[Row]:
-    """The rows of a file. The parts of a plain text are rows {"text": ...}.
+    """The rows of a file. A plain text gives rows {"text": ...}, one for each part of the text.
 
     Raises:
         DataError: the suffix is unknown, or the file cannot be divided into rows.
@@ -69,7 +70,7 @@ def read_rows(path: StrPath) -> Iterator[Row]:
 
 
 def suffix_of(path: StrPath) -> str:
-    """The suffix that decides how a file is read: it is ".jsonl" for train.jsonl and for train.jsonl.gz."""
+    """The suffix that decides how a file is read: ".jsonl" for train.jsonl and for train.jsonl.gz."""
     plain = Path(path)
     if files.suffix(plain) == ".gz":
         plain = plain.with_suffix("")
@@ -78,7 +79,7 @@ def suffix_of(path: StrPath) -> str:
 
 
 def is_text(path: StrPath) -> bool:
-    """Whether a file is one plain text, which has no rows."""
+    """Whether a file is a plain text: one text, without rows."""
     return suffix_of(path) == ".txt"
 
 
@@ -104,9 +105,10 @@ def _decompressed(parts: Iterator[bytes], name: str) -> Iterator[bytes]:
 
 
 def _inflated(parts: Iterator[bytes], name: str) -> Iterator[bytes]:
-    """The content of one or several gzip streams in small pieces.
+    """The content of one or several gzip streams, at most `_PART` bytes at a time.
 
-    Each call of zlib gets only a few bytes, because zlib copies all bytes after the end of a stream.
+    Each call of zlib gets only a few bytes, because zlib copies all bytes of its input that follow the end of
+    a stream.
     """
     stream, read, made = zlib.decompressobj(_GZIP), 0, 0
     try:
@@ -124,8 +126,8 @@ def _inflated(parts: Iterator[bytes], name: str) -> Iterator[bytes]:
                 size, made = len(content), made + len(content)
                 if made > _FREE + MOST_INFLATED * read:
                     raise LimitError(
-                        f"{name}: {read:,} bytes expand to more than {made:,}, at most {MOST_INFLATED} "
-                        "times as many are read"
+                        f"{name}: {read:,} compressed bytes expand to more than {made:,} bytes, expected at "
+                        f"most {MOST_INFLATED} times as many"
                     )
                 yield content
     except zlib.error as error:
@@ -155,7 +157,9 @@ def _lines(path: StrPath) -> Iterator[tuple[int, bytes]]:
                 empty += 1
                 if empty > _FREE_LINES + filled:
                     where = f"{files.name(path)}, line {number:,}"
-                    raise LimitError(f"{where}: more empty lines than other bytes in the file so far")
+                    raise LimitError(
+                        f"{where}: the file so far has more empty lines than bytes in other lines"
+                    )
             else:
                 filled += len(line)
             yield number, _bare(line, number)
@@ -221,7 +225,9 @@ def _separated(path: StrPath, delimiter: str) -> Iterator[Row]:
     try:
         columns = next(filter(None, iter(lambda: _next(reader), None)), [])
         if len(set(columns)) < len(columns):
-            raise DataError(f"{name}: the columns are {brief(columns)}, two of them with the same name")
+            raise DataError(
+                f"{name}: the columns are {brief(columns)}, expected a different name for each column"
+            )
         while True:
             begin = reader.line_num + 1
             fields = _next(reader)
@@ -240,9 +246,9 @@ def _separated(path: StrPath, delimiter: str) -> Iterator[Row]:
 
 
 def _next(reader: Any) -> list[str] | None:
-    """Read the next record. A field of a record may be as long as a line (`MAX_LINE`).
+    """Read the next record. A field may have `MAX_LINE` bytes, as many as a line.
 
-    The csv module's limit for fields is global, so its old value is restored afterwards.
+    The csv module's limit for the size of fields is global, so the old limit is restored afterwards.
     """
     before = csv.field_size_limit(MAX_LINE)
     try:
@@ -254,7 +260,8 @@ def _next(reader: Any) -> list[str] | None:
 def _text(path: StrPath) -> Iterator[Row]:
     """Split a plain text into parts. Newlines at the end of the text are dropped.
 
-    Each part begins with a line whose first character is a letter, because every tokenizer splits there too.
+    Each part begins with a line whose first character is a letter. Every tokenizer also splits the text
+    before such a line, so that the parts have the tokens of the whole text.
     """
     part, size, first = list[str](), 0, 1
     for number, line in _lines(path):
@@ -272,8 +279,9 @@ def _text(path: StrPath) -> Iterator[Row]:
 def _conll(path: StrPath) -> Iterator[Row]:
     """The sentences of a CoNLL file as rows {"tokens": [...], "tags": [...]}.
 
-    A line is a word and its tag, in the first and the last column. An empty line ends a sentence. Without
-    tags, a line is a word. Lines of CoNLL 2003 that begin a document are left out.
+    Each line holds a word in its first column, and the tag of the word in its last column. A file without
+    tags has only one column. An empty line ends a sentence. Lines of CoNLL 2003 that begin a document are
+    left out.
     """
     lines, size, name = list[tuple[int, bytes]](), 0, files.name(path)
     document = BEGINS_DOCUMENT.encode()
@@ -319,7 +327,7 @@ def _table(
         for number, values in enumerate(read(path, MAX_LINE), 1):
             where = f"{files.name(path)}, row {number}"
             if values is None:
-                words = f"{where}: more than {MAX_LINE:,} bytes, the limit for a row"
+                words = f"{where}: the row has more than {MAX_LINE:,} bytes"
                 yield Row(where, {}, LimitError(words))
             else:
                 yield Row(where, values)

@@ -35,7 +35,8 @@ class Source:
         name: the file, or "data" for Python objects.
         read: a function that reads the rows, and can be called several times.
         path: the file; None for Python objects.
-        weight: how many times an epoch has each example; 0.5: an epoch has about half of the examples.
+        weight: how many times an epoch contains each example. With a weight of 0.5, an epoch contains about
+            half of the examples.
         may_be_empty: whether the source may have no rows.
     """
 
@@ -47,7 +48,7 @@ class Source:
 
     @property
     def is_text(self) -> bool:
-        """Whether the source is one plain text, without rows."""
+        """Whether the source is a plain text: one text, without rows."""
         return self.path is not None and is_text(self.path)
 
 
@@ -81,15 +82,17 @@ def splits_of(op: str, data: Data) -> Splits:
             return _splits_of_paths(op, list(given))
         is_table = hasattr(given, "column_names")  # a dataset of Hugging Face
         return Splits([_objects(given, is_table)], None)
-    hint = "; its method .collect() returns one" if hasattr(type(data), "collect_schema") else ""
+    hint = "; its method .collect() returns a data frame" if hasattr(type(data), "collect_schema") else ""
     wanted = "a path, paths, or rows such as a list of dictionaries or a data frame"
     raise TypeError(f"{op}: data is {_check.kind(data)}, expected {wanted}{hint}")
 
 
 def sources_of(op: str, data: Data) -> list[Source]:
-    """The sources to evaluate on: from a directory, the validation data or, without any, the training data.
+    """The sources to evaluate on.
 
-    From a mapping of splits, the first of these is taken: validation data, test data, training data.
+    In a directory, they are the validation data, or the training data if there are no validation data. In a
+    mapping of splits, they are the validation data; if there are none, the test data; if there are none, the
+    training data.
 
     Raises the same errors as `splits_of`.
     """
@@ -112,7 +115,8 @@ def _splits_of_paths(op: str, given: list[Any]) -> Splits:
     for path, weight in pairs:
         if not isinstance(path, str | os.PathLike):
             raise TypeError(
-                f"{op}: data has {brief(path)}, expected paths, pairs (path, weight), or rows as dictionaries"
+                f"{op}: data contains {brief(path)}, expected paths, pairs (path, weight), or rows as "
+                "dictionaries"
             )
         if isinstance(path, str) and suffix_of(path) not in SUFFIXES and not os.path.exists(path):
             hint = 'no such file; if this is a text to train on, expected a row {"text": …}'
@@ -139,14 +143,14 @@ def _splits_of_mapping(op: str, data: Mapping[Any, Any]) -> Splits:
 
 
 def _split_named(op: str, data: Mapping[Any, Any], *names: str) -> Any:
-    """The first of these splits that the mapping has."""
+    """The split with the first of these names that the mapping has."""
     for name in names:
         if name in data:
             return data[name]
     wanted = " or ".join(map(repr, names))
     raise TypeError(
         f"{op}: data is a dictionary with the keys {brief(list(data))}, expected a split named {wanted}; "
-        "rows are a list of dictionaries"
+        "rows must be in a list of dictionaries"
     )
 
 
@@ -189,7 +193,7 @@ def _row(values: object, where: str, is_table: bool) -> Row:
 
 
 def in_memory(source: Source) -> Source:
-    """The same source, but its rows are read now and kept in memory."""
+    """Read the rows of a source now. Return the same source with these rows in memory."""
     return dataclasses.replace(source, read=functools.partial(iter, list(source.read())))
 
 
@@ -197,11 +201,13 @@ def in_memory(source: Source) -> Source:
 
 
 def find_splits(path: StrPath) -> tuple[Path, Path | None]:
-    """Find the training file and the validation file, if any: in a directory, train.* and valid.*.
+    """Find the training file and, if there is one, the validation file.
+
+    In a directory, these files are train.* and valid.*. A path to a file is the training file.
 
     Raises:
         FileNotFoundError: there is no such file, or the directory has no train.jsonl (or .csv, .txt, …).
-        ValueError: the directory has two files of one split.
+        ValueError: the directory has two files for the same split, such as train.jsonl and train.csv.
 
     >>> train, valid = nplora.data.find_splits(".")
     >>> train.name, valid.name
@@ -218,8 +224,8 @@ def find_evaluated(path: StrPath) -> Path:
     """Find the file that a model is evaluated on: in a directory, valid.*, or train.* if there is no valid.*.
 
     Raises:
-        FileNotFoundError: there is no such file, or the directory has neither file.
-        ValueError: the directory has two files of one split.
+        FileNotFoundError: there is no such file, or the directory has neither valid.* nor train.*.
+        ValueError: the directory has two files for the same split, such as valid.jsonl and valid.csv.
 
     >>> nplora.data.find_evaluated(".").name
     'valid.jsonl'
@@ -232,7 +238,7 @@ def find_evaluated(path: StrPath) -> Path:
 
 
 def _required(directory: Path, *splits: tuple[str, ...]) -> Path:
-    """The file of the first of these splits that exists. Each split has one or several names."""
+    """The file of the first of `splits` that has a file. A split is a tuple of its possible names."""
     found = next((file for names in splits if (file := _split(directory, names))), None)
     if found is None:
         wanted = ", ".join(f"{name}.*" for names in splits for name in names)
@@ -249,5 +255,5 @@ def _split(directory: Path, names: tuple[str, ...]) -> Path | None:
     found = [file for file in named if file.exists()]
     if len(found) > 1:
         both = " and ".join(file.name for file in found)
-        raise ValueError(f"{files.name(directory)}: the directory has {both}, expected one of them")
+        raise ValueError(f"{files.name(directory)}: the directory has {both}, expected only one of them")
     return found[0] if found else None

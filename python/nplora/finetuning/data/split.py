@@ -1,4 +1,4 @@
-"""Divides sources into a part to train on and a part to evaluate on."""
+"""Divides the rows of sources into rows to train on and rows to evaluate on."""
 
 from __future__ import annotations
 
@@ -18,13 +18,14 @@ from nplora.formats.errors import DataError, LimitError, counted
 class Division:
     """Sources whose rows are divided into training rows and held-out rows.
 
-    Whether a row is held out depends on a hash of its example. So a row stays in its part when rows are added
-    or the order changes, and rows with equal examples are in the same part. Each source is read only once:
-    while the rows to train on are read, the held-out rows are kept in memory for `held_out`.
+    Whether a row is held out depends on a hash of its example. So a row that is held out stays held out when
+    other rows are added or the order changes. Rows with equal examples are either all held out or all trained
+    on. Each source is read only once: while the rows to train on are read, the held-out rows are kept in
+    memory for `held_out`.
 
     Attributes:
-        train: the sources of the rows to train on. If no row or every row is held out, a DataError is raised
-            when the last source has been read to its end.
+        train: the sources of the rows to train on. If no row or every row is held out, reading the last of
+            these sources to its end raises a DataError.
     """
 
     def __init__(self, op: str, sources: list[Source], share: float, options: ReadOptions) -> None:
@@ -47,7 +48,7 @@ class Division:
         ]
 
     def held_out(self) -> list[Source]:
-        """The sources of the rows that are held out, after all sources in `train` were read."""
+        """The sources of the held-out rows. All sources in `train` must have been read before."""
         return [
             dataclasses.replace(source, name=f"{source.name}, held out", read=functools.partial(iter, rows))
             for number, source in enumerate(self._sources)
@@ -88,12 +89,12 @@ class Division:
             use, change = ("evaluate", "larger") if not held_out else ("train", "smaller")
             raise DataError(
                 f"{names}: valid_split={self._share} holds out {held_out} of {counted(rows, 'row')}, which "
-                f"leaves none to {use} on; expected a {change} share, or a file of its own as validation data"
+                f"leaves none to {use} on; expected a {change} share, or a separate file of validation data"
             )
 
 
 def is_held_out(example: Any, share: float, where: str) -> bool:
-    """Whether an example is held out, by a hash of its content. An example is a dataclass.
+    """Whether an example (an instance of a dataclass) is held out. A hash of its content decides.
 
     Raises:
         DataError: the example has a value that JSON cannot represent, and therefore no hash.

@@ -1,4 +1,4 @@
-"""The stored examples of a data set: tokens, a mark for each trained token, and a report."""
+"""The stored examples of a data set: the tokens, which of them are trained, and a report."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class DataReport:
 
     Attributes:
         source: the file.
-        examples: the number of examples of an epoch: rows or windows of a plain text, repeated according to
-            the weights.
+        examples: the number of examples in an epoch. An example is a row, or a window of a plain text.
+            Examples that a weight repeats count several times.
         tokens: the number of tokens in all examples.
         learned: the number of tokens that count in the loss.
         shortest, median, longest: lengths of the examples, in tokens.
@@ -31,8 +31,8 @@ class DataReport:
         emptied: the number of examples that are left out because no trained token remained after the cut.
         skipped: the number of bad rows that were skipped.
         problems: the errors of the first few skipped rows.
-        unused: the number of examples with messages, reasoning, tools or documents that the chat template
-            leaves out, so that the model does not see them.
+        unused: the number of examples in which the chat template leaves something out: messages, reasoning,
+            tools or documents. The model does not see what is left out.
         kind: the format of the rows, as `format` in `read_dataset`, or "plain text".
         unit: the name of an example: "example", or "pair" or "answer" for a preference objective.
         chat: whether the chat template wrote the examples; None if it wrote only some of them.
@@ -74,13 +74,13 @@ class DataReport:
 
 
 class Examples(Protocol):
-    """The examples that `TokenBatches` reads. The sequences of an example stay together.
+    """The examples that `TokenBatches` reads. All sequences of an example are in the same batch.
 
     Attributes:
         report: a summary of the file.
         sequences: the number of sequences of an example.
-        same_batches: whether the examples of a batch belong together, so that all epochs have the same
-            batches.
+        same_batches: whether all epochs must have the same batches, because the results for an example depend
+            on the other examples of its batch.
     """
 
     report: DataReport
@@ -135,9 +135,11 @@ class Stored:
     ) -> None:
         """
         Args:
-            ids, trained: the tokens of all sequences, one after another, and whether each is trained.
+            ids, trained: the tokens of all sequences, one sequence after another; for each token, whether it
+                is trained.
             starts: the index of the first token of each sequence, and the index after the last sequence.
-            order: for each example, the index of the stored example; None: each stored example occurs once.
+            order: for each example of an epoch, the index of the stored example; None: an epoch has each
+                stored example once, in order.
         """
         self._ids, self._trained, self._starts = ids, trained, starts
         self._order = np.arange((len(starts) - 1) // self.sequences) if order is None else order
@@ -147,7 +149,7 @@ class Stored:
         return len(self._order)
 
     def _sequence(self, number: int) -> tuple[Array, Array]:
-        """The tokens of a stored sequence, and whether each is trained."""
+        """The tokens of a stored sequence; for each token, whether it is trained."""
         part = slice(self._starts[number], self._starts[number + 1])
         return self._ids[part], self._trained[part]
 
@@ -178,7 +180,7 @@ class Stored:
         return np.asarray(np.add.reduceat(trained, self._starts[:-1].astype(np.intp)))
 
     def _by_example(self, counts: Array) -> Array:
-        """The sums over the sequences of each example."""
+        """The sum of `counts` over the sequences of each example. `counts` has a value for each sequence."""
         return np.asarray(counts.reshape(-1, self.sequences).sum(axis=1)[self._order])
 
     @property

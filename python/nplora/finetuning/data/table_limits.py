@@ -1,8 +1,8 @@
 """Limits the memory that the content of Parquet and Arrow files may take.
 
-A small file can hold a large table: compression, dictionaries, run lengths and views repeat bytes. So the
-sizes that a file states for its parts are checked before the parts are decompressed. The sizes of the rows
-are estimated before the rows become Python objects.
+A small file can hold a large table: compression, dictionaries, run lengths and views repeat bytes. A file
+states the decompressed size of each row group or message. These sizes are checked before anything is
+decompressed. The sizes of the rows are estimated before the rows become Python objects.
 """
 
 from __future__ import annotations
@@ -47,9 +47,9 @@ def require_parquet(metadata: Any, name: str, file_size: int) -> None:
 def reading(metadata: Any, rows: int) -> tuple[list[str], int]:
     """Choose how to read a Parquet file without filling the memory.
 
-    Texts stay in their dictionaries, because a few bytes may repeat a long text in every row. Texts in delta
-    encoding have no dictionaries in pyarrow. A text in delta encoding may repeat all the texts before it, so
-    only a few rows are read at a time.
+    Columns of texts are read as dictionaries, because a few bytes may repeat a long text in every row.
+    pyarrow cannot read delta encoding as a dictionary. In this encoding, a short entry may repeat all the
+    texts before it, so only a few rows are read at a time.
 
     Args:
         rows: the largest number of rows to read at a time.
@@ -80,20 +80,21 @@ def require_arrow(messages: Iterable[Any], name: str) -> None:
             raise DataError(f"{name}: message {number + 1} is malformed") from error
         held = len(message.metadata) + (0 if message.body is None else message.body.size)
         if rows > _FREE_ROWS + MOST_EXPANDED * held:
-            raise LimitError(f"{name}, message {number + 1}: {rows:,} rows in {held:,} bytes")
+            raise LimitError(f"{name}, message {number + 1}: {rows:,} rows in a message of {held:,} bytes")
         _require(size, held, f"{name}, message {number + 1}")
 
 
 def _require(size: int, held: int, where: str) -> None:
     most = max(_FREE, MOST_EXPANDED * held)
     if size > most:
-        raise LimitError(f"{where}: {held:,} bytes expand to {size:,}, at most {most:,} are read")
+        raise LimitError(f"{where}: {held:,} bytes expand to {size:,} bytes, expected at most {most:,}")
 
 
 def _stated(metadata: bytes, body: memoryview) -> tuple[int, int]:
-    """The rows of a message, and the bytes of its buffers after they are decompressed.
+    """The number of rows of a message, and the number of bytes of its buffers after decompression.
 
-    The metadata are a flatbuffer: https://arrow.apache.org/docs/format/Columnar.html, Message.fbs.
+    The metadata are a flatbuffer with the schema Message.fbs:
+    https://arrow.apache.org/docs/format/Columnar.html.
     """
     message = _Table(metadata, struct.unpack_from("<I", metadata)[0])
     kind = message.number(1, "<B")
@@ -117,7 +118,7 @@ class _Table:
         self._raw, self._begin = raw, begin
 
     def place(self, field: int) -> int | None:
-        """The position of a field; None if the field has its default value."""
+        """The position of a field; None if the field is not stored, because it has its default value."""
         names = self._begin - int(self._read("<i", self._begin))
         if 4 + 2 * field + 2 > self._read("<H", names):
             return None
@@ -157,7 +158,7 @@ class _Table:
 def row_sizes(batch: Any) -> Array:
     """Estimate the number of bytes that each row of a batch takes as Python objects.
 
-    The batch must be valid, because this function follows its offsets.
+    The batch must have been validated, because this function uses its offsets without checking them.
     """
     sizes = np.zeros(batch.num_rows, np.int64)
     for column in batch.columns:
@@ -166,7 +167,7 @@ def row_sizes(batch: Any) -> Array:
 
 
 def _sizes(array: Any) -> Array:
-    """The bytes of each value. Repeated content counts at every repetition."""
+    """The number of bytes of each value. Content that several values share counts for each of them."""
     import pyarrow.types as types
 
     kind, count = array.type, len(array)
@@ -188,7 +189,7 @@ def _sizes(array: Any) -> Array:
 
 
 def _list_sizes(array: Any) -> Array:
-    """The bytes of the values of each list."""
+    """The number of bytes of the values in each list."""
     import pyarrow.types as types
 
     parts = (array.keys, array.items) if types.is_map(array.type) else (array.values,)
@@ -208,14 +209,14 @@ def _list_sizes(array: Any) -> Array:
 
 
 def _taken(sizes: Array, indices: Any) -> Array:
-    """The sizes with these indices. Some indices may be null."""
+    """The elements of `sizes` at these indices; `_VALUE` where an index is null."""
     places = indices.fill_null(0).to_numpy(zero_copy_only=False)
     is_there = indices.is_valid().to_numpy(zero_copy_only=False)
     return np.where(is_there, sizes[places] if len(sizes) else _VALUE, _VALUE)
 
 
 def _lengths(array: Any) -> Array:
-    """The length of each text or bytes; 0 for other values."""
+    """The number of bytes of each text or byte string; 0 for values of other types."""
     import pyarrow.compute
     import pyarrow.types as types
 

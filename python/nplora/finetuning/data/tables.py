@@ -28,7 +28,7 @@ def read_parquet(path: StrPath, most: int) -> Iterator[dict[str, Any] | None]:
     """The rows of a Parquet file.
 
     Args:
-        most: the largest number of bytes of a row. A row with more bytes is replaced by None.
+        most: the largest number of bytes that a row may have. A row with more bytes is replaced by None.
     Raises:
         DataError: the file is not a Parquet file.
         LimitError: a part of the file is too large.
@@ -70,7 +70,10 @@ def read_arrow(path: StrPath, most: int) -> Iterator[dict[str, Any] | None]:
 
 
 def _rows(batch: Any, most: int) -> Iterator[dict[str, Any] | None]:
-    """The rows of a batch, a few at a time. The batch is checked first, because pyarrow does not check it."""
+    """The rows of a batch, a few at a time.
+
+    The batch is validated first, because pyarrow reads batches without validating them.
+    """
     batch.validate(full=True)
     ends = np.cumsum(row_sizes(batch))
     begin, before = 0, 0
@@ -87,7 +90,7 @@ def _rows(batch: Any, most: int) -> Iterator[dict[str, Any] | None]:
 def frame_rows(table: Any) -> Iterator[dict[str, Any]] | None:
     """The rows of a data frame of pandas or polars, or of a table of pyarrow; None for anything else.
 
-    The rows may hold nulls and arrays.
+    The values in a row may be None or NumPy arrays.
     """
     if hasattr(table, "iter_rows") and hasattr(table, "columns"):  # polars
         rows: Iterator[dict[str, Any]] = table.iter_rows(named=True)
@@ -104,9 +107,9 @@ def frame_rows(table: Any) -> Iterator[dict[str, Any]] | None:
 
 
 def without_nulls(row: Any) -> Any:
-    """The row without the nulls inside its lists of objects.
+    """The row without fields that are null, also in the objects inside the row.
 
-    In a table, all objects of a list have the same fields, so a missing field of an object is null.
+    In a table, all rows have the same fields, and so have all objects of a list. So a missing field is null.
     """
     if isinstance(row, Mapping):
         return {str(name): without_nulls(value) for name, value in row.items() if value is not None}

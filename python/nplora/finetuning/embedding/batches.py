@@ -28,8 +28,9 @@ class TextBatch:
         1
 
     Args:
-        columns: for each column, the token ids of its texts: anchors, positives and perhaps negatives, or
-            first and second texts. The first two columns have the same number of texts.
+        columns: a list of columns; each column is a list with the token ids of its texts. The columns are
+            anchors, positives and perhaps negatives, or first and second texts. The first two columns have
+            the same number of texts.
     """
 
     columns: Sequence[Sequence[npt.ArrayLike]]
@@ -43,14 +44,14 @@ class TextBatch:
         return [ids for column in self.columns for ids in column]
 
     def split(self, rows: Array) -> list[Array]:
-        """Divide an array with a row for each of the texts into one array for each column."""
+        """Divide `rows`, an array with a row for each text, into one array for each column of texts."""
         return np.split(rows, np.cumsum([len(column) for column in self.columns[:-1]]))
 
     def known_positives(self) -> Array | None:
-        """A mask, bool (n, candidates), of the candidates that must not count as negatives of an anchor.
+        """A mask, bool (n, candidates): for each anchor, the candidates that must not count as its negatives.
 
-        The mask marks copies of the anchor or of its positive, and the positives of other copies of the
-        anchor. The result is None if there are no such candidates.
+        The mask marks candidates that equal the anchor or its positive. If another anchor equals this anchor,
+        the mask also marks the positive of the other anchor. The result is None if no candidate is marked.
         """
         numbers = dict[bytes, int]()
         keys = (np.asarray(ids, np.int64).tobytes() for ids in self.texts)
@@ -68,12 +69,12 @@ class Examples(Protocol):
 
     @property
     def report(self) -> Any:
-        """A summary with a source, and the numbers of examples and tokens."""
+        """A summary with the attributes `source`, `examples` and `tokens`."""
 
     def __len__(self) -> int: ...
 
     def batch(self, indices: npt.ArrayLike) -> tuple[TextBatch, Array | None]:
-        """The examples with these indices as a batch, and their scores."""
+        """A batch of the examples with these indices, and the scores of these examples (or None)."""
 
     def fingerprint(self) -> str:
         """A text that identifies the examples."""

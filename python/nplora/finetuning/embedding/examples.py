@@ -77,11 +77,13 @@ class TextExamples:
 
     Attributes:
         tokens: int32, the token ids of all different texts, one after the other.
-        starts: int64 (texts + 1,), the start of each text.
-        first, second: int64 (examples,), the indices of the two texts of each example: of the anchor or first
-            text, and of the positive or second text.
+        starts: int64 (texts + 1,), the index of the first token of each text, and the index after the last
+            token.
+        first: int64 (examples,), the index of the anchor or first text of each example.
+        second: int64 (examples,), the index of the positive or second text of each example.
         negatives: int64, the indices of the negatives of all examples, one after the other.
-        negative_starts: int64 (examples + 1,), the start of the negatives of each example.
+        negative_starts: int64 (examples + 1,), the position in `negatives` of the first negative of each
+            example, and the length of `negatives`.
         scores: float32 (examples,), or None.
         report: a summary.
 
@@ -113,7 +115,7 @@ class TextExamples:
         return [self.ids(number) for number in range(len(self.starts) - 1)]
 
     def batch(self, indices: npt.ArrayLike) -> tuple[TextBatch, Array | None]:
-        """These examples as a batch, and their scores."""
+        """A batch of the examples with these indices, and the scores of these examples (or None)."""
         rows = np.asarray(indices, np.int64)
         numbers = [self.first[rows], self.second[rows]]
         if len(self.negatives):
@@ -154,20 +156,21 @@ def read_examples(
 
     Args:
         data: a file (.jsonl, .json, .csv, .tsv, .parquet or .arrow), several files, or rows, as in
-            `nplora.data.read_dataset`. The training data of a directory or of a dictionary of splits is read.
+            `nplora.data.read_dataset`. If `data` is a directory or a dictionary of splits, its training data
+            is read.
         encoder: the model, which has the tokenizer.
         loss: the name of the loss, or the loss.
         columns: maps the names above to names of fields in the data: {"anchor": "question"}, or
             "anchor=question".
-        prompts: a text that precedes each text, or one such text for each field: {"anchor": "query: "}. None:
-            the model's default prompt.
+        prompts: a prompt to put before each text, or a dict from fields to prompts: {"anchor": "query: "}.
+            None: the model's default prompt.
         max_length: the largest number of tokens of a text, with special tokens; None: the encoder's maximum.
             Longer texts are cut, and the report says how many.
         skip_bad: skip bad rows, and count them.
     Raises:
         DataError: a field is missing or empty or has another type, a score is not finite, or there are no
             rows. The message names the file and the line.
-        ValueError, TypeError: an argument does not fit its description above.
+        ValueError, TypeError: an argument has a wrong value or type.
         OSError: a file cannot be read.
     """
     op = "read_examples"
@@ -206,7 +209,7 @@ def read_sources(
 
 @dataclass(frozen=True)
 class _Texts:
-    """The texts of a row, each with the name of its field."""
+    """The texts of a row. Each text is a pair: the name of its field, and the text."""
 
     first: tuple[str, str]
     second: tuple[str, str]
@@ -254,13 +257,13 @@ def _score(fields: Fields, loss: EmbeddingFunction) -> float:
     if isinstance(innermost(loss), embedding_losses.CosineLoss) and not -1 <= score <= 1:
         raise fields.error(
             f"score is {score:g}, but a cosine is from -1 to 1; divide the scores, or use loss 'cosent', for "
-            "which only their order matters"
+            "which only the order of the scores matters"
         )
     return score
 
 
 def _fields(op: str, name: str, given: object) -> Mapping[str, str]:
-    """Check an argument that maps some of the fields to texts."""
+    """Check an argument that must be a dict from names of fields to texts."""
     if not isinstance(given, Mapping):
         raise TypeError(f"{op}: {name} is {_check.kind(given)}, expected a dictionary")
     for field, text in given.items():
@@ -281,7 +284,7 @@ def _prompts(op: str, encoder: Encoder, prompts: str | Mapping[str, str] | None)
 
 
 class _Collected:
-    """The texts of the rows that were read so far. Equal texts have the same index."""
+    """Collects the texts of the rows. Equal texts get the same index."""
 
     def __init__(self, prompts: Mapping[str, str]) -> None:
         self._prompts = prompts

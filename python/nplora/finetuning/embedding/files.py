@@ -89,17 +89,17 @@ def embed_file(
         data: rows, as in `nplora.data.read_dataset`, or a .txt file with a text in each line.
         output: the file to write. .npy: float32 (texts, dim); .csv: a column for the text, and one for each
             value; .jsonl: {"text": …, "embedding": […]}. The rows have the order of the data.
-        adapter: a PEFT directory, or an adapter, for a model that is given as a path.
+        adapter: a PEFT directory, or an `Adapter`. `model` must then be a path.
         column: the field that holds the text.
         normalize, prompt, prompt_name, batch_size, max_length: as in `Encoder.embed`.
         overwrite: replace an existing file.
         progress: print progress on stderr; None: only on a terminal or in a notebook.
     Raises:
         DataError: a text is missing or empty, or there are no texts. The message names the file and the line.
-        ValueError, KeyError, TypeError: an argument does not fit, the output is one of the input files, or an
-            embedding has NaN or infinity.
+        ValueError, KeyError, TypeError: an argument has a wrong value or type, the output is one of the input
+            files, or an embedding has NaN or infinity.
         FileExistsError: the output exists, and `overwrite` is not set.
-        OSError: a file cannot be read or written. An existing output then stays unchanged.
+        OSError: a file cannot be read or written. If the output existed before, it stays unchanged.
     """
     op = "embed_file"
     files.require_named(op, output=output)
@@ -130,7 +130,7 @@ def embed_file(
 def _opened(op: str, model: StrPath | Encoder, adapter: StrPath | Adapter | None) -> Encoder:
     if isinstance(model, Encoder):
         if adapter is not None:
-            raise ValueError(f"{op}: adapter is for a model that is given as a path, but model is an encoder")
+            raise ValueError(f"{op}: adapter is given, but model is an encoder; expected a path to a model")
         return model
     encoder = load_encoder(model)
     if adapter is not None:
@@ -159,7 +159,7 @@ def _require_finite(op: str, vectors: Array, texts: Sequence[str]) -> None:
 
 
 def _texts(source: Source, column: str) -> Iterator[str]:
-    """The texts of a source. Raises a DataError that names the file and the line."""
+    """The texts of a source. If a text is missing, raises a DataError that names the file and the line."""
     number = 0
     for row in source.read():
         if row.error is not None:
@@ -207,7 +207,7 @@ def _new_file(output: StrPath, texts: list[str], vectors: Array) -> NewFile:
 
 
 def _table(texts: list[str], vectors: Array) -> Iterator[str]:
-    """The lines of a table. With nine digits, each value is read as the same float32 again."""
+    """The lines of a table. Values have nine digits, which are enough to read the same float32 again."""
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(["text", *range(vectors.shape[1])])

@@ -52,14 +52,16 @@ class EmbeddingLoss(FusedLoss):
         loss: "ranking" (multiple negatives), "triplet", "cosine" or "cosent", or a loss of
             `nplora.embedding`, such as `RankingLoss(scale=50)`.
         dims: widths to which embeddings are also cut in training, as in `MatryoshkaLoss`.
-        micro_tokens: maximum tokens of a micro-batch, unless one text has more. Without dropout, this limit
-            changes the gradients only by rounding. With dropout, the limit also changes the masks.
-        leave_out_known: in a ranking, do not use a text as a negative if it equals the anchor or its
-            positive, or if it is the positive of an equal anchor. False: all other texts are negatives.
+        micro_tokens: maximum tokens of a micro-batch. A text with more tokens is a micro-batch by itself.
+            Without dropout, this limit changes the gradients only by rounding. With dropout, the limit also
+            changes the dropout masks, and so the gradients.
+        leave_out_known: whether a ranking leaves out negatives of an anchor that are known to be related to
+            it: texts equal to the anchor or its positive, and the positives of equal anchors. False: these
+            texts are negatives too.
     Attributes:
         after_part: called after the backward pass of each micro-batch.
     Raises:
-        ValueError, TypeError: an argument does not fit its description above.
+        ValueError, TypeError: an argument has a wrong value or type.
     """
 
     def __init__(
@@ -87,7 +89,7 @@ class EmbeddingLoss(FusedLoss):
         return sum(1 for _ in self._micro_batches(x))
 
     def computed_elsewhere(self, x: TextBatch, y: Any) -> None:
-        """Count a batch that another rank has computed. This loss counts nothing."""
+        """Do nothing: this loss does not count the batches that other ranks have computed."""
 
     def forward_backward(self, model: Module, x: TextBatch, y: Any, factor: float) -> float:
         """Return the sum of a batch's losses; add `factor` times its gradient to the model's gradients."""
@@ -114,12 +116,12 @@ class EmbeddingLoss(FusedLoss):
         return loss * len(x)
 
     def sample_gradient(self, model: Module, examples: Examples) -> Callable[[], None]:
-        """Return a function that adds the gradient of the first examples to the gradients, for `Int8Check`.
+        """Return a function for `Int8Check` that adds the gradient of a sample to the model's gradients.
 
-        The sample has up to 16 examples, and about `SAMPLE_TOKENS` tokens. If the data have enough, the
-        sample has at least two examples and `LEAST_ROWS` texts. With fewer texts, the comparison may miss the
-        last block, as in `TextBatches.sample_gradient`. The function raises NonFiniteLossError if the loss is
-        not finite.
+        The sample consists of the first examples: up to 16 examples, with about `SAMPLE_TOKENS` tokens. The
+        sample has at least two examples and `LEAST_ROWS` texts, unless the data have less. With fewer texts,
+        `Int8Check` may fail to compare the last block, as in `TextBatches.sample_gradient`. The function
+        raises NonFiniteLossError if the loss is not finite.
         """
         most = min(_SAMPLE_EXAMPLES, len(examples))
         singles = (examples.batch(np.array([i]))[0].texts for i in range(most))
@@ -130,7 +132,7 @@ class EmbeddingLoss(FusedLoss):
             batch, scores = examples.batch(np.arange(count))
             loss = self.forward_backward(model, batch, scores, 1 / len(batch))
             if not math.isfinite(loss):
-                raise NonFiniteLossError(f"the loss of its sample is {loss}")
+                raise NonFiniteLossError(f"the loss of the sample is {loss}")
 
         return add_gradient
 
@@ -139,7 +141,7 @@ class EmbeddingLoss(FusedLoss):
         return self._loss(x, _encoder(model).embed_ids(x.texts), y)[0]
 
     def blame(self, model: Module, x: TextBatch) -> str:
-        """After a loss that is not finite: a sentence that says where NaN or infinity appears first."""
+        """Say where NaN or infinity appears first, after a loss that is not finite."""
         encoder = _encoder(model)
         names = {id(module): name for name, module in encoder.named_modules()}
         with watched_blocks(encoder.model, lambda i: names[id(encoder.model.layers[i])]) as found:
@@ -174,7 +176,7 @@ class EmbeddingLoss(FusedLoss):
 def _encoder(model: Module) -> Encoder:
     if not isinstance(model, Encoder):
         raise TypeError(
-            f"EmbeddingLoss: the model is {_check.kind(model)}, expected an Encoder, which load_encoder makes"
+            f"EmbeddingLoss: the model is {_check.kind(model)}, expected an Encoder, as from load_encoder"
         )
     return model
 

@@ -49,7 +49,7 @@ def spearman(x: npt.ArrayLike, y: npt.ArrayLike) -> float:
 def _two(op: str, x: npt.ArrayLike, y: npt.ArrayLike) -> tuple[Array, Array]:
     a, b = _check.floats(op, "x", x, np.float64), _check.floats(op, "y", y, np.float64)
     if a.ndim != 1 or a.shape != b.shape or len(a) < 2:
-        raise ValueError(f"{op}: x has shape {a.shape}, y has {b.shape}, expected two arrays of one length")
+        raise ValueError(f"{op}: x has shape {a.shape}, y has {b.shape}, expected two arrays (n,), n >= 2")
     return a, b
 
 
@@ -81,10 +81,11 @@ def evaluate_similarity(
 
     Args:
         data, columns, prompts, max_length: as in `read_examples`; a row has "sentence1", "sentence2" and
-            "score". The validation data of a directory or of a dictionary of splits is read, if there is any.
+            "score". In a directory, the validation data are read, or the training data if there are no
+            validation data; in a dictionary of splits, the first of the validation, test and training data.
         dim: use only the first `dim` values of an embedding (Matryoshka); None: all.
     Returns:
-        "spearman" (the usual measure), "pearson", and the number of "pairs".
+        a dict: "spearman" (the usual measure), "pearson", and "pairs", the number of pairs.
     Raises:
         DataError: a row is wrong; the message names the file and the line.
         ValueError: an argument is out of range, or there is only one pair.
@@ -104,10 +105,10 @@ def evaluate_similarity(
 
 @dataclasses.dataclass(frozen=True)
 class RetrievalScores:
-    """The scores of a search, each the mean over the queries.
+    """The scores of a search. Each score is a mean over the queries.
 
     Attributes:
-        recall: for each k, the share of the relevant documents that are among the first k.
+        recall: for each k, the share of the relevant documents that are among the first k results.
         precision: for each k, the share of the first k documents that are relevant.
         ndcg: for each k, the normalised discounted cumulative gain, with linear gains as in trec_eval.
         mrr: for each k, 1 / the rank of the first relevant document, or 0 if this rank is above k.
@@ -129,7 +130,7 @@ class RetrievalScores:
     documents: int
 
     def as_dict(self) -> dict[str, float]:
-        """All scores by names such as "recall@10".
+        """A dict from names such as "recall@10" to the scores.
 
         >>> import nplora
         >>> half = {1: 0.5}
@@ -168,10 +169,10 @@ def evaluate_retrieval(
         {1: 1.0}
 
     Args:
-        queries, corpus: the texts by their names.
-        relevant: for each query, the names of its relevant documents, or a dictionary with a grade above 0
-            for each of them. Queries without a relevant document are left out.
-        k: numbers of documents at which the scores are computed.
+        queries, corpus: dicts from names to texts.
+        relevant: a dict from the name of each query to the names of its relevant documents, or to a dict from
+            these names to grades above 0. Queries without a relevant document are left out.
+        k: numbers k: the scores are computed for the first k documents of the search results.
         query_prompt, corpus_prompt: texts that precede each query and each document, as in `Encoder.embed`.
         dim: use only the first `dim` values of an embedding (Matryoshka); None: all.
         batch_size: as in `Encoder.embed`.
@@ -217,7 +218,7 @@ def _units(op: str, vectors: Array, dim: int | None) -> Array:
 def _grades(
     op: str, query: Any, queries: Mapping[Any, str], places: Mapping[Any, int], given: Any
 ) -> dict[int, float]:
-    """The grade of each relevant document, by its index in the corpus."""
+    """A dict from the index of each relevant document in the corpus to its grade."""
     if query not in queries:
         raise KeyError(f"{op}: relevant names the query {brief(query)}, which is not among the queries")
     if isinstance(given, str) or not np.iterable(given):
@@ -235,7 +236,7 @@ def _grades(
 def nearest(queries: Array, corpus: Array, k: int) -> Array:
     """For each row of `queries`, the indices of the k rows of `corpus` with the largest products.
 
-    Equal products are in the order of the corpus.
+    Rows with equal products are in the order of the corpus.
 
         >>> import numpy as np
         >>> from nplora.finetuning.embedding.metrics import nearest
@@ -269,7 +270,7 @@ def _nearest_of_few(queries: Array, corpus: Array, k: int) -> Array:
 def _largest(scores: Array, k: int) -> Array:
     """The indices of the k largest values of each row, the largest first. Equal values keep their order.
 
-    Sorting only k values takes a fraction of the time of sorting all.
+    Only k values are sorted, which takes a fraction of the time of sorting all values.
     """
     n = scores.shape[1]
     if n <= k:

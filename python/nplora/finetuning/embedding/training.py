@@ -128,23 +128,23 @@ def train(
         >>> nplora.read_adapter("out").attach(encoder)
 
     Args:
-        model: a directory or GGUF file, as for `load_encoder`, or an encoder. If an encoder has an adapter,
-            the run trains this adapter further, and options of a new adapter are refused.
+        model: a directory or GGUF file, as for `load_encoder`, or an encoder. If the encoder has an adapter,
+            the run trains this adapter further. Options for a new adapter, such as `rank`, are then refused.
         data: the examples, as in `read_examples`. A directory with train.jsonl, or a dictionary of splits,
             may have validation data too.
         output: the directory for checkpoints and the adapter.
         valid: examples for the validation loss, which is evaluated after every epoch. In a ranking, this loss
             depends on `batch_size`.
-        loss: "ranking" (each anchor against all other texts of the batch), "triplet", "cosine" or "cosent",
-            or a loss such as `RankingLoss(scale=50)`.
-        dims: widths to which embeddings are also cut in training (Matryoshka); include the full width.
+        loss: "ranking" (all other positives and all negatives of the batch are negatives of an anchor),
+            "triplet", "cosine" or "cosent", or a loss such as `RankingLoss(scale=50)`.
+        dims: widths to which embeddings are cut in training (Matryoshka). Include the full width.
         columns, prompts, max_length, skip_bad: as in `read_examples`.
         rank, alpha, targets, layers, dropout, use_rslora, use_dora, init: as in `Encoder.add_lora`.
         lr: peak learning rate; None: 0.8 / hidden size of the model, at most 2e-3.
         weight_decay: weight decay of AdamW.
         epochs, steps: the length of the run; by default, one epoch.
         batch_size: examples in a batch. In a ranking, a larger batch has more negatives.
-        accumulate: batches in one step. Texts of other batches are not negatives.
+        accumulate: batches in one step. In a ranking, only texts of the same batch are negatives.
         micro_tokens: maximum tokens of a micro-batch; smaller values save memory.
         schedule: learning rate schedule after the warm-up: linear, cosine or constant.
         warmup: steps in which the learning rate rises.
@@ -161,8 +161,8 @@ def train(
         callbacks: callbacks of the trainer.
         progress: print progress on stderr; None: only on a terminal or in a notebook.
         communicator: the ranks that train together, as in `Trainer`. The batches of a step are divided among
-            at most `accumulate` ranks, and the adapter has the same bits for any number of ranks. Every rank
-            makes the same call. Only rank 0 writes to `output`.
+            at most `accumulate` ranks. The trained adapter is bit for bit the same for any number of ranks.
+            Every rank makes the same call. Only rank 0 writes to `output`.
         distributed: "mpi": open the ranks of `mpirun` as the communicator. "off": allow a separate run in
             each process of `mpirun`.
         resume: continue the run in `output`; the results are bit for bit the same as without a stop.
@@ -171,10 +171,10 @@ def train(
         the encoder with the adapter, and the history of the run.
     Raises:
         DataError: a row is wrong; the message names the file and the line.
-        ValueError, TypeError: an argument does not fit, the run would write to a file that it reads, or the
-            ranks do not have the same data and settings.
-        FileExistsError: `output` holds a model; or a run, and neither `resume` nor `overwrite` is set; or an
-            adapter, and `overwrite` is not set.
+        ValueError, TypeError: an argument has a wrong value or type, the run would write to a file that it
+            reads, or the ranks do not have the same data and settings.
+        FileExistsError: `output` holds a model; `output` holds a run, and neither `resume` nor `overwrite` is
+            set; or `output` holds an adapter, and `overwrite` is not set.
         NonFiniteLossError, CorruptError, OSError: as in `Trainer.fit`.
     """
     op = "train"
@@ -268,7 +268,7 @@ def _add_lora(
     given = [name for name, value in options.items() if value != defaults[name].default]
     if given:
         raise ValueError(
-            f"{op}: {', '.join(given)} would change the adapter, but the encoder has an adapter already, "
-            "which is trained further"
+            f"{op}: {', '.join(given)} would change the adapter, but the encoder already has an adapter: "
+            "the run trains that one further"
         )
     say(f"the encoder has an adapter on {counted(len(layers), 'layer')}, which is trained further")

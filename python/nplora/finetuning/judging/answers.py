@@ -45,7 +45,7 @@ class Asked:
 
 
 def asked(tokenizer: Tokenizer, example: Example, row: dict[str, Any], where: str, chat: bool) -> Asked:
-    """The prompt of an example. The reference answer is the last text that would be trained.
+    """The prompt of an example, with the reference answer: the last text that training would train.
 
     Args:
         chat: whether texts go through the chat template too.
@@ -69,12 +69,12 @@ def asked(tokenizer: Tokenizer, example: Example, row: dict[str, Any], where: st
     except ValueError as error:
         raise DataError(f"{where}: {error}") from error
     if not ids:
-        raise DataError(f"{where}: prompt is empty, and the model has no BOS token to begin with")
+        raise DataError(f"{where}: prompt is empty, but a model without a BOS token needs a prompt")
     return Asked(ids, reference.strip(), row, where)
 
 
 def _of_chat(tokenizer: Tokenizer, chat: Chat) -> tuple[list[int], str]:
-    """The messages before the last assistant turn that is trained, and the text of this turn."""
+    """The tokens of the messages before the last trained assistant turn, and the text of this turn."""
     place = max((i for i in range(len(chat.messages)) if chat.is_trained(i)), default=0)
     message = chat.messages[place]
     if not place:
@@ -112,10 +112,10 @@ def measure_answers(
     max_new_tokens: int,
     record: Callable[[dict[str, Any]], None],
 ) -> list[Measured]:
-    """The scores of the generated answers, by each metric. A metric that always fails has no value (NaN).
+    """Generate the answers, and score them with each metric. A metric that always fails gets the value NaN.
 
     Args:
-        record: a function that is called with the answer and the scores of each prompt.
+        record: a function that is called for each prompt, with a dict of the answer and its scores.
     """
     scores = np.zeros((len(metrics), len(questions)))
     for metric in metrics:
@@ -145,4 +145,4 @@ def _failures(metric: Metric, count: int) -> str:
     examples = counted(count, "example")
     if metric.failed == count:
         return f"the metric {metric.name} failed in all of {examples}, so it has no value: {metric.error}"
-    return f"the metric {metric.name} failed in {metric.failed} of {examples}, which count as 0"
+    return f"the metric {metric.name} failed in {metric.failed} of {examples}; a failed example counts as 0"

@@ -44,8 +44,8 @@ def encode_choices(tokenizer: Tokenizer, example: MultipleChoice, where: str, ch
     """The tokens of a question and of each choice.
 
     A choice follows a prompt as in lm-evaluation-harness: after a space, unless white space is already there.
-    White space at the end of the prompt is moved to the beginning of each choice, because tokens begin with
-    white space rather than end with it.
+    White space at the end of the prompt is moved to the beginning of each choice, because the tokens of most
+    models begin with white space, but do not end with it.
 
     Args:
         chat: write the question with the chat template.
@@ -65,14 +65,15 @@ def encode_choices(tokenizer: Tokenizer, example: MultipleChoice, where: str, ch
     except ValueError as error:
         raise DataError(f"{where}: {error}") from error
     if not prompt:
-        raise DataError(f"{where}: prompt is empty, and the model has no BOS token to begin with")
+        raise DataError(f"{where}: prompt is empty, but a model without a BOS token needs a prompt")
     return Choices(prompt, continuations, example.choices, example.answer, where)
 
 
 def _continuation(tokenizer: Tokenizer, before: str, prompt: list[int], text: str) -> list[int]:
     """The tokens of a text after the prompt.
 
-    The text is encoded alone if joining it to the prompt changes the prompt's tokens.
+    The prompt and the text are encoded together. If this changes the tokens of the prompt, the text is
+    encoded alone.
     """
     ids = tokenizer.encode_prompt(before + text)
     return ids[len(prompt) :] if ids[: len(prompt)] == prompt else tokenizer.encode_continuation(text)
@@ -81,11 +82,11 @@ def _continuation(tokenizer: Tokenizer, before: str, prompt: list[int], text: st
 def measure_choices(
     lm: LanguageModel, questions: list[Choices], record: Callable[[dict[str, Any]], None]
 ) -> list[Measured]:
-    """The loss and token accuracy of the right choices, and how often each of three rules picks them.
+    """The loss and the token accuracy of the right choices, and three accuracies of the answers.
 
-    `acc` picks the choice with the largest log-probability. `acc_norm` first divides each log-probability by
-    the number of characters, and `acc_token` by the number of tokens. `acc` and `acc_norm` are the metrics of
-    lm-evaluation-harness.
+    For `acc`, the model's answer is the choice with the largest log-probability. `acc_norm` first divides
+    each log-probability by the number of characters of the choice, and `acc_token` by its number of tokens.
+    `acc` and `acc_norm` are the metrics of lm-evaluation-harness.
     """
     loss, tokens, top = (np.zeros(len(questions)) for _ in range(3))
     hits = {name: np.zeros(len(questions)) for name in ("acc", "acc_norm", "acc_token")}

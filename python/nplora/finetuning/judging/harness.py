@@ -1,7 +1,7 @@
 """NploraLM: a model class for lm-evaluation-harness (the package `lm_eval`, of the extra `eval`).
 
-Importing this module registers the class under the name "nplora". As a program, this module is the command
-`lm_eval` with the registered class:
+Importing this module registers the class under the name "nplora". If it is run as a program, this module is
+the command `lm_eval` with this class:
 
     python -m nplora.finetuning.judging.harness run --model nplora \
         --model_args pretrained=model.gguf,adapter=out --tasks arc_easy
@@ -34,9 +34,9 @@ _TOGETHER = 16  # contexts in one call; the model divides them further by their 
 class NploraLM(LM):  # type: ignore[misc]
     """A language model with an adapter, for lm-evaluation-harness.
 
-    Contexts that several continuations share are computed once. If a text is too long, its beginning is cut
-    off, as in the models of the harness. The text of a special token, such as `<|end|>`, is read as this
-    token.
+    If several continuations have the same context, the context is computed only once. If a text is too long,
+    its beginning is cut off, as in the models of the harness. The text of a special token, such as `<|end|>`,
+    becomes the special token.
 
     Args:
         pretrained: a GGUF file, a Hugging Face directory, or a loaded `LanguageModel`.
@@ -75,7 +75,7 @@ class NploraLM(LM):  # type: ignore[misc]
     # ---- what the harness asks ----
 
     def loglikelihood(self, requests: list[Request], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """The log-probability of each continuation, and whether greedy decoding generates it."""
+        """For each continuation: its log-probability, and whether greedy decoding would generate it."""
         pairs = [self._pair(*request.args) for request in requests]
         found = self._scores(pairs)
         for request, result in zip(requests, found, strict=True):
@@ -83,7 +83,7 @@ class NploraLM(LM):  # type: ignore[misc]
         return found
 
     def loglikelihood_rolling(self, requests: list[Request], disable_tqdm: bool = False) -> list[float]:
-        """The log-probability of each whole text, in windows as long as the model's context."""
+        """The log-probability of each text. Long texts are divided into windows of `max_length` tokens."""
         found = list[float]()
         for request in requests:
             (text,) = request.args
@@ -135,7 +135,7 @@ class NploraLM(LM):  # type: ignore[misc]
         return [self._bos, *ids]
 
     def _prefix_id(self) -> int:
-        """The token that precedes a text without a context."""
+        """The token to begin with if a text has no context: BOS, or EOS if the model has no BOS."""
         if self._prefix is None:
             raise ValueError(f"{self.lm.source}: the model has neither BOS nor EOS to begin a text with")
         return self._prefix
@@ -158,7 +158,7 @@ class NploraLM(LM):  # type: ignore[misc]
         return prompt[-(self.max_length + 1 - len(tokens)) :], tokens
 
     def _scores(self, pairs: Sequence[Pair]) -> list[tuple[float, bool]]:
-        """The sum of the log-probabilities of each continuation, and whether each token is the top one."""
+        """For each continuation: its log-probability, and whether each of its tokens is the likeliest."""
         places: dict[tuple[int, ...], list[int]] = {}
         found = [(0.0, True)] * len(pairs)
         for index, (prompt, tokens) in enumerate(pairs):
@@ -176,7 +176,7 @@ class NploraLM(LM):  # type: ignore[misc]
         return found
 
     def _sampling(self, options: dict[str, Any]) -> Sampling:
-        """The sampling options for a task. The options of a task have the names that transformers uses."""
+        """The sampling options for a task. `options` has the names of transformers, such as do_sample."""
         until = options.get("until") or []
         stop = [until] if isinstance(until, str) else list(until)
         count = options.get("max_gen_toks", options.get("max_new_tokens", self.max_gen_toks))

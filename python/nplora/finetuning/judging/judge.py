@@ -42,10 +42,10 @@ class Judge:
         report: a summary of the data.
         metrics: the metrics of generated answers.
         max_new_tokens: the maximum length of an answer.
-        dataset: the examples for a loss; None if the rows are of another kind.
-        choices: the multiple-choice questions; empty if the rows are of another kind.
+        dataset: the examples for a loss; None if the rows are multiple-choice questions or preference pairs.
+        choices: the multiple-choice questions; empty if the rows are not multiple-choice questions.
         asked: the prompts that the model must answer.
-        pairs: the preference pairs; None if the rows are of another kind.
+        pairs: the preference pairs; None if the rows are not preference pairs.
     """
 
     report: DataReport
@@ -58,7 +58,7 @@ class Judge:
     _reference: PairScores | None = None
 
     def refer_to(self, lm: LanguageModel) -> None:
-        """Use a model without an adapter as the reference of preference pairs."""
+        """Use a model without an adapter as the reference. Only preference pairs need a reference."""
         if self.pairs is not None:
             self._reference = PairScores(lm, self.pairs)
 
@@ -102,7 +102,9 @@ def read_judge(
         judge = Judge(report, metrics, max_new_tokens, choices=choices)
     elif kind == _PAIR:
         if metrics:
-            raise ValueError(f"{op}: metric is for generated answers, but the rows are pairs of answers")
+            raise ValueError(
+                f"{op}: metric scores generated answers, but no answers are generated for preference pairs"
+            )
         pairs = read_pairs(op, sources, lm.tokenizer, reading, "eval", PairDataset)
         require_vocabulary(lm, pairs.report.source, pairs.largest_id)
         judge = Judge(pairs.report, metrics, max_new_tokens, pairs=pairs)
@@ -114,7 +116,9 @@ def read_judge(
         bad = BadRows()
         judge.asked = list(_asked(lm, sources, reading, judge.choices, bad))
         if not judge.asked:
-            raise DataError(f"{judge.report.source}: no prompt to answer: {'; '.join(bad.problems)}")
+            raise DataError(
+                f"{judge.report.source}: no row has a prompt that can be used: {'; '.join(bad.problems)}"
+            )
         if bad.count:
             rows = counted(bad.count, "row")
             warn_user(f"{op}: {rows} of {judge.report.source} not answered: {'; '.join(bad.problems)}")
@@ -122,7 +126,10 @@ def read_judge(
 
 
 def _kind(sources: list[Source], reading: ReadOptions) -> str | None:
-    """The kind in `reading`; without one, the kind of the first good row (of 100 in each source), or None."""
+    """The format in `reading`. If it is None, the kind of the first good row, or None.
+
+    Only the first 100 rows of each source are tried.
+    """
     if reading.format is not None:
         return reading.format
     for source in sources:
@@ -135,22 +142,21 @@ def _kind(sources: list[Source], reading: ReadOptions) -> str | None:
 
 
 def _any_kind(kind: Kind, where: str) -> None:
-    """Accept any kind of rows."""
+    """Accept rows of any kind."""
 
 
 def _require_choice(kind: Kind, where: str) -> None:
     if kind.name != _CHOICE:
         raise DataError(
-            f"{where}: has {kind.fields}, and the rows before have {BY_NAME[_CHOICE].fields}; expected one "
-            "format in all files"
+            f"{where}: the row has {kind.fields}, but the earlier rows have {BY_NAME[_CHOICE].fields}; "
+            "expected one format in all files"
         )
 
 
 def _examples(
     sources: list[Source], reading: ReadOptions, require: Callable[[Kind, str], None], bad: BadRows
 ) -> Iterator[tuple[Example, Row, bool]]:
-    """For each row without an error: the example, the row, and whether the example lacks the row's tools or
-    documents."""
+    """For each row without an error: the example, the row, and `lacks_context` (see `Parsed`)."""
     for source in sources:
         if source.is_text:
             raise DataError(f"{source.name}: a plain text has no prompts, expected rows with prompts")
@@ -187,7 +193,7 @@ def _read_choices(
 def _require_room(choices: Choices, most: int | None) -> None:
     if most is not None and choices.longest > most:
         raise DataError(
-            f"{choices.where}: the prompt and a choice have {counted(choices.longest, 'token')}, "
+            f"{choices.where}: the prompt with its longest choice has {counted(choices.longest, 'token')}, "
             f"expected at most {most:,}"
         )
 

@@ -41,7 +41,7 @@ def _plain(text: str) -> str:
 
 
 def _unmarked(text: str) -> str:
-    """The text in lower case, without punctuation. Signs of numbers and marks inside numbers are kept."""
+    """The text in lower case, without punctuation. Numbers such as -1.5 keep their sign and their marks."""
     return _NUMBER_OR_MARK.sub(lambda found: found[1] or "", _THOUSANDS.sub("", _plain(text)))
 
 
@@ -50,12 +50,12 @@ def _without_articles(text: str) -> str:
 
 
 def words_of(answer: str, reference: str) -> tuple[list[str], list[str]]:
-    """The words of both texts, in lower case, without punctuation and English articles.
+    """The words of both texts, in lower case. Punctuation and English articles are removed.
 
     The steps and their order are those of SQuAD's script evaluate-v1.1.py (Rajpurkar et al. 2016), with two
-    differences. Numbers keep their signs and the marks inside them. If this leaves one text without words,
-    the articles of both texts are kept. If one text still has no words, the punctuation of both texts is kept
-    too. So answers such as "A" and "+" can also be right or wrong.
+    differences. First, numbers keep their signs and the marks inside them, as in -1.5. Second, if a text
+    would have no words, the articles of both texts are kept, and if a text still has no words, also the
+    punctuation of both. So answers such as "A" and "+" can be right or wrong too.
 
     >>> words_of("The answer: -1.5", "1.5")
     (['answer', '-1.5'], ['1.5'])
@@ -92,7 +92,7 @@ BY_NAME: dict[str, MetricFunction] = {"exact_match": exact_match, "f1": f1}
 
 @dataclass
 class Metric:
-    """A metric by its name.
+    """A metric: its name, and the function that scores an answer.
 
     Attributes:
         failed: the number of examples in which the function failed.
@@ -121,7 +121,7 @@ class Metric:
         return score
 
     def _show(self, error: BaseException, where: str) -> None:
-        """Print the traceback of an error, once for each of the first few kinds of errors."""
+        """Print the traceback of an error, unless a similar one or `_SHOWN` others were printed already."""
         frames = traceback.extract_tb(error.__traceback__)
         kind = (type(error), frames[-1].filename, frames[-1].lineno)
         if kind in self._seen or len(self._seen) == _SHOWN:
@@ -133,13 +133,13 @@ class Metric:
 
 
 def brief_error(error: BaseException) -> str:
-    """The class and the first line of the message of an error."""
+    """The class of an error, and the first line of its message."""
     *_, last = traceback.format_exception_only(error)  # works even if the error's own __str__ fails
     return last.strip().partition("\n")[0][:_MESSAGE]
 
 
 def metrics_of(op: str, given: object) -> list[Metric]:
-    """The metrics that a user names: "exact_match,f1", "module:function", a function, or several of these.
+    """The metrics in `given`: "exact_match,f1", "module:function", a function, or a list of several of these.
 
     Raises:
         ValueError: there is no such metric, module or function; or a metric is given twice.
@@ -159,12 +159,12 @@ def metrics_of(op: str, given: object) -> list[Metric]:
     if twice := [name for name in names if names.count(name) > 1]:
         raise ValueError(f"{op}: metric {twice[0]} is given twice")
     if taken := [name for name in names if name in _RESERVED]:
-        raise ValueError(f"{op}: the results have a {taken[0]} already; give the metric another name")
+        raise ValueError(f"{op}: the results already have an entry {taken[0]}; give the metric another name")
     return found
 
 
 def _numbered(name: str, known: Sequence[str]) -> str:
-    """The name of a function, with a number if another function has the same name."""
+    """The name of a function. If another function has the same name, a number is appended."""
     count = itertools.count(2)
     found = name
     while found in known:

@@ -20,9 +20,10 @@ class PairScores:
     """The scores of a model on all pairs.
 
     Attributes:
-        log_probs: the log-probability of each answer (pairs, 2), the chosen answer first.
-        counts: the number of tokens of each answer (pairs, 2).
-        top: the number of tokens of each answer that the model ranks first (pairs, 2).
+        log_probs: float64 (pairs, 2), the log-probabilities of the chosen and of the rejected answer.
+        counts: (pairs, 2), the number of tokens of each answer.
+        top: (pairs, 2), for each answer, the number of tokens to which the model gives the largest
+            probability.
     """
 
     def __init__(self, lm: LanguageModel, dataset: PairDataset) -> None:
@@ -37,7 +38,7 @@ class PairScores:
                 total[members] = np.bincount(sequence, values, 2 * len(members)).reshape(-1, 2)
 
     def measured(self, reference: PairScores | None) -> list[Measured]:
-        """The metrics of these scores.
+        """The metrics that follow from these scores.
 
         Args:
             reference: the scores of the model without an adapter. The rewards are computed from these scores:

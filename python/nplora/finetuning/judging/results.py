@@ -66,10 +66,10 @@ class Evaluation(MeanLoss):
         source: the name of the file.
         examples, truncated, emptied, skipped: counts of examples and rows, see `DataReport`.
         perplexity: e to the power of the loss.
-        token_accuracy: the share of the tokens in the mean that the model ranks first.
-        metrics: every metric by its name, including "loss" and "token_accuracy", each as a `Score`. For
-            multiple-choice rows: "acc", "acc_norm" and "acc_token". For preference pairs: "acc", "acc_token"
-            and, with an adapter, "reward_acc" and "reward_margin".
+        token_accuracy: the share of the tokens in the loss to which the model gives the largest probability.
+        metrics: a dict from the name of each metric, including "loss" and "token_accuracy", to its `Score`.
+            For multiple-choice rows: "acc", "acc_norm" and "acc_token". For preference pairs: "acc",
+            "acc_token" and, with an adapter, "reward_acc" and "reward_margin".
 
     >>> result: nplora.finetuning.Evaluation = nplora.evaluate("model.gguf", "valid.jsonl")
     >>> result["tokens"], result["examples"]
@@ -134,10 +134,10 @@ class Difference:
         difference: the value for `one` minus the value for `other`.
         low, high: the 95 % confidence interval of the difference, by a bootstrap that draws the same examples
             for both systems; None for fewer than two examples.
-        p: the p-value of a paired permutation test: the probability of a difference at least as large if both
-            systems are equally good; None for fewer than two examples.
-        is_better: whether `one` is better than `other`, if p is below 0.05; otherwise None. With fewer than 6
-            examples, p is never below 0.05.
+        p: the p-value of a paired permutation test: if both systems were equally good, the probability of a
+            difference at least as large as this one. None for fewer than two examples.
+        is_better: None if p is not below 0.05; otherwise, whether `one` is better than `other`. With fewer
+            than 6 examples, p is never below 0.05.
         examples: the number of examples.
 
     >>> comparison = nplora.finetuning.compare("model.gguf", "valid.jsonl", ["adapter"])

@@ -1,9 +1,10 @@
 """Confidence intervals and paired tests over examples.
 
-The bootstrap draws n of the n examples, with replacement, and computes the metric again (Efron and Tibshirani
-1993, chapter 13: percentile intervals). The paired test swaps the values of both systems in random examples
-(Noreen 1989, approximate randomisation). All draws come from the raw output of PCG64 with a fixed seed, so
-that results are the same in every run and with every version of NumPy.
+The bootstrap repeatedly draws n examples from the n examples, with replacement, and computes the metric of
+the drawn examples (Efron and Tibshirani 1993, chapter 13: percentile intervals). The paired test chooses
+examples at random, exchanges the values of the two systems in these examples, and computes the difference of
+the systems again (Noreen 1989, approximate randomisation). All random numbers come from the raw output of
+PCG64 with a fixed seed, so that the results are the same in every run and with every version of NumPy.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ class Measured:
         lower_is_better: whether a lower metric is better.
         failed: the number of examples that could not be scored.
         error: the first error of the metric; empty if all examples were scored.
-        exact: the value of the metric, if it was already computed from sums in another order; None: the value
-            is computed from the arrays.
+        exact: the value of the metric, if it was computed elsewhere, from sums in another order; None: the
+            value is computed from the arrays.
     """
 
     name: str
@@ -77,11 +78,11 @@ def difference_interval(one: Measured, other: Measured) -> Interval | None:
 
 
 def paired_p(one: Measured, other: Measured) -> float | None:
-    """The two-sided p-value of the paired permutation test; None as in `interval`.
+    """The two-sided p-value of the paired permutation test; None in the same cases as `interval`.
 
-    If there are few examples, all permutations are tried. If there are many examples, a random sample of
-    permutations is tried, and the unpermuted data count as one more permutation. So p is never 0 (Phipson and
-    Smyth 2010).
+    A permutation exchanges the values of the two systems in some of the examples. If there are few examples,
+    all permutations are tried. If there are many examples, a random sample of permutations is tried, and the
+    unchanged data count as one more permutation. So p is never 0 (Phipson and Smyth 2010).
     """
     if not (_can_resample(one) and _can_resample(other)):
         return None
@@ -107,13 +108,13 @@ def _percentiles(found: Array) -> Interval:
 
 
 def _resampled(*columns: Array) -> Array:
-    """For each resample, the sum of each column over the drawn examples. Shape (columns, RESAMPLES)."""
+    """For each resample, the sum of each column over the drawn examples: an array (columns, RESAMPLES)."""
     table = np.stack(columns, axis=1)
     return np.stack([counts @ table for counts in _draws(len(table))], axis=1)
 
 
 def _draws(n: int) -> Iterator[Array]:
-    """How often each of n examples is drawn, for each resample."""
+    """Yield an array (n,) for each resample: how often each of the n examples is drawn."""
     stream = np.random.PCG64(np.random.SeedSequence(_SEED))
     for _ in range(RESAMPLES):
         drawn = ((stream.random_raw(n) >> np.uint64(32)) * np.uint64(n)) >> np.uint64(32)
@@ -121,7 +122,7 @@ def _draws(n: int) -> Iterator[Array]:
 
 
 def _swaps(n: int) -> Iterator[Array]:
-    """For each random permutation, whether each of n examples is swapped."""
+    """Yield a bool array (n,) for each random permutation: the examples whose values are exchanged."""
     stream = np.random.PCG64(np.random.SeedSequence(_SEED, spawn_key=(1,)))
     for _ in range(RESAMPLES):
         raw = stream.random_raw(-(-n // 64)).astype("<u8")

@@ -28,7 +28,7 @@ def markdown_table(evaluations: Mapping[str, Evaluation]) -> str:
 
 
 def _rows(evaluations: Mapping[str, Evaluation]) -> list[list[str]]:
-    """The cells: the names of the metrics, then a row for each system."""
+    """The cells of the table: a row with the names of the metrics, then a row for each system."""
     names = list(next(iter(evaluations.values()))["metrics"])
     head = ["", "loss", "perplexity", *names[1:]]
     rows = [head]

@@ -14,7 +14,7 @@ from nplora.lm import LanguageModel
 def measure_tokens(lm: LanguageModel, dataset: Dataset) -> list[Measured]:
     """The loss and the token accuracy of the model on all examples.
 
-    The loss is summed as in training, so that it is bit for bit the validation loss of a run.
+    The loss is summed as in training. So it is equal to the validation loss of a run, bit for bit.
     """
     summed = 0.0
     loss, tokens, top = (np.zeros(len(dataset)) for _ in range(3))

@@ -13,7 +13,7 @@ _BY_NAME = {kind.name: kind for kind in _ALL}
 
 
 def objective_of(options: FinetuneOptions) -> Objective:
-    """The objective that the options choose."""
+    """Make the objective that `options.objective` names."""
     return _BY_NAME[options.objective](options)
 
 

@@ -26,9 +26,10 @@ Array = npt.NDArray[Any]
 
 
 class DistillLoss(PackedLoss):
-    """The mean over the trained tokens of ratio · T² · KL + (1 - ratio) · cross-entropy (T: temperature).
+    """The mean of ratio · T² · KL + (1 - ratio) · cross-entropy over the trained tokens.
 
-    The metrics are the mean divergence, without T², and the mean cross-entropy, if it was computed.
+    T is the temperature, and ratio is the option `kd_ratio`. The metrics are the mean KL divergence without
+    the factor T² and, unless training leaves it out because ratio is 1, the mean cross-entropy.
     """
 
     def __init__(self, formula: Distillation, teacher: Teacher, micro_tokens: int | None = None) -> None:
@@ -57,7 +58,10 @@ class DistillLoss(PackedLoss):
         return self._teacher.blame(x) or super().blame(model, x)
 
     def _loss_of_batch(self, batch: PackedBatch) -> LogitLoss:
-        """Return a loss for rows of a batch. The teacher's forward pass runs now, while memory is free."""
+        """Return a function that computes the losses of chosen rows of a batch.
+
+        This call runs the teacher's forward pass, before the student's activations take memory.
+        """
         teacher = self._teacher.prepare_batch(batch)
 
         def loss(logits: Array, rows: Array, factor: float, gradient: bool) -> Array:
@@ -72,7 +76,7 @@ class DistillLoss(PackedLoss):
 
 
 class DistillObjective(Objective):
-    """Distillation from a model that runs beside the student, or from its stored log-probabilities."""
+    """Distillation from a teacher model, or from the stored log-probabilities of a teacher."""
 
     name = "distill"
     _teacher: Teacher

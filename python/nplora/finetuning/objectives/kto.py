@@ -27,14 +27,15 @@ Array = npt.NDArray[Any]
 
 
 class KtoLoss(PackedLoss):
-    """The mean of a loss over answers. The loss compares each log-ratio with the KL divergence of its batch.
+    """The KTO loss: the mean of the losses of all answers.
 
-    The KL divergence is the mean log-ratio of answers that do not fit their prompts, or 0 if the mean is
-    negative. No gradient flows through the KL divergence.
+    The loss of an answer compares its log-ratio, log p(answer) - log p_ref(answer), with the KL divergence of
+    the batch. The KL divergence is the mean log-ratio of mismatched pairs (prompts with answers that belong
+    to other prompts), or 0 if this mean is negative. No gradient flows through the KL divergence.
 
-    The metrics are the mean rewards of good and bad answers, their difference, the accuracy and the KL
-    divergence. The accuracy is the share of answers whose log-ratio is on the right side of the KL
-    divergence: above for a good answer, and below for a bad one.
+    The metrics are the mean reward of the good answers, that of the bad answers, the difference of these two
+    means, the accuracy and the KL divergence. The accuracy is the share of answers whose log-ratio is on the
+    right side of the KL divergence: above the KL divergence for a good answer, and below it for a bad answer.
     """
 
     unit = "answers"
@@ -71,7 +72,7 @@ class KtoLoss(PackedLoss):
         return value / len(y.good)
 
     def blame(self, model: Module, x: PackedBatch) -> str:
-        """Also search the mismatched pairs of the last batch, which give the KL divergence."""
+        """Search the mismatched pairs, which determine the KL divergence, for non-finite outputs too."""
         assert isinstance(model, LanguageModel)
         name = "" if self._mismatched is None else first_nonfinite_layer(model, self._mismatched)
         if name and not first_nonfinite_layer(model, x):

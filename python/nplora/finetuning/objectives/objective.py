@@ -1,4 +1,4 @@
-"""Objective: the loss that a run minimises, the rows that it reads, and the work before the first step."""
+"""Objective: chooses the loss of a run, reads the data, and does the work before the first step."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from nplora.tokenizer import Tokenizer
 
 
 class Objective:
-    """The base class is supervised fine-tuning ("sft"): the mean of -log p(token) over the trained tokens.
+    """The goal of a run. The base class is supervised fine-tuning ("sft").
 
-    An object serves a single run.
+    The loss of "sft" is the mean of -log p(token) over the trained tokens. Make a new objective for each run.
 
     Attributes:
         has_reference: whether `prepare` needs the model without its adapter.
@@ -43,7 +43,7 @@ class Objective:
         self._reference = Reference()
 
     def with_options(self, op: str, options: FinetuneOptions) -> Self:
-        """Return a copy of the objective with other options. The teacher and the reference are shared.
+        """Return a copy of the objective with other options. The copy shares the teacher and the reference.
 
         Raises:
             ValueError: the options do not fit the teacher.
@@ -62,7 +62,7 @@ class Objective:
         return None
 
     def teaching(self, lm: LanguageModel) -> Teaching | None:
-        """The additional memory and time that a teacher takes, for the plan; None without a teacher."""
+        """The memory and the time that a plan must add for a teacher; None without a teacher."""
         return None
 
     def open(self, op: str, lm: LanguageModel, check: bool) -> None:
@@ -73,14 +73,14 @@ class Objective:
         """
 
     def reload(self, compute: str) -> None:
-        """Load the models of the objective again, with another arithmetic."""
+        """If the objective loaded the teacher's model, load it again with the arithmetic `compute`."""
 
     def read(self, op: str, sources: list[Source], tokenizer: Tokenizer, reading: ReadOptions) -> Examples:
         """Read examples, as `read_sources` does."""
         return read_sources(op, sources, tokenizer, reading)
 
     def sequences_of(self, x: PackedBatch, y: Any) -> list[PackedBatch]:
-        """The sequences of a batch whose log-probabilities under the reference are needed."""
+        """The sequences of a batch for which the loss needs log-probabilities under the reference."""
         return []
 
     def prepare(
@@ -92,16 +92,16 @@ class Objective:
         writes: bool = True,
         ranks: Ranks | None = None,
     ) -> None:
-        """Compute the values that the losses need in addition to the model.
+        """Compute what the loss needs besides the model's outputs: log-probabilities under the reference.
 
-        A second call adds the values for other batches.
+        If `prepare` is called again with other batches, their values are added to the earlier ones.
 
         Args:
             lm: the model without the adapter that is trained.
             batches: the training data, and the validation data, if there are any.
             directory: the output directory; None on all ranks except rank 0.
             say: prints a text.
-            writes: whether the directory may be changed now; otherwise, `keep` changes it later.
+            writes: whether this call may write to the directory. If False, `keep` writes the file later.
             ranks: the processes that train together.
         """
         if self.has_reference:
@@ -110,12 +110,12 @@ class Objective:
             self.keep(directory)
 
     def keep(self, directory: files.Directory) -> None:
-        """Write the files that a resumed run needs, and remove files that it does not need."""
+        """Write the reference's file if a resumed run needs it; otherwise remove an earlier run's file."""
         if self.has_reference:
             self._reference.keep(directory)
         else:
             reference.drop(directory)
 
     def loss(self, micro_tokens: int | None) -> PackedLoss:
-        """The loss of a batch. The batch is computed in micro-batches of at most `micro_tokens` tokens."""
+        """Make the loss, which computes each batch in micro-batches of at most `micro_tokens` tokens."""
         return TokenLoss(micro_tokens)

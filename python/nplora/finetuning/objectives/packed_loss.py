@@ -1,4 +1,4 @@
-"""PackedLoss: the common part of all losses of a language model."""
+"""PackedLoss: the base class of all losses of a language model."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ MicroBatch = tuple[PackedBatch, slice, slice]  # the slices are its sequences an
 
 
 class PackedLoss(FusedLoss):
-    """The base class of losses over packed batches, which are computed in micro-batches.
+    """The base class of losses of packed batches. Each batch is computed in micro-batches.
 
     Args:
-        micro_tokens: maximum tokens of a micro-batch; None: batches are not cut into micro-batches.
+        micro_tokens: maximum number of tokens in a micro-batch; None: batches are not cut into micro-batches.
     Attributes:
         tokens: number of tokens, trained or not, in all batches that this rank or another rank has processed.
         after_part: called after the backward pass of each micro-batch.
         word_filter: the filter of the model's head, or None.
         int8_head: whether the gradient of the head's input is computed in int8; None: the model does not use
             int8.
-        unit: the name of the items that `count` counts, for progress lines.
+        unit: the name, in progress lines, of the items that the method `count` counts.
     """
 
     unit = "trained tokens"
@@ -48,13 +48,13 @@ class PackedLoss(FusedLoss):
         self.tokens += len(x.ids)
 
     def _end_part(self) -> None:
-        """Add up the probability of the words that the filter has skipped, and call `after_part`."""
+        """Record the probability of the vocabulary's words that the filter skipped; call `after_part`."""
         if self.word_filter is not None:
             self._tally.add("skipped_probability", self.word_filter.take_skipped(), counted=True)
         self.after_part()
 
     def _micro_batches(self, x: PackedBatch) -> Iterator[MicroBatch]:
-        """The micro-batches that are computed. Micro-batches without a target have no loss."""
+        """The micro-batches of a batch, without those that have no target and therefore no loss."""
         return (each for each in micro_batches(x, self.micro_tokens) if each[0].num_targets)
 
     def settings(self) -> dict[str, Any]:
@@ -83,7 +83,10 @@ class PackedLoss(FusedLoss):
 
 
 def micro_batches(x: PackedBatch, most_tokens: int | None, together: int = 1) -> Iterator[MicroBatch]:
-    """Divide a batch as `PackedBatch.pieces` does. The slices are a piece's sequences and tokens in `x`."""
+    """Divide a batch into micro-batches with `PackedBatch.pieces`.
+
+    With each micro-batch, yield two slices: its sequences and its tokens in `x`.
+    """
     sequences = tokens = 0
     for part in x.pieces(most_tokens, together):
         ends = sequences + len(part.starts) - 1, tokens + len(part.ids)

@@ -26,10 +26,12 @@ Array = npt.NDArray[Any]
 
 
 class PairLoss(PackedLoss):
-    """The mean of a loss over pairs. A micro-batch never divides a pair.
+    """The base class of losses of pairs: the mean of the losses of all pairs.
 
-    The metrics are the mean rewards and margin, and the share of pairs whose chosen answer has the larger
-    reward.
+    The two answers of a pair are always in the same micro-batch.
+
+    The metrics are the mean reward of the chosen answers, that of the rejected answers, the difference of
+    these two means (the margin), and the share of pairs whose chosen answer has the larger reward.
     """
 
     unit = "pairs"
@@ -65,7 +67,7 @@ class PairLoss(PackedLoss):
     def _loss(
         self, part: PackedBatch, is_answer: Array, weight: float, log_probs: Array
     ) -> tuple[float, Array]:
-        """The sum of the losses of a micro-batch, and its derivative with respect to the log-probabilities.
+        """Return the sum of a micro-batch's losses, and the sum's derivative with respect to `log_probs`.
 
         Args:
             is_answer: for each token, whether the next token belongs to an answer.
@@ -81,7 +83,7 @@ class PairLoss(PackedLoss):
         return (len(x.starts) - 1) / 2 / max(1, int(tokens))
 
     def _measure(self, rewards: Array) -> None:
-        """Count the rewards (n, 2) of the chosen and the rejected answers, under the names that TRL uses."""
+        """Add the rewards (n, 2) of the chosen and the rejected answers to the metrics, with TRL's names."""
         chosen, rejected = rewards.T
         self._tally.add("rewards/chosen", chosen)
         self._tally.add("rewards/rejected", rejected)
@@ -89,7 +91,7 @@ class PairLoss(PackedLoss):
 
 
 class DpoLoss(PairLoss):
-    """A loss of the log-ratios between the model and its reference."""
+    """A loss of the log-ratios log p(answer) - log p_ref(answer) of chosen and rejected answers."""
 
     def __init__(self, formula: Dpo, reference: Reference, micro_tokens: int | None = None) -> None:
         super().__init__(micro_tokens)
@@ -112,11 +114,11 @@ class DpoLoss(PairLoss):
 
 
 class OrpoLoss(PairLoss):
-    """The loss of the chosen text, prompt included, and a penalty for the odds of the rejected answer.
+    """The cross-entropy of the chosen texts, plus a penalty that compares the odds of the two answers.
 
-    The loss is the mean over the tokens of the chosen texts, plus the mean penalty over the pairs. The
-    trainer divides the sum by the number of pairs, so the loss of each token is multiplied by `weight`, which
-    is pairs / tokens.
+    The cross-entropy is a mean over all tokens of the chosen texts, prompts included. The penalty is a mean
+    over the pairs. The trainer divides the sum of all losses by the number of pairs. So the loss of each
+    token is multiplied by `weight` = pairs / tokens, which makes the cross-entropy a mean over the tokens.
     """
 
     def __init__(self, beta: float, micro_tokens: int | None = None) -> None:

@@ -42,7 +42,7 @@ class Dpo:
     label_smoothing: float = 0.0
 
     def __call__(self, ratios: Array, counts: Array) -> tuple[Array, Array]:
-        """The loss of each pair (n,), and its derivative with respect to the log-ratios (n, 2).
+        """Return the losses (n,) of the pairs, and their derivatives (n, 2) with respect to the log-ratios.
 
         Args:
             ratios: log-ratios (n, 2) of the chosen and the rejected answers.
@@ -55,10 +55,10 @@ class Dpo:
         return values, slopes[:, None] * scale * [1.0, -1.0]
 
     def _of_margin(self, margin: Array) -> tuple[Array, Array]:
-        """The loss, and its derivative with respect to the margin.
+        """Return the losses (n,) of the pairs, and their derivatives (n,) with respect to the margins.
 
         Args:
-            margin: the score of the chosen answer minus the score of the rejected answer (n,).
+            margin: for each pair (n,), the score of the chosen answer minus the score of the rejected answer.
         """
         beta, smoothing = self.beta, self.label_smoothing
         x = beta * margin
@@ -79,7 +79,7 @@ class Dpo:
 
 
 def odds_ratio(means: Array, beta: float) -> tuple[Array, Array]:
-    """ORPO's penalty of each pair (n,), and its derivative with respect to `means` (Hong et al. 2024, eq. 7).
+    """ORPO's penalties (n,), and their derivatives (n, 2) with respect to `means` (Hong et al. 2024, eq. 7).
 
     Args:
         means: mean log-probabilities (n, 2) of the tokens of the chosen and the rejected answers.
@@ -94,7 +94,9 @@ def odds_ratio(means: Array, beta: float) -> tuple[Array, Array]:
 
 @dataclass(frozen=True)
 class Kto:
-    """Kahneman-Tversky optimisation (Ethayarajh et al. 2024, eq. 7 and 8), or apo_zero_unpaired (no KL).
+    """Kahneman-Tversky optimisation (Ethayarajh et al. 2024, eq. 7 and 8).
+
+    The loss type "apo_zero_unpaired" uses no KL divergence: it is computed with `kl` = 0.
 
     Attributes:
         desirable, undesirable: the weights of good and of bad answers.
@@ -110,12 +112,12 @@ class Kto:
         return self.loss_type == "kto"
 
     def __call__(self, ratios: Array, good: Array, kl: float) -> tuple[Array, Array]:
-        """The loss of each answer (n,), and its derivative with respect to the log-ratios (n,).
+        """Return the losses (n,) of the answers, and their derivatives (n,) with respect to the log-ratios.
 
         Args:
             ratios: log-ratios (n,) of the answers.
             good: whether each answer is good (n,).
-            kl: the estimated KL divergence, which counts as a constant.
+            kl: the estimated KL divergence. The derivatives treat `kl` as a constant.
         """
         sign = np.where(good, 1.0, -1.0)
         weight = np.where(good, self.desirable, self.undesirable)

@@ -1,8 +1,8 @@
 """Reference: the log-probabilities of the model without its adapter, computed once and kept in a file.
 
 The file holds one number for each sequence. The file is used only if all weights, the configuration, the
-arithmetic, the instruction set and the version of nplora are the same, and if the SHA-256 in the file is
-right. Log-probabilities that are not in the file are computed.
+arithmetic, the instruction set and the version of nplora are the same as when the file was written, and if
+the content of the file matches its SHA-256. Log-probabilities that are not in the file are computed.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ _WRITE_SECONDS = 60.0  # the least time between two writes of the file
 
 
 class Reference:
-    """The log-probability of each sequence under the reference: the sum over its targets.
+    """Holds the log-probability of each sequence under the reference: the sum over the sequence's targets.
 
     Each sequence is identified by a digest of its tokens and targets, so the data may be in any order.
 
     Args:
-        known: log-probabilities by the keys of their sequences, see `sequence_keys`.
+        known: maps the key of a sequence (see `sequence_keys`) to the log-probability of the sequence.
     """
 
     def __init__(self, known: Mapping[int, float] | None = None) -> None:
@@ -78,15 +78,15 @@ class Reference:
         writes: bool,
         ranks: Ranks | None = None,
     ) -> None:
-        """Add the log-probabilities of all sequences of the data, from the file or by computing them.
+        """Read the log-probabilities of the data's sequences from the file, and compute the missing ones.
 
         Args:
             lm: the model without the adapter.
             batches: the training data, and the validation data, if there are any.
-            sequences_of: the sequences of a batch whose log-probabilities are needed.
+            sequences_of: a function that returns the sequences of a batch for which log-probabilities are
+                needed.
             directory: the output directory; None on other ranks than rank 0.
-            writes: whether the file is written, every minute and at the end; False: `keep` writes the file
-                later.
+            writes: True: write the file every minute and at the end. False: `keep` writes the file later.
             ranks: the processes that train together. Each rank computes a share of the log-probabilities.
         Raises:
             NonFiniteLossError: a log-probability is NaN or infinite.
@@ -146,13 +146,14 @@ class Reference:
 
 
 class _SharedParts:
-    """Computes the log-probabilities of parts of batches in rounds. Each rank computes one part in a round.
+    """Divides the computation of log-probabilities among the ranks, in rounds.
 
-    The ranks exchange the results after every round. So a faster rank waits for a slower one during at most
-    one part, and all ranks know the results of all parts but the last few.
+    In a round, each rank computes one part of a batch. After the round, the ranks exchange the results. So a
+    rank waits at most for the time that the slowest rank needs for one part, and each rank knows the results
+    of all finished rounds.
 
     Args:
-        known: log-probabilities by the keys of their sequences, to which the results are added.
+        known: maps the key of a sequence to its log-probability. The results are added to this dictionary.
     """
 
     def __init__(self, lm: LanguageModel, ranks: Ranks, known: dict[int, float]) -> None:
@@ -161,14 +162,14 @@ class _SharedParts:
         self._keys: set[int] = set()  # the keys of the sequences in the round
 
     def lacks(self, part: PackedBatch) -> bool:
-        """Whether a log-probability of a part is neither known nor about to be computed."""
+        """Whether a part has a sequence that is neither known nor in the current round."""
         return any(key not in self._known and key not in self._keys for key in sequence_keys(part).tolist())
 
     def add(self, part: PackedBatch) -> None:
-        """Add a part to the round, and compute the round if it is full.
+        """Add a part to the round. If the round now has a part for each rank, compute the round.
 
-        The whole part is computed, so that the results have the same bits, no matter which of its sequences
-        are known.
+        Known sequences of the part are computed too. So the bits of the new results do not depend on which
+        sequences are known.
         """
         self._round.append(part)
         self._keys.update(sequence_keys(part).tolist())
@@ -178,8 +179,8 @@ class _SharedParts:
     def compute(self) -> None:
         """Compute the parts of the round.
 
-        A sequence may be in several parts, with different rounding. The result of the last part is kept, as
-        with a single rank.
+        If a sequence is in several parts, its results may differ by rounding. The result of the last part is
+        used, as in a run with a single rank.
         """
         if not self._round:
             return
@@ -243,15 +244,16 @@ def _log_probs(lm: LanguageModel, part: PackedBatch) -> Array:
 
 
 def _identity(lm: LanguageModel) -> str:
-    """Everything that the log-probabilities depend on besides the tokens."""
+    """A hash of everything besides the tokens that the log-probabilities depend on."""
     config = _core.config()
     parts = base_fingerprint(lm, whole=True), lm.compute, str(config["isa"]), str(config["version"])
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
 def _read(directory: files.Directory, model: str) -> tuple[dict[int, float], str]:
-    """The content of the file, and a text about an error in the file. If there is no file, the content and
-    the text are empty.
+    """Return the log-probabilities in the file, and a text that says what is wrong with the file.
+
+    The text is empty if the file can be used. If there is no file, both results are empty.
 
     Raises:
         FileExistsError: the file is not in the safetensors format, and the directory holds no run.
@@ -282,7 +284,7 @@ def _read(directory: files.Directory, model: str) -> tuple[dict[int, float], str
 
 
 def _write(directory: files.Directory, model: str, found: dict[int, float]) -> None:
-    """Write the file. Only warn if this fails: if the disk is full, the first checkpoint raises an error."""
+    """Write the file. A failure causes only a warning: on a full disk, the first checkpoint fails anyway."""
     keys = np.array(sorted(found), np.uint64)
     values = np.array([found[key] for key in sorted(found)], np.float64)
     metadata = {REFERENCE_MARK: _SCHEMA, "model": model, "sha256": _digest(keys, values)}

@@ -14,7 +14,7 @@ Addition = tuple[str, float, int, bool]
 
 
 class Tally:
-    """Adds up values by name."""
+    """Adds up the values of several named quantities."""
 
     def __init__(self) -> None:
         self._additions: list[Addition] = []
@@ -23,8 +23,8 @@ class Tally:
         """Add values.
 
         Args:
-            counted: whether `take` also returns the number of values, because it differs from the number of
-                items in the loss.
+            counted: whether `take` also returns the number of values. This is needed if the number differs
+                from the number of items in the loss.
         """
         self._additions.append((name, float(np.sum(values)), np.size(values), counted))
 
@@ -33,13 +33,13 @@ class Tally:
         self._additions += additions
 
     def take_additions(self) -> list[Addition]:
-        """All values that were added since the last call, in order. If all ranks add up the values in this
-        order, the sums have the same bits."""
+        """All values that were added since the last call, in the order in which they were added. If all ranks
+        add up the values in this order, the sums have the same bits on all ranks."""
         taken, self._additions = self._additions, []
         return taken
 
     def take(self) -> dict[str, float]:
-        """The means since the last call. A name without values is left out."""
+        """The mean of each quantity since the last call. A quantity without values is left out."""
         sums, counts, counted = dict[str, float](), dict[str, int](), set[str]()
         for name, value, count, is_counted in self.take_additions():
             sums[name] = sums.get(name, 0.0) + value

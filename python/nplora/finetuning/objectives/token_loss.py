@@ -14,7 +14,7 @@ class TokenLoss(PackedLoss):
     """The mean of -log p(token) over the trained tokens. The logits are never in memory all at once.
 
     Args:
-        micro_tokens: maximum tokens of a micro-batch; None: batches are not cut into micro-batches.
+        micro_tokens: maximum number of tokens in a micro-batch; None: batches are not cut into micro-batches.
     Attributes:
         tokens: number of tokens, trained or not, in all batches that this rank or another rank has processed.
 

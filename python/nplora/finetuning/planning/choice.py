@@ -51,10 +51,10 @@ class PlanConstraints:
 
     Attributes:
         compute: arithmetic of the products with frozen weights; None: not fixed.
-        recompute: True: activations are recomputed in the backward pass; False: not fixed.
+        recompute: True if activations must be recomputed in the backward pass; False if this is not fixed.
         micro_tokens: sizes of micro-batches to choose from; None: any size.
-        resuming: whether the run is resumed. A resumed run may use the memory that its first plan reserved as
-            a margin.
+        resuming: whether the run is resumed. A resumed run may use the whole memory limit. A new run leaves a
+            margin.
 
     >>> constraints = nplora.finetuning.planning.PlanConstraints(compute="bfloat16")
     >>> constraints.recompute, constraints.micro_tokens
@@ -68,7 +68,7 @@ class PlanConstraints:
 
 
 def resident_memory(lm: LanguageModel, teacher: LanguageModel | None = None) -> tuple[int, int]:
-    """The bytes that this process has in memory, and the bytes of the weights that are not read yet.
+    """Two numbers of bytes: the memory of this process now, and the weights that are not read yet.
 
     Args:
         teacher: a second model, whose weights are read too.
@@ -88,7 +88,7 @@ def needed(
     """Predict the peak memory of the process with this plan.
 
     Args:
-        resident: the result of `resident_memory`, measured before the batches in `work` were listed.
+        resident: the result of `resident_memory`, which was called before `work` was made.
 
     >>> planning = nplora.finetuning.planning
     >>> lm = nplora.load_model("model.gguf")
@@ -214,7 +214,7 @@ def _plans(
 
 
 def _halves(work: Work) -> Iterator[int]:
-    """Sizes of micro-batches: a half, a quarter, ... of the largest batch, down to the longest example."""
+    """Sizes of micro-batches in tokens: 1/2, 1/4, ... of the largest batch, down to the longest example."""
     size, least = work.batch_tokens, max(work.longest, _LEAST_MICRO_BATCH)
     while size > least:
         size = max(-(-size // 2), least)
@@ -222,7 +222,7 @@ def _halves(work: Work) -> Iterator[int]:
 
 
 def _teaching_times(work: Work, computes: tuple[str, ...]) -> dict[str, Callable[[MicroBatch], float]]:
-    """For each arithmetic, a function that predicts the teacher's seconds for a micro-batch."""
+    """Map each arithmetic to a function that predicts the teacher's seconds for a micro-batch."""
     teaching = work.teaching
     if teaching is None:
         return dict.fromkeys(computes, lambda one: 0.0)
@@ -256,7 +256,7 @@ def _batch_times(
     speed: Speed,
     taught: Callable[[MicroBatch], float],
 ) -> Iterator[BatchTime]:
-    """The predicted time of each of these batches.
+    """Yield the predicted time of each batch in `batches`.
 
     Args:
         taught: a function that predicts the teacher's seconds for a micro-batch.
@@ -291,7 +291,7 @@ def _too_little(
 def _shorter(
     work: Work, plan: ExecutionPlan, limit: float, size: Callable[[ExecutionPlan, Work], int]
 ) -> str:
-    """A hint for an error message: the largest power of two that fits as --max-length."""
+    """A hint for an error message: the largest --max-length, a power of two, with which the plan fits."""
     length = -(-work.longest // work.sequences)
     while length > _LEAST_MICRO_BATCH:
         length = 1 << ((length - 1).bit_length() - 1)  # the next smaller power of two

@@ -1,6 +1,6 @@
-"""The peak memory of training, predicted as a sum of the arrays that the code in `nplora.models` makes.
+"""Predicts the peak memory of training: adds up the sizes of the arrays that `nplora.models` makes.
 
-The footprint of a block is counted in bytes per token.
+The footprint of a block is a number of bytes per token.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _HEAP = 10 << 20  # code read from the disk, small arrays, and memory that mallo
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """The size of a micro-batch, the batch of one forward and backward pass.
+    """The size of a micro-batch: the tokens of one forward and backward pass.
 
     Attributes:
         tokens: the number of tokens.
@@ -58,7 +58,7 @@ class ExecutionPlan:
     Attributes:
         compute: arithmetic of the products with frozen weights.
         recompute: whether activations are recomputed in the backward pass (gradient checkpointing).
-        micro_tokens: maximum tokens of a micro-batch; None: batches are not cut into micro-batches.
+        micro_tokens: maximum number of tokens in a micro-batch; None: batches are not cut into micro-batches.
 
     >>> print(nplora.finetuning.planning.ExecutionPlan("bfloat16", recompute=True, micro_tokens=512))
     bfloat16, activations recomputed, micro-batches of up to 512 tokens
@@ -78,7 +78,7 @@ class ExecutionPlan:
 class Adapters:
     """The layers that get an adapter. `shapes` maps the dotted name of a layer to its shape (d_out, d_in).
 
-    All layers have the rank `rank`, except those whose rank is in `ranks`.
+    `ranks` maps the names of some layers to their ranks. All other layers have the rank `rank`.
 
     >>> adapters = nplora.finetuning.planning.Adapters({"model.layers.0.mlp.up_proj": (48, 16)}, rank=2)
     >>> adapters.numbers  # (48 + 16) * 2
@@ -115,7 +115,7 @@ class Adapters:
         """The layers that `lm.add_lora` would adapt.
 
         Args:
-            op: name of the public function, with which error messages begin.
+            op: name of the public function. Error messages begin with this name.
         Raises the errors of `add_lora`.
         """
         modules: dict[str, Any] = dict(lm.named_modules())
@@ -139,13 +139,14 @@ class Adapters:
         least: int = 0,
         tie_whole: bool = True,
     ) -> Self:
-        """Add trained rows to the adapted layers: layer -> ids of the rows, or None for all rows.
+        """Return these adapters with trained rows of the embedding and the head.
 
         Args:
+            rows: maps a layer's name to the ids of its trained rows, or to None if all rows are trained.
             tokens: the tokens that are added to the model.
-            least: the least number of rows of the embedding and the head.
-            tie_whole: whether a head that shares the embedding's weight also shares the trained rows if all
-                rows are trained.
+            least: the embedding and the head get at least this number of rows.
+            tie_whole: for a head that shares the embedding's weight, if all rows are trained: whether the
+                head shares the trained rows too.
         """
         stored, width = lm.config.vocab_size, lm.config.hidden_size
         size = max(least, rows_needed(stored, {}, tokens))
@@ -174,12 +175,12 @@ class Adapters:
         return self.ranks.get(name, self.rank)
 
     def scratch(self, narrow: bool, tokens: int, threads: int) -> int:
-        """The most scratch, in bytes, that a call needs for its layers' factors, z = x Bᵀ and dz.
+        """The maximum number of bytes of scratch that a call needs for factors, for z = x Bᵀ and for dz.
 
         The scratch consists of four buffers in csrc/ops/scratch.h: kLowGradients, kLowLanes, kLanes and
-        kFactor. These buffers hold two layouts of B, the sums of B's gradient, A or the sums of A's gradient,
-        and the bfloat16 layouts of A. A call with one float32 layer needs only one layout of B. A frozen B
-        has no gradient.
+        kFactor. Besides z and dz, these buffers hold: two layouts of B; the sums of B's gradient; either A or
+        the sums of A's gradient; and the bfloat16 layouts of A. A call with one float32 layer needs only one
+        layout of B. A frozen B needs no sums.
         """
         layers: Counter[str] = Counter()
         ranks: Counter[str] = Counter()
@@ -206,7 +207,7 @@ class Adapters:
 
     @functools.cached_property
     def _blocks(self) -> dict[int, dict[str, int]]:
-        """For each block with adapted layers: the name of each adapted layer, and its d_out."""
+        """Maps the index of each adapted block to a dict: name of an adapted layer -> its d_out."""
         found: dict[int, dict[str, int]] = {}
         for name, shape in self.shapes.items():
             block = adapting.block_of(name)
@@ -227,7 +228,7 @@ class Adapters:
         """The index of the lowest block that keeps activations for the backward pass.
 
         Args:
-            blocks: the number of blocks, which is returned if no block keeps activations.
+            blocks: the number of blocks. This number is returned if no block keeps activations.
         """
         return (
             0 if "model.embed_tokens" in {**self.shapes, **self.rows} else min(self._blocks, default=blocks)
@@ -238,7 +239,8 @@ class Adapters:
 class Memory:
     """Peak memory in bytes, term by term; `total` is the peak of the whole process.
 
-    `gradients` is 0 if the gradients of each batch are immediately added to those of the step.
+    `gradients` is the memory of gradients that are stored until they are added up in a fixed order. The term
+    is 0 if the gradients of each batch are immediately added to those of the step.
 
     >>> memory = nplora.plan("model.gguf", "train.jsonl").memory
     >>> memory.total > memory.process
@@ -270,13 +272,15 @@ class Memory:
 
 @dataclass(frozen=True)
 class Extra:
-    """Bytes that a loss takes in addition to the head.
+    """The numbers of bytes that a loss takes in addition to the arrays of the head.
 
     Attributes:
-        kept: bytes that are held during a whole micro-batch.
-        head: bytes for one chunk of rows, taken while the head is computed.
-        inference: bytes taken at the start of a micro-batch, before any of its activations are kept.
-        evaluation: bytes taken in an evaluation, in addition to those of the model's forward pass.
+        kept: bytes that the loss keeps until the micro-batch ends.
+        head: bytes that the loss needs for a chunk of rows while the head is computed.
+        inference: bytes that the loss needs at the start of a micro-batch, when no activations are stored
+            yet.
+        evaluation: bytes that the loss needs in an evaluation, in addition to those of the model's forward
+            pass.
 
     >>> nplora.finetuning.planning.memory.Extra(kept=5).head
     0
@@ -292,10 +296,11 @@ NOTHING = Extra()
 
 
 def with_filter(extra: Extra, config: ModelConfig, targets: int) -> Extra:
-    """Add the bytes that a word filter takes.
+    """Add the bytes that a `WordFilter` takes.
 
-    The core keeps lists of at most a quarter of a chunk's logits: their weights, the last byte of their ids,
-    and the start of each list. Rows without a filter are copied, a few at a time.
+    For each chunk of rows, the C++ core keeps lists of the words that the filter does not skip: at most a
+    quarter of all logits. The core stores the words' weights, the last byte of their ids, and the start of
+    each list. Rows that are computed without the filter are copied, at most FLAT_ROWS rows at a time.
     """
     logits = _FLOAT * min(most_rows(targets, config.vocab_size), targets) * config.vocab_size
     copied = _FLOAT * FLAT_ROWS * (config.vocab_size + config.hidden_size)
@@ -319,8 +324,8 @@ def predicted(
     Args:
         step: the largest micro-batch.
         evaluated: the number of tokens in the largest batch of an evaluation; 0 without an evaluation.
-        resident: bytes in memory before the adapters are made, and bytes of the weights that are not read
-            yet.
+        resident: two numbers of bytes: the memory of the process before the adapters are made, and the
+            weights that are not read yet.
         prefix_tokens: the number of tokens for which a `PrefixCache` holds block outputs in memory.
         extra: bytes that the loss takes in addition to the head.
         keeps_best: whether a copy of the best factors is kept.
@@ -385,7 +390,7 @@ def predicted(
 
 
 def _of_int8(lm: LanguageModel, adapters: Adapters) -> int:
-    """The bytes that only int8 takes: a scale for each row of the weights, and gradients to compare."""
+    """The bytes that only int8 takes: a scale for each row of weights, and the gradients of `Int8Check`."""
     layers = [module for _, module in lm.named_modules() if isinstance(module, Linear | LoRALinear)]
     rows = sum(int(layer.weight.shape[0]) for layer in layers)
     return _FLOAT * (rows + min(COMPARED, adapters.numbers))
@@ -399,7 +404,8 @@ def _head(config: ModelConfig, targets: int, added: int) -> int:
     """The bytes that the head takes for one chunk of rows.
 
     The head holds the chunk's logits, its rows of the residual stream before and after the norm, and the
-    gradients of these rows. If tokens were added, the logits of the frozen weight are a second array.
+    gradients of these rows. If tokens were added to the model, the head also holds the logits of the frozen
+    weight in a second array.
 
     Args:
         added: the number of rows that were added to the head of the model.
@@ -410,7 +416,7 @@ def _head(config: ModelConfig, targets: int, added: int) -> int:
 
 
 def _calls(lm: LanguageModel) -> dict[str, str]:
-    """The layers that are computed in the same call as an earlier layer: layer -> first layer of the call."""
+    """Maps a layer that is computed in the same call as an earlier layer to the first layer of the call."""
     calls = dict[str, str]()
     for index, block in enumerate(lm.model.layers):
         for name, mixer in block.mixers.items():

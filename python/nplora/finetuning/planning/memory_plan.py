@@ -41,12 +41,13 @@ class MemoryPlan:
         memory: peak memory of the process in bytes, term by term.
         seconds: the time of an average step.
         steps: the number of steps of the run.
-        others: alternatives, which do not fit, are slower, or are less exact than the chosen plan.
-        limit: maximum bytes of a plan: the memory limit minus a reserve; infinite without a memory limit.
+        others: the plans that were not chosen, because they do not fit, are slower, or are less exact.
+        limit: the largest number of bytes that a plan may need: the memory limit minus a reserve; infinite
+            without a memory limit.
         available: bytes that the process may use on this machine and in its container; None: unknown.
-        before: the seconds of the reference pass of DPO and KTO, before the first step.
+        before: the seconds before the first step, in which DPO and KTO compute their reference.
         accumulate: the number of batches in a step.
-        times: for each of the run's first steps, the times of its batches.
+        times: for each of the first steps of the run, a tuple with the times of the step's batches.
         gradients: bytes of the gradients of the trained values.
 
     >>> plan = nplora.plan("model.gguf", "train.jsonl", batch_examples=4)
@@ -87,20 +88,21 @@ class MemoryPlan:
     ) -> NodesPlan:
         """Predict the time of a step if several machines like this one train together, one rank on each.
 
-        The prediction includes the passes and the sums of the gradients in every step, but no evaluations and
-        checkpoints. The prediction assumes that every machine is as fast as this one, and that the network
-        carries the full rate in both directions.
+        The predicted time of a step includes the forward and backward passes and the sums of the gradients,
+        but no evaluations or checkpoints. The prediction assumes that every machine is as fast as this one,
+        and that the network carries the full rate in both directions.
 
         Args:
             nodes: the number of machines.
             network: the rate of a machine's connection, such as "1Gb", "2.5Gb" or "125MB" per second.
-            latency: the time from one machine to another, such as "50us" or "1ms".
+            latency: the time of a message from one machine to another, such as "50us" or "1ms".
             communication_dtype: precision in which gradients are sent, as in `finetune`.
             local_steps: steps of each machine between two outer steps, as in `finetune`.
         Returns:
             the predicted time and efficiency; `print` shows them.
         Raises:
-            ValueError: there are more machines than batches in a step, or a text has a wrong form.
+            ValueError: there are more machines than batches in a step, or `network` or `latency` has a wrong
+                form.
 
         >>> plan = nplora.plan("model.gguf", "train.jsonl", batch_examples=2, accumulate=4)
         >>> print(plan.on_nodes(4, network="1Gb"))
@@ -138,7 +140,7 @@ class MemoryPlan:
         ]
 
     def _nearest(self) -> list[Alternative]:
-        """The smallest of the faster alternatives, and the fastest of the smaller alternatives."""
+        """The smallest alternative that is faster than the chosen plan, and the fastest that is smaller."""
         faster = [other for other in self.others if other.seconds < self.seconds]
         smaller = [other for other in self.others if other.size < self.memory.total and other not in faster]
         return [
@@ -150,7 +152,8 @@ class MemoryPlan:
 def need(size: int) -> str:
     """Needed bytes as a text, rounded up.
 
-    `room` rounds down, so the printed need is above the printed limit.
+    The limit is printed with `room`, which rounds down. So if the need exceeds the limit, the printed need
+    exceeds the printed limit too.
     """
     return f"{math.ceil(size / 1e6)} MB"
 

@@ -32,15 +32,16 @@ class NodesPlan:
     Attributes:
         nodes: the number of machines.
         network: the network between the machines.
-        batches: the number of batches in a step, except at the end of an epoch.
+        batches: the number of batches in a step; the last step of an epoch may have fewer.
         alone: seconds of the step on one machine.
         waiting: seconds that an average machine waits for the slowest one. Machines wait because batches
             differ in length, or because the last round of a step has fewer batches than machines.
-        sums: seconds that the machines wait for the sums of their gradients or, with outer steps, for the
-            sums of their changes. Gradients travel while the machines compute their next batches.
+        sums: seconds that the machines wait while their gradients or, with outer steps, the changes of their
+            trained values are added up. Gradients are sent while the machines compute their next batches.
         size: bytes of the gradients.
         local_steps: steps of each machine between two outer steps; None: there are no outer steps.
-        most: the number of batches in the largest step; below `batches` if an epoch is shorter than a step.
+        most: the number of batches in the largest step; less than `batches` if a whole epoch has fewer
+            batches.
 
     >>> planning = nplora.finetuning.planning
     >>> step = [planning.BatchTime(seconds) for seconds in (10.0, 9.0, 10.0)]
@@ -74,16 +75,16 @@ class NodesPlan:
         accumulate: int | None = None,
         local_steps: int | None = None,
     ) -> NodesPlan:
-        """Predict the average of these steps. Each step is a list of batches.
+        """Predict the average time of the steps in `steps`. Each step is a list of batches.
 
         The batches of a step are computed in rounds, one batch on each node. A round takes as long as its
         slowest batch.
 
         Args:
             size: bytes of the gradients of the trained values.
-            op: name of the public function, with which error messages begin.
-            accumulate: the number of batches in a step, except at the end of an epoch; None: that of the
-                largest step.
+            op: name of the public function. Error messages begin with this name.
+            accumulate: the number of batches in a step; the last step of an epoch may have fewer. None: the
+                number of batches in the largest step.
             local_steps: steps of each machine between two outer steps, as in `finetune`.
         Raises:
             ValueError: there are more nodes than batches in a step.
@@ -117,14 +118,14 @@ class NodesPlan:
 
     @property
     def efficiency(self) -> float:
-        """How many times faster a step is than on one machine, divided by the number of machines."""
+        """The speed-up of a step compared with one machine, divided by the number of machines."""
         return self.alone / (self.nodes * self.seconds)
 
     def _summed(self) -> str:
         size = f"{self.size / 1e6:.1f} MB"
         if self.local_steps is None:
             return f"sums of {size} of gradients"
-        return f"a share of an outer step in {self.local_steps} steps, which adds up 3 x {size}"
+        return f"1/{self.local_steps} of an outer step, which adds up 3 x {size}"
 
     def __str__(self) -> str:
         nodes = "1 node" if self.nodes == 1 else f"{self.nodes:,} nodes"

@@ -39,7 +39,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class Speed:
-    """The speed in one arithmetic: the cost of a block's forward pass and backward pass, and of the head.
+    """The speed in one arithmetic: the costs of a block's forward and backward passes, and of the head.
 
     The cost of the head includes its forward and backward passes.
     """
@@ -50,7 +50,7 @@ class Speed:
     operations: float  # floating-point operations per second in the products of a block
 
     def step(self, lm: LanguageModel, adapters: Adapters, one: MicroBatch, recompute: bool) -> float:
-        """The predicted seconds of a forward and a backward pass of the micro-batch `one`."""
+        """The predicted seconds of the forward and backward passes of a micro-batch."""
         blocks = lm.config.num_hidden_layers
         trained = blocks - adapters.first_block(blocks)
         forwards = blocks + (trained if recompute else 0)
@@ -71,7 +71,8 @@ def measured(lm: LanguageModel, computes: tuple[str, ...], int8_head: bool = Fal
     """Measure the speed in each arithmetic, with the current number of threads.
 
     Args:
-        int8_head: whether the gradient of the head's input is computed in int8, if the other products are.
+        int8_head: whether, with the arithmetic int8, the gradient of the head's input is computed in int8
+            too.
     """
     block = lm.model.layers[0]
     config = lm.config
@@ -103,7 +104,7 @@ def measured(lm: LanguageModel, computes: tuple[str, ...], int8_head: bool = Fal
 
 
 def _products(lm: LanguageModel, linears: list[FrozenWeight], compute: str, int8_head: bool) -> Speed:
-    """The speed of the products with frozen weights, without the other work of a block."""
+    """The speed of a block that computes nothing but the products with frozen weights."""
     weights = [weight.with_compute(compute) for weight in linears]
     forward = _cost(weights, FrozenWeight.matmul, 1, (_FEW, _MANY))
     backward = _cost(weights, FrozenWeight.matmul_t, 0, (_FEW, _MANY))
@@ -124,7 +125,7 @@ def _matrices(module: Module) -> list[FrozenWeight]:
 def _cost(
     weights: list[FrozenWeight], product: Callable[..., Array], axis: int, sizes: tuple[int, int]
 ) -> Cost:
-    """The cost of one product with every weight, fitted to measured times for two numbers of rows."""
+    """The cost of one product with every weight, from measurements with two different numbers of rows."""
     few, many = (seconds(partial(_multiply, weights, product, axis, rows)) for rows in sizes)
     token = max((many - few) / (sizes[1] - sizes[0]), 0.5 * many / sizes[1])
     return Cost(max(0.0, many - token * sizes[1]), token)

@@ -1,4 +1,4 @@
-"""Teaching: the memory and the time that a distillation takes in addition to those of the student."""
+"""Teaching: how much more memory and time a distillation takes than the training of the student alone."""
 
 from __future__ import annotations
 
@@ -45,13 +45,13 @@ class Teaching:
     formula: Distillation
 
     def kept(self, tokens: int, targets: int) -> int:
-        """The bytes that a micro-batch keeps until its end."""
+        """The bytes of the teacher's outputs, which are kept until the micro-batch ends."""
         if self.model is not None:
             return _FLOAT * self.model.config.hidden_size * tokens
         return targets * (_FLOAT * self.top_k + (_FLOAT // 2 + _DOUBLE) * (self.top_k + 1))
 
     def head(self, targets: Iterable[int]) -> int:
-        """The bytes that the teacher and the divergence take for one chunk of rows, at most.
+        """The maximum number of bytes that the teacher and the divergence take for a chunk of rows.
 
         Args:
             targets: the number of trained tokens of each micro-batch.
@@ -73,7 +73,7 @@ class Teaching:
         return (block + _FLOAT * self.model.config.hidden_size) * tokens
 
     def extra(self, step: MicroBatch, targets: Iterable[int], evaluated: int) -> Extra:
-        """The bytes that a distillation takes in a run.
+        """The bytes that a distillation adds to the memory of a run.
 
         Args:
             step: the largest micro-batch.
@@ -101,10 +101,10 @@ class Teaching:
         return seconds(lambda: self.formula(z, targets, given, 1.0, True)) / _ROWS
 
     def step(self, teacher: Speed | None, row: float, one: MicroBatch) -> float:
-        """The predicted seconds for a micro-batch.
+        """The predicted seconds that the teacher and the divergence take for a micro-batch.
 
         Args:
-            teacher: the speed of the model, if there is one.
+            teacher: the speed of the teacher's model; None if the teacher's distributions are stored.
             row: the result of `measured_row`.
         """
         forward = 0.0

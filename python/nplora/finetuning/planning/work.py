@@ -28,22 +28,24 @@ class Work:
     """The batches of a run, described by the sizes of their examples.
 
     Attributes:
-        batches: for each batch, two arrays: the number of tokens of each example, and the number of its
-            trained tokens.
+        batches: for each batch, a pair of arrays: the number of tokens of each example, and the number of
+            trained tokens of each example.
         steps: the number of steps of the run.
         accumulate: the number of batches in a step.
-        epoch: the number of batches in an epoch, whose last step may have fewer batches; 0: all batches
-            belong to one epoch.
+        epoch: the number of batches in an epoch; 0: all batches belong to one epoch. The last step of an
+            epoch may have fewer batches than the other steps.
         evaluated: the number of tokens in the largest batch of an evaluation; 0 without an evaluation.
         keeps_best: whether a copy of the best factors is kept.
         prefix_tokens: the number of tokens for which a `PrefixCache` holds block outputs in memory.
-        sequences: the number of sequences of an example. The maximum length applies to each sequence.
+        sequences: the number of sequences of an example, such as 2 for a pair of answers. The maximum length
+            applies to each sequence.
         extra_passes: the number of additional forward passes in a step, each over about as many tokens as the
             step's own.
-        reference: for each forward pass before the first step, the number of tokens, and the number of tokens
-            in the loss.
+        reference: for each forward pass before the first step, a pair: the number of tokens, and the number
+            of tokens in the loss.
         teaching: the additional memory and time of a distillation; None without a teacher.
-        adds_in_order: whether the gradients of each micro-batch are kept, to be added up in a fixed order.
+        adds_in_order: whether the gradients of micro-batches are first stored and then added up in a fixed
+            order.
         is_local: whether ranks make local steps, which outer steps combine.
         filters: whether a word filter computes the gradient of the head's input.
         int8_head: whether plans in int8 also compute the gradient of the head's input in int8.
@@ -72,7 +74,7 @@ class Work:
     int8_head: bool = False
 
     def batches_of_steps(self) -> Iterator[list[tuple[Array, Array]]]:
-        """The batches of each step, for all batches in `batches`.
+        """Divide `batches` into steps, and yield the batches of each step.
 
         >>> batch = np.array([8, 5]), np.array([3, 2])
         >>> work = nplora.finetuning.planning.Work([batch] * 6, steps=10, accumulate=2, epoch=3)
@@ -97,14 +99,14 @@ class Work:
             yield MicroBatch(int(part.sum()), int(targets[first:last].sum()), int(part.max(initial=0)))
 
     def largest(self, micro_tokens: int | None) -> MicroBatch:
-        """The separate maxima of `tokens`, `targets` and `longest` over all micro-batches."""
+        """The maxima of `tokens`, `targets` and `longest`, which may come from different micro-batches."""
         found = list(self.micro_batches(micro_tokens))
         return MicroBatch(
             *(max(getattr(one, name) for one in found) for name in ("tokens", "targets", "longest"))
         )
 
     def gradient_copies(self, micro_tokens: int | None) -> int:
-        """The most arrays, each as large as all gradients, that a rank needs at once to exchange them.
+        """The maximum number of arrays as large as all gradients that a rank needs to exchange gradients.
 
         >>> batches = [(np.array([8, 5]), np.array([3, 2]))]
         >>> work = nplora.finetuning.planning.Work(batches, steps=10, accumulate=2, adds_in_order=True)
@@ -121,7 +123,7 @@ class Work:
         return (3 if self.accumulate > 1 else 2) * parts + 1
 
     def shortened(self, length: int) -> Work:
-        """The same work, with longer sequences cut to this length."""
+        """The same work, with sequences of more than `length` tokens cut to `length` tokens."""
         most = self.sequences * length
         batches = [(np.minimum(n, most), np.minimum(trained, most)) for n, trained in self.batches]
         evaluated = min(self.evaluated, max(EVALUATION_TOKENS, most))

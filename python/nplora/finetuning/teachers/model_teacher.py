@@ -23,7 +23,7 @@ Array = npt.NDArray[Any]
 
 
 class ModelTeacher:
-    """A model as a teacher. The head of the model computes the logits of a few rows at a time."""
+    """A teacher that is a model. The logits are computed for a few rows at a time."""
 
     top_k = 0
     temperature: float | None = None
@@ -64,7 +64,7 @@ class ModelTeacher:
 
 
 def model_digest(lm: LanguageModel) -> str:
-    """A hash of the model's weights, of the adapters that it uses now, and of its arithmetic."""
+    """A hash of the model's weights, its arithmetic, and the adapters that are selected now."""
     used = lm._selected("model_digest")
     digest = hashlib.sha256(f"{used.compute} {base_fingerprint(used)}".encode())
     for name, layer in used.adapter_layers().items():

@@ -4,7 +4,7 @@ The file is a safetensors file. n is the number of trained tokens of all its seq
 different sequences, and k the number of tokens that are stored for each trained token.
 
     sequences   uint64 (m,)      a digest of the tokens and targets of each sequence (`sequence_keys`)
-    starts      int64 (m + 1,)   the first row of each sequence in `ids` and `log_probs`, and n
+    starts      int64 (m + 1,)   each sequence's first row in `ids` and `log_probs`; the last element is n
     ids         int32 (n, k)     the k most likely tokens, the most likely first
     log_probs   (n, k + 1)       float16 or float32: the log-probabilities of these tokens, and in the last
                                  column the log-probability of all other tokens together, at the temperature
@@ -55,7 +55,7 @@ _KINDS = {
 
 
 def is_stored(path: StrPath) -> bool:
-    """Whether a path is a file that is not GGUF, and therefore not a model."""
+    """Whether a path is a file in another format than GGUF. (A model is a GGUF file or a directory.)"""
     if not Path(path).is_file():
         return False
     with files.reading(path) as reader:
@@ -184,13 +184,13 @@ class StoredTeacher:
         return lambda rows: top[numbers[rows]]
 
     def _places(self, batch: PackedBatch) -> tuple[Array, Array]:
-        """For each sequence of a batch, its index in the file, and whether the file has the sequence."""
+        """Two arrays: for each sequence of a batch, its index in the file, and whether the file has it."""
         keys = sequence_keys(batch)
         found = np.minimum(np.searchsorted(self._keys, keys), max(0, len(self._keys) - 1))
         return self._order[found], self._keys[found] == keys
 
     def _rows(self, name: str, begin: int, end: int) -> Array:
-        """Some rows of an array of the file."""
+        """Read the rows from `begin` to `end` of an array in the file."""
         entry = self._entries[name]
         dtype = np.dtype({"I32": "<i4", "F16": "<f2", "F32": "<f4"}[entry.tag])
         width = entry.shape[1] * dtype.itemsize
@@ -200,7 +200,7 @@ class StoredTeacher:
     def _distributions(self, ids: Array, log_probs: Array) -> TopK:
         """Check the rows, leave out tokens that the student lacks, and scale the probabilities to the sum 1.
 
-        Without the scaling, the sum would differ from 1 even with all tokens, because stored values are
+        The probabilities must be scaled even if the student has all tokens, because the stored values are
         rounded.
         """
         ordered = np.sort(ids, axis=1)

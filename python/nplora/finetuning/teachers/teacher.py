@@ -26,7 +26,7 @@ class Teacher(Protocol):
         top_k: the number of stored tokens in each distribution; 0 for a model.
         temperature: the temperature of the distributions; None: any temperature, because the distributions
             are computed from logits.
-        paths: the files that are read.
+        paths: the files from which the teacher is read.
     """
 
     name: str
@@ -43,12 +43,13 @@ class Teacher(Protocol):
         """Raise FormatError if the student has another vocabulary."""
 
     def require_data(self, op: str, dataset: Examples) -> None:
-        """Raise FormatError if the teacher cannot teach these examples."""
+        """Raise FormatError if the teacher has no distributions for an example of the data set."""
 
     def prepare_batch(self, batch: PackedBatch) -> DistributionsAt:
         """Prepare a batch.
 
-        Return a function that maps positions with a target to the distributions at these positions.
+        Return a function of an array of positions in the batch, each of which has a target. The function
+        returns the teacher's distributions at these positions.
         """
 
     def digest(self) -> str:

@@ -16,8 +16,8 @@ def require_same_vocabulary(
 ) -> None:
     """Raise FormatError if an id has different tokens in the two vocabularies.
 
-    One vocabulary may be longer than the other. An id without a token, or with a token that only pads the
-    vocabulary, agrees with every token.
+    One vocabulary may be longer than the other. An id without a token, or with a padding token such as
+    [PAD151936], may have any token in the other vocabulary.
 
     Args:
         teacher, student: the names of the two models, for the message.

@@ -1,4 +1,4 @@
-"""OptunaSampler: proposes the first trials of a search by Optuna's TPE (Bergstra et al. 2011)."""
+"""OptunaSampler: proposes the first trials of a search with Optuna's TPE sampler (Bergstra et al. 2011)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _RANDOM = 4  # trials at the start that are drawn at random
 
 
 class OptunaSampler:
-    """Proposes settings one by one, each from the losses of the earlier proposals.
+    """Proposes settings one by one. A proposal depends on the losses of the earlier proposals.
 
     The same seed and the same losses give the same proposals. A resumed search asks for the earlier proposals
     again, so that the sampler has the same state as before.

@@ -23,9 +23,9 @@ class TuneLog:
 
     Attributes:
         path: the file.
-        start: everything that the search depends on; it must be the same when the search is resumed.
+        start: all inputs of the search. They must be the same when the search is resumed.
         baseline: the loss before training and the seconds of its evaluation; None: not measured yet.
-        rungs: the rungs that were decided, by their numbers.
+        rungs: maps the number of a rung to the rung: how many trials it has, and their number of steps.
         trials: the trials with their results, in order.
     """
 
@@ -64,7 +64,7 @@ class TuneLog:
         self._add(start)
 
     def _holds_trials(self) -> bool:
-        """Whether the file holds trials, or is not a log. A log without trials may be replaced."""
+        """Whether the file must not be replaced, because it holds trials or is not a log."""
         found = TuneLog(self.path.parent)
         try:
             found._read()
@@ -85,11 +85,11 @@ class TuneLog:
         self._add(trial.to_json())
 
     def trials_before(self, rung: int) -> list[Trial]:
-        """The trials that were known when a rung was decided; all trials, if the rung is not decided yet."""
+        """The trials that the log had when a rung was added, or all trials if the log lacks the rung."""
         return self.trials[: self._trials_before.get(rung)]
 
     def find(self, key: tuple[Any, ...]) -> Trial | None:
-        """The trial with these settings and steps, if it was made."""
+        """The trial with this key, which stands for its settings and steps; None if it was not made."""
         return next((trial for trial in self.trials if trial.key == key), None)
 
     @property

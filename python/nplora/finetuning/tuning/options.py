@@ -25,9 +25,10 @@ def _option(default: Any, text: str, **more: Any) -> Any:
 
 @dataclass(frozen=True)
 class TuneOptions:
-    """The options that `tune` has in addition to those of `finetune`. The constructor checks the values.
+    """The options that `tune` has in addition to those of `finetune`.
 
-    `tune` checks the values in `search`, because they may depend on the options of `finetune`.
+    The constructor checks all options except the single values in `search`. `tune` checks these values,
+    because they may depend on the options of `finetune`.
 
     Raises:
         ValueError, TypeError: a value is out of range.
@@ -37,14 +38,14 @@ class TuneOptions:
     """
 
     budget: str | float = _option(
-        "30m", "time for all trials, such as 90s, 30m or 1.5h; a number counts minutes", metavar="TIME"
+        "30m", "time for all trials, such as 90s, 30m or 1.5h; without a unit: minutes", metavar="TIME"
     )
     search: Mapping[str, Sequence[Any]] = dataclasses.field(
         default_factory=dict,
         metadata={
             "group": "search",
             "help": "values to try, as in lr=1e-4,1e-3 or targets=all-linear,q_proj+v_proj (default: usual "
-            "values of lr, rank, targets and epochs); an option that you give is not searched",
+            "values of lr, rank, targets and epochs); an option that you set to one value is not searched",
             "metavar": "NAME=VALUES",
         },
     )

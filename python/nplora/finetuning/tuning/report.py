@@ -26,9 +26,10 @@ class TuneReport:
     Attributes:
         output: the directory with tune.jsonl.
         trials: all trials, in the order in which they were made.
-        winner: the trial with the lowest loss among the full runs or, if there are none, among the longest
-            trials; None if all trials diverged.
-        options: the options of `finetune` that train the winner, including those that the search was given.
+        winner: the trial with the lowest loss of all full runs or, if there are none, of the longest trials;
+            None if all trials diverged. A full run has as many steps as the run that is tuned.
+        options: the options of `finetune` for a run with the winner's settings, including the options that
+            were given to the search.
         command: the `nplora finetune` line for the winner; "" without a winner.
         loss_before: the validation loss before training.
         seconds: the time that the trials took.

@@ -2,8 +2,8 @@
 
 Each rung trains fewer candidates for more steps (Jamieson and Talwalkar 2016; Li et al. 2018, "Hyperband").
 Every trial starts from scratch with its own learning rate schedule, which ends with the trial. The
-alternative is to continue the trials of a rung in the next rung. The schedules of continued trials would have
-to be constant, or be stretched later, so the rungs would compare runs that `finetune` never makes. High
+alternative would be to continue the trials of a rung in the next rung. But then the schedules would have to
+be constant, or be stretched later, and the rungs would compare runs that `finetune` never makes. High
 learning rates would also be judged too early, because they pay off only after the schedule has lowered the
 rate.
 """
@@ -32,13 +32,13 @@ class Pace:
         return steps * self.step + self.evaluation
 
     def steps(self, seconds: float) -> int:
-        """The number of steps that a trial can make in this time; 0 if there is no time for any."""
+        """The number of steps that a trial can make in `seconds` seconds, which may be 0."""
         return max(0, int((seconds - self.evaluation) / self.step))
 
 
 @dataclass(frozen=True)
 class Rung:
-    """Some trials of the same length.
+    """A group of trials with the same number of steps.
 
     Attributes:
         count: the number of trials.
@@ -50,7 +50,9 @@ class Rung:
 
 
 def first_rung(budget: float, pace: Pace, rates: int, full: int) -> Rung:
-    """The rung of learning rates: all rates, or as many as the time allows with LEAST_STEPS steps each.
+    """The rung that tries learning rates: all rates, or as many as there is time for.
+
+    Each trial has at least LEAST_STEPS steps, or `full` steps if `full` is smaller.
 
     Args:
         full: the steps of the run that is tuned.
@@ -63,7 +65,9 @@ def first_rung(budget: float, pace: Pace, rates: int, full: int) -> Rung:
 
 
 def second_rung(budget: float, left: float, pace: Pace, candidates: int, least: int, full: int) -> Rung:
-    """The rung of variations. A trial has at least twice as many steps as in the first rung, or `full` steps.
+    """The rung that varies the best settings of the first rung.
+
+    Each trial has at least twice as many steps as in the first rung, or `full` steps if `full` is smaller.
 
     Args:
         left: the seconds that are left of the budget.
@@ -78,7 +82,7 @@ def second_rung(budget: float, left: float, pace: Pace, candidates: int, least: 
 
 
 def last_rung(left: float, pace: Pace, survivors: int, least: int, full: int) -> Rung:
-    """The rung of full runs or, if none fits, of two shorter runs with at least 1.5 times `least` steps.
+    """A rung of full runs or, if there is no time for one, of two runs with at least 1.5 * `least` steps.
 
     Args:
         least: the steps of the trials in the previous rung.

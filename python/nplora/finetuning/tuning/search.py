@@ -39,17 +39,18 @@ class OutOfBudgetError(Exception):
 
 @dataclass
 class Search:
-    """A search over a space within a budget.
+    """A search for the best settings in a `Space`, within a time budget.
 
     Attributes:
         epoch_steps: the steps of an epoch.
-        full: the steps of the run that is tuned; if the number of epochs is searched, the steps of the fewest
-            epochs.
+        full: the steps of the run that is tuned. If the number of epochs is searched, `full` is the steps of
+            the run with the fewest epochs.
         budget: the seconds that the trials may take.
-        planned: the predicted seconds of a step, used until a trial has measured them.
+        planned: the predicted seconds of a step. The search uses this prediction until a trial has ended.
         train: a function that makes a trial from settings and a number of steps, and returns the loss and the
             seconds of training and evaluation.
-        sampler: proposes the settings of the first rung; None: the learning rates of the space.
+        sampler: proposes the settings of the first rung. None: the first rung tries the learning rates of the
+            space.
         say: prints a text.
     """
 
@@ -123,7 +124,7 @@ class Search:
         return self._with_combination(2, self._trials(2, candidates[: rung.count], rung.steps))
 
     def _halved(self, number: int, before: list[Trial]) -> list[Trial]:
-        """Train the best third of the earlier trials for more steps."""
+        """Train the settings of the best third of the earlier trials again, for more steps."""
         survivors = [trial.settings for trial in _finite(before)][: max(_SURVIVORS, -(-len(before) // 3))]
         steps = before[0].steps if before else 1
         decided = second_rung(self.budget, self._left, self._pace, len(survivors), steps, self.full)
@@ -131,7 +132,7 @@ class Search:
         return self._trials(number, survivors[: rung.count], rung.steps) if rung.count > 1 else before
 
     def _full_runs(self, before: list[Trial]) -> int:
-        """Train the best trials at full length, and then with more epochs, as long as the loss falls.
+        """Train the best settings at full length, and then for more epochs, as long as the loss falls.
 
         Returns:
             the number of the next rung.
@@ -186,7 +187,7 @@ class Search:
         return [rounded(math.sqrt(best * second))]
 
     def _with_combination(self, number: int, made: list[Trial]) -> list[Trial]:
-        """Also try the combination of all changes that helped, unless it was already tried."""
+        """Also try all changes that lowered the loss together, unless this combination was already tried."""
         start = self.space.settings(0.0)
         combined = dict(made[0].settings)
         for trial in reversed(made):  # the best trial last, because its values take precedence
@@ -201,7 +202,7 @@ class Search:
     # ---- trials ----
 
     def _rung(self, number: int, decided: Rung) -> Rung:
-        """The rung with this number: the rung in the log or, if the log lacks it, the rung `decided`.
+        """The rung with the number `number`: from the log or, if the log has no such rung, `decided`.
 
         A rung without trials is not logged, because a resumed search with more time may fill it.
         """
@@ -234,7 +235,7 @@ class Search:
 
     @property
     def _pace(self) -> Pace:
-        """The measured speed or, until a trial has made all its steps, the predicted speed."""
+        """The speed measured in finished trials or, before the first of them, the predicted speed."""
         whole = _finite(self.log.trials)
         steps = sum(trial.steps for trial in whole)
         evaluation = self.log.baseline[1] if self.log.baseline else 0.0

@@ -53,14 +53,14 @@ class Space:
     alpha_ratio: float | None
 
     def settings(self, lr: float, **changes: Any) -> Settings:
-        """The settings of a trial: this learning rate, these changes, and the first values of all others."""
+        """The settings of a trial: `lr`, `changes`, and the first value of every other option."""
         made = {"lr": lr, **{name: values[0] for name, values in self.others.items()}, **changes}
         if self.alpha_ratio is not None:
             made["alpha"] = self.alpha_ratio * made["rank"]
         return made
 
     def variations(self) -> Iterator[tuple[str, Any]]:
-        """Yield each option with each of its values except the first. The options alternate."""
+        """Yield pairs (option, value) for all but the first value of each option. The options alternate."""
         rows = [[(name, value) for value in values[1:]] for name, values in self.others.items()]
         for turn in range(max(map(len, rows), default=0)):
             yield from (row[turn] for row in rows if turn < len(row))
@@ -82,17 +82,17 @@ def space_of(
     default_lr: float,
     op: str = "tune",
 ) -> Space:
-    """The values to try: those in `search`, and the usual values of options that `given` lacks.
+    """The values to try: those in `search`, and the usual values of other options that are not in `given`.
 
-    If the user gives ranks or alphas of named layers, the targets are searched only if they are in `search`,
-    because not all of the usual targets have these layers.
+    If `given` has ranks or alphas of named layers, the targets are searched only if they are in `search`,
+    because some of the usual targets do not include these layers.
 
     Args:
         given: the options of `finetune` that the user has fixed.
-        default_lr: the learning rate of a run that gives none.
+        default_lr: the learning rate of a run whose options do not set one.
     Raises:
         ValueError: a searched option is unknown or has no values, or `rank_pattern` or `alpha_pattern` names
-            a layer that some of the targets lack.
+            a layer that some of the targets do not include.
     """
     wanted = {name: listed_values(op, name, values) for name, values in search.items()}
     continues = given.get("adapter") is not None
@@ -113,7 +113,7 @@ def space_of(
 
 
 def _require_layers(op: str, lm: LanguageModel, targets: Any, given: Mapping[str, Any]) -> None:
-    """Raise a ValueError if these targets lack a layer that `rank_pattern` or `alpha_pattern` names."""
+    """Raise a ValueError if `rank_pattern` or `alpha_pattern` names a layer that `targets` do not include."""
     for option in _PATTERNS:
         if pattern := parse_pattern(op, option, given.get(option)):
             names = targeted(lm, lm.config.num_hidden_layers, targets, given.get("layers"), op)
@@ -129,13 +129,13 @@ def require_searchable(op: str, name: str) -> None:
 
 
 def require_values(op: str, search: Mapping[str, Sequence[Any]], given: Mapping[str, Any]) -> None:
-    """Check the values of searched options as `finetune` does, for all pairs of values.
+    """Check all values in `search`, and all pairs of these values, as `finetune` does.
 
     Args:
         given: the options of `finetune` that the user has fixed.
     Raises:
-        ValueError, TypeError: a searched option is also given, a value is out of range, or values do not go
-            together.
+        ValueError, TypeError: a searched option is also given, a value is out of range, or two values exclude
+            each other.
     """
     for name in search:
         if name in given:

@@ -19,7 +19,7 @@ class Trial:
         settings: the options that the trial tries.
         steps: the number of steps.
         epochs: the number of epochs; None if the run ends within an epoch.
-        loss: the validation loss after the trial; infinite if a loss was not finite.
+        loss: the validation loss after the trial; infinite if it or a loss in the training was not finite.
         seconds: the time of the training.
         evaluation: the time of the evaluation.
 
@@ -39,7 +39,7 @@ class Trial:
 
     @property
     def key(self) -> tuple[Any, ...]:
-        """A key of the trial. Trials with the same key have the same result."""
+        """Identifies the settings and steps of a trial. Trials with the same key have the same result."""
         return key_of(self.settings, self.steps)
 
     def to_json(self) -> dict[str, Any]:
@@ -52,7 +52,7 @@ class Trial:
 
 
 def key_of(settings: Settings, steps: int) -> tuple[Any, ...]:
-    """A key of everything that decides the result of a trial."""
+    """A tuple that identifies what decides the result of a trial: its settings and its number of steps."""
     return steps, *sorted((name, str(_plain(value))) for name, value in settings.items())
 
 

@@ -74,16 +74,16 @@ def tune(
     Args:
         model, data: as for `finetune`.
         output: directory for tune.jsonl.
-        valid: held-out rows to compare the trials on. If neither `valid` nor a directory `data` gives such
-            rows, a tenth of the examples is held out (`valid_split=0.1`).
+        valid: held-out rows to compare the trials on. If `valid` is not given, and `data` is not a directory
+            with held-out rows, a tenth of the examples is held out (`valid_split=0.1`).
         progress: print progress on stderr; None: only on a terminal or in a notebook.
-        budget: time for all trials, such as "90s", "30m" or "1.5h"; a number counts minutes. The time to load
-            the model and the data is not included.
+        budget: time for all trials, such as "90s", "30m" or "1.5h"; a number without a unit means minutes.
+            The time to load the model and the data is not included.
         search: values to try, such as {"lr": [1e-4, 1e-3], "dropout": [0, 0.05]}, for any option of
             `finetune` that changes the training. The search starts with the first value of each list. If an
-            option of the loss such as `beta` is searched, all trials are compared by the loss with the first
-            value of this option. The learning rate, the rank, the targets and the epochs are always searched,
-            unless they are given.
+            option of the loss such as `beta` is searched, the validation loss of every trial is computed with
+            the first value of this option. The learning rate, the rank, the targets and the epochs are always
+            searched, unless they are given.
         sampler: source of the first trials: "halving" (a grid of learning rates) or "optuna" (its TPE
             sampler, over all searched options except the epochs).
         resume: continue the search in the output directory; no trial is repeated. The budget includes the
@@ -95,7 +95,7 @@ def tune(
         the trials, the winner, and the command that trains it; `print` shows them.
     Raises:
         ValueError, TypeError: an option is out of range, or the budget is too small for two trials. The
-            message says how much is needed.
+            message names a budget that is enough.
         FileExistsError: the output directory holds a search, and neither `resume` nor `overwrite` is set.
         BlockingIOError: another search or run writes to the output directory; the message names its PID.
         CorruptError: tune.jsonl is damaged.
@@ -120,7 +120,7 @@ def tune(
 
 
 def _require_options(options: Mapping[str, Any]) -> None:
-    """Raise TypeError for a keyword that is not an option of `finetune`, or that belongs to one run."""
+    """Raise TypeError for a keyword that is no option of `finetune`, or one that a search cannot use."""
     known = {field.name for field in dataclasses.fields(FinetuneOptions)} - {*NOT_PASSED}
     for name in options:
         if name in NOT_PASSED:
@@ -130,7 +130,7 @@ def _require_options(options: Mapping[str, Any]) -> None:
 
 
 def _with_split(data: Data, valid: Data | None, options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options. If there are no validation data, add a share of the examples to hold out."""
+    """The options. If there are no validation data, add the option `valid_split`."""
     if valid is not None or options.get("valid_split") is not None or splits_of("tune", data).valid:
         return dict(options)
     return {**options, "valid_split": _SPLIT}
@@ -211,7 +211,7 @@ class _Tuning:
         return largest
 
     def _started(self, inputs: RunInputs) -> FinetuneOptions:
-        """The options with the first value of each searched option.
+        """The base options, with the first value of each searched option except the epochs.
 
         Raises:
             ValueError: a value does not fit the teacher.
@@ -274,7 +274,7 @@ class _Tuning:
 
 
 def _named(data: Data, otherwise: str) -> list[tuple[str, float]]:
-    """The given files, each with its weight; `otherwise` for data that are not in files."""
+    """The names of the given files, with their weights; `otherwise` stands for data that are not in files."""
     given: list[Any] = (
         [data] if isinstance(data, str | os.PathLike) or not isinstance(data, Sequence) else list(data)
     )
@@ -303,7 +303,7 @@ def _notes(winner: Trial | None, trials: Sequence[Trial], full: int) -> Iterator
         yield f"the best learning rate is the {which} that was tried: --search lr=... tries others"
     epochs = [trial.epochs for trial in trials if trial.epochs and trial.steps >= full]
     if winner.epochs and len(set(epochs)) > 1 and winner.epochs == max(epochs):
-        yield "the most epochs that were tried are the best: --search epochs=... tries more"
+        yield "the highest number of epochs that was tried is the best: --search epochs=... tries more"
     if winner.steps < full:
         yield (
             f"the longest trials had {winner.steps} of the run's {full} steps: a larger --budget compares "
@@ -325,9 +325,8 @@ class _Trials:
 
     Args:
         base: the options of all trials.
-        first: the options of all trials, with the first value of each searched option. All trials are
-            evaluated by the loss of these options, because only losses of the same kind and the same strength
-            can be compared.
+        first: `base` with the first value of each searched option. The validation loss of every trial is
+            computed with these options, because losses with different options cannot be compared.
     """
 
     def __init__(
@@ -358,7 +357,7 @@ class _Trials:
             self._prefix.close()
 
     def _prepare(self, objective: Objective, batches: TokenBatches) -> None:
-        """Compute the values that the objective needs for these batches, once."""
+        """Compute the values that the objective needs for `batches`, unless this was already done."""
         if batches.identity() not in self._prepared:
             plain = self._inputs.lm.with_tokens(self._inputs.added_tokens)
             with files.Directory(self._output) as directory:
@@ -371,7 +370,7 @@ class _Trials:
         return self._evaluated(lm)
 
     def make(self, settings: Settings, steps: int) -> tuple[float, float, float]:
-        """Train with these settings. Return the validation loss and the seconds of training and evaluation.
+        """Make a trial. Return the validation loss, and the seconds of the training and of the evaluation.
 
         Raises:
             KeyboardInterrupt: Ctrl-C ended the training.

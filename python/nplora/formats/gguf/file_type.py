@@ -49,7 +49,7 @@ def describe(tensors: Mapping[str, _Tensor]) -> dict[str, Typed]:
 def redescribe(
     metadata: dict[str, Typed], before: Mapping[str, _Tensor], after: Mapping[str, _Tensor]
 ) -> dict[str, Typed]:
-    """Update a file's metadata after some tensors changed their type between `before` and `after`."""
+    """Return a file's metadata, updated for tensors whose type differs between `before` and `after`."""
     if all(before[name].type == tensor.type for name, tensor in after.items()):
         return metadata
     if main_type(before) == main_type(after):

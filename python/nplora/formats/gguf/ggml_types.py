@@ -14,7 +14,7 @@ class GgmlType:
 
     Attributes:
         number: the type's number in a file.
-        block: elements per block; each row of a tensor is a whole number of blocks.
+        block: the number of elements in a block; each row of a tensor is a whole number of blocks.
         block_nbytes: bytes per block.
         dtype: the elements' NumPy type (uint16 bit patterns for BF16); None for quantised blocks.
     """

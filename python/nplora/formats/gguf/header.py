@@ -40,7 +40,7 @@ _TENSOR = [struct.Struct(f"<{count}QiQ") for count in range(MAX_DIMENSIONS + 1)]
 
 @dataclass(frozen=True, slots=True)
 class TensorEntry:
-    """The header's entry for one tensor, validated and checked against the file's size.
+    """One tensor as the header describes it. All values have been checked, also against the file's size.
 
     Attributes:
         begin: position of the tensor's first byte, counted from the start of the file.
@@ -90,7 +90,7 @@ def parse_start(start: memoryview, size: int, source: str) -> tuple[int, int, in
         like = " (is it a safetensors file?)" if bytes(start[8:10]) == b'{"' else ""
         raise FormatError(f"{source}: begins with {bytes(start[:4])!r}, expected {MAGIC!r}{like}")
     if len(start) < START.size:
-        raise TruncatedError(f"{source}: {size} bytes, a header has at least {START.size}")
+        raise TruncatedError(f"{source}: the file has {size} bytes, but a header has at least {START.size}")
     _, version, n_tensors, n_metadata = START.unpack(start)
     if version not in VERSIONS:
         swapped = int.from_bytes(version.to_bytes(4, "little"), "big") in VERSIONS
@@ -102,7 +102,7 @@ def parse_start(start: memoryview, size: int, source: str) -> tuple[int, int, in
         (n_metadata, MAX_METADATA, _LEAST_METADATA, "metadata entries"),
     ):
         if count > limit:
-            raise LimitError(f"{source}: the header announces {count:,} {what}, at most {limit:,} are read")
+            raise LimitError(f"{source}: the header announces {count:,} {what}, expected at most {limit:,}")
         if count > rest // least:
             raise LimitError(
                 f"{source}: the header announces {count:,} {what}, but the {rest:,} bytes that follow hold "
@@ -112,7 +112,7 @@ def parse_start(start: memoryview, size: int, source: str) -> tuple[int, int, in
 
 
 class _Cursor:
-    """A position in a header that only advances, never beyond the end of the file or `MAX_HEADER`."""
+    """A position in a header. The position only advances, and stays within the file and `MAX_HEADER`."""
 
     def __init__(self, data: memoryview, source: str, at: int) -> None:
         self.data, self.source, self.at = data, source, at
@@ -123,7 +123,7 @@ class _Cursor:
         if end > MAX_HEADER:
             raise LimitError(
                 f"{self.source}: {what} at byte {begin:,} takes {count:,} bytes, "
-                f"but at most {MAX_HEADER:,} bytes of a header are read"
+                f"but a header may have at most {MAX_HEADER:,} bytes"
             )
         if end > len(self.data):
             raise TruncatedError(
@@ -139,7 +139,7 @@ class _Cursor:
     def string(self, what: str, limit: int = MAX_HEADER) -> str:
         (length,) = self.unpack(LENGTH, what)
         if length > limit:
-            raise LimitError(f"{self.source}: {what} has {length:,} bytes, at most {limit:,} are read")
+            raise LimitError(f"{self.source}: {what} has {length:,} bytes, expected at most {limit:,}")
         begin = self.skip(length, what)
         try:
             return str(self.data[begin : self.at], "utf-8")
@@ -153,7 +153,8 @@ class _Cursor:
         begin, name = self.at, self.string(what, limit)
         if not name or "\0" in name:
             raise FormatError(
-                f"{self.source}: {what} at byte {begin:,} is {brief(name)}, expected a name without NUL"
+                f"{self.source}: {what} at byte {begin:,} is {brief(name)}, "
+                "expected a non-empty name without NUL"
             )
         return name
 
@@ -179,7 +180,7 @@ def _parse_metadata(cursor: _Cursor, count: int) -> tuple[dict[str, Scalar | Arr
             raise FormatError(f"{cursor.source}: {what} appears twice")
         kind = _value_type(cursor, what)
         if kind == "ARRAY":
-            kind = _value_type(cursor, f"{what}: the type of its elements")
+            kind = _value_type(cursor, f"the element type of {what}")
             values[key] = _parse_array(cursor, kind, what)
         else:
             values[key] = _parse_scalar(cursor, kind, what)
@@ -191,7 +192,7 @@ def _value_type(cursor: _Cursor, what: str) -> str:
     (number,) = cursor.unpack(_TYPE, what)
     if number >= len(VALUE_TYPES):
         raise FormatError(
-            f"{cursor.source}: {what}: type {number} at byte {cursor.at - 4:,}, "
+            f"{cursor.source}: {what}: the type number at byte {cursor.at - 4:,} is {number}, "
             f"expected 0 to {len(VALUE_TYPES) - 1}"
         )
     return VALUE_TYPES[number]
@@ -212,7 +213,9 @@ def _parse_scalar(cursor: _Cursor, kind: str, what: str) -> Scalar:
 
 def _parse_array(cursor: _Cursor, kind: str, what: str) -> ArrayEntry:
     if kind == "ARRAY":
-        raise UnsupportedError(f"{cursor.source}: {what} is an array of arrays, which is not read")
+        raise UnsupportedError(
+            f"{cursor.source}: {what} is an array of arrays, which nplora does not support"
+        )
     (count,) = cursor.unpack(LENGTH, what)
     begin = cursor.at
     if kind == "STRING":
@@ -231,7 +234,7 @@ def _alignment(values: Mapping[str, Scalar | ArrayEntry], types: Mapping[str, st
     if value.bit_count() != 1:
         raise FormatError(f"{source}: {ALIGNMENT_KEY} is {value}, expected a power of two")
     if value > MAX_ALIGNMENT:
-        raise LimitError(f"{source}: {ALIGNMENT_KEY} is {value:,}, at most {MAX_ALIGNMENT:,} is read")
+        raise LimitError(f"{source}: {ALIGNMENT_KEY} is {value:,}, expected at most {MAX_ALIGNMENT:,}")
     return value
 
 
@@ -242,11 +245,11 @@ def _parse_tensor(cursor: _Cursor, number: int) -> tuple[str, GgmlType, tuple[in
     (dimensions,) = cursor.unpack(_TYPE, what)
     if dimensions > MAX_DIMENSIONS:
         raise FormatError(
-            f"{cursor.source}: {what}: {dimensions:,} dimensions, expected at most {MAX_DIMENSIONS}"
+            f"{cursor.source}: {what} has {dimensions:,} dimensions, expected at most {MAX_DIMENSIONS}"
         )
     *ne, kind, offset = cursor.unpack(_TENSOR[dimensions], what)
     if kind not in BY_NUMBER:
-        raise UnsupportedError(f"{cursor.source}: {what}: nplora does not know its type, {kind}")
+        raise UnsupportedError(f"{cursor.source}: {what} has type {kind}, which nplora does not know")
     return name, BY_NUMBER[kind], tuple(reversed(ne)), offset
 
 
@@ -255,17 +258,19 @@ def _place(
 ) -> TensorEntry:
     for size in shape:
         if size > _MAX_BYTES:
-            raise FormatError(f"{where}: its shape holds the negative size {size - 2**64}")
+            raise FormatError(f"{where}: the shape holds the negative size {size - 2**64}")
     if math.prod(filter(None, shape)) * kind.block_nbytes > _MAX_BYTES * kind.block:
-        raise LimitError(f"{where}: {kind.name} of shape {shape} is beyond 2^63 bytes")
+        raise LimitError(f"{where}: {kind.name} of shape {shape} is larger than 2^63 bytes")
     row = shape[-1] if shape else 1
     if row % kind.block:
-        raise FormatError(f"{where}: rows of {row:,} elements, {kind.name} needs a multiple of {kind.block}")
+        raise FormatError(
+            f"{where} has rows of {row:,} elements, but {kind.name} needs a multiple of {kind.block}"
+        )
     nbytes = kind.nbytes(shape)
     if offset % alignment:
         raise FormatError(f"{where}: begins at offset {offset:,}, expected a multiple of {alignment:,}")
     if start + offset + nbytes > _MAX_BYTES:
-        raise LimitError(f"{where}: {nbytes:,} bytes from offset {offset:,} end beyond 2^63")
+        raise LimitError(f"{where}: {nbytes:,} bytes from offset {offset:,} end after byte 2^63")
     return TensorEntry(kind, shape, start + offset, nbytes)
 
 

@@ -38,7 +38,9 @@ class Typed:
 
 @dataclass(frozen=True)
 class ArrayEntry:
-    """The position of an array in the file. The array has been checked, but not the UTF-8 of its strings.
+    """The position of an array in the file. The array has been checked.
+
+    Strings of the array can still be invalid UTF-8.
 
     Attributes:
         type: the type of the elements.
@@ -85,7 +87,7 @@ class StringArray(Sequence[str]):
         return self._text(index, int(self._begins[index]))[0]
 
     def _find(self) -> Array:
-        """Find the position of each string. Only access by index needs these positions."""
+        """Find the position of each string, which is needed only for access by index."""
         begins, begin = np.empty(len(self), np.int64), self._entry.begin
         for index in range(len(self)):
             begins[index] = begin
@@ -93,7 +95,7 @@ class StringArray(Sequence[str]):
         return begins
 
     def _text(self, index: int, begin: int) -> tuple[str, int]:
-        """The string that begins at position `begin`, and the position of its end."""
+        """Return the string that begins at position `begin`, and the position after the string."""
         end = begin + LENGTH.size + LENGTH.unpack_from(self._data, begin)[0]
         raw = self._data[begin + LENGTH.size : end]
         try:
@@ -112,11 +114,11 @@ class Metadata(Mapping[str, Scalar | Array | StringArray]):
 
     Scalars are Python int, float, bool and str. An array of numbers is a read-only NumPy view of the file. An
     array of strings is a `StringArray`. Arrays are not read until they are used. `types` maps each key to the
-    type of its value in the file, and the key of an array to the type of the array's elements.
+    type that the value has in the file. For an array, this is the type of the elements.
 
     The methods `integer`, `number`, `boolean`, `string`, `array` and `strings` return a value of one required
     type. These methods raise FormatError if the value is missing and there is no default, if the value has
-    another type, or if an array does not have `count` elements.
+    another type, or if the argument `count` is given and an array has another number of elements.
 
     >>> from nplora.formats import gguf
     >>> metadata = gguf.loads(gguf.dumps({}, {"general.name": "toy", "sizes": np.arange(3)})).metadata

@@ -1,4 +1,4 @@
-"""Opens and reads GGUF files. Tensors and metadata are views of the mapped file."""
+"""Opens and reads GGUF files. Tensors and arrays in the metadata are views of the mapped file."""
 
 import mmap
 import weakref
@@ -21,10 +21,11 @@ Content: TypeAlias = mmap.mmap | memoryview
 
 
 class GgufFile(Mapping[str, Tensor]):
-    """The tensors of an open GGUF file by name, in the file's order. `metadata` holds the file's metadata.
+    """An open GGUF file: maps the name of each tensor to the `Tensor`, in the file's order.
 
-    `entries` gives the tensors' types, shapes and positions without reading the tensors. If the file is
-    mapped, `mapped` holds the file's `Stamp`, which serves to detect later changes of the file.
+    `metadata` holds the file's metadata. `entries` maps each name to the type, shape and position of the
+    tensor, without reading the tensor. If the file is mapped, the tuple `mapped` holds a `Stamp`, which can
+    show later that another program changed the file.
 
     >>> from nplora.formats import gguf
     >>> file = gguf.loads(gguf.dumps({"w": np.zeros((2, 3), np.float32)}, {"general.name": "toy"}))
@@ -63,19 +64,20 @@ class GgufFile(Mapping[str, Tensor]):
 def open(path: StrPath, mmap: bool = True) -> GgufFile:
     """Open a GGUF file and check its header.
 
-    The header is cached, and a mapping that is still in use is shared with later calls, as long as the file's
-    size and modification time stay the same. So it is cheap to open a file again for each of its tensors.
+    As long as the file's size and modification time stay the same, later calls reuse the parsed header. They
+    also reuse the memory map, if it is still in use. So a program can open a file again for each tensor
+    without much cost.
 
     Args:
         path: the file.
-        mmap: map the file, so that each part is read from disk on first use. If another program truncates a
-            mapped file, a process that reads the lost part ends with a message and exit status 135.
-            `mmap=False` copies the whole file into memory instead.
+        mmap: map the file into memory, so that each page is read from disk when it is first used. If another
+            program truncates a mapped file and this process then reads a page that was cut off, the process
+            ends with a message and exit status 135. `mmap=False` copies the whole file into memory instead.
     Returns:
-        a mapping from name to `Tensor`, with the file's `.metadata`. Tensors and metadata keep the file
-        mapped.
+        a mapping from name to `Tensor`, with the file's `.metadata`. The file stays mapped as long as a
+        tensor or the metadata is in use.
     Raises:
-        FormatError: the file breaks the format; the subclass says how.
+        FormatError: the file breaks the format. The subclass of FormatError shows what is wrong.
         OSError: the file cannot be read.
 
     >>> import nplora

@@ -17,7 +17,8 @@ class Stream:
 
     Attributes:
         type, shape: as in `Tensor`.
-        chunks: a function that returns the bytes in order. The writer calls this function once.
+        chunks: a function that returns an iterable of byte strings, which are the tensor's bytes in order.
+            The writer calls this function once.
 
     >>> from nplora.formats import gguf
     >>> zeros = gguf.Stream("F32", (2, 3), lambda: [bytes(12), bytes(12)])
@@ -32,15 +33,15 @@ class Stream:
 
 @dataclass(frozen=True, eq=False)
 class Tensor:
-    """A tensor's elements as they are stored in a file. `gguf.save` also accepts a `Tensor` of raw blocks.
+    """A tensor with the bytes that are stored in a file. `gguf.save` writes these bytes unchanged.
 
     Attributes:
         name: the tensor's name in the file.
         type: ggml's name of the element type: "F32", "BF16", "Q4_0", ...
         shape: the shape in NumPy's order, which is the reverse of ggml's `ne`.
         data: the elements' bytes as uint8. Bytes from a file are read-only and keep the file mapped.
-        offset: the position of the bytes in the file, or None.
-        source: the file's name for messages.
+        offset: the position of the bytes in the file; None if the tensor does not come from a file.
+        source: the file's name in error messages.
 
     >>> import nplora
     >>> weight = nplora.FrozenWeight(np.ones((2, 32), np.float32), dtype="q8_0")
@@ -61,7 +62,7 @@ class Tensor:
         return self.data.nbytes
 
     def numpy(self) -> NDArray[Any]:
-        """View the elements as a read-only array, without a copy. BF16 elements are uint16 bit patterns.
+        """View the elements as a read-only array, without a copy. BF16 elements become uint16 bit patterns.
 
         Raises:
             UnsupportedError: the type is quantised, so NumPy has no element type for it.
@@ -73,7 +74,7 @@ class Tensor:
         dtype = GGML_TYPES[self.type].dtype
         if dtype is None:
             raise UnsupportedError(
-                f"{self.source}: tensor {brief(self.name)} is {self.type}, which NumPy does not have; "
+                f"{self.source}: tensor {brief(self.name)} has type {self.type}, which NumPy does not have; "
                 "FrozenWeight.from_gguf reads the quantised types that nplora supports"
             )
         return elements(self.data.reshape(-1), dtype).reshape(self.shape)

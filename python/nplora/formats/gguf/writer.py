@@ -55,11 +55,11 @@ def save(path: StrPath, tensors: Tensors, metadata: Mapping[str, Any] | None = N
         path: the file to write.
         tensors: a mapping of each tensor's name to one of these values:
 
-            - an array of float16, float32, float64, bfloat16 (ml_dtypes) or int8 to int64, with at most four
-              axes, any strides and any byte order;
+            - an array of float16, float32, float64, bfloat16 (ml_dtypes) or int8 to int64. The array may have
+              up to four axes, and any strides and byte order;
             - a `Tensor` of raw blocks, such as `Tensor("w", "Q4_0", (8, 64), blocks)`, or a `Stream` of such
               blocks;
-            - a `FrozenWeight`, saved in its own storage type ("nf4" cannot be saved).
+            - a `FrozenWeight`, which is saved in the format in which it is stored ("nf4" cannot be saved).
 
             The key becomes the tensor's name in the file. A `Tensor`'s own name is ignored.
         metadata: a mapping of each key to a str, a bool, a list of these, a NumPy scalar or array, or a
@@ -67,8 +67,8 @@ def save(path: StrPath, tensors: Tensors, metadata: Mapping[str, Any] | None = N
             "general.alignment" sets the alignment of the tensors.
     Raises:
         TypeError: the format has no type for an element or a value, or a value's type is ambiguous.
-        ValueError: the format does not allow a name, number, shape or size.
-        OSError: the disk fails; the message says how many bytes were needed.
+        ValueError: a name, number, shape or size is not allowed by the format.
+        OSError: the file cannot be written; the message says how many bytes were needed.
 
     >>> import nplora
     >>> weight = nplora.FrozenWeight(np.zeros((2, 32), np.float32), dtype="q8_0")
@@ -90,10 +90,12 @@ def dumps(tensors: Tensors, metadata: Mapping[str, Any] | None = None) -> bytes:
 
 
 def new_file(path: StrPath, tensors: Tensors, metadata: Mapping[str, Any] | None = None) -> files.NewFile:
-    """Prepare the file that `save` would write, so that the caller can replace several files together.
+    """Return the file that `save` would write, without writing it.
 
-    At any time, at most one tensor is copied to make it contiguous. The function `Stream.chunks` is called
-    when the tensor is written.
+    `files.replace` can write several such files together.
+
+    A tensor that is not contiguous is copied when it is written, and the copy is freed before the next
+    tensor. The function `Stream.chunks` is called when its tensor is written.
 
     >>> files.replace([new_file("a.gguf", {"w": np.zeros(2)}), new_file("b.gguf", {"w": np.ones(2)})])
     """
@@ -134,7 +136,7 @@ def _require_few(what: str, count: int, limit: int) -> None:
 
 def _name(kind: str, name: object, limit: int) -> bytes:
     if not isinstance(name, str):
-        raise TypeError(f"gguf.save: {name!r} cannot be the name of a {kind}")
+        raise TypeError(f"gguf.save: {name!r} cannot be the name of a {kind}, expected text")
     raw = _text(f"the {kind} {brief(name)}", name)
     if not name or "\0" in name or len(raw) - LENGTH.size > limit:
         raise ValueError(
@@ -157,11 +159,11 @@ def _text(where: str, text: object) -> bytes:
 
 
 def _typed(key: str, value: Any) -> Typed:
-    """Pair a value with its type in the file: the given type, or the type that the value implies."""
+    """Return a value with its type in the file: the type in `Typed`, or the type that the value implies."""
     where = f"metadata {brief(key)}"
     if isinstance(value, Typed):
         if value.type != "STRING" and value.type not in VALUE_DTYPES:
-            raise TypeError(f"gguf.save: {where}: {value.type!r} is not the type of a value")
+            raise TypeError(f"gguf.save: {where}: {value.type!r} is not a type of GGUF metadata")
         return value
     if isinstance(value, np.ndarray | np.generic) and value.dtype.name.upper() in VALUE_DTYPES:
         return Typed(value, value.dtype.name.upper())
@@ -171,7 +173,7 @@ def _typed(key: str, value: Any) -> Typed:
             return Typed(value, kind)
     raise TypeError(
         f"gguf.save: {where} is {brief(value)}, whose type in the file is ambiguous: "
-        'name one, as in Typed(value, "UINT32")'
+        'give the type, as in Typed(value, "UINT32")'
     )
 
 
@@ -196,7 +198,10 @@ def _is_list(value: object) -> bool:
 
 
 def _numbers(where: str, kind: str, values: Any) -> Array:
-    """Convert numbers to the metadata type `kind`. Floats are rounded; numbers out of range are an error."""
+    """Convert numbers to the metadata type `kind`. Floats are rounded.
+
+    Raise ValueError for numbers out of range.
+    """
     dtype, array = VALUE_DTYPES[kind], np.asarray(values)
     allowed = {"b": "b", "f": "fiu"}.get(dtype.kind, "iu")
     if array.ndim != 1 or (array.size and array.dtype.kind not in allowed):
@@ -220,8 +225,8 @@ def _alignment(typed: Typed | None) -> int:
     if 0 < number <= MAX_ALIGNMENT and number.bit_count() == 1:
         return number
     raise ValueError(
-        f"gguf.save: {ALIGNMENT_KEY} is {value!r} ({typed.type}), expected a UINT32, "
-        f"a power of two up to {MAX_ALIGNMENT:,}"
+        f"gguf.save: {ALIGNMENT_KEY} is {value!r} ({typed.type}), expected a UINT32 "
+        f"that is a power of two, at most {MAX_ALIGNMENT:,}"
     )
 
 
@@ -266,7 +271,7 @@ def _stored(name: str, tensor: ArrayLike | Tensor | Stream | HasTensor) -> _Stor
 
 def _few_axes(where: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     if len(shape) > MAX_DIMENSIONS:
-        raise ValueError(f"{where} has {len(shape)} axes, at most {MAX_DIMENSIONS} can be written")
+        raise ValueError(f"{where} has {len(shape)} axes, expected at most {MAX_DIMENSIONS}")
     return shape
 
 
@@ -277,17 +282,19 @@ def _blocks(where: str, name: str, dimensions: tuple[int, ...]) -> tuple[GgmlTyp
     kind, shape = GGML_TYPES[name], tuple(map(operator.index, dimensions))
     row = shape[-1] if shape else 1
     if min(shape, default=0) < 0 or row % kind.block:
-        raise ValueError(f"{where} has shape {shape}, {kind.name} needs rows of a multiple of {kind.block}")
+        raise ValueError(
+            f"{where} has shape {shape}, but {kind.name} needs rows of a multiple of {kind.block} elements"
+        )
     return kind, shape
 
 
 def _raw(where: str, tensor: Tensor) -> tuple[GgmlType, tuple[int, ...], Array]:
-    """The type, shape and bytes of a tensor of raw blocks. The number of bytes must match the shape."""
+    """Return the type, shape and bytes of a `Tensor`. The number of bytes must match the shape."""
     kind, shape = _blocks(where, tensor.type, tensor.shape)
     nbytes = kind.nbytes(shape)
     held = getattr(tensor.data, "dtype", type(tensor.data).__name__)
     if held != np.uint8:
-        raise TypeError(f"{where} has data of {held}, expected an array of uint8")
+        raise TypeError(f"{where} has data of type {held}, expected an array of uint8")
     if tensor.nbytes != nbytes:
         raise ValueError(
             f"{where} has {tensor.nbytes:,} bytes, but {kind.name} of shape {shape} takes {nbytes:,}"

@@ -69,7 +69,7 @@ ENCODERS: tuple[EncoderFamily, ...] = (
 
 
 def by_model_type(source: str, name: str) -> Family:
-    """The family that a config.json names as its `model_type`.
+    """Find a family by the `model_type` in a config.json.
 
     Args:
         source: the file's name, for error messages.
@@ -83,9 +83,9 @@ def by_model_type(source: str, name: str) -> Family:
 
 
 def by_architecture(source: str, name: str) -> Family:
-    """The family that a GGUF file names as its `general.architecture`.
+    """Find a family by the `general.architecture` in a GGUF file.
 
-    If several families share the name, the first family is returned.
+    If several families have this architecture, the first of these families is returned.
 
     Args:
         source: the file's name, for error messages.
@@ -100,12 +100,12 @@ def by_architecture(source: str, name: str) -> Family:
 
 
 def of(config: ModelConfig) -> Family:
-    """The family of a model."""
+    """The family of a decoder with this configuration."""
     return by_model_type(config.source, config.model_type)
 
 
 def encoder_of(config: EncoderConfig) -> EncoderFamily:
-    """The family of an encoder."""
+    """The family of an encoder with this configuration."""
     return next(family for family in ENCODERS if family.model_type == config.model_type)
 
 
@@ -121,8 +121,8 @@ def encoder_by_model_type(model_type: str) -> EncoderFamily | None:
 def encoder_by_architecture(architecture: str, tokenizer: str = "") -> EncoderFamily | None:
     """The family of encoders with this GGUF architecture, or None.
 
-    If several families share the architecture, the first family with this tokenizer is returned. If no family
-    has this tokenizer, the first family is returned.
+    If several families have this architecture, the tokenizer decides between them. If the tokenizer fits none
+    of them, the first family with this architecture is returned.
 
     >>> encoder_by_architecture("bert").model_type
     'bert'
@@ -134,7 +134,7 @@ def encoder_by_architecture(architecture: str, tokenizer: str = "") -> EncoderFa
 
 
 def bidirectional_by_architecture(architecture: str) -> Family | None:
-    """The family of `BIDIRECTIONAL` with this GGUF architecture, or None.
+    """The family in `BIDIRECTIONAL` that has this GGUF architecture, or None.
 
     >>> bidirectional_by_architecture("gemma-embedding").model_type
     'gemma3_text'

@@ -23,7 +23,7 @@ _ACTIVATIONS = {
 
 
 def require_readable(fields: Fields) -> None:
-    """Raise UnsupportedError if the weights are quantised, except in bitsandbytes' NF4."""
+    """Raise UnsupportedError if the weights are quantised in another format than bitsandbytes' NF4."""
     if "quantization_config" in fields:
         found = fields.object("quantization_config")
         if found.string("quant_method", "") != "bitsandbytes" or not found.boolean("load_in_4bit", False):
@@ -34,14 +34,14 @@ def require_readable(fields: Fields) -> None:
 
 
 def require_absent(fields: Fields, *names: str) -> None:
-    """Raise UnsupportedError if one of these fields, which nplora does not implement, is set."""
+    """Raise UnsupportedError if one of the fields `names` is set. nplora does not implement them."""
     for name in names:
         if name in fields:
             raise UnsupportedError(f"{fields.source}: {name} is set, which nplora does not implement")
 
 
 def activation(fields: Fields, name: str, default: str) -> str:
-    """The name of the MLP's activation in the compiled core."""
+    """Read the MLP's activation, and return the compiled core's name for this activation."""
     word = fields.string(name, default)
     if word not in _ACTIVATIONS:
         raise UnsupportedError(
@@ -59,14 +59,14 @@ def heads(fields: Fields, name: str) -> int:
 
 
 def after_padding(fields: Fields) -> int:
-    """The first used row of the position table, in models that do not use the rows 0 to `pad_token_id`."""
+    """The position table's row for the first token, in families that skip the rows 0 to `pad_token_id`."""
     return fields.integer("pad_token_id", 1) + 1
 
 
 def no_windows(fields: Fields, layers: int) -> tuple[int, ...]:
-    """The entries of `sliding_windows` for a model without sliding windows.
+    """The `sliding_windows` of a model without sliding windows: 0 for each layer.
 
-    The number of layers is checked first.
+    Raises FormatError if the number of layers is impossible.
     """
     require_layers(fields.source, layers)
     return (NO_WINDOW,) * layers
@@ -86,7 +86,7 @@ def require_whole_rotation(fields: Fields) -> None:
 
 
 def rope_fields(fields: Fields) -> Fields:
-    """The fields in `rope_parameters`, or in `rope_scaling` if the file is older than transformers 5.
+    """The fields of the rotation, in `rope_parameters` or (before version 5 of transformers) `rope_scaling`.
 
     Raises:
         FormatError: `rope_parameters` and `rope_scaling` are both set, and differ.
@@ -103,7 +103,7 @@ def rope_kind(found: Fields) -> str:
 
 
 def rope(found: Fields, theta: float) -> RopeConfig:
-    """The rotation that these fields describe. `theta` is the base if `rope_theta` is missing."""
+    """The rotation that these fields describe. If `rope_theta` is missing, the base is `theta`."""
     require_whole_rotation(found)
     theta = require_theta(found.source, found.number("rope_theta", theta))
     kind = rope_kind(found)

@@ -40,12 +40,12 @@ _LAYER = re.compile(r"layers\.(0|[1-9][0-9]{0,5})(?:\.(.+))?")
 class StoredNames:
     """The names of an encoder's tensors in a safetensors file.
 
-    In the file of a model with a head, the names of the encoder's tensors have a prefix. In old files, the
-    weight and the bias of a norm are called gamma and beta.
+    If the file also contains a head, the names of the encoder's tensors begin with a prefix. In old files,
+    the weight and the bias of a norm are called gamma and beta.
 
     Attributes:
         names: the names of all tensors in the file.
-        prefix: the beginning of the names of the encoder's tensors in the file.
+        prefix: the prefix of the names of the encoder's tensors in the file, or "".
         ignored: the first parts of names of tensors that do not affect the hidden states.
     """
 
@@ -72,23 +72,24 @@ class EncoderFamily:
     positions, biases, and a feed-forward network without a gate. A subclass defines only what differs from
     BERT.
 
-    A module has one name for all families (`self_attn.q_proj`), and a second name in transformers
-    (`attention.self.query`). Adapter files and `named_modules` use the name in transformers.
+    In nplora, a module has the same name in all families (`self_attn.q_proj`). In transformers, it has
+    another name (`attention.self.query`). Adapter files and `named_modules` use the name in transformers.
 
     Attributes:
         model_type: Hugging Face's name for the family.
         architecture: GGUF's name for the family; None if llama.cpp has none.
-        gguf_tokenizer: GGUF's name for the tokenizer, which distinguishes families of one architecture.
-        prefix: the beginning of the names of all tensors in files of models with a head, such as
-            BertForMaskedLM.
+        gguf_tokenizer: GGUF's name for the tokenizer. The tokenizer distinguishes families with the same
+            architecture.
+        prefix: the prefix of the names of the encoder's tensors in files that also contain a head.
         blocks: transformers' name of the list of blocks.
-        layers, norms: the names of a block's layers and norms, in transformers and in GGUF.
-        outside: the names of the parts outside the blocks.
+        layers, norms: dicts from nplora's name of a layer or norm in a block to a pair: the name in
+            transformers, and the name in GGUF.
+        outside: the same for the tables and norms outside the blocks.
         ignored: the first parts of names of tensors that do not affect the hidden states.
         halves: the half-blocks (attention and MLP) of a block.
         activation_field: the name of config.json's field for the activation.
-        first_position: the row of the table of positions for the first token, if config.json does not name a
-            row.
+        first_position: the row of the position table for the first token, in families whose config.json does
+            not give this row.
     """
 
     model_type: ClassVar[str]
@@ -148,14 +149,14 @@ class EncoderFamily:
         )
 
     def read_first_position(self, fields: Fields) -> int:
-        """The row of the table of positions for the first token."""
+        """The row of the position table for the first token of a text."""
         return self.first_position
 
     def require_encoder(self, fields: Fields) -> None:
         """Raise UnsupportedError for variants of the family that nplora does not compute."""
         for name in ("is_decoder", "add_cross_attention"):
             if fields.boolean(name, False):
-                raise UnsupportedError(f"{fields.source}: {name} is set, but only encoders are read")
+                raise UnsupportedError(f"{fields.source}: {name} is set, expected an encoder")
         kind = fields.string("position_embedding_type", "absolute")
         if kind != "absolute":
             raise UnsupportedError(
@@ -201,7 +202,8 @@ class EncoderFamily:
     def hf_name(self, name: str) -> str:
         """The name in transformers of a module of the encoder, such as "layers.0.self_attn.q_proj".
 
-        If transformers has no such module, the part of the name after the block stays the same.
+        If transformers has no such module, only the beginning of the name, which is the block's name,
+        changes.
         """
         match = _LAYER.fullmatch(name)
         if match is None:
@@ -217,7 +219,7 @@ class EncoderFamily:
         return found if match is None or found is None else f"{self.blocks}.{match[1]}.{found}"
 
     def stored_names(self, names: Collection[str]) -> StoredNames:
-        """The names of the encoder's tensors in a file that has these tensors."""
+        """How the encoder's tensors are named in a file. `names` are the names of all tensors in the file."""
         prefix = f"{self.prefix}."
         has_prefix = f"{prefix}{self.outside['embed_tokens'][0]}.weight" in names
         return StoredNames(frozenset(names), prefix if has_prefix else "", self.ignored)
@@ -225,17 +227,17 @@ class EncoderFamily:
     # ---- the head of a classifier ----
 
     def head(self, config: EncoderConfig) -> HeadSpec:
-        """The head of transformers' model that classifies texts."""
+        """Describe the head with which transformers' model of this family classifies texts."""
         return HeadSpec("cls", "classifier", ("pooler", "classifier"), f"{self.prefix}.pooler.dense")
 
     def token_head(self, config: EncoderConfig) -> HeadSpec:
-        """The head of transformers' model that classifies tokens."""
+        """Describe the head with which transformers' model of this family classifies tokens."""
         return HeadSpec(None, "classifier", ("classifier",))
 
     # ---- tensors ----
 
     def linear_shapes(self, config: EncoderConfig) -> dict[str, tuple[int, int, bool]]:
-        """For each linear layer of a block: d_out, d_in, and whether it has a bias."""
+        """A dict from each linear layer of a block to (d_out, d_in, whether the layer has a bias)."""
         d, f = config.hidden_size, config.intermediate_size
         attention = dict.fromkeys(
             (name for name in self.layers if name.startswith("self_attn.")), (d, d, config.attention_bias)
@@ -291,7 +293,7 @@ class EncoderFamily:
         bias: RelativeBias | None,
         modules: Mapping[str, Linear | Norm],
     ) -> DecoderBlock:
-        """Build a block. `modules` maps names in the block to the block's layers and norms."""
+        """Build a block. `modules` is a dict from names within the block to its layers and norms."""
 
         def mixer(name: str, own: Mapping[str, Module]) -> Mixer:
             return self.mixer(name, config, layer, rope, bias, own)

@@ -44,15 +44,17 @@ class Family:
     Attributes:
         model_type: Hugging Face's name for the family.
         architecture: GGUF's name for the family.
-        layers, norms: GGUF's names of a block's layers and norms, as mappings from Hugging Face's names.
+        layers, norms: dicts from Hugging Face's name of a layer or norm in a block to GGUF's name.
         halves: the half-blocks (attention and MLP) of a block.
         head_dim: the default width of a head; None: hidden_size / number of heads.
         key_value_heads: the default number of key and value heads; None: the number of query heads.
         rms_norm_eps, rope_theta, ties_embeddings: the defaults of these fields of config.json.
         activation_field: the name of config.json's field for the activation.
         hidden_act: the default activation. GGUF does not store the activation; the architecture implies it.
-        norm_offset: a number to add to the norm weights of Hugging Face's files; GGUF files store the sums.
-        permutes_rows: whether GGUF reorders the rows of q and k, so that neighbouring values rotate as pairs.
+        norm_offset: a number that must be added to norm weights from Hugging Face's files. GGUF files store
+            the weights after the addition.
+        permutes_rows: whether GGUF reorders the rows of q and k, so that neighbouring values are rotated as
+            pairs.
         rope_tensors: the names of GGUF's tensors that describe the rotation.
     """
 
@@ -270,7 +272,7 @@ class Family:
     # ---- tensors ----
 
     def linear_shapes(self, config: ModelConfig) -> dict[str, tuple[int, int, bool]]:
-        """For each linear layer of a block: d_out, d_in, and whether it has a bias."""
+        """A dict from each linear layer of a block to (d_out, d_in, whether the layer has a bias)."""
         d, f, q, kv = config.hidden_size, config.intermediate_size, config.heads_width, config.key_value_width
         return {
             "self_attn.q_proj": (q, d, config.qkv_bias),
@@ -283,7 +285,7 @@ class Family:
         }
 
     def norm_widths(self, config: ModelConfig) -> dict[str, int]:
-        """The widths of a block's norms. By default, all norms normalise the residual stream."""
+        """A dict from each norm of a block to its width. The default is the residual stream's width."""
         return dict.fromkeys(self.norms, config.hidden_size)
 
     def tensors(self, config: ModelConfig) -> Iterator[TensorSpec]:
@@ -310,7 +312,7 @@ class Family:
     def block(
         self, config: ModelConfig, layer: int, rope: Rope | None, modules: Mapping[str, Linear | RMSNorm]
     ) -> DecoderBlock:
-        """Build a block. `modules` maps names in the block to the block's layers and norms."""
+        """Build a block. `modules` is a dict from names within the block to its layers and norms."""
 
         def mixer(name: str, own: Mapping[str, Module]) -> Mixer:
             return self.mixer(name, config, layer, rope, own)

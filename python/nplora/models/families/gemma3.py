@@ -1,8 +1,8 @@
 """Gemma 3 (Gemma Team 2025) for text only: 270M, 1B, and larger models stored as Gemma3ForCausalLM.
 
-There are norms before and after each half-block (attention or MLP), and for each head of q and k. Hugging
-Face's files store a norm weight of 1 + w as w. Every sixth layer attends to all earlier tokens. All other
-layers have a sliding window, and another base of the rotary position embeddings.
+There are norms before and after each half-block (attention or MLP), and for each head of q and k. For a norm
+weight 1 + w, Hugging Face's files store w. Every sixth layer attends to all earlier tokens. All other layers
+have a sliding window, and their rotary position embeddings have another base.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class Gemma3(Family):
         return config_fields.rope(found, fields.number("rope_theta", self.rope_theta))
 
     def _local_rope(self, fields: Fields) -> RopeConfig:
-        """The rotation in layers with a window. Only `rope_parameters` can scale this rotation."""
+        """The rotation in layers with a window. Only the field `rope_parameters` can scale this rotation."""
         found = fields.object("rope_parameters").object("sliding_attention")
         return config_fields.rope(found, fields.number("rope_local_base_freq", _LOCAL_THETA))
 
@@ -142,7 +142,7 @@ class EmbeddingGemma(Gemma3):
 
 
 def _on_both_sides(windows: tuple[int, ...]) -> tuple[int, ...]:
-    """The windows of a model that is not causal. Half of a window is before the token, and half after it."""
+    """Convert windows for a model that is not causal: half of each window is after the token."""
     return tuple(window // 2 + 1 if window else NO_WINDOW for window in windows)
 
 

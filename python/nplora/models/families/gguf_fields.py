@@ -62,10 +62,11 @@ def heads_of_keys(data: ArchitectureMetadata, default: int) -> int:
 
 
 def sliding_layers(data: ArchitectureMetadata, layers: int, pattern: int, first: bool = False) -> list[bool]:
-    """For each layer, whether it has the sliding window.
+    """For each layer, whether the layer has a sliding window.
 
     The file may list the layers with a window. If the file has no list, one layer in each group of `pattern`
-    layers has no window. This is the first layer of the group if `first` is True, or else the last layer.
+    layers has no window. If `first` is True, the first layer of the group has no window. If `first` is False,
+    the last layer has none.
     """
     name = "attention.sliding_window_pattern"
     if name in data and data.file.metadata.types[data.key(name)] == "BOOL":
@@ -86,17 +87,17 @@ def vocabulary(data: ArchitectureMetadata) -> int:
 
 
 def require_length(data: ArchitectureMetadata, name: str, head_dim: int) -> None:
-    """Raise UnsupportedError if an entry, such as the width of the value heads, is not `head_dim`."""
+    """Raise UnsupportedError if the entry `name`, such as the width of the value heads, is not `head_dim`."""
     found = data.integer(name, head_dim)
     if found != head_dim:
         raise UnsupportedError(
             f"{data.source}: {data.key(name)} is {found}, expected head_dim={head_dim} (keys and values must "
-            "have one length, and be rotated as a whole)"
+            "have the same width, and be rotated as a whole)"
         )
 
 
 def require_number(data: ArchitectureMetadata, name: str, value: float) -> None:
-    """Raise UnsupportedError if an entry is not `value`, the only value that nplora implements."""
+    """Raise UnsupportedError if the entry `name` is not `value`. nplora implements only this value."""
     found = data.number(name, value)
     if found != value:
         raise UnsupportedError(
@@ -110,19 +111,19 @@ def scaling_kind(data: ArchitectureMetadata) -> str:
 
 
 def rope(data: ArchitectureMetadata, dim: int, theta: float) -> RopeConfig:
-    """The rotation of `dim` values of each head. `theta` is the base if the file has none."""
+    """The rotation of `dim` values of each head. If the file has no base, the base is `theta`."""
     require_number(data, "rope.scaling.attn_factor", 1.0)
     factors = pair_factors(data.file, ROPE_FREQS, dim) if ROPE_FREQS in data.file else None
     return RopeConfig(base(data, theta), linear_factor(data), factors=factors)
 
 
 def base(data: ArchitectureMetadata, theta: float) -> float:
-    """The base of the rotation, or `theta` if the file has none."""
+    """The base of the rotation, or `theta` if the file has no base."""
     return require_theta(data.source, data.number("rope.freq_base", theta))
 
 
 def linear_factor(data: ArchitectureMetadata, *others: str) -> float:
-    """The divisor of all rotation frequencies. `rope.scale_linear` is an older name of the entry.
+    """The divisor of all rotation frequencies: `rope.scaling.factor` or, in old files, `rope.scale_linear`.
 
     Args:
         others: other scalings that the family supports, besides "none" and "linear".
@@ -151,5 +152,5 @@ def pair_factors(file: GgufFile, name: str, dim: int) -> Array:
         raise FormatError(f"{file.source}: tensor {name} is {found}")
     factors = tensor.numpy().astype(np.float64)
     if not ((factors > 0) & (factors < 1e30)).all():
-        raise FormatError(f"{file.source}: tensor {name} holds a factor outside 0 to 1e30")
+        raise FormatError(f"{file.source}: tensor {name} holds a factor that is not between 0 and 1e30")
     return np.asarray(factors)

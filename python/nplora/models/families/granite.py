@@ -1,7 +1,7 @@
 """Dense Granite 3 (IBM 2024): Llama with factors for embeddings, half-blocks, attention scores and logits.
 
-In GGUF, the dense models of Granite 4 have this architecture too. In Hugging Face's files, Granite 4 belongs
-to the family "granitemoehybrid", which nplora does not read.
+In GGUF files, dense models of Granite 4 have the same architecture as Granite 3. In Hugging Face's files,
+Granite 4 belongs to the family "granitemoehybrid", which nplora does not read.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Granite(Family):
         return _multiplied(dataclasses.replace(config, mlp_bias=mlp_bias), multipliers)
 
     def read_metadata(self, file: GgufFile) -> ModelConfig:
-        """Read a GGUF file's metadata. A multiplier of 0 counts as missing, so the default is used."""
+        """Read a GGUF file's metadata. The default replaces a multiplier that is missing or 0."""
         data = ArchitectureMetadata(file, self.architecture)
         config = super().read_metadata(file)
         found = {name: data.number(key, 0.0) for name, key in _MULTIPLIERS.items()}

@@ -9,13 +9,14 @@ from dataclasses import dataclass
 class HeadSpec:
     """The layers between the hidden states and the logits: norm(activation(dense(pooled))), then `out`.
 
-    All names are those of transformers' model with the head, such as "bert.pooler.dense".
+    The layers have the names that they have in transformers' model with the head, such as
+    "bert.pooler.dense".
 
     Attributes:
         pooling: how the hidden states of a text become one vector: "cls", "mean" or "last"; None: each token
             has its own logits.
         out: the name of the last layer, which gives the logits.
-        saved: the names in PEFT's `modules_to_save` that cover the whole head.
+        saved: the entries of PEFT's `modules_to_save` that together name all layers of the head.
         dense: the name of the dense layer, or None.
         activation: the activation after the dense layer: "tanh", "relu", "gelu" or "silu".
         norm: the name of the LayerNorm after the activation, or None.
@@ -39,5 +40,5 @@ class HeadSpec:
 
 
 def language_model_head(tokens: bool) -> HeadSpec:
-    """The head of all language models: one layer. The logits of a text are those of its last token."""
+    """The head of all language models: one layer, applied to each token, or to the last token of a text."""
     return HeadSpec(None if tokens else "last", "score", ("score",), out_bias=tokens)

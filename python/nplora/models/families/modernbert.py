@@ -1,6 +1,6 @@
 """ModernBERT (Warner et al. 2024): rotary positions, a norm before each half-block, GeGLU, mostly no biases.
 
-Every third layer attends to the whole text. All other layers have a window, and another base of the rotation.
+Every third layer attends to the whole text. All other layers have a window, and rotate with another base.
 """
 
 from __future__ import annotations
@@ -175,14 +175,14 @@ def _windows(fields: Fields, layers: int) -> tuple[int, ...]:
 
 
 def _half_window(source: str, name: str, total: int) -> int:
-    """The entry of `EncoderConfig.sliding_windows` for a window with `total` tokens on both sides."""
+    """The entry of `EncoderConfig.sliding_windows` for a window with `total` / 2 tokens on each side."""
     if not 0 <= total < 1 << 31:
         raise FormatError(f"{source}: {name} is {total}, expected 0 to 2^31 - 1")
     return total // 2 + 1
 
 
 def _rope(fields: Fields, kind: str, old_name: str, theta: float) -> RopeConfig:
-    """The rotation in layers of one kind. Files older than transformers 5 have only a base for each kind."""
+    """The rotation in layers of one type. Files from before transformers 5 give only the rotation's base."""
     found = fields.object("rope_parameters").object(kind)
     old = fields.number(old_name, theta) if old_name in fields else theta
     return config_fields.rope(found, old)

@@ -1,4 +1,7 @@
-"""OLMo 2 (OLMo Team 2024): norms come only after attention and MLP. One norm covers all heads of q (or k)."""
+"""OLMo 2 (OLMo Team 2024): norms come only after attention and MLP.
+
+All heads of q are normalised together, and so are all heads of k.
+"""
 
 from __future__ import annotations
 

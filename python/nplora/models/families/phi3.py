@@ -1,4 +1,4 @@
-"""Phi-3 and Phi-4-mini (Abdin et al. 2024): Llama with one layer for q, k and v, and one for gate and up.
+"""Phi-3 and Phi-4-mini (Abdin et al. 2024): Llama with joint layers: one for q, k and v, one for gate and up.
 
 LongRoPE may extend the context, and only a part of each head may be rotated.
 """
@@ -60,7 +60,7 @@ class Phi3(Family):
         )
 
     def read_rope_fields(self, fields: Fields) -> RopeConfig:
-        """Read only the rotation's base. `read_config` adds LongRoPE's factors, which need a head's width."""
+        """Read only the base of the rotation. `read_config` adds the factors of LongRoPE."""
         theta = config_fields.rope_fields(fields).number(
             "rope_theta", fields.number("rope_theta", self.rope_theta)
         )

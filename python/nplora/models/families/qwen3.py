@@ -1,6 +1,6 @@
 """Qwen3 (Yang et al. 2025): each head of q and k is normalised before the rotation.
 
-By default, there are no biases.
+By default, the linear layers have no biases.
 """
 
 from __future__ import annotations

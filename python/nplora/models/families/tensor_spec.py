@@ -1,4 +1,4 @@
-"""The description of one tensor of a model, which families of decoders and of encoders list."""
+"""TensorSpec: describes one tensor of a model. A family lists all tensors of a model in this form."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ class TensorSpec:
     Attributes:
         name, gguf: the tensor's name in Hugging Face's files, and in GGUF.
         heads: the number of heads if GGUF reorders the rows of each head (`formats.gguf_rows`), else 0.
-        offset: a number to add to the values of Hugging Face's files; GGUF files store the sums.
+        offset: a number that must be added to values from Hugging Face's files. GGUF files store the values
+            after the addition.
     """
 
     name: str

@@ -32,7 +32,7 @@ class Access:
     Args:
         keys: the accepted keys. If empty, no key is needed.
         origins: the origins of other web pages that may use the server.
-        page: the paths of the page's files, which need no key.
+        page: the paths of the files of the server's own web page. These files need no key.
         hosts: names of this machine in addition to those of the loopback interface.
     """
 
@@ -49,7 +49,7 @@ class Access:
         self._hosts = frozenset(hosts)
 
     def require(self, method: str, path: str, headers: dict[bytes, bytes], client: str) -> str:
-        """Check a request, and return a name for the client, which the fair queue needs.
+        """Check a request, and return the name by which the fair queue distinguishes clients.
 
         Raises:
             RequestError: the request is refused.

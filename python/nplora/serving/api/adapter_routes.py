@@ -1,4 +1,4 @@
-"""The routes for models and adapters, in the forms of OpenAI's API, vLLM and llama.cpp."""
+"""The routes for models and adapters, as OpenAI's API, vLLM and llama.cpp define them."""
 
 from __future__ import annotations
 

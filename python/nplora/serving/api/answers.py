@@ -1,4 +1,4 @@
-"""Makes OpenAI's response objects for chats and completions, as whole answers or in pieces."""
+"""Makes OpenAI's response objects for chats and completions: whole answers, or pieces of a stream."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ class AnswerObjects:
 
     Args:
         request: the request.
-        tickets: one ticket for each answer. The answers to the first prompt come first.
+        tickets: for each answer, the `Ticket` of the request that computes it. The answers to the first
+            prompt come first.
     """
 
     objects = "", ""  # the value of the field "object" for a whole answer, and that for a piece
@@ -44,12 +45,12 @@ class AnswerObjects:
         }
 
     def whole(self, chunks: Sequence[Sequence[Chunk]]) -> Shape:
-        """The whole answer, from the chunks of each choice."""
+        """The whole answer. chunks[i] holds the generated chunks of choice i."""
         made = [self.choice(index, found) for index, found in enumerate(chunks)]
         return self.object(0, made, usage=self.usage())
 
     def usage(self) -> Shape:
-        """The numbers of prompt and generated tokens. A prompt with several answers counts only once."""
+        """The numbers of prompt tokens and generated tokens. A prompt with several answers counts once."""
         used = [ticket.usage for ticket in self.tickets]
         prompts = used[:: self.request.n]
         prompt, generated = sum(one.prompt for one in prompts), sum(one.generated for one in used)
@@ -61,22 +62,22 @@ class AnswerObjects:
         }
 
     def last(self) -> list[Shape]:
-        """The last pieces of a stream, after all choices have ended."""
+        """The last response objects of a stream, after all choices have ended."""
         return [self.object(1, [], usage=self.usage())] if self.request.usage else []
 
     def choice(self, index: int, chunks: Sequence[Chunk]) -> Shape:
         raise NotImplementedError
 
     def first(self) -> list[Shape]:
-        """The first pieces of a stream, before any generated text."""
+        """The first response objects of a stream, before any generated text."""
         return []
 
     def piece(self, index: int, chunk: Chunk) -> list[Shape]:
-        """The pieces that a stream sends for a chunk."""
+        """The response objects that a stream sends for one chunk of generated tokens."""
         raise NotImplementedError
 
     def end(self, index: int) -> list[Shape]:
-        """The pieces that a stream sends at the end of a choice."""
+        """The response objects that a stream sends at the end of a choice."""
         raise NotImplementedError
 
 
@@ -197,7 +198,7 @@ class CompletionObjects(AnswerObjects):
 
 
 def _shown(token: Token | TopToken) -> Shape:
-    """A token with its bytes. If the token holds only a part of a character, the bytes are unknown (None)."""
+    """The object for a token. If the token holds only a part of a character, the field "bytes" is None."""
     whole = _REPLACEMENT not in token.text
     return {
         "token": token.text,

@@ -115,9 +115,10 @@ class Application:
             await self._refuse(_known(error), scope, body, noted)
 
     async def _refuse(self, error: RequestError, scope: Scope, body: Body, send: Send) -> None:
-        """Send an error. If the client is still sending the body of its request, read on for a while.
+        """Send an error. If the client is still sending the body of its request, keep reading for a while.
 
-        If the connection ended at once, writing would fail in the client before the client reads the error.
+        If the server closed the connection at once, the client would fail while it writes, and might never
+        read the error.
         """
         from starlette.responses import JSONResponse
 
@@ -224,7 +225,7 @@ class Application:
         return lambda request: asyncio.to_thread(function, self.service, *request.path_params.values())
 
     def _refusing(self, is_encoder: bool) -> Handler:
-        """A handler that refuses all requests, for a route that this kind of model does not support."""
+        """A handler that refuses all requests, for a route that the served model does not support."""
         text = (
             "this server has embeddings and classes, and does not generate text"
             if is_encoder
@@ -279,7 +280,7 @@ def _known(error: Exception) -> RequestError:
 
     if isinstance(error, HTTPException):
         made = RequestError(
-            {404: "there is no such route", 405: "this route has other methods"}.get(
+            {404: "there is no such route", 405: "this route does not support this method"}.get(
                 error.status_code, str(error.detail)
             ),
             error.status_code,

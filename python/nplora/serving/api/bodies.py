@@ -98,7 +98,7 @@ class Body:
             raise RequestError("the body is nested too deeply", code="invalid_json") from None
 
     async def drain(self, most: int) -> None:
-        """Read the rest of a refused body: at most `most` bytes, and at most for some seconds."""
+        """Read the rest of a refused body: at most `most` bytes, and for at most `_DRAIN_SECONDS`."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_DRAIN_SECONDS):
                 while not self._ended and most > 0:
@@ -108,7 +108,7 @@ class Body:
 
 
 async def unless_disconnected(receive: Receive, work: Awaitable[Any]) -> Any:
-    """Wait for `work`, and cancel `work` if the client closes the connection.
+    """Return the result of `work`. If the client closes the connection before `work` ends, cancel `work`.
 
     Raises:
         DisconnectedError: the client has closed the connection.

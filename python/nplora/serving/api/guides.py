@@ -1,4 +1,4 @@
-"""Guides: the package llguidance restricts the tokens of an answer to a grammar."""
+"""Guides: with the package llguidance, an answer can contain only the tokens that a grammar allows."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def read_format(body: Fields) -> str | None:
 
 
 def calls(tools: list[dict[str, Any]]) -> str:
-    """The JSON schema of a call to one of these tools."""
+    """The JSON schema that a call to any of `tools` must follow."""
     return json.dumps({"anyOf": [_call(tool["function"]) for tool in tools]}, allow_nan=False)
 
 

@@ -1,4 +1,4 @@
-"""The HTTP server: uvicorn, with limits for slow and vanishing clients and an orderly end."""
+"""The HTTP server: uvicorn, with time limits for slow or vanished clients, and an orderly shutdown."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def serve(
 def bind(host: str, port: int) -> socket.socket:
     """Listen on a socket, so that a port in use is detected before the model is loaded.
 
-    Connections that arrive earlier wait until `serve` is called.
+    Connections that arrive before `serve` is called wait until then.
 
     Raises:
         OSError: the host is unknown, or the port is in use.

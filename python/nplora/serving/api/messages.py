@@ -18,7 +18,9 @@ _MOST_TOOLS = 128
 
 
 def read_messages(body: Fields) -> list[Message]:
-    """The messages of a request. Each message has one text as content, and objects as arguments of calls.
+    """The messages of a request. The content of each message is converted to one text.
+
+    The arguments of tool calls are converted to objects.
 
     Raises:
         RequestError: a message has a wrong form, or contains something other than text.
@@ -74,7 +76,7 @@ def _part(part: Fields) -> str:
 
 
 def _call(call: Fields) -> dict[str, Any]:
-    """A tool call. The arguments are an object, because chat templates convert the object to JSON."""
+    """A tool call. The arguments are an object, not JSON text: chat templates convert the object to JSON."""
     function = call.object("function") or call
     name = checked_text(function.name("name"), function.required("name"), empty=False)
     arguments = function.get("arguments")

@@ -50,14 +50,15 @@ class Models(Generic[LM]):
     All methods may be called from any thread.
 
     Args:
-        lm: the base model. This object manages the named adapters of the model.
+        lm: the base model. `Models` loads and deletes the named adapters of this model.
         name: the name of the base model.
         any_base: whether to accept adapters that were trained on another model with the same shapes.
         read: a function that reads an adapter, like `nplora.adapters.read_for`.
-        dtype: as in `LanguageModel.load_adapter`. Sums of adapters are not rounded to this dtype again.
+        dtype: as in `LanguageModel.load_adapter`. The adapters are rounded to this dtype, but a sum of loaded
+            adapters is not rounded a second time.
     Attributes:
         lm, name: see the arguments.
-        memory: the memory for adapters that are loaded from now on; None: no limit.
+        memory: the `AdapterMemory` that limits the memory of adapters loaded from now on; None: no limit.
     """
 
     def __init__(
@@ -141,7 +142,7 @@ class Models(Generic[LM]):
     # ---- requests ----
 
     def chosen(self, body: Fields) -> tuple[str, str | None]:
-        """The name of a request's model in the answer, and the named adapter to use (None: no adapter).
+        """Return the model's name for the answer, and the name of the adapter to use (None: no adapter).
 
         Raises:
             RequestError: there is no such model or adapter.
@@ -159,7 +160,7 @@ class Models(Generic[LM]):
         return name, self._sum(self._scales if scales is None else self._read_scales("lora", scales))
 
     def _sum(self, scales: Mapping[int, float]) -> str | None:
-        """The named adapter that is the sum of scaled adapters. `scales` is {adapter's id: scale}."""
+        """Return the name of the adapter that sums scaled adapters. `scales` is {adapter's id: scale}."""
         with self._lock:
             names = {id_: name for name, (id_, _) in self._loaded.items()}
             parts = [(names[id_], scale) for id_, scale in sorted(scales.items()) if scale and id_ in names]
@@ -190,7 +191,7 @@ class Models(Generic[LM]):
             self._add(adapter, name, any_base=True)
 
     def _read_scales(self, field: str, value: object) -> dict[int, float]:
-        """Read llama.cpp's list of {"id": number of an adapter, "scale": its scale}."""
+        """Read llama.cpp's list of {"id": number of an adapter, "scale": its scale} as {id: scale}."""
         if not isinstance(value, list):
             raise wrong(field, value, 'a list of {"id": ..., "scale": ...}')
         with self._lock:
@@ -262,7 +263,7 @@ class Models(Generic[LM]):
 
 
 def _file_size(path: Path) -> int:
-    """A lower bound for the bytes of the values in an adapter's file; 0 if there is no file."""
+    """A lower bound on how many bytes of an adapter's file are values; 0 if there is no file."""
     file = path / "adapter_model.safetensors" if path.is_dir() else path
     return max(0, file.stat().st_size - _MOST_HEADER) if file.is_file() else 0
 

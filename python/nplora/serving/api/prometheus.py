@@ -1,4 +1,4 @@
-"""The counters of the engine and the server in the text format of Prometheus."""
+"""Writes the counters of the engine and of the server in the text format of Prometheus."""
 
 from __future__ import annotations
 
@@ -10,36 +10,36 @@ from nplora.serving.metrics import Histogram, Metrics
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 _COUNTERS = {
-    "prompt_tokens": "Tokens of prompts.",
-    "cached_tokens": "Prompt tokens that were found in the prefix cache.",
+    "prompt_tokens": "Tokens in prompts.",
+    "cached_tokens": "Prompt tokens whose keys and values were found in the prefix cache.",
     "generated_tokens": "Generated tokens.",
-    "put_back": "Requests that lost their pages and were computed again.",
-    "rounds": "Rounds of the engine.",
+    "put_back": "How often a request lost its cache pages to other requests and was computed again.",
+    "rounds": "Rounds of the engine: steps that generate the next token of all running requests together.",
     "compute_seconds": "Seconds of computing.",
 }
 _GAUGES = {
     "running": "Requests that are computed now.",
     "waiting": "Requests that wait.",
-    "pages": "Pages for keys and values.",
-    "pages_used": "Pages of running requests.",
-    "pages_cached": "Pages that only the prefix cache holds.",
-    "page_tokens": "Tokens per page.",
+    "pages": "Pages of the key-value cache.",
+    "pages_used": "Cache pages that running requests use.",
+    "pages_cached": "Cache pages that no request uses, kept because they hold the beginning of a prompt.",
+    "page_tokens": "Tokens per cache page.",
 }
 _HISTOGRAMS = {
     "queue_seconds": "Seconds from the arrival of a request to its first computation.",
     "first_token_seconds": "Seconds from the arrival of a request to its first token.",
-    "token_seconds": "Seconds between the tokens of a request.",
+    "token_seconds": "Seconds between two consecutive tokens of an answer.",
     "request_seconds": "Seconds from the arrival of a request to its end.",
 }
 
 
 def exposition(metrics: Metrics, responses: Mapping[int, int], adapters: int, memory: int) -> str:
-    """All counters as text.
+    """Return all counters in the text format of Prometheus.
 
     Args:
         responses: the number of HTTP responses by status.
         adapters: the number of loaded adapters.
-        memory: the bytes that the process has in memory.
+        memory: the resident memory of the process, in bytes.
     """
     return "\n".join(_lines(metrics, responses, adapters, memory)) + "\n"
 

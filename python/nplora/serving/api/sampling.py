@@ -35,11 +35,11 @@ FIELDS = frozenset(
 
 
 def read_sampling(body: Fields, default_tokens: int, most_tokens: int, vocab_size: int) -> Sampling:
-    """The sampling of a request.
+    """Read how the tokens of the answer are chosen.
 
     Args:
-        default_tokens: the value of `max_tokens` if the request gives none.
-        most_tokens: the value of `max_tokens` if the request gives -1, which means no limit.
+        default_tokens: the limit of generated tokens if the request does not contain `max_tokens`.
+        most_tokens: the limit of generated tokens if `max_tokens` is -1, by which a client asks for no limit.
     Raises:
         RequestError: a field is out of range or has a wrong type.
     """
@@ -92,13 +92,13 @@ def _stop(body: Fields) -> tuple[str, ...]:
 
 
 def _seed(body: Fields) -> int:
-    """The given seed, or a new random seed. Negative seeds are valid, as in llama.cpp."""
+    """Return the seed in the request, or else a new random seed. As in llama.cpp, a seed may be negative."""
     seed = body.integer("seed", -_LARGEST_SEED - 1, _LARGEST_SEED)
     return secrets.randbits(62) if seed is None else seed % (_LARGEST_SEED + 1)
 
 
 def _biases(body: Fields, vocab_size: int) -> dict[int, float] | None:
-    """The bias of each token. In the JSON object, the keys are token ids, written as strings."""
+    """Return a dict from token ids to biases. In the request, the ids are written as strings."""
     given = body.object("logit_bias")
     if given is None or not given.values:
         return None
@@ -114,7 +114,7 @@ def _biases(body: Fields, vocab_size: int) -> dict[int, float] | None:
 
 
 def read_choices(body: Fields, sampling: Sampling) -> int:
-    """Read the field `n`, the number of answers that the request wants."""
+    """Read the field `n`: the number of answers to each prompt."""
     n = body.integer("n", 1, MOST_CHOICES) or 1
     best_of = body.integer("best_of", 1, MOST_CHOICES)
     if best_of not in (None, n):

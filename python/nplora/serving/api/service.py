@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 
 class Stoppable(Protocol):
-    """An answer that has begun and can be stopped."""
+    """An object that represents running answers, and has a method to stop them."""
 
     def stop(self) -> None: ...
 
@@ -34,11 +34,11 @@ class Service:
     Attributes:
         engine: computes the answers.
         models: the base model and the adapters.
-        jobs: files and fine-tuning jobs; None: the server has none.
-        adapter_dir: the directory from which requests may load adapters; None: requests may load none.
-        most_tokens: the largest accepted `max_tokens`; only used if the model generates text.
-        max_body: the largest body in bytes.
-        max_file: the largest uploaded file in bytes.
+        jobs: the files and the fine-tuning jobs; None: the server has no files and no jobs.
+        adapter_dir: the directory from which requests may load adapters; None: requests cannot load adapters.
+        most_tokens: for servers that generate text, the largest accepted `max_tokens`; None: no limit.
+        max_body: the largest accepted size of a request's body, in bytes.
+        max_file: the largest accepted size of an uploaded file, in bytes.
         timeout: seconds after which an answer is cancelled.
         draining: whether the server is shutting down.
     """
@@ -62,21 +62,22 @@ class Service:
         self._threads = ThreadPoolExecutor(thread_name_prefix="nplora-answers")
 
     async def in_thread(self, function: Callable[..., T], *arguments: Any) -> T:
-        """Call a function in one of the threads for answers.
+        """Call a function in a thread of the pool for answers.
 
-        `asyncio.to_thread` uses other threads, which may all be waiting for the disk.
+        `asyncio.to_thread` would use the event loop's default threads. These threads also read and write
+        files, so all of them may be waiting for the disk.
         """
         run = contextvars.copy_context().run
         return await asyncio.get_running_loop().run_in_executor(self._threads, run, function, *arguments)
 
     def follow(self, answers: Stoppable) -> None:
-        """Remember answers that have begun, so that `stop_answers` can stop them."""
+        """Register running answers, so that `stop_answers` can stop them."""
         self._answers.add(answers)
         if self._is_stopped:
             answers.stop()
 
     def stop_answers(self) -> None:
-        """End all answers with an error, including answers that begin later.
+        """Stop all running answers with an error. Answers that are registered later are stopped at once.
 
         Call this method in the server's event loop.
         """
@@ -87,7 +88,7 @@ class Service:
 
 @dataclasses.dataclass
 class TextService(Service):
-    """The objects and limits that all routes share if the server generates text."""
+    """The `Service` of a server that generates text."""
 
     engine: ServingEngine
     models: Models[LanguageModel]
@@ -99,7 +100,7 @@ class TextService(Service):
 
 @dataclasses.dataclass
 class EncoderService(Service):
-    """The objects and limits that all routes share if the server computes embeddings and classes."""
+    """The `Service` of a server that computes embeddings and classes."""
 
     engine: EncodingEngine
     models: Models[ServedEncoder]

@@ -15,11 +15,12 @@ _ATTEMPTS = 3
 def submitted(submit: Callable[[], T]) -> T:
     """Read a request and submit it to the engine.
 
-    If the request's adapter is unloaded between reading and submitting, the request is read again. The second
-    reading refuses the request, unless a new adapter has the same name.
+    If the request's adapter is unloaded after the request was read, but before the request is submitted, the
+    request is read again. If no adapter has the name then, reading raises an error for the client.
 
     Args:
-        submit: a function that reads and submits the request, or raises KeyError if the adapter was unloaded.
+        submit: a function that reads the request and submits it to the engine. It raises KeyError if the
+            adapter was unloaded in between.
     """
     for _ in range(_ATTEMPTS):
         try:
@@ -31,7 +32,7 @@ def submitted(submit: Callable[[], T]) -> T:
 
 
 def refusal(error: BaseException) -> BaseException:
-    """Turn an error of an engine's `submit` into the error that the client sees."""
+    """Return the error that the client sees for an error of an engine's `submit`."""
     if isinstance(error, ValueError):
         return RequestError(str(error), code="invalid_value")
     if type(error) is RuntimeError:

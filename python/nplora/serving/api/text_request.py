@@ -58,21 +58,22 @@ _COMPLETION_TOKENS = 16  # the default of OpenAI's API
 
 @dataclass(frozen=True)
 class TextRequest:
-    """The content of a request for text, after all checks.
+    """The checked content of a request for generated text.
 
     Attributes:
-        model: the name of the model in the answer.
-        adapter: the named adapter, or None.
-        prompts: the tokens of each prompt.
-        texts: the text of each prompt; empty if the answer does not repeat the prompt.
+        model: the name of the model, which the answer repeats.
+        adapter: the name of the adapter; None: the model without a named adapter.
+        prompts: the token ids of each prompt.
+        texts: the text of each prompt, which the answer repeats; empty if the answer does not repeat the
+            prompt.
         n: the number of answers to each prompt.
         sampling: how tokens are chosen.
-        logprobs: for each token, how many of the most likely tokens the answer reports too; None: the answer
-            has no log-probabilities.
-        stream: whether the answer is sent in pieces.
-        usage: whether a stream ends with the numbers of tokens.
+        logprobs: the number of most likely tokens that the answer reports at each position, in addition to
+            the generated token; None: the answer reports no log-probabilities.
+        stream: whether the answer is sent while it is generated, as a stream of events.
+        usage: whether the stream ends with the number of tokens of the prompt and of the answer.
         grammar: a JSON schema that the text must follow, or None.
-        tools: the names of the functions that the text may call.
+        tools: the names of the functions for which the model may generate tool calls.
         most_calls: the largest number of tool calls in an answer; None: no limit.
     """
 
@@ -91,13 +92,14 @@ class TextRequest:
 
 
 class Reader:
-    """Reads requests for a model.
+    """Reads requests for generated text.
 
-    Call the methods in a thread, because reading takes time: another process renders the chat template.
+    Do not call the methods in the event loop, because a method waits until another process has rendered the
+    chat template.
 
     Args:
-        context: the largest number of tokens of a prompt and its answer together.
-        most_tokens: the largest accepted `max_tokens`; None: only the context limits it.
+        context: the largest number of tokens of a prompt plus its answer.
+        most_tokens: the largest accepted `max_tokens`; None: only the context limits the answer.
     """
 
     def __init__(self, models: Models[LanguageModel], context: int, most_tokens: int | None = None) -> None:
@@ -133,7 +135,7 @@ class Reader:
         )  # fmt: skip
 
     def completion(self, values: object) -> TextRequest:
-        """Read the body of /v1/completions. The errors are those of `chat`."""
+        """Read the body of /v1/completions. This method raises the same errors as `chat`."""
         body = Fields(values)
         body.require_known(_COMPLETION, _UNSUPPORTED)
         name, adapter = self._models.chosen(body)
@@ -155,7 +157,9 @@ class Reader:
         )  # fmt: skip
 
     def guide(self, request: TextRequest) -> Any:
-        """A new guide for one answer; None if the request has no grammar.
+        """Return a new guide, which restricts the tokens of one answer to the request's grammar.
+
+        Return None if the request has no grammar.
 
         Raises:
             RequestError: the grammar is wrong.
@@ -165,7 +169,7 @@ class Reader:
         return self._guides.guide(self._selected(request.adapter).tokenizer, request.grammar)
 
     def _selected(self, adapter: str | None) -> LanguageModel:
-        """The model, with the adapter selected in this thread's context."""
+        """Return the model, after selecting the adapter for the current context (`contextvars`)."""
         self._models.lm.set_adapter(adapter)
         return self._models.lm
 
@@ -194,7 +198,7 @@ class Reader:
         wanted = sampling.read_sampling(body, min(default_tokens or most, most), most, lm.vocab_size)
         if self._most_tokens is not None and wanted.max_new_tokens > self._most_tokens:
             raise RequestError(
-                f"max_tokens is {wanted.max_new_tokens:,}, this server generates at most "
+                f"max_tokens is {wanted.max_new_tokens:,}, but this server generates at most "
                 f"{self._most_tokens:,} tokens for an answer",
                 param="max_tokens",
                 code="invalid_value",
@@ -239,9 +243,9 @@ class Reader:
         return ids
 
     def _prompts(self, lm: LanguageModel, body: Fields) -> list[list[int]]:
-        """The tokens of each prompt.
+        """Return the token ids of each prompt.
 
-        The field `prompt` is a text, a list of texts, a list of tokens, or a list of lists of tokens.
+        The field `prompt` is a text, a list of texts, a list of token ids, or a list of lists of token ids.
         """
         given = body.required("prompt")
         if isinstance(given, list) and given and not isinstance(given[0], int):

@@ -57,7 +57,10 @@ async def _answer(
 def _submit(
     service: TextService, values: object, client: str, read: Read
 ) -> tuple[TextRequest, list[Ticket]]:
-    """Read a request, and submit all of its answers to the engine. After an error, submit none."""
+    """Read a request, and submit it to the engine once for each wanted answer.
+
+    After an error, the answers that were already submitted are cancelled.
+    """
     return submitted(lambda: _submit_once(service, values, client, read))
 
 
@@ -91,7 +94,7 @@ def _submit_once(
 
 
 async def _collect(answers: TicketStream) -> list[list[Chunk]]:
-    """Wait until all answers have ended, and return the chunks of each answer."""
+    """Wait until all answers have ended, and return a list of chunks for each answer."""
     chunks: list[list[Chunk]] = [[] for _ in answers.tickets]
     async for found in answers.follow():
         if found is not None and found[1] is not None:

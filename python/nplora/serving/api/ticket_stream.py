@@ -1,4 +1,4 @@
-"""Passes the engine's answers to asyncio. The engine computes in its own thread."""
+"""Passes answers from the engine's thread to the event loop of asyncio."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ Queue = asyncio.Queue[tuple[int, Chunk | None] | None]
 
 
 class Inbox:
-    """Moves chunks from the engine's thread into the queues of an event loop.
+    """Moves chunks of answers from the engine's thread into the queues of an event loop.
 
-    A round of the engine makes a chunk for each request. Waking the loop takes a system call, during which
-    the engine may lose the interpreter's lock. So the loop is woken only once for several chunks.
+    In each round, the engine produces a chunk for each running request. To wake the event loop, the engine's
+    thread makes a system call, and may have to wait for the interpreter's lock afterwards. So the engine's
+    thread wakes the loop only once for several chunks.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -49,7 +50,7 @@ _inboxes = weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Inbox]()
 
 
 class TicketStream:
-    """The answers to one HTTP request.
+    """Follows the answers to one HTTP request.
 
     Args:
         tickets: the engine's tickets, one for each answer.
@@ -78,7 +79,7 @@ class TicketStream:
                 ticket.cancel()
 
     async def follow(self, pause: float | None = None) -> AsyncGenerator[tuple[int, Chunk | None] | None]:
-        """Yield a pair (number of the answer, chunk) for each new chunk. The chunk None ends an answer.
+        """Yield a pair (index of the answer, chunk) for each new chunk. The chunk None ends an answer.
 
         Args:
             pause: yield PAUSE after this many seconds without a chunk; None: never.

@@ -1,4 +1,4 @@
-"""Reads the tool calls in a generated text, in the notations that chat templates use.
+"""Finds tool calls in a generated text. Models write tool calls in one of these notations:
 
 - `<tool_call>{"name": ..., "arguments": ...}</tool_call>` (Hermes, Qwen), also with a list of calls (SmolLM);
 - `[TOOL_CALLS][{"name": ..., "arguments": ...}]` (Mistral; if [TOOL_CALLS] is a special token, the text does
@@ -26,7 +26,7 @@ _DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
 
 
 def split_calls(text: str, names: Collection[str]) -> tuple[str, list[dict[str, Any]]]:
-    """Split a text into its content and its tool calls, in the form of OpenAI's API.
+    """Split a text into its content and a list of its tool calls. The calls are objects of OpenAI's API.
 
     If the text has no complete call of a known function, the whole text is content. Text after the last
     complete call, such as an incomplete call, is content too.
@@ -62,10 +62,10 @@ def split_calls(text: str, names: Collection[str]) -> tuple[str, list[dict[str, 
 
 
 def _call(value: Any, names: Collection[str]) -> dict[str, Any] | None:
-    """A call in OpenAI's form; None if `value` is not a call of a known function.
+    """Return a call as an object of OpenAI's API, or None if `value` is not a call of a known function.
 
-    The arguments must be an object. The arguments are written as ASCII JSON, because they may contain half of
-    a surrogate pair, which UTF-8 cannot represent.
+    The arguments must be a JSON object. The result has the arguments as JSON in ASCII, because a text in them
+    may contain half of a surrogate pair, which UTF-8 cannot represent.
 
     Raises:
         ValueError, RecursionError: the arguments are not JSON.
@@ -91,7 +91,10 @@ def _call(value: Any, names: Collection[str]) -> dict[str, Any] | None:
 
 
 class CallFilter:
-    """Holds back the part of a streamed text that may be a tool call.
+    """Separates the content of a streamed text from its tool calls.
+
+    Text that may belong to a tool call is held back until later text shows that it does not, or until the
+    end.
 
     Args:
         names: the functions that may be called. If `names` is empty, no text is held back.
@@ -101,7 +104,7 @@ class CallFilter:
         self._names, self._held, self._begun = names, "", False
 
     def push(self, piece: str) -> str:
-        """Add a piece of text, and return the text that is certainly content."""
+        """Add a piece of text, and return the new text that is certainly content."""
         if not self._names:
             return piece
         text = self._held + piece
@@ -116,7 +119,11 @@ class CallFilter:
         return split_calls(held, self._names) if self._names and held else (held, [])
 
     def _first_doubt(self, text: str) -> int:
-        """The first position where a tool call may begin: a whole or partial mark, or JSON at the start."""
+        """Return the first position at which a tool call may begin.
+
+        A call begins with a mark such as "<tool_call>", or with JSON at the start of the text. At the end of
+        the text, the mark may be incomplete.
+        """
         if not self._begun and (not text.strip() or text.lstrip().startswith(("{", "["))):
             return 0
         places = [place for mark in _MARKS if (place := text.find(mark)) >= 0]

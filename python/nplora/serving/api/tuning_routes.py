@@ -82,7 +82,7 @@ def checkpoints(service: Service, query: Mapping[str, str], id_: str) -> Any:
 
 
 def _chosen(query: Mapping[str, str], *names: str) -> dict[str, Any]:
-    """The query's parameters with these names, as arguments of a method that checks the values."""
+    """Return a dict of the query's parameters with these names. Only `limit` is converted to an integer."""
     found: dict[str, Any] = {name: query[name] for name in names if name in query}
     text = found.get("limit")
     if text is not None and text.isascii() and text.isdecimal() and len(text) < 10:

@@ -1,4 +1,4 @@
-"""EventLog: the events of a job, in a file with one JSON object in each line."""
+"""EventLog: stores the events of a job in a file, one JSON object per line."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from nplora.serving.jobs.shapes import Shape
 
 
 class EventLog:
-    """The events of one job, the oldest first.
+    """Stores the events of one job in a file, the oldest event first.
 
     If a crash left the last line incomplete, this line is removed. Damaged lines are ignored.
 
@@ -23,7 +23,7 @@ class EventLog:
 
     Args:
         path: the file, which is created when the first event is added.
-        key: a part of the events' ids.
+        key: a text that the id of each event contains.
         clock: returns the Unix time.
     """
 
@@ -40,13 +40,13 @@ class EventLog:
         self._seen = {_subject(event) for event in self._events} - {None}
 
     def add(self, message: str, level: str = "info", data: Shape | None = None) -> None:
-        """Add an event. The type of the event is "metrics" if there are `data`, and "message" otherwise.
+        """Add an event. Its type is "metrics" if `data` is given, otherwise "message".
 
         Args:
-            data: numbers about a "step". If the log already has numbers of the same kind (training or
-                validation) for this step, the event is not added.
+            data: a dict with the number of a "step", and the training or validation loss of this step.
+                If the log already has the same kind of loss for this step, the event is not added.
         Raises:
-            OSError: the event cannot be written. In memory, the event is added anyway.
+            OSError: the event cannot be written to the file. `newest_first` returns the event anyway.
         """
         number = 1 + int(self._events[-1]["id"].rpartition("-")[2]) if self._events else 0
         event: Shape = {
@@ -71,7 +71,7 @@ class EventLog:
 
 
 def _event(line: bytes) -> Shape | None:
-    """The event in a line; None if the line is damaged."""
+    """Return the event that a line holds; None if the line is damaged."""
     try:
         event = strict_json.loads(line, "event")
         int(event["id"].rpartition("-")[2])
@@ -82,16 +82,16 @@ def _event(line: bytes) -> Shape | None:
 
 
 def _subject(event: Shape) -> tuple[str, int] | None:
-    """The kind and the step of an event's numbers; None if the event has no numbers."""
+    """Return ("train" or "valid", step) for an event with losses; None for another event."""
     data = event["data"]
     return None if data is None else ("train" if "train_loss" in data else "valid", int(data["step"]))
 
 
 def _append(path: Path, line: bytes) -> None:
-    """Append a line. If the whole line cannot be written, remove the part that was written.
+    """Append a line to a file. After an error, remove the part of the line that was written.
 
-    The line survives if this process is killed. If the system crashes, the line may be lost, because the
-    system writes the line to the disk a little later.
+    If this process is killed, the line is not lost. If the operating system crashes, the line may be lost,
+    because the system writes data to the disk with a delay.
     """
     progress = files.Progress(len(line))
     with files.disk_errors(path, progress):

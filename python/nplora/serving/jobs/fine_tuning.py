@@ -37,27 +37,30 @@ class FineTuning:
     """Keeps files and fine-tuning jobs in one directory. A thread trains the jobs one after the other.
 
     All methods may be called from any thread. The methods return dictionaries in the form of OpenAI's API. On
-    errors, the methods raise `RequestError`, which has the fields of OpenAI's error object. Every change is
-    on the disk before the method returns, so a killed process loses no change. After the next `start`, a job
-    continues from its last checkpoint, and its result has the same bits as without the break.
+    errors, the methods raise `RequestError`, which has the fields of OpenAI's error object. A method returns
+    only when its changes are on the disk, so no change is lost if the process is killed. After the next
+    `start`, an interrupted job continues from its last checkpoint. Its result has the same bits as the result
+    of a job that was not interrupted.
 
     Args:
         lm: the model that answers requests. This model does not change: a job trains a second model that
             shares the frozen weights.
         directory: the directory for files and jobs, created if needed. One process can use it at a time.
         model: the name of the base model in the API.
-        turns: divides the time between training and answers; the same object as the engine's `turn`. None:
-            training does not wait for answers.
+        turns: an object that divides the time between training and answers: the engine's argument `turn`.
+            None: training does not wait for answers.
         publish: called as publish(name, directory) for each new adapter of a job, and in `start` for the
             adapters of earlier jobs. The function makes the adapter in this PEFT directory available under
-            the name, even if another adapter has the name. Default: `lm.load_adapter`.
-        withdraw: called as withdraw(name). The function makes the adapter with this name unavailable again.
+            the name. If another adapter has the name, the function replaces that adapter. Default:
+            `lm.load_adapter`.
+        withdraw: called as withdraw(name). The function makes the adapter with this name unavailable.
             `withdraw` may raise KeyError or RequestError. Default: `lm.delete_adapter`.
-        memory: memory limit for the whole process while a job trains, as in `finetune`; or a function that
-            returns the limit when a job begins.
-        compute: the arithmetic of training; None: that of `lm`, or float32 if `lm` computes in int8.
+        memory: the memory limit for the whole process while a job trains, as in `finetune`; or a function
+            that is called when a job begins, and returns the limit.
+        compute: the arithmetic of training; None: the arithmetic of `lm`, but float32 if `lm` computes in
+            int8.
         max_file_bytes: the largest accepted size of a file.
-        max_files_bytes: the largest size of all files together, including deleted files that jobs still use.
+        max_files_bytes: the largest total size of all files, including deleted files that jobs still use.
         log: called with a line of text for each event, except for events with metrics.
     Raises:
         BlockingIOError: another process uses the directory.
@@ -101,7 +104,7 @@ class FineTuning:
         self._lm.load_adapter(directory, name, replace=True)
 
     def start(self) -> None:
-        """Publish the adapters of earlier jobs, and start the thread that trains."""
+        """Call `publish` for the adapters of earlier jobs, and start the thread that trains."""
         self.publish_earlier()
         with self._state.lock:
             for job in self._jobs.values():
@@ -111,7 +114,7 @@ class FineTuning:
             self._thread.start()
 
     def publish_earlier(self) -> None:
-        """Publish the adapters of earlier jobs, unless an earlier call or `start` has already done so."""
+        """Call `publish` for the adapters of earlier jobs, unless this was already done."""
         with self._state.lock:
             jobs = [] if self._has_published else list(self._jobs.values())
             self._has_published = True
@@ -119,7 +122,7 @@ class FineTuning:
                 self._publish_again(job)
 
     def _publish_again(self, job: Record) -> None:
-        """Publish the adapters that a job has made so far."""
+        """Call `publish` for the adapters that a job has created before a restart of the server."""
         for one in job["checkpoints"]:
             try:
                 self._publishing.publish(one["name"], self._adapter_place(job, one))
@@ -127,15 +130,16 @@ class FineTuning:
                 warn_user(f"the adapter {one['name']!r} cannot be used: {error}")
 
     def _adapter_place(self, job: Record, checkpoint: Record) -> Path:
-        """The directory of the adapter of one of a job's checkpoints."""
+        """Return the directory that contains the adapter of a job's checkpoint."""
         is_final = checkpoint["name"] == job["fine_tuned_model"]
         part = "run" if is_final else f"checkpoints/step-{checkpoint['step']}"
         return self._state.storage.place(job["id"]) / part
 
     def delete_model(self, name: str) -> None:
-        """Permanently delete the files of an adapter that a job has made: a part of DELETE /v1/models/{name}.
+        """Delete the files of an adapter that a job has created, for DELETE /v1/models/{name}.
 
-        If `name` belongs to another model, nothing is deleted. The caller must withdraw the adapter.
+        If no job has created an adapter of this name, nothing is deleted. This method does not call
+        `withdraw`: the caller must make the adapter unavailable.
 
         Raises:
             RequestError: the disk is full or has failed.
@@ -149,9 +153,10 @@ class FineTuning:
                     shutil.rmtree(place, ignore_errors=True)
 
     def close(self) -> None:
-        """Stop the training before the next block of the model.
+        """Interrupt the training, and close the directory.
 
-        The interrupted job continues after the next start.
+        The training ends before the computation of the next block of the model. The interrupted job continues
+        after the next `start`.
         """
         with self._changed:
             self._is_closing = True
@@ -207,7 +212,7 @@ class FineTuning:
         return None
 
     def wait(self, job_id: str, seconds: float | None = None) -> Shape:
-        """Wait until a job has ended or is paused, at most for `seconds` (None: no limit). Return the job."""
+        """Wait until a job has ended or is paused, but not longer than `seconds`. Return the job."""
         with self._changed:
             self._changed.wait_for(
                 lambda: self._job(job_id)["status"] not in OPEN and not self._trains(job_id), seconds
@@ -255,7 +260,7 @@ class FineTuning:
         return list_page(found if order == "asc" else found[::-1], after, limit, _MOST_FILES)
 
     def file(self, file_id: str) -> Shape:
-        """One file: GET /v1/files/{id}."""
+        """Return the object of a file: GET /v1/files/{id}."""
         with self._state.lock:
             return shapes.file(self._file(file_id))
 
@@ -266,7 +271,7 @@ class FineTuning:
         return {"id": file_id, "object": "file", "deleted": True}
 
     def file_content(self, file_id: str) -> Path:
-        """The path of a file's bytes: GET /v1/files/{id}/content."""
+        """Return the path of a file's content: GET /v1/files/{id}/content."""
         with self._state.lock:
             return self._state.storage.content(self._file(file_id)["id"])
 
@@ -328,7 +333,7 @@ class FineTuning:
         return list_page(found, after, limit, _MOST_JOBS)
 
     def job(self, job_id: str) -> Shape:
-        """One job: GET /v1/fine_tuning/jobs/{id}."""
+        """Return the object of a job: GET /v1/fine_tuning/jobs/{id}."""
         with self._state.lock:
             return self._shape(self._job(job_id))
 
@@ -337,13 +342,13 @@ class FineTuning:
         return shapes.job(job, None if run is None else run.progress.estimated_finish)
 
     def events(self, job_id: str, after: str | None = None, limit: int = 20) -> Shape:
-        """A job's events, the newest first: GET /v1/fine_tuning/jobs/{id}/events."""
+        """List a job's events, the newest first: GET /v1/fine_tuning/jobs/{id}/events."""
         with self._state.lock:
             found = self._state.log(self._job(job_id)["id"]).newest_first()
         return list_page(found, after, limit, _MOST_EVENTS)
 
     def checkpoints(self, job_id: str, after: str | None = None, limit: int = 10) -> Shape:
-        """A job's checkpoints, the newest first: GET /v1/fine_tuning/jobs/{id}/checkpoints."""
+        """List a job's checkpoints, the newest first: GET /v1/fine_tuning/jobs/{id}/checkpoints."""
         with self._state.lock:
             found = [shapes.checkpoint(job_id, one) for one in reversed(self._job(job_id)["checkpoints"])]
         return list_page(found, after, limit, _MOST_JOBS)
@@ -351,7 +356,7 @@ class FineTuning:
     def cancel(self, job_id: str) -> Shape:
         """End a job permanently, and remove its data: POST /v1/fine_tuning/jobs/{id}/cancel.
 
-        A failed job can be cancelled too, and keeps its error.
+        A job that has failed can also be cancelled. The cancelled job keeps its error.
         """
         return self._end(job_id, (*OPEN, "paused", "failed"), "cancelled", finished_at=int(time.time()))
 
@@ -364,7 +369,7 @@ class FineTuning:
         return self._end(job_id, ("paused", "failed"), "queued", error=None, finished_at=None)
 
     def _end(self, job_id: str, before: tuple[str, ...], status: str, **changes: Any) -> Shape:
-        """Change the status of a job that has one of the statuses `before`."""
+        """Set the status of a job to `status`. Refuse this if the present status is not in `before`."""
         with self._changed:
             job = self._job(job_id)
             if job["status"] not in before:
@@ -393,7 +398,7 @@ class FineTuning:
 
 @contextlib.contextmanager
 def _disk_errors() -> Iterator[None]:
-    """Turn a disk error into a `RequestError` that does not name the server's files."""
+    """Turn a disk error into a `RequestError` whose message does not contain paths of the server."""
     try:
         yield
     except OSError as error:

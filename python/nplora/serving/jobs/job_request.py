@@ -1,4 +1,4 @@
-"""JobRequest: checks the body of a request for a fine-tuning job, and makes options of `finetune` from it."""
+"""JobRequest: checks a request for a fine-tuning job, and converts its fields to options of `finetune`."""
 
 from __future__ import annotations
 
@@ -42,12 +42,13 @@ class JobRequest:
     Attributes:
         model: the model to train: the base model, or an adapter whose training continues.
         training_file, validation_file: the ids of files.
-        suffix: a part of the name of the new adapter.
+        suffix: a text that the name of the new adapter contains.
         seed: the random seed.
-        metadata: texts by name that the client stores with the job.
+        metadata: a dict from names to texts, which the client stores with the job; or None.
         method: "supervised", "dpo", "orpo" or "kto".
-        hyperparameters: the hyperparameters in the request, by OpenAI's names.
-        options: options of `finetune`. A learning rate that is given as a multiplier is not included.
+        hyperparameters: a dict from OpenAI's names of hyperparameters to the values in the request.
+        options: a dict of options of `finetune`. If the request contains a learning-rate multiplier, the
+            option `lr` is missing here: see `multiplier`.
     """
 
     model: str
@@ -62,7 +63,7 @@ class JobRequest:
 
     @property
     def multiplier(self) -> float | None:
-        """The factor for the default learning rate; None if the request gives no factor."""
+        """The factor by which the default learning rate is multiplied; None if it is not in the request."""
         given = self.hyperparameters.get("learning_rate_multiplier")
         return None if given is None else float(given)
 
@@ -113,9 +114,9 @@ def require_text(value: object, param: str | None = None) -> None:
 
 
 def _method(body: Fields) -> tuple[str, Shape]:
-    """The method and the hyperparameters of the request.
+    """Return a pair: the method, and a dict of the hyperparameters in the request.
 
-    The hyperparameters may be inside the field `method` or in a field of the request itself.
+    The request may contain the hyperparameters in the field `hyperparameters`, or in the field `method`.
     """
     kind, inner = "supervised", Fields({})
     if (method := body.object("method")) is not None:

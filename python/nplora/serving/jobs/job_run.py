@@ -32,22 +32,22 @@ _SAVE_MINUTES = 1.0  # the longest time between two saved states; after a kill, 
 
 
 def checkpoint_name(name: str, step: int) -> str:
-    """The name of a checkpoint's adapter. `name` is the name of the job's final adapter."""
+    """Return the name of the adapter of a checkpoint. `name` is the name of the job's final adapter."""
     return f"{name}:ckpt-step-{step}"
 
 
 class StoppedError(Exception):
-    """Ends the training of a job, because the job was cancelled or paused, or the server shuts down."""
+    """Raised in the training thread after `JobRun.stop`, to end the training."""
 
 
 @dataclass(frozen=True)
 class Publishing:
-    """Functions that make adapters available, and withdraw them.
+    """Two functions: one makes an adapter available, and the other makes it unavailable.
 
     Attributes:
         publish: called as publish(name, directory). The function makes the adapter in this PEFT directory
             available under the name.
-        withdraw: called as withdraw(name). The function removes the adapter with this name.
+        withdraw: called as withdraw(name). The function makes the adapter with this name unavailable.
     """
 
     publish: Callable[[str, Path], None]
@@ -55,14 +55,15 @@ class Publishing:
 
 
 class JobRun:
-    """One job in training.
+    """Trains one job.
 
     Args:
         lm: the model that answers requests. This model does not change.
         state: the records and the events of all jobs.
         job_id: the job.
-        publishing: makes the job's adapters available.
-        turns: divides the time between training and answers; None: training does not wait for answers.
+        publishing: the functions that make the job's adapters available or unavailable.
+        turns: an object that divides the time between training and answers; None: training does not wait for
+            answers.
         memory, compute: as in `finetune`.
     """
 
@@ -85,11 +86,11 @@ class JobRun:
         self.progress = Progress(self._event, self._started, self._save_checkpoint)
 
     def stop(self) -> None:
-        """End the training before its next block. The run is saved."""
+        """End the training before the next block of the model is computed, and save the state."""
         self._is_stopped = True
 
     def execute(self) -> None:
-        """Train the job to its end, or until `stop`. An error is recorded as the job's error."""
+        """Train the job until it ends or `stop` is called. After an error, the job fails with this error."""
         try:
             with giving_way(self._give_way):
                 report = self._train()
@@ -159,7 +160,7 @@ class JobRun:
         self._event(_first_words(run.step, bool(record["resolved"])), None)
 
     def _save_checkpoint(self, run: Run, record: EpochRecord) -> None:
-        """Save the adapter of an epoch, and make it available.
+        """Save the adapter after an epoch, and make it available under the name of a checkpoint.
 
         Only the adapters of the last few epochs are kept.
         """
@@ -190,7 +191,7 @@ class JobRun:
     def _checkpoint(
         self, part: str, step: int, name: str, train_loss: float | None, valid_loss: float | None
     ) -> dict[str, Any]:
-        """Make the record of a checkpoint. `part` is the last part of the checkpoint's id."""
+        """Return the record of a checkpoint. The checkpoint's id ends with `part`."""
         made = {
             "id": f"ftckpt-{self._state.key(self.job_id)}-{part}", "created_at": int(time.time()),
             "step": step, "name": name, "train_loss": train_loss, "valid_loss": valid_loss,
@@ -240,7 +241,7 @@ class JobRun:
         self._event("The job has successfully completed", None)
 
     def _publish(self, name: str, place: Path) -> None:
-        """Make an adapter available. As long as the memory is too small, withdraw the oldest checkpoint."""
+        """Make an adapter available. If the memory is too small, first remove the oldest checkpoints."""
         while True:
             try:
                 return self._publishing.publish(name, place)
@@ -262,7 +263,7 @@ class JobRun:
 
 
 def _first_words(step: int, has_begun: bool) -> str:
-    """The message at the beginning of a run. `step` is the number of steps that the run has already made."""
+    """Return the message of the event when training starts. `step` is the number of steps already trained."""
     if step:
         return f"Fine-tuning job continues at step {step}"
     return (

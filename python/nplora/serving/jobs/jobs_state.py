@@ -16,16 +16,16 @@ OPEN = ("queued", "validating_files", "running")
 
 
 class JobsState:
-    """The records of a `Storage`, and the events of its jobs.
+    """The records in a `Storage`, and the events of the jobs.
 
-    If the disk is full, the training thread keeps its changes only in memory, and warns. After a restart, the
-    job then continues from the state on the disk.
+    If a change cannot be written to the disk, the change is kept in memory, and a warning says so. After a
+    restart, the job then continues from the older state on the disk.
 
     Args:
         log: called with a line of text for each event, except for events with metrics.
     Attributes:
         storage: the records. Hold `lock` while you read or change records.
-        lock: the lock of the storage.
+        lock: the attribute `lock` of the storage.
     """
 
     def __init__(self, storage: Storage, log: Callable[[str], None] | None = None) -> None:
@@ -54,14 +54,14 @@ class JobsState:
             self.log(job_id).add(message, level, None if data is None else dict(data))
 
     def _print(self, line: str) -> None:
-        """Call `log`. If `log` fails (on a closed pipe, for example), requests and training continue."""
+        """Call `log`. After an error of `log` (a closed pipe, for example), warn, and never call it again."""
         log = self._log
         try:
             if log is not None:
                 log(line)
         except Exception as error:
             self._log = None
-            warn_user(f"events of jobs are printed no more: {type(error).__name__}: {error}")
+            warn_user(f"events of jobs are no longer printed: {type(error).__name__}: {error}")
 
     def change(self, job_id: str, **changes: Any) -> None:
         """Change the record of a job."""
@@ -80,9 +80,9 @@ class JobsState:
             self.storage.drop_data(job_id)
 
     def add_results(self, job_id: str, content: bytes) -> list[str]:
-        """Store the table of a job's losses as a file, and return a list with the file's id.
+        """Store the table of a job's losses as a file. Return a list that contains the file's id.
 
-        If the disk is full, the list is empty. A second call replaces the file.
+        If the file cannot be written, the list is empty. A second call replaces the file.
         """
         file_id = f"file-results-{self.key(job_id)}"
         record: Record = {
@@ -94,7 +94,7 @@ class JobsState:
         return [file_id] if file_id in self.storage.files else []
 
     def names(self, job_id: str) -> dict[str, tuple[str, str]]:
-        """The names of a job's data files: {path: (the user's name for the file, its parameter)}."""
+        """Return the argument `names` of `job_error`, for the data files of a job."""
         job, place = self.storage.jobs[job_id], self.storage.place(job_id)
         parameters = {"train": "training_file", "valid": "validation_file"}
         return {
@@ -105,7 +105,7 @@ class JobsState:
 
 @contextlib.contextmanager
 def _kept_in_memory(job_id: str) -> Iterator[None]:
-    """Turn a disk error into a warning."""
+    """A context that turns a disk error into a warning. The caller has already made the change in memory."""
     try:
         yield
     except OSError as error:

@@ -10,12 +10,13 @@ from nplora.serving.request_error import RequestError
 
 
 def list_page(items: Sequence[Shape], after: str | None, limit: int, most: int) -> Shape:
-    """The page of a list that begins after the item with the id `after`; None: the first page.
+    """Return the items of a list that follow the item with the id `after`, as a page of OpenAI's API.
 
     Args:
+        after: the id of an item; None: the page begins with the first item.
         limit: the largest number of items in the page, from 1 to `most`.
     Raises:
-        RequestError: `limit` is out of range, or no item has this id.
+        RequestError: `limit` is out of range, or no item has the id `after`.
     """
     if isinstance(limit, bool) or not isinstance(limit, int) or not 1 <= limit <= most:
         message = f"limit is {brief(limit)}, expected an integer from 1 to {most:,}"

@@ -18,8 +18,8 @@ class Progress(Callback):
 
     Args:
         event: called as event(message, data) for each event.
-        on_start: called before the first step, with the run.
-        on_epoch: called after an epoch, with the run and the epoch's record.
+        on_start: called as on_start(run) before the first step.
+        on_epoch: called as on_epoch(run, record) after each epoch.
         clock: returns the Unix time.
     """
 
@@ -36,7 +36,7 @@ class Progress(Callback):
 
     @property
     def estimated_finish(self) -> int | None:
-        """The Unix time at which the last step will end if each step takes as long as recent steps did."""
+        """The Unix time at which the last step will probably end, from the duration of recent steps."""
         return round(self._last + self._left * self._seconds) if self._seconds else None
 
     def on_fit_start(self, run: Run) -> None:

@@ -1,4 +1,4 @@
-"""Checks the records that a server reads when it starts. A damaged record must not stop the server."""
+"""Checks the records of files and jobs, which a server reads from JSON files when it starts."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def _texts(value: object) -> bool:
 
 
 def _file_names(value: object) -> bool:
-    """Whether a value is an object whose values are file names that cannot lead out of a directory."""
+    """Whether a value is an object whose values are plain file names, without a path."""
     return _texts(value) and all(map(_is_file_name, value.values()))  # type: ignore[attr-defined]
 
 
@@ -75,7 +75,7 @@ def require_record(path: str, record: object, id_: str, fields: Mapping[str, Che
     """Check that a record has the id `id_` and the given fields; return the record.
 
     Raises:
-        FormatError: the id or the schema differs, or a field is missing or wrong.
+        FormatError: the record has another id or another schema version, or a field is missing or wrong.
     """
     if not isinstance(record, dict) or record.get("id") != id_:
         raise FormatError(f"{path}: not a record of {id_}")

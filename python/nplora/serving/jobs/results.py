@@ -1,4 +1,4 @@
-"""The table of a job's losses, which is stored as a file when the job ends."""
+"""Writes the table of a job's losses, which is stored as a file when the job ends."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from nplora.trainer import History
 
 
 def results_csv(history: History) -> bytes:
-    """A CSV table of the training losses of all steps and the validation losses of all evaluations."""
+    """Return a CSV table. Each row has a step, and its training loss and validation loss if known."""
     losses = {record.step: record.loss for record in history.steps}
     validated = {record.step: record.val_loss for record in history.evaluations}
     out = io.StringIO()

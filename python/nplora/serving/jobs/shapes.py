@@ -1,4 +1,4 @@
-"""Makes the objects of OpenAI's API for files, jobs and checkpoints."""
+"""Converts records of files, jobs and checkpoints to the JSON objects of OpenAI's API."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _SHOWN = (
 
 
 def file(record: Mapping[str, Any]) -> Shape:
-    """A file object."""
+    """Return the object of a file."""
     shown = {name: record[name] for name in ("id", "bytes", "created_at", "filename", "purpose")}
     return {
         **shown, "object": "file", "status": "processed", "status_details": None, "expires_at": None,
@@ -23,7 +23,7 @@ def file(record: Mapping[str, Any]) -> Shape:
 
 
 def job(record: Mapping[str, Any], estimated_finish: int | None) -> Shape:
-    """A fine-tuning job.
+    """Return the object of a fine-tuning job.
 
     Args:
         estimated_finish: the Unix time at which the job may end; None if it is not known.
@@ -46,7 +46,7 @@ def job(record: Mapping[str, Any], estimated_finish: int | None) -> Shape:
 
 
 def checkpoint(job_id: str, record: Mapping[str, Any]) -> Shape:
-    """A checkpoint of a job. The adapter of the checkpoint is available under a name."""
+    """Return the object of a job's checkpoint, with the name under which its adapter is available."""
     return {
         "id": record["id"],
         "object": "fine_tuning.job.checkpoint",

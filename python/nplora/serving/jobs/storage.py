@@ -1,4 +1,4 @@
-"""Storage: files and records of jobs in a directory, written so that a killed process loses nothing.
+"""Storage: a directory of uploaded files and jobs. If the process is killed, no complete change is lost.
 
 The directory holds
 
@@ -12,10 +12,10 @@ The directory holds
     jobs/ID/run/                         the output directory of `finetune`: checkpoints, log and adapter
     jobs/ID/checkpoints/step-N/          adapters of the last epochs
 
-A record is written after the other files of its directory, and is replaced as a whole. A directory without a
-record was left by a killed process, and is removed. Directories whose names are not ids are ignored. This
-module makes all ids. An id from a request is only compared with the ids of records, so no text from a request
-becomes a part of a path.
+A record is the last file that is written to a new directory. A changed record replaces the old record in one
+step. A directory without a record was left behind by a process that was killed, and is removed at the next
+start. Directories whose names are not ids are ignored. This module makes all ids. An id in a request is only
+compared with the ids of records, so no text from a request is ever used in a path.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Storage:
     """Keeps uploaded files and the records of jobs in one directory.
 
     Attributes:
-        files, jobs: the records by id, in the order of their creation. Hold `lock` while you read the
+        files, jobs: dicts from ids to records, in the order of creation. Hold `lock` while you read the
             records, and change the records only through the methods. Also hold `lock` while you call a method
             other than `add_file`.
         lock: a reentrant lock.
@@ -112,14 +112,15 @@ class Storage:
     ) -> Record:
         """Write a file.
 
-        The record of the file gets the number of bytes, the name of the content, and a serial number.
+        Return the record with additional fields: the size in bytes, the name of the file with the content,
+        and a serial number.
 
         Args:
-            most: the largest number of bytes of the file.
-            most_together: the largest number of bytes of all files together; None: no limit.
+            most: the largest accepted size of the file, in bytes.
+            most_together: the largest accepted total size of all files, in bytes; None: no limit.
         Raises:
             RequestError: the file is empty or too large, or all files together are too large.
-            OSError: the file cannot be written. No part of the file is left.
+            OSError: the file cannot be written. What was written of it is removed.
         """
         record = {**record, "bytes": 0, "content": f"content{_suffix(record['filename'])}"}
         record["serial"] = next(self._file_serials)
@@ -154,7 +155,7 @@ class Storage:
         return record
 
     def _file_bytes(self) -> int:
-        """The bytes of all files, including unfinished uploads and deleted files that jobs still use."""
+        """Return the bytes of all files, unfinished uploads, and deleted files that jobs still use."""
         if self._stored is None:
             self._stored = self._stored_bytes()
         return self._stored + sum(self._arriving.values())
@@ -177,27 +178,28 @@ class Storage:
             (self.place(job_id) / name).unlink(missing_ok=True)
 
     def delete_file(self, file_id: str) -> None:
-        """Delete a file. The record is deleted first, so that a crash leaves no record without content."""
+        """Delete a file. The record is deleted first, so that after a crash no record lacks its content."""
         place, self._stored = self.path / "files" / self.files[file_id]["id"], None
         os.unlink(place / _FILE)
         del self.files[file_id]
         shutil.rmtree(place, ignore_errors=True)
 
     def content(self, file_id: str) -> Path:
-        """The path of a file's content."""
+        """Return the path of the content of an uploaded file."""
         record = self.files[file_id]
         return self.path / "files" / str(record["id"]) / str(record["content"])
 
     # ---- jobs ----
 
     def add_job(self, record: Record, data: Mapping[str, str], start: Adapter | None) -> Record:
-        """Write a new job. The job's record gets the names of the data files, and a serial number.
+        """Write a new job. Return its record, with the names of the data files and a serial number added.
 
         Args:
-            data: {"train" or "valid": id of a file}.
+            data: a dict from "train" and, if there is a validation file, "valid" to the ids of the uploaded
+                files.
             start: the adapter that the job continues, or None.
         Raises:
-            OSError: the job cannot be written. No part of the job is left.
+            OSError: the job cannot be written. What was written of it is removed.
         """
         place = self.path / "jobs" / record["id"]
         record = {**record, "serial": _next_serial(self.jobs), "data": {}}
@@ -220,8 +222,8 @@ class Storage:
         """Change fields of a job's record, in memory and on the disk.
 
         Raises:
-            OSError: the new record cannot be written. The disk keeps the old record; the memory has the new
-                record.
+            OSError: the new record cannot be written to the disk, which keeps the old record. `jobs` has the
+                new record anyway.
         """
         record = {**self.jobs[job_id], **changes}
         self.jobs[job_id] = record
@@ -233,7 +235,7 @@ class Storage:
         return self.path / "jobs" / str(self.jobs[job_id]["id"])
 
     def _make(self, place: Path, new: list[NewFile]) -> None:
-        """Write the files of a new directory. After an error, remove the directory."""
+        """Create a directory and write its files. After an error, remove the directory."""
         os.makedirs(place, exist_ok=True)
         try:
             files.replace(new)
@@ -245,7 +247,7 @@ class Storage:
 
 
 def _read(place: Path, name: str, fields: Mapping[str, Check]) -> dict[str, Record]:
-    """The records in the subdirectories of `place`, in the order of their creation."""
+    """Return a dict from ids to the records in the subdirectories of `place`, in the order of creation."""
     found = list[Record]()
     for entry in sorted(place.iterdir()):
         if not _ID.fullmatch(entry.name):
@@ -280,7 +282,7 @@ def _too_many(most: int) -> RequestError:
 
 
 def _suffix(name: str) -> str:
-    """The suffix of a file name that selects the file format; .jsonl if the name has no known suffix."""
+    """Return the suffix that says which format a file has; ".jsonl" if the name has no known suffix."""
     lower = name.lower()
     known = sorted((*SUFFIXES, *COMPRESSED), key=len, reverse=True)
     return next((suffix for suffix in known if lower.endswith(suffix)), ".jsonl")

@@ -27,7 +27,10 @@ def multiple_choice(row: Fields) -> Example:
 
 
 def _choices(row: Fields) -> tuple[tuple[str, ...], list[str] | None]:
-    """The choices, and their labels or None. A row has texts, or {"text": […], "label": […]} as in ARC."""
+    """The choices, and their labels or None.
+
+    The field "choices" holds a list of texts, or {"text": […], "label": […]} as in ARC.
+    """
     wanted = "expected a list of two or more different texts"
     value: Any = row.unpacked("choices")
     labels: Any = None
@@ -41,17 +44,17 @@ def _choices(row: Fields) -> tuple[tuple[str, ...], list[str] | None]:
         return tuple(value), None
     if not isinstance(labels, list) or len(set(map(str, labels))) != len(value) or len(labels) != len(value):
         raise row.error(
-            f"the labels of choices are {brief(labels)}, expected one for each choice, all different"
+            f"the labels of choices are {brief(labels)}, expected a different label for each choice"
         )
     return tuple(value), list(map(str, labels))
 
 
 def _right_choice(row: Fields, choices: tuple[str, ...], labels: list[str] | None) -> int:
-    """The index of the right choice, of which the field "answer" gives the label, the text or the index.
+    """The index of the right choice. The field "answer" holds its label, its text or its index.
 
-    If the row has no labels, the labels are A, B, …. An answer that is the text of a choice then means this
-    choice, even if the text is such a letter. If labels are numbers, "answer" cannot be an index, because the
-    first label may be 0 or 1.
+    If the row has no labels, the labels are A, B, …. If a choice has the text "B", the answer "B" means that
+    choice, not the second one. If a label is a number, "answer" cannot be an index: a number in "answer" is
+    then a label.
     """
     answer = row.get("answer")
     if isinstance(answer, str | int) and not isinstance(answer, bool):

@@ -1,4 +1,4 @@
-"""Fields: the fields of a row, with checks."""
+"""Fields: reads the fields of a row, and checks their types."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ class _Noted(Mapping[str, Any]):
 
 
 class Fields:
-    """The fields of a row, with checks. A field that is null counts as missing.
+    """Reads the fields of a row, and checks their types. A field that is null counts as missing.
 
-    A field that is looked up counts as used.
+    A field counts as used after its value has been looked up; see `unread`.
     """
 
     def __init__(self, values: Mapping[str, Any], where: str) -> None:
@@ -55,7 +55,7 @@ class Fields:
         return self.values[name]
 
     def unpacked(self, name: str) -> Any:
-        """The value of a required field that is not a text. JSON text, as in a CSV file, is parsed."""
+        """The value of a required field that holds a list or an object. JSON text is parsed (CSV files)."""
         value = self.get(name)
         if isinstance(value, str) and value.lstrip().startswith(("[", "{")):
             with contextlib.suppress(ValueError):
@@ -90,7 +90,7 @@ class Fields:
             raise self.error(f"{name} is {brief(text)}, expected a list of objects, or one as JSON") from None
 
     def part(self, words: str) -> Fields:
-        """The same fields for errors about a part of the row, such as "message 2"."""
+        """The same fields, but errors also name this part of the row, such as "message 2"."""
         part = copy.copy(self)
         part.where = f"{self.where}, {words}"
         return part
@@ -100,7 +100,7 @@ class Fields:
 
 
 def renaming(ours: str, theirs: str | None = None) -> str:
-    """The end of a message: how to read a field that has another name in the data."""
+    """The end of a message: the option that reads the field `theirs` of the data as the field `ours`."""
     name = theirs or "NAME"
     return f"--columns {ours}={name} (columns={{{ours!r}: {name!r}}}) reads the field {name!r} as {ours}"
 
@@ -110,7 +110,7 @@ def _is_empty(value: object) -> bool:
 
 
 def loads(text: str) -> Any:
-    """Parse a text of a row as JSON, as strictly as the JSON of a file.
+    """Parse a text of a row as JSON, with the strict rules for JSON files.
 
     Raises:
         ValueError: the text is not JSON, or exceeds a limit.

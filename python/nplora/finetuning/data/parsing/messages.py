@@ -23,7 +23,9 @@ def openai_messages(row: Fields) -> list[Message]:
     if not isinstance(messages, list) or not messages:
         raise row.error(f"messages is {brief(messages)}, {_MESSAGES}")
     if all(isinstance(turn, dict) and {"from", "value"} <= turn.keys() for turn in messages):
-        raise row.error(f"messages has turns of ShareGPT; {renaming('conversations', 'messages')}")
+        raise row.error(
+            f"messages has turns in the form of ShareGPT; {renaming('conversations', 'messages')}"
+        )
     return messages_of(row, "messages", messages)
 
 
@@ -31,7 +33,7 @@ def chat_of(row: Fields, messages: list[Message], prompt: list[Any] | None) -> C
     if prompt:
         role, answer = messages[len(prompt) - 1]["role"], messages[len(prompt) :]
         if role in SYSTEM_ROLES and (not answer or answer[0]["role"] == "assistant"):
-            wanted = "expected one of the user, a tool or the assistant"
+            wanted = "expected a message of the user, a tool or the assistant"
             raise row.error(f"the prompt ends with a message of role {role!r}, {wanted}")
     given, documents = (row.objects(name) for name in CONTEXT)
     tools = given and [_tool(row.part(f"tool {number}"), tool) for number, tool in enumerate(given, 1)]
@@ -52,7 +54,8 @@ def read_turns(
     """Read the turns of a chat, and check their order.
 
     Args:
-        name, of: the words before and after the number of a turn in errors, as in "message 2 of chosen".
+        name, of: the words before and after the number of a turn in error messages. For "message 2 of
+            chosen", these words are "message" and " of chosen".
     """
     messages = list[Message]()
     for number, turn in enumerate(turns, 1):
@@ -80,7 +83,7 @@ def message_of(row: Fields, message: object) -> Message:
 
 
 def _with_tool_calls(row: Fields, message: Message) -> Message:
-    """The message, with `function_call`, an older field of OpenAI's API, as a tool call."""
+    """Turn the field `function_call` of a message, from an older API of OpenAI, into `tool_calls`."""
     called = message.get("function_call")
     if called is None:
         return message
@@ -120,11 +123,11 @@ def _tool_calls(row: Fields, message: Message) -> Objects:
 
 
 def _tool_call(row: Fields, call: dict[str, Any]) -> dict[str, Any]:
-    """A tool call whose arguments are an object, not JSON text, because templates write the JSON."""
+    """The tool call with its arguments as an object. Templates write the JSON text themselves."""
     function = call.get("function", call)
     name = function.get("name") if isinstance(function, dict) else None
     if not isinstance(name, str) or not name:
-        raise row.error(f"a tool call is {brief(call)}, expected the name of its function")
+        raise row.error(f"a tool call is {brief(call)}, expected an object with the name of a function")
     arguments = function.get("arguments")
     if isinstance(arguments, str):
         try:
@@ -143,7 +146,7 @@ def _check_weight(row: Fields, message: Message) -> None:
     if weight is None:
         return
     if role != "assistant":
-        raise row.error(f"a message of role {role!r} has a weight, expected it for 'assistant' only")
+        raise row.error(f"a message of role {role!r} has a weight, expected a weight for 'assistant' only")
     if isinstance(weight, bool) or weight not in (0, 1):
         raise row.error(f"the weight of a message is {brief(weight)}, expected 0 or 1")
 
@@ -157,7 +160,7 @@ def _check_order(row: Fields, before: Message | None, message: Message) -> None:
 
 
 def _tool(row: Fields, tool: dict[str, Any]) -> dict[str, Any]:
-    """A tool in the form of OpenAI's API. If the data give only its function, wrap the function."""
+    """Return a tool in the form of OpenAI's API. If the data give only a function, put it into a tool."""
     function = tool.get("function", tool)
     name = function.get("name") if isinstance(function, dict) else None
     if not isinstance(name, str) or not name:

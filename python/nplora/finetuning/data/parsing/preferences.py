@@ -37,12 +37,18 @@ def preference(row: Fields) -> Example:
 
 
 def _checked(row: Fields, pair: Preference, chosen: str, rejected: str) -> Preference:
-    """Check the answers of a pair, which the row calls `chosen` and `rejected`."""
+    """Check that both answers of a pair end with a message of the assistant, and that they differ.
+
+    Args:
+        chosen, rejected: the names of the fields that hold the answers, for messages.
+    """
     for name, answer in ((chosen, pair.chosen), (rejected, pair.rejected)):
         if isinstance(answer, Chat) and (role := answer.messages[-1]["role"]) != "assistant":
-            raise row.error(f"{name} ends with a message of role {role!r}, expected one of the assistant")
+            raise row.error(
+                f"{name} ends with a message of role {role!r}, expected a message of the assistant"
+            )
     if pair.chosen == pair.rejected:
-        raise row.error(f"{chosen} and {rejected} are the same answer, expected two")
+        raise row.error(f"{chosen} and {rejected} are the same answer, expected two different ones")
     return pair
 
 
@@ -64,7 +70,7 @@ def _openai(row: Fields) -> Example:
 
 
 def _has_whole_chats(row: Fields) -> bool:
-    """Whether the prompt is a text and both answers are whole chats, which repeat the prompt."""
+    """Whether the prompt is a text, and both answers are chats that contain the prompt as a message."""
     prompt, answers = row.values["prompt"], [row.values.get(name) for name in ("chosen", "rejected")]
     return isinstance(prompt, str) and all(isinstance(a, list) and len(a) > 1 for a in answers)
 
@@ -86,9 +92,10 @@ def _without_prompt(row: Fields) -> Preference:
 
 
 def _shared(row: Fields, one: Sequence[object], other: Sequence[object]) -> int:
-    """The number of items at the beginning that both answers share, as TRL's `extract_prompt` counts them.
+    """The length of the common beginning of two texts or two chats, in characters or in messages.
 
-    A space before the first difference belongs to the answers, and each answer has at least one item.
+    As in TRL's `extract_prompt`, a space at the end of the common beginning does not count, and neither does
+    the last character or message of each answer, so that no answer is empty.
     """
     same = (a == b for a, b in zip(one[:-1], other[:-1], strict=False))
     count = sum(1 for _ in itertools.takewhile(bool, same))
@@ -102,10 +109,11 @@ def _shared(row: Fields, one: Sequence[object], other: Sequence[object]) -> int:
 
 
 def prompt_among(unread: Mapping[str, Any]) -> str | None:
-    """The unused field of a row that is probably the prompt: it has a known name, or looks like a text.
+    """The name of the unused field that probably holds the prompt, or None.
 
-    A text of one word is not a prompt, but an identifier or the name of a source. A text without letters is a
-    date or a number.
+    This field holds a text, and its name is in `PROMPTS`, or the text has several words with letters. A text
+    of one word is probably an identifier or the name of a source. A text without letters is probably a date
+    or a number.
     """
     texts = {k: v for k, v in unread.items() if isinstance(v, str) and (k in PROMPTS or _is_prose(v))}
     known = next((name for name in PROMPTS if name in texts), None)
@@ -117,9 +125,10 @@ def _is_prose(text: str) -> bool:
 
 
 def forgotten_prompt(pair: Preference, unread: Mapping[str, Any]) -> str | None:
-    """The field that probably holds the prompt of two texts, if their common beginning is not a prompt.
+    """The name of the field that probably holds the prompt of a pair of texts, or None.
 
-    A common beginning of several lines or many words is a prompt.
+    The result is None if the two texts have a common beginning of several lines or many words: such a
+    beginning is the prompt.
 
     Args:
         unread: the fields of the row that are not used.
@@ -142,7 +151,7 @@ def judged(row: Fields) -> Example:
 
 
 def _judged_answer(row: Fields) -> Answered:
-    """The answer that the label judges. In a chat, this is the last message."""
+    """The answer that the label judges. In a chat, this answer is the last message."""
     if row.has("completion"):
         return prompt_and_answer(row, "completion")
     if row.has("instruction"):
@@ -151,5 +160,5 @@ def _judged_answer(row: Fields) -> Answered:
         return prompt_and_answer(row, "completion")
     messages = openai_messages(row) if row.has("messages") else conversation(row)
     if (role := messages[-1]["role"]) != "assistant":
-        raise row.error(f"the chat ends with a message of role {role!r}, expected one of the assistant")
+        raise row.error(f"the chat ends with a message of role {role!r}, expected a message of the assistant")
     return chat_of(row, messages, messages[:-1])

@@ -22,7 +22,9 @@ def conversation(row: Fields) -> list[Message]:
     if not isinstance(turns, list) or not turns:
         raise row.error(f"conversations is {brief(turns)}, expected a list of objects with from and value")
     if all(isinstance(turn, dict) and {"role", "content"} <= turn.keys() for turn in turns):
-        raise row.error(f"conversations has messages of OpenAI; {renaming('messages', 'conversations')}")
+        raise row.error(
+            f"conversations has messages in the form of OpenAI; {renaming('messages', 'conversations')}"
+        )
     messages = read_turns(row, turns, turn_of, "turn")
     if messages[0]["role"] != "system" and (system := row.text("system", True, "")):
         messages.insert(0, {"role": "system", "content": system})

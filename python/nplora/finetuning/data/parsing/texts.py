@@ -1,4 +1,4 @@
-"""Rows of texts: a text, a prompt with its completion, and Alpaca's instructions."""
+"""Rows with a text, with a prompt and its completion, or with an instruction of Alpaca."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def completion(row: Fields) -> Example:
 
 
 def prompt_and_answer(row: Fields, name: str) -> Answered:
-    """The prompt and one answer: two texts, or two lists of messages."""
+    """The prompt, and the answer in the field `name`. Both are texts, or both are lists of messages."""
     prompt = row.values.get("prompt")
     if isinstance(prompt, list) or isinstance(row.values.get(name), list | dict):
         return chat_of(row, [*messages_of(row, "prompt", prompt), *_answered(row, name)], prompt)
@@ -25,7 +25,10 @@ def prompt_and_answer(row: Fields, name: str) -> Answered:
 
 
 def _answered(row: Fields, name: str) -> list[Message]:
-    """The messages of an answer. The row has a list of messages, one message, or the text of one message."""
+    """Return the answer in the field `name` as a list of messages.
+
+    The field holds a list of messages, one message, or the text of one message.
+    """
     value = row.get(name)
     if isinstance(value, str):
         value = {"role": "assistant", "content": row.text(name)}
@@ -33,7 +36,7 @@ def _answered(row: Fields, name: str) -> list[Message]:
 
 
 def instruction(row: Fields, name: str = "output") -> Instruction:
-    """An instruction and its answer, which is in the field `name`."""
+    """The instruction of a row, with the answer in the field `name`."""
     history = row.unpacked("history") if row.has("history") else []
     history = [] if history == "" else history
     is_pairs = isinstance(history, list) and all(

@@ -1,4 +1,4 @@
-"""`nplora.data` is the module `nplora.finetuning.data`."""
+"""`nplora.data` is an alias of the module `nplora.finetuning.data`."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""`nplora.embedding` is the module `nplora.finetuning.embedding`."""
+"""`nplora.embedding` is an alias of the module `nplora.finetuning.embedding`."""
 
 import sys
 

@@ -117,7 +117,7 @@ def test_the_commands(
     ("text", "options", "words"),
     [
         ("/adaptor x", ["--commands"], "no command /adaptor; did you mean /adapter?"),
-        ("/adapter x", ["--commands"], "no adapter 'x'; there are: none"),
+        ("/adapter x", ["--commands"], "no adapter 'x', expected one of: none"),
         ("/save x.txt", ["--commands"], "expected a name that ends in .jsonl"),
         ("/save x.jsonl", ["--commands"], "there are no messages yet"),
         ("a\udcff", [], "the message is not UTF-8, at byte 1"),

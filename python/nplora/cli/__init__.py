@@ -1,4 +1,7 @@
-"""The command line: `entry` runs a command, `parser` lists the commands. Each command has its own file."""
+"""The command line: module `entry` runs a command, and module `parser` lists the commands.
+
+Each command has its own module.
+"""
 
 from nplora.cli.entry import main
 

@@ -10,8 +10,9 @@ from nplora.cli.errors import UsageError
 def named_adapters(given: Iterable[str]) -> dict[str, str]:
     """Return {name: path} for texts such as "tone=out/tone" and "out/tone".
 
-    A text with "=" is still a path if a file or directory has this name, or if the part before "=" cannot be
-    a name. An adapter without a name gets the name of its file or directory.
+    A text with "=" is a PATH, not NAME=PATH, if the part before "=" is not a valid name, or if a file or
+    directory has the whole text as its name. An adapter without a name gets the name of its file or
+    directory.
 
     Raises:
         UsageError: a path is empty, or two adapters have the same name.

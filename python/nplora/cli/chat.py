@@ -18,8 +18,8 @@ HELP = "Chat with a model in the terminal."
 
 _EPILOG = (
     "In the chat, /help lists the commands, Ctrl-C stops an answer and Ctrl-D ends the chat. If the input is "
-    "a pipe, each line is a message, and only the answers go to standard output. --commands allows commands "
-    "in a pipe."
+    "a pipe, each line is a message, and only the answers go to standard output. With --commands, lines from "
+    "the pipe can also be commands."
 )
 _MOST_TOKENS = 1024
 
@@ -36,10 +36,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--adapter", metavar="[NAME=]PATH", type=path, action="append", default=[], help=text)
     add_any_base(parser)
     parser.add_argument("--system", metavar="TEXT", help="system message")
-    text = "obey commands such as /reset in a pipe; by default, each line from a pipe is a message"
+    text = "obey lines from a pipe that are commands, such as /reset; by default, these lines are messages"
     parser.add_argument("--commands", action="store_true", help=text)
     add_compute(parser)
-    text = "memory limit for the whole process (default: a part of the available memory)"
+    text = (
+        "memory limit for the whole process (default: what the model needs, and half of the available memory "
+        "that remains)"
+    )
     parser.add_argument("--memory", metavar="SIZE", help=text)
     add_options(parser, Sampling)
     for action in parser._actions:

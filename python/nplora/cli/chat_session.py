@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 # {command: (its argument, what it does)}
 COMMANDS = {
-    "/adapter": ("[NAME]", "answer with this adapter, or without one (none); without a name: list all"),
-    "/system": ("[TEXT]", "set the system message; without a text: remove it"),
+    "/adapter": ("[NAME]", "answer with this adapter (none: with no adapter); without NAME, list adapters"),
+    "/system": ("[TEXT]", "set the system message to TEXT; without TEXT, remove the system message"),
     "/reset": ("", "forget all messages but the system message"),
     "/save": ("FILE.jsonl", "add the chat to a file as a row that nplora finetune reads"),
     "/help": ("", "list the commands"),
@@ -87,7 +87,7 @@ class ChatSession:
     def _answer(self, text: str) -> None:
         """Print the answer while it is generated.
 
-        In a terminal, Ctrl-C stops the answer. The chat keeps the part that was printed.
+        In a terminal, Ctrl-C stops the answer. The chat keeps the part of the answer that was printed.
         """
         with contextlib.closing(self._chat.ask(text)) as pieces:
             try:
@@ -128,7 +128,7 @@ class ChatSession:
         if name:
             if name not in (*names, _NO_ADAPTER):
                 known = ", ".join([*names, _NO_ADAPTER])
-                raise ValueError(f"no adapter {name!r}; there are: {known}")
+                raise ValueError(f"no adapter {name!r}, expected one of: {known}")
             self._chat.adapter = name if name in names else None
             self._say(f"answers come from {self._chat.adapter or 'the model without an adapter'}")
             return
@@ -153,7 +153,7 @@ class ChatSession:
     def _help(self) -> None:
         for name, (takes, does) in COMMANDS.items():
             self._say(f"{name + ' ' + takes:20} {does}")
-        self._say('""" begins a message of several lines, and ends it. Ctrl-C stops an answer.')
+        self._say('A message of several lines begins and ends with """. Ctrl-C stops an answer.')
 
     def _with_adapter(self) -> str:
         return f" with {self._chat.adapter}" if self._chat.adapter else ""

@@ -38,7 +38,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _check_output(arguments: argparse.Namespace) -> None:
-    """Check the output directory before the slow work begins. Refuse one that cannot be written."""
+    """Before the slow work begins, raise an error if the output directory cannot or must not be written."""
     from nplora.formats import files
     from nplora.formats.model_directory import require_no_model
     from nplora.formats.output_directory import require_no_other

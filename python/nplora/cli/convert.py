@@ -12,8 +12,8 @@ HELP = (
 )
 
 _EPILOG = (
-    "If the tokenizer of a Hugging Face model is a byte-level BPE tokenizer, it is converted too. A GGUF "
-    "model keeps its tokenizer."
+    "If a Hugging Face model has a byte-level BPE tokenizer, the tokenizer is converted too. A GGUF model "
+    "keeps its tokenizer."
 )
 
 
@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text = "new .gguf file, or new directory for an adapter"
     parser.add_argument("target", metavar="TARGET", type=path, help=text)
     storages = tuple(name for name in STORAGES if name != "float64")
-    text = "storage type of the model's matrices; same: keep each matrix's type (default: same)"
+    text = 'storage type of the model\'s matrices; with "same", each matrix keeps its type (default: same)'
     parser.add_argument("--dtype", choices=storages, help=text)
     text = (
         "model that the adapter was trained on: a GGUF file, a config.json or its directory (default: the "

@@ -6,13 +6,16 @@ import sys
 
 from nplora.cli.parser import add_options, given_data, given_options, path, weighted_path
 
-HELP = "Show how training data are read: the trained tokens, the lengths, cut examples, and duplicates."
+HELP = (
+    "Show how training data are read: which tokens are trained, how long the examples are, and how many are "
+    "cut or repeated."
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     from nplora.finetuning.options import PreviewOptions
 
-    text = "files of rows, or a directory with train.jsonl and perhaps valid.jsonl, as for finetune"
+    text = "files of rows, or a directory with train.jsonl and, optionally, valid.jsonl, as for finetune"
     parser.add_argument("data", metavar="FILE", type=weighted_path, nargs="+", help=text)
     text = "model whose tokenizer and chat template are used: GGUF file or Hugging Face directory"
     parser.add_argument("--model", metavar="MODEL", type=path, required=True, help=text)

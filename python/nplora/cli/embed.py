@@ -18,11 +18,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--adapter", metavar="DIR", type=path, help=text)
     text = "field that holds the text (default: text)"
     parser.add_argument("--column", metavar="NAME", default="text", help=text)
-    text = "scale embeddings to length 1; --no-normalize: keep their length (default: see the model's files)"
+    text = (
+        "scale embeddings to length 1; with --no-normalize, keep their length (default: the setting in the "
+        "model's files)"
+    )
     parser.add_argument("--normalize", action=argparse.BooleanOptionalAction, default=None, help=text)
-    text = 'a text that is put before each text, such as "query: "'
+    text = 'prefix for each text of the file, such as "query: "'
     parser.add_argument("--prompt", metavar="TEXT", help=text)
-    text = "name of a prompt in the model's files"
+    text = "name of a prefix for each text, from the prompts in the model's files"
     parser.add_argument("--prompt-name", metavar="NAME", help=text)
     text = "number of texts in a batch (default: texts with about 4,096 tokens in total)"
     parser.add_argument("--batch-size", metavar="N", type=int, help=text)

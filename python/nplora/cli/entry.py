@@ -91,7 +91,7 @@ def _status(arguments: list[str]) -> int:
 
 
 def _run_command(parsed: argparse.Namespace) -> None:
-    """Run the command. If rank 0 prints the error of another rank, do not print the error again here."""
+    """Run the command. If it fails with an error that rank 0 prints, do not print the error here too."""
     try:
         parsed.run_command(parsed)
     except Exception as error:
@@ -101,7 +101,7 @@ def _run_command(parsed: argparse.Namespace) -> None:
 
 
 def _distributed(arguments: list[str]) -> str | None:
-    """Return "mpi" if the arguments, which may be wrong, ask for a run on MPI's ranks; otherwise None."""
+    """Return "mpi" if the arguments contain --distributed mpi, else None. The arguments may have errors."""
     pairs = {" ".join(pair) for pair in itertools.pairwise(arguments)} | set(arguments)
     return None if pairs.isdisjoint({"--distributed mpi", "--distributed=mpi"}) else "mpi"
 

@@ -22,7 +22,7 @@ class UsageError(ValueError):
 
 
 def show_error(error: Exception, hint: str = "", spelled: Callable[[str], str] = str) -> None:
-    """Print an error and its notes.
+    """Print an error and its notes (see `BaseException.add_note`) on one line.
 
     Args:
         hint: advice that is printed at the end of the same line.
@@ -40,19 +40,19 @@ def show_warning(
 
 
 class Spelling:
-    """Replaces names of Python keywords in a message by the options of a command.
+    """Replaces the names of keyword arguments in a message by the options of a command.
 
     `resume=True` becomes --resume, `rank=8` becomes "--rank 8", and a name with an underscore, such as
-    `valid_split`, becomes --valid-split. If a message names an option and then the same keyword in
-    parentheses, the keyword is removed.
+    `valid_split`, becomes --valid-split. If a message names an option, and later the keyword of this option
+    in parentheses, as in "--resume ... (resume=True)", the parentheses are removed.
 
     A message about a file begins with the file's name, and may name fields of the file. The fields of a file
     may have the same names as options. So in a message about a file, a keyword is replaced only if a value
-    follows the keyword, and in a message about a row, nothing is replaced. An argument that the user has
-    typed stays unchanged, because the argument may be the name of a file.
+    follows the keyword, as in `rank=8`. In a message about a row of a file, nothing is replaced. A word that
+    the user has typed as an argument is not replaced either, because the word may be the name of a file.
 
     Args:
-        options: a dictionary from keywords to options.
+        options: a dict from keywords to options of the command.
         typed: the arguments of the command line.
     """
 
@@ -90,7 +90,7 @@ class Spelling:
 
 
 def message_of(error: Exception) -> str:
-    """The message of an error, with the name of its file, but without the number of a system error."""
+    """The message of an error, with the name of its file, but without the error number (errno)."""
     if not isinstance(error, OSError) or error.strerror is None or error.errno is None:
         return str(error) or "out of memory"
     text, file = error.strerror, error.filename

@@ -27,9 +27,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     from nplora.finetuning import EvaluateOptions
 
     add_model(parser)
-    add_data(parser, "valid.jsonl or, if that is missing, train.jsonl", weighted=False)
+    add_data(parser, "valid.jsonl (or train.jsonl, if valid.jsonl is missing)", weighted=False)
     add_adapters(parser)
-    text = "evaluate the model alone and each adapter alone, and test the differences"
+    text = (
+        "evaluate the model without an adapter and with each adapter alone, and test whether "
+        "the differences are significant"
+    )
     parser.add_argument("--compare", action="store_true", help=text)
     add_options(parser, EvaluateOptions)
     text = "new file to write the generated answers and their scores to, as JSON lines"

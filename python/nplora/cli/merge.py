@@ -22,11 +22,11 @@ HELP = (
 _EPILOG = (
     "With --check, the loss of the new model is compared with the loss of BASE with the adapter. If the loss "
     "rises too much, no file is written, and the error names a storage type that is precise enough. ΔW is "
-    "the adapter's change of the weights. 'ΔW kept' is the share of ΔW that the stored weights hold; a merge "
-    "that keeps less than 90 % is refused. Noise is every other change that rounding makes. Noise spreads "
-    "over all directions, while ΔW acts in only a few directions. So noise that is larger than ΔW can still "
-    "be harmless. Relative error is the size of the lost part of ΔW and the noise together, divided by the "
-    "size of ΔW."
+    "the adapter's change of the weights. 'ΔW kept' is the share of ΔW that is left after rounding to the "
+    "storage type; a merge that keeps less than 90 % is refused. Noise is the part of the rounding error "
+    "that is orthogonal to ΔW. Noise spreads over all directions, while ΔW acts in only a few directions. So "
+    "noise that is larger than ΔW can still be harmless. Relative error is the norm of the whole rounding "
+    "error, divided by the norm of ΔW."
 )
 
 
@@ -45,17 +45,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text = "storage type of the merged weights; for safetensors, only the float types (default: same)"
     parser.add_argument("--dtype", choices=STORAGES, default="same", help=text)
     add_any_base(parser)
-    text = "write the model even if it keeps less than 90 %% of the adapter's change"
+    text = "write the model even if rounding leaves less than 90 %% of the adapter's change of the weights"
     parser.add_argument("--lossy", action="store_true", help=text)
     parser.add_argument("--overwrite", action="store_true", help="replace an existing model")
     text = "print how much of the adapter each tensor kept"
     parser.add_argument("--verbose", action="store_true", help=text)
     text = (
-        "held-out data; the model is written only if its loss on these data is about as low as that of BASE "
-        "with the adapter"
+        "held-out data; the model is written only if its loss on these data is about as low as the loss of "
+        "BASE with the adapter"
     )
     parser.add_argument("--check", metavar="FILE", type=path, help=text)
-    text = f"accepted rise of the loss, in nats per token (default: {TOLERANCE}, 2 %% of the perplexity)"
+    text = (
+        f"accepted rise of the loss, in nats per token (default: {TOLERANCE}, which raises the perplexity by "
+        "2 %%)"
+    )
     parser.add_argument("--tolerance", metavar="NATS", type=float, default=TOLERANCE, help=text)
     add_options(parser, EvaluateOptions, names=READING)
 

@@ -13,7 +13,7 @@ _PROMPT, _MORE = "> ", "… "
 
 
 class PipedLines:
-    """The lines of standard input, if it is not a terminal. Each line is a message."""
+    """The lines of standard input, if standard input or output is not a terminal. Each line is a message."""
 
     is_terminal = False
 
@@ -33,7 +33,7 @@ class PipedLines:
         return None
 
     def close(self) -> None:
-        """Do nothing, because a pipe has no history."""
+        """Do nothing, because lines from a pipe are not stored in the history."""
 
 
 class TerminalLines:
@@ -44,7 +44,7 @@ class TerminalLines:
 
     Args:
         words: the words that the Tab key completes at the beginning of a line.
-        history: the file that stores the lines for the next chat.
+        history: the file with the lines of earlier chats. `close` adds the lines of this chat.
     """
 
     is_terminal = True
@@ -73,7 +73,7 @@ class TerminalLines:
         return text.partition(_MULTILINE)[0].strip("\n")
 
     def close(self) -> None:
-        """Save the history. If the disk cannot be written, raise no error."""
+        """Save the history. If its file cannot be written, raise no error."""
         if self._readline is None:
             return
         with contextlib.suppress(OSError):
@@ -87,7 +87,7 @@ Lines = PipedLines | TerminalLines
 
 
 def opened(words: Sequence[str]) -> Lines:
-    """The lines of a terminal, or of standard input if standard input or output is a pipe or a file."""
+    """Return TerminalLines if standard input and output are a terminal, otherwise PipedLines."""
     is_terminal = sys.stdin.isatty() and sys.stdout is not None and sys.stdout.isatty()
     return TerminalLines(words, history_file()) if is_terminal else PipedLines()
 

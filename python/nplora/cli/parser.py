@@ -94,7 +94,10 @@ class CommandParser(Parser):
         return super().parse_known_args(args, namespace)
 
     def _require_option(self, word: str) -> None:
-        """Refuse an unknown option if a known option is similar. argparse refuses other unknown options."""
+        """Refuse an unknown option that is similar to a known option, and suggest the known option.
+
+        argparse refuses every other unknown option.
+        """
         options = [option for option in self._option_string_actions if option.startswith("--")]
         begun = [option for option in options if option.startswith(word)]
         if not word.startswith("-") or " " in word or word in self._option_string_actions or len(begun) == 1:
@@ -107,7 +110,7 @@ class CommandParser(Parser):
 
 
 def parser_of(words: Sequence[str]) -> Parser:
-    """Make the parser for a command line. If `words` contain a command, load only the module of this command.
+    """Make the parser for the words of a command line. If a word is a command, load only its module.
 
     Raises:
         SystemExit: there is no such command.
@@ -148,7 +151,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 
 def add_data(
     parser: argparse.ArgumentParser,
-    directory: str = "train.jsonl and perhaps valid.jsonl",
+    directory: str = "train.jsonl and, optionally, valid.jsonl",
     weighted: bool = True,
     words: bool = False,
 ) -> None:
@@ -156,8 +159,8 @@ def add_data(
 
     Args:
         directory: the names of the files that are read if the user gives a directory.
-        weighted: whether the help text describes weights.
-        words: whether the help text names files of words and tags.
+        weighted: whether the help text says that a file may have a weight.
+        words: whether the help text names .conll files, which hold words with tags.
     """
     suffixes = ".jsonl, .json, .csv, .tsv, .txt, .parquet, .arrow" + (", .conll" if words else "")
     text = f"file of rows ({suffixes}), or directory with {directory}. "
@@ -201,17 +204,17 @@ def add_compute(parser: argparse.ArgumentParser) -> None:
 
 
 def path(text: str) -> str:
-    """Refuse an empty path, which for example an unset shell variable gives. Return any other path."""
+    """Return the path. Raise an error if it is empty, for example because a shell variable is not set."""
     if not text:
         raise argparse.ArgumentTypeError("the path is empty")
     return text
 
 
 def weighted_path(text: str) -> tuple[str, float]:
-    """Read PATH:WEIGHT or PATH. If a file named like the whole text exists, the text is a PATH.
+    """Read PATH:WEIGHT or PATH. If a file has the whole text as its name, the text is a PATH.
 
     Raises:
-        FileNotFoundError: the text is the address of an adapter on the Hugging Face Hub.
+        FileNotFoundError: the text is no path, but the address of an adapter on the Hugging Face Hub.
     """
     before, colon, weight = text.rpartition(":")
     if not colon or os.path.exists(text):
@@ -228,7 +231,7 @@ def weighted_path(text: str) -> tuple[str, float]:
 
 
 def adapter_path(text: str) -> str:
-    """The path of one adapter, for a command that takes no weights."""
+    """Return the path of an adapter, for a command in which adapters have no weights."""
     before, colon, _ = text.rpartition(":")
     if colon and os.path.exists(before) and not os.path.exists(text):
         raise argparse.ArgumentTypeError(
@@ -328,7 +331,7 @@ def _option(name: str) -> str:
 
 
 def given_options(arguments: argparse.Namespace, options: type) -> dict[str, Any]:
-    """The options given on the command line that are fields of a dataclass, as {field: value}."""
+    """Return {field: value} for the fields of a dataclass that the user has set by options."""
     found = {field.name: getattr(arguments, field.name, None) for field in dataclasses.fields(options)}
     return {
         name: tuple(value) if isinstance(value, list) else value
@@ -338,7 +341,7 @@ def given_options(arguments: argparse.Namespace, options: type) -> dict[str, Any
 
 
 def checked(options: Callable[..., T], given: dict[str, Any]) -> T:
-    """Make the dataclass `options` from the given fields. A wrong value raises a UsageError."""
+    """Make an instance of the dataclass `options` from {field: value}. A wrong value raises a UsageError."""
     try:
         return options(**given)
     except (ValueError, TypeError) as error:

@@ -17,17 +17,19 @@ _LATENCY = "50us"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     from nplora.finetuning import FinetuneOptions
 
-    parser.epilog = "The other options of finetune are accepted, but have no effect."
+    parser.epilog = "Options of finetune that are not listed here are accepted, but have no effect."
     add_model(parser)
     add_data(parser)
     parser.add_argument("--valid", metavar="FILE", type=path, help="validation file of the run")
     parser.add_argument("--output", help=argparse.SUPPRESS)
     parser.add_argument("--verbose", action="store_true", help="list all plans that --memory chooses from")
-    group = parser.add_argument_group("several machines (also give --accumulate, the batches of a step)")
+    group = parser.add_argument_group(
+        "several machines (also give --accumulate, the number of batches in a step)"
+    )
     group.add_argument("--nodes", metavar="N", type=int, help="number of machines like this one in the run")
     rate = "rate of each machine's network connection, in bits per second (1Gb) or bytes per second (125MB)"
     group.add_argument("--network", metavar="RATE", help=rate)
-    latency = f"time from one machine to another (default: {_LATENCY})"
+    latency = f"time that a message takes from one machine to another (default: {_LATENCY})"
     group.add_argument("--latency", metavar="TIME", help=latency)
     add_options(parser, FinetuneOptions, shown="planned")
 

@@ -7,7 +7,7 @@ import os
 from nplora.cli.adapter_names import named_adapters
 from nplora.cli.parser import add_any_base, add_compute, add_model, add_options, checked, given_options, path
 
-HELP = "Serve a model or an encoder and its adapters with OpenAI's API, and fine-tune in the same process."
+HELP = "Serve a model or an encoder, with adapters, through OpenAI's API. The server can also fine-tune."
 
 _KEY = "NPLORA_API_KEY"
 
@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     from nplora.serving.options import ServeOptions
 
     add_model(parser)
-    text = "adapter that requests choose as their model: PEFT directory or llama.cpp file (repeatable)"
+    text = "adapter that requests can use as the model NAME: PEFT directory or llama.cpp file (repeatable)"
     parser.add_argument("--adapter", metavar="NAME=PATH", type=path, action="append", default=[], help=text)
     add_any_base(parser)
     add_compute(parser)

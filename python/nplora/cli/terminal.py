@@ -13,6 +13,9 @@ _SHOWN = {
 
 
 def printed(text: str) -> str:
-    """Make the control characters of a text visible, except tabs and line ends, if stdout is a terminal."""
+    """If stdout is a terminal, make the control characters of a text visible.
+
+    Tabs and line feeds stay, and carriage returns are removed.
+    """
     is_terminal = sys.stdout is not None and sys.stdout.isatty()
     return text.translate(_SHOWN) if is_terminal else text

@@ -10,8 +10,8 @@ from nplora.cli.errors import UsageError
 from nplora.cli.parser import add_data, add_model, add_options, checked, given_data, given_options, path
 
 HELP = (
-    "Search for the learning rate, the rank, the targets and the epochs of finetune, with short runs within "
-    "a time budget. Print a table of the runs, and the finetune command of the best run."
+    "Search for the best learning rate, rank, targets and number of epochs of finetune. The search makes "
+    "short runs within a time budget. Print a table of the runs, and the finetune command of the best run."
 )
 
 
@@ -19,7 +19,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     from nplora.finetuning import FinetuneOptions, TuneOptions
     from nplora.finetuning.tuning.options import NOT_PASSED
 
-    parser.epilog = "If you give an option of finetune, all trials use its value; tune does not search it."
+    parser.epilog = (
+        "If you give an option of finetune, all trials use its value, and tune does not search that option."
+    )
     add_model(parser)
     add_data(parser)
     text = "held-out data to compare the trials on (default: a tenth of the examples)"
@@ -71,11 +73,11 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def searched(text: str) -> tuple[str, list[Any]]:
-    """Read NAME=VALUE,VALUE. For `targets`, "+" joins the names of one value.
+    """Read NAME=VALUE,VALUE. If NAME is `targets`, "+" joins several layer names into one VALUE.
 
     Raises:
-        ArgumentTypeError: the text has another form, tune cannot search this option, or a value does not have
-            the option's type.
+        ArgumentTypeError: the text does not have this form, tune cannot search this option, or a value does
+            not have the option's type.
     """
     from nplora.finetuning import FinetuneOptions
     from nplora.finetuning.tuning.space import require_searchable

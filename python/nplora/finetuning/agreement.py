@@ -15,7 +15,7 @@ _MAY_DIFFER = ("memory", "report_to", "profile", "save_every", "save_minutes", "
 
 
 class _Options(Protocol):
-    """The options of a function, as a dataclass."""
+    """A dataclass with the options of a training function, such as FinetuneOptions."""
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
 
@@ -36,8 +36,8 @@ def require_same_options(ranks: Communicator, options: _Options, op: str = "fine
     Args:
         op: the name of the calling function, for messages.
     Raises:
-        ValueError: a rank differs from rank 0, and the message names the rank and what differs; or there are
-            more ranks than batches in a step.
+        ValueError: a rank has another program or another option than rank 0, and the message names the rank
+            and the difference; or there are more ranks than batches in a step.
     """
     names = [field.name for field in dataclasses.fields(options)]
     values = {name: getattr(options, name) for name in names if name not in _MAY_DIFFER}
@@ -57,7 +57,7 @@ def require_same_data(
     Args:
         op: the name of the calling function, for messages.
     Raises:
-        ValueError: a rank differs from rank 0.
+        ValueError: a rank has read other data than rank 0.
     """
     if ranks.size > 1:
         valid = None if held_out is None else held_out.fingerprint()
@@ -65,7 +65,7 @@ def require_same_data(
 
 
 def _require_same(ranks: Communicator, mine: dict[str, Any], op: str, what: str) -> None:
-    """Raise a ValueError if the values of a rank are not those of rank 0."""
+    """Raise a ValueError if the values of a rank differ from the values of rank 0."""
     problems = differences(ranks.gather(mine, f"the comparison of {what}"))
     if problems:
         raise ValueError(f"{op}: the ranks do not agree: {first_few(problems, '; ')}")

@@ -51,8 +51,8 @@ def attach_adapter(
     """Attach an adapter to a model, as `Adapter.attach` does. Several adapters add up, as in `combine`.
 
     Args:
-        adapter: a PEFT directory, a llama.cpp file or an `Adapter`; or a pair (one of these, weight); or a
-            list of adapters and pairs.
+        adapter: one adapter (a PEFT directory, a llama.cpp file or an `Adapter`), a pair (adapter, weight),
+            or a list of adapters and pairs.
         any_base: accept an adapter that was trained on another model with the same shapes.
         replace: first remove the adapter that the model already has.
     Raises:
@@ -92,11 +92,11 @@ def files_of(op: str, adapter: Adapters | None) -> list[Path]:
 
 
 def warn_of_form(op: str, adapter: Adapters, chat: bool | None, use: str, remedy: str) -> None:
-    """Warn if the chat template was used in an adapter's training, but is not used now, or vice versa.
+    """Warn if an adapter was trained with the chat template, but is used without it, or the other way round.
 
     Args:
         chat: whether the template is used now; None: unknown, so there is no warning.
-        use: the name of the current text in the warning, such as "this text".
+        use: words that name the current text in the warning, such as "this text".
         remedy: the advice in the warning if the text does not go through the template.
     """
     for one, _ in _weighted(op, adapter):

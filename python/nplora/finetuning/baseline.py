@@ -31,10 +31,10 @@ class Baseline(Callback):
     """Evaluates the model before the first step. A resumed run reads the results from its log.
 
     Attributes:
-        loss: validation loss before training; None without validation data, or if the log of a resumed run
-            has no loss on these validation data.
-        metrics: other values that the loss measures on the validation data; may be empty.
-        was_finished: whether the resumed run had already made all of its steps.
+        loss: validation loss before training. None: there are no validation data, or the run is resumed and
+            its log has no loss on these validation data.
+        metrics: metrics other than the loss, on the validation data; may be empty.
+        was_finished: whether the resumed run had already completed all of its steps.
         answers: the generated text for each prompt; "" if the log of a resumed run does not have it.
     """
 
@@ -97,7 +97,7 @@ class Baseline(Callback):
 
 
 def _text(prompt: Prompt) -> str:
-    """A prompt in the user's words: the text, or the last message of a chat."""
+    """The text of a prompt. If the prompt is a chat, this is the text of the last message."""
     return prompt if isinstance(prompt, str) else str(prompt[-1]["content"])
 
 

@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="dictionary",
         help="which demo to run: dictionary or digits (default: dictionary)",
     )
-    text = "directory for the adapter and the log (default: demo-WHAT)"
+    text = "directory for the adapter and the log (default: demo-dictionary or demo-digits)"
     parser.add_argument("--output", metavar="DIR", type=path, help=text)
     parser.add_argument("--rank", type=int, help="rank of the LoRA factors (default: 8; digits: 4)")
     text = "random seed of the initial factors and the order of the data (default: 0)"

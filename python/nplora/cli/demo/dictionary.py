@@ -35,7 +35,7 @@ class DictionaryReport:
 
     @property
     def failures(self) -> list[str]:
-        """One message for each claim of the demo that is false. If there is no bug, the list is empty."""
+        """Messages that say which promises of the demo are broken. Without a bug, the list is empty."""
         before, after = self.run.loss_before, self.run.loss_after
         promises = {
             "the held-out loss did not fall": before is not None and after is not None and after < before,
@@ -72,7 +72,7 @@ def run(
         output: directory for the adapter (PEFT's format), the checkpoints and log.jsonl.
         rank: rank of the LoRA factors.
         seed: random seed of the initial factors and the order of the entries.
-        overwrite: delete an earlier run or adapter in `output`, for example that of an earlier demo.
+        overwrite: delete the run and the adapter that `output` already holds.
     Raises:
         FileExistsError: `output` holds a run or an adapter, and `overwrite` is not set.
         ModuleNotFoundError: the model, or a package that its tokenizer needs, is not installed.
@@ -108,7 +108,7 @@ def run(
     )
     directory = f"{done.output}{os.sep}"
     print(report)
-    print(f"{directory} holds the adapter (PEFT's format), checkpoints and log.jsonl. Ask for more words:")
+    print(f"{directory} holds the adapter (PEFT's format), checkpoints and log.jsonl. Define other words:")
     ask = f"nplora generate {model} - --repetition-penalty 1.1 --adapter {directory}"
     print(f"printf 'Q: Define truth.\\nA:' | {ask}")
     if report.failures:

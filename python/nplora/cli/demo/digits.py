@@ -29,7 +29,7 @@ OUTPUT = "demo-digits"
 
 
 class DigitsNet(Module):
-    """The pretrained network with 64, 512, 512 and 10 units, and an adapter on each frozen layer."""
+    """The pretrained network with layers of 64, 512, 512 and 10 units. Each frozen layer has an adapter."""
 
     def __init__(self, pretrained: SafetensorsFile, rank: int) -> None:
         self.fc1 = _adapted(pretrained, "fc1", rank)
@@ -47,7 +47,10 @@ class DigitsNet(Module):
         return y, (s1, r1, s2, r2, s3)
 
     def backward(self, dy: Array, saved: Any, need_dx: bool = True) -> Array | None:
-        """Add to the gradients of the factors. Return dx (n, 64), or None if `need_dx` is False."""
+        """Add the gradients of this batch to the gradients of the factors.
+
+        Return dx (n, 64), or None if `need_dx` is False.
+        """
         s1, r1, s2, r2, s3 = saved
         dh = self.relu.backward(self.fc3.backward(dy, s3), r2)
         dh = self.relu.backward(self.fc2.backward(dh, s2), r1)
@@ -76,8 +79,8 @@ class MergeCheck:
     """How well merged and unmerged outputs agree on the changed images of the held-out digits.
 
     Attributes:
-        difference: how much merging changes one element of a layer's output. The element is the one with the
-            largest ratio of `difference` to `bound`.
+        difference: how much merging changes one element of a layer's output. Among all elements of all
+            layers, this element has the largest change in proportion to its bound.
         bound: the largest change that rounding alone can make to this element.
         logits: the largest change that merging makes to the network's logits.
     """
@@ -96,10 +99,12 @@ class DemoReport:
         after: accuracy after training.
         off: accuracy after training, with the adapter switched off.
         examples, held_out: the number of digits for training, and for evaluation.
-        rank, factors, parameters: the rank, the number of trained values, and the number of frozen values.
+        rank: the rank of the LoRA factors.
+        factors: the number of trained values.
+        parameters: the number of frozen values.
         saved_bytes: bytes of the activations of one batch that are kept for the backward pass.
         seconds, threads: the duration of the training, and the number of threads.
-        digests: the SHA-256 of all frozen weights and biases before training, and that at the end.
+        digests: two SHA-256 digests of all frozen weights and biases: before training, and after the demo.
         merge: the comparison of merged and unmerged outputs.
         reloaded_equal: whether a new network with the saved adapter has the same logits, bit for bit.
     """
@@ -121,7 +126,7 @@ class DemoReport:
 
     @property
     def failures(self) -> list[str]:
-        """One message for each claim of the demo that is false. If there is no bug, the list is empty."""
+        """Messages that say which promises of the demo are broken. Without a bug, the list is empty."""
         promises = {
             "the frozen weights changed": self.digests[0] == self.digests[1],
             "the adapter changes the results even when it is off": self.off == self.before,
@@ -169,7 +174,7 @@ def run(
             directory is created.
         rank: rank of the LoRA factors.
         seed: random seed of the initial factors and the order of the examples.
-        overwrite: delete an earlier run, adapter and plot in `output`, for example those of an earlier demo.
+        overwrite: delete the run, the adapter and the plot that `output` already holds.
         epochs: number of passes over the 600 examples.
         lr: peak learning rate of AdamW.
     Returns:
@@ -226,13 +231,16 @@ def run(
 
 
 def pretrained_weights() -> SafetensorsFile:
-    """Read the pretrained network, stored in float16, and the indices of the digits in each split."""
+    """Open the file with the pretrained weights (in float16) and the indices of the digits of each split.
+
+    The splits are `split.adaptation`, the digits to train on, and `split.held_out`.
+    """
     with resources.as_file(resources.files("nplora.cli.demo") / "digits.safetensors") as path:
         return safetensors.open(path, mmap=False)
 
 
 def digits(numbers: Array) -> Digits:
-    """Load the digits with the indices `numbers` (0 to 1796) from scikit-learn, and make the changed images.
+    """Load digits from scikit-learn by their indices (`numbers`, 0 to 1796), and make their changed images.
 
     Raises:
         ModuleNotFoundError: scikit-learn is not installed.
@@ -293,8 +301,9 @@ def check_merge(model: DigitsNet, x: Array) -> MergeCheck:
 
     A layer gets the same inputs h before and after the merge. In both cases, the layer computes
     (W + s A B) h + b, where s is the scale and b the bias. Rounding changes each element of the result by at
-    most γ (|W| |h| + s |A| |B| |h| + |b|). The constant γ = γ_k (Higham 2002, section 3.1) with
-    k = 2 d_in + r + 6 covers both computations, for any order of the sums.
+    most γ (|W| |h| + s |A| |B| |h| + |b|), so the two results differ by at most twice this value. Here, γ is
+    γ_k of Higham 2002, section 3.1. The value k = 2 d_in + r + 6 is large enough for both computations, in
+    any order of summation.
     """
     layers = (model.fc1, model.fc2, model.fc3)
     inputs, outputs, bounds = [x], [], []

@@ -1,4 +1,7 @@
-"""Temperature scaling: one number adjusts the probabilities of a classifier to its accuracy."""
+"""Temperature scaling: divides the logits of a classifier by one number, the temperature.
+
+With the right temperature, the probabilities match how often the predictions are right.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,8 @@ def temperature(task: str, logits: Array, targets: Array) -> float:
 
     Args:
         task: "single" or "multi".
-        logits: (n, outputs). targets: labels (n,), or 0 and 1 (n, outputs).
+        logits: (n, outputs).
+        targets: for "single", indices of labels (n,); for "multi", zeros and ones (n, outputs).
     """
     wide = np.asarray(logits, np.float64)
     # The terms of the sum of truth · logits. For "single", no matrix of zeros and ones is made.

@@ -9,10 +9,11 @@ import numpy.typing as npt
 
 
 def balanced_weights(targets: npt.NDArray[Any], count: int) -> tuple[float, ...]:
-    """The weight of each of `count` labels. `targets` holds the label index of each text or word.
+    """Return a weight for each of the `count` labels. `targets` holds the label index of each text or word.
 
     A weight is the number of targets / (count · the number of targets with this label), as in scikit-learn.
-    A label without targets has the weight 0. Negative targets are words without a token, and do not count.
+    A label without targets has the weight 0. A negative target stands for a word without a token, and does
+    not count.
     """
     known = targets[targets >= 0]
     found = np.bincount(known, minlength=count).tolist()

@@ -25,7 +25,7 @@ class Encoded:
     Attributes:
         ids: the token ids of each text.
         cut: the number of texts that were too long, and were cut.
-        words: the positions of the words among the tokens; None if whole texts are labelled.
+        words: the index of the first token of each word; None if whole texts are labelled.
     """
 
     ids: list[list[int]]
@@ -34,7 +34,7 @@ class Encoded:
 
     @staticmethod
     def of(classifier: TextClassifier, rows: Sequence[Labelled], whole: bool = False) -> Encoded:
-        """Encode texts or, for a classifier of tokens, sentences. `whole`: sentences are not cut."""
+        """Encode texts or, for a classifier of tokens, sentences. With `whole`, no sentence is cut."""
         if classifier.classifies_tokens:
             sentences = [row.words if isinstance(row, Tagged) else () for row in rows]
             words = classifier.encoder.word_ids(sentences, None if whole else classifier.max_length)
@@ -56,15 +56,19 @@ class Encoded:
         return 0 if self.words is None else self.words.lost
 
     def inputs(self, classifier: TextClassifier) -> tuple[list[list[int]], Array | slice]:
-        """The token ids that the classifier computes, and the rows of its logits that count.
+        """The token ids that the classifier reads, and the indices of those rows of its logits that are used.
 
-        The rows are those of each text, or of each word with a token. Sentences that are too long for the
-        classifier are divided into windows.
+        For labelled texts, all rows are used: one for each text. For labelled words, only the row of each
+        word's first token is used, and sentences that are too long are divided into windows.
         """
         return (self.ids, slice(None)) if self.words is None else classifier.windows(self.words)
 
     def places(self, places: Sequence[str]) -> list[str]:
-        """The file and line of each text, or of each word with a token, given those of each text."""
+        """Return the place (file and line) of each text, or of each word with a token.
+
+        Args:
+            places: the place of each text.
+        """
         if self.words is None:
             return list(places)
         counts = map(len, self.words.kept(self.words.first))
@@ -103,7 +107,7 @@ def require_words(names: str, count: int) -> None:
 
 
 def cut_in_words(cut: int, lost: int, longest: int, unit: str) -> str:
-    """A text that says how many texts or sentences were cut, and how many words have no label."""
+    """Return a message that says how many texts or sentences were cut, and how many words have no label."""
     found = [f"cut to {longest} tokens: {counted(cut, unit)}"] if cut else []
     if lost:
         found.append(f"{counted(lost, 'word')} without a token {'has' if lost == 1 else 'have'} no label")

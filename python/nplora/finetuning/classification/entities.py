@@ -3,9 +3,10 @@
 The tags follow one of these schemes:
 
 - IOB2: B- begins an entity, and I- continues it.
-- IOB1: I- begins and continues an entity. B- begins it directly after an entity of the same kind.
-- IOE: I- begins and continues an entity. E- is its last word, always or only before one of the same kind.
-- IOBES: as IOB2, but E- is the last word of an entity, and S- its only word.
+- IOB1: I- begins and continues an entity. B- begins an entity directly after another of the same kind.
+- IOE: I- begins and continues an entity. E- marks the last word of an entity: of every entity, or only of an
+  entity directly before another of the same kind.
+- IOBES: as IOB2, but E- marks the last word of an entity, and S- marks the word of an entity of one word.
 - BILOU: as IOBES, with L- instead of E-, and U- instead of S-.
 """
 
@@ -40,7 +41,7 @@ class EntityCounts(NamedTuple):
 
 
 def first_misfit(tags: Iterable[str]) -> str | None:
-    """The first tag that fits no scheme, alone or together with the tags before it. None: all tags fit.
+    """The first tag that fits no scheme, or no scheme that the tags before it fit. None: all tags fit.
 
     >>> from nplora.finetuning.classification.entities import first_misfit
     >>> first_misfit(["O", "B-PER", "b-LOC"]), first_misfit(["U-PER", "S-PER"]), first_misfit(["O", "S-PER"])
@@ -57,7 +58,10 @@ def first_misfit(tags: Iterable[str]) -> str | None:
 
 
 def look_like_entities(tags: Iterable[str]) -> bool:
-    """Whether some tags begin with B or I as if they were tags of entities, even if they fit no scheme.
+    """Whether the tags look like tags of entities, even if they have mistakes and fit no scheme.
+
+    Tags look like tags of entities if one begins with B, I, b or i and a separator, or if the tags are only
+    single letters, B and I among them.
 
     >>> from nplora.finetuning.classification.entities import look_like_entities
     >>> look_like_entities(["O", "b-LOC"]), look_like_entities(["B", "I", "O"]), look_like_entities(["NOUN"])
@@ -82,8 +86,8 @@ def kinds_of(tags: Sequence[str]) -> tuple[str, ...]:
 def scheme_of(tags: Iterable[str], sentences: Iterable[Sequence[str]]) -> str:
     """The name of the scheme.
 
-    IOB1 and IOB2 have the same tags. The scheme is IOB1 if an entity begins with I-, and B- begins only
-    entities that directly follow one of the same kind.
+    IOB1 and IOB2 have the same tags. The scheme is IOB1 if at least one entity begins with I-, and B- begins
+    only entities that directly follow another entity of the same kind.
 
     >>> from nplora.finetuning.classification.entities import scheme_of
     >>> scheme_of(["B-PER", "I-PER", "O"], [["I-PER", "O"]]), scheme_of(["O", "S-PER"], [])
@@ -113,8 +117,8 @@ def scheme_of(tags: Iterable[str], sentences: Iterable[Sequence[str]]) -> str:
 def entities(tags: Sequence[str]) -> Iterator[Entity]:
     """The entities of a sentence, as seqeval's default mode counts them; L- counts as E-, and U- as S-.
 
-    A tag with B-, S- or U- always begins an entity. Every other tag except O begins one if the word before it
-    is in no entity, is in an entity of another kind, or is the last word of an entity.
+    A tag with B-, S- or U- always begins an entity. Every other tag except O begins an entity if the word
+    before it is in no entity, is in an entity of another kind, or is the last word of an entity.
 
     >>> from nplora.finetuning.classification.entities import entities
     >>> [tuple(entity) for entity in entities(["B-PER", "I-PER", "O", "I-LOC", "B-LOC"])]
@@ -132,7 +136,7 @@ def entities(tags: Sequence[str]) -> Iterator[Entity]:
 
 
 def count_entities(predicted: Iterable[Sequence[str]], true: Iterable[Sequence[str]]) -> EntityCounts:
-    """Count the entities of sentences. A hit is a predicted entity whose kind and words are both true."""
+    """Count the entities of sentences. A hit is a predicted entity that equals a true entity."""
     counts = EntityCounts(Counter(), Counter(), Counter())
     for ours, theirs in zip(predicted, true, strict=True):
         found, wanted = set(entities(ours)), set(entities(theirs))

@@ -33,8 +33,8 @@ class LabelScore:
     """How well one label is predicted.
 
     Attributes:
-        precision: the share of the texts with this prediction that have the label.
-        recall: the share of the texts with this label that have the prediction.
+        precision: among the texts for which this label is predicted, the share that have the label.
+        recall: among the texts that have this label, the share for which the label is predicted.
         f1: the harmonic mean of precision and recall; 0 if both are 0.
         support: the number of texts with this label.
 
@@ -50,7 +50,7 @@ class LabelScore:
 
 @dataclass(frozen=True)
 class ClassificationReport:
-    """How well a classifier predicts the rows of some data; `print` shows the report.
+    """How well the predictions of a classifier match the targets of a data set; `print` shows the report.
 
     Attributes:
         task: as in `TextClassifier`; or "tokens", if words are labelled.
@@ -66,7 +66,7 @@ class ClassificationReport:
             predicted label (column). With more than 1,000 labels, there is no matrix (None).
         entities: for tags such as B-PER, the scores of each kind of entity. A predicted entity is right if
             its kind and all its words are right.
-        scheme: the scheme of these tags: IOB1, IOB2, IOE, IOBES or BILOU; empty if there are no entities.
+        scheme: the scheme of the entity tags: IOB1, IOB2, IOE, IOBES or BILOU; empty without such tags.
 
     >>> logits = np.array([[2.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
     >>> report = nplora.finetuning.ClassificationReport.of("single", ["a", "b"], logits, np.array([0, 1, 1]))
@@ -92,7 +92,7 @@ class ClassificationReport:
     def of(
         task: str, labels: Sequence[str], logits: Array, targets: Array | Sequence[Array]
     ) -> ClassificationReport:
-        """Compare logits (n, outputs) with targets, both in the form that the losses take.
+        """Compare logits (n, outputs) with targets, both as the loss of the task takes them.
 
             >>> labels, logits = ["O", "B-PER", "I-PER"], np.eye(3)[[1, 2, 0, 1]]
             >>> truth = [np.array([1, 2, 0]), np.array([0])]
@@ -101,7 +101,7 @@ class ClassificationReport:
             (0.75, 0.5, 1.0)
 
         Args:
-            logits: for "tokens", those of all words in order.
+            logits: for "tokens", the logits of all words in order.
             targets: for "tokens", an array for each sentence: the indices of the labels of its words.
         Raises:
             ValueError: a logit is NaN or infinite.
@@ -286,7 +286,10 @@ def _scores(
 
 
 def _calibration_error(confidence: Array, right: Array) -> float:
-    """The mean |confidence - accuracy| of the bins, weighted by their counts (Guo et al. 2017, eq. 3)."""
+    """The mean of |confidence - accuracy| over all bins of confidence    (Guo et al. 2017, eq. 3).
+
+    The weight of a bin is its number of predictions.
+    """
     bins = np.minimum((confidence * _BINS).astype(np.intp), _BINS - 1)
     gap = np.bincount(bins, confidence, _BINS) - np.bincount(bins, right.astype(np.float64), _BINS)
     return float(np.abs(gap).sum() / len(right))

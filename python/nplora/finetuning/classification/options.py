@@ -46,9 +46,9 @@ class ClassifyOptions:
     task: str | None = _option(
         "labels",
         None,
-        "kind of the labels: single (one for each text, the default), multi (any number for each text), "
-        "regression (a number for each text) or tokens (one for each word, the default for rows with words "
-        "and tags)",
+        "kind of the labels: single (one label for each text, the default), multi (any number of labels for "
+        "each text), regression (a number for each text) or tokens (one label for each word, the default for "
+        "rows with words and tags)",
         choices=TASKS_OF_ROWS,
     )
     class_weights: str = _option(
@@ -58,7 +58,7 @@ class ClassifyOptions:
         "have the same total weight; only for single and tokens)",
         choices=CLASS_WEIGHTS,
     )
-    separator: str = _option("labels", "|", "text between the labels of a text, in files without lists")
+    separator: str = _option("labels", "|", "separator of the labels of one text, in files without lists")
     calibrate: bool = _option(
         "labels",
         False,

@@ -51,7 +51,10 @@ def draw(
 
 
 def _draw_matrix(axes: Any, names: Sequence[str], confusion: Array, unit: str) -> None:
-    """Draw the confusion matrix. A cell's colour is its share of its row, so that rare labels are visible."""
+    """Draw the confusion matrix.
+
+    The colour of a cell shows its count divided by the sum of its row, so that rare labels are visible.
+    """
     shares = confusion / np.maximum(1, confusion.sum(axis=1, keepdims=True))
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     axes.set_xticks(range(len(names)), names, rotation=45, ha="right")

@@ -15,7 +15,7 @@ TAGS = ("tags", "ner_tags", "labels")
 
 
 def has_words(row: Row) -> bool:
-    """Whether a row has a field with a usual name for words."""
+    """Whether a row has a field with one of the usual names for words, which are in `WORDS`."""
     return not {*row.values}.isdisjoint(WORDS)
 
 
@@ -36,9 +36,9 @@ def words_of(row: Row, column: str | None) -> tuple[str, list[str]]:
 
 
 def tags_of(row: Row, column: str | None, words: Sequence[str]) -> list[tuple[str, Any]]:
-    """The tag of each word, with the place of the tag for messages. For arguments and errors, see `words_of`.
+    """Return (place, tag) for each word. The place says where the tag is, for messages.
 
-    Without a `column`, the field has one of the names in `TAGS`.
+    For arguments and errors, see `words_of`. Without a `column`, the field has one of the names in `TAGS`.
     """
     name, tags = _items(row, "tags", column, TAGS)
     if len(tags) != len(words):

@@ -1,4 +1,7 @@
-"""TextBatches and TokenBatches: batches of token ids and targets. Seed and epoch determine the order."""
+"""TextBatches and TokenBatches: batches of token ids and targets.
+
+The seed and the number of the epoch determine the order of the texts.
+"""
 
 from __future__ import annotations
 
@@ -60,7 +63,7 @@ class TextBatches:
         return self._numbers.length
 
     def epoch(self, epoch: int, skip: int) -> Iterator[tuple[list[Sequence[int]], Array]]:
-        """The batches of an epoch (counted from 0), without its first `skip` batches."""
+        """Yield the batches of an epoch (counted from 0), except the first `skip` batches."""
         for numbers, targets in self._numbers.epoch(epoch, skip):
             yield [self._ids[i] for i in numbers.tolist()], self._chosen(targets)
 
@@ -68,12 +71,13 @@ class TextBatches:
         return self.epoch(0, 0)
 
     def sample_gradient(self, model: TextClassifier, loss: Loss) -> Callable[[], None]:
-        """Return a function that adds the gradient of the first texts to the gradients, for `Int8Check`.
+        """Return a function that adds the gradient of a sample to the model's gradients, for `Int8Check`.
 
-        The sample has about `SAMPLE_TOKENS` tokens, and at least `LEAST_ROWS` texts unless the data have
-        fewer. With fewer texts, the comparison may miss the last block: if the head reads one token of each
-        text, the last block computes one row for each text. Products of so few rows with low-bit weights are
-        computed in int8 even when the check turns int8 off.
+        The sample consists of the first texts. It has about `SAMPLE_TOKENS` tokens, and at least `LEAST_ROWS`
+        texts unless the data have fewer. This is necessary if the head reads one token of each text, because
+        the last block then computes one row for each text. Products of fewer than `LEAST_ROWS` rows with
+        low-bit weights are computed in int8 even when the check turns int8 off. So with fewer texts, the
+        check could not compare int8 with bfloat16 in the last block.
         """
         count = sample_length((len(ids), 1) for ids in self._ids)
 
@@ -95,7 +99,10 @@ class TextBatches:
         return {**self._numbers.log_summary(), "tokens": tokens}
 
     def _chosen(self, targets: Array) -> Array:
-        """Convert some of the constructor's targets to the form that the loss takes."""
+        """Return the targets of some texts in the form that the loss takes.
+
+        A subclass can override this method. Here, `targets` have this form already.
+        """
         return targets
 
 

@@ -6,10 +6,10 @@ from nplora.finetuning.token_progress import TokenProgress
 
 
 class TextProgress(TokenProgress):
-    """A line with the mean loss of the last steps, texts per second, peak memory and the time left.
+    """A line with the mean loss of recent steps, texts per second, peak memory and the time left.
 
     Args:
-        counted: the number of items that the loss counts for each text: 1, or the number of labels.
+        counted: the number of targets that a text has in the loss: 1, or for "multi" the number of labels.
         unit: "texts", or "words" if words are labelled.
     """
 

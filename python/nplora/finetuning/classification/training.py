@@ -213,12 +213,12 @@ def train_classifier(
             a communicator itself. The batches of a step are divided among at most `accumulate` ranks, and the
             adapter has the same bits for any number of ranks. Every rank makes the same call. Only rank 0
             writes to `output`.
-        task: kind of the labels: single (one for each text, the default), multi (any number for each text),
-            regression (a number for each text) or tokens (one for each word, the default for rows with words
-            and tags).
+        task: kind of the labels: single (one label for each text, the default), multi (any number of labels
+            for each text), regression (a number for each text) or tokens (one label for each word, the
+            default for rows with words and tags).
         class_weights: weights of the labels in the loss: none, or balanced (rare labels count more, so that
             all labels have the same total weight; only for single and tokens).
-        separator: text between the labels of a text, in files without lists.
+        separator: separator of the labels of one text, in files without lists.
         calibrate: after training, divide the logits by the temperature that fits the validation data best.
         rank: rank of the LoRA factors.
         alpha: LoRA alpha: the update is scaled by alpha / rank.

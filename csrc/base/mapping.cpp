@@ -63,8 +63,8 @@ class Neighbours {
   }
 
  private:
-  // Makes `start` the address of the next weight, and returns the unused address space before `start` to the
-  // system.
+  // Moves `start` to the address of the next weight, and gives the unused address space before the new
+  // `start` back to the system.
   void move_to(char* start) {
     if (start != next_) platform::unmap_pages(next_, static_cast<size_t>(start - next_));
     next_ = start;

@@ -32,8 +32,8 @@ void unmap_pages(void* at, size_t bytes);
 void prefer_huge_pages(char* at, size_t bytes);
 void keep_small_pages(char* at, size_t bytes);
 
-// Whether `collapse_pages` can move small pages into huge pages of `huge_page` bytes. The function tries this
-// with one huge page, and returns std::nullopt if there is no memory for the trial.
+// Whether `collapse_pages` can move small pages into huge pages of `huge_page` bytes. Tries this with one
+// huge page; returns std::nullopt if there is no memory for the trial.
 std::optional<bool> can_collapse_pages(size_t huge_page);
 
 // Moves the content of small pages into huge pages. If the system refuses, only speed is lost.

@@ -8,8 +8,8 @@ namespace {
 
 thread_local Profile totals;  // the totals of this thread while it profiles
 
-// Returns a tuple (activity, calls, seconds, operations) for each activity that was called. `operations` is a
-// dict from the name of an Arithmetic to the number of floating-point operations.
+// Returns a tuple (activity, calls, seconds, operations) for each activity with at least one call.
+// `operations` is a dict from the name of an Arithmetic to the number of floating-point operations.
 py::list take_profile() {
   py::list rows;
   for (size_t i = 0; i < kActivities; ++i) {

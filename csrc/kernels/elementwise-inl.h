@@ -78,8 +78,8 @@ double sum_of_squares(size_t n, const T* x) {
   return sums[0];
 }
 
-// Calls `body(i, word)` for each i < n. With e = first + i, the random number `word` is output word e % 4 of
-// the Philox counter e / 4.
+// Calls `body(i, word)` for each i < n, where `word` is a random number. Philox makes four words from a
+// counter. For i, the counter is (first + i) / 4, and `word` is number (first + i) % 4 of its four words.
 template <class Body>
 inline void for_words(size_t n, uint64_t seed, uint64_t first, const Body& body) {
   constexpr size_t kElements = 4 * kPhiloxBlocks;

@@ -5,7 +5,7 @@
 // into the registers.
 //   `kTileRows` is the number of rows of `w` in a tile of gemm_tokens_in_lanes. A tile of
 //     gemm_tokens_in_lanes has kTileRows * 2 accumulators, 2 vectors of `x` and 1 broadcast element.
-//   `kTileTokens` is the number of rows of `a` in a tile of gemm_outputs_in_lanes and merge.
+//   `kTileTokens` is the number of rows of `a` in a tile of gemm_outputs_in_lanes or of merge.
 //   `kOutputVectors` is the number of vectors of `w` in a tile of gemm_outputs_in_lanes and merge. A tile of
 //     gemm_outputs_in_lanes has kTileTokens * kOutputVectors accumulators, kOutputVectors vectors of `w` and
 //     1 broadcast element.
@@ -179,7 +179,7 @@ inline FetchSteps take(Fetch& next, size_t steps, const W* w, size_t w_stride) {
 
 // The operands of a product. `a` holds elements of type E. `w` holds elements of type E or single bfloat16
 // values. The kernel converts single bfloat16 values to the type E: to floats, or to pairs of bfloat16.
-// `depth` counts the rows of `w`.
+// `depth` is the number of rows of `w`.
 template <class E, class W>
 struct OutputsInLanes {
   size_t n, depth;

@@ -220,8 +220,8 @@ void score(size_t lanes, size_t keys, size_t depth, kernels::Strided<E> k, const
                                                     kTileLanes, false, kernels::Fetch::none());
 }
 
-// Weighted sums of the rows of v: sums (head_dim, kTileLanes) = [sums +] vᵀ (head_dim, depth) times weights
-// (depth, w_stride).
+// Weighted sums of the rows of v: sums = [sums +] vᵀ weights, where sums is (head_dim, kTileLanes), v is
+// (depth, head_dim), and weights is (depth, kTileLanes) with rows that are w_stride elements apart.
 template <class E>
 void add_weighted(size_t lanes, size_t dim, size_t depth, kernels::Strided<E> v, const E* weights,
                   size_t w_stride, float* sums, bool accumulate) {

@@ -33,7 +33,7 @@ class InputGradient {
   // The size in bytes of the int8 copy of dy, if a token block has at most `block_tokens` tokens.
   size_t code_bytes(size_t block_tokens) const;
 
-  // Sets the memory for the int8 copy of dy.
+  // Sets where the int8 copy of dy is stored.
   void place_codes(size_t block_tokens, void* memory);
 
   // If W is Int8Quad, quantises the dy of some tokens of a token block. With a dither key, dy is rounded

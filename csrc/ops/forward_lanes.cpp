@@ -78,8 +78,8 @@ class LanesForward {
     }
   }
 
-  // The number of lanes that are used for this many tokens: half of the lanes if all tokens fit into them,
-  // and all lanes if not. The last tokens of a batch often fit into half of the lanes.
+  // The number of lanes that are used for this many tokens: half of all lanes if that is enough, otherwise
+  // all lanes. The last tokens of a batch often fit into half of the lanes.
   size_t width(size_t tokens) const { return tokens <= tiles_.lanes / 2 ? tiles_.lanes / 2 : tiles_.lanes; }
 
   Range lane_block(Range token_block, size_t b) const {

@@ -36,13 +36,13 @@ enum class Scratch {
   // Holds one of three things. (1) B (r, d_in), r * d_in elements, plain or in pairs. (2) z or dz of a few
   // tokens, transposed, 32 * r elements. (3) Rows of A times the scale, kDepthBlock * r elements.
   kFactor,
-  kDropped,       // rows of x after dropout: 32 d_in
-  kDroppedLanes,  // rows of x after dropout, in lanes or pairs: 32 d_in
+  kDropped,       // rows of x after dropout: 32 d_in elements
+  kDroppedLanes,  // rows of x after dropout, put into lanes or into pairs: 32 d_in elements
   // Holds rows of x before they are put into lanes (48 L or 8 d_in elements), or rows of x in pairs (16 d_in
   // elements). For attention in pairs, this buffer holds a tile: 96 (head_dim + 24) elements.
   kPairing,
-  kCodes,       // a small batch of x in int8: 8 d_in
-  kCodeScales,  // the scales and sums of the codes in kCodes: d_in
+  kCodes,       // a small batch of x in int8: 8 d_in elements
+  kCodeScales,  // the scales and sums of the codes in kCodes: d_in elements
   // Holds a tile of attention, with 48 * (5 head_dim + 130) elements, or the scores of a single query, with
   // heads * (256 + head_dim) elements.
   kAttention,

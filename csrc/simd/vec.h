@@ -17,9 +17,9 @@
 //   `fma(a, b, c)` returns a * b + c.
 //   `max(a, b)` and `min(a, b)` return NaN if b is NaN. `max`, `min` and the operators -, * and / exist only
 //     for vectors of floats.
-//   `times_power_of_two(a, n)` returns a * 2^n for whole numbers n from -252 to 254. The function exists only
-//     for vectors of floats. A result is exact unless it is subnormal or too large for a float. If a is NaN,
-//     the result is NaN.
+//   `times_power_of_two(a, n)` returns a * 2^n for whole numbers n from -252 to 254, and NaN if `a` is NaN.
+//     The function exists only for vectors of floats. A result is exact unless it is subnormal or too large
+//     for a float.
 //   `transpose(Vec (&)[kLanes])` transposes a square block of elements. Each vector is a row of the block.
 //   `add_neighbours(a, b)` adds lanes 2i and 2i + 1 of each vector. The first half of the result holds the
 //     sums of a, and the second half holds the sums of b.

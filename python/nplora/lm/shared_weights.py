@@ -54,6 +54,6 @@ class SharedWeights:
         return np.asarray(self._held(tensor))
 
     def _held(self, tensor: TensorSpec) -> Any:
-        """The weight or the bias of an existing module that holds the values of this tensor."""
+        """The parameter (a weight or bias of an existing module) that holds the values of this tensor."""
         name, _, attribute = tensor.name.rpartition(".")
         return getattr(self._modules[name], attribute)

@@ -82,7 +82,7 @@ class ModelMerge:
 
     @property
     def delta_kept(self) -> float:
-        """The share of ΔW that the merged weights keep, for all tensors together."""
+        """The share of ΔW that is left in the merged weights after rounding, over all tensors."""
         return self.total.kept
 
     @property

@@ -91,8 +91,8 @@ def _largest(values: Array, k: int) -> Array:
     """The positions (n, k) of the k largest values of each row, the largest first.
 
     Each row is divided into groups. At least k values of the row reach the k-th largest of the groups'
-    maxima. Only the few values that reach this number are sorted, which is several times faster than a
-    partition of the whole row.
+    maxima. Only the few values that reach this maximum are sorted. This is several times faster than to
+    partition the whole row.
     """
     n, size = values.shape
     groups = size // _GROUP

@@ -153,10 +153,10 @@ class Conv2d(_Convolution, Linear):
 class LoRAConv2d(_Convolution, LoRALinear):
     """A frozen convolution with a trainable low-rank update, in PEFT's layout for `torch.nn.Conv2d`.
 
-    The update consists of two convolutions. The first has the kernel B, with r outputs and the size of the
-    frozen kernel. The second has the kernel A of size 1 × 1. The layer keeps both kernels as matrices, A
-    (c_out, r) and B (r, c_in · height · width). PEFT stores the same numbers with four axes. The frozen
-    kernel is also stored as a matrix, so all methods of LoRALinear can be used.
+    The update consists of two convolutions. The first has the kernel B, with r output channels and the height
+    and width of the frozen kernel. The second has the kernel A of size 1 × 1. The layer keeps both kernels as
+    matrices, A (c_out, r) and B (r, c_in · height · width). PEFT stores the same numbers with four axes. The
+    frozen kernel is also stored as a matrix, so all methods of LoRALinear can be used.
 
         >>> import nplora, numpy as np
         >>> layer = nplora.LoRAConv2d(np.ones((8, 3, 3, 3)), rank=2, padding=1)

@@ -38,7 +38,7 @@ E = TypeVar("E", bound="LoRAEstimator")
 
 
 def unchanged_on_error(method: Callable[Concatenate[E, P], T]) -> Callable[Concatenate[E, P], T]:
-    """Decorate a method: if it raises an error, the estimator's attributes are restored.
+    """Decorate a method: if it raises an error, the estimator's attributes get back their earlier values.
 
     So the estimator can still predict after the error. If the method was training an existing model further,
     this model keeps the changes that the training made before the error.

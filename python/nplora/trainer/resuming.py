@@ -34,7 +34,7 @@ def settings_of(setup: TrainingSetup, config: FitConfig) -> dict[str, Any]:
 
     The settings under "fixed" must be the same when the run is resumed, because the position in the data and
     the arrays of a checkpoint depend on these settings. If a setting under "free" has changed, there is only
-    a warning. If the validation data have changed, the earlier best factors are dropped.
+    a warning. If the validation data have changed, the best factors that were found so far are dropped.
     """
     model, loss, optimizer = setup.model, setup.loss, setup.optimizer
     public = {k: v for k, v in vars(optimizer).items() if not k.startswith("_") and k != "steps"}
@@ -99,7 +99,7 @@ def failure_record(step: int, error: Exception, settings: dict[str, Any]) -> dic
 def _choices(settings: dict[str, Any]) -> str:
     """The settings that influence the losses of a run, as one text.
 
-    `total_steps` is left out, because a longer run would have the same losses.
+    The text does not contain `total_steps`, because a longer run would have had the same losses so far.
     """
     free = {name: value for name, value in settings["free"].items() if name != "total_steps"}
     return json.dumps(free, sort_keys=True)

@@ -63,7 +63,7 @@ class PairDataset(Stored):
 
 
 class LearnedPairs(PairDataset):
-    """Pairs for ORPO. ORPO also trains the whole chosen sequence, including the prompt."""
+    """Pairs for ORPO. ORPO also trains on the whole chosen sequence, including the prompt."""
 
     def batch(self, indices: Array) -> tuple[PackedBatch, Answers]:
         _, answers = super().batch(indices)

@@ -90,9 +90,8 @@ def splits_of(op: str, data: Data) -> Splits:
 def sources_of(op: str, data: Data) -> list[Source]:
     """The sources to evaluate on.
 
-    In a directory, they are the validation data, or the training data if there are no validation data. In a
-    mapping of splits, they are the validation data; if there are none, the test data; if there are none, the
-    training data.
+    From a directory, the validation data are used, or the training data if there are no validation data. From
+    a mapping of splits, the first split that exists is used: validation, test, training.
 
     Raises the same errors as `splits_of`.
     """

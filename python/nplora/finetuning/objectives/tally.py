@@ -23,8 +23,8 @@ class Tally:
         """Add values.
 
         Args:
-            counted: whether `take` also returns the number of values. This is needed if the number differs
-                from the number of items in the loss.
+            counted: whether `take` also returns the number of values. Set this if the number of values can
+                differ from the number of items over which the loss is averaged.
         """
         self._additions.append((name, float(np.sum(values)), np.size(values), counted))
 

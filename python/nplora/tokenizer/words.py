@@ -32,14 +32,14 @@ def word_spans(text: str) -> Iterator[tuple[int, int]]:
     """
     for piece in re.finditer(r"\S+", text):
         begin, end = piece.span()
-        first, last = begin, end
-        while first < end and _is_mark(text[first]):
-            first += 1
-        while last > first and _is_mark(text[last - 1]):
+        while begin < end and _is_mark(text[begin]):
+            yield begin, begin + 1
+            begin += 1
+        last = end
+        while last > begin and _is_mark(text[last - 1]):
             last -= 1
-        yield from ((place, place + 1) for place in range(begin, first))
-        if first < last:
-            yield first, last
+        if begin < last:
+            yield begin, last
         yield from ((place, place + 1) for place in range(last, end))
 
 

@@ -53,8 +53,6 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     random_adapter(several, made / "several")
     number = nplora.new_classifier(nplora.load_encoder(model), ["size"], task="regression")
     random_adapter(number, made / "number")
-    tokens = nplora.new_classifier(nplora.load_encoder(model), LABELS, tokens=True)
-    random_adapter(tokens, made / "tokens")
     return made
 
 
@@ -263,8 +261,6 @@ def test_adapters_are_loaded_and_unloaded_while_the_server_runs(client: Any, dir
     client.post("/unload_lora_adapter", body={"lora_name": "new"}, cast_to=str)
     with pytest.raises(openai.NotFoundError):
         embed(client, model="new")
-    with pytest.raises(openai.BadRequestError, match="classifies tokens"):
-        load(lora_name="t", lora_path="tokens")
 
 
 def test_scales_add_up_adapters(client: Any, directory: Path) -> None:

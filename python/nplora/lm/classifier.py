@@ -291,7 +291,7 @@ class TextClassifier(Module):
         ids, rows = self.windows(words)
         return self.logits_of_ids(ids, batch_size)[rows]
 
-    def windows(self, words: WordIds) -> tuple[list[list[int]], Array]:
+    def windows(self, words: WordIds, longest: int | None = None) -> tuple[list[list[int]], Array]:
         """Return the token ids of sentences.
 
         A sentence with more than `max_length` tokens is divided into windows.
@@ -302,13 +302,16 @@ class TextClassifier(Module):
             >>> tagger.windows(encoder.word_ids([["my", "parcel"]]))
             ([[2, 26, 27, 3]], array([1, 2]))
 
+        Args:
+            longest: a smaller limit than `max_length`; None: no other limit.
         Returns:
             as `WordIds.windows`.
         Raises:
-            ValueError: `max_length` has no room for a word.
+            ValueError: a window has no room for a word.
         """
+        most = self.max_length if longest is None else min(longest, self.max_length)
         around, _ = self.encoder.token_ids([""], self.encoder.config.max_position_embeddings)
-        return words.windows(self.max_length, around[0])
+        return words.windows(most, around[0])
 
     def decided(self, logits: Array) -> list[Any]:
         """Return what `predict` returns for texts with these logits.

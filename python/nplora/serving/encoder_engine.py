@@ -96,6 +96,7 @@ class EncoderEngine:
         classes: bool = False,
         normalize: bool | None = None,
         client: str = "",
+        held: int = 0,
     ) -> Future[Array]:
         """Add a request. This method may be called from any thread.
 
@@ -103,11 +104,13 @@ class EncoderEngine:
             ids: the token ids of each text, including special tokens, as `encoder.encode` makes them. Do not
                 change the arrays of ids before the result is available.
             model: a model that `served.named_model` has returned; None: the model without an adapter.
-            classes: whether the result is a classifier's logits (texts, outputs), instead of embeddings
-                (texts, dim).
+            classes: whether the result is a classifier's logits, instead of embeddings (texts, dim). Logits
+                are (texts, outputs), or (tokens, outputs) if the classifier classifies tokens.
             normalize: whether embeddings have length 1; None: the setting in the model's files.
             client: the name of the client. Clients take turns, and each client's requests are computed in
                 order.
+            held: the bytes that the caller keeps until the result is available. They count as memory of the
+                request.
         Returns:
             a future of the result, float32. Its `cancel()` ends the request.
         Raises:
@@ -121,7 +124,7 @@ class EncoderEngine:
             raise TypeError(f"{_OP}: the model is not a classifier")
         work = Work(model, classes, normalize)
         texts = work.checked(_OP, ids, self.longest)
-        request = Request(work, texts, client, _PART)
+        request = Request(work, texts, client, _PART, held)
         with self._lock:
             self._admit(request)
         request.future.add_done_callback(self._ended)
@@ -246,7 +249,7 @@ class EncoderEngine:
                 _fail(parts[0].request, error)
                 return
         else:
-            ends = np.cumsum([len(part.ids) for part in parts])
+            ends = np.cumsum([part.end - part.first for part in parts])
             for part, own in zip(parts, np.split(rows, ends[:-1]), strict=True):
                 _store(part, own)
             return

@@ -31,14 +31,22 @@ class Work:
     classes: bool
     normalize: bool | None
 
+    def starts(self, ids: Sequence[Array]) -> Array:
+        """The first row of each text in the result, followed by the number of rows: int64 (texts + 1,).
+
+        A text has one row. If its tokens are classified, it has a row for each token.
+        """
+        is_by_token = self.classes and isinstance(self.model, TextClassifier) and self.model.classifies_tokens
+        return np.cumsum([0, *(len(text) if is_by_token else 1 for text in ids)])
+
     def width(self) -> int:
-        """The number of values that are computed for a text."""
+        """The number of values of a row."""
         if not isinstance(self.model, TextClassifier):
             return self.model.dim
         return len(self.model.labels) if self.classes else self.model.encoder.dim
 
     def compute(self, ids: Sequence[Array]) -> Array:
-        """Compute the values of each text."""
+        """Compute the rows of all texts."""
         if not isinstance(self.model, TextClassifier):
             return self.model.embed_ids(ids, normalize=self.normalize)
         if self.classes:
@@ -70,9 +78,10 @@ class Request:
 
     Args:
         part: the largest number of tokens in a part. A text with more tokens is a part by itself.
+        held: as in `EncoderEngine.submit`.
     Attributes:
         tokens: the number of tokens.
-        bytes: the memory of the ids and of the result.
+        bytes: the memory of the ids, of the result, and of what the caller keeps.
         begun: whether `take_part` was called.
         priority, started: attributes that only the queue needs.
     """
@@ -80,13 +89,14 @@ class Request:
     priority = 0
     started: int | None = None
 
-    def __init__(self, work: Work, ids: list[Array], client: str, part: int) -> None:
+    def __init__(self, work: Work, ids: list[Array], client: str, part: int, held: int = 0) -> None:
         self.work, self.client = work, client
         self.future: Future[Array] = Future()
         self.arrived = time.monotonic()
         self.tokens = sum(map(len, ids))
-        self.bytes = sum(text.nbytes + _ARRAY for text in ids) + len(ids) * work.width() * _FLOAT
-        self._ids = ids
+        self._ids, self._starts = ids, work.starts(ids)
+        result = int(self._starts[-1]) * work.width() * _FLOAT
+        self.bytes = sum(text.nbytes + _ARRAY for text in ids) + self._starts.nbytes + result + held
         self._cuts = cut(np.array(list(map(len, ids)), np.int64), part)
         self._taken = self._stored = 0
         self._rows: Array | None = None  # allocated with the first rows; a waiting request needs no rows
@@ -98,7 +108,7 @@ class Request:
     def next_part(self) -> Part:
         """The part that is computed next."""
         first, end = self._cuts[self._taken : self._taken + 2]
-        return Part(self, first, self._ids[first:end])
+        return Part(self, int(self._starts[first]), int(self._starts[end]), self._ids[first:end])
 
     def take_part(self) -> bool:
         """Count the next part as taken. Return whether this part is the last part of the request."""
@@ -108,7 +118,7 @@ class Request:
     def store(self, first: int, rows: Array) -> Array | None:
         """Store the rows of a part. If this part is the last one, return all rows; otherwise return None."""
         if self._rows is None:
-            self._rows = np.empty((len(self._ids), self.work.width()), np.float32)
+            self._rows = np.empty((self._starts[-1], self.work.width()), np.float32)
         self._rows[first : first + len(rows)] = rows
         self._stored += 1
         return self._rows if self._stored == len(self._cuts) - 1 else None
@@ -116,10 +126,11 @@ class Request:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Part:
-    """Consecutive texts of a request. `first` is the number of the first text."""
+    """Consecutive texts of a request. Their rows in the result are those from `first` to `end` - 1."""
 
     request: Request
     first: int
+    end: int
     ids: list[Array]
 
     @property

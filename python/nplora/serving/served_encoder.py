@@ -1,4 +1,4 @@
-"""ServedEncoder: an encoder and its named adapters. Some of the adapters may classify texts."""
+"""ServedEncoder: an encoder and its named adapters. Some of the adapters may classify texts or words."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from types import MappingProxyType
 from typing import Any
 
 from nplora.adapters import Adapter
-from nplora.formats.errors import UnsupportedError
 from nplora.formats.files import StrPath
 from nplora.lm import Encoder, TextClassifier, load_classifier
 from nplora.lm.classifier_loading import has_head
@@ -20,8 +19,8 @@ Model = Encoder | TextClassifier
 class ServedEncoder:
     """An encoder and its named adapters. All adapters share the frozen weights.
 
-    The adapter of a classifier includes a head. The model without an adapter also classifies texts if the
-    model's files contain the head of a classifier. All methods may be called from any thread.
+    The adapter of a classifier includes a head. The model without an adapter also classifies if the model's
+    files contain the head of a classifier. All methods may be called from any thread.
 
     Args:
         encoder: the encoder, without an adapter. The encoder must not change while it is served.
@@ -63,7 +62,6 @@ class ServedEncoder:
             dtype: must be None. (Rounded factors only make decoding faster, and an encoder does not decode.)
         Raises:
             FormatError: the adapter does not fit the model, or belongs to another model.
-            UnsupportedError: the adapter classifies tokens.
             ValueError: the name is taken, and `replace` is not set; or `dtype` is given.
         """
         if dtype is not None:
@@ -77,12 +75,7 @@ class ServedEncoder:
 
     def _with_adapter(self, adapter: Adapter, any_base: bool) -> Model:
         copy = self.encoder.copied({})
-        if adapter.task_type == "TOKEN_CLS":
-            raise UnsupportedError(
-                f"{adapter.source}: the adapter classifies tokens, expected one for embeddings or classes "
-                "of texts"
-            )
-        if adapter.task_type == "SEQ_CLS":
+        if adapter.task_type in ("SEQ_CLS", "TOKEN_CLS"):
             made = load_classifier(copy, adapter, any_base=any_base)
             copy.max_length = made.max_length  # texts of requests are cut at the `max_length` of the copy
             return made
@@ -115,7 +108,4 @@ def read_adapter(served: Any, path: StrPath, base: StrPath, any_base: bool = Fal
 
 
 def _own_classifier(encoder: Encoder) -> TextClassifier | None:
-    if not has_head(encoder):
-        return None
-    found = load_classifier(encoder.copied({}))
-    return None if found.classifies_tokens else found
+    return load_classifier(encoder.copied({})) if has_head(encoder) else None

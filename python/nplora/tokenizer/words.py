@@ -1,9 +1,11 @@
-"""Checks the words of sentences that a user gives, and finds the first token of each word."""
+"""Checks the words of sentences that a user gives; finds the words of a text, and their first tokens."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+import re
+import unicodedata
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TypeGuard
 
 import numpy as np
@@ -15,6 +17,35 @@ from nplora.formats.errors import brief
 def is_word(value: object) -> TypeGuard[str]:
     """Whether a value is a text with at least one character that is not a space."""
     return isinstance(value, str) and bool(value.strip())
+
+
+def word_spans(text: str) -> Iterator[tuple[int, int]]:
+    """The begin and the end of each word of a text.
+
+    Words are divided by spaces. A punctuation mark, or a sign such as $ or +, that begins or ends such a word
+    is a word of its own.
+
+        >>> from nplora.tokenizer.words import word_spans
+        >>> text = "(Where's my order?)"
+        >>> [text[begin:end] for begin, end in word_spans(text)]
+        ['(', "Where's", 'my', 'order', '?', ')']
+    """
+    for piece in re.finditer(r"\S+", text):
+        begin, end = piece.span()
+        while begin < end and _is_mark(text[begin]):
+            yield begin, begin + 1
+            begin += 1
+        last = end
+        while last > begin and _is_mark(text[last - 1]):
+            last -= 1
+        if begin < last:
+            yield begin, last
+        yield from ((place, place + 1) for place in range(last, end))
+
+
+def _is_mark(character: str) -> bool:
+    category = unicodedata.category(character)  # P: punctuation, Sc: currency, Sm: mathematics
+    return category[0] == "P" or category in ("Sc", "Sm")
 
 
 def sentences_of(op: str, name: str, given: object) -> list[tuple[str, ...]]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import secrets
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +17,7 @@ from nplora.formats.errors import FormatError, UnsupportedError, counted
 from nplora.lm import Encoder, TextClassifier
 from nplora.lm.classifier import probabilities
 from nplora.serving.api.models import Models
+from nplora.serving.api.sentences import Sentences
 from nplora.serving.fields import Fields, checked_integer, checked_list, checked_text, wrong
 from nplora.serving.jobs.shapes import Shape
 from nplora.serving.request_error import RequestError
@@ -36,11 +39,13 @@ class EncoderRequest:
     Attributes:
         name: the name of the model in the answer.
         model: the model, with its adapter.
-        ids: the token ids of each text, as int64 arrays, which take much less memory than lists.
+        ids: the token ids of each text, as int64 arrays, which take much less memory than lists. If words get
+            tags, a long text is several windows.
         base64: whether embeddings are sent as base64.
         dimensions: the number of values of an embedding; None: all values.
         normalize: whether embeddings are scaled to length 1.
         classifier: the classifier that computes the classes; None: the request is for embeddings.
+        sentences: the words that the classifier labels; None: whole texts are classified.
     """
 
     name: str
@@ -50,6 +55,7 @@ class EncoderRequest:
     dimensions: int | None = None
     normalize: bool = True
     classifier: TextClassifier | None = None
+    sentences: Sentences | None = None
 
     def embeddings(self, rows: Array) -> Shape:
         """OpenAI's object for embeddings (texts, dim)."""
@@ -68,10 +74,12 @@ class EncoderRequest:
         return {"object": "list", "data": data, "model": self.name, "usage": self._usage()}
 
     def classes(self, logits: Array) -> Shape:
-        """vLLM's object for classes, from a classifier's logits (texts, outputs)."""
+        """vLLM's object for classes, from a classifier's logits (texts, outputs) or (tokens, outputs)."""
         assert self.classifier is not None
         labels, task = self.classifier.labels, self.classifier.task
-        if task == "regression":
+        if self.sentences is not None:
+            data = self.sentences.tagged(self.classifier, logits)
+        elif task == "regression":
             data = [{"index": i, "values": row.tolist()} for i, row in enumerate(logits)]
         else:
             data = [
@@ -139,24 +147,40 @@ class EncoderReader:
         model: Model = self._models.lm.named_model(adapter)
         if not isinstance(model, TextClassifier):
             raise _wrong_task(f"the model {name!r} is not a classifier: use /v1/embeddings")
+        if model.classifies_tokens:
+            sentences, ids = self._sentences(body, model)
+            return EncoderRequest(name, model, ids, classifier=model, sentences=sentences)
         return EncoderRequest(name, model, self._input(body, model.encoder, ""), classifier=model)
+
+    def _sentences(self, body: Fields, classifier: TextClassifier) -> tuple[Sentences, list[Array]]:
+        """The sentences in the field `input`, and the token ids that the classifier computes."""
+        length = _Length.read(body, classifier.encoder, self._longest)
+        sentences = Sentences.read(_inputs(body))
+        with _tokenizing():
+            found, ids = sentences.encoded(classifier, self._longest, length.most if length.cuts else None)
+        return found, [np.array(text, np.int64) for text in ids]
 
     def _input(self, body: Fields, encoder: Encoder, prompt: str) -> list[Array]:
         """The token ids of each text.
 
         The field `input` is a text, a list of texts, a list of tokens, or a list of lists of tokens.
         """
-        given = body.required("input")
-        length = _Length.read(body, encoder, self._longest)
-        if isinstance(given, str) or (isinstance(given, list) and given and isinstance(given[0], int)):
-            given = [given]
-        inputs = checked_list("input", given, _MOST_INPUTS)
-        if not inputs:
-            raise RequestError("input is empty", param="input", code="invalid_value")
+        length, inputs = _Length.read(body, encoder, self._longest), _inputs(body)
         if isinstance(inputs[0], str):
             return [np.array(ids, np.int64) for ids in _encoded(encoder, inputs, prompt, length)]
         every = (_tokens(encoder, f"input[{i}]", one, length) for i, one in enumerate(inputs))
         return [np.array(ids, np.int64) for ids in every]
+
+
+def _inputs(body: Fields) -> list[Any]:
+    """The items of the field `input`. A single text, or the tokens of a single text, is one item."""
+    given = body.required("input")
+    if isinstance(given, str) or (isinstance(given, list) and given and isinstance(given[0], int)):
+        given = [given]
+    inputs = checked_list("input", given, _MOST_INPUTS)
+    if not inputs:
+        raise RequestError("input is empty", param="input", code="invalid_value")
+    return inputs
 
 
 @dataclass(frozen=True)
@@ -201,15 +225,22 @@ def _prompt(body: Fields, encoder: Encoder) -> str:
 
 def _encoded(encoder: Encoder, inputs: list[Any], prompt: str, length: _Length) -> list[list[int]]:
     texts = [prompt + checked_text(f"input[{i}]", text, empty=False) for i, text in enumerate(inputs)]
-    try:
+    with _tokenizing():
         ids, shortened = encoder.token_ids(texts, length.most)
+    if shortened and not length.cuts:
+        raise _too_long(f"{shortened:,} of {counted(len(texts), 'text')} have", length)
+    return ids
+
+
+@contextlib.contextmanager
+def _tokenizing() -> Iterator[None]:
+    """Turn the errors of a tokenizer into the errors that clients see."""
+    try:
+        yield
     except FormatError as error:  # the tokenizer does not belong to the model
         raise RequestError(str(error), 500, code="model_error") from error
     except ValueError as error:
         raise RequestError(str(error), param="input", code="invalid_value") from error
-    if shortened and not length.cuts:
-        raise _too_long(f"{shortened:,} of {counted(len(texts), 'text')} have", length)
-    return ids
 
 
 def _tokens(encoder: Encoder, name: str, given: object, length: _Length) -> list[int]:

@@ -44,7 +44,7 @@ async def _answer(service: EncoderService, body: Body, client: str, read: Read, 
 async def _submitted(
     service: EncoderService, body: Body, client: str, read: Read
 ) -> tuple[EncoderRequest, Future[Rows]]:
-    """Read and submit a request. While the request waits, its texts are not in memory."""
+    """Read and submit a request. While it waits, its texts are not in memory, unless their words get tags."""
     values = await body.json()
 
     def submit() -> tuple[EncoderRequest, Future[Rows]]:
@@ -64,6 +64,7 @@ def _submit_once(
             classes=request.classifier is not None,
             normalize=request.normalize,
             client=client,
+            held=0 if request.sentences is None else request.sentences.nbytes,
         )
     except (ValueError, RuntimeError) as error:
         raise refusal(error) from error

@@ -63,6 +63,7 @@ class EncodingEngine(AnyEngine, Protocol):
         classes: bool = False,
         normalize: bool | None = None,
         client: str = "",
+        held: int = 0,
     ) -> Future[NDArray[Any]]: ...
 
 

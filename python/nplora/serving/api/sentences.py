@@ -1,0 +1,169 @@
+"""Sentences: the texts of a request whose words get tags, and the tags and entities in the answer."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from nplora.finetuning.classification.entities import entities, kinds_of
+from nplora.lm import TextClassifier
+from nplora.lm.classifier import probabilities
+from nplora.lm.word_ids import WordIds
+from nplora.serving.fields import wrong
+from nplora.serving.jobs.shapes import Shape
+from nplora.serving.request_error import RequestError
+from nplora.tokenizer.words import is_word, word_spans
+
+Array = npt.NDArray[Any]
+
+_MOST = 1 << 16  # the most words of a request, and the most tokens
+_MOST_LOGITS = 1 << 24  # 64 MiB
+_ARRAY = 128  # the bytes of a small array in addition to its values, rounded up
+
+
+@dataclasses.dataclass(frozen=True)
+class Sentences:
+    """The sentences of a request to a classifier of words.
+
+    Attributes:
+        texts: the text of each sentence. If a client sent words, they are joined by spaces.
+        spans: for each sentence, the begin and the end of each word in the text, int64 (words, 2).
+        first: for each sentence, the first token of each word, as in `WordIds`.
+        rows: the row of the logits for each word with a token.
+    """
+
+    texts: list[str]
+    spans: list[Array]
+    first: list[Array] = dataclasses.field(default_factory=list)
+    rows: Array = dataclasses.field(default_factory=lambda: np.empty(0, np.int64))
+
+    @classmethod
+    def read(cls, inputs: Sequence[object]) -> Sentences:
+        """Read the items of the field `input`, which are texts or lists of words.
+
+        Raises:
+            RequestError: an item is neither, or has no word; or there are too many words.
+        """
+        texts, spans, room = list[str](), list[Array](), _MOST
+        for i, given in enumerate(inputs):
+            if isinstance(given, str):
+                text, found = given, word_spans(given)
+            else:
+                words = _checked_words(f"input[{i}]", given)
+                text, found = " ".join(words), _joined_spans(words)
+            own = list(itertools.islice(found, room + 1))
+            if not own:
+                raise wrong(f"input[{i}]", given, "a text or a list of words, with at least one word")
+            room -= len(own)
+            if room < 0:
+                raise _too_long("words", _MOST)
+            texts.append(text)
+            spans.append(np.array(own, np.int64))
+        return cls(texts, spans)
+
+    def words(self) -> list[list[str]]:
+        """The words of each sentence."""
+        return [
+            [text[begin:end] for begin, end in own.tolist()]
+            for text, own in zip(self.texts, self.spans, strict=True)
+        ]
+
+    def encoded(
+        self, classifier: TextClassifier, longest: int, cut: int | None
+    ) -> tuple[Sentences, list[list[int]]]:
+        """The sentences with the places of their tokens; and the token ids that the classifier computes.
+
+        Sentences that are too long for the classifier are read in windows, as in `predict_words`.
+
+        Args:
+            longest: the largest number of tokens of a window.
+            cut: the number of tokens after which sentences are cut; None: they are not cut.
+        Raises:
+            RequestError: there are too many tokens. Other errors: as in `Encoder.word_ids`.
+        """
+        most = min(_MOST, _MOST_LOGITS // len(classifier.labels))
+        words = classifier.encoder.word_ids(self.words(), most if cut is None else min(cut, most))
+        ids, rows = classifier.windows(words, longest)
+        if (words.cut and cut is None) or sum(map(len, ids)) > most:
+            raise _too_long("tokens", most)
+        return dataclasses.replace(self, first=words.first, rows=rows), ids
+
+    @property
+    def nbytes(self) -> int:
+        """The memory of this object."""
+        arrays = [*self.spans, *self.first, self.rows]
+        return sum(map(sys.getsizeof, self.texts)) + sum(array.nbytes + _ARRAY for array in arrays)
+
+    def tagged(self, classifier: TextClassifier, logits: Array) -> list[Shape]:
+        """The words of each sentence with their tags, and the entities, with the fields of transformers.
+
+        Args:
+            logits: a row for each token that was computed.
+        """
+        names, values = _rated(classifier, logits[self.rows])
+        has_entities = classifier.task == "single" and kinds_of(classifier.labels)
+        made, nothing = list[Shape](), (None,) * len(names)
+        for i, rated in enumerate(WordIds([], self.first).per_word(values)):
+            text, own = self.texts[i], self.spans[i].tolist()
+            words = [
+                {**dict(zip(names, one or nothing, strict=True)), **_place(text, begin, end)}
+                for (begin, end), one in zip(own, rated, strict=True)
+            ]
+            sentence = {"index": i, "words": words}
+            if has_entities:
+                sentence["entities"] = list(_entities(text, words))
+            made.append(sentence)
+        return made
+
+
+def _checked_words(name: str, given: object) -> list[str]:
+    if not isinstance(given, list):
+        raise wrong(name, given, "a text or a list of words")
+    for j, word in enumerate(given):
+        if not is_word(word):
+            raise wrong(f"{name}[{j}]", word, "a word")
+    return given
+
+
+def _joined_spans(words: Sequence[str]) -> Iterator[tuple[int, int]]:
+    """The begin and the end of each word in a text of these words with a space between them."""
+    begin = 0
+    for word in words:
+        yield begin, begin + len(word)
+        begin += len(word) + 1
+
+
+def _too_long(unit: str, most: int) -> RequestError:
+    return RequestError(
+        f"input has more than {most:,} {unit}, the most that one request for tags of words may have",
+        param="input",
+        code="context_length_exceeded",
+    )
+
+
+def _rated(classifier: TextClassifier, logits: Array) -> tuple[tuple[str, ...], list[tuple[Any, ...]]]:
+    """The names of the fields of a word, and their values for each row of logits."""
+    if classifier.task == "regression":
+        return ("values",), [(row,) for row in logits.tolist()]
+    chances, labels = probabilities(classifier.task, logits), classifier.labels
+    best = [labels[k] for k in chances.argmax(axis=1).tolist()]
+    return ("entity", "score"), list(zip(best, chances.max(axis=1).tolist(), strict=True))
+
+
+def _place(text: str, begin: int, end: int) -> Shape:
+    return {"word": text[begin:end], "start": begin, "end": end}
+
+
+def _entities(text: str, words: Sequence[Shape]) -> Iterator[Shape]:
+    """The entities of a sentence. Words without a tag are left out, as in `evaluate_classifier`."""
+    tagged = [word for word in words if word["entity"] is not None]
+    for kind, begin, end in entities([word["entity"] for word in tagged]):
+        own = tagged[begin:end]
+        score = sum(word["score"] for word in own) / len(own)
+        yield {"entity_group": kind, "score": score, **_place(text, own[0]["start"], own[-1]["end"])}

@@ -51,7 +51,8 @@ class PlanConstraints:
 
     Attributes:
         compute: arithmetic of the products with frozen weights; None: not fixed.
-        recompute: True if activations must be recomputed in the backward pass; False if this is not fixed.
+        recompute: whether activations must be recomputed in the backward pass. False: a plan may store
+            activations instead.
         micro_tokens: sizes of micro-batches to choose from; None: any size.
         resuming: whether the run is resumed. A resumed run may use the whole memory limit. A new run leaves a
             margin.

@@ -57,7 +57,7 @@ class RunInputs:
 
     @property
     def tokens(self) -> int:
-        """The number of tokens of the training and held-out examples, in all passes over these examples."""
+        """The number of tokens that all passes over the training and held-out examples read in total."""
         passes = 1 + self.objective.extra_passes  # an extra pass reads other sequences of the same length
         return passes * sum(dataset.report.tokens for dataset in self.datasets)
 

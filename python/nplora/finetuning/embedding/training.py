@@ -48,7 +48,7 @@ class EmbeddingTraining:
         train, valid: summaries of the examples for training and validation; `valid` is None without
             validation.
         history: the records of the run.
-        ranks: the speed and the waiting time of each process, if several have trained together.
+        ranks: the speed and the waiting time of each process, if several processes have trained together.
 
     >>> import nplora
     >>> rows = [{"anchor": "a cat", "positive": "the cat"}, {"anchor": "a dog", "positive": "the dog"}]

@@ -132,7 +132,7 @@ def choose(
         resident: the result of `resident_memory`, as in `needed`.
         budget: memory limit of the process in bytes. None: the plan is not chosen by memory; settings that
             the constraints leave open get their defaults.
-        op: name of the public function. Error messages begin with this name.
+        op: name of the public function that the user called. Error messages begin with this name.
     Raises:
         BudgetError: no plan fits.
 

@@ -115,7 +115,7 @@ class Adapters:
         """The layers that `lm.add_lora` would adapt.
 
         Args:
-            op: name of the public function. Error messages begin with this name.
+            op: name of the public function that the user called. Error messages begin with this name.
         Raises the errors of `add_lora`.
         """
         modules: dict[str, Any] = dict(lm.named_modules())

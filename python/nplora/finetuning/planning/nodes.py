@@ -82,7 +82,7 @@ class NodesPlan:
 
         Args:
             size: bytes of the gradients of the trained values.
-            op: name of the public function. Error messages begin with this name.
+            op: name of the public function that the user called. Error messages begin with this name.
             accumulate: the number of batches in a step; the last step of an epoch may have fewer. None: the
                 number of batches in the largest step.
             local_steps: steps of each machine between two outer steps, as in `finetune`.

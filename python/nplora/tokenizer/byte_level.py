@@ -92,7 +92,7 @@ def ends(fields: dict[str, Any], source: str) -> tuple[list[int], list[int]]:
 
 
 def steps(fields: dict[str, Any], part: str) -> list[dict[str, Any]]:
-    """Return the steps of the setting `part`, such as "normalizer"; an empty list if it has none."""
+    """Return the list of steps of the setting `part`, such as "normalizer". The setting null has no steps."""
     value = fields.get(part)
     if value is None:
         return []

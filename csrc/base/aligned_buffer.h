@@ -1,4 +1,4 @@
-// Owned, aligned, uninitialised storage.
+// A class that allocates, owns and frees a block of aligned, uninitialised memory.
 #pragma once
 
 #include <cstddef>

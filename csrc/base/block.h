@@ -21,10 +21,12 @@ inline constexpr float kSmallestHalf = 0x1p-24f, kLargestHalf = 65504;
 
 // Properties of a block format, apart from its layout.
 struct BlockFacts {
-  // The largest magnitude of a value. For a larger value, float16 could not hold the scale or the minimum of
-  // the block. (In NF4, scales are floats, so the limit is the range of float.)
+  // The largest magnitude that a value may have. For a larger value, float16 could not hold the scale or the
+  // minimum of the block. (In NF4, scales are floats, so the limit is the range of float.)
   float largest;
-  const char* shorter = nullptr;  // the substitute if a row is not a whole number of blocks, as in llama.cpp
+  // If a row is not a whole number of blocks of this format, the row is stored in the format `shorter`
+  // instead, as in llama.cpp.
+  const char* shorter = nullptr;
 };
 
 }  // namespace nplora

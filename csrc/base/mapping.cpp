@@ -14,7 +14,7 @@ namespace {
 
 // Weights are placed one after the other in regions of kRegion bytes of address space. Only weights of up to
 // kLargestNeighbour bytes share huge pages. A larger weight would gain little: most of it fills huge pages of
-// its own, and only the rest at its end would share a huge page.
+// its own, and only the end of the weight would share a huge page.
 constexpr size_t kRegion = size_t{32} << 20, kLargestNeighbour = size_t{8} << 20;
 
 size_t whole_pages(size_t bytes) {
@@ -29,8 +29,8 @@ char* huge_page_after(char* at) {
   return huge_page_of(at + kHugePage - 1);
 }
 
-// Places weights in memory one after the other, so that they share huge pages. No thread waits for the lock:
-// in a forked child, the thread that holds the lock may not exist, and the wait would never end.
+// Places weights in memory one after the other, so that they share huge pages. No thread waits for the lock.
+// In a forked child, the thread that holds the lock may not exist, so a waiting thread would wait forever.
 class Neighbours {
  public:
   // Returns nullptr if weights cannot share huge pages on this system, if another thread holds the lock, or
@@ -53,11 +53,11 @@ class Neighbours {
     return at;
   }
 
-  // Must be called before memory is unmapped, because other code may map the same addresses afterwards. If
-  // these addresses belong to a huge page that weights have not filled yet, the small pages at the addresses
-  // of this huge page are never moved into a huge page. A `take` that runs on another thread at the same time
-  // may miss this call, and may then move pages of other code into a huge page. The other code then uses more
-  // memory, but no data is lost.
+  // Must be called before memory is unmapped, because other code may map the same addresses afterwards. If a
+  // part of this memory lies in a huge page that weights have not filled yet, the small pages in the address
+  // range of that huge page stay small. If another thread calls `take` at the same time, that call may not
+  // see this call of `leave`, and may then move pages of other code into a huge page. The other code then
+  // uses more memory, but no data is lost.
   void leave(const char* at, size_t size) {
     if (at < end_ && at + size > small_pages_) has_hole_ = true;
   }

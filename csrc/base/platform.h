@@ -23,8 +23,8 @@ size_t page_size();
 // there is no memory.
 char* map_pages(size_t bytes, size_t alignment);
 
-// Unmaps a whole mapping. On a system where `can_collapse_pages` can return true, a call may also unmap only
-// a part of a mapping.
+// Unmaps a whole mapping. On a system where `can_collapse_pages` can return true, `unmap_pages` can also
+// unmap only a part of a mapping.
 void unmap_pages(void* at, size_t bytes);
 
 // Two requests to the system: to use huge pages, or to use small pages. If the system refuses a request, the
@@ -79,13 +79,14 @@ bool avoid_processor(std::span<const Thread> threads, int processor);
 // function.
 using FaultMessage = std::string_view (*)(uintptr_t address);
 
-// After this call, the process ends if it fails to read a page of a mapped file, and if `find` returns a
-// message about the address of the page. The message goes to stderr, the handler that was installed before is
-// called, and the process ends with status kFaultStatus. Call this function again before each new mapping,
-// because other code may have restored an older handler, as faulthandler.disable() does.
+// After this call, a failed read of a mapped file calls `find` with the address of the failed read. If `find`
+// returns an empty text, the failure is handled as before. If `find` returns a message, three things happen:
+// the message is written to stderr, the handler that was installed before is called, and the process ends
+// with status kFaultStatus. Call this function again before each new mapping, because other code may have
+// restored an older handler, as faulthandler.disable() does.
 void explain_faults(FaultMessage find);
 
-inline constexpr int kFaultStatus = 135;  // on Linux, 128 + the number of SIGBUS; all systems use this value
+inline constexpr int kFaultStatus = 135;  // 128 + SIGBUS on Linux; other systems use the same value
 
 // ---- the processor ----
 

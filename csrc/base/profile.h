@@ -36,16 +36,16 @@ inline constexpr size_t kArithmetics = std::size(kArithmeticNames);
 struct ActivityTotals {
   uint64_t calls = 0;
   double seconds = 0;
-  std::array<double, kArithmetics> operations{};  // the number of operations for each Arithmetic
+  std::array<double, kArithmetics> operations{};  // for each Arithmetic, the number of operations
 };
 using Profile = std::array<ActivityTotals, kActivities>;
 
 // The totals of the calling thread; null if the thread does not profile.
 inline thread_local Profile* current_profile = nullptr;
 
-// A Timed object adds the time from its construction to its destruction to the totals of an activity. If a
-// thread creates a Timed object while another Timed object of this thread exists, the new object adds
-// nothing.
+// A Timed object measures the time between its construction and its destruction, and adds this time to the
+// totals of an activity. If a thread creates a Timed object while another Timed object of this thread exists,
+// the new object adds nothing.
 class Timed {
  public:
   explicit Timed(Activity activity) : profile_(current_profile), activity_(activity) {

@@ -23,8 +23,8 @@ namespace nplora::bindings {
 
 namespace py = pybind11;
 
-// An array that is never converted. If the dtype or the order of an argument differs, the argument is
-// refused. So writes always reach the caller's buffer.
+// An array that is never converted. An argument is refused if its dtype is not T, or if it is not in C order.
+// So writes always reach the caller's buffer.
 template <class T>
 using Array = py::array_t<T, py::array::c_style>;
 
@@ -34,7 +34,7 @@ using Array = py::array_t<T, py::array::c_style>;
 inline void take_gil(PyThreadState* state) {
   try {
     PyEval_RestoreThread(state);
-  } catch (...) {  // only pthread_exit leads here, and glibc does not allow code to leave this catch block
+  } catch (...) {  // after pthread_exit; glibc does not allow code to leave this catch block
     for (;;) std::this_thread::sleep_for(std::chrono::hours(1));
   }
 }

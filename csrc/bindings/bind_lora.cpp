@@ -115,7 +115,8 @@ void outer(const Array<T>& a, const Array<T>& b, double scale, Array<T> out) {
   without_gil([&] { add_outer(left, right, scale, to); });
 }
 
-// The rows of an array that is written in place. Each row must be contiguous; there may be gaps between rows.
+// Returns a view of an array, through which `merge` writes to the array in place. Each row of the array must
+// be contiguous; there may be gaps between rows.
 template <class T>
 Matrix<T> rows_of(py::array_t<T>& array) {
   require(array.ndim() == 2, "w must have 2 axes");

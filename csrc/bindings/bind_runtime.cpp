@@ -26,7 +26,7 @@ bool signal_pending() {
   if (now - last < kInterval) return false;
   last = now;
   const py::gil_scoped_acquire acquire;
-  const ScratchFrame frame;  // a signal handler may call the core, which then needs other scratch buffers
+  const ScratchFrame frame;  // a signal handler that calls the core must not use our scratch buffers
   return PyErr_CheckSignals() != 0;
 }
 

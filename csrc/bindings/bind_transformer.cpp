@@ -272,12 +272,12 @@ AttentionShape shape_of(const Floats& q, size_t kv_width, size_t heads, size_t k
   require(dim > 0 && width == heads * dim, "q must have a width of heads * head_dim");
   require(kv_width == kv_heads * dim, "k must have a width of kv_heads * head_dim");
   require(window >= 0, "window must be at least 0");
-  constexpr int64_t kMostKeys = int64_t{1} << 40;  // no sequence has more keys
+  constexpr int64_t kMostKeys = int64_t{1} << 40;  // every sequence has fewer keys
   return {heads, kv_heads, dim, float(scale), size_t(std::min(window, kMostKeys)), bfloat16};
 }
 
 // Sets the members `causal`, `bias` and `reach` of a shape. Checks that `bias` has a column for every
-// distance within a sequence.
+// distance between two tokens of a sequence.
 void set_direction(AttentionShape& shape, bool causal, const std::optional<Floats>& bias,
                    const std::vector<int64_t>& starts) {
   shape.causal = causal;

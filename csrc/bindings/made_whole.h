@@ -14,8 +14,8 @@ inline PyObject* new_with_init(PyTypeObject* type, PyObject* args, PyObject* kwa
   return self;
 }
 
-// Use made_whole only for final classes: new_with_init requires tp_base to be pybind11's base class, but the
-// tp_base of a subclass would be the bound class.
+// Use made_whole only for classes that Python code cannot subclass. new_with_init requires that type->tp_base
+// is pybind11's base class. For a subclass of the bound class, type->tp_base would be the bound class.
 inline pybind11::custom_type_setup made_whole() {
   return pybind11::custom_type_setup([](PyHeapTypeObject* type) { type->ht_type.tp_new = &new_with_init; });
 }

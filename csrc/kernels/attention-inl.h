@@ -4,7 +4,7 @@
 
 namespace nplora::kernels::NPLORA_ISA {
 
-// Returns the prefetch distance, in bytes, of keys or values that are read `rows` rows at a time. The
+// Returns how many bytes ahead a kernel prefetches that reads keys or values `rows` rows at a time. The
 // distance is a whole number of rows and reaches past the rows that are being read.
 inline size_t fetch_distance(size_t rows, size_t stride) {
   const size_t bytes = stride * sizeof(float);
@@ -114,9 +114,9 @@ inline void scale_columns(size_t rows, size_t n, const float* factor, float* x, 
   });
 }
 
-// Returns the maxima of neighbouring columns, one column in each lane. The maximum of a column is over the
-// `rows` elements of the column and over the lane of `before` for this column. The loop keeps four
-// independent maxima, because a single maximum would wait for the result of each comparison.
+// Returns the maxima of neighbouring columns, one column in each lane. For each column, the result is the
+// largest of the `rows` elements of the column and the element of `before` in the same lane. The loop keeps
+// four independent maxima, because a single maximum would wait for the result of each comparison.
 template <class Span>
 inline Vec<float> largest_of_column(size_t rows, const float* column, size_t stride, Vec<float> before,
                                     const Span& span) {
@@ -150,11 +150,12 @@ inline void softmax_step(size_t rows, size_t n, float* s, size_t s_stride, float
 }
 
 // The backward pass of p = softmax(s) is ds = p (dp - delta) with delta = Σ p dp. Each name dx means the
-// gradient of the loss with respect to x. In attention, delta is also Σ dout out, where `out` is the output
-// of attention (Dao et al. 2022, section 3.1). The backward pass computes the probabilities p again, as exp(s
-// - lse). `lse` is the logarithm of the sum of exp(s), from the forward pass. The backward pass also computes
-// the scores s again, perhaps with other rounding errors than in the forward pass. A large s can then be so
-// much greater than `lse` that exp(s - lse) would overflow. So s - lse is limited to at most 0.
+// gradient of the loss with respect to x. In attention, delta equals the dot product of dout and `out`, where
+// `out` is the output of attention (Dao et al. 2022, section 3.1). The backward pass computes the
+// probabilities p again, as exp(s - lse). `lse` is the logarithm of the sum of exp(s), from the forward pass.
+// The backward pass also computes the scores s again, perhaps with other rounding errors than in the forward
+// pass. A large s can then be so much greater than `lse` that exp(s - lse) would overflow. So s - lse is
+// limited to at most 0.
 inline void softmax_backward(size_t rows, size_t n, const float* lse, const float* delta, float* s, float* dp,
                              size_t stride) {
   using V = Vec<float>;

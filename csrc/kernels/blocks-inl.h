@@ -332,7 +332,7 @@ struct Decoders<Block, kRows> {
   Decoders(const Block* const (&at)[kRows], size_t n) : at(at) {
     static_assert(offsetof(Block, d) == 0);
     if constexpr (kFactors == 2) static_assert(offsetof(Block, m) == sizeof(Half));
-    constexpr size_t kAtOnce = smaller(kRows, 64 / kBits);  // number of rows whose factors fit into 64 bits
+    constexpr size_t kAtOnce = smaller(kRows, 64 / kBits);  // the factors of kAtOnce rows fit into 64 bits
     for (size_t i = 0; i < n; ++i)
       for (size_t r = 0; r < kRows; r += kAtOnce) {
         uint64_t halves = 0;
@@ -410,7 +410,8 @@ struct RowRange {
   size_t first, count;
 };
 
-// Processes the `m` tokens in groups of 4, then 2, then 1. After the first group, the rows of W are in L1.
+// Processes the `m` tokens in groups of 4, then 2, then 1. The first group brings the rows of W into L1, and
+// the later groups read them there.
 template <size_t kTokens, class Rows>
 inline void dot_tiles(const Rows& w, RowRange few, size_t m, size_t cols, const float* x, size_t x_stride,
                       float* part, size_t all) {

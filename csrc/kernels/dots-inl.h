@@ -7,7 +7,7 @@
 //
 // Each kernel unit (isa_*.cpp) defines three constants.
 //   `kDotResident` is the largest number of vectors of `x` that stay in registers while the rows of one panel
-//     of W are read. The sums of one token take another kDotSums registers.
+//     of W are read. In addition, the sums of one token take kDotSums registers.
 //   `kDotRows` is the number of rows of W that share each load of `x`, for a single token whose `x` does not
 //     stay in registers.
 //   `kDotSums` is the number of partial sums of a row. kDotRows * kDotSums is at least 8, because an FMA has
@@ -85,8 +85,8 @@ inline void fetch_panel(const W* at) {
     __builtin_prefetch(reinterpret_cast<const char*>(at) + line, 0, 2);
 }
 
-// A product of `rows` rows of `w` with the rows of `x` of some tokens. The sums of token t and row r of `w`
-// are at part + t * part_stride + r * kLanes.
+// The operands of a product: some tokens, which are rows of `x`, are multiplied with `rows` rows of `w`. The
+// sums of token t and row r of `w` are at part + t * part_stride + r * kLanes.
 template <class W>
 struct Dots {
   size_t rows;
@@ -244,7 +244,8 @@ void dots(size_t m, size_t rows, size_t depth, const Panels<W>& w, const Sum<W>*
           Sum<W>* part, bool accumulate) {
   constexpr size_t kLanes = Vec<Sum<W>>::kLanes;
   Dots<W> p{rows, w.data, w.row_stride, x, x_stride, part, rows * kLanes, accumulate, w.data};
-  // If W is row-major or has a single row, the full panels of W are multiplied here.
+  // If W is row-major or has a single row, dots_row_major multiplies all full panels of W, and the loop below
+  // multiplies only the remaining columns.
   if (const size_t panels = depth / kPanelColumns; panels > 0 && w.panel_stride == kPanelColumns) {
     dots_row_major(m, p, panels);
     depth -= panels * kPanelColumns;
@@ -388,7 +389,8 @@ inline void add_few_dots(size_t rows, size_t depth, const A* a, const T* z, size
   }
 }
 
-// Processes the `m` tokens in groups of 4, then 2, then 1. After the first group, the rows of `a` are in L1.
+// Processes the `m` tokens in groups of 4, then 2, then 1. The first group brings the rows of `a` into L1,
+// and the later groups read them there.
 template <size_t kTokens, class A, class T>
 inline void add_block_dots(size_t m, size_t rows, size_t depth, const A* a, const T* z, size_t z_stride, T* y,
                            size_t y_stride) {

@@ -79,7 +79,8 @@ double sum_of_squares(size_t n, const T* x) {
 }
 
 // Calls `body(i, word)` for each i < n, where `word` is a random number. Philox makes four words from a
-// counter. For i, the counter is (first + i) / 4, and `word` is number (first + i) % 4 of its four words.
+// counter. For i, the counter is (first + i) / 4, and `word` is the word with the index (first + i) % 4 among
+// the four words of this counter.
 template <class Body>
 inline void for_words(size_t n, uint64_t seed, uint64_t first, const Body& body) {
   constexpr size_t kElements = 4 * kPhiloxBlocks;
@@ -156,8 +157,8 @@ inline Bf16Pair bfloat16_pair(float first, float second) {
 #if defined(NPLORA_SIMD_AVX512) && defined(NPLORA_SIMD_BF16)
 // `narrowed` converts two vectors of floats to bfloat16 in one instruction. The first vector becomes the low
 // half of the result. The instruction gives the same bits as bfloat16_bits, except for subnormal numbers. The
-// function `can_narrow` returns true if there are no subnormal numbers. It tests the bits of the numbers,
-// because a program may have set its processor to treat subnormal numbers as 0.
+// function `can_narrow` returns true if neither vector has a subnormal number. The function tests the bits of
+// the numbers, because a program may have set its processor to treat subnormal numbers as 0.
 inline __mmask16 subnormals(__m512 x) {
   const __m512i bits = _mm512_castps_si512(x);
   return _mm512_test_epi32_mask(bits, _mm512_set1_epi32(0x7FFFFF)) &
@@ -219,8 +220,8 @@ inline void pair_bits(size_t rows, size_t cols, const uint16_t* x, size_t x_stri
 
 // ---- float16 conversions for instruction sets that have none ----
 
-// No intermediate value of these conversions is a subnormal float, because a program may have set its
-// processor to treat subnormal floats as 0.
+// A program may have set its processor to treat subnormal floats as 0. Therefore, these conversions compute
+// no intermediate value that is a subnormal float.
 inline void widen_float16_portable(size_t n, const uint16_t* from, float* to) {
   for (size_t i = 0; i < n; ++i) {
     const uint32_t sign = uint32_t(from[i] & 0x8000u) << 16, value = uint32_t(from[i] & 0x7FFFu) << 13;

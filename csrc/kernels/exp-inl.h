@@ -12,7 +12,7 @@ namespace nplora::kernels::NPLORA_ISA {
 // two parts. The first part has only 9 bits, so that n times the first part is exact.
 inline Vec<float> exp(Vec<float> x) {
   using V = Vec<float>;
-  constexpr float kShift = 0x1.8p23f;  // floats from 2^23 to 2^24 are whole numbers
+  constexpr float kShift = 0x1.8p23f;  // adding kShift rounds: floats from 2^23 to 2^24 are whole numbers
   constexpr float kCoefficients[] = {
       0.0013814539f, 0.0083687454f, 0.041668389f, 0.16666521f, 0.49999994f, 1, 1};
   const V shift = V::broadcast(kShift);

@@ -28,7 +28,7 @@ inline void quantize_sub_block(const float* x, int8_t* codes, float& scale, floa
                                float* half_sums) {
   constexpr float kLargestCode = 127, kLeast = 0x1p-119f;  // below kLeast, 1 / scale may be infinite
   constexpr uint32_t kInfinite = 0x7F800000u;
-  constexpr float kShift = 0x1.8p23f;  // x + kShift holds x, rounded to a whole number, in its low bits
+  constexpr float kShift = 0x1.8p23f;  // the low bits of x + kShift hold x, rounded to a whole number
   const uint32_t largest = largest_bits(x);
   if (largest >= kInfinite || __builtin_bit_cast(float, largest) < kLeast) {
     __builtin_memset(codes, 0, kSubBlock);
@@ -204,9 +204,9 @@ inline Codes<Block> codes_of(const Block& block, const Scales<Block>& scales) {
     return {{}, block};
 }
 
-// Multiplies kTokens rows of `x` with up to kRows rows of W. The products are stored in `y`, whose rows are
-// `all` elements apart. If fewer than kRows rows are left, the last row is repeated and its additional
-// products are dropped.
+// Multiplies kTokens rows of `x` with up to kRows rows of W. The products are stored in `y`, whose row stride
+// is `all` elements. If fewer than kRows rows are left, the last row is repeated and its additional products
+// are dropped.
 template <class Block, size_t kTokens, size_t kRows>
 inline void int8_tile(const Rows& w, size_t sub_blocks, const Int8Rows& x, float* y, size_t all) {
   using Factors = typename Codes<Block>::Factors;
@@ -253,7 +253,8 @@ inline void int8_tile(const Rows& w, size_t sub_blocks, const Int8Rows& x, float
     for (size_t t = 0; t < kTokens && r < w.count; ++t) y[t * all + r] = sum(sums[r][t]) + sum(minima[r][t]);
 }
 
-// Processes the `m` tokens in groups of 4, then 2, then 1. After the first group, the rows of W are in L1.
+// Processes the `m` tokens in groups of 4, then 2, then 1. The first group brings the rows of W into L1, and
+// the later groups read them there.
 template <class Block, size_t kTokens>
 inline void int8_tiles(const Rows& w, size_t m, size_t sub_blocks, Int8Rows x, float* y, size_t all) {
   constexpr size_t kRows = 4 / kTokens;
@@ -327,7 +328,7 @@ template <class Block, class At>
   }
 }
 
-// Returns a vector whose lane r holds the first four bytes of the block at(r).
+// Returns a vector whose lane r holds the first four bytes of block r, where at(r) returns block r.
 template <class Block, class At>
 [[gnu::always_inline]] inline LaneBits first_bytes(const At& at) {
   if constexpr (kLaneRows == 8) {
@@ -341,7 +342,7 @@ template <class Block, class At>
 #pragma GCC unroll 4
   for (size_t r = 0; r < 4; ++r)
     heads[r] = join_parts(of_parts(r, [&](size_t row) { return load_bytes(&at(row)); }).parts);
-  transpose_parts(heads);  // the compiler does not compute heads[1] to heads[3], which are not used
+  transpose_parts(heads);  // only heads[0] is used, so the compiler computes only heads[0]
   return (LaneBits)heads[0];
 }
 
@@ -360,7 +361,7 @@ inline void int8_lanes(const Rows& w, size_t sub_blocks, const Int8Rows& x, floa
     LaneBytes codes[8];
     transposed_codes<Block>(at, codes);
     [[maybe_unused]] LaneSigns signs[8];
-    if constexpr (!C::kHasMinimum)  // dot_lanes needs unsigned codes of W, so the signs move to `x`
+    if constexpr (!C::kHasMinimum)  // dot_lanes needs unsigned codes of W, so their signs are applied to `x`
 #pragma GCC unroll 8
       for (size_t k = 0; k < 8; ++k) {
         const LaneBytes all = codes[k];

@@ -50,7 +50,7 @@ struct Nearest {
 // Rounds elements stochastically. Element i uses the random bits of e = first + i (see Int8Gemm::dither). The
 // random words are computed for kDithered elements at a time, so the elements must be rounded in order.
 struct Stochastic {
-  static constexpr int kFraction = 23;  // with 23 bits of fraction, numbers from -127 to 127 fit into 31 bits
+  static constexpr int kFraction = 23;  // -127 to 127 in fixed point with 23 fraction bits needs 31 bits
   uint64_t seed, first;
   mutable uint32_t words[4][kPhiloxBlocks];
 
@@ -197,8 +197,8 @@ struct Int8Product {
   bool accumulate;
 };
 
-// Multiplies one vector of sums by the scales of W and stores the products in `c`. If `kPartial` is set, `c`
-// may have too few columns for all lanes.
+// Multiplies one vector of sums by the scales of W and stores the products in `c`. If `kPartial` is set, the
+// vector may have more lanes than `c` has columns left.
 template <bool kPartial>
 [[gnu::always_inline]] inline void store_outputs(const Int8Product& p, Vec<float> sums, size_t row,
                                                  size_t column) {
@@ -253,9 +253,9 @@ inline constexpr double kPeakOperations = 16 * kIntLanes;
   for (LaneInts& sum : sums) sum = (LaneInts)vmmlaq_s32((int32x4_t)sum, (int8x16_t)x, (int8x16_t)x);
 }
 
-// Exchanges the high half of `first` and the low half of `second`. The instruction smmla needs each vector of
-// sums to be a block of two rows and two columns. The exchange turns two vectors of sums, one for each row,
-// into two blocks of two rows and two columns. A second exchange restores the two vectors.
+// Exchanges the high half of `first` and the low half of `second`. Before the exchange, each vector holds
+// four sums of one row. After the exchange, each vector holds a block of two rows and two columns, as the
+// instruction smmla requires. A second exchange restores the original vectors.
 [[gnu::always_inline]] inline void exchange_halves(LaneInts& first, LaneInts& second) {
   const auto a = (int64x2_t)first, b = (int64x2_t)second;
   first = (LaneInts)vzip1q_s64(a, b);
@@ -405,8 +405,8 @@ inline void int8_tile_upto(size_t rows, const Int8Product& p, size_t column) {
   if constexpr (kRows > 1) int8_tile_upto<kOneGroup, kRows - 1, kVectors, kPartial>(rows, p, column);
 }
 
-// Computes kVectors vectors of columns of the product, in all `m` rows. The first of these columns is
-// `column`.
+// Computes as many neighbouring columns of the product as fill kVectors vectors, in all `m` rows. The first
+// of these columns is `column`.
 template <bool kOneGroup, size_t kRows, size_t kVectors, bool kPartial>
 inline void int8_rows(size_t m, Int8Product p, size_t column) {
   for (size_t rows; m > 0; m -= rows) {
@@ -419,8 +419,8 @@ inline void int8_rows(size_t m, Int8Product p, size_t column) {
   }
 }
 
-// Computes all columns, kVectors vectors at a time. The last columns may be fewer than kVectors vectors. The
-// last columns are computed one vector at a time, in tiles of at most four rows.
+// Computes all columns, kVectors vectors at a time. If the last columns do not fill kVectors vectors, they
+// are computed one vector at a time, in tiles of at most four rows.
 template <bool kOneGroup, size_t kRows, size_t kVectors>
 inline void int8_columns(size_t m, const Int8Product& p) {
   constexpr size_t kWidth = kVectors * kIntLanes, kFewRows = kRows < 4 ? kRows : 4;

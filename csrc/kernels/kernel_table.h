@@ -75,7 +75,7 @@ inline constexpr size_t kValuesPerElement<Bf16Pair> = 2;
 template <>
 inline constexpr size_t kValuesPerElement<Int8Quad> = 4;
 
-// The number of elements of a full panel along the depth.
+// The depth of a full panel, in elements, if the columns of the panel are steps along the depth.
 template <class E>
 inline constexpr size_t kPanelDepth = kPanelColumns / kValuesPerElement<E>;
 
@@ -111,9 +111,10 @@ struct Fetch {
 inline constexpr size_t kFetchAhead = 12288;
 
 // A multiple of the `depth_unit` of every instruction set (see Tiles). If the depth is cut at multiples of
-// kDepthUnit elements, the sums are the same as for the whole depth. A panel of floats is 48 elements deep,
-// which is a multiple of kDepthUnit. A panel of bfloat16 pairs is 24 elements deep, which is no multiple of
-// kDepthUnit. Therefore, products of pairs cut the depth at multiples of kDepthCut (ops/blocking.h).
+// kDepthUnit elements, the sums are the same as for the whole depth. The depth of a panel (kPanelDepth) is 48
+// elements for floats, which is a multiple of kDepthUnit, and 24 elements for bfloat16 pairs, which is no
+// multiple of kDepthUnit. Therefore, products of pairs cut the depth at multiples of kDepthCut
+// (ops/blocking.h).
 inline constexpr size_t kDepthUnit = 16;
 static_assert(kPanelDepth<float> % kDepthUnit == 0);
 
@@ -175,8 +176,8 @@ struct OperandOf<Bf16Pair> {
 template <class W>
 using Operand = typename OperandOf<W>::Type;
 
-// The element type in which gemm_outputs_in_lanes reads a weight W from memory. For products of bfloat16
-// pairs, W holds single bfloat16 values, and gemm_outputs_in_lanes makes the pairs itself.
+// The type of the weight's elements in memory for SmallProducts<W>::gemm_outputs_in_lanes. If W is Bf16Pair,
+// the elements in memory are single bfloat16 values, and gemm_outputs_in_lanes makes pairs of them.
 template <class W>
 struct StoredOf {
   using Type = W;
@@ -308,7 +309,7 @@ struct Nf4 {
 
 // The memory for rows of decoded floats. A row may cover two panels. Each panel then stores its columns of
 // all rows without gaps, so the columns of the second panel do not follow the columns of the first panel in
-// memory: compared with a contiguous row, they are stored `apart` elements later.
+// memory: compared with a contiguous row, the columns of the second panel are stored `apart` elements later.
 struct DecodedRows {
   float* data;
   size_t stride, apart = 0;
@@ -422,7 +423,8 @@ static inline CodeScale code_scale(float largest) {
 inline constexpr size_t kDithered = 64;
 
 // The products of large batches in int8. W has one scale for each row. The codes of W and of `x` are from
-// -127 to 127. In memory, an offset is added to the codes of W. The offset depends on the instruction set.
+// -127 to 127. In memory, each code of W is stored as code + offset. The offset depends on the instruction
+// set.
 struct Int8Gemm {
   size_t code_offset;  // the offset of the codes of W, at most 128
 
@@ -433,10 +435,10 @@ struct Int8Gemm {
   void (*quantize)(size_t n, size_t group, const float* x, const float* factors, int8_t* codes, float* scales,
                    int32_t* corrections);
 
-  // Quantises like `quantize`, but rounds v = x * (1 / scale) stochastically, up or down. The expected code
-  // is v, with an error of at most 2^-23. `first` and `group` must be multiples of kDithered. With e = first
-  // + i, the random bits of element i are the low 23 bits of output word e / 16 % 4 of the Philox counter e /
-  // kDithered * 16 + e % 16.
+  // Quantises like `quantize`, but rounds v = x * (1 / scale) stochastically, up or down. The expected value
+  // of the code differs from v by at most 2^-23. `first` and `group` must be multiples of kDithered. Philox
+  // makes the random bits of element i: with e = first + i, these bits are the low 23 bits of word e / 16 % 4
+  // of the counter e / kDithered * 16 + e % 16, in integer division.
   void (*dither)(size_t n, size_t group, uint64_t seed, uint64_t first, const float* x, const float* factors,
                  int8_t* codes, float* scales, int32_t* corrections);
 
@@ -530,13 +532,15 @@ struct Transformer {
   float (*dot)(size_t n, const float* a, const float* b);
 
   // Computes the dot products of the heads of a query q (heads, dim) and the rows of keys k (rows, heads /
-  // group * dim). The results are stored in `scores` (heads, rows). Head h of the query uses the `dim`
-  // columns of `k` from column h / group * dim on, with h / group rounded down.
+  // group * dim). The results are stored in `scores` (heads, rows). Each group of `group` heads of the query
+  // shares one head of the keys: head h of the query uses the `dim` columns of `k` that begin at column h /
+  // group * dim, with h / group rounded down.
   void (*key_dots)(size_t rows, size_t heads, size_t group, size_t dim, const float* q, const float* k,
                    size_t k_stride, float* scores, size_t s_stride);
 
   // Adds rows of values v (rows, heads / group * dim), multiplied by weights (heads, rows), to `out` (heads,
-  // dim). Head h uses the `dim` columns of `v` from column h / group * dim on, with h / group rounded down.
+  // dim). Each group of `group` heads shares one head of the values: head h uses the `dim` columns of `v`
+  // that begin at column h / group * dim, with h / group rounded down.
   void (*add_values)(size_t rows, size_t heads, size_t group, size_t dim, const float* weights,
                      size_t w_stride, const float* v, size_t v_stride, float* out);
 
@@ -585,7 +589,7 @@ struct NarrowKernels {
   Int8Gemm int8_gemm;
 
   // If pairs_in_registers is true, small_pairs.gemm_outputs_in_lanes pairs the rows of `w` in registers. If
-  // pairs_in_registers is false, each call copies `w` into pairs.
+  // pairs_in_registers is false, each call of this kernel makes a copy of `w` in pairs in memory.
   bool pairs_in_registers = true;
 };
 

@@ -11,7 +11,8 @@
 //     1 broadcast element.
 //   `kPanelVectors` is the number of vectors of `w` in a tile of gemm_outputs_in_lanes for a dense panel.
 //     `kPanelVectors` is either kOutputVectors, or so large that a tile covers a whole row of a panel of
-//     floats. If `kPanelVectors` is larger than kOutputVectors, the tile has fewer rows of `a`.
+//     floats. If `kPanelVectors` is larger than kOutputVectors, a tile for a dense panel has fewer than
+//     kTileTokens rows of `a`.
 //   `kNearRows` is the number of rows of `a` that gemm_outputs_in_lanes addresses from one pointer, with
 //     multiples of the row stride as offsets. With more rows for one pointer, GCC runs out of general
 //     registers and keeps multiples of the stride in vector registers. Moving these multiples back to general
@@ -353,10 +354,10 @@ inline void gemm_outputs_in_lanes_l1_blocks(size_t m, OutputsInLanes<E, W> p, Fe
   bool streams = readings > 0 && fetch.each > 0 && fetch.lines == 0;  // whether rows_ahead is requested
   if (fetch.each > 0) fetch = lines_apart(fetch.at, fetch.lines, kCacheLine);
   // Each time a block is read, one cache line of each row of the next block is prefetched. If a block is read
-  // fewer times than a row has cache lines, these prefetches would miss a part of the next block. In this
-  // case, the code does not prefetch, because the hardware prefetches better without such prefetches. The
-  // hardware prefetches best in blocks of 6 KB: on a Zen 4, products with 4 rows are a quarter faster in
-  // blocks of 6 KB than in blocks of 12 KB. A panel that is read only once needs no blocks.
+  // fewer times than a row has cache lines, a part of the next block would not be prefetched. In this case,
+  // the code prefetches nothing, because the hardware then prefetches better. The hardware prefetches best in
+  // blocks of 6 KB: on a Zen 4, products with 4 rows are a quarter faster in blocks of 6 KB than in blocks of
+  // 12 KB. A panel that is read only once needs no blocks.
   if (streams && readings * kCacheLine < row_bytes) {
     streams = false;
     fetch = Fetch::none();
@@ -461,8 +462,9 @@ void merge(size_t m, size_t n, size_t depth, const T* a, const T* panels, T* c, 
 // ---- transposes into and out of the SIMD lanes ----
 
 // Transposes `x` (rows, cols) into `xt` (cols, n_lanes). If there are fewer rows than lanes, the other lanes
-// are set to zero. The hardware prefetcher cannot follow all rows of `x`, so each row is prefetched kAhead
-// columns ahead. At the end of the rows, the start of the next n_lanes rows is prefetched.
+// are set to zero. The hardware prefetcher cannot follow all rows of `x`, so the code prefetches each row,
+// kAhead columns ahead of the columns that it reads. Near the end of the rows, the code prefetches the start
+// of the next n_lanes rows.
 template <class T>
 void to_lanes(size_t n_lanes, size_t rows, size_t cols, const T* x, size_t x_stride, T* xt) {
   constexpr size_t kLanes = Vec<T>::kLanes, kAhead = 8 * kCacheLine / sizeof(T);

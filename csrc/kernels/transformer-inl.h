@@ -119,8 +119,8 @@ inline Vec<float> sigmoid(Vec<float> g) {
   return one / (one + exp(Vec<float>::zero() - g));
 }
 
-// Every activation has the form act(g) = g * gate(g). In each struct, `gate` returns gate(g), and `backward`
-// returns d * act'(g). The argument s of `backward` is gate(g).
+// Every activation has the form act(g) = g * gate(g). In each struct, the function `gate` returns the factor
+// gate(g). The function `backward(d, g, s)` returns d * act'(g), where the caller passes gate(g) as s.
 
 // An activation with gate(g) = sigmoid(p(g)), where p is a polynomial. The derivative is act'(g) = s (1 + g
 // p'(g) (1 - s)). `Polynomial::inner` returns p(g), and `Polynomial::slope` returns g p'(g).
@@ -216,8 +216,8 @@ inline float largest(size_t n, const float* x) {
   return fold(max(max(m[0], m[1]), max(m[2], m[3])), [](float a, float b) { return a > b ? a : b; });
 }
 
-// Prefetches the elements of `x` that are kFetchAhead bytes ahead. They are prefetched into L1, which has
-// room for more than kFetchAhead bytes.
+// While element i of `x` is read, the element that is kFetchAhead bytes after element i is prefetched into
+// L1, which has room for more than kFetchAhead bytes.
 inline float exp_sum(size_t n, const float* x, float shift, float* y) {
   const Vec<float> less = Vec<float>::broadcast(shift);
   Vec<float> sum = Vec<float>::zero();

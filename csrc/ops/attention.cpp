@@ -19,16 +19,15 @@ constexpr float kLowest = std::numeric_limits<float>::lowest();
 constexpr size_t kTilesPerTask = 4;
 
 // A run consists of neighbouring queries of one sequence. For each key-value head, a run has one lane for
-// each query and each query head that uses the key-value head. If these are fewer than kFewestLanes lanes,
-// attention is computed without tiles, because most lanes of a tile would be idle.
+// each pair of a query and a query head that uses the key-value head. If a run has fewer than kFewestLanes
+// such lanes, attention is computed without tiles, because most lanes of a tile would be idle.
 constexpr size_t kFewestLanes = 12;
 
 // The keys of a single query are cut into pieces of at most this many keys.
 constexpr size_t kPieceKeys = 256;
 
-// The time of single queries, divided by the time of the same number of floating-point operations in a matrix
-// product. Single queries are slower, because each key and value is read from memory for a few operations
-// only.
+// Attention for single queries takes kReadingCost times as long as a matrix product with the same number of
+// floating-point operations, because each key and value is read from memory for a few operations only.
 constexpr double kReadingCost = 4;
 
 const kernels::Transformer& kernel() {
@@ -36,7 +35,7 @@ const kernels::Transformer& kernel() {
 }
 
 struct Outputs {
-  Matrix<float> out, lse;  // lse is not written if its data is null
+  Matrix<float> out, lse;  // lse is not written if lse.data is null
 };
 
 struct ForwardBuffers {
@@ -58,8 +57,8 @@ struct ForwardBuffers {
   float *queries, *sums;          // (head_dim, kTileLanes)
   float* scores;                  // (kTileKeys, kTileLanes)
   float *largest, *sum, *factor;  // (kTileLanes)
-  // Used for products in pairs of bfloat16: `pairs` (head_dim / 2, lanes) holds the queries, and `weights`
-  // (kTileKeys / 2, lanes) holds the weights of a tile of keys.
+  // The operands of products in pairs of bfloat16: `pairs` (head_dim / 2, lanes) holds the queries, and
+  // `weights` (kTileKeys / 2, lanes) holds the weights of a tile of keys.
   kernels::Bf16Pair *pairs, *weights;
 };
 
@@ -164,7 +163,8 @@ void attend_piece(const AttentionShape& shape, const Piece& piece, Matrix<const 
   float *largest = part + heads * dim, *sum = largest + heads;
   float *scaled = scratch<float>(Scratch::kAttention, heads * (dim + n)), *scores = scaled + heads * dim;
   kernel().scaled(heads * dim, shape.scale, q.row(piece.row), scaled, false);
-  // For the last keys of a call, key_dots uses a different order of summation. So every call except the last
+  // key_dots computes several keys at a time. If a few keys are left at the end of a call, key_dots computes
+  // them one by one, with another order of summation than for the other keys. So every call except the last
   // one must end at a multiple of kKeyUnit.
   const size_t aligned = std::min(round_up(piece.keys.first, kKeyUnit), piece.keys.end);
   for (const Span half : {Span{piece.keys.first, aligned}, Span{aligned, piece.keys.end}})

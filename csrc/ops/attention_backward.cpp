@@ -122,8 +122,9 @@ struct Keys {
   }
 };
 
-// Computes the scores, p, dp and ds of one tile of queries and the keys `all`, and adds their products to dq,
-// dk and dv (see attend_backward). All products are computed in float32.
+// Computes the scores, p, dp and ds of one tile of queries and the keys in `all` (see attend_backward). Sets
+// b.dq to the sum of ds k over these keys, and adds the terms of this tile to dk and dv. All products are
+// computed in float32.
 void multiply(const QueryTile& tile, const Keys& all, const Operands& x, const BackwardBuffers& b) {
   const size_t dim = tile.shape.head_dim, lanes = tile.lanes, column = tile.kv_head * dim;
   bool add = false;
@@ -143,8 +144,8 @@ void multiply(const QueryTile& tile, const Keys& all, const Operands& x, const B
 }
 
 // Does the same as `multiply`, but multiplies pairs of bfloat16. A pair of keys begins at an even position.
-// If all.span begins at an odd position, the key before all.span is therefore computed too. This key is
-// masked, because it is before the window.
+// If all.span begins at an odd position, scores are therefore also computed for the key before all.span. This
+// key is masked, because it is before the window.
 void multiply_pairs(const QueryTile& tile, const Keys& all, const Operands& x, const BackwardBuffers& b) {
   const size_t dim = tile.shape.head_dim, lanes = tile.lanes, column = tile.kv_head * dim;
   const PairBuffers pairs(dim, lanes, b);

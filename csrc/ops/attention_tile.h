@@ -59,13 +59,13 @@ struct PairedRows {
 struct Run {
   size_t row, count;      // rows of q
   size_t first_position;  // the position of the first query in its sequence
-  const float *k, *v;     // the start of page 0 or, without pages, the row of position 0
+  const float *k, *v;     // point to the start of page 0 or, without pages, to the row of position 0
   size_t stride;          // the row stride of k and v
   // pages[i] is the page of the positions i * page_tokens to (i + 1) * page_tokens - 1. `pages` is null if
   // page 0 holds all positions.
   const int64_t* pages = nullptr;
   size_t page_tokens = 0;
-  const PairedRows* k_pairs = nullptr;  // null if products are in float32, as always with pages
+  const PairedRows* k_pairs = nullptr;  // null if products are in float32; always null with pages
   const PairedRows* v_pairs = nullptr;
   size_t pair_row = 0;  // the row of `down` whose pairs hold positions 0 and 1
 
@@ -105,8 +105,9 @@ inline Span visible_keys(const AttentionShape& shape, const Run& run, size_t fir
   return {first, window > 0 ? std::min(last_position + window, keys) : keys};
 }
 
-// Counts the floating-point operations of attention. For each lane and each key to which the query of the
-// lane attends, attention computes `products` products of vectors with head_dim elements.
+// Counts the floating-point operations of attention. Attention multiplies vectors of head_dim elements:
+// `products` is the number of these multiplications for each lane and each key to which the query of the lane
+// attends.
 inline void count_operations(const Timed& timed, const AttentionShape& shape, const std::vector<Run>& runs,
                              double products) {
   double pairs = 0;
@@ -117,7 +118,8 @@ inline void count_operations(const Timed& timed, const AttentionShape& shape, co
               products * pairs * 2.0 * double(shape.heads * shape.head_dim));
 }
 
-// A tile: the lanes `first` to first + lanes - 1 of those lanes of a run that use the key-value head kv_head.
+// A tile: the lanes `first` to first + lanes - 1. The lanes are counted among those lanes of a run that use
+// the key-value head kv_head.
 struct QueryTile {
   const AttentionShape& shape;
   const Run& run;
@@ -136,7 +138,9 @@ struct QueryTile {
   // The range of all keys to which the queries of the tile attend.
   Span visible() const { return visible_keys(shape, run, position(0), position(lanes - 1)); }
 
-  // For each token of the tile, calls body(row of q, first head, number of heads, lane of the first head).
+  // For each token of the tile, calls body(row, head, heads, lane). `row` is the token's row of q. The tile
+  // has `heads` query heads of this token; the first of them is `head`, and belongs to lane `lane` of the
+  // tile.
   template <class Body>
   void for_tokens(const Body& body) const {
     const size_t group = shape.group();
@@ -147,7 +151,8 @@ struct QueryTile {
     }
   }
 
-  // Copies the tile's heads of x (n, heads * head_dim) to `to` (lanes, head_dim), multiplied by `factor`.
+  // For each lane of the tile, multiplies the lane's head in x (n, heads * head_dim) by `factor`, and stores
+  // the result in the lane's row of `to` (lanes, head_dim).
   void gather(Matrix<const float> x, float factor, float* to) const {
     const size_t dim = shape.head_dim;
     for_tokens([&](size_t row, size_t head, size_t heads, size_t lane) {
@@ -155,8 +160,9 @@ struct QueryTile {
                                           false);
     });
   }
-  // Writes `from` (lanes, head_dim), multiplied by `factor`, to the tile's heads of x (n, heads * head_dim).
-  // If `accumulate` is true, adds to these heads instead of overwriting them.
+  // The reverse of `gather`: for each lane of the tile, multiplies the lane's row of `from` (lanes, head_dim)
+  // by `factor`, and stores the result in the lane's head in x (n, heads * head_dim). If `accumulate` is
+  // true, adds the result to the head instead.
   void scatter(const float* from, float factor, Matrix<float> x, bool accumulate) const {
     const size_t dim = shape.head_dim;
     for_tokens([&](size_t row, size_t head, size_t heads, size_t lane) {
@@ -220,8 +226,9 @@ void score(size_t lanes, size_t keys, size_t depth, kernels::Strided<E> k, const
                                                     kTileLanes, false, kernels::Fetch::none());
 }
 
-// Weighted sums of the rows of v: sums = [sums +] vᵀ weights, where sums is (head_dim, kTileLanes), v is
-// (depth, head_dim), and weights is (depth, kTileLanes) with rows that are w_stride elements apart.
+// Weighted sums of the rows of v: sums = vᵀ weights, or sums += vᵀ weights if `accumulate` is true. The
+// shapes are sums (head_dim, kTileLanes), v (depth, head_dim) and weights (depth, kTileLanes). The rows of
+// `weights` are w_stride elements apart.
 template <class E>
 void add_weighted(size_t lanes, size_t dim, size_t depth, kernels::Strided<E> v, const E* weights,
                   size_t w_stride, float* sums, bool accumulate) {

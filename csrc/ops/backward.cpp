@@ -1,5 +1,7 @@
-// The backward pass of LoRA layers: from the gradients dy of the outputs, computes dz = scale dy A and dx =
-// the sum of dy W + undrop(dz B) over all layers, and adds da += scale dyᵀ z and db += dzᵀ drop(x).
+// The backward pass of LoRA layers. From the gradients dy of the outputs of all layers, it computes:
+//   dz = scale dy A, for each layer
+//   dx = the sum of dy W + undrop(dz B) over all layers
+//   da += scale dyᵀ z and db += dzᵀ drop(x), for each layer
 // The function `drop` applies the dropout mask to x, and `undrop` applies the same mask to a gradient.
 #include <algorithm>
 #include <type_traits>
@@ -37,7 +39,7 @@ void backward(std::span<const BackwardPart<Sum<E>>> parts, Matrix<const Sum<E>> 
     const Range token_block{first, std::min(most, tokens - first)};
     if (stack.prepares())
       for_pieces(token_block.count, kTokenUnit, threads, [&](Range some) {
-        for (size_t i = 0; i < some.count; i += kTokenUnit) {  // the dy of so few tokens stays in L2
+        for (size_t i = 0; i < some.count; i += kTokenUnit) {  // the dy of kTokenUnit tokens stays in L2
           const Range few{some.first + i, std::min(kTokenUnit, some.count - i)};
           stack.prepare(token_block, few);
           input.prepare(token_block, few);
@@ -57,8 +59,8 @@ void backward(std::span<const BackwardPart<Sum<E>>> parts, Matrix<const Sum<E>> 
   factors.finish();
 }
 
-// Reports the number of operations of a backward pass to `timed`. An update that is merged on the fly counts
-// as many operations as a separate update.
+// Reports the number of operations of a backward pass to `timed`. For an update that is merged on the fly,
+// the same number of operations is counted as for a separate update.
 template <class T>
 void count_operations(const Timed& timed, std::span<const BackwardPart<T>> parts, bool wants_dx,
                       Arithmetic arithmetic) {

@@ -27,9 +27,9 @@ void FactorGradients<E>::cut(const Part* part, const Joined* joined, size_t cols
 }
 
 // Adds the product of a token block to the sums of a task. If the task computes dA, the sums are some columns
-// of dA transposed (r, d_out), and the product is zᵀ dy. If the task computes dB, the sums are some columns
-// of dB (r, d_in), and the product is dzᵀ drop(x). Only a few tokens are multiplied at a time, so that the
-// rows of dy or x stay in the cache.
+// of dAᵀ (r, d_out), and the product is zᵀ dy. If the task computes dB, the sums are some columns of dB (r,
+// d_in), and the product is dzᵀ drop(x). Only a few tokens are multiplied at a time, so that the rows of dy
+// or x stay in the cache.
 template <class E>
 void FactorGradients<E>::add(Range token_block, size_t task) const {
   const Task& t = tasks_[task];

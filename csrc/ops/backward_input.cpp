@@ -20,11 +20,12 @@ using kernels::Strided;
 
 namespace {
 
-// Returns the memory to prefetch while the first tokens of a task are multiplied by a block of W. Usually
-// this is the memory that is read after the block: the next rows of the same panel, or the next panel. In
-// three cases, later rows of the same block are prefetched instead: if W is not packed, if all tokens fit
-// into one tile, or if the block is read in place and the kernel divides it into L1 blocks. (When the later
-// tokens of the task are multiplied, the block is already in L2, and its rows are prefetched into L1.)
+// Returns the memory to prefetch while the first tokens of a task are multiplied by a block of W. Usually,
+// the function returns the memory that is read after the block: the next rows of the same panel, or the next
+// panel. In three cases, later rows of the same block are prefetched instead: if W is not packed, if all
+// tokens fit into one tile, or if the block is read in place and the kernel divides it into L1 blocks. (When
+// the later tokens of the task are multiplied, the block is already in L2, and its rows are prefetched into
+// L1.)
 template <class E>
 Fetch following(const WeightView& w, Range rows, Range panel, size_t tokens, const void* block) {
   const kernels::Tiles<E>& k = kernels::table().tiles<E>();
@@ -101,7 +102,7 @@ bool InputGradient<E, W>::is_shared() const {
 }
 
 // The largest number of tokens in a token block. If an update is merged on the fly (added to blocks of W), a
-// token block is as large as L3 allows, so that each of these blocks of W serves many tokens.
+// token block is as large as L3 allows, so that each merged block of W is multiplied with many tokens.
 template <class E, class W>
 size_t InputGradient<E, W>::block_tokens(size_t threads) const {
   const size_t tokens = stack_.tokens();
@@ -150,8 +151,9 @@ ColumnBlock<W> InputGradient<E, W>::block_at(const WeightView& w, Range rows, Ra
     return column_block(w, rows, cols, is_shared(), made);
 }
 
-// Multiplies dy by a group of columns of W: dx[:, group] = [dx +] dy W[:, group]. Calls after(panel, tokens)
-// as soon as the outputs of a few tokens in one panel are complete, while these outputs are still in L1.
+// Multiplies dy by a group of columns of W: dx[:, group] = dy W[:, group], or += if `accumulate` is true.
+// Calls after(panel, tokens) as soon as the outputs of a few tokens in one panel are complete, while these
+// outputs are still in L1.
 template <class E, class W>
 template <class After>
 void InputGradient<E, W>::add_frozen(const Part& p, const Gradient& dy, Range group, Matrix<T> dx,
@@ -176,8 +178,8 @@ void InputGradient<E, W>::add_frozen(const Part& p, const Gradient& dy, Range gr
   }
 }
 
-// Multiplies some columns of dy by one block of W: dx[:, panel] = [dx +] dy[:, rows] W[rows, panel]. If the
-// update is merged on the fly, the update is first added to the block of W.
+// Multiplies some columns of dy by one block of W: dx[:, panel] = dy[:, rows] W[rows, panel], or += if
+// `accumulate` is true. If the update is merged on the fly, the update is first added to the block of W.
 template <class E, class W>
 template <class After>
 void InputGradient<E, W>::add_block(const Part& p, const Gradient& dy, Range rows, Range panel,

@@ -18,18 +18,18 @@ Matrix<const T> block_of(Matrix<const T> m, Range rows, Range cols) {
   return {m.row(rows.first) + cols.first, rows.count, cols.count, m.stride};
 }
 
-// A stack of layers, which the code calls parts. The gradients of the layers are computed with elements of
-// type E, one token block at a time. Tokens are counted from the start of the token block unless a comment
-// says otherwise. All pointers into scratch memory are valid after `reserve`.
+// A stack of layers. In the code, a layer of the stack is called a part. The gradients of the layers are
+// computed with elements of type E, one token block at a time. Tokens are counted from the start of the token
+// block unless a comment says otherwise. All pointers into scratch memory are valid after `reserve`.
 template <class E>
 class BackwardStack {
  public:
   using T = kernels::Sum<E>;
 
-  // A group of layers whose dz are stored side by side. dz B and dB are each computed by one product for the
-  // whole group, so that x is read once. The value of `adds` is the same for all layers of a group, and so is
-  // the value of `wants_db`. A layer with dropout forms its own group, because each layer drops different
-  // elements of x.
+  // A group of layers whose dz are stored side by side. For the whole group, one product computes dz B, and
+  // one product computes dB, so that x is read once. The value of `adds` is the same for all layers of a
+  // group, and so is the value of `wants_db`. A layer with dropout forms its own group, because each layer
+  // drops different elements of x.
   struct Joined {
     bool adds, wants_db;                  // adds: dz B is added to dx; wants_db: dB must be computed
     const LowRank<T>* dropped = nullptr;  // the layer's update if it uses dropout, else null

@@ -39,13 +39,15 @@ inline constexpr size_t kTaskTokens = 256, kLanesBytes = size_t{8} << 20;
 // In the backward pass, batches of up to this many rows are not computed in bfloat16 or int8, because such
 // products are not faster with so few rows.
 inline constexpr size_t kFloatBatch = 4;
-// In the backward pass of a batch with more tokens than this, all tokens share one copy of each block of W.
-// If W is packed or double, blocks of W are not copied.
+// In the backward pass, batches of up to this many tokens read a row-major W in place, unless W must be
+// converted. In larger batches, all tokens share one copy of each block of W. Blocks of a packed W, or of a W
+// in double, are not copied.
 inline constexpr size_t kInPlaceBatch = 16;
-// Two limits for the number of tokens in a backward pass if W is in bfloat16. A batch whose number of tokens
-// is not above the limit uses the values of W without a copy. kWidenedBatch is the limit for products in
-// float: each tile widens the values to float in registers. kPairedBatch is the limit for products of pairs,
-// if W is packed and pairs_in_registers is true: each tile pairs the values in registers.
+// Two limits for the number of tokens in a backward pass if W is in bfloat16. A batch that is not above the
+// limit reads the values of W in place; a larger batch uses a copy of W in floats or in pairs. kWidenedBatch
+// is the limit for products in float: each tile widens the values to float in registers. kPairedBatch is the
+// limit for products of pairs, if W is packed and pairs_in_registers is true: each tile pairs the values in
+// registers.
 inline constexpr size_t kWidenedBatch = 8, kPairedBatch = 256;
 // While the panels of a packed W are read, the partial sums of this many rows of W stay in L2 (4128 x 16
 // lanes of floats = 258 KB).

@@ -19,10 +19,12 @@ namespace {
 
 constexpr size_t kElementsPerTask = 16384;
 
-// The cost of each function for one element, in floating-point operations.
+// The numbers of floating-point operations for one element: to quantise it in a search for the best scales,
+// to quantise it to NF4, to decode it, and to check it.
 constexpr double kSearchOperations = 100, kNf4Operations = 20, kDecodeOperations = 2, kCheckOperations = 1;
 
-// Cuts n items of `size` > 0 elements into pieces, and calls body(range) for each piece.
+// Cuts n items into groups, and calls body(items) for the range of items in each group. Each item has
+// `size` > 0 elements.
 template <class Body>
 void for_pieces(size_t n, size_t size, double operations_per_element, const Body& body) {
   const size_t items = std::max<size_t>(1, kElementsPerTask / size);
@@ -62,7 +64,7 @@ void require_storable(BlockFormat format, Matrix<const float> values) {
   });
   const size_t bad = size_t(std::find(good.begin(), good.end(), 0) - good.begin());
   if (bad == values.rows) return;
-  // Finds the first value of the row that cannot be stored. If another thread has overwritten this value in
+  // x is the first value of the row that cannot be stored. If another thread has overwritten this value in
   // the meantime, x stays 0.
   float x = 0;
   for (size_t i = values.cols; i > 0; --i)

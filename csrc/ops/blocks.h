@@ -15,7 +15,7 @@ namespace nplora {
 void dequantize(BlockFormat format, Matrix<const uint8_t> blocks, Matrix<float> out);
 
 // Quantises values (rows, cols) to blocks, with a squared error close to the smallest possible error. First
-// calls require_storable. If require_storable throws an error, nothing is written.
+// calls require_storable. If that call throws an error, `blocks` is not changed.
 void quantize(BlockFormat format, Matrix<const float> values, Matrix<uint8_t> blocks);
 
 // Throws std::invalid_argument if a value is not finite or too large for the format. The message names the

@@ -8,15 +8,15 @@
 
 namespace nplora {
 
-inline constexpr int64_t kIgnoredTarget = -100;  // torch and transformers use the same number
+inline constexpr int64_t kIgnoredTarget = -100;  // marks a row without a loss, as in torch and transformers
 
 // The shapes are logits (n, vocab), targets (n) and losses (n). For each row, the loss is log Σ exp(logits) -
 // logits[target], or 0 if the target is ignored. If `gradient` is true, the logits are overwritten by their
 // gradient: factor * (softmax - one_hot), or 0 for ignored targets. If `gradient` is false, the logits do not
-// change. The sum Σ runs in float32 within blocks of kBlockLogits logits, as one partial sum for each of the
-// L lanes of a vector, and in float64 over the blocks. The relative error of Σ is below gamma(kBlockLogits /
-// L + log2 L), plus the error of one exponential. Here gamma(m) = m u / (1 - m u), and u is the unit
-// roundoff.
+// change. To compute Σ, each block of kBlockLogits logits is summed in float32, with one partial sum for each
+// of the L lanes of a vector. The sums of the blocks are added in float64. The relative error of Σ is below
+// gamma(kBlockLogits / L + log2 L), plus the error of one exponential. Here gamma(m) = m u / (1 - m u), and
+// u is the unit roundoff.
 void cross_entropy(Matrix<float> logits, const int64_t* targets, double factor, double* losses,
                    bool gradient);
 

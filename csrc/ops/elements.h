@@ -11,7 +11,7 @@
 
 namespace nplora {
 
-// The number of elements of type E that hold n values: n, or half of n if an element is a pair.
+// The number of elements of type E that hold n values: n, or n / 2 rounded up if an element is a pair.
 template <class E>
 size_t depth_of(size_t n) {
   return ceil_div(n, kernels::kValuesPerElement<E>);

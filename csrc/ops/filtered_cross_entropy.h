@@ -24,10 +24,10 @@ struct FilteredRows {
   uint8_t* is_flat;          // (n)
 };
 
-// For logits = x Wᵀ, computes the losses, with the same bits as `cross_entropy`, and the gradient dx. With p
-// = softmax(logits), dx = factor (Σ p_w W_w - W_target). The words w with p_w >= bound are kept, and so is
-// the target; all other words are skipped (gradient filtering of Wijmans et al. 2024, word by word). The mean
-// row μ of W replaces the row of each skipped word:
+// For logits = x Wᵀ, computes the losses, with the same bits as `cross_entropy`, and an approximate
+// gradient dx. With p = softmax(logits), the exact gradient is factor (Σ p_w W_w - W_target). The words w
+// with p_w >= bound are kept, and so is the target; all other words are skipped (gradient filtering of
+// Wijmans et al. 2024, word by word). The mean row μ of W replaces the row of each skipped word:
 //   dx = factor (Σ_kept p_w W_w + m μ - W_target),  where m = Σ_skipped p_w = 1 - Σ_kept p_w.
 // The error of a row of dx is `factor` · Σ_skipped p_w (W_w - μ). By the triangle inequality, the norm of
 // this error is at most `factor` · m · max_w ‖W_w - μ‖. The mass m is at most `bound` · (number of skipped

@@ -78,7 +78,7 @@ class LanesForward {
     }
   }
 
-  // The number of lanes that are used for this many tokens: half of all lanes if that is enough, otherwise
+  // The number of lanes that are used for `tokens` tokens: half of all lanes if that is enough, otherwise
   // all lanes. The last tokens of a batch often fit into half of the lanes.
   size_t width(size_t tokens) const { return tokens <= tiles_.lanes / 2 ? tiles_.lanes / 2 : tiles_.lanes; }
 
@@ -97,8 +97,8 @@ class LanesForward {
       if (delta.part.low.rank()) project(delta, tokens, b, lanes);
   }
 
-  // Multiplies B by one lane block of tokens: zt (r, lanes) = scale * B drop(x)ᵀ. The caller's z (tokens, r)
-  // is stored without the scale.
+  // Multiplies B by one lane block of tokens: zt (r, lanes) = scale * B drop(x)ᵀ. If the caller needs z
+  // (tokens, r), then z = drop(x) Bᵀ is also stored in the caller's array.
   void project(const LoraDelta& delta, Range tokens, size_t b, const E* xt) const {
     const ForwardPart<T>& part = delta.part;
     const size_t rank = part.low.rank(), lanes = width(tokens.count);

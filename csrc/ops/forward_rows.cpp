@@ -78,7 +78,7 @@ class RowsForward {
   // layers. A layer with dropout is not joined with other layers, because each layer drops different elements
   // of x.
   struct Joined {
-    const LowRank<T>* dropped = nullptr;  // the layer's update if it uses dropout, else null
+    const LowRank<T>* dropped = nullptr;  // the update of a layer with dropout; null without dropout
     size_t rank = 0;                      // the sum of the ranks of all joined layers
     E* b = nullptr;                       // the Bᵀ of all joined layers, side by side, (depth, rank)
     T* z = nullptr;                       // the z of a token block of n tokens, (n, rank)

@@ -85,7 +85,7 @@ class SmallForward {
   // updates are prefetched.
   void multiply(Range rows) const {
     std::vector<FetchList> next;
-    constexpr size_t kMostBytes = 256 << 10;  // limit for the prefetched bytes of all A, and of all B
+    constexpr size_t kMostBytes = 256 << 10;  // prefetches at most this much of all A, and as much of all B
     for (const auto& group : groups_) next.push_back(factors(*group.low, rows, kMostBytes / groups_.size()));
     if constexpr (std::is_same_v<W, float>)
       if (dots_blocks(part_.w)) {
@@ -107,8 +107,8 @@ class SmallForward {
     multiply_rows(rows);
   }
 
-  // Multiplies one group of rows of x by some rows of B: z[:, ranks] = scale * drop(x) B[ranks]ᵀ. The
-  // caller's z is stored without the scale.
+  // Multiplies one group of rows of x by some rows of B: z[:, ranks] = scale * drop(x) B[ranks]ᵀ. If the
+  // caller needs z, then drop(x) B[ranks]ᵀ, without the scale, is also stored in the caller's array.
   void project(size_t group, Range ranks) const {
     const auto& [rows, low, z] = groups_[group];
     const size_t n = rows.count, rank = low->rank();

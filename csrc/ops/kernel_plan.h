@@ -30,9 +30,9 @@ inline ForwardPath forward_path(size_t tokens, size_t d_out, size_t d_in, size_t
                                                                                : ForwardPath::kLanes;
 }
 
-// Inference computes every batch of more than kSmallBatch rows as if the batch had this many rows. A row of
-// the result then has the same bits in all these batches, and a prompt may be processed in pieces of any
-// length above kSmallBatch.
+// For every batch of more than kSmallBatch rows, inference uses the methods that are chosen for a batch of
+// this many rows. A row of the result then has the same bits in all these batches, and a prompt may be
+// processed in pieces of any length above kSmallBatch.
 inline constexpr size_t kInferenceTokens = 64;
 
 inline size_t inference_tokens(size_t batch) {
@@ -69,7 +69,7 @@ inline Arithmetic arithmetic_of_update(Arithmetic product) {
 enum class Update {
   kNone,            // there is no update
   kSeparate,        // z Aᵀ (in a backward pass: dz B) is computed and added to the product
-  kMergedOnTheFly,  // scale A B is added to each block of W in the cache before the product
+  kMergedOnTheFly,  // scale A B is added to a copy of each block of W, and the product uses the copy
 };
 
 struct LayerShape {
@@ -89,7 +89,8 @@ struct UpdateCost {
   double separate, merged;
 };
 
-// The cost of merging the update on the fly. `width` is the number of elements in the row of one token.
+// The cost of merging the update on the fly. `width` is the number of elements of one token: d_in in a
+// forward pass, d_out in a backward pass.
 inline double merge_cost(const LayerShape& s, size_t width) {
   const size_t blocks = ceil_div(s.tokens, tokens_of_l3_block(s.tokens, width, s.element_bytes));
   return double(blocks) *

@@ -21,8 +21,8 @@ struct LowRank {
   double dropout = 0;  // the probability that `drop` sets an element of x to zero
   uint64_t key = 0;    // the key of the dropout mask
   // Copies of a and b in bfloat16, without gaps between the rows, or null. Small batches read the copies
-  // instead of a and b, because the copies take half as long to read. The copies must have the same values as
-  // a and b.
+  // instead of a and b, because the copies take half as long to read. The copies must be exact: they may
+  // only be given if rounding to bfloat16 changes no value of a and b.
   const kernels::Bf16 *narrow_a = nullptr, *narrow_b = nullptr;
 
   size_t rank() const { return scale == 0 ? 0 : a.cols; }

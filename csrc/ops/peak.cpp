@@ -11,8 +11,8 @@ namespace nplora {
 
 namespace {
 
-constexpr size_t kIterations = 1 << 16;  // takes less than a millisecond with AVX2
-constexpr int kRepeats = 8;              // the fastest repeat counts: other programs slow down some repeats
+constexpr size_t kIterations = 1 << 16;  // one measurement then takes less than a millisecond with AVX2
+constexpr int kRepeats = 8;              // the highest rate is returned: other programs slow some repeats
 
 kernels::Peak peak_of(Arithmetic arithmetic) {
   const kernels::KernelTable& table = kernels::table();

@@ -20,7 +20,7 @@ constexpr size_t kElementsPerTask = 16384;
 // The number of elements that are converted at a time. Four arrays of this length fill half of a 32 KB L1.
 constexpr size_t kConvertedElements = 1024;
 
-// The cost of each function for one element, in floating-point operations.
+// The numbers of floating-point operations for one element of a norm, of a rotation and of an activation.
 constexpr double kNormOperations = 12, kRotationOperations = 8, kSigmoidOperations = 20;
 
 // Calls body(row) for n rows of `cols` elements each.

@@ -101,8 +101,8 @@ inline Vec<Bf16Pair> Vec<Bf16Pair>::pair_rows(Vec<Bf16> first, Vec<Bf16> second)
       _mm512_permutex2var_epi16(_mm512_castsi256_si512(first.v), order, _mm512_castsi256_si512(second.v))};
 }
 
-// Takes the pairs of 32-bit lanes of `a` and then those of `b` as one sequence. Afterwards, `a` holds the
-// pairs with even indices in this sequence, and `b` holds the pairs with odd indices.
+// The pairs of 32-bit lanes of `a`, followed by the pairs of `b`, form one sequence. Stores the pairs with
+// even indices in this sequence in `a`, and the pairs with odd indices in `b`.
 template <class T>
 inline void unzip_pairs(Vec<T>& a, Vec<T>& b) {
   const __m512i even = _mm512_set_epi64(14, 12, 10, 8, 6, 4, 2, 0),

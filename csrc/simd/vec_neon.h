@@ -146,7 +146,7 @@ struct Vec<Bf16> {
   static Vec load_partial(const Bf16* p, size_t n) { return {first_halves(p, n)}; }
 };
 inline Vec<Bf16Pair> Vec<Bf16Pair>::pair_rows(Vec<Bf16> first, Vec<Bf16> second) {
-  const uint16x4_t none = vdup_n_u16(0);  // for the upper halves, which zip1 does not read
+  const uint16x4_t none = vdup_n_u16(0);  // fills the upper halves, which zip1 does not read
   return {vreinterpretq_u32_u16(vzip1q_u16(vcombine_u16(first.v, none), vcombine_u16(second.v, none)))};
 }
 

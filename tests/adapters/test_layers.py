@@ -364,7 +364,7 @@ def test_a_replacement_that_fails_leaves_the_model_as_it_was(monkeypatch: pytest
     assert modules_and_values(model) == before
     principal = nplora.LoRALinear(np.random.default_rng(0).normal(size=(6, 5)), 2, init="pissa")
     model = nplora.Sequential(principal, nplora.ReLU(), nplora.Linear(np.ones((4, 6))))
-    with pytest.raises(ValueError, match="init='pissa' took a part of the frozen weight"):
+    with pytest.raises(ValueError, match="init='pissa' moved a part of the frozen weight"):
         adapter.attach(model, replace=True)
     assert model[0] is principal
 

@@ -64,7 +64,7 @@ def test_a_promise_that_does_not_hold_is_an_error(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(dictionary, "evaluate", lambda *arguments, **more: {"loss": 1.0})
-    with pytest.raises(RuntimeError, match="the reloaded adapter has another loss"):
+    with pytest.raises(RuntimeError, match="with the reloaded adapter, the loss differs"):
         dictionary.run(tmp_path / "demo", rank=2)
 
 

@@ -677,7 +677,7 @@ def test_the_command_line_teaches_and_distils(
         "2",
     ]
     assert cli.main(words) == 0
-    assert "24 examples, 66 tokens, the 4 most likely of each" in capsys.readouterr().out
+    assert "24 examples, 66 tokens, the 4 most likely predictions for each" in capsys.readouterr().out
     options = ["--objective", "distill", "--teacher", path, "--kd-ratio", "1", "--steps", "2"]
     assert cli.main(["finetune", str(model), "--data", str(data), "--output", out, *options]) == 0
     assert "KL" in capsys.readouterr().out

@@ -255,9 +255,9 @@ BAD: list[tuple[dict[str, Any], str]] = [
     # tools and calls
     ({**chat(ANSWER), "tools": {"f": 1}}, r"tools is \{'f': 1\}, expected a list of objects"),
     ({**chat(ANSWER), "tools": ["f"]}, r"tools is \['f'\], expected a list of objects"),
-    ({**chat(ANSWER), "tools": "f"}, "tools is 'f', expected a list of objects, or one as JSON"),
+    ({**chat(ANSWER), "tools": "f"}, "tools is 'f', expected a list of objects, or such a list as JSON"),
     ({**chat(ANSWER), "tools": '{"f": 1}'}, "tools is .*, expected a list of objects"),
-    ({**chat(ANSWER), "tools": "[" * 100_000}, "tools is .*, expected a list of objects, or one as JSON"),
+    ({**chat(ANSWER), "tools": "[" * 100_000}, "tools is .*, expected a list of objects, or such a list"),
     ({**chat(ANSWER), "documents": "d"}, "documents is 'd', expected a list of objects"),
     *(({**chat(ANSWER), "tools": [tool]}, "a tool is .*, expected an object with the name of its function")
       for tool in ({}, {"function": 3}, {"type": "function"}, {"name": ""}, {"function": {"name": 3}})),

@@ -103,7 +103,7 @@ def test_nodes_wait_for_the_longest_batch_and_in_a_round_that_is_not_full() -> N
     assert (found.alone, found.waiting) == pytest.approx((12.0, 3.0))
     assert found.efficiency == pytest.approx(12 / 18, rel=1e-3)
     assert str(found).splitlines()[-1] == (
-        "the 5 batches of a step are no multiple of 2 nodes: --accumulate 6 keeps all nodes busy"
+        "2 nodes cannot share the 5 batches of a step equally: --accumulate 6 keeps all nodes busy"
     )
 
 
@@ -246,7 +246,7 @@ def test_ranks_with_local_steps_exchange_as_often_as_predicted(files: tuple[Path
     nodes = found.on_nodes(2, "1Gb", local_steps=2)
     wanted = [GIGABIT.local_sums(size, 2, 2, -(-len(step) // 2)) for step in found.times]
     assert nodes.sums == pytest.approx(sum(wanted) / len(wanted))
-    assert f"1/2 of an outer step, which adds up 3 x {size / 1e6:.1f} MB" in str(nodes)
+    assert f"1/2 of an outer step, which adds up three arrays of {size / 1e6:.1f} MB" in str(nodes)
 
 
 def exchanges(

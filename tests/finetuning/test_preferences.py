@@ -979,7 +979,7 @@ def test_the_columns_of_a_checkpoint_keep_metrics_and_need_none() -> None:
     row = {"epoch": 1, "step": 2, "loss": 1.0, "val_loss": None, "val_accuracy": None, "seconds": 1.0}
     restored.restore(plain.step_columns(), [row], [])
     assert restored.epochs[0].val_metrics == {}
-    with pytest.raises(TypeError, match="the metrics of an epoch are not numbers by name"):
+    with pytest.raises(TypeError, match="the metrics of an epoch are not a dictionary of numbers"):
         restored.restore(plain.step_columns(), [row | {"val_metrics": {"kl": "x"}}], [])
 
 

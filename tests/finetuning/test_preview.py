@@ -139,7 +139,7 @@ def test_the_examples_of_an_epoch_are_those_of_a_run(tmp_path: Path, weight: flo
         assert "an epoch has 30,000,000,000 examples, and at most 33,554,432 are possible" in str(found)
         return
     assert found.train.epoch == len(read_dataset([(path, weight)], TOKENIZER, max_length=20))
-    assert ("with the weights" in str(found)) == (weight != 1)
+    assert ("with the weights of the files" in str(found)) == (weight != 1)
     assert found.train.examples == 30
 
 

@@ -154,7 +154,7 @@ def test_what_makes_no_sense_is_refused(rng: np.random.Generator, tmp_path: Path
         ):
             nplora.LoRALinear(W, rank, alpha, init="pissa")
     model = nplora.Sequential(nplora.LoRALinear(W, init="olora"))
-    with pytest.raises(ValueError, match=r"LoRALinear.alpha: init='olora' took a part of the frozen weight"):
+    with pytest.raises(ValueError, match=r"LoRALinear.alpha: init='olora' moved a part of the frozen weight"):
         model[0].alpha = 3
     nplora.save_adapter(model, tmp_path)
     with pytest.raises(ValueError, match="use a layer with init='zero', which keeps the whole weight"):

@@ -231,7 +231,7 @@ def test_a_listener_that_fails_for_earlier_chunks_cancels_the_request(
     def fails(chunk: Chunk | None) -> None:
         raise error
 
-    with pytest.warns(UserWarning, match="a ticket's listener failed and is left out"):
+    with pytest.warns(UserWarning, match="a ticket's listener failed and is not called again"):
         ticket.listen(fails)
     while engine.step():
         pass

@@ -232,7 +232,7 @@ def test_metrics_of_an_evaluation_that_are_not_numbers_are_refused() -> None:
     history.restore(history.step_columns(), [], [row, row | {"val_metrics": {"kl": 0.25}}])
     assert [record.val_metrics for record in history.evaluations] == [{}, {"kl": 0.25}]
     for wrong in ([1], {"kl": "x"}, None):
-        with pytest.raises(TypeError, match="the metrics of an evaluation are not numbers by name"):
+        with pytest.raises(TypeError, match="the metrics of an evaluation are not a dictionary of numbers"):
             history.restore(history.step_columns(), [], [row | {"val_metrics": wrong}])
 
 

@@ -36,8 +36,9 @@ struct Scales<BlockIQ4_XS> {
 inline void Scales<BlockIQ4_XS>::read(const BlockIQ4_XS& block) {
   uint32_t low;
   __builtin_memcpy(&low, block.scales_low, sizeof low);
-  // Spreads eight 2-bit fields over eight bytes. Each step splits each sequence of adjacent fields into two
-  // halves and moves the upper half up.
+  // Spreads eight 2-bit fields over eight bytes. The first line puts four fields into each 32-bit half of
+  // `high`, the second line puts two fields into each 16-bit quarter, and the third line puts one field into
+  // each byte.
   uint64_t high = block.scales_high[0] | uint64_t(block.scales_high[1]) << 32;
   high = (high | high << 12) & 0x000F000F000F000F;
   high = (high | high << 6) & 0x0303030303030303;

@@ -9,7 +9,7 @@ namespace nplora {
 template <size_t kGroupCount, size_t kGroupSize, int kLargest>
 struct AffineBlock {
   static constexpr size_t kGroups = kGroupCount, kSize = kGroupSize;
-  static constexpr float kLargestScale = kLargest;  // also the largest value of `minimum`
+  static constexpr float kLargestScale = kLargest;  // the largest value of `scale` and of `minimum`
   float d = 0, dmin = 0;
   float scale[kGroups] = {}, minimum[kGroups] = {};
   double error = 0;

@@ -10,10 +10,10 @@ struct Format : IntegerCodes<16, -32, 31> {
 };
 
 ScaledBlock<Format> best_block(const float* x) {
-  // In each group, the search starts with the scale that gives the largest magnitude of the group the code
-  // 32. In the group with the largest magnitude of the block, this scale is about 123. The search tries
-  // scales that differ from the first scale by at most 8, and are at most kMostScale. With these scales, the
-  // largest magnitude of the block gets a code of magnitude 31 to 34 before codes are clipped.
+  // The first scale of a group turns the largest magnitude of the group into a code of magnitude 32. The
+  // search tries all scales that differ by at most 8 from the first scale or from its negative, and that lie
+  // between kLeastScale and kMostScale. In the group with the largest magnitude of the block, the first scale
+  // is about 123. So this magnitude gets a code of magnitude 31 to 34 before codes are clipped.
   constexpr int kReach = 8;
   ScaledBlock<Format> best;
   best.d = unit_of(absmax(BlockQ6_K::kElements, x) / Format::kCodeRange.last, Format::kMostScale);

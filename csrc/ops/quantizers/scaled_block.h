@@ -18,9 +18,9 @@ struct IntegerCodes {
   static Moments sums(const float* x, float d) { return moments<kSize>(x, {d}, kCodeRange); }
 };
 
-// A block and its error. `Format` provides the size of a group (kSize) and the functions for its codes
-// (`error` and `sums`), the number of groups (kGroups), and the smallest and the largest integer scale
-// (kLeastScale and kMostScale).
+// A block and its error. `Format` provides four things: the size of a group (kSize), the number of groups
+// (kGroups), the limits of the integer scales (kLeastScale and kMostScale), and two functions that
+// round a group to codes and return the squared error (`error`) or sums over the values and codes (`sums`).
 template <class Format>
 struct ScaledBlock {
   static constexpr size_t kGroups = Format::kGroups, kSize = Format::kSize;
@@ -75,9 +75,9 @@ ScaledBlock<Format> refined(const float* x, ScaledBlock<Format> best) {
 }
 
 // Searches with several values of d, and returns the best block. The largest of these values is `unit`, and
-// the others are smaller by less than unit / kMostScale. In each group, the search starts with the scale that
-// gives the largest magnitude of the group the code `extreme`. The search then tries the integers that differ
-// by at most `reach` from this scale or from its negative.
+// the others are smaller by less than unit / kMostScale. The first scale of a group turns the largest
+// magnitude of the group into a code of magnitude `extreme`. The search tries the integers that differ by at
+// most `reach` from the first scale or from its negative.
 template <class Format>
 ScaledBlock<Format> best_of_starts(const float* x, float unit, float extreme, int reach) {
   constexpr int kStarts = 4;

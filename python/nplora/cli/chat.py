@@ -36,12 +36,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--adapter", metavar="[NAME=]PATH", type=path, action="append", default=[], help=text)
     add_any_base(parser)
     parser.add_argument("--system", metavar="TEXT", help="system message")
-    text = "obey lines from a pipe that are commands, such as /reset; by default, these lines are messages"
+    text = "obey commands such as /reset in lines from a pipe; by default, each line from a pipe is a message"
     parser.add_argument("--commands", action="store_true", help=text)
     add_compute(parser)
     text = (
-        "memory limit for the whole process (default: what the model needs, and half of the available memory "
-        "that remains)"
+        "memory limit for the whole process (default: the memory that the model needs, plus half of the "
+        "available memory that is left then)"
     )
     parser.add_argument("--memory", metavar="SIZE", help=text)
     add_options(parser, Sampling)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 # {command: (its argument, what it does)}
 COMMANDS = {
-    "/adapter": ("[NAME]", "answer with this adapter (none: with no adapter); without NAME, list adapters"),
+    "/adapter": ("[NAME]", "answer with the adapter NAME ('none': no adapter); without NAME, list adapters"),
     "/system": ("[TEXT]", "set the system message to TEXT; without TEXT, remove the system message"),
     "/reset": ("", "forget all messages but the system message"),
     "/save": ("FILE.jsonl", "add the chat to a file as a row that nplora finetune reads"),
@@ -120,7 +120,9 @@ class ChatSession:
             self._help()
         else:
             near = _check.suggestion(name, COMMANDS)
-            raise ValueError(f"no command {name}{near or '; /help lists them'} (// begins a message with /)")
+            raise ValueError(
+                f"no command {name}{near or '; /help lists them'} (to begin a message with /, type //)"
+            )
         return True
 
     def _adapter(self, name: str) -> None:

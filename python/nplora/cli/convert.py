@@ -12,8 +12,8 @@ HELP = (
 )
 
 _EPILOG = (
-    "If a Hugging Face model has a byte-level BPE tokenizer, the tokenizer is converted too. A GGUF model "
-    "keeps its tokenizer."
+    "If a Hugging Face model has a byte-level BPE tokenizer, the tokenizer is converted too. If SOURCE is "
+    "a GGUF model, the new file has the same tokenizer."
 )
 
 

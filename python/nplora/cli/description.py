@@ -128,7 +128,10 @@ def _gguf(file: GgufFile, size: int) -> str:
 
 
 def _unknown(family: object, known: Collection[str], commands: str, encoders: Collection[str] = ()) -> str:
-    """For an encoder or an unsupported family, a line with the commands that refuse it; otherwise ""."""
+    """For an encoder or an unsupported family, a line that names the commands that refuse such a model.
+
+    For other models, the line is "".
+    """
     if family is None or (isinstance(family, str) and family in known):
         return ""
     if isinstance(family, str) and family in encoders:
@@ -170,7 +173,7 @@ def _safetensors(path: StrPath, size: int) -> str:
 
 
 def _is_trained(file: SafetensorsFile) -> bool:
-    """Whether the file holds an adapter's factors or a checkpoint, so that it has no layers to adapt."""
+    """Whether the file holds an adapter's factors or a checkpoint. Such a file has no layers to adapt."""
     return is_checkpoint(file.metadata) or any(".lora_" in name for name in file)
 
 
@@ -311,7 +314,9 @@ def _trained_rows(
     tokens: Mapping[str, tuple[str, tuple[int, ...]]],
     whole: Mapping[str, Mapping[str, str]],
 ) -> dict[str, list[Row]]:
-    """Tables of the tokens whose rows are trained, and of the layers that are trained as a whole."""
+    """Return three tables, each with its title: the new tokens; the tokens whose rows in a layer, such as the
+    embedding, are trained; and the layers of which all values are trained.
+    """
     shapes = {
         layer: [" x ".join(map(str, adapter.tensors.entries[tensor].shape)) for tensor in parameters.values()]
         for layer, parameters in whole.items()

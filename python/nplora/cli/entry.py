@@ -26,7 +26,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line. Return the exit status:
 
     - 0: success.
-    - 1: the command failed, or the program that reads stdout has ended.
+    - 1: the command failed; or nobody reads stdout any more, because the program at the other end of the pipe
+      has ended.
     - 2: the arguments or a file are wrong, the disk failed, a package is missing, or --memory is too small.
     - 130: the user pressed Ctrl-C.
     - 129, 138 or 143: SIGHUP, SIGUSR1 or SIGTERM ended a training run. The run is saved.
@@ -91,7 +92,7 @@ def _status(arguments: list[str]) -> int:
 
 
 def _run_command(parsed: argparse.Namespace) -> None:
-    """Run the command. If it fails with an error that rank 0 prints, do not print the error here too."""
+    """Run the command. If the command fails with an error that rank 0 prints, this rank does not print it."""
     try:
         parsed.run_command(parsed)
     except Exception as error:

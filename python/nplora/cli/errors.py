@@ -35,7 +35,9 @@ def show_error(error: Exception, hint: str = "", spelled: Callable[[str], str] =
 def show_warning(
     message: Warning | str, *where: object, spelled: Callable[[str], str] = str, **more: object
 ) -> None:
-    """Print a warning. Ignore `where` and `more`, the other arguments that Python passes to `showwarning`."""
+    """Print a warning. Python calls this function as `warnings.showwarning`, with the message and further
+    arguments, such as the file and the line. These further arguments, `where` and `more`, are ignored.
+    """
     print(f"nplora: warning: {spelled(one_line(str(message)))}", file=stderr)
 
 
@@ -43,8 +45,8 @@ class Spelling:
     """Replaces the names of keyword arguments in a message by the options of a command.
 
     `resume=True` becomes --resume, `rank=8` becomes "--rank 8", and a name with an underscore, such as
-    `valid_split`, becomes --valid-split. If a message names an option, and later the keyword of this option
-    in parentheses, as in "--resume ... (resume=True)", the parentheses are removed.
+    `valid_split`, becomes --valid-split. In a message such as "--resume ... (resume=True)", which names the
+    option before the keyword, the parentheses with the keyword are removed.
 
     A message about a file begins with the file's name, and may name fields of the file. The fields of a file
     may have the same names as options. So in a message about a file, a keyword is replaced only if a value

@@ -15,8 +15,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text = "directory to write; `ollama create NAME -f DIR/Modelfile` imports it"
     parser.add_argument("--ollama", metavar="DIR", type=path, required=True, help=text)
     text = (
-        "storage type of the merged weights or, if MODEL is a directory, of all matrices; with 'same', these "
-        "weights or matrices keep their types (default: q8_0)"
+        "storage type of the merged weights; if MODEL is a directory, storage type of all matrices. With "
+        "'same', the types do not change (default: q8_0)"
     )
     parser.add_argument("--dtype", choices=STORAGES, default="q8_0", help=text)
     text = "do not merge the adapter, but write it as a separate file; only for Ollama 0.34.0 and older"
@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--parameter", metavar="NAME=VALUE", type=_parameter, action="append", default=[], help=text
     )
     add_any_base(parser)
-    text = "merge even if rounding leaves less than 90 %% of the adapter's change of the weights"
+    text = "merge even if less than 90 %% of the adapter's change to the weights is left after rounding"
     parser.add_argument("--lossy", action="store_true", help=text)
     parser.add_argument("--overwrite", action="store_true", help="replace the files in DIR")
 

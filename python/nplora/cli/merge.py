@@ -45,10 +45,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text = "storage type of the merged weights; for safetensors, only the float types (default: same)"
     parser.add_argument("--dtype", choices=STORAGES, default="same", help=text)
     add_any_base(parser)
-    text = "write the model even if rounding leaves less than 90 %% of the adapter's change of the weights"
+    text = (
+        "write the model even if less than 90 %% of the adapter's change to the weights is left after "
+        "rounding"
+    )
     parser.add_argument("--lossy", action="store_true", help=text)
     parser.add_argument("--overwrite", action="store_true", help="replace an existing model")
-    text = "print how much of the adapter each tensor kept"
+    text = "print 'ΔW kept' and the rounding error of each merged tensor"
     parser.add_argument("--verbose", action="store_true", help=text)
     text = (
         "held-out data; the model is written only if its loss on these data is about as low as the loss of "

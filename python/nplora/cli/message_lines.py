@@ -13,7 +13,10 @@ _PROMPT, _MORE = "> ", "… "
 
 
 class PipedLines:
-    """The lines of standard input, if standard input or output is not a terminal. Each line is a message."""
+    """Reads the lines of standard input. Each line is a message.
+
+    `opened` chooses this class if standard input or standard output is not a terminal.
+    """
 
     is_terminal = False
 
@@ -73,7 +76,7 @@ class TerminalLines:
         return text.partition(_MULTILINE)[0].strip("\n")
 
     def close(self) -> None:
-        """Save the history. If its file cannot be written, raise no error."""
+        """Save the history. If the file of the history cannot be written, raise no error."""
         if self._readline is None:
             return
         with contextlib.suppress(OSError):

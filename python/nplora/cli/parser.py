@@ -204,7 +204,7 @@ def add_compute(parser: argparse.ArgumentParser) -> None:
 
 
 def path(text: str) -> str:
-    """Return the path. Raise an error if it is empty, for example because a shell variable is not set."""
+    """Return the path. Raise an error if the path is empty, for example because a shell variable is unset."""
     if not text:
         raise argparse.ArgumentTypeError("the path is empty")
     return text
@@ -293,7 +293,10 @@ def add_options(
 
 
 def _help_of(field: "dataclasses.Field[Any]") -> str:
-    """The help text of a field. Names of fields in backticks become options: `max_length` --max-length."""
+    """Return the help text of a field.
+
+    In this text, names of fields in backticks become options: `max_length` becomes --max-length.
+    """
     text = re.sub(r"`(\w+)`", lambda match: _option(match[1]), field.metadata["help"]).replace("%", "%%")
     default = field.default
     if isinstance(default, tuple):

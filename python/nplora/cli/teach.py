@@ -13,7 +13,10 @@ from nplora.cli.parser import (
     path,
 )
 
-HELP = "Store a teacher model's predictions for a data set, for finetune --objective distill --teacher FILE."
+HELP = (
+    "Store a teacher model's predictions for a data set in a file, which finetune --objective distill "
+    "--teacher FILE reads."
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

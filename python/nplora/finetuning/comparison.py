@@ -79,7 +79,7 @@ class Comparison:
     def sentences(self) -> list[str]:
         """A sentence for each difference, except for differences in `token_accuracy` and `acc_token`.
 
-        They measure nearly the same as other metrics.
+        These two metrics have no sentence, because they measure nearly the same as other metrics.
 
         >>> comparison = nplora.finetuning.compare("model.gguf", "valid.jsonl", ["adapter"])
         >>> comparison.sentences()[0]
@@ -130,7 +130,7 @@ def compare(
         adapters: a list of adapters, each in a form that `evaluate` accepts; or a dictionary from names to
             such adapters.
         model, data, any_base, progress, and all options: see `evaluate`.
-        record: as in `evaluate`; each dictionary that this function gets has one more entry, "system": the
+        record: as in `evaluate`. Each dictionary that is passed to `record` has one more entry, "system": the
             name of the system.
     Raises:
         ValueError: there are no adapters, or two adapters have the same name.
@@ -171,8 +171,8 @@ def _same_tokens(systems: Mapping[str, LanguageModel]) -> tuple[AddedToken, ...]
     """The tokens that the adapters add, which must be the same for all adapters.
 
     Raises:
-        ValueError: the adapters add different tokens. Then the models would divide the same text into
-            different tokens.
+        ValueError: the adapters add different tokens, so the models would divide the same text into different
+            tokens.
     """
     first, *others = ((name, lm.added_tokens) for name, lm in systems.items())
     for name, tokens in others:
@@ -212,14 +212,16 @@ def _named(adapters: object) -> dict[str, Adapters]:
     elif isinstance(adapters, Sequence) and not isinstance(adapters, str | tuple):
         names = list(map(_name, adapters))
         if twice := [name for name in names if names.count(name) > 1]:
-            raise ValueError(f"compare: adapter {twice[0]} is given twice; a dictionary can give each a name")
+            raise ValueError(
+                f"compare: adapter {twice[0]} is given twice; a dictionary can give each adapter a name"
+            )
         found = dict(zip(names, adapters, strict=True))
     else:
         raise TypeError(f"compare: adapters is {brief(adapters)}, expected a list or a dictionary")
     if not found:
         raise ValueError("compare: adapters is empty, expected at least one adapter")
     if BASE in found:
-        raise ValueError(f"compare: an adapter has the name {BASE!r}, which is that of the model alone")
+        raise ValueError(f"compare: an adapter has the name {BASE!r}, which is the name of the model alone")
     return found
 
 

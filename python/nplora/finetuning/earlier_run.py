@@ -19,9 +19,10 @@ class EarlierRun:
     """The choices of an earlier run. The resumed run keeps them, even if a new run would choose otherwise.
 
     Attributes:
-        compute: arithmetic of the products with frozen weights; None: the checkpoint does not name it.
-        int8_head: whether the gradient of the head's input was computed in int8; None: this is not in the
-            checkpoint, because the run is older than the option `int8_head`. Such a run computed this
+        compute: arithmetic of the products with frozen weights; None: the checkpoint does not name
+            this arithmetic.
+        int8_head: whether the gradient of the head's input was computed in int8; None: the checkpoint does
+            not say so, because the run is older than the option `int8_head`. Such a run computed this
             gradient as with "auto".
         micro_tokens: maximum tokens of a micro-batch; None: the run did not divide its batches.
         step: the number of steps that the run has made.
@@ -66,7 +67,7 @@ class EarlierRun:
 
 
 def find_earlier_run(output: StrPath) -> EarlierRun | None:
-    """Describe the run in a directory. The result is None if the directory has no complete checkpoint."""
+    """Return the earlier run in a directory, or None if the directory has no complete checkpoint."""
     if not holds_run(output):
         return None
     with RunDirectory(output) as directory:

@@ -51,8 +51,8 @@ def evaluate(
             `nplora.data.read_dataset`, but without weights; or a directory. In a directory, valid.jsonl is
             read, or train.jsonl if there is no valid.jsonl.
         adapter: adapter to evaluate the model with: a PEFT directory, a llama.cpp file or an `Adapter`; or a
-            pair (one of these, weight); or a list of these, to use the sum of several adapters. A loaded
-            model does not change.
+            pair (adapter, weight); or a list of adapters and pairs, to use the sum of several adapters. A
+            loaded model does not change.
         any_base: accept an adapter that was trained on another model with the same shapes.
         progress: print a report of the data on stderr; None: only on a terminal or in a notebook.
         record: a function that is called with a dictionary for each generated answer and each multiple-choice
@@ -75,9 +75,9 @@ def evaluate(
         the mean loss, the number of tokens in the mean, the other metrics, and a report of the data.
     Raises:
         DataError: a line of the data is wrong; or `metric` is given, and a line has no prompt.
-        ValueError, TypeError: an option is out of range, a file has a weight, a metric is not found,
-            `compute` is given for a model that is loaded already, or `adapter` is given for a model that
-            already has an adapter.
+        ValueError, TypeError: an option is out of range, `data` gives a file a sampling weight, a metric is
+            not found, `compute` is given for a model that is loaded already, or `adapter` is given for a
+            model that already has an adapter.
         FormatError: a file is invalid, or the adapter does not fit the model or was trained on another model.
         OSError: a file cannot be read.
     Warns:

@@ -123,10 +123,10 @@ def plan(
     outer_momentum: float = 0.5,
     checkpoint_blocks: bool = False,
 ) -> MemoryPlan:
-    """Predict the memory and the time of `finetune` with the same arguments. Nothing is trained or written.
+    """Predict the memory and the time that `finetune` needs with these arguments.
 
-    If `memory` is set, find how `finetune` would compute its steps to stay below that limit. The arithmetic
-    of a model that is already loaded does not change.
+    Nothing is trained or written. If `memory` is set, find how `finetune` would compute its steps to stay
+    below that limit. The arithmetic of a model that is already loaded does not change.
 
     Args:
         model, data, valid and all options: see `finetune`.
@@ -165,8 +165,8 @@ def choose_execution(
     Args:
         earlier: the run to resume; its micro-batch size stays the same. None: this is a new run.
         say: function that prints a text.
-        ranks: the processes that train together. Each rank compares the plans for its memory. All ranks then
-            use a plan that fits on every rank.
+        ranks: the processes that train together. Each rank predicts which plans fit into its own memory. Then
+            all ranks use the same plan, which fits on every rank.
     Raises:
         BudgetError: no plan fits into `memory`, or no plan fits on every rank.
         ValueError: the options do not fit the model.
@@ -195,7 +195,7 @@ def choose_execution(
         resuming=earlier is not None,
     )
     own = _planned("finetune", inputs, adapters, options, constraints)
-    execution = fitting_all(ranks.gather(own, "the plan of the memory"))
+    execution = fitting_all(ranks.gather(own, "the choice of an execution plan"))
     is_own = execution == own.chosen
     say(str(own) if is_own else f"{own.compared()[execution]}; this plan fits on every rank")
     if execution.compute != inputs.lm.compute:
@@ -205,7 +205,7 @@ def choose_execution(
 
 
 def fitting_all(plans: Sequence[MemoryPlan]) -> ExecutionPlan:
-    """The plan that one process would prefer among those that fit on every rank.
+    """The best of the plans that fit on every rank: the fastest of those with the most exact arithmetic.
 
     The ranks may have different memory limits and different numbers of threads, and each thread needs memory.
     A step takes as long as on the slowest rank.
@@ -251,7 +251,7 @@ def fixed_compute(model: StrPath | LanguageModel, options: FinetuneOptions) -> s
 
 
 def adapters_of(op: str, inputs: RunInputs, options: FinetuneOptions) -> Adapters:
-    """The layers that a run adapts, and what it trains in them.
+    """The adapters of a run: layers with their ranks, and the rows of the embedding and the head to train.
 
     Raises:
         ValueError: the layers do not fit the model; or `keep_prefix` is set and the lowest block is adapted;
@@ -321,8 +321,8 @@ def _require_invocation(
 def _invocation_advice(lm: LanguageModel, dataset: Examples) -> str:
     """The end of an error message: how to choose a good invocation."""
     advice = (
-        "; set --invocation (invocation=) to a text just before the answers that has the same tokens in each "
-        "example"
+        "; set --invocation (invocation=) to a text that stands just before the answers and has the same "
+        "tokens in each example"
     )
     if not dataset.report.chat:
         return advice

@@ -47,7 +47,7 @@ class Int8Check(Callback):
 
     Args:
         model: the model, with its adapter.
-        add_gradient: adds the gradient of the sample.
+        add_gradient: a function that adds the gradient of the sample to the gradients of the parameters.
         say: prints a line.
         every: the number of steps between two comparisons.
         least_cosine: the smallest cosine that is accepted; None: LEAST_COSINE.
@@ -113,10 +113,10 @@ class Int8Check(Callback):
         )
 
     def _smallest_cosines(self, run: Run) -> tuple[float, dict[str, float]] | None:
-        """The smallest cosine over all ranks: for the whole model, and for each part (a dict).
+        """Return the smallest cosine over all ranks: a number for the whole model, and a dict for the parts.
 
-        None: the loss of the sample is not finite on a rank. With local steps, the factors of the ranks
-        differ, and so do their cosines. But all ranks must compute in the same arithmetic.
+        The result is None if the loss of the sample is not finite on a rank. With local steps, the factors
+        of the ranks differ, and so do the cosines. But all ranks must compute in the same arithmetic.
         """
         own, problem = None, ""
         try:
@@ -163,7 +163,7 @@ def of_tokens(lm: LanguageModel, batches: TokenBatches, micro_tokens: int | None
 def sample_length(sizes: Iterable[tuple[int, int]]) -> int:
     """The number of examples in a sample.
 
-    The sample has at most `SAMPLE_TOKENS` tokens. It has more if this is necessary for `LEAST_ROWS` texts.
+    The sample has at most `SAMPLE_TOKENS` tokens, unless `LEAST_ROWS` texts have more tokens than that.
 
     Args:
         sizes: for each example, a pair: the number of tokens, and the number of texts.
@@ -202,7 +202,8 @@ def cosines(model: Module, add_gradient: AddGradient) -> tuple[float, dict[str, 
 def sample_step(gradients: Sequence[Array]) -> int:
     """Return the step k: every k-th value of the gradients is compared, at most COMPARED values in all.
 
-    Some values of every column are compared. For this, k and the length of a row must have no common factor.
+    k and the length of a row of each gradient have no common factor. So the compared values are spread over
+    all columns of the gradient.
 
     >>> import numpy as np
     >>> sample_step([np.empty((1024, 6), np.float32), np.empty((3000, 576), np.float32)])

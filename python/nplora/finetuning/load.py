@@ -57,14 +57,15 @@ class RunInputs:
 
     @property
     def tokens(self) -> int:
-        """The number of tokens of the training and held-out examples, in all passes over these examples."""
+        """The number of tokens that all passes over the training and held-out examples read in total."""
         passes = 1 + self.objective.extra_passes  # an extra pass reads other sequences of the same length
         return passes * sum(dataset.report.tokens for dataset in self.datasets)
 
     def prompts(self, texts: Sequence[str]) -> list[Prompt]:
         """Turn texts into prompts.
 
-        If the chat template wrote all training examples, each prompt is a chat with a message of the user.
+        If all training examples were formatted with the chat template, each prompt is a chat: the text is
+        the message of the user.
         """
         if not self.train.report.chat:
             return list(texts)
@@ -181,7 +182,8 @@ def opened(
     """Return the model. If `model` is a path, load the model.
 
     Args:
-        to_decode: whether the model will decode. If so, `loaded` loads the model, with its warning.
+        to_decode: whether the model will generate text. If so, `loaded` loads the model, and may warn that
+            decoding cannot use int8.
     """
     if not isinstance(model, LanguageModel):
         load = partial(loaded, op) if to_decode else load_model

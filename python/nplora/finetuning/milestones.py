@@ -11,7 +11,8 @@ class Milestones(Callback):
     Args:
         on_first_step: function to call after the first step that this call of `finetune` makes, or None.
     Attributes:
-        has_ended: whether the training has ended. Then the model has the factors to save.
+        has_ended: whether the training has ended. After the end, the model has the factors that should be
+            saved.
     """
 
     def __init__(self, on_first_step: Callable[[], None] | None) -> None:

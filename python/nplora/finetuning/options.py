@@ -86,14 +86,14 @@ class FinetuneOptions:
     rank_pattern: Mapping[str, int] | str | None = _option(
         _ADAPTER,
         None,
-        "ranks that differ from `rank`, given by a part of the layers' names, as in q_proj=16,layers.3.mlp=4",
+        "separate ranks for layers whose names contain a given part, as in q_proj=16,layers.3.mlp=4",
         kind="pattern",
         metavar="NAME=RANK",
     )
     alpha_pattern: Mapping[str, float] | str | None = _unplanned(
         _ADAPTER,
         None,
-        "alphas that differ from `alpha`, given by a part of the layers' names, as in `rank_pattern`",
+        "separate alphas for layers whose names contain a given part, as in q_proj=32,layers.3.mlp=8",
         kind="pattern",
         metavar="NAME=ALPHA",
     )
@@ -303,8 +303,8 @@ class FinetuneOptions:
     filter_vocabulary: float = _unplanned(
         _SPEED,
         0.0,
-        "leave tokens that are less likely than this probability, such as 1e-6, out of the gradient of the "
-        "output layer; makes steps faster, with a small error (default: 0, no token is left out)",
+        "probability such as 1e-6; tokens that are less likely are left out of the gradient of the output "
+        "layer; makes steps faster, with a small error (default: 0, no token is left out)",
         metavar="P",
     )
     memory: str | int | None = _option(
@@ -504,7 +504,7 @@ class FinetuneOptions:
             raise ValueError(f"{op}: valid_split is {self.valid_split}, expected between 0 and 1")
 
     def reading(self, max_length: int, op: str = "finetune") -> ReadOptions:
-        """The options for reading the data, with `max_length` as the maximum length of an example."""
+        """The options for reading the data. `max_length` is the maximum number of tokens of an example."""
         return _reading(self, max_length, op)
 
 
@@ -583,7 +583,7 @@ class EvaluateOptions:
             _check.choice(op, "compute", self.compute, COMPUTES)
 
     def reading(self, max_length: int | None, op: str = "evaluate") -> ReadOptions:
-        """The options for reading the data, with `max_length` as the maximum length of an example."""
+        """The options for reading the data. `max_length` is the maximum number of tokens of an example."""
         return _reading(self, max_length, op)
 
 
@@ -660,7 +660,7 @@ class TeachOptions:
             _check.choice(op, "compute", self.compute, FLOAT_COMPUTES)
 
     def reading(self, max_length: int, op: str = "teach") -> ReadOptions:
-        """The options for reading the data, with `max_length` as the maximum length of an example."""
+        """The options for reading the data. `max_length` is the maximum number of tokens of an example."""
         return _reading(self, max_length, op)
 
 

@@ -71,8 +71,8 @@ class FinetuneReport:
         ranks: the speed and the waiting time of each process, if several processes have trained together.
         profile: how the time of the steps was spent, if `profile` was set.
         tokens: number of trained tokens in all steps, including the steps before a resume. If the unit is
-            pairs or answers, this is an estimate: their count times the mean number of trained tokens of an
-            example.
+            pairs or answers, this is an estimate: the number of pairs or answers times the mean number of
+            trained tokens of an example.
 
     >>> report = nplora.finetune("model.gguf", "train.jsonl", "out", steps=2, batch_examples=4)
     >>> len(report.history.steps), report.train.examples
@@ -168,7 +168,7 @@ class FinetuneReport:
         return f" (step {best}, the lowest of {len(evaluations)} evaluations)"
 
     def _kept_best(self) -> str:
-        """After Ctrl-C, a line about the earlier step whose adapter is kept for its lower validation loss."""
+        """After Ctrl-C, a line about an earlier step with a lower validation loss, if its adapter is kept."""
         evaluations = self.history.evaluations
         for best in evaluations[:-1]:
             if best.step == self.history.kept_step:

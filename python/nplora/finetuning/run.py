@@ -168,10 +168,10 @@ def finetune(
         callbacks: your `Callback`s; `run.model` is the language model.
         rank: rank of the LoRA factors.
         alpha: LoRA alpha: the update is scaled by alpha / rank.
-        rank_pattern: ranks that differ from `rank`, given by a part of the layers' names, as in
+        rank_pattern: separate ranks for layers whose names contain a given part, as in
             q_proj=16,layers.3.mlp=4.
-        alpha_pattern: alphas that differ from `alpha`, given by a part of the layers' names, as in
-            `rank_pattern`.
+        alpha_pattern: separate alphas for layers whose names contain a given part, as in
+            q_proj=32,layers.3.mlp=8.
         targets: layers that get an adapter: all-linear, or a list of names such as q_proj,v_proj.
         layers: blocks that get an adapter: last:N or first:N (default: all).
         dropout: LoRA dropout probability.
@@ -240,9 +240,8 @@ def finetune(
             int8).
         recompute: gradient checkpointing: recompute activations in the backward pass; slower, but saves
             memory.
-        filter_vocabulary: leave tokens that are less likely than this probability, such as 1e-6, out of the
-            gradient of the output layer; makes steps faster, with a small error (default: 0, no token is left
-            out).
+        filter_vocabulary: probability such as 1e-6; tokens that are less likely are left out of the gradient
+            of the output layer; makes steps faster, with a small error (default: 0, no token is left out).
         memory: memory limit of the whole process, such as 600M or 1.5G; the fastest plan that fits is used.
         keep_prefix: cache that lets later epochs skip the frozen blocks below the lowest adapter: off,
             memory, or disk (in the output directory, during the run); takes 4 bytes x hidden size per token.

@@ -12,7 +12,7 @@ class Progress:
     """Prints how much of a computation is done, its speed, and the time left.
 
     Args:
-        what: name of the computation, which begins each line of `add`; may be empty.
+        what: name of the computation. Each line that `add` prints begins with this name, which may be empty.
         unit: the name of the items that are counted, in the plural.
         total: the number of items in the whole computation.
         say: prints a line.

@@ -36,9 +36,9 @@ class ProfileRow:
 
     Attributes:
         seconds: the time of this activity in all steps.
-        operations: maps an arithmetic to the number of operations of the matrix products in it. An int8
-            operation counts like a floating-point operation. The products with W and those with the adapter's
-            factors are added up.
+        operations: a dict from the name of an arithmetic, such as "int8", to the number of operations that
+            the activity's matrix products make in this arithmetic. An int8 operation counts like a
+            floating-point operation. The products with W and those with the adapter's factors are added up.
     """
 
     name: str

@@ -48,7 +48,7 @@ class Taught:
         kept: the total probability of the stored tokens, as a mean over the trained tokens.
 
     >>> print(nplora.finetuning.teach("model.gguf", "train.jsonl", "taught.safetensors", top_k=4))
-    taught.safetensors: 16 examples, ... tokens, the 4 most likely of each (... % of the probability), ...
+    taught.safetensors: 16 examples, ... tokens, the 4 most likely predictions for each (... % ...), ...
     """
 
     output: Path
@@ -61,7 +61,7 @@ class Taught:
     def __str__(self) -> str:
         return (
             f"{self.output}: {counted(self.examples, 'example')}, {counted(self.tokens, 'token')}, the "
-            f"{self.top_k} most likely of each ({100 * self.kept:.1f} % of the probability), "
+            f"{self.top_k} most likely predictions for each ({100 * self.kept:.1f} % of the probability), "
             f"{self.nbytes / 1e6:.1f} MB"
         )
 
@@ -156,7 +156,7 @@ def teach(
 
 
 def _vocab(lm: LanguageModel) -> int:
-    """The number of ids that stand for a token. Larger ids only pad the model's head."""
+    """The number of token ids in use. Larger ids have no token: they only pad the model's head."""
     return min(lm.tokenizer.vocab_size, lm.vocab_size)
 
 

@@ -192,7 +192,7 @@ class Reader:
 
 
 def _memory(nbytes: int) -> memoryview:
-    """Allocate writable memory: if large, a mapping, which returns to the system when it is freed."""
+    """Allocate writable memory. Large memory is a mapping: freeing it returns its pages to the system."""
     return memoryview(bytearray(nbytes) if nbytes < _LEAST_MAPPED else mmap.mmap(-1, nbytes))
 
 
@@ -216,7 +216,10 @@ def reading(path: StrPath, follow_links: bool = True) -> Iterator[Reader]:
 
 
 def read(path: StrPath, limit: int | None = None, follow_links: bool = True) -> memoryview:
-    """Read a whole regular file. Raises the errors of `reading`, and LimitError above `limit` bytes."""
+    """Read a whole regular file.
+
+    Raises the errors of `reading`, and LimitError if the file has more than `limit` bytes.
+    """
     with reading(path, follow_links) as reader:
         if limit is not None and len(reader) > limit:
             raise LimitError(f"{name(path)}: {len(reader):,} bytes, expected at most {limit:,}")
@@ -487,7 +490,10 @@ def _parent(target: Path, held: Directory | None) -> Iterator[int]:
 
 
 def unfinished(directory: int, targets: Container[str]) -> list[str]:
-    """The names of the targets' temporary files, which a crash left or another `replace` is writing."""
+    """The names of all temporary files that belong to `targets`.
+
+    A crash left these temporary files, or another `replace` is writing them.
+    """
     return [
         file
         for file in sorted(system.list_in(directory))

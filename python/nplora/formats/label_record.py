@@ -44,7 +44,7 @@ def is_name(label: str) -> bool:
 
 
 def shown(label: str) -> str:
-    """Return a label for one line of output.
+    """Shorten and escape a label, so that it fits in one line of output.
 
     The label is cut to 40 characters. Then escapes replace its unprintable characters.
     """

@@ -85,7 +85,10 @@ def of(path: StrPath) -> Path:
 
 
 def files_of(path: StrPath) -> list[Path]:
-    """The files that a model is read from, except shards: weights or index, configuration and tokenizer."""
+    """The files that a model is read from: the weights or the index, the configuration and the tokenizer.
+
+    Shards are not included.
+    """
     directory, found = of(path), [Path(path)]
     if files.suffix(path) != ".gguf" and directory.is_dir():
         found += [file for file in directory.iterdir() if files.suffix(file) in _COMPANIONS]
@@ -140,7 +143,7 @@ def _required_weights(directory: Path) -> Path:
 
 
 def companions(source: Path, target: Path) -> list[NewFile]:
-    """Read a model's configuration and tokenizer files. Return copies that can be written into `target`.
+    """Read a model's configuration and tokenizer files. Return a `NewFile` in `target` for each file.
 
     Raises:
         UnsafeError: a file is a symbolic link that does not belong to Hugging Face's cache.
@@ -161,7 +164,8 @@ def linked(source: Path, weights: Path, changed: Mapping[str, Path] | None = Non
     Args:
         source: the directory with the configuration and the tokenizer.
         weights: a safetensors file of any name.
-        changed: maps a file's name to the path of the file that replaces the file of this name in `source`.
+        changed: maps the names of some files in `source` to the paths of other files, to which the temporary
+            directory links instead.
     """
     with tempfile.TemporaryDirectory(prefix="nplora-") as made:
         for path in source.iterdir():

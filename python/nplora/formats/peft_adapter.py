@@ -228,8 +228,9 @@ class PeftAdapter:
         return found
 
     def base_copies(self) -> list[str]:
-        """The layers whose frozen weight is also in the file. PEFT usually stores a copy of the base model's
-        weight.
+        """The layers for which the file also holds a frozen weight, besides the adapter's tensors.
+
+        Such a weight is usually a copy of the base model's weight.
         """
         found = [tensor.removeprefix(PREFIX) for tensor in filter(self._is_base_copy, self.tensors)]
         endings = (_TOKEN_ADAPTER + BASE_COPY, BASE_COPY, _ORIGINAL, _UNNAMED, ".weight")
@@ -395,8 +396,7 @@ def _pair(
 
     A save replaces the tensors first, and then the configuration. So this function opens the tensors first,
     and then reads the configuration. If the tensors file is replaced between these two steps, both files are
-    read again. If the tensors file is not replaced, the configuration cannot come from a later save than the
-    tensors.
+    read again. If the tensors file is not replaced, no later save can have written the configuration.
     """
     for _ in range(_MOST_REPLACED):
         with contextlib.ExitStack() as attempt:
@@ -497,7 +497,8 @@ def save(
 
     Args:
         added_tokens: the tokens that the adapter adds to the vocabulary.
-        tokenizer: maps names of tokenizer files to their contents. Other programs read `added_tokens` there.
+        tokenizer: maps names of tokenizer files to their contents. Other programs read the added tokens from
+            these files.
         labels: the outputs of a classifier.
     Raises:
         ValueError: the directory's name is empty.

@@ -92,7 +92,10 @@ class Patterns:
         )
 
     def value(self, name: str, default: Number) -> Number:
-        """The number for the module `name`. This is slow, because every pattern in `inexact` may be tried."""
+        """The rank or alpha of the module `name`, or `default` if no pattern matches.
+
+        This method is slow, because it may try every pattern in `inexact`.
+        """
         places, exact = Name(name), self._exact.get(name, len(self.pairs))
         position = next((at for at, pattern in self.inexact if at < exact and pattern.matches(places)), exact)
         return self.pairs[position][1] if position < len(self.pairs) else default

@@ -219,7 +219,9 @@ def lora_layers(
 
 
 def factors_side_by_side(layers: Iterable[tuple[Linear | Embedding, int]]) -> AbstractContextManager[None]:
-    """A context in which the function `adapted` allocates the LoRA factors of `layers` in one buffer.
+    """Return a context manager.
+
+    In its `with` body, the function `adapted` allocates the LoRA factors of all `layers` in one buffer.
 
     Args:
         layers: pairs of a layer and the rank of its LoRA factors.

@@ -32,7 +32,7 @@ class ClassifierSaved(Saved):
 
 
 class TextClassifier(Module):
-    """An encoder with a trained head.
+    """An encoder with a trainable head for classification or regression.
 
     `nplora.new_classifier` and `nplora.load_classifier` create classifiers.
 
@@ -247,9 +247,9 @@ class TextClassifier(Module):
     ) -> list[list[str | None]]:
         """The label of each word of each sentence, if the classifier classifies tokens.
 
-        The label of a word is the label of its first token. A word gets None if the tokenizer drops all its
-        characters. A sentence with more than `max_length` tokens is read in overlapping windows, see
-        `WordIds.windows`.
+        The label of a word is the label of its first token. A word gets None if the tokenizer drops all
+        characters of the word. A sentence with more than `max_length` tokens is read in overlapping windows,
+        see `WordIds.windows`.
 
             >>> import nplora
             >>> encoder = nplora.load_encoder("encoder-model")

@@ -428,7 +428,8 @@ class Encoder(Module):
     def forward_for(self, pooling: Pooling | None, ids: Ids) -> tuple[Array, EncoderSaved]:
         """Like `forward`, but return the hidden states of only those tokens that the pooling reads.
 
-        `saved.starts` has the start of each text among the returned tokens.
+        `saved.starts` has the index of each text's first row in the returned array, followed by the number of
+        rows.
 
         >>> import nplora
         >>> from nplora.lm.pooling import Pooling
@@ -446,7 +447,7 @@ class Encoder(Module):
     def _read_by(self, pooling: Pooling | None, starts: Array) -> tuple[Array | None, Array]:
         """Return the positions of the tokens that a pooling reads, or None if it reads all tokens.
 
-        Also return the start of each text among these tokens.
+        Also return the index of each text's first token among these tokens, followed by their number.
         """
         one = pooling is not None and pooling.modes in (("cls",), ("last",))
         if pooling is None or not one or not self.model.may_leave_out_rows():
@@ -532,7 +533,10 @@ class Encoder(Module):
     # ---- checks of arguments ----
 
     def _packed(self, op: str, ids: Ids) -> tuple[Array, Array]:
-        """The ids of all texts one after the other, int64, and the start of each text."""
+        """Concatenate the ids of all texts.
+
+        Return the ids, int64, and the index of each text's first id, followed by the number of ids.
+        """
         texts = [_check.integers(op, f"ids[{i}]", text) for i, text in enumerate(ids)]
         longest = self.config.max_position_embeddings
         for i, text in enumerate(texts):

@@ -165,7 +165,7 @@ def _encoder(parts: _Parts, pooling: str | None) -> Encoder:
 
 
 def _require_fitting(pooling: Pooling, config: EncoderConfig | ModelConfig) -> None:
-    """Raise FormatError if a Dense module's input width differs from the output width before this module."""
+    """Raise FormatError if a Dense module expects another input width than the module receives."""
     width = len(pooling.modes) * config.hidden_size
     for i, layer in enumerate(pooling.dense):
         d_out, d_in = layer.weight.shape

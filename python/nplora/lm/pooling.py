@@ -181,10 +181,11 @@ def _pooled_backward(mode: str, dy: Array, saved: PoolingSaved) -> Array:
 def _at_the_largest(x: Array, starts: Array, spread: Array) -> Array:
     """The gradient of the maximum (n, d).
 
-    For each text, the first largest element of each column of `x` gets the value of `spread`. All other
-    elements get 0.
+    x (n, d) holds the rows that were pooled. Each row of `spread` (n, d) is the gradient of the embedding of
+    the row's text.
 
-    `spread` has shape (n, d).
+    In each column of a text's rows in x, the first largest element gets the gradient. All other elements get
+    0.
     """
     dx = np.zeros_like(x)
     for first, end in itertools.pairwise(starts.tolist()):

@@ -46,7 +46,7 @@ class Sampling:
         None, "total probability of the most likely tokens to sample from, above 0 and at most 1"
     )
     repetition_penalty: float = _option(
-        1.0, "repetition penalty; a value above 1 makes tokens less likely that the text contains already"
+        1.0, "repetition penalty; a value above 1 makes tokens that are already in the text less likely"
     )
     stop: tuple[str, ...] = _option((), "stop text: generation ends before this text (repeatable)")
     seed: int = _option(0, "random seed of the sampling")

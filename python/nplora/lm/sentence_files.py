@@ -126,7 +126,10 @@ def _modules(path: Path) -> list[tuple[str, str]]:
 
 
 def _pooling_modes(fields: Fields) -> tuple[str, ...]:
-    """Read the poolings of a configuration. New files list them; older files have a flag for each pooling."""
+    """Read the poolings that a configuration names.
+
+    Newer files have a list of poolings; older files have a flag for each pooling.
+    """
     named = dict(fields.items()).get("pooling_mode")
     if named is not None:
         names = named if isinstance(named, list) else [named]

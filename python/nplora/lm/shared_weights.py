@@ -19,7 +19,7 @@ Array = npt.NDArray[Any]
 
 
 class SharedWeights:
-    """The tensors of a model without its adapter, as the source of another model's tensors.
+    """Provides the tensors of an existing model, without its adapter, to create a new model from them.
 
     If both models compute in the same arithmetic, they share all matrices. If not, they share only the
     matrices that `FrozenWeight` uses in place, and all other matrices are copied.
@@ -54,6 +54,6 @@ class SharedWeights:
         return np.asarray(self._held(tensor))
 
     def _held(self, tensor: TensorSpec) -> Any:
-        """The parameter (a weight or bias of an existing module) that holds the values of this tensor."""
+        """The parameter (a weight or bias of an existing module) that holds the values of `tensor`."""
         name, _, attribute = tensor.name.rpartition(".")
         return getattr(self._modules[name], attribute)

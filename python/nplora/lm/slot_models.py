@@ -3,7 +3,8 @@
 A "piece" is an array of the next tokens of one sequence; each token is a row of the computation. The frozen
 weights are read once for several sequences, and the results have the same bits as if each sequence were
 computed alone. Products of up to 8 rows are rounded differently from products of more rows. So short pieces
-(up to 8 rows) are computed together only until they have 8 rows, and long pieces only with other long pieces.
+(up to 8 rows) are only computed together if they have at most 8 rows in total, and long pieces are only
+computed together with other long pieces.
 """
 
 from __future__ import annotations
@@ -171,8 +172,8 @@ def _logits(
     """The logits of sequences that are computed by one model, or by a joint model.
 
     Args:
-        groups: for a joint model, the groups of all rows.
-        ends: for a joint model, the groups of the last rows, one row for each sequence.
+        groups: for a joint model, the result of `_grouped` for all rows.
+        ends: for a joint model, the result of `_grouped` for the last row of each sequence.
     """
     counts = np.array([len(piece) for piece in pieces])
     positions = cache.next_positions(slots, counts)

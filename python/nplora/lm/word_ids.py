@@ -42,7 +42,7 @@ class WordIds:
         return sum(int((own < 0).sum()) for own in self.first)
 
     def rows(self) -> Array:
-        """For each word with a token, the index of the word's first token in all sentences together."""
+        """For each word with a token, the index of its first token in the concatenation of all sentences."""
         starts = np.cumsum([0, *map(len, self.ids)])
         found = [start + own[own >= 0] for start, own in zip(starts, self.first, strict=False)]
         return np.concatenate([np.empty(0, np.int64), *found])
@@ -138,7 +138,7 @@ class WordIds:
         return made
 
     def per_word(self, values: Sequence[Any]) -> list[list[Any]]:
-        """Group `values`, one for each entry of `rows`, by sentence and word.
+        """Group values by sentence and word. `values` has one value for each word that has a token.
 
         A word without a token gets None.
         """

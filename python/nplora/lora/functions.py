@@ -24,7 +24,7 @@ def lora_forward(
 ) -> tuple[Array, Array]:
     """Apply a frozen weight plus its low-rank update.
 
-    z = x Bᵀ;  y = x Wᵀ + scale · z Aᵀ [+ bias]      (Hu et al. 2021, eq. 3; A and B named as in nplora)
+    z = x Bᵀ;  y = x Wᵀ + scale · z Aᵀ [+ bias]      (Hu et al. 2021, eq. 3, with the names A and B swapped)
 
     Args:
         x: array (..., d_in).
@@ -235,7 +235,7 @@ def _merge(
 
 
 def _operand(op: str, fw: FrozenWeight | npt.ArrayLike) -> tuple[_core.Weight, int, int, np.dtype[Any]]:
-    """Return four values: the weight as the core reads it, d_out, d_in, and the dtype of the computation."""
+    """Return the weight in a form that the C++ core reads, d_out, d_in, and the dtype of the computation."""
     if isinstance(fw, FrozenWeight):
         return fw.packed, *fw.shape, fw.compute_dtype
     given = _check.as_array(op, "fw", fw)

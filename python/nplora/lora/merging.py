@@ -257,6 +257,9 @@ def merge_weight(
 
 
 def _relative(lost: Array, asked: Array) -> Array:
-    """Return the relative error √(lost / asked) from squared norms. If `lost` is 0, the error is 0."""
+    """Return the relative error √(lost / asked). If `lost` is 0, the error is 0.
+
+    `lost` is the squared norm of the error, and `asked` is the squared norm of ΔW.
+    """
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.where(lost == 0, 0.0, np.sqrt(lost / asked))

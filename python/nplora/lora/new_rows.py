@@ -34,7 +34,8 @@ class NewRows:
         return self.ids[order], order
 
     def found(self, ids: Array) -> tuple[Array, Array]:
-        """Find the replaced rows among `ids` (n,). Return their positions in `ids` and in `values`."""
+        """Find the replaced rows among the rows `ids` (n,) of the weight. Return two arrays with an entry for
+        each replaced row: the row's position in the argument `ids`, and the row's position in `values`."""
         if self.ids is None:
             return np.arange(len(ids)), ids
         known, order = self._sorted
@@ -43,7 +44,8 @@ class NewRows:
         return places, order[near[places]]
 
     def within(self, first: int, stop: int) -> tuple[Array, Array]:
-        """For the replaced rows among first, ..., stop - 1, return offsets from `first`, and new values."""
+        """Find the replaced rows among the rows first, ..., stop - 1 of the weight. Return the index of each
+        replaced row minus `first`, and the new rows."""
         if self.ids is None:
             return np.arange(stop - first), self.values[first:stop]
         ids, order = self._sorted
@@ -51,7 +53,8 @@ class NewRows:
         return ids[part] - first, self.values[order[part]]
 
     def rows(self, wanted: Array) -> "NewRows":
-        """Return the change of the matrix that consists of the rows wanted[0], wanted[1], ... of the weight.
+        """Return the same replacement for a matrix that has only the rows wanted[0], wanted[1], ... of the
+        weight.
 
         `wanted` must be sorted.
         """
@@ -65,7 +68,7 @@ class NewRows:
         """Replace rows in a copy of `rows`, which are consecutive rows of the weight.
 
         Args:
-            first: the index in the weight of the first row in `rows`.
+            first: rows[0] is row `first` of the weight.
         """
         merged = rows.copy()
         places, values = self.within(first, first + len(rows))
@@ -73,7 +76,7 @@ class NewRows:
         return merged
 
     def delta(self, rows: Array, first: int) -> Array:
-        """Return the exact change of `rows`, in float64. `rows` and `first` are as in `apply`."""
+        """Return apply(rows, first) - rows, computed in float64. `rows` and `first` are as in `apply`."""
         delta = np.zeros(rows.shape)
         places, values = self.within(first, first + len(rows))
         delta[places] = values.astype(np.float64) - rows[places]

@@ -31,8 +31,9 @@ class AttentionSaved(Saved):
 
     Row i of `q`, `k`, `v` and `out` holds the heads of token i side by side. `q` and `k` are stored after the
     rotation, except if the layer has norms of q and k. In that case, `q` and `k` are stored before the norms,
-    and the backward pass computes norms and rotation again. `q` and `k` stay float32, because `lse`, the
-    log-sum-exp of the scores, was computed from them. `out` may be bfloat16 bits.
+    and the backward pass computes norms and rotation again. `q` and `k` are always float32, because the
+    backward pass must compute the same scores again from which the forward pass computed `lse`, the
+    log-sum-exp of the scores. `out` may be bfloat16 bits.
     """
 
     q: Array
@@ -201,7 +202,7 @@ class Attention(Module):
         return None if self._bias is None else self._bias.table(positions.longest)
 
     def _split(self, outputs: Sequence[Array]) -> Sequence[Array]:
-        """Return q, k and v. If `outputs` is the one output of `qkv_proj`, split it."""
+        """Return q, k and v. If `outputs` has only one array, the output of `qkv_proj`, split this array."""
         if len(outputs) == 3:
             return outputs
         q, kv = self._widths
@@ -228,7 +229,10 @@ class Attention(Module):
     def _rotated_backward(
         self, dq: Array, dk: Array, saved: AttentionSaved, positions: PackedPositions
     ) -> tuple[Array, Array]:
-        """Return the gradients of q and k before norms and rotation, given those after the rotation."""
+        """Return the gradients of the projections' outputs q and k.
+
+        `dq` and `dk` are the gradients of q and k after norms and rotation.
+        """
         if self._rope is not None:
             for rows in (dq, dk):
                 self._rope.rotate(rows, positions, inverse=True)

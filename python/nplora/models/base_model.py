@@ -26,7 +26,8 @@ class BaseModel:
         source: the file that the facts were read from.
         family: the description of the model's family.
         heads, kv_heads: the number of query heads, and the number of key/value heads.
-        shapes: the shapes of the tensors by GGUF name, or None if the facts come from a config.json.
+        shapes: a dict from the GGUF name of each tensor to the tensor's shape, or None if the facts come from
+            a config.json.
         digest: a hash of the norm weights (see `models.model_digest`), or None if it is not known.
     """
 

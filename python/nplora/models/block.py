@@ -52,7 +52,7 @@ class Mixer(Protocol):
         """The memory per token of the forward and backward passes.
 
         Args:
-            narrow: whether the products compute in bfloat16.
+            narrow: whether matrix products are computed in bfloat16.
         """
 
 
@@ -116,7 +116,8 @@ class DecoderBlock(Module):
 
     Args:
         halves: the half-blocks.
-        modules: a dict from the names that the half-blocks use to the mixers and norms.
+        modules: a dict of the block's mixers and norms. The keys are the names that `Half` has in its fields
+            `mixer`, `before`, `after` and `outer`.
         narrow: whether activations are stored as bfloat16 for the backward pass.
     """
 
@@ -226,7 +227,7 @@ class DecoderBlock(Module):
         """The memory per token of the forward and backward passes.
 
         Args:
-            narrow: whether the products compute in bfloat16.
+            narrow: whether matrix products are computed in bfloat16.
         """
         saved = forward = backward = scratch = 0
         for half in self._halves:

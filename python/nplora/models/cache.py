@@ -49,7 +49,8 @@ class KVCache:
             are used.
         adapters: the adapter of each slot, which can be set while the slot is empty. A slot's adapter is a
             name, an `Adapter`, the model that `lm.named_model` returned for one of these, or None. Initially,
-            all slots have None: `owner` computes their tokens.
+            the adapter of every slot is None. If a slot's adapter is None, `owner` computes the slot's
+            tokens.
         activation: int64 (slots,), for slots with an activated LoRA: the first position on which the adapter
             acts. UNKNOWN: `decode` searches the next tokens for the invocation tokens. NEVER: the adapter
             does not act in this slot.
@@ -147,7 +148,8 @@ class KVCache:
         return self.positions(np.repeat(slots, counts), in_sequence, np.repeat(self.limits[slots], counts))
 
     def positions(self, slots: Array, in_sequence: Array, limits: Array) -> CachePositions:
-        """Describe new tokens, given the slot, the position in the sequence and the limit of each token."""
+        """Return the `CachePositions` of new tokens, given for each token the slot, the position in the
+        sequence, and the maximum length of the sequence."""
         return cache_positions(slots, in_sequence, limits, self.table, self.page_tokens)
 
     def activate(self, slot: int, ids: Array) -> None:
@@ -165,12 +167,12 @@ class KVCache:
                 self.activation[slot] = self.lengths[slot] + start
 
     def active(self, positions: CachePositions) -> Array | None:
-        """The indices of the new rows on which an activated LoRA acts; None: all rows."""
+        """The indices of the new tokens on which the adapters of their slots act; None: all new tokens."""
         acts = self.acts(positions)
         return None if acts.all() else np.flatnonzero(acts)
 
     def acts(self, positions: CachePositions) -> Array:
-        """For each new row, whether the adapter of the row's slot acts on the row; bool (m,)."""
+        """For each new token, whether the adapter of the token's slot acts on the token; bool (m,)."""
         if not self.adapters.any_invocation:
             return np.ones(len(positions.slots), np.bool_)
         acts: Array = positions.in_sequence >= self._starts(positions.slots)

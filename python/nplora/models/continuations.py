@@ -51,7 +51,8 @@ class Question(NamedTuple):
 
 
 class _Part(NamedTuple):
-    """Some continuations of a question, which are computed with the same rotation of the prompt."""
+    """The prompt of a question, and those of the question's continuations that are computed with the same
+    rotation of the prompt."""
 
     number: int  # the index of the question
     places: list[int]  # the indices of the continuations in the question
@@ -59,7 +60,8 @@ class _Part(NamedTuple):
 
 
 class _Rows(NamedTuple):
-    """Tokens, their slots, their positions in the slots, and the lengths that their sequences may reach."""
+    """For each token: its id, its slot, its position in the sequence, and the maximum length of the
+    sequence."""
 
     ids: Array
     slots: Array
@@ -77,7 +79,7 @@ def token_scores(
     """The scores of each continuation of each question. Call this function in `with inference()`.
 
     Args:
-        most_rows: the number of tokens that are computed at a time.
+        most_rows: the maximum number of tokens that are computed at a time.
     """
     found = [dict[int, Scores]() for _ in questions]
     for group in _groups(_parts(questions, config.rope.longest_short)):
@@ -88,7 +90,8 @@ def token_scores(
 
 
 def _parts(questions: Sequence[Question], longest_short: float) -> list[_Part]:
-    """Divide each question if LongRoPE rotates the prompt differently for its long continuations."""
+    """Divide each question into at most two parts. If LongRoPE rotates the prompt differently for some of the
+    continuations, these continuations form a separate part."""
     parts = list[_Part]()
     for number, (prompt, continuations) in enumerate(questions):
         is_long = [len(prompt) + len(tokens) > longest_short for tokens in continuations]
@@ -99,7 +102,7 @@ def _parts(questions: Sequence[Question], longest_short: float) -> list[_Part]:
 
 
 def _groups(parts: Sequence[_Part]) -> list[list[_Part]]:
-    """Divide the parts, in order, into groups that are computed together."""
+    """Divide the parts of the questions into groups of consecutive parts. Each group is computed together."""
     found, slots, length = list[list[_Part]](), 0, 0
     for part in parts:
         slots, length = slots + part.question.slots, max(length, part.question.computed)
@@ -175,10 +178,11 @@ def _rows(ids: Array, slot: int, begin: int, limit: int) -> _Rows:
 
 
 def _run(model: Decoder, parts: list[_Rows], cache: KVCache, most_rows: int, kept: Array) -> Array:
-    """Compute rows in order, at most `most_rows` at a time. Return the residual stream of some of the rows.
+    """Compute the tokens in order, at most `most_rows` at a time. Return the residual stream of the tokens
+    `kept`.
 
     Args:
-        kept: the indices of the rows to return, ascending.
+        kept: the indices of the tokens whose residual stream is returned, ascending.
     """
     if not parts:
         return np.empty((0, model.norm.weight.shape[0]), np.float32)

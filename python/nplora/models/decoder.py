@@ -66,14 +66,13 @@ class Decoder(Module):
 
     Attributes:
         recompute: use gradient checkpointing (Chen et al. 2016): store only each block's input, and compute
-            the block again in the backward pass. Compared with training without checkpointing, this takes a
-            third more computation and a tenth of the memory. The gradients have the same bits as without
-            checkpointing.
+            the block again in the backward pass. Checkpointing increases the computation by a third, and
+            reduces the memory to a tenth. The gradients have the same bits as without checkpointing.
         prefix: the cached outputs of the blocks below the lowest adapted block, or None.
         word_filter: a filter that leaves unlikely words out of the gradient of the head's input, or None.
-        int8_head: with compute="int8", also compute the gradient of the head's input in int8, rounded
-            stochastically. This gradient is a little less exact than in bfloat16, so the default is False on
-            machines with bfloat16 instructions.
+        int8_head: with compute="int8", also compute the gradient of the head's input in int8. The gradient of
+            the logits is then rounded to int8 stochastically. The result is a little less exact than in
+            bfloat16, so the default is False on machines with bfloat16 instructions.
     """
 
     def __init__(

@@ -14,7 +14,8 @@ the student. The divergence of these k + 1 classes is a lower bound of the full 
 is the size of the vocabulary. For a token j of the rest, dL/dz_j is q_j (1 - p_r / q_r) for the forward
 divergence, and q_j (log(q_r / p_r) - KL) for the reverse one. Without the class "the rest", the student would
 learn a distribution over the teacher's k tokens alone, which is too sharp (Anshumann et al. 2025,
-arXiv:2503.16870). TRL also computes this divergence (`loss_add_tail` of its server distillation).
+arXiv:2503.16870). TRL's distillation from a server computes the same divergence if its option `loss_add_tail`
+is set.
 """
 
 from __future__ import annotations
@@ -41,8 +42,8 @@ class TopK:
     """A teacher's most likely tokens.
 
     Attributes:
-        ids: integers (n, k), the tokens, each at most once in a row. The id -1 stands for a token that is not
-            in the student's vocabulary.
+        ids: integers (n, k), the tokens. No token occurs twice in the same row of the array. The id -1 stands
+            for a token that is not in the student's vocabulary.
         log_probs: float64 (n, k + 1), the log-probabilities of these k tokens, -inf for the id -1. The last
             column has the log-probability of all other tokens together, or -inf if there are none. The
             probabilities of a row sum to 1.
@@ -90,9 +91,9 @@ def _losses(logits: Array, targets: Array) -> Array:
 def _largest(values: Array, k: int) -> Array:
     """The positions (n, k) of the k largest values of each row, the largest first.
 
-    Each row is divided into groups. At least k values of the row reach the k-th largest of the groups'
-    maxima. Only the few values that reach this maximum are sorted. This is several times faster than to
-    partition the whole row.
+    Each row is divided into groups. Let b be the k-th largest of the groups' maxima. At least k values of the
+    row are >= b, so the k largest values are among the values >= b. Only these few values are sorted. This is
+    several times faster than to partition the whole row.
     """
     n, size = values.shape
     groups = size // _GROUP
@@ -129,8 +130,8 @@ class Distillation:
         """Return the losses of n rows, the divergences (without the factor T²), and the cross-entropies.
 
         Args:
-            logits: float32 (n, vocabulary), the student's logits. The array is overwritten: if `gradient` is
-                True, with `factor` times the gradient of the losses.
+            logits: float32 (n, vocabulary), the student's logits. The array is overwritten. If `gradient` is
+                True, it then holds `factor` times the gradient of the losses.
             targets: integers (n,), the labels.
             teacher: the teacher's logits or most likely tokens, for the same rows.
         Returns:
@@ -173,7 +174,8 @@ class Distillation:
 
 
 def _common(kl: str, z: Array, t: Array, factor: float, gradient: bool) -> Array:
-    """The divergences over the tokens that both vocabularies have. The gradient of all other tokens is 0.
+    """The divergences over the tokens that both vocabularies have. The logits of all other tokens have
+    gradient 0.
 
     One vocabulary may be longer than the other, because some models pad the head's weight with unused rows.
     """

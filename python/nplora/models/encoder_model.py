@@ -35,7 +35,7 @@ class EmbeddedSaved(Saved):
 
 
 class EncoderModel(Decoder):
-    """The embeddings, the blocks and the last norm, which some families do not have.
+    """The embeddings, the blocks and the last norm of an encoder. Some families have no last norm.
 
     Texts of different lengths are packed, so no work is spent on padding. The layers have the names that
     transformers gives them, such as "encoder.layer.0.attention.self.query".

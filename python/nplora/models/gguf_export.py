@@ -97,12 +97,12 @@ def model_to_gguf(
     Norms and biases are float32. If the architecture requires it, the rows of the q and k layers are
     permuted.
 
-    If the source is a GGUF model, the new file has the source's metadata, tokenizer and vectors. Conversion
-    to a finer type does not undo the rounding of the source's values.
+    If the source is a GGUF model, the new file has the source's metadata, tokenizer and vectors. If the new
+    type is more precise than the source's type, the values keep the rounding errors of the source.
 
     Args:
-        source: a GGUF file; or a directory with config.json and model.safetensors (one file or shards); or
-            the safetensors file or shard index in such a directory.
+        source: a GGUF file, or a directory with config.json and model.safetensors (one file or shards).
+            Instead of the directory, its safetensors file or its shard index can be given.
         path: the GGUF file to write.
         dtype: "same" (not for a GGUF source), "float32", "float16", "bfloat16", or a ggml type such as "q8_0"
             or "q4_k" (`nplora convert --help` lists all).

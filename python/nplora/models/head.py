@@ -50,7 +50,7 @@ _LEAST_ROWS, _MOST_ROWS = 64, 256
 def loss_and_gradient(
     model: Decoder, head: AnyHead, x: Array, targets: Array, factor: float
 ) -> tuple[float, Array]:
-    """The sum of the losses, and the gradient of this sum, times `factor`.
+    """Return the sum of the losses, and `factor` times the gradient of this sum.
 
     The gradient is with respect to the residual stream x (n, d). Rows without a target have gradient 0. If
     the head has an adapter, the adapter's gradients are accumulated too.
@@ -69,8 +69,8 @@ def gradient_of_losses(
 
     The loss of a token depends only on the token's own row of x. With a frozen head, one pass therefore
     computes all losses and their gradients. Then each row of the gradients is multiplied by the function's
-    derivative with respect to the row's loss. A trained head needs a second pass, because the gradients of
-    the logits must be multiplied by these derivatives first.
+    derivative with respect to the row's loss. A trained head needs a second pass: the gradients of the logits
+    must be multiplied by these derivatives before the gradients of the head are computed.
 
     Args:
         function: a function of the losses of all rows with a target, float64 (m,). The function returns a
@@ -99,7 +99,8 @@ def gradient_of_losses(
 def _chunk_gradient(
     model: Decoder, head: AnyHead, x: Array, targets: Array, factor: float, weights: Array | None = None
 ) -> tuple[Array, Array]:
-    """The losses of a few rows, and the gradient of each loss, times `factor` and times the row's weight.
+    """The losses of a few rows, and the gradient of each loss, multiplied by `factor` and by the row's entry
+    in `weights`, if given.
 
     The logits of these rows are freed at the end.
     """

@@ -135,7 +135,7 @@ class MLP(Module):
 
 
 def _split(outputs: Sequence[Array]) -> Sequence[Array]:
-    """Return gate and up. If `outputs` is the one output of `gate_up_proj`, split it."""
+    """Return gate and up. If `outputs` has only one array, the output of `gate_up_proj`, split this array."""
     if len(outputs) == 2:
         return outputs
     return [np.ascontiguousarray(part) for part in np.split(outputs[0], 2, axis=1)]

@@ -39,7 +39,7 @@ def of(norms: Mapping[str, NDArray[Any]]) -> str | None:
 
 
 def of_tensors(tensors: Mapping[str, gguf.Tensor | safetensors.Tensor], family: Family) -> str | None:
-    """Find the norm weights among a file's tensors, and return the digest of these weights (see `of`)."""
+    """Return the digest of the norm weights among a file's tensors, or None if there are none."""
     norms = {}
     for name, tensor in tensors.items():
         if isinstance(tensor, gguf.Tensor):

@@ -45,9 +45,10 @@ class ModelFiles:
     Attributes:
         suffix: the kind of file: ".gguf" or ".safetensors".
         family: the description of the model's family; Llama's if the family is not known.
-        place: a function; place(layer, rows) returns the name of the tensor that holds the weight of a layer
-            (None: there is no such tensor), and the order of the weight's rows in the file (None: the order
-            is not changed).
+        place: a function; place(layer, rows) returns a pair for a layer whose weight has `rows` rows. The
+            first item is the name of the tensor that holds the weight, or None if there is no such tensor.
+            The second item is the order of the weight's rows in the file, or None if the file does not change
+            the order.
         new_files: a function; new_files(output, tensors, vocabulary) returns the files to write. A tensor may
             be a `Stream`. If `vocabulary` is None, the vocabulary does not change.
         tokenizer: a function that returns the model's tokenizer.
@@ -160,7 +161,8 @@ def _open_safetensors(base: StrPath) -> ModelFiles:
 
 
 def _extended(companions: list[NewFile], base: Path, vocabulary: NewVocabulary) -> list[NewFile]:
-    """Add new tokens to tokenizer.json and config.json among the files beside a model's weights."""
+    """Return `companions`, the files that accompany a model's weights, with the new tokens in tokenizer.json
+    and the new vocabulary size in config.json."""
     text = tokenizer.from_directory(base).with_tokens(vocabulary.tokens).files()[TOKENIZER]
     found = list[NewFile]()
     for file in companions:

@@ -19,7 +19,7 @@ Norm: TypeAlias = RMSNorm | LayerNorm
 
 
 def norm_forward(norm: Norm, x: Array) -> Array:
-    """Compute the norm of each row of x (n, d)."""
+    """Normalise each row of x (n, d)."""
     y = buffers.empty_like(x)
     if isinstance(norm, RMSNorm):
         _core.rms_norm(x, norm.weight, norm.eps, y)
@@ -29,7 +29,7 @@ def norm_forward(norm: Norm, x: Array) -> Array:
 
 
 def add_norm_forward(norm: Norm, x: Array, total: Array) -> Array:
-    """Add `x` to `total` in place, and compute the norm of each row of the sum (n, d)."""
+    """Add `x` to `total` in place. Return the sum (n, d) with each row normalised."""
     if isinstance(norm, RMSNorm):
         np.add(total, x, out=total)
         return norm_forward(norm, total)

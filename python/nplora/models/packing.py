@@ -63,7 +63,8 @@ class PackedBatch:
 
     @property
     def num_targets(self) -> int:
-        """The number of targets other than IGNORED. A mean loss is a sum of losses divided by this."""
+        """The number of targets other than IGNORED. The mean loss is the sum of the losses divided by this
+        number."""
         return int(np.count_nonzero(self.targets != IGNORED))
 
     def pieces(self, most_tokens: int | None, together: int = 1) -> list[PackedBatch]:

@@ -38,8 +38,8 @@ class CachePositions:
         slots, in_sequence: int64 (m,), the slot of each row, and its position in the slot's sequence.
         lengths: int64 (m,), the number of tokens that each row attends to: `in_sequence` + 1.
         pages: int64 (slots of the cache, pages of a slot), the pages of each slot, as in `KVCache.table`.
-        cells: an index that selects the rows in the cache's arrays (pages, page_tokens, ...) of keys and
-            values.
+        cells: an index that selects the keys or values of the new tokens from an array (pages, page_tokens,
+            ...) of the cache.
         longest: the length of the longest sequence, including the new tokens.
         limits: int64 (m,), the maximum length of each row's sequence. LongRoPE rotates all tokens of the
             sequence, even the first, by the factors for this length.
@@ -59,7 +59,7 @@ class CachePositions:
 
 
 def rows_of(starts: Array) -> Array:
-    """intp (n,): for each row of packed sequences, the number of its sequence."""
+    """intp (n,): for each row of packed sequences, the index of the sequence that the row belongs to."""
     counts = np.diff(starts).astype(np.intp)  # np.repeat refuses wider integers
     return np.repeat(np.arange(len(counts)), counts)
 

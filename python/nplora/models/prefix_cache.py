@@ -74,7 +74,7 @@ class PrefixCache:
         return 4 * self._used * self._width
 
     def find(self, ids: Array, starts: Array) -> Array | None:
-        """Return the rows (n, width) of packed sequences as a new array, or None if some are not stored.
+        """Return the rows (n, width) of packed sequences as a new array, or None if a sequence is not stored.
 
         >>> cache = PrefixCache(blocks=1, capacity=100, width=4)
         >>> cache.find(np.arange(60), np.array([0, 60])) is None  # nothing is stored yet

@@ -62,7 +62,7 @@ class RopeConfig:
 
     Attributes:
         theta: the base. If `dim` values of a head are rotated, pair i rotates by theta^(-2 i / dim) radians
-            per token, divided by all of the factors that follow.
+            per token, divided by the factors of all attributes below.
         linear_factor: the same factor for all pairs ("linear" scaling).
         llama3: Llama 3.1's scaling, from config.json.
         factors: one factor per pair, from GGUF's tensor rope_freqs.weight.
@@ -112,7 +112,8 @@ class Rope:
         _core.rope(x, rows, table, self._interleaved, inverse, self._head_dim)
 
     def _table_for(self, length: int) -> tuple[Array, int]:
-        """Return a table for at least `length` positions, and the number of its rows for short sequences.
+        """Return a table of cosines and sines for at least `length` positions, and the number of the table's
+        rows that are for short sequences.
 
         A row has dim / 2 cosines, then dim / 2 sines. With LongRoPE, the rows for short sequences come first,
         followed by the rows for long sequences. Without LongRoPE, the returned number is 0.

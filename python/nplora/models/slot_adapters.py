@@ -19,7 +19,8 @@ class SlotAdapters:
     Args:
         lengths: the number of tokens in each slot. The cache changes this array in place.
         owner: the model that computes the slots without an adapter.
-        resolve: a function that returns the model for an adapter; None if the slots may only have models.
+        resolve: a function that returns the model for an adapter. None: an entry of the list must be a model
+            or None.
     """
 
     def __init__(

@@ -1,4 +1,8 @@
-"""Computes losses a few tokens at a time, as decoding does with compute="int8"."""
+"""Computes losses a few tokens at a time.
+
+With compute="int8", matrix products for a few tokens use another arithmetic than products for many tokens. So
+these losses have the rounding errors of decoding, which also computes a few tokens at a time.
+"""
 
 from __future__ import annotations
 

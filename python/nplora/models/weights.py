@@ -48,7 +48,8 @@ class Weights(Protocol):
         """A matrix in the storage format that it has in the file. A float64 matrix is converted to float32.
 
         Raises:
-            FormatError: a value, or the scale of a quantised block, is NaN or infinite, and checks are on.
+            FormatError: a value, or the scale of a quantised block, is NaN or infinite. Only weights that
+                were opened with check=True raise this error.
         """
 
     def vector(self, tensor: TensorSpec) -> Array:
@@ -184,7 +185,8 @@ class SafetensorsWeights:
         return tensor.name if self._stored is None else self._stored(tensor.name)
 
     def unused(self, config: ModelConfig) -> frozenset[str]:
-        """The names of rotation frequencies (in old files), and of a head that repeats the embedding."""
+        """The names of the rotation frequencies, which old files contain, and the name of the head's weight,
+        if the head shares the embedding's weight."""
         layers = range(config.num_hidden_layers)
         names = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq" for i in layers}
         return frozenset(names | ({"lm_head.weight"} if config.tie_word_embeddings else set()))

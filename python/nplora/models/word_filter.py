@@ -20,10 +20,11 @@ FLAT_ROWS = 32  # the maximum number of rows of logits that are copied at once
 class WordFilter:
     """Computes a gradient without the unlikely words of the vocabulary (Wijmans et al. 2024).
 
-    The gradient of the head's input x is dx = factor · (Σ p_w W_w - W_target), a sum over the whole
-    vocabulary. The filter keeps the words with p_w >= `bound`, and the target. For each skipped word, the sum
-    has p_w μ instead of p_w W_w, where μ is the mean of all rows of W. So the factors p_w in the sum still
-    add up to 1. The error is
+    The gradient of the head's input x is dx = factor · (Σ p_w W_w - W_target), a sum over all words w of the
+    vocabulary. Here p_w is the probability of the word w, and W_w is row w of the head's weight W. The filter
+    keeps the words with p_w >= `bound`, and the target. For each skipped word, the sum has p_w μ instead of
+    p_w W_w, where μ is the mean of all rows of W. So the factors p_w in the sum still add up to 1. The error
+    is
 
         ‖error of dx‖ <= factor · m · max_w ‖W_w - μ‖,
 
@@ -89,7 +90,8 @@ class WordFilter:
         return dx
 
     def take_skipped(self) -> Array:
-        """The total probability of the skipped words, float64, for each row since the last call."""
+        """For each row that `gradient` has computed since the last call of `take_skipped`: the total
+        probability of the skipped words, float64."""
         taken, self._skipped = self._skipped, []
         return np.concatenate([np.empty(0), *taken])
 

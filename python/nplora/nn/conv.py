@@ -27,8 +27,8 @@ class ConvSaved(Saved):
 
     Attributes:
         shape: the shape of x.
-        items: for each group of images, the values that the matrix product has saved, without its input, the
-            windows. `backward` computes the windows again from the images.
+        items: for each group of images, the saved values of the matrix product, except the product's input.
+            The input consists of the windows, which `backward` computes again from the images.
         x: the images (n, c_in, height, width), or None if `backward` does not need them.
     """
 
@@ -317,8 +317,8 @@ def _matrix(
 def _groups(windows: Windows, shape: tuple[int, ...]) -> Iterator[slice]:
     """Yield groups of images.
 
-    A group is a single image, or its windows have at most _MOST_VALUES values. The groups depend only on
-    shapes.
+    The windows of a group have at most _MOST_VALUES values in total, unless the group is a single image. How
+    the images are divided depends only on shapes.
     """
     vertical, horizontal = windows.counts(*shape[2:])
     images = max(1, _MOST_VALUES // (vertical * horizontal * windows.width or 1))
@@ -329,7 +329,8 @@ def _groups(windows: Windows, shape: tuple[int, ...]) -> Iterator[slice]:
 def _forward(
     windows: Windows, c_out: int, x: Array, product: Callable[[Array], tuple[Array, Any]]
 ) -> tuple[Array, tuple[Any, ...]]:
-    """Return y, and for each group of images, the values that `product` saved, without the windows."""
+    """Return y, and for each group of images, the saved values of `product`, except the input (the
+    windows)."""
     y = np.empty((len(x), c_out, *windows.counts(*x.shape[2:])), x.dtype)
     items = []
     for group in _groups(windows, x.shape):
@@ -358,8 +359,8 @@ def _backward(
     """Run the backward pass of each group of images. The rows of windows are computed again for each group.
 
     The gradients of all groups are added up first, and their sum is then added to the layer's gradients. So
-    several processes can get the same bits as one process. If a group fails, the gradients of the layer do
-    not change.
+    this sum does not depend on the gradients of earlier passes, and several processes can get the same bits
+    as one process. If a group fails, the gradients of the layer do not change.
     """
     assert saved.layer is not None
     grads = [p.grad for p in saved.layer.local_parameters()] if len(saved.items) > 1 else []

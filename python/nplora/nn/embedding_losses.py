@@ -333,7 +333,7 @@ def _ranked(
 ) -> tuple[float, Array, Array]:
     """The mean cross entropy over the queries, and its gradients with respect to queries and candidates.
 
-    The correct candidate for query i is candidate i:
+    The correct candidate for query i is candidate i. Let q be the queries and c the candidates:
     s = scale · q cᵀ, loss = mean(log Σ exp(s) - s_ii), ds = (softmax(s) - I) / n.
     """
     n, dtype = len(queries), queries.dtype
@@ -402,7 +402,7 @@ def _mean(values: Array) -> float:
 
 
 def _columns(op: str, columns: Sequence[Array], least: int, most: int, equal: int) -> list[Array]:
-    """Return the columns with one dtype. Check that the first `equal` columns have equally many rows."""
+    """Return the columns with one dtype. Check that columns[:equal] have the same number of rows."""
     if not least <= len(columns) <= most:
         wanted = f"{least}" if least == most else f"{least} to {most}"
         raise ValueError(f"{op}: {len(columns)} columns of embeddings, expected {wanted}")

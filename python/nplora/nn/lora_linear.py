@@ -293,7 +293,8 @@ class LoRALinear(LoRALayer):
         )
 
     def _rescale(self, u: Array, saved: LoRALinearSaved, training: bool) -> tuple[Array, LoRALinearSaved]:
-        """Rescale the output u as DoRA does: y = m / norms ∘ u + bias. The norms: rows of W + scale·A·B."""
+        """Rescale the output u as DoRA does: y = m / norms ∘ u + bias. `norms` holds the norm of each row
+        of W + scale·A·B."""
         assert self.m is not None
         with quiet():
             inverse_norm = self._inverse_norms()
@@ -397,7 +398,7 @@ class LoRALinear(LoRALayer):
             backward: ...
 
         Raises:
-            ValueError: `rows` is below 1, or more than an array can have.
+            ValueError: `rows` is below 1, or above the maximum number of rows of an array.
             TypeError: `rows` is not an integer.
         """
         rows = _check.integer("explain", "rows", rows, least=1, most=sys.maxsize)

@@ -212,8 +212,8 @@ class LoRALayer(Prepared, AdapterLayer):
     def _require_whole_weight(self, what: str) -> None:
         if self._taken is not None:
             raise ValueError(
-                f"{type(self).__name__}.{what}: init={self.init!r} took a part of the frozen weight; "
-                "use a layer with init='zero', which keeps the whole weight"
+                f"{type(self).__name__}.{what}: init={self.init!r} moved a part of the frozen weight "
+                "into A and B; use a layer with init='zero', which keeps the whole weight"
             )
 
     def plain_update(self) -> LoraDelta:
@@ -315,7 +315,8 @@ class LoRALayer(Prepared, AdapterLayer):
         return self._merged or self.weight.like(self._finite_still(self.merged_weight()))
 
     def _finite_still(self, merged: Array) -> Array:
-        """Return `merged`. Raise ValueError if the sum, or rounding to the storage format, overflowed."""
+        """Return `merged`. Raise ValueError if the merging, or rounding `merged` to the storage format, makes
+        finite values infinite."""
         storage = self.weight.float_dtype
         lost = become_infinite(merged, storage).size
         if not lost and not np.isfinite(merged).all() and self._finite_factors():
@@ -381,7 +382,8 @@ class LoRALayer(Prepared, AdapterLayer):
         object.__setattr__(self, "__class__", UnloadedLayer)
 
     def _lone_weight(self) -> tuple[FrozenWeight | None, bool]:
-        """Return the weight of a pass without a separate update, and whether it is the merged weight.
+        """If a pass needs only one weight and no separate update, return this weight, and whether it is the
+        merged weight.
 
         While the adapter is disabled, this weight is W. While the adapter is merged and enabled, this weight
         is the merged weight. Otherwise the result is (None, False), because the pass computes a separate

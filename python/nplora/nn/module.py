@@ -186,7 +186,7 @@ class Module:
     ties_head: bool = False
 
     def base_digest(self) -> str | None:
-        """Return a text that identifies the frozen model in saved adapters, or None.
+        """Return a text that identifies the frozen model, or None. A saved adapter contains this text.
 
         >>> import nplora, numpy as np
         >>> nplora.Linear(np.eye(2)).base_digest() is None
@@ -199,7 +199,7 @@ class Module:
         return ""
 
     def new_tokens(self, tokens: Sequence[AddedToken]) -> tuple[AddedToken, ...]:
-        """Return those tokens added by an adapter that the model itself does not have."""
+        """Given the tokens that an adapter adds, return those that the model itself does not have."""
         return tuple(tokens)
 
     def tokenizer_files(self) -> Mapping[str, bytes]:
@@ -424,7 +424,8 @@ class Module:
         Args:
             dtype: the storage format to which the merged weights are rounded: a format of `FrozenWeight`, or
                 "same" for the format of the frozen weight. None means float32 for a quantised weight, because
-                its coarse steps may lose the update. For any other weight, None means "same".
+                rounding to the coarse steps of a quantised format may lose the update. For any other weight,
+                None means "same".
         Returns:
             a list with one report for each layer, or an empty list if `dtype` is None. A report says how much
             of the update is left after the rounding to the storage format.

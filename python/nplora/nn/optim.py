@@ -140,7 +140,8 @@ class Optimizer:
         raise NotImplementedError
 
     def _keep(self, state: Mapping[str, Mapping[str, Array]], names: tuple[str, ...]) -> None:
-        """Store `state`, which is {moment: {parameter name: array}}, with arrays in the order of `names`."""
+        """Store `state`, which is {moment: {parameter name: array}}. `names` are the parameter names in the
+        order of the parameters."""
         self._state = {moment: tuple(held[name] for name in names) for moment, held in state.items()}
         self._names, self._is_a = names, np.array([_is_a(name) for name in names], bool)
 
@@ -173,8 +174,9 @@ class Optimizer:
         """Continue from a result of `state_dict`, whose docstring has an example.
 
         After `init` or a step, the state must fit the parameters of the optimiser, and is copied into the
-        optimiser's arrays. In a new optimiser, the first step checks whether the state fits. If `state` has
-        the optimiser's own arrays, from `state_dict(copy=False)`, do not exchange the names of these arrays.
+        optimiser's arrays. In a new optimiser, the first step checks whether the state fits. If `state` comes
+        from `state_dict(copy=False)`, it holds the optimiser's own arrays. Each of these arrays must then
+        keep its name, because the arrays are copied one after the other.
 
         Raises:
             ValueError: an array is missing, unknown, or has another shape or dtype. The message lists all

@@ -108,7 +108,10 @@ class MaxPool2d(Module):
         return Windows(channels, self.kernel_size, self.stride, (0, 0), (1, 1))
 
     def _values(self, images: Array) -> Array:
-        """Return an array (n, channels, windows down, windows across, values of a window)."""
+        """Return an array (n, channels, vertical, horizontal, size) of the values in all windows.
+
+        Each channel of an image has vertical · horizontal windows, and each window has `size` values.
+        """
         n, channels, height, width = images.shape
         windows = self._windows(channels)
         rows = windows.rows(images).reshape(n, *windows.counts(height, width), channels, -1)

@@ -9,7 +9,7 @@ from nplora import _core
 
 
 class Prepared:
-    """Keeps a layer's argument for `_core.infer` until the layer changes."""
+    """Base class of layers: keeps the layer's argument for `_core.infer` until the layer changes."""
 
     _prepared: tuple[tuple[Hashable, ...], _core.InferenceLayer | None] | None = None
 
@@ -36,8 +36,9 @@ class Prepared:
         If one of these values changes, the argument is built again.
 
         Arrays are represented by their ids, because == would compare their elements. The kept argument refers
-        to the arrays, so no other array can get the same id. A FrozenWeight is represented by itself, not by
-        its id, because the kept argument refers only to the packed part of the weight.
+        to the arrays, so no other array can get the same id. A FrozenWeight is represented by itself: the
+        kept argument refers only to the packed part of the weight, so another FrozenWeight could get the same
+        id.
         """
         raise NotImplementedError
 

@@ -31,7 +31,7 @@ _SETTLED = 1e-7  # a smaller relative change ends the search; about float32's ro
 
 
 def principal_factors(init: str, weight: FrozenWeight, rank: int, scale: float) -> tuple[Array, Array]:
-    """Return A (d_out, r) and B (r, d_in) for this `init`, in the weight's `compute_dtype`.
+    """Return A (d_out, r) and B (r, d_in) for `init` ("pissa" or "olora"), in the weight's `compute_dtype`.
 
     The same arguments always give the same factors, because the search for singular vectors starts from fixed
     random directions.
@@ -86,5 +86,5 @@ def randomized_svd(weight: FrozenWeight, rank: int) -> tuple[Array, Array, Array
 
 
 def _orthonormal(rows: Array) -> Array:
-    """Return an orthonormal basis, as rows, of the space that `rows` spans."""
+    """Return an orthonormal basis of the space that `rows` spans. The rows of the result are the basis."""
     return np.linalg.qr(rows.T.astype(np.float64))[0].T

@@ -1,6 +1,6 @@
 """Groups of rows of one batch.
 
-One of several models computes each group. All models share the frozen weights.
+Different groups may be computed by different models. All models share the frozen weights.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Parts: TypeAlias = list[list[_core.InferenceLayer]]  # for each group, the layer
 
 
 class RowGroup(NamedTuple):
-    """Neighbouring rows of a batch.
+    """Neighbouring rows of a batch, which the same model computes.
 
     Attributes:
         model: the index of the model that computes these rows.
@@ -74,7 +74,9 @@ def slices(groups: Sequence[RowGroup]) -> list[slice]:
 
 
 class GroupedLayer(Module):
-    """The same layer of several models. Each group of rows is computed by the layer of the group's model.
+    """Holds the corresponding layers of several models.
+
+    Each group of rows is computed by the layer of the group's model.
 
     Only `put` may replace layers, but the values in the layers' arrays may change at any time.
 
@@ -98,13 +100,13 @@ class GroupedLayer(Module):
         self._stacks: dict[tuple[tuple[int, ...], tuple[RowGroup, ...]], Parts | None] = {}
 
     def put(self, model: int, layer: Module) -> None:
-        """Replace the layer of the model with this index, or append the layer of a new model."""
+        """Replace the layer of the model that has the index `model`, or append the layer of a new model."""
         self._layers = (*self._layers[:model], layer, *self._layers[model + 1 :])
         self._parts = {key: part for key, part in self._parts.items() if key[0] != model}
         self._stacks.clear()  # other layers of these stacks may be new, too
 
     def forward(self, x: npt.ArrayLike) -> tuple[Array, None]:
-        """Return the outputs for all rows of x. Narrower outputs than the widest are padded with -inf."""
+        """Return the outputs for all rows of x, padded with -inf to the same length."""
         groups, rows, ys = row_groups(), np.asarray(x), []
         assert groups is not None
         for group, some in zip(groups, slices(groups), strict=True):
@@ -115,7 +117,7 @@ class GroupedLayer(Module):
     def parts_of_stack(
         self, layers: Sequence[Module], groups: tuple[RowGroup, ...], part_of: PartOf
     ) -> Parts | None:
-        """The arguments of `_core.infer_groups` for `layers`, which include this layer.
+        """The arguments of `_core.infer_groups` for `layers`. This layer must be one of `layers`.
 
         The result is None if the core cannot run one of the layers. The arguments are kept, because decoding
         needs them again for the next tokens.
@@ -146,7 +148,7 @@ class GroupedLayer(Module):
 
 
 def joined(ys: Sequence[Array]) -> Array:
-    """Join arrays of rows. Rows that are shorter than the longest are filled with -inf."""
+    """Join arrays of rows. Rows that are shorter than the longest row are padded with -inf."""
     width = max(y.shape[1] for y in ys)
     if all(y.shape[1] == width for y in ys):
         return np.concatenate(ys)

@@ -101,7 +101,10 @@ def stack_infer(layers: Sequence[Stackable], x: Array, batch: int | None = None)
 def _infer_groups(
     layers: Sequence[Stackable | GroupedLayer], x: Array, groups: tuple[RowGroup, ...]
 ) -> list[Array]:
-    """Compute each group of rows with the layers of its model, in one call of the core if possible."""
+    """Compute each group of rows with the layers of the group's model.
+
+    If possible, compute all groups in one call of the core.
+    """
     first = next((layer for layer in layers if isinstance(layer, GroupedLayer)), None)
     if first is None:  # all groups have the same layers
         with grouped_rows(None):
@@ -147,19 +150,22 @@ def stack_backward(
         int8: if False, dx is computed in bfloat16, even if the weights have compute="int8". For a model's
             head, use False or a `dither_key`: most elements of a gradient of logits are so small that
             rounding to the nearest int8 number would make them 0.
-        dither_key: a key below 2^64, with which int8 products round dys stochastically. The expected value of
-            a rounded element is the element itself, so small elements are not lost. The random bits depend on
-            the key and on the element's position. None: round to nearest.
+        dither_key: an integer below 2^64. With a key, int8 products round dys stochastically: the expected
+            value of a rounded element is the element itself, so small elements are not lost. The random bits
+            depend on the key and on the element's position. None: round to nearest.
     Raises:
-        ValueError: a dy does not have the shape of its y, the numbers of dys and layers differ, or `saved` is
-            from a pass of other layers.
+        ValueError: a dy does not have the shape of the layer's output, the numbers of dys and layers differ,
+            or `saved` is from a pass of other layers.
         TypeError, RuntimeError: as in `LoRALinear.backward`.
     """
     op = "stack_backward"
     d_in, dtype = _common(op, layers)
     _check.saved(op, saved, StackSaved)
     if not len(layers) == len(dys) == len(saved.items):
-        raise ValueError(f"{op}: {len(layers)} layers, {len(dys)} dys, {len(saved.items)} saved passes")
+        raise ValueError(
+            f"{op}: {len(layers)} layers, {len(dys)} dys, {len(saved.items)} saved passes, "
+            "expected equal numbers"
+        )
     items = saved.items
     rows = [
         layer.backward_rows(f"{op}: layer {i}", dy, item)

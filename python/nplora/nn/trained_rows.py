@@ -38,7 +38,7 @@ class Merged:
     """The trained rows after a merge.
 
     Attributes:
-        rows: the values (k, dim) after rounding. If all rows are trained, this may be a FrozenWeight.
+        rows: the values (k, dim) after rounding. If all rows are trained, `rows` may be a FrozenWeight.
         storage: the storage format to which the rows were rounded; None: the rows were not rounded.
     """
 
@@ -47,7 +47,7 @@ class Merged:
 
 
 class TrainedRows:
-    """The trained copies of rows of a frozen weight, and rows that the weight lacks.
+    """Trained copies of some or all rows of a frozen weight, and trained rows that the weight does not have.
 
     Rows of new tokens start with the mean of all rows of the weight. The row of a new token may be a padding
     row that the weight already has, or a row beyond the weight's end. The weight itself never gets more rows.
@@ -63,7 +63,7 @@ class TrainedRows:
 
     Args:
         weight: the weight. The trained rows start with the values of the weight's rows.
-        ids: the numbers of the rows, each once, or None for all rows.
+        ids: the indices of the trained rows, without duplicates; None: all rows.
         size: the number of rows, including those beyond the weight's end; None: as many as the weight has.
         tokens: the new tokens, whose texts an adapter stores.
     Attributes:
@@ -198,7 +198,7 @@ class TrainedRowsLayer(AdapterLayer):
         (True, False, 3)
 
     Args:
-        weight: the frozen weight (vocab, dim), which is shared.
+        weight: the frozen weight (vocab, dim), which other layers may share.
         rows: the trained rows of the weight. The rows are a parameter of this layer, unless `is_tied` is set.
         is_tied: whether the rows belong to another layer with the same weight. A tied layer does not merge
             the rows.

@@ -56,7 +56,7 @@ class Windows:
     def counts(self, height: int, width: int) -> tuple[int, int]:
         """Return how many windows an image has vertically, and how many it has horizontally.
 
-        If a window is larger than the image, a number may be 0 or negative.
+        If a window is larger than the image, one or both of these numbers may be 0 or negative.
         """
         vertical, horizontal = (
             (length + 2 * padding - dilation * (size - 1) - 1) // stride + 1
@@ -85,7 +85,7 @@ class Windows:
         return images
 
     def rows(self, images: Array) -> Array:
-        """Return the windows of images as a matrix (n · vertical · horizontal, width)."""
+        """Return a matrix with one row for each window of the images. A row has `width` values."""
         vertical, horizontal = self.counts(*images.shape[2:])
         padded = self._padded(images)
         n, channels, down, right = padded.strides
@@ -107,7 +107,10 @@ class Windows:
         return out
 
     def images(self, rows: Array, height: int, width: int) -> Array:
-        """Return images with each pixel summed over the windows that contain it: the transpose of `rows`."""
+        """Return images in which each pixel is the sum of its values in all windows that contain the pixel.
+
+        `rows` has one row for each window. This linear map is the transpose of the method `rows`.
+        """
         vertical, horizontal = self.counts(height, width)
         n = len(rows) // (vertical * horizontal)
         values = rows.reshape(n, vertical, horizontal, self.channels, *self.size)

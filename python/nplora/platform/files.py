@@ -35,7 +35,7 @@ def open_file(
     Args:
         flags: os.O_RDONLY, os.O_WRONLY or os.O_RDWR, optionally combined with os.O_CREAT, os.O_EXCL and
             os.O_APPEND.
-        directory: the descriptor of the directory that contains a relative path.
+        directory: the descriptor of the directory to which `path` is relative; None: the working directory.
         follow_links: whether to follow a symbolic link. If False, a symbolic link raises OSError with
             errno.ELOOP.
         wait: whether to wait until another process opens the other end of a FIFO.
@@ -49,7 +49,7 @@ def open_file(
 def open_directory(path: str, directory: int | None = None) -> int:
     """Open a directory, and return its descriptor.
 
-    `directory`: the directory that contains a relative path.
+    `directory`: the descriptor of the directory to which `path` is relative; None: the working directory.
     """
     if sys.platform == "win32":
         return windows_files.open_directory(path, directory)
@@ -143,7 +143,7 @@ def set_permissions(descriptor: int, permissions: int) -> None:
 
 
 def sync(descriptor: int) -> None:
-    """Write a file's data to the disk."""
+    """Wait until all data that was written to a file is on the disk."""
     if sys.platform == "darwin":  # fsync leaves the data in the disk's own cache
         try:
             fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
@@ -154,7 +154,7 @@ def sync(descriptor: int) -> None:
 
 
 def sync_directory(descriptor: int) -> None:
-    """Write the entries of a directory to the disk. On NTFS, nothing needs to be done."""
+    """Wait until all changes to a directory's entries are on the disk. On NTFS, nothing needs to be done."""
     if sys.platform != "win32":
         os.fsync(descriptor)
 

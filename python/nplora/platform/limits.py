@@ -53,7 +53,7 @@ def cause_of_end(status: int) -> str | None:
 
 
 def isolate() -> None:
-    """Prevent this process from writing files, and let the time limits' signals end this process."""
+    """Prevent this process from writing files, and let the signals of the time limits end this process."""
     if sys.platform != "win32" and sys.platform != "emscripten":
         os.set_blocking(sys.stderr.fileno(), False)  # the parent reads it only after this process has ended
         for kind in (resource.RLIMIT_CORE, resource.RLIMIT_FSIZE):
@@ -137,7 +137,8 @@ def watched(
 ) -> Iterator[list[str]]:
     """During a `with` body, end a process as soon as it exceeds a limit that it cannot set for itself.
 
-    Yields a list. If the process is ended, the cause is added to the list: "memory" or "rendering".
+    The context yields a list. If the process is ended, the cause, "memory" or "rendering", is added to this
+    list.
 
     Args:
         usage: a function that returns the bytes of memory and the seconds of CPU time that the process has

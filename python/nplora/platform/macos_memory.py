@@ -56,7 +56,7 @@ def usage(pid: int) -> Usage | None:
 
 
 def free() -> int | None:
-    """The available memory, computed from the percentage from which macOS derives the memory pressure."""
+    """The available memory in bytes, computed from the percentage that macOS reports; None if unknown."""
     percent = _number(b"kern.memorystatus_level", ctypes.c_int)
     total = _number(b"hw.memsize", ctypes.c_uint64)
     return None if percent is None or total is None else total * percent // 100

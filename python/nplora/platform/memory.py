@@ -120,7 +120,10 @@ def usage_of(pid: int) -> tuple[int, float] | None:
 
 
 def _left_in_groups() -> Iterator[int]:
-    """Yield the free bytes under each memory limit of the process's control groups. Caches count as free."""
+    """For each memory limit of the process's control groups, yield the number of bytes that are still free.
+
+    Caches count as free.
+    """
     for controllers, path in re.findall(_GROUP, _text("proc/self/cgroup")):
         if not controllers:
             limits, use, total = ["memory.max", "memory.high"], "memory.current", ""

@@ -12,7 +12,7 @@ _pause: ContextVar[Callable[[], None] | None] = ContextVar("nplora_pause", defau
 def give_way() -> None:
     """Call the function that `giving_way` has set in this thread (or asyncio task), if there is one.
 
-    Long computations call this function often: a model, for example, between two transformer blocks.
+    Long computations call this function often. For example, a model calls it between two transformer blocks.
     """
     pause = _pause.get()
     if pause is not None:

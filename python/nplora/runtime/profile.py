@@ -16,11 +16,11 @@ _of_thread = threading.local()  # its attribute `profiler`: the Profiler that re
 
 @dataclass
 class Total:
-    """The total calls of an activity, with the seconds and the operations of these calls.
+    """Sums over all calls of an activity: the number of calls, their seconds, and their operations.
 
     Attributes:
         operations: a dictionary from an arithmetic, such as "float32", to the number of operations in
-            products.
+            matrix products with this arithmetic.
     """
 
     calls: int = 0

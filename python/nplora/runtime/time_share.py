@@ -21,9 +21,10 @@ class TimeBudget:
     """Computes when the next slice of training may begin, so that training keeps to its share of the time.
 
     A slice is the training between two pauses. Within any window of one second, slices take at most `share`
-    seconds. In addition, a pause follows each slice, in proportion to the slice, so that the slices are
-    spread over the window. If the next slice alone is expected to take longer than `share` seconds, the
-    window is longer than one second: its length is the expected time divided by `share`.
+    seconds. In addition, each slice is followed by a pause whose length is proportional to the length of the
+    slice, so that the slices are spread over the window. If the next slice alone is expected to take longer
+    than `share` seconds, the window is longer than one second: its length is the expected time divided by
+    `share`.
 
     The next slice is expected to take as long as the longest recent slice, but at most twice the median time
     of the recent slices. So one unusually long slice, for example during a write to a slow disk, may exceed

@@ -32,8 +32,8 @@ class AdapterMemory:
     The memory of an unloaded adapter becomes free when the last request with this adapter has ended.
 
     Args:
-        most: the number of bytes for all adapters together. Adapters that were loaded before the engine
-            planned its memory do not count.
+        most: the largest number of bytes for all adapters together. Adapters that were loaded before the
+            engine planned its memory do not count.
     """
 
     def __init__(self, most: int) -> None:

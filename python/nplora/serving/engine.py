@@ -125,13 +125,13 @@ class Engine:
     def context(self) -> int:
         """The largest number of tokens of a prompt plus its answer.
 
-        The model's context length and the memory limit this number.
+        This number is limited by the model's context length and by the memory.
         """
         return self._context
 
     @property
     def most_requests(self) -> int:
-        """The most requests that can run and wait at the same time."""
+        """The largest number of requests in the engine at the same time: running plus waiting requests."""
         return self._slots + self._most_waiting
 
     @property
@@ -325,7 +325,7 @@ class Engine:
                 self._in_round = None
 
     def _require_no_round(self, op: str) -> None:
-        """Raise RuntimeError if the calling thread runs a round, because it would wait for itself."""
+        """Raise RuntimeError if the calling thread runs a round, because the thread would wait for itself."""
         if self._in_round == threading.get_ident():
             raise RuntimeError(f"{op}: a listener, guide or turn of this engine called it during a round")
 

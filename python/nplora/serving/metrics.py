@@ -51,7 +51,7 @@ class Histogram:
 
 @dataclasses.dataclass
 class Metrics:
-    """The counters of an engine since its start, and its current state.
+    """The counters of an engine since the engine's start, and the engine's current state.
 
     Attributes:
         finished: the number of ended requests for each finish reason ("stop", "length", "cancelled",

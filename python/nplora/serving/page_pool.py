@@ -82,7 +82,7 @@ class PagePool:
             self._by_key[key], self._keys[page] = page, key
 
     def release(self, pages: Sequence[int]) -> None:
-        """Release the pages of a request, which are in the order of its tokens.
+        """Release the pages of a request. `pages` must be in the order of the request's tokens.
 
         A page is useless without the pages before it. So the last page of the request will be reused first.
         """

@@ -33,7 +33,7 @@ class Request:
             LongRoPE, infinity.
     Attributes:
         ticket: the `Ticket` through which the client follows the request.
-        answer: the tokens of the prompt and of the answer, and the choice of the next token.
+        answer: the object that holds the tokens of the prompt and of the answer, and chooses the next token.
         client, priority: as in `Engine.submit`.
         model: see the arguments.
         slot: the request's slot in the key-value cache while the request runs; otherwise None.
@@ -97,7 +97,7 @@ class Request:
 
     @property
     def slot_limit(self) -> int:
-        """The largest number of tokens in the slot. LongRoPE selects its factors by this number."""
+        """The most tokens that the slot may hold. LongRoPE selects its factors by this number."""
         return self.limit if self.to_read > self.switch else int(min(self.limit, self.switch))
 
     @property

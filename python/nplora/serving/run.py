@@ -81,7 +81,7 @@ def _text_service(
     any_base: bool,
     report: Callable[[str], None],
 ) -> Iterator[tuple[Service, str, Callable[[], None]]]:
-    """A context: the service of a language model, its description, and a function that starts the jobs."""
+    """Yield a language model's service, the service's description, and a function that starts the jobs."""
     models = Models(lm, options.name or default_name(lm.source), any_base, dtype=options.adapter_dtype)
     for name, path in adapters:
         models.load(name, path)
@@ -97,7 +97,7 @@ def _encoder_service(
     adapters: Sequence[tuple[str, str]],
     any_base: bool,
 ) -> Iterator[tuple[Service, str, Callable[[], None]]]:
-    """A context: the service of an encoder, its description, and a function that does nothing."""
+    """Yield an encoder's service, the service's description, and a function that does nothing."""
     if options.jobs is not None:
         raise ValueError("serve: fine-tuning jobs need a language model that generates text")
     if options.adapter_dtype is not None:
@@ -187,7 +187,7 @@ def running(
     options: ServeOptions,
     log: Callable[[str], None] | None = None,
 ) -> Iterator[tuple[Engine, FineTuning | None]]:
-    """A context: the engine and the fine-tuning jobs, which are stopped at the end of the context.
+    """Yield the engine and the fine-tuning jobs. Both are stopped at the end of the context.
 
     The engine has been started, but the jobs have not: the caller starts the jobs after printing its own
     lines.

@@ -131,7 +131,7 @@ class Scheduler:
             self._prepare(request)
 
     def _pages_to_come(self, requests: Sequence[Request]) -> int:
-        """Return the number of pages that these requests still need for their tokens and one more token.
+        """Return the number of pages that these requests still need for their tokens and one more token each.
 
         A page that several of these requests can share is counted once. A page that a running request already
         has is not counted.
@@ -145,7 +145,7 @@ class Scheduler:
         return own + sum(not self._pool.is_used(key) for key in common)
 
     def _prepare(self, request: Request) -> None:
-        """Set the adapter and the length limit of the request's empty slot."""
+        """Set the adapter and the length limit of the slot that the request just received."""
         cache, slot = self._cache, _slot(request)
         cache.adapters[slot] = request.model
         cache.limits[slot] = request.slot_limit
@@ -229,7 +229,7 @@ class Scheduler:
                 self._metrics.cached_tokens += PAGE
 
     def _read_pieces(self, first: Request, reading: Sequence[Request], most: int) -> int:
-        """Compute the next tokens of the prompt of `first`. Return the number of tokens that were computed.
+        """Compute the next tokens of the prompt of the request `first`. Return how many tokens were computed.
 
         If these tokens are the incomplete last page of the prompt, the same call of the model also computes
         the incomplete last pages of other prompts. Full pages are computed for one prompt at a time, so that

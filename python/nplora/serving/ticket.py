@@ -246,7 +246,9 @@ class Ticket:
         """Drop the listener, which has failed, and cancel the request."""
         self._listener = _ignore
         self.cancel()
-        warn_user(f"Engine: a ticket's listener failed and is left out: {type(error).__name__}: {error}")
+        warn_user(
+            f"Engine: a ticket's listener failed and is not called again: {type(error).__name__}: {error}"
+        )
 
 
 def _ignore(value: object) -> None:

@@ -30,8 +30,8 @@ class FileModel:
     Attributes:
         path, activation, adaptation, probe: the arguments of `read_network` and `adapted`, which rebuild the
             model.
-        values: a dict of the trained arrays.
-        streams: a dict of the states of the random streams, which dropout uses.
+        values: a dict from names to trained arrays.
+        streams: a dict from the names of layers to the states of the random streams that dropout uses.
         base: the fingerprint of the frozen weights, by which a changed file is detected.
     """
 

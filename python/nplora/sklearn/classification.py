@@ -63,7 +63,7 @@ class LabelledBase(LoRAEstimator):
         raise NotImplementedError
 
     def _targets(self, x: Any, numbers: Array) -> Array:
-        """The target of each row of features, given the indices of all labels in `classes_`."""
+        """The target of each row of features. `numbers` holds the index in `classes_` of each label in y."""
         return numbers
 
     # ---- labels and loss ----
@@ -90,7 +90,7 @@ class LabelledBase(LoRAEstimator):
         return [str(label) for label in self.classes_.tolist()]
 
     def _loss(self, targets: Array) -> CrossEntropy:
-        """The loss, with the weight of each label. `targets` are those of the training rows."""
+        """The loss, with the weight of each label. `targets` are the targets of the training rows."""
         return CrossEntropy(class_weights=self._class_weights(targets))
 
     def _class_weights(self, numbers: Array) -> tuple[float, ...] | None:
@@ -118,7 +118,7 @@ class ClassifierBase(ClassifierMixin, LabelledBase):  # type: ignore[misc]
         Returns:
             the estimator.
         Raises:
-            ValueError: X or y does not fit, or y has only one class. KeyboardInterrupt: Ctrl-C.
+            ValueError: X or y is invalid, or y has only one class. KeyboardInterrupt: Ctrl-C.
         """
         x, y = self._checked(X, y, reset=not self._continues)
         classes, encoded = np.unique(y, return_inverse=True)

@@ -118,12 +118,12 @@ class LoRATokenClassifier(LabelledBase, TextEstimator):
         """Train a new model or, with `warm_start`, continue to train the existing one.
 
         Args:
-            X: the words of n sentences. y: the labels of their words: all texts, all integers or all bool,
-                and at least two.
+            X: the words of n sentences. y: the labels of these words: all texts, all integers or all bool.
+                There must be at least two different labels.
         Returns:
             the estimator.
         Raises:
-            ValueError: X or y does not fit, no word has a token, or y has only one label.
+            ValueError: X or y is invalid, no word has a token, or y has only one label.
             TypeError: an item of X is not a list of texts, or an item of y is not a list.
             KeyboardInterrupt: Ctrl-C.
         """
@@ -183,7 +183,10 @@ class LoRATokenClassifier(LabelledBase, TextEstimator):
         return super()._loss(np.concatenate(list(targets)))
 
     def _features(self, X: Any, reset: bool) -> list[Sentence]:
-        """Return a pair for each sentence: its token ids, perhaps cut, and the first token of each word."""
+        """Return a pair for each sentence: its token ids, and the index of each word's first token.
+
+        Sentences that are too long are cut.
+        """
         sentences, longest = self._sentences(X), self._longest(reset)
         words = self._encoder.word_ids(sentences, longest)
         self._warn_if_cut(words.cut, longest, "sentence")
@@ -241,7 +244,10 @@ class LoRATokenClassifier(LabelledBase, TextEstimator):
 
 
 def _kind(of: type) -> str:
-    """Return "str", "bool" or "int" if `of` is such a type (bool is not counted as int), else its name."""
+    """Return "str", "bool" or "int" for a type of labels; for any other type, the type's own name.
+
+    The type bool does not count as an integer type.
+    """
     return next((name for name, types in _KINDS.items() if issubclass(of, types)), of.__name__)
 
 

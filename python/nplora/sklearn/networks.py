@@ -90,7 +90,7 @@ def read_network(path: StrPath, activation: str = "relu") -> Sequential:
     for name in names:
         shape = opened[name].shape
         if len(shape) != 2 or width not in (None, shape[1]):
-            wanted = "two axes" if width is None else f"shape (d_out, {width}) after the layer before it"
+            wanted = "two axes" if width is None else f"shape (d_out, {width}) to fit the layer before it"
             raise FormatError(f"{source}: the tensor {brief(name, 200)} has shape {shape}, expected {wanted}")
         width = shape[0]
         bias = _bias(opened, biases[name])
@@ -147,7 +147,7 @@ def random_features(d_in: int, width: int, activation: str, dtype: npt.DTypeLike
 def adapted(network: Module, adaptation: Adaptation, probe: Array) -> Module:
     """Return a copy of a network with LoRA layers and a head. The copy shares the frozen weights.
 
-    Trainable parameters that the network has are copied, so training the copy does not change the network.
+    The network's trainable parameters are copied too, so training the copy does not change the network.
 
     Args:
         probe: one row of features, of shape (1, ...). The network computes this row to find its number of
@@ -190,7 +190,7 @@ def _require_outputs(model: Module, outputs: int, probe: Array) -> None:
 
 
 def _new_head(model: Module, adaptation: Adaptation, probe: Array) -> Linear:
-    """Return a new layer for the head, which is not used with "keep".
+    """Return a new layer for the head. If `adaptation.head` is "keep", the caller ignores this layer.
 
     Raise ValueError if `adaptation.head` is "keep", but the network has the wrong number of outputs.
     """
@@ -228,9 +228,10 @@ def _last_linear(model: Module) -> Linear | LoRALinear:
 def _targets(
     model: Module, wanted: tuple[str, ...] | None, without: Collection[int]
 ) -> dict[str, Linear | Conv2d]:
-    """Return the frozen layers to adapt, as a dict {name: layer}, without layers whose id is in `without`.
+    """Return the frozen layers to adapt, as a dict {name: layer}.
 
-    As in PEFT, an entry of `wanted` is a name, or the last parts of a dotted name. None: all frozen layers.
+    Layers whose Python id is in `without` are not in the result. As in PEFT, an entry of `wanted` is a name,
+    or the last parts of a dotted name. None: all frozen layers.
     """
     found = {
         name: module

@@ -46,7 +46,8 @@ class RegressorBase(RegressorMixin, LoRAEstimator):  # type: ignore[misc]
     def partial_fit(self, X: Any, y: Any) -> Self:
         """Train for one pass over some rows. Later calls continue the training with other rows.
 
-        The first call sets the mean and the variance of the targets for all later calls.
+        The first call computes the mean and the variance of its targets. Later calls rescale their targets
+        with the same mean and variance.
 
         Args:
             X, y: as in `fit`.

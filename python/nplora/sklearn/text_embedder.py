@@ -86,7 +86,11 @@ class TextEmbedder(TransformerMixin, BaseEstimator):  # type: ignore[misc]
         return np.array([f"textembedder{i}" for i in range(self._loaded().dim)], object)
 
     def _loaded(self) -> Encoder:
-        """Return the encoder. Load it if this estimator has not loaded it yet, or was unpickled."""
+        """Return the encoder.
+
+        Load the encoder first if it is not loaded, for example after unpickling, or if a parameter has
+        changed.
+        """
         if getattr(self, "_key", None) != (str(self.model), self.pooling):
             self._load()
         return self._encoder
@@ -105,7 +109,7 @@ class TextEmbedder(TransformerMixin, BaseEstimator):  # type: ignore[misc]
         self._encoder, self._key = shared[version], (str(self.model), self.pooling)
 
     def _shared(self) -> dict[Any, Encoder]:
-        """Return the dictionary that this estimator shares with its clones, with the last loaded encoder.
+        """Return the dictionary that holds the last loaded encoder. Clones share this dictionary.
 
         The key of the encoder is the pair (versions of its files, pooling).
         """

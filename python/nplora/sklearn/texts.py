@@ -50,7 +50,10 @@ def shared_encoder(op: str, model: StrPath | None) -> Encoder:
 
 
 def versions_of(model: StrPath) -> tuple[Any, ...]:
-    """Return a key that changes if a file of the model changes: path, inode, size and time of each file."""
+    """Return a key that changes if a file of the model changes.
+
+    The key consists of the path, inode, size and modification time of each file.
+    """
     place = Path(files.absolute(model))
     found = {*model_directory.files_of(place)}
     if place.is_dir():  # the modules of sentence-transformers have directories of their own
@@ -78,7 +81,7 @@ def texts_of(op: str, X: Any) -> list[str]:
 
 @dataclass(frozen=True)
 class StoredClassifier:
-    """What is pickled of a fitted model: everything except the frozen weights.
+    """The pickled parts of a fitted model: everything except the frozen weights.
 
     Attributes:
         path: the path of the encoder.
@@ -152,8 +155,8 @@ class TextEstimator(LoRAEstimator):
     def _longest(self, reset: bool) -> int:
         """Set `_encoder`, and return the number of tokens to which longer texts are cut.
 
-        A fitted model keeps its encoder and tokenizer, even if the parameter `model` or the model's files
-        change later.
+        A fitted estimator keeps its encoder and tokenizer, even if the parameter `model`, or the files at
+        that path, change later.
         """
         op = type(self).__name__
         if reset or not hasattr(self, "model_"):
@@ -187,7 +190,7 @@ class TextEstimator(LoRAEstimator):
         return _classifier(self.model, labels, self._task, self._tokens, lora, self.max_length, seed)
 
     def _labels(self, outputs: int) -> list[str]:
-        """Return the names of the outputs, which a saved adapter contains."""
+        """Return the names of the outputs. A saved adapter contains these names."""
         return [f"target_{i}" for i in range(outputs)]
 
     # The scale of predictions is stored in the head, so that a saved adapter makes the same predictions.

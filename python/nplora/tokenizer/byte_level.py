@@ -69,7 +69,7 @@ def ends(fields: dict[str, Any], source: str) -> tuple[list[int], list[int]]:
     """Return two lists of token ids: the tokens that are added before each text, and those added after it.
 
     Raises:
-        UnsupportedError: the post-processor does something else too.
+        UnsupportedError: the post-processor does more than adding these tokens.
     """
     whole = "post_processor"
     templates = [step for step in steps(fields, whole) if step.get("type") != "ByteLevel"]
@@ -92,7 +92,7 @@ def ends(fields: dict[str, Any], source: str) -> tuple[list[int], list[int]]:
 
 
 def steps(fields: dict[str, Any], part: str) -> list[dict[str, Any]]:
-    """Return the steps of the setting `part`, such as "normalizer", in order; no steps if it is null."""
+    """Return the list of steps of the setting `part`, such as "normalizer". The setting null has no steps."""
     value = fields.get(part)
     if value is None:
         return []

@@ -44,7 +44,7 @@ def growth(table: bytes, source: str) -> int:
 
 
 def _is_whole(tree: bytes, replacements: bytes) -> bool:
-    """Whether all bases are indices of the tree, and no position is inside a character of a replacement."""
+    """Whether all bases are indices of the tree, and all positions point to the start of a character."""
     units = np.frombuffer(tree, "<u4")
     bases = np.arange(len(units), dtype=np.uint32) ^ ((units >> 10) << ((units & _IS_FAR) >> 6))
     is_node = units & _LABEL <= 0xFF

@@ -117,7 +117,10 @@ def _require_bounded(steps: list[dict[str, Any]], source: str, growth: int) -> N
 
 
 def _steps(part: Any) -> Iterator[dict[str, Any]]:
-    """Yield all steps of a part of the tokenizer, such as its normalizer, with the steps inside sequences."""
+    """Yield all steps of a part of the tokenizer, such as its normalizer.
+
+    A step of the type "Sequence" is yielded, and also each step that the sequence contains.
+    """
     waiting = [part]
     while waiting:
         value = waiting.pop()
@@ -131,7 +134,7 @@ def _steps(part: Any) -> Iterator[dict[str, Any]]:
 def _growth(step: dict[str, Any]) -> int:
     """Return the largest factor by which a step can lengthen a text or its list of tokens.
 
-    A step with a character table counts as 1 here: see `_growth_of_tables`.
+    For a step with a character table, return 1, because `_growth_of_tables` computes the factors of tables.
     """
     kind = step.get("type")
     if kind == "Replace":

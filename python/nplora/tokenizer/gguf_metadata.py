@@ -29,7 +29,8 @@ def from_directory(path: StrPath, vocab_size: int) -> dict[str, Any]:
 
     An embedding may have more rows than the tokenizer has tokens. So unused tokens are added until the
     vocabulary has `vocab_size` tokens, one for each row of the embedding. If the package `tokenizers` is
-    installed, a few texts are encoded with both tokenizers to compare the results.
+    installed, a few texts are encoded with the original and with the converted tokenizer to compare the
+    results.
 
     Raises:
         UnsupportedError: GGUF metadata cannot describe this tokenizer exactly.
@@ -159,7 +160,7 @@ def _tokens(
 
 
 def _merges(model: dict[str, Any], source: str) -> list[str]:
-    """Return each merge as a text "left right". In newer files, a merge is a list of two strings instead."""
+    """Return each merge as a text "left right". Newer tokenizer.json files have a list of two strings."""
     merges = model.get("merges")
     if not isinstance(merges, list):
         raise FormatError(f"{source}: merges are {brief(merges)}, expected a list")

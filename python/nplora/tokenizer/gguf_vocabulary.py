@@ -264,7 +264,10 @@ class _Vocabulary:
         return first if self.unknown is None else self.unknown
 
     def _merges_by_score(self, scores: np.ndarray[Any, Any]) -> list[tuple[str, str]]:
-        """Return all pairs of tokens that together form a token, in the order of that token's score."""
+        """Return all pairs of tokens that together form a token.
+
+        The pairs are sorted by the score of the token that they form, the best first.
+        """
         plain = {token: token for token, kind in zip(self.tokens, self.types, strict=True) if kind == NORMAL}
         merges, size = list[tuple[str, str]](), 0
         for id_ in np.argsort(-scores, kind="stable"):
@@ -336,7 +339,10 @@ class _Vocabulary:
         _put_around(backend, {"cls": found[0]}, {"sep": found[1]})
 
     def _add_ends(self, backend: Any, bos: int | None, eos: int | None) -> None:
-        """Put BOS before and EOS after each text, unless the file's settings or their defaults forbid it."""
+        """Put BOS before each text if `add_bos_token` is set, and EOS after it if `add_eos_token` is set.
+
+        If the file lacks one of these settings, its default depends on the kind of tokenizer.
+        """
         begins = self.model == "llama" or self.metadata.string(f"{KEY}pre", "") in _BEGINS_WITH_BOS
         before = {"bos": bos} if bos is not None and self._flag("add_bos_token", begins) else {}
         after = {"eos": eos} if eos is not None and self._flag("add_eos_token", self.model == "t5") else {}
@@ -347,8 +353,8 @@ class _Vocabulary:
 def _put_around(backend: Any, before: dict[str, int], after: dict[str, int]) -> None:
     """Put tokens before and after each text.
 
-    The names of the tokens in the backend's template are "bos", "eos", "cls" and "sep". The texts of the
-    tokens are not used as names, because a text such as "$A" has a special meaning in a template.
+    In the template for the package `tokenizers`, the tokens have the names "bos", "eos", "cls" and "sep". The
+    texts of the tokens are not used as names, because a text such as "$A" has a special meaning there.
     """
     backend.post_processor = backend_package().processors.TemplateProcessing(
         single=[*before, "$A", *after], special_tokens=[*before.items(), *after.items()]

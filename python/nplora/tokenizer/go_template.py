@@ -7,7 +7,7 @@ chats. If a template does anything else, it is not translated, with two exceptio
 from messages, and it may write the definitions of tools. The translation does neither. `trimmed` and
 `has_tools` report what is missing in the translation.
 
-If a template writes the present time, it gets `TRAINING_TIME`, as in training.
+A template that writes the present time is rendered with the time `TRAINING_TIME`, as in training.
 """
 
 from __future__ import annotations
@@ -77,10 +77,9 @@ class GoTemplate:
     def _begin(self, system: str, user: str = "") -> str | None:
         """Return the part of the Go template that writes the text before the first user message.
 
-        The text `user` at the end of that text is left out. Return None if the text does not end with `user`.
-
         Args:
             system: the Go variable with the system message.
+            user: the end of that text, which is left out. If the text has a different end, return None.
         """
         texts = [self.first] if self.system is None else [self.first, self.system[1]]
         if not all(text.endswith(user) for text in texts):
@@ -128,7 +127,7 @@ def of(tokenizer: Tokenizer) -> GoTemplate | None:
 
 
 def special_tokens(tokenizer: Tokenizer, template: GoTemplate) -> list[str]:
-    """Return the special tokens that the template writes. Each of them ends an answer of the model."""
+    """Return the special tokens in the fixed texts. If the model generates one of them, its answer ends."""
     return list(dict.fromkeys(tokenizer.special_in(template.texts)))
 
 
@@ -157,7 +156,7 @@ def _found(tokenizer: Tokenizer) -> GoTemplate:
 
 
 def _trimmed(tokenizer: Tokenizer, found: GoTemplate, chats: Sequence[list[Any]]) -> tuple[str, ...]:
-    """Return the roles whose messages the template strips.
+    """Return the roles of the messages from which the template strips white space.
 
     To find these roles, render chats with and without spaces around each message.
     """
@@ -176,7 +175,7 @@ def _texts(tokenizer: Tokenizer, chats: Sequence[list[Any]]) -> list[str]:
 
 
 def _changed(chat: list[Any], form: str, but: Sequence[str] = ()) -> list[Any]:
-    """Replace each message by `form` with the message in it, except messages of the roles in `but`."""
+    """Insert the text of each message into the format string `form`, except for the roles in `but`."""
     return [
         message if message["role"] in but else {**message, "content": form.format(message["content"])}
         for message in chat
@@ -213,7 +212,7 @@ _CHATS = [_chat(roles) for roles in ("u", "su", "uau", "suau", "suauauau")]
 
 
 def _split(text: str, *marks: str) -> list[str]:
-    """Split a text at marks. Each mark must occur exactly once, and the marks must be in this order."""
+    """Split a text at marks. The text must contain each mark once, in the order of the arguments."""
     parts = []
     for mark in marks:
         part, found, text = text.partition(mark)

@@ -50,7 +50,7 @@ class StreamDecoder:
         return piece
 
     def flush(self) -> str:
-        """Return the text that was held back. U+FFFD replaces an incomplete character.
+        """Return the text that `push` has not returned yet. U+FFFD replaces an incomplete character.
 
         >>> parts = [bytes([byte]) for byte in "€".encode()[:2]]  # two of the three bytes of a euro sign
         >>> read = lambda ids, skip: b"".join(parts[i] for i in ids).decode(errors="replace")

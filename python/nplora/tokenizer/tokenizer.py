@@ -218,7 +218,7 @@ class Tokenizer:
         return made
 
     def missing(self, tokens: Iterable[AddedToken], rows: int) -> tuple[AddedToken, ...]:
-        """Return those of an adapter's tokens that this tokenizer or the model's embedding does not have.
+        """Return the tokens of an adapter that this tokenizer or the model's embedding does not have.
 
         Args:
             rows: the number of rows of the model's embedding. A token with an id of at least `rows` has no
@@ -705,7 +705,7 @@ class Tokenizer:
         """Return the position after the token that ends the turn. A model generates nothing after this token.
 
         Some templates write two end tokens: one ends the turn, and another one, perhaps on a new line, ends
-        the text. Then the first one counts.
+        the text. Then the turn ends with the first of these tokens.
         """
         ends = [place for place in range(begin, len(said)) if said[place] in self.eos_ids]
         last = ends.pop() if ends else len(said) - 1
@@ -822,7 +822,7 @@ class Tokenizer:
         return [self._quote(message) for message in messages]
 
     def _quote(self, message: Message) -> Message:
-        """Copy a message. In the copy's strings, a placeholder replaces every special token."""
+        """Copy a message, and replace every special token in its strings by a placeholder."""
         if not isinstance(message, Mapping):
             raise TypeError(f"a message of a chat is {brief(message)}, expected a dictionary")
         quoted: Message = plain(message, self._quote_text)

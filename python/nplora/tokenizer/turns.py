@@ -96,7 +96,7 @@ def with_written_marks(
         by_id: append the marks of tool calls to the ids of the calls instead of the function names, because
             some templates write only the ids.
     Returns:
-        the messages, and a dict from each `Part` with a mark to its mark.
+        the messages, and a dict from each marked `Part` to its mark.
     """
     made, marks = list[Mapping[str, Any]](), dict[Part, str]()
 
@@ -198,7 +198,7 @@ def _marked_places(marked: Pieces, mark: str) -> dict[int, list[int]]:
 
 
 def _heads(text: Pieces, specials: list[int], prompt: Pieces, wanted: int) -> dict[int, str]:
-    """Return the heads of the assistant's turns, as a dict from the index of a turn's first special token.
+    """Return a dict from the index of the first special token of each assistant's turn to the turn's head.
 
     A prompt may end with text that only the last turn has, such as "<think>". The other turns then begin with
     only the first characters of the prompt. The head must be long enough that no message of another role
@@ -206,7 +206,7 @@ def _heads(text: Pieces, specials: list[int], prompt: Pieces, wanted: int) -> di
     """
     begin = next((place for place, (_, is_special) in enumerate(prompt) if is_special), None)
     if begin is None:
-        raise UnsupportedError("it begins an answer without a special token")
+        raise UnsupportedError("the template begins an answer without a special token")
     parts = list(_parts(prompt[begin:]))
     for shortest in range(len(parts)):
         allowed = parts[: shortest + 1]
@@ -216,7 +216,7 @@ def _heads(text: Pieces, specials: list[int], prompt: Pieces, wanted: int) -> di
                 found[number] = "".join(piece for piece, _ in head)
         if len(found) == wanted or (len(found) > wanted and shortest == 0):
             return found
-    raise UnsupportedError("it begins the assistant's messages in several ways")
+    raise UnsupportedError("the template begins the assistant's messages in several ways")
 
 
 def _parts(prompt: Pieces) -> list[Pieces]:
@@ -233,7 +233,7 @@ def _parts(prompt: Pieces) -> list[Pieces]:
 
 
 def _begins(text: Pieces, place: int, head: Pieces) -> bool:
-    """Whether `head` begins at the item `text[place]`."""
+    """Whether the pieces of `text` from the index `place` on begin with the pieces of `head`."""
     *whole, (last, is_special) = head
     end = place + len(whole)
     if end >= len(text) or text[place:end] != whole or text[end][1] != is_special:

@@ -47,9 +47,9 @@ class Batches(Protocol):
 def shuffled(rows: int, seed: int, epoch: int) -> Array:
     """A random order of rows, which depends only on the seed and the number of the epoch.
 
-    Each row gets a raw random number of PCG64, and the rows are sorted by these numbers, which are the same
-    in every version of NumPy. The results of NumPy's `Generator.permutation` may change from version to
-    version.
+    Each row gets a random integer from the bit generator PCG64, and the rows are sorted by these numbers,
+    which are the same in every version of NumPy. The results of NumPy's `Generator.permutation` may change
+    from version to version.
 
         >>> from nplora.trainer.batches import shuffled
         >>> sorted(shuffled(3, seed=0, epoch=1).tolist())
@@ -194,7 +194,7 @@ def validation_of(op: str, validation: Any, batch_size: int, several: bool) -> B
     """Make the batches of the validation data from a tuple of two arrays, or from an iterable of batches.
 
     Args:
-        several: whether the data will be read more than once; a generator is then refused.
+        several: whether the data will be read more than once. If so, a generator is refused.
     """
     if isinstance(validation, Batches):
         return validation

@@ -51,10 +51,10 @@ class Callback:
     def on_before_optimizer_step(self, run: Run, gradients: Mapping[str, npt.NDArray[Any]]) -> None:
         """Called in every step, before the gradients are clipped and the parameters are updated.
 
-        `gradients` maps the name of each parameter to its gradient. A gradient is that of the mean loss over
-        all batches of the step. After the hook, the trainer computes the norm of the gradients, clips them
-        and checks them for NaN, so the hook may change these arrays in place. The hook is not called in a
-        step without any label to train on.
+        `gradients` maps the name of each parameter to its gradient. Each gradient is the gradient of the mean
+        loss over all batches of the step. After the hook, the trainer computes the norm of the gradients,
+        clips them and checks them for NaN, so the hook may change these arrays in place. The hook is not
+        called in a step without any label to train on.
 
         >>> import nplora, numpy as np
         >>> class FreezeB(nplora.trainer.Callback):

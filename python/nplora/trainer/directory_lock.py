@@ -22,7 +22,7 @@ class DirectoryLock:
 
     Args:
         directory: the directory, which must stay open until `close`.
-        what: what an error message calls the process that already has the lock.
+        what: a name for the process that already has the lock, used in the error message.
     Raises:
         BlockingIOError: another process has the lock; the message names its PID.
         UnsafeError: a symbolic link has the name of the lock file.

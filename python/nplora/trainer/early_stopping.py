@@ -69,7 +69,7 @@ class EarlyStopping:
             self._copy(factors(self._model))
 
     def _copy(self, values: Mapping[str, Array]) -> None:
-        """Copy these factors into the arrays that hold the earlier best factors, or into new arrays."""
+        """Copy the factors `values` into the arrays of the earlier best factors, or into new arrays."""
         for name, value in values.items():
             if name in self.copies:
                 np.copyto(self.copies[name], value)
@@ -89,7 +89,7 @@ class EarlyStopping:
 
     @property
     def kept(self) -> dict[str, Any] | None:
-        """`best`, if its factors are known; otherwise None."""
+        """`best`, if the factors of the best evaluation are known; otherwise None."""
         return self.best if self.best and self.best["loss"] is not None and self.best_factors else None
 
     def restore_best(self) -> dict[str, Any] | None:

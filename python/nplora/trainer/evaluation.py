@@ -47,7 +47,7 @@ def evaluate(
 
 @dataclass
 class _Sums:
-    """The sums over the examples of one or more batches.
+    """The total loss of one or more batches, and their numbers of items and labels.
 
     Attributes:
         count: the number of items over which the loss is averaged.
@@ -79,7 +79,7 @@ class _Sums:
 
 
 def _evaluated(model: Module, loss: Loss | FusedLoss, x: Any, y: Any) -> _Sums:
-    """The sums over the examples of one batch."""
+    """Evaluate one batch: return its total loss, and its numbers of items and labels."""
     if isinstance(loss, FusedLoss):
         count = loss.count(x, y)
         with np.errstate(over="ignore", invalid="ignore"):

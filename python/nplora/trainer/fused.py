@@ -67,7 +67,7 @@ class MeasuredLoss(FusedLoss, Protocol):
     """A `FusedLoss` that also measures other quantities, such as an accuracy."""
 
     def take_metrics(self) -> dict[str, float]:
-        """The means over all batches since the last call of this method, by name."""
+        """Return a dict from the name of each metric to its mean over all batches since the last call."""
 
 
 @runtime_checkable
@@ -95,7 +95,7 @@ class PartedLoss(FusedLoss, Protocol):
         """The number of parts of a batch, which is the number of calls of `after_part`."""
 
     def computed_elsewhere(self, x: Any, y: Any) -> None:
-        """Count the tokens (or similar) of a batch whose gradients are computed on another rank."""
+        """Called for a batch whose gradients another rank computes, so that the loss can count its tokens."""
 
 
 def take_measured(loss: Any) -> Any:

@@ -19,9 +19,10 @@ Array = npt.NDArray[Any]
 
 @dataclass
 class StepTotals:
-    """The loss and the counts of one step, added over its batches. The model holds the sum of the gradients.
+    """The sum of the losses in one step, and the numbers of batches and items.
 
-    If ranks make local steps, the model holds only the gradients of this rank's batches.
+    The model holds the sum of the gradients. If ranks make local steps, the model holds only the gradients of
+    this rank's batches.
     """
 
     step: int = 0  # the number of the step, from 1

@@ -56,7 +56,7 @@ def _text(value: Any) -> str:
 
 
 def program() -> dict[str, str]:
-    """The versions and the instruction set, on which the bits of results depend."""
+    """The versions of nplora and NumPy, and the instruction set. Rounding depends on all three."""
     core = _core.config()
     return {
         "version of nplora": str(core["version"]),

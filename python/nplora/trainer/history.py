@@ -51,7 +51,7 @@ class StepRecord:
     metrics: dict[str, float] = field(default_factory=dict)
 
     def row(self) -> dict[str, Any]:
-        """The record for the log.
+        """This record as a dictionary, for a line of the log.
 
         >>> StepRecord(step=1, epoch=1, loss=0.5, count=4, lr=0.1, grad_norm=1.0, seconds=0.25).row()["loss"]
         0.5
@@ -87,7 +87,7 @@ class EvaluationRecord:
     val_metrics: dict[str, float] = field(default_factory=dict)
 
     def row(self) -> dict[str, Any]:
-        """The record for the log."""
+        """This record as a dictionary, for a line of the log."""
         return _row(self)
 
 
@@ -123,7 +123,7 @@ class EpochRecord:
     val_metrics: dict[str, float] = field(default_factory=dict)
 
     def row(self) -> dict[str, Any]:
-        """The record for the log."""
+        """This record as a dictionary, for a line of the log."""
         return _row(self)
 
 
@@ -269,8 +269,8 @@ class History:
         """Add the records of a log up to the given step and epoch; skip lines that are not records.
 
         Records that the history already has are not replaced, because they come from a checkpoint, which a
-        checksum protects. Only evaluations before the checkpoint's evaluations are added. A log of an earlier
-        version has no evaluation records, so evaluations are made from its epoch records.
+        checksum protects. Evaluations are added only if they precede all evaluations of the checkpoint. A log
+        of an earlier version has no evaluation records, so evaluations are made from its epoch records.
         """
         steps, epochs = dict[int, StepRecord](), dict[int, EpochRecord]()
         evaluations = dict[int, EvaluationRecord]()
@@ -308,7 +308,7 @@ def last_logged(log: bytes, event: str) -> dict[str, Any]:
 
 
 def last_of_each_event(log: bytes) -> dict[str, dict[str, Any]]:
-    """The content of the last line of each event in a log."""
+    """A dict from each event in a log to the content of the last line of this event."""
     found: dict[str, dict[str, Any]] = {}
     for line in log.splitlines():
         try:
@@ -363,7 +363,7 @@ def _restored(kind: type[R], row: dict[str, Any]) -> R:
     try:
         values |= {name: _metrics(row.get(name, {})) for name in _METRIC_FIELDS[kind]}
     except (TypeError, AttributeError):
-        raise TypeError(f"the metrics of an {what} are not numbers by name") from None
+        raise TypeError(f"the metrics of an {what} are not a dictionary of numbers") from None
     return kind(**values)
 
 
@@ -386,7 +386,7 @@ def _plain_fields(kind: type[Record]) -> list[dataclasses.Field[Any]]:
 
 
 def _metrics(row: dict[str, Any]) -> dict[str, float]:
-    """Metrics from the log. Raise TypeError or AttributeError if `row` does not map names to numbers."""
+    """Check and return metrics. Raise TypeError or AttributeError if `row` does not map names to numbers."""
     return {str(name): _field(float, value) for name, value in row.items()}
 
 
@@ -426,7 +426,7 @@ def with_margin(means: dict[str, float]) -> dict[str, float]:
 
 
 def _last(steps: list[StepRecord], epoch: int) -> list[StepRecord]:
-    """The step records of `epoch`, which must be the last epoch in the list."""
+    """The records in `steps` that belong to `epoch`, which must be the last epoch in `steps`."""
     start = len(steps)
     while start and steps[start - 1].epoch == epoch:
         start -= 1

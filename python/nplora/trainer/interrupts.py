@@ -115,7 +115,7 @@ class Interrupts:
                 self._handlers[signum := self._waiting.pop(0)](signum, None)
 
     def noted(self) -> tuple[int, bool] | None:
-        """Return a pair: the last signal that was recorded, and `repeated`. None: no signal was recorded."""
+        """Return the pair (last recorded signal, `repeated`), or None if no signal was recorded."""
         return (self._waiting[-1], self.repeated) if self._waiting else None
 
     def end_run(self, signum: int, repeated: bool) -> None:

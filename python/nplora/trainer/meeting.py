@@ -27,7 +27,8 @@ class Meeting:
         """Return the values of all ranks, in the order of the ranks.
 
         Args:
-            place: where in the program this call is, such as "step 3", for errors if the ranks differ.
+            place: a name for this call, such as "step 3". An error message contains the name if another rank
+                makes a different call.
         Raises:
             KeyboardInterrupt, Terminated: a signal has reached one of the ranks.
         """

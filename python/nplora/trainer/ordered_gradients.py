@@ -23,10 +23,10 @@ class _Result:
         count: the number of items over which the loss is averaged.
         terms: the number of gradients that this batch adds, one for each part of the batch.
         problem: why the loss is not finite; empty if it is finite.
-        masks: for each layer, the number of dropout masks that a part of the batch has drawn; None if each
-            layer has drawn as many masks as the rank assumed.
+        masks: for each layer, the number of dropout masks that the layer has drawn for each part of the
+            batch; None if every layer has drawn as many masks as the rank assumed.
         measured: the measurements of the loss.
-        data: the checksum of the batches of all ranks in this round.
+        data: the checksum of all batches that are computed at the same time, one on each rank.
     """
 
     loss: float = 0.0
@@ -225,12 +225,12 @@ class OrderedGradients(Gradients):
         return loss.parts(x, y) if isinstance(loss, PartedLoss) else 1
 
     def _set_streams(self, start: list[tuple[int, int]], parts: int) -> None:
-        """Advance the dropout streams of all layers from `start` by `parts` parts of batches."""
+        """Set each layer's dropout stream to `start`, and skip the masks of the given number of parts."""
         for layer, (seed, calls), masks in zip(self._adapters, start, self._masks, strict=True):
             layer.dropout_stream = seed, calls + masks * parts
 
     def _unexpected_masks(self, before: list[tuple[int, int]], parts: int) -> list[int] | None:
-        """For each layer, the number of masks drawn for one part; None if `self._masks` has these numbers."""
+        """For each layer, the number of masks drawn for one part; None if `self._masks` is right."""
         drawn = [
             layer.dropout_stream[1] - calls for layer, (_, calls) in zip(self._adapters, before, strict=True)
         ]

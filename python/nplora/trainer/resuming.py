@@ -66,7 +66,7 @@ def settings_of(setup: TrainingSetup, config: FitConfig) -> dict[str, Any]:
 
 
 def _of_ranks(setup: TrainingSetup) -> dict[str, Any]:
-    """The settings for several ranks that influence results. Settings with default values are left out."""
+    """The settings `communication_dtype` and `local_steps`, without those that have the default value."""
     chosen = {name: getattr(setup, name) for name in _USUAL}
     return {name: value for name, value in chosen.items() if value != _USUAL[name]}
 

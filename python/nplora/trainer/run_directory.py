@@ -151,7 +151,10 @@ class RunDirectory:
         return Path(self._directory)
 
     def _require_ours(self) -> None:
-        """Before the first write, check that a run made the existing files with the names of run files."""
+        """Check that a run made the log, the checkpoints and the file `reference.safetensors`, if they exist.
+
+        This check precedes the first write to the directory.
+        """
         for name in {LOG, REFERENCE, *CHECKPOINTS}.intersection(system.list_in(self._directory.fd)):
             self._open(name, os.O_RDONLY)
             os.close(self._descriptors.pop())

@@ -39,7 +39,7 @@ class Stepper:
 
     @property
     def work(self) -> tuple[int, float]:
-        """The number of items that this rank has processed, and the seconds of these computations.
+        """The number of items that this rank has processed, and the seconds that it has spent computing.
 
         Both numbers are 0 if the gradients are not added in order (see `adds_in_order`).
         """

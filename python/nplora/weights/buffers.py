@@ -77,11 +77,10 @@ _shelves: ContextVar[tuple[_Shelf, _Shelf] | None] = ContextVar("nplora_shelves"
 
 @contextlib.contextmanager
 def side_by_side(*sizes: int) -> Iterator[None]:
-    """A context manager that puts arrays with the given sizes (in bytes) into one buffer.
+    """A context manager in which `value_and_gradient` puts all values into one buffer.
 
-    This concerns the arrays that `value_and_gradient` returns: all values share one buffer, and all gradients
-    share another buffer. Hundreds of small arrays then fit into a few large memory pages, if the system
-    offers large pages.
+    All gradients share another buffer of the same size. `sizes` are the sizes of the values in bytes.
+    Hundreds of small arrays then fit into a few large memory pages, if the system offers large pages.
     """
     total = sum(map(_whole_lines, sizes))
     token = _shelves.set((_Shelf(total), _Shelf(total)))

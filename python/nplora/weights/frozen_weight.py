@@ -48,7 +48,8 @@ class FrozenWeight:
 
             - "float32" (the default), "float64", "bfloat16" or "float16". Values are rounded to nearest, ties
               to even.
-            - "q8_0", "q4_0", "q4_k", ...: GGUF's blocks along a row, named like ggml's types in lower case.
+            - "q8_0", "q4_0", "q4_k", ...: the block formats of GGUF, with the names of ggml's types in lower
+              case. Each block holds neighbouring values of one row.
             - "nf4": blocks of 64 values with a float32 absmax, the largest magnitude (Dettmers et al. 2023).
         compute: the arithmetic of the products. A float64 weight always computes in float64.
 
@@ -303,7 +304,7 @@ class FrozenWeight:
 
     @property
     def rounds(self) -> bool:
-        """Whether some products round their operands to fewer bits than the sums have."""
+        """Whether some products round their operands, because `compute` is "bfloat16" or "int8"."""
         return self._packed.compute != "float"
 
     @property
@@ -335,7 +336,10 @@ class FrozenWeight:
         return out
 
     def contents(self) -> Iterator[Array]:
-        """Yield arrays that determine the matrix: its blocks or file, or a few decoded rows at a time.
+        """Yield arrays that determine the matrix.
+
+        If the core reads blocks or a mapped file in place, yield these arrays; otherwise, yield arrays with a
+        few decoded rows each.
 
         >>> weight = FrozenWeight(np.eye(2, dtype=np.float32))
         >>> [part.shape for part in weight.contents()]

@@ -39,7 +39,7 @@ class DictionaryReport:
         before, after = self.run.loss_before, self.run.loss_after
         promises = {
             "the held-out loss did not fall": before is not None and after is not None and after < before,
-            "the reloaded adapter has another loss": self.reloaded_loss == after,
+            "with the reloaded adapter, the loss differs": self.reloaded_loss == after,
         }
         return [failure for failure, holds in promises.items() if not holds]
 

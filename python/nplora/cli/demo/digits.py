@@ -47,7 +47,7 @@ class DigitsNet(Module):
         return y, (s1, r1, s2, r2, s3)
 
     def backward(self, dy: Array, saved: Any, need_dx: bool = True) -> Array | None:
-        """Add the gradients of this batch to the gradients of the factors.
+        """Compute the gradients of the factors for this batch, and add them to `dA` and `dB` of each layer.
 
         Return dx (n, 64), or None if `need_dx` is False.
         """
@@ -79,9 +79,9 @@ class MergeCheck:
     """How well merged and unmerged outputs agree on the changed images of the held-out digits.
 
     Attributes:
-        difference: how much merging changes one element of a layer's output. Among all elements of all
-            layers, this element has the largest change in proportion to its bound.
-        bound: the largest change that rounding alone can make to this element.
+        difference: how much merging changes one element of a layer's output. It is the element with the
+            largest ratio of `difference` to `bound`, among all elements of the outputs of all layers.
+        bound: the largest change that rounding alone can make to the element that `difference` is about.
         logits: the largest change that merging makes to the network's logits.
     """
 
@@ -131,7 +131,7 @@ class DemoReport:
             "the frozen weights changed": self.digests[0] == self.digests[1],
             "the adapter changes the results even when it is off": self.off == self.before,
             "merged and unmerged outputs differ": self.merge.difference <= self.merge.bound,
-            "the reloaded adapter has other logits": self.reloaded_equal,
+            "with the reloaded adapter, the logits differ": self.reloaded_equal,
         }
         return [failure for failure, holds in promises.items() if not holds]
 
@@ -142,7 +142,7 @@ class DemoReport:
         untouched = ": W did not change" if self.digests[0] == self.digests[1] else " DIFFER"
         return f"""\
 A network reads handwritten digits (layers 64-512-512-10, {self.parameters:,} frozen parameters).
-LoRA adapts it to images that are rotated by 90 degrees and inverted, with {self.examples} examples.
+With {self.examples} examples, LoRA adapts it to images that are rotated by 90 degrees and inverted.
 
   {f"{self.held_out} held-out digits":24}{"before":>8}{"after":>9}{"adapter off":>14}
 {row("changed images", self.before.new, self.after.new, self.off.new)}
@@ -299,7 +299,7 @@ def frozen_digest(model: DigitsNet) -> str:
 def check_merge(model: DigitsNet, x: Array) -> MergeCheck:
     """Merge the adapters, compare the layers' outputs with those before the merge, and unmerge.
 
-    A layer gets the same inputs h before and after the merge. In both cases, the layer computes
+    A layer gets the same inputs h before and after the merge. Both times, the layer computes
     (W + s A B) h + b, where s is the scale and b the bias. Rounding changes each element of the result by at
     most γ (|W| |h| + s |A| |B| |h| + |b|), so the two results differ by at most twice this value. Here, γ is
     γ_k of Higham 2002, section 3.1. The value k = 2 d_in + r + 6 is large enough for both computations, in

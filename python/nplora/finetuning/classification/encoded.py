@@ -20,7 +20,7 @@ Array = npt.NDArray[Any]
 
 @dataclass(frozen=True)
 class Encoded:
-    """The token ids of texts for a classifier. The methods serve both labelled texts and labelled words.
+    """The token ids of texts for a classifier. Either each text has a label, or each word of a text has one.
 
     Attributes:
         ids: the token ids of each text.
@@ -56,7 +56,7 @@ class Encoded:
         return 0 if self.words is None else self.words.lost
 
     def inputs(self, classifier: TextClassifier) -> tuple[list[list[int]], Array | slice]:
-        """The token ids that the classifier reads, and the indices of those rows of its logits that are used.
+        """Return the token ids that the classifier reads, and the indices of the rows of the logits to use.
 
         For labelled texts, all rows are used: one for each text. For labelled words, only the row of each
         word's first token is used, and sentences that are too long are divided into windows.

@@ -3,9 +3,10 @@
 The tags follow one of these schemes:
 
 - IOB2: B- begins an entity, and I- continues it.
-- IOB1: I- begins and continues an entity. B- begins an entity directly after another of the same kind.
-- IOE: I- begins and continues an entity. E- marks the last word of an entity: of every entity, or only of an
-  entity directly before another of the same kind.
+- IOB1: I- begins and continues an entity. But if the word before an entity is the last word of another entity
+  of the same kind, the entity begins with B-.
+- IOE: I- begins and continues an entity. E- marks the last word of an entity. In some data, E- marks the last
+  word of every entity. In other data, E- is used only if another entity of the same kind follows directly.
 - IOBES: as IOB2, but E- marks the last word of an entity, and S- marks the word of an entity of one word.
 - BILOU: as IOBES, with L- instead of E-, and U- instead of S-.
 """
@@ -33,7 +34,13 @@ class Entity(NamedTuple):
 
 
 class EntityCounts(NamedTuple):
-    """For each kind, the number of correctly predicted entities, of predicted entities, and of true ones."""
+    """Numbers of entities, counted for each kind.
+
+    Attributes:
+        hits: the number of predicted entities that equal a true entity.
+        predicted: the number of predicted entities.
+        true: the number of true entities.
+    """
 
     hits: Counter[str]
     predicted: Counter[str]
@@ -41,7 +48,9 @@ class EntityCounts(NamedTuple):
 
 
 def first_misfit(tags: Iterable[str]) -> str | None:
-    """The first tag that fits no scheme, or no scheme that the tags before it fit. None: all tags fit.
+    """Return the first tag that does not fit, or None if all tags fit.
+
+    A tag fits if there is a scheme that has this tag and all tags before it.
 
     >>> from nplora.finetuning.classification.entities import first_misfit
     >>> first_misfit(["O", "B-PER", "b-LOC"]), first_misfit(["U-PER", "S-PER"]), first_misfit(["O", "S-PER"])
@@ -136,7 +145,7 @@ def entities(tags: Sequence[str]) -> Iterator[Entity]:
 
 
 def count_entities(predicted: Iterable[Sequence[str]], true: Iterable[Sequence[str]]) -> EntityCounts:
-    """Count the entities of sentences. A hit is a predicted entity that equals a true entity."""
+    """Count the predicted and the true entities of sentences, and the predicted entities that are true."""
     counts = EntityCounts(Counter(), Counter(), Counter())
     for ours, theirs in zip(predicted, true, strict=True):
         found, wanted = set(entities(ours)), set(entities(theirs))

@@ -58,7 +58,9 @@ class ClassifyOptions:
         "have the same total weight; only for single and tokens)",
         choices=CLASS_WEIGHTS,
     )
-    separator: str = _option("labels", "|", "separator of the labels of one text, in files without lists")
+    separator: str = _option(
+        "labels", "|", "text between two labels of a row, if the labels are not given as a list"
+    )
     calibrate: bool = _option(
         "labels",
         False,
@@ -88,7 +90,9 @@ class ClassifyOptions:
         "columns", help="names of fields in the data, as in text=review,label=stars or tokens=words,tags=pos"
     )
     valid_split: float | None = _same(
-        "valid_split", help="share of the rows to hold out for validation; a hash of each row decides which"
+        "valid_split",
+        help="share of the rows to hold out for validation; a hash of each row decides whether the row is "
+        "held out",
     )
     max_length: int | None = _option(
         "data", None, "maximum tokens of a text; longer texts are cut (default: the model's maximum)"

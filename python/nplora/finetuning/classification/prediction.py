@@ -122,7 +122,8 @@ def predict_rows(
     A row keeps its fields and gets "prediction". If labels are predicted, the row also gets "probabilities",
     the probability of each label by name, and "probability", the confidence of the prediction. If each text
     has one label, "probability" is the probability of the predicted label. If a text may have several labels,
-    each label is decided separately. Then "probability" is the smallest probability of these decisions.
+    the classifier decides for each label whether the text has it. Each of these decisions has a probability,
+    and "probability" is the smallest of them.
 
     If the classifier classifies tokens, the new fields have an item for each word, as in `predict_words`. The
     item is None if the tokenizer drops all characters of the word.

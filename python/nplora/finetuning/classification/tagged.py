@@ -57,7 +57,7 @@ def _items(row: Row, ours: str, column: str | None, usual: Sequence[str]) -> tup
     if not found:
         names = " or ".join(map(repr, usual if column is None else [column]))
         raise DataError(
-            f"{row.where}: no field {names}, only {brief(list(row.values))}; {hint} names another"
+            f"{row.where}: no field {names}, only {brief(list(row.values))}; {hint} names another field"
         )
     if len(found) > 1:
         raise DataError(f"{row.where}: the fields {' and '.join(map(repr, found))}; {hint} chooses one")

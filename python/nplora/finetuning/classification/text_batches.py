@@ -73,11 +73,13 @@ class TextBatches:
     def sample_gradient(self, model: TextClassifier, loss: Loss) -> Callable[[], None]:
         """Return a function that adds the gradient of a sample to the model's gradients, for `Int8Check`.
 
-        The sample consists of the first texts. It has about `SAMPLE_TOKENS` tokens, and at least `LEAST_ROWS`
-        texts unless the data have fewer. This is necessary if the head reads one token of each text, because
-        the last block then computes one row for each text. Products of fewer than `LEAST_ROWS` rows with
-        low-bit weights are computed in int8 even when the check turns int8 off. So with fewer texts, the
-        check could not compare int8 with bfloat16 in the last block.
+        The sample consists of the first texts. The sample has at most `SAMPLE_TOKENS` tokens, unless
+        `LEAST_ROWS` texts have more tokens. The sample has at least `LEAST_ROWS` texts, unless the data have
+        fewer.
+
+        If the head reads one token of each text, the last block computes one row for each text. A product of
+        fewer than `LEAST_ROWS` rows with low-bit weights is computed in int8 even when the check turns int8
+        off. So with fewer texts, the check could not compare int8 with bfloat16 in the last block.
         """
         count = sample_length((len(ids), 1) for ids in self._ids)
 
@@ -101,13 +103,13 @@ class TextBatches:
     def _chosen(self, targets: Array) -> Array:
         """Return the targets of some texts in the form that the loss takes.
 
-        A subclass can override this method. Here, `targets` have this form already.
+        In this class, `targets` already have this form. A subclass can override the method.
         """
         return targets
 
 
 class TokenBatches(TextBatches):
-    """Like `TextBatches`, but each token has a target.
+    """Batches as in `TextBatches`, but each token has a target, instead of each text.
 
         >>> ids, tags = [[2, 5, 3], [2, 6, 3]], [np.array([-100, 0, -100]), np.array([-100, 1, -100])]
         >>> [y.tolist() for x, y in nplora.finetuning.TokenBatches(ids, tags, batch_size=2)]

@@ -9,7 +9,8 @@ class TextProgress(TokenProgress):
     """A line with the mean loss of recent steps, texts per second, peak memory and the time left.
 
     Args:
-        counted: the number of targets that a text has in the loss: 1, or for "multi" the number of labels.
+        counted: the number of values that the loss compares with targets for each text or word. For the task
+            "multi", this is the number of labels. For other tasks, it is 1.
         unit: "texts", or "words" if words are labelled.
     """
 

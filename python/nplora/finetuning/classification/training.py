@@ -73,10 +73,11 @@ class ClassifierRun:
         output: the directory with the adapter.
         classifier: the trained classifier.
         examples: the number of texts or sentences that were trained on.
-        cut: the number of texts in training and validation data that were too long and were cut. For words,
-            the number of training sentences that were cut; the report reads long sentences in windows.
-        lost: the number of training words without a label, because their sentence was cut or they have no
-            token.
+        cut: the number of texts in training and validation data that were too long and were cut. If words are
+            labelled, only training sentences count, because long validation sentences are not cut but read
+            in windows.
+        lost: the number of training words that were not trained. Such a word has no token, or was cut off
+            with the end of its sentence.
         skipped: a text about the bad rows that were skipped; empty if there are none.
         valid: the report on the validation data; None without such data.
         temperature: the number by which the logits were divided; 1 without `calibrate`.
@@ -124,7 +125,9 @@ class ClassifierRun:
         if self.skipped:
             lines.append(self.skipped)
         if history.best_step is not None and len(history.evaluations) > 1:
-            lines.append(f"the adapter is that of step {history.best_step}, the lowest validation loss")
+            lines.append(
+                f"the adapter is that of step {history.best_step}, which had the lowest validation loss"
+            )
         if self.temperature != 1:
             lines.append(f"calibrated: the logits are divided by {self.temperature:.4g}")
         if self.valid is not None:
@@ -196,8 +199,8 @@ def train_classifier(
     checked.
 
     For a regression, the model is trained on targets with mean 0 and variance 1. The saved head predicts the
-    original targets. The head of a language model has no bias, so its targets keep their mean and are only
-    divided by the root of their mean square.
+    original targets. The head of a language model has no bias. If such a model is trained, the targets are
+    only divided by the root of their mean square, and their mean is not subtracted.
 
     Args:
         model: as for `load_encoder`; or a loaded encoder without an adapter. The given encoder itself is
@@ -218,7 +221,7 @@ def train_classifier(
             default for rows with words and tags).
         class_weights: weights of the labels in the loss: none, or balanced (rare labels count more, so that
             all labels have the same total weight; only for single and tokens).
-        separator: separator of the labels of one text, in files without lists.
+        separator: text between two labels of a row, if the labels are not given as a list.
         calibrate: after training, divide the logits by the temperature that fits the validation data best.
         rank: rank of the LoRA factors.
         alpha: LoRA alpha: the update is scaled by alpha / rank.
@@ -241,7 +244,8 @@ def train_classifier(
         batch_examples: texts in a batch.
         accumulate: batches in one step (gradient accumulation).
         columns: names of fields in the data, as in text=review,label=stars or tokens=words,tags=pos.
-        valid_split: share of the rows to hold out for validation; a hash of each row decides which.
+        valid_split: share of the rows to hold out for validation; a hash of each row decides whether the row
+            is held out.
         max_length: maximum tokens of a text; longer texts are cut (default: the model's maximum).
         skip_bad: skip bad rows of the data, and count them.
         eval_every: steps between evaluations of the validation data, besides one after every epoch.
@@ -351,7 +355,7 @@ class _Training:
         return train, valid.read(held_out, options.skip_bad)
 
     def _divided(self, rows: LabelledTexts, share: float) -> tuple[LabelledTexts, LabelledTexts]:
-        """Divide the rows. The training rows also know the labels that only held-out rows have."""
+        """Divide the rows. `labels` of the training rows also has the labels that only held-out rows have."""
         train, valid = rows.divided(share)
         labels = () if self.task == "regression" else rows.labels(self.task)
         return train.with_labels(labels), valid
@@ -435,13 +439,16 @@ class _Training:
         )  # fmt: skip
 
     def _counted(self) -> tuple[int, str]:
-        """The number of items that the loss counts for each text or word, and the name of the unit."""
+        """The arguments of `TextProgress`."""
         if self.task == "tokens":
             return 1, "words"
         return len(self.classifier.labels) if self.task == "multi" else 1, "texts"
 
     def _logits(self, ids: list[list[int]]) -> Array:
-        """The logits of texts, bit for bit those of `logits_of_ids`. Each rank computes some batches."""
+        """Compute the logits of texts. The bits are the same as those that `logits_of_ids` returns.
+
+        The batches are divided among the ranks.
+        """
         cuts = cut(np.array([len(text) for text in ids]), MOST_TOKENS)
         batches = [ids[first:end] for first, end in itertools.pairwise(cuts)]
         made = list[Array]()
@@ -522,7 +529,8 @@ def _standard(targets: Array, classifier: TextClassifier) -> tuple[float, float]
     """The mean and the standard deviation of the targets. After training, both numbers are merged into the
     last layer.
 
-    If the last layer has no bias, it cannot add the mean. Then the mean is taken as 0.
+    If the last layer has no bias, it cannot add the mean. Then 0 is returned instead of the mean, and the
+    root of the mean square of the targets instead of the standard deviation.
     """
     wide = targets.astype(np.float64)
     centre = 0.0 if classifier.head.out.bias is None else float(wide.mean())

@@ -97,7 +97,9 @@ class Builder(Generic[_Made]):
         """Finish the current source: repeat its examples according to its weight.
 
         Raises:
-            DataError: the source has no examples, unless it may be empty and no row was skipped or left out.
+            DataError: the source has no examples. If the source may be empty, this is an error only if a row
+            was
+                skipped or an example was left out.
             LimitError: the weight gives an epoch more than `MOST_EXAMPLES` examples.
         """
         source, added, reasons = self._sources[-1], range(self._first, self.stored), self._why()
@@ -126,7 +128,7 @@ class Builder(Generic[_Made]):
         if emptied := self._emptied - self._emptied_before:
             reasons.append(
                 f"{emptied} with nothing to train on within max_length={self._max_length}; "
-                "with a larger maximum, fewer are left out"
+                "with a larger maximum, fewer examples are left out"
             )
         return f": {', '.join(reasons)}" if reasons else ""
 

@@ -53,7 +53,7 @@ class PairDataset(Stored):
         return self._labelled(first), self._labelled(first + 1)
 
     def batch(self, indices: Array) -> tuple[PackedBatch, Answers]:
-        """The pairs with these indices as a batch, and the additional inputs of the loss."""
+        """Return a batch of the pairs with these indices, and the additional inputs of the loss."""
         batch = pack(sequence for index in indices for sequence in self[int(index)])
         return batch, Answers(batch.targets >= 0, self._tokens_per_pair)
 
@@ -94,12 +94,12 @@ class Judgements:
 class JudgedDataset(Stored):
     """Answers that were judged as good or bad.
 
-    The prompt of each example also forms a mismatched pair with an answer to another prompt. It is the
-    answer of the nearest earlier example of the batch that has another prompt. A search that reaches the
-    beginning of the batch continues at its end. If all prompts of the batch are equal, the whole data set is
-    searched in the same way. The mean of log(p / p_reference) over the mismatched pairs estimates the KL
-    divergence of the model from the reference. The batches are the same in all epochs, so the
-    log-probabilities of the reference are computed only once.
+    The prompt of each example also forms a mismatched pair with an answer to another prompt. This answer
+    belongs to the nearest earlier example of the batch that has another prompt. If there is no earlier
+    example with another prompt, the search continues at the end of the batch. If all prompts of the batch are
+    equal, the whole data set is searched in the same way. The mean of log(p / p_reference) over the
+    mismatched pairs estimates the KL divergence of the model from the reference. The batches are the same in
+    all epochs, so the log-probabilities of the reference are computed only once.
 
     Attributes:
         good: for each stored example, whether the answer is good.
@@ -292,6 +292,6 @@ def _whole(_: Example, sequences: list[Encoded]) -> list[list[Encoded]]:
 
 
 def _each(example: Example, sequences: list[Encoded]) -> list[list[Encoded]]:
-    """Make an example of each answer of a row."""
+    """Make one example for each answer of a row."""
     good = [example.good] if isinstance(example, Judged) else [True, False]
     return [[dataclasses.replace(one, good=is_good)] for one, is_good in zip(sequences, good, strict=True)]

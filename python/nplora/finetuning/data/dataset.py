@@ -147,7 +147,8 @@ def read_dataset(
               once. Every epoch contains the same examples.
         tokenizer: the model's tokenizer, or the model.
         max_length: maximum tokens of an example; longer examples are cut. A plain text requires max_length.
-        learn: "completion" trains the tokens that the list above calls trained; "all" trains all tokens.
+        learn: the tokens to train: "completion" for the tokens that the list of formats names, "all" for all
+            tokens.
         format: format of the rows: "messages", "sharegpt", "alpaca", "completion" or "text"; None: the fields
             decide.
         columns: a dict from field names of the list above to field names in the data: {"prompt": "question"}.

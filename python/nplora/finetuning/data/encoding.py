@@ -25,7 +25,7 @@ from nplora.tokenizer import Tokenizer
 from nplora.tokenizer.chat_template import RefusedChatError
 
 LEARN = ("completion", "all")
-_NOTHING = "nothing to train on, expected an assistant turn of weight 1 after at least one token"
+_NOTHING = "nothing to train on, expected an assistant turn of weight 1 with at least one token before it"
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,8 @@ class Encoder:
     def _completion(self, example: Completion, where: str) -> Encoded:
         """Encode the prompt and the completion as one text.
 
-        If the prompt would then have other tokens than alone, encode the two texts separately.
+        If the tokens of this text do not begin with the tokens of the prompt, encode the prompt and the
+        completion separately.
         """
         prompt, completion = example.prompt, example.completion
         before, ids = (
@@ -174,7 +175,7 @@ def _require_calls(message: Message, lost: list[int], where: str) -> None:
 
 
 def _unusual_order(messages: list[Message]) -> str:
-    """Describe the first message with a role that many templates refuse there; "" if there is none."""
+    """Describe the first message whose role many templates refuse at its place in the chat; "" if none."""
     before: str | None = None
     for number, message in enumerate(messages, 1):
         role = message["role"]

@@ -18,7 +18,8 @@ _NEXT = json.JSONDecoder()
 def elements(parts: Iterator[bytes], name: str, most: int) -> Iterator[bytes]:
     """The elements of the array in a JSON text: an array, or an object with an array as its "data".
 
-    The elements are not parsed, and neither is the rest of an object after its array.
+    The elements are not parsed. If the text is an object, what follows the array in the object is not parsed
+    either.
 
     Args:
         parts: the text. The array must begin within the first megabyte of the text.
@@ -26,7 +27,7 @@ def elements(parts: Iterator[bytes], name: str, most: int) -> Iterator[bytes]:
         most: the largest number of bytes that an element may have.
     Raises:
         DataError: the text is neither an array nor an object with an array; the array or the object does not
-            end; or the text continues after this end.
+            end; or more text follows the array or the object.
         LimitError: an element is too long.
     """
     joined = bytearray()

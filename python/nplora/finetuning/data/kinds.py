@@ -80,10 +80,10 @@ def recognise(values: Mapping[str, Any], where: str) -> Kind:
 
 
 def _renames(names: list[str]) -> str:
-    """The end of the message for a row that is of no kind. It says how to rename fields.
+    """The end of the error message for a row whose fields fit no kind: it says how to rename fields.
 
-    If two fields have usual names of a question and of an answer, the message says how to rename these
-    fields.
+    If one field has a usual name for a question, and another field has a usual name for an answer, the
+    message says how to rename these two fields.
     """
     prompt, answer = (
         next((n for n in known if n in names), None) for known in (preferences.PROMPTS, _ANSWERS)
@@ -101,8 +101,9 @@ def _kinds_with(names: list[str], is_judged: bool) -> dict[str, str]:
     """The kinds that a row with these fields may have: a dict from each kind to the field that shows it.
 
     Args:
-        is_judged: whether the row has a label that is true or false. Any other label may be a topic: it
-            counts as a judgement only if the row has a completion.
+        is_judged: whether the row has a label that is true or false. Any other label may be something else
+            than a judgement, such as the topic of a text. Such a label counts as a judgement only if the row
+            has a completion.
     """
     found = {kind.name: name for kind in KINDS for name in reversed(kind.known_by) if name in names}
     if "preference" in found and not {"chosen", "rejected"}.isdisjoint(names):

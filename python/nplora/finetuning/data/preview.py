@@ -257,7 +257,8 @@ def preview(
 class _Found:
     """A row without an error, or a window of a plain text.
 
-    `where` is its file and line. `good` is its judgement; None: it was not judged.
+    `where` is the file and line of the row. `good` is whether the row's answer was judged as good; None: the
+    row has no judged answer.
     """
 
     where: str
@@ -365,7 +366,7 @@ def _summary(part: Part, max_length: int) -> str:
     ]
     if part.epoch != part.usable:
         refused = f", and at most {MOST_EXAMPLES:,} are possible" if part.epoch > MOST_EXAMPLES else ""
-        lines.append(f"  with the weights, an epoch has {counted(part.epoch, unit)}{refused}")
+        lines.append(f"  with the weights of the files, an epoch has {counted(part.epoch, unit)}{refused}")
     lines += [f"  {_PURPOSE[kind]}" for kind in part.kinds if kind in _PURPOSE]
     if part.cut:
         lines.append(

@@ -37,8 +37,9 @@ class Row:
     Attributes:
         where: the file and line of the row, for messages.
         values: the fields of the row; empty if there is an error.
-        lines: for a sentence of a CoNLL file, in which every word has its own line: the name of the file, and
-            the line of the first word. Otherwise None.
+        lines: if the row is a sentence of a CoNLL file, a tuple: the name of the file, and the number of the
+            line with the first word of the sentence. Each further word has a line of its own. For other rows,
+            None.
     """
 
     where: str
@@ -260,8 +261,8 @@ def _next(reader: Any) -> list[str] | None:
 def _text(path: StrPath) -> Iterator[Row]:
     """Split a plain text into parts. Newlines at the end of the text are dropped.
 
-    Each part begins with a line whose first character is a letter. Every tokenizer also splits the text
-    before such a line, so that the parts have the tokens of the whole text.
+    Each part except the first begins with a line whose first character is a letter. Every tokenizer also
+    splits the text before such a line. So the parts together have the same tokens as the whole text.
     """
     part, size, first = list[str](), 0, 1
     for number, line in _lines(path):

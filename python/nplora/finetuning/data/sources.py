@@ -142,7 +142,7 @@ def _splits_of_mapping(op: str, data: Mapping[Any, Any]) -> Splits:
 
 
 def _split_named(op: str, data: Mapping[Any, Any], *names: str) -> Any:
-    """The split with the first of these names that the mapping has."""
+    """Look for the names in the mapping, in this order. Return the split of the first name that is found."""
     for name in names:
         if name in data:
             return data[name]
@@ -192,7 +192,7 @@ def _row(values: object, where: str, is_table: bool) -> Row:
 
 
 def in_memory(source: Source) -> Source:
-    """Read the rows of a source now. Return the same source with these rows in memory."""
+    """Read all rows of a source into memory. Return a source that takes its rows from there."""
     return dataclasses.replace(source, read=functools.partial(iter, list(source.read())))
 
 
@@ -237,7 +237,11 @@ def find_evaluated(path: StrPath) -> Path:
 
 
 def _required(directory: Path, *splits: tuple[str, ...]) -> Path:
-    """The file of the first of `splits` that has a file. A split is a tuple of its possible names."""
+    """Look for the files of several splits in this order, and return the first file that exists.
+
+    Args:
+        splits: for each split, a tuple of its possible names.
+    """
     found = next((file for names in splits if (file := _split(directory, names))), None)
     if found is None:
         wanted = ", ".join(f"{name}.*" for names in splits for name in names)
@@ -249,7 +253,7 @@ def _required(directory: Path, *splits: tuple[str, ...]) -> Path:
 
 
 def _split(directory: Path, names: tuple[str, ...]) -> Path | None:
-    """The file of a split with one of these names, if there is one."""
+    """Return the file of a split; None if the directory has none. `names` are the split's possible names."""
     named = (directory / f"{name}{s}" for name, s in itertools.product(names, (*SUFFIXES, *COMPRESSED)))
     found = [file for file in named if file.exists()]
     if len(found) > 1:

@@ -20,12 +20,12 @@ class Division:
 
     Whether a row is held out depends on a hash of its example. So a row that is held out stays held out when
     other rows are added or the order changes. Rows with equal examples are either all held out or all trained
-    on. Each source is read only once: while the rows to train on are read, the held-out rows are kept in
-    memory for `held_out`.
+    on. Each source is read only once. While the rows to train on are read, the held-out rows are stored in
+    memory, and the method `held_out` returns them later.
 
     Attributes:
-        train: the sources of the rows to train on. If no row or every row is held out, reading the last of
-            these sources to its end raises a DataError.
+        train: the sources of the rows to train on. When all sources have been read to their ends, a
+            DataError is raised if every row was held out, or none.
     """
 
     def __init__(self, op: str, sources: list[Source], share: float, options: ReadOptions) -> None:

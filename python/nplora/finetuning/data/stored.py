@@ -115,7 +115,7 @@ class Examples(Protocol):
         """SHA-256 of the examples."""
 
     def batch(self, indices: Array) -> tuple[PackedBatch, Any]:
-        """The examples with these indices as one batch, and the additional inputs of the loss."""
+        """Return a batch of the examples with these indices, and the additional inputs of the loss."""
 
 
 class Stored:
@@ -135,8 +135,8 @@ class Stored:
     ) -> None:
         """
         Args:
-            ids, trained: the tokens of all sequences, one sequence after another; for each token, whether it
-                is trained.
+            ids: the tokens of all sequences, one sequence after another.
+            trained: for each token in `ids`, whether the token is trained.
             starts: the index of the first token of each sequence, and the index after the last sequence.
             order: for each example of an epoch, the index of the stored example; None: an epoch has each
                 stored example once, in order.

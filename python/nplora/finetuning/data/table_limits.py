@@ -26,7 +26,7 @@ Array = npt.NDArray[Any]
 
 
 def require_parquet(metadata: Any, name: str, file_size: int) -> None:
-    """Check the sizes that the metadata of a Parquet file state.
+    """Check the sizes that are stated in the metadata of a Parquet file.
 
     Raises:
         LimitError: there are too many rows, or a row group is too large.
@@ -48,8 +48,8 @@ def reading(metadata: Any, rows: int) -> tuple[list[str], int]:
     """Choose how to read a Parquet file without filling the memory.
 
     Columns of texts are read as dictionaries, because a few bytes may repeat a long text in every row.
-    pyarrow cannot read delta encoding as a dictionary. In this encoding, a short entry may repeat all the
-    texts before it, so only a few rows are read at a time.
+    pyarrow cannot read delta encoding as a dictionary. In delta encoding, a short entry may repeat the
+    whole previous text of the column. So only a few rows of such a column are read at a time.
 
     Args:
         rows: the largest number of rows to read at a time.
@@ -68,7 +68,7 @@ def reading(metadata: Any, rows: int) -> tuple[list[str], int]:
 
 
 def require_arrow(messages: Iterable[Any], name: str) -> None:
-    """Check the sizes that the messages of an Arrow file state.
+    """Check the sizes that are stated in the messages of an Arrow file.
 
     Raises:
         LimitError: a batch is too large. DataError: a message is malformed.
@@ -112,7 +112,7 @@ def _stated(metadata: bytes, body: memoryview) -> tuple[int, int]:
 
 
 class _Table:
-    """A table of a flatbuffer. `struct` checks that every position is within the bytes."""
+    """A table of a flatbuffer. `struct` raises an error for a position after the end of the bytes `raw`."""
 
     def __init__(self, raw: bytes, begin: int) -> None:
         self._raw, self._begin = raw, begin
@@ -209,7 +209,7 @@ def _list_sizes(array: Any) -> Array:
 
 
 def _taken(sizes: Array, indices: Any) -> Array:
-    """The elements of `sizes` at these indices; `_VALUE` where an index is null."""
+    """Return the elements of `sizes` at these indices. A null index gives `_VALUE`, the size of a null."""
     places = indices.fill_null(0).to_numpy(zero_copy_only=False)
     is_there = indices.is_valid().to_numpy(zero_copy_only=False)
     return np.where(is_there, sizes[places] if len(sizes) else _VALUE, _VALUE)

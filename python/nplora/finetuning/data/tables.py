@@ -70,7 +70,7 @@ def read_arrow(path: StrPath, most: int) -> Iterator[dict[str, Any] | None]:
 
 
 def _rows(batch: Any, most: int) -> Iterator[dict[str, Any] | None]:
-    """The rows of a batch, a few at a time.
+    """The rows of a batch. Only a few rows at a time become Python objects.
 
     The batch is validated first, because pyarrow reads batches without validating them.
     """
@@ -107,9 +107,10 @@ def frame_rows(table: Any) -> Iterator[dict[str, Any]] | None:
 
 
 def without_nulls(row: Any) -> Any:
-    """The row without fields that are null, also in the objects inside the row.
+    """Return the row without the fields that are null. Objects inside the row lose such fields too.
 
-    In a table, all rows have the same fields, and so have all objects of a list. So a missing field is null.
+    In a table, all rows have the same fields. All objects of a list also have the same fields. So a table
+    stores a missing field as null.
     """
     if isinstance(row, Mapping):
         return {str(name): without_nulls(value) for name, value in row.items() if value is not None}

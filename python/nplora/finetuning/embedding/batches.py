@@ -48,10 +48,14 @@ class TextBatch:
         return np.split(rows, np.cumsum([len(column) for column in self.columns[:-1]]))
 
     def known_positives(self) -> Array | None:
-        """A mask, bool (n, candidates): for each anchor, the candidates that must not count as its negatives.
+        """A mask of the candidates that must not count as negatives of an anchor.
 
-        The mask marks candidates that equal the anchor or its positive. If another anchor equals this anchor,
-        the mask also marks the positive of the other anchor. The result is None if no candidate is marked.
+        The mask is a bool array: a row for each anchor, a column for each candidate. The candidates are all
+        texts except the anchors.
+
+        The mask marks the candidates that equal the anchor or its positive, but not the positive itself. If
+        another anchor equals this anchor, the mask also marks the positive of the other anchor. The result is
+        None if no candidate is marked.
         """
         numbers = dict[bytes, int]()
         keys = (np.asarray(ids, np.int64).tobytes() for ids in self.texts)
@@ -111,7 +115,7 @@ class ExampleBatches:
         return -(-len(self.examples) // self.batch_size)
 
     def epoch(self, epoch: int, skip: int = 0) -> Iterator[tuple[TextBatch, Array | None]]:
-        """The batches of an epoch (counted from 0) and their scores.
+        """The batches of epoch number `epoch` (the first epoch is 0) and their scores.
 
         The first `skip` batches are left out.
         """

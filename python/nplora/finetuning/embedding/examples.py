@@ -160,8 +160,8 @@ def read_examples(
             is read.
         encoder: the model, which has the tokenizer.
         loss: the name of the loss, or the loss.
-        columns: maps the names above to names of fields in the data: {"anchor": "question"}, or
-            "anchor=question".
+        columns: a dict from the names above ("anchor", "score", …) to the names of the fields in the data:
+            {"anchor": "question"}, or as a text: "anchor=question".
         prompts: a prompt to put before each text, or a dict from fields to prompts: {"anchor": "query: "}.
             None: the model's default prompt.
         max_length: the largest number of tokens of a text, with special tokens; None: the encoder's maximum.
@@ -187,7 +187,7 @@ def read_sources(
     max_length: int | None,
     skip_bad: bool = False,
 ) -> TextExamples:
-    """Like `read_examples`, but for sources of rows."""
+    """Read examples as `read_examples` does, but from the sources that `sources_of` returns."""
     function = embedding_losses.get(op, loss)
     names = _fields(op, "columns", parse_columns(columns, op))
     longest = encoder.max_length
@@ -209,7 +209,7 @@ def read_sources(
 
 @dataclass(frozen=True)
 class _Texts:
-    """The texts of a row. Each text is a pair: the name of its field, and the text."""
+    """The texts of a row. Each text is stored as a pair (name of its field, text)."""
 
     first: tuple[str, str]
     second: tuple[str, str]

@@ -87,8 +87,9 @@ def embed_file(
     Args:
         model: a directory or GGUF file, as for `load_encoder`, or an encoder.
         data: rows, as in `nplora.data.read_dataset`, or a .txt file with a text in each line.
-        output: the file to write. .npy: float32 (texts, dim); .csv: a column for the text, and one for each
-            value; .jsonl: {"text": …, "embedding": […]}. The rows have the order of the data.
+        output: the file to write. .npy: float32 (texts, dim); .csv: a column for the text, and a column for
+            each value of its embedding; .jsonl: {"text": …, "embedding": […]}. The rows have the order of
+            the data.
         adapter: a PEFT directory, or an `Adapter`. `model` must then be a path.
         column: the field that holds the text.
         normalize, prompt, prompt_name, batch_size, max_length: as in `Encoder.embed`.

@@ -33,10 +33,10 @@ class EmbeddingLoss(FusedLoss):
     """A loss for `Trainer` over the embeddings of all texts of a batch.
 
     The batch is computed in micro-batches, so a batch of thousands of texts needs little memory (Gao et al.
-    2021, "GradCache"): each micro-batch is embedded, and only its embeddings are kept. The loss gives the
-    gradient of the embeddings. Then each micro-batch is computed again, with the same dropout, and its
-    backward pass follows. The last micro-batch is computed only once, so a batch that fits into one
-    micro-batch takes no additional time.
+    2021, "GradCache"): each micro-batch is embedded, and only its embeddings are kept. From all embeddings,
+    the loss and its gradient with respect to the embeddings are computed. Then each micro-batch is computed
+    again, with the same dropout, and its backward pass follows. The last micro-batch is computed only once,
+    so a batch that fits into one micro-batch takes no additional time.
 
         >>> import nplora
         >>> encoder = nplora.load_encoder("encoder-model")
@@ -55,9 +55,9 @@ class EmbeddingLoss(FusedLoss):
         micro_tokens: maximum tokens of a micro-batch. A text with more tokens is a micro-batch by itself.
             Without dropout, this limit changes the gradients only by rounding. With dropout, the limit also
             changes the dropout masks, and so the gradients.
-        leave_out_known: whether a ranking leaves out negatives of an anchor that are known to be related to
-            it: texts equal to the anchor or its positive, and the positives of equal anchors. False: these
-            texts are negatives too.
+        leave_out_known: whether the loss "ranking" leaves out some negatives of an anchor: texts that equal
+            the anchor or its positive, and the positives of equal anchors. False: these texts are negatives
+            too.
     Attributes:
         after_part: called after the backward pass of each micro-batch.
     Raises:
@@ -92,7 +92,7 @@ class EmbeddingLoss(FusedLoss):
         """Do nothing: this loss does not count the batches that other ranks have computed."""
 
     def forward_backward(self, model: Module, x: TextBatch, y: Any, factor: float) -> float:
-        """Return the sum of a batch's losses; add `factor` times its gradient to the model's gradients."""
+        """Return the summed loss of a batch; add `factor` times its gradient to the model's gradients."""
         encoder = _encoder(model)
         parts = list(self._micro_batches(x))
         vectors, streams = np.empty((len(x.texts), encoder.dim), np.float32), []
@@ -119,9 +119,10 @@ class EmbeddingLoss(FusedLoss):
         """Return a function for `Int8Check` that adds the gradient of a sample to the model's gradients.
 
         The sample consists of the first examples: up to 16 examples, with about `SAMPLE_TOKENS` tokens. The
-        sample has at least two examples and `LEAST_ROWS` texts, unless the data have less. With fewer texts,
-        `Int8Check` may fail to compare the last block, as in `TextBatches.sample_gradient`. The function
-        raises NonFiniteLossError if the loss is not finite.
+        sample has at least two examples and `LEAST_ROWS` texts, unless the data have fewer. With fewer texts,
+        `Int8Check` may be unable to compare the last block, for the reason that is given in
+        `TextBatches.sample_gradient`. The returned function raises NonFiniteLossError if the loss is not
+        finite.
         """
         most = min(_SAMPLE_EXAMPLES, len(examples))
         singles = (examples.batch(np.array([i]))[0].texts for i in range(most))
@@ -160,7 +161,7 @@ class EmbeddingLoss(FusedLoss):
         }
 
     def _loss(self, x: TextBatch, vectors: Array, scores: Any) -> tuple[float, Array]:
-        """The mean loss, and the gradient of the embeddings of all texts."""
+        """The mean loss, and its gradient with respect to the embeddings of all texts."""
         targets = scores
         if isinstance(innermost(self.function), RankingLoss):
             targets = x.known_positives() if self.leave_out_known else None

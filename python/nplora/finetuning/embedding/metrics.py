@@ -36,7 +36,7 @@ def pearson(x: npt.ArrayLike, y: npt.ArrayLike) -> float:
 
 
 def spearman(x: npt.ArrayLike, y: npt.ArrayLike) -> float:
-    """Spearman's rank correlation of two arrays (n,). Equal values have the mean of their ranks.
+    """Spearman's rank correlation of two arrays (n,). Equal values all get the mean of their ranks.
 
     >>> import nplora
     >>> nplora.embedding.spearman([1, 2, 3], [10, 100, 1000])
@@ -81,8 +81,9 @@ def evaluate_similarity(
 
     Args:
         data, columns, prompts, max_length: as in `read_examples`; a row has "sentence1", "sentence2" and
-            "score". In a directory, the validation data are read, or the training data if there are no
-            validation data; in a dictionary of splits, the first of the validation, test and training data.
+            "score". If `data` is a directory, the validation data are read, or the training data if there are
+            no validation data. If `data` is a dictionary of splits, the validation data are read; without
+            validation data, the test data; and without test data, the training data.
         dim: use only the first `dim` values of an embedding (Matryoshka); None: all.
     Returns:
         a dict: "spearman" (the usual measure), "pearson", and "pairs", the number of pairs.
@@ -172,7 +173,8 @@ def evaluate_retrieval(
         queries, corpus: dicts from names to texts.
         relevant: a dict from the name of each query to the names of its relevant documents, or to a dict from
             these names to grades above 0. Queries without a relevant document are left out.
-        k: numbers k: the scores are computed for the first k documents of the search results.
+        k: a list of numbers. For each number, the scores are computed over this number of documents at the
+            top of the search results.
         query_prompt, corpus_prompt: texts that precede each query and each document, as in `Encoder.embed`.
         dim: use only the first `dim` values of an embedding (Matryoshka); None: all.
         batch_size: as in `Encoder.embed`.

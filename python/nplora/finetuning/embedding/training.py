@@ -48,7 +48,7 @@ class EmbeddingTraining:
         train, valid: summaries of the examples for training and validation; `valid` is None without
             validation.
         history: the records of the run.
-        ranks: the speed and the waiting time of each process, if several have trained together.
+        ranks: the speed and the waiting time of each process, if several processes have trained together.
 
     >>> import nplora
     >>> rows = [{"anchor": "a cat", "positive": "the cat"}, {"anchor": "a dog", "positive": "the dog"}]
@@ -133,8 +133,8 @@ def train(
         data: the examples, as in `read_examples`. A directory with train.jsonl, or a dictionary of splits,
             may have validation data too.
         output: the directory for checkpoints and the adapter.
-        valid: examples for the validation loss, which is evaluated after every epoch. In a ranking, this loss
-            depends on `batch_size`.
+        valid: examples for the validation loss, which is evaluated after every epoch. With the loss
+            "ranking", the validation loss depends on `batch_size`.
         loss: "ranking" (all other positives and all negatives of the batch are negatives of an anchor),
             "triplet", "cosine" or "cosent", or a loss such as `RankingLoss(scale=50)`.
         dims: widths to which embeddings are cut in training (Matryoshka). Include the full width.
@@ -143,13 +143,15 @@ def train(
         lr: peak learning rate; None: 0.8 / hidden size of the model, at most 2e-3.
         weight_decay: weight decay of AdamW.
         epochs, steps: the length of the run; by default, one epoch.
-        batch_size: examples in a batch. In a ranking, a larger batch has more negatives.
-        accumulate: batches in one step. In a ranking, only texts of the same batch are negatives.
+        batch_size: examples in a batch. With the loss "ranking", an anchor has more negatives in a larger
+            batch.
+        accumulate: batches in one step. With the loss "ranking", the negatives of an anchor are texts of its
+            own batch, not of the other batches of the step.
         micro_tokens: maximum tokens of a micro-batch; smaller values save memory.
         schedule: learning rate schedule after the warm-up: linear, cosine or constant.
         warmup: steps in which the learning rate rises.
         max_grad_norm: maximum norm of the gradients; None: no limit.
-        eval_every: steps between evaluations, besides one after every epoch.
+        eval_every: steps between two evaluations; the run also evaluates after every epoch.
         patience: end the run after this number of evaluations in a row without a lower validation loss.
         keep: the adapter to save if there are validation data: "best" (with the lowest validation loss) or
             "last".

@@ -45,10 +45,10 @@ class Asked:
 
 
 def asked(tokenizer: Tokenizer, example: Example, row: dict[str, Any], where: str, chat: bool) -> Asked:
-    """The prompt of an example, with the reference answer: the last text that training would train.
+    """The prompt of an example, and the reference answer: the last text in the training loss.
 
     Args:
-        chat: whether texts go through the chat template too.
+        chat: whether an example with a prompt and a completion is written with the chat template.
     Raises:
         DataError: the example has no prompt, its answer is not a text, or the chat template refuses the
             example.

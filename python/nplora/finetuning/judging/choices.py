@@ -70,7 +70,7 @@ def encode_choices(tokenizer: Tokenizer, example: MultipleChoice, where: str, ch
 
 
 def _continuation(tokenizer: Tokenizer, before: str, prompt: list[int], text: str) -> list[int]:
-    """The tokens of a text after the prompt.
+    """The tokens of a text that follows the prompt.
 
     The prompt and the text are encoded together. If this changes the tokens of the prompt, the text is
     encoded alone.

@@ -1,7 +1,7 @@
 """NploraLM: a model class for lm-evaluation-harness (the package `lm_eval`, of the extra `eval`).
 
-Importing this module registers the class under the name "nplora". If it is run as a program, this module is
-the command `lm_eval` with this class:
+Importing this module registers the class under the name "nplora". If this module is run as a program, the
+program does the same as the command `lm_eval`, and also knows the model "nplora":
 
     python -m nplora.finetuning.judging.harness run --model nplora \
         --model_args pretrained=model.gguf,adapter=out --tasks arc_easy

@@ -126,9 +126,9 @@ def read_judge(
 
 
 def _kind(sources: list[Source], reading: ReadOptions) -> str | None:
-    """The format in `reading`. If it is None, the kind of the first good row, or None.
+    """The name of the data's format: `reading.format`, or the format of the first row that can be read.
 
-    Only the first 100 rows of each source are tried.
+    Only the first 100 rows of each source are tried. The result is None if none of these rows can be read.
     """
     if reading.format is not None:
         return reading.format
@@ -142,7 +142,7 @@ def _kind(sources: list[Source], reading: ReadOptions) -> str | None:
 
 
 def _any_kind(kind: Kind, where: str) -> None:
-    """Accept rows of any kind."""
+    """Do nothing: rows of any format are accepted."""
 
 
 def _require_choice(kind: Kind, where: str) -> None:

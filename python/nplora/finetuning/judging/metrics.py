@@ -41,7 +41,7 @@ def _plain(text: str) -> str:
 
 
 def _unmarked(text: str) -> str:
-    """The text in lower case, without punctuation. Numbers such as -1.5 keep their sign and their marks."""
+    """The text in lower case, without punctuation. Numbers keep signs and inner marks, as in -1.5 or 3:2."""
     return _NUMBER_OR_MARK.sub(lambda found: found[1] or "", _THOUSANDS.sub("", _plain(text)))
 
 
@@ -53,9 +53,9 @@ def words_of(answer: str, reference: str) -> tuple[list[str], list[str]]:
     """The words of both texts, in lower case. Punctuation and English articles are removed.
 
     The steps and their order are those of SQuAD's script evaluate-v1.1.py (Rajpurkar et al. 2016), with two
-    differences. First, numbers keep their signs and the marks inside them, as in -1.5. Second, if a text
-    would have no words, the articles of both texts are kept, and if a text still has no words, also the
-    punctuation of both. So answers such as "A" and "+" can be right or wrong too.
+    differences. First, numbers keep their signs and the marks inside them, as in -1.5. Second, if one of the
+    texts would have no words, the articles stay in both texts. If one of them still has no words, the
+    punctuation stays in both texts too. So answers such as "A" and "+" can be right or wrong too.
 
     >>> words_of("The answer: -1.5", "1.5")
     (['answer', '-1.5'], ['1.5'])
@@ -121,7 +121,11 @@ class Metric:
         return score
 
     def _show(self, error: BaseException, where: str) -> None:
-        """Print the traceback of an error, unless a similar one or `_SHOWN` others were printed already."""
+        """Print the traceback of an error.
+
+        Nothing is printed if an earlier error of the same class and line was printed, or if `_SHOWN` errors
+        were printed already.
+        """
         frames = traceback.extract_tb(error.__traceback__)
         kind = (type(error), frames[-1].filename, frames[-1].lineno)
         if kind in self._seen or len(self._seen) == _SHOWN:

@@ -1,4 +1,7 @@
-"""The results of an evaluation: scores with confidence intervals, and the differences of two systems."""
+"""The results of an evaluation: scores with confidence intervals, and comparisons of two systems.
+
+A system is the model, alone or with an adapter.
+"""
 
 from __future__ import annotations
 

@@ -35,8 +35,8 @@ class Measured:
         lower_is_better: whether a lower metric is better.
         failed: the number of examples that could not be scored.
         error: the first error of the metric; empty if all examples were scored.
-        exact: the value of the metric, if it was computed elsewhere, from sums in another order; None: the
-            value is computed from the arrays.
+        exact: the value of the metric, if it is known already; it may differ from sum(values) / sum(weights)
+            by rounding. None: the value is computed from the arrays.
     """
 
     name: str
@@ -108,7 +108,7 @@ def _percentiles(found: Array) -> Interval:
 
 
 def _resampled(*columns: Array) -> Array:
-    """For each resample, the sum of each column over the drawn examples: an array (columns, RESAMPLES)."""
+    """For each array and each resample, the sum over the drawn examples: (len(columns), RESAMPLES)."""
     table = np.stack(columns, axis=1)
     return np.stack([counts @ table for counts in _draws(len(table))], axis=1)
 

@@ -29,7 +29,8 @@ class DistillLoss(PackedLoss):
     """The mean of ratio · T² · KL + (1 - ratio) · cross-entropy over the trained tokens.
 
     T is the temperature, and ratio is the option `kd_ratio`. The metrics are the mean KL divergence without
-    the factor T² and, unless training leaves it out because ratio is 1, the mean cross-entropy.
+    the factor T², and the mean cross-entropy. If ratio is 1, training does not compute the cross-entropy, so
+    this metric is left out.
     """
 
     def __init__(self, formula: Distillation, teacher: Teacher, micro_tokens: int | None = None) -> None:
@@ -58,7 +59,7 @@ class DistillLoss(PackedLoss):
         return self._teacher.blame(x) or super().blame(model, x)
 
     def _loss_of_batch(self, batch: PackedBatch) -> LogitLoss:
-        """Return a function that computes the losses of chosen rows of a batch.
+        """Return a function that computes the losses of the given rows of a batch.
 
         This call runs the teacher's forward pass, before the student's activations take memory.
         """

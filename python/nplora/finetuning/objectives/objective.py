@@ -94,7 +94,7 @@ class Objective:
     ) -> None:
         """Compute what the loss needs besides the model's outputs: log-probabilities under the reference.
 
-        If `prepare` is called again with other batches, their values are added to the earlier ones.
+        If `prepare` is called again with other batches, the earlier log-probabilities are kept too.
 
         Args:
             lm: the model without the adapter that is trained.
@@ -110,7 +110,7 @@ class Objective:
             self.keep(directory)
 
     def keep(self, directory: files.Directory) -> None:
-        """Write the reference's file if a resumed run needs it; otherwise remove an earlier run's file."""
+        """Write the reference's file if the loss needs a reference; otherwise remove an old file."""
         if self.has_reference:
             self._reference.keep(directory)
         else:

@@ -48,7 +48,7 @@ class PackedLoss(FusedLoss):
         self.tokens += len(x.ids)
 
     def _end_part(self) -> None:
-        """Record the probability of the vocabulary's words that the filter skipped; call `after_part`."""
+        """Record the total probability of the tokens that the word filter skipped; call `after_part`."""
         if self.word_filter is not None:
             self._tally.add("skipped_probability", self.word_filter.take_skipped(), counted=True)
         self.after_part()

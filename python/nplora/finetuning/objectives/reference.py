@@ -244,7 +244,10 @@ def _log_probs(lm: LanguageModel, part: PackedBatch) -> Array:
 
 
 def _identity(lm: LanguageModel) -> str:
-    """A hash of everything besides the tokens that the log-probabilities depend on."""
+    """A hash of everything that decides the log-probabilities of given tokens.
+
+    This is the model, the arithmetic, the instruction set and the version of nplora.
+    """
     config = _core.config()
     parts = base_fingerprint(lm, whole=True), lm.compute, str(config["isa"]), str(config["version"])
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()

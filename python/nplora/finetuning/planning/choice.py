@@ -51,7 +51,8 @@ class PlanConstraints:
 
     Attributes:
         compute: arithmetic of the products with frozen weights; None: not fixed.
-        recompute: True if activations must be recomputed in the backward pass; False if this is not fixed.
+        recompute: whether activations must be recomputed in the backward pass. False: a plan may store
+            activations instead.
         micro_tokens: sizes of micro-batches to choose from; None: any size.
         resuming: whether the run is resumed. A resumed run may use the whole memory limit. A new run leaves a
             margin.
@@ -131,7 +132,7 @@ def choose(
         resident: the result of `resident_memory`, as in `needed`.
         budget: memory limit of the process in bytes. None: the plan is not chosen by memory; settings that
             the constraints leave open get their defaults.
-        op: name of the public function. Error messages begin with this name.
+        op: name of the public function that the user called. Error messages begin with this name.
     Raises:
         BudgetError: no plan fits.
 

@@ -115,7 +115,7 @@ class Adapters:
         """The layers that `lm.add_lora` would adapt.
 
         Args:
-            op: name of the public function. Error messages begin with this name.
+            op: name of the public function that the user called. Error messages begin with this name.
         Raises the errors of `add_lora`.
         """
         modules: dict[str, Any] = dict(lm.named_modules())
@@ -139,14 +139,14 @@ class Adapters:
         least: int = 0,
         tie_whole: bool = True,
     ) -> Self:
-        """Return these adapters with trained rows of the embedding and the head.
+        """Return a copy of these adapters that also trains rows of the embedding and the head.
 
         Args:
             rows: maps a layer's name to the ids of its trained rows, or to None if all rows are trained.
             tokens: the tokens that are added to the model.
-            least: the embedding and the head get at least this number of rows.
-            tie_whole: for a head that shares the embedding's weight, if all rows are trained: whether the
-                head shares the trained rows too.
+            least: the minimum number of rows, old and added, of the embedding and of the head.
+            tie_whole: whether the head also uses the trained rows of the embedding if all rows of the
+                embedding are trained. Only a head that shares the embedding's weight can use these rows.
         """
         stored, width = lm.config.vocab_size, lm.config.hidden_size
         size = max(least, rows_needed(stored, {}, tokens))
@@ -416,7 +416,10 @@ def _head(config: ModelConfig, targets: int, added: int) -> int:
 
 
 def _calls(lm: LanguageModel) -> dict[str, str]:
-    """Maps a layer that is computed in the same call as an earlier layer to the first layer of the call."""
+    """A dict from a layer to the first layer of the call that computes both layers.
+
+    A call computes one or more layers of a block. The first layer of a call is not a key of the dict.
+    """
     calls = dict[str, str]()
     for index, block in enumerate(lm.model.layers):
         for name, mixer in block.mixers.items():

@@ -140,7 +140,11 @@ class MemoryPlan:
         ]
 
     def _nearest(self) -> list[Alternative]:
-        """The smallest alternative that is faster than the chosen plan, and the fastest that is smaller."""
+        """Up to two alternatives to the chosen plan, one of them faster and the other one smaller.
+
+        The first needs the least memory of all plans that are faster than the chosen plan. The second is the
+        fastest of the plans that need less memory than the chosen plan, but are not faster.
+        """
         faster = [other for other in self.others if other.seconds < self.seconds]
         smaller = [other for other in self.others if other.size < self.memory.total and other not in faster]
         return [

@@ -51,7 +51,7 @@ class NodesPlan:
        14.50 s  forward and backward passes, which take one machine 29.00 s
         5.50 s  waiting for the slowest machine
         0.09 s  sums of 10.0 MB of gradients
-    the 3 batches of a step are no multiple of 2 nodes: --accumulate 4 keeps all nodes busy
+    2 nodes cannot share the 3 batches of a step equally: --accumulate 4 keeps all nodes busy
     """
 
     nodes: int
@@ -82,7 +82,7 @@ class NodesPlan:
 
         Args:
             size: bytes of the gradients of the trained values.
-            op: name of the public function. Error messages begin with this name.
+            op: name of the public function that the user called. Error messages begin with this name.
             accumulate: the number of batches in a step; the last step of an epoch may have fewer. None: the
                 number of batches in the largest step.
             local_steps: steps of each machine between two outer steps, as in `finetune`.
@@ -125,7 +125,7 @@ class NodesPlan:
         size = f"{self.size / 1e6:.1f} MB"
         if self.local_steps is None:
             return f"sums of {size} of gradients"
-        return f"1/{self.local_steps} of an outer step, which adds up 3 x {size}"
+        return f"1/{self.local_steps} of an outer step, which adds up three arrays of {size}"
 
     def __str__(self) -> str:
         nodes = "1 node" if self.nodes == 1 else f"{self.nodes:,} nodes"
@@ -143,7 +143,7 @@ class NodesPlan:
             )
         elif idle := -self.batches % self.nodes:
             lines.append(
-                f"the {self.batches} batches of a step are no multiple of {nodes}: "
+                f"{nodes} cannot share the {self.batches} batches of a step equally: "
                 f"--accumulate {self.batches + idle} keeps all nodes busy"
             )
         return "\n".join(lines)

@@ -39,8 +39,8 @@ class Work:
         prefix_tokens: the number of tokens for which a `PrefixCache` holds block outputs in memory.
         sequences: the number of sequences of an example, such as 2 for a pair of answers. The maximum length
             applies to each sequence.
-        extra_passes: the number of additional forward passes in a step, each over about as many tokens as the
-            step's own.
+        extra_passes: the number of additional forward passes in a step. Each pass has about as many tokens as
+            the step.
         reference: for each forward pass before the first step, a pair: the number of tokens, and the number
             of tokens in the loss.
         teaching: the additional memory and time of a distillation; None without a teacher.
@@ -106,7 +106,9 @@ class Work:
         )
 
     def gradient_copies(self, micro_tokens: int | None) -> int:
-        """The maximum number of arrays as large as all gradients that a rank needs to exchange gradients.
+        """The maximum number of arrays that a rank needs to exchange gradients with other ranks.
+
+        Each of these arrays is as large as all gradients of the model.
 
         >>> batches = [(np.array([8, 5]), np.array([3, 2]))]
         >>> work = nplora.finetuning.planning.Work(batches, steps=10, accumulate=2, adds_in_order=True)

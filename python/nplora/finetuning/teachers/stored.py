@@ -77,8 +77,8 @@ def new_file(
 
     Args:
         keys, counts: for each sequence, its digest and its number of trained tokens.
-        ids, log_probs: functions that return the bytes of these arrays in order. Either function may be
-            called first.
+        ids, log_probs: functions that return the bytes of the arrays `ids` and `log_probs` in chunks, from
+            the first row to the last. Either function may be called first.
     """
     rows = int(counts.sum())
     texts = [(token or "").encode() for token in tokens]
@@ -258,6 +258,8 @@ class StoredTeacher:
         data, ends = file["tokens"].array.tobytes(), file["token_ends"].array
         bounds = np.concatenate([[0], ends])
         if bounds[-1] != len(data) or (np.diff(bounds) < 0).any():
-            raise FormatError(f"{self.name}: token_ends do not ascend to {len(data)}, the bytes of tokens")
+            raise FormatError(
+                f"{self.name}: token_ends do not ascend to {len(data)}, the number of bytes in tokens"
+            )
         texts = (data[begin:end] for begin, end in itertools.pairwise(bounds.tolist()))
         return [text.decode(errors="replace") or None for text in texts]

@@ -48,8 +48,8 @@ class Teacher(Protocol):
     def prepare_batch(self, batch: PackedBatch) -> DistributionsAt:
         """Prepare a batch.
 
-        Return a function of an array of positions in the batch, each of which has a target. The function
-        returns the teacher's distributions at these positions.
+        Return a function that returns the teacher's distributions at given positions of the batch. Its
+        argument is the array of these positions. Each of them must have a target.
         """
 
     def digest(self) -> str:

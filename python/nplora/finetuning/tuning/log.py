@@ -25,7 +25,8 @@ class TuneLog:
         path: the file.
         start: all inputs of the search. They must be the same when the search is resumed.
         baseline: the loss before training and the seconds of its evaluation; None: not measured yet.
-        rungs: maps the number of a rung to the rung: how many trials it has, and their number of steps.
+        rungs: a dict from the number of a rung to the rung. A rung is a group of trials with the same number
+            of steps.
         trials: the trials with their results, in order.
     """
 
@@ -89,7 +90,7 @@ class TuneLog:
         return self.trials[: self._trials_before.get(rung)]
 
     def find(self, key: tuple[Any, ...]) -> Trial | None:
-        """The trial with this key, which stands for its settings and steps; None if it was not made."""
+        """The trial with this `Trial.key`; None if the log has no such trial."""
         return next((trial for trial in self.trials if trial.key == key), None)
 
     @property

@@ -26,8 +26,9 @@ class TuneReport:
     Attributes:
         output: the directory with tune.jsonl.
         trials: all trials, in the order in which they were made.
-        winner: the trial with the lowest loss of all full runs or, if there are none, of the longest trials;
-            None if all trials diverged. A full run has as many steps as the run that is tuned.
+        winner: the full run with the lowest loss. If no trial was a full run, the longest trials are compared
+            instead. None: all trials diverged. A full run has at least as many steps as the run that is
+            tuned.
         options: the options of `finetune` for a run with the winner's settings, including the options that
             were given to the search.
         command: the `nplora finetune` line for the winner; "" without a winner.
@@ -89,7 +90,7 @@ def command_of(
     """The command line of a run.
 
     Args:
-        data: the files, each with its weight.
+        data: pairs (path of a data file, sampling weight).
         options: the options of `finetune` that differ from the defaults.
     """
     words = ["nplora", "finetune", model]
@@ -120,6 +121,6 @@ def _option(name: str, value: Any, kind: Any) -> list[str]:
 
 
 def _exact(value: float) -> str:
-    """The shortest text that the command line reads as this value."""
+    """Return a short text that the command line converts back to exactly `value`."""
     short = shown_value(value)
     return short if float(short) == value else repr(value)

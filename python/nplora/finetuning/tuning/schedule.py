@@ -22,7 +22,7 @@ _TRIALS = 6
 
 @dataclass(frozen=True)
 class Pace:
-    """The seconds of a step and of an evaluation."""
+    """How many seconds a training step takes, and how many seconds an evaluation takes."""
 
     step: float
     evaluation: float
@@ -32,7 +32,7 @@ class Pace:
         return steps * self.step + self.evaluation
 
     def steps(self, seconds: float) -> int:
-        """The number of steps that a trial can make in `seconds` seconds, which may be 0."""
+        """The number of steps (at least 0) that a trial can make in `seconds` seconds."""
         return max(0, int((seconds - self.evaluation) / self.step))
 
 
@@ -42,7 +42,7 @@ class Rung:
 
     Attributes:
         count: the number of trials.
-        steps: the steps of each trial; 0: there is no time for this rung.
+        steps: the number of steps of each trial; 0 if there is no time for this rung.
     """
 
     count: int
@@ -55,7 +55,7 @@ def first_rung(budget: float, pace: Pace, rates: int, full: int) -> Rung:
     Each trial has at least LEAST_STEPS steps, or `full` steps if `full` is smaller.
 
     Args:
-        full: the steps of the run that is tuned.
+        full: the number of steps of the run whose options are tuned.
     """
     least = min(LEAST_STEPS, full)
     count = min(rates, int(budget / pace.seconds(least)))
@@ -67,11 +67,11 @@ def first_rung(budget: float, pace: Pace, rates: int, full: int) -> Rung:
 def second_rung(budget: float, left: float, pace: Pace, candidates: int, least: int, full: int) -> Rung:
     """The rung that varies the best settings of the first rung.
 
-    Each trial has at least twice as many steps as in the first rung, or `full` steps if `full` is smaller.
+    Each trial has at least twice as many steps as the trials of the first rung, but at most `full` steps.
 
     Args:
         left: the seconds that are left of the budget.
-        least: the steps of the trials in the first rung.
+        least: the number of steps of each trial in the first rung.
     """
     least = min(full, 2 * least)
     share = min(left, VARIATIONS * budget)
@@ -82,10 +82,13 @@ def second_rung(budget: float, left: float, pace: Pace, candidates: int, least: 
 
 
 def last_rung(left: float, pace: Pace, survivors: int, least: int, full: int) -> Rung:
-    """A rung of full runs or, if there is no time for one, of two runs with at least 1.5 * `least` steps.
+    """A rung of full runs. If there is no time for a full run, a rung of two shorter runs.
+
+    Each of the two shorter runs has at least 1.5 * `least` steps. If there is no time for these runs either,
+    the rung has no trials.
 
     Args:
-        least: the steps of the trials in the previous rung.
+        least: the number of steps of each trial in the previous rung.
     """
     for count in range(survivors, 0, -1):
         if count * pace.seconds(full) <= left:
@@ -95,7 +98,7 @@ def last_rung(left: float, pace: Pace, survivors: int, least: int, full: int) ->
 
 
 def parse_budget(budget: str | float, op: str = "tune") -> float:
-    """The seconds in "90s", "30m", "1.5h", or in a number of minutes.
+    """Convert a time such as "90s", "30m" or "1.5h" to seconds. A number without a unit means minutes.
 
     Raises:
         ValueError: the text has another form, or the time is not above 0.

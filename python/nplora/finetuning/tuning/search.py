@@ -42,13 +42,13 @@ class Search:
     """A search for the best settings in a `Space`, within a time budget.
 
     Attributes:
-        epoch_steps: the steps of an epoch.
-        full: the steps of the run that is tuned. If the number of epochs is searched, `full` is the steps of
-            the run with the fewest epochs.
+        epoch_steps: the number of steps in an epoch.
+        full: the number of steps of the run whose options are tuned. If the number of epochs is searched,
+            `full` is the number of steps of the run with the fewest epochs.
         budget: the seconds that the trials may take.
         planned: the predicted seconds of a step. The search uses this prediction until a trial has ended.
-        train: a function that makes a trial from settings and a number of steps, and returns the loss and the
-            seconds of training and evaluation.
+        train: a function that makes one trial. Its arguments are the settings and the number of steps. It
+            returns three numbers: the loss, the seconds of the training, and the seconds of the evaluation.
         sampler: proposes the settings of the first rung. None: the first rung tries the learning rates of the
             space.
         say: prints a text.
@@ -109,7 +109,7 @@ class Search:
         return _by_loss(made)
 
     def _second(self, first: list[Trial]) -> list[Trial]:
-        """Try the best learning rates, one more rate near them, and other values of the other options."""
+        """Try the best learning rates, a new rate near them, and changes of one other option at a time."""
         rates = [trial.settings["lr"] for trial in _finite(first)[:_SURVIVORS]]
         if not rates:
             return []
@@ -157,7 +157,10 @@ class Search:
         return number
 
     def _neighbours(self, number: int) -> None:
-        """Use the remaining time to try learning rates near that of the winner, until none is better."""
+        """Use the remaining time to try learning rates near the rate of the winner.
+
+        Stop when a new learning rate does not lead to a lower loss.
+        """
         for rung_number in range(number, number + _ROUNDS):
             before = self.log.trials_before(rung_number)
             winner = winner_of(before, self.full)
@@ -187,7 +190,7 @@ class Search:
         return [rounded(math.sqrt(best * second))]
 
     def _with_combination(self, number: int, made: list[Trial]) -> list[Trial]:
-        """Also try all changes that lowered the loss together, unless this combination was already tried."""
+        """Combine all changes that lowered the loss, and try the combination if it was not tried yet."""
         start = self.space.settings(0.0)
         combined = dict(made[0].settings)
         for trial in reversed(made):  # the best trial last, because its values take precedence
@@ -202,7 +205,7 @@ class Search:
     # ---- trials ----
 
     def _rung(self, number: int, decided: Rung) -> Rung:
-        """The rung with the number `number`: from the log or, if the log has no such rung, `decided`.
+        """Return the rung `number` from the log. If the log has no such rung, log and return `decided`.
 
         A rung without trials is not logged, because a resumed search with more time may fill it.
         """
@@ -235,7 +238,11 @@ class Search:
 
     @property
     def _pace(self) -> Pace:
-        """The speed measured in finished trials or, before the first of them, the predicted speed."""
+        """The time of a step and of an evaluation.
+
+        The time of a step is measured in the trials that did not diverge. If there are no such trials yet,
+        the predicted time is used.
+        """
         whole = _finite(self.log.trials)
         steps = sum(trial.steps for trial in whole)
         evaluation = self.log.baseline[1] if self.log.baseline else 0.0
@@ -247,7 +254,10 @@ class Search:
 
 
 def winner_of(trials: Sequence[Trial], full: int) -> Trial | None:
-    """The trial with the lowest loss among the full runs or, if there is none, among the longest trials."""
+    """The full run with the lowest loss. If no trial is a full run, the longest trials are compared instead.
+
+    A full run has at least `full` steps.
+    """
     finite = _finite(trials)
     longest = max((trial.steps for trial in finite), default=0)
     candidates = [trial for trial in finite if trial.steps >= min(full, longest)]

@@ -42,9 +42,11 @@ class Space:
 
     Attributes:
         rates: learning rates, from small to large.
-        others: values of other options; the search starts with the first value.
+        others: a dict from names of other options to their values; the search starts with the first value of
+            each option.
         epochs: numbers of epochs, from small to large; empty if the length of the run is given.
-        alpha_ratio: alpha / rank of a trial, if ranks are searched and alpha is not given.
+        alpha_ratio: the ratio alpha / rank of every trial, if ranks are searched and alpha is not given; else
+            None.
     """
 
     rates: tuple[float, ...]
@@ -163,7 +165,7 @@ def listed_values(op: str, name: str, values: Iterable[Any]) -> tuple[Any, ...]:
 
 
 def rates_around(default: float) -> tuple[float, ...]:
-    """Learning rates around the default, half a decade apart."""
+    """Learning rates around the default. Each rate is about √10 times the previous rate."""
     return tuple(rounded(default * 10 ** (step / 2)) for step in _RATES)
 
 

@@ -19,7 +19,8 @@ class Trial:
         settings: the options that the trial tries.
         steps: the number of steps.
         epochs: the number of epochs; None if the run ends within an epoch.
-        loss: the validation loss after the trial; infinite if it or a loss in the training was not finite.
+        loss: the validation loss after the trial; infinite if this loss, or a loss during the training, was
+            not finite.
         seconds: the time of the training.
         evaluation: the time of the evaluation.
 

@@ -120,7 +120,7 @@ def tune(
 
 
 def _require_options(options: Mapping[str, Any]) -> None:
-    """Raise TypeError for a keyword that is no option of `finetune`, or one that a search cannot use."""
+    """Raise TypeError if a keyword is no option of `finetune`, or is an option that a search cannot use."""
     known = {field.name for field in dataclasses.fields(FinetuneOptions)} - {*NOT_PASSED}
     for name in options:
         if name in NOT_PASSED:
@@ -274,7 +274,7 @@ class _Tuning:
 
 
 def _named(data: Data, otherwise: str) -> list[tuple[str, float]]:
-    """The names of the given files, with their weights; `otherwise` stands for data that are not in files."""
+    """Return pairs (file name, weight). If the data are not in files, the only pair is (`otherwise`, 1.0)."""
     given: list[Any] = (
         [data] if isinstance(data, str | os.PathLike) or not isinstance(data, Sequence) else list(data)
     )
@@ -357,7 +357,7 @@ class _Trials:
             self._prefix.close()
 
     def _prepare(self, objective: Objective, batches: TokenBatches) -> None:
-        """Compute the values that the objective needs for `batches`, unless this was already done."""
+        """Let the objective precompute what it needs to evaluate `batches`, unless this was already done."""
         if batches.identity() not in self._prepared:
             plain = self._inputs.lm.with_tokens(self._inputs.added_tokens)
             with files.Directory(self._output) as directory:
@@ -365,12 +365,12 @@ class _Trials:
             self._prepared.append(batches.identity())
 
     def baseline(self) -> tuple[float, float]:
-        """The validation loss before training, and the seconds of the evaluation."""
+        """A pair: the validation loss before training, and the number of seconds that the evaluation took."""
         lm = self._model(self._base)
         return self._evaluated(lm)
 
     def make(self, settings: Settings, steps: int) -> tuple[float, float, float]:
-        """Make a trial. Return the validation loss, and the seconds of the training and of the evaluation.
+        """Make a trial. Return its validation loss, the seconds of its training, and those of its evaluation.
 
         Raises:
             KeyboardInterrupt: Ctrl-C ended the training.

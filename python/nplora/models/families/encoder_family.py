@@ -46,7 +46,8 @@ class StoredNames:
     Attributes:
         names: the names of all tensors in the file.
         prefix: the prefix of the names of the encoder's tensors in the file, or "".
-        ignored: the first parts of names of tensors that do not affect the hidden states.
+        ignored: prefixes of names. Tensors whose names begin with one of them do not affect the hidden
+            states.
     """
 
     names: frozenset[str]
@@ -85,7 +86,8 @@ class EncoderFamily:
         layers, norms: dicts from nplora's name of a layer or norm in a block to a pair: the name in
             transformers, and the name in GGUF.
         outside: the same for the tables and norms outside the blocks.
-        ignored: the first parts of names of tensors that do not affect the hidden states.
+        ignored: prefixes of names. Tensors whose names begin with one of them do not affect the hidden
+            states.
         halves: the half-blocks (attention and MLP) of a block.
         activation_field: the name of config.json's field for the activation.
         first_position: the row of the position table for the first token, in families whose config.json does
@@ -202,8 +204,8 @@ class EncoderFamily:
     def hf_name(self, name: str) -> str:
         """The name in transformers of a module of the encoder, such as "layers.0.self_attn.q_proj".
 
-        If transformers has no such module, only the beginning of the name, which is the block's name,
-        changes.
+        If transformers has no module for a name inside a block, the result has transformers' name of the
+        block, followed by the unchanged rest of the name.
         """
         match = _LAYER.fullmatch(name)
         if match is None:

@@ -185,7 +185,7 @@ class Family:
         return gguf_fields.rope(data, dim, self.rope_theta)
 
     def metadata(self, config: ModelConfig) -> dict[str, Any]:
-        """A model's hyperparameters under llama.cpp's keys, without the architecture's name in front.
+        """A dict from llama.cpp's keys, without the prefix "<architecture>.", to the model's hyperparameters.
 
         Raises:
             UnsupportedError: GGUF cannot express a setting of the model.

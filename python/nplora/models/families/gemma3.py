@@ -142,7 +142,8 @@ class EmbeddingGemma(Gemma3):
 
 
 def _on_both_sides(windows: tuple[int, ...]) -> tuple[int, ...]:
-    """Convert windows for a model that is not causal: half of each window is after the token."""
+    """Convert the windows of a causal model to the windows of a model in which a token also attends to later
+    tokens. Half of each window comes after the token."""
     return tuple(window // 2 + 1 if window else NO_WINDOW for window in windows)
 
 

@@ -35,7 +35,7 @@ class HeadSpec:
 
     @property
     def layers(self) -> tuple[str, ...]:
-        """The names of all layers of the head, in the order in which they compute."""
+        """The names of all layers of the head, in the order of the forward pass."""
         return tuple(name for name in (self.dense, self.norm, self.out) if name is not None)
 
 

@@ -1,6 +1,7 @@
 """ModernBERT (Warner et al. 2024): rotary positions, a norm before each half-block, GeGLU, mostly no biases.
 
-Every third layer attends to the whole text. All other layers have a window, and rotate with another base.
+Every third layer attends to the whole text. All other layers have a sliding window, and their rotary position
+embeddings have another base.
 """
 
 from __future__ import annotations
@@ -155,7 +156,8 @@ class ModernBert(EncoderFamily):
 
 
 def _windows(fields: Fields, layers: int) -> tuple[int, ...]:
-    """The entries of `EncoderConfig.sliding_windows`. `local_attention` counts the tokens on both sides."""
+    """The sliding window of each layer, as in `EncoderConfig.sliding_windows`. The field `local_attention` is
+    the number of other tokens that a token attends to, half of them on each side."""
     pattern, total = (
         fields.integer("global_attn_every_n_layers", _PATTERN),
         fields.integer("local_attention", _WINDOW),

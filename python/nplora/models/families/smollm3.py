@@ -51,7 +51,7 @@ class SmolLM3(Family):
 
 
 def _every(layers: int, interval: int, source: str) -> frozenset[int]:
-    """The indices of the layers without rotation, if these are every `interval`-th layer."""
+    """The indices of the layers without rotation, if every `interval`-th layer is without rotation."""
     if interval < 1:
         raise FormatError(f"{source}: no_rope_layer_interval is {interval}, expected at least 1")
     return frozenset(i for i in range(layers) if (i + 1) % interval == 0)

@@ -32,7 +32,7 @@ class Access:
     Args:
         keys: the accepted keys. If empty, no key is needed.
         origins: the origins of other web pages that may use the server.
-        page: the paths of the files of the server's own web page. These files need no key.
+        page: the paths of the files that make up the server's own web page. These files need no key.
         hosts: names of this machine in addition to those of the loopback interface.
     """
 

@@ -45,7 +45,7 @@ class AnswerObjects:
         }
 
     def whole(self, chunks: Sequence[Sequence[Chunk]]) -> Shape:
-        """The whole answer. chunks[i] holds the generated chunks of choice i."""
+        """The response object for a whole answer. chunks[i] holds the generated chunks of choice i."""
         made = [self.choice(index, found) for index, found in enumerate(chunks)]
         return self.object(0, made, usage=self.usage())
 

@@ -141,7 +141,7 @@ class Guide:
         bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
         allowed = np.unpackbits(bits, bitorder="little")[: len(scores)].astype(bool)
         if self._matcher.is_error() or not allowed.any():
-            problem = self._matcher.get_error() or "no token may come next"
+            problem = self._matcher.get_error() or "the grammar allows no next token"
             raise RequestError(
                 f"the schema cannot be followed: {brief(problem, 300)}", param=_PARAM, code="invalid_schema"
             )

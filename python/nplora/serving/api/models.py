@@ -142,7 +142,7 @@ class Models(Generic[LM]):
     # ---- requests ----
 
     def chosen(self, body: Fields) -> tuple[str, str | None]:
-        """Return the model's name for the answer, and the name of the adapter to use (None: no adapter).
+        """Return the model's name, as the answer reports it, and the name of the adapter (None: no adapter).
 
         Raises:
             RequestError: there is no such model or adapter.
@@ -152,7 +152,7 @@ class Models(Generic[LM]):
         if name != self.name:
             if scales is not None:
                 raise RequestError(
-                    "lora is given, but model names an adapter: name the base model", param="lora"
+                    "lora is given, but model names an adapter: set model to the base model", param="lora"
                 )
             if name not in self._loaded:
                 raise self._unknown(name, "model", "model")
@@ -263,7 +263,7 @@ class Models(Generic[LM]):
 
 
 def _file_size(path: Path) -> int:
-    """A lower bound on how many bytes of an adapter's file are values; 0 if there is no file."""
+    """A lower bound for the number of bytes of the values in an adapter's file; 0 if there is no file."""
     file = path / "adapter_model.safetensors" if path.is_dir() else path
     return max(0, file.stat().st_size - _MOST_HEADER) if file.is_file() else 0
 

@@ -65,7 +65,7 @@ def read_sampling(body: Fields, default_tokens: int, most_tokens: int, vocab_siz
     options["repetition_penalty"] = next((value for value in repetition if value is not None), 1.0)
     if options["repetition_penalty"] != 1 and body.integer("repeat_last_n", -1) not in (None, -1):
         raise RequestError(
-            "repeat_last_n is not supported: the penalty is for all tokens",
+            "repeat_last_n is not supported: the penalty applies to all tokens",
             param="repeat_last_n",
             code="unsupported_parameter",
         )

@@ -62,7 +62,7 @@ class Service:
         self._threads = ThreadPoolExecutor(thread_name_prefix="nplora-answers")
 
     async def in_thread(self, function: Callable[..., T], *arguments: Any) -> T:
-        """Call a function in a thread of the pool for answers.
+        """Call a function in one of the threads that this service keeps for answers.
 
         `asyncio.to_thread` would use the event loop's default threads. These threads also read and write
         files, so all of them may be waiting for the disk.

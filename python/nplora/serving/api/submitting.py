@@ -16,11 +16,12 @@ def submitted(submit: Callable[[], T]) -> T:
     """Read a request and submit it to the engine.
 
     If the request's adapter is unloaded after the request was read, but before the request is submitted, the
-    request is read again. If no adapter has the name then, reading raises an error for the client.
+    request is read again. If no adapter has this name any more, this second reading raises an error for the
+    client.
 
     Args:
         submit: a function that reads the request and submits it to the engine. It raises KeyError if the
-            adapter was unloaded in between.
+            adapter was unloaded after the reading.
     """
     for _ in range(_ATTEMPTS):
         try:

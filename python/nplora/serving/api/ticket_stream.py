@@ -82,7 +82,8 @@ class TicketStream:
         """Yield a pair (index of the answer, chunk) for each new chunk. The chunk None ends an answer.
 
         Args:
-            pause: yield PAUSE after this many seconds without a chunk; None: never.
+            pause: after this many seconds without a chunk, yield the constant PAUSE instead of a pair; None:
+                never yield PAUSE.
         Raises:
             RequestError: an answer failed, or took too long, or the server is shutting down.
         """

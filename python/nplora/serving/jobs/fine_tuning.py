@@ -47,8 +47,8 @@ class FineTuning:
             shares the frozen weights.
         directory: the directory for files and jobs, created if needed. One process can use it at a time.
         model: the name of the base model in the API.
-        turns: an object that divides the time between training and answers: the engine's argument `turn`.
-            None: training does not wait for answers.
+        turns: an object that divides the time between training and answers. The engine must get the same
+            object as its argument `turn`. None: training does not wait for answers.
         publish: called as publish(name, directory) for each new adapter of a job, and in `start` for the
             adapters of earlier jobs. The function makes the adapter in this PEFT directory available under
             the name. If another adapter has the name, the function replaces that adapter. Default:
@@ -193,7 +193,7 @@ class FineTuning:
                 self._changed.notify_all()
 
     def _next(self) -> JobRun | None:
-        """Wait for the oldest job that has not ended. Return None when the server shuts down."""
+        """Wait until there is a job to train, and return the oldest one; None when the server shuts down."""
         with self._changed:
             while not self._is_closing:
                 job = next((job for job in self._jobs.values() if job["status"] in OPEN), None)
@@ -369,7 +369,7 @@ class FineTuning:
         return self._end(job_id, ("paused", "failed"), "queued", error=None, finished_at=None)
 
     def _end(self, job_id: str, before: tuple[str, ...], status: str, **changes: Any) -> Shape:
-        """Set the status of a job to `status`. Refuse this if the present status is not in `before`."""
+        """Set a job's status to `status`. Raise RequestError if the present status is not in `before`."""
         with self._changed:
             job = self._job(job_id)
             if job["status"] not in before:

@@ -90,7 +90,7 @@ class JobRun:
         self._is_stopped = True
 
     def execute(self) -> None:
-        """Train the job until it ends or `stop` is called. After an error, the job fails with this error."""
+        """Train the job until it ends or `stop` is called. If training raises an error, the job fails."""
         try:
             with giving_way(self._give_way):
                 report = self._train()

@@ -120,7 +120,7 @@ class Storage:
             most_together: the largest accepted total size of all files, in bytes; None: no limit.
         Raises:
             RequestError: the file is empty or too large, or all files together are too large.
-            OSError: the file cannot be written. What was written of it is removed.
+            OSError: the file cannot be written. An incomplete file is removed.
         """
         record = {**record, "bytes": 0, "content": f"content{_suffix(record['filename'])}"}
         record["serial"] = next(self._file_serials)
@@ -155,7 +155,7 @@ class Storage:
         return record
 
     def _file_bytes(self) -> int:
-        """Return the bytes of all files, unfinished uploads, and deleted files that jobs still use."""
+        """Return the total bytes of files, unfinished uploads, and deleted files that jobs still use."""
         if self._stored is None:
             self._stored = self._stored_bytes()
         return self._stored + sum(self._arriving.values())
@@ -199,7 +199,7 @@ class Storage:
                 files.
             start: the adapter that the job continues, or None.
         Raises:
-            OSError: the job cannot be written. What was written of it is removed.
+            OSError: the job cannot be written. The files of an incomplete job are removed.
         """
         place = self.path / "jobs" / record["id"]
         record = {**record, "serial": _next_serial(self.jobs), "data": {}}

@@ -27,7 +27,7 @@ def multiple_choice(row: Fields) -> Example:
 
 
 def _choices(row: Fields) -> tuple[tuple[str, ...], list[str] | None]:
-    """The choices, and their labels or None.
+    """Return the choices, and the label of each choice. If the row has no labels, None stands for them.
 
     The field "choices" holds a list of texts, or {"text": […], "label": […]} as in ARC.
     """
@@ -53,8 +53,8 @@ def _right_choice(row: Fields, choices: tuple[str, ...], labels: list[str] | Non
     """The index of the right choice. The field "answer" holds its label, its text or its index.
 
     If the row has no labels, the labels are A, B, …. If a choice has the text "B", the answer "B" means that
-    choice, not the second one. If a label is a number, "answer" cannot be an index: a number in "answer" is
-    then a label.
+    choice, not the second one. If one of the labels is a number, a number in "answer" is always a label,
+    not an index.
     """
     answer = row.get("answer")
     if isinstance(answer, str | int) and not isinstance(answer, bool):

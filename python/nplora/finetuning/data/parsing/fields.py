@@ -1,4 +1,4 @@
-"""Fields: reads the fields of a row, and checks their types."""
+"""Fields: a class that reads the fields of a row, and checks the types of the values."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Fields:
         return self.values[name]
 
     def unpacked(self, name: str) -> Any:
-        """The value of a required field that holds a list or an object. JSON text is parsed (CSV files)."""
+        """The value of a required field that holds a list or an object, which may be given as JSON text."""
         value = self.get(name)
         if isinstance(value, str) and value.lstrip().startswith(("[", "{")):
             with contextlib.suppress(ValueError):
@@ -87,10 +87,12 @@ class Fields:
         try:
             return loads(text)
         except ValueError:
-            raise self.error(f"{name} is {brief(text)}, expected a list of objects, or one as JSON") from None
+            raise self.error(
+                f"{name} is {brief(text)}, expected a list of objects, or such a list as JSON"
+            ) from None
 
     def part(self, words: str) -> Fields:
-        """The same fields, but errors also name this part of the row, such as "message 2"."""
+        """A copy of this object whose error messages also name a part of the row, such as "message 2"."""
         part = copy.copy(self)
         part.where = f"{self.where}, {words}"
         return part
@@ -100,7 +102,7 @@ class Fields:
 
 
 def renaming(ours: str, theirs: str | None = None) -> str:
-    """The end of a message: the option that reads the field `theirs` of the data as the field `ours`."""
+    """The end of an error message: how an option reads the field `theirs` of the data as the field `ours`."""
     name = theirs or "NAME"
     return f"--columns {ours}={name} (columns={{{ours!r}: {name!r}}}) reads the field {name!r} as {ours}"
 

@@ -123,7 +123,7 @@ def _tool_calls(row: Fields, message: Message) -> Objects:
 
 
 def _tool_call(row: Fields, call: dict[str, Any]) -> dict[str, Any]:
-    """The tool call with its arguments as an object. Templates write the JSON text themselves."""
+    """The tool call with its arguments as an object: templates turn the arguments into JSON text."""
     function = call.get("function", call)
     name = function.get("name") if isinstance(function, dict) else None
     if not isinstance(name, str) or not name:

@@ -94,8 +94,8 @@ def _without_prompt(row: Fields) -> Preference:
 def _shared(row: Fields, one: Sequence[object], other: Sequence[object]) -> int:
     """The length of the common beginning of two texts or two chats, in characters or in messages.
 
-    As in TRL's `extract_prompt`, a space at the end of the common beginning does not count, and neither does
-    the last character or message of each answer, so that no answer is empty.
+    As in TRL's `extract_prompt`, a space at the end of the common beginning does not count. The last
+    character or message of each answer does not count either, so that no answer is empty.
     """
     same = (a == b for a, b in zip(one[:-1], other[:-1], strict=False))
     count = sum(1 for _ in itertools.takewhile(bool, same))
@@ -111,9 +111,9 @@ def _shared(row: Fields, one: Sequence[object], other: Sequence[object]) -> int:
 def prompt_among(unread: Mapping[str, Any]) -> str | None:
     """The name of the unused field that probably holds the prompt, or None.
 
-    This field holds a text, and its name is in `PROMPTS`, or the text has several words with letters. A text
-    of one word is probably an identifier or the name of a source. A text without letters is probably a date
-    or a number.
+    This field holds a text. Either its name is in `PROMPTS`, or the text has several words and a letter. A
+    text of one word is probably an identifier or the name of a source. A text without letters is probably a
+    date or a number.
     """
     texts = {k: v for k, v in unread.items() if isinstance(v, str) and (k in PROMPTS or _is_prose(v))}
     known = next((name for name in PROMPTS if name in texts), None)

@@ -375,12 +375,14 @@ def test_the_variables_of_a_launcher_without_the_option_are_refused(
     [
         ["tune", "m", "--data", "d", "--output", "o"],
         ["classify", "predict", "m", "--data", "d", "--output", "o.csv"],
+        ["classify", "predict", "m", "--data", "d"],
         ["embed", "m", "texts.txt", "--output", "o.npy"],
         ["teach", "m", "--data", "d", "--output", "o"],
         ["merge", "m", "a", "--output", "o"],
         ["convert", "m", "o"],
         ["export", "m", "--ollama", "d"],
         ["classify", "eval", "m", "--data", "d", "--plot", "p.png"],
+        ["eval", "m", "--data", "d", "--answers", "a.jsonl"],
     ],
 )
 def test_commands_that_cannot_be_divided_are_refused_under_a_launcher(

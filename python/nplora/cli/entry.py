@@ -106,7 +106,7 @@ def _distributed(arguments: list[str]) -> str | None:
     return None if pairs.isdisjoint({"--distributed mpi", "--distributed=mpi"}) else "mpi"
 
 
-_PLACES = ("output", "target", "ollama", "plot")  # the arguments that name files to write
+_PLACES = ("output", "target", "ollama", "plot", "answers")  # the arguments that name files to write
 
 
 def _require_one_writer(parsed: argparse.Namespace) -> None:

@@ -79,8 +79,8 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.what == "train":
         _train(arguments, options)
         return
-    if arguments.output is not None or arguments.plot is not None:
-        require_one_process("classify")
+    if arguments.what == "predict" or arguments.output is not None or arguments.plot is not None:
+        require_one_process("classify")  # predictions on stdout are an output too
     own = {"eval": _SHARED, "predict": ("columns", "skip_bad", "compute")}[arguments.what]
     others = ["valid"] * (arguments.valid is not None) + [name for name in options if name not in own]
     if others:

@@ -117,7 +117,7 @@ def test_the_command_labels_words(here: Path, capsys: pytest.CaptureFixture[str]
     [
         ('{"words": ["New York", "\u200b"]}', ["New York", "\u200b\t_"], []),
         ('{"w": ["a"], "tokens": "x"}\n{"w": []}', ["a", ""], ["--columns", "tokens=w"]),
-        ('{"tokens": ["a\\tb"]}', "row 1: 'a\\tb' has a tab or a line break, which would end it", []),
+        ('{"tokens": ["a\\tb"]}', "row 1: 'a\\tb' has a tab or a line break, which would end the field", []),
         ('{"tokens": ["a"]}\n{"tokens": ["a\\nb"]}', "row 2: 'a\\nb' has a tab or a line break", []),
         ('{"tokens": ["-DOCSTART-"]}', "row 1: '-DOCSTART-' begins a document in a .conll file; write", []),
         ('{"tokens": ["a", "-DOCSTART-x"]}', "row 1: '-DOCSTART-x' begins a document in a .conll", []),

@@ -82,7 +82,8 @@ def test_abandoned_messages_keep_their_requests_even_if_mpi_fails() -> None:
 def test_ranks_at_different_places_are_one_error_that_names_both() -> None:
     status, _, errors = run((3, [PROGRAM, "elsewhere"]))
     assert status != 0
-    assert errors.count("rank 1: it is at the second place, but rank 0 is at the first place") == 3
+    words = "rank 1: this rank has reached the second place, but rank 0 has reached the first place"
+    assert errors.count(words) == 3
 
 
 @needs_mpi
@@ -90,7 +91,8 @@ def test_ranks_at_different_places_are_one_error_that_names_both() -> None:
 def test_a_run_on_one_rank_only_is_named() -> None:
     status, _, errors = run((2, [PROGRAM, "beside_a_fit"]))
     assert status != 0
-    words = "rank 1: it is at the handshake, but rank 0 is at the end of the communicator's with block"
+    end = "the end of the communicator's with block"
+    words = f"rank 1: this rank has reached the handshake, but rank 0 has reached {end}"
     assert errors.count(words) == 2
 
 

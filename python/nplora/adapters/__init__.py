@@ -1,4 +1,4 @@
-"""LoRA adapters: in memory, in PEFT's directories, in llama.cpp's files, and in models.
+"""Reads, saves, converts, attaches and merges LoRA adapters (PEFT directories and llama.cpp files).
 
 Arguments and errors that several functions of this package share:
 
@@ -13,9 +13,9 @@ Arguments and errors that several functions of this package share:
         loaded adapter is saved again, `edited_config` is no longer needed.
     overwrite: replace an existing adapter at the output path.
 
-    FormatError: a file breaks its format, or the adapter belongs to another model or does not fit the given
-        model. The message lists every mismatch. UnsupportedError: nplora does not know this kind of adapter,
-        or the operation does not support fully trained layers or DoRA magnitudes. UnsafeError: the weights
+    FormatError: a file is malformed, or the adapter belongs to another model or does not fit the given model.
+        The message lists every mismatch. UnsupportedError: nplora does not know this kind of adapter, or
+        the operation does not support fully trained layers or DoRA magnitudes. UnsafeError: the weights
         are a pickle, or the configuration could run code or make a reader hang. CorruptError:
         adapter_config.json was edited.
     ValueError: a path is empty, or `base` is required but missing.

@@ -148,7 +148,7 @@ class Adapter(AdapterContent):
         base: StrPath | None = None,
         any_base: bool = False,
     ) -> CombinedAdapter:
-        """Add up adapters: each layer's new ΔW is the sum of weight · ΔW over all adapters.
+        """Add up adapters. Each adapter's ΔW is multiplied by the weight of this adapter.
 
         The adapters may differ in rank, alpha, the use of rsLoRA, and the layers that they adapt. The sum is
         computed in float64. Each layer gets the smallest rank that represents its sum exactly. See
@@ -212,7 +212,9 @@ combine = Adapter.combine
 def read_adapter(
     source: Source, base: StrPath | None = None, edited_config: bool = False, any_base: bool = False
 ) -> Adapter:
-    """Read an adapter of low-rank factors. See `nplora.adapters` for the other arguments and errors.
+    """Read an adapter that has only low-rank factors.
+
+    See `nplora.adapters` for the other arguments and errors.
 
     Args:
         source: a PEFT adapter directory, a llama.cpp adapter file, a model with LoRA layers (the result then

@@ -42,7 +42,7 @@ class Combination(AdapterContent):
 
     @property
     def error(self) -> float:
-        """The relative error of all layers' ΔW together."""
+        """The relative error of the ΔW of all layers, as if they were one array."""
         squares = [self.errors[name] ** 2 for name in self.norms]
         return math.sqrt(weighted_mean(self.norms.values(), squares, 0.0))
 
@@ -142,12 +142,12 @@ def _require_one_base(adapters: list[AdapterContent], base: StrPath | None, base
 
 
 def _last_part(name: str | None) -> str | None:
-    """The last part of a path or Hugging Face Hub name, which copies of a model usually share."""
+    """The last part of a path or Hugging Face Hub name. It is usually the same for all copies of a model."""
     return Path(name or "").name.casefold() or None
 
 
 def _require_alike(adapters: list[AdapterContent]) -> None:
-    """Raise ValueError if a layer has different shapes or kinds (such as linear) in the adapters."""
+    """Raise ValueError if two adapters disagree on the shape or the kind (such as linear) of a layer."""
     first: dict[str, tuple[str, LoraDelta]] = {}
     problems = []
     for adapter in adapters:
@@ -165,6 +165,6 @@ def _kind(update: LoraDelta) -> str:
 
 
 def _agreed(values: Iterable[T | None]) -> T | None:
-    """The value that all adapters have; None if the values differ."""
+    """Return the value if all `values` are equal, else None."""
     found = set(values)
     return found.pop() if len(found) == 1 else None

@@ -27,18 +27,19 @@ class AdapterContent(Mapping[str, LoraDelta]):
         base_digest: the digest of the base model's norms (`models.model_digest.of`), or None.
         modules_to_save: the arrays of fully trained layers: layer -> parameter -> array.
         saved_names: the names that PEFT's configuration lists under `modules_to_save`. If `saved_names` is
-            empty, the names of the fully trained layers are listed. For a classifier, PEFT lists the whole
-            head instead of the layers of the head.
-        labels: the outputs of a classifier, or None.
+            empty, the configuration lists the names of the fully trained layers. For a classifier, PEFT
+            lists the name of the whole head instead of the names of the head's layers.
+        labels: the task of a classifier and the names of its outputs, or None.
         token_rows: the trained rows of embeddings and heads: layer -> `TokenRows`.
         invocation_tokens: the tokens after which an activated LoRA (aLoRA) begins to act, or None.
         is_tied: whether the embedding and the head in `modules_to_save` share one weight.
-        dropout: the LoRA dropout probability of most layers.
+        dropout: the LoRA dropout probability; if layers differ, the most common one.
         unknown: the keys of adapter_config.json that nplora does not know.
         neighbours: the names of the model's modules that are not LoRA layers, if known.
-        uses_expression: whether the file selects layers by a regular expression instead of a list.
-        added_tokens: the new tokens that the adapter trains. If another program wrote the adapter, this list
-            has all tokens of the adapter's tokenizer.json that may be new.
+        uses_expression: whether adapter_config.json selects layers by a regular expression instead of a list.
+        added_tokens: the new tokens that the adapter trains. If another program wrote the adapter, some of
+            these tokens may belong to the model already, because the list has all tokens of tokenizer.json
+            that may be new.
         tokenizer_files: the files of the tokenizer with the new tokens. These files are saved with the
             adapter.
         chat_template: whether the training data went through the chat template; None if that is not known.

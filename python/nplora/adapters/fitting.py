@@ -21,7 +21,7 @@ def kind(embedding: bool, kernel: tuple[int, ...] | None) -> str:
 
 @dataclass(frozen=True)
 class Place:
-    """The properties of a weight that an adapter's layer must fit. A property of None fits every layer.
+    """The properties of a weight that an adapter's layer must fit. A property that is None fits every layer.
 
     Attributes:
         title: the weight's name in messages.
@@ -51,15 +51,15 @@ class Target:
         digest: the digest of the target's norms (`model_digest.of`), or None.
         required: the layers that the adapter must have.
         ties_head: whether the head of the model shares the embedding's weight.
-        whole: the arrays of the model's fully trained layers: layer -> parameter -> array. An array that does
-            not exist yet is described by a `Place`. If `whole` is None, the adapter may have any fully
-            trained layers.
+        whole: the arrays of the model's fully trained layers: layer -> parameter -> array. A `Place` stands
+            for an array that does not exist before the adapter is attached. If `whole` is None, the adapter
+            may have any fully trained layers.
         rows: a function that takes a layer's name. The function returns the shape of the weight whose rows an
             adapter may replace, or a text that says why there is no such weight. If the function returns
             None, the target accepts all rows.
         require_kind: a function that raises UnsupportedError if the target cannot hold this kind of adapter.
             The arguments of the function are the adapter's source, whether the adapter has DoRA, the
-            adapter's fully trained layers, and the layers in which the adapter trains tokens.
+            adapter's fully trained layers, and the adapter's layers with trained tokens.
     """
 
     title: str = ""
@@ -112,7 +112,7 @@ class Target:
     def check_rows(
         self, layer: str, ids: Collection[int], width: int, tokens: Collection[AddedToken] = ()
     ) -> None:
-        """Raise FormatError if the target has no weight with these rows.
+        """Raise FormatError if an adapter's trained rows of a layer do not fit the target's weight.
 
         Args:
             tokens: the adapter's new tokens. Without new tokens, a row beyond the end of the weight is an
@@ -125,7 +125,7 @@ class Target:
             return
         if width != shape[1]:
             raise FormatError(
-                f"{brief(layer)}: the adapter's trained tokens have {width} values, but the tokens of "
+                f"{brief(layer)}: the adapter's trained rows have {width} values each, but the rows of "
                 f"{self.title} have {shape[1]}"
             )
         beyond = sorted(id_ for id_ in ids if id_ >= shape[0])
@@ -209,7 +209,7 @@ ANYTHING = Target()
 
 
 def _may_follow(stored: int, tokens: Collection[AddedToken]) -> bool:
-    """Whether rows of new tokens may follow the last row of a weight, which has `stored` rows."""
+    """Whether rows of new tokens may follow the `stored` rows of a weight."""
     return any(token.id >= stored for token in tokens)
 
 

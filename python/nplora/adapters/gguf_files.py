@@ -313,7 +313,9 @@ def adapter_from_gguf(
 
 
 def read(path: StrPath, base: StrPath | None, any_base: bool = False) -> tuple[AdapterContent, GgufAdapter]:
-    """Read a llama.cpp adapter file. Returns the adapter with PEFT's layer names, and the file's own content.
+    """Read a llama.cpp adapter file.
+
+    Returns the adapter with PEFT's layer names, and the unconverted adapter.
 
     The arguments and errors are those of `adapter_from_gguf`.
     """

@@ -67,8 +67,8 @@ def save_adapter(
             differ in their use of the chat template.
     Raises:
         ValueError: the model has no LoRA layer; a value is NaN or infinite; or PEFT's format cannot express
-            the adapter, because layers differ in rsLoRA or DoRA, or because PEFT would apply a layer's
-            name to another layer too.
+            the adapter, because layers differ in rsLoRA or DoRA, or because the name of a layer would select
+            another layer too in PEFT.
         FileExistsError: the directory holds a model. OSError: a file cannot be written.
 
     >>> model = nplora.Sequential(nplora.LoRALinear(np.eye(4, dtype=np.float32), rank=2, rng=0))
@@ -116,7 +116,7 @@ def _trained(op: str, model: Module) -> tuple[dict[str, LoRALayer], dict[str, di
             whole[name] = {parameter.name: parameter.value for parameter in parameters}
     kind = type(model).__name__
     if not layers:
-        hint = ": call add_lora() first, or load both with finetuning.load_with_adapter"
+        hint = ": call add_lora() first, or load the model with finetuning.load_with_adapter"
         raise ValueError(f"{op}: the {kind} has no LoRA layer{hint if hasattr(model, 'add_lora') else ''}")
     if "" in layers or "" in whole:
         raise ValueError(
@@ -134,7 +134,7 @@ def _added_tokens(model: Module) -> tuple[AddedToken, ...]:
 
 
 def _token_rows(model: Module) -> dict[str, TokenRows]:
-    """The trained rows of each layer that trains only some rows and does not share its trained rows."""
+    """The trained rows of each layer that trains only some of its rows. A tied head is left out."""
     return {
         name: TokenRows(layer.rows.ids, layer.rows.value)
         for name, layer in _trained_rows(model).items()
@@ -287,7 +287,8 @@ def new_layers(
 ) -> dict[str, AdapterLayer]:
     """Make new LoRA layers from an adapter and a model's frozen weights. The model itself does not change.
 
-    Trained tokens and a fully trained embedding or head get a `TrainedRowsLayer`.
+    If the adapter trains some or all rows of the embedding or the head, the new layer is a
+    `TrainedRowsLayer`.
 
     Raises:
         FormatError: the adapter does not fit the model, or belongs to another model.
@@ -352,7 +353,7 @@ def require_plain_invocation(adapter: AdapterContent, model: Module) -> None:
 
 
 def _new_trained_rows(adapter: AdapterContent, model: Module) -> dict[str, TrainedRowsLayer]:
-    """Make the layers that train rows.
+    """Make the embedding and head layers whose rows the adapter trains.
 
     Raises:
         FormatError: the adapter has no row for one of its new tokens.
@@ -406,7 +407,7 @@ def rollback_on_error(model: Module) -> Iterator[Callable[[], None]]:
 
 
 def plain_target(model: Module) -> Target:
-    """The `Target` of the layers that an adapter can be attached to."""
+    """The `Target` that describes all layers of a model to which an adapter can be attached."""
     modules: dict[str, Any] = dict(model.named_modules())
     weights = {name: modules[name].weight for name in model.trained_row_layers}
     whole = {
@@ -417,7 +418,7 @@ def plain_target(model: Module) -> Target:
 
 
 def _target(model: Module, live: bool, **more: Any) -> Target:
-    """The `Target` of a model's LoRA layers if `live`, else of all layers that can become LoRA layers."""
+    """The `Target` for a model's LoRA layers or, without `live`, for all layers that LoRA can adapt."""
     modules, asked = dict(model.named_modules()), itertools.count()
     tokens = _token_rows(model)
 

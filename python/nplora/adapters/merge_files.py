@@ -63,7 +63,7 @@ def merge_adapter(
         any_base: see `nplora.adapters`.
         overwrite: replace existing files.
         lossy: write the model even if rounding keeps less than 90 % of the adapter's ΔW. If `check` is also
-            given, the loss alone decides.
+            given, only the loss decides whether the model is written.
         check: a function that takes a model's path and an adapter (or None), and returns the model's loss on
             held-out data with this adapter. `nplora.finetuning.held_out_loss` makes such a function from a
             data file.
@@ -72,19 +72,19 @@ def merge_adapter(
     Returns:
         a summary of the written model, which reports how much of each weight's ΔW is left after rounding.
     Raises:
-        FormatError: a reason that `nplora.adapters` lists; or nplora cannot decode the type of a weight; or a
-            weight to be merged holds NaN or an infinity.
+        FormatError: one of the reasons in `nplora.adapters`; or nplora cannot decode the type of a weight; or
+            a weight to be merged holds NaN or an infinity.
         UnsupportedError: a weight to be merged is stored in bitsandbytes' NF4.
         UnsafeError: a file beside the base's weights is a symbolic link that leads out of the directory.
         CorruptError: another program wrote to the base during the merge.
         ValueError: `output` or `dtype` does not fit the kind of the base. `output` is the same file as the
-            base or the adapter. The directory of `output` holds an index of other weights. A sum is too large
-            for the storage type.
+            base or the adapter. The directory of `output` holds an index file (model.safetensors.index.json)
+            that lists other weights. A sum is too large for the storage type.
         ValueError: rounding to the storage type would keep less than 90 % of ΔW, and `lossy` is not set; or
             the held-out loss would rise by more than `tolerance`. The message suggests the smallest storage
-            type that keeps enough of ΔW by an estimate, if there is such a type. With `check`, the loss with
-            the suggested type is also measured, if the disk has room for a temporary file. No output file is
-            written, and an existing file stays unchanged.
+            type that, by an estimate, keeps enough of ΔW, if there is such a type. With `check`, the loss
+            with the suggested type is also measured, if the disk has room for a temporary file. No output
+            file is written, and an existing file stays unchanged.
         TypeError: `check` is not a function.
         FileExistsError: `output` exists and `overwrite` is not set; or its directory holds an adapter or a
             training run (only a .gguf file may be written there).
@@ -124,13 +124,13 @@ def merge_adapter(
 
 
 class _RefusedError(Exception):
-    """Raised if a merge loses too much."""
+    """Raised if the merge gate rejects the merged model."""
 
 
 def _replace(
     new: list[files.NewFile], merged: MergedTensors, gate: MergeGate, output: StrPath
 ) -> HeldOutLoss | None:
-    """Write files under temporary names. Rename the files if they pass the gate, else remove the files."""
+    """Write files under temporary names. If `gate` accepts the files, rename them; otherwise remove them."""
     verdicts = list[Verdict]()
 
     def check(written: list[Path]) -> None:
@@ -169,7 +169,7 @@ def _require_output(model: ModelFiles, base: StrPath, adapter: Source, output: S
 
 
 def _inputs(model: ModelFiles, base: StrPath, adapter: Source) -> list[tuple[str, StrPath]]:
-    """The files and directories that the merge reads, each with "base" or "adapter" for messages."""
+    """The files and directories that the merge reads: pairs ("base" or "adapter" for messages, path)."""
     of_base = (base, model.source, *model.shards, *model_directory.files_of(base))
     of_adapter = (adapter, *peft_adapter.files_of(adapter)) if isinstance(adapter, str | os.PathLike) else ()
     return [("base", path) for path in of_base] + [("adapter", path) for path in of_adapter]
@@ -257,9 +257,10 @@ def _placed(
 
 
 def _new_rows(adapter: AdapterContent, layer: str, ids: Ids, tensor: Tensor, size: int) -> NewRows:
-    """The rows of a layer that a merge replaces or adds.
+    """The rows that a merge writes into a layer, in place of old rows or after the last row.
 
-    As in training, a row that the adapter does not hold is the mean of all stored rows.
+    If the adapter has no values for one of these rows, the row is the mean of all rows of the model's weight,
+    as in training.
     """
     width = tensor.shape[1]
     values = np.empty((0, width), np.float32)
@@ -279,7 +280,7 @@ def _target(model: ModelFiles, adapter: AdapterContent) -> Target:
     def tensor(layer: str, shape: tuple[int, ...] | None = None) -> Tensor | str:
         """The tensor of a layer's weight, or a text that says why nothing can be merged into it.
 
-        A tensor with another shape than `shape` is returned without a look at its type.
+        The tensor's type is only checked if its shape is `shape`, or if `shape` is None.
         """
         name, _ = model.place(layer, 0)
         if name is None:
@@ -298,7 +299,7 @@ def _target(model: ModelFiles, adapter: AdapterContent) -> Target:
         return found if isinstance(found, str) else Place(found.name, found.shape, kernel=())
 
     def rows(layer: str) -> tuple[int, int] | str:
-        """The shape of a weight whose rows an adapter replaces, or a text why these cannot be replaced."""
+        """The shape of the weight whose rows the adapter replaces, or a text that says why it cannot."""
         if model.tied and adapter.is_tied and layer == HEAD:
             return rows(EMBEDDING)
         if model.tied and layer in adapter.trained_rows and not _replaces_both(layer, adapter):
@@ -313,14 +314,17 @@ def _target(model: ModelFiles, adapter: AdapterContent) -> Target:
 
 
 def _replaces_both(layer: str, adapter: AdapterContent) -> bool:
-    """Whether a layer's new rows replace rows of both the embedding and the head, which share one weight."""
+    """Whether a layer's new rows are for both the embedding and the head, which share one weight."""
     if layer in adapter.modules_to_save:
         return adapter.is_tied
     return layer == EMBEDDING and HEAD not in adapter.token_rows
 
 
 def _require_blocks(model: ModelFiles, updates: Mapping[str, LoraDelta | NewRows], dtype: str) -> None:
-    """Raise ValueError if rows are not whole blocks of `dtype`. The message names the dtypes that fit."""
+    """Raise ValueError if a row cannot be divided into whole blocks of the storage type `dtype`.
+
+    The message names the types that fit.
+    """
     rows = {update.shape[1]: name for name, update in updates.items()}
     short = [d_in for d_in in rows if dtype != "same" and not storages.fits(dtype, d_in)]
     if short:

@@ -101,7 +101,7 @@ class MergeGate:
         return Verdict(kept, self.lossy or kept >= _ENOUGH, loss)
 
     def refusal(self, verdict: Verdict, merged: MergedTensors, output: StrPath) -> ValueError:
-        """The error for a merge that loses too much. The message suggests a type that keeps enough."""
+        """The error for a merge that fails a check. The message suggests a type that passes, if any."""
         problems = list[str]()
         kinds = ", ".join(dict.fromkeys(merge.storage for merge in merged.merges.values()))
         if not verdict.keeps_delta:
@@ -135,8 +135,11 @@ class MergeGate:
             if loss.is_kept:
                 return f"{named} of ΔW, and its loss is {loss.merged:.4f} (measured)"
         if self.check is None:
-            return "no other type keeps more"
-        return "no type that the file can hold keeps the loss: use the adapter beside the model"
+            return "no other type keeps enough"
+        return (
+            "no type that the file can hold keeps the loss within the tolerance: "
+            "use the adapter beside the model"
+        )
 
     def _trial(self, merged: MergedTensors, output: StrPath) -> HeldOutLoss | None:
         """Write a trial merge, measure its loss and remove the file.
@@ -157,7 +160,7 @@ class Verdict:
     Attributes:
         kept: the share of ΔW that the merge keeps.
         keeps_delta: whether `kept` is large enough, or any share is accepted.
-        loss: the losses, if they are measured.
+        loss: the held-out losses before and after the merge; None if they are not measured.
     """
 
     kept: float
@@ -182,9 +185,10 @@ def _problem(loss: HeldOutLoss, kinds: str) -> str:
 
 
 def _candidates(merged: MergedTensors) -> Iterator[tuple[str, float]]:
-    """The larger storage types that keep enough of ΔW, the smallest type first.
+    """The storage types with more bytes than the refused one that keep enough of ΔW, the smallest first.
 
-    Each type comes with the estimated share of ΔW that the type keeps.
+    Each type comes with the estimated share of ΔW that the type keeps. Float types with as many bytes as the
+    refused type are also returned.
     """
     merges, model = merged.merges, merged.model
     shapes = [merge.shape for merge in merges.values()]
@@ -201,7 +205,10 @@ def _candidates(merged: MergedTensors) -> Iterator[tuple[str, float]]:
 
 
 def _estimated_kept(model: ModelFiles, updates: Mapping[str, LoraDelta | NewRows], storage: str) -> float:
-    """Estimate `least_kept` from evenly spaced rows of each tensor; 0 if a sum exceeds the type's range."""
+    """Estimate the share of ΔW that a storage type keeps, from evenly spaced rows of each tensor.
+
+    The share is 0 if a sum exceeds the type's range.
+    """
     elements = max(_LEAST_SAMPLED, _SAMPLED_ELEMENTS // max(1, len(updates)))
     reports = []
     for name, update in updates.items():
@@ -217,7 +224,10 @@ def _estimated_kept(model: ModelFiles, updates: Mapping[str, LoraDelta | NewRows
 
 
 def _sampled(update: LoraDelta | NewRows, count: int) -> Array:
-    """The indices of about `count` rows: evenly spaced rows, or the first rows that the update replaces."""
+    """The indices of about `count` evenly spaced rows of an update.
+
+    If the update replaces only some rows of the weight, these are the first rows that it replaces.
+    """
     if isinstance(update, NewRows) and update.ids is not None:
         return np.sort(update.ids)[:count]
     d_out = update.shape[0]

@@ -26,7 +26,7 @@ STORAGES = {kind: name for name, kind in storages.GGML_NAMES.items()} | {s: s fo
 
 @dataclass
 class MergedTensors:
-    """Merges updates into a model's tensors. Each merge can be written only once.
+    """Merges updates into a model's tensors. The merged rows of a tensor can be computed only once.
 
     Attributes:
         updates: the update of each tensor, with rows in the order of the file.
@@ -41,7 +41,7 @@ class MergedTensors:
 
     @cached_property
     def merges(self) -> dict[str, Merge]:
-        """The merge of each tensor that changes."""
+        """A dict from the name of each tensor that changes to its `Merge`."""
         return {
             name: merge_of(self.model.tensors[name], update, self.dtype)
             for name, update in self.updates.items()
@@ -58,7 +58,7 @@ class MergedTensors:
         return self.new_files(output)[: 1 if self.vocabulary is None else None]
 
     def reports(self) -> tuple[MergeReport, ...]:
-        """The reports, in the order of the updates. Call this method after the files are written."""
+        """A report for each tensor in `updates`, in order. Call this method after the files are written."""
         return tuple(
             self.merges[name].report if name in self.merges else _unchanged(self.model.tensors[name])
             for name in self.updates
@@ -66,7 +66,7 @@ class MergedTensors:
 
 
 def possible_storages(model: ModelFiles, widths: Collection[int] = ()) -> tuple[str, ...]:
-    """The storage types that a file of the model's format can hold, for rows of these widths."""
+    """The storage types that a file of the model's format can hold, and that fit rows of these lengths."""
     known = storages.GGML_NAMES if model.suffix == ".gguf" else storages.FLOATS
     return tuple(name for name in known if all(storages.fits(name, width) for width in widths))
 

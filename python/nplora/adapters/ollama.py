@@ -103,8 +103,8 @@ def export_ollama(
         any_base, lossy: as in `merge_adapter`.
         overwrite: replace these files, if they exist.
     Raises:
-        ValueError: a parameter has no valid name or value; or a reason that `merge_adapter` lists.
-        UnsupportedError: GGUF cannot hold the model's tokenizer; or a reason that `adapter_to_gguf` lists.
+        ValueError: a parameter has no valid name or value; or one of the reasons in `merge_adapter`.
+        UnsupportedError: GGUF cannot hold the model's tokenizer; or one of the reasons in `adapter_to_gguf`.
         The other errors are those of `merge_adapter`, `model_to_gguf` and `adapter_to_gguf`.
 
     >>> print(nplora.adapters.export_ollama("model.gguf", "ollama", "adapter", system="Be brief."))

@@ -42,8 +42,8 @@ def read(
     """Read an adapter directory and check that it fits `target`. Shapes are checked before values are read.
 
     Raises:
-        FormatError: a file breaks its format, or the adapter belongs to another model or does not fit. The
-            message lists every mismatch.
+        FormatError: a file is malformed, or the adapter belongs to another model or does not fit `target`.
+            The message lists every mismatch.
         CorruptError: adapter_config.json was edited. OSError: a file cannot be read.
     """
     with peft_adapter.reading(directory) as opened:
@@ -152,8 +152,8 @@ def _magnitudes_shape(d_out: int, kernel: tuple[int, ...] | None) -> tuple[int, 
 def _is_same(opened: PeftAdapter, tokens: Mapping[str, tuple[str, tuple[int, ...]]]) -> bool:
     """Whether the embedding and the head have the same trained tokens, with the same rows.
 
-    If the number of rows was changed, PEFT stores the rows of the head too, even if the head shares the
-    embedding's weight.
+    If the embedding and the head were resized before training, PEFT stores the trained rows of both, even if
+    they share one weight.
     """
     found = [tokens.get(layer) for layer in (ROWS_EMBEDDING, ROWS_HEAD)]
     if found[0] is None or found[1] is None or found[0][1] != found[1][1]:
@@ -189,7 +189,9 @@ def _ids_with_rows(
     tokens: Mapping[str, tuple[str, Sequence[int]]],
     copied: Mapping[str, tuple[str, Array]],
 ) -> Collection[int]:
-    """The ids of the tokens that have a row in the adapter. A copy of a row that the target has is ignored.
+    """The ids of the tokens that have a row in the adapter.
+
+    A row that PEFT copied is ignored if the target has this row too.
 
     Args:
         whole: layer -> parameter -> tensor. tokens: layer -> (tensor, ids). copied: as from `_copied_rows`.

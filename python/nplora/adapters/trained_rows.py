@@ -61,17 +61,17 @@ def trained_layers(
     The model itself does not change.
 
     If the head shares the embedding's weight, the head also shares the embedding's trained rows, unless
-    `wanted` gives rows for the head. Rows beyond the end of a weight are in both layers, even if `wanted`
-    names only one of the layers.
+    `wanted` gives rows for the head. Both layers get all rows that follow the last row of the frozen weights,
+    even if `wanted` names only one of the layers.
 
     Args:
         wanted: the rows to train in each layer.
-        tie_whole: share the rows with the head even if all rows are trained.
+        tie_whole: whether the head shares the embedding's trained rows even if all rows are trained.
         tokens: the new tokens, whose rows begin as the mean of all rows.
         size: the number of rows of both layers; None: the smallest number that is enough for the rows of the
             weights and for all ids in `wanted` and `tokens`.
     Raises:
-        ValueError: an id is not a row, or occurs twice.
+        ValueError: an id is not the index of a row, or occurs twice.
     """
     modules: dict[str, Any] = dict(model.named_modules())
     stored = modules[EMBEDDING].weight.shape[0] if wanted or tokens else 0

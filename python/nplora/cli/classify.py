@@ -51,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("what", metavar="WHAT", choices=("train", "eval", "predict"), help=text)
     add_model(parser)
-    add_data(parser, "train.csv and perhaps valid.csv", weighted=False, words=True)
+    add_data(parser, "train.csv and, optionally, valid.csv", weighted=False, words=True)
     text = "train: validation rows; their loss is printed after every epoch"
     parser.add_argument("--valid", metavar="FILE", type=path, help=text)
     text = (
@@ -241,8 +241,8 @@ def _write_conll(stream: TextIO, found: Iterable[tuple[Any, dict[str, Any]]]) ->
             for text in line:
                 if not {"\t", "\n", "\r"}.isdisjoint(text):
                     raise DataError(
-                        f"{where}: {brief(text)} has a tab or a line break, which would end it in a .conll "
-                        "file; write .jsonl"
+                        f"{where}: {brief(text)} has a tab or a line break, which would end the field "
+                        "in a .conll file; write .jsonl"
                     )
             if line[0].startswith(BEGINS_DOCUMENT):
                 raise DataError(f"{where}: {brief(line[0])} begins a document in a .conll file; write .jsonl")

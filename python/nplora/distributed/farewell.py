@@ -54,7 +54,7 @@ class Farewell:
     # ---- in an exchange ----
 
     def raise_failure(self, missing: Collection[int] | None = None) -> None:
-        """Raise the failure of another rank, if there is one.
+        """If another rank has failed, raise the error that reports this failure.
 
         Args:
             missing: ranks that have not sent their values. The failure is raised only if one of these ranks

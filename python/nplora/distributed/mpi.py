@@ -232,7 +232,7 @@ class MPICommunicator:
         return [(self.rank + step) % self.size for step in range(1, self.size)]
 
     def _wait(self, missing: Callable[[], list[int]], messages: Messages) -> None:
-        """Wait until no rank is missing. Then remove all messages.
+        """Wait until `missing()`, the ranks with incomplete messages, is empty. Then remove all messages.
 
         Raises:
             RankError: another rank has failed, or does not respond within the timeout.
@@ -289,7 +289,10 @@ class MPICommunicator:
 
 
 def _elsewhere(rank: int, place: str, first: str) -> RankError:
-    return RankError(rank, f"it is at {place or 'an exchange'}, but rank 0 is at {first or 'an exchange'}")
+    return RankError(
+        rank,
+        f"this rank has reached {place or 'an exchange'}, but rank 0 has reached {first or 'an exchange'}",
+    )
 
 
 def _checked_timeout(seconds: float | None) -> float:

@@ -46,7 +46,7 @@ class Network:
         Args:
             op: name of the public function. Error messages begin with this name.
         Raises:
-            ValueError: `rate` is not a rate, `latency` is not a time, or the rate is 0.
+            ValueError: the text `rate` or the text `latency` has another form, or the rate is 0.
 
         >>> import nplora
         >>> nplora.distributed.Network.parse("125MB").rate
@@ -79,7 +79,7 @@ class Network:
         return self.exchange(0, nodes)
 
     def sums(self, size: int, nodes: int, rounds: Sequence[tuple[int, float]]) -> float:
-        """The seconds of a step that the ranks wait while they add up their gradients.
+        """The seconds that the ranks wait for the network in each step, to add up their gradients.
 
         In each round, every rank computes one batch, and the ranks exchange their results. Every rank adds up
         one slice of the gradients. So every rank receives this slice from all other ranks, while it computes
@@ -100,9 +100,9 @@ class Network:
     def local_sums(self, size: int, nodes: int, local_steps: int, rounds: int) -> float:
         """The seconds that an average step spends on exchanges if the ranks make local steps.
 
-        The ranks exchange small values in every step. In every outer step, the ranks add up the changes of
-        the trained values and the two moments of AdamW. Each of these three sums takes as long as the sum of
-        the gradients (see `sums`).
+        The ranks exchange small values in every step. In every outer step, the ranks compute three sums: of
+        the changes of the trained values, and of each of AdamW's two moments. Each sum takes as long as the
+        sum of the gradients (see `sums`).
 
         Args:
             size: the bytes of the trained values.

@@ -75,7 +75,8 @@ def say_if_alone(ranks: Communicator, distributed: str | None, say: Callable[[st
 def require_choice(op: str, distributed: str | None) -> None:
     """Refuse a command that a launcher has started on several ranks without the option `distributed`.
 
-    A rank that was started with the option would wait for this rank. So the refusal is reported to all ranks.
+    Other ranks may have been started with the option, and would wait for this rank. So the refusal is
+    reported to all ranks.
 
     Raises:
         ValueError: `distributed` is None, and a launcher has started several ranks.

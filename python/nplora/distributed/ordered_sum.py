@@ -132,7 +132,7 @@ class _Slices:
         self.terms.append(term)
 
     def send(self, counts: Sequence[int]) -> None:
-        """Start to send the kept terms of all ranks."""
+        """Start to exchange the terms that all ranks have kept."""
         most = max(counts)
         while len(self._received) < most:
             self._received.append(np.empty(self._shape, self._kind))

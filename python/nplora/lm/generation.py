@@ -225,9 +225,9 @@ def _stream_ids(
 
 
 def _in_this_context(items: Iterator[T]) -> Iterator[T]:
-    """Compute all items in a copy of the present context, so that they are the same wherever they are read.
+    """Compute all items in a copy of the present context variables, wherever the items are read.
 
-    For example, `disable_adapter` changes the context.
+    For example, `disable_adapter` changes a context variable, but this does not change the items.
     """
     context = contextvars.copy_context()
     end: Any = object()
@@ -334,9 +334,9 @@ def _read(lm: GeneratingModel, ids: list[int], slot: int, cache: Any) -> Array:
 def prompt_pieces(begin: int, end: int, most: int = PIECE) -> Iterator[tuple[int, int]]:
     """Cut the tokens of a prompt into pieces, which are read one after the other.
 
-    The C++ core rounds differently if it computes only a few tokens at a time. So the tokens after the last
-    multiple of PAGE form a separate piece. Then the bits of the results depend neither on `most` nor on
-    `begin`.
+    The C++ core rounds differently if it computes only a few tokens at a time. So the prompt is cut at the
+    last multiple of PAGE, and the rest of its tokens forms a separate piece. Then the bits of the results
+    depend neither on `most` nor on `begin`.
 
     Args:
         begin: the number of tokens that are in the cache already, a multiple of PAGE.

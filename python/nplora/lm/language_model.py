@@ -284,8 +284,8 @@ class LanguageModel(Module):
     def require_unchanged(self) -> None:
         """Raise CorruptError if a memory-mapped file of the weights was modified after it was opened.
 
-        Every call that returns losses, gradients or scores makes this check after the computation. Replacing
-        the model's file by renaming another file is safe, because the old file stays mapped.
+        Every call that returns losses, gradients or scores makes this check after the computation. It is safe
+        to replace the model's file by renaming another file to its name, because the old file stays mapped.
 
             >>> import nplora
             >>> nplora.load_model("model.gguf").require_unchanged()
@@ -368,8 +368,9 @@ class LanguageModel(Module):
             init: initial factors, as in `LoRALinear`. "gaussian" changes the model's outputs at once. "pissa"
                 and "olora" need unquantised weights.
             rank_pattern, alpha_pattern: other ranks and alphas for some layers. The keys are parts of the
-                layers' names, as in {"q_proj": 16, "layers.3.mlp": 4} or "q_proj=16,layers.3.mlp=4". The
-                first name that matches decides. The scale of a layer is its alpha divided by its rank.
+                layers' names, as in {"q_proj": 16, "layers.3.mlp": 4} or "q_proj=16,layers.3.mlp=4". If
+                several keys match a layer, the first key applies. The scale of a layer is its alpha divided
+                by its rank.
             trainable_tokens: tokens whose rows of the embedding and of the head are also trained: a list of
                 ids and texts, or a text like "<|im_start|>,<|im_end|>" or "2,3". The trained rows start with
                 the model's values and replace the model's rows, as PEFT's `trainable_token_indices` does.
@@ -414,7 +415,7 @@ class LanguageModel(Module):
 
     @property
     def adapters(self) -> Mapping[str, Adapter]:
-        """The named adapters, as a read-only mapping from their names. Their arrays are read-only too.
+        """The named adapters, as a read-only mapping from their names. All arrays are read-only too.
 
         >>> import nplora
         >>> nplora.load_model("model.gguf").adapters
@@ -491,8 +492,8 @@ class LanguageModel(Module):
 
         Args:
             names: a name; or several names, whose adapters are added up; or None for no named adapter. The
-                sum does not depend on the order of the names. The last 8 sums of the model are kept, and
-                other sums are computed again when they are selected or used again.
+                sum does not depend on the order of the names. The model keeps the 8 sums that were used last,
+                and computes other sums again when they are selected or used.
         Raises:
             KeyError: one of the names is unknown; the message lists the nearest names, or all names.
             ValueError: a name is given twice.
@@ -754,7 +755,9 @@ class LanguageModel(Module):
 
     @_with_selected_adapter
     def residual_stream(self, batch: PackedBatch) -> Array:
-        """The residual stream after the last block, (n, hidden_size). `logits_of` turns rows into logits.
+        """The residual stream (n, hidden_size) after the last block, for the n tokens of a batch.
+
+        `logits_of` turns rows of the residual stream into logits.
 
             >>> import nplora
             >>> from nplora.models.packing import pack
@@ -952,7 +955,7 @@ class LanguageModel(Module):
         return total
 
     def forward_backward_of(self, batch: PackedBatch, loss: Callable[[Array], tuple[float, Array]]) -> float:
-        """Return a loss that is a function of the targets' log-probabilities.
+        """Return the loss that the function `loss` computes from the log-probabilities of the targets.
 
         Add the gradient of the loss to the adapters' gradients.
 
@@ -1003,9 +1006,9 @@ class LanguageModel(Module):
             True
 
         Args:
-            loss: a function that is called as loss(logits, rows, factor, gradient). `rows` are the positions,
-                in the batch, of the rows of `logits`. The function returns the loss of each row. If
-                `gradient` is true, it also overwrites `logits` with `factor` times the gradient.
+            loss: a function that is called as loss(logits, rows, factor, gradient). `rows` holds the position
+                in the batch of each row of `logits`. The function returns the loss of each row. If `gradient`
+                is true, it also overwrites `logits` with `factor` times the gradient.
         Raises the errors that `forward_backward` raises.
         """
         self._require_ready("forward_backward_with", batch)
@@ -1022,7 +1025,7 @@ class LanguageModel(Module):
     def _added_at_once(self) -> Iterator[None]:
         """A context in which the head's gradients start at 0.
 
-        When the context ends, the gradients from before are added.
+        When the context ends, the gradients that the head had before are added to its new gradients.
 
         The head computes a batch in several parts. In this context, the gradients of the parts of one batch
         are summed before the gradients of other batches are added. So the sum over several batches has the

@@ -54,7 +54,7 @@ def _constant(model: Model) -> Model:
 
 
 def _read_only(adapter: Adapter) -> Adapter:
-    """Make the arrays of an adapter read-only, because copies of the model have the same values."""
+    """Make the arrays of an adapter read-only, because a change would not reach the model's copies."""
     arrays = [array for delta in adapter.values() for array in (delta.A, delta.B, delta.m)]
     arrays += [array for rows in adapter.token_rows.values() for array in (rows.ids, rows.values)]
     arrays += [array for module in adapter.modules_to_save.values() for array in module.values()]

@@ -51,8 +51,7 @@ class Question(NamedTuple):
 
 
 class _Part(NamedTuple):
-    """The prompt of a question, and those of the question's continuations that are computed with the same
-    rotation of the prompt."""
+    """The prompt of a question, and all continuations of this prompt for which LongRoPE rotates it alike."""
 
     number: int  # the index of the question
     places: list[int]  # the indices of the continuations in the question

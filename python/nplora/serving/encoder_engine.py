@@ -220,7 +220,7 @@ class EncoderEngine:
                 time.sleep(0.001)
 
     def _next_parts(self) -> list[Part]:
-        """Remove the parts of the next round from the queue."""
+        """Remove from the queue the parts that are computed together next, and return them."""
         parts, tokens = list[Part](), 0
         with self._lock:
             while (request := self._queue.first()) is not None:

@@ -32,7 +32,7 @@ class Work:
     normalize: bool | None
 
     def starts(self, ids: Sequence[Array]) -> Array:
-        """The first row of each text in the result, followed by the number of rows: int64 (texts + 1,).
+        """The index of each text's first row in the result, and then the number of rows: int64 (texts + 1,).
 
         A text has one row. If its tokens are classified, it has a row for each token.
         """
@@ -111,7 +111,7 @@ class Request:
         return Part(self, int(self._starts[first]), int(self._starts[end]), self._ids[first:end])
 
     def take_part(self) -> bool:
-        """Count the next part as taken. Return whether this part is the last part of the request."""
+        """Record that the next part is computed now. Return whether it is the last part of the request."""
         self._taken += 1
         return self._taken == len(self._cuts) - 1
 

@@ -1,4 +1,4 @@
-"""Labelled texts: reads texts and targets from rows of files or of Python, each with its file and line."""
+"""Labelled texts: reads texts and targets from files or Python objects, and keeps each row's place."""
 
 from __future__ import annotations
 
@@ -36,7 +36,8 @@ class Columns:
 
     Attributes:
         text, label: the fields with the text and its label or labels.
-        tokens, tags: the fields with the words and with the tag of each word; None: fields with usual names.
+        tokens, tags: the fields with the words and with the tag of each word; None: the field that has one of
+            the usual names.
     """
 
     text: str = "text"
@@ -85,8 +86,8 @@ class LabelledTexts:
         rows: the texts and targets.
         places: the file and line of each row, for messages.
         bad: the rows that were skipped.
-        first_tags: each tag of a word, with a text that names its first place and the word there. The tags
-            are in the order of these places.
+        first_tags: a dict from each tag of words to a text for messages, which names the file, the line and
+            the word where the tag occurs first. The tags are in the order of these places.
         other_labels: labels that are known even if no row has them.
     """
 
@@ -128,7 +129,7 @@ class LabelledTexts:
         return found.hexdigest()
 
     def with_labels(self, labels: tuple[str, ...]) -> LabelledTexts:
-        """The same rows, with these labels as `other_labels`."""
+        """The same rows, with `labels` as `other_labels`."""
         return dataclasses.replace(self, other_labels=labels)
 
     def divided(self, share: float) -> tuple[LabelledTexts, LabelledTexts]:
@@ -261,10 +262,10 @@ class RowReader:
 
 
 def task_of(task: str | None, columns: Mapping[str, str], sources: Sequence[Source]) -> str:
-    """Return `task`. If it is None, return "tokens" for rows with words and no text, and "single" otherwise.
+    """Return `task`. If `task` is None, return "tokens" if the rows have words and no text, else "single".
 
-    The keys of `columns` show what the rows have. If `columns` is empty, the fields of the first row without
-    an error show it.
+    The keys of `columns` show whether the rows have words or texts. If `columns` is empty, the first row
+    without an error shows this.
     """
     if task is not None or not {"text", "label"}.isdisjoint(columns):
         return task or "single"
@@ -381,9 +382,10 @@ def targets_of(rows: LabelledTexts, task: str, labels: Sequence[str]) -> Targets
 
 
 def unfit_tag(labels: Sequence[str], *data: LabelledTexts) -> str:
-    """The first tag that keeps entities out of the reports, in words.
+    """Return a message about the first tag that fits no scheme of entities.
 
-    Empty if all tags fit a scheme of entities, or if none looks as if it should.
+    Reports then have no scores of entities. The message is empty if all tags fit a scheme, or if the tags do
+    not look like tags of entities.
 
     Args:
         labels: all labels. data: the sentences with the tags.

@@ -39,8 +39,8 @@ class EncoderRequest:
     Attributes:
         name: the name of the model in the answer.
         model: the model, with its adapter.
-        ids: the token ids of each text, as int64 arrays, which take much less memory than lists. If words get
-            tags, a long text is several windows.
+        ids: the token ids of each text, as int64 arrays, which take much less memory than lists. If the
+            classifier labels words, a long text is divided into windows, and each window has its own array.
         base64: whether embeddings are sent as base64.
         dimensions: the number of values of an embedding; None: all values.
         normalize: whether embeddings are scaled to length 1.
@@ -58,7 +58,7 @@ class EncoderRequest:
     sentences: Sentences | None = None
 
     def embeddings(self, rows: Array) -> Shape:
-        """OpenAI's object for embeddings (texts, dim)."""
+        """OpenAI's response object for embeddings, from the engine's `rows` (texts, dim)."""
         if self.dimensions is not None and self.dimensions < rows.shape[1]:
             rows = rows[:, : self.dimensions]
             if self.normalize:
@@ -74,7 +74,7 @@ class EncoderRequest:
         return {"object": "list", "data": data, "model": self.name, "usage": self._usage()}
 
     def classes(self, logits: Array) -> Shape:
-        """vLLM's object for classes, from a classifier's logits (texts, outputs) or (tokens, outputs)."""
+        """vLLM's response for classes, from a classifier's logits (texts, outputs) or (tokens, outputs)."""
         assert self.classifier is not None
         labels, task = self.classifier.labels, self.classifier.task
         if self.sentences is not None:

@@ -19,7 +19,7 @@ from nplora.serving.ticket import Ticket
 
 
 class AnyEngine(Protocol):
-    """The members of both engines that the server uses."""
+    """The properties and methods that both engines have and that the server uses."""
 
     @property
     def context(self) -> int: ...

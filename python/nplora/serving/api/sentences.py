@@ -35,7 +35,7 @@ class Sentences:
         texts: the text of each sentence. If a client sent words, they are joined by spaces.
         spans: for each sentence, the begin and the end of each word in the text, int64 (words, 2).
         first: for each sentence, the first token of each word, as in `WordIds`.
-        rows: the row of the logits for each word with a token.
+        rows: for each word that has a token, the index of the word's row in the logits.
     """
 
     texts: list[str]
@@ -77,7 +77,7 @@ class Sentences:
     def encoded(
         self, classifier: TextClassifier, longest: int, cut: int | None
     ) -> tuple[Sentences, list[list[int]]]:
-        """The sentences with the places of their tokens; and the token ids that the classifier computes.
+        """Return the sentences with the attributes `first` and `rows`; and the token ids to compute.
 
         Sentences that are too long for the classifier are read in windows, as in `predict_words`.
 
@@ -96,12 +96,14 @@ class Sentences:
 
     @property
     def nbytes(self) -> int:
-        """The memory of this object."""
+        """The number of bytes of memory that this object takes."""
         arrays = [*self.spans, *self.first, self.rows]
         return sum(map(sys.getsizeof, self.texts)) + sum(array.nbytes + _ARRAY for array in arrays)
 
     def tagged(self, classifier: TextClassifier, logits: Array) -> list[Shape]:
-        """The words of each sentence with their tags, and the entities, with the fields of transformers.
+        """The words of each sentence with their tags, and the entities, as objects for the answer.
+
+        The fields of words and entities have the names that transformers gives them.
 
         Args:
             logits: a row for each token that was computed.
@@ -148,7 +150,7 @@ def _too_long(unit: str, most: int) -> RequestError:
 
 
 def _rated(classifier: TextClassifier, logits: Array) -> tuple[tuple[str, ...], list[tuple[Any, ...]]]:
-    """The names of the fields of a word, and their values for each row of logits."""
+    """The names of the fields of a word; and for each row of logits, the values of these fields."""
     if classifier.task == "regression":
         return ("values",), [(row,) for row in logits.tolist()]
     chances, labels = probabilities(classifier.task, logits), classifier.labels

@@ -189,7 +189,9 @@ def _ids_with_rows(
     tokens: Mapping[str, tuple[str, Sequence[int]]],
     copied: Mapping[str, tuple[str, Array]],
 ) -> Collection[int]:
-    """The ids of the tokens that have a row in the adapter. A copy of a row that the target has is ignored.
+    """The ids of the tokens that have a row in the adapter.
+
+    If the adapter has a copy of a row that is also in the target, the copy is ignored.
 
     Args:
         whole: layer -> parameter -> tensor. tokens: layer -> (tensor, ids). copied: as from `_copied_rows`.

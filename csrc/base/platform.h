@@ -75,8 +75,8 @@ bool avoid_processor(std::span<const Thread> threads, int processor);
 
 // ---- faults in mapped files ----
 
-// A function that returns the message about an address, or an empty text. The signal handler calls this
-// function.
+// A function that returns the error message for a failed read at an address, or an empty text if it has none.
+// The signal handler calls this function.
 using FaultMessage = std::string_view (*)(uintptr_t address);
 
 // After this call, a failed read of a mapped file calls `find` with the address of the failed read. If `find`

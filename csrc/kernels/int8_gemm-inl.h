@@ -405,8 +405,8 @@ inline void int8_tile_upto(size_t rows, const Int8Product& p, size_t column) {
   if constexpr (kRows > 1) int8_tile_upto<kOneGroup, kRows - 1, kVectors, kPartial>(rows, p, column);
 }
 
-// Computes as many neighbouring columns of the product as fill kVectors vectors, in all `m` rows. The first
-// of these columns is `column`.
+// Computes a strip of the product: all `m` rows, and the neighbouring columns from `column` on that fill
+// kVectors vectors.
 template <bool kOneGroup, size_t kRows, size_t kVectors, bool kPartial>
 inline void int8_rows(size_t m, Int8Product p, size_t column) {
   for (size_t rows; m > 0; m -= rows) {

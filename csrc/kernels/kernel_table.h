@@ -195,7 +195,8 @@ struct SmallProducts {
   // sums: partial sum i is the sum of the products at all depths k with k % (lanes / 2) == i. The sums are
   // stored in `part`. If `accumulate` is set, the sums are added to `part` instead. If `depth` is not 0,
   // w.row_stride must be greater than 0. The order in which the products of a row of `x` are added depends
-  // neither on `m` nor on whether `w` is stored in panels or row-major. If W is Bf16Pair, `dots` is null.
+  // neither on `m` nor on whether `w` is stored in panels or row-major. For the element type Bf16Pair, `dots`
+  // is null.
   void (*dots)(size_t m, size_t rows, size_t depth, const Panels<W>& w, const Sum<W>* x, size_t x_stride,
                Sum<W>* part, bool accumulate);
 

@@ -34,7 +34,7 @@ class BackwardStack {
     bool adds, wants_db;                  // adds: dz B is added to dx; wants_db: dB must be computed
     const LowRank<T>* dropped = nullptr;  // the layer's update if it uses dropout, else null
     size_t rank = 0;                      // the sum of the ranks of all layers of the group
-    Matrix<const E> b{};  // the B of all layers, one below the other: (rank, d_in), or pairs (rank / 2, d_in)
+    Matrix<const E> b{};  // B of all layers, one below the other: (rank, d_in), or (rank / 2, d_in) pairs
     T* dz = nullptr;      // the dz of a token block of n tokens, (n, rank)
     E *elements = nullptr, *rows = nullptr;  // for pairs: dz (n, rank / 2), dz transposed (rank, n / 2)
     T* db = nullptr;                         // the sums of dB, (r, d_in)
@@ -47,7 +47,7 @@ class BackwardStack {
     bool wants_da;
     size_t column = 0;    // the layer's first column in the joined dz
     E* dy = nullptr;      // the dy of a token block, if it is converted to type E
-    E* z_rows = nullptr;  // the z of a token block, transposed (r, n / 2), if E is Bf16Pair
+    E* z_rows = nullptr;  // only for pairs: z of a token block, transposed (r, n / 2)
     Matrix<const E> a{};  // A (d_out, r), or pairs of rows of A (d_out / 2, r)
     T* da = nullptr;      // the sums of dA, transposed (r, d_out)
 

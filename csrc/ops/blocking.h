@@ -109,12 +109,13 @@ void for_pieces(size_t n, size_t unit, size_t threads, const Body& body) {
   parallel_for(pieces, threads, Interruptible::kYes, [&](size_t i) { body(nth_piece(n, unit, pieces, i)); });
 }
 
-// Divides a product into tasks. Each task multiplies a range of tokens by a range of rows or columns of W
-// (the `side`). Tokens are cut into few pieces, because W is read once for each piece of the tokens. W is cut
-// so that no task takes too long. For several threads, W is cut into shorter and shorter pieces: the size of
-// each piece is half of the remaining W, divided by the number of threads (guided self-scheduling,
-// Polychronopoulos & Kuck 1987, but with half the size). The first pieces are long, because W is read in
-// order within a piece. The last pieces are short, so that no thread waits long for another thread.
+// Divides a product into tasks. Each task multiplies a range of tokens by a range of the rows of W, or of its
+// columns (`side` stands for either). Tokens are cut into few pieces, because W is read once for each piece
+// of the tokens. W is cut so that no task takes too long. For several threads, W is cut into shorter and
+// shorter pieces: the size of each piece is half of the remaining W, divided by the number of threads (guided
+// self-scheduling, Polychronopoulos & Kuck 1987, but with half the size). The first pieces are long, because
+// W is read in order within a piece. The last pieces are short, so that no thread waits long for another
+// thread.
 class Grid {
  public:
   struct Cut {

@@ -91,7 +91,7 @@ class RowsForward {
     size_t column = 0;          // the layer's first column in Joined::z
     T* a = nullptr;             // scale * Aᵀ (r, d_out)
     Matrix<const E> a_pairs{};  // scale * Aᵀ, converted to type E
-    E* z_elements = nullptr;    // the layer's z of a token block, if it is converted to E
+    E* z_elements = nullptr;    // the layer's z of a token block, if z is converted to E
 
     size_t rank() const { return part.low.rank(); }
   };

@@ -193,7 +193,8 @@ class SmallForward {
     });
   }
 
-  // sums (n, rows, lanes) = W[rows] times x. At most `most` columns of W are multiplied at a time.
+  // Stores the partial sums of the products of these rows of W with x in `sums` (n, rows, lanes). At most
+  // `most` columns of W are multiplied at a time.
   void stream(Range rows, size_t most, W* decoded, T* sums) const {
     const WeightView& w = part_.w;
     const size_t full = full_columns(w.d_in);

@@ -13,11 +13,12 @@ namespace nplora {
 // each buffer, in elements if no unit is named. L is the number of SIMD lanes (at most 32), and r is the sum
 // of the ranks of a stack.
 enum class Scratch {
-  // Holds x of a token block, transposed into lanes or converted to pairs of bfloat16 values or to int8. The
-  // largest size is kLanesBytes or 64 d_in elements (64 tokens), whichever is larger. In the backward pass,
-  // this buffer holds dy, z and dz in pairs, dy in int8, and the factors A and B. For attention in bfloat16,
-  // this buffer holds the keys and values of a batch in pairs. For filtered_cross_entropy, this buffer holds
-  // the weights of the kept words: up to a quarter as many elements as there are logits.
+  // Holds x of a token block: transposed into lanes, converted to pairs of bfloat16 values, or converted to
+  // int8. The largest size is kLanesBytes or 64 d_in elements (64 tokens), whichever is larger. In the
+  // backward pass, this buffer holds dy, z and dz in pairs, dy in int8, and the factors A and B. For
+  // attention in bfloat16, this buffer holds the keys and values of a batch in pairs. For
+  // filtered_cross_entropy, this buffer holds the weights of the kept words: up to a quarter as many elements
+  // as there are logits.
   kLanes,
   // Holds z of a token block in lanes or pairs, with r elements for each token. If outputs are in the lanes,
   // this buffer also holds the factors of a stack, with r (d_in + d_out) elements. In a merge, this buffer

@@ -29,7 +29,8 @@ void layer_norm(Matrix<const float> x, const float* weight, const float* bias, f
 void add_layer_norm(Matrix<const float> x, Matrix<float> sum, const float* weight, const float* bias,
                     float eps, Matrix<float> y);
 
-// dx = [dx +] the gradient of x. Weight and bias are frozen, so their gradients are not computed.
+// Stores the gradient of x in `dx`, or adds it to `dx` if `accumulate` is set. Weight and bias are frozen, so
+// their gradients are not computed.
 void layer_norm_backward(Matrix<const float> dy, Matrix<const float> x, const float* weight, float eps,
                          Matrix<float> dx, bool accumulate);
 

@@ -595,8 +595,8 @@ def test_few_held_out_examples_are_said_to_be_noise(
     row = {"prompt": "1+1=", "completion": "2"}
     options: dict[str, Any] = {"budget": "4s", "lr": 1e-3, "rank": 2, "targets": "q_proj", "steps": 1}
     for count, notes in (
-        (3, ("3 held-out examples: the differences between the losses are mostly noise; at least 30 give "
-             "useful results, and 100 or more are better",)),
+        (3, ("with 3 held-out examples, the differences between the losses are mostly noise; use at least 30 "
+             "examples, better 100 or more",)),
         (30, ()),
     ):  # fmt: skip
         valid = [row | {"prompt": f"{n}="} for n in range(count)]

@@ -646,7 +646,7 @@ def test_ids_need_not_be_without_gaps(tmp_path: Path) -> None:
 )
 def test_a_post_processor_that_adds_unknown_tokens_is_refused(tmp_path: Path, ends: Any) -> None:
     made = directory(tmp_path, lambda backend: setattr(backend, "post_processor", ends))
-    with refused(FormatError, "Processing adds token 300, which does not exist", made):
+    with refused(FormatError, "Processing adds the token 300, but the vocabulary has no such token", made):
         from_directory(made)
 
 

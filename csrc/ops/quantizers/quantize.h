@@ -13,14 +13,16 @@ namespace nplora {
 template <class Block>
 void quantize_blocks(size_t blocks, const float* x, Block* out);
 
-// Quantises n <= BlockNf4::kElements values to codes (ceil(n / 2)). Returns absmax, their largest magnitude.
+// Quantises n values, at most BlockNf4::kElements. Stores their codes in `codes`, ceil(n / 2) bytes with two
+// codes each. Returns absmax, the largest magnitude of the values.
 float quantize_nf4_block(size_t n, const float* x, uint8_t* codes);
 
 // Fills `book` with the levels to which absmax is quantised (double quantisation): the dynamic 8-bit code
 // book, in ascending order.
 void dynamic_book(float (&book)[kNf4Book]);
 
-// Quantises n <= kNf4Group values to codes (n), with the levels of `book`. Returns the scale of the codes.
+// Quantises n values, at most kNf4Group, to the levels of `book`. Stores one code for each value in `codes`.
+// Returns the scale of the codes.
 float quantize_nf4_group(size_t n, const float* x, const float (&book)[kNf4Book], uint8_t* codes);
 
 }  // namespace nplora

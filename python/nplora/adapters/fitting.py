@@ -45,7 +45,7 @@ class Target:
     """The model or file that an adapter must fit.
 
     Attributes:
-        title: the target's name in messages; empty if every adapter fits.
+        title: the target's name in messages; empty for a target that accepts every adapter.
         place: a function that takes a layer's name and shape (d_out, d_in). The function returns the layer's
             `Place`, or a text that says why the target has no such layer.
         digest: the digest of the target's norms (`model_digest.of`), or None.

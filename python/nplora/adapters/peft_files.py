@@ -191,7 +191,7 @@ def _ids_with_rows(
 ) -> Collection[int]:
     """The ids of the tokens that have a row in the adapter.
 
-    A row that PEFT copied is ignored if the target has this row too.
+    If the adapter holds a copy of a row that is also in the target, the copy is ignored.
 
     Args:
         whole: layer -> parameter -> tensor. tokens: layer -> (tensor, ids). copied: as from `_copied_rows`.

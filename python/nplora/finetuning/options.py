@@ -349,8 +349,8 @@ class FinetuneOptions:
     distributed: str | None = _option(
         _RUN,
         None,
-        "how the processes that mpirun started work: mpi (they train one adapter together, each on a part of "
-        "every step) or off (each process makes a separate run)",
+        "what the processes that mpirun started do: mpi (train one adapter together, each on a part of every "
+        "step) or off (each makes a separate run)",
         choices=DISTRIBUTED,
     )
     communication_dtype: str = _option(

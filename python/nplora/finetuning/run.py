@@ -254,8 +254,8 @@ def finetune(
             stop.
         overwrite: delete the run and the adapter in the output directory.
         sample: prompt to answer before and after training; sent as a chat if the training data are chats.
-        distributed: how the processes that mpirun started work: mpi (they train one adapter together, each on
-            a part of every step) or off (each process makes a separate run).
+        distributed: what the processes that mpirun started do: mpi (train one adapter together, each on a
+            part of every step) or off (each makes a separate run).
         communication_dtype: precision in which ranks send gradients: float32, or bfloat16, which halves the
             number of bytes; a run in one process rounds its gradients in the same way.
         local_steps: local steps that every rank makes before the changes of all ranks are averaged (DiLoCo),

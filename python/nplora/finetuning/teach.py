@@ -275,7 +275,7 @@ def _without(batch: PackedBatch, seen: set[int]) -> PackedBatch | None:
 
 
 class _Spool:
-    """An unnamed file beside the output, which disappears when the process ends, even in a crash."""
+    """An unnamed file beside the output. The file disappears when the process ends, even if it crashes."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory

@@ -363,7 +363,7 @@ def require_not_read(op: str, outputs: Iterable[StrPath], inputs: Iterable[tuple
     A symbolic or hard link to an input counts as that input.
 
     Args:
-        inputs: pairs (name for the message, path). Paths that do not exist are ignored.
+        inputs: pairs (the file's name in error messages, path). Paths that do not exist are ignored.
     Raises:
         ValueError: an output is also an input.
     """

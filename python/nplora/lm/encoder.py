@@ -110,7 +110,7 @@ class Encoder(Module):
         self._read_tensor = read_tensor
 
     def _walk(self, prefix: str, seen: set[int]) -> Iterator[tuple[str, Module]]:
-        """Yield the modules with their names in transformers and PEFT, which do not begin with "model."."""
+        """Yield each module with its name in transformers and PEFT, which does not begin with "model."."""
         if id(self) in seen:
             return
         seen.add(id(self))

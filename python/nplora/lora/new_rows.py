@@ -34,8 +34,11 @@ class NewRows:
         return self.ids[order], order
 
     def found(self, ids: Array) -> tuple[Array, Array]:
-        """Find the replaced rows among the rows `ids` (n,) of the weight. Return two arrays with an entry for
-        each replaced row: the row's position in the argument `ids`, and the row's position in `values`."""
+        """Find the replaced rows among the rows `ids` (n,) of the weight.
+
+        Return two arrays: for each replaced row, its position in the argument `ids` and its position in
+        `values`.
+        """
         if self.ids is None:
             return np.arange(len(ids)), ids
         known, order = self._sorted
@@ -53,8 +56,7 @@ class NewRows:
         return ids[part] - first, self.values[order[part]]
 
     def rows(self, wanted: Array) -> "NewRows":
-        """Return the same replacement for a matrix that has only the rows wanted[0], wanted[1], ... of the
-        weight.
+        """Return this replacement for a matrix with only the rows wanted[0], wanted[1], ... of the weight.
 
         `wanted` must be sorted.
         """

@@ -53,7 +53,7 @@ def cause_of_end(status: int) -> str | None:
 
 
 def isolate() -> None:
-    """Prevent this process from writing files, and let the signals of the time limits end this process."""
+    """Prevent this process from writing files, and let the signals of the time limits end it at once."""
     if sys.platform != "win32" and sys.platform != "emscripten":
         os.set_blocking(sys.stderr.fileno(), False)  # the parent reads it only after this process has ended
         for kind in (resource.RLIMIT_CORE, resource.RLIMIT_FSIZE):

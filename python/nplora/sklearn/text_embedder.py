@@ -88,8 +88,8 @@ class TextEmbedder(TransformerMixin, BaseEstimator):  # type: ignore[misc]
     def _loaded(self) -> Encoder:
         """Return the encoder.
 
-        Load the encoder first if it is not loaded, for example after unpickling, or if a parameter has
-        changed.
+        If the encoder is not loaded (for example, after unpickling), or if a parameter has changed, load it
+        first.
         """
         if getattr(self, "_key", None) != (str(self.model), self.pooling):
             self._load()

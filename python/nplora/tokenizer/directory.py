@@ -96,7 +96,9 @@ def _require_tokens(backend: Any, steps: list[dict[str, Any]], source: str) -> N
             ids += [id_ for token in step["special_tokens"].values() for id_ in token["ids"]]
         for id_ in ids:
             if backend.id_to_token(id_) is None:
-                raise FormatError(f"{source}: the {step['type']} adds token {id_}, which does not exist")
+                raise FormatError(
+                    f"{source}: the {step['type']} adds the token {id_}, but the vocabulary has no such token"
+                )
 
 
 def _require_bounded(steps: list[dict[str, Any]], source: str, growth: int) -> None:

@@ -258,8 +258,8 @@ def train_classifier(
         resume: continue the run in the output directory; the results are bit for bit the same as without a
             stop.
         overwrite: delete the run and the adapter in the output directory.
-        distributed: how the processes that mpirun started work: mpi (they train one adapter together, each on
-            a part of every step) or off (each process makes a separate run).
+        distributed: what the processes that mpirun started do: mpi (train one adapter together, each on a
+            part of every step) or off (each makes a separate run).
     Returns:
         the classifier, the report on the validation data, and the history; `print` shows them.
     Raises:

@@ -209,7 +209,7 @@ def _list_sizes(array: Any) -> Array:
 
 
 def _taken(sizes: Array, indices: Any) -> Array:
-    """Return the elements of `sizes` at these indices. A null index gives `_VALUE`, the size of a null."""
+    """Return the elements of `sizes` at the indices. A null index gives `_VALUE`, the size of a null."""
     places = indices.fill_null(0).to_numpy(zero_copy_only=False)
     is_there = indices.is_valid().to_numpy(zero_copy_only=False)
     return np.where(is_there, sizes[places] if len(sizes) else _VALUE, _VALUE)

@@ -218,7 +218,7 @@ class _Texts:
 
 
 def _parsed(row: Row, source: Source, names: Mapping[str, str], loss: EmbeddingFunction) -> _Texts:
-    """Read the fields of a row. Raises the error that occurred when the row was read, or a DataError."""
+    """Read the fields of a row. Raise the row's error if it has one, or a DataError if a field is wrong."""
     if row.error is not None:
         raise row.error
     if source.is_text:

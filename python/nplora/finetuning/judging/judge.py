@@ -214,7 +214,7 @@ def _report(sources: list[Source], found: list[Choices], bad: BadRows, unused: i
 def _asked(
     lm: LanguageModel, sources: list[Source], reading: ReadOptions, choices: list[Choices], bad: BadRows
 ) -> Iterator[Asked]:
-    """The prompts of all rows without an error. `bad` counts the rows whose prompt cannot be used."""
+    """The prompts of all rows that have no error. `bad` counts the rows whose prompt cannot be used."""
     context, counted_before = lm.config.max_position_embeddings, BadRows()
     questions = {question.where for question in choices}
     require = _require_choice if choices else _any_kind

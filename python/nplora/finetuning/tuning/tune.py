@@ -289,8 +289,8 @@ def _noise(examples: int) -> str:
     if examples >= _FEW:
         return ""
     return (
-        f"{counted(examples, 'held-out example')}: the differences between the losses are mostly noise; "
-        f"at least {_FEW} give useful results, and 100 or more are better"
+        f"with {counted(examples, 'held-out example')}, the differences between the losses are mostly noise; "
+        f"use at least {_FEW} examples, better 100 or more"
     )
 
 

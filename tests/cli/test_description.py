@@ -280,7 +280,7 @@ def test_a_llama_cpp_adapter_is_described_with_its_norms(alpha: float, scale: fl
     pairs = {
         "blk.0.attn_q.weight": Pair(lora_a, lora_b),
         "blk.1.attn_q.weight": Pair(lora_a, lora_b),
-        "token_embd.weight": Pair(lora_a.T, lora_b),
+        "token_embd.weight": Pair(lora_a, lora_b),
     }
     gguf_adapter.save(tmp_path / "a.gguf", GgufAdapter("llama", alpha, pairs))
     assert squeezed(description.describe(tmp_path / "a.gguf")) == [

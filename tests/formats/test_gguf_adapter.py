@@ -20,7 +20,7 @@ EMBEDDING = "token_embd.weight"
 
 def adapter() -> GgufAdapter:
     rng = np.random.default_rng(0)
-    shapes = {Q: ((2, 5), (6, 2)), EMBEDDING: ((9, 3), (5, 3))}
+    shapes = {Q: ((2, 5), (6, 2)), EMBEDDING: ((3, 9), (5, 3))}
     pairs = {
         name: Pair(*(rng.standard_normal(shape, np.float32) for shape in both))
         for name, both in shapes.items()
@@ -36,6 +36,7 @@ def test_an_adapter_is_read_as_it_was_written(tmp_path: Path) -> None:
     for name, pair in written.pairs.items():
         np.testing.assert_array_equal(read.pairs[name].lora_a, pair.lora_a)
         np.testing.assert_array_equal(read.pairs[name].lora_b, pair.lora_b)
+    assert gguf.open(tmp_path / "a.gguf")[f"{EMBEDDING}.lora_a"].shape == (9, 3)
     assert [read.pairs[name].rank for name in (Q, EMBEDDING)] == [2, 3]
     assert [read.scale(name) for name in (Q, EMBEDDING)] == [6.0, 4.0]
 

@@ -238,10 +238,8 @@ def _write(adapter: AdapterContent, path: StrPath, model: BaseModel, any_base: b
             lora_b = gguf_rows.interleave(lora_b, heads)
         if name in folded:
             lora_b = _folded(where, lora_b, wanted[name] / _rounded(alpha))
-        lora_a, lora_b = _float32(where, lora_a), _float32(where, lora_b)
-        pairs[model.family.gguf_tensor(f"{name}.weight") or ""] = Pair(
-            lora_a.T if delta.embedding else lora_a, lora_b
-        )
+        pair = Pair(_float32(where, lora_a), _float32(where, lora_b))
+        pairs[model.family.gguf_tensor(f"{name}.weight") or ""] = pair
     digest = model.digest or (None if any_base else adapter.base_digest)
     architecture, tokens = model.family.architecture, adapter.invocation_tokens
     stored = GgufAdapter(architecture, alpha, pairs, (), digest, tokens, chat_template=adapter.chat_template)
@@ -335,20 +333,19 @@ def read(path: StrPath, base: StrPath | None, any_base: bool = False) -> tuple[A
     for tensor, pair in stored.pairs.items():
         layer = tensor.removesuffix(".weight")
         name, embedding = family.hf_layer(layer), tensor == EMBEDDING
-        lora_a, lora_b = pair.lora_a.T if embedding else pair.lora_a, pair.lora_b
         with collecting(problems):
             if name is None or layer == tensor:
                 raise FormatError(f"{brief(tensor)}: {stored.architecture} has no layer of this name")
-            shape = letters.weight_shape(lora_a.shape, lora_b.shape, embedding)
+            shape = letters.weight_shape(pair.lora_a.shape, pair.lora_b.shape, embedding)
             target.place_of(name, shape, embedding, False)
             if model is None and family.permuted_heads(name, 1, 1):
                 raise ValueError(
                     f"{source}: the order of the rows of {tensor} depends on the number of heads; "
                     "name the base model with --base MODEL (base)"
                 )
-            if heads := model and model.permuted_heads(name):
-                lora_b = gguf_rows.deinterleave(lora_b, heads)
-            a, b = letters.from_peft(lora_a, lora_b, embedding)
+            heads = 0 if model is None else model.permuted_heads(name)
+            lora_b = gguf_rows.deinterleave(pair.lora_b, heads) if heads else pair.lora_b
+            a, b = letters.from_peft(pair.lora_a, lora_b, embedding)
             alpha = stored.alpha or pair.rank
             deltas[name] = LoraDelta.of_alpha(a, b, alpha, False, None, embedding)
     adapter = AdapterContent(source, deltas, task_type="CAUSAL_LM", base_digest=stored.base_digest)

@@ -342,8 +342,7 @@ def _llama_cpp(file: GgufFile) -> str:
     adapter = gguf_adapter.from_file(file)
     layers = []
     for name, pair in adapter.pairs.items():
-        lora_a = pair.lora_a.T if name == gguf_adapter.EMBEDDING else pair.lora_a
-        layers.append(_layer(name, lora_a, pair.lora_b, adapter.scale(name)))
+        layers.append(_layer(name, pair.lora_a, pair.lora_b, adapter.scale(name)))
     return _text(
         f"{file.source}: llama.cpp's LoRA adapter for a model of architecture {adapter.architecture}",
         _unknown(adapter.architecture, _KNOWN_IN_GGUF, "eval, generate, merge, combine and convert"),

@@ -46,7 +46,10 @@ Array = NDArray[Any]
 
 @dataclass(frozen=True, eq=False)
 class Pair:
-    """The two low-rank factors of one tensor, in float32 and in the file's layout."""
+    """The two low-rank factors of one tensor: lora_a (r, d_in) and lora_b (d_out, r), float32.
+
+    For token_embd.weight, the shapes are (r, vocab) and (dim, r).
+    """
 
     lora_a: Array
     lora_b: Array
@@ -155,10 +158,10 @@ def save(path: StrPath, adapter: GgufAdapter) -> None:
         **({} if adapter.chat_template is None else {_CHAT_TEMPLATE: adapter.chat_template}),
         **({} if tokens is None else {_INVOCATION: np.array(tokens, np.uint32)}),
     }
-    tensors = {}
+    tensors = dict[str, Array]()
     for name, pair in adapter.pairs.items():
-        for suffix, factor in zip(_SUFFIXES, (pair.lora_a, pair.lora_b), strict=True):
-            tensors[name + suffix] = factor
+        lora_a = pair.lora_a.T if name == EMBEDDING else pair.lora_a
+        tensors |= {name + _SUFFIXES[0]: lora_a, name + _SUFFIXES[1]: pair.lora_b}
     gguf.save(path, tensors, metadata)
 
 
@@ -197,7 +200,7 @@ def _pair(file: GgufFile, name: str) -> Pair:
             f"{file.source}: {brief(name)}: .lora_a has shape {lora_a.shape}, .lora_b {lora_b.shape}, "
             "expected equal ranks"
         )
-    return Pair(lora_a, lora_b)
+    return Pair(lora_a.T if name == EMBEDDING else lora_a, lora_b)
 
 
 def _factor(file: GgufFile, name: str) -> Array:

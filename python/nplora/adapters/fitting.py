@@ -50,7 +50,6 @@ class Target:
             `Place`, or a text that says why the target has no such layer.
         digest: the digest of the target's norms (`model_digest.of`), or None.
         required: the layers that the adapter must have.
-        accepts_more: whether an adapter with new tokens may have rows beyond the end of an embedding or head.
         ties_head: whether the head of the model shares the embedding's weight.
         whole: the arrays of the model's fully trained layers: layer -> parameter -> array. An array that does
             not exist yet is described by a `Place`. If `whole` is None, the adapter may have any fully
@@ -69,7 +68,6 @@ class Target:
     required: Collection[str] = ()
     whole: Mapping[str, Mapping[str, npt.NDArray[Any] | Place]] | None = None
     rows: Callable[[str], tuple[int, int] | str | None] = lambda layer: None
-    accepts_more: bool = False
     ties_head: bool = False
     require_kind: Callable[[str, bool, Collection[str], Collection[str]], None] = (
         lambda source, has_dora, whole, tokens: None
@@ -131,21 +129,16 @@ class Target:
                 f"{self.title} have {shape[1]}"
             )
         beyond = sorted(id_ for id_ in ids if id_ >= shape[0])
-        if not beyond or (
-            self._may_follow(shape[0], tokens) and beyond == [*range(shape[0], shape[0] + len(beyond))]
-        ):
+        may_follow = _may_follow(shape[0], tokens)
+        if not beyond or (may_follow and beyond == [*range(shape[0], shape[0] + len(beyond))]):
             return
         hint = ""
-        if self.accepts_more and not self._may_follow(shape[0], tokens) and beyond[0] == shape[0]:
+        if beyond[0] == shape[0] and not may_follow:
             hint = "; for tokens that were added to the model, the tokenizer must be saved beside the adapter"
         raise FormatError(
             f"{brief(layer)}: the adapter trains token {beyond[-1]}, but the vocabulary of {self.title} "
             f"ends with {shape[0] - 1}{hint}"
         )
-
-    def _may_follow(self, stored: int, tokens: Collection[AddedToken]) -> bool:
-        """Whether the rows of new tokens may follow the last row of a weight, which has `stored` rows."""
-        return self.accepts_more and any(token.id >= stored for token in tokens)
 
     def check_whole(
         self,
@@ -169,7 +162,7 @@ class Target:
             )
         stored = live.shape or ()
         is_longer = stored[1:] == shape[1:] and stored < shape
-        if stored != shape and not (is_longer and self._may_follow(stored[0], tokens)):
+        if stored != shape and not (is_longer and _may_follow(stored[0], tokens)):
             name = brief(tensor or f"{layer}.{parameter}", 200)
             raise FormatError(f"tensor {name} has shape {shape}, expected {live.shape}")
         return live.dtype
@@ -211,6 +204,11 @@ class Target:
 
 
 ANYTHING = Target()
+
+
+def _may_follow(stored: int, tokens: Collection[AddedToken]) -> bool:
+    """Whether rows of new tokens may follow the last row of a weight, which has `stored` rows."""
+    return any(token.id >= stored for token in tokens)
 
 
 @contextlib.contextmanager

@@ -309,7 +309,7 @@ def _target(model: ModelFiles, adapter: AdapterContent) -> Target:
     shapes = {layer: rows(layer) for layer in adapter.modules_to_save}
     whole = {layer: {"weight": Place(shape=s)} for layer, s in shapes.items() if not isinstance(s, str)}
     digest = model_digest.of_tensors(model.tensors, model.family)
-    return Target(model.source, place, digest, whole=whole, rows=rows, accepts_more=True)
+    return Target(model.source, place, digest, whole=whole, rows=rows)
 
 
 def _replaces_both(layer: str, adapter: AdapterContent) -> bool:

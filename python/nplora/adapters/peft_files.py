@@ -70,7 +70,7 @@ def _read(opened: PeftAdapter, target: Target, edited_config: bool, any_base: bo
                 shape = opened.tensors.entries[tensor].shape
                 dtype = target.check_whole(layer, parameter, shape, tensor, added)
                 whole.setdefault(layer, {})[parameter] = opened.array(tensor, dtype)
-    if not (added and target.accepts_more):
+    if not added:
         copied = {}
     rows = dict[str, TokenRows]()
     for layer in {**tokens, **copied}:

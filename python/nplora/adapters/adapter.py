@@ -130,7 +130,15 @@ class Adapter(AdapterContent):
         ValueError: attach_adapter: the model already has an adapter, on 14 layers; replace=True removes it
         >>> adapter.attach(lm, replace=True)
         """
-        layers.attach(self, model, any_base, replace, freeze_B)
+        if not replace:
+            layers.require_no_adapter(model)
+        plain = dict[int, Module]()
+        for layer in model.adapter_layers().values():
+            layer.require_unmerged("attach")
+            plain[id(layer)] = layer.frozen()
+        modules = dict(model.named_modules())
+        made = layers.new_layers(self, model, any_base, freeze_B)
+        model.exchange({**plain, **{id(modules[name]): layer for name, layer in made.items()}})
 
     @staticmethod
     def combine(

@@ -282,21 +282,6 @@ def require_no_adapter(model: Module) -> None:
         )
 
 
-def attach(
-    adapter: AdapterContent, model: Module, any_base: bool, replace: bool, freeze_B: bool = False
-) -> None:
-    """See `Adapter.attach`."""
-    if not replace:
-        require_no_adapter(model)
-    plain = dict[int, Module]()
-    for layer in model.adapter_layers().values():
-        layer.require_unmerged("attach")
-        plain[id(layer)] = layer.frozen()
-    modules = dict(model.named_modules())
-    made = new_layers(adapter, model, any_base, freeze_B)
-    model.exchange({**plain, **{id(modules[name]): layer for name, layer in made.items()}})
-
-
 def new_layers(
     adapter: AdapterContent, model: Module, any_base: bool = False, freeze_B: bool = False
 ) -> dict[str, AdapterLayer]:

@@ -193,7 +193,7 @@ def _estimated_kept(model: ModelFiles, updates: Mapping[str, LoraDelta | NewRows
     reports = []
     for name, update in updates.items():
         count = max(1, elements // max(1, update.shape[1]))
-        merge = merge_of(model.tensors[name], name, update, storage, _sampled(update, count))
+        merge = merge_of(model.tensors[name], update, storage, _sampled(update, count))
         try:
             for _ in merge.rows():
                 pass

@@ -43,7 +43,7 @@ class MergedTensors:
 
     def __post_init__(self) -> None:
         self.merges = {
-            name: merge_of(self.model.tensors[name], name, update, self.dtype)
+            name: merge_of(self.model.tensors[name], update, self.dtype)
             for name, update in self.updates.items()
             if self.dtype != "same" or not update.is_zero
         }
@@ -60,7 +60,7 @@ class MergedTensors:
     def reports(self) -> tuple[MergeReport, ...]:
         """The reports, in the order of the updates. Call this method after the files are written."""
         return tuple(
-            self.merges[name].report if name in self.merges else _unchanged(name, self.model.tensors[name])
+            self.merges[name].report if name in self.merges else _unchanged(self.model.tensors[name])
             for name in self.updates
         )
 
@@ -76,18 +76,16 @@ def kind_of(tensor: Tensor) -> str:
     return tensor.type if isinstance(tensor, gguf.Tensor) else tensor.dtype
 
 
-def merge_of(
-    tensor: Tensor, name: str, update: LoraDelta | NewRows, dtype: str, sample: Array | None = None
-) -> Merge:
+def merge_of(tensor: Tensor, update: LoraDelta | NewRows, dtype: str, sample: Array | None = None) -> Merge:
     """Prepare the merge of a tensor, or only of its rows in `sample`."""
     storage, (stored, d_in) = STORAGES[kind_of(tensor)], tensor.shape
     rows = _rows(tensor) if update.shape[0] <= stored else _LongerRows(_rows(tensor), update.shape[0])
     if sample is not None:
         rows, update = rows[sample], update.rows(sample)
     if dtype in ("same", storage) and isinstance(update, NewRows):
-        return RowsMerge(name, update.shape, lambda first, last: rows[first:last], update, storage)
+        return RowsMerge(tensor.name, update.shape, lambda first, last: rows[first:last], update, storage)
     return Merge(
-        name,
+        tensor.name,
         update.shape,
         lambda first, last: storages.decode(rows[first:last], storage, d_in),
         update,
@@ -133,5 +131,5 @@ def _rows(tensor: Tensor) -> Array:
     return raw.reshape(stored, storages.row_nbytes(STORAGES[kind_of(tensor)], d_in))
 
 
-def _unchanged(name: str, tensor: Tensor) -> MergeReport:
-    return MergeReport.unchanged(name, STORAGES[kind_of(tensor)], tensor.nbytes)
+def _unchanged(tensor: Tensor) -> MergeReport:
+    return MergeReport.unchanged(tensor.name, STORAGES[kind_of(tensor)], tensor.nbytes)

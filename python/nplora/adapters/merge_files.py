@@ -51,8 +51,7 @@ def merge_adapter(
     time, never a whole weight. The output file is complete on the disk before it appears under its name.
 
     If `check` is given, the new model is first written to a temporary file and loaded. The new model's loss
-    is compared with the loss of the base model with the adapter attached. If the loss rises by more than the
-    tolerance, the temporary file is removed, and an existing output is not changed.
+    is compared with the loss of the base model with the adapter attached.
 
     Args:
         base: a GGUF file, a safetensors file or index, or a Hugging Face directory.
@@ -67,7 +66,7 @@ def merge_adapter(
             given, the loss alone decides.
         check: a function that takes a model's path and an adapter (or None), and returns the model's loss on
             held-out data with this adapter. `nplora.finetuning.held_out_loss` makes such a function from a
-            data file. If `check` is None, the loss is not measured.
+            data file.
         tolerance: the largest accepted rise of the held-out loss, in nats per token. A rise of 0.02 raises
             the perplexity by 2 %.
     Returns:

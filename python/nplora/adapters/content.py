@@ -9,7 +9,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from nplora.adapters.trained_rows import HEAD, TokenRows
+from nplora.adapters.trained_rows import HEAD, TokenRows, rows_needed
 from nplora.formats.errors import UnsupportedError, brief, counted
 from nplora.formats.label_record import LabelRecord
 from nplora.formats.tokenizer_json import AddedToken
@@ -104,8 +104,7 @@ class AdapterContent(Mapping[str, LoraDelta]):
     def rows(self) -> int:
         """The smallest number of rows that the embedding and the head must have for this adapter."""
         whole = [len(arrays["weight"]) for arrays in self.modules_to_save.values() if "weight" in arrays]
-        trained = [1 + int(rows.ids.max()) for rows in self.token_rows.values() if rows.ids.size]
-        return max([0, *whole, *trained])
+        return max([rows_needed(0, self.trained_rows, ()), *whole])
 
     def require_always_active(self, op: str) -> None:
         """Raise UnsupportedError for an activated LoRA, whose update cannot be added to a weight."""

@@ -110,7 +110,7 @@ def merge_adapter(
     for name in merged.merges:
         require_finite(model.source, model.tensors[name])
     gate = MergeGate(base, lossy, require_check(check), require_tolerance(tolerance))
-    with _new_directory(Path(output)) if is_directory(output) else contextlib.nullcontext():
+    with _new_directory(output):
         new = merged.new_files(output)
         for file in new:
             files.require_new(file.path, overwrite)
@@ -176,16 +176,17 @@ def _inputs(model: ModelFiles, base: StrPath, adapter: Source) -> list[tuple[str
 
 
 @contextlib.contextmanager
-def _new_directory(path: Path) -> Iterator[None]:
+def _new_directory(output: StrPath) -> Iterator[None]:
     """Create a missing directory. If the `with` body raises an error, remove the new directory again."""
-    is_new = not path.exists()
-    path.mkdir(exist_ok=True)
+    is_new = is_directory(output) and not Path(output).exists()
+    if is_new:
+        Path(output).mkdir(exist_ok=True)
     try:
         yield
     except BaseException:
-        with contextlib.suppress(OSError):
-            if is_new:
-                path.rmdir()
+        if is_new:
+            with contextlib.suppress(OSError):
+                Path(output).rmdir()
         raise
 
 

@@ -12,7 +12,7 @@ from nplora import _check
 from nplora.adapters import sources
 from nplora.adapters.content import AdapterContent
 from nplora.adapters.fitting import Place, Target
-from nplora.adapters.merge_gate import TOLERANCE, Check, MergeGate, Verdict, require_check, require_tolerance
+from nplora.adapters.merge_gate import TOLERANCE, Check, MergeGate, Verdict
 from nplora.adapters.merged_tensors import STORAGES, MergedTensors, kind_of, mean_row, possible_storages
 from nplora.adapters.sources import Source
 from nplora.adapters.trained_rows import EMBEDDING, HEAD, Ids, with_rows_beyond
@@ -109,7 +109,7 @@ def merge_adapter(
     merged = MergedTensors(model, updates, dtype, vocabulary)
     for name in merged.merges:
         require_finite(model.source, model.tensors[name])
-    gate = MergeGate(base, lossy, require_check(check), require_tolerance(tolerance))
+    gate = MergeGate(base, lossy, check, tolerance)
     with _new_directory(output):
         new = merged.new_files(output)
         for file in new:

@@ -53,6 +53,9 @@ class MergeGate:
         check: a function that measures the loss, or None.
         tolerance: the largest accepted rise of the loss.
         before: the base model's loss with the adapter applied but not merged; None if it is not measured.
+    Raises:
+        TypeError: the check is not a function, or the tolerance is not a number.
+        ValueError: the tolerance is negative or not finite.
     """
 
     base: StrPath
@@ -60,6 +63,16 @@ class MergeGate:
     check: Check | None
     tolerance: float
     before: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.check is not None and not callable(self.check):
+            raise TypeError(
+                f"merge: check is {_check.kind(self.check)}, expected a function; "
+                "nplora.finetuning.held_out_loss(data) makes such a function"
+            )
+        given, self.tolerance = self.tolerance, _check.number("merge", "tolerance", self.tolerance)
+        if self.tolerance < 0:
+            raise ValueError(f"merge: tolerance is {given!r}, expected a number of at least 0")
 
     def measure(self, adapter: Source) -> None:
         """Measure the base model's loss with the adapter applied but not merged.
@@ -241,21 +254,3 @@ def _loadable(merged: MergedTensors, base: StrPath, written: list[Path]) -> Iter
         changed = dict(zip(names, written[1:], strict=True))
     with model_directory.linked(source, weights, changed) as directory:
         yield directory
-
-
-def require_check(check: object) -> Check | None:
-    """Raise TypeError if the check is not a function. The message says how to make a check from data."""
-    if check is None or callable(check):
-        return check
-    raise TypeError(
-        f"merge: check is {_check.kind(check)}, expected a function; nplora.finetuning.held_out_loss(data) "
-        "makes such a function"
-    )
-
-
-def require_tolerance(tolerance: float) -> float:
-    """Raise ValueError or TypeError if the tolerance is not a finite number of at least 0."""
-    checked = _check.number("merge", "tolerance", tolerance)
-    if checked < 0:
-        raise ValueError(f"merge: tolerance is {tolerance!r}, expected a number of at least 0")
-    return checked

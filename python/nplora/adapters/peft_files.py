@@ -285,7 +285,7 @@ def config_of(adapter: AdapterContent) -> PeftConfig:
     Raises:
         ValueError: PEFT's format cannot express the adapter.
     """
-    whole = tuple(n for n in adapter.modules_to_save if not (adapter.is_tied and n == ROWS_HEAD))
+    whole = tuple(name for name, ids in adapter.trained_rows.items() if ids is None)
     for name in () if adapter.saved_names else adapter.modules_to_save:
         _require_unmistakable(name, [*adapter, *(other for other in adapter.neighbours if other != name)])
     ranks = {name: delta.rank for name, delta in adapter.items()}

@@ -2,7 +2,6 @@
 
 import contextlib
 import itertools
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -36,6 +35,7 @@ from nplora.nn import (
     TrainedRowsLayer,
 )
 from nplora.nn.module import AdapterLayer, Module, layer_stream
+from nplora.runtime.user_warning import warn_user
 from nplora.weights import FrozenWeight, buffers
 
 Array = NDArray[Any]
@@ -267,7 +267,7 @@ def _warn_of_unknown(adapter: AdapterContent) -> None:
     if adapter.unknown:
         keys = ", ".join(map(brief, adapter.unknown))
         config = Path(adapter.source, peft_adapter.CONFIG)
-        warnings.warn(f"{config}: unknown keys are ignored: {keys}", stacklevel=3)
+        warn_user(f"{config}: unknown keys are ignored: {keys}")
 
 
 # ---- new LoRA layers ----

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -32,17 +32,17 @@ class MergedTensors:
         updates: the update of each tensor, with rows in the order of the file.
         dtype: the storage type of the merged tensors, or "same" if each tensor keeps its type.
         vocabulary: the new tokens of the adapter, if it has any.
-        merges: the merge of each tensor that changes.
     """
 
     model: ModelFiles
     updates: Mapping[str, LoraDelta | NewRows]
     dtype: str
     vocabulary: NewVocabulary | None = None
-    merges: dict[str, Merge] = dataclasses.field(init=False)
 
-    def __post_init__(self) -> None:
-        self.merges = {
+    @cached_property
+    def merges(self) -> dict[str, Merge]:
+        """The merge of each tensor that changes."""
+        return {
             name: merge_of(self.model.tensors[name], update, self.dtype)
             for name, update in self.updates.items()
             if self.dtype != "same" or not update.is_zero

@@ -132,7 +132,7 @@ def export_ollama(
         lines.append(str(_with_tokenizer(model_to_gguf(model, path, dtype, overwrite))))
     else:
         path = Path(model).absolute()
-        _require_quotable("model", str(path), lines=1)
+        _require_quotable("model", str(path), is_one_line=True)
     if adapter is not None and keep_adapter:
         done = adapter_to_gguf(adapter, target / ADAPTER, model, any_base=any_base, overwrite=overwrite)
         lines.append(str(done))
@@ -222,8 +222,8 @@ def _template(file: GgufFile) -> tuple[str | None, list[str], list[str]]:
     return str(found), go_template.special_tokens(words, found), lacks
 
 
-def _require_quotable(name: str, text: str, lines: int | None = None) -> None:
-    if _quoted(text) is None or lines == 1 < len(text.split("\n")):
+def _require_quotable(name: str, text: str, is_one_line: bool = False) -> None:
+    if _quoted(text) is None or (is_one_line and "\n" in text):
         raise ValueError(f'{_OP}: {name} has control characters or """, which a Modelfile cannot hold')
 
 

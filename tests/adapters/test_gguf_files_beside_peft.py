@@ -91,7 +91,7 @@ def test_the_update_of_peft_reaches_llama_cpp_and_comes_back(
         stored = f"{families.by_model_type('', family).gguf_layer(name)}.weight"
         pair, scale = file.pairs[stored], file.alpha / file.pairs[stored].rank
         if name == "model.embed_tokens":
-            got = scale * pair.lora_a @ pair.lora_b.T
+            got = scale * (pair.lora_b @ pair.lora_a).T
         else:
             got = scale * pair.lora_b @ pair.lora_a
         got = in_peft_s_order(got, stored) if family == "llama" else got

@@ -209,7 +209,7 @@ ANYTHING = Target()
 
 
 def _may_follow(stored: int, tokens: Collection[AddedToken]) -> bool:
-    """Whether rows of new tokens may follow the `stored` rows of a weight."""
+    """Whether rows of new tokens may follow the last row of a weight, which has `stored` rows."""
     return any(token.id >= stored for token in tokens)
 
 

@@ -704,7 +704,8 @@ def test_factors_and_trained_rows_of_one_weight_are_refused(rng: np.random.Gener
     base = base_gguf(tmp_path / "base.gguf", rng, "float32")
     rows = TokenRows(np.array([3]), np.zeros((1, WIDTH), np.float32))
     adapter = Adapter("both", {"lm_head": random_adapter(rng)["lm_head"]}, token_rows={"lm_head": rows})
-    with pytest.raises(FormatError, match="both: lm_head: the adapter has LoRA factors and trained rows"):
+    message = "both: lm_head: for one weight, the adapter has LoRA factors and trained rows"
+    with pytest.raises(FormatError, match=message):
         nplora.merge_adapter(base, adapter, tmp_path / "out.gguf")
     assert not (tmp_path / "out.gguf").exists()
 

@@ -260,7 +260,7 @@ def test_a_process_that_no_launcher_started_says_that_it_is_alone(
     for train in (classified, embedded):
         for distributed in ("mpi", "off"):
             train(
-                None, model, tmp_path / distributed / train.__name__, progress=True, distributed=distributed
+                None, model, tmp_path / distributed / train.__name__, progress=None, distributed=distributed
             )
             assert capsys.readouterr().err.count(notice) == (distributed == "mpi"), train
 

@@ -248,6 +248,8 @@ def test_a_word_without_a_tag_does_not_end_an_entity(directory: Path) -> None:
         ({"input": ["a"] * 2049}, "input", "at most 2,048"),
         ({"input": "a " * 65537}, "input", "more than 65,536 words"),
         ({"input": ["a " * 40000] * 2}, "input", "more than 65,536 words"),
+        ({"input": "a" * (1 << 20) + "b"}, "input", "more than 1,048,576 characters"),
+        ({"input": [["a" * (1 << 19)], "a" * (1 << 19), "b"]}, "input", "more than 1,048,576 characters"),
         ({"input": "a " * 60000}, "input", "more than 65,536 tokens"),  # with those that windows share
         ({"input": "a", "truncate_prompt_tokens": 0}, "truncate_prompt_tokens", "-1, or an integer from 1"),
         ({"input": "a", "truncate_prompt_tokens": 1}, "input", "there are 2 special tokens"),

@@ -247,8 +247,9 @@ def _placed(
     for layer, ids in trained.items():
         name = model.place(layer, 0)[0] or ""
         if name in deltas:
+            rows = "trained rows" if layer in adapter.trained_rows else "no rows for the new tokens"
             raise FormatError(
-                f"{adapter.source}: {layer}: the adapter has LoRA factors and trained rows for one weight"
+                f"{adapter.source}: {layer}: for one weight, the adapter has LoRA factors and {rows}"
             )
         tensor = model.tensors[name]
         deltas[name] = _new_rows(adapter, layer, ids, tensor, sizes.get(layer, tensor.shape[0]))

@@ -1,5 +1,6 @@
 """Finds the base model that an adapter_config.json names: a path, or a model in Hugging Face's cache."""
 
+import errno
 import os
 import re
 from pathlib import Path
@@ -40,7 +41,11 @@ def _is_base(path: Path) -> bool:
         if path.is_dir():
             return (path / model_directory.CONFIG).is_file()
         return path.is_file() and (files.suffix(path) == ".gguf" or path.name == model_directory.CONFIG)
-    except (OSError, ValueError):  # the path is too long, or holds "\0"
+    except ValueError:  # the path holds "\0"
+        return False
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
         return False
 
 

@@ -1,8 +1,9 @@
 """Opens the communicator that an option names."""
 
 import contextlib
+import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 from nplora.distributed.communicator import Alone, Communicator, require_communicator
 from nplora.distributed.launch import launched_ranks, require_one_process
@@ -60,16 +61,19 @@ def or_none_if_alone(ranks: Communicator) -> Communicator | None:
     return None if type(ranks) is Alone else ranks  # a subclass may do more, and is used
 
 
-def say_if_alone(ranks: Communicator, distributed: str | None, say: Callable[[str], None]) -> None:
-    """Print a notice if `distributed` is "mpi" but no launcher has started other ranks.
+def say_if_alone(ranks: Communicator, distributed: str | None, progress: bool | None) -> None:
+    """Print a notice on stderr if `distributed` is "mpi" but no launcher has started other ranks.
+
+    The notice is also printed where progress is not, because a launcher of another MPI starts processes that
+    all train alone. Only `progress=False` turns the notice off.
 
     >>> from nplora.distributed import Alone
     >>> from nplora.distributed.opening import say_if_alone
-    >>> say_if_alone(Alone(), "mpi", print)
-    --distributed mpi: this process trains alone; start it with `mpiexec -n N` to use N processes
+    >>> say_if_alone(Alone(), None, progress=None)
     """
-    if distributed == "mpi" and ranks.size == 1:
-        say("--distributed mpi: this process trains alone; start it with `mpiexec -n N` to use N processes")
+    if distributed == "mpi" and ranks.size == 1 and progress is not False:
+        how = "start it with `mpiexec -n N` to use N processes"
+        print(f"--distributed mpi: this process trains alone; {how}", file=sys.stderr, flush=True)
 
 
 def require_choice(op: str, distributed: str | None) -> None:

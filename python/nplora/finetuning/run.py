@@ -316,7 +316,7 @@ def _finetune(
     require_same_options(ranks, chosen)
     place, speaking = Path(files.absolute(output)), is_first and speaks(progress)
     say = speaker(speaking)
-    say_if_alone(ranks, chosen.distributed, say)
+    say_if_alone(ranks, chosen.distributed, progress)
     earlier = None
     if is_first:
         files.require_directory(output)

@@ -270,7 +270,8 @@ def _refuse_unsafe(fields: dict[str, Any], source: str) -> None:
         for text in fields[key] if isinstance(fields.get(key), list) else [fields.get(key)]:
             if isinstance(text, str) and _REPEATED_GROUP.search(text):
                 raise UnsafeError(
-                    f"{source}: {key} holds the pattern {brief(text)}, expected no repeated group"
+                    f"{source}: {key} holds the pattern {brief(text)}, expected no repeated group, because "
+                    "its search can take for ever"
                 )
 
 
@@ -297,7 +298,8 @@ def _refuse_unsupported(fields: dict[str, Any], source: str) -> None:
             )
     if fields.get("bias", "none") != "none":
         raise UnsupportedError(
-            f"{source}: bias is {brief(fields['bias'])}, expected 'none': nplora does not train biases"
+            f"{source}: bias is {brief(fields['bias'])}, expected 'none': nplora trains no biases of "
+            "frozen layers"
         )
     start = fields.get("init_lora_weights", True)
     if not (start is None or isinstance(start, bool) or start in _PLAIN_STARTS):

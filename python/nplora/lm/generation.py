@@ -220,7 +220,7 @@ def _stream_ids(
     cache = lm.new_cache(len(answers), max(limits))
     for slot, model in enumerate(models.of_prompts):
         if model is not lm:
-            cache.adapters[slot] = model
+            cache.adapters.put(slot, model)
     return _in_this_context(_generated(lm, answers, limits, cache))
 
 

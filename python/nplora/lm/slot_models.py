@@ -55,7 +55,9 @@ def pieces_of(token_ids: npt.ArrayLike) -> list[Array]:
                 f"{op}: {name} has shape {ids.shape}, expected (m,) or (m, count) for m sequences"
             )
         pieces = list(ids.reshape(len(ids), -1))
-    if not pieces or not all(piece.size for piece in pieces):
+    if not pieces:
+        raise ValueError(f"{op}: {name} has no sequences, expected at least one")
+    if not all(piece.size for piece in pieces):
         raise ValueError(f"{op}: {name} has a sequence without tokens, expected at least one token")
     return pieces
 

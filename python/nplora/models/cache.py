@@ -48,9 +48,8 @@ class KVCache:
         held: int64 (slots,), how many pages each slot has. Only the first held[i] entries of row i of `table`
             are used.
         adapters: the adapter of each slot, which can be set while the slot is empty. A slot's adapter is a
-            name, an `Adapter`, the model that `lm.named_model` returned for one of these, or None. Initially,
-            the adapter of every slot is None. If a slot's adapter is None, `owner` computes the slot's
-            tokens.
+            name, an `Adapter`, or None. Initially, the adapter of every slot is None. If a slot's adapter is
+            None, `owner` computes the slot's tokens.
         activation: int64 (slots,), for slots with an activated LoRA: the first position on which the adapter
             acts. UNKNOWN: `decode` searches the next tokens for the invocation tokens. NEVER: the adapter
             does not act in this slot.

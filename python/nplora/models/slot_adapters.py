@@ -19,8 +19,7 @@ class SlotAdapters:
     Args:
         lengths: the number of tokens in each slot. The cache changes this array in place.
         owner: the model that computes the slots without an adapter.
-        resolve: a function that returns the model for an adapter. None: an entry of the list must be a model
-            or None.
+        resolve: a function that returns the model for an adapter. None: only `put` can set an adapter.
     """
 
     def __init__(
@@ -43,20 +42,26 @@ class SlotAdapters:
         return self._given[slot]
 
     def __setitem__(self, slot: int, adapter: Any) -> None:
+        self._require_empty(slot)
+        if adapter is not None and self._resolve is None:
+            raise TypeError("KVCache.adapters: this cache was not made by LanguageModel.new_cache")
+        self._set(slot, adapter, None if adapter is None or self._resolve is None else self._resolve(adapter))
+
+    def put(self, slot: int, model: Module) -> None:
+        """Let `model` compute a slot. All models of a cache must share their frozen weights."""
+        self._require_empty(slot)
+        self._set(slot, model, model)
+
+    def _require_empty(self, slot: int) -> None:
         if self._lengths[slot]:
             raise ValueError(
                 f"KVCache.adapters: slot {slot} has {self._lengths[slot]} tokens, expected an empty slot"
             )
-        model, invocation = self._owner, self._own_invocation
-        if adapter is not None:
-            if isinstance(adapter, Module):
-                model = adapter
-            elif self._resolve is None:
-                raise TypeError("KVCache.adapters: this cache was not made by LanguageModel.new_cache")
-            else:
-                model = self._resolve(adapter)
-            invocation = invocation_of(model)
-        self._given[slot], self._models[slot], self._invocations[slot] = adapter, model, invocation
+
+    def _set(self, slot: int, given: Any, model: Module | None) -> None:
+        self._given[slot] = given
+        self._models[slot] = self._owner if model is None else model
+        self._invocations[slot] = self._own_invocation if model is None else invocation_of(model)
 
     def model(self, slot: int) -> Module | None:
         """The model that computes the tokens of a slot."""

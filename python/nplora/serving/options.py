@@ -34,7 +34,8 @@ class ServeOptions:
     port: int = _option(8080, "port to listen on; 0: any free port")
     name: str | None = _option(None, "name of the base model in the API (default: the name of its file)")
     embeddings: bool = _option(
-        False, "serve embeddings and classes of texts instead of generating text (always on for encoders)"
+        False,
+        "serve embeddings and classes of texts or words, instead of generating text (always on for encoders)",
     )
     pooling: str | None = _option(
         None, "how the embedding is computed from the hidden states of a text: cls, mean, max, last, "

@@ -43,8 +43,8 @@ class Request:
             one. This also holds for known tokens that are computed again because the request was put back
             into the queue, so that the results have the same bits.
         keys: the page keys of the first `to_read` tokens, without an incomplete last page.
-        cached: the number of prompt tokens whose keys and values were in pages of other requests, and
-            therefore were never computed for this request.
+        cached: the number of prompt tokens whose keys and values were in pages of other requests when this
+            request first needed them.
         known: the largest number of this request's tokens that have been in the cache at the same time.
     """
 

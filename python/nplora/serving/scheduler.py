@@ -147,7 +147,7 @@ class Scheduler:
     def _prepare(self, request: Request) -> None:
         """Set the adapter and the length limit of the slot that the request just received."""
         cache, slot = self._cache, _slot(request)
-        cache.adapters[slot] = request.model
+        cache.adapters.put(slot, request.model)
         cache.limits[slot] = request.slot_limit
         cache.activate(slot, request.prompt)
 

@@ -382,7 +382,7 @@ class _Training:
         options, classifier = self.options, self.classifier
         speaking = self.is_first and speaks(progress)
         say, labels = speaker(speaking), classifier.labels
-        say_if_alone(self.ranks, options.distributed, say)
+        say_if_alone(self.ranks, options.distributed, progress)
         examples = counted(len(self.train), unit_of(classifier))
         say(f"{examples} to train on, {counted(len(labels), 'label')}")
         if self.is_first and self.task == "tokens":

@@ -202,7 +202,7 @@ def train(
         ]
         require_same_data(ranks, read[0], read[1] if len(read) > 1 else None, op)
         say, place = speaker(is_first and speaks(progress)), Path(files.absolute(output))
-        say_if_alone(ranks, distributed, say)
+        say_if_alone(ranks, distributed, progress)
         for examples in read:
             say(str(examples.report))
         batches = [

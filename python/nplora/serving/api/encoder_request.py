@@ -155,7 +155,10 @@ class EncoderReader:
     def _sentences(self, body: Fields, classifier: TextClassifier) -> tuple[Sentences, list[Array]]:
         """The sentences in the field `input`, and the token ids that the classifier computes."""
         length = _Length.read(body, classifier.encoder, self._longest)
-        sentences = Sentences.read(_inputs(body))
+        inputs, given = _inputs(body), body.required("input")
+        if isinstance(given, list) and isinstance(given[0], int):  # `inputs` is a list with this one item
+            raise wrong("input[0]", given[0], "a text or a list of words")
+        sentences = Sentences.read(inputs)
         with _tokenizing():
             found, ids = sentences.encoded(classifier, self._longest, length.most if length.cuts else None)
         return found, [np.array(text, np.int64) for text in ids]

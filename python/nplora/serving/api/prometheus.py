@@ -14,7 +14,7 @@ _COUNTERS = {
     "cached_tokens": "Prompt tokens whose keys and values were found in the prefix cache.",
     "generated_tokens": "Generated tokens.",
     "put_back": "How often a request lost its cache pages to other requests and was computed again.",
-    "rounds": "Rounds of the engine: steps that generate the next token of all running requests together.",
+    "rounds": "Rounds of the engine. In a round, all running requests are computed together.",
     "compute_seconds": "Seconds of computing.",
 }
 _GAUGES = {

@@ -23,6 +23,7 @@ from nplora.tokenizer.words import is_word, word_spans
 Array = npt.NDArray[Any]
 
 _MOST = 1 << 16  # the most words of a request, and the most tokens
+_MOST_CHARACTERS = 16 * _MOST  # of all words; the tokenizer may need seconds for more
 _MOST_LOGITS = 1 << 24  # 64 MiB
 _ARRAY = 128  # the bytes of a small array in addition to its values, rounded up
 
@@ -48,15 +49,16 @@ class Sentences:
         """Read the items of the field `input`, which are texts or lists of words.
 
         Raises:
-            RequestError: an item is neither, or has no word; or there are too many words.
+            RequestError: an item is neither, or has no word; or there are too many words or characters.
         """
-        texts, spans, room = list[str](), list[Array](), _MOST
+        texts, spans, room, characters = list[str](), list[Array](), _MOST, _MOST_CHARACTERS
         for i, given in enumerate(inputs):
-            if isinstance(given, str):
-                text, found = given, word_spans(given)
-            else:
-                words = _checked_words(f"input[{i}]", given)
-                text, found = " ".join(words), _joined_spans(words)
+            words = None if isinstance(given, str) else _checked_words(f"input[{i}]", given)
+            text = given if isinstance(given, str) else " ".join(words or ())
+            characters -= len(text)
+            if characters < 0:
+                raise _too_long("characters", _MOST_CHARACTERS)
+            found = word_spans(text) if words is None else _joined_spans(words)
             own = list(itertools.islice(found, room + 1))
             if not own:
                 raise wrong(f"input[{i}]", given, "a text or a list of words, with at least one word")
@@ -91,7 +93,7 @@ class Sentences:
         words = classifier.encoder.word_ids(self.words(), most if cut is None else min(cut, most))
         ids, rows = classifier.windows(words, longest)
         if (words.cut and cut is None) or sum(map(len, ids)) > most:
-            raise _too_long("tokens", most)
+            raise _too_long("tokens (those in several windows count several times)", most)
         return dataclasses.replace(self, first=words.first, rows=rows), ids
 
     @property

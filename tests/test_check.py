@@ -166,5 +166,5 @@ def test_a_seed_is_an_integer_of_at_least_zero(seed: Any, error: type[Exception]
 
 @pytest.mark.parametrize(("shape", "words"), [((), "0 axes"), ((2,), "1 axis"), ((1, 2, 3), "3 axes")])
 def test_axes_are_counted_in_words(shape: tuple[int, ...], words: str) -> None:
-    with pytest.raises(ValueError, match=rf"^op: W has {words}, expected 2 \(d_out, d_in\)$"):
+    with pytest.raises(ValueError, match=rf"^op: W has {words}, expected 2 axes \(d_out, d_in\)$"):
         _check.matrix("op", "W", np.ones(shape))

@@ -539,7 +539,7 @@ GOOD: dict[str, Any] = {"prompt": "1+1=", "choices": ["2", "3"], "answer": 0}
         ({"choices": ["2", " "]}, ".* expected a list of two or more different texts"),
         (
             {"choices": {"text": ["2", "3"], "label": ["A"]}},
-            "the labels of choices are .*, expected one for each",
+            "the labels of choices are .*, expected a different label for each",
         ),
         ({"choices": {"label": ["A"]}}, ".* expected a list of two or more different texts"),
         ({"answer": None}, "answer is None, expected one of the choices, or 0 to 1"),

@@ -283,7 +283,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     *((called(arguments=f'{{"x": {value}}}'), "the arguments of the tool call 'f' are .*, expected an object")
       for value in NO_JSON),
     (called(arguments='{"x": 1, "x": 2}'), "the arguments of the tool call 'f' are .*, expected an object"),
-    *(({**chat(ANSWER), "tools": f'[{{"name": "f", "x": {value}}}]'}, "tools is .*, or one as JSON")
+    *(({**chat(ANSWER), "tools": f'[{{"name": "f", "x": {value}}}]'}, "tools is .*, or such a list as JSON")
       for value in NO_JSON),
     *((talk(HUMAN, {**FUNCTION, "value": f'{{"name": "f", "arguments": {{"x": {value}}}}}'}),
        "a function_call is .*, expected a name and arguments as JSON") for value in NO_JSON),

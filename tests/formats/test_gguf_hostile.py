@@ -124,7 +124,7 @@ HOSTILE = {
     "empty key": (
         container((scalar("UINT8", b"\0", b""),), data=bytes(99)),
         FormatError,
-        "is '', expected a name",
+        "is '', expected a non-empty name",
     ),
     "duplicate key": (container((scalar("UINT8", b"\0"),) * 2), FormatError, "metadata 'key' appears twice"),
     "key not UTF-8": (container((scalar("UINT8", b"\0", b"k\xff"),)), FormatError, "not UTF-8 at byte 33"),
@@ -140,7 +140,11 @@ HOSTILE = {
         "'key': the type number at byte 35 is 99, expected 0 to 12",
     ),
     "value type 13": (container((text(b"key") + u32(13),)), FormatError, "the type number at byte 35 is 13"),
-    "element type 99": (container((text(b"key") + u32(9) + u32(99),)), FormatError, "elements: type 99"),
+    "element type 99": (
+        container((text(b"key") + u32(9) + u32(99),)),
+        FormatError,
+        "element type of metadata 'key': the type number at byte 39 is 99",
+    ),
     "value missing": (
         container((text(b"k" * 99),))[:133],
         TruncatedError,

@@ -100,7 +100,7 @@ def test_unknown_keys_are_listed() -> None:
 HOSTILE: list[tuple[dict[str, Any], type[FormatError], str]] = [
     ({"rank_pattern": {"(a+)+$": 4}}, UnsafeError, "rank_pattern: character 5 of the pattern '(a+)+$'"),
     ({"alpha_pattern": {"(a+)+$": 4}}, UnsafeError, "alpha_pattern"),
-    ({"target_modules": "(a+)+$"}, UnsafeError, "target_modules holds '(a+)+$'"),
+    ({"target_modules": "(a+)+$"}, UnsafeError, "target_modules holds the pattern '(a+)+$'"),
     ({"exclude_modules": ["x", "(a|a)*"]}, UnsafeError, "exclude_modules"),
     ({"rank_pattern": {"a" * 513: 4}}, LimitError, "513 characters"),
     ({"rank_pattern": {f"{i:0512}": 1 for i in range(513)}}, LimitError, "262,656 characters of patterns"),

@@ -33,7 +33,7 @@ from vocabularies import byte_level, opened
 
 def adapter(path):
     with peft_adapter.reading(path) as content:
-        for name, halves in content.factors([]).items():
+        for name, halves in content.factors([], {}).items():
             content.require_rank(name, halves)
 
 def rows(path):

@@ -243,8 +243,8 @@ def test_data_without_the_call_are_refused_or_warned_of(model: Path, tmp_path: P
     tokens = nplora.load_model(model).tokenizer.encode("@@")
     message = (
         f"finetune: {data}: 24 of 24 examples do not have the invocation tokens {tokens} (the text '@@'), so "
-        "the adapter has no effect on these examples; set --invocation (invocation=) to a text just before "
-        "the answers that has the same tokens in each example"
+        "the adapter has no effect on these examples; set --invocation (invocation=) to a text that stands "
+        "just before the answers and has the same tokens in each example"
     )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         nplora.finetune(model, data, tmp_path / "out", invocation="@@")

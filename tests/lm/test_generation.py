@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 import itertools
+import math
 import re
 import types
 import typing
@@ -44,7 +45,7 @@ class Echo:
         self.config = types.SimpleNamespace(
             max_position_embeddings=context,
             vocab_size=tokenizer.vocab_size,
-            rope=types.SimpleNamespace(long=None),
+            rope=types.SimpleNamespace(longest_short=math.inf),
         )
         self.never = list(never)
         self.calls: list[tuple[int, int]] = []

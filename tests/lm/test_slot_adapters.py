@@ -143,9 +143,9 @@ def test_pieces_of_different_lengths_are_computed_together(
 @pytest.mark.parametrize(
     ("token_ids", "message"),
     [
-        ([[1, 2], []], "no tokens for a sequence"),
-        ([], "no tokens for a sequence"),
-        ([[[1]], [[2]]], r"shape \(2, 1, 1\), expected \(m, count\)"),
+        ([[1, 2], []], "a sequence without tokens"),
+        ([], "no sequences"),
+        ([[[1]], [[2]]], r"shape \(2, 1, 1\), expected \(m,\) or \(m, count\)"),
         ([[1], [2], [3]], r"slots have shape \(2,\), expected one slot for each of 3"),
         ([[1, 2], [3.0]], "expected integers"),
         ([[1, 99999], [3]], "token_ids holds 99999"),

@@ -181,7 +181,7 @@ def test_a_smollm3_has_the_windows_that_layer_types_name(tmp_path: Path) -> None
         ),
         ("phi3", {"rope_scaling": {"type": "x" * 10_000}}, "x…, expected 'default' or 'longrope'"),
         ("gemma3_text", {"final_logit_softcapping": 30.0}, "final_logit_softcapping is set"),
-        ("gemma3_text", {"use_bidirectional_attention": True}, "only causal models are read"),
+        ("gemma3_text", {"use_bidirectional_attention": True}, "the model is not causal"),
         ("gemma3_text", {"sliding_window_pattern": 0}, "expected at least 1"),
         (
             "gemma3_text",

@@ -174,7 +174,7 @@ def test_products_are_the_same_to_the_bit_on_any_number_of_threads(rng: np.rando
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ((np.ones(3),), ValueError, r"FrozenWeight: W has 1 axis, expected 2 \(d_out, d_in\)"),
+        ((np.ones(3),), ValueError, r"FrozenWeight: W has 1 axis, expected 2 axes \(d_out, d_in\)"),
         ((np.ones((1, 2, 3)),), ValueError, "W has 3 axes"),
         ((np.float32(1),), ValueError, "W has 0 axes"),
         (("q4_0",), TypeError, r"W is a str, expected an array \(d_out, d_in\)$"),

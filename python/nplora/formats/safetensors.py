@@ -392,7 +392,7 @@ def _header(data: Buffer, source: str) -> tuple[dict[str, Any], int]:
     if size > min(MAX_HEADER, len(data) - 8):
         found = f"{source}: the first 8 bytes ({brief(bytes(data[:8]))}) announce a header of {size:,} bytes"
         if size > MAX_HEADER:
-            raise LimitError(f"{found}, but at most {MAX_HEADER:,} are read")
+            raise LimitError(f"{found}, expected at most {MAX_HEADER:,}")
         raise TruncatedError(f"{found}, but only {len(data) - 8:,} bytes follow")
     raw, where = data[8 : 8 + size], f"{source}: header"
     if bytes(raw[:1]) != b"{":

@@ -225,8 +225,8 @@ def _asked(
             question = asked(lm.tokenizer, example, row.values, row.where, reading.chat)
             if len(question.ids) >= context:
                 raise DataError(
-                    f"{row.where}: the prompt has {counted(len(question.ids), 'token')}, the model's context "
-                    f"is {context:,}"
+                    f"{row.where}: the prompt has {counted(len(question.ids), 'token')}, but the model's "
+                    f"context is {context:,}"
                 )
         except (DataError, LimitError) as error:
             bad.skip(error, reading.skip_bad)

@@ -513,7 +513,7 @@ def test_a_file_beyond_the_memory_is_named(tmp_path: Path) -> None:
             safetensors.open(path, mmap=False)
         path.write_bytes(b"zz nonsense")
         os.truncate(path, size)
-        with pytest.raises(LimitError, match="announce a header of .* bytes, expected at most"):
+        with pytest.raises(LimitError, match=r"announce a header of .* bytes, expected at most"):
             safetensors.open(path, mmap=False)
     finally:
         resource.setrlimit(resource.RLIMIT_AS, limits)

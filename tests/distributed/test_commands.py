@@ -74,9 +74,9 @@ def test_one_rank_prints_and_writes_and_all_are_reported(inputs: Path, tmp_path:
     ("of_rank_1", "message"),
     [
         ({"data": "other.jsonl"}, "the ranks do not agree: rank 1 differs in data"),
-        ({"data": "missing.jsonl"}, "rank 1: FileNotFoundError"),
+        ({"data": "missing.jsonl"}, "error: rank 1: no such file: "),
         ({"model": "other.gguf"}, "the ranks do not agree: rank 1 differs in base model"),
-        ({"model": "missing.gguf"}, "rank 1: FileNotFoundError"),
+        ({"model": "missing.gguf"}, "error: rank 1: no such file: "),
         ({"more": ["--lr", 0.5]}, "the ranks do not agree: rank 1 differs in lr: 0.5, but not set on rank 0"),
     ],
 )
@@ -122,10 +122,10 @@ def test_a_rank_with_another_validation_or_no_limit_of_memory_is_named(
 @pytest.mark.parametrize(
     ("more", "timeout", "message"),
     [
-        (["--rank", 0], "60", "rank 1: UsageError: finetune: rank is 0"),
-        (["--unknown", 1], "60", "rank 1: UsageError: unrecognized arguments: --unknown 1"),
-        (["--lr", "fast"], "60", "rank 1: WrongArguments: argument --lr: "),
-        ([], "soon", "rank 1: ValueError: MPICommunicator: NPLORA_RANK_TIMEOUT is 'soon'"),
+        (["--rank", 0], "60", "rank 1: finetune: rank is 0"),
+        (["--unknown", 1], "60", "rank 1: unrecognized arguments: --unknown 1"),
+        (["--lr", "fast"], "60", "rank 1: argument --lr: "),
+        ([], "soon", "rank 1: MPICommunicator: NPLORA_RANK_TIMEOUT is 'soon'"),
     ],
 )
 def test_a_rank_that_fails_before_it_meets_the_others_ends_them(
@@ -154,7 +154,7 @@ def test_only_rank_0_needs_an_output_directory(inputs: Path, tmp_path: Path) -> 
     assert status != 0
     assert len(errors_of(errors)) == 1, errors
     assert "/proc/no" in errors
-    assert "; this was rank 0" in errors
+    assert "; the error occurred on rank 0" in errors
 
 
 @needs_mpi
@@ -228,12 +228,12 @@ def test_the_failure_of_another_rank_is_not_a_wrong_argument(
     monkeypatch: pytest.MonkeyPatch, inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fail(*arguments: Any, **options: Any) -> None:
-        raise RankError(1, "MemoryError: out of memory")
+        raise RankError(1, "out of memory")
 
     monkeypatch.setattr("nplora.finetuning.finetune", fail)
     files = [inputs / "model.gguf", "--data", inputs / "train.jsonl", "--output", tmp_path / "out"]
     assert cli.main(["finetune", *map(str, files)]) == 1
-    assert capsys.readouterr().err == "nplora: error: rank 1: MemoryError: out of memory\n"
+    assert capsys.readouterr().err == "nplora: error: rank 1: out of memory\n"
 
 
 def test_a_process_that_no_launcher_started_says_that_it_is_alone(

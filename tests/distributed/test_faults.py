@@ -40,7 +40,7 @@ def require_same_end(directory: Path) -> None:
 def test_an_error_on_one_rank_ends_all_and_the_run_is_saved(rank: int, tmp_path: Path) -> None:
     status, _, errors = run((3, [HERE / "faults.py", "error", rank, 5, tmp_path / "run"]))
     assert status != 0
-    assert errors.count(f"rank {rank}: MemoryError: no memory for a test") == 2
+    assert errors.count(f"rank {rank}: no memory for a test") == 2
     assert saved_step(tmp_path / "run") == 5
     require_same_end(tmp_path / "run")
 
@@ -48,8 +48,8 @@ def test_an_error_on_one_rank_ends_all_and_the_run_is_saved(rank: int, tmp_path:
 def test_a_full_disk_of_rank_0_ends_all_and_the_last_checkpoint_is_resumed(tmp_path: Path) -> None:
     status, _, errors = run((2, [HERE / "faults.py", "disk", 0, 5, tmp_path / "run"]))
     assert status != 0
-    assert "this was rank 0" in errors
-    assert "rank 0: OSError: [Errno 27] File too large: " in errors
+    assert "the error occurred on rank 0" in errors
+    assert f"rank 0: {tmp_path}/run/log.jsonl: File too large: " in errors
     assert saved_step(tmp_path / "run") == 1  # the checkpoint after the first step
     require_same_end(tmp_path / "run")
 
@@ -103,8 +103,8 @@ def test_a_rank_that_fails_waits_until_the_batch_of_rank_0_is_computed(tmp_path:
     words = [HERE / "faults.py", "batch", 1, 5, tmp_path / "run"]
     status, _, errors = run((2, words), FAULT_SECONDS="6")
     assert status != 0
-    assert "rank 1 has failed (MemoryError: no memory for a test) and waits for rank 0" in errors
-    assert "rank 1: MemoryError: no memory for a test" in errors
+    assert "rank 1 has failed (no memory for a test) and waits for rank 0" in errors
+    assert "rank 1: no memory for a test" in errors
     assert saved_step(tmp_path / "run") == 5
     require_same_end(tmp_path / "run")
 
@@ -130,7 +130,7 @@ def test_ranks_wait_for_rank_0_which_saves_the_run_after_another_rank_has_stoppe
 def test_an_interrupt_that_a_callback_raises_on_one_rank_ends_all(rank: int, tmp_path: Path) -> None:
     status, _, errors = run((2, [HERE / "faults.py", "raise", rank, 5, tmp_path / "run"]))
     assert status != 0
-    assert f"rank {rank}: KeyboardInterrupt" in errors
+    assert f"rank {rank}: interrupted" in errors
     assert saved_step(tmp_path / "run") == 5
     require_same_end(tmp_path / "run")
 

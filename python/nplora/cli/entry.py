@@ -17,6 +17,7 @@ from nplora.distributed.communicator import RankError, is_reported
 from nplora.distributed.launch import require_one_process
 from nplora.distributed.opening import heard_by_all_ranks
 from nplora.platform.processes import write_utf8
+from nplora.runtime.error_text import EXPECTED
 from nplora.runtime.stderr import stderr
 
 _INTERRUPTED = 128 + 2  # the exit status that a shell reports for a program that Ctrl-C ended
@@ -83,7 +84,7 @@ def _status(arguments: list[str]) -> int:
     except UsageError as error:
         show_error(error, f" (try {parsed.prog} --help)", spelled)
         return 2
-    except (OSError, ValueError, ArithmeticError, ImportError, MemoryError) as error:
+    except EXPECTED as error:
         show_error(error, spelled=spelled)
         is_wrong = isinstance(error, ValueError | OSError | ModuleNotFoundError)
         return 2 if is_wrong and not isinstance(error, RankError) else 1

@@ -1,10 +1,9 @@
 """Prints the errors and warnings of the command line on stderr, each on one line."""
 
-import errno
-import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 
+from nplora.runtime.error_text import message_of
 from nplora.runtime.stderr import stderr
 
 # _ALONE and _END enclose a name that is not a part of a path, a quoted text or a longer name.
@@ -87,20 +86,6 @@ class Spelling:
     def _alone(self, found: re.Match[str]) -> str:
         is_option = "_" in found[1] and found[0] not in self._typed
         return self._options[found[1]] if is_option else found[0]
-
-
-def message_of(error: Exception) -> str:
-    """The message of an error, with the name of its file, but without the number of a system error."""
-    if not isinstance(error, OSError) or error.strerror is None or error.errno is None:
-        return str(error) or "out of memory"
-    text, file = error.strerror, error.filename
-    is_systems = text == os.strerror(error.errno)
-    if is_systems:
-        text = "no such file" if error.errno == errno.ENOENT else text[0].lower() + text[1:]
-    if file is None:
-        return text
-    path = os.fsdecode(file) if isinstance(file, (str, bytes, os.PathLike)) else str(file)
-    return f"{text}: {path}" if is_systems else f"{path}: {text}"
 
 
 def one_line(text: str) -> str:

@@ -18,9 +18,9 @@ class RankError(ConnectionError):
         rank, reason: the number of that rank, and the reason.
 
     >>> import nplora
-    >>> raise nplora.distributed.RankError(1, "MemoryError: out of memory")
+    >>> raise nplora.distributed.RankError(1, "out of memory")
     Traceback (most recent call last):
-    nplora.distributed.communicator.RankError: rank 1: MemoryError: out of memory
+    nplora.distributed.communicator.RankError: rank 1: out of memory
     """
 
     def __init__(self, rank: int, reason: str) -> None:

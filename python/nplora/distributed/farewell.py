@@ -8,6 +8,7 @@ from collections.abc import Collection
 from typing import Any
 
 from nplora.distributed.communicator import RankError, mark_reported
+from nplora.runtime.error_text import message_of
 from nplora.runtime.stderr import stderr
 
 _QUIET = 5.0  # a failed rank waits this many seconds before it prints that it waits
@@ -107,7 +108,7 @@ class Farewell:
     def leave(self, error: BaseException) -> None:
         """Report an error to the other ranks, and wait until these ranks have ended their runs too."""
         rank, reason = (error.rank, error.reason) if isinstance(error, RankError) else (self.rank, "")
-        reason = reason or in_words(error)
+        reason = reason or message_of(error)
         try:
             self._notify(_LEAVES, rank, reason + _notes(error))
             self._wait_for_the_end_of_others(error)
@@ -118,7 +119,7 @@ class Farewell:
         except Exception:  # MPI itself has failed
             self._abort_beside(error, set(self._others()) - self._gone)
         if isinstance(error, OSError | MemoryError) and not isinstance(error, RankError):
-            error.add_note(f"this was rank {self.rank}")  # says whose disk or memory failed
+            error.add_note(f"the error occurred on rank {self.rank}")  # says whose disk or memory failed
         if self.rank and self._reported is not None:
             their_rank, theirs = self._reported
             if their_rank == rank or theirs.startswith(reason):
@@ -139,8 +140,8 @@ class Farewell:
             if now - started > _QUIET and not is_told:
                 is_told = True
                 print(
-                    f"nplora: rank {self.rank} has failed ({in_words(error)}) and waits for {_named(silent)} "
-                    f"to compute a batch or to save the run, for {self.timeout:g} s at most",
+                    f"nplora: rank {self.rank} has failed ({message_of(error)}) and waits for "
+                    f"{_named(silent)} to compute a batch or to save the run, for {self.timeout:g} s at most",
                     file=stderr,
                 )
             self.listen()
@@ -150,7 +151,7 @@ class Farewell:
 
     def _abort_beside(self, error: BaseException, silent: Collection[int]) -> None:
         """Print the error and end all ranks, because some ranks do not respond."""
-        text = str(error) if isinstance(error, RankError) else f"rank {self.rank}: {in_words(error)}"
+        text = str(error) if isinstance(error, RankError) else f"rank {self.rank}: {message_of(error)}"
         others = f"; {_named(silent)} did not react" if silent else ""
         print(f"nplora: error: {text}{_notes(error)}{others}, so all ranks are ended", file=stderr)
         with contextlib.suppress(OSError, ValueError, AttributeError):
@@ -167,12 +168,6 @@ class Farewell:
 
 def _named(ranks: Collection[int]) -> str:
     return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, sorted(ranks)))}"
-
-
-def in_words(error: BaseException) -> str:
-    """The kind of an error and its message."""
-    text = str(error)
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 def _notes(error: BaseException) -> str:

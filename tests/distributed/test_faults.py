@@ -49,7 +49,7 @@ def test_a_full_disk_of_rank_0_ends_all_and_the_last_checkpoint_is_resumed(tmp_p
     status, _, errors = run((2, [HERE / "faults.py", "disk", 0, 5, tmp_path / "run"]))
     assert status != 0
     assert "the error occurred on rank 0" in errors
-    assert "rank 0: file too large: " in errors
+    assert f"rank 0: {tmp_path}/run/log.jsonl: File too large: " in errors
     assert saved_step(tmp_path / "run") == 1  # the checkpoint after the first step
     require_same_end(tmp_path / "run")
 

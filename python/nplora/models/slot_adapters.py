@@ -47,8 +47,11 @@ class SlotAdapters:
             raise TypeError("KVCache.adapters: this cache was not made by LanguageModel.new_cache")
         self._set(slot, adapter, None if adapter is None or self._resolve is None else self._resolve(adapter))
 
-    def put(self, slot: int, model: Module) -> None:
-        """Let `model` compute a slot. All models of a cache must share their frozen weights."""
+    def put(self, slot: int, model: Module | None) -> None:
+        """Let `model`, or the owner if it is None, compute a slot.
+
+        All models of a cache must share their frozen weights.
+        """
         self._require_empty(slot)
         self._set(slot, model, model)
 

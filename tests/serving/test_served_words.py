@@ -242,7 +242,7 @@ def test_a_word_without_a_tag_does_not_end_an_entity(directory: Path) -> None:
         ({"input": [["a", 5]]}, "input[0][1]", "input[0][1] is 5, expected a word"),
         ({"input": [["a", None]]}, "input[0][1]", "expected a word"),
         ({"input": [["a", ["b"]]]}, "input[0][1]", "expected a word"),
-        ({"input": [5, 6]}, "input[0][0]", "input[0][0] is 5, expected a word"),
+        ({"input": [5, 6]}, "input[0]", "input[0] is 5, expected a text or a list of words"),
         ({"input": [["a"], {"words": ["a"]}]}, "input[1]", "a text or a list of words"),
         ({"input": {"text": "a"}}, "input", "a list"),
         ({"input": ["a"] * 2049}, "input", "at most 2,048"),

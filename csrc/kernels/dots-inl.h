@@ -41,8 +41,8 @@ inline constexpr bool kStaysInRegisters =
 template <class W, size_t kTokens, size_t kRows>
 using RowSums = Vec<Sum<W>>[kRows][kTokens][kSideSums<W>];
 
-// Multiplies each row w[r] of a full panel by the matching elements of each row t of `x`, element by element.
-// The products of w[r] and row t are added to the lanes of sums[r][t][0]. The order of the additions depends
+// Multiplies each row w[r] of a full panel, element by element, by the same columns of each row t of `x`. The
+// products of w[r] and row t are added to the lanes of sums[r][t][0]. The order of the additions depends
 // neither on the number of tokens nor on whether W is stored in panels or row-major. `x_at(t, s)` returns
 // vector s of row t of `x`.
 template <class W, size_t kTokens, size_t kRows, class XAt>
@@ -279,8 +279,8 @@ void dots(size_t m, size_t rows, size_t depth, const Panels<W>& w, const Sum<W>*
 }
 
 // Adds up the lanes of each row of `part` (rows, kLanes) in pairs, then the results in pairs, and so on. If
-// `bias` (rows) is not null, `bias` is added. The sums are stored in `y` (rows). The function transposes
-// blocks of kLanes rows, so that all rows of a block are summed at once.
+// `bias` (rows) is not null, it is added to the sums. The sums are stored in `y` (rows). The function
+// transposes blocks of kLanes rows, so that all rows of a block are summed at once.
 template <class T>
 void sum_parts(size_t rows, const T* part, const T* bias, T* y) {
   constexpr size_t kLanes = Vec<T>::kLanes;

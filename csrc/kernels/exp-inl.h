@@ -53,8 +53,8 @@ struct Part {
   }
 };
 
-// Calls `body(i, span)` for each vector of an array of `n` floats. The vector begins at element i of the
-// array, and `span` is the Whole or the Part that accesses this vector.
+// Calls `body(i, span)` for each vector of an array of `n` floats. The vector begins at element i. `span`
+// loads and stores the vector: a Whole for a full vector, or a Part for the incomplete last one.
 template <class Body>
 inline void for_vectors(size_t n, const Body& body) {
   constexpr size_t kLanes = Vec<float>::kLanes;

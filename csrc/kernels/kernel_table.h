@@ -267,8 +267,8 @@ struct Products : Tiles<T> {
 
   // Adds the product of a dense `a` (m, depth) and w (depth, n) to `c` (m, n). The order of the additions is
   // the same as in gemm_outputs_in_lanes. `panels` holds w in dense panels of kPanelColumns columns. The last
-  // panel has the remaining columns and is dense too. If `streams` is set, `c` is too large for the cache and
-  // is prefetched.
+  // panel has only the remaining columns, without padding. If `streams` is set, `c` is too large for the
+  // cache and is prefetched.
   void (*merge)(size_t m, size_t n, size_t depth, const T* a, const T* panels, T* c, size_t c_stride,
                 bool streams);
 };
@@ -429,10 +429,10 @@ inline constexpr size_t kDithered = 64;
 struct Int8Gemm {
   size_t code_offset;  // the offset of the codes of W, at most 128
 
-  // Quantises a row of `n` elements x[i] * factors[i], or x[i] if `factors` is null, in groups of `group`
-  // elements. The function code_scale gives the scale of each group. A code is the element times (1 / scale),
-  // rounded to nearest, ties to even. The codes are 0 if the scale is 0 or NaN. The codes are padded with
-  // zeros to a multiple of four.
+  // Quantises a row of `n` elements in groups of `group` elements. Element i is x[i] * factors[i], or x[i] if
+  // `factors` is null. The function code_scale gives the scale of each group. A code is the element times (1
+  // / scale), rounded to nearest, ties to even. The codes are 0 if the scale is 0 or NaN. The codes are
+  // padded with zeros to a multiple of four.
   void (*quantize)(size_t n, size_t group, const float* x, const float* factors, int8_t* codes, float* scales,
                    int32_t* corrections);
 

@@ -57,8 +57,8 @@ struct ForwardBuffers {
   float *queries, *sums;          // (head_dim, kTileLanes)
   float* scores;                  // (kTileKeys, kTileLanes)
   float *largest, *sum, *factor;  // (kTileLanes)
-  // The operands of products in pairs of bfloat16: `pairs` (head_dim / 2, lanes) holds the queries, and
-  // `weights` (kTileKeys / 2, lanes) holds the weights of a tile of keys.
+  // Only for bfloat16, whose products multiply two values per lane: `pairs` (head_dim / 2, lanes) holds the
+  // queries, and `weights` (kTileKeys / 2, lanes) holds the weights of a tile of keys.
   kernels::Bf16Pair *pairs, *weights;
 };
 

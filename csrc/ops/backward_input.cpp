@@ -211,9 +211,9 @@ void InputGradient<E, W>::add_block(const Part& p, const Gradient& dy, Range row
   }
 }
 
-// Adds the low-rank part of the gradient for a few tokens: dx[few, panel] += undrop(dz B[:, panel]). The
-// ranges `few` and `some` contain the same tokens: `few` counts from the first row of dx, and `some` counts
-// from the start of the token block.
+// Adds the low-rank part of the gradient for a few tokens: dx[few, panel] += undrop(dz B[:, panel]), where
+// `undrop` applies the dropout mask of x. The ranges `few` and `some` contain the same tokens: `few` counts
+// from the first row of dx, and `some` counts from the start of the token block.
 template <class E, class W>
 void InputGradient<E, W>::add_low_rank(const Joined& all, Range token_block, Range some, Range panel,
                                        Matrix<T> dx, Range few) const {

@@ -62,8 +62,7 @@ inline constexpr size_t kBlocksBytes = size_t{448} << 10;
 // their outputs in one panel (64 x 48 floats = 12 KB) are still in L1 when the update is added to the
 // outputs.
 inline constexpr size_t kFewTokens = 64;
-// Replaces kFewTokens in int8 products: 63 is a multiple of 7 and 9, the numbers of tokens in a tile of these
-// products.
+// Replaces kFewTokens in int8 products. Their tiles have 7 or 9 tokens, and 63 is a multiple of both.
 inline constexpr size_t kFewInt8Tokens = 63;
 // A task computes at most kColumnBlock columns of a gradient of A or B. The task sums over kSumDepth tokens
 // at a time.

@@ -125,8 +125,8 @@ void lora_infer(std::span<const ForwardPart<T>> parts, Matrix<const T> x, size_t
 }
 
 // In a small batch, each weight is read once for all groups of rows. In a larger batch, each weight is read
-// once for each group. The method for a group depends on the size of the whole batch, so the bits of a row do
-// not depend on the size of its group.
+// once for each group. The method depends on the size of the whole batch, not on that of the group. So the
+// bits of a row do not depend on the size of its group.
 template <class T>
 void lora_forward_groups(std::span<const GroupParts<T>> groups, Matrix<const T> x) {
   if (x.rows > kernels::kSmallBatch || !share_weights(groups)) {

@@ -116,7 +116,7 @@ class LanesForward {
     for (size_t i = 0; i < rank * lanes; ++i) zt[i] *= T(part.low.scale);
   }
 
-  // Computes y for some rows of the weight of one layer, and for some lane blocks of a token block.
+  // Computes y for some rows of a layer's weight and for some tokens of a token block (whole lane blocks).
   void multiply(Range token_block, Range blocks, PartRows piece) const {
     const LoraDelta& delta = deltas_[piece.part];
     const ForwardPart<T>& part = delta.part;

@@ -62,10 +62,10 @@ void fetch(const Fetch& some) {
   for (size_t i = 0; i < some.lines; ++i) __builtin_prefetch(some.at + i * kCacheLine, 0, 2);
 }
 
-// Computes one layer of a stack. The weight is read once, as elements of type W. If the weight is stored in
-// panels, the panels are read one after the other, while the partial sums of the rows stay in the cache. The
-// updates are added last, when their factors have been prefetched. The updates are computed in type T, the
-// type of the sums. For each row of x, the result has the same bits in every batch.
+// Computes one layer of a stack. The weight is read once. Its elements have the template type W. If the
+// weight is stored in panels, the panels are read one after the other, while the partial sums of the rows
+// stay in the cache. The updates are added last, when their factors have been prefetched. The updates are
+// computed in type T, the type of the sums. For each row of x, the result has the same bits in every batch.
 template <class W>
 class SmallForward {
  public:
@@ -193,8 +193,8 @@ class SmallForward {
     });
   }
 
-  // Stores the partial sums of the products of these rows of W with x in `sums` (n, rows, lanes). At most
-  // `most` columns of W are multiplied at a time.
+  // Stores the partial sums of the products of these rows of W with x in `sums` (n, rows, lanes). The columns
+  // of W are multiplied in groups of up to `most`.
   void stream(Range rows, size_t most, W* decoded, T* sums) const {
     const WeightView& w = part_.w;
     const size_t full = full_columns(w.d_in);
@@ -286,8 +286,8 @@ void forward_small(std::span<const ForwardPart<Sum<W>>> parts, Matrix<const Sum<
   // Each worker first multiplies rows of W, one task after the other, and then rows of B. When no rows of B
   // are left to take, the worker waits until z is complete. Then the worker adds the updates to the outputs
   // that it has computed. So a worker waits only while other workers still multiply rows of B. For large
-  // weights there are more workers than threads: each thread runs several workers, and Ctrl-C is noticed
-  // between two workers.
+  // weights there are more workers than threads. Each thread runs several workers, one after the other, so
+  // that Ctrl-C is noticed whenever a worker has ended.
   const size_t in_time = static_cast<size_t>(flops_of(parts, x.rows) / kTaskFlops);
   const size_t workers = round_up(std::max(threads, in_time), threads);
   const size_t most_rows = workers > threads ? ceil_div(rows, workers) : rows;

@@ -50,10 +50,10 @@ struct ForwardPart {
 };
 
 // Computes a stack of layers; each of `parts` is one layer. All layers read the same x (n, d_in). If `int8`
-// is true, large batches with weights of Compute::kInt8 are multiplied in int8. If `int8` is false, these
-// batches are computed as for Compute::kBfloat16. Training may set `int8`, because products in int8 are
-// faster. But W is then rounded a second time, from its blocks to codes with one scale for each row.
-// Inference does not set `int8`, because this rounding would make the answers of the model less accurate.
+// is true, large batches are multiplied in int8 with weights of Compute::kInt8. If `int8` is false, they are
+// computed as for Compute::kBfloat16. Training may set `int8`, because products in int8 are faster. But W is
+// then rounded a second time, from its blocks to codes with one scale for each row. Inference does not set
+// `int8`, because this rounding would make the answers of the model less accurate.
 template <class T>
 void lora_forward(std::span<const ForwardPart<T>> parts, Matrix<const T> x, bool int8);
 

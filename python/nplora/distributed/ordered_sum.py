@@ -63,7 +63,7 @@ class OrderedSum:
             each.keep()
 
     def forget(self) -> None:
-        """Drop the terms of this rank that are not added yet."""
+        """Drop the terms of this rank that have not been added yet."""
         for each in self._slices:
             each.terms.clear()
 

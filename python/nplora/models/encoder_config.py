@@ -121,7 +121,7 @@ class EncoderConfig:
 
     @property
     def attention_scale(self) -> float:
-        """The factor of the attention scores."""
+        """The factor by which the attention scores are multiplied."""
         return 1 / math.sqrt(self.head_dim)
 
     def rope_of(self, layer: int) -> RopeConfig | None:

@@ -98,7 +98,7 @@ def replace(old: str, new: str) -> None:
 
 
 def _replaced(path: str, mark: str) -> str:
-    """Return the new name for the mapped file `path`, which another file is about to replace.
+    """Return the name to which the mapped file `path` is moved before another file takes its place.
 
     `mark` is a part of the new name. If `mark` is "*", the result is a pattern for all such names.
     """

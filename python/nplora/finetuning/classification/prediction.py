@@ -263,7 +263,7 @@ class _Predictor:
 
     @property
     def column(self) -> str:
-        """The name of the field with the text or words, for rows that are lines of a plain text."""
+        """If the rows are lines of a plain text: the name of the field for the text (or words) of a line."""
         columns = self._columns
         return (columns.tokens or WORDS[0]) if self._classifier.classifies_tokens else columns.text
 

@@ -132,8 +132,8 @@ def read_dataset(
     - {"text": "…"}: the text ends with EOS. All tokens are trained.
 
     All rows of a file have the same format. A plain .txt file is one text, which is split into windows of
-    max_length tokens. A message of the assistant with "weight": 0 is read but not trained. A field that is
-    null counts as missing.
+    max_length tokens. A message of the assistant with "weight": 0 is context that is not trained. A field
+    that is null counts as missing.
 
     Args:
         data: one of these:

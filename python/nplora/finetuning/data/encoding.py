@@ -69,7 +69,7 @@ class Encoder:
         self._most = None if max_length is None else max_length + 1
 
     def encode(self, example: Example, where: str) -> list[Encoded]:
-        """The sequences of an example. A preference has two: chosen and rejected. Any other example has one.
+        """The sequences of an example: one, or two (chosen and rejected) for a preference.
 
         Raises:
             DataError: nothing can be trained, both answers of a preference have the same tokens, or the chat

@@ -202,7 +202,7 @@ def in_memory(source: Source) -> Source:
 def find_splits(path: StrPath) -> tuple[Path, Path | None]:
     """Find the training file and, if there is one, the validation file.
 
-    In a directory, these files are train.* and valid.*. A path to a file is the training file.
+    In a directory, these files are train.* and valid.*. If the path is a file, it is the training file.
 
     Raises:
         FileNotFoundError: there is no such file, or the directory has no train.jsonl (or .csv, .txt, …).

@@ -176,7 +176,7 @@ class NploraLM(LM):  # type: ignore[misc]
         return found
 
     def _sampling(self, options: dict[str, Any]) -> Sampling:
-        """The sampling options for a task. `options` has the names of transformers, such as do_sample."""
+        """The sampling options for a task. `options` has the keys of transformers, such as do_sample."""
         until = options.get("until") or []
         stop = [until] if isinstance(until, str) else list(until)
         count = options.get("max_gen_toks", options.get("max_new_tokens", self.max_gen_toks))

@@ -18,7 +18,7 @@ from nplora import _check
 from nplora.adapters import Adapter
 from nplora.formats.errors import CorruptError, FormatError, UnsupportedError
 from nplora.lm import LanguageModel, load_model, named_adapters
-from nplora.lm.generation import generate_ids, stream, stream_all
+from nplora.lm.generation import generate_ids, prompt_ids, stream, stream_all
 from nplora.models.packing import pack
 from nplora.tokenizer import Tokenizer
 from small_llama import save_small_llama
@@ -389,6 +389,21 @@ def test_a_call_keeps_its_adapter_when_another_thread_removes_it_meanwhile(
         finally:
             patch.undo()
         assert (lm.adapters["x"].source if "x" in lm.adapters else "") != str(paths["all"]), name
+
+
+def test_a_prompt_is_encoded_with_one_adapter(model: Path) -> None:
+    lm, other = load_model(model), load_model(model)
+    other.add_lora(rank=2, targets="q_proj", add_tokens="<step>")
+    lm.load_adapter(Adapter.from_model(other), "steps")
+    lm.set_adapter("steps")
+    wanted = prompt_ids("test", lm, "1<step>")
+    assert max(wanted) == lm.config.vocab_size
+    patch = before_first_call(Tokenizer, "encode_prompt", lambda: lm.delete_adapter("steps"))
+    try:
+        assert prompt_ids("test", lm, "1<step>") == wanted
+    finally:
+        patch.undo()
+    assert not lm.adapters
 
 
 def test_a_stream_keeps_the_adapter_of_its_call(model: Path, paths: dict[str, Path]) -> None:

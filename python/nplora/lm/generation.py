@@ -188,20 +188,25 @@ class _Models(NamedTuple):
 
 
 def _models(lm: GeneratingModel, prompts: Sequence[Any], adapters: Adapters | None) -> _Models:
-    chooser = cast(AdapterChoosingModel, lm)
-    selected = chooser._selected(_OP) if hasattr(lm, "_selected") else lm
+    selected = _selected(_OP, lm)
     if adapters is None:
         return _Models(selected, [selected] * len(prompts))
     if len(adapters) != len(prompts):
         raise ValueError(
             f"{_OP}: {len(adapters)} adapters for {counted(len(prompts), 'prompt')}, expected one for each"
         )
+    chooser = cast(AdapterChoosingModel, lm)
     keys = [adapter if isinstance(adapter, str) else id(adapter) for adapter in adapters]
     made = {
         key: selected if adapter is None else chooser.named_model(adapter)
         for key, adapter in dict(zip(keys, adapters, strict=True)).items()
     }
     return _Models(selected, [made[key] for key in keys])
+
+
+def _selected(op: str, lm: GeneratingModel) -> GeneratingModel:
+    """The model with its selected adapters; the model itself if it has no named adapters."""
+    return cast(AdapterChoosingModel, lm)._selected(op) if hasattr(lm, "_selected") else lm
 
 
 def _stream_ids(
@@ -292,6 +297,7 @@ def prompt_ids(op: str, lm: GeneratingModel, prompt: Prompt) -> list[int]:
     Traceback (most recent call last):
     ValueError: my_program: the prompt is empty
     """
+    lm = _selected(op, lm)
     tokenizer, chat = lm.tokenizer, not isinstance(prompt, str)
     if chat and not (isinstance(prompt, Sequence) and all(isinstance(m, Mapping) for m in prompt)):
         raise TypeError(f"{op}: prompt is {prompt!r}, expected a text or a chat (a list of messages)")
@@ -306,7 +312,7 @@ def checked_ids(op: str, lm: GeneratingModel, ids: list[int], context: int | Non
         context: the context length for which there is memory, if it is less than the model's context length.
     Raises the errors that `prompt_ids` raises for tokens.
     """
-    tokenizer, context = lm.tokenizer, context or int(lm.config.max_position_embeddings)
+    lm, context = _selected(op, lm), context or int(lm.config.max_position_embeddings)
     vocab = getattr(lm, "vocab_size", lm.config.vocab_size)  # with the tokens that an adapter adds
     if not ids:
         raise ValueError(f"{op}: the prompt is empty")
@@ -314,7 +320,7 @@ def checked_ids(op: str, lm: GeneratingModel, ids: list[int], context: int | Non
         raise ValueError(f"{op}: the prompt has token {min(ids)}, expected at least 0")
     if max(ids) >= vocab:
         raise ValueError(
-            f"{op}: the prompt has token {max(ids)} of {tokenizer}, "
+            f"{op}: the prompt has token {max(ids)} of {lm.tokenizer}, "
             f"but the model's vocabulary ends with {vocab - 1}"
         )
     if len(ids) >= context:

@@ -30,8 +30,8 @@ MOST_SUMS = 8  # the most sums of adapters whose copies of the model are kept
 
 # For each NamedAdapters object, the names that are selected in the current context.
 _selected: ContextVar[Mapping[weakref.ref[Any], Names]] = ContextVar("nplora_selected", default={})  # noqa: B039
-# The NamedAdapters object of each `none_selected` block around the current code.
-_disabled: ContextVar[tuple[NamedAdapters[Any], ...]] = ContextVar("nplora_none_selected", default=())
+# For each `none_selected` block around the current code, a list with its NamedAdapters object.
+_disabled: ContextVar[tuple[list[NamedAdapters[Any]], ...]] = ContextVar("nplora_none_selected", default=())
 
 
 class _Model(Protocol):
@@ -127,8 +127,7 @@ class NamedAdapters(Generic[Model]):
             self._forget_sums_with(name)
             self._adapters = {known: adapter for known, adapter in self._adapters.items() if known != name}
             self._models = {known: lm for known, lm in self._models.items() if known != name}
-        selected = _selected.get().get(weakref.ref(self), ())  # also inside `none_selected`
-        self._select(tuple(other for other in selected if other != name))
+        self._select(tuple(other for other in self._chosen if other != name))  # also inside `none_selected`
 
     def _forget_sums_with(self, name: str) -> None:
         self._sums = {names: lm for names, lm in self._sums.items() if name not in names}
@@ -136,10 +135,15 @@ class NamedAdapters(Generic[Model]):
     @property
     def selected(self) -> Names:
         """The names that this thread (or asyncio task) has selected; none inside `none_selected`."""
-        blocks = _disabled.get()
-        if any(block is self for block in blocks):
-            return ()
+        return () if self._is_disabled else self._chosen
+
+    @property
+    def _chosen(self) -> Names:
         return _selected.get().get(weakref.ref(self), ())
+
+    @property
+    def _is_disabled(self) -> bool:
+        return any(self is disabled for (disabled,) in _disabled.get())
 
     def select(self, names: Names) -> None:
         """Use the sum of these adapters in this thread (or asyncio task).
@@ -147,7 +151,7 @@ class NamedAdapters(Generic[Model]):
         Raises:
             RuntimeError: this code is inside `none_selected`.
         """
-        if any(block is self for block in _disabled.get()):
+        if self._is_disabled:
             raise RuntimeError(
                 "set_adapter: this code is inside `with lm.disable_adapter()`, where no adapter can be "
                 "selected; call set_adapter before or after the block"
@@ -161,13 +165,12 @@ class NamedAdapters(Generic[Model]):
     @contextlib.contextmanager
     def none_selected(self) -> Iterator[None]:
         """A context in which no named adapter is selected. At its end, the selection is valid again."""
-        _disabled.set((*_disabled.get(), self))
+        block: list[NamedAdapters[Any]] = [self]
+        _disabled.set((*_disabled.get(), block))
         try:
             yield
         finally:
-            blocks = list(_disabled.get())
-            blocks.remove(self)
-            _disabled.set(tuple(blocks))
+            _disabled.set(tuple(held for held in _disabled.get() if held is not block))
 
     def model(self, lm: Model, op: str, names: Names) -> Model:
         """Return a copy of the model with the sum of the adapters `names`.

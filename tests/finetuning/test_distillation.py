@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from nplora.formats import gguf, safetensors
 from nplora.formats.errors import CorruptError, FormatError
 from nplora.lm import LanguageModel, load_model
 from nplora.models.divergence import Distillation
-from nplora.models.packing import IGNORED, pack
+from nplora.models.packing import IGNORED, PackedBatch, pack
 from nplora.nn.losses import NonFiniteLossError
 from nplora.trainer import Callback
 from nplora.weights import FrozenWeight
@@ -217,6 +218,33 @@ def test_a_teacher_is_identified_by_all_that_decides_its_predictions(model: Path
     assert model_digest(adapted(model, dropout=0.5)) == digests[0], "a teacher drops nothing"
     with adapted(model).disable_adapter() as off:
         assert model_digest(off) not in digests
+
+
+def test_a_teacher_keeps_the_named_adapters_that_it_began_with(
+    model: Path, teacher: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lm = adapted(model, "a")
+    batch = pack(read_dataset(data, lm.tokenizer))
+    rows = np.flatnonzero(batch.targets != IGNORED)[:3]
+    of_model = ModelTeacher(lm)
+    wanted = np.array(of_model.prepare_batch(batch)(rows))
+    teach(lm, data, tmp_path / "wanted.safetensors", top_k=4)
+    computed = LanguageModel.residual_stream
+
+    def deleted_meanwhile(self: LanguageModel, batch: PackedBatch) -> Array:
+        if "a" in lm.adapters:
+            thread = threading.Thread(target=lm.delete_adapter, args=("a",))
+            thread.start()
+            thread.join()
+        return computed(self, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LanguageModel, "residual_stream", deleted_meanwhile)
+        np.testing.assert_array_equal(of_model.prepare_batch(batch)(rows), wanted)
+        lm.load_adapter(model.parent / "adapter", "a")
+        teach(lm, data, tmp_path / "taught.safetensors", top_k=4)
+    assert not {"a"} & lm.adapters.keys()
+    assert (tmp_path / "taught.safetensors").read_bytes() == (tmp_path / "wanted.safetensors").read_bytes()
 
 
 def test_micro_batches_and_plans_within_a_budget_train_alike(

@@ -5,6 +5,7 @@ import concurrent.futures
 import contextvars
 import copy
 import itertools
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +27,7 @@ from small_llama import save_small_llama
 Array = np.ndarray[Any, Any]
 IDS = [[1, 2, 3, 4]]
 PROMPT = "1+1="
+CALLS = 20  # of each thread that runs beside others
 SETTINGS: dict[str, dict[str, Any]] = {
     "few": {"targets": "q_proj", "rank": 2, "layers": "last:1"},
     "all": {"targets": "all-linear", "rank": 3, "use_rslora": True},
@@ -270,24 +272,23 @@ def test_calls_are_right_while_another_thread_replaces_and_deletes_adapters(
     model: Path, paths: dict[str, Path]
 ) -> None:
     """Each call has the old or the new adapter, and never fails. Some calls use a deleted adapter."""
-    lm = named(model, paths)
+    lm, other, prompt = named(model, paths), load_model(model), "1<step>=<step>"
     kept = lm.adapters["dora"]
+    other.add_lora(rank=2, init="gaussian", targets="q_proj", add_tokens="<step>")
+    ends = Adapter.read(paths["ends"])
+    versions = {"x": [Adapter.from_model(other), ends], "y": [Adapter.read(paths["few"]), ends]}
 
-    def all_outputs() -> tuple[Any, ...]:
-        return lm.generate(PROMPT, 4), lm.loss(IDS, IDS)
+    def outputs(names: Any) -> tuple[Any, ...]:
+        lm.set_adapter(names)
+        return lm.generate(prompt, 3), lm.loss(IDS, IDS)
 
-    versions = [Adapter.read(paths[name]) for name in ("few", "ends")]
-    wanted: dict[Any, list[tuple[Any, ...]]] = {"x": [], ("x", "all"): []}
-    for version in versions:
-        lm.load_adapter(version, "x", replace=True)
+    wanted: dict[Any, list[tuple[Any, ...]]] = {"x": [], ("y", "all"): []}
+    for number in range(2):
+        for name, both in versions.items():
+            lm.load_adapter(both[number], name, replace=True)
         for names, found in wanted.items():
-            lm.set_adapter(names)
-            found.append(all_outputs())
-    lm.set_adapter("dora")
-    deleted = lm.generate(PROMPT, 4)
-    lm.set_adapter(None)
-    plain = lm.generate(PROMPT, 4)
-    assert len({plain, deleted, *(text for pairs in wanted.values() for text, _ in pairs)}) >= 4
+            found.append(outputs(names))
+    deleted, plain = outputs("dora")[0], outputs(None)[0]
     running = threading.Event()
     running.set()
 
@@ -295,31 +296,36 @@ def test_calls_are_right_while_another_thread_replaces_and_deletes_adapters(
         for number in itertools.count():
             if not running.is_set():
                 return number
-            lm.load_adapter(versions[number % 2], "x", replace=True)
+            for name, both in versions.items():
+                lm.load_adapter(both[number % 2], name, replace=True)
             lm.delete_adapter("dora")
             lm.load_adapter(paths["dora"], "dora")
         raise AssertionError
 
     def selected(names: Any) -> list[bool]:
-        lm.set_adapter(names)
         texts, losses = (set(values) for values in zip(*wanted[names], strict=True))
-        found = [all_outputs() for _ in range(15)]
+        found = [outputs(names) for _ in range(CALLS)]
         return [text in texts and loss in losses for text, loss in found]
 
     def for_each_prompt() -> list[bool]:
-        found = [lm.generate([PROMPT] * 3, 4, adapters=[kept, None, "x"]) for _ in range(15)]
+        found = [lm.generate([prompt] * 3, 3, adapters=[kept, None, "x"]) for _ in range(CALLS)]
         texts = {text for text, _ in wanted["x"]}
-        return [one == deleted and other == plain and x in texts for one, other, x in found]
+        return [one == deleted and two == plain and x in texts for one, two, x in found]
 
-    with concurrent.futures.ThreadPoolExecutor(4) as pool:
-        changes = pool.submit(change)
-        runs = [pool.submit(selected, names) for names in wanted] + [pool.submit(for_each_prompt)]
-        try:
-            found = [run.result() for run in runs]
-        finally:
-            running.clear()
-        assert changes.result() > 2
-    assert found == [[True] * 15] * 3
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        with concurrent.futures.ThreadPoolExecutor(4) as pool:
+            changes = pool.submit(change)
+            runs = [pool.submit(selected, names) for names in wanted] + [pool.submit(for_each_prompt)]
+            try:
+                found = [run.result() for run in runs]
+            finally:
+                running.clear()
+    finally:
+        sys.setswitchinterval(interval)
+    assert changes.result() > 2
+    assert found == [[True] * CALLS] * 3
 
 
 def test_a_call_ends_with_the_adapter_that_it_began_with(model: Path, paths: dict[str, Path]) -> None:

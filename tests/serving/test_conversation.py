@@ -73,6 +73,29 @@ def test_an_adapter_answers_from_the_next_turn_on(lm: LanguageModel) -> None:
         lm.set_adapter(None)
 
 
+def test_a_chat_is_encoded_with_the_tokens_of_its_own_adapter(lm: LanguageModel) -> None:
+    """Whatever adapter the calling thread has selected."""
+    other, question = nplora.load_model(lm.source), [{"role": "user", "content": "one <step>"}]
+    other.add_lora(rank=2, targets="q_proj", add_tokens="<step>")
+    lm.load_adapter(adapters.Adapter.from_model(other), "steps")
+    lengths: dict[str | None, int] = {None: len(lm.tokenizer.encode_chat(question, True))}
+    try:
+        lm.set_adapter("steps")
+        lengths["steps"] = len(lm.tokenizer.encode_chat(question, True))
+        assert lengths["steps"] < lengths[None]
+        for selected in (None, "steps"):
+            lm.set_adapter(selected)
+            with Engine(lm) as engine:
+                for adapter, length in lengths.items():
+                    chat = Conversation(engine, SAMPLING, adapter=adapter)
+                    list(chat.ask("one <step>"))
+                    assert chat.usage is not None
+                    assert chat.usage.prompt == length
+    finally:
+        lm.set_adapter(None)
+        lm.delete_adapter("steps")
+
+
 def test_a_stopped_answer_stays_in_the_chat_as_far_as_it_came(lm: LanguageModel) -> None:
     with Engine(lm) as engine:
         chat = Conversation(engine, nplora.generate.Sampling(max_new_tokens=400))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Generator
 
 from nplora.lm.sampling import Sampling
-from nplora.serving.engine import Engine
+from nplora.serving.engine import Engine, unselected
 from nplora.serving.ticket import Usage
 
 
@@ -64,7 +64,10 @@ class Conversation:
             KeyError: the adapter is not loaded.
         """
         question = {"role": "user", "content": text}
-        ids = self.engine.lm.tokenizer.encode_chat([*self.messages, question], True)
+        lm = self.engine.lm
+        model = lm if self.adapter is None else lm.named_model(self.adapter)
+        tokenizer = unselected(lambda: model.tokenizer)
+        ids = tokenizer.encode_chat([*self.messages, question], True)
         ticket = self.engine.submit(ids, self.sampling, adapter=self.adapter)
         pieces, complete = list[str](), False
         try:

@@ -182,8 +182,8 @@ class Engine:
         _check.integer(_OP, "priority", priority, least=-(2**31))
         tokens = _integers(ids)
         model = self._lm if adapter is None else self._named_model(adapter)
-        tokenizer = _unselected(lambda: model.tokenizer)
-        prompt = _unselected(lambda: checked_ids(_OP, model, tokens, self._context))
+        tokenizer = unselected(lambda: model.tokenizer)
+        prompt = unselected(lambda: checked_ids(_OP, model, tokens, self._context))
         ticket = Ticket(len(prompt), self._run, self._cancel)
         request = Request(
             ticket,
@@ -224,7 +224,7 @@ class Engine:
                 request = self._requests.get(id(self._cancelled.popleft()))
                 if request is not None:
                     self._scheduler.end(request, "cancelled")
-            return _unselected(self._scheduler.round)
+            return unselected(self._scheduler.round)
 
     @property
     def busy(self) -> bool:
@@ -366,8 +366,8 @@ def _integers(ids: Sequence[int]) -> list[int]:
     raise TypeError(f"{_OP}: ids is {brief(ids)}, expected integers (lm.tokenizer.encode_prompt makes them)")
 
 
-def _unselected(function: Callable[[], T]) -> T:
-    """Call a function with no adapter selected, even if the calling thread has selected an adapter."""
+def unselected(function: Callable[[], T]) -> T:
+    """Call a function with no named adapter selected, even if the calling thread has selected one."""
     return contextvars.Context().run(function)
 
 

@@ -30,7 +30,7 @@ class ModelTeacher:
 
     def __init__(self, lm: LanguageModel) -> None:
         self.model: LanguageModel | None = lm
-        self._lm = lm
+        self._lm = lm._selected("distill")  # the run keeps these adapters
         self.name = str(lm.source)
 
     @property

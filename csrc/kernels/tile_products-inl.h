@@ -243,7 +243,7 @@ inline void gemm_tokens_in_lanes(size_t n_lanes, size_t rows, size_t depth, cons
   release_tiles();
 }
 
-// Each iteration multiplies two registers six times, once for each register of sums.
+// Each iteration does six multiplications of two registers, one for each of the six registers that hold sums.
 inline double peak(size_t iterations) {
   alignas(64) const Bf16Pair operand[kTileSide * kTileSide] = {};
   set_shapes(kTileSide, kTileSide, kTileSide);

@@ -220,7 +220,7 @@ class SmallForward {
 // Each worker takes at least this many rows of B, because kernels compute up to four rows at a time.
 constexpr size_t kLeastRanks = 4;
 
-// A task of the products with B: some rows of B, for one group of rows of x in one layer.
+// A task of the products with B. The task multiplies one group of rows of x by some rows of B of one layer.
 struct Projection {
   size_t part, group;
   Range ranks;

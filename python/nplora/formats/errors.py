@@ -34,7 +34,7 @@ class LimitError(FormatError):
     >>> import nplora
     >>> nplora.formats.safetensors.loads((1 << 60).to_bytes(8, "little") + b"{}")
     Traceback (most recent call last):
-    nplora.formats.errors.LimitError: <bytes>: ... at most 100,000,000 are read
+    nplora.formats.errors.LimitError: <bytes>: ... expected at most 100,000,000
     """
 
 

@@ -97,9 +97,8 @@ class Builder(Generic[_Made]):
         """Finish the current source: repeat its examples according to its weight.
 
         Raises:
-            DataError: the source has no examples. If the source may be empty, this is an error only if a row
-            was
-                skipped or an example was left out.
+            DataError: the source has no examples. If an empty source is allowed, this is an error only if
+                rows were skipped or examples were left out.
             LimitError: the weight gives an epoch more than `MOST_EXAMPLES` examples.
         """
         source, added, reasons = self._sources[-1], range(self._first, self.stored), self._why()

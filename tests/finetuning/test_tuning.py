@@ -529,7 +529,7 @@ def test_a_trial_that_diverges_is_reported(model: Path, data: Path, tmp_path: Pa
         ({"search": {"seed": [1, 2]}}, ValueError, "seed cannot be searched"),
         ({"search": {"batch_examples": [1, 2]}}, ValueError, "batch_examples cannot be searched"),
         ({"search": {"lr": [1e-3]}, "lr": 1e-3}, ValueError, "lr is given and searched"),
-        ({"search": {"epochs": [1]}, "steps": 5}, ValueError, "the length of the run is given"),
+        ({"search": {"epochs": [1]}, "steps": 5}, ValueError, "epochs are searched, and steps is given"),
         ({"learning_rate": 1}, TypeError, "unexpected keyword 'learning_rate'; did you mean lr?"),
         ({"sample": "Hi"}, TypeError, "unexpected keyword 'sample', which belongs to one run"),
         ({"patience": 2}, TypeError, "unexpected keyword 'patience', which belongs to one run"),

@@ -143,7 +143,7 @@ def require_values(op: str, search: Mapping[str, Sequence[Any]], given: Mapping[
         if name in given:
             raise ValueError(f"{op}: {name} is given and searched, expected only one of them")
     if "epochs" in search and "steps" in given:
-        raise ValueError(f"{op}: search varies the number of epochs, but steps are given, expected only one of them")
+        raise ValueError(f"{op}: epochs are searched, and steps is given, expected only one of them")
     choices = [(name, value) for name, values in search.items() for value in values]
     for one, other in itertools.combinations_with_replacement(choices, 2):
         FinetuneOptions(**(dict(given) | dict([one, other])), op=op)

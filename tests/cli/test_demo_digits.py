@@ -32,7 +32,8 @@ def report(directory):
 
 @pytest.fixture(scope="module")
 def pretrained():
-    return load_file(PRETRAINED)
+    file = load_file(PRETRAINED)
+    return file | {f"{name}.weight": file[f"{name}.weight"] * file[f"{name}.step"] for name in LAYERS}
 
 
 def worlds(numbers):

@@ -231,8 +231,9 @@ def run(
 
 
 def pretrained_weights() -> SafetensorsFile:
-    """Open the file with the pretrained weights (in float16) and the indices of the digits of each split.
+    """Open the file with the pretrained weights and the indices of the digits of each split.
 
+    The weight matrix of a layer is the int8 codes in `fc1.weight` times the number in `fc1.step`.
     The splits are `split.adaptation`, the digits to train on, and `split.held_out`.
     """
     with resources.as_file(resources.files("nplora.cli.demo") / "digits.safetensors") as path:
@@ -327,8 +328,8 @@ def check_merge(model: DigitsNet, x: Array) -> MergeCheck:
 
 
 def _adapted(pretrained: SafetensorsFile, name: str, rank: int) -> LoRALinear:
-    weight, bias = (pretrained[f"{name}.{kind}"].numpy().astype(np.float32) for kind in ("weight", "bias"))
-    return LoRALinear(weight, rank, alpha=2 * rank, bias=bias)
+    codes, step, bias = (pretrained[f"{name}.{part}"].numpy() for part in ("weight", "step", "bias"))
+    return LoRALinear(codes * step, rank, alpha=2 * rank, bias=bias.astype(np.float32))
 
 
 def _flat(images: Array) -> Array:

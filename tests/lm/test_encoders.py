@@ -238,7 +238,7 @@ def test_a_dense_module_of_another_shape_or_in_a_pickle_is_refused(
         ([3], FormatError, "3, expected an object"),
         (modules("Pooling"), UnsupportedError, "the first module is 'Pooling', expected Transformer"),
         (modules("Transformer", "LSTM"), UnsupportedError, "module 'LSTM' is not supported at this position"),
-        (modules("Transformer", "Normalize"), UnsupportedError, "module 'Normalize' is not supported in"),
+        (modules("Transformer", "Normalize"), UnsupportedError, "module 'Normalize' is not supported at"),
         (modules("Transformer"), UnsupportedError, "no module Pooling"),
         ([{"type": "a.Transformer", "path": "../.."}], UnsafeError, "leaves the directory"),
         ([{"type": "a.Transformer", "path": "/etc"}], UnsafeError, "leaves the directory"),

@@ -467,6 +467,8 @@ def test_labels_are_found_with_spaces_and_by_number(model: Path) -> None:
         report = evaluate_classifier(untrained(model, labels), numbered)
         assert report.scores[report.labels[0]].support == 1
         assert report.labels[0] in ("LABEL_0", "0", "x")
+    with pytest.raises(DataError, match="data, row 1: the label '0' is unknown, expected one of '1', '3'"):
+        evaluate_classifier(untrained(model, [1, 3]), numbered)
     both = [{"text": "a cat", "label": 1}, {"text": "a dog", "label": True}]
     with pytest.raises(DataError, match="the label True is true or false, but data, row 1 has 1, a number"):
         evaluate_classifier(untrained(model, ["1", "True"]), both)

@@ -19,6 +19,16 @@ def launched_ranks(environment: Mapping[str, str] = os.environ) -> int:
     return max(1, next((int(size) for size in sizes if size.isdigit()), 1))
 
 
+def is_only_rank(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether a launcher has started this process as the only rank, as `mpirun -n 1` does.
+
+    >>> from nplora.distributed.launch import is_only_rank
+    >>> is_only_rank({"PMI_SIZE": "1"}), is_only_rank({"PMI_SIZE": "2"}), is_only_rank({})
+    (True, False, False)
+    """
+    return any(environment.get(name) for name in _SIZES) and launched_ranks(environment) == 1
+
+
 def require_one_process(op: str, can_train_together: bool = False) -> None:
     """Raise an error if a launcher has started several ranks, because every rank would do all of the work.
 

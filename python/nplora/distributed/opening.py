@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Iterator
 
 from nplora.distributed.communicator import Alone, Communicator, require_communicator
-from nplora.distributed.launch import launched_ranks, require_one_process
+from nplora.distributed.launch import is_only_rank, launched_ranks, require_one_process
 from nplora.distributed.mpi import MPICommunicator
 
 DISTRIBUTED = ("mpi", "off")
@@ -62,7 +62,7 @@ def or_none_if_alone(ranks: Communicator) -> Communicator | None:
 
 
 def say_if_alone(ranks: Communicator, distributed: str | None, progress: bool | None) -> None:
-    """Print a notice on stderr if `distributed` is "mpi" but no launcher has started other ranks.
+    """Print a notice on stderr if `distributed` is "mpi" but this process is not a rank of a launcher.
 
     The notice is also printed where progress is not, because a launcher of another MPI starts processes that
     all train alone. Only `progress=False` turns the notice off.
@@ -71,7 +71,7 @@ def say_if_alone(ranks: Communicator, distributed: str | None, progress: bool | 
     >>> from nplora.distributed.opening import say_if_alone
     >>> say_if_alone(Alone(), None, progress=None)
     """
-    if distributed == "mpi" and ranks.size == 1 and progress is not False:
+    if distributed == "mpi" and ranks.size == 1 and not is_only_rank() and progress is not False:
         how = "start it with `mpiexec -n N` to use N processes"
         print(f"--distributed mpi: this process trains alone; {how}", file=sys.stderr, flush=True)
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar, cast
 import numpy as np
 import numpy.typing as npt
 
+from nplora import _check
 from nplora.adapters import Adapter
 from nplora.formats.errors import counted
 from nplora.lm.answer import Answer, StopText
@@ -191,6 +192,10 @@ def _models(lm: GeneratingModel, prompts: Sequence[Any], adapters: Adapters | No
     selected = _selected(_OP, lm)
     if adapters is None:
         return _Models(selected, [selected] * len(prompts))
+    if isinstance(adapters, str) or not isinstance(adapters, Sequence):
+        raise TypeError(
+            f"{_OP}: adapters is {_check.kind(adapters)}, expected a list with one adapter for each prompt"
+        )
     if len(adapters) != len(prompts):
         raise ValueError(
             f"{_OP}: {len(adapters)} adapters for {counted(len(prompts), 'prompt')}, expected one for each"

@@ -114,7 +114,8 @@ class NamedAdapters(Generic[Model]):
             made = _constant(lm.with_adapter(adapter, any_base))
             if name in self._adapters and not replace:
                 raise ValueError(
-                    f"load_adapter: an adapter {name!r} is loaded already; call delete_adapter first"
+                    f"load_adapter: an adapter {name!r} is loaded already; pass replace=True, or call "
+                    "delete_adapter first"
                 )
             self._forget_sums_with(name)
             self._adapters = {**self._adapters, name: adapter}

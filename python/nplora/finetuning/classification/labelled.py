@@ -174,7 +174,8 @@ class RowReader:
     ) -> None:
         self._columns, self._task, self._separator = columns, task, separator
         self._known = None if labels is None else tuple(labels)
-        self._numbered = numbered
+        # If labels are numbers themselves, a number in the data is a label, and never a position.
+        self._numbered = numbered and not any(label.lstrip("+-").isdecimal() for label in self._known or ())
         self._by_name = _by_name(self._known or ())
         self._first: tuple[str, str, Any] | None = None  # kind, place and value of the first label
         self._first_tags = dict[str, str]()  # see `LabelledTexts`

@@ -3,7 +3,7 @@
 # needs: tests docs examples serve
 . "$(dirname "$0")/../environment.sh"
 
-with_test_packages torch test,bench
+with_test_packages torch test,bench,serve
 "$work/environments/torch/bin/python" -c 'import peft, torch'
 cat "$work"/{tests,docs,examples,serve}/skipped >"$here/skipped"
 [ -s "$here/skipped" ] || fail 'no test was skipped for want of torch'

@@ -176,7 +176,7 @@ def _extended(companions: list[NewFile], base: Path, vocabulary: NewVocabulary) 
 
 
 def _resized(raw: bytes, size: int) -> bytes:
-    """A config.json with another vocabulary size."""
+    """Return the text `raw` of a config.json with the vocabulary size replaced by `size`."""
     fields = json.loads(raw)
     for part in (fields, fields.get("text_config")):
         if isinstance(part, dict) and "vocab_size" in part:

@@ -34,9 +34,9 @@ class _Store(Protocol):
 class PrefixCache:
     """Stores the residual stream before the first adapted block, for each sequence.
 
-    The stream depends only on a sequence's own tokens, because all blocks below are frozen and attention
-    stays within a sequence. So the cache looks up a sequence by its tokens, no matter which other sequences
-    are packed with it. A stored stream has the same bits as one that is computed again.
+    The stream depends only on a sequence's own tokens, because all blocks before the first adapted block are
+    frozen, and attention stays within a sequence. So the cache looks up a sequence by its tokens, no matter
+    which other sequences are packed with it. A stored stream has the same bits as one that is computed again.
 
     Args:
         blocks: the number of blocks below the first adapted block. A model with another number of blocks

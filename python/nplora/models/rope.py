@@ -62,11 +62,11 @@ class RopeConfig:
 
     Attributes:
         theta: the base. If `dim` values of a head are rotated, pair i rotates by theta^(-2 i / dim) radians
-            per token, divided by the factors of all attributes below.
-        linear_factor: the same factor for all pairs ("linear" scaling).
+            per token. The attributes below divide this speed.
+        linear_factor: one divisor for all pairs ("linear" scaling).
         llama3: Llama 3.1's scaling, from config.json.
-        factors: one factor per pair, from GGUF's tensor rope_freqs.weight.
-        long: LongRoPE's factors.
+        factors: one divisor per pair, from GGUF's tensor rope_freqs.weight.
+        long: LongRoPE's divisors.
     """
 
     theta: float
@@ -91,7 +91,7 @@ class RopeConfig:
 
 
 class Rope:
-    """Rotates the heads of q and k by the positions of their tokens.
+    """Rotates the heads of q and k, by angles proportional to the positions of their tokens.
 
     Args:
         dim: the number of values that are rotated in each head, beginning with the first value.
@@ -104,7 +104,7 @@ class Rope:
         self._tables: tuple[Array, int] = np.empty((0, dim), np.float32), 0
 
     def rotate(self, x: Array, positions: PackedPositions | CachePositions, inverse: bool = False) -> None:
-        """Rotate the heads of x (n, heads · head_dim) in place. `inverse` rotates back, for gradients."""
+        """Rotate the heads of x (n, heads · head_dim) in place; if `inverse`, by the opposite angles."""
         rows, (table, first_long) = positions.in_sequence, self._table_for(positions.longest)
         if self._long is not None:
             is_long = positions.sequence_lengths() > self._long.original_length

@@ -48,7 +48,7 @@ class SlotAdapters:
         self._set(slot, adapter, None if adapter is None or self._resolve is None else self._resolve(adapter))
 
     def put(self, slot: int, model: Module | None) -> None:
-        """Let `model`, or the owner if it is None, compute a slot.
+        """Let `model` compute a slot. If `model` is None, let the owner compute the slot.
 
         All models of a cache must share their frozen weights.
         """

@@ -293,7 +293,7 @@ class LoRALinear(LoRALayer):
         )
 
     def _rescale(self, u: Array, saved: LoRALinearSaved, training: bool) -> tuple[Array, LoRALinearSaved]:
-        """Rescale the output u as DoRA does: y = m / norms ∘ u + bias. `norms` holds the norm of each row
+        """Rescale the output u as DoRA does: y = (m / norms) ∘ u + bias. `norms` holds the norm of each row
         of W + scale·A·B."""
         assert self.m is not None
         with quiet():

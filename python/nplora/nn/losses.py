@@ -172,7 +172,7 @@ class CrossEntropy:
     Args:
         ignore_index: the label of rows that are left out of the mean.
         class_weights: one weight (0 or larger) for each class. The loss of a row is multiplied by the weight
-            of the row's label. The mean still divides by the number of labelled rows.
+            of the row's label. The sum is still divided by the number of labelled rows.
     Raises:
         ValueError: a class weight is negative or not finite.
     """

@@ -73,8 +73,8 @@ class LoRALayer(Prepared, AdapterLayer):
             alpha is read-only.
         scale: alpha / rank, or alpha / sqrt(rank) with rsLoRA; read-only.
         dropout: the dropout probability, which can be set in LoRALinear and is 0 in LoRAEmbedding.
-        row_order: None if the rows of W have the same order as in an adapter file. Otherwise an array of row
-            numbers: row i of W is row row_order[i] of the file.
+        row_order: None if the rows of W have the same order as in an adapter file. Otherwise an array:
+            row i of W is at index row_order[i] in the order of the file.
     """
 
     A = LiveArray[Array]()

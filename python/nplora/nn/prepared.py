@@ -9,7 +9,7 @@ from nplora import _core
 
 
 class Prepared:
-    """Base class of layers: keeps the layer's argument for `_core.infer` until the layer changes."""
+    """Base class of layers: keeps the argument that stands for the layer in calls of `_core.infer`."""
 
     _prepared: tuple[tuple[Hashable, ...], _core.InferenceLayer | None] | None = None
 

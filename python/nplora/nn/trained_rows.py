@@ -318,7 +318,7 @@ class TrainedRowsLayer(AdapterLayer):
 
 
 def _nothing() -> None:
-    """Do nothing, because the layer that shares these rows merges them."""
+    """Do nothing for a tied layer, because the layer to which the rows belong merges them."""
 
 
 def _rounded(

@@ -1,6 +1,6 @@
 """Limits on the process that renders chat templates.
 
-renderer.py imports this module by its path, without the package, so that its process starts fast.
+That process runs renderer.py, which imports this module by its path, without the package, to start fast.
 
 Linux can limit the memory and the CPU time of a process. macOS can limit only the time, and Windows neither.
 The parent process therefore watches what the system cannot limit: every few milliseconds, it checks the usage

@@ -181,7 +181,7 @@ class Models(Generic[LM]):
             return self._sums[key]
 
     def _add_sum(self, adapter: Adapter, name: str) -> None:
-        """Add a sum. If there is too little memory for the sum, delete the other sums first."""
+        """Add an adapter that is a sum. If there is too little memory, first delete all other sums."""
         try:
             self._add(adapter, name, any_base=True)
         except RequestError:

@@ -119,7 +119,7 @@ class Pool {
   std::mutex mutex_;
   std::condition_variable wake_, done_;
   std::vector<Job*> jobs_;
-  std::atomic<size_t> open_places_{0};            // the sum of Job::places over all open jobs
+  std::atomic<size_t> open_places_{0};            // the number of workers that may still join any job
   std::vector<platform::Thread> worker_threads_;  // workers never end
   int steered_from_ = -1;                         // the caller's processor, which the workers avoid
 };

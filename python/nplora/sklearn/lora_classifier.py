@@ -55,9 +55,9 @@ class LoRAClassifier(ClassifierBase, ArrayEstimator):
             on these rows. Then the probabilities match the error rates better. The predicted labels do not
             change.
         checkpoint_dir: a directory for checkpoints. Each fit writes to a subdirectory whose name depends on
-            the settings and the data. With an integer as `random_state`, you can repeat a fit: an interrupted
-            fit continues from its checkpoint and ends with the same bits, and a finished fit loads its
-            result.
+            the settings and the data. With an integer as `random_state`, you can repeat a fit. A fit that
+            was interrupted continues from its checkpoint, and the result has the same bits as without the
+            interruption. A fit that was finished loads its result.
         warm_start: whether `fit` trains the model of the last fit further, instead of a new model.
         random_state: the seed of the LoRA weights, the head, the order of the rows, and the choice of
             held-out rows.

@@ -296,7 +296,7 @@ class History:
 
 
 def last_logged(log: bytes, event: str) -> dict[str, Any]:
-    """The last line of a log whose key "event" has the value `event`; empty if there is no such line."""
+    """The last line in which the key "event" has the value `event`; an empty dict if there is none."""
     for line in reversed(log.splitlines()):
         try:
             row = json.loads(line)

@@ -55,7 +55,7 @@ def _mpi() -> Any:
         ) from error
     if not MPI.Is_initialized() or MPI.Is_finalized():
         raise ValueError(
-            f"{_OP}: MPI is not running: leave mpi4py.rc.initialize True, and do not end MPI before"
+            f"{_OP}: MPI is not running: leave mpi4py.rc.initialize True, and do not end MPI before the run"
         )
     if MPI.Query_thread() < MPI.THREAD_SERIALIZED and not MPI.Is_thread_main():
         raise ValueError(f"{_OP}: this MPI allows calls from the main thread only")

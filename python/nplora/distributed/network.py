@@ -88,8 +88,8 @@ class Network:
 
         Args:
             size: the bytes of the gradients.
-            rounds: for each round of the step, a pair: the number of gradients that a rank sends (one for
-                each of its micro-batches), and the seconds that a rank computes.
+            rounds: for each round of the step, a pair: the number of gradients that each rank sends (one
+                for each micro-batch), and the seconds that each rank computes.
         """
         one, waited = self.exchange(size, nodes), 0.0
         for number, (terms, _) in enumerate(rounds, start=1):

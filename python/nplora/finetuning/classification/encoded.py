@@ -34,7 +34,7 @@ class Encoded:
 
     @staticmethod
     def of(classifier: TextClassifier, rows: Sequence[Labelled], whole: bool = False) -> Encoded:
-        """Encode texts or, for a classifier of tokens, sentences. With `whole`, no sentence is cut."""
+        """Encode texts or, for a classifier of tokens, sentences. If `whole` is set, no sentence is cut."""
         if classifier.classifies_tokens:
             sentences = [row.words if isinstance(row, Tagged) else () for row in rows]
             words = classifier.encoder.word_ids(sentences, None if whole else classifier.max_length)

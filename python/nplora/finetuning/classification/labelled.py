@@ -86,8 +86,8 @@ class LabelledTexts:
         rows: the texts and targets.
         places: the file and line of each row, for messages.
         bad: the rows that were skipped.
-        first_tags: a dict from each tag of words to a text for messages, which names the file, the line and
-            the word where the tag occurs first. The tags are in the order of these places.
+        first_tags: a dict from each tag of words, in the order in which the tags first occur, to a text for
+            messages. The text names the file, the line and the word of the first occurrence.
         other_labels: labels that are known even if no row has them.
     """
 
@@ -129,7 +129,7 @@ class LabelledTexts:
         return found.hexdigest()
 
     def with_labels(self, labels: tuple[str, ...]) -> LabelledTexts:
-        """The same rows, with `labels` as `other_labels`."""
+        """Return a copy in which `labels` are known even if no row has them."""
         return dataclasses.replace(self, other_labels=labels)
 
     def divided(self, share: float) -> tuple[LabelledTexts, LabelledTexts]:
@@ -158,7 +158,7 @@ class RowReader:
     Args:
         columns: the names of the fields.
         task: as in `TextClassifier`; or "tokens", if each word has a label.
-        separator: the text between several labels, if their field is a text instead of a list.
+        separator: the text between the labels of a row, if the row's labels are one text instead of a list.
         labels: the known labels; None: every label is accepted.
         numbered: whether an integer that is not a label itself stands for the label with this index, as in
             data sets of transformers.
@@ -361,10 +361,11 @@ def _natural(label: str) -> tuple[int, float, str]:
 
 
 def targets_of(rows: LabelledTexts, task: str, labels: Sequence[str]) -> Targets:
-    """The targets as an array: indices of labels as int64 (n,), or float32 (n, outputs).
+    """The targets in the form that the loss of the task takes.
 
-    For the task "tokens", a list with an array for each sentence: the indices of the labels of its words, as
-    int64 (words,).
+    - "single": the indices of the labels, int64 (n,).
+    - "multi" and "regression": zeros and ones, or the numbers, float32 (n, outputs).
+    - "tokens": an array for each sentence: the indices of the labels of its words, int64 (words,).
 
     Raises:
         DataError: a label is not among `labels`.

@@ -20,9 +20,9 @@ class TokenBatches:
 
     With `batch_tokens`, the examples are shuffled with the seed and grouped into batches once. Each epoch
     then uses the same batches in another order, so all epochs have the same number of batches. With
-    `batch_examples`, each epoch groups the examples into new batches. If `dataset.same_batches` is set, all
-    epochs use the same batches, in another order. An epoch can begin with any batch, without computing the
-    batches before it.
+    `batch_examples`, each epoch groups the examples into new batches, unless `dataset.same_batches` is set:
+    then all epochs use the same batches, in another order. An epoch can begin with any batch, without
+    computing the batches before it.
 
     Args:
         dataset: the examples.

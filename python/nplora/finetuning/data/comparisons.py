@@ -130,7 +130,7 @@ class JudgedDataset(Stored):
         return bool((self._prompts != self._prompts[0]).any())
 
     def _others(self, indices: Array) -> Array:
-        """For each example of a batch, the index of the example whose answer its mismatched pair uses."""
+        """For each example, the index of the example whose answer completes the mismatched pair."""
         found = _before_with_another(self._prompts[indices])
         return self._others_in_data[indices] if found is None else indices[found]
 

@@ -328,8 +328,8 @@ class Parsed(NamedTuple):
         kind: the kind of the row.
         example: the content of the row.
         lacks_context: whether the row has tools or documents that are not in the example.
-        unread: the fields that are not used, not empty, and neither tools nor documents: a dict from the name
-            of the field in the data to its value.
+        unread: the unused fields of the row, by their names in the data. Empty fields, tools and documents
+            are left out.
     """
 
     kind: Kind

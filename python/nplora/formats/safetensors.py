@@ -131,7 +131,7 @@ class Stream:
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor as the header describes it. All values have been checked, also against the file's size.
+    """One tensor as the header describes it. All attributes have been checked, also against the file's size.
 
     Attributes:
         tag: the element type as the file names it.

@@ -205,7 +205,7 @@ class LanguageModel(Module):
         return extended[1]
 
     def new_tokens(self, tokens: Sequence[AddedToken]) -> tuple[AddedToken, ...]:
-        """Return those of an adapter's tokens that the model does not have.
+        """Return an adapter's tokens without those that the model already has.
 
         The model does not have a token if the token is not in the tokenizer, or has no row in the embedding.
 
@@ -478,7 +478,8 @@ class LanguageModel(Module):
 
         The selection is valid in the current thread or asyncio task. A new thread starts without a named
         adapter. A new asyncio task, and a function that `asyncio.to_thread` calls, start with the selection
-        of the code that started them, and later selections on either side do not affect the other side.
+        of the code that started them. Later selections in the task (or function) do not affect that code, and
+        vice versa.
 
         A call of a method of this model, or of `nplora.generate.stream`, looks up its adapters once, when it
         begins. It keeps these adapters, even if another thread replaces or deletes them in the meantime.
@@ -492,8 +493,8 @@ class LanguageModel(Module):
 
         Args:
             names: a name; or several names, whose adapters are added up; or None for no named adapter. The
-                sum does not depend on the order of the names. The model keeps the 8 sums that were used last,
-                and computes other sums again when they are selected or used.
+                sum does not depend on the order of the names. The 8 sums that were used last stay in memory.
+                Older sums are computed again when they are needed.
         Raises:
             KeyError: one of the names is unknown; the message lists the nearest names, or all names.
             ValueError: a name is given twice.
@@ -537,7 +538,7 @@ class LanguageModel(Module):
         """A context in which the model uses neither its LoRA layers nor the selected named adapters.
 
         After the block, the selection is valid again. `set_adapter` is refused inside the block. Named
-        adapters that a call names itself (`generate(adapters=...)`) are used, and a cache that was made
+        adapters in the arguments of a call (`generate(adapters=...)`) are still used. A cache that was made
         outside the block keeps its named adapters.
 
             >>> import nplora, numpy as np
@@ -687,9 +688,8 @@ class LanguageModel(Module):
             (3, True)
 
         Args:
-            as_decoded: has an effect only with compute="int8". True computes a few tokens at a time, as in
-                decoding. False computes whole sequences in bfloat16, which is faster; prompts are also
-                computed in this way.
+            as_decoded: has an effect only with compute="int8". True: compute a few tokens at a time, as in
+                decoding. False: compute whole sequences in bfloat16, as for prompts, which is faster.
         Raises:
             ValueError, CorruptError: as in `logits`.
         """
@@ -1263,7 +1263,7 @@ class LanguageModel(Module):
                 ones.
             top_k: number of most likely tokens to sample from.
             top_p: total probability of the most likely tokens to sample from, above 0 and at most 1.
-            repetition_penalty: above 1, earlier tokens become less likely to be chosen again.
+            repetition_penalty: a value above 1 makes tokens that are already in the text less likely.
             stop: texts that end generation, and that are not part of the returned text.
             seed: random seed of the sampling. The same seed gives the same text.
             presence_penalty: a number that is subtracted from the score of every token that was generated

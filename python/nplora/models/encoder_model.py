@@ -27,7 +27,7 @@ class EmbeddedSaved(Saved):
 
     Attributes:
         total: the sum of the embeddings, which is the input of the embeddings' norm.
-        tokens: the values that the token embedding needs.
+        tokens: the values that the backward pass of the token embedding needs.
     """
 
     total: Array | None

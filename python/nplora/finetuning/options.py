@@ -166,7 +166,7 @@ class FinetuneOptions:
         _OBJECTIVE,
         0.1,
         "strength of the preference; in dpo and kto, larger values keep the outputs closer to those of the "
-        "model without the adapter; in orpo, the weight of the comparison",
+        "model without the adapter; in orpo, the weight of the loss term that compares the two answers",
     )
     loss_type: str | None = _option(
         _OBJECTIVE,
@@ -566,8 +566,8 @@ class EvaluateOptions:
     compute: str | None = _option(
         _SPEED,
         None,
-        "arithmetic of the products with frozen weights: float32, bfloat16, or int8 for quantised weights "
-        "and few tokens (default: float32)",
+        "arithmetic of the products with frozen weights: float32, bfloat16, or int8, which acts on "
+        "weights in GGUF's quantised formats and computes a few tokens at a time (default: float32)",
         choices=COMPUTES,
     )
     op: InitVar[str] = "evaluate"  # the name with which error messages begin

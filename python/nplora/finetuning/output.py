@@ -63,7 +63,7 @@ def require_inputs_kept(
 
 
 def require_free(output: StrPath, options: FinetuneOptions, adds_tokens: bool) -> None:
-    """Refuse an output directory that is in use or holds a model.
+    """Refuse an output directory that holds a model.
 
     A directory with a run or an adapter is refused too, unless `options` continue or replace the run or the
     adapter.

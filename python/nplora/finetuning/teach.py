@@ -213,7 +213,7 @@ class _Writer:
             yield from (batch for batch, _ in batches.epoch(0))
 
     def _sequences(self) -> tuple[Array, Array]:
-        """The digest and the number of trained tokens of each different sequence, in order."""
+        """The digest and the number of trained tokens of each different sequence, in the data's order."""
         found = dict[int, int]()
         for batch in self._batches():
             ends = np.cumsum(batch.targets != IGNORED)[batch.starts[1:] - 1]

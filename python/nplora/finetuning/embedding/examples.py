@@ -34,12 +34,12 @@ class TextReport:
     """A summary of the examples; `print` shows it in a line.
 
     Attributes:
-        source: the files.
+        source: the names of the files.
         examples: the number of examples.
         texts: the number of different texts.
         tokens: the number of tokens of these texts.
         cut: the number of these texts that were longer than `max_length`, and were cut.
-        max_length: the largest number of tokens of a text.
+        max_length: the maximum number of tokens that a text may have.
         skipped: the number of bad rows that were skipped.
         problems: the errors of the first few skipped rows.
 

@@ -43,7 +43,7 @@ class Objective:
         self._reference = Reference()
 
     def with_options(self, op: str, options: FinetuneOptions) -> Self:
-        """Return a copy of the objective with other options. The copy shares the teacher and the reference.
+        """Return a copy with other options, but with the same teacher and the same `Reference`.
 
         Raises:
             ValueError: the options do not fit the teacher.

@@ -246,7 +246,7 @@ def _log_probs(lm: LanguageModel, part: PackedBatch) -> Array:
 def _identity(lm: LanguageModel) -> str:
     """A hash of everything that decides the log-probabilities of given tokens.
 
-    This is the model, the arithmetic, the instruction set and the version of nplora.
+    The hash covers the model, the arithmetic, the instruction set and the version of nplora.
     """
     config = _core.config()
     parts = base_fingerprint(lm, whole=True), lm.compute, str(config["isa"]), str(config["version"])

@@ -161,8 +161,8 @@ def _open_safetensors(base: StrPath) -> ModelFiles:
 
 
 def _extended(companions: list[NewFile], base: Path, vocabulary: NewVocabulary) -> list[NewFile]:
-    """Return `companions`, the files that accompany a model's weights, with the new tokens in tokenizer.json
-    and the new vocabulary size in config.json."""
+    """Return `companions`, the files that accompany a model's weights. Put the new tokens into tokenizer.json
+    and the new vocabulary size into config.json."""
     text = tokenizer.from_directory(base).with_tokens(vocabulary.tokens).files()[TOKENIZER]
     found = list[NewFile]()
     for file in companions:

@@ -41,8 +41,8 @@ class PrefixCache:
     Args:
         blocks: the number of blocks below the first adapted block. A model with another number of blocks
             below its first adapted block ignores the cache.
-        capacity: the maximum number of tokens in all sequences together. Sequences beyond this number are not
-            stored.
+        capacity: the maximum number of tokens in all sequences together. Sequences for which there is no more
+            room are not stored.
         width: the number of values per token, `hidden_size`.
         directory: where to create an unnamed file for the rows, or None to store them in memory. The file
             disappears when the process ends, even in a crash.

@@ -112,11 +112,11 @@ class Rope:
         _core.rope(x, rows, table, self._interleaved, inverse, self._head_dim)
 
     def _table_for(self, length: int) -> tuple[Array, int]:
-        """Return a table of cosines and sines for at least `length` positions, and the number of the table's
-        rows that are for short sequences.
+        """Return a table of cosines and sines for at least `length` positions, and the index of the table's
+        first row for long sequences.
 
         A row has dim / 2 cosines, then dim / 2 sines. With LongRoPE, the rows for short sequences come first,
-        followed by the rows for long sequences. Without LongRoPE, the returned number is 0.
+        followed by the rows for long sequences. Without LongRoPE, the returned index is 0.
         """
         tables = self._tables  # read once, because another thread may replace `_tables`
         if len(tables[0]) - tables[1] < length:

@@ -18,7 +18,7 @@ class SlotAdapters:
 
     Args:
         lengths: the number of tokens in each slot. The cache changes this array in place.
-        owner: the model that computes the slots without an adapter.
+        owner: the model for slots that have no adapter.
         resolve: a function that returns the model for an adapter. None: only `put` can set an adapter.
     """
 

@@ -45,7 +45,7 @@ class Weights(Protocol):
         """The names of tensors that the file may contain, but that the model does not use."""
 
     def matrix(self, tensor: TensorSpec) -> FrozenWeight:
-        """A matrix in the storage format that it has in the file. A float64 matrix is converted to float32.
+        """A matrix, in the storage format of the file. A float64 matrix is converted to float32.
 
         Raises:
             FormatError: a value, or the scale of a quantised block, is NaN or infinite. Only weights that

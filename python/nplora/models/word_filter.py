@@ -66,7 +66,7 @@ class WordFilter:
         )
 
     def gradient(self, head: Linear, logits: Array, targets: Array, factor: float, losses: Array) -> Array:
-        """Return dx (n, d) for rows of `logits`, and write the losses, float64, to `losses` (n,).
+        """Return dx (n, d) for `logits` (n, words), and write the losses to `losses`, float64 (n,).
 
         No target may be IGNORED. `logits` is overwritten.
         """

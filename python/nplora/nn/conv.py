@@ -38,7 +38,7 @@ class ConvSaved(Saved):
 
 
 class _Convolution:
-    """The base class of convolutions with and without LoRA, which holds their geometry."""
+    """The base class of `Conv2d` and `LoRAConv2d`: stores the geometry of the convolution."""
 
     _windows: Windows
 

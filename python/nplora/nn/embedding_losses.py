@@ -115,7 +115,7 @@ class TripletLoss:
         2.0
 
     Args:
-        margin: how much farther away the negative must be than the positive.
+        margin: how much farther from the anchor the negative must be than the positive.
         distance: "euclidean", "cosine" (1 - cosine) or "manhattan".
     Raises:
         ValueError: `margin` is not above 0, or the distance is unknown.

@@ -224,7 +224,7 @@ def core_weight(weight: FrozenWeight | Array) -> _core.Weight:
 
 
 def trainable_copy(op: str, frozen: FrozenWeight) -> Array:
-    """Return a frozen weight as a new array, which can be trained as a whole."""
+    """Return a copy of a frozen weight as an array that optimisers can update."""
     if frozen.dtype not in ("float32", "float64"):
         raise ValueError(
             f"{op}: dtype={frozen.dtype!r} with trainable=True, expected dtype='float32' or 'float64'"

@@ -194,8 +194,8 @@ class CrossEntropy:
         """Return the loss and its gradient, for logits (..., C) of C classes and integer labels (...).
 
         Raises:
-            ValueError: the labels are not integers or do not have the shape (...); a label is neither in
-                [0, C) nor ignore_index; or there is not one class weight for each class.
+            ValueError: the labels are not integers; the labels and the logits do not have the shapes above; a
+                label is neither in [0, C) nor ignore_index; or the number of class weights is not C.
         """
         logits, labels, labelled = self._read(prediction, target)
         rows, found = logits[labelled], labels[labelled]

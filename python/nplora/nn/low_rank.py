@@ -315,8 +315,8 @@ class LoRALayer(Prepared, AdapterLayer):
         return self._merged or self.weight.like(self._finite_still(self.merged_weight()))
 
     def _finite_still(self, merged: Array) -> Array:
-        """Return `merged`. Raise ValueError if the merging, or rounding `merged` to the storage format, makes
-        finite values infinite."""
+        """Return `merged`. Raise ValueError if the merge, or the rounding to the storage format, makes finite
+        values infinite."""
         storage = self.weight.float_dtype
         lost = become_infinite(merged, storage).size
         if not lost and not np.isfinite(merged).all() and self._finite_factors():

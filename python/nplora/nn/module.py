@@ -112,12 +112,12 @@ class Saved:
 
     @property
     def nbytes(self) -> int:
-        """The total bytes of the kept arrays. An array that several layers share counts once."""
+        """The number of bytes of all arrays. An array that several layers share counts once."""
         return saved_nbytes(self)
 
 
 def saved_nbytes(saved: object) -> int:
-    """Return the bytes of all arrays in a Saved, or in nested tuples, lists and dicts.
+    """Return the number of bytes of all arrays in a Saved, or in nested tuples, lists and dicts.
 
     An array that occurs several times counts once. A view of a part of an array counts in addition to the
     whole array.

@@ -25,8 +25,8 @@ _name_of = operator.itemgetter(0)  # the name of a Parameter
 class Optimizer:
     """Base class of AdamW and SGD.
 
-    The parameters of the model are passed to every step. For each parameter, which its name identifies, the
-    optimiser keeps up to two state arrays, called moments.
+    The parameters of the model are passed to every step. For each parameter, identified by its name, the
+    optimiser stores up to two state arrays, called moments.
 
         >>> import nplora, numpy as np
         >>> layer = nplora.LoRALinear(np.eye(4), rank=1, rng=0)

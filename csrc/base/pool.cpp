@@ -131,7 +131,7 @@ bool forked() {
 }
 
 void run_on_pool(size_t helpers, void (*work)(void*, bool), void* context) {
-  static Pool* const pool = new Pool;  // never destroyed: its threads outlive static destruction
+  static Pool* const pool = new Pool;  // the pool is never destroyed, because its threads never end
   pool->run(helpers, work, context);
 }
 

@@ -1,6 +1,6 @@
 // NumPy arrays that Python passes to C++. An array must have the exact dtype and be in C order.
-// python/nplora/_check.py has usually checked the shapes already, with better error messages; they are
-// checked here again.
+// python/nplora/_check.py has usually checked the shapes already, with better error messages. The C++ code
+// checks the shapes again.
 #pragma once
 
 #include <pybind11/numpy.h>

@@ -209,9 +209,9 @@ void join_pieces(const AttentionShape& shape, size_t row, size_t pieces, const f
   }
 }
 
-// Attention for runs of only a few queries. A few queries do not fill a tile, and the speed of memory limits
-// how fast they are computed. For each query, keys and values are read once, for all heads at once. The keys
-// are cut into pieces, which threads share (Dao et al. 2023, Flash-Decoding).
+// Attention for runs of only a few queries. A few queries do not fill a tile, and memory bandwidth limits the
+// speed. For each query, keys and values are read once, for all heads at once. The keys are cut into pieces,
+// which threads share (Dao et al. 2023, Flash-Decoding).
 void attend_rows(const AttentionShape& shape, const std::vector<Run>& runs, Matrix<const float> q,
                  const Outputs& to) {
   std::vector<Piece> pieces;

@@ -101,7 +101,7 @@ void find_delta(const QueryTile& tile, const Operands& x, bool first, const Back
 }
 
 // Computes the backward pass of the softmax in place: b.scores becomes p, and b.dp becomes ds (see
-// attend_backward). `whole` says whether b.scores holds the scores of all keys of the queries.
+// attend_backward). `whole` is true if b.scores holds the scores of all keys to which the queries attend.
 void softmax_backward(size_t n, size_t lanes, bool whole, const BackwardBuffers& b) {
   if (whole)
     kernel().whole_softmax_backward(n, lanes, b.scores, b.dp, kTileLanes);

@@ -27,9 +27,10 @@ constexpr double kKeptCost = 2;
 // no other memory: the first counts[i] floats of row i are the weights of the words, and the second half of
 // the row begins with the ids of the words.
 //
-// Afterwards, `arrange` copies the words in the order in which they are multiplied: one block of the
-// vocabulary after the other, and within a block one row after the other. The multiplication cannot read the
-// lists in this order, because the lists of different rows are too far apart in memory.
+// Afterwards, `arrange` copies the kept words in the order in which the product with W needs them: one block
+// of the vocabulary after the other, and within a block, one row of the logits after the other. The product
+// cannot read the lists themselves in this order, because the lists of different rows are too far apart in
+// memory.
 class KeptWords {
  public:
   explicit KeptWords(Matrix<float> logits)

@@ -221,8 +221,8 @@ class Encoder(Module):
 
         Args:
             rank, alpha, dropout, use_rslora, use_dora: as in `LoRALinear`.
-            targets: the layers to adapt: "all-linear" (every linear layer of the blocks); or the ends of the
-                layers' names in transformers, as a text such as "query,value" or as a list.
+            targets: the layers to adapt: "all-linear" (every linear layer of the blocks); or the last parts
+                of layer names in transformers: a text such as "query,value", or a list.
             layers: the blocks to adapt: None (all), "last:4", "first:4", a range, or a list of numbers.
             seed, init, rank_pattern, alpha_pattern, freeze_B: as in `LanguageModel.add_lora`.
         Raises:

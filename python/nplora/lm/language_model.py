@@ -371,9 +371,10 @@ class LanguageModel(Module):
                 layers' names, as in {"q_proj": 16, "layers.3.mlp": 4} or "q_proj=16,layers.3.mlp=4". If
                 several keys match a layer, the first key applies. The scale of a layer is its alpha divided
                 by its rank.
-            trainable_tokens: tokens whose rows of the embedding and of the head are also trained: a list of
-                ids and texts, or a text like "<|im_start|>,<|im_end|>" or "2,3". The trained rows start with
-                the model's values and replace the model's rows, as PEFT's `trainable_token_indices` does.
+            trainable_tokens: a list of tokens (ids and texts), or a text like "<|im_start|>,<|im_end|>" or
+                "2,3". The tokens' rows of the embedding and of the head are also trained. The trained rows
+                start with the model's values and replace the model's rows, as PEFT's
+                `trainable_token_indices` does.
             modules_to_save: "embed_tokens", "lm_head" or both, to train all rows of the embedding or of the
                 head in float32. If embedding and head share one weight, both names train this weight.
             invocation: the invocation tokens of an activated LoRA (aLoRA), as a text or as ids. In each

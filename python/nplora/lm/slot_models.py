@@ -267,9 +267,9 @@ class JointModel:
     def _free_number(self, in_slots: Sequence[SlotModel]) -> int:
         """Choose the number of a new model.
 
-        If a removed model has left a number free, the new model gets this number. If not, the new model gets
-        the next higher number, provided that there are fewer than `most` models or that slots use all models.
-        In all other cases, it replaces the least recently used model that no slot uses.
+        A new model gets the number of a removed model, if there is one. If not, it gets the next higher
+        number, provided that there are fewer than `most` models or that slots use all models. In all other
+        cases, it replaces the least recently used model that no slot uses.
         """
         if self._free:
             return self._free.pop()

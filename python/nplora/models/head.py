@@ -181,8 +181,8 @@ def logits_backward(head: AnyHead, dlogits: Array, saved: Any, dither_key: int |
 
     Args:
         dither_key: the key of random numbers, or None. With a key, a head with compute="int8" multiplies in
-            int8, and the random numbers round dlogits stochastically (see `stack_backward`). With None, such
-            a head multiplies in bfloat16. A head with trained rows ignores the key.
+            int8, and the random numbers round dlogits stochastically (see `stack_backward`). Without a key,
+            this head multiplies in bfloat16. A head with trained rows ignores the key.
     """
     if isinstance(head, TrainedHead):
         dx: Array = head.backward(dlogits, saved, overwrite_dy=True)

@@ -34,7 +34,7 @@ class MemoryPlan:
         adapters: the memory that is reserved for adapters that are loaded later.
         work: the working memory. For a language model: scratch memory, the activations of one call of the
             model, and the scores of each request's next token. For an encoder: scratch memory, the
-            activations of one call of the encoder, and the waiting requests.
+            activations of one call, and the waiting requests.
         pages: the number of pages for keys and values.
         page_bytes: the number of bytes of one page.
         longest: the number of tokens of the longest text that fits into the memory; 0 for a language model.

@@ -211,8 +211,7 @@ class Scheduler:
     def _share(self, request: Request) -> None:
         """Give a request the next pages of its prompt, if another request has already computed them.
 
-        The last token of a prompt is always computed, because this gives the scores of the first token of the
-        answer.
+        The last token of a prompt is always computed, to get the scores of the first token of the answer.
         """
         cache, slot = self._cache, _slot(request)
         at = self._length(request)

@@ -46,7 +46,7 @@ class LoRAClassifier(ClassifierBase, ArrayEstimator):
             between the layers of a network that is read from a file.
         lr, epochs, batch_size, weight_decay, schedule: the settings of AdamW and of the training, as in
             `Trainer`.
-        class_weight: a dict of weights by label, "balanced", or None.
+        class_weight: a dict from labels to weights, "balanced", or None.
         early_stopping: hold rows out, stop after `patience` epochs without a lower loss on these rows, and
             use the trained values of the epoch with the lowest loss.
         validation_fraction: the fraction of the rows that is held out.

@@ -52,7 +52,7 @@ class LoRATokenClassifier(LabelledBase, TextEstimator):
             `TextClassifier.predict_words` does.
         lr, epochs, batch_size, weight_decay, schedule: the settings of AdamW and of the training, as in
             `Trainer`.
-        class_weight: a dict of weights by label, "balanced", or None.
+        class_weight: a dict from labels to weights, "balanced", or None.
         early_stopping: hold sentences out, stop after `patience` epochs without a lower loss on these
             sentences, and use the trained values of the epoch with the lowest loss.
         validation_fraction: the fraction of the sentences that is held out.

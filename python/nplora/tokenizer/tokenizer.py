@@ -76,8 +76,8 @@ class Chat:
         ids: the tokens.
         turns: a dict from the index of each assistant message to the positions of the message's tokens in
             `ids`, including the token that ends the turn.
-        unused: the names of inputs that do not change the rendered text, among "messages", "reasoning",
-            "tools" and "documents".
+        unused: those of the inputs "messages", "reasoning", "tools" and "documents" that do not change the
+            rendered text.
         lost_calls: the tool calls that the template leaves out, as pairs (index of the message, index of the
             call).
     """

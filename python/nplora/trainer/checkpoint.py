@@ -154,7 +154,7 @@ def is_checkpoint(metadata: Mapping[str, str]) -> bool:
 
 
 def read_header(path: Path) -> tuple[int, int]:
-    """The serial and the step of a checkpoint, from the file's header; (0, 0) if the header is unreadable.
+    """A checkpoint's serial number and its step, from the file's header; (0, 0) if the header is unreadable.
 
     Raises:
         UnsupportedError: a later version of nplora made the file.

@@ -308,7 +308,7 @@ def last_logged(log: bytes, event: str) -> dict[str, Any]:
 
 
 def last_of_each_event(log: bytes) -> dict[str, dict[str, Any]]:
-    """A dict from each event in a log to the content of the last line of this event."""
+    """A dict from each event in a log to the last line with this event."""
     found: dict[str, dict[str, Any]] = {}
     for line in log.splitlines():
         try:

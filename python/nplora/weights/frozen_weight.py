@@ -584,7 +584,7 @@ def _require_matrix(op: str, source: str, name: str, shape: tuple[int, ...]) -> 
 
 
 def _few_at_a_time(product: Callable[[Array], Array], x: npt.ArrayLike) -> Array:
-    """Compute a product a few rows at a time, because products with few rows are not rounded to bfloat16."""
+    """Compute a product a few rows at a time, because a product rounds its operands only for many rows."""
     x = np.asarray(x)
     lead, width = x.shape[:-1], x.shape[-1]
     rows = x.reshape(math.prod(lead), width)

@@ -3,7 +3,7 @@
 Arguments and errors that several functions of this package share:
 
     base: the base model of the adapter: a GGUF file, a config.json, or a directory that holds a config.json.
-        If the base model's weights are present, the adapter's names and shapes are checked against them. A
+        If `base` includes weights, the adapter's layers must match the names and shapes of the weights. A
         llama.cpp adapter for the Llama family cannot be read without the base model, because the order of the
         adapter's rows depends on the model's number of heads.
     any_base: accept an adapter that was trained on another language model with the same shapes. An adapter

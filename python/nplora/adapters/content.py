@@ -26,9 +26,9 @@ class AdapterContent(Mapping[str, LoraDelta]):
         task_type: PEFT's name for the task, such as "CAUSAL_LM", or None.
         base_digest: the digest of the base model's norm weights (`model_digest.of`), or None.
         modules_to_save: fully trained layers, which are trained without LoRA: layer -> parameter -> array.
-        saved_names: the names that PEFT's configuration lists under `modules_to_save`. If `saved_names` is
-            empty, the configuration lists the names of the fully trained layers. For a classifier, PEFT
-            lists the name of the whole head instead of the names of the head's layers.
+        saved_names: the names that adapter_config.json lists under `modules_to_save`, if they differ from the
+            keys of the attribute `modules_to_save`; else empty. They differ for a classifier: PEFT lists the
+            name of the whole head instead of the names of the head's layers.
         labels: for a classifier, a record of its task and the names of its outputs; else None.
         token_rows: the trained rows of embeddings and heads: layer -> `TokenRows`.
         invocation_tokens: the tokens from which on an activated LoRA (aLoRA) acts, or None.

@@ -67,8 +67,8 @@ def save_adapter(
             differ in their use of the chat template.
     Raises:
         ValueError: the model has no LoRA layer; a value is NaN or infinite; or PEFT's format cannot express
-            the adapter, because layers differ in rsLoRA or DoRA, or because the name of a layer would select
-            another layer too in PEFT.
+            the adapter: layers differ in rsLoRA or DoRA, or PEFT would also apply the name of a layer to
+            another layer.
         FileExistsError: the directory holds a model. OSError: a file cannot be written.
 
     >>> model = nplora.Sequential(nplora.LoRALinear(np.eye(4, dtype=np.float32), rank=2, rng=0))

@@ -86,8 +86,8 @@ def merge_adapter(
             with the suggested type is also measured, if the disk has room for a temporary file. No output
             file is written, and an existing file stays unchanged.
         TypeError: `check` is not a function.
-        FileExistsError: `output` exists and `overwrite` is not set; or its directory holds an adapter or a
-            training run (only a .gguf file may be written there).
+        FileExistsError: `output` exists and `overwrite` is not set; or `output` is not a .gguf file, and the
+            directory of `output` holds an adapter or a training run.
 
     >>> check = nplora.finetuning.held_out_loss("valid.jsonl")
     >>> merged = nplora.merge_adapter("model.gguf", "adapter", "merged.gguf", check=check)

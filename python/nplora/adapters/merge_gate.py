@@ -1,4 +1,4 @@
-"""The merge gate: a merged model is kept only if it preserves the effect of the adapter.
+"""The merge gate: a merged model becomes the output only if it preserves the adapter's effect.
 
 Two measures decide: the share of ΔW that rounding keeps, and the loss on held-out data.
 """

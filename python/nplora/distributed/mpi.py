@@ -232,7 +232,7 @@ class MPICommunicator:
         return [(self.rank + step) % self.size for step in range(1, self.size)]
 
     def _wait(self, missing: Callable[[], list[int]], messages: Messages) -> None:
-        """Wait until `missing()`, the ranks with incomplete messages, is empty. Then remove all messages.
+        """Wait until `missing` returns no ranks, so that all messages are complete. Then remove the messages.
 
         Raises:
             RankError: another rank has failed, or does not respond within the timeout.

@@ -82,9 +82,9 @@ class Network:
         """The seconds that the ranks wait for the network in each step, to add up their gradients.
 
         In each round, every rank computes one batch, and the ranks exchange their results. Every rank adds up
-        one slice of the gradients. So every rank receives this slice from all other ranks, while it computes
-        the batch of the next round. At the end of the step, every rank sends its slice of the sums to all
-        other ranks, and the ranks agree on whether the run is over.
+        its own slice of the gradients. While a rank computes the batch of the next round, it receives its
+        slice of the gradients from all other ranks. At the end of the step, every rank sends its slice of the
+        sums to all other ranks, and the ranks agree on whether the run is over.
 
         Args:
             size: the bytes of the gradients.

@@ -43,7 +43,7 @@ class Encoded:
         return Encoded(ids, cut)
 
     def part(self, numbers: Iterable[int]) -> Encoded:
-        """The texts with these indices."""
+        """The texts with the indices `numbers`."""
         chosen = list(numbers)
         ids, words = [self.ids[i] for i in chosen], self.words
         if words is not None:

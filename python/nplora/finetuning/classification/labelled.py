@@ -142,7 +142,7 @@ class LabelledTexts:
         if sum(held) in (0, len(held)):
             raise DataError(
                 f"{self.names}: valid_split={share} holds out {sum(held)} of {len(held)} rows, expected some "
-                "rows on both sides"
+                "rows to train on and some to hold out"
             )
         return self._part([not each for each in held]), self._part(held)
 
@@ -160,8 +160,8 @@ class RowReader:
         task: as in `TextClassifier`; or "tokens", if each word has a label.
         separator: the text between the labels of a row, if the row's labels are one text instead of a list.
         labels: the known labels; None: every label is accepted.
-        numbered: whether an integer that is not a label itself stands for the label with this index, as in
-            data sets of transformers.
+        numbered: whether an integer i that is not one of the labels stands for labels[i], as in data sets of
+            transformers.
     """
 
     def __init__(
@@ -346,7 +346,7 @@ def _is_float(value: Any) -> bool:
 def _by_name(labels: Sequence[str]) -> dict[str, str]:
     """Map each label without surrounding spaces to the label itself.
 
-    Labels that are equal without these spaces are left out.
+    If several labels differ only in surrounding spaces, all of them are left out.
     """
     counts = Counter(label.strip() for label in labels)
     return {label.strip(): label for label in labels if counts[label.strip()] == 1}
@@ -400,8 +400,8 @@ def unfit_tag(labels: Sequence[str], *data: LabelledTexts) -> str:
         return ""
     return (
         f"{places[wrong]} is not a tag of entities, so reports have no scores of entities; expected O, "
-        "or a letter, a hyphen and a kind, as in B-PER; the letters are B and I, also with E and S, or with "
-        "L and U"
+        "or a letter, a hyphen and a kind, as in B-PER; all letters are among B, I, E and S, or among B, "
+        "I, L and U"
     )
 
 

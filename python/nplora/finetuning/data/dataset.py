@@ -345,7 +345,8 @@ def parsed(
 
     Args:
         before: the kind of the earlier rows; None: the row may be of any kind.
-        require: as in `add_rows`; None: rows of every kind are read.
+        require: a function that raises a DataError if the objective does not read rows of this kind, as in
+            `add_rows`; None: rows of every kind are read.
     Raises the error that occurred when the row was read, or a DataError.
     """
     kind, values = _kind_and_values(row, before, options, require)

@@ -291,7 +291,7 @@ class _Reader:
         self._encoder = Encoder(tokenizer, options.learn == "all", None, options.chat)
 
     def read(self, sources: list[Source], shown: int) -> tuple[Part, dict[bytes, int], tuple[Example, ...]]:
-        """Return a summary, the number of occurrences of the hash of each example, and the first examples."""
+        """Return a summary, a dict from the hash of each example to its frequency, and the first examples."""
         lengths, seen, examples, bad = list[int](), dict[bytes, int](), list[Example](), BadRows()
         count = epoch = trained = cut = lost = emptied = unused = 0
         kinds, unread, without_prompt = dict[str, None](), Counter[str](), Counter[str]()

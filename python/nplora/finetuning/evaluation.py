@@ -51,7 +51,7 @@ def evaluate(
             `nplora.data.read_dataset`, but without sampling weights; or a directory. In a directory,
             valid.jsonl is read, or train.jsonl if there is no valid.jsonl.
         adapter: adapter to evaluate the model with: a PEFT directory, a llama.cpp file or an `Adapter`; or a
-            pair (adapter, weight); or a list of adapters and pairs, to use the sum of several adapters. A
+            pair (adapter, weight). A list of adapters and pairs means the weighted sum of these adapters. A
             loaded model does not change.
         any_base: accept an adapter that was trained on another model with the same shapes.
         progress: print a report of the data on stderr; None: only on a terminal or in a notebook.
@@ -82,7 +82,7 @@ def evaluate(
         OSError: a file cannot be read.
     Warns:
         UserWarning: `compute` is "int8", but no weight can use int8; a metric failed in some examples; or
-            the chat template is used either only in the adapter's training or only in this evaluation.
+            the adapter was trained with the chat template and this evaluation does not use it, or vice versa.
         Other warnings: see `attach_adapter`.
 
     >>> result = nplora.evaluate("model.gguf", "valid.jsonl", adapter="adapter")

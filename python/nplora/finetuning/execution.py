@@ -125,8 +125,8 @@ def plan(
 ) -> MemoryPlan:
     """Predict the memory and the time that `finetune` needs with these arguments.
 
-    Nothing is trained or written. If `memory` is set, find how `finetune` would compute its steps to stay
-    below that limit. The arithmetic of a model that is already loaded does not change.
+    Nothing is trained or written. If `memory` is set, the plan is the one that `finetune` would choose to
+    stay below this limit. The arithmetic of a model that is already loaded does not change.
 
     Args:
         model, data, valid and all options: see `finetune`.

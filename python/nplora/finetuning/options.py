@@ -303,8 +303,9 @@ class FinetuneOptions:
     filter_vocabulary: float = _unplanned(
         _SPEED,
         0.0,
-        "probability such as 1e-6; tokens that are less likely are left out of the gradient of the output "
-        "layer; makes steps faster, with a small error (default: 0, no token is left out)",
+        "probability such as 1e-6; tokens of the vocabulary that are less likely are left out of the "
+        "gradient of the output layer; makes steps faster, with a small error (default: 0, no token is left "
+        "out)",
         metavar="P",
     )
     memory: str | int | None = _option(

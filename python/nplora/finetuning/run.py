@@ -240,8 +240,9 @@ def finetune(
             int8).
         recompute: gradient checkpointing: recompute activations in the backward pass; slower, but saves
             memory.
-        filter_vocabulary: probability such as 1e-6; tokens that are less likely are left out of the gradient
-            of the output layer; makes steps faster, with a small error (default: 0, no token is left out).
+        filter_vocabulary: probability such as 1e-6; tokens of the vocabulary that are less likely are left
+            out of the gradient of the output layer; makes steps faster, with a small error (default: 0, no
+            token is left out).
         memory: memory limit of the whole process, such as 600M or 1.5G; the fastest plan that fits is used.
         keep_prefix: cache that lets later epochs skip the frozen blocks below the lowest adapter: off,
             memory, or disk (in the output directory, during the run); takes 4 bytes x hidden size per token.

@@ -243,7 +243,7 @@ class _Writer:
             yield top.ids.astype("<i4").tobytes(), self._rounded(top).tobytes()
 
     def _rounded(self, top: TopK) -> Array:
-        """Convert the log-probabilities to the stored form.
+        """Convert the log-probabilities to `dtype`, little-endian.
 
         Raises:
             ValueError: a log-probability does not fit into `dtype`, so that no student could use the file.

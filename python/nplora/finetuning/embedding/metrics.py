@@ -171,8 +171,8 @@ def evaluate_retrieval(
 
     Args:
         queries, corpus: dicts from names to texts.
-        relevant: a dict from the name of each query to the names of its relevant documents, or to a dict from
-            these names to grades above 0. Queries without a relevant document are left out.
+        relevant: a dict from the name of each query to its relevant documents: a list of their names, or a
+            dict from their names to grades above 0. Queries without a relevant document are left out.
         k: a list of integers. For each integer k, the scores are computed over the k best documents of each
             search.
         query_prompt, corpus_prompt: texts that precede each query and each document, as in `Encoder.embed`.

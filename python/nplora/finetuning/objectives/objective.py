@@ -80,7 +80,7 @@ class Objective:
         return read_sources(op, sources, tokenizer, reading)
 
     def sequences_of(self, x: PackedBatch, y: Any) -> list[PackedBatch]:
-        """The sequences of a batch for which the loss needs log-probabilities under the reference."""
+        """The sequences of a batch whose log-probabilities without the adapter are needed by the loss."""
         return []
 
     def prepare(
@@ -92,7 +92,7 @@ class Objective:
         writes: bool = True,
         ranks: Ranks | None = None,
     ) -> None:
-        """Compute what the loss needs besides the model's outputs: log-probabilities under the reference.
+        """Compute what the loss needs besides the model's outputs: log-probabilities without the adapter.
 
         If `prepare` is called again with other batches, the earlier log-probabilities are kept too.
 

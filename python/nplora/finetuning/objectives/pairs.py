@@ -30,8 +30,8 @@ class PairLoss(PackedLoss):
 
     The two answers of a pair are always in the same micro-batch.
 
-    The metrics are the mean reward of the chosen answers, that of the rejected answers, the difference of
-    these two means (the margin), and the share of pairs whose chosen answer has the larger reward.
+    The metrics are: the mean reward of the chosen answers, the mean reward of the rejected answers, the
+    difference of these means (the margin), and the share of pairs whose chosen answer has the larger reward.
     """
 
     unit = "pairs"

@@ -89,7 +89,7 @@ def needed(
     """Predict the peak memory of the process with this plan.
 
     Args:
-        resident: the result of `resident_memory`, which was called before `work` was made.
+        resident: the result of `resident_memory`, called before `work` is made.
 
     >>> planning = nplora.finetuning.planning
     >>> lm = nplora.load_model("model.gguf")

@@ -34,7 +34,7 @@ class EarlierRun:
     int8_head: bool | None = None
 
     def keep_compute(self, options: FinetuneOptions) -> FinetuneOptions:
-        """Return the options. If `options.compute` is None, replace it by the earlier run's `compute`."""
+        """Return the options. If `options.compute` is None, replace it with the earlier run's `compute`."""
         if options.compute is None and self.compute is not None:
             return dataclasses.replace(options, compute=self.compute)
         return options

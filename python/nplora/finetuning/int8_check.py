@@ -163,8 +163,8 @@ def of_tokens(lm: LanguageModel, batches: TokenBatches, micro_tokens: int | None
 def sample_length(sizes: Iterable[tuple[int, int]]) -> int:
     """The number of examples in a sample.
 
-    The sample has at least `LEAST_ROWS` texts. Beyond these, an example is added only if the sample then has
-    at most `SAMPLE_TOKENS` tokens.
+    The sample has at least `LEAST_ROWS` texts, if there are that many. Further examples are added while the
+    sample has at most `SAMPLE_TOKENS` tokens.
 
     Args:
         sizes: for each example, a pair: the number of tokens, and the number of texts.

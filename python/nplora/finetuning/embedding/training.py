@@ -137,8 +137,7 @@ def train(
             "ranking", the validation loss depends on `batch_size`.
         loss: "ranking" (all other positives and all negatives of the batch are negatives of an anchor),
             "triplet", "cosine" or "cosent", or a loss such as `RankingLoss(scale=50)`.
-        dims: widths to which embeddings are cut in training (Matryoshka). Name the full width too, so that
-            whole embeddings are also trained.
+        dims: widths to which embeddings are cut in training (Matryoshka). Name the full width too.
         columns, prompts, max_length, skip_bad: as in `read_examples`.
         rank, alpha, targets, layers, dropout, use_rslora, use_dora, init: as in `Encoder.add_lora`.
         lr: peak learning rate; None: 0.8 / hidden size of the model, at most 2e-3.

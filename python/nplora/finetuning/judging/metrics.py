@@ -41,7 +41,7 @@ def _plain(text: str) -> str:
 
 
 def _unmarked(text: str) -> str:
-    """The text in lower case, without punctuation. Numbers keep theirs, as in -1.5 or 3:2."""
+    """The text in lower case, without punctuation. Numbers keep their punctuation, as in -1.5 or 3:2."""
     return _NUMBER_OR_MARK.sub(lambda found: found[1] or "", _THOUSANDS.sub("", _plain(text)))
 
 

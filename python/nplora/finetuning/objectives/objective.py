@@ -80,7 +80,7 @@ class Objective:
         return read_sources(op, sources, tokenizer, reading)
 
     def sequences_of(self, x: PackedBatch, y: Any) -> list[PackedBatch]:
-        """The sequences of a batch whose log-probabilities without the adapter are needed by the loss."""
+        """The sequences of a batch for which the loss needs the log-probabilities without the adapter."""
         return []
 
     def prepare(

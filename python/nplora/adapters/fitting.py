@@ -195,7 +195,7 @@ class Target:
         if problems and not self.title:
             lines = "".join(f"\n  {problem}" for problem in problems)
             reasons = counted(len(problems), "reason")
-            raise FormatError(f"{adapter.source}: the adapter cannot be used, for {reasons}:{lines}")
+            raise FormatError(f"{adapter.source}: the adapter cannot be used ({reasons}):{lines}")
         if problems:
             subject = model_digest.subject(*base, self.digest)
             raise FormatError(f"{adapter.source}: {subject} does not fit {self.title} {in_places(problems)}")

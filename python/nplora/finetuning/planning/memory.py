@@ -417,9 +417,10 @@ def _head(config: ModelConfig, targets: int, added: int) -> int:
 
 
 def _calls(lm: LanguageModel) -> dict[str, str]:
-    """A dict from a layer's name to the name of the first layer that the same call of the C++ core computes.
+    """A dict from the names of layers to the names of the layers that the C++ core computes first.
 
-    A call computes one or more layers of a block. The first layer of a call is not a key of the dict.
+    One call of the core computes one or more layers of a block. The dict maps the name of every layer of a
+    call but the first to the name of the first layer.
     """
     calls = dict[str, str]()
     for index, block in enumerate(lm.model.layers):

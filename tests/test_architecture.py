@@ -68,6 +68,7 @@ THREADS = {"thread", "mutex", "condition_variable", "future", "pthread.h", "omp.
 # ---- Python ----
 
 
+@functools.cache
 def python_files() -> list[Path]:
     return [file for file in sorted(PACKAGE.rglob("*.py")) if room_of(file) not in ALIASES]
 
@@ -89,18 +90,23 @@ def imported_names(node: ast.Import | ast.ImportFrom, file: Path) -> Iterator[st
 
 
 @functools.cache
+def nodes_of(file: Path) -> list[ast.AST]:
+    """The syntax tree of a module, from its root on."""
+    return list(ast.walk(ast.parse(file.read_text(encoding="utf-8"), str(file))))
+
+
+@functools.cache
 def imports(file: Path) -> list[tuple[str, bool]]:
     """Every imported name, and whether it is imported when the module is."""
-    tree = ast.parse(file.read_text(encoding="utf-8"), str(file))
     inner = {
         id(node)
-        for function in ast.walk(tree)
+        for function in nodes_of(file)
         if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
         for node in ast.walk(function)
     }
     return [
         (name, id(node) not in inner)
-        for node in ast.walk(tree)
+        for node in nodes_of(file)
         if isinstance(node, ast.Import | ast.ImportFrom)
         for name in imported_names(node, file)
     ]
@@ -252,7 +258,7 @@ def system_specifics(file: Path) -> Iterator[str]:
     for name, _ in imports(file):
         if name.partition(".")[0] in SYSTEM_MODULES:
             yield f"import {name}"
-    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+    for node in nodes_of(file):
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
             if node.attr in SYSTEM_NAMES.get(node.value.id, ()):
                 yield f"{node.value.id}.{node.attr}"
@@ -280,7 +286,7 @@ def in_bytes(call: ast.Call) -> bool:
 
 def text_without_encoding(file: Path) -> Iterator[int]:
     """The lines that open a file as text without an encoding: on Windows it would not be UTF-8."""
-    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+    for node in nodes_of(file):
         if not isinstance(node, ast.Call):
             continue
         name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
@@ -327,6 +333,7 @@ def test_the_command_line_holds_no_arithmetic() -> None:
 # ---- C++ ----
 
 
+@functools.cache
 def cpp_files() -> list[Path]:
     return sorted(file for file in CSRC.rglob("*") if file.suffix in {".h", ".cpp"})
 
@@ -335,11 +342,13 @@ def cpp_room(file: Path) -> str:
     return file.relative_to(CSRC).parts[0]
 
 
+@functools.cache
 def code_of(file: Path) -> str:
     """The text without comments."""
     return re.sub(r"//[^\n]*|/\*.*?\*/", "", file.read_text(encoding="utf-8"), flags=re.DOTALL)
 
 
+@functools.cache
 def includes(file: Path) -> tuple[set[str], set[str]]:
     """The includes of a file: "ours" and <system>."""
     found = re.findall(r'^\s*#\s*include\s*([<"])([^>"]+)[>"]', code_of(file), flags=re.MULTILINE)
@@ -516,7 +525,5 @@ def test_python_asks_the_core_for_the_block_formats() -> None:
     for file in python_files():
         if str(file.relative_to(PACKAGE)) in FORMAT_TABLES:
             continue
-        constants = {
-            node.value for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Constant)
-        }
+        constants = {node.value for node in nodes_of(file) if isinstance(node, ast.Constant)}
         assert not (constants & names) - {RECOMMENDED}, file

@@ -1,6 +1,7 @@
 // The quantisers between guard pages, on numbers from subnormal to the largest of the format. How small their
 // errors are is tested in tests/core/test_blocks.py.
 #include <algorithm>
+#include <string>
 
 #include "block_elements.h"
 #include "check.h"
@@ -41,6 +42,7 @@ void test_format(BlockFormat format) {
   const auto decode = kernels::table().blocks.decode[static_cast<size_t>(format)];
   Random random(300 + static_cast<uint64_t>(format));
   for (size_t i = 0; i < 1000; ++i) {
+    if (!check::count_shape(std::string("quantize ") + name)) continue;
     const size_t blocks = i % 5, n = blocks * Block::kElements;
     const Place place = kPlaces[i / 5 % 2];
     check::Case one("quantize %s, %zu blocks, case %zu, %s", name, blocks, i, name_of(place));
@@ -71,6 +73,7 @@ void test_nf4() {
   Random random(400);
   for (size_t n = 0; n <= 64; ++n)
     for (size_t i = 0; i < 20; ++i) {
+      if (!check::count_shape("quantize nf4")) continue;
       const Place place = kPlaces[i % 2];
       check::Case one("quantize nf4, %zu values, case %zu, %s", n, i, name_of(place));
       const std::vector<float> values = draw_values(random, n, 3e38);

@@ -67,7 +67,7 @@ struct SumOf<Bf16Pair> {
 template <class E>
 using Sum = typename SumOf<E>::Type;
 
-// The number of values along the depth that one element holds.
+// One element holds this number of values, which are neighbours along the depth.
 template <class E>
 inline constexpr size_t kValuesPerElement = 1;
 template <>

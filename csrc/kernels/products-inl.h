@@ -353,9 +353,9 @@ inline void gemm_outputs_in_lanes_l1_blocks(size_t m, OutputsInLanes<E, W> p, Fe
   size_t left = p.depth, blocks = left > 0 ? ceil_div(left * row_bytes, kL1BlockBytes<E>) : 1;
   bool streams = readings > 0 && fetch.each > 0 && fetch.lines == 0;  // whether `fetch` is rows_ahead()
   if (fetch.each > 0) fetch = lines_apart(fetch.at, fetch.lines, kCacheLine);
-  // Each time a block is read, one cache line of each row of the next block is prefetched. If a block is read
-  // fewer times than a row has cache lines, a part of the next block would not be prefetched. In this case,
-  // the code prefetches nothing, because the hardware then prefetches better. The hardware prefetches best in
+  // Each time a block is read, one cache line of each row of the next block is prefetched. If a row has more
+  // cache lines than the block has readings, this does not prefetch the whole next block. In this case, the
+  // code prefetches nothing, because the hardware then prefetches better. The hardware prefetches best in
   // blocks of 6 KB: on a Zen 4, products with 4 rows are a quarter faster in blocks of 6 KB than in blocks of
   // 12 KB. A panel that is read only once needs no blocks.
   if (streams && readings * kCacheLine < row_bytes) {

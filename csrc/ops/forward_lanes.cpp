@@ -87,8 +87,8 @@ class LanesForward {
     return {token_block.first + block.first, block.count};
   }
 
-  // For one lane block of tokens, computes xt (x transposed), and for each layer z and zt (z transposed). A
-  // lane block consists of as many tokens as there are lanes.
+  // For one lane block of tokens, computes xt (x transposed). Also computes z and zt (z transposed) of each
+  // layer. A lane block consists of as many tokens as there are lanes.
   void prepare(Range token_block, size_t b) const {
     const Range tokens = lane_block(token_block, b);
     E* lanes = xt_ + b * depth_ * lanes_;

@@ -58,9 +58,9 @@ struct ForwardPart {
 template <class T>
 void lora_forward(std::span<const ForwardPart<T>> parts, Matrix<const T> x, bool int8);
 
-// Does the same as lora_forward, but for inference, without int8 for large batches. The batch has `batch`
-// rows, and x holds all of these rows or only some of them. All batches of up to kSmallBatch rows are
-// computed with one method, and all larger batches with another (see kInferenceTokens).
+// lora_forward for inference. Large batches are not computed in int8. The batch has `batch` rows, and x holds
+// all of these rows or only some of them. All batches of up to kSmallBatch rows are computed with one method,
+// and all larger batches with another (see kInferenceTokens).
 template <class T>
 void lora_infer(std::span<const ForwardPart<T>> parts, Matrix<const T> x, size_t batch);
 

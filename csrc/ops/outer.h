@@ -22,8 +22,9 @@ const auto& gemm_outputs_in_lanes() {
 }
 
 // c (m, cols) = [c +] a (m, depth) times w (depth, cols). The columns are computed panel by panel. If `next`
-// is Fetch::memory, that memory is prefetched during the product with the first panel. If `next` is
-// Fetch::rows_ahead, later rows of each panel are prefetched during the product with this panel.
+// was made by Fetch::memory, the memory that it names is prefetched during the product with the first panel.
+// If `next` was made by Fetch::rows_ahead, later rows of each panel are prefetched during the product with
+// this panel.
 template <class E>
 void add_product(size_t m, size_t cols, size_t depth, kernels::Strided<E> a, const E* w, size_t w_stride,
                  kernels::Sum<E>* c, size_t c_stride, bool accumulate,

@@ -98,7 +98,7 @@ class ServedEncoder:
 
 
 def encoder_of(model: Model) -> Encoder:
-    """The encoder of a text classifier; an encoder itself."""
+    """Return the encoder of a text classifier, or the model if it is an encoder."""
     return model.encoder if isinstance(model, TextClassifier) else model
 
 

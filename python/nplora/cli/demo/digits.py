@@ -241,7 +241,7 @@ def pretrained_weights() -> SafetensorsFile:
 
 
 def digits(numbers: Array) -> Digits:
-    """Load digits from scikit-learn by their indices (`numbers`, 0 to 1796), and make their changed images.
+    """Load digits from scikit-learn by their indices (`numbers`, 0 to 1796), and rotate and invert copies.
 
     Raises:
         ModuleNotFoundError: scikit-learn is not installed.

@@ -263,7 +263,7 @@ class _Predictor:
 
     @property
     def column(self) -> str:
-        """If the rows are lines of a plain text: the name of the field for the text (or words) of a line."""
+        """The field that a line of a plain text file becomes: a text or, for token classifiers, words."""
         columns = self._columns
         return (columns.tokens or WORDS[0]) if self._classifier.classifies_tokens else columns.text
 

@@ -647,11 +647,13 @@ def test_a_sum_does_not_depend_on_the_order_of_its_names(model: Path, paths: dic
         lm.set_adapter(names)
         assert answers(lm) == wanted
     assert len(lm._named.models) == copies
-    factors = [parameter.value.tobytes() for parameter in lm._selected("test").parameters()]
+    factors = [parameter.value.tobytes() for parameter in lm.selected_model("test").parameters()]
     for names in others:
         fresh = named(model, paths)
         fresh.set_adapter(names)
-        assert [parameter.value.tobytes() for parameter in fresh._selected("test").parameters()] == factors
+        assert [
+            parameter.value.tobytes() for parameter in fresh.selected_model("test").parameters()
+        ] == factors
 
 
 def test_only_the_last_sums_are_kept(model: Path, paths: dict[str, Path]) -> None:
@@ -663,11 +665,11 @@ def test_only_the_last_sums_are_kept(model: Path, paths: dict[str, Path]) -> Non
     pairs = list(itertools.combinations(names, 2))
     assert len(pairs) > most
     lm.set_adapter(pairs[0])
-    first = lm._selected("test")
+    first = lm.selected_model("test")
     for pair in pairs:
         lm.set_adapter(pair)
         lm.set_adapter(pairs[0])  # is used again and again
-    assert lm._selected("test") is first
+    assert lm.selected_model("test") is first
     assert len(lm._named.models) == len(names) + most
     assert {name: lm.named_model(name) for name in names} == single
     lm.set_adapter(pairs[1])  # was dropped

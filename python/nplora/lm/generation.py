@@ -63,8 +63,8 @@ class GeneratingModel(Protocol):
 class AdapterChoosingModel(GeneratingModel, Protocol):
     """A model that also has the method `named_model`, which generation needs if prompts have adapters."""
 
-    def named_model(self, adapter: str | Adapter) -> GeneratingModel: ...
-    def _selected(self, op: str) -> GeneratingModel: ...
+    def named_model(self, adapter: str | Adapter, op: str) -> GeneratingModel: ...
+    def selected_model(self, op: str) -> GeneratingModel: ...
 
 
 def generate(
@@ -203,7 +203,7 @@ def _models(lm: GeneratingModel, prompts: Sequence[Any], adapters: Adapters | No
     chooser = cast(AdapterChoosingModel, lm)
     keys = [adapter if isinstance(adapter, str) else id(adapter) for adapter in adapters]
     made = {
-        key: selected if adapter is None else chooser.named_model(adapter)
+        key: selected if adapter is None else chooser.named_model(adapter, _OP)
         for key, adapter in dict(zip(keys, adapters, strict=True)).items()
     }
     return _Models(selected, [made[key] for key in keys])
@@ -211,7 +211,7 @@ def _models(lm: GeneratingModel, prompts: Sequence[Any], adapters: Adapters | No
 
 def _selected(op: str, lm: GeneratingModel) -> GeneratingModel:
     """The model with its selected adapters; the model itself if it has no named adapters."""
-    return cast(AdapterChoosingModel, lm)._selected(op) if hasattr(lm, "_selected") else lm
+    return cast(AdapterChoosingModel, lm).selected_model(op) if hasattr(lm, "selected_model") else lm
 
 
 def _stream_ids(

@@ -96,7 +96,7 @@ def _with_selected_adapter(
 
     @functools.wraps(method)
     def call(self: LanguageModel, /, *args: P.args, **named: P.kwargs) -> T:
-        return method(self._selected(method.__name__), *args, **named)
+        return method(self.selected_model(method.__name__), *args, **named)
 
     return call
 
@@ -161,7 +161,7 @@ class LanguageModel(Module):
         >>> tokenizer.decode(tokenizer.encode("Hello"))
         'Hello'
         """
-        lm = self._selected("tokenizer")
+        lm = self.selected_model("tokenizer")
         return lm._tokenizer_with(lm.added_tokens)
 
     @property
@@ -174,7 +174,7 @@ class LanguageModel(Module):
         >>> lm.vocab_size - lm.config.vocab_size
         2
         """
-        return slot_models.vocab_of(self._selected("vocab_size"))
+        return slot_models.vocab_of(self.selected_model("vocab_size"))
 
     @property
     def added_tokens(self) -> tuple[AddedToken, ...]:
@@ -578,7 +578,7 @@ class LanguageModel(Module):
         made.model.prefix = None
         return made
 
-    def named_model(self, adapter: str | Adapter) -> LanguageModel:
+    def named_model(self, adapter: str | Adapter, op: str = "named_model") -> LanguageModel:
         """The model with one named adapter, for inference.
 
         The returned model shares the frozen weights with `self`.
@@ -594,20 +594,34 @@ class LanguageModel(Module):
         Args:
             adapter: a name, or an `Adapter` from the values of `adapters`. The `Adapter` may have been
                 deleted from `adapters` in the meantime.
+            op: the name of the calling function in messages.
         Raises:
             KeyError: no adapter has this name.
             TypeError: `adapter` is neither a name nor an `Adapter`.
         """
         if not isinstance(adapter, Adapter | str):
-            raise TypeError(f"named_model: adapter is {_check.kind(adapter)}, expected a name or an Adapter")
-        return self._named.model_of(self, "named_model", adapter)
+            raise TypeError(f"{op}: adapter is {_check.kind(adapter)}, expected a name or an Adapter")
+        return self._named.model_of(self, op, adapter)
 
     def exchange(self, replaced: Mapping[int, Module]) -> None:
         super().exchange(replaced)
         self._named.forget_models()
 
-    def _selected(self, op: str) -> LanguageModel:
-        """The model with the named adapters that this thread has selected; `self` if none is selected."""
+    def selected_model(self, op: str) -> LanguageModel:
+        """The model with the named adapters that this thread has selected; `self` if none is selected.
+
+        A call that uses the model several times begins with this method, so that it keeps its adapters.
+
+            >>> import nplora
+            >>> lm = nplora.load_model("model.gguf")
+            >>> lm.selected_model("my_program") is lm
+            True
+
+        Args:
+            op: the name of the calling function in messages.
+        Raises:
+            KeyError: a selected adapter was deleted.
+        """
         return self._named.model(self, op, self._named.selected)
 
     def merge(self, dtype: str | None = None) -> list[MergeReport]:
@@ -1069,7 +1083,7 @@ class LanguageModel(Module):
         """
         if not inferring():
             self._require_none_selected("LanguageModel.forward")
-        elif (lm := self._selected("LanguageModel.forward")) is not self:
+        elif (lm := self.selected_model("LanguageModel.forward")) is not self:
             return lm.forward(x)
         ids = self._ids("LanguageModel.forward", x)
         starts = np.arange(len(ids.reshape(-1, ids.shape[-1])) + 1 if ids.size else 1, dtype=np.int64)
@@ -1144,8 +1158,8 @@ class LanguageModel(Module):
             KeyError: the selected adapter was deleted.
         """
         self.require_unchanged()
-        owner, resolve = self._selected("new_cache"), self.named_model
-        return KVCache(self.config, slots, capacity, owner, resolve)
+        resolve = functools.partial(self.named_model, op="KVCache.adapters")
+        return KVCache(self.config, slots, capacity, self.selected_model("new_cache"), resolve)
 
     def decode(self, token_ids: npt.ArrayLike, slots: npt.ArrayLike, cache: KVCache) -> Array:
         """Add tokens of m sequences to a cache. Return the logits (m, vocab) of each sequence's next token.

@@ -248,7 +248,9 @@ def _generated(
     lm: GeneratingModel, answers: Sequence[Answer], limits: Sequence[int], cache: Any
 ) -> Iterator[tuple[int, str]]:
     context = int(lm.config.max_position_embeddings)
-    longest = longest_before_switch(lm.config)
+    # When a sequence outgrows this length, all its tokens are computed again with LongRoPE's long factors, as
+    # in transformers. So the text does not depend on `max_new_tokens`.
+    longest: float = lm.config.rope.longest_short
     for answer, limit in zip(answers, limits, strict=True):
         if hasattr(cache, "activate"):  # a model with its own kind of cache has no activated LoRA
             cache.activate(answer.index, answer.ids)
@@ -275,16 +277,6 @@ def _generated(
 def _advanced(answer: Answer, scores: Array, cache: Any) -> Iterator[tuple[int, str]]:
     if piece := answer.advance(scores, cache.capacity):
         yield answer.index, piece
-
-
-def longest_before_switch(config: Any) -> float:
-    """The maximum length of a sequence for which LongRoPE uses its short factors; infinite without LongRoPE.
-
-    When a sequence outgrows this maximum, all its tokens are computed again with the long factors, as in
-    transformers. So the text does not depend on `max_new_tokens`.
-    """
-    longest: float = config.rope.longest_short
-    return longest
 
 
 def prompt_ids(op: str, lm: GeneratingModel, prompt: Prompt) -> list[int]:

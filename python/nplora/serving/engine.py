@@ -18,7 +18,7 @@ from nplora import _check
 from nplora.formats.errors import brief
 from nplora.lm import LanguageModel
 from nplora.lm.answer import Answer, Guide
-from nplora.lm.generation import PAGE, checked_ids, longest_before_switch
+from nplora.lm.generation import PAGE, checked_ids
 from nplora.lm.sampling import Sampling
 from nplora.models.invocation import invocation_of
 from nplora.serving.memory import MemoryPlan, plan_memory
@@ -195,7 +195,7 @@ class Engine:
             root="base" if model is self._lm else self._root(model),
             invocation=invocation_of(model),
             limit=min(self._context, len(prompt) + sampling.max_new_tokens),
-            switch=longest_before_switch(model.config),
+            switch=model.config.rope.longest_short,
             logprobs=logprobs,
             client=client,
             priority=priority,

@@ -212,6 +212,20 @@ def test_what_is_no_adapter_is_a_type_error_that_says_what_is(model: Path, paths
         lm.with_adapter((paths["few"], 0.5))  # type: ignore[arg-type]
 
 
+def test_a_path_that_does_not_exist_is_named_and_swapped_arguments_are_noticed(
+    model: Path, paths: dict[str, Path]
+) -> None:
+    lm = load_model(model)
+    words = r"load_adapter: path, the first argument, does not exist"
+    for name, hint in (
+        ("first", ""),
+        (str(paths["few"]), rf"; the second argument, '{paths['few']}', exists: swap the two"),
+        (Adapter.read(paths["few"]), "; the second argument is an Adapter: swap the two"),
+    ):
+        with pytest.raises(FileNotFoundError, match=f"{words}{hint}: 'nowhere'$"):
+            lm.load_adapter("nowhere", name)  # type: ignore[arg-type]
+
+
 def test_names_that_are_not_there_are_a_key_error_with_the_nearest(
     model: Path, paths: dict[str, Path]
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import functools
 import math
 import os
@@ -463,6 +464,8 @@ class LanguageModel(Module):
         if isinstance(path, Adapter):
             adapter = path
         elif isinstance(path, str | os.PathLike):
+            if not os.path.lexists(path):
+                raise FileNotFoundError(errno.ENOENT, _no_adapter(name), os.fspath(path))
             adapter = read_for(self, path, self.source, any_base)
         else:
             raise TypeError(
@@ -1377,6 +1380,16 @@ class LanguageModel(Module):
                 f"{op}: a sequence has {longest} tokens, but the model was trained for at most "
                 f"{self.config.max_position_embeddings}"
             )
+
+
+def _no_adapter(name: object) -> str:
+    """The message of `load_adapter` for a path that does not exist. `name` is the second argument."""
+    hint = ""
+    if isinstance(name, Adapter):
+        hint = "; the second argument is an Adapter: swap the two"
+    elif isinstance(name, str | os.PathLike) and os.path.lexists(name):
+        hint = f"; the second argument, {os.fspath(name)!r}, exists: swap the two"
+    return f"load_adapter: path, the first argument, does not exist{hint}"
 
 
 def _ranks(layers: Iterable[Module]) -> str:

@@ -38,7 +38,7 @@ from nplora.models.packing import IGNORED, PackedBatch, pack
 from nplora.models.positions import packed_positions
 from nplora.nn import LoRALayer, RMSNorm, TrainedEmbedding, TrainedHead, TrainedRowsLayer, optim
 from nplora.nn.losses import NonFiniteLossError
-from nplora.nn.module import Gradient, Module, Saved, inference, inferring
+from nplora.nn.module import NOTHING_TRAINED, Gradient, Module, Saved, can_train, inference, inferring
 from nplora.nn.optim import Optimizer
 from nplora.runtime.user_warning import warn_user
 from nplora.tokenizer import Tokenizer
@@ -58,6 +58,7 @@ class LanguageModelSaved(Saved):
     decoder: DecoderSaved
     head: Any
     unused: list[None]  # empty once a backward pass has begun
+    can_train: bool  # the result of `can_train` during the forward pass
 
     def use_up(self, op: str) -> None:
         """Mark these values as used. Raise RuntimeError if the values were used before."""
@@ -958,7 +959,7 @@ class LanguageModel(Module):
 
         Raises:
             ValueError: the model has no adapter, or an id or target is not in the vocabulary.
-            RuntimeError: a layer is merged, or a named adapter is selected.
+            RuntimeError: a layer is merged, a named adapter is selected, or all adapters are switched off.
             CorruptError: as in `require_unchanged`; the gradients are then not valid.
         """
         self._require_ready("forward_backward", batch)
@@ -1068,6 +1069,8 @@ class LanguageModel(Module):
         self._check_batch(op, batch)
         if not self.adapter_layers():
             raise ValueError(f"{op}: the model has no adapter; call add_lora() first")
+        if not can_train(self):
+            raise RuntimeError(f"{op}: {NOTHING_TRAINED}")
         self.require_trainable(op)
 
     def forward(self, x: npt.ArrayLike) -> tuple[Array, LanguageModelSaved | None]:
@@ -1101,7 +1104,7 @@ class LanguageModel(Module):
         shaped = logits.reshape(*ids.shape, logits.shape[1])
         if saved is None:
             return shaped, None
-        return shaped, LanguageModelSaved(ids.shape, stream, saved, kept, [None], layer=self)
+        return shaped, LanguageModelSaved(ids.shape, stream, saved, kept, [None], can_train(self), layer=self)
 
     def backward(self, dy: Array, saved: LanguageModelSaved, need_dx: bool = True) -> Gradient:
         """Accumulate the gradients of the adapters. `saved` is freed, and cannot be used again.
@@ -1119,7 +1122,8 @@ class LanguageModel(Module):
         Raises:
             ValueError: `dy` does not have the shape of the logits, or `saved` was returned by another model.
             TypeError: `saved` was not returned by `forward`.
-            RuntimeError: `saved` was used before, or a layer is merged.
+            RuntimeError: `saved` was used before, a layer is merged, or no adapter was enabled in the forward
+                pass.
         """
         op, vocab = "LanguageModel.backward", slot_models.vocab_of(self)
         _check.saved(op, saved, LanguageModelSaved)
@@ -1127,6 +1131,8 @@ class LanguageModel(Module):
         _check.own(op, saved, self)
         for layer in self.adapter_layers().values():
             layer.require_trainable("backward")
+        if not saved.can_train:
+            raise RuntimeError(f"{op}: {NOTHING_TRAINED}")
         saved.use_up(op)
         if isinstance(self.lm_head, TrainedHead):
             rows = rows.copy()  # the head overwrites its argument

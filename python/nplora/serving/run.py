@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -69,7 +70,7 @@ def serve(
             listener,
             drain_seconds=options.drain,
             ready=ready,
-            stopping=lambda: report(last_words(service.engine, options.drain)),
+            stopping=lambda number: report(last_words(service.engine, options.drain, number)),
         )
 
 
@@ -167,17 +168,21 @@ def _limit(options: ServeOptions) -> str:
     return "no limit was given" if options.memory is None else f"the limit is {options.memory}"
 
 
-def last_words(engine: AnyEngine, seconds: float) -> str:
-    """Return the line that a server prints when it stops, with the number of unfinished answers."""
+def last_words(engine: AnyEngine, seconds: float, number: int) -> str:
+    """Return the line that a server prints when it stops, with the number of unfinished answers.
+
+    Args:
+        number: the number of the signal that stops the server.
+    """
     metrics = engine.metrics()
     count = metrics.running + metrics.waiting
-    ends = "at once"
-    if isinstance(engine, EncoderEngine):  # the rounds of this engine may be long, and cannot be cancelled
-        ends = "after the current texts"
+    # The rounds of an `EncoderEngine` may be long, and cannot be cancelled.
+    when = "after the current texts" if isinstance(engine, EncoderEngine) else "at once"
+    end = f"{'Ctrl-C again' if number == signal.SIGINT else 'a second signal'} ends the server {when}"
     if not count:
-        return f"stopping; Ctrl-C again ends the server {ends}"
+        return f"stopping; {end}"
     answers = "1 answer" if count == 1 else f"{count} answers"
-    return f"stopping: waiting at most {seconds:g} s for {answers}; Ctrl-C again ends the server {ends}"
+    return f"stopping: waiting at most {seconds:g} s for {answers}; {end}"
 
 
 @contextmanager

@@ -70,7 +70,8 @@ class Engine:
             The keys and values get what the weights and the working memory leave free. None: the engine may
             use half of the available memory that the model leaves free.
         adapter_memory: the part of `memory` that is reserved for adapters that are loaded later; None: an
-            eighth of the memory that the model leaves free.
+            eighth of the memory that the model leaves free, but at most `most_adapters`.
+        most_adapters: the most bytes that these adapters can need; None: not known.
         max_requests: how many requests are computed at the same time. The others wait.
         max_waiting: how many requests may wait.
         turn: a context manager that the engine enters for each call of the model. In a round, the engine
@@ -87,6 +88,7 @@ class Engine:
         *,
         memory: int | str | None = None,
         adapter_memory: int | str | None = 0,
+        most_adapters: int | None = None,
         max_requests: int = 8,
         max_waiting: int = 1024,
         turn: AbstractContextManager[object] | None = None,
@@ -94,7 +96,7 @@ class Engine:
         self._slots = slots = _check.integer("Engine", "max_requests", max_requests, least=1)
         self._most_waiting = _check.integer("Engine", "max_waiting", max_waiting, least=0)
         self._lm, self._metrics = lm, Metrics()
-        self._plan = plan_memory(lm, memory, slots, adapter_memory)
+        self._plan = plan_memory(lm, memory, slots, adapter_memory, most_adapters)
         self._context = min(int(lm.config.max_position_embeddings), self._plan.pages * PAGE)
         self._scheduler = Scheduler(
             lm,

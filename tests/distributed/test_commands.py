@@ -380,6 +380,7 @@ def test_the_variables_of_a_launcher_without_the_option_are_refused(
         ["teach", "m", "--data", "d", "--output", "o"],
         ["merge", "m", "a", "--output", "o"],
         ["convert", "m", "o"],
+        ["plot", "run"],
         ["export", "m", "--ollama", "d"],
         ["classify", "eval", "m", "--data", "d", "--plot", "p.png"],
         ["eval", "m", "--data", "d", "--answers", "a.jsonl"],

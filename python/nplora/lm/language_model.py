@@ -495,9 +495,10 @@ class LanguageModel(Module):
             >>> lm.set_adapter(None)      # none: the model's own LoRA layers
 
         Args:
-            names: a name; or several names, whose adapters are added up; or None for no named adapter. The
-                sum does not depend on the order of the names. The model keeps the 8 sums that were used last,
-                and computes other sums again when they are selected or used.
+            names: a name; or several names, whose adapters are added up; or None for no named adapter. An
+                empty list means the same as None. The sum does not depend on the order of the names. The
+                model keeps the 8 sums that were used last, and computes other sums again when they are
+                selected or used.
         Raises:
             KeyError: one of the names is unknown; the message lists the nearest names, or all names.
             ValueError: a name is given twice.

@@ -344,8 +344,12 @@ def test_plans_of_which_none_fits_on_every_rank_are_refused() -> None:
     )
     with pytest.raises(BudgetError, match=message):
         fitting_all([first, second])
-    with pytest.raises(BudgetError, match="no plan fits on every rank: rank 1 has compared other plans"):
-        fitting_all([first, compared((CUT, 1_000_000, 1.0))])
+
+
+def test_ranks_that_compared_different_plans_are_called_different() -> None:
+    first, second = compared((KEPT, 1_000_000, 1.0)), compared((CUT, 1_000_000, 1.0))
+    with pytest.raises(ValueError, match="the ranks differ: rank 1 has compared other memory plans"):
+        fitting_all([first, second])
 
 
 def test_the_progress_counts_the_tokens_of_all_ranks(inputs: Path) -> None:
@@ -380,6 +384,7 @@ def test_the_variables_of_a_launcher_without_the_option_are_refused(
         ["teach", "m", "--data", "d", "--output", "o"],
         ["merge", "m", "a", "--output", "o"],
         ["convert", "m", "o"],
+        ["plot", "run"],
         ["export", "m", "--ollama", "d"],
         ["classify", "eval", "m", "--data", "d", "--plot", "p.png"],
         ["eval", "m", "--data", "d", "--answers", "a.jsonl"],

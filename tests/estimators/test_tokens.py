@@ -130,6 +130,20 @@ def test_partial_fits_after_a_pickle_or_a_fit_continue(model: Path) -> None:
         assert not np.array_equal(ours, earlier)
 
 
+def test_partial_fit_refuses_bool_for_integers_as_fit_does_for_a_mixture(model: Path) -> None:
+    integers = [[int(tag == "O") for tag in tags] for tags in Y]
+    learner = LoRATokenClassifier(model, **FAST | {"epochs": 1}).fit(X, integers)
+    for other in ([[bool(number) for number in numbers] for numbers in integers], Y):
+        with pytest.raises(
+            ValueError, match=r"partial_fit: y has the unknown label .*, expected one of 0, 1"
+        ):
+            learner.partial_fit(X, other)
+    with pytest.raises(ValueError, match="the labels in y are of bool, int"):
+        LoRATokenClassifier(model, **FAST | {"epochs": 1}).fit(
+            X, [[True, *numbers[1:]] for numbers in integers]
+        )
+
+
 def test_wrong_rows_of_partial_fits_change_nothing(model: Path) -> None:
     learner = LoRATokenClassifier(model, **FAST)
     with pytest.raises(ValueError, match="classes must be passed on the first call to partial_fit"):

@@ -116,6 +116,9 @@ def test_a_resumed_run_has_the_bits_of_a_run_without_a_stop(task: str, model: Pa
     files = [Path(tmp_path, name, "adapter_model.safetensors").read_bytes() for name in ("whole", "cut")]
     assert files[0] == files[1]
     assert whole.temperature == again.temperature == finished.temperature
+    words = "the run was already finished: nothing was trained"
+    assert [words in str(run) for run in (whole, again, finished)] == [False, False, True]
+    assert ["peak memory" in str(run) for run in (whole, again, finished)] == [True, True, False]
     with pytest.raises(FileExistsError, match="holds a run"):
         train_classifier(model, some_rows(), tmp_path / "cut", **options)
     other = [*some_rows()[:-1], {"text": "a cat", "label": "shop", "number": 3}]

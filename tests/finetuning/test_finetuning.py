@@ -694,6 +694,7 @@ def test_a_finished_run_that_is_resumed_trains_nothing_and_says_so(
     resumed = finetune(model, data, tmp_path / "out", **QUICK, resume=True)
     assert words not in str(first)
     assert str(resumed).splitlines()[0] == words
+    assert ("peak memory" in str(first), "peak memory" in str(resumed)) == (True, False)
     assert resumed.loss_after == first.loss_after
 
 

@@ -44,12 +44,16 @@ def rewritten(directory: Path, change: Any) -> Path:
     return directory
 
 
-def test_gradients_are_those_of_finite_differences(model: Path) -> None:
+@pytest.mark.parametrize("adapted", [True, False])
+def test_gradients_are_those_of_finite_differences(model: Path, adapted: bool) -> None:
+    """Without an adapter, only the head is trained."""
     classifier = new(model, ("a", "b", "c"))
-    classifier.add_lora(rank=2, init="gaussian", targets="query,output.dense")
+    if adapted:
+        classifier.add_lora(rank=2, init="gaussian", targets="query,output.dense")
     labels = np.array([0, 2, 1])
     logits, kept = classifier.forward(IDS)
-    classifier.backward(nplora.losses.cross_entropy(logits, labels)[1], kept)
+    gradient = nplora.losses.cross_entropy(logits, labels)[1]
+    classifier.backward(gradient, kept)
     rng = np.random.default_rng(0)
     for parameter in classifier.parameters():
         if not parameter.name.startswith(("bert.pooler", "classifier")):
@@ -62,6 +66,8 @@ def test_gradients_are_those_of_finite_differences(model: Path) -> None:
         parameter.value[...] = before
         slope, wanted = (losses[0] - losses[1]) / 2e-2, float((parameter.grad * direction).sum())
         assert abs(slope - wanted) <= 2e-2 * max(1e-2, abs(wanted)), parameter.name
+    with pytest.raises(RuntimeError, match="an earlier backward pass used and freed the saved values"):
+        classifier.backward(gradient, kept)
 
 
 def test_a_new_head_begins_with_the_pooler_of_the_file(model: Path) -> None:

@@ -335,6 +335,19 @@ def test_a_second_embed_backward_adds_no_gradient(
         np.testing.assert_array_equal(parameter.grad, before)
 
 
+def test_training_without_an_enabled_adapter_is_refused(directory: Path) -> None:
+    encoder, ids = nplora.load_encoder(directory), [[2, 5, 3], [2, 6, 3]]
+    words = "nothing is trained: there is no adapter, or"
+    states, saved = encoder.forward(ids)
+    with pytest.raises(RuntimeError, match=rf"Encoder\.backward: {words}"):
+        encoder.backward(states, saved)
+    encoder.add_lora(rank=2)
+    with encoder.disable_adapter():
+        vectors, saved = encoder.embed_forward(ids)
+    with pytest.raises(RuntimeError, match=rf"Encoder\.embed_backward: {words}"):
+        encoder.embed_backward(vectors, saved)
+
+
 def test_without_pooling_information_a_message_says_what_is_assumed(tmp_path: Path) -> None:
     model = save_small_encoder(tmp_path / "model", pooling=None)
     with pytest.warns(UserWarning, match="name no pooling, so a text's embedding is the mean of its tokens"):

@@ -232,6 +232,26 @@ def test_a_merged_model_refuses_backward_before_it_adds_anything(lm: LanguageMod
     lm.backward(logits, saved)
 
 
+def test_training_without_an_enabled_adapter_is_refused_as_in_torch(lm: LanguageModel) -> None:
+    """What counts is the forward pass, as in torch, whose graph then has no trained parameter."""
+    (ids,), words = ids_of(7), "nothing is trained: there is no adapter, or"
+    logits, saved = lm.forward(ids)
+    with pytest.raises(RuntimeError, match=rf"LanguageModel\.backward: {words}"):
+        lm.backward(logits, saved)
+    with_factors(lm)
+    with lm.disable_adapter():
+        logits, saved = lm.forward(ids)
+        with pytest.raises(RuntimeError, match=f"forward_backward: {words}"):
+            lm.train_step(ids, ids, nplora.SGD(lr=0.1))
+    with pytest.raises(RuntimeError, match=words):
+        lm.backward(logits, saved)
+    with lm.model.layers[0].disable_adapter():
+        logits, saved = lm.forward(ids)
+    with lm.disable_adapter():
+        lm.backward(logits, saved)
+    assert any(p.grad.any() for p in lm.parameters())
+
+
 # ---- decoding with a cache ----
 
 
@@ -425,18 +445,18 @@ def test_checkpointed_blocks_are_computed_again_with_the_adapters_of_their_forwa
     lm: LanguageModel, disabled_again: bool
 ) -> None:
     with_factors(lm)
-    ids, found = ids_of(12)[0], []
+    ids, found, block = ids_of(12)[0], [], lm.model.layers[0]
     for again in (False, True):
         lm.model.checkpoint_blocks = again
         lm.zero_grad()
-        with lm.disable_adapter() if not disabled_again else contextlib.nullcontext():
+        with block.disable_adapter() if not disabled_again else contextlib.nullcontext():
             logits, saved = lm.forward(ids)
         with lm.disable_adapter() if disabled_again else contextlib.nullcontext():
             lm.backward(logits, saved)
         found.append([p.grad.copy() for p in lm.parameters()])
     for plain, recomputed in zip(*found, strict=True):
         np.testing.assert_array_equal(recomputed, plain)
-    assert any(gradient.any() for gradient in found[1]) == disabled_again
+    assert any(gradient.any() for gradient in found[1][: len(block.parameters())]) == disabled_again
 
 
 def test_results_do_not_depend_on_the_number_of_threads(lm: LanguageModel, thread_limit: None) -> None:

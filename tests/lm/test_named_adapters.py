@@ -144,8 +144,10 @@ def test_layers_of_the_model_s_own_stay_and_are_not_added(model: Path, paths: di
     assert answers(lm) == answers(alone(model, paths["all"]))
     with lm.disable_adapter():
         assert answers(lm) == answers(load_model(model))
-    lm.set_adapter(None)
-    assert answers(lm) == own
+    for nothing in (None, []):
+        lm.set_adapter("all")
+        lm.set_adapter(nothing)
+        assert answers(lm) == own
     assert [p.value.tobytes() for p in lm.parameters()] == parameters
 
 
@@ -210,6 +212,20 @@ def test_what_is_no_adapter_is_a_type_error_that_says_what_is(model: Path, paths
             lm.with_adapter(given)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"with_adapter: adapter is a tuple, expected an Adapter$"):
         lm.with_adapter((paths["few"], 0.5))  # type: ignore[arg-type]
+
+
+def test_a_path_that_does_not_exist_is_named_and_swapped_arguments_are_noticed(
+    model: Path, paths: dict[str, Path]
+) -> None:
+    lm = load_model(model)
+    words = r"load_adapter: path, the first argument, does not exist"
+    for name, hint in (
+        ("first", ""),
+        (str(paths["few"]), rf"; the second argument, '{paths['few']}', exists: swap the two"),
+        (Adapter.read(paths["few"]), "; the second argument is an Adapter: swap the two"),
+    ):
+        with pytest.raises(FileNotFoundError, match=f"{words}{hint}: 'nowhere'$"):
+            lm.load_adapter("nowhere", name)  # type: ignore[arg-type]
 
 
 def test_names_that_are_not_there_are_a_key_error_with_the_nearest(
@@ -649,11 +665,13 @@ def test_a_sum_does_not_depend_on_the_order_of_its_names(model: Path, paths: dic
         lm.set_adapter(names)
         assert answers(lm) == wanted
     assert len(lm._named.models) == copies
-    factors = [parameter.value.tobytes() for parameter in lm._selected("test").parameters()]
+    factors = [parameter.value.tobytes() for parameter in lm.selected_model("test").parameters()]
     for names in others:
         fresh = named(model, paths)
         fresh.set_adapter(names)
-        assert [parameter.value.tobytes() for parameter in fresh._selected("test").parameters()] == factors
+        assert [
+            parameter.value.tobytes() for parameter in fresh.selected_model("test").parameters()
+        ] == factors
 
 
 def test_only_the_last_sums_are_kept(model: Path, paths: dict[str, Path]) -> None:
@@ -665,11 +683,11 @@ def test_only_the_last_sums_are_kept(model: Path, paths: dict[str, Path]) -> Non
     pairs = list(itertools.combinations(names, 2))
     assert len(pairs) > most
     lm.set_adapter(pairs[0])
-    first = lm._selected("test")
+    first = lm.selected_model("test")
     for pair in pairs:
         lm.set_adapter(pair)
         lm.set_adapter(pairs[0])  # is used again and again
-    assert lm._selected("test") is first
+    assert lm.selected_model("test") is first
     assert len(lm._named.models) == len(names) + most
     assert {name: lm.named_model(name) for name in names} == single
     lm.set_adapter(pairs[1])  # was dropped

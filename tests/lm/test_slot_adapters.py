@@ -172,10 +172,12 @@ def test_the_adapter_of_an_empty_slot_can_be_changed(lm: LanguageModel) -> None:
     np.testing.assert_array_equal(got[0], alone(lm, "few", np.array([1]), (1,))[0])
     np.testing.assert_array_equal(got[1], alone(lm, "all", np.array([1]), (1,))[0])
     cache.reset()
-    with pytest.raises(KeyError, match="no adapter 'al'"):
+    with pytest.raises(KeyError, match=r"KVCache\.adapters: no adapter 'al'"):
         cache.adapters[0] = "al"
     for other in (3, nplora.load_model(lm.source), nplora.Linear(np.eye(2))):
-        with pytest.raises(TypeError, match="expected a name or an Adapter"):
+        with pytest.raises(
+            TypeError, match=r"^KVCache\.adapters: adapter is .*, expected a name or an Adapter"
+        ):
             cache.adapters[0] = other
 
 
@@ -242,8 +244,10 @@ def test_generate_with_an_adapter_for_each_prompt(lm: LanguageModel) -> None:
     assert "".join(nplora.generate.stream(lm, prompts[2], sampling, "all")) == wanted[2]
     with pytest.raises(ValueError, match="1 adapters for 2 prompts"):
         lm.generate(["1", "2"], 6, adapters=["all"])
-    with pytest.raises(KeyError, match="no adapter 'xyz'"):
+    with pytest.raises(KeyError, match="generate: no adapter 'xyz'"):
         lm.generate(["1"], 6, adapters=["xyz"])
+    with pytest.raises(TypeError, match=r"^generate: adapter is a int, expected a name or an Adapter"):
+        lm.generate(["1"], 6, adapters=[3])  # type: ignore[list-item]
 
 
 def test_an_adapter_can_be_rounded_to_bfloat16(model: Path, paths: dict[str, Path]) -> None:

@@ -63,7 +63,7 @@ class StandInEngine:
         ids: Sequence[int],
         sampling: Sampling | None = None,
         *,
-        adapter: str | None = None,
+        adapter: LanguageModel | None = None,
         logprobs: int | None = None,
         client: str = "",
         priority: int = 0,
@@ -72,8 +72,6 @@ class StandInEngine:
     ) -> StandInTicket:
         if sum(ticket.finish_reason is None for ticket in self.tickets) >= self.max_waiting:
             raise QueueFullError("the queue is full")
-        if adapter is not None and adapter not in self.lm.adapters:
-            raise KeyError(adapter)
         ticket = StandInTicket(len(ids))
         self.tickets.append(ticket)
         self.clients.append(client)
@@ -93,19 +91,19 @@ class StandInEngine:
         ticket: StandInTicket,
         ids: list[int],
         sampling: Sampling,
-        adapter: str | None,
+        adapter: LanguageModel | None,
         logprobs: int | None,
         index: int,
         guide: Any,
     ) -> str:
-        self.lm.set_adapter(adapter)
-        tokenizer, cache = self.lm.tokenizer, self.lm.new_cache(1, self.context)
+        lm = self.lm if adapter is None else adapter
+        tokenizer, cache = lm.tokenizer, lm.new_cache(1, self.context)
         text, stop = tokenizer.stream(context=ids[-8:]), StopText(sampling.stop)
         rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence(sampling.seed, spawn_key=(index,))))
         new, limit = ids, min(self.context, len(ids) + sampling.max_new_tokens)
         for count in range(limit - len(ids)):
             with self._lock:
-                scores = np.array(self.lm.decode([new], [0], cache)[0][: tokenizer.vocab_size], np.float64)
+                scores = np.array(lm.decode([new], [0], cache)[0][: tokenizer.vocab_size], np.float64)
             reported = scores - np.log(np.exp(scores - scores.max()).sum()) - scores.max()
             if guide is not None:
                 guide.restrict(scores)

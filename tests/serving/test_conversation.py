@@ -1,6 +1,7 @@
 """Chats of several turns: answers equal those of `lm.generate`, and earlier turns are not computed again."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -94,6 +95,25 @@ def test_a_chat_is_encoded_with_the_tokens_of_its_own_adapter(lm: LanguageModel)
     finally:
         lm.set_adapter(None)
         lm.delete_adapter("steps")
+
+
+def test_a_turn_keeps_the_adapter_whose_tokens_encoded_it(
+    lm: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Even if another adapter takes the name before the request is submitted."""
+    other, submit = nplora.load_model(lm.source), Engine.submit
+    other.add_lora(rank=2, init="gaussian", add_tokens="<step>")
+    lm.load_adapter(adapters.Adapter.from_model(other), "steps")
+
+    def replaced(*arguments: Any, **options: Any) -> Any:
+        lm.load_adapter(lm.adapters["loud"], "steps", replace=True)
+        return submit(*arguments, **options)
+
+    monkeypatch.setattr(Engine, "submit", replaced)
+    with Engine(lm) as engine:
+        answer = "".join(Conversation(engine, SAMPLING, adapter="steps").ask("one <step>"))
+    lm.delete_adapter("steps")
+    assert answer == other.generate([{"role": "user", "content": "one <step>"}], max_new_tokens=5)
 
 
 def test_a_stopped_answer_stays_in_the_chat_as_far_as_it_came(lm: LanguageModel) -> None:

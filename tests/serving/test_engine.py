@@ -221,6 +221,9 @@ def test_adapters_that_are_loaded_later_have_a_part_of_the_memory(
     for given, adapters, pages in ((0, 0, 8), (2 * page, 2 * page, 6), (None, page, 7), ("0", 0, 8)):
         plan = memory.plan_memory(lm, budget, 1, given)
         assert (plan.adapters, plan.pages, plan.total) == (adapters, pages, budget)
+    for most, adapters, pages in ((page // 2, page // 2, 7), (2 * page, page, 7), (0, 0, 8)):
+        plan = memory.plan_memory(lm, budget, 1, None, most)
+        assert (plan.adapters, plan.pages) == (adapters, pages)
     with pytest.raises(ValueError, match="10 MB are for adapters"):
         memory.plan_memory(lm, budget, 1, 10_000_000)
     for wrong in (0.7, True, 500, "500", "x"):
@@ -228,18 +231,20 @@ def test_adapters_that_are_loaded_later_have_a_part_of_the_memory(
             memory.plan_memory(lm, budget, 1, wrong)
 
 
-@pytest.mark.parametrize("adapter_memory", [None, 0, "50M"])
+@pytest.mark.parametrize(
+    ("adapter_memory", "most"), [(None, None), (None, 9_000_000), (None, 10**9), (0, None), ("50M", None)]
+)
 def test_the_memory_that_a_refusal_asks_for_suffices(
-    lm: LanguageModel, monkeypatch: pytest.MonkeyPatch, adapter_memory: int | str | None
+    lm: LanguageModel, monkeypatch: pytest.MonkeyPatch, adapter_memory: int | str | None, most: int | None
 ) -> None:
     monkeypatch.setattr(memory, "resident_memory", lambda lm: (100_000_000, 0))
     monkeypatch.setattr(memory, "page_bytes", lambda config: 30_000_000)
     with pytest.raises(ValueError, match="expected at least") as refused:
-        memory.plan_memory(lm, "110M", 4, adapter_memory)
+        memory.plan_memory(lm, "110M", 4, adapter_memory, most)
     asked = int(str(refused.value).split("at least ")[1].split(" MB")[0])
-    assert memory.plan_memory(lm, f"{asked}M", 4, adapter_memory).pages == 4
+    assert memory.plan_memory(lm, f"{asked}M", 4, adapter_memory, most).pages == 4
     with pytest.raises(ValueError, match=f"expected at least {asked} MB"):
-        memory.plan_memory(lm, f"{asked - 1}M", 4, adapter_memory)
+        memory.plan_memory(lm, f"{asked - 1}M", 4, adapter_memory, most)
 
 
 BUDGET = """

@@ -103,6 +103,8 @@ def test_an_adapter_that_takes_the_name_of_another_shares_nothing_with_it(tmp_pa
     lm.delete_adapter("name")
     with pytest.raises(KeyError, match="no adapter 'name'"):
         engine.submit(ids, adapter="name")
+    with pytest.raises(TypeError, match=r"Engine\.submit: adapter is a int, expected a name"):
+        engine.submit(ids, adapter=3)  # type: ignore[arg-type]
     lm.load_adapter(adapter_of(tmp_path, "all", 2), "name")
     other = engine.submit(ids, SAMPLING, adapter="name")
     assert (waiting.text(), running.text()) == (before, before)

@@ -271,13 +271,13 @@ def test_minus_one_is_no_limit(client: Any, app: Any, field: str) -> None:
     assert answer["usage"]["completion_tokens"] > 16
 
 
-def test_only_one_call_is_made_if_the_client_wants_one_at_a_time() -> None:
+def test_only_one_call_is_made_if_the_client_wants_one_at_a_time(lm: Any) -> None:
     call = '{"name": "add", "arguments": {}}'
     chunks, ticket = [Chunk(f"[{call}, {call}]", ())], Ticket(1, lambda: False, lambda ticket: None)
     ticket.end("stop", Usage(1))
     for most, count in ((None, 2), (1, 1)):
         request = TextRequest(
-            "base", None, [[1]], 1, Sampling(), None, True, False, tools=frozenset({"add"}), most_calls=most
+            "base", lm, [[1]], 1, Sampling(), None, True, False, tools=frozenset({"add"}), most_calls=most
         )
         whole = ChatObjects(request, [ticket]).choice(0, chunks)["message"]["tool_calls"]
         streamed = ChatObjects(request, [ticket])

@@ -72,7 +72,8 @@ def served(files: tuple[Path, list[Path]], tmp_path_factory: pytest.TempPathFact
         assert server.returncode == 0
         assert errors == ""
         for text in ("models: small, mine, adapter1", "context: 512 tokens", "(the limit is 1G)",
-                     "MB  keys and values of", "stopping; Ctrl-C again ends the server at once"):  # fmt: skip
+                     "MB  keys and values of", "stopping; a second signal ends the server at once",
+                     "MB  adapters of jobs"):  # fmt: skip
             assert text in lines
 
 

@@ -13,6 +13,8 @@ import nplora
 from nplora.serving import run
 from nplora.serving.adapter_memory import AdapterMemory
 from nplora.serving.api.app import Application
+from nplora.serving.api.models import Models
+from nplora.serving.api.text_request import Reader
 from nplora.serving.fields import Fields
 from nplora.serving.options import ServeOptions
 from nplora.serving.request_error import RequestError
@@ -171,13 +173,73 @@ def test_two_adapters_that_are_loaded_at_the_same_time_do_not_exceed_the_memory(
         raise OSError("no file")
 
 
+def test_a_request_keeps_the_adapter_whose_tokens_encoded_it(
+    client: Any, app: Application, lm: nplora.LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Even if another adapter takes the name after the request was read."""
+    models, directory = app.service.models, app.service.adapter_dir
+    other, read = nplora.load_model(lm.source), Reader.chat
+    messages = [{"role": "user", "content": "a <step>"}]
+    other.add_lora(rank=2, init="gaussian", add_tokens="<step>")
+    nplora.save_adapter(other, directory / "steps")
+
+    def replaced(*arguments: Any) -> Any:
+        request = read(*arguments)
+        models.load("steps", directory / "adapter1", replace=True)
+        return request
+
+    models.load("steps", directory / "steps")
+    monkeypatch.setattr(Reader, "chat", replaced)
+    try:
+        answer = ask(client, model="steps", messages=messages)
+    finally:
+        models.unload("steps")
+    assert answer.choices[0].message.content == other.generate(messages, 8)
+    assert answer.usage.prompt_tokens == len(other.tokenizer.encode_chat(messages, True))
+
+
+def test_memory_is_planned_only_for_adapters_that_can_be_added(tmp_path: Path) -> None:
+    """Without a directory and without jobs, these are sums of the adapters that the server begins with."""
+    model = live_server.save_model(tmp_path)
+    paths = live_server.save_adapters(model, tmp_path)
+    for count, source, text in (
+        (0, {}, ""),
+        (2, {}, "sums of adapters (lora)"),
+        (2, {"adapter_dir": str(tmp_path)}, "adapters that requests load"),
+        (0, {"jobs": str(tmp_path / "jobs")}, "adapters of jobs"),
+    ):
+        lm, options = nplora.load_model(model), ServeOptions(memory="4G", **source)
+        models = Models(lm, "base")
+        for number in range(count):
+            models.load(f"adapter{number}", paths[number])
+        with run.running(lm, models, options) as (engine, _):
+            assert [
+                line.split("MB  ")[1]
+                for line in run.description(engine, models, options).splitlines()
+                if "adapters" in line and "MB  " in line
+            ][1:] == [text] * bool(text)
+            if source:
+                assert engine.plan.adapters > 200e6
+                continue
+            for scale in range(30):  # more than the sums that are kept
+                models.chosen(
+                    Fields({"lora": [{"id": number, "scale": 2 + scale} for number in range(count)]})
+                )
+            if count:
+                size = sum(
+                    adapter.nbytes for name, adapter in lm.adapters.items() if not name.startswith("=")
+                )
+                assert len(lm.adapters) == 18
+                assert 40 * size == models.memory.used <= engine.plan.adapters == int(41 * size)
+
+
 def test_an_adapter_that_disappears_again_and_again_is_a_temporary_error(
     client: Any, app: Application, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def missing(*arguments: object, **options: object) -> None:
+    def missing(*arguments: object) -> None:
         raise KeyError("no adapter '=adapter0*2'")
 
-    monkeypatch.setattr(app.service.engine, "submit", missing)
+    monkeypatch.setattr(app.service.models.lm, "named_model", missing)
     with pytest.raises(openai.InternalServerError, match="try again in a moment") as caught:
         ask(client, extra_body={"lora": [{"id": 0, "scale": 2}]})
     assert (caught.value.status_code, caught.value.code) == (503, "adapter_unloaded")
@@ -230,6 +292,7 @@ def test_an_adapter_that_cannot_be_read_is_a_bad_request(
     with pytest.raises(openai.BadRequestError, match="cannot be loaded") as caught:
         client.post("/load_lora_adapter", body={"lora_name": "x", "lora_path": damage}, cast_to=str)
     assert str(app.service.adapter_dir) not in str(caught.value)
+    assert "Errno" not in str(caught.value)
 
 
 def test_adapters_may_be_rounded_to_bfloat16(tmp_path: Path) -> None:

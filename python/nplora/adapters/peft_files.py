@@ -25,6 +25,7 @@ from nplora.formats.peft_adapter import EMBEDDING, LINEAR, MAGNITUDE, PREFIX, TO
 from nplora.formats.peft_config import Patterns, PeftConfig, short_number
 from nplora.formats.tokenizer_json import AddedToken
 from nplora.lora.delta import LoraDelta
+from nplora.nn.trained_rows import repeated
 from nplora.runtime.user_warning import warn_user
 
 Array = NDArray[Any]
@@ -220,9 +221,7 @@ def _token_rows(
     """Read the trained rows of a layer, followed by the rows of PEFT's copy that are not trained."""
     tensor, ids = trained or ("", ())
     own = np.array(ids, np.int64)
-    values, counts = np.unique(own, return_counts=True)
-    if (counts > 1).any():
-        twice = values[counts > 1][0]
+    if (twice := repeated(own)) is not None:
         raise FormatError(f"{brief(layer)}: token {twice} occurs twice in the trained tokens")
     copy, beyond = copied or ("", own[:0])
     others = np.setdiff1d(beyond, own)

@@ -3,6 +3,7 @@
 import argparse
 
 from nplora.cli.parser import path
+from nplora.distributed.launch import require_one_process
 
 HELP = "Plot the losses and the learning rate of a run in a PNG file."
 
@@ -19,4 +20,5 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     from nplora.trainer import plot
 
+    require_one_process("plot")  # without --output, it writes into the run's directory
     print(plot.plot_run(arguments.run, arguments.output, arguments.overwrite))

@@ -214,12 +214,14 @@ def fitting_all(plans: Sequence[MemoryPlan]) -> ExecutionPlan:
         plans: the plan of each rank, with the alternatives that the rank has compared.
     Raises:
         BudgetError: no plan fits on every rank.
+        ValueError: the ranks have compared different plans.
     """
     compared = [plan.compared() for plan in plans]
     for rank, own in enumerate(compared):
         if own.keys() != compared[0].keys():
-            raise BudgetError(
-                f"finetune: no plan fits on every rank: rank {rank} has compared other plans than rank 0"
+            raise ValueError(
+                f"finetune: the ranks differ: rank {rank} has compared other memory plans than rank 0; give "
+                "all ranks the same model, data and options"
             )
     # For each plan, the bytes by which it exceeds the limit of a rank, and the number of this rank.
     excess = {

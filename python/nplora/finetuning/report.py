@@ -22,6 +22,7 @@ def mean_loss(records: Sequence[StepRecord]) -> float:
     return sum(r.loss * r.count for r in records) / max(1, sum(r.count for r in records))
 
 
+WAS_FINISHED = "the run was already finished: nothing was trained"
 _SHOWN = {  # metrics in lines of text
     "rewards/margins": "margin", "rewards/accuracies": "accuracy", "kl": "KL", "nll_loss": "cross-entropy",
 }  # fmt: skip
@@ -30,6 +31,11 @@ _SHOWN = {  # metrics in lines of text
 def in_words(metrics: Mapping[str, float]) -> str:
     """The main metrics as the end of a line: ", margin 0.123, accuracy 0.900"."""
     return "".join(f", {word} {metrics[name]:.3f}" for name, word in _SHOWN.items() if name in metrics)
+
+
+def memory_in_words(was_finished: bool) -> str:
+    """The words ", peak memory 940 MB"; "" if another process has trained, whose memory is not known."""
+    return "" if was_finished else f", peak memory {peak_memory() / 1e6:.0f} MB"
 
 
 @dataclass(frozen=True)
@@ -114,7 +120,7 @@ class FinetuneReport:
             for sample in self.samples
         ]
         if self.was_finished:
-            lines.insert(0, "the run was already finished: nothing was trained")
+            lines.insert(0, WAS_FINISHED)
         if self.loss_after is not None:
             before = "" if self.loss_before is None else f"{self.loss_before:.4f} -> "
             lines.append(f"validation loss {before}{self.loss_after:.4f}{self._best()}{self._compared()}")
@@ -128,8 +134,8 @@ class FinetuneReport:
         rate = trained * self.train.tokens / max(1, self.train.learned)  # exact for whole epochs
         lines.append(
             f"{counted(len(history.steps), 'step')} in {history.seconds:.1f} s, "
-            f"{rate:.0f} tokens/s ({self._counted_rate()}), "
-            f"peak memory {peak_memory() / 1e6:.0f} MB{losses}"
+            f"{rate:.0f} tokens/s ({self._counted_rate()})"
+            f"{memory_in_words(self.was_finished)}{losses}"
         )
         lines += [record.in_words(self.unit) for record in self.ranks]
         if self.profile is not None:

@@ -53,6 +53,7 @@ from nplora.nn import LoRALinear, TrainedHead
 from nplora.nn.losses import NonFiniteLossError
 from nplora.nn.module import layer_stream
 from nplora.nn.optim import AdamW
+from nplora.runtime.error_text import message_of
 from nplora.trainer import Callback, History, Trainer
 from nplora.trainer.callbacks import checked_callbacks
 from nplora.trainer.fingerprint import set_factors
@@ -547,7 +548,7 @@ def _save_as_of(
             set_factors(lm, good.parameters)
         _save_undisturbed(lm, output, base, save)
     except (OSError, FormatError) as error:
-        return f"the adapter could not be saved: {error}"
+        return f"the adapter could not be saved: {message_of(error)}"
     return f"{files.name(output)} holds the adapter" + ("" if step is None else f" as of step {step}")
 
 

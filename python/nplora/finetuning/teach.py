@@ -143,7 +143,7 @@ def teach(
     lm = opened("teach", model, compute)
     if adapter is not None:
         lm = with_adapters("teach", lm, adapter, any_base)
-    lm = lm._selected("teach")  # the call keeps these adapters
+    lm = lm.selected_model("teach")  # the call keeps these adapters
     if top_k > _vocab(lm):
         raise ValueError(f"teach: top_k is {top_k}, but the vocabulary has {_vocab(lm):,} tokens")
     _require_not_read(output, lm, files_of("teach", adapter), groups)

@@ -360,7 +360,11 @@ class TextClassifier(Module):
         _check.saved(op, saved, ClassifierSaved)
         rows = _check.shaped(op, "dy", dy, saved.shape, np.float32)
         _check.own(op, saved, self)
-        self.encoder.backward(self.head.run_backward(rows, saved.head), saved.encoder)
+        dx = self.head.run_backward(rows, saved.head)
+        if saved.encoder.can_train:
+            self.encoder.backward(dx, saved.encoder)
+        else:  # only the head is trained
+            saved.encoder.use_up(op)
         return None
 
     def __repr__(self) -> str:

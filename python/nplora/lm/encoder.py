@@ -26,7 +26,7 @@ from nplora.models.encoder_config import EncoderConfig
 from nplora.models.packing import cut
 from nplora.models.positions import packed_positions
 from nplora.nn import LayerNorm, RMSNorm
-from nplora.nn.module import Gradient, Module, Saved, inference
+from nplora.nn.module import NOTHING_TRAINED, Gradient, Module, Saved, can_train, inference
 from nplora.tokenizer import Tokenizer
 
 Array = npt.NDArray[Any]
@@ -49,6 +49,7 @@ class EncoderSaved(Saved):
     decoder: DecoderSaved
     pooling: PoolingSaved | None
     unused: list[None]  # empty once a backward pass has begun
+    can_train: bool  # the result of `can_train` during the forward pass
 
     def use_up(self, op: str) -> None:
         """Mark these values as used. Raise RuntimeError if an earlier call has used them."""
@@ -442,7 +443,9 @@ class Encoder(Module):
         rows, own = self._read_by(pooling, starts)
         x, decoder = self.model.run(packed, packed_positions(starts), rows)
         self.require_unchanged()
-        return self.model.hidden_states(x), EncoderSaved(x, own, decoder, None, [None], layer=self)
+        return self.model.hidden_states(x), EncoderSaved(
+            x, own, decoder, None, [None], can_train(self), layer=self
+        )
 
     def _read_by(self, pooling: Pooling | None, starts: Array) -> tuple[Array | None, Array]:
         """Return the positions of the tokens that a pooling reads, or None if it reads all tokens.
@@ -471,7 +474,8 @@ class Encoder(Module):
         Raises:
             ValueError: `dy` has another shape than the result of `forward`, or `saved` is from another model.
             TypeError: `saved` was not returned by `forward`.
-            RuntimeError: `saved` was used before, or a layer is merged.
+            RuntimeError: `saved` was used before, a layer is merged, or no adapter was enabled in the forward
+                pass.
         """
         op = "Encoder.backward"
         _check.saved(op, saved, EncoderSaved)
@@ -512,6 +516,8 @@ class Encoder(Module):
         _check.own(op, saved, self)
         for layer in self.adapter_layers().values():
             layer.require_trainable("backward")
+        if not saved.can_train:
+            raise RuntimeError(f"{op}: {NOTHING_TRAINED}")
         saved.use_up(op)
 
     def _run_backward(self, dy: Array, saved: EncoderSaved) -> None:

@@ -63,8 +63,8 @@ class GeneratingModel(Protocol):
 class AdapterChoosingModel(GeneratingModel, Protocol):
     """A model that also has the method `named_model`, which generation needs if prompts have adapters."""
 
-    def named_model(self, adapter: str | Adapter) -> GeneratingModel: ...
-    def _selected(self, op: str) -> GeneratingModel: ...
+    def named_model(self, adapter: str | Adapter, op: str) -> GeneratingModel: ...
+    def selected_model(self, op: str) -> GeneratingModel: ...
 
 
 def generate(
@@ -204,7 +204,7 @@ def _models(lm: GeneratingModel, prompts: Sequence[Any], adapters: Adapters | No
     chooser = cast(AdapterChoosingModel, lm)
     keys = [adapter if isinstance(adapter, str) else id(adapter) for adapter in adapters]
     made = {
-        key: selected if adapter is None else chooser.named_model(adapter)
+        key: selected if adapter is None else chooser.named_model(adapter, _OP)
         for key, adapter in dict(zip(keys, adapters, strict=True)).items()
     }
     return _Models(selected, [made[key] for key in keys])
@@ -212,7 +212,7 @@ def _models(lm: GeneratingModel, prompts: Sequence[Any], adapters: Adapters | No
 
 def _selected(op: str, lm: GeneratingModel) -> GeneratingModel:
     """The model with its selected adapters; the model itself if it has no named adapters."""
-    return cast(AdapterChoosingModel, lm)._selected(op) if hasattr(lm, "_selected") else lm
+    return cast(AdapterChoosingModel, lm).selected_model(op) if hasattr(lm, "selected_model") else lm
 
 
 def _stream_ids(
@@ -249,7 +249,9 @@ def _generated(
     lm: GeneratingModel, answers: Sequence[Answer], limits: Sequence[int], cache: Any
 ) -> Iterator[tuple[int, str]]:
     context = int(lm.config.max_position_embeddings)
-    longest = longest_before_switch(lm.config)
+    # When a sequence outgrows this length, all its tokens are computed again with LongRoPE's long factors, as
+    # in transformers. So the text does not depend on `max_new_tokens`.
+    longest: float = lm.config.rope.longest_short
     for answer, limit in zip(answers, limits, strict=True):
         if hasattr(cache, "activate"):  # a model with its own kind of cache has no activated LoRA
             cache.activate(answer.index, answer.ids)
@@ -276,16 +278,6 @@ def _generated(
 def _advanced(answer: Answer, scores: Array, cache: Any) -> Iterator[tuple[int, str]]:
     if piece := answer.advance(scores, cache.capacity):
         yield answer.index, piece
-
-
-def longest_before_switch(config: Any) -> float:
-    """The maximum length of a sequence for which LongRoPE uses its short factors; infinite without LongRoPE.
-
-    When a sequence outgrows this maximum, all its tokens are computed again with the long factors, as in
-    transformers. So the text does not depend on `max_new_tokens`.
-    """
-    longest: float = config.rope.longest_short
-    return longest
 
 
 def prompt_ids(op: str, lm: GeneratingModel, prompt: Prompt) -> list[int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import functools
 import math
 import os
@@ -37,7 +38,7 @@ from nplora.models.packing import IGNORED, PackedBatch, pack
 from nplora.models.positions import packed_positions
 from nplora.nn import LoRALayer, RMSNorm, TrainedEmbedding, TrainedHead, TrainedRowsLayer, optim
 from nplora.nn.losses import NonFiniteLossError
-from nplora.nn.module import Gradient, Module, Saved, inference, inferring
+from nplora.nn.module import NOTHING_TRAINED, Gradient, Module, Saved, can_train, inference, inferring
 from nplora.nn.optim import Optimizer
 from nplora.runtime.user_warning import warn_user
 from nplora.tokenizer import Tokenizer
@@ -57,6 +58,7 @@ class LanguageModelSaved(Saved):
     decoder: DecoderSaved
     head: Any
     unused: list[None]  # empty once a backward pass has begun
+    can_train: bool  # the result of `can_train` during the forward pass
 
     def use_up(self, op: str) -> None:
         """Mark these values as used. Raise RuntimeError if the values were used before."""
@@ -96,7 +98,7 @@ def _with_selected_adapter(
 
     @functools.wraps(method)
     def call(self: LanguageModel, /, *args: P.args, **named: P.kwargs) -> T:
-        return method(self._selected(method.__name__), *args, **named)
+        return method(self.selected_model(method.__name__), *args, **named)
 
     return call
 
@@ -161,7 +163,7 @@ class LanguageModel(Module):
         >>> tokenizer.decode(tokenizer.encode("Hello"))
         'Hello'
         """
-        lm = self._selected("tokenizer")
+        lm = self.selected_model("tokenizer")
         return lm._tokenizer_with(lm.added_tokens)
 
     @property
@@ -174,7 +176,7 @@ class LanguageModel(Module):
         >>> lm.vocab_size - lm.config.vocab_size
         2
         """
-        return slot_models.vocab_of(self._selected("vocab_size"))
+        return slot_models.vocab_of(self.selected_model("vocab_size"))
 
     @property
     def added_tokens(self) -> tuple[AddedToken, ...]:
@@ -464,6 +466,8 @@ class LanguageModel(Module):
         if isinstance(path, Adapter):
             adapter = path
         elif isinstance(path, str | os.PathLike):
+            if not os.path.lexists(path):
+                raise FileNotFoundError(errno.ENOENT, _no_adapter(name), os.fspath(path))
             adapter = read_for(self, path, self.source, any_base)
         else:
             raise TypeError(
@@ -493,9 +497,9 @@ class LanguageModel(Module):
             >>> lm.set_adapter(None)      # none: the model's own LoRA layers
 
         Args:
-            names: a name; or several names, whose adapters are added up; or None for no named adapter. The
-                sum does not depend on the order of the names. The 8 sums that were used last stay in memory.
-                Older sums are computed again when they are needed.
+            names: a name; or several names, whose adapters are added up; or None for no named adapter. An
+                empty list means the same as None. The sum does not depend on the order of the names. The 8
+                sums that were used last stay in memory. Older sums are computed again when they are needed.
         Raises:
             KeyError: one of the names is unknown; the message lists the nearest names, or all names.
             ValueError: a name is given twice.
@@ -580,7 +584,7 @@ class LanguageModel(Module):
         made.model.prefix = None
         return made
 
-    def named_model(self, adapter: str | Adapter) -> LanguageModel:
+    def named_model(self, adapter: str | Adapter, op: str = "named_model") -> LanguageModel:
         """The model with one named adapter, for inference.
 
         The returned model shares the frozen weights with `self`.
@@ -596,20 +600,34 @@ class LanguageModel(Module):
         Args:
             adapter: a name, or an `Adapter` from the values of `adapters`. The `Adapter` may have been
                 deleted from `adapters` in the meantime.
+            op: the name of the calling function in messages.
         Raises:
             KeyError: no adapter has this name.
             TypeError: `adapter` is neither a name nor an `Adapter`.
         """
         if not isinstance(adapter, Adapter | str):
-            raise TypeError(f"named_model: adapter is {_check.kind(adapter)}, expected a name or an Adapter")
-        return self._named.model_of(self, "named_model", adapter)
+            raise TypeError(f"{op}: adapter is {_check.kind(adapter)}, expected a name or an Adapter")
+        return self._named.model_of(self, op, adapter)
 
     def exchange(self, replaced: Mapping[int, Module]) -> None:
         super().exchange(replaced)
         self._named.forget_models()
 
-    def _selected(self, op: str) -> LanguageModel:
-        """The model with the named adapters that this thread has selected; `self` if none is selected."""
+    def selected_model(self, op: str) -> LanguageModel:
+        """The model with the named adapters that this thread has selected; `self` if none is selected.
+
+        A call that uses the model several times begins with this method, so that it keeps its adapters.
+
+            >>> import nplora
+            >>> lm = nplora.load_model("model.gguf")
+            >>> lm.selected_model("my_program") is lm
+            True
+
+        Args:
+            op: the name of the calling function in messages.
+        Raises:
+            KeyError: a selected adapter was deleted.
+        """
         return self._named.model(self, op, self._named.selected)
 
     def merge(self, dtype: str | None = None) -> list[MergeReport]:
@@ -942,7 +960,7 @@ class LanguageModel(Module):
 
         Raises:
             ValueError: the model has no adapter, or an id or target is not in the vocabulary.
-            RuntimeError: a layer is merged, or a named adapter is selected.
+            RuntimeError: a layer is merged, a named adapter is selected, or all adapters are switched off.
             CorruptError: as in `require_unchanged`; the gradients are then not valid.
         """
         self._require_ready("forward_backward", batch)
@@ -1052,6 +1070,8 @@ class LanguageModel(Module):
         self._check_batch(op, batch)
         if not self.adapter_layers():
             raise ValueError(f"{op}: the model has no adapter; call add_lora() first")
+        if not can_train(self):
+            raise RuntimeError(f"{op}: {NOTHING_TRAINED}")
         self.require_trainable(op)
 
     def forward(self, x: npt.ArrayLike) -> tuple[Array, LanguageModelSaved | None]:
@@ -1070,7 +1090,7 @@ class LanguageModel(Module):
         """
         if not inferring():
             self._require_none_selected("LanguageModel.forward")
-        elif (lm := self._selected("LanguageModel.forward")) is not self:
+        elif (lm := self.selected_model("LanguageModel.forward")) is not self:
             return lm.forward(x)
         ids = self._ids("LanguageModel.forward", x)
         starts = np.arange(len(ids.reshape(-1, ids.shape[-1])) + 1 if ids.size else 1, dtype=np.int64)
@@ -1085,7 +1105,7 @@ class LanguageModel(Module):
         shaped = logits.reshape(*ids.shape, logits.shape[1])
         if saved is None:
             return shaped, None
-        return shaped, LanguageModelSaved(ids.shape, stream, saved, kept, [None], layer=self)
+        return shaped, LanguageModelSaved(ids.shape, stream, saved, kept, [None], can_train(self), layer=self)
 
     def backward(self, dy: Array, saved: LanguageModelSaved, need_dx: bool = True) -> Gradient:
         """Accumulate the gradients of the adapters. `saved` is freed, and cannot be used again.
@@ -1103,7 +1123,8 @@ class LanguageModel(Module):
         Raises:
             ValueError: `dy` does not have the shape of the logits, or `saved` was returned by another model.
             TypeError: `saved` was not returned by `forward`.
-            RuntimeError: `saved` was used before, or a layer is merged.
+            RuntimeError: `saved` was used before, a layer is merged, or no adapter was enabled in the forward
+                pass.
         """
         op, vocab = "LanguageModel.backward", slot_models.vocab_of(self)
         _check.saved(op, saved, LanguageModelSaved)
@@ -1111,6 +1132,8 @@ class LanguageModel(Module):
         _check.own(op, saved, self)
         for layer in self.adapter_layers().values():
             layer.require_trainable("backward")
+        if not saved.can_train:
+            raise RuntimeError(f"{op}: {NOTHING_TRAINED}")
         saved.use_up(op)
         if isinstance(self.lm_head, TrainedHead):
             rows = rows.copy()  # the head overwrites its argument
@@ -1145,8 +1168,8 @@ class LanguageModel(Module):
             KeyError: the selected adapter was deleted.
         """
         self.require_unchanged()
-        owner, resolve = self._selected("new_cache"), self.named_model
-        return KVCache(self.config, slots, capacity, owner, resolve)
+        resolve = functools.partial(self.named_model, op="KVCache.adapters")
+        return KVCache(self.config, slots, capacity, self.selected_model("new_cache"), resolve)
 
     def decode(self, token_ids: npt.ArrayLike, slots: npt.ArrayLike, cache: KVCache) -> Array:
         """Add tokens of m sequences to a cache. Return the logits (m, vocab) of each sequence's next token.
@@ -1364,6 +1387,16 @@ class LanguageModel(Module):
                 f"{op}: a sequence has {longest} tokens, but the model was trained for at most "
                 f"{self.config.max_position_embeddings}"
             )
+
+
+def _no_adapter(name: object) -> str:
+    """The message of `load_adapter` for a path that does not exist. `name` is the second argument."""
+    hint = ""
+    if isinstance(name, Adapter):
+        hint = "; the second argument is an Adapter: swap the two"
+    elif isinstance(name, str | os.PathLike) and os.path.lexists(name):
+        hint = f"; the second argument, {os.fspath(name)!r}, exists: swap the two"
+    return f"load_adapter: path, the first argument, does not exist{hint}"
 
 
 def _ranks(layers: Iterable[Module]) -> str:

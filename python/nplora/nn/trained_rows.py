@@ -156,10 +156,19 @@ def _distinct(ids: npt.ArrayLike, rows: int) -> Array:
     array = _check.in_range(op, "ids", _check.integers(op, "ids", ids).reshape(-1), rows)
     if not array.size:
         raise ValueError(f"{op}: ids is empty, expected at least one row")
-    values, counts = np.unique(array, return_counts=True)
-    if (counts > 1).any():
-        raise ValueError(f"{op}: row {values[counts > 1][0]} occurs twice in ids")
+    if (twice := repeated(array)) is not None:
+        raise ValueError(f"{op}: row {twice} occurs twice in ids")
     return array
+
+
+def repeated(ids: Array) -> int | None:
+    """The smallest id that occurs more than once; None if there is none.
+
+    >>> repeated(np.array([3, 1, 3])), repeated(np.array([3, 1]))
+    (3, None)
+    """
+    values, counts = np.unique(ids, return_counts=True)
+    return next(iter(values[counts > 1].tolist()), None)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -20,6 +20,15 @@ _LOADING = _COPIES + 1  # while the adapter is read
 _WAIT = 5.0  # seconds
 
 
+def most_needed(size: int, count: int) -> int:
+    """The most bytes that `count` adapters need, each with values of `size` bytes, if one is read at a time.
+
+    >>> most_needed(100, 1), most_needed(100, 2)
+    (350, 600)
+    """
+    return int((_COPIES * (count - 1) + _LOADING) * size)
+
+
 class NamedModels(Protocol):
     """A served model. `AdapterMemory` calls only this method."""
 

@@ -68,7 +68,7 @@ class Conversation:
         model = lm if self.adapter is None else lm.named_model(self.adapter)
         tokenizer = unselected(lambda: model.tokenizer)
         ids = tokenizer.encode_chat([*self.messages, question], True)
-        ticket = self.engine.submit(ids, self.sampling, adapter=self.adapter)
+        ticket = self.engine.submit(ids, self.sampling, adapter=model)
         pieces, complete = list[str](), False
         try:
             for chunk in ticket:

@@ -42,7 +42,8 @@ class EncoderEngine:
         memory: the most bytes that this process may use, as a number or as a text such as "2G". None: the
             memory that the model needs, and half of the rest of the available memory.
         adapter_memory: the part of `memory` that is reserved for adapters that are loaded later; None: an
-            eighth of the memory that the model leaves free.
+            eighth of the memory that the model leaves free, but at most `most_adapters`.
+        most_adapters: the most bytes that these adapters can need; None: not known.
         max_waiting: how many requests may wait or be computed at the same time.
     Attributes:
         served: the encoder and its named adapters.
@@ -57,12 +58,13 @@ class EncoderEngine:
         *,
         memory: int | str | None = None,
         adapter_memory: int | str | None = 0,
+        most_adapters: int | None = None,
         max_waiting: int = 1024,
     ) -> None:
         self.served = encoder if isinstance(encoder, ServedEncoder) else ServedEncoder(encoder)
         self._most = _check.integer("EncoderEngine", "max_waiting", max_waiting, least=1)
         self.plan: MemoryPlan = plan_encoder_memory(
-            self.served.encoder, memory, ROUND, adapter_memory, WAITING
+            self.served.encoder, memory, ROUND, adapter_memory, WAITING, most_adapters
         )
         self._metrics = Metrics()
         self._queue = FairQueue[Request]()

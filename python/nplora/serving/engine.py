@@ -18,7 +18,7 @@ from nplora import _check
 from nplora.formats.errors import brief
 from nplora.lm import LanguageModel
 from nplora.lm.answer import Answer, Guide
-from nplora.lm.generation import PAGE, checked_ids, longest_before_switch
+from nplora.lm.generation import PAGE, checked_ids
 from nplora.lm.sampling import Sampling
 from nplora.models.invocation import invocation_of
 from nplora.serving.memory import MemoryPlan, plan_memory
@@ -70,7 +70,8 @@ class Engine:
             The keys and values get what the weights and the working memory leave free. None: the engine may
             use half of the available memory that the model leaves free.
         adapter_memory: the part of `memory` that is reserved for adapters that are loaded later; None: an
-            eighth of the memory that the model leaves free.
+            eighth of the memory that the model leaves free, but at most `most_adapters`.
+        most_adapters: the most bytes that these adapters can need; None: not known.
         max_requests: how many requests are computed at the same time. The others wait.
         max_waiting: how many requests may wait.
         turn: a context manager that the engine enters for each call of the model. In a round, the engine
@@ -87,6 +88,7 @@ class Engine:
         *,
         memory: int | str | None = None,
         adapter_memory: int | str | None = 0,
+        most_adapters: int | None = None,
         max_requests: int = 8,
         max_waiting: int = 1024,
         turn: AbstractContextManager[object] | None = None,
@@ -94,7 +96,7 @@ class Engine:
         self._slots = slots = _check.integer("Engine", "max_requests", max_requests, least=1)
         self._most_waiting = _check.integer("Engine", "max_waiting", max_waiting, least=0)
         self._lm, self._metrics = lm, Metrics()
-        self._plan = plan_memory(lm, memory, slots, adapter_memory)
+        self._plan = plan_memory(lm, memory, slots, adapter_memory, most_adapters)
         self._context = min(int(lm.config.max_position_embeddings), self._plan.pages * PAGE)
         self._scheduler = Scheduler(
             lm,
@@ -144,7 +146,7 @@ class Engine:
         ids: Sequence[int],
         sampling: Sampling | None = None,
         *,
-        adapter: str | None = None,
+        adapter: str | LanguageModel | None = None,
         logprobs: int | None = None,
         client: str = "",
         priority: int = 0,
@@ -156,8 +158,10 @@ class Engine:
         Args:
             ids: the tokens of the prompt (`lm.tokenizer.encode_prompt` or `encode_chat`).
             sampling: how tokens are chosen; None: always the most likely token, up to 128 tokens.
-            adapter: the name of one of `lm.adapters`; None: the model without a named adapter. A request
-                keeps its adapter to the end, even if the adapter is deleted in the meantime.
+            adapter: the name of one of `lm.adapters`, or the model that `lm.named_model` returned for this
+                name; None, or `lm` itself: the model without a named adapter. A request keeps its adapter to
+                the end, even if the adapter is deleted in the meantime. If the adapter adds tokens, give the
+                model whose tokenizer encoded `ids`, because the adapter with this name may be replaced.
             logprobs: a number n: the answer gets the log-probability of each generated token, and of the n
                 most likely tokens at its position. None: no log-probabilities.
             client: the name of the client. Clients take turns, and each client's requests are computed in
@@ -169,7 +173,7 @@ class Engine:
             guide: an object that restricts the tokens, for example to those that a grammar allows.
         Raises:
             KeyError: no adapter has this name.
-            TypeError: `ids` are not integers.
+            TypeError: `ids` are not integers, or `adapter` has a wrong type.
             ValueError: the prompt is empty, has tokens outside the vocabulary, or leaves no room in `context`
                 for an answer; or an option is out of range.
             QueueFullError: `max_waiting` requests are waiting.
@@ -181,7 +185,7 @@ class Engine:
         _check.integer(_OP, "index", index, least=0)
         _check.integer(_OP, "priority", priority, least=-(2**31))
         tokens = _integers(ids)
-        model = self._lm if adapter is None else self._named_model(adapter)
+        model = self._model(adapter)
         tokenizer = unselected(lambda: model.tokenizer)
         prompt = unselected(lambda: checked_ids(_OP, model, tokens, self._context))
         ticket = Ticket(len(prompt), self._run, self._cancel)
@@ -189,11 +193,11 @@ class Engine:
             ticket,
             Answer(tokenizer, index, prompt, sampling, guide),
             tokenizer=tokenizer,
-            model=None if adapter is None else model,
-            root="base" if adapter is None else self._root(model),
+            model=None if model is self._lm else model,
+            root="base" if model is self._lm else self._root(model),
             invocation=invocation_of(model),
             limit=min(self._context, len(prompt) + sampling.max_new_tokens),
-            switch=longest_before_switch(model.config),
+            switch=model.config.rope.longest_short,
             logprobs=logprobs,
             client=client,
             priority=priority,
@@ -345,11 +349,10 @@ class Engine:
             self._requests.pop(id(request.ticket), None)
             self._changed.notify_all()
 
-    def _named_model(self, name: str) -> LanguageModel:
-        adapter = self._lm.adapters.get(name)
-        if adapter is None:
-            raise KeyError(f"{_OP}: no adapter {name!r}; the loaded adapters are {list(self._lm.adapters)}")
-        return self._lm.named_model(adapter)
+    def _model(self, adapter: str | LanguageModel | None) -> LanguageModel:
+        if adapter is None or isinstance(adapter, LanguageModel):
+            return self._lm if adapter is None else adapter
+        return self._lm.named_model(adapter, _OP)
 
     def _root(self, model: LanguageModel) -> str:
         """Return a text that identifies a model with its adapter, for `page_keys`."""

@@ -54,10 +54,14 @@ class MemoryPlan:
         return fixed + self.pages * self.page_bytes
 
     def __str__(self) -> str:
+        return self.table("adapters that are loaded later")
+
+    def table(self, adapters: str) -> str:
+        """Return a line for each part of the memory. `adapters` says what the part for adapters is for."""
         rows = (
             (self.process, "this process, with model and adapters"),
             (self.weights, "weights that are not read yet"),
-            (self.adapters, "adapters that are loaded later"),
+            (self.adapters, adapters),
             (self.work, "working memory"),
             (self.pages * self.page_bytes, f"keys and values of {self.pages * PAGE:,} tokens"),
         )
@@ -65,7 +69,11 @@ class MemoryPlan:
 
 
 def plan_memory(
-    lm: LanguageModel, memory: int | str | None, max_requests: int, adapter_memory: int | str | None = 0
+    lm: LanguageModel,
+    memory: int | str | None,
+    max_requests: int,
+    adapter_memory: int | str | None = 0,
+    most_adapters: int | None = None,
 ) -> MemoryPlan:
     """Plan the memory of a process that serves a language model.
 
@@ -73,8 +81,7 @@ def plan_memory(
         memory: the memory limit of the process; None: the memory that the model needs, plus half of
             the available memory that remains.
         max_requests: how many requests are computed at the same time.
-        adapter_memory: the memory for adapters that are loaded later; None: an eighth of the memory that the
-            model leaves free.
+        adapter_memory, most_adapters: as in `Engine`.
     Raises:
         ValueError: the memory limit is not a size, or is too small.
     """
@@ -89,11 +96,12 @@ def plan_memory(
         available = available_memory()
         budget = fixed + (most * page if available is None else int(_PART * max(0, available - fixed)))
     left = max(0, budget - fixed)
-    adapters = left // _ADAPTERS if adapter_memory is None else _adapter_bytes(adapter_memory)
+    adapters = _adapter_bytes(adapter_memory, most_adapters, left)
     pages = (left - adapters) // page
     if pages < _LEAST_PAGES:
         least = _LEAST_PAGES * page
-        least = least * _ADAPTERS // (_ADAPTERS - 1) + 1 if adapter_memory is None else least + adapters
+        part = _adapter_bytes(adapter_memory, most_adapters, least * _ADAPTERS // (_ADAPTERS - 1) + 1)
+        least += part
         raise ValueError(
             f"Engine: memory is {budget / 1e6:,.0f} MB, expected at least "
             f"{math.ceil((fixed + least) / 1e6):,} MB: {process / 1e6:,.0f} MB are in use, "
@@ -109,6 +117,7 @@ def plan_encoder_memory(
     tokens: int,
     adapter_memory: int | str | None = 0,
     waiting: int = 0,
+    most_adapters: int | None = None,
 ) -> MemoryPlan:
     """Plan the memory of a process that serves an encoder. An encoder keeps no keys and values.
 
@@ -117,7 +126,7 @@ def plan_encoder_memory(
 
     Args:
         tokens: the largest number of tokens that are computed at once, unless a single text has more.
-        memory, adapter_memory: as in `plan_memory`.
+        memory, adapter_memory, most_adapters: as in `plan_memory`.
         waiting: the number of bytes to reserve for waiting requests.
     Raises:
         ValueError: the memory limit is not a size, or is too small.
@@ -135,7 +144,7 @@ def plan_encoder_memory(
     else:  # the available memory is unknown: assume enough for the longest text, with room for adapters
         budget = fixed + 2 * (most - tokens) * a_token
     left = budget - fixed
-    adapters = max(0, left) // _ADAPTERS if adapter_memory is None else _adapter_bytes(adapter_memory)
+    adapters = _adapter_bytes(adapter_memory, most_adapters, max(0, left))
     if left < adapters and memory is not None:
         raise ValueError(
             f"EncoderEngine: memory is {budget / 1e6:,.0f} MB, expected at least "
@@ -156,8 +165,15 @@ def encoder_work_bytes(encoder: Encoder, tokens: int) -> int:
     return tokens * (block + streams) + scratch + _HEAP
 
 
-def _adapter_bytes(adapter_memory: int | str) -> int:
-    """Convert `adapter_memory` to a number of bytes. Unlike other sizes, `adapter_memory` may be 0."""
+def _adapter_bytes(adapter_memory: int | str | None, most: int | None, left: int) -> int:
+    """Return the number of bytes for adapters. Unlike other sizes, `adapter_memory` may be 0.
+
+    Args:
+        most: as `most_adapters` in `Engine`.
+        left: the number of bytes that the model leaves free.
+    """
+    if adapter_memory is None:
+        return left // _ADAPTERS if most is None else min(most, left // _ADAPTERS)
     if adapter_memory in (0, "0") and not isinstance(adapter_memory, bool | float):
         return 0
     return parse_bytes(adapter_memory, "Engine", "adapter_memory")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -16,7 +17,7 @@ from nplora.runtime.time_share import TimeShare
 from nplora.serving.adapter_memory import AdapterMemory
 from nplora.serving.api import http_server
 from nplora.serving.api.app import Application
-from nplora.serving.api.models import Models, default_name
+from nplora.serving.api.models import Models, bytes_of_sums, default_name
 from nplora.serving.api.protocols import AnyEngine
 from nplora.serving.api.service import EncoderService, Service, TextService
 from nplora.serving.encoder_engine import EncoderEngine
@@ -69,7 +70,7 @@ def serve(
             listener,
             drain_seconds=options.drain,
             ready=ready,
-            stopping=lambda: report(last_words(service.engine, options.drain)),
+            stopping=lambda number: report(last_words(service.engine, options.drain, number)),
         )
 
 
@@ -106,9 +107,12 @@ def _encoder_service(
     models = Models(served, options.name or default_name(encoder.source), any_base, read_adapter)
     for name, path in adapters:
         models.load(name, path)
-    reserved = adapter_memory(served, options)
     engine = EncoderEngine(
-        served, memory=options.memory, adapter_memory=reserved, max_waiting=options.max_queue
+        served,
+        memory=options.memory,
+        adapter_memory=options.adapter_memory,
+        most_adapters=most_adapters(served, options),
+        max_waiting=options.max_queue,
     )
     models.memory = AdapterMemory(engine.plan.adapters)
     engine.start()
@@ -142,7 +146,8 @@ def description(engine: Engine, models: Models[LanguageModel], options: ServeOpt
         f"models: {', '.join(models.names)}\n"
         f"context: {context:,} tokens for a prompt and its answer{why}\n"
         f"requests at the same time: {options.max_requests}; {options.max_queue} more may wait\n"
-        f"memory: {engine.plan.total / 1e6:,.0f} MB at most, without training ({limit})\n{engine.plan}"
+        f"memory: {engine.plan.total / 1e6:,.0f} MB at most, without training ({limit})\n"
+        f"{engine.plan.table(_later_adapters(options))}"
     )
 
 
@@ -159,25 +164,36 @@ def encoder_description(engine: EncoderEngine, models: Models[ServedEncoder], op
         f"models: {', '.join(models.names)}\n"
         f"embeddings of {served.encoder.dim:,} values: {served.encoder.pooling!r}{classes}\n"
         f"texts of at most {engine.context:,} tokens{why}; {options.max_queue} requests may wait\n"
-        f"memory: {engine.plan.total / 1e6:,.0f} MB at most ({_limit(options)})\n{engine.plan}"
+        f"memory: {engine.plan.total / 1e6:,.0f} MB at most ({_limit(options)})\n"
+        f"{engine.plan.table(_later_adapters(options))}"
     )
+
+
+def _later_adapters(options: ServeOptions) -> str:
+    """Return a text that says which adapters can be added while the server runs."""
+    sources = (options.adapter_dir, "adapters that requests load"), (options.jobs, "adapters of jobs")
+    return " and ".join(text for place, text in sources if place is not None) or "sums of adapters (lora)"
 
 
 def _limit(options: ServeOptions) -> str:
     return "no limit was given" if options.memory is None else f"the limit is {options.memory}"
 
 
-def last_words(engine: AnyEngine, seconds: float) -> str:
-    """Return the line that a server prints when it stops, with the number of unfinished answers."""
+def last_words(engine: AnyEngine, seconds: float, number: int) -> str:
+    """Return the line that a server prints when it stops, with the number of unfinished answers.
+
+    Args:
+        number: the number of the signal that stops the server.
+    """
     metrics = engine.metrics()
     count = metrics.running + metrics.waiting
-    ends = "at once"
-    if isinstance(engine, EncoderEngine):  # the rounds of this engine may be long, and cannot be cancelled
-        ends = "after the current texts"
+    # The rounds of an `EncoderEngine` may be long, and cannot be cancelled.
+    when = "after the current texts" if isinstance(engine, EncoderEngine) else "at once"
+    end = f"{'Ctrl-C again' if number == signal.SIGINT else 'a second signal'} ends the server {when}"
     if not count:
-        return f"stopping; Ctrl-C again ends the server {ends}"
+        return f"stopping; {end}"
     answers = "1 answer" if count == 1 else f"{count} answers"
-    return f"stopping: waiting at most {seconds:g} s for {answers}; Ctrl-C again ends the server {ends}"
+    return f"stopping: waiting at most {seconds:g} s for {answers}; {end}"
 
 
 @contextmanager
@@ -216,7 +232,8 @@ def running(
         engine = Engine(
             lm,
             memory=engine_memory(lm, options),
-            adapter_memory=adapter_memory(lm, options),
+            adapter_memory=options.adapter_memory,
+            most_adapters=most_adapters(lm, options),
             max_requests=options.max_requests,
             max_waiting=options.max_queue,
             turn=turns,
@@ -249,10 +266,14 @@ def training_memory(options: ServeOptions, engine: Engine) -> int:
     return parse_bytes(options.memory, "serve") - max(0, engine.plan.total - current_memory())
 
 
-def adapter_memory(lm: LanguageModel | ServedEncoder, options: ServeOptions) -> int | str | None:
-    """Return the argument `adapter_memory` of the engine: a size, or None for the engine's default."""
-    may_load = lm.adapters or options.adapter_dir is not None or options.jobs is not None
-    return options.adapter_memory if may_load or options.adapter_memory is not None else 0
+def most_adapters(lm: LanguageModel | ServedEncoder, options: ServeOptions) -> int | None:
+    """Return the most bytes that adapters can need while the server runs; None: no limit is known.
+
+    Without a directory of adapters and without jobs, only sums of the loaded adapters can be added.
+    """
+    if options.adapter_dir is not None or options.jobs is not None:
+        return None
+    return bytes_of_sums(sum(adapter.nbytes for adapter in lm.adapters.values()))
 
 
 def require_packages() -> None:

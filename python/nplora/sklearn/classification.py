@@ -46,7 +46,7 @@ class LabelledBase(LoRAEstimator):
             )
         is_first = _check_partial_fit_first_call(self, classes)
         x, labels = self._checked(X, y, reset=is_first or not hasattr(self, "model_"))
-        if unknown := sorted(set(np.unique(labels).tolist()) - set(self.classes_.tolist()), key=repr):
+        if unknown := sorted(self._unknown(labels), key=repr):
             raise ValueError(
                 f"{type(self).__name__}.partial_fit: y has the unknown label {unknown[0]!r}, expected one of "
                 f"{_shown(self.classes_)}"
@@ -67,6 +67,10 @@ class LabelledBase(LoRAEstimator):
         return numbers
 
     # ---- labels and loss ----
+
+    def _unknown(self, labels: Array) -> set[Any]:
+        """The labels that are not in `classes_`. As in scikit-learn, True equals 1."""
+        return set(np.unique(labels).tolist()) - set(self.classes_.tolist())
 
     def _set_classes(self, classes: Array) -> None:
         """Set the labels of a fit.

@@ -171,6 +171,11 @@ class LoRATokenClassifier(LabelledBase, TextEstimator):
             raise ValueError(f"{type(self).__name__}: no word of X has a token")
         return x, labels
 
+    def _unknown(self, labels: Array) -> set[Any]:
+        """As in `super`, but True does not equal 1, because `fit` refuses labels of both kinds."""
+        is_mixed = (labels.dtype == bool) != (self.classes_.dtype == bool)
+        return set(labels.tolist()) if is_mixed else super()._unknown(labels)
+
     def _targets(self, x: Sequence[Sentence], numbers: Array) -> Array:
         """For each sentence, the target of each word. The target of a word without a token is NO_TAG."""
         ends = np.cumsum([len(first) for _, first in x])

@@ -22,6 +22,7 @@ from nplora import _check
 from nplora.formats import files
 from nplora.formats.files import StrPath
 from nplora.platform.files import open_file
+from nplora.runtime.error_text import message_of
 from nplora.runtime.user_warning import warn_user
 from nplora.trainer.callbacks import Callback
 from nplora.trainer.history import EvaluationRecord, StepRecord
@@ -145,7 +146,7 @@ class Reporter(Callback):
         try:
             action()
         except Exception as error:
-            warn_user(f"the {self.name} report ends here, the run continues: {error}")
+            warn_user(f"the {self.name} report ends here, the run continues: {message_of(error)}")
             return False
         return True
 

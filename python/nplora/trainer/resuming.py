@@ -6,6 +6,7 @@ from typing import Any
 from nplora.formats.errors import CorruptError, FormatError
 from nplora.formats.run_files import LOG
 from nplora.nn.losses import CustomLoss, Loss
+from nplora.runtime.error_text import message_of
 from nplora.runtime.user_warning import warn_user
 from nplora.trainer.checkpoint import Checkpoint
 from nplora.trainer.fingerprint import differences, factors, is_same_base
@@ -300,7 +301,7 @@ def _add_log(history: History, checkpoint: Checkpoint, directory: RunDirectory) 
     try:
         log = directory.read_log(checkpoint.log_bytes)
     except (FormatError, OSError) as error:
-        reason = f"not readable ({error})"
+        reason = f"not readable ({message_of(error)})"
     history.add_log(log, checkpoint.step, checkpoint.epoch)
     found, wanted = len(history.steps) + len(history.epochs), checkpoint.step + checkpoint.epoch
     if len(log) != checkpoint.log_bytes or found != wanted:

@@ -5,6 +5,7 @@ import time
 from typing import Any
 
 from nplora.nn.losses import NonFiniteLossError
+from nplora.runtime.error_text import message_of
 from nplora.runtime.user_warning import warn_user
 from nplora.trainer.checkpoint import Checkpoint
 from nplora.trainer.fingerprint import base_fingerprint
@@ -155,8 +156,9 @@ class RunCheckpoints:
 
     def _warn_unsaved(self, error: OSError, saved: int) -> None:
         warn_user(
-            f"the checkpoint of step {self._state.step} could not be written ({error}); the run continues "
-            f"and tries again at the next checkpoint. The newest checkpoint is still that of step {saved}"
+            f"the checkpoint of step {self._state.step} could not be written ({message_of(error)}); the run "
+            "continues and tries again at the next checkpoint. The newest checkpoint is still that of step "
+            f"{saved}"
         )
 
     def _note_saved(self) -> None:
@@ -193,7 +195,7 @@ class RunCheckpoints:
             if diverged and isinstance(error, NonFiniteLossError):
                 return self._log_divergence(error)
         except Exception as second:
-            problem = f", step {state.step} could not be saved ({second})"
+            problem = f", step {state.step} could not be saved ({message_of(second)})"
         hint = "" if isinstance(error, NonFiniteLossError) else f": {RESUME_HINT}"
         return f"the run is saved at step {saved}{problem}{hint}"
 

@@ -43,7 +43,7 @@ from nplora.finetuning.data.sources import Source, sources_of, splits_of
 from nplora.finetuning.int8_check import Int8Check, computes_in_int8
 from nplora.finetuning.options import default_lr, parse_columns
 from nplora.finetuning.output import opened_output, require_free_directory
-from nplora.finetuning.planning import peak_memory
+from nplora.finetuning.report import WAS_FINISHED, memory_in_words
 from nplora.finetuning.token_progress import speaker, speaks
 from nplora.formats import files, model_directory, peft_adapter, run_files
 from nplora.formats.errors import counted
@@ -56,7 +56,7 @@ from nplora.models.packing import cut
 from nplora.nn.losses import BinaryCrossEntropy, CrossEntropy, Loss, MeanSquaredError
 from nplora.nn.optim import AdamW
 from nplora.runtime.user_warning import warn_user
-from nplora.trainer import Callback, History, RankRecord, Trainer
+from nplora.trainer import Callback, History, RankRecord, Run, Trainer
 from nplora.trainer.callbacks import checked_callbacks
 from nplora.trainer.interrupts import Interrupts
 
@@ -84,6 +84,7 @@ class ClassifierRun:
         history: the records of the trainer.
         process: the rank of this process, if several processes have trained together.
         ranks: the speed and the waiting time of each of these processes.
+        was_finished: whether the resumed run was already finished, so that nothing was trained.
 
     >>> rows = [{"text": "where is my parcel", "label": "order"}, {"text": "a refund", "label": "refund"}]
     >>> run = nplora.finetuning.train_classifier("encoder-model", rows, "out", epochs=2)
@@ -105,6 +106,7 @@ class ClassifierRun:
     history: History
     process: int = 0
     ranks: tuple[RankRecord, ...] = ()
+    was_finished: bool = False
 
     def __str__(self) -> str:
         model, history = self.classifier, self.history
@@ -114,8 +116,9 @@ class ClassifierRun:
         losses = f", loss {history.loss[0]:.4f} -> {history.loss[-1]:.4f}" if history.steps else ""
         names = ", ".join(map(shown, model.labels[:20])) + (", …" if len(model.labels) > 20 else "")
         lines = [
-            f"{counted(len(history.steps), 'step')} in {history.seconds:.1f} s, {rate:.1f} {unit}/s, "
-            f"peak memory {peak_memory() / 1e6:.0f} MB{losses}",
+            *([WAS_FINISHED] * self.was_finished),
+            f"{counted(len(history.steps), 'step')} in {history.seconds:.1f} s, {rate:.1f} {unit}/s"
+            f"{memory_in_words(self.was_finished)}{losses}",
             *(record.in_words("labels" if counted_each > 1 else unit) for record in self.ranks),
             f"{counted(len(model.labels), 'label')}: {names}",
             f"trained {model.num_trainable:,} of {model.num_parameters:,} values",
@@ -135,6 +138,15 @@ class ClassifierRun:
         ended = ", interrupted: --resume continues" if history.interrupted else ""
         lines.append(f"{self.output}{os.sep} holds the adapter (PEFT's format){ended}")
         return "\n".join(lines)
+
+
+class _Start(Callback):
+    """Notes whether a resumed run had already completed all of its steps."""
+
+    was_finished = False
+
+    def on_fit_start(self, run: Run) -> None:
+        self.was_finished = run.step > 0 and run.step == run.total_steps
 
 
 @_check.keywords
@@ -398,7 +410,9 @@ class _Training:
             options.rank, options.alpha, options.targets, options.layers, options.dropout, options.use_rslora,
             options.use_dora, options.seed, options.init,
         )  # fmt: skip
+        start = _Start()
         callbacks = [
+            start,
             *own,
             *([TextProgress(*self._counted())] * speaking),
         ]
@@ -435,7 +449,7 @@ class _Training:
         return ClassifierRun(
             found_at, classifier, len(self.train), sum(each.cut for each in cut_off),
             sum(each.lost for each in cut_off), "; ".join(dict.fromkeys(bad)), report, fitted, history,
-            self.ranks.rank, tuple(trainer.ranks),
+            self.ranks.rank, tuple(trainer.ranks), start.was_finished,
         )  # fmt: skip
 
     def _counted(self) -> tuple[int, str]:

@@ -32,6 +32,7 @@ from nplora.models.packing import IGNORED, PackedBatch
 from nplora.models.positions import rows_of
 from nplora.nn.losses import NonFiniteLossError
 from nplora.platform.files import remove_in
+from nplora.runtime.error_text import message_of
 from nplora.runtime.user_warning import warn_user
 from nplora.trainer.fingerprint import base_fingerprint
 
@@ -280,7 +281,7 @@ def _read(directory: files.Directory, model: str) -> tuple[dict[int, float], str
         if not holds_run(directory):
             reason = "no run made the file: move it, or choose another directory"
             raise FileExistsError(errno.EEXIST, reason, str(path)) from error
-        return {}, f"it is damaged ({error})"
+        return {}, f"it is damaged ({message_of(error)})"
     if len(keys) != len(values) or not np.isfinite(values).all():
         return {}, "it is damaged"
     return dict(zip(keys.tolist(), values.tolist(), strict=True)), ""
@@ -298,8 +299,8 @@ def _write(directory: files.Directory, model: str, found: dict[int, float]) -> N
     except OSError as error:
         size = counted(len(found), "log-probability").replace("ys", "ies")
         warn_user(
-            f"finetune: {size} of the reference could not be saved ({error}); a resumed run computes "
-            "them again"
+            f"finetune: {size} of the reference could not be saved ({message_of(error)}); a resumed run "
+            "computes them again"
         )
 
 

@@ -30,7 +30,7 @@ class ModelTeacher:
 
     def __init__(self, lm: LanguageModel) -> None:
         self.model: LanguageModel | None = lm
-        self._lm = lm._selected("distill")  # the run keeps these adapters
+        self._lm = lm.selected_model("distill")  # the run keeps these adapters
         self.name = str(lm.source)
 
     @property
@@ -65,7 +65,7 @@ class ModelTeacher:
 
 def model_digest(lm: LanguageModel) -> str:
     """A hash of the model's weights, its arithmetic, and the adapters that are selected now."""
-    used = lm._selected("model_digest")
+    used = lm.selected_model("model_digest")
     digest = hashlib.sha256(f"{used.compute} {base_fingerprint(used)}".encode())
     for name, layer in used.adapter_layers().items():
         settings = {key: value for key, value in layer.settings().items() if key != "dropout"}

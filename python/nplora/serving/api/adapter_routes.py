@@ -6,6 +6,7 @@ import asyncio
 import os
 from typing import Any
 
+from nplora.runtime.error_text import message_of
 from nplora.serving.api.bodies import Body
 from nplora.serving.api.models import inside
 from nplora.serving.api.service import Service
@@ -49,7 +50,7 @@ async def load(service: Service, body: Body) -> str:
     try:
         await asyncio.to_thread(service.models.load, name, found, fields.boolean("load_inplace"))
     except (OSError, ValueError) as error:
-        message = str(error).replace(f"{service.adapter_dir.resolve()}{os.sep}", "")
+        message = message_of(error).replace(f"{service.adapter_dir.resolve()}{os.sep}", "")
         raise RequestError(f"the adapter cannot be loaded: {message}", param="lora_path") from error
     return f"Success: LoRA adapter '{name}' added successfully."
 

@@ -34,7 +34,7 @@ def serve(
     *,
     drain_seconds: float,
     ready: Callable[[], None] = lambda: None,
-    stopping: Callable[[], None] = lambda: None,
+    stopping: Callable[[int], None] = lambda number: None,
 ) -> None:
     """Serve until SIGTERM or SIGINT. Then accept no new connections, and finish the answers that have begun.
 
@@ -44,7 +44,7 @@ def serve(
         listener: a listening socket.
         drain_seconds: how many seconds the answers that have begun may still take.
         ready: called when the server accepts requests.
-        stopping: called after the first signal, before the answers are finished.
+        stopping: called with the number of the first signal, before the answers are finished.
     """
     server = _server(app, drain_seconds, ready, stopping)
     asyncio.run(server.serve([listener]))
@@ -79,23 +79,26 @@ def _server(
     app: Application,
     drain_seconds: float,
     ready: Callable[[], None],
-    stopping: Callable[[], None] = lambda: None,
+    stopping: Callable[[int], None] = lambda number: None,
 ) -> Any:
     import uvicorn
 
     class Server(uvicorn.Server):  # type: ignore[misc, unused-ignore]
+        first_signal = 0
+
         async def startup(self, sockets: Any = None) -> None:
             await super().startup(sockets)
             ready()
 
         async def shutdown(self, sockets: Any = None) -> None:
             app.service.draining = True
-            stopping()
+            stopping(self.first_signal)
             timer = asyncio.get_running_loop().call_later(drain_seconds, app.service.stop_answers)
             await super().shutdown(sockets)
             timer.cancel()
 
         def handle_exit(self, sig: int, frame: Any) -> None:
+            self.first_signal = self.first_signal or sig
             self.should_exit, self.force_exit = True, bool(self.should_exit)
 
         @contextlib.contextmanager

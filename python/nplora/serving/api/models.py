@@ -11,7 +11,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from nplora.adapters import Adapter, combine, read_for
 from nplora.formats.errors import brief, nearest_names
-from nplora.serving.adapter_memory import AdapterMemory
+from nplora.serving.adapter_memory import AdapterMemory, most_needed
 from nplora.serving.fields import Fields, checked_integer, checked_number, wrong
 from nplora.serving.model_name import checked_name
 from nplora.serving.request_error import RequestError
@@ -260,6 +260,11 @@ class Models(Generic[LM]):
         scales = self._read_scales("the body", value)
         with self._lock:
             self._scales = scales
+
+
+def bytes_of_sums(size: int) -> int:
+    """The most bytes that sums of adapters can take. `size` is the number of bytes of all these adapters."""
+    return most_needed(size, _MOST_SUMS)
 
 
 def _file_size(path: Path) -> int:

@@ -40,7 +40,7 @@ class ServingEngine(AnyEngine, Protocol):
         ids: Sequence[int],
         sampling: Sampling | None = None,
         *,
-        adapter: str | None = None,
+        adapter: str | LanguageModel | None = None,
         logprobs: int | None = None,
         client: str = "",
         priority: int = 0,

@@ -62,7 +62,7 @@ class TextRequest:
 
     Attributes:
         model: the name of the model, which the answer repeats.
-        adapter: the name of the adapter; None: the model without a named adapter.
+        lm: the model with the request's adapter. Its tokenizer encoded the prompts.
         prompts: the token ids of each prompt.
         texts: the text of each prompt, which the answer repeats; empty if the answer does not repeat the
             prompt.
@@ -78,7 +78,7 @@ class TextRequest:
     """
 
     model: str
-    adapter: str | None
+    lm: LanguageModel
     prompts: list[list[int]]
     n: int
     sampling: Sampling
@@ -111,6 +111,7 @@ class Reader:
 
         Raises:
             RequestError: a field is missing, unknown or wrong, or the prompt is too long.
+            KeyError: the adapter was unloaded while the request was read.
         """
         body = Fields(values)
         body.require_known(_CHAT, _UNSUPPORTED_CHAT)
@@ -123,14 +124,14 @@ class Reader:
             logprobs = top or 0
         elif top:
             raise RequestError("top_logprobs is given, but logprobs is not true", param="top_logprobs")
-        lm = self._selected(adapter)
+        lm = self._model(adapter)
         ids = self._encode_chat(lm, chat, tools)
         format_ = guides.read_format(body)
         grammar = guides.calls(tools) if must_call else format_
         is_free = must_call or format_ is None
         names = frozenset(tool["function"]["name"] for tool in tools) if is_free else frozenset()
         return self._request(
-            body, lm, name, adapter, [ids], logprobs, grammar=grammar, tools=names, default_tokens=None,
+            body, lm, name, [ids], logprobs, grammar=grammar, tools=names, default_tokens=None,
             most_calls=None if body.boolean("parallel_tool_calls", True) else 1,
         )  # fmt: skip
 
@@ -140,7 +141,7 @@ class Reader:
         body.require_known(_COMPLETION, _UNSUPPORTED)
         name, adapter = self._models.chosen(body)
         logprobs = body.integer("logprobs", 0, _MOST_TOP)
-        lm = self._selected(adapter)
+        lm = self._model(adapter)
         prompts = self._prompts(lm, body)
         echo = body.boolean("echo")
         if echo and logprobs is not None:
@@ -152,7 +153,7 @@ class Reader:
         texts = tuple(lm.tokenizer.decode(ids, skip_special_tokens=True) for ids in prompts) if echo else ()
         grammar = guides.read_format(body)
         return self._request(
-            body, lm, name, adapter, prompts, logprobs, grammar=grammar, texts=texts,
+            body, lm, name, prompts, logprobs, grammar=grammar, texts=texts,
             default_tokens=_COMPLETION_TOKENS,
         )  # fmt: skip
 
@@ -166,19 +167,19 @@ class Reader:
         """
         if request.grammar is None:
             return None
-        return self._guides.guide(self._selected(request.adapter).tokenizer, request.grammar)
+        return self._guides.guide(request.lm.tokenizer, request.grammar)
 
-    def _selected(self, adapter: str | None) -> LanguageModel:
-        """Return the model, after selecting the adapter for the current context (`contextvars`)."""
-        self._models.lm.set_adapter(adapter)
-        return self._models.lm
+    def _model(self, adapter: str | None) -> LanguageModel:
+        """Return the model with an adapter, which the request uses to the end."""
+        lm = self._models.lm
+        lm.set_adapter(None)  # the caller may have selected one
+        return lm if adapter is None else lm.named_model(adapter)
 
     def _request(
         self,
         body: Fields,
         lm: LanguageModel,
         name: str,
-        adapter: str | None,
         prompts: list[list[int]],
         logprobs: int | None,
         *,
@@ -207,7 +208,7 @@ class Reader:
         stream = body.boolean("stream")
         return TextRequest(
             name,
-            adapter,
+            lm,
             prompts,
             sampling.read_choices(body, wanted),
             wanted,

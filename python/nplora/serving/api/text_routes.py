@@ -79,7 +79,7 @@ def _submit_once(
                 ticket = service.engine.submit(
                     ids,
                     request.sampling,
-                    adapter=request.adapter,
+                    adapter=request.lm,
                     logprobs=request.logprobs,
                     client=client,
                     index=index,

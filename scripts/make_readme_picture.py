@@ -109,11 +109,11 @@ def _running_mean(losses: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def _held_out(steps: int, before: float, after: float) -> list[str]:
     parts = []
-    for step, loss, shift, anchor in ((0, before, 12, "start"), (steps, after, -4, "end")):
+    for step, loss, right, down, anchor in ((0, before, 12, -12, "start"), (steps, after, 6, -28, "end")):
         x, y = _x(step, steps), _y(loss)
         parts.append(f'<circle class="point" cx="{x:.0f}" cy="{y:.0f}" r="6"/>')
         label = f"{loss:.2f}" if step else f"{loss:.2f} held out"
-        parts.append(_text(x + shift, y - 12, label, "held", anchor))
+        parts.append(_text(x + right, y + down, label, "held", anchor))
     return parts
 
 

@@ -9,8 +9,9 @@ namespace nplora {
 
 enum class Life { kShort, kLong };
 
-// A buffer that starts at a cache line. A buffer uses huge pages if the system grants them and the buffer is
-// large enough: at least 2 MiB, or at least 64 KiB if the buffer is long-lived (Life::kLong).
+// A buffer whose address is a multiple of the cache line size. A buffer uses huge pages if the system grants
+// them and the buffer is large enough: at least 2 MiB, or at least 64 KiB if the buffer is long-lived
+// (Life::kLong).
 class AlignedBuffer {
  public:
   AlignedBuffer() = default;

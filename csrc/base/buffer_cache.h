@@ -9,10 +9,10 @@
 
 namespace nplora {
 
-// The used and the idle buffers together take at most the peak memory of the used buffers plus a spare
-// memory. The size of the spare memory is kSpareBytes, or the peak if the peak is smaller. It is for passes
-// that need a few buffers of different sizes one after the other, for example a pass that reads a prompt.
-// Without spare memory, such a pass would free and map nearly all buffers in each layer.
+// The used and the idle buffers together take at most the peak memory of the used buffers plus the spare
+// memory. The size of the spare memory is kSpareBytes, or the peak if the peak is smaller. The spare memory
+// is for code that needs a few buffers of different sizes one after the other, for example a forward pass
+// over a prompt. Without spare memory, this forward pass would free and map nearly all buffers in each layer.
 class BufferCache {
  public:
   static constexpr size_t kSpareBytes = size_t{4} << 20;
@@ -29,7 +29,7 @@ class BufferCache {
   void make_room(size_t bytes);
 
   std::mutex mutex_;
-  std::multimap<size_t, AlignedBuffer> idle_;  // by size
+  std::multimap<size_t, AlignedBuffer> idle_;  // the keys are sizes in bytes
   size_t used_bytes_ = 0, idle_bytes_ = 0, most_used_ = 0;
 };
 

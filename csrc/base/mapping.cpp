@@ -53,18 +53,18 @@ class Neighbours {
     return at;
   }
 
-  // Must be called before memory is unmapped, because other code may map the same addresses afterwards. If a
-  // part of this memory lies in a huge page that weights have not filled yet, the small pages in the address
-  // range of that huge page stay small. If another thread calls `take` at the same time, that call may not
-  // see this call of `leave`, and may then move pages of other code into a huge page. The other code then
+  // Must be called before any memory is unmapped, because other code may map the same addresses afterwards.
+  // If the memory reaches into a huge page that weights have not filled yet, `take` places no more weights
+  // there, and the pages stay small. If another thread is inside `take` at the same time, `take` may not
+  // notice the unmapped memory, and may then move pages of other code into a huge page. The other code then
   // uses more memory, but no data is lost.
   void leave(const char* at, size_t size) {
     if (at < end_ && at + size > small_pages_) has_hole_ = true;
   }
 
  private:
-  // Moves `start` to the address of the next weight, and gives the unused address space before the new
-  // `start` back to the system.
+  // Makes `start` the address of the next weight, and gives the unused address space before `start` back to
+  // the system.
   void move_to(char* start) {
     if (start != next_) platform::unmap_pages(next_, static_cast<size_t>(start - next_));
     next_ = start;

@@ -1,4 +1,5 @@
-// Runs tasks on several threads. Only parallel.cpp uses OpenMP; all other code deals with tasks.
+// Runs tasks on several threads. Only parallel.cpp uses OpenMP; all other code calls the functions of this
+// file.
 #pragma once
 
 #include <cstddef>

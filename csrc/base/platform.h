@@ -1,8 +1,9 @@
 // All functions of csrc that differ between operating systems. All other files of csrc are the same on every
 // system.
 //
-// CMakeLists.txt compiles the files platform_*.cpp that belong to the target: platform_posix.cpp and
-// platform_linux.cpp, platform_posix.cpp and platform_macos.cpp, platform_windows.cpp, or platform_wasm.cpp.
+// CMakeLists.txt compiles the files platform_*.cpp for the target system: platform_linux.cpp,
+// platform_macos.cpp, platform_windows.cpp or platform_wasm.cpp. For Linux and macOS, it also compiles
+// platform_posix.cpp.
 #pragma once
 
 #include <cstddef>

@@ -87,18 +87,18 @@ bool avoid_processor(std::span<const Thread> threads, int processor) {
 
 namespace {
 
-constexpr long kTileData = 18;  // XFEATURE_XTILEDATA
+constexpr long kTileData = 18;  // the number that Linux calls XFEATURE_XTILEDATA
 
 }  // namespace
 
 bool offers_tiles() {
-  constexpr long kSupported = 0x1021;  // ARCH_GET_XCOMP_SUPP
+  constexpr long kSupported = 0x1021;  // Linux calls this request ARCH_GET_XCOMP_SUPP
   uint64_t features = 0;
   return syscall(SYS_arch_prctl, kSupported, &features) == 0 && (features >> kTileData & 1) != 0;
 }
 
 bool request_tiles() {
-  constexpr long kRequestPermission = 0x1023;  // ARCH_REQ_XCOMP_PERM
+  constexpr long kRequestPermission = 0x1023;  // Linux calls this request ARCH_REQ_XCOMP_PERM
   return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 }
 

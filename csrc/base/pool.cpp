@@ -119,7 +119,7 @@ class Pool {
   std::mutex mutex_;
   std::condition_variable wake_, done_;
   std::vector<Job*> jobs_;
-  std::atomic<size_t> open_places_{0};            // the sum of Job::places over all open jobs
+  std::atomic<size_t> open_places_{0};            // the number of workers that may still join any job
   std::vector<platform::Thread> worker_threads_;  // workers never end
   int steered_from_ = -1;                         // the caller's processor, which the workers avoid
 };
@@ -131,7 +131,7 @@ bool forked() {
 }
 
 void run_on_pool(size_t helpers, void (*work)(void*, bool), void* context) {
-  static Pool* const pool = new Pool;  // never destroyed: its threads outlive static destruction
+  static Pool* const pool = new Pool;  // the pool is never destroyed, because its threads never end
   pool->run(helpers, work, context);
 }
 

@@ -1,6 +1,6 @@
 // NumPy arrays that Python passes to C++. An array must have the exact dtype and be in C order.
-// python/nplora/_check.py has usually checked the shapes already, with better error messages; they are
-// checked here again.
+// python/nplora/_check.py has usually checked the shapes already, with better error messages. The C++ code
+// checks the shapes again.
 #pragma once
 
 #include <pybind11/numpy.h>
@@ -30,7 +30,8 @@ using Array = py::array_t<T, py::array::c_style>;
 
 // Takes the GIL back. If the interpreter shuts down in the meantime, Python before 3.14 ends a daemon thread
 // here with pthread_exit, and glibc then unwinds the stack. The destructors of Python objects in the callers
-// would then run without the GIL. So the thread stops here until the process ends, as in Python 3.14.
+// would then run without the GIL. So this function stops the unwinding, and the thread sleeps until the
+// process ends, as in Python 3.14.
 inline void take_gil(PyThreadState* state) {
   try {
     PyEval_RestoreThread(state);

@@ -6,7 +6,7 @@
 namespace nplora::bindings {
 
 py::array empty_array(const py::dtype& dtype, const std::vector<py::ssize_t>& shape) {
-  constexpr uint64_t kHoldsReferences = 1;  // NPY_ITEM_REFCOUNT
+  constexpr uint64_t kHoldsReferences = 1;  // the flag NPY_ITEM_REFCOUNT of NumPy
   require(!(dtype.flags() & kHoldsReferences), "expected a dtype without Python objects");
   size_t bytes = size_t(dtype.itemsize());
   for (const py::ssize_t n : shape) {

@@ -272,7 +272,7 @@ AttentionShape shape_of(const Floats& q, size_t kv_width, size_t heads, size_t k
   require(dim > 0 && width == heads * dim, "q must have a width of heads * head_dim");
   require(kv_width == kv_heads * dim, "k must have a width of kv_heads * head_dim");
   require(window >= 0, "window must be at least 0");
-  constexpr int64_t kMostKeys = int64_t{1} << 40;  // every sequence has fewer keys
+  constexpr int64_t kMostKeys = int64_t{1} << 40;  // no sequence has this many keys
   return {heads, kv_heads, dim, float(scale), size_t(std::min(window, kMostKeys)), bfloat16};
 }
 

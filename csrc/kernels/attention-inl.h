@@ -4,7 +4,7 @@
 
 namespace nplora::kernels::NPLORA_ISA {
 
-// Returns how many bytes ahead a kernel prefetches that reads keys or values `rows` rows at a time. The
+// Returns the prefetch distance, in bytes, for a kernel that reads `rows` keys or values at a time. The
 // distance is a whole number of rows and reaches past the rows that are being read.
 inline size_t fetch_distance(size_t rows, size_t stride) {
   const size_t bytes = stride * sizeof(float);
@@ -114,9 +114,9 @@ inline void scale_columns(size_t rows, size_t n, const float* factor, float* x, 
   });
 }
 
-// Returns the maxima of neighbouring columns, one column in each lane. For each column, the result is the
-// largest of the `rows` elements of the column and the element of `before` in the same lane. The loop keeps
-// four independent maxima, because a single maximum would wait for the result of each comparison.
+// Returns the maxima of neighbouring columns, one column in each lane. Lane i of the result is the maximum of
+// two values: the largest of the `rows` elements of column i, and lane i of `before`. The loop keeps four
+// independent maxima, because a single maximum would wait for the result of each comparison.
 template <class Span>
 inline Vec<float> largest_of_column(size_t rows, const float* column, size_t stride, Vec<float> before,
                                     const Span& span) {

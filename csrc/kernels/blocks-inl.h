@@ -49,8 +49,8 @@ inline void to_four_floats(uint64_t halves, float* to) {
 inline Half negative(Half half) {
   return __builtin_bit_cast(Half, static_cast<uint16_t>(__builtin_bit_cast(uint16_t, half) ^ 0x8000));
 }
-// Forces `values` into memory, so that a load later broadcasts each value. GCC would otherwise keep the
-// values in a register and permute that register for each broadcast.
+// Makes the compiler store `values` in memory, so that each value can later be broadcast as it is loaded. GCC
+// would otherwise keep the values in a register and permute that register for each broadcast.
 template <size_t kCount>
 inline void keep_in_memory(float (&values)[kCount]) {
   asm("" : "+m"(values));
@@ -216,7 +216,7 @@ struct SubScales {
   alignas(64) float d[16], m_from_8[16];
 
   void read(const Block& block) {
-    uint32_t low, middle, high;  // four bytes each
+    uint32_t low, middle, high;  // four bytes of block.scales each
     __builtin_memcpy(&low, block.scales, 4);
     __builtin_memcpy(&middle, block.scales + 4, 4);
     __builtin_memcpy(&high, block.scales + 8, 4);
@@ -291,7 +291,7 @@ void encode_blocks(size_t rows, size_t first, size_t cols, const void* blocks, s
 
 // All tokens are multiplied with kFewRows rows of W before the next rows are read. While rows are read, the
 // same columns of later rows are prefetched. The function fetch_ahead returns the distance to the later rows
-// in bytes: the smallest multiple of the size of `group` rows that is at least kFetchAhead.
+// in bytes. The distance is kFetchAhead, rounded up to whole groups of `group` rows.
 inline constexpr size_t kFewRows = 8;
 inline size_t fetch_ahead(size_t row_bytes, size_t group = kFewRows) {
   const size_t few = group * row_bytes;

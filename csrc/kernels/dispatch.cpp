@@ -52,7 +52,7 @@ KernelTable with_kernels(const KernelTable& table, const char* isa, const PairPr
 
 struct Choice {
   const KernelTable* table;
-  bool available;            // on this machine
+  bool available;            // whether this machine can run the table
   const char* parts;         // the processor features that the table requires
   bool takes_tiles = false;  // whether the table needs the AMX tile registers, which Linux may refuse
 };

@@ -41,10 +41,10 @@ inline constexpr bool kStaysInRegisters =
 template <class W, size_t kTokens, size_t kRows>
 using RowSums = Vec<Sum<W>>[kRows][kTokens][kSideSums<W>];
 
-// Multiplies each row w[r] of a full panel, element by element, by the same columns of each row t of `x`. The
-// products of w[r] and row t are added to the lanes of sums[r][t][0]. The order of the additions depends
-// neither on the number of tokens nor on whether W is stored in panels or row-major. `x_at(t, s)` returns
-// vector s of row t of `x`.
+// Multiplies each row w[r] of a full panel, element by element, by the elements of each row t of `x` in the
+// columns of the panel. The products of w[r] and row t are added to the lanes of sums[r][t][0]. The order of
+// the additions depends neither on the number of tokens nor on whether W is stored in panels or row-major.
+// `x_at(t, s)` returns vector s of row t of `x`.
 template <class W, size_t kTokens, size_t kRows, class XAt>
 [[gnu::always_inline]] inline void add_panel(const W* const (&w)[kRows], const XAt& x_at,
                                              RowSums<W, kTokens, kRows>& sums) {

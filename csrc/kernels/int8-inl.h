@@ -3,7 +3,7 @@
 //
 // An element of W is a * code + b, where a sub-block, or each half of a sub-block, has its own a and b. An
 // element of `x` is scale * code. The dot product of a sub-block of W and a sub-block of `x` is
-//   a * scale * Σ (codes of the block * codes of x) + b * scale * Σ (codes of x).
+//   a * scale * Σ (codes of W * codes of x) + b * scale * Σ (codes of x).
 // The sum of the products of codes is computed in integers. The value scale * Σ (codes of x) is stored
 // with `x`.
 
@@ -26,7 +26,7 @@ inline uint32_t largest_bits(const float* x) {
 
 inline void quantize_sub_block(const float* x, int8_t* codes, float& scale, float& sum_of_codes,
                                float* half_sums) {
-  constexpr float kLargestCode = 127, kLeast = 0x1p-119f;  // below kLeast, 1 / scale may be infinite
+  constexpr float kLargestCode = 127, kLeast = 0x1p-119f;  // if all |x| < kLeast, 1 / scale may be infinite
   constexpr uint32_t kInfinite = 0x7F800000u;
   constexpr float kShift = 0x1.8p23f;  // the low bits of x + kShift hold x, rounded to a whole number
   const uint32_t largest = largest_bits(x);
@@ -170,8 +170,9 @@ inline SubBlock high_bits(const uint8_t (&bits)[4]) {
   return join(high.low, high.high);
 }
 
-// Defines the type of a format's minima, and loads the sums of `x` that multiply the minima. Each sum is over
-// a whole sub-block in this template, and over half a sub-block in the specialisation below.
+// Defines the type of a format's minima, and loads the sums of values of `x` by which the minima are
+// multiplied. Each sum is over a whole sub-block in this template, and over half a sub-block in the
+// specialisation below.
 template <class Block>
 struct MinimaOf {
   using Type = typename Codes<Block>::Factors;
@@ -285,7 +286,8 @@ inline constexpr size_t kLaneTokens = 8;
 inline constexpr size_t kLaneTokens = 4;
 #endif
 
-// Returns an array `parts` of kLaneParts values: parts[p] is the value that the call of(k + 4 * p) returns.
+// Calls the function `of` with the arguments k, k + 4, k + 8 and so on. Returns the kLaneParts results as an
+// array `parts`.
 template <class Of>
 [[gnu::always_inline]] inline auto of_parts(size_t k, const Of& of) {
   struct {

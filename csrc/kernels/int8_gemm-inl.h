@@ -47,10 +47,10 @@ struct Nearest {
   LaneInts operator()(size_t, Vec<float> x) const { return to_ints(x); }
 };
 
-// Rounds elements stochastically. Element i uses the random bits of e = first + i (see Int8Gemm::dither). The
-// random words are computed for kDithered elements at a time, so the elements must be rounded in order.
+// Rounds elements stochastically. The random bits of element i depend on first + i (see Int8Gemm::dither).
+// The random words are computed for kDithered elements at a time, so the elements must be rounded in order.
 struct Stochastic {
-  static constexpr int kFraction = 23;  // -127 to 127 in fixed point with 23 fraction bits needs 31 bits
+  static constexpr int kFraction = 23;  // ±127 in fixed point, with 23 fraction bits, takes 31 bits
   uint64_t seed, first;
   mutable uint32_t words[4][kPhiloxBlocks];
 
@@ -69,7 +69,7 @@ struct Stochastic {
 };
 
 // Quantises one group. `load(i, whole)` loads one vector of elements, starting at element i (see load_upto).
-// `round(i, v)` converts `v`, which is this vector times 1 / scale, to codes.
+// `round(i, v)` rounds a vector `v` to codes, where `v` is load(i, whole) times 1 / scale.
 template <class Load, class Round>
 inline void quantize_group(size_t n, const Load& load, const Round& round, int8_t* codes, float& scale,
                            int32_t& correction) {
@@ -405,8 +405,7 @@ inline void int8_tile_upto(size_t rows, const Int8Product& p, size_t column) {
   if constexpr (kRows > 1) int8_tile_upto<kOneGroup, kRows - 1, kVectors, kPartial>(rows, p, column);
 }
 
-// Computes a strip of the product: all `m` rows, and the neighbouring columns from `column` on that fill
-// kVectors vectors.
+// Computes kVectors vectors of each of the `m` rows of the product, beginning at column `column`.
 template <bool kOneGroup, size_t kRows, size_t kVectors, bool kPartial>
 inline void int8_rows(size_t m, Int8Product p, size_t column) {
   for (size_t rows; m > 0; m -= rows) {

@@ -75,7 +75,7 @@ inline constexpr size_t kValuesPerElement<Bf16Pair> = 2;
 template <>
 inline constexpr size_t kValuesPerElement<Int8Quad> = 4;
 
-// The depth of a full panel, in elements, if the columns of the panel are steps along the depth.
+// The number of elements in a row of a full panel, if the rows of the panel run along the depth.
 template <class E>
 inline constexpr size_t kPanelDepth = kPanelColumns / kValuesPerElement<E>;
 
@@ -89,11 +89,11 @@ struct Fetch {
 
   // Prefetches `lines` cache lines that begin at `from`. At each step, gemm_outputs_in_lanes prefetches
   // `each` lines, but no more lines than the step reads from `w`. If `each` is 0, gemm_outputs_in_lanes
-  // prefetches nothing. If too few lines are left for `each` lines at every step of a tile, every step
-  // prefetches one line. If too few lines are left for one line at every step, the steps prefetch later rows
-  // of `w` instead. In L1 blocks (see l1_block_bytes), a step prefetches at most one line, and never a later
-  // row of `w`. Products with low-bit blocks ignore `each` and spread the prefetches evenly over the rows of
-  // W.
+  // prefetches nothing. Before a tile, the remaining lines may be too few for `each` lines at every step:
+  // then every step prefetches one line. If there are too few lines even for this, the steps of the tile
+  // prefetch later rows of `w` instead. In L1 blocks (see l1_block_bytes), a step prefetches at most one
+  // line, and never a later row of `w`. Products with low-bit blocks ignore `each` and spread the prefetches
+  // evenly over the rows of W.
   static constexpr Fetch memory(const void* from, size_t lines, size_t each = 0) {
     return {static_cast<const char*>(from), lines, each};
   }
@@ -308,9 +308,9 @@ struct Nf4 {
   float absmax_offset = 0;
 };
 
-// The memory for rows of decoded floats. A row may cover two panels. Each panel then stores its columns of
-// all rows without gaps, so the columns of the second panel do not follow the columns of the first panel in
-// memory: compared with a contiguous row, the columns of the second panel are stored `apart` elements later.
+// The memory for rows of decoded floats. A row may cover two panels, which are stored one after the other.
+// Element (row, col) is data[row * stride + col] in the first panel (col < kPanelColumns), and data[row *
+// stride + col + apart] in the second panel.
 struct DecodedRows {
   float* data;
   size_t stride, apart = 0;
@@ -438,8 +438,8 @@ struct Int8Gemm {
 
   // Quantises like `quantize`, but rounds v = x * (1 / scale) stochastically, up or down. The expected value
   // of the code differs from v by at most 2^-23. `first` and `group` must be multiples of kDithered. Philox
-  // makes the random bits of element i: with e = first + i, these bits are the low 23 bits of word e / 16 % 4
-  // of the counter e / kDithered * 16 + e % 16, in integer division.
+  // makes the random bits of element i: the low 23 bits of word e / 16 % 4 of the counter e / kDithered * 16
+  // + e % 16. Here e is first + i, and the divisions round down.
   void (*dither)(size_t n, size_t group, uint64_t seed, uint64_t first, const float* x, const float* factors,
                  int8_t* codes, float* scales, int32_t* corrections);
 
@@ -580,8 +580,7 @@ struct Transformer {
   void (*whole_softmax_backward)(size_t rows, size_t n, float* s, float* dp, size_t stride);
 };
 
-// The kernels that use instructions for bfloat16 values and for bytes, if the processor has such
-// instructions.
+// The kernels for which some processors have special instructions, for bfloat16 values or for bytes.
 struct NarrowKernels {
   Tiles<Bf16Pair> bf16;
   SmallProducts<Bf16Pair> small_pairs;

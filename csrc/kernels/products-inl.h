@@ -247,8 +247,8 @@ inline void gemm_outputs_in_lanes_fixed(size_t tiles, const OutputsInLanes<E, W>
         return Vec<E>::broadcast(i < kNearRows ? a[i * p.a.row_stride]
                                                : far[(i - kNearRows) * p.a.row_stride]);
       };
-      // In a wide tile, the elements of `a` stay in registers during a step if they are fewer than the
-      // vectors of `w`.
+      // If a wide tile has fewer rows of `a` than vectors of `w`, the elements of `a` stay in registers
+      // during a step.
       if constexpr (kWide && kRows < kVectors) {
         decltype(load_a(0)) x[kRows];
 #pragma GCC unroll 16
@@ -343,15 +343,15 @@ inline void gemm_outputs_in_lanes_groups(size_t m, OutputsInLanes<E, W> p, Fetch
 }
 
 // Multiplies `a` with a dense panel, which is split into L1 blocks of about equal size. Each block is read
-// once for each tile of rows and each group of columns. If the caller requests rows_ahead, the next block is
-// prefetched in equal shares, one share each time that the current block is read.
+// once for each tile of rows and each group of columns. If the caller passes Fetch::rows_ahead, the next
+// block is prefetched in equal shares: one share each time that the current block is read.
 template <class E, class W>
 inline void gemm_outputs_in_lanes_l1_blocks(size_t m, OutputsInLanes<E, W> p, Fetch fetch) {
   constexpr size_t kLanes = Vec<E>::kLanes;
   const size_t vectors = smaller(kPanelVectors, ceil_div(p.n, kLanes)), row_bytes = p.n * sizeof(W);
   const size_t readings = ceil_div(m, rows_beside(vectors)) * ceil_div(p.n, kPanelVectors * kLanes);
   size_t left = p.depth, blocks = left > 0 ? ceil_div(left * row_bytes, kL1BlockBytes<E>) : 1;
-  bool streams = readings > 0 && fetch.each > 0 && fetch.lines == 0;  // whether rows_ahead is requested
+  bool streams = readings > 0 && fetch.each > 0 && fetch.lines == 0;  // whether `fetch` is rows_ahead()
   if (fetch.each > 0) fetch = lines_apart(fetch.at, fetch.lines, kCacheLine);
   // Each time a block is read, one cache line of each row of the next block is prefetched. If a block is read
   // fewer times than a row has cache lines, a part of the next block would not be prefetched. In this case,

@@ -3,9 +3,9 @@
 //
 // Six of the eight registers hold sums: two rows of three tiles in gemm_outputs_in_lanes, or three rows of
 // two tiles in gemm_tokens_in_lanes. The other two registers hold a tile of the first operand `a` and a tile
-// of the second operand `b`. A step multiplies up to kTileSide pairs along the depth for all six sums. A step
-// needs seven loads of 8 cycles and six products of 16 cycles. The products of a step are summed first, and
-// then this sum is added to the earlier sums. Subnormal numbers count as zero.
+// of the second operand `b`. A step covers up to kTileSide pairs along the depth, and adds their products to
+// all six tiles of sums. A step needs seven loads of 8 cycles and six products of 16 cycles. The products of
+// a step are summed first, and then this sum is added to the earlier sums. Subnormal numbers count as zero.
 
 namespace nplora::kernels::NPLORA_ISA {
 

@@ -133,7 +133,7 @@ struct Sigmoidal {
   }
 };
 
-struct SiluInner {  // p = g
+struct SiluInner {  // p(g) = g
   static Vec<float> inner(Vec<float> g) { return g; }
   static Vec<float> slope(Vec<float> g) { return g; }
 };

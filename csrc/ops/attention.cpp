@@ -14,13 +14,13 @@ namespace {
 
 constexpr float kLowest = std::numeric_limits<float>::lowest();
 
-// The largest number of tiles in a task. With longer tasks, some threads would be idle at the end of short
-// sequences.
+// The largest number of tiles in a task. With longer tasks, a short sequence would have too few tasks for all
+// threads.
 constexpr size_t kTilesPerTask = 4;
 
-// A run consists of neighbouring queries of one sequence. For each key-value head, a run has one lane for
-// each pair of a query and a query head that uses the key-value head. If a run has fewer than kFewestLanes
-// such lanes, attention is computed without tiles, because most lanes of a tile would be idle.
+// A run consists of neighbouring queries of one sequence. A lane is one head of one query. If a run has fewer
+// than kFewestLanes lanes for each key-value head, attention is computed without tiles, because most lanes of
+// a tile would be idle.
 constexpr size_t kFewestLanes = 12;
 
 // The keys of a single query are cut into pieces of at most this many keys.
@@ -75,8 +75,8 @@ void attend(const QueryTile& tile, Matrix<const float> q, const Outputs& to) {
   const size_t column = tile.kv_head * dim;
   if (tile.shape.pairs) pair_rows(dim, lanes, b.queries, b.pairs);
 
-  // Keys before the window are masked. Keys before the window are read only because the sums must begin at a
-  // multiple of kKeyUnit.
+  // The sums must begin at a multiple of kKeyUnit, so a few keys before the window are read, too. These keys
+  // are masked.
   const Span visible = tile.visible();
   bool accumulate = false;
   for_key_tiles({round_down(visible.first, kKeyUnit), visible.end}, [&](Span keys) {
@@ -116,8 +116,8 @@ void attend(const QueryTile& tile, Matrix<const float> q, const Outputs& to) {
     });
 }
 
-// A task computes the lanes first_lane to end_lane - 1 of one run and one key-value head, tile by tile. A
-// lane is one head of one query, and a run consists of neighbouring queries.
+// A task computes the outputs of some lanes of one run, tile by tile. These lanes use the key-value head
+// kv_head, and have the numbers first_lane to end_lane - 1 among all lanes of the run that use this head.
 struct TileTask {
   size_t run, kv_head, first_lane, end_lane;
 };
@@ -133,7 +133,7 @@ void attend_tiles(const AttentionShape& shape, const std::vector<Run>& runs, Mat
     const size_t per_task = size_t(tiles) * kTileLanes;
     operations += per_lane * double(runs[i].count * shape.heads);
     for (size_t kv_head = 0; kv_head < shape.kv_heads; ++kv_head)
-      for (size_t end = lanes; end > 0;) {  // the last queries have the most keys, so they run first
+      for (size_t end = lanes; end > 0;) {  // the last queries have the most keys, so they come first
         const size_t first = (end - 1) / per_task * per_task;
         tasks.push_back({i, kv_head, first, end});
         end = first;
@@ -163,9 +163,9 @@ void attend_piece(const AttentionShape& shape, const Piece& piece, Matrix<const 
   float *largest = part + heads * dim, *sum = largest + heads;
   float *scaled = scratch<float>(Scratch::kAttention, heads * (dim + n)), *scores = scaled + heads * dim;
   kernel().scaled(heads * dim, shape.scale, q.row(piece.row), scaled, false);
-  // key_dots computes several keys at a time. If a few keys are left at the end of a call, key_dots computes
-  // them one by one, with another order of summation than for the other keys. So every call except the last
-  // one must end at a multiple of kKeyUnit.
+  // key_dots multiplies the query with several keys at a time. If a few keys are left at the end of a call,
+  // key_dots multiplies them one by one, and sums the products in another order. So every call except the
+  // last one must end at a multiple of kKeyUnit.
   const size_t aligned = std::min(round_up(piece.keys.first, kKeyUnit), piece.keys.end);
   for (const Span half : {Span{piece.keys.first, aligned}, Span{aligned, piece.keys.end}})
     run.for_parts(half, [&](Span part) {
@@ -188,9 +188,9 @@ void attend_piece(const AttentionShape& shape, const Piece& piece, Matrix<const 
   });
 }
 
-// The keys of a query are computed in pieces. This function combines the results of the pieces. The sum of
-// exponentials of each piece is relative to the largest score of the piece; the total is relative to the
-// largest score of all pieces.
+// Combines the results of the pieces into which the keys of a query were cut. The sum of exponentials of each
+// piece is relative to the largest score of the piece; the total is relative to the largest score of all
+// pieces.
 void join_pieces(const AttentionShape& shape, size_t row, size_t pieces, const float* parts,
                  const Outputs& to) {
   const size_t dim = shape.head_dim, heads = shape.heads, stride = heads * (dim + 2);
@@ -209,13 +209,13 @@ void join_pieces(const AttentionShape& shape, size_t row, size_t pieces, const f
   }
 }
 
-// Attention for runs of only a few queries. A few queries do not fill a tile, and the speed of memory limits
-// how fast they are computed. For each query, keys and values are read once, for all heads at once. The keys
-// are cut into pieces, which threads share (Dao et al. 2023, Flash-Decoding).
+// Attention for runs of only a few queries. A few queries do not fill a tile, and memory bandwidth limits the
+// speed. For each query, keys and values are read once, for all heads at once. The keys are cut into pieces,
+// which threads share (Dao et al. 2023, Flash-Decoding).
 void attend_rows(const AttentionShape& shape, const std::vector<Run>& runs, Matrix<const float> q,
                  const Outputs& to) {
   std::vector<Piece> pieces;
-  std::vector<size_t> first_piece;  // the index of each row's first piece; at the end, the number of pieces
+  std::vector<size_t> first_piece;  // the index of each row's first piece, then the number of pieces
   double operations = 0;
   for (const Run& run : runs)
     for (size_t i = 0; i < run.count; ++i) {

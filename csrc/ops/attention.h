@@ -69,8 +69,9 @@ struct KeyValueCache {
 // Row i of q is the query of the token at position lengths[i] - 1 in slot slots[i] of the cache. The query
 // attends to this token and to all tokens before it, as far as the window allows. The bits of a row depend
 // neither on the size of the pages nor on the other rows, with one exception. Neighbouring rows with
-// successive tokens of one slot are computed together, by one of two methods that round differently. The
-// method depends on the number of these rows: it changes at kFewestLanes / (heads / kv_heads) rows.
+// successive tokens of one slot are computed together, by one of two methods that round differently. One
+// method is used for fewer than kFewestLanes / (heads / kv_heads) of these rows, the other method for all
+// larger numbers.
 void attention_cached(const AttentionShape& shape, Matrix<const float> q, KeyValueCache cache,
                       const int64_t* slots, const int64_t* lengths, Matrix<float> out);
 

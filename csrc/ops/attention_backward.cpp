@@ -101,7 +101,7 @@ void find_delta(const QueryTile& tile, const Operands& x, bool first, const Back
 }
 
 // Computes the backward pass of the softmax in place: b.scores becomes p, and b.dp becomes ds (see
-// attend_backward). `whole` says whether b.scores holds the scores of all keys of the queries.
+// attend_backward). `whole` is true if b.scores holds the scores of all keys to which the queries attend.
 void softmax_backward(size_t n, size_t lanes, bool whole, const BackwardBuffers& b) {
   if (whole)
     kernel().whole_softmax_backward(n, lanes, b.scores, b.dp, kTileLanes);
@@ -144,8 +144,8 @@ void multiply(const QueryTile& tile, const Keys& all, const Operands& x, const B
 }
 
 // Does the same as `multiply`, but multiplies pairs of bfloat16. A pair of keys begins at an even position.
-// If all.span begins at an odd position, scores are therefore also computed for the key before all.span. This
-// key is masked, because it is before the window.
+// If the span of the keys begins at an odd position, scores are therefore also computed for the key before
+// the span. This key is masked, because it is before the window.
 void multiply_pairs(const QueryTile& tile, const Keys& all, const Operands& x, const BackwardBuffers& b) {
   const size_t dim = tile.shape.head_dim, lanes = tile.lanes, column = tile.kv_head * dim;
   const PairBuffers pairs(dim, lanes, b);
@@ -252,7 +252,7 @@ void attention_backward(const AttentionShape& given, Sequences sequences, Matrix
   std::vector<Task> tasks;
   for (size_t diagonal = 0; diagonal * block < longest; ++diagonal) {
     if (shape.causal && shape.window > 0 && diagonal > 0 && (diagonal - 1) * block + 1 >= shape.window)
-      break;  // beyond all windows
+      break;  // from this diagonal on, all keys are outside the windows
     tasks.clear();
     for (size_t i = 0; i < runs.size(); ++i)
       for (size_t b = shape.causal || diagonal * block >= runs[i].count ? diagonal : 0;

@@ -42,13 +42,13 @@ struct PairedRows {
   const kernels::Bf16Pair* down;   // a pair holds two values of a column, at positions 2i and 2i + 1
   size_t width;                    // the number of columns of k or v
 
-  // Returns the left operand of a product that sums over head_dim: the part of `along` that begins at row
-  // `row` and at column `column` of k or v.
+  // Returns the left operand of a product that sums over head_dim: the pairs of `along`, beginning with the
+  // pair for element (row, column) of k or v.
   kernels::Strided<kernels::Bf16Pair> over_dim(size_t row, size_t column) const {
     return {along + (row * width + column) / 2, width / 2, 1};
   }
-  // Returns the left operand of a product that sums over keys: the transpose of the part of `down` that
-  // begins at row `row` and at column `column`.
+  // Returns the left operand of a product that sums over keys: the pairs of `down`, transposed, beginning
+  // with the pair (row, column).
   kernels::Strided<kernels::Bf16Pair> over_keys(size_t row, size_t column) const {
     return {down + row * width + column, 1, width};
   }
@@ -57,17 +57,17 @@ struct PairedRows {
 // A run: neighbouring queries, and the keys of their sequence. The positions of the queries are
 // first_position, first_position + 1, and so on.
 struct Run {
-  size_t row, count;      // rows of q
+  size_t row, count;      // the first row of q, and the number of rows
   size_t first_position;  // the position of the first query in its sequence
-  const float *k, *v;     // point to the start of page 0 or, without pages, to the row of position 0
+  const float *k, *v;     // the row of position 0 or, if there are pages, the start of page 0
   size_t stride;          // the row stride of k and v
   // pages[i] is the page of the positions i * page_tokens to (i + 1) * page_tokens - 1. `pages` is null if
   // page 0 holds all positions.
   const int64_t* pages = nullptr;
   size_t page_tokens = 0;
-  const PairedRows* k_pairs = nullptr;  // null if products are in float32; always null with pages
+  const PairedRows* k_pairs = nullptr;  // null if products are in float32 or there are pages
   const PairedRows* v_pairs = nullptr;
-  size_t pair_row = 0;  // the row of `down` whose pairs hold positions 0 and 1
+  size_t pair_row = 0;  // the row of `down` that pairs the rows of positions 0 and 1
 
   Matrix<const float> keys(size_t head, size_t dim, Span part) const {
     return {k + row_of(part.first) * stride + head * dim, part.size(), dim, stride};
@@ -105,9 +105,8 @@ inline Span visible_keys(const AttentionShape& shape, const Run& run, size_t fir
   return {first, window > 0 ? std::min(last_position + window, keys) : keys};
 }
 
-// Counts the floating-point operations of attention. Attention multiplies vectors of head_dim elements:
-// `products` is the number of these multiplications for each lane and each key to which the query of the lane
-// attends.
+// Counts the floating-point operations of attention: `products` * head_dim multiply-adds for each lane and
+// each key to which the query of the lane attends.
 inline void count_operations(const Timed& timed, const AttentionShape& shape, const std::vector<Run>& runs,
                              double products) {
   double pairs = 0;
@@ -118,8 +117,8 @@ inline void count_operations(const Timed& timed, const AttentionShape& shape, co
               products * pairs * 2.0 * double(shape.heads * shape.head_dim));
 }
 
-// A tile: the lanes `first` to first + lanes - 1. The lanes are counted among those lanes of a run that use
-// the key-value head kv_head.
+// A tile: the lanes `first` to first + lanes - 1 of a run. The numbers of the lanes count only those lanes of
+// the run that use the key-value head kv_head.
 struct QueryTile {
   const AttentionShape& shape;
   const Run& run;
@@ -180,7 +179,7 @@ struct QueryTile {
         shape.causal ? keys.end <= position(0) + 1 : window == 0 || keys.end <= position(0) + window;
     if (sees_later && (window == 0 || keys.first + window > position(lanes - 1))) return;
     for (size_t key = keys.first; key < keys.end; ++key, scores += kTileLanes) {
-      const size_t later = shape.causal ? 0 : window - 1;  // the number of later positions that a query sees
+      const size_t later = shape.causal ? 0 : window - 1;  // a query attends to `later` positions after it
       const size_t begin = lane_at(key > later ? key - later : 0),
                    end = window > 0 ? lane_at(key + window) : lanes;
       std::fill(scores, scores + begin, -std::numeric_limits<float>::infinity());

@@ -113,10 +113,10 @@ size_t InputGradient<E, W>::block_tokens(size_t threads) const {
   return most;
 }
 
-// The largest number of tokens in a task. If blocks of W are two panels wide, or if an update is merged into
-// blocks of W, one task multiplies all tokens of a token block by each block of W, so that the block is
-// decoded or merged once for all these tokens. In all other cases tasks are smaller, so that more threads
-// have work.
+// The largest number of tokens in a task. In two cases, a task multiplies all tokens of a token block by each
+// block of W: if blocks of W are two panels wide, and if an update is merged into blocks of W. The task then
+// decodes or merges each block once for all these tokens. In all other cases tasks are smaller, so that more
+// threads have work.
 template <class E, class W>
 size_t InputGradient<E, W>::task_tokens(size_t block_tokens) const {
   return merges_ || group_ > kPanelColumns ? block_tokens : kTaskTokens;

@@ -85,7 +85,7 @@ class BackwardStack {
   size_t tokens() const { return tokens_; }
   size_t d_in() const { return d_in_; }
   size_t block_tokens() const { return block_tokens_; }
-  double work() const { return work_; }  // in floating-point operations
+  double work() const { return work_; }  // the number of floating-point operations
 
  private:
   Joined* join(const LowRank<T>& low, bool adds, bool wants_db);

@@ -43,11 +43,10 @@ inline constexpr size_t kFloatBatch = 4;
 // converted. In larger batches, all tokens share one copy of each block of W. Blocks of a packed W, or of a W
 // in double, are not copied.
 inline constexpr size_t kInPlaceBatch = 16;
-// Two limits for the number of tokens in a backward pass if W is in bfloat16. A batch that is not above the
-// limit reads the values of W in place; a larger batch uses a copy of W in floats or in pairs. kWidenedBatch
-// is the limit for products in float: each tile widens the values to float in registers. kPairedBatch is the
-// limit for products of pairs, if W is packed and pairs_in_registers is true: each tile pairs the values in
-// registers.
+// Two limits for the number of tokens in a backward pass if W is in bfloat16. Batches up to the limit read W
+// in place, and each tile converts the values to floats or pairs in registers. Larger batches use a copy of W
+// in floats or pairs. kWidenedBatch is the limit for products in float, and kPairedBatch is the limit for
+// products of pairs. kPairedBatch is used only if W is packed and pairs_in_registers is true.
 inline constexpr size_t kWidenedBatch = 8, kPairedBatch = 256;
 // While the panels of a packed W are read, the partial sums of this many rows of W stay in L2 (4128 x 16
 // lanes of floats = 258 KB).
@@ -58,9 +57,8 @@ inline constexpr size_t kStreamedRows = round_up(4096, kRowBlock);
 inline constexpr size_t kStreamedBf16Rows = 128;
 // The size in bytes of the transposed blocks of W that are kept in L2 at the same time.
 inline constexpr size_t kBlocksBytes = size_t{448} << 10;
-// In the product with the last block of W along the depth, this many tokens are multiplied at a time, so that
-// their outputs in one panel (64 x 48 floats = 12 KB) are still in L1 when the update is added to the
-// outputs.
+// The number of tokens that are multiplied at a time by the last block of W along the depth. The outputs of
+// these tokens in one panel (64 x 48 floats = 12 KB) are still in L1 when the update is added to the outputs.
 inline constexpr size_t kFewTokens = 64;
 // Replaces kFewTokens in int8 products. Their tiles have 7 or 9 tokens, and 63 is a multiple of both.
 inline constexpr size_t kFewInt8Tokens = 63;
@@ -111,10 +109,9 @@ void for_pieces(size_t n, size_t unit, size_t threads, const Body& body) {
 // Divides a product into tasks. Each task multiplies a range of tokens by a range of the rows of W, or of its
 // columns (`side` stands for either). Tokens are cut into few pieces, because W is read once for each piece
 // of the tokens. W is cut so that no task takes too long. For several threads, W is cut into shorter and
-// shorter pieces: the size of each piece is half of the remaining W, divided by the number of threads (guided
-// self-scheduling, Polychronopoulos & Kuck 1987, but with half the size). The first pieces are long, because
-// W is read in order within a piece. The last pieces are short, so that no thread waits long for another
-// thread.
+// shorter pieces: each piece is 1 / (2 * threads) of the work that is left. (Guided self-scheduling,
+// Polychronopoulos & Kuck 1987, would take 1 / threads.) The first pieces are long, because W is read in
+// order within a piece. The last pieces are short, so that no thread waits long for another thread.
 class Grid {
  public:
   struct Cut {
@@ -123,13 +120,12 @@ class Grid {
 
   Grid(Cut tokens, Cut side, double operations, size_t threads) {
     if (tokens.count == 0) return;
-    // There is at least one unit of rows or columns, so that there are tasks even if W has no rows or
-    // columns.
+    // W counts as at least one unit of rows or columns. So there are tasks even if W has no rows or columns.
     const size_t units = std::max<size_t>(1, ceil_div(side.count, side.unit));
     size_t pieces = ceil_div(tokens.count, std::max<size_t>(1, tokens.most));
-    // If W has too few units of rows or columns for all threads, the range of tokens is cut into more pieces.
-    // But if the threads can share these units evenly, the tokens are not cut further, because W would be
-    // read and decoded again for each piece of the tokens.
+    // If W has too few units of `side.unit` rows or columns for all threads, the range of tokens is cut into
+    // more pieces. But if the threads can share these units evenly, the tokens are not cut further, because W
+    // would be read and decoded again for each piece of the tokens.
     if (pieces * units < pieces_for(threads) && units % threads != 0)
       pieces = ceil_div(pieces_for(threads), units);
     // Makes the number of token pieces as small as possible without making the longest piece longer. Fewer

@@ -19,7 +19,7 @@ namespace {
 // Each word of the vocabulary has one row of W. W is processed in blocks of kWords rows and at most kColumns
 // columns. Such a block takes 24 KB, so it stays in L1 while all tokens use it.
 constexpr size_t kWords = 32, kColumns = 2 * kDecodedColumns;
-// The cost of adding the row of W for one kept word, divided by the cost of one word in a dense product.
+// The time to add the row of W of a kept word to dx, divided by the time for one row of W in a dense product.
 constexpr double kKeptCost = 2;
 
 // The kept words for each row of the logits: at most limit() likely words, and the target. `keep` stores the
@@ -27,9 +27,10 @@ constexpr double kKeptCost = 2;
 // no other memory: the first counts[i] floats of row i are the weights of the words, and the second half of
 // the row begins with the ids of the words.
 //
-// Afterwards, `arrange` copies the words in the order in which they are multiplied: one block of the
-// vocabulary after the other, and within a block one row after the other. The multiplication cannot read the
-// lists in this order, because the lists of different rows are too far apart in memory.
+// Afterwards, `arrange` copies the kept words in the order in which the product with W needs them: one block
+// of the vocabulary after the other, and within a block, one row of the logits after the other. The product
+// cannot read the lists themselves in this order, because the lists of different rows are too far apart in
+// memory.
 class KeptWords {
  public:
   explicit KeptWords(Matrix<float> logits)
@@ -123,8 +124,8 @@ void KeptWords::arrange() {
   });
 }
 
-// Returns the columns of W to process after the first `done` columns of the range `side`. Either all
-// returned columns are in full panels, or all are in the last panel if the last panel is narrower.
+// Returns the columns of W to process after the first `done` columns of the range `side`. The returned
+// columns are either all in full panels, or all in a last panel that is narrower than a full panel.
 Range next_columns(const WeightView& w, Range side, size_t done) {
   const size_t first = side.first + done, full = full_columns(w.d_in),
                end = std::min(side.first + side.count, first < full ? full : w.d_in);

@@ -13,7 +13,7 @@ namespace nplora {
 // at least `bound` contribute their own rows of W to the sum. Every other word contributes `mean` instead of
 // its row.
 struct WordFilter {
-  double bound;       // above 0
+  double bound;       // must be greater than 0
   const float* mean;  // (d_in)
 };
 

@@ -79,8 +79,8 @@ bool share_weights(std::span<const GroupParts<T>> groups) {
   return true;
 }
 
-// Reports the number of operations of a forward pass to `timed`. An update that is merged on the fly counts
-// as many operations as a separate update.
+// Reports the number of operations of a forward pass to `timed`. The number of operations of an update does
+// not depend on whether the update is merged on the fly.
 template <class T>
 void count_operations(const Timed& timed, std::span<const ForwardPart<T>> parts, size_t rows,
                       Arithmetic arithmetic) {

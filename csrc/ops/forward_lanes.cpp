@@ -151,7 +151,7 @@ class LanesForward {
     const size_t full = kValuesPerElement<E> == 1 ? full_columns(w.d_in) : w.d_in / kDepthCut * kDepthCut;
     E* decoded = scratch<E>(Scratch::kWeight, kRowBlock * scratch_columns(most));
     size_t col = 0;
-    do {  // if W has no columns, one iteration sets yt to zero
+    do {  // if W has no columns, the only iteration sets yt to zero
       const size_t cols = std::min(most, (col < full ? full : w.d_in) - col);
       const Panels<E> panels = row_block(w, rows, {col, cols}, blocks.count > 1, decoded);
       for (size_t b = 0; b < blocks.count; ++b) {

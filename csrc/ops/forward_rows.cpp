@@ -35,7 +35,7 @@ class RowsForward {
 
   RowsForward(std::span<const ForwardPart<T>> parts, Matrix<const T> x, size_t plan_tokens)
       : parts_(parts), x_(x), depth_(depth_of<E>(x.cols)) {
-    joined_.reserve(parts.size());  // the elements must never move, because updates_ points to them
+    joined_.reserve(parts.size());  // joined_ must not reallocate: updates_ points to its elements
     for (const auto& part : parts) {
       const bool keep_z = part.z.data != nullptr;
       const LayerShape shape{plan_tokens,

@@ -85,7 +85,7 @@ class SmallForward {
   // updates are prefetched.
   void multiply(Range rows) const {
     std::vector<FetchList> next;
-    constexpr size_t kMostBytes = 256 << 10;  // prefetches at most this much of all A, and as much of all B
+    constexpr size_t kMostBytes = 256 << 10;  // the most bytes of all A, and of all B, to prefetch
     for (const auto& group : groups_) next.push_back(factors(*group.low, rows, kMostBytes / groups_.size()));
     if constexpr (std::is_same_v<W, float>)
       if (dots_blocks(part_.w)) {
@@ -193,8 +193,8 @@ class SmallForward {
     });
   }
 
-  // Stores the partial sums of the products of these rows of W with x in `sums` (n, rows, lanes). The columns
-  // of W are multiplied in groups of up to `most`.
+  // Multiplies the given rows of W with x, and stores the partial sums in `sums` (n, rows, lanes). The
+  // columns of W are multiplied in groups of up to `most`.
   void stream(Range rows, size_t most, W* decoded, T* sums) const {
     const WeightView& w = part_.w;
     const size_t full = full_columns(w.d_in);

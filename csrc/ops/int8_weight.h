@@ -28,8 +28,9 @@ class RowScales {
   // time, one result is kept.
   void find(const WeightView& w);
 
-  // The scales (d_out), or null before `find`. A scale is the largest magnitude in a row, divided by 127. The
-  // scale is 0 if all magnitudes are below 2^-119, and NaN if an element is NaN or infinite.
+  // The scales (d_out), or null if `find` has not been called yet. A scale is the largest magnitude in a row,
+  // divided by 127. The scale is 0 if all magnitudes are below 2^-119, and NaN if an element is NaN or
+  // infinite.
   const float* scales() const { return found_.load(std::memory_order_acquire); }
 
  private:

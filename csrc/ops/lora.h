@@ -1,5 +1,5 @@
-// Products with a frozen weight and a low-rank update, for one layer or a stack of layers: the forward pass,
-// the backward pass, and the product aᵀ b of two matrices, as in the gradients of the factors.
+// Products with a frozen weight and its low-rank update: the forward pass and the backward pass of one layer
+// or a stack of layers. Also the product aᵀ b of two matrices, which the gradients of the factors need.
 #pragma once
 
 #include <cstdint>
@@ -50,16 +50,17 @@ struct ForwardPart {
 };
 
 // Computes a stack of layers; each of `parts` is one layer. All layers read the same x (n, d_in). If `int8`
-// is true, large batches are multiplied in int8 with weights of Compute::kInt8. If `int8` is false, they are
-// computed as for Compute::kBfloat16. Training may set `int8`, because products in int8 are faster. But W is
-// then rounded a second time, from its blocks to codes with one scale for each row. Inference does not set
-// `int8`, because this rounding would make the answers of the model less accurate.
+// is true, large batches are multiplied in int8 with weights of Compute::kInt8. If `int8` is false, these
+// products are computed as if the weights had Compute::kBfloat16. Training may set `int8`, because products
+// in int8 are faster. But W is then rounded a second time, from its blocks to codes with one scale for each
+// row. Inference does not set `int8`, because this rounding would make the answers of the model less
+// accurate.
 template <class T>
 void lora_forward(std::span<const ForwardPart<T>> parts, Matrix<const T> x, bool int8);
 
-// Does the same as lora_forward, but for inference, without int8 for large batches. The rows of x are all
-// rows, or some of the rows, of a batch of `batch` rows. All batches of up to kSmallBatch rows are computed
-// with one method, and all larger batches with another (see kInferenceTokens).
+// Does the same as lora_forward, but for inference, without int8 for large batches. The batch has `batch`
+// rows, and x holds all of these rows or only some of them. All batches of up to kSmallBatch rows are
+// computed with one method, and all larger batches with another (see kInferenceTokens).
 template <class T>
 void lora_infer(std::span<const ForwardPart<T>> parts, Matrix<const T> x, size_t batch);
 

@@ -11,7 +11,7 @@ namespace nplora {
 
 namespace {
 
-constexpr size_t kIterations = 1 << 16;  // one measurement then takes less than a millisecond with AVX2
+constexpr size_t kIterations = 1 << 16;  // with AVX2, these iterations take less than a millisecond
 constexpr int kRepeats = 8;              // the highest rate is returned: other programs slow some repeats
 
 kernels::Peak peak_of(Arithmetic arithmetic) {

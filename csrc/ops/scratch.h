@@ -31,8 +31,10 @@ enum class Scratch {
   // For a single token, holds L / 2 partial sums for each of kStreamedRows rows of W. For a batch of up to 8
   // tokens, holds L / 2 partial sums for each token and each of 48 rows of W or r rows of B.
   kSums,
-  kWeight,   // decoded or transposed blocks of W: kBlocksBytes, or in a small batch 48 kStreamedRows elements
-  kDecoded,  // a block of W before it is transposed, or with its update added: 48 kDepthBlock
+  // Holds decoded or transposed blocks of W. The blocks take kBlocksBytes bytes; in a small batch, they take
+  // 48 * kStreamedRows elements.
+  kWeight,
+  kDecoded,  // a block of W before it is transposed, or with its update added: 48 * kDepthBlock elements
   kFewRows,  // a few rows of a block of W before they are paired: 18 KB
   // Holds one of three things. (1) B (r, d_in), r * d_in elements, plain or in pairs. (2) z or dz of a few
   // tokens, transposed, 32 * r elements. (3) Rows of A times the scale, kDepthBlock * r elements.

@@ -25,7 +25,7 @@ void rms_norm_backward(Matrix<const float> dy, Matrix<const float> x, const floa
 // same way as the squares in `rms_norm`.
 void layer_norm(Matrix<const float> x, const float* weight, const float* bias, float eps, Matrix<float> y);
 
-// Does the same as `layer_norm` for the sum of two arrays, row by row: sum += x, then y = the norm of `sum`.
+// Does the same as `layer_norm` for the sum of two arrays, row by row: sum += x, then y = LayerNorm of `sum`.
 void add_layer_norm(Matrix<const float> x, Matrix<float> sum, const float* weight, const float* bias,
                     float eps, Matrix<float> y);
 

@@ -37,7 +37,7 @@ struct WeightView {
   size_t row_stride;  // distance of two rows: in elements for row-major data, in bytes for blocks
   Compute compute = Compute::kFloat;
   kernels::Nf4 nf4{};
-  RowScales* row_scales = nullptr;  // the scales of W in int8; not null if `compute` is kInt8
+  RowScales* row_scales = nullptr;  // the scales for int8 products; not null if `compute` is kInt8
 };
 
 template <class T>
@@ -69,9 +69,9 @@ inline constexpr size_t scratch_columns(size_t cols) {
 // The block W[rows, cols] in elements of type E. The first column is a multiple of kPanelColumns. If the
 // elements of W are stored as type E, the block is read in place. If not, the block is decoded into `scratch`
 // (rows * scratch_columns(cols) elements). If many tokens use the block (`shared`), the block is copied even
-// if it needs no decoding, because rows of W would evict each other from the cache if their distance is a
+// if it needs no decoding. In place, rows of W would evict each other from the cache if their distance is a
 // power of two. In a packed W, no rows have such a distance, so a packed W is not copied for this reason. The
-// element type Bf16 may only be used for weights stored in bfloat16, and these weights are read in place. A
+// element type Bf16 is only for weights stored in bfloat16; with Bf16, the block is always read in place. A
 // Bf16Pair holds two neighbours of a row, because gemm_tokens_in_lanes reads along the rows of W.
 template <class E>
 kernels::Panels<E> row_block(const WeightView& w, Range rows, Range cols, bool shared, E* scratch);
@@ -82,7 +82,7 @@ kernels::Panels<E> row_block(const WeightView& w, Range rows, Range cols, bool s
 // kDecodedColumns. Two panels are stored one after the other. If each row contained the columns of both
 // panels, the hardware would also prefetch the half of a row that the kernel does not need. (There is one
 // exception: if W is in NF4 and d_in is not a multiple of 16, each row contains the columns of both panels.)
-inline constexpr size_t kDecodedColumns = 2 * kernels::kPanelColumns;  // whole sub-blocks
+inline constexpr size_t kDecodedColumns = 2 * kernels::kPanelColumns;  // three sub-blocks
 inline bool makes_two_panels(const WeightView& w, bool shared) {
   return is_blocks(w.storage) || (!w.packed && shared);
 }

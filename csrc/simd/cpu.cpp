@@ -49,7 +49,8 @@ Cpu detect() {
   found.avxvnni = found.avx2 && bit(leaf7_1.eax, 4);
   found.avx512vnni = found.avx512 && bit(leaf7.ecx, 11);
   found.avx512bf16 = found.avx512vnni && bit(leaf7_1.eax, 5);
-  const bool tiles = (state & 0x60000) == 0x60000 && bit(leaf7.edx, 24) && bit(leaf7.edx, 22);  // TILE, BF16
+  // Bit 24 is AMX-TILE, and bit 22 is AMX-BF16.
+  const bool tiles = (state & 0x60000) == 0x60000 && bit(leaf7.edx, 24) && bit(leaf7.edx, 22);
   found.amx = found.avx512bf16 && tiles && platform::offers_tiles();
   return found;
 }

@@ -38,7 +38,7 @@ def is_bfloat16(array: Array) -> bool:
 
 
 def kind(value: object) -> str:
-    """Describe any value briefly for a message. The name of another package's class includes its module."""
+    """Describe any value briefly for a message. A class of another package is named with its module."""
     if isinstance(value, type):
         return f"the class {_title(value)}, not one of its objects"
     return f"{value[:40]!r}" if isinstance(value, str) else f"a {_title(type(value))}"

@@ -148,7 +148,7 @@ def test_every_cut_and_every_damaged_byte_give_format_errors_or_an_adapter(kind:
 def test_all_that_is_wrong_is_listed(tmp_path: Path) -> None:
     content = tensors() | {"x": np.ones(1), PREFIX + "k.lora_A.weight": np.ones((2, 2))}
     write(tmp_path, content)
-    with pytest.raises(FormatError, match="for 2 reasons:") as error:
+    with pytest.raises(FormatError, match=r"cannot be used \(2 reasons\):") as error:
         nplora.read_adapter(tmp_path)
     assert len(str(error.value).splitlines()) == 3
 

@@ -1178,7 +1178,7 @@ def test_several_adapters_add_up(model: Path, data: Path, tmp_path: Path) -> Non
     assert result["loss"] == pytest.approx(both, rel=1e-6)
     answer = command("generate", model, "1+1=", "--max-new-tokens", 5, *options).stdout
     assert answer == f"{load_with_adapter(model, tmp_path / 'both').generate('1+1=', 5)}\n"
-    with pytest.warns(UserWarning, match=r"a is given 2 times, and is added 2 times$"):
+    with pytest.warns(UserWarning, match=r"a is given 2 times, so its update is added 2 times$"):
         double = evaluate(model, data, adapter=[tmp_path / "a", tmp_path / "." / "data" / ".." / "a"])["loss"]
     nplora.combine([(tmp_path / "a", 2)]).save(tmp_path / "double")
     assert double == pytest.approx(evaluate(model, data, adapter=tmp_path / "double")["loss"], rel=1e-6)
@@ -1448,7 +1448,7 @@ def test_an_adapter_in_memory_is_taken_as_its_directory_is(model: Path, data: Pa
     assert files_of(tmp_path / "one") == files_of(tmp_path / "other")
     planned = plan(model, data, **options, adapter=read)
     assert planned.memory.factors == 16 * read_size(tmp_path / "a")  # value, gradient and AdamW's two moments
-    with pytest.warns(UserWarning, match=r"^evaluate: .*a is given 2 times, and is added 2 times$"):
+    with pytest.warns(UserWarning, match=r"^evaluate: .*a is given 2 times, so its update is added 2 times$"):
         evaluate(model, data, adapter=[read, read])
 
 

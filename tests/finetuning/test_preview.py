@@ -72,7 +72,7 @@ def test_duplicates_are_counted_inside_the_data_and_between_its_parts(tmp_path: 
     assert found.train.repeated == 3
     assert found.shared == 3
     text = str(found)
-    assert "3 examples already there before" in text
+    assert "3 examples equal to an earlier one" in text
     assert "the training data contain 3 examples of the 4 to evaluate on, so the validation loss" in text
     split = preview([*ROWS, *ROWS], TOKENIZER, valid_split=0.3)  # equal rows are on the same side
     assert split.valid is not None

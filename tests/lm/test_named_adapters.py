@@ -230,7 +230,9 @@ def test_an_adapter_that_cannot_be_named_or_does_not_fit_changes_nothing(
     model: Path, paths: dict[str, Path], tmp_path: Path
 ) -> None:
     lm = named(model, {"few": paths["few"]})
-    with pytest.raises(ValueError, match="an adapter 'few' is loaded already; call delete_adapter"):
+    with pytest.raises(
+        ValueError, match="'few' is loaded already; pass replace=True, or call delete_adapter"
+    ):
         lm.load_adapter(paths["all"], "few")
     for name in ("", 3):
         with pytest.raises(TypeError, match=r"name is .*, expected a non-empty text"):

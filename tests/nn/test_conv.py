@@ -254,7 +254,7 @@ def test_an_adapter_of_another_kind_or_kernel_is_refused(tmp_path: Path, rng: np
     ):
         nplora.load_adapter(net(rng), tmp_path / "linear")
     other = nplora.Sequential(nplora.LoRAConv2d(np.zeros((5, 1, 6, 3)), rank=3))
-    with pytest.raises(FormatError, match=r"windows of shape \(2, 3, 3\), but .* of shape \(1, 6, 3\)"):
+    with pytest.raises(FormatError, match=r"kernels of shape \(2, 3, 3\), but .* of shape \(1, 6, 3\)"):
         nplora.load_adapter(other, tmp_path / "square")
 
 

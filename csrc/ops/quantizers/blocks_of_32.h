@@ -29,7 +29,7 @@ struct Best {
   void show(CodeGrid other) {
     const CodeGrid stored = rounded(other);
     const float e = squared_error<kElements>(x, stored, codes);
-    if (e < error) {  // if `d` became infinite, `e` is NaN and the comparison is false
+    if (e < error) {  // false if the new scale is infinite, because `e` is then NaN
       error = e;
       grid = stored;
     }

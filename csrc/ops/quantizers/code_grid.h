@@ -14,7 +14,8 @@ struct CodeRange {
   float first, last;
 };
 
-// Rounds x to the nearest integer, to even in a tie, if |x| < 2^22. Every compiler can vectorise this form.
+// Rounds x to the nearest integer, and to the even one in a tie. |x| must be below 2^22. Every compiler can
+// vectorise these two operations.
 inline float nearest_integer(float x) {
   constexpr float kShift = 0x1.8p23f;
   return (x + kShift) - kShift;

@@ -3,7 +3,7 @@
 Arguments and errors that several functions of this package share:
 
     base: the base model of the adapter: a GGUF file, a config.json, or a directory that holds a config.json.
-        If the base model's weights are present, the adapter's names and shapes are checked against them. A
+        If `base` includes weights, the adapter's layers must match the names and shapes of the weights. A
         llama.cpp adapter for the Llama family cannot be read without the base model, because the order of the
         adapter's rows depends on the model's number of heads.
     any_base: accept an adapter that was trained on another language model with the same shapes. An adapter
@@ -15,8 +15,8 @@ Arguments and errors that several functions of this package share:
 
     FormatError: a file is malformed, or the adapter belongs to another model or does not fit the given model.
         The message lists every mismatch. UnsupportedError: nplora does not know this kind of adapter, or
-        the operation does not support fully trained layers or DoRA magnitudes. UnsafeError: the weights
-        are a pickle, or the configuration could run code or make a reader hang. CorruptError:
+        the function does not support layers that are trained without LoRA, or DoRA magnitudes. UnsafeError:
+        the weights are a pickle, or the configuration could run code or make the program hang. CorruptError:
         adapter_config.json was edited.
     ValueError: a path is empty, or `base` is required but missing.
     FileExistsError: the output exists. With `overwrite`, an existing adapter is replaced. A model or a

@@ -34,7 +34,7 @@ class Adapter(AdapterContent):
 
     @staticmethod
     def of(content: AdapterContent) -> Adapter:
-        """Return the content as an `Adapter`.
+        """Return the content of an adapter as an `Adapter`.
 
         >>> content = nplora.read_adapter("adapter")
         >>> Adapter.of(content) is content
@@ -62,7 +62,7 @@ class Adapter(AdapterContent):
     ) -> Adapter:
         """Read a PEFT directory or a llama.cpp file.
 
-        Unlike `read_adapter`, this method accepts an adapter with fully trained layers.
+        Unlike `read_adapter`, this method accepts an adapter with layers that were trained without LoRA.
 
         >>> adapter = Adapter.read("adapter")
         >>> adapter
@@ -148,7 +148,7 @@ class Adapter(AdapterContent):
         base: StrPath | None = None,
         any_base: bool = False,
     ) -> CombinedAdapter:
-        """Add up adapters. Each adapter's ΔW is multiplied by the weight of this adapter.
+        """Add up adapters: the new ΔW is the sum of weight · ΔW over all pairs (adapter, weight).
 
         The adapters may differ in rank, alpha, the use of rsLoRA, and the layers that they adapt. The sum is
         computed in float64. Each layer gets the smallest rank that represents its sum exactly. See
@@ -161,7 +161,7 @@ class Adapter(AdapterContent):
                 singular values, and the result's `errors` gives the relative error of each layer.
             any_base: also add up adapters of different base models. Base models count as different if the
                 adapters store different digests of the models' norm weights. If an adapter has no digest, the
-                last parts of the base models' names are also compared. A missing name matches every name.
+                last parts of all base models' names must also be equal. A missing name matches every name.
         Returns:
             an adapter whose layers all have scale 1.
         Raises:
@@ -218,7 +218,7 @@ def read_adapter(
 
     Args:
         source: a PEFT adapter directory, a llama.cpp adapter file, a model with LoRA layers (the result then
-            holds the model's live arrays), or an `Adapter`, which is returned unchanged.
+            holds the model's own arrays, not copies), or an `Adapter`, which is returned unchanged.
     Raises:
         UnsupportedError: the adapter holds fully trained layers. ValueError: the model has no LoRA layer.
         TypeError: `source` has another type.

@@ -42,7 +42,7 @@ class Combination(AdapterContent):
 
     @property
     def error(self) -> float:
-        """The relative error of the ΔW of all layers, as if they were one array."""
+        """The relative error of ΔW over all layers, as if the layers' ΔW were one array."""
         squares = [self.errors[name] ** 2 for name in self.norms]
         return math.sqrt(weighted_mean(self.norms.values(), squares, 0.0))
 
@@ -165,6 +165,6 @@ def _kind(update: LoraDelta) -> str:
 
 
 def _agreed(values: Iterable[T | None]) -> T | None:
-    """Return the value if all `values` are equal, else None."""
+    """Return the common value if all `values` are equal, else None."""
     found = set(values)
     return found.pop() if len(found) == 1 else None

@@ -24,22 +24,21 @@ class AdapterContent(Mapping[str, LoraDelta]):
         source: the name that messages give to the adapter's file, directory or model.
         base_model_name_or_path: the name of the base model, or None.
         task_type: PEFT's name for the task, such as "CAUSAL_LM", or None.
-        base_digest: the digest of the base model's norms (`models.model_digest.of`), or None.
-        modules_to_save: the arrays of fully trained layers: layer -> parameter -> array.
-        saved_names: the names that PEFT's configuration lists under `modules_to_save`. If `saved_names` is
-            empty, the configuration lists the names of the fully trained layers. For a classifier, PEFT
-            lists the name of the whole head instead of the names of the head's layers.
-        labels: the task of a classifier and the names of its outputs, or None.
+        base_digest: the digest of the base model's norm weights (`model_digest.of`), or None.
+        modules_to_save: fully trained layers, which are trained without LoRA: layer -> parameter -> array.
+        saved_names: the names that adapter_config.json lists under `modules_to_save`, if they differ from the
+            keys of the attribute `modules_to_save`; else empty. They differ for a classifier: PEFT lists the
+            name of the whole head instead of the names of the head's layers.
+        labels: for a classifier, a record of its task and the names of its outputs; else None.
         token_rows: the trained rows of embeddings and heads: layer -> `TokenRows`.
-        invocation_tokens: the tokens after which an activated LoRA (aLoRA) begins to act, or None.
+        invocation_tokens: the tokens from which on an activated LoRA (aLoRA) acts, or None.
         is_tied: whether the embedding and the head in `modules_to_save` share one weight.
         dropout: the LoRA dropout probability; if layers differ, the most common one.
         unknown: the keys of adapter_config.json that nplora does not know.
         neighbours: the names of the model's modules that are not LoRA layers, if known.
         uses_expression: whether adapter_config.json selects layers by a regular expression instead of a list.
-        added_tokens: the new tokens that the adapter trains. If another program wrote the adapter, some of
-            these tokens may belong to the model already, because the list has all tokens of tokenizer.json
-            that may be new.
+        added_tokens: the new tokens that the adapter trains. If another program wrote the adapter, these
+            are all tokens of tokenizer.json that may be new, and the model may already have some of them.
         tokenizer_files: the files of the tokenizer with the new tokens. These files are saved with the
             adapter.
         chat_template: whether the training data went through the chat template; None if that is not known.
@@ -103,7 +102,7 @@ class AdapterContent(Mapping[str, LoraDelta]):
 
     @property
     def rows(self) -> int:
-        """The smallest number of rows that the embedding and the head must have for this adapter."""
+        """The embedding and the head must have at least this number of rows for the adapter."""
         whole = [len(arrays["weight"]) for arrays in self.modules_to_save.values() if "weight" in arrays]
         return max([rows_needed(0, self.trained_rows, ()), *whole])
 

@@ -21,7 +21,7 @@ def kind(embedding: bool, kernel: tuple[int, ...] | None) -> str:
 
 @dataclass(frozen=True)
 class Place:
-    """The properties of a weight that an adapter's layer must fit. A property that is None fits every layer.
+    """The properties that an adapter's layer must have to fit a weight. None stands for any value.
 
     Attributes:
         title: the weight's name in messages.
@@ -48,15 +48,15 @@ class Target:
         title: the target's name in messages; empty for a target that accepts every adapter.
         place: a function that takes a layer's name and shape (d_out, d_in). The function returns the layer's
             `Place`, or a text that says why the target has no such layer.
-        digest: the digest of the target's norms (`model_digest.of`), or None.
+        digest: the digest of the target's norm weights (`model_digest.of`), or None.
         required: the layers that the adapter must have.
         ties_head: whether the head of the model shares the embedding's weight.
-        whole: the arrays of the model's fully trained layers: layer -> parameter -> array. A `Place` stands
-            for an array that does not exist before the adapter is attached. If `whole` is None, the adapter
-            may have any fully trained layers.
-        rows: a function that takes a layer's name. The function returns the shape of the weight whose rows an
-            adapter may replace, or a text that says why there is no such weight. If the function returns
-            None, the target accepts all rows.
+        whole: the arrays of the model's fully trained layers: layer -> parameter -> array. If an array does
+            not exist yet, there is a `Place` with its shape. If `whole` is None, the adapter may have any
+            fully trained layers.
+        rows: a function that takes a layer's name. The function returns one of these: the shape of
+            the weight whose rows an adapter may replace; a text that says why there is no such weight; or
+            None if the target accepts all rows.
         require_kind: a function that raises UnsupportedError if the target cannot hold this kind of adapter.
             The arguments of the function are the adapter's source, whether the adapter has DoRA, the
             adapter's fully trained layers, and the adapter's layers with trained tokens.
@@ -95,8 +95,8 @@ class Target:
             raise FormatError(f"{brief(layer)}: the adapter has {wanted}, but {place.title} is {found}")
         if place.kernel and place.kernel != kernel:
             raise FormatError(
-                f"{brief(layer)}: the adapter is for windows of shape {kernel}, but {place.title} has "
-                f"windows of shape {place.kernel}"
+                f"{brief(layer)}: the adapter is for kernels of shape {kernel}, but {place.title} has "
+                f"kernels of shape {place.kernel}"
             )
         if place.shape not in (None, shape):
             raise FormatError(
@@ -190,12 +190,12 @@ class Target:
         self.require(adapter, problems, any_base)
 
     def require(self, adapter: AdapterContent, problems: list[str], any_base: bool) -> None:
-        """Finish `check`: report the `problems` of the layers, then check the base model."""
+        """Finish `check`: raise FormatError for `problems`, another base model or an empty adapter."""
         base = adapter.base_model_name_or_path, adapter.base_digest
         if problems and not self.title:
             lines = "".join(f"\n  {problem}" for problem in problems)
             reasons = counted(len(problems), "reason")
-            raise FormatError(f"{adapter.source}: the adapter cannot be used, for {reasons}:{lines}")
+            raise FormatError(f"{adapter.source}: the adapter cannot be used ({reasons}):{lines}")
         if problems:
             subject = model_digest.subject(*base, self.digest)
             raise FormatError(f"{adapter.source}: {subject} does not fit {self.title} {in_places(problems)}")

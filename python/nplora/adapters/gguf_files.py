@@ -5,10 +5,10 @@ Both formats name the factors lora_a and lora_b (see `letters`). The formats dif
 - Names: PEFT's "model.layers.0.self_attn.q_proj" is "blk.0.attn_q.weight" in llama.cpp.
 - Rows: for the architecture llama, GGUF permutes the rows of q and k, and therefore the rows of their lora_b.
 - Scale: in PEFT, the scale is alpha / r, or alpha / sqrt(r) with rsLoRA, and each layer can have its own
-  alpha and r. In llama.cpp, the scale is alpha / r with one alpha for all layers, but 1 if alpha is 0.
+  alpha and r. In llama.cpp, all layers have the same alpha. The scale is alpha / r, or 1 if alpha is 0.
 
-If the alpha of a layer differs from the alpha of the file, the layer's scale is folded into lora_b: lora_b is
-multiplied by the ratio of the two alphas.
+A layer needs an alpha of scale · r. If the alpha of the file differs, the layer's scale is folded into
+lora_b: lora_b is multiplied by (scale · r) / alpha.
 """
 
 import dataclasses
@@ -174,10 +174,10 @@ def adapter_to_gguf(
 ) -> AdapterConversion:
     """Convert a PEFT adapter directory to a LoRA adapter file for llama.cpp, with factors in float32.
 
-    If llama.cpp loads the file with the default scale of 1, llama.cpp adds the same ΔW as PEFT. If a layer's
-    scale is multiplied into lora_b, ΔW differs by the rounding of lora_b to float32. The file stores the
-    digest of the base model's norm weights, if known. See `nplora.adapters` for the arguments and the other
-    errors.
+    If llama.cpp loads the file with the default scale of 1, llama.cpp adds the same ΔW as PEFT. The only
+    exception is the rounding of lora_b to float32, in layers whose scale is multiplied into lora_b. The file
+    stores the digest of the base model's norm weights, if known. See `nplora.adapters` for the arguments and
+    the other errors.
 
     Raises:
         ValueError: `path` does not end in .gguf, or is a file of the adapter or of the base model.
@@ -248,7 +248,7 @@ def _write(adapter: AdapterContent, path: StrPath, model: BaseModel, any_base: b
 
 
 def _common_alpha(wanted: Iterable[float]) -> float:
-    """The alpha that most layers need. The result is never 0, because llama.cpp reads 0 as a scale of 1."""
+    """The most common alpha of the layers. The result is never 0, which llama.cpp reads as a scale of 1."""
     usable = [alpha for alpha in wanted if _LEAST_ALPHA <= abs(_rounded(alpha)) < math.inf]
     return Counter(usable).most_common(1)[0][0] if usable else 1.0
 
@@ -315,7 +315,7 @@ def adapter_from_gguf(
 def read(path: StrPath, base: StrPath | None, any_base: bool = False) -> tuple[AdapterContent, GgufAdapter]:
     """Read a llama.cpp adapter file.
 
-    Returns the adapter with PEFT's layer names, and the unconverted adapter.
+    Returns the adapter in two forms: with PEFT's layer names, and as the file stores it.
 
     The arguments and errors are those of `adapter_from_gguf`.
     """

@@ -67,8 +67,8 @@ def save_adapter(
             differ in their use of the chat template.
     Raises:
         ValueError: the model has no LoRA layer; a value is NaN or infinite; or PEFT's format cannot express
-            the adapter, because layers differ in rsLoRA or DoRA, or because the name of a layer would select
-            another layer too in PEFT.
+            the adapter: layers differ in rsLoRA or DoRA, or PEFT would also apply the name of a layer to
+            another layer.
         FileExistsError: the directory holds a model. OSError: a file cannot be written.
 
     >>> model = nplora.Sequential(nplora.LoRALinear(np.eye(4, dtype=np.float32), rank=2, rng=0))
@@ -104,7 +104,7 @@ def from_model(model: Module, op: str) -> AdapterContent:
 
 
 def _trained(op: str, model: Module) -> tuple[dict[str, LoRALayer], dict[str, dict[str, Array]]]:
-    """The model's LoRA layers by name, and the arrays of its fully trained layers by layer and parameter."""
+    """Two dicts: name -> LoRA layer; and, for the fully trained layers, layer -> parameter -> array."""
     layers, whole = dict[str, LoRALayer](), dict[str, dict[str, Array]]()
     for name, module in model.named_modules():
         if isinstance(module, LoRALayer):
@@ -180,10 +180,10 @@ def load_adapter(
 
     The layers take over the rank, alpha and rsLoRA setting of the file. If a layer's rank stays the same, the
     values are written into its arrays A and B. If the rank changes, A and B become new arrays, and an
-    optimiser that holds the old arrays must be created anew. The file and the model must have the same
-    adapted layers; if they differ, use `Adapter.attach` with `replace=True`. The model only changes after all
-    checks have passed. The sizes of tensors are checked before the tensors are read. See `nplora.adapters`
-    for the arguments and the other errors.
+    optimiser that holds the old arrays must be created anew. The file and the model must adapt the same
+    layers. If the adapted layers differ, use `Adapter.attach` with `replace=True`. The model only changes
+    after all checks have passed. The sizes of tensors are checked before the tensors are read. See
+    `nplora.adapters` for the arguments and the other errors.
 
     Returns:
         the loaded layers and the changed settings.
@@ -418,7 +418,7 @@ def plain_target(model: Module) -> Target:
 
 
 def _target(model: Module, live: bool, **more: Any) -> Target:
-    """The `Target` for a model's LoRA layers or, without `live`, for all layers that LoRA can adapt."""
+    """The `Target` for a model's LoRA layers if `live` is set, else for all layers that LoRA can adapt."""
     modules, asked = dict(model.named_modules()), itertools.count()
     tokens = _token_rows(model)
 

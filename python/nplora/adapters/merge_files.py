@@ -86,8 +86,8 @@ def merge_adapter(
             with the suggested type is also measured, if the disk has room for a temporary file. No output
             file is written, and an existing file stays unchanged.
         TypeError: `check` is not a function.
-        FileExistsError: `output` exists and `overwrite` is not set; or its directory holds an adapter or a
-            training run (only a .gguf file may be written there).
+        FileExistsError: `output` exists and `overwrite` is not set; or `output` is not a .gguf file, and the
+            directory of `output` holds an adapter or a training run.
 
     >>> check = nplora.finetuning.held_out_loss("valid.jsonl")
     >>> merged = nplora.merge_adapter("model.gguf", "adapter", "merged.gguf", check=check)
@@ -169,7 +169,7 @@ def _require_output(model: ModelFiles, base: StrPath, adapter: Source, output: S
 
 
 def _inputs(model: ModelFiles, base: StrPath, adapter: Source) -> list[tuple[str, StrPath]]:
-    """The files and directories that the merge reads: pairs ("base" or "adapter" for messages, path)."""
+    """Return a pair for each file or directory that the merge reads: ("base" or "adapter", path)."""
     of_base = (base, model.source, *model.shards, *model_directory.files_of(base))
     of_adapter = (adapter, *peft_adapter.files_of(adapter)) if isinstance(adapter, str | os.PathLike) else ()
     return [("base", path) for path in of_base] + [("adapter", path) for path in of_adapter]
@@ -200,7 +200,7 @@ def _vocabulary(model: ModelFiles, adapter: AdapterContent, output: StrPath) -> 
 
     Raises:
         ValueError: the output is a safetensors file, which has no tokenizer.
-        FormatError: the model has other tokens with these ids.
+        FormatError: the model has other tokens with the ids of the new tokens.
     """
     name = model.place(EMBEDDING, 0)[0]
     if not adapter.added_tokens or name is None:
@@ -224,7 +224,7 @@ def _placed(
     any_base: bool,
     vocabulary: NewVocabulary | None,
 ) -> dict[str, LoraDelta | NewRows]:
-    """Map the names of the model's tensors to their updates. An update's rows are in the file's order."""
+    """Map the names of the model's tensors to their updates, with rows in the order of the model's file."""
     if dtype not in (possible := ("same", *possible_storages(model))):
         words = ", ".join(map(repr, possible))
         raise ValueError(f"merge: a {model.suffix} file cannot hold dtype={dtype!r}; possible: {words}")
@@ -260,8 +260,8 @@ def _placed(
 def _new_rows(adapter: AdapterContent, layer: str, ids: Ids, tensor: Tensor, size: int) -> NewRows:
     """The rows that a merge writes into a layer, in place of old rows or after the last row.
 
-    If the adapter has no values for one of these rows, the row is the mean of all rows of the model's weight,
-    as in training.
+    If the adapter has no values for one of these rows, the row is the mean of all rows of the model's weight.
+    In training, new rows begin with the same mean.
     """
     width = tensor.shape[1]
     values = np.empty((0, width), np.float32)
@@ -300,7 +300,7 @@ def _target(model: ModelFiles, adapter: AdapterContent) -> Target:
         return found if isinstance(found, str) else Place(found.name, found.shape, kernel=())
 
     def rows(layer: str) -> tuple[int, int] | str:
-        """The shape of the weight whose rows the adapter replaces, or a text that says why it cannot."""
+        """The shape of the weight whose rows the adapter replaces, or a text that says why that fails."""
         if model.tied and adapter.is_tied and layer == HEAD:
             return rows(EMBEDDING)
         if model.tied and layer in adapter.trained_rows and not _replaces_both(layer, adapter):

@@ -1,4 +1,4 @@
-"""The merge gate: a merged model is kept only if it preserves the effect of the adapter.
+"""The merge gate: a merged model becomes the output only if it preserves the adapter's effect.
 
 Two measures decide: the share of ΔW that rounding keeps, and the loss on held-out data.
 """
@@ -185,10 +185,10 @@ def _problem(loss: HeldOutLoss, kinds: str) -> str:
 
 
 def _candidates(merged: MergedTensors) -> Iterator[tuple[str, float]]:
-    """The storage types with more bytes than the refused one that keep enough of ΔW, the smallest first.
+    """The storage types that need more bytes than the refused type and keep enough of ΔW, smallest first.
 
-    Each type comes with the estimated share of ΔW that the type keeps. Float types with as many bytes as the
-    refused type are also returned.
+    Each type comes with the estimated share of ΔW that the type keeps. A float type may also need as many
+    bytes as the refused type.
     """
     merges, model = merged.merges, merged.model
     shapes = [merge.shape for merge in merges.values()]
@@ -226,7 +226,7 @@ def _estimated_kept(model: ModelFiles, updates: Mapping[str, LoraDelta | NewRows
 def _sampled(update: LoraDelta | NewRows, count: int) -> Array:
     """The indices of about `count` evenly spaced rows of an update.
 
-    If the update replaces only some rows of the weight, these are the first rows that it replaces.
+    If the update replaces only some rows of the weight, return the indices of the first replaced rows.
     """
     if isinstance(update, NewRows) and update.ids is not None:
         return np.sort(update.ids)[:count]

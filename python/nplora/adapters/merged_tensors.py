@@ -66,7 +66,7 @@ class MergedTensors:
 
 
 def possible_storages(model: ModelFiles, widths: Collection[int] = ()) -> tuple[str, ...]:
-    """The storage types that a file of the model's format can hold, and that fit rows of these lengths."""
+    """The storage types that the model's file format can hold, and that fit rows of `widths` elements."""
     known = storages.GGML_NAMES if model.suffix == ".gguf" else storages.FLOATS
     return tuple(name for name in known if all(storages.fits(name, width) for width in widths))
 

@@ -17,8 +17,8 @@ def find(directory: StrPath) -> Path:
     """Find the base model that the adapter_config.json of a PEFT adapter names.
 
     The name is first tried as a path, as in PEFT, and then as a model of the Hugging Face Hub in the local
-    cache. The file is not trusted: only a GGUF file, a config.json, or a directory that holds a config.json
-    is accepted.
+    cache. The adapter is not trusted, so the name must lead to a GGUF file, a config.json, or a directory
+    that holds a config.json.
 
     Raises:
         ValueError: the file names no model, or a model that is not on this machine.

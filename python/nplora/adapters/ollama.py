@@ -86,13 +86,13 @@ def export_ollama(
     The directory gets `model.gguf`, the model with the adapter merged into it, and a `Modelfile` with the
     chat template, the stop words and the parameters. The chat template is translated into Go's template
     language, if it only puts fixed texts around the messages. Otherwise, the Modelfile has no template, and
-    Ollama uses the chat template in `model.gguf`. The translation writes no tools, and does not strip white
-    space from messages. If the model's template does one of these things, `lines` says so. If the adapter was
-    trained on texts without the chat template, the template in the Modelfile is `{{ .Prompt }}`.
+    Ollama uses the chat template in `model.gguf`. The translation leaves out tools, and does not strip white
+    space from messages. If the model's template writes tools or strips white space, `lines` says so. If the
+    adapter was trained on texts without the chat template, the template in the Modelfile is `{{ .Prompt }}`.
 
     Args:
-        model: a GGUF file or a Hugging Face directory. If no adapter is merged into a GGUF file, the file is
-            not copied, and the Modelfile contains the file's path.
+        model: a GGUF file or a Hugging Face directory. A GGUF file is only copied to merge an adapter into
+            the copy. Otherwise, the Modelfile contains the path of the file.
         directory: the directory to write, which may exist.
         adapter: a PEFT directory or, unless `keep_adapter` is set, a llama.cpp file.
         dtype: the type of the merged weights; if `model` is a directory, the type of all matrices.
@@ -101,7 +101,7 @@ def export_ollama(
         system: the system message of the model. If the text is empty, there is no system message.
         parameters: more parameters of Ollama as pairs (name, value), such as ("temperature", "0.7").
         any_base, lossy: as in `merge_adapter`.
-        overwrite: replace these files, if they exist.
+        overwrite: replace existing files with the same names in the directory.
     Raises:
         ValueError: a parameter has no valid name or value; or one of the reasons in `merge_adapter`.
         UnsupportedError: GGUF cannot hold the model's tokenizer; or one of the reasons in `adapter_to_gguf`.
@@ -174,7 +174,7 @@ def _merged(
 ) -> str:
     """Write a GGUF model with an adapter merged into it.
 
-    If the model is a directory, the merge is computed in float32, so that each weight is rounded only once.
+    A directory is first merged in float32, so that each weight is rounded to `dtype` only once.
     """
     if _is_gguf(model):
         return str(merge_adapter(model, adapter, path, dtype, any_base, overwrite, lossy))

@@ -194,7 +194,7 @@ def _ids_with_rows(
     If the adapter holds a copy of a row that is also in the target, the copy is ignored.
 
     Args:
-        whole: layer -> parameter -> tensor. tokens: layer -> (tensor, ids). copied: as from `_copied_rows`.
+        whole: layer -> parameter -> tensor. tokens: layer -> (tensor, ids). copied: from `_copied_rows`.
     """
     shapes = [
         opened.tensors.entries[parameters["weight"]].shape

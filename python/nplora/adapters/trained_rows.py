@@ -61,8 +61,8 @@ def trained_layers(
     The model itself does not change.
 
     If the head shares the embedding's weight, the head also shares the embedding's trained rows, unless
-    `wanted` gives rows for the head. Both layers get all rows that follow the last row of the frozen weights,
-    even if `wanted` names only one of the layers.
+    `wanted` gives rows for the head. If `size` exceeds the number of rows of the frozen weights,
+    both layers get the additional rows, even if `wanted` names only one of the layers.
 
     Args:
         wanted: the rows to train in each layer.
@@ -90,7 +90,7 @@ def trained_layers(
 
 
 def rows_needed(stored: int, wanted: Mapping[str, Ids], tokens: Sequence[AddedToken]) -> int:
-    """The number of rows of an embedding that has these trained rows and new tokens.
+    """The number of rows that an embedding needs for the rows in `wanted` and for the new `tokens`.
 
     Args:
         stored: the number of rows of the frozen weight.
@@ -100,7 +100,7 @@ def rows_needed(stored: int, wanted: Mapping[str, Ids], tokens: Sequence[AddedTo
 
 
 def with_rows_beyond(ties_head: bool, wanted: Mapping[str, Ids], stored: int, size: int) -> dict[str, Ids]:
-    """The indices of the rows to train in each layer, followed by all rows beyond the end of the weights.
+    """Return the rows to train in each layer: those in `wanted`, and all rows beyond the end of the weights.
 
     Args:
         stored: the number of rows of the weights.

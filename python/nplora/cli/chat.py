@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_compute(parser)
     text = (
         "memory limit for the whole process (default: the memory that the model needs, plus half of the "
-        "available memory that is left then)"
+        "remaining available memory)"
     )
     parser.add_argument("--memory", metavar="SIZE", help=text)
     add_options(parser, Sampling)

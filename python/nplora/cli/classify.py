@@ -26,8 +26,8 @@ from nplora.distributed.launch import require_one_process
 from nplora.distributed.opening import heard_by_all_ranks, require_choice
 
 HELP = (
-    "Train a classifier of texts or of their words with LoRA, print how well it predicts the labels of rows, "
-    "or write its predictions."
+    "Train a classifier of texts or of words with LoRA, evaluate a classifier on labelled rows, or write the "
+    "predictions of a classifier."
 )
 
 _OF_TEXTS, _OF_WORDS = (".csv", ".jsonl", ".npy"), (".jsonl", ".conll")  # names of outputs
@@ -55,9 +55,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text = "train: validation rows; their loss is printed after every epoch"
     parser.add_argument("--valid", metavar="FILE", type=path, help=text)
     text = (
-        "train: directory for the adapter, the checkpoints and log.jsonl; predict: new .csv or .jsonl file "
-        "for the rows with their predictions, or new .npy file for the probabilities only (default: JSON "
-        "lines on stdout); if words are labelled, only .jsonl or .conll"
+        "train: directory for the adapter, the checkpoints and log.jsonl. predict: new file for the rows and "
+        "their predictions: .csv or .jsonl; .jsonl or .conll if words are labelled (default: JSON lines on "
+        "stdout). A .npy file holds only the probabilities of texts"
     )
     parser.add_argument("--output", metavar="PATH", type=path, help=text)
     text = "eval and predict: PEFT directory of the adapter (default: use the model's own head)"
@@ -228,9 +228,9 @@ def _write_table(stream: TextIO, rows: Iterable[dict[str, Any]]) -> None:
 
 
 def _write_conll(stream: TextIO, found: Iterable[tuple[Any, dict[str, Any]]]) -> None:
-    """Write a line with each word and its tag, "_" for none, and an empty line after each sentence.
+    """Write a line for each word, and an empty line after each sentence.
 
-    `found` is the result of `predictions`.
+    A line holds the word and its tag, or "_" if the word has no tag. `found` is the result of `predictions`.
     """
     from nplora.finetuning.data.rows import BEGINS_DOCUMENT
     from nplora.formats.errors import DataError, brief

@@ -19,7 +19,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("data", metavar="FILE", type=weighted_path, nargs="+", help=text)
     text = "model whose tokenizer and chat template are used: GGUF file or Hugging Face directory"
     parser.add_argument("--model", metavar="MODEL", type=path, required=True, help=text)
-    parser.add_argument("--valid", metavar="FILE", type=path, help="validation file, compared with the data")
+    parser.add_argument(
+        "--valid",
+        metavar="FILE",
+        type=path,
+        help="validation file; its examples that are also in the training data are counted",
+    )
     add_options(parser, PreviewOptions)
 
 

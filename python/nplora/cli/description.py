@@ -141,7 +141,7 @@ def _unknown(family: object, known: Collection[str], commands: str, encoders: Co
 
 
 def _target(stored: str, architecture: object) -> str:
-    """The name of a tensor's layer in the option --targets, or the tensor's name if there is no such name."""
+    """The name of a tensor's layer for --targets; if there is none, the tensor's name without ".weight"."""
     layer = stored.removesuffix(".weight")
     name = architecture if isinstance(architecture, str) else ""
     family = (
@@ -336,7 +336,10 @@ def _activated(tokens: tuple[int, ...] | None) -> str:
     """A line for activated LoRA, or "" for other adapters."""
     if tokens is None:
         return ""
-    return f"activated LoRA: acts from the last tokens {_shortened(', '.join(map(str, tokens)))} on"
+    return (
+        "activated LoRA: acts from the last occurrence of the tokens "
+        f"{_shortened(', '.join(map(str, tokens)))} on"
+    )
 
 
 def _shortened(text: str) -> str:

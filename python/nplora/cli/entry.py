@@ -93,7 +93,7 @@ def _status(arguments: list[str]) -> int:
 
 
 def _run_command(parsed: argparse.Namespace) -> None:
-    """Run the command. If the command fails with an error that rank 0 prints, this rank does not print it."""
+    """Run the command. Do not print an error that rank 0 prints for this rank."""
     try:
         parsed.run_command(parsed)
     except Exception as error:

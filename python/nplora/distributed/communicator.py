@@ -37,7 +37,7 @@ def mark_reported(error: BaseException) -> None:
 
 
 def is_reported(error: BaseException) -> bool:
-    """Whether rank 0 reports this error of another rank.
+    """Whether rank 0 reports this error, so that this rank does not report the error again.
 
     >>> from nplora.distributed.communicator import is_reported
     >>> is_reported(ValueError("wrong"))
@@ -47,7 +47,7 @@ def is_reported(error: BaseException) -> bool:
 
 
 class Ranks(Protocol):
-    """Processes that exchange small values.
+    """The methods by which processes (ranks) exchange small values.
 
     Every rank must call the same methods in the same order. Each method returns when this rank has all the
     values that it needs. `place` says where in the program the call is, such as "step 3". If the place of a
@@ -111,7 +111,7 @@ class Communicator(Ranks, Protocol):
         """Wait until this process has sent and received all rows of the exchanges that it has started."""
 
     def join(self, part: Array, out: Array) -> None:
-        """Send `part` (m) to all ranks; write the parts of all ranks into the rows of `out` (size, m)."""
+        """Send array `part` (m,) to all ranks; write the ranks' arrays into the rows of `out` (size, m)."""
 
 
 def require_communicator(op: str, given: Any) -> None:

@@ -35,7 +35,8 @@ class Farewell:
 
     Attributes:
         timeout: the seconds after which a rank that does not respond counts as failed.
-        pending: MPI requests that an exception has interrupted, with their buffers.
+        pending: MPI requests that may be incomplete: sends of notices, and requests that an exception has
+            interrupted. A request keeps its buffer alive.
     """
 
     def __init__(self, mpi: Any, comm: Any, timeout: float) -> None:

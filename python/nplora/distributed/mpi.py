@@ -55,7 +55,7 @@ def _mpi() -> Any:
         ) from error
     if not MPI.Is_initialized() or MPI.Is_finalized():
         raise ValueError(
-            f"{_OP}: MPI is not running: leave mpi4py.rc.initialize True, and do not end MPI before"
+            f"{_OP}: MPI is not running: leave mpi4py.rc.initialize True, and do not end MPI before the run"
         )
     if MPI.Query_thread() < MPI.THREAD_SERIALIZED and not MPI.Is_thread_main():
         raise ValueError(f"{_OP}: this MPI allows calls from the main thread only")
@@ -232,7 +232,7 @@ class MPICommunicator:
         return [(self.rank + step) % self.size for step in range(1, self.size)]
 
     def _wait(self, missing: Callable[[], list[int]], messages: Messages) -> None:
-        """Wait until `missing()`, the ranks with incomplete messages, is empty. Then remove all messages.
+        """Wait until `missing` returns no ranks, so that all messages are complete. Then remove the messages.
 
         Raises:
             RankError: another rank has failed, or does not respond within the timeout.

@@ -82,14 +82,14 @@ class Network:
         """The seconds that the ranks wait for the network in each step, to add up their gradients.
 
         In each round, every rank computes one batch, and the ranks exchange their results. Every rank adds up
-        one slice of the gradients. So every rank receives this slice from all other ranks, while it computes
-        the batch of the next round. At the end of the step, every rank sends its slice of the sums to all
-        other ranks, and the ranks agree on whether the run is over.
+        its own slice of the gradients. While a rank computes the batch of the next round, it receives its
+        slice of the gradients from all other ranks. At the end of the step, every rank sends its slice of the
+        sums to all other ranks, and the ranks agree on whether the run is over.
 
         Args:
             size: the bytes of the gradients.
-            rounds: for each round of the step, a pair: the number of gradients that a rank sends (one for
-                each of its micro-batches), and the seconds that a rank computes.
+            rounds: for each round of the step, a pair: the number of gradients that each rank sends (one
+                for each micro-batch), and the seconds that each rank computes.
         """
         one, waited = self.exchange(size, nodes), 0.0
         for number, (terms, _) in enumerate(rounds, start=1):

@@ -51,7 +51,7 @@ def or_none_if_alone(ranks: Communicator) -> Communicator | None:
     """The communicator for a `Trainer`: None for a process that trains alone.
 
     With a communicator, the trainer stores the gradients of each batch of a step, to add them in order. A
-    process alone needs no such copies.
+    single process can add the gradients without storing them.
 
     >>> from nplora.distributed import Alone
     >>> from nplora.distributed.opening import or_none_if_alone
@@ -64,8 +64,8 @@ def or_none_if_alone(ranks: Communicator) -> Communicator | None:
 def say_if_alone(ranks: Communicator, distributed: str | None, progress: bool | None) -> None:
     """Print a notice on stderr if `distributed` is "mpi" but this process is not a rank of a launcher.
 
-    The notice is also printed where progress is not, because a launcher of another MPI starts processes that
-    all train alone. Only `progress=False` turns the notice off.
+    If the launcher belongs to another MPI library, all its processes train alone, and no error occurs. So the
+    notice also appears where no progress is shown, such as in a log file. Only `progress=False` turns it off.
 
     >>> from nplora.distributed import Alone
     >>> from nplora.distributed.opening import say_if_alone

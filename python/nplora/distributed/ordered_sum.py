@@ -19,8 +19,9 @@ class OrderedSum:
     """Adds up the contents of the same arrays on all ranks, such as the gradients of a model.
 
     A term is the content of the arrays on one rank at one time. Floating-point sums depend on the order of
-    their terms. So each rank adds up the same slice of all terms, in the order of the terms, and the ranks
-    then exchange the finished slices. The sums have the same bits as if one process added all terms.
+    their terms. So the arrays are cut into one slice for each rank. A rank adds up its slice of all terms, in
+    the order of the terms, and then sends the sum to all other ranks. The sums have the same bits as if one
+    process added all terms.
 
     The ranks exchange terms while the caller computes the next terms.
 

@@ -147,4 +147,4 @@ def _warn_of_repetition(op: str, adapters: list[OneAdapter]) -> None:
         alike.setdefault(id(one) if isinstance(one, Adapter) else os.path.realpath(one), []).append(one)
     for same in alike.values():
         if (n := len(same)) > 1:
-            warn_user(f"{op}: {_name(same[0])} is given {n} times, and is added {n} times")
+            warn_user(f"{op}: {_name(same[0])} is given {n} times, so its update is added {n} times")

@@ -16,14 +16,14 @@ from nplora.weights import COMPUTES
 
 @dataclass(frozen=True)
 class EarlierRun:
-    """The choices of an earlier run. The resumed run keeps them, even if a new run would choose otherwise.
+    """How an earlier run computed. The resumed run does the same, even if a new run would choose otherwise.
 
     Attributes:
         compute: arithmetic of the products with frozen weights; None: the checkpoint does not name
             this arithmetic.
         int8_head: whether the gradient of the head's input was computed in int8; None: the checkpoint does
-            not say so, because the run is older than the option `int8_head`. Such a run computed this
-            gradient as with "auto".
+            not record this, because the run is older than the option `int8_head`. Such a run computed the
+            gradient as with `int8_head` "auto".
         micro_tokens: maximum tokens of a micro-batch; None: the run did not divide its batches.
         step: the number of steps that the run has made.
     """
@@ -34,13 +34,13 @@ class EarlierRun:
     int8_head: bool | None = None
 
     def keep_compute(self, options: FinetuneOptions) -> FinetuneOptions:
-        """Return the options. If `compute` is None, the `compute` of the earlier run replaces it."""
+        """Return the options. If `options.compute` is None, replace it with the earlier run's `compute`."""
         if options.compute is None and self.compute is not None:
             return dataclasses.replace(options, compute=self.compute)
         return options
 
     def keep_int8_head(self, options: FinetuneOptions, compute: str | None) -> FinetuneOptions:
-        """Return the options. If both runs compute in int8, the earlier run's `int8_head` replaces "auto".
+        """Return the options. If both runs compute in int8, int8_head="auto" becomes the earlier run's value.
 
         Args:
             compute: arithmetic of the resumed run. If the earlier run used another arithmetic, the trainer

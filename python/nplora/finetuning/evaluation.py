@@ -1,4 +1,4 @@
-"""The loss of a language model over a file, its accuracy, and scores of the answers that it generates."""
+"""Measures a language model on a file: loss, accuracy, and scores of generated answers."""
 
 from collections.abc import Callable, Mapping, Sequence
 
@@ -47,19 +47,19 @@ def evaluate(
 
     Args:
         model: a GGUF file or a Hugging Face directory, as for `load_model`; or a loaded model.
-        data: rows to evaluate on: a file, an iterable of dictionaries, a data frame, or several files, as for
-            `nplora.data.read_dataset`, but without weights; or a directory. In a directory, valid.jsonl is
-            read, or train.jsonl if there is no valid.jsonl.
+        data: rows to evaluate on: a file, several files, an iterable of dictionaries or a data frame, as for
+            `nplora.data.read_dataset`, but without sampling weights; or a directory. In a directory,
+            valid.jsonl is read, or train.jsonl if there is no valid.jsonl.
         adapter: adapter to evaluate the model with: a PEFT directory, a llama.cpp file or an `Adapter`; or a
-            pair (adapter, weight); or a list of adapters and pairs, to use the sum of several adapters. A
+            pair (adapter, weight). A list of adapters and pairs means the weighted sum of these adapters. A
             loaded model does not change.
         any_base: accept an adapter that was trained on another model with the same shapes.
         progress: print a report of the data on stderr; None: only on a terminal or in a notebook.
         record: a function that is called with a dictionary for each generated answer and each multiple-choice
             question.
         metric: how generated answers are scored: exact_match, f1 or module:function. The function is called
-            with the answer, the reference and the row. Commas separate several metrics. In Python, this may
-            also be a function or a list.
+            with the answer, the reference and the row. Commas separate several metrics. In Python, `metric`
+            may also be a function, or a list of names and functions.
         max_new_tokens: maximum tokens of a generated answer.
         format: format of the rows: messages, sharegpt, alpaca, completion, text, preference or choice
             (default: the names of the fields decide).
@@ -69,8 +69,8 @@ def evaluate(
         learn: tokens in the loss: completion (completions and assistant turns) or all.
         skip_bad: skip bad lines of the data, and count them.
         strict: refuse examples that are longer than `max_length`.
-        compute: arithmetic of the products with frozen weights: float32, bfloat16, or int8 for quantised
-            weights and few tokens (default: float32).
+        compute: arithmetic of the products with frozen weights: float32, bfloat16, or int8, which acts
+            on weights in GGUF's quantised formats and computes a few tokens at a time (default: float32).
     Returns:
         the mean loss, the number of tokens in the mean, the other metrics, and a report of the data.
     Raises:
@@ -82,7 +82,7 @@ def evaluate(
         OSError: a file cannot be read.
     Warns:
         UserWarning: `compute` is "int8", but no weight can use int8; a metric failed in some examples; or
-            the chat template is used either only in the adapter's training or only in this evaluation.
+            the adapter was trained with the chat template and this evaluation does not use it, or vice versa.
         Other warnings: see `attach_adapter`.
 
     >>> result = nplora.evaluate("model.gguf", "valid.jsonl", adapter="adapter")

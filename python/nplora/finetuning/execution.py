@@ -125,8 +125,8 @@ def plan(
 ) -> MemoryPlan:
     """Predict the memory and the time that `finetune` needs with these arguments.
 
-    Nothing is trained or written. If `memory` is set, find how `finetune` would compute its steps to stay
-    below that limit. The arithmetic of a model that is already loaded does not change.
+    Nothing is trained or written. If `memory` is set, the plan is the one that `finetune` would choose to
+    stay below this limit. The arithmetic of a model that is already loaded does not change.
 
     Args:
         model, data, valid and all options: see `finetune`.
@@ -205,7 +205,7 @@ def choose_execution(
 
 
 def fitting_all(plans: Sequence[MemoryPlan]) -> ExecutionPlan:
-    """The best of the plans that fit on every rank: the fastest of those with the most exact arithmetic.
+    """Choose a plan that fits on every rank: the most exact arithmetic first, then the fastest plan.
 
     The ranks may have different memory limits and different numbers of threads, and each thread needs memory.
     A step takes as long as on the slowest rank.
@@ -251,7 +251,7 @@ def fixed_compute(model: StrPath | LanguageModel, options: FinetuneOptions) -> s
 
 
 def adapters_of(op: str, inputs: RunInputs, options: FinetuneOptions) -> Adapters:
-    """The adapters of a run: layers with their ranks, and the rows of the embedding and the head to train.
+    """The adapted layers of a run with their LoRA ranks, and the trained rows of the embedding and the head.
 
     Raises:
         ValueError: the layers do not fit the model; or `keep_prefix` is set and the lowest block is adapted;
@@ -364,8 +364,8 @@ def _work_of(
     """Describe the batches of a run with these options.
 
     Args:
-        most_epochs: maximum number of epochs to list; None: enough epochs for about `_MOST_EXAMPLES`
-            examples.
+        most_epochs: maximum number of epochs whose batches are described; None: enough epochs for about
+            `_MOST_EXAMPLES` examples.
     """
     train, held_out, objective = inputs.train, inputs.held_out, inputs.objective
     is_local = options.local_steps is not None

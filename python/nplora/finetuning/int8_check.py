@@ -163,7 +163,8 @@ def of_tokens(lm: LanguageModel, batches: TokenBatches, micro_tokens: int | None
 def sample_length(sizes: Iterable[tuple[int, int]]) -> int:
     """The number of examples in a sample.
 
-    The sample has at most `SAMPLE_TOKENS` tokens, unless `LEAST_ROWS` texts have more tokens than that.
+    The sample has at least `LEAST_ROWS` texts, if there are that many. Further examples are added while the
+    sample has at most `SAMPLE_TOKENS` tokens.
 
     Args:
         sizes: for each example, a pair: the number of tokens, and the number of texts.
@@ -200,7 +201,7 @@ def cosines(model: Module, add_gradient: AddGradient) -> tuple[float, dict[str, 
 
 
 def sample_step(gradients: Sequence[Array]) -> int:
-    """Return the step k: every k-th value of the gradients is compared, at most COMPARED values in all.
+    """Return a number k. The caller compares every k-th value of the gradients, at most COMPARED values.
 
     k and the length of a row of each gradient have no common factor. So the compared values are spread over
     all columns of the gradient.
@@ -217,7 +218,7 @@ def sample_step(gradients: Sequence[Array]) -> int:
 
 
 class Products:
-    """Adds up the dot products of pieces of two long vectors: a·b, a·a and b·b."""
+    """Computes the dot products a·b, a·a and b·b of two long vectors, which `add` receives in pieces."""
 
     def __init__(self) -> None:
         self.ab = self.aa = self.bb = 0.0

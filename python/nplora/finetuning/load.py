@@ -57,7 +57,7 @@ class RunInputs:
 
     @property
     def tokens(self) -> int:
-        """The number of tokens that all passes over the training and held-out examples read in total."""
+        """The number of tokens in all forward passes of one epoch and one evaluation."""
         passes = 1 + self.objective.extra_passes  # an extra pass reads other sequences of the same length
         return passes * sum(dataset.report.tokens for dataset in self.datasets)
 
@@ -77,7 +77,7 @@ class RunInputs:
         return None if self.objective.teacher is None else self.objective.teacher.model
 
     def reload(self, model: StrPath, compute: str) -> None:
-        """Load the model again, with another arithmetic. The memory of the old model is freed before this."""
+        """Free the memory of the model, and load the model again with another arithmetic."""
         del self.lm
         self.lm = load_model(model, compute, check=False)  # it was checked before
         self.objective.reload(compute)
@@ -146,7 +146,8 @@ def _added_tokens(
         tokens = new.added
         for text, id_ in new.known.items():
             warn_user(
-                f"{op}: the model already has {brief(text)} (token {id_}), so its row is trained, not added"
+                f"{op}: the model already has {brief(text)} (token {id_}), so the token is not added, but "
+                "its row is trained"
             )
     if tokens and options.objective == "distill":
         shown = ", ".join(brief(token.text) for token in tokens)
@@ -182,8 +183,7 @@ def opened(
     """Return the model. If `model` is a path, load the model.
 
     Args:
-        to_decode: whether the model will generate text. If so, `loaded` loads the model, and may warn that
-            decoding cannot use int8.
+        to_decode: whether the model will generate text. If so, a warning says if decoding cannot use int8.
     """
     if not isinstance(model, LanguageModel):
         load = partial(loaded, op) if to_decode else load_model
@@ -256,7 +256,7 @@ def computes_head_in_int8(lm: LanguageModel, options: FinetuneOptions, trains_he
     trained.
 
     Args:
-        trains_head: whether rows of the head are trained, without a low-rank adapter.
+        trains_head: whether rows of the head are trained directly, not through a low-rank adapter.
     """
     chosen = lm.model.int8_head if options.int8_head == "auto" else options.int8_head == "on"
     return chosen and lm.compute == "int8" and not options.filter_vocabulary and not trains_head

@@ -166,7 +166,7 @@ class FinetuneOptions:
         _OBJECTIVE,
         0.1,
         "strength of the preference; in dpo and kto, larger values keep the outputs closer to those of the "
-        "model without the adapter; in orpo, the weight of the comparison",
+        "model without the adapter; in orpo, the weight of the loss term that compares the two answers",
     )
     loss_type: str | None = _option(
         _OBJECTIVE,
@@ -303,8 +303,9 @@ class FinetuneOptions:
     filter_vocabulary: float = _unplanned(
         _SPEED,
         0.0,
-        "probability such as 1e-6; tokens that are less likely are left out of the gradient of the output "
-        "layer; makes steps faster, with a small error (default: 0, no token is left out)",
+        "probability such as 1e-6; tokens of the vocabulary that are less likely are left out of the "
+        "gradient of the output layer; makes steps faster, with a small error (default: 0, no token is left "
+        "out)",
         metavar="P",
     )
     memory: str | int | None = _option(
@@ -566,8 +567,8 @@ class EvaluateOptions:
     compute: str | None = _option(
         _SPEED,
         None,
-        "arithmetic of the products with frozen weights: float32, bfloat16, or int8 for quantised weights "
-        "and few tokens (default: float32)",
+        "arithmetic of the products with frozen weights: float32, bfloat16, or int8, which acts on "
+        "weights in GGUF's quantised formats and computes a few tokens at a time (default: float32)",
         choices=COMPUTES,
     )
     op: InitVar[str] = "evaluate"  # the name with which error messages begin

@@ -63,10 +63,10 @@ def require_inputs_kept(
 
 
 def require_free(output: StrPath, options: FinetuneOptions, adds_tokens: bool) -> None:
-    """Refuse an output directory that is in use or holds a model.
+    """Refuse an output directory that holds a model.
 
-    A directory with a run or an adapter is refused too, unless `options` continue or replace the run or the
-    adapter.
+    A run is refused too, unless `options.resume` or `options.overwrite` is set. An adapter without a run is
+    refused, unless `options.overwrite` is set.
 
     Args:
         adds_tokens: whether the adapter adds tokens, so that a tokenizer is saved with it.

@@ -71,7 +71,7 @@ class FinetuneReport:
         ranks: the speed and the waiting time of each process, if several processes have trained together.
         profile: how the time of the steps was spent, if `profile` was set.
         tokens: number of trained tokens in all steps, including the steps before a resume. If the unit is
-            pairs or answers, this is an estimate: the number of pairs or answers times the mean number of
+            pairs or answers, `tokens` is an estimate: the number of pairs or answers times the mean number of
             trained tokens of an example.
 
     >>> report = nplora.finetune("model.gguf", "train.jsonl", "out", steps=2, batch_examples=4)

@@ -159,7 +159,7 @@ def finetune(
         model: a GGUF file or a Hugging Face directory, as for `load_model`; or a loaded model without an
             adapter.
         data: rows to train on: a file, an iterable of dictionaries, a data frame, or several files with
-            weights, as for `nplora.data.read_dataset`; or a directory with train.jsonl and perhaps
+            sampling weights, as for `nplora.data.read_dataset`; or a directory with train.jsonl and perhaps
             valid.jsonl.
         output: directory for the adapter, the checkpoints and the log.
         valid: rows to evaluate on, before training and after every epoch. `valid` takes the same kinds of
@@ -194,7 +194,7 @@ def finetune(
             rejected ones), kto (prefer good answers to bad ones) or distill (learn the predictions of a
             `teacher`).
         beta: strength of the preference; in dpo and kto, larger values keep the outputs closer to those of
-            the model without the adapter; in orpo, the weight of the comparison.
+            the model without the adapter; in orpo, the weight of the loss term that compares the two answers.
         loss_type: variant of the loss; for dpo: sigmoid (the default), hinge, ipo, robust or sigmoid_norm;
             for kto: kto (the default) or apo_zero_unpaired.
         label_smoothing: for dpo with sigmoid, sigmoid_norm or robust: assumed share of pairs whose answers
@@ -240,8 +240,9 @@ def finetune(
             int8).
         recompute: gradient checkpointing: recompute activations in the backward pass; slower, but saves
             memory.
-        filter_vocabulary: probability such as 1e-6; tokens that are less likely are left out of the gradient
-            of the output layer; makes steps faster, with a small error (default: 0, no token is left out).
+        filter_vocabulary: probability such as 1e-6; tokens of the vocabulary that are less likely are left
+            out of the gradient of the output layer; makes steps faster, with a small error (default: 0, no
+            token is left out).
         memory: memory limit of the whole process, such as 600M or 1.5G; the fastest plan that fits is used.
         keep_prefix: cache that lets later epochs skip the frozen blocks below the lowest adapter: off,
             memory, or disk (in the output directory, during the run); takes 4 bytes x hidden size per token.

@@ -32,7 +32,7 @@ _PEAKS = ("float32", "bfloat16", "int8")  # arithmetics whose peak rates are mea
 
 @dataclass(frozen=True)
 class ProfileRow:
-    """One activity.
+    """One kind of work in a step, such as "attention, forward".
 
     Attributes:
         seconds: the time of this activity in all steps.

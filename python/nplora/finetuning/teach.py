@@ -213,7 +213,7 @@ class _Writer:
             yield from (batch for batch, _ in batches.epoch(0))
 
     def _sequences(self) -> tuple[Array, Array]:
-        """The digest and the number of trained tokens of each different sequence, in order."""
+        """The digest and the number of trained tokens of each different sequence, in the data's order."""
         found = dict[int, int]()
         for batch in self._batches():
             ends = np.cumsum(batch.targets != IGNORED)[batch.starts[1:] - 1]
@@ -243,7 +243,7 @@ class _Writer:
             yield top.ids.astype("<i4").tobytes(), self._rounded(top).tobytes()
 
     def _rounded(self, top: TopK) -> Array:
-        """Convert the log-probabilities to the stored form.
+        """Convert the log-probabilities to `dtype`, little-endian.
 
         Raises:
             ValueError: a log-probability does not fit into `dtype`, so that no student could use the file.

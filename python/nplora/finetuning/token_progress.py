@@ -18,7 +18,7 @@ from nplora.trainer.history import mean_metrics
 
 
 def speaks(progress: bool | None) -> bool:
-    """Whether to print progress; for None, whether stderr is a terminal or belongs to a notebook."""
+    """Whether to print progress. If `progress` is None: whether stderr is a terminal or a notebook's."""
     return sys.stderr is not None and (stderr.is_watched() if progress is None else progress)
 
 
@@ -35,7 +35,7 @@ class TokenProgress(Callback):
     A terminal and a notebook show one line that is redrawn. Elsewhere a new line appears every few seconds.
 
     Args:
-        every: seconds between two lines where lines are not redrawn.
+        every: seconds between two lines that are not redrawn.
         loss: the loss object of the run, which counts all tokens. None: the line shows only the trained
             tokens per second.
 

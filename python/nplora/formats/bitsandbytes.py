@@ -90,7 +90,7 @@ def parts(names: Collection[str]) -> dict[str, str]:
 
 
 def shape(file: File, name: str) -> tuple[int, ...]:
-    """The shape of a matrix, read from its quantisation state. Raises like `read`."""
+    """The shape of a matrix, read from its quantisation state. Raises the errors of `read`."""
     return _shape(*_state(file, name))
 
 

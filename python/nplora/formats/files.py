@@ -227,7 +227,7 @@ def read(path: StrPath, limit: int | None = None, follow_links: bool = True) -> 
 
 
 def sha256(path: StrPath) -> str:
-    """The SHA-256 of a regular file as hexadecimal digits, computed in parts. Raises like `reading`."""
+    """The SHA-256 of a regular file as hexadecimal digits. Raises the errors of `reading`."""
     digest = hashlib.sha256()
     with reading(path) as reader:
         for begin in range(0, len(reader), _HASHED_AT_ONCE):
@@ -286,7 +286,7 @@ def disk_errors(path: StrPath, note: object) -> Iterator[None]:
 
 
 def absolute(path: StrPath) -> str:
-    """Make a path absolute. ".." is kept, because after a symbolic link it means the target's parent."""
+    """Make a path absolute. ".." is kept: after a symbolic link, it means the parent of the link's target."""
     return str(Path(path).absolute())
 
 

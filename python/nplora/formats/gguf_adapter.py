@@ -109,7 +109,7 @@ def load(path: StrPath) -> GgufAdapter:
 
 
 def from_file(file: GgufFile) -> GgufAdapter:
-    """Read an adapter from an open GGUF file. Raises like `load`."""
+    """Read an adapter from an open GGUF file. Raises the errors of `load`."""
     kind = file.metadata.string("general.type")
     if kind != "adapter":
         raise FormatError(f"{file.source}: general.type is {brief(kind)}, expected 'adapter'")
@@ -149,7 +149,7 @@ def _invocation(file: GgufFile) -> tuple[int, ...] | None:
 
 
 def save(path: StrPath, adapter: GgufAdapter) -> None:
-    """Write an adapter file. Raises like `gguf.save`."""
+    """Write an adapter file. Raises the errors of `gguf.save`."""
     tokens = adapter.invocation_tokens
     metadata = {
         "general.architecture": adapter.architecture,

@@ -55,7 +55,7 @@ class _Character:
 
     @property
     def only_letter(self) -> str:
-        """Return the character if this part of a pattern matches only that one character, once; else ""."""
+        """If this part of a pattern is one fixed character without repetition, return it; else ""."""
         plain = len(self.characters) == 1 and not self.negated and not self.repeat
         return "".join(self.characters) if plain else ""
 
@@ -100,7 +100,7 @@ _Piece = _Character | _End | _Choice
 
 @functools.lru_cache(256)
 def _letter(character: str) -> _Character:
-    """Return a `_Character` that matches one given character once. All patterns share the cached results."""
+    """Return a `_Character` that matches one given character once. All patterns share these objects."""
     return _Character(frozenset(character), False)
 
 
@@ -126,7 +126,7 @@ class NamePattern:
         self.only_name = self._as_name()
 
     def _as_name(self) -> str | None:
-        """Return the only name that matches if the pattern is `^` and literal characters; else None."""
+        """If the pattern is `^` and then fixed characters, return the only name that matches; else None."""
         pieces = self._root.branches[0]
         if len(self._root.branches) > 1 or pieces[:1] != (_End(at_start=True),):
             return None

@@ -24,7 +24,7 @@ def require_untouched(directory: StrPath) -> None:
     files.require_directory(directory)
     found = trained(directory)
     if found is not None:
-        raise _occupied(directory, f"{found}; {files.OTHER_OR} drops it")
+        raise _occupied(directory, f"{found}; {files.OTHER_OR} replaces it")
 
 
 def require_no_other(directory: StrPath, overwrite: bool) -> None:

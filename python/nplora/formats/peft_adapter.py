@@ -167,9 +167,9 @@ class PeftAdapter:
     def tokens(self, problems: list[str]) -> dict[str, tuple[str, tuple[int, ...]]]:
         """Return a dictionary of the trained tokens: layer -> (name of the tensor, token ids).
 
-        If the shape of a tensor does not fit the token ids in the configuration, a message is added to
-        `problems`. If the configuration names tokens, but no tensor holds trained rows and `problems` is
-        empty, a message is also added.
+        A message is added to `problems` if a tensor's shape does not fit the token ids in the configuration.
+        A message is also added to an empty `problems` if the configuration names tokens, but no tensor holds
+        trained rows.
         """
         named = self.config.trainable_token_indices
         found: dict[str, tuple[str, tuple[int, ...]]] = {}
@@ -198,7 +198,8 @@ class PeftAdapter:
     ) -> dict[str, tuple[str, str]]:
         """Map each layer to the names of its two factor tensors. Other tensors are listed in `problems`.
 
-        DoRA magnitudes, the tensors in `whole`, trained tokens and copies of frozen weights are skipped.
+        The function skips the tensors of the layers in `whole`, the rows of trained tokens, copies of frozen
+        weights and, if the adapter uses DoRA, magnitudes.
 
         Raises:
             LimitError: there are too many layers and patterns to find each layer's rank in reasonable time.
@@ -238,8 +239,9 @@ class PeftAdapter:
         return list(dict.fromkeys(layers))
 
     def _is_base_copy(self, tensor: str) -> bool:
-        """Whether a tensor is a copy of a frozen weight: by its name, and by the shape that the LoRA factors
-        require.
+        """Whether a tensor is a copy of a frozen weight.
+
+        The tensor's name and the shapes of the layer's LoRA factors show this.
         """
         stem = tensor.removesuffix(BASE_COPY)
         if stem == tensor:
@@ -378,7 +380,7 @@ def require_finished(directory: StrPath) -> None:
 
 
 def is_dropped(directory: StrPath) -> bool:
-    """Whether the adapter in a directory is from an earlier run that the run in this directory overwrites."""
+    """Whether a directory's adapter is from an earlier run that a newer run in this directory overwrites."""
     dropped = run_files.dropped_adapter(directory)
     return dropped is not None and tensors_digest(directory) == dropped
 
@@ -396,7 +398,8 @@ def _pair(
 
     A save replaces the tensors first, and then the configuration. So this function opens the tensors first,
     and then reads the configuration. If the tensors file is replaced between these two steps, both files are
-    read again. If the tensors file is not replaced, no later save can have written the configuration.
+    read again. If the tensors file is not replaced, the configuration cannot be from a later save, because a
+    later save would have replaced the tensors first.
     """
     for _ in range(_MOST_REPLACED):
         with contextlib.ExitStack() as attempt:

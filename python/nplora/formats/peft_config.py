@@ -278,8 +278,8 @@ def _refuse_unsafe(fields: dict[str, Any], source: str) -> None:
 def _is_plain_module_mapping(mapping: object) -> bool:
     """Whether `auto_mapping` is the entry that PEFT writes for a plain torch module.
 
-    nplora never imports the named class. PEFT never names a class of the standard library, because the
-    standard library has no models.
+    nplora never imports the named class. For a class of the standard library, which has no models, the result
+    is False.
     """
     if not isinstance(mapping, dict) or mapping.keys() != {"base_model_class", "parent_library"}:
         return False

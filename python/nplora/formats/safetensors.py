@@ -131,7 +131,7 @@ class Stream:
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor as the header describes it. All values have been checked, also against the file's size.
+    """One tensor as the header describes it. All attributes have been checked, also against the file's size.
 
     Attributes:
         tag: the element type as the file names it.
@@ -283,9 +283,9 @@ def save(path: StrPath, tensors: Tensors, metadata: Mapping[str, str] | None = N
 
     Args:
         path: the file to write.
-        tensors: a mapping of each tensor's name to an array, a `Tensor` or a `Stream`. An array may have any
-            strides and byte order, and the type ml_dtypes.bfloat16. A `Tensor` can store uint16 bit patterns
-            as bfloat16. The key becomes the name in the file; a `Tensor`'s own name is ignored.
+        tensors: a mapping of each tensor's name to an array, a `Tensor` or a `Stream`. Arrays of any strides
+            and byte order are accepted, also of type ml_dtypes.bfloat16. A `Tensor` can store uint16 bit
+            patterns as bfloat16. The key becomes the name in the file; a `Tensor`'s own name is ignored.
         metadata: a mapping of text to text.
     Raises:
         TypeError: the format has no such element type, or a name or metadata entry is not text.
@@ -315,8 +315,8 @@ def new_file(path: StrPath, tensors: Tensors, metadata: Mapping[str, str] | None
 
     `files.replace` can write several such files together.
 
-    A tensor that is not contiguous is copied when it is written, and the copy is freed before the next
-    tensor. The function `Stream.chunks` is called when its tensor is written.
+    A tensor that is not contiguous is copied when it is written, and the copy is freed before the next tensor
+    is written. The function `Stream.chunks` is called when its tensor is written.
     """
     tagged = [(name, *_tagged(name, value)) for name, value in tensors.items()]
     tagged.sort(key=lambda item: (_ORDER[item[1]], item[0]))

@@ -1,4 +1,4 @@
-"""Parses untrusted JSON text as strictly as RFC 8259 and serde_json; replaces values that JSON does not have.
+"""Parses untrusted JSON text as strictly as RFC 8259 and serde_json, and prepares values for writing.
 
 Unlike Python's own parser, this parser refuses NaN, duplicate keys, lone surrogates and deep nesting.
 """
@@ -34,8 +34,8 @@ def loads(raw: Bytes, source: str, most: int | Sequence[int] = MAX_VALUES) -> An
     Args:
         source: the text's name in error messages, usually the file's path.
         most: the maximum number of values in the text. `most` may also be a sequence with a maximum for each
-            nesting depth, beginning with the outermost depth. The last maximum is for its depth and all
-            deeper depths together. Values are counted before any object is created.
+            nesting depth, beginning with the outermost depth. The last maximum limits the values at that
+            depth and at all deeper depths together. Values are counted before any object is created.
     Raises:
         FormatError: the text is not UTF-8 or not JSON, or has a duplicate key, NaN, a number beyond float64
             or half a surrogate pair.
@@ -88,7 +88,7 @@ def loads(raw: Bytes, source: str, most: int | Sequence[int] = MAX_VALUES) -> An
 
 
 def require_size(raw: Bytes, source: str, most: int | Sequence[int]) -> None:
-    """Check a text's number of values and nesting depth without creating objects. Raises like `loads`."""
+    """Check a text's number of values and nesting depth without creating objects. Raises LimitError."""
     short = isinstance(raw, bytes) and isinstance(most, int) and len(raw) <= most
     if short and bytes(raw).count(b"[") + bytes(raw).count(b"{") <= MAX_DEPTH:  # no limit can be exceeded
         return

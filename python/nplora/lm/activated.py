@@ -22,8 +22,7 @@ class _Model(Protocol):
 def invocation_tokens(lm: _Model, op: str, invocation: str | Sequence[int] | None) -> tuple[int, ...] | None:
     """The ids of the invocation tokens.
 
-    If `invocation` is a text, names of special tokens in the text, such as "<|im_start|>", become these
-    tokens.
+    In a text, "<|im_start|>" and other names of special tokens stand for these tokens.
 
     Raises:
         ValueError: there are no tokens, or an id is not in the vocabulary.

@@ -46,9 +46,9 @@ def targeted(
     """The dotted names of the layers that `targets` and `layers` choose, in the model's order.
 
     Raises:
-        ValueError: the model has no layer for a target (the message lists the nearest names); or all layers
-            of a target already have an adapter; or `layers` contains a block that the model does not have; or
-            no layer is chosen.
+        ValueError: one of four errors: the model has no layer for a target (the message lists the nearest
+            names); all layers of a target already have an adapter; the model lacks a block in `layers`; no
+            layer is chosen.
     """
     plain = [name for name, module in model.named_modules() if isinstance(module, Linear | Embedding)]
     blocks = chosen_blocks(layers, layer_count, op)

@@ -86,7 +86,7 @@ class Answer:
         return scores[: self._vocab]
 
     def advance(self, scores: Array, capacity: int) -> str:
-        """Choose the next token, and return the text that can be output now.
+        """Choose the next token. Return the new text, except characters that `StopText` holds back.
 
         Args:
             capacity: the answer ends when prompt and answer together have this number of tokens.

@@ -171,8 +171,7 @@ class TextClassifier(Module):
             (1, 2)
 
         Args:
-            batch_size: the number of texts that are computed together. None: as many texts as have about
-                4,096 tokens in total.
+            batch_size: the number of texts that are computed together. None: a batch has about 4,096 tokens.
         Returns:
             an array (texts, outputs), float32. If tokens are classified, the shape is (tokens, outputs).
         """
@@ -303,9 +302,10 @@ class TextClassifier(Module):
             ([[2, 26, 27, 3]], array([1, 2]))
 
         Args:
-            longest: a smaller limit than `max_length`; None: no other limit.
+            longest: the largest number of tokens of a window. None, or a value above `max_length`, means
+                `max_length`.
         Returns:
-            as `WordIds.windows`.
+            the tuple that `WordIds.windows` returns.
         Raises:
             ValueError: a window has no room for a word.
         """
@@ -395,8 +395,8 @@ def require_finite(op: str, logits: Array, places: Sequence[str] = ()) -> None:
 
     Args:
         logits: an array (texts, outputs).
-        places: a name for each text in the error message, such as its line in a file. If `places` is empty,
-            the message numbers the texts from 0.
+        places: the names of the texts for the error message, such as "line 3". If `places` is empty, the
+            message numbers the texts from 0.
     """
     wrong = np.flatnonzero(~np.isfinite(logits).all(axis=-1))
     if len(wrong):

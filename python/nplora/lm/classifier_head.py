@@ -37,7 +37,7 @@ class ClassifierHead(Module):
     The layers have the names that transformers gives them.
 
     Args:
-        spec: describes the layers that the model's family uses.
+        spec: describes the head's layers, which depend on the model's family.
         arrays: the weight and the bias of each layer.
         eps: the epsilon of the norm.
         frozen: the layers that are not trained, such as a dense layer that gets a LoRA adapter.

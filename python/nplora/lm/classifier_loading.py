@@ -58,9 +58,9 @@ def new_classifier(
         ('order', 'refund')
 
     Args:
-        labels: the names of the outputs. (In a regression, each output is a number.) Integers become texts.
-            `labels` may be a dictionary such as transformers' `id2label`, from each number (0, 1, ...) to its
-            name.
+        labels: the names of the outputs. (In a regression, each output is a number.) Integers are converted
+            to texts. `labels` may be a dictionary such as transformers' `id2label`, from each number (0, 1,
+            ...) to its name.
         task: "single" (each text has one label), "multi" (each text has any number of labels) or
             "regression" (each output is a number).
         tokens: whether each token has its own outputs.
@@ -103,9 +103,10 @@ def load_classifier(
         ('order', 'refund')
 
     Args:
-        model: as for `load_encoder`; or a loaded encoder without an adapter, which then gets the adapter.
+        model: a path, as for `load_encoder`; or a loaded encoder without an adapter, to which the adapter is
+            added.
         adapter: a PEFT directory, or an `Adapter`.
-        compute: as for `load_encoder`. None: "float32"; a loaded encoder keeps its own value.
+        compute: as for `load_encoder`; None: "float32". For a loaded encoder, `compute` must be None.
         any_base: accept an adapter that was trained on another model with the same shapes.
     Raises:
         FormatError: the adapter or the model has no head for a classifier, or the adapter does not fit.
@@ -150,7 +151,7 @@ def load_classifier(
 
 
 def require_room(source: str, classifier: TextClassifier) -> None:
-    """Raise FormatError if `max_length` is too small for a word and the special tokens around a text.
+    """Raise FormatError if `max_length` has no room for a token besides the special tokens around a text.
 
     Args:
         source: the file or argument that set `max_length`, for the error message.

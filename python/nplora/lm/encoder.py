@@ -110,7 +110,7 @@ class Encoder(Module):
         self._read_tensor = read_tensor
 
     def _walk(self, prefix: str, seen: set[int]) -> Iterator[tuple[str, Module]]:
-        """Yield each module with its name in transformers and PEFT, which does not begin with "model."."""
+        """Yield each module with its name in transformers and PEFT. The names do not begin with "model."."""
         if id(self) in seen:
             return
         seen.add(id(self))
@@ -144,7 +144,7 @@ class Encoder(Module):
         return self.pooling.dim(self.config.hidden_size)
 
     def head_tensor(self, name: str) -> Array | None:
-        """Read from the model's files a tensor that is not needed for hidden states.
+        """Read a tensor that the model's files contain, but that the hidden states do not need.
 
         Return the tensor as float32, or None if the files do not have it.
 
@@ -221,8 +221,8 @@ class Encoder(Module):
 
         Args:
             rank, alpha, dropout, use_rslora, use_dora: as in `LoRALinear`.
-            targets: the layers to adapt: "all-linear" (every linear layer of the blocks); or the ends of the
-                layers' names in transformers, as a text such as "query,value" or as a list.
+            targets: the layers to adapt: "all-linear" (every linear layer of the blocks); or the last parts
+                of layer names in transformers: a text such as "query,value", or a list.
             layers: the blocks to adapt: None (all), "last:4", "first:4", a range, or a list of numbers.
             seed, init, rank_pattern, alpha_pattern, freeze_B: as in `LanguageModel.add_lora`.
         Raises:
@@ -365,8 +365,8 @@ class Encoder(Module):
 
         Args:
             texts: the texts, or one text.
-            batch_size: the number of texts that are computed together. None: as many texts as have about
-                4,096 tokens in total. The batch size changes the result only by rounding.
+            batch_size: the number of texts that are computed together. None: a batch has about 4,096 tokens.
+                The batch size changes the result only by rounding.
             normalize: whether to scale the embeddings to length 1, so that their dot products are cosines.
                 With None, the setting in the model's files decides.
             prompt: a text to put before each text, such as "query: "; "" for none.
@@ -447,7 +447,8 @@ class Encoder(Module):
     def _read_by(self, pooling: Pooling | None, starts: Array) -> tuple[Array | None, Array]:
         """Return the positions of the tokens that a pooling reads, or None if it reads all tokens.
 
-        Also return the index of each text's first token among these tokens, followed by their number.
+        Also return the index of each text's first token among these tokens, followed by the number of these
+        tokens.
         """
         one = pooling is not None and pooling.modes in (("cls",), ("last",))
         if pooling is None or not one or not self.model.may_leave_out_rows():
@@ -589,7 +590,7 @@ class Encoder(Module):
         return _check.integer(op, "max_length", max_length, least=1, most=most)
 
     def prompt_text(self, prompt: str | None = None, name: str | None = None) -> str:
-        """The prompt for each text, from the arguments `prompt` and `prompt_name` of `embed`.
+        """Return the prompt for all texts, given the arguments `prompt` and `prompt_name` of `embed`.
 
             >>> import nplora
             >>> nplora.load_encoder("encoder-model").prompt_text("query: ")

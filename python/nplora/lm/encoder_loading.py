@@ -123,7 +123,7 @@ class _Parts:
     Attributes:
         prefix: as in `Encoder`.
         default: the pooling that is used if the files name none.
-        read_tensor: a function that reads, by name, a tensor that is not needed for the hidden states.
+        read_tensor: the function with which `Encoder.head_tensor` reads the tensor of a given name.
     """
 
     config: EncoderConfig | ModelConfig
@@ -269,8 +269,8 @@ def _gguf_settings(file: GgufFile, architecture: str, weights: GgufWeights) -> S
     The embeddings are normalised, as in llama.cpp.
 
     Args:
-        weights: the weights in the file. Their products are computed in float32. Dense modules compute only
-            one row for each text, so a faster arithmetic would save little time.
+        weights: the weights in the file, for products in float32. Dense modules multiply only one row for
+            each text, so a faster arithmetic would save little time.
     """
     found = file.metadata.integer(f"{architecture}.pooling_type", 0)
     dense = {name: shape for name, shape in weights.shapes().items() if name in _GGUF_DENSE}

@@ -113,7 +113,7 @@ def stream(
 ) -> Iterator[str]:
     """Generate a text after one prompt, and yield the text in pieces. No piece ends within a character.
 
-    The text has the adapter that is selected when `stream` is called, even if the pieces are read later. The
+    `stream` uses the adapter that is selected when it is called, even if the pieces are read later. The
     errors and warnings are those of `generate`. Errors in the arguments are raised by the call of `stream`.
 
     >>> import nplora
@@ -177,7 +177,8 @@ def generate_ids(
 
 
 class _Models(NamedTuple):
-    """The models of one call. A call looks up its adapters once, when it begins.
+    """The models that one call of `generate` or `stream` uses. The call looks up its adapters once, at its
+    start.
 
     Attributes:
         selected: the model with the selected adapters.
@@ -235,9 +236,9 @@ def _stream_ids(
 
 
 def _in_this_context(items: Iterator[T]) -> Iterator[T]:
-    """Compute all items in a copy of the present context variables, wherever the items are read.
+    """Yield the iterator's items, all computed with the context variables at the time of this call.
 
-    For example, `disable_adapter` changes a context variable, but this does not change the items.
+    So `disable_adapter`, which sets a context variable, does not affect items that are read inside its block.
     """
     context = contextvars.copy_context()
     end: Any = object()
@@ -314,7 +315,7 @@ def checked_ids(op: str, lm: GeneratingModel, ids: list[int], context: int | Non
     """Check the tokens of a prompt.
 
     Args:
-        context: the context length for which there is memory, if it is less than the model's context length.
+        context: the context length for which there is memory; None: the model's context length.
     Raises the errors that `prompt_ids` raises for tokens.
     """
     lm, context = _selected(op, lm), context or int(lm.config.max_position_embeddings)

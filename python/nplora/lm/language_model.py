@@ -205,7 +205,7 @@ class LanguageModel(Module):
         return extended[1]
 
     def new_tokens(self, tokens: Sequence[AddedToken]) -> tuple[AddedToken, ...]:
-        """Return those of an adapter's tokens that the model does not have.
+        """Return an adapter's tokens without those that the model already has.
 
         The model does not have a token if the token is not in the tokenizer, or has no row in the embedding.
 
@@ -371,9 +371,10 @@ class LanguageModel(Module):
                 layers' names, as in {"q_proj": 16, "layers.3.mlp": 4} or "q_proj=16,layers.3.mlp=4". If
                 several keys match a layer, the first key applies. The scale of a layer is its alpha divided
                 by its rank.
-            trainable_tokens: tokens whose rows of the embedding and of the head are also trained: a list of
-                ids and texts, or a text like "<|im_start|>,<|im_end|>" or "2,3". The trained rows start with
-                the model's values and replace the model's rows, as PEFT's `trainable_token_indices` does.
+            trainable_tokens: a list of tokens (ids and texts), or a text like "<|im_start|>,<|im_end|>" or
+                "2,3". The tokens' rows of the embedding and of the head are also trained. The trained rows
+                start with the model's values and replace the model's rows, as PEFT's
+                `trainable_token_indices` does.
             modules_to_save: "embed_tokens", "lm_head" or both, to train all rows of the embedding or of the
                 head in float32. If embedding and head share one weight, both names train this weight.
             invocation: the invocation tokens of an activated LoRA (aLoRA), as a text or as ids. In each
@@ -478,7 +479,8 @@ class LanguageModel(Module):
 
         The selection is valid in the current thread or asyncio task. A new thread starts without a named
         adapter. A new asyncio task, and a function that `asyncio.to_thread` calls, start with the selection
-        of the code that started them, and later selections on either side do not affect the other side.
+        of the code that started them. Later selections in the task (or function) do not affect that code, and
+        vice versa.
 
         A call of a method of this model, or of `nplora.generate.stream`, looks up its adapters once, when it
         begins. It keeps these adapters, even if another thread replaces or deletes them in the meantime.
@@ -492,8 +494,8 @@ class LanguageModel(Module):
 
         Args:
             names: a name; or several names, whose adapters are added up; or None for no named adapter. The
-                sum does not depend on the order of the names. The model keeps the 8 sums that were used last,
-                and computes other sums again when they are selected or used.
+                sum does not depend on the order of the names. The 8 sums that were used last stay in memory.
+                Older sums are computed again when they are needed.
         Raises:
             KeyError: one of the names is unknown; the message lists the nearest names, or all names.
             ValueError: a name is given twice.
@@ -537,7 +539,7 @@ class LanguageModel(Module):
         """A context in which the model uses neither its LoRA layers nor the selected named adapters.
 
         After the block, the selection is valid again. `set_adapter` is refused inside the block. Named
-        adapters that a call names itself (`generate(adapters=...)`) are used, and a cache that was made
+        adapters in the arguments of a call (`generate(adapters=...)`) are still used. A cache that was made
         outside the block keeps its named adapters.
 
             >>> import nplora, numpy as np
@@ -687,9 +689,8 @@ class LanguageModel(Module):
             (3, True)
 
         Args:
-            as_decoded: has an effect only with compute="int8". True computes a few tokens at a time, as in
-                decoding. False computes whole sequences in bfloat16, which is faster; prompts are also
-                computed in this way.
+            as_decoded: has an effect only with compute="int8". True: compute a few tokens at a time, as in
+                decoding. False: compute whole sequences in bfloat16, as for prompts, which is faster.
         Raises:
             ValueError, CorruptError: as in `logits`.
         """
@@ -1263,7 +1264,7 @@ class LanguageModel(Module):
                 ones.
             top_k: number of most likely tokens to sample from.
             top_p: total probability of the most likely tokens to sample from, above 0 and at most 1.
-            repetition_penalty: above 1, earlier tokens become less likely to be chosen again.
+            repetition_penalty: a value above 1 makes tokens that are already in the text less likely.
             stop: texts that end generation, and that are not part of the returned text.
             seed: random seed of the sampling. The same seed gives the same text.
             presence_penalty: a number that is subtracted from the score of every token that was generated

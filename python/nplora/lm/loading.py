@@ -36,8 +36,8 @@ def load_model(
         mmap: map the files into memory. With True, weights are not copied, and the operating system decides
             how much of the files it keeps in memory. If another program truncates a mapped file, the process
             ends with a message and exit status 135. If another program writes to a mapped file, the next call
-            of the model raises CorruptError. Replacing a file by renaming another file is safe. With False,
-            the files are copied into memory.
+            of the model raises CorruptError. It is safe to rename another file to a mapped file's name. With
+            False, the files are copied into memory.
         check: search all matrices for NaN and infinities, which reads the whole file once. With False, a
             matrix is read only when it is first used.
     Raises:

@@ -165,7 +165,7 @@ class NamedAdapters(Generic[Model]):
 
     @contextlib.contextmanager
     def none_selected(self) -> Iterator[None]:
-        """A context in which no named adapter is selected. At its end, the selection is valid again."""
+        """A context without a selected named adapter. When it ends, the earlier selection is valid again."""
         block: list[NamedAdapters[Any]] = [self]
         _disabled.set((*_disabled.get(), block))
         try:

@@ -181,11 +181,11 @@ def _pooled_backward(mode: str, dy: Array, saved: PoolingSaved) -> Array:
 def _at_the_largest(x: Array, starts: Array, spread: Array) -> Array:
     """The gradient of the maximum (n, d).
 
-    x (n, d) holds the rows that were pooled. Each row of `spread` (n, d) is the gradient of the embedding of
-    the row's text.
+    x (n, d) holds the rows that were pooled. Row i of `spread` (n, d) is the gradient of one embedding: that
+    of the text to which row i of x belongs.
 
-    In each column of a text's rows in x, the first largest element gets the gradient. All other elements get
-    0.
+    For each text and column, the largest element of the text's rows in x gets the gradient (the first one if
+    several are equal). All other elements get 0.
     """
     dx = np.zeros_like(x)
     for first, end in itertools.pairwise(starts.tolist()):

@@ -164,7 +164,7 @@ def choose(
 
 
 def _likeliest_biased(scores: Array, best: int, biases: dict[int, float]) -> int | None:
-    """The most likely token with the biases `biases`, or None if `best` has a bias.
+    """The most likely token after `biases` are added to the scores, or None if `best` has a bias.
 
     `best` is the most likely token without biases. Tokens without a bias keep their scores, so only the
     tokens with a bias are compared with `best`. A copy of all scores would take much longer.

@@ -21,8 +21,8 @@ Array = npt.NDArray[Any]
 class SharedWeights:
     """Provides the tensors of an existing model, without its adapter, to create a new model from them.
 
-    If both models compute in the same arithmetic, they share all matrices. If not, they share only the
-    matrices that `FrozenWeight` uses in place, and all other matrices are copied.
+    If both models compute in the same arithmetic, they share all matrices. If not, they share only quantised
+    matrices and matrices in mapped files, and all other matrices are copied.
 
     Args:
         modules: a dict from names to the modules of the existing model.

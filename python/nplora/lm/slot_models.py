@@ -1,10 +1,10 @@
-"""Decodes the next tokens of several sequences of a cache together, each with the adapter of its slot.
+"""Decodes the next tokens of several sequences together, each sequence with the adapter of its cache slot.
 
-A "piece" is an array of the next tokens of one sequence; each token is a row of the computation. The frozen
+A "piece" is an array of the next tokens of one sequence. In matrix products, each token is a row. The frozen
 weights are read once for several sequences, and the results have the same bits as if each sequence were
-computed alone. Products of up to 8 rows are rounded differently from products of more rows. So short pieces
-(up to 8 rows) are only computed together if they have at most 8 rows in total, and long pieces are only
-computed together with other long pieces.
+computed alone. Products of up to 8 rows are rounded differently from products of more rows. So a batch of
+short pieces (up to 8 rows each) has at most 8 rows in total, and a long piece is batched only with other long
+pieces.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def decode(lm: SlotModel, pieces: Sequence[Array], slots: Array, cache: KVCache)
 
 
 def _batches(models: Sequence[SlotModel], counts: Sequence[int]) -> Iterator[list[int]]:
-    """Yield the indices of the sequences in each batch. Sequences with the same model are neighbours."""
+    """For each batch, yield the indices of its sequences. Sequences with the same model follow each other."""
     number = {id(model): index for index, model in enumerate(models)}  # a number for each model, to sort by
     order = sorted(range(len(counts)), key=lambda i: (counts[i] > _FEW, number[id(models[i])]))
     some: list[int] = []
@@ -106,8 +106,8 @@ def _batches(models: Sequence[SlotModel], counts: Sequence[int]) -> Iterator[lis
 def _filled(logits: Array, rows: list[int], few: Array) -> Array:
     """Write the array `few` to the rows `rows` of `logits`, and return `logits`.
 
-    If `few` has more columns than `logits`, a wider array replaces `logits`. The missing columns of all other
-    rows become -inf.
+    If `few` has more columns than `logits`, a wider array replaces `logits`. In all other rows, the added
+    columns are -inf.
     """
     if few.shape[1] > logits.shape[1]:
         wider = np.full((len(logits), few.shape[1]), -np.inf, few.dtype)
@@ -152,10 +152,10 @@ def _decode_together(
 
 
 def _grouped(rows: Iterable[tuple[int, bool]]) -> tuple[RowGroup, ...]:
-    """Make a RowGroup for each group of neighbouring equal entries of `rows`.
+    """Combine neighbouring rows with equal entries in `rows` into RowGroups.
 
     Args:
-        rows: a pair for each row: the number of the row's model, and whether the model's adapter acts on the
+        rows: for each row, a pair: the number of the row's model, and whether the model's adapter acts on the
             row.
     """
     return tuple(
@@ -174,8 +174,8 @@ def _logits(
     """The logits of sequences that are computed by one model, or by a joint model.
 
     Args:
-        groups: for a joint model, the result of `_grouped` for all rows.
-        ends: for a joint model, the result of `_grouped` for the last row of each sequence.
+        groups: for a joint model, the RowGroups of all rows.
+        ends: for a joint model, the RowGroups of the last row of each sequence.
     """
     counts = np.array([len(piece) for piece in pieces])
     positions = cache.next_positions(slots, counts)
@@ -223,8 +223,8 @@ class JointModel:
     def join(self, models: Sequence[SlotModel], in_slots: Sequence[SlotModel]) -> bool:
         """Add models that are not in this joint model yet. New models do not replace models that a slot uses.
 
-        Return False if a model cannot be added, because it adapts a layer that no other model adapts, or
-        because the owner has changed, for example by merging.
+        Return False in two cases: the owner's layers have changed, for example by merging; or a new model
+        adapts a layer for which this joint model has no GroupedLayer.
         """
         if self._state != self._owner_state():
             return False
@@ -267,9 +267,9 @@ class JointModel:
     def _free_number(self, in_slots: Sequence[SlotModel]) -> int:
         """Choose the number of a new model.
 
-        A free number comes first. Without a free number, the new model gets a further number if there are
-        fewer than `most` models, or if every model is used by a slot. In all other cases, the new model
-        replaces the least recently used model that no slot uses.
+        A new model gets the number of a removed model, if there is one. If not, it gets the next higher
+        number, provided that there are fewer than `most` models or that slots use all models. In all other
+        cases, it replaces the least recently used model that no slot uses.
         """
         if self._free:
             return self._free.pop()
@@ -307,7 +307,7 @@ def forget(cache: KVCache, named: Iterable[SlotModel]) -> None:
 def _joint_of(cache: KVCache, models: Sequence[SlotModel]) -> JointModel:
     """Return a joint model that contains `models`. The cache stores the joint model for the next tokens.
 
-    A new joint model also contains the models of the other slots.
+    If the joint model is a new one, it also contains the models of all slots.
     """
     joint = cache.joint
     others = (cache.adapters.model(slot) for slot in range(cache.slots))

@@ -126,7 +126,7 @@ class NewTokens:
 
     Attributes:
         added: the tokens that the model lacks.
-        known: for each text that is a token of the model already, the token's id.
+        known: a dict from the texts that are already tokens of the model to the token ids.
     """
 
     added: tuple[AddedToken, ...] = ()
@@ -168,7 +168,7 @@ def wanted(
     targets: Iterable[str],
     new: NewTokens | None = None,
 ) -> Mapping[str, Ids]:
-    """Choose the rows to train: for each layer with trained rows, the indices of these rows (None: all rows).
+    """Return a dict from the names of layers to the indices of the rows to train (None: all rows).
 
     Args:
         targets: the dotted names of the layers that get LoRA factors.

@@ -51,8 +51,8 @@ class WordIds:
         """Divide the sentences that have too many tokens into overlapping windows.
 
         Neighbouring windows share at least a quarter of their tokens, if a window has room for two tokens
-        besides the special tokens. A word is labelled in the window in which its first token is furthest from
-        a cut. The beginning and the end of a sentence are not cuts.
+        besides the special tokens. A word's label comes from the window in which the word's first token is
+        furthest from a cut. The beginning and the end of a sentence are not cuts.
 
             >>> import nplora
             >>> words = nplora.load_encoder("encoder-model").word_ids([["a", "cat", "and", "a", "dog"]])

@@ -44,7 +44,7 @@ class LoraDelta:
     kernel: tuple[int, int, int] | None = None
 
     def rounded(self, dtype: str) -> Self:
-        """Return the change with factors rounded to "bfloat16" or "float16". The factors are float32 arrays.
+        """Return the change with factors rounded to `dtype`, "bfloat16" or "float16", but stored as float32.
 
         >>> delta = LoraDelta(np.full((2, 1), 0.1, np.float32), np.ones((1, 2), np.float32), 1.0)
         >>> float(delta.rounded("bfloat16").A[0, 0])

@@ -235,7 +235,7 @@ def _merge(
 
 
 def _operand(op: str, fw: FrozenWeight | npt.ArrayLike) -> tuple[_core.Weight, int, int, np.dtype[Any]]:
-    """Return the weight in a form that the C++ core reads, d_out, d_in, and the dtype of the computation."""
+    """Return (the weight in a form for the C++ core, d_out, d_in, the dtype of the computation)."""
     if isinstance(fw, FrozenWeight):
         return fw.packed, *fw.shape, fw.compute_dtype
     given = _check.as_array(op, "fw", fw)
@@ -247,7 +247,7 @@ def _operand(op: str, fw: FrozenWeight | npt.ArrayLike) -> tuple[_core.Weight, i
 
 
 def _arrays(*named: tuple[str, object]) -> list[tuple[str, Array]]:
-    """Return only the pairs whose value is an array, to check that no output overlaps these arrays."""
+    """Return the (name, value) pairs whose value is an array. No output may overlap these arrays."""
     return [(name, value) for name, value in named if isinstance(value, np.ndarray)]
 
 

@@ -30,8 +30,8 @@ class MergeReport:
     Attributes:
         name: the name of the layer or tensor.
         storage, nbytes: the storage format of the merged weight, and its size in bytes.
-        error: ‖effective ΔW - ΔW‖ / ‖ΔW‖ in the Frobenius norm. If ΔW is 0, the error is 0, or infinite if a
-            new storage format changed the weight.
+        error: ‖effective ΔW - ΔW‖ / ‖ΔW‖ in the Frobenius norm. For ΔW = 0, the error is infinite if a new
+            storage format changed the weight, else 0.
         kept: the kept share of ΔW, ⟨effective ΔW, ΔW⟩ / ‖ΔW‖², or 1 if ΔW is 0. If the share is near 1, the
             error is rounding noise, which hardly changes the outputs. If the share is near 0, rounding has
             restored the original weight, and the update is lost.
@@ -235,10 +235,10 @@ def merge_weight(
     """Merge an update into a copy of a weight. The weight is decoded a few rows at a time.
 
     Args:
-        storage: the storage format of the result, or "same" for the format of `weight`. Products with the
-            result must compute in the same dtype as products with `weight`.
+        storage: the storage format of the result, or "same" for the format of `weight`. The layer must
+            compute in the same dtype with the result as with `weight`.
     Raises:
-        ValueError: as in `Merge`, or products with the result would compute in another dtype.
+        ValueError: as in `Merge`, or the layer would compute in another dtype.
     """
     storage = (
         weight.dtype if storage == "same" else _check.choice("merge", "dtype", storage, storages.STORAGES)

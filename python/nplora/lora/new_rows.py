@@ -56,7 +56,7 @@ class NewRows:
         return ids[part] - first, self.values[order[part]]
 
     def rows(self, wanted: Array) -> "NewRows":
-        """Return this replacement for a matrix with only the rows wanted[0], wanted[1], ... of the weight.
+        """Return the NewRows for the matrix of the rows wanted[0], wanted[1], ... of the weight.
 
         `wanted` must be sorted.
         """

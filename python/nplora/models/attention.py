@@ -31,9 +31,9 @@ class AttentionSaved(Saved):
 
     Row i of `q`, `k`, `v` and `out` holds the heads of token i side by side. `q` and `k` are stored after the
     rotation, except if the layer has norms of q and k. In that case, `q` and `k` are stored before the norms,
-    and the backward pass computes norms and rotation again. `q` and `k` are always float32, because the
-    backward pass must compute the same scores again from which the forward pass computed `lse`, the
-    log-sum-exp of the scores. `out` may be bfloat16 bits.
+    and the backward pass computes norms and rotation again. `lse` is the log-sum-exp of the scores. `q` and
+    `k` are always float32, so that the backward pass computes exactly the scores from which `lse` was
+    computed. `out` may be bfloat16 bits.
     """
 
     q: Array
@@ -181,7 +181,7 @@ class Attention(Module):
         return stack_infer((self.o_proj,), out)[0]
 
     def footprint(self, adapted: Adapted, narrow: bool) -> Footprint:
-        """The memory per token of the forward and backward passes.
+        """The memory that the forward and backward passes need per token.
 
         Args:
             narrow: whether matrix products are computed in bfloat16.

@@ -46,10 +46,10 @@ class Mixer(Protocol):
         """Accumulate the gradients of the LoRA factors. Return dx (n, d), or None if `need_dx` is False."""
 
     def run_cached(self, x: Array, positions: CachePositions, keys: Array, values: Array) -> Array:
-        """Compute the output y (m, d) for the m newest tokens. `keys` and `values` belong to the cache."""
+        """Compute the output y (m, d) for m new tokens. `keys` and `values` are arrays of the cache."""
 
     def footprint(self, adapted: Adapted, narrow: bool) -> Footprint:
-        """The memory per token of the forward and backward passes.
+        """The memory that the forward and backward passes need per token.
 
         Args:
             narrow: whether matrix products are computed in bfloat16.
@@ -224,7 +224,7 @@ class DecoderBlock(Module):
         return x
 
     def footprint(self, adapted: Adapted, narrow: bool) -> Footprint:
-        """The memory per token of the forward and backward passes.
+        """The memory that the forward and backward passes need per token.
 
         Args:
             narrow: whether matrix products are computed in bfloat16.

@@ -44,7 +44,8 @@ class KVCache:
             than `capacity`, lower the slot's limit before the first token.
         keys, values: for each layer an array (pages, page_tokens, kv_heads · head_dim). The arrays take
             memory only as they are filled.
-        table: int64 (slots, pages of a slot), the pages of each slot, in the order of the tokens.
+        table: int64 (slots, maximum number of pages of a slot). Row i has the indices of the pages of slot i,
+            in the order of the tokens.
         held: int64 (slots,), how many pages each slot has. Only the first held[i] entries of row i of `table`
             are used.
         adapters: the adapter of each slot, which can be set while the slot is empty. A slot's adapter is a

@@ -37,8 +37,8 @@ class ModelConfig:
         model_type: the name of the model's family in `models.families`.
         max_position_embeddings: the context length that the model was trained for.
         rope: the rotation of q and k.
-        sliding_windows: for each layer, the number of last tokens that a query attends to, including the
-            query's own token; 0: all tokens.
+        sliding_windows: for each layer, the number of tokens that a query attends to, counted backwards from
+            the query's own token, which is included; 0: all tokens.
         local_rope: the rotation in layers with a sliding window, or None if it is the same as in other
             layers.
         unrotated: the indices of the layers without rotation.

@@ -51,7 +51,7 @@ class Question(NamedTuple):
 
 
 class _Part(NamedTuple):
-    """The prompt of a question, and all continuations of this prompt for which LongRoPE rotates it alike."""
+    """The prompt of a question, and those of its continuations that need the same factors of LongRoPE."""
 
     number: int  # the index of the question
     places: list[int]  # the indices of the continuations in the question
@@ -89,8 +89,8 @@ def token_scores(
 
 
 def _parts(questions: Sequence[Question], longest_short: float) -> list[_Part]:
-    """Divide each question into at most two parts. If LongRoPE rotates the prompt differently for some of the
-    continuations, these continuations form a separate part."""
+    """Divide each question into at most two parts. LongRoPE uses its short factors for the continuations of
+    one part, and its long factors for those of the other part."""
     parts = list[_Part]()
     for number, (prompt, continuations) in enumerate(questions):
         is_long = [len(prompt) + len(tokens) > longest_short for tokens in continuations]
@@ -177,11 +177,11 @@ def _rows(ids: Array, slot: int, begin: int, limit: int) -> _Rows:
 
 
 def _run(model: Decoder, parts: list[_Rows], cache: KVCache, most_rows: int, kept: Array) -> Array:
-    """Compute the tokens in order, at most `most_rows` at a time. Return the residual stream of the tokens
-    `kept`.
+    """Compute the tokens in order, at most `most_rows` at a time. Return the residual stream of the chosen
+    tokens.
 
     Args:
-        kept: the indices of the tokens whose residual stream is returned, ascending.
+        kept: the indices of the chosen tokens, ascending.
     """
     if not parts:
         return np.empty((0, model.norm.weight.shape[0]), np.float32)

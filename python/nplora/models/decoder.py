@@ -114,7 +114,7 @@ class Decoder(Module):
             return _run_through(self.layers[first:], x, positions, rows)
 
     def may_leave_out_rows(self) -> bool:
-        """Whether `run` and `infer` accept `rows`. They do not if an adapter acts on a subset of the rows."""
+        """Whether `run` and `infer` accept the argument `rows`: only if every adapter acts on all tokens."""
         return invocation_of(self) is None and row_groups() is None
 
     def _activated(self, ids: Array, positions: PackedPositions) -> AbstractContextManager[None]:

@@ -8,14 +8,14 @@ p is the teacher's distribution, and q is the student's. Both are softmax(logits
 A loss multiplies the divergence by T², so that the gradients have the same size at any temperature (Hinton et
 al. 2015, arXiv:1503.02531, section 2).
 
-A teacher is given by all of its logits, or by its k most likely tokens. With k tokens, all other tokens form
-one class, "the rest". The class has the probability p_r = 1 - Σ p_i for the teacher and q_r = 1 - Σ q_i for
-the student. The divergence of these k + 1 classes is a lower bound of the full divergence, and equals it if k
-is the size of the vocabulary. For a token j of the rest, dL/dz_j is q_j (1 - p_r / q_r) for the forward
-divergence, and q_j (log(q_r / p_r) - KL) for the reverse one. Without the class "the rest", the student would
-learn a distribution over the teacher's k tokens alone, which is too sharp (Anshumann et al. 2025,
-arXiv:2503.16870). TRL's distillation from a server computes the same divergence if its option `loss_add_tail`
-is set.
+A teacher's distribution is given by all logits, or by the k most likely tokens. With k tokens, all other
+tokens form one class, "the rest". The class has the probability p_r = 1 - Σ p_i for the teacher and
+q_r = 1 - Σ q_i for the student. The divergence of these k + 1 classes is a lower bound of the full
+divergence, and equals it if k is the size of the vocabulary. For a token j of the rest, dL/dz_j is
+q_j (1 - p_r / q_r) for the forward divergence, and q_j (log(q_r / p_r) - KL) for the reverse one. Without the
+class "the rest", the student would learn a distribution over the teacher's k tokens alone, which is too sharp
+(Anshumann et al. 2025, arXiv:2503.16870). TRL's distillation from a server computes the same divergence if
+its option `loss_add_tail` is set.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def _largest(values: Array, k: int) -> Array:
 
     Each row is divided into groups. Let b be the k-th largest of the groups' maxima. At least k values of the
     row are >= b, so the k largest values are among the values >= b. Only these few values are sorted. This is
-    several times faster than to partition the whole row.
+    several times faster than partitioning the whole row.
     """
     n, size = values.shape
     groups = size // _GROUP
@@ -131,7 +131,7 @@ class Distillation:
 
         Args:
             logits: float32 (n, vocabulary), the student's logits. The array is overwritten. If `gradient` is
-                True, it then holds `factor` times the gradient of the losses.
+                True, the array then holds `factor` times the gradient of the losses.
             targets: integers (n,), the labels.
             teacher: the teacher's logits or most likely tokens, for the same rows.
         Returns:
@@ -190,7 +190,7 @@ def _common(kl: str, z: Array, t: Array, factor: float, gradient: bool) -> Array
 
 
 def _dense(kl: str, z: Array, t: Array, factor: float, gradient: bool) -> Array:
-    """The divergences (n,), given all logits of the teacher (t) and of the student (z). Both are overwritten.
+    """The divergences (n,), given all logits t of the teacher and z of the student. t and z are overwritten.
 
     At a high temperature, p and q are almost equal, and the divergence is much smaller than the terms of its
     sum. So the terms are added up in float64. Because of rounding, the probabilities do not add up to exactly

@@ -23,8 +23,8 @@ _MAX_BUCKETS = 1 << 12
 
 @dataclasses.dataclass(frozen=True)
 class EncoderConfig:
-    """The sizes and settings of an encoder. Names that also occur in BERT's config.json have the same meaning
-    as there.
+    """The sizes and settings of an encoder. A field whose name also occurs in BERT's config.json has the same
+    meaning as there.
 
     Attributes:
         source: the file that the configuration was read from.
@@ -33,7 +33,7 @@ class EncoderConfig:
         hidden_act: the activation: "gelu" (exact), "gelu_pytorch_tanh" or "silu".
         type_vocab_size: the number of token types; 0 if the model has no token types.
         position_rows: the number of rows in the table of learned positions; 0 if the model has no such table.
-        first_position: the row of this table for the first token of a text.
+        first_position: the row of the table of learned positions for the first token of a text.
         relative_buckets: the number of buckets of relative positions; 0 if the model has no such buckets.
         sliding_windows: a number w for each layer. A token attends to itself and to w - 1 tokens on each
             side. If w is 0, a token attends to all tokens.

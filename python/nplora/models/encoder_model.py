@@ -27,7 +27,7 @@ class EmbeddedSaved(Saved):
 
     Attributes:
         total: the sum of the embeddings, which is the input of the embeddings' norm.
-        tokens: the values that the token embedding needs.
+        tokens: the values that the backward pass of the token embedding needs.
     """
 
     total: Array | None
@@ -43,7 +43,7 @@ class EncoderModel(Decoder):
     Args:
         positions: the table of position embeddings, or None. The table is a weight instead of a module,
             because a table cannot have an adapter.
-        types: the table of token-type embeddings, also a weight, or None. All tokens have type 0.
+        types: the table (also a weight) of token-type embeddings, or None. All tokens have type 0.
         embed_norm: the LayerNorm that normalises the sum of the embeddings.
         norm: the LayerNorm after the last block, or None.
         hf_name: a function that turns nplora's name of a module into the name in transformers.

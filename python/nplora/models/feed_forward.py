@@ -85,7 +85,7 @@ class FeedForward(Module):
         return stack_backward((self.up_proj,), [dhidden], saved.input.with_x(x), need_dx)
 
     def footprint(self, adapted: Adapted, narrow: bool) -> Footprint:
-        """The memory per token of the forward and backward passes.
+        """The memory that the forward and backward passes need per token.
 
         Args:
             narrow: whether matrix products are computed in bfloat16.

@@ -51,7 +51,7 @@ NOT_ADAPTED = Adapted(1, False, {})
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes per token.
+    """The memory that a block or mixer needs, in bytes per token.
 
     Attributes:
         saved: the memory that the forward pass stores for the backward pass.

@@ -23,7 +23,7 @@ FunctionOfLosses: TypeAlias = Callable[[Array], tuple[float, Array]]
 
 
 class LogitLoss(Protocol):
-    """A loss that is a sum of losses of single rows of logits."""
+    """A loss that is computed for each row of logits, and summed over the rows."""
 
     def __call__(self, logits: Array, rows: Array, factor: float, gradient: bool) -> Array:
         """The loss of each row, float64 (n,).
@@ -65,7 +65,7 @@ def loss_and_gradient(
 def gradient_of_losses(
     model: Decoder, head: AnyHead, x: Array, targets: Array, function: FunctionOfLosses
 ) -> tuple[float, Array]:
-    """The value of `function` at the tokens' losses, and the value's gradient with respect to x (n, d).
+    """Apply `function` to the tokens' losses. Return the value and its gradient with respect to x (n, d).
 
     The loss of a token depends only on the token's own row of x. With a frozen head, one pass therefore
     computes all losses and their gradients. Then each row of the gradients is multiplied by the function's
@@ -99,10 +99,10 @@ def gradient_of_losses(
 def _chunk_gradient(
     model: Decoder, head: AnyHead, x: Array, targets: Array, factor: float, weights: Array | None = None
 ) -> tuple[Array, Array]:
-    """The losses of a few rows, and the gradient of each loss, multiplied by `factor` and by the row's entry
-    in `weights`, if given.
+    """The losses of a few rows, and the gradients of the losses with respect to x.
 
-    The logits of these rows are freed at the end.
+    The gradient of each row is multiplied by `factor`, and by the row's entry in `weights`, if given. The
+    logits of these rows are freed at the end.
     """
     logits, saved = logits_forward(head, model.read_out(x))
     losses, word_filter = np.empty(len(x)), model.word_filter
@@ -181,8 +181,8 @@ def logits_backward(head: AnyHead, dlogits: Array, saved: Any, dither_key: int |
 
     Args:
         dither_key: the key of random numbers, or None. With a key, a head with compute="int8" multiplies in
-            int8, and the random numbers round dlogits stochastically (see `stack_backward`). With None, such
-            a head multiplies in bfloat16. A head with trained rows ignores the key.
+            int8, and the random numbers round dlogits stochastically (see `stack_backward`). Without a key,
+            this head multiplies in bfloat16. A head with trained rows ignores the key.
     """
     if isinstance(head, TrainedHead):
         dx: Array = head.backward(dlogits, saved, overwrite_dy=True)

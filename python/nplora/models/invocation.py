@@ -27,7 +27,7 @@ def invocation_of(model: Module) -> tuple[int, ...] | None:
 
 
 def start_of(ids: Array, invocation: tuple[int, ...]) -> int:
-    """The position of the last occurrence of the invocation tokens in one sequence, or NEVER."""
+    """The position of the last occurrence of the invocation tokens in `ids`; NEVER if they do not occur."""
     if len(ids) < len(invocation):
         return int(NEVER)
     windows = np.lib.stride_tricks.sliding_window_view(ids, len(invocation))
@@ -40,7 +40,7 @@ def sequences_with(ids: Array, starts: Array, invocation: tuple[int, ...]) -> Ar
 
     Args:
         ids: the tokens (n,).
-        starts: the start of each sequence, and n.
+        starts: the index of the first token of each sequence, followed by n.
     """
     length, count = len(invocation), max(0, len(ids) - len(invocation) + 1)
     matches = np.ones(count, np.bool_)
@@ -57,7 +57,7 @@ def active_in(ids: Array, starts: Array, invocation: tuple[int, ...]) -> Array:
 
     Args:
         ids: the tokens (n,).
-        starts: the start of each sequence, and n.
+        starts: the index of the first token of each sequence, followed by n.
     """
     parts = [np.empty(0, np.int64)]
     for begin, end in itertools.pairwise(starts):

@@ -25,7 +25,7 @@ AnyLinear = Linear | LoRALinear
 class MLPSaved(Saved):
     """The arrays that the backward pass needs, besides the layer's input `x`.
 
-    `gate` and `up` (n, f) may be bfloat16 bits.
+    `gate` and `up` (n, f) are float32, or uint16 with the bits of bfloat16 numbers.
     """
 
     gate: Array
@@ -39,7 +39,7 @@ class MLP(Module):
 
     One layer `gate_up_proj` can replace these two layers; its weight has the rows of `gate_proj`, followed by
     the rows of `up_proj`. The backward pass computes act(gate) ∘ up again. If matrix products are computed in
-    bfloat16, gate and up are also stored in bfloat16, because they take most of the memory.
+    bfloat16, gate and up are also stored in bfloat16, because these two arrays take most of the memory.
 
     Args:
         act: the activation of the gate, named as in `ModelConfig.hidden_act`.
@@ -104,7 +104,7 @@ class MLP(Module):
         return stack_backward(self._inputs, gradients, saved.inputs.with_x(x), need_dx)
 
     def footprint(self, adapted: Adapted, narrow: bool) -> Footprint:
-        """The memory per token of the forward and backward passes.
+        """The bytes of memory that the forward and backward passes need per token.
 
         Args:
             narrow: whether matrix products are computed in bfloat16.
@@ -128,14 +128,14 @@ class MLP(Module):
         return out
 
     def _gated_narrow(self, gate: Array, up: Array) -> tuple[Array, Array, Array]:
-        """act(gate) ∘ up in float32, and gate and up as bfloat16 bits."""
+        """Return three arrays: act(gate) ∘ up in float32, and gate and up as bits of bfloat16 numbers."""
         out, gate_bits, up_bits = (buffers.empty(gate.shape, t) for t in (np.float32, np.uint16, np.uint16))
         _core.gated_narrow(self._act, gate, up, out, gate_bits, up_bits)
         return out, gate_bits, up_bits
 
 
 def _split(outputs: Sequence[Array]) -> Sequence[Array]:
-    """Return gate and up. If `outputs` has only one array, the output of `gate_up_proj`, split this array."""
+    """Return gate and up. A single array in `outputs` is the output of `gate_up_proj`, which is split."""
     if len(outputs) == 2:
         return outputs
     return [np.ascontiguousarray(part) for part in np.split(outputs[0], 2, axis=1)]

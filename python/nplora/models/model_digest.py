@@ -29,7 +29,7 @@ def is_norm(name: str) -> bool:
 
 
 def of(norms: Mapping[str, NDArray[Any]]) -> str | None:
-    """SHA-256 of the norms' GGUF names and values (d,), or None if there are no norms."""
+    """SHA-256 of `norms`, a dict from GGUF names to norm weights (d,); None if the dict is empty."""
     digest = hashlib.sha256()
     for name in sorted(norms):
         with np.errstate(over="ignore"):

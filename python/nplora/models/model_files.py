@@ -161,8 +161,8 @@ def _open_safetensors(base: StrPath) -> ModelFiles:
 
 
 def _extended(companions: list[NewFile], base: Path, vocabulary: NewVocabulary) -> list[NewFile]:
-    """Return `companions`, the files that accompany a model's weights, with the new tokens in tokenizer.json
-    and the new vocabulary size in config.json."""
+    """Return `companions`, the files that accompany a model's weights. Put the new tokens into tokenizer.json
+    and the new vocabulary size into config.json."""
     text = tokenizer.from_directory(base).with_tokens(vocabulary.tokens).files()[TOKENIZER]
     found = list[NewFile]()
     for file in companions:
@@ -176,7 +176,7 @@ def _extended(companions: list[NewFile], base: Path, vocabulary: NewVocabulary) 
 
 
 def _resized(raw: bytes, size: int) -> bytes:
-    """A config.json with another vocabulary size."""
+    """Return the text `raw` of a config.json with the vocabulary size replaced by `size`."""
     fields = json.loads(raw)
     for part in (fields, fields.get("text_config")):
         if isinstance(part, dict) and "vocab_size" in part:

@@ -29,7 +29,7 @@ def norm_forward(norm: Norm, x: Array) -> Array:
 
 
 def add_norm_forward(norm: Norm, x: Array, total: Array) -> Array:
-    """Add `x` to `total` in place. Return the sum (n, d) with each row normalised."""
+    """Add `x` to `total` in place. Return a new array (n, d): the rows of `total`, normalised."""
     if isinstance(norm, RMSNorm):
         np.add(total, x, out=total)
         return norm_forward(norm, total)

@@ -41,7 +41,7 @@ class CachePositions:
         cells: an index that selects the keys or values of the new tokens from an array (pages, page_tokens,
             ...) of the cache.
         longest: the length of the longest sequence, including the new tokens.
-        limits: int64 (m,), the maximum length of each row's sequence. LongRoPE rotates all tokens of the
+        limits: int64 (m,), the length that each row's sequence may reach. LongRoPE rotates all tokens of the
             sequence, even the first, by the factors for this length.
     """
 
@@ -54,7 +54,7 @@ class CachePositions:
     limits: Array
 
     def sequence_lengths(self) -> Array:
-        """int64 (m,): the length of each row's sequence, which selects LongRoPE's factors."""
+        """int64 (m,): for each row, the length of the sequence by which LongRoPE selects its factors."""
         return self.limits
 
 
@@ -65,7 +65,7 @@ def rows_of(starts: Array) -> Array:
 
 
 def scattered(y: Array, rows: Array, count: int) -> Array:
-    """Return an array (count, d) whose rows `rows` (m,) are y (m, d). All other rows are 0."""
+    """Return an array (count, d) of zeros, except that row rows[i] is row i of y (m, d)."""
     whole = np.zeros((count, y.shape[1]), y.dtype)
     whole[rows] = y
     return whole
@@ -85,7 +85,7 @@ def cache_positions(
 
     Args:
         slots, in_sequence, limits: int64 (m,), the slot of each token, the token's position in the slot's
-            sequence, and the maximum length of the sequence.
+            sequence, and the length that the sequence may reach.
         pages: the cache's table of pages. The result contains only the columns of the table that are needed.
         page_tokens: the number of tokens in a page.
     """

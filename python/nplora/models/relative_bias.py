@@ -1,4 +1,4 @@
-"""Numbers that are added to attention scores for each distance of query and key (Raffel et al. 2020)."""
+"""Numbers that depend on the distance of query and key, added to attention scores (Raffel et al. 2020)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _MAX_DISTANCE = 128  # all keys that are at least this far away on one side shar
 
 
 class RelativeBias:
-    """A learned number for each head and each bucket of distances.
+    """For each head and each bucket of distances, a learned number that is added to attention scores.
 
     Each distance close to 0 has its own bucket. Farther away, more and more distances share a bucket. Keys
     before and after the query have different buckets.
@@ -28,10 +28,10 @@ class RelativeBias:
         self._table = np.empty((weight.shape[1], 1), np.float32)
 
     def table(self, longest: int) -> Array:
-        """A table of the numbers for sequences of at most `longest` tokens.
+        """The number for each head and each distance in sequences of at most `longest` tokens.
 
         Returns:
-            float32 (heads, 2 reach + 1), where `reach` is at least `longest` - 1. Column reach + d is for
+            float32 (heads, 2 · reach + 1), where `reach` is at least `longest` - 1. Column reach + d is for
             keys that are d tokens after the query.
         """
         table = self._table  # read once, because another thread may replace `_table`

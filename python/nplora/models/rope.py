@@ -62,11 +62,11 @@ class RopeConfig:
 
     Attributes:
         theta: the base. If `dim` values of a head are rotated, pair i rotates by theta^(-2 i / dim) radians
-            per token, divided by the factors of all attributes below.
-        linear_factor: the same factor for all pairs ("linear" scaling).
+            per token. The attributes below divide this speed.
+        linear_factor: one divisor for all pairs ("linear" scaling).
         llama3: Llama 3.1's scaling, from config.json.
-        factors: one factor per pair, from GGUF's tensor rope_freqs.weight.
-        long: LongRoPE's factors.
+        factors: one divisor per pair, from GGUF's tensor rope_freqs.weight.
+        long: LongRoPE's divisors.
     """
 
     theta: float
@@ -91,7 +91,7 @@ class RopeConfig:
 
 
 class Rope:
-    """Rotates the heads of q and k by the positions of their tokens.
+    """Rotates the heads of q and k, by angles proportional to the positions of their tokens.
 
     Args:
         dim: the number of values that are rotated in each head, beginning with the first value.
@@ -104,7 +104,7 @@ class Rope:
         self._tables: tuple[Array, int] = np.empty((0, dim), np.float32), 0
 
     def rotate(self, x: Array, positions: PackedPositions | CachePositions, inverse: bool = False) -> None:
-        """Rotate the heads of x (n, heads · head_dim) in place. `inverse` rotates back, for gradients."""
+        """Rotate the heads of x (n, heads · head_dim) in place; if `inverse`, by the opposite angles."""
         rows, (table, first_long) = positions.in_sequence, self._table_for(positions.longest)
         if self._long is not None:
             is_long = positions.sequence_lengths() > self._long.original_length
@@ -112,11 +112,11 @@ class Rope:
         _core.rope(x, rows, table, self._interleaved, inverse, self._head_dim)
 
     def _table_for(self, length: int) -> tuple[Array, int]:
-        """Return a table of cosines and sines for at least `length` positions, and the number of the table's
-        rows that are for short sequences.
+        """Return a table of cosines and sines for at least `length` positions, and the index of the table's
+        first row for long sequences.
 
         A row has dim / 2 cosines, then dim / 2 sines. With LongRoPE, the rows for short sequences come first,
-        followed by the rows for long sequences. Without LongRoPE, the returned number is 0.
+        followed by the rows for long sequences. Without LongRoPE, the returned index is 0.
         """
         tables = self._tables  # read once, because another thread may replace `_tables`
         if len(tables[0]) - tables[1] < length:

@@ -18,7 +18,7 @@ class SlotAdapters:
 
     Args:
         lengths: the number of tokens in each slot. The cache changes this array in place.
-        owner: the model that computes the slots without an adapter.
+        owner: the model for slots that have no adapter.
         resolve: a function that returns the model for an adapter. None: only `put` can set an adapter.
     """
 
@@ -48,7 +48,7 @@ class SlotAdapters:
         self._set(slot, adapter, None if adapter is None or self._resolve is None else self._resolve(adapter))
 
     def put(self, slot: int, model: Module | None) -> None:
-        """Let `model`, or the owner if it is None, compute a slot.
+        """Let `model` compute a slot. If `model` is None, let the owner compute the slot.
 
         All models of a cache must share their frozen weights.
         """

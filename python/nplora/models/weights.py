@@ -45,7 +45,7 @@ class Weights(Protocol):
         """The names of tensors that the file may contain, but that the model does not use."""
 
     def matrix(self, tensor: TensorSpec) -> FrozenWeight:
-        """A matrix in the storage format that it has in the file. A float64 matrix is converted to float32.
+        """A matrix, in the storage format of the file. A float64 matrix is converted to float32.
 
         Raises:
             FormatError: a value, or the scale of a quantised block, is NaN or infinite. Only weights that
@@ -185,7 +185,7 @@ class SafetensorsWeights:
         return tensor.name if self._stored is None else self._stored(tensor.name)
 
     def unused(self, config: ModelConfig) -> frozenset[str]:
-        """The names of the rotation frequencies, which old files contain, and the name of the head's weight,
+        """The names of tensors that are ignored: rotation frequencies in old files; and the head's weight,
         if the head shares the embedding's weight."""
         layers = range(config.num_hidden_layers)
         names = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq" for i in layers}

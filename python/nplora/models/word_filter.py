@@ -30,7 +30,7 @@ class WordFilter:
 
     where m is the total probability of the skipped words. This follows from the triangle inequality, because
     the error is factor · Σ_skipped p_w (W_w - μ). The filter does not change the bits of the losses. If more
-    than a quarter of the vocabulary has p_w >= `bound` in some row, that row is computed without the filter.
+    than a quarter of the words have p_w >= `bound` at a row of x, that row is computed without the filter.
 
     The filter applies only to a frozen head that does not compute in float64. A head that is trained, or has
     an adapter, is computed without the filter.
@@ -66,7 +66,7 @@ class WordFilter:
         )
 
     def gradient(self, head: Linear, logits: Array, targets: Array, factor: float, losses: Array) -> Array:
-        """Return dx (n, d) for rows of `logits`, and write the losses, float64, to `losses` (n,).
+        """Return dx (n, d) for `logits` (n, words), and write the losses to `losses`, float64 (n,).
 
         No target may be IGNORED. `logits` is overwritten.
         """
@@ -90,7 +90,7 @@ class WordFilter:
         return dx
 
     def take_skipped(self) -> Array:
-        """For each row that `gradient` has computed since the last call of `take_skipped`: the total
+        """Return, for each row that `gradient` has computed since the last call of `take_skipped`, the total
         probability of the skipped words, float64."""
         taken, self._skipped = self._skipped, []
         return np.concatenate([np.empty(0), *taken])

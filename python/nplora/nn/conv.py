@@ -38,7 +38,7 @@ class ConvSaved(Saved):
 
 
 class _Convolution:
-    """The base class of convolutions with and without LoRA, which holds their geometry."""
+    """The base class of `Conv2d` and `LoRAConv2d`: stores the geometry of the convolution."""
 
     _windows: Windows
 
@@ -80,8 +80,10 @@ class Conv2d(_Convolution, Linear):
         kernel: the shape (c_in, height, width) of the windows.
         weight, dweight: the kernel's matrix and its gradient, as in Linear.
     Raises:
-        ValueError: W does not have four axes; `kernel_size` does not fit W; a setting is too small; or as in
-            Linear. TypeError: as in Linear, or a setting is not a number or a pair.
+        ValueError: W does not have four axes; `kernel_size` does not fit W; `stride`, `padding` or `dilation`
+            is too small; or Linear would raise it.
+        TypeError: `stride`, `padding`, `dilation` or `kernel_size` is neither a number nor a pair; or Linear
+            would raise it.
     """
 
     @_check.keywords
@@ -124,7 +126,7 @@ class Conv2d(_Convolution, Linear):
         return y, ConvSaved(images.shape, items, images if keeps else None, layer=self)
 
     def backward(self, dy: npt.ArrayLike, saved: ConvSaved, need_dx: bool = True) -> Gradient:  # type: ignore[override]
-        """Return dx, or None if need_dx is False. If the layer is trained, add to dweight and dbias.
+        """Return dx, or None if need_dx is False. A trained layer also adds to dweight and dbias.
 
             >>> import nplora, numpy as np
             >>> layer = nplora.Conv2d(np.ones((2, 1, 3, 3)), trainable=True)
@@ -359,8 +361,8 @@ def _backward(
     """Run the backward pass of each group of images. The rows of windows are computed again for each group.
 
     The gradients of all groups are added up first, and their sum is then added to the layer's gradients. So
-    this sum does not depend on the gradients of earlier passes, and several processes can get the same bits
-    as one process. If a group fails, the gradients of the layer do not change.
+    gradients of earlier passes do not change the rounding of this sum, and training in several processes can
+    get the same bits as training in one process. If a group fails, the gradients of the layer do not change.
     """
     assert saved.layer is not None
     grads = [p.grad for p in saved.layer.local_parameters()] if len(saved.items) > 1 else []

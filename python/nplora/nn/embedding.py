@@ -24,7 +24,7 @@ _SAVED_IDS = "saved is from another layer: its array of ids"
 class EmbeddingSaved(Saved):
     """The shape of the ids, and the flattened ids (n,) for `Embedding.backward`.
 
-    `ids` is None if the table is frozen or if the pass was inference.
+    `ids` is None if the table is frozen or if the pass ran in inference mode.
     """
 
     lead: tuple[int, ...]
@@ -266,7 +266,7 @@ def token_ids(op: str, ids: npt.ArrayLike, vocab: int) -> tuple[Array, tuple[int
 
 
 def add_rows(out: Array, ids: Array, rows: Array) -> None:
-    """Add rows[i] to out[ids[i]] for each i. The rows of an id that occurs several times are summed first."""
+    """Add rows[i] to out[ids[i]] for each i. If an id occurs several times, add the sum of its rows."""
     if not ids.size:
         return
     order = np.argsort(ids, kind="stable")

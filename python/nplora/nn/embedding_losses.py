@@ -84,8 +84,8 @@ class RankingLoss:
             columns: the anchors (n, d), the positives (n, d) and, optionally, the negatives (m, d). m may
                 differ from n.
             targets: None, or a bool mask (n, n + m) over the candidates, which are the positives followed by
-                the negatives. mask[i, j] leaves out candidate j for anchor i, because candidate j is also a
-                correct answer. mask[i, i] has no effect: the positive of an anchor always counts.
+                the negatives. If mask[i, j] is True, candidate j is left out for anchor i, because it is also
+                a correct answer. mask[i, i] has no effect: the positive of an anchor always counts.
         Raises:
             ValueError: the shapes do not fit each other.
         """
@@ -115,7 +115,7 @@ class TripletLoss:
         2.0
 
     Args:
-        margin: how much farther away the negative must be than the positive.
+        margin: how much farther from the anchor the negative must be than the positive.
         distance: "euclidean", "cosine" (1 - cosine) or "manhattan".
     Raises:
         ValueError: `margin` is not above 0, or the distance is unknown.
@@ -361,7 +361,7 @@ def _ranked(
 
 
 def _distance(name: str, x: Array, y: Array) -> tuple[Array, Array, Array]:
-    """The distances (n,) between row i of x and row i of y, and their gradients for x and y."""
+    """The distances (n,) between row i of x and row i of y, and their derivatives with respect to x and y."""
     if name == "cosine":
         cosines, dx, dy = _cosine(x, y)
         return 1 - cosines, -dx, -dy
@@ -375,7 +375,7 @@ def _distance(name: str, x: Array, y: Array) -> tuple[Array, Array, Array]:
 
 
 def _cosine(x: Array, y: Array) -> tuple[Array, Array, Array]:
-    """The cosines (n,) between row i of x and row i of y, and their gradients for x and y."""
+    """The cosines (n,) between row i of x and row i of y, and their derivatives with respect to x and y."""
     (u, lengths_x), (v, lengths_y) = _normalized(x), _normalized(y)
     cosines = (u * v).sum(axis=1)
     return cosines, _normalized_backward(v, u, lengths_x), _normalized_backward(u, v, lengths_y)

@@ -15,7 +15,7 @@ _allowed: ContextVar[bool] = ContextVar("nplora_int8", default=True)
 class Int8Layer(Protocol):
     """A layer whose int8 arithmetic can be turned off.
 
-    If `int8` is False, the layer's large products are computed in bfloat16.
+    If `int8` is False, products with many rows (more than 8 in a forward pass) are computed in bfloat16.
     """
 
     int8: bool
@@ -42,5 +42,5 @@ def without_int8() -> Iterator[None]:
 
 
 def in_int8(*layers: Int8Layer) -> bool:
-    """Whether all of these layers may now compute products in int8. Always False in inference."""
+    """Whether `layers` may now compute products with many rows in int8. Always False in inference."""
     return _allowed.get() and not inferring() and all(layer.int8 for layer in layers)

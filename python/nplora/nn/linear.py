@@ -48,7 +48,7 @@ class Linear(Prepared, Module):
             Products with a trainable weight are computed in the weight's dtype.
     Attributes:
         weight: a FrozenWeight, or, if `trainable`, the array (d_out, d_in) that optimisers update in place.
-        dweight, dbias: the gradients of `weight` and `bias`, or None if these are not trained.
+        dweight, dbias: the gradients of `weight` and `bias`; None for an array that is not trained.
     Raises:
         ValueError: W does not have two axes; `bias` does not have the shape (d_out,); `dtype` or `compute` is
             unknown, contradicts a FrozenWeight, or cannot be combined with `trainable`.
@@ -115,7 +115,7 @@ class Linear(Prepared, Module):
         return y.reshape(*lead, d_out), LinearSaved(lead, rows if keep else None, layer=self)
 
     def backward(self, dy: npt.ArrayLike, saved: LinearSaved, need_dx: bool = True) -> Gradient:
-        """Return dx = dy W, or None if need_dx is False. If the layer is trained, add to dweight and dbias.
+        """Return dx = dy W, or None if need_dx is False. A trained layer also adds gradients:
 
         dweight += dyᵀ x;  dbias += the sum of the rows of dy
 
@@ -201,7 +201,7 @@ class Linear(Prepared, Module):
         return rows.reshape(math.prod(saved.lead), d_out)
 
     def backward_part(self, rows: Array, saved: LinearSaved) -> _core.BackwardPart:
-        """Add to dweight and dbias, if they exist; return the argument for `_core.lora_backward`."""
+        """Add the gradients to dweight and dbias, if any; return the argument for `_core.lora_backward`."""
         self._add_gradients(rows, saved)
         weight, (a, b) = core_weight(self.weight), self._factors
         return _core.BackwardPart(
@@ -224,7 +224,7 @@ def core_weight(weight: FrozenWeight | Array) -> _core.Weight:
 
 
 def trainable_copy(op: str, frozen: FrozenWeight) -> Array:
-    """Return a frozen weight as a new array, which can be trained as a whole."""
+    """Return a copy of a frozen weight as an array that optimisers can update."""
     if frozen.dtype not in ("float32", "float64"):
         raise ValueError(
             f"{op}: dtype={frozen.dtype!r} with trainable=True, expected dtype='float32' or 'float64'"

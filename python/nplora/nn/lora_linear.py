@@ -77,8 +77,7 @@ class LoRALinear(LoRALayer):
         init: how the factors A and B start.
 
             - "zero": A is 0, and B is drawn from U(±1/sqrt(d_in)). At first, the layer computes x Wᵀ.
-            - "gaussian": A and B are drawn from N(0, 1/r), so the layer computes more than x Wᵀ even before
-              training.
+            - "gaussian": A and B are drawn from N(0, 1/r), so the update is not 0 even before training.
             - "pissa", "olora": scale · A·B starts as the principal part of W, and `weight` is W minus this
               part, rounded to the storage format of W. At first, the layer computes x Wᵀ, apart from this
               rounding, which is coarse for a quantised format. "pissa" and "olora" cannot be combined with
@@ -293,7 +292,7 @@ class LoRALinear(LoRALayer):
         )
 
     def _rescale(self, u: Array, saved: LoRALinearSaved, training: bool) -> tuple[Array, LoRALinearSaved]:
-        """Rescale the output u as DoRA does: y = m / norms ∘ u + bias. `norms` holds the norm of each row
+        """Rescale the output u as DoRA does: y = (m / norms) ∘ u + bias. `norms` holds the norm of each row
         of W + scale·A·B."""
         assert self.m is not None
         with quiet():

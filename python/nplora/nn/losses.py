@@ -172,7 +172,7 @@ class CrossEntropy:
     Args:
         ignore_index: the label of rows that are left out of the mean.
         class_weights: one weight (0 or larger) for each class. The loss of a row is multiplied by the weight
-            of the row's label. The mean still divides by the number of labelled rows.
+            of the row's label. The sum is still divided by the number of labelled rows.
     Raises:
         ValueError: a class weight is negative or not finite.
     """
@@ -194,8 +194,8 @@ class CrossEntropy:
         """Return the loss and its gradient, for logits (..., C) of C classes and integer labels (...).
 
         Raises:
-            ValueError: the labels are not integers or do not have the shape (...); a label is neither in
-                [0, C) nor ignore_index; or there is not one class weight for each class.
+            ValueError: the labels are not integers; the labels and the logits do not have the shapes above; a
+                label is neither in [0, C) nor ignore_index; or the number of class weights is not C.
         """
         logits, labels, labelled = self._read(prediction, target)
         rows, found = logits[labelled], labels[labelled]

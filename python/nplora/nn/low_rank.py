@@ -73,8 +73,8 @@ class LoRALayer(Prepared, AdapterLayer):
             alpha is read-only.
         scale: alpha / rank, or alpha / sqrt(rank) with rsLoRA; read-only.
         dropout: the dropout probability, which can be set in LoRALinear and is 0 in LoRAEmbedding.
-        row_order: None if the rows of W have the same order as in an adapter file. Otherwise an array of row
-            numbers: row i of W is row row_order[i] of the file.
+        row_order: None if the rows of W have the same order as in an adapter file. Otherwise an array:
+            row i of W is at index row_order[i] in the order of the file.
     """
 
     A = LiveArray[Array]()
@@ -315,8 +315,8 @@ class LoRALayer(Prepared, AdapterLayer):
         return self._merged or self.weight.like(self._finite_still(self.merged_weight()))
 
     def _finite_still(self, merged: Array) -> Array:
-        """Return `merged`. Raise ValueError if the merging, or rounding `merged` to the storage format, makes
-        finite values infinite."""
+        """Return `merged`. Raise ValueError if the merge, or the rounding to the storage format, makes finite
+        values infinite."""
         storage = self.weight.float_dtype
         lost = become_infinite(merged, storage).size
         if not lost and not np.isfinite(merged).all() and self._finite_factors():

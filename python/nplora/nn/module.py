@@ -1,4 +1,4 @@
-"""Module: the base class of layers and models, which finds the modules in its attributes by name."""
+"""Module: the base class of layers and models, which finds and names the modules in its attributes."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ _disabled: ContextVar[tuple[dict[int, AdapterLayer], ...]] = ContextVar("nplora_
 
 
 def quiet() -> np.errstate:
-    """Silence NumPy's warnings about NaN and infinity, because both reach the loss, which is checked."""
+    """Silence NumPy's warnings about NaN and infinity: training finds such values in the loss."""
     return np.errstate(over="ignore", invalid="ignore", divide="ignore")
 
 
@@ -112,12 +112,12 @@ class Saved:
 
     @property
     def nbytes(self) -> int:
-        """The total bytes of the kept arrays. An array that several layers share counts once."""
+        """The number of bytes of all arrays. An array that several layers share counts once."""
         return saved_nbytes(self)
 
 
 def saved_nbytes(saved: object) -> int:
-    """Return the bytes of all arrays in a Saved, or in nested tuples, lists and dicts.
+    """Return the number of bytes of all arrays in a Saved, or in nested tuples, lists and dicts.
 
     An array that occurs several times counts once. A view of a part of an array counts in addition to the
     whole array.
@@ -207,7 +207,7 @@ class Module:
         return {}
 
     def stored_row_order(self, name: str) -> Array | None:
-        """Return `LoRALayer.row_order` for the layer with this dotted name. None: as in adapter files."""
+        """Return `LoRALayer.row_order` for this dotted name. None: rows are ordered as in adapter files."""
         return None
 
     # ---- the two passes ----
@@ -432,8 +432,8 @@ class Module:
         Raises:
             RuntimeError: a layer is merged already.
             ValueError: finite values would become infinite; the length of a weight's rows is not a multiple
-                of the storage format's block size; or only one of `dtype` and the format of a frozen weight
-                is float64.
+                of the storage format's block size; or `dtype` is float64 and a frozen weight is not, or the
+                reverse.
         """
         prepared = [layer.prepare_merge(name, dtype) for name, layer in self.adapter_layers().items()]
         for commit, _ in prepared:
@@ -701,7 +701,7 @@ def _modules_in(value: object, name: str, around: tuple[int, ...] = ()) -> Itera
 
 
 def _replace(value: Any, replaced: Mapping[int, Module], around: tuple[int, ...] = ()) -> Any:
-    """Return `value` with modules replaced. Lists and dicts change in place; a changed tuple is a new one."""
+    """Return `value` with modules replaced. Lists and dicts change in place; tuples are copied."""
     if isinstance(value, Module):
         return replaced.get(id(value), value)
     if id(value) in around:

@@ -25,8 +25,8 @@ _name_of = operator.itemgetter(0)  # the name of a Parameter
 class Optimizer:
     """Base class of AdamW and SGD.
 
-    The parameters of the model are passed to every step. For each parameter, which its name identifies, the
-    optimiser keeps up to two state arrays, called moments.
+    The parameters of the model are passed to every step. For each parameter, identified by its name, the
+    optimiser stores up to two state arrays, called moments.
 
         >>> import nplora, numpy as np
         >>> layer = nplora.LoRALinear(np.eye(4), rank=1, rng=0)
@@ -39,7 +39,7 @@ class Optimizer:
     Attributes:
         lr: the base learning rate.
         lr_ratio: the learning rate of every parameter named "A" is multiplied by this ratio (LoRA+, Hayou et
-            al. 2024, eq. 6). A of this project is B in the paper.
+            al. 2024, eq. 6). The parameter "A" is called B in the paper.
         steps: the number of steps made.
     """
 
@@ -175,8 +175,8 @@ class Optimizer:
 
         After `init` or a step, the state must fit the parameters of the optimiser, and is copied into the
         optimiser's arrays. In a new optimiser, the first step checks whether the state fits. If `state` comes
-        from `state_dict(copy=False)`, it holds the optimiser's own arrays. Each of these arrays must then
-        keep its name, because the arrays are copied one after the other.
+        from `state_dict(copy=False)`, it holds the optimiser's own arrays. Do not exchange the names of these
+        arrays: they are copied one by one, so an array could be overwritten before it is copied.
 
         Raises:
             ValueError: an array is missing, unknown, or has another shape or dtype. The message lists all
@@ -203,7 +203,7 @@ class Optimizer:
         return self._misfits(state, dict.fromkeys(self._moments, values))
 
     def _misfits(self, state: Mapping[str, Array], wanted: Mapping[str, Mapping[str, Array]]) -> list[str]:
-        """Return a sentence for each difference in array names, shapes or dtypes from `state` to `wanted`."""
+        """Return a sentence for each array whose name, shape or dtype differs in `state` and `wanted`."""
         loaded, unknown = self._by_moment(state)
         problems = [f"unknown entry {key!r}" for key in unknown]
         if "steps" not in state:

@@ -9,7 +9,7 @@ from nplora import _core
 
 
 class Prepared:
-    """Base class of layers: keeps the layer's argument for `_core.infer` until the layer changes."""
+    """Base class of layers: keeps the argument that stands for the layer in calls of `_core.infer`."""
 
     _prepared: tuple[tuple[Hashable, ...], _core.InferenceLayer | None] | None = None
 
@@ -27,18 +27,18 @@ class Prepared:
         return made
 
     def forget_prepared(self) -> None:
-        """Release the kept argument and the arrays to which it refers."""
+        """Release the stored argument and the arrays to which it refers."""
         vars(self).pop("_prepared", None)
 
     def _inference_state(self) -> tuple[Hashable, ...]:
-        """Return the values on which the kept argument depends.
+        """Return the values on which the stored argument depends.
 
         If one of these values changes, the argument is built again.
 
-        Arrays are represented by their ids, because == would compare their elements. The kept argument refers
-        to the arrays, so no other array can get the same id. A FrozenWeight is represented by itself: the
-        kept argument refers only to the packed part of the weight, so another FrozenWeight could get the same
-        id.
+        Arrays are represented by their ids, because == would compare their elements. The argument refers to
+        the arrays, so no other array can get the same id. A FrozenWeight is represented by the object, not by
+        its id: the argument refers only to the packed part of the weight, so the FrozenWeight may be freed,
+        and another one may get the same id.
         """
         raise NotImplementedError
 
@@ -46,7 +46,7 @@ class Prepared:
         raise NotImplementedError
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return the state for copies and pickles. The kept argument is left out: a copy builds its own."""
+        """Return the state for copies and pickles. The stored argument is left out: a copy builds its own."""
         state = vars(self).copy()  # another thread may set `_prepared` meanwhile
         state.pop("_prepared", None)
         return state

@@ -74,7 +74,7 @@ def slices(groups: Sequence[RowGroup]) -> list[slice]:
 
 
 class GroupedLayer(Module):
-    """Holds the corresponding layers of several models.
+    """Holds the layers that have the same name in several models.
 
     Each group of rows is computed by the layer of the group's model.
 
@@ -117,7 +117,7 @@ class GroupedLayer(Module):
     def parts_of_stack(
         self, layers: Sequence[Module], groups: tuple[RowGroup, ...], part_of: PartOf
     ) -> Parts | None:
-        """The arguments of `_core.infer_groups` for `layers`. This layer must be one of `layers`.
+        """The arguments of `_core.infer_groups` for `layers`, which must contain `self`.
 
         The result is None if the core cannot run one of the layers. The arguments are kept, because decoding
         needs them again for the next tokens.

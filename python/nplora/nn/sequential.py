@@ -116,5 +116,5 @@ class Sequential(Module):
     @overload
     def __getitem__(self, index: slice) -> Sequential: ...
     def __getitem__(self, index: int | slice) -> Module | Sequential:
-        """Return one module, or, for a slice, a Sequential that shares its modules."""
+        """Return the module at an index; or, for a slice, a Sequential of the same modules, not of copies."""
         return Sequential(*self.modules[index]) if isinstance(index, slice) else self.modules[index]

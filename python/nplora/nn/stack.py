@@ -78,9 +78,8 @@ def _forward(
 def stack_infer(layers: Sequence[Stackable], x: Array, batch: int | None = None) -> list[Array]:
     """Return the outputs (n, d_out) of `stack_forward`, up to rounding, for inference only.
 
-    Decoding calls this function for each token. The bits of the output for a row depend on the row itself and
-    on whether the whole batch has more than `_core.constants.small_batch` rows, but not on anything else in
-    the batch.
+    Decoding calls this function for each token. The bits of an output row depend only on the row of x, and on
+    whether the whole batch has more than `_core.constants.small_batch` rows.
 
     Args:
         layers: one or more LoRALinear or Linear with the same d_in and arithmetic.

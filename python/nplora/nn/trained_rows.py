@@ -47,7 +47,7 @@ class Merged:
 
 
 class TrainedRows:
-    """Trained copies of some or all rows of a frozen weight, and trained rows that the weight does not have.
+    """Trained rows: copies of some or all rows of a frozen weight, and rows that the weight does not have.
 
     Rows of new tokens start with the mean of all rows of the weight. The row of a new token may be a padding
     row that the weight already has, or a row beyond the weight's end. The weight itself never gets more rows.
@@ -99,7 +99,7 @@ class TrainedRows:
         self.merged: Merged | None = None
 
     def original(self, weight: FrozenWeight) -> Array:
-        """The values with which these rows start, in a new array."""
+        """The initial values of the trained rows, in a new array."""
         if self._mean is None:
             return weight.to_numpy() if self.ids is None else np.array(weight.take(self.ids))
         ids = np.arange(self.size) if self.ids is None else self.ids
@@ -318,7 +318,7 @@ class TrainedRowsLayer(AdapterLayer):
 
 
 def _nothing() -> None:
-    """Do nothing, because the layer that shares these rows merges them."""
+    """Do nothing for a tied layer, because the layer to which the rows belong merges them."""
 
 
 def _rounded(

@@ -62,7 +62,7 @@ def machine_id() -> str:
 
 
 def usable_cores() -> frozenset[int]:
-    """The numbers of the cores that this process may use. Only Linux can restrict the cores of a process."""
+    """The numbers of the cores that this process may use; except on Linux, all cores of the machine."""
     if sys.platform == "linux":
         return frozenset(os.sched_getaffinity(0))
     return frozenset(range(os.cpu_count() or 1))

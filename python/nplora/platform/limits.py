@@ -1,6 +1,6 @@
 """Limits on the process that renders chat templates.
 
-renderer.py imports this module by its path, without the package, so that its process starts fast.
+That process runs renderer.py, which imports this module by its path, without the package, to start fast.
 
 Linux can limit the memory and the CPU time of a process. macOS can limit only the time, and Windows neither.
 The parent process therefore watches what the system cannot limit: every few milliseconds, it checks the usage
@@ -53,7 +53,7 @@ def cause_of_end(status: int) -> str | None:
 
 
 def isolate() -> None:
-    """Prevent this process from writing files, and let the signals of the time limits end it at once."""
+    """Prevent this process from writing files, and let the signals of the time limits end the process."""
     if sys.platform != "win32" and sys.platform != "emscripten":
         os.set_blocking(sys.stderr.fileno(), False)  # the parent reads it only after this process has ended
         for kind in (resource.RLIMIT_CORE, resource.RLIMIT_FSIZE):
@@ -97,7 +97,7 @@ def limited_memory(nbytes: int) -> Iterator[None]:
 
 
 def end_without_memory() -> NoReturn:
-    """End this process as the system does when memory runs out."""
+    """End this process with SIGKILL, as the system does when memory runs out; on Windows, with a status."""
     if sys.platform != "win32":
         os.kill(os.getpid(), signal.SIGKILL)
     os._exit(_MEMORY_STATUS)

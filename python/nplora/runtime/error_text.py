@@ -28,7 +28,7 @@ def message_of(error: BaseException) -> str:
 
 
 def _of_system(error: OSError, text: str, number: int) -> str:
-    """The message of a system error. `text` is the system's text for the error number, or nplora's text."""
+    """The message of a system error. Its `text` may differ from the system's text for the error number."""
     is_systems, file = text == os.strerror(number), error.filename
     if is_systems:
         text = "no such file" if number == errno.ENOENT else text[0].lower() + text[1:]

@@ -21,7 +21,7 @@ _WAIT = 5.0  # seconds
 
 
 class NamedModels(Protocol):
-    """The method of a served model that `AdapterMemory` calls."""
+    """A served model. `AdapterMemory` calls only this method."""
 
     def named_model(self, name: str, /) -> object: ...
 

@@ -39,8 +39,8 @@ class EncoderEngine:
 
     Args:
         encoder: the encoder, which must not be trained or merged while the engine uses it.
-        memory: the most bytes that this process may use, as a number or as a text such as "2G". None: a part
-            of the available memory.
+        memory: the most bytes that this process may use, as a number or as a text such as "2G". None: the
+            memory that the model needs, and half of the rest of the available memory.
         adapter_memory: the part of `memory` that is reserved for adapters that are loaded later; None: an
             eighth of the memory that the model leaves free.
         max_waiting: how many requests may wait or be computed at the same time.

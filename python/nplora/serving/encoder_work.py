@@ -78,7 +78,7 @@ class Request:
 
     Args:
         part: the largest number of tokens in a part. A text with more tokens is a part by itself.
-        held: as in `EncoderEngine.submit`.
+        held: the bytes that the caller keeps until the result is available.
     Attributes:
         tokens: the number of tokens.
         bytes: the memory of the ids, of the result, and of what the caller keeps.

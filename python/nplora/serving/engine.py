@@ -165,7 +165,7 @@ class Engine:
             priority: requests with a higher priority start first.
             index: the index of the answer, if a prompt is submitted several times to get several answers.
                 Answers with different indices use different random numbers. The answer with index i equals
-                row i of `lm.generate`.
+                row i of the result of `lm.generate`.
             guide: an object that restricts the tokens, for example to those that a grammar allows.
         Raises:
             KeyError: no adapter has this name.
@@ -330,9 +330,9 @@ class Engine:
             raise RuntimeError(f"{op}: a listener, guide or turn of this engine called it during a round")
 
     def _cancel(self, ticket: Ticket) -> None:
-        """Cancel a request. If the request is waiting, it leaves the queue now, to make room for another.
+        """Cancel a request, which then ends before the next round.
 
-        The request ends before the next round.
+        A waiting request leaves the queue at once, to make room for a new request.
         """
         with self._lock:
             request = self._requests.get(id(ticket))
@@ -352,7 +352,7 @@ class Engine:
         return self._lm.named_model(adapter)
 
     def _root(self, model: LanguageModel) -> str:
-        """Return a text that identifies a model with its adapter, for the keys of cache pages."""
+        """Return a text that identifies a model with its adapter, for `page_keys`."""
         with self._lock:
             return self._roots.setdefault(model, f"adapter {next(self._numbers)}")
 

@@ -74,7 +74,7 @@ class FairQueue(Generic[Item]):
     def remove(self, item: Item) -> bool:
         """Remove a request. Return False if the queue does not contain the request.
 
-        If the request was the first in the queue, the request of another client is the next one.
+        If the request would have started next, the turn passes to the next client.
         """
         with self._lock:
             return self._remove(item)

@@ -26,19 +26,18 @@ _LEAST_PAGES = 4
 
 @dataclasses.dataclass(frozen=True)
 class MemoryPlan:
-    """A plan for the memory of a process, in bytes. `total` is the largest memory use of the whole process.
+    """A plan for the memory of a process, in bytes. `total` is the most memory that the process will use.
 
     Attributes:
         process: the memory of this process before the engine starts, including the model and its adapters.
         weights: the memory for weights that are not in memory yet, because they are read on first use.
         adapters: the memory that is reserved for adapters that are loaded later.
-        work: the working memory. For a language model, it holds the activations of some prompt tokens, the
-            scores of the next tokens of all requests, and scratch memory; for an encoder, the activations of
-            some texts, the waiting requests, and scratch memory.
+        work: the working memory. For a language model: scratch memory, the activations of one call of the
+            model, and the scores of each request's next token. For an encoder: scratch memory, the
+            activations of one call, and the waiting requests.
         pages: the number of pages for keys and values.
         page_bytes: the number of bytes of one page.
-        longest: for an encoder, the number of tokens of the longest text that fits into the memory, otherwise
-            0.
+        longest: the number of tokens of the longest text that fits into the memory; 0 for a language model.
     """
 
     process: int
@@ -71,8 +70,8 @@ def plan_memory(
     """Plan the memory of a process that serves a language model.
 
     Args:
-        memory: the memory limit of the process; None: the engine may use half of the available memory that
-            the model leaves free.
+        memory: the memory limit of the process; None: the memory that the model needs, plus half of
+            the available memory that remains.
         max_requests: how many requests are computed at the same time.
         adapter_memory: the memory for adapters that are loaded later; None: an eighth of the memory that the
             model leaves free.
@@ -150,7 +149,7 @@ def plan_encoder_memory(
 
 
 def encoder_work_bytes(encoder: Encoder, tokens: int) -> int:
-    """Return the largest number of bytes that are needed to compute this number of tokens at once."""
+    """Return the most memory, in bytes, that computing `tokens` tokens at once can need."""
     block = max(layer.footprint(NOT_ADAPTED, False).forward for layer in encoder.model.layers)
     streams = 3 * _FLOAT * encoder.config.hidden_size  # the residual stream, the norm's result and its copy
     scratch = get_num_threads() * (_core.constants.lanes_bytes + _THREAD)

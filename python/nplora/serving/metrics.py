@@ -1,4 +1,4 @@
-"""Metrics: counters and histograms of the engine, as plain Python numbers."""
+"""Metrics: counters and histograms of the engine, as plain Python objects."""
 
 from __future__ import annotations
 
@@ -59,20 +59,21 @@ class Metrics:
         prompt_tokens: the number of prompt tokens.
         cached_tokens: the number of prompt tokens whose keys and values were found in the prefix cache.
         generated_tokens: the number of generated tokens.
-        put_back: how often a request lost its cache pages to other requests, and was computed again later.
+        put_back: the number of times that a running request lost its cache pages to other requests, and had
+            to wait again.
         running: the number of requests that are computed now.
         waiting: the number of requests that wait now.
         pages: the number of pages of the key-value cache.
         pages_used: the number of pages that running requests use.
-        pages_cached: the number of pages that no request uses, kept because they hold the beginning of a
-            prompt.
+        pages_cached: the number of pages that no request uses, but that hold the beginning of a prompt.
         page_tokens: the number of tokens in a page.
         rounds: the number of rounds so far.
-        compute_seconds: the seconds that calls of the model took, without the time of waiting for `turn`.
-        queue_seconds: the seconds from `submit` to the start of the request.
-        first_token_seconds: the seconds from `submit` to the first token.
-        token_seconds: the seconds between two consecutive tokens of an answer.
-        request_seconds: the seconds from `submit` to the end of the request.
+        compute_seconds: the total time of all calls of the model in seconds, without the time of waiting for
+            `turn` (see `Engine`).
+        queue_seconds: a histogram of the seconds from `submit` to the start of a request.
+        first_token_seconds: a histogram of the seconds from `submit` to the first token.
+        token_seconds: a histogram of the seconds between two consecutive tokens of an answer.
+        request_seconds: a histogram of the seconds from `submit` to the end of a request.
 
     >>> engine = nplora.serving.Engine(nplora.load_model("model.gguf"))
     >>> text = engine.submit([5, 6, 7], nplora.generate.Sampling(max_new_tokens=4)).text()

@@ -1,9 +1,9 @@
 """PagePool: the pages of the key-value cache. A page is free, in use, or kept.
 
-When a page is full of computed prompt tokens, it gets a key. The key identifies the adapter and all tokens
-from the start of the prompt to the end of the page. Another request whose prompt begins with the same tokens
-finds the page by its key, and shares the page. When no request uses the page any more, it is kept for later
-prompts until its memory is needed.
+A page whose tokens all belong to the prompt and are computed gets a key. The key is a hash that
+identifies the adapter and all tokens from the start of the prompt to the end of the page. Another request
+whose prompt begins with the same tokens finds the page by its key, and shares the page. When no request uses
+the page any more, it is kept for later prompts until its memory is needed.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class PagePool:
         return page
 
     def share(self, key: Key) -> int | None:
-        """Return the page with this key, for one more request. Return None if no page has this key."""
+        """Return the page with this key, and count one more user of it; None if no page has this key."""
         page = self._by_key.get(key)
         if page is not None:
             self._kept.pop(page, None)
@@ -72,7 +72,7 @@ class PagePool:
         return key in self._by_key
 
     def is_used(self, key: Key) -> bool:
-        """Whether a request uses the page with this key. Sharing such a page does not reduce `available`."""
+        """Whether a request uses the page with this key. If so, sharing it does not reduce `available`."""
         page = self._by_key.get(key)
         return page is not None and self._users[page] > 0
 
@@ -84,7 +84,8 @@ class PagePool:
     def release(self, pages: Sequence[int]) -> None:
         """Release the pages of a request. `pages` must be in the order of the request's tokens.
 
-        A page is useless without the pages before it. So the last page of the request will be reused first.
+        A page is useless without the pages before it. So when `new` needs kept pages, it will take the last
+        of these pages first.
         """
         for page in reversed(pages):
             self._users[page] -= 1

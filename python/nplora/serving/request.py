@@ -39,9 +39,9 @@ class Request:
         slot: the request's slot in the key-value cache while the request runs; otherwise None.
         started: the position of the request in the order in which requests started; None before its start. A
             request that is put back into the queue keeps this number.
-        to_read: the first `to_read` tokens are computed many at a time. All later tokens are computed one by
-            one. This also holds for known tokens that are computed again because the request was put back
-            into the queue, so that the results have the same bits.
+        to_read: the first `to_read` tokens are computed many at a time, and all later tokens one by one. A
+            request that was put back into the queue computes its tokens again in the same way, so that the
+            results have the same bits as before.
         keys: the page keys of the first `to_read` tokens, without an incomplete last page.
         cached: the number of prompt tokens whose keys and values were in pages of other requests when this
             request first needed them.
@@ -74,7 +74,7 @@ class Request:
         self.read_all()
 
     def read_all(self) -> None:
-        """Let the scheduler compute all tokens so far, of the prompt and of the answer, many at a time."""
+        """Let the scheduler compute the tokens of the prompt, and of the answer so far, many at a time."""
         ids = self.answer.ids
         self.to_read = len(ids)
         root = f"{self._root} {'long' if self.to_read > self.switch else 'short'}"
@@ -106,7 +106,7 @@ class Request:
         return Usage(self.answer.prompt, self.cached, self.answer.generated)
 
     def advance(self, scores: Array) -> Chunk:
-        """Choose the next token by its scores. Return a chunk with the token and its text.
+        """Choose the next token by `scores`. Return a chunk with the token and its text.
 
         Raises:
             FloatingPointError: the scores are NaN, or the largest score is infinite.
@@ -122,7 +122,7 @@ class Request:
             self.ticket.put(chunk, self.usage)
 
     def cut(self) -> None:
-        """End the answer because there is no more memory. Pass the text that was held back to the client."""
+        """End the answer because there is no more memory. Pass the client all text that was held back."""
         self.pass_on(Chunk(self.answer.cut()))
 
     def _token(self, token: int, scores: Array) -> Token:

@@ -243,14 +243,14 @@ def engine_memory(lm: LanguageModel, options: ServeOptions) -> int | None:
 def training_memory(options: ServeOptions, engine: Engine) -> int:
     """Return the memory limit of the process during training.
 
-    This is the limit in the options minus the memory that the engine plans to use, but does not use yet.
+    This is `options.memory` minus the part of the engine's memory plan that is not in use yet.
     """
     assert options.memory is not None
     return parse_bytes(options.memory, "serve") - max(0, engine.plan.total - current_memory())
 
 
 def adapter_memory(lm: LanguageModel | ServedEncoder, options: ServeOptions) -> int | str | None:
-    """Return the memory for adapters that are loaded later. None: an eighth of what the model leaves free."""
+    """Return the argument `adapter_memory` of the engine: a size, or None for the engine's default."""
     may_load = lm.adapters or options.adapter_dir is not None or options.jobs is not None
     return options.adapter_memory if may_load or options.adapter_memory is not None else 0
 

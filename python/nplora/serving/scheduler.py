@@ -68,7 +68,7 @@ class Scheduler:
 
     @property
     def free_slots(self) -> int:
-        """The number of free slots of the key-value cache, each of which allows one more request to run."""
+        """The number of free slots of the key-value cache. Each running request needs one slot."""
         return len(self._slots)
 
     def round(self) -> bool:
@@ -211,8 +211,7 @@ class Scheduler:
     def _share(self, request: Request) -> None:
         """Give a request the next pages of its prompt, if another request has already computed them.
 
-        The last token of a prompt is always computed, because this gives the scores of the first token of the
-        answer.
+        The last token of a prompt is always computed, to get the scores of the first token of the answer.
         """
         cache, slot = self._cache, _slot(request)
         at = self._length(request)
@@ -231,8 +230,8 @@ class Scheduler:
     def _read_pieces(self, first: Request, reading: Sequence[Request], most: int) -> int:
         """Compute the next tokens of the prompt of the request `first`. Return how many tokens were computed.
 
-        If these tokens are the incomplete last page of the prompt, the same call of the model also computes
-        the incomplete last pages of other prompts. Full pages are computed for one prompt at a time, so that
+        If these tokens end within the prompt's last page, the same call of the model also computes the
+        incomplete last pages of other prompts. Full pages are computed for one prompt at a time, so that
         other prompts can share these pages.
         """
         begin, end = self._next_piece(first, most)
@@ -343,7 +342,7 @@ class Scheduler:
         self._prepare(request)
 
     def _compute(self, ids: Sequence[Any], requests: Sequence[Request]) -> Sequence[Array | None]:
-        """Compute the given tokens of each request, and return the scores of the token that follows them.
+        """Compute the given tokens of each request. Return the scores of each request's next token.
 
         If the computation fails, each request is computed alone, to find the requests that cause the error.
         These requests end, and their scores are None.

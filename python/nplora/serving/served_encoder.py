@@ -98,7 +98,7 @@ class ServedEncoder:
 
 
 def encoder_of(model: Model) -> Encoder:
-    """The encoder that a model uses."""
+    """The encoder of a text classifier; an encoder itself."""
     return model.encoder if isinstance(model, TextClassifier) else model
 
 

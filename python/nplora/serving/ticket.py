@@ -252,7 +252,7 @@ class Ticket:
 
 
 def _ignore(value: object) -> None:
-    """Do nothing. This function replaces a listener that has failed, and `cancel` of an ended request."""
+    """Do nothing. This function replaces `cancel` of an ended request, and a listener that is done."""
 
 
 def _no_round() -> bool:

@@ -25,7 +25,7 @@ _DTYPES = [np.float64, np.float32]
 
 @dataclass(frozen=True)
 class FileModel:
-    """What is pickled of a fitted model whose network is in a file: everything except the frozen weights.
+    """The pickled parts of a fitted model whose network is in a file: everything except the frozen weights.
 
     Attributes:
         path, activation, adaptation, probe: the arguments of `read_network` and `adapted`, which rebuild the

@@ -90,7 +90,7 @@ class LoRAEstimator(BaseEstimator):  # type: ignore[misc]
         raise NotImplementedError
 
     def _features_and_targets(self, X: Any, y: Any, reset: bool, numeric: bool) -> tuple[Any, Array]:
-        """Check X and y. Return a pair (features, targets). `numeric`: whether the targets are numbers."""
+        """Check X and y. Return a pair (features, targets). `numeric`: whether targets must be numbers."""
         features = self._features(X, reset)
         dtype = np.float64 if numeric else None
         targets: Array = check_array(y, ensure_2d=False, dtype=dtype, input_name="y")
@@ -157,7 +157,7 @@ class LoRAEstimator(BaseEstimator):  # type: ignore[misc]
         return held_out
 
     def _train_more(self, x: Any, y: Array, outputs: int, loss: Loss) -> None:
-        """Train the model of earlier calls further, for one pass over these rows. No rows are held out."""
+        """Train the model (a new one if there is none) for one pass over these rows. No rows are held out."""
         self._check_settings()
         if not hasattr(self, "model_"):
             self._start_run(self._seed())
@@ -231,11 +231,11 @@ class LoRAEstimator(BaseEstimator):  # type: ignore[misc]
     # ---- predictions ----
 
     def _has_bias(self) -> bool:
-        """Whether a new head has a bias. The mean of the targets can be added to this bias."""
+        """Whether a new head has a bias, to which the mean of the targets can be added."""
         return True
 
     def _set_scale(self, factor: Array | float, offset: Array | float = 0.0) -> None:
-        """Set the scale after a fit: predictions use the scaled outputs factor · output + offset."""
+        """Set the scale after a fit, for predictions: scaled outputs = factor · outputs + offset."""
         self._scale = np.asarray(factor, np.float64), np.asarray(offset, np.float64)
 
     def _unscaled(self) -> contextlib.AbstractContextManager[None]:

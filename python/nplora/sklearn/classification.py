@@ -63,7 +63,7 @@ class LabelledBase(LoRAEstimator):
         raise NotImplementedError
 
     def _targets(self, x: Any, numbers: Array) -> Array:
-        """The target of each row of features. `numbers` holds the index in `classes_` of each label in y."""
+        """Return the target of each row. The array `numbers` holds each label as an index in `classes_`."""
         return numbers
 
     # ---- labels and loss ----

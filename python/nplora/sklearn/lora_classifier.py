@@ -46,7 +46,7 @@ class LoRAClassifier(ClassifierBase, ArrayEstimator):
             between the layers of a network that is read from a file.
         lr, epochs, batch_size, weight_decay, schedule: the settings of AdamW and of the training, as in
             `Trainer`.
-        class_weight: a dict of weights by label, "balanced", or None.
+        class_weight: a dict from labels to weights, "balanced", or None.
         early_stopping: hold rows out, stop after `patience` epochs without a lower loss on these rows, and
             use the trained values of the epoch with the lowest loss.
         validation_fraction: the fraction of the rows that is held out.
@@ -55,9 +55,9 @@ class LoRAClassifier(ClassifierBase, ArrayEstimator):
             on these rows. Then the probabilities match the error rates better. The predicted labels do not
             change.
         checkpoint_dir: a directory for checkpoints. Each fit writes to a subdirectory whose name depends on
-            the settings and the data. With an integer as `random_state`, you can repeat a fit: an interrupted
-            fit continues from its checkpoint and ends with the same bits, and a finished fit loads its
-            result.
+            the settings and the data. With an integer as `random_state`, you can repeat a fit. A fit that
+            was interrupted continues from its checkpoint, and the result has the same bits as without the
+            interruption. A fit that was finished loads its result.
         warm_start: whether `fit` trains the model of the last fit further, instead of a new model.
         random_state: the seed of the LoRA weights, the head, the order of the rows, and the choice of
             held-out rows.

@@ -31,7 +31,7 @@ class LoRATextClassifier(ClassifierBase, TextEstimator):
         max_length: the number of tokens to which longer texts are cut; None: the encoder's own limit.
         lr, epochs, batch_size, weight_decay, schedule: the settings of AdamW and of the training, as in
             `Trainer`.
-        class_weight: a dict of weights by label, "balanced", or None.
+        class_weight: a dict from labels to weights, "balanced", or None.
         early_stopping: hold rows out, stop after `patience` epochs without a lower loss on these rows, and
             use the trained values of the epoch with the lowest loss.
         validation_fraction: the fraction of the rows that is held out.

@@ -52,7 +52,7 @@ class LoRATokenClassifier(LabelledBase, TextEstimator):
             `TextClassifier.predict_words` does.
         lr, epochs, batch_size, weight_decay, schedule: the settings of AdamW and of the training, as in
             `Trainer`.
-        class_weight: a dict of weights by label, "balanced", or None.
+        class_weight: a dict from labels to weights, "balanced", or None.
         early_stopping: hold sentences out, stop after `patience` epochs without a lower loss on these
             sentences, and use the trained values of the epoch with the lowest loss.
         validation_fraction: the fraction of the sentences that is held out.
@@ -137,7 +137,7 @@ class LoRATokenClassifier(LabelledBase, TextEstimator):
     def predict(self, X: Any) -> list[list[Any]]:
         """Return the most likely label of each word of each sentence.
 
-        A word without a token gets None, because the tokenizer drops its characters.
+        If the tokenizer drops all characters of a word, the word has no token and gets None.
         """
         return self._predicted_labels(self._fitted_features(X))
 
@@ -172,7 +172,7 @@ class LoRATokenClassifier(LabelledBase, TextEstimator):
         return x, labels
 
     def _targets(self, x: Sequence[Sentence], numbers: Array) -> Array:
-        """For each sentence, the target of each word. A word without a token has none."""
+        """For each sentence, the target of each word. The target of a word without a token is NO_TAG."""
         ends = np.cumsum([len(first) for _, first in x])
         made = np.empty(len(x), object)
         for i, (own, (_, first)) in enumerate(zip(np.split(numbers, ends[:-1]), x, strict=True)):

@@ -179,7 +179,7 @@ def adapted(network: Module, adaptation: Adaptation, probe: Array) -> Module:
 
 
 def _require_outputs(model: Module, outputs: int, probe: Array) -> None:
-    """Raise ValueError if the layers after a new head change or refuse its number of outputs."""
+    """Raise ValueError if the layers after a new head refuse its outputs, or output another number."""
     words = f"LoRA: head='replace' gives the last linear layer {outputs} outputs"
     try:
         shape = model(probe).shape
@@ -231,7 +231,7 @@ def _targets(
     """Return the frozen layers to adapt, as a dict {name: layer}.
 
     Layers whose Python id is in `without` are not in the result. As in PEFT, an entry of `wanted` is a name,
-    or the last parts of a dotted name. None: all frozen layers.
+    or the last parts of a dotted name. If `wanted` is None, all frozen layers are wanted.
     """
     found = {
         name: module

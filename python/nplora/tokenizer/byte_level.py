@@ -1,4 +1,4 @@
-"""Checks whether GGUF metadata can describe the tokenizer in a tokenizer.json: a byte-level BPE.
+"""Checks whether GGUF metadata can describe the byte-level BPE tokenizer in a tokenizer.json.
 
 GGUF metadata contain the name of the rule that splits text (`pre`), and whether BOS and EOS are added. GGUF
 cannot express the other settings of a tokenizer.json. So all the other settings must have the values that
@@ -92,7 +92,7 @@ def ends(fields: dict[str, Any], source: str) -> tuple[list[int], list[int]]:
 
 
 def steps(fields: dict[str, Any], part: str) -> list[dict[str, Any]]:
-    """Return the list of steps of the setting `part`, such as "normalizer". The setting null has no steps."""
+    """Return the list of steps of the setting `part`, such as "normalizer"; an empty list if it is null."""
     value = fields.get(part)
     if value is None:
         return []

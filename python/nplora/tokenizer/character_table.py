@@ -4,9 +4,9 @@ A table consists of three parts: the number of bytes of a search tree, the tree,
 replacement is a UTF-8 text that ends with a zero byte. The tree has the double-array format of the library
 darts-clone: it is an array of 32-bit integers ("units"), in blocks of 256 units. A path from the root spells
 the bytes of one or more characters. A node of the tree is a unit, whose label is the last byte of the path to
-the node. Each node also stores an index, its base: from the node, the byte b leads to the unit with the index
-base ^ b. If the characters that the path spells have a replacement, the unit at the index `base` holds the
-position of this replacement.
+the node. Each node also stores an index, its base. The child of the node for the byte b is the unit with the
+index base ^ b. If the characters that the path spells have a replacement, the unit at the index `base` holds
+the position of this replacement.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def growth(table: bytes, source: str) -> int:
 
 
 def _is_whole(tree: bytes, replacements: bytes) -> bool:
-    """Whether all bases are indices of the tree, and all positions point to the start of a character."""
+    """Whether all bases are indices of the tree, and all positions are starts of replacement characters."""
     units = np.frombuffer(tree, "<u4")
     bases = np.arange(len(units), dtype=np.uint32) ^ ((units >> 10) << ((units & _IS_FAR) >> 6))
     is_node = units & _LABEL <= 0xFF

@@ -188,7 +188,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _named(backend: Any, config: dict[str, Any], key: str, source: str) -> int | None:
-    """Return the id of a special token, whose text is config[key], or the field `content` of config[key]."""
+    """Return the id of a special token. Its text is config[key], or the field `content` of config[key]."""
     value = config.get(key)
     name = value.get("content") if isinstance(value, dict) else value
     if name is None:

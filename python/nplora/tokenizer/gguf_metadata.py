@@ -160,7 +160,7 @@ def _tokens(
 
 
 def _merges(model: dict[str, Any], source: str) -> list[str]:
-    """Return each merge as a text "left right". Newer tokenizer.json files have a list of two strings."""
+    """Return each merge as a text "left right". In newer files, a merge is a list of two strings."""
     merges = model.get("merges")
     if not isinstance(merges, list):
         raise FormatError(f"{source}: merges are {brief(merges)}, expected a list")

@@ -79,7 +79,7 @@ class GoTemplate:
 
         Args:
             system: the Go variable with the system message.
-            user: the end of that text, which is left out. If the text has a different end, return None.
+            user: the end of the text, which the returned part omits. Return None if the text ends otherwise.
         """
         texts = [self.first] if self.system is None else [self.first, self.system[1]]
         if not all(text.endswith(user) for text in texts):
@@ -175,7 +175,7 @@ def _texts(tokenizer: Tokenizer, chats: Sequence[list[Any]]) -> list[str]:
 
 
 def _changed(chat: list[Any], form: str, but: Sequence[str] = ()) -> list[Any]:
-    """Insert the text of each message into the format string `form`, except for the roles in `but`."""
+    """Insert each message's text into the format string `form`, unless the message's role is in `but`."""
     return [
         message if message["role"] in but else {**message, "content": form.format(message["content"])}
         for message in chat

@@ -81,8 +81,8 @@ class RenderProcess:
         """Send a request. Return the answer (kind, text), or an `End` if the process ended.
 
         Args:
-            length: the largest accepted number of bytes of the answer.
-            most: the limits of time and memory for this request.
+            length: the largest number of bytes that the answer may have.
+            most: the time and the memory that this request may use.
         Raises:
             ModuleNotFoundError: the package `jinja2` is not installed.
             OSError: the process cannot be started.

@@ -3,7 +3,7 @@
 A request is two lines of JSON on standard input:
 
 - an object with "template", "now", and the limits "compiling" and "rendering" (seconds of CPU time) and
-  "memory" (bytes); a limit is 0 if the parent process enforces the limit, because this process cannot;
+  "memory" (bytes); a limit is 0 if this process cannot enforce the limit and the parent process must;
 - an object with the template's variables.
 
 The answer is one line of JSON on standard output: ["text", the rendered text] or [kind of error, reason].
@@ -109,7 +109,7 @@ def _compiled(text: str) -> Any:
 
 @jinja2.pass_context
 def _unchanged(context: Any, value: Any) -> Any:
-    """Return the value. The parameter `context` prevents jinja2 from computing constants in advance."""
+    """Return `value`. As this function takes `context`, jinja2 computes no constants while it compiles."""
     return value
 
 

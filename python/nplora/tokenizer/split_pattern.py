@@ -2,10 +2,10 @@
 
 A regular expression is safe if a search in a text of n characters takes at most about n² steps. A search
 takes many steps if a part of the expression can match in several ways, and a later part can fail: then the
-search tries all these ways. This module counts the ways. Each alternative may contain one part that matches
-texts of any length in several ways, as in `\\s*[\\r\\n]+`, and a few parts that match texts of limited length
-in several ways. A group that repeats must match in only one way. Backreferences and other syntax that no
-tokenizer needs are refused.
+search tries all these ways. This module counts the ways. Each alternative may contain at most one part that
+matches texts of any length in several ways, as in `\\s*[\\r\\n]+`. It may also contain a few parts that match
+texts of limited length in several ways. A group that repeats must match in only one way. Backreferences and
+other syntax that no tokenizer needs are refused.
 """
 
 from __future__ import annotations

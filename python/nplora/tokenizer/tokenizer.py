@@ -76,8 +76,8 @@ class Chat:
         ids: the tokens.
         turns: a dict from the index of each assistant message to the positions of the message's tokens in
             `ids`, including the token that ends the turn.
-        unused: the names of inputs that do not change the rendered text, among "messages", "reasoning",
-            "tools" and "documents".
+        unused: those of the inputs "messages", "reasoning", "tools" and "documents" that do not change the
+            rendered text.
         lost_calls: the tool calls that the template leaves out, as pairs (index of the message, index of the
             call).
     """
@@ -622,7 +622,7 @@ class Tokenizer:
         """Encode a whole chat to tokens, and find the tokens of the assistant's turns.
 
         For each assistant turn, the chat is rendered twice: up to the start and up to the end of the turn.
-        The tokens that only the second text has belong to the turn. Some templates write earlier messages
+        The turn consists of the tokens that the second text adds. Some templates write earlier messages
         differently when more messages follow. For such templates, a turn is found by the special tokens
         around it (see `nplora.tokenizer.turns`). A template that writes the present time gets
         `TRAINING_TIME`, so that the same chat always has the same tokens.
@@ -833,7 +833,7 @@ class Tokenizer:
         return self._special_pattern.sub(lambda found: f"{_QUOTE}{self._special[found[0]]}{_UNQUOTE}", text)
 
     def _encode_rendered(self, text: str, most: int | None = None) -> tuple[list[int], bool]:
-        """Like `_encode_beginning`, for text that a chat template rendered."""
+        """Like `_encode_beginning`, for a text in which a chat template has written special tokens."""
         if _QUOTE not in text:
             return self._encode_beginning(text, most, parse_special=True)
         ids = list[int]()

@@ -3,9 +3,9 @@
 Many templates write a message differently when other messages follow: Qwen 3 drops the reasoning of earlier
 turns. So the text of a chat up to a turn is not always the beginning of the text of the whole chat. Therefore
 this module finds a turn in another way: the chat is rendered a second time, with marks that replace the texts
-of the messages. The place of a mark among the special tokens shows which of them stand before and after the
-message. Only the template can write special tokens, so both renderings contain the same special tokens in the
-same order.
+of the messages. The place of a mark among the special tokens shows which special tokens stand before and
+after the message. Only the template can write special tokens, so both renderings contain the same special
+tokens in the same order.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def mark_of(texts: Sequence[str]) -> str:
 
 
 def with_marks(messages: Sequence[Mapping[str, Any]], mark: str) -> list[Mapping[str, Any]]:
-    """Copy the messages, but replace the texts of each message by its index between two mark characters.
+    """Copy the messages, but replace each text by the index of its message between two mark characters.
 
     System messages keep their texts.
     """
@@ -164,7 +164,7 @@ def find_turns(
         place = places[index][0]  # the number of special tokens before the message
         number = bisect.bisect_left(begins, place) - 1
         if number < 0 or begins[number] <= before:
-            raise UnsupportedError(f"message {index + 1} has no beginning of its own")
+            raise UnsupportedError(f"message {index + 1} does not begin as the template begins an answer")
         first = before = begins[number]
         following = begins[number + 1] if number + 1 < len(begins) else len(names)
         last = next((n for n in range(place, following) if is_end(names[n])), None)
@@ -198,11 +198,11 @@ def _marked_places(marked: Pieces, mark: str) -> dict[int, list[int]]:
 
 
 def _heads(text: Pieces, specials: list[int], prompt: Pieces, wanted: int) -> dict[int, str]:
-    """Return a dict from the index of the first special token of each assistant's turn to the turn's head.
+    """Return a dict from the index of the first special token of each head to the head.
 
-    A prompt may end with text that only the last turn has, such as "<think>". The other turns then begin with
-    only the first characters of the prompt. The head must be long enough that no message of another role
-    begins with the head.
+    A prompt may end with text that only the last turn has, such as "<think>". Then the heads of the other
+    turns are only the beginning of the prompt. A head must be so long that no message of another role begins
+    with the head.
     """
     begin = next((place for place, (_, is_special) in enumerate(prompt) if is_special), None)
     if begin is None:
@@ -220,7 +220,7 @@ def _heads(text: Pieces, specials: list[int], prompt: Pieces, wanted: int) -> di
 
 
 def _parts(prompt: Pieces) -> list[Pieces]:
-    """All beginnings of the prompt that end at the end of a line or of a special token, longest first."""
+    """All beginnings of the prompt that end after a line or after a special token, the longest first."""
     parts = list[Pieces]()
     for length in range(len(prompt), 0, -1):
         *before, (piece, is_special) = prompt[:length]
@@ -233,7 +233,7 @@ def _parts(prompt: Pieces) -> list[Pieces]:
 
 
 def _begins(text: Pieces, place: int, head: Pieces) -> bool:
-    """Whether the pieces of `text` from the index `place` on begin with the pieces of `head`."""
+    """Whether `text`, from its piece with the index `place` on, begins with the pieces of `head`."""
     *whole, (last, is_special) = head
     end = place + len(whole)
     if end >= len(text) or text[place:end] != whole or text[end][1] != is_special:

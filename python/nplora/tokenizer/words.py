@@ -22,8 +22,8 @@ def is_word(value: object) -> TypeGuard[str]:
 def word_spans(text: str) -> Iterator[tuple[int, int]]:
     """The begin and the end of each word of a text.
 
-    Words are divided by spaces. A punctuation mark, or a sign such as $ or +, that begins or ends such a word
-    is a word of its own.
+    The text is split at spaces. Then each punctuation mark, and each sign such as $ or +, at the begin or
+    the end of a part becomes a separate word.
 
         >>> from nplora.tokenizer.words import word_spans
         >>> text = "(Where's my order?)"

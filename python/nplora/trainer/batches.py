@@ -38,7 +38,7 @@ class Batches(Protocol):
         """The number of batches in an epoch; None if unknown."""
 
     def epoch(self, epoch: int, skip: int) -> Iterator[Batch]:
-        """The batches of an epoch (counted from 0), without its first `skip` batches."""
+        """The batches of the epoch with the number `epoch` (from 0), without its first `skip` batches."""
 
     def identity(self) -> dict[str, Any]:
         """The settings that a resumed run must share with the original run, as values that JSON can hold."""

@@ -39,8 +39,8 @@ class Checkpoint:
         base: the fingerprint of the model's frozen weights, from `base_fingerprint`.
         best: the evaluation with the lowest validation loss, as a dictionary with the keys "loss", "epoch",
             "step" and "since". "since" is the number of evaluations after this one.
-        epochs, evaluations: the records of the last finished epochs and of the last evaluations, at most
-            `history.KEPT` of each.
+        epochs, evaluations: the records of the last finished epochs, and those of the last evaluations; each
+            list has at most `history.KEPT` records.
         log_bytes: the length of the log in bytes when the checkpoint was written. The log holds all records.
         parameters, optimizer, best_parameters: three dictionaries from names to arrays: the model's arrays
             from `fingerprint.factors`, the optimiser's moments, and the model's arrays at the best
@@ -48,7 +48,7 @@ class Checkpoint:
         history: the records of the last steps (at most `history.KEPT`), as one array for each field of
             `StepRecord`. Earlier records are only in the log, so the size of a checkpoint does not grow
             during a run.
-        outer: the momentum arrays of the outer steps, by name; empty if the ranks make no local steps.
+        outer: a dict of the outer optimiser's momentum arrays; empty if the ranks make no local steps.
         isa, version: the instruction set and the version of nplora that were in use when the checkpoint was
             made.
         serial: the number of the checkpoint. Each new checkpoint in a directory gets a higher number.
@@ -154,7 +154,7 @@ def is_checkpoint(metadata: Mapping[str, str]) -> bool:
 
 
 def read_header(path: Path) -> tuple[int, int]:
-    """The serial and the step of a checkpoint, from the file's header; (0, 0) if the header is unreadable.
+    """A checkpoint's serial number and its step, from the file's header; (0, 0) if the header is unreadable.
 
     Raises:
         UnsupportedError: a later version of nplora made the file.

@@ -50,7 +50,7 @@ class EarlyStopping:
     def continue_from(self, best: dict[str, Any] | None, best_factors: Mapping[str, Array]) -> None:
         """Restore the best evaluation and its factors from a checkpoint.
 
-        If the best factors should be kept, but the checkpoint has none, its best evaluation is dropped.
+        If the best factors should be kept, but the checkpoint lacks them, forget the best evaluation.
         """
         if best is not None and best["loss"] is not None and self._keeps_factors and not best_factors:
             best = None

@@ -47,7 +47,7 @@ def evaluate(
 
 @dataclass
 class _Sums:
-    """The total loss of one or more batches, and their numbers of items and labels.
+    """The total loss of one or more batches, and the numbers of items and labels in these batches.
 
     Attributes:
         count: the number of items over which the loss is averaged.

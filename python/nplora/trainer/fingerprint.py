@@ -17,7 +17,7 @@ Array = npt.NDArray[Any]
 
 
 def base_fingerprint(model: Module, whole: bool = False) -> str:
-    """A SHA-256 of the names, shapes and rows of all frozen arrays, and one of `model.configuration()`.
+    """A SHA-256 of all frozen arrays (names, shapes and rows), and a SHA-256 of `model.configuration()`.
 
     Args:
         whole: whether to read all rows, so that every changed bit is detected. By default, only sampled rows
@@ -78,7 +78,7 @@ def factors(model: Module) -> dict[str, Array]:
 
 
 def set_factors(model: Module, values: Mapping[str, Array]) -> None:
-    """Write each of the values into the array that `factors` returns under the same name."""
+    """Copy each array in `values` into the model's array that `factors` returns under the same name."""
     for name, array in factors(model).items():
         array[...] = values[name]
 

@@ -12,9 +12,9 @@ class FusedLoss(Protocol):
 
     A `FusedLoss` may also have a method `take_metrics()`, which returns other quantities (metrics) by name.
     Each metric is a mean over all batches since the last call of `take_metrics`. The records of steps and
-    epochs then contain these metrics. A metric NAME may be a mean over more or fewer values than the loss.
-    The metric "count/NAME" then gives the number of these values. On several ranks, a loss with metrics also
-    needs the methods of `MergedLoss`, because each rank measures only its own batches.
+    epochs then contain these metrics. If a metric NAME is a mean over more or fewer values than the
+    loss, a second metric "count/NAME" gives the number of values in that mean. On several ranks, a loss with
+    metrics also needs the methods of `MergedLoss`, because each rank measures only its own batches.
 
     >>> import nplora, numpy as np
     >>> class Distance:
@@ -95,7 +95,7 @@ class PartedLoss(FusedLoss, Protocol):
         """The number of parts of a batch, which is the number of calls of `after_part`."""
 
     def computed_elsewhere(self, x: Any, y: Any) -> None:
-        """Called for a batch whose gradients another rank computes, so that the loss can count its tokens."""
+        """Called for a batch whose gradients another rank computes, so that the loss can count the tokens."""
 
 
 def take_measured(loss: Any) -> Any:

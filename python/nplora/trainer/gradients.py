@@ -21,8 +21,8 @@ Array = npt.NDArray[Any]
 class StepTotals:
     """The sum of the losses in one step, and the numbers of batches and items.
 
-    The model holds the sum of the gradients. If ranks make local steps, the model holds only the gradients of
-    this rank's batches.
+    The sum of the gradients is not here, but in the model. If ranks make local steps, the model holds only
+    the gradients of this rank's batches.
     """
 
     step: int = 0  # the number of the step, from 1

@@ -296,7 +296,7 @@ class History:
 
 
 def last_logged(log: bytes, event: str) -> dict[str, Any]:
-    """The last line of a log whose key "event" has the value `event`; empty if there is no such line."""
+    """The last line in which the key "event" has the value `event`; an empty dict if there is none."""
     for line in reversed(log.splitlines()):
         try:
             row = json.loads(line)
@@ -308,7 +308,7 @@ def last_logged(log: bytes, event: str) -> dict[str, Any]:
 
 
 def last_of_each_event(log: bytes) -> dict[str, dict[str, Any]]:
-    """A dict from each event in a log to the content of the last line of this event."""
+    """A dict from each event in a log to the last line with this event."""
     found: dict[str, dict[str, Any]] = {}
     for line in log.splitlines():
         try:

@@ -46,9 +46,9 @@ class Interrupts:
     A signal is handled at once, except inside a `hold()` block, which delays the signal until the block ends.
     The existing handlers are kept: Python's handler of SIGINT raises KeyboardInterrupt, and an ignored
     signal, such as SIGHUP under nohup, stays ignored. If `terminate` is true, SIGTERM, SIGHUP and SIGUSR1
-    raise Terminated, instead of ending the process at once, unless the program has its own handler for the
-    signal. Slurm and mpirun can send SIGUSR1 before the end of a job. Python handles signals only in the main
-    thread, so in any other thread the context manager does nothing.
+    raise Terminated instead of ending the process at once. This does not apply to a signal for which the
+    program has its own handler. Slurm and mpirun can send SIGUSR1 before the end of a job. Python handles
+    signals only in the main thread, so in any other thread the context manager does nothing.
 
     Args:
         terminate: whether SIGTERM, SIGHUP and SIGUSR1 raise Terminated.

@@ -18,8 +18,8 @@ _MOST = 4000  # the most characters of a text, so that a line of the log stays s
 def log_header(model: Module, batches: Batches, validation: Batches | None) -> dict[str, Any]:
     """Make the log record that describes a run. A run logs this record when it begins and when it is resumed.
 
-    "command" is the command line that started this process, which in a notebook is the kernel. "data" and
-    "valid" describe the training and the validation data and their batches.
+    "command" is the command line that started this process. In a notebook, this process is the kernel. "data"
+    and "valid" describe the training and the validation data and their batches.
     """
     return {
         "nplora": str(_core.config()["version"]),

@@ -23,8 +23,8 @@ class _Result:
         count: the number of items over which the loss is averaged.
         terms: the number of gradients that this batch adds, one for each part of the batch.
         problem: why the loss is not finite; empty if it is finite.
-        masks: for each layer, the number of dropout masks that the layer has drawn for each part of the
-            batch; None if every layer has drawn as many masks as the rank assumed.
+        masks: a list with one number for each layer: how many dropout masks the layer has drawn for one part
+            of the batch. None if every layer has drawn as many masks as the rank assumed.
         measured: the measurements of the loss.
         data: the checksum of all batches that are computed at the same time, one on each rank.
     """

@@ -294,7 +294,7 @@ def _in_layers(change: str, layers: list[str]) -> str:
 def _add_log(history: History, checkpoint: Checkpoint, directory: RunDirectory) -> list[tuple[str, Record]]:
     """Complete the history from the log; return the records that are missing in the log.
 
-    Warn if the log is incomplete, or if the history is still incomplete.
+    Warn if the log is incomplete, or if the history still lacks steps or epochs.
     """
     log, reason = b"", "missing, cut or damaged"
     try:

@@ -89,7 +89,7 @@ class Run:
             self._logged[event] = json_values(row)
 
     def logged(self, event: str) -> dict[str, Any]:
-        """The last line of the run's log whose key "event" has the value `event`; empty if there is none.
+        """The last line of the log in which the key "event" has the value `event`; if none, an empty dict.
 
         On several ranks, only rank 0 writes the log. On another rank, this method finds only the lines of the
         run before it was resumed, and the lines that this rank itself has logged.

@@ -200,7 +200,7 @@ class RunCheckpoints:
     def _log_divergence(self, error: NonFiniteLossError) -> str:
         """Write to the log that the current parameters lead to an error. Return advice for the user.
 
-        A resumed run then starts from a checkpoint before these parameters, and needs other settings.
+        A resumed run then starts from a checkpoint of an earlier step, and needs other settings.
         """
         step = self._state.diverged_after  # the current step may be lower, if local steps were undone
         good = self._directory.before(step)

@@ -41,7 +41,7 @@ class Stepper:
     def work(self) -> tuple[int, float]:
         """The number of items that this rank has processed, and the seconds that it has spent computing.
 
-        Both numbers are 0 if the gradients are not added in order (see `adds_in_order`).
+        Both numbers are 0 if the run does not count them (see `TrainingSetup.adds_in_order`).
         """
         made = self._gradients
         return (made.items, made.computed) if isinstance(made, OrderedGradients) else (0, 0.0)
@@ -153,8 +153,8 @@ class Stepper:
     def _nonfinite(self, what: str) -> NonFiniteLossError:
         """Make the error for NaN or infinity in a step.
 
-        The parameters count as diverged, so that a resumed run starts from an earlier checkpoint, unless the
-        data are not finite or the error occurs in the first step.
+        If the parameters may be the cause, a resumed run starts from an earlier checkpoint. They are not the
+        cause in the first step, or if the data are not finite.
         """
         state = self._state
         blamed = state.step > 0 and not what.endswith((INPUT, TARGETS))

@@ -71,8 +71,8 @@ class Trainer(TrainingSetup):
             process rounds in the same way, so the results have the same bits for any number of ranks.
         local_steps: if given, every rank updates its copy of the trained values with its own batches. After
             this number of steps, and at the end of every epoch, the changes of all ranks are averaged
-            (DiLoCo). Ranks then exchange values much less often. `accumulate` is still the number of batches
-            in one step on all ranks together. The results depend on the number of ranks.
+            (DiLoCo). Ranks then exchange values much less often. `accumulate` still counts the batches of all
+            ranks in one step. The results depend on the number of ranks.
         outer_lr, outer_momentum: learning rate and Nesterov momentum of the outer step, which adds the
             average change to the trained values. With `outer_lr` 1 and `outer_momentum` 0, the values become
             the averages of the ranks' values. The DiLoCo paper uses 0.7 and 0.9 for runs with hundreds of

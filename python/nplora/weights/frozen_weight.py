@@ -59,17 +59,17 @@ class FrozenWeight:
               Sums are computed in float32. Products are twice as fast if the CPU has bfloat16 instructions.
               If x has up to 8 rows, products are still computed in float32.
             - "int8": W is rounded to 8 bits with one scale for each row, and x to 8 bits with one scale for
-              every 64 values. In the backward pass, dy is multiplied by the scales of W, and the product is
-              rounded to 8 bits with one scale for each row of dy. If d_out is above 4032, each row is divided
-              into several equal parts, and each part has a scale. The 8-bit values are multiplied and summed
-              as integers. Products with the LoRA factors are computed as with "bfloat16".
-              If x has up to 8 rows and W is stored in a GGUF format, x is multiplied with the blocks of W
-              directly, and x gets one scale for every 32 values. If W is stored in any other format, up to 8
-              rows of x are multiplied in float32. `matmul_t` computes up to 4 rows in float32. Layers round W
-              to 8 bits only in training. In inference, layers compute more than 8 rows as with "bfloat16".
-              The head of a language model computes its backward pass in bfloat16, or in int8 with stochastic
-              rounding (see the arguments `int8` and `dither_key` of `stack_backward`). In your own models,
-              use "bfloat16" for a layer whose outputs go into a softmax over many classes.
+              every 64 values. In the backward pass, dy is multiplied by the scales of W, and each row of the
+              product is rounded to 8 bits with one scale. If d_out is above 4032, each row of the product is
+              divided into several equal parts, and each part has a scale. The 8-bit values are multiplied and
+              summed as integers. Products with the LoRA factors are computed as with "bfloat16". If x has up
+              to 8 rows and W is stored in a GGUF format, x is multiplied with the blocks of W directly, and x
+              gets one scale for every 32 values. If W is stored in any other format, up to 8 rows of x are
+              multiplied in float32. `matmul_t` computes up to 4 rows of dy in float32. Layers round W to 8
+              bits only in training. In inference, if x has more than 8 rows, layers compute as with
+              "bfloat16". The head of a language model computes its backward pass in bfloat16, or in int8 with
+              stochastic rounding (see the arguments `int8` and `dither_key` of `stack_backward`). In your own
+              models, use "bfloat16" for a layer whose outputs go into a softmax over many classes.
         double_quant: also quantise the absmax of NF4 to 8 bits. A value of W then takes 4.13 bits instead of
             4.5.
     Raises:
@@ -319,7 +319,7 @@ class FrozenWeight:
 
     @property
     def packed(self) -> _core.PackedWeight:
-        """The compiled core's object for this weight."""
+        """The object that the compiled core uses for this weight."""
         return self._packed
 
     def to_numpy(self) -> Array:
@@ -336,10 +336,10 @@ class FrozenWeight:
         return out
 
     def contents(self) -> Iterator[Array]:
-        """Yield arrays that determine the matrix.
+        """Yield arrays that together hold the whole matrix.
 
-        If the core reads blocks or a mapped file in place, yield these arrays; otherwise, yield arrays with a
-        few decoded rows each.
+        If the core reads the arrays of blocks or of a mapped file in place, yield these arrays. Otherwise,
+        each yielded array holds a few decoded rows.
 
         >>> weight = FrozenWeight(np.eye(2, dtype=np.float32))
         >>> [part.shape for part in weight.contents()]
@@ -584,7 +584,7 @@ def _require_matrix(op: str, source: str, name: str, shape: tuple[int, ...]) -> 
 
 
 def _few_at_a_time(product: Callable[[Array], Array], x: npt.ArrayLike) -> Array:
-    """Compute a product a few rows at a time, because products with few rows are not rounded to bfloat16."""
+    """Compute a product a few rows at a time, because a product rounds its operands only for many rows."""
     x = np.asarray(x)
     lead, width = x.shape[:-1], x.shape[-1]
     rows = x.reshape(math.prod(lead), width)

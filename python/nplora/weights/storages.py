@@ -50,7 +50,7 @@ def row_nbytes(storage: str, d_in: int) -> int:
 
 
 def row_blocks(rows: int, d_in: int) -> Iterator[slice]:
-    """Yield slices of the rows, in order. The rows of a slice are decoded together."""
+    """Yield slices of consecutive rows, the first rows first. The rows of one slice are decoded together."""
     step = max(1, _ELEMENTS_AT_A_TIME // max(1, d_in))
     return (slice(first, min(rows, first + step)) for first in range(0, rows, step))
 

@@ -79,9 +79,9 @@ class MergeCheck:
     """How well merged and unmerged outputs agree on the changed images of the held-out digits.
 
     Attributes:
-        difference: how much merging changes one element of a layer's output. It is the element with the
-            largest ratio of `difference` to `bound`, among all elements of the outputs of all layers.
-        bound: the largest change that rounding alone can make to the element that `difference` is about.
+        difference, bound: for one element of a layer's output, the change that merging makes, and the largest
+            change that rounding alone can make. Of all elements of the outputs of all layers, this element
+            has the largest ratio difference / bound.
         logits: the largest change that merging makes to the network's logits.
     """
 
@@ -233,7 +233,7 @@ def run(
 def pretrained_weights() -> SafetensorsFile:
     """Open the file with the pretrained weights and the indices of the digits of each split.
 
-    The weight matrix of a layer is the int8 codes in `fc1.weight` times the number in `fc1.step`.
+    The first layer's weight matrix is the int8 codes in `fc1.weight` times the number in `fc1.step`.
     The splits are `split.adaptation`, the digits to train on, and `split.held_out`.
     """
     with resources.as_file(resources.files("nplora.cli.demo") / "digits.safetensors") as path:

@@ -19,7 +19,7 @@ _HALVINGS = 60
 
 
 def temperature(task: str, logits: Array, targets: Array) -> float:
-    """The temperature T for which logits / T have the smallest loss on these targets    (Guo et al. 2017).
+    """The temperature T for which logits / T have the smallest loss on `targets` (Guo et al. 2017).
 
     The loss is convex in 1 / T, so the zero of its derivative is found by bisection. The result is limited to
     the range from 0.01 to 100, because the loss has no minimum if all predictions are right: a smaller T then

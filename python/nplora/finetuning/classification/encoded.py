@@ -34,7 +34,7 @@ class Encoded:
 
     @staticmethod
     def of(classifier: TextClassifier, rows: Sequence[Labelled], whole: bool = False) -> Encoded:
-        """Encode texts or, for a classifier of tokens, sentences. With `whole`, no sentence is cut."""
+        """Encode texts or, for a classifier of tokens, sentences. If `whole` is set, no sentence is cut."""
         if classifier.classifies_tokens:
             sentences = [row.words if isinstance(row, Tagged) else () for row in rows]
             words = classifier.encoder.word_ids(sentences, None if whole else classifier.max_length)
@@ -43,7 +43,7 @@ class Encoded:
         return Encoded(ids, cut)
 
     def part(self, numbers: Iterable[int]) -> Encoded:
-        """The texts with these indices."""
+        """The texts with the indices `numbers`."""
         chosen = list(numbers)
         ids, words = [self.ids[i] for i in chosen], self.words
         if words is not None:

@@ -50,7 +50,8 @@ class EntityCounts(NamedTuple):
 def first_misfit(tags: Iterable[str]) -> str | None:
     """Return the first tag that does not fit, or None if all tags fit.
 
-    A tag fits if there is a scheme that has this tag and all tags before it.
+    A tag fits if it has the form of an entity tag, and one scheme has the first letters of this tag and of
+    all earlier tags.
 
     >>> from nplora.finetuning.classification.entities import first_misfit
     >>> first_misfit(["O", "B-PER", "b-LOC"]), first_misfit(["U-PER", "S-PER"]), first_misfit(["O", "S-PER"])
@@ -69,8 +70,8 @@ def first_misfit(tags: Iterable[str]) -> str | None:
 def look_like_entities(tags: Iterable[str]) -> bool:
     """Whether the tags look like tags of entities, even if they have mistakes and fit no scheme.
 
-    Tags look like tags of entities if one begins with B, I, b or i and a separator, or if the tags are only
-    single letters, B and I among them.
+    Tags look like tags of entities in two cases: a tag begins with B, I, b or i and a separator; or every tag
+    is a single letter of a scheme, and B and I occur.
 
     >>> from nplora.finetuning.classification.entities import look_like_entities
     >>> look_like_entities(["O", "b-LOC"]), look_like_entities(["B", "I", "O"]), look_like_entities(["NOUN"])

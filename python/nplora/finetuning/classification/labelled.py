@@ -86,8 +86,8 @@ class LabelledTexts:
         rows: the texts and targets.
         places: the file and line of each row, for messages.
         bad: the rows that were skipped.
-        first_tags: a dict from each tag of words to a text for messages, which names the file, the line and
-            the word where the tag occurs first. The tags are in the order of these places.
+        first_tags: a dict from each tag of words, in the order in which the tags first occur, to a text for
+            messages. The text names the file, the line and the word of the first occurrence.
         other_labels: labels that are known even if no row has them.
     """
 
@@ -129,7 +129,7 @@ class LabelledTexts:
         return found.hexdigest()
 
     def with_labels(self, labels: tuple[str, ...]) -> LabelledTexts:
-        """The same rows, with `labels` as `other_labels`."""
+        """Return a copy in which `labels` are known even if no row has them."""
         return dataclasses.replace(self, other_labels=labels)
 
     def divided(self, share: float) -> tuple[LabelledTexts, LabelledTexts]:
@@ -142,7 +142,7 @@ class LabelledTexts:
         if sum(held) in (0, len(held)):
             raise DataError(
                 f"{self.names}: valid_split={share} holds out {sum(held)} of {len(held)} rows, expected some "
-                "rows on both sides"
+                "rows to train on and some to hold out"
             )
         return self._part([not each for each in held]), self._part(held)
 
@@ -158,10 +158,10 @@ class RowReader:
     Args:
         columns: the names of the fields.
         task: as in `TextClassifier`; or "tokens", if each word has a label.
-        separator: the text between several labels, if their field is a text instead of a list.
+        separator: the text between the labels of a row, if the row's labels are one text instead of a list.
         labels: the known labels; None: every label is accepted.
-        numbered: whether an integer that is not a label itself stands for the label with this index, as in
-            data sets of transformers.
+        numbered: whether an integer i that is not one of the labels stands for labels[i], as in data sets of
+            transformers.
     """
 
     def __init__(
@@ -346,7 +346,7 @@ def _is_float(value: Any) -> bool:
 def _by_name(labels: Sequence[str]) -> dict[str, str]:
     """Map each label without surrounding spaces to the label itself.
 
-    Labels that are equal without these spaces are left out.
+    If several labels differ only in surrounding spaces, all of them are left out.
     """
     counts = Counter(label.strip() for label in labels)
     return {label.strip(): label for label in labels if counts[label.strip()] == 1}
@@ -361,10 +361,11 @@ def _natural(label: str) -> tuple[int, float, str]:
 
 
 def targets_of(rows: LabelledTexts, task: str, labels: Sequence[str]) -> Targets:
-    """The targets as an array: indices of labels as int64 (n,), or float32 (n, outputs).
+    """The targets in the form that the loss of the task takes.
 
-    For the task "tokens", a list with an array for each sentence: the indices of the labels of its words, as
-    int64 (words,).
+    - "single": the indices of the labels, int64 (n,).
+    - "multi" and "regression": zeros and ones, or the numbers, float32 (n, outputs).
+    - "tokens": an array for each sentence: the indices of the labels of its words, int64 (words,).
 
     Raises:
         DataError: a label is not among `labels`.
@@ -399,8 +400,8 @@ def unfit_tag(labels: Sequence[str], *data: LabelledTexts) -> str:
         return ""
     return (
         f"{places[wrong]} is not a tag of entities, so reports have no scores of entities; expected O, "
-        "or a letter, a hyphen and a kind, as in B-PER; the letters are B and I, also with E and S, or with "
-        "L and U"
+        "or a letter, a hyphen and a kind, as in B-PER; all letters are among B, I, E and S, or among B, "
+        "I, L and U"
     )
 
 

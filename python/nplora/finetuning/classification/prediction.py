@@ -167,7 +167,7 @@ def predictions(
 
 
 def task_of_rows(classifier: TextClassifier) -> str:
-    """The value of `task` with which `train_classifier` trains a classifier of this kind."""
+    """The option `task` of `train_classifier` that gives a classifier of the same kind."""
     return "tokens" if classifier.classifies_tokens else classifier.task
 
 

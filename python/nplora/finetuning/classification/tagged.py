@@ -38,7 +38,8 @@ def words_of(row: Row, column: str | None) -> tuple[str, list[str]]:
 def tags_of(row: Row, column: str | None, words: Sequence[str]) -> list[tuple[str, Any]]:
     """Return (place, tag) for each word. The place says where the tag is, for messages.
 
-    For arguments and errors, see `words_of`. Without a `column`, the field has one of the names in `TAGS`.
+    The tags are in the field `column`; if `column` is None, in a field with one of the names in `TAGS`. For
+    the errors, see `words_of`.
     """
     name, tags = _items(row, "tags", column, TAGS)
     if len(tags) != len(words):
@@ -60,7 +61,9 @@ def _items(row: Row, ours: str, column: str | None, usual: Sequence[str]) -> tup
             f"{row.where}: no field {names}, only {brief(list(row.values))}; {hint} names another field"
         )
     if len(found) > 1:
-        raise DataError(f"{row.where}: the fields {' and '.join(map(repr, found))}; {hint} chooses one")
+        raise DataError(
+            f"{row.where}: the row has the fields {' and '.join(map(repr, found))}; {hint} chooses one"
+        )
     value = row.values[found[0]]
     if isinstance(value, str):
         value = value.split()

@@ -63,7 +63,7 @@ class TextBatches:
         return self._numbers.length
 
     def epoch(self, epoch: int, skip: int) -> Iterator[tuple[list[Sequence[int]], Array]]:
-        """Yield the batches of an epoch (counted from 0), except the first `skip` batches."""
+        """Yield the batches of epoch number `epoch` (from 0), except the first `skip` batches."""
         for numbers, targets in self._numbers.epoch(epoch, skip):
             yield [self._ids[i] for i in numbers.tolist()], self._chosen(targets)
 
@@ -109,7 +109,7 @@ class TextBatches:
 
 
 class TokenBatches(TextBatches):
-    """Batches as in `TextBatches`, but each token has a target, instead of each text.
+    """Batches of texts, as in `TextBatches`, in which each token of a text has a target.
 
         >>> ids, tags = [[2, 5, 3], [2, 6, 3]], [np.array([-100, 0, -100]), np.array([-100, 1, -100])]
         >>> [y.tolist() for x, y in nplora.finetuning.TokenBatches(ids, tags, batch_size=2)]

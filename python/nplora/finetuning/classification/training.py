@@ -355,7 +355,7 @@ class _Training:
         return train, valid.read(held_out, options.skip_bad)
 
     def _divided(self, rows: LabelledTexts, share: float) -> tuple[LabelledTexts, LabelledTexts]:
-        """Divide the rows. `labels` of the training rows also has the labels that only held-out rows have."""
+        """Divide the rows. The training rows also know the labels that occur only in held-out rows."""
         train, valid = rows.divided(share)
         labels = () if self.task == "regression" else rows.labels(self.task)
         return train.with_labels(labels), valid
@@ -445,7 +445,7 @@ class _Training:
         return len(self.classifier.labels) if self.task == "multi" else 1, "texts"
 
     def _logits(self, ids: list[list[int]]) -> Array:
-        """Compute the logits of texts. The bits are the same as those that `logits_of_ids` returns.
+        """Compute the logits of texts, bit for bit equal to those of `logits_of_ids`.
 
         The batches are divided among the ranks.
         """

@@ -20,9 +20,9 @@ class TokenBatches:
 
     With `batch_tokens`, the examples are shuffled with the seed and grouped into batches once. Each epoch
     then uses the same batches in another order, so all epochs have the same number of batches. With
-    `batch_examples`, each epoch groups the examples into new batches. If `dataset.same_batches` is set, all
-    epochs use the same batches, in another order. An epoch can begin with any batch, without computing the
-    batches before it.
+    `batch_examples`, each epoch groups the examples into new batches, unless `dataset.same_batches` is set:
+    then all epochs use the same batches, in another order. An epoch can begin with any batch, without
+    computing the batches before it.
 
     Args:
         dataset: the examples.
@@ -81,7 +81,7 @@ class TokenBatches:
         return self.length
 
     def epoch(self, epoch: int, skip: int = 0) -> Iterator[tuple[PackedBatch, Any]]:
-        """Make the batches of an epoch (counted from 0).
+        """Make the batches of epoch number `epoch` (from 0).
 
         Yields pairs: a batch, and the additional inputs of the loss for this batch.
 
@@ -92,7 +92,7 @@ class TokenBatches:
             yield self.dataset.batch(members)
 
     def members(self, epoch: int, skip: int = 0) -> Iterator[Array]:
-        """The indices of the examples in each batch of an epoch (counted from 0).
+        """Yield, for each batch of epoch number `epoch` (from 0), the indices of its examples.
 
         Args:
             skip: number of batches to leave out at the start of the epoch.

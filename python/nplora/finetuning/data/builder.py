@@ -97,7 +97,7 @@ class Builder(Generic[_Made]):
         """Finish the current source: repeat its examples according to its weight.
 
         Raises:
-            DataError: the source has no examples. If an empty source is allowed, this is an error only if
+            DataError: the source has no examples. A source that may be empty causes this error only if
                 rows were skipped or examples were left out.
             LimitError: the weight gives an epoch more than `MOST_EXAMPLES` examples.
         """
@@ -196,7 +196,8 @@ def copies(weight: float, tokens: array.array[int]) -> int:
 def is_emptied(cut: list[Encoded], whole: list[Encoded]) -> bool:
     """Whether an example is left out because it was cut.
 
-    It is left out if, after the cut, a sequence has no trained token, or all its sequences are equal.
+    The example is left out if, after the cut, one of its sequences has no trained token, or all its sequences
+    are equal.
     """
     is_cut = any(len(one.ids) < len(before.ids) for one, before in zip(cut, whole, strict=True))
     return is_cut and (not all(any(one.trained[1:]) for one in cut) or _are_equal(cut))

@@ -97,9 +97,9 @@ class JudgedDataset(Stored):
     The prompt of each example also forms a mismatched pair with an answer to another prompt. This answer
     belongs to the nearest earlier example of the batch that has another prompt. If there is no earlier
     example with another prompt, the search continues at the end of the batch. If all prompts of the batch are
-    equal, the whole data set is searched in the same way. The mean of log(p / p_reference) over the
-    mismatched pairs estimates the KL divergence of the model from the reference. The batches are the same in
-    all epochs, so the log-probabilities of the reference are computed only once.
+    equal, the search covers the whole data set instead of the batch. The mean of log(p / p_reference) over
+    the mismatched pairs estimates the KL divergence of the model from the reference. The batches are the same
+    in all epochs, so the log-probabilities of the reference are computed only once.
 
     Attributes:
         good: for each stored example, whether the answer is good.
@@ -118,7 +118,7 @@ class JudgedDataset(Stored):
         return (*self._labelled(stored), bool(self.good[stored]))
 
     def batch(self, indices: Array) -> tuple[PackedBatch, Judgements]:
-        """The answers with these indices in one batch, and their judgements."""
+        """Return a batch of the answers with these indices, and the judgements of the answers."""
         batch = pack(self[int(index)][:2] for index in indices)
         pairs = zip(indices.tolist(), self._others(indices).tolist(), strict=True) if self.mismatches else ()
         mismatched = pack(self._mismatched(*pair) for pair in pairs)
@@ -130,7 +130,7 @@ class JudgedDataset(Stored):
         return bool((self._prompts != self._prompts[0]).any())
 
     def _others(self, indices: Array) -> Array:
-        """For each example of a batch, the index of the example whose answer its mismatched pair uses."""
+        """For each example, the index of the example whose answer completes the mismatched pair."""
         found = _before_with_another(self._prompts[indices])
         return self._others_in_data[indices] if found is None else indices[found]
 

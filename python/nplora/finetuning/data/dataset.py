@@ -328,8 +328,8 @@ class Parsed(NamedTuple):
         kind: the kind of the row.
         example: the content of the row.
         lacks_context: whether the row has tools or documents that are not in the example.
-        unread: the fields that are not used, not empty, and neither tools nor documents: a dict from the name
-            of the field in the data to its value.
+        unread: the unused fields of the row, by their names in the data. Empty fields, tools and documents
+            are left out.
     """
 
     kind: Kind
@@ -345,7 +345,8 @@ def parsed(
 
     Args:
         before: the kind of the earlier rows; None: the row may be of any kind.
-        require: as in `add_rows`; None: rows of every kind are read.
+        require: a function that raises a DataError if the objective does not read rows of this kind, as in
+            `add_rows`; None: rows of every kind are read.
     Raises the error that occurred when the row was read, or a DataError.
     """
     kind, values = _kind_and_values(row, before, options, require)

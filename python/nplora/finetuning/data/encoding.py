@@ -175,7 +175,7 @@ def _require_calls(message: Message, lost: list[int], where: str) -> None:
 
 
 def _unusual_order(messages: list[Message]) -> str:
-    """Describe the first message whose role many templates refuse at its place in the chat; "" if none."""
+    """Describe the first message whose role breaks the order that many templates demand; "" if none."""
     before: str | None = None
     for number, message in enumerate(messages, 1):
         role = message["role"]

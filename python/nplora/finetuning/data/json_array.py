@@ -22,7 +22,7 @@ def elements(parts: Iterator[bytes], name: str, most: int) -> Iterator[bytes]:
     either.
 
     Args:
-        parts: the text. The array must begin within the first megabyte of the text.
+        parts: consecutive parts of the text. The array must begin within the first megabyte of the text.
         name: the name of the text, for messages.
         most: the largest number of bytes that an element may have.
     Raises:

@@ -257,8 +257,8 @@ def preview(
 class _Found:
     """A row without an error, or a window of a plain text.
 
-    `where` is the file and line of the row. `good` is whether the row's answer was judged as good; None: the
-    row has no judged answer.
+    `where` is the file and line of the row. `good` is True if the row's answer was judged as good, False if
+    it was judged as bad, and None if the row has no judged answer.
     """
 
     where: str
@@ -291,7 +291,7 @@ class _Reader:
         self._encoder = Encoder(tokenizer, options.learn == "all", None, options.chat)
 
     def read(self, sources: list[Source], shown: int) -> tuple[Part, dict[bytes, int], tuple[Example, ...]]:
-        """Return a summary, the number of occurrences of the hash of each example, and the first examples."""
+        """Return a summary, a dict from the hash of each example to its frequency, and the first examples."""
         lengths, seen, examples, bad = list[int](), dict[bytes, int](), list[Example](), BadRows()
         count = epoch = trained = cut = lost = emptied = unused = 0
         kinds, unread, without_prompt = dict[str, None](), Counter[str](), Counter[str]()
@@ -376,7 +376,7 @@ def _summary(part: Part, max_length: int) -> str:
     if part.emptied:
         lines.append(f"  {counted(part.emptied, unit)} left out: nothing to train on after the cut")
     if part.repeated:
-        lines.append(f"  {counted(part.repeated, unit)} already there before")
+        lines.append(f"  {counted(part.repeated, unit)} equal to an earlier one")
     if part.unused:
         examples = counted(part.unused, unit)
         lines.append(f"  the chat template leaves out messages, reasoning, tools or documents of {examples}")

@@ -192,7 +192,7 @@ def _row(values: object, where: str, is_table: bool) -> Row:
 
 
 def in_memory(source: Source) -> Source:
-    """Read all rows of a source into memory. Return a source that takes its rows from there."""
+    """Read all rows of a source into memory. Return a source that provides these rows."""
     return dataclasses.replace(source, read=functools.partial(iter, list(source.read())))
 
 

@@ -25,7 +25,7 @@ class Division:
 
     Attributes:
         train: the sources of the rows to train on. When all sources have been read to their ends, a
-            DataError is raised if every row was held out, or none.
+            DataError is raised if every row was held out, or if no row was held out.
     """
 
     def __init__(self, op: str, sources: list[Source], share: float, options: ReadOptions) -> None:

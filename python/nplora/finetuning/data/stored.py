@@ -104,7 +104,7 @@ class Examples(Protocol):
         """The largest token id."""
 
     def contains(self, tokens: tuple[int, ...]) -> Array:
-        """Return, for each example, whether one of its sequences contains these tokens in a row."""
+        """Return, for each example, whether one of its sequences contains these tokens consecutively."""
 
     def has(self, id_: int) -> bool:
         """Whether a token occurs in the examples."""
@@ -189,7 +189,7 @@ class Stored:
         return int(self._ids.max())
 
     def contains(self, tokens: tuple[int, ...]) -> Array:
-        """Return, for each example, whether one of its sequences contains these tokens in a row."""
+        """Return, for each example, whether one of its sequences contains these tokens consecutively."""
         return self._by_example(sequences_with(self._ids, self._starts, tokens)) > 0
 
     def has(self, id_: int) -> bool:

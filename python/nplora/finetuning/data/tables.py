@@ -31,7 +31,7 @@ def read_parquet(path: StrPath, most: int) -> Iterator[dict[str, Any] | None]:
         most: the largest number of bytes that a row may have. A row with more bytes is replaced by None.
     Raises:
         DataError: the file is not a Parquet file.
-        LimitError: a part of the file is too large.
+        LimitError: there are too many rows, or a row group (Parquet) or a message (Arrow) is too large.
         ModuleNotFoundError: `pyarrow` is not installed.
     """
     with files.reading(path) as reader:  # refuses what is not a regular file
@@ -70,9 +70,9 @@ def read_arrow(path: StrPath, most: int) -> Iterator[dict[str, Any] | None]:
 
 
 def _rows(batch: Any, most: int) -> Iterator[dict[str, Any] | None]:
-    """The rows of a batch. Only a few rows at a time become Python objects.
+    """The rows of a record batch of pyarrow. Only a few rows at a time become Python objects.
 
-    The batch is validated first, because pyarrow reads batches without validating them.
+    The record batch is validated first, because pyarrow does not validate what it reads.
     """
     batch.validate(full=True)
     ends = np.cumsum(row_sizes(batch))

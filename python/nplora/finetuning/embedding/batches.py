@@ -53,9 +53,9 @@ class TextBatch:
         The mask is a bool array: a row for each anchor, a column for each candidate. The candidates are all
         texts except the anchors.
 
-        The mask marks the candidates that equal the anchor or its positive, but not the positive itself. If
-        another anchor equals this anchor, the mask also marks the positive of the other anchor. The result is
-        None if no candidate is marked.
+        In the row of an anchor, the mask marks each candidate with the same tokens as the anchor or the
+        anchor's positive. The positive itself is not marked. If another anchor equals this anchor, the mask
+        also marks the positive of the other anchor. The result is None if no candidate is marked.
         """
         numbers = dict[bytes, int]()
         keys = (np.asarray(ids, np.int64).tobytes() for ids in self.texts)
@@ -115,7 +115,7 @@ class ExampleBatches:
         return -(-len(self.examples) // self.batch_size)
 
     def epoch(self, epoch: int, skip: int = 0) -> Iterator[tuple[TextBatch, Array | None]]:
-        """The batches of epoch number `epoch` (the first epoch is 0) and their scores.
+        """For each batch of epoch number `epoch` (the first epoch is 0): the batch, and its scores or None.
 
         The first `skip` batches are left out.
         """
@@ -148,7 +148,7 @@ class ExampleBatches:
 
 
 def digest(*arrays: Array | None) -> str:
-    """A SHA-256 over the dtypes, shapes and values of some arrays."""
+    """A SHA-256 over the dtypes, shapes and values of the given arrays."""
     found = hashlib.sha256()
     for array in arrays:
         found.update(b"-" if array is None else f"{array.dtype} {array.shape} ".encode() + array.tobytes())

@@ -34,12 +34,12 @@ class TextReport:
     """A summary of the examples; `print` shows it in a line.
 
     Attributes:
-        source: the files.
+        source: the names of the files.
         examples: the number of examples.
         texts: the number of different texts.
         tokens: the number of tokens of these texts.
         cut: the number of these texts that were longer than `max_length`, and were cut.
-        max_length: the largest number of tokens of a text.
+        max_length: the maximum number of tokens that a text may have.
         skipped: the number of bad rows that were skipped.
         problems: the errors of the first few skipped rows.
 
@@ -79,7 +79,7 @@ class TextExamples:
         tokens: int32, the token ids of all different texts, one after the other.
         starts: int64 (texts + 1,), the index of the first token of each text, and the index after the last
             token.
-        first: int64 (examples,), the index of the anchor or first text of each example.
+        first: int64 (examples,), for each example the number of the text that is its anchor or first text.
         second: int64 (examples,), the index of the positive or second text of each example.
         negatives: int64, the indices of the negatives of all examples, one after the other.
         negative_starts: int64 (examples + 1,), the position in `negatives` of the first negative of each
@@ -160,8 +160,8 @@ def read_examples(
             is read.
         encoder: the model, which has the tokenizer.
         loss: the name of the loss, or the loss.
-        columns: a dict from the names above ("anchor", "score", …) to the names of the fields in the data:
-            {"anchor": "question"}, or as a text: "anchor=question".
+        columns: the names that the fields above have in the data: a dict such as {"anchor": "question"}, or a
+            text such as "anchor=question".
         prompts: a prompt to put before each text, or a dict from fields to prompts: {"anchor": "query: "}.
             None: the model's default prompt.
         max_length: the largest number of tokens of a text, with special tokens; None: the encoder's maximum.

@@ -40,7 +40,7 @@ class Embedded:
         texts: the number of texts.
         dim: the width of an embedding.
         cut: the number of texts that were longer than `max_length` tokens, and were cut.
-        max_length: the largest number of tokens of a text.
+        max_length: the maximum number of tokens that a text may have.
 
     >>> import nplora
     >>> made = nplora.embedding.embed_file("encoder-model", [{"text": "a cat"}], "cat.npy")
@@ -208,7 +208,7 @@ def _new_file(output: StrPath, texts: list[str], vectors: Array) -> NewFile:
 
 
 def _table(texts: list[str], vectors: Array) -> Iterator[str]:
-    """The lines of a table. Values have nine digits, which are enough to read the same float32 again."""
+    """The lines of a table. Values have nine significant digits, from which the same float32 can be read."""
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(["text", *range(vectors.shape[1])])

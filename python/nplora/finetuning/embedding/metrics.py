@@ -171,10 +171,10 @@ def evaluate_retrieval(
 
     Args:
         queries, corpus: dicts from names to texts.
-        relevant: a dict from the name of each query to the names of its relevant documents, or to a dict from
-            these names to grades above 0. Queries without a relevant document are left out.
-        k: a list of numbers. For each number, the scores are computed over this number of documents at the
-            top of the search results.
+        relevant: a dict from the name of each query to its relevant documents: a list of their names, or a
+            dict from their names to grades above 0. Queries without a relevant document are left out.
+        k: a list of integers. For each integer k, the scores are computed over the k best documents of each
+            search.
         query_prompt, corpus_prompt: texts that precede each query and each document, as in `Encoder.embed`.
         dim: use only the first `dim` values of an embedding (Matryoshka); None: all.
         batch_size: as in `Encoder.embed`.
@@ -206,7 +206,7 @@ def _require_dim(op: str, encoder: Encoder, dim: int | None) -> None:
 
 
 def _units(op: str, vectors: Array, dim: int | None) -> Array:
-    """The first `dim` values of the embeddings, divided by their norm.
+    """Cut each embedding to its first `dim` values, and scale the result to norm 1.
 
     Raises:
         ValueError: an embedding has NaN or infinity, so the metrics would mean nothing.
@@ -236,9 +236,9 @@ def _grades(
 
 
 def nearest(queries: Array, corpus: Array, k: int) -> Array:
-    """For each row of `queries`, the indices of the k rows of `corpus` with the largest products.
+    """For each row of `queries`, the indices of the k rows of `corpus` with the largest dot products.
 
-    Rows with equal products are in the order of the corpus.
+    Rows with equal dot products are in the order of the corpus.
 
         >>> import numpy as np
         >>> from nplora.finetuning.embedding.metrics import nearest

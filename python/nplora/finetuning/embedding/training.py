@@ -137,7 +137,7 @@ def train(
             "ranking", the validation loss depends on `batch_size`.
         loss: "ranking" (all other positives and all negatives of the batch are negatives of an anchor),
             "triplet", "cosine" or "cosent", or a loss such as `RankingLoss(scale=50)`.
-        dims: widths to which embeddings are cut in training (Matryoshka). Include the full width.
+        dims: widths to which embeddings are cut in training (Matryoshka). Name the full width too.
         columns, prompts, max_length, skip_bad: as in `read_examples`.
         rank, alpha, targets, layers, dropout, use_rslora, use_dora, init: as in `Encoder.add_lora`.
         lr: peak learning rate; None: 0.8 / hidden size of the model, at most 2e-3.
@@ -165,8 +165,8 @@ def train(
         communicator: the ranks that train together, as in `Trainer`. The batches of a step are divided among
             at most `accumulate` ranks. The trained adapter is bit for bit the same for any number of ranks.
             Every rank makes the same call. Only rank 0 writes to `output`.
-        distributed: "mpi": open the ranks of `mpirun` as the communicator. "off": allow a separate run in
-            each process of `mpirun`.
+        distributed: "mpi": the processes that `mpirun` started train together. "off": each process of
+            `mpirun` may make a separate run.
         resume: continue the run in `output`; the results are bit for bit the same as without a stop.
         overwrite: delete the run and the adapter in `output`.
     Returns:

@@ -45,7 +45,7 @@ class Asked:
 
 
 def asked(tokenizer: Tokenizer, example: Example, row: dict[str, Any], where: str, chat: bool) -> Asked:
-    """The prompt of an example, and the reference answer: the last text in the training loss.
+    """The prompt of an example, and the reference answer: the last text on which a model would train.
 
     Args:
         chat: whether an example with a prompt and a completion is written with the chat template.

@@ -41,7 +41,7 @@ def _plain(text: str) -> str:
 
 
 def _unmarked(text: str) -> str:
-    """The text in lower case, without punctuation. Numbers keep signs and inner marks, as in -1.5 or 3:2."""
+    """The text in lower case, without punctuation. Numbers keep their punctuation, as in -1.5 or 3:2."""
     return _NUMBER_OR_MARK.sub(lambda found: found[1] or "", _THOUSANDS.sub("", _plain(text)))
 
 
@@ -55,7 +55,7 @@ def words_of(answer: str, reference: str) -> tuple[list[str], list[str]]:
     The steps and their order are those of SQuAD's script evaluate-v1.1.py (Rajpurkar et al. 2016), with two
     differences. First, numbers keep their signs and the marks inside them, as in -1.5. Second, if one of the
     texts would have no words, the articles stay in both texts. If one of them still has no words, the
-    punctuation stays in both texts too. So answers such as "A" and "+" can be right or wrong too.
+    punctuation stays in both texts too. So answers such as "A" and "+" can be compared too.
 
     >>> words_of("The answer: -1.5", "1.5")
     (['answer', '-1.5'], ['1.5'])
@@ -123,8 +123,8 @@ class Metric:
     def _show(self, error: BaseException, where: str) -> None:
         """Print the traceback of an error.
 
-        Nothing is printed if an earlier error of the same class and line was printed, or if `_SHOWN` errors
-        were printed already.
+        Nothing is printed if an error of the same class from the same line of code was printed before, or if
+        `_SHOWN` errors were printed already.
         """
         frames = traceback.extract_tb(error.__traceback__)
         kind = (type(error), frames[-1].filename, frames[-1].lineno)

@@ -108,7 +108,7 @@ def _percentiles(found: Array) -> Interval:
 
 
 def _resampled(*columns: Array) -> Array:
-    """For each array and each resample, the sum over the drawn examples: (len(columns), RESAMPLES)."""
+    """Sum each array over the examples of each resample. The result has shape (len(columns), RESAMPLES)."""
     table = np.stack(columns, axis=1)
     return np.stack([counts @ table for counts in _draws(len(table))], axis=1)
 

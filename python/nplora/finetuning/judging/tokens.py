@@ -14,7 +14,8 @@ from nplora.lm import LanguageModel
 def measure_tokens(lm: LanguageModel, dataset: Dataset) -> list[Measured]:
     """The loss and the token accuracy of the model on all examples.
 
-    The loss is summed as in training. So it is equal to the validation loss of a run, bit for bit.
+    The loss is summed in the order in which the trainer sums the validation loss. So both losses
+    have the same bits.
     """
     summed = 0.0
     loss, tokens, top = (np.zeros(len(dataset)) for _ in range(3))

@@ -59,9 +59,9 @@ class DistillLoss(PackedLoss):
         return self._teacher.blame(x) or super().blame(model, x)
 
     def _loss_of_batch(self, batch: PackedBatch) -> LogitLoss:
-        """Return a function that computes the losses of the given rows of a batch.
+        """Return a function that computes the losses of given positions of a batch from their logits.
 
-        This call runs the teacher's forward pass, before the student's activations take memory.
+        `_loss_of_batch` itself runs the teacher's forward pass, before the student's activations take memory.
         """
         teacher = self._teacher.prepare_batch(batch)
 

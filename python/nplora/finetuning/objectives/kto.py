@@ -33,9 +33,9 @@ class KtoLoss(PackedLoss):
     the batch. The KL divergence is the mean log-ratio of mismatched pairs (prompts with answers that belong
     to other prompts), or 0 if this mean is negative. No gradient flows through the KL divergence.
 
-    The metrics are the mean reward of the good answers, that of the bad answers, the difference of these two
-    means, the accuracy and the KL divergence. The accuracy is the share of answers whose log-ratio is on the
-    right side of the KL divergence: above the KL divergence for a good answer, and below it for a bad answer.
+    The metrics are: the mean reward of the good answers, the mean reward of the bad answers, the difference
+    of these means, the accuracy, and the KL divergence. The accuracy is the share of answers whose log-ratio
+    is on the right side of the KL divergence: above it for a good answer, and below it for a bad answer.
     """
 
     unit = "answers"

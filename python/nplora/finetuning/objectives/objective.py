@@ -43,7 +43,7 @@ class Objective:
         self._reference = Reference()
 
     def with_options(self, op: str, options: FinetuneOptions) -> Self:
-        """Return a copy of the objective with other options. The copy shares the teacher and the reference.
+        """Return a copy with other options, but with the same teacher and the same `Reference`.
 
         Raises:
             ValueError: the options do not fit the teacher.
@@ -80,7 +80,7 @@ class Objective:
         return read_sources(op, sources, tokenizer, reading)
 
     def sequences_of(self, x: PackedBatch, y: Any) -> list[PackedBatch]:
-        """The sequences of a batch for which the loss needs log-probabilities under the reference."""
+        """The sequences of a batch for which the loss needs the log-probabilities without the adapter."""
         return []
 
     def prepare(
@@ -92,7 +92,7 @@ class Objective:
         writes: bool = True,
         ranks: Ranks | None = None,
     ) -> None:
-        """Compute what the loss needs besides the model's outputs: log-probabilities under the reference.
+        """Compute what the loss needs besides the model's outputs: log-probabilities without the adapter.
 
         If `prepare` is called again with other batches, the earlier log-probabilities are kept too.
 

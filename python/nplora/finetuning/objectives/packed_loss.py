@@ -17,7 +17,7 @@ MicroBatch = tuple[PackedBatch, slice, slice]  # the slices are its sequences an
 
 
 class PackedLoss(FusedLoss):
-    """The base class of losses of packed batches. Each batch is computed in micro-batches.
+    """The base class of losses of a `PackedBatch`. A batch is computed in micro-batches.
 
     Args:
         micro_tokens: maximum number of tokens in a micro-batch; None: batches are not cut into micro-batches.
@@ -85,7 +85,7 @@ class PackedLoss(FusedLoss):
 def micro_batches(x: PackedBatch, most_tokens: int | None, together: int = 1) -> Iterator[MicroBatch]:
     """Divide a batch into micro-batches with `PackedBatch.pieces`.
 
-    With each micro-batch, yield two slices: its sequences and its tokens in `x`.
+    With each micro-batch, yield two slices, which select its sequences and its tokens in the batch `x`.
     """
     sequences = tokens = 0
     for part in x.pieces(most_tokens, together):

@@ -30,8 +30,8 @@ class PairLoss(PackedLoss):
 
     The two answers of a pair are always in the same micro-batch.
 
-    The metrics are the mean reward of the chosen answers, that of the rejected answers, the difference of
-    these two means (the margin), and the share of pairs whose chosen answer has the larger reward.
+    The metrics are: the mean reward of the chosen answers, the mean reward of the rejected answers, the
+    difference of these means (the margin), and the share of pairs whose chosen answer has the larger reward.
     """
 
     unit = "pairs"
@@ -71,7 +71,7 @@ class PairLoss(PackedLoss):
 
         Args:
             is_answer: for each token, whether the next token belongs to an answer.
-            weight: the number of pairs, divided by the number of trained tokens of their chosen sequences. In
+            weight: the number of pairs, divided by the number of targets in their chosen sequences. In
                 training, both numbers are counted in the whole batch. In an evaluation, both numbers are
                 counted in the whole data set. So the loss of an evaluation does not depend on how the data
                 are cut into batches.
@@ -118,7 +118,8 @@ class OrpoLoss(PairLoss):
 
     The cross-entropy is a mean over all tokens of the chosen texts, prompts included. The penalty is a mean
     over the pairs. The trainer divides the sum of all losses by the number of pairs. So the loss of each
-    token is multiplied by `weight` = pairs / tokens, which makes the cross-entropy a mean over the tokens.
+    token is first multiplied by `weight`, the number of pairs divided by the number of tokens. This makes the
+    cross-entropy a mean over the tokens.
     """
 
     def __init__(self, beta: float, micro_tokens: int | None = None) -> None:

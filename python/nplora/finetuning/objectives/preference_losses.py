@@ -34,7 +34,7 @@ class Dpo:
 
     sigmoid: Rafailov et al. 2023, eq. 7; with label smoothing the conservative DPO of Mitchell 2023.
     robust: Chowdhury et al. 2024. hinge: Zhao et al. 2023 (SLiC). ipo: Azar et al. 2023, eq. 17.
-    sigmoid_norm: like sigmoid, with each log-ratio divided by the number of tokens.
+    sigmoid_norm: like sigmoid, with each log-ratio divided by the answer's number of tokens.
     """
 
     loss_type: str

@@ -86,7 +86,7 @@ class Reference:
             sequences_of: a function that returns the sequences of a batch for which log-probabilities are
                 needed.
             directory: the output directory; None on other ranks than rank 0.
-            writes: True: write the file every minute and at the end. False: `keep` writes the file later.
+            writes: whether to write the file every minute and at the end; if False, `keep` writes it later.
             ranks: the processes that train together. Each rank computes a share of the log-probabilities.
         Raises:
             NonFiniteLossError: a log-probability is NaN or infinite.
@@ -246,7 +246,7 @@ def _log_probs(lm: LanguageModel, part: PackedBatch) -> Array:
 def _identity(lm: LanguageModel) -> str:
     """A hash of everything that decides the log-probabilities of given tokens.
 
-    This is the model, the arithmetic, the instruction set and the version of nplora.
+    The hash covers the model, the arithmetic, the instruction set and the version of nplora.
     """
     config = _core.config()
     parts = base_fingerprint(lm, whole=True), lm.compute, str(config["isa"]), str(config["version"])

@@ -69,7 +69,7 @@ class PlanConstraints:
 
 
 def resident_memory(lm: LanguageModel, teacher: LanguageModel | None = None) -> tuple[int, int]:
-    """Two numbers of bytes: the memory of this process now, and the weights that are not read yet.
+    """Two sizes in bytes: the memory of this process now, and the part of the weights that is not read yet.
 
     Args:
         teacher: a second model, whose weights are read too.
@@ -89,7 +89,7 @@ def needed(
     """Predict the peak memory of the process with this plan.
 
     Args:
-        resident: the result of `resident_memory`, which was called before `work` was made.
+        resident: the result of `resident_memory`, called before `work` is made.
 
     >>> planning = nplora.finetuning.planning
     >>> lm = nplora.load_model("model.gguf")
@@ -130,8 +130,8 @@ def choose(
 
     Args:
         resident: the result of `resident_memory`, as in `needed`.
-        budget: memory limit of the process in bytes. None: the plan is not chosen by memory; settings that
-            the constraints leave open get their defaults.
+        budget: memory limit of the process in bytes. None: there is no limit; settings that the constraints
+            leave open get their defaults.
         op: name of the public function that the user called. Error messages begin with this name.
     Raises:
         BudgetError: no plan fits.

@@ -1,6 +1,6 @@
 """Predicts the peak memory of training: adds up the sizes of the arrays that `nplora.models` makes.
 
-The footprint of a block is a number of bytes per token.
+The method `footprint` of a model's block returns bytes per token.
 """
 
 from __future__ import annotations
@@ -144,9 +144,9 @@ class Adapters:
         Args:
             rows: maps a layer's name to the ids of its trained rows, or to None if all rows are trained.
             tokens: the tokens that are added to the model.
-            least: the minimum number of rows, old and added, of the embedding and of the head.
-            tie_whole: whether the head also uses the trained rows of the embedding if all rows of the
-                embedding are trained. Only a head that shares the embedding's weight can use these rows.
+            least: the minimum number of rows that the embedding and the head must have, including added rows.
+            tie_whole: has an effect if all rows of the embedding are trained, and the head shares the
+                embedding's weight. True: the head uses the trained rows. False: its frozen weight.
         """
         stored, width = lm.config.vocab_size, lm.config.hidden_size
         size = max(least, rows_needed(stored, {}, tokens))
@@ -175,12 +175,12 @@ class Adapters:
         return self.ranks.get(name, self.rank)
 
     def scratch(self, narrow: bool, tokens: int, threads: int) -> int:
-        """The maximum number of bytes of scratch that a call needs for factors, for z = x Bᵀ and for dz.
+        """The maximum bytes of scratch memory that a call of the C++ core needs for low-rank factors.
 
         The scratch consists of four buffers in csrc/ops/scratch.h: kLowGradients, kLowLanes, kLanes and
-        kFactor. Besides z and dz, these buffers hold: two layouts of B; the sums of B's gradient; either A or
-        the sums of A's gradient; and the bfloat16 layouts of A. A call with one float32 layer needs only one
-        layout of B. A frozen B needs no sums.
+        kFactor. These buffers hold: z = x Bᵀ and its gradient dz; two layouts of B; the gradient of B; either
+        A or its gradient; and the bfloat16 layouts of A. A call with one float32 layer needs only one layout
+        of B. A frozen B has no gradient.
         """
         layers: Counter[str] = Counter()
         ranks: Counter[str] = Counter()
@@ -276,7 +276,7 @@ class Extra:
 
     Attributes:
         kept: bytes that the loss keeps until the micro-batch ends.
-        head: bytes that the loss needs for a chunk of rows while the head is computed.
+        head: bytes that the loss needs while the head computes the logits of one chunk of tokens.
         inference: bytes that the loss needs at the start of a micro-batch, when no activations are stored
             yet.
         evaluation: bytes that the loss needs in an evaluation, in addition to those of the model's forward
@@ -298,9 +298,10 @@ NOTHING = Extra()
 def with_filter(extra: Extra, config: ModelConfig, targets: int) -> Extra:
     """Add the bytes that a `WordFilter` takes.
 
-    For each chunk of rows, the C++ core keeps lists of the words that the filter does not skip: at most a
-    quarter of all logits. The core stores the words' weights, the last byte of their ids, and the start of
-    each list. Rows that are computed without the filter are copied, at most FLAT_ROWS rows at a time.
+    For each chunk of tokens, the C++ core lists the words of the vocabulary that the filter does not skip: at
+    most a quarter of the vocabulary for each token. The core stores the gradients of these words' logits, the
+    last byte of their ids, and the start of each list. Tokens that are computed without the filter are
+    copied, at most FLAT_ROWS tokens at a time.
     """
     logits = _FLOAT * min(most_rows(targets, config.vocab_size), targets) * config.vocab_size
     copied = _FLOAT * FLAT_ROWS * (config.vocab_size + config.hidden_size)
@@ -324,8 +325,8 @@ def predicted(
     Args:
         step: the largest micro-batch.
         evaluated: the number of tokens in the largest batch of an evaluation; 0 without an evaluation.
-        resident: two numbers of bytes: the memory of the process before the adapters are made, and the
-            weights that are not read yet.
+        resident: two sizes in bytes: the memory of the process before the adapters are made, and the part of
+            the weights that is not read yet.
         prefix_tokens: the number of tokens for which a `PrefixCache` holds block outputs in memory.
         extra: bytes that the loss takes in addition to the head.
         keeps_best: whether a copy of the best factors is kept.
@@ -401,10 +402,10 @@ def _is_embedding(name: str) -> bool:
 
 
 def _head(config: ModelConfig, targets: int, added: int) -> int:
-    """The bytes that the head takes for one chunk of rows.
+    """The bytes that the head takes for one chunk of tokens.
 
-    The head holds the chunk's logits, its rows of the residual stream before and after the norm, and the
-    gradients of these rows. If tokens were added to the model, the head also holds the logits of the frozen
+    The head holds the logits of these tokens, their residual stream before and after the norm, and the
+    gradients of both. If tokens were added to the model, the head also holds the logits of the frozen
     weight in a second array.
 
     Args:
@@ -416,9 +417,10 @@ def _head(config: ModelConfig, targets: int, added: int) -> int:
 
 
 def _calls(lm: LanguageModel) -> dict[str, str]:
-    """A dict from a layer to the first layer of the call that computes both layers.
+    """A dict from the names of layers to the names of the layers that the C++ core computes first.
 
-    A call computes one or more layers of a block. The first layer of a call is not a key of the dict.
+    One call of the core computes one or more layers of a block. The dict maps the name of every layer of a
+    call but the first to the name of the first layer.
     """
     calls = dict[str, str]()
     for index, block in enumerate(lm.model.layers):

@@ -36,8 +36,8 @@ class NodesPlan:
         alone: seconds of the step on one machine.
         waiting: seconds that an average machine waits for the slowest one. Machines wait because batches
             differ in length, or because the last round of a step has fewer batches than machines.
-        sums: seconds that the machines wait while their gradients or, with outer steps, the changes of their
-            trained values are added up. Gradients are sent while the machines compute their next batches.
+        sums: seconds that the machines wait for the sums of their gradients; with outer steps, for the sums
+            of the changes of their trained values. Gradients are sent while the next batches are computed.
         size: bytes of the gradients.
         local_steps: steps of each machine between two outer steps; None: there are no outer steps.
         most: the number of batches in the largest step; less than `batches` if a whole epoch has fewer

@@ -28,7 +28,7 @@ _LOW_RANK = 2.0  # products with the factors run at about half the rate of the f
 
 @dataclass(frozen=True)
 class Cost:
-    """The time of a call: fixed seconds, and seconds for each token in the call."""
+    """The time of a computation for n tokens: `call` + n * `token` seconds."""
 
     call: float
     token: float
@@ -139,7 +139,7 @@ def _multiply(weights: list[FrozenWeight], product: Callable[..., Array], axis: 
 
 
 def seconds(run: Callable[[], Any]) -> float:
-    """The time of the faster of two runs, after a warm-up run."""
+    """Call the function three times, and return the shorter time of the last two calls."""
     times = []
     for _ in range(3):
         give_way()

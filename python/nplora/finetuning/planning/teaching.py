@@ -30,7 +30,7 @@ class Teaching:
         student: the model that learns.
         model: the teacher, if it runs beside the student; None if its distributions are stored.
         top_k: the number of stored tokens in each distribution.
-        formula: the loss.
+        formula: computes the loss from the logits.
 
     >>> from nplora.models.divergence import Distillation
     >>> lm = nplora.load_model("model.gguf")
@@ -51,7 +51,7 @@ class Teaching:
         return targets * (_FLOAT * self.top_k + (_FLOAT // 2 + _DOUBLE) * (self.top_k + 1))
 
     def head(self, targets: Iterable[int]) -> int:
-        """The maximum number of bytes that the teacher and the divergence take for a chunk of rows.
+        """The maximum bytes that the teacher and the divergence take for a chunk of tokens in the head.
 
         Args:
             targets: the number of trained tokens of each micro-batch.
@@ -105,7 +105,7 @@ class Teaching:
 
         Args:
             teacher: the speed of the teacher's model; None if the teacher's distributions are stored.
-            row: the result of `measured_row`.
+            row: seconds for each row of logits, from `measured_row`.
         """
         forward = 0.0
         if teacher is not None and self.model is not None:

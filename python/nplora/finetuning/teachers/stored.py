@@ -55,7 +55,8 @@ _KINDS = {
 
 
 def is_stored(path: StrPath) -> bool:
-    """Whether a path is a file in another format than GGUF. (A model is a GGUF file or a directory.)"""
+    """Whether a path is a file of predictions. Any file but GGUF counts, because models are GGUF files or
+    directories."""
     if not Path(path).is_file():
         return False
     with files.reading(path) as reader:
@@ -73,7 +74,7 @@ def new_file(
     ids: Callable[[], Iterable[files.Chunk]],
     log_probs: Callable[[], Iterable[files.Chunk]],
 ) -> files.NewFile:
-    """Prepare the file.
+    """Return the file with these contents, for `files.replace`.
 
     Args:
         keys, counts: for each sequence, its digest and its number of trained tokens.

@@ -46,10 +46,10 @@ class Teacher(Protocol):
         """Raise FormatError if the teacher has no distributions for an example of the data set."""
 
     def prepare_batch(self, batch: PackedBatch) -> DistributionsAt:
-        """Prepare a batch.
+        """Read or compute what the teacher needs for a batch.
 
-        Return a function that returns the teacher's distributions at given positions of the batch. Its
-        argument is the array of these positions. Each of them must have a target.
+        Return a function that maps an array of positions in the batch to the teacher's distributions there.
+        Each of these positions must have a target.
         """
 
     def digest(self) -> str:

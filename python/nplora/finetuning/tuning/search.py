@@ -109,7 +109,7 @@ class Search:
         return _by_loss(made)
 
     def _second(self, first: list[Trial]) -> list[Trial]:
-        """Try the best learning rates, a new rate near them, and changes of one other option at a time."""
+        """Try the best learning rates, a new rate near them, and settings that change one other option."""
         rates = [trial.settings["lr"] for trial in _finite(first)[:_SURVIVORS]]
         if not rates:
             return []
@@ -124,7 +124,7 @@ class Search:
         return self._with_combination(2, self._trials(2, candidates[: rung.count], rung.steps))
 
     def _halved(self, number: int, before: list[Trial]) -> list[Trial]:
-        """Train the settings of the best third of the earlier trials again, for more steps."""
+        """Repeat the best third of the earlier trials with more steps."""
         survivors = [trial.settings for trial in _finite(before)][: max(_SURVIVORS, -(-len(before) // 3))]
         steps = before[0].steps if before else 1
         decided = second_rung(self.budget, self._left, self._pace, len(survivors), steps, self.full)

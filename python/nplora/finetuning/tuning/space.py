@@ -55,14 +55,14 @@ class Space:
     alpha_ratio: float | None
 
     def settings(self, lr: float, **changes: Any) -> Settings:
-        """The settings of a trial: `lr`, `changes`, and the first value of every other option."""
+        """The settings of a trial: `lr`, the options in `changes`, and the first value of all others."""
         made = {"lr": lr, **{name: values[0] for name, values in self.others.items()}, **changes}
         if self.alpha_ratio is not None:
             made["alpha"] = self.alpha_ratio * made["rank"]
         return made
 
     def variations(self) -> Iterator[tuple[str, Any]]:
-        """Yield pairs (option, value) for all but the first value of each option. The options alternate."""
+        """Yield pairs (option, value): the second value of each option, then each third value, and so on."""
         rows = [[(name, value) for value in values[1:]] for name, values in self.others.items()]
         for turn in range(max(map(len, rows), default=0)):
             yield from (row[turn] for row in rows if turn < len(row))

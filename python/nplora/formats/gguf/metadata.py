@@ -114,11 +114,11 @@ class Metadata(Mapping[str, Scalar | Array | StringArray]):
 
     Scalars are Python int, float, bool and str. An array of numbers is a read-only NumPy view of the file. An
     array of strings is a `StringArray`. Arrays are not read until they are used. `types` maps each key to the
-    type that the value has in the file. For an array, this is the type of the elements.
+    type of the value in the file; for an array, to the type of the elements.
 
     The methods `integer`, `number`, `boolean`, `string`, `array` and `strings` return a value of one required
-    type. These methods raise FormatError if the value is missing and there is no default, if the value has
-    another type, or if the argument `count` is given and an array has another number of elements.
+    type. These methods raise FormatError if the value has another type, or is missing without a default. If
+    the argument `count` is given, arrays must have this number of elements.
 
     >>> from nplora.formats import gguf
     >>> metadata = gguf.loads(gguf.dumps({}, {"general.name": "toy", "sizes": np.arange(3)})).metadata

@@ -34,7 +34,7 @@ def require_readable(fields: Fields) -> None:
 
 
 def require_absent(fields: Fields, *names: str) -> None:
-    """Raise UnsupportedError if one of the fields `names` is set. nplora does not implement them."""
+    """Raise UnsupportedError if config.json sets one of `names`, fields that nplora does not implement."""
     for name in names:
         if name in fields:
             raise UnsupportedError(f"{fields.source}: {name} is set, which nplora does not implement")
@@ -134,7 +134,7 @@ def positive(fields: Fields, name: str, default: float | None = None) -> float:
 
 
 def has_window(fields: Fields) -> bool:
-    """Whether there is a sliding window. A model has no window only if the field `sliding_window` is null."""
+    """Whether there is a sliding window: always, except if the field `sliding_window` is null."""
     return fields.integer_or_null("sliding_window", _WINDOW) is not None
 
 
@@ -142,8 +142,8 @@ def windows(fields: Fields, kinds: list[str], default: int | None = _WINDOW) -> 
     """The sliding window of each layer.
 
     Args:
-        kinds: the types of the layers, if `layer_types` is missing.
-        default: the window, if `sliding_window` is missing; None: there is no window.
+        kinds: the type of each layer, if the field `layer_types` is missing.
+        default: the window, if the field `sliding_window` is missing; None: there is no window.
     Raises:
         FormatError: a layer has type "sliding_attention", but there is no window.
     """

@@ -85,7 +85,7 @@ class EncoderFamily:
         blocks: transformers' name of the list of blocks.
         layers, norms: dicts from nplora's name of a layer or norm in a block to a pair: the name in
             transformers, and the name in GGUF.
-        outside: the same for the tables and norms outside the blocks.
+        outside: a dict from nplora's name of a table or norm outside the blocks to a pair as in `layers`.
         ignored: prefixes of names. Tensors whose names begin with one of them do not affect the hidden
             states.
         halves: the half-blocks (attention and MLP) of a block.
@@ -204,8 +204,7 @@ class EncoderFamily:
     def hf_name(self, name: str) -> str:
         """The name in transformers of a module of the encoder, such as "layers.0.self_attn.q_proj".
 
-        If transformers has no module for a name inside a block, the result has transformers' name of the
-        block, followed by the unchanged rest of the name.
+        If transformers has no such module in its blocks, only the name of the block is translated.
         """
         match = _LAYER.fullmatch(name)
         if match is None:

@@ -64,9 +64,8 @@ def heads_of_keys(data: ArchitectureMetadata, default: int) -> int:
 def sliding_layers(data: ArchitectureMetadata, layers: int, pattern: int, first: bool = False) -> list[bool]:
     """For each layer, whether the layer has a sliding window.
 
-    The file may list the layers with a window. If the file has no list, one layer in each group of `pattern`
-    layers has no window. If `first` is True, the first layer of the group has no window. If `first` is False,
-    the last layer has none.
+    The file may list the layers with a window. Without a list, each group of `pattern` layers has one layer
+    without a window: the first layer of the group if `first` is True, else the last.
     """
     name = "attention.sliding_window_pattern"
     if name in data and data.file.metadata.types[data.key(name)] == "BOOL":
@@ -87,7 +86,7 @@ def vocabulary(data: ArchitectureMetadata) -> int:
 
 
 def require_length(data: ArchitectureMetadata, name: str, head_dim: int) -> None:
-    """Raise UnsupportedError if the entry `name`, such as the width of the value heads, is not `head_dim`."""
+    """Raise UnsupportedError if an entry, such as the width of the value heads, differs from `head_dim`."""
     found = data.integer(name, head_dim)
     if found != head_dim:
         raise UnsupportedError(
@@ -97,7 +96,7 @@ def require_length(data: ArchitectureMetadata, name: str, head_dim: int) -> None
 
 
 def require_number(data: ArchitectureMetadata, name: str, value: float) -> None:
-    """Raise UnsupportedError if the entry `name` is not `value`. nplora implements only this value."""
+    """Raise UnsupportedError if an entry differs from `value`, the only value that nplora implements."""
     found = data.number(name, value)
     if found != value:
         raise UnsupportedError(

@@ -21,8 +21,7 @@ class AnswerObjects:
 
     Args:
         request: the request.
-        tickets: for each answer, the `Ticket` of the request that computes it. The answers to the first
-            prompt come first.
+        tickets: for each answer, the engine's `Ticket`. The answers to the first prompt come first.
     """
 
     objects = "", ""  # the value of the field "object" for a whole answer, and that for a piece

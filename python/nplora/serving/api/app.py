@@ -52,7 +52,7 @@ def page_files(directory: Path = PAGE) -> dict[str, tuple[bytes, str]]:
 
 
 class Application:
-    """The ASGI application of the server: it checks the access to the routes and calls them.
+    """The ASGI application of the server: checks whether a request is allowed, and calls its route.
 
     Args:
         service: the objects and limits that the routes share.

@@ -153,7 +153,7 @@ class EncoderReader:
         return EncoderRequest(name, model, self._input(body, model.encoder, ""), classifier=model)
 
     def _sentences(self, body: Fields, classifier: TextClassifier) -> tuple[Sentences, list[Array]]:
-        """The sentences in the field `input`, and the token ids that the classifier computes."""
+        """The sentences in the field `input`, and the token ids of each window of the sentences."""
         length = _Length.read(body, classifier.encoder, self._longest)
         inputs, given = _inputs(body), body.required("input")
         if isinstance(given, list) and isinstance(given[0], int):  # `inputs` is a list with this one item

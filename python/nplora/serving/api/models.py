@@ -160,7 +160,7 @@ class Models(Generic[LM]):
         return name, self._sum(self._scales if scales is None else self._read_scales("lora", scales))
 
     def _sum(self, scales: Mapping[int, float]) -> str | None:
-        """Return the name of the adapter that sums scaled adapters. `scales` is {adapter's id: scale}."""
+        """Return the name of the sum of adapters times their scales. `scales` is {adapter's id: scale}."""
         with self._lock:
             names = {id_: name for name, (id_, _) in self._loaded.items()}
             parts = [(names[id_], scale) for id_, scale in sorted(scales.items()) if scale and id_ in names]
@@ -181,7 +181,7 @@ class Models(Generic[LM]):
             return self._sums[key]
 
     def _add_sum(self, adapter: Adapter, name: str) -> None:
-        """Add a sum. If there is too little memory for the sum, delete the other sums first."""
+        """Add an adapter that is a sum. If there is too little memory, first delete all other sums."""
         try:
             self._add(adapter, name, any_base=True)
         except RequestError:

@@ -15,7 +15,7 @@ _COUNTERS = {
     "generated_tokens": "Generated tokens.",
     "put_back": "How often a request lost its cache pages to other requests and was computed again.",
     "rounds": "Rounds of the engine. In a round, all running requests are computed together.",
-    "compute_seconds": "Seconds of computing.",
+    "compute_seconds": "Seconds that the engine spent computing.",
 }
 _GAUGES = {
     "running": "Requests that are computed now.",
@@ -56,7 +56,7 @@ def _lines(metrics: Metrics, responses: Mapping[int, int], adapters: int, memory
     statuses = {f'{{status="{status}"}}': count for status, count in sorted(Counter(responses).items())}
     yield from _one("nplora_http_responses_total", "counter", "HTTP responses by status.", statuses)
     yield from _one("nplora_adapters", "gauge", "Loaded adapters.", {"": adapters})
-    yield from _one("process_resident_memory_bytes", "gauge", "Bytes in memory.", {"": memory})
+    yield from _one("process_resident_memory_bytes", "gauge", "Resident memory in bytes.", {"": memory})
 
 
 def _one(name: str, kind: str, text: str, values: Mapping[str, float]) -> Iterator[str]:

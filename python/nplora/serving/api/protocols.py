@@ -19,7 +19,7 @@ from nplora.serving.ticket import Ticket
 
 
 class AnyEngine(Protocol):
-    """The properties and methods that both engines have and that the server uses."""
+    """The members of both `Engine` and `EncoderEngine` that the server uses."""
 
     @property
     def context(self) -> int: ...

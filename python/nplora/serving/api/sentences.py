@@ -35,7 +35,7 @@ class Sentences:
     Attributes:
         texts: the text of each sentence. If a client sent words, they are joined by spaces.
         spans: for each sentence, the begin and the end of each word in the text, int64 (words, 2).
-        first: for each sentence, the first token of each word, as in `WordIds`.
+        first: for each sentence, the index of each word's first token, as in `WordIds`.
         rows: for each word that has a token, the index of the word's row in the logits.
     """
 
@@ -49,7 +49,8 @@ class Sentences:
         """Read the items of the field `input`, which are texts or lists of words.
 
         Raises:
-            RequestError: an item is neither, or has no word; or there are too many words or characters.
+            RequestError: an item is neither a text nor a list of words, or has no word; or there are too many
+                words or characters.
         """
         texts, spans, room, characters = list[str](), list[Array](), _MOST, _MOST_CHARACTERS
         for i, given in enumerate(inputs):
@@ -79,9 +80,9 @@ class Sentences:
     def encoded(
         self, classifier: TextClassifier, longest: int, cut: int | None
     ) -> tuple[Sentences, list[list[int]]]:
-        """Return the sentences with the attributes `first` and `rows`; and the token ids to compute.
+        """Return the sentences with the attributes `first` and `rows`; and the token ids of each window.
 
-        Sentences that are too long for the classifier are read in windows, as in `predict_words`.
+        A sentence that is too long for the classifier has several windows, as in `predict_words`.
 
         Args:
             longest: the largest number of tokens of a window.
@@ -136,7 +137,7 @@ def _checked_words(name: str, given: object) -> list[str]:
 
 
 def _joined_spans(words: Sequence[str]) -> Iterator[tuple[int, int]]:
-    """The begin and the end of each word in a text of these words with a space between them."""
+    """The begin and the end of each word in the text " ".join(words)."""
     begin = 0
     for word in words:
         yield begin, begin + len(word)

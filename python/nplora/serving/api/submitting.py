@@ -20,8 +20,8 @@ def submitted(submit: Callable[[], T]) -> T:
     client.
 
     Args:
-        submit: a function that reads the request and submits it to the engine. It raises KeyError if the
-            adapter was unloaded after the reading.
+        submit: a function that reads the request and submits it to the engine. The function
+            raises KeyError if the adapter was unloaded after the request was read.
     """
     for _ in range(_ATTEMPTS):
         try:

@@ -27,7 +27,7 @@ def multiple_choice(row: Fields) -> Example:
 
 
 def _choices(row: Fields) -> tuple[tuple[str, ...], list[str] | None]:
-    """Return the choices, and the label of each choice. If the row has no labels, None stands for them.
+    """Return the choices, and a list of their labels, or None if the row has no labels.
 
     The field "choices" holds a list of texts, or {"text": […], "label": […]} as in ARC.
     """

@@ -131,7 +131,10 @@ system_packages() {
   [ ${#missing[@]} -eq 0 ] || install_system_packages "${missing[@]}"
 }
 
-# run_tests NAME ARGUMENTS...: pytest of an environment, with one thread in each process.
+# run_tests NAME ARGUMENTS...: pytest of an environment, with one thread in each process. If there is one
+# process, it runs the tests itself: a worker would have to report each of them to it.
 run_tests() {
-  PATH=$work/environments/$1/bin:$PATH OMP_NUM_THREADS=1 pytest -n "$jobs" --dist loadfile "${@:2}"
+  local workers=()
+  [ "$jobs" -eq 1 ] || workers=(-n "$jobs" --dist loadfile)
+  PATH=$work/environments/$1/bin:$PATH OMP_NUM_THREADS=1 pytest "${workers[@]}" "${@:2}"
 }

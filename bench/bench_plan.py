@@ -142,8 +142,9 @@ SETTINGS = (
 )
 PREFERENCES = tuple(s for s in SETTINGS if s.options.get("objective") in ("dpo", "orpo", "kto"))
 TESTED = (
-    *SETTINGS[4:6],
-    SETTINGS[11],
+    SETTINGS[4],
+    Setting(4, 64, options=BFLOAT16),
+    Setting(2, 256, 16, {"layers": "last:4", "rank": 32} | BFLOAT16),
     Setting(2, 384, options={"memory": "330M"}),
     Setting(2, 64, 32, {"objective": "dpo"}),
     Setting(2, 64, 32, {"objective": "kto"}),

@@ -117,6 +117,15 @@ def test_ci_runs_two_steps_at_a_time_and_adds_up_what_passed(tmp_path: Path) -> 
 
 
 @ci_is_there
+def test_a_third_step_has_the_lowest_priority(tmp_path: Path) -> None:
+    wait = "until [ -e third ]; do sleep 0.01; done"
+    fake = {"first": ("", wait), "second": ("", wait), "threads": ("", "touch third; echo nice: $(nice)")}
+    run = subprocess.run([ci_with(tmp_path, fake)], cwd=tmp_path, capture_output=True, text=True, timeout=30)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "threads: nice: 19" in run.stdout.splitlines()
+
+
+@ci_is_there
 def test_a_step_that_fails_ends_the_others(tmp_path: Path) -> None:
     ci = ci_with(tmp_path, {"slow": ("", "sleep 60"), "bad": ("", "exit 3"), "later": ("bad", "touch later")})
     run = subprocess.run([ci], cwd=tmp_path, capture_output=True, text=True, timeout=30)

@@ -11,7 +11,7 @@ from attack.case import Case
 from attack.child import wait
 from small_llama import save_small_llama
 
-FORKS = 50  # of each kind
+FORKS = 30  # of each kind
 THREADS = 2
 SECONDS = 10.0  # a child that takes longer counts as hanging
 CHAT = [{"role": "user", "content": "hello 123"}]

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import subprocess
 import sys
 import warnings
@@ -25,6 +26,12 @@ def test_the_version_is_printed() -> None:
 
 
 @pytest.mark.slow
+def test_a_process_prints_its_error_as_one_line() -> None:
+    done = command("info", "no/such/file")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert re.fullmatch("nplora: error: .*no such file: no/such/file.*\n", done.stderr)
+
+
 @pytest.mark.parametrize(
     ("arguments", "status", "message"),
     [
@@ -47,12 +54,18 @@ def test_the_version_is_printed() -> None:
         (["plot", "no/such/run"], 2, "error: no/such/run: not a run directory: it has no log.jsonl\n"),
     ],
 )
-def test_an_expected_error_is_one_line(arguments: list[str], status: int, message: str) -> None:
-    done = command(*arguments)
-    assert (done.returncode, done.stdout) == (status, "")
-    assert done.stderr.startswith("nplora: error: ")
-    assert message in done.stderr
-    assert done.stderr.count("\n") == 1
+def test_an_expected_error_is_one_line(
+    arguments: list[str], status: int, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    try:
+        found: Any = cli.main(arguments)
+    except SystemExit as end:  # of argparse
+        found = end.code
+    printed = capsys.readouterr()
+    assert (found, printed.out) == (status, "")
+    assert printed.err.startswith("nplora: error: ")
+    assert message in printed.err
+    assert printed.err.count("\n") == 1
 
 
 @pytest.mark.parametrize(

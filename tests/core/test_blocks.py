@@ -134,19 +134,6 @@ def test_floats_of_a_file_have_the_bits_of_gguf(
         figure(f"random tensors of {name} with the bits of gguf", count + 1)
 
 
-@pytest.mark.slow
-def test_every_tensor_of_a_real_model_decodes_to_the_bits_of_gguf(smollm2: Path, figure: Figure) -> None:
-    decoded = set()
-    for tensor in gguf.GGUFReader(smollm2).tensors:
-        name = tensor.tensor_type.name.lower()
-        if name in FORMATS:
-            blocks = np.ascontiguousarray(tensor.data)
-            assert_same_bits(dequantize(blocks, name), quants.dequantize(blocks, tensor.tensor_type))
-            decoded.add((name, tensor.name))
-    assert len(decoded) == 211
-    figure("tensors of SmolLM2 with the bits of gguf", len(decoded))
-
-
 # ---- quantising ----
 
 
@@ -308,7 +295,7 @@ def test_real_weights_are_quantised_as_well_as_promised(
     elif name in SEARCHED:
         error_of, other = search_error, "a plain search's"
     ours, theirs = 0.0, 0.0
-    step = 4 if name in SEARCHED else 1  # of the rows: the plain search takes most of the time
+    step = 16 if name in SEARCHED else 4  # of the rows: the other quantisers take most of the time
     for weight in (np.ascontiguousarray(weight[::step]) for weight in real_weights):
         for rows in np.array_split(weight, ceil_div(len(weight), 4096)):
             ours += squared_error(rows, dequantize(quantize(rows, name), name), 32).sum()

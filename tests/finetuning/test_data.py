@@ -54,6 +54,13 @@ def read(path: Path, *rows: Any, **options: Any) -> list[tuple[str, str]]:
     return [(words.decode(ids), words.decode(labels[labels != IGNORED])) for ids, labels in dataset]
 
 
+@pytest.fixture
+def small_parts(monkeypatch: pytest.MonkeyPatch) -> int:
+    """Files are read in parts of this many bytes instead of a megabyte."""
+    monkeypatch.setattr("nplora.finetuning.data.rows._PART", 1 << 16)
+    return 1 << 16
+
+
 # ---- formats ----
 
 
@@ -98,10 +105,9 @@ def test_no_space_comes_before_a_completion_that_begins_a_word(
     assert ids.tolist()[: len(words.encode_prompt(prompt))] == words.encode_prompt(prompt)
 
 
-@pytest.mark.slow
-def test_no_space_is_added_to_a_long_plain_text(tmp_path: Path) -> None:
+def test_no_space_is_added_to_a_long_plain_text(tmp_path: Path, small_parts: int) -> None:
     words = from_gguf(opened(sentencepiece()))
-    text = "ab\n" * 400_000  # longer than a part
+    text = "ab\n" * (small_parts // 2)  # longer than a part
     (tmp_path / "data.txt").write_text(text)
     [(ids, _)] = read_dataset(tmp_path / "data.txt", words, max_length=10**7)
     assert words.decode(ids[1:-1]) == text.rstrip()
@@ -441,9 +447,8 @@ def test_byte_order_marks_and_carriage_returns_are_ignored(tmp_path: Path) -> No
     assert len(read_dataset(tmp_path / "data.jsonl", tokenizer())) == 1
 
 
-@pytest.mark.slow
-def test_lines_longer_than_a_part_of_the_file_are_whole(tmp_path: Path) -> None:
-    texts = ["ab" * 700_000, "c", "d" * 1_048_576, "e"]
+def test_lines_longer_than_a_part_of_the_file_are_whole(tmp_path: Path, small_parts: int) -> None:
+    texts = ["ab" * (2 * small_parts // 3), "c", "d" * small_parts, "e"]
     found = read(tmp_path, *({"text": text} for text in texts))
     assert [text for text, _ in found] == [f"{text}<|end|>" for text in texts]
 
@@ -471,14 +476,13 @@ def test_a_plain_text_comes_in_windows_that_share_a_token(tmp_path: Path) -> Non
     assert dataset.report.learned == len(whole) - 1
 
 
-@pytest.mark.slow
-def test_a_long_plain_text_has_the_tokens_of_its_whole(tmp_path: Path) -> None:
+def test_a_long_plain_text_has_the_tokens_of_its_whole(tmp_path: Path, small_parts: int) -> None:
     tokens = [*byte_level()["tokenizer.ggml.tokens"], "ĊĠ"]  # an end of a line and a space
     words = tokenizer(tokens=tokens, token_type=None, merges=["Ċ Ġ"])
-    text = "".join(f"Line {n}\n  and\n  12\r\n  then\n" for n in range(50_000))
+    text = "".join(f"Line {n}\n  and\n  12\r\n  then\n" for n in range(4_000))
     (tmp_path / "data.txt").write_text(text, newline="")
     dataset = read_dataset(tmp_path / "data.txt", words, max_length=1 << 30)
-    assert len(text) > 5 << 18  # more than one part
+    assert len(text) > 1.5 * small_parts
     whole = text.replace("\r\n", "\n").rstrip("\n")
     assert dataset[0][0].tolist() == [*words.encode(whole), words.eos_id]
 
@@ -535,13 +539,14 @@ def test_long_examples_are_cut_and_counted(tmp_path: Path) -> None:
         read_dataset(path, tokenizer(), max_length=5, strict=True)
 
 
+# Each has more characters than the beginning that is encoded first: 8 · (41 + 1024) = 8,520.
 LONG_TEXTS = {
-    "words": "hello 12 word " * 1500,
-    "lines": "hello 123\n  and 12\nx" * 1100,
-    "one word": "ahello" * 3500,
-    "digits": "123" * 7000,
-    "spaces": "a" + " " * 21_000 + "b",
-    "letters of all kinds": "日本é e\u0301 😀 <|end|> 12\r\n" * 1000,
+    "words": "hello 12 word " * 750,
+    "lines": "hello 123\n  and 12\nx" * 550,
+    "one word": "ahello" * 1750,
+    "digits": "123" * 3500,
+    "spaces": "a" + " " * 10_500 + "b",
+    "letters of all kinds": "日本é e\u0301 😀 <|end|> 12\r\n" * 500,
 }
 
 

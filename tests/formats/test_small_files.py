@@ -21,39 +21,56 @@ MOST_SECONDS, MOST_BYTES = 2.0, 300 << 20
 TRIES = 3  # other processes on the same core make some tries slow
 LONG = 16_000_000  # characters of a row, near the limit of a line
 
-# Imports and process starts are not counted.
-MEASURE = """
-import json, sys, time, warnings
-from nplora.finetuning.data import read_dataset
-from nplora.formats import gguf, peft_adapter, safetensors
-from nplora.platform.memory import peak_memory
-from nplora.tokenizer import from_directory, from_gguf
-import tokenizers
-from vocabularies import byte_level, opened
+# How each kind of file is read. Imports and process starts are not counted.
+READ = {
+    "safetensors": """
+from nplora.formats.safetensors import open as read
+""",
+    "adapter": """
+from nplora.formats import peft_adapter
 
-def adapter(path):
+def read(path):
     with peft_adapter.reading(path) as content:
         for name, halves in content.factors([], {}).items():
             content.require_rank(name, halves)
+""",
+    "directory": """
+import tokenizers
+from nplora.tokenizer import from_directory as read
+""",
+    "gguf": """
+import tokenizers
+from nplora.formats import gguf
+from nplora.tokenizer import from_gguf
 
-def rows(path):
-    return str(read_dataset(path, words, max_length=2048).report)
+def read(path):
+    return from_gguf(gguf.open(path))
+""",
+    "rows": """
+from nplora.finetuning.data import read_dataset
+from nplora.tokenizer import from_gguf
+from vocabularies import byte_level, opened
 
-warnings.simplefilter("ignore")
 template = "{% for m in messages %}{{ m.role ~ ':' ~ m.content ~ '\\n' }}{% endfor %}"
 words = from_gguf(opened(byte_level() | {"tokenizer.chat_template": template}))
 words.encode_chat([{"role": "user", "content": "a"}])
-read = {
-    "safetensors": safetensors.open, "adapter": adapter, "rows": rows, "directory": from_directory,
-    "gguf": lambda path: from_gguf(gguf.open(path)),
-}[sys.argv[1]]
+
+def read(path):
+    return str(read_dataset(path, words, max_length=2048).report)
+""",
+}
+MEASURE = """
+import json, sys, time, warnings
+from nplora.platform.memory import peak_memory
+
+warnings.simplefilter("ignore")
 
 def used():  # getrusage would count the memory of the process that this one was forked from
     return time.process_time(), peak_memory()
 
 seconds, size = used()
 try:
-    found = ["", str(read(sys.argv[2]))]
+    found = ["", str(read(sys.argv[1]))]
 except Exception as error:
     found = [type(error).__name__, str(error)]
 print(json.dumps([*found, used()[0] - seconds, used()[1] - size]))
@@ -62,7 +79,7 @@ print(json.dumps([*found, used()[0] - seconds, used()[1] - size]))
 
 def measured(kind: str, path: Path) -> tuple[str, str]:
     """The name and text of the error, or "" and the content, after checking time and memory."""
-    command = [sys.executable, "-c", MEASURE, kind, str(path)]
+    command = [sys.executable, "-c", READ[kind] + MEASURE, str(path)]
     for _ in range(TRIES):
         done = subprocess.run(
             command, capture_output=True, text=True, cwd=Path(__file__).parents[1], check=True

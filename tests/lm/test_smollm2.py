@@ -62,7 +62,8 @@ def test_int8_changes_the_loss_by_noise_that_its_rounding_explains(smollm2: Path
     changes.
     """
     pytest.importorskip("tokenizers")
-    rows = [json.loads(line) for line in (dictionary.DATA / "valid.jsonl").read_text().splitlines()]
+    lines = (dictionary.DATA / "valid.jsonl").read_text().splitlines()[::2]
+    rows = [json.loads(line) for line in lines]
     tokenizer = nplora.load_model(smollm2).tokenizer
     texts = [np.array(tokenizer.encode(row["prompt"] + row["completion"])) for row in rows]
     batch = pack([(text, text) for text in texts])

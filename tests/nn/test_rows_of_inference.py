@@ -50,7 +50,7 @@ def test_a_row_has_the_same_bits_in_every_large_batch(
     rng = np.random.default_rng(0)
     weight = FrozenWeight(rng.standard_normal((d_out, d_in), np.float32), storage, compute)
     x = rng.standard_normal((MOST, d_in), np.float32).astype(weight.compute_dtype)
-    for rank in (0, 8, 64, 256):
+    for rank in (0, 8, 64, 256) if d_out in (576, 101) else (0, 64):
         require_equal_rows([layer_of(weight, rank)], x)
 
 

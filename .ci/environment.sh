@@ -132,9 +132,9 @@ system_packages() {
 }
 
 # run_tests NAME ARGUMENTS...: pytest of an environment, with one thread in each process. If there is one
-# process, it runs the tests itself: a worker would have to report each of them to it.
+# process, it runs the tests itself: a worker would have to report each of them to it. The slowest are listed.
 run_tests() {
   local workers=()
   [ "$jobs" -eq 1 ] || workers=(-n "$jobs" --dist loadfile)
-  PATH=$work/environments/$1/bin:$PATH OMP_NUM_THREADS=1 pytest "${workers[@]}" "${@:2}"
+  PATH=$work/environments/$1/bin:$PATH OMP_NUM_THREADS=1 pytest --durations 20 --durations-min 2 "${workers[@]}" "${@:2}"
 }

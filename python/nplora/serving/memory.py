@@ -18,7 +18,7 @@ from nplora.runtime import get_num_threads
 
 _FLOAT = 4
 _THREAD = 3 << 19  # a thread's scratch memory in addition to the rows of a product, rounded up
-_HEAP = (8 << 20) + _core.constants.spare_buffer_bytes  # small arrays, texts of requests, idle memory
+_HEAP = (9 << 20) + _core.constants.spare_buffer_bytes  # small arrays, texts of requests, idle memory, code
 _PART = 0.5  # without a memory limit, the engine may take this part of the available memory
 _ADAPTERS = 8  # by default, adapters that are loaded later get 1 / _ADAPTERS of the memory the model leaves
 _LEAST_PAGES = 4

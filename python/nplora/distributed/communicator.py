@@ -37,7 +37,7 @@ def mark_reported(error: BaseException) -> None:
 
 
 def is_reported(error: BaseException) -> bool:
-    """Whether rank 0 reports this error, so that this rank does not report the error again.
+    """Whether rank 0 reports this error. If it does, this rank must not report the error again.
 
     >>> from nplora.distributed.communicator import is_reported
     >>> is_reported(ValueError("wrong"))

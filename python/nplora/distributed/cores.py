@@ -70,7 +70,9 @@ def crowded_machines(ranks: Sequence[Cores], used: Sequence[tuple[str, int]]) ->
 
 
 def is_bound(own: Cores, environment: Mapping[str, str], all_cores: int | None = os.cpu_count()) -> bool:
-    """Whether Open MPI has bound this rank to one of many cores, which is Open MPI's default.
+    """Whether Open MPI has bound this rank to a single core, although the machine has more.
+
+    This is the default of Open MPI.
 
     >>> from nplora.distributed.cores import Cores, is_bound
     >>> is_bound(Cores("a", frozenset({3}), 1), {"OMPI_COMM_WORLD_SIZE": "2"}, all_cores=8)

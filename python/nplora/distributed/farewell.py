@@ -29,14 +29,14 @@ class Farewell:
       the failure, and no longer wait for this rank.
 
     A rank reads notices only while it waits in an exchange. The other ranks may first compute a batch, so the
-    rank that leaves waits for them. If no notice arrives within the timeout, the leaving rank ends all ranks
-    by force. If all remaining ranks have already exceeded the timeout, the leaving rank ends all ranks at
-    once.
+    rank that leaves waits for them. If it receives no notice for `timeout` seconds, it ends all ranks by
+    force. If each rank that has not left has exceeded the timeout before, the leaving rank does not wait: it
+    ends all ranks immediately.
 
     Attributes:
         timeout: the seconds after which a rank that does not respond counts as failed.
         pending: MPI requests that may be incomplete: sends of notices, and requests that an exception has
-            interrupted. A request keeps its buffer alive.
+            interrupted. They are kept because MPI may still use the buffers that belong to them.
     """
 
     def __init__(self, mpi: Any, comm: Any, timeout: float) -> None:
@@ -59,7 +59,7 @@ class Farewell:
 
         Args:
             missing: ranks that have not sent their values. The failure is raised only if one of these ranks
-                will never send its values. None: the failure is always raised.
+                has announced its end, so that its values will not come. None: the failure is always raised.
         """
         if self._failure is None:
             return
@@ -162,7 +162,7 @@ class Farewell:
         self.abort()
 
     def abort(self) -> None:
-        """End all ranks at once."""
+        """End all ranks immediately."""
         self._mpi.COMM_WORLD.Abort(1)
         os._exit(1)  # MPICH's Abort returns if the launcher has ended already
 

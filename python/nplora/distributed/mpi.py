@@ -228,11 +228,11 @@ class MPICommunicator:
             self._exchanges.sends.append((rank, request))
 
     def _others(self) -> list[int]:
-        """The other ranks, from the next rank on, so that not all ranks send to rank 0 first."""
+        """All other ranks, in cyclic order from the next rank on, so that not all send to rank 0 first."""
         return [(self.rank + step) % self.size for step in range(1, self.size)]
 
     def _wait(self, missing: Callable[[], list[int]], messages: Messages) -> None:
-        """Wait until `missing` returns no ranks, so that all messages are complete. Then remove the messages.
+        """Wait until all messages are complete: until `missing` returns no ranks. Then remove the messages.
 
         Raises:
             RankError: another rank has failed, or does not respond within the timeout.

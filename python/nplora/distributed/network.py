@@ -88,8 +88,8 @@ class Network:
 
         Args:
             size: the bytes of the gradients.
-            rounds: for each round of the step, a pair: the number of gradients that each rank sends (one
-                for each micro-batch), and the seconds that each rank computes.
+            rounds: a pair for each round of the step: how many times each rank sends gradients of `size`
+                bytes (once for each micro-batch), and the seconds for which each rank computes.
         """
         one, waited = self.exchange(size, nodes), 0.0
         for number, (terms, _) in enumerate(rounds, start=1):
@@ -98,11 +98,11 @@ class Network:
         return waited + one + (len(rounds) + 1) * self.gather(nodes)
 
     def local_sums(self, size: int, nodes: int, local_steps: int, rounds: int) -> float:
-        """The seconds that an average step spends on exchanges if the ranks make local steps.
+        """The seconds of exchanges, as a mean over all steps, if each rank trains its own copy.
 
-        The ranks exchange small values in every step. In every outer step, the ranks compute three sums: of
-        the changes of the trained values, and of each of AdamW's two moments. Each sum takes as long as the
-        sum of the gradients (see `sums`).
+        The ranks exchange small values in every step. After `local_steps` steps, the ranks add up three
+        arrays: the changes of the trained values, AdamW's first moments and AdamW's second moments. Each sum
+        takes as long as the sum of the gradients (see `sums`).
 
         Args:
             size: the bytes of the trained values.

@@ -64,8 +64,9 @@ def or_none_if_alone(ranks: Communicator) -> Communicator | None:
 def say_if_alone(ranks: Communicator, distributed: str | None, progress: bool | None) -> None:
     """Print a notice on stderr if `distributed` is "mpi" but this process is not a rank of a launcher.
 
-    If the launcher belongs to another MPI library, all its processes train alone, and no error occurs. So the
-    notice also appears where no progress is shown, such as in a log file. Only `progress=False` turns it off.
+    If the launcher belongs to another MPI library than mpi4py, each of the processes may train alone, without
+    an error. So the notice also appears where no progress is shown, such as in a log file. Only
+    `progress=False` turns it off.
 
     >>> from nplora.distributed import Alone
     >>> from nplora.distributed.opening import say_if_alone
@@ -95,7 +96,9 @@ def require_choice(op: str, distributed: str | None) -> None:
 
 @contextlib.contextmanager
 def heard_by_all_ranks(distributed: str | None) -> Iterator[None]:
-    """Report an error in this block to the other ranks. The block comes before `opened_communicator`.
+    """A `with` block. An error inside the block is reported to the other ranks.
+
+    The block comes before `opened_communicator`.
 
     In `opened_communicator`, the other ranks wait without a timeout until this rank has opened its
     communicator too. So after an error, this rank opens a communicator to report the error.

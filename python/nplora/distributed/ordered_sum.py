@@ -18,10 +18,10 @@ Array = npt.NDArray[Any]
 class OrderedSum:
     """Adds up the contents of the same arrays on all ranks, such as the gradients of a model.
 
-    A term is the content of the arrays on one rank at one time. Floating-point sums depend on the order of
-    their terms. So the arrays are cut into one slice for each rank. A rank adds up its slice of all terms, in
-    the order of the terms, and then sends the sum to all other ranks. The sums have the same bits as if one
-    process added all terms.
+    A term is what the arrays of one rank contain when this rank calls `keep`. Floating-point sums depend on
+    the order of their terms. So the arrays are cut into one slice for each rank. Each rank takes its slice
+    from every term, adds up these slices in the order of the terms, and sends the sum to all other ranks. The
+    sums have the same bits as if one process added all terms.
 
     The ranks exchange terms while the caller computes the next terms.
 
@@ -106,7 +106,7 @@ class _Slices:
     """The arrays of one dtype, joined into one flat array and cut into one slice for each rank.
 
     Args:
-        rounds: whether terms and sums are rounded to bfloat16, and stored and sent as bit patterns.
+        rounds: True if terms and sums are rounded to bfloat16, and stored and sent as bit patterns.
     """
 
     def __init__(self, communicator: Communicator, arrays: list[Array], rounds: bool) -> None:

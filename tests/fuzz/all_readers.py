@@ -50,7 +50,7 @@ def check(reader: str, room: Path) -> str:
         return f"{log}: the planted bug was not found, exit status {status}"
 
     log = room / f"{reader}.log"
-    seconds = 20 if reader in LONGER else 8
+    seconds = 12 if reader in LONGER else 8
     options = [*limits, f"-max_total_time={seconds}", str(corpora["corpus"]), inputs]
     status = in_child(reader, False, options, log)
     lines = log.read_text(errors="replace").splitlines()

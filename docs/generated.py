@@ -104,7 +104,7 @@ def weights() -> str:
             )
         )
     titles = ("type", "in GGUF", "values in a block", "bytes in a block", "bits per value")
-    text = table((*titles, "rows that are no whole blocks"), rows)
+    text = table((*titles, "if a row does not fill whole blocks"), rows)
     known = {*storages.GGML_BLOCKS, *storages.GGML_FLOATS}
     others = [f"`{name}`" for name, kind in GGML_TYPES.items() if name not in known and kind.dtype is None]
     return (

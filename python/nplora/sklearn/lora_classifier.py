@@ -16,7 +16,7 @@ class LoRAClassifier(ClassifierBase, ArrayEstimator):
     """Adapt a pretrained network to classes of your own, with LoRA and a new head.
 
     The frozen weights are never copied: clones and the fits of a grid search share them. Every frozen linear
-    layer and convolution gets a LoRA layer, except the head.
+    layer and convolution gets a LoRA layer, except a head that is replaced.
 
     If `network` is None, the estimator uses a network of one frozen layer with random weights, which LoRA
     adapts. Such random features are enough to try the estimator. If you have no pretrained network,

@@ -269,11 +269,17 @@ def training_memory(options: ServeOptions, engine: Engine) -> int:
 def most_adapters(lm: LanguageModel | ServedEncoder, options: ServeOptions) -> int | None:
     """Return the most bytes that adapters can need while the server runs; None: no limit is known.
 
-    Without a directory of adapters and without jobs, only sums of the loaded adapters can be added.
+    Without a directory of adapters and without jobs, only sums of the loaded adapters can be added. A sum
+    stays in memory while a request uses it.
     """
     if options.adapter_dir is not None or options.jobs is not None:
         return None
-    return bytes_of_sums(sum(adapter.nbytes for adapter in lm.adapters.values()))
+    users = options.max_queue
+    if isinstance(lm, LanguageModel):
+        # Until the next call of the model, the cache's `joint` also keeps the models of requests that have
+        # just ended.
+        users += 2 * options.max_requests
+    return bytes_of_sums(sum(adapter.nbytes for adapter in lm.adapters.values()), users)
 
 
 def require_packages() -> None:

@@ -466,8 +466,7 @@ class LanguageModel(Module):
         if isinstance(path, Adapter):
             adapter = path
         elif isinstance(path, str | os.PathLike):
-            if not os.path.lexists(path):
-                raise FileNotFoundError(errno.ENOENT, _no_adapter(name), os.fspath(path))
+            _require_not_swapped(path, name)
             adapter = read_for(self, path, self.source, any_base)
         else:
             raise TypeError(
@@ -1389,14 +1388,17 @@ class LanguageModel(Module):
             )
 
 
-def _no_adapter(name: object) -> str:
-    """The message of `load_adapter` for a path that does not exist. `name` is the second argument."""
-    hint = ""
-    if isinstance(name, Adapter):
-        hint = "; the second argument is an Adapter: swap the two"
-    elif isinstance(name, str | os.PathLike) and os.path.lexists(name):
-        hint = f"; the second argument, {os.fspath(name)!r}, exists: swap the two"
-    return f"load_adapter: path, the first argument, does not exist{hint}"
+def _require_not_swapped(path: StrPath, name: object) -> None:
+    """Raise FileNotFoundError if `path` does not exist, and `name` looks like the path of an adapter.
+
+    A name without a separator says nothing, because an adapter is often called like its directory.
+    """
+    is_path = isinstance(name, os.PathLike) or (isinstance(name, str) and os.path.basename(name) != name)
+    if os.path.lexists(path) or not (isinstance(name, Adapter) or (is_path and os.path.lexists(name))):
+        return
+    found = "is an Adapter" if isinstance(name, Adapter) else f"{os.fspath(name)!r} exists"
+    message = f"load_adapter: path, the first argument, does not exist, but the second argument {found}"
+    raise FileNotFoundError(errno.ENOENT, f"{message}: swap the two", os.fspath(path))
 
 
 def _ranks(layers: Iterable[Module]) -> str:

@@ -38,7 +38,7 @@ from nplora.models.packing import IGNORED, PackedBatch, pack
 from nplora.models.positions import packed_positions
 from nplora.nn import LoRALayer, RMSNorm, TrainedEmbedding, TrainedHead, TrainedRowsLayer, optim
 from nplora.nn.losses import NonFiniteLossError
-from nplora.nn.module import NOTHING_TRAINED, Gradient, Module, Saved, can_train, inference, inferring
+from nplora.nn.module import Gradient, Module, Saved, inference, inferring
 from nplora.nn.optim import Optimizer
 from nplora.runtime.user_warning import warn_user
 from nplora.tokenizer import Tokenizer
@@ -58,7 +58,6 @@ class LanguageModelSaved(Saved):
     decoder: DecoderSaved
     head: Any
     unused: list[None]  # empty once a backward pass has begun
-    can_train: bool  # the result of `can_train` during the forward pass
 
     def use_up(self, op: str) -> None:
         """Mark these values as used. Raise RuntimeError if the values were used before."""
@@ -1069,8 +1068,8 @@ class LanguageModel(Module):
         self._check_batch(op, batch)
         if not self.adapter_layers():
             raise ValueError(f"{op}: the model has no adapter; call add_lora() first")
-        if not can_train(self):
-            raise RuntimeError(f"{op}: {NOTHING_TRAINED}")
+        if not any(layer.adapter_enabled for layer in self.adapter_layers().values()):
+            raise RuntimeError(f"{op}: nothing is trained, because all adapters are switched off")
         self.require_trainable(op)
 
     def forward(self, x: npt.ArrayLike) -> tuple[Array, LanguageModelSaved | None]:
@@ -1104,10 +1103,12 @@ class LanguageModel(Module):
         shaped = logits.reshape(*ids.shape, logits.shape[1])
         if saved is None:
             return shaped, None
-        return shaped, LanguageModelSaved(ids.shape, stream, saved, kept, [None], can_train(self), layer=self)
+        return shaped, LanguageModelSaved(ids.shape, stream, saved, kept, [None], layer=self)
 
     def backward(self, dy: Array, saved: LanguageModelSaved, need_dx: bool = True) -> Gradient:
         """Accumulate the gradients of the adapters. `saved` is freed, and cannot be used again.
+
+        Without an adapter, nothing is added: a frozen model may be a part of a model that is trained.
 
             >>> import nplora, numpy as np
             >>> lm = nplora.load_model("model.gguf")
@@ -1122,8 +1123,7 @@ class LanguageModel(Module):
         Raises:
             ValueError: `dy` does not have the shape of the logits, or `saved` was returned by another model.
             TypeError: `saved` was not returned by `forward`.
-            RuntimeError: `saved` was used before, a layer is merged, or no adapter was enabled in the forward
-                pass.
+            RuntimeError: `saved` was used before, or a layer is merged.
         """
         op, vocab = "LanguageModel.backward", slot_models.vocab_of(self)
         _check.saved(op, saved, LanguageModelSaved)
@@ -1131,8 +1131,6 @@ class LanguageModel(Module):
         _check.own(op, saved, self)
         for layer in self.adapter_layers().values():
             layer.require_trainable("backward")
-        if not saved.can_train:
-            raise RuntimeError(f"{op}: {NOTHING_TRAINED}")
         saved.use_up(op)
         if isinstance(self.lm_head, TrainedHead):
             rows = rows.copy()  # the head overwrites its argument

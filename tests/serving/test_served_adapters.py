@@ -1,7 +1,10 @@
 """Adapters of a server, chosen, loaded and unloaded by requests."""
 
 import errno
+import gc
 import shutil
+import time
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,8 @@ import pytest
 import nplora
 from nplora.serving import run
 from nplora.serving.adapter_memory import AdapterMemory
+from nplora.serving.api import text_routes
+from nplora.serving.api.answers import ChatObjects
 from nplora.serving.api.app import Application
 from nplora.serving.api.models import Models
 from nplora.serving.api.text_request import Reader
@@ -196,6 +201,22 @@ def test_a_request_keeps_the_adapter_whose_tokens_encoded_it(
         models.unload("steps")
     assert answer.choices[0].message.content == other.generate(messages, 8)
     assert answer.usage.prompt_tokens == len(other.tokenizer.encode_chat(messages, True))
+
+
+def test_an_answer_does_not_keep_the_memory_of_an_unloaded_adapter(app: Application) -> None:
+    """A slow client may read a stream long after the engine has completed the answer."""
+    service, body = app.service, {"model": "slow", "messages": CHAT, "max_tokens": 2, "stream": True}
+    service.models.load("slow", service.adapter_dir / "adapter1")
+    model = weakref.ref(service.models.lm.named_model("slow"))
+    request, tickets = text_routes._submit(service, body, "", Reader.chat)
+    answer = ChatObjects(request, tickets)
+    service.models.unload("slow")
+    tickets[0].text()
+    end = time.monotonic() + 10
+    while gc.collect() >= 0 and model() is not None:
+        assert time.monotonic() < end, "the adapter is still in memory"
+        time.sleep(0.01)
+    assert answer.usage()["completion_tokens"] == 2
 
 
 def test_memory_is_planned_only_for_adapters_that_can_be_added(tmp_path: Path) -> None:

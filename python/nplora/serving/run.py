@@ -171,8 +171,9 @@ def encoder_description(engine: EncoderEngine, models: Models[ServedEncoder], op
 
 def _later_adapters(options: ServeOptions) -> str:
     """Return a text that says which adapters can be added while the server runs."""
-    sources = (options.adapter_dir, "adapters that requests load"), (options.jobs, "adapters of jobs")
-    return " and ".join(text for place, text in sources if place is not None) or "sums of adapters (lora)"
+    found = ["adapters that requests load"] * (options.adapter_dir is not None)
+    found += ["adapters of jobs"] * (options.jobs is not None)
+    return " and ".join(found) or "sums of adapters (lora)"
 
 
 def _limit(options: ServeOptions) -> str:
@@ -276,8 +277,8 @@ def most_adapters(lm: LanguageModel | ServedEncoder, options: ServeOptions) -> i
         return None
     users = options.max_queue
     if isinstance(lm, LanguageModel):
-        # Until the next call of the model, the cache's `joint` also keeps the models of requests that have
-        # just ended.
+        # The running requests, and those that have just ended: the cache's `joint` keeps their models until
+        # the engine calls the model again.
         users += 2 * options.max_requests
     return bytes_of_sums(sum(adapter.nbytes for adapter in lm.adapters.values()), users)
 

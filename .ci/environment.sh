@@ -131,8 +131,8 @@ system_packages() {
   [ ${#missing[@]} -eq 0 ] || install_system_packages "${missing[@]}"
 }
 
-# run_tests NAME ARGUMENTS...: pytest of an environment, with one thread in each process. If there is one
-# process, it runs the tests itself: a worker would have to report each of them to it. The slowest are listed.
+# run_tests NAME ARGUMENTS...: run pytest of an environment, and list the slowest tests. Each process has one
+# thread. With one job there are no workers, which would have to send each result to the main process.
 run_tests() {
   local workers=()
   [ "$jobs" -eq 1 ] || workers=(-n "$jobs" --dist loadfile)

@@ -177,7 +177,8 @@ def run(
     if not labelled_texts.is_there(data):
         return {"missing": "python -m bench.labelled_texts downloads the texts"}
     if quick:
-        count, epochs, seeds, names = 160, 1, 1, ("nplora", "torch sorted")
+        count, epochs, seeds = 160, 1, 1
+        names = tuple(name for name in names if name in ("nplora", "torch sorted"))
     if find_spec("peft") is None:
         names = tuple(name for name in names if not name.startswith("torch"))
     results: dict[str, list[Result]] = {name: [] for name in names}

@@ -6,7 +6,7 @@
 with_test_packages serve test,serve
 install "$work/environments/serve" 'openai>=2' litellm playwright
 system_packages chromium-headless-shell:chromium-headless-shell
-# Without one of these, tests would be skipped. They are found, not imported, which would take seconds.
+# Without one of these packages, tests would be skipped. It is enough to find them: imports take seconds.
 "$work/environments/serve/bin/python" -c 'from importlib.util import find_spec
 for name in ("litellm", "llguidance", "openai", "playwright", "starlette", "uvicorn"): assert find_spec(name), name'
 run_tests serve --skipped="$here/skipped" tests/serving | tee "$here/pytest.count"

@@ -500,23 +500,6 @@ def test_a_real_model_is_decoded_as_the_oracle_decodes_it(smollm2: Path, figure:
     figure("tensors of SmolLM2 with the bits of gguf", len(decoded))
 
 
-@pytest.mark.slow
-def test_transformers_reads_the_same_numbers(smollm2: Path) -> None:
-    transformers = pytest.importorskip("transformers")
-    pytest.importorskip("torch")
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(
-        smollm2.parent, gguf_file=smollm2.name, dtype="float32"
-    ).state_dict()
-    file = gguf.open(smollm2)
-    for ours, name in (
-        ("token_embd.weight", "model.embed_tokens.weight"),
-        ("blk.0.attn_v.weight", "model.layers.0.self_attn.v_proj.weight"),
-        ("blk.7.attn_output.weight", "model.layers.7.self_attn.o_proj.weight"),
-        ("blk.29.ffn_down.weight", "model.layers.29.mlp.down_proj.weight"),
-    ):
-        np.testing.assert_array_equal(FrozenWeight.from_gguf(file, ours).to_numpy(), theirs[name].numpy())
-
-
 def test_many_threads_may_use_one_mapped_weight(model: Path, rng: np.random.Generator) -> None:
     fw, x = FrozenWeight.from_gguf(model, "Q5_K"), random(rng, 20, 512)
     expected, failures = fw.matmul(x), []

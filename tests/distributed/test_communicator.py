@@ -99,7 +99,7 @@ def test_a_run_on_one_rank_only_is_named() -> None:
 @pytest.mark.parametrize(
     ("environment", "ranks"),
     [
-        ({}, 1),
+        ({}, 0),
         ({"PMI_SIZE": "4"}, 4),
         ({"SLURM_STEP_NUM_TASKS": "4"}, 4),
         ({"PMI_SIZE": "1", "SLURM_STEP_NUM_TASKS": "4"}, 1),  # mpiexec -n 1 in a step of four tasks

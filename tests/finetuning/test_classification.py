@@ -121,6 +121,13 @@ def test_a_resumed_run_has_the_bits_of_a_run_without_a_stop(task: str, model: Pa
     assert ["peak memory" in str(run) for run in (whole, again, finished)] == [True, True, False]
     with pytest.raises(FileExistsError, match="holds a run"):
         train_classifier(model, some_rows(), tmp_path / "cut", **options)
+    options |= {"lr": 1.0, "eval_every": 1, "patience": 1}
+    early, again = (
+        train_classifier(model, some_rows(), tmp_path / "early", resume=True, **options) for _ in range(2)
+    )
+    assert early.history.ended == again.history.ended == "patience"
+    assert [run.was_finished for run in (early, again)] == [False, True]
+    options = {name: value for name, value in options.items() if name not in ("eval_every", "patience")}
     other = [*some_rows()[:-1], {"text": "a cat", "label": "shop", "number": 3}]
     with pytest.raises(ValueError, match=r"\b[xy]\b"):
         train_classifier(model, other, tmp_path / "cut", resume=True, **options)

@@ -110,7 +110,9 @@ def test_patience_ends_a_run_and_keeps_its_best_adapter(
     assert len(after) == 3
     assert "ended early (patience)" in str(report)
     assert "step 2: validation loss" in capsys.readouterr().err
-    again = finetune(model, data, tmp_path / "out", **options, resume=True)
+    again = finetune(model, data, tmp_path / "out", **options, resume=True, progress=True)
+    assert [one.was_finished for one in (report, again)] == [False, True]
+    assert "the run continues" not in capsys.readouterr().err
     assert again.history.evaluations == history.evaluations
     assert again.loss_after == report.loss_after
 
@@ -158,6 +160,8 @@ def test_after_ctrl_c_only_an_adapter_that_is_kept_is_offered(
     if keep == "best":
         taken = finetune(model, data, tmp_path / "out", **options, resume=True, patience=1)
         assert (taken.history.ended, taken.history.best_step) == ("patience", best)
+        assert taken.was_finished
+        assert "peak memory" not in str(taken)
         assert len(taken.history.steps) == first
         return
     # The run now keeps its best, but those of its first part are gone: the hint names a later one or none.

@@ -137,6 +137,7 @@ DOWNLOAD_ADAPTER = (
         lambda model: adapters.combine([(ADAPTER, 0.5)]),
         lambda model: finetuning.load_with_adapter(model, ADAPTER),
         lambda model: nplora.load_model(model).load_adapter(ADAPTER, "first"),
+        lambda model: nplora.load_model(model).load_adapter(ADAPTER, "my-lora"),
         lambda model: nplora.adapter_from_gguf(ADAPTER, "out"),
         lambda model: nplora.adapter_to_gguf(ADAPTER, "a.gguf", model),
         lambda model: nplora.merge_adapter(model, ADAPTER, "m.gguf"),
@@ -146,6 +147,7 @@ def test_python_recognises_the_name_of_an_adapter(
     call: Callable[[Path], object], small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    Path("my-lora").mkdir()
     with pytest.raises(FileNotFoundError, match=re.escape(DOWNLOAD_ADAPTER)):
         call(small)
 
@@ -155,7 +157,7 @@ def test_python_recognises_the_name_of_an_adapter(
     [
         "finetune M --data d --output o --adapter @", "plan M --data d --adapter @",
         "eval M --data d --adapter @", "generate M x --adapter @:0.5", "merge M @ --output m.gguf",
-        "combine @ --output o",
+        "combine @ --output o", "chat M --adapter @", "chat M --adapter my-lora=@",
         "generate M x --adapter https://huggingface.co/@", "eval M --data d --adapter hf.co/@/tree/main",
     ],
 )  # fmt: skip
@@ -167,7 +169,8 @@ def test_commands_recognise_the_name_of_an_adapter(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    Path("d").mkdir()
+    for path in (Path("d"), Path("my-lora")):
+        path.mkdir()
     Path("d/train.jsonl").write_text('{"text": "a"}\n', encoding="utf-8")
     words = [str(small) if word == "M" else word.replace("@", ADAPTER) for word in line.split()]
     assert cli.main(words) == 2

@@ -66,8 +66,11 @@ def test_gradients_are_those_of_finite_differences(model: Path, adapted: bool) -
         parameter.value[...] = before
         slope, wanted = (losses[0] - losses[1]) / 2e-2, float((parameter.grad * direction).sum())
         assert abs(slope - wanted) <= 2e-2 * max(1e-2, abs(wanted)), parameter.name
+    gradients = [parameter.grad.copy() for parameter in classifier.parameters()]
     with pytest.raises(RuntimeError, match="an earlier backward pass used and freed the saved values"):
         classifier.backward(gradient, kept)
+    for parameter, before in zip(classifier.parameters(), gradients, strict=True):
+        np.testing.assert_array_equal(parameter.grad, before)
 
 
 def test_a_new_head_begins_with_the_pooler_of_the_file(model: Path) -> None:

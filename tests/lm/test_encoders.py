@@ -14,6 +14,7 @@ import reference
 import small_models
 from nplora.formats import safetensors
 from nplora.formats.errors import FormatError, UnsafeError, UnsupportedError
+from nplora.lm import Encoder
 from nplora.lm.pooling import POOLINGS, Pooling
 from nplora.nn import Linear, LoRALinear
 from small_encoder import HEADS, LAYERS, POSITIONS, WIDTH, WORDS, modules, save_small_encoder, tensors
@@ -335,17 +336,34 @@ def test_a_second_embed_backward_adds_no_gradient(
         np.testing.assert_array_equal(parameter.grad, before)
 
 
-def test_training_without_an_enabled_adapter_is_refused(directory: Path) -> None:
-    encoder, ids = nplora.load_encoder(directory), [[2, 5, 3], [2, 6, 3]]
-    words = "nothing is trained: there is no adapter, or"
-    states, saved = encoder.forward(ids)
-    with pytest.raises(RuntimeError, match=rf"Encoder\.backward: {words}"):
-        encoder.backward(states, saved)
-    encoder.add_lora(rank=2)
-    with encoder.disable_adapter():
-        vectors, saved = encoder.embed_forward(ids)
-    with pytest.raises(RuntimeError, match=rf"Encoder\.embed_backward: {words}"):
-        encoder.embed_backward(vectors, saved)
+class Probe(nplora.Module):
+    """A trained head on an encoder."""
+
+    def __init__(self, encoder: Encoder, weight: Array) -> None:
+        self.encoder, self.head = encoder, nplora.Linear(weight, trainable=True)
+
+    def forward(self, x: Any) -> tuple[Array, Any]:
+        vectors, encoder = self.encoder.embed_forward(x)
+        y, head = self.head.forward(vectors)
+        return y, (encoder, head)
+
+    def backward(self, dy: Array, saved: Any, need_dx: bool = True) -> None:
+        encoder, head = saved
+        self.encoder.embed_backward(self.head.backward(dy, head), encoder)
+
+
+def test_a_frozen_encoder_may_be_a_part_of_a_model_that_is_trained(directory: Path) -> None:
+    encoder, ids, rng = nplora.load_encoder(directory), [[2, 5, 3], [2, 6, 3]], np.random.default_rng(0)
+    probe = Probe(encoder, rng.standard_normal((3, encoder.dim), np.float32))
+    y, saved = probe.forward(ids)
+    dy = rng.standard_normal(y.shape, np.float32)
+    probe.backward(dy, saved)
+    [trained] = probe.parameters()
+    np.testing.assert_allclose(trained.grad, dy.T @ encoder.embed_forward(ids)[0], rtol=1e-5, atol=1e-5)
+    states, kept = encoder.forward(ids)
+    encoder.backward(states, kept)
+    with pytest.raises(RuntimeError, match="an earlier backward pass used and freed the saved values"):
+        probe.backward(dy, saved)
 
 
 def test_without_pooling_information_a_message_says_what_is_assumed(tmp_path: Path) -> None:

@@ -232,24 +232,37 @@ def test_a_merged_model_refuses_backward_before_it_adds_anything(lm: LanguageMod
     lm.backward(logits, saved)
 
 
-def test_training_without_an_enabled_adapter_is_refused_as_in_torch(lm: LanguageModel) -> None:
-    """What counts is the forward pass, as in torch, whose graph then has no trained parameter."""
-    (ids,), words = ids_of(7), "nothing is trained: there is no adapter, or"
-    logits, saved = lm.forward(ids)
-    with pytest.raises(RuntimeError, match=rf"LanguageModel\.backward: {words}"):
-        lm.backward(logits, saved)
+def test_training_without_an_enabled_adapter_is_refused(lm: LanguageModel) -> None:
+    (ids,) = ids_of(7)
+    with pytest.raises(ValueError, match="forward_backward: the model has no adapter"):
+        lm.train_step(ids, ids, nplora.SGD(lr=0.1))
     with_factors(lm)
-    with lm.disable_adapter():
-        logits, saved = lm.forward(ids)
-        with pytest.raises(RuntimeError, match=f"forward_backward: {words}"):
-            lm.train_step(ids, ids, nplora.SGD(lr=0.1))
-    with pytest.raises(RuntimeError, match=words):
-        lm.backward(logits, saved)
+    with (
+        lm.disable_adapter(),
+        pytest.raises(RuntimeError, match=r"forward_backward: nothing is trained, because all adapters are"),
+    ):
+        lm.train_step(ids, ids, nplora.SGD(lr=0.1))
     with lm.model.layers[0].disable_adapter():
-        logits, saved = lm.forward(ids)
-    with lm.disable_adapter():
-        lm.backward(logits, saved)
-    assert any(p.grad.any() for p in lm.parameters())
+        lm.train_step(ids, ids, nplora.SGD(lr=0.1))
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_a_frozen_model_may_be_a_part_of_a_model_that_is_trained(
+    lm: LanguageModel, rng: np.random.Generator, adapted: bool
+) -> None:
+    """`backward` cannot know whether other layers are trained, so it adds nothing and raises no error."""
+    (ids,), head = ids_of(7), rng.standard_normal((3, lm.vocab_size), np.float32)
+    net = nplora.Sequential(lm, nplora.Linear(head, trainable=True))
+    if adapted:
+        with_factors(lm)
+    with lm.disable_adapter() if adapted else contextlib.nullcontext():
+        y, saved = net.forward(ids)
+        logits = lm.logits(ids)
+    dy = rng.standard_normal(y.shape, np.float32)
+    assert net.backward(dy, saved, need_dx=False) is None
+    *frozen, trained = net.parameters()
+    np.testing.assert_allclose(trained.grad, dy.T @ logits, rtol=1e-4, atol=1e-4)
+    assert not any(parameter.grad.any() for parameter in frozen)
 
 
 # ---- decoding with a cache ----
@@ -445,18 +458,18 @@ def test_checkpointed_blocks_are_computed_again_with_the_adapters_of_their_forwa
     lm: LanguageModel, disabled_again: bool
 ) -> None:
     with_factors(lm)
-    ids, found, block = ids_of(12)[0], [], lm.model.layers[0]
+    ids, found = ids_of(12)[0], []
     for again in (False, True):
         lm.model.checkpoint_blocks = again
         lm.zero_grad()
-        with block.disable_adapter() if not disabled_again else contextlib.nullcontext():
+        with lm.disable_adapter() if not disabled_again else contextlib.nullcontext():
             logits, saved = lm.forward(ids)
         with lm.disable_adapter() if disabled_again else contextlib.nullcontext():
             lm.backward(logits, saved)
         found.append([p.grad.copy() for p in lm.parameters()])
     for plain, recomputed in zip(*found, strict=True):
         np.testing.assert_array_equal(recomputed, plain)
-    assert any(gradient.any() for gradient in found[1][: len(block.parameters())]) == disabled_again
+    assert any(gradient.any() for gradient in found[1]) == disabled_again
 
 
 def test_results_do_not_depend_on_the_number_of_threads(lm: LanguageModel, thread_limit: None) -> None:

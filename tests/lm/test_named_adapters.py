@@ -5,6 +5,7 @@ import concurrent.futures
 import contextvars
 import copy
 import itertools
+import re
 import sys
 import threading
 from collections.abc import Callable
@@ -214,18 +215,23 @@ def test_what_is_no_adapter_is_a_type_error_that_says_what_is(model: Path, paths
         lm.with_adapter((paths["few"], 0.5))  # type: ignore[arg-type]
 
 
-def test_a_path_that_does_not_exist_is_named_and_swapped_arguments_are_noticed(
-    model: Path, paths: dict[str, Path]
+def test_swapped_arguments_are_noticed(
+    model: Path, paths: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lm = load_model(model)
-    words = r"load_adapter: path, the first argument, does not exist"
-    for name, hint in (
-        ("first", ""),
-        (str(paths["few"]), rf"; the second argument, '{paths['few']}', exists: swap the two"),
-        (Adapter.read(paths["few"]), "; the second argument is an Adapter: swap the two"),
-    ):
-        with pytest.raises(FileNotFoundError, match=f"{words}{hint}: 'nowhere'$"):
+    """But a name without a separator may be the name of any file."""
+    lm, few = load_model(model), paths["few"]
+    words = "load_adapter: path, the first argument, does not exist, but the second argument"
+    for name, found in (
+        (str(few), f"'{few}' exists"), (few, f"'{few}' exists"), (Adapter.read(few), "is an Adapter"),
+    ):  # fmt: skip
+        with pytest.raises(FileNotFoundError, match=f"{words} {found}: swap the two: 'nowhere'$"):
             lm.load_adapter("nowhere", name)  # type: ignore[arg-type]
+    monkeypatch.chdir(few.parent)
+    for path in ("nowhere", f"nowhere/{few.name}"):
+        with pytest.raises(FileNotFoundError) as alone:
+            Adapter.read(path)
+        with pytest.raises(FileNotFoundError, match=f"^{re.escape(str(alone.value))}$"):
+            lm.load_adapter(path, few.name)
 
 
 def test_names_that_are_not_there_are_a_key_error_with_the_nearest(

@@ -103,13 +103,28 @@ def test_an_adapter_that_takes_the_name_of_another_shares_nothing_with_it(tmp_pa
     lm.delete_adapter("name")
     with pytest.raises(KeyError, match="no adapter 'name'"):
         engine.submit(ids, adapter="name")
-    with pytest.raises(TypeError, match=r"Engine\.submit: adapter is a int, expected a name"):
-        engine.submit(ids, adapter=3)  # type: ignore[arg-type]
     lm.load_adapter(adapter_of(tmp_path, "all", 2), "name")
     other = engine.submit(ids, SAMPLING, adapter="name")
     assert (waiting.text(), running.text()) == (before, before)
     assert other.text() == alone(lm, ids, "name") != before
     assert other.usage.cached == 0
+
+
+def test_what_is_neither_a_name_nor_a_copy_of_the_model_is_refused(tmp_path: Path) -> None:
+    """Requests are computed together, so another model would compute requests of other clients."""
+    adapter, lm, other, ids = adapter_of(tmp_path, "all", 1), small(tmp_path), small(tmp_path), [5, 6, 7]
+    for one in (lm, other):
+        one.load_adapter(adapter, "name")
+    engine = Engine(lm)
+    words = r"^Engine\.submit: adapter is an? \w+, expected a name or a model of lm\.named_model$"
+    for wrong in (3, lm.adapters["name"]):
+        with pytest.raises(TypeError, match=words):
+            engine.submit(ids, adapter=wrong)  # type: ignore[arg-type]
+    for model in (other, other.named_model("name")):
+        with pytest.raises(ValueError, match=r"adapter is a model that lm\.named_model did not return"):
+            engine.submit(ids, adapter=model)
+    for same, name in ((lm, None), (lm.named_model("name"), "name")):
+        assert engine.submit(ids, SAMPLING, adapter=same).text() == alone(lm, ids, name)
 
 
 @pytest.mark.slow

@@ -1,7 +1,10 @@
 """Adapters of a server, chosen, loaded and unloaded by requests."""
 
 import errno
+import gc
 import shutil
+import time
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,8 @@ import pytest
 import nplora
 from nplora.serving import run
 from nplora.serving.adapter_memory import AdapterMemory
+from nplora.serving.api import text_routes
+from nplora.serving.api.answers import ChatObjects
 from nplora.serving.api.app import Application
 from nplora.serving.api.models import Models
 from nplora.serving.api.text_request import Reader
@@ -198,6 +203,22 @@ def test_a_request_keeps_the_adapter_whose_tokens_encoded_it(
     assert answer.usage.prompt_tokens == len(other.tokenizer.encode_chat(messages, True))
 
 
+def test_an_answer_does_not_keep_the_memory_of_an_unloaded_adapter(app: Application) -> None:
+    """A slow client may read a stream long after the engine has completed the answer."""
+    service, body = app.service, {"model": "slow", "messages": CHAT, "max_tokens": 2, "stream": True}
+    service.models.load("slow", service.adapter_dir / "adapter1")
+    model = weakref.ref(service.models.lm.named_model("slow"))
+    request, tickets = text_routes._submit(service, body, "", Reader.chat)
+    answer = ChatObjects(request, tickets)
+    service.models.unload("slow")
+    tickets[0].text()
+    end = time.monotonic() + 10
+    while gc.collect() >= 0 and model() is not None:
+        assert time.monotonic() < end, "the adapter is still in memory"
+        time.sleep(0.01)
+    assert answer.usage()["completion_tokens"] == 2
+
+
 def test_memory_is_planned_only_for_adapters_that_can_be_added(tmp_path: Path) -> None:
     """Without a directory and without jobs, these are sums of the adapters that the server begins with."""
     model = live_server.save_model(tmp_path)
@@ -208,7 +229,8 @@ def test_memory_is_planned_only_for_adapters_that_can_be_added(tmp_path: Path) -
         (2, {"adapter_dir": str(tmp_path)}, "adapters that requests load"),
         (0, {"jobs": str(tmp_path / "jobs")}, "adapters of jobs"),
     ):
-        lm, options = nplora.load_model(model), ServeOptions(memory="4G", **source)
+        lm = nplora.load_model(model)
+        options = ServeOptions(memory="4G", max_requests=2, max_queue=10, **source)
         models = Models(lm, "base")
         for number in range(count):
             models.load(f"adapter{number}", paths[number])
@@ -221,16 +243,15 @@ def test_memory_is_planned_only_for_adapters_that_can_be_added(tmp_path: Path) -
             if source:
                 assert engine.plan.adapters > 200e6
                 continue
-            for scale in range(30):  # more than the sums that are kept
-                models.chosen(
-                    Fields({"lora": [{"id": number, "scale": 2 + scale} for number in range(count)]})
-                )
+            size, used = sum(adapter.nbytes for adapter in lm.adapters.values()), []
+            for scale in range(40):
+                scales = [{"id": number, "scale": 2 + scale} for number in range(count)]
+                _, name = models.chosen(Fields({"lora": scales}))
+                if name is not None and scale < 10 + 2 * 2:  # as requests and the engine's cache hold them
+                    used.append(lm.named_model(name))
             if count:
-                size = sum(
-                    adapter.nbytes for name, adapter in lm.adapters.items() if not name.startswith("=")
-                )
-                assert len(lm.adapters) == 18
-                assert 40 * size == models.memory.used <= engine.plan.adapters == int(41 * size)
+                assert len(lm.adapters) == 2 + 16
+                assert 2.5 * 30 * size == models.memory.used <= engine.plan.adapters == int(76 * size)
 
 
 def test_an_adapter_that_disappears_again_and_again_is_a_temporary_error(

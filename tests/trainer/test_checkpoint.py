@@ -143,8 +143,9 @@ class Batch(nplora.Module):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("step", [*range(1, 11), 19, 20, 39, STEPS])  # all of two epochs, and later ends
-def test_a_run_stopped_after_any_step_resumes_to_the_same_bits(
+# All of two epochs, and steps around the ends of the fourth and the last epoch.
+@pytest.mark.parametrize("step", [*range(1, 11), 19, 20, 39, STEPS])
+def test_a_run_stopped_after_a_step_resumes_to_the_same_bits(
     step: int, uninterrupted: dict[str, Any], tmp_path: Path
 ) -> None:
     first = trainer_of(net(rng=0), callbacks=[StopAfter(step=step)])
@@ -157,7 +158,7 @@ def test_a_run_stopped_after_any_step_resumes_to_the_same_bits(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("batch", [*range(1, 15), 20, 26])  # all of one epoch, and some of the next
-def test_a_run_stopped_in_any_batch_of_a_step_resumes_to_the_same_bits(
+def test_a_run_stopped_in_a_batch_of_a_step_resumes_to_the_same_bits(
     batch: int, uninterrupted: dict[str, Any], tmp_path: Path
 ) -> None:
     model = Batch(net(rng=0), 0)

@@ -9,24 +9,14 @@ _SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP
 
 
 def launched_ranks(environment: Mapping[str, str] = os.environ) -> int:
-    """The number of ranks that the launcher has started; 1 without a launcher.
+    """The number of ranks that the launcher has started; 0 without a launcher.
 
     >>> from nplora.distributed.launch import launched_ranks
-    >>> launched_ranks({"PMI_SIZE": "4"})
-    4
+    >>> launched_ranks({"PMI_SIZE": "4"}), launched_ranks({})
+    (4, 0)
     """
     sizes = [environment.get(name, "") for name in _SIZES]
-    return max(1, next((int(size) for size in sizes if size.isdigit()), 1))
-
-
-def is_only_rank(environment: Mapping[str, str] = os.environ) -> bool:
-    """Whether a launcher has started this process as the only rank, as `mpirun -n 1` does.
-
-    >>> from nplora.distributed.launch import is_only_rank
-    >>> is_only_rank({"PMI_SIZE": "1"}), is_only_rank({"PMI_SIZE": "2"}), is_only_rank({})
-    (True, False, False)
-    """
-    return any(environment.get(name) for name in _SIZES) and launched_ranks(environment) == 1
+    return next((max(1, int(size)) for size in sizes if size.isdigit()), 0)
 
 
 def require_one_process(op: str, can_train_together: bool = False) -> None:
@@ -42,7 +32,7 @@ def require_one_process(op: str, can_train_together: bool = False) -> None:
     >>> require_one_process("tune")
     """
     ranks = launched_ranks()
-    if ranks == 1:
+    if ranks <= 1:
         return
     started = f"{op}: mpirun started {ranks} ranks, and each of them would"
     if can_train_together:

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Iterator
 
 from nplora.distributed.communicator import Alone, Communicator, require_communicator
-from nplora.distributed.launch import is_only_rank, launched_ranks, require_one_process
+from nplora.distributed.launch import launched_ranks, require_one_process
 from nplora.distributed.mpi import MPICommunicator
 
 DISTRIBUTED = ("mpi", "off")
@@ -72,7 +72,7 @@ def say_if_alone(ranks: Communicator, distributed: str | None, progress: bool | 
     >>> from nplora.distributed.opening import say_if_alone
     >>> say_if_alone(Alone(), None, progress=None)
     """
-    if distributed == "mpi" and ranks.size == 1 and not is_only_rank() and progress is not False:
+    if distributed == "mpi" and ranks.size == 1 and launched_ranks() != 1 and progress is not False:
         how = "start it with `mpiexec -n N` to use N processes"
         print(f"--distributed mpi: this process trains alone; {how}", file=sys.stderr, flush=True)
 

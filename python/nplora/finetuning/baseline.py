@@ -34,7 +34,7 @@ class Baseline(Callback):
         loss: validation loss before training. None: there are no validation data, or the run is resumed and
             its log has no loss on these validation data.
         metrics: metrics other than the loss, on the validation data; may be empty.
-        was_finished: whether the resumed run had already completed all of its steps.
+        was_finished: as in `FinetuneReport`.
         answers: the generated text for each prompt; "" if the log of a resumed run does not have it.
     """
 
@@ -71,7 +71,7 @@ class Baseline(Callback):
         self._is_measured = True
 
     def on_fit_start(self, run: Run) -> None:
-        self.was_finished = run.step > 0 and run.step == run.total_steps
+        self.was_finished = run.was_finished
         if run.step:
             if not self.was_finished:
                 self._say(f"the run continues after step {run.step} of {run.total_steps}")

@@ -34,7 +34,7 @@ def in_words(metrics: Mapping[str, float]) -> str:
 
 
 def memory_in_words(was_finished: bool) -> str:
-    """The words ", peak memory 940 MB"; "" if another process has trained, whose memory is not known."""
+    """The words ", peak memory 940 MB"; "" if this process has not trained, so that its peak says nothing."""
     return "" if was_finished else f", peak memory {peak_memory() / 1e6:.0f} MB"
 
 

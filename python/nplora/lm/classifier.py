@@ -360,11 +360,8 @@ class TextClassifier(Module):
         _check.saved(op, saved, ClassifierSaved)
         rows = _check.shaped(op, "dy", dy, saved.shape, np.float32)
         _check.own(op, saved, self)
-        dx = self.head.run_backward(rows, saved.head)
-        if saved.encoder.can_train:
-            self.encoder.backward(dx, saved.encoder)
-        else:  # only the head is trained
-            saved.encoder.use_up(op)
+        self.encoder.use_up(op, saved.encoder)  # before the head's gradients change
+        self.encoder.run_backward(self.head.run_backward(rows, saved.head), saved.encoder)
         return None
 
     def __repr__(self) -> str:

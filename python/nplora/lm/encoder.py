@@ -26,7 +26,7 @@ from nplora.models.encoder_config import EncoderConfig
 from nplora.models.packing import cut
 from nplora.models.positions import packed_positions
 from nplora.nn import LayerNorm, RMSNorm
-from nplora.nn.module import NOTHING_TRAINED, Gradient, Module, Saved, can_train, inference
+from nplora.nn.module import Gradient, Module, Saved, inference
 from nplora.tokenizer import Tokenizer
 
 Array = npt.NDArray[Any]
@@ -49,7 +49,6 @@ class EncoderSaved(Saved):
     decoder: DecoderSaved
     pooling: PoolingSaved | None
     unused: list[None]  # empty once a backward pass has begun
-    can_train: bool  # the result of `can_train` during the forward pass
 
     def use_up(self, op: str) -> None:
         """Mark these values as used. Raise RuntimeError if an earlier call has used them."""
@@ -443,9 +442,7 @@ class Encoder(Module):
         rows, own = self._read_by(pooling, starts)
         x, decoder = self.model.run(packed, packed_positions(starts), rows)
         self.require_unchanged()
-        return self.model.hidden_states(x), EncoderSaved(
-            x, own, decoder, None, [None], can_train(self), layer=self
-        )
+        return self.model.hidden_states(x), EncoderSaved(x, own, decoder, None, [None], layer=self)
 
     def _read_by(self, pooling: Pooling | None, starts: Array) -> tuple[Array | None, Array]:
         """Return the positions of the tokens that a pooling reads, or None if it reads all tokens.
@@ -461,6 +458,8 @@ class Encoder(Module):
     def backward(self, dy: Array, saved: EncoderSaved, need_dx: bool = True) -> Gradient:
         """Add the gradients of the adapters. Return None, because token ids have no gradient.
 
+        Without an adapter, nothing is added: a frozen encoder may be a part of a model that is trained.
+
             >>> import nplora, numpy as np
             >>> encoder = nplora.load_encoder("encoder-model")
             >>> encoder.add_lora(rank=2)
@@ -474,14 +473,13 @@ class Encoder(Module):
         Raises:
             ValueError: `dy` has another shape than the result of `forward`, or `saved` is from another model.
             TypeError: `saved` was not returned by `forward`.
-            RuntimeError: `saved` was used before, a layer is merged, or no adapter was enabled in the forward
-                pass.
+            RuntimeError: `saved` was used before, or a layer is merged.
         """
         op = "Encoder.backward"
         _check.saved(op, saved, EncoderSaved)
         rows = _check.shaped(op, "dy", dy, saved.x.shape, np.float32)
-        self._use_up(op, saved)
-        self._run_backward(rows, saved)
+        self.use_up(op, saved)
+        self.run_backward(rows, saved)
         return None
 
     def embed_forward(self, ids: Ids, normalize: bool | None = None) -> tuple[Array, EncoderSaved]:
@@ -508,19 +506,18 @@ class Encoder(Module):
             raise ValueError(f"{op}: the saved values are from forward, expected those of embed_forward")
         shape = len(saved.pooling.starts) - 1, self.dim
         rows = _check.shaped(op, "dy", dy, shape, np.float32)
-        self._use_up(op, saved)
-        self._run_backward(self.pooling.run_backward(rows, saved.pooling), saved)
+        self.use_up(op, saved)
+        self.run_backward(self.pooling.run_backward(rows, saved.pooling), saved)
 
-    def _use_up(self, op: str, saved: EncoderSaved) -> None:
+    def use_up(self, op: str, saved: EncoderSaved) -> None:
         """Check everything that must be checked before gradients change, and mark `saved` as used."""
         _check.own(op, saved, self)
         for layer in self.adapter_layers().values():
             layer.require_trainable("backward")
-        if not saved.can_train:
-            raise RuntimeError(f"{op}: {NOTHING_TRAINED}")
         saved.use_up(op)
 
-    def _run_backward(self, dy: Array, saved: EncoderSaved) -> None:
+    def run_backward(self, dy: Array, saved: EncoderSaved) -> None:
+        """Like `backward`, without any check of the arguments."""
         self.model.run_backward(self.model.hidden_states_backward(dy, saved.x), saved.decoder)
 
     def __repr__(self) -> str:

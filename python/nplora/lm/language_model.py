@@ -38,7 +38,7 @@ from nplora.models.packing import IGNORED, PackedBatch, pack
 from nplora.models.positions import packed_positions
 from nplora.nn import LoRALayer, RMSNorm, TrainedEmbedding, TrainedHead, TrainedRowsLayer, optim
 from nplora.nn.losses import NonFiniteLossError
-from nplora.nn.module import NOTHING_TRAINED, Gradient, Module, Saved, can_train, inference, inferring
+from nplora.nn.module import Gradient, Module, Saved, inference, inferring
 from nplora.nn.optim import Optimizer
 from nplora.runtime.user_warning import warn_user
 from nplora.tokenizer import Tokenizer
@@ -58,7 +58,6 @@ class LanguageModelSaved(Saved):
     decoder: DecoderSaved
     head: Any
     unused: list[None]  # empty once a backward pass has begun
-    can_train: bool  # the result of `can_train` during the forward pass
 
     def use_up(self, op: str) -> None:
         """Mark these values as used. Raise RuntimeError if the values were used before."""
@@ -466,8 +465,7 @@ class LanguageModel(Module):
         if isinstance(path, Adapter):
             adapter = path
         elif isinstance(path, str | os.PathLike):
-            if not os.path.lexists(path):
-                raise FileNotFoundError(errno.ENOENT, _no_adapter(name), os.fspath(path))
+            _require_not_swapped(path, name)
             adapter = read_for(self, path, self.source, any_base)
         else:
             raise TypeError(
@@ -1070,8 +1068,8 @@ class LanguageModel(Module):
         self._check_batch(op, batch)
         if not self.adapter_layers():
             raise ValueError(f"{op}: the model has no adapter; call add_lora() first")
-        if not can_train(self):
-            raise RuntimeError(f"{op}: {NOTHING_TRAINED}")
+        if not any(layer.adapter_enabled for layer in self.adapter_layers().values()):
+            raise RuntimeError(f"{op}: nothing is trained, because all adapters are switched off")
         self.require_trainable(op)
 
     def forward(self, x: npt.ArrayLike) -> tuple[Array, LanguageModelSaved | None]:
@@ -1105,10 +1103,12 @@ class LanguageModel(Module):
         shaped = logits.reshape(*ids.shape, logits.shape[1])
         if saved is None:
             return shaped, None
-        return shaped, LanguageModelSaved(ids.shape, stream, saved, kept, [None], can_train(self), layer=self)
+        return shaped, LanguageModelSaved(ids.shape, stream, saved, kept, [None], layer=self)
 
     def backward(self, dy: Array, saved: LanguageModelSaved, need_dx: bool = True) -> Gradient:
         """Accumulate the gradients of the adapters. `saved` is freed, and cannot be used again.
+
+        Without an adapter, nothing is added: a frozen model may be a part of a model that is trained.
 
             >>> import nplora, numpy as np
             >>> lm = nplora.load_model("model.gguf")
@@ -1123,8 +1123,7 @@ class LanguageModel(Module):
         Raises:
             ValueError: `dy` does not have the shape of the logits, or `saved` was returned by another model.
             TypeError: `saved` was not returned by `forward`.
-            RuntimeError: `saved` was used before, a layer is merged, or no adapter was enabled in the forward
-                pass.
+            RuntimeError: `saved` was used before, or a layer is merged.
         """
         op, vocab = "LanguageModel.backward", slot_models.vocab_of(self)
         _check.saved(op, saved, LanguageModelSaved)
@@ -1132,8 +1131,6 @@ class LanguageModel(Module):
         _check.own(op, saved, self)
         for layer in self.adapter_layers().values():
             layer.require_trainable("backward")
-        if not saved.can_train:
-            raise RuntimeError(f"{op}: {NOTHING_TRAINED}")
         saved.use_up(op)
         if isinstance(self.lm_head, TrainedHead):
             rows = rows.copy()  # the head overwrites its argument
@@ -1389,14 +1386,17 @@ class LanguageModel(Module):
             )
 
 
-def _no_adapter(name: object) -> str:
-    """The message of `load_adapter` for a path that does not exist. `name` is the second argument."""
-    hint = ""
-    if isinstance(name, Adapter):
-        hint = "; the second argument is an Adapter: swap the two"
-    elif isinstance(name, str | os.PathLike) and os.path.lexists(name):
-        hint = f"; the second argument, {os.fspath(name)!r}, exists: swap the two"
-    return f"load_adapter: path, the first argument, does not exist{hint}"
+def _require_not_swapped(path: StrPath, name: object) -> None:
+    """Raise FileNotFoundError if `path` does not exist, and `name` looks like the path of an adapter.
+
+    A name without a separator says nothing, because an adapter is often called like its directory.
+    """
+    is_path = isinstance(name, os.PathLike) or (isinstance(name, str) and os.path.basename(name) != name)
+    if os.path.lexists(path) or not (isinstance(name, Adapter) or (is_path and os.path.lexists(name))):
+        return
+    found = "is an Adapter" if isinstance(name, Adapter) else f"{os.fspath(name)!r} exists"
+    message = f"load_adapter: path, the first argument, does not exist, but the second argument {found}"
+    raise FileNotFoundError(errno.ENOENT, f"{message}: swap the two", os.fspath(path))
 
 
 def _ranks(layers: Iterable[Module]) -> str:

@@ -53,11 +53,6 @@ def inference() -> Iterator[None]:
 _disabled: ContextVar[tuple[dict[int, AdapterLayer], ...]] = ContextVar("nplora_disabled", default=())
 
 
-NOTHING_TRAINED = (
-    "nothing is trained: there is no adapter, or disable_adapter() has switched all adapters off"
-)
-
-
 def quiet() -> np.errstate:
     """Silence NumPy's warnings about NaN and infinity: training finds such values in the loss."""
     return np.errstate(over="ignore", invalid="ignore", divide="ignore")
@@ -601,20 +596,6 @@ class Module:
         if type(self).__repr__ is Module.__repr__:
             return self._heading()
         return repr(self).partition("\n")[0]
-
-
-def can_train(model: Module) -> bool:
-    """Whether a training pass has gradients: at least one trainable array, and its adapter is enabled.
-
-    >>> import nplora, numpy as np
-    >>> from nplora.nn.module import can_train
-    >>> layer = nplora.LoRALinear(np.eye(4), rank=1)
-    >>> with layer.disable_adapter():
-    ...     can_train(layer)
-    False
-    """
-    modules = (module for _, module in model.named_modules() if module.local_parameters())
-    return any(not isinstance(module, AdapterLayer) or module.adapter_enabled for module in modules)
 
 
 class AdapterLayer(Module):

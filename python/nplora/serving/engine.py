@@ -175,7 +175,7 @@ class Engine:
             KeyError: no adapter has this name.
             TypeError: `ids` are not integers, or `adapter` has a wrong type.
             ValueError: the prompt is empty, has tokens outside the vocabulary, or leaves no room in `context`
-                for an answer; or an option is out of range.
+                for an answer; or an option is out of range; or `adapter` is a copy of another model.
             QueueFullError: `max_waiting` requests are waiting.
             RuntimeError: the engine was closed.
         """
@@ -350,9 +350,16 @@ class Engine:
             self._changed.notify_all()
 
     def _model(self, adapter: str | LanguageModel | None) -> LanguageModel:
-        if adapter is None or isinstance(adapter, LanguageModel):
-            return self._lm if adapter is None else adapter
-        return self._lm.named_model(adapter, _OP)
+        if adapter is None:
+            return self._lm
+        if isinstance(adapter, str):
+            return self._lm.named_model(adapter, _OP)
+        if not isinstance(adapter, LanguageModel):
+            kind = _check.kind(adapter)
+            raise TypeError(f"{_OP}: adapter is {kind}, expected a name or a model of lm.named_model")
+        if adapter.config is not self._lm.config:  # copies of a model share its configuration
+            raise ValueError(f"{_OP}: adapter is a model that lm.named_model did not return")
+        return adapter
 
     def _root(self, model: LanguageModel) -> str:
         """Return a text that identifies a model with its adapter, for `page_keys`."""

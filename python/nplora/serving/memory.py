@@ -100,11 +100,11 @@ def plan_memory(
     pages = (left - adapters) // page
     if pages < _LEAST_PAGES:
         least = _LEAST_PAGES * page
-        part = _adapter_bytes(adapter_memory, most_adapters, least * _ADAPTERS // (_ADAPTERS - 1) + 1)
-        least += part
+        needed = fixed + least
+        needed += _adapter_bytes(adapter_memory, most_adapters, least * _ADAPTERS // (_ADAPTERS - 1) + 1)
         raise ValueError(
             f"Engine: memory is {budget / 1e6:,.0f} MB, expected at least "
-            f"{math.ceil((fixed + least) / 1e6):,} MB: {process / 1e6:,.0f} MB are in use, "
+            f"{math.ceil(needed / 1e6):,} MB: {process / 1e6:,.0f} MB are in use, "
             f"{weights / 1e6:,.0f} MB are weights that are not read yet, {adapters / 1e6:,.0f} MB are for "
             f"adapters, a round takes {work / 1e6:,.0f} MB, and {PAGE} tokens take {page / 1e6:,.1f} MB"
         )

@@ -46,8 +46,10 @@ class ServeOptions:
         "memory that remains)", metavar="SIZE",
     )  # fmt: skip
     adapter_memory: str | None = _option(
-        None, "memory to reserve for adapters that are loaded while the server runs (default: an eighth of "
-        "the memory that the model leaves free, if there are adapters or jobs)", metavar="SIZE",
+        None, "memory to reserve for adapters that are added while the server runs: loaded from "
+        "`adapter_dir`, trained by jobs, or sums of adapters (default: an eighth of the memory that the "
+        "model leaves free; without `adapter_dir` and `jobs`, at most what sums of adapters can take)",
+        metavar="SIZE",
     )  # fmt: skip
     adapter_dtype: str | None = _option(
         None, "bfloat16: round the weights of adapters to bfloat16, which makes decoding with several "

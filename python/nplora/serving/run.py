@@ -171,8 +171,9 @@ def encoder_description(engine: EncoderEngine, models: Models[ServedEncoder], op
 
 def _later_adapters(options: ServeOptions) -> str:
     """Return a text that says which adapters can be added while the server runs."""
-    sources = (options.adapter_dir, "adapters that requests load"), (options.jobs, "adapters of jobs")
-    return " and ".join(text for place, text in sources if place is not None) or "sums of adapters (lora)"
+    found = ["adapters that requests load"] * (options.adapter_dir is not None)
+    found += ["adapters of jobs"] * (options.jobs is not None)
+    return " and ".join(found) or "sums of adapters (lora)"
 
 
 def _limit(options: ServeOptions) -> str:
@@ -269,11 +270,17 @@ def training_memory(options: ServeOptions, engine: Engine) -> int:
 def most_adapters(lm: LanguageModel | ServedEncoder, options: ServeOptions) -> int | None:
     """Return the most bytes that adapters can need while the server runs; None: no limit is known.
 
-    Without a directory of adapters and without jobs, only sums of the loaded adapters can be added.
+    Without a directory of adapters and without jobs, only sums of the loaded adapters can be added. A sum
+    stays in memory while a request uses it.
     """
     if options.adapter_dir is not None or options.jobs is not None:
         return None
-    return bytes_of_sums(sum(adapter.nbytes for adapter in lm.adapters.values()))
+    users = options.max_queue
+    if isinstance(lm, LanguageModel):
+        # The running requests, and those that have just ended: the cache's `joint` keeps their models until
+        # the engine calls the model again.
+        users += 2 * options.max_requests
+    return bytes_of_sums(sum(adapter.nbytes for adapter in lm.adapters.values()), users)
 
 
 def require_packages() -> None:

@@ -29,6 +29,7 @@ class Run:
         self._logged: dict[str, dict[str, Any]] | None = None  # other ranks: the last log line of each event
         self.ranks: Ranks = Alone()  # the processes that train together
         self._ended: str | None = None  # why the run ended, as in `History.ended`
+        self.was_finished = False  # whether the run was resumed, but had already ended
 
     def __repr__(self) -> str:
         total = "" if self.total_steps is None else f" of {self.total_steps}"

@@ -96,6 +96,7 @@ class TrainingRun(Run):
             self._logged = self._meeting.broadcast(self._last_lines(), "the start of a log")
         if resumed:
             self._stop_if_patience_is_lost()
+            self.was_finished = self._ended is not None or self._has_all_steps()
         self._has_begun = True
 
     def _last_lines(self) -> dict[str, dict[str, Any]] | None:
@@ -190,6 +191,10 @@ class TrainingRun(Run):
             config.epochs is not None and self.epoch >= config.epochs
         )
 
+    def _has_all_steps(self) -> bool:
+        """Whether all steps are made. The last epoch may not be closed yet."""
+        return self._is_complete() or self.step == self.total_steps
+
     def _make_steps_of_epoch(self) -> bool:
         """Make the remaining steps of the current epoch; return False if the run is over."""
         stepper = self._stepper
@@ -283,8 +288,7 @@ class TrainingRun(Run):
 
     def _stop_if_patience_is_lost(self) -> None:
         """End the run early if `EarlyStopping.is_over`, unless all steps are made."""
-        is_last = self._is_complete() or self.step == self.total_steps
-        if self._ended is None and self._state.early_stopping.is_over and not is_last:
+        if self._ended is None and self._state.early_stopping.is_over and not self._has_all_steps():
             self._ended = "patience"
 
     def _keep_best(self) -> None:

@@ -5,6 +5,7 @@ import errno
 import functools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -140,6 +141,12 @@ def test_a_restarted_server_has_the_adapters_and_the_files_of_before(
     other.set_adapter(job["fine_tuned_model"])
     lm.set_adapter(job["fine_tuned_model"])
     assert (other.logits([1, 2, 3]) == lm.logits([1, 2, 3])).all()
+    shutil.rmtree(tmp_path / "jobs" / "jobs" / job["id"] / "run")
+    jobs = FineTuning(nplora.load_model(model_file, compute="int8"), tmp_path / "jobs", model="small")
+    with pytest.warns(UserWarning, match=r"the adapter .* cannot be used: ") as warned:
+        jobs.publish_earlier()
+    assert "Errno" not in str(warned[0].message)
+    jobs.close()
 
 
 def test_a_cancelled_job_ends_before_the_next_block_and_for_ever(
@@ -221,6 +228,17 @@ def test_a_full_disk_fails_a_job_which_continues_later_to_the_same_bits(
     adapters = [adapter_of(tmp_path / "jobs" / "jobs" / one / "run") for one in (whole, job)]
     assert adapters[0] == adapters[1]
     assert not list((tmp_path / "jobs").rglob("*.tmp"))
+
+
+def test_a_change_that_the_disk_refuses_is_kept_in_memory(
+    idle: FineTuning, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = queued(idle)
+    words = f"^{job}: no space left on device; the change is kept in memory only$"
+    with full_disk(monkeypatch), pytest.warns(UserWarning, match=words):
+        idle._state.change(job, status="paused")
+    assert idle.job(job)["status"] == "paused"
+    idle.close()
 
 
 def test_a_deleted_file_does_not_disturb_a_job(idle: FineTuning) -> None:

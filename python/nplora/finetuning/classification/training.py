@@ -141,12 +141,12 @@ class ClassifierRun:
 
 
 class _Start(Callback):
-    """Notes whether a resumed run had already completed all of its steps."""
+    """Copies `was_finished` from the run."""
 
     was_finished = False
 
     def on_fit_start(self, run: Run) -> None:
-        self.was_finished = run.step > 0 and run.step == run.total_steps
+        self.was_finished = run.was_finished
 
 
 @_check.keywords

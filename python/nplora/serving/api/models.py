@@ -262,9 +262,14 @@ class Models(Generic[LM]):
             self._scales = scales
 
 
-def bytes_of_sums(size: int) -> int:
-    """The most bytes that sums of adapters can take. `size` is the number of bytes of all these adapters."""
-    return most_needed(size, _MOST_SUMS)
+def bytes_of_sums(size: int, users: int) -> int:
+    """The most bytes that sums of adapters can take.
+
+    Args:
+        size: the number of bytes of all these adapters.
+        users: the most sums that can be in use although they are not kept for later requests.
+    """
+    return most_needed(size, _MOST_SUMS + users)
 
 
 def _file_size(path: Path) -> int:

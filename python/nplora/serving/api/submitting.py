@@ -15,13 +15,12 @@ _ATTEMPTS = 3
 def submitted(submit: Callable[[], T]) -> T:
     """Read a request and submit it to the engine.
 
-    If the request's adapter is unloaded after the request was read, but before the request is submitted, the
-    request is read again. If no adapter has this name any more, this second reading raises an error for the
-    client.
+    If the adapter is unloaded while the request is read, the request is read again. If no adapter has this
+    name any more, this second reading raises an error for the client.
 
     Args:
-        submit: a function that reads the request and submits it to the engine. The function
-            raises KeyError if the adapter was unloaded after the request was read.
+        submit: a function that reads the request and submits it to the engine. The function raises KeyError
+            if the adapter was unloaded while the request was read.
     """
     for _ in range(_ATTEMPTS):
         try:

@@ -62,7 +62,6 @@ class TextRequest:
 
     Attributes:
         model: the name of the model, which the answer repeats.
-        lm: the model with the request's adapter. Its tokenizer encoded the prompts.
         prompts: the token ids of each prompt.
         texts: the text of each prompt, which the answer repeats; empty if the answer does not repeat the
             prompt.
@@ -78,7 +77,6 @@ class TextRequest:
     """
 
     model: str
-    lm: LanguageModel
     prompts: list[list[int]]
     n: int
     sampling: Sampling
@@ -94,6 +92,10 @@ class TextRequest:
 class Reader:
     """Reads requests for generated text.
 
+    `chat` and `completion` return the model with the request's adapter, whose tokenizer encoded the prompts,
+    and the request. The request does not hold the model, because a client may read an answer long after the
+    engine has completed it.
+
     Do not call the methods in the event loop, because a method waits until another process has rendered the
     chat template.
 
@@ -106,7 +108,7 @@ class Reader:
         self._models, self._context, self._most_tokens = models, context, most_tokens
         self._guides = guides.Guides()
 
-    def chat(self, values: object) -> TextRequest:
+    def chat(self, values: object) -> tuple[LanguageModel, TextRequest]:
         """Read the body of /v1/chat/completions.
 
         Raises:
@@ -135,7 +137,7 @@ class Reader:
             most_calls=None if body.boolean("parallel_tool_calls", True) else 1,
         )  # fmt: skip
 
-    def completion(self, values: object) -> TextRequest:
+    def completion(self, values: object) -> tuple[LanguageModel, TextRequest]:
         """Read the body of /v1/completions. This method raises the same errors as `chat`."""
         body = Fields(values)
         body.require_known(_COMPLETION, _UNSUPPORTED)
@@ -157,7 +159,7 @@ class Reader:
             default_tokens=_COMPLETION_TOKENS,
         )  # fmt: skip
 
-    def guide(self, request: TextRequest) -> Any:
+    def guide(self, lm: LanguageModel, request: TextRequest) -> Any:
         """Return a new guide, which restricts the tokens of one answer to the request's grammar.
 
         Return None if the request has no grammar.
@@ -167,7 +169,7 @@ class Reader:
         """
         if request.grammar is None:
             return None
-        return self._guides.guide(request.lm.tokenizer, request.grammar)
+        return self._guides.guide(lm.tokenizer, request.grammar)
 
     def _model(self, adapter: str | None) -> LanguageModel:
         """Return the model with an adapter, which the request uses to the end."""
@@ -185,7 +187,7 @@ class Reader:
         *,
         default_tokens: int | None,
         **more: Any,
-    ) -> TextRequest:
+    ) -> tuple[LanguageModel, TextRequest]:
         longest = max(map(len, prompts))
         left = self._context - longest
         if left < 1:
@@ -206,9 +208,8 @@ class Reader:
             )
         options = body.object("stream_options") if body.has("stream_options") else None
         stream = body.boolean("stream")
-        return TextRequest(
+        return lm, TextRequest(
             name,
-            lm,
             prompts,
             sampling.read_choices(body, wanted),
             wanted,

@@ -7,6 +7,7 @@ import json
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
+from nplora.lm import LanguageModel
 from nplora.serving.api.answers import AnswerObjects, ChatObjects, CompletionObjects
 from nplora.serving.api.bodies import Body, unless_disconnected
 from nplora.serving.api.errors import as_request_error
@@ -21,7 +22,7 @@ from nplora.serving.ticket import Chunk, Ticket
 _PING_SECONDS = 10.0
 _SSE_HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
 
-Read = Callable[[Reader, object], TextRequest]
+Read = Callable[[Reader, object], tuple[LanguageModel, TextRequest]]
 
 
 async def chat(service: TextService, body: Body, client: str) -> Any:
@@ -67,7 +68,7 @@ def _submit(
 def _submit_once(
     service: TextService, values: object, client: str, read: Read
 ) -> tuple[TextRequest, list[Ticket]]:
-    request = read(service.reader, values)
+    lm, request = read(service.reader, values)
     wanted, most = len(request.prompts) * request.n, service.engine.most_requests
     if wanted > most:
         message = f"the request wants {wanted} answers, but this server's queue has room for {most}"
@@ -79,11 +80,11 @@ def _submit_once(
                 ticket = service.engine.submit(
                     ids,
                     request.sampling,
-                    adapter=request.lm,
+                    adapter=lm,
                     logprobs=request.logprobs,
                     client=client,
                     index=index,
-                    guide=service.reader.guide(request),
+                    guide=service.reader.guide(lm, request),
                 )
                 tickets.append(ticket)
     except BaseException as error:

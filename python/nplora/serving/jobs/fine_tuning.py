@@ -14,6 +14,7 @@ from typing import Any, BinaryIO
 from nplora.formats.errors import brief
 from nplora.formats.files import StrPath
 from nplora.lm import LanguageModel
+from nplora.runtime.error_text import message_of
 from nplora.runtime.time_share import TimeShare
 from nplora.runtime.user_warning import warn_user
 from nplora.serving.jobs import shapes
@@ -127,7 +128,8 @@ class FineTuning:
             try:
                 self._publishing.publish(one["name"], self._adapter_place(job, one))
             except (OSError, ValueError, RequestError) as error:
-                warn_user(f"the adapter {one['name']!r} cannot be used: {error}")
+                reason = message_of(error) if isinstance(error, OSError) else str(error)
+                warn_user(f"the adapter {one['name']!r} cannot be used: {reason}")
 
     def _adapter_place(self, job: Record, checkpoint: Record) -> Path:
         """Return the directory that contains the adapter of a job's checkpoint."""

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from nplora.runtime.error_text import message_of
 from nplora.runtime.user_warning import warn_user
 from nplora.serving.jobs.event_log import EventLog
 from nplora.serving.jobs.storage import Record, Storage
@@ -109,4 +110,4 @@ def _kept_in_memory(job_id: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        warn_user(f"{job_id}: {error}; the change is kept in memory only")
+        warn_user(f"{job_id}: {message_of(error)}; the change is kept in memory only")

@@ -55,8 +55,8 @@ _KINDS = {
 
 
 def is_stored(path: StrPath) -> bool:
-    """Whether a path is a file of predictions. Any file but GGUF counts, because models are GGUF files or
-    directories."""
+    """Whether a path leads to a file that is not GGUF. Such a file is not a model, because models are GGUF
+    files or directories."""
     if not Path(path).is_file():
         return False
     with files.reading(path) as reader:
@@ -74,7 +74,7 @@ def new_file(
     ids: Callable[[], Iterable[files.Chunk]],
     log_probs: Callable[[], Iterable[files.Chunk]],
 ) -> files.NewFile:
-    """Return the file with these contents, for `files.replace`.
+    """Describe a file of predictions, which `files.replace` then writes.
 
     Args:
         keys, counts: for each sequence, its digest and its number of trained tokens.

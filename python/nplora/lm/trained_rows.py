@@ -174,8 +174,9 @@ def wanted(
         targets: the dotted names of the layers that get LoRA factors.
         new: the tokens that are added to the model.
     Raises:
-        ValueError: as in `token_ids` and `module_names`; or a layer is chosen twice, or has an adapter; or a
-            token is both in `tokens` and in `new`.
+        ValueError: a layer is in both `modules` and `targets`, or has an adapter already; both `tokens` and
+            `modules` are given; a token is both in `tokens` and in `new`; or as in `token_ids` and
+            `module_names`.
     """
     assert isinstance(lm, Module)
     listed, names = token_list(op, tokens) if tokens else (), module_names(op, modules) if modules else ()

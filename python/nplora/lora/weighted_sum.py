@@ -28,8 +28,8 @@ def weighted_sum(
         terms: pairs of an update and its weight in the sum. All updates are for the same layer, without DoRA.
         limit: the largest rank of the result, or None for the rank of the exact sum.
     Returns:
-        a tuple: the sum, with scale 1 and factors in float32; the relative error caused by the lower rank,
-        ‖sum - exact sum‖ / ‖exact sum‖ in the Frobenius norm; and ‖exact sum‖.
+        a tuple: the sum as a LoraDelta with scale 1 and float32 factors; the relative error ‖sum - exact sum‖
+        / ‖exact sum‖ due to the lower rank; and ‖exact sum‖. All norms are Frobenius norms.
     Raises:
         ValueError: a factor holds NaN or an infinity, or the sum is too large for float32.
     """

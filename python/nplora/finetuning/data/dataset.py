@@ -249,7 +249,7 @@ def add_rows(
     Args:
         require: a function that is called with the kind of a row, and with the file and line of the row. The
             function raises a DataError if the objective does not read rows of this kind.
-        examples_of: a function that groups the sequences of a row into examples, which are lists of sequences.
+        examples_of: a function that groups the sequences of a row into examples (lists of sequences).
     """
     encoder = Encoder(tokenizer, options.learn == "all", options.max_length, options.chat)
     kind: Kind | None = None

@@ -68,7 +68,8 @@ class TaskRun {
   }
 
  private:
-  // The hook may run a signal handler, which may do anything: fork, or call the core again.
+  // The hook may run a signal handler, which may do anything: for example, fork the process or call this
+  // library.
   void poll() const {
     asking = true;
     const bool stop = hook_();

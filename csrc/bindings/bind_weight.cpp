@@ -129,7 +129,8 @@ void gather_rows(const PackedWeight& w, const Array<int64_t>& ids, Array<T> out)
           "out has the wrong dtype");
   const size_t n = size_t(ids.size());
   require_shape("out", out, n, w.d_in());
-  // The ids are copied, so that no other code can change them after the check.
+  // Other code may change the array `ids` while the GIL is released, so the indices are copied before they
+  // are checked.
   const std::vector<int64_t> id(ids.data(), ids.data() + n);
   for (size_t i = 0; i < n; ++i)
     if (id[i] < 0 || size_t(id[i]) >= w.d_out())

@@ -28,9 +28,9 @@ def first_nonfinite_layer(lm: LanguageModel, batch: PackedBatch) -> str:
 
 @contextlib.contextmanager
 def watched_blocks(model: Decoder, name: Callable[[int], str]) -> Iterator[list[str]]:
-    """Watch the blocks of a model during a `with` body, and yield a list.
+    """In the `with` block, collect the names of the model's blocks whose output is not finite.
 
-    When a block returns an output that is not finite, the name of the block is added to the list.
+    The list of names is empty at first. When a block returns such an output, its name is added to the list.
 
     Args:
         name: a function that returns the name of a block, given its index.

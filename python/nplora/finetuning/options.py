@@ -567,8 +567,8 @@ class EvaluateOptions:
     compute: str | None = _option(
         _SPEED,
         None,
-        "arithmetic of the products with frozen weights: float32, bfloat16, or int8, which acts on "
-        "weights in GGUF's quantised formats and computes a few tokens at a time (default: float32)",
+        "arithmetic of the products with frozen weights: float32, bfloat16 or int8 (default: float32); "
+        "int8 needs weights in GGUF's quantised formats, and computes a few tokens at a time, as in decoding",
         choices=COMPUTES,
     )
     op: InitVar[str] = "evaluate"  # the name with which error messages begin

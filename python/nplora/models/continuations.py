@@ -163,7 +163,7 @@ def _run_prompts(
 def _run_continuations(
     model: Decoder, questions: Sequence[Question], starts: Array, cache: KVCache, most_rows: int
 ) -> Array:
-    """The residual stream (n, d) of the tokens of all continuations, except each continuation's last token."""
+    """The residual stream (n, d) of all tokens of the continuations, except the last token of each one."""
     rows = [
         _rows(tokens[:-1], int(slot), len(question.prompt), question.length)
         for question, first in zip(questions, starts[:-1], strict=True)

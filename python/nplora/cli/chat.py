@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = _EPILOG
     add_model(parser)
     text = (
-        "PEFT directory or llama.cpp file (repeatable); without NAME, the adapter has the name of its file or "
+        "PEFT directory or llama.cpp file (repeatable); without NAME, the adapter is named after its file or "
         "directory. The chat begins with the first adapter; /adapter NAME selects another adapter"
     )
     parser.add_argument("--adapter", metavar="[NAME=]PATH", type=path, action="append", default=[], help=text)

@@ -243,7 +243,7 @@ def pretrained_weights() -> SafetensorsFile:
 
 
 def digits(numbers: Array) -> Digits:
-    """Load the digits with the indices `numbers` (from 0 to 1796) from scikit-learn. Rotate and invert copies.
+    """Load scikit-learn's digits with the indices `numbers` (from 0 to 1796). Rotate and invert copies.
 
     Raises:
         ModuleNotFoundError: scikit-learn is not installed.

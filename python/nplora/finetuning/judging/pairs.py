@@ -61,6 +61,6 @@ class PairScores:
 
 
 def _preferred(scores: Array) -> Array:
-    """For each pair: 1 if the chosen answer has the higher score, 1/2 if the scores are equal, otherwise 0."""
+    """For each pair: 1 if the chosen answer has the higher score, 0.5 if both scores are equal, else 0."""
     chosen, rejected = scores.T
     return np.asarray((chosen > rejected) + 0.5 * (chosen == rejected))

@@ -1,8 +1,9 @@
 """Reference: the log-probabilities of the model without its adapter, computed once and kept in a file.
 
-The file holds one number for each sequence. The file is used only if all weights, the configuration, the
-arithmetic, the instruction set and the version of nplora are the same as when the file was written, and if
-the content of the file matches its SHA-256. Log-probabilities that are not in the file are computed.
+The file holds the log-probability of each sequence. nplora uses the file only if its content matches its
+SHA-256. Besides, all of the following must be as when the file was written: the weights, the configuration,
+the arithmetic, the instruction set and the version of nplora. Log-probabilities that are not in the file are
+computed.
 """
 
 from __future__ import annotations
@@ -44,9 +45,10 @@ _WRITE_SECONDS = 60.0  # the least time between two writes of the file
 
 
 class Reference:
-    """Holds the log-probability of each sequence under the reference: the sum over the sequence's targets.
+    """Holds the log-probability of each sequence under the reference, which is the model without its adapter.
 
-    Each sequence is identified by a digest of its tokens and targets, so the data may be in any order.
+    The log-probability of a sequence is the sum over its targets. A sequence is found by a digest of its
+    tokens and targets, so the data may be in any order.
 
     Args:
         known: maps the key of a sequence (see `sequence_keys`) to the log-probability of the sequence.
@@ -86,9 +88,10 @@ class Reference:
             batches: the training data, and the validation data, if there are any.
             sequences_of: a function that returns the sequences of a batch for which log-probabilities are
                 needed.
-            directory: the output directory; None on other ranks than rank 0.
-            writes: whether to write the file every minute and at the end; if False, `keep` writes it later.
-            ranks: the processes that train together. Each rank computes a share of the log-probabilities.
+            directory: the output directory; None on all ranks except rank 0.
+            writes: whether to write the file every minute and at the end. If False, the caller must call
+                `keep` later.
+            ranks: the processes that train together. Each rank computes some of the log-probabilities.
         Raises:
             NonFiniteLossError: a log-probability is NaN or infinite.
             ValueError: the ranks have different models.
@@ -149,9 +152,9 @@ class Reference:
 class _SharedParts:
     """Divides the computation of log-probabilities among the ranks, in rounds.
 
-    In a round, each rank computes one part of a batch. After the round, the ranks exchange the results. So a
-    rank waits at most for the time that the slowest rank needs for one part, and each rank knows the results
-    of all finished rounds.
+    A batch is divided into parts of at most `EVALUATION_TOKENS` tokens. In a round, each rank computes one
+    part. After the round, the ranks exchange the results, so that each rank knows the results of all finished
+    rounds. A rank waits in each round until the slowest rank has computed its part.
 
     Args:
         known: maps the key of a sequence to its log-probability. The results are added to this dictionary.
@@ -163,14 +166,14 @@ class _SharedParts:
         self._keys: set[int] = set()  # the keys of the sequences in the round
 
     def lacks(self, part: PackedBatch) -> bool:
-        """Whether a part has a sequence that is neither known nor in the current round."""
+        """Whether a sequence of the part has no known log-probability, and is not in the current round."""
         return any(key not in self._known and key not in self._keys for key in sequence_keys(part).tolist())
 
     def add(self, part: PackedBatch) -> None:
         """Add a part to the round. If the round now has a part for each rank, compute the round.
 
-        Known sequences of the part are computed too. So the bits of the new results do not depend on which
-        sequences are known.
+        The round computes all sequences of the part, even those whose log-probability is known. So the bits
+        of the new results do not depend on what is known already.
         """
         self._round.append(part)
         self._keys.update(sequence_keys(part).tolist())
@@ -180,8 +183,8 @@ class _SharedParts:
     def compute(self) -> None:
         """Compute the parts of the round.
 
-        If a sequence is in several parts, its results may differ by rounding. The result of the last part is
-        used, as in a run with a single rank.
+        If a sequence is in several parts, their results for it may differ by rounding. The result of the last
+        part counts, as it does in a run with a single rank.
         """
         if not self._round:
             return
@@ -195,7 +198,7 @@ class _SharedParts:
 
 
 def sequence_keys(batch: PackedBatch) -> Array:
-    """A digest of the tokens and targets of each sequence, uint64."""
+    """Return a uint64 array: for each sequence, a digest of its tokens and targets."""
     spans = itertools.pairwise(batch.starts.tolist())
     keys = [_key(batch.ids[begin:end].tobytes() + batch.targets[begin:end].tobytes()) for begin, end in spans]
     return np.array(keys, np.uint64)
@@ -211,12 +214,12 @@ def by_sequence(batch: PackedBatch) -> Array:
 
 
 def sums(batch: PackedBatch, log_probs: Array) -> Array:
-    """The sum of the log-probabilities of each sequence."""
+    """Sum `log_probs`, which has a value for each target of the batch, over the targets of each sequence."""
     return np.bincount(by_sequence(batch), log_probs, len(batch.starts) - 1)
 
 
 def drop(directory: files.Directory) -> None:
-    """Remove the file if an earlier run with another objective made it."""
+    """Remove the reference's file of an earlier run, which had another objective."""
     with contextlib.suppress(FormatError, FileNotFoundError):
         with safetensors.reading(Path(directory, REFERENCE), follow_links=False) as content:
             is_ours = REFERENCE_MARK in content.metadata
@@ -245,7 +248,7 @@ def _log_probs(lm: LanguageModel, part: PackedBatch) -> Array:
 
 
 def _identity(lm: LanguageModel) -> str:
-    """A hash of everything that decides the log-probabilities of given tokens.
+    """A hash of everything except the data that the log-probabilities depend on.
 
     The hash covers the model, the arithmetic, the instruction set and the version of nplora.
     """
@@ -255,9 +258,9 @@ def _identity(lm: LanguageModel) -> str:
 
 
 def _read(directory: files.Directory, model: str) -> tuple[dict[int, float], str]:
-    """Return the log-probabilities in the file, and a text that says what is wrong with the file.
+    """Return a dict of the log-probabilities in the file, and a text that says what is wrong with the file.
 
-    The text is empty if the file can be used. If there is no file, both results are empty.
+    If the file can be used, the text is empty. If there is no file, the dict and the text are empty.
 
     Raises:
         FileExistsError: the file is not in the safetensors format, and the directory holds no run.
@@ -288,7 +291,7 @@ def _read(directory: files.Directory, model: str) -> tuple[dict[int, float], str
 
 
 def _write(directory: files.Directory, model: str, found: dict[int, float]) -> None:
-    """Write the file. A failure causes only a warning: on a full disk, the first checkpoint fails anyway."""
+    """Write the file, or warn. If the disk is full, the first checkpoint raises an error anyway."""
     keys = np.array(sorted(found), np.uint64)
     values = np.array([found[key] for key in sorted(found)], np.float64)
     metadata = {REFERENCE_MARK: _SCHEMA, "model": model, "sha256": _digest(keys, values)}

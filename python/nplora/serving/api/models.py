@@ -22,7 +22,7 @@ _MOST_HEADER = 1 << 20  # the most bytes of an adapter's file that do not belong
 
 
 class ServedModel(Protocol):
-    """The members of a model that `Models` uses: a `LanguageModel` or a `ServedEncoder`."""
+    """A `LanguageModel` or a `ServedEncoder`: `Models` uses only the members that are declared here."""
 
     @property
     def source(self) -> Path: ...
@@ -54,8 +54,8 @@ class Models(Generic[LM]):
         name: the name of the base model.
         any_base: whether to accept adapters that were trained on another model with the same shapes.
         read: a function that reads an adapter, like `nplora.adapters.read_for`.
-        dtype: as in `LanguageModel.load_adapter`. The adapters are rounded to this dtype, but a sum of loaded
-            adapters is not rounded a second time.
+        dtype: the dtype to which loaded adapters are rounded, as in `LanguageModel.load_adapter`. The sum of
+            several loaded adapters is not rounded again.
     Attributes:
         lm, name: see the arguments.
         memory: the `AdapterMemory` that limits the memory of adapters loaded from now on; None: no limit.
@@ -142,7 +142,7 @@ class Models(Generic[LM]):
     # ---- requests ----
 
     def chosen(self, body: Fields) -> tuple[str, str | None]:
-        """Return the model's name, as the answer reports it, and the name of the adapter (None: no adapter).
+        """Return a pair: the model's name for the answer, and the adapter's name (None: no adapter).
 
         Raises:
             RequestError: there is no such model or adapter.
@@ -160,7 +160,7 @@ class Models(Generic[LM]):
         return name, self._sum(self._scales if scales is None else self._read_scales("lora", scales))
 
     def _sum(self, scales: Mapping[int, float]) -> str | None:
-        """Return the name of the sum of adapters times their scales. `scales` is {adapter's id: scale}."""
+        """Return the name of a weighted sum of adapters. `scales` is a dict from ids to weights."""
         with self._lock:
             names = {id_: name for name, (id_, _) in self._loaded.items()}
             parts = [(names[id_], scale) for id_, scale in sorted(scales.items()) if scale and id_ in names]
@@ -263,12 +263,12 @@ class Models(Generic[LM]):
 
 
 def bytes_of_sums(size: int) -> int:
-    """The most bytes that sums of adapters can take. `size` is the number of bytes of all these adapters."""
+    """The most bytes that sums of adapters can take. `size`: the total bytes of all loaded adapters."""
     return most_needed(size, _MOST_SUMS)
 
 
 def _file_size(path: Path) -> int:
-    """A lower bound for the number of bytes of the values in an adapter's file; 0 if there is no file."""
+    """The least number of bytes that the values in an adapter's file can take; 0 if there is no file."""
     file = path / "adapter_model.safetensors" if path.is_dir() else path
     return max(0, file.stat().st_size - _MOST_HEADER) if file.is_file() else 0
 

@@ -15,9 +15,8 @@ _ATTEMPTS = 3
 def submitted(submit: Callable[[], T]) -> T:
     """Read a request and submit it to the engine.
 
-    If the request's adapter is unloaded after the request was read, but before the request is submitted, the
-    request is read again. If no adapter has this name any more, this second reading raises an error for the
-    client.
+    An adapter may be unloaded between the reading of a request and its submission. The request is then read
+    again. If no adapter has this name any more, the second reading raises an error for the client.
 
     Args:
         submit: a function that reads the request and submits it to the engine. The function

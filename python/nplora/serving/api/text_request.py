@@ -62,7 +62,7 @@ class TextRequest:
 
     Attributes:
         model: the name of the model, which the answer repeats.
-        lm: the model with the request's adapter. Its tokenizer encoded the prompts.
+        lm: the model with the request's adapter. The prompts were encoded with this model's tokenizer.
         prompts: the token ids of each prompt.
         texts: the text of each prompt, which the answer repeats; empty if the answer does not repeat the
             prompt.
@@ -99,7 +99,7 @@ class Reader:
 
     Args:
         context: the largest number of tokens of a prompt plus its answer.
-        most_tokens: the largest accepted `max_tokens`; None: only the context limits the answer.
+        most_tokens: the largest accepted `max_tokens`; None: the only limit is the context.
     """
 
     def __init__(self, models: Models[LanguageModel], context: int, most_tokens: int | None = None) -> None:
@@ -170,7 +170,7 @@ class Reader:
         return self._guides.guide(request.lm.tokenizer, request.grammar)
 
     def _model(self, adapter: str | None) -> LanguageModel:
-        """Return the model with an adapter, which the request uses to the end."""
+        """Return the model with an adapter. The request uses this model until its end."""
         lm = self._models.lm
         lm.set_adapter(None)  # the caller may have selected one
         return lm if adapter is None else lm.named_model(adapter)

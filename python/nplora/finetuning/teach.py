@@ -123,7 +123,7 @@ def teach(
     Raises:
         DataError: a line of the data is wrong.
         ValueError, TypeError: an option is out of range, or the output is one of the input files.
-        FormatError: a file is invalid, or the adapter does not fit.
+        FormatError: a file is invalid, or the adapter does not fit the model.
         NonFiniteLossError: the teacher's outputs are not finite.
         FileExistsError: the output exists, and `overwrite` is not set.
         OSError: a file cannot be read or written. After such an error, an existing output file is unchanged.

@@ -23,7 +23,7 @@ def speaks(progress: bool | None) -> bool:
 
 
 def speaker(progress: bool | None) -> Callable[[str], None]:
-    """A function that prints a text on stderr, or that does nothing if progress is not printed."""
+    """A function that prints a text on stderr if `speaks(progress)`, and otherwise does nothing."""
     if not speaks(progress):
         return lambda text: None
     return lambda text: print(text, file=stderr, flush=True)

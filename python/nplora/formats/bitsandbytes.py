@@ -82,7 +82,7 @@ def refuse(file: Container[str], name: str, source: str, deed: str) -> None:
 
 
 def parts(names: Collection[str]) -> dict[str, str]:
-    """Map the name of each tensor that holds auxiliary data of a 4-bit matrix to the name of the matrix."""
+    """A dict: name of a tensor with auxiliary data of a 4-bit matrix -> name of the matrix."""
     states = {name: name.partition(_STATE)[0] for name in names if _STATE in name}
     others = {f"{matrix}{part}": matrix for matrix in states.values() for part in _PARTS}
     return states | {name: others[name] for name in others.keys() & set(names)}

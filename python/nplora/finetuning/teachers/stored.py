@@ -7,8 +7,8 @@ different sequences, and k the number of tokens that are stored for each trained
     starts      int64 (m + 1,)   each sequence's first row in `ids` and `log_probs`; the last element is n
     ids         int32 (n, k)     the k most likely tokens, the most likely first
     log_probs   (n, k + 1)       float16 or float32: the log-probabilities of these tokens, and in the last
-                                 column the log-probability of all other tokens together, at the temperature
-                                 that the metadata names
+                                 column the log-probability of all other tokens together; all at the
+                                 temperature in the metadata
     tokens      uint8            the vocabulary: the tokens in UTF-8, one after another
     token_ends  int64 (v,)       the end of each token in `tokens`; an id without a token has no bytes
 
@@ -185,13 +185,14 @@ class StoredTeacher:
         return lambda rows: top[numbers[rows]]
 
     def _places(self, batch: PackedBatch) -> tuple[Array, Array]:
-        """Two arrays: for each sequence of a batch, its index in the file, and whether the file has it."""
+        """Two arrays with an entry for each sequence of a batch: its index in the file, and whether it is
+        there."""
         keys = sequence_keys(batch)
         found = np.minimum(np.searchsorted(self._keys, keys), max(0, len(self._keys) - 1))
         return self._order[found], self._keys[found] == keys
 
     def _rows(self, name: str, begin: int, end: int) -> Array:
-        """Read the rows from `begin` to `end` of an array in the file."""
+        """Read rows of an array in the file: from row `begin` to row `end` (exclusive)."""
         entry = self._entries[name]
         dtype = np.dtype({"I32": "<i4", "F16": "<f2", "F32": "<f4"}[entry.tag])
         width = entry.shape[1] * dtype.itemsize

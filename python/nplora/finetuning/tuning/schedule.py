@@ -64,7 +64,7 @@ def first_rung(budget: float, pace: Pace, rates: int, full: int) -> Rung:
 
 
 def second_rung(budget: float, left: float, pace: Pace, candidates: int, least: int, full: int) -> Rung:
-    """The rung whose trials vary the best settings of the first rung.
+    """Plan the rung that tries variations of the first rung's best settings.
 
     Each trial has at least twice as many steps as the trials of the first rung, but at most `full` steps.
 

@@ -152,7 +152,7 @@ class _Tuning:
 
     def run(self) -> TuneReport:
         inputs = read_inputs("tune", self.model, self.data, self.valid, self.base)
-        assert inputs.held_out is not None, "a share is held out if there are no validation data"
+        assert inputs.held_out is not None, "examples are held out if there are no validation data"
         space = space_of(inputs.lm, self.given, self.chosen.search, default_lr(inputs.lm.config.hidden_size))
         sampler = OptunaSampler(space, self.base.seed) if self.chosen.sampler == "optuna" else None
         batches = training_batches(inputs.train, self.base)
@@ -286,7 +286,7 @@ def _named(data: Data, otherwise: str) -> list[tuple[str, float]]:
 
 
 def _noise(examples: int) -> str:
-    """A note if the trials are compared on few examples."""
+    """A note if there are few held-out examples, else ""."""
     if examples >= _FEW:
         return ""
     return (
@@ -371,7 +371,7 @@ class _Trials:
         return self._evaluated(lm)
 
     def make(self, settings: Settings, steps: int) -> tuple[float, float, float]:
-        """Make a trial. Return its validation loss, the seconds of its training, and those of its evaluation.
+        """Make a trial. Return the validation loss, the seconds of training, and the seconds of evaluation.
 
         Raises:
             KeyboardInterrupt: Ctrl-C ended the training.

@@ -237,7 +237,7 @@ def _alignment(typed: Typed | None) -> int:
 
 @dataclass(frozen=True)
 class _Stored:
-    """A tensor in the form in which the file stores it."""
+    """A tensor to write: its type in the file, its shape, and its bytes."""
 
     kind: GgmlType
     shape: tuple[int, ...]

@@ -53,7 +53,7 @@ def piecewise_norm_forward(norm: RMSNorm, x: Array) -> Array:
 
 
 def piecewise_norm_backward(norm: RMSNorm, dy: Array, x: Array) -> Array:
-    """Return the gradient of the input `x` of `piecewise_norm_forward`. `dy` is the gradient of the output."""
+    """Return the gradient of the input `x` of `piecewise_norm_forward`, given the output's gradient `dy`."""
     dx = buffers.empty_like(x)
     dim = len(norm.weight)
     norm_backward(norm, dy.reshape(-1, dim), x.reshape(-1, dim), dx.reshape(-1, dim))

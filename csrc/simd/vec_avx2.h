@@ -1,8 +1,7 @@
 // Vectors of 8 floats or 4 doubles in one AVX register, with FMA3. Only vec.h includes this file, inside the
 // namespace NPLORA_ISA.
 
-// For n from 0 to 8, a masked load of the first n words uses the 8 words from kMaskWords[8 - n] on as its
-// mask: n words of -1, then 8 - n words of 0.
+// The mask for the first n of 8 words begins at kMaskWords[8 - n]: n words of -1, then 8 - n words of 0.
 alignas(32) inline constexpr int32_t kMaskWords[16] = {-1, -1, -1, -1, -1, -1, -1, -1,
                                                        0,  0,  0,  0,  0,  0,  0,  0};
 

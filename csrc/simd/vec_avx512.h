@@ -154,8 +154,9 @@ inline void transpose(Vec<float> (&r)[16]) {
     u[i + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(b, d));
     u[i + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(b, d));
   }
-  // Let c = 4 q + j be a column of the block. Its elements in the rows 4 g to 4 g + 3 are now in quarter q of
-  // u[4 g + j], for g from 0 to 3. The loop collects the four quarters of each column c in r[c].
+  // Let c = 4 q + j be a column of the block. For g from 0 to 3, quarter q of u[4 g + j] now holds the
+  // elements of column c in the rows 4 g to 4 g + 3. The loop collects the four quarters of each column c in
+  // r[c].
 #pragma GCC unroll 4
   for (int j = 0; j < 4; ++j) {
     const __m512 lo02 = _mm512_shuffle_f32x4(u[j], u[4 + j], 0x88),

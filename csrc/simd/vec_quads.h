@@ -7,8 +7,8 @@
 //     LaneInts to floats. `to_ints(v)` rounds floats to the nearest integers, ties to even. `to_ints` accepts
 //     floats from -2^22 to 2^22, and converts NaN to an unspecified integer.
 //   `kCodeOffset` is a number that is added to each code of W before the code is stored in memory. With VNNI,
-//     `kCodeOffset` is 128, so that the stored codes are unsigned, because vpdpbusd multiplies unsigned bytes
-//     by signed bytes. Without VNNI, `kCodeOffset` is 0.
+//     `kCodeOffset` is 128: the stored codes are then unsigned, as the instruction vpdpbusd requires. Without
+//     VNNI, `kCodeOffset` is 0.
 //   `load_quads(p)` loads a vector of codes.
 //   `dot_vectors(sums, w, x)` multiplies the four codes of each lane of `w[v]` by the four codes of the same
 //     lane of `x`, and adds the four products to the same lane of `sums[v]`, for each v. The codes of `w`

@@ -25,11 +25,11 @@ class AdapterContent(Mapping[str, LoraDelta]):
         base_model_name_or_path: the name of the base model, or None.
         task_type: PEFT's name for the task, such as "CAUSAL_LM", or None.
         base_digest: the digest of the base model's norm weights (`model_digest.of`), or None.
-        modules_to_save: the layers that are fully trained, without LoRA: a dict from each layer's name to a
-            dict from the names of its parameters to their arrays.
+        modules_to_save: a dict from each fully trained layer to a dict from its parameters to their arrays.
+            These layers have no LoRA.
         saved_names: for a classifier, the names that adapter_config.json lists under `modules_to_save`: PEFT
-            lists the name of the whole head instead of the names of the head's layers. Empty for other
-            models, for which these names are the keys of the attribute `modules_to_save`.
+            lists the whole head instead of the head's layers. Empty if these names are the keys of the
+            attribute `modules_to_save`.
         labels: for a classifier, a record of its task and the names of its outputs; else None.
         token_rows: a dict from the name of the embedding or the head to its trained rows, a `TokenRows`.
         invocation_tokens: the invocation tokens of an activated LoRA (aLoRA), which acts from the last
@@ -39,9 +39,8 @@ class AdapterContent(Mapping[str, LoraDelta]):
         unknown: the keys of adapter_config.json that nplora does not know.
         neighbours: the names of all modules of the model except the LoRA layers; empty if not known.
         uses_expression: whether adapter_config.json selects layers by a regular expression instead of a list.
-        added_tokens: the new tokens that the adapter trains. If another program wrote the adapter, the list
-            has every token of tokenizer.json that may be new to the model, even if the model already has this
-            token.
+        added_tokens: the new tokens that the adapter trains. If another program wrote the adapter, every
+            token of tokenizer.json that may be new is listed, even if the model has it already.
         tokenizer_files: the files of the tokenizer with the new tokens. These files are saved with the
             adapter.
         chat_template: whether the training examples were formatted with the chat template; None: not known.

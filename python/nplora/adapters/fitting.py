@@ -51,9 +51,9 @@ class Target:
         digest: the digest of the target's norm weights (`model_digest.of`), or None.
         required: the layers that the adapter must have.
         ties_head: whether the head of the model shares the embedding's weight.
-        whole: a dict from the name of each layer that is fully trained, or can be, to a dict from the names
-            of its parameters to their arrays. A `Place` with the shape stands for an array that does not
-            exist yet. If `whole` is None, the adapter may have any fully trained layers.
+        whole: a dict from each layer that is or can be fully trained to a dict from its parameters to their
+            arrays. A `Place` with the shape stands for an array that does not exist yet. None: the adapter
+            may have any fully trained layers.
         rows: a function that takes a layer's name. If an adapter may replace rows of the layer's weight, the
             function returns the shape of this weight, else a text that says why not. The function returns
             None if the target accepts all rows.

@@ -194,7 +194,7 @@ def _ids_with_rows(
 ) -> Collection[int]:
     """The ids of the tokens that have a row in the adapter.
 
-    Of the rows that PEFT only copied, those that the target has are ignored.
+    A row that PEFT only copied is ignored if the target has this row.
 
     Args:
         whole: the tensor names of fully trained layers, by layer and parameter.

@@ -66,7 +66,7 @@ def trained_layers(
 
     Args:
         wanted: the rows to train in each layer.
-        tie_whole: whether such a head also shares the trained rows if all rows are trained.
+        tie_whole: whether a head that shares the embedding's weight also shares its rows if all are trained.
         tokens: the new tokens, whose rows begin as the mean of all rows.
         size: the number of rows of the embedding and the head. None: the result of `rows_needed`.
     Raises:
@@ -89,7 +89,7 @@ def trained_layers(
 
 
 def rows_needed(stored: int, wanted: Mapping[str, Ids], tokens: Sequence[AddedToken]) -> int:
-    """The smallest number of rows of an embedding that has its old rows, those in `wanted`, and new `tokens`.
+    """The number of rows of an embedding with its old rows, the rows in `wanted`, and the rows of `tokens`.
 
     Args:
         stored: the number of rows of the frozen weight.

@@ -61,7 +61,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _status(arguments: list[str]) -> int:
-    """Run the command, and return the exit status."""
     spelled: Callable[[str], str] = str
     try:
         with heard_by_all_ranks(_distributed(arguments)):

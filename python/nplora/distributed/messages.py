@@ -36,7 +36,6 @@ class Messages:
                     request.Cancel()
 
     def clear(self) -> None:
-        """Remove all requests."""
         self.receives.clear()
         self.sends.clear()
 
@@ -60,7 +59,6 @@ class Progress:
         self._error: Exception | None = None
 
     def start(self) -> None:
-        """Start the thread."""
         if self._is_allowed and self._messages.unfinished():
             self._stopped.clear()
             self._thread = threading.Thread(target=self._run, name="nplora messages", daemon=True)

@@ -96,8 +96,7 @@ def warn_of_form(op: str, adapter: Adapters, chat: bool | None, use: str, remedy
 
     Args:
         chat: whether the template is used now; None: unknown, so there is no warning.
-        use: the subject of the warning's last clause: what goes, or does not go, through the template, such
-            as "this text".
+        use: the subject of the warning, such as "this text": what does or does not go through the template.
         remedy: the advice in the warning if the text does not go through the template.
     """
     for one, _ in _weighted(op, adapter):

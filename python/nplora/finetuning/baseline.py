@@ -31,8 +31,8 @@ class Baseline(Callback):
     """Evaluates the model before the first step. A resumed run reads the results from its log.
 
     Attributes:
-        loss: validation loss before training; None without validation data. In a resumed run, also None if
-            the log has no loss on the same validation data.
+        loss: validation loss before training; None without validation data, and also None if the log of a
+            resumed run has no loss on the same data.
         metrics: a dict of all other metrics on the validation data; may be empty.
         was_finished: whether the resumed run had already completed all of its steps.
         answers: the generated text for each prompt; "" if the log of a resumed run does not have it.

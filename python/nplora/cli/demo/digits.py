@@ -100,7 +100,7 @@ class DemoReport:
         off: accuracy after training, with the adapter switched off.
         examples, held_out: the number of digits for training, and for evaluation.
         rank: the rank of the LoRA factors.
-        factors: the number of trained values, which are the elements of all factors A and B.
+        factors: the number of elements of all factors A and B.
         parameters: the number of frozen weights and biases.
         saved_bytes: the size in bytes of the arrays that the forward pass of a batch saves for the backward
             pass.

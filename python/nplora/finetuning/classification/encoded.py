@@ -34,7 +34,7 @@ class Encoded:
 
     @staticmethod
     def of(classifier: TextClassifier, rows: Sequence[Labelled], whole: bool = False) -> Encoded:
-        """Encode texts or, for a classifier of tokens, sentences. `whole`: do not cut long sentences."""
+        """Encode texts or, for a classifier of tokens, sentences. `whole`: do not cut any sentence."""
         if classifier.classifies_tokens:
             sentences = [row.words if isinstance(row, Tagged) else () for row in rows]
             words = classifier.encoder.word_ids(sentences, None if whole else classifier.max_length)
@@ -75,7 +75,7 @@ class Encoded:
         return [place for place, count in zip(places, counts, strict=True) for _ in range(count)]
 
     def truth(self, targets: Targets) -> Targets:
-        """The `targets` without those of words without tokens, in the form for `ClassificationReport.of`."""
+        """Return `targets`, except those of words that have no token, for `ClassificationReport.of`."""
         if self.words is None:
             return targets
         return self.words.kept(targets)

@@ -34,12 +34,12 @@ class Entity(NamedTuple):
 
 
 class EntityCounts(NamedTuple):
-    """Three counts of entities: each attribute maps the kinds of entities to numbers.
+    """Numbers of entities. Each attribute maps each kind of entity to a number.
 
     Attributes:
-        hits: for each kind, the number of predicted entities that equal a true entity.
-        predicted: for each kind, the number of predicted entities.
-        true: for each kind, the number of true entities.
+        hits: the number of predicted entities that equal a true entity.
+        predicted: the number of predicted entities.
+        true: the number of true entities.
     """
 
     hits: Counter[str]

@@ -49,9 +49,9 @@ inline void store_tile(float* to, size_t stride) {
                    : "r"(to), "r"(stride * sizeof(float)), "n"(kTile)
                    : "memory");
 }
-// Adds the matrix product A B to the register kSums, which holds m x n floats. The matrices
-// A (m, depth) and B (depth, n) are bfloat16. An element of register kA (m, depth / 2) is a pair of neighbours
-// in a row of A. An element of register kB (depth / 2, n) is a pair of neighbours in a column of B.
+// Adds the matrix product A B to the register kSums, which holds m x n floats. The matrices A (m, depth) and
+// B (depth, n) are bfloat16. An element of register kA (m, depth / 2) is a pair of neighbours in a row of A.
+// An element of register kB (depth / 2, n) is a pair of neighbours in a column of B.
 template <int kSums, int kA, int kB>
 inline void multiply_tiles() {
   __asm__ volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "n"(kSums), "n"(kA), "n"(kB));

@@ -57,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text = (
         "train: directory for the adapter, the checkpoints and log.jsonl. predict: new file for the rows and "
         "their predictions (default: JSON lines on stdout). The file is .csv, .jsonl or .npy for texts, and "
-        ".jsonl or .conll for words; .npy holds only probabilities"
+        ".jsonl or .conll for words; .npy holds only the probabilities or predicted numbers"
     )
     parser.add_argument("--output", metavar="PATH", type=path, help=text)
     text = "eval and predict: PEFT directory of the adapter (default: use the model's own head)"

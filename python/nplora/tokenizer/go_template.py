@@ -79,8 +79,7 @@ class GoTemplate:
 
         Args:
             system: the Go variable with the system message.
-            user: an end of that text, which the returned part omits; if the text has another end, return
-                None.
+            user: the returned part omits this end of the text; if the text has another end, return None.
         """
         texts = [self.first] if self.system is None else [self.first, self.system[1]]
         if not all(text.endswith(user) for text in texts):

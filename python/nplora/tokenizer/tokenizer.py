@@ -221,10 +221,10 @@ class Tokenizer:
         """Return the tokens of an adapter that this tokenizer or the model's embedding does not have.
 
         Args:
-            rows: the number of rows of the model's embedding. The embedding has no row for the ids from
-                `rows` on.
+            rows: the number of rows of the model's embedding. The embedding has no row for token ids of at
+                least `rows`.
         Raises:
-            FormatError, UnsupportedError: as in `with_tokens`.
+            FormatError: a token's id or text belongs to another token. UnsupportedError: the ids have gaps.
 
         >>> import nplora
         >>> tokenizer = nplora.load_model("model.gguf").tokenizer

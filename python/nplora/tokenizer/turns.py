@@ -234,7 +234,7 @@ def _parts(prompt: Pieces) -> list[Pieces]:
 
 
 def _begins(text: Pieces, place: int, head: Pieces) -> bool:
-    """Whether the pieces of `text` from the index `place` on begin with the pieces of `head`."""
+    """Whether the pieces of `text`, from the index `place` on, begin with the pieces of `head`."""
     *whole, (last, is_special) = head
     end = place + len(whole)
     if end >= len(text) or text[place:end] != whole or text[end][1] != is_special:

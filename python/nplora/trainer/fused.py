@@ -12,9 +12,9 @@ class FusedLoss(Protocol):
 
     A `FusedLoss` may also have a method `take_metrics()`, which returns other quantities (metrics) by name.
     Each metric is a mean over all batches since the last call of `take_metrics`. The records of steps and
-    epochs then contain these metrics. If the mean of a metric NAME has more or fewer values than the mean
-    loss, a second metric "count/NAME" gives the number of these values. On several ranks, each rank measures
-    only its own batches. So the loss then needs the methods of `MergedLoss`, with which the ranks merge their
+    epochs then contain these metrics. If a metric NAME is averaged over more or fewer values than the loss, a
+    second metric "count/NAME" gives the number of these values. On several ranks, each rank measures only its
+    own batches. So the loss then needs the methods of `MergedLoss`, with which the ranks merge their
     measurements.
 
     >>> import nplora, numpy as np

@@ -39,7 +39,7 @@ class _Result:
 
 
 class OrderedGradients(Gradients):
-    """Computes the gradients of a step on several ranks, in rounds of one batch on each rank.
+    """Computes the gradients of a step on several ranks in rounds: in a round, each rank runs one batch.
 
     Each batch gets the same dropout masks as on one rank. The gradients of the batches (or of their parts, if
     the loss cuts batches into parts) are added in the order of the batches. So the sums have the same bits

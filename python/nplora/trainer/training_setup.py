@@ -85,7 +85,7 @@ class TrainingSetup:
 
 
 def adds_in_order(on_ranks: bool, communication_dtype: str, local_steps: int | None) -> bool:
-    """Whether a step adds up the gradients of the parts of batches in a fixed order (`OrderedGradients`).
+    """Whether a step adds up the gradients of batch parts in a fixed order, as `OrderedGradients` does.
 
     A process that trains alone must use the same order as several ranks if it is to get the same results.
 
@@ -104,5 +104,5 @@ def too_many_ranks(ranks: int, batches: int) -> str:
 
 
 def _measures_alone(loss: Any) -> bool:
-    """Whether a loss has metrics that ranks cannot merge: they cover only the batches of one rank."""
+    """Whether a loss has metrics that cannot be merged across ranks."""
     return isinstance(loss, MeasuredLoss) and not isinstance(loss, MergedLoss)

@@ -18,8 +18,8 @@ def empty(shape: tuple[int, ...], dtype: npt.DTypeLike) -> Array:
     """Return a new array without initial values, if possible in memory that earlier arrays have freed.
 
     Memory is reused because the operating system may take longer to provide new memory pages than a matrix
-    product takes to write its result into them. Idle and used memory together exceed the largest amount that
-    was in use at once by at most 4 MiB. `release` returns idle memory to the system.
+    product takes to write its result into them. Idle and used memory together are at most 4 MiB more than the
+    largest amount that was in use at once. `release` returns idle memory to the system.
     """
     dtype = np.dtype(dtype)
     if math.prod(shape) * dtype.itemsize < _core.constants.least_buffer_bytes:

@@ -140,7 +140,7 @@ class StepProfiler(Callback):
         return StepProfile(self._steps, self._seconds, get_num_threads(), tuple(rows), dict(self._peaks))
 
     def _measure(self, arithmetics: set[str] | tuple[str, ...]) -> None:
-        """Measure the peak rates. Keep each rate's highest measurement: other programs may disturb some."""
+        """Measure the peak rates. Keep the highest measurements: other programs may slow one down."""
         for name in sorted(arithmetics):
             self._peaks[name] = max(self._peaks.get(name, 0.0), _core.peak_rate(name))
 

@@ -260,7 +260,7 @@ class _Writer:
 
 
 def _without(batch: PackedBatch, seen: set[int]) -> PackedBatch | None:
-    """A batch of those sequences of `batch` with digests that are not in `seen`, or None.
+    """A batch of the sequences of `batch` whose digests are not yet in `seen`; None if there are none.
 
     The function adds these sequences' digests to `seen`.
     """

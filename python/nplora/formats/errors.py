@@ -76,7 +76,7 @@ class UnsafeError(FormatError):
 
 
 class CorruptError(FormatError):
-    """A file does not match its checksum, was changed while it was in use, or belongs to another run.
+    """A file is damaged, was changed while it was in use, or does not fit the run that reads it.
 
     >>> import nplora
     >>> with open("adapter/adapter_config.json") as file:

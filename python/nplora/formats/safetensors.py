@@ -131,8 +131,7 @@ class Stream:
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor as the header describes it. All attributes have been checked, and the file has all the
-    bytes.
+    """One tensor as the header describes it. The file contains the whole tensor: this was checked.
 
     Attributes:
         tag: the element type as the file names it.
@@ -158,8 +157,8 @@ class SafetensorsFile(Mapping[str, Tensor]):
     """An open file: maps the name of each tensor to the `Tensor`, in the header's order.
 
     `metadata` maps text to text. `entries` maps each name to the shape and element type of the tensor,
-    without reading the tensor. If the file is mapped, `mapped` is a tuple with one `Stamp`, with which a
-    later check can find out whether another program changed the file.
+    without reading the tensor. If the file is mapped, `mapped` is a tuple of its `Stamp`, which can show
+    later whether the file was changed.
 
     >>> file = loads(dumps({"w": np.eye(2)}, {"made by": "hand"}))
     >>> file, list(file), file.metadata

@@ -219,7 +219,7 @@ def _require_outputs(source: str, outputs: int) -> None:
 
 
 def has_output_bias(encoder: Encoder) -> bool:
-    """Whether the last layer of a new head for texts has a bias. This is False on a language model."""
+    """Whether the last layer of a new head for texts has a bias. For a language model: False."""
     return _spec(encoder, tokens=False).out_bias
 
 

@@ -574,8 +574,8 @@ class Encoder(Module):
     ) -> Iterator[tuple[Array, Array]]:
         """Compute hidden states for a few texts at a time.
 
-        Yield pairs: an array with the hidden states of these texts, and the index of each text's first row in
-        this array, followed by the number of rows.
+        Yield pairs: an array of hidden states, and the index of each text's first row in it, followed by the
+        number of rows.
 
         Args:
             op: the name of the calling function, for error messages.

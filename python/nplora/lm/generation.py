@@ -236,7 +236,7 @@ def _stream_ids(
 
 
 def _in_this_context(items: Iterator[T]) -> Iterator[T]:
-    """Return an iterator that computes the items of `items` with the values that context variables have now.
+    """Return an iterator that computes the items with the values that all context variables have now.
 
     So `disable_adapter`, which sets a context variable, has no effect on items that are read in its block.
     """

@@ -91,7 +91,7 @@ class TokenScores(NamedTuple):
 def _with_selected_adapter(
     method: Callable[Concatenate[LanguageModel, P], T],
 ) -> Callable[Concatenate[LanguageModel, P], T]:
-    """A decorator: the method gets as `self` the model with the adapters that are selected at its start.
+    """A decorator: the method gets as `self` the model with the adapters selected at the time of the call.
 
     So the call keeps its adapters, even if another thread deletes or replaces them in the meantime.
     """
@@ -865,8 +865,8 @@ class LanguageModel(Module):
     ) -> list[list[TokenScores]]:
         """Score the tokens of several continuations of each prompt, as `token_scores` does.
 
-        The model computes each prompt only once, and not again for each continuation. An activated LoRA
-        begins to act at the last occurrence of its invocation tokens in the prompt, as in `generate`.
+        The model computes a prompt only once for all its continuations. An activated LoRA begins to act at
+        the last occurrence of its invocation tokens in the prompt, as in `generate`.
 
             >>> import nplora
             >>> lm = nplora.load_model("model.gguf")

@@ -55,8 +55,7 @@ _KINDS = {
 
 
 def is_stored(path: StrPath) -> bool:
-    """Whether a path leads to a file that is not GGUF. Such a file is not a model, because models are GGUF
-    files or directories."""
+    """Whether a path leads to a stored teacher: a file that is not GGUF. (Models are GGUF or directories.)"""
     if not Path(path).is_file():
         return False
     with files.reading(path) as reader:
@@ -185,14 +184,12 @@ class StoredTeacher:
         return lambda rows: top[numbers[rows]]
 
     def _places(self, batch: PackedBatch) -> tuple[Array, Array]:
-        """Two arrays with an entry for each sequence of a batch: its index in the file, and whether it is
-        there."""
+        """Two arrays: each sequence's index in the file, and whether the file has the sequence."""
         keys = sequence_keys(batch)
         found = np.minimum(np.searchsorted(self._keys, keys), max(0, len(self._keys) - 1))
         return self._order[found], self._keys[found] == keys
 
     def _rows(self, name: str, begin: int, end: int) -> Array:
-        """Read rows of an array in the file: from row `begin` to row `end` (exclusive)."""
         entry = self._entries[name]
         dtype = np.dtype({"I32": "<i4", "F16": "<f2", "F32": "<f4"}[entry.tag])
         width = entry.shape[1] * dtype.itemsize

@@ -66,7 +66,7 @@ class TuneLog:
         self._add(start)
 
     def _holds_trials(self) -> bool:
-        """Whether only `overwrite` may replace the file: it holds trials, or it is not a log."""
+        """Whether replacing the file needs `overwrite`: if it holds trials, or is not a valid log."""
         found = TuneLog(self.path.parent)
         try:
             found._read()
@@ -96,7 +96,7 @@ class TuneLog:
 
     @property
     def seconds(self) -> float:
-        """The seconds that all trials took, and the evaluation before them."""
+        """The total seconds of all trials, and of the evaluation before training."""
         before = self.baseline[1] if self.baseline else 0.0
         return before + sum(trial.seconds + trial.evaluation for trial in self.trials)
 

@@ -75,8 +75,8 @@ def tune(
     Args:
         model, data: as for `finetune`.
         output: directory for tune.jsonl.
-        valid: held-out data to compare the trials on. By default, `tune` uses the held-out data of the
-            directory `data`, or else a tenth of the examples (`valid_split=0.1`).
+        valid: held-out data to compare the trials on. By default, if `data` is a directory with held-out
+            data, `tune` uses them; otherwise, it holds out a tenth of the examples (`valid_split=0.1`).
         progress: print progress on stderr; None: only on a terminal or in a notebook.
         budget: time for all trials, such as "90s", "30m" or "1.5h"; a number without a unit means minutes.
             The time to load the model and the data is not included.
@@ -256,7 +256,6 @@ class _Tuning:
         )  # fmt: skip
 
     def _options(self, winner: Trial, search: Search) -> dict[str, Any]:
-        """The options of `finetune` for the winner."""
         options = dict(self.given)
         if self.base.valid_split is not None:
             options["valid_split"] = self.base.valid_split

@@ -49,10 +49,7 @@ def describe(tensors: Mapping[str, _Tensor]) -> dict[str, Typed]:
 def redescribe(
     metadata: dict[str, Typed], before: Mapping[str, _Tensor], after: Mapping[str, _Tensor]
 ) -> dict[str, Typed]:
-    """Return a file's metadata, updated for a change of its tensors' types.
-
-    `before` holds the tensors before the change, and `after` holds the tensors after the change.
-    """
+    """Return a file's metadata, updated for a change of its tensors' types."""
     if all(before[name].type == tensor.type for name, tensor in after.items()):
         return metadata
     if main_type(before) == main_type(after):

@@ -40,8 +40,7 @@ _TENSOR = [struct.Struct(f"<{count}QiQ") for count in range(MAX_DIMENSIONS + 1)]
 
 @dataclass(frozen=True, slots=True)
 class TensorEntry:
-    """One tensor as the header describes it. `parse` has checked its values and that the file has all its
-    bytes.
+    """One tensor as the header describes it. The file contains the whole tensor: `parse` checks this.
 
     Attributes:
         begin: position of the tensor's first byte, counted from the start of the file.

@@ -24,8 +24,8 @@ class GgufFile(Mapping[str, Tensor]):
     """An open GGUF file: maps the name of each tensor to the `Tensor`, in the file's order.
 
     `metadata` holds the file's metadata. `entries` maps each name to the type, shape and position of the
-    tensor, without reading the tensor. If the file is mapped, `mapped` is a tuple with one `Stamp`, with
-    which a later check can find out whether another program changed the file.
+    tensor, without reading the tensor. If the file is mapped, `mapped` is a tuple of its `Stamp`, which can
+    show later whether the file was changed.
 
     >>> from nplora.formats import gguf
     >>> file = gguf.loads(gguf.dumps({"w": np.zeros((2, 3), np.float32)}, {"general.name": "toy"}))

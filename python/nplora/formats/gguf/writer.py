@@ -160,8 +160,7 @@ def _text(where: str, text: object) -> bytes:
 
 
 def _typed(key: str, value: Any) -> Typed:
-    """Convert a metadata value to a `Typed` with the type that its Python type implies, if it is not a
-    `Typed`."""
+    """Convert a metadata value to a `Typed`, if it is not one: its Python or NumPy type implies the type."""
     where = f"metadata {brief(key)}"
     if isinstance(value, Typed):
         if value.type != "STRING" and value.type not in VALUE_DTYPES:

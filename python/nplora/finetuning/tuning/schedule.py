@@ -2,8 +2,8 @@
 
 Each rung trains fewer candidates for more steps (Jamieson and Talwalkar 2016; Li et al. 2018, "Hyperband").
 Every trial starts from scratch with its own learning rate schedule, which ends with the trial. The
-alternative would be to continue the trials of a rung in the next rung, with constant or stretched schedules.
-But `finetune` never trains with such schedules. And trials with high learning rates would be dropped too
+alternative would be to continue the trials of a rung in the next rung. But then the schedule could not end
+with each trial, as it ends with a run of `finetune`. And trials with high learning rates would be dropped too
 early, because they pay off only after the schedule has lowered the rate.
 """
 

@@ -83,7 +83,7 @@ class PairLoss(PackedLoss):
         return (len(x.starts) - 1) / 2 / max(1, int(tokens))
 
     def _measure(self, rewards: Array) -> None:
-        """Update the metrics, whose names are TRL's. A row of `rewards` (n, 2) is a pair: chosen, rejected."""
+        """Update the metrics, whose names are TRL's. Columns of `rewards` (n, 2): chosen and rejected."""
         chosen, rejected = rewards.T
         self._tally.add("rewards/chosen", chosen)
         self._tally.add("rewards/rejected", rejected)

@@ -191,7 +191,7 @@ def _logits(
 
 
 class JointModel:
-    """Combines several models that share the frozen weights into one model.
+    """Combines several models with the same frozen weights into one model.
 
     A GroupedLayer replaces each adapted layer.
 
@@ -219,7 +219,7 @@ class JointModel:
         self._watch_owner()
 
     def number(self, model: SlotModel) -> int:
-        """The number by which this joint model and its layers refer to `model`."""
+        """The number that this joint model and its layers use for `model`."""
         return self._numbers[id(model)]
 
     def join(self, models: Sequence[SlotModel], in_slots: Sequence[SlotModel]) -> bool:

@@ -126,7 +126,7 @@ class NewTokens:
 
     Attributes:
         added: the tokens that the model lacks.
-        known: a dict from the texts that are already tokens of the model to the token ids.
+        known: a dict from texts to token ids, for the texts that are tokens of the model already.
     """
 
     added: tuple[AddedToken, ...] = ()

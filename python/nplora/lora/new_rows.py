@@ -46,8 +46,7 @@ class NewRows:
         return places, order[near[places]]
 
     def within(self, first: int, stop: int) -> tuple[Array, Array]:
-        """Find the replaced rows among the rows first, ..., stop - 1 of the weight. Return the index of each
-        replaced row minus `first`, and the new rows."""
+        """Find the replaced rows in weight[first:stop]. Return their indices in the slice and their values."""
         if self.ids is None:
             return np.arange(stop - first), self.values[first:stop]
         ids, order = self._sorted

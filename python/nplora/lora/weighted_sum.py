@@ -5,10 +5,10 @@ have rank R:
 
     Σ wᵢ sᵢ AᵢBᵢ = A·B     A = [A₁ A₂ …] (d_out, R),  B = [w₁s₁B₁; w₂s₂B₂; …] (R, d_in),  R = Σ rᵢ
 
-A·B is the exact sum. Adding up all Aᵢ and all Bᵢ instead, as is often done, adds cross terms AᵢBⱼ. With the
-QR decompositions A = Qₐ Rₐ and Bᵀ = Q_b R_b, A·B has the same singular values as Rₐ R_bᵀ (R, R). The singular
-values give the rank of the sum and its best approximation of any lower rank (Eckart and Young 1936). No
-matrix of shape (d_out, d_in) is needed.
+A·B is the exact sum. If all Aᵢ and all Bᵢ were added up instead, as is often done, the product would contain
+cross terms AᵢBⱼ. With the QR decompositions A = Qₐ Rₐ and Bᵀ = Q_b R_b, A·B has the same singular values as
+Rₐ R_bᵀ (R, R). The singular values give the rank of the sum and its best approximation of any lower rank
+(Eckart and Young 1936). No matrix of shape (d_out, d_in) is needed.
 """
 
 from collections.abc import Sequence

@@ -123,7 +123,7 @@ def _chunk_gradient(
 def gradient_of_logit_loss(
     model: Decoder, head: AnyHead, x: Array, targets: Array, row_loss: LogitLoss, factor: float
 ) -> tuple[float, Array]:
-    """Like `loss_and_gradient`, but for any loss that is computed from the logits of rows with a target."""
+    """Like `loss_and_gradient`, but with the loss `row_loss` instead of the cross entropy."""
     dx, total = np.zeros_like(x), 0.0
     for rows in _chunks_of(targets, head):
         losses, dx[rows] = _chunk_of_logit_loss(model, head, x[rows], rows, row_loss, factor)
@@ -232,8 +232,8 @@ def _chunks_of(targets: Array, head: AnyHead) -> Iterator[Array]:
     """Yield the indices of rows that have a target, in chunks. `give_way` lets more urgent work run before
     each chunk.
 
-    The computation of a chunk may take several times as long as that of a block of the decoder. So callers
-    also call `give_way` within a chunk.
+    Computing a chunk may take several times as long as computing a block of the decoder. So callers also call
+    `give_way` within a chunk.
     """
     for rows in chunks(np.flatnonzero(targets != IGNORED), head.weight.shape[0]):
         give_way()

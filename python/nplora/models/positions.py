@@ -42,8 +42,8 @@ class CachePositions:
         cells: a NumPy index. For an array `keys` (pages, page_tokens, ...) of the cache, keys[cells] are the
             keys of the new tokens.
         longest: the length of the longest sequence, including the new tokens.
-        limits: int64 (m,), the maximum length of each row's sequence. LongRoPE chooses the factors for all
-            tokens of the sequence by this length.
+        limits: int64 (m,), the maximum length of each row's sequence. This length decides which factors
+            LongRoPE uses for all tokens of the sequence.
     """
 
     slots: Array

@@ -47,7 +47,7 @@ class LongRope:
         original_length: the length of the longest sequence that uses the divisors `short`.
         short: for short sequences, an array with a frequency divisor for each rotated pair.
         long: for long sequences, an array with a frequency divisor for each rotated pair.
-        attention_factor: a factor for q and k, which is applied with the rotation.
+        attention_factor: a factor for the rotated values of q and k.
     """
 
     original_length: int
@@ -91,7 +91,7 @@ class RopeConfig:
 
 
 class Rope:
-    """Rotates the heads of q and k, by angles proportional to the positions of their tokens.
+    """Rotates the heads of q and k. The angles are proportional to the positions of the tokens.
 
     Args:
         dim: the number of values that are rotated in each head, beginning with the first value.

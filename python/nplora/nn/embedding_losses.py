@@ -45,7 +45,7 @@ class EmbeddingFunction(Protocol):
     def needs_scores(self) -> bool: ...
 
     def __call__(self, columns: Sequence[Array], targets: Array | None = None) -> tuple[float, list[Array]]:
-        """The mean loss over the rows, and its gradient for each column."""
+        """Return the mean loss of the rows, and its gradient with respect to each column."""
 
 
 @dataclasses.dataclass(frozen=True)

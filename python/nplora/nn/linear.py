@@ -159,8 +159,8 @@ class Linear(Prepared, Module):
     ) -> tuple[_core.ForwardPart, Array, LinearSaved]:
         """Prepare a call of `_core.lora_forward`, which can compute several layers with the same input.
 
-        Return three things: this layer's argument for the call, the array y (n, d_out) into which the call
-        writes this layer's output, and the values for `backward`.
+        Return a tuple: this layer's argument for the call; the array y (n, d_out), into which the call writes
+        this layer's output; and the values for `backward`.
         """
         y = buffers.empty((len(rows), self.shape[0]), self._dtype)
         a, b = self._factors

@@ -48,9 +48,9 @@ class LoRALinear(LoRALayer):
 
     y = x Wᵀ + scale · (x Bᵀ) Aᵀ [+ bias]      (Hu et al. 2021, eq. 3, with A and B named as in this project)
 
-    With DoRA (Liu et al. 2024, eq. 5):  y = (m / ‖W + scale·A·B‖) ∘ (x Wᵀ + scale · (x Bᵀ) Aᵀ) [+ bias].
-    Here ‖·‖ is the norm of each row. The norms are computed without forming A·B, and `backward` treats them
-    as constants (section 4.3 of the paper). A row of W + scale·A·B that is 0 stays 0.
+    With DoRA (Liu et al. 2024, eq. 5):  y = (m / ‖W + scale·A·B‖) ∘ (x Wᵀ + scale · (x Bᵀ) Aᵀ) [+ bias]. Here
+    ‖·‖ is the norm of each row. The norms are computed without forming A·B, and `backward` treats them as
+    constants (section 4.3 of the paper). If a row of W + scale·A·B is 0, it stays 0.
 
         >>> import nplora, numpy as np
         >>> W = np.random.default_rng(0).normal(size=(96, 64))
@@ -82,7 +82,7 @@ class LoRALinear(LoRALayer):
               rest of W, rounded to the storage format of W. So at first, the layer computes x Wᵀ, except for
               the rounding error, which is large for a quantised format. "pissa" and "olora" cannot be
               combined with DoRA.
-        dropout: the probability that an element of x is dropped on the low-rank path, in training only.
+        dropout: the probability that training drops an element of x from the input of the low-rank update.
         use_rslora: use scale = alpha / sqrt(rank) (rsLoRA, Kalajdzievski 2023).
         use_dora: also train the norm m of each row (DoRA).
         freeze_B: train A only (LoRA-FA, Zhang et al. 2023). A layer with a frozen B keeps z = x Bᵀ for
@@ -142,7 +142,7 @@ class LoRALinear(LoRALayer):
 
     @property
     def dropout(self) -> float:
-        """The probability that an element of x is dropped on the low-rank path, in training only."""
+        """The probability that training drops an element of x from the input of the low-rank update."""
         return self._dropout
 
     @dropout.setter
@@ -201,8 +201,8 @@ class LoRALinear(LoRALayer):
     ) -> tuple[_core.ForwardPart, Array, LoRALinearSaved]:
         """Prepare a call of `_core.lora_forward`, which can compute several layers with the same input.
 
-        Return three things: this layer's argument for the call, the array y (n, d_out) into which the call
-        writes this layer's output, and the values for `backward`.
+        Return a tuple: this layer's argument for the call; the array y (n, d_out), into which the call writes
+        this layer's output; and the values for `backward`.
         """
         y = buffers.empty((len(rows), len(self.A)), self.A.dtype)
         lone, merged = self._lone_weight()

@@ -3,8 +3,8 @@
 A loss function is any callable that takes (prediction, target) and returns (loss, dprediction). Here
 dprediction is the gradient of the loss with respect to the prediction. The built-in losses are means over
 elements or over labelled rows. A built-in loss also has a method `count(prediction, target)`, which returns
-the number of elements or rows over which the mean is taken. The trainer uses the counts to average the losses
-of batches of different sizes exactly.
+the number of elements or rows over which the mean is taken. With these counts, the trainer averages losses
+exactly, even if batches differ in size.
 
     >>> import nplora
     >>> loss, gradient = nplora.losses.mse([1.0, 2.0], [1.0, 4.0])

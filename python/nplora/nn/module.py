@@ -75,8 +75,8 @@ def name_error(error: ValueError, container: Module, culprit: Module | None = No
     """Make the error's message begin with "layer " and the dotted name of the module that failed.
 
     The innermost container calls this function with `culprit`, the module that failed. Each enclosing
-    container then calls this function again, which replaces the name in the message by the module's dotted
-    name in that container.
+    container then calls this function again. This call replaces the name in the message by the module's
+    dotted name in the container.
     """
     if len(error.args) != 1 or not isinstance(error.args[0], str):
         return
@@ -152,8 +152,8 @@ def _arrays(saved: object) -> Iterator[Array]:
 class Module:
     """Base class of every layer, and of your own networks.
 
-    A subclass defines `forward` and `backward`. Modules in its attributes, or in lists, tuples and dicts in
-    attributes, are found and named automatically ("fc1", "blocks.0.q_proj"). Modules need not be registered,
+    A subclass defines `forward` and `backward`. Modules in its attributes are found and named automatically
+    ("fc1"), even if they are in lists, tuples or dicts ("blocks.0.q_proj"). Modules need not be registered,
     and a subclass need not call `Module.__init__`.
 
         >>> import nplora, numpy as np

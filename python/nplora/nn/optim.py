@@ -153,7 +153,7 @@ class Optimizer:
     # ---- state ----
 
     def state_dict(self, copy: bool = True) -> dict[str, Array]:
-        """Return the state: "steps", and every array as "<moment>.<parameter name>".
+        """Return the state as a dict: the key "steps", and a key "<moment>.<parameter name>" for each array.
 
         With copy=False, the result has the optimiser's own arrays, which the next step changes.
 
@@ -174,9 +174,9 @@ class Optimizer:
         """Continue from a result of `state_dict`, whose docstring has an example.
 
         The values of `state` are copied. After `init` or a step, `state` must fit the parameters of the
-        optimiser. Otherwise, the optimiser does not know its parameters yet, and the first step checks
-        whether `state` fits. Do not swap arrays of `state_dict(copy=False)`: loading one array would
-        overwrite another before it is read.
+        optimiser. Before that, the optimiser does not know its parameters; then the first step checks whether
+        `state` fits. Do not swap arrays of `state_dict(copy=False)`: loading one array would overwrite
+        another before it is read.
 
         Raises:
             ValueError: an array is missing, unknown, or has another shape or dtype. The message lists all
@@ -445,8 +445,7 @@ def schedule(name: str, step: int, total: int, warmup: int = 0) -> float:
 def _zeros(like: Mapping[str, Mapping[str, Array]]) -> dict[str, dict[str, Array]]:
     """Return arrays of zeros with the shapes and dtypes of the arrays in `like`.
 
-    All new arrays are in one block of memory. If an earlier state was released, the block can reuse its
-    memory.
+    All new arrays are in one block, which can reuse the memory of an earlier state that was released.
     """
     sizes = [-(-array.nbytes // _LINE) * _LINE for held in like.values() for array in held.values()]
     block = buffers.empty((sum(sizes),), np.uint8)

@@ -17,7 +17,7 @@ Array = npt.NDArray[Any]
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class PoolSaved(Saved):
-    """The shape of x, and for each window the index of its largest value among the window's values."""
+    """The shape of x, and the index of the largest value within each window."""
 
     shape: tuple[int, ...]
     largest: Array | None = None

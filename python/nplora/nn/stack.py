@@ -51,14 +51,13 @@ def stack_forward(layers: Sequence[Stackable], x: npt.ArrayLike) -> tuple[list[A
         (5, 16)
 
     Args:
-        layers: one or more LoRALinear or Linear, all with the same d_in and the same arithmetic of the
-            weight.
+        layers: one or more LoRALinear or Linear, whose weights have the same d_in and arithmetic.
         x: array (..., d_in).
     Returns:
         the arrays (..., d_out) in the order of the layers, and the values that `stack_backward` needs.
     Raises:
-        ValueError: `layers` is empty, the layers differ in d_in or in the arithmetic of the weight, or the
-            last axis of x does not have the length d_in.
+        ValueError: `layers` is empty, the weights differ in d_in or in arithmetic, or the last axis of x does
+            not have the length d_in.
         TypeError: a layer is neither a LoRALinear nor a Linear.
     """
     op = "stack_forward"
@@ -77,14 +76,13 @@ def _forward(
 
 
 def stack_infer(layers: Sequence[Stackable], x: Array, batch: int | None = None) -> list[Array]:
-    """Return the outputs (n, d_out) of `stack_forward`, up to rounding, for inference only.
+    """Return the same outputs (n, d_out) as `stack_forward`, up to rounding; use it only for inference.
 
     Decoding calls this function for each token. Other rows of x do not change the bits of an output row. But
     the bits may depend on whether the whole batch has more than `_core.constants.small_batch` rows.
 
     Args:
-        layers: one or more LoRALinear or Linear, all with the same d_in and the same arithmetic of the
-            weight.
+        layers: one or more LoRALinear or Linear, whose weights have the same d_in and arithmetic.
         x: contiguous array (n, d_in) in the layers' dtype; the core refuses other arrays.
         batch: the number of rows of the whole batch, if x is only a part of the batch.
     """

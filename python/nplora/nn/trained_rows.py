@@ -38,8 +38,8 @@ class Merged:
     """The result of a merge of trained rows.
 
     Attributes:
-        rows: array (k, dim), the k trained rows after rounding. If all rows of the weight are trained, `rows`
-            may be a FrozenWeight instead.
+        rows: array (k, dim), the k trained rows after rounding. If all rows are trained, this may be a
+            FrozenWeight.
         storage: the storage format to which the rows were rounded; None: the rows were not rounded.
     """
 

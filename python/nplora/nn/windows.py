@@ -16,8 +16,7 @@ Array = npt.NDArray[Any]
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Windows:
-    """The windows of images (n, channels, height, width): the areas to which a convolution applies its
-    kernel.
+    """The windows of images (n, channels, height, width), to which a convolution applies its kernel.
 
     A window has `channels` · `size[0]` · `size[1]` values. The windows of images are the rows of a matrix. A
     convolution is the product of this matrix and the kernel's matrix.
@@ -57,8 +56,7 @@ class Windows:
     def counts(self, height: int, width: int) -> tuple[int, int]:
         """Return how many windows an image has vertically, and how many it has horizontally.
 
-        If a window is higher (or wider) than the padded image, the number of windows vertically (or
-        horizontally) is 0 or negative.
+        In a direction in which a window is longer than the padded image, the number is 0 or negative.
         """
         vertical, horizontal = (
             (length + 2 * padding - dilation * (size - 1) - 1) // stride + 1
@@ -109,11 +107,10 @@ class Windows:
         return out
 
     def images(self, rows: Array, height: int, width: int) -> Array:
-        """Return images, given a value for each position of each window: a pixel is the sum of the values at
-        its position in all windows that contain the pixel.
+        """Return images in which each pixel is the sum of the values that all windows have for this pixel.
 
-        The argument `rows` has one row for each window. The linear map from `rows` to the images is the
-        transpose of the linear map that the method `rows` computes.
+        The argument `rows` has one row for each window. As a linear map, this method is the transpose of the
+        method `rows`.
         """
         vertical, horizontal = self.counts(height, width)
         n = len(rows) // (vertical * horizontal)

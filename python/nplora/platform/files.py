@@ -1,8 +1,8 @@
 """Opens, locks, renames and replaces files on all operating systems.
 
 A directory is kept open through a descriptor, and the files in the directory are named relative to this
-descriptor. So a name still refers to the same file after the directory was renamed or the working directory
-has changed.
+descriptor. So a name still refers to the same file if the directory is renamed or the working directory
+changes.
 """
 
 from __future__ import annotations

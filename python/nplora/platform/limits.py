@@ -81,8 +81,8 @@ def limit_rendering(seconds: float) -> None:
 def limited_memory(nbytes: int) -> Iterator[None]:
     """Limit the additional memory that this process can use in the `with` body to `nbytes`; 0: no limit.
 
-    On systems other than Linux, the memory is not limited. At the end of the body, this context also removes
-    the limits of `limit_compiling` and `limit_rendering`.
+    On systems other than Linux, the memory is not limited. The end of the body also removes the limits of
+    `limit_compiling` and `limit_rendering`.
     """
     if sys.platform == "linux":
         soft, hard = resource.getrlimit(resource.RLIMIT_AS)
@@ -99,7 +99,7 @@ def limited_memory(nbytes: int) -> Iterator[None]:
 
 
 def end_without_memory() -> NoReturn:
-    """End this process with SIGKILL, as the system does when memory runs out; on Windows, with a status."""
+    """End this process as the system does when memory runs out: with SIGKILL; on Windows, with a status."""
     if sys.platform != "win32":
         os.kill(os.getpid(), signal.SIGKILL)
     os._exit(_MEMORY_STATUS)

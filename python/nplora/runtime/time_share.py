@@ -73,7 +73,7 @@ class TimeBudget:
     def _until_within(self, now: float, expected: float, window: float) -> float:
         """The seconds until the next slice can begin and end without exceeding training's share of a window.
 
-        The window of length `window` ends when the next slice is expected to end.
+        The window ends when the next slice is expected to end.
         """
         excess = sum(end - begin for begin, end in self._slices) + expected - self.share * window
         delay = 0.0

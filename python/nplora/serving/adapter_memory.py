@@ -61,7 +61,7 @@ class AdapterMemory:
         self._unloaded = time.monotonic()
 
     def require(self, name: str, size: int, waits: bool = True) -> None:
-        """Before an adapter is read, check that its memory is free. `size` may be less than the true size.
+        """Before an adapter is read, check that there is memory for at least `size` bytes of values.
 
         This method has the arguments and the error of `room`.
         """

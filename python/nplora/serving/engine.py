@@ -74,10 +74,9 @@ class Engine:
         most_adapters: the most bytes that adapters loaded later can need; None: not known.
         max_requests: how many requests are computed at the same time. The others wait.
         max_waiting: how many requests may wait.
-        turn: a context manager that the engine enters for each call of the model. In a round, the engine
-            calls the model several times: for the next tokens of prompts, and to generate the next tokens of
-            answers. If `turn` is a lock, other code, such as training, can use the processors between two
-            calls.
+        turn: a context manager that the engine enters for each call of the model. The engine calls the model
+            several times in each round, for the next tokens of prompts and for the next tokens of answers. If
+            `turn` is a lock, other code, such as training, can use the processors between two calls.
     Raises:
         ValueError: the memory does not suffice for one short request, or an argument is out of range.
     """

@@ -25,9 +25,9 @@ class FairQueue(Generic[Item]):
     """The waiting requests, in the order in which they will start.
 
     Requests with the highest priority come first. Among requests with equal priority, requests that have
-    started before and were put back come first, in the order of their start. Then come the requests that have
-    never started: the clients take turns, and each client's requests keep their order. All methods may be
-    called from any thread.
+    started before and were put back come first, in the order of their start. Requests that have never started
+    come last. Among these, the clients take turns, and each client's requests keep their order. All methods
+    may be called from any thread.
     """
 
     def __init__(self) -> None:

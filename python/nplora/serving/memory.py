@@ -30,7 +30,7 @@ class MemoryPlan:
 
     Attributes:
         process: the memory of this process before the engine starts, including the model and its adapters.
-        weights: the memory for weights that are not in memory yet, because they are read on first use.
+        weights: the memory for weights that are not in memory yet: a file's weights are read on first use.
         adapters: the memory that is reserved for adapters that are loaded later.
         work: the working memory: scratch memory, and the activations of one call of the model. For a language
             model, the scores of each request's next token also count; for an encoder, the waiting requests.
@@ -80,7 +80,7 @@ def plan_memory(
         memory: the memory limit of the process; None: the memory that the model needs, plus half of
             the available memory that remains.
         max_requests: how many requests are computed at the same time.
-        adapter_memory, most_adapters: the memory for adapters that are loaded later, as in `Engine`.
+        adapter_memory, most_adapters: the memory for later adapters, as in `Engine`.
     Raises:
         ValueError: the memory limit is not a size, or is too small.
     """

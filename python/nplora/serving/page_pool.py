@@ -1,9 +1,9 @@
 """PagePool: the pages of the key-value cache. A page is free, in use, or kept.
 
-A page whose tokens all belong to the prompt and are computed gets a key. The key is a hash that
-identifies the adapter and all tokens from the start of the prompt to the end of the page. Another request
-whose prompt begins with the same tokens finds the page by its key, and shares the page. When no request uses
-the page any more, it is kept for later prompts until its memory is needed.
+A page whose tokens all belong to the prompt and are computed gets a key. The key is a hash that identifies
+the adapter and all tokens from the start of the prompt to the end of the page. Another request whose prompt
+begins with the same tokens finds the page by its key, and shares the page. When no request uses the page any
+more, the page is kept for later prompts until its memory is needed.
 """
 
 from __future__ import annotations

@@ -42,7 +42,7 @@ class Request:
         to_read: the scheduler computes the first `to_read` tokens in blocks of many tokens, and all later
             tokens one by one. If the request is put back into the queue, its tokens are computed again in the
             same way, so that the results have the same bits as before.
-        keys: the page keys of the first `to_read` tokens, without an incomplete last page.
+        keys: the keys of the pages with the first `to_read` tokens. An incomplete last page has no key.
         cached: the number of prompt tokens that this request did not have to compute the first time, because
             pages of other requests had their keys and values.
         known: the largest number of tokens for which this request has had keys and values in the cache at the

@@ -18,8 +18,7 @@ class TopToken:
 
     Attributes:
         id: the token.
-        text: the text of this token alone. If the token has only a part of a character, the text contains
-            U+FFFD in place of this part.
+        text: the text of this token alone. U+FFFD stands for a part of a character.
         logprob: the natural logarithm of the token's probability, before temperature, penalties and biases.
 
     >>> nplora.serving.TopToken(id=7, text=" the", logprob=-0.5).text
@@ -37,8 +36,7 @@ class Token:
 
     Attributes:
         id: the token.
-        text: the text of this token alone. If the token has only a part of a character, the text contains
-            U+FFFD in place of this part.
+        text: the text of this token alone. U+FFFD stands for a part of a character.
         logprob: the natural logarithm of the token's probability, before temperature, penalties and biases;
             None if the request did not ask for log-probabilities.
         top: the most likely tokens at this position, the likeliest first. The argument `logprobs` of
@@ -129,9 +127,9 @@ class Ticket:
     def finish_reason(self) -> str | None:
         """How the answer ended; None before the end of the answer.
 
-        "stop": with an end token or a stop text. "length": the answer has `max_new_tokens` tokens, or the
-        context or the memory for keys and values is full. "cancelled": `cancel` was called, or the engine was
-        closed. "error": see `error`.
+        "stop": the answer ended with an end token or a stop text. "length": the answer has `max_new_tokens`
+        tokens, or the context or the memory for keys and values is full. "cancelled": `cancel` was called, or
+        the engine was closed. "error": see `error`.
         """
         return self._reason
 

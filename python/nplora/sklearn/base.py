@@ -245,7 +245,7 @@ class LoRAEstimator(BaseEstimator):  # type: ignore[misc]
         return contextlib.nullcontext()
 
     def _scaled(self, outputs: Array) -> Array:
-        """Return factor · outputs + offset, with the factor and the offset that `_set_scale` has stored."""
+        """Return factor · outputs + offset."""
         factor, offset = self._scale
         return np.asarray(outputs * factor + offset)
 

@@ -31,7 +31,7 @@ class LabelledBase(LoRAEstimator):
         No rows are held out, so no call stops early, and the probabilities are not calibrated afterwards.
 
         Args:
-            X, y: as in `fit`; y may have fewer labels.
+            X, y: as in `fit`, but y does not have to contain all labels.
             classes: all labels that can occur in any call. Only the first call needs this argument.
         Returns:
             the estimator.

@@ -32,7 +32,7 @@ class LoRAClassifier(ClassifierBase, ArrayEstimator):
         ((3,), True)
 
     Args:
-        network: a Module, such as a Sequential, which fitting does not change; the path of a safetensors
+        network: a Module, such as a Sequential (`fit` does not change this Module); the path of a safetensors
             file, as in `read_network`; or None for random features.
         rank, alpha, dropout: the settings of the LoRA layers, as in `LoRALinear`. If d_in or d_out of a layer
             is less than `rank`, the layer's rank is the smaller of d_in and d_out. The layer's scale stays

@@ -15,8 +15,8 @@ from nplora.sklearn.regression import RegressorBase
 class LoRARegressor(RegressorBase, ArrayEstimator):
     """Adapt a pretrained network to targets of your own, with LoRA and a new head.
 
-    The docstring of `LoRAClassifier` describes the arguments that are not in the list below. If `network` is
-    None, the estimator uses random features, as `LoRAClassifier` does.
+    For arguments that are not listed here, see `LoRAClassifier`. If `network` is None, the estimator uses
+    random features, as `LoRAClassifier` does.
 
         >>> rng = np.random.default_rng(0)
         >>> X = rng.normal(size=(200, 4))

@@ -32,8 +32,8 @@ class Adaptation:
     """How to adapt a network: the settings of the LoRA layers, and the kind of head.
 
     Attributes:
-        rank: the rank of each LoRA layer. If d_in or d_out of a layer is less, the layer's rank is the
-            smaller of d_in and d_out.
+        rank: the rank of each LoRA layer. If d_in or d_out of a layer is less than `rank`, the layer's rank
+            is the smaller of d_in and d_out.
         targets: the names of the layers to adapt, or the last parts of their dotted names; None: all frozen
             linear layers and convolutions.
         head: "replace", "append" or "keep", as in `LoRAClassifier`.
@@ -179,7 +179,7 @@ def adapted(network: Module, adaptation: Adaptation, probe: Array) -> Module:
 
 
 def _require_outputs(model: Module, outputs: int, probe: Array) -> None:
-    """Raise ValueError if the layers after a new head refuse its outputs, or if the network's outputs are not
+    """Raise ValueError if the layers after a new head refuse its outputs, or if the network does not output
     `outputs` numbers for each row."""
     words = f"LoRA: head='replace' gives the last linear layer {outputs} outputs"
     try:
@@ -232,7 +232,7 @@ def _targets(
     """Return the frozen layers to adapt, as a dict {name: layer}.
 
     Layers whose Python id is in `without` are never adapted. As in PEFT, an entry of `wanted` is a layer's
-    dotted name, or the last parts of this name. None: adapt all frozen layers.
+    dotted name, or the last parts of this name. If `wanted` is None, all other frozen layers are adapted.
     """
     found = {
         name: module

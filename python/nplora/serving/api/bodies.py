@@ -41,7 +41,7 @@ class Body:
         return self._ended
 
     async def receive(self) -> MutableMapping[str, Any]:
-        """Return the next message of the request, as ASGI's `receive` does, within limits of size and time.
+        """Return ASGI's next message of the request, within limits of size and time.
 
         Raises:
             RequestError: the body is too large, or the client pauses too long.

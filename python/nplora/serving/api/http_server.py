@@ -204,7 +204,7 @@ def _protocol() -> Any:
 
 
 def _raw(error: RequestError) -> bytes:
-    """An error as a whole HTTP response."""
+    """A complete HTTP response that reports an error."""
     body = json.dumps(error.body(), allow_nan=False).encode()
     phrase = "Bad Request" if error.status == 400 else "Service Unavailable"
     head = (

@@ -58,7 +58,7 @@ class Models(Generic[LM]):
             several loaded adapters is not rounded again.
     Attributes:
         lm, name: see the arguments.
-        memory: the `AdapterMemory` that limits the memory of adapters loaded from now on; None: no limit.
+        memory: the `AdapterMemory` that limits the memory of adapters that are loaded later; None: no limit.
     """
 
     def __init__(
@@ -191,7 +191,7 @@ class Models(Generic[LM]):
             self._add(adapter, name, any_base=True)
 
     def _read_scales(self, field: str, value: object) -> dict[int, float]:
-        """Read llama.cpp's list of {"id": number of an adapter, "scale": its scale} as {id: scale}."""
+        """Turn llama.cpp's list of {"id": an adapter's number, "scale": its scale} into {id: scale}."""
         if not isinstance(value, list):
             raise wrong(field, value, 'a list of {"id": ..., "scale": ...}')
         with self._lock:
@@ -245,7 +245,7 @@ class Models(Generic[LM]):
         raise self._unknown(name, "model", "model")
 
     def scales(self) -> list[dict[str, Any]]:
-        """The adapters in llama.cpp's form, with their default scales in requests to the base model."""
+        """The adapters in llama.cpp's form, with their default scales (see `set_scales`)."""
         with self._lock:
             return [
                 {"id": id_, "name": name, "path": path, "scale": self._scales.get(id_, 0.0)}
@@ -253,7 +253,7 @@ class Models(Generic[LM]):
             ]
 
     def set_scales(self, value: object) -> None:
-        """Set the default scales, which apply to requests to the base model that give no scales.
+        """Set the default scales. They apply if a request names the base model, but contains no scales.
 
         Adapters that are not in the list get the scale 0.
         """

@@ -68,8 +68,8 @@ class TextRequest:
             prompt.
         n: the number of answers to each prompt.
         sampling: how tokens are chosen.
-        logprobs: the number of most likely tokens that the answer reports at each position, in addition to
-            the generated token; None: the answer reports no log-probabilities.
+        logprobs: how many of the most likely tokens the answer reports at each position, in addition to the
+            generated token; None: no log-probabilities.
         stream: whether the answer is sent while it is generated, as a stream of events.
         usage: whether the stream ends with the number of tokens of the prompt and of the answer.
         grammar: a JSON schema that the text must follow, or None.

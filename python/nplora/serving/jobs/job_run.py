@@ -64,7 +64,7 @@ class JobRun:
         publishing: the functions that make the job's adapters available or unavailable.
         turns: an object that divides the time between training and answers; None: training does not wait for
             answers.
-        memory, compute: the memory limit and the arithmetic of training, as in `finetune`.
+        memory, compute: the memory limit and the arithmetic, as in `finetune`.
     """
 
     def __init__(

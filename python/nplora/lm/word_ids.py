@@ -51,9 +51,8 @@ class WordIds:
         """Divide the sentences that have too many tokens into overlapping windows.
 
         At least a quarter of the tokens of a window, without special tokens, are also in the next window. (A
-        window that has room for only one such token shares no token.) A word's label comes from the window in
-        which the word's first token is furthest from a cut. The beginning and the end of a sentence are not
-        cuts.
+        window with room for only one such token shares none.) A word's label comes from the window in which
+        the word's first token is furthest from a cut. The beginning and the end of a sentence are not cuts.
 
             >>> import nplora
             >>> words = nplora.load_encoder("encoder-model").word_ids([["a", "cat", "and", "a", "dog"]])

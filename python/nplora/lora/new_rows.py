@@ -46,7 +46,7 @@ class NewRows:
         return places, order[near[places]]
 
     def within(self, first: int, stop: int) -> tuple[Array, Array]:
-        """Find the replaced rows in weight[first:stop]. Return their indices in the slice and their values."""
+        """Find replaced rows in weight[first:stop]. Return their indices in the slice, and their values."""
         if self.ids is None:
             return np.arange(stop - first), self.values[first:stop]
         ids, order = self._sorted

@@ -78,8 +78,8 @@ class AttentionMixer(Mixer, Protocol):
 class Half:
     """A half-block. It computes outer(x + scale · after(mixer(before(x)))).
 
-    `mixer`, `before`, `after` and `outer` are the names of modules of the block. `before`, `after` and
-    `outer` are norms; None: there is no such norm. Models with a norm `outer` have no norm `after`.
+    `mixer`, `before`, `after` and `outer` are the names of modules of the block. The last three are norms, or
+    None. Models with a norm `outer` have no norm `after`.
     """
 
     mixer: str

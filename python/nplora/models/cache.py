@@ -34,8 +34,8 @@ class KVCache:
         owner: the model that computes the tokens of slots without an adapter; it uses its selected named
             adapters. None: the model whose `decode` is called.
         page_tokens: the number of tokens in a page, a multiple of PAGE_UNIT.
-        pages: the number of pages. None: there are as many pages as `slots` sequences of `capacity` tokens
-            need, and each slot has its pages from the start.
+        pages: the number of pages. None: from the start, each slot has enough pages of its own for `capacity`
+            tokens.
     Attributes:
         slots, capacity: the number of sequences, and the maximum number of tokens of each sequence.
         lengths: int64 (slots,), the number of tokens in each slot. To drop a slot's last tokens, lower its
@@ -54,7 +54,7 @@ class KVCache:
             None, `owner` computes the slot's tokens.
         activation: int64 (slots,). In a slot with an activated LoRA, the adapter acts from the position
             activation[slot] on. UNKNOWN: `decode` has not found the invocation tokens yet. NEVER: the adapter
-            does not act in this slot. In all other slots, the entry has no meaning.
+            does not act in this slot.
         owner: the model that computes the tokens of slots without an adapter; it uses its selected named
             adapters. None: the model whose `decode` is called.
 

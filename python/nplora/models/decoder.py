@@ -48,8 +48,8 @@ class DecoderSaved(Saved):
     """The values that `run_backward` needs.
 
     Attributes:
-        blocks: the values of each block from the lowest adapted block up. `run_backward` begins with the
-            last block, and removes a block's values after using them.
+        blocks: the values of each block, beginning with the lowest adapted block. `run_backward` removes the
+            values that it has used.
         rows: the indices of the tokens whose outputs were computed; None: all tokens.
     """
 

@@ -34,8 +34,8 @@ class EncoderConfig:
         type_vocab_size: the number of token types; 0 if the model has no token types.
         position_rows: the number of rows in the table of learned positions; 0 if the model has no such table.
         first_position: the first token of each text uses this row of the table of learned positions.
-        relative_buckets: the number of buckets into which relative positions are divided (see
-            `RelativeBias`); 0 if attention does not depend on relative positions.
+        relative_buckets: the number of buckets of distances in `RelativeBias`; 0 if the model has no relative
+            bias.
         sliding_windows: a number w for each layer. A token attends to itself and to w - 1 tokens on each
             side. If w is 0, a token attends to all tokens.
         rope: the rotation of q and k in layers without a window; None: no rotation.

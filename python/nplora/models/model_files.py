@@ -49,9 +49,8 @@ class ModelFiles:
             `rows` rows. `tensor` is the name of the tensor that holds the weight, or None if there is no such
             tensor. `order` is the order of the weight's rows in the file, or None if the file does not change
             the order.
-        new_files: a function; new_files(output, tensors, vocabulary) returns the files to write for a model
-            at the path `output`. `tensors` is a dict from names to tensors or to `Stream`s. If `vocabulary`
-            is None, the vocabulary does not change.
+        new_files: a function; new_files(output, tensors, vocabulary) returns the files to write. The dict
+            `tensors` may also contain `Stream`s. If `vocabulary` is None, the vocabulary does not change.
         tokenizer: a function that returns the model's tokenizer.
         tied: whether the head shares the embedding's weight.
         mapped: the size and the time stamp of each memory-mapped file, to detect later changes.

@@ -64,9 +64,9 @@ def heads_of_keys(data: ArchitectureMetadata, default: int) -> int:
 def sliding_layers(data: ArchitectureMetadata, layers: int, pattern: int, first: bool = False) -> list[bool]:
     """For each layer, whether the layer has a sliding window.
 
-    The file may list the layers with a window. If not, the layers are divided into groups of equal size. The
-    file may give the size of a group; the default is `pattern`. One layer of each group has no window: the
-    first layer if `first` is True, else the last layer.
+    The file may list the layers with a window. If not, one layer in each group of layers has no window: the
+    first layer if `first` is True, else the last layer. The file may give the size of a group; the default is
+    `pattern`.
     """
     name = "attention.sliding_window_pattern"
     if name in data and data.file.metadata.types[data.key(name)] == "BOOL":

@@ -336,7 +336,6 @@ def _invocation_advice(lm: LanguageModel, dataset: Examples) -> str:
 def _planned(
     op: str, inputs: RunInputs, adapters: Adapters, options: FinetuneOptions, constraints: PlanConstraints
 ) -> MemoryPlan:
-    """Choose a plan."""
     budget = None if options.memory is None else parse_bytes(options.memory, op)
     # Measured now, because the list of batches takes memory too.
     resident = resident_memory(inputs.lm, inputs.teacher_model)

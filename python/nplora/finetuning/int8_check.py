@@ -41,9 +41,9 @@ class Int8Check(Callback):
 
     Every comparison uses the same sample of the training data. The parts of a model are its blocks, its head
     and its embedding. If the cosine between the two gradients of a part is too small, this part computes in
-    bfloat16 in the rest of the run. The cosine may be too small for the gradient of the whole model, but for
-    none of the parts; then the part with the smallest cosine switches to bfloat16. The log has one line for
-    each comparison. If `add_gradient` raises NonFiniteLossError, nothing is compared, and a message says so.
+    bfloat16 in the rest of the run. If only the cosine for the whole model is too small, the part with the
+    smallest cosine switches to bfloat16. The log has one line for each comparison. If `add_gradient` raises
+    NonFiniteLossError, nothing is compared, and a message says so.
 
     Args:
         model: the model, with its adapter.
@@ -115,9 +115,8 @@ class Int8Check(Callback):
     def _smallest_cosines(self, run: Run) -> tuple[float, dict[str, float]] | None:
         """Return the smallest cosine over all ranks: a number for the whole model, and a dict for the parts.
 
-        The result is None if the loss of the sample is not finite on a rank. With local steps, each rank has
-        its own factors, and so its own cosines. All ranks decide by the smallest, because a part of the model
-        must compute in the same arithmetic on all ranks.
+        The result is None if the loss of the sample is not finite on a rank. With local steps, the cosines of
+        the ranks differ. All ranks use the smallest, because they must compute in the same arithmetic.
         """
         own, problem = None, ""
         try:

@@ -204,6 +204,5 @@ def is_emptied(cut: list[Encoded], whole: list[Encoded]) -> bool:
 
 
 def _are_equal(sequences: list[Encoded]) -> bool:
-    """Whether all sequences of an example have the same tokens. Different answers may become equal when
-    they are cut."""
+    """Whether an example has several sequences, and the cut has made them equal."""
     return len(sequences) > 1 and all(one.ids == sequences[0].ids for one in sequences)

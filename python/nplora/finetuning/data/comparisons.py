@@ -93,14 +93,12 @@ class Judgements:
 class JudgedDataset(Stored):
     """Answers that were judged as good or bad.
 
-    A batch also contains a mismatched pair for each of its examples: the prompt of the example, and the
-    answer of a different example, which has another prompt. That example is the nearest one before it in the
-    batch. If no example before it has another prompt, the search continues backwards from the end of the
-    batch. If all prompts of the batch are equal, the search covers the whole data set instead of the batch.
-    The mean of log(p / p_reference) over the mismatched pairs estimates the KL divergence of the model from
-    the reference, where p is the model's probability of the answer, and p_reference is the reference's
-    probability. The batches are the same in all epochs, so the log-probabilities of the reference are
-    computed only once.
+    Each batch comes with a mismatched pair for each of its examples: the prompt of the example, and the
+    answer of the nearest earlier example with another prompt. If no earlier example has another prompt, the
+    search continues backwards from the end of the batch. If all prompts of the batch are equal, the search
+    covers the whole data set instead. The mean of log(p / p_reference) over the mismatched pairs estimates
+    the KL divergence of the model from the reference; p and p_reference are their probabilities of an answer.
+    The batches are the same in all epochs, so the log-probabilities of the reference are computed only once.
 
     Attributes:
         good: for each stored example, whether its answer was judged as good.
@@ -288,7 +286,6 @@ def _read(
 
 
 def _whole(_: Example, sequences: list[Encoded]) -> list[list[Encoded]]:
-    """Make one example of the two sequences of a pair."""
     return [sequences]
 
 

@@ -35,8 +35,8 @@ PLAIN_TEXT = "plain text"  # what a report calls the format of a .txt file
 class Dataset(Stored, Sequence[tuple[Array, Array]]):
     """A sequence of examples. Each example is a pair (ids, labels) of int32 arrays of the same length.
 
-    The label -100 marks a token that is not trained. A dataset stores 5 bytes per token: an int32 id, and
-    whether the token is trained. The labels are made when an example is read.
+    The label -100 marks a token that is not trained. A dataset stores 5 bytes per token: its id, and whether
+    it is trained.
 
     Attributes:
         report: a summary of the file.
@@ -152,8 +152,7 @@ def read_dataset(
             tokens.
         format: format of the rows: "messages", "sharegpt", "alpaca", "completion" or "text". If None, the
             names of the fields decide the format.
-        columns: a dict from the field names of the formats to the field names in the data, such as
-            {"prompt": "question"}.
+        columns: a dict from the formats' field names to those in the data, such as {"prompt": "question"}.
         chat: write prompts and completions with the chat template, as messages of the user and the assistant.
         skip_bad: skip bad rows, and count them.
         strict: refuse an example of more than max_length tokens.
@@ -271,8 +270,7 @@ def add_rows(
 
 
 def forgotten_in(row: Row, example: Example, unread: dict[str, Any], options: ReadOptions) -> str | None:
-    """If a comparison has no field "prompt", find the field that probably holds the prompt. Return the name
-    of that field, or None."""
+    """If a comparison has no field "prompt", return the name of the field that may hold it, or None."""
     if not isinstance(example, Preference) or row.values.get(options.columns.get("prompt", "prompt")):
         return None
     return forgotten_prompt(example, unread)

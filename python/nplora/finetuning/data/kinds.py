@@ -99,13 +99,11 @@ def _renames(names: list[str]) -> str:
 
 
 def _kinds_with(names: list[str], is_judged: bool) -> dict[str, str]:
-    """Find the kinds that a row with these fields may have. Return a dict: name of a kind -> name of the
-    field by which the kind was found.
+    """Find the kinds that a row with these fields may have. The result maps a kind to the field found.
 
     Args:
-        is_judged: whether the row has a label that is true or false. A label that is neither may be no
-            judgement, but for example the topic of a text. It counts as a judgement only if the row has a
-            completion.
+        is_judged: whether the row has a label that is true or false. Any other label, which may be the topic
+            of a text, counts as a judgement only if the row has a completion.
     """
     found = {kind.name: name for kind in KINDS for name in reversed(kind.known_by) if name in names}
     if "preference" in found and not {"chosen", "rejected"}.isdisjoint(names):
@@ -136,8 +134,8 @@ def renamed(values: dict[str, Any], columns: Mapping[str, str], where: str) -> d
 
 
 def lacks_context(values: Mapping[str, Any], example: Example) -> bool:
-    """Whether a row has tools or documents that are missing in the example made from the row. Only an
-    example with messages can have tools and documents."""
+    """Whether a row has tools or documents that are missing in its example, which only has them if it has
+    messages."""
     answer: object = example
     if isinstance(example, Preference):
         answer = example.chosen

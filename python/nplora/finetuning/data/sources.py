@@ -255,8 +255,7 @@ def _required(directory: Path, *splits: tuple[str, ...]) -> Path:
 
 
 def _split(directory: Path, names: tuple[str, ...]) -> Path | None:
-    """Return the file of a split; None if the directory has none. `names` are the names that the file may
-    have, without suffix."""
+    """Return the file with one of the given names, to which a suffix is added; None if there is none."""
     named = (directory / f"{name}{s}" for name, s in itertools.product(names, (*SUFFIXES, *COMPRESSED)))
     found = [file for file in named if file.exists()]
     if len(found) > 1:

@@ -1,8 +1,8 @@
 """Limits the memory that the content of Parquet and Arrow files may take.
 
 A small file can hold a large table, because compression, dictionaries, run lengths and views can repeat the
-same bytes many times. A file states the decompressed size of each row group or message, and nplora checks
-this size before decompressing. It estimates the size of each row before making Python objects of the row.
+same bytes many times. A file states the decompressed size of each row group or message; this size is checked
+before the decompression. The size of each row is estimated before the row becomes Python objects.
 """
 
 from __future__ import annotations
@@ -47,10 +47,9 @@ def require_parquet(metadata: Any, name: str, file_size: int) -> None:
 def reading(metadata: Any, rows: int) -> tuple[list[str], int]:
     """Choose how to read a Parquet file without filling the memory.
 
-    In a Parquet file, a few bytes can repeat a long text in every row. So columns of texts are read as
-    dictionaries, which hold each text once. pyarrow cannot read a column in delta encoding as a dictionary.
-    In this encoding, a short entry can repeat the whole previous text of the column. So if a column has delta
-    encoding, only a few rows of the file are read at a time.
+    In a file, a few bytes can repeat a long text in every row. So columns of texts are read as dictionaries,
+    which hold each text once. pyarrow cannot do this for delta encoding, in which a short entry can repeat
+    the whole previous text. So if a column has delta encoding, only a few rows are read at a time.
 
     Args:
         rows: the largest number of rows to read at a time.
@@ -113,10 +112,7 @@ def _stated(metadata: bytes, body: memoryview) -> tuple[int, int]:
 
 
 class _Table:
-    """A table in the flatbuffer `raw`. The table begins at the position `begin`.
-
-    The module `struct` raises an error if a position is after the end of `raw`.
-    """
+    """A table in the flatbuffer `raw`. The module `struct` raises an error for a position beyond its end."""
 
     def __init__(self, raw: bytes, begin: int) -> None:
         self._raw, self._begin = raw, begin

@@ -1,9 +1,8 @@
 """Reference: the log-probabilities of the model without its adapter, computed once and kept in a file.
 
-The file holds the log-probability of each sequence. nplora uses the file only if its content matches its
-SHA-256. Besides, all of the following must be as when the file was written: the weights, the configuration,
-the arithmetic, the instruction set and the version of nplora. Log-probabilities that are not in the file are
-computed.
+The file holds the log-probability of each sequence. nplora uses the file only if its SHA-256 is right, and if
+the following have not changed: the weights, the configuration, the arithmetic, the instruction set and the
+version of nplora. Log-probabilities that are not in the file are computed.
 """
 
 from __future__ import annotations
@@ -45,10 +44,9 @@ _WRITE_SECONDS = 60.0  # the least time between two writes of the file
 
 
 class Reference:
-    """Holds the log-probability of each sequence under the reference, which is the model without its adapter.
+    """Holds the log-probability of each sequence: the sum over its targets, by the model without its adapter.
 
-    The log-probability of a sequence is the sum over its targets. A sequence is found by a digest of its
-    tokens and targets, so the data may be in any order.
+    A sequence is found by a digest of its tokens and targets, so the data may be in any order.
 
     Args:
         known: maps the key of a sequence (see `sequence_keys`) to the log-probability of the sequence.
@@ -152,9 +150,8 @@ class Reference:
 class _SharedParts:
     """Divides the computation of log-probabilities among the ranks, in rounds.
 
-    A batch is divided into parts of at most `EVALUATION_TOKENS` tokens. In a round, each rank computes one
-    part. After the round, the ranks exchange the results, so that each rank knows the results of all finished
-    rounds. A rank waits in each round until the slowest rank has computed its part.
+    In a round, each rank computes one part of a batch (see `_parts`), and waits until the slowest rank is
+    done. Then the ranks exchange the results, so that each rank knows the results of all finished rounds.
 
     Args:
         known: maps the key of a sequence to its log-probability. The results are added to this dictionary.
@@ -172,8 +169,8 @@ class _SharedParts:
     def add(self, part: PackedBatch) -> None:
         """Add a part to the round. If the round now has a part for each rank, compute the round.
 
-        The round computes all sequences of the part, even those whose log-probability is known. So the bits
-        of the new results do not depend on what is known already.
+        Sequences of the part whose log-probability is known are computed too. So the bits of the new results
+        do not depend on what is known.
         """
         self._round.append(part)
         self._keys.update(sequence_keys(part).tolist())
@@ -183,8 +180,8 @@ class _SharedParts:
     def compute(self) -> None:
         """Compute the parts of the round.
 
-        If a sequence is in several parts, their results for it may differ by rounding. The result of the last
-        part counts, as it does in a run with a single rank.
+        If a sequence is in several parts, its results may differ by rounding. The last part's result counts,
+        as in a run with a single rank.
         """
         if not self._round:
             return
@@ -219,7 +216,7 @@ def sums(batch: PackedBatch, log_probs: Array) -> Array:
 
 
 def drop(directory: files.Directory) -> None:
-    """Remove the reference's file of an earlier run, which had another objective."""
+    """Remove the file if an earlier run, which had another objective, has left one."""
     with contextlib.suppress(FormatError, FileNotFoundError):
         with safetensors.reading(Path(directory, REFERENCE), follow_links=False) as content:
             is_ours = REFERENCE_MARK in content.metadata
@@ -248,9 +245,9 @@ def _log_probs(lm: LanguageModel, part: PackedBatch) -> Array:
 
 
 def _identity(lm: LanguageModel) -> str:
-    """A hash of everything except the data that the log-probabilities depend on.
+    """A hash of the model, the arithmetic, the instruction set and the version of nplora.
 
-    The hash covers the model, the arithmetic, the instruction set and the version of nplora.
+    On these, and on the data, the log-probabilities depend.
     """
     config = _core.config()
     parts = base_fingerprint(lm, whole=True), lm.compute, str(config["isa"]), str(config["version"])

@@ -27,11 +27,9 @@ def multiple_choice(row: Fields) -> Example:
 
 
 def _choices(row: Fields) -> tuple[tuple[str, ...], list[str] | None]:
-    """Return a tuple of the choices and a list of their labels. If the row has no labels, the second result
-    is None.
+    """Return a tuple of the choices, and a list of their labels (None if the row has no labels).
 
-    The field "choices" holds a list of texts, or an object with texts and labels, {"text": […],
-    "label": […]}, as in the ARC data.
+    The field "choices" holds a list of texts, or an object {"text": […], "label": […]}, as in ARC.
     """
     wanted = "expected a list of two or more different texts"
     value: Any = row.unpacked("choices")

@@ -102,8 +102,7 @@ class Fields:
 
 
 def renaming(ours: str, theirs: str | None = None) -> str:
-    """The end of an error message. It names the option that makes the reader use the data's field `theirs`
-    as the field `ours`."""
+    """The end of an error message: the option with which the field `theirs` is read as the field `ours`."""
     name = theirs or "NAME"
     return f"--columns {ours}={name} (columns={{{ours!r}: {name!r}}}) reads the field {name!r} as {ours}"
 

@@ -17,8 +17,7 @@ def completion(row: Fields) -> Example:
 
 
 def prompt_and_answer(row: Fields, name: str) -> Answered:
-    """Read the field "prompt", and the answer in the field `name`. The result is a chat if one of the two
-    fields holds messages, otherwise a completion."""
+    """Read the field "prompt", and the answer in the field `name`. Both hold texts, or both hold messages."""
     prompt = row.values.get("prompt")
     if isinstance(prompt, list) or isinstance(row.values.get(name), list | dict):
         return chat_of(row, [*messages_of(row, "prompt", prompt), *_answered(row, name)], prompt)

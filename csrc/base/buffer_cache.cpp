@@ -33,7 +33,7 @@ AlignedBuffer BufferCache::take(size_t bytes) {
   return buffer;
 }
 
-// Makes room for a new buffer of `bytes` bytes: frees idle buffers, the largest first, until all buffers,
+// Makes room for a new buffer of `bytes` bytes. Frees idle buffers, the largest first, until all buffers,
 // including the new buffer, take at most `most` bytes in total. `peak` is the largest total size that used
 // buffers, including the new buffer, have had at one time. `most` is the smaller of peak + kSpareBytes and 2
 // * peak.

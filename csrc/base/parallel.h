@@ -44,9 +44,8 @@ void run_tasks(size_t tasks, size_t threads, Interruptible interruptible, void (
                const void* context);
 }
 
-// Returns the number of threads to use for this many floating-point operations: with more threads, starting
-// the threads would cost more time than they save. For elementwise work, `operations` may be the number of
-// elements.
+// Returns the number of threads to use for this many floating-point operations: starting more threads would
+// take more time than they save. For elementwise work, `operations` may be the number of elements.
 size_t useful_threads(double operations);
 
 // Calls body(task) once for each task in [0, tasks), in any order, on at most `threads` threads. Each output

@@ -46,9 +46,9 @@ inline Vec<float> sum_of(const Vec<float>* v) {
 }
 
 // Computes the dot products of two heads of a query with kRows rows of `k` at a time, where kRows is half the
-// number of lanes. Each dot product is first a vector of partial sums. There are as many vectors as lanes, so
-// the vectors are transposed as a square matrix, and then the partial sums of all dot products are added at
-// once. The remaining rows are processed one by one.
+// number of lanes. For each dot product, the function first computes a vector of partial sums. There are as
+// many vectors as lanes, so the vectors are transposed as a square matrix, and then the partial sums of all
+// dot products are added at once. The remaining rows are processed one by one.
 inline void key_dots(size_t rows, size_t heads, size_t group, size_t dim, const float* q, const float* k,
                      size_t k_stride, float* scores, size_t s_stride) {
   using V = Vec<float>;
@@ -118,9 +118,8 @@ inline void scale_columns(size_t rows, size_t n, const float* factor, float* x, 
 }
 
 // Returns the maxima of several neighbouring columns, which begin at `column`. Lane i of the result is the
-// largest of the `rows` elements of column i and of lane i of `before`. The loop keeps four separate maxima
-// for each column: with only one, each comparison would have to wait for the result of the previous
-// comparison.
+// maximum of lane i of `before` and the `rows` elements of column i. The loop keeps four separate maxima for
+// each column: with only one, each comparison would have to wait for the result of the previous comparison.
 template <class Span>
 inline Vec<float> largest_of_column(size_t rows, const float* column, size_t stride, Vec<float> before,
                                     const Span& span) {

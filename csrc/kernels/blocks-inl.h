@@ -325,7 +325,7 @@ struct Decoders {
 
 // The decoders of formats whose blocks have only one sub-block. One instruction converts the scales and
 // minima of several rows to float, and each float is later broadcast from memory. Tiles of two rows use the
-// general decoders above, because they would not become faster.
+// general decoders above, because this conversion would not make them faster.
 template <class Block, size_t kRows>
   requires(Block::kElements == kSubBlock && kRows > 2)
 struct Decoders<Block, kRows> {
@@ -336,7 +336,7 @@ struct Decoders<Block, kRows> {
   Decoders(const Block* const (&at)[kRows], size_t n) : at(at) {
     static_assert(offsetof(Block, d) == 0);
     if constexpr (kFactors == 2) static_assert(offsetof(Block, m) == sizeof(Half));
-    constexpr size_t kAtOnce = smaller(kRows, 64 / kBits);  // kAtOnce rows: 64 bits of factors
+    constexpr size_t kAtOnce = smaller(kRows, 64 / kBits);  // `halves` has room for kAtOnce rows
     for (size_t i = 0; i < n; ++i)
       for (size_t r = 0; r < kRows; r += kAtOnce) {
         uint64_t halves = 0;
@@ -392,8 +392,8 @@ struct BlockRows {
 };
 
 // Multiplies kTokens rows of `x` with up to kRows rows of W. The vectors of sums are stored in `part`
-// (tokens, all, lanes), where `all` is the number of rows of W. If only `rows` < kRows rows are left, the
-// last row is computed several times, but its sums are stored only once.
+// (tokens, all, lanes), where `all` is the number of rows of W. If fewer than kRows rows are left, the last
+// row is computed several times, but its sums are stored only once.
 template <size_t kTokens, size_t kRows, class Rows>
 inline void dot_tile(const Rows& w, size_t first, size_t rows, size_t cols, const float* x, size_t x_stride,
                      float* part, size_t all) {

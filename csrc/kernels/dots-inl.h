@@ -42,11 +42,11 @@ inline constexpr bool kStaysInRegisters =
 template <class W, size_t kTokens, size_t kRows>
 using RowSums = Vec<Sum<W>>[kRows][kTokens][kSideSums<W>];
 
-// Multiplies each row w[r] of a full panel by each row t of `x`, element by element. The row of `x` begins at
-// the column that is multiplied by the first column of the panel. The products of w[r] and row t are added to
-// the lanes of sums[r][t][0]. The order of the additions depends neither on the number of tokens nor on
-// whether W is stored in panels or row-major. `x_at(t, s)` returns the vector that begins s * kLanes elements
-// after the start of row t of `x`.
+// Multiplies each row w[r] of a full panel by each row t of `x`, element by element. Row t of `x` begins at
+// the column that belongs to the first column of the panel. The products of w[r] and row t are added to the
+// lanes of sums[r][t][0]. The order of the additions depends neither on the number of tokens nor on whether W
+// is stored in panels or row-major. `x_at(t, s)` returns the vector that begins s * kLanes elements after the
+// start of row t of `x`.
 template <class W, size_t kTokens, size_t kRows, class XAt>
 [[gnu::always_inline]] inline void add_panel(const W* const (&w)[kRows], const XAt& x_at,
                                              RowSums<W, kTokens, kRows>& sums) {

@@ -394,7 +394,7 @@ inline void int8_group_tile(const Int8Product& p, size_t column) {
     for (size_t v = 0; v < kVectors; ++v) store_outputs<kPartial>(p, totals[i][v], i, column + v * kIntLanes);
 }
 
-// Calls the template instance for a tile of `rows` rows, where rows <= kRows.
+// Computes a tile of `rows` rows, at most kRows, with the template instance for this number of rows.
 template <bool kOneGroup, size_t kRows, size_t kVectors, bool kPartial>
 inline void int8_tile_upto(size_t rows, const Int8Product& p, size_t column) {
   if (rows == kRows) {

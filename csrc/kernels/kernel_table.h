@@ -1,6 +1,6 @@
 // The whole interface between the kernels and the rest of the library: one table of function pointers for
 // each instruction set. The library chooses its table when it first needs a kernel. The comment of a kernel
-// gives the shapes of its arrays; the kernel reads and writes no memory outside these shapes. A kernel
+// gives the shapes of its arrays; the kernel reads and writes only elements within these shapes. A kernel
 // allocates no memory, throws no exceptions and does not know about threads.
 //
 // In the comments, x (rows, cols) means that the array x has the shape (rows, cols). The depth of a matrix
@@ -101,8 +101,8 @@ struct Fetch {
 
   // This Fetch is only for gemm_outputs_in_lanes. Each step prefetches the rows of `w` that are kFetchAhead
   // bytes after the rows that the step reads. In L1 blocks (see l1_block_bytes), each step prefetches one
-  // cache line of the next L1 block instead. An L1 block is read several times. If all these steps together
-  // could not prefetch the whole next block, they prefetch nothing.
+  // cache line of the next L1 block instead. An L1 block is read several times. If the steps of all readings
+  // together could not prefetch the whole next block, they prefetch nothing.
   static constexpr Fetch rows_ahead() { return {nullptr, 0, 1}; }
 };
 
@@ -196,13 +196,13 @@ struct SmallProducts {
   // which holds partial sums: partial sum i is the sum of the products at all depths k with k % (lanes / 2)
   // == i. If `accumulate` is set, the results are added to `part` instead. If `depth` is not 0, w.row_stride
   // must be greater than 0. The order in which the products of a row of `x` are added depends neither on `m`
-  // nor on whether `w` is stored in panels or row-major. For the element type Bf16Pair, `dots` is null.
+  // nor on whether `w` is stored in panels or row-major. In SmallProducts<Bf16Pair>, `dots` is null.
   void (*dots)(size_t m, size_t rows, size_t depth, const Panels<W>& w, const Sum<W>* x, size_t x_stride,
                Sum<W>* part, bool accumulate);
 
   // Adds z aᵀ to `y` (m, rows), for z (m, depth) and a dense a (rows, depth). The product is the low-rank
-  // term of a small batch: `m` is at most kSmallBatch, and `depth` is a rank. A row of `y` has the same bits
-  // for every `m`. If W is Bf16Pair, `add_dots` is null.
+  // term of a small batch: `m` is at most kSmallBatch, and `depth` is a rank. The bits of a row of `y` do not
+  // depend on `m`. In SmallProducts<Bf16Pair>, `add_dots` is null.
   void (*add_dots)(size_t m, size_t rows, size_t depth, const W* a, const Sum<W>* z, size_t z_stride,
                    Sum<W>* y, size_t y_stride);
 
@@ -342,7 +342,7 @@ struct BlockDots {
   // Multiplies `x` (m, cols) with rows of blocks. The result `part` (m, rows, lanes / 2) holds partial sums:
   // partial sum i is the sum of the products in all columns k with k % (lanes / 2) == i. `cols` is a multiple
   // of the number of elements in a block. There is one kernel for each row format, in the order of
-  // BlockFormat. The sums of a row of `x` have the same bits for every `m`. A kernel may multiply the codes
+  // BlockFormat. The bits of the sums for a row of `x` do not depend on `m`. A kernel may multiply the codes
   // of a sub-block by `x` and sum the products before it multiplies the sum by the scale. If `x` has elements
   // above 1e34, this sum can overflow.
   void (*dots[kRowFormats])(size_t m, size_t rows, size_t cols, const void* blocks, size_t row_bytes,
@@ -373,7 +373,7 @@ struct Int8Products {
 
   // Multiplies `x` (m, cols) with rows of blocks and stores the products in `y` (m, rows). `cols` is a
   // multiple of the number of elements in a block. There is one kernel for each row format, in the
-  // order of BlockFormat. A row of `y` has the same bits for every `m`.
+  // order of BlockFormat. The bits of a row of `y` do not depend on `m`.
   void (*dots[kRowFormats])(size_t m, size_t rows, size_t cols, const void* blocks, size_t row_bytes,
                             const Int8Rows& x, float* y, const Fetch& next);
 };
@@ -543,8 +543,8 @@ struct Transformer {
                    size_t k_stride, float* scores, size_t s_stride);
 
   // For each head h, adds the weighted sum of the rows of v (rows, heads / group * dim) to row h of `out`
-  // (heads, dim). Row h of weights (heads, rows) holds the weights. Of each row of `v`, head h uses the `dim`
-  // columns that begin at column h / group * dim, with h / group rounded down.
+  // (heads, dim). Row h of weights (heads, rows) holds the weights. Head h uses the `dim` columns of `v` that
+  // begin at column h / group * dim, with h / group rounded down.
   void (*add_values)(size_t rows, size_t heads, size_t group, size_t dim, const float* weights,
                      size_t w_stride, const float* v, size_t v_stride, float* out);
 
@@ -593,8 +593,8 @@ struct NarrowKernels {
   Int8Products int8;
   Int8Gemm int8_gemm;
 
-  // Says how small_pairs.gemm_outputs_in_lanes makes pairs of the rows of `w`: in registers if true; if
-  // false, each call first writes a copy of `w` in pairs to memory.
+  // If true, small_pairs.gemm_outputs_in_lanes makes pairs of the rows of `w` in registers. If false, each
+  // call first writes a copy of `w` in pairs to memory.
   bool pairs_in_registers = true;
 };
 

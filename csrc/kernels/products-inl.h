@@ -82,7 +82,7 @@ inline void gemm_tokens_in_lanes_fixed(TokensInLanes<E> p) {
     for (size_t v = 0; v < kVectors; ++v) c[j][v].store(p.yt + j * kWidth + v * kLanes);
 }
 
-// Calls the template instance for a tile of `rows` rows, where rows <= kRows.
+// Computes a tile of `rows` rows, at most kRows, with the template instance for this number of rows.
 template <class E, size_t kVectors, size_t kRows, size_t kStride>
 inline void gemm_tokens_in_lanes_upto(size_t rows, TokensInLanes<E> p) {
   if (rows == kRows) return gemm_tokens_in_lanes_fixed<E, kVectors, kRows, kStride>(p);
@@ -302,7 +302,7 @@ inline void gemm_outputs_in_lanes_fixed(size_t tiles, const OutputsInLanes<E, W>
   }
 }
 
-// Calls the template instance for a tile of `rows` rows, where rows <= kRows.
+// Computes a tile of `rows` rows, at most kRows, with the template instance for this number of rows.
 template <class E, class W, size_t kRows, size_t kVectors, bool kPartial>
 inline void gemm_outputs_in_lanes_upto(size_t rows, const OutputsInLanes<E, W>& p, Fetch& fetch) {
   if (rows == kRows) return gemm_outputs_in_lanes_fixed<E, W, kRows, kVectors, kPartial>(1, p, fetch);

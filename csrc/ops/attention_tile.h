@@ -138,8 +138,8 @@ struct QueryTile {
   Span visible() const { return visible_keys(shape, run, position(0), position(lanes - 1)); }
 
   // For each token of the tile, calls body(row, head, heads, lane). `row` is the token's row of q. The tile
-  // contains the query heads `head` to head + heads - 1 of this token, in the lanes that begin with lane
-  // `lane` of the tile.
+  // contains the query heads `head` to head + heads - 1 of this token. They are in lanes `lane` to lane +
+  // heads - 1 of the tile.
   template <class Body>
   void for_tokens(const Body& body) const {
     const size_t group = shape.group();
@@ -159,9 +159,8 @@ struct QueryTile {
                                           false);
     });
   }
-  // The reverse of `gather`: copies each row of `from` (lanes, head_dim), times `factor`, to the head of x
-  // (n, heads * head_dim) that belongs to the lane. If `accumulate` is true, adds the row to the head
-  // instead.
+  // The reverse of `gather`: copies row i of `from` (lanes, head_dim), times `factor`, to the head of x (n,
+  // heads * head_dim) that belongs to lane i of the tile. If `accumulate` is true, adds instead of copying.
   void scatter(const float* from, float factor, Matrix<float> x, bool accumulate) const {
     const size_t dim = shape.head_dim;
     for_tokens([&](size_t row, size_t head, size_t heads, size_t lane) {

@@ -86,7 +86,7 @@ class SmallForward {
   // updates are prefetched.
   void multiply(Range rows) const {
     std::vector<FetchList> next;
-    constexpr size_t kMostBytes = 256 << 10;  // the limit for the bytes of all A; also for all B
+    constexpr size_t kMostBytes = 256 << 10;  // prefetch at most this much of all A, and of all B
     for (const auto& group : groups_) next.push_back(factors(*group.low, rows, kMostBytes / groups_.size()));
     if constexpr (std::is_same_v<W, float>)
       if (dots_blocks(part_.w)) {

@@ -44,9 +44,9 @@ inline bool computes_pairs(const WeightView& w, size_t tokens) {
   return w.compute != Compute::kFloat && tokens > kFloatBatch;
 }
 
-// Whether a product with `tokens` rows is computed by the int8 kernels for large batches, in a forward pass
-// and in a backward pass. (For small batches in a forward pass, dots_int8 says whether the product is
-// computed in int8.)
+// Whether the int8 kernels for large batches compute a product with `tokens` rows: forward_in_int8 for a
+// forward pass, and backward_in_int8 for a backward pass. (For small batches in a forward pass, dots_int8
+// says whether the product is computed in int8.)
 inline bool forward_in_int8(const WeightView& w, size_t tokens) {
   return w.compute == Compute::kInt8 && tokens > kernels::kSmallBatch;
 }

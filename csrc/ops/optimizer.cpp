@@ -34,7 +34,7 @@ struct ElementBlock {
 template <class Body>
 const std::vector<ElementBlock>& for_blocks(const std::vector<Trained>& parameters, const Body& body) {
   static thread_local std::vector<ElementBlock> kept;
-  std::vector<ElementBlock>& blocks = kept;  // in the lambda below, `kept` is another thread's vector
+  std::vector<ElementBlock>& blocks = kept;  // `kept` is thread_local, and the lambda runs on other threads
   blocks.clear();
   double elements = 0;
   for (size_t i = 0; i < parameters.size(); ++i) {

@@ -10,9 +10,9 @@
 //     of the token's `x` stay in registers. In addition, the sums of the token take kDotSums registers.
 //   `kDotRows` is the number of rows of W that share each load of `x`, for a single token whose `x` does not
 //     stay in registers.
-//   `kDotSums` is the number of vectors in which the products of a row of W are summed. kDotRows * kDotSums is
-//     at least 8: an FMA has a latency of 4 cycles and 2 FMAs can start in each cycle, so 8 independent sums
-//     are needed.
+//   `kDotSums` is the number of vectors in which the products of a row of W are summed. kDotRows * kDotSums
+//     is at least 8: an FMA has a latency of 4 cycles and 2 FMAs can start in each cycle, so 8 independent
+//     sums are needed.
 
 namespace nplora::kernels::NPLORA_ISA {
 

@@ -3,11 +3,11 @@
 //
 // Each kernel unit (isa_*.cpp) defines the sizes of its tiles. The operand `a` holds the codes of `x`. A row
 // of `a` consists of groups, and all values of a group have the same scale (see CodedRows).
-//   If a row of `a` has a single group, a tile has kTokenTileRows rows of `a` and kTokenTileVectors vectors of
-//     `w`. Such a tile needs registers for kTokenTileRows * kTokenTileVectors integer accumulators,
+//   If a row of `a` has a single group, a tile has kTokenTileRows rows of `a` and kTokenTileVectors vectors
+//     of `w`. Such a tile needs registers for kTokenTileRows * kTokenTileVectors integer accumulators,
 //     kTokenTileVectors vectors of `w` and 1 broadcast element of `a`.
-//   If a row of `a` has several groups, a tile has kGroupTileRows rows of `a` and kGroupTileVectors vectors of
-//     `w`. Such a tile needs registers for kGroupTileRows * kGroupTileVectors integer accumulators and the
+//   If a row of `a` has several groups, a tile has kGroupTileRows rows of `a` and kGroupTileVectors vectors
+//     of `w`. Such a tile needs registers for kGroupTileRows * kGroupTileVectors integer accumulators and the
 //     same number of float accumulators.
 
 #include "kernels/philox-inl.h"

@@ -50,8 +50,8 @@ def evaluate(
         data: rows to evaluate on, as for `nplora.data.read_dataset`, but without sampling weights; or a
             directory. In a directory, valid.jsonl is read, or train.jsonl if there is no valid.jsonl.
         adapter: adapter to evaluate the model with: a PEFT directory, a llama.cpp file or an `Adapter`; or a
-            pair (adapter, weight). A list of adapters and pairs means the weighted sum of these adapters. If
-            `model` is a loaded model, the adapter is not attached to it for good.
+            pair (adapter, weight). A list of adapters and pairs means the weighted sum of these adapters. A
+            loaded model itself does not get the adapter.
         any_base: accept an adapter that was trained on another model with the same shapes.
         progress: print a report of the data on stderr; None: only on a terminal or in a notebook.
         record: a function that is called with a dictionary for each generated answer and each multiple-choice

@@ -43,9 +43,9 @@ class Choices:
 def encode_choices(tokenizer: Tokenizer, example: MultipleChoice, where: str, chat: bool) -> Choices:
     """The tokens of a question and of each choice.
 
-    As in lm-evaluation-harness, each choice begins with the white space at the end of the prompt, which the
-    prompt loses; if there is none, with a space. The reason is that the tokens of most models begin with
-    white space, but do not end with it.
+    As in lm-evaluation-harness, white space at the end of the prompt is moved to the beginning of each
+    choice, because the tokens of most models begin with white space, but do not end with it. If neither the
+    prompt ends nor a choice begins with white space, a space is put before the choice.
 
     Args:
         chat: write the question with the chat template.

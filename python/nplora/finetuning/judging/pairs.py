@@ -22,7 +22,7 @@ class PairScores:
     Attributes:
         log_probs: float64 (pairs, 2), the log-probabilities of the chosen and of the rejected answer.
         counts: (pairs, 2), the number of tokens of each answer.
-        top: (pairs, 2), the number of tokens of each answer that the model finds the likeliest of all tokens.
+        top: (pairs, 2), the number of tokens of each answer to which the model gives the largest probability.
     """
 
     def __init__(self, lm: LanguageModel, dataset: PairDataset) -> None:

@@ -35,7 +35,8 @@ class KtoLoss(PackedLoss):
 
     The loss has five metrics: the mean reward of the good answers; the mean reward of the bad answers; the
     first mean minus the second; the accuracy; and the estimate of the KL divergence. The accuracy is the
-    share of answers that are good and have a log-ratio above the estimate, or are bad and have one below.
+    share of answers that are good and have a log-ratio above the estimate, or are bad and have a log-ratio
+    below the estimate.
     """
 
     unit = "answers"

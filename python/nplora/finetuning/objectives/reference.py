@@ -247,7 +247,7 @@ def _log_probs(lm: LanguageModel, part: PackedBatch) -> Array:
 def _identity(lm: LanguageModel) -> str:
     """A hash of the model, the arithmetic, the instruction set and the version of nplora.
 
-    On these, and on the data, the log-probabilities depend.
+    The log-probabilities depend on all of these, and on the data.
     """
     config = _core.config()
     parts = base_fingerprint(lm, whole=True), lm.compute, str(config["isa"]), str(config["version"])

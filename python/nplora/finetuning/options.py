@@ -206,8 +206,8 @@ class FinetuneOptions:
     kd_ratio: float = _option(
         _OBJECTIVE,
         0.5,
-        "weight of the divergence in the loss of distill, at most 1; the loss of sft has the weight 1 - "
-        "`kd_ratio`",
+        "weight of the divergence in the loss of distill, at most 1; the weight of the loss of sft is 1 "
+        "minus this weight",
     )
     lr: float | None = _unplanned(
         _TRAINING,

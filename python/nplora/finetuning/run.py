@@ -206,8 +206,8 @@ def finetune(
             what the teacher would say).
         temperature: softmax temperature of teacher and student in distill (default: 1, or the temperature of
             a stored `teacher`).
-        kd_ratio: weight of the divergence in the loss of distill, at most 1; the loss of sft has the weight
-            1 - `kd_ratio`.
+        kd_ratio: weight of the divergence in the loss of distill, at most 1; the weight of the loss of sft
+            is 1 minus this weight.
         lr: peak learning rate (default: 0.8 / hidden size of the model, at most 2e-3).
         lora_plus_ratio: learning rate of A divided by that of B (LoRA+); 16 is usual.
         schedule: learning rate schedule: cosine, linear or constant.

@@ -39,8 +39,9 @@ bool is_16_bit(Storage storage) {
   return !is_blocks(storage) && bytes_per_element(storage) == 2;
 }
 
-// Whether an array of T can hold the values of a storage format. For float64, T must be double. For a 16-bit
-// format, T must be uint16_t (bit patterns) or float. For all other formats, T must be float.
+// Whether a NumPy array with elements of type T can hold the values of a storage format. For float64, T must
+// be double. For a 16-bit format, T must be uint16_t (bit patterns) or float. For all other formats, T must
+// be float.
 template <class T>
 bool fits(Storage storage) {
   if (sizeof(T) == 8) return storage == Storage::kFloat64;

@@ -210,8 +210,8 @@ inline Codes<Block> codes_of(const Block& block, const Scales<Block>& scales) {
     return {{}, block};
 }
 
-// Multiplies kTokens rows of `x` with up to kRows rows of W. The products are stored in `y`, whose row stride
-// is `all` elements. If fewer than kRows rows are left, the last row is computed several times, but its
+// Multiplies kTokens rows of `x` with up to kRows rows of W. The products are stored in `y`, whose rows are
+// `all` elements apart. If fewer than kRows rows are left, the last row is computed several times, but its
 // products are stored only once.
 template <class Block, size_t kTokens, size_t kRows>
 inline void int8_tile(const Rows& w, size_t sub_blocks, const Int8Rows& x, float* y, size_t all) {

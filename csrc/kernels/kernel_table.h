@@ -131,8 +131,8 @@ using Peak = double (*)(size_t iterations);
 // bits.
 template <class E>
 struct Tiles {
-  // The number of tokens in a full tile of gemm_tokens_in_lanes. These tokens fill two vectors. For a small
-  // batch, a tile has only one vector, with half as many tokens.
+  // The number of tokens in a full tile of gemm_tokens_in_lanes: as many as two vectors have lanes. For a
+  // batch of few tokens, a tile has only one vector and half as many tokens.
   size_t lanes;
   // The number of rows of `w` in a full tile of gemm_tokens_in_lanes. Any number of rows is allowed, but full
   // tiles are the fastest.
@@ -330,8 +330,8 @@ struct BlockDecoders {
   void (*encode[kRowFormats])(size_t rows, size_t first, size_t cols, const void* blocks, size_t row_bytes,
                               const float* inverses, uint8_t offset, uint8_t* codes, size_t codes_stride);
 
-  // Decodes NF4 into `to` (rows, cols). Element (i, j) of `to` is element first + i * row_step + j of the
-  // flattened tensor. Decoding is faster if `first` and `row_step` are even. If `to.apart` is not 0 (see
+  // Decodes NF4 into `to` (rows, cols). Element (i, j) of `to` becomes element first + i * row_step + j of
+  // the flattened tensor. Decoding is faster if `first` and `row_step` are even. If `to.apart` is not 0 (see
   // DecodedRows), `first` and `row_step` must be multiples of 16.
   void (*decode_nf4)(size_t rows, size_t cols, Nf4 w, size_t first, size_t row_step, const DecodedRows& to);
 };

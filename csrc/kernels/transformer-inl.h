@@ -112,7 +112,7 @@ inline void rotate(size_t heads, size_t head_dim, size_t half, const float* tabl
       rotate_head<1>(half, half, table, sign, x);
 }
 
-// 1 / (1 + exp(-g))
+// Returns 1 / (1 + exp(-g)).
 inline Vec<float> sigmoid(Vec<float> g) {
   const Vec<float> one = Vec<float>::broadcast(1);
   return one / (one + exp(Vec<float>::zero() - g));
@@ -170,9 +170,9 @@ struct Gelu {
 #pragma GCC unroll 9
     for (size_t i = 1; i < sizeof kP / sizeof *kP; ++i) p = fma(p, t, V(V::broadcast(kP[i])));
     const V half = V::broadcast(0.5f), tail = half * t * exp(fma(square, V(V::broadcast(-0.5f)), p));
-    // Phi(g) is 1 - tail if g > 0, else tail. `positive` is 1 if g is at least 1e-30, and 0 if g <= 0. For g
-    // between 0 and 1e-30, `positive` is between 0 and 1, but the result does not depend on `positive`,
-    // because `tail` is 1/2.
+    // `tail` is Phi(-|g|), so Phi(g) is 1 - tail if g > 0, else tail. `positive` is 1 if g is at least 1e-30,
+    // and 0 if g <= 0. For g between 0 and 1e-30, `positive` is between 0 and 1, but the result does not
+    // depend on `positive`, because `tail` is 1/2.
     const V positive = min(one, max(V::zero(), g * V(V::broadcast(1e30f))));
     return tail + positive * (one - (tail + tail));
   }
@@ -191,7 +191,7 @@ void gated(size_t n, const float* gate, const float* up, float* out) {
   });
 }
 
-// The backward pass of out = act(g) up, where act(g) = g s.
+// The backward pass of out = act(g) * up, with act(g) = g * s and s = gate(g).
 template <class Act>
 void gated_backward(size_t n, const float* dout, const float* gate, const float* up, float* dgate,
                     float* dup) {
@@ -261,7 +261,8 @@ inline size_t select(size_t n, const float* x, float least, size_t limit, int32_
   return count;
 }
 
-// Does the work of add_rows for kPanels full panels. The sums of the panels stay in registers.
+// Does the work of add_rows for kPanels full panels. The elements of `out` in these panels stay in registers
+// until all rows are added.
 template <size_t kPanels>
 inline void add_rows_of_panels(size_t count, const uint8_t* ids, const float* weights,
                                const Panels<float>& rows, float* out) {

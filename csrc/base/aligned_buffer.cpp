@@ -13,8 +13,8 @@ namespace nplora {
 namespace {
 
 // A buffer of at least this size gets its own memory mapping, so that all its memory returns to the system
-// when the buffer is freed. With malloc, most of that memory would stay in the process: batches of different
-// sizes leave holes in the heap, and malloc rarely returns holes to the system.
+// when the buffer is freed. If malloc provided the buffers, most of the freed memory would stay in the
+// process: batches of different sizes leave holes in the heap, and malloc rarely returns holes to the system.
 constexpr size_t kLeastMapped = size_t{64} << 10;
 std::atomic<size_t> allocated{0};
 

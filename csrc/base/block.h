@@ -7,8 +7,9 @@
 
 namespace nplora {
 
-// The number of values in a sub-block. A block consists of whole sub-blocks, and a row can be cut between
-// sub-blocks. Some formats have a scale for each half of a sub-block.
+// The number of values in a sub-block. A block consists of whole sub-blocks. Code that processes a row of
+// blocks in parts may cut the row between any two sub-blocks. Some formats have a scale for each half of a
+// sub-block.
 inline constexpr size_t kSubBlock = 32;
 
 // A float16, little-endian.
@@ -21,11 +22,11 @@ inline constexpr float kSmallestHalf = 0x1p-24f, kLargestHalf = 65504;
 
 // Properties of a block format, apart from its layout.
 struct BlockFacts {
-  // The largest magnitude that a value may have. For a larger value, float16 could not hold the scale or the
-  // minimum of the block. (In NF4, scales are floats, so the limit is the range of float.)
+  // The largest magnitude that a value may have. If a block had a larger value, its scale or its minimum
+  // would be too large for float16. (In NF4, scales are floats, so the limit is the range of float.)
   float largest;
-  // If a row is not a whole number of blocks of this format, the row is stored in the format `shorter`
-  // instead, as in llama.cpp.
+  // If the length of a row is not a multiple of the block size of this format, the row is stored in the
+  // format `shorter` instead, as in llama.cpp.
   const char* shorter = nullptr;
 };
 

@@ -8,8 +8,8 @@ namespace nplora {
 
 namespace {
 
-// The size of the largest idle buffer that take(bytes) may reuse. The size is a quarter larger than `bytes`,
-// because batches differ a little in their number of tokens.
+// The size of the largest idle buffer that take(bytes) may reuse: 1.25 * bytes, because batches differ a
+// little in their number of tokens.
 constexpr size_t most_for(size_t bytes) {
   return bytes + bytes / 4;
 }
@@ -33,9 +33,10 @@ AlignedBuffer BufferCache::take(size_t bytes) {
   return buffer;
 }
 
-// Makes room for a new buffer of `bytes` bytes: frees idle buffers, the largest first, until all buffers
-// together, including the new buffer, take at most `most` bytes. The limit `most` is the peak memory of the
-// used buffers plus kSpareBytes, or twice the peak if that is less. The new buffer counts as used.
+// Makes room for a new buffer of `bytes` bytes. Frees idle buffers, the largest first, until all buffers,
+// including the new buffer, take at most `most` bytes in total. `peak` is the largest total size that used
+// buffers, including the new buffer, have had at one time. `most` is the smaller of peak + kSpareBytes and 2
+// * peak.
 void BufferCache::make_room(size_t bytes) {
   const size_t peak = std::max(most_used_, used_bytes_ + bytes), most = peak + std::min(peak, kSpareBytes);
   while (!idle_.empty() && used_bytes_ + idle_bytes_ + bytes > most) {

@@ -29,8 +29,9 @@ char* huge_page_after(char* at) {
   return huge_page_of(at + kHugePage - 1);
 }
 
-// Places weights in memory one after the other, so that they share huge pages. No thread waits for the lock.
-// In a forked child, the thread that holds the lock may not exist, so a waiting thread would wait forever.
+// Places weights in memory one after the other, so that they share huge pages. No thread waits for the lock:
+// a child of fork may start with the lock held by a thread that does not exist in the child, and would then
+// wait forever.
 class Neighbours {
  public:
   // Returns nullptr if weights cannot share huge pages on this system, if another thread holds the lock, or
@@ -53,11 +54,12 @@ class Neighbours {
     return at;
   }
 
-  // Must be called before any memory is unmapped, because other code may map the same addresses afterwards.
-  // If the memory reaches into a huge page that weights have not filled yet, `take` places no more weights
-  // there, and the pages stay small. If another thread is inside `take` at the same time, `take` may not
-  // notice the unmapped memory, and may then move pages of other code into a huge page. The other code then
-  // uses more memory, but no data is lost.
+  // Reports that the memory at `at` will be unmapped. `unmap` must call `leave` before it unmaps any memory,
+  // because other code may map the same addresses afterwards. If the memory overlaps a huge page that weights
+  // have not filled yet, `take` places no more weights in this huge page, and its small pages stay small. If
+  // another thread is inside `take` at the same time, `take` may not notice the unmapped memory. If other
+  // code has mapped the same addresses, `take` may then move the small pages of that code into a huge page.
+  // The other code then uses more memory, but no data is lost.
   void leave(const char* at, size_t size) {
     if (at < end_ && at + size > small_pages_) has_hole_ = true;
   }
@@ -77,7 +79,7 @@ class Neighbours {
     end_ = nullptr;
     char* const region = platform::map_pages(kRegion, kHugePage);
     if (region == nullptr) return false;
-    platform::keep_small_pages(region, kRegion);  // the pages stay small until weights fill a huge page
+    platform::keep_small_pages(region, kRegion);  // until weights fill a huge page, its pages stay small
     next_ = region;
     small_pages_ = region;
     end_ = region + kRegion;

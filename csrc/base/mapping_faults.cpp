@@ -26,8 +26,8 @@ struct Watch {
 std::atomic<Watch*> watches = nullptr;
 static_assert(std::atomic<Watch*>::is_always_lock_free && std::atomic<uintptr_t>::is_always_lock_free);
 
-// A thread that changes the list or its entries holds `mutex` and also the GIL, so Python cannot fork in the
-// middle of a change.
+// A thread must hold `mutex` and the GIL while it changes the list or an entry. Because of the GIL, Python
+// cannot fork in the middle of a change.
 std::mutex mutex;
 
 // Called in the signal handler.

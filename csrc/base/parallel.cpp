@@ -68,7 +68,8 @@ class TaskRun {
   }
 
  private:
-  // The hook may run a signal handler, which may do anything: fork, or call the core again.
+  // The hook may run a signal handler, which may do anything: for example, fork the process or call this
+  // library.
   void poll() const {
     asking = true;
     const bool stop = hook_();
@@ -118,7 +119,7 @@ size_t threads_at_start() {
     const char* text = std::getenv("OMP_NUM_THREADS");
     if (text == nullptr) text = "";
     text += std::strspn(text, " \t");
-    unsigned number = 0;  // from_chars leaves it 0 if the text does not begin with a whole number
+    unsigned number = 0;  // stays 0 if `text` does not begin with a whole number
     std::from_chars(text, text + std::strlen(text), number);
     return number > 0 ? size_t{number} : platform::usable_processors();
   }();

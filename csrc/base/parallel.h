@@ -44,13 +44,13 @@ void run_tasks(size_t tasks, size_t threads, Interruptible interruptible, void (
                const void* context);
 }
 
-// The number of threads that are worth starting for this many floating-point operations. For elementwise
-// work, `operations` may be the number of elements.
+// Returns the number of threads to use for this many floating-point operations: starting more threads would
+// take more time than they save. For elementwise work, `operations` may be the number of elements.
 size_t useful_threads(double operations);
 
-// Calls body(task) once for each task in [0, tasks), in any order, on at most `threads` threads. Each task
-// must compute its outputs alone: a sum is never split between tasks, so results do not depend on the number
-// of threads. If tasks throw, the first exception is rethrown.
+// Calls body(task) once for each task in [0, tasks), in any order, on at most `threads` threads. Each output
+// must be computed by a single task. So no sum is split between tasks, and results do not depend on the
+// number of threads. If tasks throw, the first exception is rethrown.
 template <class Body>
 void parallel_for(size_t tasks, size_t threads, Interruptible interruptible, const Body& body) {
   detail::run_tasks(

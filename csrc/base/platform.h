@@ -24,8 +24,8 @@ size_t page_size();
 // there is no memory.
 char* map_pages(size_t bytes, size_t alignment);
 
-// Unmaps a whole mapping. On a system where `can_collapse_pages` can return true, `unmap_pages` can also
-// unmap only a part of a mapping.
+// Unmaps a whole mapping. On systems that support `collapse_pages`, `unmap_pages` can also unmap a part of a
+// mapping.
 void unmap_pages(void* at, size_t bytes);
 
 // Two requests to the system: to use huge pages, or to use small pages. If the system refuses a request, the
@@ -33,8 +33,9 @@ void unmap_pages(void* at, size_t bytes);
 void prefer_huge_pages(char* at, size_t bytes);
 void keep_small_pages(char* at, size_t bytes);
 
-// Whether `collapse_pages` can move small pages into huge pages of `huge_page` bytes. Tries this with one
-// huge page; returns std::nullopt if there is no memory for the trial.
+// Whether `collapse_pages` can move small pages into huge pages of `huge_page` bytes. To find out, the
+// function moves small pages into one huge page. It returns std::nullopt if there is no memory for this
+// trial.
 std::optional<bool> can_collapse_pages(size_t huge_page);
 
 // Moves the content of small pages into huge pages. If the system refuses, only speed is lost.

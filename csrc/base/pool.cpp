@@ -19,11 +19,12 @@ namespace {
 std::atomic<bool> in_child{false};
 [[maybe_unused]] const bool fork_watch = (platform::call_in_forked_child([] { in_child = true; }), true);
 
-// How long an idle thread polls before it sleeps. The polling time is longer than the time between two jobs
-// of a training step, so threads do not sleep between these jobs. The system may wake a sleeping thread on
-// the caller's own core even if another core has no work: in a virtual machine, a core that is halted does
-// not count as idle. The woken thread then waits for a time slice while the caller does all the work. When
-// idle threads polled for only 20 µs, a step on two cores took 8.0 ms; with longer polling, 4.3 ms.
+// How long an idle thread polls before it sleeps. During a training step, the time from one job to the next
+// is shorter than the polling time, so threads do not sleep between jobs. The system may wake a sleeping
+// thread on the caller's own core even if another core has no work: in a virtual machine, a core that is
+// halted does not count as idle. The woken thread then waits for a time slice while the caller does all the
+// work. When idle threads polled for only 20 µs, a step on two cores took 8.0 ms; with longer polling, 4.3
+// ms.
 constexpr auto kSpinTime = std::chrono::microseconds(1000);
 
 struct Job {

@@ -29,9 +29,9 @@ template <class T>
 using Array = py::array_t<T, py::array::c_style>;
 
 // Takes the GIL back. If the interpreter shuts down in the meantime, Python before 3.14 ends a daemon thread
-// here with pthread_exit, and glibc then unwinds the stack. The destructors of Python objects in the callers
-// would then run without the GIL. So this function stops the unwinding, and the thread sleeps until the
-// process ends, as in Python 3.14.
+// here with pthread_exit, and glibc then unwinds the stack. The unwinding would run the destructors of Python
+// objects in the calling functions, although the thread does not have the GIL. So this function stops the
+// unwinding, and the thread sleeps until the process ends, as in Python 3.14.
 inline void take_gil(PyThreadState* state) {
   try {
     PyEval_RestoreThread(state);

@@ -40,7 +40,8 @@ void matmul_t(const WeightArgument<T>& weight, const Array<T>& dy, Array<T> out,
 template <class T>
 using Maybe = std::optional<Array<T>>;
 
-// The fields of one layer of a stack, in the form that Python passes.
+// The arguments that Python passes for one layer. Python passes a list of layers that have the same input x
+// (a stack of layers).
 template <class T>
 struct ForwardFields {
   static constexpr const char* kType = "ForwardPart";

@@ -11,9 +11,9 @@ namespace nplora::bindings {
 namespace {
 
 // Python passes the buffers of an optimiser step as tuples, which no code can change while the GIL is
-// released. The buffers are checked here one by one. Two slower ways were measured with the 420 factors of a
-// language model: casting lists to vectors of array_t took a sixth of the time of a step, and preparing error
-// messages that were never shown took another sixth.
+// released. The functions below check the buffers one by one. Two slower ways of checking were measured with
+// the 420 factors of a language model: casting lists to vectors of array_t took a sixth of the time of a
+// step, and preparing error messages that were never shown took another sixth.
 [[noreturn]] void refuse(const std::string& message) {
   throw std::invalid_argument(message);
 }
@@ -68,8 +68,8 @@ struct Rates {
 
 // Collects the buffers of one step, and checks that they fit each other. The result is valid until the next
 // call on this thread. A parameter is a tuple (name, value, grad). For AdamW, `first` and `second` hold the
-// two moments of each parameter. For SGD, `first` holds the momentum, or is null if there is no momentum, and
-// `second` is null.
+// two moments of each parameter. For SGD, `second` is null, and `first` holds the momentum. For SGD without
+// momentum, `first` is null too.
 const std::vector<Trained>& collect(const py::tuple& parameters, const py::tuple* first,
                                     const py::tuple* second, const Rates& rates) {
   static thread_local std::vector<Trained> all;
@@ -98,9 +98,10 @@ const std::vector<Trained>& collect(const py::tuple& parameters, const py::tuple
   return all;
 }
 
-// Calls step(scale) without the GIL. If max_norm is given, first computes the norm of all gradients times
-// `scale`, and lowers `scale` so that this norm is at most max_norm. Returns the norm before `scale` was
-// lowered. If this norm is not finite, `step` is not called.
+// Calls step(scale) without the GIL. If max_norm is given, the function first multiplies the norm of all
+// gradients by `scale`. If the product is above max_norm, the function lowers `scale` so that the product
+// becomes max_norm. The function returns the product for the original `scale`, and does not call `step` if
+// this product is not finite.
 template <class Step>
 std::optional<double> clip_and_step(const std::vector<Trained>& parameters, double scale,
                                     std::optional<double> max_norm, const Step& step) {

@@ -13,10 +13,10 @@ namespace {
 // The identifier of Python's main thread, the only thread that runs signal handlers.
 unsigned long main_thread = 0;  // the result of PyThread_get_thread_ident
 
-// The interrupt hook. The hook is called between tasks, on the thread that called the core and released the
-// GIL. On Python's main thread, a pending Ctrl-C becomes a Python exception. Other threads have no signals to
-// check, and must not take the GIL: while the interpreter shuts down, taking the GIL could end a daemon
-// thread.
+// The interrupt hook. The hook is called between tasks, on the thread that called this library and released
+// the GIL. On Python's main thread, the hook runs the handlers of pending signals, and returns true if a
+// handler raises an exception, as for Ctrl-C. On other threads, the hook does not take the GIL: while the
+// interpreter shuts down, taking the GIL could end a daemon thread.
 bool signal_pending() {
   using Clock = std::chrono::steady_clock;
   constexpr auto kInterval = std::chrono::milliseconds(50);
@@ -26,7 +26,7 @@ bool signal_pending() {
   if (now - last < kInterval) return false;
   last = now;
   const py::gil_scoped_acquire acquire;
-  const ScratchFrame frame;  // a signal handler that calls the core must not use our scratch buffers
+  const ScratchFrame frame;  // gives signal handlers other scratch buffers than the interrupted call
   return PyErr_CheckSignals() != 0;
 }
 

@@ -39,8 +39,8 @@ std::vector<int64_t> within(const char* name, const Integers& array, size_t n, i
   return values;
 }
 
-// Copies the targets of some rows of logits, and checks that each target is either kIgnoredTarget or the
-// index of a column of the logits.
+// Returns a copy of `targets`, which holds one target for each row of `logits`. Checks that each target is
+// either kIgnoredTarget or the index of a column of `logits`.
 std::vector<int64_t> checked_targets(const Integers& targets, const Matrix<float>& logits) {
   std::vector<int64_t> wanted = copied("targets", targets, logits.rows);
   for (const int64_t target : wanted)
@@ -272,12 +272,12 @@ AttentionShape shape_of(const Floats& q, size_t kv_width, size_t heads, size_t k
   require(dim > 0 && width == heads * dim, "q must have a width of heads * head_dim");
   require(kv_width == kv_heads * dim, "k must have a width of kv_heads * head_dim");
   require(window >= 0, "window must be at least 0");
-  constexpr int64_t kMostKeys = int64_t{1} << 40;  // no sequence has this many keys
+  constexpr int64_t kMostKeys = int64_t{1} << 40;  // more keys than any sequence can have
   return {heads, kv_heads, dim, float(scale), size_t(std::min(window, kMostKeys)), bfloat16};
 }
 
-// Sets the members `causal`, `bias` and `reach` of a shape. Checks that `bias` has a column for every
-// distance between two tokens of a sequence.
+// Sets the members `causal`, `bias` and `reach` of `shape`. Checks that `bias` has enough columns for the
+// longest sequence: one column for each possible distance between two of its tokens.
 void set_direction(AttentionShape& shape, bool causal, const std::optional<Floats>& bias,
                    const std::vector<int64_t>& starts) {
   shape.causal = causal;

@@ -39,8 +39,9 @@ bool is_16_bit(Storage storage) {
   return !is_blocks(storage) && bytes_per_element(storage) == 2;
 }
 
-// Whether an array of T can hold the values of a storage format. For float64, T must be double. For a 16-bit
-// format, T must be uint16_t (bit patterns) or float. For all other formats, T must be float.
+// Whether a NumPy array with elements of type T can hold the values of a storage format. For float64, T must
+// be double. For a 16-bit format, T must be uint16_t (bit patterns) or float. For all other formats, T must
+// be float.
 template <class T>
 bool fits(Storage storage) {
   if (sizeof(T) == 8) return storage == Storage::kFloat64;
@@ -129,7 +130,8 @@ void gather_rows(const PackedWeight& w, const Array<int64_t>& ids, Array<T> out)
           "out has the wrong dtype");
   const size_t n = size_t(ids.size());
   require_shape("out", out, n, w.d_in());
-  // The ids are copied, so that no other code can change them after the check.
+  // Other code may change the array `ids` while the GIL is released, so the indices are copied before they
+  // are checked.
   const std::vector<int64_t> id(ids.data(), ids.data() + n);
   for (size_t i = 0; i < n; ++i)
     if (id[i] < 0 || size_t(id[i]) >= w.d_out())

@@ -4,15 +4,16 @@
 
 namespace nplora::kernels::NPLORA_ISA {
 
-// Returns the prefetch distance, in bytes, for a kernel that reads `rows` keys or values at a time. The
-// distance is a whole number of rows and reaches past the rows that are being read.
+// Returns the prefetch distance, in bytes, for a kernel that reads `rows` rows of keys or values at a time.
+// The distance is a multiple of the row size, and is at least `rows` rows, so that the kernel prefetches only
+// rows that it does not read yet.
 inline size_t fetch_distance(size_t rows, size_t stride) {
   const size_t bytes = stride * sizeof(float);
   return bytes * (rows * bytes > kFetchAhead ? rows : ceil_div(kFetchAhead, bytes));
 }
 
-// Multiplies the query `q` (dim) with kRows rows of the keys `k` (kRows, dim). Each lane of `sums[j]` is a
-// partial sum of the dot product of `q` and row j.
+// Multiplies the query `q` (dim) with kRows rows of the keys `k` (kRows, dim). The sum of the lanes of
+// `sums[j]` is the dot product of `q` and row j.
 template <size_t kRows, bool kFetch>
 __attribute__((always_inline)) inline void row_products(size_t dim, const float* q, const float* k,
                                                         size_t stride, size_t ahead, Vec<float>* sums) {
@@ -44,9 +45,10 @@ inline Vec<float> sum_of(const Vec<float>* v) {
     return sum_of<kCount / 2>(v) + sum_of<kCount / 2>(v + kCount / 2);
 }
 
-// Processes two heads of a query and kRows rows of `k` at a time, where kRows is half the number of lanes.
-// Each pair of a head and a row gives one vector of partial sums. These vectors are transposed, so that the
-// lanes of all vectors are summed at once. The remaining rows are processed one by one.
+// Computes the dot products of two heads of a query with kRows rows of `k` at a time, where kRows is half the
+// number of lanes. For each dot product, the function first computes a vector of partial sums. There are as
+// many vectors as lanes, so the vectors are transposed as a square matrix, and then the partial sums of all
+// dot products are added at once. The remaining rows are processed one by one.
 inline void key_dots(size_t rows, size_t heads, size_t group, size_t dim, const float* q, const float* k,
                      size_t k_stride, float* scores, size_t s_stride) {
   using V = Vec<float>;
@@ -74,7 +76,8 @@ inline void key_dots(size_t rows, size_t heads, size_t group, size_t dim, const 
     }
 }
 
-// Adds kRows weighted rows of `v` at once, so that `out` is loaded and stored only once for all these rows.
+// Multiplies kRows rows of `v` by their weights and adds them to `out`. `out` is loaded and stored only once
+// for all these rows.
 template <size_t kRows>
 inline void add_value_rows(size_t heads, size_t group, size_t dim, const float* weights, size_t w_stride,
                            const float* v, size_t v_stride, float* out) {
@@ -114,9 +117,9 @@ inline void scale_columns(size_t rows, size_t n, const float* factor, float* x, 
   });
 }
 
-// Returns the maxima of neighbouring columns, one column in each lane. Lane i of the result is the maximum of
-// two values: the largest of the `rows` elements of column i, and lane i of `before`. The loop keeps four
-// independent maxima, because a single maximum would wait for the result of each comparison.
+// Returns the maxima of several neighbouring columns, which begin at `column`. Lane i of the result is the
+// maximum of lane i of `before` and the `rows` elements of column i. The loop keeps four separate maxima for
+// each column: with only one, each comparison would have to wait for the result of the previous comparison.
 template <class Span>
 inline Vec<float> largest_of_column(size_t rows, const float* column, size_t stride, Vec<float> before,
                                     const Span& span) {
@@ -153,9 +156,9 @@ inline void softmax_step(size_t rows, size_t n, float* s, size_t s_stride, float
 // gradient of the loss with respect to x. In attention, delta equals the dot product of dout and `out`, where
 // `out` is the output of attention (Dao et al. 2022, section 3.1). The backward pass computes the
 // probabilities p again, as exp(s - lse). `lse` is the logarithm of the sum of exp(s), from the forward pass.
-// The backward pass also computes the scores s again, perhaps with other rounding errors than in the forward
-// pass. A large s can then be so much greater than `lse` that exp(s - lse) would overflow. So s - lse is
-// limited to at most 0.
+// The backward pass also computes the scores s again. Its rounding errors may differ from those of the
+// forward pass, so a large s can be much greater than `lse`, and exp(s - lse) would overflow. So the code
+// replaces a positive s - lse by 0.
 inline void softmax_backward(size_t rows, size_t n, const float* lse, const float* delta, float* s, float* dp,
                              size_t stride) {
   using V = Vec<float>;
@@ -170,11 +173,11 @@ inline void softmax_backward(size_t rows, size_t n, const float* lse, const floa
 }
 
 // Does the same as softmax_backward, but each column must hold the scores of all keys. This function computes
-// the sum of exp(s) and delta itself, so the caller passes no `lse` and no `delta`. In a column with a single
-// row, p is exactly 1 and delta is exactly dp, so ds is 0.
+// the sum of exp(s) and delta itself, so the caller passes no `lse` and no `delta`. If a column holds a
+// single score, p is exactly 1 and delta is exactly dp, so ds is 0.
 inline void whole_softmax_backward(size_t rows, size_t n, float* s, float* dp, size_t stride) {
   using V = Vec<float>;
-  // `kLeast` prevents a division by 0 if all elements of a column are -Inf.
+  // If all elements of a column are -Inf, `sum` is 0. The code then divides by kLeast instead of `sum`.
   constexpr float kLowest = -3.40282347e38f, kLeast = 0x1p-126f;
   for_vectors(n, [&](size_t j, auto span) {
     const size_t end = j + rows * stride;

@@ -4,12 +4,12 @@
 //
 // In all formats except NF4, a decoded value is a product of two or three factors. The first factor is the
 // scale of the block, a float16. The second factor is the scale of the sub-block, an integer; some formats
-// have no such scale. The last factor is the code, or the level that a table gives for the code. Some formats
-// add a minimum to the product. A fused multiply-add gives the same value as a separate multiplication and
-// addition, because the product is exact. The scale of the block has 11 significant bits. The scale of the
-// sub-block and the code have at most 12 significant bits together: 7 + 5 bits in Q6_K, and 5 + 7 bits in
-// IQ4_XS. So the product fits into the 24 significant bits of a float. Only the addition of the minimum
-// rounds.
+// have no such scale. The last factor is the code, or the level that a table gives for the code. In some
+// formats, a minimum is added to the product. The product is exact in float, so a fused multiply-add gives
+// the same value as a separate multiplication and addition: the scale of the block has 11 significant bits.
+// The scale of the sub-block and the code have at most 12 significant bits together: 7 + 5 bits in Q6_K, and
+// 5 + 7 bits in IQ4_XS. So the product fits into the 24 significant bits of a float. Only the addition of the
+// minimum rounds.
 
 namespace nplora::kernels::NPLORA_ISA {
 
@@ -75,7 +75,7 @@ inline void put(const Floats& low, const Floats& high, Vec<float> d, To to) {
 }
 
 // A position in a row of DecodedRows. If the row covers two panels, the position must be a multiple of
-// kBytes. The next kBytes elements are then all in one panel.
+// kBytes, so that the kBytes elements that begin at the position are all in one panel.
 static_assert(kPanelColumns % kBytes == 0);
 struct DecodedRow {
   float* row;
@@ -115,9 +115,9 @@ inline void put(const Floats& q, Vec<float> d, Vec<float> m, const EncodedRow& t
   put(values, to);
 }
 
-// The function nibbles_for receives the values of the sixteen possible nibbles of a sub-block. If the
-// destination stores int8 codes, the function converts these sixteen values to codes. Each element then only
-// needs to look up its code.
+// A sub-block of 4-bit codes can hold only sixteen different values, one for each possible nibble. If the
+// destination stores int8 codes, nibbles_for converts these sixteen values to int8 codes. The int8 code of
+// each element is then looked up by its nibble.
 struct NibbleCodes {
   Bytes codes;
 };
@@ -143,7 +143,7 @@ struct Dot {
   const float* x;
   size_t x_stride;
   Vec<float> (&sums)[kTokens];
-  size_t at = 0;  // index in a row of `x` at which the current group of elements begins
+  size_t at = 0;  // the column of `x` that belongs to the next decoded element
 
   Dot operator+(size_t elements) const { return {x, x_stride, sums, at + elements}; }
   Vec<float> x_of(size_t t, size_t i) const {
@@ -202,21 +202,23 @@ struct HighBits {
         high(each_bit(static_cast<uint16_t>(bits[2] | bits[3] << 8), 16)) {}
 };
 
-// The factors and the minima of a block, one of each for every sub-block. The function `read` decodes them to
-// memory. Formats that pack their factors and minima into few bits specialise this struct.
+// The factors and the minima of a block, with one factor and one minimum for every sub-block. The function
+// `read` decodes the factors and the minima to memory. Formats that pack their factors and minima into few
+// bits specialise this struct.
 template <class Block>
 struct Scales {
   void read(const Block&) {}
 };
 
 // The factors d * scale_j and the negated minima -dmin * min_j of the eight sub-blocks j of a Q4_K or Q5_K
-// block. The factors are d[0] to d[7], and the negated minima are m_from_8[8] to m_from_8[15].
+// block. Elements 0 to 7 of the array `d` are the factors, and elements 8 to 15 of the array `m_from_8` are
+// the negated minima.
 template <class Block>
 struct SubScales {
   alignas(64) float d[16], m_from_8[16];
 
   void read(const Block& block) {
-    uint32_t low, middle, high;  // four bytes of block.scales each
+    uint32_t low, middle, high;  // each holds four bytes of block.scales
     __builtin_memcpy(&low, block.scales, 4);
     __builtin_memcpy(&middle, block.scales + 4, 4);
     __builtin_memcpy(&high, block.scales + 8, 4);
@@ -238,8 +240,9 @@ struct SubScales {
 // Each kernel unit (isa_*.cpp) defines kUnrolledSubBlocks, the unroll factor of the loops over the sub-blocks
 // of a block.
 
-// Prefetches the columns of a row that is decoded kRowsAhead rows later. The hardware does not prefetch these
-// columns, because it detects no stream in so few bytes.
+// Prefetches the blocks of a later row: while the columns of row i are decoded, the same columns of row i +
+// kRowsAhead are prefetched. The hardware does not prefetch these columns, because it detects no stream in so
+// few bytes.
 constexpr size_t kRowsAhead = 8;
 inline void fetch_columns(const void* at, size_t bytes) {
   constexpr size_t kMost = 4 * kCacheLine;
@@ -262,7 +265,8 @@ inline void decode_rows(size_t rows, size_t first, size_t cols, const void* bloc
     for (size_t sub_block = first / kSubBlock, end = (first + cols) / kSubBlock; sub_block < end;) {
       const Decoder<Block> block{in_row[sub_block / kSubBlocks]};
       const size_t j = sub_block % kSubBlocks, n = smaller(kSubBlocks - j, end - sub_block);
-      // The loop is unrolled so that the index of the sub-block is a constant in each copy.
+      // The loop is unrolled so that the index of the sub-block is a compile-time constant in each copy of
+      // the loop body.
 #pragma GCC unroll kUnrolledSubBlocks
       for (size_t i = 0; i < kSubBlocks; ++i)
         if (i - j < n) block.sub_block(i, out + (i - j) * kSubBlock);
@@ -291,7 +295,7 @@ void encode_blocks(size_t rows, size_t first, size_t cols, const void* blocks, s
 
 // All tokens are multiplied with kFewRows rows of W before the next rows are read. While rows are read, the
 // same columns of later rows are prefetched. The function fetch_ahead returns the distance to the later rows
-// in bytes. The distance is kFetchAhead, rounded up to whole groups of `group` rows.
+// in bytes: kFetchAhead, rounded up to a multiple of the size of `group` rows.
 inline constexpr size_t kFewRows = 8;
 inline size_t fetch_ahead(size_t row_bytes, size_t group = kFewRows) {
   const size_t few = group * row_bytes;
@@ -300,8 +304,8 @@ inline size_t fetch_ahead(size_t row_bytes, size_t group = kFewRows) {
 
 // Prefetches some of the cache lines of `next` into L2, and removes these lines from `next`. The rows of W
 // are processed in groups of `group` rows. This function is called before each group, and `rows` is the
-// number of rows that are not yet processed. Each call prefetches the fraction group / rows of the cache
-// lines that are left in `next`, so that all calls prefetch about the same number of lines.
+// number of rows that are not yet processed. Of the cache lines that are left in `next`, the call prefetches
+// the fraction group / rows. So all calls prefetch about the same number of lines.
 inline void fetch_share(Fetch& next, size_t rows, size_t group = kFewRows) {
   const size_t n = rows <= group ? next.lines : ceil_div(next.lines * group, rows);
   next.lines -= n;
@@ -319,9 +323,9 @@ struct Decoders {
   Decoder<Block> get(size_t r, size_t i) const { return Decoder<Block>{at[r][i]}; }
 };
 
-// The decoders of formats whose block is a single sub-block. These decoders convert the scales and minima of
-// several rows to float together, and later broadcast each float from memory. Tiles of two rows use the
-// general decoders above, because the joint conversion makes these tiles no faster.
+// The decoders of formats whose blocks have only one sub-block. One instruction converts the scales and
+// minima of several rows to float, and each float is later broadcast from memory. Tiles of two rows use the
+// general decoders above, because this conversion would not make them faster.
 template <class Block, size_t kRows>
   requires(Block::kElements == kSubBlock && kRows > 2)
 struct Decoders<Block, kRows> {
@@ -332,7 +336,7 @@ struct Decoders<Block, kRows> {
   Decoders(const Block* const (&at)[kRows], size_t n) : at(at) {
     static_assert(offsetof(Block, d) == 0);
     if constexpr (kFactors == 2) static_assert(offsetof(Block, m) == sizeof(Half));
-    constexpr size_t kAtOnce = smaller(kRows, 64 / kBits);  // the factors of kAtOnce rows fit into 64 bits
+    constexpr size_t kAtOnce = smaller(kRows, 64 / kBits);  // `halves` has room for kAtOnce rows
     for (size_t i = 0; i < n; ++i)
       for (size_t r = 0; r < kRows; r += kAtOnce) {
         uint64_t halves = 0;
@@ -361,8 +365,8 @@ struct BlockRows {
   size_t row_bytes;
   size_t ahead = fetch_ahead(row_bytes);
 
-  // Decodes the rows of W that `rows` lists, block by block. The destination of the block that begins at
-  // element i of row rows[r] is `to(r, i)`.
+  // Decodes the rows of W that `rows` lists, block by block. The decoded block that begins at element i of
+  // row rows[r] is passed to the destination `to(r, i)`.
   template <size_t kRows, class To>
   void add(const size_t (&rows)[kRows], size_t cols, const To& to) const {
     const Block* at[kRows];
@@ -389,7 +393,7 @@ struct BlockRows {
 
 // Multiplies kTokens rows of `x` with up to kRows rows of W. The vectors of sums are stored in `part`
 // (tokens, all, lanes), where `all` is the number of rows of W. If fewer than kRows rows are left, the last
-// row is repeated and its additional sums are dropped.
+// row is computed several times, but its sums are stored only once.
 template <size_t kTokens, size_t kRows, class Rows>
 inline void dot_tile(const Rows& w, size_t first, size_t rows, size_t cols, const float* x, size_t x_stride,
                      float* part, size_t all) {

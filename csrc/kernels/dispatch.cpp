@@ -1,5 +1,5 @@
-// Chooses the kernel table: the table of the best instruction set of this machine, or the table that the
-// environment variable NPLORA_ISA names.
+// Chooses the kernel table. Without the environment variable NPLORA_ISA, the table is for the best
+// instruction set that this machine supports. Otherwise NPLORA_ISA names the table.
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
@@ -52,7 +52,7 @@ KernelTable with_kernels(const KernelTable& table, const char* isa, const PairPr
 
 struct Choice {
   const KernelTable* table;
-  bool available;            // whether this machine can run the table
+  bool available;            // whether this machine can run the kernels of the table
   const char* parts;         // the processor features that the table requires
   bool takes_tiles = false;  // whether the table needs the AMX tile registers, which Linux may refuse
 };

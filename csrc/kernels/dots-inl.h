@@ -6,12 +6,13 @@
 // token have the same bits in every batch.
 //
 // Each kernel unit (isa_*.cpp) defines three constants.
-//   `kDotResident` is the largest number of vectors of `x` that stay in registers while the rows of one panel
-//     of W are read. In addition, the sums of one token take kDotSums registers.
+//   `kDotResident`: while the rows of a panel of W are multiplied by a single token, up to this many vectors
+//     of the token's `x` stay in registers. In addition, the sums of the token take kDotSums registers.
 //   `kDotRows` is the number of rows of W that share each load of `x`, for a single token whose `x` does not
 //     stay in registers.
-//   `kDotSums` is the number of partial sums of a row. kDotRows * kDotSums is at least 8, because an FMA has
-//     a latency of 4 cycles and 2 FMAs can start in each cycle.
+//   `kDotSums` is the number of vectors in which the products of a row of W are summed. kDotRows * kDotSums
+//     is at least 8: an FMA has a latency of 4 cycles and 2 FMAs can start in each cycle, so 8 independent
+//     sums are needed.
 
 namespace nplora::kernels::NPLORA_ISA {
 
@@ -19,20 +20,20 @@ namespace nplora::kernels::NPLORA_ISA {
 template <class W>
 inline constexpr size_t kVectorsOfPanel = kPanelColumns / Vec<Sum<W>>::kLanes;
 
-// The number of partial sums of a row of W. If a row of a panel has fewer than 2 * kDotSums vectors, all
-// products of the row are added, in order, to a single vector of sums.
+// The number of vectors in which the products of a row of W are summed: kDotSums or, if a row of a panel has
+// fewer than 2 * kDotSums vectors, only one.
 template <class W>
 inline constexpr size_t kSideSums = kVectorsOfPanel<W> >= 2 * kDotSums ? kDotSums : 1;
 
-// The number of rows of W that share each load of `x`. For several tokens, rows share a load only if there
-// are at most eight sums in total: eight sums hide the latency of an FMA, and more sums would not fit into
-// the registers.
+// The number of rows of W that share each load of `x`. For several tokens, the rows that share a load have at
+// most eight vectors of sums in total: eight hide the latency of an FMA, and more would not fit into the
+// registers.
 template <class W, size_t kTokens>
 inline constexpr size_t kSharingRows =
     kTokens == 1 ? kDotRows : (kTokens * kSideSums<W> < 8 ? 8 / (kTokens * kSideSums<W>) : 1);
 
-// Whether the registers have room for the sums and also for the columns of `x` that are multiplied by one
-// panel of W.
+// Whether the columns of `x` that are multiplied by a panel of W fit into the registers, together with the
+// sums.
 template <class W, size_t kTokens>
 inline constexpr bool kStaysInRegisters =
     kTokens * (kVectorsOfPanel<W> + kSideSums<W>) <= kDotResident + kDotSums;
@@ -41,10 +42,11 @@ inline constexpr bool kStaysInRegisters =
 template <class W, size_t kTokens, size_t kRows>
 using RowSums = Vec<Sum<W>>[kRows][kTokens][kSideSums<W>];
 
-// Multiplies each row w[r] of a full panel by each row t of `x`, element by element. Only the columns of the
-// panel take part. The products of w[r] and row t are added to the lanes of sums[r][t][0]. The order of the
-// additions depends neither on the number of tokens nor on whether W is stored in panels or row-major.
-// `x_at(t, s)` returns vector s of row t of `x`.
+// Multiplies each row w[r] of a full panel by each row t of `x`, element by element. Row t of `x` begins at
+// the column that belongs to the first column of the panel. The products of w[r] and row t are added to the
+// lanes of sums[r][t][0]. The order of the additions depends neither on the number of tokens nor on whether W
+// is stored in panels or row-major. `x_at(t, s)` returns the vector that begins s * kLanes elements after the
+// start of row t of `x`.
 template <class W, size_t kTokens, size_t kRows, class XAt>
 [[gnu::always_inline]] inline void add_panel(const W* const (&w)[kRows], const XAt& x_at,
                                              RowSums<W, kTokens, kRows>& sums) {
@@ -145,7 +147,7 @@ inline void dots_rows(Dots<W>& p) {
     for (size_t r = 0; r < kRows; ++r, p.next += p.row_stride) {
       fetch_panel(p.next);
       w[r] = p.w + r * p.row_stride;
-      keep(w[r]);  // without `keep`, GCC loads an offset for each element from the stack
+      keep(w[r]);  // without `keep`, GCC would load an offset from the stack for each load of W
     }
     add_panel<W, kTokens, kRows>(w, x_at, sums);
     p.template store_sums<kTokens, kRows>(sums);
@@ -174,8 +176,8 @@ inline void dots_narrow(Dots<W> p, size_t width) {
 }
 
 // Multiplies the full panels of a row-major W, kRows rows at a time, until fewer than kRows rows are left.
-// The sums of the kRows rows stay in registers for all panels. Rows of W that come `ahead` elements later are
-// prefetched.
+// The sums of the kRows rows stay in registers for all panels. The elements of W that are `ahead` elements
+// after the current elements are prefetched.
 template <class W, size_t kTokens, size_t kRows>
 inline void dots_row_major(Dots<W>& p, size_t panels, size_t ahead) {
   using V = Vec<Sum<W>>;
@@ -211,7 +213,7 @@ template <size_t kTokens = 4, class Body>
   if constexpr (kTokens > 1) for_tokens<kTokens / 2>(m, body, first);
 }
 
-// Returns the part of the product `p` that begins at token `first`.
+// Returns the operands of the product `p` without the tokens before token `first`.
 template <class W>
 inline Dots<W> from_token(Dots<W> p, size_t first) {
   p.x += first * p.x_stride;
@@ -254,7 +256,7 @@ void dots(size_t m, size_t rows, size_t depth, const Panels<W>& w, const Sum<W>*
     p.x += panels * kPanelColumns;
     p.accumulate = true;
   }
-  do {  // runs once even if `depth` is 0, to set `part` to zero
+  do {  // if `depth` is 0, the only iteration sets `part` to zero
     const size_t width = smaller(depth, kPanelColumns);
     // The last rows of a panel prefetch the first rows of the next panel.
     const size_t last = smaller(rows, kFetchAhead / (kPanelColumns * sizeof(W)));
@@ -278,9 +280,9 @@ void dots(size_t m, size_t rows, size_t depth, const Panels<W>& w, const Sum<W>*
   } while (depth > 0);
 }
 
-// Adds up the lanes of each row of `part` (rows, kLanes) in pairs, then the results in pairs, and so on. If
-// `bias` (rows) is not null, it is added to the sums. The sums are stored in `y` (rows). The function
-// transposes blocks of kLanes rows, so that all rows of a block are summed at once.
+// Sums each row of `part` (rows, kLanes), adds `bias` (rows) if it is not null, and stores the results in `y`
+// (rows). A row is summed in pairs: its elements are added in pairs, then the results in pairs, and so on.
+// The function transposes blocks of kLanes rows, so that all rows of a block are summed at once.
 template <class T>
 void sum_parts(size_t rows, const T* part, const T* bias, T* y) {
   constexpr size_t kLanes = Vec<T>::kLanes;
@@ -300,10 +302,10 @@ void sum_parts(size_t rows, const T* part, const T* bias, T* y) {
   }
 }
 
-// ---- add_dots: y += z aᵀ, where the depth is the rank of an adapter ----
+// ---- add_dots: y += z aᵀ, where `depth` is the rank of an adapter ----
 
-// Divides the lanes of each of the kCount vectors in `v` into groups of kCount neighbours, and sums each
-// group. The result has the sums of the first vector, then the sums of the second vector, and so on.
+// Sums groups of kCount neighbouring lanes in each of the kCount vectors in `v`. The result is one vector:
+// first the sums of vector v[0], then the sums of vector v[1], and so on.
 template <size_t kCount, class T>
 inline Vec<T> sums_of_neighbours(Vec<T> (&v)[kCount]) {
 #pragma GCC unroll 4
@@ -351,9 +353,9 @@ inline void add_packed_dots(size_t m, size_t rows, const A* a, const T* z, size_
       add_packed_rows<kDepth>(smaller(rows - r, kLanes), a + r * kDepth, zs[t], y + t * y_stride + r);
 }
 
-// Adds z aᵀ to `y` (kTokens, rows) for at most kLanes / kTokens rows, where `z` is (kTokens, depth) and `a`
-// is (rows, depth). If `rows` is less than kLanes / kTokens, the last row is repeated and its additional
-// sums are dropped.
+// Adds z aᵀ to `y` (kTokens, rows), where `z` is (kTokens, depth) and `a` is (rows, depth). `rows` is at most
+// kLanes / kTokens. If `rows` is less, the last row of `a` is computed several times, but its sums
+// are added to `y` only once.
 template <size_t kTokens, class A, class T>
 inline void add_few_dots(size_t rows, size_t depth, const A* a, const T* z, size_t z_stride, T* y,
                          size_t y_stride) {

@@ -78,9 +78,9 @@ double sum_of_squares(size_t n, const T* x) {
   return sums[0];
 }
 
-// Calls `body(i, word)` for each i < n, where `word` is a random number. Philox makes four words from a
-// counter. For i, the counter is (first + i) / 4, and `word` is the word with the index (first + i) % 4 among
-// the four words of this counter.
+// Calls `body(i, word)` for each i < n, where `word` is a random 32-bit number. From a counter, Philox
+// computes four numbers. `word` is number (first + i) % 4 of the four numbers for the counter (first + i) /
+// 4.
 template <class Body>
 inline void for_words(size_t n, uint64_t seed, uint64_t first, const Body& body) {
   constexpr size_t kElements = 4 * kPhiloxBlocks;
@@ -103,10 +103,10 @@ void dropout(size_t n, uint64_t seed, uint64_t first, uint32_t threshold, T fact
 
 // ---- stochastic rounding ----
 
-// Rounds a magnitude stochastically to a format that keeps all but the last `dropped` bits of a float. The
-// function adds random bits to the last `dropped` bits, then sets these bits to zero. If the addition carries
-// into the exponent, the result is still correct. NaN and numbers of at least `largest` do not change,
-// because they have no finite upper neighbour in the format.
+// Rounds a magnitude, given as the bits of a float, stochastically to a format that lacks the last `dropped`
+// bits of a float. The function adds a random number to the last `dropped` bits, then sets these bits to
+// zero. If the addition carries into the exponent, the result is still correct. NaN and magnitudes of at
+// least `largest`, the largest finite number of the format, do not change.
 inline uint32_t dither_bits(uint32_t magnitude, uint32_t word, int dropped, uint32_t largest) {
   const uint32_t dithered = (magnitude + (word >> (32 - dropped))) >> dropped << dropped;
   return magnitude >= largest ? magnitude : dithered;
@@ -187,9 +187,9 @@ inline void narrow_bfloat16(size_t n, const float* from, uint16_t* to) {
 
 inline void pair_rows(size_t rows, size_t cols, const float* x, size_t x_stride, Bf16Pair* out) {
 #if defined(NPLORA_SIMD_AVX512) && defined(NPLORA_SIMD_BF16)
-  // The hardware prefetcher cannot follow all rows of `x`, so the code prefetches each pair of rows. The
-  // prefetch distance is about kFetchAhead bytes, but at least one pair of rows. The code divides by cols + 1
-  // instead of `cols`, because `cols` may be 0.
+  // The hardware prefetcher cannot follow all rows of `x`, so while the code reads a pair of rows, it
+  // prefetches a later pair. The prefetch distance is about kFetchAhead bytes, but at least one pair of rows.
+  // The code divides by cols + 1 instead of `cols`, because `cols` may be 0.
   const size_t ahead = (kFetchAhead / sizeof(float) / (cols + 1) + 2) * x_stride;
 #endif
   for (; rows >= 2; rows -= 2, x += 2 * x_stride, out += cols) {
@@ -245,8 +245,9 @@ inline void narrow_float16_portable(size_t n, const float* from, uint16_t* to) {
     } else if (value >= 0x477FF000u) {  // a magnitude of at least 65520 is rounded to infinity
       half = 0x7C00u;
     } else if (value < 0x38800000u) {
-      // Adds 0.5. The last bit of a float from 0.5 to 1 has the value 2^-24, like the last bit of a subnormal
-      // float16. The addition therefore rounds like a conversion to float16.
+      // The float16 result is subnormal or the smallest normal number. The code adds 0.5 to the magnitude. A
+      // float from 0.5 to 1 is a multiple of 2^-24, like a subnormal float16, so the addition rounds in the
+      // same way as a conversion to float16.
       half = __builtin_bit_cast(uint32_t, __builtin_bit_cast(float, value) + 0.5f) - 0x3F000000u;
     } else {  // changes the exponent's bias from 127 to 15 and rounds to nearest, ties to even
       half = (value - 0x38000000u + 0xFFFu + ((value >> 13) & 1u)) >> 13;

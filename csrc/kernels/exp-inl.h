@@ -12,7 +12,7 @@ namespace nplora::kernels::NPLORA_ISA {
 // two parts. The first part has only 9 bits, so that n times the first part is exact.
 inline Vec<float> exp(Vec<float> x) {
   using V = Vec<float>;
-  constexpr float kShift = 0x1.8p23f;  // adding kShift rounds: floats from 2^23 to 2^24 are whole numbers
+  constexpr float kShift = 0x1.8p23f;  // x + kShift is a whole number, because it is above 2^23
   constexpr float kCoefficients[] = {
       0.0013814539f, 0.0083687454f, 0.041668389f, 0.16666521f, 0.49999994f, 1, 1};
   const V shift = V::broadcast(kShift);
@@ -27,9 +27,9 @@ inline Vec<float> exp(Vec<float> x) {
   return times_power_of_two(p, n);
 }
 
-// `Whole` accesses a whole vector of floats. `Part` accesses only the first `n` lanes of a vector. In the
-// other lanes, the results of `load` and `or_zero` are zero, and the result of `load_or` has the lanes of the
-// first argument.
+// `Whole` loads and stores all lanes of a vector. `Part` loads and stores only the first `n` lanes. In the
+// other lanes, the functions of `Part` return zero (`load` and `or_zero`) or the lanes of their first
+// argument (`load_or`).
 struct Whole {
   Vec<float> load(const float* p) const { return Vec<float>::load(p); }
   Vec<float> load_or(Vec<float>, const float* p) const { return load(p); }

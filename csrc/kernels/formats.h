@@ -1,7 +1,7 @@
-// The list of all block formats. Each format has a file in kernels/formats that holds its block layout. For
-// kernel units (isa_*.cpp), the file of a format also holds the decoder and the conversion of the codes to
-// int8. A new format needs a file in kernels/formats, two lines below that name the format and its file, and
-// a quantiser in ops/quantizers.
+// The list of all block formats. Each format has a file in kernels/formats that holds its block layout. The
+// file also holds the decoder of the format and the conversion of its codes to int8, but only kernel units
+// (isa_*.cpp) compile these two. A new format needs a file in kernels/formats, two lines below that name the
+// format and its file, and a quantiser in ops/quantizers.
 //
 // In the 4-bit and 5-bit formats with blocks of 32 elements, the low nibbles of the bytes `q` belong to
 // elements 0 to 15, and the high nibbles belong to elements 16 to 31. In the 5-bit formats, bit i of `high`
@@ -12,8 +12,8 @@
 #include "base/block.h"
 
 // Calls the macro X(name, Name) for each row format. A row format is a format whose blocks run along rows.
-// Block<Name> is the layout of the format, and BlockFormat::k<Name> is the number of the format. Arrays with
-// one kernel for each format have the order of this list.
+// Block<Name> is the layout of the format, and BlockFormat::k<Name> is the number of the format. Some arrays
+// hold one kernel for each row format; the order of their elements is the order of this list.
 #define NPLORA_ROW_FORMATS(X) \
   X(q4_0, Q4_0)               \
   X(q4_1, Q4_1)               \

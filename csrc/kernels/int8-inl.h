@@ -1,8 +1,9 @@
 // Multiplies a few rows of `x`, quantised to int8, by rows of low-bit blocks, in integer arithmetic. One
 // implementation serves every instruction set. Each kernel is documented in kernel_table.h.
 //
-// An element of W is a * code + b, where a sub-block, or each half of a sub-block, has its own a and b. An
-// element of `x` is scale * code. The dot product of a sub-block of W and a sub-block of `x` is
+// An element of W is a * code + b, where a and b are two factors of the sub-block (in some formats, of half
+// of the sub-block). An element of `x` is scale * code. The dot product of a sub-block of W and a sub-block
+// of `x` is
 //   a * scale * Σ (codes of W * codes of x) + b * scale * Σ (codes of x).
 // The sum of the products of codes is computed in integers. The value scale * Σ (codes of x) is stored
 // with `x`.
@@ -11,8 +12,9 @@ namespace nplora::kernels::NPLORA_ISA {
 
 // ---- x ----
 
-// Returns the largest magnitude in a sub-block of `x`, as the bits of a float. Magnitudes have the same order
-// as their bits, read as integers. In this order, NaN is above all numbers.
+// Returns the largest magnitude in a sub-block of `x`, as the bits of a float. The function compares the bits
+// of the magnitudes as integers: a larger magnitude has larger bits, and NaN has larger bits than all
+// numbers.
 inline uint32_t largest_bits(const float* x) {
   EightBits most{};
   for (size_t i = 0; i < kSubBlock; i += 8) {
@@ -26,9 +28,9 @@ inline uint32_t largest_bits(const float* x) {
 
 inline void quantize_sub_block(const float* x, int8_t* codes, float& scale, float& sum_of_codes,
                                float* half_sums) {
-  constexpr float kLargestCode = 127, kLeast = 0x1p-119f;  // if all |x| < kLeast, 1 / scale may be infinite
+  constexpr float kLargestCode = 127, kLeast = 0x1p-119f;  // below kLeast, 1 / scale may be infinite
   constexpr uint32_t kInfinite = 0x7F800000u;
-  constexpr float kShift = 0x1.8p23f;  // the low bits of x + kShift hold x, rounded to a whole number
+  constexpr float kShift = 0x1.8p23f;  // the low bits of kShift + x are x, rounded to an integer
   const uint32_t largest = largest_bits(x);
   if (largest >= kInfinite || __builtin_bit_cast(float, largest) < kLeast) {
     __builtin_memset(codes, 0, kSubBlock);
@@ -88,8 +90,8 @@ inline float sum(EightSubBlocks x) {
   return sum(x.v);
 }
 
-// The factors of a block with eight sub-blocks, one for each half of a sub-block. Both factors of a sub-block
-// are multiplied by the scale of the matching sub-block of `x`.
+// The factors of a block with eight sub-blocks, one for each half of a sub-block. Each factor is also
+// multiplied by a scale of `x`: the scale of the sub-block of `x` that is multiplied by this sub-block of W.
 struct Halves {
   const float* factors;
   Eight x;  // the scales of eight sub-blocks of `x`
@@ -133,21 +135,22 @@ inline TwoFloats two_floats(const Block& block) {
 template <class Block>
 struct Codes;
 
-// The base class of Codes for formats with unsigned codes: an element is a code times a scale, plus a
-// minimum.
+// The base class of Codes<Block> for formats with unsigned codes. In these formats, an element is a code
+// times a scale, plus a minimum.
 struct Unsigned {
   static constexpr bool kHasMinimum = true, kPlainNibbles = false;
   static EightInts dot_with(SubBlock codes, SubBlock x) { return dot(codes, x); }
 };
-// The base class of Codes for formats with signed codes: an element is a code times a scale.
+// The base class of Codes<Block> for formats with signed codes. In these formats, an element is a code times
+// a scale.
 struct Signed {
   static constexpr bool kHasMinimum = false, kPlainNibbles = false;
   static EightInts dot_with(SubBlock codes, SubBlock x) { return dot_signed(codes, x); }
 };
 
-// The base class of Codes for formats with signed codes of eight bits. With VNNI, 128 is added to each code,
-// because the instruction vpdpbusd needs unsigned bytes. To compensate, the minimum of a sub-block is -128
-// times the scale of the sub-block. Without VNNI, the codes stay signed (see dot_signed).
+// The base class of Codes<Block> for formats with signed codes of eight bits. With VNNI, 128 is added to each
+// code, because the instruction vpdpbusd needs unsigned bytes. To compensate, the minimum of a sub-block is
+// -128 times the scale of the sub-block. Without VNNI, the codes stay signed (see dot_signed).
 #if defined(NPLORA_SIMD_VNNI)
 struct EightBitCodes : Unsigned {
   static constexpr float kOffset = 128;
@@ -170,9 +173,10 @@ inline SubBlock high_bits(const uint8_t (&bits)[4]) {
   return join(high.low, high.high);
 }
 
-// Defines the type of a format's minima, and loads the sums of values of `x` by which the minima are
-// multiplied. Each sum is over a whole sub-block in this template, and over half a sub-block in the
-// specialisation below.
+// `Type` is the type of the minima of a block. `sums` loads the sums of `x` by which the minima are
+// multiplied. If a format has one minimum for each sub-block, each sum is over a whole sub-block. The
+// specialisation below is for formats with a minimum for each half of a sub-block, and its sums are over half
+// a sub-block.
 template <class Block>
 struct MinimaOf {
   using Type = typename Codes<Block>::Factors;
@@ -194,9 +198,10 @@ struct Rows {
   Rows after(size_t i) const { return {blocks + i * row_bytes, count - i, row_bytes, ahead}; }
 };
 
-// Returns the codes and the factors of a block. Formats that do not specialise `Scales` read their factors
-// from the block. The scales of all rows of a tile are decoded before the products are computed. The decoding
-// of one row is a long chain of dependent instructions, and the chains of several rows overlap.
+// Returns the codes and the factors of a block. If a format does not specialise `Scales`, the factors are
+// read from the block instead of from `scales`. The caller decodes the scales of all rows of a tile before it
+// computes the products: the decoding of one row is a long chain of dependent instructions, but the processor
+// can overlap the chains of several rows.
 template <class Block>
 inline Codes<Block> codes_of(const Block& block, const Scales<Block>& scales) {
   if constexpr (requires { Codes<Block>{{}, block, scales}; })
@@ -205,9 +210,9 @@ inline Codes<Block> codes_of(const Block& block, const Scales<Block>& scales) {
     return {{}, block};
 }
 
-// Multiplies kTokens rows of `x` with up to kRows rows of W. The products are stored in `y`, whose row stride
-// is `all` elements. If fewer than kRows rows are left, the last row is repeated and its additional products
-// are dropped.
+// Multiplies kTokens rows of `x` with up to kRows rows of W. The products are stored in `y`, whose rows are
+// `all` elements apart. If fewer than kRows rows are left, the last row is computed several times, but its
+// products are stored only once.
 template <class Block, size_t kTokens, size_t kRows>
 inline void int8_tile(const Rows& w, size_t sub_blocks, const Int8Rows& x, float* y, size_t all) {
   using Factors = typename Codes<Block>::Factors;
@@ -273,8 +278,8 @@ inline void int8_tiles(const Rows& w, size_t m, size_t sub_blocks, Int8Rows x, f
 // ---- rows of W in the lanes, for formats whose block is a single sub-block ----
 //
 // Each lane belongs to one of kLaneRows rows of W. The codes of the rows are transposed once for all tokens.
-// For each token and each sub-block, one conversion to float serves all rows. No sums across lanes are
-// needed.
+// For each token and each sub-block, one instruction converts the integer sums of all these rows to float. No
+// sums across lanes are needed.
 
 template <class Block>
 inline constexpr bool kRowsInLanes = Block::kElements == kSubBlock;
@@ -286,8 +291,7 @@ inline constexpr size_t kLaneTokens = 8;
 inline constexpr size_t kLaneTokens = 4;
 #endif
 
-// Calls the function `of` with the arguments k, k + 4, k + 8 and so on. Returns the kLaneParts results as an
-// array `parts`.
+// Returns the array `parts` with the kLaneParts elements of(k), of(k + 4), of(k + 8) and so on.
 template <class Of>
 [[gnu::always_inline]] inline auto of_parts(size_t k, const Of& of) {
   struct {
@@ -344,12 +348,12 @@ template <class Block, class At>
 #pragma GCC unroll 4
   for (size_t r = 0; r < 4; ++r)
     heads[r] = join_parts(of_parts(r, [&](size_t row) { return load_bytes(&at(row)); }).parts);
-  transpose_parts(heads);  // only heads[0] is used, so the compiler computes only heads[0]
+  transpose_parts(heads);  // the compiler computes only heads[0], the only result that is used
   return (LaneBits)heads[0];
 }
 
 // Multiplies kTokens rows of `x` with up to kLaneRows rows of W. If fewer than kLaneRows rows are left, the
-// last row is repeated and its additional products are dropped.
+// last row is computed in several lanes, but its products are stored only once.
 template <class Block, size_t kTokens>
 inline void int8_lanes(const Rows& w, size_t sub_blocks, const Int8Rows& x, float* y, size_t all) {
   using C = Codes<Block>;
@@ -363,7 +367,7 @@ inline void int8_lanes(const Rows& w, size_t sub_blocks, const Int8Rows& x, floa
     LaneBytes codes[8];
     transposed_codes<Block>(at, codes);
     [[maybe_unused]] LaneSigns signs[8];
-    if constexpr (!C::kHasMinimum)  // dot_lanes needs unsigned codes of W, so their signs are applied to `x`
+    if constexpr (!C::kHasMinimum)  // dot_lanes needs unsigned W: moves the signs to `x`
 #pragma GCC unroll 8
       for (size_t k = 0; k < 8; ++k) {
         const LaneBytes all = codes[k];

@@ -1,14 +1,14 @@
 // Products of many rows of `x` with W, where both `x` and W are in int8. One implementation serves every
 // instruction set. Each kernel is documented in kernel_table.h.
 //
-// Each kernel unit (isa_*.cpp) defines the sizes of its tiles. The operand `a` holds the codes of `x`, and a
-// row of `a` has one or several groups: the values of a group share one scale (see CodedRows).
-//   `kTokenTileRows` x `kTokenTileVectors` is the size of a tile (rows x vectors) if a row of `a` has one
-//     group. Such a tile needs kTokenTileRows * kTokenTileVectors integer accumulators, kTokenTileVectors
-//     vectors of `w` and 1 broadcast element.
-//   `kGroupTileRows` x `kGroupTileVectors` is the size of a tile (rows x vectors) if a row of `a` has several
-//     groups. Such a tile needs kGroupTileRows * kGroupTileVectors integer accumulators and the same number
-//     of float accumulators.
+// Each kernel unit (isa_*.cpp) defines the sizes of its tiles. The operand `a` holds the codes of `x`. A row
+// of `a` consists of groups, and all values of a group have the same scale (see CodedRows).
+//   If a row of `a` has a single group, a tile has kTokenTileRows rows of `a` and kTokenTileVectors vectors
+//     of `w`. Such a tile needs registers for kTokenTileRows * kTokenTileVectors integer accumulators,
+//     kTokenTileVectors vectors of `w` and 1 broadcast element of `a`.
+//   If a row of `a` has several groups, a tile has kGroupTileRows rows of `a` and kGroupTileVectors vectors
+//     of `w`. Such a tile needs registers for kGroupTileRows * kGroupTileVectors integer accumulators and the
+//     same number of float accumulators.
 
 #include "kernels/philox-inl.h"
 
@@ -17,14 +17,14 @@ namespace nplora::kernels::NPLORA_ISA {
 // ---- x and W to int8 ----
 
 // Loads one vector from the array `from`, starting at element i. The array has `n` elements. Lanes after the
-// last element are set to zero. If enough elements for all lanes are left, the caller may set `whole`, which
-// skips the test for the end of the array.
+// last element are set to zero. If the caller knows that the vector ends within the array, it may set
+// `whole`. The function then does not test whether the array ends.
 [[gnu::always_inline]] inline Vec<float> load_upto(size_t n, const float* from, size_t i, bool whole) {
   return whole || n - i >= kIntLanes ? Vec<float>::load(from + i) : Vec<float>::load_partial(from + i, n - i);
 }
 
 // Returns the largest of `least` and the magnitudes of `n` elements. NaN counts as larger than all numbers.
-// Magnitudes have the same order as their bits, read as integers.
+// The function compares the bits of the magnitudes as integers, because a larger magnitude has larger bits.
 template <class Load>
 inline float largest_magnitude(size_t n, const Load& load, float least) {
   LaneInts most = broadcast_int(__builtin_bit_cast(int32_t, least)), other = most;
@@ -48,9 +48,10 @@ struct Nearest {
 };
 
 // Rounds elements stochastically. The random bits of element i depend on first + i (see Int8Gemm::dither).
-// The random words are computed for kDithered elements at a time, so the elements must be rounded in order.
+// The random bits are computed for kDithered elements at a time, so the calls must have ascending i,
+// beginning with 0.
 struct Stochastic {
-  static constexpr int kFraction = 23;  // ±127 in fixed point, with 23 fraction bits, takes 31 bits
+  static constexpr int kFraction = 23;  // 127 * 2^23 plus 23 random bits fits into int32
   uint64_t seed, first;
   mutable uint32_t words[4][kPhiloxBlocks];
 
@@ -69,7 +70,7 @@ struct Stochastic {
 };
 
 // Quantises one group. `load(i, whole)` loads one vector of elements, starting at element i (see load_upto).
-// `round(i, v)` rounds a vector `v` to codes, where `v` is load(i, whole) times 1 / scale.
+// `round(i, v)` rounds the vector `v`, which is load(i, whole) * (1 / scale), to codes.
 template <class Load, class Round>
 inline void quantize_group(size_t n, const Load& load, const Round& round, int8_t* codes, float& scale,
                            int32_t& correction) {
@@ -151,8 +152,8 @@ inline void encode(size_t rows, size_t cols, const float* w, size_t w_stride, co
   }
 }
 
-// Interleaves the bytes of four rows of sixteen columns. The function first interleaves single bytes of two
-// rows, then pairs of bytes.
+// Interleaves four rows of sixteen bytes, so that the four bytes of each column are neighbours. The function
+// first interleaves single bytes of two rows, then pairs of bytes.
 inline void quad_sixteen(Bytes a, Bytes b, Bytes c, Bytes d, void* out) {
   const BytePair first = interleave(a, b), second = interleave(c, d);
   const BytePair low = interleave_words(first.low, second.low),
@@ -198,7 +199,7 @@ struct Int8Product {
 };
 
 // Multiplies one vector of sums by the scales of W and stores the products in `c`. If `kPartial` is set, the
-// vector may have more lanes than `c` has columns left.
+// vector may extend beyond the last column of `c`; the additional lanes are not stored.
 template <bool kPartial>
 [[gnu::always_inline]] inline void store_outputs(const Int8Product& p, Vec<float> sums, size_t row,
                                                  size_t column) {
@@ -215,8 +216,8 @@ template <bool kPartial>
     sums.store_partial(c, count);
 }
 
-// Adds products of codes to integer sums. There are `quads` steps, and each step covers four codes along the
-// depth.
+// Adds the products of kRows rows of `a` and kVectors vectors of `w` to `sums`, in integers. The function has
+// `quads` steps, and each step multiplies four neighbouring codes along the depth.
 template <size_t kRows, size_t kVectors>
 [[gnu::always_inline]] inline void int8_steps(size_t quads, const int8_t* a, size_t a_stride,
                                               const Int8Quad* w, size_t columns,
@@ -246,7 +247,7 @@ template <size_t kRows, size_t kVectors>
 
 #if defined(NPLORA_SIMD_I8MM)
 
-// The number of operations in one product of two vectors in int8_peak.
+// The number of operations (multiplications and additions) of one smmla instruction in int8_peak.
 inline constexpr double kPeakOperations = 16 * kIntLanes;
 [[gnu::always_inline]] inline void peak_step(LaneInts (&sums)[3], LaneInts x) {
 #pragma GCC unroll 3
@@ -254,7 +255,7 @@ inline constexpr double kPeakOperations = 16 * kIntLanes;
 }
 
 // Exchanges the high half of `first` and the low half of `second`. Before the exchange, each vector holds
-// four sums of one row. After the exchange, each vector holds a block of two rows and two columns, as the
+// four sums of one row. After the exchange, each vector holds four sums of two rows and two columns, as the
 // instruction smmla requires. A second exchange restores the original vectors.
 [[gnu::always_inline]] inline void exchange_halves(LaneInts& first, LaneInts& second) {
   const auto a = (int64x2_t)first, b = (int64x2_t)second;
@@ -393,7 +394,7 @@ inline void int8_group_tile(const Int8Product& p, size_t column) {
     for (size_t v = 0; v < kVectors; ++v) store_outputs<kPartial>(p, totals[i][v], i, column + v * kIntLanes);
 }
 
-// Calls the template instance for a tile of `rows` rows, where rows <= kRows.
+// Computes a tile of `rows` rows, at most kRows, with the template instance for this number of rows.
 template <bool kOneGroup, size_t kRows, size_t kVectors, bool kPartial>
 inline void int8_tile_upto(size_t rows, const Int8Product& p, size_t column) {
   if (rows == kRows) {
@@ -405,7 +406,7 @@ inline void int8_tile_upto(size_t rows, const Int8Product& p, size_t column) {
   if constexpr (kRows > 1) int8_tile_upto<kOneGroup, kRows - 1, kVectors, kPartial>(rows, p, column);
 }
 
-// Computes kVectors vectors of each of the `m` rows of the product, beginning at column `column`.
+// Computes the `m` rows of the product, for the columns of kVectors vectors that begin at column `column`.
 template <bool kOneGroup, size_t kRows, size_t kVectors, bool kPartial>
 inline void int8_rows(size_t m, Int8Product p, size_t column) {
   for (size_t rows; m > 0; m -= rows) {
@@ -437,7 +438,8 @@ inline void int8_multiply(size_t m, size_t n, size_t depth, const CodedRows& a, 
     int8_columns<false, kGroupTileRows, kGroupTileVectors>(m, p);
 }
 
-// Twelve independent sums hide the latency of the products.
+// Measures the speed of int8 products. With twelve independent sums, no product waits for the result of
+// another product.
 inline double int8_peak(size_t iterations) {
   constexpr size_t kGroups = 4, kVectors = 3;
   alignas(64) const LaneInts ones = broadcast_int(0x01010101);

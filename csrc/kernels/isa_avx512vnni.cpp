@@ -1,6 +1,6 @@
 // AVX-512 with VNNI, without BF16 (Cascade Lake, Ice Lake). The kernels of this file compute the int8
-// products of large batches with the instruction vpdpbusd. The file dispatch.cpp takes these kernels from
-// here and all other kernels from avx512.
+// products of large batches with the instruction vpdpbusd. The file dispatch.cpp combines these kernels with
+// the other kernels of avx512.
 #define NPLORA_ISA avx512vnni
 #define NPLORA_SIMD_AVX512
 #define NPLORA_SIMD_VNNI

@@ -1,6 +1,6 @@
 // AVX2 with AVX-VNNI (Alder Lake, Meteor Lake and other machines without AVX-512). The kernels of this file
-// compute the int8 products of large batches with the instruction vpdpbusd. The file dispatch.cpp takes these
-// kernels from here and all other kernels from avx2.
+// compute the int8 products of large batches with the instruction vpdpbusd. The file dispatch.cpp combines
+// these kernels with the other kernels of avx2.
 #define NPLORA_ISA avxvnni
 #define NPLORA_SIMD_AVX2
 #define NPLORA_SIMD_VNNI

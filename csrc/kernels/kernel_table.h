@@ -1,7 +1,7 @@
 // The whole interface between the kernels and the rest of the library: one table of function pointers for
-// each instruction set. The library chooses its table when it first needs a kernel. A kernel reads and writes
-// only the elements that the shapes in its comment name. A kernel allocates no memory, throws no exceptions
-// and does not know about threads.
+// each instruction set. The library chooses its table when it first needs a kernel. The comment of a kernel
+// gives the shapes of its arrays; the kernel reads and writes only elements within these shapes. A kernel
+// allocates no memory, throws no exceptions and does not know about threads.
 //
 // In the comments, x (rows, cols) means that the array x has the shape (rows, cols). The depth of a matrix
 // product is the dimension that the product sums over. An array is dense if there are no gaps between its
@@ -30,8 +30,8 @@ struct Panels {
   size_t panel_stride;
 };
 
-// A matrix with two strides. Element (i, step) is data[i * row_stride + step * step_stride], where `step` is
-// the index along the depth.
+// A matrix with two strides. Element (i, step) is data[i * row_stride + step * step_stride]. A matrix product
+// sums over `step`.
 template <class T>
 struct Strided {
   const T* data;
@@ -39,16 +39,16 @@ struct Strided {
   size_t step_stride;
 };
 
-// One bfloat16 value of a weight. (A Bf16Pair holds two values.) Products of very few tokens convert each
-// bfloat16 value to float in registers instead of forming pairs.
+// One bfloat16 value of a weight. (A Bf16Pair holds two values.) With very few tokens, a product loads the
+// values of the weight as Bf16 and converts them to float in registers, instead of forming pairs.
 enum class Bf16 : uint16_t {};
 
-// The element type of the bfloat16 products: two bfloat16 values that are neighbours along the depth, with
-// the first in the low half.
+// The element type of the bfloat16 products: two bfloat16 values that are neighbours along the depth. The low
+// 16 bits are the first value.
 enum class Bf16Pair : uint32_t {};
 
 // The element type of W in the int8 products of large batches. One element packs four codes that are
-// neighbours along the depth, with the first code in the lowest byte.
+// neighbours along the depth. The lowest byte is the first code.
 enum class Int8Quad : uint32_t {};
 
 // The type in which products of elements of type E are summed.
@@ -67,7 +67,7 @@ struct SumOf<Bf16Pair> {
 template <class E>
 using Sum = typename SumOf<E>::Type;
 
-// One element holds this number of values, which are neighbours along the depth.
+// The number of values in one element of type E. The values are neighbours along the depth.
 template <class E>
 inline constexpr size_t kValuesPerElement = 1;
 template <>
@@ -75,7 +75,8 @@ inline constexpr size_t kValuesPerElement<Bf16Pair> = 2;
 template <>
 inline constexpr size_t kValuesPerElement<Int8Quad> = 4;
 
-// The number of elements in a row of a full panel, if the rows of the panel run along the depth.
+// The number of elements of type E in a row of a full panel, if the values of an element are neighbours in
+// the row.
 template <class E>
 inline constexpr size_t kPanelDepth = kPanelColumns / kValuesPerElement<E>;
 
@@ -89,49 +90,49 @@ struct Fetch {
 
   // Prefetches `lines` cache lines that begin at `from`. At each step, gemm_outputs_in_lanes prefetches
   // `each` lines, but no more lines than the step reads from `w`. If `each` is 0, gemm_outputs_in_lanes
-  // prefetches nothing. Before a tile, the remaining lines may be too few for `each` lines at every step:
-  // then every step prefetches one line. If there are too few lines even for this, the steps of the tile
-  // prefetch later rows of `w` instead. In L1 blocks (see l1_block_bytes), a step prefetches at most one
-  // line, and never a later row of `w`. Products with low-bit blocks ignore `each` and spread the prefetches
-  // evenly over the rows of W.
+  // prefetches nothing. When a tile begins, fewer lines may be left than its steps would prefetch: then each
+  // step of the tile prefetches one line. If fewer lines are left than the tile has steps, the steps prefetch
+  // later rows of `w` instead. In L1 blocks (see l1_block_bytes), a step prefetches at most one line, and
+  // never a later row of `w`. The kernels for low-bit blocks ignore `each` and spread the prefetches evenly
+  // over the rows of W.
   static constexpr Fetch memory(const void* from, size_t lines, size_t each = 0) {
     return {static_cast<const char*>(from), lines, each};
   }
 
   // This Fetch is only for gemm_outputs_in_lanes. Each step prefetches the rows of `w` that are kFetchAhead
   // bytes after the rows that the step reads. In L1 blocks (see l1_block_bytes), each step prefetches one
-  // cache line of the next L1 block instead. If an L1 block is read so few times that its steps could not
-  // prefetch all of the next block, the steps prefetch nothing.
+  // cache line of the next L1 block instead. An L1 block is read several times. If the steps of all readings
+  // together could not prefetch the whole next block, they prefetch nothing.
   static constexpr Fetch rows_ahead() { return {nullptr, 0, 1}; }
 };
 
-// The prefetch distance, in bytes, for a weight that is read only once. Memory delivers about 10 bytes in
-// each cycle. The first bytes arrive more than 500 cycles after the request, or 1000 cycles if other programs
-// use the same memory. In 1000 cycles, memory delivers 10000 bytes, so kFetchAhead must be larger than 10000.
+// The prefetch distance, in bytes, for a weight that is read only once. The bytes of a prefetch arrive more
+// than 500 cycles after the request, or 1000 cycles if other programs use the same memory. Memory delivers
+// about 10 bytes in each cycle, so a kernel reads up to 10000 bytes while it waits for the prefetched bytes.
+// kFetchAhead must be larger.
 inline constexpr size_t kFetchAhead = 12288;
 
 // A multiple of the `depth_unit` of every instruction set (see Tiles). If the depth is cut at multiples of
-// kDepthUnit elements, the sums are the same as for the whole depth. The depth of a panel (kPanelDepth) is 48
-// elements for floats, which is a multiple of kDepthUnit, and 24 elements for bfloat16 pairs, which is no
-// multiple of kDepthUnit. Therefore, products of pairs cut the depth at multiples of kDepthCut
-// (ops/blocking.h).
+// kDepthUnit elements, the sums are the same as for the whole depth. For floats, kPanelDepth is 48, a
+// multiple of kDepthUnit. For bfloat16 pairs, kPanelDepth is 24, so the end of a panel may not be a multiple
+// of kDepthUnit. Therefore, products of pairs cut the depth at multiples of kDepthCut (ops/blocking.h).
 inline constexpr size_t kDepthUnit = 16;
 static_assert(kPanelDepth<float> % kDepthUnit == 0);
 
-// Multiplies values that stay in registers, as fast as the multiply instructions of this table allow. Returns
-// the number of operations.
+// Measures the peak speed: multiplies values in registers, without reading memory, as fast as the multiply
+// instructions of this table allow. Returns the number of operations.
 using Peak = double (*)(size_t iterations);
 
-// The two matrix products from which the larger operations are built. In both products, the argument `depth`
-// counts elements. Both products sum over the depth strictly in order. If depth_unit is above 1, each group
-// of depth_unit elements is summed first, and then the sums of the groups are added in order. Both products
-// use fused multiply-adds if the instruction set has them. If the depth is cut only at multiples of
+// The two matrix products that compute parts of larger products. In both kernels, the argument `depth` counts
+// elements of type E. Both products sum over the depth strictly in order. If depth_unit is above 1, each
+// group of depth_unit elements is summed first, and then the sums of the groups are added in order. Both
+// products use fused multiply-adds if the instruction set has them. If the depth is cut only at multiples of
 // depth_unit, the result does not depend on tile sizes, blocking or threads, and both products give the same
 // bits.
 template <class E>
 struct Tiles {
-  // The number of tokens in a full tile of gemm_tokens_in_lanes. These tokens fill two vectors. For a small
-  // batch, a tile has only one vector, with half as many tokens.
+  // The number of tokens in a full tile of gemm_tokens_in_lanes: as many as two vectors have lanes. For a
+  // batch of few tokens, a tile has only one vector and half as many tokens.
   size_t lanes;
   // The number of rows of `w` in a full tile of gemm_tokens_in_lanes. Any number of rows is allowed, but full
   // tiles are the fastest.
@@ -142,11 +143,11 @@ struct Tiles {
   // In a dense panel, gemm_outputs_in_lanes processes blocks of at most l1_block_bytes bytes, which stay in
   // L1. If l1_block_bytes is 0, a panel is processed as a whole.
   size_t l1_block_bytes;
-  size_t depth_unit;  // a number of elements that divides kDepthUnit
+  size_t depth_unit;  // kDepthUnit is a multiple of this number
 
   // Computes yt = w xt, or yt += w xt if `accumulate` is set, for yt (rows, n_lanes), w (rows, depth) and xt
   // (depth, n_lanes). The tokens are in the SIMD lanes, and the elements of `w` are broadcast. `n_lanes` is
-  // `lanes` or lanes / 2. `xt` and `yt` are dense.
+  // the member `lanes` or half of it. `xt` and `yt` are dense.
   void (*gemm_tokens_in_lanes)(size_t n_lanes, size_t rows, size_t depth, const Panels<E>& w, const E* xt,
                                Sum<E>* yt, bool accumulate);
 
@@ -163,8 +164,8 @@ struct Tiles {
 // The largest number of rows of a small batch.
 inline constexpr size_t kSmallBatch = 8;
 
-// The element type of `x` in products with a weight of type W. Single bfloat16 values of a weight are
-// converted to float, so `x` holds floats. Pairs in a weight are not converted, so `x` holds pairs too.
+// The element type of `x` in products with a weight of type W. If W is Bf16, the kernel converts the weight
+// to float, so `x` holds floats. If W is Bf16Pair, the kernel multiplies pairs by pairs, so `x` holds pairs.
 template <class W>
 struct OperandOf {
   using Type = Sum<W>;
@@ -191,24 +192,23 @@ struct StoredOf<Bf16Pair> {
 // transpose the weight.
 template <class W>
 struct SmallProducts {
-  // Multiplies x (m, depth) with the rows of `w` (rows, depth). `part` (m, rows, lanes / 2) holds partial
-  // sums: partial sum i is the sum of the products at all depths k with k % (lanes / 2) == i. The sums are
-  // stored in `part`. If `accumulate` is set, the sums are added to `part` instead. If `depth` is not 0,
-  // w.row_stride must be greater than 0. The order in which the products of a row of `x` are added depends
-  // neither on `m` nor on whether `w` is stored in panels or row-major. For the element type Bf16Pair, `dots`
-  // is null.
+  // Multiplies x (m, depth) with the rows of `w` (rows, depth). The result is `part` (m, rows, lanes / 2),
+  // which holds partial sums: partial sum i is the sum of the products at all depths k with k % (lanes / 2)
+  // == i. If `accumulate` is set, the results are added to `part` instead. If `depth` is not 0, w.row_stride
+  // must be greater than 0. The order in which the products of a row of `x` are added depends neither on `m`
+  // nor on whether `w` is stored in panels or row-major. In SmallProducts<Bf16Pair>, `dots` is null.
   void (*dots)(size_t m, size_t rows, size_t depth, const Panels<W>& w, const Sum<W>* x, size_t x_stride,
                Sum<W>* part, bool accumulate);
 
   // Adds z aᵀ to `y` (m, rows), for z (m, depth) and a dense a (rows, depth). The product is the low-rank
-  // term of a small batch: `m` is at most kSmallBatch, and `depth` is a rank. A row of `y` has the same bits
-  // for every `m`. If W is Bf16Pair, `add_dots` is null.
+  // term of a small batch: `m` is at most kSmallBatch, and `depth` is a rank. The bits of a row of `y` do not
+  // depend on `m`. In SmallProducts<Bf16Pair>, `add_dots` is null.
   void (*add_dots)(size_t m, size_t rows, size_t depth, const W* a, const Sum<W>* z, size_t z_stride,
                    Sum<W>* y, size_t y_stride);
 
-  // Computes the same product as gemm_outputs_in_lanes of Tiles, but `depth` is the number of rows of `w`
-  // even if `a` holds pairs of bfloat16 values. In this case, the first value of a pair is multiplied by one
-  // row of `w`, and the second value by the next row. If `depth` is odd, the last row is paired with zeros.
+  // Computes the same product as gemm_outputs_in_lanes of Tiles, but `depth` is always the number of rows of
+  // `w`. If `a` holds pairs of bfloat16 values, the first value of a pair is multiplied by one row of `w`,
+  // and the second value by the next row. If `depth` is then odd, the last row is paired with zeros.
   void (*gemm_outputs_in_lanes)(size_t m, size_t n, size_t depth, const Strided<Operand<W>>& a,
                                 const typename StoredOf<W>::Type* w, size_t w_stride, Sum<W>* c,
                                 size_t c_stride, bool accumulate, const Fetch& next);
@@ -250,7 +250,7 @@ struct Products : Tiles<T> {
   // may be null. The sums are stored in `y` (rows).
   void (*sum_parts)(size_t rows, const T* part, const T* bias, T* y);
 
-  // Does one AdamW step on `n` elements (Loshchilov & Hutter 2019, algorithm 2, as torch computes it). The
+  // Does one AdamW step on `n` elements (Loshchilov & Hutter 2019, algorithm 2, in the version of torch). The
   // gradient `g` is first multiplied by grad_scale.
   void (*adamw)(size_t n, T* p, const T* g, T* m, T* v, const AdamWCoefficients& k);
 
@@ -267,8 +267,8 @@ struct Products : Tiles<T> {
 
   // Adds the product of a dense `a` (m, depth) and w (depth, n) to `c` (m, n). The order of the additions is
   // the same as in gemm_outputs_in_lanes. `panels` holds w in dense panels of kPanelColumns columns. The last
-  // panel has only the remaining columns, without padding. If `streams` is set, `c` is too large for the
-  // cache and is prefetched.
+  // panel has only the remaining columns, without padding. The caller sets `streams` if `c` is too large for
+  // the cache; the kernel then prefetches `c`.
   void (*merge)(size_t m, size_t n, size_t depth, const T* a, const T* panels, T* c, size_t c_stride,
                 bool streams);
 };
@@ -282,10 +282,10 @@ struct Conversions {
   void (*narrow_float16)(size_t n, const float* from, uint16_t* to);
 
   // Rounds stochastically: each x[i] becomes one of its two neighbours in the 16-bit format. The random
-  // choice makes the expected value of the result equal to x[i]. If the format is float16 and |x[i]| is below
-  // 2^-14, the expected value has an error of at most 2^-48. The random bits come from the generator of
-  // dropout. If x[i] is NaN or |x[i]| is at least the largest finite number of the format, x[i] does not
-  // change.
+  // choice makes the expected value of the result equal to x[i]. There is one exception: if the format is
+  // float16 and |x[i]| is below 2^-14, the expected value differs from x[i] by at most 2^-48. Element i uses
+  // the same random bits as element i of `dropout`. If x[i] is NaN or |x[i]| is at least the largest finite
+  // number of the format, x[i] does not change.
   void (*dither_bfloat16)(size_t n, uint64_t seed, uint64_t first, float* x);
   void (*dither_float16)(size_t n, uint64_t seed, uint64_t first, float* x);
 
@@ -297,9 +297,9 @@ struct Conversions {
 };
 
 // A weight in NF4: the 4-bit codes of the flattened tensor, and a scale for each block of 64 elements.
-// If `absmax` is not null, the scale of a block is absmax[block]. If `absmax` is null, the scale of a
-// block is absmax_book[absmax_codes[block]] * absmax_scales[block / kNf4Group] + absmax_offset, rounded
-// after each operation.
+// If `absmax` is not null, the scale of a block is absmax[block]. If `absmax` is null, the scales are
+// themselves quantised: the scale of a block is absmax_book[absmax_codes[block]] * absmax_scales[block /
+// kNf4Group] + absmax_offset, where the product and the sum are both rounded.
 struct Nf4 {
   const uint8_t* codes;
   const float* absmax;
@@ -308,9 +308,9 @@ struct Nf4 {
   float absmax_offset = 0;
 };
 
-// The memory for rows of decoded floats. A row may cover two panels, which are stored one after the other.
-// Element (row, col) is data[row * stride + col] in the first panel (col < kPanelColumns), and data[row *
-// stride + col + apart] in the second panel.
+// The memory for rows of decoded floats. A row may cover two panels, which are stored one after the other. If
+// col < kPanelColumns, element (row, col) is data[row * stride + col]. Otherwise, the element is in the
+// second panel, at data[row * stride + col + apart].
 struct DecodedRows {
   float* data;
   size_t stride, apart = 0;
@@ -319,19 +319,19 @@ struct DecodedRows {
 // Conversions of low-bit blocks (kernels/formats) to float. All instruction sets give the same bits: each
 // value is the same as in float32 arithmetic without fused multiply-adds.
 struct BlockDecoders {
-  // Decodes the columns [first, first + cols) of rows of blocks into `to` (rows, cols). The rows of blocks
-  // begin `row_bytes` bytes apart. `first` and `cols` are multiples of kSubBlock. There is one kernel for
-  // each row format, in the order of BlockFormat.
+  // Decodes the columns [first, first + cols) of `rows` rows that are stored in blocks, and stores them in
+  // `to` (rows, cols). The rows of blocks begin `row_bytes` bytes apart. `first` and `cols` are multiples of
+  // kSubBlock. There is one kernel for each row format, in the order of BlockFormat.
   void (*decode[kRowFormats])(size_t rows, size_t first, size_t cols, const void* blocks, size_t row_bytes,
                               const DecodedRows& to);
 
   // Decodes like `decode`, then converts the values to `codes` (rows, cols) with the same bits as
-  // Int8Gemm::encode. A code is value * inverses[row], rounded to nearest, ties to even, plus `offset`.
+  // Int8Gemm::encode. A code is round(value * inverses[row]) + offset, where ties are rounded to even.
   void (*encode[kRowFormats])(size_t rows, size_t first, size_t cols, const void* blocks, size_t row_bytes,
                               const float* inverses, uint8_t offset, uint8_t* codes, size_t codes_stride);
 
-  // Decodes NF4 into `to` (rows, cols). Element (i, j) of `to` is element first + i * row_step + j of the
-  // flattened tensor. Decoding is faster if `first` and `row_step` are even. If `to.apart` is not 0 (see
+  // Decodes NF4 into `to` (rows, cols). Element (i, j) of `to` becomes element first + i * row_step + j of
+  // the flattened tensor. Decoding is faster if `first` and `row_step` are even. If `to.apart` is not 0 (see
   // DecodedRows), `first` and `row_step` must be multiples of 16.
   void (*decode_nf4)(size_t rows, size_t cols, Nf4 w, size_t first, size_t row_step, const DecodedRows& to);
 };
@@ -340,11 +340,11 @@ struct BlockDecoders {
 // reads the weight once, in storage order.
 struct BlockDots {
   // Multiplies `x` (m, cols) with rows of blocks. The result `part` (m, rows, lanes / 2) holds partial sums:
-  // partial sum i is the sum of the products of all columns k with k % (lanes / 2) == i. `cols` is a multiple
+  // partial sum i is the sum of the products in all columns k with k % (lanes / 2) == i. `cols` is a multiple
   // of the number of elements in a block. There is one kernel for each row format, in the order of
-  // BlockFormat. The sums of a row of `x` have the same bits for every `m`. A kernel may sum the products of
-  // `x` and the codes of a sub-block before it multiplies the sum by the scale. So magnitudes of `x` above
-  // 1e34 can overflow.
+  // BlockFormat. The bits of the sums for a row of `x` do not depend on `m`. A kernel may multiply the codes
+  // of a sub-block by `x` and sum the products before it multiplies the sum by the scale. If `x` has elements
+  // above 1e34, this sum can overflow.
   void (*dots[kRowFormats])(size_t m, size_t rows, size_t cols, const void* blocks, size_t row_bytes,
                             const float* x, size_t x_stride, float* part, const Fetch& next);
 
@@ -355,9 +355,9 @@ struct BlockDots {
 };
 
 // Rows of `x` in int8. Element i of a row is approximately codes[i] * scale, with one scale for each
-// sub-block. For each sub-block, `sums` holds the scale times the sum of the codes. For each half of a
-// sub-block, `half_sums` holds the scale times the sum of the codes. The shapes are codes (m, cols), scales
-// (m, cols / kSubBlock), sums (m, cols / kSubBlock) and half_sums (m, 2 * cols / kSubBlock).
+// sub-block. For each sub-block, `sums` holds the sum of its 32 elements codes[i] * scale. For each half of a
+// sub-block, `half_sums` holds the sum of its 16 elements codes[i] * scale. The shapes are codes (m, cols),
+// scales (m, cols / kSubBlock), sums (m, cols / kSubBlock) and half_sums (m, 2 * cols / kSubBlock).
 struct Int8Rows {
   const int8_t* codes;
   const float *scales, *sums, *half_sums;
@@ -373,16 +373,17 @@ struct Int8Products {
 
   // Multiplies `x` (m, cols) with rows of blocks and stores the products in `y` (m, rows). `cols` is a
   // multiple of the number of elements in a block. There is one kernel for each row format, in the
-  // order of BlockFormat. A row of `y` has the same bits for every `m`.
+  // order of BlockFormat. The bits of a row of `y` do not depend on `m`.
   void (*dots[kRowFormats])(size_t m, size_t rows, size_t cols, const void* blocks, size_t row_bytes,
                             const Int8Rows& x, float* y, const Fetch& next);
 };
 
 // Rows in int8 for the products of large batches. Each row is divided into groups of `group` values along the
 // depth. The last group may be shorter. Each group has one scale: element i of a row is about codes[i] *
-// scales[i / group]. For each group, `corrections` holds the sum of the codes, multiplied by the negated
-// offset of W's codes (see Int8Gemm). The rows of `codes` begin `stride` bytes apart. Each row is padded with
-// zeros to a multiple of four codes. The rows of `scales` and `corrections` begin `groups` elements apart.
+// scales[i / group]. For each group, `corrections` holds -offset * (sum of the codes), where `offset` is the
+// offset of the codes of W (see Int8Gemm). The rows of `codes` begin `stride` bytes apart. Each row is padded
+// with zeros to a multiple of four codes. The rows of `scales` and `corrections` begin `groups` elements
+// apart.
 struct CodedRows {
   const int8_t* codes;
   size_t stride;
@@ -391,18 +392,18 @@ struct CodedRows {
   size_t group, groups;
 };
 
-// The number of neighbouring values in a row of x that share one scale. The outliers of activations are in
-// few channels, so one scale for a whole row would leave few bits for the other channels.
+// The number of neighbouring values in a row of x that share one scale. In activations, a few columns have
+// much larger values than the others. With one scale for a whole row, most codes would be near 0.
 inline constexpr size_t kInt8Group = 64;
 
 // The number of columns of a panel of W in forward products. Backward products use kPanelColumns instead.
 inline constexpr size_t kInt8PanelColumns = 32;
 
 // The largest depth of one int8 product. With this depth, a sum of products of codes fits into 32 bits: a
-// product of two codes is at most 255 * 127, and 4096 * 255 * 127 < 2^27. The correction for the offset of
-// W's codes is smaller: 4096 * 128 * 127 < 2^26. A longer depth is cut into several products, which are added
-// in float. So no depth can overflow. 4032 is the largest multiple of both kPanelColumns and kInt8Group that
-// is at most 4096.
+// product of two codes is at most 255 * 127, and 4096 * 255 * 127 < 2^27. A correction (see CodedRows) is
+// smaller: at most 4096 * 128 * 127 < 2^26. A longer depth is cut into several products, which are added in
+// float. So no depth can overflow. 4032 is the largest multiple of both kPanelColumns and kInt8Group that is
+// at most 4096.
 inline constexpr size_t kInt8Depth = 4032;
 static_assert(kInt8Depth % kPanelColumns == 0 && kInt8Depth % kInt8Group == 0 && kInt8Depth <= 4096);
 static_assert(int64_t{255 + 128} * 127 * 4096 < int64_t{1} << 31);
@@ -437,9 +438,9 @@ struct Int8Gemm {
                    int32_t* corrections);
 
   // Quantises like `quantize`, but rounds v = x * (1 / scale) stochastically, up or down. The expected value
-  // of the code differs from v by at most 2^-23. `first` and `group` must be multiples of kDithered. Philox
-  // makes the random bits of element i: the low 23 bits of word e / 16 % 4 of the counter e / kDithered * 16
-  // + e % 16. Here e is first + i, and the divisions round down.
+  // of the code differs from v by at most 2^-23. `first` and `group` must be multiples of kDithered. From a
+  // counter, Philox makes four words. With e = first + i, the random bits of element i are the low 23 bits of
+  // word e / 16 % 4 for the counter e / kDithered * 16 + e % 16. The divisions round down.
   void (*dither)(size_t n, size_t group, uint64_t seed, uint64_t first, const float* x, const float* factors,
                  int8_t* codes, float* scales, int32_t* corrections);
 
@@ -453,25 +454,25 @@ struct Int8Gemm {
   void (*encode)(size_t rows, size_t cols, const float* w, size_t w_stride, const float* inverses,
                  uint8_t* codes, size_t codes_stride);
 
-  // Interleaves groups of four rows of codes (rows, cols) into out (ceil(rows / 4), cols). Each element of
-  // `out` holds four codes of one column. If the last group has fewer than four rows, zeros replace the
-  // missing rows. The rows of `out` are `out_stride` elements apart.
+  // Packs `codes` (rows, cols) into out (ceil(rows / 4), cols): element (i, j) of `out` holds the codes of
+  // rows 4i to 4i + 3 in column j. If `rows` is not a multiple of four, zeros replace the missing rows. The
+  // rows of `out` are `out_stride` elements apart.
   void (*quad_rows)(size_t rows, size_t cols, const uint8_t* codes, size_t codes_stride, Int8Quad* out,
                     size_t out_stride);
 
   // Computes c = a w diag(scales), or c += a w diag(scales) if `accumulate` is set. The shapes are c (m, n),
-  // a (m, depth) and w (ceil(depth / 4), n). `w` is part of a panel whose rows are `columns` elements apart.
-  // `columns` is kInt8PanelColumns or kPanelColumns. `n` is at most `columns`, but the kernel may read all
-  // columns of the panel. `depth` counts values and is at most kInt8Depth. The first column of `a` is the
-  // first column of a group. If `scales` is null, all scales are 1. Within a group, products of codes are
-  // summed in integers. The sums of the groups are then added in order, in float.
+  // a (m, depth) and w (ceil(depth / 4), n). The rows of `w` are `columns` elements apart: `w` consists of
+  // the first n columns of a panel, which has kInt8PanelColumns or kPanelColumns columns. The kernel may read
+  // all columns of the panel. `depth` counts values and is at most kInt8Depth. A group of `a` begins at the
+  // first column of `a`. If `scales` is null, all scales are 1. Within a group, products of codes are summed
+  // in integers. The sums of the groups are then added in order, in float.
   void (*multiply)(size_t m, size_t n, size_t depth, const CodedRows& a, const Int8Quad* w, size_t columns,
                    const float* scales, float* c, size_t c_stride, bool accumulate);
 
   Peak peak;
 };
 
-// The number of elements that `select` tests at a time.
+// The number of elements that the kernel Transformer::select tests at a time.
 inline constexpr size_t kSelected = 64;
 
 // The activation functions: silu(g) = g / (1 + exp(-g)), GELU in its tanh form, and the exact GELU, which is
@@ -479,8 +480,9 @@ inline constexpr size_t kSelected = 64;
 enum class Activation : uint8_t { kSilu, kGeluTanh, kGelu };
 inline constexpr size_t kActivations = 3;
 
-// The operations of a language model other than matrix products with weights. If an output may be the same
-// array as an input, the kernel reads element i of the input before it writes element i of the output.
+// The operations of a language model other than matrix products with weights. Some comments say that an
+// output may be the same array as an input. Such a kernel reads element i of the input before it writes
+// element i of the output.
 struct Transformer {
   // RMSNorm of `n` elements: y = x * weight / sqrt(mean x² + eps).
   void (*rms_norm)(size_t n, const float* x, const float* weight, float eps, float* y);
@@ -513,7 +515,8 @@ struct Transformer {
   void (*gated[kActivations])(size_t n, const float* gate, const float* up, float* out);
 
   // The backward pass of a gated unit: dgate = dout * up * act'(gate) and dup = dout * act(gate). `dgate` and
-  // `dup` may be the same arrays as inputs. If `up` is null, so is `dup`, and dgate = dout * act'(gate).
+  // `dup` may be the same arrays as two of the inputs. If `up` is null, `dup` must be null too, and dgate =
+  // dout * act'(gate).
   void (*gated_backward[kActivations])(size_t n, const float* dout, const float* gate, const float* up,
                                        float* dgate, float* dup);
 
@@ -534,26 +537,27 @@ struct Transformer {
 
   // Computes the dot products of the heads of a query q (heads, dim) and the rows of keys k (rows, heads /
   // group * dim). The results are stored in `scores` (heads, rows). Each group of `group` heads of the query
-  // shares one head of the keys: head h of the query uses the `dim` columns of `k` that begin at column h /
-  // group * dim, with h / group rounded down.
+  // shares one head of the keys. With h / group rounded down, head h of the query uses head h / group of the
+  // keys: the `dim` columns of `k` that begin at column h / group * dim.
   void (*key_dots)(size_t rows, size_t heads, size_t group, size_t dim, const float* q, const float* k,
                    size_t k_stride, float* scores, size_t s_stride);
 
-  // Adds rows of values v (rows, heads / group * dim), multiplied by weights (heads, rows), to `out` (heads,
-  // dim). Each group of `group` heads shares one head of the values: head h uses the `dim` columns of `v`
-  // that begin at column h / group * dim, with h / group rounded down.
+  // For each head h, adds the weighted sum of the rows of v (rows, heads / group * dim) to row h of `out`
+  // (heads, dim). Row h of weights (heads, rows) holds the weights. Head h uses the `dim` columns of `v` that
+  // begin at column h / group * dim, with h / group rounded down.
   void (*add_values)(size_t rows, size_t heads, size_t group, size_t dim, const float* weights,
                      size_t w_stride, const float* v, size_t v_stride, float* out);
 
   // Selects the elements of `x` that are at least `least`. The indices of the selected elements are stored in
   // `ids`, in ascending order, and their values in `values`. Returns the number of selected elements. If this
   // number is above `limit`, the kernel returns `limit` + 1, and the contents of `ids` and `values` are
-  // undefined. `ids` and `values` have room for `limit` + kSelected elements. `n` is below 2^31. NaN is not
-  // selected.
+  // undefined. The caller must provide memory for `limit` + kSelected elements in `ids` and in `values`. `n`
+  // is below 2^31. NaN is not selected.
   size_t (*select)(size_t n, const float* x, float least, size_t limit, int32_t* ids, float* values);
 
-  // Adds weighted rows to `out` (n): for each i < count in order, out += weights[i] * (row ids[i] of `rows`).
-  // The matrix `rows` is stored in panels, and its last panel may have fewer columns than the other panels.
+  // Adds `count` weighted rows to `out` (n), one after the other: out += weights[i] * (row ids[i] of `rows`),
+  // for i = 0 to count - 1. The matrix `rows` is stored in panels, and its last panel may have fewer columns
+  // than the other panels.
   void (*add_rows)(size_t count, size_t n, const uint8_t* ids, const float* weights,
                    const Panels<float>& rows, float* out);
 
@@ -561,8 +565,9 @@ struct Transformer {
   void (*scale_columns)(size_t rows, size_t n, const float* factor, float* x, size_t x_stride);
 
   // Does one step of a softmax over each column of a matrix (Milakov & Gimelshein 2018). A step processes one
-  // tile `s` (rows, n), which holds the next `rows` rows of the matrix. The caller must multiply its sums
-  // over earlier tiles by `factor`. For each column, the step computes:
+  // tile `s` (rows, n), which holds the next `rows` rows of the matrix. If the caller computes other sums
+  // over the rows of the matrix, it must multiply the sums over earlier tiles by `factor` after the step. For
+  // each column, the step computes:
   //   new = max(largest, max s);  factor = exp(largest - new);  s = exp(s - new);
   //   sum = sum * factor + Σ s;  largest = new.
   // Before the first tile, the caller must set `largest` to the lowest finite float, so that elements of -Inf
@@ -580,7 +585,7 @@ struct Transformer {
   void (*whole_softmax_backward)(size_t rows, size_t n, float* s, float* dp, size_t stride);
 };
 
-// The kernels for which some processors have special instructions, for bfloat16 values or for bytes.
+// The kernels for bfloat16 values and for bytes. Some processors have special instructions for these kernels.
 struct NarrowKernels {
   Tiles<Bf16Pair> bf16;
   SmallProducts<Bf16Pair> small_pairs;
@@ -588,8 +593,8 @@ struct NarrowKernels {
   Int8Products int8;
   Int8Gemm int8_gemm;
 
-  // If pairs_in_registers is true, small_pairs.gemm_outputs_in_lanes pairs the rows of `w` in registers. If
-  // pairs_in_registers is false, each call of this kernel makes a copy of `w` in pairs in memory.
+  // If true, small_pairs.gemm_outputs_in_lanes makes pairs of the rows of `w` in registers. If false, each
+  // call first writes a copy of `w` in pairs to memory.
   bool pairs_in_registers = true;
 };
 
@@ -650,10 +655,10 @@ inline const SmallProducts<Bf16Pair>& KernelTable::small<Bf16Pair>() const {
 }
 
 // Returns the table in use: the best table that this machine can run, or the table that the environment
-// variable NPLORA_ISA names. The first call chooses the table. This function asks Linux for the AMX registers
-// only if it would choose the table for AMX. If Linux refuses, the function chooses the next best table, or
-// throws if NPLORA_ISA is amx. Throws std::invalid_argument, with the reason, if NPLORA_ISA names a table
-// that is unknown, is not in this build, or cannot run on this machine.
+// variable NPLORA_ISA names. The first call chooses the table. Before the function chooses the table for AMX,
+// it asks Linux for the AMX registers. If Linux refuses, the function chooses the next best table, or throws
+// if NPLORA_ISA is amx. Throws std::invalid_argument, with the reason, if NPLORA_ISA names a table that is
+// unknown, is not in this build, or cannot run on this machine.
 const KernelTable& table();
 
 // Fills `out` with the tables of this build that this machine can run, and returns the number of these

@@ -1,5 +1,5 @@
-// The matrix products and the transposes around them. One implementation serves every instruction set. Each
-// kernel is documented in kernel_table.h.
+// The matrix products, and the transposes that move their operands and results into and out of the SIMD
+// lanes. One implementation serves every instruction set. Each kernel is documented in kernel_table.h.
 //
 // Each kernel unit (isa_*.cpp) defines the sizes of its tiles. All values that a tile uses must fit
 // into the registers.
@@ -10,13 +10,13 @@
 //     gemm_outputs_in_lanes has kTileTokens * kOutputVectors accumulators, kOutputVectors vectors of `w` and
 //     1 broadcast element.
 //   `kPanelVectors` is the number of vectors of `w` in a tile of gemm_outputs_in_lanes for a dense panel.
-//     `kPanelVectors` is either kOutputVectors, or so large that a tile covers a whole row of a panel of
-//     floats. If `kPanelVectors` is larger than kOutputVectors, a tile for a dense panel has fewer than
-//     kTileTokens rows of `a`.
-//   `kNearRows` is the number of rows of `a` that gemm_outputs_in_lanes addresses from one pointer, with
-//     multiples of the row stride as offsets. With more rows for one pointer, GCC runs out of general
-//     registers and keeps multiples of the stride in vector registers. Moving these multiples back to general
-//     registers costs 3-4 % of the time.
+//     `kPanelVectors` is either kOutputVectors or the number of vectors in a row of a panel of floats. If
+//     `kPanelVectors` is larger than kOutputVectors, a tile for a dense panel has fewer than kTileTokens rows
+//     of `a`.
+//   `kNearRows` is the number of rows of `a` that gemm_outputs_in_lanes reads through one pointer: the
+//     address of row i is the pointer plus i times the row stride. If one pointer served more rows, GCC would
+//     run out of general registers and keep multiples of the stride in vector registers. Moving these
+//     multiples back to general registers costs 3-4 % of the time.
 // Full tiles have at least 8 independent accumulators, because an FMA has a latency of 4 cycles and 2 FMAs
 // can start in each cycle.
 
@@ -34,12 +34,12 @@ struct TokensInLanes {
 };
 
 // Computes one tile. If `w` is in full panels, `kStride` is the row stride of `w`, which is known at compile
-// time. Otherwise, `kStride` is 0. In a full panel, the rows of the next tile come next in memory, but the
-// hardware does not prefetch these rows. So each step prefetches at most one cache line of the next tile's
-// rows. Tiles of fewer than 24 accumulators prefetch into L2, and larger tiles prefetch into L1. If W is not
-// in the cache of a Zen 4, prefetching into L2 instead of L1 makes batches of 16 rows a quarter faster. With
-// AVX2, prefetching into L2 also makes batches of 32 rows a tenth faster. Larger tiles gain nothing from
-// prefetching into L2.
+// time. Otherwise, `kStride` is 0. In a full panel, the rows of the next tile directly follow the rows of
+// this tile in memory, but the hardware does not prefetch them. So each step prefetches at most one cache
+// line of the rows of the next tile. Tiles of fewer than 24 accumulators prefetch into L2, and larger tiles
+// prefetch into L1. On a Zen 4, with a W that is not in the cache, batches of 16 rows are a quarter faster if
+// the tiles prefetch into L2 instead of L1. With AVX2, batches of 32 rows are also a tenth faster. Tiles of
+// 24 accumulators gain nothing from prefetching into L2.
 template <class E, size_t kVectors, size_t kRows, size_t kStride>
 inline void gemm_tokens_in_lanes_fixed(TokensInLanes<E> p) {
   using T = Sum<E>;
@@ -82,7 +82,7 @@ inline void gemm_tokens_in_lanes_fixed(TokensInLanes<E> p) {
     for (size_t v = 0; v < kVectors; ++v) c[j][v].store(p.yt + j * kWidth + v * kLanes);
 }
 
-// Calls the template instance for a tile of `rows` rows, where rows <= kRows.
+// Computes a tile of `rows` rows, at most kRows, with the template instance for this number of rows.
 template <class E, size_t kVectors, size_t kRows, size_t kStride>
 inline void gemm_tokens_in_lanes_upto(size_t rows, TokensInLanes<E> p) {
   if (rows == kRows) return gemm_tokens_in_lanes_fixed<E, kVectors, kRows, kStride>(p);
@@ -115,8 +115,9 @@ void gemm_tokens_in_lanes(size_t n_lanes, size_t rows, size_t depth, const Panel
 
 // ---- gemm_outputs_in_lanes: the product c = a w ----
 
-// The number of rows of `w` that belong to one element of `a`. The number is 2 if `a` holds pairs of bfloat16
-// values and `w` holds single values, which are paired in registers. Otherwise, the number of rows is 1.
+// The number of rows of `w` that one element of `a` is multiplied by. The number is 2 if `a` holds pairs of
+// bfloat16 values and `w` holds single values, because the kernel then pairs rows of `w` in registers.
+// Otherwise, the number is 1.
 template <class E, class W>
 inline constexpr size_t kRowsOf = 1;
 template <>
@@ -128,17 +129,18 @@ constexpr size_t rows_beside(size_t vectors) {
 }
 
 // The size of an L1 block in bytes, or 0 if products use no wide tiles. A wide tile has kPanelVectors vectors
-// of `w`, which is more than kOutputVectors. An L1 block is the part of a dense panel that wide tiles process
-// at a time. Wide tiles have few rows and read `w` so fast that `w` must be in L1: on AVX2, tiles of 2 x 6
-// accumulators read 192 bytes of `w` every 6 cycles. L1 has 32 KB or more, and must also hold the rows of `a`
-// and `c`. Products of pairs use no wide tiles, because AVX2 would have to split the pairs of `w` for each
-// row of `a`.
+// of `w`, which is more than kOutputVectors. Wide tiles have few rows and read `w` so fast that `w` must be
+// in L1: on AVX2, tiles of 2 x 6 accumulators read 192 bytes of `w` every 6 cycles. So a dense panel is cut
+// into L1 blocks, and all rows of `a` are multiplied by one block before the next block is read. L1 has 32 KB
+// or more, and must also hold the rows of `a` and `c`. Products of pairs use no wide tiles, because AVX2
+// would have to split the pairs of `w` for each row of `a`.
 template <class E>
 inline constexpr size_t kL1BlockBytes =
     kValuesPerElement<E> == 1 && kPanelVectors > kOutputVectors ? size_t{24} << 10 : 0;
 
-// Returns a Fetch for wide tiles. A wide tile prefetches one cache line at each step. In a Fetch for wide
-// tiles, the member `each` is the distance, in bytes, from one prefetched line to the next.
+// Returns what wide tiles prefetch: one cache line at each step, until `lines` lines have been prefetched.
+// The addresses of successive lines are `bytes` bytes apart. Wide tiles read this distance from the member
+// `each`.
 inline Fetch lines_apart(const void* from, size_t lines, size_t bytes) {
   return Fetch::memory(from, lines, bytes);
 }
@@ -150,8 +152,8 @@ struct FetchSteps {
   const char* at;
   size_t step, line;
 };
-// The largest number of cache lines that a tile prefetches at each step. The limit is the number of lines
-// that the step reads from `w`, where each row counts as at least one line.
+// The largest number of cache lines that a tile prefetches at each step. The limit is the number of cache
+// lines that one step reads from `w`. If a row of the tile has less than a cache line, it counts as one line.
 template <class W>
 inline constexpr size_t kRowBytes = kOutputVectors * Vec<Sum<W>>::kLanes * sizeof(W);
 template <class E, class W>
@@ -178,9 +180,9 @@ inline FetchSteps take(Fetch& next, size_t steps, const W* w, size_t w_stride) {
   return taken;
 }
 
-// The operands of a product. `a` holds elements of type E. `w` holds elements of type E or single bfloat16
-// values. The kernel converts single bfloat16 values to the type E: to floats, or to pairs of bfloat16.
-// `depth` is the number of rows of `w`.
+// The operands of a product. The elements of `a` have type E. The elements of `w` have type W, which is E or
+// Bf16. The kernel converts elements of type Bf16 to the type E: to floats, or to pairs of bfloat16. `depth`
+// is the number of rows of `w`.
 template <class E, class W>
 struct OutputsInLanes {
   size_t n, depth;
@@ -193,8 +195,8 @@ struct OutputsInLanes {
 };
 
 // Computes `tiles` tiles of kRows rows, one below the other. If rows of `w` are paired, only one tile is
-// computed, because no register is left for a loop over tiles. The `n` columns take kVectors vectors, and the
-// last of these vectors is full unless `kPartial` is set.
+// computed, because no register is left for a loop over tiles. The `n` columns fill kVectors vectors. If
+// `kPartial` is set, the last vector is only partly filled.
 template <class E, class W, size_t kRows, size_t kVectors, bool kPartial>
 inline void gemm_outputs_in_lanes_fixed(size_t tiles, const OutputsInLanes<E, W>& tile, Fetch& fetch) {
   using T = Sum<E>;
@@ -202,7 +204,7 @@ inline void gemm_outputs_in_lanes_fixed(size_t tiles, const OutputsInLanes<E, W>
   constexpr size_t kLanes = Vec<T>::kLanes;
   const size_t last = p.n - (kVectors - 1) * kLanes;
   constexpr bool kWide = kVectors > kOutputVectors;
-  constexpr int kLocality = kWide ? 2 : 3;  // wide tiles prefetch into L2: L1 has no room for two L1 blocks
+  constexpr int kLocality = kWide ? 2 : 3;  // 2 means L2: L1 has no room for two L1 blocks
   static_assert(kRows <= 2 * kNearRows);
   const auto load = [last]<class V>(V, const auto* from, size_t v) __attribute__((always_inline)) {
     const auto* at = from + v * kLanes;
@@ -210,8 +212,8 @@ inline void gemm_outputs_in_lanes_fixed(size_t tiles, const OutputsInLanes<E, W>
   };
   if constexpr (kRowsOf<E, W> > 1) tiles = 1;
   for (; tiles > 0; --tiles) {
-    // Calls `body(c, i, v)` for each vector v of each row i of `c`. One pointer moves from row to row,
-    // because GCC would otherwise keep an address for each vector.
+    // Calls `body(c, i, v)` for each row i and each vector v of the row, where `c` points to the row. A
+    // single pointer moves from row to row, because GCC would otherwise keep one address for each vector.
     const auto for_vectors = [&p](const auto& body) __attribute__((always_inline)) {
       T* c = p.c;
 #pragma GCC unroll 16
@@ -227,7 +229,7 @@ inline void gemm_outputs_in_lanes_fixed(size_t tiles, const OutputsInLanes<E, W>
                       __attribute__((always_inline)) { acc[i][v] = load(Vec<T>{}, c, v); });
     else
       for_vectors([&](T* c, size_t i, size_t v) __attribute__((always_inline)) {
-        // Prefetches `c`, because a store that misses the cache would delay later stores.
+        // Prefetches the outputs: if the final store of an output misses the cache, later stores wait for it.
         __builtin_prefetch(c + v * kLanes, 1);
         acc[i][v] = Vec<T>::zero();
       });
@@ -247,8 +249,8 @@ inline void gemm_outputs_in_lanes_fixed(size_t tiles, const OutputsInLanes<E, W>
         return Vec<E>::broadcast(i < kNearRows ? a[i * p.a.row_stride]
                                                : far[(i - kNearRows) * p.a.row_stride]);
       };
-      // If a wide tile has fewer rows of `a` than vectors of `w`, the elements of `a` stay in registers
-      // during a step.
+      // If a wide tile has fewer rows of `a` than vectors of `w`, a step keeps its elements of `a` in
+      // registers and loads one vector of `w` at a time.
       if constexpr (kWide && kRows < kVectors) {
         decltype(load_a(0)) x[kRows];
 #pragma GCC unroll 16
@@ -256,7 +258,7 @@ inline void gemm_outputs_in_lanes_fixed(size_t tiles, const OutputsInLanes<E, W>
 #pragma GCC unroll 8
         for (size_t v = 0; v < kVectors; ++v) {
           Vec<E> b = load_w(v);
-          keep(b);  // without `keep`, GCC loads the vector for each row
+          keep(b);  // without `keep`, GCC would load the vector once for each row
 #pragma GCC unroll 16
           for (size_t i = 0; i < kRows; ++i) acc[i][v] = fma(x[i], b, acc[i][v]);
         }
@@ -300,7 +302,7 @@ inline void gemm_outputs_in_lanes_fixed(size_t tiles, const OutputsInLanes<E, W>
   }
 }
 
-// Calls the template instance for a tile of `rows` rows, where rows <= kRows.
+// Computes a tile of `rows` rows, at most kRows, with the template instance for this number of rows.
 template <class E, class W, size_t kRows, size_t kVectors, bool kPartial>
 inline void gemm_outputs_in_lanes_upto(size_t rows, const OutputsInLanes<E, W>& p, Fetch& fetch) {
   if (rows == kRows) return gemm_outputs_in_lanes_fixed<E, W, kRows, kVectors, kPartial>(1, p, fetch);
@@ -343,8 +345,8 @@ inline void gemm_outputs_in_lanes_groups(size_t m, OutputsInLanes<E, W> p, Fetch
 }
 
 // Multiplies `a` with a dense panel, which is split into L1 blocks of about equal size. Each block is read
-// once for each tile of rows and each group of columns. If the caller passes Fetch::rows_ahead, the next
-// block is prefetched in equal shares: one share each time that the current block is read.
+// several times: once for each tile of rows and each group of kPanelVectors vectors. If the caller passes
+// Fetch::rows_ahead, each reading of a block prefetches an equal share of the next block.
 template <class E, class W>
 inline void gemm_outputs_in_lanes_l1_blocks(size_t m, OutputsInLanes<E, W> p, Fetch fetch) {
   constexpr size_t kLanes = Vec<E>::kLanes;
@@ -353,18 +355,18 @@ inline void gemm_outputs_in_lanes_l1_blocks(size_t m, OutputsInLanes<E, W> p, Fe
   size_t left = p.depth, blocks = left > 0 ? ceil_div(left * row_bytes, kL1BlockBytes<E>) : 1;
   bool streams = readings > 0 && fetch.each > 0 && fetch.lines == 0;  // whether `fetch` is rows_ahead()
   if (fetch.each > 0) fetch = lines_apart(fetch.at, fetch.lines, kCacheLine);
-  // Each time a block is read, one cache line of each row of the next block is prefetched. If a row has more
-  // cache lines than the block has readings, this does not prefetch the whole next block. In this case, the
-  // code prefetches nothing, because the hardware then prefetches better. The hardware prefetches best in
-  // blocks of 6 KB: on a Zen 4, products with 4 rows are a quarter faster in blocks of 6 KB than in blocks of
-  // 12 KB. A panel that is read only once needs no blocks.
+  // Each time a block is read, one cache line of each row of the next block is prefetched. If a block is read
+  // fewer times than a row has cache lines, the whole next block cannot be prefetched in this way. In this
+  // case, the code prefetches nothing and relies on the hardware. The hardware prefetches best in blocks of 6
+  // KB: on a Zen 4, products with 4 rows are a quarter faster in blocks of 6 KB than in blocks of 12 KB. A
+  // panel that is read only once needs no blocks.
   if (streams && readings * kCacheLine < row_bytes) {
     streams = false;
     fetch = Fetch::none();
     blocks = readings == 1 ? 1 : 4 * blocks;
   }
   const size_t rows = ceil_div(left, blocks);
-  do {  // runs once even if `depth` is 0, to set `c` to zero
+  do {  // if `depth` is 0, the only iteration sets `c` to zero
     p.depth = smaller(left, rows);
     left -= p.depth;
     const W* next = p.w + p.depth * p.w_stride;
@@ -389,22 +391,24 @@ void gemm_outputs_in_lanes(size_t m, size_t n, size_t depth, const Strided<E>& a
 
 // ---- merge: adds the product a w to c ----
 
-// If `streams` is set, `c` is prefetched at most kPanelsAhead panels ahead. The prefetched part of `c` goes
-// into L2, because rows that are a multiple of 4 KB apart would evict each other from L1.
+// If `streams` is set, the code prefetches the part of `c` that it needs up to kPanelsAhead panels later. The
+// code prefetches into L2: if the distance between two rows of `c` is a multiple of 4 KB, the rows would
+// evict each other from L1.
 inline constexpr size_t kPanelsAhead = 8;
 
 // Computes kRows rows of `c` in `count` full panels, tile by tile. If `streams` is set, each step prefetches
 // one row of a later tile of `c`. If all rows of the later tile were prefetched at once, the requests would
-// wait for each other. With a small rank, a tile has too few steps to hide this wait. For a tile in the last
-// panels, the later tile lies in the next kRows rows of `c`. The sizes are template parameters so that
-// tests/inner_loops.py can read them in the function's name.
+// wait for each other, and with a small rank, a tile has too few steps to hide this wait. While the last
+// panels of `c` are computed, the later tile is in the next kRows rows of `c`. The sizes are template
+// parameters so that tests/inner_loops.py can read them in the function's name.
 template <class T, size_t kRows, size_t kVectors>
 inline void merge_tiles(size_t count, size_t depth, const T* a, const T* panels, T* c, size_t c_stride,
                         bool streams) {
   constexpr size_t kLanes = Vec<T>::kLanes, kGroup = kVectors * kLanes;
   static_assert(kPanelColumns % kGroup == 0);
   const size_t ahead = smaller(count, kPanelsAhead);
-  // The distance, in elements, from the end of the last panel to the start of the next kRows rows.
+  // From the address directly after the last full panel, this many elements lead to the start of the next
+  // kRows rows.
   const size_t to_next_rows = kRows * c_stride - count * kPanelColumns;
   for (; count > 0; --count, panels += depth * kPanelColumns)
     for (size_t j = 0; j < kPanelColumns; j += kGroup, c += kGroup) {
@@ -463,8 +467,8 @@ void merge(size_t m, size_t n, size_t depth, const T* a, const T* panels, T* c, 
 
 // Transposes `x` (rows, cols) into `xt` (cols, n_lanes). If there are fewer rows than lanes, the other lanes
 // are set to zero. The hardware prefetcher cannot follow all rows of `x`, so the code prefetches each row,
-// kAhead columns ahead of the columns that it reads. Near the end of the rows, the code prefetches the start
-// of the next n_lanes rows.
+// kAhead columns ahead of the columns that it reads. When the code reads the last kAhead columns, it
+// prefetches the first columns of the next n_lanes rows.
 template <class T>
 void to_lanes(size_t n_lanes, size_t rows, size_t cols, const T* x, size_t x_stride, T* xt) {
   constexpr size_t kLanes = Vec<T>::kLanes, kAhead = 8 * kCacheLine / sizeof(T);
@@ -545,8 +549,8 @@ void transpose(size_t rows, size_t cols, const T* x, size_t x_stride, T* xt, siz
     }
 }
 
-// Twelve independent sums hide the latency of the products. A product has a latency of 4 cycles, and two
-// products can start in each cycle.
+// Measures the peak speed. A product has a latency of 4 cycles, and two products can start in each cycle, so
+// at least 8 independent sums are needed. The code uses twelve.
 template <class E>
 double peak(size_t iterations) {
   constexpr size_t kSums = 12, kLanes = Vec<E>::kLanes;
@@ -562,7 +566,7 @@ double peak(size_t iterations) {
 #pragma GCC unroll 12
     for (size_t i = 0; i < kSums; ++i)
       if constexpr (kValuesPerElement<E> == 1)
-        sums[i] = fma(sums[i], factor, x);  // no two sums are equal, so the compiler computes every product
+        sums[i] = fma(sums[i], factor, x);  // the sums differ, so no product can be left out
       else
         sums[i] = fma(x, factor, sums[i]);
   }

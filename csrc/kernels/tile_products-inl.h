@@ -1,18 +1,20 @@
 // Products of bfloat16 pairs in the tile registers of AMX (simd/tile_registers.h). Each kernel is
 // documented in kernel_table.h.
 //
-// Six of the eight registers hold sums: two rows of three tiles in gemm_outputs_in_lanes, or three rows of
-// two tiles in gemm_tokens_in_lanes. The other two registers hold a tile of the first operand `a` and a tile
-// of the second operand `b`. A step covers up to kTileSide pairs along the depth, and adds their products to
-// all six tiles of sums. A step needs seven loads of 8 cycles and six products of 16 cycles. The products of
-// a step are summed first, and then this sum is added to the earlier sums. Subnormal numbers count as zero.
+// Six of the eight registers hold tiles of sums, which form a grid: 2 x 3 tiles (rows x columns) in
+// gemm_outputs_in_lanes, and 3 x 2 tiles in gemm_tokens_in_lanes. The other two registers hold a tile of the
+// first operand `a` and a tile of the second operand `b`. A step covers up to kTileSide pairs along the
+// depth, and adds their products to all six tiles of sums. A step needs seven loads of 8 cycles and six
+// products of 16 cycles. For each output, the products of a step are summed, and then their sum is added to
+// the earlier sum. Subnormal numbers count as zero.
 
 namespace nplora::kernels::NPLORA_ISA {
 
 inline constexpr int kA = 6, kB = 7;
 
-// Sets the shapes of the tile registers: (rows, columns) for sums, (rows, steps) for `a`, and (steps,
-// columns) for `b`. Here, `steps` counts pairs along the depth.
+// Sets the shapes of the tile registers. The six tiles of sums get the shape (rows, columns), the tile of `a`
+// gets (rows, steps), and the tile of `b` gets (steps, columns). Here, `steps` is a number of pairs along the
+// depth.
 inline void set_shapes(size_t rows, size_t columns, size_t steps) {
   TileShapes shapes;
   for (int tile = 0; tile < kA; ++tile) shapes.set(tile, rows, columns);
@@ -47,8 +49,8 @@ inline void store_sums(float* c, size_t c_stride) {
   });
 }
 
-// Adds the product of `a` and `b` to all sums. Every second row of tiles is processed backwards, so that the
-// row starts with the tile of `b` that is already loaded.
+// Adds the product of `a` and `b` to all sums. Every second row of tiles is processed from the last column to
+// the first, because the tile of `b` for the last column is still loaded.
 template <int kRows, int kColumns>
 inline void tile_step(const Bf16Pair* a, size_t a_stride, const Bf16Pair* b, size_t b_stride) {
   for_sums<kRows, kColumns>([&]<int kRow, int kNth>() __attribute__((always_inline)) {
@@ -60,8 +62,8 @@ inline void tile_step(const Bf16Pair* a, size_t a_stride, const Bf16Pair* b, siz
 }
 
 // A copy of the operands of a step. The copy is needed in two cases. In the first case, the elements of a row
-// of `a` are not contiguous in memory, so they cannot be loaded as a tile. In the second case, the operands
-// end within the step, and the rest of the copy is filled with zeros.
+// of `a` are not contiguous in memory, so they cannot be loaded as a tile. In the second case, fewer pairs
+// are left than a step covers; the rest of the copy is filled with zeros.
 struct CopiedStep {
   alignas(64) Bf16Pair a[kPanelColumns * kTileSide];
   alignas(64) Bf16Pair b[kTileSide * kPanelColumns];
@@ -99,8 +101,9 @@ struct OutputTiles {
   size_t steps() const { return a.step_stride == 1 && 0 < depth && depth < kTileSide ? depth : kTileSide; }
 };
 
-// Computes kRows x kColumns tiles of `c`. The last tile has the shape (rows, columns). The caller must have
-// set this shape with set_shapes.
+// Computes kRows x kColumns tiles of `c`. Each tile has the shape (rows, columns), which the caller must have
+// set with set_shapes. If kRows is above 1, `rows` is kTileSide, and if kColumns is above 1, `columns` is
+// kTileSide.
 template <int kRows, int kColumns>
 inline void output_tiles(size_t rows, size_t columns, OutputTiles p) {
   const auto advance = [&p](size_t steps) {
@@ -166,7 +169,7 @@ inline void paired_gemm_outputs_in_lanes(size_t m, size_t n, size_t depth, const
   constexpr size_t kLanes = Vec<Bf16>::kLanes;
   alignas(64) Bf16Pair pairs[kPairedRows / 2 * kPanelColumns];
   size_t k = 0;
-  do {  // runs once even if `depth` is 0, to set `c` to zero
+  do {  // if `depth` is 0, the only iteration sets `c` to zero
     const size_t rows = smaller(depth - k, kPairedRows);
     for (size_t i = 0; i < rows; i += 2)
       for (size_t j = 0; j < n; j += kLanes) {
@@ -184,8 +187,8 @@ inline void paired_gemm_outputs_in_lanes(size_t m, size_t n, size_t depth, const
 
 // ---- gemm_tokens_in_lanes: the product yt = w xt ----
 
-// Computes kRows x kColumns tiles of `yt`. If `w` is in panels, one step in three begins in one panel and
-// ends in the next. The part of `w` for such a step is copied.
+// Computes kRows x kColumns tiles of `yt`. If `w` is in panels, every third step needs elements of `w` from
+// two panels. For such a step, these elements are copied.
 template <int kRows, int kColumns>
 inline void token_tiles(size_t rows, size_t depth, const Panels<Bf16Pair>& w, const Bf16Pair* xt, float* yt,
                         bool accumulate) {
@@ -243,7 +246,8 @@ inline void gemm_tokens_in_lanes(size_t n_lanes, size_t rows, size_t depth, cons
   release_tiles();
 }
 
-// Each iteration does six multiplications of two registers, one for each of the six registers that hold sums.
+// Measures the peak speed. Each iteration multiplies the tiles of `a` and `b` six times, once for each
+// register that holds sums.
 inline double peak(size_t iterations) {
   alignas(64) const Bf16Pair operand[kTileSide * kTileSide] = {};
   set_shapes(kTileSide, kTileSide, kTileSide);

@@ -90,8 +90,7 @@ inline void layer_norm_backward(size_t n, const float* dy, const float* x, const
   });
 }
 
-// Rotates the pairs of one head. Neighbouring pairs are kStep elements apart, and the two elements of a pair
-// are `distance` elements apart.
+// Rotates the pairs of one head. The elements of pair i have the indices i * kStep and i * kStep + distance.
 template <size_t kStep>
 inline void rotate_head(size_t half, size_t distance, const float* __restrict table, float sign,
                         float* __restrict x) {
@@ -113,17 +112,18 @@ inline void rotate(size_t heads, size_t head_dim, size_t half, const float* tabl
       rotate_head<1>(half, half, table, sign, x);
 }
 
-// 1 / (1 + exp(-g))
+// Returns 1 / (1 + exp(-g)).
 inline Vec<float> sigmoid(Vec<float> g) {
   const Vec<float> one = Vec<float>::broadcast(1);
   return one / (one + exp(Vec<float>::zero() - g));
 }
 
-// Every activation has the form act(g) = g * gate(g). In each struct, the function `gate` returns the factor
-// gate(g). The function `backward(d, g, s)` returns d * act'(g), where the caller passes gate(g) as s.
+// Every activation has the form act(g) = g * gate(g). Each struct has two functions: gate(g), and backward(d,
+// g, s), which returns d * act'(g). The caller must pass gate(g) as `s`.
 
-// An activation with gate(g) = sigmoid(p(g)), where p is a polynomial. The derivative is act'(g) = s (1 + g
-// p'(g) (1 - s)). `Polynomial::inner` returns p(g), and `Polynomial::slope` returns g p'(g).
+// An activation with gate(g) = sigmoid(p(g)), where p is a polynomial. With s = gate(g), the derivative is
+// act'(g) = s (1 + g p'(g) (1 - s)). `Polynomial::inner` returns p(g), and `Polynomial::slope` returns g
+// p'(g).
 template <class Polynomial>
 struct Sigmoidal {
   static Vec<float> gate(Vec<float> g) { return sigmoid(Polynomial::inner(g)); }
@@ -133,15 +133,15 @@ struct Sigmoidal {
   }
 };
 
-struct SiluInner {  // p(g) = g
+struct SiluInner {  // the polynomial is p(g) = g
   static Vec<float> inner(Vec<float> g) { return g; }
   static Vec<float> slope(Vec<float> g) { return g; }
 };
 using Silu = Sigmoidal<SiluInner>;
 
 // The tanh form of GELU is g (1 + tanh u) / 2 with u = sqrt(2 / pi) (g + 0.044715 g³) (Hendrycks and Gimpel
-// 2016). The sigmoid function s satisfies 1 + tanh u = 2 s(2 u). So the polynomial p of this activation is 2
-// u = kA g + kB g³.
+// 2016). The sigmoid function s satisfies 1 + tanh u = 2 s(2 u). So gate(g) is s(p(g)) with the polynomial
+// p(g) = 2 u = kA g + kB g³.
 struct GeluTanhInner {
   static constexpr float kA = 1.5957691216057308f, kB = 0.07135481282553024f;
   static Vec<float> inner(Vec<float> g) {
@@ -153,7 +153,8 @@ struct GeluTanhInner {
 };
 using GeluTanh = Sigmoidal<GeluTanhInner>;
 
-// The exact GELU: gate(g) = Phi(g), and act'(g) = Phi(g) + g phi(g) with the density phi of N(0, 1).
+// The exact GELU: gate(g) = Phi(g), and act'(g) = Phi(g) + g phi(g), where Phi is the distribution function
+// of N(0, 1), and phi is its density.
 //
 // With z = |g| / sqrt(2) and t = 1 / (1 + z / 2), Phi(-|g|) = erfc(z) / 2 is approximately t exp(P(t) - z²) /
 // 2. The coefficients of the polynomial P are kP (Press et al., Numerical Recipes, section 6.2). The relative
@@ -169,9 +170,9 @@ struct Gelu {
 #pragma GCC unroll 9
     for (size_t i = 1; i < sizeof kP / sizeof *kP; ++i) p = fma(p, t, V(V::broadcast(kP[i])));
     const V half = V::broadcast(0.5f), tail = half * t * exp(fma(square, V(V::broadcast(-0.5f)), p));
-    // Phi(g) is 1 - tail if g > 0, else tail. `positive` is 1 if g is at least 1e-30, and 0 if g <= 0. For g
-    // between 0 and 1e-30, `positive` is between 0 and 1. But `tail` is then 1/2, so the result is 1/2 for
-    // every value of `positive`.
+    // `tail` is Phi(-|g|), so Phi(g) is 1 - tail if g > 0, else tail. `positive` is 1 if g is at least 1e-30,
+    // and 0 if g <= 0. For g between 0 and 1e-30, `positive` is between 0 and 1, but the result does not
+    // depend on `positive`, because `tail` is 1/2.
     const V positive = min(one, max(V::zero(), g * V(V::broadcast(1e30f))));
     return tail + positive * (one - (tail + tail));
   }
@@ -190,7 +191,7 @@ void gated(size_t n, const float* gate, const float* up, float* out) {
   });
 }
 
-// The backward pass of out = act(g) up, where act(g) = g s.
+// The backward pass of out = act(g) * up, with act(g) = g * s and s = gate(g).
 template <class Act>
 void gated_backward(size_t n, const float* dout, const float* gate, const float* up, float* dgate,
                     float* dup) {
@@ -203,7 +204,8 @@ void gated_backward(size_t n, const float* dout, const float* gate, const float*
   });
 }
 
-// Keeps four independent maxima, because a single maximum would wait for the result of each comparison.
+// Keeps four separate maxima: with only one, each comparison would have to wait for the result of the
+// previous one.
 inline float largest(size_t n, const float* x) {
   constexpr size_t kLanes = Vec<float>::kLanes;
   const Vec<float> lowest = Vec<float>::broadcast(-3.40282347e38f);
@@ -240,7 +242,7 @@ inline void scaled(size_t n, float factor, const float* x, float* y, bool accumu
 
 // Most groups of kSelected elements have no elements to select, or only a few. The compiler vectorises the
 // test for a whole group. If a group has elements to select, the code stores every element of the group, but
-// counts only the selected elements. So if an element is not selected, the next element overwrites it. A
+// counts only the selected elements. So an element that is not counted is overwritten by the next element. A
 // branch for each element would often be mispredicted.
 inline size_t select(size_t n, const float* x, float least, size_t limit, int32_t* ids, float* values) {
   size_t count = 0;
@@ -259,7 +261,8 @@ inline size_t select(size_t n, const float* x, float least, size_t limit, int32_
   return count;
 }
 
-// Does the work of add_rows for kPanels full panels. The sums of the panels stay in registers.
+// Does the work of add_rows for kPanels full panels. The elements of `out` in these panels stay in registers
+// until all rows are added.
 template <size_t kPanels>
 inline void add_rows_of_panels(size_t count, const uint8_t* ids, const float* weights,
                                const Panels<float>& rows, float* out) {

@@ -14,7 +14,8 @@ namespace {
 
 constexpr size_t kElementsPerTask = 16384;
 
-// The time of each function for one element, divided by the time of one floating-point operation.
+// The time that erf, Philox or a conversion takes for one element, in units of the time of one floating-point
+// operation.
 constexpr double kErfOperations = 40, kPhiloxOperations = 20, kConversionOperations = 8;
 
 template <class Body>
@@ -29,9 +30,9 @@ void for_pieces(size_t n, double operations_per_element, const Body& body) {
 constexpr double kInverseRoot2 = 0.70710678118654752440, kInverseRoot2Pi = 0.39894228040143267794;
 constexpr double kTanhFactor = 0.79788456080286535588, kTanhCubic = 0.044715;  // sqrt(2 / pi)
 
-// The gate of GELU: gelu(x) = x * gate(x). The gate is Phi(x), the normal distribution function, or (1 +
-// tanh(u)) / 2 = 1 / (1 + exp(-2 u)) with u = sqrt(2 / pi) (x + 0.044715 x³). The code uses erfc and exp,
-// which are accurate for x < 0, where 1 + tanh(u) would lose digits by cancellation.
+// The gate of GELU: gelu(x) = x * gate(x). The gate is the normal distribution function Phi(x) or, if `tanh`
+// is true, (1 + tanh(u)) / 2 = 1 / (1 + exp(-2 u)) with u = sqrt(2 / pi) (x + 0.044715 x³). The code uses
+// erfc and exp, because for x < 0, the sums 1 + erf and 1 + tanh would lose digits by cancellation.
 template <class T>
 T gate(T x, bool tanh) {
   if (!tanh) return T(0.5) * std::erfc(-x * T(kInverseRoot2));

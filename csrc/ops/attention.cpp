@@ -14,13 +14,13 @@ namespace {
 
 constexpr float kLowest = std::numeric_limits<float>::lowest();
 
-// The largest number of tiles in a task. With longer tasks, a short sequence would have too few tasks for all
-// threads.
+// The largest number of tiles in a task. If tasks had more tiles, a short sequence would have fewer tasks
+// than there are threads.
 constexpr size_t kTilesPerTask = 4;
 
-// A run consists of neighbouring queries of one sequence. A lane is one head of one query. If a run has fewer
-// than kFewestLanes lanes for each key-value head, attention is computed without tiles, because most lanes of
-// a tile would be idle.
+// A run consists of neighbouring queries of one sequence. A lane is one head of one query. All lanes of a
+// tile must use the same key-value head. If a run has fewer than kFewestLanes lanes for each key-value head,
+// most lanes of its tiles would be idle, so attention is computed without tiles.
 constexpr size_t kFewestLanes = 12;
 
 // The keys of a single query are cut into pieces of at most this many keys.
@@ -35,7 +35,7 @@ const kernels::Transformer& kernel() {
 }
 
 struct Outputs {
-  Matrix<float> out, lse;  // lse is not written if lse.data is null
+  Matrix<float> out, lse;  // if lse.data is null, lse is not computed
 };
 
 struct ForwardBuffers {
@@ -57,13 +57,14 @@ struct ForwardBuffers {
   float *queries, *sums;          // (head_dim, kTileLanes)
   float* scores;                  // (kTileKeys, kTileLanes)
   float *largest, *sum, *factor;  // (kTileLanes)
-  // Only for bfloat16, whose products multiply two values per lane: `pairs` (head_dim / 2, lanes) holds the
-  // queries, and `weights` (kTileKeys / 2, lanes) holds the weights of a tile of keys.
+  // Only for products in bfloat16, which multiply pairs of values: `pairs` (head_dim / 2, lanes) holds the
+  // queries, and `weights` (kTileKeys / 2, lanes) holds the softmax weights of a tile of keys.
   kernels::Bf16Pair *pairs, *weights;
 };
 
 // Algorithm 1 of Dao 2023 (FlashAttention-2) for one tile of queries. Each key is read from memory only once.
-// Whenever a tile of keys has a larger score than all earlier tiles, the sums so far are scaled down.
+// Whenever a tile of keys has a larger score than all earlier tiles, the sums over the earlier tiles are
+// scaled down.
 void attend(const QueryTile& tile, Matrix<const float> q, const Outputs& to) {
   const size_t dim = tile.shape.head_dim, lanes = tile.lanes;
   const ForwardBuffers b(dim);
@@ -75,8 +76,8 @@ void attend(const QueryTile& tile, Matrix<const float> q, const Outputs& to) {
   const size_t column = tile.kv_head * dim;
   if (tile.shape.pairs) pair_rows(dim, lanes, b.queries, b.pairs);
 
-  // The sums must begin at a multiple of kKeyUnit, so a few keys before the window are read, too. These keys
-  // are masked.
+  // The sums over keys must begin at a multiple of kKeyUnit, so they may include a few keys before the
+  // window. The scores of these keys are masked.
   const Span visible = tile.visible();
   bool accumulate = false;
   for_key_tiles({round_down(visible.first, kKeyUnit), visible.end}, [&](Span keys) {
@@ -116,8 +117,9 @@ void attend(const QueryTile& tile, Matrix<const float> q, const Outputs& to) {
     });
 }
 
-// A task computes the outputs of some lanes of one run, tile by tile. These lanes use the key-value head
-// kv_head, and have the numbers first_lane to end_lane - 1 among all lanes of the run that use this head.
+// A task computes the outputs of some lanes of one run, tile by tile. All these lanes use the key-value head
+// kv_head. If the lanes of the run that use this head are numbered from 0, the task has the lanes first_lane
+// to end_lane - 1.
 struct TileTask {
   size_t run, kv_head, first_lane, end_lane;
 };
@@ -133,7 +135,7 @@ void attend_tiles(const AttentionShape& shape, const std::vector<Run>& runs, Mat
     const size_t per_task = size_t(tiles) * kTileLanes;
     operations += per_lane * double(runs[i].count * shape.heads);
     for (size_t kv_head = 0; kv_head < shape.kv_heads; ++kv_head)
-      for (size_t end = lanes; end > 0;) {  // the last queries have the most keys, so they come first
+      for (size_t end = lanes; end > 0;) {  // the longest tasks come first: late queries have the most keys
         const size_t first = (end - 1) / per_task * per_task;
         tasks.push_back({i, kv_head, first, end});
         end = first;
@@ -163,9 +165,9 @@ void attend_piece(const AttentionShape& shape, const Piece& piece, Matrix<const 
   float *largest = part + heads * dim, *sum = largest + heads;
   float *scaled = scratch<float>(Scratch::kAttention, heads * (dim + n)), *scores = scaled + heads * dim;
   kernel().scaled(heads * dim, shape.scale, q.row(piece.row), scaled, false);
-  // key_dots multiplies the query with several keys at a time. If a few keys are left at the end of a call,
-  // key_dots multiplies them one by one, and sums the products in another order. So every call except the
-  // last one must end at a multiple of kKeyUnit.
+  // key_dots multiplies the query with several keys at a time. Keys that are left at the end of a call are
+  // multiplied one by one, with another order of the additions. To make the results independent of the pages,
+  // every call except the last one must end at a multiple of kKeyUnit.
   const size_t aligned = std::min(round_up(piece.keys.first, kKeyUnit), piece.keys.end);
   for (const Span half : {Span{piece.keys.first, aligned}, Span{aligned, piece.keys.end}})
     run.for_parts(half, [&](Span part) {
@@ -188,9 +190,8 @@ void attend_piece(const AttentionShape& shape, const Piece& piece, Matrix<const 
   });
 }
 
-// Combines the results of the pieces into which the keys of a query were cut. The sum of exponentials of each
-// piece is relative to the largest score of the piece; the total is relative to the largest score of all
-// pieces.
+// Combines the results of the pieces into which the keys of a query were cut. The sum of a piece is Σ
+// exp(score - largest score of the piece). The total is Σ exp(score - largest score of all pieces).
 void join_pieces(const AttentionShape& shape, size_t row, size_t pieces, const float* parts,
                  const Outputs& to) {
   const size_t dim = shape.head_dim, heads = shape.heads, stride = heads * (dim + 2);
@@ -210,12 +211,12 @@ void join_pieces(const AttentionShape& shape, size_t row, size_t pieces, const f
 }
 
 // Attention for runs of only a few queries. A few queries do not fill a tile, and memory bandwidth limits the
-// speed. For each query, keys and values are read once, for all heads at once. The keys are cut into pieces,
-// which threads share (Dao et al. 2023, Flash-Decoding).
+// speed. So each query is processed for all heads at once, and its keys and values are read once. The keys of
+// a query are cut into pieces, and several threads may process them (Dao et al. 2023, Flash-Decoding).
 void attend_rows(const AttentionShape& shape, const std::vector<Run>& runs, Matrix<const float> q,
                  const Outputs& to) {
   std::vector<Piece> pieces;
-  std::vector<size_t> first_piece;  // the index of each row's first piece, then the number of pieces
+  std::vector<size_t> first_piece;  // each row's first piece; at the end, the number of pieces
   double operations = 0;
   for (const Run& run : runs)
     for (size_t i = 0; i < run.count; ++i) {
@@ -273,7 +274,7 @@ void attention_cached(const AttentionShape& shape, Matrix<const float> q, KeyVal
   const Timed timed(Activity::kAttention);
   std::vector<Run> runs;
   for (size_t i = 0; i < q.rows; ++i) {
-    // Row i is the next token of the same prompt, so it joins the run of row i - 1.
+    // If row i is the token after that of row i - 1 in the same slot, both rows belong to one run.
     if (i > 0 && slots[i] == slots[i - 1] && lengths[i] == lengths[i - 1] + 1) {
       ++runs.back().count;
       continue;

@@ -13,16 +13,16 @@ namespace nplora {
 
 struct AttentionShape {
   size_t heads, kv_heads, head_dim;
-  float scale;         // the factor of all scores, usually 1 / sqrt(head_dim)
+  float scale;         // all scores are multiplied by it; usually 1 / sqrt(head_dim)
   size_t window;       // a token attends to itself and `window` - 1 tokens before it; 0 means no limit
-  bool pairs = false;  // whether the products of tiles multiply pairs of bfloat16 and sum in float32
-  // If `causal` is false, a token also attends to tokens after it: to all of them or, if there is a window,
-  // to the next `window` - 1 of them.
+  bool pairs = false;  // whether matrix products of tiles use bfloat16, with sums in float32
+  // If `causal` is false, a token also attends to later tokens: to the next `window` - 1 tokens or, if there
+  // is no window, to all later tokens of its sequence.
   bool causal = true;
   // `bias` (heads, 2 reach + 1) holds numbers that are added to the scores (Shaw et al. 2018). The number for
   // a score depends on the head and on the distance, which is the position of the key minus the position of
-  // the query. Column j of `bias` is for the distance j - reach. No key is further away than `reach`. If
-  // `bias` is null, nothing is added.
+  // the query. Column j of `bias` is for the distance j - reach. A sequence must have at most `reach` + 1
+  // tokens, so that every distance has a column. If `bias` is null, nothing is added.
   const float* bias = nullptr;
   size_t reach = 0;
 
@@ -41,9 +41,9 @@ struct Sequences {
 
 // Computes out = softmax(scale q kᵀ) v within each sequence, and lse (n, heads) = log Σ exp(scores), which
 // the backward pass needs. A score is a sum of head_dim products. An output is a sum of products, with one
-// product for each key. All sums run in order, in float32. The error of a sum of m products is therefore
-// below gamma(m) = m u / (1 - m u) times the sum of the products' magnitudes, where u is the unit roundoff.
-// Inf or NaN in a row may spread to all rows of the same sequence, but not to other sequences.
+// product for each key. All sums are added in order, in float32. So for a sum of m products, the error is
+// below gamma(m) = m u / (1 - m u) times the sum of the magnitudes of the products, where u is the unit
+// roundoff. Inf or NaN in a row may spread to all rows of the same sequence, but not to other sequences.
 void attention(const AttentionShape& shape, Sequences sequences, Matrix<const float> q, Matrix<const float> k,
                Matrix<const float> v, Matrix<float> out, Matrix<float> lse);
 
@@ -53,13 +53,12 @@ struct AttentionSaved {
 void attention_backward(const AttentionShape& shape, Sequences sequences, Matrix<const float> dout,
                         const AttentionSaved& saved, Matrix<float> dq, Matrix<float> dk, Matrix<float> dv);
 
-// The number of tokens in a page is a multiple of kPageUnit. (If each sequence has only one page, any number
-// is allowed.)
+// The number of tokens in a page must be a multiple of kPageUnit, unless each sequence has only one page.
 inline constexpr size_t kPageUnit = 16;
 
 // The keys and values of earlier tokens. The arrays `keys` and `values` are (pages, page_tokens, kv_heads *
-// head_dim). Slot s holds a sequence whose tokens are in the pages table[s * slot_pages], table[s *
-// slot_pages + 1], and so on. Slots may share pages.
+// head_dim). A slot holds one sequence. The tokens of slot s are in the pages table[s * slot_pages], table[s
+// * slot_pages + 1], and so on. Two slots may share pages.
 struct KeyValueCache {
   const float *keys, *values;
   size_t page_tokens;
@@ -67,11 +66,11 @@ struct KeyValueCache {
   size_t slot_pages;
 };
 // Row i of q is the query of the token at position lengths[i] - 1 in slot slots[i] of the cache. The query
-// attends to this token and to all tokens before it, as far as the window allows. The bits of a row depend
-// neither on the size of the pages nor on the other rows, with one exception. Neighbouring rows with
-// successive tokens of one slot are computed together, by one of two methods that round differently. One
-// method is used for fewer than kFewestLanes / (heads / kv_heads) of these rows, the other method for all
-// larger numbers.
+// attends to this token and to all earlier tokens or, with a window, to the `window` - 1 tokens before it.
+// The bits of a row depend neither on the size of the pages nor on the other rows, with one exception.
+// Neighbouring rows with successive tokens of one slot are computed together. If there are fewer than
+// kFewestLanes / (heads / kv_heads) such rows, another method is used than for more rows, and the two methods
+// round differently.
 void attention_cached(const AttentionShape& shape, Matrix<const float> q, KeyValueCache cache,
                       const int64_t* slots, const int64_t* lengths, Matrix<float> out);
 

@@ -11,9 +11,9 @@ namespace nplora {
 
 namespace {
 
-// The size of a block is halved while the first diagonal (see attention_backward) has fewer tasks than
-// kFewestTasks. The constant kFewestTasks must not depend on the number of threads, because the order of the
-// sums depends on the size of the blocks.
+// Blocks of tokens are made smaller until the first diagonal (see attention_backward) has at least
+// kFewestTasks tasks. The constant kFewestTasks must not depend on the number of threads, because the order
+// of the sums depends on the size of the blocks.
 constexpr size_t kFewestTasks = 12;
 
 const kernels::Transformer& kernel() {
@@ -21,7 +21,7 @@ const kernels::Transformer& kernel() {
 }
 
 // The inputs and outputs of all tiles. For each token and head, delta (n, heads) holds the dot product of
-// dout and out. The tiles of the first diagonal compute delta.
+// dout and out. The tiles of the first diagonal (see attention_backward) compute delta.
 struct Operands {
   Matrix<const float> dout;
   AttentionSaved saved;
@@ -47,9 +47,9 @@ struct BackwardBuffers {
   float *lse, *delta;         // (kTileLanes)
 };
 
-// The operands of a tile in pairs of bfloat16. A pair of `q` or `dout` holds two neighbouring values of one
-// lane. A pair of `ds_down` holds the values of two neighbouring keys. In all other arrays, a pair holds the
-// values of two neighbouring lanes.
+// The operands of a tile in pairs of bfloat16. In `q` and `dout`, a pair consists of two neighbouring values
+// of one lane. In `ds_down`, a pair consists of the values of two neighbouring keys. In all other arrays, a
+// pair consists of the values of two neighbouring lanes.
 struct PairBuffers {
   static constexpr size_t kLanePairs = kTileLanes / 2;
 
@@ -75,8 +75,8 @@ struct PairBuffers {
   kernels::Bf16Pair* ds_down;             // (kTileKeys / 2, lanes)
 };
 
-// Adds weighted sums of rows: sums (keys, head_dim) += weights (keys, depth) times rows (depth, head_dim).
-// The columns are computed in groups of about equal width.
+// Adds a matrix product: sums += weights rows, with sums (keys, head_dim), weights (keys, depth) and rows
+// (depth, head_dim). The columns of `sums` are computed in groups of about equal width.
 template <class E>
 void add_outer(size_t keys, size_t depth, size_t dim, const E* weights, size_t w_stride, const E* rows,
                float* sums, size_t stride) {
@@ -110,7 +110,7 @@ void softmax_backward(size_t n, size_t lanes, bool whole, const BackwardBuffers&
 }
 
 // The keys that attend_backward multiplies with a tile of queries. If `whole` is true, the queries attend to
-// no other keys, and one tile of scores holds the scores of all keys. If `whole` is false, the keys are cut
+// no other keys, and all scores fit into one tile of scores. If `whole` is false, the keys are cut into tiles
 // at multiples of kTileKeys.
 struct Keys {
   Span span;
@@ -143,9 +143,9 @@ void multiply(const QueryTile& tile, const Keys& all, const Operands& x, const B
   });
 }
 
-// Does the same as `multiply`, but multiplies pairs of bfloat16. A pair of keys begins at an even position.
-// If the span of the keys begins at an odd position, scores are therefore also computed for the key before
-// the span. This key is masked, because it is before the window.
+// Does the same as `multiply`, but multiplies pairs of bfloat16. Keys at positions 2i and 2i + 1 form a pair.
+// So if the span of the keys begins at an odd position, the function also computes scores for the key before
+// the span. These scores are masked, because this key is before the window.
 void multiply_pairs(const QueryTile& tile, const Keys& all, const Operands& x, const BackwardBuffers& b) {
   const size_t dim = tile.shape.head_dim, lanes = tile.lanes, column = tile.kv_head * dim;
   const PairBuffers pairs(dim, lanes, b);
@@ -174,9 +174,10 @@ void multiply_pairs(const QueryTile& tile, const Keys& all, const Operands& x, c
 // in the SIMD lanes of all products. With the scores s:
 //   p = exp(s - lse);  dv += p dout;  dp = dout vᵀ;  ds = p ∘ (dp - delta);
 //   dq = scale ds k;  dk += ds (scale q).
-// For a tile of queries, the first block of keys sets dq, and later blocks add to dq. If one tile of scores
-// holds all keys of the queries, p and delta are computed from these scores. With few keys, dp and delta can
-// be nearly equal. If delta were computed from the rounded `out`, dp - delta would then be too inexact.
+// For a tile of queries, the first block of keys sets dq, and later blocks add to dq. If the scores of all
+// keys of the queries fit into one tile, p and delta are computed from these scores instead of from lse and
+// `out`: with few keys, dp and delta can be nearly equal, and a delta from the rounded `out` would make dp -
+// delta too inexact.
 void attend_backward(const QueryTile& tile, Span block, const Operands& x, bool first) {
   const size_t dim = tile.shape.head_dim, lanes = tile.lanes;
   const Span seen = tile.visible(),
@@ -205,8 +206,9 @@ void attend_backward(const QueryTile& tile, Span block, const Operands& x, bool 
   tile.scatter(b.q_rows, tile.shape.scale, x.dq, !first);
 }
 
-// The number of tokens in a block. The keys and values of a block and their gradients take up to 4 * 128 KB
-// of L2. While there are fewer than kFewestTasks tasks, the number of tokens is halved, down to kTileKeys.
+// The number of tokens in a block. For one head, four arrays of a block are in L2: the keys, the values and
+// their gradients, each of up to 128 KB. If the first diagonal has fewer than kFewestTasks tasks, the number
+// of tokens is halved repeatedly, but not below kTileKeys.
 size_t block_tokens(const AttentionShape& shape, const std::vector<Run>& runs) {
   size_t block = std::clamp<size_t>(32768 / shape.head_dim / kTileKeys, 1, 8) * kTileKeys;
   const auto tasks = [&] {
@@ -225,13 +227,14 @@ struct Task {
 
 }  // namespace
 
-// dq is a sum over keys; dk and dv are sums over queries. Think of a matrix whose rows are query blocks and
-// whose columns are key blocks. The blocks on one diagonal of this matrix share neither queries nor keys, so
-// they are computed in parallel. The diagonals are computed one after the other. Every sum then has one fixed
-// order, no product is computed twice, and within a diagonal, no thread waits for another thread. On diagonal
-// d, query block i meets key block i - d. Causal attention has only the main diagonal and the diagonals below
-// it, so it begins with query block d. Without causality, the query blocks i < d are on diagonal d too: if a
-// sequence has n blocks, query block i meets key block i - d + n.
+// The queries and the keys of a sequence are cut into blocks. A task computes one query block with one key
+// block. dq is a sum over keys, and dk and dv are sums over queries, so two tasks may run at the same time
+// only if they have neither the query block nor the key block in common. Therefore, the tasks are ordered as
+// the diagonals of a matrix whose rows are query blocks and whose columns are key blocks: the tasks of one
+// diagonal run in parallel, and the diagonals are computed one after the other. So every sum has one fixed
+// order, no product is computed twice, and within a diagonal, no thread waits for another thread. Diagonal d
+// consists of the tasks of query block i and key block i - d, for i >= d. Without causality, if a sequence
+// has n blocks, diagonal d also contains the tasks of query block i < d and key block i - d + n.
 void attention_backward(const AttentionShape& given, Sequences sequences, Matrix<const float> dout,
                         const AttentionSaved& saved, Matrix<float> dq, Matrix<float> dk, Matrix<float> dv) {
   const Timed timed(Activity::kAttentionBackward);
@@ -252,7 +255,7 @@ void attention_backward(const AttentionShape& given, Sequences sequences, Matrix
   std::vector<Task> tasks;
   for (size_t diagonal = 0; diagonal * block < longest; ++diagonal) {
     if (shape.causal && shape.window > 0 && diagonal > 0 && (diagonal - 1) * block + 1 >= shape.window)
-      break;  // from this diagonal on, all keys are outside the windows
+      break;  // on this diagonal and all later ones, no key is in a window
     tasks.clear();
     for (size_t i = 0; i < runs.size(); ++i)
       for (size_t b = shape.causal || diagonal * block >= runs[i].count ? diagonal : 0;

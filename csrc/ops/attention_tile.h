@@ -31,24 +31,24 @@ struct Span {
 };
 
 // The sums over keys are split only at multiples of kKeyUnit positions, so that the results do not depend on
-// the size of the pages. Two limits determine kKeyUnit: key_dots computes 4 or 8 keys at a time, and a
-// product may split its depth only at multiples of kDepthUnit.
+// the size of the pages. kKeyUnit must be a multiple of the number of keys that key_dots multiplies at a time
+// (at most 8), and of kDepthUnit, because a product may split its depth only at multiples of kDepthUnit.
 inline constexpr size_t kKeyUnit = kernels::kDepthUnit;
 static_assert(kPageUnit % kKeyUnit == 0 && kTileKeys % kKeyUnit == 0);
 
-// The keys or the values of all runs in pairs of bfloat16.
+// The keys of all runs, or the values of all runs, in pairs of bfloat16.
 struct PairedRows {
   const kernels::Bf16Pair* along;  // a pair holds two neighbouring values of a row
   const kernels::Bf16Pair* down;   // a pair holds two values of a column, at positions 2i and 2i + 1
-  size_t width;                    // the number of columns of k or v
+  size_t width;                    // the number of columns of k (or v) before pairing
 
-  // Returns the left operand of a product that sums over head_dim: the pairs of `along`, beginning with the
-  // pair for element (row, column) of k or v.
+  // Returns the left operand of a product that sums over head_dim: the array `along`, beginning with the pair
+  // that contains element (row, column) of k (or v).
   kernels::Strided<kernels::Bf16Pair> over_dim(size_t row, size_t column) const {
     return {along + (row * width + column) / 2, width / 2, 1};
   }
-  // Returns the left operand of a product that sums over keys: the pairs of `down`, transposed, beginning
-  // with the pair (row, column).
+  // Returns the left operand of a product that sums over keys: the transpose of the array `down`, beginning
+  // with element (row, column) of `down`.
   kernels::Strided<kernels::Bf16Pair> over_keys(size_t row, size_t column) const {
     return {down + row * width + column, 1, width};
   }
@@ -59,7 +59,7 @@ struct PairedRows {
 struct Run {
   size_t row, count;      // the first row of q, and the number of rows
   size_t first_position;  // the position of the first query in its sequence
-  const float *k, *v;     // the row of position 0 or, if there are pages, the start of page 0
+  const float *k, *v;     // points to the row of position 0 or, with pages, to page 0
   size_t stride;          // the row stride of k and v
   // pages[i] is the page of the positions i * page_tokens to (i + 1) * page_tokens - 1. `pages` is null if
   // page 0 holds all positions.
@@ -67,7 +67,7 @@ struct Run {
   size_t page_tokens = 0;
   const PairedRows* k_pairs = nullptr;  // null if products are in float32 or there are pages
   const PairedRows* v_pairs = nullptr;
-  size_t pair_row = 0;  // the row of `down` that pairs the rows of positions 0 and 1
+  size_t pair_row = 0;  // the row of `down` with positions 0 and 1 of the sequence
 
   Matrix<const float> keys(size_t head, size_t dim, Span part) const {
     return {k + row_of(part.first) * stride + head * dim, part.size(), dim, stride};
@@ -75,7 +75,7 @@ struct Run {
   Matrix<const float> values(size_t head, size_t dim, Span part) const {
     return {v + row_of(part.first) * stride + head * dim, part.size(), dim, stride};
   }
-  // The row of k and v that holds a position.
+  // The row of `k` and `v` that holds the key and the value of a position.
   size_t row_of(size_t position) const {
     return pages ? size_t(pages[position / page_tokens]) * page_tokens + position % page_tokens : position;
   }
@@ -105,8 +105,8 @@ inline Span visible_keys(const AttentionShape& shape, const Run& run, size_t fir
   return {first, window > 0 ? std::min(last_position + window, keys) : keys};
 }
 
-// Counts the floating-point operations of attention: `products` * head_dim multiply-adds for each lane and
-// each key to which the query of the lane attends.
+// Adds the number of floating-point operations of attention to `timed`. For each lane and each key to which
+// the query of the lane attends, there are `products` * head_dim multiply-adds.
 inline void count_operations(const Timed& timed, const AttentionShape& shape, const std::vector<Run>& runs,
                              double products) {
   double pairs = 0;
@@ -117,8 +117,8 @@ inline void count_operations(const Timed& timed, const AttentionShape& shape, co
               products * pairs * 2.0 * double(shape.heads * shape.head_dim));
 }
 
-// A tile: the lanes `first` to first + lanes - 1 of a run. The numbers of the lanes count only those lanes of
-// the run that use the key-value head kv_head.
+// A tile: the lanes `first` to first + lanes - 1, where only the lanes of the run that use the key-value head
+// kv_head are numbered.
 struct QueryTile {
   const AttentionShape& shape;
   const Run& run;
@@ -138,8 +138,8 @@ struct QueryTile {
   Span visible() const { return visible_keys(shape, run, position(0), position(lanes - 1)); }
 
   // For each token of the tile, calls body(row, head, heads, lane). `row` is the token's row of q. The tile
-  // has `heads` query heads of this token; the first of them is `head`, and belongs to lane `lane` of the
-  // tile.
+  // contains the query heads `head` to head + heads - 1 of this token. They are in lanes `lane` to lane +
+  // heads - 1 of the tile.
   template <class Body>
   void for_tokens(const Body& body) const {
     const size_t group = shape.group();
@@ -150,8 +150,8 @@ struct QueryTile {
     }
   }
 
-  // For each lane of the tile, multiplies the lane's head in x (n, heads * head_dim) by `factor`, and stores
-  // the result in the lane's row of `to` (lanes, head_dim).
+  // Copies x (n, heads * head_dim), times `factor`, to `to` (lanes, head_dim): row i of `to` is the head of x
+  // that belongs to lane i of the tile.
   void gather(Matrix<const float> x, float factor, float* to) const {
     const size_t dim = shape.head_dim;
     for_tokens([&](size_t row, size_t head, size_t heads, size_t lane) {
@@ -159,9 +159,8 @@ struct QueryTile {
                                           false);
     });
   }
-  // The reverse of `gather`: for each lane of the tile, multiplies the lane's row of `from` (lanes, head_dim)
-  // by `factor`, and stores the result in the lane's head in x (n, heads * head_dim). If `accumulate` is
-  // true, adds the result to the head instead.
+  // The reverse of `gather`: copies row i of `from` (lanes, head_dim), times `factor`, to the head of x (n,
+  // heads * head_dim) that belongs to lane i of the tile. If `accumulate` is true, adds instead of copying.
   void scatter(const float* from, float factor, Matrix<float> x, bool accumulate) const {
     const size_t dim = shape.head_dim;
     for_tokens([&](size_t row, size_t head, size_t heads, size_t lane) {
@@ -179,7 +178,7 @@ struct QueryTile {
         shape.causal ? keys.end <= position(0) + 1 : window == 0 || keys.end <= position(0) + window;
     if (sees_later && (window == 0 || keys.first + window > position(lanes - 1))) return;
     for (size_t key = keys.first; key < keys.end; ++key, scores += kTileLanes) {
-      const size_t later = shape.causal ? 0 : window - 1;  // a query attends to `later` positions after it
+      const size_t later = shape.causal ? 0 : window - 1;  // a query also attends to `later` later keys
       const size_t begin = lane_at(key > later ? key - later : 0),
                    end = window > 0 ? lane_at(key + window) : lanes;
       std::fill(scores, scores + begin, -std::numeric_limits<float>::infinity());
@@ -196,7 +195,7 @@ struct QueryTile {
         scores[(key - keys.first) * kTileLanes + lane] += bias[key];
     }
   }
-  // The first lane whose query has the position `at` or a later position.
+  // The first lane of the tile whose query is at position `at` or at a later position.
   size_t lane_at(size_t at) const {
     if (at <= run.first_position) return 0;
     const size_t lane = (at - run.first_position) * shape.group();
@@ -204,9 +203,9 @@ struct QueryTile {
   }
 };
 
-// Cuts a range of keys at multiples of kTileKeys, and calls body(keys) for each tile. These cuts do not
-// depend on where the range begins. So the result of a query does not depend on the other queries of its
-// tile, which may attend to other keys.
+// Cuts a range of keys at multiples of kTileKeys, and calls body(keys) for each tile. The places of the cuts
+// do not depend on the start of the range. So the result of a query does not depend on the other queries of
+// its tile, although they may attend to other keys.
 template <class Body>
 void for_key_tiles(Span keys, const Body& body) {
   while (keys.first < keys.end) {
@@ -216,8 +215,8 @@ void for_key_tiles(Span keys, const Body& body) {
   }
 }
 
-// scores (keys, kTileLanes) = k (keys, depth) times queries (depth, q_stride). The queries are in the SIMD
-// lanes.
+// Computes scores = k queries, with k (keys, depth) and `lanes` columns of queries (depth, q_stride) and
+// scores (keys, kTileLanes). The queries are in the SIMD lanes.
 template <class E>
 void score(size_t lanes, size_t keys, size_t depth, kernels::Strided<E> k, const E* queries, size_t q_stride,
            float* scores) {
@@ -225,9 +224,9 @@ void score(size_t lanes, size_t keys, size_t depth, kernels::Strided<E> k, const
                                                     kTileLanes, false, kernels::Fetch::none());
 }
 
-// Weighted sums of the rows of v: sums = vᵀ weights, or sums += vᵀ weights if `accumulate` is true. The
-// shapes are sums (head_dim, kTileLanes), v (depth, head_dim) and weights (depth, kTileLanes). The rows of
-// `weights` are w_stride elements apart.
+// Computes weighted sums of the rows of v: sums = vᵀ weights, or sums += vᵀ weights if `accumulate` is true.
+// The shapes are sums (head_dim, kTileLanes), v (depth, head_dim) and weights (depth, kTileLanes). The rows
+// of `weights` are w_stride elements apart.
 template <class E>
 void add_weighted(size_t lanes, size_t dim, size_t depth, kernels::Strided<E> v, const E* weights,
                   size_t w_stride, float* sums, bool accumulate) {
@@ -253,7 +252,7 @@ inline void pair_rows(size_t rows, size_t lanes, const float* x, kernels::Bf16Pa
 class PairedKeysAndValues {
  public:
   // Converts k and v (n, width), and sets the pointers in `runs` to the results. Only a backward pass needs
-  // v_.along and k_.down.
+  // v_.along and k_.down, so they are set only if `backward` is true.
   PairedKeysAndValues(std::vector<Run>& runs, Matrix<const float> k, Matrix<const float> v, bool backward);
   PairedKeysAndValues(const PairedKeysAndValues&) = delete;
   PairedKeysAndValues& operator=(const PairedKeysAndValues&) = delete;

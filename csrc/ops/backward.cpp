@@ -1,4 +1,5 @@
-// The backward pass of LoRA layers. From the gradients dy of the outputs of all layers, it computes:
+// The backward pass of LoRA layers. All layers have the same input x. From the gradients dy of their outputs,
+// the backward pass computes:
 //   dz = scale dy A, for each layer
 //   dx = the sum of dy W + undrop(dz B) over all layers
 //   da += scale dyᵀ z and db += dzᵀ drop(x), for each layer
@@ -22,10 +23,11 @@ using kernels::Sum;
 
 namespace {
 
-// Computes the gradients of a stack of layers. The template parameter E is the element type of the products
-// with the factors, and W is the element type of blocks of the weight. For each token block, dz is computed
-// first, and then dx and the sums of dA and dB. So dy and x are read from memory once. The sums are added to
-// the caller's dA and dB at the end, so an interrupted call leaves dA and dB unchanged.
+// Computes the gradients of a stack of layers. The template parameter E is the element type in the products
+// with the factors A and B. The template parameter W is the element type of the weight blocks that the
+// kernels read. For each token block, dz is computed first, and then dx and the sums of dA and dB. So dy and
+// x are read from memory once. The sums are added to the caller's dA and dB at the end, so an interrupted
+// call leaves dA and dB unchanged.
 template <class E, class W>
 void backward(std::span<const BackwardPart<Sum<E>>> parts, Matrix<const Sum<E>> x, Matrix<Sum<E>> dx,
               std::optional<uint64_t> dither_key = {}) {
@@ -39,7 +41,7 @@ void backward(std::span<const BackwardPart<Sum<E>>> parts, Matrix<const Sum<E>> 
     const Range token_block{first, std::min(most, tokens - first)};
     if (stack.prepares())
       for_pieces(token_block.count, kTokenUnit, threads, [&](Range some) {
-        for (size_t i = 0; i < some.count; i += kTokenUnit) {  // the dy of kTokenUnit tokens stays in L2
+        for (size_t i = 0; i < some.count; i += kTokenUnit) {  // so few tokens that their dy stays in L2
           const Range few{some.first + i, std::min(kTokenUnit, some.count - i)};
           stack.prepare(token_block, few);
           input.prepare(token_block, few);
@@ -59,8 +61,8 @@ void backward(std::span<const BackwardPart<Sum<E>>> parts, Matrix<const Sum<E>> 
   factors.finish();
 }
 
-// Reports the number of operations of a backward pass to `timed`. For an update that is merged on the fly,
-// the same number of operations is counted as for a separate update.
+// Reports the number of operations of a backward pass to `timed`. The number does not depend on whether
+// updates are merged on the fly.
 template <class T>
 void count_operations(const Timed& timed, std::span<const BackwardPart<T>> parts, bool wants_dx,
                       Arithmetic arithmetic) {
@@ -91,9 +93,9 @@ void lora_backward(std::span<const BackwardPart<T>> parts, Matrix<const T> x, Ma
     const bool all_bf16 = std::all_of(parts.begin(), parts.end(), is_bf16);
     const bool all_packed = std::all_of(parts.begin(), parts.end(), is_packed);
     // In batches of up to `most_paired` tokens, gemm_outputs_in_lanes pairs the rows of W during the product.
-    // On some instruction sets, gemm_outputs_in_lanes must copy the rows to pair them, and makes a new copy
-    // for every kFewTokens tokens. In larger batches, all tokens share one copy of the paired rows, which is
-    // made before the products.
+    // If pairs_in_registers is false, each call of gemm_outputs_in_lanes (for up to kFewTokens tokens) makes
+    // a new copy of the rows to pair them. In larger batches, all tokens share one copy of the paired rows,
+    // which is made before the products.
     const size_t most_paired = !all_packed                           ? kInPlaceBatch
                                : kernels::table().pairs_in_registers ? kPairedBatch
                                                                      : kFewTokens;

@@ -26,10 +26,9 @@ void FactorGradients<E>::cut(const Part* part, const Joined* joined, size_t cols
     tasks_.push_back({part, joined, {c, std::min(kColumnBlock, cols - c)}});
 }
 
-// Adds the product of a token block to the sums of a task. If the task computes dA, the sums are some columns
-// of dAᵀ (r, d_out), and the product is zᵀ dy. If the task computes dB, the sums are some columns of dB (r,
-// d_in), and the product is dzᵀ drop(x). Only a few tokens are multiplied at a time, so that the rows of dy
-// or x stay in the cache.
+// Adds the product of a token block to the sums of a task. If the task computes columns of dAᵀ (r, d_out),
+// the product is zᵀ dy. If the task computes columns of dB (r, d_in), the product is dzᵀ drop(x). Only a few
+// tokens are multiplied at a time, so that the rows of dy or x stay in the cache.
 template <class E>
 void FactorGradients<E>::add(Range token_block, size_t task) const {
   const Task& t = tasks_[task];
@@ -39,8 +38,9 @@ void FactorGradients<E>::add(Range token_block, size_t task) const {
     add_rows(t, token_block, {i, std::min(kSumDepth, token_block.count - i)}, sum, stride);
 }
 
-// Returns dy[tokens, cols] if the task computes dA, and drop(x)[tokens, cols] if the task computes dB. The
-// range `tokens` is counted from the start of the batch, not from the start of a token block.
+// Returns the right operand of the product: dy[tokens, cols] if the task computes dA, and drop(x)[tokens,
+// cols] if the task computes dB, where `cols` are the columns of the task. The range `tokens` is counted from
+// the start of the batch, not from the start of a token block.
 template <class E>
 Matrix<const typename FactorGradients<E>::T> FactorGradients<E>::right_of(const Task& task,
                                                                           Range tokens) const {

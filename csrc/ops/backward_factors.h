@@ -31,9 +31,9 @@ class FactorGradients {
   using Part = typename Stack::Part;
   using Joined = typename Stack::Joined;
 
-  // A task computes some columns of one gradient. If the gradient is that of A (which is stored transposed),
-  // `part` is the layer, and `joined` is null. If the gradient is that of B, `joined` is a group of layers
-  // whose gradients of B are computed by one matrix product, and `part` is null.
+  // A task computes some columns of dAᵀ for one layer, or of dB for a group of layers whose dB are computed
+  // by one matrix product. For dAᵀ, `part` is the layer, and `joined` is null. For dB, `joined` is the group,
+  // and `part` is null.
   struct Task {
     const Part* part;
     const Joined* joined;

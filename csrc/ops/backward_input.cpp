@@ -22,10 +22,10 @@ namespace {
 
 // Returns the memory to prefetch while the first tokens of a task are multiplied by a block of W. Usually,
 // the function returns the memory that is read after the block: the next rows of the same panel, or the next
-// panel. In three cases, later rows of the same block are prefetched instead: if W is not packed, if all
-// tokens fit into one tile, or if the block is read in place and the kernel divides it into L1 blocks. (When
-// the later tokens of the task are multiplied, the block is already in L2, and its rows are prefetched into
-// L1.)
+// panel. In three cases, the function returns Fetch::rows_ahead(), which prefetches later rows of the same
+// block: if W is not packed, if all tokens fit into one tile, or if the block is read in place and the kernel
+// divides it into L1 blocks. (When the later tokens of the task are multiplied, the block is already in L2,
+// and its rows are prefetched into L1.)
 template <class E>
 Fetch following(const WeightView& w, Range rows, Range panel, size_t tokens, const void* block) {
   const kernels::Tiles<E>& k = kernels::table().tiles<E>();
@@ -68,8 +68,9 @@ void InputGradient<E, W>::place_codes(size_t block_tokens, void* memory) {
   }
 }
 
-// dy is multiplied by the scales of W's rows before it is quantised, because the product dy W is a sum over
-// the rows of W: the scale of a single row cannot be applied after the sum.
+// Each row of W has its own scale. The product dy W is a sum over the rows of W, so the scales cannot be
+// applied after the sum. Instead, column i of dy is multiplied by the scale of row i of W before dy is
+// quantised.
 template <class E, class W>
 void InputGradient<E, W>::prepare(Range token_block, Range some) const {
   if constexpr (kInt8)
@@ -94,8 +95,8 @@ typename InputGradient<E, W>::Gradient InputGradient<E, W>::gradient_of(const Pa
     return {stack_.dy_of(p, token_block, some), nullptr, 0};
 }
 
-// Returns true if many tokens share one copy of each block of W. Blocks of double are not copied, because a
-// copy of two panels of doubles would not stay in L2.
+// Whether blocks of W are copied even if W could be read in place, because many tokens use the copy. Blocks
+// of double are not copied, because a copy of two panels of doubles would not stay in L2.
 template <class E, class W>
 bool InputGradient<E, W>::is_shared() const {
   return sizeof(W) <= sizeof(float) && stack_.tokens() > kInPlaceBatch;
@@ -113,10 +114,9 @@ size_t InputGradient<E, W>::block_tokens(size_t threads) const {
   return most;
 }
 
-// The largest number of tokens in a task. In two cases, a task multiplies all tokens of a token block by each
-// block of W: if blocks of W are two panels wide, and if an update is merged into blocks of W. The task then
-// decodes or merges each block once for all these tokens. In all other cases tasks are smaller, so that more
-// threads have work.
+// The largest number of tokens in a task. If blocks of W are two panels wide, or if an update is merged into
+// blocks of W, a task multiplies all tokens of the token block, so that each block of W is decoded or merged
+// only once for all these tokens. Otherwise tasks have fewer tokens, so that more threads have work.
 template <class E, class W>
 size_t InputGradient<E, W>::task_tokens(size_t block_tokens) const {
   return merges_ || group_ > kPanelColumns ? block_tokens : kTaskTokens;
@@ -151,9 +151,9 @@ ColumnBlock<W> InputGradient<E, W>::block_at(const WeightView& w, Range rows, Ra
     return column_block(w, rows, cols, is_shared(), made);
 }
 
-// Multiplies dy by a group of columns of W: dx[:, group] = dy W[:, group], or += if `accumulate` is true.
-// Calls after(panel, tokens) as soon as the outputs of a few tokens in one panel are complete, while these
-// outputs are still in L1.
+// Multiplies dy by a group of columns of W: dx[:, group] = dy W[:, group]. If `accumulate` is true, adds the
+// product to dx[:, group] instead. Calls after(panel, tokens) as soon as the outputs of a few tokens in one
+// panel are complete, while these outputs are still in L1.
 template <class E, class W>
 template <class After>
 void InputGradient<E, W>::add_frozen(const Part& p, const Gradient& dy, Range group, Matrix<T> dx,
@@ -165,7 +165,7 @@ void InputGradient<E, W>::add_frozen(const Part& p, const Gradient& dy, Range gr
   for (size_t g = 0; g < group.count; g += width) {
     const Range cols{group.first + g, std::min(width, group.count - g)};
     size_t o = 0;
-    do {  // if W has no rows, one iteration sets dx to zero
+    do {  // if W has no rows, the only iteration sets dx to zero
       const Range rows{o, std::min(depth, w.d_out - o)};
       const ColumnBlock<W> block = block_at(w, rows, cols, made);
       for (size_t c = 0; c < cols.count; c += kPanelColumns) {
@@ -178,8 +178,9 @@ void InputGradient<E, W>::add_frozen(const Part& p, const Gradient& dy, Range gr
   }
 }
 
-// Multiplies some columns of dy by one block of W: dx[:, panel] = dy[:, rows] W[rows, panel], or += if
-// `accumulate` is true. If the update is merged on the fly, the update is first added to the block of W.
+// Multiplies some columns of dy by one block of W: dx[:, panel] = dy[:, rows] W[rows, panel]. If `accumulate`
+// is true, adds the product to dx[:, panel] instead. If the update is merged on the fly, the update is first
+// added to the block of W.
 template <class E, class W>
 template <class After>
 void InputGradient<E, W>::add_block(const Part& p, const Gradient& dy, Range rows, Range panel,
@@ -212,8 +213,9 @@ void InputGradient<E, W>::add_block(const Part& p, const Gradient& dy, Range row
 }
 
 // Adds the low-rank part of the gradient for a few tokens: dx[few, panel] += undrop(dz B[:, panel]), where
-// `undrop` applies the dropout mask of x. The ranges `few` and `some` contain the same tokens: `few` counts
-// from the first row of dx, and `some` counts from the start of the token block.
+// `undrop` applies the dropout mask of x. The ranges `few` and `some` are the same tokens with different
+// numbers: in `few`, token 0 is the first row of dx; in `some`, token 0 is the first token of the token
+// block.
 template <class E, class W>
 void InputGradient<E, W>::add_low_rank(const Joined& all, Range token_block, Range some, Range panel,
                                        Matrix<T> dx, Range few) const {

@@ -11,9 +11,9 @@
 
 namespace nplora {
 
-// Computes dx. The template parameter E is the element type of the products with the factors. The template
-// parameter W is the element type of blocks of the weight. If W is Int8Quad, dy is multiplied with the weight
-// in int8.
+// Computes dx. The template parameter E is the element type in the products with the factors A and B. The
+// template parameter W is the element type of the weight blocks that the kernels read. If W is Int8Quad, dy
+// is multiplied with the weight in int8.
 template <class E, class W>
 class InputGradient {
  public:
@@ -49,7 +49,8 @@ class InputGradient {
 
   static constexpr bool kInt8 = std::is_same_v<W, kernels::Int8Quad>;
 
-  // The dy of some tokens: `elements` holds elements of type E, or `codes` holds int8 codes.
+  // The dy of some tokens, for a product with W. In int8 products, dy is in `codes`, and `elements` is empty.
+  // In all other products, dy is in `elements`, and `codes` is null.
   struct Gradient {
     kernels::Strided<E> elements;
     const CodedBlock* codes;

@@ -20,7 +20,7 @@ BackwardStack<E>::BackwardStack(std::span<const BackwardPart<T>> parts, Matrix<c
       multiplies_elements_(multiplies_elements),
       tokens_(parts[0].dy.rows),
       d_in_(parts[0].w.d_in) {
-  joined_.reserve(parts.size());  // joined_ must not reallocate: parts_ points to its elements
+  joined_.reserve(parts.size());  // no reallocation: parts_ points to elements of joined_
   for (const BackwardPart<T>& p : parts) {
     const size_t rank = p.low.rank();
     const LayerShape shape{tokens_,
@@ -105,7 +105,8 @@ void BackwardStack<E>::bring_b(Joined& all) const {
   all.b = pairs_down_columns<E>({stack, all.rank, d_in_, d_in_}, room);
 }
 
-// Prepares a few tokens at a time, so that dy is still in L2 when the product with A reads it.
+// Computes dz, and converts dy, z and dz if E is Bf16Pair, for a few tokens at a time: dy is then still in L2
+// when the product with A reads it.
 template <class E>
 void BackwardStack<E>::prepare(Range token_block, Range some) const {
   for (size_t i = 0; i < some.count; i += kTokenUnit) {
@@ -139,8 +140,9 @@ void BackwardStack<E>::prepare(const Part& p, Range token_block, Range few) cons
     for (size_t j = 0; j < dz.cols; ++j) dz.row(i)[j] *= T(p.arrays.low.scale);
 }
 
-// Transposes the rows of z (or dz) for the tokens `few`, and writes the result in pairs to `out` (r, n / 2),
-// in the columns of these tokens.
+// Transposes z (or dz) for the tokens `few` and converts it to pairs of neighbouring tokens. `out` is (r, n /
+// 2), where n is the number of tokens of the token block; the function writes only the columns of the tokens
+// `few`.
 template <class E>
 void BackwardStack<E>::transpose_pairs(Matrix<const T> z, E* out, Range few) const {
   if constexpr (kValuesPerElement<E> > 1) {

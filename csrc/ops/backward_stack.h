@@ -27,9 +27,9 @@ class BackwardStack {
   using T = kernels::Sum<E>;
 
   // A group of layers whose dz are stored side by side. For the whole group, one product computes dz B, and
-  // one product computes dB, so that x is read once. The value of `adds` is the same for all layers of a
-  // group, and so is the value of `wants_db`. A layer with dropout forms its own group, because each layer
-  // drops different elements of x.
+  // one product computes dB, so that x is read once. All layers of a group have the same value of `adds` and
+  // the same value of `wants_db`. A layer with dropout forms its own group, because each layer drops
+  // different elements of x.
   struct Joined {
     bool adds, wants_db;                  // adds: dz B is added to dx; wants_db: dB must be computed
     const LowRank<T>* dropped = nullptr;  // the layer's update if it uses dropout, else null
@@ -43,7 +43,7 @@ class BackwardStack {
   struct Part {
     BackwardPart<T> arrays;
     Update update;
-    Joined* joined;  // null if dz is not needed
+    Joined* joined;  // the group of the layer; null if dz is not needed
     bool wants_da;
     size_t column = 0;    // the layer's first column in the joined dz
     E* dy = nullptr;      // the dy of a token block, if it is converted to type E
@@ -67,14 +67,14 @@ class BackwardStack {
   // aligned for elements of type E.
   void* reserve(size_t block_tokens, size_t more);
 
-  // False if `prepare` would do nothing.
+  // Whether `prepare` has anything to compute.
   bool prepares() const { return !joined_.empty() || kernels::kValuesPerElement<E> > 1; }
 
   // Computes dz for some tokens. If E is Bf16Pair, also converts dy, z and dz to pairs.
   void prepare(Range token_block, Range some) const;
 
-  // dy_of returns the dy of the tokens `some`. dz_of returns the dz of token `first` and of all tokens after
-  // it. The results have elements of type E.
+  // Both functions return an operand with elements of type E: dy_of returns the rows of dy for the tokens
+  // `some`, and dz_of returns the rows of dz for token `first` and all later tokens.
   kernels::Strided<E> dy_of(const Part& p, Range token_block, Range some) const;
   kernels::Strided<E> dz_of(const Joined& all, size_t first) const;
 

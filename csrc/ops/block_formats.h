@@ -11,7 +11,7 @@ namespace nplora {
 struct BlockFormatInfo {
   const char *name, *ggml_name;  // ggml_name is null if ggml does not have the format
   size_t elements, bytes;        // elements: the number of values in a block; bytes: the size of a block
-  size_t scales, scale_at[2];    // scales: number of float16 scales and minima; scale_at: their byte offsets
+  size_t scales, scale_at[2];    // the number of float16 scales and minima, and their offsets in bytes
   BlockFacts facts;
 };
 

@@ -14,20 +14,20 @@
 
 namespace nplora {
 
-// The depth of a product may be cut at multiples of this many values (columns of W, or tokens). This many
-// values are kDepthUnit pairs, or 2 * kDepthUnit single values.
+// The depth of a product (columns or rows of W, or tokens) may be cut only at multiples of this number of
+// values: kDepthUnit pairs, or 2 * kDepthUnit single values.
 inline constexpr size_t kDepthUnitValues =
     kernels::kValuesPerElement<kernels::Bf16Pair> * kernels::kDepthUnit;
-// The number of rows of W that are multiplied at a time with tokens in the SIMD lanes. The number kRowBlock
-// is a multiple of tile_rows on every instruction set.
+// In products with tokens in the SIMD lanes, this number of rows of W is multiplied at a time. kRowBlock is a
+// multiple of tile_rows on every instruction set.
 inline constexpr size_t kRowBlock = 48;
 // The largest depth of a block, in values. With this depth, each of the following fits into L2: a panel of W,
 // a panel of a transposed block of W, and a block of x that was transposed into the SIMD lanes (1056 x 48
 // floats = 198 KB). The depth is cut into blocks of about equal size. The sums are loaded and stored once for
 // each block.
 inline constexpr size_t kDepthBlock = 22 * kernels::kPanelColumns;
-// The depth is cut at multiples of this many values, which is the width of two panels. The width of a single
-// panel is 48, which is not a multiple of kDepthUnitValues.
+// Blocks of W begin at multiples of this depth, which is the width of two panels: 96 is a multiple of
+// kDepthUnitValues, but the width of a single panel, 48, is not.
 inline constexpr size_t kDepthCut = 2 * kernels::kPanelColumns;
 static_assert(kDepthBlock % kDepthCut == 0 && kDepthCut % kDepthUnitValues == 0);
 inline size_t depth_block(size_t depth) {
@@ -43,17 +43,17 @@ inline constexpr size_t kFloatBatch = 4;
 // converted. In larger batches, all tokens share one copy of each block of W. Blocks of a packed W, or of a W
 // in double, are not copied.
 inline constexpr size_t kInPlaceBatch = 16;
-// Two limits for the number of tokens in a backward pass if W is in bfloat16. Batches up to the limit read W
-// in place, and each tile converts the values to floats or pairs in registers. Larger batches use a copy of W
-// in floats or pairs. kWidenedBatch is the limit for products in float, and kPairedBatch is the limit for
-// products of pairs. kPairedBatch is used only if W is packed and pairs_in_registers is true.
+// Two limits for the number of tokens in a backward pass with a W in bfloat16. Batches up to the limit read W
+// in place, and each tile converts the values of W in registers. Larger batches use a converted copy of W.
+// kWidenedBatch is the limit for products in float. kPairedBatch is the limit for products of pairs, if W is
+// packed and pairs_in_registers is true.
 inline constexpr size_t kWidenedBatch = 8, kPairedBatch = 256;
 // While the panels of a packed W are read, the partial sums of this many rows of W stay in L2 (4128 x 16
 // lanes of floats = 258 KB).
 inline constexpr size_t kStreamedRows = round_up(4096, kRowBlock);
-// Replaces kStreamedRows if W is in bfloat16 and the batch is a single token. If the partial sums were in L2,
-// the products of a single token would wait for the sums. Therefore, the sums stay in L1 (128 x 16 lanes of
-// floats = 8 KB).
+// Replaces kStreamedRows if W is in bfloat16 and the batch is a single token. The products of a single token
+// would wait for partial sums from L2, so the sums of fewer rows are kept in L1 (128 x 16 lanes of floats = 8
+// KB).
 inline constexpr size_t kStreamedBf16Rows = 128;
 // The size in bytes of the transposed blocks of W that are kept in L2 at the same time.
 inline constexpr size_t kBlocksBytes = size_t{448} << 10;
@@ -74,10 +74,10 @@ inline double flops(size_t n, size_t d_out, size_t d_in) {
   return 2.0 * static_cast<double>(n) * static_cast<double>(d_out) * static_cast<double>(d_in);
 }
 
-// The number of tokens in a token block (BLIS calls this number MC): as many tokens as fit into `bytes`, if
-// each token has `width` elements. The token blocks of a batch have about equal size. A batch is cut into
-// token blocks at multiples of kTokenUnit. Token blocks are also cut into tasks at multiples of kTokenUnit,
-// except in forward_lanes, which cuts token blocks at multiples of the number of lanes.
+// The number of tokens in a token block (MC in BLIS). A token has `width` elements, and a token block takes
+// at most `bytes` bytes. The token blocks of a batch have about equal size. A batch is cut into token blocks
+// at multiples of kTokenUnit. Token blocks are cut into tasks at multiples of kTokenUnit too; only
+// forward_lanes cuts them at multiples of the number of lanes.
 inline constexpr size_t kTokenUnit = 32;
 static_assert(kTokenUnit % kDepthUnitValues == 0);
 inline size_t tokens_of_block(size_t tokens, size_t width, size_t element_bytes, size_t bytes = kLanesBytes) {
@@ -106,16 +106,17 @@ void for_pieces(size_t n, size_t unit, size_t threads, const Body& body) {
   parallel_for(pieces, threads, Interruptible::kYes, [&](size_t i) { body(nth_piece(n, unit, pieces, i)); });
 }
 
-// Divides a product into tasks. Each task multiplies a range of tokens by a range of the rows of W, or of its
-// columns (`side` stands for either). Tokens are cut into few pieces, because W is read once for each piece
-// of the tokens. W is cut so that no task takes too long. For several threads, W is cut into shorter and
-// shorter pieces: each piece is 1 / (2 * threads) of the work that is left. (Guided self-scheduling,
-// Polychronopoulos & Kuck 1987, would take 1 / threads.) The first pieces are long, because W is read in
-// order within a piece. The last pieces are short, so that no thread waits long for another thread.
+// Divides a product into tasks. Each task multiplies a range of tokens by a range of rows of W (or columns of
+// W, in a backward pass). `side` is the range of rows or columns. Tokens are cut into few pieces, because W
+// is read once for each piece of the tokens. W is cut so that no task takes too long. For several threads, W
+// is cut into shorter and shorter pieces: each piece is 1 / (2 * threads) of the work that is left. (Guided
+// self-scheduling, Polychronopoulos & Kuck 1987, would take 1 / threads.) The first pieces are long, because
+// W is read in order within a piece. The last pieces are short, so that no thread waits long for another
+// thread.
 class Grid {
  public:
   struct Cut {
-    size_t count, unit, most;  // cuts `count` items at multiples of `unit`, into pieces of at most `most`
+    size_t count, unit, most;  // `count` items; cut at multiples of `unit`, at most `most` in a piece
   };
 
   Grid(Cut tokens, Cut side, double operations, size_t threads) {
@@ -124,8 +125,8 @@ class Grid {
     const size_t units = std::max<size_t>(1, ceil_div(side.count, side.unit));
     size_t pieces = ceil_div(tokens.count, std::max<size_t>(1, tokens.most));
     // If W has too few units of `side.unit` rows or columns for all threads, the range of tokens is cut into
-    // more pieces. But if the threads can share these units evenly, the tokens are not cut further, because W
-    // would be read and decoded again for each piece of the tokens.
+    // more pieces. But if the number of units is a multiple of the number of threads, the tokens are not cut
+    // further, because W would be read and decoded again for each piece of the tokens.
     if (pieces * units < pieces_for(threads) && units % threads != 0)
       pieces = ceil_div(pieces_for(threads), units);
     // Makes the number of token pieces as small as possible without making the longest piece longer. Fewer

@@ -19,8 +19,8 @@ namespace {
 
 constexpr size_t kElementsPerTask = 16384;
 
-// The numbers of floating-point operations for one element: to quantise it in a search for the best scales,
-// to quantise it to NF4, to decode it, and to check it.
+// The cost of four operations, in floating-point operations for each element: quantising with a search for
+// the best scales, quantising to NF4, decoding, and checking.
 constexpr double kSearchOperations = 100, kNf4Operations = 20, kDecodeOperations = 2, kCheckOperations = 1;
 
 // Cuts n items into groups, and calls body(items) for the range of items in each group. Each item has
@@ -64,8 +64,8 @@ void require_storable(BlockFormat format, Matrix<const float> values) {
   });
   const size_t bad = size_t(std::find(good.begin(), good.end(), 0) - good.begin());
   if (bad == values.rows) return;
-  // x is the first value in the row that the format cannot store. If another thread has overwritten this
-  // value in the meantime, x stays 0.
+  // x becomes the first value of the row that the format cannot store. If another thread has overwritten the
+  // row in the meantime, x may stay 0.
   float x = 0;
   for (size_t i = values.cols; i > 0; --i)
     if (magnitude(values.row(bad)[i - 1]) > limit) x = values.row(bad)[i - 1];

@@ -21,8 +21,9 @@ struct Mask {
         factor(1 / (1 - probability)) {}
 };
 
-// out (rows, cols) = drop(x). x is a block of a batch with `width` columns, and begins at row first_row and
-// column first_col of the batch. Whether an element is dropped depends on its row and column in the batch.
+// Computes out (rows, cols) = drop(x). x is a block of a larger matrix, the batch, which has `width` columns.
+// The block begins at row first_row and column first_col of the batch. Whether an element is dropped depends
+// on its row and column in the batch.
 template <class T>
 void drop_rows(double probability, uint64_t key, size_t first_row, size_t first_col, size_t width,
                Matrix<const T> x, Matrix<T> out) {

@@ -17,7 +17,7 @@ size_t depth_of(size_t n) {
   return ceil_div(n, kernels::kValuesPerElement<E>);
 }
 
-// xt (depth, n_lanes) = x (rows, cols) transposed.
+// Stores the transpose of x (rows, cols), as elements of type E, in xt (depth, n_lanes).
 template <class E>
 void lanes_of(size_t n_lanes, Matrix<const kernels::Sum<E>> x, E* xt) {
   const auto& k = kernels::table().products<kernels::Sum<E>>();
@@ -34,7 +34,7 @@ void lanes_of(size_t n_lanes, Matrix<const kernels::Sum<E>> x, E* xt) {
 }
 
 // Converts the matrix m (rows, cols) to bfloat16. Each element of `out` is a pair of neighbouring values of
-// one row. The row stride of `out` is `depth` pairs. If a row has an odd number of values, the last value is
+// one row. The rows of `out` are `depth` pairs apart. If a row has an odd number of values, the last value is
 // paired with zero.
 template <class E>
 void elements_of(Matrix<const float> m, E* out, size_t depth) {

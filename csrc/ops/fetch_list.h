@@ -15,9 +15,9 @@ class FetchList {
  public:
   FetchList(const kernels::Fetch& first, const kernels::Fetch& second) : left_{first, second} {}
 
-  // Takes the next share of the memory. The remaining memory is divided into `shares` parts of about equal
-  // size, and the function returns the first part. Usually a share is one range of memory. A share has two
-  // ranges if it contains the end of `first` and the start of `second`, the two arguments of the constructor.
+  // Removes the next share from the list and returns it: 1 / shares of the memory that is left. Usually a
+  // share is one range of memory. A share has two ranges if it contains the end of `first` and the start of
+  // `second`, the two arguments of the constructor.
   std::array<kernels::Fetch, 2> share(size_t shares) {
     const size_t n = ceil_div(left_[0].lines + left_[1].lines, shares);
     std::array<kernels::Fetch, 2> taken{take(left_[0], n), kernels::Fetch::none()};

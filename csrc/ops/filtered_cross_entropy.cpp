@@ -19,13 +19,14 @@ namespace {
 // Each word of the vocabulary has one row of W. W is processed in blocks of kWords rows and at most kColumns
 // columns. Such a block takes 24 KB, so it stays in L1 while all tokens use it.
 constexpr size_t kWords = 32, kColumns = 2 * kDecodedColumns;
-// The time to add the row of W of a kept word to dx, divided by the time for one row of W in a dense product.
+// Adding a row of W to a row of dx takes kKeptCost times as long as multiplying with a row of W in a dense
+// product.
 constexpr double kKeptCost = 2;
 
-// The kept words for each row of the logits: at most limit() likely words, and the target. `keep` stores the
-// kept words of one row as a list in ascending order. The list overwrites the logits of the row, so it takes
-// no other memory: the first counts[i] floats of row i are the weights of the words, and the second half of
-// the row begins with the ids of the words.
+// The kept words of each row of the logits: up to limit() likely words, and the target. `keep` stores the
+// kept words of one row as two lists, in ascending order of the words. The lists overwrite the logits of the
+// row, so they need no other memory: row i begins with the counts[i] weights of its words, and the second
+// half of the row begins with the ids of the words.
 //
 // Afterwards, `arrange` copies the kept words in the order in which the product with W needs them: one block
 // of the vocabulary after the other, and within a block, one row of the logits after the other. The product
@@ -47,11 +48,11 @@ class KeptWords {
 
   void arrange();
 
-  // After `arrange`, the kept words of a row that belong to one block of the vocabulary have the indices
-  // first(block, row) to first(block, row + 1) - 1.
+  // After `arrange`, elements first(block, row) to first(block, row + 1) - 1 of the arrays weights() and
+  // ids() are the kept words of row `row` in one block of the vocabulary.
   size_t first(size_t block, size_t row) const { return firsts_[block * rows() + row]; }
   const float* weights() const { return weights_; }
-  const uint8_t* ids() const { return ids_; }  // each id is counted from the first word of its block
+  const uint8_t* ids() const { return ids_; }  // an id of 0 is the first word of its block
 
  private:
   float* row_weights(size_t row) const { return logits_.row(row); }
@@ -93,7 +94,7 @@ bool KeptWords::keep(size_t row, const RowSum& sum, int32_t target, double facto
   return true;
 }
 
-// `arrange` is a counting sort by blocks, which keeps the order of the rows.
+// A counting sort: sorts the kept words by their block, and within a block by their row.
 void KeptWords::arrange() {
   firsts_ = scratch<uint32_t>(Scratch::kLowGradients, blocks_ * rows() + 1);
   std::fill_n(firsts_, blocks_ * rows() + 1, 0);
@@ -124,8 +125,8 @@ void KeptWords::arrange() {
   });
 }
 
-// Returns the columns of W to process after the first `done` columns of the range `side`. The returned
-// columns are either all in full panels, or all in a last panel that is narrower than a full panel.
+// Returns the next columns of W to process if the first `done` columns of the range `side` are done. The
+// returned columns are either all in full panels, or all in a last panel that is narrower than a full panel.
 Range next_columns(const WeightView& w, Range side, size_t done) {
   const size_t first = side.first + done, full = full_columns(w.d_in),
                end = std::min(side.first + side.count, first < full ? full : w.d_in);

@@ -9,9 +9,9 @@
 
 namespace nplora {
 
-// The gradient of a row of x is a weighted sum of rows of W. The target and each word with a probability of
-// at least `bound` contribute their own rows of W to the sum. Every other word contributes `mean` instead of
-// its row.
+// The gradient of a row of x is a weighted sum of rows of W. For the target and for each word with a
+// probability of at least `bound`, the row of the word is used. For every other word, the array `mean` is
+// used instead of the row of the word.
 struct WordFilter {
   double bound;       // must be greater than 0
   const float* mean;  // (d_in)
@@ -32,16 +32,16 @@ struct FilteredRows {
 // The error of a row of dx is `factor` · Σ_skipped p_w (W_w - μ). By the triangle inequality, the norm of
 // this error is at most `factor` · m · max_w ‖W_w - μ‖. The mass m is at most `bound` · (number of skipped
 // words).
-// Rounding in float32 adds two errors: the error of the sums, and the error of m. The error of m comes from
-// the error of the sum Σ in `cross_entropy`.
+// There are also two rounding errors of float32: the error of the sums in dx, and the error of m, which comes
+// from the sum of exponentials in `cross_entropy`.
 //
-// A row is flat if more than a quarter of all words have p_w >= bound. For flat rows, the dense product is
-// faster. For a flat row, the loss is computed, but the logits of this row and the row of dx do not change,
-// and `skipped` is 0. The logits of all other rows are overwritten with undefined values. For a row with an
-// ignored target, the loss, `skipped` and dx are 0.
+// A row is flat if more than a quarter of all words have p_w >= bound. For flat rows, the caller can compute
+// dx faster with a dense product. So for a flat row, the function computes only the loss: the logits and dx
+// of the row do not change, and `skipped` is 0. The logits of all other rows are overwritten with undefined
+// values. For a row with an ignored target, the loss, `skipped` and dx are 0.
 //
-// Σ_kept adds the words in ascending order, in float32, even if other products with W are computed in
-// bfloat16. W must not be float64.
+// The terms of Σ_kept are added in ascending order of the words, in float32, even if W is multiplied in
+// bfloat16 elsewhere. W must not be float64.
 void filtered_cross_entropy(const WeightView& w, Matrix<float> logits, const int64_t* targets, double factor,
                             const WordFilter& filter, const FilteredRows& rows, Matrix<float> dx);
 

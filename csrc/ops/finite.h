@@ -1,4 +1,4 @@
-// Checks that all elements of an array are finite, at the speed at which memory can be read.
+// Checks that all elements of an array are finite. The memory bandwidth limits the speed.
 #pragma once
 
 #include <cstddef>

@@ -21,8 +21,9 @@ bool reads_bf16(const WeightView& w) {
   return w.storage == Storage::kBfloat16;
 }
 
-// Computes a small batch. Neighbouring layers are computed together if they read their weights as the same
-// element type. A small batch is never computed with pairs of bfloat16, even if larger batches are.
+// Computes a small batch. Successive layers are computed by one call of forward_small if their weights have
+// the same element type there: Bf16 for weights in bfloat16, T for all others. A small batch is never
+// computed with pairs of bfloat16, even if larger batches are.
 template <class T>
 void small_stack(std::span<const ForwardPart<T>> parts, Matrix<const T> x) {
   while (!parts.empty()) {
@@ -68,7 +69,8 @@ bool same_bias(const ForwardPart<T>& a, const ForwardPart<T>& b) {
   return a.bias && b.bias && std::memcmp(a.bias, b.bias, a.w.d_out * sizeof(T)) == 0;
 }
 
-// Returns true if each layer has the same weight and bias in all groups of rows.
+// Whether all groups have the same weights and biases: layer i of each group must have the weight and the
+// bias of layer i of the first group.
 template <class T>
 bool share_weights(std::span<const GroupParts<T>> groups) {
   for (const GroupParts<T>& group : groups)
@@ -93,7 +95,7 @@ void count_operations(const Timed& timed, std::span<const ForwardPart<T>> parts,
   }
 }
 
-// Computes the outputs for the rows of x, with the methods that are chosen for a batch of `plan_tokens` rows.
+// Computes the outputs for x, but chooses the methods as if x had `plan_tokens` rows.
 template <class T>
 void forward_as(std::span<const ForwardPart<T>> parts, Matrix<const T> x, size_t plan_tokens, bool int8) {
   for (const ForwardPart<T>& part : parts)
@@ -126,7 +128,7 @@ void lora_infer(std::span<const ForwardPart<T>> parts, Matrix<const T> x, size_t
 
 // In a small batch, each weight is read once for all groups of rows. In a larger batch, each weight is read
 // once for each group. The method depends on the size of the whole batch, not on that of the group. So the
-// bits of a row do not depend on the size of its group.
+// bits of an output row do not depend on the size of its group.
 template <class T>
 void lora_forward_groups(std::span<const GroupParts<T>> groups, Matrix<const T> x) {
   if (x.rows > kernels::kSmallBatch || !share_weights(groups)) {

@@ -21,9 +21,9 @@ template <class E>
 void forward_lanes(std::span<const ForwardPart<kernels::Sum<E>>> parts, Matrix<const kernels::Sum<E>> x,
                    size_t threads);
 
-// The method with outputs in the SIMD lanes. forward_rows transposes blocks of W. If plan_forward chooses to
-// merge the low-rank update on the fly for a batch of `plan_tokens` rows, the update is added to these
-// blocks. Blocks of the weight have elements of type W, which is E or Int8Quad.
+// The method with outputs in the SIMD lanes. forward_rows transposes blocks of W. For a batch of
+// `plan_tokens` rows, plan_forward may choose to merge the low-rank update on the fly: the update is then
+// added to these blocks. Blocks of the weight have elements of type W, which is E or Int8Quad.
 template <class E, class W>
 void forward_rows(std::span<const ForwardPart<kernels::Sum<E>>> parts, Matrix<const kernels::Sum<E>> x,
                   size_t threads, size_t plan_tokens);
@@ -78,8 +78,8 @@ class StackRows {
     return sum;
   }
 
-  // Calls body(PartRows) for each layer that has rows in a range of blocks. The argument of `body` contains
-  // these rows.
+  // Calls body(PartRows) for each layer that has rows in the range `blocks`. The PartRows are the rows of the
+  // layer in this range.
   template <class Body>
   void for_parts(Range blocks, const Body& body) const {
     size_t first = 0;

@@ -20,7 +20,7 @@ namespace {
 
 // The forward pass with tokens in the SIMD lanes and elements of type E. For a block of tokens, x is first
 // transposed into the lanes, and z is computed. Then the rows of W are multiplied with all tokens of the
-// block. The update z Aᵀ is computed and added in type T, the type of the sums.
+// block. The products x Wᵀ are summed in type T, and z Aᵀ is computed in type T, too.
 template <class E>
 class LanesForward {
  public:
@@ -59,7 +59,7 @@ class LanesForward {
   struct LoraDelta {
     const ForwardPart<T>& part;
     Strided<E> b;  // B, converted to type E
-    T* zt;         // z of a token block, times the scale, transposed to (lane blocks, r, lanes)
+    T* zt;         // scale * zᵀ of a token block: (lane blocks, r, lanes)
   };
 
   void reserve() {
@@ -116,7 +116,7 @@ class LanesForward {
     for (size_t i = 0; i < rank * lanes; ++i) zt[i] *= T(part.low.scale);
   }
 
-  // Computes y for some rows of a layer's weight and for some tokens of a token block (whole lane blocks).
+  // Computes y for some rows of the weight of a layer, and for the tokens of the lane blocks `blocks`.
   void multiply(Range token_block, Range blocks, PartRows piece) const {
     const LoraDelta& delta = deltas_[piece.part];
     const ForwardPart<T>& part = delta.part;
@@ -146,8 +146,8 @@ class LanesForward {
     const WeightView& w = part.w;
     const size_t most = depth_block(w.d_in);
     // For pairs of bfloat16, the depth may only be cut at multiples of kDepthCut, which is the width of two
-    // panels. All columns after the last such multiple are multiplied together: a full panel, a narrower
-    // panel or both.
+    // panels. All columns after the last multiple of kDepthCut are multiplied at once, even if they are a
+    // full panel and a narrower one.
     const size_t full = kValuesPerElement<E> == 1 ? full_columns(w.d_in) : w.d_in / kDepthCut * kDepthCut;
     E* decoded = scratch<E>(Scratch::kWeight, kRowBlock * scratch_columns(most));
     size_t col = 0;

@@ -74,9 +74,9 @@ class RowsForward {
   static constexpr size_t kTaskRows = kInt8 ? 2 * kRowBlock : kRowBlock;
   static_assert(kTaskRows % kBlockRows == 0);
 
-  // Layers whose z are computed by one product and stored side by side, so that x is read once for all these
-  // layers. A layer with dropout is not joined with other layers, because each layer drops different elements
-  // of x.
+  // A group of layers. One product computes the z of all these layers, so that x is read once, and the z are
+  // stored side by side. A layer with dropout is not joined with other layers, because each layer drops
+  // different elements of x.
   struct Joined {
     const LowRank<T>* dropped = nullptr;  // the update of a layer with dropout; null without dropout
     size_t rank = 0;                      // the sum of the ranks of all joined layers
@@ -137,7 +137,7 @@ class RowsForward {
     u.a_pairs = pairs_down_columns<E>({u.a, rank, d_out, d_out}, const_cast<E*>(u.a_pairs.data));
     const Strided<E> b = elements_or_self<E>(
         low.b, kValuesPerElement<E> == 1 ? nullptr : scratch<E>(Scratch::kFactor, rank * depth_));
-    // A pair of bfloat16 is moved as one float.
+    // If E is Bf16Pair, `transpose` moves each pair as if it were one float.
     transpose<T>({reinterpret_cast<const T*>(b.data), rank, depth_, b.row_stride},
                  reinterpret_cast<T*>(u.joined->b + u.column), u.joined->rank);
   }
@@ -154,9 +154,9 @@ class RowsForward {
     }
   }
 
-  // Converts the x of a few tokens for the products with W, and stores the result. Also returns the x of
-  // these tokens as elements of type E, for the products with B. `first` is the first token, counted from the
-  // start of the token block.
+  // Converts the x of a few tokens to the type of the products with W, and stores the result. Returns the x
+  // of these tokens as elements of type E, for the products with B. `first` is the first token, counted from
+  // the start of the token block.
   Strided<E> convert(Matrix<const T> x, size_t first) const {
     if constexpr (kInt8) {
       for (size_t i = 0; i < x.rows; ++i) x_codes_.quantize(first + i, x.row(i), nullptr);
@@ -178,8 +178,8 @@ class RowsForward {
                    false, rows_after(x_, tokens));
   }
 
-  // Copies the z of a layer, for a few tokens, to the caller. Also converts this z to elements of type E for
-  // the update.
+  // Stores the z of a layer, for a few tokens, in the array of the caller. If E is Bf16Pair, also converts
+  // this z to pairs for the product with A.
   void keep(const PartUpdate& u, Range token_block, Range few) const {
     const size_t stride = u.joined->rank;
     const Matrix<const T> z{u.joined->z + few.first * stride + u.column, few.count, u.rank(), stride};
@@ -197,7 +197,7 @@ class RowsForward {
       return {x_elements_ + first * depth_, depth_, 1};
   }
 
-  // Returns the z of all tokens from `first` on, as elements of type E.
+  // Returns the rows of z for token `first` and all later tokens, as elements of type E.
   Strided<E> z_of(const PartUpdate& u, size_t first) const {
     const size_t depth = depth_of<E>(u.rank()), stride = u.joined->rank;
     if constexpr (kValuesPerElement<E> == 1)
@@ -219,7 +219,7 @@ class RowsForward {
     for (size_t r = 0; r < piece.rows.count; r += most) {
       const Range rows{piece.rows.first + r, std::min(most, piece.rows.count - r)};
       size_t col = 0;
-      do {  // if W has no columns, one iteration sets y to zero
+      do {  // if W has no columns, the only iteration sets y to zero
         const Range cols{col, std::min(depth, x_.cols - col)};
         for_blocks_of(rows,
                       [&](size_t i, Range block) { make_block(u, block, cols, blocks + i * block_size); });
@@ -234,7 +234,8 @@ class RowsForward {
     }
   }
 
-  // Calls body(index, rows) for each kBlockRows rows of W. These rows become the columns of one block of Wᵀ.
+  // Cuts the rows of W into blocks of kBlockRows rows, and calls body(index, rows) for each block. The rows
+  // of a block become the columns of a block of Wᵀ.
   template <class Body>
   static void for_blocks_of(Range rows, const Body& body) {
     for (size_t i = 0; i * kBlockRows < rows.count; ++i) {
@@ -243,8 +244,8 @@ class RowsForward {
     }
   }
 
-  // Multiplies a few tokens by a block of Wᵀ: y[few, rows] = [y +] x[few, cols] W[rows, cols]ᵀ. After the
-  // last columns have been multiplied, the update is added.
+  // Multiplies a few tokens by a block of Wᵀ: y[few, rows] = x[few, cols] W[rows, cols]ᵀ for the first
+  // columns of W. For later columns, adds this product to y. After the last columns, adds the update.
   void multiply(const PartUpdate& u, Range token_block, Range few, Range rows, Range cols,
                 const W* block) const {
     T* y = u.part.y.row(token_block.first + few.first) + rows.first;
@@ -316,7 +317,7 @@ class RowsForward {
   size_t block_tokens_ = 0;
   std::vector<Joined> joined_;
   std::vector<PartUpdate> updates_;
-  E* x_elements_ = nullptr;  // x of a token block as elements of type E; in int8 products, x_codes_ is used
+  E* x_elements_ = nullptr;  // x of a token block in type E, unless products are in int8
   CodedBlock x_codes_{x_.cols, kernels::kInt8Group};
 };
 

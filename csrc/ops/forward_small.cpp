@@ -41,9 +41,9 @@ struct ProjectedUpdate {
   size_t rank() const { return low->rank(); }
 };
 
-// Lists the memory to prefetch before an update is added to some outputs y[:, rows]: A[rows], and a share of
-// B. The share is proportional to the number of rows; other workers may prefetch the other shares. At most
-// `most` bytes of A, and at most `most` bytes of B, are prefetched.
+// Lists the memory to prefetch before an update is added to some outputs y[:, rows]: A[rows], and a part of B
+// that is proportional to the number of rows. Other workers may prefetch the rest of B. The list has at most
+// `most` bytes of A and at most `most` bytes of B.
 template <class T>
 FetchList factors(const LowRank<T>& low, Range rows, size_t most) {
   if (low.rank() == 0 || rows.count == 0) return {Fetch::none(), Fetch::none()};
@@ -62,10 +62,11 @@ void fetch(const Fetch& some) {
   for (size_t i = 0; i < some.lines; ++i) __builtin_prefetch(some.at + i * kCacheLine, 0, 2);
 }
 
-// Computes one layer of a stack. The weight is read once. Its elements have the template type W. If the
-// weight is stored in panels, the panels are read one after the other, while the partial sums of the rows
-// stay in the cache. The updates are added last, when their factors have been prefetched. The updates are
-// computed in type T, the type of the sums. For each row of x, the result has the same bits in every batch.
+// Computes one layer of a stack. The weight is read once, as elements of type W. If the weight is stored in
+// panels, the panels are read one after the other, while the partial sums of the rows stay in the cache. The
+// updates are added at the end, because their factors are prefetched during the products with the weight. The
+// products are summed in type T, and the updates are computed in type T, too. For each row of x, the result
+// has the same bits in every batch.
 template <class W>
 class SmallForward {
  public:
@@ -85,7 +86,7 @@ class SmallForward {
   // updates are prefetched.
   void multiply(Range rows) const {
     std::vector<FetchList> next;
-    constexpr size_t kMostBytes = 256 << 10;  // the most bytes of all A, and of all B, to prefetch
+    constexpr size_t kMostBytes = 256 << 10;  // prefetch at most this much of all A, and of all B
     for (const auto& group : groups_) next.push_back(factors(*group.low, rows, kMostBytes / groups_.size()));
     if constexpr (std::is_same_v<W, float>)
       if (dots_blocks(part_.w)) {
@@ -107,8 +108,8 @@ class SmallForward {
     multiply_rows(rows);
   }
 
-  // Multiplies one group of rows of x by some rows of B: z[:, ranks] = scale * drop(x) B[ranks]ᵀ. If the
-  // caller needs z, then drop(x) B[ranks]ᵀ, without the scale, is also stored in the caller's array.
+  // Multiplies one group of rows of x by the rows `ranks` of B: z[:, ranks] = scale * drop(x) B[ranks]ᵀ. If
+  // the caller needs z, then drop(x) B[ranks]ᵀ, without the scale, is also stored in the caller's array.
   void project(size_t group, Range ranks) const {
     const auto& [rows, low, z] = groups_[group];
     const size_t n = rows.count, rank = low->rank();
@@ -193,14 +194,14 @@ class SmallForward {
     });
   }
 
-  // Multiplies the given rows of W with x, and stores the partial sums in `sums` (n, rows, lanes). The
-  // columns of W are multiplied in groups of up to `most`.
+  // Multiplies the given rows of W with x, and stores the partial sums in `sums` (n, rows, lanes). At most
+  // `most` columns of W are multiplied at a time.
   void stream(Range rows, size_t most, W* decoded, T* sums) const {
     const WeightView& w = part_.w;
     const size_t full = full_columns(w.d_in);
     most = std::max(most, kPanelColumns);
     size_t c = 0;
-    do {  // if W has no columns, one iteration sets `sums` to zero
+    do {  // if W has no columns, the only iteration sets `sums` to zero
       const size_t cols = std::min(most, (c < full ? full : w.d_in) - c);
       kernels::table().small<W>().dots(x_.rows, rows.count, cols,
                                        row_block(w, rows, {c, cols}, false, decoded), x_.data + c, x_.stride,
@@ -217,7 +218,8 @@ class SmallForward {
   std::vector<ProjectedUpdate<T>> groups_;
 };
 
-// Each worker takes at least this many rows of B, because kernels compute up to four rows at a time.
+// The rows of B are cut into tasks of at least this many rows (the last task may have fewer), because kernels
+// compute up to four rows at a time.
 constexpr size_t kLeastRanks = 4;
 
 // A task of the products with B. The task multiplies one group of rows of x by some rows of B of one layer.
@@ -239,7 +241,8 @@ class Counted {
   std::atomic<size_t>& count_;
 };
 
-// Reading and decoding W takes about this many times as long as the floating-point operations with W.
+// A product with W takes about this many times as long as its floating-point operations alone, because W must
+// be read and decoded.
 constexpr double kReadingCost = 2;
 
 }  // namespace
@@ -274,8 +277,9 @@ void forward_small(std::span<const ForwardPart<Sum<W>>> parts, Matrix<const Sum<
     for (size_t i = 0; i < grid.tasks(); ++i) tasks.push_back({product, grid.side(i)});
     const auto& groups = products.back().groups();
     for (size_t i = 0; i < groups.size(); ++i) {
-      // If there are at least as many groups as threads, each group is one task. With dropout, all rows of B
-      // are one task, because otherwise each task would have to apply dropout to all of x again.
+      // A group becomes one task, with all rows of B, in two cases: if there are at least as many groups as
+      // threads, or if the group has dropout, because each task would have to apply dropout to the same rows
+      // of x again.
       const size_t rank = groups[i].rank();
       const bool whole = groups.size() >= threads || groups[i].low->dropout > 0;
       const size_t step = whole ? rank : std::max(kLeastRanks, ceil_div(rank, threads));
@@ -285,9 +289,9 @@ void forward_small(std::span<const ForwardPart<Sum<W>>> parts, Matrix<const Sum<
   }
   // Each worker first multiplies rows of W, one task after the other, and then rows of B. When no rows of B
   // are left to take, the worker waits until z is complete. Then the worker adds the updates to the outputs
-  // that it has computed. So a worker waits only while other workers still multiply rows of B. For large
-  // weights there are more workers than threads. Each thread runs several workers, one after the other, so
-  // that Ctrl-C is noticed whenever a worker has ended.
+  // that it has computed. So a worker waits only while other workers still multiply rows of B. A worker is a
+  // task of parallel_for. For large weights there are more workers than threads, so that workers are short:
+  // Ctrl-C is noticed whenever a worker has ended.
   const size_t in_time = static_cast<size_t>(flops_of(parts, x.rows) / kTaskFlops);
   const size_t workers = round_up(std::max(threads, in_time), threads);
   const size_t most_rows = workers > threads ? ceil_div(rows, workers) : rows;

@@ -9,7 +9,8 @@
 
 namespace nplora {
 
-// Rounds x to the nearest float16 number. If two are equally near, rounds to the even one.
+// Rounds x to the nearest float16 number. If two float16 numbers are equally near, the result is the one
+// whose last bit is 0.
 inline Half to_half(float x) {
   uint16_t bits;
   kernels::table().convert.narrow_float16(1, &x, &bits);

@@ -15,13 +15,13 @@ namespace {
 
 constexpr size_t kCodesPerQuad = kernels::kValuesPerElement<Int8Quad>;
 
-// The number of rows of W that are decoded at a time. 48 rows with the columns of two panels are 18 KB of
-// floats.
+// The number of rows of W that are decoded at a time. The decoded floats of 48 rows and two panels (96
+// columns) take 18 KB.
 constexpr size_t kRowsAtOnce = 48;
 
 // Decodes W[rows, cols] to floats, at most kDecodedColumns columns at a time, and calls body(panel, column)
-// for each panel. `column` is the first column of the panel, counted from cols.first. If the last panel of W
-// is narrower than the other panels, it is not decoded together with the panel before it (see full_columns).
+// for each panel. `column` is the first column of the panel, counted from cols.first. Full panels are decoded
+// two at a time. A last panel that is narrower is decoded by itself (see full_columns).
 template <class Body>
 void for_float_panels(const WeightView& w, Range rows, Range cols, const Body& body) {
   float* decoded = scratch<float>(Scratch::kDecoded, rows.count * scratch_columns(kDecodedColumns));
@@ -116,7 +116,7 @@ void transposed_quads(const WeightView& w, Range rows, Range cols, Int8Quad* out
   constexpr size_t kColumns = kInt8DepthUnit;
   alignas(kCacheLine) uint8_t codes[kInt8PanelColumns * scratch_columns(kColumns)];
   const auto transpose = [&](Matrix<const uint8_t> block, size_t col) {
-    // Four codes are moved together, as one float.
+    // `to_lanes` moves four codes as if they were one float.
     k.f32.to_lanes(kInt8PanelColumns, rows.count, ceil_div(block.cols, kCodesPerQuad),
                    reinterpret_cast<const float*>(block.data), block.stride / kCodesPerQuad,
                    reinterpret_cast<float*>(out + col / kCodesPerQuad * kInt8PanelColumns));

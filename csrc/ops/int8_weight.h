@@ -1,7 +1,7 @@
 // The operands of int8 products for large batches: W, and rows of x or dy. A block of W is converted from its
-// storage format to int8 when a product copies the block to scratch memory. In int8, each row of W has one
-// scale, for every storage format. (Products of small batches use the codes of the low-bit blocks, see
-// kernels::Int8Products.)
+// storage format to int8 when a product copies the block to scratch memory. Whatever the storage format, the
+// int8 codes of a row of W have one common scale. (In contrast, int8 products for small batches use the codes
+// and scales of the low-bit blocks themselves, see kernels::Int8Products.)
 #pragma once
 
 #include <atomic>
@@ -15,8 +15,8 @@
 
 namespace nplora {
 
-// The scales of W's rows. The scales are computed when a product first needs them. Text generation does not
-// need the scales. To compute them, the whole file of a mapped model would be read.
+// The scales of W's rows. Computing the scales reads all of W, which may be in a mapped file. So the scales
+// are computed only when a product first needs them; text generation never needs them.
 class RowScales {
  public:
   RowScales() = default;
@@ -67,8 +67,8 @@ class CodedBlock {
   // and on the column.
   void dither(size_t row, uint64_t seed, size_t random_row, const float* x, const float* factors) const;
 
-  // The stored rows, beginning at row `row` and column `col`. `col` must be the first of a group of columns
-  // that share a scale.
+  // The stored rows, beginning at row `row` and column `col`. A group of values with one scale must begin at
+  // column `col`.
   kernels::CodedRows from(size_t row, size_t col) const;
 
  private:

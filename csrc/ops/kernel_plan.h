@@ -1,6 +1,6 @@
-// Chooses the methods to compute a product with W and its low-rank update. The choice is made by comparing
-// the numbers of operations. The choice depends neither on timing nor on the number of threads or the
-// instruction set, so none of these can change a result.
+// Chooses the methods to compute a product with W and its low-rank update. The functions of this file compare
+// the numbers of operations of the methods. The choice of a method can change the rounding of a result, so it
+// does not depend on timing, the number of threads or the instruction set.
 #pragma once
 
 #include <algorithm>
@@ -13,13 +13,13 @@
 namespace nplora {
 
 enum class ForwardPath {
-  kSmall,  // for up to kSmallBatch rows: nothing is transposed
+  kSmall,  // nothing is transposed; used for up to kSmallBatch rows
   kLanes,  // x and y are transposed
   kRows,   // W is transposed, which is fastest for large batches
 };
 
-// If a block of W was just decoded and is still in L1, transposing one of its elements is this many times
-// cheaper than transposing an element of x or y.
+// Transposing an element of x or y takes kDecodedGain times as long as transposing an element of a block of W
+// that was just decoded and is still in L1.
 inline constexpr size_t kDecodedGain = 6;
 
 inline ForwardPath forward_path(size_t tokens, size_t d_out, size_t d_in, size_t element_bytes,
@@ -30,9 +30,9 @@ inline ForwardPath forward_path(size_t tokens, size_t d_out, size_t d_in, size_t
                                                                                : ForwardPath::kLanes;
 }
 
-// For every batch of more than kSmallBatch rows, inference uses the methods that are chosen for a batch of
-// this many rows. A row of the result then has the same bits in all these batches, and a prompt may be
-// processed in pieces of any length above kSmallBatch.
+// For every batch of more than kSmallBatch rows, inference uses the methods for a batch of kInferenceTokens
+// rows. A row of the result then has the same bits in all these batches. So a prompt may be cut into pieces
+// of any length above kSmallBatch without a change of the result.
 inline constexpr size_t kInferenceTokens = 64;
 
 inline size_t inference_tokens(size_t batch) {
@@ -44,9 +44,9 @@ inline bool computes_pairs(const WeightView& w, size_t tokens) {
   return w.compute != Compute::kFloat && tokens > kFloatBatch;
 }
 
-// Each of these two functions returns true if the int8 kernels for large batches compute a product with this
-// many rows: the first function for a forward pass, the second for a backward pass. (For forward products of
-// small batches, dots_int8 says whether they are computed in int8.)
+// Whether the int8 kernels for large batches compute a product with `tokens` rows: forward_in_int8 for a
+// forward pass, and backward_in_int8 for a backward pass. (For small batches in a forward pass, dots_int8
+// says whether the product is computed in int8.)
 inline bool forward_in_int8(const WeightView& w, size_t tokens) {
   return w.compute == Compute::kInt8 && tokens > kernels::kSmallBatch;
 }
@@ -67,7 +67,7 @@ inline Arithmetic arithmetic_of_update(Arithmetic product) {
 }
 
 enum class Update {
-  kNone,            // there is no update
+  kNone,            // the layer has no update
   kSeparate,        // z Aᵀ (in a backward pass: dz B) is computed and added to the product
   kMergedOnTheFly,  // scale A B is added to a copy of each block of W, and the product uses the copy
 };
@@ -112,9 +112,9 @@ inline KernelPlan cheaper(const LayerShape& s, const UpdateCost& cost) {
   return {can_merge && cost.merged < cost.separate ? Update::kMergedOnTheFly : Update::kSeparate, cost};
 }
 
-// A separate update needs the products z = x Bᵀ and z Aᵀ. An update that is merged on the fly needs neither
-// product, but z is computed anyway if a backward pass will need it. Only the method that transposes W can
-// merge updates on the fly.
+// If the update is separate, the products z = x Bᵀ and z Aᵀ are computed. If the update is merged on the fly,
+// z Aᵀ is not computed, and z is computed only if a backward pass will need it (keep_z). Only the method that
+// transposes W can merge updates on the fly.
 inline KernelPlan plan_forward(const LayerShape& s, bool keep_z) {
   const double project = flops(s.tokens, s.rank, s.d_in), expand = flops(s.tokens, s.rank, s.d_out);
   KernelPlan plan = cheaper(s, {project + expand, merge_cost(s, s.d_in) + (keep_z ? project : 0)});
@@ -123,8 +123,8 @@ inline KernelPlan plan_forward(const LayerShape& s, bool keep_z) {
   return plan;
 }
 
-// A separate update needs the products dz = dy A and dz B. dz is always computed, because the gradient of B
-// needs it.
+// If the update is separate, the products dz = dy A and dz B are computed. If the update is merged on the
+// fly, dz B is not computed, but the cost includes dz, because the gradient of B needs dz.
 inline KernelPlan plan_backward(const LayerShape& s) {
   const double project = flops(s.tokens, s.rank, s.d_out), expand = flops(s.tokens, s.rank, s.d_in);
   return cheaper(s, {project + expand, project + merge_cost(s, s.d_out)});

@@ -21,8 +21,8 @@ struct LowRank {
   double dropout = 0;  // the probability that `drop` sets an element of x to zero
   uint64_t key = 0;    // the key of the dropout mask
   // Copies of a and b in bfloat16, without gaps between the rows, or null. Small batches read the copies
-  // instead of a and b, because the copies take half as long to read. The copies must be exact: they may
-  // only be given if rounding to bfloat16 changes no value of a and b.
+  // instead of a and b, which takes half the time. The copies must be exact: if bfloat16 cannot represent all
+  // values of a and b, the pointers must be null.
   const kernels::Bf16 *narrow_a = nullptr, *narrow_b = nullptr;
 
   size_t rank() const { return scale == 0 ? 0 : a.cols; }
@@ -37,9 +37,9 @@ struct GroupUpdate {
 };
 
 // One layer of a forward pass: z = drop(x) Bᵀ, y = x Wᵀ + scale z Aᵀ [+ bias]. The shapes are x (n, d_in), y
-// (n, d_out) and z (n, r). `bias` may be null. The data of z may be null if the caller does not need z. In a
-// small batch, `groups` may replace `low`: each group of rows of x then has its own update. The groups
-// together have n rows. With groups, z is not stored.
+// (n, d_out) and z (n, r). `bias` may be null. If the caller does not need z, z.data may be null. In a small
+// batch, `groups` may replace `low`: each group of rows of x then has its own update. The groups together
+// have n rows. With groups, z is not stored.
 template <class T>
 struct ForwardPart {
   WeightView w;
@@ -49,18 +49,18 @@ struct ForwardPart {
   std::span<const GroupUpdate<T>> groups = {};
 };
 
-// Computes a stack of layers; each of `parts` is one layer. All layers read the same x (n, d_in). If `int8`
-// is true, large batches are multiplied in int8 with weights of Compute::kInt8. If `int8` is false, these
-// products are computed as if the weights had Compute::kBfloat16. Training may set `int8`, because products
-// in int8 are faster. But W is then rounded a second time, from its blocks to codes with one scale for each
-// row. Inference does not set `int8`, because this rounding would make the answers of the model less
-// accurate.
+// Computes a stack of layers; each of `parts` is one layer. All layers read the same x (n, d_in). `int8`
+// matters only for large batches and weights of Compute::kInt8: if `int8` is true, the products with W are
+// computed in int8; if `int8` is false, they are computed as for Compute::kBfloat16. Training may set `int8`,
+// because products in int8 are faster. But they round W a second time, from its blocks to codes with one
+// scale for each row. Inference does not set `int8`, because this rounding would make the answers of the
+// model less accurate.
 template <class T>
 void lora_forward(std::span<const ForwardPart<T>> parts, Matrix<const T> x, bool int8);
 
 // lora_forward for inference. Large batches are not computed in int8. The batch has `batch` rows, and x holds
-// all of these rows or only some of them. All batches of up to kSmallBatch rows are computed with one method,
-// and all larger batches with another (see kInferenceTokens).
+// all of these rows or only some of them. The method depends only on whether `batch` is at most kSmallBatch
+// (see kInferenceTokens).
 template <class T>
 void lora_infer(std::span<const ForwardPart<T>> parts, Matrix<const T> x, size_t batch);
 
@@ -73,8 +73,8 @@ struct GroupParts {
 };
 
 // Does the same as lora_infer for several groups of rows of x. Each group has its own layers. Usually, the
-// groups share the weights and have different updates. Layer i of every group writes to the same array y:
-// each group writes its own rows.
+// groups share the weights and have different updates. For each i, layer i of all groups has the same array
+// y, and each group writes its own rows of y.
 template <class T>
 void lora_forward_groups(std::span<const GroupParts<T>> groups, Matrix<const T> x);
 
@@ -89,11 +89,11 @@ struct BackwardPart {
 };
 
 // Computes the gradients of all layers, and dx = the sum of dy W + undrop(dz B) over all layers. If dx is not
-// needed, its data is null. If `int8` is false, products with weights of Compute::kInt8 are computed as for
+// needed, its data is null. If `int8` is false, the products with a W of Compute::kInt8 are computed as for
 // Compute::kBfloat16. If `dither_key` is given, dy is rounded stochastically for int8 products. The random
-// bits for an element of dy depend on the key and on the position of the element. Gradients of logits need
-// int8 = false or a `dither_key`, because each row of such a gradient has one large element and many small
-// elements. If such gradients were rounded to nearest in int8, all small elements would become 0.
+// bits for an element of dy depend on the key and on the position of the element. If dy is the gradient of
+// logits, `int8` must be false or a `dither_key` must be given: each row of this gradient has one large
+// element and many small elements, and rounding to nearest in int8 would turn all small elements into 0.
 template <class T>
 void lora_backward(std::span<const BackwardPart<T>> parts, Matrix<const T> x, Matrix<T> dx, bool int8,
                    std::optional<uint64_t> dither_key = {});

@@ -15,9 +15,9 @@ using kernels::Products;
 namespace {
 
 constexpr size_t kRowsPerTask = 48;  // a multiple of tile_tokens (for float) on every instruction set
-// A task multiplies its rows of A by some columns of B at a time. These columns of B have at most this size
-// in bytes. On a Zen 4, whose L2 holds 1 MB, merging was 2-3 % slower with a limit of 128 KB than with this
-// limit.
+// A task multiplies its rows of A by a few columns of B at a time: by as many columns as fit into
+// kColumnsBytes bytes. On a Zen 4, whose L2 holds 1 MB, merging was 2-3 % slower with a limit of 128 KB than
+// with this limit.
 constexpr size_t kColumnsBytes = size_t{320} << 10;
 // The number of columns of a tile. 16-bit weights are converted to float one tile at a time: 8 x 384 floats =
 // 12 KB.

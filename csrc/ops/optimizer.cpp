@@ -15,9 +15,9 @@ namespace {
 constexpr size_t kBlockElements = 16384;
 constexpr double kOperationsPerElement = 16;
 
-// A task consists of several neighbouring blocks, as long as there are enough tasks for all threads. Tasks of
-// neighbouring blocks are faster, because after each jump to another place in memory, the hardware must
-// detect the access pattern again before it can prefetch.
+// If there are enough blocks for all threads, a task consists of up to kTaskBlocks neighbouring blocks. Such
+// tasks are faster, because after each jump to another place in memory, the hardware must detect the access
+// pattern again before it can prefetch.
 constexpr size_t kTaskBlocks = 8, kTasksPerThread = 8;
 
 struct ElementBlock {
@@ -27,14 +27,14 @@ struct ElementBlock {
 };
 
 // Cuts the parameters into blocks of at most kBlockElements elements, and calls body(parameter, block) for
-// each block. The blocks of all parameters are shared among the threads, so that each thread has about the
-// same work, whether there are many small parameters or a few large ones. Returns the blocks, which are valid
+// each block. The blocks of all parameters are distributed to the threads together, so each thread has about
+// the same work, even if one parameter is much larger than the others. Returns the blocks, which are valid
 // until the next call on this thread. The loop cannot be interrupted: after an interrupt, the caller could
 // not know which parameters have changed.
 template <class Body>
 const std::vector<ElementBlock>& for_blocks(const std::vector<Trained>& parameters, const Body& body) {
   static thread_local std::vector<ElementBlock> kept;
-  std::vector<ElementBlock>& blocks = kept;  // in the lambda below, `kept` would be the worker's own vector
+  std::vector<ElementBlock>& blocks = kept;  // `kept` is thread_local, and the lambda runs on other threads
   blocks.clear();
   double elements = 0;
   for (size_t i = 0; i < parameters.size(); ++i) {

@@ -26,8 +26,8 @@ void sgd_step(const std::vector<Trained>& parameters, kernels::SgdCoefficients s
 // The sum of the squares of all gradients, in double.
 double sum_of_squares(const std::vector<Trained>& parameters);
 
-// Returns the Euclidean norm of the scaled gradients, which are all gradients times `*scale`. If this norm is
-// above max_norm, `*scale` is lowered so that the norm of the scaled gradients becomes max_norm.
+// Returns the Euclidean norm of all gradients, multiplied by `*scale`. If the result is above max_norm,
+// `*scale` is lowered so that the norm times the new `*scale` is max_norm.
 double clip(const std::vector<Trained>& parameters, double max_norm, double* scale);
 
 }  // namespace nplora

@@ -1,5 +1,5 @@
-// Products that the kernel gemm_outputs_in_lanes computes. Each row of a result belongs to a token or to one
-// of the r rows of a factor. The columns of the result are in the SIMD lanes.
+// Products that the kernel gemm_outputs_in_lanes computes. Each row of a result belongs to a token, or to one
+// of the r ranks of an adapter. The columns of the result are in the SIMD lanes.
 #pragma once
 
 #include <algorithm>
@@ -22,9 +22,8 @@ const auto& gemm_outputs_in_lanes() {
 }
 
 // c (m, cols) = [c +] a (m, depth) times w (depth, cols). The columns are computed panel by panel. If `next`
-// was made by Fetch::memory, the memory that it names is prefetched during the product with the first panel.
-// If `next` was made by Fetch::rows_ahead, later rows of each panel are prefetched during the product with
-// this panel.
+// is a Fetch::memory, its memory is prefetched during the product with the first panel. If `next` is
+// Fetch::rows_ahead(), the product with each panel prefetches later rows of the same panel.
 template <class E>
 void add_product(size_t m, size_t cols, size_t depth, kernels::Strided<E> a, const E* w, size_t w_stride,
                  kernels::Sum<E>* c, size_t c_stride, bool accumulate,
@@ -48,8 +47,8 @@ kernels::Fetch rows_after(Matrix<const T> m, Range some) {
 
 // Calls body(i, j) for each element of a tall matrix (rows, cols), in an order that is fast for reading the
 // matrix and for writing its transpose.
-// The rows of the transpose are far apart and often evict each other from L1. So the loop completes one cache
-// line in every row of the transpose before it begins the next cache line in any row.
+// The rows of the transpose are far apart and often evict each other from L1. So the loop writes one whole
+// cache line of every row of the transpose, then the next cache line of every row, and so on.
 template <class Body>
 void for_transposed(size_t rows, size_t cols, const Body& body) {
   constexpr size_t kLine = 16;

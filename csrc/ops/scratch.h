@@ -8,13 +8,12 @@
 
 namespace nplora {
 
-// The use of a scratch buffer. Buffers of different uses exist at the same time. When the call that wrote to
-// a buffer has ended, the contents of the buffer are no longer used. The comments give the largest size of
-// each buffer, in elements if no unit is named. L is the number of SIMD lanes (at most 32), and r is the sum
-// of the ranks of a stack.
+// The use of a scratch buffer. A thread has one buffer for each use. The contents of a buffer are valid only
+// until the call that wrote them ends. The comments give the largest size of each buffer, in elements if no
+// unit is named. L is the number of SIMD lanes (at most 32), and r is the sum of the ranks of a stack.
 enum class Scratch {
   // Holds x of a token block: transposed into lanes, converted to pairs of bfloat16 values, or converted to
-  // int8. The largest size is kLanesBytes or 64 d_in elements (64 tokens), whichever is larger. In the
+  // int8. The largest size is kLanesBytes bytes or 64 d_in elements (64 tokens), whichever is larger. In the
   // backward pass, this buffer holds dy, z and dz in pairs, dy in int8, and the factors A and B. For
   // attention in bfloat16, this buffer holds the keys and values of a batch in pairs. For
   // filtered_cross_entropy, this buffer holds the weights of the kept words: up to a quarter as many elements
@@ -29,20 +28,20 @@ enum class Scratch {
   // elements.
   kLowGradients,
   // For a single token, holds L / 2 partial sums for each of kStreamedRows rows of W. For a batch of up to 8
-  // tokens, holds L / 2 partial sums for each token and each of 48 rows of W or r rows of B.
+  // tokens, holds L / 2 partial sums for each pair of a token and a row, for 48 rows of W or r rows of B.
   kSums,
   // Holds decoded or transposed blocks of W. The blocks take kBlocksBytes bytes; in a small batch, they take
   // 48 * kStreamedRows elements.
   kWeight,
   kDecoded,  // a block of W before it is transposed, or with its update added: 48 * kDepthBlock elements
   kFewRows,  // a few rows of a block of W before they are paired: 18 KB
-  // Holds one of three things. (1) B (r, d_in), r * d_in elements, plain or in pairs. (2) z or dz of a few
-  // tokens, transposed, 32 * r elements. (3) Rows of A times the scale, kDepthBlock * r elements.
+  // Holds one of three things. (1) B (r, d_in), r * d_in elements, plain or in pairs. (2) The transpose of z
+  // or dz of a few tokens, 32 * r elements. (3) Rows of A times the scale, kDepthBlock * r elements.
   kFactor,
   kDropped,       // rows of x after dropout: 32 d_in elements
   kDroppedLanes,  // rows of x after dropout, put into lanes or into pairs: 32 d_in elements
-  // Holds rows of x before they are put into lanes (48 L or 8 d_in elements), or rows of x in pairs (16 d_in
-  // elements). For attention in pairs, this buffer holds a tile: 96 (head_dim + 24) elements.
+  // Holds rows of x that will be transposed into lanes (48 L or 8 d_in elements), or rows of x in pairs (16
+  // d_in elements). For attention in pairs, this buffer holds a tile: 96 (head_dim + 24) elements.
   kPairing,
   kCodes,       // a small batch of x in int8: 8 d_in elements
   kCodeScales,  // the scales and sums of the codes in kCodes: d_in elements
@@ -56,8 +55,8 @@ enum class Scratch {
   kCount
 };
 
-// Returns memory of this thread for one use, with undefined contents. The buffer is kept for the next task
-// and only grows, so a repeated call with the same shapes allocates nothing.
+// Returns memory of this thread for one use, with undefined contents. The buffer is not freed after the task
+// and never shrinks, so a repeated call with the same shapes allocates nothing.
 void* scratch_bytes(Scratch use, size_t bytes);
 
 // While a ScratchFrame exists, this thread uses a separate set of scratch buffers. A signal handler that
@@ -80,7 +79,7 @@ T* scratch(Scratch use, size_t n) {
   return static_cast<T*>(scratch_bytes(use, n * sizeof(T)));
 }
 
-// Hands out parts of a buffer. Without a buffer, an arena returns null pointers and only counts the size.
+// Hands out parts of a buffer. If `data` is null, `take` returns null pointers and only adds up the sizes.
 template <class T>
 struct Arena {
   T* data = nullptr;

@@ -10,8 +10,8 @@
 
 namespace nplora {
 
-// Kernels write a pair of bfloat16 numbers as two 16-bit numbers, and read it as one 32-bit word. So nplora
-// needs a little-endian machine.
+// Some kernels write a pair of bfloat16 numbers as two 16-bit numbers and later read it as one 32-bit number,
+// whose low half must be the first number. So nplora needs a little-endian machine.
 static_assert(std::endian::native == std::endian::little, "nplora needs a little-endian machine");
 
 size_t bytes_per_element(Storage storage) {

@@ -23,9 +23,9 @@ inline BlockFormat format_of(Storage blocks) {
 // The size of one element in bytes, for storage formats that are not blocks.
 size_t bytes_per_element(Storage storage);
 
-// `widen` converts n elements from storage to T. `narrow` converts T to the storage format, rounded to
-// nearest even. T is float, or double for kFloat64. For the two 16-bit formats, T may also be uint16_t. In
-// this case, bit patterns are copied without conversion.
+// `widen` converts n elements from storage to T. `narrow` converts n elements from T to the storage format,
+// and rounds to nearest, ties to even. T is float, or double for kFloat64. For the two 16-bit formats, T may
+// also be uint16_t. In this case, bit patterns are copied without conversion.
 template <class T>
 void widen(Storage storage, size_t n, const void* from, T* to);
 template <class T>

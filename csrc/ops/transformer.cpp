@@ -17,7 +17,8 @@ const kernels::Transformer& kernel() {
 }
 
 constexpr size_t kElementsPerTask = 16384;
-// The number of elements that are converted at a time. Four arrays of this length fill half of a 32 KB L1.
+// The number of elements that are converted at a time. Four float arrays of this length take 16 KB, half of
+// an L1 of 32 KB.
 constexpr size_t kConvertedElements = 1024;
 
 // The numbers of floating-point operations for one element of a norm, of a rotation and of an activation.
@@ -140,7 +141,7 @@ void gated_backward(Activation act, size_t n, const float* dout, const uint16_t*
   const Timed timed(Activity::kActivation);
   const auto kernel_of_act = kernel().gated_backward[size_t(act)];
   const auto widen = kernels::table().convert.widen_bfloat16;
-  for_converted(n, [&](size_t first, size_t count) {  // dgate and dup first hold `gate` and `up` as floats
+  for_converted(n, [&](size_t first, size_t count) {  // first widens `gate` into dgate, and `up` into dup
     widen(count, gate + first, dgate + first);
     widen(count, up + first, dup + first);
     kernel_of_act(count, dout + first, dgate + first, dup + first, dgate + first, dup + first);

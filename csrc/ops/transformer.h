@@ -11,7 +11,7 @@
 namespace nplora {
 
 // y = x ∘ weight / sqrt(mean(x²) + eps) for each row (Zhang & Sennrich 2019). The shapes are x (n, d), y (n,
-// d) and weight (d). The sum of squares runs in float32, as one partial sum for each of the L lanes of a
+// d) and weight (d). The squares are summed in float32, with one partial sum for each of the L lanes of a
 // vector. The relative error of the sum is below gamma(d / L + log2 L). Here gamma(m) = m u / (1 - m u), and
 // u is the unit roundoff.
 void rms_norm(Matrix<const float> x, const float* weight, float eps, Matrix<float> y);
@@ -35,8 +35,9 @@ void layer_norm_backward(Matrix<const float> dy, Matrix<const float> x, const fl
                          Matrix<float> dx, bool accumulate);
 
 // The cosines and sines of rotary position embeddings. Row p of `data` is for position p, and holds
-// rotary_dim / 2 cosines and then rotary_dim / 2 sines. If `interleaved` is true, the two elements of a pair
-// are neighbours. If `interleaved` is false, the two elements of a pair are rotary_dim / 2 elements apart.
+// rotary_dim / 2 cosines and then rotary_dim / 2 sines. The embedding rotates pairs of elements of a head. If
+// `interleaved` is true, the two elements of a pair are neighbours. If `interleaved` is false, they are
+// rotary_dim / 2 elements apart.
 struct RotaryTable {
   const float* data;
   size_t rotary_dim;
@@ -46,7 +47,8 @@ struct RotaryTable {
 // Rotates pairs of elements in place (Su et al. 2021, equation 34). In row i of x (n, heads * head_dim), each
 // pair (a, b) of each head becomes (a cos - b sin, b cos + a sin). The cosines and sines are in row
 // positions[i] of the table. The pairs are in the first rotary_dim elements of a head; the other elements do
-// not change. If `inverse` is true, the pairs are rotated backwards, which computes the gradient.
+// not change. If `inverse` is true, the pairs are rotated in the opposite direction: the backward pass
+// applies this to the gradient.
 void rope(Matrix<float> x, size_t head_dim, const int64_t* positions, RotaryTable table, bool inverse);
 
 using kernels::Activation;

@@ -58,8 +58,8 @@ void for_rows(size_t rows, size_t cols, const Body& body) {
   });
 }
 
-// out (rows, cols) = W[rows, cols], decoded from low-bit blocks. The columns must be whole sub-blocks, except
-// in NF4.
+// Decodes W[rows, cols] from low-bit blocks to out (rows, cols). Except in NF4, the range `cols` must consist
+// of whole sub-blocks.
 void decode(const WeightView& w, Range rows, Range cols, const DecodedRows& out) {
   const kernels::BlockDecoders& blocks = kernels::table().blocks;
   if (w.storage == Storage::kNf4)
@@ -69,8 +69,8 @@ void decode(const WeightView& w, Range rows, Range cols, const DecodedRows& out)
       w.row_stride, out);
 }
 
-// The wanted columns of W, extended to whole sub-blocks for the decoder. `before` is the number of extra
-// columns before the wanted columns.
+// A range of columns of W, extended to whole sub-blocks for the decoder. `before` is the number of columns
+// that were added before the range.
 struct WholeSubBlocks {
   Range cols;
   size_t before;
@@ -91,7 +91,7 @@ size_t decoded_stride(size_t cols, size_t element_bytes) {
 // call. `values` is memory for one float for each element of these rows; it fits into L1.
 template <class Body>
 void for_few_rows(Range rows, size_t cols, const Body& body) {
-  constexpr size_t kValues = 4608;  // 18 KB
+  constexpr size_t kValues = 4608;  // 18 KB of floats
   const size_t most = std::max<size_t>(2, kValues / std::max<size_t>(1, cols) / 2 * 2);
   float* values = scratch<float>(Scratch::kFewRows, most * cols);
   for (size_t i = 0; i < rows.count; i += most)
@@ -119,13 +119,14 @@ void fetch(const WeightView& w, Range rows, Range cols) {
     for (size_t line = 0; line < count; line += kCacheLine) __builtin_prefetch(row + line);
 }
 
-// Prefetches the columns directly after `cols`, as many as there are in `cols`, in the same rows.
+// In the rows `rows`, prefetches the columns directly after `cols`: at most cols.count columns.
 void fetch_after(const WeightView& w, Range rows, Range cols) {
   const size_t end = cols.first + cols.count;
   fetch(w, rows, {end, std::min(cols.count, w.d_in - end)});
 }
 
-// While row i of a block is in use, prefetches row i + 2. A row has at most 8 KB, so three rows fit into L1.
+// While row i of a block is in use, prefetches row i + 2. A row of a block has at most 8 KB, so three rows
+// fit into L1.
 void fetch_next(const WeightView& w, Range rows, size_t i, Range cols) {
   if (i + 2 < rows.count) fetch(w, {rows.first + i + 2, 1}, cols);
 }
@@ -212,8 +213,8 @@ Panels<Bf16> row_block(const WeightView& w, Range rows, Range cols, bool, Bf16*)
 }
 
 // If W is packed in bfloat16, a block of full panels is read in place as panels of pairs. Any other block is
-// copied. A block that contains a narrower last panel is copied because the rows of this panel may have an
-// odd number of values. If the number is odd, the last value of each row is paired with zero.
+// copied. A block with a narrower last panel is copied, because the rows of this panel may have an odd number
+// of values: in the copy, the last value of such a row is paired with zero.
 template <>
 Panels<Bf16Pair> row_block(const WeightView& w, Range rows, Range cols, bool, Bf16Pair* scratch) {
   constexpr size_t kPanelPairs = kPanelColumns / 2;
@@ -257,8 +258,8 @@ Panels<Bf16Pair> row_block(const WeightView& w, Range rows, Range cols, bool, Bf
 
 namespace {
 
-// The way in which column_block arranges its columns in scratch memory: as two whole panels one after the
-// other, or as one panel that contains all columns.
+// Says how column_block stores its columns in scratch memory: as two full panels, one after the other, or as
+// a single panel that contains all columns.
 struct Panelling {
   size_t panels, width;
 
@@ -283,8 +284,8 @@ void for_fetched_rows(const WeightView& w, Range rows, Range cols, const Body& b
   }
 }
 
-// Widens the block W[rows, cols] to out (rows, cols). The columns of the block must be side by side in
-// memory. In packed W, they must therefore belong to one panel.
+// Widens the block W[rows, cols] to out (rows, cols). In each row, the elements of these columns must be
+// contiguous in memory. So in packed W, all columns must belong to one panel.
 template <class T>
 void widen_rows(const WeightView& w, Range rows, Range cols, T* out) {
   const Location from = locate(w, rows.first, cols.first);
@@ -293,8 +294,8 @@ void widen_rows(const WeightView& w, Range rows, Range cols, T* out) {
     widen(w.storage, cols.count, from.at + i * pitch, out + i * cols.count);
 }
 
-// Converts the block W[rows, cols] to pairs of neighbouring rows: out (ceil(rows / 2), cols). The columns of
-// the block must be side by side in memory.
+// Converts the block W[rows, cols] to pairs of neighbouring rows: out (ceil(rows / 2), cols). In each row,
+// the elements of these columns must be contiguous in memory.
 void pair(const WeightView& w, Range rows, Range cols, Bf16Pair* out) {
   const kernels::Conversions& convert = kernels::table().convert;
   const Location from = locate(w, rows.first, cols.first);

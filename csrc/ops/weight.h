@@ -17,12 +17,13 @@ namespace nplora {
 
 class RowScales;
 
-// The arithmetic of the products with a weight. With kFloat, products use the weight's own float type. With
-// kBfloat16, large batches use pairs of bfloat16, summed in float. A batch is large if it has more than
-// kSmallBatch rows in a forward pass, or more than kFloatBatch rows in a backward pass. With kInt8, large
-// batches use int8 instead (see ops/int8_weight.h), and forward passes of small batches use int8 too if W is
-// in one of GGUF's block formats. The products with the LoRA factors A and B never use int8. If a weight has
-// kInt8, its factors are multiplied in the same way as with kBfloat16.
+// The arithmetic of the products with a weight. With kFloat, products are computed in float64 if the weight
+// is stored in float64, and in float32 otherwise. With kBfloat16, large batches use pairs of bfloat16, summed
+// in float. A batch is large if it has more than kSmallBatch rows in a forward pass, or more than kFloatBatch
+// rows in a backward pass. With kInt8, large batches use int8 instead (see ops/int8_weight.h), and forward
+// passes of small batches use int8 too if W is in one of GGUF's block formats. The products with the LoRA
+// factors A and B never use int8. If a weight has kInt8, its factors are multiplied in the same way as with
+// kBfloat16.
 enum class Compute { kFloat, kBfloat16, kInt8 };
 
 // W in the form in which the products read it. If `packed` is true, W is stored as panels of kPanelColumns
@@ -34,7 +35,7 @@ struct WeightView {
   bool packed;
   const void* data;
   size_t d_out, d_in;
-  size_t row_stride;  // distance of two rows: in elements for row-major data, in bytes for blocks
+  size_t row_stride;  // from row to row: in elements if row-major, in bytes if blocks
   Compute compute = Compute::kFloat;
   kernels::Nf4 nf4{};
   RowScales* row_scales = nullptr;  // the scales for int8 products; not null if `compute` is kInt8
@@ -46,8 +47,8 @@ WeightView view_of(Matrix<const T> w) {
 }
 
 // The number of columns in full panels. All other columns are in the last panel, which is narrower. The
-// columns that are passed to row_block must be either all in full panels or all in the narrower panel, unless
-// the elements are Bf16Pair.
+// columns that are passed to row_block must be either all in full panels or all in the narrower panel. Only
+// row_block<Bf16Pair> accepts columns of both.
 inline size_t full_columns(size_t d_in) {
   return d_in / kernels::kPanelColumns * kernels::kPanelColumns;
 }
@@ -68,21 +69,23 @@ inline constexpr size_t scratch_columns(size_t cols) {
 
 // The block W[rows, cols] in elements of type E. The first column is a multiple of kPanelColumns. If the
 // elements of W are stored as type E, the block is read in place. If not, the block is decoded into `scratch`
-// (rows * scratch_columns(cols) elements). If many tokens use the block (`shared`), the block is copied even
-// if it needs no decoding. In place, rows of W would evict each other from the cache if their distance is a
-// power of two. In a packed W, no rows have such a distance, so a packed W is not copied for this reason. The
-// element type Bf16 is only for weights stored in bfloat16; with Bf16, the block is always read in place. A
-// Bf16Pair holds two neighbours of a row, because gemm_tokens_in_lanes reads along the rows of W.
+// (rows * scratch_columns(cols) elements). If `shared` is true (many tokens use the block), the block of a
+// row-major W is copied even if it needs no decoding: if the distance between rows of W is a power of two,
+// rows that are read in place would evict each other from the cache. In a packed W, no rows have such a
+// distance, so its blocks are not copied. The element type Bf16 is only for weights stored in bfloat16; with
+// Bf16, the block is always read in place. If E is Bf16Pair, an element holds two neighbouring values of a
+// row, because gemm_tokens_in_lanes sums along the rows of W.
 template <class E>
 kernels::Panels<E> row_block(const WeightView& w, Range rows, Range cols, bool shared, E* scratch);
 
-// The block W[rows, cols] for gemm_outputs_in_lanes. A Bf16Pair holds two neighbours of a column, because
-// this kernel reads down the columns of W. If makes_two_panels is false, `cols` is one panel. If
-// makes_two_panels is true, `cols` has up to kDecodedColumns columns, and starts at a multiple of
-// kDecodedColumns. Two panels are stored one after the other. If each row contained the columns of both
-// panels, the hardware would also prefetch the half of a row that the kernel does not need. (There is one
-// exception: if W is in NF4 and d_in is not a multiple of 16, each row contains the columns of both panels.)
-inline constexpr size_t kDecodedColumns = 2 * kernels::kPanelColumns;  // three sub-blocks
+// The block W[rows, cols] for gemm_outputs_in_lanes. If E is Bf16Pair, an element holds two neighbouring
+// values of a column, because this kernel sums along the columns of W. If makes_two_panels is false, `cols`
+// is one panel. If makes_two_panels is true, `cols` has up to kDecodedColumns columns, and starts at a
+// multiple of kDecodedColumns. Two panels are stored one after the other. If each row contained the columns
+// of both panels, the hardware would also prefetch the half of a row that the kernel does not need. (There is
+// one exception: if W is in NF4 and d_in is not a multiple of 16, each row contains the columns of both
+// panels.)
+inline constexpr size_t kDecodedColumns = 2 * kernels::kPanelColumns;  // 96 columns, or three sub-blocks
 inline bool makes_two_panels(const WeightView& w, bool shared) {
   return is_blocks(w.storage) || (!w.packed && shared);
 }
@@ -109,9 +112,9 @@ inline bool encodes_blocks(const WeightView& w) {
 }
 
 // The block W[rows, cols] in int8 codes (see kernels::Int8Gemm::encode). Row i is multiplied by inverses[i]
-// before it is rounded to codes. `scratch` is memory for rows * scratch_columns(cols) codes. If the first
-// column is a multiple of kDecodedColumns, the result begins at the start of `scratch`. If not, the result
-// may begin later.
+// before it is rounded to codes. `scratch` is memory for rows * scratch_columns(cols) codes. The returned
+// matrix is in `scratch`. It begins at the start of `scratch` if the first column is a multiple of
+// kDecodedColumns, and possibly later if not.
 Matrix<const uint8_t> encoded_block(const WeightView& w, Range rows, Range cols, const float* inverses,
                                     uint8_t* scratch);
 

@@ -4,15 +4,15 @@
 namespace nplora::simd {
 
 struct Cpu {
-  bool avx2 = false;     // AVX2 together with FMA3 and F16C
-  bool avxvnni = false;  // also requires avx2
-  bool avx512 = false;   // AVX-512 with the parts F, BW, DQ and VL
-  bool avx512vnni = false;
-  bool avx512bf16 = false;  // also requires avx512vnni
-  bool amx = false;         // AMX with BF16; also requires avx512bf16 (see ask_for_tiles)
+  bool avx2 = false;        // AVX2, FMA3 and F16C are supported
+  bool avxvnni = false;     // true only if `avx2` is true
+  bool avx512 = false;      // `avx2` is true, and the AVX-512 extensions F, BW, DQ and VL are supported
+  bool avx512vnni = false;  // true only if `avx512` is true
+  bool avx512bf16 = false;  // true only if `avx512vnni` is true
+  bool amx = false;         // `avx512bf16` is true, and AMX-TILE and AMX-BF16 are supported
   bool neon = false;
-  bool neonbf16 = false;  // BF16, and also dot products of bytes
-  bool neoni8mm = false;  // also requires neonbf16
+  bool neonbf16 = false;  // the NEON instructions for bfloat16 and for dot products of bytes are supported
+  bool neoni8mm = false;  // true only if `neonbf16` is true
 };
 
 const Cpu& cpu();

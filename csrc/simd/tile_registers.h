@@ -34,7 +34,7 @@ template <int kTile>
 inline void zero_tile() {
   __asm__ volatile("tilezero %%tmm%c0" : : "n"(kTile));
 }
-// Strides count elements.
+// In `load_tile` and `store_tile`, `stride` is the number of elements from one row in memory to the next row.
 template <int kTile, class T>
 inline void load_tile(const T* from, size_t stride) {
   __asm__ volatile("tileloadd (%0,%1,1), %%tmm%c2"
@@ -49,8 +49,9 @@ inline void store_tile(float* to, size_t stride) {
                    : "r"(to), "r"(stride * sizeof(float)), "n"(kTile)
                    : "memory");
 }
-// Adds the product of register kA (m, depth / 2) and register kB (depth / 2, n) to register kSums (m, n).
-// Each element of kA and kB is a pair of bfloat16 values that are neighbours along the depth.
+// Adds the matrix product A B to the register kSums, which holds m x n floats. The matrices A (m, depth) and
+// B (depth, n) are bfloat16. An element of register kA (m, depth / 2) is a pair of neighbours in a row of A.
+// An element of register kB (depth / 2, n) is a pair of neighbours in a column of B.
 template <int kSums, int kA, int kB>
 inline void multiply_tiles() {
   __asm__ volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "n"(kSums), "n"(kA), "n"(kB));

@@ -1,10 +1,11 @@
-// Vec<float> and Vec<double>: the vector registers of one instruction set behind one small interface.
+// Vec<float> and Vec<double>: vector registers, with the same functions for every instruction set.
 //
 // A kernel unit is one of the files kernels/isa_*.cpp. Each kernel unit defines NPLORA_ISA, the namespace of
 // all its code, and one macro NPLORA_SIMD_*, which selects the registers. Only kernel units may include this
 // file. If two kernel units shared an inline function, the linker would keep only one version of this
-// function. An AVX-512 version would crash on an older machine. For the same reason, kernel units use no
-// templates of the standard library: the linker would keep only one version of each template function.
+// function. If this version used AVX-512, the other kernel unit would crash on a machine without AVX-512. For
+// the same reason, kernel units use no templates of the standard library: the linker would keep only one
+// version of each template function.
 //
 //   `zero()`, `load(p)` and `store(p)` work on all lanes of a vector.
 //   `broadcast(x)` copies x to all lanes. The result of `broadcast` is a vector, or another type that `fma`
@@ -12,14 +13,14 @@
 //   `load_partial(p, n)` and `store_partial(p, n)` access only the first n lanes. `load_partial` sets the
 //     other lanes to 0.
 //   `load_group<n>(p)` loads n elements and repeats them until all lanes are full.
-//   `Vec<Bf16Pair>::pair_rows(first, second)` pairs each bfloat16 value of one row with the value in the same
-//     column of the next row.
+//   `Vec<Bf16Pair>::pair_rows(first, second)` pairs each bfloat16 value of the row `first` with the value in
+//     the same column of the row `second`.
 //   `fma(a, b, c)` returns a * b + c.
 //   `max(a, b)` and `min(a, b)` return NaN if b is NaN. `max`, `min` and the operators -, * and / exist only
 //     for vectors of floats.
 //   `times_power_of_two(a, n)` returns a * 2^n for whole numbers n from -252 to 254, and NaN if `a` is NaN.
-//     The function exists only for vectors of floats. A result is exact unless it is subnormal or too large
-//     for a float.
+//     `times_power_of_two` exists only for vectors of floats. A result is exact unless it is subnormal or too
+//     large for a float.
 //   `transpose(Vec (&)[kLanes])` transposes a square block of elements. Each vector is a row of the block.
 //   `add_neighbours(a, b)` adds lanes 2i and 2i + 1 of each vector. The first half of the result holds the
 //     sums of a, and the second half holds the sums of b.

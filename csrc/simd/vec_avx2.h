@@ -1,8 +1,7 @@
-// Vectors of 8 floats or 4 doubles in one AVX register, with FMA3. This file is included by vec.h, inside the
-// namespace of one instruction set.
+// Vectors of 8 floats or 4 doubles in one AVX register, with FMA3. Only vec.h includes this file, inside the
+// namespace NPLORA_ISA.
 
-// A table of masks. For n from 0 to 8, the mask of the first n words consists of the 8 words from index 8 - n
-// on.
+// The mask for the first n of 8 words begins at kMaskWords[8 - n]: n words of -1, then 8 - n words of 0.
 alignas(32) inline constexpr int32_t kMaskWords[16] = {-1, -1, -1, -1, -1, -1, -1, -1,
                                                        0,  0,  0,  0,  0,  0,  0,  0};
 

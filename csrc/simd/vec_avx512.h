@@ -1,5 +1,5 @@
-// Vectors of 16 floats or 8 doubles in one AVX-512 register. This file is included by vec.h, inside the
-// namespace of one instruction set.
+// Vectors of 16 floats or 8 doubles in one AVX-512 register. Only vec.h includes this file, inside the
+// namespace NPLORA_ISA.
 template <>
 struct Vec<float> {
   static constexpr size_t kLanes = 16;
@@ -101,8 +101,8 @@ inline Vec<Bf16Pair> Vec<Bf16Pair>::pair_rows(Vec<Bf16> first, Vec<Bf16> second)
       _mm512_permutex2var_epi16(_mm512_castsi256_si512(first.v), order, _mm512_castsi256_si512(second.v))};
 }
 
-// The pairs of 32-bit lanes of `a`, followed by the pairs of `b`, form one sequence. Stores the pairs with
-// even indices in this sequence in `a`, and the pairs with odd indices in `b`.
+// Numbers the pairs of 32-bit lanes: `a` holds pairs 0 to 7, and `b` holds pairs 8 to 15. Then stores the
+// even-numbered pairs in `a`, and the odd-numbered pairs in `b`.
 template <class T>
 inline void unzip_pairs(Vec<T>& a, Vec<T>& b) {
   const __m512i even = _mm512_set_epi64(14, 12, 10, 8, 6, 4, 2, 0),
@@ -135,8 +135,8 @@ inline Vec<double> add_neighbours(Vec<double> a, Vec<double> b) {
   return {_mm512_add_pd(a.v, b.v)};
 }
 
-// Transposes a 16 x 16 block in 16 registers. The steps rearrange 32-bit lanes, then 64-bit lanes, then
-// 128-bit quarters twice.
+// Transposes a 16 x 16 block in 16 registers. The first step rearranges 32-bit lanes, the second step 64-bit
+// lanes, and the last two steps 128-bit quarters.
 inline void transpose(Vec<float> (&r)[16]) {
   __m512 t[16];
 #pragma GCC unroll 8
@@ -154,8 +154,9 @@ inline void transpose(Vec<float> (&r)[16]) {
     u[i + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(b, d));
     u[i + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(b, d));
   }
-  // Quarter q of u[4 g + j] now holds four elements of column 4 q + j, from the rows 4 g to 4 g + 3. The next
-  // step collects the four quarters of each column, one from each group g of four rows.
+  // Let c = 4 q + j be a column of the block. For g from 0 to 3, quarter q of u[4 g + j] now holds the
+  // elements of column c in the rows 4 g to 4 g + 3. The loop collects the four quarters of each column c in
+  // r[c].
 #pragma GCC unroll 4
   for (int j = 0; j < 4; ++j) {
     const __m512 lo02 = _mm512_shuffle_f32x4(u[j], u[4 + j], 0x88),
@@ -169,7 +170,8 @@ inline void transpose(Vec<float> (&r)[16]) {
   }
 }
 
-// Transposes an 8 x 8 block of doubles. The steps rearrange 64-bit lanes, then 128-bit quarters twice.
+// Transposes an 8 x 8 block of doubles. The first step rearranges 64-bit lanes, and the last two steps
+// 128-bit quarters.
 inline void transpose(Vec<double> (&r)[8]) {
   __m512d t[8];
 #pragma GCC unroll 4

@@ -1,5 +1,5 @@
-// Vectors of sixteen bytes, which are the codes of a low-bit block before they become floats. The rules of
-// kernel units are in vec.h.
+// Vectors of sixteen bytes, for the codes of quantised weights before the kernels convert the codes to
+// floats. Only kernel units may include this file (see vec.h).
 //
 //   `move(b, from, to, mask)` shifts the bits of each byte so that bit `from` becomes bit `to`. Then `move`
 //     clears the bits that are not in `mask`.
@@ -43,7 +43,7 @@ inline Bytes pair(uint64_t low, uint64_t high) {
   return (Bytes)(Longs){low, high};
 }
 
-// Few machines can shift single bytes, so words of two bytes are shifted. The mask must clear the bits that
+// Few machines can shift single bytes, so `move` shifts words of two bytes. The mask must clear the bits that
 // cross from one byte of a word into the other byte.
 inline Bytes move(Bytes b, size_t from, size_t to, uint8_t mask) {
   return (Bytes)(from <= to ? (Words)b << (to - from) : (Words)b >> (from - to)) & mask;
@@ -122,8 +122,8 @@ struct Levels {
   explicit Levels(const float (&levels)[16])
       : low(_mm256_loadu_ps(levels)), high(_mm256_loadu_ps(levels + 8)) {}
 };
-// Bit 3 of each index selects the low or the high half of the levels. The shift moves this bit to the sign
-// bit, which the blend instruction reads.
+// If bit 3 of an index is 0, the level comes from `levels.low`, else from `levels.high`. The shift moves bit
+// 3 to the sign bit, which the blend instruction reads.
 inline Vec<float> lookup(const Levels& levels, __m256i at) {
   return {_mm256_blendv_ps(_mm256_permutevar8x32_ps(levels.low, at),
                            _mm256_permutevar8x32_ps(levels.high, at),
@@ -178,8 +178,8 @@ inline BytePair interleave(Bytes a, Bytes b) {
 
 #else
 
-// In the generic unit (isa_generic.cpp), long functions are not inlined. With inlining, the code of this unit
-// was two fifths of the whole library, although few machines run this unit.
+// In the generic unit (isa_generic.cpp), long functions are not inlined. With inlining, the generic unit made
+// up two fifths of the library's code, although few machines use this unit.
 [[gnu::noinline]] inline Bytes lookup(Bytes levels, Bytes b) {
   uint8_t from[kBytes], r[kBytes];
   __builtin_memcpy(from, &levels, sizeof from);

@@ -1,6 +1,6 @@
 // Vectors of 4 floats or 2 doubles in the compiler's own vector types, for any machine. The code does not
-// assume that the machine has fused multiply-adds. This file is included by vec.h, inside the namespace of
-// one instruction set.
+// assume that the machine has fused multiply-adds. Only vec.h includes this file, inside the namespace
+// NPLORA_ISA.
 typedef uint16_t FourHalves __attribute__((vector_size(8)));
 typedef uint32_t FourWords __attribute__((vector_size(16)));
 inline FourWords wider(FourHalves halves) {

@@ -1,18 +1,19 @@
-// Vectors of 32-bit lanes that fill a whole register, for x86-64 only. There are kLaneRows lanes, and each
-// lane belongs to one row of W. Each vector consists of parts of 128 bits: part p has the lanes of rows 4p to
-// 4p + 3. The rules of kernel units are in vec.h.
+// Vectors of kLaneRows lanes of 32 bits, one lane for each of kLaneRows rows of W, for x86-64 only. A vector
+// fills a whole register. A vector consists of parts of 128 bits: part p has the lanes of rows 4p to 4p + 3.
+// Only kernel units may include this file (see vec.h).
 //
 //   `join_parts(parts)` makes a vector whose part p is `parts[p]`. `first_halves(s)` makes a vector whose
-//     part p is the first half of the sub-block `s[p]`. `last_halves(s)` makes a vector whose part p is the
-//     last half of `s[p]`.
-//   `transpose_parts(v)` transposes each part of four vectors: lane r of a part of vector k becomes lane k of
-//     the same part of vector r.
+//     part p holds the first 16 bytes of the sub-block `s[p]`. `last_halves(s)` does the same with the last
+//     16 bytes.
+//   `transpose_parts(v)` transposes a 4 x 4 matrix of lanes for each p: row k of the matrix is part p of the
+//     vector `v[k]`.
 //   `dot_lanes(sums, u, x)` multiplies the four bytes of each lane of `u` by the four bytes of the same lane
 //     of `x`, and adds the four products to the same lane of `sums`. The bytes of `u` are unsigned, and the
 //     bytes of `x` are from -127 to 127. Without VNNI, the bytes of `u` must be at most 128.
 //   `broadcast_four(p)` loads four bytes into each lane.
 //   `magnitudes(b)` returns the magnitudes of signed bytes. `set_signs(signs, b)` stores the signs of the
-//     bytes b in `signs`. For a byte that is 0, the stored sign is 0 with AVX2, and 1 with AVX-512.
+//     bytes b in `signs`. The stored sign of the byte 0 does not matter, because the magnitude of this byte
+//     is 0.
 //     `with_signs(x, signs)` multiplies each byte of `x` by the stored sign.
 //   `to_floats(sums)` converts integers to floats, lane by lane. `floats_of_halves(lanes)` converts the
 //     float16 numbers in the low halves of the lanes to floats.
@@ -128,8 +129,8 @@ inline LaneInts dot_lanes(LaneInts sums, LaneBytes u, LaneBytes x) {
 #endif
 }
 
-// The signs of bytes, stored as the bytes themselves. `set_signs` stores the bytes in memory, because the
-// magnitudes need the registers.
+// Stores the bytes themselves, because vpsignb reads the signs from the bytes. `set_signs` writes the bytes
+// to memory, so that the registers are free for the magnitudes.
 struct LaneSigns {
   LaneBytes bytes;
 };

@@ -1,10 +1,11 @@
-// Vectors of 4 floats or 2 doubles in one NEON register. This file is included by vec.h, inside the namespace
-// of one instruction set.
+// Vectors of 4 floats or 2 doubles in one NEON register. Only vec.h includes this file, inside the namespace
+// NPLORA_ISA.
 
-// The type that `broadcast` returns. A Scalar holds one number, because there are instructions that multiply
-// a vector by one element of another vector. One number needs only a plain load (ldr). The instruction ld1r,
-// which loads a vector of copies, would also occupy the pipelines of the multipliers (Neoverse and Cortex-A7x
-// optimisation guides). The instruction ld1r would also need an addition for each address.
+// The type that `broadcast` returns. A Scalar holds one number instead of a vector of copies, because NEON
+// can multiply a vector by one element of another vector. A plain load (ldr) is enough to load one number.
+// The instruction ld1r, which loads a vector of copies, would also occupy the pipelines of the multipliers
+// (Neoverse and Cortex-A7x optimisation guides). The instruction ld1r would also need an addition for each
+// address.
 template <class T>
 struct Scalar;
 template <>
@@ -23,9 +24,9 @@ struct Scalar<Bf16Pair> {
   operator Vec<Bf16Pair>() const;
 };
 
-// `first_words` loads the first `n` of 4 words of 32 bits, and sets the other lanes to 0. `first_halves` does
-// the same with words of 16 bits. Both functions load directly into registers. A loop over the words would
-// instead build the vector on the stack.
+// `first_words` loads the first `n` of 4 words of 32 bits, and sets the other lanes to 0. `first_halves`
+// loads the first `n` of 4 words of 16 bits in the same way. Both functions load directly into registers. A
+// loop over the words would instead build the vector on the stack.
 inline uint32x4_t first_words(const void* p, size_t n) {
   uint64_t pair = 0;
   uint32_t third = 0;
@@ -146,7 +147,7 @@ struct Vec<Bf16> {
   static Vec load_partial(const Bf16* p, size_t n) { return {first_halves(p, n)}; }
 };
 inline Vec<Bf16Pair> Vec<Bf16Pair>::pair_rows(Vec<Bf16> first, Vec<Bf16> second) {
-  const uint16x4_t none = vdup_n_u16(0);  // fills the upper halves, which zip1 does not read
+  const uint16x4_t none = vdup_n_u16(0);  // vcombine needs a second half, which zip1 does not read
   return {vreinterpretq_u32_u16(vzip1q_u16(vcombine_u16(first.v, none), vcombine_u16(second.v, none)))};
 }
 
@@ -164,8 +165,7 @@ inline Vec<float> first(Vec<Bf16Pair> a) {
 inline Vec<float> second(Vec<Bf16Pair> a) {
   return {vreinterpretq_f32_u32(vandq_u32(a.v, vdupq_n_u32(0xFFFF0000u)))};
 }
-// One shift converts both bfloat16 numbers of the pair `b` to floats, which are then in lanes 0 and 1 of
-// `halves`.
+// One shift converts the two bfloat16 numbers of the pair `b` to floats, in lanes 0 and 1 of `halves`.
 inline Vec<float> fma(Vec<Bf16Pair> a, Scalar<Bf16Pair> b, Vec<float> c) {
   const float32x4_t halves = vreinterpretq_f32_u32(vshll_n_u16(vreinterpret_u16_u32(b.v), 16));
   return {vfmaq_laneq_f32(vfmaq_laneq_f32(c.v, first(a).v, halves, 0), second(a).v, halves, 1)};

@@ -1,12 +1,14 @@
-// Vectors of four int8 codes in each 32-bit lane, which are multiplied as integers and summed in each lane.
-// The rules of kernel units are in vec.h.
+// Vectors with four int8 codes in each 32-bit lane. Two such vectors are multiplied code by code, as
+// integers, and the four products of each lane are summed. Only kernel units may include this file (see
+// vec.h).
 //
 //   `all_lanes(x)` returns a Vec<float> with x in all lanes.
 //   `LaneInts` has a 32-bit integer for each lane of Vec<float>. `floats_of(v)` converts the integers of a
 //     LaneInts to floats. `to_ints(v)` rounds floats to the nearest integers, ties to even. `to_ints` accepts
 //     floats from -2^22 to 2^22, and converts NaN to an unspecified integer.
-//   `kCodeOffset` is the number that is added to the codes of W in memory. `kCodeOffset` is 128 with VNNI,
-//     because vpdpbusd multiplies unsigned bytes by signed bytes, and 0 without VNNI.
+//   `kCodeOffset` is a number that is added to each code of W before the code is stored in memory. With VNNI,
+//     `kCodeOffset` is 128: the stored codes are then unsigned, as the instruction vpdpbusd requires. Without
+//     VNNI, `kCodeOffset` is 0.
 //   `load_quads(p)` loads a vector of codes.
 //   `dot_vectors(sums, w, x)` multiplies the four codes of each lane of `w[v]` by the four codes of the same
 //     lane of `x`, and adds the four products to the same lane of `sums[v]`, for each v. The codes of `w`
@@ -141,7 +143,7 @@ inline void dot_quads(LaneInts& sums, LaneInts w, LaneInts x) {
 
 #else
 
-// Adding 1.5 * 2^23 leaves the rounded number in the low bits of the float.
+// After 1.5 * 2^23 is added to a float, the low bits of the sum hold the float rounded to an integer.
 inline LaneInts to_ints(Vec<float> v) {
   constexpr float kShift = 0x1.8p23f;
   __asm__("" : "+m"(v.v));  // prevents the compiler from fusing an earlier multiplication with this addition
@@ -162,9 +164,9 @@ inline void dot_quads(LaneInts& sums, LaneInts w, LaneInts x) {
 #endif
 
 #if defined(NPLORA_SIMD_VNNI)
-// With the intrinsic _mm512_dpbusd_epi32, GCC 12 copies the sums to other registers, and stores some of these
-// copies on the stack, which halves the speed. With one asm statement for each product, GCC 12 still copies
-// some sums. For this reason, one asm statement computes all products here.
+// One asm statement computes the products for all vectors. With the intrinsic _mm512_dpbusd_epi32, GCC 12
+// copies the sums to other registers and to the stack, and the speed halves. With one asm statement for each
+// vector, GCC 12 still copies some sums.
 template <size_t kVectors>
 [[gnu::always_inline]] inline void dot_vectors(LaneInts (&s)[kVectors], const LaneInts (&w)[kVectors],
                                                LaneInts x) {

@@ -1,5 +1,5 @@
-// Vectors of the 32 codes of a sub-block, which are multiplied as integers and summed in eight lanes. The
-// rules of kernel units are in vec.h.
+// Vectors that hold the 32 codes of a sub-block. Two such vectors are multiplied code by code, as integers,
+// and the 32 products are summed in eight lanes. Only kernel units may include this file (see vec.h).
 //
 //   `load_sub_block(p)` loads 32 bytes. `join(low, high)` makes a SubBlock from two vectors of type Bytes.
 //     `lookup(levels, s)` returns levels[byte] for each byte of s, as in vec_bytes.h.
@@ -99,8 +99,8 @@ inline SubBlock lookup(Bytes levels, SubBlock s) {
 
 #if defined(NPLORA_SIMD_NEON)
 
-// Multiplies 16 bytes of `w` by 16 bytes of `x`. Each lane of the result is the sum of four products. Two
-// products are first added in 16 bits. Their sum is at most 2 * 128 * 127, which fits into 16 bits.
+// Multiplies 16 bytes of `w` by 16 bytes of `x`. Each lane of the result is the sum of four products. The
+// products are first added in pairs. The sum of a pair is at most 2 * 128 * 127, which fits into 16 bits.
 inline int32x4_t dot_half(int8x16_t w, int8x16_t x) {
   const int16x8_t products = vmull_s8(vget_low_s8(w), vget_low_s8(x));
   return vpaddlq_s16(vmlal_s8(products, vget_high_s8(w), vget_high_s8(x)));

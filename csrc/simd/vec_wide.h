@@ -1,4 +1,4 @@
-// Vectors of unsigned 64-bit integers. The rules of kernel units are in vec.h.
+// Vectors of unsigned 64-bit integers. Only kernel units may include this file (see vec.h).
 //
 //   `multiply_low(a, b)` multiplies the lower 32 bits of each lane of a and b. The products have 64 bits.
 //   `store_low(v, p)` stores the lower 32 bits of each lane.

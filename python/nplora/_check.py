@@ -178,7 +178,7 @@ def number(op: str, name: str, value: object) -> float:
 
 
 def scale(op: str, value: object, dtype: npt.DTypeLike) -> float:
-    """Check that a number is finite in `dtype`, the dtype of the arrays that it will multiply."""
+    """Check that `scale` is finite as a number of `dtype`, the dtype of the arrays to be multiplied."""
     checked = number(op, "scale", value)
     if abs(checked) > float(np.finfo(dtype).max):
         raise ValueError(f"{op}: scale is {value}, beyond the range of {np.dtype(dtype).name}")
@@ -242,7 +242,7 @@ def choice(op: str, name: str, value: object, allowed: Iterable[str]) -> str:
 
 
 def generator(op: str, rng: np.random.Generator | int | None) -> np.random.Generator:
-    """Return a random generator: `rng` itself, or a new one seeded with `rng`. None gives a random seed."""
+    """Return `rng` if it is a generator, else a new generator with the seed `rng` (None: a random seed)."""
     try:
         return np.random.default_rng(rng)
     except (TypeError, ValueError) as error:
@@ -279,7 +279,7 @@ def _axes(array: Array) -> str:
 
 
 def floats(op: str, name: str, value: npt.ArrayLike, dtype: npt.DTypeLike) -> Array:
-    """Convert an array of real numbers to a C-contiguous, aligned array of `dtype`, copied only if needed."""
+    """Return an array of real numbers as a C-contiguous, aligned array of `dtype`; copy it only if needed."""
     if value is None:
         raise TypeError(f"{op}: {name} is None, expected an array")
     array = as_array(op, name, value)
@@ -299,7 +299,7 @@ def shaped(op: str, name: str, value: npt.ArrayLike, shape: tuple[int, ...], dty
 def saved(op: str, value: object, kind: type) -> None:
     """Check that `value` is an object of the class `kind`.
 
-    The forward pass returns such an object in addition to its output, for the backward pass.
+    A forward pass returns its output and an object of this class. The backward pass needs this object.
 
     Raises:
         TypeError: `value` is of another class.
@@ -355,7 +355,7 @@ def rows(
 
 
 def vector(op: str, name: str, value: npt.ArrayLike, dtype: npt.DTypeLike) -> Array:
-    """Check that an array has one axis; return a copy of it as `dtype`."""
+    """Check that an array has one axis; return a copy with the dtype `dtype`."""
     array = floats(op, name, value, dtype)
     if array.ndim != 1:
         raise ValueError(f"{op}: {name} has {_axes(array)}, expected 1")
@@ -440,7 +440,7 @@ def merge_target(op: str, W: object, dtype: str | None, *readers: tuple[str, Arr
 
 
 def _require_rows(op: str, W: Array) -> None:
-    """Check that each row of W is contiguous, and begins in memory after the end of the row before it."""
+    """Check that each row of W is contiguous in memory, and that the rows are in order without overlap."""
     row, inner = W.strides
     if W.shape[1] > 1 and inner != W.itemsize:
         raise ValueError(

@@ -1506,7 +1506,7 @@ def test_a_weight_that_is_not_finite_is_refused_in_the_name_of_the_caller(model:
 def test_decoding_in_int8_without_quantised_weights_is_warned_of(
     model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = r"with compute='int8', a step with few tokens .* .*model.gguf has no such weights, so decoding"
+    words = r"with compute='int8', products with few tokens .* .*model.gguf has no such weights, so decoding"
     with pytest.warns(UserWarning, match=f"^evaluate: {words}") as caught:
         evaluate(model, data, compute="int8")
     assert [warning.filename for warning in caught] == [__file__]

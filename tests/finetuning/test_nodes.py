@@ -329,7 +329,7 @@ def test_the_command_shows_the_gradients_that_a_rank_keeps(
     files: tuple[Path, Path], capsys: pytest.CaptureFixture[str], words: list[str]
 ) -> None:
     given = ["plan", str(files[0]), "--data", str(files[1]), "--accumulate", "2"]
-    line = "gradients that are kept until those of all ranks are added up"
+    line = "gradients, until they are added up over all ranks"
     assert cli.main(given) == 0
     assert line not in capsys.readouterr().out
     assert cli.main([*given, *words]) == 0

@@ -278,7 +278,7 @@ def test_values_at_the_limits_are_written() -> None:
 
 def test_more_tensors_than_can_be_read_are_not_written() -> None:
     tensors = dict.fromkeys(map(str, range(65_537)), np.zeros(0, np.int8))
-    with pytest.raises(ValueError, match="65,537 tensors, at most 65,536"):
+    with pytest.raises(ValueError, match="65,537 tensors, expected at most 65,536"):
         gguf.dumps(tensors)
 
 

@@ -36,7 +36,7 @@ inline constexpr IQ4Levels kIQ4 = [] {
   return levels;
 }();
 
-// Int8 products use the level of each code instead of the code itself.
+// In int8 products, each code is replaced by its level, which is a number of eight bits.
 struct IQ4Codes : EightBitCodes {
   static SubBlock of(const uint8_t* q) { return lookup(moved(kIQ4.as_bytes()), nibbles(q)); }
 };

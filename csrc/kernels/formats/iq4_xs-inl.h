@@ -25,8 +25,8 @@ static_assert(sizeof(BlockIQ4_XS) == 136);
 #ifdef NPLORA_ISA
 namespace nplora::kernels::NPLORA_ISA {
 
-// The factors d * (scale - 32) of the eight sub-blocks. The last eight numbers of the array `d` have no
-// meaning.
+// The factors d * (scale - 32) of the eight sub-blocks are the first eight elements of the array `d`. The
+// other elements are not used.
 template <>
 struct Scales<BlockIQ4_XS> {
   alignas(64) float d[16];
@@ -36,9 +36,9 @@ struct Scales<BlockIQ4_XS> {
 inline void Scales<BlockIQ4_XS>::read(const BlockIQ4_XS& block) {
   uint32_t low;
   __builtin_memcpy(&low, block.scales_low, sizeof low);
-  // Spreads eight 2-bit fields over eight bytes. The first line puts four fields into each 32-bit half of
-  // `high`, the second line puts two fields into each 16-bit quarter, and the third line puts one field into
-  // each byte.
+  // Moves the eight 2-bit fields of `scales_high` to eight bytes. After the first line, each 32-bit half of
+  // `high` holds four fields. After the second line, each 16-bit quarter holds two fields, and after the
+  // third line, each byte holds one field.
   uint64_t high = block.scales_high[0] | uint64_t(block.scales_high[1]) << 32;
   high = (high | high << 12) & 0x000F000F000F000F;
   high = (high | high << 6) & 0x0303030303030303;

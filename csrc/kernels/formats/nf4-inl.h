@@ -10,8 +10,8 @@ namespace nplora {
 // elements of the flattened tensor, and may begin and end within a row. In a block, the code of element 2 * i
 // is the high nibble of byte i, and the code of element 2 * i + 1 is the low nibble of byte i. The scales are
 // in a separate array, with one float for each block. The scales may themselves be quantised. A quantised
-// scale with code c is book[c] * s + offset. The book has kNf4Book levels. Each group of kNf4Group blocks
-// shares one factor s.
+// scale with the 8-bit code c is book[c] * s + offset, where the array `book` has kNf4Book levels, and each
+// group of kNf4Group blocks has one factor s.
 struct BlockNf4 {
   static constexpr size_t kElements = 64;
   static constexpr BlockFacts kFacts{.largest = 0x1.FFFFFEp127f};
@@ -55,8 +55,8 @@ inline constexpr Nf4Levels kLevels = [] {
   return levels;
 }();
 
-// This function rounds the product before the addition of the offset, as bitsandbytes does. The keyword
-// `volatile` prevents a fused multiply-add, which would not round the product.
+// Like bitsandbytes, this function rounds the product before it adds the offset. Without the keyword
+// `volatile`, the compiler could use a fused multiply-add, which does not round the product.
 inline float absmax_of(const Nf4& w, size_t block) {
   if (w.absmax) return w.absmax[block];
   const volatile float product = w.absmax_book[w.absmax_codes[block]] * w.absmax_scales[block / kNf4Group];

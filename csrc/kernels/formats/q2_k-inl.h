@@ -4,10 +4,10 @@
 
 namespace nplora {
 
-// A block has eight sub-blocks. An element with code q is d * scale * q - dmin * min. Each half of a
-// sub-block has one byte in `scales`: the low nibble is `scale`, and the high nibble is `min`. The 2-bit
-// codes of sub-block j are in the 32 bytes of `q` that start at byte 32 * (j / 4). Each code starts at bit 2
-// * (j % 4) of its byte.
+// A block has eight sub-blocks. Each half of a sub-block has one byte in `scales`: the low nibble is the
+// scale of the half, and the high nibble is its minimum. An element with code q is d * scale * q - dmin *
+// minimum. The 2-bit codes of sub-block j are in the 32 bytes of `q` that start at byte 32 * (j / 4). Each
+// code starts at bit 2 * (j % 4) of its byte.
 struct BlockQ2_K {
   static constexpr size_t kElements = 256;
   static constexpr BlockFacts kFacts{.largest = 15 * kLargestHalf, .shorter = "iq4_nl"};
@@ -22,7 +22,7 @@ static_assert(sizeof(BlockQ2_K) == 84);
 #ifdef NPLORA_ISA
 namespace nplora::kernels::NPLORA_ISA {
 
-// The factor d * scale and the negated minimum -dmin * min of each half of a sub-block.
+// The factor d * scale and the negated minimum -dmin * minimum of each half of a sub-block.
 template <>
 struct Scales<BlockQ2_K> {
   alignas(64) float d[16], m[16];
@@ -50,9 +50,9 @@ struct Decoder<BlockQ2_K> {
       const size_t half = 2 * j + i / kBytes;
       const auto d = Vec<float>::broadcast(scales.d[half]), m = Vec<float>::broadcast(scales.m[half]);
 #if defined(NPLORA_SIMD_AVX512)
-      // The permutation reads the lowest four bits of each index in `at`. The lower two of these bits are the
-      // code of an element, and the upper two belong to another code. The table holds each value four times,
-      // so the upper two bits do not matter.
+      // The permutation uses four bits of each index in `at`. The lower two bits are the code of the element,
+      // and the upper two bits belong to the code of another element. `values` repeats the values of the four
+      // codes four times, so the upper two bits do not change the result.
       const __m512 codes = _mm512_broadcast_f32x4(_mm_setr_ps(0, 1, 2, 3));
       const __m512 values = _mm512_fmadd_ps(codes, d.v, m.v);
       const Indices at = indices(q) >> (j % 4 * 2);

@@ -62,9 +62,9 @@ struct Decoder<BlockQ3_K> {
       const Bytes q = load_bytes(b.low + j / 4 * kSubBlock + i), high = load_bytes(b.high + i);
       const auto d = Vec<float>::broadcast(scales.d[2 * j + i / kBytes]);
 #if defined(NPLORA_SIMD_AVX512)
-      // The permutation reads the lowest four bits of each index. The lower three of these bits are the code
-      // of an element, and the highest bit belongs to another code. The table holds each value twice, so the
-      // highest bit does not matter.
+      // The permutation uses four bits of each index. The lower three bits are the code of the element, and
+      // the highest bit belongs to the code of another element. The table `codes` repeats its eight values
+      // twice, so the highest bit does not change the result.
       const __m512 codes = _mm512_setr_ps(-4, -3, -2, -1, 0, 1, 2, 3, -4, -3, -2, -1, 0, 1, 2, 3);
       const Indices low_bits = indices(q) >> (j % 4 * 2), bits = indices(high),
                     high_bit = j < 2 ? bits << (2 - j) : bits >> (j - 2);
@@ -77,8 +77,8 @@ struct Decoder<BlockQ3_K> {
   }
 };
 
-// The codes q stay unsigned. An element is factor * (q - 4) = factor * q + minimum, so the minimum is -4 *
-// factor.
+// Int8 products use the unsigned codes q. An element is factor * (q - 4) = factor * q + minimum, so the
+// minimum is -4 * factor.
 template <>
 struct Codes<BlockQ3_K> : Unsigned {
   using Factors = EightSubBlocks;

@@ -8,10 +8,10 @@ namespace nplora {
 // scales and minima have six bits each and are packed into the 12 bytes `scales`. For j < 4, scale_j is the
 // low six bits of byte j, and min_j is the low six bits of byte 4 + j. For j >= 4, the low four bits of
 // scale_j are the low nibble of byte 4 + j, and the low four bits of min_j are the high nibble of byte 4 + j.
-// For j >= 4, the high two bits of scale_j are the high two bits of byte j - 4, and the high two bits of
-// min_j are the high two bits of byte j. For even j, the codes of sub-blocks j and j + 1 are in the 32 bytes
-// of `q` that start at byte 16 * j. The low nibbles of these bytes belong to sub-block j, and the high
-// nibbles belong to sub-block j + 1.
+// The high two bits of scale_j are the high two bits of byte j - 4, and the high two bits of min_j are the
+// high two bits of byte j. For even j, the codes of sub-blocks j and j + 1 are in the 32 bytes of `q` that
+// start at byte 16 * j. The low nibbles of these bytes belong to sub-block j, and the high nibbles belong to
+// sub-block j + 1.
 struct BlockQ4_K {
   static constexpr size_t kElements = 256;
   static constexpr BlockFacts kFacts{.largest = 63 * kLargestHalf, .shorter = "q5_0"};

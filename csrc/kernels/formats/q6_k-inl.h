@@ -55,8 +55,8 @@ struct Decoder<BlockQ6_K> {
   }
 };
 
-// The codes q stay unsigned. An element is factor * (q - 32) = factor * q + minimum, so the minimum is -32 *
-// factor.
+// Int8 products use the unsigned codes q. An element is factor * (q - 32) = factor * q + minimum, so the
+// minimum is -32 * factor.
 template <>
 struct Codes<BlockQ6_K> : Unsigned {
   using Factors = EightSubBlocks;

@@ -39,8 +39,8 @@ CodeGrid fit_group(const float* x, CodeRange codes) {
   return best;
 }
 
-// In each group, tries to change the integer scale and the integer minimum by at most one, and keeps the two
-// integers with the smallest squared error.
+// For each group, tries all pairs of an integer scale and an integer minimum that differ by at most one from
+// the current ones, and chooses the pair with the smallest squared error.
 template <class Affine>
 void settle(const float* x, CodeRange codes, Affine& b) {
   b.error = 0;

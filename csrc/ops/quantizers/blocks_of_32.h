@@ -1,6 +1,7 @@
 // Searches for the best scale of a block, in formats with blocks of 32 values. The search starts with the
-// scale of ggml's rule, and tries other scales near it, which are fitted to the values by least squares. The
-// scale with the smallest squared error is kept, so no block is worse than with ggml's rule.
+// scale that ggml would choose. From other scales near it, the search computes codes, and then fits a new
+// scale to these codes by least squares. The scale with the smallest squared error is kept, so no block is
+// worse than with ggml's rule.
 #pragma once
 
 #include <algorithm>
@@ -18,8 +19,8 @@ inline CodeGrid rounded(CodeGrid grid) {
   return {round_to_half(grid.d), round_to_half(grid.m)};
 }
 
-// Keeps the best of the tried grids. A grid is rounded to float16 before its error is computed, because
-// blocks store their grids in float16.
+// The grid with the smallest squared error of all grids that were passed to `show`. A grid is rounded to
+// float16 before its error is computed, because blocks store their grids in float16.
 struct Best {
   const float* x;
   CodeRange codes;
@@ -29,14 +30,14 @@ struct Best {
   void show(CodeGrid other) {
     const CodeGrid stored = rounded(other);
     const float e = squared_error<kElements>(x, stored, codes);
-    if (e < error) {  // false if the new scale is infinite, because `e` is then NaN
+    if (e < error) {  // if the new scale is infinite, `e` is NaN, and this is false
       error = e;
       grid = stored;
     }
   }
 };
 
-// The best grid d * q for the codes q = -n ... n - 1.
+// Returns the best grid d * q, where the codes q are the integers from -n to n - 1.
 inline CodeGrid best_scale(const float* x, float n) {
   const CodeRange codes{-n, n - 1};
   const auto [low, high] = std::minmax_element(x, x + kElements);
@@ -50,7 +51,7 @@ inline CodeGrid best_scale(const float* x, float n) {
   return best.grid;
 }
 
-// The best grid d * q + m for the codes q = 0 ... last.
+// Returns the best grid d * q + m, where the codes q are the integers from 0 to `last`.
 inline CodeGrid best_affine(const float* x, float last) {
   const CodeRange codes{0, last};
   const auto [low, high] = std::minmax_element(x, x + kElements);
@@ -63,8 +64,8 @@ inline CodeGrid best_affine(const float* x, float last) {
   return best.grid;
 }
 
-// Stores the codes of a block. codes.first is subtracted from each code, so that the stored codes begin at 0.
-// The low four bits of a code are stored in a nibble, and bit 4 is stored in `high` if the format has it.
+// Stores the codes of a block. The stored code is the code minus codes.first, so the smallest stored code is
+// 0. The low four bits of a code are stored in a nibble, and bit 4 is stored in `high` if the format has it.
 template <class Block>
 void store_codes(const float* x, CodeGrid grid, CodeRange codes, Block& out) {
   const Encoder code(grid, codes);

@@ -14,8 +14,8 @@ struct CodeRange {
   float first, last;
 };
 
-// Rounds x to the nearest integer, and to the even one in a tie. |x| must be below 2^22. Every compiler can
-// vectorise these two operations.
+// Rounds x to the nearest integer, and to the even one in a tie. |x| must be below 2^22. The addition and the
+// subtraction do the rounding, because every compiler can vectorise them.
 inline float nearest_integer(float x) {
   constexpr float kShift = 0x1.8p23f;
   return (x + kShift) - kShift;
@@ -71,8 +71,9 @@ Moments moments(const float* x, CodeGrid grid, CodeRange codes) {
           sum<n>([&](size_t i) { return x[i] * q[i]; }), sum<n>([&](size_t i) { return q[i] * q[i]; })};
 }
 
-// Fits a grid to the values by least squares. The codes of the values do not change. fitted_scale finds d for
-// m = 0, and `fitted` finds d and m. If the codes do not determine a grid, both functions return `otherwise`.
+// These functions fit a grid to values with given codes, by least squares. fitted_scale returns the best d
+// with m = 0, and `fitted` returns the best d and m. If the codes do not determine a grid, for example if all
+// codes are 0, both functions return `otherwise`.
 inline CodeGrid fitted_scale(const Moments& s, CodeGrid otherwise) {
   return s.qq > 0 ? CodeGrid{float(s.xq / s.qq)} : otherwise;
 }
@@ -84,8 +85,8 @@ inline CodeGrid fitted(const Moments& s, CodeGrid otherwise) {
 }
 
 // A grid that spans exactly the range of the values does not give the smallest error, so a few other grids
-// are tried. Some of these grids spread the values over fewer codes than exist. Other grids spread the values
-// over more codes than exist, so that the extreme values are clipped.
+// are tried. In some of these grids, the values use fewer codes than exist. In others, the values would need
+// more codes than exist, so the extreme values are clipped.
 inline constexpr int kTries = 8;
 inline float codes_of_try(int i) {
   constexpr float kFewest = -1.5f, kMost = 1.5f;

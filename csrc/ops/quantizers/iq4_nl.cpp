@@ -12,8 +12,9 @@ namespace {
 constexpr size_t kElements = BlockIQ4_NL::kElements;
 using Format = LevelCodes<kElements, kIQ4Levels>;
 
-// Tries scales that map the value of largest magnitude to a number near the first or the last level. The
-// values are rounded to codes with each of these scales, and a new scale is fitted to the codes.
+// Tries several starting scales: each maps the value of largest magnitude to a number near the first or the
+// last level. With each starting scale, the values are rounded to codes, and then a new scale is fitted to
+// these codes. Returns the new scale with the smallest error.
 float best_scale(const float* x) {
   constexpr int kSteps = 7;
   constexpr float kStep = 0.01f;
@@ -26,7 +27,7 @@ float best_scale(const float* x) {
       const float start = extreme / (end * (1 + kStep * float(i)));
       const float d = round_to_half(fitted_scale(Format::sums(x, start), {start}).d);
       const float e = Format::error(x, d);
-      if (e < error) {  // false if the new scale is infinite, because `e` is then infinite
+      if (e < error) {  // if the new scale is infinite, `e` is infinite, and this is false
         error = e;
         best = d;
       }

@@ -1,7 +1,7 @@
 // Formats whose blocks have a small integer for each group of values (ggml's K types). The scale of a group
 // is its integer times a float16 that the whole block shares. A group is a sub-block or half a sub-block.
-// First a grid is fitted to each group separately. Then two steps alternate: nearby integers are tried, and
-// the float16 is fitted to the chosen integers.
+// First a grid is fitted to each group separately. Then the quantiser repeats two steps: it chooses better
+// integers near the current ones, and fits the float16 of the block to the chosen integers.
 #pragma once
 
 #include <algorithm>

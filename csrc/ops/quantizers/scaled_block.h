@@ -1,5 +1,5 @@
 // Formats with a scale for each group of values, but no minimum. A value is (d * scale) * q, where q is the
-// number that the code of the value stands for, and d is a float16 number of the block.
+// code of the value (in IQ4_XS: the level of the code), and d is a float16 number of the block.
 #pragma once
 
 #include <initializer_list>
@@ -18,9 +18,10 @@ struct IntegerCodes {
   static Moments sums(const float* x, float d) { return moments<kSize>(x, {d}, kCodeRange); }
 };
 
-// A block and its error. `Format` provides four things: the size of a group (kSize), the number of groups
-// (kGroups), the limits of the integer scales (kLeastScale and kMostScale), and two functions that
-// round a group to codes and return the squared error (`error`) or sums over the values and codes (`sums`).
+// A block and its error. `Format` has these members: kSize is the number of values in a group, kGroups is the
+// number of groups, and kLeastScale and kMostScale are the limits of the integer scales. The functions
+// `error` and `sums` round a group to codes; `error` returns the squared error, and `sums` returns the
+// Moments of the values and codes.
 template <class Format>
 struct ScaledBlock {
   static constexpr size_t kGroups = Format::kGroups, kSize = Format::kSize;
@@ -28,7 +29,7 @@ struct ScaledBlock {
   float scale[kGroups] = {};
   double error = 0;
 
-  // Tries several integers as the scale of group j: all integers that differ by at most `reach` from one of
+  // Chooses the scale of group j. Tries all integers that differ by at most `reach` from one of the numbers
   // `scales`. Sets the scale to the best of these integers, and adds the error of the group to the error of
   // the block.
   void settle(const float* x, size_t j, std::initializer_list<float> scales, int reach) {
@@ -74,10 +75,10 @@ ScaledBlock<Format> refined(const float* x, ScaledBlock<Format> best) {
   return best;
 }
 
-// Searches with several values of d, and returns the best block. The largest of these values is `unit`, and
-// the others are smaller by less than unit / kMostScale. The first scale of a group turns the largest
-// magnitude of the group into a code of magnitude `extreme`. The search tries the integers that differ by at
-// most `reach` from the first scale or from its negative.
+// Searches with several values of d, and returns the best block. The values of d lie between unit * (1 - 1 /
+// kMostScale) and `unit`. The first scale of a group turns the largest magnitude of the group into a code of
+// magnitude `extreme`. The search tries the integers that differ by at most `reach` from the first scale or
+// from its negative.
 template <class Format>
 ScaledBlock<Format> best_of_starts(const float* x, float unit, float extreme, int reach) {
   constexpr int kStarts = 4;

@@ -114,11 +114,12 @@ class Adapter(AdapterContent):
                 in contrast, keeps the layers and loads the adapter's values into them.)
             freeze_B: train A only, as in `LoRALinear`.
         Raises:
-            ValueError: the model has an adapter and `replace` is not set; or a layer to be replaced was made
-                with init="pissa" or "olora", which changed the layer's frozen weight.
+            ValueError: the model has an adapter, and `replace` is not set. Or `replace` is set, and a LoRA
+                layer of the model was made with init="pissa" or "olora", which changed the layer's frozen
+                weight.
             RuntimeError: the update of a layer to be replaced is merged into the layer's weight.
-            FormatError: the adapter does not fit the model or belongs to another model, or it has fully
-                trained layers.
+            FormatError: the adapter does not fit the model, the adapter belongs to another model, or the
+                adapter has fully trained layers.
 
         >>> lm = nplora.load_model("model.gguf")
         >>> adapter = Adapter.read("adapter")
@@ -160,16 +161,17 @@ class Adapter(AdapterContent):
             rank: the largest rank that a layer may get. A sum of higher rank is truncated to its largest
                 singular values, and the result's `errors` gives the relative error of each layer.
             any_base: also add up adapters of different base models. Base models count as different if the
-                adapters store different digests of the models' norm weights. If an adapter has no digest, the
-                last parts of all base models' names must also be equal. A missing name matches every name.
+                adapters store different digests of the models' norm weights. If an adapter has no digest,
+                base models also count as different if their names differ after the last "/". An adapter
+                without the name of its base model is always accepted.
         Returns:
             an adapter whose layers all have scale 1.
         Raises:
             The errors of `read_adapter`, and these:
             UnsupportedError: an adapter uses DoRA, which rescales the rows of W + ΔW, so the adapter's update
                 cannot be added to other updates.
-            ValueError: there are no adapters, a weight is not finite, `rank` is below 1, a sum exceeds the
-                range of float32, or the adapters belong to different models or do not fit each other.
+            ValueError: there are no adapters, a weight is not finite, `rank` is below 1, or a sum exceeds the
+                range of float32. Or the adapters belong to different models, or do not fit each other.
             TypeError: `adapters` is not a list of pairs.
 
         >>> model = nplora.Sequential(nplora.LoRALinear(np.eye(8, dtype=np.float32), rank=2, rng=0))

@@ -32,8 +32,8 @@ class Combination(AdapterContent):
 
     Attributes:
         errors: for each layer, the relative error ‖ΔW - exact ΔW‖ / ‖exact ΔW‖ (Frobenius norm) that
-            truncation to a lower rank causes; 0 without truncation. The rounding of the factors to float32 is
-            not counted.
+            truncation to a lower rank causes; 0 without truncation. This error does not include the rounding
+            of the factors to float32.
         norms: for each layer, the Frobenius norm of the exact ΔW.
     """
 
@@ -42,7 +42,7 @@ class Combination(AdapterContent):
 
     @property
     def error(self) -> float:
-        """The relative error of ΔW over all layers, as if the layers' ΔW were one array."""
+        """The relative error of one array that holds the ΔW of all layers."""
         squares = [self.errors[name] ** 2 for name in self.norms]
         return math.sqrt(weighted_mean(self.norms.values(), squares, 0.0))
 

@@ -25,23 +25,25 @@ class AdapterContent(Mapping[str, LoraDelta]):
         base_model_name_or_path: the name of the base model, or None.
         task_type: PEFT's name for the task, such as "CAUSAL_LM", or None.
         base_digest: the digest of the base model's norm weights (`model_digest.of`), or None.
-        modules_to_save: fully trained layers, which are trained without LoRA: layer -> parameter -> array.
-        saved_names: the names that adapter_config.json lists under `modules_to_save`, if they differ from the
-            keys of the attribute `modules_to_save`; else empty. They differ for a classifier: PEFT lists the
-            name of the whole head instead of the names of the head's layers.
+        modules_to_save: a dict from each fully trained layer to a dict from its parameters to their arrays.
+            These layers have no LoRA.
+        saved_names: for a classifier, the names that adapter_config.json lists under `modules_to_save`: PEFT
+            lists the whole head instead of the head's layers. Empty if these names are the keys of the
+            attribute `modules_to_save`.
         labels: for a classifier, a record of its task and the names of its outputs; else None.
-        token_rows: the trained rows of embeddings and heads: layer -> `TokenRows`.
-        invocation_tokens: the tokens from which on an activated LoRA (aLoRA) acts, or None.
+        token_rows: a dict from the name of the embedding or the head to its trained rows, a `TokenRows`.
+        invocation_tokens: the invocation tokens of an activated LoRA (aLoRA), which acts from the last
+            occurrence of these tokens on. None for other adapters.
         is_tied: whether the embedding and the head in `modules_to_save` share one weight.
         dropout: the LoRA dropout probability; if layers differ, the most common one.
         unknown: the keys of adapter_config.json that nplora does not know.
-        neighbours: the names of the model's modules that are not LoRA layers, if known.
+        neighbours: the names of all modules of the model except the LoRA layers; empty if not known.
         uses_expression: whether adapter_config.json selects layers by a regular expression instead of a list.
-        added_tokens: the new tokens that the adapter trains. If another program wrote the adapter, these
-            are all tokens of tokenizer.json that may be new, and the model may already have some of them.
+        added_tokens: the new tokens that the adapter trains. If another program wrote the adapter, every
+            token of tokenizer.json that may be new is listed, even if the model has it already.
         tokenizer_files: the files of the tokenizer with the new tokens. These files are saved with the
             adapter.
-        chat_template: whether the training data went through the chat template; None if that is not known.
+        chat_template: whether the training examples were formatted with the chat template; None: not known.
     """
 
     source: str
@@ -93,16 +95,16 @@ class AdapterContent(Mapping[str, LoraDelta]):
 
     @property
     def trained_rows(self) -> dict[str, NDArray[Any] | None]:
-        """The layers whose rows are trained: layer -> the ids of the trained rows, or None for all rows.
+        """A dict from each layer whose rows are trained to the ids of these rows, or to None for all rows.
 
-        A head that shares the rows of the embedding is left out.
+        A head that shares the rows of the embedding has no entry.
         """
         whole = [name for name in self.modules_to_save if not (self.is_tied and name == HEAD)]
         return {name: rows.ids for name, rows in self.token_rows.items()} | dict.fromkeys(whole)
 
     @property
     def rows(self) -> int:
-        """The embedding and the head must have at least this number of rows for the adapter."""
+        """The smallest number of rows with which an embedding and a head fit the adapter."""
         whole = [len(arrays["weight"]) for arrays in self.modules_to_save.values() if "weight" in arrays]
         return max([rows_needed(0, self.trained_rows, ()), *whole])
 

@@ -51,11 +51,11 @@ class Target:
         digest: the digest of the target's norm weights (`model_digest.of`), or None.
         required: the layers that the adapter must have.
         ties_head: whether the head of the model shares the embedding's weight.
-        whole: the arrays of the model's fully trained layers: layer -> parameter -> array. If an array does
-            not exist yet, there is a `Place` with its shape. If `whole` is None, the adapter may have any
-            fully trained layers.
-        rows: a function that takes a layer's name. The function returns one of these: the shape of
-            the weight whose rows an adapter may replace; a text that says why there is no such weight; or
+        whole: a dict from each layer that is or can be fully trained to a dict from its parameters to their
+            arrays. A `Place` with the shape stands for an array that does not exist yet. None: the adapter
+            may have any fully trained layers.
+        rows: a function that takes a layer's name. If an adapter may replace rows of the layer's weight, the
+            function returns the shape of this weight, else a text that says why not. The function returns
             None if the target accepts all rows.
         require_kind: a function that raises UnsupportedError if the target cannot hold this kind of adapter.
             The arguments of the function are the adapter's source, whether the adapter has DoRA, the
@@ -148,7 +148,7 @@ class Target:
         tensor: str = "",
         tokens: Collection[AddedToken] = (),
     ) -> npt.DTypeLike:
-        """Return the dtype for a parameter of a layer that is trained without LoRA.
+        """Check a parameter of a fully trained layer; return the dtype to which its array is to be converted.
 
         `tokens` are the adapter's new tokens.
 
@@ -190,7 +190,7 @@ class Target:
         self.require(adapter, problems, any_base)
 
     def require(self, adapter: AdapterContent, problems: list[str], any_base: bool) -> None:
-        """Finish `check`: raise FormatError for `problems`, another base model or an empty adapter."""
+        """Raise FormatError for `problems`, for another base model, or for an empty adapter."""
         base = adapter.base_model_name_or_path, adapter.base_digest
         if problems and not self.title:
             lines = "".join(f"\n  {problem}" for problem in problems)
@@ -209,7 +209,7 @@ ANYTHING = Target()
 
 
 def _may_follow(stored: int, tokens: Collection[AddedToken]) -> bool:
-    """Whether rows of new tokens may follow the last row of a weight, which has `stored` rows."""
+    """Whether a token of `tokens` needs a row after the `stored` rows that a weight has."""
     return any(token.id >= stored for token in tokens)
 
 

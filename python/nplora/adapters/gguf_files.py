@@ -3,12 +3,13 @@
 Both formats name the factors lora_a and lora_b (see `letters`). The formats differ in three things:
 
 - Names: PEFT's "model.layers.0.self_attn.q_proj" is "blk.0.attn_q.weight" in llama.cpp.
-- Rows: for the architecture llama, GGUF permutes the rows of q and k, and therefore the rows of their lora_b.
+- Rows: for the architecture llama, GGUF permutes the rows of the q and k weights. The rows of lora_b are
+  permuted in the same way.
 - Scale: in PEFT, the scale is alpha / r, or alpha / sqrt(r) with rsLoRA, and each layer can have its own
-  alpha and r. In llama.cpp, all layers have the same alpha. The scale is alpha / r, or 1 if alpha is 0.
+  alpha and r. In llama.cpp, all layers have the same alpha, and the scale is alpha / r, or 1 if alpha is 0.
 
-A layer needs an alpha of scale · r. If the alpha of the file differs, the layer's scale is folded into
-lora_b: lora_b is multiplied by (scale · r) / alpha.
+To keep its scale in llama.cpp, a layer needs alpha = scale · r. If the file's one alpha has another value,
+the layer's lora_b is multiplied by (scale · r) / alpha instead.
 """
 
 import dataclasses
@@ -53,7 +54,8 @@ class AdapterConversion:
         folded: the layers whose scale was multiplied into lora_b.
         passed_over: tensors of the source that are not LoRA factors. nplora and llama.cpp ignore such
             tensors.
-        named_base: the base model that adapter_config.json names, if that model was used; else empty.
+        named_base: the name of the base model in adapter_config.json, if the conversion used this name to
+            find the model; else empty.
 
     >>> done = nplora.adapter_to_gguf("adapter", "adapter.gguf", base="model.gguf")
     >>> done.architecture, len(done.layers), done.alpha, done.folded
@@ -174,10 +176,9 @@ def adapter_to_gguf(
 ) -> AdapterConversion:
     """Convert a PEFT adapter directory to a LoRA adapter file for llama.cpp, with factors in float32.
 
-    If llama.cpp loads the file with the default scale of 1, llama.cpp adds the same ΔW as PEFT. The only
-    exception is the rounding of lora_b to float32, in layers whose scale is multiplied into lora_b. The file
-    stores the digest of the base model's norm weights, if known. See `nplora.adapters` for the arguments and
-    the other errors.
+    If llama.cpp loads the file with the default scale of 1, llama.cpp adds the same ΔW as PEFT. The ΔW may
+    differ only by rounding, in layers whose scale is multiplied into lora_b. The file stores the digest of
+    the base model's norm weights, if known. See `nplora.adapters` for the arguments and the other errors.
 
     Raises:
         ValueError: `path` does not end in .gguf, or is a file of the adapter or of the base model.
@@ -315,7 +316,7 @@ def adapter_from_gguf(
 def read(path: StrPath, base: StrPath | None, any_base: bool = False) -> tuple[AdapterContent, GgufAdapter]:
     """Read a llama.cpp adapter file.
 
-    Returns the adapter in two forms: with PEFT's layer names, and as the file stores it.
+    Returns the adapter twice: with the layer names and row order of PEFT, and as the file stores it.
 
     The arguments and errors are those of `adapter_from_gguf`.
     """

@@ -66,10 +66,11 @@ def save_adapter(
             argument is stored with the adapter. `nplora generate` prints a warning if training and generation
             differ in their use of the chat template.
     Raises:
-        ValueError: the model has no LoRA layer; a value is NaN or infinite; or PEFT's format cannot express
-            the adapter: layers differ in rsLoRA or DoRA, or PEFT would also apply the name of a layer to
-            another layer.
-        FileExistsError: the directory holds a model. OSError: a file cannot be written.
+        ValueError: the model has no LoRA layer, or a value is NaN or infinite. Or PEFT's format cannot
+            express the adapter, because layers differ in rsLoRA or DoRA, or because PEFT would apply the name
+            of one layer to another layer too.
+        FileExistsError: the directory holds a model.
+        OSError: a file cannot be written.
 
     >>> model = nplora.Sequential(nplora.LoRALinear(np.eye(4, dtype=np.float32), rank=2, rng=0))
     >>> nplora.save_adapter(model, "adapter")
@@ -104,7 +105,7 @@ def from_model(model: Module, op: str) -> AdapterContent:
 
 
 def _trained(op: str, model: Module) -> tuple[dict[str, LoRALayer], dict[str, dict[str, Array]]]:
-    """Two dicts: name -> LoRA layer; and, for the fully trained layers, layer -> parameter -> array."""
+    """Two dicts: the LoRA layers by name, and the arrays of fully trained layers by layer and parameter."""
     layers, whole = dict[str, LoRALayer](), dict[str, dict[str, Array]]()
     for name, module in model.named_modules():
         if isinstance(module, LoRALayer):
@@ -134,7 +135,7 @@ def _added_tokens(model: Module) -> tuple[AddedToken, ...]:
 
 
 def _token_rows(model: Module) -> dict[str, TokenRows]:
-    """The trained rows of each layer that trains only some of its rows. A tied head is left out."""
+    """The trained rows of each layer that trains only some rows. A head that shares rows has no entry."""
     return {
         name: TokenRows(layer.rows.ids, layer.rows.value)
         for name, layer in _trained_rows(model).items()
@@ -152,9 +153,10 @@ class AdapterReport:
     Attributes:
         directory: the adapter's directory.
         layers: the names of the layers that were loaded.
-        changes: the changes of rank, alpha or rsLoRA, one line for all layers with the same change.
+        changes: lines about layers whose rank, alpha or rsLoRA setting has changed. Layers with the same
+            change share a line.
         dropped: unknown keys of adapter_config.json, which are ignored with a warning.
-        base_model_name_or_path: the name of the base model that the file gives, or None.
+        base_model_name_or_path: the name of the base model in adapter_config.json, or None.
 
     >>> model = nplora.Sequential(nplora.LoRALinear(np.eye(4, dtype=np.float32), rank=2, rng=0))
     >>> nplora.save_adapter(model, "mine", base_model_name_or_path="eye")
@@ -180,9 +182,9 @@ def load_adapter(
 
     The layers take over the rank, alpha and rsLoRA setting of the file. If a layer's rank stays the same, the
     values are written into its arrays A and B. If the rank changes, A and B become new arrays, and an
-    optimiser that holds the old arrays must be created anew. The file and the model must adapt the same
-    layers. If the adapted layers differ, use `Adapter.attach` with `replace=True`. The model only changes
-    after all checks have passed. The sizes of tensors are checked before the tensors are read. See
+    optimiser that holds the old arrays must be created anew. The model must have LoRA on the same layers as
+    the file. If these layers differ, use `Adapter.attach` with `replace=True`. The model only changes after
+    all checks have passed. The sizes of tensors are checked before the tensors are read. See
     `nplora.adapters` for the arguments and the other errors.
 
     Returns:
@@ -339,7 +341,7 @@ def _new_layer(layer: Any, delta: LoraDelta, freeze_B: bool) -> LoRALayer:
 def require_plain_invocation(adapter: AdapterContent, model: Module) -> None:
     """Raise UnsupportedError if an activated LoRA has parts that nplora does not support.
 
-    An activated LoRA must not adapt layers outside a language model's blocks, use DoRA, or train rows.
+    An activated LoRA can only adapt layers of a language model's blocks, without DoRA and trained rows.
     """
     if adapter.invocation_tokens is None:
         return
@@ -407,7 +409,7 @@ def rollback_on_error(model: Module) -> Iterator[Callable[[], None]]:
 
 
 def plain_target(model: Module) -> Target:
-    """The `Target` that describes all layers of a model to which an adapter can be attached."""
+    """The `Target` for a new adapter: all layers of a model that LoRA can adapt."""
     modules: dict[str, Any] = dict(model.named_modules())
     weights = {name: modules[name].weight for name in model.trained_row_layers}
     whole = {
@@ -418,7 +420,7 @@ def plain_target(model: Module) -> Target:
 
 
 def _target(model: Module, live: bool, **more: Any) -> Target:
-    """The `Target` for a model's LoRA layers if `live` is set, else for all layers that LoRA can adapt."""
+    """If `live` is set, the `Target` for a model's LoRA layers, else for all layers that LoRA can adapt."""
     modules, asked = dict(model.named_modules()), itertools.count()
     tokens = _token_rows(model)
 

@@ -48,7 +48,7 @@ def merge_adapter(
     """Write a model with an adapter merged into it. Adapted weights become W + ΔW; all else is copied.
 
     Sums are computed in float32 and then rounded to the storage type. Only a block of rows is in memory at a
-    time, never a whole weight. The output file is complete on the disk before it appears under its name.
+    time, never a whole weight. The output file gets its name only after its whole content is on the disk.
 
     If `check` is given, the new model is first written to a temporary file and loaded. The new model's loss
     is compared with the loss of the base model with the adapter attached.
@@ -57,13 +57,14 @@ def merge_adapter(
         base: a GGUF file, a safetensors file or index, or a Hugging Face directory.
         adapter: a PEFT directory, a llama.cpp file or an `Adapter`. DoRA is supported.
         output: a file of the same kind as the base, but not the base itself. If the base is a directory,
-            `output` may also be a directory, into which the base's configuration and tokenizer are copied.
+            `output` may also be a directory. The base's configuration and tokenizer are then copied into
+            `output`.
         dtype: the storage type of the merged weights: "same" for the base's type, or a type of `FrozenWeight`
             that the output file can hold.
         any_base: see `nplora.adapters`.
         overwrite: replace existing files.
-        lossy: write the model even if rounding keeps less than 90 % of the adapter's ΔW. If `check` is also
-            given, only the loss decides whether the model is written.
+        lossy: write the model even if less than 90 % of the adapter's ΔW is left after rounding. If `check`
+            is also given, the model is written only if its loss passes the check.
         check: a function that takes a model's path and an adapter (or None), and returns the model's loss on
             held-out data with this adapter. `nplora.finetuning.held_out_loss` makes such a function from a
             data file.
@@ -72,22 +73,22 @@ def merge_adapter(
     Returns:
         a summary of the written model, which reports how much of each weight's ΔW is left after rounding.
     Raises:
-        FormatError: one of the reasons in `nplora.adapters`; or nplora cannot decode the type of a weight; or
-            a weight to be merged holds NaN or an infinity.
+        FormatError: see `nplora.adapters`. Or nplora cannot decode the type of a weight, or a weight to be
+            merged holds NaN or an infinity.
         UnsupportedError: a weight to be merged is stored in bitsandbytes' NF4.
         UnsafeError: a file beside the base's weights is a symbolic link that leads out of the directory.
         CorruptError: another program wrote to the base during the merge.
         ValueError: `output` or `dtype` does not fit the kind of the base. `output` is the same file as the
             base or the adapter. The directory of `output` holds an index file (model.safetensors.index.json)
             that lists other weights. A sum is too large for the storage type.
-        ValueError: rounding to the storage type would keep less than 90 % of ΔW, and `lossy` is not set; or
-            the held-out loss would rise by more than `tolerance`. The message suggests the smallest storage
-            type that, by an estimate, keeps enough of ΔW, if there is such a type. With `check`, the loss
-            with the suggested type is also measured, if the disk has room for a temporary file. No output
-            file is written, and an existing file stays unchanged.
+        ValueError: less than 90 % of ΔW would be left after rounding, and `lossy` is not set. Or the held-out
+            loss would rise by more than `tolerance`. The message suggests the smallest storage type that
+            keeps enough of ΔW by an estimate, if any. With `check`, the loss with the suggested type is also
+            measured, if the disk has room for a temporary file. No output file is written, and an existing
+            file stays unchanged.
         TypeError: `check` is not a function.
-        FileExistsError: `output` exists and `overwrite` is not set; or `output` is not a .gguf file, and the
-            directory of `output` holds an adapter or a training run.
+        FileExistsError: `output` exists, and `overwrite` is not set. Or the directory of a safetensors
+            `output` holds an adapter or a training run.
 
     >>> check = nplora.finetuning.held_out_loss("valid.jsonl")
     >>> merged = nplora.merge_adapter("model.gguf", "adapter", "merged.gguf", check=check)
@@ -169,7 +170,7 @@ def _require_output(model: ModelFiles, base: StrPath, adapter: Source, output: S
 
 
 def _inputs(model: ModelFiles, base: StrPath, adapter: Source) -> list[tuple[str, StrPath]]:
-    """Return a pair for each file or directory that the merge reads: ("base" or "adapter", path)."""
+    """The files and directories that the merge reads, as pairs ("base" or "adapter", path)."""
     of_base = (base, model.source, *model.shards, *model_directory.files_of(base))
     of_adapter = (adapter, *peft_adapter.files_of(adapter)) if isinstance(adapter, str | os.PathLike) else ()
     return [("base", path) for path in of_base] + [("adapter", path) for path in of_adapter]
@@ -194,7 +195,7 @@ def _new_directory(output: StrPath) -> Iterator[None]:
 
 
 def _vocabulary(model: ModelFiles, adapter: AdapterContent, output: StrPath) -> NewVocabulary | None:
-    """The new tokens of an adapter, and the number of rows that the embedding has with these tokens.
+    """The adapter's new tokens, and the number of rows of the merged model's embedding.
 
     Returns None if the adapter has no tokens that are new to the model.
 
@@ -224,7 +225,7 @@ def _placed(
     any_base: bool,
     vocabulary: NewVocabulary | None,
 ) -> dict[str, LoraDelta | NewRows]:
-    """Map the names of the model's tensors to their updates, with rows in the order of the model's file."""
+    """Map tensor names to updates. The rows of an update are in the order of the rows in the model's file."""
     if dtype not in (possible := ("same", *possible_storages(model))):
         words = ", ".join(map(repr, possible))
         raise ValueError(f"merge: a {model.suffix} file cannot hold dtype={dtype!r}; possible: {words}")
@@ -258,7 +259,7 @@ def _placed(
 
 
 def _new_rows(adapter: AdapterContent, layer: str, ids: Ids, tensor: Tensor, size: int) -> NewRows:
-    """The rows that a merge writes into a layer, in place of old rows or after the last row.
+    """The rows that a merge writes into a layer. They replace rows of the layer or follow its last row.
 
     If the adapter has no values for one of these rows, the row is the mean of all rows of the model's weight.
     In training, new rows begin with the same mean.
@@ -281,7 +282,7 @@ def _target(model: ModelFiles, adapter: AdapterContent) -> Target:
     def tensor(layer: str, shape: tuple[int, ...] | None = None) -> Tensor | str:
         """The tensor of a layer's weight, or a text that says why nothing can be merged into it.
 
-        The tensor's type is only checked if its shape is `shape`, or if `shape` is None.
+        The type of the tensor is checked only if the tensor has the shape `shape`, or if `shape` is None.
         """
         name, _ = model.place(layer, 0)
         if name is None:
@@ -300,7 +301,7 @@ def _target(model: ModelFiles, adapter: AdapterContent) -> Target:
         return found if isinstance(found, str) else Place(found.name, found.shape, kernel=())
 
     def rows(layer: str) -> tuple[int, int] | str:
-        """The shape of the weight whose rows the adapter replaces, or a text that says why that fails."""
+        """The shape of a layer's weight, or a text that says why the adapter cannot replace its rows."""
         if model.tied and adapter.is_tied and layer == HEAD:
             return rows(EMBEDDING)
         if model.tied and layer in adapter.trained_rows and not _replaces_both(layer, adapter):
@@ -315,7 +316,7 @@ def _target(model: ModelFiles, adapter: AdapterContent) -> Target:
 
 
 def _replaces_both(layer: str, adapter: AdapterContent) -> bool:
-    """Whether a layer's new rows are for both the embedding and the head, which share one weight."""
+    """Whether the new rows of `layer` are for both the embedding and the head, which share one weight."""
     if layer in adapter.modules_to_save:
         return adapter.is_tied
     return layer == EMBEDDING and HEAD not in adapter.token_rows

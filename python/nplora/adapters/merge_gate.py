@@ -101,7 +101,7 @@ class MergeGate:
         return Verdict(kept, self.lossy or kept >= _ENOUGH, loss)
 
     def refusal(self, verdict: Verdict, merged: MergedTensors, output: StrPath) -> ValueError:
-        """The error for a merge that fails a check. The message suggests a type that passes, if any."""
+        """The error for a merge that fails a check. It suggests a storage type that passes, if any."""
         problems = list[str]()
         kinds = ", ".join(dict.fromkeys(merge.storage for merge in merged.merges.values()))
         if not verdict.keeps_delta:
@@ -159,7 +159,7 @@ class Verdict:
 
     Attributes:
         kept: the share of ΔW that the merge keeps.
-        keeps_delta: whether `kept` is large enough, or any share is accepted.
+        keeps_delta: whether `kept` is at least 90 %, or the caller accepts any share.
         loss: the held-out losses before and after the merge; None if they are not measured.
     """
 
@@ -185,10 +185,10 @@ def _problem(loss: HeldOutLoss, kinds: str) -> str:
 
 
 def _candidates(merged: MergedTensors) -> Iterator[tuple[str, float]]:
-    """The storage types that need more bytes than the refused type and keep enough of ΔW, smallest first.
+    """The larger storage types that keep enough of ΔW, smallest first, with the estimated share of ΔW.
 
-    Each type comes with the estimated share of ΔW that the type keeps. A float type may also need as many
-    bytes as the refused type.
+    A type counts as larger if the merged tensors would need more bytes than in the refused merge. For a float
+    type, the same number of bytes is enough.
     """
     merges, model = merged.merges, merged.model
     shapes = [merge.shape for merge in merges.values()]

@@ -66,7 +66,7 @@ class MergedTensors:
 
 
 def possible_storages(model: ModelFiles, widths: Collection[int] = ()) -> tuple[str, ...]:
-    """The storage types that the model's file format can hold, and that fit rows of `widths` elements."""
+    """The storage types of the model's file format that can store rows of each length in `widths`."""
     known = storages.GGML_NAMES if model.suffix == ".gguf" else storages.FLOATS
     return tuple(name for name in known if all(storages.fits(name, width) for width in widths))
 
@@ -77,7 +77,7 @@ def kind_of(tensor: Tensor) -> str:
 
 
 def merge_of(tensor: Tensor, update: LoraDelta | NewRows, dtype: str, sample: Array | None = None) -> Merge:
-    """Prepare the merge of a tensor, or only of its rows in `sample`."""
+    """Prepare the merge of a tensor, or only of the tensor's rows with the indices `sample`."""
     storage, (stored, d_in) = STORAGES[kind_of(tensor)], tensor.shape
     rows = _rows(tensor) if update.shape[0] <= stored else _LongerRows(_rows(tensor), update.shape[0])
     if sample is not None:

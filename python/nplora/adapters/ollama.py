@@ -91,17 +91,17 @@ def export_ollama(
     adapter was trained on texts without the chat template, the template in the Modelfile is `{{ .Prompt }}`.
 
     Args:
-        model: a GGUF file or a Hugging Face directory. A GGUF file is only copied to merge an adapter into
-            the copy. Otherwise, the Modelfile contains the path of the file.
+        model: a GGUF file or a Hugging Face directory. If no adapter is merged into a GGUF file, the file is
+            not copied: the Modelfile contains its path.
         directory: the directory to write, which may exist.
         adapter: a PEFT directory or, unless `keep_adapter` is set, a llama.cpp file.
-        dtype: the type of the merged weights; if `model` is a directory, the type of all matrices.
+        dtype: the storage type of the merged weights or, if `model` is a directory, of all matrices.
         keep_adapter: write `adapter.gguf` beside the model instead of merging the adapter. Ollama accepts
             adapters only up to Ollama's version 0.34.0.
         system: the system message of the model. If the text is empty, there is no system message.
         parameters: more parameters of Ollama as pairs (name, value), such as ("temperature", "0.7").
         any_base, lossy: as in `merge_adapter`.
-        overwrite: replace existing files with the same names in the directory.
+        overwrite: replace files of an earlier export in the directory.
     Raises:
         ValueError: a parameter has no valid name or value; or one of the reasons in `merge_adapter`.
         UnsupportedError: GGUF cannot hold the model's tokenizer; or one of the reasons in `adapter_to_gguf`.
@@ -174,7 +174,8 @@ def _merged(
 ) -> str:
     """Write a GGUF model with an adapter merged into it.
 
-    A directory is first merged in float32, so that each weight is rounded to `dtype` only once.
+    If `model` is a directory, the merged weights are first stored in float32. Thus each weight is rounded to
+    `dtype` only once.
     """
     if _is_gguf(model):
         return str(merge_adapter(model, adapter, path, dtype, any_base, overwrite, lossy))
@@ -197,7 +198,7 @@ def _with_tokenizer(done: ModelConversion) -> ModelConversion:
 def _settings(
     file: GgufFile, is_plain: bool, given: list[tuple[str, str]]
 ) -> tuple[str | None, list[tuple[str, str]], list[str]]:
-    """The template in Go's language, all parameters, and sentences about what the template lacks."""
+    """The template in Go's language, all parameters, and lines for the user about what the template omits."""
     template, stops, lacks = ("{{ .Prompt }}", list[str](), list[str]()) if is_plain else _template(file)
     architecture = file.metadata.string("general.architecture")
     context = min(int(file.metadata.number(f"{architecture}.context_length", _CONTEXT)), _CONTEXT)
@@ -206,7 +207,7 @@ def _settings(
 
 
 def _template(file: GgufFile) -> tuple[str | None, list[str], list[str]]:
-    """The template in Go's language, its stop words, and sentences about what the template lacks."""
+    """The template in Go's language, its stop words, and lines for the user about what the template omits."""
     words = tokenizer.from_gguf(file)
     found = go_template.of(words)
     if found is None or _quoted(str(found)) is None:

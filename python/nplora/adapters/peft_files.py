@@ -151,7 +151,7 @@ def _magnitudes_shape(d_out: int, kernel: tuple[int, ...] | None) -> tuple[int, 
 
 
 def _is_same(opened: PeftAdapter, tokens: Mapping[str, tuple[str, tuple[int, ...]]]) -> bool:
-    """Whether the embedding and the head have the same trained tokens, with the same rows.
+    """Whether the embedding and the head have the same trained tokens, and equal rows for these tokens.
 
     If the embedding and the head were resized before training, PEFT stores the trained rows of both, even if
     they share one weight.
@@ -165,12 +165,14 @@ def _is_same(opened: PeftAdapter, tokens: Mapping[str, tuple[str, tuple[int, ...
 def _copied_rows(
     opened: PeftAdapter, whole: Collection[str], tokens: Collection[str], target: Target
 ) -> dict[str, tuple[str, Array]]:
-    """Find the rows of the embedding and the head that PEFT copied and the target lacks.
+    """Find the rows that are in PEFT's copies of the embedding and the head, but not in the target.
 
-    PEFT copies both weights if their number of rows was changed, for example to a multiple of 64.
+    The adapter has a copy of both weights if training changed their number of rows, for example to a multiple
+    of 64.
 
     Returns:
-        layer -> (the tensor with the copy, the ids of the rows that the target lacks).
+        a dict from a layer to a pair: the tensor with the copy, and the ids of the rows that the target
+        lacks.
     """
     found = dict[str, tuple[str, Array]]()
     for layer in (ROWS_EMBEDDING, ROWS_HEAD):
@@ -192,10 +194,12 @@ def _ids_with_rows(
 ) -> Collection[int]:
     """The ids of the tokens that have a row in the adapter.
 
-    If the adapter holds a copy of a row that is also in the target, the copy is ignored.
+    A row that PEFT only copied is ignored if the target has this row.
 
     Args:
-        whole: layer -> parameter -> tensor. tokens: layer -> (tensor, ids). copied: from `_copied_rows`.
+        whole: the tensor names of fully trained layers, by layer and parameter.
+        tokens: the tensor name and the token ids of each layer with trained tokens.
+        copied: the result of `_copied_rows`.
     """
     shapes = [
         opened.tensors.entries[parameters["weight"]].shape
@@ -218,7 +222,7 @@ def _token_rows(
     target: Target,
     tokens: Sequence[AddedToken],
 ) -> TokenRows:
-    """Read the trained rows of a layer, followed by the rows of PEFT's copy that are not trained."""
+    """Read the trained rows of a layer, then the other rows of PEFT's copy that the target lacks."""
     tensor, ids = trained or ("", ())
     own = np.array(ids, np.int64)
     if (twice := repeated(own)) is not None:
@@ -311,7 +315,7 @@ def config_of(adapter: AdapterContent) -> PeftConfig:
 
 
 def _tokens(adapter: AdapterContent) -> tuple[int, ...] | dict[str, tuple[int, ...]] | None:
-    """The trained tokens: one list if only the embedding trains tokens, else one list for each layer."""
+    """The trained tokens: a tuple if only the embedding trains tokens, else a dict of tuples by layer."""
     tokens = {layer: tuple(rows.ids.tolist()) for layer, rows in adapter.token_rows.items()}
     if not tokens:
         return None

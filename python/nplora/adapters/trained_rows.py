@@ -23,8 +23,8 @@ class TokenRows:
     """The trained rows of an embedding or a head.
 
     Attributes:
-        ids: the token ids, which are also the indices of the rows (k,).
-        values: the rows (k, dim).
+        ids: array (k,) of the ids of k tokens. A token's id is also the index of its row in the weight.
+        values: array (k, dim) with the trained row of each token.
 
     >>> rows = nplora.adapters.TokenRows(np.array([7, 2]), np.zeros((2, 16), np.float32))
     >>> len(rows.ids), rows.values.shape
@@ -36,7 +36,7 @@ class TokenRows:
 
 
 def rows_to_train(model: Module, tokens: Ids, modules: tuple[str, ...]) -> dict[str, Ids]:
-    """Map each layer whose rows a new run trains to the indices of these rows.
+    """Return a dict from each layer with rows that a new run trains to the indices of these rows.
 
     Args:
         tokens: the tokens to train in the embedding and in the head, or None for no tokens.
@@ -60,16 +60,15 @@ def trained_layers(
 
     The model itself does not change.
 
-    If the head shares the embedding's weight, the head also shares the embedding's trained rows, unless
-    `wanted` gives rows for the head. If `size` exceeds the number of rows of the frozen weights,
-    both layers get the additional rows, even if `wanted` names only one of the layers.
+    A head that shares the embedding's weight also shares the embedding's trained rows, unless `wanted` has an
+    entry for the head. If `size` exceeds the number of rows of the frozen weights, the embedding and the head
+    both get the additional rows, even if `wanted` has an entry for only one of them.
 
     Args:
         wanted: the rows to train in each layer.
-        tie_whole: whether the head shares the embedding's trained rows even if all rows are trained.
+        tie_whole: whether a head that shares the embedding's weight also shares its rows if all are trained.
         tokens: the new tokens, whose rows begin as the mean of all rows.
-        size: the number of rows of both layers; None: the smallest number that is enough for the rows of the
-            weights and for all ids in `wanted` and `tokens`.
+        size: the number of rows of the embedding and the head. None: the result of `rows_needed`.
     Raises:
         ValueError: an id is not the index of a row, or occurs twice.
     """
@@ -90,7 +89,7 @@ def trained_layers(
 
 
 def rows_needed(stored: int, wanted: Mapping[str, Ids], tokens: Sequence[AddedToken]) -> int:
-    """The number of rows that an embedding needs for the rows in `wanted` and for the new `tokens`.
+    """The number of rows of an embedding with its old rows, the rows in `wanted`, and the rows of `tokens`.
 
     Args:
         stored: the number of rows of the frozen weight.
@@ -100,7 +99,7 @@ def rows_needed(stored: int, wanted: Mapping[str, Ids], tokens: Sequence[AddedTo
 
 
 def with_rows_beyond(ties_head: bool, wanted: Mapping[str, Ids], stored: int, size: int) -> dict[str, Ids]:
-    """Return the rows to train in each layer: those in `wanted`, and all rows beyond the end of the weights.
+    """Add all rows beyond the end of the weights to the rows to train in each layer.
 
     Args:
         stored: the number of rows of the weights.

@@ -10,9 +10,9 @@ from nplora.cli.errors import UsageError
 def named_adapters(given: Iterable[str]) -> dict[str, str]:
     """Return {name: path} for texts such as "tone=out/tone" and "out/tone".
 
-    A text with "=" is a PATH, not NAME=PATH, if the part before "=" is not a valid name, or if a file or
-    directory has the whole text as its name. An adapter without a name gets the name of its file or
-    directory.
+    A text with "=" is read as NAME=PATH. But the whole text is a PATH if a file or directory of this name
+    exists, or if the part before "=" is not a valid name. An adapter without a name gets the name of its file
+    or directory.
 
     Raises:
         UsageError: a path is empty, or two adapters have the same name.

@@ -30,8 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = _EPILOG
     add_model(parser)
     text = (
-        "PEFT directory or llama.cpp file; the default NAME is the last part of PATH (repeatable). The chat "
-        "begins with the first adapter; /adapter NAME selects another adapter"
+        "PEFT directory or llama.cpp file (repeatable); without NAME, the adapter is named after its file or "
+        "directory. The chat begins with the first adapter; /adapter NAME selects another adapter"
     )
     parser.add_argument("--adapter", metavar="[NAME=]PATH", type=path, action="append", default=[], help=text)
     add_any_base(parser)

@@ -56,8 +56,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--valid", metavar="FILE", type=path, help=text)
     text = (
         "train: directory for the adapter, the checkpoints and log.jsonl. predict: new file for the rows and "
-        "their predictions: .csv or .jsonl; .jsonl or .conll if words are labelled (default: JSON lines on "
-        "stdout). A .npy file holds only the probabilities of texts"
+        "their predictions (default: JSON lines on stdout). The file is .csv, .jsonl or .npy for texts, and "
+        ".jsonl or .conll for words; .npy holds only the probabilities or predicted numbers"
     )
     parser.add_argument("--output", metavar="PATH", type=path, help=text)
     text = "eval and predict: PEFT directory of the adapter (default: use the model's own head)"
@@ -200,7 +200,7 @@ def _write_lines(stream: TextIO, rows: Iterable[dict[str, Any]]) -> None:
 
 
 def _write_table(stream: TextIO, rows: Iterable[dict[str, Any]]) -> None:
-    """Write CSV with the columns of the first row. If a row has several predicted labels, "|" joins them.
+    """Write CSV. The fields of the first row become the columns. "|" joins several labels of a row.
 
     Each label also has a column for its probability.
     """
@@ -230,7 +230,8 @@ def _write_table(stream: TextIO, rows: Iterable[dict[str, Any]]) -> None:
 def _write_conll(stream: TextIO, found: Iterable[tuple[Any, dict[str, Any]]]) -> None:
     """Write a line for each word, and an empty line after each sentence.
 
-    A line holds the word and its tag, or "_" if the word has no tag. `found` is the result of `predictions`.
+    A line holds the word and its tag, or "_" if the word has no tag. `found` has pairs of a sentence and its
+    row with the predicted tags.
     """
     from nplora.finetuning.data.rows import BEGINS_DOCUMENT
     from nplora.formats.errors import DataError, brief

@@ -7,8 +7,8 @@ import sys
 from nplora.cli.parser import add_options, given_data, given_options, path, weighted_path
 
 HELP = (
-    "Show how training data are read: which tokens are trained, how long the examples are, and how many are "
-    "cut or repeated."
+    "Show how training data are read: which tokens are trained, how long the examples are, and how many "
+    "examples are cut or repeated."
 )
 
 

@@ -128,7 +128,7 @@ def _gguf(file: GgufFile, size: int) -> str:
 
 
 def _unknown(family: object, known: Collection[str], commands: str, encoders: Collection[str] = ()) -> str:
-    """For an encoder or an unsupported family, a line that names the commands that refuse such a model.
+    """A line about an encoder or an unsupported family, with the commands that refuse such a model.
 
     For other models, the line is "".
     """
@@ -141,7 +141,7 @@ def _unknown(family: object, known: Collection[str], commands: str, encoders: Co
 
 
 def _target(stored: str, architecture: object) -> str:
-    """The name of a tensor's layer for --targets; if there is none, the tensor's name without ".weight"."""
+    """The name that --targets uses for a tensor's layer, or else the tensor's name without ".weight"."""
     layer = stored.removesuffix(".weight")
     name = architecture if isinstance(architecture, str) else ""
     family = (
@@ -314,9 +314,7 @@ def _trained_rows(
     tokens: Mapping[str, tuple[str, tuple[int, ...]]],
     whole: Mapping[str, Mapping[str, str]],
 ) -> dict[str, list[Row]]:
-    """Return three tables, each with its title: the new tokens; the tokens whose rows in a layer, such as the
-    embedding, are trained; and the layers of which all values are trained.
-    """
+    """Return three tables by title: new tokens, trained tokens, and fully trained layers."""
     shapes = {
         layer: [" x ".join(map(str, adapter.tensors.entries[tensor].shape)) for tensor in parameters.values()]
         for layer, parameters in whole.items()
@@ -363,7 +361,7 @@ def _llama_cpp(file: GgufFile) -> str:
 
 
 def _layer(name: str, lora_a: Array, lora_b: Array, scale: float) -> Row:
-    """A table row with the norms of a layer's factors a and b and of its update ΔW = s b a (s is the scale).
+    """A table row with the norms of three matrices of a layer: a, b and ΔW = s b a, where s is the scale.
 
     The norm of ΔW is computed without forming ΔW: ‖s b a‖² = s² Σ (bᵀ b) ∘ (a aᵀ).
     """
@@ -383,7 +381,7 @@ def _targets(layers: Iterable[str]) -> list[Row]:
 
 
 def _text(*head: str, **sections: list[Row]) -> str:
-    """Join the lines of `head`, and the tables of `sections` with their titles. Leave out what is empty."""
+    """Join the lines of `head`, and the tables of `sections` with their titles, except empty ones."""
     lines = [_printable(line) for line in head if line]
     for title, rows in sections.items():
         if rows:

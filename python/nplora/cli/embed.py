@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--normalize", action=argparse.BooleanOptionalAction, default=None, help=text)
     text = 'prefix for each text of the file, such as "query: "'
     parser.add_argument("--prompt", metavar="TEXT", help=text)
-    text = "name of a prompt in the model's files, which becomes the prefix of each text"
+    text = "name of a prompt in the model's files; the prompt becomes the prefix of each text"
     parser.add_argument("--prompt-name", metavar="NAME", help=text)
     text = "number of texts in a batch (default: texts with about 4,096 tokens in total)"
     parser.add_argument("--batch-size", metavar="N", type=int, help=text)

@@ -34,9 +34,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     - 129, 138 or 143: SIGHUP, SIGUSR1 or SIGTERM ended a training run. The run is saved.
     - 135: another program shortened a model file while the file was mapped into memory.
 
-    With status 1, 2 or 135, one line on stderr states the reason, except if the program that reads stdout has
-    ended. Each warning is one line too. If stderr cannot be written, these lines are lost, but the exit
-    status is the same.
+    With status 1, 2 or 135, one line on stderr states the reason, unless the reason is that nobody reads
+    stdout any more. Each warning is one line too. If stderr cannot be written, the lines for errors and
+    warnings are lost, but the exit status is the same.
 
     Args:
         arguments: the words after `nplora`; None: the arguments of this process.
@@ -61,7 +61,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _status(arguments: list[str]) -> int:
-    """Run the command, and return the exit status."""
     spelled: Callable[[str], str] = str
     try:
         with heard_by_all_ranks(_distributed(arguments)):
@@ -93,7 +92,7 @@ def _status(arguments: list[str]) -> int:
 
 
 def _run_command(parsed: argparse.Namespace) -> None:
-    """Run the command. Do not print an error that rank 0 prints for this rank."""
+    """Run the command. If rank 0 reports this rank's error, do not print the error here."""
     try:
         parsed.run_command(parsed)
     except Exception as error:
@@ -103,7 +102,7 @@ def _run_command(parsed: argparse.Namespace) -> None:
 
 
 def _distributed(arguments: list[str]) -> str | None:
-    """Return "mpi" if the arguments contain --distributed mpi, else None. The arguments may have errors."""
+    """Return "mpi" if the unchecked arguments contain --distributed mpi, else None."""
     pairs = {" ".join(pair) for pair in itertools.pairwise(arguments)} | set(arguments)
     return None if pairs.isdisjoint({"--distributed mpi", "--distributed=mpi"}) else "mpi"
 

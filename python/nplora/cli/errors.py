@@ -44,8 +44,8 @@ class Spelling:
     """Replaces the names of keyword arguments in a message by the options of a command.
 
     `resume=True` becomes --resume, `rank=8` becomes "--rank 8", and a name with an underscore, such as
-    `valid_split`, becomes --valid-split. In a message such as "--resume ... (resume=True)", which names the
-    option before the keyword, the parentheses with the keyword are removed.
+    `valid_split`, becomes --valid-split. If a message names an option and then its keyword in parentheses, as
+    in "--resume ... (resume=True)", the parentheses are removed.
 
     A message about a file begins with the file's name, and may name fields of the file. The fields of a file
     may have the same names as options. So in a message about a file, a keyword is replaced only if a value

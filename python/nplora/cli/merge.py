@@ -54,8 +54,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text = "print 'ΔW kept' and the rounding error of each merged tensor"
     parser.add_argument("--verbose", action="store_true", help=text)
     text = (
-        "held-out data; the model is written only if its loss on these data is about as low as the loss of "
-        "BASE with the adapter"
+        "held-out data; the model is written only if its loss on these data exceeds the loss of BASE with "
+        "the adapter by at most --tolerance"
     )
     parser.add_argument("--check", metavar="FILE", type=path, help=text)
     text = (

@@ -15,7 +15,7 @@ _PROMPT, _MORE = "> ", "… "
 class PipedLines:
     """Reads the lines of standard input. Each line is a message.
 
-    `opened` chooses this class if standard input or standard output is not a terminal.
+    The function `opened` uses this class if standard input or standard output is not a terminal.
     """
 
     is_terminal = False

@@ -96,7 +96,7 @@ class CommandParser(Parser):
     def _require_option(self, word: str) -> None:
         """Refuse an unknown option that is similar to a known option, and suggest the known option.
 
-        argparse refuses every other unknown option.
+        The caller of `parse_known_args` refuses every other unknown option.
         """
         options = [option for option in self._option_string_actions if option.startswith("--")]
         begun = [option for option in options if option.startswith(word)]
@@ -110,7 +110,7 @@ class CommandParser(Parser):
 
 
 def parser_of(words: Sequence[str]) -> Parser:
-    """Make the parser for the words of a command line. If a word is a command, load only its module.
+    """Make the parser for a command line. If the line names a command, load only this command's module.
 
     Raises:
         SystemExit: there is no such command.
@@ -197,8 +197,8 @@ def add_any_base(parser: argparse.ArgumentParser) -> None:
 
 def add_compute(parser: argparse.ArgumentParser) -> None:
     text = (
-        "arithmetic of the products with frozen weights; if the weights are quantised, int8 makes decoding "
-        "faster (default: float32)"
+        "arithmetic of the products with frozen weights; int8 makes decoding faster if the weights are "
+        "quantised (default: float32)"
     )
     parser.add_argument("--compute", choices=COMPUTES, default="float32", help=text)
 
@@ -214,7 +214,7 @@ def weighted_path(text: str) -> tuple[str, float]:
     """Read PATH:WEIGHT or PATH. If a file has the whole text as its name, the text is a PATH.
 
     Raises:
-        FileNotFoundError: the text is no path, but the address of an adapter on the Hugging Face Hub.
+        FileNotFoundError: the text is the name of an adapter on the Hugging Face Hub instead of a path.
     """
     before, colon, weight = text.rpartition(":")
     if not colon or os.path.exists(text):
@@ -334,7 +334,7 @@ def _option(name: str) -> str:
 
 
 def given_options(arguments: argparse.Namespace, options: type) -> dict[str, Any]:
-    """Return {field: value} for the fields of a dataclass that the user has set by options."""
+    """Return a dict of the options that the user has set, from fields of the dataclass to their values."""
     found = {field.name: getattr(arguments, field.name, None) for field in dataclasses.fields(options)}
     return {
         name: tuple(value) if isinstance(value, list) else value

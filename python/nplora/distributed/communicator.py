@@ -15,7 +15,8 @@ class RankError(ConnectionError):
     """Another rank has failed or does not respond. The message names the rank and the reason.
 
     Attributes:
-        rank, reason: the number of that rank, and the reason.
+        rank: the number of the failed rank.
+        reason: why the rank counts as failed.
 
     >>> import nplora
     >>> raise nplora.distributed.RankError(1, "out of memory")
@@ -32,7 +33,7 @@ class RankError(ConnectionError):
 
 
 def mark_reported(error: BaseException) -> None:
-    """Record that rank 0 reports an error of another rank, so that the error is not printed twice."""
+    """Record that rank 0 reports `error`, so that the rank on which it occurred does not print it too."""
     vars(error)["_is_reported"] = True
 
 
@@ -71,8 +72,8 @@ class Communicator(Ranks, Protocol):
     """The methods and attributes that a `Trainer` needs for the connection between its ranks.
 
     Every rank must call the same methods in the same order. Each method returns when this rank has all the
-    values that it needs. `place` says where in the program the call is; a communicator may compare the places
-    of the ranks.
+    values that it needs. `place` says where in the program the call is. A communicator may check that all
+    ranks pass the same place.
 
     Attributes:
         rank: the number of this process, from 0.
@@ -103,8 +104,8 @@ class Communicator(Ranks, Protocol):
         change, and `out` must not be read. Several exchanges may run at the same time.
 
         Args:
-            parts: array (size, m). Only the ranks in `senders` send their `parts`.
-            out: array (size, m). The rows of ranks that do not send stay unchanged.
+            parts: array (size, m), one row for each rank. Only the ranks in `senders` send their `parts`.
+            out: array (size, m), one row for each rank. The rows of ranks that do not send stay unchanged.
         """
 
     def wait_for_exchanges(self) -> None:

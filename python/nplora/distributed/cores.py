@@ -16,7 +16,7 @@ class Cores:
     Attributes:
         machine: a text that is different on every machine.
         cores: the numbers of the cores.
-        threads: the number of threads that the rank would use if it were alone.
+        threads: the number of threads that the rank would use if it were the only rank on its machine.
     """
 
     machine: str

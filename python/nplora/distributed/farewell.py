@@ -25,18 +25,19 @@ class Farewell:
 
     - "ends": a rank sends this notice when it learns of a failure, or when another rank does not respond. The
       rank may then save the run. The other ranks raise the same failure in their next exchange.
-    - "leaves": a rank sends this notice when an exception leaves its `with` block. The other ranks also raise
-      the failure, and no longer wait for this rank.
+    - "leaves": a rank sends this notice when an exception leaves the `with` block of its communicator. The
+      other ranks also raise the failure, and no longer wait for this rank.
 
-    A rank reads notices only while it waits in an exchange. The other ranks may first compute a batch, so the
-    rank that leaves waits for them. If it receives no notice for `timeout` seconds, it ends all ranks by
-    force. If each rank that has not left has exceeded the timeout before, the leaving rank does not wait: it
-    ends all ranks immediately.
+    A rank reads notices only while it waits in an exchange, so it may compute a batch before it reads them.
+    For this reason, a leaving rank waits until all other ranks have left. If the leaving rank receives no
+    notice for `timeout` seconds, it ends all ranks by force. It does not wait at all if every remaining rank
+    has already exceeded the timeout in an exchange.
 
     Attributes:
         timeout: the seconds after which a rank that does not respond counts as failed.
-        pending: MPI requests that may be incomplete: sends of notices, and requests that an exception has
-            interrupted. They are kept because MPI may still use the buffers that belong to them.
+        pending: MPI requests that may be incomplete: notices, and messages of an exchange that an exception
+            has interrupted. The list keeps the requests and their buffers alive, because MPI may still use
+            them.
     """
 
     def __init__(self, mpi: Any, comm: Any, timeout: float) -> None:
@@ -58,8 +59,8 @@ class Farewell:
         """If another rank has failed, raise the error that reports this failure.
 
         Args:
-            missing: ranks that have not sent their values. The failure is raised only if one of these ranks
-                has announced its end, so that its values will not come. None: the failure is always raised.
+            missing: the ranks whose values have not arrived. The error is raised only if one of these ranks
+                has sent a notice, because its values will then not come. None: the error is always raised.
         """
         if self._failure is None:
             return

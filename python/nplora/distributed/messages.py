@@ -11,7 +11,7 @@ class Messages:
     """The MPI requests that send messages to other ranks or receive messages from them.
 
     Attributes:
-        receives, sends: a pair (other rank, request) for each message.
+        receives, sends: lists of pairs (rank, request) for messages from, or to, another rank.
     """
 
     def __init__(self) -> None:
@@ -19,7 +19,7 @@ class Messages:
         self.sends: list[tuple[int, Any]] = []
 
     def unfinished(self) -> list[int]:
-        """The other rank of each request that is not complete yet."""
+        """A list with the other rank of every request that is not complete yet."""
         return [rank for rank, request in (*self.receives, *self.sends) if not request.Test()]
 
     def abandon(self, pending: list[Any]) -> None:
@@ -36,7 +36,6 @@ class Messages:
                     request.Cancel()
 
     def clear(self) -> None:
-        """Remove all requests."""
         self.receives.clear()
         self.sends.clear()
 
@@ -48,7 +47,7 @@ class Progress:
     other thread may call MPI between `start` and `stop`.
 
     Args:
-        messages: the messages. The thread ends when all messages are complete.
+        messages: the thread ends when all of these messages are complete.
         is_allowed: whether a thread may call MPI. If False, `start` does nothing, and MPI moves messages only
             when the process waits for messages.
     """
@@ -60,7 +59,6 @@ class Progress:
         self._error: Exception | None = None
 
     def start(self) -> None:
-        """Start the thread."""
         if self._is_allowed and self._messages.unfinished():
             self._stopped.clear()
             self._thread = threading.Thread(target=self._run, name="nplora messages", daemon=True)

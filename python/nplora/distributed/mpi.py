@@ -67,8 +67,8 @@ class MPICommunicator:
 
     If an exception leaves the block on one rank, the other ranks raise `RankError` in their next exchange, so
     that rank 0 can still save its run. The other ranks may first compute a batch, so the failed rank waits
-    for them up to the timeout; after the timeout, it aborts the whole job. If a rank does not respond within
-    the timeout, the errors of the other ranks name that rank. After an error, open no other communicator.
+    for them. After the timeout, the failed rank ends all ranks. If a rank does not respond within the
+    timeout, the errors of the other ranks name that rank. After an error, open no other communicator.
 
     Only one thread, and so only one run, may use a communicator at a time.
 
@@ -192,7 +192,7 @@ class MPICommunicator:
     def _values(
         self, value: Any, place: str, receivers: Sequence[int], senders: Sequence[int]
     ) -> dict[int, tuple[str, Any]]:
-        """Send a value to `receivers`. Return the place and the value that each of `senders` has sent."""
+        """Send the pair (place, value) to each receiver. Return the pairs of the senders, by rank."""
         started, byte, status = time.perf_counter(), self._mpi.BYTE, self._mpi.Status()
         self._progress.stop()
         content = self._mpi.pickle.dumps((place, value)) if receivers else b""
@@ -214,10 +214,10 @@ class MPICommunicator:
         return {rank: self._mpi.pickle.loads(content) for rank, content in contents.items()}
 
     def _start(self, rows: Sequence[Array], out: Array, senders: Sequence[int]) -> None:
-        """Start to send rows, and to receive the rows of `out` from the senders.
+        """Start to send `rows` to the other ranks, and to receive row s of `out` from each sender s.
 
         Args:
-            rows: the row for each rank; empty if this rank sends nothing.
+            rows: row r goes to rank r; empty if this rank sends nothing.
         """
         for rank in senders:
             if rank != self.rank:
@@ -228,12 +228,14 @@ class MPICommunicator:
             self._exchanges.sends.append((rank, request))
 
     def _others(self) -> list[int]:
-        """All other ranks, in cyclic order from the next rank on, so that not all send to rank 0 first."""
+        """The ranks after this rank, then those before it. Thus not all ranks send to rank 0 first."""
         return [(self.rank + step) % self.size for step in range(1, self.size)]
 
     def _wait(self, missing: Callable[[], list[int]], messages: Messages) -> None:
-        """Wait until all messages are complete: until `missing` returns no ranks. Then remove the messages.
+        """Wait until all `messages` are complete. Then remove the messages.
 
+        Args:
+            missing: a function that returns the ranks of incomplete messages.
         Raises:
             RankError: another rank has failed, or does not respond within the timeout.
         """
@@ -271,7 +273,7 @@ class MPICommunicator:
                 set_num_threads(self._threads)
 
     def _end(self, error: BaseException | None) -> None:
-        """Leave the other ranks, after an error or at the regular end."""
+        """End the communication with the other ranks, after an error or at the regular end of the block."""
         if error is not None:
             try:
                 with contextlib.suppress(Exception):  # an MPI error must not replace `error`

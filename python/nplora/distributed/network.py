@@ -64,7 +64,7 @@ class Network:
         return cls(float(bits[1]) * of_unit, float(seconds[1]) * _UNITS[seconds[2]])
 
     def exchange(self, size: int, nodes: int) -> float:
-        """The seconds that all nodes take to send each other one slice of an array.
+        """The seconds until each node has sent one slice of its array to every other node.
 
         Args:
             size: the bytes of the array. The array is cut into one slice for each node.
@@ -79,7 +79,7 @@ class Network:
         return self.exchange(0, nodes)
 
     def sums(self, size: int, nodes: int, rounds: Sequence[tuple[int, float]]) -> float:
-        """The seconds that the ranks wait for the network in each step, to add up their gradients.
+        """The seconds per step for which the ranks wait for the network when they add up their gradients.
 
         In each round, every rank computes one batch, and the ranks exchange their results. Every rank adds up
         its own slice of the gradients. While a rank computes the batch of the next round, it receives its
@@ -88,8 +88,9 @@ class Network:
 
         Args:
             size: the bytes of the gradients.
-            rounds: a pair for each round of the step: how many times each rank sends gradients of `size`
-                bytes (once for each micro-batch), and the seconds for which each rank computes.
+            rounds: for each round of the step, a pair: the number of micro-batches of each rank, and the
+                seconds for which each rank computes. A rank sends gradients of `size` bytes for each
+                micro-batch.
         """
         one, waited = self.exchange(size, nodes), 0.0
         for number, (terms, _) in enumerate(rounds, start=1):
@@ -98,11 +99,11 @@ class Network:
         return waited + one + (len(rounds) + 1) * self.gather(nodes)
 
     def local_sums(self, size: int, nodes: int, local_steps: int, rounds: int) -> float:
-        """The seconds of exchanges, as a mean over all steps, if each rank trains its own copy.
+        """The mean seconds per step that exchanges take if each rank trains its own copy of the values.
 
         The ranks exchange small values in every step. After `local_steps` steps, the ranks add up three
-        arrays: the changes of the trained values, AdamW's first moments and AdamW's second moments. Each sum
-        takes as long as the sum of the gradients (see `sums`).
+        arrays: the changes of the trained values, AdamW's first moments and AdamW's second moments. Each of
+        these sums takes two exchanges of `size` bytes, as in `sums`.
 
         Args:
             size: the bytes of the trained values.

@@ -20,7 +20,7 @@ def opened_communicator(
 
     Args:
         op: name of the calling function in messages.
-        distributed: one of DISTRIBUTED, as the caller has checked, or None. "mpi": the ranks of an MPI
+        distributed: "mpi", "off" or None; the caller has checked the value. "mpi": the ranks of an MPI
             launcher. "off": this process alone. None: this process alone; it is an error if a launcher has
             started several ranks.
         given: a communicator that the caller has opened. If it is given, `distributed` must be None.
@@ -50,8 +50,8 @@ def opened_communicator(
 def or_none_if_alone(ranks: Communicator) -> Communicator | None:
     """The communicator for a `Trainer`: None for a process that trains alone.
 
-    With a communicator, the trainer stores the gradients of each batch of a step, to add them in order. A
-    single process can add the gradients without storing them.
+    With a communicator, the trainer stores the gradients of all batches of a step, and then adds them in a
+    fixed order. A single process can add each batch's gradients at once.
 
     >>> from nplora.distributed import Alone
     >>> from nplora.distributed.opening import or_none_if_alone
@@ -65,8 +65,8 @@ def say_if_alone(ranks: Communicator, distributed: str | None, progress: bool | 
     """Print a notice on stderr if `distributed` is "mpi" but this process is not a rank of a launcher.
 
     If the launcher belongs to another MPI library than mpi4py, each of the processes may train alone, without
-    an error. So the notice also appears where no progress is shown, such as in a log file. Only
-    `progress=False` turns it off.
+    an error. So with `progress=None`, the notice appears even if stderr is a file, where progress is not
+    shown. Only `progress=False` turns the notice off.
 
     >>> from nplora.distributed import Alone
     >>> from nplora.distributed.opening import say_if_alone
@@ -78,10 +78,10 @@ def say_if_alone(ranks: Communicator, distributed: str | None, progress: bool | 
 
 
 def require_choice(op: str, distributed: str | None) -> None:
-    """Refuse a command that a launcher has started on several ranks without the option `distributed`.
+    """Raise an error if a launcher has started several ranks, and `distributed` is not given on this rank.
 
-    Other ranks may have been started with the option, and would wait for this rank. So the refusal is
-    reported to all ranks.
+    The option may be given on other ranks, which would then wait for this rank. So the error is reported to
+    all ranks.
 
     Raises:
         ValueError: `distributed` is None, and a launcher has started several ranks.
@@ -96,12 +96,12 @@ def require_choice(op: str, distributed: str | None) -> None:
 
 @contextlib.contextmanager
 def heard_by_all_ranks(distributed: str | None) -> Iterator[None]:
-    """A `with` block. An error inside the block is reported to the other ranks.
+    """If the `with` body raises an error, report this error to the other ranks.
 
-    The block comes before `opened_communicator`.
+    Use this function for code that runs before `opened_communicator`.
 
-    In `opened_communicator`, the other ranks wait without a timeout until this rank has opened its
-    communicator too. So after an error, this rank opens a communicator to report the error.
+    Other ranks that have reached `opened_communicator` wait, without a timeout, until this rank opens a
+    communicator too. So after an error, this rank opens a communicator, and reports the error through it.
 
     Args:
         distributed: as in `opened_communicator`.

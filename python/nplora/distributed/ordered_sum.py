@@ -16,7 +16,7 @@ Array = npt.NDArray[Any]
 
 
 class OrderedSum:
-    """Adds up the contents of the same arrays on all ranks, such as the gradients of a model.
+    """Adds up arrays that every rank has, such as the gradients of a model, over all ranks.
 
     A term is what the arrays of one rank contain when this rank calls `keep`. Floating-point sums depend on
     the order of their terms. So the arrays are cut into one slice for each rank. Each rank takes its slice
@@ -55,7 +55,7 @@ class OrderedSum:
 
     @property
     def kept(self) -> int:
-        """The number of terms of this rank that are not added yet."""
+        """The number of terms of this rank that have not been sent yet."""
         return len(self._slices[0].terms) if self._slices else 0
 
     def keep(self) -> None:
@@ -64,19 +64,19 @@ class OrderedSum:
             each.keep()
 
     def forget(self) -> None:
-        """Drop the terms of this rank that have not been added yet."""
+        """Discard the terms of this rank that have not been sent yet."""
         for each in self._slices:
             each.terms.clear()
 
     def restart(self) -> None:
-        """Drop all terms and sums."""
+        """Discard the terms of this rank, the terms that `add` has sent, and the sums."""
         self.forget()
         self._add_sent()
         for each in self._slices:
             each.sum = None
 
     def add(self, counts: Sequence[int]) -> None:
-        """Add the kept terms of all ranks: first those of rank 0 in their order, then those of rank 1, ...
+        """Add the terms of all ranks: first the terms of rank 0, then the terms of rank 1, and so on.
 
         This method may return before all terms have arrived.
 
@@ -183,7 +183,7 @@ class _Slices:
             out[...] = values
 
     def _loaded(self, sent: Array) -> Array:
-        """The values that `_store` has written."""
+        """Convert values that `_store` has written back to the dtype of the arrays."""
         if not self._rounds:
             return sent
         values = np.empty(sent.shape, np.float32)

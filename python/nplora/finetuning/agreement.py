@@ -28,7 +28,7 @@ class _Examples(Protocol):
 
 
 def require_same_options(ranks: Communicator, options: _Options, op: str = "finetune") -> None:
-    """Check that all ranks have the same program and options, and that each rank has a batch in every step.
+    """Check that all ranks have the same program and options, and that a step has enough batches for them.
 
     `require_same_data` compares the data after they are read. The trainer compares the models before the
     first step.
@@ -36,8 +36,8 @@ def require_same_options(ranks: Communicator, options: _Options, op: str = "fine
     Args:
         op: the name of the calling function, for messages.
     Raises:
-        ValueError: a rank has another program or another option than rank 0, and the message names the rank
-            and the difference; or there are more ranks than batches in a step.
+        ValueError: the program or an option of a rank differs from that of rank 0. The message names the rank
+            and the difference. Or there are more ranks than batches in a step.
     """
     names = [field.name for field in dataclasses.fields(options)]
     values = {name: getattr(options, name) for name in names if name not in _MAY_DIFFER}

@@ -60,8 +60,8 @@ def attach_adapter(
         ValueError: the weight of an adapter is not finite, or the list of adapters is empty.
         Other errors: see `Adapter.attach`, and `combine` for several adapters.
     Warns:
-        UserWarning: an adapter is given more than once, its adapter_config.json has unknown keys, or its file
-            holds copies of the base model's weights.
+        UserWarning: the same adapter is given more than once. Or an adapter's adapter_config.json has unknown
+            keys, or an adapter's file holds copies of the base model's weights.
 
     >>> lm = nplora.load_model("model.gguf")
     >>> nplora.finetuning.attach_adapter(lm, nplora.read_adapter("adapter"))
@@ -96,7 +96,7 @@ def warn_of_form(op: str, adapter: Adapters, chat: bool | None, use: str, remedy
 
     Args:
         chat: whether the template is used now; None: unknown, so there is no warning.
-        use: words that name the current text in the warning, such as "this text".
+        use: the subject of the warning, such as "this text": what does or does not go through the template.
         remedy: the advice in the warning if the text does not go through the template.
     """
     for one, _ in _weighted(op, adapter):

@@ -42,8 +42,8 @@ class Comparison:
     Attributes:
         evaluations: a dict from the name of each system to its results. A system is the model, alone or with
             an adapter. The first system is "base", the model alone.
-        differences: a `Difference` between each adapter and the base in every metric. If there are several
-            adapters, the adapter with the lowest loss is also compared with the other adapters.
+        differences: for each metric, a `Difference` between each adapter and the base. If there are several
+            adapters, also a `Difference` between the adapter with the lowest loss and each other adapter.
 
     >>> comparison = nplora.finetuning.compare("model.gguf", "valid.jsonl", ["adapter"])
     >>> list(comparison.evaluations)
@@ -228,7 +228,7 @@ def _named(adapters: object) -> dict[str, Adapters]:
 def _name(adapter: Any) -> str:
     """The name of an adapter: its path, and its weight if the weight is not 1.
 
-    The name of a sum of adapters consists of the names of these adapters, separated by " + ".
+    If `adapter` is a sum of adapters, the names of these adapters are joined by " + ".
     """
     if isinstance(adapter, tuple) and len(adapter) == 2 and isinstance(adapter[1], int | float):
         return _name(adapter[0]) if adapter[1] == 1 else f"{_name(adapter[0])}:{adapter[1]:g}"

@@ -1,4 +1,4 @@
-"""EarlierRun: how a run computed its steps so far. A resumed run computes its steps in the same way."""
+"""EarlierRun: the arithmetic and the micro-batches of an earlier run. A resumed run uses the same."""
 
 from __future__ import annotations
 
@@ -16,16 +16,18 @@ from nplora.weights import COMPUTES
 
 @dataclass(frozen=True)
 class EarlierRun:
-    """How an earlier run computed. The resumed run does the same, even if a new run would choose otherwise.
+    """How an earlier run computed its steps. A run that resumes it computes its steps in the same way, even
+    if a new run would choose another way.
 
     Attributes:
         compute: arithmetic of the products with frozen weights; None: the checkpoint does not name
             this arithmetic.
-        int8_head: whether the gradient of the head's input was computed in int8; None: the checkpoint does
-            not record this, because the run is older than the option `int8_head`. Such a run computed the
-            gradient as with `int8_head` "auto".
-        micro_tokens: maximum tokens of a micro-batch; None: the run did not divide its batches.
-        step: the number of steps that the run has made.
+        int8_head: whether the gradient of the head's input was computed in int8. If None, the checkpoint does
+            not record this, because the run is older than the option `int8_head`; the run then computed the
+            gradient as with int8_head="auto".
+        micro_tokens: maximum tokens of a micro-batch; None: the run did not divide its batches into
+            micro-batches.
+        step: the number of steps that the earlier run has made.
     """
 
     compute: str | None
@@ -34,13 +36,14 @@ class EarlierRun:
     int8_head: bool | None = None
 
     def keep_compute(self, options: FinetuneOptions) -> FinetuneOptions:
-        """Return the options. If `options.compute` is None, replace it with the earlier run's `compute`."""
+        """If `options.compute` is None, set it to the earlier run's `compute`. Return the new options."""
         if options.compute is None and self.compute is not None:
             return dataclasses.replace(options, compute=self.compute)
         return options
 
     def keep_int8_head(self, options: FinetuneOptions, compute: str | None) -> FinetuneOptions:
-        """Return the options. If both runs compute in int8, int8_head="auto" becomes the earlier run's value.
+        """If both runs compute in int8, replace int8_head="auto" by the earlier run's value. Return the
+        options.
 
         Args:
             compute: arithmetic of the resumed run. If the earlier run used another arithmetic, the trainer
@@ -78,7 +81,7 @@ def find_earlier_run(output: StrPath) -> EarlierRun | None:
 def _described(checkpoint: Checkpoint) -> EarlierRun:
     """Read an earlier run from the settings of a checkpoint.
 
-    Wrong settings are ignored here, because the trainer refuses them later.
+    This function ignores settings with wrong values, because the trainer raises an error for them later.
     """
     fixed = checkpoint.settings.get("fixed")
     settings: dict[str, Any] = fixed if isinstance(fixed, dict) else {}

@@ -42,24 +42,23 @@ def evaluate(
 
     In multiple-choice rows {"prompt": …, "choices": […], "answer": …}, "answer" is the text of the right
     choice, its index from 0, or its letter. The model's answer is the choice with the largest likelihood. The
-    loss of a multiple-choice row is that of the right choice. The loss of a preference row {"prompt": …,
-    "chosen": …, "rejected": …} is that of the chosen answer.
+    loss counts only the right choice of a multiple-choice row, and only the chosen answer of a preference row
+    {"prompt": …, "chosen": …, "rejected": …}.
 
     Args:
         model: a GGUF file or a Hugging Face directory, as for `load_model`; or a loaded model.
-        data: rows to evaluate on: a file, several files, an iterable of dictionaries or a data frame, as for
-            `nplora.data.read_dataset`, but without sampling weights; or a directory. In a directory,
-            valid.jsonl is read, or train.jsonl if there is no valid.jsonl.
+        data: rows to evaluate on, as for `nplora.data.read_dataset`, but without sampling weights; or a
+            directory. In a directory, valid.jsonl is read, or train.jsonl if there is no valid.jsonl.
         adapter: adapter to evaluate the model with: a PEFT directory, a llama.cpp file or an `Adapter`; or a
             pair (adapter, weight). A list of adapters and pairs means the weighted sum of these adapters. A
-            loaded model does not change.
+            loaded model itself does not get the adapter.
         any_base: accept an adapter that was trained on another model with the same shapes.
         progress: print a report of the data on stderr; None: only on a terminal or in a notebook.
         record: a function that is called with a dictionary for each generated answer and each multiple-choice
             question.
-        metric: how generated answers are scored: exact_match, f1 or module:function. The function is called
-            with the answer, the reference and the row. Commas separate several metrics. In Python, `metric`
-            may also be a function, or a list of names and functions.
+        metric: how generated answers are scored: exact_match, f1, or a function of yours as module:function,
+            which is called with the answer, the reference and the row. Commas separate several metrics. In
+            Python, `metric` may also be a function, or a list of names and functions.
         max_new_tokens: maximum tokens of a generated answer.
         format: format of the rows: messages, sharegpt, alpaca, completion, text, preference or choice
             (default: the names of the fields decide).
@@ -69,20 +68,21 @@ def evaluate(
         learn: tokens in the loss: completion (completions and assistant turns) or all.
         skip_bad: skip bad lines of the data, and count them.
         strict: refuse examples that are longer than `max_length`.
-        compute: arithmetic of the products with frozen weights: float32, bfloat16, or int8, which acts
-            on weights in GGUF's quantised formats and computes a few tokens at a time (default: float32).
+        compute: arithmetic of the products with frozen weights: float32, bfloat16 or int8 (default: float32);
+            int8 needs weights in GGUF's quantised formats, and computes a few tokens at a time, as in
+            decoding.
     Returns:
         the mean loss, the number of tokens in the mean, the other metrics, and a report of the data.
     Raises:
         DataError: a line of the data is wrong; or `metric` is given, and a line has no prompt.
-        ValueError, TypeError: an option is out of range, `data` gives a file a sampling weight, a metric is
-            not found, `compute` is given for a model that is loaded already, or `adapter` is given for a
-            model that already has an adapter.
+        ValueError, TypeError: an option is out of range; or a file in `data` has a sampling weight; or there
+            is no such metric; or `model` is a loaded model, and `compute` is given; or the model already has
+            an adapter, and `adapter` is given.
         FormatError: a file is invalid, or the adapter does not fit the model or was trained on another model.
         OSError: a file cannot be read.
     Warns:
-        UserWarning: `compute` is "int8", but no weight can use int8; a metric failed in some examples; or
-            the adapter was trained with the chat template and this evaluation does not use it, or vice versa.
+        UserWarning: `compute` is "int8", but no weight can use int8; or a metric failed in some examples; or
+            only one of training and evaluation uses the chat template.
         Other warnings: see `attach_adapter`.
 
     >>> result = nplora.evaluate("model.gguf", "valid.jsonl", adapter="adapter")
@@ -145,7 +145,7 @@ def sources_to_judge(op: str, data: Data) -> list[Source]:
 def judge_for(
     op: str, lm: LanguageModel, sources: list[Source], options: EvaluateOptions, metrics: list[Metric]
 ) -> Judge:
-    """Read the data with the tokenizer of `lm`. Other models with the same tokenizer can use the result."""
+    """Read the data with the tokenizer of `lm`. The result can measure any model with this tokenizer."""
     reading = options.reading(options.max_length or lm.config.max_position_embeddings)
     return read_judge(op, lm, sources, reading, metrics, options.max_new_tokens)
 

@@ -123,10 +123,10 @@ def plan(
     outer_momentum: float = 0.5,
     checkpoint_blocks: bool = False,
 ) -> MemoryPlan:
-    """Predict the memory and the time that `finetune` needs with these arguments.
+    """Predict the memory and the time that `finetune` would need with the same arguments.
 
-    Nothing is trained or written. If `memory` is set, the plan is the one that `finetune` would choose to
-    stay below this limit. The arithmetic of a model that is already loaded does not change.
+    Nothing is trained or written. If `memory` is set, `finetune` chooses an execution plan that stays below
+    this limit, and `plan` returns the same one. A loaded model keeps its arithmetic.
 
     Args:
         model, data, valid and all options: see `finetune`.
@@ -159,14 +159,13 @@ def choose_execution(
 ) -> ExecutionPlan:
     """Decide how `finetune` computes its steps. If `memory` is set, choose a plan that fits, and print it.
 
-    If the arithmetic of the plan differs from that of the loaded model, the model in `inputs` is loaded
-    again.
+    If the plan needs another arithmetic than that of the model in `inputs`, the model is loaded again.
 
     Args:
-        earlier: the run to resume; its micro-batch size stays the same. None: this is a new run.
+        earlier: the run to resume, whose micro-batch size is kept. None: this is a new run.
         say: function that prints a text.
-        ranks: the processes that train together. Each rank predicts which plans fit into its own memory. Then
-            all ranks use the same plan, which fits on every rank.
+        ranks: the processes that train together. Each rank predicts the memory of each plan. Then all ranks
+            use the same plan, which fits into the memory of every rank.
     Raises:
         BudgetError: no plan fits into `memory`, or no plan fits on every rank.
         ValueError: the options do not fit the model.
@@ -208,10 +207,10 @@ def fitting_all(plans: Sequence[MemoryPlan]) -> ExecutionPlan:
     """Choose a plan that fits on every rank: the most exact arithmetic first, then the fastest plan.
 
     The ranks may have different memory limits and different numbers of threads, and each thread needs memory.
-    A step takes as long as on the slowest rank.
+    The time of a step is the time that the slowest rank needs for it.
 
     Args:
-        plans: the plan of each rank, with the alternatives that the rank has compared.
+        plans: for each rank, its own choice and the other plans that it has compared.
     Raises:
         BudgetError: no plan fits on every rank.
         ValueError: the ranks have compared different plans.
@@ -248,16 +247,17 @@ def predicted(
 
 
 def fixed_compute(model: StrPath | LanguageModel, options: FinetuneOptions) -> str | None:
-    """The arithmetic of the model if it is loaded, and otherwise the option `compute`, which may be None."""
+    """The arithmetic that the run must use: that of a loaded model, otherwise the option `compute`."""
     return model.compute if isinstance(model, LanguageModel) else options.compute
 
 
 def adapters_of(op: str, inputs: RunInputs, options: FinetuneOptions) -> Adapters:
-    """The adapted layers of a run with their LoRA ranks, and the trained rows of the embedding and the head.
+    """Find out what a run trains: the layers with an adapter and their ranks, and whole rows of the embedding
+    and the head.
 
     Raises:
         ValueError: the layers do not fit the model; or `keep_prefix` is set and the lowest block is adapted;
-            or `int8_head` is "on" and the head is trained.
+            or `int8_head` is "on" and rows of the head are trained; or no example has the invocation tokens.
     """
     lm, start = inputs.lm, inputs.start
     if start is None:
@@ -301,7 +301,7 @@ def _require_invocation(
     """Check that examples have the invocation tokens. An activated LoRA has no effect without these tokens.
 
     Args:
-        is_new: whether the adapter is new. If so, the error advises another invocation.
+        is_new: whether the adapter is new. The error message of a new adapter advises another invocation.
     Raises:
         ValueError: no example has the invocation tokens.
     Warns:
@@ -321,7 +321,7 @@ def _require_invocation(
 
 
 def _invocation_advice(lm: LanguageModel, dataset: Examples) -> str:
-    """The end of an error message: how to choose a good invocation."""
+    """The end of an error message, which says how to choose a good invocation."""
     advice = (
         "; set --invocation (invocation=) to a text that stands just before the answers and has the same "
         "tokens in each example"
@@ -336,7 +336,6 @@ def _invocation_advice(lm: LanguageModel, dataset: Examples) -> str:
 def _planned(
     op: str, inputs: RunInputs, adapters: Adapters, options: FinetuneOptions, constraints: PlanConstraints
 ) -> MemoryPlan:
-    """Choose a plan."""
     budget = None if options.memory is None else parse_bytes(options.memory, op)
     # Measured now, because the list of batches takes memory too.
     resident = resident_memory(inputs.lm, inputs.teacher_model)
@@ -348,10 +347,10 @@ def _shortage(
 ) -> str:
     """A message if the remaining steps need more memory than is available; otherwise an empty text.
 
-    Only the batches of the first epoch are considered: all epochs are assumed to need the same memory.
+    The prediction is for the batches of the first epoch. All other epochs need about the same memory.
 
     Args:
-        done: the number of steps that the run has made.
+        done: the number of steps that the run has made already.
     """
     resident = resident_memory(inputs.lm, inputs.teacher_model)
     work = _work_of(inputs, adapters, options, most_epochs=1)
@@ -366,7 +365,7 @@ def _work_of(
     """Describe the batches of a run with these options.
 
     Args:
-        most_epochs: maximum number of epochs whose batches are described; None: enough epochs for about
+        most_epochs: describe the batches of at most this number of epochs; None: as many epochs as have about
             `_MOST_EXAMPLES` examples.
     """
     train, held_out, objective = inputs.train, inputs.held_out, inputs.objective
@@ -411,6 +410,6 @@ def _largest_evaluation(held_out: Examples) -> int:
 
 
 def _sizes(dataset: Examples) -> list[tuple[int, int]]:
-    """For each batch of an evaluation: the number of tokens, and the number of tokens in the loss."""
+    """A tuple for each batch of an evaluation: its number of tokens, and its number of trained tokens."""
     batches, lengths, targets = evaluation_batches(dataset).members(0), dataset.lengths, dataset.targets
     return [(int(lengths[batch].sum()), int(targets[batch].sum())) for batch in batches]

@@ -31,12 +31,12 @@ def held_out_loss(data: Data, *, progress: bool | None = None, **reading: Any) -
     Args:
         data: rows to measure the loss on, as for `evaluate`.
         progress: print a report of the data on stderr; None: only on a terminal or in a notebook.
-        reading: how the data are read: `format`, `columns`, `chat`, `max_length`, `learn` and `skip_bad`, as
-            in `evaluate`.
+        reading: the options `format`, `columns`, `chat`, `max_length`, `learn` and `skip_bad` of `evaluate`.
     Returns:
         a function that takes the path of a model and an adapter (or None), and returns the mean loss. Each
-        call loads the model. The first call reads and reports the data; later calls read the data again only
-        for a model with another tokenizer. The function raises the errors of `evaluate`.
+        call loads the model. The first call reads the data and prints the report. A later call reads the data
+        again only if its model differs in the tokenizer, the vocabulary size or the context length. The
+        function raises the errors of `evaluate`.
     Raises:
         ValueError, TypeError: an option is unknown or out of range.
 
@@ -73,5 +73,5 @@ def held_out_loss(data: Data, *, progress: bool | None = None, **reading: Any) -
 
 
 def _attachable(adapter: Source | None) -> StrPath | Adapter | None:
-    """Return the adapter in a form that `evaluate` accepts: a path or an `Adapter`."""
+    """Return the adapter as a path or an `Adapter`, which `evaluate` accepts."""
     return adapters.read_adapter(adapter) if isinstance(adapter, Module | AdapterContent) else adapter

@@ -1,4 +1,4 @@
-"""Int8Check: compares gradients in int8 with gradients in bfloat16 during a run."""
+"""Int8Check: during a run, compares a gradient computed in int8 with the same gradient in bfloat16."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ AddGradient = Callable[[], None]  # adds the gradient of the sample to the gradi
 class Int8Check(Callback):
     """Computes the gradient of a sample in int8 and in bfloat16, and compares their directions.
 
-    Every comparison uses the same sample of the training data. Here, the parts of a model are each of its
-    blocks, the head and the embedding. If the cosine between the two gradients of a part is too small, the
-    part computes in bfloat16 from then on. If the cosine is too small only for the gradient of the whole
-    model, the part with the smallest cosine switches to bfloat16. The log has one line for each comparison.
-    If `add_gradient` raises NonFiniteLossError, nothing is compared, and a message says so.
+    Every comparison uses the same sample of the training data. The parts of a model are its blocks, its head
+    and its embedding. If the cosine between the two gradients of a part is too small, this part computes in
+    bfloat16 in the rest of the run. If only the cosine for the whole model is too small, the part with the
+    smallest cosine switches to bfloat16. The log has one line for each comparison. If `add_gradient` raises
+    NonFiniteLossError, nothing is compared, and a message says so.
 
     Args:
         model: the model, with its adapter.
@@ -66,7 +66,7 @@ class Int8Check(Callback):
         self._fallen_back: list[str] = []  # the parts that compute in bfloat16
 
     def on_fit_start(self, run: Run) -> None:
-        """If the run is resumed, let the same parts compute in bfloat16 as before."""
+        """In a resumed run, switch the parts to bfloat16 that computed in bfloat16 in the earlier run."""
         for layer in layers_of(self._model, part_names(self._model)):
             layer.int8 = True  # an earlier run that ended with an error may have left it False
         last = run.logged(_EVENT)
@@ -115,8 +115,8 @@ class Int8Check(Callback):
     def _smallest_cosines(self, run: Run) -> tuple[float, dict[str, float]] | None:
         """Return the smallest cosine over all ranks: a number for the whole model, and a dict for the parts.
 
-        The result is None if the loss of the sample is not finite on a rank. With local steps, the factors
-        of the ranks differ, and so do the cosines. But all ranks must compute in the same arithmetic.
+        The result is None if the loss of the sample is not finite on a rank. With local steps, the cosines of
+        the ranks differ. All ranks use the smallest, because they must compute in the same arithmetic.
         """
         own, problem = None, ""
         try:
@@ -140,10 +140,10 @@ class Int8Check(Callback):
 
 
 def of_tokens(lm: LanguageModel, batches: TokenBatches, micro_tokens: int | None = None) -> AddGradient:
-    """Return a function that adds the gradient for the first training sequences to the model's gradients.
+    """Return a function for `Int8Check`. Its sample is the first micro-batch of the run's first batch.
 
     Args:
-        micro_tokens: the largest number of tokens that are computed at once, as in PackedLoss.
+        micro_tokens: maximum number of tokens in a micro-batch, as in `PackedLoss`.
     """
     tokens = min(SAMPLE_TOKENS, micro_tokens or SAMPLE_TOKENS)
 
@@ -163,11 +163,11 @@ def of_tokens(lm: LanguageModel, batches: TokenBatches, micro_tokens: int | None
 def sample_length(sizes: Iterable[tuple[int, int]]) -> int:
     """The number of examples in a sample.
 
-    The sample has at least `LEAST_ROWS` texts, if there are that many. Further examples are added while the
-    sample has at most `SAMPLE_TOKENS` tokens.
+    The first examples are counted until they have `LEAST_ROWS` texts. Further examples are counted as long as
+    the sample has at most `SAMPLE_TOKENS` tokens.
 
     Args:
-        sizes: for each example, a pair: the number of tokens, and the number of texts.
+        sizes: for each example, a tuple: its number of tokens, and its number of texts.
     """
     tokens = texts = count = 0
     for new_tokens, new_texts in sizes:
@@ -178,10 +178,10 @@ def sample_length(sizes: Iterable[tuple[int, int]]) -> int:
 
 
 def cosines(model: Module, add_gradient: AddGradient) -> tuple[float, dict[str, float]]:
-    """The cosine between the gradients in int8 and in bfloat16, for all parameters and for each part.
+    """The cosine between the gradients in int8 and in bfloat16: for the whole model, and for each part of it.
 
-    If the gradients have many values, every k-th of them is compared. The gradients of the parameters and the
-    states of the random generators stay unchanged.
+    If the gradients have many values, only every k-th value is compared (see `sample_step`). The gradients of
+    the parameters and the states of the random generators stay unchanged.
     """
     step = sample_step([parameter.grad for parameter in model.parameters()])
 
@@ -201,10 +201,10 @@ def cosines(model: Module, add_gradient: AddGradient) -> tuple[float, dict[str, 
 
 
 def sample_step(gradients: Sequence[Array]) -> int:
-    """Return a number k. The caller compares every k-th value of the gradients, at most COMPARED values.
+    """Return a number k, such that every k-th value of the gradients gives at most about COMPARED values.
 
-    k and the length of a row of each gradient have no common factor. So the compared values are spread over
-    all columns of the gradient.
+    k has no common factor with the number of columns of any gradient. So the compared values come from all
+    columns.
 
     >>> import numpy as np
     >>> sample_step([np.empty((1024, 6), np.float32), np.empty((3000, 576), np.float32)])
@@ -218,7 +218,7 @@ def sample_step(gradients: Sequence[Array]) -> int:
 
 
 class Products:
-    """Computes the dot products a·b, a·a and b·b of two long vectors, which `add` receives in pieces."""
+    """Adds up the dot products a·b, a·a and b·b of two vectors. Each call of `add` gets a piece of both."""
 
     def __init__(self) -> None:
         self.ab = self.aa = self.bb = 0.0
@@ -242,7 +242,7 @@ def computes_in_int8(model: Module) -> bool:
 
 
 def layers_of(model: Module, parts: Iterable[str]) -> Iterator[Linear | LoRALinear]:
-    """The linear layers of these parts of a model: only linear layers can compute in int8."""
+    """Yield the linear layers in the given parts of a model. Only linear layers can compute in int8."""
     wanted = set(parts)
     for name, module in model.named_modules():
         if isinstance(module, Linear | LoRALinear) and part_of(name) in wanted:
@@ -255,7 +255,7 @@ def part_names(model: Module) -> list[str]:
 
 
 def part_of(name: str) -> str:
-    """The part of the model that a layer or parameter belongs to.
+    """The name of the model's part (see `Int8Check`) to which a layer or parameter belongs.
 
     >>> part_of("model.layers.12.mlp.up_proj.A"), part_of("lm_head.A")
     ('model.layers.12', 'lm_head')

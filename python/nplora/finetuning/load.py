@@ -38,7 +38,7 @@ class RunInputs:
         train: the examples to train on.
         held_out: the examples to evaluate on, or None.
         start: the adapter to continue from, or None.
-        paths: the files of the data, each with a description of its content.
+        paths: a list of tuples: what an input file holds, such as "training data", and its path.
         objective: the objective that the run minimises.
         added_tokens: the tokens that the adapter adds to the model.
     """
@@ -57,15 +57,15 @@ class RunInputs:
 
     @property
     def tokens(self) -> int:
-        """The number of tokens in all forward passes of one epoch and one evaluation."""
+        """The number of tokens in an epoch plus an evaluation, over all their forward passes."""
         passes = 1 + self.objective.extra_passes  # an extra pass reads other sequences of the same length
         return passes * sum(dataset.report.tokens for dataset in self.datasets)
 
     def prompts(self, texts: Sequence[str]) -> list[Prompt]:
         """Turn texts into prompts.
 
-        If all training examples were formatted with the chat template, each prompt is a chat: the text is
-        the message of the user.
+        If all training examples were formatted with the chat template, each prompt is a chat, in which the
+        text is a message of the user.
         """
         if not self.train.report.chat:
             return list(texts)
@@ -135,7 +135,7 @@ def _added_tokens(
     """The tokens that the run's adapter adds to the model.
 
     Raises:
-        ValueError: the run adds tokens, but it is a distillation, and its teacher lacks these tokens.
+        ValueError: a distillation adds tokens, which its teacher would lack.
     Warns:
         UserWarning: the model already has one of the tokens.
     """
@@ -147,7 +147,7 @@ def _added_tokens(
         for text, id_ in new.known.items():
             warn_user(
                 f"{op}: the model already has {brief(text)} (token {id_}), so the token is not added, but "
-                "its row is trained"
+                "its rows of the embedding and the head are trained"
             )
     if tokens and options.objective == "distill":
         shown = ", ".join(brief(token.text) for token in tokens)
@@ -158,7 +158,7 @@ def _added_tokens(
 
 
 def _warn_of_unused(op: str, tokens: Sequence[AddedToken], train: Examples) -> None:
-    """Warn about new tokens that do not occur in the training data, because such tokens learn no meaning."""
+    """Warn about new tokens that do not occur in the training data. They would learn no meaning."""
     if missing := [brief(token.text) for token in tokens if not train.has(token.id)]:
         warn_user(f"{op}: {train.report.source}: no example has the new tokens {', '.join(missing)}")
 
@@ -183,7 +183,7 @@ def opened(
     """Return the model. If `model` is a path, load the model.
 
     Args:
-        to_decode: whether the model will generate text. If so, a warning says if decoding cannot use int8.
+        to_decode: whether the model will generate text. For such a model, `loaded` may warn about int8.
     """
     if not isinstance(model, LanguageModel):
         load = partial(loaded, op) if to_decode else load_model
@@ -200,7 +200,7 @@ def loaded(op: str, path: StrPath, compute: str, check: bool = True) -> Language
     lm = load_model(path, compute, check=check)
     if compute == "int8" and not any(weight.meets_int8 for weight in _frozen_weights(lm)):
         warn_user(
-            f"{op}: with compute='int8', a step with few tokens computes in int8 only if weights have one of "
+            f"{op}: with compute='int8', products with few tokens use int8 only if the weights have one of "
             f"GGUF's quantised formats. {files.name(path)} has no such weights, so decoding computes in "
             "float32"
         )
@@ -252,8 +252,8 @@ def _start(op: str, lm: LanguageModel, options: FinetuneOptions) -> Adapter | No
 def computes_head_in_int8(lm: LanguageModel, options: FinetuneOptions, trains_head: bool) -> bool:
     """Whether a run computes the gradient of the head's input in int8.
 
-    The result is False if the model does not use int8, if the run filters the vocabulary, or if the head is
-    trained.
+    The result is False if the model does not use int8, if `filter_vocabulary` is set, or if rows of the head
+    are trained.
 
     Args:
         trains_head: whether rows of the head are trained directly, not through a low-rank adapter.

@@ -1,4 +1,4 @@
-"""Milestones: notes the first step and the end of a run, to know after an error which results to keep."""
+"""Milestones: records how far a run came, so that after an error the caller knows which results to keep."""
 
 from collections.abc import Callable
 
@@ -11,8 +11,7 @@ class Milestones(Callback):
     Args:
         on_first_step: function to call after the first step that this call of `finetune` makes, or None.
     Attributes:
-        has_ended: whether the training has ended. After the end, the model has the factors that should be
-            saved.
+        has_ended: whether the training has ended, so that the model has the factors that should be saved.
     """
 
     def __init__(self, on_first_step: Callable[[], None] | None) -> None:

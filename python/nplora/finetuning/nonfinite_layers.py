@@ -28,9 +28,8 @@ def first_nonfinite_layer(lm: LanguageModel, batch: PackedBatch) -> str:
 
 @contextlib.contextmanager
 def watched_blocks(model: Decoder, name: Callable[[int], str]) -> Iterator[list[str]]:
-    """Watch the blocks of a model during a `with` body, and yield a list.
-
-    When a block returns an output that is not finite, the name of the block is added to the list.
+    """Yield an empty list. In the `with` block, when a block of the model returns an output that is not
+    finite, the name of this block is added to the list.
 
     Args:
         name: a function that returns the name of a block, given its index.

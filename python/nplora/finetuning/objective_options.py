@@ -77,8 +77,8 @@ def _check_distillation(op: str, options: Any) -> None:
 def require_temperature(op: str, temperature: object) -> None:
     """Raise an error unless the value is a number from 0.01 to 100.
 
-    At other temperatures, the softmax gives nearly all probability to one token, or the same probability to
-    all tokens, and float32 cannot represent the divergences.
+    At a lower temperature, the softmax gives nearly all probability to one token; at a higher temperature, it
+    gives nearly the same probability to all tokens. Then float32 is not precise enough for the divergences.
     """
     least, most = TEMPERATURES
     if not least <= _check.number(op, "temperature", temperature) <= most:

@@ -1,7 +1,7 @@
 """FinetuneOptions and EvaluateOptions: the options of a run and of an evaluation, with their help texts.
 
-A help text names other options in backticks. The docstrings of `finetune` and `evaluate` repeat the help
-texts word for word. The command line shows `max_length` as --max-length.
+If a help text names another option, the name is in backticks, and the command line prints `max_length` as
+--max-length. The docstrings of `finetune` and `evaluate` repeat the help texts word for word.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def _option(group: str | None, default: Any, text: str, **more: Any) -> Any:
 
 
 def _unplanned(group: str, default: Any, text: str, **more: Any) -> Any:
-    """Make the field of an option that changes neither the memory nor the time of a step."""
+    """Make the field of an option on which neither the memory nor the time of a step depends."""
     return _option(group, default, text, planned=False, **more)
 
 
@@ -165,8 +165,8 @@ class FinetuneOptions:
     beta: float = _unplanned(
         _OBJECTIVE,
         0.1,
-        "strength of the preference; in dpo and kto, larger values keep the outputs closer to those of the "
-        "model without the adapter; in orpo, the weight of the loss term that compares the two answers",
+        "strength of the preference. For dpo and kto, larger values keep the outputs closer to those of the "
+        "model without the adapter. For orpo, weight of the loss term that compares the two answers",
     )
     loss_type: str | None = _option(
         _OBJECTIVE,
@@ -178,7 +178,8 @@ class FinetuneOptions:
     label_smoothing: float = _unplanned(
         _OBJECTIVE,
         0.0,
-        "for dpo with sigmoid, sigmoid_norm or robust: assumed share of pairs whose answers are swapped",
+        "assumed share of pairs in which the chosen and the rejected answer are swapped; for dpo with "
+        "sigmoid, sigmoid_norm or robust",
     )
     desirable_weight: float = _unplanned(_OBJECTIVE, 1.0, "weight of the good answers in the loss of kto")
     undesirable_weight: float = _unplanned(_OBJECTIVE, 1.0, "weight of the bad answers in the loss of kto")
@@ -205,8 +206,8 @@ class FinetuneOptions:
     kd_ratio: float = _option(
         _OBJECTIVE,
         0.5,
-        "weight of the divergence in the loss of distill, at most 1; the loss of sft gets the remaining "
-        "weight",
+        "weight of the divergence in the loss of distill, at most 1; the weight of the loss of sft is 1 "
+        "minus this weight",
     )
     lr: float | None = _unplanned(
         _TRAINING,
@@ -266,7 +267,10 @@ class FinetuneOptions:
     skip_bad: bool = _option(_DATA, False, "skip bad lines of the data, and count them")
     strict: bool = _option(_DATA, False, "refuse examples that are longer than `max_length`")
     eval_every: int | None = _unplanned(
-        _VALIDATION, None, "steps between evaluations of the validation data, besides one after every epoch"
+        _VALIDATION,
+        None,
+        "number of steps between two evaluations of the validation data; the run also evaluates after every "
+        "epoch",
     )
     patience: int | None = _unplanned(
         _VALIDATION,
@@ -303,9 +307,9 @@ class FinetuneOptions:
     filter_vocabulary: float = _unplanned(
         _SPEED,
         0.0,
-        "probability such as 1e-6; tokens of the vocabulary that are less likely are left out of the "
-        "gradient of the output layer; makes steps faster, with a small error (default: 0, no token is left "
-        "out)",
+        "leave all tokens of the vocabulary that are less likely than this probability, such as 1e-6, out "
+        "of the gradient of the output layer; makes steps faster, with a small error (default: 0, no token "
+        "is left out)",
         metavar="P",
     )
     memory: str | int | None = _option(
@@ -317,8 +321,9 @@ class FinetuneOptions:
     keep_prefix: str = _option(
         _SPEED,
         "off",
-        "cache that lets later epochs skip the frozen blocks below the lowest adapter: off, memory, or disk "
-        "(in the output directory, during the run); takes 4 bytes x hidden size per token",
+        "where to cache the outputs of the frozen blocks below the lowest adapter, so that later epochs "
+        "skip these blocks: off, memory, or disk (in the output directory, during the run); each token "
+        "takes 4 x hidden size bytes",
         choices=KEEP_PREFIX,
     )
     save_every: int = _unplanned(_RUN, 100, "steps between checkpoints")
@@ -333,7 +338,8 @@ class FinetuneOptions:
     profile: bool = _unplanned(
         _RUN,
         False,
-        "print how the time of a step is spent, compared with the top speed of the processor",
+        "print how long each kind of work in a step takes, and what share of the processor's top speed it "
+        "reaches",
     )
     resume: bool = _unplanned(
         _RUN,
@@ -350,8 +356,8 @@ class FinetuneOptions:
     distributed: str | None = _option(
         _RUN,
         None,
-        "what the processes that mpirun started do: mpi (train one adapter together, each on a part of every "
-        "step) or off (each makes a separate run)",
+        "mpi: the processes that mpirun started train one adapter together, each with some batches of every "
+        "step; off: each process makes a separate run",
         choices=DISTRIBUTED,
     )
     communication_dtype: str = _option(
@@ -364,8 +370,8 @@ class FinetuneOptions:
     local_steps: int | None = _option(
         _RUN,
         None,
-        "local steps that every rank makes before the changes of all ranks are averaged (DiLoCo), for slow "
-        "networks (default: the ranks exchange gradients in every step)",
+        "number of steps that every rank makes alone before the ranks average their changes (DiLoCo), for "
+        "slow networks (default: the ranks exchange gradients in every step)",
     )
     outer_lr: float = _unplanned(
         _RUN,
@@ -443,8 +449,8 @@ class FinetuneOptions:
             self.require_int8_head(op, self.compute)
         if self.freeze_B and self.lora_plus_ratio != 1:
             raise ValueError(
-                f"{op}: lora_plus_ratio={self.lora_plus_ratio} and freeze_B exclude each other: the ratio is "
-                "that of two learning rates, and B is not trained"
+                f"{op}: lora_plus_ratio={self.lora_plus_ratio} and freeze_B exclude each other: the ratio "
+                "compares the learning rates of A and B, and B is not trained"
             )
         given = {"outer_lr": OUTER_LR, "outer_momentum": OUTER_MOMENTUM}
         if self.local_steps is None and (
@@ -519,7 +525,7 @@ def default_lr(hidden_size: int) -> float:
 
 
 def _same_option(name: str, **more: Any) -> Any:
-    """Make a field like that of the option `name` of `finetune`. `more` replaces entries of the metadata."""
+    """Copy the field of the option `name` of `finetune`. The entries in `more` replace its metadata."""
     field = next(field for field in dataclasses.fields(FinetuneOptions) if field.name == name)
     return dataclasses.field(default=field.default, metadata={**field.metadata, **more})
 
@@ -538,8 +544,8 @@ class EvaluateOptions:
     metric: tuple[str | MetricFunction, ...] = _option(
         _ANSWERS,
         (),
-        "how generated answers are scored: exact_match, f1 or module:function. The function is called with "
-        "the answer, the reference and the row. Commas separate several metrics",
+        "how generated answers are scored: exact_match, f1, or a function of yours as module:function, which "
+        "is called with the answer, the reference and the row. Commas separate several metrics",
         kind="metric",
         metavar="NAMES",
     )
@@ -567,8 +573,8 @@ class EvaluateOptions:
     compute: str | None = _option(
         _SPEED,
         None,
-        "arithmetic of the products with frozen weights: float32, bfloat16, or int8, which acts on "
-        "weights in GGUF's quantised formats and computes a few tokens at a time (default: float32)",
+        "arithmetic of the products with frozen weights: float32, bfloat16 or int8 (default: float32); "
+        "int8 needs weights in GGUF's quantised formats, and computes a few tokens at a time, as in decoding",
         choices=COMPUTES,
     )
     op: InitVar[str] = "evaluate"  # the name with which error messages begin
@@ -687,9 +693,8 @@ def _reporter_names(given: Any, op: str) -> tuple[str, ...]:
 
 
 def parse_columns(columns: Mapping[str, str] | str | None, op: str = "finetune") -> Mapping[str, str]:
-    """Read "prompt=question,completion=answer" as a dictionary from nplora's names to names in the data.
-
-    A mapping stays as it is.
+    """Turn a text such as "prompt=question,completion=answer" into a dict: nplora's name of a field -> name
+    in the data. Return a mapping unchanged.
 
     Raises:
         ValueError: the text does not have this form.
@@ -709,10 +714,9 @@ def parse_columns(columns: Mapping[str, str] | str | None, op: str = "finetune")
 
 
 def from_arguments(op: str, options: Callable[..., T], arguments: Mapping[str, Any]) -> T:
-    """Make options from the arguments of a function that has a keyword for each option.
+    """Make an object of the class `options` from the arguments of a function with a keyword for each option.
 
     Args:
-        options: class of the options.
         arguments: the result of `locals()` at the start of the function.
     Raises the errors that the class `options` raises.
     """

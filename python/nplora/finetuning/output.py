@@ -23,7 +23,7 @@ REPORTS = "reports"  # the directory in the output directory for the reports of 
 
 @contextlib.contextmanager
 def opened_output(place: Path, ranks: Communicator) -> Iterator[files.Directory | None]:
-    """The output directory on rank 0, and None on the other ranks, which may be unable to write to it."""
+    """Open the output directory on rank 0. Yield None on the other ranks, which may have no access to it."""
     if ranks.rank:
         yield None
         return
@@ -32,7 +32,7 @@ def opened_output(place: Path, ranks: Communicator) -> Iterator[files.Directory 
 
 
 def require_not_read(output: StrPath, inputs: RunInputs, adapter: StrPath | Adapter | None) -> None:
-    """Raise an error if the run, with this output directory, would overwrite one of its input files.
+    """Raise an error if a run with this output directory would overwrite one of its input files.
 
     Args:
         adapter: the adapter that the run continues from.
@@ -51,11 +51,11 @@ def require_inputs_kept(
     read: Iterable[tuple[str, StrPath]],
     more: Iterable[str] = (),
 ) -> None:
-    """Raise an error if a run, with this output directory, would overwrite the model or another input.
+    """Raise an error if a run with this output directory would overwrite the model or another input.
 
     Args:
-        read: pairs (name for messages, path) of the other input files.
-        more: names of files that this run writes in addition to the files that every run writes.
+        read: a tuple for each other input file: what messages call the file, and its path.
+        more: names of files that this run writes, but other runs do not.
     """
     names = [*run_files.NAMES, peft_adapter.CONFIG, peft_adapter.TENSORS, *more]
     inputs = [("model", path) for path in model_directory.files_of(model)]
@@ -63,10 +63,10 @@ def require_inputs_kept(
 
 
 def require_free(output: StrPath, options: FinetuneOptions, adds_tokens: bool) -> None:
-    """Refuse an output directory that holds a model.
+    """Raise an error if the output directory holds a model.
 
-    A run is refused too, unless `options.resume` or `options.overwrite` is set. An adapter without a run is
-    refused, unless `options.overwrite` is set.
+    Also raise an error if it holds a run, unless `options.resume` or `options.overwrite` is set; or if it
+    holds an adapter without a run, unless `options.overwrite` is set.
 
     Args:
         adds_tokens: whether the adapter adds tokens, so that a tokenizer is saved with it.
@@ -77,7 +77,7 @@ def require_free(output: StrPath, options: FinetuneOptions, adds_tokens: bool) -
 
 
 def require_free_directory(output: StrPath, resume: bool, overwrite: bool, adds_tokens: bool = False) -> None:
-    """Refuse a directory with a model, or with a run or an adapter that is neither continued nor replaced."""
+    """Raise an error if the directory holds something that the run must not replace; see `require_free`."""
     model_directory.require_no_model(output)
     if peft_adapter.lies_in(output) and not (holds_run(output) or overwrite):
         raise FileExistsError(

@@ -1,4 +1,4 @@
-"""Preparation: computes the values that an objective needs before the first step, and stores them."""
+"""Preparation: computes and stores the log-probabilities that an objective needs before the first step."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from nplora.trainer.run_directory import RunDirectory
 
 
 class Preparation(Callback):
-    """Prepares an objective for a run.
+    """Calls `Objective.prepare`, which computes log-probabilities, at the right time of a run.
 
-    A new run computes the values before the trainer starts (`compute`), so that an error does not change an
-    earlier run in the directory. A resumed run computes the values after the trainer has locked the directory
-    and has accepted the checkpoint, so that a refused run changes nothing. The files of an earlier run are
-    replaced when the first checkpoint of this run is on the disk.
+    A new run calls it before the trainer starts (in `compute`), so that an error does not change an earlier
+    run in the directory. A resumed run calls it after the trainer has locked the directory and has accepted
+    the checkpoint, so that a refused run changes nothing. The files of an earlier run are replaced only after
+    the first checkpoint of this run is on the disk.
 
     Args:
         lm: the model without the adapter; released after the computation.
         batches: the training data, and the validation data, if there are any.
-        directory: the output directory; None on other ranks than rank 0.
+        directory: the output directory; None on all ranks except rank 0.
         say: prints a text.
-        ranks: connection to the processes that train together. All processes compute at the same time.
+        ranks: connection to the processes that train together. All of them compute at the same time.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class Preparation(Callback):
         self._lm: LanguageModel | None = lm
 
     def compute(self) -> None:
-        """Compute the values for a new run, while the directory is locked."""
+        """Prepare the objective of a new run. The directory is locked in the meantime."""
         if self._directory is None:
             self._compute(writes=False, ranks=self._ranks)
             return

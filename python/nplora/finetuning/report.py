@@ -34,7 +34,7 @@ def in_words(metrics: Mapping[str, float]) -> str:
 
 
 def memory_in_words(was_finished: bool) -> str:
-    """The words ", peak memory 940 MB"; "" if this process has not trained, so that its peak says nothing."""
+    """The words ", peak memory 940 MB"; "" if this process did not train. Its peak would say nothing then."""
     return "" if was_finished else f", peak memory {peak_memory() / 1e6:.0f} MB"
 
 
@@ -42,7 +42,7 @@ def memory_in_words(was_finished: bool) -> str:
 class Sample:
     """A prompt, and the texts that the model generated after it, before and after training.
 
-    A text that is not known is "". For example, `after` is "" if the run was interrupted.
+    If there is no text, `before` or `after` is "": for example, `after` if the run was interrupted.
 
     >>> nplora.finetuning.Sample("1+1=", before="7", after="2").after
     '2'
@@ -64,18 +64,18 @@ class FinetuneReport:
             validation data. `loss_before` is also None if the log of a resumed run does not have it.
             `loss_after` is also None if the run was interrupted.
         samples: prompts, with the texts before and after training.
-        history: the records of the trainer. `history.best_step` is the step of the saved adapter, if the best
-            adapter was saved.
+        history: the records of the trainer. If the adapter with the lowest validation loss was saved,
+            `history.best_step` is its step.
         trained: number of trained values.
         parameters: number of all values of the model, trained or not.
         was_finished: whether the resumed run was already finished, so that nothing was trained.
         unit: the unit of the counts in the history: trained tokens, pairs or answers.
-        metrics_before, metrics_after: other quantities that the loss measures on the validation data, such as
-            the rewards of DPO, before and after training.
+        metrics_before, metrics_after: the loss's other metrics on the validation data before training, and
+            with the saved adapter, such as the rewards of DPO.
         process: rank of the process that made the report, if several processes have trained together. Only
             rank 0 has the texts of the samples.
         ranks: the speed and the waiting time of each process, if several processes have trained together.
-        profile: how the time of the steps was spent, if `profile` was set.
+        profile: how long each kind of work in the steps took; None if the option `profile` was not set.
         tokens: number of trained tokens in all steps, including the steps before a resume. If the unit is
             pairs or answers, `tokens` is an estimate: the number of pairs or answers times the mean number of
             trained tokens of an example.
@@ -150,12 +150,12 @@ class FinetuneReport:
         return "\n".join(lines)
 
     def _counted_rate(self) -> str:
-        """How many items the loss counts per second: trained tokens, pairs or answers."""
+        """A text: how many trained tokens, pairs or answers the run processed per second."""
         rate = sum(record.count for record in self.history.steps) / max(1e-9, self.history.seconds)
         return f"{rate:.0f} trained" if self.unit == "trained tokens" else f"{rate:.1f} {self.unit}/s"
 
     def _compared(self) -> str:
-        """The validation metrics before and after training, as the end of a line."""
+        """The end of a line: the validation metrics before training, and with the saved adapter."""
         text = ""
         for name, word in _SHOWN.items():
             if name in self.metrics_after:
@@ -174,7 +174,8 @@ class FinetuneReport:
         return f" (step {best}, the lowest of {len(evaluations)} evaluations)"
 
     def _kept_best(self) -> str:
-        """After Ctrl-C, a line about an earlier step with a lower validation loss, if its adapter is kept."""
+        """After Ctrl-C, a checkpoint may still hold the adapter of an earlier step with a lower validation
+        loss. Return a line that says how to save this adapter, or ""."""
         evaluations = self.history.evaluations
         for best in evaluations[:-1]:
             if best.step == self.history.kept_step:

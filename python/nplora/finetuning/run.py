@@ -145,13 +145,13 @@ def finetune(
 
     The output directory also holds checkpoints and `log.jsonl`. Ctrl-C ends the run and saves the current
     adapter, even if an earlier adapter had a lower validation loss. `resume=True` continues the run; the
-    results are bit for bit the same as without a stop. Nothing is written before all input is read and
+    results are bit for bit those of a run without a stop. Nothing is written before all input is read and
     checked.
 
-    If a step raises an error, the run is saved too, and a note on the error says so. If a loss is not finite,
-    the model and the output directory get the adapter of the last checkpoint before the failed step, unless
-    that checkpoint is the one of step 0. If a callback or a report fails or is interrupted after the last
-    step, the adapter is saved too.
+    If a step raises an error, the run is saved, and a note on the error says so. If a loss is not finite, the
+    model and the output directory get the adapter of the last checkpoint before the failed step, unless that
+    is the checkpoint of step 0. If a callback or a report fails or is interrupted after the last step, the
+    adapter is saved.
 
     A loaded model keeps the adapter after the call. If the call ends with an error before its first step, the
     model is as it was before.
@@ -159,8 +159,7 @@ def finetune(
     Args:
         model: a GGUF file or a Hugging Face directory, as for `load_model`; or a loaded model without an
             adapter.
-        data: rows to train on: a file, an iterable of dictionaries, a data frame, or several files with
-            sampling weights, as for `nplora.data.read_dataset`; or a directory with train.jsonl and perhaps
+        data: rows to train on, as for `nplora.data.read_dataset`; or a directory with train.jsonl and perhaps
             valid.jsonl.
         output: directory for the adapter, the checkpoints and the log.
         valid: rows to evaluate on, before training and after every epoch. `valid` takes the same kinds of
@@ -194,12 +193,12 @@ def finetune(
         objective: goal of the training: sft (learn the answers), dpo or orpo (prefer chosen answers to
             rejected ones), kto (prefer good answers to bad ones) or distill (learn the predictions of a
             `teacher`).
-        beta: strength of the preference; in dpo and kto, larger values keep the outputs closer to those of
-            the model without the adapter; in orpo, the weight of the loss term that compares the two answers.
+        beta: strength of the preference. For dpo and kto, larger values keep the outputs closer to those of
+            the model without the adapter. For orpo, weight of the loss term that compares the two answers.
         loss_type: variant of the loss; for dpo: sigmoid (the default), hinge, ipo, robust or sigmoid_norm;
             for kto: kto (the default) or apo_zero_unpaired.
-        label_smoothing: for dpo with sigmoid, sigmoid_norm or robust: assumed share of pairs whose answers
-            are swapped.
+        label_smoothing: assumed share of pairs in which the chosen and the rejected answer are swapped; for
+            dpo with sigmoid, sigmoid_norm or robust.
         desirable_weight: weight of the good answers in the loss of kto.
         undesirable_weight: weight of the bad answers in the loss of kto.
         teacher: teacher for distill: a model with the same vocabulary, or a file that nplora teach made.
@@ -207,8 +206,8 @@ def finetune(
             what the teacher would say).
         temperature: softmax temperature of teacher and student in distill (default: 1, or the temperature of
             a stored `teacher`).
-        kd_ratio: weight of the divergence in the loss of distill, at most 1; the loss of sft gets the
-            remaining weight.
+        kd_ratio: weight of the divergence in the loss of distill, at most 1; the weight of the loss of sft
+            is 1 minus this weight.
         lr: peak learning rate (default: 0.8 / hidden size of the model, at most 2e-3).
         lora_plus_ratio: learning rate of A divided by that of B (LoRA+); 16 is usual.
         schedule: learning rate schedule: cosine, linear or constant.
@@ -230,7 +229,8 @@ def finetune(
         learn: tokens to train on: completion (completions and assistant turns) or all.
         skip_bad: skip bad lines of the data, and count them.
         strict: refuse examples that are longer than `max_length`.
-        eval_every: steps between evaluations of the validation data, besides one after every epoch.
+        eval_every: number of steps between two evaluations of the validation data; the run also evaluates
+            after every epoch.
         patience: end the run after this number of evaluations in a row without a lower validation loss (early
             stopping).
         keep: adapter to save if there are validation data: best (with the lowest validation loss) or last.
@@ -241,27 +241,29 @@ def finetune(
             int8).
         recompute: gradient checkpointing: recompute activations in the backward pass; slower, but saves
             memory.
-        filter_vocabulary: probability such as 1e-6; tokens of the vocabulary that are less likely are left
-            out of the gradient of the output layer; makes steps faster, with a small error (default: 0, no
-            token is left out).
+        filter_vocabulary: leave all tokens of the vocabulary that are less likely than this probability, such
+            as 1e-6, out of the gradient of the output layer; makes steps faster, with a small error (default:
+            0, no token is left out).
         memory: memory limit of the whole process, such as 600M or 1.5G; the fastest plan that fits is used.
-        keep_prefix: cache that lets later epochs skip the frozen blocks below the lowest adapter: off,
-            memory, or disk (in the output directory, during the run); takes 4 bytes x hidden size per token.
+        keep_prefix: where to cache the outputs of the frozen blocks below the lowest adapter, so that later
+            epochs skip these blocks: off, memory, or disk (in the output directory, during the run); each
+            token takes 4 x hidden size bytes.
         save_every: steps between checkpoints.
         save_minutes: maximum minutes between checkpoints; 0: no limit.
         report_to: where to report metrics: csv, tensorboard, wandb, mlflow; csv and tensorboard write into
             reports/ in the output directory.
-        profile: print how the time of a step is spent, compared with the top speed of the processor.
+        profile: print how long each kind of work in a step takes, and what share of the processor's top speed
+            it reaches.
         resume: continue the run in the output directory; the results are bit for bit the same as without a
             stop.
         overwrite: delete the run and the adapter in the output directory.
         sample: prompt to answer before and after training; sent as a chat if the training data are chats.
-        distributed: what the processes that mpirun started do: mpi (train one adapter together, each on a
-            part of every step) or off (each makes a separate run).
+        distributed: mpi: the processes that mpirun started train one adapter together, each with some batches
+            of every step; off: each process makes a separate run.
         communication_dtype: precision in which ranks send gradients: float32, or bfloat16, which halves the
             number of bytes; a run in one process rounds its gradients in the same way.
-        local_steps: local steps that every rank makes before the changes of all ranks are averaged (DiLoCo),
-            for slow networks (default: the ranks exchange gradients in every step).
+        local_steps: number of steps that every rank makes alone before the ranks average their changes
+            (DiLoCo), for slow networks (default: the ranks exchange gradients in every step).
         outer_lr: learning rate of the outer step, which updates the trained values with the average change
             after every `local_steps` steps.
         outer_momentum: Nesterov momentum of the outer step.
@@ -275,9 +277,9 @@ def finetune(
         FormatError: a file is invalid, or `adapter` does not fit the model or was trained on another model.
         BudgetError: no plan fits into `memory`. The message says which options would fit.
         NotADirectoryError: the output is not a directory.
-        FileExistsError: the output directory holds a run, and neither `resume` nor `overwrite` is set; or it
-            holds an adapter without a run, and `overwrite` is not set; or it holds a file that has the name
-            of one of the run's files, but was not made by nplora.
+        FileExistsError: the output directory holds a run, and neither `resume` nor `overwrite` is set. Or it
+            holds an adapter without a run, and `overwrite` is not set. Or it holds a file that nplora has not
+            made, with the name of one of the run's files.
         UnsafeError: a file with the name of one of the run's files is a link.
         NonFiniteLossError, CorruptError, OSError, RankError: see `Trainer.fit`.
         ModuleNotFoundError, ImportError: `distributed` is "mpi", and mpi4py or an MPI library is missing.
@@ -415,7 +417,7 @@ def _new_prefix(inputs: RunInputs, output: StrPath, where: str) -> PrefixCache |
     """Make a cache for the outputs of the blocks below the adapters, large enough for all examples.
 
     Args:
-        where: the option `keep_prefix`. "off": there is no cache, and the result is None.
+        where: the option `keep_prefix`. If it is "off", the result is None.
     """
     if where == "off":
         return None
@@ -431,10 +433,7 @@ def _computing(
     word_filter: WordFilter | None,
     int8_head: bool,
 ) -> Iterator[None]:
-    """Inside the `with` block, the model computes according to the plan.
-
-    Afterwards, the model computes as before.
-    """
+    """In the `with` block, let the model compute as the plan says. Afterwards, undo this."""
     before = lm.model.recompute, lm.model.int8_head
     lm.model.recompute, lm.model.prefix, lm.model.word_filter = execution.recompute, prefix, word_filter
     lm.model.int8_head = int8_head
@@ -448,7 +447,7 @@ def _computing(
 
 
 def _shown(options: FinetuneOptions, inputs: RunInputs, batches: TokenBatches) -> dict[str, Any]:
-    """The settings that reports show as hyper-parameters: the effective options, and the inputs."""
+    """Return the hyper-parameters that reports show: the inputs, and the options with their final values."""
     lm, held_out, summary = inputs.lm, inputs.held_out, batches.log_summary()
     chosen = {field.name: getattr(options, field.name) for field in dataclasses.fields(options)}
     used = {name: summary[name] for name in ("batch_examples", "batch_tokens") if name in summary}
@@ -517,11 +516,11 @@ def _train(
 def _saved_after_an_error(
     lm: LanguageModel, output: StrPath, base: str, save: Callable[..., None], reached: Milestones
 ) -> Iterator[None]:
-    """Save an adapter even if the run ends with an error or a signal.
+    """If the `with` block raises an error, save an adapter in these cases, and raise the error again.
 
     If a callback or a report fails or is interrupted after the end of the training, save the adapter of the
-    run. If a loss is not finite, save the adapter of the last good checkpoint, unless that is the checkpoint
-    of step 0.
+    run. If a loss is not finite, save the adapter of the last checkpoint before the failed step, unless that
+    is the checkpoint of step 0.
     """
     try:
         yield
@@ -600,7 +599,7 @@ def _report(
 
 
 def _validated(history: History) -> tuple[float | None, dict[str, float]]:
-    """The validation loss and metrics of the saved adapter."""
+    """Return the validation loss of the saved adapter, and a dict of its validation metrics."""
     if history.best_loss is not None:
         best = [record for record in history.evaluations if record.step == history.best_step]
         return history.best_loss, best[-1].val_metrics if best else {}  # no record: the log is lost

@@ -15,7 +15,7 @@ class Progress:
         what: name of the computation. Each line that `add` prints begins with this name, which may be empty.
         unit: the name of the items that are counted, in the plural.
         total: the number of items in the whole computation.
-        say: prints a line.
+        say: a function that prints one line.
     """
 
     def __init__(self, what: str, unit: str, total: int, say: Callable[[str], None]) -> None:
@@ -24,14 +24,14 @@ class Progress:
         self._begun = self._shown = 0.0
 
     def begin(self, text: str) -> None:
-        """At the first call, print a text. `add` prints lines only after this call."""
+        """Print `text`, and let `add` print lines from now on. Later calls do nothing."""
         if not self._begun:
             self._begun = self._shown = time.monotonic()
             self._done_before = self._done
             self._say(text)
 
     def add(self, count: int) -> None:
-        """Add `count` to the number of finished items. Print a line if the last line is EVERY seconds old."""
+        """Add `count` to the number of finished items. Print a line if EVERY seconds have passed."""
         self._done += count
         now = time.monotonic()
         if not self._begun or now - self._shown < EVERY:

@@ -1,4 +1,4 @@
-"""StepProfile: how the time of a run's steps was spent, and the least time that matrix products need."""
+"""StepProfile: a table of the time that each kind of work took in a run's steps."""
 
 from __future__ import annotations
 
@@ -37,8 +37,9 @@ class ProfileRow:
     Attributes:
         seconds: the time of this activity in all steps.
         operations: a dict from the name of an arithmetic, such as "int8", to the number of operations that
-            the activity's matrix products make in this arithmetic. An int8 operation counts like a
-            floating-point operation. The products with W and those with the adapter's factors are added up.
+            the activity's matrix products make in this arithmetic. An int8 operation counts as one operation,
+            like a floating-point operation. The number includes the products with W and those with the
+            adapter's factors.
     """
 
     name: str
@@ -46,19 +47,19 @@ class ProfileRow:
     operations: Mapping[str, float]
 
     def floor(self, peaks: Mapping[str, float]) -> float:
-        """The seconds that the operations would take at the peak rates."""
+        """The seconds that the operations would take at the rates `peaks`, in operations per second."""
         return sum(number / peaks[arithmetic] for arithmetic, number in self.operations.items())
 
 
 @dataclass(frozen=True)
 class StepProfile:
-    """How the time of a run's steps was spent; `print` shows a table.
+    """The time that each kind of work took in a run's steps; `print` shows a table.
 
     Attributes:
         steps: the number of steps.
         seconds: the time of all steps, without evaluations and checkpoints.
         threads: the number of threads.
-        rows: the activities, whose seconds add up to `seconds`.
+        rows: the rows of the table, one for each kind of work. Their times add up to `seconds`.
         peaks: maps an arithmetic to the highest number of operations per second that all threads together
             reached in measurements at the beginning and the end of the run.
 
@@ -75,7 +76,7 @@ class StepProfile:
 
     @property
     def floor(self) -> float:
-        """The seconds that the products of all steps would take at the peak rates."""
+        """The seconds that the matrix products of all steps would take at the rates `peaks`."""
         return sum(row.floor(self.peaks) for row in self.rows)
 
     def __str__(self) -> str:
@@ -139,7 +140,7 @@ class StepProfiler(Callback):
         return StepProfile(self._steps, self._seconds, get_num_threads(), tuple(rows), dict(self._peaks))
 
     def _measure(self, arithmetics: set[str] | tuple[str, ...]) -> None:
-        """Measure peak rates. Keep the highest rates, because other programs may slow down a measurement."""
+        """Measure the peak rates. Keep the highest measurements: other programs may slow one down."""
         for name in sorted(arithmetics):
             self._peaks[name] = max(self._peaks.get(name, 0.0), _core.peak_rate(name))
 

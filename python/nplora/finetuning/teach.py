@@ -45,7 +45,7 @@ class Taught:
         tokens: the number of trained tokens in these examples.
         top_k: the number of tokens that are stored for each trained token.
         nbytes: the size of the file.
-        kept: the total probability of the stored tokens, as a mean over the trained tokens.
+        kept: the sum of a trained token's stored probabilities, as the mean over all trained tokens.
 
     >>> print(nplora.finetuning.teach("model.gguf", "train.jsonl", "taught.safetensors", top_k=4))
     taught.safetensors: 16 examples, ... tokens, the 4 most likely predictions for each (... % ...), ...
@@ -92,17 +92,17 @@ def teach(
     """Store the teacher's most likely tokens and their log-probabilities for each trained token of the data.
 
     `finetune` with objective="distill" and this file as `teacher` does not need the teacher itself. In
-    float16, each trained token takes 6 bytes for each of the `top_k` tokens, and 2 more bytes: 194 bytes for
-    32 tokens. Equal examples are stored once. Fine-tuning may split and weight the data differently, but the
-    tokens of each example must be the same.
+    float16, the file has 6 * top_k + 2 bytes for each trained token: 194 bytes if `top_k` is 32. Equal
+    examples are stored once. Fine-tuning may split and weight the data in another way, but must convert each
+    example to the same tokens as this call.
 
     Args:
         model: the teacher: a GGUF file or a Hugging Face directory, as for `load_model`; or a loaded model.
-        data: rows to predict, of the same kinds as for `finetune`. If `data` is a directory, its valid.jsonl
-            is read too.
+        data: the data set, in any form that `finetune` accepts. If `data` is a directory, its valid.jsonl is
+            read too.
         output: the file to write, which appears only when it is complete.
-        valid: rows to predict in addition to `data`, for the validation of a run.
-        adapter: adapter of the teacher, as for `evaluate`.
+        valid: more data, which `finetune` can later use as its validation data.
+        adapter: an adapter that is added to the teacher, as for `evaluate`.
         any_base: accept an adapter that was trained on another model with the same shapes.
         progress: print progress on stderr; None: only on a terminal or in a notebook.
         top_k: how many of the most likely tokens to store for each trained token.
@@ -123,10 +123,10 @@ def teach(
     Raises:
         DataError: a line of the data is wrong.
         ValueError, TypeError: an option is out of range, or the output is one of the input files.
-        FormatError: a file is invalid, or the adapter does not fit.
+        FormatError: a file is invalid, or the adapter does not fit the model.
         NonFiniteLossError: the teacher's outputs are not finite.
         FileExistsError: the output exists, and `overwrite` is not set.
-        OSError: a file cannot be read or written. An existing output is not changed by the failure.
+        OSError: a file cannot be read or written. After such an error, an existing output file is unchanged.
 
     >>> taught = nplora.finetuning.teach("model.gguf", "train.jsonl", "taught.safetensors", top_k=4)
     >>> taught.tokens, taught.nbytes < 20_000
@@ -157,7 +157,7 @@ def teach(
 
 
 def _vocab(lm: LanguageModel) -> int:
-    """The number of token ids in use. Larger ids have no token: they only pad the model's head."""
+    """The number of token ids in use. The head may have more rows, but only as padding without tokens."""
     return min(lm.tokenizer.vocab_size, lm.vocab_size)
 
 
@@ -213,7 +213,7 @@ class _Writer:
             yield from (batch for batch, _ in batches.epoch(0))
 
     def _sequences(self) -> tuple[Array, Array]:
-        """The digest and the number of trained tokens of each different sequence, in the data's order."""
+        """Two arrays, in the data's order: each different sequence's digest and number of trained tokens."""
         found = dict[int, int]()
         for batch in self._batches():
             ends = np.cumsum(batch.targets != IGNORED)[batch.starts[1:] - 1]
@@ -221,7 +221,7 @@ class _Writer:
         return np.array(list(found), np.uint64), np.array(list(found.values()), np.int64)
 
     def _rows(self) -> Iterator[tuple[bytes, bytes]]:
-        """Yield pairs of bytes: the ids and the log-probabilities of the next rows of the file."""
+        """Yield pairs (ids, log-probabilities): the next rows of these two arrays of the file, as bytes."""
         seen, progress = set[int](), Progress("", "tokens", self._total, self._say)
         progress.begin(f"computing {counted(self._total, 'token')} of the teacher")
         for batch in self._batches():
@@ -246,7 +246,7 @@ class _Writer:
         """Convert the log-probabilities to `dtype`, little-endian.
 
         Raises:
-            ValueError: a log-probability does not fit into `dtype`, so that no student could use the file.
+            ValueError: `dtype` cannot represent a log-probability. No student could use such a file.
         """
         with np.errstate(over="ignore"):
             stored = top.log_probs.astype(np.dtype(self._options.dtype).newbyteorder("<"))
@@ -260,9 +260,9 @@ class _Writer:
 
 
 def _without(batch: PackedBatch, seen: set[int]) -> PackedBatch | None:
-    """The sequences of a batch whose keys are not in `seen`; None if there are none.
+    """A batch of the sequences of `batch` whose digests are not yet in `seen`; None if there are none.
 
-    The keys of these sequences are added to `seen`.
+    The function adds these sequences' digests to `seen`.
     """
     kept = []
     for index, key in enumerate(sequence_keys(batch).tolist()):
@@ -301,7 +301,7 @@ class _Spool:
 
 
 class _Streams:
-    """Two streams of bytes that are computed together, but written one after the other.
+    """Two streams of bytes. They are computed together, but the file needs one after the other.
 
     While the first stream is written, the second one is stored in a temporary file, the spool.
     """

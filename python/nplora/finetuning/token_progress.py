@@ -18,12 +18,12 @@ from nplora.trainer.history import mean_metrics
 
 
 def speaks(progress: bool | None) -> bool:
-    """Whether to print progress. If `progress` is None: whether stderr is a terminal or a notebook's."""
+    """Whether to print progress: by default, only if a terminal or notebook shows stderr."""
     return sys.stderr is not None and (stderr.is_watched() if progress is None else progress)
 
 
 def speaker(progress: bool | None) -> Callable[[str], None]:
-    """A function that prints a text on stderr, or that does nothing if progress is not printed."""
+    """A function that prints a text on stderr if `speaks(progress)`, and otherwise does nothing."""
     if not speaks(progress):
         return lambda text: None
     return lambda text: print(text, file=stderr, flush=True)
@@ -35,9 +35,9 @@ class TokenProgress(Callback):
     A terminal and a notebook show one line that is redrawn. Elsewhere a new line appears every few seconds.
 
     Args:
-        every: seconds between two lines that are not redrawn.
-        loss: the loss object of the run, which counts all tokens. None: the line shows only the trained
-            tokens per second.
+        every: the seconds between two new lines.
+        loss: the loss object of the run, which counts all tokens. None: the line shows the trained tokens per
+            second, but not all tokens per second.
 
     >>> lm = nplora.load_model("model.gguf")
     >>> lm.add_lora(rank=2)
@@ -82,7 +82,7 @@ class TokenProgress(Callback):
         self._break()
 
     def _text(self, run: Run, record: StepRecord) -> str:
-        """The text of the line. If the terminal is too narrow, the least important parts are left out."""
+        """The progress line. If the terminal is too narrow, the line lacks the least important parts."""
         recent = self._recent
         seconds = max(1e-9, sum(r.seconds for r in recent))
         total = "" if run.total_steps is None else f"/{run.total_steps}"

@@ -1,4 +1,4 @@
-"""File formats: conversion between bytes and {name: tensor}. The package does not import `nplora.nn`."""
+"""File formats: read and write files that map names to tensors. The package does not import `nplora.nn`."""
 
 from nplora.formats import gguf, safetensors, sharded
 from nplora.formats.errors import (

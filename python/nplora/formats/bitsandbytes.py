@@ -73,8 +73,7 @@ def holds(file: Container[str], name: str) -> bool:
 
 
 def refuse(file: Container[str], name: str, source: str, deed: str) -> None:
-    """Raise UnsupportedError if a tensor has a 4-bit type. `deed` is a verb: the operation that is
-    refused."""
+    """Raise UnsupportedError if a tensor has a 4-bit type. The message says: "nplora does not {deed}"."""
     if holds(file, name):
         raise UnsupportedError(
             f"{source}: tensor {brief(name)} has a 4-bit type of bitsandbytes, which nplora does not {deed}; "
@@ -83,7 +82,7 @@ def refuse(file: Container[str], name: str, source: str, deed: str) -> None:
 
 
 def parts(names: Collection[str]) -> dict[str, str]:
-    """Map the name of each tensor that holds auxiliary data of a 4-bit matrix to the name of the matrix."""
+    """A dict: name of a tensor with auxiliary data of a 4-bit matrix -> name of the matrix."""
     states = {name: name.partition(_STATE)[0] for name in names if _STATE in name}
     others = {f"{matrix}{part}": matrix for matrix in states.values() for part in _PARTS}
     return states | {name: others[name] for name in others.keys() & set(names)}
@@ -162,7 +161,7 @@ def _require(where: str, state: dict[str, Any], name: str, expected: int) -> Non
 
 
 def _part(file: File, name: str, dtype: str, size: int) -> Array:
-    """Read one of a matrix's tensors as a flat array, after checks of its dtype and size."""
+    """Check the dtype and size of one of the tensors of a matrix, and return the tensor as a flat array."""
     where = f"{file.source}: tensor {brief(name)}"
     if name not in file:
         raise FormatError(f"{where} is missing")

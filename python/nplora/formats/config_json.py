@@ -14,7 +14,7 @@ MAX_CONFIG = 16 << 20
 
 
 class Fields:
-    """The fields of a JSON object. A null field counts as missing, except for `integer_or_null`.
+    """The fields of a JSON object. Only `integer_or_null` distinguishes null from a missing field.
 
     The methods raise FormatError if a field has the wrong type, or is missing and has no default.
     """

@@ -18,7 +18,7 @@ class FormatError(ValueError):
 
 
 class TruncatedError(FormatError):
-    """The file ends before the data that its header announces.
+    """The file is shorter than its header says.
 
     >>> import nplora
     >>> whole = nplora.formats.safetensors.dumps({"w": np.ones(4)})
@@ -76,7 +76,7 @@ class UnsafeError(FormatError):
 
 
 class CorruptError(FormatError):
-    """A file does not match its checksum, changed during use, or does not fit the run that it belongs to.
+    """A file is damaged, was changed while it was in use, or does not fit the run that reads it.
 
     >>> import nplora
     >>> with open("adapter/adapter_config.json") as file:
@@ -121,7 +121,7 @@ def counted(count: int, noun: str) -> str:
 
 
 def nearest_names(name: str, names: Iterable[str], count: int = 3) -> list[str]:
-    """The `count` names that are most similar to `name`, the most similar first.
+    """The `count` names in `names` that are most similar to `name`, the most similar first.
 
     To limit the time, the search skips names of more than 256 characters, and all names after the first
     5,000.

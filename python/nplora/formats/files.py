@@ -101,8 +101,8 @@ def _open_regular(path: StrPath, follow_links: bool) -> Iterator[int]:
 class Stamp(NamedTuple):
     """Identifies one version of a file.
 
-    If two stamps of a file are equal, the file did not change in the time between them. Only a change within
-    one tick of the file system's clock may be missed.
+    If two stamps of a file are equal, the file did not change between them. There is one exception: a write
+    within one tick of the file system's clock after another write may not change the stamp.
     """
 
     name: str
@@ -113,17 +113,17 @@ class Stamp(NamedTuple):
 
     @property
     def settled(self) -> bool:
-        """Whether the file is old enough that any later write changes the stamp.
+        """Whether the last write was so long ago that any later write changes the stamp.
 
-        A file system's clock may tick only every two seconds. Writes within one tick get equal times.
+        A file system's clock may tick only every two seconds. Two writes within one tick have the same time.
         """
         return time.time_ns() - self.mtime_ns > _COARSEST_TICK_NS
 
     def require_unchanged(self) -> None:
         """Raise CorruptError if the file was modified after this stamp was taken.
 
-        A mapping of a modified file shows the new data. If the file was replaced by another file with the
-        same name, no error is raised, because the mapping still shows the old data.
+        A memory map of a modified file shows the new data. If another file has replaced the file under its
+        name, no error is raised, because the memory map still shows the old data.
         """
         try:
             found = os.stat(self.name)
@@ -192,7 +192,7 @@ class Reader:
 
 
 def _memory(nbytes: int) -> memoryview:
-    """Allocate writable memory. Large memory is a mapping: freeing it returns its pages to the system."""
+    """Allocate writable memory. The system gets a large block back as soon as it is freed."""
     return memoryview(bytearray(nbytes) if nbytes < _LEAST_MAPPED else mmap.mmap(-1, nbytes))
 
 
@@ -238,8 +238,8 @@ def sha256(path: StrPath) -> str:
 def cached(path: Path) -> Path:
     """If `path` is a link of Hugging Face's cache, return the link's target, else `path`.
 
-    The cache's links lead from snapshots/REVISION/NAME to blobs/DIGEST. This function is used for paths that
-    a model's files name. For such paths, no other symbolic links are followed.
+    The cache's links lead from snapshots/REVISION/NAME to blobs/DIGEST. Paths that come from a model's files
+    may be such links, but no other symbolic links.
     """
     cache, target = path.parent.resolve().parent, path.resolve()
     is_cached = path.is_symlink() and cache.name == "snapshots" and target.parent == cache.parent / "blobs"
@@ -293,7 +293,7 @@ def absolute(path: StrPath) -> str:
 class Directory(os.PathLike[str]):
     """An open directory, which stays usable if it is renamed or if the working directory changes.
 
-    If the object is used as a path, the path is the directory's current location.
+    As an argument of a function that takes a path, the object stands for the directory's current location.
 
     Raises:
         OSError: the directory cannot be opened.
@@ -358,7 +358,7 @@ def require_new(path: StrPath, overwrite: bool) -> None:
 
 
 def require_not_read(op: str, outputs: Iterable[StrPath], inputs: Iterable[tuple[str, StrPath]]) -> None:
-    """Raise an error if an output is a file that the same call reads.
+    """Raise an error if one of the paths `outputs` leads to the same file as one of the paths in `inputs`.
 
     A symbolic or hard link to an input counts as that input.
 
@@ -401,8 +401,9 @@ def replace(
         check: a function that is called with the paths of the temporary files before the files are renamed.
             If `check` raises an error, the temporary files are removed, and all old files stay unchanged.
     Raises:
-        OSError: a target exists and is not a regular file (or a link to one), or the disk fails. After a
-            disk failure, the temporary files are removed, and the message gives the number of needed bytes.
+        OSError: a target exists and is not a regular file (or a link to one), or a write fails, for example
+            on a full disk. After a failed write, the temporary files are removed, and the message gives the
+            number of needed bytes.
     """
     with _temporaries(files, directory) as written:
         check([target.parent / temporary for _, temporary, target in written])
@@ -427,7 +428,7 @@ def written(files: Sequence[NewFile]) -> Iterator[list[Path]]:
 def _temporaries(
     files: Sequence[NewFile], directory: Directory | None
 ) -> Iterator[list[tuple[int, str, Path]]]:
-    """Write files to temporary names. At the end, remove the files that still have these names.
+    """Write files to temporary names. At the end, remove those that were not renamed.
 
     Yields for each file: the descriptor of its directory, its temporary name, and its target.
     """
@@ -455,7 +456,7 @@ def _temporaries(
 
 
 def _require_replaceable(target: Path, directory: int | None = None) -> None:
-    """Raise an error if an existing target is not a regular file. (A rename could replace a device.)"""
+    """Raise an error if an existing target is not a regular file. (A device must not be replaced.)"""
     place = str(target) if directory is None else target.name or "."
     try:
         kind = stat.S_IFMT(system.stat_in(directory, place).st_mode)

@@ -10,8 +10,8 @@
                                        training data
     W.lora_a, W.lora_b      (r, d_in) and (d_out, r) for each adapted tensor W: "blk.0.attn_q.weight.lora_a"
 
-The names are PEFT's: lora_a is the matrix that nplora calls B, and lora_b is the matrix that nplora calls A.
-llama.cpp adds this update to W, where the user chooses user_scale:
+The letters are those of PEFT: lora_a is the matrix that nplora calls B, and lora_b is the matrix that nplora
+calls A. llama.cpp adds the following update to W. (The user of llama.cpp chooses user_scale.)
 
     user_scale * s * lora_b @ lora_a        with s = alpha / r, or 1 if alpha is 0 or missing
 
@@ -66,7 +66,7 @@ class GgufAdapter:
 
     Attributes:
         pairs: maps the name of each adapted tensor in the base model to the tensor's factors.
-        passed_over: the names of the norm tensors in the file, which nplora and llama.cpp ignore.
+        passed_over: the names of norm tensors in the file. nplora and llama.cpp ignore these tensors.
         base_digest: a hash that identifies the base model (see `models.model_digest.of`); None if the file
             has no such hash.
         invocation_tokens: the ids of the tokens at which an activated LoRA (aLoRA) begins to act; None for a
@@ -88,7 +88,7 @@ class GgufAdapter:
 
 
 def is_adapter(file: GgufFile) -> bool:
-    """Whether the metadata say that the file is an adapter. Raises FormatError if general.type is no text."""
+    """Whether the metadata entry general.type is "adapter". Raises FormatError if the entry is not a text."""
     return "general.type" in file.metadata and file.metadata.string("general.type") == "adapter"
 
 

@@ -1,8 +1,8 @@
 """Converts the rows of the q and k projections between Hugging Face's order and GGUF's.
 
-In the weight of such a projection, each head has an even number of rows, 2 · half. A rotary embedding rotates
-the outputs of two rows together, as a pair. Hugging Face pairs row i of the head with row half + i. In GGUF,
-some architectures pair the neighbouring rows 2 i and 2 i + 1 instead.
+In the weight of the q or k projection, each attention head has 2 · half rows. A rotary embedding rotates the
+outputs of two rows together, as a pair. Hugging Face pairs row i of the head with row half + i. In GGUF, some
+architectures pair the neighbouring rows 2 i and 2 i + 1 instead.
 Source: llama.cpp's convert_hf_to_gguf.py, LlamaModel.permute.
 """
 

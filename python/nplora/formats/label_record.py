@@ -23,7 +23,7 @@ class LabelRecord:
         labels: the name of each output, in order.
         max_length: the maximum number of tokens of a text; longer texts are cut. None: the encoder's own
             maximum.
-        tokens: whether each token has its own outputs.
+        tokens: whether the classifier has outputs for each token of a text, instead of for the whole text.
     """
 
     task: str

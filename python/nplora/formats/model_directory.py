@@ -85,9 +85,9 @@ def of(path: StrPath) -> Path:
 
 
 def files_of(path: StrPath) -> list[Path]:
-    """The files that a model is read from: the weights or the index, the configuration and the tokenizer.
+    """The files of a model: its configuration, its tokenizer, and its weights or the index of its shards.
 
-    Shards are not included.
+    The shards themselves are not included.
     """
     directory, found = of(path), [Path(path)]
     if files.suffix(path) != ".gguf" and directory.is_dir():
@@ -128,7 +128,7 @@ def open_tensors(
 
 
 def weights_of(directory: Path) -> Path | None:
-    """The path of a directory's single weights file, else of its index; None if the directory has neither."""
+    """The path of model.safetensors in a directory, else of the index; None if the directory has neither."""
     return next((directory / name for name in (WEIGHTS, INDEX) if os.path.lexists(directory / name)), None)
 
 
@@ -143,7 +143,7 @@ def _required_weights(directory: Path) -> Path:
 
 
 def companions(source: Path, target: Path) -> list[NewFile]:
-    """Read a model's configuration and tokenizer files. Return a `NewFile` in `target` for each file.
+    """Read a model's configuration and tokenizer files. Return them as new files in `target`.
 
     Raises:
         UnsafeError: a file is a symbolic link that does not belong to Hugging Face's cache.
@@ -164,8 +164,7 @@ def linked(source: Path, weights: Path, changed: Mapping[str, Path] | None = Non
     Args:
         source: the directory with the configuration and the tokenizer.
         weights: a safetensors file of any name.
-        changed: maps the names of some files in `source` to the paths of other files, to which the temporary
-            directory links instead.
+        changed: a dict from the name of a file in `source` to the path of another file to link instead.
     """
     with tempfile.TemporaryDirectory(prefix="nplora-") as made:
         for path in source.iterdir():

@@ -30,7 +30,7 @@ _RANGE = re.compile(r"([A-Za-z0-9])-([A-Za-z0-9])")
 
 
 class Name:
-    """A module's name. Bit i of the integer places[c] is set if character i of the name is c."""
+    """A module's name. Bit i of the integer `places[c]` is set if character i of the name is `c`."""
 
     def __init__(self, text: str) -> None:
         self.everywhere = (1 << len(text)) - 1
@@ -55,7 +55,7 @@ class _Character:
 
     @property
     def only_letter(self) -> str:
-        """If this part of a pattern is one fixed character without repetition, return it; else ""."""
+        """The character, if this part of a pattern matches one fixed character exactly once; else ""."""
         plain = len(self.characters) == 1 and not self.negated and not self.repeat
         return "".join(self.characters) if plain else ""
 
@@ -126,7 +126,7 @@ class NamePattern:
         self.only_name = self._as_name()
 
     def _as_name(self) -> str | None:
-        """If the pattern is `^` and then fixed characters, return the only name that matches; else None."""
+        """If the pattern has the form `^name` without special characters, return this name; else None."""
         pieces = self._root.branches[0]
         if len(self._root.branches) > 1 or pieces[:1] != (_End(at_start=True),):
             return None

@@ -28,7 +28,7 @@ def require_untouched(directory: StrPath) -> None:
 
 
 def require_no_other(directory: StrPath, overwrite: bool) -> None:
-    """Raise an error if a directory holds a training run or, without `overwrite`, an adapter.
+    """Raise an error if a directory holds a training run. Without `overwrite`, refuse an adapter too.
 
     Raises:
         ValueError: the directory's name is empty.

@@ -1,10 +1,10 @@
 """PEFT's adapter directory: adapter_config.json and adapter_model.safetensors, read and written as a pair.
 
-Two files cannot be replaced at the same instant. So the metadata in adapter_model.safetensors hold a copy of
-the new configuration, the SHA-256 of that copy, and the SHA-256 of the old configuration file. The new
-adapter takes effect when adapter_model.safetensors is renamed into place. If a reader then still finds the
-old adapter_config.json, the reader uses the copy in the metadata. If adapter_config.json matches neither
-SHA-256, nplora concludes that the file was edited by hand.
+Two files cannot be replaced at the same instant. So when nplora saves an adapter, the metadata in
+adapter_model.safetensors hold a copy of the configuration, the SHA-256 of that copy, and the SHA-256 of the
+configuration file that the save replaces. The new adapter takes effect when adapter_model.safetensors is
+renamed into place. If a reader then still finds the old adapter_config.json, the reader uses the copy in the
+metadata. If adapter_config.json matches neither SHA-256, nplora concludes that the file was edited by hand.
 
 The metadata also hold a digest of the base model (`model_digest`). PEFT neither reads nor writes any of these
 metadata entries. If a file lacks a digest, nplora skips the check that needs this digest.
@@ -76,9 +76,9 @@ class PeftAdapter:
     Attributes:
         directory: the directory's name in error messages.
         tensors: the tensors. Each tensor is read from disk when it is accessed.
-        config: the configuration that was saved with the tensors; or the configuration file, if it was
-            edited.
-        paired: False if the SHA-256 shows that the configuration file was edited, else True.
+        config: the configuration that was saved with the tensors. If the configuration file was edited later,
+            `config` is the edited configuration.
+        paired: False if the configuration file's SHA-256 shows that the file was edited, else True.
         base_digest: a hash that identifies the base model (`models.model_digest.of`); None if the file has no
             such hash.
         chat_template: whether the chat template was applied to the training data; None if that is not known.
@@ -99,8 +99,8 @@ class PeftAdapter:
         nplora stores these tokens in the metadata. Other programs store them in a tokenizer.json.
 
         Args:
-            wanted: the ids of the tokens to return. A tokenizer.json also lists tokens that the adapter does
-                not add. If nplora wrote the adapter, `wanted` is ignored.
+            wanted: the ids of the tokens to return from a tokenizer.json, which also lists tokens that the
+                adapter does not add. `wanted` has no effect on the tokens in the metadata.
         Raises:
             FormatError: the metadata or the tokenizer.json is damaged.
         """
@@ -154,8 +154,8 @@ class PeftAdapter:
     def _saved_names(self) -> list[str]:
         """The names in `modules_to_save`, with a dot appended to each name.
 
-        PEFT saves every module whose name ends in one of the names in `modules_to_save`: "classifier" also
-        means "pre_classifier".
+        PEFT saves every module whose name ends in one of the names in `modules_to_save`: the name
+        "classifier" also selects the module "pre_classifier".
         """
         saved = self.config.modules_to_save
         if self.config.ensure_weight_tying:  # PEFT then also stores the layers that share the weight
@@ -168,8 +168,8 @@ class PeftAdapter:
         """Return a dictionary of the trained tokens: layer -> (name of the tensor, token ids).
 
         A message is added to `problems` if a tensor's shape does not fit the token ids in the configuration.
-        A message is also added to an empty `problems` if the configuration names tokens, but no tensor holds
-        trained rows.
+        If the configuration names tokens, but no tensor holds trained rows, a message is added too, unless
+        `problems` already has messages.
         """
         named = self.config.trainable_token_indices
         found: dict[str, tuple[str, tuple[int, ...]]] = {}
@@ -198,8 +198,8 @@ class PeftAdapter:
     ) -> dict[str, tuple[str, str]]:
         """Map each layer to the names of its two factor tensors. Other tensors are listed in `problems`.
 
-        The function skips the tensors of the layers in `whole`, the rows of trained tokens, copies of frozen
-        weights and, if the adapter uses DoRA, magnitudes.
+        These tensors are no problem: the tensors that `whole` names, rows of trained tokens, copies of frozen
+        weights, and DoRA's magnitudes if the adapter uses DoRA.
 
         Raises:
             LimitError: there are too many layers and patterns to find each layer's rank in reasonable time.
@@ -241,7 +241,7 @@ class PeftAdapter:
     def _is_base_copy(self, tensor: str) -> bool:
         """Whether a tensor is a copy of a frozen weight.
 
-        The tensor's name and the shapes of the layer's LoRA factors show this.
+        The function decides by the tensor's name and by the shapes of the layer's LoRA factors.
         """
         stem = tensor.removesuffix(BASE_COPY)
         if stem == tensor:
@@ -256,7 +256,7 @@ class PeftAdapter:
         return False
 
     def _is_resized_copy(self, tensor: str) -> bool:
-        """Whether a tensor is an embedding or head that PEFT stored because rows were added or removed."""
+        """Whether a tensor is an embedding or head that PEFT stored because the vocabulary was resized."""
         if not tensor.startswith(PREFIX):
             return False
         name = tensor.removeprefix(PREFIX)
@@ -380,7 +380,7 @@ def require_finished(directory: StrPath) -> None:
 
 
 def is_dropped(directory: StrPath) -> bool:
-    """Whether a directory's adapter is from an earlier run that a newer run in this directory overwrites."""
+    """Whether a directory's adapter is from an earlier run, and a newer run will overwrite it."""
     dropped = run_files.dropped_adapter(directory)
     return dropped is not None and tensors_digest(directory) == dropped
 
@@ -398,8 +398,8 @@ def _pair(
 
     A save replaces the tensors first, and then the configuration. So this function opens the tensors first,
     and then reads the configuration. If the tensors file is replaced between these two steps, both files are
-    read again. If the tensors file is not replaced, the configuration cannot be from a later save, because a
-    later save would have replaced the tensors first.
+    read again. If the tensors file is not replaced, no later save has written the configuration, because such
+    a save would have replaced the tensors first.
     """
     for _ in range(_MOST_REPLACED):
         with contextlib.ExitStack() as attempt:
@@ -430,7 +430,7 @@ def require_ours(directory: StrPath, overwrite: bool, with_tokenizer: bool = Fal
     """Raise an error if `save` would replace a file that does not belong to an adapter.
 
     Args:
-        overwrite: accept such files if they are regular files.
+        overwrite: do not raise FileExistsError.
         with_tokenizer: whether `save` will also write the files of a tokenizer.
     Raises:
         UnsafeError: a file is a symbolic link.
@@ -494,15 +494,15 @@ def save(
 ) -> None:
     """Write both files of an adapter. The directory is created if needed.
 
-    Both files are completely written under temporary names before one of them is renamed into place. The
-    configuration is renamed last. At every moment, even after a crash, nplora finds either the complete old
-    or the complete new adapter.
+    Both files are first written completely under temporary names. Then the tensors are renamed into place,
+    and the configuration last. At every moment, even after a crash, nplora finds either the complete old or
+    the complete new adapter.
 
     Args:
         added_tokens: the tokens that the adapter adds to the vocabulary.
         tokenizer: maps names of tokenizer files to their contents. Other programs read the added tokens from
             these files.
-        labels: the outputs of a classifier.
+        labels: the description of a classifier's outputs.
     Raises:
         ValueError: the directory's name is empty.
         NotADirectoryError: the path is not a directory.

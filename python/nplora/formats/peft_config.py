@@ -1,8 +1,8 @@
 """`adapter_config.json` of a PEFT LoRA adapter: converts bytes to a validated, immutable record and back.
 
 nplora never runs, imports or opens anything that the file names. PEFT's keys that do not change the output of
-a trained adapter are ignored. A file is refused if one of its keys switches on a computation that nplora does
-not support. Unknown keys are dropped and listed in `unknown`.
+a trained adapter are ignored. `loads` refuses a file in which a key switches on a computation that nplora
+does not support. Unknown keys are dropped and listed in `unknown`.
 """
 
 import json
@@ -72,13 +72,13 @@ Tokens: TypeAlias = tuple[int, ...] | Mapping[str, tuple[int, ...]]  # ids for t
 
 @dataclass(frozen=True)
 class Patterns:
-    """Ranks or alphas for individual modules. A module gets the number of the first pattern that matches."""
+    """Ranks or alphas for individual modules. The first pattern that matches a module applies."""
 
     pairs: tuple[tuple[NamePattern, Number], ...] = ()
 
     @cached_property
     def _exact(self) -> dict[str, int]:
-        """Map each name to the position of the first pattern that matches this name and no other name."""
+        """A dict: name -> position in `pairs` of the first pattern that matches only this name."""
         names = [(pattern.only_name, position) for position, (pattern, _) in enumerate(self.pairs)]
         return {name: position for name, position in reversed(names) if name is not None}
 
@@ -102,7 +102,7 @@ class Patterns:
 
     @staticmethod
     def exact(values: dict[str, Number]) -> "Patterns":
-        """Make patterns that match only the given names. (The pattern "0" would also match "1.0".)"""
+        """Make patterns that match only the given names. (The pattern "0" would match the name "1.0" too.)"""
         return Patterns(
             tuple((NamePattern("^" + re.escape(name), name), value) for name, value in values.items())
         )

@@ -1,8 +1,8 @@
 """The names of a training run's files, and what a checkpoint records about an earlier run.
 
 A run can overwrite an earlier run. The files of the earlier run are deleted as soon as the first checkpoint
-of the new run is on disk. This checkpoint contains the new log and the SHA-256 of the old adapter. So if
-nplora crashes before it deletes the files, it still knows which files belong to the earlier run.
+of the new run is on disk. This checkpoint contains the new log and the SHA-256 of the old adapter. So even if
+nplora crashes before the old files are deleted, the checkpoint shows which log and adapter are old.
 """
 
 import os
@@ -31,7 +31,7 @@ def holds_run(directory: StrPath) -> bool:
 
 
 def dropped_adapter(directory: StrPath) -> str | None:
-    """The SHA-256 of an earlier run's adapter if the newest checkpoint contains this SHA-256, else None."""
+    """The SHA-256 of an earlier run's adapter, if the newest checkpoint contains it; else None."""
     newest: tuple[int, str | None] = (0, None)
     for name in CHECKPOINTS:
         path = Path(directory, name)

@@ -131,7 +131,7 @@ class Stream:
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor as the header describes it. All attributes have been checked, also against the file's size.
+    """One tensor as the header describes it. The file contains the whole tensor: this was checked.
 
     Attributes:
         tag: the element type as the file names it.
@@ -157,8 +157,8 @@ class SafetensorsFile(Mapping[str, Tensor]):
     """An open file: maps the name of each tensor to the `Tensor`, in the header's order.
 
     `metadata` maps text to text. `entries` maps each name to the shape and element type of the tensor,
-    without reading the tensor. If the file is mapped, the tuple `mapped` holds a `Stamp`, which can show
-    later that another program changed the file.
+    without reading the tensor. If the file is mapped, `mapped` is a tuple of its `Stamp`, which can show
+    later whether the file was changed.
 
     >>> file = loads(dumps({"w": np.eye(2)}, {"made by": "hand"}))
     >>> file, list(file), file.metadata
@@ -230,7 +230,8 @@ def open(path: StrPath, mmap: bool = True, follow_links: bool = True) -> Safeten
         a mapping from name to `Tensor`, with the file's `.metadata`. The arrays are read-only views that keep
         the file mapped. If a tensor is not aligned in the file, its array is a copy.
     Raises:
-        FormatError: the file breaks the format. The subclass of FormatError shows what is wrong.
+        FormatError: the file breaks the format. The subclass of FormatError, such as TruncatedError, shows
+            the kind of problem.
         OSError: the file cannot be read.
 
     >>> import nplora
@@ -288,7 +289,7 @@ def save(path: StrPath, tensors: Tensors, metadata: Mapping[str, str] | None = N
             patterns as bfloat16. The key becomes the name in the file; a `Tensor`'s own name is ignored.
         metadata: a mapping of text to text.
     Raises:
-        TypeError: the format has no such element type, or a name or metadata entry is not text.
+        TypeError: the format has no type for a tensor's elements, or a name or metadata entry is not text.
         OSError: the file cannot be written; the message says how many bytes were needed.
 
     >>> import nplora
@@ -345,7 +346,7 @@ def new_file(path: StrPath, tensors: Tensors, metadata: Mapping[str, str] | None
 
 
 def _tagged(name: str, value: ArrayLike | Tensor | Stream) -> tuple[str, Array | Stream]:
-    """Return the tag of a tensor's element type, and its elements in a type that NumPy can write."""
+    """Return a tensor's element type as a tag such as "F32", and an array or `Stream` of its elements."""
     if not isinstance(name, str) or name == _METADATA:
         raise TypeError(f"safetensors.save: {name!r} cannot be the name of a tensor")
     if isinstance(value, Stream):

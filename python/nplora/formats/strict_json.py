@@ -33,9 +33,9 @@ def loads(raw: Bytes, source: str, most: int | Sequence[int] = MAX_VALUES) -> An
 
     Args:
         source: the text's name in error messages, usually the file's path.
-        most: the maximum number of values in the text. `most` may also be a sequence with a maximum for each
-            nesting depth, beginning with the outermost depth. The last maximum limits the values at that
-            depth and at all deeper depths together. Values are counted before any object is created.
+        most: the maximum number of values in the text. `most` may also be a sequence of maxima: the first for
+            the outermost nesting depth, and so on. The last one is the maximum for its own depth and all
+            deeper depths together. Values are counted before any object is created.
     Raises:
         FormatError: the text is not UTF-8 or not JSON, or has a duplicate key, NaN, a number beyond float64
             or half a surrogate pair.

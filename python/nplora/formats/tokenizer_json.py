@@ -25,7 +25,7 @@ _MAX_ID = 1 << 31
 
 @dataclass(frozen=True)
 class AddedToken:
-    """A token that is listed in addition to the vocabulary of the tokenizer's model (BPE, WordPiece, ...).
+    """A token that a tokenizer.json lists outside the vocabulary of its BPE, WordPiece or other model.
 
     Attributes:
         id: the token's id, which is also the number of the token's row in the embedding.

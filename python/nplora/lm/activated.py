@@ -22,7 +22,7 @@ class _Model(Protocol):
 def invocation_tokens(lm: _Model, op: str, invocation: str | Sequence[int] | None) -> tuple[int, ...] | None:
     """The ids of the invocation tokens.
 
-    In a text, "<|im_start|>" and other names of special tokens stand for these tokens.
+    If `invocation` is a text, a name such as "<|im_start|>" in it stands for the special token of that name.
 
     Raises:
         ValueError: there are no tokens, or an id is not in the vocabulary.

@@ -46,9 +46,8 @@ def targeted(
     """The dotted names of the layers that `targets` and `layers` choose, in the model's order.
 
     Raises:
-        ValueError: one of four errors: the model has no layer for a target (the message lists the nearest
-            names); all layers of a target already have an adapter; the model lacks a block in `layers`; no
-            layer is chosen.
+        ValueError: the model has no layer for a target (the message lists the nearest names), all layers of a
+            target already have an adapter, the model lacks a block in `layers`, or no layer is chosen.
     """
     plain = [name for name, module in model.named_modules() if isinstance(module, Linear | Embedding)]
     blocks = chosen_blocks(layers, layer_count, op)
@@ -193,7 +192,7 @@ def lora_layers(
     """Create LoRA layers, with initial factors, over the named layers of a model.
 
     Args:
-        options: the other options of the function `adapted`.
+        options: the options of the function `adapted` except "rank" and "alpha".
     Raises:
         ValueError: an option does not fit.
     """
@@ -219,9 +218,7 @@ def lora_layers(
 
 
 def factors_side_by_side(layers: Iterable[tuple[Linear | Embedding, int]]) -> AbstractContextManager[None]:
-    """Return a context manager.
-
-    In its `with` body, the function `adapted` allocates the LoRA factors of all `layers` in one buffer.
+    """A context in which the function `adapted` allocates the LoRA factors of all `layers` in one buffer.
 
     Args:
         layers: pairs of a layer and the rank of its LoRA factors.
@@ -233,7 +230,7 @@ def factors_side_by_side(layers: Iterable[tuple[Linear | Embedding, int]]) -> Ab
 def adapted(
     name: str, layer: Linear | Embedding, row_order: Array | None, options: dict[str, Any]
 ) -> LoRALayer:
-    """Create a LoRA layer over a layer's frozen weight. init="pissa" and "olora" change this weight.
+    """Create a LoRA layer with the frozen weight of `layer`, which init="pissa" and init="olora" change.
 
     Raises:
         ValueError: an option does not fit the layer.
@@ -262,7 +259,7 @@ def require_init(name: str, layer: Linear | Embedding, init: str, op: str = "add
 
 
 def row_order(config: ModelConfig, name: str) -> Array | None:
-    """The order of a weight's rows in the model's file; None if it is the order of Hugging Face's files.
+    """The order of a weight's rows in the model's file; None if Hugging Face's files have the same order.
 
     Row i of the weight in the file is row `order[i]` of the weight in Hugging Face's files.
     """

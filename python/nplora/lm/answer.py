@@ -38,14 +38,14 @@ class Guide(Protocol):
         """
 
     def advance(self, token: int) -> None:
-        """Accept the token that was chosen."""
+        """Update the guide: `token` was chosen as the answer's next token."""
 
 
 class Answer:
     """One prompt and the tokens generated after it.
 
     Args:
-        index: the number of the answer. The answer's random numbers depend on the seed and on this number.
+        index: the index of the answer. The answer's random numbers depend on the seed and on this index.
     Attributes:
         ids: the tokens of the prompt and of the answer, without an end token.
         prompt: the number of tokens at the start of `ids` that belong to the prompt.
@@ -79,14 +79,14 @@ class Answer:
         return "stop" if self._stop.found or self.count < self.generated else "length"
 
     def own_scores(self, scores: Array) -> Array:
-        """The scores of the tokenizer's tokens.
+        """The elements of `scores` that belong to tokens of the tokenizer.
 
-        Scores that belong to padding rows of the embedding are dropped.
+        The other elements belong to rows that only pad the embedding.
         """
         return scores[: self._vocab]
 
     def advance(self, scores: Array, capacity: int) -> str:
-        """Choose the next token. Return the new text, except characters that `StopText` holds back.
+        """Choose the next token. Return the new text, without characters that `StopText` still holds back.
 
         Args:
             capacity: the answer ends when prompt and answer together have this number of tokens.
@@ -120,7 +120,7 @@ class Answer:
 
 
 class StopText:
-    """Receives a text in pieces, and cuts it before the first stop text.
+    """Receives a text in pieces, and cuts the text before the first stop text.
 
     Characters that may be the beginning of a stop text are held back until more text arrives.
 

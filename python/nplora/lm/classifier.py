@@ -244,7 +244,7 @@ class TextClassifier(Module):
     def predict_words(
         self, sentences: Iterable[Sequence[str]], batch_size: int | None = None
     ) -> list[list[str | None]]:
-        """The label of each word of each sentence, if the classifier classifies tokens.
+        """The label of each word of each sentence. This method needs a classifier of tokens.
 
         The label of a word is the label of its first token. A word gets None if the tokenizer drops all
         characters of the word. A sentence with more than `max_length` tokens is read in overlapping windows,
@@ -257,7 +257,7 @@ class TextClassifier(Module):
             [2, 1]
 
         Args:
-            sentences: the words of each sentence.
+            sentences: a list of sentences, each of which is a list of words.
             batch_size: as in `logits_of_ids`.
         Raises:
             TypeError: a sentence is not a list of texts.
@@ -281,7 +281,7 @@ class TextClassifier(Module):
             words: the result of `Encoder.word_ids`.
             batch_size: as in `logits_of_ids`.
         Returns:
-            an array (words, outputs), float32. `WordIds.per_word` assigns the rows to sentences and words.
+            an array (words, outputs), float32. `WordIds.per_word` groups the rows by sentence.
         Raises:
             ValueError: the classifier classifies texts.
         """
@@ -344,7 +344,7 @@ class TextClassifier(Module):
         return logits, ClassifierSaved(encoder, head, logits.shape, layer=self)
 
     def backward(self, dy: Array, saved: ClassifierSaved, need_dx: bool = True) -> Gradient:
-        """Add the gradients of the adapters and the head. Return None: token ids have no gradient.
+        """Accumulate the gradients of the adapters and the head. Return None: token ids have no gradient.
 
             >>> import nplora
             >>> classifier = nplora.new_classifier(nplora.load_encoder("encoder-model"), ["a", "b"])

@@ -1,6 +1,6 @@
 """ClassifierHead: turns hidden states into logits, forward and backward.
 
-Usually, the whole head is trained.
+All layers of the head are trained, except those that `frozen` names.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ class ClassifierHead(Module):
 
     Args:
         spec: describes the head's layers, which depend on the model's family.
-        arrays: the weight and the bias of each layer.
+        arrays: a dict: layer -> {"weight": array, "bias": array}. A layer may have no bias.
         eps: the epsilon of the norm.
-        frozen: the layers that are not trained, such as a dense layer that gets a LoRA adapter.
+        frozen: the names of layers that are not trained, such as a dense layer that gets a LoRA adapter.
     """
 
     def __init__(self, spec: HeadSpec, arrays: Arrays, eps: float, frozen: Container[str] = ()) -> None:
@@ -82,7 +82,7 @@ class ClassifierHead(Module):
         return y, HeadSaved(pooled, tuple(kept))
 
     def run_backward(self, dy: Array, saved: HeadSaved) -> Array:
-        """Accumulate the gradients of the layers. Return the gradient of the hidden states (n, d)."""
+        """Accumulate the gradients of the trained layers. Return the gradient of the hidden states (n, d)."""
         for module, kept in reversed(list(zip(self.steps.values(), saved.layers, strict=True))):
             dy = module.backward(dy, kept)
         if self.pooling is None:

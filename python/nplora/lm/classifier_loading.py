@@ -88,7 +88,7 @@ def load_classifier(
     compute: str | None = None,
     any_base: bool = False,
 ) -> TextClassifier:
-    """Load a classifier: a model and a classifier's adapter, or a model whose files contain a head.
+    """Load a classifier from a model and a classifier's adapter, or from a model whose files contain a head.
 
     The adapter must have PEFT's task type SEQ_CLS or TOKEN_CLS, and may be written by nplora or by PEFT. If
     nplora wrote the adapter, its files contain the names of the labels. If PEFT wrote the adapter, the names
@@ -109,7 +109,8 @@ def load_classifier(
         compute: as for `load_encoder`; None: "float32". For a loaded encoder, `compute` must be None.
         any_base: accept an adapter that was trained on another model with the same shapes.
     Raises:
-        FormatError: the adapter or the model has no head for a classifier, or the adapter does not fit.
+        FormatError: the adapter or the model has no head for a classifier, or the adapter does not fit the
+            model.
         Other errors: see `load_encoder` and `Adapter.attach`.
     """
     encoder = opened_encoder("load_classifier", model, compute)
@@ -151,7 +152,7 @@ def load_classifier(
 
 
 def require_room(source: str, classifier: TextClassifier) -> None:
-    """Raise FormatError if `max_length` has no room for a token besides the special tokens around a text.
+    """Raise FormatError if the special tokens around a text leave no room for a token within `max_length`.
 
     Args:
         source: the file or argument that set `max_length`, for the error message.
@@ -218,7 +219,7 @@ def _require_outputs(source: str, outputs: int) -> None:
 
 
 def has_output_bias(encoder: Encoder) -> bool:
-    """Whether the last layer of a new head for texts has a bias. A head on a language model has none."""
+    """Whether the last layer of a new head for texts has a bias. For a language model: False."""
     return _spec(encoder, tokens=False).out_bias
 
 

@@ -41,7 +41,8 @@ MOST_TOKENS = 4096
 class EncoderSaved(Saved):
     """The values that `Encoder.backward` needs. `backward` frees these values when it uses them.
 
-    `x` has a row for each token whose hidden state was computed. `starts` holds the first row of each text.
+    `x` has a row for each token whose hidden state was computed. `starts` holds the index of each text's
+    first row in `x`, followed by the number of rows.
     """
 
     x: Array
@@ -144,7 +145,7 @@ class Encoder(Module):
         return self.pooling.dim(self.config.hidden_size)
 
     def head_tensor(self, name: str) -> Array | None:
-        """Read a tensor that the model's files contain, but that the hidden states do not need.
+        """Read a tensor that the model's files contain, but that this encoder does not use.
 
         Return the tensor as float32, or None if the files do not have it.
 
@@ -221,8 +222,8 @@ class Encoder(Module):
 
         Args:
             rank, alpha, dropout, use_rslora, use_dora: as in `LoRALinear`.
-            targets: the layers to adapt: "all-linear" (every linear layer of the blocks); or the last parts
-                of layer names in transformers: a text such as "query,value", or a list.
+            targets: the layers to adapt: "all-linear" means every linear layer of the blocks. A text such as
+                "query,value", or a list, gives the last parts of the layers' names in transformers.
             layers: the blocks to adapt: None (all), "last:4", "first:4", a range, or a list of numbers.
             seed, init, rank_pattern, alpha_pattern, freeze_B: as in `LanguageModel.add_lora`.
         Raises:
@@ -297,8 +298,8 @@ class Encoder(Module):
         Args:
             sentences: the words of each sentence.
             longest: the largest number of tokens of a sentence, including special tokens. The end of a longer
-                sentence is cut off; the result's `cut` is the number of such sentences. None: no sentence is
-                cut, and `WordIds.windows` divides sentences that are too long for the model.
+                sentence is cut off, and the result's attribute `cut` counts these sentences. None: no
+                sentence is cut, and `WordIds.windows` divides sentences that are too long for the model.
         Raises:
             TypeError: a sentence is not a list of texts.
             ValueError: a word is empty or has only spaces, or `longest` has no room for the special tokens.
@@ -333,7 +334,7 @@ class Encoder(Module):
         Args:
             ids: the token ids of each text, including the special tokens.
         Returns:
-            for each text, float32 (tokens, hidden_size).
+            a list with an array (tokens, hidden_size), float32, for each text.
         Raises:
             TypeError: the ids are not integers.
             ValueError: a text has no tokens or too many, or an id is not in the vocabulary.
@@ -445,10 +446,10 @@ class Encoder(Module):
         return self.model.hidden_states(x), EncoderSaved(x, own, decoder, None, [None], layer=self)
 
     def _read_by(self, pooling: Pooling | None, starts: Array) -> tuple[Array | None, Array]:
-        """Return the positions of the tokens that a pooling reads, or None if it reads all tokens.
+        """Return a pair: the positions of the tokens that a pooling reads (None: all tokens), and `starts`.
 
-        Also return the index of each text's first token among these tokens, followed by the number of these
-        tokens.
+        `starts` holds the index of each text's first token in the sequence of read tokens, followed by the
+        length of this sequence.
         """
         one = pooling is not None and pooling.modes in (("cls",), ("last",))
         if pooling is None or not one or not self.model.may_leave_out_rows():
@@ -456,7 +457,7 @@ class Encoder(Module):
         return (starts[:-1] if pooling.modes == ("cls",) else starts[1:] - 1), np.arange(len(starts))
 
     def backward(self, dy: Array, saved: EncoderSaved, need_dx: bool = True) -> Gradient:
-        """Add the gradients of the adapters. Return None, because token ids have no gradient.
+        """Accumulate the gradients of the adapters. Return None, because token ids have no gradient.
 
         Without an adapter, nothing is added: a frozen encoder may be a part of a model that is trained.
 
@@ -496,7 +497,7 @@ class Encoder(Module):
         return vectors, dataclasses.replace(saved, pooling=pooled)
 
     def embed_backward(self, dy: Array, saved: EncoderSaved) -> None:
-        """Add the gradients of the adapters, given the gradient of the embeddings.
+        """Accumulate the gradients of the adapters, given the gradient of the embeddings.
 
         The errors are those of `backward`.
         """
@@ -510,7 +511,7 @@ class Encoder(Module):
         self.run_backward(self.pooling.run_backward(rows, saved.pooling), saved)
 
     def use_up(self, op: str, saved: EncoderSaved) -> None:
-        """Check everything that must be checked before gradients change, and mark `saved` as used."""
+        """Make all checks that must precede a change of the gradients. Then mark `saved` as used."""
         _check.own(op, saved, self)
         for layer in self.adapter_layers().values():
             layer.require_trainable("backward")
@@ -539,7 +540,7 @@ class Encoder(Module):
     def _packed(self, op: str, ids: Ids) -> tuple[Array, Array]:
         """Concatenate the ids of all texts.
 
-        Return the ids, int64, and the index of each text's first id, followed by the number of ids.
+        Return two int64 arrays: all ids; and the first index of each text, followed by the number of ids.
         """
         texts = [_check.integers(op, f"ids[{i}]", text) for i, text in enumerate(ids)]
         longest = self.config.max_position_embeddings
@@ -555,7 +556,7 @@ class Encoder(Module):
     def _batches(
         self, packed: Array, starts: Array, most: int, batch_size: int | None = None
     ) -> Iterator[tuple[Array, Array]]:
-        """Cut packed texts into batches. Yield each batch's ids, and the start of each text in the batch."""
+        """Cut packed texts into batches. Yield each batch as a pair like that of `_packed`."""
         lengths = np.diff(starts)
         if batch_size is None:
             cuts = cut(lengths, most)
@@ -568,9 +569,10 @@ class Encoder(Module):
     def packed_states(
         self, op: str, ids: Ids, batch_size: int | None = None, pooling: Pooling | None = None
     ) -> Iterator[tuple[Array, Array]]:
-        """Compute a few texts at a time.
+        """Compute hidden states for a few texts at a time.
 
-        Yield the hidden states of these texts in one array, and the first row of each text.
+        Yield pairs: an array of hidden states, and the index of each text's first row in it, followed by the
+        number of rows.
 
         Args:
             op: the name of the calling function, for error messages.

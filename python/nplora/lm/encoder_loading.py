@@ -51,8 +51,8 @@ def load_encoder(
 ) -> Encoder:
     """Load a model that turns texts into vectors. The weights are frozen.
 
-    The model is an encoder of one of the families in `nplora.models.families.ENCODERS`, or a language model
-    of one of `FAMILIES`.
+    The model's family must be in `nplora.models.families.ENCODERS` (encoders) or in
+    `nplora.models.families.FAMILIES` (language models).
 
         >>> import nplora
         >>> encoder = nplora.load_encoder("encoder-model")
@@ -66,7 +66,8 @@ def load_encoder(
         pooling: how the hidden states of a text's tokens become its embedding: "cls" (the first token),
             "mean", "max", "last" (the last token), "weighted_mean" or "mean_sqrt". None: the pooling that the
             files name. If the files name no pooling, encoders use the mean, and causal language models use
-            the last token. If `pooling` is given, the Dense modules of the files are not used.
+            the last token. If `pooling` is given, the encoder ignores the files' Dense layers, which would
+            follow the pooling.
     Raises:
         UnsupportedError: the architecture, a module, or the type of a tensor is not supported.
         FormatError: a file breaks its format, or the files do not contain a complete model.
@@ -86,7 +87,7 @@ def load_encoder(
 
 
 def is_encoder(path: StrPath) -> bool:
-    """Whether a model's files say that the model computes embeddings or class scores and generates no text.
+    """Whether a model computes embeddings or class scores instead of text, according to its files.
 
     >>> import nplora
     >>> from nplora.lm.encoder_loading import is_encoder
@@ -118,7 +119,7 @@ def is_encoder(path: StrPath) -> bool:
 
 @dataclass(frozen=True)
 class _Parts:
-    """The arguments from which an `Encoder` is created, read from any kind of file.
+    """The arguments of the constructor of `Encoder`, for every file format.
 
     Attributes:
         prefix: as in `Encoder`.
@@ -230,7 +231,7 @@ def _decoder_config(fields: Fields) -> ModelConfig:
 
 
 def _decoder_names(names: Container[str]) -> Callable[[str], str]:
-    """A function that maps a tensor's name to its name in the file.
+    """A function that maps nplora's name of a tensor to the name in the file.
 
     If the file has no head, the names in the file may lack the prefix "model.".
     """
@@ -269,8 +270,8 @@ def _gguf_settings(file: GgufFile, architecture: str, weights: GgufWeights) -> S
     The embeddings are normalised, as in llama.cpp.
 
     Args:
-        weights: the weights in the file, for products in float32. Dense modules multiply only one row for
-            each text, so a faster arithmetic would save little time.
+        weights: the weights in the file, for products in float32. A Dense module multiplies only one vector
+            for each text, so a faster arithmetic would save little time.
     """
     found = file.metadata.integer(f"{architecture}.pooling_type", 0)
     dense = {name: shape for name, shape in weights.shapes().items() if name in _GGUF_DENSE}

@@ -182,7 +182,7 @@ class _Models(NamedTuple):
 
     Attributes:
         selected: the model with the selected adapters.
-        of_prompts: for each prompt, the model with the prompt's adapter; `selected` if it has no adapter.
+        of_prompts: for each prompt, the model with the prompt's adapter, or `selected` for the adapter None.
     """
 
     selected: GeneratingModel
@@ -218,7 +218,7 @@ def _selected(op: str, lm: GeneratingModel) -> GeneratingModel:
 def _stream_ids(
     models: _Models, prompts: Sequence[list[int]], sampling: Sampling
 ) -> Iterator[tuple[int, str]]:
-    """The pieces of the texts. The tokens are computed when the pieces are read."""
+    """An iterator of pairs (index of the prompt, piece of its text), which computes pieces on demand."""
     lm = models.selected
     context = int(lm.config.max_position_embeddings)
     answers = [
@@ -236,9 +236,9 @@ def _stream_ids(
 
 
 def _in_this_context(items: Iterator[T]) -> Iterator[T]:
-    """Yield the iterator's items, all computed with the context variables at the time of this call.
+    """Return an iterator that computes the items with the values that all context variables have now.
 
-    So `disable_adapter`, which sets a context variable, does not affect items that are read inside its block.
+    So `disable_adapter`, which sets a context variable, has no effect on items that are read in its block.
     """
     context = contextvars.copy_context()
     end: Any = object()
@@ -307,7 +307,7 @@ def checked_ids(op: str, lm: GeneratingModel, ids: list[int], context: int | Non
     """Check the tokens of a prompt.
 
     Args:
-        context: the context length for which there is memory; None: the model's context length.
+        context: the maximum number of tokens for which there is memory; None: the model's context length.
     Raises the errors that `prompt_ids` raises for tokens.
     """
     lm, context = _selected(op, lm), context or int(lm.config.max_position_embeddings)
@@ -336,11 +336,11 @@ def _read(lm: GeneratingModel, ids: list[int], slot: int, cache: Any) -> Array:
 
 
 def prompt_pieces(begin: int, end: int, most: int = PIECE) -> Iterator[tuple[int, int]]:
-    """Cut the tokens of a prompt into pieces, which are read one after the other.
+    """Cut the tokens of a prompt into pieces, which the model reads one after the other.
 
-    The C++ core rounds differently if it computes only a few tokens at a time. So the prompt is cut at the
-    last multiple of PAGE, and the rest of its tokens forms a separate piece. Then the bits of the results
-    depend neither on `most` nor on `begin`.
+    The C++ core rounds the results of a short piece in another way than those of a long one. So the tokens
+    after the last multiple of PAGE always form a piece of their own. Then every token gets the same bits for
+    all values of `most` and `begin`.
 
     Args:
         begin: the number of tokens that are in the cache already, a multiple of PAGE.

@@ -90,9 +90,9 @@ class TokenScores(NamedTuple):
 def _with_selected_adapter(
     method: Callable[Concatenate[LanguageModel, P], T],
 ) -> Callable[Concatenate[LanguageModel, P], T]:
-    """Decorate a method so that `self` is the model with the adapters that are selected when the call begins.
+    """A decorator: the method gets as `self` the model with the adapters selected at the time of the call.
 
-    So the call keeps these adapters, even if another thread deletes or replaces them in the meantime.
+    So the call keeps its adapters, even if another thread deletes or replaces them in the meantime.
     """
 
     @functools.wraps(method)
@@ -206,9 +206,9 @@ class LanguageModel(Module):
         return extended[1]
 
     def new_tokens(self, tokens: Sequence[AddedToken]) -> tuple[AddedToken, ...]:
-        """Return an adapter's tokens without those that the model already has.
+        """Return those of an adapter's tokens that are new to the model.
 
-        The model does not have a token if the token is not in the tokenizer, or has no row in the embedding.
+        A token is new if the model's tokenizer does not have it, or if it has no row in the embedding.
 
             >>> import nplora
             >>> lm = nplora.load_model("model.gguf")
@@ -368,23 +368,23 @@ class LanguageModel(Module):
             seed: seed of the initial factors. A layer's factors depend on this seed and the layer's name.
             init: initial factors, as in `LoRALinear`. "gaussian" changes the model's outputs at once. "pissa"
                 and "olora" need unquantised weights.
-            rank_pattern, alpha_pattern: other ranks and alphas for some layers. The keys are parts of the
-                layers' names, as in {"q_proj": 16, "layers.3.mlp": 4} or "q_proj=16,layers.3.mlp=4". If
-                several keys match a layer, the first key applies. The scale of a layer is its alpha divided
-                by its rank.
+            rank_pattern, alpha_pattern: ranks and alphas for some layers, instead of `rank` and `alpha`. The
+                keys are parts of the layers' names, as in {"q_proj": 16, "layers.3.mlp": 4} or
+                "q_proj=16,layers.3.mlp=4". If several keys match a layer, the first key applies. The scale of
+                a layer is its alpha divided by its rank.
             trainable_tokens: a list of tokens (ids and texts), or a text like "<|im_start|>,<|im_end|>" or
                 "2,3". The tokens' rows of the embedding and of the head are also trained. The trained rows
-                start with the model's values and replace the model's rows, as PEFT's
-                `trainable_token_indices` does.
+                start with the model's values, and replace the model's rows, as with PEFT's
+                `trainable_token_indices`.
             modules_to_save: "embed_tokens", "lm_head" or both, to train all rows of the embedding or of the
                 head in float32. If embedding and head share one weight, both names train this weight.
             invocation: the invocation tokens of an activated LoRA (aLoRA), as a text or as ids. In each
                 sequence, the adapter acts only on the last occurrence of the invocation tokens and on all
-                later tokens. An activated LoRA can adapt linear layers of the blocks, without DoRA and
-                dropout.
+                later tokens. An activated LoRA can adapt only linear layers of the blocks, and cannot use
+                DoRA or dropout.
             add_tokens: new tokens, as a list of texts, or a text like "<tool>,</tool>". A new token gets a
                 trained row in the embedding and in the head, which starts with the mean of all rows. If the
-                model already has a token, the token's row is trained, and starts with the model's values.
+                model already has one of the tokens, its row is trained too, from the model's values.
             freeze_B: train only A (LoRA-FA), and keep B at its initial values. DoRA's magnitudes and the rows
                 of `trainable_tokens`, `modules_to_save` and `add_tokens` are still trained.
         Raises:
@@ -450,9 +450,9 @@ class LanguageModel(Module):
         Args:
             path: a PEFT directory, a GGUF adapter file, or an `Adapter`.
             any_base: as in `nplora.load_adapter`.
-            dtype: "bfloat16" rounds A and B to bfloat16. Decoding with many adapters at once is then faster,
-                because A and B have half as many bytes. None: A and B keep their values. If bfloat16 can
-                represent all of these values exactly, decoding with None is as fast as with "bfloat16".
+            dtype: "bfloat16" rounds A and B to bfloat16. Decoding with many adapters at once is then faster
+                than in float32, because A and B have half as many bytes. None: A and B keep their exact
+                values. If all of them are bfloat16 numbers, decoding is as fast as with "bfloat16".
             replace: replace the adapter that has this name. If the new adapter cannot be loaded, the old one
                 stays.
         Raises:
@@ -481,11 +481,10 @@ class LanguageModel(Module):
 
         The selection is valid in the current thread or asyncio task. A new thread starts without a named
         adapter. A new asyncio task, and a function that `asyncio.to_thread` calls, start with the selection
-        of the code that started them. Later selections in the task (or function) do not affect that code, and
-        vice versa.
+        of the code that started them. From then on, the two selections are independent.
 
         A call of a method of this model, or of `nplora.generate.stream`, looks up its adapters once, when it
-        begins. It keeps these adapters, even if another thread replaces or deletes them in the meantime.
+        begins. The call keeps these adapters, even if another thread then replaces or deletes them.
 
             >>> import nplora
             >>> lm = nplora.load_model("model.gguf")
@@ -496,8 +495,8 @@ class LanguageModel(Module):
 
         Args:
             names: a name; or several names, whose adapters are added up; or None for no named adapter. An
-                empty list means the same as None. The sum does not depend on the order of the names. The 8
-                sums that were used last stay in memory. Older sums are computed again when they are needed.
+                empty list means the same as None. The sum does not depend on the order of the names. The
+                model stores the 8 sums that were used most recently, and computes other sums again.
         Raises:
             KeyError: one of the names is unknown; the message lists the nearest names, or all names.
             ValueError: a name is given twice.
@@ -518,7 +517,7 @@ class LanguageModel(Module):
         self._named.select(chosen)
 
     def delete_adapter(self, name: str) -> None:
-        """Delete a named adapter. If the current thread selected several adapters, the others stay selected.
+        """Delete a named adapter. The other adapters that the current thread has selected stay selected.
 
         If another thread (or asyncio task) selected this adapter, the next call of the model in that thread
         raises KeyError.
@@ -540,9 +539,9 @@ class LanguageModel(Module):
     def disable_adapter(self) -> Iterator[Self]:
         """A context in which the model uses neither its LoRA layers nor the selected named adapters.
 
-        After the block, the selection is valid again. `set_adapter` is refused inside the block. Named
-        adapters in the arguments of a call (`generate(adapters=...)`) are still used. A cache that was made
-        outside the block keeps its named adapters.
+        After the `with` block, the model uses the selected adapters again. In the block, `set_adapter` raises
+        RuntimeError. Named adapters in the arguments of a call (`generate(adapters=...)`) are still used. A
+        cache that was made outside the block keeps its named adapters.
 
             >>> import nplora, numpy as np
             >>> lm = nplora.load_model("model.gguf")
@@ -614,7 +613,7 @@ class LanguageModel(Module):
     def selected_model(self, op: str) -> LanguageModel:
         """The model with the named adapters that this thread has selected; `self` if none is selected.
 
-        A call that uses the model several times begins with this method, so that it keeps its adapters.
+        A function that uses the model several times calls this method once, to keep the same adapters.
 
             >>> import nplora
             >>> lm = nplora.load_model("model.gguf")
@@ -705,8 +704,9 @@ class LanguageModel(Module):
             (3, True)
 
         Args:
-            as_decoded: has an effect only with compute="int8". True: compute a few tokens at a time, as in
-                decoding. False: compute whole sequences in bfloat16, as for prompts, which is faster.
+            as_decoded: has an effect only with compute="int8". True: compute a few tokens at a time, with the
+                arithmetic of decoding. False: compute whole sequences in bfloat16, as for prompts. This is
+                faster.
         Raises:
             ValueError, CorruptError: as in `logits`.
         """
@@ -863,8 +863,8 @@ class LanguageModel(Module):
     ) -> list[list[TokenScores]]:
         """Score the tokens of several continuations of each prompt, as `token_scores` does.
 
-        A prompt is computed once, for all its continuations. An activated LoRA begins to act at the last
-        occurrence of its invocation tokens in the prompt, as in `generate`.
+        The model computes a prompt only once for all its continuations. An activated LoRA begins to act at
+        the last occurrence of its invocation tokens in the prompt, as in `generate`.
 
             >>> import nplora
             >>> lm = nplora.load_model("model.gguf")
@@ -942,10 +942,11 @@ class LanguageModel(Module):
         return loss
 
     def forward_backward(self, batch: PackedBatch, factor: float) -> float:
-        """Return the sum of a batch's losses, and add `factor` times the gradient to the adapters' gradients.
+        """Return the sum of the losses at all targets of a batch.
 
-        For the mean over several batches, set `factor` to 1 / (the number of targets of all batches). A batch
-        without targets is not computed, and its loss is 0.
+        Add `factor` times the gradient of this sum to the adapters' gradients. For the mean over several
+        batches, set `factor` to 1 / (the number of targets of all batches). A batch without targets is not
+        computed, and its loss is 0.
 
             >>> import nplora
             >>> from nplora.models.packing import pack
@@ -1044,10 +1045,10 @@ class LanguageModel(Module):
 
         When the context ends, the gradients that the head had before are added to its new gradients.
 
-        The head computes a batch in several parts. In this context, the gradients of the parts of one batch
-        are summed before the gradients of other batches are added. So the sum over several batches has the
-        same bits, whether one or several processes compute the batches. If the whole head is trained, its
-        gradients are simply accumulated, because a copy would be too large.
+        The head computes a batch in several parts. This context first sums the gradients of all parts of one
+        batch, and then adds the gradients of earlier batches. So the sum over several batches has the same
+        bits, whether one or several processes compute the batches. If all rows of the head are trained, the
+        context does nothing, because a copy of the gradients would be too large.
         """
         arrays = [parameter.grad for parameter in self.lm_head.parameters()]
         if isinstance(self.lm_head, TrainedHead):
@@ -1146,11 +1147,11 @@ class LanguageModel(Module):
         A slot uses the adapter that is selected now, unless `cache.adapters` gives the slot another one.
 
         A model with LongRoPE (Phi-3 with a long context) uses other rotation factors for sequences that are
-        longer than the model's original context. The maximum length of a sequence, in `cache.limits`, decides
-        which factors are used. The initial limit is `capacity`. If a sequence will stay short, lower the
-        limit of its slot before you add its first token. `generate` begins with the short factors, as
-        transformers does. When a sequence outgrows the original context, `generate` computes all tokens of
-        the sequence again.
+        longer than the model's original context. `cache.limits`, which holds the maximum length of the
+        sequence in each slot, decides which factors are used. At first, each limit is `capacity`. If a
+        sequence will stay short, lower the limit of its slot before you add its first token. `generate`
+        begins with the factors for short sequences, as transformers does. When a sequence outgrows the
+        original context, `generate` computes all tokens of the sequence again.
 
             >>> import nplora
             >>> lm = nplora.load_model("model.gguf")
@@ -1172,8 +1173,8 @@ class LanguageModel(Module):
         """Add tokens of m sequences to a cache. Return the logits (m, vocab) of each sequence's next token.
 
         The logits of a sequence have the same bits no matter which other sequences the same call computes.
-        The adapter of each sequence is the entry of `cache.adapters` for its slot. If an adapter adds tokens,
-        these tokens have scores of -inf in sequences with other adapters.
+        For each sequence, `cache.adapters` gives the adapter of the sequence's slot. If an adapter adds
+        tokens, these tokens have scores of -inf in sequences with other adapters.
 
             >>> import nplora
             >>> lm = nplora.load_model("model.gguf")

@@ -31,15 +31,15 @@ def load_model(
 
     Args:
         path: a GGUF file, or a directory with config.json and model.safetensors (one file or shards).
-        compute: arithmetic of the products with frozen weights: "float32", "bfloat16" or "int8", as in
-            `FrozenWeight`.
+        compute: the arithmetic of products with frozen weights: "float32", "bfloat16" or "int8" (see
+            `FrozenWeight`).
         mmap: map the files into memory. With True, weights are not copied, and the operating system decides
             how much of the files it keeps in memory. If another program truncates a mapped file, the process
             ends with a message and exit status 135. If another program writes to a mapped file, the next call
             of the model raises CorruptError. It is safe to rename another file to a mapped file's name. With
             False, the files are copied into memory.
-        check: search all matrices for NaN and infinities, which reads the whole file once. With False, a
-            matrix is read only when it is first used.
+        check: search all matrices for NaN and infinities. This search reads the whole file once. With False,
+            a matrix is read only when it is first used.
     Raises:
         UnsupportedError: the architecture, or the type of a tensor, is not supported. The message lists the
             supported architectures or types, and all tensors of unsupported types.

@@ -4,8 +4,8 @@ Each selection has its own copy of the model's modules, which shares the frozen 
 layers. A call fetches the copy of its selection once, when it begins, and computes with this copy to the end.
 So other threads can select, replace or delete adapters without an effect on a running call.
 
-The selection is a context variable: an asyncio task and `asyncio.to_thread` begin with the selection of the
-code that started them.
+The selection is a context variable. Code that creates an asyncio task or calls `asyncio.to_thread` passes its
+selection on to the new task or call.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def _constant(model: Model) -> Model:
 
 
 def _read_only(adapter: Adapter) -> Adapter:
-    """Make the arrays of an adapter read-only, because a change would not reach the model's copies."""
+    """Make an adapter's arrays read-only, because models with this adapter hold copies of the arrays."""
     arrays = [array for delta in adapter.values() for array in (delta.A, delta.B, delta.m)]
     arrays += [array for rows in adapter.token_rows.values() for array in (rows.ids, rows.values)]
     arrays += [array for module in adapter.modules_to_save.values() for array in module.values()]
@@ -122,7 +122,7 @@ class NamedAdapters(Generic[Model]):
             self._models = {**self._models, name: made}
 
     def delete(self, name: str) -> None:
-        """Remove an adapter, also from this thread's selection. Raises KeyError for an unknown name."""
+        """Remove an adapter, and deselect it in this thread. Raises KeyError for an unknown name."""
         with self._lock:
             self._require("delete_adapter", (name,))
             self._forget_sums_with(name)
@@ -135,7 +135,7 @@ class NamedAdapters(Generic[Model]):
 
     @property
     def selected(self) -> Names:
-        """The names that this thread (or asyncio task) has selected; none inside `none_selected`."""
+        """The names that this thread (or asyncio task) has selected. Empty inside `none_selected`."""
         return () if self._is_disabled else self._chosen
 
     @property
@@ -208,7 +208,7 @@ class NamedAdapters(Generic[Model]):
         """Return a copy of the model with one adapter.
 
         Args:
-            adapter: a name, or an `Adapter` that is or was loaded under a name.
+            adapter: the name of a loaded adapter, or an `Adapter` (even if it is no longer loaded).
         """
         if isinstance(adapter, str):
             return self.model(lm, op, (adapter,))

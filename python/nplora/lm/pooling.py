@@ -26,11 +26,11 @@ class PoolingSaved(Saved):
     """The values that `Pooling.run_backward` needs.
 
     Attributes:
-        starts: int64 (m + 1,): the first row of each text, followed by the number of rows.
+        starts: int64 (m + 1,): the index of the first row of each text, followed by the number of rows.
         x: the hidden states (n, d) if "max" is one of the modes, else None.
         layers: the saved values of each layer after the pooling.
-        unit: a pair of the normalised embeddings and their lengths before the normalisation; None if the
-            embeddings were not normalised.
+        unit: a tuple: the normalised embeddings, and the lengths of the embeddings before the normalisation.
+            None: the embeddings were not normalised.
     """
 
     starts: Array
@@ -84,7 +84,8 @@ class Pooling(Module):
         """Return the embeddings (m, dim) of m texts, from the hidden states x (n, d) of all their tokens.
 
         Args:
-            starts: int64 (m + 1,): the first row of each text in x, followed by n. No text is empty.
+            starts: int64 (m + 1,): the index in x of the first row of each text, followed by n. No text is
+                empty.
             normalize: whether to scale the embeddings to length 1; None: as in the constructor.
         """
         return self.run(x, starts, normalize)[0]
@@ -181,11 +182,12 @@ def _pooled_backward(mode: str, dy: Array, saved: PoolingSaved) -> Array:
 def _at_the_largest(x: Array, starts: Array, spread: Array) -> Array:
     """The gradient of the maximum (n, d).
 
-    x (n, d) holds the rows that were pooled. Row i of `spread` (n, d) is the gradient of one embedding: that
-    of the text to which row i of x belongs.
+    x (n, d) holds the rows that were pooled. If row i of x belongs to a text, row i of `spread` (n, d) is the
+    gradient of this text's embedding.
 
-    For each text and column, the largest element of the text's rows in x gets the gradient (the first one if
-    several are equal). All other elements get 0.
+    In each column, only the row of x that holds a text's maximum gets the gradient of the text's embedding.
+    If several rows hold the maximum, only the first of these rows gets the gradient. All other elements
+    get 0.
     """
     dx = np.zeros_like(x)
     for first, end in itertools.pairwise(starts.tolist()):

@@ -120,8 +120,8 @@ def choose(
         scores: (vocab,), the score of each token of the vocabulary.
         before: all tokens so far, beginning with the prompt. The penalties need these tokens.
         rng: the random generator for sampling.
-        prompt: the number of tokens of the prompt, with which `before` begins. Presence and frequency
-            penalties ignore these tokens.
+        prompt: the number of tokens of the prompt. The presence and frequency penalties ignore the first
+            `prompt` tokens of `before`.
 
     Raises:
         FloatingPointError: a score is NaN, or the largest score is infinite.
@@ -224,7 +224,7 @@ def softmax(scores: Array) -> Array:
 def penalise_repetition(scores: Array, before: Sequence[int], penalty: float) -> None:
     """Lower the scores of the tokens in `before`, in place (Keskar et al. 2019, section 4.1).
 
-    Scores stay finite.
+    Finite scores stay finite.
 
     >>> import numpy as np
     >>> scores = np.array([-1.0, 2.0, 3.0])

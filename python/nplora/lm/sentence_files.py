@@ -1,4 +1,4 @@
-"""Reads the files in which sentence-transformers stores how hidden states become an embedding."""
+"""Reads the settings of sentence-transformers: pooling, prompts, and the maximum length of a text."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class SentenceSettings:
         prompts: a dict from names to prompts. A prompt is a text that can be put before each input text.
         default_prompt: the name of the prompt that is used by default, or None for no prompt.
         include_prompt: whether the tokens of the prompt take part in the pooling.
-        transformer: the folder of the model's files, relative to the directory.
+        transformer: the folder with the encoder's files, relative to the model's directory.
     """
 
     pooling: Pooling | None = None
@@ -126,9 +126,9 @@ def _modules(path: Path) -> list[tuple[str, str]]:
 
 
 def _pooling_modes(fields: Fields) -> tuple[str, ...]:
-    """Read the poolings that a configuration names.
+    """Return the names of the pooling modes.
 
-    Newer files have a list of poolings; older files have a flag for each pooling.
+    Newer files have a list of names; older files have a true or false entry for each mode.
     """
     named = dict(fields.items()).get("pooling_mode")
     if named is not None:

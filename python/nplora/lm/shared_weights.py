@@ -1,4 +1,4 @@
-"""SharedWeights: the frozen weights of a model in memory, as the source of another model's tensors."""
+"""SharedWeights: provides the frozen weights of a model in memory, to create another model from them."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
-"""Decodes the next tokens of several sequences together, each sequence with the adapter of its cache slot.
+"""Decodes the next tokens of several sequences together. Each sequence has its own slot and adapter.
 
-A "piece" is an array of the next tokens of one sequence. In matrix products, each token is a row. The frozen
-weights are read once for several sequences, and the results have the same bits as if each sequence were
-computed alone. Products of up to 8 rows are rounded differently from products of more rows. So a batch of
-short pieces (up to 8 rows each) has at most 8 rows in total, and a long piece is batched only with other long
-pieces.
+A "piece" is an array of the next tokens of one sequence. In matrix products, each token is a row. Several
+sequences are computed in one batch, so that the frozen weights are read only once for the whole batch. The
+results have the same bits as if each sequence were computed alone. Matrix products with up to 8 rows are
+rounded differently from products with more rows. So a batch contains either short pieces (up to 8 tokens
+each), with at most 8 tokens in total, or only longer pieces.
 """
 
 from __future__ import annotations
@@ -63,12 +63,14 @@ def pieces_of(token_ids: npt.ArrayLike) -> list[Array]:
 
 
 def decode(lm: SlotModel, pieces: Sequence[Array], slots: Array, cache: KVCache) -> Array:
-    """Store the next tokens of m sequences in the cache. Return the logits (m, vocab) after each sequence.
+    """Store the next tokens of m sequences in the cache.
+
+    Return logits (m, vocab), which predict the token after the last new token of each sequence.
 
     The cache's `lengths` do not change. Call this function in `with inference()`.
 
     Args:
-        lm: the model that computes the tokens if the cache has no owner.
+        lm: the model for slots without an adapter, if the cache has no owner.
         pieces: for each slot, an array (count,) of the next token ids.
     Raises:
         ValueError: an id is out of range. This error leaves the cache unchanged.
@@ -104,10 +106,10 @@ def _batches(models: Sequence[SlotModel], counts: Sequence[int]) -> Iterator[lis
 
 
 def _filled(logits: Array, rows: list[int], few: Array) -> Array:
-    """Write the array `few` to the rows `rows` of `logits`, and return `logits`.
+    """Set logits[rows[i]] to few[i] for each i, and return `logits`.
 
-    If `few` has more columns than `logits`, a wider array replaces `logits`. In all other rows, the added
-    columns are -inf.
+    If `few` has more columns than `logits`, return a copy of `logits` with more columns. In all rows except
+    `rows`, the added columns are -inf.
     """
     if few.shape[1] > logits.shape[1]:
         wider = np.full((len(logits), few.shape[1]), -np.inf, few.dtype)
@@ -152,11 +154,11 @@ def _decode_together(
 
 
 def _grouped(rows: Iterable[tuple[int, bool]]) -> tuple[RowGroup, ...]:
-    """Combine neighbouring rows with equal entries in `rows` into RowGroups.
+    """Combine neighbouring rows into a RowGroup if their entries in `rows` are equal.
 
     Args:
-        rows: for each row, a pair: the number of the row's model, and whether the model's adapter acts on the
-            row.
+        rows: for each row, a tuple: the joint model's number for the row's model, and whether this model's
+            adapter acts on the row.
     """
     return tuple(
         RowGroup(model, sum(1 for _ in some), acts) for (model, acts), some in itertools.groupby(rows)
@@ -171,7 +173,7 @@ def _logits(
     groups: tuple[RowGroup, ...] | None = None,
     ends: tuple[RowGroup, ...] | None = None,
 ) -> Array:
-    """The logits of sequences that are computed by one model, or by a joint model.
+    """Compute the logits after each sequence, with a model or a joint model.
 
     Args:
         groups: for a joint model, the RowGroups of all rows.
@@ -189,7 +191,7 @@ def _logits(
 
 
 class JointModel:
-    """Combines several models that share the frozen weights into one model.
+    """Combines several models with the same frozen weights into one model.
 
     A GroupedLayer replaces each adapted layer.
 
@@ -217,14 +219,14 @@ class JointModel:
         self._watch_owner()
 
     def number(self, model: SlotModel) -> int:
-        """The number by which this joint model and its layers refer to `model`."""
+        """The number that this joint model and its layers use for `model`."""
         return self._numbers[id(model)]
 
     def join(self, models: Sequence[SlotModel], in_slots: Sequence[SlotModel]) -> bool:
         """Add models that are not in this joint model yet. New models do not replace models that a slot uses.
 
-        Return False in two cases: the owner's layers have changed, for example by merging; or a new model
-        adapts a layer for which this joint model has no GroupedLayer.
+        Return False in two cases. First, the owner's layers have changed, for example because they were
+        merged. Second, a new model adapts a layer for which this joint model has no GroupedLayer.
         """
         if self._state != self._owner_state():
             return False
@@ -267,9 +269,9 @@ class JointModel:
     def _free_number(self, in_slots: Sequence[SlotModel]) -> int:
         """Choose the number of a new model.
 
-        A new model gets the number of a removed model, if there is one. If not, it gets the next higher
-        number, provided that there are fewer than `most` models or that slots use all models. In all other
-        cases, it replaces the least recently used model that no slot uses.
+        If a model was removed, the new model gets the number of the removed model. If not, and if all `most`
+        numbers are in use, the new model replaces the least recently used model that no slot uses. In all
+        other cases, or if slots use all models, the new model gets the next higher number.
         """
         if self._free:
             return self._free.pop()
@@ -294,8 +296,8 @@ class JointModel:
 def forget(cache: KVCache, named: Iterable[SlotModel]) -> None:
     """Remove all models from the cache's joint model, except models that a slot uses and models in `named`.
 
-    `named` are the models with a named adapter. The adapters of all other models were deleted, so these
-    models are not needed again.
+    `named` holds the models whose adapters have a name. All other adapters were deleted, so the models with
+    these other adapters are not needed again.
     """
     if isinstance(cache.joint, JointModel):
         in_slots = (cache.adapters.model(slot) for slot in range(cache.slots))

@@ -126,7 +126,7 @@ class NewTokens:
 
     Attributes:
         added: the tokens that the model lacks.
-        known: a dict from the texts that are already tokens of the model to the token ids.
+        known: a dict from texts to token ids, for the texts that are tokens of the model already.
     """
 
     added: tuple[AddedToken, ...] = ()
@@ -174,8 +174,9 @@ def wanted(
         targets: the dotted names of the layers that get LoRA factors.
         new: the tokens that are added to the model.
     Raises:
-        ValueError: as in `token_ids` and `module_names`; or a layer is chosen twice, or has an adapter; or a
-            token is both in `tokens` and in `new`.
+        ValueError: a layer is in both `modules` and `targets`, or has an adapter already; both `tokens` and
+            `modules` are given; a token is both in `tokens` and in `new`; or as in `token_ids` and
+            `module_names`.
     """
     assert isinstance(lm, Module)
     listed, names = token_list(op, tokens) if tokens else (), module_names(op, modules) if modules else ()

@@ -1,4 +1,4 @@
-"""WordIds: the token ids of sentences of words, and the index of each word's first token."""
+"""WordIds: for sentences that are given as words, the token ids and the index of each word's first token."""
 
 from __future__ import annotations
 
@@ -50,9 +50,9 @@ class WordIds:
     def windows(self, longest: int, around: Sequence[int]) -> tuple[list[list[int]], Array]:
         """Divide the sentences that have too many tokens into overlapping windows.
 
-        Neighbouring windows share at least a quarter of their tokens, if a window has room for two tokens
-        besides the special tokens. A word's label comes from the window in which the word's first token is
-        furthest from a cut. The beginning and the end of a sentence are not cuts.
+        At least a quarter of the tokens of a window, without special tokens, are also in the next window. (A
+        window with room for only one such token shares none.) A word's label comes from the window in which
+        the word's first token is furthest from a cut. The beginning and the end of a sentence are not cuts.
 
             >>> import nplora
             >>> words = nplora.load_encoder("encoder-model").word_ids([["a", "cat", "and", "a", "dog"]])
@@ -61,10 +61,11 @@ class WordIds:
 
         Args:
             longest: the largest number of tokens of a window, including the special tokens.
-            around: the special tokens before and after a sentence. Each window also has these special tokens.
+            around: the ids of the special tokens before and after the tokens of a sentence. Each window also
+                gets these special tokens.
         Returns:
-            a tuple: the token ids of each window of all sentences; and int64 (words,): for each word with a
-            token, the index of the word's first token among the tokens of all windows.
+            a tuple: a list with the token ids of each window; and, for each word with a token, the index of
+            the word's first token in the concatenation of all windows, int64 (words,).
         Raises:
             ValueError: `longest` has no room for a word.
         """

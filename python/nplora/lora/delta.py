@@ -23,7 +23,8 @@ class LoraDelta:
         embedding: whether W is an embedding table (vocab, dim). For an embedding, PEFT stores A and B in
             another layout than for a linear layer.
         kernel: the shape (c_in, height, width) of a convolution's kernel, or None. For a convolution, W is
-            the kernel as a matrix (d_out, c_in · height · width), and PEFT stores A and B with four axes.
+            the kernel reshaped to (d_out, c_in · height · width). PEFT stores A and B of a convolution with
+            four axes.
         alpha, use_rslora: the settings from which `scale` was computed. They are needed to save the adapter
             again. If `alpha` is None, the adapter is saved with alpha = rank · scale.
     Raises:
@@ -44,7 +45,7 @@ class LoraDelta:
     kernel: tuple[int, int, int] | None = None
 
     def rounded(self, dtype: str) -> Self:
-        """Return the change with factors rounded to `dtype`, "bfloat16" or "float16", but stored as float32.
+        """Return a copy whose A and B are rounded to `dtype` ("bfloat16" or "float16") and stored as float32.
 
         >>> delta = LoraDelta(np.full((2, 1), 0.1, np.float32), np.ones((1, 2), np.float32), 1.0)
         >>> float(delta.rounded("bfloat16").A[0, 0])
@@ -89,11 +90,11 @@ class LoraDelta:
 
     @property
     def stated_alpha(self) -> float:
-        """The alpha to write into an adapter configuration, together with `use_rslora`."""
+        """The value of alpha to write into an adapter configuration. `use_rslora` must be written too."""
         return self.scale * self.rank if self.alpha is None else self.alpha
 
     def rows(self, order: Array | None) -> "LoraDelta":
-        """Return the change of the matrix that consists of the rows order[0], order[1], ... of W.
+        """Return the change of W[order], the matrix with the rows order[0], order[1], ... of W.
 
         If `order` is None, return self.
 
@@ -121,7 +122,7 @@ class LoraDelta:
 
     @property
     def is_zero(self) -> bool:
-        """Whether ΔW is 0. A merge of a zero ΔW changes a weight only if the storage format changes."""
+        """Whether ΔW is certainly 0. Then a merge can only convert the weight to another storage format."""
         if self.m is not None or not all(np.isfinite(factor).all() for factor in (self.A, self.B)):
             return False
         return self.scale == 0 or not (self.A.any() and self.B.any())
@@ -144,7 +145,7 @@ class LoraDelta:
         return merged if self.m is None else (merged * self._gain(merged, part)).astype(rows.dtype)
 
     def delta(self, rows: Array, first: int) -> Array:
-        """Return the exact change of `rows`, in float64. `rows` and `first` are as in `apply`.
+        """Return the change of `rows`, computed in float64. `rows` and `first` are as in `apply`.
 
         >>> a, b = np.array([[1.0], [2.0], [3.0]], np.float32), np.ones((1, 3), np.float32)
         >>> LoraDelta(a, b, 0.5).delta(np.zeros((1, 3), np.float32), first=2)

@@ -33,7 +33,7 @@ def lora_forward(
         A, B: arrays (d_out, r) and (r, d_in).
         scale: the factor of the update. If scale is 0, A and B are not read.
         bias: array (d_out,) or None.
-        out: C-contiguous array (..., d_out) to write y to, which must not overlap any input.
+        out: C-contiguous array (..., d_out) to write y to. It must not overlap any input.
     Returns:
         y (..., d_out) and z (..., r). `lora_backward` takes z.
     Raises:
@@ -84,8 +84,8 @@ def lora_backward(
         x: array (..., d_in), the input of the forward pass.
         z: array (..., r), the second result of `lora_forward`. If None, z is computed again.
         fw, A, B, scale: as in the forward pass.
-        out: (dx, dA, dB): arrays for the results, or None for new arrays. dx is overwritten, but the
-            gradients are ADDED to dA and dB.
+        out: a tuple (dx, dA, dB) of arrays for the results; None creates a new array. dx is overwritten, but
+            the gradients are ADDED to dA and dB.
         need_dx: whether to compute dx. If False, the product of dy and the frozen weight is skipped.
     Returns:
         dx (..., d_in) (None if need_dx is False), dA (d_out, r), dB (r, d_in).
@@ -172,8 +172,9 @@ def merge_lora(
         W.
     Raises:
         TypeError: W is not an array, is byte-swapped, or has none of the formats above.
-        ValueError: W is read-only, not aligned or overlaps A or B; its rows are not contiguous or overlap;
-            a shape does not fit; scale is not finite; or "stochastic" is used with float32 or float64.
+        ValueError: W is read-only, is not aligned, or overlaps A or B; a row of W is not contiguous, or two
+            rows overlap; a shape does not fit; scale is not finite; or "stochastic" is used with float32 or
+            float64.
 
     >>> W = np.eye(2, dtype=np.float32)
     >>> merge_lora(W, A=[[2.0], [0.0]], B=[[1.0, 1.0]], scale=0.5)
@@ -247,7 +248,7 @@ def _operand(op: str, fw: FrozenWeight | npt.ArrayLike) -> tuple[_core.Weight, i
 
 
 def _arrays(*named: tuple[str, object]) -> list[tuple[str, Array]]:
-    """Return the (name, value) pairs whose value is an array. No output may overlap these arrays."""
+    """From the pairs (name, value) of the inputs, return those whose value is an array."""
     return [(name, value) for name, value in named if isinstance(value, np.ndarray)]
 
 

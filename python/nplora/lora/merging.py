@@ -30,13 +30,13 @@ class MergeReport:
     Attributes:
         name: the name of the layer or tensor.
         storage, nbytes: the storage format of the merged weight, and its size in bytes.
-        error: ‖effective ΔW - ΔW‖ / ‖ΔW‖ in the Frobenius norm. For ΔW = 0, the error is infinite if a new
-            storage format changed the weight, else 0.
+        error: ‖effective ΔW - ΔW‖ / ‖ΔW‖ in the Frobenius norm. If ΔW is 0, the error is 0, or infinite if
+            the new storage format changed the weight.
         kept: the kept share of ΔW, ⟨effective ΔW, ΔW⟩ / ‖ΔW‖², or 1 if ΔW is 0. If the share is near 1, the
             error is rounding noise, which hardly changes the outputs. If the share is near 0, rounding has
             restored the original weight, and the update is lost.
-        worst_block: a tuple: the row and the first column of the block with the largest relative error.
-            Unquantised formats have no blocks, so a whole row counts as one block.
+        worst_block: the quantised block with the largest relative error: a tuple of the block's row in W and
+            its first column. In unquantised formats, a whole row counts as one block.
         worst_error: the relative error of that block.
         norm: ‖ΔW‖.
         weight_norm: ‖W‖ of the original weight.
@@ -93,7 +93,7 @@ class MergeReport:
 def weighted_mean(norms: Iterable[float], values: Iterable[float], nothing: float) -> float:
     """Return the weighted mean of `values`. The weight of values[i] is norms[i]².
 
-    For example, the kept shares of ΔW get the weights ‖ΔW‖². If all norms are 0, the result is `nothing`.
+    For example, the kept shares of ΔW get the weights ‖ΔW‖². If all norms are 0, return the number `nothing`.
     """
     weighted = [(norm**2, value) for norm, value in zip(norms, values, strict=True) if norm]
     if not weighted:
@@ -134,11 +134,12 @@ class Merge:
         self._worst = (-1.0, 0, 0)
 
     def rows(self) -> Iterator[tuple[int, Array]]:
-        """Yield the new weight a few rows at a time: the first row's number, and the bytes (n, row_nbytes).
+        """For n rows at a time, yield the index of the first row, and the bytes of the new rows (n,
+        row_nbytes).
 
         Raises:
-            ValueError: a finite value of W would become NaN or infinite, or a sum does not fit the storage
-                format.
+            ValueError: a finite value of W would become NaN or infinite, or the storage format cannot encode
+                a new value.
         """
         d_out, d_in = self.shape
         for block in storages.row_blocks(d_out, d_in):
@@ -148,7 +149,7 @@ class Merge:
             yield first, self._encoded(before, merged, delta, np.arange(first, block.stop))
 
     def _encoded(self, before: Array, merged: Array, delta: Array, numbers: Array) -> Array:
-        """Encode merged rows, and measure how much of their change `delta` is lost by rounding.
+        """Encode `merged`, and measure how much of the change `delta` is lost by rounding.
 
         Args:
             numbers: the indices of these rows in W.
@@ -168,7 +169,7 @@ class Merge:
         return raw
 
     def decoded(self, raw: Array) -> Array:
-        """Decode rows of the new weight, such as those that `rows()` yields, to numbers."""
+        """Decode bytes of new rows, such as `rows()` yields, to floats."""
         return storages.decode(raw, self.storage, self.shape[1])
 
     def _count(self, before: Array, after: Array, delta: Array, numbers: Array) -> None:
@@ -235,10 +236,10 @@ def merge_weight(
     """Merge an update into a copy of a weight. The weight is decoded a few rows at a time.
 
     Args:
-        storage: the storage format of the result, or "same" for the format of `weight`. The layer must
-            compute in the same dtype with the result as with `weight`.
+        storage: the storage format of the result, or "same" for the format of `weight`. A float64 weight
+            stays float64, and no other weight becomes float64.
     Raises:
-        ValueError: as in `Merge`, or the layer would compute in another dtype.
+        ValueError: `storage` changes a weight from or to float64; or as in `Merge`.
     """
     storage = (
         weight.dtype if storage == "same" else _check.choice("merge", "dtype", storage, storages.STORAGES)

@@ -147,8 +147,8 @@ class ModelMerge:
 def least_kept(reports: Iterable[MergeReport]) -> float:
     """Average the kept shares of ΔW in two ways, and return the smaller mean.
 
-    The first mean is `ModelMerge.delta_kept`, in which a tensor with a large ‖ΔW‖ outweighs all other
-    tensors. The second mean therefore weights each tensor by (‖ΔW‖ / ‖W‖)², the square of the tensor's
+    The first mean is `ModelMerge.delta_kept`. A tensor with a large ‖ΔW‖ can outweigh all other tensors in
+    this mean. In the second mean, the weight of a tensor is (‖ΔW‖ / ‖W‖)², the square of the tensor's
     relative change.
     """
     changed = [report for report in reports if report.norm]

@@ -34,10 +34,9 @@ class NewRows:
         return self.ids[order], order
 
     def found(self, ids: Array) -> tuple[Array, Array]:
-        """Find the replaced rows among the rows `ids` (n,) of the weight.
+        """Given the indices `ids` (n,) of rows of the weight, find the replaced rows.
 
-        Return two arrays: for each replaced row, its position in the argument `ids` and its position in
-        `values`.
+        Return two arrays: for each replaced row, its index in the argument `ids`, and its index in `values`.
         """
         if self.ids is None:
             return np.arange(len(ids)), ids
@@ -47,8 +46,7 @@ class NewRows:
         return places, order[near[places]]
 
     def within(self, first: int, stop: int) -> tuple[Array, Array]:
-        """Find the replaced rows among the rows first, ..., stop - 1 of the weight. Return the index of each
-        replaced row minus `first`, and the new rows."""
+        """Find replaced rows in weight[first:stop]. Return their indices in the slice, and their values."""
         if self.ids is None:
             return np.arange(stop - first), self.values[first:stop]
         ids, order = self._sorted
@@ -56,7 +54,7 @@ class NewRows:
         return ids[part] - first, self.values[order[part]]
 
     def rows(self, wanted: Array) -> "NewRows":
-        """Return the NewRows for the matrix of the rows wanted[0], wanted[1], ... of the weight.
+        """Return the NewRows that replace the same rows in W[wanted], where W is the weight.
 
         `wanted` must be sorted.
         """
@@ -70,7 +68,7 @@ class NewRows:
         """Replace rows in a copy of `rows`, which are consecutive rows of the weight.
 
         Args:
-            first: rows[0] is row `first` of the weight.
+            first: the index in the weight of the first row in `rows`.
         """
         merged = rows.copy()
         places, values = self.within(first, first + len(rows))

@@ -5,10 +5,10 @@ have rank R:
 
     Σ wᵢ sᵢ AᵢBᵢ = A·B     A = [A₁ A₂ …] (d_out, R),  B = [w₁s₁B₁; w₂s₂B₂; …] (R, d_in),  R = Σ rᵢ
 
-A·B is the exact sum. Adding up all Aᵢ and all Bᵢ instead, as is often done, adds cross terms AᵢBⱼ. With the
-QR decompositions A = Qₐ Rₐ and Bᵀ = Q_b R_b, A·B has the same singular values as Rₐ R_bᵀ (R, R). The singular
-values give the rank of the sum and its best approximation of any lower rank (Eckart and Young 1936). No
-matrix of shape (d_out, d_in) is needed.
+A·B is the exact sum. If all Aᵢ and all Bᵢ were added up instead, as is often done, the product would contain
+cross terms AᵢBⱼ. With the QR decompositions A = Qₐ Rₐ and Bᵀ = Q_b R_b, A·B has the same singular values as
+Rₐ R_bᵀ (R, R). The singular values give the rank of the sum and its best approximation of any lower rank
+(Eckart and Young 1936). No matrix of shape (d_out, d_in) is needed.
 """
 
 from collections.abc import Sequence
@@ -28,8 +28,8 @@ def weighted_sum(
         terms: pairs of an update and its weight in the sum. All updates are for the same layer, without DoRA.
         limit: the largest rank of the result, or None for the rank of the exact sum.
     Returns:
-        a tuple: the sum, with scale 1 and factors in float32; the relative error caused by the lower rank,
-        ‖sum - exact sum‖ / ‖exact sum‖ in the Frobenius norm; and ‖exact sum‖.
+        a tuple: the sum as a LoraDelta with scale 1 and float32 factors; the relative error ‖sum - exact sum‖
+        / ‖exact sum‖ due to the lower rank; and ‖exact sum‖. All norms are Frobenius norms.
     Raises:
         ValueError: a factor holds NaN or an infinity, or the sum is too large for float32.
     """

@@ -29,11 +29,11 @@ AnyLinear = Linear | LoRALinear
 class AttentionSaved(Saved):
     """The arrays that the backward pass needs in addition to the layer's input `x` (n, d).
 
-    Row i of `q`, `k`, `v` and `out` holds the heads of token i side by side. `q` and `k` are stored after the
-    rotation, except if the layer has norms of q and k. In that case, `q` and `k` are stored before the norms,
-    and the backward pass computes norms and rotation again. `lse` is the log-sum-exp of the scores. `q` and
-    `k` are always float32, so that the backward pass computes exactly the scores from which `lse` was
-    computed. `out` may be bfloat16 bits.
+    Row i of `q`, `k`, `v` and `out` holds the values of token i in all heads, one head after another. In a
+    layer without norms of q and k, `q` and `k` are stored after the rotation. In a layer with these norms,
+    `q` and `k` are stored before the norms, and the backward pass computes norms and rotation again. `lse` is
+    the log-sum-exp of the scores. `q` and `k` are always float32, so that the backward pass computes exactly
+    the scores from which `lse` was computed. `out` may be bfloat16 bits.
     """
 
     q: Array
@@ -68,19 +68,18 @@ class Attention(Module):
     """Computes softmax(q kᵀ · scale) v within each sequence (Vaswani et al. 2017).
 
     In a causal model, a token attends to itself and earlier tokens. In any other model, a token also attends
-    to later tokens. The layers `q_proj`, `k_proj` and `v_proj` are computed in one call. One layer
-    `qkv_proj`, whose weight has the rows of all three weights, can replace these three layers. Each key/value
-    head is shared by a group of query heads (grouped-query attention, Ainslie et al. 2023). The optional
-    norms `q_norm` and `k_norm` are applied to q and k before the rotation. If a norm's weight is as long as
-    one head, each head is normalised alone. If a norm's weight is as long as all heads together, all heads
-    are normalised together.
+    to later tokens. The layers `q_proj`, `k_proj` and `v_proj` are computed in one call. Some models have a
+    single layer `qkv_proj` instead, whose weight stacks the rows of the three weights. Each key/value head is
+    shared by a group of query heads (grouped-query attention, Ainslie et al. 2023). The optional norms
+    `q_norm` and `k_norm` are applied to q and k before the rotation. If a norm's weight is as long as one
+    head, each head is normalised separately. If it is as long as all heads together, all heads are normalised
+    together.
 
     Args:
         layer: the index of this layer in the model.
         rope: the rotation of q and k, or None for no rotation.
         modules: a dict from names to the projections and the norms.
-        bias: numbers that are added to the attention scores, for each distance between query and key; or
-            None.
+        bias: for each distance between query and key, a number that is added to the attention score; or None.
     """
 
     def __init__(
@@ -120,8 +119,8 @@ class Attention(Module):
         """Compute the output y (n, d) from the input x (n, d).
 
         Args:
-            rows: int64 (m,), the indices of the tokens whose outputs are needed, each at most once; y is then
-                (m, d). None: all tokens.
+            rows: int64 (m,), different indices of tokens. If given, y (m, d) has the outputs of only these
+                tokens.
         """
         outputs, qkv = stack_forward(self._inputs, x)
         q, k, v = self._split(outputs)
@@ -202,7 +201,7 @@ class Attention(Module):
         return None if self._bias is None else self._bias.table(positions.longest)
 
     def _split(self, outputs: Sequence[Array]) -> Sequence[Array]:
-        """Return q, k and v. If `outputs` has only one array, the output of `qkv_proj`, split this array."""
+        """Return q, k and v. If `outputs` holds only the output of `qkv_proj`, split this output."""
         if len(outputs) == 3:
             return outputs
         q, kv = self._widths
@@ -229,9 +228,9 @@ class Attention(Module):
     def _rotated_backward(
         self, dq: Array, dk: Array, saved: AttentionSaved, positions: PackedPositions
     ) -> tuple[Array, Array]:
-        """Return the gradients of the projections' outputs q and k.
+        """Return the gradients of the outputs of the q and k projections.
 
-        `dq` and `dk` are the gradients of q and k after norms and rotation.
+        `dq` and `dk` are the gradients of q and k as attention reads them, after norms and rotation.
         """
         if self._rope is not None:
             for rows in (dq, dk):

@@ -1,4 +1,4 @@
-"""Facts about a base model that are needed to convert an adapter: family, heads and, if known, shapes."""
+"""Facts about a base model that are needed to convert an adapter, such as the number of attention heads."""
 
 import dataclasses
 import warnings
@@ -39,7 +39,7 @@ class BaseModel:
     digest: str | None = None
 
     def permuted_heads(self, layer: str) -> int:
-        """If GGUF reorders the rows of the layer, return the layer's number of heads. If not, return 0.
+        """Return the number of heads in the layer if GGUF reorders the rows of its weight, else 0.
 
         Args:
             layer: the layer's name in Hugging Face's files.

@@ -28,7 +28,7 @@ class Mixer(Protocol):
     """The layer between the norms of a half-block: attention, an MLP, or another layer.
 
     Attributes:
-        reading: the names of the linear layers whose input is `x`. These layers are computed in one call.
+        reading: the names of the linear layers that multiply `x`. These layers are computed in one call.
         reads_x: whether `run_backward` needs the input `x`.
     """
 
@@ -57,7 +57,7 @@ class Mixer(Protocol):
 
 
 class AttentionMixer(Mixer, Protocol):
-    """Attention, the first mixer of a block. It can compute the outputs of a subset of the tokens."""
+    """The attention of a block. Unlike other mixers, it can compute the outputs of only some tokens."""
 
     def run(self, x: Array, positions: PackedPositions, rows: Array | None = None) -> tuple[Array, Any]:
         """Like `Mixer.run`, but compute only the outputs y (m, d) of the tokens `rows` (m,), if given."""
@@ -76,10 +76,10 @@ class AttentionMixer(Mixer, Protocol):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Half:
-    """A half-block: outer(x + scale · after(mixer(before(x)))), where outer, after and before are norms.
+    """A half-block. It computes outer(x + scale · after(mixer(before(x)))).
 
-    `mixer`, `before`, `after` and `outer` are names of modules of the block. A missing norm is None. Models
-    with an `outer` norm have no norm `after`.
+    `mixer`, `before`, `after` and `outer` are the names of modules of the block. The last three are norms, or
+    None. Models with a norm `outer` have no norm `after`.
     """
 
     mixer: str
@@ -116,8 +116,8 @@ class DecoderBlock(Module):
 
     Args:
         halves: the half-blocks.
-        modules: a dict of the block's mixers and norms. The keys are the names that `Half` has in its fields
-            `mixer`, `before`, `after` and `outer`.
+        modules: a dict from names to the block's mixers and norms. The names are those in the fields of
+            `halves`.
         narrow: whether activations are stored as bfloat16 for the backward pass.
     """
 
@@ -132,9 +132,9 @@ class DecoderBlock(Module):
         """Return the output y (n, d), and the values that `run_backward` needs.
 
         Args:
-            rows: int64 (m,), the indices of the tokens whose outputs are needed, each at most once; y is then
-                (m, d). The first half-block still reads all tokens, but the MLP computes only the needed
-                rows. None: all tokens.
+            rows: int64 (m,), different indices of tokens. If given, y (m, d) has the outputs of only these
+                tokens. Attention still reads the keys and values of all tokens, but the MLP computes only
+                these tokens.
         """
         saved = list[HalfSaved]()
         keep = narrowed if self._narrow and not inferring() else _unchanged
@@ -164,8 +164,9 @@ class DecoderBlock(Module):
     ) -> Gradient:
         """Accumulate the gradients of the LoRA factors. Return dx, or None if `need_dx` is False.
 
-        `dy` is overwritten. If `rows` is None, `dx` is written to the memory of `dy`. The forward pass did
-        not store the outputs of norms, so the backward pass computes them again where a gradient needs them.
+        `dy` is overwritten. If `rows` is None, `dx` is written to the memory of `dy`. The forward pass does
+        not store the outputs of norms. If a gradient needs such an output, the backward pass computes the
+        norm again.
 
         Args:
             rows: the same as in the call of `run`.
@@ -190,7 +191,7 @@ class DecoderBlock(Module):
     ) -> Array:
         """Accumulate the gradients of the LoRA factors. If `need_dx` is True, return the input's gradient.
 
-        If `rows` is None, this gradient is written to the memory of `dy`.
+        If `rows` is None, the input's gradient overwrites `dy`.
         """
         widen = widened if self._narrow else _unchanged
         mixer, before, x = self._mixer(half), self._norm(half.before), widen(kept.x)
@@ -304,7 +305,8 @@ def assemble(
 
     Args:
         halves: the half-blocks.
-        mixer: a function; mixer(name, modules) makes the mixer `name` from a dict of its layers and norms.
+        mixer: a function; mixer(name, modules) makes a mixer from its name and a dict of its layers and
+            norms.
         modules: a dict from names within the block to the block's layers and norms.
     """
     parts: dict[str, Module] = {}

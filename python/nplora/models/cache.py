@@ -31,31 +31,32 @@ class KVCache:
 
     Args:
         slots, capacity: the number of sequences, and the maximum number of tokens of each sequence.
-        owner: the model (with its selected named adapters) that computes all slots without an entry in
-            `adapters`. None: the model whose `decode` is called.
+        owner: the model that computes the tokens of slots without an adapter; it uses its selected named
+            adapters. None: the model whose `decode` is called.
         page_tokens: the number of tokens in a page, a multiple of PAGE_UNIT.
-        pages: the number of pages. None: each slot has its own pages for `capacity` tokens.
+        pages: the number of pages. None: from the start, each slot has enough pages of its own for `capacity`
+            tokens.
     Attributes:
         slots, capacity: the number of sequences, and the maximum number of tokens of each sequence.
         lengths: int64 (slots,), the number of tokens in each slot. To drop a slot's last tokens, lower its
             length.
         limits: int64 (slots,), the number of tokens that each slot may hold; initially `capacity`. With
-            LongRoPE, the limit decides which rotation factors a sequence uses. If a sequence will be shorter
-            than `capacity`, lower the slot's limit before the first token.
+            LongRoPE, the limit decides which rotation factors a sequence uses. So if a sequence will be
+            shorter than `capacity`, set the slot's limit to its final length before the first token.
         keys, values: for each layer an array (pages, page_tokens, kv_heads · head_dim). The arrays take
             memory only as they are filled.
-        table: int64 (slots, maximum number of pages of a slot). Row i has the indices of the pages of slot i,
-            in the order of the tokens.
+        table: int64 (slots, maximum number of pages of a slot). Row i lists the indices of slot i's pages, in
+            the order of the tokens.
         held: int64 (slots,), how many pages each slot has. Only the first held[i] entries of row i of `table`
             are used.
         adapters: the adapter of each slot, which can be set while the slot is empty. A slot's adapter is a
             name, an `Adapter`, or None. Initially, the adapter of every slot is None. If a slot's adapter is
             None, `owner` computes the slot's tokens.
-        activation: int64 (slots,), for slots with an activated LoRA: the first position on which the adapter
-            acts. UNKNOWN: `decode` searches the next tokens for the invocation tokens. NEVER: the adapter
+        activation: int64 (slots,). In a slot with an activated LoRA, the adapter acts from the position
+            activation[slot] on. UNKNOWN: `decode` has not found the invocation tokens yet. NEVER: the adapter
             does not act in this slot.
-        owner: the model (with its selected named adapters) that computes all slots without an entry in
-            `adapters`. None: the model whose `decode` is called.
+        owner: the model that computes the tokens of slots without an adapter; it uses its selected named
+            adapters. None: the model whose `decode` is called.
 
     >>> lm = nplora.load_model("model.gguf")
     >>> cache = lm.new_cache(slots=2, capacity=16)
@@ -139,7 +140,7 @@ class KVCache:
         return pages
 
     def next_positions(self, slots: Array, counts: Array | int) -> CachePositions:
-        """The positions of the next tokens: counts[i] tokens for the sequence in the slot slots[i]."""
+        """The positions of the next counts[i] tokens in each slot slots[i]."""
         counts = np.broadcast_to(counts, slots.shape).astype(np.intp)
         begins = np.cumsum(counts) - counts  # the first row of each sequence
         in_sequence = np.arange(counts.sum(), dtype=np.int64) + np.repeat(
@@ -148,8 +149,9 @@ class KVCache:
         return self.positions(np.repeat(slots, counts), in_sequence, np.repeat(self.limits[slots], counts))
 
     def positions(self, slots: Array, in_sequence: Array, limits: Array) -> CachePositions:
-        """Return the `CachePositions` of new tokens, given for each token the slot, the position in the
-        sequence, and the maximum length of the sequence."""
+        """Return the `CachePositions` of new tokens, given three arrays with each token's slot, position in
+        its sequence, and maximum length of its sequence.
+        """
         return cache_positions(slots, in_sequence, limits, self.table, self.page_tokens)
 
     def activate(self, slot: int, ids: Array) -> None:
@@ -167,7 +169,7 @@ class KVCache:
                 self.activation[slot] = self.lengths[slot] + start
 
     def active(self, positions: CachePositions) -> Array | None:
-        """The indices of the new tokens on which the adapters of their slots act; None: all new tokens."""
+        """The indices of the new tokens on which an adapter acts. None: adapters act on all new tokens."""
         acts = self.acts(positions)
         return None if acts.all() else np.flatnonzero(acts)
 

@@ -37,8 +37,8 @@ class ModelConfig:
         model_type: the name of the model's family in `models.families`.
         max_position_embeddings: the context length that the model was trained for.
         rope: the rotation of q and k.
-        sliding_windows: for each layer, the number of tokens that a query attends to, counted backwards from
-            the query's own token, which is included; 0: all tokens.
+        sliding_windows: for each layer, a number w. A token attends to itself and to the w - 1 tokens before
+            it (if not `causal`, also to the w - 1 tokens after it). If w is 0, there is no window.
         local_rope: the rotation in layers with a sliding window, or None if it is the same as in other
             layers.
         unrotated: the indices of the layers without rotation.
@@ -47,16 +47,16 @@ class ModelConfig:
         qkv_bias, o_bias, mlp_bias: whether these linear layers have a bias.
         hidden_act: the MLP's activation: "silu", "gelu", or "gelu_pytorch_tanh" (which approximates
             GELU with tanh).
-        query_pre_attn_scalar: attention scores are divided by the square root of this number, or by the
-            square root of `head_dim` if the number is None.
-        attention_multiplier: a factor for the attention scores, which replaces the division by the square
-            root; None: no such factor.
+        query_pre_attn_scalar: attention scores are divided by the square root of this number. None: the
+            number is `head_dim`.
+        attention_multiplier: attention scores are multiplied by this number, instead of being divided by a
+            square root. None: they are divided.
         embedding_multiplier: a factor for the embeddings.
         residual_multiplier: a factor for the output of each half-block (attention or MLP).
         logits_scaling: a divisor for the logits.
         causal: whether a token attends only to itself and earlier tokens. If False, the model is an encoder.
-        interleaved: whether neighbouring values of a head are rotated as a pair, as in some GGUF files. If
-            False, value i of a head is paired with value i + rotary_dim / 2.
+        interleaved: whether two neighbouring values of a head form a pair that is rotated, as in some GGUF
+            files. If False, values i and i + rotary_dim / 2 of a head form a pair.
 
     >>> import nplora
     >>> config = nplora.load_model("model.gguf").config
@@ -131,8 +131,8 @@ class ModelConfig:
     def described(self) -> str:
         """Return a text with all settings except `source`. Equal settings have equal texts.
 
-        Settings with their default value are left out. So the texts of old models stay the same when this
-        class gets a new setting.
+        Settings with their default value are left out. So an old model's text does not change when a new
+        version of nplora adds a setting to this class.
 
         >>> import nplora
         >>> print(nplora.load_model("model.gguf").config.described())

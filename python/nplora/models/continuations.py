@@ -32,7 +32,7 @@ class Question(NamedTuple):
 
     @property
     def long(self) -> list[Array]:
-        """The continuations with more than one token, which need a slot of their own in the cache."""
+        """The continuations with more than one token. Each of them needs its own slot in the cache."""
         return [tokens for tokens in self.continuations if len(tokens) > 1]
 
     @property
@@ -41,17 +41,17 @@ class Question(NamedTuple):
 
     @property
     def length(self) -> int:
-        """The number of tokens in the longest sequence, which is the prompt and one continuation."""
+        """The number of tokens in the longest sequence: the prompt and its longest continuation."""
         return len(self.prompt) + max(map(len, self.continuations))
 
     @property
     def computed(self) -> int:
-        """The number of tokens to compute in the longest sequence: all tokens except the last one."""
+        """The number of tokens to compute in the longest sequence: all except its last token."""
         return self.length - 1
 
 
 class _Part(NamedTuple):
-    """The prompt of a question, and those of its continuations that need the same factors of LongRoPE."""
+    """A question's prompt, with all continuations that need the same LongRoPE factors."""
 
     number: int  # the index of the question
     places: list[int]  # the indices of the continuations in the question
@@ -89,8 +89,9 @@ def token_scores(
 
 
 def _parts(questions: Sequence[Question], longest_short: float) -> list[_Part]:
-    """Divide each question into at most two parts. LongRoPE uses its short factors for the continuations of
-    one part, and its long factors for those of the other part."""
+    """Divide each question into at most two parts. The continuations of one part need the short factors of
+    LongRoPE, and the continuations of the other part need the long factors.
+    """
     parts = list[_Part]()
     for number, (prompt, continuations) in enumerate(questions):
         is_long = [len(prompt) + len(tokens) > longest_short for tokens in continuations]
@@ -101,7 +102,7 @@ def _parts(questions: Sequence[Question], longest_short: float) -> list[_Part]:
 
 
 def _groups(parts: Sequence[_Part]) -> list[list[_Part]]:
-    """Divide the parts of the questions into groups of consecutive parts. Each group is computed together."""
+    """Divide the parts into groups of consecutive parts. The parts of a group are computed together."""
     found, slots, length = list[list[_Part]](), 0, 0
     for part in parts:
         slots, length = slots + part.question.slots, max(length, part.question.computed)
@@ -141,7 +142,8 @@ def _group_scores(
 def _run_prompts(
     model: Decoder, questions: Sequence[Question], starts: Array, cache: KVCache, most_rows: int
 ) -> Array:
-    """Compute each prompt in its question's first slot, and copy the keys and values to the other slots.
+    """Compute each prompt in the first slot of its question. Copy its keys and values to the question's other
+    slots.
 
     Returns the residual stream (questions, d) of the last token of each prompt.
     """
@@ -161,7 +163,7 @@ def _run_prompts(
 def _run_continuations(
     model: Decoder, questions: Sequence[Question], starts: Array, cache: KVCache, most_rows: int
 ) -> Array:
-    """The residual stream (n, d) of the continuations' tokens, except the last token of each."""
+    """The residual stream (n, d) of all tokens of the continuations, except the last token of each one."""
     rows = [
         _rows(tokens[:-1], int(slot), len(question.prompt), question.length)
         for question, first in zip(questions, starts[:-1], strict=True)

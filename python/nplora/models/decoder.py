@@ -30,7 +30,7 @@ Array = npt.NDArray[Any]
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class BlockInput(Saved):
-    """What the backward pass needs to compute a block again.
+    """The values from which the backward pass computes a block again.
 
     Attributes:
         x: the block's input.
@@ -45,10 +45,12 @@ class BlockInput(Saved):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class DecoderSaved(Saved):
-    """The values that `run_backward` needs. `blocks` begins with the values of the lowest adapted block.
+    """The values that `run_backward` needs.
 
-    `run_backward` begins with the last block, and removes the values of each block from `blocks`. `rows` are
-    the indices of the tokens whose outputs were computed; None: all.
+    Attributes:
+        blocks: the values of each block, beginning with the lowest adapted block. `run_backward` removes the
+            values that it has used.
+        rows: the indices of the tokens whose outputs were computed; None: all tokens.
     """
 
     positions: PackedPositions
@@ -70,9 +72,10 @@ class Decoder(Module):
             reduces the memory to a tenth. The gradients have the same bits as without checkpointing.
         prefix: the cached outputs of the blocks below the lowest adapted block, or None.
         word_filter: a filter that leaves unlikely words out of the gradient of the head's input, or None.
-        int8_head: with compute="int8", also compute the gradient of the head's input in int8. The gradient of
-            the logits is then rounded to int8 stochastically. The result is a little less exact than in
-            bfloat16, so the default is False on machines with bfloat16 instructions.
+        int8_head: with compute="int8", also compute the gradient of the head's input in int8 instead of
+            bfloat16. The gradient of the logits is then rounded to int8 stochastically, so the gradient of
+            the input is a little less exact. The default is therefore False on machines with bfloat16
+            instructions.
     """
 
     def __init__(
@@ -105,8 +108,8 @@ class Decoder(Module):
         """Compute the residual stream (n, d) after the last block. Call this method in `with inference()`.
 
         Args:
-            rows: int64 (m,), the indices of the tokens whose outputs are needed, each at most once. The
-                result is then (m, d). None: all tokens.
+            rows: int64 (m,), different indices of tokens. If given, return only the rows (m, d) of these
+                tokens.
         """
         first = self.first_adapted() if rows is None else min(self.first_adapted(), len(self.layers) - 1)
         x = self._run_frozen(first, ids, positions)[0]
@@ -114,11 +117,11 @@ class Decoder(Module):
             return _run_through(self.layers[first:], x, positions, rows)
 
     def may_leave_out_rows(self) -> bool:
-        """Whether `run` and `infer` accept the argument `rows`: only if every adapter acts on all tokens."""
+        """Whether `run` and `infer` accept `rows`. If False, an adapter acts on only some of the tokens."""
         return invocation_of(self) is None and row_groups() is None
 
     def _activated(self, ids: Array, positions: PackedPositions) -> AbstractContextManager[None]:
-        """A context in which an activated LoRA acts only from its invocation tokens on."""
+        """A context in which an activated LoRA does not act before its invocation tokens."""
         invocation = invocation_of(self)
         return only_active(None if invocation is None else active_in(ids, positions.starts, invocation))
 
@@ -190,7 +193,7 @@ class Decoder(Module):
         return self.hidden_states_backward(dy if self._readout == 1 else dy * self._readout, x)
 
     def _run_frozen(self, first: int, ids: Array, positions: PackedPositions) -> tuple[Array, Any]:
-        """Return the residual stream (n, d) before block `first`, and the saved values of the embedding."""
+        """Return the input (n, d) of the block with index `first`, and the saved values of the embedding."""
         prefix = self.prefix if self.prefix is not None and self.prefix.blocks == first > 0 else None
         found = None if prefix is None else prefix.find(ids, positions.starts)
         if found is not None:

@@ -9,13 +9,13 @@ A loss multiplies the divergence by T², so that the gradients have the same siz
 al. 2015, arXiv:1503.02531, section 2).
 
 A teacher's distribution is given by all logits, or by the k most likely tokens. With k tokens, all other
-tokens form one class, "the rest". The class has the probability p_r = 1 - Σ p_i for the teacher and
+tokens form one class, "the rest". The rest has the probability p_r = 1 - Σ p_i for the teacher and
 q_r = 1 - Σ q_i for the student. The divergence of these k + 1 classes is a lower bound of the full
-divergence, and equals it if k is the size of the vocabulary. For a token j of the rest, dL/dz_j is
-q_j (1 - p_r / q_r) for the forward divergence, and q_j (log(q_r / p_r) - KL) for the reverse one. Without the
-class "the rest", the student would learn a distribution over the teacher's k tokens alone, which is too sharp
-(Anshumann et al. 2025, arXiv:2503.16870). TRL's distillation from a server computes the same divergence if
-its option `loss_add_tail` is set.
+divergence. If k is the size of the vocabulary, both divergences are equal. If token j belongs to the rest,
+dL/dz_j is q_j (1 - p_r / q_r) for the forward divergence, and q_j (log(q_r / p_r) - KL) for the reverse
+divergence. Without the class "the rest", the student would learn a distribution over the teacher's k tokens
+alone, which is too sharp (Anshumann et al. 2025, arXiv:2503.16870). TRL's distillation from a server computes
+the same divergence if its option `loss_add_tail` is set.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ class TopK:
     Attributes:
         ids: integers (n, k), the tokens. No token occurs twice in the same row of the array. The id -1 stands
             for a token that is not in the student's vocabulary.
-        log_probs: float64 (n, k + 1), the log-probabilities of these k tokens, -inf for the id -1. The last
-            column has the log-probability of all other tokens together, or -inf if there are none. The
-            probabilities of a row sum to 1.
+        log_probs: float64 (n, k + 1). The first k columns hold the log-probabilities of the tokens; an id -1
+            has -inf. The last column holds the log-probability of all other tokens together, or -inf if there
+            are no other tokens. The probabilities of a row sum to 1.
     """
 
     ids: Array
@@ -91,9 +91,9 @@ def _losses(logits: Array, targets: Array) -> Array:
 def _largest(values: Array, k: int) -> Array:
     """The positions (n, k) of the k largest values of each row, the largest first.
 
-    Each row is divided into groups. Let b be the k-th largest of the groups' maxima. At least k values of the
-    row are >= b, so the k largest values are among the values >= b. Only these few values are sorted. This is
-    several times faster than partitioning the whole row.
+    Divide each row into groups, and find the maximum of each group. Let b be the k-th largest of these
+    maxima. At least k values of the row are >= b, so the k largest values of the row are >= b. Sort only the
+    values that are >= b. This method is several times faster than partitioning the whole row.
     """
     n, size = values.shape
     groups = size // _GROUP
@@ -130,8 +130,9 @@ class Distillation:
         """Return the losses of n rows, the divergences (without the factor T²), and the cross-entropies.
 
         Args:
-            logits: float32 (n, vocabulary), the student's logits. The array is overwritten. If `gradient` is
-                True, the array then holds `factor` times the gradient of the losses.
+            logits: float32 (n, vocabulary), the student's logits. If `gradient` is True, the gradient of the
+                losses, multiplied by `factor`, overwrites the array. If not, the array may be overwritten
+                with anything.
             targets: integers (n,), the labels.
             teacher: the teacher's logits or most likely tokens, for the same rows.
         Returns:
@@ -154,7 +155,7 @@ class Distillation:
     def _block(
         self, z: Array, targets: Array, teacher: Teacher, factor: float, gradient: bool, hard: Array | None
     ) -> Array:
-        """The divergences of a few rows. If `hard` is an array, the cross-entropies are written to `hard`."""
+        """Return the divergences of a few rows. Write the cross-entropies to the array `hard`, if given."""
         of_labels = None
         if hard is not None:
             of_labels = z.copy() if gradient else z
@@ -174,7 +175,7 @@ class Distillation:
 
 
 def _common(kl: str, z: Array, t: Array, factor: float, gradient: bool) -> Array:
-    """The divergences over the tokens that both vocabularies have. The logits of all other tokens have
+    """The divergences of distributions over only the tokens in both vocabularies. All other logits get
     gradient 0.
 
     One vocabulary may be longer than the other, because some models pad the head's weight with unused rows.

@@ -41,9 +41,9 @@ class EncoderModel(Decoder):
     transformers gives them, such as "encoder.layer.0.attention.self.query".
 
     Args:
-        positions: the table of position embeddings, or None. The table is a weight instead of a module,
-            because a table cannot have an adapter.
-        types: the table (also a weight) of token-type embeddings, or None. All tokens have type 0.
+        positions: the table of position embeddings, or None. This table cannot have an adapter, so it is a
+            weight, not a module.
+        types: the table of token-type embeddings, also a weight, or None. All tokens have type 0.
         embed_norm: the LayerNorm that normalises the sum of the embeddings.
         norm: the LayerNorm after the last block, or None.
         hf_name: a function that turns nplora's name of a module into the name in transformers.

@@ -24,7 +24,7 @@ AnyLinear = Linear | LoRALinear
 class FeedForwardSaved(Saved):
     """The arrays that the backward pass needs, besides the layer's input `x`.
 
-    `up` (n, f), the input of the activation, may be bfloat16 bits.
+    `up` (n, f) is the input of the activation, as float32 or as bits of bfloat16 numbers.
     """
 
     up: Array

@@ -17,10 +17,11 @@ class Adapted:
     """The layers of a block that have an adapter, or will get one.
 
     Attributes:
-        rank: the rank of the adapters of all layers that are not in `ranks`.
-        outputs: a dict from the last part of each layer's name to the output width d_out of the layer.
-        ranks: a dict from the last part of a layer's name to the rank of the layer's adapter, for layers
-            whose rank is not `rank`.
+        rank: the rank of each adapter whose layer is not in `ranks`.
+        outputs: a dict from the last part of each layer's name, such as "q_proj", to the layer's output width
+            d_out.
+        ranks: a dict from the last part of a layer's name to the rank of the layer's adapter, only for layers
+            with another rank than `rank`.
         freeze_B: whether the adapters train only A. If so, the backward pass does not need the inputs of the
             layers.
     """
@@ -36,10 +37,10 @@ class Adapted:
         return not self.freeze_B and not self.outputs.keys().isdisjoint(names)
 
     def saved(self, names: Iterable[str]) -> int:
-        """The number of bytes per token that the adapters of the layers `names` store for the backward pass.
+        """The number of bytes per token that adapters store for the backward pass, for the layers `names`.
 
-        An adapter of rank r stores the r outputs of its first factor. With DoRA, an adapter also stores the
-        layer's outputs before rescaling.
+        An adapter of rank r stores r values per token: x Bᵀ. With DoRA, an adapter also stores the layer's
+        outputs before rescaling.
         """
         found = {name: self.outputs[name] for name in names if name in self.outputs}
         ranks = sum(self.ranks.get(name, self.rank) for name in found)
@@ -58,7 +59,8 @@ class Footprint:
         forward: the peak memory in the forward pass, including `saved`.
         backward: the peak memory in the backward pass, not counting `saved` and the gradients of the block's
             input and output.
-        scratch: memory that the core keeps from one pass to the next. All blocks share this memory.
+        scratch: memory that the core allocates once and does not free after a pass. All blocks share this
+            memory.
     """
 
     saved: int

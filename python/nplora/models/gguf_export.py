@@ -43,8 +43,8 @@ class ModelConversion:
         architecture: GGUF's name for the model's family.
         types: the number of tensors of each ggml type.
         why_no_tokenizer: why the file has no tokenizer; empty if the file has a tokenizer.
-        short: a sentence about matrices that could not get the requested type, because their rows are not
-            whole blocks of that type; empty if all matrices have the type.
+        short: a sentence about the matrices that have another type than the requested one, because their rows
+            cannot be divided into whole blocks of the requested type. Empty if there are no such matrices.
     """
 
     target: str
@@ -71,7 +71,7 @@ class ModelConversion:
 
 
 def is_model(source: StrPath) -> bool:
-    """Whether the path is a model: a safetensors file, an index of shards, a directory, or a GGUF file."""
+    """Whether the path holds a model: a safetensors file, an index of shards, a directory or a GGUF file."""
     path = Path(source)
     if path.is_dir():
         return (path / CONFIG).exists() and not (path / "adapter_config.json").exists()
@@ -93,19 +93,19 @@ def model_to_gguf(
     """Convert a Hugging Face model to a GGUF file, or the matrices of a GGUF model to another type.
 
     The model must belong to one of the families in `nplora.models.families`. Matrices get the requested type.
-    A matrix whose rows are not whole blocks of that type gets a type with shorter blocks, as in llama.cpp.
-    Norms and biases are float32. If the architecture requires it, the rows of the q and k layers are
-    permuted.
+    If a matrix has rows that cannot be divided into whole blocks of this type, the matrix gets a type with
+    shorter blocks, as in llama.cpp. Norms and biases are float32. If the architecture requires it, the rows
+    of the q and k layers are permuted.
 
-    If the source is a GGUF model, the new file has the source's metadata, tokenizer and vectors. If the new
-    type is more precise than the source's type, the values keep the rounding errors of the source.
+    If the source is a GGUF model, the new file has the source's metadata, tokenizer and vectors. A more
+    precise type does not remove the rounding errors of the source.
 
     Args:
         source: a GGUF file, or a directory with config.json and model.safetensors (one file or shards).
             Instead of the directory, its safetensors file or its shard index can be given.
         path: the GGUF file to write.
-        dtype: "same" (not for a GGUF source), "float32", "float16", "bfloat16", or a ggml type such as "q8_0"
-            or "q4_k" (`nplora convert --help` lists all).
+        dtype: "float32", "float16", "bfloat16", a ggml type such as "q8_0" or "q4_k" (`nplora convert --help`
+            lists all types), or, if the source is not a GGUF file, "same".
         overwrite: replace an existing file.
     Returns:
         a summary of the conversion.
@@ -113,8 +113,8 @@ def model_to_gguf(
         UnsupportedError: nplora or GGUF does not support the family or a setting of config.json; or matrices
             are quantised to 4 bits by bitsandbytes.
         FormatError: a file breaks its format, does not match config.json, or has a NaN or infinite weight.
-        ValueError: `path` is not a .gguf file or is one of the model's files, `dtype` is not available, the
-            source is a GGUF file and `dtype` is "same", or a weight is out of the range of `dtype`.
+        ValueError: `path` is not a .gguf file, or is one of the model's files; `dtype` is unknown; `dtype` is
+            "same", but the source is a GGUF file; or a weight is out of the range of `dtype`.
         CorruptError: another program wrote to a GGUF source during the conversion.
         FileExistsError: the file exists, and `overwrite` is not set.
         OSError: a file cannot be read, or the disk fails.
@@ -215,7 +215,7 @@ def _in_type(file: gguf.GgufFile, name: str, dtype: str) -> gguf.Tensor | gguf.S
 
 
 def _tokenizer(directory: Path, vocab_size: int) -> tuple[dict[str, Any], str]:
-    """Return the tokenizer's metadata and "", or an empty dict and the reason why there is no tokenizer."""
+    """Return the tokenizer's metadata and "". Without a tokenizer, return an empty dict and the reason."""
     try:
         return gguf_metadata.from_directory(directory, vocab_size), ""
     except FileNotFoundError:

@@ -29,9 +29,8 @@ class LogitLoss(Protocol):
         """The loss of each row, float64 (n,).
 
         Args:
-            logits: float32 (n, vocabulary). If `gradient` is True, the loss overwrites the logits with
-                `factor` times their gradient. If `gradient` is False, the loss may overwrite the logits with
-                anything.
+            logits: float32 (n, vocabulary). If `gradient` is True, the gradient of the logits, multiplied by
+                `factor`, overwrites the logits. If `gradient` is False, anything may overwrite the logits.
             rows: the indices of these n rows in the batch.
         """
 
@@ -50,10 +49,10 @@ _LEAST_ROWS, _MOST_ROWS = 64, 256
 def loss_and_gradient(
     model: Decoder, head: AnyHead, x: Array, targets: Array, factor: float
 ) -> tuple[float, Array]:
-    """Return the sum of the losses, and `factor` times the gradient of this sum.
+    """Return the sum of the losses, and the gradient of this sum with respect to x, multiplied by `factor`.
 
-    The gradient is with respect to the residual stream x (n, d). Rows without a target have gradient 0. If
-    the head has an adapter, the adapter's gradients are accumulated too.
+    x (n, d) is the residual stream. Rows without a target have gradient 0. If the head has an adapter, the
+    adapter's gradients are accumulated too.
     """
     dx, total = np.zeros_like(x), 0.0
     for rows in _chunks_of(targets, head):
@@ -67,14 +66,15 @@ def gradient_of_losses(
 ) -> tuple[float, Array]:
     """Apply `function` to the tokens' losses. Return the value and its gradient with respect to x (n, d).
 
-    The loss of a token depends only on the token's own row of x. With a frozen head, one pass therefore
-    computes all losses and their gradients. Then each row of the gradients is multiplied by the function's
-    derivative with respect to the row's loss. A trained head needs a second pass: the gradients of the logits
-    must be multiplied by these derivatives before the gradients of the head are computed.
+    The loss of a token depends only on the token's own row of x. So if the head is frozen, one pass computes
+    all losses and their gradients. `function` then gives a derivative for each loss, and each row of the
+    gradients is multiplied by its derivative. If the head is trained, a first pass computes the losses. A
+    second pass multiplies the gradients of the logits by the derivatives, and then computes the gradients of
+    the head.
 
     Args:
-        function: a function of the losses of all rows with a target, float64 (m,). The function returns a
-            value, and the value's derivative with respect to each loss (m,).
+        function: takes the losses of all rows with a target, float64 (m,). Returns a value, and the
+            derivative of the value with respect to each loss (m,).
     """
     dx, trained = np.zeros_like(x), np.flatnonzero(targets != IGNORED)
     if head.parameters() or isinstance(head, TrainedHead):  # a tied head trains the rows of the embedding
@@ -101,8 +101,8 @@ def _chunk_gradient(
 ) -> tuple[Array, Array]:
     """The losses of a few rows, and the gradients of the losses with respect to x.
 
-    The gradient of each row is multiplied by `factor`, and by the row's entry in `weights`, if given. The
-    logits of these rows are freed at the end.
+    The gradient of row i is multiplied by `factor` and, if `weights` is given, by weights[i]. The logits of
+    these rows are freed at the end.
     """
     logits, saved = logits_forward(head, model.read_out(x))
     losses, word_filter = np.empty(len(x)), model.word_filter
@@ -123,7 +123,7 @@ def _chunk_gradient(
 def gradient_of_logit_loss(
     model: Decoder, head: AnyHead, x: Array, targets: Array, row_loss: LogitLoss, factor: float
 ) -> tuple[float, Array]:
-    """Like `loss_and_gradient`, but for any loss that is computed from the logits of rows with a target."""
+    """Like `loss_and_gradient`, but with the loss `row_loss` instead of the cross entropy."""
     dx, total = np.zeros_like(x), 0.0
     for rows in _chunks_of(targets, head):
         losses, dx[rows] = _chunk_of_logit_loss(model, head, x[rows], rows, row_loss, factor)
@@ -156,7 +156,7 @@ def logits_of(model: Decoder, head: AnyHead, x: Array) -> Array:
 
 
 def logits_forward(head: AnyHead, x: Array) -> tuple[Array, Any]:
-    """The logits (n, vocab) of the head's input x (n, d), and the values that `logits_backward` needs."""
+    """Return the logits (n, vocab) for the head's input x (n, d), and the values for `logits_backward`."""
     if isinstance(head, TrainedHead):
         return head.forward(x)
     (logits,), saved = stack_forward((head,), x)
@@ -164,10 +164,10 @@ def logits_forward(head: AnyHead, x: Array) -> tuple[Array, Any]:
 
 
 def _dither_key(model: Decoder, losses: Array) -> int | None:
-    """The key of the random numbers in `logits_backward`, or None if the model's `int8_head` is False.
+    """Return the key from which `logits_backward` draws random numbers; None if `int8_head` is False.
 
-    The key is a hash of the losses. So each step draws different numbers, a repeated step draws the same
-    numbers, and a run need not save the state of a generator.
+    The key is a hash of the losses. So the steps of training draw different numbers, but a step that is
+    repeated draws the same numbers again. Checkpoints need not hold the state of a generator.
     """
     if not model.int8_head:
         return None
@@ -180,9 +180,9 @@ def logits_backward(head: AnyHead, dlogits: Array, saved: Any, dither_key: int |
     `dlogits` may be overwritten.
 
     Args:
-        dither_key: the key of random numbers, or None. With a key, a head with compute="int8" multiplies in
-            int8, and the random numbers round dlogits stochastically (see `stack_backward`). Without a key,
-            this head multiplies in bfloat16. A head with trained rows ignores the key.
+        dither_key: only for a head with compute="int8": the key from which random numbers are drawn, or None.
+            With a key, the random numbers round `dlogits` to int8 (see `stack_backward`), and the product is
+            computed in int8. With None, it is computed in bfloat16. A head with trained rows ignores the key.
     """
     if isinstance(head, TrainedHead):
         dx: Array = head.backward(dlogits, saved, overwrite_dy=True)
@@ -229,10 +229,11 @@ def _chunk_losses(model: Decoder, head: AnyHead, x: Array, targets: Array) -> Ar
 
 
 def _chunks_of(targets: Array, head: AnyHead) -> Iterator[Array]:
-    """The rows that have a target, in chunks. Before each chunk, `give_way` lets more urgent work run.
+    """Yield the indices of rows that have a target, in chunks. `give_way` lets more urgent work run before
+    each chunk.
 
-    The computation of a chunk may take several times as long as that of a block of the decoder. So callers
-    also call `give_way` within a chunk.
+    Computing a chunk may take several times as long as computing a block of the decoder. So callers also call
+    `give_way` within a chunk.
     """
     for rows in chunks(np.flatnonzero(targets != IGNORED), head.weight.shape[0]):
         give_way()
@@ -247,7 +248,7 @@ def most_rows(rows: int, vocab: int) -> int:
 
 
 def largest_chunk(rows: int, vocab: int) -> int:
-    """The number of rows in the largest chunk when `chunks` splits `rows` rows."""
+    """The number of rows in the largest chunk, if `chunks` splits this many rows."""
     return math.ceil(rows / math.ceil(rows / most_rows(rows, vocab))) if rows else 0
 
 

@@ -1,4 +1,4 @@
-"""Finds where activated LoRA (aLoRA) begins to act: at the last occurrence of its invocation tokens.
+"""Finds the last occurrence of the invocation tokens, at which an activated LoRA (aLoRA) begins to act.
 
 As in PEFT, the tokens before this occurrence are computed without the adapter. If a sequence does not contain
 the invocation tokens, the whole sequence is computed without the adapter.
@@ -53,7 +53,7 @@ def sequences_with(ids: Array, starts: Array, invocation: tuple[int, ...]) -> Ar
 
 
 def active_in(ids: Array, starts: Array, invocation: tuple[int, ...]) -> Array:
-    """The rows of packed sequences on which the adapter acts.
+    """The indices of the tokens of packed sequences on which the adapter acts.
 
     Args:
         ids: the tokens (n,).

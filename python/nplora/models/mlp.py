@@ -35,11 +35,11 @@ class MLPSaved(Saved):
 
 
 class MLP(Module):
-    """A SwiGLU or GeGLU layer. `gate_proj` and `up_proj` are computed in one call.
+    """A SwiGLU or GeGLU layer. One call computes both `gate_proj` and `up_proj`.
 
-    One layer `gate_up_proj` can replace these two layers; its weight has the rows of `gate_proj`, followed by
-    the rows of `up_proj`. The backward pass computes act(gate) ∘ up again. If matrix products are computed in
-    bfloat16, gate and up are also stored in bfloat16, because these two arrays take most of the memory.
+    Some models have a single layer `gate_up_proj` instead, whose weight has the rows of `gate_proj`, followed
+    by the rows of `up_proj`. The backward pass computes act(gate) ∘ up again. If matrix products are computed
+    in bfloat16, gate and up are also stored in bfloat16, because these two arrays take most of the memory.
 
     Args:
         act: the activation of the gate, named as in `ModelConfig.hidden_act`.
@@ -135,7 +135,7 @@ class MLP(Module):
 
 
 def _split(outputs: Sequence[Array]) -> Sequence[Array]:
-    """Return gate and up. A single array in `outputs` is the output of `gate_up_proj`, which is split."""
+    """Return gate and up. If `outputs` holds only the output of `gate_up_proj`, split this output."""
     if len(outputs) == 2:
         return outputs
     return [np.ascontiguousarray(part) for part in np.split(outputs[0], 2, axis=1)]

@@ -29,7 +29,7 @@ def is_norm(name: str) -> bool:
 
 
 def of(norms: Mapping[str, NDArray[Any]]) -> str | None:
-    """SHA-256 of `norms`, a dict from GGUF names to norm weights (d,); None if the dict is empty."""
+    """Return the SHA-256 of a dict from GGUF names to norm weights (d,); None if the dict is empty."""
     digest = hashlib.sha256()
     for name in sorted(norms):
         with np.errstate(over="ignore"):
@@ -61,19 +61,19 @@ def described(name: str | None, digest: str | None) -> str:
 
 
 def difference(name: str | None, digest: str | None, model: str | None) -> str:
-    """A sentence for messages if both digests are known and differ; otherwise an empty string."""
+    """If both digests are known and differ, return a text for an error message. If not, return ""."""
     if digest is None or model is None or digest == model:
         return ""
     return f"the adapter is of another model ({described(name, digest)}; this model has {model[:_SHOWN]})"
 
 
 def refusal(name: str | None, digest: str | None, model: str | None) -> str:
-    """Like `difference`, but the sentence also says how to use the adapter anyway."""
+    """Like `difference`, but the text also says how to use the adapter anyway."""
     text = difference(name, digest, model)
     return f"{text}; {TAKEN}" if text else ""
 
 
 def subject(name: str | None, digest: str | None, model: str | None) -> str:
-    """The beginning of a sentence that says why the adapter cannot be used."""
+    """The first words of an error message about the adapter: the text of `difference`, if not empty."""
     text = difference(name, digest, model)
     return f"{text}, and" if text else "the adapter"

@@ -1,4 +1,4 @@
-"""Opens a model's weights so that they can be saved again with some tensors replaced."""
+"""Opens a model's files, to save the model again with new values for some tensors."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -45,15 +45,15 @@ class ModelFiles:
     Attributes:
         suffix: the kind of file: ".gguf" or ".safetensors".
         family: the description of the model's family; Llama's if the family is not known.
-        place: a function; place(layer, rows) returns a pair for a layer whose weight has `rows` rows. The
-            first item is the name of the tensor that holds the weight, or None if there is no such tensor.
-            The second item is the order of the weight's rows in the file, or None if the file does not change
+        place: a function; place(layer, rows) returns a tuple (tensor, order) for a layer whose weight has
+            `rows` rows. `tensor` is the name of the tensor that holds the weight, or None if there is no such
+            tensor. `order` is the order of the weight's rows in the file, or None if the file does not change
             the order.
-        new_files: a function; new_files(output, tensors, vocabulary) returns the files to write. A tensor may
-            be a `Stream`. If `vocabulary` is None, the vocabulary does not change.
+        new_files: a function; new_files(output, tensors, vocabulary) returns the files to write. The dict
+            `tensors` may also contain `Stream`s. If `vocabulary` is None, the vocabulary does not change.
         tokenizer: a function that returns the model's tokenizer.
         tied: whether the head shares the embedding's weight.
-        mapped: the stamps (size and time) of the memory-mapped files, to detect later changes.
+        mapped: the size and the time stamp of each memory-mapped file, to detect later changes.
         shards: the names of the shard files; empty if one file holds all weights.
     """
 
@@ -85,12 +85,12 @@ def open(base: StrPath) -> ModelFiles:
 
 
 def is_directory(output: StrPath) -> bool:
-    """Whether a model saved at this path is a directory, not a single file."""
+    """Whether the path `output` of a new model is a directory, not a single file."""
     return files.suffix(output) not in (".gguf", ".safetensors")
 
 
 def weights_path(output: StrPath) -> Path:
-    """The path of the weights file, if the model is saved at the path `output`."""
+    """The path of the weights file of a new model at the path `output`."""
     return Path(output, model_directory.WEIGHTS) if is_directory(output) else Path(output)
 
 
@@ -161,8 +161,9 @@ def _open_safetensors(base: StrPath) -> ModelFiles:
 
 
 def _extended(companions: list[NewFile], base: Path, vocabulary: NewVocabulary) -> list[NewFile]:
-    """Return `companions`, the files that accompany a model's weights. Put the new tokens into tokenizer.json
-    and the new vocabulary size into config.json."""
+    """Return a copy of `companions`, the files that accompany a model's weights. In the copy, tokenizer.json
+    also has the new tokens, and config.json has the new vocabulary size.
+    """
     text = tokenizer.from_directory(base).with_tokens(vocabulary.tokens).files()[TOKENIZER]
     found = list[NewFile]()
     for file in companions:

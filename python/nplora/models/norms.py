@@ -29,7 +29,7 @@ def norm_forward(norm: Norm, x: Array) -> Array:
 
 
 def add_norm_forward(norm: Norm, x: Array, total: Array) -> Array:
-    """Add `x` to `total` in place. Return a new array (n, d): the rows of `total`, normalised."""
+    """Add `x` to `total` in place, and return a normalised copy of the sum (n, d)."""
     if isinstance(norm, RMSNorm):
         np.add(total, x, out=total)
         return norm_forward(norm, total)
@@ -53,7 +53,7 @@ def piecewise_norm_forward(norm: RMSNorm, x: Array) -> Array:
 
 
 def piecewise_norm_backward(norm: RMSNorm, dy: Array, x: Array) -> Array:
-    """The gradient of the input `x` of `piecewise_norm_forward`."""
+    """Return the gradient of the input `x` of `piecewise_norm_forward`, given the output's gradient `dy`."""
     dx = buffers.empty_like(x)
     dim = len(norm.weight)
     norm_backward(norm, dy.reshape(-1, dim), x.reshape(-1, dim), dx.reshape(-1, dim))

@@ -20,7 +20,7 @@ IGNORED = -100  # the label of a token that is not trained on, as in torch and t
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class PackedBatch:
-    """Several sequences in one row of tokens.
+    """Several sequences of tokens, one after another in one array.
 
     Attributes:
         ids: int64 (n,), the tokens of all sequences.
@@ -74,8 +74,8 @@ class PackedBatch:
 
         Args:
             most_tokens: the maximum number of tokens in a batch; None: no limit, so there is one batch.
-            together: the number of neighbouring sequences that form a group. All sequences of a group are in
-                the same batch.
+            together: how many neighbouring sequences form a group. The sequences of a group stay in one
+                batch.
         """
         lengths = np.diff(self.starts).reshape(-1, together).sum(axis=1)
         cuts = [together * index for index in cut(lengths, most_tokens)]

@@ -1,4 +1,4 @@
-"""The position of each row (token) in its sequence, for packed sequences and for sequences in a cache."""
+"""The positions of tokens in their sequences. Sequences are either packed or stored in a cache."""
 
 from __future__ import annotations
 
@@ -35,14 +35,15 @@ class CachePositions:
     """The positions of new tokens, which continue the sequences in a cache.
 
     Attributes:
-        slots, in_sequence: int64 (m,), the slot of each row, and its position in the slot's sequence.
+        slots: int64 (m,), the slot of each row (token).
+        in_sequence: int64 (m,), the position of each row in its own sequence.
         lengths: int64 (m,), the number of tokens that each row attends to: `in_sequence` + 1.
         pages: int64 (slots of the cache, pages of a slot), the pages of each slot, as in `KVCache.table`.
-        cells: an index that selects the keys or values of the new tokens from an array (pages, page_tokens,
-            ...) of the cache.
+        cells: a NumPy index. For an array `keys` (pages, page_tokens, ...) of the cache, keys[cells] are the
+            keys of the new tokens.
         longest: the length of the longest sequence, including the new tokens.
-        limits: int64 (m,), the length that each row's sequence may reach. LongRoPE rotates all tokens of the
-            sequence, even the first, by the factors for this length.
+        limits: int64 (m,), the maximum length of each row's sequence. This length decides which factors
+            LongRoPE uses for all tokens of the sequence.
     """
 
     slots: Array
@@ -54,7 +55,7 @@ class CachePositions:
     limits: Array
 
     def sequence_lengths(self) -> Array:
-        """int64 (m,): for each row, the length of the sequence by which LongRoPE selects its factors."""
+        """int64 (m,): for each row, the sequence length for which LongRoPE selects its factors."""
         return self.limits
 
 
@@ -65,7 +66,7 @@ def rows_of(starts: Array) -> Array:
 
 
 def scattered(y: Array, rows: Array, count: int) -> Array:
-    """Return an array (count, d) of zeros, except that row rows[i] is row i of y (m, d)."""
+    """Return an array (count, d) with row i of y (m, d) at the index rows[i]. All other rows are 0."""
     whole = np.zeros((count, y.shape[1]), y.dtype)
     whole[rows] = y
     return whole
@@ -84,9 +85,10 @@ def cache_positions(
     """The positions of new tokens in a cache.
 
     Args:
-        slots, in_sequence, limits: int64 (m,), the slot of each token, the token's position in the slot's
-            sequence, and the length that the sequence may reach.
-        pages: the cache's table of pages. The result contains only the columns of the table that are needed.
+        slots: int64 (m,), the slot of each token.
+        in_sequence: int64 (m,), the position of each token in its sequence.
+        limits: int64 (m,), the maximum length of each token's sequence.
+        pages: the table of pages, `KVCache.table`. The result contains only the columns that are needed.
         page_tokens: the number of tokens in a page.
     """
     slots, in_sequence = np.asarray(slots, np.int64), np.asarray(in_sequence, np.int64)

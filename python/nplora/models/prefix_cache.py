@@ -32,15 +32,15 @@ class _Store(Protocol):
 
 
 class PrefixCache:
-    """Stores the residual stream before the first adapted block, for each sequence.
+    """For each sequence, stores the residual stream before the first adapted block.
 
     The stream depends only on a sequence's own tokens, because all blocks before the first adapted block are
     frozen, and attention stays within a sequence. So the cache looks up a sequence by its tokens, no matter
-    which other sequences are packed with it. A stored stream has the same bits as one that is computed again.
+    which other sequences are packed with it. A stored stream has the same bits as a newly computed stream.
 
     Args:
-        blocks: the number of blocks below the first adapted block. A model with another number of blocks
-            below its first adapted block ignores the cache.
+        blocks: the number of blocks below the first adapted block. If another block of the model becomes the
+            first adapted block, the model ignores the cache.
         capacity: the maximum number of tokens in all sequences together. Sequences for which there is no more
             room are not stored.
         width: the number of values per token, `hidden_size`.

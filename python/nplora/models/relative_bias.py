@@ -1,4 +1,4 @@
-"""Numbers that depend on the distance of query and key, added to attention scores (Raffel et al. 2020)."""
+"""Adds numbers that depend on the distance between query and key to attention scores (Raffel et al. 2020)."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ class RelativeBias:
         self._table = np.empty((weight.shape[1], 1), np.float32)
 
     def table(self, longest: int) -> Array:
-        """The number for each head and each distance in sequences of at most `longest` tokens.
+        """Return the numbers for each head and each distance, for sequences of at most `longest` tokens.
 
         Returns:
-            float32 (heads, 2 · reach + 1), where `reach` is at least `longest` - 1. Column reach + d is for
-            keys that are d tokens after the query.
+            float32 (heads, 2 · reach + 1), where `reach` is at least `longest` - 1. Column reach + d has the
+            numbers for a key that is d tokens after the query.
         """
         table = self._table  # read once, because another thread may replace `_table`
         if table.shape[1] < 2 * longest - 1:

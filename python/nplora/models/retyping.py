@@ -22,8 +22,8 @@ def storage_of(given: str, shape: tuple[int, ...], dtype: str) -> str:
     """Choose the storage type of a tensor.
 
     Vectors are float32, because ggml computes with float32 vectors. A matrix gets the requested type if its
-    rows are whole blocks of that type. If not, the matrix gets a type with shorter blocks. If its rows are
-    not whole blocks of the second type either, the matrix gets float16.
+    rows are whole blocks of that type. If not, the matrix gets a type with shorter blocks, or float16 if its
+    rows are not whole blocks of that shorter type either.
     """
     if len(shape) == 1:
         return "float32"
@@ -36,7 +36,7 @@ def storage_of(given: str, shape: tuple[int, ...], dtype: str) -> str:
 
 
 def short(tensors: Mapping[str, _Stored], dtype: str) -> str:
-    """A sentence about the matrices that did not get the requested type. Empty if all matrices got it."""
+    """A sentence about the matrices that did not get the requested type, or "" if there are none."""
     matrices = [tensor for tensor in tensors.values() if len(tensor.shape) > 1]
     others = [t for t in matrices if dtype != "same" and t.type != storages.GGML_NAMES[dtype]]
     if not others:
@@ -56,7 +56,7 @@ def chunks(
         raw: uint8 (rows, row_nbytes), the rows in their present type `given`.
         d_in: the number of values in a row.
         storage: the new type.
-        order: row i of the result is row order[i] of `raw`; None: the same order.
+        order: row i of the result is row order[i] of `raw`. None: the result has the order of `raw`.
         offset: a number that is added to each value.
     """
 

@@ -46,8 +46,8 @@ class LongRope:
     Attributes:
         original_length: the length of the longest sequence that uses the divisors `short`.
         short: for short sequences, an array with a frequency divisor for each rotated pair.
-        long: the same for long sequences.
-        attention_factor: a factor for q and k, which is applied with the rotation.
+        long: for long sequences, an array with a frequency divisor for each rotated pair.
+        attention_factor: a factor for the rotated values of q and k.
     """
 
     original_length: int
@@ -61,8 +61,8 @@ class RopeConfig:
     """The speed at which each pair of values of a head rotates.
 
     Attributes:
-        theta: the base. If `dim` values of a head are rotated, pair i rotates by theta^(-2 i / dim) radians
-            per token. The attributes below divide this speed.
+        theta: the base of the angles. If `dim` values of a head are rotated, the speed of pair i is
+            theta^(-2 i / dim) radians per token, divided by the divisors below.
         linear_factor: one divisor for all pairs ("linear" scaling).
         llama3: Llama 3.1's scaling, from config.json.
         factors: one divisor per pair, from GGUF's tensor rope_freqs.weight.
@@ -76,7 +76,7 @@ class RopeConfig:
     long: LongRope | None = None
 
     def frequencies(self, dim: int) -> Array:
-        """Radians per token for each pair, float64 (dim / 2,). LongRoPE's divisors are not included."""
+        """The speed of each pair in radians per token, float64 (dim / 2,), without LongRoPE's divisors."""
         frequencies = self.theta ** (-np.arange(0, dim, 2, dtype=np.float64) / dim)
         if self.llama3 is not None:
             frequencies = frequencies / self.llama3.factors(frequencies)
@@ -91,7 +91,7 @@ class RopeConfig:
 
 
 class Rope:
-    """Rotates the heads of q and k, by angles proportional to the positions of their tokens.
+    """Rotates the heads of q and k. The angles are proportional to the positions of the tokens.
 
     Args:
         dim: the number of values that are rotated in each head, beginning with the first value.
@@ -104,7 +104,7 @@ class Rope:
         self._tables: tuple[Array, int] = np.empty((0, dim), np.float32), 0
 
     def rotate(self, x: Array, positions: PackedPositions | CachePositions, inverse: bool = False) -> None:
-        """Rotate the heads of x (n, heads · head_dim) in place; if `inverse`, by the opposite angles."""
+        """Rotate the heads of x (n, heads · head_dim) in place. If `inverse` is True, negate all angles."""
         rows, (table, first_long) = positions.in_sequence, self._table_for(positions.longest)
         if self._long is not None:
             is_long = positions.sequence_lengths() > self._long.original_length
@@ -112,11 +112,10 @@ class Rope:
         _core.rope(x, rows, table, self._interleaved, inverse, self._head_dim)
 
     def _table_for(self, length: int) -> tuple[Array, int]:
-        """Return a table of cosines and sines for at least `length` positions, and the index of the table's
-        first row for long sequences.
+        """Return a table of cosines and sines for at least `length` positions, and an index.
 
         A row has dim / 2 cosines, then dim / 2 sines. With LongRoPE, the rows for short sequences come first,
-        followed by the rows for long sequences. Without LongRoPE, the returned index is 0.
+        and the rows for long sequences begin at the returned index. Without LongRoPE, the index is 0.
         """
         tables = self._tables  # read once, because another thread may replace `_tables`
         if len(tables[0]) - tables[1] < length:

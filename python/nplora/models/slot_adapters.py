@@ -19,7 +19,8 @@ class SlotAdapters:
     Args:
         lengths: the number of tokens in each slot. The cache changes this array in place.
         owner: the model for slots that have no adapter.
-        resolve: a function that returns the model for an adapter. None: only `put` can set an adapter.
+        resolve: a function that returns the model for an adapter. If it is None, only `put` can set an
+            adapter.
     """
 
     def __init__(
@@ -48,7 +49,7 @@ class SlotAdapters:
         self._set(slot, adapter, None if adapter is None or self._resolve is None else self._resolve(adapter))
 
     def put(self, slot: int, model: Module | None) -> None:
-        """Let `model` compute a slot. If `model` is None, let the owner compute the slot.
+        """Use `model` for the tokens of a slot. If `model` is None, use the owner.
 
         All models of a cache must share their frozen weights.
         """

@@ -1,7 +1,8 @@
 """Computes losses a few tokens at a time.
 
-With compute="int8", matrix products for a few tokens use another arithmetic than products for many tokens. So
-these losses have the rounding errors of decoding, which also computes a few tokens at a time.
+With compute="int8", matrix products for a few tokens use another arithmetic than products for many tokens.
+Decoding computes a few tokens at a time. This module does too, so its losses have the same rounding errors as
+decoding.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ def token_scores(
 
 
 def _steps(config: ModelConfig, model: Decoder, batch: PackedBatch) -> Iterator[tuple[Array, Array]]:
-    """For a few tokens at a time, yield the residual stream after the last block, and the tokens' targets."""
+    """For a few tokens at a time, yield the residual stream after the last block, and the targets."""
     for first, end in zip(batch.starts[:-1], batch.starts[1:], strict=True):
         cache, slot = KVCache(config, 1, max(1, int(end - first)), model), np.zeros(1, np.int64)
         cache.activate(0, batch.ids[first:end])

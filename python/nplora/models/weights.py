@@ -29,7 +29,7 @@ class Weights(Protocol):
     """A source of a model's tensors.
 
     Attributes:
-        mapped: the stamps (size and time) of the memory-mapped files, to detect later changes.
+        mapped: the size and the time stamp of each memory-mapped file, to detect later changes.
     """
 
     source: str
@@ -45,7 +45,7 @@ class Weights(Protocol):
         """The names of tensors that the file may contain, but that the model does not use."""
 
     def matrix(self, tensor: TensorSpec) -> FrozenWeight:
-        """A matrix, in the storage format of the file. A float64 matrix is converted to float32.
+        """Return a matrix in the storage format of the file, except that float64 is converted to float32.
 
         Raises:
             FormatError: a value, or the scale of a quantised block, is NaN or infinite. Only weights that
@@ -53,7 +53,7 @@ class Weights(Protocol):
         """
 
     def vector(self, tensor: TensorSpec) -> Array:
-        """A vector as float32. Raises FormatError if a value is not finite."""
+        """Return a vector as float32. Raises FormatError if a value is not finite."""
 
 
 def require_tensors(weights: Weights, config: ModelConfig) -> None:
@@ -119,8 +119,7 @@ class GgufWeights:
     """The tensors of a memory-mapped GGUF file. Matrices are not copied.
 
     Args:
-        elsewhere: the names of tensors that do not belong to the model itself. The caller reads these
-            tensors.
+        elsewhere: the names of further tensors that the file may contain. The caller reads these tensors.
     """
 
     def __init__(
@@ -205,7 +204,7 @@ class SafetensorsWeights:
         return values + np.float32(tensor.offset) if tensor.offset else values
 
     def array(self, name: str) -> Array | None:
-        """Any tensor of floats, copied to float32; None if the file has no tensor with this name."""
+        """Return a float32 copy of a tensor, or None if the file has no tensor with this name."""
         if name not in self._file:
             return None
         stored = self._file[name]

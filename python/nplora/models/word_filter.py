@@ -22,15 +22,16 @@ class WordFilter:
 
     The gradient of the head's input x is dx = factor · (Σ p_w W_w - W_target), a sum over all words w of the
     vocabulary. Here p_w is the probability of the word w, and W_w is row w of the head's weight W. The filter
-    keeps the words with p_w >= `bound`, and the target. For each skipped word, the sum has p_w μ instead of
-    p_w W_w, where μ is the mean of all rows of W. So the factors p_w in the sum still add up to 1. The error
-    is
+    keeps the words with p_w >= `bound`, and the target. For each skipped word, the filter replaces the term
+    p_w W_w of the sum by p_w μ, where μ is the mean of all rows of W. So the factors p_w in the sum still add
+    up to 1. The error is
 
         ‖error of dx‖ <= factor · m · max_w ‖W_w - μ‖,
 
     where m is the total probability of the skipped words. This follows from the triangle inequality, because
     the error is factor · Σ_skipped p_w (W_w - μ). The filter does not change the bits of the losses. If more
-    than a quarter of the words have p_w >= `bound` at a row of x, that row is computed without the filter.
+    than a quarter of the words have p_w >= `bound` for a row of x, the gradient of this row is computed
+    without the filter.
 
     The filter applies only to a frozen head that does not compute in float64. A head that is trained, or has
     an adapter, is computed without the filter.
@@ -90,13 +91,14 @@ class WordFilter:
         return dx
 
     def take_skipped(self) -> Array:
-        """Return, for each row that `gradient` has computed since the last call of `take_skipped`, the total
-        probability of the skipped words, float64."""
+        """For each row of x, return the total probability of the skipped words, float64. The rows are those
+        that `gradient` has computed since the last call of `take_skipped`.
+        """
         taken, self._skipped = self._skipped, []
         return np.concatenate([np.empty(0), *taken])
 
     def _mean_of(self, weight: FrozenWeight) -> Array:
-        """The mean (d,) of all rows of a weight, computed only once, by a product with a row of ones."""
+        """Return the mean (d,) of all rows of a weight. The mean is stored for the next call."""
         if self._mean is None or self._mean[0] is not weight:
             ones, total = (
                 np.ones((1, weight.shape[0]), np.float32),

@@ -28,8 +28,8 @@ class ActivationSaved(Saved):
 class Activation(Module):
     """Base class of the activations: y = f(x) and dx = f'(x) ∘ dy elementwise, for x of any shape.
 
-    Constants are converted to the dtype of x, because in NumPy 1 a float32 scalar times a Python number is a
-    float64.
+    Subclasses convert constants to the dtype of x, because NumPy 1 computes a float32 scalar times a Python
+    float in float64.
     """
 
     _keeps_output = False  # whether f' is computed from y, which the next layer keeps in memory anyway

@@ -27,8 +27,8 @@ class ConvSaved(Saved):
 
     Attributes:
         shape: the shape of x.
-        items: for each group of images, the saved values of the matrix product, except the product's input.
-            The input consists of the windows, which `backward` computes again from the images.
+        items: for each group of images, the saved values of the matrix product, except its input. `backward`
+            computes the input (the windows) again from the images.
         x: the images (n, c_in, height, width), or None if `backward` does not need them.
     """
 
@@ -55,8 +55,8 @@ class _Convolution:
 class Conv2d(_Convolution, Linear):
     """A convolution of images (n, c_in, height, width) with torch's conventions, without groups.
 
-    y[:, o] = Σ x ⋆ W[o] [+ bias[o]]. The convolution is computed as a product of the windows of x and the
-    kernel's matrix.
+    y[:, o] = x ⋆ W[o] [+ bias[o]], where ⋆ is the cross-correlation, summed over the channels. The
+    convolution is computed as a product of the windows of x and the kernel's matrix.
 
         >>> import nplora, numpy as np
         >>> layer = nplora.Conv2d(np.ones((2, 1, 3, 3)), padding=1)
@@ -69,8 +69,8 @@ class Conv2d(_Convolution, Linear):
                [4., 6., 6., 4.]], dtype=float32)
 
     Args:
-        W: the kernel (c_out, c_in, height, width), which is copied; or a FrozenWeight with the kernel as a
-            matrix (c_out, c_in · height · width), which is shared.
+        W: the kernel: an array (c_out, c_in, height, width), of which the layer makes a copy, or a
+            FrozenWeight (c_out, c_in · height · width), which the layer uses without a copy.
         bias: array (c_out,) or None.
         stride, padding, dilation: a number, or a pair (vertical, horizontal).
         kernel_size: the height and width of the kernel; needed only if W is a FrozenWeight.
@@ -81,9 +81,9 @@ class Conv2d(_Convolution, Linear):
         weight, dweight: the kernel's matrix and its gradient, as in Linear.
     Raises:
         ValueError: W does not have four axes; `kernel_size` does not fit W; `stride`, `padding` or `dilation`
-            is too small; or Linear would raise it.
-        TypeError: `stride`, `padding`, `dilation` or `kernel_size` is neither a number nor a pair; or Linear
-            would raise it.
+            is too small; or as in Linear.
+        TypeError: `stride`, `padding`, `dilation` or `kernel_size` is neither a number nor a pair; or as in
+            Linear.
     """
 
     @_check.keywords
@@ -170,8 +170,8 @@ class LoRAConv2d(_Convolution, LoRALinear):
     Args:
         W, stride, padding, dilation, kernel_size: as in Conv2d.
         rank, alpha, bias, dtype, compute, init, use_rslora, use_dora, freeze_B, rng: as in LoRALinear.
-        dropout: the probability that a value of a window is dropped on the low-rank path, in training only.
-            (PEFT drops a value of x from all windows that contain the value.)
+        dropout: the probability that training drops a value of a window from the input of the low-rank
+            update. (PEFT drops a value of x from all windows that contain the value.)
     Attributes:
         kernel: the shape (c_in, height, width) of the windows.
     Raises:
@@ -319,8 +319,8 @@ def _matrix(
 def _groups(windows: Windows, shape: tuple[int, ...]) -> Iterator[slice]:
     """Yield groups of images.
 
-    The windows of a group have at most _MOST_VALUES values in total, unless the group is a single image. How
-    the images are divided depends only on shapes.
+    The windows of a group have at most _MOST_VALUES values in total, unless the group is a single image.
+    Equal shapes give equal groups.
     """
     vertical, horizontal = windows.counts(*shape[2:])
     images = max(1, _MOST_VALUES // (vertical * horizontal * windows.width or 1))
@@ -331,8 +331,7 @@ def _groups(windows: Windows, shape: tuple[int, ...]) -> Iterator[slice]:
 def _forward(
     windows: Windows, c_out: int, x: Array, product: Callable[[Array], tuple[Array, Any]]
 ) -> tuple[Array, tuple[Any, ...]]:
-    """Return y, and for each group of images, the saved values of `product`, except the input (the
-    windows)."""
+    """Return y, and a tuple with the saved values of `product`, except the windows, for each group."""
     y = np.empty((len(x), c_out, *windows.counts(*x.shape[2:])), x.dtype)
     items = []
     for group in _groups(windows, x.shape):
@@ -360,9 +359,9 @@ def _backward(
 ) -> Gradient:
     """Run the backward pass of each group of images. The rows of windows are computed again for each group.
 
-    The gradients of all groups are added up first, and their sum is then added to the layer's gradients. So
-    gradients of earlier passes do not change the rounding of this sum, and training in several processes can
-    get the same bits as training in one process. If a group fails, the gradients of the layer do not change.
+    First, the gradients of all groups are added up. Then the sum is added to the layer's gradients. So
+    gradients of earlier passes do not affect how the sum is rounded. Therefore training in several processes
+    can give the same bits as training in one process. If a group fails, the layer's gradients do not change.
     """
     assert saved.layer is not None
     grads = [p.grad for p in saved.layer.local_parameters()] if len(saved.items) > 1 else []

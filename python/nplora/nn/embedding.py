@@ -48,8 +48,8 @@ class Embedding(Module):
         weight: a FrozenWeight, or, if `trainable`, the array (vocab, dim) that optimisers update in place.
         dweight: the gradient of `weight`, or None if the table is frozen.
     Raises:
-        ValueError: W does not have two axes, or `dtype` is unknown, contradicts a FrozenWeight, or cannot be
-            trained.
+        ValueError: W does not have two axes; `dtype` is unknown, or differs from the format of a
+            FrozenWeight; or a table of type `dtype` cannot be trained.
     """
 
     def __init__(
@@ -223,8 +223,8 @@ class LoRAEmbedding(LoRALayer):
             ValueError: dy does not have the shape of y; `saved` is from a forward pass of another layer; or
                 an array in `saved` does not fit the layer's rank or dtype.
             TypeError: `saved` is from another kind of layer.
-            RuntimeError: the layer is merged, or it was merged during the forward pass, or the forward pass
-                ran in inference mode.
+            RuntimeError: the layer is merged; it was merged in the forward pass; or the forward pass ran in
+                inference mode.
         """
         op = "LoRAEmbedding.backward"
         self.require_unmerged("backward")

@@ -31,7 +31,7 @@ _ROWS = 512  # rows of similarities that are computed at once
 
 
 class EmbeddingFunction(Protocol):
-    """The type of an embedding loss, which is a callable as the docstring of this module describes.
+    """The type of embedding losses. The docstring of this module describes their arguments and results.
 
     Attributes:
         columns: the names of the columns. At least the first two columns are needed.
@@ -45,7 +45,7 @@ class EmbeddingFunction(Protocol):
     def needs_scores(self) -> bool: ...
 
     def __call__(self, columns: Sequence[Array], targets: Array | None = None) -> tuple[float, list[Array]]:
-        """The mean loss over the rows, and its gradient for each column."""
+        """Return the mean loss of the rows, and its gradient with respect to each column."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +63,8 @@ class RankingLoss:
 
     Args:
         scale: the factor of the cosines, which is 1 / temperature.
-        symmetric: also rank the anchors for each positive, and take the mean of both losses.
+        symmetric: also rank the anchors for each positive. The loss is then the mean of the two rankings'
+            losses.
     Raises:
         ValueError: `scale` is not above 0.
     """
@@ -78,14 +79,14 @@ class RankingLoss:
         _above_zero("RankingLoss", "scale", self.scale)
 
     def __call__(self, columns: Sequence[Array], targets: Array | None = None) -> tuple[float, list[Array]]:
-        """The mean loss over the anchors, and the gradients of the columns.
+        """Return the mean of the anchors' losses, and the gradients of the columns.
 
         Args:
             columns: the anchors (n, d), the positives (n, d) and, optionally, the negatives (m, d). m may
                 differ from n.
             targets: None, or a bool mask (n, n + m) over the candidates, which are the positives followed by
-                the negatives. If mask[i, j] is True, candidate j is left out for anchor i, because it is also
-                a correct answer. mask[i, i] has no effect: the positive of an anchor always counts.
+                the negatives. If mask[i, j] is True, candidate j is also correct for anchor i, so the loss of
+                anchor i leaves it out. mask[i, i] has no effect: the positive of an anchor always counts.
         Raises:
             ValueError: the shapes do not fit each other.
         """
@@ -115,7 +116,8 @@ class TripletLoss:
         2.0
 
     Args:
-        margin: how much farther from the anchor the negative must be than the positive.
+        margin: if the negative is farther from the anchor than the positive, by at least `margin`, the loss
+            of the triplet is 0.
         distance: "euclidean", "cosine" (1 - cosine) or "manhattan".
     Raises:
         ValueError: `margin` is not above 0, or the distance is unknown.
@@ -228,7 +230,7 @@ class CoSENTLoss:
 
 @dataclasses.dataclass(frozen=True)
 class MatryoshkaLoss:
-    """A weighted sum of one loss at several widths of the embeddings (Kusupati et al. 2022).
+    """Adds up the weighted results of one loss for several widths of the embeddings (Kusupati et al. 2022).
 
     At width k, the loss is computed from only the first k values of each embedding, which are normalised to
     length 1. After training, the first k values are a good embedding by themselves.
@@ -331,7 +333,7 @@ def innermost(loss: EmbeddingFunction) -> EmbeddingFunction:
 def _ranked(
     queries: Array, candidates: Array, scale: float, left_out: Array | None
 ) -> tuple[float, Array, Array]:
-    """The mean cross entropy over the queries, and its gradients with respect to queries and candidates.
+    """Return the mean of the queries' cross entropies, and the gradients of `queries` and `candidates`.
 
     The correct candidate for query i is candidate i. Let q be the queries and c the candidates:
     s = scale · q cᵀ, loss = mean(log Σ exp(s) - s_ii), ds = (softmax(s) - I) / n.
@@ -361,7 +363,7 @@ def _ranked(
 
 
 def _distance(name: str, x: Array, y: Array) -> tuple[Array, Array, Array]:
-    """The distances (n,) between row i of x and row i of y, and their derivatives with respect to x and y."""
+    """Return the distance between x[i] and y[i] for each i, and its derivatives with respect to x and y."""
     if name == "cosine":
         cosines, dx, dy = _cosine(x, y)
         return 1 - cosines, -dx, -dy
@@ -375,7 +377,7 @@ def _distance(name: str, x: Array, y: Array) -> tuple[Array, Array, Array]:
 
 
 def _cosine(x: Array, y: Array) -> tuple[Array, Array, Array]:
-    """The cosines (n,) between row i of x and row i of y, and their derivatives with respect to x and y."""
+    """Return the cosine of x[i] and y[i] for each i, and its derivatives with respect to x and y."""
     (u, lengths_x), (v, lengths_y) = _normalized(x), _normalized(y)
     cosines = (u * v).sum(axis=1)
     return cosines, _normalized_backward(v, u, lengths_x), _normalized_backward(u, v, lengths_y)
@@ -402,7 +404,7 @@ def _mean(values: Array) -> float:
 
 
 def _columns(op: str, columns: Sequence[Array], least: int, most: int, equal: int) -> list[Array]:
-    """Return the columns with one dtype. Check that columns[:equal] have the same number of rows."""
+    """Return the columns with one dtype. Check that the first `equal` columns have equally many rows."""
     if not least <= len(columns) <= most:
         wanted = f"{least}" if least == most else f"{least} to {most}"
         raise ValueError(f"{op}: {len(columns)} columns of embeddings, expected {wanted}")
@@ -417,7 +419,7 @@ def _columns(op: str, columns: Sequence[Array], least: int, most: int, equal: in
 
 
 def _scored(op: str, columns: Sequence[Array], targets: Array | None) -> tuple[Array, Array, Array, Array]:
-    """The cosines (n,) of two columns, their gradients, and the scores as an array of the same dtype."""
+    """Return the cosines (n,) of two columns, the gradients of both columns, and the scores."""
     x, y = _columns(op, columns, 2, 2, equal=2)
     if targets is None:
         raise ValueError(f"{op}: targets is None, expected a score for each pair")

@@ -15,7 +15,7 @@ _allowed: ContextVar[bool] = ContextVar("nplora_int8", default=True)
 class Int8Layer(Protocol):
     """A layer whose int8 arithmetic can be turned off.
 
-    If `int8` is False, products with many rows (more than 8 in a forward pass) are computed in bfloat16.
+    If `int8` is False, products with many rows (in a forward pass: more than 8) use bfloat16 instead of int8.
     """
 
     int8: bool

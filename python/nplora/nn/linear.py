@@ -51,7 +51,7 @@ class Linear(Prepared, Module):
         dweight, dbias: the gradients of `weight` and `bias`; None for an array that is not trained.
     Raises:
         ValueError: W does not have two axes; `bias` does not have the shape (d_out,); `dtype` or `compute` is
-            unknown, contradicts a FrozenWeight, or cannot be combined with `trainable`.
+            unknown, differs from that of a FrozenWeight, or cannot be combined with `trainable`.
         TypeError: W does not hold floats.
     """
 
@@ -157,10 +157,10 @@ class Linear(Prepared, Module):
     def forward_part(
         self, rows: Array, lead: tuple[int, ...]
     ) -> tuple[_core.ForwardPart, Array, LinearSaved]:
-        """Prepare a call of `_core.lora_forward`, which may compute several layers for these rows (n, d_in).
+        """Prepare a call of `_core.lora_forward`, which can compute several layers with the same input.
 
-        Return three things: this layer's argument for the call, the array y (n, d_out) into which the call
-        writes this layer's output, and the values for `backward`.
+        Return a tuple: this layer's argument for the call; the array y (n, d_out), into which the call writes
+        this layer's output; and the values for `backward`.
         """
         y = buffers.empty((len(rows), self.shape[0]), self._dtype)
         a, b = self._factors
@@ -201,7 +201,7 @@ class Linear(Prepared, Module):
         return rows.reshape(math.prod(saved.lead), d_out)
 
     def backward_part(self, rows: Array, saved: LinearSaved) -> _core.BackwardPart:
-        """Add the gradients to dweight and dbias, if any; return the argument for `_core.lora_backward`."""
+        """Add to dweight and dbias if the layer is trained. Return the argument for `_core.lora_backward`."""
         self._add_gradients(rows, saved)
         weight, (a, b) = core_weight(self.weight), self._factors
         return _core.BackwardPart(

@@ -48,9 +48,9 @@ class LoRALinear(LoRALayer):
 
     y = x Wᵀ + scale · (x Bᵀ) Aᵀ [+ bias]      (Hu et al. 2021, eq. 3, with A and B named as in this project)
 
-    With DoRA (Liu et al. 2024, eq. 5):  y = (m / ‖W + scale·A·B‖) ∘ (x Wᵀ + scale · (x Bᵀ) Aᵀ) [+ bias].
-    Here ‖·‖ is the norm of each row. The norms are computed without forming A·B, and `backward` treats them
-    as constants (section 4.3 of the paper). A row of W + scale·A·B that is 0 stays 0.
+    With DoRA (Liu et al. 2024, eq. 5):  y = (m / ‖W + scale·A·B‖) ∘ (x Wᵀ + scale · (x Bᵀ) Aᵀ) [+ bias]. Here
+    ‖·‖ is the norm of each row. The norms are computed without forming A·B, and `backward` treats them as
+    constants (section 4.3 of the paper). If a row of W + scale·A·B is 0, it stays 0.
 
         >>> import nplora, numpy as np
         >>> W = np.random.default_rng(0).normal(size=(96, 64))
@@ -78,11 +78,11 @@ class LoRALinear(LoRALayer):
 
             - "zero": A is 0, and B is drawn from U(±1/sqrt(d_in)). At first, the layer computes x Wᵀ.
             - "gaussian": A and B are drawn from N(0, 1/r), so the update is not 0 even before training.
-            - "pissa", "olora": scale · A·B starts as the principal part of W, and `weight` is W minus this
-              part, rounded to the storage format of W. At first, the layer computes x Wᵀ, apart from this
-              rounding, which is coarse for a quantised format. "pissa" and "olora" cannot be combined with
-              DoRA.
-        dropout: the probability that an element of x is dropped on the low-rank path, in training only.
+            - "pissa", "olora": scale · A·B starts as a part of W that has rank r. The frozen `weight` is the
+              rest of W, rounded to the storage format of W. So at first, the layer computes x Wᵀ, except for
+              the rounding error, which is large for a quantised format. "pissa" and "olora" cannot be
+              combined with DoRA.
+        dropout: the probability that training drops an element of x from the input of the low-rank update.
         use_rslora: use scale = alpha / sqrt(rank) (rsLoRA, Kalajdzievski 2023).
         use_dora: also train the norm m of each row (DoRA).
         freeze_B: train A only (LoRA-FA, Zhang et al. 2023). A layer with a frozen B keeps z = x Bᵀ for
@@ -90,9 +90,9 @@ class LoRALinear(LoRALayer):
         rng: a random generator or a seed, for the initial factors and the dropout.
     Raises:
         ValueError: W does not have two axes; bias does not have the shape (d_out,); rank is not from 1 to
-            65536; alpha is not finite; dropout is not in [0, 1); or dtype, compute or init is unknown.
-            If init is "pissa" or "olora", also: use_dora is set; rank is above min(d_out, d_in); alpha is not
-            positive; or W holds NaN, an infinity or values that are too large.
+            65536; alpha is not finite; dropout is not in [0, 1); or dtype, compute or init is unknown. With
+            init "pissa" or "olora", ValueError has further causes: use_dora is set; rank is above min(d_out,
+            d_in); alpha is not positive; or W holds NaN, an infinity or values that are too large.
         TypeError: W does not hold floats; rank is not an integer.
     Warns:
         UserWarning: rank is above min(d_out, d_in).
@@ -142,7 +142,7 @@ class LoRALinear(LoRALayer):
 
     @property
     def dropout(self) -> float:
-        """The probability that an element of x is dropped on the low-rank path, in training only."""
+        """The probability that training drops an element of x from the input of the low-rank update."""
         return self._dropout
 
     @dropout.setter
@@ -199,10 +199,10 @@ class LoRALinear(LoRALayer):
     def forward_part(
         self, rows: Array, lead: tuple[int, ...]
     ) -> tuple[_core.ForwardPart, Array, LoRALinearSaved]:
-        """Prepare a call of `_core.lora_forward`, which may compute several layers for these rows (n, d_in).
+        """Prepare a call of `_core.lora_forward`, which can compute several layers with the same input.
 
-        Return three things: this layer's argument for the call, the array y (n, d_out) into which the call
-        writes this layer's output, and the values for `backward`.
+        Return a tuple: this layer's argument for the call; the array y (n, d_out), into which the call writes
+        this layer's output; and the values for `backward`.
         """
         y = buffers.empty((len(rows), len(self.A)), self.A.dtype)
         lone, merged = self._lone_weight()
@@ -238,7 +238,7 @@ class LoRALinear(LoRALayer):
         return y.reshape(*saved.lead, y.shape[1]), saved
 
     def _add_update(self, y: Array, saved: LoRALinearSaved, active: Array) -> LoRALinearSaved:
-        """Add the update to the rows on which it acts: y[active] += scale · z Aᵀ with z = x[active] Bᵀ."""
+        """Add the update to the rows `active`: y[active] += scale · z Aᵀ with z = x[active] Bᵀ."""
         assert saved.x is not None
         z = np.empty((len(active), self.rank), y.dtype)
         if len(active):
@@ -381,13 +381,13 @@ class LoRALinear(LoRALayer):
         )  # fmt: skip
 
     def explain(self, rows: int, training: bool = True) -> str:
-        """Describe the method that computes a pass over `rows` rows of x, and the cost of each method.
+        """Describe the method that a pass uses if x has `rows` rows, and the cost of each possible method.
 
         The layer chooses a method by counting floating-point operations, never by timing. The same call
         therefore gives the same bits on every machine with the same instruction set. The text describes the
-        present state of the layer. While the adapter is merged or disabled, the text shows no update. While
-        `backward` would raise an error, the text has no line for `backward`. The costs of DoRA and of the
-        gradients are the same for every method, so these costs are not shown.
+        present state of the layer. While the adapter is merged or disabled, the text does not mention the
+        update. If `backward` would raise an error, the text has no line for `backward`. The costs of DoRA and
+        of the gradients are the same for every method, so these costs are not shown.
 
             >>> import nplora, numpy as np
             >>> layer = nplora.LoRALinear(np.eye(64), rank=4)

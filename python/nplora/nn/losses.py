@@ -3,8 +3,8 @@
 A loss function is any callable that takes (prediction, target) and returns (loss, dprediction). Here
 dprediction is the gradient of the loss with respect to the prediction. The built-in losses are means over
 elements or over labelled rows. A built-in loss also has a method `count(prediction, target)`, which returns
-the number of elements or rows over which the mean is taken. The trainer uses the counts to average the losses
-of batches of different sizes exactly.
+the number of elements or rows over which the mean is taken. With these counts, the trainer averages losses
+exactly, even if batches differ in size.
 
     >>> import nplora
     >>> loss, gradient = nplora.losses.mse([1.0, 2.0], [1.0, 4.0])
@@ -40,8 +40,8 @@ class NonFiniteLossError(FloatingPointError):
         step 1 (epoch 1): the loss of batch 1 is nan: the input x is not finite
 
     Attributes:
-        good_step: the step of the checkpoint from which to continue with a lower learning rate, or None if
-            there is no checkpoint.
+        good_step: the training step of a checkpoint from which training can continue, with a lower learning
+            rate. None: there is no checkpoint.
     """
 
     good_step: int | None = None
@@ -49,7 +49,7 @@ class NonFiniteLossError(FloatingPointError):
 
 @runtime_checkable
 class Loss(Protocol):
-    """A loss function that can count the elements or rows in its mean.
+    """A loss function that also has the method `count`.
 
     >>> import nplora, numpy as np
     >>> class SumOfSquares:
@@ -68,7 +68,7 @@ class Loss(Protocol):
         """Return the loss, and its gradient with the shape and dtype of `prediction`."""
 
     def count(self, prediction: Array, target: Any) -> int:
-        """Return the number of elements or labelled rows over which the loss is a mean.
+        """Return the number of elements or labelled rows of which the loss is the mean.
 
         If the number is 0, the loss and the gradient are 0.
         """
@@ -121,7 +121,7 @@ class MeanSquaredError(_Elementwise):
 
 @dataclasses.dataclass(frozen=True)
 class Huber(_Elementwise):
-    """The mean of e²/2 if |e| <= delta, or else delta · (|e| - delta/2), where e = p - t (Huber 1964).
+    """The mean of h(p - t), with h(e) = e²/2 if |e| <= delta, else delta · (|e| - delta/2) (Huber 1964).
 
     >>> import nplora
     >>> nplora.losses.Huber(delta=1.0)([1.0, 2.0], [1.0, 4.0])[0]
@@ -194,8 +194,8 @@ class CrossEntropy:
         """Return the loss and its gradient, for logits (..., C) of C classes and integer labels (...).
 
         Raises:
-            ValueError: the labels are not integers; the labels and the logits do not have the shapes above; a
-                label is neither in [0, C) nor ignore_index; or the number of class weights is not C.
+            ValueError: the labels are not integers; they do not have the shape of the logits without the last
+                axis; a label is neither in [0, C) nor ignore_index; or the number of class weights is not C.
         """
         logits, labels, labelled = self._read(prediction, target)
         rows, found = logits[labelled], labels[labelled]
@@ -246,7 +246,7 @@ class CrossEntropy:
 
 @dataclasses.dataclass(frozen=True)
 class CustomLoss:
-    """Wrap a user's function as a `Loss`. The function returns a mean over rows and its gradient.
+    """Wrap a user's function as a `Loss`. The loss that the function returns must be a mean over rows.
 
     >>> import nplora, numpy as np
     >>> def absolute(prediction, target):

@@ -66,15 +66,16 @@ class LoRALayer(Prepared, AdapterLayer):
         A, B: arrays (d_out, r) and (r, d_in) that optimisers update in place, in float64 if W is float64,
             else in float32.
         m: DoRA's magnitudes (d_out,), one for each row of W, or None without DoRA.
-        dA, dB, dm: the gradients of A, B and m, which `backward` adds to. dB is None if B is frozen; dm is
-            None without DoRA.
+        dA, dB, dm: the gradients of A, B and m. `backward` adds to these arrays. dB is None if B is frozen;
+            dm is None without DoRA.
         rank, use_rslora, use_dora, freeze_B: the arguments of the constructor; read-only.
         alpha: the strength of the update. Setting alpha also changes `scale`. With init "pissa" or "olora",
             alpha is read-only.
         scale: alpha / rank, or alpha / sqrt(rank) with rsLoRA; read-only.
-        dropout: the dropout probability, which can be set in LoRALinear and is 0 in LoRAEmbedding.
-        row_order: None if the rows of W have the same order as in an adapter file. Otherwise an array:
-            row i of W is at index row_order[i] in the order of the file.
+        dropout: the dropout probability. It can be set in LoRALinear and LoRAConv2d, and is 0 in
+            LoRAEmbedding.
+        row_order: None if the rows of W have the same order as in an adapter file. If not, an array: row i of
+            W is row row_order[i] in the adapter file.
     """
 
     A = LiveArray[Array]()
@@ -185,10 +186,9 @@ class LoRALayer(Prepared, AdapterLayer):
     def prepare_adopt(self, delta: LoraDelta) -> Commit:
         """Return a function that copies the update `delta` into this layer.
 
-        The rows of `delta` are in the order of an adapter file. The returned function allocates no arrays and
-        cannot fail. The update must have magnitudes m if the layer has magnitudes, and must not have
-        magnitudes if the layer has none. If the ranks of the update and the layer differ, the layer gets new
-        arrays for A and B.
+        The rows of `delta` must have the order of an adapter file. The returned function allocates no arrays
+        and cannot fail. `delta` must have magnitudes m if and only if the layer has magnitudes. If the ranks
+        of the update and the layer differ, the layer gets new arrays for A and B.
         """
         self.require_unmerged("prepare_adopt")
         self._require_whole_weight("load_adapter")
@@ -248,7 +248,7 @@ class LoRALayer(Prepared, AdapterLayer):
         self.dropout_stream = (int(rng.integers(2**63)), 0)
 
     def _take(self) -> tuple[Array, Array]:
-        """Factor the principal part of the weight, and keep the rest as the frozen weight."""
+        """Compute initial factors A and B from the weight, and subtract scale · A·B from the weight."""
         a, b = self._taken = principal_factors(self.init, self.weight, self.rank, self.scale)
         self._weight, _ = merge_weight("the rest of W", self.weight, LoraDelta(a, b, -self.scale), "same")
         return a, b
@@ -382,13 +382,12 @@ class LoRALayer(Prepared, AdapterLayer):
         object.__setattr__(self, "__class__", UnloadedLayer)
 
     def _lone_weight(self) -> tuple[FrozenWeight | None, bool]:
-        """If a pass needs only one weight and no separate update, return this weight, and whether it is the
-        merged weight.
+        """Return the only weight that a pass needs, and whether it is the merged weight.
 
-        While the adapter is disabled, this weight is W. While the adapter is merged and enabled, this weight
-        is the merged weight. Otherwise the result is (None, False), because the pass computes a separate
-        update. A pass calls this method only once, because another thread may merge, unmerge or disable the
-        layer meanwhile.
+        While the adapter is disabled, a pass needs only W. While the adapter is merged and enabled, a pass
+        needs only the merged weight. In all other cases, a pass computes a separate update, and the result is
+        (None, False). A pass calls this method only once, because another thread may merge, unmerge or
+        disable the layer meanwhile.
         """
         enabled, merged = self.adapter_enabled, self._merged
         return (merged, merged is not None) if enabled else (self.weight, False)

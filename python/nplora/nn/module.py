@@ -70,8 +70,8 @@ def name_error(error: ValueError, container: Module, culprit: Module | None = No
     """Make the error's message begin with "layer " and the dotted name of the module that failed.
 
     The innermost container calls this function with `culprit`, the module that failed. Each enclosing
-    container then calls this function again, which replaces the name in the message by the module's dotted
-    name in that container.
+    container then calls this function again. This call replaces the name in the message by the module's
+    dotted name in the container.
     """
     if len(error.args) != 1 or not isinstance(error.args[0], str):
         return
@@ -104,8 +104,8 @@ class Saved:
     Arrays are kept without a copy, so do not change them before the backward pass.
 
     Attributes:
-        layer: the module that made the forward pass. `backward` refuses saved values of another module,
-            unless `layer` is None.
+        layer: the module that ran the forward pass. `backward` of another module raises ValueError. None:
+            there is no such check.
     """
 
     layer: Module | None = dataclasses.field(default=None, kw_only=True, repr=False, compare=False)
@@ -147,8 +147,8 @@ def _arrays(saved: object) -> Iterator[Array]:
 class Module:
     """Base class of every layer, and of your own networks.
 
-    A subclass defines `forward` and `backward`. Modules in its attributes, or in lists, tuples and dicts in
-    attributes, are found and named automatically ("fc1", "blocks.0.q_proj"). Modules need not be registered,
+    A subclass defines `forward` and `backward`. Modules in its attributes are found and named automatically
+    ("fc1"), even if they are in lists, tuples or dicts ("blocks.0.q_proj"). Modules need not be registered,
     and a subclass need not call `Module.__init__`.
 
         >>> import nplora, numpy as np
@@ -195,11 +195,11 @@ class Module:
         return None
 
     def configuration(self) -> str:
-        """Return a text of the settings, other than arrays, that affect the output; "" if there are none."""
+        """Return a text with the settings, but not the arrays, that affect the output. The default is ""."""
         return ""
 
     def new_tokens(self, tokens: Sequence[AddedToken]) -> tuple[AddedToken, ...]:
-        """Given the tokens that an adapter adds, return those that the model itself does not have."""
+        """`tokens` are the tokens that an adapter adds. Return those that the model itself does not have."""
         return tuple(tokens)
 
     def tokenizer_files(self) -> Mapping[str, bytes]:
@@ -406,12 +406,12 @@ class Module:
             layer.require_trainable(what)
 
     def merge(self, dtype: str | None = None) -> list[MergeReport]:
-        """Add every adapter to a copy of its frozen weight. The layers use these copies until `unmerge`.
+        """Add each update to a copy of its frozen weight. The layers use these copies until `unmerge`.
 
         All merged weights are built before the first one is used, so a failure leaves every layer unchanged.
-        `merge` and `unmerge` take effect in every thread. If another thread runs a pass at the same time,
-        some layers of that pass may be merged and others not, so the result of that pass may differ by the
-        rounding of the merged weights. If a layer was merged in a training pass, its `backward` raises
+        `merge` and `unmerge` take effect in every thread. A pass that another thread runs at the same time
+        may use some layers before and some layers after the merge. The rounding of the merged weights may
+        change the result of such a pass. If a layer was merged in a training pass, its `backward` raises
         RuntimeError.
 
             >>> import nplora, numpy as np
@@ -431,9 +431,9 @@ class Module:
             of the update is left after the rounding to the storage format.
         Raises:
             RuntimeError: a layer is merged already.
-            ValueError: finite values would become infinite; the length of a weight's rows is not a multiple
-                of the storage format's block size; or `dtype` is float64 and a frozen weight is not, or the
-                reverse.
+            ValueError: finite values would become infinite; a weight's row length is not a multiple of the
+                block size of the storage format; `dtype` changes a weight from or to float64; or an adapter
+                is an activated LoRA.
         """
         prepared = [layer.prepare_merge(name, dtype) for name, layer in self.adapter_layers().items()]
         for commit, _ in prepared:
@@ -495,8 +495,8 @@ class Module:
 
         Adapters are disabled only for the thread (or asyncio task) that enters the block. Other threads use
         the adapters, even threads that are started inside the block. If a generator yields inside the block,
-        adapters stay disabled for the code that uses the generator, until the generator resumes. Every
-        context variable behaves in this way.
+        adapters are also disabled for the code that called the generator, until the generator leaves the
+        block. (Python's context variables behave in this way.)
 
             >>> import nplora, numpy as np
             >>> layer = nplora.LoRALinear(np.eye(2), rank=1, init="gaussian")
@@ -633,7 +633,7 @@ class AdapterLayer(Module):
         raise NotImplementedError
 
     def require_unmerged(self, what: str) -> None:
-        """Raise RuntimeError if the layer is merged. `what` is the operation that needs an unmerged layer."""
+        """Raise RuntimeError if the layer is merged. `what` is the name of the operation, for the message."""
         if self.merged:
             raise RuntimeError(f"{type(self).__name__}.{what}: the layer is merged; call unmerge() first")
 
@@ -644,7 +644,7 @@ class AdapterLayer(Module):
     def prepare_merge(self, name: str, dtype: str | None) -> tuple[Commit, MergeReport | None]:
         """Build the merged weight. The returned function makes the layer use this weight, and cannot fail.
 
-        If `dtype` is given, also return a report, in which the layer is called `name`.
+        If `dtype` is given, also return a report. `name` is the name of the layer in the report.
         """
         raise NotImplementedError
 
@@ -656,8 +656,9 @@ class AdapterLayer(Module):
         """Return a plain frozen layer with the merged weight.
 
         Args:
-            shared: the merged weights of tied layers during one `merge_and_unload`. The first of several tied
-                layers adds its merged weight, and the other layers use this weight.
+            shared: a dict through which tied layers share one merged weight during `merge_and_unload`. The
+                first of the tied layers stores its merged weight in the dict, and the other tied layers use
+                it.
         """
         raise NotImplementedError
 
@@ -692,7 +693,7 @@ _HOLDERS = (Module, *_CONTAINERS)  # types that can hold modules; most attribute
 
 
 def _modules_in(value: object, name: str, around: tuple[int, ...] = ()) -> Iterator[tuple[str, Module]]:
-    """Yield (name, module) for the modules in `value`. `around`: the ids of the containers around `value`."""
+    """Yield (name, module) for the modules in `value`. Skip containers with an id in `around` (cycles)."""
     if isinstance(value, Module):
         yield name, value
     elif isinstance(value, _CONTAINERS) and id(value) not in around:

@@ -18,7 +18,7 @@ Array = npt.NDArray[Any]
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class NormSaved(Saved):
-    """The values that `backward` needs: normalised rows (n, d), and the scaling factor of each row (n, 1)."""
+    """The values that `backward` needs: the normalised rows (n, d), and their scaling factors (n, 1)."""
 
     lead: tuple[int, ...]
     normalised: Array | None = None
@@ -87,8 +87,7 @@ class _Norm(Module):
             (array([ 0.333, -0.333], dtype=float32), array([ 1., -1.], dtype=float32))
 
         Raises:
-            ValueError: dy does not have the shape of y, or `saved` is from a pass of another layer, width or
-                dtype.
+            ValueError: dy does not have the shape of y, or `saved` is from a pass of another layer.
             TypeError: `saved` is from another kind of layer.
             RuntimeError: the forward pass ran in inference mode.
         """
@@ -111,11 +110,11 @@ class _Norm(Module):
         return dx.reshape(*saved.lead, d)
 
     def _normalise(self, x: Array) -> tuple[Array, Array]:
-        """Return the normalised rows (n, d), and the scaling factor of each row (n, 1)."""
+        """Return two arrays: the normalised rows (n, d), and their scaling factors (n, 1)."""
         raise NotImplementedError
 
     def _differentiate(self, dn: Array, normalised: Array, factor: Array) -> Array:
-        """Return dx, given `dn`, the gradient of the normalised rows."""
+        """Return dx, given `dn`, the gradient with respect to the normalised rows."""
         raise NotImplementedError
 
     def _factor(self, x: Array) -> Array:
@@ -190,5 +189,6 @@ class RMSNorm(_Norm):
 
 
 def _mean(x: Array) -> Array:
-    """Return the mean of each row, (n, 1). A row without elements has the mean 0, without a warning."""
+    """Return an array (n, 1): the mean of each row. If the rows are empty, the means are 0, without a
+    warning."""
     return np.asarray(x.sum(axis=-1, keepdims=True) / max(1, x.shape[-1]), dtype=x.dtype)

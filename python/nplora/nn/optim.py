@@ -40,7 +40,7 @@ class Optimizer:
         lr: the base learning rate.
         lr_ratio: the learning rate of every parameter named "A" is multiplied by this ratio (LoRA+, Hayou et
             al. 2024, eq. 6). The parameter "A" is called B in the paper.
-        steps: the number of steps made.
+        steps: the number of steps that the optimiser has made.
     """
 
     _moments: tuple[str, ...] = ()  # the names of the state arrays of each parameter
@@ -105,8 +105,8 @@ class Optimizer:
                 `grad_scale`. If the norm is above the limit, all gradients are scaled down. None means no
                 limit, and no norm is computed.
         Returns:
-            the norm before clipping, or None if `max_norm` is None. If the norm is not finite, no step is
-            made and nothing is changed.
+            the norm before clipping, or None if `max_norm` is None. If the norm is not finite, the optimiser
+            makes no step and changes no parameter.
         Raises:
             ValueError: the parameters are not the same as in the first step.
             TypeError: `parameters` is not a list of `Parameter`; `model.parameters()` returns such a list.
@@ -140,20 +140,20 @@ class Optimizer:
         raise NotImplementedError
 
     def _keep(self, state: Mapping[str, Mapping[str, Array]], names: tuple[str, ...]) -> None:
-        """Store `state`, which is {moment: {parameter name: array}}. `names` are the parameter names in the
-        order of the parameters."""
+        """Store `state`, a dict {moment: {parameter name: array}}. `names` has the parameter names in the
+        order in which the model lists its parameters."""
         self._state = {moment: tuple(held[name] for name in names) for moment, held in state.items()}
         self._names, self._is_a = names, np.array([_is_a(name) for name in names], bool)
 
     def _by_name(self) -> dict[str, dict[str, Array]]:
-        """Return the state as {moment: {parameter name: array}}."""
+        """Return the state as a dict {moment: {parameter name: array}}."""
         state = self._state or {}
         return {moment: dict(zip(self._names, arrays, strict=True)) for moment, arrays in state.items()}
 
     # ---- state ----
 
     def state_dict(self, copy: bool = True) -> dict[str, Array]:
-        """Return the state: "steps", and every array as "<moment>.<parameter name>".
+        """Return the state as a dict: the key "steps", and a key "<moment>.<parameter name>" for each array.
 
         With copy=False, the result has the optimiser's own arrays, which the next step changes.
 
@@ -173,10 +173,10 @@ class Optimizer:
     def load_state_dict(self, state: Mapping[str, Array]) -> None:
         """Continue from a result of `state_dict`, whose docstring has an example.
 
-        After `init` or a step, the state must fit the parameters of the optimiser, and is copied into the
-        optimiser's arrays. In a new optimiser, the first step checks whether the state fits. If `state` comes
-        from `state_dict(copy=False)`, it holds the optimiser's own arrays. Do not exchange the names of these
-        arrays: they are copied one by one, so an array could be overwritten before it is copied.
+        The values of `state` are copied. After `init` or a step, `state` must fit the parameters of the
+        optimiser. Before that, the optimiser does not know its parameters; then the first step checks whether
+        `state` fits. Do not swap arrays of `state_dict(copy=False)`: loading one array would overwrite
+        another before it is read.
 
         Raises:
             ValueError: an array is missing, unknown, or has another shape or dtype. The message lists all
@@ -198,12 +198,12 @@ class Optimizer:
         self.steps = steps
 
     def differences(self, state: Mapping[str, Array], parameters: Sequence[Parameter]) -> list[str]:
-        """List the reasons why `load_state_dict` would refuse this state after `init(parameters)`."""
+        """List the reasons why `load_state_dict` would refuse `state` in an optimiser of these parameters."""
         values = {p.name: p.value for p in parameters}
         return self._misfits(state, dict.fromkeys(self._moments, values))
 
     def _misfits(self, state: Mapping[str, Array], wanted: Mapping[str, Mapping[str, Array]]) -> list[str]:
-        """Return a sentence for each array whose name, shape or dtype differs in `state` and `wanted`."""
+        """Return a sentence for each difference between `state` and the arrays `wanted`."""
         loaded, unknown = self._by_moment(state)
         problems = [f"unknown entry {key!r}" for key in unknown]
         if "steps" not in state:
@@ -219,7 +219,8 @@ class Optimizer:
         return problems
 
     def _by_moment(self, state: Mapping[str, Array]) -> tuple[dict[str, dict[str, Array]], list[str]]:
-        """Return the arrays of a state as {moment: {parameter name: array}}, and the state's unknown keys."""
+        """Return the arrays of a state as a dict {moment: {parameter name: array}}, and a list of the keys of
+        `state` that this optimiser does not know."""
         loaded: dict[str, dict[str, Array]] = {moment: {} for moment in self._moments}
         unknown = []
         for key, array in state.items():
@@ -416,9 +417,9 @@ def global_norm(parameters: Iterable[Parameter]) -> float:
 def schedule(name: str, step: int, total: int, warmup: int = 0) -> float:
     """Return the factor that multiplies the base learning rate at a step.
 
-    During the warm-up, the factor rises in equal steps, and it is 1 at step `warmup`. After the warm-up, the
-    factor stays 1 ("constant"), or falls to 0 at step `total`, along a line ("linear") or half a cosine wave
-    ("cosine").
+    During the warm-up, the factor rises linearly; it reaches 1 at step `warmup`. After the warm-up, the
+    factor stays 1 ("constant"), falls along a line ("linear"), or falls along half a cosine wave ("cosine").
+    A falling factor reaches 0 at step `total`.
 
         >>> import nplora
         >>> [nplora.optim.schedule("linear", step, total=5, warmup=1) for step in range(5)]
@@ -442,9 +443,9 @@ def schedule(name: str, step: int, total: int, warmup: int = 0) -> float:
 
 
 def _zeros(like: Mapping[str, Mapping[str, Array]]) -> dict[str, dict[str, Array]]:
-    """Return zeros in the shapes and dtypes of these arrays, in one block of memory.
+    """Return arrays of zeros with the shapes and dtypes of the arrays in `like`.
 
-    The block may reuse the memory that an earlier state has released.
+    All new arrays are in one block, which can reuse the memory of an earlier state that was released.
     """
     sizes = [-(-array.nbytes // _LINE) * _LINE for held in like.values() for array in held.values()]
     block = buffers.empty((sum(sizes),), np.uint8)
@@ -484,7 +485,8 @@ def _is_a(name: str) -> bool:
 
 
 def _differences(moment: str, found: Mapping[str, Array], wanted: Mapping[str, Array]) -> list[str]:
-    """Return a sentence for every array that is missing, unknown, or of another shape or dtype."""
+    """Return a sentence for each difference: a missing or unknown array, or an array with another shape or
+    dtype."""
     problems = [f"{moment}.{name} is missing" for name in wanted if name not in found]
     problems += [f"{moment}.{name} is unknown" for name in found if name not in wanted]
     for name in wanted.keys() & found.keys():

@@ -17,14 +17,14 @@ Array = npt.NDArray[Any]
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class PoolSaved(Saved):
-    """The shape of x, and the index of the largest value in each window."""
+    """The shape of x, and the index of the largest value within each window."""
 
     shape: tuple[int, ...]
     largest: Array | None = None
 
 
 class MaxPool2d(Module):
-    """The largest value of each window of images (n, channels, height, width), as in torch without padding.
+    """Computes the largest value of each window of images (n, channels, height, width), without padding.
 
         >>> import nplora, numpy as np
         >>> pool = nplora.MaxPool2d(2)
@@ -36,7 +36,7 @@ class MaxPool2d(Module):
         kernel_size: the size of a window: a number, or a pair (vertical, horizontal).
         stride: the step from a window to the next; None: equal to `kernel_size`.
     Raises:
-        ValueError: a number is below 1. TypeError: an argument is neither a number nor a pair.
+        ValueError: a size or a step is below 1. TypeError: an argument is neither a number nor a pair.
     """
 
     def __init__(
@@ -74,7 +74,8 @@ class MaxPool2d(Module):
     def backward(self, dy: npt.ArrayLike, saved: PoolSaved, need_dx: bool = True) -> Gradient:
         """Return dx, or None if need_dx is False.
 
-        Each element of dy is added to dx at the position of the largest value of the element's window.
+        Each element of dy belongs to a window. The element is added to dx where x has the window's largest
+        value.
 
             >>> import nplora, numpy as np
             >>> pool = nplora.MaxPool2d(2)
@@ -108,9 +109,9 @@ class MaxPool2d(Module):
         return Windows(channels, self.kernel_size, self.stride, (0, 0), (1, 1))
 
     def _values(self, images: Array) -> Array:
-        """Return an array (n, channels, vertical, horizontal, size) of the values in all windows.
+        """Return the values of all windows, as an array (n, channels, vertical, horizontal, size).
 
-        Each channel of an image has vertical · horizontal windows, and each window has `size` values.
+        Each channel of an image has `vertical` · `horizontal` windows, and each window has `size` values.
         """
         n, channels, height, width = images.shape
         windows = self._windows(channels)

@@ -9,14 +9,14 @@ from nplora import _core
 
 
 class Prepared:
-    """Base class of layers: keeps the argument that stands for the layer in calls of `_core.infer`."""
+    """Base class of layers: stores the object that `_core.infer` needs to run the layer."""
 
     _prepared: tuple[tuple[Hashable, ...], _core.InferenceLayer | None] | None = None
 
     def inference_layer(self) -> _core.InferenceLayer | None:
         """Return the layer's argument for `_core.infer`, or None if `_core.infer` cannot run this layer.
 
-        The argument refers to the layer's arrays, so it stays valid when values in the arrays change.
+        The argument shares the layer's arrays, so it stays valid when values in the arrays change.
         """
         kept, state = self._prepared, self._inference_state()
         if kept is not None and kept[0] == state:
@@ -27,18 +27,18 @@ class Prepared:
         return made
 
     def forget_prepared(self) -> None:
-        """Release the stored argument and the arrays to which it refers."""
+        """Release the stored argument and its references to the layer's arrays."""
         vars(self).pop("_prepared", None)
 
     def _inference_state(self) -> tuple[Hashable, ...]:
         """Return the values on which the stored argument depends.
 
-        If one of these values changes, the argument is built again.
+        If one of these values has changed, `inference_layer` builds the argument again.
 
-        Arrays are represented by their ids, because == would compare their elements. The argument refers to
-        the arrays, so no other array can get the same id. A FrozenWeight is represented by the object, not by
-        its id: the argument refers only to the packed part of the weight, so the FrozenWeight may be freed,
-        and another one may get the same id.
+        For an array, the result contains its Python id, because == would compare the elements. The argument
+        keeps the array alive, so no other array can get this id. For a FrozenWeight, the result contains the
+        object. Its id would not suffice: the argument keeps only the packed part of the weight alive, so the
+        FrozenWeight could be freed, and a new one could get the same id.
         """
         raise NotImplementedError
 

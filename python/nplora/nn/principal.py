@@ -7,8 +7,8 @@ same as in PEFT:
       cut to rank r.
     - olora: A = Q[:, :r],  B = R[:r]  with the QR decomposition W = Q R.
 
-The methods only multiply by the weight, in float32 (float64 for a float64 weight). The whole weight is never
-decoded to a dense matrix.
+Both methods use the weight only in products with W and Wᵀ, in float32 (float64 for a float64 weight). The
+whole weight is never decoded to a dense matrix.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def _pissa(weight: FrozenWeight, rank: int, scale: float) -> tuple[Array, Array]
 
 
 def _olora(weight: FrozenWeight, rank: int) -> tuple[Array, Array]:
-    """In W = Q R, Q[:, :r] depends only on the first r columns of W, and R[:r] is Q[:, :r]ᵀ W."""
+    """Return Q[:, :r] and R[:r] of W = Q R. The first r columns of W suffice, as R[:r] is Q[:, :r]ᵀ W."""
     first = np.eye(rank, weight.shape[1], dtype=weight.compute_dtype)
     q = np.linalg.qr(weight.matmul_unrounded(first).T)[0]
     return np.ascontiguousarray(q), weight.matmul_t_unrounded(q.T)
@@ -67,8 +67,8 @@ def randomized_svd(weight: FrozenWeight, rank: int) -> tuple[Array, Array, Array
     """Return U (d_out, rank), the `rank` largest singular values S, and Vᵀ (rank, d_in), in float64.
 
     The method is subspace iteration from a random start (Halko, Martinsson and Tropp 2011, algorithms 4.4 and
-    5.1). The basis is made orthonormal after every product. The iteration ends when the singular values have
-    converged.
+    5.1). The rows of each product with W or Wᵀ are made orthonormal before the next product. The iteration
+    ends when the singular values have converged.
     """
     d_out, d_in = weight.shape
     width = min(rank + _OVERSAMPLING, d_out, d_in)

@@ -24,7 +24,7 @@ Parts: TypeAlias = list[list[_core.InferenceLayer]]  # for each group, the layer
 
 
 class RowGroup(NamedTuple):
-    """Neighbouring rows of a batch, which the same model computes.
+    """Consecutive rows of a batch that are computed by the same model.
 
     Attributes:
         model: the index of the model that computes these rows.
@@ -46,13 +46,13 @@ _groups: ContextVar[tuple[RowGroup, ...] | None] = ContextVar("nplora_row_groups
 
 
 def row_groups() -> tuple[RowGroup, ...] | None:
-    """The groups of the rows of the current pass, or None if one model computes all rows."""
+    """The groups into which the current pass divides its rows; None if one model computes all rows."""
     return _groups.get()
 
 
 @contextlib.contextmanager
 def grouped_rows(groups: tuple[RowGroup, ...] | None) -> Iterator[None]:
-    """Inside `with grouped_rows(groups):` a GroupedLayer computes each group with the group's own layer."""
+    """Inside `with grouped_rows(groups):` each group of rows is computed with the layers of its model."""
     token = _groups.set(groups)
     try:
         yield
@@ -62,13 +62,13 @@ def grouped_rows(groups: tuple[RowGroup, ...] | None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def one_group(group: RowGroup) -> Iterator[None]:
-    """A context in which only the rows of one group are computed."""
+    """A context in which the input of every layer has only the rows of `group`."""
     with grouped_rows(None), only_active(None if group.acts else np.empty(0, np.int64)):
         yield
 
 
 def slices(groups: Sequence[RowGroup]) -> list[slice]:
-    """For each group, the slice of the batch that holds the rows of the group."""
+    """For each group, the slice of its rows in the batch."""
     ends = np.cumsum([group.rows for group in groups]).tolist()
     return [slice(end - group.rows, end) for group, end in zip(groups, ends, strict=True)]
 
@@ -78,7 +78,7 @@ class GroupedLayer(Module):
 
     Each group of rows is computed by the layer of the group's model.
 
-    Only `put` may replace layers, but the values in the layers' arrays may change at any time.
+    Only `put` may replace a layer. The values in a layer's arrays may change at any time.
 
         >>> import nplora, numpy as np
         >>> from nplora.nn.row_groups import GroupedLayer, RowGroup, grouped_rows
@@ -106,7 +106,7 @@ class GroupedLayer(Module):
         self._stacks.clear()  # other layers of these stacks may be new, too
 
     def forward(self, x: npt.ArrayLike) -> tuple[Array, None]:
-        """Return the outputs for all rows of x, padded with -inf to the same length."""
+        """Return the outputs for all rows of x. Short rows of outputs are padded with -inf."""
         groups, rows, ys = row_groups(), np.asarray(x), []
         assert groups is not None
         for group, some in zip(groups, slices(groups), strict=True):
@@ -119,8 +119,8 @@ class GroupedLayer(Module):
     ) -> Parts | None:
         """The arguments of `_core.infer_groups` for `layers`, which must contain `self`.
 
-        The result is None if the core cannot run one of the layers. The arguments are kept, because decoding
-        needs them again for the next tokens.
+        The result is None if the core cannot run one of the layers. The result is stored, because decoding
+        needs the same arguments again for the next token.
         """
         key = tuple(map(id, layers)), groups
         if key not in self._stacks:
@@ -136,7 +136,8 @@ class GroupedLayer(Module):
         return self._layers[group.model]
 
     def part(self, group: RowGroup) -> _core.InferenceLayer | None:
-        """The layer of a group as an argument for `_core.infer_groups`, or None if the core cannot run it."""
+        """The argument with which `_core.infer_groups` runs a group's layer; None if the core cannot run the
+        layer."""
         key = group.model, group.acts
         if key not in self._parts:
             layer = self._layers[group.model]

@@ -75,7 +75,7 @@ class Sequential(Module):
         return np.asarray(x), SequentialSaved(tuple(items))
 
     def backward(self, dy: Array, saved: SequentialSaved, need_dx: bool = True) -> Gradient:
-        """Return dx, or None if need_dx is False or the first module's input has no gradient.
+        """Return dx. Return None if need_dx is False, or if the input has no gradient, such as token ids.
 
             >>> import nplora, numpy as np
             >>> net = nplora.Sequential(nplora.LoRALinear(np.eye(2), rank=1), nplora.ReLU())

@@ -51,12 +51,12 @@ def stack_forward(layers: Sequence[Stackable], x: npt.ArrayLike) -> tuple[list[A
         (5, 16)
 
     Args:
-        layers: one or more LoRALinear or Linear with the same d_in and arithmetic.
+        layers: one or more LoRALinear or Linear, whose weights have the same d_in and arithmetic.
         x: array (..., d_in).
     Returns:
         the arrays (..., d_out) in the order of the layers, and the values that `stack_backward` needs.
     Raises:
-        ValueError: `layers` is empty, the layers differ in d_in or in arithmetic, or the last axis of x does
+        ValueError: `layers` is empty, the weights differ in d_in or in arithmetic, or the last axis of x does
             not have the length d_in.
         TypeError: a layer is neither a LoRALinear nor a Linear.
     """
@@ -76,13 +76,13 @@ def _forward(
 
 
 def stack_infer(layers: Sequence[Stackable], x: Array, batch: int | None = None) -> list[Array]:
-    """Return the outputs (n, d_out) of `stack_forward`, up to rounding, for inference only.
+    """Return the same outputs (n, d_out) as `stack_forward`, up to rounding; use it only for inference.
 
-    Decoding calls this function for each token. The bits of an output row depend only on the row of x, and on
-    whether the whole batch has more than `_core.constants.small_batch` rows.
+    Decoding calls this function for each token. Other rows of x do not change the bits of an output row. But
+    the bits may depend on whether the whole batch has more than `_core.constants.small_batch` rows.
 
     Args:
-        layers: one or more LoRALinear or Linear with the same d_in and arithmetic.
+        layers: one or more LoRALinear or Linear, whose weights have the same d_in and arithmetic.
         x: contiguous array (n, d_in) in the layers' dtype; the core refuses other arrays.
         batch: the number of rows of the whole batch, if x is only a part of the batch.
     """
@@ -100,7 +100,7 @@ def stack_infer(layers: Sequence[Stackable], x: Array, batch: int | None = None)
 def _infer_groups(
     layers: Sequence[Stackable | GroupedLayer], x: Array, groups: tuple[RowGroup, ...]
 ) -> list[Array]:
-    """Compute each group of rows with the layers of the group's model.
+    """Compute the outputs for each group of rows with the layers of the group's model.
 
     If possible, compute all groups in one call of the core.
     """
@@ -147,7 +147,7 @@ def stack_backward(
         dys: the gradients dy (..., d_out) of the layers' outputs, in the order of `layers`.
         need_dx: compute dx.
         int8: if False, dx is computed in bfloat16, even if the weights have compute="int8". For a model's
-            head, use False or a `dither_key`: most elements of a gradient of logits are so small that
+            head, pass False or a `dither_key`. Most elements of a gradient of logits are so small that
             rounding to the nearest int8 number would make them 0.
         dither_key: an integer below 2^64. With a key, int8 products round dys stochastically: the expected
             value of a rounded element is the element itself, so small elements are not lost. The random bits
@@ -185,7 +185,7 @@ def stack_backward(
 
 
 def _common(op: str, layers: Sequence[Stackable]) -> tuple[int, np.dtype[Any]]:
-    """Check that the layers fit each other, and return their d_in and the dtype of x."""
+    """Check that the layers have the same d_in and arithmetic. Return this d_in, and the dtype for x."""
     if not isinstance(layers, Sequence):
         raise TypeError(
             f"{op}: layers is of type {type(layers).__name__}, expected a list of LoRALinear or Linear"
@@ -207,7 +207,7 @@ def _common(op: str, layers: Sequence[Stackable]) -> tuple[int, np.dtype[Any]]:
 
 
 def _kind(weight: FrozenWeight | Array) -> tuple[int, str, np.dtype[Any]]:
-    """Return d_in, the arithmetic of products with this weight, and the dtype of x."""
+    """Return a weight's d_in, the arithmetic of products with the weight, and the dtype for x."""
     if isinstance(weight, FrozenWeight):
         return weight.shape[1], weight.packed.compute, weight.compute_dtype
     return weight.shape[1], "float", weight.dtype

@@ -35,10 +35,11 @@ _MEAN_ROWS = 4096  # rows in memory at once while their mean is computed
 
 @dataclasses.dataclass(frozen=True)
 class Merged:
-    """The trained rows after a merge.
+    """The result of a merge of trained rows.
 
     Attributes:
-        rows: the values (k, dim) after rounding. If all rows are trained, `rows` may be a FrozenWeight.
+        rows: array (k, dim), the k trained rows after rounding. If all rows are trained, this may be a
+            FrozenWeight.
         storage: the storage format to which the rows were rounded; None: the rows were not rounded.
     """
 
@@ -47,10 +48,10 @@ class Merged:
 
 
 class TrainedRows:
-    """Trained rows: copies of some or all rows of a frozen weight, and rows that the weight does not have.
+    """Trained copies of some or all rows of a frozen weight, and trained rows for new tokens.
 
-    Rows of new tokens start with the mean of all rows of the weight. The row of a new token may be a padding
-    row that the weight already has, or a row beyond the weight's end. The weight itself never gets more rows.
+    The row of a new token starts with the mean of all rows of the weight. This row replaces a padding row of
+    the weight, or follows the weight's last row. The weight itself never gets more rows.
 
         >>> import nplora, numpy as np
         >>> rows = nplora.nn.TrainedRows(nplora.FrozenWeight(np.eye(4)), [3, 1])
@@ -62,17 +63,18 @@ class TrainedRows:
                [0.25, 0.25, 0.25, 0.25]], dtype=float32)
 
     Args:
-        weight: the weight. The trained rows start with the values of the weight's rows.
+        weight: the frozen weight. Except for new tokens, the trained rows start with the values of its rows.
         ids: the indices of the trained rows, without duplicates; None: all rows.
-        size: the number of rows, including those beyond the weight's end; None: as many as the weight has.
-        tokens: the new tokens, whose texts an adapter stores.
+        size: the number of rows, including rows after the weight's last row; None: the number of the weight's
+            rows.
+        tokens: the new tokens. An adapter's files contain the texts of these tokens.
     Attributes:
         value: the rows (k, dim), which optimisers update in place.
         grad: the gradient of `value`.
-        merged: the rows as `merge` rounded them; None if the rows are not merged.
+        merged: the rows after `merge` has rounded them; None if the rows are not merged.
     Raises:
-        ValueError: an id is not in [0, size), or occurs twice, or there are no ids; or a row beyond the
-            weight's end is not in `ids`.
+        ValueError: `ids` is empty, or has an id twice, or an id outside [0, size); or `ids` lacks a row after
+            the weight's last row.
         TypeError: ids are not integers.
     """
 
@@ -182,12 +184,13 @@ class TrainedRowsSaved(Saved):
 
 
 class _Terms(NamedTuple):
-    """The arrays that a pass uses, and the state of the adapter during the pass.
+    """The arrays and the adapter's state that one pass uses.
 
     Attributes:
         weight: the weight.
-        rows: rows that replace rows of the weight, or follow the weight's last row; None if there are none.
-        alone: whether the adapter is disabled.
+        rows: new rows, each of which replaces a row of the weight or follows the weight's last row; None: no
+            new rows.
+        alone: whether the pass ignores the trained values, because the adapter is disabled.
         merged: whether the rows are merged.
     """
 
@@ -335,7 +338,7 @@ def _rounded(
 ) -> tuple[FrozenWeight | Array, MergeReport]:
     """Round trained rows to a storage format; return the rounded rows and a report.
 
-    The rounded rows are a FrozenWeight if `before` is a FrozenWeight, and an array of values otherwise.
+    The rounded rows are a FrozenWeight if `before` is a FrozenWeight, and an array if `before` is an array.
     """
     update = NewRows(None, values, before.shape)
     if isinstance(before, FrozenWeight):
@@ -447,8 +450,8 @@ class TrainedHead(TrainedRowsLayer):
         """Update the gradients of the trained rows; return dx (..., dim), or None if need_dx is False.
 
         Args:
-            overwrite_dy: whether the array dy may be overwritten, which saves a copy if only some rows are
-                trained.
+            overwrite_dy: whether `backward` may overwrite dy. If only some rows are trained, this saves a
+                copy of dy.
         Raises:
             ValueError: dy does not have the shape of y, or `saved` is from a pass of another layer.
             TypeError: `saved` is from another kind of layer.

@@ -16,7 +16,7 @@ Array = npt.NDArray[Any]
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Windows:
-    """The windows that a kernel sees in images (n, channels, height, width).
+    """The windows of images (n, channels, height, width), to which a convolution applies its kernel.
 
     A window has `channels` · `size[0]` · `size[1]` values. The windows of images are the rows of a matrix. A
     convolution is the product of this matrix and the kernel's matrix.
@@ -56,7 +56,7 @@ class Windows:
     def counts(self, height: int, width: int) -> tuple[int, int]:
         """Return how many windows an image has vertically, and how many it has horizontally.
 
-        If a window is larger than the image, one or both of these numbers may be 0 or negative.
+        In a direction in which a window is longer than the padded image, the number is 0 or negative.
         """
         vertical, horizontal = (
             (length + 2 * padding - dilation * (size - 1) - 1) // stride + 1
@@ -85,7 +85,7 @@ class Windows:
         return images
 
     def rows(self, images: Array) -> Array:
-        """Return a matrix with one row for each window of the images. A row has `width` values."""
+        """Return a matrix whose rows are the windows of the images. A row has `self.width` values."""
         vertical, horizontal = self.counts(*images.shape[2:])
         padded = self._padded(images)
         n, channels, down, right = padded.strides
@@ -107,9 +107,10 @@ class Windows:
         return out
 
     def images(self, rows: Array, height: int, width: int) -> Array:
-        """Return images in which each pixel is the sum of its values in all windows that contain the pixel.
+        """Return images in which each pixel is the sum of the values that all windows have for this pixel.
 
-        `rows` has one row for each window. This linear map is the transpose of the method `rows`.
+        The argument `rows` has one row for each window. As a linear map, this method is the transpose of the
+        method `rows`.
         """
         vertical, horizontal = self.counts(height, width)
         n = len(rows) // (vertical * horizontal)
@@ -142,7 +143,7 @@ class Windows:
 
 
 def pair(op: str, name: str, value: Any, least: int) -> tuple[int, int]:
-    """Return a pair: a number twice, or a pair of numbers unchanged.
+    """Return `value` as a pair. A number becomes the pair (number, number).
 
     Raises:
         ValueError: a number is below `least`. TypeError: the value is neither a number nor a pair.

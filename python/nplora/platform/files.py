@@ -1,7 +1,8 @@
 """Opens, locks, renames and replaces files on all operating systems.
 
 A directory is kept open through a descriptor, and the files in the directory are named relative to this
-descriptor. So the names stay valid if the directory is renamed or the working directory changes.
+descriptor. So a name still refers to the same file if the directory is renamed or the working directory
+changes.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ def path_of(descriptor: int) -> str:
 
 
 def stat_in(directory: int | None, name: str, follow_links: bool = True) -> os.stat_result:
-    """os.stat of a file in an open directory, or in the working directory if `directory` is None."""
+    """Call os.stat for a file in an open directory; in the working directory if `directory` is None."""
     if sys.platform == "win32":
         return os.stat(windows_files.joined(directory, name), follow_symlinks=follow_links)
     return os.stat(name, dir_fd=directory, follow_symlinks=follow_links)
@@ -127,8 +128,8 @@ def lock(descriptor: int, shared: bool = False) -> None:
     In a browser, this function does nothing, because no other process sees the files.
 
     Raises:
-        BlockingIOError: another process has a lock. OSError: the file system or the operating system does not
-            support this kind of lock.
+        BlockingIOError: another process holds a lock on the file. OSError: the file system or the operating
+            system does not support this kind of lock.
     """
     if sys.platform == "win32":
         windows_files.lock(descriptor, shared)
@@ -160,7 +161,7 @@ def sync_directory(descriptor: int) -> None:
 
 
 def read_at(descriptor: int, into: memoryview, offset: int) -> int:
-    """Read bytes at `offset` into `into`. Return the number of bytes, which may be below `len(into)`."""
+    """Read bytes at `offset` into the buffer `into`. Return how many were read: at most `len(into)`."""
     if sys.platform != "win32" and sys.platform != "emscripten":
         return os.preadv(descriptor, [into], offset)
     if sys.platform == "win32":
@@ -183,7 +184,7 @@ def write_at(descriptor: int, data: memoryview | bytes, offset: int) -> int:
 
 
 def reserve(descriptor: int, nbytes: int) -> None:
-    """Make a new file of this length, and reserve its disk space.
+    """Give a new file a length of `nbytes`, and reserve this space on the disk.
 
     Raises:
         OSError: the disk has too little space.

@@ -62,7 +62,7 @@ def machine_id() -> str:
 
 
 def usable_cores() -> frozenset[int]:
-    """The numbers of the cores that this process may use; except on Linux, all cores of the machine."""
+    """The indices of the cores that this process may use. On systems other than Linux: all cores."""
     if sys.platform == "linux":
         return frozenset(os.sched_getaffinity(0))
     return frozenset(range(os.cpu_count() or 1))

@@ -1,10 +1,11 @@
 """Limits on the process that renders chat templates.
 
-That process runs renderer.py, which imports this module by its path, without the package, to start fast.
+That process runs renderer.py. To start fast, renderer.py imports this module by its file path, without
+importing the package nplora.
 
-Linux can limit the memory and the CPU time of a process. macOS can limit only the time, and Windows neither.
-The parent process therefore watches what the system cannot limit: every few milliseconds, it checks the usage
-of the process, and it ends the process if a limit is exceeded (see `watched`).
+Linux can limit the memory and the CPU time of a process. macOS can limit only the time, and Windows can limit
+neither. The parent process enforces the other limits (see `watched`): every few milliseconds, it checks how
+much memory and CPU time the process has used, and ends the process if a limit is exceeded.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ def cause_of_end(status: int) -> str | None:
 
 
 def isolate() -> None:
-    """Prevent this process from writing files, and let the signals of the time limits end the process."""
+    """Prevent this process from writing files. Make sure that the timers' signals can end the process."""
     if sys.platform != "win32" and sys.platform != "emscripten":
         os.set_blocking(sys.stderr.fileno(), False)  # the parent reads it only after this process has ended
         for kind in (resource.RLIMIT_CORE, resource.RLIMIT_FSIZE):
@@ -64,13 +65,14 @@ def isolate() -> None:
 
 
 def limit_compiling(seconds: float) -> None:
-    """End this process after `seconds` more of CPU time in user mode; 0: no limit."""
+    """End this process when it has used another `seconds` of CPU time in user mode; 0: no limit."""
     if sys.platform != "win32":
         signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
 
 
 def limit_rendering(seconds: float) -> None:
-    """End this process after `seconds` more of CPU time in user and system mode; 0: no limit."""
+    """End this process when it has used another `seconds` of CPU time in user and system mode; 0: no
+    limit."""
     if sys.platform != "win32":
         signal.setitimer(signal.ITIMER_PROF, seconds)
 
@@ -79,8 +81,8 @@ def limit_rendering(seconds: float) -> None:
 def limited_memory(nbytes: int) -> Iterator[None]:
     """Limit the additional memory that this process can use in the `with` body to `nbytes`; 0: no limit.
 
-    On systems other than Linux, the memory is not limited. At the end of the body, the time limits are
-    removed too.
+    On systems other than Linux, the memory is not limited. The end of the body also removes the limits of
+    `limit_compiling` and `limit_rendering`.
     """
     if sys.platform == "linux":
         soft, hard = resource.getrlimit(resource.RLIMIT_AS)
@@ -97,7 +99,7 @@ def limited_memory(nbytes: int) -> Iterator[None]:
 
 
 def end_without_memory() -> NoReturn:
-    """End this process with SIGKILL, as the system does when memory runs out; on Windows, with a status."""
+    """End this process as the system does when memory runs out: with SIGKILL; on Windows, with a status."""
     if sys.platform != "win32":
         os.kill(os.getpid(), signal.SIGKILL)
     os._exit(_MEMORY_STATUS)
@@ -123,7 +125,7 @@ class Limits(NamedTuple):
         return self._replace(**({} if LIMITS_TIME else _NO_TIME), **({} if LIMITS_MEMORY else _NO_MEMORY))
 
     def set_by_parent(self) -> Limits:
-        """The limits that the parent process must watch."""
+        """The limits that the parent process must enforce."""
         return self._replace(**(_NO_TIME if LIMITS_TIME else {}), **(_NO_MEMORY if LIMITS_MEMORY else {}))
 
 
@@ -135,10 +137,10 @@ _NO_MEMORY: dict[str, Any] = {"memory": 0}
 def watched(
     usage: Callable[[], tuple[int, float] | None], kill: Callable[[], None], limits: Limits
 ) -> Iterator[list[str]]:
-    """During a `with` body, end a process as soon as it exceeds a limit that it cannot set for itself.
+    """During a `with` body, end a process as soon as it exceeds a limit that the system cannot enforce.
 
-    The context yields a list. If the process is ended, the cause, "memory" or "rendering", is added to this
-    list.
+    The context yields a list. If this function ends the process, it adds the cause to the list: "memory" or
+    "rendering".
 
     Args:
         usage: a function that returns the bytes of memory and the seconds of CPU time that the process has

@@ -91,7 +91,7 @@ def available_memory() -> int | None:
 
 
 def unread(files: set[str]) -> int:
-    """The number of bytes of these mapped files that are not in memory; 0 if the system does not say."""
+    """How many bytes of the mapped files `files` are not in memory; 0 if the system does not report this."""
     if sys.platform == "win32":
         return 0
     found, reading = 0, False
@@ -105,7 +105,7 @@ def unread(files: set[str]) -> int:
 
 
 def usage_of(pid: int) -> tuple[int, float] | None:
-    """The memory of another process in bytes, and its CPU time in seconds; None if they are unknown."""
+    """Return a pair for another process: its memory in bytes, and its CPU time in seconds. None: unknown."""
     if sys.platform == "win32":
         return windows_memory.usage(pid)
     if sys.platform == "darwin":
@@ -122,7 +122,7 @@ def usage_of(pid: int) -> tuple[int, float] | None:
 def _left_in_groups() -> Iterator[int]:
     """For each memory limit of the process's control groups, yield the number of bytes that are still free.
 
-    Caches count as free.
+    Memory that caches use counts as free.
     """
     for controllers, path in re.findall(_GROUP, _text("proc/self/cgroup")):
         if not controllers:

@@ -36,7 +36,7 @@ def start_apart(arguments: list[str], **options: Any) -> subprocess.Popen[bytes]
 
 
 def do_not_wait(stream: IO[bytes]) -> None:
-    """Let reads from a pipe return at once, even if another process keeps the pipe's other end open."""
+    """Let a read from a pipe return the data that is there, instead of waiting for the end of the data."""
     if sys.platform != "win32":
         os.set_blocking(stream.fileno(), False)
 
@@ -44,7 +44,7 @@ def do_not_wait(stream: IO[bytes]) -> None:
 def write_utf8(stream: TextIO | None) -> None:
     """On Windows, let a stream to a file or a pipe write UTF-8, as Python does from version 3.15 on.
 
-    Windows' older encodings lack the letters of most languages. Text for a console is not affected.
+    Windows' older encodings lack the letters of most languages. A stream to a console does not change.
     """
     if sys.platform != "win32" or "PYTHONIOENCODING" in os.environ:
         return

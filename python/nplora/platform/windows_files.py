@@ -100,7 +100,8 @@ def replace(old: str, new: str) -> None:
 def _replaced(path: str, mark: str) -> str:
     """Return the name to which the mapped file `path` is moved before another file takes its place.
 
-    `mark` is a part of the new name. If `mark` is "*", the result is a pattern for all such names.
+    The new name contains the text `mark`. With the `mark` "*", the result is a glob pattern that matches all
+    such names.
     """
     folder, name = os.path.split(path)
     if mark == "*":

@@ -62,7 +62,7 @@ def _kernel() -> Any:
 
 
 def counters(process: int = _THIS_PROCESS) -> Counters:
-    """The memory of a process, given by its handle."""
+    """The memory of the process that has the handle `process`."""
     found = _Counters()
     found.cb = ctypes.sizeof(found)
     _kernel().K32GetProcessMemoryInfo(ctypes.c_void_p(process), ctypes.byref(found), found.cb)

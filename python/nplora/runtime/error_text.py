@@ -8,7 +8,7 @@ EXPECTED = (OSError, ValueError, ArithmeticError, ImportError, MemoryError)
 
 
 def message_of(error: BaseException) -> str:
-    """The message of an error. For a system error, it includes the file's name, but not the error number.
+    """The message of an error. The message of a system error has the file's name, but not the error number.
 
     The message of an unexpected error begins with the name of its class.
 
@@ -28,7 +28,8 @@ def message_of(error: BaseException) -> str:
 
 
 def _of_system(error: OSError, text: str, number: int) -> str:
-    """The message of a system error. Its `text` may differ from the system's text for the error number."""
+    """The message of a system error. `text` is the system's text for the error number, or a more exact
+    one."""
     is_systems, file = text == os.strerror(number), error.filename
     if is_systems:
         text = "no such file" if number == errno.ENOENT else text[0].lower() + text[1:]

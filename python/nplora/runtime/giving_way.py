@@ -1,4 +1,4 @@
-"""Giving way: a long computation pauses between its parts, so that more urgent work can run."""
+"""Giving way: a long computation pauses again and again, so that more urgent work can run."""
 
 from __future__ import annotations
 

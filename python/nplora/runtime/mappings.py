@@ -1,4 +1,5 @@
-"""Registers mapped files with the compiled core, which explains a SIGBUS after such a file was truncated."""
+"""Registers mapped files, so that the core can explain the SIGBUS that follows if such a file is
+truncated."""
 
 import mmap
 import os
@@ -16,7 +17,7 @@ _LONGEST_NAME = 800
 def watch(mapping: mmap.mmap, name: str) -> None:
     """Make a SIGBUS in `mapping` print the file's name on stderr and end the process with status 135.
 
-    A SIGBUS handler that was set before the first mapping, such as faulthandler's, is called too.
+    If another SIGBUS handler was set before the first call of `watch`, such as faulthandler's, it runs too.
     """
     shown = name if name.isprintable() else repr(name)[1:-1]
     message = b"nplora: error: " + os.fsencode(shown)[-_LONGEST_NAME:] + _REASON

@@ -16,7 +16,7 @@ _of_thread = threading.local()  # its attribute `profiler`: the Profiler that re
 
 @dataclass
 class Total:
-    """Sums over all calls of an activity: the number of calls, their seconds, and their operations.
+    """Three sums over all calls of an activity: the number of calls, the seconds, and the operations.
 
     Attributes:
         operations: a dictionary from an arithmetic, such as "float32", to the number of operations in
@@ -38,8 +38,8 @@ class Profiler:
     """Records the calls of the core that one thread makes between `start` and `stop`.
 
     Attributes:
-        totals: a dictionary from (section, activity) to the total. The section of a call outside all sections
-            is "".
+        totals: a dictionary from (section, activity) to a `Total`. For calls outside all sections, the
+            section is "".
         sections: a dictionary from a section to its seconds, including the time spent in Python code.
 
     >>> import nplora, numpy as np
@@ -61,7 +61,8 @@ class Profiler:
         self._spans: list[tuple[str, float]] = []
 
     def start(self) -> None:
-        """Record the calls of this thread from now on. Drop earlier calls that are not yet in the totals."""
+        """Record the calls of this thread from now on. Discard earlier calls that `stop` did not add to the
+        totals."""
         self.cancel()
         _of_thread.profiler = self
         _core.start_profile()

@@ -12,7 +12,7 @@ _INT_MAX = 2**31 - 1  # the core counts threads in an int
 
 
 def obey_threadpoolctl() -> None:
-    """Let `threadpoolctl.threadpool_limits` limit nplora's threads too, like those of OpenMP.
+    """Let `threadpoolctl.threadpool_limits` limit nplora's threads, as it limits OpenMP's threads.
 
     threadpoolctl knows OpenMP's libraries, but nplora has its own thread pool. In a build with OpenMP, nplora
     follows OpenMP's limit, so this function does nothing.
@@ -73,8 +73,8 @@ def get_num_threads() -> int:
 def release_memory() -> None:
     """Return idle memory to the system.
 
-    When a large result is freed, nplora keeps its memory for later results. Even if this function is never
-    called, the used and the idle memory together are never more than the peak of the used memory plus 4 MiB.
+    When a large result is freed, its memory stays idle until a later result needs memory. The sum of used and
+    idle memory is always limited, to the highest amount of used memory so far plus 4 MiB.
 
         >>> import nplora
         >>> nplora.release_memory()
@@ -83,7 +83,7 @@ def release_memory() -> None:
 
 
 def show_config() -> None:
-    """Print versions, instruction set, processor, and thread counts and thread pools, for a bug report.
+    """Print the configuration for bug reports: versions, instruction set, processor, and numbers of threads.
 
     >>> import nplora
     >>> nplora.show_config()  # doctest: +ELLIPSIS

@@ -18,17 +18,18 @@ _MOST_WAIT = 0.25  # the most seconds that urgent work waits for the end of a sl
 
 
 class TimeBudget:
-    """Computes when the next slice of training may begin, so that training keeps to its share of the time.
+    """Computes when the next slice of training may begin, so that training gets at most its share of the
+    time.
 
     A slice is the training between two pauses. Within any window of one second, slices take at most `share`
     seconds. In addition, each slice is followed by a pause whose length is proportional to the length of the
-    slice, so that the slices are spread over the window. If the next slice alone is expected to take longer
-    than `share` seconds, the window is longer than one second: its length is the expected time divided by
-    `share`.
+    slice, so that the slices are spread over the window. If the next slice is expected to take longer than
+    `share` seconds, it needs a window of more than one second. The length of this window is the expected time
+    divided by `share`.
 
     The next slice is expected to take as long as the longest recent slice, but at most twice the median time
     of the recent slices. So one unusually long slice, for example during a write to a slow disk, may exceed
-    the limit, but does not delay training later.
+    training's share, but does not slow training down later.
 
     >>> budget = TimeBudget(share=0.25)
     >>> budget.add(10.0, 10.125)  # a slice of an eighth of a second
@@ -44,8 +45,8 @@ class TimeBudget:
     def add(self, began: float, ended: float, counted_from: float | None = None) -> None:
         """Record a slice.
 
-        Only the time after `counted_from` counts towards training's share. If `counted_from` is None, the
-        whole slice counts.
+        Of the slice, only the time after `counted_from` is counted as training time. None: the whole slice is
+        counted.
         """
         self._recent.append(ended - began)
         begin = began if counted_from is None else max(began, counted_from)
@@ -70,9 +71,9 @@ class TimeBudget:
         return ended + (ended - began) * (1 - self.share) / self.share - now
 
     def _until_within(self, now: float, expected: float, window: float) -> float:
-        """The seconds until the next slice may begin without exceeding training's share of the window.
+        """The seconds until the next slice can begin and end without exceeding training's share of a window.
 
-        The window ends when the next slice ends.
+        The window ends when the next slice is expected to end.
         """
         excess = sum(end - begin for begin, end in self._slices) + expected - self.share * window
         delay = 0.0
@@ -169,19 +170,19 @@ class TimeShare:
             self._changed.notify_all()
 
     def _is_slicing(self) -> bool:
-        """Whether training runs a slice, and urgent work waits (or would wait) for the end of this slice."""
+        """Whether training runs a slice for whose end new urgent work must wait."""
         return self._began is not None and not self._is_long
 
     def _is_busy(self, now: float) -> bool:
-        """Whether urgent work waits or runs now, or ended so recently that more is likely to come."""
+        """Whether urgent work waits, runs, or has ended less than `_GAP` seconds ago."""
         return self._urgent > 0 or now - self._until < _GAP
 
     def _is_due(self, now: float) -> bool:
-        """Whether training waits in `pause` and may begin a slice now, so that new urgent work must wait."""
+        """Whether training waits in `pause`, but may begin a slice now. If so, new urgent work must wait."""
         return self._waits and self._budget.delay(now) <= 0
 
     def _seconds(self, now: float) -> float | None:
-        """The seconds until training checks again whether it may run. None: until urgent work ends."""
+        """How many seconds training waits before it checks again; None: it waits until urgent work ends."""
         if self._running:
             return None
         delay = self._budget.delay(now)

@@ -21,7 +21,8 @@ _WAIT = 5.0  # seconds
 
 
 def most_needed(size: int, count: int) -> int:
-    """The most bytes that `count` adapters need, each with values of `size` bytes, if one is read at a time.
+    """The most bytes that `count` adapters need if they are read one by one. `size`: the bytes of an
+    adapter's values.
 
     >>> most_needed(100, 1), most_needed(100, 2)
     (350, 600)
@@ -30,7 +31,7 @@ def most_needed(size: int, count: int) -> int:
 
 
 class NamedModels(Protocol):
-    """A served model. `AdapterMemory` calls only this method."""
+    """A served model. `AdapterMemory` needs only its method `named_model`."""
 
     def named_model(self, name: str, /) -> object: ...
 
@@ -60,22 +61,23 @@ class AdapterMemory:
         self._unloaded = time.monotonic()
 
     def require(self, name: str, size: int, waits: bool = True) -> None:
-        """Before an adapter is read, check that there is memory for an adapter of at least this size.
+        """Before an adapter is read, check that there is memory for at least `size` bytes of values.
 
-        The arguments and the error are those of `room`.
+        This method has the arguments and the error of `room`.
         """
         self._wait(needed := int(_LOADING * size), waits)
         self._require(name, needed)
 
     @contextlib.contextmanager
     def room(self, lm: NamedModels, name: str, size: int, waits: bool = True) -> Iterator[None]:
-        """Reserve memory for an adapter, which the `with` block loads.
+        """Reserve memory for an adapter. Load the adapter in the `with` block.
 
         The memory stays reserved until nothing uses the adapter any more.
 
         Args:
             size: the bytes of the adapter's values.
-            waits: whether to wait a few seconds for the memory of an adapter that was just unloaded.
+            waits: whether to wait a few seconds until an adapter that was just unloaded has released its
+                memory.
         Raises:
             RequestError: the adapter does not fit (HTTP status 507).
         """

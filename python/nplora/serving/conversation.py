@@ -27,7 +27,7 @@ class Conversation:
         engine: the engine, which may serve other conversations at the same time.
         sampling: how tokens are chosen; None: always the most likely token, up to 128 tokens.
         system: the system message, or None.
-        adapter: the name of one of the model's adapters; None: the model without a named adapter.
+        adapter: the name of one of the model's adapters; None: no named adapter.
     Attributes:
         turns: the messages of the user and the assistant, in order.
         finish_reason: how the last answer ended (see `Ticket.finish_reason`); None before the first answer.

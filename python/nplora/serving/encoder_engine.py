@@ -40,10 +40,10 @@ class EncoderEngine:
     Args:
         encoder: the encoder, which must not be trained or merged while the engine uses it.
         memory: the most bytes that this process may use, as a number or as a text such as "2G". None: the
-            memory that the model needs, and half of the rest of the available memory.
-        adapter_memory: the part of `memory` that is reserved for adapters that are loaded later; None: an
-            eighth of the memory that the model leaves free, but at most `most_adapters`.
-        most_adapters: the most bytes that these adapters can need; None: not known.
+            memory that the model needs, plus half of the available memory that then remains.
+        adapter_memory: how much of `memory` to reserve for adapters that are loaded later. None: an eighth of
+            the memory that the model leaves free, but at most `most_adapters`.
+        most_adapters: the most bytes that adapters loaded later can need; None: not known.
         max_waiting: how many requests may wait or be computed at the same time.
     Attributes:
         served: the encoder and its named adapters.
@@ -106,13 +106,13 @@ class EncoderEngine:
             ids: the token ids of each text, including special tokens, as `encoder.encode` makes them. Do not
                 change the arrays of ids before the result is available.
             model: a model that `served.named_model` has returned; None: the model without an adapter.
-            classes: whether the result is a classifier's logits, instead of embeddings (texts, dim). Logits
-                are (texts, outputs), or (tokens, outputs) if the classifier classifies tokens.
+            classes: False: the result is embeddings (texts, dim). True: the result is a classifier's logits
+                (texts, outputs), or (tokens, outputs) if the classifier labels tokens.
             normalize: whether embeddings have length 1; None: the setting in the model's files.
             client: the name of the client. Clients take turns, and each client's requests are computed in
                 order.
-            held: the bytes that the caller keeps until the result is available. They count as memory of the
-                request.
+            held: the number of bytes that the caller keeps until the result is available. These bytes count
+                as memory of the request.
         Returns:
             a future of the result, float32. Its `cancel()` ends the request.
         Raises:
@@ -222,7 +222,7 @@ class EncoderEngine:
                 time.sleep(0.001)
 
     def _next_parts(self) -> list[Part]:
-        """Remove from the queue the parts that are computed together next, and return them."""
+        """Choose the parts of requests that are computed together next, and remove them from the queue."""
         parts, tokens = list[Part](), 0
         with self._lock:
             while (request := self._queue.first()) is not None:
@@ -240,7 +240,7 @@ class EncoderEngine:
         return parts
 
     def _compute(self, parts: Sequence[Part]) -> None:
-        """Compute parts together.
+        """Compute parts of requests together.
 
         After an error, compute the parts one by one, to find the part that causes the error.
         """
@@ -275,7 +275,7 @@ class EncoderEngine:
 
 
 def _store(part: Part, rows: Array) -> None:
-    """Give the rows of a part to the part's request. If the request is complete, end it."""
+    """Store the rows of a part in its request. If the request then has all rows, end the request."""
     request = part.request
     try:
         if not np.isfinite(rows).all():

@@ -25,16 +25,16 @@ _FLOAT = 4
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """A model and the kind of result that it computes. Texts with equal `Work` are computed together."""
+    """A model and the kind of result to compute. Only texts with equal `Work` can be computed together."""
 
     model: Model
     classes: bool
     normalize: bool | None
 
     def starts(self, ids: Sequence[Array]) -> Array:
-        """The index of each text's first row in the result, and then the number of rows: int64 (texts + 1,).
+        """Array (texts + 1,), int64: text i has the rows starts[i] to starts[i + 1] - 1 of the result.
 
-        A text has one row. If its tokens are classified, it has a row for each token.
+        A text has one row, or one row for each token if a classifier labels the tokens.
         """
         is_by_token = self.classes and isinstance(self.model, TextClassifier) and self.model.classifies_tokens
         return np.cumsum([0, *(len(text) if is_by_token else 1 for text in ids)])
@@ -81,7 +81,7 @@ class Request:
         held: the bytes that the caller keeps until the result is available.
     Attributes:
         tokens: the number of tokens.
-        bytes: the memory of the ids, of the result, and of what the caller keeps.
+        bytes: the number of bytes of the ids and of the result, plus `held`.
         begun: whether `take_part` was called.
         priority, started: attributes that only the queue needs.
     """
@@ -126,7 +126,7 @@ class Request:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Part:
-    """Consecutive texts of a request. Their rows in the result are those from `first` to `end` - 1."""
+    """Consecutive texts of a request. In the result, these texts have the rows `first` to `end` - 1."""
 
     request: Request
     first: int

@@ -67,17 +67,16 @@ class Engine:
         lm: the model, which must not be trained or merged while the engine uses it. Its named adapters may be
             loaded and deleted at any time.
         memory: the largest number of bytes that this process may use, as a number or as a text such as "2G".
-            The keys and values get what the weights and the working memory leave free. None: the engine may
-            use half of the available memory that the model leaves free.
-        adapter_memory: the part of `memory` that is reserved for adapters that are loaded later; None: an
-            eighth of the memory that the model leaves free, but at most `most_adapters`.
-        most_adapters: the most bytes that these adapters can need; None: not known.
+            The keys and values get the memory that weights and working memory do not need. None: the memory
+            that the model needs, plus half of the available memory that then remains.
+        adapter_memory: how much of `memory` to reserve for adapters that are loaded later. None: an eighth of
+            the memory that the model leaves free, but at most `most_adapters`.
+        most_adapters: the most bytes that adapters loaded later can need; None: not known.
         max_requests: how many requests are computed at the same time. The others wait.
         max_waiting: how many requests may wait.
-        turn: a context manager that the engine enters for each call of the model. In a round, the engine
-            calls the model several times: for the next tokens of prompts, and to generate the next tokens of
-            answers. If `turn` is a lock, other code, such as training, can use the processors between two
-            calls.
+        turn: a context manager that the engine enters for each call of the model. The engine calls the model
+            several times in each round, for the next tokens of prompts and for the next tokens of answers. If
+            `turn` is a lock, other code, such as training, can use the processors between two calls.
     Raises:
         ValueError: the memory does not suffice for one short request, or an argument is out of range.
     """
@@ -158,18 +157,18 @@ class Engine:
         Args:
             ids: the tokens of the prompt (`lm.tokenizer.encode_prompt` or `encode_chat`).
             sampling: how tokens are chosen; None: always the most likely token, up to 128 tokens.
-            adapter: the name of one of `lm.adapters`, or the model that `lm.named_model` returned for this
-                name; None, or `lm` itself: the model without a named adapter. A request keeps its adapter to
-                the end, even if the adapter is deleted in the meantime. If the adapter adds tokens, give the
-                model whose tokenizer encoded `ids`, because the adapter with this name may be replaced.
-            logprobs: a number n: the answer gets the log-probability of each generated token, and of the n
-                most likely tokens at its position. None: no log-probabilities.
+            adapter: the name of an adapter in `lm.adapters`, or the model that `lm.named_model` returned for
+                this name. None, or `lm` itself: no named adapter. A request keeps its adapter to the end,
+                even if the adapter is deleted in the meantime. If the adapter adds tokens, give the model
+                whose tokenizer encoded `ids`, because the adapter with this name may be replaced.
+            logprobs: a number n. The answer then contains log-probabilities: of each generated token, and of
+                the n most likely tokens at its position. None: no log-probabilities.
             client: the name of the client. Clients take turns, and each client's requests are computed in
                 order.
             priority: requests with a higher priority start first.
-            index: the index of the answer, if a prompt is submitted several times to get several answers.
-                Answers with different indices use different random numbers. The answer with index i equals
-                row i of the result of `lm.generate`.
+            index: the index of this answer among several answers to the same prompt. Submit the prompt once
+                for each answer. Answers with different indices use different random numbers. The answer with
+                index i equals row i of the result of `lm.generate`.
             guide: an object that restricts the tokens, for example to those that a grammar allows.
         Raises:
             KeyError: no adapter has this name.
@@ -310,7 +309,7 @@ class Engine:
                 self._scheduler.end(request, reason, error)
 
     def _run(self) -> bool:
-        """Run a round in the calling thread, or return False if the engine has a thread of its own."""
+        """Run a round in the calling thread. If the engine has its own thread, only return False."""
         self._require_no_round("Ticket")
         if self._thread is not None and self._thread.is_alive():
             return False
@@ -329,7 +328,7 @@ class Engine:
                 self._in_round = None
 
     def _require_no_round(self, op: str) -> None:
-        """Raise RuntimeError if the calling thread runs a round, because the thread would wait for itself."""
+        """Raise RuntimeError if the calling thread is inside a round: it would wait for itself forever."""
         if self._in_round == threading.get_ident():
             raise RuntimeError(f"{op}: a listener, guide or turn of this engine called it during a round")
 
@@ -362,7 +361,7 @@ class Engine:
         return adapter
 
     def _root(self, model: LanguageModel) -> str:
-        """Return a text that identifies a model with its adapter, for `page_keys`."""
+        """Return a text that identifies a model and its adapter: the argument `root` of `page_keys`."""
         with self._lock:
             return self._roots.setdefault(model, f"adapter {next(self._numbers)}")
 
@@ -377,7 +376,8 @@ def _integers(ids: Sequence[int]) -> list[int]:
 
 
 def unselected(function: Callable[[], T]) -> T:
-    """Call a function with no named adapter selected, even if the calling thread has selected one."""
+    """Call a function in an empty context, so that an adapter selected by the calling thread has no
+    effect."""
     return contextvars.Context().run(function)
 
 

@@ -25,9 +25,9 @@ class FairQueue(Generic[Item]):
     """The waiting requests, in the order in which they will start.
 
     Requests with the highest priority come first. Among requests with equal priority, requests that have
-    started before and were put back come first, in the order of their start. Then come the requests that have
-    never started: the clients take turns, and each client's requests keep their order. All methods may be
-    called from any thread.
+    started before and were put back come first, in the order of their start. Requests that have never started
+    come last. Among these, the clients take turns, and each client's requests keep their order. All methods
+    may be called from any thread.
     """
 
     def __init__(self) -> None:
@@ -62,7 +62,7 @@ class FairQueue(Generic[Item]):
             return None if highest is None else next(iter(self._lines[highest].values()))[0]
 
     def pass_turn(self, item: Item) -> None:
-        """If `item` is the next request, let the other clients start a request first.
+        """If `item` is the request that starts next, move its client behind the other clients.
 
         `item` is not removed, and remains the first request of its client.
         """
@@ -74,7 +74,7 @@ class FairQueue(Generic[Item]):
     def remove(self, item: Item) -> bool:
         """Remove a request. Return False if the queue does not contain the request.
 
-        If the request would have started next, the turn passes to the next client.
+        If the request would have started next, its client moves behind the other clients.
         """
         with self._lock:
             return self._remove(item)

@@ -45,8 +45,8 @@ class Fields:
         """Raise a RequestError if a field is unknown, or if its value is not supported.
 
         Args:
-            unsupported: a dict from names of fields that the server does not implement to accepted values,
-                which do not change the answer.
+            unsupported: a dict from the names of fields that the server does not implement to the values that
+                are accepted anyway, because they do not change the answer.
         """
         for field, value in self.values.items():
             if field in unsupported:

@@ -30,11 +30,10 @@ class MemoryPlan:
 
     Attributes:
         process: the memory of this process before the engine starts, including the model and its adapters.
-        weights: the memory for weights that are not in memory yet, because they are read on first use.
+        weights: the memory for weights that are not in memory yet: a file's weights are read on first use.
         adapters: the memory that is reserved for adapters that are loaded later.
-        work: the working memory. For a language model: scratch memory, the activations of one call of the
-            model, and the scores of each request's next token. For an encoder: scratch memory, the
-            activations of one call, and the waiting requests.
+        work: the working memory: scratch memory, and the activations of one call of the model. For a language
+            model, the scores of each request's next token also count; for an encoder, the waiting requests.
         pages: the number of pages for keys and values.
         page_bytes: the number of bytes of one page.
         longest: the number of tokens of the longest text that fits into the memory; 0 for a language model.
@@ -57,7 +56,7 @@ class MemoryPlan:
         return self.table("adapters that are loaded later")
 
     def table(self, adapters: str) -> str:
-        """Return a line for each part of the memory. `adapters` says what the part for adapters is for."""
+        """Return a line for each part of the memory. `adapters` is the text of the line for adapters."""
         rows = (
             (self.process, "this process, with model and adapters"),
             (self.weights, "weights that are not read yet"),
@@ -81,7 +80,7 @@ def plan_memory(
         memory: the memory limit of the process; None: the memory that the model needs, plus half of
             the available memory that remains.
         max_requests: how many requests are computed at the same time.
-        adapter_memory, most_adapters: as in `Engine`.
+        adapter_memory, most_adapters: the memory for later adapters, as in `Engine`.
     Raises:
         ValueError: the memory limit is not a size, or is too small.
     """
@@ -125,8 +124,8 @@ def plan_encoder_memory(
     as the memory and the encoder's `max_length` allow.
 
     Args:
-        tokens: the largest number of tokens that are computed at once, unless a single text has more.
-        memory, adapter_memory, most_adapters: as in `plan_memory`.
+        tokens: the largest number of tokens of several texts that are computed together.
+        memory, adapter_memory, most_adapters: the same limits as in `plan_memory`.
         waiting: the number of bytes to reserve for waiting requests.
     Raises:
         ValueError: the memory limit is not a size, or is too small.
@@ -158,7 +157,7 @@ def plan_encoder_memory(
 
 
 def encoder_work_bytes(encoder: Encoder, tokens: int) -> int:
-    """Return the most memory, in bytes, that computing `tokens` tokens at once can need."""
+    """Return the largest number of bytes that an encoder needs to compute `tokens` tokens at once."""
     block = max(layer.footprint(NOT_ADAPTED, False).forward for layer in encoder.model.layers)
     streams = 3 * _FLOAT * encoder.config.hidden_size  # the residual stream, the norm's result and its copy
     scratch = get_num_threads() * (_core.constants.lanes_bytes + _THREAD)
@@ -169,7 +168,7 @@ def _adapter_bytes(adapter_memory: int | str | None, most: int | None, left: int
     """Return the number of bytes for adapters. Unlike other sizes, `adapter_memory` may be 0.
 
     Args:
-        most: as `most_adapters` in `Engine`.
+        most: the argument `most_adapters` of `Engine`.
         left: the number of bytes that the model leaves free.
     """
     if adapter_memory is None:

@@ -11,13 +11,13 @@ SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.
 
 @dataclasses.dataclass
 class Histogram:
-    """A histogram: the number of values in each interval between two neighbouring bounds.
+    """A histogram: how many values are in each interval between two consecutive bounds.
 
     Attributes:
         bounds: the upper bounds, ascending.
-        counts: for each bound, the number of values above the previous bound and not above this bound. The
-            last entry counts the values above all bounds. (Prometheus expects the cumulative sums of these
-            numbers.)
+        counts: for each bound, the number of values that are above the previous bound and at most equal to
+            this bound. The last entry counts the values above all bounds. (Prometheus expects the cumulative
+            sums of these numbers.)
         total: the sum of all values.
 
     >>> histogram = nplora.serving.Histogram(bounds=(0.1, 1.0))
@@ -68,8 +68,8 @@ class Metrics:
         pages_cached: the number of pages that no request uses, but that hold the beginning of a prompt.
         page_tokens: the number of tokens in a page.
         rounds: the number of rounds so far.
-        compute_seconds: the total time of all calls of the model in seconds, without the time of waiting for
-            `turn` (see `Engine`).
+        compute_seconds: how many seconds all calls of the model have taken. The time that the engine waited
+            for `turn` does not count (see `Engine`).
         queue_seconds: a histogram of the seconds from `submit` to the start of a request.
         first_token_seconds: a histogram of the seconds from `submit` to the first token.
         token_seconds: a histogram of the seconds between two consecutive tokens of an answer.

@@ -18,7 +18,7 @@ def checked_name(what: str, name: object, param: str = "lora_name") -> str:
     letter or a digit is required, and ".." is not allowed.
 
     Raises:
-        RequestError: the name is not such a text, or has more than 200 characters.
+        RequestError: the name breaks one of these rules, or has more than 200 characters.
     """
     if isinstance(name, str) and len(name) > LONGEST_NAME:
         message = f"{what} has {len(name)} characters, expected at most {LONGEST_NAME}: {brief(name)}"

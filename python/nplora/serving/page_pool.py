@@ -1,9 +1,9 @@
 """PagePool: the pages of the key-value cache. A page is free, in use, or kept.
 
-A page whose tokens all belong to the prompt and are computed gets a key. The key is a hash that
-identifies the adapter and all tokens from the start of the prompt to the end of the page. Another request
-whose prompt begins with the same tokens finds the page by its key, and shares the page. When no request uses
-the page any more, it is kept for later prompts until its memory is needed.
+A page whose tokens all belong to the prompt and are computed gets a key. The key is a hash that identifies
+the adapter and all tokens from the start of the prompt to the end of the page. Another request whose prompt
+begins with the same tokens finds the page by its key, and shares the page. When no request uses the page any
+more, the page is kept for later prompts until its memory is needed.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class PagePool:
 
     @property
     def available(self) -> int:
-        """The number of pages that are free or kept, so that `new` can return them."""
+        """The number of pages that `new` can return: those that are free, and those that are kept."""
         return len(self._free) + len(self._kept)
 
     @property
@@ -60,7 +60,7 @@ class PagePool:
         return page
 
     def share(self, key: Key) -> int | None:
-        """Return the page with this key, and count one more user of it; None if no page has this key."""
+        """Return the page with this key, which now has one more user; None if no page has this key."""
         page = self._by_key.get(key)
         if page is not None:
             self._kept.pop(page, None)
@@ -72,7 +72,8 @@ class PagePool:
         return key in self._by_key
 
     def is_used(self, key: Key) -> bool:
-        """Whether a request uses the page with this key. If so, sharing it does not reduce `available`."""
+        """Whether a request uses the page with this key. If so, another user of the page does not reduce
+        `available`."""
         page = self._by_key.get(key)
         return page is not None and self._users[page] > 0
 
@@ -84,8 +85,8 @@ class PagePool:
     def release(self, pages: Sequence[int]) -> None:
         """Release the pages of a request. `pages` must be in the order of the request's tokens.
 
-        A page is useless without the pages before it. So when `new` needs kept pages, it will take the last
-        of these pages first.
+        A page is useless without the pages before it. So when `new` reuses kept pages of a request, it begins
+        with the last one.
         """
         for page in reversed(pages):
             self._users[page] -= 1
@@ -107,7 +108,7 @@ def page_keys(root: str, ids: Sequence[int], page_tokens: int, start: int = int(
     Args:
         root: a text that identifies the adapter. Attention keys and values depend on the adapter, so pages of
             different adapters need different keys.
-        start: the position from which an activated LoRA changes the model's outputs.
+        start: the position of the first token for which an activated LoRA is active.
     """
     tokens, key = np.asarray(ids, np.int64), hashlib.sha256(root.encode()).digest()
     for begin in range(0, len(tokens) - page_tokens + 1, page_tokens):

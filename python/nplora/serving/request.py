@@ -29,23 +29,24 @@ class Request:
         root: a text that identifies the adapter in the keys of cache pages (see `page_keys`).
         invocation: the invocation tokens, if the adapter is an activated LoRA.
         limit: the largest number of tokens of the prompt plus the answer.
-        switch: with LongRoPE, the number of tokens above which a sequence uses the long factors; without
-            LongRoPE, infinity.
+        switch: the number of tokens above which LongRoPE uses its long factors for a sequence; infinity if
+            the model does not use LongRoPE.
     Attributes:
         ticket: the `Ticket` through which the client follows the request.
         answer: the object that holds the tokens of the prompt and of the answer, and chooses the next token.
-        client, priority: as in `Engine.submit`.
+        client, priority: the arguments of `Engine.submit`.
         model: see the arguments.
         slot: the request's slot in the key-value cache while the request runs; otherwise None.
         started: the position of the request in the order in which requests started; None before its start. A
             request that is put back into the queue keeps this number.
-        to_read: the first `to_read` tokens are computed many at a time, and all later tokens one by one. A
-            request that was put back into the queue computes its tokens again in the same way, so that the
-            results have the same bits as before.
-        keys: the page keys of the first `to_read` tokens, without an incomplete last page.
-        cached: the number of prompt tokens whose keys and values were in pages of other requests when this
-            request first needed them.
-        known: the largest number of this request's tokens that have been in the cache at the same time.
+        to_read: the scheduler computes the first `to_read` tokens in blocks of many tokens, and all later
+            tokens one by one. If the request is put back into the queue, its tokens are computed again in the
+            same way, so that the results have the same bits as before.
+        keys: the keys of the pages with the first `to_read` tokens. An incomplete last page has no key.
+        cached: the number of prompt tokens that this request did not have to compute the first time, because
+            pages of other requests had their keys and values.
+        known: the largest number of tokens for which this request has had keys and values in the cache at the
+            same time.
     """
 
     def __init__(
@@ -74,7 +75,7 @@ class Request:
         self.read_all()
 
     def read_all(self) -> None:
-        """Let the scheduler compute the tokens of the prompt, and of the answer so far, many at a time."""
+        """Let the scheduler compute all tokens so far, of prompt and answer, in blocks of many tokens."""
         ids = self.answer.ids
         self.to_read = len(ids)
         root = f"{self._root} {'long' if self.to_read > self.switch else 'short'}"
@@ -97,7 +98,7 @@ class Request:
 
     @property
     def slot_limit(self) -> int:
-        """The most tokens that the slot may hold. LongRoPE selects its factors by this number."""
+        """The most tokens that the request's slot may hold. LongRoPE selects its factors by this limit."""
         return self.limit if self.to_read > self.switch else int(min(self.limit, self.switch))
 
     @property

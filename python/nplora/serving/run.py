@@ -82,7 +82,7 @@ def _text_service(
     any_base: bool,
     report: Callable[[str], None],
 ) -> Iterator[tuple[Service, str, Callable[[], None]]]:
-    """Yield a language model's service, the service's description, and a function that starts the jobs."""
+    """Yield a language model's service, a text that describes it, and a function that starts the jobs."""
     models = Models(lm, options.name or default_name(lm.source), any_base, dtype=options.adapter_dtype)
     for name, path in adapters:
         models.load(name, path)
@@ -98,7 +98,7 @@ def _encoder_service(
     adapters: Sequence[tuple[str, str]],
     any_base: bool,
 ) -> Iterator[tuple[Service, str, Callable[[], None]]]:
-    """Yield an encoder's service, the service's description, and a function that does nothing."""
+    """Yield an encoder's service, a text that describes it, and a function that does nothing."""
     if options.jobs is not None:
         raise ValueError("serve: fine-tuning jobs need a language model that generates text")
     if options.adapter_dtype is not None:
@@ -261,14 +261,15 @@ def engine_memory(lm: LanguageModel, options: ServeOptions) -> int | None:
 def training_memory(options: ServeOptions, engine: Engine) -> int:
     """Return the memory limit of the process during training.
 
-    This is `options.memory` minus the part of the engine's memory plan that is not in use yet.
+    The engine may still take memory that its plan reserves but that is not in use yet. So the result is
+    `options.memory` minus this memory.
     """
     assert options.memory is not None
     return parse_bytes(options.memory, "serve") - max(0, engine.plan.total - current_memory())
 
 
 def most_adapters(lm: LanguageModel | ServedEncoder, options: ServeOptions) -> int | None:
-    """Return the most bytes that adapters can need while the server runs; None: no limit is known.
+    """Return the most bytes that adapters loaded while the server runs can need; None: not known.
 
     Without a directory of adapters and without jobs, only sums of the loaded adapters can be added. A sum
     stays in memory while a request uses it.

@@ -113,8 +113,8 @@ class Scheduler:
     def _admit(self) -> None:
         """Start waiting requests, as long as slots are free and there are enough pages for their prompts.
 
-        A request starts only if one additional page is available for each running request. Without these
-        pages, a request that has just started might be put back into the queue at once.
+        In addition, a spare page must be available for each request that already runs. Otherwise, the request
+        that has just started might be put back into the queue at once.
         """
         while self._slots and (request := self.queue.first()) is not None:
             pages = self._pages_to_come([*self.running, request]) + len(self.running)
@@ -131,7 +131,8 @@ class Scheduler:
             self._prepare(request)
 
     def _pages_to_come(self, requests: Sequence[Request]) -> int:
-        """Return the number of pages that these requests still need for their tokens and one more token each.
+        """Return how many more pages `requests` need, for all their tokens and the next token of each
+        request.
 
         A page that several of these requests can share is counted once. A page that a running request already
         has is not counted.
@@ -169,9 +170,9 @@ class Scheduler:
     def _make_room(self, request: Request, tokens: int) -> bool:
         """Give a request enough pages for this number of tokens. Return False if the request lost its slot.
 
-        If there are too few pages, a request loses its slot and its pages, and is put back into the queue to
-        be computed again later. This is the request that started last among those with the lowest priority.
-        If only one request is running, its answer ends.
+        If there are too few pages, one of the running requests loses its slot and its pages, and is put back
+        into the queue to be computed again later. Among the running requests with the lowest priority, the
+        scheduler chooses the one that started last. If only one request is running, its answer ends.
         """
         while self._missing(request, tokens):
             page = self._pool.new()
@@ -196,7 +197,8 @@ class Scheduler:
         return int(self._cache.lengths[request.slot])
 
     def _read(self) -> None:
-        """Compute the next tokens of prompts: only a few tokens while other requests generate answers."""
+        """Compute the next tokens of prompts. If other requests generate answers, compute only a few
+        tokens."""
         left = PIECE if all(self._length(one) < one.to_read for one in self.running) else _READ_BETWEEN
         while left > 0:
             reading = [one for one in self.running if self._length(one) < one.to_read]
@@ -230,7 +232,7 @@ class Scheduler:
     def _read_pieces(self, first: Request, reading: Sequence[Request], most: int) -> int:
         """Compute the next tokens of the prompt of the request `first`. Return how many tokens were computed.
 
-        If these tokens end within the prompt's last page, the same call of the model also computes the
+        If the last page of these tokens is incomplete, the same call of the model also computes the
         incomplete last pages of other prompts. Full pages are computed for one prompt at a time, so that
         other prompts can share these pages.
         """
@@ -267,7 +269,7 @@ class Scheduler:
     def _have_read(self, request: Request, piece: tuple[int, int]) -> bool:
         """Make the full pages of computed tokens available to other requests.
 
-        Return whether the next token must be chosen.
+        Return whether all tokens are computed, so that the next token must be chosen.
         """
         begin, end = piece
         request.known = max(request.known, end)

@@ -19,8 +19,8 @@ Model = Encoder | TextClassifier
 class ServedEncoder:
     """An encoder and its named adapters. All adapters share the frozen weights.
 
-    The adapter of a classifier includes a head. The model without an adapter also classifies if the model's
-    files contain the head of a classifier. All methods may be called from any thread.
+    The adapter of a classifier includes a head. If the model's own files contain the head of a classifier,
+    the model classifies even without an adapter. All methods may be called from any thread.
 
     Args:
         encoder: the encoder, without an adapter. The encoder must not change while it is served.
@@ -59,7 +59,7 @@ class ServedEncoder:
         """Add an adapter under a name.
 
         Args:
-            dtype: must be None. (Rounded factors only make decoding faster, and an encoder does not decode.)
+            dtype: must be None. Rounding an adapter only speeds up decoding, and an encoder does not decode.
         Raises:
             FormatError: the adapter does not fit the model, or belongs to another model.
             ValueError: the name is taken, and `replace` is not set; or `dtype` is given.
@@ -98,7 +98,7 @@ class ServedEncoder:
 
 
 def encoder_of(model: Model) -> Encoder:
-    """Return the encoder of a text classifier, or the model if it is an encoder."""
+    """Return the encoder of a text classifier. If the model is an encoder itself, return the model."""
     return model.encoder if isinstance(model, TextClassifier) else model
 
 

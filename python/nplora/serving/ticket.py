@@ -18,7 +18,7 @@ class TopToken:
 
     Attributes:
         id: the token.
-        text: the text of this token alone. U+FFFD replaces bytes that are not a whole character.
+        text: the text of this token alone. U+FFFD stands for a part of a character.
         logprob: the natural logarithm of the token's probability, before temperature, penalties and biases.
 
     >>> nplora.serving.TopToken(id=7, text=" the", logprob=-0.5).text
@@ -36,11 +36,11 @@ class Token:
 
     Attributes:
         id: the token.
-        text: the text of this token alone. U+FFFD replaces bytes that are not a whole character.
+        text: the text of this token alone. U+FFFD stands for a part of a character.
         logprob: the natural logarithm of the token's probability, before temperature, penalties and biases;
             None if the request did not ask for log-probabilities.
-        top: the most likely tokens at this position, the likeliest first. Their number is `logprobs` of
-            `Engine.submit`.
+        top: the most likely tokens at this position, the likeliest first. The argument `logprobs` of
+            `Engine.submit` sets their number.
 
     >>> engine = nplora.serving.Engine(nplora.load_model("model.gguf"))
     >>> ticket = engine.submit([5, 6], nplora.generate.Sampling(max_new_tokens=2), logprobs=3)
@@ -60,10 +60,10 @@ class Chunk:
     """The next piece of an answer.
 
     Attributes:
-        text: whole characters. Text that may be the beginning of a stop text is held back until later tokens
-            show whether it is.
-        tokens: the tokens that were generated since the last chunk, without the end token. Because text may
-            be held back, `text` may differ from the joined texts of these tokens.
+        text: the new text, in whole characters. Text that may be the beginning of a stop text is held back
+            until later tokens show whether this is so.
+        tokens: the tokens that were generated since the last chunk, without the end token. `text` may differ
+            from the joined texts of these tokens, because text may be held back.
 
     >>> nplora.serving.Chunk("Hello").tokens
     ()
@@ -127,9 +127,9 @@ class Ticket:
     def finish_reason(self) -> str | None:
         """How the answer ended; None before the end of the answer.
 
-        "stop": with an end token or a stop text. "length": the answer has `max_new_tokens` tokens, or the
-        context or the memory for keys and values is full. "cancelled": `cancel` was called, or the engine was
-        closed. "error": see `error`.
+        "stop": the answer ended with an end token or a stop text. "length": the answer has `max_new_tokens`
+        tokens, or the context or the memory for keys and values is full. "cancelled": `cancel` was called, or
+        the engine was closed. "error": see `error`.
         """
         return self._reason
 
@@ -195,7 +195,8 @@ class Ticket:
         self._pass_chunks()
 
     def text(self) -> str:
-        """Wait for the end of the answer, and return the whole text. If `error` is set, raise it."""
+        """Wait for the end of the answer, and return the whole text. If the request has failed, raise the
+        exception `error`."""
         return "".join(chunk.text for chunk in self)
 
     # ---- the engine's side ----
@@ -209,7 +210,7 @@ class Ticket:
         self._pass_chunks()
 
     def end(self, reason: str, usage: Usage, error: BaseException | None = None) -> None:
-        """End the request, and drop the references to the engine. Only the engine calls this method."""
+        """End the request, and release the references to the engine. Only the engine calls this method."""
         with self._changed:
             self._usage, self._error, self._reason = usage, error, reason
             self._run, self._cancel = _no_round, _ignore
@@ -221,8 +222,9 @@ class Ticket:
     def _pass_chunks(self) -> None:
         """Pass the chunks to the listener.
 
-        The lock is not held during a call of the listener, because another thread may need the lock before
-        the listener can return. Only one thread at a time passes chunks, so that the chunks keep their order.
+        This method does not hold the lock while it calls the listener: the listener may have to wait for
+        another thread that needs the lock. Only one thread at a time passes chunks, so that the chunks keep
+        their order.
         """
         while True:
             with self._changed:
@@ -252,9 +254,10 @@ class Ticket:
 
 
 def _ignore(value: object) -> None:
-    """Do nothing. This function replaces `cancel` of an ended request, and a listener that is done."""
+    """Do nothing. This function replaces the `cancel` of an ended request, and a listener that must not be
+    called again."""
 
 
 def _no_round() -> bool:
-    """Return False: no round was run. This function replaces `run` of an ended request."""
+    """Return False. When a request has ended, this function replaces its function `run`."""
     return False

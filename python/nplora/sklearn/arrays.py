@@ -25,14 +25,14 @@ _DTYPES = [np.float64, np.float32]
 
 @dataclass(frozen=True)
 class FileModel:
-    """The pickled parts of a fitted model whose network is in a file: everything except the frozen weights.
+    """What a pickle stores of a fitted model whose network is in a file: all except the frozen weights.
 
     Attributes:
         path, activation, adaptation, probe: the arguments of `read_network` and `adapted`, which rebuild the
             model.
         values: a dict from names to trained arrays.
-        streams: a dict from the names of layers to the states of the random streams that dropout uses.
-        base: the fingerprint of the frozen weights, by which a changed file is detected.
+        streams: a dict from the name of each layer to the state of its random number generator for dropout.
+        base: the fingerprint of the frozen weights, with which `restored` detects that the file has changed.
     """
 
     path: str

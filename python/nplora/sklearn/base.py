@@ -58,7 +58,8 @@ def unchanged_on_error(method: Callable[Concatenate[E, P], T]) -> Callable[Conca
 
 
 class HeldOut(NamedTuple):
-    """The rows that a fit does not train on: features `x` (as `_features` returns them) and targets `y`."""
+    """The held-out rows, on which a fit does not train: their features from `_features`, and their
+    targets."""
 
     x: Any
     y: Array
@@ -81,7 +82,7 @@ class LoRAEstimator(BaseEstimator):  # type: ignore[misc]
     # ---- what a subclass defines ----
 
     def _features(self, X: Any, reset: bool) -> Any:
-        """Check X, and return the features, which `_batches` and `_outputs` take.
+        """Check X, and return its features in the form that `_batches` and `_outputs` take.
 
         Args:
             reset: whether a new model is fitted. If `reset` is False, X must have the same features as in the
@@ -167,7 +168,7 @@ class LoRAEstimator(BaseEstimator):  # type: ignore[misc]
         self._run(self._batches(x, y, True, seed), loss, "constant", seed, epochs=1)
 
     def _start_run(self, seed: int) -> None:
-        """Create a new optimiser, and begin to count the calls of `partial_fit`."""
+        """Create a new optimiser, and start the count of the calls of `partial_fit` at 1."""
         self._first_seed, self._calls = seed, 1
         self._optimizer = AdamW(self.lr, weight_decay=self.weight_decay)
 
@@ -231,19 +232,20 @@ class LoRAEstimator(BaseEstimator):  # type: ignore[misc]
     # ---- predictions ----
 
     def _has_bias(self) -> bool:
-        """Whether a new head has a bias, to which the mean of the targets can be added."""
+        """Whether the head that training adds has a bias. If so, the bias can represent the mean of the
+        targets."""
         return True
 
     def _set_scale(self, factor: Array | float, offset: Array | float = 0.0) -> None:
-        """Set the scale after a fit, for predictions: scaled outputs = factor · outputs + offset."""
+        """Set the scale with which a fitted model predicts: scaled outputs = factor · outputs + offset."""
         self._scale = np.asarray(factor, np.float64), np.asarray(offset, np.float64)
 
     def _unscaled(self) -> contextlib.AbstractContextManager[None]:
-        """A context in which the model returns the unscaled outputs that training uses."""
+        """A context in which the model's outputs are not scaled, as training needs them."""
         return contextlib.nullcontext()
 
     def _scaled(self, outputs: Array) -> Array:
-        """Return the scaled outputs, with the scale that `_set_scale` stored."""
+        """Return factor · outputs + offset."""
         factor, offset = self._scale
         return np.asarray(outputs * factor + offset)
 

@@ -1,4 +1,4 @@
-"""Temperature scaling: divides all logits by one number, so that the probabilities match the error rates."""
+"""Temperature scaling: divides all logits by one number, so that the probabilities are well calibrated."""
 
 import numpy as np
 import numpy.typing as npt

@@ -20,7 +20,7 @@ Array = npt.NDArray[Any]
 
 
 class LabelledBase(LoRAEstimator):
-    """Base class of the estimators that predict one of several labels, for each row or for each word."""
+    """Base class of the estimators that predict a label for each row or for each word of a row."""
 
     classes_: Array
 
@@ -31,7 +31,7 @@ class LabelledBase(LoRAEstimator):
         No rows are held out, so no call stops early, and the probabilities are not calibrated afterwards.
 
         Args:
-            X, y: as in `fit`; y may have fewer labels.
+            X, y: as in `fit`, but y does not have to contain all labels.
             classes: all labels that can occur in any call. Only the first call needs this argument.
         Returns:
             the estimator.
@@ -59,7 +59,8 @@ class LabelledBase(LoRAEstimator):
     # ---- what a subclass defines ----
 
     def _checked(self, X: Any, y: Any, reset: bool) -> tuple[Any, Array]:
-        """Check X and y, and return the features and all labels (n,). `reset`: as in `_features`."""
+        """Check X and y. Return a pair: the features, and an array (n,) of all labels. `reset`: as in
+        `_features`."""
         raise NotImplementedError
 
     def _targets(self, x: Any, numbers: Array) -> Array:
@@ -69,7 +70,7 @@ class LabelledBase(LoRAEstimator):
     # ---- labels and loss ----
 
     def _unknown(self, labels: Array) -> set[Any]:
-        """The labels that are not in `classes_`. As in scikit-learn, True equals 1."""
+        """The labels that are not in `classes_`. As in scikit-learn, True counts as the label 1."""
         return set(np.unique(labels).tolist()) - set(self.classes_.tolist())
 
     def _set_classes(self, classes: Array) -> None:
@@ -94,7 +95,7 @@ class LabelledBase(LoRAEstimator):
         return [str(label) for label in self.classes_.tolist()]
 
     def _loss(self, targets: Array) -> CrossEntropy:
-        """The loss, with the weight of each label. `targets` are the targets of the training rows."""
+        """The cross entropy with a weight for each label. `targets` are the targets of the training rows."""
         return CrossEntropy(class_weights=self._class_weights(targets))
 
     def _class_weights(self, numbers: Array) -> tuple[float, ...] | None:
@@ -148,7 +149,8 @@ class ClassifierBase(ClassifierMixin, LabelledBase):  # type: ignore[misc]
     # ---- predictions ----
 
     def decision_function(self, X: Any) -> Array:
-        """Return the logits (n, classes), or for two classes the second logit minus the first (n,)."""
+        """Return the logits (n, classes). For two classes, return an array (n,): the second logit minus the
+        first."""
         logits = self._predicted(X)
         return logits[:, 1] - logits[:, 0] if len(self.classes_) == 2 else logits
 

@@ -15,8 +15,8 @@ from nplora.sklearn.regression import RegressorBase
 class LoRARegressor(RegressorBase, ArrayEstimator):
     """Adapt a pretrained network to targets of your own, with LoRA and a new head.
 
-    `LoRAClassifier` describes the arguments that are not listed here. If `network` is None, the estimator
-    uses random features, as `LoRAClassifier` does.
+    For arguments that are not listed here, see `LoRAClassifier`. If `network` is None, the estimator uses
+    random features, as `LoRAClassifier` does.
 
         >>> rng = np.random.default_rng(0)
         >>> X = rng.normal(size=(200, 4))
@@ -26,9 +26,9 @@ class LoRARegressor(RegressorBase, ArrayEstimator):
         True
 
     Args:
-        head: as in `LoRAClassifier`. A new head is trained on targets that are rescaled to mean 0 and
-            variance 1, and `predict` reverses the rescaling. With "keep", the model is trained on the
-            original targets.
+        head: as in `LoRAClassifier`. With "keep", the model is trained on the original targets. Otherwise, it
+            is trained on targets that are rescaled to mean 0 and variance 1, and `predict` reverses the
+            rescaling.
         loss: "mse" or "huber".
     Attributes:
         model_, n_iter_, loss_curve_, validation_curve_, n_features_in_, feature_names_in_: as in

@@ -17,7 +17,7 @@ class LoRATextRegressor(RegressorBase, TextEstimator):
 
     X is a list or a column of texts. y has one or several numbers for each text. As with
     `LoRATextClassifier`, the fits of a grid search share the frozen weights, and a pickled estimator does not
-    contain them.
+    contain the frozen weights.
 
         >>> X = ["a cat", "a dog", "the cat and the dog", "the mat"] * 4
         >>> y = [1, 1, 2, 0] * 4

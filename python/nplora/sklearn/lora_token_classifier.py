@@ -33,9 +33,9 @@ class LoRATokenClassifier(LabelledBase, TextEstimator):
     """Label the words of sentences with a pretrained encoder, LoRA and a new head.
 
     X is a list of sentences. Each sentence is a list of words. y has a list of labels for each sentence. The
-    model predicts the label of a word at the word's first token. The loss also uses only the first token of
-    each word, as in `train_classifier`. As with `LoRATextClassifier`, the fits of a grid search share the
-    frozen weights, and a pickled estimator does not contain them.
+    model predicts the label of a word at the word's first token. Only the first tokens of words enter the
+    loss, as in `train_classifier`. As with `LoRATextClassifier`, the fits of a grid search share the frozen
+    weights, and a pickled estimator does not contain the frozen weights.
 
         >>> X = [["where", "is", "my", "parcel"], ["return", "an", "order"]] * 4
         >>> y = [["O", "O", "O", "B-THING"], ["O", "O", "B-THING"]] * 4
@@ -172,7 +172,8 @@ class LoRATokenClassifier(LabelledBase, TextEstimator):
         return x, labels
 
     def _unknown(self, labels: Array) -> set[Any]:
-        """As in `super`, but True does not equal 1, because `fit` refuses labels of both kinds."""
+        """The labels that are not in `classes_`. Unlike in the base class, True does not count as the label
+        1."""
         is_mixed = (labels.dtype == bool) != (self.classes_.dtype == bool)
         return set(labels.tolist()) if is_mixed else super()._unknown(labels)
 
@@ -239,7 +240,7 @@ class LoRATokenClassifier(LabelledBase, TextEstimator):
         return self.model_.word_logits(_joined(x)).astype(np.float64)
 
     def _fitted_features(self, X: Any) -> list[Sentence]:
-        """Like `_features`, but no sentence is cut."""
+        """Like `_features`, but long sentences are not cut."""
         check_is_fitted(self, "model_")
         words = self.model_.encoder.word_ids(self._sentences(X))
         return list(zip(words.ids, words.first, strict=True))

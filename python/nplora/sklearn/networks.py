@@ -29,11 +29,11 @@ HEAD = "head"  # the name of the random stream of a new head
 
 @dataclass(frozen=True)
 class Adaptation:
-    """The settings for adapting a network: the settings of the LoRA layers, and the kind of head.
+    """How to adapt a network: the settings of the LoRA layers, and the kind of head.
 
     Attributes:
-        rank: the rank of each LoRA layer. If d_in or d_out of a layer is less, the layer's rank is the
-            smaller of d_in and d_out.
+        rank: the rank of each LoRA layer. If d_in or d_out of a layer is less than `rank`, the layer's rank
+            is the smaller of d_in and d_out.
         targets: the names of the layers to adapt, or the last parts of their dotted names; None: all frozen
             linear layers and convolutions.
         head: "replace", "append" or "keep", as in `LoRAClassifier`.
@@ -179,7 +179,8 @@ def adapted(network: Module, adaptation: Adaptation, probe: Array) -> Module:
 
 
 def _require_outputs(model: Module, outputs: int, probe: Array) -> None:
-    """Raise ValueError if the layers after a new head refuse its outputs, or output another number."""
+    """Raise ValueError if the layers after a new head refuse its outputs, or if the network does not output
+    `outputs` numbers for each row."""
     words = f"LoRA: head='replace' gives the last linear layer {outputs} outputs"
     try:
         shape = model(probe).shape
@@ -190,7 +191,7 @@ def _require_outputs(model: Module, outputs: int, probe: Array) -> None:
 
 
 def _new_head(model: Module, adaptation: Adaptation, probe: Array) -> Linear:
-    """Return a new layer for the head. If `adaptation.head` is "keep", the caller ignores this layer.
+    """Return a new layer for the head. With the head "keep", the caller does not use the returned layer.
 
     Raise ValueError if `adaptation.head` is "keep", but the network has the wrong number of outputs.
     """
@@ -230,8 +231,8 @@ def _targets(
 ) -> dict[str, Linear | Conv2d]:
     """Return the frozen layers to adapt, as a dict {name: layer}.
 
-    Layers whose Python id is in `without` are not in the result. As in PEFT, an entry of `wanted` is a name,
-    or the last parts of a dotted name. If `wanted` is None, all frozen layers are wanted.
+    Layers whose Python id is in `without` are never adapted. As in PEFT, an entry of `wanted` is a layer's
+    dotted name, or the last parts of this name. If `wanted` is None, all other frozen layers are adapted.
     """
     found = {
         name: module

@@ -44,7 +44,7 @@ class RegressorBase(RegressorMixin, LoRAEstimator):  # type: ignore[misc]
 
     @unchanged_on_error
     def partial_fit(self, X: Any, y: Any) -> Self:
-        """Train for one pass over some rows. Later calls continue the training with other rows.
+        """Train for one pass over the given rows. Later calls continue the training with other rows.
 
         The first call computes the mean and the variance of its targets. Later calls rescale their targets
         with the same mean and variance.
@@ -65,7 +65,7 @@ class RegressorBase(RegressorMixin, LoRAEstimator):  # type: ignore[misc]
         return self
 
     def predict(self, X: Any) -> Array:
-        """Return the predicted targets, with the shape that y had in `fit`."""
+        """Return the predicted targets, of shape (n,) or (n, targets), like y in `fit`."""
         outputs = self._scaled(self._predicted(X))
         return outputs[:, 0] if self._is_vector else outputs
 
@@ -77,7 +77,7 @@ class RegressorBase(RegressorMixin, LoRAEstimator):  # type: ignore[misc]
         return x, array.reshape(len(array), -1)
 
     def _measure(self, targets: Array) -> None:
-        """Store the mean and the standard deviation of each target, for `_standardised`.
+        """Store the mean and the standard deviation of each target. `_standardised` rescales with them.
 
         For a target that is the same in all rows, store 1 instead of the standard deviation. If a new head
         has no bias, store 0 instead of the mean. With `head="keep"`, store mean 0 and standard deviation 1.

@@ -55,7 +55,7 @@ class TextEmbedder(TransformerMixin, BaseEstimator):  # type: ignore[misc]
         self.max_length = max_length
 
     def fit(self, X: Any, y: Any = None) -> Self:
-        """Check X, and load the encoder if its files have changed. Nothing is learned.
+        """Check X; load the encoder if it is not loaded or its files have changed. Nothing is trained.
 
         >>> embedder = nplora.sklearn.TextEmbedder("encoder-model")
         >>> embedder.fit(["a text", "another text"]) is embedder
@@ -88,15 +88,15 @@ class TextEmbedder(TransformerMixin, BaseEstimator):  # type: ignore[misc]
     def _loaded(self) -> Encoder:
         """Return the encoder.
 
-        If the encoder is not loaded (for example, after unpickling), or if a parameter has changed, load it
-        first.
+        Load the encoder first if it is not loaded, for example after unpickling, or if the parameter `model`
+        or `pooling` has changed.
         """
         if getattr(self, "_key", None) != (str(self.model), self.pooling):
             self._load()
         return self._encoder
 
     def _load(self) -> None:
-        """Set `_encoder`: load the encoder, or use the encoder that a clone loaded from the same files."""
+        """Set `_encoder`: load the encoder, or use the one in `_shared` if its files have not changed."""
         if not isinstance(self.model, str | os.PathLike):
             raise TypeError(
                 f"TextEmbedder: model is {_check.kind(self.model)}, expected the path of an encoder"
@@ -109,9 +109,9 @@ class TextEmbedder(TransformerMixin, BaseEstimator):  # type: ignore[misc]
         self._encoder, self._key = shared[version], (str(self.model), self.pooling)
 
     def _shared(self) -> dict[Any, Encoder]:
-        """Return the dictionary that holds the last loaded encoder. Clones share this dictionary.
+        """Return a dict that holds the last loaded encoder. This embedder shares the dict with its clones.
 
-        The key of the encoder is the pair (versions of its files, pooling).
+        The key of the encoder is a pair: the result of `versions_of` for its files, and the pooling.
         """
         found: dict[Any, Encoder] = self.__dict__.setdefault("_encoders", {})
         return found

@@ -85,9 +85,9 @@ class StoredClassifier:
 
     Attributes:
         path: the path of the encoder.
-        labels, task, lora, max_length, tokens: the arguments of `_classifier`, which rebuilds the model.
-        values: a dict of the trained arrays.
-        streams: a dict of the states of the random streams, which dropout uses.
+        labels, task, lora, max_length, tokens: the arguments with which `_classifier` rebuilds the model.
+        values: a dict from names to the trained arrays.
+        streams: a dict from the layers' names to the states of their random numbers for dropout.
         base: the fingerprint of the frozen weights, by which a changed encoder is detected.
     """
 
@@ -153,7 +153,7 @@ class TextEstimator(LoRAEstimator):
         return ids
 
     def _longest(self, reset: bool) -> int:
-        """Set `_encoder`, and return the number of tokens to which longer texts are cut.
+        """Set `_encoder`, and return the largest number of tokens per text. Longer texts are cut.
 
         A fitted estimator keeps its encoder and tokenizer, even if the parameter `model`, or the files at
         that path, change later.
@@ -190,7 +190,7 @@ class TextEstimator(LoRAEstimator):
         return _classifier(self.model, labels, self._task, self._tokens, lora, self.max_length, seed)
 
     def _labels(self, outputs: int) -> list[str]:
-        """Return the names of the outputs. A saved adapter contains these names."""
+        """Return the names of the model's outputs, which a saved adapter contains."""
         return [f"target_{i}" for i in range(outputs)]
 
     # The scale of predictions is stored in the head, so that a saved adapter makes the same predictions.

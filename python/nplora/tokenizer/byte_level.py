@@ -1,8 +1,8 @@
 """Checks whether GGUF metadata can describe the byte-level BPE tokenizer in a tokenizer.json.
 
-GGUF metadata contain the name of the rule that splits text (`pre`), and whether BOS and EOS are added. GGUF
-cannot express the other settings of a tokenizer.json. So all the other settings must have the values that
-`gguf_vocabulary` assumes. With other values, the GGUF file would describe a different tokenizer.
+GGUF metadata contain the vocabulary and the merges, but only two other settings of a tokenizer.json: the name
+of the rule that splits text (`pre`), and whether each text gets BOS and EOS. All further settings must have
+the values that `gguf_vocabulary` assumes.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def require_known(fields: dict[str, Any], source: str) -> str:
 
 
 def require_plain_token(token: dict[str, Any], pre: str, source: str) -> None:
-    """Check that GGUF can describe the rules by which an added token is found in a text.
+    """Check that GGUF can describe how the tokenizer finds an added token in a text.
 
     Raises:
         UnsupportedError: the token absorbs the spaces around it, is found only as a whole word, or is
@@ -69,7 +69,7 @@ def ends(fields: dict[str, Any], source: str) -> tuple[list[int], list[int]]:
     """Return two lists of token ids: the tokens that are added before each text, and those added after it.
 
     Raises:
-        UnsupportedError: the post-processor does more than adding these tokens.
+        UnsupportedError: the post-processor does more than add tokens before and after each text.
     """
     whole = "post_processor"
     templates = [step for step in steps(fields, whole) if step.get("type") != "ByteLevel"]
@@ -92,7 +92,7 @@ def ends(fields: dict[str, Any], source: str) -> tuple[list[int], list[int]]:
 
 
 def steps(fields: dict[str, Any], part: str) -> list[dict[str, Any]]:
-    """Return the list of steps of the setting `part`, such as "normalizer"; an empty list if it is null."""
+    """Return the list of steps of a setting such as "normalizer"; an empty list if the setting is null."""
     value = fields.get(part)
     if value is None:
         return []

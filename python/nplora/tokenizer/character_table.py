@@ -5,8 +5,8 @@ replacement is a UTF-8 text that ends with a zero byte. The tree has the double-
 darts-clone: it is an array of 32-bit integers ("units"), in blocks of 256 units. A path from the root spells
 the bytes of one or more characters. A node of the tree is a unit, whose label is the last byte of the path to
 the node. Each node also stores an index, its base. The child of the node for the byte b is the unit with the
-index base ^ b. If the characters that the path spells have a replacement, the unit at the index `base` holds
-the position of this replacement.
+index base ^ b. If the characters of a path have a replacement, the unit with the index `base` holds the byte
+offset of this replacement in the third part of the table.
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ _IS_FAR = 1 << 9  # set in a node whose offset to its base is shifted left by 8 
 
 
 def growth(table: bytes, source: str) -> int:
-    """Return the largest number of characters that can replace one character, at least 1.
+    """Return the largest factor by which the table can lengthen a text.
 
-    The longest replacement of the table "nmt_nfkc" has 18 characters.
+    This factor is the number of characters in the longest replacement (18 for the table "nmt_nfkc"), but at
+    least 1.
 
     Raises:
         FormatError: the table is damaged. The package `tokenizers` would print a stack trace and fail,
@@ -44,7 +45,7 @@ def growth(table: bytes, source: str) -> int:
 
 
 def _is_whole(tree: bytes, replacements: bytes) -> bool:
-    """Whether all bases are indices of the tree, and all positions are starts of replacement characters."""
+    """Whether each base is the index of a unit, and each replacement begins at the start of a character."""
     units = np.frombuffer(tree, "<u4")
     bases = np.arange(len(units), dtype=np.uint32) ^ ((units >> 10) << ((units & _IS_FAR) >> 6))
     is_node = units & _LABEL <= 0xFF

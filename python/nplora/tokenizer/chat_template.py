@@ -115,7 +115,7 @@ class ChatTemplate:
 
 
 def plain(value: Any, change: Callable[[str], str] = str) -> Any:
-    """Copy a JSON-like value as plain Python objects, and apply `change` to every string in it.
+    """Copy a value (which JSON can represent) as plain Python objects; apply `change` to each string in it.
 
     Raises:
         TypeError: the value holds an object that JSON cannot represent.

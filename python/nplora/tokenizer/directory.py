@@ -102,9 +102,9 @@ def _require_tokens(backend: Any, steps: list[dict[str, Any]], source: str) -> N
 
 
 def _require_bounded(steps: list[dict[str, Any]], source: str, growth: int) -> None:
-    """Raise UnsafeError if steps of the tokenizer could run for ever, or make a very long result.
+    """Raise UnsafeError if the steps of a tokenizer could run for ever, or could make a very long text.
 
-    `growth` is the factor by which the character tables of these steps can lengthen a text.
+    `growth` is the largest factor by which the character tables in `steps` can lengthen a text.
     """
     for step in steps:
         pattern = step.get("pattern")
@@ -119,7 +119,7 @@ def _require_bounded(steps: list[dict[str, Any]], source: str, growth: int) -> N
 
 
 def _steps(part: Any) -> Iterator[dict[str, Any]]:
-    """Yield all steps of a part of the tokenizer, such as its normalizer.
+    """Yield all steps of a setting of a tokenizer.json, such as its normalizer.
 
     A step of the type "Sequence" is yielded, and also each step that the sequence contains.
     """
@@ -134,7 +134,7 @@ def _steps(part: Any) -> Iterator[dict[str, Any]]:
 
 
 def _growth(step: dict[str, Any]) -> int:
-    """Return the largest factor by which a step can lengthen a text or its list of tokens.
+    """Return the largest factor by which a step can lengthen a text, or the list of the text's tokens.
 
     For a step with a character table, return 1, because `_growth_of_tables` computes the factors of tables.
     """
@@ -188,7 +188,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _named(backend: Any, config: dict[str, Any], key: str, source: str) -> int | None:
-    """Return the id of a special token. Its text is config[key], or the field `content` of config[key]."""
+    """Return the id of the special token whose text is config[key] or config[key]["content"]."""
     value = config.get(key)
     name = value.get("content") if isinstance(value, dict) else value
     if name is None:

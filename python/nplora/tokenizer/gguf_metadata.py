@@ -99,7 +99,7 @@ def with_tokens(metadata: Mapping[str, Typed], tokens: Sequence[AddedToken], siz
 
 
 def _special(config: dict[str, Any], ids: dict[str, int]) -> dict[str, int]:
-    """Return the ids of those special tokens (BOS, EOS, unknown, padding) that tokenizer_config.json has."""
+    """Return a dict from keys of `_SPECIAL` to token ids, for the tokens that tokenizer_config.json names."""
     values = {key: config.get(name) for key, name in _SPECIAL.items()}
     texts = {key: value.get("content") if isinstance(value, dict) else value for key, value in values.items()}
     return {key: ids[text] for key, text in texts.items() if isinstance(text, str) and text in ids}
@@ -134,7 +134,7 @@ def _added(fields: dict[str, Any], source: str) -> list[dict[str, Any]]:
 def _tokens(
     model: dict[str, Any], added: list[dict[str, Any]], vocab_size: int, source: str
 ) -> tuple[list[str], list[int]]:
-    """Return the tokens, and their kinds, such as NORMAL, as two lists.
+    """Return two lists with one entry for each id: the tokens, and their kinds (such as NORMAL).
 
     For an id without a token, the kind is UNUSED.
     """

@@ -203,7 +203,7 @@ class _Vocabulary:
             yield self.tokens[self.ids[left]], self.tokens[self.ids[right]]  # existing strings: less memory
 
     def _sentencepiece(self) -> Any:
-        """Build a BPE tokenizer, which merges pairs in the order of their scores, the best first.
+        """Build a BPE tokenizer, which first merges the two tokens that form the token with the best score.
 
         Unknown characters are encoded as bytes.
         """
@@ -259,14 +259,14 @@ class _Vocabulary:
         return scores
 
     def _unknown(self) -> int | None:
-        """Return the id of the unknown token that the file names, or else the first token of type UNKNOWN."""
+        """Return the id of the unknown token: the token that the file names, or the first of type UNKNOWN."""
         first = next(iter(np.flatnonzero(self.types == UNKNOWN).tolist()), None)
         return first if self.unknown is None else self.unknown
 
     def _merges_by_score(self, scores: np.ndarray[Any, Any]) -> list[tuple[str, str]]:
-        """Return all pairs of tokens that together form a token.
+        """Return all pairs of tokens (left, right) for which left + right is also a token.
 
-        The pairs are sorted by the score of the token that they form, the best first.
+        The pairs are sorted by the score of the token left + right, the best first.
         """
         plain = {token: token for token, kind in zip(self.tokens, self.types, strict=True) if kind == NORMAL}
         merges, size = list[tuple[str, str]](), 0
@@ -327,7 +327,7 @@ class _Vocabulary:
     def _add_cls_and_sep(self, backend: Any, bos: int | None, eos: int | None) -> None:
         """Put [CLS] before and [SEP] after each text.
 
-        Old files store the ids of [CLS] and [SEP] under the keys of BOS and EOS, or do not store them.
+        Old files store the ids of [CLS] and [SEP] under the keys of BOS and EOS, or not at all.
         """
         ids = {token: id_ for id_, token in enumerate(self.tokens)}
         found = list[int]()
@@ -353,8 +353,8 @@ class _Vocabulary:
 def _put_around(backend: Any, before: dict[str, int], after: dict[str, int]) -> None:
     """Put tokens before and after each text.
 
-    In the template for the package `tokenizers`, the tokens have the names "bos", "eos", "cls" and "sep". The
-    texts of the tokens are not used as names, because a text such as "$A" has a special meaning there.
+    The template for the package `tokenizers` refers to the tokens by the names "bos", "eos", "cls" and "sep",
+    not by their texts, because a text such as "$A" has a special meaning in a template.
     """
     backend.post_processor = backend_package().processors.TemplateProcessing(
         single=[*before, "$A", *after], special_tokens=[*before.items(), *after.items()]

@@ -3,9 +3,9 @@
 A Jinja template can do anything, but nearly all templates write the messages of a chat unchanged, with fixed
 texts around them. To find the fixed texts, this module renders chats in which each message is a single
 unusual character, a mark. Then the module checks that the fixed texts also give the right result for other
-chats. If a template does anything else, it is not translated, with two exceptions: it may strip white space
-from messages, and it may write the definitions of tools. The translation does neither. `trimmed` and
-`has_tools` report what is missing in the translation.
+chats. A template that does more than write fixed texts around messages is not translated, with two
+exceptions: the template may strip white space from messages, and may write the definitions of tools. The
+translated template does neither of these two things; `trimmed` and `has_tools` report the loss.
 
 A template that writes the present time is rendered with the time `TRAINING_TIME`, as in training.
 """
@@ -33,8 +33,8 @@ class GoTemplate:
         first: the text before the first user message, in a chat without a system message.
         system: the text before the system message, and the text between the system message and the first user
             message; None if the template refuses system messages.
-        user: the texts before and after each user message except the first.
-        assistant: the texts before and after an answer.
+        user: the text before each user message except the first, and the text after each user message.
+        assistant: the text before, and the text after, each message of the assistant.
         answer: the text at the end of the chat, before the model's next answer.
         trimmed: the roles of the messages from which the Jinja template strips white space. A Go template
             cannot strip white space.
@@ -50,7 +50,7 @@ class GoTemplate:
     has_tools: bool = False
 
     def render(self, messages: Sequence[dict[str, str]]) -> str:
-        """Return the chat as text, up to the point where the next answer begins."""
+        """Write a chat as text, up to the point where the assistant's next message begins."""
         system = "".join(message["content"] for message in messages if message["role"] == "system")
         begun = f"{self.system[0]}{system}{self.system[1]}" if self.system and system else self.first
         text = ""
@@ -79,7 +79,7 @@ class GoTemplate:
 
         Args:
             system: the Go variable with the system message.
-            user: the end of the text, which the returned part omits. Return None if the text ends otherwise.
+            user: the returned part omits this end of the text; if the text has another end, return None.
         """
         texts = [self.first] if self.system is None else [self.first, self.system[1]]
         if not all(text.endswith(user) for text in texts):
@@ -93,7 +93,7 @@ class GoTemplate:
 
     @property
     def texts(self) -> str:
-        """All fixed texts."""
+        """All fixed texts, joined."""
         return "".join((self.first, *(self.system or ()), *self.user, *self.assistant, self.answer))
 
 
@@ -105,7 +105,8 @@ def _literal(text: str) -> str:
 def of(tokenizer: Tokenizer) -> GoTemplate | None:
     """Translate the chat template of a tokenizer.
 
-    If the tokenizer adds BOS to each text, the translation does not write BOS, because llama.cpp adds it.
+    If the tokenizer adds BOS to each text, the translated template does not write BOS, because llama.cpp also
+    adds BOS.
 
     Returns:
         the translated template; None if the tokenizer has no chat template, or if it cannot be translated.
@@ -183,7 +184,6 @@ def _changed(chat: list[Any], form: str, but: Sequence[str] = ()) -> list[Any]:
 
 
 def _has_tools(tokenizer: Tokenizer, chat: list[Any]) -> bool:
-    """Whether tools change the text of a chat."""
     plain, tooled = (
         tokenizer.apply_chat_template(chat, True, tools=tools, now=TRAINING_TIME) for tools in (None, [_TOOL])
     )

@@ -20,7 +20,7 @@ _PROGRAM = Path(__file__).with_name("renderer.py")
 
 
 class End(NamedTuple):
-    """How the process ended: exit status, last line of the error output, and the exceeded limit, if any."""
+    """How the process ended: its exit status, the last line of its stderr, and the limit that it exceeded."""
 
     status: int
     words: str
@@ -28,7 +28,7 @@ class End(NamedTuple):
 
 
 class _Line(NamedTuple):
-    """One end of a two-way connection: the file descriptor to read from, and the one to write to."""
+    """One end of a two-way connection: one file descriptor to read from, and one to write to."""
 
     reader: int
     writer: int
@@ -44,7 +44,7 @@ class _Line(NamedTuple):
             rest = rest[os.write(self.writer, rest) :]
 
     def receive(self, most: int) -> bytes:
-        """Read a line. The line is incomplete if it exceeds `most` bytes, or if the other end is closed."""
+        """Read a line. The line is incomplete if it exceeds `most` bytes or the other process has ended."""
         received = bytearray()
         while not received.endswith(b"\n") and len(received) < most:
             piece = os.read(self.reader, 1 << 16)
@@ -82,7 +82,7 @@ class RenderProcess:
 
         Args:
             length: the largest number of bytes that the answer may have.
-            most: the time and the memory that this request may use.
+            most: the limits of the time and the memory that this request may use.
         Raises:
             ModuleNotFoundError: the package `jinja2` is not installed.
             OSError: the process cannot be started.
@@ -160,9 +160,9 @@ class RenderProcess:
         return _Child(process, ours, process.stderr)
 
     def _leave(self) -> None:
-        """In the child process after a fork, forget the rendering process and make a new lock.
+        """In a forked child process, close the pipes to the rendering process and make a new lock.
 
-        The process belongs to the parent, and another thread of the parent may have held the old lock.
+        The rendering process belongs to the parent. Another thread of the parent may have held the old lock.
         """
         self._lock = threading.Lock()
         for end in self._pair:
@@ -175,5 +175,5 @@ class RenderProcess:
 
 
 def _searched() -> list[str]:
-    """Return the entries of `sys.path` that can be arguments of another process."""
+    """Return the entries of `sys.path` that can be passed to another process as arguments."""
     return [path for path in sys.path if isinstance(path, str) and "\0" not in path]

@@ -3,7 +3,7 @@
 A request is two lines of JSON on standard input:
 
 - an object with "template", "now", and the limits "compiling" and "rendering" (seconds of CPU time) and
-  "memory" (bytes); a limit is 0 if this process cannot enforce the limit and the parent process must;
+  "memory" (bytes); a limit that only the parent process can enforce is 0;
 - an object with the template's variables.
 
 The answer is one line of JSON on standard output: ["text", the rendered text] or [kind of error, reason].
@@ -109,7 +109,7 @@ def _compiled(text: str) -> Any:
 
 @jinja2.pass_context
 def _unchanged(context: Any, value: Any) -> Any:
-    """Return `value`. As this function takes `context`, jinja2 computes no constants while it compiles."""
+    """Return `value`. The argument `context` prevents jinja2 from computing constants while it compiles."""
     return value
 
 

@@ -1,9 +1,9 @@
 """Decides whether a regular expression from a file is safe to run.
 
-A regular expression is safe if a search in a text of n characters takes at most about n² steps. A search
-takes many steps if a part of the expression can match in several ways, and a later part can fail: then the
-search tries all these ways. This module counts the ways. Each alternative may contain at most one part that
-matches texts of any length in several ways, as in `\\s*[\\r\\n]+`. It may also contain a few parts that match
+A regular expression is safe if a search in a text of n characters takes at most about n² steps. When a later
+part of the expression fails to match, a search tries all other ways to match the earlier parts. So this
+module counts the ways to match each part. Each alternative may contain at most one part that matches texts of
+any length in several ways, as in `\\s*[\\r\\n]+`. An alternative may also contain a few parts that match
 texts of limited length in several ways. A group that repeats must match in only one way. Backreferences and
 other syntax that no tokenizer needs are refused.
 """
@@ -54,7 +54,7 @@ class _Part:
 
 @dataclass(frozen=True)
 class _Cost:
-    """The number of ways to match a text of n characters, which is `choices` · n ** `degree`."""
+    """The number of ways to match a text of n characters: `choices` · n ** `degree`."""
 
     degree: int
     choices: int
@@ -88,7 +88,7 @@ class _Reader:
         self.pattern, self.place = pattern, 0
 
     def alternatives(self, depth: int) -> list[list[_Part]]:
-        """Parse the alternatives of a group, up to its closing parenthesis or the end of the pattern."""
+        """Parse a group up to its closing parenthesis or the end of the pattern; return its alternatives."""
         if depth > _MAX_DEPTH:
             self._refuse()
         found: list[list[_Part]] = [[]]

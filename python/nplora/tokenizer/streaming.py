@@ -9,8 +9,8 @@ _LONGEST = 64  # after this many tokens without a whole character, the text is r
 class StreamDecoder:
     """Decodes tokens one by one, and returns only whole characters.
 
-    One UTF-8 character may span several tokens, and a token may lose its leading space if no token precedes
-    it. So each new token is decoded together with the tokens just before it. `Tokenizer.stream` creates a
+    One UTF-8 character may span several tokens, and the first token of a decoded text may lose its leading
+    space. So each new token is decoded together with the tokens just before it. `Tokenizer.stream` creates a
     decoder.
 
     >>> parts = [bytes([byte]) for byte in "€5".encode()]  # a euro sign has three bytes
@@ -31,7 +31,7 @@ class StreamDecoder:
         self._given = len(decode(self._ids, self._skip))  # how many characters of _ids' text were returned
 
     def push(self, id_: int) -> str:
-        """Add a token, and return the text that the token completes, which may be empty.
+        """Add a token. Return the characters that this token completes, or an empty text.
 
         >>> decoder = StreamDecoder(lambda ids, skip: "".join("abc"[id_] for id_ in ids))
         >>> decoder.push(0), decoder.push(2)

@@ -74,10 +74,10 @@ class Chat:
 
     Attributes:
         ids: the tokens.
-        turns: a dict from the index of each assistant message to the positions of the message's tokens in
-            `ids`, including the token that ends the turn.
-        unused: those of the inputs "messages", "reasoning", "tools" and "documents" that do not change the
-            rendered text.
+        turns: a dict from the index of each assistant message to a range: the positions in `ids` of the
+            message's tokens, including the token that ends the turn.
+        unused: the names of the inputs that the template ignores: some of "messages" (if the template ignores
+            at least one of the messages), "reasoning", "tools" and "documents".
         lost_calls: the tool calls that the template leaves out, as pairs (index of the message, index of the
             call).
     """
@@ -150,7 +150,7 @@ class Tokenizer:
         return f"Tokenizer({self.source!r}, {self.vocab_size} tokens)"
 
     def tokens(self) -> list[str | None]:
-        """Return a list with the spelling of the token of each id; None for an id without a token.
+        """Return a list whose item i is the spelling of the token with the id i, or None if there is none.
 
         The same token has the same spelling in a GGUF file and in a Hugging Face directory.
 
@@ -221,10 +221,10 @@ class Tokenizer:
         """Return the tokens of an adapter that this tokenizer or the model's embedding does not have.
 
         Args:
-            rows: the number of rows of the model's embedding. A token with an id of at least `rows` has no
-                row.
+            rows: the number of rows of the model's embedding. The embedding has no row for token ids of at
+                least `rows`.
         Raises:
-            FormatError, UnsupportedError: as in `with_tokens`.
+            FormatError: a token's id or text belongs to another token. UnsupportedError: the ids have gaps.
 
         >>> import nplora
         >>> tokenizer = nplora.load_model("model.gguf").tokenizer
@@ -336,7 +336,7 @@ class Tokenizer:
     ) -> tuple[list[int], bool]:
         """Like `encode`, but also return whether the result contains all tokens of the text.
 
-        If the result is incomplete, more than `_UNSURE` tokens of the text are missing.
+        An incomplete result has only the first `most` tokens; more than `_UNSURE` further tokens are missing.
         """
         _require_text(text)
         size = len(text) if most is None else _CHARACTERS * (most + _UNSURE)
@@ -388,12 +388,12 @@ class Tokenizer:
         Args:
             sentences: the words of each sentence.
             longest: as in `encode_texts`; None: no sentence is cut.
-            with_space: whether a token that is only the space before a word belongs to this word, as in
-                transformers. The tokenizer of XLM-RoBERTa makes such a token before rare characters.
+            with_space: whether a token that is only the space before a word counts as a token of this word,
+                as in transformers. The tokenizer of XLM-RoBERTa makes such a token before rare characters.
         Returns:
-            a tuple of three: the token ids of each sentence; for each sentence, a list with the position of
-            the first token of each word, or -1 for a word without tokens (for example after a cut); and the
-            number of sentences that were cut.
+            a tuple (ids, first, cut). `ids` has the token ids of each sentence. `first` has a list for each
+            sentence: the position of the first token of each word, or -1 for a word without tokens (for
+            example after a cut). `cut` is the number of sentences that were cut.
         Raises:
             TypeError: a sentence is not a list of texts.
             ValueError: a word is empty or has only spaces; or as in `encode_texts`.
@@ -415,7 +415,7 @@ class Tokenizer:
         return [one.ids for one, _ in found], first, sum(beyond > 0 for _, beyond in found)
 
     def _encode_beginnings(self, op: str, texts: Sequence[str], longest: int) -> list[tuple[Any, int]]:
-        """Encode texts, but only the beginning of a very long text. Returns what `_encode_cut` returns."""
+        """Like `_encode_cut`, but encode only the beginning of a very long text."""
         for text in texts:
             _require_text(text)
         around = self._backend.num_special_tokens_to_add(False)
@@ -430,7 +430,7 @@ class Tokenizer:
         return found
 
     def _encode_cut(self, texts: Sequence[str], longest: int) -> list[tuple[Any, int]]:
-        """Return a pair for each text: its `tokenizers.Encoding`, and the number of tokens that were cut."""
+        """Return a pair for each text: its `tokenizers.Encoding`, and the number of tokens cut off."""
         with _encoding:  # all threads share the options below, which the backend stores
             self._backend.encode_special_tokens = True
             self._backend.enable_truncation(longest)
@@ -622,7 +622,7 @@ class Tokenizer:
         """Encode a whole chat to tokens, and find the tokens of the assistant's turns.
 
         For each assistant turn, the chat is rendered twice: up to the start and up to the end of the turn.
-        The turn consists of the tokens that the second text adds. Some templates write earlier messages
+        The turn consists of the tokens that only the longer text has. Some templates write earlier messages
         differently when more messages follow. For such templates, a turn is found by the special tokens
         around it (see `nplora.tokenizer.turns`). A template that writes the present time gets
         `TRAINING_TIME`, so that the same chat always has the same tokens.
@@ -704,8 +704,8 @@ class Tokenizer:
     def _end_of_turn(self, said: list[int], begin: int) -> int:
         """Return the position after the token that ends the turn. A model generates nothing after this token.
 
-        Some templates write two end tokens: one ends the turn, and another one, perhaps on a new line, ends
-        the text. Then the turn ends with the first of these tokens.
+        Some templates write two end tokens: the first ends the turn; the second, perhaps on a new line, ends
+        the text. The turn then includes only the first of the two.
         """
         ends = [place for place in range(begin, len(said)) if said[place] in self.eos_ids]
         last = ends.pop() if ends else len(said) - 1
@@ -765,9 +765,10 @@ class Tokenizer:
             return False
 
     def _lost(self, quoted: list[Message], given: dict[str, Any], text: str) -> list[turns_of.Part]:
-        """Return the messages and tool calls that the template leaves out.
+        """Return the messages and tool calls that the template leaves out, as `Part`s.
 
-        A unique mark is put into each message and call. What the template leaves out has no mark in the text.
+        To find them, put a unique mark into each tool call, and into each message that is not the
+        assistant's. If a mark is not in the rendered text, the template has left out its call or message.
         """
         mark, lost = turns_of.mark_of([text]), list[turns_of.Part]()
         for by_id in (False, True):
@@ -785,7 +786,7 @@ class Tokenizer:
     def _leaves_out_messages(
         self, quoted: list[Message], lost: set[int], given: dict[str, Any], text: str
     ) -> bool:
-        """Whether the rendered text stays the same without the messages in `lost`."""
+        """Whether the rendered text stays the same without the messages whose indices are in `lost`."""
         if not lost:
             return False
         written = [message for index, message in enumerate(quoted) if index not in lost]
@@ -805,7 +806,7 @@ class Tokenizer:
             return False
 
     def _require_beginning(self, part: list[int], ids: list[int], is_whole: bool, which: str) -> None:
-        """Check that `ids`, the tokens of the whole chat, begin with `part`, the tokens of some messages."""
+        """Check that the chat's tokens `ids` begin with the tokens `part` of the chat's first messages."""
         if (part if is_whole else part[: len(ids)]) != ids[: len(part)]:
             raise UnsupportedError(
                 f"{self.source}: the chat template writes the messages {which} differently if more messages "
@@ -875,9 +876,10 @@ def _require_text(text: str) -> None:
 
 
 def _cut(text: str, size: int) -> int:
-    """Return where to cut a text: before the next line after `size` that begins with a letter, or at `size`.
+    """Return the position at which to cut a text: `size`, or a better position soon after it.
 
-    For all tokenizers, a new token begins at a line that begins with a letter.
+    The better position is the start of the next line that begins with a letter, if it comes before 2 * size.
+    All tokenizers begin a new token there.
     """
     line = _LINE.search(text, size, 2 * size)
     return line.end() if line else size

@@ -26,7 +26,7 @@ _MARKS = range(0xE200, 0xE300)  # private-use characters, which no template chan
 
 
 class Turn(NamedTuple):
-    """The place of an assistant's turn. `first` and `last` are indices of special tokens, from 0.
+    """The place of an assistant's turn. `first` and `last` number the special tokens of the chat from 0.
 
     Attributes:
         first: the index of the special token with which `head` begins.
@@ -41,7 +41,7 @@ class Turn(NamedTuple):
 
 
 def mark_of(texts: Sequence[str]) -> str:
-    """A character that is in none of the given texts, so that it can mark places in them."""
+    """A character that is in none of the given texts, so that it can be a mark."""
     try:
         return next(chr(code) for code in _MARKS if not any(chr(code) in text for text in texts))
     except StopIteration:
@@ -89,8 +89,9 @@ def with_written_marks(
 ) -> tuple[list[Mapping[str, Any]], dict[Part, str]]:
     """Copy the messages, and append a different mark to each text that a template should write.
 
-    These texts are the contents of messages that are not the assistant's, and the names of called functions.
-    Each text stays before its mark, because templates look for settings in the texts.
+    These texts are of two kinds: the contents of all messages except the assistant's, and the names of the
+    functions in tool calls. Each text stays before its mark, because templates look for settings in the
+    texts.
 
     Args:
         by_id: append the marks of tool calls to the ids of the calls instead of the function names, because
@@ -142,7 +143,7 @@ def find_turns(
         text: the text that the template writes for the chat.
         marked: the text that the template writes for the chat with marks.
         mark: the character before and after each index in `marked`.
-        prompt: the text that the template writes where the assistant's answer should begin.
+        prompt: the text that the template adds to a chat when the assistant's answer should begin.
         is_end: a function that returns whether a special token ends a turn.
     Raises:
         UnsupportedError: the special tokens do not show for certain where the turns are.
@@ -184,7 +185,7 @@ def _marked_places(marked: Pieces, mark: str) -> dict[int, list[int]]:
     """Count the special tokens before each mark.
 
     Returns:
-        a dict from the index of each marked message to a list with one number for each mark.
+        a dict from the index of each marked message to a list of counts, one for each mark of the message.
     """
     places, count = dict[int, list[int]](), 0
     for piece, is_special in marked:
@@ -200,9 +201,9 @@ def _marked_places(marked: Pieces, mark: str) -> dict[int, list[int]]:
 def _heads(text: Pieces, specials: list[int], prompt: Pieces, wanted: int) -> dict[int, str]:
     """Return a dict from the index of the first special token of each head to the head.
 
-    A prompt may end with text that only the last turn has, such as "<think>". Then the heads of the other
-    turns are only the beginning of the prompt. A head must be so long that no message of another role begins
-    with the head.
+    A prompt may end with text that only the last turn has, such as "<think>". The heads of the other turns
+    then lack this end of the prompt. A head must be so long that no message of another role begins with the
+    head.
     """
     begin = next((place for place, (_, is_special) in enumerate(prompt) if is_special), None)
     if begin is None:
@@ -220,7 +221,7 @@ def _heads(text: Pieces, specials: list[int], prompt: Pieces, wanted: int) -> di
 
 
 def _parts(prompt: Pieces) -> list[Pieces]:
-    """All beginnings of the prompt that end after a line or after a special token, the longest first."""
+    """Return all beginnings of the prompt that end with a line or with a special token, the longest first."""
     parts = list[Pieces]()
     for length in range(len(prompt), 0, -1):
         *before, (piece, is_special) = prompt[:length]
@@ -233,7 +234,7 @@ def _parts(prompt: Pieces) -> list[Pieces]:
 
 
 def _begins(text: Pieces, place: int, head: Pieces) -> bool:
-    """Whether `text`, from its piece with the index `place` on, begins with the pieces of `head`."""
+    """Whether the pieces of `text`, from the index `place` on, begin with the pieces of `head`."""
     *whole, (last, is_special) = head
     end = place + len(whole)
     if end >= len(text) or text[place:end] != whole or text[end][1] != is_special:

@@ -1,4 +1,4 @@
-"""Checks the words of sentences that a user gives; finds the words of a text, and their first tokens."""
+"""Checks sentences given as lists of words; finds the words of a text, and the first token of each word."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ def is_word(value: object) -> TypeGuard[str]:
 
 
 def word_spans(text: str) -> Iterator[tuple[int, int]]:
-    """The begin and the end of each word of a text.
+    """Yield the start and the end of each word of a text, as indices of characters.
 
-    The text is split at spaces. Then each punctuation mark, and each sign such as $ or +, at the begin or
-    the end of a part becomes a separate word.
+    The text is split at spaces. Then each punctuation mark, or sign such as $ or +, at an end of a word
+    becomes a separate word.
 
         >>> from nplora.tokenizer.words import word_spans
         >>> text = "(Where's my order?)"
@@ -49,7 +49,7 @@ def _is_mark(character: str) -> bool:
 
 
 def sentences_of(op: str, name: str, given: object) -> list[tuple[str, ...]]:
-    """Check sentences of words, and return each sentence as a tuple of words.
+    """Check sentences that are lists of words, and return each sentence as a tuple of words.
 
     Raises:
         TypeError: a sentence is not a list of texts. ValueError: a word is empty, or has only spaces.
@@ -77,7 +77,7 @@ def first_tokens(offsets: Iterable[tuple[int, int]], words: Sequence[str], with_
     Args:
         offsets: for each token, the range of characters that the token stands for.
         with_space: whether a token that consists only of the space before a word counts as a token of the
-            word.
+            word; if not, it belongs to no word.
     """
     ends = list(itertools.accumulate((len(word) + 1 for word in words), initial=-1))[1:]
     begins = [end - len(word) - with_space for end, word in zip(ends, words, strict=True)]

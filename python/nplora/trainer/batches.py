@@ -41,15 +41,15 @@ class Batches(Protocol):
         """The batches of the epoch with the number `epoch` (from 0), without its first `skip` batches."""
 
     def identity(self) -> dict[str, Any]:
-        """The settings that a resumed run must share with the original run, as values that JSON can hold."""
+        """The settings of the batches that a resumed run must not change, as values that JSON can hold."""
 
 
 def shuffled(rows: int, seed: int, epoch: int) -> Array:
     """A random order of rows, which depends only on the seed and the number of the epoch.
 
-    Each row gets a random integer from the bit generator PCG64, and the rows are sorted by these numbers,
-    which are the same in every version of NumPy. The results of NumPy's `Generator.permutation` may change
-    from version to version.
+    Each row gets a random integer from the bit generator PCG64, and the rows are sorted by their integers.
+    PCG64 gives the same integers in every version of NumPy, but the results of `Generator.permutation` may
+    change.
 
         >>> from nplora.trainer.batches import shuffled
         >>> sorted(shuffled(3, seed=0, epoch=1).tolist())
@@ -125,7 +125,7 @@ class ArrayBatches:
 class IterableBatches:
     """The batches (x, y) of a user's iterable, which is iterated over once in each epoch.
 
-    A resumed run iterates from the beginning, and skips the batches that it has already used.
+    A resumed run iterates from the beginning, and skips the batches that were used before the run stopped.
 
     Args:
         batches: any iterable. A generator can be read only once, so it provides the batches of only one

@@ -17,13 +17,12 @@ class Callback:
     `run.stop()` ends the run after the current step, as if this step were the last. If a hook raises an
     exception, the run is saved and ends.
 
-    A callback can save its own state with `run.log` in `on_step_end`. When the run is resumed, `run.logged`
-    in `on_fit_start` returns the last state that was logged before the checkpoint from which the run
-    continues.
+    A callback can save its own state with `run.log` in `on_step_end`. When the run is resumed from a
+    checkpoint, `run.logged` in `on_fit_start` returns the last state that was logged before this checkpoint.
 
     On several ranks, every rank calls the hooks of its callbacks, but only rank 0 calls `on_checkpoint`. A
-    callback that changes the model or its gradients must do the same on all ranks; otherwise the run ends
-    with an error.
+    callback that changes the model or its gradients must make the same changes on all ranks; otherwise the
+    run ends with an error.
 
         >>> import nplora, numpy as np
         >>> class StopAt(nplora.trainer.Callback):
@@ -39,7 +38,7 @@ class Callback:
     """
 
     def on_fit_start(self, run: Run) -> None:
-        """Called before the first step. A resumed run has already loaded its checkpoint.
+        """Called before the first step. In a resumed run, the checkpoint is loaded before this call.
 
         A new run writes its first checkpoint after this hook. So if the hook raises an exception, the
         directory contains no new run, and an earlier run that was to be overwritten is still there.

@@ -31,24 +31,25 @@ class Checkpoint:
     """The state of a run between two steps.
 
     Attributes:
-        step, epoch, batch: the number of finished steps, the number of finished epochs, and the number of
-            batches used in the current epoch.
+        step, epoch: the number of finished steps, and the number of finished epochs.
+        batch: the number of batches used in the current epoch.
         total_steps: the number of steps in the whole run; None if unknown.
         random_state: the state of each layer's random numbers for dropout, from `Module.random_state`.
         settings: the settings of the run, for a comparison with the settings of a resumed run.
         base: the fingerprint of the model's frozen weights, from `base_fingerprint`.
         best: the evaluation with the lowest validation loss, as a dictionary with the keys "loss", "epoch",
-            "step" and "since". "since" is the number of evaluations after this one.
-        epochs, evaluations: the records of the last finished epochs, and those of the last evaluations; each
-            list has at most `history.KEPT` records.
+            "step" and "since". "since" is the number of later evaluations.
+        epochs, evaluations: two lists of records: of the last finished epochs, and of the last evaluations.
+            Each list has at most `history.KEPT` records.
         log_bytes: the length of the log in bytes when the checkpoint was written. The log holds all records.
-        parameters, optimizer, best_parameters: three dictionaries from names to arrays: the model's arrays
-            from `fingerprint.factors`, the optimiser's moments, and the model's arrays at the best
-            evaluation.
+        parameters, best_parameters: two dicts from names to arrays: what `fingerprint.factors` returned for
+            the model at this step, and at the best evaluation.
+        optimizer: a dict from names to the optimiser's moments.
         history: the records of the last steps (at most `history.KEPT`), as one array for each field of
             `StepRecord`. Earlier records are only in the log, so the size of a checkpoint does not grow
             during a run.
-        outer: a dict of the outer optimiser's momentum arrays; empty if the ranks make no local steps.
+        outer: a dict from names to the outer optimiser's momentum arrays; empty if the ranks make no local
+            steps.
         isa, version: the instruction set and the version of nplora that were in use when the checkpoint was
             made.
         serial: the number of the checkpoint. Each new checkpoint in a directory gets a higher number.
@@ -149,7 +150,7 @@ def read(path: Path) -> Checkpoint:
 
 
 def is_checkpoint(metadata: Mapping[str, str]) -> bool:
-    """Whether a safetensors file with these metadata is a checkpoint."""
+    """Whether the metadata of a safetensors file show that the file is a checkpoint."""
     return metadata.keys() >= MARKS
 
 
@@ -214,7 +215,7 @@ def _fields(state: object, path: Path) -> dict[str, Any]:
 
 
 def _completed(state: object) -> object:
-    """Add the fields that an older schema lacks. In `best`, a missing step becomes 0 (unknown)."""
+    """Add the fields that an older schema lacks. If `best` has no step, set the step to 0 (unknown)."""
     if not isinstance(state, dict) or "evaluations" in state:
         return state
     best = state.get("best")

@@ -12,7 +12,8 @@ _PLAIN = (str, bytes, int, float, complex, type(None))
 def checksum(value: Any, start: int = 0) -> int:
     """The CRC-32 of all arrays, texts and numbers in `value`.
 
-    Lists, tuples, dictionaries and dataclasses in `value` are searched. Objects of other types are ignored.
+    `value` may consist of nested lists, tuples, dictionaries and dataclasses. Objects of other types are
+    ignored.
 
     >>> import numpy as np
     >>> from nplora.trainer.checksum import checksum

@@ -38,7 +38,7 @@ class DirectoryLock:
         system.write_at(self._descriptor, f"{self._pid}\n".encode(), 0)
 
     def _lock(self, what: str) -> int:
-        """Open and lock the file. If another process removes the file before it is locked, try again."""
+        """Open and lock the file. If another process removes the file between the two actions, try again."""
         while True:
             descriptor = open_ours(self._directory, LOCK, os.O_RDWR | os.O_CREAT, _is_lock)
             try:
@@ -66,8 +66,8 @@ class DirectoryLock:
     def close(self) -> None:
         """Unlock the directory.
 
-        The lock file is removed before it is unlocked. In the opposite order, another process could lock the
-        file between the two actions, and then lose its lock file.
+        This process removes the lock file and then unlocks it. In the opposite order, another process could
+        lock the file just before this process removes it.
         """
         if self._descriptor < 0:
             return
@@ -88,7 +88,7 @@ class DirectoryLock:
 def open_ours(
     directory: files.Directory, name: str, flags: int, is_ours: Callable[[files.Reader], bool]
 ) -> int:
-    """Open a file of a run without following a symbolic link or waiting for a FIFO.
+    """Open a file of a run. Do not follow a symbolic link, and do not wait for a FIFO's other end.
 
     Args:
         is_ours: a function that decides from the content of a file whether a run may have made the file.

@@ -23,8 +23,8 @@ class EarlyStopping:
         keeps_factors: whether to keep the best factors, which are the factors at the lowest validation loss.
     Attributes:
         best: the evaluation with the lowest validation loss, as a dictionary with the keys "loss", "epoch",
-            "step" and "since". "since" is the number of evaluations after this one. "loss" is None until an
-            evaluation has a finite loss. `best` itself is None before the first evaluation.
+            "step" and "since". "since" is the number of later evaluations. "loss" is None until an evaluation
+            has a finite loss. `best` itself is None before the first evaluation.
         copies: copies of the best factors. The copies are made only when the model's factors are about to
             change. While the model itself has the best factors, the copies are out of date.
     """
@@ -38,7 +38,7 @@ class EarlyStopping:
     def judge(self, record: EvaluationRecord) -> None:
         """Compare the validation loss of an evaluation with the lowest loss so far.
 
-        A loss that is NaN or infinite never counts as lower.
+        A loss that is NaN or infinite never counts as a new lowest loss.
         """
         best, loss = self.best or {"loss": None, "epoch": 0, "step": 0, "since": 0}, record.val_loss
         if math.isfinite(loss) and (best["loss"] is None or loss < best["loss"]):
@@ -50,7 +50,7 @@ class EarlyStopping:
     def continue_from(self, best: dict[str, Any] | None, best_factors: Mapping[str, Array]) -> None:
         """Restore the best evaluation and its factors from a checkpoint.
 
-        If the best factors should be kept, but the checkpoint lacks them, forget the best evaluation.
+        If `keeps_factors` is set, but the checkpoint has no best factors, discard the best evaluation.
         """
         if best is not None and best["loss"] is not None and self._keeps_factors and not best_factors:
             best = None
@@ -69,7 +69,6 @@ class EarlyStopping:
             self._copy(factors(self._model))
 
     def _copy(self, values: Mapping[str, Array]) -> None:
-        """Copy the factors `values` into the arrays of the earlier best factors, or into new arrays."""
         for name, value in values.items():
             if name in self.copies:
                 np.copyto(self.copies[name], value)
@@ -89,13 +88,13 @@ class EarlyStopping:
 
     @property
     def kept(self) -> dict[str, Any] | None:
-        """`best`, if the factors of the best evaluation are known; otherwise None."""
+        """The best evaluation (`best`), or None if its factors are not known."""
         return self.best if self.best and self.best["loss"] is not None and self.best_factors else None
 
     def restore_best(self) -> dict[str, Any] | None:
-        """Set the model's factors to the best ones and return `best`.
+        """Set the model's factors to the best factors and return `best`.
 
-        Return None if no best factors are known.
+        If no best factors are known, change nothing and return None.
         """
         if self.kept is not None and not self._is_in_model:
             set_factors(self._model, self.copies)

@@ -47,12 +47,12 @@ def evaluate(
 
 @dataclass
 class _Sums:
-    """The total loss of one or more batches, and the numbers of items and labels in these batches.
+    """Sums over one or more batches: the total loss, and the numbers of items and of labels.
 
     Attributes:
         count: the number of items over which the loss is averaged.
         right: the number of labels that were predicted correctly.
-        labelled: the number of labels, without those that the loss ignores.
+        labelled: the number of labels that the loss does not ignore.
         has_classes: whether the labels are class indices.
     """
 
@@ -99,7 +99,7 @@ def _evaluated(model: Module, loss: Loss | FusedLoss, x: Any, y: Any) -> _Sums:
 
 
 def predict(model: Module, x: npt.ArrayLike, batch_size: int) -> Array:
-    """Compute model(x), `batch_size` rows at a time."""
+    """Return model(x), computed for `batch_size` rows of x at a time."""
     rows = np.asarray(x)
     if rows.ndim == 0:
         raise ValueError("Trainer.predict: x is a single number, expected rows")
@@ -111,8 +111,8 @@ def predict(model: Module, x: npt.ArrayLike, batch_size: int) -> Array:
 def check_rows(op: str, model: Module, x: Array) -> None:
     """Refuse a single example if the model expects an array of examples.
 
-    If x has one axis, each number in x (such as a token id) counts as one example. This function calls the
-    model with the first number, to see whether the model accepts a single number as an example.
+    If x has one axis, each number in x (such as a token id) counts as one example. To find out whether the
+    model accepts a single number as an example, this function calls the model with the first number.
 
     Raises:
         ValueError: x has one axis, and the model does not accept a single number as an example.

@@ -17,7 +17,7 @@ Array = npt.NDArray[Any]
 
 
 def base_fingerprint(model: Module, whole: bool = False) -> str:
-    """A SHA-256 of all frozen arrays (names, shapes and rows), and a SHA-256 of `model.configuration()`.
+    """The SHA-256 of all frozen arrays (names, shapes, rows), then the SHA-256 of `model.configuration()`.
 
     Args:
         whole: whether to read all rows, so that every changed bit is detected. By default, only sampled rows
@@ -36,7 +36,7 @@ def base_fingerprint(model: Module, whole: bool = False) -> str:
 
 
 def is_same_base(found: str, base: str) -> bool:
-    """Whether `found`, the fingerprint in a checkpoint, matches `base`, the fingerprint of a model.
+    """Whether the fingerprint `found` in a checkpoint matches the fingerprint `base` of a model.
 
     Checkpoints of earlier versions have no SHA-256 of the configuration.
     """
@@ -44,10 +44,11 @@ def is_same_base(found: str, base: str) -> bool:
 
 
 def fingerprint(array: FrozenWeight | Array, whole: bool = False) -> str:
-    """The dtype and shape of an array, and a SHA-256 of evenly spaced rows, up to 64 KiB in total.
+    """The dtype and shape of an array, and the SHA-256 of some evenly spaced rows.
 
     Args:
-        whole: whether the SHA-256 covers all rows.
+        whole: whether the SHA-256 covers all rows. By default, it covers one row, or more rows of up to 64
+            KiB in total.
     """
     digest = hashlib.sha256()
     for part in _contents(array) if whole else [_sample(array)]:
@@ -69,7 +70,7 @@ def _sample(array: FrozenWeight | Array) -> Array:
 
 
 def factors(model: Module) -> dict[str, Array]:
-    """The arrays that a checkpoint stores, by name: the parameters, and each frozen LoRA factor B."""
+    """A dict from names to the arrays that a checkpoint stores: the parameters and each frozen factor B."""
     arrays = {p.name: p.value for p in model.parameters()}
     for name, module in model.named_modules():
         if isinstance(module, LoRALayer) and module.freeze_B:
@@ -84,7 +85,7 @@ def set_factors(model: Module, values: Mapping[str, Array]) -> None:
 
 
 def differences(found: Mapping[str, Array], wanted: Mapping[str, Array]) -> list[str]:
-    """Compare named arrays with those of the model; return one sentence for each difference.
+    """Compare the arrays `found` with the model's arrays `wanted`; return one sentence for each difference.
 
     An array can be missing, be unknown to the model, or have another shape or dtype.
     """

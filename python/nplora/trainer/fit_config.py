@@ -36,7 +36,7 @@ class FitConfig:
 
 
 def require_outer_steps(op: str, eval_every: int | None, local_steps: int | None) -> None:
-    """Check that evaluations come only after outer steps, when the ranks have the same trained values.
+    """Check that evaluations come only after outer steps, which make the ranks' trained values equal.
 
     Raises:
         ValueError: some evaluations would not come directly after an outer step.
@@ -44,5 +44,5 @@ def require_outer_steps(op: str, eval_every: int | None, local_steps: int | None
     if eval_every is not None and local_steps is not None and eval_every % local_steps:
         raise ValueError(
             f"{op}: eval_every is {eval_every}, expected a multiple of local_steps={local_steps}, because "
-            "the ranks have different values between outer steps"
+            "the ranks have different trained values between outer steps"
         )

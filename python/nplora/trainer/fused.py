@@ -12,9 +12,10 @@ class FusedLoss(Protocol):
 
     A `FusedLoss` may also have a method `take_metrics()`, which returns other quantities (metrics) by name.
     Each metric is a mean over all batches since the last call of `take_metrics`. The records of steps and
-    epochs then contain these metrics. If a metric NAME is a mean over more or fewer values than the
-    loss, a second metric "count/NAME" gives the number of values in that mean. On several ranks, a loss with
-    metrics also needs the methods of `MergedLoss`, because each rank measures only its own batches.
+    epochs then contain these metrics. If a metric NAME is averaged over more or fewer values than the loss, a
+    second metric "count/NAME" gives the number of these values. On several ranks, each rank measures only its
+    own batches. So the loss then needs the methods of `MergedLoss`, with which the ranks merge their
+    measurements.
 
     >>> import nplora, numpy as np
     >>> class Distance:
@@ -59,7 +60,7 @@ class FusedLoss(Protocol):
         """
 
     def settings(self) -> dict[str, Any]:
-        """The settings that a resumed run must share with the original run, as values that JSON can hold."""
+        """The settings of the loss that a resumed run must not change, as values that JSON can hold."""
 
 
 @runtime_checkable
@@ -75,7 +76,7 @@ class MergedLoss(MeasuredLoss, Protocol):
     """A `MeasuredLoss` whose measurements on different ranks can be merged."""
 
     def take_measured(self) -> Any:
-        """Return and drop the measurements since the last call. `take_metrics` will not count them."""
+        """Return the measurements since the last call, and drop them: `take_metrics` will not count them."""
 
     def add_measured(self, measured: Any) -> None:
         """Add measurements that `take_measured` has returned. They may come from another rank."""
@@ -86,16 +87,16 @@ class PartedLoss(FusedLoss, Protocol):
     """A `FusedLoss` that cuts a batch into parts, and runs a forward and a backward pass for each part.
 
     Attributes:
-        after_part: a function that `forward_backward` calls after each backward pass.
+        after_part: a function that `forward_backward` calls after the backward pass of each part.
     """
 
     after_part: Callable[[], None]
 
     def parts(self, x: Any, y: Any) -> int:
-        """The number of parts of a batch, which is the number of calls of `after_part`."""
+        """The number of parts of a batch. For each part, `forward_backward` calls `after_part` once."""
 
     def computed_elsewhere(self, x: Any, y: Any) -> None:
-        """Called for a batch whose gradients another rank computes, so that the loss can count the tokens."""
+        """Called for a batch that another rank computes, so that the loss can count the batch's tokens."""
 
 
 def take_measured(loss: Any) -> Any:

@@ -21,8 +21,8 @@ Array = npt.NDArray[Any]
 class StepTotals:
     """The sum of the losses in one step, and the numbers of batches and items.
 
-    The sum of the gradients is not here, but in the model. If ranks make local steps, the model holds only
-    the gradients of this rank's batches.
+    The sum of the gradients is stored in the model, not in this object. If ranks make local steps, the model
+    holds only the gradients of this rank's batches.
     """
 
     step: int = 0  # the number of the step, from 1
@@ -56,8 +56,8 @@ class NonfiniteLoss:
 
     Attributes:
         batch: the number of the batch in the step, from 1.
-        what: the end of an error message. This text names the value of the loss, and the place where NaN or
-            infinity appears first.
+        what: the second half of an error message: the value of the loss, and the place where NaN or infinity
+            appears first.
     """
 
     batch: int
@@ -77,7 +77,7 @@ class Gradients:
         """Begin a step."""
 
     def add(self, x: Any, y: Any, totals: StepTotals) -> NonfiniteLoss | None:
-        """Run one batch forward and backward; add the gradients, weighted by the batch's number of items.
+        """Run one batch forward and backward. Add the gradients, weighted by the batch's number of items.
 
         Returns:
             None, or the reason why the loss is not finite.
@@ -96,7 +96,7 @@ class Gradients:
         return NonfiniteLoss(totals.batches, self._blame(value, x, y))
 
     def finish(self, totals: StepTotals) -> NonfiniteLoss | None:
-        """Complete the gradients of a step. (In this class, `add` has already completed them.)"""
+        """Complete the gradients of a step. (Here, nothing is left to do: `add` completes the gradients.)"""
         return None
 
     def _blame(self, value: float, x: Any, y: Any) -> str:
@@ -127,7 +127,7 @@ class Gradients:
         return Forward(value, count, gradient, saved)
 
     def _backward(self, forward: Forward, first_count: int) -> None:
-        """Add the gradients of a batch, weighted by the batch's count divided by `first_count`."""
+        """Add the gradients of a batch. Their weight is the count of the batch divided by `first_count`."""
         gradient = forward.gradient
         if forward.count != first_count:
             gradient = gradient * gradient.dtype.type(forward.count / first_count)

@@ -23,7 +23,7 @@ _LONG = 40  # characters; a longer value is not shown
 def require_agreement(communicator: Communicator, setup: TrainingSetup, config: FitConfig) -> None:
     """Check that all ranks start the same run.
 
-    A signal does not end the handshake, because the run is not loaded yet and so could not be saved.
+    A signal does not end the handshake: the run's state is not loaded yet, so it could not be saved.
 
     Raises:
         ValueError: a rank differs from rank 0; the message names the rank and the differences.
@@ -35,7 +35,7 @@ def require_agreement(communicator: Communicator, setup: TrainingSetup, config: 
 
 
 def differences(ranks: list[dict[str, Any]]) -> list[str]:
-    """Compare the descriptions of all ranks with that of rank 0; return a sentence for each difference."""
+    """Compare the run that each rank describes with rank 0's run; return a sentence for each difference."""
     first, problems = ranks[0], []
     for rank, own in enumerate(ranks):
         for name in {**first, **own}:
@@ -66,7 +66,7 @@ def program() -> dict[str, str]:
 
 
 def _described(setup: TrainingSetup, config: FitConfig) -> dict[str, Any]:
-    """A dictionary of everything that the results of a run depend on."""
+    """A dict from names to values: everything that the results of a run depend on."""
     settings = settings_of(setup, config)
     fixed = settings["fixed"]
     layers = fixed.pop("layers")

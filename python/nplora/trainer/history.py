@@ -93,7 +93,7 @@ class EvaluationRecord:
 
 @dataclass(frozen=True, slots=True)
 class EpochRecord:
-    """One epoch (a pass over the data), or the beginning of an epoch if the run ended within the epoch.
+    """One epoch (a pass over the data), or its first steps if the run ended within the epoch.
 
         >>> import nplora, numpy as np
         >>> x, labels = np.eye(3), np.array([0, 1, 2])
@@ -165,10 +165,10 @@ class History:
         steps, evaluations, epochs: the records of all steps, evaluations and epochs, in order.
         ended: why the run ended: "complete", "patience" (early stopping), "callback" or "interrupted".
         best_step, best_epoch, best_loss: the step, the epoch (counted from 1) and the validation loss of the
-            best evaluation, if the model has the factors of this evaluation after the run. All three are None
-            if the model has the factors of the last step.
-        kept_step: after Ctrl-C, the step of the best evaluation so far, if the factors of this evaluation are
-            kept for a resumed run; otherwise None.
+            best evaluation, whose factors the model has after the run. If the model has the factors of the
+            last step instead, all three are None.
+        kept_step: the step of the best evaluation so far, if Ctrl-C ended the run and the factors of this
+            evaluation are kept for a resumed run. Otherwise None.
     """
 
     steps: list[StepRecord] = field(default_factory=list)
@@ -269,8 +269,9 @@ class History:
         """Add the records of a log up to the given step and epoch; skip lines that are not records.
 
         Records that the history already has are not replaced, because they come from a checkpoint, which a
-        checksum protects. Evaluations are added only if they precede all evaluations of the checkpoint. A log
-        of an earlier version has no evaluation records, so evaluations are made from its epoch records.
+        checksum protects. An evaluation in the log is added only if it is older than all evaluations of the
+        checkpoint. A log of an earlier version has no evaluation records, so evaluations are made from its
+        epoch records.
         """
         steps, epochs = dict[int, StepRecord](), dict[int, EpochRecord]()
         evaluations = dict[int, EvaluationRecord]()
@@ -308,7 +309,7 @@ def last_logged(log: bytes, event: str) -> dict[str, Any]:
 
 
 def last_of_each_event(log: bytes) -> dict[str, dict[str, Any]]:
-    """A dict from each event in a log to the last line with this event."""
+    """A dict from the name of each event in a log to the last line with this event."""
     found: dict[str, dict[str, Any]] = {}
     for line in log.splitlines():
         try:
@@ -381,7 +382,7 @@ def _field(kind: Any, value: Any) -> Any:
 
 
 def _plain_fields(kind: type[Record]) -> list[dataclasses.Field[Any]]:
-    """The fields of a record that are numbers."""
+    """The fields of a record class that hold numbers: all fields except the metrics."""
     return [f for f in dataclasses.fields(kind) if f.name not in _METRIC_FIELDS[kind]]
 
 
@@ -402,9 +403,8 @@ def _measured(columns: list[str], values: Sequence[float]) -> dict[str, float]:
 def mean_metrics(steps: Sequence[StepRecord]) -> dict[str, float]:
     """The means of the steps' metrics.
 
-    For a metric NAME, each step is weighted by the number of values in the step's mean. This number is the
-    step's metric "count/NAME", or the step's `count` if there is no such metric. The metrics "count/NAME"
-    themselves are added up.
+    A step's metric NAME is itself a mean of several values. The weight of the step is the number of these
+    values: the step's metric "count/NAME", or else the step's `count`. The metrics "count/NAME" are added up.
     """
     means = dict[str, float]()
     for name in dict.fromkeys(name for record in steps for name in record.metrics):
@@ -426,7 +426,7 @@ def with_margin(means: dict[str, float]) -> dict[str, float]:
 
 
 def _last(steps: list[StepRecord], epoch: int) -> list[StepRecord]:
-    """The records in `steps` that belong to `epoch`, which must be the last epoch in `steps`."""
+    """The records of the steps in the epoch `epoch`, which must be the last epoch in `steps`."""
     start = len(steps)
     while start and steps[start - 1].epoch == epoch:
         start -= 1

@@ -37,7 +37,7 @@ def _interrupt(signum: int, frame: FrameType | None) -> None:
 
 
 def _ignore(signum: int, frame: FrameType | None) -> None:
-    """Ignore SIGUSR1, which may come after a run of several processes while the program saves its results."""
+    """Ignore SIGUSR1, which may arrive after a run of several processes, while the program saves results."""
 
 
 class Interrupts:
@@ -46,14 +46,15 @@ class Interrupts:
     A signal is handled at once, except inside a `hold()` block, which delays the signal until the block ends.
     The existing handlers are kept: Python's handler of SIGINT raises KeyboardInterrupt, and an ignored
     signal, such as SIGHUP under nohup, stays ignored. If `terminate` is true, SIGTERM, SIGHUP and SIGUSR1
-    raise Terminated instead of ending the process at once. This does not apply to a signal for which the
-    program has its own handler. Slurm and mpirun can send SIGUSR1 before the end of a job. Python handles
-    signals only in the main thread, so in any other thread the context manager does nothing.
+    raise Terminated instead of ending the process at once. If the program has its own handler for one of
+    these signals, the signal calls that handler instead. Slurm and mpirun can send SIGUSR1 before the end of
+    a job. Python handles signals only in the main thread, so in any other thread the context manager does
+    nothing.
 
     Args:
         terminate: whether SIGTERM, SIGHUP and SIGUSR1 raise Terminated.
-        noted_only: whether a signal is only recorded, and is handled later by `end_run`. Runs of several
-            processes need `noted_only`, because the processes must end together.
+        noted_only: whether a signal is only recorded when it arrives. `end_run` handles it later. Runs of
+            several processes need this, because the processes must end together.
     Attributes:
         repeated: whether the last Ctrl-C came soon after another Ctrl-C, even one in the previous run. A
             repeated Ctrl-C means that the user wants to end the whole program.

@@ -37,14 +37,14 @@ class LocalSteps:
         self.is_open = False
 
     def begin(self) -> None:
-        """Copy the current state, unless the ranks have made local steps since the last outer step."""
+        """Before the first step after an outer step, copy the current state for `combine` and `undo`."""
         if self.every is not None and not self.is_open:
             self._state.copy_to(self._start)
             self.is_open = True
 
     @property
     def is_due(self) -> bool:
-        """Whether the ranks have made all local steps before the next outer step."""
+        """Whether the number of steps is a multiple of `every`, so that an outer step is due."""
         return self.every is not None and self._state.step % self.every == 0
 
     def combine(self) -> None:
@@ -75,7 +75,7 @@ class LocalSteps:
         state.updating = self.is_open = False
 
     def undo(self) -> bool:
-        """Go back to the state after the last outer step. Return whether there was anything to undo."""
+        """Undo all local steps since the last outer step. Return whether there were any."""
         was_open, self.is_open = self.is_open, False
         if was_open:
             self._state.return_to(self._start)

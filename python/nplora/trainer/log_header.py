@@ -48,6 +48,6 @@ def _summary(batches: Batches) -> dict[str, Any]:
 
 
 def _text(text: str) -> str:
-    """Shorten a text; replace characters that JSON cannot hold, such as those of non-UTF-8 file names."""
+    """Shorten a text; replace characters that UTF-8 cannot encode, which some file names contain."""
     cut = text if len(text) <= _MOST else f"{text[:_MOST]}…"
     return cut.encode(errors="replace").decode()

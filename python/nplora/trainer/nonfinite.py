@@ -37,7 +37,7 @@ def first_nonfinite(model: Module, x: Any, y: Any) -> str:
 
 
 def _watch(name: str, module: Module, found: list[str]) -> Callable[[], None]:
-    """Make the `forward` of a module check its output; return a function that undoes the change."""
+    """Replace a module's `forward` by one that also checks the output; return a function that undoes this."""
     attributes, forward = vars(module), module.forward
     before = attributes.get("forward")
 

@@ -21,12 +21,12 @@ class _Result:
     Attributes:
         loss: the sum of the batch's losses.
         count: the number of items over which the loss is averaged.
-        terms: the number of gradients that this batch adds, one for each part of the batch.
+        terms: how often this batch adds gradients to the sum: once for each part of the batch.
         problem: why the loss is not finite; empty if it is finite.
-        masks: a list with one number for each layer: how many dropout masks the layer has drawn for one part
-            of the batch. None if every layer has drawn as many masks as the rank assumed.
+        masks: a list: how many dropout masks each layer has drawn for one part of the batch; None if as many
+            as assumed.
         measured: the measurements of the loss.
-        data: the checksum of all batches that are computed at the same time, one on each rank.
+        data: the checksum of all batches of the round, as this rank has read them.
     """
 
     loss: float = 0.0
@@ -39,7 +39,7 @@ class _Result:
 
 
 class OrderedGradients(Gradients):
-    """Computes the gradients of a step on several ranks, in rounds of one batch on each rank.
+    """Computes the gradients of a step on several ranks in rounds: in a round, each rank runs one batch.
 
     Each batch gets the same dropout masks as on one rank. The gradients of the batches (or of their parts, if
     the loss cuts batches into parts) are added in the order of the batches. So the sums have the same bits
@@ -107,8 +107,8 @@ class OrderedGradients(Gradients):
     def _results(self, batches: list[tuple[Any, Any]], parts: list[int], totals: StepTotals) -> list[_Result]:
         """Run one batch on each rank; return the results of all ranks.
 
-        Each rank must know how many dropout masks the earlier batches of the round have drawn. At first, one
-        mask for each part and layer is assumed. If this number is wrong, the round is run again with the
+        Each rank must know how many dropout masks the earlier batches of the round draw. At first, the ranks
+        assume one mask for each part and layer. If this number is wrong, they run the round again with the
         right number.
         """
         start = [layer.dropout_stream for layer in self._adapters]
@@ -141,7 +141,7 @@ class OrderedGradients(Gradients):
                 )
 
     def _own_result(self, batches: list[tuple[Any, Any]], parts: list[int], totals: StepTotals) -> _Result:
-        """Run the batch of this rank, if the round has a batch for this rank."""
+        """Run this rank's batch of the round, if there is one."""
         has_batch = self._meeting.rank < len(batches)
         x, y = batches[self._meeting.rank] if has_batch else (None, None)
         before = [layer.dropout_stream for layer in self._adapters]
@@ -216,7 +216,7 @@ class OrderedGradients(Gradients):
     # ---- parts of a batch, and their dropout masks ----
 
     def _parts(self, x: Any, y: Any) -> int:
-        """The number of parts of a batch. The model computes each part in one pass."""
+        """The number of parts of a batch. The model runs one forward and one backward pass for each part."""
         loss = self._setup.loss
         if not isinstance(loss, FusedLoss):
             return 1
@@ -225,12 +225,12 @@ class OrderedGradients(Gradients):
         return loss.parts(x, y) if isinstance(loss, PartedLoss) else 1
 
     def _set_streams(self, start: list[tuple[int, int]], parts: int) -> None:
-        """Set each layer's dropout stream to `start`, and skip the masks of the given number of parts."""
+        """Set each layer's dropout stream to its state in `start`; skip the masks of `parts` batch parts."""
         for layer, (seed, calls), masks in zip(self._adapters, start, self._masks, strict=True):
             layer.dropout_stream = seed, calls + masks * parts
 
     def _unexpected_masks(self, before: list[tuple[int, int]], parts: int) -> list[int] | None:
-        """For each layer, the number of masks drawn for one part; None if `self._masks` is right."""
+        """A list: how many masks each layer has drawn for one part; None if the list is `self._masks`."""
         drawn = [
             layer.dropout_stream[1] - calls for layer, (_, calls) in zip(self._adapters, before, strict=True)
         ]

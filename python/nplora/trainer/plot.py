@@ -56,7 +56,7 @@ def plot_run(directory: StrPath, output: StrPath | None = None, overwrite: bool 
     """Draw the losses, the accuracy and the learning rate of a run.
 
     The loss of every step is drawn in a pale colour, and a smoothed curve of these losses is drawn over it.
-    The curve of validation losses begins with the loss before training, if the log has it.
+    The curve of validation losses begins with the loss before training, if the log contains that loss.
 
         >>> import nplora, numpy as np
         >>> rng = np.random.default_rng(0)
@@ -173,8 +173,8 @@ def _curve(label: str, records: Records, name: str, **style: Any) -> _Curve:
 def smoothed(values: Sequence[float], window: float) -> list[float]:
     """The exponential moving average of a curve.
 
-    The weight of a value decreases by the factor exp(-1 / window) with each later step. The weights of each
-    average add up to 1, so the first average is the first value.
+    Each later step multiplies the weight of a value by exp(-1 / window). The weights of each average add up
+    to 1, so the first average is the first value.
 
         >>> import nplora
         >>> nplora.plot.smoothed([4.0, 4.0, 4.0], window=2)

@@ -183,7 +183,7 @@ class CsvReporter(Reporter):
         self._begin(rows)
 
     def _begin(self, rows: list[dict[str, str]], more: Iterable[str] = ()) -> None:
-        """Write these rows to the file, and open the file to append rows.
+        """Replace the content of the file by the given rows, and open the file to append more.
 
         Args:
             more: names of additional columns.
@@ -197,8 +197,9 @@ class CsvReporter(Reporter):
     def _rows_before(self, run: Run) -> list[dict[str, str]]:
         """The rows for all steps and evaluations that this run has made before it is resumed.
 
-        Rows of steps after the checkpoint are dropped, because the resumed run writes them again. If a row is
-        missing, for example after Ctrl-C between a step and its report, it is made from the run's history.
+        Rows of steps after the checkpoint are dropped, because the resumed run writes them again. A row may
+        be missing, for example after Ctrl-C between a step and its report. Such a row is made from the run's
+        history.
         """
         rows = self._rows() if os.path.lexists(self._path) else []
         found = {(row["step"], "loss" not in row): row for row in rows if "step" in row}
@@ -209,7 +210,7 @@ class CsvReporter(Reporter):
         return [found.get(key, wanted[key]) for key in order]
 
     def _rows(self) -> list[dict[str, str]]:
-        """The complete rows of the file, without their empty cells.
+        """The complete rows of the file, as dicts from column names to the cells that are not empty.
 
         Raises:
             FileExistsError: the file has other columns, so it was not written by a run of nplora.
@@ -367,7 +368,7 @@ REPORTERS: dict[str, type[Reporter]] = {
 def require_reporters(op: str, names: Iterable[str]) -> None:
     """Raise an error if a name is not that of a reporter, or if the reporter's library is not installed.
 
-    This function imports the libraries, so that a later memory plan includes the memory of the libraries.
+    This function imports the libraries, so that a memory plan that is made afterwards includes their memory.
     """
     for name in names:
         kind = REPORTERS[_check.choice(op, "report_to", name, REPORTERS)]

@@ -35,7 +35,7 @@ def settings_of(setup: TrainingSetup, config: FitConfig) -> dict[str, Any]:
 
     The settings under "fixed" must be the same when the run is resumed, because the position in the data and
     the arrays of a checkpoint depend on these settings. If a setting under "free" has changed, there is only
-    a warning. If the validation data have changed, the best factors that were found so far are dropped.
+    a warning. If the validation data have changed, a resumed run drops the best evaluation and its factors.
     """
     model, loss, optimizer = setup.model, setup.loss, setup.optimizer
     public = {k: v for k, v in vars(optimizer).items() if not k.startswith("_") and k != "steps"}
@@ -73,9 +73,9 @@ def _of_ranks(setup: TrainingSetup) -> dict[str, Any]:
 
 
 def _of_outer_steps(setup: TrainingSetup) -> dict[str, Any]:
-    """The settings that influence outer steps.
+    """The settings that influence outer steps; empty if there are no outer steps.
 
-    Without outer steps, the number of ranks changes no results.
+    The number of ranks is one of them. Without outer steps, it does not change the results.
     """
     if setup.local_steps is None:
         return {}
@@ -100,7 +100,8 @@ def failure_record(step: int, error: Exception, settings: dict[str, Any]) -> dic
 def _choices(settings: dict[str, Any]) -> str:
     """The settings that influence the losses of a run, as one text.
 
-    The text does not contain `total_steps`, because a longer run would have had the same losses so far.
+    The text does not contain `total_steps`, which does not influence the losses if the schedule is
+    "constant".
     """
     free = {name: value for name, value in settings["free"].items() if name != "total_steps"}
     return json.dumps(free, sort_keys=True)
@@ -110,7 +111,7 @@ def starting_point(directory: RunDirectory, newest: Checkpoint, settings: dict[s
     """The checkpoint to resume: the newest, or an earlier one if the newest led to NaN or infinity.
 
     The first loss after a checkpoint depends only on the parameters and the data. If this loss was not
-    finite, no other learning rate would help, so the run must resume from an earlier checkpoint.
+    finite, another learning rate does not change it, so the run must resume from an earlier checkpoint.
 
     Raises:
         ValueError: no setting has changed since the run diverged, or no earlier checkpoint is left.
@@ -146,7 +147,7 @@ def restored_history(
     base: str,
     batches: int | None,
 ) -> tuple[History, list[tuple[str, Record]]]:
-    """Check that a checkpoint fits the run; return the history up to the checkpoint. Change nothing.
+    """Check that a checkpoint fits the run; return the history up to the checkpoint.
 
     Args:
         base: the fingerprint of the run's base model.
@@ -155,12 +156,13 @@ def restored_history(
         the history, and a list of the records that are missing at the end of the log, for example because the
         disk was full. Each item of the list is a pair (event, record).
     Raises:
-        CorruptError: the checkpoint belongs to another model or another data file, its arrays do not fit (the
-            message lists the first few differences), or its batch number is beyond the end of an epoch.
+        CorruptError: the checkpoint belongs to another model or another data file; its batch number is beyond
+            the end of an epoch; or its arrays do not fit the model (the message lists the first few
+            differences).
         ValueError: the run has other data or settings, or it ends before the checkpoint's step.
     Warns:
-        UserWarning: a setting under "free" has changed, the instruction set or version differs, or the log
-            has lost records, so the history is incomplete.
+        UserWarning: a setting under "free" has changed; the instruction set or nplora's version differs; or
+            the log has lost records, so that the history is incomplete.
     """
     path = directory.path
     if not is_same_base(checkpoint.base, base):

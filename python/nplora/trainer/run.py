@@ -92,8 +92,8 @@ class Run:
     def logged(self, event: str) -> dict[str, Any]:
         """The last line of the log in which the key "event" has the value `event`; if none, an empty dict.
 
-        On several ranks, only rank 0 writes the log. On another rank, this method finds only the lines of the
-        run before it was resumed, and the lines that this rank itself has logged.
+        On several ranks, only rank 0 writes the log. On another rank, this method finds only the lines that
+        were in the log before the first step, and the lines that this rank itself has logged.
         """
         if self._directory is None:
             return dict((self._logged or {}).get(event, {}))

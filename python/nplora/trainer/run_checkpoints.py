@@ -118,11 +118,12 @@ class RunCheckpoints:
     def save(self, must: bool = False) -> bool:
         """Write a checkpoint.
 
-        Return False if there is nothing new to save, or if the checkpoint was not written.
+        Return whether a checkpoint was written. If there is nothing new to save, no checkpoint is written.
 
         Args:
-            must: whether a failed write raises an error. If False, a failed write only gives a warning, and
-                the next call of `save` tries again.
+            must: whether a failed write raises an error. If False, only the first write of a run raises an
+                error. After a later failed write, there is a warning, and the next call of `save` tries
+                again.
         Raises:
             NonFiniteLossError: the last update made a parameter NaN or infinite; nothing is written.
             OSError: the log cannot be written, or `must` is set and the checkpoint cannot be written. The
@@ -179,10 +180,10 @@ class RunCheckpoints:
             error.add_note(self._saved_after(error, self._saved[0]))
 
     def _saved_after(self, error: Exception, saved: int) -> str:
-        """Save the state of the last complete step, if possible; return a sentence that names the saved step.
+        """Save the state of the last complete step, if possible. Return a sentence that names the saved step.
 
         Args:
-            saved: the step of the newest checkpoint.
+            saved: the step of the newest checkpoint before this call.
         """
         state, problem = self._state, ""
         state.roll_back()
@@ -200,9 +201,9 @@ class RunCheckpoints:
         return f"the run is saved at step {saved}{problem}{hint}"
 
     def _log_divergence(self, error: NonFiniteLossError) -> str:
-        """Write to the log that the current parameters lead to an error. Return advice for the user.
+        """Write to the log that the current parameters lead to NaN or infinity. Return advice for the user.
 
-        A resumed run then starts from a checkpoint of an earlier step, and needs other settings.
+        A resumed run reads this line, starts from an earlier checkpoint and needs other settings.
         """
         step = self._state.diverged_after  # the current step may be lower, if local steps were undone
         good = self._directory.before(step)

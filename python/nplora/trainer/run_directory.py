@@ -94,10 +94,10 @@ class RunDirectory:
     Args:
         overwrite: whether a new run deletes the adapter of an earlier run.
     Attributes:
-        newest: the newest undamaged checkpoint, or None. The file is read when `newest` is first used. After
-            `save`, `newest` is None.
+        newest: the newest undamaged checkpoint, or None. The file is read when `newest` is first used. `save`
+            sets `newest` to None.
         damaged: one sentence for each damaged checkpoint. If the newer checkpoint is undamaged, only the
-            header of the older checkpoint is checked.
+            header of the older checkpoint has been read.
         occupied: whether the directory held a checkpoint, damaged or not, when it was opened.
     Raises:
         BlockingIOError: another run writes to the directory; the message names its PID.
@@ -225,7 +225,7 @@ class RunDirectory:
         return found
 
     def _finish_dropping(self, newest: Checkpoint) -> None:
-        """Complete a call of `_drop_other` after a crash: replace the old log, and delete the old adapter."""
+        """Finish a call of `_drop_other` that a crash ended: replace the old log, delete the old adapter."""
         log = self._newest_metadata().get(run_files.FIRST_LOG)
         if log is None:
             return
@@ -270,8 +270,8 @@ class RunDirectory:
     def save(self, checkpoint: Checkpoint) -> None:
         """Replace the directory's older checkpoint. The first save of a new run replaces both checkpoints.
 
-        If the newest checkpoint in the directory has the same step as the argument, the newest checkpoint is
-        replaced instead of the older one. So the two checkpoints always have different steps.
+        If the newest checkpoint in the directory has the same step as `checkpoint`, the newest checkpoint is
+        replaced instead of the older one. So later saves leave two checkpoints of different steps.
 
         Raises:
             OSError: the checkpoint cannot be written. Both checkpoints are unchanged, and the message says
@@ -304,8 +304,8 @@ class RunDirectory:
     def _drop_other(self, checkpoint: Checkpoint) -> None:
         """Write the first checkpoint of a run that overwrites an earlier run; delete the earlier run's files.
 
-        The checkpoint contains the new log and a digest of the old adapter. The new run replaces the old run
-        when the checkpoint's file is renamed. If a crash follows, `_finish_dropping` replaces the log and
+        The checkpoint contains the new log and a digest of the old adapter. Once the checkpoint's file is
+        renamed, the directory holds the new run. After a later crash, `_finish_dropping` replaces the log and
         deletes the old adapter.
         """
         log = bytes(self._first_log or b"")
@@ -323,7 +323,6 @@ class RunDirectory:
         return files.NewFile(self.path / LOG, len(log), [log])
 
     def _reopen_log(self) -> None:
-        """Close the log, and open the file that replaced it."""
         self._descriptors.remove(self._log)
         os.close(self._log)
         self._log = self._open(LOG, os.O_RDWR | os.O_APPEND)

@@ -23,8 +23,7 @@ class StateCopy:
     """A copy of the state of a run, without the best factors.
 
     Attributes:
-        step, batch, records: the number of steps, the number of batches used in the epoch, and the number of
-            step records.
+        step, batch, records: three numbers: of steps, of batches used in the epoch, and of step records.
         updates, outer_updates: the numbers of steps that the optimiser and the outer optimiser have made.
         streams: the positions of the layers' dropout streams.
         values, moments: the trained values, and the arrays of the optimiser and of the outer optimiser.
@@ -79,16 +78,16 @@ class RunState:
 
     @property
     def position(self) -> tuple[int, ...]:
-        """The step, the epoch, the batch, and the numbers of epoch records and evaluations.
+        """Five numbers: `step`, `epoch`, `batch`, the number of epoch records, and the number of evaluations.
 
-        A checkpoint is written only if these numbers have changed since the last checkpoint.
+        A checkpoint is written only if one of these numbers has changed since the last checkpoint.
         """
         history = self.history
         return self.step, self.epoch, self.batch, len(history.epochs), len(history.evaluations)
 
     @property
     def last_evaluation(self) -> EvaluationRecord | None:
-        """The evaluation of the current factors; None if they have not been evaluated."""
+        """The last evaluation, if it evaluated the current factors; otherwise None."""
         last = self.history.evaluations[-1:]
         return last[0] if last and last[0].step == self.step else None
 
@@ -115,7 +114,7 @@ class RunState:
             layer.dropout_stream = stream
 
     def copy_to(self, copy: StateCopy) -> None:
-        """Copy the state into `copy`, and reuse the arrays of `copy`. Call this only between two steps."""
+        """Copy the state into the object `copy`, and reuse its arrays. Call this only between two steps."""
         copy.step, copy.batch, copy.records = self.step, self.batch, len(self.history.steps)
         copy.updates, copy.streams = self.optimizer.steps, list(self._streams)
         copy.outer_updates = 0 if self.outer is None else self.outer.steps
@@ -227,7 +226,7 @@ class RunState:
         return checkpoint.outer.keys() == self.outer.state_dict(copy=False).keys()
 
     def share(self, meeting: Meeting, resumed: bool) -> bool:
-        """Send the state of a resumed run from rank 0 to all ranks. Return whether rank 0 resumes a run."""
+        """If rank 0 resumes a run, send the run's state to all ranks. Return whether rank 0 resumes a run."""
         mine = (self.checkpoint({}, ""), self.history) if resumed else None
         given = meeting.broadcast(mine, "the start of a run")
         if given is not None and meeting.rank:

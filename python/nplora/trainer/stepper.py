@@ -41,7 +41,7 @@ class Stepper:
     def work(self) -> tuple[int, float]:
         """The number of items that this rank has processed, and the seconds that it has spent computing.
 
-        Both numbers are 0 if the run does not count them (see `TrainingSetup.adds_in_order`).
+        Only a run with `TrainingSetup.adds_in_order` counts these numbers. In all other runs, both are 0.
         """
         made = self._gradients
         return (made.items, made.computed) if isinstance(made, OrderedGradients) else (0, 0.0)
@@ -70,7 +70,7 @@ class Stepper:
         return MappingProxyType({p.name: p.grad for p in self._state.parameters})
 
     def _weight_gradients(self) -> None:
-        """Scale the gradients, which are sums over the batches, to the gradients of the step's mean loss.
+        """Scale the gradients: turn weighted sums over the batches into gradients of the step's mean loss.
 
         In the sums, the weight of each batch is the count of this batch divided by the count of the first
         batch.
@@ -153,8 +153,8 @@ class Stepper:
     def _nonfinite(self, what: str) -> NonFiniteLossError:
         """Make the error for NaN or infinity in a step.
 
-        If the parameters may be the cause, a resumed run starts from an earlier checkpoint. They are not the
-        cause in the first step, or if the data are not finite.
+        If the parameters may be the cause, a resumed run starts from an earlier checkpoint. The parameters
+        are not the cause in the first step, or if the data are not finite.
         """
         state = self._state
         blamed = state.step > 0 and not what.endswith((INPUT, TARGETS))

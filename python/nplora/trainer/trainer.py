@@ -65,14 +65,14 @@ class Trainer(TrainingSetup):
             alone. The batches of a step are divided among the ranks, and the results have the same bits for
             any number of ranks up to `accumulate`. Every rank makes the same calls with the same model and
             data. Only rank 0 writes to the `checkpoint_dir` and shows progress.
-        communication_dtype: the precision in which ranks send gradients: "float32" or "bfloat16", which sends
-            half as many bytes. With "bfloat16", the gradient of every batch (or of every micro-batch, if the
-            loss divides batches) is rounded before it is added, and the sum is rounded too. A run in a single
-            process rounds in the same way, so the results have the same bits for any number of ranks.
+        communication_dtype: the precision in which ranks send gradients: "float32" or "bfloat16". With
+            "bfloat16", ranks send half as many bytes: the gradient of every batch (or of every micro-batch,
+            if the loss divides batches) is rounded before it is added, and the sum is rounded too. A run in a
+            single process rounds in the same way, so the results have the same bits for any number of ranks.
         local_steps: if given, every rank updates its copy of the trained values with its own batches. After
-            this number of steps, and at the end of every epoch, the changes of all ranks are averaged
-            (DiLoCo). Ranks then exchange values much less often. `accumulate` still counts the batches of all
-            ranks in one step. The results depend on the number of ranks.
+            this number of steps, and at the end of every epoch, the ranks average the changes of their
+            trained values (DiLoCo). Ranks then exchange values much less often. `accumulate` still counts the
+            batches of all ranks in one step. The results depend on the number of ranks.
         outer_lr, outer_momentum: learning rate and Nesterov momentum of the outer step, which adds the
             average change to the trained values. With `outer_lr` 1 and `outer_momentum` 0, the values become
             the averages of the ranks' values. The DiLoCo paper uses 0.7 and 0.9 for runs with hundreds of
@@ -364,7 +364,7 @@ class Trainer(TrainingSetup):
             raise RuntimeError(f"{_OP}: the adapters are switched off here by disable_adapter()")
 
     def _check_labels(self, batches: ArrayBatches) -> None:
-        """Check all labels before the first step. The number of classes comes from the output for one row."""
+        """Check all labels before the first step. The output for one row shows the number of classes."""
         if isinstance(self.loss, CrossEntropy) and batches.y.dtype.kind in "iu":
             with np.errstate(over="ignore", invalid="ignore"):
                 classes = self.model(batches.x[:1]).shape[-1]

@@ -51,7 +51,7 @@ class TrainingRun(Run):
         self._stopwatch = Stopwatch.start(setup.communicator, time.perf_counter())
 
     def execute(self, resume: bool) -> History:
-        """Train until the run is complete, or until Ctrl-C or an error ends it."""
+        """Train until the run is complete, or until Ctrl-C or an error ends the run."""
         try:
             with self._interrupts, self._saved_after_an_error():
                 self._train_until_interrupted(resume)
@@ -100,7 +100,7 @@ class TrainingRun(Run):
         self._has_begun = True
 
     def _last_lines(self) -> dict[str, dict[str, Any]] | None:
-        """The last line of each event in the log; None if there is no log."""
+        """A dict from the name of each event in the log to its last line; None if there is no log."""
         directory = self._directory
         return None if directory is None else last_of_each_event(directory.read_log(directory.log_bytes))
 
@@ -235,7 +235,7 @@ class TrainingRun(Run):
         self._evaluate_if_due()
 
     def _save_if_due(self) -> None:
-        """Write a checkpoint if a checkpoint is due and the ranks have no local steps to combine."""
+        """Write a checkpoint if one is due, unless there are local steps since the last outer step."""
         checkpoints = None if self._local.is_open else self._checkpoints
         if checkpoints is not None and checkpoints.is_due_after_step():
             self._save()
@@ -287,12 +287,12 @@ class TrainingRun(Run):
         self._call("on_epoch_end", record)
 
     def _stop_if_patience_is_lost(self) -> None:
-        """End the run early if `EarlyStopping.is_over`, unless all steps are made."""
+        """End the run early if `EarlyStopping.is_over` is true, unless the run has made all of its steps."""
         if self._ended is None and self._state.early_stopping.is_over and not self._has_all_steps():
             self._ended = "patience"
 
     def _keep_best(self) -> None:
-        """Copy the best factors, unless the run is over and the model's factors no longer change."""
+        """Copy the best factors, unless the run is over: then the model's factors no longer change."""
         if not self._is_over():
             self._state.early_stopping.before_other_factors()
 

@@ -85,10 +85,9 @@ class TrainingSetup:
 
 
 def adds_in_order(on_ranks: bool, communication_dtype: str, local_steps: int | None) -> bool:
-    """Whether a step keeps the gradients of each part of a batch separately, to add up the parts in order.
+    """Whether a step adds up the gradients of batch parts in a fixed order, as `OrderedGradients` does.
 
-    A process that trains alone must also keep the gradients of each part if its results are to equal the
-    results of several ranks.
+    A process that trains alone must use the same order as several ranks if it is to get the same results.
 
     Args:
         on_ranks: whether the run has a communicator.
@@ -105,5 +104,5 @@ def too_many_ranks(ranks: int, batches: int) -> str:
 
 
 def _measures_alone(loss: Any) -> bool:
-    """Whether the metrics of a loss cover only the batches of this rank."""
+    """Whether a loss has metrics that cannot be merged across ranks."""
     return isinstance(loss, MeasuredLoss) and not isinstance(loss, MergedLoss)

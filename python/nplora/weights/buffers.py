@@ -18,8 +18,8 @@ def empty(shape: tuple[int, ...], dtype: npt.DTypeLike) -> Array:
     """Return a new array without initial values, if possible in memory that earlier arrays have freed.
 
     Memory is reused because the operating system may take longer to provide new memory pages than a matrix
-    product takes to write its result into them. The total of idle and used memory is at most 4 MiB larger
-    than the largest amount that was in use at once. `release` returns idle memory to the system.
+    product takes to write its result into them. Idle and used memory together are at most 4 MiB more than the
+    largest amount that was in use at once. `release` returns idle memory to the system.
     """
     dtype = np.dtype(dtype)
     if math.prod(shape) * dtype.itemsize < _core.constants.least_buffer_bytes:
@@ -77,10 +77,10 @@ _shelves: ContextVar[tuple[_Shelf, _Shelf] | None] = ContextVar("nplora_shelves"
 
 @contextlib.contextmanager
 def side_by_side(*sizes: int) -> Iterator[None]:
-    """A context manager in which `value_and_gradient` puts all values into one buffer.
+    """A context manager. Inside it, `value_and_gradient` puts all values into one buffer.
 
-    All gradients share another buffer of the same size. `sizes` are the sizes of the values in bytes.
-    Hundreds of small arrays then fit into a few large memory pages, if the system offers large pages.
+    All gradients share another buffer of the same size. `sizes` has the size of each value in bytes. Hundreds
+    of small arrays then fit into a few large memory pages, if the system offers large pages.
     """
     total = sum(map(_whole_lines, sizes))
     token = _shelves.set((_Shelf(total), _Shelf(total)))

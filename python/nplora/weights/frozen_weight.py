@@ -59,14 +59,14 @@ class FrozenWeight:
               Sums are computed in float32. Products are twice as fast if the CPU has bfloat16 instructions.
               If x has up to 8 rows, products are still computed in float32.
             - "int8": W is rounded to 8 bits with one scale for each row, and x to 8 bits with one scale for
-              every 64 values. In the backward pass, dy is multiplied by the scales of W, and each row of the
-              product is rounded to 8 bits with one scale. If d_out is above 4032, each row of the product is
+              every 64 values. In the backward pass, column i of dy is multiplied by the scale of row i of W,
+              and then each row of dy is rounded to 8 bits with one scale. If d_out is above 4032, each row is
               divided into several equal parts, and each part has a scale. The 8-bit values are multiplied and
               summed as integers. Products with the LoRA factors are computed as with "bfloat16". If x has up
               to 8 rows and W is stored in a GGUF format, x is multiplied with the blocks of W directly, and x
               gets one scale for every 32 values. If W is stored in any other format, up to 8 rows of x are
-              multiplied in float32. `matmul_t` computes up to 4 rows of dy in float32. Layers round W to 8
-              bits only in training. In inference, if x has more than 8 rows, layers compute as with
+              multiplied in float32. `matmul_t` multiplies dy in float32 if dy has up to 4 rows. Layers round
+              W to 8 bits only in training. In inference, if x has more than 8 rows, layers compute as with
               "bfloat16". The head of a language model computes its backward pass in bfloat16, or in int8 with
               stochastic rounding (see the arguments `int8` and `dither_key` of `stack_backward`). In your own
               models, use "bfloat16" for a layer whose outputs go into a softmax over many classes.
@@ -125,7 +125,7 @@ class FrozenWeight:
             )
 
     def _hold(self, storage: str, shape: tuple[int, ...], arrays: tuple[Array, ...], compute: str) -> None:
-        """Use `arrays` without a copy.
+        """Use `arrays` as the matrix of this weight, without a copy.
 
         NF4 has two arrays (codes and absmax), or five if the absmax is quantised. Every other format has one.
         """
@@ -338,8 +338,8 @@ class FrozenWeight:
     def contents(self) -> Iterator[Array]:
         """Yield arrays that together hold the whole matrix.
 
-        If the core reads the arrays of blocks or of a mapped file in place, yield these arrays. Otherwise,
-        each yielded array holds a few decoded rows.
+        If the weight holds arrays of blocks, or arrays of a mapped file, yield these arrays. Otherwise, yield
+        arrays of decoded rows.
 
         >>> weight = FrozenWeight(np.eye(2, dtype=np.float32))
         >>> [part.shape for part in weight.contents()]
@@ -513,7 +513,7 @@ class FrozenWeight:
         return self.like_rows(raw, self.dtype)
 
     def _compute_word(self) -> str:
-        """The argument `compute` with which the constructor makes a weight like this one."""
+        """The value of the constructor's argument `compute` that gives this weight's arithmetic."""
         return self.compute if self.rounds else "float32"
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -557,7 +557,7 @@ def _quantized(op: str, W: Array, storage: str) -> tuple[Array, ...]:
 
 
 def _quantized_absmax(absmax: Array) -> tuple[Array, ...]:
-    """Quantise the absmax of NF4: return codes, levels, scales, and the offset as a 0-d array."""
+    """Quantise the absmax of NF4; return four arrays: codes, levels, scales and the offset (0-d)."""
     group, book = _core.constants.nf4_group, _core.constants.nf4_book
     codes, levels = np.empty(absmax.size, np.uint8), np.empty(book, np.float32)
     scales = np.empty(-(-absmax.size // group), np.float32)
@@ -584,7 +584,7 @@ def _require_matrix(op: str, source: str, name: str, shape: tuple[int, ...]) -> 
 
 
 def _few_at_a_time(product: Callable[[Array], Array], x: npt.ArrayLike) -> Array:
-    """Compute a product a few rows at a time, because a product rounds its operands only for many rows."""
+    """Compute a product a few rows at a time: products of so few rows do not round their operands."""
     x = np.asarray(x)
     lead, width = x.shape[:-1], x.shape[-1]
     rows = x.reshape(math.prod(lead), width)
@@ -623,7 +623,7 @@ def dtype_name(op: str, dtype: npt.DTypeLike | None) -> str:
 
 
 def become_infinite(W: Array, storage: str) -> Array:
-    """Return the magnitudes (n,) of the finite elements of W that `storage` would make infinite."""
+    """Return the magnitudes, shape (n,), of the n finite elements of W that become infinite in `storage`."""
     if _check.is_bfloat16(W) and storage == "float16":
         W = W.astype(np.float32)
     if W.dtype.kind != "f" or not W.size:  # bfloat16 and bit patterns fit every other storage

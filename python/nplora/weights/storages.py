@@ -37,12 +37,12 @@ def block_elements(storage: str) -> int:
 
 
 def fits(storage: str, d_in: int) -> bool:
-    """Whether a row of d_in elements is a whole number of blocks."""
+    """Whether a row of d_in elements can be divided into whole blocks."""
     return d_in % block_elements(storage) == 0
 
 
 def row_nbytes(storage: str, d_in: int) -> int:
-    """Return the bytes of a row of d_in elements. The row must be a whole number of blocks."""
+    """Return the number of bytes of an encoded row of d_in elements, which must fill whole blocks."""
     if storage in BLOCKS:
         elements, nbytes = BLOCKS[storage]
         return d_in // elements * nbytes
@@ -50,7 +50,7 @@ def row_nbytes(storage: str, d_in: int) -> int:
 
 
 def row_blocks(rows: int, d_in: int) -> Iterator[slice]:
-    """Yield slices of consecutive rows, the first rows first. The rows of one slice are decoded together."""
+    """Yield slices that together cover all rows, in order. The rows of one slice are decoded together."""
     step = max(1, _ELEMENTS_AT_A_TIME // max(1, d_in))
     return (slice(first, min(rows, first + step)) for first in range(0, rows, step))
 
@@ -106,7 +106,7 @@ def _encode_nf4(rows: Array) -> Array:
 
 
 def split_nf4(raw: Array, d_in: int) -> tuple[Array, Array]:
-    """Split encoded rows of NF4 into codes and absmax, each a flat contiguous array."""
+    """Split encoded rows of NF4 into two contiguous arrays with one axis: the codes and the absmax."""
     codes, absmax = raw[:, : d_in // 2], raw[:, d_in // 2 :]
     return np.ascontiguousarray(codes).reshape(-1), np.ascontiguousarray(absmax).reshape(-1).view(np.float32)
 

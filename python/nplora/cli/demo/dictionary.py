@@ -35,7 +35,7 @@ class DictionaryReport:
 
     @property
     def failures(self) -> list[str]:
-        """Messages that say which promises of the demo are broken. Without a bug, the list is empty."""
+        """Messages about promised results that the demo did not reach. Without a bug, the list is empty."""
         before, after = self.run.loss_before, self.run.loss_after
         promises = {
             "the held-out loss did not fall": before is not None and after is not None and after < before,
@@ -76,7 +76,7 @@ def run(
     Raises:
         FileExistsError: `output` holds a run or an adapter, and `overwrite` is not set.
         ModuleNotFoundError: the model, or a package that its tokenizer needs, is not installed.
-        RuntimeError: a claim of the demo is false, which is a bug.
+        RuntimeError: the results differ from what the demo promises, which is a bug.
     """
     model = find_model()
     if not overwrite:

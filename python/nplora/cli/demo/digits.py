@@ -76,12 +76,12 @@ class Accuracy:
 
 @dataclass(frozen=True)
 class MergeCheck:
-    """How well merged and unmerged outputs agree on the changed images of the held-out digits.
+    """By how much merging changes the outputs for the changed images of the held-out digits.
 
     Attributes:
-        difference, bound: for one element of a layer's output, the change that merging makes, and the largest
-            change that rounding alone can make. Of all elements of the outputs of all layers, this element
-            has the largest ratio difference / bound.
+        difference: the change that merging makes to one element of a layer's output. This element has the
+            largest ratio difference / bound of all elements of all layers' outputs.
+        bound: the largest change that rounding alone can make to this element.
         logits: the largest change that merging makes to the network's logits.
     """
 
@@ -100,9 +100,10 @@ class DemoReport:
         off: accuracy after training, with the adapter switched off.
         examples, held_out: the number of digits for training, and for evaluation.
         rank: the rank of the LoRA factors.
-        factors: the number of trained values.
-        parameters: the number of frozen values.
-        saved_bytes: bytes of the activations of one batch that are kept for the backward pass.
+        factors: the number of elements of all factors A and B.
+        parameters: the number of frozen weights and biases.
+        saved_bytes: the size in bytes of the arrays that the forward pass of a batch saves for the backward
+            pass.
         seconds, threads: the duration of the training, and the number of threads.
         digests: two SHA-256 digests of all frozen weights and biases: before training, and after the demo.
         merge: the comparison of merged and unmerged outputs.
@@ -126,7 +127,7 @@ class DemoReport:
 
     @property
     def failures(self) -> list[str]:
-        """Messages that say which promises of the demo are broken. Without a bug, the list is empty."""
+        """Messages about promised results that the demo did not reach. Without a bug, the list is empty."""
         promises = {
             "the frozen weights changed": self.digests[0] == self.digests[1],
             "the adapter changes the results even when it is off": self.off == self.before,
@@ -182,7 +183,7 @@ def run(
     Raises:
         ModuleNotFoundError: scikit-learn, which contains the data set, is not installed.
         FileExistsError: `output` holds a run, an adapter or a plot, and `overwrite` is not set.
-        RuntimeError: a claim of the demo is false, which is a bug.
+        RuntimeError: the results differ from what the demo promises, which is a bug.
     """
     directory = Path(output)
     if not overwrite:
@@ -231,17 +232,18 @@ def run(
 
 
 def pretrained_weights() -> SafetensorsFile:
-    """Open the file with the pretrained weights and the indices of the digits of each split.
+    """Open the file with the pretrained weights, and the indices of the digits for training and evaluation.
 
     The first layer's weight matrix is the int8 codes in `fc1.weight` times the number in `fc1.step`.
-    The splits are `split.adaptation`, the digits to train on, and `split.held_out`.
+    `split.adaptation` has the indices of the digits to train on, and `split.held_out` those of the held-out
+    digits.
     """
     with resources.as_file(resources.files("nplora.cli.demo") / "digits.safetensors") as path:
         return safetensors.open(path, mmap=False)
 
 
 def digits(numbers: Array) -> Digits:
-    """Load digits from scikit-learn by their indices (`numbers`, 0 to 1796), and rotate and invert copies.
+    """Load scikit-learn's digits with the indices `numbers` (from 0 to 1796). Rotate and invert copies.
 
     Raises:
         ModuleNotFoundError: scikit-learn is not installed.
@@ -283,7 +285,7 @@ def adapt(
 
 
 def accuracy(model: Module, held_out: Digits) -> Accuracy:
-    """The share of digits whose label has the largest logit, on original and on changed images."""
+    """The share of digits that the model predicts correctly from their original and their changed images."""
     right = [np.mean(model(x).argmax(axis=1) == held_out.labels) for x in (held_out.old, held_out.new)]
     return Accuracy(old=float(right[0]), new=float(right[1]))
 

@@ -34,7 +34,7 @@ class Encoded:
 
     @staticmethod
     def of(classifier: TextClassifier, rows: Sequence[Labelled], whole: bool = False) -> Encoded:
-        """Encode texts or, for a classifier of tokens, sentences. If `whole` is set, no sentence is cut."""
+        """Encode texts or, for a classifier of tokens, sentences. `whole`: do not cut any sentence."""
         if classifier.classifies_tokens:
             sentences = [row.words if isinstance(row, Tagged) else () for row in rows]
             words = classifier.encoder.word_ids(sentences, None if whole else classifier.max_length)
@@ -43,7 +43,7 @@ class Encoded:
         return Encoded(ids, cut)
 
     def part(self, numbers: Iterable[int]) -> Encoded:
-        """The texts with the indices `numbers`."""
+        """Return an `Encoded` that has only the texts with the indices `numbers`."""
         chosen = list(numbers)
         ids, words = [self.ids[i] for i in chosen], self.words
         if words is not None:
@@ -64,7 +64,7 @@ class Encoded:
         return (self.ids, slice(None)) if self.words is None else classifier.windows(self.words)
 
     def places(self, places: Sequence[str]) -> list[str]:
-        """Return the place (file and line) of each text, or of each word with a token.
+        """Return a place (file and line) for each text or, if words are labelled, for each word with a token.
 
         Args:
             places: the place of each text.
@@ -75,7 +75,7 @@ class Encoded:
         return [place for place, count in zip(places, counts, strict=True) for _ in range(count)]
 
     def truth(self, targets: Targets) -> Targets:
-        """The targets of each text, or of each word with a token, as `ClassificationReport.of` takes them."""
+        """Return `targets`, except those of words that have no token, for `ClassificationReport.of`."""
         if self.words is None:
             return targets
         return self.words.kept(targets)

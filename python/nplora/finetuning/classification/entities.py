@@ -34,7 +34,7 @@ class Entity(NamedTuple):
 
 
 class EntityCounts(NamedTuple):
-    """Numbers of entities, counted for each kind.
+    """Numbers of entities. Each attribute maps each kind of entity to a number.
 
     Attributes:
         hits: the number of predicted entities that equal a true entity.
@@ -48,10 +48,10 @@ class EntityCounts(NamedTuple):
 
 
 def first_misfit(tags: Iterable[str]) -> str | None:
-    """Return the first tag that does not fit, or None if all tags fit.
+    """Return the first tag that fits no scheme together with the tags before it, or None if all tags fit.
 
-    A tag fits if it has the form of an entity tag, and one scheme has the first letters of this tag and of
-    all earlier tags.
+    A tag fits if it has the form of an entity tag, and one scheme has the first letter of this tag and the
+    first letters of all earlier tags.
 
     >>> from nplora.finetuning.classification.entities import first_misfit
     >>> first_misfit(["O", "B-PER", "b-LOC"]), first_misfit(["U-PER", "S-PER"]), first_misfit(["O", "S-PER"])
@@ -125,7 +125,7 @@ def scheme_of(tags: Iterable[str], sentences: Iterable[Sequence[str]]) -> str:
 
 
 def entities(tags: Sequence[str]) -> Iterator[Entity]:
-    """The entities of a sentence, as seqeval's default mode counts them; L- counts as E-, and U- as S-.
+    """The entities of a sentence, as in seqeval's default mode. L- has the meaning of E-, and U- of S-.
 
     A tag with B-, S- or U- always begins an entity. Every other tag except O begins an entity if the word
     before it is in no entity, is in an entity of another kind, or is the last word of an entity.
@@ -146,7 +146,7 @@ def entities(tags: Sequence[str]) -> Iterator[Entity]:
 
 
 def count_entities(predicted: Iterable[Sequence[str]], true: Iterable[Sequence[str]]) -> EntityCounts:
-    """Count the predicted and the true entities of sentences, and the predicted entities that are true."""
+    """Count the entities in predicted and in true tags of sentences, and the entities that are in both."""
     counts = EntityCounts(Counter(), Counter(), Counter())
     for ours, theirs in zip(predicted, true, strict=True):
         found, wanted = set(entities(ours)), set(entities(theirs))

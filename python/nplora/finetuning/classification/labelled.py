@@ -1,4 +1,4 @@
-"""Labelled texts: reads texts and targets from files or Python objects, and keeps each row's place."""
+"""Labelled texts: reads texts and targets from files or Python objects, with each row's file and line."""
 
 from __future__ import annotations
 
@@ -86,8 +86,8 @@ class LabelledTexts:
         rows: the texts and targets.
         places: the file and line of each row, for messages.
         bad: the rows that were skipped.
-        first_tags: a dict from each tag of words, in the order in which the tags first occur, to a text for
-            messages. The text names the file, the line and the word of the first occurrence.
+        first_tags: a dict from each tag to a text for messages, which names the file, the line and the word
+            where the tag first occurs. The tags are in the order of their first occurrences.
         other_labels: labels that are known even if no row has them.
     """
 
@@ -160,8 +160,8 @@ class RowReader:
         task: as in `TextClassifier`; or "tokens", if each word has a label.
         separator: the text between the labels of a row, if the row's labels are one text instead of a list.
         labels: the known labels; None: every label is accepted.
-        numbered: whether an integer i that is not one of the labels stands for labels[i], as in data sets of
-            transformers.
+        numbered: whether rows may give the index of a label instead of the label, as in data sets of
+            transformers. An integer that is itself a label is never read as an index.
     """
 
     def __init__(
@@ -249,7 +249,7 @@ class RowReader:
         return name if self._known is None else self._found(value, name, where)
 
     def _found(self, value: str | int, name: str, where: str) -> str:
-        """Return the known label that the value in a row stands for."""
+        """Return the known label that the value in a row gives by its name or its index."""
         assert self._known is not None
         if str(value) in self._known:
             return str(value)
@@ -265,8 +265,8 @@ class RowReader:
 def task_of(task: str | None, columns: Mapping[str, str], sources: Sequence[Source]) -> str:
     """Return `task`. If `task` is None, return "tokens" if the rows have words and no text, else "single".
 
-    The keys of `columns` show whether the rows have words or texts. If `columns` is empty, the first row
-    without an error shows this.
+    The keys of `columns` show whether the rows have words or texts. If `columns` is empty, the fields of the
+    first row without an error show it.
     """
     if task is not None or not {"text", "label"}.isdisjoint(columns):
         return task or "single"
@@ -344,9 +344,9 @@ def _is_float(value: Any) -> bool:
 
 
 def _by_name(labels: Sequence[str]) -> dict[str, str]:
-    """Map each label without surrounding spaces to the label itself.
+    """A dict from labels without their surrounding spaces to the labels with these spaces.
 
-    If several labels differ only in surrounding spaces, all of them are left out.
+    Labels that differ only in surrounding spaces have no entry.
     """
     counts = Counter(label.strip() for label in labels)
     return {label.strip(): label for label in labels if counts[label.strip()] == 1}
@@ -361,10 +361,11 @@ def _natural(label: str) -> tuple[int, float, str]:
 
 
 def targets_of(rows: LabelledTexts, task: str, labels: Sequence[str]) -> Targets:
-    """The targets in the form that the loss of the task takes.
+    """The targets as the loss function of `task` takes them. n is the number of rows.
 
     - "single": the indices of the labels, int64 (n,).
-    - "multi" and "regression": zeros and ones, or the numbers, float32 (n, outputs).
+    - "multi": 1 for each label that a row has, else 0, float32 (n, labels).
+    - "regression": the numbers, float32 (n, 1).
     - "tokens": an array for each sentence: the indices of the labels of its words, int64 (words,).
 
     Raises:

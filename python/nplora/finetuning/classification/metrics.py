@@ -92,7 +92,7 @@ class ClassificationReport:
     def of(
         task: str, labels: Sequence[str], logits: Array, targets: Array | Sequence[Array]
     ) -> ClassificationReport:
-        """Compare logits (n, outputs) with targets. Both have the form that the loss of the task takes.
+        """Compare logits (n, outputs) with targets, in the form that the task's loss function takes.
 
             >>> labels, logits = ["O", "B-PER", "I-PER"], np.eye(3)[[1, 2, 0, 1]]
             >>> truth = [np.array([1, 2, 0]), np.array([0])]
@@ -101,8 +101,8 @@ class ClassificationReport:
             (0.75, 0.5, 1.0)
 
         Args:
-            logits: for "tokens", the logits of all words in order.
-            targets: for "tokens", an array for each sentence: the indices of the labels of its words.
+            logits: one row for each text. For "tokens", one row for each word of all sentences, in order.
+            targets: for "tokens", a list with an array for each sentence: the label index of each word.
         Raises:
             ValueError: a logit is NaN or infinite.
         """

@@ -25,7 +25,7 @@ def draw(
     """A PNG image. Without a confusion matrix, the picture shows the scores alone.
 
     Args:
-        scores: the name of each score, and its value for each label.
+        scores: a dict from the name of each score to a list of its values, one for each label.
         confusion: the number of texts for each true label (row) and predicted label (column).
         unit: the kind of items that have labels: "texts" or "words".
     Raises:

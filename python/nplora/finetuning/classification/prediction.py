@@ -62,10 +62,10 @@ def evaluate_classifier(
         (2, 2)
 
     Args:
-        data: rows as for `train_classifier`. From a directory, the validation data are read, or the training
-            data if there are no validation data. A label may also be given by its index, which counts from 0,
-            as in data sets of transformers. If the classifier classifies tokens, rows have words and tags.
-            Long sentences are read in windows, as in `predict_words`. Words without a token are left out.
+        data: rows as for `train_classifier`. If `data` is a directory, its validation data are read or, if
+            there are none, its training data. A label may also be given by its index, which counts from 0, as
+            in data sets of transformers. If the classifier classifies tokens, rows have words and tags. Long
+            sentences are read in windows, as in `predict_words`. Words without a token are left out.
         columns, separator, skip_bad: as for `train_classifier`.
         progress: print on stderr how many rows are done; None: only on a terminal or in a notebook.
     Raises:
@@ -75,8 +75,8 @@ def evaluate_classifier(
             infinite.
         TypeError: the separator or the name of a column is not a text.
     Warns:
-        UserWarning: texts were cut, or rows were skipped; or tags look like those of entities, but one of
-            them fits no scheme such as IOB2.
+        UserWarning: texts were cut, or rows were skipped. Or the tags look like tags of entities, but one of
+            the tags fits no scheme such as IOB2.
     """
     op = "evaluate_classifier"
     require_separator(op, separator)
@@ -140,10 +140,11 @@ def predict_rows(
         columns: the name of the field with the text or the words, as in text=review or tokens=words.
         skip_bad: leave out rows without a text, and warn at the end how many rows were left out.
         progress: as in `evaluate_classifier`.
-        probabilities: for words, also yield "probabilities"; rows of texts always have this field.
+        probabilities: if words are classified, also yield the field "probabilities". If texts are classified,
+            this field is always there.
     Raises:
-        DataError: `skip_bad` is not set, and a row has no text, a text has no tokens, or a row already has a
-            field with the name of a new field.
+        DataError: a row has no text, its text has no tokens, or it has a field with the name of a new field.
+            With `skip_bad`, such rows raise no error.
         ValueError: a logit is NaN or infinite.
     Warns:
         UserWarning: texts were cut or empty, words have no token, or rows were skipped.
@@ -263,12 +264,12 @@ class _Predictor:
 
     @property
     def column(self) -> str:
-        """The field that a line of a plain text file becomes: a text or, for token classifiers, words."""
+        """The field that holds a line of a plain text file, as a text or, for token classifiers, as words."""
         columns = self._columns
         return (columns.tokens or WORDS[0]) if self._classifier.classifies_tokens else columns.text
 
     def read(self, row: Row) -> tuple[Row, Labelled]:
-        """The text or the words of a row, and the row with its words as a list.
+        """Return the row, with its words as a list, and then the text or the words of the row.
 
         Raises DataError if the row has no text, or has a field that the prediction would replace.
         """

@@ -71,15 +71,16 @@ class TextBatches:
         return self.epoch(0, 0)
 
     def sample_gradient(self, model: TextClassifier, loss: Loss) -> Callable[[], None]:
-        """Return a function that adds the gradient of a sample to the model's gradients, for `Int8Check`.
+        """Return a function that `Int8Check` calls: it adds the gradient of the loss on a sample of texts.
 
         The sample consists of the first texts. The sample has at most `SAMPLE_TOKENS` tokens, unless
         `LEAST_ROWS` texts have more tokens. The sample has at least `LEAST_ROWS` texts, unless the data have
         fewer.
 
-        If the head reads one token of each text, the last block computes one row for each text. A product of
-        fewer than `LEAST_ROWS` rows with low-bit weights is computed in int8 even when the check turns int8
-        off. So with fewer texts, the check could not compare int8 with bfloat16 in the last block.
+        If the head reads one token of each text, the activations in the last block of the model have one row
+        for each text. If activations have fewer than `LEAST_ROWS` rows, their products with low-bit weights
+        are computed in int8 even when the check turns int8 off. So with fewer texts, the check could not
+        compare int8 with bfloat16 in the last block.
         """
         count = sample_length((len(ids), 1) for ids in self._ids)
 

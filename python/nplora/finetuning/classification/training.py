@@ -76,8 +76,8 @@ class ClassifierRun:
         cut: the number of texts in training and validation data that were too long and were cut. If words are
             labelled, only training sentences count, because long validation sentences are not cut but read
             in windows.
-        lost: the number of training words that were not trained. Such a word has no token, or was cut off
-            with the end of its sentence.
+        lost: the number of words in the training data that were not trained, because they have no token, or
+            because the end of their sentence was cut off.
         skipped: a text about the bad rows that were skipped; empty if there are none.
         valid: the report on the validation data; None without such data.
         temperature: the number by which the logits were divided; 1 without `calibrate`.
@@ -202,7 +202,7 @@ def train_classifier(
     - "multi": the label of a text is a list of texts, or a text with separators.
     - "regression": the label of a text is a number.
     - "tokens": a row has the words of a sentence and a tag for each word, {"tokens": [...], "tags": [...]}.
-      Only the first token of a word is trained.
+      The loss compares only the prediction for a word's first token with the tag.
 
     The adapter has PEFT's task type TOKEN_CLS for the task "tokens", and SEQ_CLS for the other tasks. The
     adapter includes the head and the names of the labels. The output directory also holds checkpoints and
@@ -215,8 +215,8 @@ def train_classifier(
     only divided by the root of their mean square, and their mean is not subtracted.
 
     Args:
-        model: as for `load_encoder`; or a loaded encoder without an adapter. The given encoder itself is
-            trained, and has the adapter after the call.
+        model: a path as for `load_encoder`, or a loaded encoder without an adapter. A loaded encoder is
+            itself trained, and has the adapter after the call.
         data: rows to train on: a file (.csv, .jsonl, .parquet, …), an iterable of dictionaries, a data frame;
             or a directory with train.csv and perhaps valid.csv. In pairs (file, weight), the weight is
             ignored.
@@ -225,9 +225,9 @@ def train_classifier(
         progress: print progress on stderr; None: only on a terminal or in a notebook.
         callbacks: your `Callback`s; `run.model` is the classifier.
         communicator: the ranks that train together, as in `Trainer`; with `distributed`, this function opens
-            a communicator itself. The batches of a step are divided among at most `accumulate` ranks, and the
-            adapter has the same bits for any number of ranks. Every rank makes the same call. Only rank 0
-            writes to `output`.
+            a communicator itself. The ranks divide the batches of each step among themselves, so there may be
+            at most `accumulate` ranks. The adapter has the same bits for any number of ranks. Every rank
+            makes the same call. Only rank 0 writes to `output`.
         task: kind of the labels: single (one label for each text, the default), multi (any number of labels
             for each text), regression (a number for each text) or tokens (one label for each word, the
             default for rows with words and tags).
@@ -279,8 +279,8 @@ def train_classifier(
             the validation data have a label that the training data do not have.
         ValueError, TypeError: an option is out of range, or `calibrate` is set without validation data; or
             the ranks do not have the same options and data.
-        FileExistsError: the output directory holds a run, and neither `resume` nor `overwrite` is set; or it
-            holds an adapter, and `overwrite` is not set.
+        FileExistsError: the output directory holds a run, and neither `resume` nor `overwrite` is set. Or the
+            output directory holds an adapter, and `overwrite` is not set.
         Other errors: see `load_encoder` and `Trainer.fit`.
     Warns:
         UserWarning: tags look like those of entities, but one of them fits no scheme such as IOB2.
@@ -367,7 +367,7 @@ class _Training:
         return train, valid.read(held_out, options.skip_bad)
 
     def _divided(self, rows: LabelledTexts, share: float) -> tuple[LabelledTexts, LabelledTexts]:
-        """Divide the rows. The training rows also know the labels that occur only in held-out rows."""
+        """Divide the rows. The result for training also has the labels that occur only in held-out rows."""
         train, valid = rows.divided(share)
         labels = () if self.task == "regression" else rows.labels(self.task)
         return train.with_labels(labels), valid
@@ -543,8 +543,8 @@ def _standard(targets: Array, classifier: TextClassifier) -> tuple[float, float]
     """The mean and the standard deviation of the targets. After training, both numbers are merged into the
     last layer.
 
-    If the last layer has no bias, it cannot add the mean. Then 0 is returned instead of the mean, and the
-    root of the mean square of the targets instead of the standard deviation.
+    Without a bias, the last layer cannot add the mean. The returned pair is then 0 and the root of the mean
+    square of the targets.
     """
     wide = targets.astype(np.float64)
     centre = 0.0 if classifier.head.out.bias is None else float(wide.mean())

@@ -29,7 +29,8 @@ class TokenBatches:
         batch_tokens: maximum tokens in a batch. An example with more tokens is the only example of its batch.
         batch_examples: number of examples in a batch; the last batch may have fewer. Set either
             `batch_examples` or `batch_tokens`.
-        shuffle: whether the order is random. False: every epoch has the order of the file.
+        shuffle: whether the order of the examples is random. If False, every epoch has the examples in the
+            order of the data.
         seed: random seed for the order of the examples, at least 0.
     Attributes:
         length: the number of batches in an epoch.
@@ -83,7 +84,7 @@ class TokenBatches:
     def epoch(self, epoch: int, skip: int = 0) -> Iterator[tuple[PackedBatch, Any]]:
         """Make the batches of epoch number `epoch` (from 0).
 
-        Yields pairs: a batch, and the additional inputs of the loss for this batch.
+        Yields tuples: a batch, and the additional inputs of the loss for this batch.
 
         Args:
             skip: number of batches to leave out at the start of the epoch.
@@ -109,7 +110,7 @@ class TokenBatches:
         return self.epoch(0)
 
     def identity(self) -> dict[str, Any]:
-        """The settings that a resumed run must have in common with the first run, as JSON values."""
+        """Return the settings, as JSON values. A resumed run must have the same settings as the first run."""
         return {
             "data": self.dataset.fingerprint(),
             "batch_tokens": self._tokens,
@@ -119,7 +120,7 @@ class TokenBatches:
         }
 
     def log_summary(self) -> dict[str, Any]:
-        """The description of these batches for the log of a run, as JSON values."""
+        """Return what the log of a run says about the batches, as JSON values."""
         report = self.dataset.report
         sizes = {"batch_tokens": self._tokens, "batch_examples": self._examples}
         return {
@@ -131,7 +132,7 @@ class TokenBatches:
         } | {name: size for name, size in sizes.items() if size is not None}
 
     def _grouped(self, batch_tokens: int) -> list[Array]:
-        """The indices of the examples in each batch."""
+        """Group the examples into batches. Return the indices of the examples of each batch."""
         lengths, order = self.dataset.lengths, self._order(len(self.dataset), 0)
         groups, begin, size = list[Array](), 0, 0
         for place, length in enumerate(lengths[order].tolist()):

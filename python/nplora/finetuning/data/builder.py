@@ -27,12 +27,12 @@ class Builder(Generic[_Made]):
 
     Args:
         max_length, strict: as in `read_dataset`.
-        made: the class of the dataset. The class defines how many sequences an example has.
+        made: the class of the dataset to build. The class defines how many sequences an example has.
         unit: the name of an example in the report.
 
     Attributes:
         bad: the number and the errors of the bad rows of the current source.
-        kind: the kind of the rows of the current source.
+        kind: the name of the row format of the current source, such as "messages".
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class Builder(Generic[_Made]):
     def add(self, sequences: list[Encoded], where: str, unused: bool = False) -> None:
         """Add the sequences of an example, cut to the maximum length.
 
-        If `is_emptied` is true for the sequences after the cut, the example is left out.
+        If the cut leaves nothing to train on (see the function `is_emptied`), the example is left out.
 
         Args:
             unused: whether the row has tools or documents that no sequence contains.
@@ -84,7 +84,7 @@ class Builder(Generic[_Made]):
             self._starts.append(len(self._ids))
 
     def _cut(self, sequence: Encoded, where: str) -> Encoded:
-        """The sequence without the tokens beyond the maximum length."""
+        """Remove the tokens of the sequence that exceed the maximum length. With `strict`, raise an error."""
         most, count = self._max_length, len(sequence.ids)
         if most is None or count <= most or self._sources[-1].is_text:
             return sequence
@@ -97,8 +97,8 @@ class Builder(Generic[_Made]):
         """Finish the current source: repeat its examples according to its weight.
 
         Raises:
-            DataError: the source has no examples. A source that may be empty causes this error only if
-                rows were skipped or examples were left out.
+            DataError: the source has no examples. A source that may be empty (`may_be_empty`) is refused
+                only if it had rows, and all of them were skipped or left out.
             LimitError: the weight gives an epoch more than `MOST_EXAMPLES` examples.
         """
         source, added, reasons = self._sources[-1], range(self._first, self.stored), self._why()
@@ -172,7 +172,7 @@ def warn_of_unused(source: str, count: int, unit: str = "example") -> None:
     """Warn if some rows have messages, reasoning, tools or documents that are not in the tokens.
 
     Args:
-        count: the number of examples of such rows.
+        count: the number of examples whose row has something that is not in the tokens.
     """
     if count:
         warn_user(
@@ -184,7 +184,7 @@ def warn_of_unused(source: str, count: int, unit: str = "example") -> None:
 def copies(weight: float, tokens: array.array[int]) -> int:
     """How many times an epoch uses an example.
 
-    If the weight is not a whole number, a hash of the tokens decides whether the example is used once more.
+    If the weight is not a whole number, it is rounded up or down. A hash of the tokens decides which.
     """
     whole, fraction = divmod(weight, 1)
     if not fraction:
@@ -204,5 +204,5 @@ def is_emptied(cut: list[Encoded], whole: list[Encoded]) -> bool:
 
 
 def _are_equal(sequences: list[Encoded]) -> bool:
-    """Whether several sequences have the same tokens. Two long answers may be equal after they are cut."""
+    """Whether an example has several sequences, and the cut has made them equal."""
     return len(sequences) > 1 and all(one.ids == sequences[0].ids for one in sequences)

@@ -33,8 +33,7 @@ class Answers:
 
     Attributes:
         is_answer: for each token of the batch, whether the next token belongs to an answer.
-        tokens_per_pair: the number of trained tokens of a chosen sequence, averaged over all pairs of the
-            data set.
+        tokens_per_pair: the mean number of trained tokens of a chosen sequence, over all pairs of the data.
     """
 
     is_answer: Array
@@ -63,7 +62,7 @@ class PairDataset(Stored):
 
 
 class LearnedPairs(PairDataset):
-    """Pairs for ORPO. ORPO also trains on the whole chosen sequence, including the prompt."""
+    """Pairs for ORPO. ORPO trains on all tokens of the chosen sequence, including the prompt."""
 
     def batch(self, indices: Array) -> tuple[PackedBatch, Answers]:
         _, answers = super().batch(indices)
@@ -94,15 +93,15 @@ class Judgements:
 class JudgedDataset(Stored):
     """Answers that were judged as good or bad.
 
-    The prompt of each example also forms a mismatched pair with an answer to another prompt. This answer
-    belongs to the nearest earlier example of the batch that has another prompt. If there is no earlier
-    example with another prompt, the search continues at the end of the batch. If all prompts of the batch are
-    equal, the search covers the whole data set instead of the batch. The mean of log(p / p_reference) over
-    the mismatched pairs estimates the KL divergence of the model from the reference. The batches are the same
-    in all epochs, so the log-probabilities of the reference are computed only once.
+    Each batch comes with a mismatched pair for each of its examples: the prompt of the example, and the
+    answer of the nearest earlier example with another prompt. If no earlier example has another prompt, the
+    search continues backwards from the end of the batch. If all prompts of the batch are equal, the search
+    covers the whole data set instead. The mean of log(p / p_reference) over the mismatched pairs estimates
+    the KL divergence of the model from the reference; p and p_reference are their probabilities of an answer.
+    The batches are the same in all epochs, so the log-probabilities of the reference are computed only once.
 
     Attributes:
-        good: for each stored example, whether the answer is good.
+        good: for each stored example, whether its answer was judged as good.
         max_length: maximum tokens of a mismatched pair.
         mismatches: whether the loss needs mismatched pairs.
     """
@@ -130,14 +129,14 @@ class JudgedDataset(Stored):
         return bool((self._prompts != self._prompts[0]).any())
 
     def _others(self, indices: Array) -> Array:
-        """For each example, the index of the example whose answer completes the mismatched pair."""
+        """For each prompt, find an answer to another prompt. Return the indices of the answers' examples."""
         found = _before_with_another(self._prompts[indices])
         return self._others_in_data[indices] if found is None else indices[found]
 
     @functools.cached_property
     def _others_in_data(self) -> Array:
         found = _before_with_another(self._prompts)
-        assert found is not None, "`read_judged` refuses data with a single prompt"
+        assert found is not None, "`read_judged` refuses data in which all prompts are equal"
         return found
 
     @functools.cached_property
@@ -152,7 +151,7 @@ class JudgedDataset(Stored):
         return np.array(stored)[self._order]
 
     def _mismatched(self, one: int, other: int) -> Labelled:
-        """The prompt of one example and the answer of another, cut to the maximum length."""
+        """The prompt of example `one` and the answer of example `other`, cut to the maximum length."""
         (prompt, own), (ids, labels) = self[one][:2], self[other][:2]
         begin, answer = _first_trained(own), _first_trained(labels)
         joined = np.concatenate([prompt[:begin], ids[answer:]])
@@ -169,9 +168,9 @@ def _first_trained(labels: Array) -> int:
 
 
 def _before_with_another(values: Array) -> Array | None:
-    """For each position, the nearest earlier position whose value is different; None if all values are equal.
+    """For each index of `values`, find the nearest earlier index that has another value.
 
-    The positions form a circle: the last position comes before the first.
+    The search continues from index 0 to the last index. If all values are equal, the result is None.
     """
     begins = np.flatnonzero(values != np.roll(values, 1))  # each begins a run of equal values
     if not len(begins):
@@ -249,7 +248,7 @@ class _JudgedBuilder(Builder[JudgedDataset]):
 
 @dataclass(frozen=True)
 class _Wanted:
-    """The kinds of rows that an objective reads."""
+    """An objective, and the names of the kinds of rows that it reads."""
 
     objective: str
     kinds: tuple[str, ...]
@@ -287,7 +286,6 @@ def _read(
 
 
 def _whole(_: Example, sequences: list[Encoded]) -> list[list[Encoded]]:
-    """A pair is one example of two sequences."""
     return [sequences]
 
 

@@ -35,7 +35,8 @@ PLAIN_TEXT = "plain text"  # what a report calls the format of a .txt file
 class Dataset(Stored, Sequence[tuple[Array, Array]]):
     """A sequence of examples. Each example is a pair (ids, labels) of int32 arrays of the same length.
 
-    The label -100 marks a token that is not trained. A dataset takes 5 bytes of memory per token.
+    The label -100 marks a token that is not trained. A dataset stores 5 bytes per token: its id, and whether
+    it is trained.
 
     Attributes:
         report: a summary of the file.
@@ -149,18 +150,18 @@ def read_dataset(
         max_length: maximum tokens of an example; longer examples are cut. A plain text requires max_length.
         learn: the tokens to train: "completion" for the tokens that the list of formats names, "all" for all
             tokens.
-        format: format of the rows: "messages", "sharegpt", "alpaca", "completion" or "text"; None: the fields
-            decide.
-        columns: a dict from field names of the list above to field names in the data: {"prompt": "question"}.
+        format: format of the rows: "messages", "sharegpt", "alpaca", "completion" or "text". If None, the
+            names of the fields decide the format.
+        columns: a dict from the formats' field names to those in the data, such as {"prompt": "question"}.
         chat: write prompts and completions with the chat template, as messages of the user and the assistant.
         skip_bad: skip bad rows, and count them.
         strict: refuse an example of more than max_length tokens.
     Raises:
         DataError: the file has no rows, no token can be trained, or a row is wrong. The error message names
-            the file and the line. A row is wrong in these cases: its fields fit no format, two formats, or
-            another format than the earlier rows; a field is missing or empty, or has a wrong type; a role is
-            unknown or out of order; a tool call has no name; a weight is neither 0 nor 1, or is in a message
-            that is not the assistant's.
+            the file and the line. A row is wrong if its fields fit no format or two formats, or if earlier
+            rows have another format. No field may be missing or empty, or have a wrong type. No role may be
+            unknown or out of order. A tool call must have a name. Only a message of the assistant may have a
+            weight, which is 0 or 1.
         LimitError: a line is too long, its JSON exceeds a limit, or a weight gives an epoch too many
             examples.
         UnsafeError, FormatError: the model's chat template is invalid.
@@ -247,7 +248,7 @@ def add_rows(
     Args:
         require: a function that is called with the kind of a row, and with the file and line of the row. The
             function raises a DataError if the objective does not read rows of this kind.
-        examples_of: a function that divides the sequences of a row into examples.
+        examples_of: a function that groups the sequences of a row into examples (lists of sequences).
     """
     encoder = Encoder(tokenizer, options.learn == "all", options.max_length, options.chat)
     kind: Kind | None = None
@@ -269,7 +270,7 @@ def add_rows(
 
 
 def forgotten_in(row: Row, example: Example, unread: dict[str, Any], options: ReadOptions) -> str | None:
-    """The name of the field that probably holds the prompt of a comparison without a prompt, or None."""
+    """If a comparison has no field "prompt", return the name of the field that may hold it, or None."""
     if not isinstance(example, Preference) or row.values.get(options.columns.get("prompt", "prompt")):
         return None
     return forgotten_prompt(example, unread)
@@ -322,14 +323,14 @@ def kind_of(
 
 
 class Parsed(NamedTuple):
-    """The content of a row.
+    """A row after its fields have been read.
 
     Attributes:
-        kind: the kind of the row.
+        kind: the format of the row.
         example: the content of the row.
         lacks_context: whether the row has tools or documents that are not in the example.
-        unread: the unused fields of the row, by their names in the data. Empty fields, tools and documents
-            are left out.
+        unread: a dict from the names of the unused fields, as in the data, to their values. Empty fields,
+            tools and documents are left out.
     """
 
     kind: Kind

@@ -52,8 +52,8 @@ class Encoder:
 
     Args:
         learn_all: whether all tokens are trained, including prompts.
-        max_length: the maximum number of tokens, or None. Encoding stops soon after this number, so that an
-            example that is too long is noticed.
+        max_length: the maximum number of tokens of a sequence, or None. The encoder stops at `max_length` + 1
+            tokens or soon after: enough for the caller to see that the example is too long.
         chat: whether completions go through the chat template too.
     Raises:
         ValueError: the model has no EOS token.
@@ -69,7 +69,7 @@ class Encoder:
         self._most = None if max_length is None else max_length + 1
 
     def encode(self, example: Example, where: str) -> list[Encoded]:
-        """The sequences of an example: one, or two (chosen and rejected) for a preference.
+        """Encode an example as one sequence. A preference has two sequences: chosen and rejected.
 
         Raises:
             DataError: nothing can be trained, both answers of a preference have the same tokens, or the chat
@@ -98,7 +98,7 @@ class Encoder:
         return sequences
 
     def text_parts(self, texts: Iterable[str]) -> Iterator[list[int]]:
-        """Encode a text that is given in parts. Yield the tokens of each part, then EOS."""
+        """Encode one text whose consecutive parts are `texts`. Yield the tokens of each part, then EOS."""
         for index, text in enumerate(texts):
             encode = self._tokenizer.encode_continuation if index else self._tokenizer.encode_prompt
             yield encode(text)
@@ -115,8 +115,8 @@ class Encoder:
     def _completion(self, example: Completion, where: str) -> Encoded:
         """Encode the prompt and the completion as one text.
 
-        If the tokens of this text do not begin with the tokens of the prompt, encode the prompt and the
-        completion separately.
+        The tokens of the whole text may not begin with the tokens of the prompt alone. In this case, encode
+        the prompt and the completion separately.
         """
         prompt, completion = example.prompt, example.completion
         before, ids = (
@@ -175,7 +175,7 @@ def _require_calls(message: Message, lost: list[int], where: str) -> None:
 
 
 def _unusual_order(messages: list[Message]) -> str:
-    """Describe the first message whose role breaks the order that many templates demand; "" if none."""
+    """Describe the first message that breaks the order of roles of many templates; "" if none does."""
     before: str | None = None
     for number, message in enumerate(messages, 1):
         role = message["role"]

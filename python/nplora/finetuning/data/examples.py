@@ -21,7 +21,7 @@ _ALSO = ", paired with an input that provides further context"
 
 @dataclass(frozen=True)
 class Text:
-    """A text; all of it is trained."""
+    """A text whose tokens are all trained."""
 
     text: str
 
@@ -46,7 +46,7 @@ class Chat:
     Attributes:
         messages: each has a role and a content, as in OpenAI's API; the arguments of tool calls are objects.
         tools, documents: passed to the template along with the messages; None if the row has none.
-        prompt: the number of messages that belong to the prompt, and are never trained.
+        prompt: the number of messages of the prompt, which come first and are never trained.
     """
 
     messages: list[Message]
@@ -96,7 +96,7 @@ Answered: TypeAlias = Completion | Chat | Instruction
 
 @dataclass(frozen=True)
 class Preference:
-    """Two answers to one prompt, of which the first is better."""
+    """Two answers to one prompt: `chosen` is better than `rejected`."""
 
     chosen: Answered
     rejected: Answered

@@ -16,10 +16,10 @@ _NEXT = json.JSONDecoder()
 
 
 def elements(parts: Iterator[bytes], name: str, most: int) -> Iterator[bytes]:
-    """The elements of the array in a JSON text: an array, or an object with an array as its "data".
+    """Yield the elements of an array in a JSON text. The text is an array, or an object whose "data" is an
+    array.
 
-    The elements are not parsed. If the text is an object, what follows the array in the object is not parsed
-    either.
+    The elements are not parsed. If the text is an object, its members after "data" are not parsed either.
 
     Args:
         parts: consecutive parts of the text. The array must begin within the first megabyte of the text.
@@ -92,7 +92,7 @@ def _follows(text: bytes, name: str, before: str) -> DataError:
 
 
 def _begin(head: bytes, name: str) -> tuple[int, bool]:
-    """The position after the "[" of the array, and whether the array is in an object."""
+    """Return the position in `head` after the "[" of the array, and whether the array is in an object."""
     text = head.removeprefix(b"\xef\xbb\xbf").decode("utf-8", "surrogateescape")
     before = len(head) - len(text.encode("utf-8", "surrogateescape"))
     place = _skip(text, 0)
@@ -125,6 +125,6 @@ def _begin(head: bytes, name: str) -> tuple[int, bool]:
 
 
 def _skip(text: str, place: int) -> int:
-    """The position of the first character, from `place` on, that is not white space."""
+    """Skip white space from the position `place` on. Return the position of the next other character."""
     found = _SPACE.match(text, place)
     return found.end() if found else place

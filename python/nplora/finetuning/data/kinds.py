@@ -18,8 +18,9 @@ class Kind:
 
     Attributes:
         name: the value of the option `format` for this kind.
-        fields: the fields of a row of this kind, as error messages name them.
-        known_by: a row that has one of these fields is of this kind.
+        fields: a text for error messages that names the fields of a row of this kind.
+        known_by: names of fields. A row with one of these fields is of this kind; `_kinds_with` makes
+            exceptions.
         parse: makes an example from the fields of a row.
     """
 
@@ -98,12 +99,11 @@ def _renames(names: list[str]) -> str:
 
 
 def _kinds_with(names: list[str], is_judged: bool) -> dict[str, str]:
-    """The kinds that a row with these fields may have: a dict from each kind to the field that shows it.
+    """Find the kinds that a row with these fields may have. The result maps a kind to the field found.
 
     Args:
-        is_judged: whether the row has a label that is true or false. Any other label may be something else
-            than a judgement, such as the topic of a text. Such a label counts as a judgement only if the row
-            has a completion.
+        is_judged: whether the row has a label that is true or false. Any other label, which may be the topic
+            of a text, counts as a judgement only if the row has a completion.
     """
     found = {kind.name: name for kind in KINDS for name in reversed(kind.known_by) if name in names}
     if "preference" in found and not {"chosen", "rejected"}.isdisjoint(names):
@@ -134,8 +134,8 @@ def renamed(values: dict[str, Any], columns: Mapping[str, str], where: str) -> d
 
 
 def lacks_context(values: Mapping[str, Any], example: Example) -> bool:
-    """Whether a row has tools or documents that are not in its example. Only an example with messages can
-    have them."""
+    """Whether a row has tools or documents that are missing in its example, which only has them if it has
+    messages."""
     answer: object = example
     if isinstance(example, Preference):
         answer = example.chosen

@@ -46,13 +46,14 @@ _PURPOSE = {  # what the rows are for, if `finetune` without options does not re
 
 @dataclass(frozen=True)
 class Example:
-    """One example of a preview.
+    """A sequence that a preview shows.
 
     Attributes:
         where: the file and line of the example.
         name: "chosen" or "rejected" for an answer of a pair, "good" or "bad" for a judged answer, "" for any
             other example.
-        pieces: the text, divided into pieces. Each piece is a pair: a text, and whether this text is trained.
+        pieces: the text, divided where training begins or ends. Each piece is a tuple: its text, and whether
+            it is trained.
         tokens, trained: the number of tokens, and the number of tokens that count in the loss.
     """
 
@@ -81,25 +82,25 @@ class Example:
 
 @dataclass(frozen=True)
 class Part:
-    """A summary of the examples to train on, or of the examples to evaluate on.
+    """A summary of the training examples, or of the validation examples.
 
     Attributes:
-        source: the files.
+        source: the names of the files.
         kinds: the formats of the rows.
         examples: the number of examples. A pair is one example.
-        epoch: the number of examples in an epoch. Examples that are left out do not count, and examples that
-            a weight repeats count several times.
+        epoch: the number of examples in an epoch. Examples that are left out do not count. An example that
+            the weight of its file repeats counts several times.
         lengths: the number of tokens of each sequence before it is cut. A pair has two sequences.
         trained: the number of tokens that count in the loss, before examples are cut.
         cut: the number of examples that are longer than the maximum length.
         lost: the number of tokens that are cut off.
-        emptied: the number of examples that are left out because, after the cut, they have nothing to train
-            on or both answers of a pair are the same.
+        emptied: the number of examples that are left out because of the cut: they have nothing to train on,
+            or both answers of a pair have become the same.
         unused: the number of examples with messages, reasoning, tools or documents that the chat template
             leaves out.
-        unread: a dict from each field that is not used to the number of rows with this field.
-        without_prompt: for comparisons without a prompt: a dict from each field that probably holds the
-            prompt to the number of rows with this field.
+        unread: a dict from the name of each unused field to the number of rows with this field.
+        without_prompt: the comparisons without a field "prompt": a dict from the name of a field that
+            probably holds the prompt to the number of these rows.
         repeated: the number of examples that repeat an earlier example.
         bad: the number of bad rows.
         problems: the errors of the first few bad rows.
@@ -137,9 +138,9 @@ class Preview:
     (16, 0, 0)
 
     Attributes:
-        train, valid: summaries of the examples to train on and of the examples to evaluate on; `valid` is
-            None if there are none.
-        max_length: the maximum length, to which examples are cut.
+        train, valid: summaries of the training examples and of the validation examples; `valid` is None if
+            there are no validation examples.
+        max_length: the maximum number of tokens of a sequence. In training, longer sequences are cut.
         examples: the first examples to train on.
         shared: the number of validation examples that are equal to a training example.
     """
@@ -151,11 +152,11 @@ class Preview:
     shared: int
 
     def require_usable(self) -> None:
-        """Check that there are training examples and, if validation data are given, validation examples.
+        """Check that training can use some of the training rows, and some of the validation rows, if any.
 
         Raises:
-            DataError: all rows are bad, left out, or only for `nplora eval`; or the weights are so small that
-                an epoch has no examples.
+            DataError: all rows are bad or are left out; or all are multiple-choice questions, which only
+                `nplora eval` reads; or the weights are so small that an epoch has no examples.
         """
         for part in (self.train, self.valid):
             if part is not None and not part.usable:
@@ -208,15 +209,15 @@ def preview(
     Args:
         data, tokenizer, format, columns, chat, max_length, learn: as for `read_dataset`. The rows may also be
             comparisons. A plain text is divided into the same windows as in `finetune`.
-        valid: rows to evaluate on. The preview counts the validation rows that are also in `data`.
+        valid: validation data, as `data`. The preview counts the validation rows that are also in `data`.
         valid_split: share of the examples to hold out, as for `finetune`.
         examples: how many of the first examples are shown.
     Returns:
         the preview; `print` shows it.
     Raises:
         DataError: there are no rows, or a file cannot be divided into rows.
-        ValueError, TypeError: an argument is wrong, or both `valid` and `valid_split` are given; or
-            `valid_split` is given for a plain text, which has no rows to hold out.
+        ValueError, TypeError: an argument is wrong, both `valid` and `valid_split` are given, or
+            `valid_split` is given for a plain text, which has no rows.
         Other errors: see `read_dataset`.
 
     >>> tokenizer = nplora.load_model("model.gguf").tokenizer
@@ -255,10 +256,10 @@ def preview(
 
 @dataclass(frozen=True)
 class _Found:
-    """A row without an error, or a window of a plain text.
+    """A row that was read without an error, or a window of a plain text.
 
-    `where` is the file and line of the row. `good` is True if the row's answer was judged as good, False if
-    it was judged as bad, and None if the row has no judged answer.
+    `where` is the file and line of the row. `good` is True for an answer that was judged as good, False for
+    an answer that was judged as bad, and None for a row without a judgement.
     """
 
     where: str
@@ -272,13 +273,13 @@ class _Found:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The name of each sequence."""
+        """The name of each sequence, as in `Example.name`."""
         if self.good is not None:
             return ("good" if self.good else "bad",)
         return ("chosen", "rejected") if self.kind == "preference" else ("",)
 
     def digest(self) -> bytes:
-        """A hash that is the same for equal examples."""
+        """A hash of the example's tokens, of which tokens are trained, and of the judgement."""
         said = repr([self.good, [(one.ids, one.trained) for one in self.sequences]])
         return hashlib.blake2b(said.encode(), digest_size=16).digest()
 
@@ -291,7 +292,8 @@ class _Reader:
         self._encoder = Encoder(tokenizer, options.learn == "all", None, options.chat)
 
     def read(self, sources: list[Source], shown: int) -> tuple[Part, dict[bytes, int], tuple[Example, ...]]:
-        """Return a summary, a dict from the hash of each example to its frequency, and the first examples."""
+        """Return a tuple: a summary; a dict from the hash of each example to the number of equal examples;
+        and the first `shown` examples."""
         lengths, seen, examples, bad = list[int](), dict[bytes, int](), list[Example](), BadRows()
         count = epoch = trained = cut = lost = emptied = unused = 0
         kinds, unread, without_prompt = dict[str, None](), Counter[str](), Counter[str]()
@@ -393,7 +395,7 @@ def _summary(part: Part, max_length: int) -> str:
 
 
 def _histogram(lengths: tuple[int, ...]) -> Iterator[str]:
-    """A line for each of about ten ranges of lengths, and the median."""
+    """Yield the lines of a histogram: one for each of at most ten ranges of lengths, then the median."""
     if not lengths:
         return
     least, most = min(lengths), max(lengths)

@@ -37,9 +37,8 @@ class Row:
     Attributes:
         where: the file and line of the row, for messages.
         values: the fields of the row; empty if there is an error.
-        lines: if the row is a sentence of a CoNLL file, a tuple: the name of the file, and the number of the
-            line with the first word of the sentence. Each further word has a line of its own. For other rows,
-            None.
+        lines: for a sentence of a CoNLL file, which has one word in each line, a tuple: the name of the file,
+            and the number of the line with the first word. For other rows, None.
     """
 
     where: str
@@ -48,7 +47,7 @@ class Row:
     lines: tuple[str, int] | None = None
 
     def place_of(self, name: str, i: int) -> str:
-        """The place of item `i` of the list in the field `name`, for messages."""
+        """Say for a message where item `i` of a list is. The field `name` holds the list."""
         if self.lines is None:
             return f"{self.where}, {name}[{i}]"
         file, first = self.lines
@@ -56,7 +55,7 @@ class Row:
 
 
 def read_rows(path: StrPath) -> Iterator[Row]:
-    """The rows of a file. A plain text gives rows {"text": ...}, one for each part of the text.
+    """The rows of a file. A .txt file is divided into parts, each of which is a row {"text": ...}.
 
     Raises:
         DataError: the suffix is unknown, or the file cannot be divided into rows.
@@ -80,7 +79,7 @@ def suffix_of(path: StrPath) -> str:
 
 
 def is_text(path: StrPath) -> bool:
-    """Whether a file is a plain text: one text, without rows."""
+    """Whether a file is a plain text, which has no rows."""
     return suffix_of(path) == ".txt"
 
 
@@ -95,7 +94,7 @@ def _parts(path: StrPath) -> Iterator[bytes]:
 
 
 def _decompressed(parts: Iterator[bytes], name: str) -> Iterator[bytes]:
-    """The content of one or several gzip streams, in parts of limited size."""
+    """Decompress a gzip file. Yield the content in parts of less than 2 * `_PART` bytes."""
     held = bytearray()
     for content in _inflated(parts, name):
         held += content
@@ -106,10 +105,10 @@ def _decompressed(parts: Iterator[bytes], name: str) -> Iterator[bytes]:
 
 
 def _inflated(parts: Iterator[bytes], name: str) -> Iterator[bytes]:
-    """The content of one or several gzip streams, at most `_PART` bytes at a time.
+    """Decompress a gzip file, which holds one or several streams. Yield at most `_PART` bytes at a time.
 
-    Each call of zlib gets only a few bytes, because zlib copies all bytes of its input that follow the end of
-    a stream.
+    If a stream ends within the input of a call, zlib copies the rest of this input. So each call gets only a
+    few bytes.
     """
     stream, read, made = zlib.decompressobj(_GZIP), 0, 0
     try:
@@ -138,13 +137,13 @@ def _inflated(parts: Iterator[bytes], name: str) -> Iterator[bytes]:
 
 
 def _after_padding(part: bytes, begin: int) -> int:
-    """The position at which the next stream may begin. A gzip file may be padded with zero bytes."""
+    """Skip the zero bytes that may follow a stream in a gzip file. Return the position after them."""
     is_padded = part[begin : begin + 1] == b"\0"
     return len(part) - len(part[begin:].lstrip(b"\0")) if is_padded else begin
 
 
 def _lines(path: StrPath) -> Iterator[tuple[int, bytes]]:
-    """The number (from 1) and the content of each line.
+    """Yield a tuple for each line: the number of the line (from 1), and its content.
 
     Raises:
         LimitError: a line is too long, or nearly all lines of the file are empty.
@@ -172,7 +171,7 @@ def _lines(path: StrPath) -> Iterator[tuple[int, bytes]]:
 
 
 def _bare(line: bytes, number: int) -> bytes:
-    """The line without the byte order mark and the carriage return that some editors add."""
+    """Remove what some editors add: a byte order mark before line 1, or a carriage return at the end."""
     return (line.removeprefix(_BOM) if number == 1 else line).removesuffix(b"\r")
 
 
@@ -247,9 +246,9 @@ def _separated(path: StrPath, delimiter: str) -> Iterator[Row]:
 
 
 def _next(reader: Any) -> list[str] | None:
-    """Read the next record. A field may have `MAX_LINE` bytes, as many as a line.
+    """Read the next record, with a limit of `MAX_LINE` characters for each field.
 
-    The csv module's limit for the size of fields is global, so the old limit is restored afterwards.
+    The csv module's limit is a global setting, so this function restores the previous limit.
     """
     before = csv.field_size_limit(MAX_LINE)
     try:
@@ -261,8 +260,8 @@ def _next(reader: Any) -> list[str] | None:
 def _text(path: StrPath) -> Iterator[Row]:
     """Split a plain text into parts. Newlines at the end of the text are dropped.
 
-    Each part except the first begins with a line whose first character is a letter. Every tokenizer also
-    splits the text before such a line. So the parts together have the same tokens as the whole text.
+    Each part except the first begins with a line whose first character is a letter. Every tokenizer divides a
+    text there too, so no token crosses the border of two parts, and the parts have the tokens of the text.
     """
     part, size, first = list[str](), 0, 1
     for number, line in _lines(path):
@@ -281,8 +280,8 @@ def _conll(path: StrPath) -> Iterator[Row]:
     """The sentences of a CoNLL file as rows {"tokens": [...], "tags": [...]}.
 
     Each line holds a word in its first column, and the tag of the word in its last column. A file without
-    tags has only one column. An empty line ends a sentence. Lines of CoNLL 2003 that begin a document are
-    left out.
+    tags has only one column. An empty line ends a sentence. A line that begins a document (-DOCSTART- in
+    CoNLL 2003) is left out.
     """
     lines, size, name = list[tuple[int, bytes]](), 0, files.name(path)
     document = BEGINS_DOCUMENT.encode()

@@ -32,9 +32,9 @@ class Source:
     """A source of rows.
 
     Attributes:
-        name: the file, or "data" for Python objects.
+        name: the name of the file, or "data" for Python objects.
         read: a function that reads the rows, and can be called several times.
-        path: the file; None for Python objects.
+        path: the path of the file; None for Python objects.
         weight: how many times an epoch contains each example. With a weight of 0.5, an epoch contains about
             half of the examples.
         may_be_empty: whether the source may have no rows.
@@ -48,12 +48,12 @@ class Source:
 
     @property
     def is_text(self) -> bool:
-        """Whether the source is a plain text: one text, without rows."""
+        """Whether the source is a plain text, which has no rows."""
         return self.path is not None and is_text(self.path)
 
 
 class Splits(NamedTuple):
-    """The sources of the training data, and of the validation data, if there are any."""
+    """The sources of the training data, and of the validation data (None if there are no such data)."""
 
     train: list[Source]
     valid: list[Source] | None
@@ -90,8 +90,9 @@ def splits_of(op: str, data: Data) -> Splits:
 def sources_of(op: str, data: Data) -> list[Source]:
     """The sources to evaluate on.
 
-    From a directory, the validation data are used, or the training data if there are no validation data. From
-    a mapping of splits, the first split that exists is used: validation, test, training.
+    If `data` is a directory, these are the validation data, or the training data if there are no validation
+    data. If `data` is a mapping of splits, they are the first of these splits that exists: validation, test,
+    training.
 
     Raises the same errors as `splits_of`.
     """
@@ -109,7 +110,8 @@ def _splits_of_path(path: StrPath) -> Splits:
 
 
 def _splits_of_paths(op: str, given: list[Any]) -> Splits:
-    """Several paths, or pairs (path, weight). The validation sets of several directories are joined."""
+    """Find the splits of a list of paths or of pairs (path, weight). If several of the paths are directories,
+    the result has the validation files of all of them."""
     pairs = [item if isinstance(item, tuple) and len(item) == 2 else (item, 1.0) for item in given]
     for path, weight in pairs:
         if not isinstance(path, str | os.PathLike):
@@ -135,14 +137,14 @@ def _weighted(source: Source, weight: float) -> Source:
 
 
 def _splits_of_mapping(op: str, data: Mapping[Any, Any]) -> Splits:
-    """The splits of a `DatasetDict` of Hugging Face, or of a dictionary like it."""
+    """Find the splits in a dictionary from names of splits to data, such as Hugging Face's `DatasetDict`."""
     train = splits_of(op, _split_named(op, data, "train")).train
     name = next((name for name in _VALID if name in data), None)
     return Splits(train, None if name is None else splits_of(op, data[name]).train)
 
 
 def _split_named(op: str, data: Mapping[Any, Any], *names: str) -> Any:
-    """Look for the names in the mapping, in this order. Return the split of the first name that is found."""
+    """Return the split with the first of the given names that is a key of the mapping."""
     for name in names:
         if name in data:
             return data[name]
@@ -171,7 +173,7 @@ def _objects(rows: Iterable[Any], is_table: bool) -> Source:
     """The source of rows that are Python objects.
 
     Args:
-        is_table: whether the rows come from a table, in which a null means a missing field.
+        is_table: whether the rows come from a table. A null in a table means that the row has no such field.
     """
 
     def read() -> Iterator[Row]:
@@ -237,10 +239,10 @@ def find_evaluated(path: StrPath) -> Path:
 
 
 def _required(directory: Path, *splits: tuple[str, ...]) -> Path:
-    """Look for the files of several splits in this order, and return the first file that exists.
+    """Return the file of the first of the given splits that has a file in the directory.
 
     Args:
-        splits: for each split, a tuple of its possible names.
+        splits: for each split, a tuple of the names that its file may have, without suffix.
     """
     found = next((file for names in splits if (file := _split(directory, names))), None)
     if found is None:
@@ -253,7 +255,7 @@ def _required(directory: Path, *splits: tuple[str, ...]) -> Path:
 
 
 def _split(directory: Path, names: tuple[str, ...]) -> Path | None:
-    """Return the file of a split; None if the directory has none. `names` are the split's possible names."""
+    """Return the file with one of the given names, to which a suffix is added; None if there is none."""
     named = (directory / f"{name}{s}" for name, s in itertools.product(names, (*SUFFIXES, *COMPRESSED)))
     found = [file for file in named if file.exists()]
     if len(found) > 1:

@@ -18,14 +18,14 @@ from nplora.formats.errors import DataError, LimitError, counted
 class Division:
     """Sources whose rows are divided into training rows and held-out rows.
 
-    Whether a row is held out depends on a hash of its example. So a row that is held out stays held out when
-    other rows are added or the order changes. Rows with equal examples are either all held out or all trained
-    on. Each source is read only once. While the rows to train on are read, the held-out rows are stored in
-    memory, and the method `held_out` returns them later.
+    A hash of a row's content decides whether the row is held out. So a row that is held out stays held out
+    when other rows are added or the order changes. Rows with equal content are either all held out or all
+    trained on. Each source is read only once. While the rows to train on are read, the held-out rows are
+    stored in memory, and the method `held_out` returns them later.
 
     Attributes:
-        train: the sources of the rows to train on. When all sources have been read to their ends, a
-            DataError is raised if every row was held out, or if no row was held out.
+        train: the sources of the rows to train on. After the last source has been read to its end, a
+            DataError is raised if the rows to train on or the held-out rows are missing.
     """
 
     def __init__(self, op: str, sources: list[Source], share: float, options: ReadOptions) -> None:
@@ -56,7 +56,7 @@ class Division:
         ]
 
     def _read(self, number: int) -> Iterator[Row]:
-        """The rows to train on. Bad rows are included, so that their errors are reported."""
+        """Yield the training rows of source `number`, and its bad rows, whose errors the caller reports."""
         rows, held_out = 0, list[Row]()
         for row in self._sources[number].read():
             rows += 1

@@ -1,4 +1,4 @@
-"""The stored examples of a data set: the tokens, which of them are trained, and a report."""
+"""Stored: the tokens of a data set's examples, and which tokens are trained. DataReport: a summary."""
 
 from __future__ import annotations
 
@@ -26,15 +26,17 @@ class DataReport:
             Examples that a weight repeats count several times.
         tokens: the number of tokens in all examples.
         learned: the number of tokens that count in the loss.
-        shortest, median, longest: lengths of the examples, in tokens.
+        shortest, median, longest: lengths in tokens, over all sequences of the examples.
         truncated: the number of examples in an epoch that were cut to the maximum length.
-        emptied: the number of examples that are left out because no trained token remained after the cut.
+        emptied: the number of examples that are left out because of the cut: a sequence has no trained token
+            left, or both answers of a pair have become the same.
         skipped: the number of bad rows that were skipped.
         problems: the errors of the first few skipped rows.
         unused: the number of examples in which the chat template leaves something out: messages, reasoning,
             tools or documents. The model does not see what is left out.
         kind: the format of the rows, as `format` in `read_dataset`, or "plain text".
-        unit: the name of an example: "example", or "pair" or "answer" for a preference objective.
+        unit: what the report calls an example: "pair" for pairs, "answer" for judged answers, otherwise
+            "example".
         chat: whether the chat template wrote the examples; None if it wrote only some of them.
 
     >>> tokenizer = nplora.load_model("model.gguf").tokenizer
@@ -79,8 +81,8 @@ class Examples(Protocol):
     Attributes:
         report: a summary of the file.
         sequences: the number of sequences of an example.
-        same_batches: whether all epochs must have the same batches, because the results for an example depend
-            on the other examples of its batch.
+        same_batches: whether all epochs must have the same batches. They must if the loss of an example
+            depends on the other examples of its batch.
     """
 
     report: DataReport
@@ -97,14 +99,14 @@ class Examples(Protocol):
 
     @property
     def targets(self) -> Array:
-        """The number of tokens of each example that count in the loss."""
+        """For each example, the number of its tokens that count in the loss."""
 
     @property
     def largest_id(self) -> int:
         """The largest token id."""
 
     def contains(self, tokens: tuple[int, ...]) -> Array:
-        """Return, for each example, whether one of its sequences contains these tokens consecutively."""
+        """Return, for each example, whether `tokens` occur side by side in one of its sequences."""
 
     def has(self, id_: int) -> bool:
         """Whether a token occurs in the examples."""
@@ -138,8 +140,8 @@ class Stored:
             ids: the tokens of all sequences, one sequence after another.
             trained: for each token in `ids`, whether the token is trained.
             starts: the index of the first token of each sequence, and the index after the last sequence.
-            order: for each example of an epoch, the index of the stored example; None: an epoch has each
-                stored example once, in order.
+            order: for each example of an epoch, its index among the stored examples. If None, an epoch has
+                each stored example once, in the order in which they are stored.
         """
         self._ids, self._trained, self._starts = ids, trained, starts
         self._order = np.arange((len(starts) - 1) // self.sequences) if order is None else order
@@ -149,7 +151,7 @@ class Stored:
         return len(self._order)
 
     def _sequence(self, number: int) -> tuple[Array, Array]:
-        """The tokens of a stored sequence; for each token, whether it is trained."""
+        """Return two arrays: the tokens of a stored sequence, and whether each of them is trained."""
         part = slice(self._starts[number], self._starts[number + 1])
         return self._ids[part], self._trained[part]
 
@@ -180,7 +182,7 @@ class Stored:
         return np.asarray(np.add.reduceat(trained, self._starts[:-1].astype(np.intp)))
 
     def _by_example(self, counts: Array) -> Array:
-        """The sum of `counts` over the sequences of each example. `counts` has a value for each sequence."""
+        """Sum `counts`, which has a value for each stored sequence, over the sequences of each example."""
         return np.asarray(counts.reshape(-1, self.sequences).sum(axis=1)[self._order])
 
     @property
@@ -189,7 +191,7 @@ class Stored:
         return int(self._ids.max())
 
     def contains(self, tokens: tuple[int, ...]) -> Array:
-        """Return, for each example, whether one of its sequences contains these tokens consecutively."""
+        """Return, for each example, whether `tokens` occur side by side in one of its sequences."""
         return self._by_example(sequences_with(self._ids, self._starts, tokens)) > 0
 
     def has(self, id_: int) -> bool:

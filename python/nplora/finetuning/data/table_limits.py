@@ -1,8 +1,8 @@
 """Limits the memory that the content of Parquet and Arrow files may take.
 
-A small file can hold a large table: compression, dictionaries, run lengths and views repeat bytes. A file
-states the decompressed size of each row group or message. These sizes are checked before anything is
-decompressed. The sizes of the rows are estimated before the rows become Python objects.
+A small file can hold a large table, because compression, dictionaries, run lengths and views can repeat the
+same bytes many times. A file states the decompressed size of each row group or message; this size is checked
+before the decompression. The size of each row is estimated before the row becomes Python objects.
 """
 
 from __future__ import annotations
@@ -47,14 +47,14 @@ def require_parquet(metadata: Any, name: str, file_size: int) -> None:
 def reading(metadata: Any, rows: int) -> tuple[list[str], int]:
     """Choose how to read a Parquet file without filling the memory.
 
-    Columns of texts are read as dictionaries, because a few bytes may repeat a long text in every row.
-    pyarrow cannot read delta encoding as a dictionary. In delta encoding, a short entry may repeat the
-    whole previous text of the column. So only a few rows of such a column are read at a time.
+    In a file, a few bytes can repeat a long text in every row. So columns of texts are read as dictionaries,
+    which hold each text once. pyarrow cannot do this for delta encoding, in which a short entry can repeat
+    the whole previous text. So if a column has delta encoding, only a few rows are read at a time.
 
     Args:
         rows: the largest number of rows to read at a time.
     Returns:
-        the columns to read as dictionaries, and the number of rows at a time.
+        a tuple: the names of the columns to read as dictionaries, and the number of rows to read at a time.
     """
     texts, largest = dict[str, bool](), 1
     for number in range(metadata.num_row_groups):
@@ -91,7 +91,7 @@ def _require(size: int, held: int, where: str) -> None:
 
 
 def _stated(metadata: bytes, body: memoryview) -> tuple[int, int]:
-    """The number of rows of a message, and the number of bytes of its buffers after decompression.
+    """Return the number of rows of a message, and the number of bytes that its buffers decompress to.
 
     The metadata are a flatbuffer with the schema Message.fbs:
     https://arrow.apache.org/docs/format/Columnar.html.
@@ -112,13 +112,14 @@ def _stated(metadata: bytes, body: memoryview) -> tuple[int, int]:
 
 
 class _Table:
-    """A table of a flatbuffer. `struct` raises an error for a position after the end of the bytes `raw`."""
+    """A table in the flatbuffer `raw`. The module `struct` raises an error for a position beyond its end."""
 
     def __init__(self, raw: bytes, begin: int) -> None:
         self._raw, self._begin = raw, begin
 
     def place(self, field: int) -> int | None:
-        """The position of a field; None if the field is not stored, because it has its default value."""
+        """The position of a field in `raw`; None if the field is not stored, because its value is the
+        default."""
         names = self._begin - int(self._read("<i", self._begin))
         if 4 + 2 * field + 2 > self._read("<H", names):
             return None
@@ -136,7 +137,7 @@ class _Table:
         return _Table(self._raw, place + self._read("<I", place))
 
     def pairs(self, field: int) -> Iterator[tuple[int, int]]:
-        """The items of a vector whose items are pairs of 64-bit integers."""
+        """The items of the vector in a field. Each item is a pair of 64-bit integers."""
         place = self.place(field)
         if place is None:
             return iter(())
@@ -167,7 +168,7 @@ def row_sizes(batch: Any) -> Array:
 
 
 def _sizes(array: Any) -> Array:
-    """The number of bytes of each value. Content that several values share counts for each of them."""
+    """The number of bytes of each value. Bytes that several values share are counted once per value."""
     import pyarrow.types as types
 
     kind, count = array.type, len(array)
@@ -209,7 +210,7 @@ def _list_sizes(array: Any) -> Array:
 
 
 def _taken(sizes: Array, indices: Any) -> Array:
-    """Return the elements of `sizes` at the indices. A null index gives `_VALUE`, the size of a null."""
+    """Return the sizes at the given indices of `sizes`. If an index is null, the size is `_VALUE`."""
     places = indices.fill_null(0).to_numpy(zero_copy_only=False)
     is_there = indices.is_valid().to_numpy(zero_copy_only=False)
     return np.where(is_there, sizes[places] if len(sizes) else _VALUE, _VALUE)

@@ -1,4 +1,4 @@
-"""Rows of tables: Parquet and Arrow files, and the data frames of pandas and polars.
+"""Reads the rows of tables: of Parquet and Arrow files, and of data frames of pandas and polars.
 
 pyarrow is imported only when a file needs it. Data frames are recognised by their methods, without an import
 of pandas or polars.
@@ -48,7 +48,8 @@ def read_parquet(path: StrPath, most: int) -> Iterator[dict[str, Any] | None]:
 
 
 def read_arrow(path: StrPath, most: int) -> Iterator[dict[str, Any] | None]:
-    """The rows of an Arrow file: a stream, as Hugging Face's `datasets` writes it, or a file with an index.
+    """The rows of an Arrow file. The file holds a stream, as Hugging Face's `datasets` writes it, and may end
+    with an index.
 
     The arguments and errors are those of `read_parquet`.
     """
@@ -70,7 +71,7 @@ def read_arrow(path: StrPath, most: int) -> Iterator[dict[str, Any] | None]:
 
 
 def _rows(batch: Any, most: int) -> Iterator[dict[str, Any] | None]:
-    """The rows of a record batch of pyarrow. Only a few rows at a time become Python objects.
+    """The rows of a record batch of pyarrow. At most `_ROWS` rows at a time become Python objects.
 
     The record batch is validated first, because pyarrow does not validate what it reads.
     """
@@ -88,7 +89,7 @@ def _rows(batch: Any, most: int) -> Iterator[dict[str, Any] | None]:
 
 
 def frame_rows(table: Any) -> Iterator[dict[str, Any]] | None:
-    """The rows of a data frame of pandas or polars, or of a table of pyarrow; None for anything else.
+    """The rows of a data frame of pandas or polars, or of a table of pyarrow. If `table` is neither, None.
 
     The values in a row may be None or NumPy arrays.
     """
@@ -107,10 +108,10 @@ def frame_rows(table: Any) -> Iterator[dict[str, Any]] | None:
 
 
 def without_nulls(row: Any) -> Any:
-    """Return the row without the fields that are null. Objects inside the row lose such fields too.
+    """Return the row without the fields that are null. Null fields of objects inside the row are removed too.
 
-    In a table, all rows have the same fields. All objects of a list also have the same fields. So a table
-    stores a missing field as null.
+    All rows of a table must have the same fields, and so must all objects in a list. So a table stores null
+    for a field that a row or an object lacks.
     """
     if isinstance(row, Mapping):
         return {str(name): without_nulls(value) for name, value in row.items() if value is not None}

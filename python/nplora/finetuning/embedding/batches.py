@@ -1,4 +1,4 @@
-"""Batches of texts for the training of embeddings: columns of token ids, such as anchors and positives."""
+"""TextBatch: the token ids of a batch of texts. ExampleBatches: the batches of an embedding training."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ class TextBatch:
         1
 
     Args:
-        columns: a list of columns; each column is a list with the token ids of its texts. The columns are
-            anchors, positives and perhaps negatives, or first and second texts. The first two columns have
-            the same number of texts.
+        columns: a list of columns of texts. A column is a list with an array of token ids for each text. The
+            columns are anchors, positives and perhaps negatives, or first and second texts. The first two
+            columns have the same number of texts.
     """
 
     columns: Sequence[Sequence[npt.ArrayLike]]
@@ -44,18 +44,18 @@ class TextBatch:
         return [ids for column in self.columns for ids in column]
 
     def split(self, rows: Array) -> list[Array]:
-        """Divide `rows`, an array with a row for each text, into one array for each column of texts."""
+        """Divide `rows`, an array with a row for each text. Return one array for each column of texts."""
         return np.split(rows, np.cumsum([len(column) for column in self.columns[:-1]]))
 
     def known_positives(self) -> Array | None:
-        """A mask of the candidates that must not count as negatives of an anchor.
+        """Mark, for each anchor, the candidates that must not count as its negatives.
 
-        The mask is a bool array: a row for each anchor, a column for each candidate. The candidates are all
-        texts except the anchors.
+        The result is a bool array with a row for each anchor and a column for each candidate. The candidates
+        are all texts except the anchors.
 
-        In the row of an anchor, the mask marks each candidate with the same tokens as the anchor or the
-        anchor's positive. The positive itself is not marked. If another anchor equals this anchor, the mask
-        also marks the positive of the other anchor. The result is None if no candidate is marked.
+        In the row of an anchor, a candidate is marked if it has the same tokens as the anchor or the anchor's
+        positive. The positive itself is not marked. If two anchors are equal, the positive of each is marked
+        in the row of the other. If no candidate is marked, the result is None.
         """
         numbers = dict[bytes, int]()
         keys = (np.asarray(ids, np.int64).tobytes() for ids in self.texts)
@@ -115,7 +115,7 @@ class ExampleBatches:
         return -(-len(self.examples) // self.batch_size)
 
     def epoch(self, epoch: int, skip: int = 0) -> Iterator[tuple[TextBatch, Array | None]]:
-        """For each batch of epoch number `epoch` (the first epoch is 0): the batch, and its scores or None.
+        """Yield a tuple for each batch of epoch number `epoch` (from 0): the batch, and its scores or None.
 
         The first `skip` batches are left out.
         """
@@ -128,7 +128,7 @@ class ExampleBatches:
         return self.epoch(0)
 
     def identity(self) -> dict[str, Any]:
-        """The settings that a resumed run must have in common with the first run, as JSON values."""
+        """Return the settings, as JSON values. A resumed run must have the same settings as the first run."""
         return {
             "data": self.examples.fingerprint(),
             "batch_size": self.batch_size,
@@ -137,7 +137,7 @@ class ExampleBatches:
         }
 
     def log_summary(self) -> dict[str, Any]:
-        """The description of these batches in the log of a run, as JSON values."""
+        """Return what the log of a run says about the batches, as JSON values."""
         report = self.examples.report
         return {
             "source": report.source,

@@ -37,8 +37,8 @@ class TextReport:
         source: the names of the files.
         examples: the number of examples.
         texts: the number of different texts.
-        tokens: the number of tokens of these texts.
-        cut: the number of these texts that were longer than `max_length`, and were cut.
+        tokens: the number of tokens of all different texts.
+        cut: the number of different texts that were longer than `max_length` tokens, and were cut.
         max_length: the maximum number of tokens that a text may have.
         skipped: the number of bad rows that were skipped.
         problems: the errors of the first few skipped rows.
@@ -76,14 +76,15 @@ class TextExamples:
     """Pairs of texts, perhaps with negatives or scores, as token ids. Equal texts are stored once.
 
     Attributes:
-        tokens: int32, the token ids of all different texts, one after the other.
-        starts: int64 (texts + 1,), the index of the first token of each text, and the index after the last
-            token.
-        first: int64 (examples,), for each example the number of the text that is its anchor or first text.
-        second: int64 (examples,), the index of the positive or second text of each example.
-        negatives: int64, the indices of the negatives of all examples, one after the other.
-        negative_starts: int64 (examples + 1,), the position in `negatives` of the first negative of each
-            example, and the length of `negatives`.
+        tokens: int32, the token ids of all different texts, one text after the other.
+        starts: int64 (texts + 1,), the index in `tokens` of the first token of each text; the last value is
+            the length of `tokens`.
+        first: int64 (examples,), the number of each example's anchor or first text. Texts are numbered from
+            0, in the order of `starts`.
+        second: int64 (examples,), the number of each example's positive or second text.
+        negatives: int64, the numbers of the negatives of all examples, one example after the other.
+        negative_starts: int64 (examples + 1,), the index in `negatives` of the first negative of each
+            example; the last value is the length of `negatives`.
         scores: float32 (examples,), or None.
         report: a summary.
 
@@ -160,8 +161,8 @@ def read_examples(
             is read.
         encoder: the model, which has the tokenizer.
         loss: the name of the loss, or the loss.
-        columns: the names that the fields above have in the data: a dict such as {"anchor": "question"}, or a
-            text such as "anchor=question".
+        columns: the names of the fields in the data, if they differ from the names above: a dict such as
+            {"anchor": "question"}, or a text such as "anchor=question".
         prompts: a prompt to put before each text, or a dict from fields to prompts: {"anchor": "query: "}.
             None: the model's default prompt.
         max_length: the largest number of tokens of a text, with special tokens; None: the encoder's maximum.
@@ -187,7 +188,7 @@ def read_sources(
     max_length: int | None,
     skip_bad: bool = False,
 ) -> TextExamples:
-    """Read examples as `read_examples` does, but from the sources that `sources_of` returns."""
+    """Read the examples of several sources. The other arguments are those of `read_examples`."""
     function = embedding_losses.get(op, loss)
     names = _fields(op, "columns", parse_columns(columns, op))
     longest = encoder.max_length
@@ -209,7 +210,7 @@ def read_sources(
 
 @dataclass(frozen=True)
 class _Texts:
-    """The texts of a row. Each text is stored as a pair (name of its field, text)."""
+    """The texts of a row, and its score. Each text is stored as a tuple (name of its field, text)."""
 
     first: tuple[str, str]
     second: tuple[str, str]
@@ -284,7 +285,7 @@ def _prompts(op: str, encoder: Encoder, prompts: str | Mapping[str, str] | None)
 
 
 class _Collected:
-    """Collects the texts of the rows. Equal texts get the same index."""
+    """Collects the texts of the rows, and numbers them. Equal texts get the same number."""
 
     def __init__(self, prompts: Mapping[str, str]) -> None:
         self._prompts = prompts

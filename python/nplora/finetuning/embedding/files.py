@@ -97,8 +97,8 @@ def embed_file(
         progress: print progress on stderr; None: only on a terminal or in a notebook.
     Raises:
         DataError: a text is missing or empty, or there are no texts. The message names the file and the line.
-        ValueError, KeyError, TypeError: an argument has a wrong value or type, the output is one of the input
-            files, or an embedding has NaN or infinity.
+        ValueError, KeyError, TypeError: an argument has a wrong value or type; or the output is one of the
+            input files; or an embedding has NaN or infinity.
         FileExistsError: the output exists, and `overwrite` is not set.
         OSError: a file cannot be read or written. If the output existed before, it stays unchanged.
     """
@@ -208,7 +208,7 @@ def _new_file(output: StrPath, texts: list[str], vectors: Array) -> NewFile:
 
 
 def _table(texts: list[str], vectors: Array) -> Iterator[str]:
-    """The lines of a table. Values have nine significant digits, from which the same float32 can be read."""
+    """The lines of a table. Values have nine significant digits, enough to restore each float32 exactly."""
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(["text", *range(vectors.shape[1])])

@@ -30,13 +30,13 @@ _LEAST_EXAMPLES = 2  # with two examples, the positive of one is a negative of t
 
 
 class EmbeddingLoss(FusedLoss):
-    """A loss for `Trainer` over the embeddings of all texts of a batch.
+    """A loss for `Trainer` that compares the embeddings of all texts of a batch.
 
     The batch is computed in micro-batches, so a batch of thousands of texts needs little memory (Gao et al.
-    2021, "GradCache"): each micro-batch is embedded, and only its embeddings are kept. From all embeddings,
-    the loss and its gradient with respect to the embeddings are computed. Then each micro-batch is computed
-    again, with the same dropout, and its backward pass follows. The last micro-batch is computed only once,
-    so a batch that fits into one micro-batch takes no additional time.
+    2021, "GradCache"). First, a forward pass over each micro-batch computes embeddings, and stores nothing
+    else. From the embeddings of the whole batch follow the loss and its gradient with respect to the
+    embeddings. Then each micro-batch gets a second forward pass, with the same dropout, and a backward pass.
+    The last micro-batch needs no second forward pass, so a batch of one micro-batch takes no additional time.
 
         >>> import nplora
         >>> encoder = nplora.load_encoder("encoder-model")
@@ -51,15 +51,14 @@ class EmbeddingLoss(FusedLoss):
     Args:
         loss: "ranking" (multiple negatives), "triplet", "cosine" or "cosent", or a loss of
             `nplora.embedding`, such as `RankingLoss(scale=50)`.
-        dims: widths to which embeddings are also cut in training, as in `MatryoshkaLoss`.
+        dims: widths to which embeddings are cut in training, as in `MatryoshkaLoss`.
         micro_tokens: maximum tokens of a micro-batch. A text with more tokens is a micro-batch by itself.
             Without dropout, this limit changes the gradients only by rounding. With dropout, the limit also
             changes the dropout masks, and so the gradients.
         leave_out_known: whether the loss "ranking" leaves out some negatives of an anchor: texts that equal
-            the anchor or its positive, and the positives of equal anchors. False: these texts are negatives
-            too.
+            the anchor or its positive, and the positives of equal anchors.
     Attributes:
-        after_part: called after the backward pass of each micro-batch.
+        after_part: a function that is called after the backward pass of each micro-batch.
     Raises:
         ValueError, TypeError: an argument has a wrong value or type.
     """
@@ -89,7 +88,7 @@ class EmbeddingLoss(FusedLoss):
         return sum(1 for _ in self._micro_batches(x))
 
     def computed_elsewhere(self, x: TextBatch, y: Any) -> None:
-        """Do nothing: this loss does not count the batches that other ranks have computed."""
+        """Do nothing, because this loss keeps no count of the tokens of other ranks' batches."""
 
     def forward_backward(self, model: Module, x: TextBatch, y: Any, factor: float) -> float:
         """Return the summed loss of a batch; add `factor` times its gradient to the model's gradients."""
@@ -120,9 +119,8 @@ class EmbeddingLoss(FusedLoss):
 
         The sample consists of the first examples: up to 16 examples, with about `SAMPLE_TOKENS` tokens. The
         sample has at least two examples and `LEAST_ROWS` texts, unless the data have fewer. With fewer texts,
-        `Int8Check` may be unable to compare the last block, for the reason that is given in
-        `TextBatches.sample_gradient`. The returned function raises NonFiniteLossError if the loss is not
-        finite.
+        `Int8Check` may be unable to compare the last block; `TextBatches.sample_gradient` says why. The
+        returned function raises NonFiniteLossError if the loss is not finite.
         """
         most = min(_SAMPLE_EXAMPLES, len(examples))
         singles = (examples.batch(np.array([i]))[0].texts for i in range(most))
@@ -142,7 +140,7 @@ class EmbeddingLoss(FusedLoss):
         return self._loss(x, _encoder(model).embed_ids(x.texts), y)[0]
 
     def blame(self, model: Module, x: TextBatch) -> str:
-        """Say where NaN or infinity appears first, after a loss that is not finite."""
+        """After a loss that is not finite, return a text that names the first block with NaN or infinity."""
         encoder = _encoder(model)
         names = {id(module): name for name, module in encoder.named_modules()}
         with watched_blocks(encoder.model, lambda i: names[id(encoder.model.layers[i])]) as found:
@@ -153,7 +151,7 @@ class EmbeddingLoss(FusedLoss):
         return "the output of every block is finite, but the loss is not"
 
     def settings(self) -> dict[str, Any]:
-        """The settings that must be the same when a run is resumed, as JSON values."""
+        """Return the settings, as JSON values. A resumed run must have the same settings as the first run."""
         return {
             "loss": repr(self.function),
             "micro_tokens": self.micro_tokens,
@@ -169,7 +167,7 @@ class EmbeddingLoss(FusedLoss):
         return loss, np.concatenate(gradients)
 
     def _micro_batches(self, x: TextBatch) -> Iterator[slice]:
-        """The texts of each micro-batch."""
+        """Yield for each micro-batch a slice, which selects its texts in `x.texts`."""
         cuts = cut(np.array([np.size(ids) for ids in x.texts]), self.micro_tokens)
         return (slice(first, end) for first, end in itertools.pairwise(cuts))
 

@@ -23,7 +23,7 @@ _DOCUMENTS = 16384  # documents that are searched at once
 
 
 def pearson(x: npt.ArrayLike, y: npt.ArrayLike) -> float:
-    """Pearson's correlation of two arrays (n,); NaN if one of them is constant.
+    """Pearson's correlation of two arrays (n,). If all values of an array are equal, the result is NaN.
 
     >>> import nplora
     >>> nplora.embedding.pearson([1, 2, 3], [2, 4, 6])
@@ -82,8 +82,8 @@ def evaluate_similarity(
     Args:
         data, columns, prompts, max_length: as in `read_examples`; a row has "sentence1", "sentence2" and
             "score". If `data` is a directory, the validation data are read, or the training data if there are
-            no validation data. If `data` is a dictionary of splits, the validation data are read; without
-            validation data, the test data; and without test data, the training data.
+            no validation data. If `data` is a dictionary of splits, the first of these splits that exists is
+            read: validation, test, training.
         dim: use only the first `dim` values of an embedding (Matryoshka); None: all.
     Returns:
         a dict: "spearman" (the usual measure), "pearson", and "pairs", the number of pairs.
@@ -106,13 +106,13 @@ def evaluate_similarity(
 
 @dataclasses.dataclass(frozen=True)
 class RetrievalScores:
-    """The scores of a search. Each score is a mean over the queries.
+    """The scores of a search. Each score is computed for one query, and averaged over the queries.
 
     Attributes:
         recall: for each k, the share of the relevant documents that are among the first k results.
         precision: for each k, the share of the first k documents that are relevant.
         ndcg: for each k, the normalised discounted cumulative gain, with linear gains as in trec_eval.
-        mrr: for each k, 1 / the rank of the first relevant document, or 0 if this rank is above k.
+        mrr: for each k, 1 / r, where the first relevant document is result number r (from 1); 0 if r > k.
         accuracy: for each k, the share of the queries that have a relevant document among the first k.
         queries, documents: the numbers of queries and documents.
 
@@ -173,8 +173,8 @@ def evaluate_retrieval(
         queries, corpus: dicts from names to texts.
         relevant: a dict from the name of each query to its relevant documents: a list of their names, or a
             dict from their names to grades above 0. Queries without a relevant document are left out.
-        k: a list of integers. For each integer k, the scores are computed over the k best documents of each
-            search.
+        k: a list of numbers of documents. For each number k, the scores count only the k best documents that
+            a search finds.
         query_prompt, corpus_prompt: texts that precede each query and each document, as in `Encoder.embed`.
         dim: use only the first `dim` values of an embedding (Matryoshka); None: all.
         batch_size: as in `Encoder.embed`.
@@ -220,7 +220,7 @@ def _units(op: str, vectors: Array, dim: int | None) -> Array:
 def _grades(
     op: str, query: Any, queries: Mapping[Any, str], places: Mapping[Any, int], given: Any
 ) -> dict[int, float]:
-    """A dict from the index of each relevant document in the corpus to its grade."""
+    """The relevant documents of a query: a dict from a document's index in the corpus to its grade."""
     if query not in queries:
         raise KeyError(f"{op}: relevant names the query {brief(query)}, which is not among the queries")
     if isinstance(given, str) or not np.iterable(given):
@@ -236,9 +236,9 @@ def _grades(
 
 
 def nearest(queries: Array, corpus: Array, k: int) -> Array:
-    """For each row of `queries`, the indices of the k rows of `corpus` with the largest dot products.
+    """For each row of `queries`, find the k rows of `corpus` with the largest dot products.
 
-    Rows with equal dot products are in the order of the corpus.
+    Return the indices of these rows. Rows with equal dot products are in the order of the corpus.
 
         >>> import numpy as np
         >>> from nplora.finetuning.embedding.metrics import nearest
@@ -272,7 +272,7 @@ def _nearest_of_few(queries: Array, corpus: Array, k: int) -> Array:
 def _largest(scores: Array, k: int) -> Array:
     """The indices of the k largest values of each row, the largest first. Equal values keep their order.
 
-    Only k values are sorted, which takes a fraction of the time of sorting all values.
+    To save time, the function sorts only the k largest values, not the whole row.
     """
     n = scores.shape[1]
     if n <= k:
@@ -290,7 +290,7 @@ def _largest(scores: Array, k: int) -> Array:
 def _scores(
     found: Array, grades: Sequence[Mapping[int, float]], steps: Sequence[int], documents: int
 ) -> RetrievalScores:
-    """The scores of the search results. `found` has the indices of the documents found for each query."""
+    """Score the search results `found`: a row for each query, with the indices of the best documents."""
     gains = np.array(
         [[grade.get(int(i), 0.0) for i in row] for row, grade in zip(found, grades, strict=True)]
     )

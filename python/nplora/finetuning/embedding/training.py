@@ -48,7 +48,7 @@ class EmbeddingTraining:
         train, valid: summaries of the examples for training and validation; `valid` is None without
             validation.
         history: the records of the run.
-        ranks: the speed and the waiting time of each process, if several processes have trained together.
+        ranks: the speed and the waiting time of each process; empty if only one process has trained.
 
     >>> import nplora
     >>> rows = [{"anchor": "a cat", "positive": "the cat"}, {"anchor": "a dog", "positive": "the dog"}]
@@ -130,23 +130,24 @@ def train(
     Args:
         model: a directory or GGUF file, as for `load_encoder`, or an encoder. If the encoder has an adapter,
             the run trains this adapter further. Options for a new adapter, such as `rank`, are then refused.
-        data: the examples, as in `read_examples`. A directory with train.jsonl, or a dictionary of splits,
-            may have validation data too.
+        data: the training examples, as in `read_examples`. If `data` is a directory with train.jsonl, or a
+            dictionary of splits, the validation data in it are used unless `valid` is given.
         output: the directory for checkpoints and the adapter.
         valid: examples for the validation loss, which is evaluated after every epoch. With the loss
             "ranking", the validation loss depends on `batch_size`.
-        loss: "ranking" (all other positives and all negatives of the batch are negatives of an anchor),
-            "triplet", "cosine" or "cosent", or a loss such as `RankingLoss(scale=50)`.
+        loss: "ranking", "triplet", "cosine" or "cosent", or a loss such as `RankingLoss(scale=50)`. With
+            "ranking", the negatives of an anchor are all negatives of the batch, and the positives of the
+            other anchors.
         dims: widths to which embeddings are cut in training (Matryoshka). Name the full width too.
         columns, prompts, max_length, skip_bad: as in `read_examples`.
         rank, alpha, targets, layers, dropout, use_rslora, use_dora, init: as in `Encoder.add_lora`.
         lr: peak learning rate; None: 0.8 / hidden size of the model, at most 2e-3.
         weight_decay: weight decay of AdamW.
         epochs, steps: the length of the run; by default, one epoch.
-        batch_size: examples in a batch. With the loss "ranking", an anchor has more negatives in a larger
-            batch.
-        accumulate: batches in one step. With the loss "ranking", the negatives of an anchor are texts of its
-            own batch, not of the other batches of the step.
+        batch_size: number of examples in a batch. With the loss "ranking", an anchor has more negatives in a
+            larger batch.
+        accumulate: number of batches in a step. With the loss "ranking", the negatives of an anchor come from
+            its own batch, not from the other batches of the step.
         micro_tokens: maximum tokens of a micro-batch; smaller values save memory.
         schedule: learning rate schedule after the warm-up: linear, cosine or constant.
         warmup: steps in which the learning rate rises.
@@ -167,7 +168,7 @@ def train(
             Every rank makes the same call. Only rank 0 writes to `output`.
         distributed: "mpi": the processes that `mpirun` started train together. "off": each process of
             `mpirun` may make a separate run.
-        resume: continue the run in `output`; the results are bit for bit the same as without a stop.
+        resume: continue the run in `output`; the results are bit for bit those of a run without a stop.
         overwrite: delete the run and the adapter in `output`.
     Returns:
         the encoder with the adapter, and the history of the run.
@@ -175,8 +176,8 @@ def train(
         DataError: a row is wrong; the message names the file and the line.
         ValueError, TypeError: an argument has a wrong value or type, the run would write to a file that it
             reads, or the ranks do not have the same data and settings.
-        FileExistsError: `output` holds a model; `output` holds a run, and neither `resume` nor `overwrite` is
-            set; or `output` holds an adapter, and `overwrite` is not set.
+        FileExistsError: `output` holds a model. Or it holds a run, and neither `resume` nor `overwrite` is
+            set. Or it holds an adapter without a run, and `overwrite` is not set.
         NonFiniteLossError, CorruptError, OSError: as in `Trainer.fit`.
     """
     op = "train"

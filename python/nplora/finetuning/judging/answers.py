@@ -45,7 +45,7 @@ class Asked:
 
 
 def asked(tokenizer: Tokenizer, example: Example, row: dict[str, Any], where: str, chat: bool) -> Asked:
-    """The prompt of an example, and the reference answer: the last text on which a model would train.
+    """Return the prompt and the reference answer of an example. The reference is the last trained text.
 
     Args:
         chat: whether an example with a prompt and a completion is written with the chat template.
@@ -74,7 +74,8 @@ def asked(tokenizer: Tokenizer, example: Example, row: dict[str, Any], where: st
 
 
 def _of_chat(tokenizer: Tokenizer, chat: Chat) -> tuple[list[int], str]:
-    """The tokens of the messages before the last trained assistant turn, and the text of this turn."""
+    """Return two things: the tokens of all messages before the last trained turn of the assistant, and the
+    text of that turn."""
     place = max((i for i in range(len(chat.messages)) if chat.is_trained(i)), default=0)
     message = chat.messages[place]
     if not place:
@@ -93,7 +94,7 @@ def answers(lm: LanguageModel, questions: list[Asked], max_new_tokens: int) -> I
 
 
 def groups(prompts: list[list[int]], max_new_tokens: int) -> list[list[list[int]]]:
-    """Divide the prompts, in their order, into groups. The prompts of a group are answered together."""
+    """Divide the prompts, in their order, into groups. The model answers each group in one batch."""
     found, longest = list[list[list[int]]](), 0
     for ids in prompts:
         longest = max(longest, len(ids))

@@ -43,9 +43,9 @@ class Choices:
 def encode_choices(tokenizer: Tokenizer, example: MultipleChoice, where: str, chat: bool) -> Choices:
     """The tokens of a question and of each choice.
 
-    A choice follows a prompt as in lm-evaluation-harness: after a space, unless white space is already there.
-    White space at the end of the prompt is moved to the beginning of each choice, because the tokens of most
-    models begin with white space, but do not end with it.
+    As in lm-evaluation-harness, white space at the end of the prompt is moved to the beginning of each
+    choice, because the tokens of most models begin with white space, but do not end with it. If neither the
+    prompt ends nor a choice begins with white space, a space is put before the choice.
 
     Args:
         chat: write the question with the chat template.
@@ -72,8 +72,8 @@ def encode_choices(tokenizer: Tokenizer, example: MultipleChoice, where: str, ch
 def _continuation(tokenizer: Tokenizer, before: str, prompt: list[int], text: str) -> list[int]:
     """The tokens of a text that follows the prompt.
 
-    The prompt and the text are encoded together. If this changes the tokens of the prompt, the text is
-    encoded alone.
+    The prompt and the text are encoded as one text. If the result does not begin with the tokens of the
+    prompt, the text is encoded alone.
     """
     ids = tokenizer.encode_prompt(before + text)
     return ids[len(prompt) :] if ids[: len(prompt)] == prompt else tokenizer.encode_continuation(text)
@@ -82,11 +82,11 @@ def _continuation(tokenizer: Tokenizer, before: str, prompt: list[int], text: st
 def measure_choices(
     lm: LanguageModel, questions: list[Choices], record: Callable[[dict[str, Any]], None]
 ) -> list[Measured]:
-    """The loss and the token accuracy of the right choices, and three accuracies of the answers.
+    """Return the loss and the token accuracy of the right choices, and three accuracies of the answers.
 
-    For `acc`, the model's answer is the choice with the largest log-probability. `acc_norm` first divides
-    each log-probability by the number of characters of the choice, and `acc_token` by its number of tokens.
-    `acc` and `acc_norm` are the metrics of lm-evaluation-harness.
+    For `acc`, the model's answer is the choice with the largest log-probability. For `acc_norm`, each
+    log-probability is first divided by the choice's number of characters; for `acc_token`, by the choice's
+    number of tokens. `acc` and `acc_norm` are the metrics of lm-evaluation-harness.
     """
     loss, tokens, top = (np.zeros(len(questions)) for _ in range(3))
     hits = {name: np.zeros(len(questions)) for name in ("acc", "acc_norm", "acc_token")}

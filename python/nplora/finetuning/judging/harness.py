@@ -34,9 +34,9 @@ _TOGETHER = 16  # contexts in one call; the model divides them further by their 
 class NploraLM(LM):  # type: ignore[misc]
     """A language model with an adapter, for lm-evaluation-harness.
 
-    If several continuations have the same context, the context is computed only once. If a text is too long,
-    its beginning is cut off, as in the models of the harness. The text of a special token, such as `<|end|>`,
-    becomes the special token.
+    If several continuations have the same context, the model computes the context only once. If a text is too
+    long, its beginning is cut off, as in the models of the harness. The text of a special token, such as
+    `<|end|>`, is encoded as this token.
 
     Args:
         pretrained: a GGUF file, a Hugging Face directory, or a loaded `LanguageModel`.
@@ -45,7 +45,7 @@ class NploraLM(LM):  # type: ignore[misc]
         any_base: accept an adapter that was trained on another model with the same shapes.
         max_length: the maximum number of tokens of a text; None: the model's context.
         max_gen_toks: the maximum number of generated tokens for tasks that do not set it.
-        batch_size, max_batch_size, device: accepted because the harness passes them, but not used.
+        batch_size, max_batch_size, device: not used. The harness passes these arguments to every model.
     """
 
     def __init__(
@@ -75,7 +75,8 @@ class NploraLM(LM):  # type: ignore[misc]
     # ---- what the harness asks ----
 
     def loglikelihood(self, requests: list[Request], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """For each continuation: its log-probability, and whether greedy decoding would generate it."""
+        """Return a tuple for each continuation: its log-probability, and whether greedy decoding would
+        generate it."""
         pairs = [self._pair(*request.args) for request in requests]
         found = self._scores(pairs)
         for request, result in zip(requests, found, strict=True):
@@ -96,7 +97,7 @@ class NploraLM(LM):  # type: ignore[misc]
         return found
 
     def generate_until(self, requests: list[Request], disable_tqdm: bool = False) -> list[str]:
-        """The text that the model generates after each context, up to a stop text."""
+        """Generate a text after each context. A text ends before the first of its task's stop texts."""
         found = [""] * len(requests)
         alike: dict[str, list[int]] = {}
         for index, request in enumerate(requests):
@@ -141,9 +142,9 @@ class NploraLM(LM):  # type: ignore[misc]
         return self._prefix
 
     def _pair(self, context: str, continuation: str) -> Pair:
-        """The tokens of a context and of a continuation, together at most `max_length` + 1 tokens.
+        """Return the tokens of a context and the tokens of a continuation: at most `max_length` + 1 in all.
 
-        White space at the end of the context is moved to the continuation.
+        White space at the end of the context is moved to the beginning of the continuation.
         """
         before = context.rstrip()
         continuation = context[len(before) :] + continuation
@@ -158,7 +159,8 @@ class NploraLM(LM):  # type: ignore[misc]
         return prompt[-(self.max_length + 1 - len(tokens)) :], tokens
 
     def _scores(self, pairs: Sequence[Pair]) -> list[tuple[float, bool]]:
-        """For each continuation: its log-probability, and whether each of its tokens is the likeliest."""
+        """Return a tuple for each continuation: its log-probability, and whether all its tokens are the
+        model's most likely tokens."""
         places: dict[tuple[int, ...], list[int]] = {}
         found = [(0.0, True)] * len(pairs)
         for index, (prompt, tokens) in enumerate(pairs):
@@ -176,7 +178,7 @@ class NploraLM(LM):  # type: ignore[misc]
         return found
 
     def _sampling(self, options: dict[str, Any]) -> Sampling:
-        """The sampling options for a task. `options` has the keys of transformers, such as do_sample."""
+        """The sampling options for a task. `options` has the names of transformers, such as "do_sample"."""
         until = options.get("until") or []
         stop = [until] if isinstance(until, str) else list(until)
         count = options.get("max_gen_toks", options.get("max_new_tokens", self.max_gen_toks))

@@ -36,15 +36,15 @@ Record = Callable[[dict[str, Any]], None]
 
 @dataclass
 class Judge:
-    """The data on which models are measured.
+    """Holds the data of an evaluation, and measures models on them.
 
     Attributes:
         report: a summary of the data.
         metrics: the metrics of generated answers.
-        max_new_tokens: the maximum length of an answer.
+        max_new_tokens: maximum tokens of a generated answer.
         dataset: the examples for a loss; None if the rows are multiple-choice questions or preference pairs.
         choices: the multiple-choice questions; empty if the rows are not multiple-choice questions.
-        asked: the prompts that the model must answer.
+        asked: the prompts to which the model generates answers.
         pairs: the preference pairs; None if the rows are not preference pairs.
     """
 
@@ -58,7 +58,8 @@ class Judge:
     _reference: PairScores | None = None
 
     def refer_to(self, lm: LanguageModel) -> None:
-        """Use a model without an adapter as the reference. Only preference pairs need a reference."""
+        """Make `lm`, a model without an adapter, the reference of the rewards of preference pairs. Other data
+        need no reference."""
         if self.pairs is not None:
             self._reference = PairScores(lm, self.pairs)
 
@@ -90,8 +91,8 @@ def read_judge(
     """Read the data of an evaluation.
 
     Raises:
-        DataError: a row is wrong; a row has no prompt, although answers are to be generated; or there are no
-            examples.
+        DataError: a row is wrong; or a metric of generated answers is given, and a row has no prompt; or
+            there are no examples.
         Other errors: see `read_dataset`.
     """
     if metrics:  # the rows are read twice: for the loss, and for the prompts
@@ -142,7 +143,7 @@ def _kind(sources: list[Source], reading: ReadOptions) -> str | None:
 
 
 def _any_kind(kind: Kind, where: str) -> None:
-    """Do nothing: rows of any format are accepted."""
+    """Raise no error, because the caller accepts rows of all formats."""
 
 
 def _require_choice(kind: Kind, where: str) -> None:
@@ -156,7 +157,7 @@ def _require_choice(kind: Kind, where: str) -> None:
 def _examples(
     sources: list[Source], reading: ReadOptions, require: Callable[[Kind, str], None], bad: BadRows
 ) -> Iterator[tuple[Example, Row, bool]]:
-    """For each row without an error: the example, the row, and `lacks_context` (see `Parsed`)."""
+    """For each row without an error, yield a tuple: the example, the row, `lacks_context` (see `Parsed`)."""
     for source in sources:
         if source.is_text:
             raise DataError(f"{source.name}: a plain text has no prompts, expected rows with prompts")
@@ -214,7 +215,7 @@ def _report(sources: list[Source], found: list[Choices], bad: BadRows, unused: i
 def _asked(
     lm: LanguageModel, sources: list[Source], reading: ReadOptions, choices: list[Choices], bad: BadRows
 ) -> Iterator[Asked]:
-    """The prompts of all rows that have no error. `bad` counts the rows whose prompt cannot be used."""
+    """Yield the prompts of all rows without an error. Add each row whose prompt cannot be used to `bad`."""
     context, counted_before = lm.config.max_position_embeddings, BadRows()
     questions = {question.where for question in choices}
     require = _require_choice if choices else _any_kind

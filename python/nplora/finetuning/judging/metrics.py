@@ -53,9 +53,9 @@ def words_of(answer: str, reference: str) -> tuple[list[str], list[str]]:
     """The words of both texts, in lower case. Punctuation and English articles are removed.
 
     The steps and their order are those of SQuAD's script evaluate-v1.1.py (Rajpurkar et al. 2016), with two
-    differences. First, numbers keep their signs and the marks inside them, as in -1.5. Second, if one of the
-    texts would have no words, the articles stay in both texts. If one of them still has no words, the
-    punctuation stays in both texts too. So answers such as "A" and "+" can be compared too.
+    differences. First, numbers keep their signs and the marks inside them, as in -1.5. Second, articles are
+    removed only if each text has other words, and punctuation is removed only if each text has words besides
+    punctuation. So answers such as "A" and "+" can be compared too.
 
     >>> words_of("The answer: -1.5", "1.5")
     (['answer', '-1.5'], ['1.5'])
@@ -123,8 +123,8 @@ class Metric:
     def _show(self, error: BaseException, where: str) -> None:
         """Print the traceback of an error.
 
-        Nothing is printed if an error of the same class from the same line of code was printed before, or if
-        `_SHOWN` errors were printed already.
+        If an error of the same class, raised by the same line of code, was printed before, nothing is
+        printed. After `_SHOWN` errors, nothing is printed either.
         """
         frames = traceback.extract_tb(error.__traceback__)
         kind = (type(error), frames[-1].filename, frames[-1].lineno)
@@ -143,7 +143,8 @@ def brief_error(error: BaseException) -> str:
 
 
 def metrics_of(op: str, given: object) -> list[Metric]:
-    """The metrics in `given`: "exact_match,f1", "module:function", a function, or a list of several of these.
+    """Make the metrics that `given` names. It is a text such as "exact_match,f1" or "module:function", a
+    function, or a list of texts and functions.
 
     Raises:
         ValueError: there is no such metric, module or function; or a metric is given twice.
@@ -168,7 +169,7 @@ def metrics_of(op: str, given: object) -> list[Metric]:
 
 
 def _numbered(name: str, known: Sequence[str]) -> str:
-    """The name of a function. If another function has the same name, a number is appended."""
+    """Return `name`. If it is one of the names in `known`, append a number to it."""
     count = itertools.count(2)
     found = name
     while found in known:

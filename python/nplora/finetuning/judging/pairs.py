@@ -22,7 +22,7 @@ class PairScores:
     Attributes:
         log_probs: float64 (pairs, 2), the log-probabilities of the chosen and of the rejected answer.
         counts: (pairs, 2), the number of tokens of each answer.
-        top: (pairs, 2), how many tokens of each answer are the model's most likely token at their position.
+        top: (pairs, 2), the number of tokens of each answer to which the model gives the largest probability.
     """
 
     def __init__(self, lm: LanguageModel, dataset: PairDataset) -> None:
@@ -37,11 +37,11 @@ class PairScores:
                 total[members] = np.bincount(sequence, values, 2 * len(members)).reshape(-1, 2)
 
     def measured(self, reference: PairScores | None) -> list[Measured]:
-        """The metrics that follow from these scores.
+        """Compute the metrics of the model from its scores.
 
         Args:
-            reference: the scores of the model without an adapter. The rewards are computed from these scores:
-                a reward is how much the adapter raises the log-probability of an answer.
+            reference: the scores of the model without an adapter; None: compute no rewards. The reward of an
+                answer is its log-probability minus its log-probability in `reference`.
         """
         tokens, ones = self.counts[:, 0], np.ones(len(self.counts))
         per_token = self.log_probs / np.maximum(1, self.counts)
@@ -61,6 +61,6 @@ class PairScores:
 
 
 def _preferred(scores: Array) -> Array:
-    """For each pair, 1 if the chosen answer has the higher score, 1/2 if both have the same, otherwise 0."""
+    """For each pair: 1 if the chosen answer has the higher score, 0.5 if both scores are equal, else 0."""
     chosen, rejected = scores.T
     return np.asarray((chosen > rejected) + 0.5 * (chosen == rejected))

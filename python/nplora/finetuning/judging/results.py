@@ -34,8 +34,8 @@ class Score(TypedDict):
         value: the metric; NaN, which is null in JSON, if the metric failed in all examples.
         low, high: the interval, by a bootstrap over the examples; None for fewer than two examples.
         examples: the number of examples.
-        failed: the number of examples in which the metric failed. A failed example counts as 0, unless the
-            metric failed in all examples.
+        failed: the number of examples in which the metric failed. If it failed in only some examples, these
+            count as 0.
         error: the first error of the metric; empty if it never failed.
 
     >>> nplora.evaluate("model.gguf", "valid.jsonl")["metrics"]["token_accuracy"]["examples"]
@@ -128,7 +128,7 @@ def perplexity(loss: float) -> float:
 
 @dataclass(frozen=True)
 class Difference:
-    """The difference of two systems in a metric, on the same examples; `print` shows it.
+    """The difference between two systems, measured by one metric on the same examples; `print` shows it.
 
     Attributes:
         one, other: the names of the systems.
@@ -137,10 +137,10 @@ class Difference:
         difference: the value for `one` minus the value for `other`.
         low, high: the 95 % confidence interval of the difference, by a bootstrap that draws the same examples
             for both systems; None for fewer than two examples.
-        p: the p-value of a paired permutation test: if both systems were equally good, the probability of a
-            difference at least as large as this one. None for fewer than two examples.
-        is_better: None if p is not below 0.05; otherwise, whether `one` is better than `other`. With fewer
-            than 6 examples, p is never below 0.05.
+        p: the p-value of a paired permutation test. It is the probability of a difference at least this
+            large, assuming that both systems are equally good. None for fewer than two examples.
+        is_better: whether `one` is better than `other`, if p is below 0.05; otherwise None. With fewer than 6
+            examples, p is never below 0.05.
         examples: the number of examples.
 
     >>> comparison = nplora.finetuning.compare("model.gguf", "valid.jsonl", ["adapter"])

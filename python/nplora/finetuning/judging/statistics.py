@@ -1,10 +1,11 @@
 """Confidence intervals and paired tests over examples.
 
 The bootstrap repeatedly draws n examples from the n examples, with replacement, and computes the metric of
-the drawn examples (Efron and Tibshirani 1993, chapter 13: percentile intervals). The paired test chooses
-examples at random, exchanges the values of the two systems in these examples, and computes the difference of
-the systems again (Noreen 1989, approximate randomisation). All random numbers come from the raw output of
-PCG64 with a fixed seed, so that the results are the same in every run and with every version of NumPy.
+the drawn examples (Efron and Tibshirani 1993, chapter 13: percentile intervals). The paired test repeatedly
+chooses examples at random, exchanges the values that the two systems have in these examples, and computes the
+difference between the systems (Noreen 1989, approximate randomisation). All random numbers come from the raw
+output of PCG64 with a fixed seed, so that the results are the same in every run and with every version of
+NumPy.
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ class Measured:
         lower_is_better: whether a lower metric is better.
         failed: the number of examples that could not be scored.
         error: the first error of the metric; empty if all examples were scored.
-        exact: the value of the metric, if it is known already; it may differ from sum(values) / sum(weights)
-            by rounding. None: the value is computed from the arrays.
+        exact: the value of the metric, if the caller has computed it; it may differ from sum(values) /
+            sum(weights) by rounding. None: the value is sum(values) / sum(weights).
     """
 
     name: str
@@ -62,7 +63,7 @@ class Interval(NamedTuple):
 
 
 def interval(measured: Measured) -> Interval | None:
-    """The bootstrap interval of a metric; None for fewer than two examples or values that are not finite."""
+    """The bootstrap interval of a metric. None if there are fewer than two examples, or NaN or infinity."""
     if not _can_resample(measured):
         return None
     values, weights = _resampled(measured.values, measured.weights)
@@ -70,7 +71,7 @@ def interval(measured: Measured) -> Interval | None:
 
 
 def difference_interval(one: Measured, other: Measured) -> Interval | None:
-    """The bootstrap interval of `one` minus `other`. The same examples are drawn for both metrics."""
+    """The bootstrap interval of the difference `one` - `other`. Each draw uses the same examples for both."""
     if not (_can_resample(one) and _can_resample(other)):
         return None
     values, weights, others, other_weights = _resampled(one.values, one.weights, other.values, other.weights)
@@ -78,11 +79,11 @@ def difference_interval(one: Measured, other: Measured) -> Interval | None:
 
 
 def paired_p(one: Measured, other: Measured) -> float | None:
-    """The two-sided p-value of the paired permutation test; None in the same cases as `interval`.
+    """The two-sided p-value of the paired permutation test. The result is None as in `interval`.
 
     A permutation exchanges the values of the two systems in some of the examples. If there are few examples,
     all permutations are tried. If there are many examples, a random sample of permutations is tried, and the
-    unchanged data count as one more permutation. So p is never 0 (Phipson and Smyth 2010).
+    permutation that exchanges nothing is added. So p is never 0 (Phipson and Smyth 2010).
     """
     if not (_can_resample(one) and _can_resample(other)):
         return None
@@ -108,13 +109,16 @@ def _percentiles(found: Array) -> Interval:
 
 
 def _resampled(*columns: Array) -> Array:
-    """Sum each array over the examples of each resample. The result has shape (len(columns), RESAMPLES)."""
+    """Draw `RESAMPLES` samples of the examples. Return the sum of each column over each sample.
+
+    Each column is an array (n,). The result has shape (number of columns, RESAMPLES).
+    """
     table = np.stack(columns, axis=1)
     return np.stack([counts @ table for counts in _draws(len(table))], axis=1)
 
 
 def _draws(n: int) -> Iterator[Array]:
-    """Yield an array (n,) for each resample: how often each of the n examples is drawn."""
+    """Draw `RESAMPLES` samples. For each, yield an array (n,): how often it has each of the n examples."""
     stream = np.random.PCG64(np.random.SeedSequence(_SEED))
     for _ in range(RESAMPLES):
         drawn = ((stream.random_raw(n) >> np.uint64(32)) * np.uint64(n)) >> np.uint64(32)
@@ -122,7 +126,7 @@ def _draws(n: int) -> Iterator[Array]:
 
 
 def _swaps(n: int) -> Iterator[Array]:
-    """Yield a bool array (n,) for each random permutation: the examples whose values are exchanged."""
+    """For each random permutation, yield a bool array (n,), which marks the examples to exchange."""
     stream = np.random.PCG64(np.random.SeedSequence(_SEED, spawn_key=(1,)))
     for _ in range(RESAMPLES):
         raw = stream.random_raw(-(-n // 64)).astype("<u8")

@@ -1,4 +1,4 @@
-"""Tables of evaluations: a system in each row, a metric in each column; as plain text or as Markdown."""
+"""Writes evaluations as a table, in plain text or in Markdown. Rows are systems, and columns are metrics."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from nplora.formats.errors import counted
 
 
 def text_table(evaluations: Mapping[str, Evaluation]) -> str:
-    """The table as plain text, with columns of equal width."""
+    """The table as plain text. All cells of a column have the same width."""
     rows = _rows(evaluations)
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(

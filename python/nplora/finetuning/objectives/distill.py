@@ -28,9 +28,9 @@ Array = npt.NDArray[Any]
 class DistillLoss(PackedLoss):
     """The mean of ratio · T² · KL + (1 - ratio) · cross-entropy over the trained tokens.
 
-    T is the temperature, and ratio is the option `kd_ratio`. The metrics are the mean KL divergence without
-    the factor T², and the mean cross-entropy. If ratio is 1, training does not compute the cross-entropy, so
-    this metric is left out.
+    T is the temperature, and ratio is the option `kd_ratio`. The loss has two metrics: the mean KL
+    divergence without the factor T², and the mean cross-entropy. If ratio is 1, training does not compute the
+    cross-entropy, and only the first metric exists.
     """
 
     def __init__(self, formula: Distillation, teacher: Teacher, micro_tokens: int | None = None) -> None:
@@ -59,9 +59,10 @@ class DistillLoss(PackedLoss):
         return self._teacher.blame(x) or super().blame(model, x)
 
     def _loss_of_batch(self, batch: PackedBatch) -> LogitLoss:
-        """Return a function that computes the losses of given positions of a batch from their logits.
+        """Return a function that computes the losses of some tokens of the batch from the tokens' logits.
 
-        `_loss_of_batch` itself runs the teacher's forward pass, before the student's activations take memory.
+        The teacher's forward pass runs in this call, not in the returned function, so that it ends before the
+        student's activations take memory.
         """
         teacher = self._teacher.prepare_batch(batch)
 

@@ -29,13 +29,14 @@ Array = npt.NDArray[Any]
 class KtoLoss(PackedLoss):
     """The KTO loss: the mean of the losses of all answers.
 
-    The loss of an answer compares its log-ratio, log p(answer) - log p_ref(answer), with the KL divergence of
-    the batch. The KL divergence is the mean log-ratio of mismatched pairs (prompts with answers that belong
-    to other prompts), or 0 if this mean is negative. No gradient flows through the KL divergence.
+    The log-ratio of an answer is log p(answer) - log p_ref(answer). The loss compares it with an estimate of
+    the KL divergence: the mean log-ratio of the batch's mismatched pairs (prompts with answers to other
+    prompts), or 0 if this mean is negative. No gradient flows through the estimate.
 
-    The metrics are: the mean reward of the good answers, the mean reward of the bad answers, the difference
-    of these means, the accuracy, and the KL divergence. The accuracy is the share of answers whose log-ratio
-    is on the right side of the KL divergence: above it for a good answer, and below it for a bad answer.
+    The loss has five metrics: the mean reward of the good answers; the mean reward of the bad answers; the
+    first mean minus the second; the accuracy; and the estimate of the KL divergence. The accuracy is the
+    share of answers that are good and have a log-ratio above the estimate, or are bad and have a log-ratio
+    below the estimate.
     """
 
     unit = "answers"
@@ -72,7 +73,7 @@ class KtoLoss(PackedLoss):
         return value / len(y.good)
 
     def blame(self, model: Module, x: PackedBatch) -> str:
-        """Search the mismatched pairs, which determine the KL divergence, for non-finite outputs too."""
+        """Name the first layer whose output is not finite, for the batch or only for its mismatched pairs."""
         assert isinstance(model, LanguageModel)
         name = "" if self._mismatched is None else first_nonfinite_layer(model, self._mismatched)
         if name and not first_nonfinite_layer(model, x):
@@ -83,7 +84,7 @@ class KtoLoss(PackedLoss):
         return micro_batches(x, self.micro_tokens)
 
     def _kl(self, model: LanguageModel, y: Judgements) -> float:
-        """The estimated KL divergence of a batch."""
+        """The estimate of the KL divergence from the mismatched pairs of a batch."""
         if not self._formula.uses_kl:
             return 0.0
         self._mismatched = y.mismatched
@@ -98,7 +99,8 @@ class KtoLoss(PackedLoss):
     def _scaled(
         self, part: PackedBatch, good: Array, kl: float, factor: float, log_probs: Array
     ) -> tuple[float, Array]:
-        """The sum of the losses, and `factor` times its derivative with respect to the log-probabilities."""
+        """Return the sum of the losses, and the derivative of the sum with respect to `log_probs`, multiplied
+        by `factor`."""
         ratios = sums(part, log_probs) - self._reference.log_probs_of(part)
         values, slopes = self._formula(ratios, good, kl)
         rewards = self._formula.beta * ratios

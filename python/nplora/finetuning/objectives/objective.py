@@ -25,12 +25,12 @@ from nplora.tokenizer import Tokenizer
 
 
 class Objective:
-    """The goal of a run. The base class is supervised fine-tuning ("sft").
+    """The objective of a run. This base class is the objective of supervised fine-tuning ("sft").
 
     The loss of "sft" is the mean of -log p(token) over the trained tokens. Make a new objective for each run.
 
     Attributes:
-        has_reference: whether `prepare` needs the model without its adapter.
+        has_reference: whether the loss compares the model with itself without the adapter (the reference).
         extra_passes: the number of additional forward passes in a step. Each pass has about as many tokens as
             the step.
     """
@@ -43,7 +43,7 @@ class Objective:
         self._reference = Reference()
 
     def with_options(self, op: str, options: FinetuneOptions) -> Self:
-        """Return a copy with other options, but with the same teacher and the same `Reference`.
+        """Return a copy of this objective with other options. Both share the teacher and the `Reference`.
 
         Raises:
             ValueError: the options do not fit the teacher.
@@ -62,7 +62,7 @@ class Objective:
         return None
 
     def teaching(self, lm: LanguageModel) -> Teaching | None:
-        """The memory and the time that a plan must add for a teacher; None without a teacher."""
+        """What a plan needs to predict the teacher's memory and time; None if there is no teacher."""
         return None
 
     def open(self, op: str, lm: LanguageModel, check: bool) -> None:
@@ -73,14 +73,14 @@ class Objective:
         """
 
     def reload(self, compute: str) -> None:
-        """If the objective loaded the teacher's model, load it again with the arithmetic `compute`."""
+        """Load the teacher's model again with the arithmetic `compute`, if the objective had loaded it."""
 
     def read(self, op: str, sources: list[Source], tokenizer: Tokenizer, reading: ReadOptions) -> Examples:
         """Read examples, as `read_sources` does."""
         return read_sources(op, sources, tokenizer, reading)
 
     def sequences_of(self, x: PackedBatch, y: Any) -> list[PackedBatch]:
-        """The sequences of a batch for which the loss needs the log-probabilities without the adapter."""
+        """Return the sequences whose log-probabilities under the reference the loss of a batch needs."""
         return []
 
     def prepare(
@@ -94,14 +94,15 @@ class Objective:
     ) -> None:
         """Compute what the loss needs besides the model's outputs: log-probabilities without the adapter.
 
-        If `prepare` is called again with other batches, the earlier log-probabilities are kept too.
+        A second call with other batches adds log-probabilities, and removes none.
 
         Args:
             lm: the model without the adapter that is trained.
             batches: the training data, and the validation data, if there are any.
             directory: the output directory; None on all ranks except rank 0.
             say: prints a text.
-            writes: whether this call may write to the directory. If False, `keep` writes the file later.
+            writes: whether this call may write the log-probabilities to the directory. If False, the caller
+                must call `keep` later.
             ranks: the processes that train together.
         """
         if self.has_reference:
@@ -110,7 +111,7 @@ class Objective:
             self.keep(directory)
 
     def keep(self, directory: files.Directory) -> None:
-        """Write the reference's file if the loss needs a reference; otherwise remove an old file."""
+        """Write the reference's file if the loss needs it; otherwise remove the file of an earlier run."""
         if self.has_reference:
             self._reference.keep(directory)
         else:

@@ -23,11 +23,11 @@ class PackedLoss(FusedLoss):
         micro_tokens: maximum number of tokens in a micro-batch; None: batches are not cut into micro-batches.
     Attributes:
         tokens: number of tokens, trained or not, in all batches that this rank or another rank has processed.
-        after_part: called after the backward pass of each micro-batch.
+        after_part: a function that is called after the backward pass of each micro-batch.
         word_filter: the filter of the model's head, or None.
         int8_head: whether the gradient of the head's input is computed in int8; None: the model does not use
             int8.
-        unit: the name, in progress lines, of the items that the method `count` counts.
+        unit: what the method `count` counts, such as "trained tokens". Progress lines print this name.
     """
 
     unit = "trained tokens"
@@ -48,13 +48,13 @@ class PackedLoss(FusedLoss):
         self.tokens += len(x.ids)
 
     def _end_part(self) -> None:
-        """Record the total probability of the tokens that the word filter skipped; call `after_part`."""
+        """After a micro-batch, record the probability that the word filter skipped, and call `after_part`."""
         if self.word_filter is not None:
             self._tally.add("skipped_probability", self.word_filter.take_skipped(), counted=True)
         self.after_part()
 
     def _micro_batches(self, x: PackedBatch) -> Iterator[MicroBatch]:
-        """The micro-batches of a batch, without those that have no target and therefore no loss."""
+        """The micro-batches of a batch. A micro-batch without targets has no loss, and is left out."""
         return (each for each in micro_batches(x, self.micro_tokens) if each[0].num_targets)
 
     def settings(self) -> dict[str, Any]:
@@ -85,7 +85,8 @@ class PackedLoss(FusedLoss):
 def micro_batches(x: PackedBatch, most_tokens: int | None, together: int = 1) -> Iterator[MicroBatch]:
     """Divide a batch into micro-batches with `PackedBatch.pieces`.
 
-    With each micro-batch, yield two slices, which select its sequences and its tokens in the batch `x`.
+    Yield a tuple for each micro-batch: the micro-batch, the slice of its sequences in the batch `x`, and the
+    slice of its tokens in `x`.
     """
     sequences = tokens = 0
     for part in x.pieces(most_tokens, together):

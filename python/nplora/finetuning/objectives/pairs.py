@@ -26,12 +26,13 @@ Array = npt.NDArray[Any]
 
 
 class PairLoss(PackedLoss):
-    """The base class of losses of pairs: the mean of the losses of all pairs.
+    """The base class of losses of pairs of answers. The loss of a batch is the mean of its pairs' losses.
 
     The two answers of a pair are always in the same micro-batch.
 
-    The metrics are: the mean reward of the chosen answers, the mean reward of the rejected answers, the
-    difference of these means (the margin), and the share of pairs whose chosen answer has the larger reward.
+    The loss has four metrics: the mean reward of the chosen answers; the mean reward of the rejected answers;
+    the first mean minus the second (the margin); and the share of pairs whose chosen answer has the larger
+    reward.
     """
 
     unit = "pairs"
@@ -71,11 +72,10 @@ class PairLoss(PackedLoss):
 
         Args:
             is_answer: for each token, whether the next token belongs to an answer.
-            weight: the number of pairs, divided by the number of targets in their chosen sequences. In
-                training, both numbers are counted in the whole batch. In an evaluation, both numbers are
-                counted in the whole data set. So the loss of an evaluation does not depend on how the data
-                are cut into batches.
-            log_probs: the log-probabilities of all targets (m,).
+            weight: the number of pairs, divided by the number of targets in their chosen sequences. These are
+                the numbers of the whole batch in training, and of the whole data set in an evaluation. So the
+                loss of an evaluation does not depend on how the data are divided into batches.
+            log_probs: array (m,), the log-probability of each of the m targets.
         """
 
     def _weight(self, x: PackedBatch) -> float:
@@ -83,7 +83,7 @@ class PairLoss(PackedLoss):
         return (len(x.starts) - 1) / 2 / max(1, int(tokens))
 
     def _measure(self, rewards: Array) -> None:
-        """Add the rewards (n, 2) of the chosen and the rejected answers to the metrics, with TRL's names."""
+        """Update the metrics, whose names are TRL's. Columns of `rewards` (n, 2): chosen and rejected."""
         chosen, rejected = rewards.T
         self._tally.add("rewards/chosen", chosen)
         self._tally.add("rewards/rejected", rejected)
@@ -117,9 +117,9 @@ class OrpoLoss(PairLoss):
     """The cross-entropy of the chosen texts, plus a penalty that compares the odds of the two answers.
 
     The cross-entropy is a mean over all tokens of the chosen texts, prompts included. The penalty is a mean
-    over the pairs. The trainer divides the sum of all losses by the number of pairs. So the loss of each
-    token is first multiplied by `weight`, the number of pairs divided by the number of tokens. This makes the
-    cross-entropy a mean over the tokens.
+    over the pairs. The trainer divides the sum of all losses by the number of pairs. So that the
+    cross-entropy becomes a mean over tokens, the loss of each token is first multiplied by `weight`, which is
+    the number of pairs divided by the number of tokens.
     """
 
     def __init__(self, beta: float, micro_tokens: int | None = None) -> None:

@@ -34,7 +34,7 @@ class Dpo:
 
     sigmoid: Rafailov et al. 2023, eq. 7; with label smoothing the conservative DPO of Mitchell 2023.
     robust: Chowdhury et al. 2024. hinge: Zhao et al. 2023 (SLiC). ipo: Azar et al. 2023, eq. 17.
-    sigmoid_norm: like sigmoid, with each log-ratio divided by the answer's number of tokens.
+    sigmoid_norm: the loss "sigmoid" with each log-ratio divided by the number of tokens of the answer.
     """
 
     loss_type: str
@@ -82,7 +82,7 @@ def odds_ratio(means: Array, beta: float) -> tuple[Array, Array]:
     """ORPO's penalties (n,), and their derivatives (n, 2) with respect to `means` (Hong et al. 2024, eq. 7).
 
     Args:
-        means: mean log-probabilities (n, 2) of the tokens of the chosen and the rejected answers.
+        means: array (n, 2), the mean log-probability of the tokens of each chosen and each rejected answer.
     """
     bounded = np.minimum(means, _ALMOST_CERTAIN)
     log_odds = bounded - np.log(-np.expm1(bounded))
@@ -96,7 +96,7 @@ def odds_ratio(means: Array, beta: float) -> tuple[Array, Array]:
 class Kto:
     """Kahneman-Tversky optimisation (Ethayarajh et al. 2024, eq. 7 and 8).
 
-    The loss type "apo_zero_unpaired" uses no KL divergence: it is computed with `kl` = 0.
+    For the loss type "apo_zero_unpaired", which uses no KL divergence, call the object with `kl` = 0.
 
     Attributes:
         desirable, undesirable: the weights of good and of bad answers.

@@ -1,8 +1,8 @@
 """Reference: the log-probabilities of the model without its adapter, computed once and kept in a file.
 
-The file holds one number for each sequence. The file is used only if all weights, the configuration, the
-arithmetic, the instruction set and the version of nplora are the same as when the file was written, and if
-the content of the file matches its SHA-256. Log-probabilities that are not in the file are computed.
+The file holds the log-probability of each sequence. nplora uses the file only if its SHA-256 is right, and if
+the following have not changed: the weights, the configuration, the arithmetic, the instruction set and the
+version of nplora. Log-probabilities that are not in the file are computed.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ _WRITE_SECONDS = 60.0  # the least time between two writes of the file
 
 
 class Reference:
-    """Holds the log-probability of each sequence under the reference: the sum over the sequence's targets.
+    """Holds the log-probability of each sequence: the sum over its targets, by the model without its adapter.
 
-    Each sequence is identified by a digest of its tokens and targets, so the data may be in any order.
+    A sequence is found by a digest of its tokens and targets, so the data may be in any order.
 
     Args:
         known: maps the key of a sequence (see `sequence_keys`) to the log-probability of the sequence.
@@ -86,9 +86,10 @@ class Reference:
             batches: the training data, and the validation data, if there are any.
             sequences_of: a function that returns the sequences of a batch for which log-probabilities are
                 needed.
-            directory: the output directory; None on other ranks than rank 0.
-            writes: whether to write the file every minute and at the end; if False, `keep` writes it later.
-            ranks: the processes that train together. Each rank computes a share of the log-probabilities.
+            directory: the output directory; None on all ranks except rank 0.
+            writes: whether to write the file every minute and at the end. If False, the caller must call
+                `keep` later.
+            ranks: the processes that train together. Each rank computes some of the log-probabilities.
         Raises:
             NonFiniteLossError: a log-probability is NaN or infinite.
             ValueError: the ranks have different models.
@@ -149,9 +150,8 @@ class Reference:
 class _SharedParts:
     """Divides the computation of log-probabilities among the ranks, in rounds.
 
-    In a round, each rank computes one part of a batch. After the round, the ranks exchange the results. So a
-    rank waits at most for the time that the slowest rank needs for one part, and each rank knows the results
-    of all finished rounds.
+    In a round, each rank computes one part of a batch (see `_parts`), and waits until the slowest rank is
+    done. Then the ranks exchange the results, so that each rank knows the results of all finished rounds.
 
     Args:
         known: maps the key of a sequence to its log-probability. The results are added to this dictionary.
@@ -163,14 +163,14 @@ class _SharedParts:
         self._keys: set[int] = set()  # the keys of the sequences in the round
 
     def lacks(self, part: PackedBatch) -> bool:
-        """Whether a part has a sequence that is neither known nor in the current round."""
+        """Whether a sequence of the part has no known log-probability, and is not in the current round."""
         return any(key not in self._known and key not in self._keys for key in sequence_keys(part).tolist())
 
     def add(self, part: PackedBatch) -> None:
         """Add a part to the round. If the round now has a part for each rank, compute the round.
 
-        Known sequences of the part are computed too. So the bits of the new results do not depend on which
-        sequences are known.
+        Sequences of the part whose log-probability is known are computed too. So the bits of the new results
+        do not depend on what is known.
         """
         self._round.append(part)
         self._keys.update(sequence_keys(part).tolist())
@@ -180,8 +180,8 @@ class _SharedParts:
     def compute(self) -> None:
         """Compute the parts of the round.
 
-        If a sequence is in several parts, its results may differ by rounding. The result of the last part is
-        used, as in a run with a single rank.
+        If a sequence is in several parts, its results may differ by rounding. The last part's result counts,
+        as in a run with a single rank.
         """
         if not self._round:
             return
@@ -195,7 +195,7 @@ class _SharedParts:
 
 
 def sequence_keys(batch: PackedBatch) -> Array:
-    """A digest of the tokens and targets of each sequence, uint64."""
+    """Return a uint64 array: for each sequence, a digest of its tokens and targets."""
     spans = itertools.pairwise(batch.starts.tolist())
     keys = [_key(batch.ids[begin:end].tobytes() + batch.targets[begin:end].tobytes()) for begin, end in spans]
     return np.array(keys, np.uint64)
@@ -211,12 +211,12 @@ def by_sequence(batch: PackedBatch) -> Array:
 
 
 def sums(batch: PackedBatch, log_probs: Array) -> Array:
-    """The sum of the log-probabilities of each sequence."""
+    """Sum `log_probs`, which has a value for each target of the batch, over the targets of each sequence."""
     return np.bincount(by_sequence(batch), log_probs, len(batch.starts) - 1)
 
 
 def drop(directory: files.Directory) -> None:
-    """Remove the file if an earlier run with another objective made it."""
+    """Remove the file if an earlier run, which had another objective, has left one."""
     with contextlib.suppress(FormatError, FileNotFoundError):
         with safetensors.reading(Path(directory, REFERENCE), follow_links=False) as content:
             is_ours = REFERENCE_MARK in content.metadata
@@ -245,9 +245,9 @@ def _log_probs(lm: LanguageModel, part: PackedBatch) -> Array:
 
 
 def _identity(lm: LanguageModel) -> str:
-    """A hash of everything that decides the log-probabilities of given tokens.
+    """A hash of the model, the arithmetic, the instruction set and the version of nplora.
 
-    The hash covers the model, the arithmetic, the instruction set and the version of nplora.
+    The log-probabilities depend on all of these, and on the data.
     """
     config = _core.config()
     parts = base_fingerprint(lm, whole=True), lm.compute, str(config["isa"]), str(config["version"])
@@ -255,9 +255,9 @@ def _identity(lm: LanguageModel) -> str:
 
 
 def _read(directory: files.Directory, model: str) -> tuple[dict[int, float], str]:
-    """Return the log-probabilities in the file, and a text that says what is wrong with the file.
+    """Return a dict of the log-probabilities in the file, and a text that says what is wrong with the file.
 
-    The text is empty if the file can be used. If there is no file, both results are empty.
+    If the file can be used, the text is empty. If there is no file, the dict and the text are empty.
 
     Raises:
         FileExistsError: the file is not in the safetensors format, and the directory holds no run.
@@ -288,7 +288,7 @@ def _read(directory: files.Directory, model: str) -> tuple[dict[int, float], str
 
 
 def _write(directory: files.Directory, model: str, found: dict[int, float]) -> None:
-    """Write the file. A failure causes only a warning: on a full disk, the first checkpoint fails anyway."""
+    """Write the file, or warn. If the disk is full, the first checkpoint raises an error anyway."""
     keys = np.array(sorted(found), np.uint64)
     values = np.array([found[key] for key in sorted(found)], np.float64)
     metadata = {REFERENCE_MARK: _SCHEMA, "model": model, "sha256": _digest(keys, values)}

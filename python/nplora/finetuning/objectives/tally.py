@@ -23,23 +23,23 @@ class Tally:
         """Add values.
 
         Args:
-            counted: whether `take` also returns the number of values. Set this if the number of values can
-                differ from the number of items over which the loss is averaged.
+            counted: whether `take` also returns the number of values. Set this if the number can differ from
+                the number of items over which the loss is a mean.
         """
         self._additions.append((name, float(np.sum(values)), np.size(values), counted))
 
     def add_all(self, additions: list[Addition]) -> None:
-        """Add the values that `take_additions` has returned, in this process or in another one."""
+        """Add what a call of `take_additions` has returned, in this process or in another one."""
         self._additions += additions
 
     def take_additions(self) -> list[Addition]:
-        """All values that were added since the last call, in the order in which they were added. If all ranks
-        add up the values in this order, the sums have the same bits on all ranks."""
+        """Return all additions since the last call, in their order. If all ranks add up the additions of all
+        ranks in the same order, the sums have the same bits on all ranks."""
         taken, self._additions = self._additions, []
         return taken
 
     def take(self) -> dict[str, float]:
-        """The mean of each quantity since the last call. A quantity without values is left out."""
+        """Return a dict: the mean of each quantity whose values were added since the last call."""
         sums, counts, counted = dict[str, float](), dict[str, int](), set[str]()
         for name, value, count, is_counted in self.take_additions():
             sums[name] = sums.get(name, 0.0) + value

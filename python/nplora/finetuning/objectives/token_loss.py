@@ -11,7 +11,7 @@ from nplora.nn.module import Module
 
 
 class TokenLoss(PackedLoss):
-    """The mean of -log p(token) over the trained tokens. The logits are never in memory all at once.
+    """The mean of -log p(token) over the trained tokens. Only a chunk of the logits is in memory at a time.
 
     Args:
         micro_tokens: maximum number of tokens in a micro-batch; None: batches are not cut into micro-batches.

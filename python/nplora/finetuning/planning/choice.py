@@ -51,8 +51,8 @@ class PlanConstraints:
 
     Attributes:
         compute: arithmetic of the products with frozen weights; None: not fixed.
-        recompute: whether activations must be recomputed in the backward pass. False: a plan may store
-            activations instead.
+        recompute: whether plans must recompute activations in the backward pass. If False, plans may also
+            store them.
         micro_tokens: sizes of micro-batches to choose from; None: any size.
         resuming: whether the run is resumed. A resumed run may use the whole memory limit. A new run leaves a
             margin.
@@ -69,10 +69,10 @@ class PlanConstraints:
 
 
 def resident_memory(lm: LanguageModel, teacher: LanguageModel | None = None) -> tuple[int, int]:
-    """Two sizes in bytes: the memory of this process now, and the part of the weights that is not read yet.
+    """Return two sizes in bytes: the memory of this process now, and the weights that are still to be read.
 
     Args:
-        teacher: a second model, whose weights are read too.
+        teacher: a second model, whose weights count too.
 
     >>> lm = nplora.load_model("model.gguf")
     >>> current, unread = nplora.finetuning.planning.resident_memory(lm)
@@ -89,7 +89,7 @@ def needed(
     """Predict the peak memory of the process with this plan.
 
     Args:
-        resident: the result of `resident_memory`, called before `work` is made.
+        resident: what `resident_memory` returned before `work` was made.
 
     >>> planning = nplora.finetuning.planning
     >>> lm = nplora.load_model("model.gguf")
@@ -130,8 +130,8 @@ def choose(
 
     Args:
         resident: the result of `resident_memory`, as in `needed`.
-        budget: memory limit of the process in bytes. None: there is no limit; settings that the constraints
-            leave open get their defaults.
+        budget: memory limit of the process in bytes. If None, there is no limit, and the settings that
+            `constraints` leaves open get their defaults.
         op: name of the public function that the user called. Error messages begin with this name.
     Raises:
         BudgetError: no plan fits.
@@ -184,7 +184,9 @@ def choose(
 
 
 def preferred(plans: Iterable[ExecutionPlan], seconds: Callable[[ExecutionPlan], float]) -> ExecutionPlan:
-    """The fastest of the plans with the most exact arithmetic. `seconds` returns the time of a step.
+    """Choose the most exact arithmetic of the plans. Return the fastest plan with this arithmetic.
+
+    `seconds` returns the time of a plan's step.
 
     >>> planning = nplora.finetuning.planning
     >>> plans = [planning.ExecutionPlan("bfloat16", False), planning.ExecutionPlan("float32", True)]
@@ -197,11 +199,10 @@ def preferred(plans: Iterable[ExecutionPlan], seconds: Callable[[ExecutionPlan],
 def _plans(
     lm: LanguageModel, work: Work, constraints: PlanConstraints, free: bool
 ) -> Iterator[ExecutionPlan]:
-    """The plans that the constraints allow, float32 first.
+    """The plans that the constraints allow. Plans in float32 come first.
 
     Args:
-        free: whether to vary the settings that the constraints leave open; False: these settings get their
-            defaults.
+        free: whether to vary the settings that the constraints leave open. If False, they get their defaults.
     """
     computes, policies = [constraints.compute or lm.compute], [constraints.recompute]
     if free and constraints.compute is None and lm.compute == "float32":
@@ -215,7 +216,10 @@ def _plans(
 
 
 def _halves(work: Work) -> Iterator[int]:
-    """Sizes of micro-batches in tokens: 1/2, 1/4, ... of the largest batch, down to the longest example."""
+    """Possible sizes of micro-batches in tokens: half of the largest batch, a quarter of it, and so on.
+
+    The last size is that of the longest example, or `_LEAST_MICRO_BATCH` if the example is shorter.
+    """
     size, least = work.batch_tokens, max(work.longest, _LEAST_MICRO_BATCH)
     while size > least:
         size = max(-(-size // 2), least)
@@ -223,7 +227,7 @@ def _halves(work: Work) -> Iterator[int]:
 
 
 def _teaching_times(work: Work, computes: tuple[str, ...]) -> dict[str, Callable[[MicroBatch], float]]:
-    """Map each arithmetic to a function that predicts the teacher's seconds for a micro-batch."""
+    """Return a dict: arithmetic -> function that predicts the seconds of the teacher for a micro-batch."""
     teaching = work.teaching
     if teaching is None:
         return dict.fromkeys(computes, lambda one: 0.0)
@@ -260,7 +264,7 @@ def _batch_times(
     """Yield the predicted time of each batch in `batches`.
 
     Args:
-        taught: a function that predicts the teacher's seconds for a micro-batch.
+        taught: a function that predicts the seconds of the teacher for a micro-batch.
     """
     for batch in batches:
         times = [
@@ -292,7 +296,7 @@ def _too_little(
 def _shorter(
     work: Work, plan: ExecutionPlan, limit: float, size: Callable[[ExecutionPlan, Work], int]
 ) -> str:
-    """A hint for an error message: the largest --max-length, a power of two, with which the plan fits."""
+    """The end of an error message: the largest power of two that, as --max-length, lets the plan fit."""
     length = -(-work.longest // work.sequences)
     while length > _LEAST_MICRO_BATCH:
         length = 1 << ((length - 1).bit_length() - 1)  # the next smaller power of two

@@ -1,6 +1,6 @@
 """Predicts the peak memory of training: adds up the sizes of the arrays that `nplora.models` makes.
 
-The method `footprint` of a model's block returns bytes per token.
+The method `footprint` of a model's block returns the bytes that the block takes for each token.
 """
 
 from __future__ import annotations
@@ -145,8 +145,8 @@ class Adapters:
             rows: maps a layer's name to the ids of its trained rows, or to None if all rows are trained.
             tokens: the tokens that are added to the model.
             least: the minimum number of rows that the embedding and the head must have, including added rows.
-            tie_whole: has an effect if all rows of the embedding are trained, and the head shares the
-                embedding's weight. True: the head uses the trained rows. False: its frozen weight.
+            tie_whole: matters only if all rows of the embedding are trained, and the head shares the
+                embedding's weight. If True, the head uses the trained rows; if False, the frozen weight.
         """
         stored, width = lm.config.vocab_size, lm.config.hidden_size
         size = max(least, rows_needed(stored, {}, tokens))
@@ -178,8 +178,8 @@ class Adapters:
         """The maximum bytes of scratch memory that a call of the C++ core needs for low-rank factors.
 
         The scratch consists of four buffers in csrc/ops/scratch.h: kLowGradients, kLowLanes, kLanes and
-        kFactor. These buffers hold: z = x Bᵀ and its gradient dz; two layouts of B; the gradient of B; either
-        A or its gradient; and the bfloat16 layouts of A. A call with one float32 layer needs only one layout
+        kFactor. Together, they hold z = x Bᵀ and its gradient dz, two layouts of B, the gradient of B, A or
+        the gradient of A, and the bfloat16 layouts of A. A call with one float32 layer needs only one layout
         of B. A frozen B has no gradient.
         """
         layers: Counter[str] = Counter()
@@ -207,7 +207,7 @@ class Adapters:
 
     @functools.cached_property
     def _blocks(self) -> dict[int, dict[str, int]]:
-        """Maps the index of each adapted block to a dict: name of an adapted layer -> its d_out."""
+        """A dict: index of an adapted block -> a dict from the names of its adapted layers to their d_out."""
         found: dict[int, dict[str, int]] = {}
         for name, shape in self.shapes.items():
             block = adapting.block_of(name)
@@ -225,10 +225,10 @@ class Adapters:
         return Adapted(self.rank, self.use_dora, self._blocks.get(block, {}), ranks, self.freeze_B)
 
     def first_block(self, blocks: int) -> int:
-        """The index of the lowest block that keeps activations for the backward pass.
+        """The index of the lowest block that stores activations for the backward pass.
 
         Args:
-            blocks: the number of blocks. This number is returned if no block keeps activations.
+            blocks: the number of blocks, which is the result if no block stores activations.
         """
         return (
             0 if "model.embed_tokens" in {**self.shapes, **self.rows} else min(self._blocks, default=blocks)
@@ -239,8 +239,8 @@ class Adapters:
 class Memory:
     """Peak memory in bytes, term by term; `total` is the peak of the whole process.
 
-    `gradients` is the memory of gradients that are stored until they are added up in a fixed order. The term
-    is 0 if the gradients of each batch are immediately added to those of the step.
+    To be added up in a fixed order, gradients may have to be stored first; `gradients` is their memory. It is
+    0 if the gradients of each batch are added to the gradients of the step at once.
 
     >>> memory = nplora.plan("model.gguf", "train.jsonl").memory
     >>> memory.total > memory.process
@@ -255,7 +255,7 @@ class Memory:
     work: int = dataclasses.field(metadata={"text": "working memory of a block, or of head and loss"})
     scratch: int = dataclasses.field(metadata={"text": "scratch of the threads, and small arrays"})
     gradients: int = dataclasses.field(
-        default=0, metadata={"text": "gradients that are kept until those of all ranks are added up"}
+        default=0, metadata={"text": "gradients, until they are added up over all ranks"}
     )
 
     @property
@@ -275,7 +275,8 @@ class Extra:
     """The numbers of bytes that a loss takes in addition to the arrays of the head.
 
     Attributes:
-        kept: bytes that the loss keeps until the micro-batch ends.
+        kept: bytes that the loss stores from the forward pass of a micro-batch to the end of its backward
+            pass.
         head: bytes that the loss needs while the head computes the logits of one chunk of tokens.
         inference: bytes that the loss needs at the start of a micro-batch, when no activations are stored
             yet.
@@ -298,10 +299,10 @@ NOTHING = Extra()
 def with_filter(extra: Extra, config: ModelConfig, targets: int) -> Extra:
     """Add the bytes that a `WordFilter` takes.
 
-    For each chunk of tokens, the C++ core lists the words of the vocabulary that the filter does not skip: at
-    most a quarter of the vocabulary for each token. The core stores the gradients of these words' logits, the
-    last byte of their ids, and the start of each list. Tokens that are computed without the filter are
-    copied, at most FLAT_ROWS tokens at a time.
+    For each token, the C++ core lists the entries of the vocabulary that the filter does not skip: at most a
+    quarter of the vocabulary. The core stores the gradient of the logit of each listed entry, the last byte
+    of its id, and where each list starts. Tokens for which the filter would skip too little are copied, at
+    most FLAT_ROWS tokens at a time, and computed without the filter.
     """
     logits = _FLOAT * min(most_rows(targets, config.vocab_size), targets) * config.vocab_size
     copied = _FLOAT * FLAT_ROWS * (config.vocab_size + config.hidden_size)
@@ -325,8 +326,7 @@ def predicted(
     Args:
         step: the largest micro-batch.
         evaluated: the number of tokens in the largest batch of an evaluation; 0 without an evaluation.
-        resident: two sizes in bytes: the memory of the process before the adapters are made, and the part of
-            the weights that is not read yet.
+        resident: two sizes in bytes, as `resident_memory` returns them before the adapters are made.
         prefix_tokens: the number of tokens for which a `PrefixCache` holds block outputs in memory.
         extra: bytes that the loss takes in addition to the head.
         keeps_best: whether a copy of the best factors is kept.
@@ -391,7 +391,8 @@ def predicted(
 
 
 def _of_int8(lm: LanguageModel, adapters: Adapters) -> int:
-    """The bytes that only int8 takes: a scale for each row of weights, and the gradients of `Int8Check`."""
+    """The bytes that int8 takes in addition: a scale for each row of weights, and the gradient values that
+    `Int8Check` compares."""
     layers = [module for _, module in lm.named_modules() if isinstance(module, Linear | LoRALinear)]
     rows = sum(int(layer.weight.shape[0]) for layer in layers)
     return _FLOAT * (rows + min(COMPARED, adapters.numbers))
@@ -404,9 +405,9 @@ def _is_embedding(name: str) -> bool:
 def _head(config: ModelConfig, targets: int, added: int) -> int:
     """The bytes that the head takes for one chunk of tokens.
 
-    The head holds the logits of these tokens, their residual stream before and after the norm, and the
-    gradients of both. If tokens were added to the model, the head also holds the logits of the frozen
-    weight in a second array.
+    The head holds the logits of the chunk, the residual stream of the chunk before and after the norm, and
+    the gradients of both residual streams. If tokens were added to the model, the head also holds a second
+    array, with the logits of the frozen weight.
 
     Args:
         added: the number of rows that were added to the head of the model.
@@ -417,10 +418,10 @@ def _head(config: ModelConfig, targets: int, added: int) -> int:
 
 
 def _calls(lm: LanguageModel) -> dict[str, str]:
-    """A dict from the names of layers to the names of the layers that the C++ core computes first.
+    """Return which layers the C++ core computes in the same call.
 
-    One call of the core computes one or more layers of a block. The dict maps the name of every layer of a
-    call but the first to the name of the first layer.
+    One call of the core computes one or more layers of a block. The result is a dict with the names of all
+    layers that are not the first layer of their call. Its values are the names of the first layers.
     """
     calls = dict[str, str]()
     for index, block in enumerate(lm.model.layers):

@@ -45,9 +45,9 @@ class MemoryPlan:
         limit: the largest number of bytes that a plan may need: the memory limit minus a reserve; infinite
             without a memory limit.
         available: bytes that the process may use on this machine and in its container; None: unknown.
-        before: the seconds before the first step, in which DPO and KTO compute their reference.
+        before: the seconds that DPO and KTO take before the first step to compute their reference.
         accumulate: the number of batches in a step.
-        times: for each of the first steps of the run, a tuple with the times of the step's batches.
+        times: for each of the first steps of the run, a tuple: the predicted times of the step's batches.
         gradients: bytes of the gradients of the trained values.
 
     >>> plan = nplora.plan("model.gguf", "train.jsonl", batch_examples=4)
@@ -86,11 +86,11 @@ class MemoryPlan:
         communication_dtype: str = COMMUNICATION_DTYPES[0],
         local_steps: int | None = None,
     ) -> NodesPlan:
-        """Predict the time of a step if several machines like this one train together, one rank on each.
+        """Predict the time of a step of several machines that train together. Each machine runs one rank.
 
-        The predicted time of a step includes the forward and backward passes and the sums of the gradients,
-        but no evaluations or checkpoints. The prediction assumes that every machine is as fast as this one,
-        and that the network carries the full rate in both directions.
+        The time of a step includes the forward and backward passes and adding up the gradients over the
+        network, but no evaluations or checkpoints. The prediction assumes that every machine is as fast as
+        this one, and that the network carries the full rate in both directions.
 
         Args:
             nodes: the number of machines.
@@ -154,21 +154,20 @@ class MemoryPlan:
 
 
 def need(size: int) -> str:
-    """Needed bytes as a text, rounded up.
+    """Write a number of needed bytes in MB, rounded up.
 
-    The limit is printed with `room`, which rounds down. So if the need exceeds the limit, the printed need
-    exceeds the printed limit too.
+    Limits are written by `room`, which rounds down. So a need above the limit is also above it in print.
     """
     return f"{math.ceil(size / 1e6)} MB"
 
 
 def room(size: int) -> str:
-    """Available bytes as a text, rounded down."""
+    """Write a number of available bytes in MB, rounded down."""
     return f"{size // 10**6} MB"
 
 
 def shortage(memory: Memory, available: int | None) -> str:
-    """A message if more memory is needed than is available; otherwise an empty text.
+    """If a run needs more memory than is available, return a message; otherwise an empty text.
 
     >>> memory = nplora.plan("model.gguf", "train.jsonl").memory
     >>> nplora.finetuning.planning.shortage(memory, available=1_000_000)

@@ -34,14 +34,15 @@ class NodesPlan:
         network: the network between the machines.
         batches: the number of batches in a step; the last step of an epoch may have fewer.
         alone: seconds of the step on one machine.
-        waiting: seconds that an average machine waits for the slowest one. Machines wait because batches
-            differ in length, or because the last round of a step has fewer batches than machines.
-        sums: seconds that the machines wait for the sums of their gradients; with outer steps, for the sums
-            of the changes of their trained values. Gradients are sent while the next batches are computed.
+        waiting: seconds that a machine waits for the slowest machine, on average. Machines wait because
+            batches differ in length, or because the last round of a step has fewer batches than machines.
+        sums: seconds of a step in which the machines wait until their gradients are added up. (With outer
+            steps, the changes of their trained values are added up instead.) The time in which gradients are
+            sent while the next batches are computed does not count.
         size: bytes of the gradients.
         local_steps: steps of each machine between two outer steps; None: there are no outer steps.
-        most: the number of batches in the largest step; less than `batches` if a whole epoch has fewer
-            batches.
+        most: the number of batches in the largest step. If an epoch has fewer batches than `batches`, it is
+            the number of batches in the epoch.
 
     >>> planning = nplora.finetuning.planning
     >>> step = [planning.BatchTime(seconds) for seconds in (10.0, 9.0, 10.0)]
@@ -118,7 +119,7 @@ class NodesPlan:
 
     @property
     def efficiency(self) -> float:
-        """The speed-up of a step compared with one machine, divided by the number of machines."""
+        """The speed-up of a step by several machines, divided by the number of machines."""
         return self.alone / (self.nodes * self.seconds)
 
     def _summed(self) -> str:

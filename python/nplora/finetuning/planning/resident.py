@@ -1,4 +1,4 @@
-"""Sizes in bytes: reads a size such as 600M, and finds how much of a mapped model is not read yet."""
+"""Sizes in bytes: parses a size such as 600M, and measures how much of a model's files is not read yet."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def parse_bytes(memory: int | str, op: str = "parse_bytes", name: str = "memory"
     Args:
         op, name: the operation and the argument, for error messages.
     Raises:
-        ValueError: the text is not a size, or the size is not above 0; or the size is below 1 MiB and has no
-            unit, which was probably forgotten.
+        ValueError: the text is not a size; or the size is not above 0; or the size has no unit and is below
+            1 MiB, so that a unit was probably forgotten.
 
     >>> nplora.finetuning.planning.parse_bytes("600M")
     600000000
@@ -46,7 +46,7 @@ def parse_bytes(memory: int | str, op: str = "parse_bytes", name: str = "memory"
 
 
 def unread(source: str) -> int:
-    """The bytes of a model that are mapped but not read yet.
+    """The number of bytes of a model's files that the process has mapped but not read yet.
 
     Args:
         source: the model's file, or the config.json in the directory of the model's weights.

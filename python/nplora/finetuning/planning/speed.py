@@ -39,10 +39,8 @@ class Cost:
 
 @dataclass(frozen=True)
 class Speed:
-    """The speed in one arithmetic: the costs of a block's forward and backward passes, and of the head.
-
-    The cost of the head includes its forward and backward passes.
-    """
+    """The speed of a model in one arithmetic: the costs of a block's forward pass, of a block's backward
+    pass, and of both passes of the head together."""
 
     forward: Cost
     backward: Cost
@@ -71,8 +69,7 @@ def measured(lm: LanguageModel, computes: tuple[str, ...], int8_head: bool = Fal
     """Measure the speed in each arithmetic, with the current number of threads.
 
     Args:
-        int8_head: whether, with the arithmetic int8, the gradient of the head's input is computed in int8
-            too.
+        int8_head: whether int8 is also the arithmetic of the gradient of the head's input.
     """
     block = lm.model.layers[0]
     config = lm.config
@@ -104,7 +101,7 @@ def measured(lm: LanguageModel, computes: tuple[str, ...], int8_head: bool = Fal
 
 
 def _products(lm: LanguageModel, linears: list[FrozenWeight], compute: str, int8_head: bool) -> Speed:
-    """The speed of a block that computes nothing but the products with frozen weights."""
+    """Measure the speed of the products with frozen weights, without the other work of a block."""
     weights = [weight.with_compute(compute) for weight in linears]
     forward = _cost(weights, FrozenWeight.matmul, 1, (_FEW, _MANY))
     backward = _cost(weights, FrozenWeight.matmul_t, 0, (_FEW, _MANY))
@@ -125,7 +122,7 @@ def _matrices(module: Module) -> list[FrozenWeight]:
 def _cost(
     weights: list[FrozenWeight], product: Callable[..., Array], axis: int, sizes: tuple[int, int]
 ) -> Cost:
-    """The total cost of one product with each weight, measured with few rows and with many rows."""
+    """Measure the cost of multiplying once with each of the weights: with few tokens, and with many."""
     few, many = (seconds(partial(_multiply, weights, product, axis, rows)) for rows in sizes)
     token = max((many - few) / (sizes[1] - sizes[0]), 0.5 * many / sizes[1])
     return Cost(max(0.0, many - token * sizes[1]), token)

@@ -24,13 +24,13 @@ _ROWS = 32  # rows of logits in a timing
 
 @dataclass(frozen=True)
 class Teaching:
-    """The properties of a distillation that the plan needs.
+    """The properties of a distillation on which the memory and the time of a plan depend.
 
     Attributes:
         student: the model that learns.
         model: the teacher, if it runs beside the student; None if its distributions are stored.
-        top_k: the number of stored tokens in each distribution.
-        formula: computes the loss from the logits.
+        top_k: the number of tokens in each stored distribution.
+        formula: an object that computes the loss from the logits.
 
     >>> from nplora.models.divergence import Distillation
     >>> lm = nplora.load_model("model.gguf")
@@ -51,7 +51,7 @@ class Teaching:
         return targets * (_FLOAT * self.top_k + (_FLOAT // 2 + _DOUBLE) * (self.top_k + 1))
 
     def head(self, targets: Iterable[int]) -> int:
-        """The maximum bytes that the teacher and the divergence take for a chunk of tokens in the head.
+        """The maximum bytes that the teacher and the divergence take while the head computes one chunk.
 
         Args:
             targets: the number of trained tokens of each micro-batch.

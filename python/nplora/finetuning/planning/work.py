@@ -28,12 +28,12 @@ class Work:
     """The batches of a run, described by the sizes of their examples.
 
     Attributes:
-        batches: for each batch, a pair of arrays: the number of tokens of each example, and the number of
-            trained tokens of each example.
+        batches: for each batch, a tuple of two arrays: the number of tokens of each example, and the number
+            of trained tokens of each example.
         steps: the number of steps of the run.
         accumulate: the number of batches in a step.
-        epoch: the number of batches in an epoch; 0: all batches belong to one epoch. The last step of an
-            epoch may have fewer batches than the other steps.
+        epoch: the number of batches in an epoch. 0 means that all batches belong to one epoch. The last step
+            of an epoch may have fewer batches than the other steps.
         evaluated: the number of tokens in the largest batch of an evaluation; 0 without an evaluation.
         keeps_best: whether a copy of the best factors is kept.
         prefix_tokens: the number of tokens for which a `PrefixCache` holds block outputs in memory.
@@ -41,12 +41,11 @@ class Work:
             applies to each sequence.
         extra_passes: the number of additional forward passes in a step. Each pass has about as many tokens as
             the step.
-        reference: for each forward pass before the first step, a pair: the number of tokens, and the number
-            of tokens in the loss.
+        reference: for each forward pass before the first step, a tuple: its number of tokens, and its number
+            of trained tokens.
         teaching: the additional memory and time of a distillation; None without a teacher.
-        adds_in_order: whether the gradients of micro-batches are first stored and then added up in a fixed
-            order.
-        is_local: whether ranks make local steps, which outer steps combine.
+        adds_in_order: whether gradients of micro-batches are stored, to be added up later in a fixed order.
+        is_local: whether each rank makes local steps, whose changes an outer step combines.
         filters: whether a word filter computes the gradient of the head's input.
         int8_head: whether plans in int8 also compute the gradient of the head's input in int8.
 
@@ -99,7 +98,7 @@ class Work:
             yield MicroBatch(int(part.sum()), int(targets[first:last].sum()), int(part.max(initial=0)))
 
     def largest(self, micro_tokens: int | None) -> MicroBatch:
-        """The maxima of `tokens`, `targets` and `longest`, which may come from different micro-batches."""
+        """Return the maxima of `tokens`, `targets` and `longest` over all micro-batches."""
         found = list(self.micro_batches(micro_tokens))
         return MicroBatch(
             *(max(getattr(one, name) for one in found) for name in ("tokens", "targets", "longest"))
@@ -125,7 +124,7 @@ class Work:
         return (3 if self.accumulate > 1 else 2) * parts + 1
 
     def shortened(self, length: int) -> Work:
-        """The same work, with sequences of more than `length` tokens cut to `length` tokens."""
+        """A copy of this object as if the maximum length of a sequence were `length` tokens."""
         most = self.sequences * length
         batches = [(np.minimum(n, most), np.minimum(trained, most)) for n, trained in self.batches]
         evaluated = min(self.evaluated, max(EVALUATION_TOKENS, most))

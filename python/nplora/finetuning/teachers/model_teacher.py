@@ -23,7 +23,7 @@ Array = npt.NDArray[Any]
 
 
 class ModelTeacher:
-    """A teacher that is a model. The logits are computed for a few rows at a time."""
+    """A teacher that is a model. The logits are computed for a few positions of the batch at a time."""
 
     top_k = 0
     temperature: float | None = None

@@ -7,8 +7,8 @@ different sequences, and k the number of tokens that are stored for each trained
     starts      int64 (m + 1,)   each sequence's first row in `ids` and `log_probs`; the last element is n
     ids         int32 (n, k)     the k most likely tokens, the most likely first
     log_probs   (n, k + 1)       float16 or float32: the log-probabilities of these tokens, and in the last
-                                 column the log-probability of all other tokens together, at the temperature
-                                 that the metadata names
+                                 column the log-probability of all other tokens together; all at the
+                                 temperature in the metadata
     tokens      uint8            the vocabulary: the tokens in UTF-8, one after another
     token_ends  int64 (v,)       the end of each token in `tokens`; an id without a token has no bytes
 
@@ -55,8 +55,7 @@ _KINDS = {
 
 
 def is_stored(path: StrPath) -> bool:
-    """Whether a path is a file of predictions. Any file but GGUF counts, because models are GGUF files or
-    directories."""
+    """Whether a path leads to a stored teacher: a file that is not GGUF. (Models are GGUF or directories.)"""
     if not Path(path).is_file():
         return False
     with files.reading(path) as reader:
@@ -74,7 +73,7 @@ def new_file(
     ids: Callable[[], Iterable[files.Chunk]],
     log_probs: Callable[[], Iterable[files.Chunk]],
 ) -> files.NewFile:
-    """Return the file with these contents, for `files.replace`.
+    """Describe a file of predictions, which `files.replace` then writes.
 
     Args:
         keys, counts: for each sequence, its digest and its number of trained tokens.
@@ -185,13 +184,12 @@ class StoredTeacher:
         return lambda rows: top[numbers[rows]]
 
     def _places(self, batch: PackedBatch) -> tuple[Array, Array]:
-        """Two arrays: for each sequence of a batch, its index in the file, and whether the file has it."""
+        """Two arrays: each sequence's index in the file, and whether the file has the sequence."""
         keys = sequence_keys(batch)
         found = np.minimum(np.searchsorted(self._keys, keys), max(0, len(self._keys) - 1))
         return self._order[found], self._keys[found] == keys
 
     def _rows(self, name: str, begin: int, end: int) -> Array:
-        """Read the rows from `begin` to `end` of an array in the file."""
         entry = self._entries[name]
         dtype = np.dtype({"I32": "<i4", "F16": "<f2", "F32": "<f4"}[entry.tag])
         width = entry.shape[1] * dtype.itemsize

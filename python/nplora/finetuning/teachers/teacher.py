@@ -43,13 +43,13 @@ class Teacher(Protocol):
         """Raise FormatError if the student has another vocabulary."""
 
     def require_data(self, op: str, dataset: Examples) -> None:
-        """Raise FormatError if the teacher has no distributions for an example of the data set."""
+        """Raise FormatError if the teacher lacks the distributions for any example of the data set."""
 
     def prepare_batch(self, batch: PackedBatch) -> DistributionsAt:
         """Read or compute what the teacher needs for a batch.
 
-        Return a function that maps an array of positions in the batch to the teacher's distributions there.
-        Each of these positions must have a target.
+        Return a function from an array of positions in the batch to the teacher's distributions at these
+        positions. Each position must have a target.
         """
 
     def digest(self) -> str:

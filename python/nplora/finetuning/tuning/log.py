@@ -1,4 +1,4 @@
-"""TuneLog: tune.jsonl, the decisions and results of a search. A resumed search repeats no trial."""
+"""TuneLog: the file tune.jsonl, which records a search, so that a resumed search repeats no trial."""
 
 from __future__ import annotations
 
@@ -19,12 +19,13 @@ _LARGEST = 64 << 20
 
 
 class TuneLog:
-    """The events of a search, one line of JSON each. The file is replaced as a whole after every event.
+    """The log of a search: one line of JSON for each event. Every event replaces the whole file.
 
     Attributes:
         path: the file.
         start: all inputs of the search. They must be the same when the search is resumed.
-        baseline: the loss before training and the seconds of its evaluation; None: not measured yet.
+        baseline: a pair of the loss before training, and the seconds that its computation took; None: not
+            measured yet.
         rungs: a dict from the number of a rung to the rung. A rung is a group of trials with the same number
             of steps.
         trials: the trials with their results, in order.
@@ -65,7 +66,7 @@ class TuneLog:
         self._add(start)
 
     def _holds_trials(self) -> bool:
-        """Whether the file must not be replaced, because it holds trials or is not a log."""
+        """Whether replacing the file needs `overwrite`: if it holds trials, or is not a valid log."""
         found = TuneLog(self.path.parent)
         try:
             found._read()
@@ -86,7 +87,7 @@ class TuneLog:
         self._add(trial.to_json())
 
     def trials_before(self, rung: int) -> list[Trial]:
-        """The trials that the log had when a rung was added, or all trials if the log lacks the rung."""
+        """The trials that were logged before the rung `rung`; all trials if the log lacks this rung."""
         return self.trials[: self._trials_before.get(rung)]
 
     def find(self, key: tuple[Any, ...]) -> Trial | None:
@@ -95,7 +96,7 @@ class TuneLog:
 
     @property
     def seconds(self) -> float:
-        """The time that the search has taken."""
+        """The total seconds of all trials, and of the evaluation before training."""
         before = self.baseline[1] if self.baseline else 0.0
         return before + sum(trial.seconds + trial.evaluation for trial in self.trials)
 

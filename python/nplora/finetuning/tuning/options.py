@@ -27,8 +27,8 @@ def _option(default: Any, text: str, **more: Any) -> Any:
 class TuneOptions:
     """The options that `tune` has in addition to those of `finetune`.
 
-    The constructor checks all options except the single values in `search`. `tune` checks these values,
-    because they may depend on the options of `finetune`.
+    The constructor checks the names in `search`, but not their values. `tune` checks the values, because they
+    may depend on the options of `finetune`.
 
     Raises:
         ValueError, TypeError: a value is out of range.

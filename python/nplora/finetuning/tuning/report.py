@@ -31,9 +31,9 @@ class TuneReport:
             tuned.
         options: the options of `finetune` for a run with the winner's settings, including the options that
             were given to the search.
-        command: the `nplora finetune` line for the winner; "" without a winner.
+        command: a shell command, `nplora finetune ...`, that trains the winner; "" if there is no winner.
         loss_before: the validation loss before training.
-        seconds: the time that the trials took.
+        seconds: the total time of all trials.
         budget: the time limit for all trials.
         ended: why the search ended: "complete", "budget" or "interrupted".
         notes: hints on the results.

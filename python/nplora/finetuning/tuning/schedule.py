@@ -2,10 +2,9 @@
 
 Each rung trains fewer candidates for more steps (Jamieson and Talwalkar 2016; Li et al. 2018, "Hyperband").
 Every trial starts from scratch with its own learning rate schedule, which ends with the trial. The
-alternative would be to continue the trials of a rung in the next rung. But then the schedules would have to
-be constant, or be stretched later, and the rungs would compare runs that `finetune` never makes. High
-learning rates would also be judged too early, because they pay off only after the schedule has lowered the
-rate.
+alternative would be to continue the trials of a rung in the next rung. But then the schedule could not end
+with each trial, as it ends with a run of `finetune`. And trials with high learning rates would be dropped too
+early, because they pay off only after the schedule has lowered the rate.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ class Pace:
     evaluation: float
 
     def seconds(self, steps: int) -> float:
-        """The time of a trial."""
+        """The predicted seconds of a trial with `steps` steps."""
         return steps * self.step + self.evaluation
 
     def steps(self, seconds: float) -> int:
@@ -50,9 +49,9 @@ class Rung:
 
 
 def first_rung(budget: float, pace: Pace, rates: int, full: int) -> Rung:
-    """The rung that tries learning rates: all rates, or as many as there is time for.
+    """Plan the rung that tries learning rates: `rates` of them, or fewer if there is not enough time.
 
-    Each trial has at least LEAST_STEPS steps, or `full` steps if `full` is smaller.
+    A trial has at most `full` steps, and at least LEAST_STEPS steps if `full` allows.
 
     Args:
         full: the number of steps of the run whose options are tuned.
@@ -65,7 +64,7 @@ def first_rung(budget: float, pace: Pace, rates: int, full: int) -> Rung:
 
 
 def second_rung(budget: float, left: float, pace: Pace, candidates: int, least: int, full: int) -> Rung:
-    """The rung whose trials vary the best settings of the first rung.
+    """Plan the rung that tries variations of the first rung's best settings.
 
     Each trial has at least twice as many steps as the trials of the first rung, but at most `full` steps.
 
@@ -82,7 +81,7 @@ def second_rung(budget: float, left: float, pace: Pace, candidates: int, least: 
 
 
 def last_rung(left: float, pace: Pace, survivors: int, least: int, full: int) -> Rung:
-    """A rung of full runs. If there is no time for a full run, a rung of two shorter runs.
+    """Plan a rung of full runs, or of two shorter runs if there is no time for a full run.
 
     Each of the two shorter runs has at least 1.5 * `least` steps. If there is no time for these runs either,
     the rung has no trials.

@@ -46,7 +46,8 @@ class Search:
         full: the number of steps of the run whose options are tuned. If the number of epochs is searched,
             `full` is the number of steps of the run with the fewest epochs.
         budget: the seconds that the trials may take.
-        planned: the predicted seconds of a step. The search uses this prediction until a trial has ended.
+        planned: the predicted seconds of a training step. The search uses this prediction until a trial has
+            ended.
         train: a function that makes one trial. Its arguments are the settings and the number of steps. It
             returns three numbers: the loss, the seconds of the training, and the seconds of the evaluation.
         sampler: proposes the settings of the first rung. None: the first rung tries the learning rates of the
@@ -109,7 +110,8 @@ class Search:
         return _by_loss(made)
 
     def _second(self, first: list[Trial]) -> list[Trial]:
-        """Try the best learning rates, a new rate near them, and settings that change one other option."""
+        """Try the best learning rates so far and a new rate near them, and then other values of one option at
+        a time."""
         rates = [trial.settings["lr"] for trial in _finite(first)[:_SURVIVORS]]
         if not rates:
             return []
@@ -124,7 +126,7 @@ class Search:
         return self._with_combination(2, self._trials(2, candidates[: rung.count], rung.steps))
 
     def _halved(self, number: int, before: list[Trial]) -> list[Trial]:
-        """Repeat the best third of the earlier trials with more steps."""
+        """Repeat the best third of the trials `before` with more steps."""
         survivors = [trial.settings for trial in _finite(before)][: max(_SURVIVORS, -(-len(before) // 3))]
         steps = before[0].steps if before else 1
         decided = second_rung(self.budget, self._left, self._pace, len(survivors), steps, self.full)
@@ -132,7 +134,7 @@ class Search:
         return self._trials(number, survivors[: rung.count], rung.steps) if rung.count > 1 else before
 
     def _full_runs(self, before: list[Trial]) -> int:
-        """Train the best settings at full length, and then for more epochs, as long as the loss falls.
+        """Train the best settings at full length. Then train for more epochs, until the loss no longer falls.
 
         Returns:
             the number of the next rung.
@@ -190,7 +192,7 @@ class Search:
         return [rounded(math.sqrt(best * second))]
 
     def _with_combination(self, number: int, made: list[Trial]) -> list[Trial]:
-        """Combine all changes that lowered the loss, and try the combination if it was not tried yet."""
+        """Combine all option values that lowered the loss, and try this combination if it is new."""
         start = self.space.settings(0.0)
         combined = dict(made[0].settings)
         for trial in reversed(made):  # the best trial last, because its values take precedence
@@ -205,16 +207,17 @@ class Search:
     # ---- trials ----
 
     def _rung(self, number: int, decided: Rung) -> Rung:
-        """Return the rung `number` from the log. If the log has no such rung, log and return `decided`.
+        """Return the rung `number` from the log. If there is none, log and return the rung `decided`.
 
-        A rung without trials is not logged, because a resumed search with more time may fill it.
+        A rung without trials is not logged: a resumed search may have the time for trials in this rung.
         """
         if number not in self.log.rungs and decided.count:
             self.log.add_rung(number, decided)
         return self.log.rungs.get(number, decided)
 
     def _trials(self, rung: int, candidates: Iterable[Settings], steps: int) -> list[Trial]:
-        """Make the trials that the log does not have. Return all trials, the lowest loss first."""
+        """Make the trials of `candidates` that are not in the log. Return the trials of all candidates,
+        sorted by loss."""
         return _by_loss([self._trial(rung, settings, steps) for settings in candidates])
 
     def _trial(self, rung: int, settings: Settings, steps: int) -> Trial:
@@ -238,7 +241,7 @@ class Search:
 
     @property
     def _pace(self) -> Pace:
-        """The time of a step and of an evaluation.
+        """The seconds of a training step and of an evaluation.
 
         The time of a step is measured in the trials that did not diverge. If there are no such trials yet,
         the predicted time is used.
@@ -277,7 +280,7 @@ def _shown(settings: Settings) -> str:
 
 
 def shown_value(value: object) -> str:
-    """A value in the form that the command line takes."""
+    """An option's value, written as on the command line."""
     if isinstance(value, tuple):
         return ",".join(map(str, value))
     return f"{value:g}" if isinstance(value, float) else str(value)

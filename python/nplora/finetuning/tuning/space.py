@@ -44,9 +44,10 @@ class Space:
         rates: learning rates, from small to large.
         others: a dict from names of other options to their values; the search starts with the first value of
             each option.
-        epochs: numbers of epochs, from small to large; empty if the length of the run is given.
-        alpha_ratio: the ratio alpha / rank of every trial, if ranks are searched and alpha is not given; else
-            None.
+        epochs: numbers of epochs, from small to large; empty if the user has fixed the number of epochs or
+            steps.
+        alpha_ratio: the ratio alpha / rank of every trial; None if ranks are not searched, or if alpha is
+            given or searched.
     """
 
     rates: tuple[float, ...]
@@ -55,21 +56,22 @@ class Space:
     alpha_ratio: float | None
 
     def settings(self, lr: float, **changes: Any) -> Settings:
-        """The settings of a trial: `lr`, the options in `changes`, and the first value of all others."""
+        """The settings of a trial: `lr`, the values in `changes`, and each other option's first value."""
         made = {"lr": lr, **{name: values[0] for name, values in self.others.items()}, **changes}
         if self.alpha_ratio is not None:
             made["alpha"] = self.alpha_ratio * made["rank"]
         return made
 
     def variations(self) -> Iterator[tuple[str, Any]]:
-        """Yield pairs (option, value): the second value of each option, then each third value, and so on."""
+        """Yield pairs (option, value): first the second value of each option, then the third value of each,
+        and so on."""
         rows = [[(name, value) for value in values[1:]] for name, values in self.others.items()]
         for turn in range(max(map(len, rows), default=0)):
             yield from (row[turn] for row in rows if turn < len(row))
 
     @property
     def names(self) -> list[str]:
-        """The searched options, except the length of the run."""
+        """The names of the searched options except the number of epochs."""
         return ["lr", *self.others, *(["alpha"] if self.alpha_ratio is not None else [])]
 
     def described(self) -> dict[str, Any]:
@@ -84,17 +86,17 @@ def space_of(
     default_lr: float,
     op: str = "tune",
 ) -> Space:
-    """The values to try: those in `search`, and the usual values of other options that are not in `given`.
+    """The space with the values in `search`, and usual values of options in neither `search` nor `given`.
 
-    If `given` has ranks or alphas of named layers, the targets are searched only if they are in `search`,
-    because some of the usual targets do not include these layers.
+    If `given` sets `rank_pattern` or `alpha_pattern`, the usual targets are not tried, because some of them
+    do not include the layers that the pattern names.
 
     Args:
         given: the options of `finetune` that the user has fixed.
         default_lr: the learning rate of a run whose options do not set one.
     Raises:
-        ValueError: a searched option is unknown or has no values, or `rank_pattern` or `alpha_pattern` names
-            a layer that some of the targets do not include.
+        ValueError: a searched option is unknown or has no values; or a layer that `rank_pattern` or
+            `alpha_pattern` names is missing from some of the targets.
     """
     wanted = {name: listed_values(op, name, values) for name, values in search.items()}
     continues = given.get("adapter") is not None
@@ -131,7 +133,7 @@ def require_searchable(op: str, name: str) -> None:
 
 
 def require_values(op: str, search: Mapping[str, Sequence[Any]], given: Mapping[str, Any]) -> None:
-    """Check all values in `search`, and all pairs of these values, as `finetune` does.
+    """Check every value in `search`, and every pair of values together, as `finetune` does.
 
     Args:
         given: the options of `finetune` that the user has fixed.
@@ -150,7 +152,7 @@ def require_values(op: str, search: Mapping[str, Sequence[Any]], given: Mapping[
 
 
 def listed_values(op: str, name: str, values: Iterable[Any]) -> tuple[Any, ...]:
-    """The values of one option. `require_values` checks each value.
+    """The values to try for one option, without repetitions. `require_values` checks each value.
 
     Raises:
         ValueError, TypeError: the option cannot be searched, or there are no values.

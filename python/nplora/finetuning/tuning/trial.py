@@ -40,7 +40,7 @@ class Trial:
 
     @property
     def key(self) -> tuple[Any, ...]:
-        """Identifies the settings and steps of a trial. Trials with the same key have the same result."""
+        """A tuple of the settings and the number of steps. Trials with the same key have the same result."""
         return key_of(self.settings, self.steps)
 
     def to_json(self) -> dict[str, Any]:
@@ -53,7 +53,7 @@ class Trial:
 
 
 def key_of(settings: Settings, steps: int) -> tuple[Any, ...]:
-    """A tuple that identifies what decides the result of a trial: its settings and its number of steps."""
+    """The `Trial.key` of a trial with these settings and this number of steps."""
     return steps, *sorted((name, str(_plain(value))) for name, value in settings.items())
 
 

@@ -63,8 +63,9 @@ def tune(
 
     The search makes short runs, and compares their losses on held-out data. The search begins with the
     learning rate, which matters most, and then varies the rank and the targets. The best settings are trained
-    at full length, and then for more epochs, as long as the loss falls. All trials share the loaded model,
-    the tokenised data and, if only upper blocks are adapted, the outputs of the frozen blocks below.
+    at full length, and then for more epochs, until the loss no longer falls. All trials share the loaded
+    model and the tokenised data. If only upper blocks are adapted, the trials also share the outputs of the
+    frozen blocks below.
 
     Every trial begins anew, with a learning rate schedule that ends with the trial. Each trial is evaluated
     after its last step. The last trials are trained exactly as `finetune` trains with the same options.
@@ -74,16 +75,16 @@ def tune(
     Args:
         model, data: as for `finetune`.
         output: directory for tune.jsonl.
-        valid: held-out rows to compare the trials on. If `valid` is not given, and `data` is not a directory
-            with held-out rows, a tenth of the examples is held out (`valid_split=0.1`).
+        valid: held-out data to compare the trials on. By default, if `data` is a directory with held-out
+            data, `tune` uses them; otherwise, it holds out a tenth of the examples (`valid_split=0.1`).
         progress: print progress on stderr; None: only on a terminal or in a notebook.
         budget: time for all trials, such as "90s", "30m" or "1.5h"; a number without a unit means minutes.
             The time to load the model and the data is not included.
         search: values to try, such as {"lr": [1e-4, 1e-3], "dropout": [0, 0.05]}, for any option of
-            `finetune` that changes the training. The search starts with the first value of each list. If an
-            option of the loss such as `beta` is searched, the validation loss of every trial is computed with
-            the first value of this option. The learning rate, the rank, the targets and the epochs are always
-            searched, unless they are given.
+            `finetune` that changes the training. The search starts with the first value of each list. If the
+            search varies an option of the loss function, such as `beta`, the validation loss of every trial
+            is computed with this option's first value. The learning rate, the rank, the targets and the
+            epochs are always searched, unless they are given.
         sampler: source of the first trials: "halving" (a grid of learning rates) or "optuna" (its TPE
             sampler, over all searched options except the epochs).
         resume: continue the search in the output directory; no trial is repeated. The budget includes the
@@ -130,7 +131,7 @@ def _require_options(options: Mapping[str, Any]) -> None:
 
 
 def _with_split(data: Data, valid: Data | None, options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options. If there are no validation data, add the option `valid_split`."""
+    """Copy `options`, and add `valid_split` if there are no validation data."""
     if valid is not None or options.get("valid_split") is not None or splits_of("tune", data).valid:
         return dict(options)
     return {**options, "valid_split": _SPLIT}
@@ -151,7 +152,7 @@ class _Tuning:
 
     def run(self) -> TuneReport:
         inputs = read_inputs("tune", self.model, self.data, self.valid, self.base)
-        assert inputs.held_out is not None, "a share is held out if there are no validation data"
+        assert inputs.held_out is not None, "examples are held out if there are no validation data"
         space = space_of(inputs.lm, self.given, self.chosen.search, default_lr(inputs.lm.config.hidden_size))
         sampler = OptunaSampler(space, self.base.seed) if self.chosen.sampler == "optuna" else None
         batches = training_batches(inputs.train, self.base)
@@ -203,7 +204,7 @@ class _Tuning:
         return self._report(search, _noise(len(inputs.held_out or ())))
 
     def _largest(self, inputs: RunInputs, space: Space, full: int) -> FinetuneOptions:
-        """The options of the trial that trains the most values, and therefore needs the most memory."""
+        """The options of the trial with the most trained parameters, which needs the most memory."""
         largest = dataclasses.replace(self.base, **space.settings(space.rates[0]), epochs=None, steps=full)
         for name, values in space.others.items():
             made = [dataclasses.replace(largest, **{name: value}) for value in values]
@@ -211,10 +212,10 @@ class _Tuning:
         return largest
 
     def _started(self, inputs: RunInputs) -> FinetuneOptions:
-        """The base options, with the first value of each searched option except the epochs.
+        """The base options, changed to the first value of each option in `search` except the epochs.
 
         Raises:
-            ValueError: a value does not fit the teacher.
+            ValueError: a value in `search` cannot be used with the teacher.
         """
         for name, values in self.chosen.search.items():
             for value in values:
@@ -255,7 +256,6 @@ class _Tuning:
         )  # fmt: skip
 
     def _options(self, winner: Trial, search: Search) -> dict[str, Any]:
-        """The options of `finetune` for the winner."""
         options = dict(self.given)
         if self.base.valid_split is not None:
             options["valid_split"] = self.base.valid_split
@@ -274,7 +274,7 @@ class _Tuning:
 
 
 def _named(data: Data, otherwise: str) -> list[tuple[str, float]]:
-    """Return pairs (file name, weight). If the data are not in files, the only pair is (`otherwise`, 1.0)."""
+    """Return pairs (file name, weight). If the data are not in files, return one pair (`otherwise`, 1.0)."""
     given: list[Any] = (
         [data] if isinstance(data, str | os.PathLike) or not isinstance(data, Sequence) else list(data)
     )
@@ -285,7 +285,7 @@ def _named(data: Data, otherwise: str) -> list[tuple[str, float]]:
 
 
 def _noise(examples: int) -> str:
-    """A note if the trials are compared on few examples."""
+    """A note if there are few held-out examples, else ""."""
     if examples >= _FEW:
         return ""
     return (
@@ -324,7 +324,7 @@ class _Trials:
     All trials share the weights, the data, and the outputs of the frozen blocks.
 
     Args:
-        base: the options of all trials.
+        base: the options of every trial, apart from those that the trial's settings change.
         first: `base` with the first value of each searched option. The validation loss of every trial is
             computed with these options, because losses with different options cannot be compared.
     """
@@ -357,7 +357,7 @@ class _Trials:
             self._prefix.close()
 
     def _prepare(self, objective: Objective, batches: TokenBatches) -> None:
-        """Let the objective precompute what it needs to evaluate `batches`, unless this was already done."""
+        """Let the objective precompute what its loss needs for `batches`, if it has not done so before."""
         if batches.identity() not in self._prepared:
             plain = self._inputs.lm.with_tokens(self._inputs.added_tokens)
             with files.Directory(self._output) as directory:
@@ -370,7 +370,7 @@ class _Trials:
         return self._evaluated(lm)
 
     def make(self, settings: Settings, steps: int) -> tuple[float, float, float]:
-        """Make a trial. Return its validation loss, the seconds of its training, and those of its evaluation.
+        """Make a trial. Return the validation loss, the seconds of training, and the seconds of evaluation.
 
         Raises:
             KeyboardInterrupt: Ctrl-C ended the training.
@@ -409,7 +409,7 @@ class _Trials:
         return found, time.perf_counter() - start
 
     def _shared_prefix(self, lm: LanguageModel) -> PrefixCache | None:
-        """The cache of the outputs of the blocks below the adapters.
+        """The cache that stores the input of the first adapted block.
 
         The option `keep_prefix` decides where the cache is stored. If the option is "off" and no memory limit
         is given, a small cache is still kept in memory.

@@ -37,7 +37,7 @@ def main_type(tensors: Mapping[str, _Tensor]) -> str:
 def describe(tensors: Mapping[str, _Tensor]) -> dict[str, Typed]:
     """Make the metadata entries about the types of `tensors`.
 
-    `general.file_type` is left out if the main type has no number in llama_ftype.
+    There is no entry `general.file_type` if llama.cpp's enum llama_ftype has no number for the main type.
     """
     number = _NUMBERS.get(main_type(tensors))
     entries = {} if number is None else {FILE_TYPE: Typed(number, "UINT32")}
@@ -49,10 +49,7 @@ def describe(tensors: Mapping[str, _Tensor]) -> dict[str, Typed]:
 def redescribe(
     metadata: dict[str, Typed], before: Mapping[str, _Tensor], after: Mapping[str, _Tensor]
 ) -> dict[str, Typed]:
-    """Return a file's metadata, updated for a change of its tensors' types.
-
-    `before` holds the tensors before the change, and `after` holds the tensors after the change.
-    """
+    """Return a file's metadata, updated for a change of its tensors' types."""
     if all(before[name].type == tensor.type for name, tensor in after.items()):
         return metadata
     if main_type(before) == main_type(after):

@@ -40,7 +40,7 @@ _TENSOR = [struct.Struct(f"<{count}QiQ") for count in range(MAX_DIMENSIONS + 1)]
 
 @dataclass(frozen=True, slots=True)
 class TensorEntry:
-    """One tensor as the header describes it. All values have been checked, also against the file's size.
+    """One tensor as the header describes it. The file contains the whole tensor: `parse` checks this.
 
     Attributes:
         begin: position of the tensor's first byte, counted from the start of the file.
@@ -112,7 +112,7 @@ def parse_start(start: memoryview, size: int, source: str) -> tuple[int, int, in
 
 
 class _Cursor:
-    """A position in a header. The position only advances, and stays within the file and `MAX_HEADER`."""
+    """A position in a header. It never moves back, or beyond the file's end or byte `MAX_HEADER`."""
 
     def __init__(self, data: memoryview, source: str, at: int) -> None:
         self.data, self.source, self.at = data, source, at

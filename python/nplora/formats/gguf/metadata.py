@@ -38,9 +38,9 @@ class Typed:
 
 @dataclass(frozen=True)
 class ArrayEntry:
-    """The position of an array in the file. The array has been checked.
+    """The position of an array in the file. The array's type and size have been checked.
 
-    Strings of the array can still be invalid UTF-8.
+    The bytes of a string may still be invalid UTF-8.
 
     Attributes:
         type: the type of the elements.
@@ -87,7 +87,7 @@ class StringArray(Sequence[str]):
         return self._text(index, int(self._begins[index]))[0]
 
     def _find(self) -> Array:
-        """Find the position of each string, which is needed only for access by index."""
+        """Find the position of each string. Only access by index needs these positions."""
         begins, begin = np.empty(len(self), np.int64), self._entry.begin
         for index in range(len(self)):
             begins[index] = begin

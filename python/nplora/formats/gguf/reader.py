@@ -24,8 +24,8 @@ class GgufFile(Mapping[str, Tensor]):
     """An open GGUF file: maps the name of each tensor to the `Tensor`, in the file's order.
 
     `metadata` holds the file's metadata. `entries` maps each name to the type, shape and position of the
-    tensor, without reading the tensor. If the file is mapped, the tuple `mapped` holds a `Stamp`, which can
-    show later that another program changed the file.
+    tensor, without reading the tensor. If the file is mapped, `mapped` is a tuple of its `Stamp`, which can
+    show later whether the file was changed.
 
     >>> from nplora.formats import gguf
     >>> file = gguf.loads(gguf.dumps({"w": np.zeros((2, 3), np.float32)}, {"general.name": "toy"}))
@@ -64,9 +64,9 @@ class GgufFile(Mapping[str, Tensor]):
 def open(path: StrPath, mmap: bool = True) -> GgufFile:
     """Open a GGUF file and check its header.
 
-    As long as the file's size and modification time stay the same, later calls reuse the parsed header. They
-    also reuse the memory map, if it is still in use. So a program can open a file again for each tensor
-    without much cost.
+    As long as the file's size and modification time stay the same, later calls reuse the parsed header. If
+    the memory map is still in use, later calls reuse it too. So it costs little to open a file again for each
+    tensor.
 
     Args:
         path: the file.
@@ -77,7 +77,8 @@ def open(path: StrPath, mmap: bool = True) -> GgufFile:
         a mapping from name to `Tensor`, with the file's `.metadata`. The file stays mapped as long as a
         tensor or the metadata is in use.
     Raises:
-        FormatError: the file breaks the format. The subclass of FormatError shows what is wrong.
+        FormatError: the file breaks the format. The subclass of FormatError, such as TruncatedError, shows
+            the kind of problem.
         OSError: the file cannot be read.
 
     >>> import nplora

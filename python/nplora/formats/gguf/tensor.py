@@ -33,7 +33,8 @@ class Stream:
 
 @dataclass(frozen=True, eq=False)
 class Tensor:
-    """A tensor with the bytes that are stored in a file. `gguf.save` writes these bytes unchanged.
+    """A tensor's bytes, as a file stores them, with the tensor's name, type and shape. `gguf.save` writes the
+    bytes unchanged.
 
     Attributes:
         name: the tensor's name in the file.

@@ -62,11 +62,12 @@ def save(path: StrPath, tensors: Tensors, metadata: Mapping[str, Any] | None = N
             - a `FrozenWeight`, which is saved in the format in which it is stored ("nf4" cannot be saved).
 
             The key becomes the tensor's name in the file. A `Tensor`'s own name is ignored.
-        metadata: a mapping of each key to a str, a bool, a list of these, a NumPy scalar or array, or a
-            `Typed`. A Python int or float needs `Typed`, which names its type in the file. The key
+        metadata: a mapping of each key to a str, a bool, a list of str or of bool, a NumPy scalar or array,
+            or a `Typed`. A Python int or float needs `Typed`, which names its type in the file. The key
             "general.alignment" sets the alignment of the tensors.
     Raises:
-        TypeError: the format has no type for an element or a value, or a value's type is ambiguous.
+        TypeError: the format has no type for a tensor's elements or a metadata value, or a metadata value
+            needs `Typed`.
         ValueError: a name, number, shape or size is not allowed by the format.
         OSError: the file cannot be written; the message says how many bytes were needed.
 
@@ -131,7 +132,7 @@ def new_file(path: StrPath, tensors: Tensors, metadata: Mapping[str, Any] | None
 
 def _require_few(what: str, count: int, limit: int) -> None:
     if count > limit:
-        raise ValueError(f"gguf.save: {count:,} {what}, at most {limit:,}")
+        raise ValueError(f"gguf.save: {count:,} {what}, expected at most {limit:,}")
 
 
 def _name(kind: str, name: object, limit: int) -> bytes:
@@ -159,7 +160,7 @@ def _text(where: str, text: object) -> bytes:
 
 
 def _typed(key: str, value: Any) -> Typed:
-    """Return a value with its type in the file: the type in `Typed`, or the type that the value implies."""
+    """Convert a metadata value to a `Typed`, if it is not one: its Python or NumPy type implies the type."""
     where = f"metadata {brief(key)}"
     if isinstance(value, Typed):
         if value.type != "STRING" and value.type not in VALUE_DTYPES:
@@ -235,7 +236,7 @@ def _alignment(typed: Typed | None) -> int:
 
 @dataclass(frozen=True)
 class _Stored:
-    """A tensor in the form in which the file stores it."""
+    """A tensor to write: its type in the file, its shape, and its bytes."""
 
     kind: GgmlType
     shape: tuple[int, ...]

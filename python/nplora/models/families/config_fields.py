@@ -23,7 +23,7 @@ _ACTIVATIONS = {
 
 
 def require_readable(fields: Fields) -> None:
-    """Raise UnsupportedError if the weights are quantised in another format than bitsandbytes' NF4."""
+    """Raise UnsupportedError if the weights are quantised, unless the format is NF4 of bitsandbytes."""
     if "quantization_config" in fields:
         found = fields.object("quantization_config")
         if found.string("quant_method", "") != "bitsandbytes" or not found.boolean("load_in_4bit", False):
@@ -34,14 +34,14 @@ def require_readable(fields: Fields) -> None:
 
 
 def require_absent(fields: Fields, *names: str) -> None:
-    """Raise UnsupportedError if config.json sets one of `names`, fields that nplora does not implement."""
+    """Raise UnsupportedError if config.json sets a field in `names`, because nplora does not implement it."""
     for name in names:
         if name in fields:
             raise UnsupportedError(f"{fields.source}: {name} is set, which nplora does not implement")
 
 
 def activation(fields: Fields, name: str, default: str) -> str:
-    """Read the MLP's activation, and return the compiled core's name for this activation."""
+    """Read the MLP's activation. Return the name that the compiled core uses for it."""
     word = fields.string(name, default)
     if word not in _ACTIVATIONS:
         raise UnsupportedError(
@@ -59,12 +59,12 @@ def heads(fields: Fields, name: str) -> int:
 
 
 def after_padding(fields: Fields) -> int:
-    """The position table's row for the first token, in families that skip the rows 0 to `pad_token_id`."""
+    """The row of the position table for the first token, if a family skips the rows 0 to `pad_token_id`."""
     return fields.integer("pad_token_id", 1) + 1
 
 
 def no_windows(fields: Fields, layers: int) -> tuple[int, ...]:
-    """The `sliding_windows` of a model without sliding windows: 0 for each layer.
+    """Return `ModelConfig.sliding_windows` for a model without sliding windows: a 0 for each layer.
 
     Raises FormatError if the number of layers is impossible.
     """
@@ -86,7 +86,7 @@ def require_whole_rotation(fields: Fields) -> None:
 
 
 def rope_fields(fields: Fields) -> Fields:
-    """The fields of the rotation, in `rope_parameters` or (before version 5 of transformers) `rope_scaling`.
+    """The object that describes the rotation: `rope_parameters`, or `rope_scaling` before transformers 5.
 
     Raises:
         FormatError: `rope_parameters` and `rope_scaling` are both set, and differ.
@@ -103,7 +103,7 @@ def rope_kind(found: Fields) -> str:
 
 
 def rope(found: Fields, theta: float) -> RopeConfig:
-    """The rotation that these fields describe. If `rope_theta` is missing, the base is `theta`."""
+    """The rotation that the object `found` describes. If `rope_theta` is missing, the base is `theta`."""
     require_whole_rotation(found)
     theta = require_theta(found.source, found.number("rope_theta", theta))
     kind = rope_kind(found)
@@ -134,7 +134,7 @@ def positive(fields: Fields, name: str, default: float | None = None) -> float:
 
 
 def has_window(fields: Fields) -> bool:
-    """Whether there is a sliding window: always, except if the field `sliding_window` is null."""
+    """Whether there is a sliding window: False only if the field `sliding_window` exists and is null."""
     return fields.integer_or_null("sliding_window", _WINDOW) is not None
 
 
@@ -143,7 +143,7 @@ def windows(fields: Fields, kinds: list[str], default: int | None = _WINDOW) -> 
 
     Args:
         kinds: the type of each layer, if the field `layer_types` is missing.
-        default: the window, if the field `sliding_window` is missing; None: there is no window.
+        default: the window to use if the field `sliding_window` is missing; None for no window.
     Raises:
         FormatError: a layer has type "sliding_attention", but there is no window.
     """

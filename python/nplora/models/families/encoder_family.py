@@ -1,4 +1,4 @@
-"""The base class of families of encoders: how files describe an encoder, and the parts of its blocks.
+"""The base class of encoder families: reads configurations, names tensors, and builds blocks.
 
 Each family has its own module: `bert`, `modernbert`, ...
 """
@@ -46,8 +46,7 @@ class StoredNames:
     Attributes:
         names: the names of all tensors in the file.
         prefix: the prefix of the names of the encoder's tensors in the file, or "".
-        ignored: prefixes of names. Tensors whose names begin with one of them do not affect the hidden
-            states.
+        ignored: prefixes of tensor names. Tensors with such a prefix do not affect the hidden states.
     """
 
     names: frozenset[str]
@@ -85,13 +84,13 @@ class EncoderFamily:
         blocks: transformers' name of the list of blocks.
         layers, norms: dicts from nplora's name of a layer or norm in a block to a pair: the name in
             transformers, and the name in GGUF.
-        outside: a dict from nplora's name of a table or norm outside the blocks to a pair as in `layers`.
-        ignored: prefixes of names. Tensors whose names begin with one of them do not affect the hidden
-            states.
+        outside: a dict from nplora's name of a table or norm outside the blocks to a pair: the name in
+            transformers, and the name in GGUF.
+        ignored: prefixes of tensor names. Tensors with such a prefix do not affect the hidden states.
         halves: the half-blocks (attention and MLP) of a block.
         activation_field: the name of config.json's field for the activation.
-        first_position: the row of the position table for the first token, in families whose config.json does
-            not give this row.
+        first_position: the row of the position table for the first token, if config.json does not give this
+            row.
     """
 
     model_type: ClassVar[str]
@@ -151,7 +150,7 @@ class EncoderFamily:
         )
 
     def read_first_position(self, fields: Fields) -> int:
-        """The row of the position table for the first token of a text."""
+        """The index of the row of the position table that the first token of a text uses."""
         return self.first_position
 
     def require_encoder(self, fields: Fields) -> None:
@@ -204,7 +203,7 @@ class EncoderFamily:
     def hf_name(self, name: str) -> str:
         """The name in transformers of a module of the encoder, such as "layers.0.self_attn.q_proj".
 
-        If transformers has no such module in its blocks, only the name of the block is translated.
+        If transformers has no name for a module in a block, translate only the name of the block.
         """
         match = _LAYER.fullmatch(name)
         if match is None:
@@ -228,11 +227,11 @@ class EncoderFamily:
     # ---- the head of a classifier ----
 
     def head(self, config: EncoderConfig) -> HeadSpec:
-        """Describe the head with which transformers' model of this family classifies texts."""
+        """Describe the head of this family's `...ForSequenceClassification` model in transformers."""
         return HeadSpec("cls", "classifier", ("pooler", "classifier"), f"{self.prefix}.pooler.dense")
 
     def token_head(self, config: EncoderConfig) -> HeadSpec:
-        """Describe the head with which transformers' model of this family classifies tokens."""
+        """Describe the head of this family's `...ForTokenClassification` model in transformers."""
         return HeadSpec(None, "classifier", ("classifier",))
 
     # ---- tensors ----
@@ -294,7 +293,7 @@ class EncoderFamily:
         bias: RelativeBias | None,
         modules: Mapping[str, Linear | Norm],
     ) -> DecoderBlock:
-        """Build a block. `modules` is a dict from names within the block to its layers and norms."""
+        """Build a block. `modules` is a dict from names within the block to the block's layers and norms."""
 
         def mixer(name: str, own: Mapping[str, Module]) -> Mixer:
             return self.mixer(name, config, layer, rope, bias, own)

@@ -1,4 +1,4 @@
-"""The base class of model families: how files describe a decoder, and the parts of its blocks.
+"""The base class of decoder families: reads configurations, names tensors, and builds blocks.
 
 Each family has its own module: `llama`, `mistral`, ...
 """
@@ -51,10 +51,10 @@ class Family:
         rms_norm_eps, rope_theta, ties_embeddings: the defaults of these fields of config.json.
         activation_field: the name of config.json's field for the activation.
         hidden_act: the default activation. GGUF does not store the activation; the architecture implies it.
-        norm_offset: a number that must be added to norm weights from Hugging Face's files. GGUF files store
-            the weights after the addition.
-        permutes_rows: whether GGUF reorders the rows of q and k, so that neighbouring values are rotated as
-            pairs.
+        norm_offset: nplora adds this number to norm weights from Hugging Face's files. The norm weights in
+            GGUF files already contain it.
+        permutes_rows: whether GGUF reorders the rows of the weights of q and k, so that two neighbouring rows
+            form a pair that is rotated.
         rope_tensors: the names of GGUF's tensors that describe the rotation.
     """
 
@@ -181,11 +181,11 @@ class Family:
         return head_dim
 
     def read_rope(self, data: ArchitectureMetadata, dim: int) -> RopeConfig:
-        """The rotation that the metadata describe, for `dim` values of each head."""
+        """The rotation that the metadata describe. RoPE rotates `dim` values of each head."""
         return gguf_fields.rope(data, dim, self.rope_theta)
 
     def metadata(self, config: ModelConfig) -> dict[str, Any]:
-        """A dict from llama.cpp's keys, without the prefix "<architecture>.", to the model's hyperparameters.
+        """A dict of hyperparameters. Its keys are those of llama.cpp, without the prefix "<architecture>.".
 
         Raises:
             UnsupportedError: GGUF cannot express a setting of the model.
@@ -261,7 +261,7 @@ class Family:
         return None if found is None else f"model.layers.{match[1]}.{found}"
 
     def permuted_heads(self, name: str, heads: int, kv_heads: int) -> int:
-        """The value of `TensorSpec.heads` for a layer: the number of heads if GGUF reorders the rows, else 0.
+        """The number of heads if GGUF reorders the rows of a layer's weight; 0 if not.
 
         Args:
             name: Hugging Face's name of the layer.
@@ -312,7 +312,7 @@ class Family:
     def block(
         self, config: ModelConfig, layer: int, rope: Rope | None, modules: Mapping[str, Linear | RMSNorm]
     ) -> DecoderBlock:
-        """Build a block. `modules` is a dict from names within the block to its layers and norms."""
+        """Build a block. `modules` is a dict from names within the block to the block's layers and norms."""
 
         def mixer(name: str, own: Mapping[str, Module]) -> Mixer:
             return self.mixer(name, config, layer, rope, own)

@@ -1,8 +1,8 @@
 """Gemma 3 (Gemma Team 2025) for text only: 270M, 1B, and larger models stored as Gemma3ForCausalLM.
 
-There are norms before and after each half-block (attention or MLP), and for each head of q and k. For a norm
-weight 1 + w, Hugging Face's files store w. Every sixth layer attends to all earlier tokens. All other layers
-have a sliding window, and their rotary position embeddings have another base.
+There are norms before and after each half-block (attention or MLP). Each head of q and k is also normalised.
+Hugging Face's files store norm weights minus 1. Every sixth layer attends to all earlier tokens. All other
+layers have a sliding window, and their rotary position embeddings have another base.
 """
 
 from __future__ import annotations
@@ -142,8 +142,9 @@ class EmbeddingGemma(Gemma3):
 
 
 def _on_both_sides(windows: tuple[int, ...]) -> tuple[int, ...]:
-    """Convert the windows of a causal model to the windows of a model in which a token also attends to later
-    tokens. Half of each window comes after the token."""
+    """Convert sliding windows for a model that is not causal: half of a window comes before a token, and half
+    after it.
+    """
     return tuple(window // 2 + 1 if window else NO_WINDOW for window in windows)
 
 

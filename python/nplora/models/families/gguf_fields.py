@@ -64,8 +64,9 @@ def heads_of_keys(data: ArchitectureMetadata, default: int) -> int:
 def sliding_layers(data: ArchitectureMetadata, layers: int, pattern: int, first: bool = False) -> list[bool]:
     """For each layer, whether the layer has a sliding window.
 
-    The file may list the layers with a window. Without a list, each group of `pattern` layers has one layer
-    without a window: the first layer of the group if `first` is True, else the last.
+    The file may list the layers with a window. If not, one layer in each group of layers has no window: the
+    first layer if `first` is True, else the last layer. The file may give the size of a group; the default is
+    `pattern`.
     """
     name = "attention.sliding_window_pattern"
     if name in data and data.file.metadata.types[data.key(name)] == "BOOL":
@@ -86,7 +87,7 @@ def vocabulary(data: ArchitectureMetadata) -> int:
 
 
 def require_length(data: ArchitectureMetadata, name: str, head_dim: int) -> None:
-    """Raise UnsupportedError if an entry, such as the width of the value heads, differs from `head_dim`."""
+    """Raise UnsupportedError if the entry `name`, such as the width of a value head, is not `head_dim`."""
     found = data.integer(name, head_dim)
     if found != head_dim:
         raise UnsupportedError(
@@ -105,19 +106,19 @@ def require_number(data: ArchitectureMetadata, name: str, value: float) -> None:
 
 
 def scaling_kind(data: ArchitectureMetadata) -> str:
-    """The name of the rotation's scaling; "linear" if the file does not name one."""
+    """The name of the scaling of the rotation. The default is "linear"."""
     return data.string("rope.scaling.type", "linear")
 
 
 def rope(data: ArchitectureMetadata, dim: int, theta: float) -> RopeConfig:
-    """The rotation of `dim` values of each head. If the file has no base, the base is `theta`."""
+    """The rotation of `dim` values of each head. The default base of the angles is `theta`."""
     require_number(data, "rope.scaling.attn_factor", 1.0)
     factors = pair_factors(data.file, ROPE_FREQS, dim) if ROPE_FREQS in data.file else None
     return RopeConfig(base(data, theta), linear_factor(data), factors=factors)
 
 
 def base(data: ArchitectureMetadata, theta: float) -> float:
-    """The base of the rotation, or `theta` if the file has no base."""
+    """The base of the rotation's angles. The default is `theta`."""
     return require_theta(data.source, data.number("rope.freq_base", theta))
 
 
@@ -125,7 +126,7 @@ def linear_factor(data: ArchitectureMetadata, *others: str) -> float:
     """The divisor of all rotation frequencies: `rope.scaling.factor` or, in old files, `rope.scale_linear`.
 
     Args:
-        others: other scalings that the family supports, besides "none" and "linear".
+        others: the names of scalings that the family supports in addition to "none" and "linear".
     Raises:
         UnsupportedError: the file names a scaling that the family does not support.
     """

@@ -40,7 +40,7 @@ class Granite(Family):
         return _multiplied(dataclasses.replace(config, mlp_bias=mlp_bias), multipliers)
 
     def read_metadata(self, file: GgufFile) -> ModelConfig:
-        """Read a GGUF file's metadata. The default replaces a multiplier that is missing or 0."""
+        """Read a GGUF file's metadata. If a multiplier is missing or 0, use the default of `ModelConfig`."""
         data = ArchitectureMetadata(file, self.architecture)
         config = super().read_metadata(file)
         found = {name: data.number(key, 0.0) for name, key in _MULTIPLIERS.items()}

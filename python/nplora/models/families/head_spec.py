@@ -9,14 +9,13 @@ from dataclasses import dataclass
 class HeadSpec:
     """The layers between the hidden states and the logits: norm(activation(dense(pooled))), then `out`.
 
-    The layers have the names that they have in transformers' model with the head, such as
-    "bert.pooler.dense".
+    The names of layers are those in transformers' classification model, such as "bert.pooler.dense".
 
     Attributes:
         pooling: how the hidden states of a text become one vector: "cls", "mean" or "last"; None: each token
             has its own logits.
         out: the name of the last layer, which gives the logits.
-        saved: the entries of PEFT's `modules_to_save` that together name all layers of the head.
+        saved: the entries for PEFT's `modules_to_save` that select all layers of the head.
         dense: the name of the dense layer, or None.
         activation: the activation after the dense layer: "tanh", "relu", "gelu" or "silu".
         norm: the name of the LayerNorm after the activation, or None.

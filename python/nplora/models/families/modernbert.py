@@ -156,8 +156,9 @@ class ModernBert(EncoderFamily):
 
 
 def _windows(fields: Fields, layers: int) -> tuple[int, ...]:
-    """The sliding window of each layer, as in `EncoderConfig.sliding_windows`. The field `local_attention` is
-    the number of other tokens that a token attends to, half of them on each side."""
+    """Return `EncoderConfig.sliding_windows`. The field `local_attention` is twice the number of tokens that
+    a token attends to on each side.
+    """
     pattern, total = (
         fields.integer("global_attn_every_n_layers", _PATTERN),
         fields.integer("local_attention", _WINDOW),
@@ -177,14 +178,16 @@ def _windows(fields: Fields, layers: int) -> tuple[int, ...]:
 
 
 def _half_window(source: str, name: str, total: int) -> int:
-    """The entry of `EncoderConfig.sliding_windows` for a window with `total` / 2 tokens on each side."""
+    """The entry of `EncoderConfig.sliding_windows` if a token attends to `total` / 2 tokens on each side."""
     if not 0 <= total < 1 << 31:
         raise FormatError(f"{source}: {name} is {total}, expected 0 to 2^31 - 1")
     return total // 2 + 1
 
 
 def _rope(fields: Fields, kind: str, old_name: str, theta: float) -> RopeConfig:
-    """The rotation in layers of one type. Files from before transformers 5 give only the rotation's base."""
+    """The rotation in layers of the type `kind`. Before transformers 5, files give only the base of the
+    angles.
+    """
     found = fields.object("rope_parameters").object(kind)
     old = fields.number(old_name, theta) if old_name in fields else theta
     return config_fields.rope(found, old)

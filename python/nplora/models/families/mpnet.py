@@ -1,4 +1,4 @@
-"""MPNet (Song et al. 2020): BERT whose attention scores also depend on the distance of two tokens."""
+"""MPNet (Song et al. 2020): BERT, but attention scores also depend on the distance between two tokens."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Phi-3 and Phi-4-mini (Abdin et al. 2024): Llama with joint layers: one for q, k and v, one for gate and up.
+"""Phi-3 and Phi-4-mini (Abdin et al. 2024): Llama with one layer for q, k and v, and one for gate and up.
 
 LongRoPE may extend the context, and only a part of each head may be rotated.
 """

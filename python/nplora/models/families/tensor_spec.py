@@ -11,9 +11,10 @@ class TensorSpec:
 
     Attributes:
         name, gguf: the tensor's name in Hugging Face's files, and in GGUF.
-        heads: the number of heads if GGUF reorders the rows of each head (`formats.gguf_rows`), else 0.
-        offset: a number that must be added to values from Hugging Face's files. GGUF files store the values
-            after the addition.
+        heads: 0 if the rows have the same order in both files. If GGUF reorders the rows within each head
+            (see `formats.gguf_rows`), the number of heads.
+        offset: nplora adds this number to the values from Hugging Face's files. The values in GGUF files
+            already contain it.
     """
 
     name: str

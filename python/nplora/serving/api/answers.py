@@ -44,12 +44,14 @@ class AnswerObjects:
         }
 
     def whole(self, chunks: Sequence[Sequence[Chunk]]) -> Shape:
-        """The response object for a whole answer. chunks[i] holds the generated chunks of choice i."""
+        """The response object for whole answers. chunks[i] has the chunks of answer i (OpenAI's "choice"
+        i)."""
         made = [self.choice(index, found) for index, found in enumerate(chunks)]
         return self.object(0, made, usage=self.usage())
 
     def usage(self) -> Shape:
-        """The numbers of prompt tokens and generated tokens. A prompt with several answers counts once."""
+        """The numbers of prompt tokens and generated tokens. A prompt is counted only once, even if it has
+        several answers."""
         used = [ticket.usage for ticket in self.tickets]
         prompts = used[:: self.request.n]
         prompt, generated = sum(one.prompt for one in prompts), sum(one.generated for one in used)
@@ -61,14 +63,14 @@ class AnswerObjects:
         }
 
     def last(self) -> list[Shape]:
-        """The last response objects of a stream, after all choices have ended."""
+        """The response objects that a stream sends after all choices have ended."""
         return [self.object(1, [], usage=self.usage())] if self.request.usage else []
 
     def choice(self, index: int, chunks: Sequence[Chunk]) -> Shape:
         raise NotImplementedError
 
     def first(self) -> list[Shape]:
-        """The first response objects of a stream, before any generated text."""
+        """The response objects that a stream sends before any generated text."""
         return []
 
     def piece(self, index: int, chunk: Chunk) -> list[Shape]:
@@ -197,7 +199,7 @@ class CompletionObjects(AnswerObjects):
 
 
 def _shown(token: Token | TopToken) -> Shape:
-    """The object for a token. If the token holds only a part of a character, the field "bytes" is None."""
+    """OpenAI's object for a token. If the token is only a part of a character, its field "bytes" is None."""
     whole = _REPLACEMENT not in token.text
     return {
         "token": token.text,

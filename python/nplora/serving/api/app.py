@@ -117,8 +117,8 @@ class Application:
     async def _refuse(self, error: RequestError, scope: Scope, body: Body, send: Send) -> None:
         """Send an error. If the client is still sending the body of its request, keep reading for a while.
 
-        If the server closed the connection at once, the client would fail while it writes, and might never
-        read the error.
+        If the server closed the connection at once, the client could not send the rest of the body, and might
+        fail before it reads the error.
         """
         from starlette.responses import JSONResponse
 

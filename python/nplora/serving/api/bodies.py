@@ -41,7 +41,7 @@ class Body:
         return self._ended
 
     async def receive(self) -> MutableMapping[str, Any]:
-        """ASGI's function `receive`, with limits on size and time.
+        """Return ASGI's next message of the request, within limits of size and time.
 
         Raises:
             RequestError: the body is too large, or the client pauses too long.
@@ -98,7 +98,7 @@ class Body:
             raise RequestError("the body is nested too deeply", code="invalid_json") from None
 
     async def drain(self, most: int) -> None:
-        """Read the rest of a refused body: at most `most` bytes, and for at most `_DRAIN_SECONDS`."""
+        """Discard the rest of a refused body: read at most `most` bytes, for at most `_DRAIN_SECONDS`."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_DRAIN_SECONDS):
                 while not self._ended and most > 0:

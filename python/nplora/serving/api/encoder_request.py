@@ -45,7 +45,7 @@ class EncoderRequest:
         dimensions: the number of values of an embedding; None: all values.
         normalize: whether embeddings are scaled to length 1.
         classifier: the classifier that computes the classes; None: the request is for embeddings.
-        sentences: the words that the classifier labels; None: whole texts are classified.
+        sentences: the texts whose words the classifier labels; None: the classifier labels whole texts.
     """
 
     name: str
@@ -58,7 +58,7 @@ class EncoderRequest:
     sentences: Sentences | None = None
 
     def embeddings(self, rows: Array) -> Shape:
-        """OpenAI's response object for embeddings, from the engine's `rows` (texts, dim)."""
+        """OpenAI's response object for `rows` (texts, dim), the embeddings that the engine has computed."""
         if self.dimensions is not None and self.dimensions < rows.shape[1]:
             rows = rows[:, : self.dimensions]
             if self.normalize:
@@ -74,7 +74,7 @@ class EncoderRequest:
         return {"object": "list", "data": data, "model": self.name, "usage": self._usage()}
 
     def classes(self, logits: Array) -> Shape:
-        """vLLM's response for classes, from a classifier's logits (texts, outputs) or (tokens, outputs)."""
+        """vLLM's response object for classes. logits: (texts, outputs), or (tokens, outputs) for words."""
         assert self.classifier is not None
         labels, task = self.classifier.labels, self.classifier.task
         if self.sentences is not None:
@@ -110,7 +110,7 @@ class EncoderReader:
     """Reads requests for an encoder. Call the methods in a thread, because tokenizing takes time.
 
     Args:
-        longest: the largest number of tokens of a text for which there is memory.
+        longest: the number of tokens of the longest text for which the server has enough memory.
     """
 
     def __init__(self, models: Models[ServedEncoder], longest: int) -> None:
@@ -188,12 +188,12 @@ def _inputs(body: Fields) -> list[Any]:
 
 @dataclass(frozen=True)
 class _Length:
-    """The length limit of a text.
+    """How long a text may be.
 
     Attributes:
         most: the largest number of tokens.
         cuts: whether longer texts are cut. If False, longer texts are refused.
-        reason: the reason for the limit, for a message.
+        reason: the words of the error message that explain the limit.
     """
 
     most: int
@@ -202,7 +202,7 @@ class _Length:
 
     @classmethod
     def read(cls, body: Fields, encoder: Encoder, longest: int) -> _Length:
-        """Read the field `truncate_prompt_tokens`, for a server with memory for `longest` tokens."""
+        """Read the field `truncate_prompt_tokens`. The server has memory for texts of `longest` tokens."""
         name = "truncate_prompt_tokens"
         is_short = longest < encoder.max_length
         most = min(longest, encoder.max_length)

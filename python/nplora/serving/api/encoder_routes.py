@@ -44,7 +44,7 @@ async def _answer(service: EncoderService, body: Body, client: str, read: Read, 
 async def _submitted(
     service: EncoderService, body: Body, client: str, read: Read
 ) -> tuple[EncoderRequest, Future[Rows]]:
-    """Read and submit a request. A waiting request keeps its texts only if a classifier labels words."""
+    """Read and submit a request. The texts stay in memory only if a classifier labels their words."""
     values = await body.json()
 
     def submit() -> tuple[EncoderRequest, Future[Rows]]:

@@ -107,7 +107,7 @@ class Guides:
 
 
 def _require_small(schema: str) -> None:
-    """Refuse a schema whose preparation would take too long."""
+    """Refuse a schema that llguidance would need too long to compile."""
     if len(schema) > _LONGEST_SCHEMA:
         raise RequestError(
             f"the schema has {len(schema):,} characters, at most {_LONGEST_SCHEMA:,} are accepted",

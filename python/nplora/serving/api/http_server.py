@@ -42,7 +42,7 @@ def serve(
 
     Args:
         listener: a listening socket.
-        drain_seconds: how many seconds the answers that have begun may still take.
+        drain_seconds: after the signal, unfinished answers may take this many more seconds.
         ready: called when the server accepts requests.
         stopping: called with the number of the first signal, before the answers are finished.
     """
@@ -53,7 +53,7 @@ def serve(
 def bind(host: str, port: int) -> socket.socket:
     """Listen on a socket, so that a port in use is detected before the model is loaded.
 
-    Connections that arrive before `serve` is called wait until then.
+    A connection that arrives before `serve` is called waits for `serve`.
 
     Raises:
         OSError: the host is unknown, or the port is in use.
@@ -103,7 +103,7 @@ def _server(
 
         @contextlib.contextmanager
         def capture_signals(self) -> Iterator[None]:
-            """Handle signals. Unlike uvicorn, do not raise signals again after the server has ended."""
+            """Handle signals. At its end, uvicorn would raise the signals again; this server does not."""
             numbers = (signal.SIGINT, signal.SIGTERM)
             try:
                 before = {number: signal.signal(number, self.handle_exit) for number in numbers}
@@ -146,7 +146,7 @@ def _protocol() -> Any:
     from uvicorn.protocols.http.h11_impl import H11Protocol
 
     class Connection(H11Protocol):  # type: ignore[misc, unused-ignore]
-        """A connection with time limits for the head of a request, and for a client that reads nothing."""
+        """A connection that is closed if a request's head takes too long, or if the client reads nothing."""
 
         head_timer: asyncio.TimerHandle | None = None
         stall_timer: asyncio.TimerHandle | None = None
@@ -204,7 +204,7 @@ def _protocol() -> Any:
 
 
 def _raw(error: RequestError) -> bytes:
-    """An error as a whole HTTP response."""
+    """A complete HTTP response that reports an error."""
     body = json.dumps(error.body(), allow_nan=False).encode()
     phrase = "Bad Request" if error.status == 400 else "Service Unavailable"
     head = (

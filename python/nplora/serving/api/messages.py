@@ -1,4 +1,4 @@
-"""Reads the messages and tools of a chat request into the form that chat templates need."""
+"""Reads the messages and tools of a chat request, and converts them to the form that chat templates need."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def _part(part: Fields) -> str:
 
 
 def _call(call: Fields) -> dict[str, Any]:
-    """A tool call. The arguments are an object, not JSON text: chat templates convert the object to JSON."""
+    """A tool call. Its arguments are not JSON text but an object, which chat templates convert to JSON."""
     function = call.object("function") or call
     name = checked_text(function.name("name"), function.required("name"), empty=False)
     arguments = function.get("arguments")

@@ -22,7 +22,7 @@ _MOST_HEADER = 1 << 20  # the most bytes of an adapter's file that do not belong
 
 
 class ServedModel(Protocol):
-    """The members of a model that `Models` uses: a `LanguageModel` or a `ServedEncoder`."""
+    """A `LanguageModel` or a `ServedEncoder`: `Models` uses only the members that are declared here."""
 
     @property
     def source(self) -> Path: ...
@@ -54,11 +54,11 @@ class Models(Generic[LM]):
         name: the name of the base model.
         any_base: whether to accept adapters that were trained on another model with the same shapes.
         read: a function that reads an adapter, like `nplora.adapters.read_for`.
-        dtype: as in `LanguageModel.load_adapter`. The adapters are rounded to this dtype, but a sum of loaded
-            adapters is not rounded a second time.
+        dtype: the dtype to which loaded adapters are rounded, as in `LanguageModel.load_adapter`. The sum of
+            several loaded adapters is not rounded again.
     Attributes:
         lm, name: see the arguments.
-        memory: the `AdapterMemory` that limits the memory of adapters loaded from now on; None: no limit.
+        memory: the `AdapterMemory` that limits the memory of adapters that are loaded later; None: no limit.
     """
 
     def __init__(
@@ -142,7 +142,7 @@ class Models(Generic[LM]):
     # ---- requests ----
 
     def chosen(self, body: Fields) -> tuple[str, str | None]:
-        """Return the model's name, as the answer reports it, and the name of the adapter (None: no adapter).
+        """Return a pair: the model's name for the answer, and the adapter's name (None: no adapter).
 
         Raises:
             RequestError: there is no such model or adapter.
@@ -160,7 +160,7 @@ class Models(Generic[LM]):
         return name, self._sum(self._scales if scales is None else self._read_scales("lora", scales))
 
     def _sum(self, scales: Mapping[int, float]) -> str | None:
-        """Return the name of the sum of adapters times their scales. `scales` is {adapter's id: scale}."""
+        """Return the name of a weighted sum of adapters. `scales` is a dict from ids to weights."""
         with self._lock:
             names = {id_: name for name, (id_, _) in self._loaded.items()}
             parts = [(names[id_], scale) for id_, scale in sorted(scales.items()) if scale and id_ in names]
@@ -191,7 +191,7 @@ class Models(Generic[LM]):
             self._add(adapter, name, any_base=True)
 
     def _read_scales(self, field: str, value: object) -> dict[int, float]:
-        """Read llama.cpp's list of {"id": number of an adapter, "scale": its scale} as {id: scale}."""
+        """Turn llama.cpp's list of {"id": an adapter's number, "scale": its scale} into {id: scale}."""
         if not isinstance(value, list):
             raise wrong(field, value, 'a list of {"id": ..., "scale": ...}')
         with self._lock:
@@ -245,7 +245,7 @@ class Models(Generic[LM]):
         raise self._unknown(name, "model", "model")
 
     def scales(self) -> list[dict[str, Any]]:
-        """The adapters in llama.cpp's form, with their default scales in requests to the base model."""
+        """The adapters in llama.cpp's form, with their default scales (see `set_scales`)."""
         with self._lock:
             return [
                 {"id": id_, "name": name, "path": path, "scale": self._scales.get(id_, 0.0)}
@@ -253,7 +253,7 @@ class Models(Generic[LM]):
             ]
 
     def set_scales(self, value: object) -> None:
-        """Set the default scales, which apply to requests to the base model that give no scales.
+        """Set the default scales. They apply if a request names the base model, but contains no scales.
 
         Adapters that are not in the list get the scale 0.
         """
@@ -266,14 +266,14 @@ def bytes_of_sums(size: int, users: int) -> int:
     """The most bytes that sums of adapters can take.
 
     Args:
-        size: the number of bytes of all these adapters.
-        users: the most sums that can be in use although they are not kept for later requests.
+        size: the total bytes of all loaded adapters.
+        users: the most sums that requests can still use when no later request can.
     """
     return most_needed(size, _MOST_SUMS + users)
 
 
 def _file_size(path: Path) -> int:
-    """A lower bound for the number of bytes of the values in an adapter's file; 0 if there is no file."""
+    """The least number of bytes that the values in an adapter's file can take; 0 if there is no file."""
     file = path / "adapter_model.safetensors" if path.is_dir() else path
     return max(0, file.stat().st_size - _MOST_HEADER) if file.is_file() else 0
 

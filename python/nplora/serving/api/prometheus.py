@@ -37,7 +37,7 @@ def exposition(metrics: Metrics, responses: Mapping[int, int], adapters: int, me
     """Return all counters in the text format of Prometheus.
 
     Args:
-        responses: the number of HTTP responses by status.
+        responses: a dict from each HTTP status to its number of responses.
         adapters: the number of loaded adapters.
         memory: the resident memory of the process, in bytes.
     """

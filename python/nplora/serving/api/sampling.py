@@ -35,7 +35,7 @@ FIELDS = frozenset(
 
 
 def read_sampling(body: Fields, default_tokens: int, most_tokens: int, vocab_size: int) -> Sampling:
-    """Read the options by which the tokens of the answer are chosen.
+    """Read the options that determine how the engine chooses the tokens of an answer.
 
     Args:
         default_tokens: the limit of generated tokens if the request does not contain `max_tokens`.

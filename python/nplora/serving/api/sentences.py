@@ -1,4 +1,4 @@
-"""Sentences: the texts of a request whose words get tags, and the tags and entities in the answer."""
+"""Sentences: the texts whose words a classifier labels, and the labels and entities for the answer."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ class Sentences:
     Attributes:
         texts: the text of each sentence. If a client sent words, they are joined by spaces.
         spans: for each sentence, the begin and the end of each word in the text, int64 (words, 2).
-        first: for each sentence, the index of each word's first token, as in `WordIds`.
-        rows: for each word that has a token, the index of the word's row in the logits.
+        first: for each sentence, an array with the index of each word's first token, as in `WordIds`.
+        rows: array with the index of the row of logits for each word that has a token.
     """
 
     texts: list[str]
@@ -80,9 +80,9 @@ class Sentences:
     def encoded(
         self, classifier: TextClassifier, longest: int, cut: int | None
     ) -> tuple[Sentences, list[list[int]]]:
-        """Return the sentences with the attributes `first` and `rows`; and the token ids of each window.
+        """Return a copy whose `first` and `rows` are set, and a list of the token ids of each window.
 
-        A sentence that is too long for the classifier has several windows, as in `predict_words`.
+        A sentence that is too long for the classifier is divided into several windows, as in `predict_words`.
 
         Args:
             longest: the largest number of tokens of a window.
@@ -104,12 +104,12 @@ class Sentences:
         return sum(map(sys.getsizeof, self.texts)) + sum(array.nbytes + _ARRAY for array in arrays)
 
     def tagged(self, classifier: TextClassifier, logits: Array) -> list[Shape]:
-        """The words of each sentence with their tags, and the entities, as objects for the answer.
+        """Return an object for each sentence in the answer: its words with their labels, and its entities.
 
         The fields of words and entities have the names that transformers gives them.
 
         Args:
-            logits: a row for each token that was computed.
+            logits: array (tokens, outputs) for the tokens of all windows.
         """
         names, values = _rated(classifier, logits[self.rows])
         has_entities = classifier.task == "single" and kinds_of(classifier.labels)
@@ -153,7 +153,7 @@ def _too_long(unit: str, most: int) -> RequestError:
 
 
 def _rated(classifier: TextClassifier, logits: Array) -> tuple[tuple[str, ...], list[tuple[Any, ...]]]:
-    """The names of the fields of a word; and for each row of logits, the values of these fields."""
+    """Return the names of the fields that describe a label, and a tuple of their values for each row."""
     if classifier.task == "regression":
         return ("values",), [(row,) for row in logits.tolist()]
     chances, labels = probabilities(classifier.task, logits), classifier.labels
@@ -166,7 +166,7 @@ def _place(text: str, begin: int, end: int) -> Shape:
 
 
 def _entities(text: str, words: Sequence[Shape]) -> Iterator[Shape]:
-    """The entities of a sentence. Words without a tag are left out, as in `evaluate_classifier`."""
+    """The entities of a sentence. Words without a label are skipped, as in `evaluate_classifier`."""
     tagged = [word for word in words if word["entity"] is not None]
     for kind, begin, end in entities([word["entity"] for word in tagged]):
         own = tagged[begin:end]

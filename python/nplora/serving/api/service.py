@@ -62,10 +62,10 @@ class Service:
         self._threads = ThreadPoolExecutor(thread_name_prefix="nplora-answers")
 
     async def in_thread(self, function: Callable[..., T], *arguments: Any) -> T:
-        """Call a function in one of the threads that this service keeps for answers.
+        """Call a function in one of the service's threads, which only answers use.
 
-        `asyncio.to_thread` would use the event loop's default threads. These threads also read and write
-        files, so all of them may be waiting for the disk.
+        `asyncio.to_thread` would use the event loop's default threads. The default threads also read and
+        write files, so they may all be waiting for the disk.
         """
         run = contextvars.copy_context().run
         return await asyncio.get_running_loop().run_in_executor(self._threads, run, function, *arguments)

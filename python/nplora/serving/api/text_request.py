@@ -67,8 +67,8 @@ class TextRequest:
             prompt.
         n: the number of answers to each prompt.
         sampling: how tokens are chosen.
-        logprobs: the number of most likely tokens that the answer reports at each position, in addition to
-            the generated token; None: the answer reports no log-probabilities.
+        logprobs: how many of the most likely tokens the answer reports at each position, in addition to the
+            generated token; None: no log-probabilities.
         stream: whether the answer is sent while it is generated, as a stream of events.
         usage: whether the stream ends with the number of tokens of the prompt and of the answer.
         grammar: a JSON schema that the text must follow, or None.
@@ -101,7 +101,7 @@ class Reader:
 
     Args:
         context: the largest number of tokens of a prompt plus its answer.
-        most_tokens: the largest accepted `max_tokens`; None: only the context limits the answer.
+        most_tokens: the largest accepted `max_tokens`; None: the only limit is the context.
     """
 
     def __init__(self, models: Models[LanguageModel], context: int, most_tokens: int | None = None) -> None:
@@ -172,7 +172,7 @@ class Reader:
         return self._guides.guide(lm.tokenizer, request.grammar)
 
     def _model(self, adapter: str | None) -> LanguageModel:
-        """Return the model with an adapter, which the request uses to the end."""
+        """Return the model with an adapter. The request uses this model until its end."""
         lm = self._models.lm
         lm.set_adapter(None)  # the caller may have selected one
         return lm if adapter is None else lm.named_model(adapter)

@@ -19,10 +19,10 @@ Queue = asyncio.Queue[tuple[int, Chunk | None] | None]
 
 
 class Inbox:
-    """Moves chunks of answers from the engine's thread into the queues of an event loop.
+    """Moves chunks of answers from the engine's thread into asyncio queues of an event loop.
 
     In each round, the engine produces a chunk for each running request. To wake the event loop, the engine's
-    thread makes a system call, and may have to wait for the interpreter's lock afterwards. So the engine's
+    thread makes a system call. Afterwards, it may have to wait for Python's interpreter lock. So the engine's
     thread wakes the loop only once for several chunks.
     """
 
@@ -32,7 +32,7 @@ class Inbox:
         self._woken = False
 
     def put(self, queue: Queue, index: int, chunk: Chunk | None) -> None:
-        """Put a chunk into a queue of the loop. This method may be called from any thread."""
+        """Put a chunk into `queue`, which belongs to the event loop. Any thread may call this method."""
         self._came.append((queue, index, chunk))
         if not self._woken and (loop := self._loop()) is not None:
             self._woken = True

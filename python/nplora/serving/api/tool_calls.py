@@ -1,8 +1,9 @@
 """Finds tool calls in a generated text. Models write tool calls in one of these notations:
 
-- `<tool_call>{"name": ..., "arguments": ...}</tool_call>` (Hermes, Qwen), also with a list of calls (SmolLM);
-- `[TOOL_CALLS][{"name": ..., "arguments": ...}]` (Mistral; if [TOOL_CALLS] is a special token, the text does
-  not contain it);
+- `<tool_call>{"name": ..., "arguments": ...}</tool_call>` (Hermes, Qwen), or a list of calls between the two
+  marks (SmolLM);
+- `[TOOL_CALLS][{"name": ..., "arguments": ...}]` (Mistral), where the text lacks the mark [TOOL_CALLS] if
+  this mark is a special token;
 - a text that consists only of `{"name": ..., "parameters": ...}` (Llama), or of a list of such objects.
 """
 
@@ -64,8 +65,8 @@ def split_calls(text: str, names: Collection[str]) -> tuple[str, list[dict[str, 
 def _call(value: Any, names: Collection[str]) -> dict[str, Any] | None:
     """Return a call as an object of OpenAI's API, or None if `value` is not a call of a known function.
 
-    The arguments must be a JSON object. The result has the arguments as JSON in ASCII, because a text in them
-    may contain half of a surrogate pair, which UTF-8 cannot represent.
+    The arguments must be a JSON object. In the result, the arguments are JSON in ASCII. UTF-8 could not
+    represent half of a surrogate pair, which the arguments may contain.
 
     Raises:
         ValueError, RecursionError: the arguments are not JSON.
@@ -93,8 +94,7 @@ def _call(value: Any, names: Collection[str]) -> dict[str, Any] | None:
 class CallFilter:
     """Separates the content of a streamed text from its tool calls.
 
-    Text that may belong to a tool call is held back until later text shows that it does not, or until the
-    end.
+    Text that may belong to a tool call is held back. It is released if later text shows that it is content.
 
     Args:
         names: the functions that may be called. If `names` is empty, no text is held back.
@@ -121,8 +121,8 @@ class CallFilter:
     def _first_doubt(self, text: str) -> int:
         """Return the first position at which a tool call may begin.
 
-        A call begins with a mark such as "<tool_call>", or with JSON at the start of the text. At the end of
-        the text, the mark may be incomplete.
+        A call begins with a mark such as "<tool_call>", or with JSON at the start of the text. A call may
+        also begin where the text ends with the first characters of a mark.
         """
         if not self._begun and (not text.strip() or text.lstrip().startswith(("{", "["))):
             return 0

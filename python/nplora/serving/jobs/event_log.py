@@ -18,8 +18,8 @@ class EventLog:
 
     If a crash left the last line incomplete, this line is removed. Damaged lines are ignored.
 
-    A job that continues after a crash repeats its last steps, with the same results. Events of these steps
-    that are already in the log are not added again.
+    A job that continues after a crash repeats the training steps after its last checkpoint, with the same
+    results. If the log already has an event of such a step, the event is not added again.
 
     Args:
         path: the file, which is created when the first event is added.
@@ -43,8 +43,9 @@ class EventLog:
         """Add an event. Its type is "metrics" if `data` is given, otherwise "message".
 
         Args:
-            data: a dict with the number of a "step", and the training or validation loss of this step.
-                If the log already has the same kind of loss for this step, the event is not added.
+            data: a dict with "step", the number of a training step, and the training loss or the validation
+                loss of this step. If the log already has the same kind of loss for this step, the event is
+                not added.
         Raises:
             OSError: the event cannot be written to the file. `newest_first` returns the event anyway.
         """

@@ -46,7 +46,8 @@ class FineTuning:
     Args:
         lm: the model that answers requests. This model does not change: a job trains a second model that
             shares the frozen weights.
-        directory: the directory for files and jobs, created if needed. One process can use it at a time.
+        directory: the directory for files and jobs, created if needed. Only one process at a time can use
+            this directory.
         model: the name of the base model in the API.
         turns: an object that divides the time between training and answers. The engine must get the same
             object as its argument `turn`. None: training does not wait for answers.
@@ -57,9 +58,9 @@ class FineTuning:
         withdraw: called as withdraw(name). The function makes the adapter with this name unavailable.
             `withdraw` may raise KeyError or RequestError. Default: `lm.delete_adapter`.
         memory: the memory limit for the whole process while a job trains, as in `finetune`; or a function
-            that is called when a job begins, and returns the limit.
-        compute: the arithmetic of training; None: the arithmetic of `lm`, but float32 if `lm` computes in
-            int8.
+            that returns this limit when a job begins.
+        compute: the arithmetic of training. None: float32 if `lm` computes in int8; otherwise the arithmetic
+            of `lm`.
         max_file_bytes: the largest accepted size of a file.
         max_files_bytes: the largest total size of all files, including deleted files that jobs still use.
         log: called with a line of text for each event, except for events with metrics.
@@ -123,7 +124,7 @@ class FineTuning:
                 self._publish_again(job)
 
     def _publish_again(self, job: Record) -> None:
-        """Call `publish` for the adapters that a job has created before a restart of the server."""
+        """Call `publish` for the adapters that a job created before the server was restarted."""
         for one in job["checkpoints"]:
             try:
                 self._publishing.publish(one["name"], self._adapter_place(job, one))
@@ -157,7 +158,7 @@ class FineTuning:
     def close(self) -> None:
         """Interrupt the training, and close the directory.
 
-        The training ends before the computation of the next block of the model. The interrupted job continues
+        The training ends before the model computes its next transformer block. The interrupted job continues
         after the next `start`.
         """
         with self._changed:

@@ -21,11 +21,11 @@ def is_disk_full(error: BaseException) -> bool:
 
 
 def job_error(error: Exception, names: Mapping[str, tuple[str, str]]) -> dict[str, Any]:
-    """Return a dict with the code, the message and the parameter ("param") of the error that ended a job.
+    """Return OpenAI's description of the error that ended a job: a dict with "code", "message" and "param".
 
     Args:
-        names: a dict from the path of each data file to a pair (the user's name for the file, the field of
-            the request that contains the file's id).
+        names: a dict from the path of each data file to a pair: the user's name for the file, and the field
+            of the request that contains the file's id.
     """
     message, param = str(error) or type(error).__name__, None
     for path, (name, parameter) in names.items():

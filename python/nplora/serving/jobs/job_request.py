@@ -47,8 +47,8 @@ class JobRequest:
         metadata: a dict from names to texts, which the client stores with the job; or None.
         method: "supervised", "dpo", "orpo" or "kto".
         hyperparameters: a dict from OpenAI's names of hyperparameters to the values in the request.
-        options: a dict of options of `finetune`. If the request contains a learning-rate multiplier, the
-            option `lr` is missing here: see `multiplier`.
+        options: a dict of options of `finetune`. The option `lr` is missing if the request contains a
+            learning-rate multiplier (see `multiplier`).
     """
 
     model: str
@@ -63,7 +63,7 @@ class JobRequest:
 
     @property
     def multiplier(self) -> float | None:
-        """The factor by which the default learning rate is multiplied; None if it is not in the request."""
+        """The request's factor for the default learning rate; None if the request has no such factor."""
         given = self.hyperparameters.get("learning_rate_multiplier")
         return None if given is None else float(given)
 
@@ -174,7 +174,7 @@ def _suffix(body: Fields) -> str | None:
 
 
 def _metadata(body: Fields) -> dict[str, str] | None:
-    """Check metadata: at most 16 texts of at most 512 characters, with names of at most 64 characters."""
+    """Check metadata: at most 16 names of at most 64 characters, with texts of at most 512 characters."""
     metadata = body.object("metadata")
     if metadata is None:
         return None

@@ -60,11 +60,11 @@ class JobRun:
     Args:
         lm: the model that answers requests. This model does not change.
         state: the records and the events of all jobs.
-        job_id: the job.
+        job_id: the id of the job to train.
         publishing: the functions that make the job's adapters available or unavailable.
         turns: an object that divides the time between training and answers; None: training does not wait for
             answers.
-        memory, compute: as in `finetune`.
+        memory, compute: the memory limit and the arithmetic, as in `finetune`.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class JobRun:
         self.progress = Progress(self._event, self._started, self._save_checkpoint)
 
     def stop(self) -> None:
-        """End the training before the next block of the model is computed, and save the state."""
+        """End the training before the model computes its next transformer block, and save the state."""
         self._is_stopped = True
 
     def execute(self) -> None:
@@ -191,7 +191,7 @@ class JobRun:
     def _checkpoint(
         self, part: str, step: int, name: str, train_loss: float | None, valid_loss: float | None
     ) -> dict[str, Any]:
-        """Return the record of a checkpoint. The checkpoint's id ends with `part`."""
+        """Return the record of a checkpoint. `part` is the last part of the checkpoint's id."""
         made = {
             "id": f"ftckpt-{self._state.key(self.job_id)}-{part}", "created_at": int(time.time()),
             "step": step, "name": name, "train_loss": train_loss, "valid_loss": valid_loss,
@@ -241,7 +241,7 @@ class JobRun:
         self._event("The job has successfully completed", None)
 
     def _publish(self, name: str, place: Path) -> None:
-        """Make an adapter available. If the memory is too small, first remove the oldest checkpoints."""
+        """Make an adapter available. While there is too little memory, remove the oldest checkpoint."""
         while True:
             try:
                 return self._publishing.publish(name, place)

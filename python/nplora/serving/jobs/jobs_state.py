@@ -19,8 +19,8 @@ OPEN = ("queued", "validating_files", "running")
 class JobsState:
     """The records in a `Storage`, and the events of the jobs.
 
-    If a change cannot be written to the disk, the change is kept in memory, and a warning says so. After a
-    restart, the job then continues from the older state on the disk.
+    If a change cannot be written to the disk, the change stays in memory, and the user gets a warning. After
+    a restart, the job then continues from the older state on the disk.
 
     Args:
         log: called with a line of text for each event, except for events with metrics.
@@ -95,7 +95,7 @@ class JobsState:
         return [file_id] if file_id in self.storage.files else []
 
     def names(self, job_id: str) -> dict[str, tuple[str, str]]:
-        """Return the argument `names` of `job_error`, for the data files of a job."""
+        """Return the names of a job's data files, in the form of the argument `names` of `job_error`."""
         job, place = self.storage.jobs[job_id], self.storage.place(job_id)
         parameters = {"train": "training_file", "valid": "validation_file"}
         return {

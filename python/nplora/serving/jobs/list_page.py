@@ -10,7 +10,7 @@ from nplora.serving.request_error import RequestError
 
 
 def list_page(items: Sequence[Shape], after: str | None, limit: int, most: int) -> Shape:
-    """Return the items of a list that follow the item with the id `after`, as a page of OpenAI's API.
+    """Return a page of a list, in the form of OpenAI's API: items that follow the item with the id `after`.
 
     Args:
         after: the id of an item; None: the page begins with the first item.

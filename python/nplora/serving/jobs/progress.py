@@ -36,7 +36,7 @@ class Progress(Callback):
 
     @property
     def estimated_finish(self) -> int | None:
-        """The Unix time at which the last step will probably end, from the duration of recent steps."""
+        """The Unix time at which the last step will end, estimated from the duration of recent steps."""
         return round(self._last + self._left * self._seconds) if self._seconds else None
 
     def on_fit_start(self, run: Run) -> None:

@@ -1,4 +1,4 @@
-"""Storage: a directory of uploaded files and jobs. If the process is killed, no complete change is lost.
+"""Storage: a directory of uploaded files and jobs. If the process is killed, no completed change is lost.
 
 The directory holds
 
@@ -12,9 +12,9 @@ The directory holds
     jobs/ID/run/                         the output directory of `finetune`: checkpoints, log and adapter
     jobs/ID/checkpoints/step-N/          adapters of the last epochs
 
-A record is the last file that is written to a new directory. A changed record replaces the old record in one
-step. A directory without a record was left behind by a process that was killed, and is removed at the next
-start. Directories whose names are not ids are ignored. This module makes all ids. An id in a request is only
+In a new directory, the record is written last. A changed record replaces the old record atomically. If a
+process is killed before it has written the record, the next start removes the incomplete directory.
+Directories whose names are not ids are ignored. This module makes all ids. An id in a request is only
 compared with the ids of records, so no text from a request is ever used in a path.
 """
 
@@ -178,7 +178,8 @@ class Storage:
             (self.place(job_id) / name).unlink(missing_ok=True)
 
     def delete_file(self, file_id: str) -> None:
-        """Delete a file. The record is deleted first, so that after a crash no record lacks its content."""
+        """Delete a file. The record is deleted first, so that even after a crash each record has its
+        content."""
         place, self._stored = self.path / "files" / self.files[file_id]["id"], None
         os.unlink(place / _FILE)
         del self.files[file_id]
@@ -192,11 +193,11 @@ class Storage:
     # ---- jobs ----
 
     def add_job(self, record: Record, data: Mapping[str, str], start: Adapter | None) -> Record:
-        """Write a new job. Return its record, with the names of the data files and a serial number added.
+        """Write a new job. Return its record with two more fields: the names of the data files, and a serial
+        number.
 
         Args:
-            data: a dict from "train" and, if there is a validation file, "valid" to the ids of the uploaded
-                files.
+            data: a dict with the ids of uploaded files: "train" and, if there is a validation file, "valid".
             start: the adapter that the job continues, or None.
         Raises:
             OSError: the job cannot be written. The files of an incomplete job are removed.
@@ -222,8 +223,8 @@ class Storage:
         """Change fields of a job's record, in memory and on the disk.
 
         Raises:
-            OSError: the new record cannot be written to the disk, which keeps the old record. `jobs` has the
-                new record anyway.
+            OSError: the new record cannot be written. The disk keeps the old record, but `jobs` has the new
+                one.
         """
         record = {**self.jobs[job_id], **changes}
         self.jobs[job_id] = record
@@ -247,7 +248,8 @@ class Storage:
 
 
 def _read(place: Path, name: str, fields: Mapping[str, Check]) -> dict[str, Record]:
-    """Return a dict from ids to the records in the subdirectories of `place`, in the order of creation."""
+    """Read the records in the subdirectories of `place`. Return a dict {id: record}, in the order of
+    creation."""
     found = list[Record]()
     for entry in sorted(place.iterdir()):
         if not _ID.fullmatch(entry.name):

@@ -27,9 +27,9 @@ def multiple_choice(row: Fields) -> Example:
 
 
 def _choices(row: Fields) -> tuple[tuple[str, ...], list[str] | None]:
-    """Return the choices, and a list of their labels, or None if the row has no labels.
+    """Return a tuple of the choices, and a list of their labels (None if the row has no labels).
 
-    The field "choices" holds a list of texts, or {"text": […], "label": […]} as in ARC.
+    The field "choices" holds a list of texts, or an object {"text": […], "label": […]}, as in ARC.
     """
     wanted = "expected a list of two or more different texts"
     value: Any = row.unpacked("choices")
@@ -52,9 +52,9 @@ def _choices(row: Fields) -> tuple[tuple[str, ...], list[str] | None]:
 def _right_choice(row: Fields, choices: tuple[str, ...], labels: list[str] | None) -> int:
     """The index of the right choice. The field "answer" holds its label, its text or its index.
 
-    If the row has no labels, the labels are A, B, …. If a choice has the text "B", the answer "B" means that
-    choice, not the second one. If one of the labels is a number, a number in "answer" is always a label,
-    not an index.
+    If the row has no labels, its choices have the labels A, B, …. If one of these choices has the text "B",
+    the answer "B" is this text, not the label of the second choice. If the row has labels, and one of them
+    is a number, a number in "answer" is always a label, not an index.
     """
     answer = row.get("answer")
     if isinstance(answer, str | int) and not isinstance(answer, bool):

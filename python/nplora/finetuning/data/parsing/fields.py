@@ -41,7 +41,7 @@ class Fields:
         self.values, self.where = _Noted(values), where
 
     def unread(self) -> dict[str, Any]:
-        """The fields, except tools and documents, that were not looked up and are not empty."""
+        """The fields whose values were not looked up. Empty fields, tools and documents are left out."""
         known = self.values.asked.union(CONTEXT)
         return {k: v for k, v in self.values.raw.items() if k not in known and not _is_empty(v)}
 
@@ -92,7 +92,7 @@ class Fields:
             ) from None
 
     def part(self, words: str) -> Fields:
-        """A copy of this object whose error messages also name a part of the row, such as "message 2"."""
+        """Return a copy for a part of the row. Its error messages also name the part, such as "message 2"."""
         part = copy.copy(self)
         part.where = f"{self.where}, {words}"
         return part
@@ -102,7 +102,7 @@ class Fields:
 
 
 def renaming(ours: str, theirs: str | None = None) -> str:
-    """The end of an error message: how an option reads the field `theirs` of the data as the field `ours`."""
+    """The end of an error message: the option with which the field `theirs` is read as the field `ours`."""
     name = theirs or "NAME"
     return f"--columns {ours}={name} (columns={{{ours!r}: {name!r}}}) reads the field {name!r} as {ours}"
 

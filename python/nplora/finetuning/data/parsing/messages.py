@@ -54,8 +54,8 @@ def read_turns(
     """Read the turns of a chat, and check their order.
 
     Args:
-        name, of: the words before and after the number of a turn in error messages. For "message 2 of
-            chosen", these words are "message" and " of chosen".
+        name, of: how error messages name a turn: `name`, the number of the turn, and `of`. For example,
+            `name` is "message" and `of` is " of chosen" in "message 2 of chosen".
     """
     messages = list[Message]()
     for number, turn in enumerate(turns, 1):
@@ -123,7 +123,7 @@ def _tool_calls(row: Fields, message: Message) -> Objects:
 
 
 def _tool_call(row: Fields, call: dict[str, Any]) -> dict[str, Any]:
-    """The tool call with its arguments as an object: templates turn the arguments into JSON text."""
+    """Return the tool call in a form whose arguments are an object. Templates write the object as JSON."""
     function = call.get("function", call)
     name = function.get("name") if isinstance(function, dict) else None
     if not isinstance(name, str) or not name:
@@ -160,7 +160,7 @@ def _check_order(row: Fields, before: Message | None, message: Message) -> None:
 
 
 def _tool(row: Fields, tool: dict[str, Any]) -> dict[str, Any]:
-    """Return a tool in the form of OpenAI's API. If the data give only a function, put it into a tool."""
+    """Return a tool in the form of OpenAI's API. If `tool` is only a function, wrap it in such an object."""
     function = tool.get("function", tool)
     name = function.get("name") if isinstance(function, dict) else None
     if not isinstance(name, str) or not name:

@@ -53,7 +53,8 @@ def _checked(row: Fields, pair: Preference, chosen: str, rejected: str) -> Prefe
 
 
 def _openai(row: Fields) -> Example:
-    """A row of OpenAI's API: an input with messages and perhaps tools, and two lists of messages."""
+    """A row in the form of OpenAI's API. "input" is an object with messages and perhaps tools. The two
+    answers are lists of messages."""
     given = row.get("input")
     if not isinstance(given, dict) or not given.get("messages"):
         raise row.error(f"input is {brief(given)}, expected an object with messages")
@@ -70,13 +71,14 @@ def _openai(row: Fields) -> Example:
 
 
 def _has_whole_chats(row: Fields) -> bool:
-    """Whether the prompt is a text, and both answers are chats that contain the prompt as a message."""
+    """Whether the prompt is a text, and both answers are lists of several messages. Such a list contains the
+    prompt too."""
     prompt, answers = row.values["prompt"], [row.values.get(name) for name in ("chosen", "rejected")]
     return isinstance(prompt, str) and all(isinstance(a, list) and len(a) > 1 for a in answers)
 
 
 def _without_prompt(row: Fields) -> Preference:
-    """A pair of two texts or two chats, whose common beginning is the prompt."""
+    """Make a pair of two texts or two chats. The prompt is the beginning that both have in common."""
     if isinstance(row.values.get("chosen"), str) or isinstance(row.values.get("rejected"), str):
         texts = row.text("chosen"), row.text("rejected")
         shared = _shared(row, *texts)
@@ -92,10 +94,10 @@ def _without_prompt(row: Fields) -> Preference:
 
 
 def _shared(row: Fields, one: Sequence[object], other: Sequence[object]) -> int:
-    """The length of the common beginning of two texts or two chats, in characters or in messages.
+    """The length of the common beginning of two texts (in characters) or of two chats (in messages).
 
-    As in TRL's `extract_prompt`, a space at the end of the common beginning does not count. The last
-    character or message of each answer does not count either, so that no answer is empty.
+    As in TRL's `extract_prompt`, a space at its end belongs to the answers. The last character or the last
+    message always belongs to the answer, so that no answer is empty.
     """
     same = (a == b for a, b in zip(one[:-1], other[:-1], strict=False))
     count = sum(1 for _ in itertools.takewhile(bool, same))
@@ -109,11 +111,11 @@ def _shared(row: Fields, one: Sequence[object], other: Sequence[object]) -> int:
 
 
 def prompt_among(unread: Mapping[str, Any]) -> str | None:
-    """The name of the unused field that probably holds the prompt, or None.
+    """Find the unused field that probably holds the prompt. Return its name, or None.
 
-    This field holds a text. Either its name is in `PROMPTS`, or the text has several words and a letter. A
-    text of one word is probably an identifier or the name of a source. A text without letters is probably a
-    date or a number.
+    The value of the field is a text. Its name is in `PROMPTS`, or the text has several words with at least
+    one letter. A text of one word is probably an identifier or the name of a source. A text without letters
+    is probably a date or a number.
     """
     texts = {k: v for k, v in unread.items() if isinstance(v, str) and (k in PROMPTS or _is_prose(v))}
     known = next((name for name in PROMPTS if name in texts), None)
@@ -125,13 +127,13 @@ def _is_prose(text: str) -> bool:
 
 
 def forgotten_prompt(pair: Preference, unread: Mapping[str, Any]) -> str | None:
-    """The name of the field that probably holds the prompt of a pair of texts, or None.
+    """If both texts of a pair lack a prompt, find the field that probably holds it. Return its name, or None.
 
-    The result is None if the two texts have a common beginning of several lines or many words: such a
+    Two texts that begin with the same lines, or with many equal words, do not lack a prompt: their common
     beginning is the prompt.
 
     Args:
-        unread: the fields of the row that are not used.
+        unread: a dict of the unused fields of the row.
     """
     if not isinstance(pair.chosen, Completion):
         return None
@@ -151,7 +153,7 @@ def judged(row: Fields) -> Example:
 
 
 def _judged_answer(row: Fields) -> Answered:
-    """The answer that the label judges. In a chat, this answer is the last message."""
+    """The prompt and the answer that has the label. In a chat, the answer is the last message."""
     if row.has("completion"):
         return prompt_and_answer(row, "completion")
     if row.has("instruction"):

@@ -17,7 +17,7 @@ def completion(row: Fields) -> Example:
 
 
 def prompt_and_answer(row: Fields, name: str) -> Answered:
-    """The prompt, and the answer in the field `name`. Both are texts, or both are lists of messages."""
+    """Read the field "prompt", and the answer in the field `name`. Both hold texts, or both hold messages."""
     prompt = row.values.get("prompt")
     if isinstance(prompt, list) or isinstance(row.values.get(name), list | dict):
         return chat_of(row, [*messages_of(row, "prompt", prompt), *_answered(row, name)], prompt)
@@ -27,7 +27,7 @@ def prompt_and_answer(row: Fields, name: str) -> Answered:
 def _answered(row: Fields, name: str) -> list[Message]:
     """Return the answer in the field `name` as a list of messages.
 
-    The field holds a list of messages, one message, or the text of one message.
+    The field holds a list of messages, one message, or the text of a message of the assistant.
     """
     value = row.get(name)
     if isinstance(value, str):
@@ -36,7 +36,7 @@ def _answered(row: Fields, name: str) -> list[Message]:
 
 
 def instruction(row: Fields, name: str = "output") -> Instruction:
-    """The instruction of a row, with the answer in the field `name`."""
+    """Read an instruction in Alpaca's format. Its answer is in the field `name`."""
     history = row.unpacked("history") if row.has("history") else []
     history = [] if history == "" else history
     is_pairs = isinstance(history, list) and all(

@@ -1,6 +1,6 @@
 """Divides a time budget into rungs of trials, by successive halving.
 
-Each rung trains fewer candidates for more steps (Jamieson and Talwalkar 2016; Li et al. 2018, "Hyperband").
+Each rung trains its candidates for more steps (Jamieson and Talwalkar 2016; Li et al. 2018, "Hyperband").
 Every trial starts from scratch with its own learning rate schedule, which ends with the trial. The
 alternative would be to continue the trials of a rung in the next rung. But then the schedule could not end
 with each trial, as it ends with a run of `finetune`. And trials with high learning rates would be dropped too

@@ -38,8 +38,8 @@ struct TokensInLanes {
 // this tile in memory, but the hardware does not prefetch them. So each step prefetches at most one cache
 // line of the rows of the next tile. Tiles of fewer than 24 accumulators prefetch into L2, and larger tiles
 // prefetch into L1. On a Zen 4, with a W that is not in the cache, batches of 16 rows are a quarter faster if
-// the tiles prefetch into L2 instead of L1. With AVX2, batches of 32 rows are also a tenth faster. Tiles of
-// 24 accumulators gain nothing from prefetching into L2.
+// the tiles prefetch into L2 instead of L1. With AVX2, this makes batches of 32 rows a tenth faster. Tiles
+// of 24 accumulators gain nothing from prefetching into L2.
 template <class E, size_t kVectors, size_t kRows, size_t kStride>
 inline void gemm_tokens_in_lanes_fixed(TokensInLanes<E> p) {
   using T = Sum<E>;
@@ -138,16 +138,17 @@ template <class E>
 inline constexpr size_t kL1BlockBytes =
     kValuesPerElement<E> == 1 && kPanelVectors > kOutputVectors ? size_t{24} << 10 : 0;
 
-// Returns what wide tiles prefetch: one cache line at each step, until `lines` lines have been prefetched.
-// The addresses of successive lines are `bytes` bytes apart. Wide tiles read this distance from the member
-// `each`.
+// Returns a Fetch for wide tiles, which prefetch one cache line at each step until `lines` lines have been
+// prefetched. The addresses of successive lines are `bytes` bytes apart. Wide tiles read this
+// distance from the member `each`.
 inline Fetch lines_apart(const void* from, size_t lines, size_t bytes) {
   return Fetch::memory(from, lines, bytes);
 }
 
-// The cache lines that a tile prefetches at each step: the lines of a Fetch or, if too few of these lines are
-// left, later rows of `w`. The later rows are kFetchAhead bytes after the rows that the step reads. A tile
-// prefetches only its own columns of later rows, because the other columns are in L2 already.
+// The cache lines that a tile prefetches at each step. They are the next lines of a Fetch. If the Fetch has too
+// few lines left, they are lines of later rows of `w` instead. The later rows are kFetchAhead bytes after the
+// rows that the step reads. A tile prefetches only its own columns of later rows, because the other columns are
+// in L2 already.
 struct FetchSteps {
   const char* at;
   size_t step, line;

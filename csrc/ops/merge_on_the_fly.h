@@ -1,4 +1,4 @@
-// Updates that are merged on the fly: scale A B is added to blocks of W, for the products of large batches.
+// Merges updates on the fly: adds the update scale * A * B to blocks of W, for the products of large batches.
 #pragma once
 
 #include <algorithm>

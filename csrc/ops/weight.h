@@ -35,7 +35,7 @@ struct WeightView {
   bool packed;
   const void* data;
   size_t d_out, d_in;
-  size_t row_stride;  // from row to row: in elements if row-major, in bytes if blocks
+  size_t row_stride;  // the distance of two rows: in elements if W is row-major, in bytes if W is in blocks
   Compute compute = Compute::kFloat;
   kernels::Nf4 nf4{};
   RowScales* row_scales = nullptr;  // the scales for int8 products; not null if `compute` is kInt8
@@ -126,8 +126,8 @@ inline bool dots_int8(const WeightView& w) {
   return w.compute == Compute::kInt8 && is_blocks(w.storage) && w.storage != Storage::kNf4;
 }
 
-// Multiplies a small batch by low-bit blocks: part (m, rows, lanes / 2) = x W[rows]ᵀ. The product of a row of
-// x and a row of W is stored as lanes / 2 partial sums (see kernels::BlockDots).
+// Multiplies a small batch by low-bit blocks. The product of a row of x and a row of W is stored as lanes / 2
+// partial sums (see kernels::BlockDots), so `part` is (m, rows, lanes / 2).
 void dots_of_blocks(const WeightView& w, Range rows, Matrix<const float> x, float* part,
                     const kernels::Fetch& next);
 

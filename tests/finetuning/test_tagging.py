@@ -707,9 +707,7 @@ def test_a_tag_that_nearly_fits_a_scheme_is_named_once(
         {"tokens": [f"w{i}" for i in range(len(own.split()))], "tags": own.split()} for own in tags.split("|")
     ]
     found_at = re.escape(wrong)
-    text = (
-        f"{found_at} is not a tag of entities, so reports have no scores of entities; expected O, or a letter"
-    )
+    text = f"{found_at} is not a tag of entities, so reports have no scores of entities; expected O, or tags"
     for op, work in (
         ("train_classifier", lambda: train_classifier(model, rows, tmp_path, valid=rows, steps=1).classifier),
         ("evaluate_classifier", lambda: evaluate_classifier(nplora.load_classifier(model, tmp_path), rows)),

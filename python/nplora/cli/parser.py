@@ -271,7 +271,7 @@ def add_options(
 ) -> None:
     """Add an option for every field of a dataclass.
 
-    The metadata of the field give the help text and the group.
+    The help text and the group are in the metadata of the field.
 
     Args:
         shown: a key of the metadata. If the value of this key is False, --help does not show the option.

@@ -141,7 +141,7 @@ class Reporter(Callback):
     def _succeeds(self, action: Callable[[], None]) -> bool:
         """Call `action`, which writes to the report or closes the report; return whether the call succeeded.
 
-        If the call fails, issue a warning that the report ends.
+        If the call fails, warn that the report gets no more values, while the run continues.
         """
         try:
             action()

@@ -401,8 +401,8 @@ def unfit_tag(labels: Sequence[str], *data: LabelledTexts) -> str:
         return ""
     return (
         f"{places[wrong]} is not a tag of entities, so reports have no scores of entities; expected O, "
-        "or a letter, a hyphen and a kind, as in B-PER; all letters are among B, I, E and S, or among B, "
-        "I, L and U"
+        "or tags such as B-PER: a letter, a hyphen and a kind of entity. The letters of all tags must be "
+        "among B, I, E and S, or among B, I, L and U"
     )
 
 

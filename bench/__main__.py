@@ -32,7 +32,7 @@ from bench import (
     ceilings,
     plot,
 )
-from bench.timing import on_threads
+from bench.timing import Runtimes, on_threads
 
 NAMES = (
     "product",
@@ -60,6 +60,7 @@ def main() -> None:
     threads = [n for n in (1, 2) if n <= len(os.sched_getaffinity(0))]
     if options.quick:
         threads = threads[-1:]
+        Runtimes.once = True
     names = NAMES if options.only is None else options.only
     results: dict[str, Any] = {"machine": machine(), "ceilings": [ceilings_of(n) for n in threads]}
     for name in names:

@@ -112,7 +112,7 @@ def run(quick: bool, threads: int) -> dict[str, Any]:
     if has_torch():
         contestants.append(Contestant("torch, fused", torch_fused, (threads,), "torch"))
     runtimes = Runtimes(threads)
-    result = runtimes.race(contestants, rounds=3 if quick else 15)
+    result = runtimes.race(contestants, rounds=15)
     count = sum(int(np.prod(shape)) for shape in SHAPES)
     print(f"\nAdamW, {count / 1e6:.2f} million values in {len(SHAPES)} tensors, {on_threads(threads)}")
     mine, bound = ("nplora.AdamW", "step"), ("nplora.AdamW", "bound")

@@ -249,17 +249,17 @@ def run(quick: bool, threads: int) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as directory:
         in_new_process(save_weights, directory)
         made = [replace(setting, weights=directory) for setting in settings]
-        return [race(setting, threads, 1 if quick else 5) for setting in made]
+        return [race(setting, threads) for setting in made]
 
 
-def race(setting: Setting, threads: int, rounds: int) -> dict[str, Any]:
+def race(setting: Setting, threads: int) -> dict[str, Any]:
     both = {name: in_new_process(ten_steps, name, setting, threads) for name in RUNS}
     agreement = difference(both["nplora"], both["trl"])
     contestants = [
         Contestant(name, cells, (name, setting, threads), "nplora" if name == "nplora" else "torch")
         for name in RUNS
     ]
-    result = Runtimes(threads).race(contestants, rounds=rounds, seconds=0.5)
+    result = Runtimes(threads).race(contestants, rounds=5, seconds=0.5)
     seconds, ratio = result.median("nplora", "step"), result.ratio(("trl", "step"), ("nplora", "step"))
     tokens, peaks = both["nplora"]["tokens"], {name: one["peak"] for name, one in both.items()}
     words = (

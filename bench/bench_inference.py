@@ -123,7 +123,7 @@ def run(quick: bool, threads: int) -> list[dict[str, Any]]:
     if peer:
         contestants.append(Contestant("llama.cpp", llama_calls, (threads, path), runtime="llama.cpp"))
     # Several decoding calls, because the cost of an adapter is small.
-    result = Runtimes(threads).race(contestants, rounds=1 if quick else 7, seconds=0.03 if quick else 1)
+    result = Runtimes(threads).race(contestants, rounds=7, seconds=1)
     found: list[dict[str, Any]] = []
     for contestant in contestants:
         name = contestant.name

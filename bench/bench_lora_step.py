@@ -159,7 +159,7 @@ def peft_step(case: Case, threads: int) -> Calls:
     return {"step": step}
 
 
-def race(runtimes: Runtimes, case: Case, rounds: int) -> dict[str, Any]:
+def race(runtimes: Runtimes, case: Case) -> dict[str, Any]:
     threads = runtimes.threads
     contestants = [Contestant("nplora", nplora_step, (case, threads))]
     if case.dtype == "float32" and case.rank == NUMPY_RANK:
@@ -167,7 +167,7 @@ def race(runtimes: Runtimes, case: Case, rounds: int) -> dict[str, Any]:
         contestants.append(Contestant("NumPy, stacked", numpy_stacked, (case,), "numpy"))
     if has_peft():
         contestants.append(Contestant("PEFT", peft_step, (case, threads), "torch"))
-    result = runtimes.race(contestants, rounds=rounds, seconds=0.05)
+    result = runtimes.race(contestants, rounds=9, seconds=0.05)
     mine = "nplora", "step"
     peers = [contestant.name for contestant in contestants[1:]]
     return {
@@ -200,7 +200,7 @@ def run(quick: bool, threads: int) -> list[dict[str, Any]]:
     rows = []
     runtimes = Runtimes(threads)
     for case in cases(quick):
-        row = race(runtimes, case, 3 if quick else 9)
+        row = race(runtimes, case)
         over = ", ".join(f"{peer} {ratio:.2f}" for peer, ratio in row["over"].items())
         print(
             f"  {case.n:5} {f'{case.d_out}x{case.d_in}':>10} {case.rank:3} {case.dtype:9}"

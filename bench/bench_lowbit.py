@@ -127,7 +127,7 @@ def run(quick: bool, threads: int, formats: list[str] | None = None) -> list[dic
     for compute in ("float32", "bfloat16"):
         case = Case(storages, compute)
         contestant = Contestant("nplora", batch_products, (case, threads))
-        result = runtimes.race([contestant], rounds=2 if quick else 7)
+        result = runtimes.race([contestant], rounds=7)
         figures = batch_figures(case, threads, result)
         print(f"\nW {WIDTH}x{WIDTH}, {BATCH} rows, {on_threads(threads)}: speed over {compute} storage")
         print(f"  {'':6}{'forward':>10}{'backward':>10}")
@@ -151,7 +151,7 @@ def run_rows(
         contestant = Contestant(
             "nplora", row_products, (Case((storage,), compute), threads, path), ceilings=bounds
         )
-        result = runtimes.race([contestant], rounds=2 if quick else 5)
+        result = runtimes.race([contestant], rounds=5)
         line = f"  {storage:6}"
         for rows in ROW_BATCHES:
             cell, bound = ("nplora", f"{storage} {rows}"), ("nplora", f"bound {storage} {rows}")

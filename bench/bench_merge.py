@@ -139,10 +139,10 @@ def _peak() -> int:
 def run(quick: bool, threads: int) -> list[dict[str, Any]]:
     """Print the races on `threads` threads, and return their figures."""
     runtimes = Runtimes(threads)
-    return [race(runtimes, rank, 3 if quick else 9) for rank in (RANKS[:1] if quick else RANKS)]
+    return [race(runtimes, rank) for rank in (RANKS[:1] if quick else RANKS)]
 
 
-def race(runtimes: Runtimes, rank: int, rounds: int) -> dict[str, Any]:
+def race(runtimes: Runtimes, rank: int) -> dict[str, Any]:
     threads, path = runtimes.threads, ceilings.library()
     contestants = [
         Contestant("nplora", nplora_merge, (rank, threads, path), ceilings=("rewrite", "FMA")),
@@ -153,7 +153,7 @@ def race(runtimes: Runtimes, rank: int, rounds: int) -> dict[str, Any]:
         contestants.append(Contestant("torch addmm_", torch_addmm, (rank, threads), "torch"))
     if has_peft():
         contestants.append(Contestant("PEFT", peft_merge, (rank, threads), "torch"))
-    result = runtimes.race(contestants, rounds=rounds, seconds=0.05)
+    result = runtimes.race(contestants, rounds=9, seconds=0.05)
 
     mine = "nplora", "merge"
     over = {c.name: result.ratio((c.name, "merge"), mine) for c in contestants[1:]}

@@ -214,7 +214,7 @@ class _Float32Once:
         return result.float()
 
 
-def race(runtimes: Runtimes, case: Case, bound: str, rounds: int) -> Result:
+def race(runtimes: Runtimes, case: Case, bound: str) -> Result:
     path = ceilings.library()
     names = tuple(f"bound {cell.name}" for cell in case.cells()) if path else ()
     contestants = [
@@ -223,7 +223,7 @@ def race(runtimes: Runtimes, case: Case, bound: str, rounds: int) -> Result:
     if case.dtype == "int8":
         arguments = case._replace(dtype="bfloat16"), runtimes.threads, None, bound
         contestants.append(Contestant("bfloat16", nplora_products, arguments))
-        return runtimes.race(contestants, rounds=rounds)
+        return runtimes.race(contestants, rounds=7)
     if case.dtype == "float32":
         contestants.append(Contestant("NumPy", numpy_products, (case,), "numpy"))
     if has_torch():
@@ -231,7 +231,7 @@ def race(runtimes: Runtimes, case: Case, bound: str, rounds: int) -> Result:
     if bound == "read":
         arguments = case, runtimes.threads, None, bound, True
         contestants.append(Contestant("a file", nplora_products, arguments))
-    return runtimes.race(contestants, rounds=rounds)
+    return runtimes.race(contestants, rounds=7)
 
 
 Amount = Callable[[Cell], float]  # the operations, or the bytes, of one call
@@ -280,13 +280,13 @@ def run(quick: bool, threads: int) -> list[dict[str, Any]]:
         for shape in [SHAPES[-2]] if quick else SHAPES:
             case = Case(*shape, (8, 128) if quick else BATCHES, dtype)
             bound = "multiply_add" if dtype == "float32" else "bf16_dots"
-            result = race(runtimes, case, bound, 2 if quick else 7)
+            result = race(runtimes, case, bound)
             found = figures(case, threads, result, case.flops)
             show(case, threads, "GFLOP/s", "of peak", found)
             rows += found
     for shape in INT8_SHAPES[:1] if quick else INT8_SHAPES:
         case = Case(*shape, (128,) if quick else INT8_BATCHES, "int8", INT8_STORAGE)
-        result = race(runtimes, case, "int8_dots", 2 if quick else 7)
+        result = race(runtimes, case, "int8_dots")
         found = figures(case, threads, result, case.flops)
         show(case, threads, "GFLOP/s", "of peak", found)
         rows += found
@@ -302,7 +302,7 @@ def run_rows(quick: bool, threads: int) -> list[dict[str, Any]]:
     runtimes = Runtimes(threads)
     for dtype in ("float32", "bfloat16"):
         case = Case(*ROW_SHAPE, (1,) if quick else ROW_BATCHES, dtype)
-        result = race(runtimes, case, "read", 2 if quick else 7)
+        result = race(runtimes, case, "read")
         found = figures(case, threads, result, case.bytes_read)
         show(case, threads, "GB/s of W", "of read", found)
         rows += found

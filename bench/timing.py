@@ -88,7 +88,12 @@ def _end_lanes() -> None:
 
 
 class Runtimes:
-    """The processes of the contestants. They are started on first use and serve every race."""
+    """The processes of the contestants. They are started on first use and serve every race.
+
+    If `once` is true, each race has one turn, which times each call once.
+    """
+
+    once = False
 
     def __init__(self, threads: int) -> None:
         self.threads = threads
@@ -96,12 +101,16 @@ class Runtimes:
     def race(self, contestants: Sequence[Contestant], *, rounds: int, seconds: float = 0.03) -> Result:
         """Run `rounds` turns. In each, every call is timed for about `seconds`, and at least three times.
 
+        If `seconds` is 0, every call is timed once.
+
         Long calls are timed once in each turn.
 
         Prints a warning if other programs kept the machine busy.
         """
         for contestant in contestants:
             self._ask(contestant.runtime, ("prepare", contestant))
+        if self.once:
+            rounds, seconds = 1, 0.0
         result = Result()
         before = _ticks_of_others()
         for _ in range(rounds):
@@ -195,7 +204,8 @@ def _time_once(call: Call) -> float:
 def _time(call: Call, budget: float) -> float:
     """Median seconds of a call, after one call that wakes the threads and warms the caches."""
     once = _time_once(call)
-    return median(_time_once(call) for _ in range(min(200, max(3, int(budget / once)))))
+    count = min(200, max(3, int(budget / once))) if budget > 0 else 1
+    return median(_time_once(call) for _ in range(count))
 
 
 def _rate(ceiling: Callable[[], Any]) -> float:

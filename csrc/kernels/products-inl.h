@@ -145,10 +145,10 @@ inline Fetch lines_apart(const void* from, size_t lines, size_t bytes) {
   return Fetch::memory(from, lines, bytes);
 }
 
-// The cache lines that a tile prefetches at each step. They are the next lines of a Fetch. If the Fetch has too
-// few lines left, they are lines of later rows of `w` instead. The later rows are kFetchAhead bytes after the
-// rows that the step reads. A tile prefetches only its own columns of later rows, because the other columns are
-// in L2 already.
+// The cache lines that a tile prefetches at each step. They are the next lines of a Fetch. If the Fetch has
+// too few lines left, they are lines of later rows of `w` instead. The later rows are kFetchAhead bytes after
+// the rows that the step reads. A tile prefetches only its own columns of later rows, because the other
+// columns are in L2 already.
 struct FetchSteps {
   const char* at;
   size_t step, line;

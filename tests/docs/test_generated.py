@@ -2,6 +2,7 @@
 
 import inspect
 import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -162,3 +163,12 @@ def test_a_signature_is_as_the_source_has_it() -> None:
     assert (generated.signature_of(nplora.FrozenWeight.matmul) or "").startswith("(x: ArrayLike, out: ")
     assert generated.signature_of(nplora.set_num_threads) == "(n: int) -> None"
     assert generated.signature_of(len) is None
+
+
+def test_a_page_is_printed_with_its_parts(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = ROOT / "docs" / "models.md"
+    monkeypatch.setattr("sys.argv", ["generated.py", str(page)])
+    runpy.run_path(str(ROOT / "docs" / "generated.py"), run_name="__main__")
+    assert capsys.readouterr().out == generated.fill(page.read_text(encoding="utf-8"))

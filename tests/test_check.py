@@ -45,6 +45,11 @@ NET = nplora.Sequential(nplora.Linear(np.eye(2), trainable=True))
         (lambda: nplora.LanguageModel.generate(None, "x", num_beams=3), "one text, without beam search"),
         (lambda: nplora.evaluate("m", "d", batch_size=3), "'batch_size'; nplora forms the batches itself"),
         (lambda: nplora.load_model("m", torch_dtype="bfloat16"), "did you mean compute?"),
+        (lambda: nplora.load_model("m", device_map="auto"), "'device_map'; nplora computes on the CPU"),
+        (
+            lambda: nplora.load_model("m", load_in_4bit=True),
+            "; nplora reads the weights in the type that they",
+        ),
     ],
 )
 def test_a_keyword_of_another_library_is_refused_with_ours(call: Callable[[], Any], message: str) -> None:

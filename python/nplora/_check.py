@@ -101,6 +101,7 @@ _OTHER_NAMES = {
     "temperature": "temp do_sample",
     "repetition_penalty": "repeat_penalty",
     "stop": "stop_sequences stop_strings",
+    "prompt": "text query question message input_text",
 }
 # Keywords of other libraries for settings that nplora does not have. Some of them look like our keywords.
 _NOT_OURS = (
@@ -112,13 +113,25 @@ _OTHER_MEANINGS = {
     "max_length": ", which does not count the prompt",
     "do_sample": ", where 0 always takes the most likely token",
 }
-# Keywords of functions that generate text, and what nplora does instead.
+# Keywords for settings that nplora does not have, and what nplora does instead: of functions that generate
+# text, and of all functions.
 _INSTEAD = {
     **dict.fromkeys(
         ("batch_size", "eval_batch_size", "per_device_eval_batch_size"), "; nplora forms the batches itself"
     ),
     **dict.fromkeys(
         ("num_beams", "num_return_sequences"), "; nplora generates one text, without beam search"
+    ),
+}
+PARAMETERS_IN_STEP = "; the optimiser gets the parameters in `step`"  # torch's optimisers get them at once
+_INSTEAD_ALWAYS = {
+    **dict.fromkeys(
+        ("load_in_4bit", "load_in_8bit", "quantization_config"),
+        "; nplora reads the weights in the type that they have in the model's file",
+    ),
+    **dict.fromkeys(
+        ("device", "device_map", "gpu", "cuda", "n_gpu_layers"),
+        "; nplora computes on the CPU and uses no GPU",
     ),
 }
 
@@ -142,6 +155,8 @@ def suggestion(name: str, known: Iterable[str], show: Callable[[str], str] = str
         return f"; did you mean {show(same[0])}{_OTHER_MEANINGS.get(name, '')}?"
     if name in _INSTEAD and "max_new_tokens" in known:
         return _INSTEAD[name]
+    if name in _INSTEAD_ALWAYS:
+        return _INSTEAD_ALWAYS[name]
     near = difflib.get_close_matches(name, known, n=1)
     return f"; did you mean {show(near[0])}?" if near else ""
 
@@ -156,6 +171,12 @@ def keywords(function: Callable[P, T]) -> Callable[P, T]:
         for name in named:
             if name not in known:
                 raise TypeError(f"{op}: unexpected keyword {name!r}{suggestion(name, known)}")
+        for name, value in zip(known, args, strict=False):
+            if name in named:
+                hint = PARAMETERS_IN_STEP if name == "lr" else ""
+                raise TypeError(
+                    f"{op}: {name} is given by its position ({kind(value)}) and by its name{hint}"
+                )
         return function(*args, **named)
 
     return checked

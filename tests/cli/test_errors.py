@@ -70,6 +70,26 @@ def test_what_the_user_typed_stays() -> None:
     assert Spelling({}, [])("valid_split=2 (a=1)") == "valid_split=2 (a=1)"
 
 
+@pytest.mark.parametrize(
+    ("typed", "files", "meant"),
+    [
+        ("modle.gguf", ["model.gguf", "train.jsonl"], "model.gguf"),
+        ("trian.jsonl", ["train.jsonl", "valid.jsonl"], "train.jsonl"),
+        ("train3.jsonl", ["train1.jsonl", "train2.jsonl"], None),
+        ("other.gguf", ["model.gguf"], None),
+        ("none/model.gguf", ["model.gguf"], None),
+    ],
+)
+def test_a_missing_file_is_refused_with_the_one_that_has_a_similar_name(
+    typed: str, files: list[str], meant: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in files:
+        (tmp_path / name).write_text("")
+    assert cli.main(["info", str(tmp_path / typed)]) == 2
+    near = "" if meant is None else f"; did you mean {tmp_path / meant}?"
+    assert capsys.readouterr().err == f"nplora: error: no such file: {tmp_path / typed}{near}\n"
+
+
 def test_the_commands_name_their_options(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("tokenizers")
     model, data = str(save_small_llama(tmp_path / "model.gguf")), tmp_path / "train.jsonl"

@@ -125,7 +125,7 @@ def test_a_loss_that_is_not_finite_fails_after_the_table(
     assert json.loads(out)["evaluations"][str(adapter)]["loss"] is None
     assert re.search(r"error: eval: the loss of .*adapter is (nan|inf), expected a finite number", err)
     status, out, _ = run(capsys, *words)
-    assert f"4 examples are too few to tell {adapter} from the base: loss" in out
+    assert f"4 examples are too few to tell {str(adapter)!r} from the base: loss" in out
 
 
 @pytest.mark.parametrize(

@@ -58,6 +58,11 @@ def test_an_option_is_suggested_only_if_the_command_has_it(capsys: pytest.Captur
         ),
         (["generate", "m", "x", "--num-beams", "3"], "no option --num-beams; nplora generates one text"),
         (["eval", "m", "d", "--batch-size", "3"], "no option --batch-size; nplora forms the batches itself"),
+        (
+            ["finetune", "m", "--load_in_4bit"],
+            "no option --load_in_4bit; nplora reads the weights in the type",
+        ),
+        (["generate", "m", "x", "--device", "cpu"], "no option --device; nplora computes on the CPU"),
     ],
 )
 def test_a_setting_that_works_otherwise_here_is_explained(
@@ -101,9 +106,32 @@ def test_a_command_of_another_program_is_refused_with_ours(
     assert capsys.readouterr().err == message
 
 
-def test_a_model_given_by_name_is_told_its_place(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("line", "argument", "example"),
+    [
+        ("finetune --model m --data d --output o", "MODEL", "nplora finetune MODEL"),
+        ("eval --base-model m --data d", "MODEL", "nplora eval MODEL"),
+        ("generate m --prompt Hi", "PROMPT", "nplora generate MODEL PROMPT"),
+        ("generate m --text Hi", "PROMPT", "nplora generate MODEL PROMPT"),
+        ("merge --base b --output o", "BASE", "nplora merge BASE ADAPTER"),
+    ],
+)
+def test_an_argument_that_is_given_as_an_option_is_refused_with_an_example(
+    line: str, argument: str, example: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as ended:
-        cli.main(["finetune", "--model", "m.gguf", "--data", "d.jsonl", "--output", "out"])
+        cli.main(line.split())
     assert ended.value.code == 2
-    words = "no option --model; the model comes first: nplora finetune MODEL ... (try nplora finetune --help)"
+    words = f"; did you mean {argument}, which is given without an option: {example}? (try nplora "
     assert words in capsys.readouterr().err
+
+
+def test_all_unknown_options_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+    line = "finetune m --foo --seed -1 --lora_r 4 --num_train_epochs=2 --device cpu"
+    with pytest.raises(SystemExit):
+        cli.main(line.split())
+    assert capsys.readouterr().err == (
+        "nplora: error: no option --lora_r; did you mean --rank? and no option --num_train_epochs; did you "
+        "mean --epochs? and no option --device; nplora computes on the CPU and uses no GPU and no option "
+        "--foo (try nplora finetune --help)\n"
+    )

@@ -689,7 +689,7 @@ BAD = [
     (
         b'{"messages": [{"role": "user"}, {"role": "assistant", "content": "a"}]}',
         DataError,
-        "the content of a message of role 'user' is None, expected a text",
+        r"a message has the fields \['role'\], expected the field 'content'",
     ),
     (
         b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": ""}]}',

@@ -322,7 +322,7 @@ def test_a_function_that_always_fails_has_no_value_but_a_reason(
     assert f"| {shown} |" in markdown_table({"m": found})
     with pytest.warns(UserWarning, match=f"^{re.escape(warning)}$"):
         compared = compare(lm, ROWS, {"mine": adapters / "trained"}, **options)
-    assert f"mine and the base cannot be compared by {name}: n/a and n/a" in str(compared)
+    assert f"'mine' and the base cannot be compared by {name}: n/a and n/a" in str(compared)
     assert json.loads(json.dumps(compared.as_json(), allow_nan=False))
 
 
@@ -684,7 +684,7 @@ def test_each_adapter_is_compared_with_the_base_and_the_best_with_the_others(
     assert trained.low < trained.difference < trained.high < 0
     assert trained.p < 0.001
     sentence = (
-        f"{names[1]} is better than the base: loss {after:.4f} against {base:.4f}, "
+        f"{names[1]!r} is better than the base: loss {after:.4f} against {base:.4f}, "
         f"difference {after - base:.4f} (95 % interval {trained.low:.4f} to {trained.high:.4f}, p < 0.001)"
     )
     assert sentence in str(found).splitlines()
@@ -712,8 +712,8 @@ def test_a_worse_adapter_and_an_equal_one_are_named_so(lm: LanguageModel, adapte
     found = compare(lm, ROWS, {"none": (trained, 0.0), "harmful": (trained, -1.0)})
     lines = str(found).splitlines()
     loss = found.evaluations["base"]["loss"]
-    assert f"none and the base have the same loss: {loss:.4f}" in lines
-    assert any(line.startswith("harmful is worse than the base: loss ") for line in lines)
+    assert f"'none' and the base have the same loss: {loss:.4f}" in lines
+    assert any(line.startswith("'harmful' is worse than the base: loss ") for line in lines)
     assert not any("token_accuracy" in line for line in lines[1:])
 
 
@@ -743,7 +743,8 @@ def test_fewer_than_six_examples_cannot_show_a_difference(
     found = compare(lm, ROWS[:count], {"mine": adapters / "trained"})
     p = found.differences[0].p
     assert p == pytest.approx(2 / 2**count)  # the adapter is better on each example
-    begin = "5 examples are too few to tell mine from the base: loss" if count == 5 else "mine is better than"
+    few = "5 examples are too few to tell 'mine' from the base: loss"
+    begin = few if count == 5 else "'mine' is better than"
     assert found.sentences()[0].startswith(begin)
 
 

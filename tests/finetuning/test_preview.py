@@ -300,6 +300,17 @@ def test_fields_that_are_not_used_are_listed(row: dict[str, Any], unused: list[s
         assert "not used" not in str(found)
 
 
+def test_training_reports_the_fields_that_are_not_used(tmp_path: Path) -> None:
+    (tmp_path / "train.csv").write_text("text,label\na,x\nb,\nc,y\n")
+    report = read_dataset(tmp_path / "train.csv", TOKENIZER).report
+    assert report.unread == {"label": 2}
+    assert str(report).endswith("; fields that are not used: 'label' of 2 rows")
+    pairs = [{"prompt": "a", "chosen": "b", "rejected": "c", "score": 1}] * 2
+    sources = splits_of("test", pairs).train
+    dataset = read_pairs("test", sources, TOKENIZER, ReadOptions(), "dpo", PairDataset)
+    assert dataset.report.unread == {"score": 2}
+
+
 def test_fields_that_are_not_used_have_the_names_of_the_data() -> None:
     row = {"prompt": "not this", "question": "a", "completion": "b", "preamble": "s"}
     columns = {"prompt": "question", "system": "preamble"}

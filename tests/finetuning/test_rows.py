@@ -115,6 +115,16 @@ def test_text_that_is_no_array_is_refused(text: str, message: str) -> None:
     assert time.process_time() - begin < 5
 
 
+def test_an_array_in_a_file_of_lines_is_refused_with_the_right_suffix(tmp_path: Path) -> None:
+    file = tmp_path / "data.jsonl"
+    for text in (json.dumps(ROWS, indent=1), json.dumps(ROWS)):
+        file.write_text(text, encoding="utf-8")
+        error = next(read_rows(file)).error
+        assert isinstance(error, DataError)
+        assert str(error).startswith(f"{file}, line 1: ")
+        assert str(error).endswith("; if the file is one JSON array, its name must end in .json")
+
+
 def test_a_compressed_object_that_is_cut_after_its_array_is_refused(tmp_path: Path) -> None:
     noise = np.random.default_rng(0).integers(0, 10**9, 1000).tolist()
     whole = gzip.compress(json.dumps({"data": ROWS, "more": noise}).encode())

@@ -84,11 +84,11 @@ HUGE_INT8 = tensor((INT64_MAX,), 24)
 HOSTILE = {
     "empty file": (b"", TruncatedError, "0 bytes"),
     "only the magic": (b"GGUF", TruncatedError, "4 bytes"),
-    "bad magic": (b"GGML" + bytes(99), FormatError, "begins with b'GGML', expected b'GGUF'"),
+    "bad magic": (b"GGML" + bytes(99), FormatError, "begins with 'GGML', expected 'GGUF'"),
     "a safetensors file": (
         b"\x08" + bytes(7) + b'{"w":{}}' + bytes(99),
         FormatError,
-        "expected b'GGUF' (is it a safetensors file?)",
+        "expected 'GGUF' (is it a safetensors file?)",
     ),
     "version 0": (container(version=0), UnsupportedError, "version 0, expected little-endian version 2"),
     "version 1": (container(version=1), UnsupportedError, "version 1"),

@@ -9,6 +9,7 @@ import pytest
 
 import nplora
 from nplora import adapters, cli, finetuning
+from nplora.finetuning.data import find_evaluated, find_splits
 from nplora.formats.model_directory import require_no_hub_name
 from small_llama import save_small_llama
 
@@ -55,12 +56,29 @@ def test_one_file_of_a_hub_model_in_gguf_is_downloaded() -> None:
         require_no_hub_name("a/B-GGUF")
 
 
+@pytest.mark.parametrize("given", ["SmolLM2-135M-Instruct", "Qwen2.5-0.5B", "gemma-3-1b-it"])
+def test_the_name_of_a_model_without_its_owner_is_recognised(given: str) -> None:
+    with pytest.raises(FileNotFoundError, match=f"hf download OWNER/{given} --local-dir {given} "):
+        require_no_hub_name(given)
+
+
+def test_the_name_of_a_data_set_on_the_hub_is_recognised() -> None:
+    name = "HuggingFaceH4/ultrachat_200k"
+    words = f"a data set on .* hf download --repo-type dataset {name} .* the path of a file in ultrachat_200k"
+    for find in (find_splits, find_evaluated):
+        with pytest.raises(FileNotFoundError, match=words):
+            find(name)
+        with pytest.raises(FileNotFoundError, match="No such file"):
+            find("data/train.parquet")
+
+
 @pytest.mark.parametrize(
     "path",
     [
-        "model", "/a/b", "./a/b", "../a", "a/b/c", "models/m.gguf", "m/model.safetensors", "", "data/a.jsonl",
-        "data/a.csv", "data/a.txt", "out/model.bin", "a/tree/main", "a/b/tree/main", "datasets/squad",
-        "https://huggingface.co/datasets/squad", "https://example.com/a/b",
+        "model-1", "b-2b.gguf", "my-v2b", "model", "/a/b", "./a/b", "../a", "a/b/c", "models/m.gguf",
+        "m/model.safetensors", "", "data/a.jsonl", "data/a.csv", "data/a.txt", "out/model.bin",
+        "a/tree/main", "a/b/tree/main", "datasets/squad", "https://huggingface.co/datasets/squad",
+        "https://example.com/a/b",
     ],
 )  # fmt: skip
 def test_other_paths_are_taken_as_paths(path: str) -> None:

@@ -455,12 +455,20 @@ def test_bad_settings_are_refused(make: Any, message: str) -> None:
         make()
 
 
+IN_STEP = "the optimiser gets the parameters in `step`"
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda p: AdamW(p), "AdamW: lr is a list, expected a number"),
-        (lambda p: AdamW(iter(p)), "AdamW: lr is a list_iterator, expected a number"),
-        (lambda p: SGD(p[3].value), "SGD: lr is a ndarray, expected a number"),
+        (lambda p: AdamW(p), f"AdamW: lr is a list, expected a number; {IN_STEP}"),
+        (lambda p: AdamW(iter(p)), f"AdamW: lr is a list_iterator, expected a number; {IN_STEP}"),
+        (lambda p: SGD(p[3].value), f"SGD: lr is a ndarray, expected a number; {IN_STEP}"),
+        (lambda p: SGD(p, lr=1), f"SGD: lr is given by its position (a list) and by its name; {IN_STEP}"),
+        (
+            lambda p: AdamW(1, (0, 0), betas=p),
+            "AdamW: betas is given by its position (a tuple) and by its name",
+        ),
         (lambda p: AdamW(weight_decay=p), "AdamW: weight_decay is a list, expected a number"),
         (lambda p: AdamW(eps=p), "AdamW: eps is a list, expected a number"),
         (lambda p: SGD(0.1, p), "SGD: momentum is a list, expected a number"),

@@ -21,7 +21,7 @@ def find(directory: StrPath) -> Path:
     that holds a config.json.
 
     Raises:
-        ValueError: the file names no model, or a model that is not on this machine.
+        ValueError: the file names no model, or a model that is not found.
     """
     with peft_adapter.reading(directory) as adapter:
         name = adapter.config.base_model_name_or_path
@@ -31,9 +31,9 @@ def find(directory: StrPath) -> Path:
     for path in (Path(name), *_cached(name)):
         if _is_base(path):
             return path
-    raise ValueError(
-        f"convert: {source} names the base model {brief(name)}, which is not on this machine; {_OTHERS}"
-    )
+    here = "" if os.path.isabs(name) else "a relative path from another directory, or "
+    missing = f"{here}not on this machine"
+    raise ValueError(f"convert: {source} names the base model {brief(name)}, which is {missing}; {_OTHERS}")
 
 
 def _is_base(path: Path) -> bool:

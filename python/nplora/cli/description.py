@@ -83,7 +83,7 @@ def describe(path: StrPath) -> str:
         file = gguf.open(path)
         return _llama_cpp(file) if gguf_adapter.is_adapter(file) else _gguf(file, size)
     if start[8:] != b"{":
-        found = f"begins with {start!r}" if start else "is empty"
+        found = f"begins with {repr(start)[1:]}" if start else "is empty"
         raise FormatError(f"{files.name(path)}: {found}, expected GGUF or safetensors")
     return _safetensors(path, size)
 

@@ -1,8 +1,11 @@
 """Prints the errors and warnings of the command line on stderr, each on one line."""
 
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
+from nplora.formats.errors import nearest_names
 from nplora.runtime.error_text import message_of
 from nplora.runtime.stderr import stderr
 
@@ -28,7 +31,21 @@ def show_error(error: Exception, hint: str = "", spelled: Callable[[str], str] =
         spelled: see `Spelling`.
     """
     words = "; ".join(map(one_line, (message_of(error), *getattr(error, "__notes__", ()))))
-    print(f"nplora: error: {spelled(words)}{hint}", file=stderr)
+    print(f"nplora: error: {spelled(words)}{_similar_file(error)}{hint}", file=stderr)
+
+
+def _similar_file(error: Exception) -> str:
+    """If a file is missing, and exactly one file of its directory has a similar name, suggest this file."""
+    if not isinstance(error, FileNotFoundError) or not isinstance(error.filename, str | os.PathLike):
+        return ""
+    path = Path(error.filename)
+    try:
+        near = nearest_names(path.name, os.listdir(path.parent), count=2, cutoff=0.8)
+    except (OSError, ValueError):
+        return ""
+    if len(near) != 1 or near[0] == path.name:
+        return ""
+    return f"; did you mean {one_line(str(path.with_name(near[0])))}?"
 
 
 def show_warning(

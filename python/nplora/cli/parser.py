@@ -89,24 +89,52 @@ class CommandParser(Parser):
     """The parser of one command. If an option is unknown, the parser suggests a similar option."""
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        for word in itertools.takewhile("--".__ne__, args or ()):
-            self._require_option(word.partition("=")[0])
+        """Parse the words. Refuse the unknown options if there is a suggestion or a reason for one of them.
+
+        If there is none, the caller refuses the unknown options.
+        """
+        words = (word.partition("=")[0] for word in itertools.takewhile("--".__ne__, args or ()))
+        unknown = {word: self._suggestion(word) for word in words if self._is_unknown(word)}
+        with_words = [word for word, near in unknown.items() if near]
+        if with_words:
+            one, *others = [
+                *with_words,
+                *(word for word in unknown if word.startswith("--") and not unknown[word]),
+            ]
+            more = "".join(f" and no option {word}{unknown[word]}" for word in others)
+            self.error(f"no option {one}{unknown[one]}{more}")
         return super().parse_known_args(args, namespace)
 
-    def _require_option(self, word: str) -> None:
-        """Refuse an unknown option that is similar to a known option, and suggest the known option.
+    def _is_unknown(self, word: str) -> bool:
+        begun = [option for option in self._long_options() if option.startswith(word)]
+        return (
+            word.startswith("-")
+            and " " not in word
+            and word not in self._option_string_actions
+            and len(begun) != 1
+        )
 
-        The caller of `parse_known_args` refuses every other unknown option.
-        """
-        options = [option for option in self._option_string_actions if option.startswith("--")]
-        begun = [option for option in options if option.startswith(word)]
-        if not word.startswith("-") or " " in word or word in self._option_string_actions or len(begun) == 1:
-            return
-        if word == "--model" and any(action.dest == "model" for action in self._actions):
-            self.error(f"no option --model; the model comes first: {self.prog} MODEL ...")
-        names = [option[2:].replace("-", "_") for option in options]
-        if near := _check.suggestion(word.lstrip("-").replace("-", "_"), names, _option):
-            self.error(f"no option {word}{near}")
+    def _long_options(self) -> list[str]:
+        return [option for option in self._option_string_actions if option.startswith("--")]
+
+    def _suggestion(self, word: str) -> str:
+        """The end of a message about an unknown option, as in `_check.suggestion`."""
+        in_order = {
+            action.dest: action.metavar
+            for action in self._actions
+            if not action.option_strings and action.metavar
+        }
+        line = " ".join([self.prog, *map(str, in_order.values())])
+
+        def show(name: str) -> str:
+            return (
+                f"{in_order[name]}, which is given without an option: {line}"
+                if name in in_order
+                else _option(name)
+            )
+
+        names = [option[2:].replace("-", "_") for option in self._long_options()]
+        return _check.suggestion(word.lstrip("-").replace("-", "_"), [*in_order, *names], show)
 
 
 def parser_of(words: Sequence[str]) -> Parser:

@@ -53,7 +53,7 @@ class Comparison:
     base     ...
     adapter  ...
     <BLANKLINE>
-    4 examples are too few to tell adapter from the base: loss ... (95 % interval ... to ..., p = ...)
+    4 examples are too few to tell 'adapter' from the base: loss ... (95 % interval ... to ..., p = ...)
     """
 
     evaluations: dict[str, Evaluation]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +21,12 @@ RECENT = 20  # steps whose mean loss is shown, because the losses of single batc
 def mean_loss(records: Sequence[StepRecord]) -> float:
     """The mean loss over the trained tokens (or pairs, or answers) of the steps in `records`."""
     return sum(r.loss * r.count for r in records) / max(1, sum(r.count for r in records))
+
+
+def _last(records: Sequence[StepRecord]) -> Sequence[StepRecord]:
+    """The last steps: as many as the longest epoch has, at most `RECENT`."""
+    longest = max(Counter(record.epoch for record in records).values(), default=0)
+    return records[len(records) - min(longest, RECENT) :]
 
 
 WAS_FINISHED = "the run was already finished: nothing was trained"
@@ -124,12 +131,13 @@ class FinetuneReport:
         if self.loss_after is not None:
             before = "" if self.loss_before is None else f"{self.loss_before:.4f} -> "
             lines.append(f"validation loss {before}{self.loss_after:.4f}{self._best()}{self._compared()}")
-        last = history.steps[-RECENT:]
+        last = _last(history.steps)
         losses = f", loss {history.loss[0]:.4f}" if last else ""
-        losses += in_words(mean_metrics(last)) if len(last) == 1 else ""
         if len(last) > 1:
             losses += f" in the first step, {mean_loss(last):.4f} on average in the last {len(last)} steps"
-            losses += in_words(mean_metrics(last))
+        elif len(history.steps) > 1:
+            losses += f" in the first step, {mean_loss(last):.4f} in the last"
+        losses += in_words(mean_metrics(last)) if last else ""
         trained = self.tokens / max(1e-9, history.seconds)
         rate = trained * self.train.tokens / max(1, self.train.learned)  # exact for whole epochs
         lines.append(
@@ -141,6 +149,7 @@ class FinetuneReport:
         if self.profile is not None:
             lines.append(str(self.profile))
         lines.append(f"trained {self.trained:,} of {self.parameters:,} values")
+        lines += self._risen()
         ended = ", interrupted: --resume continues" if history.interrupted else ""
         if best := self._kept_best():
             lines.append(best)
@@ -148,6 +157,20 @@ class FinetuneReport:
             lines.append("the validation loss did not fall any more, so the run ended early (patience)")
         lines.append(f"{self.output}{os.sep} holds the adapter (PEFT's format){ended}")
         return "\n".join(lines)
+
+    def _risen(self) -> list[str]:
+        """A line that warns if the validation loss, or without validation data the training loss, has risen.
+
+        The loss of a batch depends on its examples. So the training loss counts as risen only if all of the
+        last steps have a loss that is higher than that of the first step by more than 1.
+        """
+        if self.loss_after is not None and self.loss_before is not None:
+            name, has_risen = "validation loss", self.loss_after > self.loss_before
+        else:
+            name, losses = "loss", self.history.loss
+            later = [record.loss for record in _last(self.history.steps[1:])]
+            has_risen = bool(later) and min(later) > losses[0] + 1
+        return [f"the {name} has risen: try a lower learning rate (lr)"] * has_risen
 
     def _counted_rate(self) -> str:
         """A text: how many trained tokens, pairs or answers the run processed per second."""

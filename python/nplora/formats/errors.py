@@ -13,7 +13,7 @@ class FormatError(ValueError):
     >>> import nplora
     >>> nplora.formats.safetensors.loads(b"\\x02" + bytes(7) + b"[]")
     Traceback (most recent call last):
-    nplora.formats.errors.FormatError: <bytes>: the header begins with b'[]', expected '{'
+    nplora.formats.errors.FormatError: <bytes>: the header begins with '[]', expected '{'
     """
 
 
@@ -120,14 +120,16 @@ def counted(count: int, noun: str) -> str:
     return f"{count:,} {noun}{'s'[: count != 1]}"
 
 
-def nearest_names(name: str, names: Iterable[str], count: int = 3) -> list[str]:
+def nearest_names(name: str, names: Iterable[str], count: int = 3, cutoff: float = 0.5) -> list[str]:
     """The `count` names in `names` that are most similar to `name`, the most similar first.
+
+    A similarity of 1 means that two names are equal. Names below the similarity `cutoff` are left out.
 
     To limit the time, the search skips names of more than 256 characters, and all names after the first
     5,000.
     """
     short = [known for known in itertools.islice(names, _MOST_NAMES) if len(known) <= _LONGEST_NAME]
-    return difflib.get_close_matches(name[:_LONGEST_NAME], short, n=count, cutoff=0.5)
+    return difflib.get_close_matches(name[:_LONGEST_NAME], short, n=count, cutoff=cutoff)
 
 
 def missing_name(source: str, name: object, names: Iterable[str], kind: str = "tensor") -> KeyError:

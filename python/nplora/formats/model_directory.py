@@ -30,6 +30,9 @@ _HUB_NAME = re.compile(
     r"(?(host)(?:/(?P<page>tree|blob|resolve)/(?P<revision>[\w.-]+)(?:/(?P<file>[\w./-]+?))?)?)/?(?(host)(?:\?.*)?)",
     re.ASCII | re.IGNORECASE,
 )
+# Matches a name with the size of a model, such as SmolLM2-135M-Instruct.
+_WITHOUT_OWNER = re.compile(r"[a-z\d][\w.-]*-\d[\d.]*[bm](-[\w.-]+)?", re.ASCII | re.IGNORECASE)
+DATA_SET = "a data set"
 _NO_HUB_NAMES = (".gguf", ".safetensors", ".json", ".jsonl", ".csv", ".txt", ".bin")  # suffixes of files
 
 Tensors: TypeAlias = SafetensorsFile | ShardedFile
@@ -45,22 +48,25 @@ def require_no_hub_name(path: StrPath, kind: str = "a model") -> None:
     Paths that exist are accepted. Names that end in a file's suffix, such as "model.gguf", are accepted too.
 
     Args:
-        kind: "a model" or "an adapter", for the message.
+        kind: "a model", "an adapter" or `DATA_SET`, for the message.
     Raises:
         FileNotFoundError: the path is a Hub name or a web address. The message says how to download the
             files.
     """
-    found = _HUB_NAME.fullmatch(files.name(path))
+    named = files.name(path)
+    found = _HUB_NAME.fullmatch(f"OWNER/{named}" if _WITHOUT_OWNER.fullmatch(named) else named)
     if found is None or os.path.lexists(path):
         return
     if found["host"] is None and files.suffix(path) in _NO_HUB_NAMES:
         return
     options, given = _download(found)
+    if kind == DATA_SET:
+        options, given = f"--repo-type dataset {options}", f"of a file in {given}"
     raise FileNotFoundError(
         errno.ENOENT,
         f"no such file or directory; if it is {kind} on the Hugging Face Hub, get its files by "
         f"hf download {options} (pip install huggingface_hub), then use the path {given}",
-        files.name(path),
+        named,
     )
 
 

@@ -22,6 +22,6 @@ def read(path: StrPath) -> ModelConfig:
     if not config.causal:
         raise UnsupportedError(
             f"{fields.source}: the model is not causal (a token also attends to later tokens); "
-            "nplora.load_encoder reads such models"
+            "nplora.load_encoder reads such models (commands: embed, classify)"
         )
     return config

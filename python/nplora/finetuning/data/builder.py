@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import array
+import collections
 import dataclasses
 import hashlib
 from typing import Generic, TypeVar
@@ -33,6 +34,7 @@ class Builder(Generic[_Made]):
     Attributes:
         bad: the number and the errors of the bad rows of the current source.
         kind: the name of the row format of the current source, such as "messages".
+        unread: the number of rows with each unused field, in all sources.
     """
 
     def __init__(
@@ -48,6 +50,7 @@ class Builder(Generic[_Made]):
         self.bad, self._skipped = BadRows(), BadRows()  # in the current source, and in the earlier ones
         self._truncated = bytearray()  # for each example, whether it is cut
         self._forms = set[bool]()
+        self.unread = collections.Counter[str]()
         self.kind = ""
 
     def begin(self, source: Source) -> None:
@@ -150,7 +153,7 @@ class Builder(Generic[_Made]):
         report = DataReport(
             source, 0, 0, 0, 0, 0, 0, 0, self._emptied, self._skipped.count, tuple(self._skipped.problems),
             self._unused, ", ".join(dict.fromkeys(self._kinds)), self._unit,
-            self._forms.pop() if len(self._forms) == 1 else None,
+            self._forms.pop() if len(self._forms) == 1 else None, dict(self.unread),
         )  # fmt: skip
         made = self._made(ids, np.frombuffer(self._trained, np.bool_), starts, report, order)
         lengths = made.sequence_lengths

@@ -261,6 +261,7 @@ def add_rows(
             builder.bad.skip(error, options.skip_bad)
             continue
         builder.kind = kind.name
+        builder.unread.update(unread.keys())
         for sequences in examples:
             builder.add(sequences, row.where, unused)
         if prompt := forgotten_in(row, example, unread, options):

@@ -28,13 +28,13 @@ from nplora.finetuning.data.examples import Judged
 from nplora.finetuning.data.kinds import Kind
 from nplora.finetuning.data.sources import Data, Source, sources_of, splits_of
 from nplora.finetuning.data.split import Division
-from nplora.formats.errors import DataError, FormatError, LimitError, brief, counted
+from nplora.finetuning.data.stored import unread_words
+from nplora.formats.errors import DataError, FormatError, LimitError, counted
 from nplora.lm import LanguageModel
 from nplora.tokenizer import Tokenizer
 
 _BAR = 40  # characters of the longest bar
 _MOST_SHOWN = 2000  # characters of an example
-_FIELDS = 10  # the most names of unused fields that are shown
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")  # may confuse a terminal
 _TRAINED, _PLAIN = "\x1b[1;32m", "\x1b[0m"
 _PURPOSE = {  # what the rows are for, if `finetune` without options does not read them
@@ -382,10 +382,7 @@ def _summary(part: Part, max_length: int) -> str:
     if part.unused:
         examples = counted(part.unused, unit)
         lines.append(f"  the chat template leaves out messages, reasoning, tools or documents of {examples}")
-    if part.unread:
-        shown = [f"{brief(name)} of {counted(count, 'row')}" for name, count in part.unread.items()]
-        more = f", and {len(shown) - _FIELDS:,} more" if len(shown) > _FIELDS else ""
-        lines.append(f"  fields that are not used: {', '.join(shown[:_FIELDS])}{more}")
+    lines += [f"  {unread_words(part.unread)}"] if part.unread else []
     lines += [f"  {without_prompt_words(part.without_prompt)}"] if part.without_prompt else []
     if part.bad:
         remedy = "which finetune refuses, or skips with --skip-bad (skip_bad=True):"

@@ -188,7 +188,11 @@ def _decoded(line: bytes, where: str) -> str:
 def _jsonl(path: StrPath) -> Iterator[Row]:
     for number, line in _lines(path):
         if line.strip():
-            yield _parsed(line, f"{files.name(path)}, line {number}")
+            row = _parsed(line, f"{files.name(path)}, line {number}")
+            if row.error is not None and number == 1 and line.lstrip().startswith(b"["):
+                words = f"{row.error}; if the file is one JSON array, its name must end in .json"
+                row = Row(row.where, {}, DataError(words))
+            yield row
 
 
 def _json(path: StrPath) -> Iterator[Row]:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, TypeAlias
 from nplora import _check
 from nplora.finetuning.data.rows import COMPRESSED, SUFFIXES, Row, is_text, read_rows, suffix_of
 from nplora.finetuning.data.tables import frame_rows, plain, without_nulls
-from nplora.formats import files
+from nplora.formats import files, model_directory
 from nplora.formats.errors import DataError, LimitError, brief
 from nplora.formats.files import StrPath
 
@@ -216,8 +216,7 @@ def find_splits(path: StrPath) -> tuple[Path, Path | None]:
     """
     given = Path(path)
     if not given.is_dir():
-        given.stat()
-        return given, None
+        return _existing(given), None
     return _required(given, ("train",)), _split(given, _VALID_FILES)
 
 
@@ -234,8 +233,15 @@ def find_evaluated(path: StrPath) -> Path:
     given = Path(path)
     if given.is_dir():
         return _required(given, _VALID_FILES, ("train",))
-    given.stat()
-    return given
+    return _existing(given)
+
+
+def _existing(file: Path) -> Path:
+    """Return the file. Raise a FileNotFoundError if there is no such file."""
+    if suffix_of(file) not in SUFFIXES:
+        model_directory.require_no_hub_name(file, model_directory.DATA_SET)
+    file.stat()
+    return file
 
 
 def _required(directory: Path, *splits: tuple[str, ...]) -> Path:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from nplora.formats.errors import counted
+from nplora.formats.errors import brief, counted
 from nplora.models.invocation import sequences_with
 from nplora.models.packing import IGNORED, PackedBatch
 
 Array = npt.NDArray[Any]
+
+_FIELDS = 10  # the most names of unused fields that are shown
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,7 @@ class DataReport:
         unit: what the report calls an example: "pair" for pairs, "answer" for judged answers, otherwise
             "example".
         chat: whether the chat template wrote the examples; None if it wrote only some of them.
+        unread: a dict from the name of each unused field to the number of rows with this field.
 
     >>> tokenizer = nplora.load_model("model.gguf").tokenizer
     >>> print(nplora.data.read_dataset("valid.jsonl", tokenizer).report)
@@ -59,6 +63,7 @@ class DataReport:
     kind: str = ""
     unit: str = "example"
     chat: bool | None = None
+    unread: dict[str, int] = field(default_factory=dict)
 
     def __str__(self) -> str:
         text = (
@@ -72,7 +77,14 @@ class DataReport:
             text += f"; {self.emptied} left out, with nothing to train on within the maximum length"
         if self.skipped:
             text += f"; {counted(self.skipped, 'bad row')} skipped, such as: {'; '.join(self.problems)}"
-        return text
+        return text + (f"; {unread_words(self.unread)}" if self.unread else "")
+
+
+def unread_words(unread: Mapping[str, int]) -> str:
+    """A text that lists fields that are not used. `unread` is as in `DataReport`."""
+    shown = [f"{brief(name)} of {counted(count, 'row')}" for name, count in unread.items()]
+    more = f", and {len(shown) - _FIELDS:,} more" if len(shown) > _FIELDS else ""
+    return f"fields that are not used: {', '.join(shown[:_FIELDS])}{more}"
 
 
 class Examples(Protocol):

@@ -160,22 +160,22 @@ class Difference:
     examples: int
 
     def __str__(self) -> str:
-        other = "the base" if self.other == BASE else self.other
+        one, other = f"{self.one!r}", "the base" if self.other == BASE else f"{self.other!r}"
         if math.isnan(self.difference) and self.metric != _LOSS:
             values = " and ".join(shown(self.metric, value) for value in self.values)
-            return f"{self.one} and {other} cannot be compared by {self.metric}: {values}"
+            return f"{one} and {other} cannot be compared by {self.metric}: {values}"
         judgement = {
-            True: f"{self.one} is better than {other}",
-            False: f"{self.one} is worse than {other}",
-            None: f"no clear difference between {self.one} and {other}",
+            True: f"{one} is better than {other}",
+            False: f"{one} is worse than {other}",
+            None: f"no clear difference between {one} and {other}",
         }[self.is_better]
         if self.is_better is None and 1 < self.examples < _LEAST:
-            judgement = f"{self.examples} examples are too few to tell {self.one} from {other}"
+            judgement = f"{self.examples} examples are too few to tell {one} from {other}"
         value, other_value, difference = (
             shown(self.metric, number) for number in (*self.values, self.difference)
         )
         if self.difference == 0:
-            return f"{self.one} and {other} have the same {self.metric}: {value}"
+            return f"{one} and {other} have the same {self.metric}: {value}"
         text = f"{judgement}: {self.metric} {value} against {other_value}, difference {difference}"
         if self.low is None or self.high is None or self.p is None:
             return f"{text} (no interval: fewer than two examples, or values that are not finite)"

@@ -88,7 +88,9 @@ def parse_start(start: memoryview, size: int, source: str) -> tuple[int, int, in
     """Read the version, the number of tensors and the number of metadata entries."""
     if not MAGIC.startswith(bytes(start[:4])):
         like = " (is it a safetensors file?)" if bytes(start[8:10]) == b'{"' else ""
-        raise FormatError(f"{source}: begins with {bytes(start[:4])!r}, expected {MAGIC!r}{like}")
+        raise FormatError(
+            f"{source}: begins with {repr(bytes(start[:4]))[1:]}, expected '{MAGIC.decode()}'{like}"
+        )
     if len(start) < START.size:
         raise TruncatedError(f"{source}: the file has {size} bytes, but a header has at least {START.size}")
     _, version, n_tensors, n_metadata = START.unpack(start)

@@ -166,6 +166,10 @@ def _find(source: str, field: str, known: dict[str, Family], name: str) -> Famil
         is_encoder = name in {family.architecture for family in BIDIRECTIONAL} or any(
             name in (family.model_type, family.architecture) for family in ENCODERS
         )
-        hint = "; this is an encoder, which nplora.load_encoder reads" if is_encoder else ""
+        hint = (
+            "; this is an encoder, which nplora.load_encoder reads (commands: embed, classify)"
+            if is_encoder
+            else ""
+        )
         raise UnsupportedError(f"{source}: {field} is {brief(name)}, expected one of {words}{hint}")
     return known[name]

@@ -102,6 +102,8 @@ def _content(row: Fields, message: Message) -> str:
         return content
     if content is None and message.get("tool_calls"):
         return ""
+    if "content" not in message:
+        raise row.error(f"a message has the fields {brief(list(message))}, expected the field 'content'")
     if not isinstance(content, list):
         raise row.error(
             f"the content of a message of role {message['role']!r} is {brief(content)}, expected a text"

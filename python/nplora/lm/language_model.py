@@ -1392,10 +1392,14 @@ def _require_not_swapped(path: StrPath, name: object) -> None:
 
     A name without a separator says nothing, because an adapter is often called like its directory.
     """
-    is_path = isinstance(name, os.PathLike) or (isinstance(name, str) and os.path.basename(name) != name)
-    if os.path.lexists(path) or not (isinstance(name, Adapter) or (is_path and os.path.lexists(name))):
+    if os.path.lexists(path):
         return
-    found = "is an Adapter" if isinstance(name, Adapter) else f"{os.fspath(name)!r} exists"
+    if isinstance(name, Adapter):
+        found = "is an Adapter"
+    elif isinstance(name, str | os.PathLike) and os.path.basename(name) != name and os.path.lexists(name):
+        found = f"{os.fspath(name)!r} exists"
+    else:
+        return
     message = f"load_adapter: path, the first argument, does not exist, but the second argument {found}"
     raise FileNotFoundError(errno.ENOENT, f"{message}: swap the two", os.fspath(path))
 

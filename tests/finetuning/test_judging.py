@@ -526,7 +526,7 @@ GOOD: dict[str, Any] = {"prompt": "1+1=", "choices": ["2", "3"], "answer": 0}
         ({"prompt": 3}, "prompt is 3, expected a string"),
         ({"prompt": " "}, "prompt is empty, expected a text"),
         ({"prompt": []}, r"prompt is \[\], expected a string"),
-        ({"prompt": [{"role": "user"}]}, "the content of a message of role 'user' is None"),
+        ({"prompt": [{"role": "user"}]}, r"a message has the fields \['role'\], expected the field"),
         (
             {"prompt": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
             "prompt ends with a message of the assistant",

@@ -83,7 +83,7 @@ class Comparison:
 
         >>> comparison = nplora.finetuning.compare("model.gguf", "valid.jsonl", ["adapter"])
         >>> comparison.sentences()[0]
-        '4 examples are too few ...'
+        "4 examples are too few ..."
         """
         return [str(one) for one in self.differences if one.metric not in _LEFT_OUT]
 

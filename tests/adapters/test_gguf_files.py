@@ -726,6 +726,10 @@ def test_no_file_that_a_conversion_reads_is_replaced(
 @pytest.mark.parametrize("family", families.FAMILIES, ids=lambda family: family.model_type)
 def test_names_are_those_of_llama_cpp(family: Family) -> None:
     numbers = {name: number for number, name in oracle.MODEL_ARCH_NAMES.items()}
+    if not numbers.keys() & {family.architecture, family.model_type}:
+        pytest.skip(
+            f"the gguf package does not know the architecture {family.architecture}: no names to compare"
+        )
     theirs = oracle.get_tensor_name_map(numbers[family.architecture], 12)
     inside = [f"model.layers.{i}.{name}" for i in (0, 11) for name in (*family.layers, *family.norms)]
     for name in ("model.embed_tokens", "lm_head", "model.norm", *inside):

@@ -114,7 +114,7 @@ inline constexpr size_t kFetchAhead = 12288;
 
 // A multiple of the `depth_unit` of every instruction set (see Tiles). If the depth is cut at multiples of
 // kDepthUnit elements, the sums are the same as for the whole depth. For floats, kPanelDepth is 48, a
-// multiple of kDepthUnit. For bfloat16 pairs, kPanelDepth is 24, so the end of a panel may not be a multiple
+// multiple of kDepthUnit. For bfloat16 pairs, kPanelDepth is 24, and the ends of some panels are no multiples
 // of kDepthUnit. Therefore, products of pairs cut the depth at multiples of kDepthCut (ops/blocking.h).
 inline constexpr size_t kDepthUnit = 16;
 static_assert(kPanelDepth<float> % kDepthUnit == 0);

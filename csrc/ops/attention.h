@@ -68,9 +68,8 @@ struct KeyValueCache {
 // Row i of q is the query of the token at position lengths[i] - 1 in slot slots[i] of the cache. The query
 // attends to this token and to all earlier tokens or, with a window, to the `window` - 1 tokens before it.
 // The bits of a row depend neither on the size of the pages nor on the other rows, with one exception.
-// Neighbouring rows with successive tokens of one slot are computed together. If there are fewer than
-// kFewestLanes / (heads / kv_heads) such rows, another method is used than for more rows, and the two methods
-// round differently.
+// Neighbouring rows with successive tokens of one slot are computed together. One method is for fewer than
+// kFewestLanes / (heads / kv_heads) such rows, and another for more rows. The two methods round differently.
 void attention_cached(const AttentionShape& shape, Matrix<const float> q, KeyValueCache cache,
                       const int64_t* slots, const int64_t* lengths, Matrix<float> out);
 

@@ -64,8 +64,8 @@ void require_storable(BlockFormat format, Matrix<const float> values) {
   });
   const size_t bad = size_t(std::find(good.begin(), good.end(), 0) - good.begin());
   if (bad == values.rows) return;
-  // x becomes the first value of the row that the format cannot store. If another thread has overwritten the
-  // row in the meantime, x may stay 0.
+  // x is set to the first value in the row that cannot be stored in the format. If another thread has
+  // overwritten the row in the meantime, x may stay 0.
   float x = 0;
   for (size_t i = values.cols; i > 0; --i)
     if (magnitude(values.row(bad)[i - 1]) > limit) x = values.row(bad)[i - 1];

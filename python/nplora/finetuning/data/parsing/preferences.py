@@ -96,8 +96,9 @@ def _without_prompt(row: Fields) -> Preference:
 def _shared(row: Fields, one: Sequence[object], other: Sequence[object]) -> int:
     """The length of the common beginning of two texts (in characters) or of two chats (in messages).
 
-    As in TRL's `extract_prompt`, a space at its end belongs to the answers. The last character or the last
-    message always belongs to the answer, so that no answer is empty.
+    As in TRL's `extract_prompt`, a space at the end of the common beginning belongs to the answers. The
+    common beginning never has the last character of a text or the last message of a chat, so no answer is
+    empty.
     """
     same = (a == b for a, b in zip(one[:-1], other[:-1], strict=False))
     count = sum(1 for _ in itertools.takewhile(bool, same))

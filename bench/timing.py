@@ -90,7 +90,8 @@ def _end_lanes() -> None:
 class Runtimes:
     """The processes of the contestants. They are started on first use and serve every race.
 
-    If `once` is true, each race has one turn, which times each call once.
+    If `once` is true, each race has one turn, which times each call once and measures each ceiling three
+    times.
     """
 
     once = False

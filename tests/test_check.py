@@ -46,9 +46,10 @@ NET = nplora.Sequential(nplora.Linear(np.eye(2), trainable=True))
         (lambda: nplora.evaluate("m", "d", batch_size=3), "'batch_size'; nplora forms the batches itself"),
         (lambda: nplora.load_model("m", torch_dtype="bfloat16"), "did you mean compute?"),
         (lambda: nplora.load_model("m", device_map="auto"), "'device_map'; nplora computes on the CPU"),
+        (lambda: nplora.LoRALinear(None, load_in_8bit=True), "did you mean dtype?"),
         (
             lambda: nplora.load_model("m", load_in_4bit=True),
-            "; nplora reads the weights in the type that they",
+            "; nplora reads the weights in the type of",
         ),
     ],
 )
@@ -173,3 +174,8 @@ def test_a_seed_is_an_integer_of_at_least_zero(seed: Any, error: type[Exception]
 def test_axes_are_counted_in_words(shape: tuple[int, ...], words: str) -> None:
     with pytest.raises(ValueError, match=rf"^op: W has {words}, expected 2 axes \(d_out, d_in\)$"):
         _check.matrix("op", "W", np.ones(shape))
+
+
+def test_the_prompt_of_an_encoder_is_not_suggested_for_its_texts() -> None:
+    assert _check.suggestion("text", ["prompt", "max_new_tokens"]) == "; did you mean prompt?"
+    assert "prompt" not in _check.suggestion("text", ["texts", "prompt"])

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The commands of CONTRIBUTING.md, in a fresh clone
+# The commands of CONTRIBUTING.md, in a fresh clone; pre-commit without mypy
 # needs: tools
 . "$(dirname "$0")/../environment.sh"
 

@@ -10,7 +10,7 @@ import functools
 import inspect
 import math
 import numbers
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sized
 from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
@@ -123,11 +123,11 @@ _INSTEAD = {
         ("num_beams", "num_return_sequences"), "; nplora generates one text, without beam search"
     ),
 }
-PARAMETERS_IN_STEP = "; the optimiser gets the parameters in `step`"  # torch's optimisers get them at once
+_LOADING = ("load_in_4bit", "load_in_8bit", "quantization_config")
 _INSTEAD_ALWAYS = {
     **dict.fromkeys(
-        ("load_in_4bit", "load_in_8bit", "quantization_config"),
-        "; nplora reads the weights in the type that they have in the model's file",
+        _LOADING,
+        "; nplora reads the weights in the type of the model's file, which `nplora convert --dtype` changes",
     ),
     **dict.fromkeys(
         ("device", "device_map", "gpu", "cuda", "n_gpu_layers"),
@@ -150,15 +150,27 @@ def suggestion(name: str, known: Iterable[str], show: Callable[[str], str] = str
     if name in _NOT_OURS:
         return ""
     known = list(known)
+    generates = "max_new_tokens" in known
     same = [ours for ours in known if name in _OTHER_NAMES.get(ours, "").split()]
+    if not generates and "prompt" in same:  # the prompt of an encoder is a prefix of its texts
+        same.remove("prompt")
     if same:
         return f"; did you mean {show(same[0])}{_OTHER_MEANINGS.get(name, '')}?"
-    if name in _INSTEAD and "max_new_tokens" in known:
+    if name in _INSTEAD and generates:
         return _INSTEAD[name]
+    if name in _LOADING and "dtype" in known:
+        return f"; did you mean {show('dtype')}?"
     if name in _INSTEAD_ALWAYS:
         return _INSTEAD_ALWAYS[name]
     near = difflib.get_close_matches(name, known, n=1)
     return f"; did you mean {show(near[0])}?" if near else ""
+
+
+def parameters_hint(name: str, value: object) -> str:
+    """The end of a message about a learning rate that is a collection: parameters, as torch's optimisers
+    get them."""
+    is_several = isinstance(value, Sized | Iterator) and not isinstance(value, str)
+    return "; the optimiser gets the parameters in `step`" if name == "lr" and is_several else ""
 
 
 def keywords(function: Callable[P, T]) -> Callable[P, T]:
@@ -173,9 +185,9 @@ def keywords(function: Callable[P, T]) -> Callable[P, T]:
                 raise TypeError(f"{op}: unexpected keyword {name!r}{suggestion(name, known)}")
         for name, value in zip(known, args, strict=False):
             if name in named:
-                hint = PARAMETERS_IN_STEP if name == "lr" else ""
                 raise TypeError(
-                    f"{op}: {name} is given by its position ({kind(value)}) and by its name{hint}"
+                    f"{op}: {name} is given by its position ({kind(value)}) and by its name"
+                    f"{parameters_hint(name, value)}"
                 )
         return function(*args, **named)
 

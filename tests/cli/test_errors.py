@@ -90,6 +90,18 @@ def test_a_missing_file_is_refused_with_the_one_that_has_a_similar_name(
     assert capsys.readouterr().err == f"nplora: error: no such file: {tmp_path / typed}{near}\n"
 
 
+def test_a_missing_part_of_a_model_is_refused_without_the_name_of_another_part(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shards = [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    index = {"weight_map": {"a": shards[0], "b": shards[1]}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    (tmp_path / shards[1]).write_bytes(b"")
+    assert cli.main(["info", str(tmp_path / "model.safetensors.index.json")]) == 2
+    assert capsys.readouterr().err == f"nplora: error: no such file: {tmp_path / shards[0]}\n"
+
+
 def test_the_commands_name_their_options(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("tokenizers")
     model, data = str(save_small_llama(tmp_path / "model.gguf")), tmp_path / "train.jsonl"

@@ -60,7 +60,7 @@ def test_an_option_is_suggested_only_if_the_command_has_it(capsys: pytest.Captur
         (["eval", "m", "d", "--batch-size", "3"], "no option --batch-size; nplora forms the batches itself"),
         (
             ["finetune", "m", "--load_in_4bit"],
-            "no option --load_in_4bit; nplora reads the weights in the type",
+            "no option --load_in_4bit; nplora reads the weights in the type of",
         ),
         (["generate", "m", "x", "--device", "cpu"], "no option --device; nplora computes on the CPU"),
     ],
@@ -131,7 +131,7 @@ def test_all_unknown_options_are_named(capsys: pytest.CaptureFixture[str]) -> No
     with pytest.raises(SystemExit):
         cli.main(line.split())
     assert capsys.readouterr().err == (
-        "nplora: error: no option --lora_r; did you mean --rank? and no option --num_train_epochs; did you "
-        "mean --epochs? and no option --device; nplora computes on the CPU and uses no GPU and no option "
-        "--foo (try nplora finetune --help)\n"
+        "nplora: error: no options --lora_r (did you mean --rank?), --num_train_epochs (did you mean "
+        "--epochs?), --device (nplora computes on the CPU and uses no GPU), --foo (try nplora finetune "
+        "--help)\n"
     )

@@ -49,6 +49,7 @@ def test_the_last_loss_is_the_mean_of_the_last_epoch_or_of_20_steps(
         ([], None, None, None),
         ([2.0, 1.0], 2.0, 2.1, "validation loss"),
         ([2.0, 9.0], 2.0, 1.9, None),
+        ([2.0, 9.0], 2.0, 2.00001, None),
     ],
 )
 def test_a_loss_that_has_risen_is_reported(
@@ -58,4 +59,4 @@ def test_a_loss_that_has_risen_is_reported(
     if name is None:
         assert "risen" not in text
     else:
-        assert f"\nthe {name} has risen: try a lower learning rate (lr)\n" in text
+        assert f"\nthe {name} has risen: try a lower learning rate, or fewer epochs\n" in text

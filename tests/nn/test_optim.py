@@ -465,6 +465,7 @@ IN_STEP = "the optimiser gets the parameters in `step`"
         (lambda p: AdamW(iter(p)), f"AdamW: lr is a list_iterator, expected a number; {IN_STEP}"),
         (lambda p: SGD(p[3].value), f"SGD: lr is a ndarray, expected a number; {IN_STEP}"),
         (lambda p: SGD(p, lr=1), f"SGD: lr is given by its position (a list) and by its name; {IN_STEP}"),
+        (lambda p: SGD(0.1, lr=1), "SGD: lr is given by its position (a float) and by its name"),
         (
             lambda p: AdamW(1, (0, 0), betas=p),
             "AdamW: betas is given by its position (a tuple) and by its name",

@@ -31,9 +31,10 @@ def find(directory: StrPath) -> Path:
     for path in (Path(name), *_cached(name)):
         if _is_base(path):
             return path
-    here = "" if os.path.isabs(name) else "a relative path from another directory, or "
-    missing = f"{here}not on this machine"
-    raise ValueError(f"convert: {source} names the base model {brief(name)}, which is {missing}; {_OTHERS}")
+    hint = "" if os.path.isabs(name) else " (it may be a relative path from another directory)"
+    raise ValueError(
+        f"convert: {source} names the base model {brief(name)}, which is not found{hint}; {_OTHERS}"
+    )
 
 
 def _is_base(path: Path) -> bool:

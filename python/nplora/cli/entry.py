@@ -82,10 +82,10 @@ def _status(arguments: list[str]) -> int:
     except BrokenPipeError:  # the program that reads our output has ended, as `head` does
         return 1
     except UsageError as error:
-        show_error(error, f" (try {parsed.prog} --help)", spelled)
+        show_error(error, f" (try {parsed.prog} --help)", spelled, arguments)
         return 2
     except EXPECTED as error:
-        show_error(error, spelled=spelled)
+        show_error(error, spelled=spelled, typed=arguments)
         is_wrong = isinstance(error, ValueError | OSError | ModuleNotFoundError)
         return 2 if is_wrong and not isinstance(error, RankError) else 1
     return 0

@@ -23,20 +23,26 @@ class UsageError(ValueError):
     """An argument is unknown, or its value is wrong."""
 
 
-def show_error(error: Exception, hint: str = "", spelled: Callable[[str], str] = str) -> None:
+def show_error(
+    error: Exception, hint: str = "", spelled: Callable[[str], str] = str, typed: Sequence[str] = ()
+) -> None:
     """Print an error and its notes (see `BaseException.add_note`) on one line.
 
     Args:
         hint: advice that is printed at the end of the same line.
         spelled: see `Spelling`.
+        typed: the arguments of the command line.
     """
     words = "; ".join(map(one_line, (message_of(error), *getattr(error, "__notes__", ()))))
-    print(f"nplora: error: {spelled(words)}{_similar_file(error)}{hint}", file=stderr)
+    print(f"nplora: error: {spelled(words)}{_similar_file(error, typed)}{hint}", file=stderr)
 
 
-def _similar_file(error: Exception) -> str:
-    """If a file is missing, and exactly one file of its directory has a similar name, suggest this file."""
+def _similar_file(error: Exception, typed: Sequence[str]) -> str:
+    """If a file that the user has typed is missing, suggest the only file of its directory that has a
+    similar name."""
     if not isinstance(error, FileNotFoundError) or not isinstance(error.filename, str | os.PathLike):
+        return ""
+    if os.fspath(error.filename) not in typed:
         return ""
     path = Path(error.filename)
     try:

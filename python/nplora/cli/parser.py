@@ -97,12 +97,11 @@ class CommandParser(Parser):
         unknown = {word: self._suggestion(word) for word in words if self._is_unknown(word)}
         with_words = [word for word, near in unknown.items() if near]
         if with_words:
-            one, *others = [
-                *with_words,
-                *(word for word in unknown if word.startswith("--") and not unknown[word]),
-            ]
-            more = "".join(f" and no option {word}{unknown[word]}" for word in others)
-            self.error(f"no option {one}{unknown[one]}{more}")
+            without = [word for word in unknown if word.startswith("--") and not unknown[word]]
+            if len(with_words) + len(without) == 1:
+                self.error(f"no option {with_words[0]}{unknown[with_words[0]]}")
+            named = [f"{word} ({unknown[word].removeprefix('; ')})" for word in with_words]
+            self.error(f"no options {', '.join(named + without)}")
         return super().parse_known_args(args, namespace)
 
     def _is_unknown(self, word: str) -> bool:

@@ -159,18 +159,19 @@ class FinetuneReport:
         return "\n".join(lines)
 
     def _risen(self) -> list[str]:
-        """A line that warns if the validation loss, or without validation data the training loss, has risen.
+        """A line that warns if the validation loss has risen, or the training loss if there is no other.
 
-        The loss of a batch depends on its examples. So the training loss counts as risen only if all of the
-        last steps have a loss that is higher than that of the first step by more than 1.
+        The validation loss counts as risen if it is higher by more than 0.01 than before the training. The
+        loss of a batch depends on its examples. So the training loss counts as risen only if all of the last
+        steps have a loss that is higher than that of the first step by more than 1.
         """
         if self.loss_after is not None and self.loss_before is not None:
-            name, has_risen = "validation loss", self.loss_after > self.loss_before
+            name, has_risen = "validation loss", self.loss_after > self.loss_before + 0.01
         else:
             name, losses = "loss", self.history.loss
             later = [record.loss for record in _last(self.history.steps[1:])]
             has_risen = bool(later) and min(later) > losses[0] + 1
-        return [f"the {name} has risen: try a lower learning rate (lr)"] * has_risen
+        return [f"the {name} has risen: try a lower learning rate, or fewer epochs"] * has_risen
 
     def _counted_rate(self) -> str:
         """A text: how many trained tokens, pairs or answers the run processed per second."""

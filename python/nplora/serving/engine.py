@@ -357,7 +357,7 @@ class Engine:
             kind = _check.kind(adapter)
             raise TypeError(f"{_OP}: adapter is {kind}, expected a name or a model of lm.named_model")
         if adapter.config is not self._lm.config:  # copies of a model share its configuration
-            raise ValueError(f"{_OP}: adapter is a model that lm.named_model did not return")
+            raise ValueError(f"{_OP}: adapter is a copy of another model")
         return adapter
 
     def _root(self, model: LanguageModel) -> str:

@@ -238,7 +238,7 @@ def find_evaluated(path: StrPath) -> Path:
 
 def _existing(file: Path) -> Path:
     """Return the file. Raise a FileNotFoundError if there is no such file."""
-    if suffix_of(file) not in SUFFIXES:
+    if not file.suffix and not file.parent.is_dir():
         model_directory.require_no_hub_name(file, model_directory.DATA_SET)
     file.stat()
     return file

@@ -63,7 +63,7 @@ class DataReport:
     kind: str = ""
     unit: str = "example"
     chat: bool | None = None
-    unread: dict[str, int] = field(default_factory=dict)
+    unread: dict[str, int] = field(default_factory=dict, hash=False)
 
     def __str__(self) -> str:
         text = (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -114,6 +114,7 @@ def read_judge(
         require_vocabulary(lm, dataset.report.source, dataset.largest_id)
         judge = Judge(dataset.report, metrics, max_new_tokens, dataset)
     if metrics:
+        judge.report = replace(judge.report, unread={})  # a metric may read any field
         bad = BadRows()
         judge.asked = list(_asked(lm, sources, reading, judge.choices, bad))
         if not judge.asked:

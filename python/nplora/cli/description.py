@@ -26,7 +26,7 @@ from nplora.formats import (
     sharded,
 )
 from nplora.formats.config_json import read_fields
-from nplora.formats.errors import FormatError, brief, counted
+from nplora.formats.errors import FormatError, brief, counted, quoted
 from nplora.formats.files import StrPath
 from nplora.formats.gguf import GgufFile, StringArray
 from nplora.formats.gguf.ggml_types import GGML_TYPES
@@ -83,7 +83,7 @@ def describe(path: StrPath) -> str:
         file = gguf.open(path)
         return _llama_cpp(file) if gguf_adapter.is_adapter(file) else _gguf(file, size)
     if start[8:] != b"{":
-        found = f"begins with {repr(start)[1:]}" if start else "is empty"
+        found = f"begins with {quoted(start)}" if start else "is empty"
         raise FormatError(f"{files.name(path)}: {found}, expected GGUF or safetensors")
     return _safetensors(path, size)
 

@@ -138,6 +138,11 @@ def missing_name(source: str, name: object, names: Iterable[str], kind: str = "t
     return KeyError(f"{source}: no {kind} {brief(name)}{near and f', the nearest names: {near}'}")
 
 
+def quoted(data: bytes) -> str:
+    """Bytes in quotes, such as 'GGUF', for use in a message."""
+    return repr(data)[1:]
+
+
 def brief(value: object, length: int = 80) -> str:
     """`repr(value)`, cut to `length` characters, for use in a message."""
     text = repr(value[: length + 1] if isinstance(value, str | bytes | list) else value)

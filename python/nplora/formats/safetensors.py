@@ -28,6 +28,7 @@ from nplora.formats.errors import (
     UnsupportedError,
     brief,
     missing_name,
+    quoted,
 )
 from nplora.formats.files import StrPath
 
@@ -397,7 +398,7 @@ def _header(data: Buffer, source: str) -> tuple[dict[str, Any], int]:
         raise TruncatedError(f"{found}, but only {len(data) - 8:,} bytes follow")
     raw, where = data[8 : 8 + size], f"{source}: header"
     if bytes(raw[:1]) != b"{":
-        raise FormatError(f"{source}: the header begins with {brief(bytes(raw[:8]))[1:]}, expected '{{'")
+        raise FormatError(f"{source}: the header begins with {quoted(bytes(raw[:8]))}, expected '{{'")
     if size > _MAX_WIDE and not _is_ascii(raw):
         raise LimitError(
             f"{where} has {size:,} bytes, but a header with non-ASCII characters may have at most "

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from nplora.formats.errors import FormatError, LimitError, TruncatedError, UnsupportedError, brief
+from nplora.formats.errors import FormatError, LimitError, TruncatedError, UnsupportedError, brief, quoted
 from nplora.formats.gguf.ggml_types import BY_NUMBER, VALUE_DTYPES, VALUE_LETTERS, VALUE_TYPES, GgmlType
 from nplora.formats.gguf.metadata import LENGTH, ArrayEntry, Scalar
 
@@ -88,9 +88,7 @@ def parse_start(start: memoryview, size: int, source: str) -> tuple[int, int, in
     """Read the version, the number of tensors and the number of metadata entries."""
     if not MAGIC.startswith(bytes(start[:4])):
         like = " (is it a safetensors file?)" if bytes(start[8:10]) == b'{"' else ""
-        raise FormatError(
-            f"{source}: begins with {repr(bytes(start[:4]))[1:]}, expected '{MAGIC.decode()}'{like}"
-        )
+        raise FormatError(f"{source}: begins with {quoted(bytes(start[:4]))}, expected {quoted(MAGIC)}{like}")
     if len(start) < START.size:
         raise TruncatedError(f"{source}: the file has {size} bytes, but a header has at least {START.size}")
     _, version, n_tensors, n_metadata = START.unpack(start)

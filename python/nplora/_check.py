@@ -79,6 +79,7 @@ _OTHER_NAMES = {
     "max_length": "max_seq_length max_seq_len model_max_length seq_length cutoff_len block_size",
     "learn": "train_on_inputs mask_prompt completion_only_loss assistant_only_loss",
     "compute": "dtype torch_dtype bf16 fp16 precision",
+    "dtype": "load_in_4bit load_in_8bit quantization_config",
     "recompute": "gradient_checkpointing grad_checkpoint use_gradient_checkpointing",
     "seed": "random_state random_seed",
     "save_every": "save_steps steps_per_save checkpoint_every",
@@ -123,10 +124,9 @@ _INSTEAD = {
         ("num_beams", "num_return_sequences"), "; nplora generates one text, without beam search"
     ),
 }
-_LOADING = ("load_in_4bit", "load_in_8bit", "quantization_config")
 _INSTEAD_ALWAYS = {
     **dict.fromkeys(
-        _LOADING,
+        _OTHER_NAMES["dtype"].split(),
         "; nplora reads the weights in the type of the model's file, which `nplora convert --dtype` changes",
     ),
     **dict.fromkeys(
@@ -158,8 +158,6 @@ def suggestion(name: str, known: Iterable[str], show: Callable[[str], str] = str
         return f"; did you mean {show(same[0])}{_OTHER_MEANINGS.get(name, '')}?"
     if name in _INSTEAD and generates:
         return _INSTEAD[name]
-    if name in _LOADING and "dtype" in known:
-        return f"; did you mean {show('dtype')}?"
     if name in _INSTEAD_ALWAYS:
         return _INSTEAD_ALWAYS[name]
     near = difflib.get_close_matches(name, known, n=1)

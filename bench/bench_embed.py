@@ -210,7 +210,7 @@ def run(quick: bool, threads: int, count: int | None = None) -> dict[str, Any]:
             Contestant(name, cells, (name, count, threads, expected, graph), name, long=("embed",))
             for name in names
         ]
-        result = Runtimes(threads).race(racing, rounds=1 if quick else 3)
+        result = Runtimes(threads).race(racing, rounds=3)
     rates = {name: count / result.median(name, "embed") for name in names}
     print(f"\nembeddings of {count:,} short texts by MiniLM on {on_threads(threads)}")
     for name in names:
@@ -227,4 +227,5 @@ if __name__ == "__main__":
     parser.add_argument("--threads", type=int, default=2, metavar="N", help="number of threads")
     parser.add_argument("--once", action="store_true", help="one turn of each contestant instead of three")
     given = parser.parse_args()
-    run(given.once, given.threads, given.texts)
+    Runtimes.once = given.once
+    run(False, given.threads, given.texts)

@@ -1,6 +1,7 @@
 """Checks of user input that no other test reaches."""
 
 import inspect
+import time
 from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
@@ -179,3 +180,10 @@ def test_axes_are_counted_in_words(shape: tuple[int, ...], words: str) -> None:
 def test_the_prompt_of_an_encoder_is_not_suggested_for_its_texts() -> None:
     assert _check.suggestion("text", ["prompt", "max_new_tokens"]) == "; did you mean prompt?"
     assert "prompt" not in _check.suggestion("text", ["texts", "prompt"])
+
+
+def test_a_suggestion_for_a_very_long_name_takes_no_time() -> None:
+    begin = time.process_time()
+    assert _check.suggestion("x" * 5_000_000, ["max_tokens"]) == ""
+    assert _check.suggestion("max_token" + "s" * 5_000_000, ["max_tokens"]) == ""
+    assert time.process_time() - begin < 0.5

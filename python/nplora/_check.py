@@ -22,6 +22,7 @@ P = ParamSpec("P")
 
 _OVERLAP_WORK = 10_000  # the limit for np.shares_memory; if it needs more, the arrays count as overlapping
 _INT64_MAX = 2**63 - 1
+_LONGEST_NAME = 256  # characters of an unknown name that are compared with the known names
 
 MAX_RANK = 1 << 16  # a larger rank of an adapter is surely a mistake, and might take all memory
 
@@ -160,7 +161,7 @@ def suggestion(name: str, known: Iterable[str], show: Callable[[str], str] = str
         return _INSTEAD[name]
     if name in _INSTEAD_ALWAYS:
         return _INSTEAD_ALWAYS[name]
-    near = difflib.get_close_matches(name, known, n=1)
+    near = difflib.get_close_matches(name[:_LONGEST_NAME], known, n=1)
     return f"; did you mean {show(near[0])}?" if near else ""
 
 

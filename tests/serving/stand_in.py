@@ -31,6 +31,7 @@ class StandIn(ThreadingHTTPServer):
         requests: the bodies of the chats so far, as they came.
         uploads: the forms of the files so far.
         aborted: how many answers were not read to their end.
+        most_tokens: the longest answer, in tokens; None: there is no limit.
     """
 
     daemon_threads = True
@@ -46,6 +47,7 @@ class StandIn(ThreadingHTTPServer):
         self.requests: list[dict[str, Any]] = []
         self.uploads: list[bytes] = []
         self.aborted = 0
+        self.most_tokens: int | None = None
 
     @property
     def url(self) -> str:
@@ -111,7 +113,9 @@ class _Handler(BaseHTTPRequestHandler):
         if path == "/v1/models":
             base, *adapters = self.server.models
             cards = [{"id": base, "parent": None}] + [{"id": name, "parent": base} for name in adapters]
-            self._json({"object": "list", "data": [{"object": "model", **card} for card in cards]})
+            limit = {} if self.server.most_tokens is None else {"max_tokens": self.server.most_tokens}
+            data = [{"object": "model", **card, **limit} for card in cards]
+            self._json({"object": "list", "data": data})
         elif path.startswith("/v1/fine_tuning/jobs") and self.server.jobs is not None:
             time.sleep(self.server.delay)
             if path.endswith("/events"):

@@ -228,7 +228,18 @@ def test_an_error_is_shown_and_the_next_message_works(page: Any, server: StandIn
     server.answers[TONE] = ["fine"]
     ask(page, "Hi again")
     assert answers(page, 2)[1] == "fine"
-    assert [m["content"] for m in server.requests[1]["messages"]] == ["Hi", "Hi again"]
+    assert [m["content"] for m in server.requests[1]["messages"]] == ["Hi again"]
+
+
+def test_the_longest_answer_of_the_settings_is_at_most_that_of_the_server(page: Any, server: StandIn) -> None:
+    opened(page, server)
+    ask(page, "Hi")
+    answers(page, 1)
+    server.most_tokens = 100
+    page.reload()
+    ask(page, "Hi again")
+    answers(page, 2)
+    assert [request["max_tokens"] for request in server.requests] == [512, 100]
 
 
 def test_a_key_is_asked_for(page: Any, server: StandIn) -> None:

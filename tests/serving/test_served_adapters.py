@@ -362,3 +362,22 @@ def test_scales_of_adapters_are_those_of_llama_cpp(client: Any, lm: nplora.Langu
     assert answer() == expected
     root.post("/lora-adapters", body=[], cast_to=object)
     assert answer() != expected
+    with pytest.raises(openai.BadRequestError, match=r"lora\[1\].id is 0, which came before"):
+        answer(lora=[{"id": 0, "scale": 0.5}, {"id": 0, "scale": 2}])
+    with pytest.raises(openai.BadRequestError, match=r"lora\[2\] is 'x', expected an object"):
+        answer(lora=[{"id": 0, "scale": 0.5}, {"id": 1, "scale": 2}, "x"])
+
+
+@pytest.mark.parametrize("field", ["max_tokens", "max_completion_tokens", "n_predict"])
+def test_the_limit_of_an_answer_is_listed_and_the_error_names_the_field(
+    client: Any, app: Application, monkeypatch: pytest.MonkeyPatch, field: str
+) -> None:
+    assert {model.model_extra.get("max_tokens") for model in client.models.list()} == {None}
+    monkeypatch.setattr(app.service, "most_tokens", 4)
+    monkeypatch.setattr(app.service, "reader", Reader(app.service.models, app.service.engine.context, 4))
+    assert {model.model_extra["max_tokens"] for model in client.models.list()} == {4}
+    with pytest.raises(
+        openai.BadRequestError, match=f"{field} is 5, but this server generates at most 4"
+    ) as caught:
+        client.post("/completions", body={"prompt": "hello", field: 5}, cast_to=object)
+    assert caught.value.param == field

@@ -16,12 +16,18 @@ from nplora.serving.request_error import RequestError
 
 def models(service: Service) -> dict[str, Any]:
     """GET /v1/models"""
-    return {"object": "list", "data": service.models.cards(service.engine.context)}
+    return {"object": "list", "data": service.models.cards(_limits(service))}
 
 
 def model(service: Service, name: str) -> dict[str, Any]:
     """GET /v1/models/{name}"""
-    return service.models.card(name, service.engine.context)
+    return service.models.card(name, _limits(service))
+
+
+def _limits(service: Service) -> dict[str, int]:
+    """The fields of a model that say how many tokens a prompt with its answer, and an answer, may have."""
+    limits = {"max_model_len": service.engine.context}
+    return limits if service.most_tokens is None else limits | {"max_tokens": service.most_tokens}
 
 
 def delete_model(service: Service, name: str) -> dict[str, Any]:
@@ -71,5 +77,6 @@ def scales(service: Service) -> list[dict[str, Any]]:
 
 async def set_scales(service: Service, body: Body) -> dict[str, Any]:
     """POST /lora-adapters, with a list of {"id": ..., "scale": ...}."""
-    service.models.set_scales(await body.json())
+    given = await body.json()
+    await asyncio.to_thread(service.models.set_scales, given)
     return {"success": True}

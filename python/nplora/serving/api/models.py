@@ -196,13 +196,15 @@ class Models(Generic[LM]):
             raise wrong(field, value, 'a list of {"id": ..., "scale": ...}')
         with self._lock:
             known = {id_ for id_, _ in self._loaded.values()}
-        found = {}
-        for index, item in enumerate(value[: len(known) + 1]):
+        found = dict[int, float]()
+        for index, item in enumerate(value):
             one = Fields(item, f"{field}[{index}].")
             one.require_known({"id", "scale"}, {})
             id_ = checked_integer(one.name("id"), one.required("id"), 0)
             if id_ not in known:
                 raise RequestError(f"{one.name('id')} is {id_}: no adapter has this id", param=one.name("id"))
+            if id_ in found:
+                raise RequestError(f"{one.name('id')} is {id_}, which came before", param=one.name("id"))
             scale = checked_number(one.name("scale"), one.required("scale"), -_MOST_SCALE, _MOST_SCALE)
             found[id_] = scale
         return found
@@ -220,14 +222,19 @@ class Models(Generic[LM]):
     def names(self) -> list[str]:
         return [self.name, *self._loaded]
 
-    def cards(self, context: int) -> list[dict[str, Any]]:
-        """The models in the form of OpenAI's API, with vLLM's fields for adapters."""
+    def cards(self, limits: Mapping[str, int]) -> list[dict[str, Any]]:
+        """The models in the form of OpenAI's API, with vLLM's fields for adapters.
+
+        Args:
+            limits: more fields of each model.
+        """
         with self._lock:
             paths = {name: path for name, (_, path) in self._loaded.items()}
-        base = self._card(self.name, str(self.lm.source), None, context)
-        return [base, *(self._card(name, path, self.name, context) for name, path in paths.items())]
+        base = self._card(self.name, str(self.lm.source), None)
+        adapters = (self._card(name, path, self.name) for name, path in paths.items())
+        return [{**card, **limits} for card in (base, *adapters)]
 
-    def _card(self, name: str, root: str, parent: str | None, context: int) -> dict[str, Any]:
+    def _card(self, name: str, root: str, parent: str | None) -> dict[str, Any]:
         return {
             "id": name,
             "object": "model",
@@ -235,11 +242,10 @@ class Models(Generic[LM]):
             "owned_by": "nplora",
             "root": root,
             "parent": parent,
-            "max_model_len": context,
         }
 
-    def card(self, name: str, context: int) -> dict[str, Any]:
-        for card in self.cards(context):
+    def card(self, name: str, limits: Mapping[str, int]) -> dict[str, Any]:
+        for card in self.cards(limits):
             if card["id"] == name:
                 return card
         raise self._unknown(name, "model", "model")

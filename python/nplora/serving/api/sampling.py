@@ -24,10 +24,12 @@ _MOST_BIASES = 1024
 _MOST_TOKENS = 2**31 - 1
 _LARGEST_SEED = 2**63 - 1
 
+LIMITS = ("max_completion_tokens", "max_tokens", "n_predict")  # of generated tokens; the first one counts
+
 FIELDS = frozenset(
     {
         *("temperature", "top_p", "top_k", "seed", "stop", "n"),
-        *("max_tokens", "max_completion_tokens", "n_predict"),
+        *LIMITS,
         *("presence_penalty", "frequency_penalty", "repetition_penalty", "repeat_penalty", "logit_bias"),
         "repeat_last_n",
     }
@@ -43,9 +45,7 @@ def read_sampling(body: Fields, default_tokens: int, most_tokens: int, vocab_siz
     Raises:
         RequestError: a field is out of range or has a wrong type.
     """
-    limits = [
-        _limit(body, name, most_tokens) for name in ("max_completion_tokens", "max_tokens", "n_predict")
-    ]
+    limits = [_limit(body, name, most_tokens) for name in LIMITS]
     temperature = body.number("temperature", 0, 100)
     options: dict[str, Any] = {
         "max_new_tokens": next((limit for limit in limits if limit is not None), default_tokens),

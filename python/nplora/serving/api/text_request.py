@@ -200,10 +200,11 @@ class Reader:
         most = left if self._most_tokens is None else min(left, self._most_tokens)
         wanted = sampling.read_sampling(body, min(default_tokens or most, most), most, lm.vocab_size)
         if self._most_tokens is not None and wanted.max_new_tokens > self._most_tokens:
+            field = next(name for name in sampling.LIMITS if body.has(name))
             raise RequestError(
-                f"max_tokens is {wanted.max_new_tokens:,}, but this server generates at most "
+                f"{field} is {wanted.max_new_tokens:,}, but this server generates at most "
                 f"{self._most_tokens:,} tokens for an answer",
-                param="max_tokens",
+                param=field,
                 code="invalid_value",
             )
         options = body.object("stream_options") if body.has("stream_options") else None

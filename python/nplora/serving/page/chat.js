@@ -199,7 +199,11 @@ async function write(answer, number, signal) {
 }
 
 function body(answer, number) {
-  const turns = columns[number].slice(0, -1).filter((message) => !message.failed && (message.role === "user" || message.content));
+  // A question without an answer is left out too: many chat templates refuse two questions in a row.
+  const isKept = (answer) => !answer || (!answer.failed && answer.content);
+  const earlier = columns[number].slice(0, -1);
+  const turns = earlier.filter((message, place) => isKept(message.role === "user" ? earlier[place + 1] : message));
+  const most = models.find((model) => model.id === answer.model)?.max_tokens ?? Infinity;
   const system = setting("system").trim();
   const messages = turns.map(({ role, content }) => ({ role, content }));
   if (system) messages.unshift({ role: "system", content: system });
@@ -211,7 +215,7 @@ function body(answer, number) {
     stream_options: { include_usage: true },
     temperature: setting("temperature"),
     ...(setting("temperature") > 0 ? { top_p: setting("top-p") } : {}),
-    ...(setting("max-tokens") ? { max_tokens: setting("max-tokens") } : {}),
+    ...(setting("max-tokens") ? { max_tokens: Math.min(setting("max-tokens"), most) } : {}),
     ...(seed === "" ? {} : { seed }),
   };
 }

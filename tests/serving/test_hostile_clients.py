@@ -103,6 +103,14 @@ def test_a_malformed_body_is_a_bad_request(url: str, body: bytes) -> None:
     assert_serves(url)
 
 
+def test_an_error_repeats_little_of_a_body(url: str) -> None:
+    part = {"type": "x" * 1_000_000, "text": "hello"}
+    for body in ({**CHAT, "x" * 1_000_000: 1}, {**CHAT, "messages": [{"role": "user", "content": [part]}]}):
+        status, answer = post(url, json.dumps(body).encode())
+        assert status == 400
+        assert len(json.dumps(answer)) < 1000
+
+
 @pytest.mark.parametrize("chunked", [False, True])
 def test_a_body_beyond_the_limit_is_too_large(url: str, chunked: bool) -> None:
     body = json.dumps({**CHAT, "user": "x" * (10 << 20)}).encode()

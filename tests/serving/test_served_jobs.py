@@ -14,11 +14,13 @@ import pytest
 import nplora
 from nplora.finetuning.planning import current_memory
 from nplora.serving import run
+from nplora.serving.api import tuning_routes
 from nplora.serving.api.app import Application
 from nplora.serving.api.models import Models
 from nplora.serving.api.service import TextService
 from nplora.serving.jobs import FineTuning
 from nplora.serving.options import ServeOptions
+from nplora.serving.request_error import RequestError
 
 openai = pytest.importorskip("openai")
 
@@ -73,6 +75,19 @@ def test_files_are_stored_listed_and_deleted(client: Any, file: Any) -> None:
     assert client.files.delete(other.id).deleted
     with pytest.raises(openai.NotFoundError):
         client.files.content(other.id)
+
+
+def test_a_file_that_is_deleted_while_it_is_read_is_missing(tmp_path: Path) -> None:
+    service: Any = SimpleNamespace(jobs=SimpleNamespace(file_content=lambda id_: tmp_path / id_))
+    with pytest.raises(RequestError, match="has just deleted the file 'file-1'") as caught:
+        tuning_routes.open_content(service, "file-1")
+    assert caught.value.status == 404
+
+
+def test_a_part_of_a_file_is_answered_with_the_whole_file(client: Any, file: Any) -> None:
+    whole = client.files.content(file.id).read()
+    for part in ("bytes=0-1", "bytes=x", "bytes=999999-"):
+        assert client.files.content(file.id, extra_headers={"range": part}).read() == whole
 
 
 def test_a_job_makes_an_adapter_that_answers(client: Any, file: Any) -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections import Counter
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Iterator, MutableMapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from nplora.platform.memory import current_memory
 from nplora.serving.api import adapter_routes, encoder_routes, text_routes, tuning_routes
@@ -31,6 +32,7 @@ _PAGE_HEADERS = {
     "cache-control": "no-cache",
 }
 _FORM = 1 << 20  # the most bytes of an upload in addition to those of its file
+_PIECE = 1 << 20  # bytes of a file that are read at a time
 _RETRY = {429: b"1", 503: b"5"}  # {status: seconds after which the client should try again}
 # The most bytes that are still read of a refused body; fewer if the client was refused access.
 _DRAINED, _DRAINED_OF_STRANGERS = 64 << 20, 64 << 10
@@ -251,15 +253,17 @@ class Application:
     async def _file(self, request: Any) -> Any:
         from starlette.responses import Response
 
-        content, kind = self._page[request.url.path]
+        content, kind = self._page[request.scope["path"]]
         return Response(content, media_type=kind, headers=_PAGE_HEADERS)
 
     async def _content(self, request: Any) -> Any:
-        from starlette.responses import FileResponse
+        from starlette.responses import StreamingResponse
 
-        jobs = tuning_routes.jobs_of(self.service)
-        path = await asyncio.to_thread(jobs.file_content, request.path_params["id"])
-        return FileResponse(path, media_type="application/octet-stream")
+        id_ = request.path_params["id"]
+        file = await asyncio.to_thread(tuning_routes.open_content, self.service, id_)
+        size = str(os.fstat(file.fileno()).st_size)
+        kind = "application/octet-stream"
+        return StreamingResponse(_pieces(file), media_type=kind, headers={"content-length": size})
 
     async def _health(self, request: Any) -> Any:
         if self.service.draining:
@@ -272,6 +276,12 @@ class Application:
         service, adapters = self.service, len(self.service.models.names) - 1
         text = exposition(service.engine.metrics(), self.responses, adapters, current_memory())
         return Response(text, headers={"content-type": CONTENT_TYPE})
+
+
+def _pieces(file: BinaryIO) -> Iterator[bytes]:
+    with file:
+        while piece := file.read(_PIECE):
+            yield piece
 
 
 def _known(error: Exception) -> RequestError:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from nplora.formats import strict_json
-from nplora.formats.errors import FormatError
+from nplora.formats.errors import FormatError, brief
 from nplora.serving.fields import Fields, checked_text, wrong
 from nplora.serving.request_error import RequestError
 
@@ -68,7 +68,7 @@ def _part(part: Fields) -> str:
     kind = part.get("type")
     if kind not in ("text", "refusal"):
         raise RequestError(
-            f"{part.name('type')} is {kind!r}, expected 'text': this server reads text only",
+            f"{part.name('type')} is {brief(kind)}, expected 'text': this server reads text only",
             param=part.name("type"),
             code="unsupported_content",
         )

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, BinaryIO
 
+from nplora.formats.errors import brief
 from nplora.serving.api.bodies import Body
 from nplora.serving.api.protocols import TuningJobs
 from nplora.serving.api.service import Service
@@ -56,6 +57,15 @@ async def create_file(service: Service, request: Any) -> Any:
 def files(service: Service, query: Mapping[str, str]) -> Any:
     """GET /v1/files"""
     return jobs_of(service).files(**_chosen(query, "purpose", "after", "limit", "order"))
+
+
+def open_content(service: Service, file_id: str) -> BinaryIO:
+    """GET /v1/files/{id}/content"""
+    try:
+        return jobs_of(service).file_content(file_id).open("rb")
+    except FileNotFoundError as error:
+        message = f"another request has just deleted the file {brief(file_id)}"
+        raise RequestError(message, 404, "file_id", "file_not_found") from error
 
 
 async def create_job(service: Service, body: Body) -> Any:

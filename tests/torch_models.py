@@ -12,6 +12,8 @@ import numpy as np
 import torch
 import transformers
 
+from nplora import formats
+
 SIZES: dict[str, Any] = {
     "vocab_size": 80,
     "hidden_size": 48,
@@ -257,3 +259,16 @@ def save(model: Any, directory: Path, form: str, family: str) -> Path:
         return directory / "model.gguf"
     model.save_pretrained(directory, max_shard_size="40KB" if form == "shards" else "1GB")
     return directory
+
+
+def read_gguf(path: Path, directory: Path, **options: Any) -> Any:
+    """Read a GGUF file by transformers, which takes minutes for a large vocabulary.
+
+    So transformers reads a copy of the file that has the tensors and the configuration only.
+    """
+    file = formats.gguf.open(path)
+    kept = {key: value for key, value in file.metadata.typed().items() if not key.startswith("tokenizer.")}
+    words = len(file.metadata["tokenizer.ggml.tokens"])
+    kept[f"{file.metadata['general.architecture']}.vocab_size"] = formats.gguf.Typed(words, "UINT32")
+    formats.gguf.save(directory / path.name, dict(file), kept)
+    return transformers.AutoModelForCausalLM.from_pretrained(directory, gguf_file=path.name, **options)

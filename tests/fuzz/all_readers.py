@@ -16,7 +16,7 @@ LIMITS = ["-seed=1", "-runs=100000", "-timeout=20", "-malloc_limit_mb=512"]
 # The package tokenizers keeps about 3 KB of each tokenizer that encoded a text, so the process may grow.
 LIMITS += ["-rss_limit_mb=1536"]
 SECONDS_TO_FIND = 120  # for a planted bug: a busy machine runs 300 inputs a second
-# Readers that changed lately, or in which eight seconds do not reach what more would.
+# Readers that changed lately, or in which five seconds do not reach what more would.
 LONGER = {"rows", "checkpoint", "peft_adapter", "gguf_adapter", "config_json", "gguf_config", "chat_template"}
 
 
@@ -50,7 +50,7 @@ def check(reader: str, room: Path) -> str:
         return f"{log}: the planted bug was not found, exit status {status}"
 
     log = room / f"{reader}.log"
-    seconds = 12 if reader in LONGER else 8
+    seconds = 8 if reader in LONGER else 5
     options = [*limits, f"-max_total_time={seconds}", str(corpora["corpus"]), inputs]
     status = in_child(reader, False, options, log)
     lines = log.read_text(errors="replace").splitlines()

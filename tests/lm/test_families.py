@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import nplora
+from figures import Figure
 from nplora.lm import LanguageModel
 from nplora.lm.generation import Sampling, generate
 from nplora.models import families
@@ -59,7 +60,7 @@ def test_every_family_is_compared_with_transformers() -> None:
 @pytest.mark.parametrize("seed", [1, 2])
 @pytest.mark.parametrize(("family", "shape"), CASES)
 def test_logits_and_loss_are_those_of_a_model_in_float64(
-    family: str, shape: str, seed: int, tmp_path: Path
+    family: str, shape: str, seed: int, tmp_path: Path, figure: Figure
 ) -> None:
     theirs, ours = model_of(family, shape, seed, tmp_path)
     ids = ids_for(theirs)
@@ -70,9 +71,14 @@ def test_logits_and_loss_are_those_of_a_model_in_float64(
         wanted = exact(torch.from_numpy(ids), labels=torch.from_numpy(labels))
         float32 = theirs(torch.from_numpy(ids)).logits.numpy()
     logits = wanted.logits.numpy()
+    error, theirs_error = relative(ours.logits(ids), logits), relative(float32, logits)
+    figure("error of a logit, of the largest", error)
+    figure("error of a logit of torch in float32, of the largest", theirs_error)
     # 2e-5 of the largest, where float32 torch itself comes so near.
-    assert relative(ours.logits(ids), logits) <= max(2e-5, 2 * relative(float32, logits))
-    assert ours.loss(ids, labels) == pytest.approx(wanted.loss.item(), rel=1e-5)
+    assert error <= max(2e-5, 2 * theirs_error)
+    loss, wanted_loss = ours.loss(ids, labels), wanted.loss.item()
+    figure("error of a loss, relative", abs(loss / wanted_loss - 1))
+    assert loss == pytest.approx(wanted_loss, rel=1e-5)
 
 
 class InDouble(torch.overrides.TorchFunctionMode):  # type: ignore[misc]
@@ -88,7 +94,9 @@ class InDouble(torch.overrides.TorchFunctionMode):  # type: ignore[misc]
 
 
 @pytest.mark.parametrize(("family", "shape"), CASES)
-def test_gradients_are_as_near_to_float64_as_those_of_torch(family: str, shape: str, tmp_path: Path) -> None:
+def test_gradients_are_as_near_to_float64_as_those_of_torch(
+    family: str, shape: str, tmp_path: Path, figure: Figure
+) -> None:
     """Together the gradients are at most twice as far off as torch's in float32.
 
     Both round equally often, so the error of one factor may be a fraction of that of torch, or a multiple.
@@ -114,6 +122,10 @@ def test_gradients_are_as_near_to_float64_as_those_of_torch(family: str, shape: 
             errors.append(relative(parameter.grad, wanted))
             allowed.append(max(EPS, relative(float32[parameter.name], wanted)))
     ratios = np.array(errors) / allowed
+    figure(
+        "errors of all gradients, over those of torch in float32",
+        np.linalg.norm(errors) / np.linalg.norm(allowed),
+    )
     assert np.linalg.norm(errors) <= 2 * np.linalg.norm(allowed)
     assert np.median(ratios) <= 1.5
     assert max(ratios) <= 8

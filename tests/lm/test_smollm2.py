@@ -31,11 +31,8 @@ def ids(smollm2: Path) -> Array:
 
 
 @pytest.fixture(scope="module")
-def theirs(smollm2: Path) -> Any:
-    transformers = pytest.importorskip("transformers")
-    pytest.importorskip("torch")
-    pytest.importorskip("gguf")
-    return transformers.AutoModelForCausalLM.from_pretrained(smollm2.parent, gguf_file=smollm2.name)
+def theirs(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return pytest.importorskip("torch_models").read_gguf(smollm2, tmp_path_factory.mktemp("theirs"))
 
 
 def test_the_loss_of_a_sentence(smollm2: Path, ids: Array, figure: Figure) -> None:

@@ -1,30 +1,23 @@
-"""Jobs that are killed, cancelled, paused or restarted, a disk that is full, and records that are damaged."""
+"""Jobs that are killed, cancelled, paused or restarted, and records that are damaged."""
 
-import contextlib
-import errno
 import functools
 import json
-import os
 import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 import nplora
-from nplora.formats import files
 from nplora.serving.jobs import FineTuning, storage
 from nplora.serving.request_error import RequestError
 
-from .conftest import ROWS, jsonl
+from .conftest import adapter_of, queued, steps_of, wait_until
 
-LONG = {"n_epochs": 25, "batch_size": 4, "learning_rate_multiplier": 3}
 STEPS = 150
 SERVER = """
 import sys, time
@@ -36,41 +29,12 @@ time.sleep(600)
 """
 
 
-def queued(jobs: FineTuning, **more: Any) -> str:
-    file = jobs.create_file(jsonl(ROWS), "train.jsonl")
-    job = jobs.create_job({"model": "small", "training_file": file["id"], "hyperparameters": LONG, **more})
-    return str(job["id"])
-
-
 def lines(path: Path) -> int:
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
-def wait_until(true: Any) -> None:
-    end = time.monotonic() + 60
-    while not true():
-        assert time.monotonic() < end, "it does not happen"
-        time.sleep(0.002)
-
-
 def has_lines(path: Path, count: int) -> bool:
     return lines(path) > count
-
-
-def adapter_of(place: Path) -> tuple[bytes, bytes]:
-    names = "adapter_model.safetensors", "adapter_config.json"
-    return (place / names[0]).read_bytes(), (place / names[1]).read_bytes()
-
-
-def steps_of(jobs: FineTuning, job_id: str) -> list[int]:
-    events = jobs.events(job_id, limit=1000)["data"][::-1]
-    return [event["data"]["step"] for event in events if event["type"] == "metrics"]
-
-
-@pytest.fixture
-def idle(lm: nplora.LanguageModel, tmp_path: Path) -> FineTuning:
-    """Jobs whose thread is not started."""
-    return FineTuning(lm, tmp_path / "jobs", model="small")
 
 
 @pytest.mark.slow
@@ -187,58 +151,6 @@ def test_a_paused_job_continues_to_the_same_bits(lm: nplora.LanguageModel, tmp_p
         assert steps_of(jobs, job) == list(range(1, STEPS + 1))
     adapters = [adapter_of(tmp_path / "jobs" / "jobs" / one / "run") for one in (whole, job)]
     assert adapters[0] == adapters[1]
-
-
-@contextlib.contextmanager
-def full_disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Every write fails as on a full disk."""
-
-    def write(fd: int, chunk: files.Chunk, progress: files.Progress) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    with monkeypatch.context() as patch:
-        patch.setattr(files, "write", write)
-        yield
-
-
-@pytest.mark.filterwarnings("ignore::UserWarning")
-@pytest.mark.slow
-def test_a_full_disk_fails_a_job_which_continues_later_to_the_same_bits(
-    lm: nplora.LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with FineTuning(lm, tmp_path / "jobs", model="small") as jobs:
-        whole, job = queued(jobs), queued(jobs)
-        jobs.wait(whole, 60)
-        wait_until(lambda: len(steps_of(jobs, job)) > 120)
-        with full_disk(monkeypatch):
-            found = jobs.wait(job, 60)
-            with pytest.raises(RequestError) as refused:
-                jobs.create_file(jsonl(ROWS), "train.jsonl")
-            assert (refused.value.status, refused.value.code) == (507, "disk_full")
-            assert str(tmp_path) not in str(refused.value)
-            with pytest.raises(RequestError, match="disk is full"):
-                jobs.create_job({"model": "small", "training_file": jobs.files()["data"][0]["id"]})
-            assert len(jobs.jobs()["data"]) == 2
-        assert found["status"] == "failed"
-        assert found["error"]["code"] == "disk_full"
-        assert len(jobs.files(purpose="fine-tune")["data"]) == 2
-        jobs.resume(job)
-        found = jobs.wait(job, 60)
-        assert found["status"] == "succeeded", found["error"]
-    adapters = [adapter_of(tmp_path / "jobs" / "jobs" / one / "run") for one in (whole, job)]
-    assert adapters[0] == adapters[1]
-    assert not list((tmp_path / "jobs").rglob("*.tmp"))
-
-
-def test_a_change_that_the_disk_refuses_is_kept_in_memory(
-    idle: FineTuning, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    job = queued(idle)
-    words = rf"^{job}: .*/job\.json: No space left on device: .*; the change is kept in memory only$"
-    with full_disk(monkeypatch), pytest.warns(UserWarning, match=words):
-        idle._state.change(job, status="paused")
-    assert idle.job(job)["status"] == "paused"
-    idle.close()
 
 
 def test_a_deleted_file_does_not_disturb_a_job(idle: FineTuning) -> None:

@@ -378,13 +378,13 @@ class FineTuning:
             if job["status"] not in before:
                 message = f"the job {job_id} is {job['status']}, expected {' or '.join(before)}"
                 raise RequestError(message, 400, "fine_tuning_job_id", "invalid_status")
-            if self._trains(job_id) and self._running is not None:
-                if status == "queued":
-                    message = f"the job {job_id} is still stopping; try again in a moment"
-                    raise RequestError(message, 409, "fine_tuning_job_id", "invalid_status")
-                self._running.stop()
+            if self._trains(job_id) and status == "queued":
+                message = f"the job {job_id} is still stopping; try again in a moment"
+                raise RequestError(message, 409, "fine_tuning_job_id", "invalid_status")
             with _disk_errors():
                 self._state.storage.change_job(job_id, status=status, **changes)
+            if self._trains(job_id) and self._running is not None:
+                self._running.stop()
             if status == "cancelled":
                 self._state.drop_data(job_id)
             self._state.event(job_id, f"The job is {status}")

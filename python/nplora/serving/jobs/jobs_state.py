@@ -64,10 +64,16 @@ class JobsState:
             self._log = None
             warn_user(f"events of jobs are no longer printed: {type(error).__name__}: {error}")
 
-    def change(self, job_id: str, **changes: Any) -> None:
-        """Change the record of a job."""
-        with self.lock, _kept_in_memory(job_id):
-            self.storage.change_job(job_id, **changes)
+    def change(self, job_id: str, **changes: Any) -> bool:
+        """Change the record of a job. Return whether the change is on the disk."""
+        with self.lock:
+            try:
+                self.storage.change_job(job_id, **changes)
+            except OSError as error:
+                self.storage.jobs[job_id] = {**self.storage.jobs[job_id], **changes}
+                _warn(job_id, error)
+                return False
+            return True
 
     def advance(self, job_id: str, status: str, **changes: Any) -> None:
         """Change the status of a job, unless the job has ended."""
@@ -110,4 +116,8 @@ def _kept_in_memory(job_id: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        warn_user(f"{job_id}: {message_of(error)}; the change is kept in memory only")
+        _warn(job_id, error)
+
+
+def _warn(job_id: str, error: OSError) -> None:
+    warn_user(f"{job_id}: {message_of(error)}; the change is kept in memory only")

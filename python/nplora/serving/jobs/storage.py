@@ -223,12 +223,11 @@ class Storage:
         """Change fields of a job's record, in memory and on the disk.
 
         Raises:
-            OSError: the new record cannot be written. The disk keeps the old record, but `jobs` has the new
-                one.
+            OSError: the new record cannot be written. The disk and `jobs` keep the old record.
         """
         record = {**self.jobs[job_id], **changes}
-        self.jobs[job_id] = record
         files.replace([NewFile(self.place(job_id) / _JOB, 0, [_json(record)])])
+        self.jobs[job_id] = record
         return record
 
     def place(self, job_id: str) -> Path:

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import functools
+import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -12,7 +13,8 @@ import pytest
 
 import nplora
 from nplora.formats import files
-from nplora.serving.jobs import FineTuning
+from nplora.serving.jobs import FineTuning, job_run
+from nplora.serving.jobs.jobs_state import JobsState
 from nplora.serving.request_error import RequestError
 
 from .conftest import ROWS, adapter_of, jsonl, queued, steps_of, wait_until
@@ -116,3 +118,52 @@ def test_a_change_that_a_full_disk_refuses_does_not_stop_the_job(
             assert jobs.job(one)["status"] == status
     assert change(jobs, next_job)["status"] in ("cancelled", "paused")
     assert jobs.wait(job, 60)["status"] == "succeeded"
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_job_whose_end_cannot_be_recorded_ends_again_after_a_restart(
+    lm: nplora.LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(job_run, "CHECKPOINT_SECONDS", 0)
+    add_results = JobsState.add_results
+    with contextlib.ExitStack() as end, FineTuning(lm, tmp_path / "jobs", model="small") as jobs:
+
+        def results(self: JobsState, job_id: str, content: bytes) -> list[str]:
+            end.enter_context(full_for_records(monkeypatch))
+            return add_results(self, job_id, content)
+
+        end.enter_context(monkeypatch.context()).setattr(JobsState, "add_results", results)
+        job = queued(jobs, hyperparameters={"n_epochs": 3})
+        before = jobs.wait(job, 60)
+        assert before["status"] == "succeeded"
+        assert list(lm.adapters) == [before["fine_tuned_model"]]
+    place = tmp_path / "jobs" / "jobs" / job
+    assert json.loads((place / "job.json").read_text())["status"] == "running"
+    adapter = adapter_of(place / "run")
+    lm.delete_adapter(before["fine_tuned_model"])
+    with FineTuning(lm, tmp_path / "jobs", model="small") as jobs:
+        after = jobs.wait(job, 60)
+        assert after["status"] == "succeeded", after["error"]
+        assert list(lm.adapters) == [after["fine_tuned_model"]] == [before["fine_tuned_model"]]
+    assert adapter_of(place / "run") == adapter
+    lm.set_adapter(after["fine_tuned_model"])
+    assert lm.generate("1+1=", max_new_tokens=2)
+    assert not list(place.glob("train*"))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_adapter_checkpoints_are_kept_as_long_as_the_record_on_the_disk_names_them(
+    lm: nplora.LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(job_run, "CHECKPOINT_SECONDS", 0)
+    with FineTuning(lm, tmp_path / "jobs", model="small") as jobs:
+        job = queued(jobs, hyperparameters={"n_epochs": 500})
+        wait_until(lambda: len(jobs.checkpoints(job)["data"]) == job_run.KEPT_CHECKPOINTS)
+        with full_for_records(monkeypatch):
+            count = len(steps_of(jobs, job))
+            wait_until(lambda: len(steps_of(jobs, job)) > count + 30)
+            place = tmp_path / "jobs" / "jobs" / job
+            named = json.loads((place / "job.json").read_text())["checkpoints"]
+            assert len(named) == job_run.KEPT_CHECKPOINTS
+            assert all(adapter_of(place / "checkpoints" / f"step-{one['step']}") for one in named)
+        jobs.cancel(job)

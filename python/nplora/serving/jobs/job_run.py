@@ -184,8 +184,8 @@ class JobRun:
             self._event(f"The checkpoint at step {step} cannot be used: {error}", None)
             return
         checkpoints = [*self._state.storage.jobs[self.job_id]["checkpoints"], made]
-        self._state.change(self.job_id, checkpoints=checkpoints[-KEPT_CHECKPOINTS:])
-        self._drop(checkpoints[:-KEPT_CHECKPOINTS])
+        is_recorded = self._state.change(self.job_id, checkpoints=checkpoints[-KEPT_CHECKPOINTS:])
+        self._drop(checkpoints[:-KEPT_CHECKPOINTS], is_recorded)
         self._event(f"Checkpoint created at step {step}", None)
 
     def _checkpoint(
@@ -198,10 +198,17 @@ class JobRun:
         }  # fmt: skip
         return json_values(made)  # type: ignore[no-any-return]
 
-    def _drop(self, checkpoints: list[dict[str, Any]]) -> None:
+    def _drop(self, checkpoints: list[dict[str, Any]], is_recorded: bool) -> None:
+        """Make the adapters of checkpoints unavailable, and remove their files.
+
+        Args:
+            is_recorded: whether the record on the disk no longer names the checkpoints. If False, the files
+                are kept, because the job continues from this record after a restart.
+        """
         for one in checkpoints:
             self._withdraw(one["name"])
-            shutil.rmtree(self._place / "checkpoints" / f"step-{one['step']}", ignore_errors=True)
+            if is_recorded:
+                shutil.rmtree(self._place / "checkpoints" / f"step-{one['step']}", ignore_errors=True)
 
     def _withdraw(self, name: str) -> None:
         with contextlib.suppress(KeyError, RequestError):  # a client may have removed the adapter
@@ -226,7 +233,7 @@ class JobRun:
             train_loss = epochs[-1].loss if epochs else None
             final = self._checkpoint("final", step, job["name"], train_loss, report.loss_after)
             earlier = state.storage.jobs[self.job_id]["checkpoints"]
-            state.change(
+            is_recorded = state.change(
                 self.job_id,
                 status="succeeded",
                 fine_tuned_model=job["name"],
@@ -235,8 +242,9 @@ class JobRun:
                 result_files=state.add_results(self.job_id, results_csv(report.history)),
                 checkpoints=[final],
             )
-            self._drop(earlier)
-            state.drop_data(self.job_id)
+            self._drop(earlier, is_recorded)
+            if is_recorded:
+                state.drop_data(self.job_id)
         self._event(f"New fine-tuned model created: {job['name']}", None)
         self._event("The job has successfully completed", None)
 
@@ -249,8 +257,8 @@ class JobRun:
                 checkpoints = self._state.storage.jobs[self.job_id]["checkpoints"]
                 if error.code != "insufficient_memory" or not checkpoints:
                     raise
-            self._state.change(self.job_id, checkpoints=checkpoints[1:])
-            self._drop(checkpoints[:1])
+            is_recorded = self._state.change(self.job_id, checkpoints=checkpoints[1:])
+            self._drop(checkpoints[:1], is_recorded)
 
     def _fail(self, error: Exception) -> None:
         state = self._state

@@ -167,3 +167,16 @@ def test_adapter_checkpoints_are_kept_as_long_as_the_record_on_the_disk_names_th
             assert len(named) == job_run.KEPT_CHECKPOINTS
             assert all(adapter_of(place / "checkpoints" / f"step-{one['step']}") for one in named)
         jobs.cancel(job)
+
+
+def test_deleting_an_adapter_frees_a_full_disk(
+    jobs: FineTuning, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = jobs.wait(queued(jobs, hyperparameters={"n_epochs": 1}), 60)
+    place = tmp_path / "jobs" / "jobs" / job["id"] / "run"
+    assert adapter_of(place)
+    with full_for_records(monkeypatch):
+        refused(jobs.delete_model, job["fine_tuned_model"])
+        assert not place.exists()
+    assert jobs.delete_model(job["fine_tuned_model"])
+    assert not jobs.delete_model(job["fine_tuned_model"])

@@ -247,8 +247,9 @@ def test_a_deleted_model_does_not_come_back(lm: nplora.LanguageModel, tmp_path: 
             jobs.wait(queued(jobs, hyperparameters={"n_epochs": 1}), 60)["fine_tuned_model"] for _ in range(2)
         )
         lm.delete_adapter(first)
-        jobs.delete_model(first)
-        jobs.delete_model("small")
+        assert jobs.delete_model(first)
+        assert not jobs.delete_model(first)
+        assert not jobs.delete_model("small")
         assert len(list((tmp_path / "jobs").glob("jobs/*/run"))) == 1
     lm.delete_adapter(second)
     with FineTuning(lm, tmp_path / "jobs", model="small") as jobs:

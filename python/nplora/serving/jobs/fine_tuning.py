@@ -138,22 +138,25 @@ class FineTuning:
         part = "run" if is_final else f"checkpoints/step-{checkpoint['step']}"
         return self._state.storage.place(job["id"]) / part
 
-    def delete_model(self, name: str) -> None:
+    def delete_model(self, name: str) -> bool:
         """Delete the files of an adapter that a job has created, for DELETE /v1/models/{name}.
 
-        If no job has created an adapter of this name, nothing is deleted. This method does not call
-        `withdraw`: the caller must make the adapter unavailable.
+        Return whether a job has such an adapter. This method does not call `withdraw`: the caller must make
+        the adapter unavailable.
 
         Raises:
-            RequestError: the disk is full or has failed.
+            RequestError: the disk is full or has failed. The files are deleted, but the job still names the
+                adapter. Call the method again.
         """
+        is_found = False
         with self._state.lock, _disk_errors():
             for job in list(self._jobs.values()):
                 for one in [one for one in job["checkpoints"] if one["name"] == name]:
-                    place = self._adapter_place(job, one)
+                    is_found = True
+                    shutil.rmtree(self._adapter_place(job, one), ignore_errors=True)
                     kept = [other for other in job["checkpoints"] if other is not one]
                     self._state.storage.change_job(job["id"], checkpoints=kept)
-                    shutil.rmtree(place, ignore_errors=True)
+        return is_found
 
     def close(self) -> None:
         """Interrupt the training, and close the directory.

@@ -8,7 +8,9 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -133,6 +135,38 @@ def test_a_cancelled_job_ends_before_the_next_block_and_for_ever(
         assert "The server stops" not in (jobs._state.storage.place(one) / "events.jsonl").read_text()
     with FineTuning(lm, tmp_path / "jobs", model="small") as jobs:
         assert [one["status"] for one in jobs.jobs()["data"]] == ["cancelled", "succeeded", "cancelled"]
+
+
+def names_in(place: Path) -> set[str]:
+    return {path.name for path in place.iterdir()}
+
+
+@pytest.mark.parametrize("first", [FineTuning.cancel, FineTuning.pause], ids=["running", "paused"])
+def test_a_cancelled_job_leaves_only_its_record_and_its_events(
+    jobs: FineTuning, tmp_path: Path, first: Callable[[FineTuning, str], Any]
+) -> None:
+    model = jobs.wait(queued(jobs, hyperparameters={"n_epochs": 1}), 60)["fine_tuned_model"]
+    job = queued(jobs, model=model)
+    place = tmp_path / "jobs" / "jobs" / job
+    wait_until(lambda: len(steps_of(jobs, job)) > 20)
+    assert names_in(place) >= {"run", "start", "train.jsonl"}
+    first(jobs, job)
+    if jobs.wait(job, 60)["status"] == "paused":
+        assert names_in(place) >= {"run", "start", "train.jsonl"}
+        jobs.cancel(job)
+    assert names_in(place) == {"job.json", "events.jsonl"}
+
+
+def test_an_adapter_checkpoint_that_no_record_names_is_removed_when_its_job_succeeds(
+    idle: FineTuning, tmp_path: Path
+) -> None:
+    job = queued(idle, hyperparameters={"n_epochs": 1})
+    place = tmp_path / "jobs" / "jobs" / job
+    (place / "checkpoints" / "step-3").mkdir(parents=True)
+    with idle:
+        assert idle.wait(job, 60)["status"] == "succeeded"
+    assert names_in(place) - {"checkpoints"} == {"job.json", "events.jsonl", "run"}
+    assert not list(place.glob("checkpoints/*"))
 
 
 @pytest.mark.slow

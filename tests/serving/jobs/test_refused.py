@@ -184,17 +184,21 @@ def test_a_failed_job_that_is_cancelled_frees_its_data(lm: nplora.LanguageModel,
 
 
 @pytest.mark.parametrize("status", ["succeeded", "cancelled"])
-def test_data_that_a_crash_left_are_removed_at_the_next_start(
+def test_files_that_a_crash_left_are_removed_at_the_next_start(
     idle: FineTuning, lm: nplora.LanguageModel, tmp_path: Path, status: str
 ) -> None:
     file = idle.create_file(jsonl(ROWS), "a.jsonl")
     job = idle.create_job({"model": "small", "training_file": file["id"]})["id"]
-    idle._state.storage.change_job(job, status=status)
+    known = {"id": "a", "created_at": 0, "step": 2, "name": "b", "train_loss": None, "valid_loss": None}
+    idle._state.storage.change_job(job, status=status, checkpoints=[known])
     idle.close()
-    data = tmp_path / "jobs" / "jobs" / job / "train.jsonl"
-    assert data.exists()
+    place = tmp_path / "jobs" / "jobs" / job
+    for name in ("run", "start", "checkpoints/step-1", "checkpoints/step-2"):
+        (place / name).mkdir(parents=True)
     FineTuning(lm, tmp_path / "jobs", model="small").close()
-    assert not data.exists()
+    kept = {"job.json", "events.jsonl", "checkpoints"} | ({"run"} if status == "succeeded" else set())
+    assert {path.name for path in place.iterdir()} == kept
+    assert [path.name for path in (place / "checkpoints").iterdir()] == ["step-2"]
 
 
 def test_a_file_name_is_never_a_path(idle: FineTuning, tmp_path: Path) -> None:

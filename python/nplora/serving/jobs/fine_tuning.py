@@ -127,16 +127,10 @@ class FineTuning:
         """Call `publish` for the adapters that a job created before the server was restarted."""
         for one in job["checkpoints"]:
             try:
-                self._publishing.publish(one["name"], self._adapter_place(job, one))
+                self._publishing.publish(one["name"], self._state.storage.adapter_place(job["id"], one))
             except (OSError, ValueError, RequestError) as error:
                 reason = message_of(error) if isinstance(error, OSError) else str(error)
                 warn_user(f"the adapter {one['name']!r} cannot be used: {reason}")
-
-    def _adapter_place(self, job: Record, checkpoint: Record) -> Path:
-        """Return the directory that contains the adapter of a job's checkpoint."""
-        is_final = checkpoint["name"] == job["fine_tuned_model"]
-        part = "run" if is_final else f"checkpoints/step-{checkpoint['step']}"
-        return self._state.storage.place(job["id"]) / part
 
     def delete_model(self, name: str) -> bool:
         """Delete the files of an adapter that a job has created, for DELETE /v1/models/{name}.
@@ -153,7 +147,7 @@ class FineTuning:
             for job in list(self._jobs.values()):
                 for one in [one for one in job["checkpoints"] if one["name"] == name]:
                     is_found = True
-                    shutil.rmtree(self._adapter_place(job, one), ignore_errors=True)
+                    shutil.rmtree(self._state.storage.adapter_place(job["id"], one), ignore_errors=True)
                     kept = [other for other in job["checkpoints"] if other is not one]
                     self._state.storage.change_job(job["id"], checkpoints=kept)
         return is_found
@@ -195,6 +189,8 @@ class FineTuning:
         while (run := self._next()) is not None:
             run.execute()
             with self._changed:
+                if self._jobs[run.job_id]["status"] == "cancelled":
+                    self._state.drop_unused(run.job_id)
                 self._running = None
                 self._changed.notify_all()
 
@@ -360,9 +356,10 @@ class FineTuning:
         return list_page(found, after, limit, _MOST_JOBS)
 
     def cancel(self, job_id: str) -> Shape:
-        """End a job permanently, and remove its data: POST /v1/fine_tuning/jobs/{id}/cancel.
+        """End a job permanently: POST /v1/fine_tuning/jobs/{id}/cancel.
 
-        A job that has failed can also be cancelled. The cancelled job keeps its error.
+        The data and the training state are removed. A job that has failed can also be cancelled. The
+        cancelled job keeps its error.
         """
         return self._end(job_id, (*OPEN, "paused", "failed"), "cancelled", finished_at=int(time.time()))
 
@@ -388,8 +385,10 @@ class FineTuning:
                 self._state.storage.change_job(job_id, status=status, **changes)
             if self._trains(job_id) and self._running is not None:
                 self._running.stop()
-            if status == "cancelled":
-                self._state.drop_data(job_id)
+                if status == "cancelled":  # `_work` removes the other files when the run has ended
+                    self._state.drop_data(job_id)
+            elif status == "cancelled":
+                self._state.drop_unused(job_id)
             self._state.event(job_id, f"The job is {status}")
             self._changed.notify_all()
             return self.job(job_id)

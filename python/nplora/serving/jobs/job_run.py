@@ -208,7 +208,7 @@ class JobRun:
         for one in checkpoints:
             self._withdraw(one["name"])
             if is_recorded:
-                shutil.rmtree(self._place / "checkpoints" / f"step-{one['step']}", ignore_errors=True)
+                shutil.rmtree(self._state.storage.adapter_place(self.job_id, one), ignore_errors=True)
 
     def _withdraw(self, name: str) -> None:
         with contextlib.suppress(KeyError, RequestError):  # a client may have removed the adapter
@@ -244,7 +244,7 @@ class JobRun:
             )
             self._drop(earlier, is_recorded)
             if is_recorded:
-                state.drop_data(self.job_id)
+                state.drop_unused(self.job_id)
         self._event(f"New fine-tuned model created: {job['name']}", None)
         self._event("The job has successfully completed", None)
 

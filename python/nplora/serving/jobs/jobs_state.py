@@ -86,6 +86,11 @@ class JobsState:
         with self.lock, _kept_in_memory(job_id):
             self.storage.drop_data(job_id)
 
+    def drop_unused(self, job_id: str) -> None:
+        """Remove the files that a job needs only to train (see `Storage.drop_unused`)."""
+        with self.lock, _kept_in_memory(job_id):
+            self.storage.drop_unused(job_id)
+
     def add_results(self, job_id: str, content: bytes) -> list[str]:
         """Store the table of a job's losses as a file. Return a list that contains the file's id.
 

@@ -29,7 +29,7 @@ from nplora.serving.model_name import checked_name
 from nplora.serving.request_error import RequestError
 
 MAX_FILE_BYTES, MAX_FILES_BYTES = 512 << 20, 8 << 30
-_MOST_JOBS, _MOST_EVENTS, _MOST_FILES = 100, 1000, 10_000
+_LONGEST_PAGE, _MOST_EVENTS, _MOST_FILES = 100, 1000, 10_000
 _LONGEST_NAME = 255
 _MOST_STEPS = 10**9
 
@@ -332,7 +332,7 @@ class FineTuning:
             found = [self._shape(job) for job in reversed(self._jobs.values())]
         wanted = (metadata or {}).items()
         found = [job for job in found if wanted <= (job["metadata"] or {}).items()]
-        return list_page(found, after, limit, _MOST_JOBS)
+        return list_page(found, after, limit, _LONGEST_PAGE)
 
     def job(self, job_id: str) -> Shape:
         """Return the object of a job: GET /v1/fine_tuning/jobs/{id}."""
@@ -353,7 +353,7 @@ class FineTuning:
         """List a job's checkpoints, the newest first: GET /v1/fine_tuning/jobs/{id}/checkpoints."""
         with self._state.lock:
             found = [shapes.checkpoint(job_id, one) for one in reversed(self._job(job_id)["checkpoints"])]
-        return list_page(found, after, limit, _MOST_JOBS)
+        return list_page(found, after, limit, _LONGEST_PAGE)
 
     def cancel(self, job_id: str) -> Shape:
         """End a job permanently: POST /v1/fine_tuning/jobs/{id}/cancel.

@@ -20,7 +20,7 @@ from nplora.runtime.giving_way import giving_way
 from nplora.runtime.time_share import TimeShare
 from nplora.serving.jobs.job_error import job_error
 from nplora.serving.jobs.job_request import OBJECTIVES
-from nplora.serving.jobs.jobs_state import ENDED, JobsState
+from nplora.serving.jobs.jobs_state import NOT_TRAINED, JobsState
 from nplora.serving.jobs.progress import Progress
 from nplora.serving.jobs.results import results_csv
 from nplora.serving.request_error import RequestError
@@ -217,7 +217,7 @@ class JobRun:
     # ---- the end ----
 
     def _has_ended(self) -> bool:
-        return self._state.storage.jobs[self.job_id]["status"] in ENDED or self._is_stopped
+        return self._state.storage.jobs[self.job_id]["status"] in NOT_TRAINED or self._is_stopped
 
     def _finish(self, report: FinetuneReport) -> None:
         state, job = self._state, self._state.storage.jobs[self.job_id]
@@ -263,7 +263,7 @@ class JobRun:
     def _fail(self, error: Exception) -> None:
         state = self._state
         with state.lock:
-            if state.storage.jobs[self.job_id]["status"] in ENDED:
+            if state.storage.jobs[self.job_id]["status"] in NOT_TRAINED:
                 return
             found = job_error(error, state.names(self.job_id))
             state.change(self.job_id, status="failed", error=found, finished_at=int(time.time()))

@@ -12,7 +12,7 @@ from nplora.runtime.user_warning import warn_user
 from nplora.serving.jobs.event_log import EventLog
 from nplora.serving.jobs.storage import Record, Storage
 
-ENDED = ("succeeded", "failed", "cancelled", "paused")  # the training thread does not train such a job
+NOT_TRAINED = ("succeeded", "failed", "cancelled", "paused")  # the training thread does not train such a job
 OPEN = ("queued", "validating_files", "running")
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 import nplora
-from nplora.serving.jobs import FineTuning
+from nplora.serving.jobs import FineTuning, fine_tuning
 from nplora.serving.request_error import RequestError
 
 from .conftest import ROWS, jsonl
@@ -88,6 +88,16 @@ def idle(lm: nplora.LanguageModel, tmp_path: Path) -> Any:
         ({"use_dora": "no"}, "use_dora is 'no', expected True or False", "use_dora"),
         ({"hyperparameters": {"chat": 0}}, "chat is 0, expected True or False", "chat"),
         ({"layers": "some"}, "layers='some'", "layers"),
+        (
+            {"trainable_tokens": [1] * 30_000},
+            "the options of the job have 90,0",
+            "trainable_tokens",
+        ),
+        (
+            {"rank": 3, "hyperparameters": {"targets": "q_proj," * 10_000}},
+            "bytes as JSON, expected at most 65,536: targets is too long",
+            "targets",
+        ),
         ({"rnk": 8}, "unrecognized field 'rnk'; did you mean rank?", "rnk"),
         ({"adapter": "/etc"}, "unrecognized field 'adapter'", "adapter"),
         ({"teacher": "/etc/passwd"}, "unrecognized field 'teacher'", "teacher"),
@@ -122,6 +132,22 @@ def test_a_job_whose_model_would_have_too_long_a_name_is_refused(
     assert refused.value.param == "suffix"
     assert idle.create_job(request)["status"] == "queued"
     idle.close()
+
+
+def test_too_many_jobs_that_have_not_ended_are_refused(
+    idle: FineTuning, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fine_tuning, "MOST_JOBS", 3)
+    file = idle.create_file(jsonl(ROWS), "train.jsonl")
+    request = {"model": "small", "training_file": file["id"]}
+    first, second, _ = (idle.create_job(request)["id"] for _ in range(3))
+    idle.pause(first)
+    with pytest.raises(RequestError, match="3 jobs have not ended") as refused:
+        idle.create_job(request)
+    assert (refused.value.status, refused.value.code) == (429, "queue_full")
+    assert len(idle.jobs()["data"]) == 3
+    idle.cancel(second)
+    assert idle.create_job(request)["status"] == "queued"
 
 
 @pytest.mark.parametrize("file_id", ["", ".", "..", "../files", "file-\0", "a" * 5000, None, 5, "file.json"])

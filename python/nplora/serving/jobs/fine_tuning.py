@@ -29,6 +29,7 @@ from nplora.serving.model_name import checked_name
 from nplora.serving.request_error import RequestError
 
 MAX_FILE_BYTES, MAX_FILES_BYTES = 512 << 20, 8 << 30
+MOST_JOBS = 100  # the most jobs that are waiting, training or paused
 _LONGEST_PAGE, _MOST_EVENTS, _MOST_FILES = 100, 1000, 10_000
 _LONGEST_NAME = 255
 _MOST_STEPS = 10**9
@@ -290,11 +291,14 @@ class FineTuning:
         """Queue a job: POST /v1/fine_tuning/jobs, with the decoded body of the request.
 
         Raises:
-            RequestError: a field is missing, unknown or wrong; there is no such file or model; or the disk is
-                full.
+            RequestError: a field is missing, unknown or wrong; there is no such file or model; too many jobs
+                have not ended; or the disk is full.
         """
         asked = checked(request, self._model)
         with self._changed:
+            if sum(job["status"] in (*OPEN, "paused") for job in self._jobs.values()) >= MOST_JOBS:
+                message = f"{MOST_JOBS} jobs have not ended, which is the limit: wait, or cancel a job"
+                raise RequestError(message, 429, code="queue_full")
             data = {"train": self._file(asked.training_file, "training_file")}
             if asked.validation_file is not None:
                 data["valid"] = self._file(asked.validation_file, "validation_file")

@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 
 import nplora
-from nplora.serving.jobs import FineTuning, storage
+from nplora.serving.jobs import FineTuning, job_run, storage
+from nplora.serving.jobs.jobs_state import JobsState
 from nplora.serving.request_error import RequestError
 
 from .conftest import adapter_of, queued, steps_of, wait_until
@@ -289,6 +290,41 @@ def test_a_deleted_model_does_not_come_back(lm: nplora.LanguageModel, tmp_path: 
     with FineTuning(lm, tmp_path / "jobs", model="small") as jobs:
         assert list(lm.adapters) == [second]
         assert [job["status"] for job in jobs.jobs()["data"]] == ["succeeded"] * 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("reason", ["a new checkpoint", "too little memory"])
+def test_a_checkpoint_that_is_deleted_while_its_record_changes_does_not_come_back(
+    lm: nplora.LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reason: str
+) -> None:
+    monkeypatch.setattr(job_run, "CHECKPOINT_SECONDS", 0)
+    change, deleting = JobsState.change, list[threading.Thread]()
+
+    def publish(name: str, directory: Path) -> None:
+        if reason == "too little memory" and len(names()) == 2 and not deleting:
+            raise RequestError("there is no memory", 507, code="insufficient_memory")
+        lm.load_adapter(directory, name)
+
+    def changed(self: JobsState, job_id: str, **changes: Any) -> bool:
+        if "checkpoints" in changes and len(names()) == 2 and not deleting:
+            deleted.append(names()[0])
+            thread = threading.Thread(target=jobs.delete_model, args=deleted)
+            thread.start()
+            deleting.append(thread)
+            thread.join(0.3)
+        return change(self, job_id, **changes)
+
+    def names() -> list[str]:
+        return [one["fine_tuned_model_checkpoint"] for one in jobs.checkpoints(job)["data"]]
+
+    monkeypatch.setattr(JobsState, "change", changed)
+    deleted = list[str]()
+    with FineTuning(lm, tmp_path / "jobs", model="small", publish=publish) as jobs:
+        job = queued(jobs, hyperparameters={"n_epochs": 500})
+        wait_until(lambda: deleting)
+        deleting[0].join()
+        assert deleted[0] not in names()
+        jobs.cancel(job)
 
 
 def test_only_one_server_uses_a_directory(idle: FineTuning, lm: nplora.LanguageModel, tmp_path: Path) -> None:

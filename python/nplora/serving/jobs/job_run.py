@@ -183,8 +183,9 @@ class JobRun:
             shutil.rmtree(place, ignore_errors=True)
             self._event(f"The checkpoint at step {step} cannot be used: {error}", None)
             return
-        checkpoints = [*self._state.storage.jobs[self.job_id]["checkpoints"], made]
-        is_recorded = self._state.change(self.job_id, checkpoints=checkpoints[-KEPT_CHECKPOINTS:])
+        with self._state.lock:
+            checkpoints = [*self._state.storage.jobs[self.job_id]["checkpoints"], made]
+            is_recorded = self._state.change(self.job_id, checkpoints=checkpoints[-KEPT_CHECKPOINTS:])
         self._drop(checkpoints[:-KEPT_CHECKPOINTS], is_recorded)
         self._event(f"Checkpoint created at step {step}", None)
 
@@ -254,11 +255,18 @@ class JobRun:
             try:
                 return self._publishing.publish(name, place)
             except RequestError as error:
-                checkpoints = self._state.storage.jobs[self.job_id]["checkpoints"]
-                if error.code != "insufficient_memory" or not checkpoints:
+                if error.code != "insufficient_memory" or not self._drop_oldest():
                     raise
+
+    def _drop_oldest(self) -> bool:
+        """Remove the oldest checkpoint of the job. Return whether there was one."""
+        with self._state.lock:
+            checkpoints = self._state.storage.jobs[self.job_id]["checkpoints"]
+            if not checkpoints:
+                return False
             is_recorded = self._state.change(self.job_id, checkpoints=checkpoints[1:])
-            self._drop(checkpoints[:1], is_recorded)
+        self._drop(checkpoints[:1], is_recorded)
+        return True
 
     def _fail(self, error: Exception) -> None:
         state = self._state

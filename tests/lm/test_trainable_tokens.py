@@ -93,6 +93,7 @@ def test_only_the_rows_of_the_tokens_change(model: Path) -> None:
         ({"trainable_tokens": [0, END]}, r"'<\|end\|>' is given twice, as 0 and by its text"),
         ({"trainable_tokens": [VOCAB, "<|endd|>"]}, r"the vocabulary ends with .*; '<\|endd\|>' is not a"),
         ({"trainable_tokens": [""]}, "expected non-empty texts or ids"),
+        ({"trainable_tokens": [""] * 10_000}, "trainable_tokens is .{80}, expected non-empty texts or ids"),
         ({"trainable_tokens": [-1]}, "a trainable token is -1, expected at least 0"),
         ({"modules_to_save": "q_proj"}, "modules_to_save='q_proj' is not available; possible: 'embed_to"),
         ({"modules_to_save": "lm_head", "trainable_tokens": [1]},

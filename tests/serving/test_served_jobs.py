@@ -19,6 +19,7 @@ from nplora.serving.api.app import Application
 from nplora.serving.api.models import Models
 from nplora.serving.api.service import TextService
 from nplora.serving.jobs import FineTuning
+from nplora.serving.jobs.storage import Storage
 from nplora.serving.options import ServeOptions
 from nplora.serving.request_error import RequestError
 
@@ -113,6 +114,41 @@ def test_a_job_makes_an_adapter_that_answers(client: Any, file: Any) -> None:
     assert client.models.delete(job.fine_tuned_model).deleted
     assert list(checkpoints.list(job.id)) == []
     assert client.fine_tuning.jobs.retrieve(job.id) == job
+
+
+@pytest.fixture
+def trained(client: Any, file: Any) -> Any:
+    """A job that has succeeded."""
+    job = client.fine_tuning.jobs.create(model="base", training_file=file.id, hyperparameters={"n_epochs": 1})
+    return wait(client, job)
+
+
+def deleted_for_ever(client: Any, job: Any) -> bool:
+    """Delete the adapter of a job. Return whether its job no longer names it."""
+    assert client.models.delete(job.fine_tuned_model).deleted
+    with pytest.raises(openai.NotFoundError):
+        client.models.delete(job.fine_tuned_model)
+    return not list(client.fine_tuning.jobs.checkpoints.list(job.id))
+
+
+def test_an_unloaded_adapter_of_a_job_can_be_deleted(client: Any, trained: Any) -> None:
+    client.post("/unload_lora_adapter", body={"lora_name": trained.fine_tuned_model}, cast_to=object)
+    assert trained.fine_tuned_model not in [model.id for model in client.models.list()]
+    assert deleted_for_ever(client, trained)
+
+
+def test_an_adapter_that_a_full_disk_does_not_delete_can_be_deleted_later(
+    client: Any, trained: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: Any, **changes: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Storage, "change_job", full)
+        with pytest.raises(openai.APIStatusError) as caught:
+            client.models.delete(trained.fine_tuned_model)
+    assert (caught.value.status_code, caught.value.code) == (507, "disk_full")
+    assert deleted_for_ever(client, trained)
 
 
 def test_the_adapters_of_earlier_jobs_are_there_when_the_engine_divides_the_memory(

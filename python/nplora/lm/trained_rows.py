@@ -49,7 +49,7 @@ def token_list(op: str, tokens: str | Sequence[str | int]) -> tuple[str | int, .
         else:
             found.append(_check.integer(op, "a trainable token", item, least=0))
     if "" in found:
-        raise ValueError(f"{op}: trainable_tokens is {tokens!r}, expected non-empty texts or ids")
+        raise ValueError(f"{op}: trainable_tokens is {brief(tokens)}, expected non-empty texts or ids")
     return tuple(found)
 
 

@@ -1,30 +1,26 @@
-"""Jobs that are killed, cancelled, paused or restarted, a disk that is full, and records that are damaged."""
+"""Jobs that are killed, cancelled, paused or restarted, and records that are damaged."""
 
-import contextlib
-import errno
 import functools
 import json
-import os
 import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import nplora
-from nplora.formats import files
-from nplora.serving.jobs import FineTuning, storage
+from nplora.serving.jobs import FineTuning, job_run, storage
+from nplora.serving.jobs.jobs_state import JobsState
 from nplora.serving.request_error import RequestError
 
-from .conftest import ROWS, jsonl
+from .conftest import adapter_of, queued, steps_of, wait_until
 
-LONG = {"n_epochs": 25, "batch_size": 4, "learning_rate_multiplier": 3}
 STEPS = 150
 SERVER = """
 import sys, time
@@ -36,41 +32,12 @@ time.sleep(600)
 """
 
 
-def queued(jobs: FineTuning, **more: Any) -> str:
-    file = jobs.create_file(jsonl(ROWS), "train.jsonl")
-    job = jobs.create_job({"model": "small", "training_file": file["id"], "hyperparameters": LONG, **more})
-    return str(job["id"])
-
-
 def lines(path: Path) -> int:
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
-def wait_until(true: Any) -> None:
-    end = time.monotonic() + 60
-    while not true():
-        assert time.monotonic() < end, "it does not happen"
-        time.sleep(0.002)
-
-
 def has_lines(path: Path, count: int) -> bool:
     return lines(path) > count
-
-
-def adapter_of(place: Path) -> tuple[bytes, bytes]:
-    names = "adapter_model.safetensors", "adapter_config.json"
-    return (place / names[0]).read_bytes(), (place / names[1]).read_bytes()
-
-
-def steps_of(jobs: FineTuning, job_id: str) -> list[int]:
-    events = jobs.events(job_id, limit=1000)["data"][::-1]
-    return [event["data"]["step"] for event in events if event["type"] == "metrics"]
-
-
-@pytest.fixture
-def idle(lm: nplora.LanguageModel, tmp_path: Path) -> FineTuning:
-    """Jobs whose thread is not started."""
-    return FineTuning(lm, tmp_path / "jobs", model="small")
 
 
 @pytest.mark.slow
@@ -171,6 +138,38 @@ def test_a_cancelled_job_ends_before_the_next_block_and_for_ever(
         assert [one["status"] for one in jobs.jobs()["data"]] == ["cancelled", "succeeded", "cancelled"]
 
 
+def names_in(place: Path) -> set[str]:
+    return {path.name for path in place.iterdir()}
+
+
+@pytest.mark.parametrize("first", [FineTuning.cancel, FineTuning.pause], ids=["running", "paused"])
+def test_a_cancelled_job_leaves_only_its_record_and_its_events(
+    jobs: FineTuning, tmp_path: Path, first: Callable[[FineTuning, str], Any]
+) -> None:
+    model = jobs.wait(queued(jobs, hyperparameters={"n_epochs": 1}), 60)["fine_tuned_model"]
+    job = queued(jobs, model=model)
+    place = tmp_path / "jobs" / "jobs" / job
+    wait_until(lambda: len(steps_of(jobs, job)) > 20)
+    assert names_in(place) >= {"run", "start", "train.jsonl"}
+    first(jobs, job)
+    if jobs.wait(job, 60)["status"] == "paused":
+        assert names_in(place) >= {"run", "start", "train.jsonl"}
+        jobs.cancel(job)
+    assert names_in(place) == {"job.json", "events.jsonl"}
+
+
+def test_an_adapter_checkpoint_that_no_record_names_is_removed_when_its_job_succeeds(
+    idle: FineTuning, tmp_path: Path
+) -> None:
+    job = queued(idle, hyperparameters={"n_epochs": 1})
+    place = tmp_path / "jobs" / "jobs" / job
+    (place / "checkpoints" / "step-3").mkdir(parents=True)
+    with idle:
+        assert idle.wait(job, 60)["status"] == "succeeded"
+    assert names_in(place) - {"checkpoints"} == {"job.json", "events.jsonl", "run"}
+    assert not list(place.glob("checkpoints/*"))
+
+
 @pytest.mark.slow
 def test_a_paused_job_continues_to_the_same_bits(lm: nplora.LanguageModel, tmp_path: Path) -> None:
     with FineTuning(lm, tmp_path / "jobs", model="small") as jobs:
@@ -187,58 +186,6 @@ def test_a_paused_job_continues_to_the_same_bits(lm: nplora.LanguageModel, tmp_p
         assert steps_of(jobs, job) == list(range(1, STEPS + 1))
     adapters = [adapter_of(tmp_path / "jobs" / "jobs" / one / "run") for one in (whole, job)]
     assert adapters[0] == adapters[1]
-
-
-@contextlib.contextmanager
-def full_disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Every write fails as on a full disk."""
-
-    def write(fd: int, chunk: files.Chunk, progress: files.Progress) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    with monkeypatch.context() as patch:
-        patch.setattr(files, "write", write)
-        yield
-
-
-@pytest.mark.filterwarnings("ignore::UserWarning")
-@pytest.mark.slow
-def test_a_full_disk_fails_a_job_which_continues_later_to_the_same_bits(
-    lm: nplora.LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with FineTuning(lm, tmp_path / "jobs", model="small") as jobs:
-        whole, job = queued(jobs), queued(jobs)
-        jobs.wait(whole, 60)
-        wait_until(lambda: len(steps_of(jobs, job)) > 120)
-        with full_disk(monkeypatch):
-            found = jobs.wait(job, 60)
-            with pytest.raises(RequestError) as refused:
-                jobs.create_file(jsonl(ROWS), "train.jsonl")
-            assert (refused.value.status, refused.value.code) == (507, "disk_full")
-            assert str(tmp_path) not in str(refused.value)
-            with pytest.raises(RequestError, match="disk is full"):
-                jobs.create_job({"model": "small", "training_file": jobs.files()["data"][0]["id"]})
-            assert len(jobs.jobs()["data"]) == 2
-        assert found["status"] == "failed"
-        assert found["error"]["code"] == "disk_full"
-        assert len(jobs.files(purpose="fine-tune")["data"]) == 2
-        jobs.resume(job)
-        found = jobs.wait(job, 60)
-        assert found["status"] == "succeeded", found["error"]
-    adapters = [adapter_of(tmp_path / "jobs" / "jobs" / one / "run") for one in (whole, job)]
-    assert adapters[0] == adapters[1]
-    assert not list((tmp_path / "jobs").rglob("*.tmp"))
-
-
-def test_a_change_that_the_disk_refuses_is_kept_in_memory(
-    idle: FineTuning, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    job = queued(idle)
-    words = rf"^{job}: .*/job\.json: No space left on device: .*; the change is kept in memory only$"
-    with full_disk(monkeypatch), pytest.warns(UserWarning, match=words):
-        idle._state.change(job, status="paused")
-    assert idle.job(job)["status"] == "paused"
-    idle.close()
 
 
 def test_a_deleted_file_does_not_disturb_a_job(idle: FineTuning) -> None:
@@ -335,13 +282,49 @@ def test_a_deleted_model_does_not_come_back(lm: nplora.LanguageModel, tmp_path: 
             jobs.wait(queued(jobs, hyperparameters={"n_epochs": 1}), 60)["fine_tuned_model"] for _ in range(2)
         )
         lm.delete_adapter(first)
-        jobs.delete_model(first)
-        jobs.delete_model("small")
+        assert jobs.delete_model(first)
+        assert not jobs.delete_model(first)
+        assert not jobs.delete_model("small")
         assert len(list((tmp_path / "jobs").glob("jobs/*/run"))) == 1
     lm.delete_adapter(second)
     with FineTuning(lm, tmp_path / "jobs", model="small") as jobs:
         assert list(lm.adapters) == [second]
         assert [job["status"] for job in jobs.jobs()["data"]] == ["succeeded"] * 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("reason", ["a new checkpoint", "too little memory"])
+def test_a_checkpoint_that_is_deleted_while_its_record_changes_does_not_come_back(
+    lm: nplora.LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reason: str
+) -> None:
+    monkeypatch.setattr(job_run, "CHECKPOINT_SECONDS", 0)
+    change, deleting = JobsState.change, list[threading.Thread]()
+
+    def publish(name: str, directory: Path) -> None:
+        if reason == "too little memory" and len(names()) == 2 and not deleting:
+            raise RequestError("there is no memory", 507, code="insufficient_memory")
+        lm.load_adapter(directory, name)
+
+    def changed(self: JobsState, job_id: str, **changes: Any) -> bool:
+        if "checkpoints" in changes and len(names()) == 2 and not deleting:
+            deleted.append(names()[0])
+            thread = threading.Thread(target=jobs.delete_model, args=deleted)
+            thread.start()
+            deleting.append(thread)
+            thread.join(0.3)
+        return change(self, job_id, **changes)
+
+    def names() -> list[str]:
+        return [one["fine_tuned_model_checkpoint"] for one in jobs.checkpoints(job)["data"]]
+
+    monkeypatch.setattr(JobsState, "change", changed)
+    deleted = list[str]()
+    with FineTuning(lm, tmp_path / "jobs", model="small", publish=publish) as jobs:
+        job = queued(jobs, hyperparameters={"n_epochs": 500})
+        wait_until(lambda: deleting)
+        deleting[0].join()
+        assert deleted[0] not in names()
+        jobs.cancel(job)
 
 
 def test_only_one_server_uses_a_directory(idle: FineTuning, lm: nplora.LanguageModel, tmp_path: Path) -> None:

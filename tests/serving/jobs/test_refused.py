@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 import nplora
-from nplora.serving.jobs import FineTuning
+from nplora.serving.jobs import FineTuning, fine_tuning
 from nplora.serving.request_error import RequestError
 
 from .conftest import ROWS, jsonl
@@ -88,6 +88,16 @@ def idle(lm: nplora.LanguageModel, tmp_path: Path) -> Any:
         ({"use_dora": "no"}, "use_dora is 'no', expected True or False", "use_dora"),
         ({"hyperparameters": {"chat": 0}}, "chat is 0, expected True or False", "chat"),
         ({"layers": "some"}, "layers='some'", "layers"),
+        (
+            {"trainable_tokens": [1] * 30_000},
+            "the options of the job have 90,0",
+            "trainable_tokens",
+        ),
+        (
+            {"rank": 3, "hyperparameters": {"targets": "q_proj," * 10_000}},
+            "bytes as JSON, expected at most 65,536: targets is too long",
+            "targets",
+        ),
         ({"rnk": 8}, "unrecognized field 'rnk'; did you mean rank?", "rnk"),
         ({"adapter": "/etc"}, "unrecognized field 'adapter'", "adapter"),
         ({"teacher": "/etc/passwd"}, "unrecognized field 'teacher'", "teacher"),
@@ -122,6 +132,22 @@ def test_a_job_whose_model_would_have_too_long_a_name_is_refused(
     assert refused.value.param == "suffix"
     assert idle.create_job(request)["status"] == "queued"
     idle.close()
+
+
+def test_too_many_jobs_that_have_not_ended_are_refused(
+    idle: FineTuning, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fine_tuning, "MOST_JOBS", 3)
+    file = idle.create_file(jsonl(ROWS), "train.jsonl")
+    request = {"model": "small", "training_file": file["id"]}
+    first, second, _ = (idle.create_job(request)["id"] for _ in range(3))
+    idle.pause(first)
+    with pytest.raises(RequestError, match="3 jobs have not ended") as refused:
+        idle.create_job(request)
+    assert (refused.value.status, refused.value.code) == (429, "queue_full")
+    assert len(idle.jobs()["data"]) == 3
+    idle.cancel(second)
+    assert idle.create_job(request)["status"] == "queued"
 
 
 @pytest.mark.parametrize("file_id", ["", ".", "..", "../files", "file-\0", "a" * 5000, None, 5, "file.json"])
@@ -184,17 +210,21 @@ def test_a_failed_job_that_is_cancelled_frees_its_data(lm: nplora.LanguageModel,
 
 
 @pytest.mark.parametrize("status", ["succeeded", "cancelled"])
-def test_data_that_a_crash_left_are_removed_at_the_next_start(
+def test_files_that_a_crash_left_are_removed_at_the_next_start(
     idle: FineTuning, lm: nplora.LanguageModel, tmp_path: Path, status: str
 ) -> None:
     file = idle.create_file(jsonl(ROWS), "a.jsonl")
     job = idle.create_job({"model": "small", "training_file": file["id"]})["id"]
-    idle._state.storage.change_job(job, status=status)
+    known = {"id": "a", "created_at": 0, "step": 2, "name": "b", "train_loss": None, "valid_loss": None}
+    idle._state.storage.change_job(job, status=status, checkpoints=[known])
     idle.close()
-    data = tmp_path / "jobs" / "jobs" / job / "train.jsonl"
-    assert data.exists()
+    place = tmp_path / "jobs" / "jobs" / job
+    for name in ("run", "start", "checkpoints/step-1", "checkpoints/step-2"):
+        (place / name).mkdir(parents=True)
     FineTuning(lm, tmp_path / "jobs", model="small").close()
-    assert not data.exists()
+    kept = {"job.json", "events.jsonl", "checkpoints"} | ({"run"} if status == "succeeded" else set())
+    assert {path.name for path in place.iterdir()} == kept
+    assert [path.name for path in (place / "checkpoints").iterdir()] == ["step-2"]
 
 
 def test_a_file_name_is_never_a_path(idle: FineTuning, tmp_path: Path) -> None:

@@ -31,12 +31,20 @@ def _limits(service: Service) -> dict[str, int]:
 
 
 def delete_model(service: Service, name: str) -> dict[str, Any]:
-    """DELETE /v1/models/{name}"""
+    """DELETE /v1/models/{name}
+
+    The adapter of a job can be deleted even if it is not loaded.
+    """
     if name == service.models.name:
         raise RequestError("the base model cannot be deleted", param="model")
-    service.models.unload(name)
-    if service.jobs is not None:
-        service.jobs.delete_model(name)
+    unknown = None
+    try:
+        service.models.unload(name)
+    except RequestError as error:
+        unknown = error
+    is_deleted = service.jobs is not None and service.jobs.delete_model(name)
+    if unknown is not None and not is_deleted:
+        raise unknown
     return {"id": name, "object": "model", "deleted": True}
 
 

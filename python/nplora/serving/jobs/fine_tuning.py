@@ -29,7 +29,8 @@ from nplora.serving.model_name import checked_name
 from nplora.serving.request_error import RequestError
 
 MAX_FILE_BYTES, MAX_FILES_BYTES = 512 << 20, 8 << 30
-_MOST_JOBS, _MOST_EVENTS, _MOST_FILES = 100, 1000, 10_000
+MOST_JOBS = 100  # the most jobs that are waiting, training or paused
+_LONGEST_PAGE, _MOST_EVENTS, _MOST_FILES = 100, 1000, 10_000
 _LONGEST_NAME = 255
 _MOST_STEPS = 10**9
 
@@ -127,33 +128,30 @@ class FineTuning:
         """Call `publish` for the adapters that a job created before the server was restarted."""
         for one in job["checkpoints"]:
             try:
-                self._publishing.publish(one["name"], self._adapter_place(job, one))
+                self._publishing.publish(one["name"], self._state.storage.adapter_place(job["id"], one))
             except (OSError, ValueError, RequestError) as error:
                 reason = message_of(error) if isinstance(error, OSError) else str(error)
                 warn_user(f"the adapter {one['name']!r} cannot be used: {reason}")
 
-    def _adapter_place(self, job: Record, checkpoint: Record) -> Path:
-        """Return the directory that contains the adapter of a job's checkpoint."""
-        is_final = checkpoint["name"] == job["fine_tuned_model"]
-        part = "run" if is_final else f"checkpoints/step-{checkpoint['step']}"
-        return self._state.storage.place(job["id"]) / part
-
-    def delete_model(self, name: str) -> None:
+    def delete_model(self, name: str) -> bool:
         """Delete the files of an adapter that a job has created, for DELETE /v1/models/{name}.
 
-        If no job has created an adapter of this name, nothing is deleted. This method does not call
-        `withdraw`: the caller must make the adapter unavailable.
+        Return whether a job has such an adapter. This method does not call `withdraw`: the caller must make
+        the adapter unavailable.
 
         Raises:
-            RequestError: the disk is full or has failed.
+            RequestError: the disk is full or has failed. The files are deleted, but the job still names the
+                adapter. Call the method again.
         """
+        is_found = False
         with self._state.lock, _disk_errors():
             for job in list(self._jobs.values()):
                 for one in [one for one in job["checkpoints"] if one["name"] == name]:
-                    place = self._adapter_place(job, one)
+                    is_found = True
+                    shutil.rmtree(self._state.storage.adapter_place(job["id"], one), ignore_errors=True)
                     kept = [other for other in job["checkpoints"] if other is not one]
                     self._state.storage.change_job(job["id"], checkpoints=kept)
-                    shutil.rmtree(place, ignore_errors=True)
+        return is_found
 
     def close(self) -> None:
         """Interrupt the training, and close the directory.
@@ -192,6 +190,8 @@ class FineTuning:
         while (run := self._next()) is not None:
             run.execute()
             with self._changed:
+                if self._jobs[run.job_id]["status"] == "cancelled":
+                    self._state.drop_unused(run.job_id)
                 self._running = None
                 self._changed.notify_all()
 
@@ -291,11 +291,14 @@ class FineTuning:
         """Queue a job: POST /v1/fine_tuning/jobs, with the decoded body of the request.
 
         Raises:
-            RequestError: a field is missing, unknown or wrong; there is no such file or model; or the disk is
-                full.
+            RequestError: a field is missing, unknown or wrong; there is no such file or model; too many jobs
+                have not ended; or the disk is full.
         """
         asked = checked(request, self._model)
         with self._changed:
+            if sum(job["status"] in (*OPEN, "paused") for job in self._jobs.values()) >= MOST_JOBS:
+                message = f"{MOST_JOBS} jobs have not ended, which is the limit: wait, or cancel a job"
+                raise RequestError(message, 429, code="queue_full")
             data = {"train": self._file(asked.training_file, "training_file")}
             if asked.validation_file is not None:
                 data["valid"] = self._file(asked.validation_file, "validation_file")
@@ -333,7 +336,7 @@ class FineTuning:
             found = [self._shape(job) for job in reversed(self._jobs.values())]
         wanted = (metadata or {}).items()
         found = [job for job in found if wanted <= (job["metadata"] or {}).items()]
-        return list_page(found, after, limit, _MOST_JOBS)
+        return list_page(found, after, limit, _LONGEST_PAGE)
 
     def job(self, job_id: str) -> Shape:
         """Return the object of a job: GET /v1/fine_tuning/jobs/{id}."""
@@ -354,12 +357,13 @@ class FineTuning:
         """List a job's checkpoints, the newest first: GET /v1/fine_tuning/jobs/{id}/checkpoints."""
         with self._state.lock:
             found = [shapes.checkpoint(job_id, one) for one in reversed(self._job(job_id)["checkpoints"])]
-        return list_page(found, after, limit, _MOST_JOBS)
+        return list_page(found, after, limit, _LONGEST_PAGE)
 
     def cancel(self, job_id: str) -> Shape:
-        """End a job permanently, and remove its data: POST /v1/fine_tuning/jobs/{id}/cancel.
+        """End a job permanently: POST /v1/fine_tuning/jobs/{id}/cancel.
 
-        A job that has failed can also be cancelled. The cancelled job keeps its error.
+        The data and the training state are removed. A job that has failed can also be cancelled. The
+        cancelled job keeps its error.
         """
         return self._end(job_id, (*OPEN, "paused", "failed"), "cancelled", finished_at=int(time.time()))
 
@@ -378,15 +382,17 @@ class FineTuning:
             if job["status"] not in before:
                 message = f"the job {job_id} is {job['status']}, expected {' or '.join(before)}"
                 raise RequestError(message, 400, "fine_tuning_job_id", "invalid_status")
-            if self._trains(job_id) and self._running is not None:
-                if status == "queued":
-                    message = f"the job {job_id} is still stopping; try again in a moment"
-                    raise RequestError(message, 409, "fine_tuning_job_id", "invalid_status")
-                self._running.stop()
+            if self._trains(job_id) and status == "queued":
+                message = f"the job {job_id} is still stopping; try again in a moment"
+                raise RequestError(message, 409, "fine_tuning_job_id", "invalid_status")
             with _disk_errors():
                 self._state.storage.change_job(job_id, status=status, **changes)
-            if status == "cancelled":
-                self._state.drop_data(job_id)
+            if self._trains(job_id) and self._running is not None:
+                self._running.stop()
+                if status == "cancelled":  # `_work` removes the other files when the run has ended
+                    self._state.drop_data(job_id)
+            elif status == "cancelled":
+                self._state.drop_unused(job_id)
             self._state.event(job_id, f"The job is {status}")
             self._changed.notify_all()
             return self.job(job_id)

@@ -17,6 +17,7 @@ from nplora.serving.request_error import RequestError
 
 OBJECTIVES = {"supervised": "sft", "dpo": "dpo", "orpo": "orpo", "kto": "kto"}
 AUTO_EPOCHS = 3
+_MOST_OPTIONS = 64 << 10  # the most bytes of a job's options as JSON: each list of jobs contains them
 _MOST_SEED = 2**31 - 1
 _SUFFIX = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _OPENAI = (
@@ -86,6 +87,7 @@ def checked(request: Mapping[str, Any], base: str) -> JobRequest:
     theirs = {name: value for name, value in given.items() if name in _HYPERPARAMETERS}
     ours = {name: value for name, value in (fields | given).items() if name in OPTIONS}
     options = ours | _translated(theirs, ours)
+    _check_size(options)
     seed = body.integer("seed", 0, _MOST_SEED) or 0
     model = checked_text("model", body.required("model"), empty=False)
     start = {} if model == base else {"adapter": model}
@@ -106,11 +108,26 @@ def checked(request: Mapping[str, Any], base: str) -> JobRequest:
 def require_text(value: object, param: str | None = None) -> None:
     """Raise a RequestError if a value is not JSON, or if a text in it contains half of a surrogate pair."""
     try:
-        json.dumps(value, ensure_ascii=False, allow_nan=False, default=dict).encode()
+        _encoded(value)
     except (ValueError, TypeError, RecursionError) as error:
         raise RequestError(
             f"the value is not JSON in UTF-8: {error}", param=param, code="invalid_value"
         ) from error
+
+
+def _encoded(value: object) -> bytes:
+    return json.dumps(value, ensure_ascii=False, allow_nan=False, default=dict).encode()
+
+
+def _check_size(options: Mapping[str, Any]) -> None:
+    sizes = {name: len(_encoded(value)) for name, value in options.items()}
+    if sum(sizes.values()) > _MOST_OPTIONS:
+        longest = max(sizes, key=sizes.__getitem__)
+        message = (
+            f"the options of the job have {sum(sizes.values()):,} bytes as JSON, expected at most "
+            f"{_MOST_OPTIONS:,}: {longest} is too long"
+        )
+        raise _error(message, longest)
 
 
 def _method(body: Fields) -> tuple[str, Shape]:

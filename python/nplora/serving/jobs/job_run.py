@@ -20,7 +20,7 @@ from nplora.runtime.giving_way import giving_way
 from nplora.runtime.time_share import TimeShare
 from nplora.serving.jobs.job_error import job_error
 from nplora.serving.jobs.job_request import OBJECTIVES
-from nplora.serving.jobs.jobs_state import ENDED, JobsState
+from nplora.serving.jobs.jobs_state import NOT_TRAINED, JobsState
 from nplora.serving.jobs.progress import Progress
 from nplora.serving.jobs.results import results_csv
 from nplora.serving.request_error import RequestError
@@ -183,9 +183,10 @@ class JobRun:
             shutil.rmtree(place, ignore_errors=True)
             self._event(f"The checkpoint at step {step} cannot be used: {error}", None)
             return
-        checkpoints = [*self._state.storage.jobs[self.job_id]["checkpoints"], made]
-        self._state.change(self.job_id, checkpoints=checkpoints[-KEPT_CHECKPOINTS:])
-        self._drop(checkpoints[:-KEPT_CHECKPOINTS])
+        with self._state.lock:
+            checkpoints = [*self._state.storage.jobs[self.job_id]["checkpoints"], made]
+            is_recorded = self._state.change(self.job_id, checkpoints=checkpoints[-KEPT_CHECKPOINTS:])
+        self._drop(checkpoints[:-KEPT_CHECKPOINTS], is_recorded)
         self._event(f"Checkpoint created at step {step}", None)
 
     def _checkpoint(
@@ -198,10 +199,17 @@ class JobRun:
         }  # fmt: skip
         return json_values(made)  # type: ignore[no-any-return]
 
-    def _drop(self, checkpoints: list[dict[str, Any]]) -> None:
+    def _drop(self, checkpoints: list[dict[str, Any]], is_recorded: bool) -> None:
+        """Make the adapters of checkpoints unavailable, and remove their files.
+
+        Args:
+            is_recorded: whether the record on the disk no longer names the checkpoints. If False, the files
+                are kept, because the job continues from this record after a restart.
+        """
         for one in checkpoints:
             self._withdraw(one["name"])
-            shutil.rmtree(self._place / "checkpoints" / f"step-{one['step']}", ignore_errors=True)
+            if is_recorded:
+                shutil.rmtree(self._state.storage.adapter_place(self.job_id, one), ignore_errors=True)
 
     def _withdraw(self, name: str) -> None:
         with contextlib.suppress(KeyError, RequestError):  # a client may have removed the adapter
@@ -210,7 +218,7 @@ class JobRun:
     # ---- the end ----
 
     def _has_ended(self) -> bool:
-        return self._state.storage.jobs[self.job_id]["status"] in ENDED or self._is_stopped
+        return self._state.storage.jobs[self.job_id]["status"] in NOT_TRAINED or self._is_stopped
 
     def _finish(self, report: FinetuneReport) -> None:
         state, job = self._state, self._state.storage.jobs[self.job_id]
@@ -226,7 +234,7 @@ class JobRun:
             train_loss = epochs[-1].loss if epochs else None
             final = self._checkpoint("final", step, job["name"], train_loss, report.loss_after)
             earlier = state.storage.jobs[self.job_id]["checkpoints"]
-            state.change(
+            is_recorded = state.change(
                 self.job_id,
                 status="succeeded",
                 fine_tuned_model=job["name"],
@@ -235,8 +243,9 @@ class JobRun:
                 result_files=state.add_results(self.job_id, results_csv(report.history)),
                 checkpoints=[final],
             )
-            self._drop(earlier)
-            state.drop_data(self.job_id)
+            self._drop(earlier, is_recorded)
+            if is_recorded:
+                state.drop_unused(self.job_id)
         self._event(f"New fine-tuned model created: {job['name']}", None)
         self._event("The job has successfully completed", None)
 
@@ -246,16 +255,23 @@ class JobRun:
             try:
                 return self._publishing.publish(name, place)
             except RequestError as error:
-                checkpoints = self._state.storage.jobs[self.job_id]["checkpoints"]
-                if error.code != "insufficient_memory" or not checkpoints:
+                if error.code != "insufficient_memory" or not self._drop_oldest():
                     raise
-            self._state.change(self.job_id, checkpoints=checkpoints[1:])
-            self._drop(checkpoints[:1])
+
+    def _drop_oldest(self) -> bool:
+        """Remove the oldest checkpoint of the job. Return whether there was one."""
+        with self._state.lock:
+            checkpoints = self._state.storage.jobs[self.job_id]["checkpoints"]
+            if not checkpoints:
+                return False
+            is_recorded = self._state.change(self.job_id, checkpoints=checkpoints[1:])
+        self._drop(checkpoints[:1], is_recorded)
+        return True
 
     def _fail(self, error: Exception) -> None:
         state = self._state
         with state.lock:
-            if state.storage.jobs[self.job_id]["status"] in ENDED:
+            if state.storage.jobs[self.job_id]["status"] in NOT_TRAINED:
                 return
             found = job_error(error, state.names(self.job_id))
             state.change(self.job_id, status="failed", error=found, finished_at=int(time.time()))

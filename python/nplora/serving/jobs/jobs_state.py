@@ -12,7 +12,7 @@ from nplora.runtime.user_warning import warn_user
 from nplora.serving.jobs.event_log import EventLog
 from nplora.serving.jobs.storage import Record, Storage
 
-ENDED = ("succeeded", "failed", "cancelled", "paused")  # the training thread does not train such a job
+NOT_TRAINED = ("succeeded", "failed", "cancelled", "paused")  # the training thread does not train such a job
 OPEN = ("queued", "validating_files", "running")
 
 
@@ -64,10 +64,16 @@ class JobsState:
             self._log = None
             warn_user(f"events of jobs are no longer printed: {type(error).__name__}: {error}")
 
-    def change(self, job_id: str, **changes: Any) -> None:
-        """Change the record of a job."""
-        with self.lock, _kept_in_memory(job_id):
-            self.storage.change_job(job_id, **changes)
+    def change(self, job_id: str, **changes: Any) -> bool:
+        """Change the record of a job. Return whether the change is on the disk."""
+        with self.lock:
+            try:
+                self.storage.change_job(job_id, **changes)
+            except OSError as error:
+                self.storage.jobs[job_id] = {**self.storage.jobs[job_id], **changes}
+                _warn(job_id, error)
+                return False
+            return True
 
     def advance(self, job_id: str, status: str, **changes: Any) -> None:
         """Change the status of a job, unless the job has ended."""
@@ -79,6 +85,11 @@ class JobsState:
         """Remove the data of a job that will never train again."""
         with self.lock, _kept_in_memory(job_id):
             self.storage.drop_data(job_id)
+
+    def drop_unused(self, job_id: str) -> None:
+        """Remove the files that a job needs only to train (see `Storage.drop_unused`)."""
+        with self.lock, _kept_in_memory(job_id):
+            self.storage.drop_unused(job_id)
 
     def add_results(self, job_id: str, content: bytes) -> list[str]:
         """Store the table of a job's losses as a file. Return a list that contains the file's id.
@@ -110,4 +121,8 @@ def _kept_in_memory(job_id: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        warn_user(f"{job_id}: {message_of(error)}; the change is kept in memory only")
+        _warn(job_id, error)
+
+
+def _warn(job_id: str, error: OSError) -> None:
+    warn_user(f"{job_id}: {message_of(error)}; the change is kept in memory only")

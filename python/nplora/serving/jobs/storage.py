@@ -92,9 +92,9 @@ class Storage:
         self._stored: int | None = None  # the bytes of all files; None: count them again
         self._file_serials = itertools.count(_next_serial(self.files))
         for job_id, job in self.jobs.items():
-            if job["status"] in ("succeeded", "cancelled"):  # a crash may have left the data of such a job
+            if job["status"] in ("succeeded", "cancelled"):  # a crash may have left files of such a job
                 with contextlib.suppress(OSError):
-                    self.drop_data(job_id)
+                    self.drop_unused(job_id)
 
     def close(self) -> None:
         """Unlock the directory."""
@@ -223,17 +223,39 @@ class Storage:
         """Change fields of a job's record, in memory and on the disk.
 
         Raises:
-            OSError: the new record cannot be written. The disk keeps the old record, but `jobs` has the new
-                one.
+            OSError: the new record cannot be written. The disk and `jobs` keep the old record.
         """
         record = {**self.jobs[job_id], **changes}
-        self.jobs[job_id] = record
         files.replace([NewFile(self.place(job_id) / _JOB, 0, [_json(record)])])
+        self.jobs[job_id] = record
         return record
+
+    def drop_unused(self, job_id: str) -> None:
+        """Remove the files that a job needs only to train. The job has succeeded, or it is cancelled and no
+        longer trains.
+
+        The job keeps its record, its events, the adapters that its record names and, if it has succeeded, the
+        output directory of `finetune`.
+        """
+        place, job = self.place(job_id), self.jobs[job_id]
+        kept = [self.adapter_place(job_id, one) for one in job["checkpoints"]]
+        unused = [place / "start", *(one for one in place.glob("checkpoints/*") if one not in kept)]
+        if job["status"] == "cancelled":
+            unused.append(place / "run")
+        for one in unused:
+            shutil.rmtree(one, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            (place / "checkpoints").rmdir()
+        self.drop_data(job_id)
 
     def place(self, job_id: str) -> Path:
         """The directory of a job."""
         return self.path / "jobs" / str(self.jobs[job_id]["id"])
+
+    def adapter_place(self, job_id: str, checkpoint: Record) -> Path:
+        """The directory that contains the adapter of a job's checkpoint."""
+        is_final = checkpoint["name"] == self.jobs[job_id]["fine_tuned_model"]
+        return self.place(job_id) / ("run" if is_final else f"checkpoints/step-{checkpoint['step']}")
 
     def _make(self, place: Path, new: list[NewFile]) -> None:
         """Create a directory and write its files. After an error, remove the directory."""

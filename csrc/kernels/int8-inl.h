@@ -139,12 +139,14 @@ struct Codes;
 // times a scale, plus a minimum.
 struct Unsigned {
   static constexpr bool kHasMinimum = true, kPlainNibbles = false;
+  static constexpr size_t kLargestCode = 255;
   static EightInts dot_with(SubBlock codes, SubBlock x) { return dot(codes, x); }
 };
 // The base class of Codes<Block> for formats with signed codes. In these formats, an element is a code times
 // a scale.
 struct Signed {
   static constexpr bool kHasMinimum = false, kPlainNibbles = false;
+  static constexpr size_t kLargestCode = 128;  // the largest magnitude
   static EightInts dot_with(SubBlock codes, SubBlock x) { return dot_signed(codes, x); }
 };
 
@@ -384,14 +386,12 @@ inline void int8_lanes(const Rows& w, size_t sub_blocks, const Int8Rows& x, floa
 #pragma GCC unroll 8
     for (size_t t = 0; t < kTokens; ++t) {
       const size_t i = t * sub_blocks + s;
-      LaneInts products[2] = {};
-#pragma GCC unroll 8
-      for (size_t k = 0; k < 8; ++k) {
-        LaneBytes some = broadcast_four(x.codes + i * kSubBlock + 4 * k);
-        if constexpr (!C::kHasMinimum) some = with_signs(some, signs[k]);
-        products[k % 2] = dot_lanes(products[k % 2], codes[k], some);
-      }
-      sums[t] += to_floats(products[0] + products[1]) * (a * x.scales[i]);
+      const LaneInts products = dot_lanes<C::kLargestCode>(codes, [&](size_t k) {
+        const LaneBytes some = broadcast_four(x.codes + i * kSubBlock + 4 * k);
+        if constexpr (C::kHasMinimum) return some;
+        return with_signs(some, signs[k]);
+      });
+      sums[t] += to_floats(products) * (a * x.scales[i]);
       if constexpr (C::kHasMinimum) sums[t] += b * x.sums[i];
     }
 #pragma GCC unroll 16

@@ -7,9 +7,9 @@
 //     16 bytes.
 //   `transpose_parts(v)` transposes a 4 x 4 matrix of lanes for each p: row k of the matrix is part p of the
 //     vector `v[k]`.
-//   `dot_lanes(sums, u, x)` multiplies the four bytes of each lane of `u` by the four bytes of the same lane
-//     of `x`, and adds the four products to the same lane of `sums`. The bytes of `u` are unsigned, and the
-//     bytes of `x` are from -127 to 127. Without VNNI, the bytes of `u` must be at most 128.
+//   `dot_lanes<kLargest>(u, x)` multiplies the bytes of the eight vectors u[k] by those of the eight vectors
+//     x(k). It returns for each lane the sum of the 32 products. The bytes of u[k] are unsigned, and at most
+//     kLargest. The bytes of x(k) are from -127 to 127. Without VNNI, kLargest must be at most 128.
 //   `broadcast_four(p)` loads four bytes into each lane.
 //   `magnitudes(b)` returns the magnitudes of signed bytes. `set_signs(signs, b)` stores the signs of the
 //     bytes b in `signs`. The stored sign of the byte 0 does not matter, because the magnitude of this byte
@@ -33,6 +33,7 @@ inline constexpr size_t kLaneRows = 8;
 inline constexpr size_t kLaneParts = kLaneRows / 4;
 
 typedef uint8_t LaneBytes __attribute__((vector_size(4 * kLaneRows)));
+typedef int16_t LanePairs __attribute__((vector_size(4 * kLaneRows)));  // each a sum of two products
 typedef int32_t LaneInts __attribute__((vector_size(4 * kLaneRows)));
 typedef uint32_t LaneBits __attribute__((vector_size(4 * kLaneRows)));
 typedef float LaneFloats __attribute__((vector_size(4 * kLaneRows)));
@@ -74,14 +75,18 @@ inline void transpose_parts(LaneBytes (&v)[4]) {
   v[3] = (LaneBytes)_mm512_unpackhi_epi64(c, d);
 }
 
-inline LaneInts dot_lanes(LaneInts sums, LaneBytes u, LaneBytes x) {
 #if defined(NPLORA_SIMD_VNNI)
+inline LaneInts add_products(LaneInts sums, LaneBytes u, LaneBytes x) {
   return (LaneInts)_mm512_dpbusd_epi32((__m512i)sums, (__m512i)u, (__m512i)x);
-#else
-  return sums +
-         (LaneInts)_mm512_madd_epi16(_mm512_maddubs_epi16((__m512i)u, (__m512i)x), _mm512_set1_epi16(1));
-#endif
 }
+#else
+inline LanePairs dot_pairs(LaneBytes u, LaneBytes x) {
+  return (LanePairs)_mm512_maddubs_epi16((__m512i)u, (__m512i)x);
+}
+inline LaneInts sums_of(LanePairs pairs) {
+  return (LaneInts)_mm512_madd_epi16((__m512i)pairs, _mm512_set1_epi16(1));
+}
+#endif
 
 // The signs of bytes, as one bit for each byte: 1 if the byte is negative.
 using LaneSigns = __mmask64;
@@ -121,13 +126,18 @@ inline void transpose_parts(LaneBytes (&v)[4]) {
   v[3] = (LaneBytes)_mm256_unpackhi_epi64(c, d);
 }
 
-inline LaneInts dot_lanes(LaneInts sums, LaneBytes u, LaneBytes x) {
 #if defined(NPLORA_SIMD_VNNI)
+inline LaneInts add_products(LaneInts sums, LaneBytes u, LaneBytes x) {
   return (LaneInts)_mm256_dpbusd_epi32((__m256i)sums, (__m256i)u, (__m256i)x);
-#else
-  return sums + dot(u, x);
-#endif
 }
+#else
+inline LanePairs dot_pairs(LaneBytes u, LaneBytes x) {
+  return (LanePairs)_mm256_maddubs_epi16((__m256i)u, (__m256i)x);
+}
+inline LaneInts sums_of(LanePairs pairs) {
+  return (LaneInts)_mm256_madd_epi16((__m256i)pairs, _mm256_set1_epi16(1));
+}
+#endif
 
 // Stores the bytes themselves, because vpsignb reads the signs from the bytes. `set_signs` writes the bytes
 // to memory, so that the registers are free for the magnitudes.
@@ -152,6 +162,29 @@ inline LaneFloats floats_of_halves(LaneBits halves) {
 }
 
 #endif
+
+template <size_t kLargest, class X>
+[[gnu::always_inline]] inline LaneInts dot_lanes(const LaneBytes (&u)[8], const X& x) {
+  LaneInts sums[2] = {};
+#if defined(NPLORA_SIMD_VNNI)
+#pragma GCC unroll 8
+  for (size_t k = 0; k < 8; ++k) sums[k % 2] = add_products(sums[k % 2], u[k], x(k));
+#else
+  // The largest sum of two products is 2 * 127 * kLargest. Several such sums may fit into 16 bits together.
+  // They are added before they are widened, which is the slowest step.
+  constexpr size_t kFit = 32767 / (2 * 127 * kLargest);
+  static_assert(kFit > 0);
+  constexpr size_t kTogether = kFit >= 8 ? 8 : kFit >= 4 ? 4 : kFit >= 2 ? 2 : 1;
+#pragma GCC unroll 8
+  for (size_t k = 0; k < 8; k += kTogether) {
+    LanePairs pairs = dot_pairs(u[k], x(k));
+#pragma GCC unroll 8
+    for (size_t i = k + 1; i < k + kTogether; ++i) pairs += dot_pairs(u[i], x(i));
+    sums[k / kTogether % 2] += sums_of(pairs);
+  }
+#endif
+  return sums[0] + sums[1];
+}
 
 }  // namespace nplora::kernels::NPLORA_ISA
 

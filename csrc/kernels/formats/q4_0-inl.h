@@ -35,6 +35,7 @@ struct Decoder<BlockQ4_0> {
 template <>
 struct Codes<BlockQ4_0> : Unsigned {
   using Factors = One;
+  static constexpr size_t kLargestCode = 15;
   static constexpr bool kPlainNibbles = true;  // the codes are the nibbles of q
   static constexpr float kOffset = 8;
   const BlockQ4_0& block;

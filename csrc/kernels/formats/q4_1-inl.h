@@ -35,6 +35,7 @@ struct Decoder<BlockQ4_1> {
 template <>
 struct Codes<BlockQ4_1> : Unsigned {
   using Factors = One;
+  static constexpr size_t kLargestCode = 15;
   static constexpr bool kPlainNibbles = true;  // the codes are the nibbles of q
   const BlockQ4_1& block;
   TwoFloats both = two_floats(block);

@@ -35,6 +35,7 @@ struct Decoder<BlockQ5_0> {
 template <>
 struct Codes<BlockQ5_0> : Unsigned {
   using Factors = One;
+  static constexpr size_t kLargestCode = 31;
   static constexpr float kOffset = 16;
   const BlockQ5_0& block;
   Factors a{to_float(block.d)}, b{-kOffset * a.v};

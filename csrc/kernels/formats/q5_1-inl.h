@@ -36,6 +36,7 @@ struct Decoder<BlockQ5_1> {
 template <>
 struct Codes<BlockQ5_1> : Unsigned {
   using Factors = One;
+  static constexpr size_t kLargestCode = 31;
   const BlockQ5_1& block;
   TwoFloats both = two_floats(block);
   Factors a{both.first}, b{both.second};

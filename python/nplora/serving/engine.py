@@ -21,7 +21,7 @@ from nplora.lm.answer import Answer, Guide
 from nplora.lm.generation import PAGE, checked_ids
 from nplora.lm.sampling import Sampling
 from nplora.models.invocation import invocation_of
-from nplora.serving.memory import MemoryPlan, plan_memory
+from nplora.serving.memory import PROMPT_TOKEN, WAITING, MemoryPlan, plan_memory
 from nplora.serving.metrics import Metrics
 from nplora.serving.request import Request
 from nplora.serving.scheduler import Scheduler
@@ -95,7 +95,7 @@ class Engine:
         self._slots = slots = _check.integer("Engine", "max_requests", max_requests, least=1)
         self._most_waiting = _check.integer("Engine", "max_waiting", max_waiting, least=0)
         self._lm, self._metrics = lm, Metrics()
-        self._plan = plan_memory(lm, memory, slots, adapter_memory, most_adapters)
+        self._plan = plan_memory(lm, memory, slots, adapter_memory, most_adapters, self._most_waiting)
         self._context = min(int(lm.config.max_position_embeddings), self._plan.pages * PAGE)
         self._scheduler = Scheduler(
             lm,
@@ -107,6 +107,7 @@ class Engine:
             self._ended,
         )
         self._requests: dict[int, Request] = {}  # {id of the request's ticket: request}
+        self._prompts = 0  # the bytes of the prompts of `_requests`
         self._cancelled: deque[Ticket] = deque()
         self._roots = weakref.WeakKeyDictionary[LanguageModel, str]()
         self._numbers = itertools.count()
@@ -175,7 +176,7 @@ class Engine:
             TypeError: `ids` are not integers, or `adapter` has a wrong type.
             ValueError: the prompt is empty, has tokens outside the vocabulary, or leaves no room in `context`
                 for an answer; or an option is out of range; or `adapter` is a copy of another model.
-            QueueFullError: `max_waiting` requests are waiting.
+            QueueFullError: `max_waiting` requests are waiting, or all prompts together take too much memory.
             RuntimeError: the engine was closed.
         """
         sampling = sampling or Sampling()
@@ -209,7 +210,14 @@ class Engine:
                 return ticket
             if len(self._scheduler.queue) >= self._most_waiting + self._scheduler.free_slots:
                 raise QueueFullError(f"{_OP}: {_waiting(len(self._scheduler.queue))} waiting already")
+            size = PROMPT_TOKEN * len(prompt)
+            if self._requests and self._prompts + size > WAITING:
+                raise QueueFullError(
+                    f"{_OP}: the prompt takes {size:,} bytes and the others {self._prompts:,}, "
+                    f"expected at most {WAITING:,} bytes together"
+                )
             self._requests[id(ticket)] = request
+            self._prompts += size
             self._scheduler.queue.push(request)
             self._changed.notify_all()
         return ticket
@@ -345,7 +353,8 @@ class Engine:
 
     def _ended(self, request: Request) -> None:
         with self._lock:
-            self._requests.pop(id(request.ticket), None)
+            if self._requests.pop(id(request.ticket), None) is not None:
+                self._prompts -= PROMPT_TOKEN * request.answer.prompt
             self._changed.notify_all()
 
     def _model(self, adapter: str | LanguageModel | None) -> LanguageModel:

@@ -291,6 +291,28 @@ def test_cancelled_requests_do_not_fill_the_queue(lm: LanguageModel) -> None:
     assert not engine.busy
 
 
+def test_a_ticket_exists_until_its_request_is_looked_up(lm: LanguageModel) -> None:
+    """A new ticket may get the address of a ticket that is gone."""
+    engine, exists = Engine(lm), list[bool]()
+    tickets = [engine.submit([5]), engine.submit([6])]
+    for ticket in (*tickets, tickets[0]):  # the second time, the request of the first ticket has ended
+        ticket.cancel()
+    first = weakref.ref(ticket)
+    del ticket
+    tickets.clear()
+
+    class Requests(dict[Any, Any]):
+        def get(self, key: Any, default: Any = None) -> Any:
+            exists.append(first() is not None)
+            return super().get(key, default)
+
+    engine._requests = Requests(engine._requests)
+    while engine.step():
+        pass
+    assert exists == [True] * 3
+    assert first() is None
+
+
 @pytest.mark.slow
 def test_a_request_of_higher_priority_keeps_its_pages(lm: LanguageModel) -> None:
     rng, sampling = np.random.default_rng(1), Sampling(max_new_tokens=3 * PAGE, logit_bias=ENDLESS)

@@ -106,7 +106,7 @@ class Engine:
             turn or contextlib.nullcontext(),
             self._ended,
         )
-        self._requests: dict[int, Request] = {}  # {id of the request's ticket: request}
+        self._requests: dict[Ticket, Request] = {}
         self._prompts = 0  # the bytes of the prompts of `_requests`
         self._cancelled: deque[Ticket] = deque()
         self._roots = weakref.WeakKeyDictionary[LanguageModel, str]()
@@ -216,7 +216,7 @@ class Engine:
                     f"{_OP}: the prompt takes {size:,} bytes and the others {self._prompts:,}, "
                     f"expected at most {WAITING:,} bytes together"
                 )
-            self._requests[id(ticket)] = request
+            self._requests[ticket] = request
             self._prompts += size
             self._scheduler.queue.push(request)
             self._changed.notify_all()
@@ -232,7 +232,7 @@ class Engine:
         """
         with self._round("Engine.step"):
             while self._cancelled:
-                request = self._requests.get(id(self._cancelled.popleft()))
+                request = self._requests.get(self._cancelled.popleft())
                 if request is not None:
                     self._scheduler.end(request, "cancelled")
             return unselected(self._scheduler.round)
@@ -346,14 +346,14 @@ class Engine:
         A waiting request leaves the queue at once, to make room for a new request.
         """
         with self._lock:
-            request = self._requests.get(id(ticket))
+            request = self._requests.get(ticket)
             if request is not None:
                 self._scheduler.queue.remove(request)
                 self._cancelled.append(ticket)
 
     def _ended(self, request: Request) -> None:
         with self._lock:
-            if self._requests.pop(id(request.ticket), None) is not None:
+            if self._requests.pop(request.ticket, None) is not None:
                 self._prompts -= PROMPT_TOKEN * request.answer.prompt
             self._changed.notify_all()
 

@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import threading
+import warnings
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -259,6 +260,55 @@ def test_chunks_keep_their_order_while_a_listener_joins(lm: LanguageModel) -> No
         assert done.wait(10)
     assert heard.index(None) == len(heard) - 1
     assert "".join(chunk.text for chunk in heard if chunk) == generate_ids(lm, [[5, 6, 7]], sampling)[0]
+
+
+@pytest.mark.parametrize("threaded", [True, False])
+def test_a_listener_that_fails_ends_only_its_request_if_warnings_are_errors(
+    lm: LanguageModel, threaded: bool
+) -> None:
+    engine, sampling = Engine(lm), Sampling(max_new_tokens=6, logit_bias=ENDLESS)
+
+    def fails(chunk: Chunk | None) -> None:
+        raise OSError("gone")
+
+    bad, last, good = (engine.submit(ids, sampling) for ids in ([5, 6, 7], [8, 9], [5, 6]))
+    bad.listen(fails)
+    last.listen(lambda chunk: fails(chunk) if chunk is None else None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        if threaded:
+            engine.start()
+        texts = list[str]()
+        assert ends(lambda: texts.append(good.text()))
+        assert ends(engine.close)
+    assert texts == generate_ids(lm, [[5, 6]], sampling)
+    assert (bad.finish_reason, last.finish_reason, good.finish_reason) == ("cancelled", "length", "length")
+    assert not engine.busy
+
+
+def test_an_interrupt_in_a_listener_leaves_no_request_behind(lm: LanguageModel) -> None:
+    engine = Engine(lm)
+    ticket = engine.submit([5, 6], Sampling(max_new_tokens=1))
+
+    def interrupted(chunk: Chunk | None) -> None:
+        if chunk is None:
+            raise KeyboardInterrupt
+
+    ticket.listen(interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        engine.step()
+    assert not engine.busy
+    assert engine.metrics().finished == {ticket.finish_reason: 1}
+
+
+def test_closing_ends_if_a_round_finds_nothing_to_do(
+    lm: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = Engine(lm)
+    ticket = engine.submit([5, 6])
+    monkeypatch.setattr(engine._scheduler, "round", lambda: False)
+    assert ends(engine.close)
+    assert ticket.finish_reason == "cancelled"
 
 
 # ---- queue and pages ----

@@ -267,9 +267,11 @@ class Engine:
             self._changed.notify_all()
         end = None if timeout is None else time.monotonic() + timeout
         while drain and self.busy and (end is None or time.monotonic() < end):
-            if not self._run():
+            if self._is_served:
                 with self._lock:
                     self._changed.wait(0.05 if end is None else max(0.0, min(0.05, end - time.monotonic())))
+            elif not self.step():
+                break
         with self._lock:
             self._stopping = True
             self._changed.notify_all()
@@ -319,10 +321,15 @@ class Engine:
     def _run(self) -> bool:
         """Run a round in the calling thread. If the engine has its own thread, only return False."""
         self._require_no_round("Ticket")
-        if self._thread is not None and self._thread.is_alive():
+        if self._is_served:
             return False
         self.step()
         return True
+
+    @property
+    def _is_served(self) -> bool:
+        """Whether the engine's own thread runs the rounds."""
+        return self._thread is not None and self._thread.is_alive()
 
     @contextlib.contextmanager
     def _round(self, op: str) -> Iterator[None]:

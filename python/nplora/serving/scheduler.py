@@ -90,12 +90,14 @@ class Scheduler:
             self.queue.remove(request)
         else:
             self._give_back(request)
-        request.ticket.end(reason, request.usage, error)
-        with self._ending:
-            finished = self._metrics.finished
-            finished[reason] = finished.get(reason, 0) + 1
-            self._metrics.request_seconds.add(time.monotonic() - request.submitted)
-        self._ended(request)
+        try:
+            request.ticket.end(reason, request.usage, error)
+        finally:  # a listener may raise KeyboardInterrupt
+            with self._ending:
+                finished = self._metrics.finished
+                finished[reason] = finished.get(reason, 0) + 1
+                self._metrics.request_seconds.add(time.monotonic() - request.submitted)
+            self._ended(request)
 
     def close(self) -> None:
         """Free the keys and values. Call this method only when there are no more requests."""

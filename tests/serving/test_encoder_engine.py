@@ -140,6 +140,17 @@ def test_a_request_that_is_cancelled_after_its_first_part_is_not_computed_furthe
     assert not engine.step()
 
 
+def test_clients_take_turns_and_a_cancelled_request_does_not_use_a_turn(encoder: Encoder) -> None:
+    engine, order = EncoderEngine(encoder), list[str]()
+    futures = {}
+    for name in ("a1", "a2", "a3", "b1", "b2"):
+        futures[name] = engine.submit([[5] * 60] * 25, client=name[0])  # two parts
+        futures[name].add_done_callback(lambda future, name=name: order.append(name))  # type: ignore[misc]
+    futures["a1"].cancel()
+    finish(engine)
+    assert order == ["a1", "a2", "b1", "a3", "b2"]
+
+
 def test_waiting_requests_have_a_limit_in_bytes(encoder: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(encoder_engine, "WAITING", 10_000)
     engine = EncoderEngine(encoder)

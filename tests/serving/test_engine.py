@@ -535,6 +535,19 @@ def test_clients_take_turns_and_higher_priorities_come_first(lm: LanguageModel) 
     assert order == ["d1", "a1", "b1", "c1", "a2", "b2", "a3"]
 
 
+def test_a_request_that_is_cancelled_while_it_waits_does_not_use_its_client_s_turn(lm: LanguageModel) -> None:
+    engine, order = Engine(lm, max_requests=1), list[str]()
+    tickets = {}
+    for name in ("a1", "a2", "b1"):
+        tickets[name] = engine.submit([5], Sampling(max_new_tokens=1), client=name[0])
+        tickets[name].listen(lambda chunk, name=name: order.append(name) if chunk is None else None)  # type: ignore[misc]
+    tickets["a1"].cancel()
+    while engine.step():
+        pass
+    assert order == ["a1", "a2", "b1"]  # the cancelled request ends first
+
+
+@pytest.mark.slow
 def test_a_long_prompt_is_read_in_pieces_between_the_tokens_of_others(
     lm: LanguageModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -244,7 +244,7 @@ class EncoderEngine:
                 if not request.begun:
                     self._metrics.queue_seconds.add(time.monotonic() - request.arrived)
                 if request.take_part():
-                    self._queue.remove(request)
+                    self._queue.take(request)
                 else:
                     self._queue.pass_turn(request)
                 parts.append(part)

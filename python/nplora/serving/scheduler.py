@@ -122,7 +122,7 @@ class Scheduler:
             pages = self._pages_to_come([*self.running, request]) + len(self.running)
             if self.running and pages > self._pool.available:
                 return
-            if not self.queue.remove(request):  # the request has just been cancelled
+            if not self.queue.take(request):  # the request has just been cancelled
                 continue
             if request.started is None:
                 request.started = next(self._started)

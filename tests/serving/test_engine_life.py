@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import threading
+import traceback
 import warnings
 import weakref
 from collections.abc import Callable
@@ -429,6 +430,24 @@ def test_closing_frees_the_keys_and_values(lm: LanguageModel) -> None:
     assert engine.metrics().finished == {ticket.finish_reason: 1}
     assert not engine.step()
     engine.close()
+
+
+def test_the_error_of_a_ticket_does_not_keep_the_keys_and_values(
+    lm: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def decode(self: LanguageModel, ids: Any, slots: Any, cache: Any) -> Any:
+        raise MemoryError("too little")
+
+    monkeypatch.setattr(LanguageModel, "decode", decode)
+    engine = Engine(lm)
+    ticket = engine.submit([5, 6, 7])
+    while engine.step():
+        pass
+    cache = weakref.ref(engine._scheduler._cache)
+    engine.close()
+    assert cache() is None
+    assert ticket.error is not None
+    assert traceback.extract_tb(ticket.error.__traceback__)[-1].name == "decode"
 
 
 def test_a_ticket_that_has_ended_holds_neither_engine_nor_listener(lm: LanguageModel) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import threading
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -86,6 +87,8 @@ class Scheduler:
 
         Another thread may call this method during a round, but only for a request that has not started.
         """
+        if error is not None:  # variables of its frames refer to the keys and values
+            traceback.clear_frames(error.__traceback__)
         if request.slot is None:
             self.queue.remove(request)
         else:

@@ -37,7 +37,7 @@ class Scheduler:
     Args:
         lm: the model.
         slots: how many requests are computed at the same time.
-        context: the largest number of tokens of a prompt plus its answer.
+        context: the largest number of tokens of a prompt plus its answer, at most `pages` * PAGE.
         pages: the number of pages of the key-value cache. A page holds PAGE tokens.
         metrics: the counters, which the scheduler updates.
         turn: a context manager that the scheduler enters for each call of the model.
@@ -177,17 +177,16 @@ class Scheduler:
 
         If there are too few pages, one of the running requests loses its slot and its pages, and is put back
         into the queue to be computed again later. Among the running requests with the lowest priority, the
-        scheduler chooses the one that started last. If only one request is running, its answer ends.
+        scheduler chooses the one that started last.
         """
         while self._missing(request, tokens):
             page = self._pool.new()
             if page is not None:
                 self._cache.give(_slot(request), page)
                 continue
-            if len(self.running) == 1:
-                request.cut()
-                self.end(request, "length")
-                return False
+            # A request has at most `context` tokens, for which all pages together suffice. So if no page is
+            # left, another running request has some.
+            assert len(self.running) > 1
             last = min(reversed(self.running), key=lambda one: one.priority)
             self._metrics.put_back += 1
             self._give_back(last)

@@ -13,7 +13,7 @@ import numpy as np
 from nplora import _check
 from nplora.lm import Encoder, TextClassifier
 from nplora.serving.encoder_work import Array, Ids, Part, Request, Work
-from nplora.serving.engine import QueueFullError
+from nplora.serving.engine import QueueFullError, waiting
 from nplora.serving.fair_queue import FairQueue
 from nplora.serving.memory import MemoryPlan, plan_encoder_memory
 from nplora.serving.metrics import Metrics
@@ -140,7 +140,7 @@ class EncoderEngine:
         if self._closed:
             raise RuntimeError(f"{_OP}: the engine was closed")
         if len(self._open) >= self._most:
-            raise QueueFullError(f"{_OP}: {len(self._open):,} requests are waiting already")
+            raise QueueFullError(f"{_OP}: {waiting(len(self._open))} waiting already")
         if self._open and self._bytes + request.bytes > WAITING:
             raise QueueFullError(
                 f"{_OP}: this request takes {request.bytes:,} bytes and the waiting ones {self._bytes:,}, "

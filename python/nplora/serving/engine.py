@@ -209,7 +209,7 @@ class Engine:
                 self._scheduler.end(request, "length")
                 return ticket
             if len(self._scheduler.queue) >= self._most_waiting + self._scheduler.free_slots:
-                raise QueueFullError(f"{_OP}: {_waiting(len(self._scheduler.queue))} waiting already")
+                raise QueueFullError(f"{_OP}: {waiting(len(self._scheduler.queue))} waiting already")
             size = PROMPT_TOKEN * len(prompt)
             if self._requests and self._prompts + size > WAITING:
                 raise QueueFullError(
@@ -397,5 +397,6 @@ def unselected(function: Callable[[], T]) -> T:
     return contextvars.Context().run(function)
 
 
-def _waiting(count: int) -> str:
-    return "1 request is" if count == 1 else f"{count} requests are"
+def waiting(count: int) -> str:
+    """The beginning of a sentence about the number of waiting requests."""
+    return "1 request is" if count == 1 else f"{count:,} requests are"

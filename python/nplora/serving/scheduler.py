@@ -257,12 +257,13 @@ class Scheduler:
         rows = self._compute(
             [one.answer.ids[begin:end] for one, (begin, end) in zip(ready, pieces, strict=True)], ready
         )
-        have_read = [
-            (request, scores)
-            for request, piece, scores in zip(ready, pieces, rows, strict=True)
-            if scores is not None and self._have_read(request, piece)
-        ]
-        self._advance(have_read)
+        complete = list[tuple[Request, Array]]()
+        for request, (begin, end), scores in zip(ready, pieces, rows, strict=True):
+            if scores is not None:
+                self._publish(request, begin, end)
+                if end == len(request.answer.ids):  # a request that was put back may know the next tokens
+                    complete.append((request, scores))
+        self._advance(complete)
         return sum(end - begin for begin, end in pieces)
 
     def _next_piece(self, request: Request, most: int) -> tuple[int, int]:
@@ -270,16 +271,11 @@ class Scheduler:
         pieces = prompt_pieces(self._length(request), request.to_read, max(PAGE, most // PAGE * PAGE))
         return next(pieces)
 
-    def _have_read(self, request: Request, piece: tuple[int, int]) -> bool:
-        """Make the full pages of computed tokens available to other requests.
-
-        Return whether all tokens are computed, so that the next token must be chosen.
-        """
-        begin, end = piece
+    def _publish(self, request: Request, begin: int, end: int) -> None:
+        """Make the full pages of the tokens `begin` to `end` - 1 available to other requests."""
         request.known = max(request.known, end)
         for page in range(begin // PAGE, end // PAGE):
             self._pool.publish(int(self._cache.table[request.slot, page]), request.keys[page])
-        return end == len(request.answer.ids)  # False if a request that was put back knows the next tokens
 
     # ---- answers ----
 

@@ -34,7 +34,7 @@ T = TypeVar("T")
 
 
 class QueueFullError(RuntimeError):
-    """Too many requests are waiting.
+    """Too many requests are waiting, or their prompts together take too much memory.
 
     >>> engine = nplora.serving.Engine(nplora.load_model("model.gguf"), max_requests=1, max_waiting=0)
     >>> ticket = engine.submit([5])

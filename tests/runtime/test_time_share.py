@@ -177,6 +177,23 @@ def test_urgent_work_that_is_interrupted_while_it_waits_does_not_hold_up_trainin
         turns.pause()
 
 
+def test_training_that_is_interrupted_while_it_waits_does_not_hold_up_urgent_work(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock = Clock()
+    turns = TimeShare(0.5, clock)
+
+    def interrupted(condition: threading.Condition, seconds: float | None = None) -> None:
+        raise InterruptedError
+
+    monkeypatch.setattr(threading.Condition, "wait", interrupted)
+    with turns, pytest.raises(InterruptedError):
+        turns.pause()
+    clock.now += 1.0
+    with turns:  # with training that waits, this would wait
+        pass
+
+
 @pytest.mark.parametrize("share", [0, -1, 1.01, float("nan")])
 def test_a_share_is_above_0_and_at_most_1(share: float) -> None:
     with pytest.raises(ValueError, match="share is"):

@@ -1,5 +1,7 @@
 """Chats of several turns: answers equal those of `lm.generate`, and earlier turns are not computed again."""
 
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ import nplora
 from nplora import adapters
 from nplora.formats.gguf import Typed
 from nplora.lm import LanguageModel
-from nplora.serving import Conversation, Engine
+from nplora.serving import Chunk, Conversation, Engine, Ticket
 from small_llama import save_small_llama
 
 SAMPLING = nplora.generate.Sampling(max_new_tokens=5)
@@ -127,6 +129,36 @@ def test_a_stopped_answer_stays_in_the_chat_as_far_as_it_came(lm: LanguageModel)
         assert len(chat.turns[1]["content"]) < 400
         assert "".join(chat.ask("two"))
         assert len(chat.turns) == 4
+
+
+def test_an_answer_that_was_generated_but_not_read_to_its_end_is_cancelled(lm: LanguageModel) -> None:
+    expected = lm.generate([{"role": "user", "content": "one"}], max_new_tokens=20)
+    with Engine(lm) as engine:
+        chat = Conversation(engine, nplora.generate.Sampling(max_new_tokens=20))
+        pieces = chat.ask("one")
+        begun = next(pieces)
+        while engine.busy:
+            time.sleep(0.001)
+        pieces.close()
+    assert begun != expected
+    assert chat.turns[1]["content"] == begun
+    assert chat.finish_reason == "cancelled"
+
+
+def test_an_answer_without_text_that_is_cancelled_leaves_the_chat_as_it_was(
+    lm: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def chunks(ticket: Ticket) -> Iterator[Chunk]:
+        yield Chunk("")  # the text is held back: it may be the beginning of a stop text
+        raise kind
+
+    monkeypatch.setattr(Ticket, "__iter__", chunks)
+    for kind, reason in ((KeyboardInterrupt, "cancelled"), (MemoryError, "error")):
+        with Engine(lm) as engine:
+            chat = Conversation(engine, SAMPLING)
+            with pytest.raises(kind):
+                list(chat.ask("one"))
+        assert (chat.turns, chat.finish_reason) == ([], reason)
 
 
 def test_a_question_with_an_empty_answer_stays_in_the_chat(lm: LanguageModel) -> None:

@@ -7,6 +7,7 @@ import dataclasses
 import gc
 import json
 import signal
+import threading
 import urllib.error
 import urllib.request
 import weakref
@@ -139,6 +140,17 @@ def test_a_request_that_is_cancelled_after_its_first_part_is_not_computed_furthe
     assert not engine.step()
 
 
+def test_clients_take_turns_and_a_cancelled_request_does_not_use_a_turn(encoder: Encoder) -> None:
+    engine, order = EncoderEngine(encoder), list[str]()
+    futures = {}
+    for name in ("a1", "a2", "a3", "b1", "b2"):
+        futures[name] = engine.submit([[5] * 60] * 25, client=name[0])  # two parts
+        futures[name].add_done_callback(lambda future, name=name: order.append(name))  # type: ignore[misc]
+    futures["a1"].cancel()
+    finish(engine)
+    assert order == ["a1", "a2", "b1", "a3", "b2"]
+
+
 def test_waiting_requests_have_a_limit_in_bytes(encoder: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(encoder_engine, "WAITING", 10_000)
     engine = EncoderEngine(encoder)
@@ -148,6 +160,64 @@ def test_waiting_requests_have_a_limit_in_bytes(encoder: Encoder, monkeypatch: p
     large.cancel()
     assert engine.submit(GOOD) is not None
     finish(engine)
+
+
+# ---- the end of an engine ----
+
+
+def ends(function: Callable[[], object], seconds: float = 10.0) -> bool:
+    """Whether a function returns within this time."""
+    thread = threading.Thread(target=function, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return not thread.is_alive()
+
+
+def test_an_engine_without_a_thread_closes_after_its_requests_or_its_timeout(encoder: Encoder) -> None:
+    for timeout, cancelled in ((None, False), (60.0, False), (0.0, True)):
+        engine = EncoderEngine(encoder)
+        futures = [engine.submit(GOOD), engine.submit([[5] * 60] * 100), engine.submit([])]
+        engine.close(timeout=timeout)
+        assert [future.cancelled() for future in futures] == [cancelled, cancelled, False]
+    engine = EncoderEngine(encoder)
+    future = engine.submit(GOOD)
+    engine.close(drain=False)
+    assert future.cancelled()
+
+
+@pytest.mark.parametrize("kind", [SystemExit, RuntimeError])
+def test_an_error_in_a_round_ends_the_requests_and_the_engine_keeps_running(
+    encoder: Encoder, monkeypatch: pytest.MonkeyPatch, kind: type[BaseException]
+) -> None:
+    engine = EncoderEngine(encoder)
+    usual, failures = engine._next_parts, [kind("a mistake")]
+
+    def once() -> Any:
+        if failures:
+            raise failures.pop()
+        return usual()
+
+    monkeypatch.setattr(engine, "_next_parts", once)
+    first = [engine.submit(GOOD), engine.submit([[5] * 60] * 100)]
+    engine.start()
+    for future in first:
+        assert isinstance(future.exception(10), kind)
+    np.testing.assert_allclose(engine.submit(GOOD).result(10), encoder.embed_ids(GOOD), atol=1e-6)
+    assert ends(engine.close)
+    assert engine.metrics().finished == {"error": 2, "stop": 1}
+
+
+def test_a_request_without_texts_may_be_cancelled_while_it_is_submitted(
+    encoder: Encoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, admit = EncoderEngine(encoder), EncoderEngine._admit
+
+    def cancelled(self: EncoderEngine, request: Any) -> None:
+        admit(self, request)
+        request.future.cancel()  # as `close(drain=False)` in another thread does
+
+    monkeypatch.setattr(EncoderEngine, "_admit", cancelled)
+    assert engine.submit([]).cancelled()
 
 
 def test_the_memory_decides_how_long_a_text_may_be(tmp_path: Path) -> None:

@@ -1,10 +1,12 @@
 """The engine: every text equals the text that the model generates alone, and no request is lost."""
 
 import importlib.util
+import operator
 import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 import types
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,8 @@ from nplora.lm import LanguageModel
 from nplora.lm.generation import PAGE, Sampling, generate_ids
 from nplora.models.invocation import NEVER
 from nplora.serving import Chunk, Engine, QueueFullError, Ticket, memory, scheduler
+from nplora.serving import engine as engine_module
+from nplora.serving.page_pool import page_keys
 from vocabularies import byte_level
 
 pytest.importorskip("tokenizers")
@@ -262,7 +266,7 @@ tuned = nplora.load_model(sys.argv[1])
 tuned.add_lora(rank=4, init="gaussian")
 lm.load_adapter(nplora.adapters.Adapter.from_model(tuned), "tuned")
 budget = sum(memory.resident_memory(lm)) + memory.work_bytes(lm, 12) + 40_000_000
-engine = Engine(lm, memory=budget, max_requests=12)
+engine = Engine(lm, memory=budget, max_requests=12, max_waiting=0)
 prompts = [rng.integers(1, 200, length).tolist() for length in [600, 30] * 6]
 names = [None, "tuned", "tuned"] * 4
 sampling = Sampling(max_new_tokens=30, logit_bias={0: -np.inf})
@@ -423,6 +427,35 @@ def test_bad_requests_are_refused(lm: LanguageModel) -> None:
         engine.submit([1])
 
 
+def test_waiting_prompts_have_a_limit_in_bytes(lm: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_module, "WAITING", 48 * 100)
+    engine, sampling = Engine(lm, max_requests=1), Sampling(max_new_tokens=2)
+    large = engine.submit([5] * 150, sampling)  # above the limit, but it is the only request
+    with pytest.raises(QueueFullError, match=r"takes 48 bytes and the others 7,200, .* 4,800"):
+        engine.submit([5], sampling)
+    large.text()
+    cancelled, first = engine.submit([5] * 60, sampling), engine.submit([6] * 40, sampling)
+    with pytest.raises(QueueFullError, match="4,800 bytes together"):
+        engine.submit([5], sampling)
+    cancelled.cancel()
+    engine.step()
+    assert engine.submit([7] * 60, sampling).text() == alone(lm, [7] * 60, sampling)
+    assert first.finish_reason is not None
+
+
+def test_the_plan_counts_the_waiting_prompts(lm: LanguageModel) -> None:
+    plans = [Engine(lm, memory="1G", max_requests=4, max_waiting=n).plan for n in (0, 100, 100_000)]
+    few, some, many = (plan.work for plan in plans)
+    assert (some - few, many - few) == (48 * CONTEXT * 100, memory.WAITING - 48 * CONTEXT * 4)
+    tokens = np.random.default_rng(0).integers(300, 100_000, 50_000)
+    tracemalloc.start()
+    request = [operator.index(one) for one in tokens], list(page_keys("base", tokens.tolist(), PAGE))
+    size = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    assert len(request[0]) == 50_000
+    assert 40 * 50_000 < size <= 48 * 50_000
+
+
 # ---- threads ----
 
 
@@ -502,6 +535,19 @@ def test_clients_take_turns_and_higher_priorities_come_first(lm: LanguageModel) 
     assert order == ["d1", "a1", "b1", "c1", "a2", "b2", "a3"]
 
 
+def test_a_request_that_is_cancelled_while_it_waits_does_not_use_its_client_s_turn(lm: LanguageModel) -> None:
+    engine, order = Engine(lm, max_requests=1), list[str]()
+    tickets = {}
+    for name in ("a1", "a2", "b1"):
+        tickets[name] = engine.submit([5], Sampling(max_new_tokens=1), client=name[0])
+        tickets[name].listen(lambda chunk, name=name: order.append(name) if chunk is None else None)  # type: ignore[misc]
+    tickets["a1"].cancel()
+    while engine.step():
+        pass
+    assert order == ["a1", "a2", "b1"]  # the cancelled request ends first
+
+
+@pytest.mark.slow
 def test_a_long_prompt_is_read_in_pieces_between_the_tokens_of_others(
     lm: LanguageModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,6 +3,8 @@
 import asyncio
 import gc
 import threading
+import traceback
+import warnings
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -261,6 +263,55 @@ def test_chunks_keep_their_order_while_a_listener_joins(lm: LanguageModel) -> No
     assert "".join(chunk.text for chunk in heard if chunk) == generate_ids(lm, [[5, 6, 7]], sampling)[0]
 
 
+@pytest.mark.parametrize("threaded", [True, False])
+def test_a_listener_that_fails_ends_only_its_request_if_warnings_are_errors(
+    lm: LanguageModel, threaded: bool
+) -> None:
+    engine, sampling = Engine(lm), Sampling(max_new_tokens=6, logit_bias=ENDLESS)
+
+    def fails(chunk: Chunk | None) -> None:
+        raise OSError("gone")
+
+    bad, last, good = (engine.submit(ids, sampling) for ids in ([5, 6, 7], [8, 9], [5, 6]))
+    bad.listen(fails)
+    last.listen(lambda chunk: fails(chunk) if chunk is None else None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        if threaded:
+            engine.start()
+        texts = list[str]()
+        assert ends(lambda: texts.append(good.text()))
+        assert ends(engine.close)
+    assert texts == generate_ids(lm, [[5, 6]], sampling)
+    assert (bad.finish_reason, last.finish_reason, good.finish_reason) == ("cancelled", "length", "length")
+    assert not engine.busy
+
+
+def test_an_interrupt_in_a_listener_leaves_no_request_behind(lm: LanguageModel) -> None:
+    engine = Engine(lm)
+    ticket = engine.submit([5, 6], Sampling(max_new_tokens=1))
+
+    def interrupted(chunk: Chunk | None) -> None:
+        if chunk is None:
+            raise KeyboardInterrupt
+
+    ticket.listen(interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        engine.step()
+    assert not engine.busy
+    assert engine.metrics().finished == {ticket.finish_reason: 1}
+
+
+def test_closing_ends_if_a_round_finds_nothing_to_do(
+    lm: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = Engine(lm)
+    ticket = engine.submit([5, 6])
+    monkeypatch.setattr(engine._scheduler, "round", lambda: False)
+    assert ends(engine.close)
+    assert ticket.finish_reason == "cancelled"
+
+
 # ---- queue and pages ----
 
 
@@ -289,6 +340,28 @@ def test_cancelled_requests_do_not_fill_the_queue(lm: LanguageModel) -> None:
     )
     assert [ticket.finish_reason for ticket in tickets] == ["cancelled"] * 2
     assert not engine.busy
+
+
+def test_a_ticket_exists_until_its_request_is_looked_up(lm: LanguageModel) -> None:
+    """A new ticket may get the address of a ticket that is gone."""
+    engine, exists = Engine(lm), list[bool]()
+    tickets = [engine.submit([5]), engine.submit([6])]
+    for ticket in (*tickets, tickets[0]):  # the second time, the request of the first ticket has ended
+        ticket.cancel()
+    first = weakref.ref(ticket)
+    del ticket
+    tickets.clear()
+
+    class Requests(dict[Any, Any]):
+        def get(self, key: Any, default: Any = None) -> Any:
+            exists.append(first() is not None)
+            return super().get(key, default)
+
+    engine._requests = Requests(engine._requests)
+    while engine.step():
+        pass
+    assert exists == [True] * 3
+    assert first() is None
 
 
 @pytest.mark.slow
@@ -357,6 +430,24 @@ def test_closing_frees_the_keys_and_values(lm: LanguageModel) -> None:
     assert engine.metrics().finished == {ticket.finish_reason: 1}
     assert not engine.step()
     engine.close()
+
+
+def test_the_error_of_a_ticket_does_not_keep_the_keys_and_values(
+    lm: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def decode(self: LanguageModel, ids: Any, slots: Any, cache: Any) -> Any:
+        raise MemoryError("too little")
+
+    monkeypatch.setattr(LanguageModel, "decode", decode)
+    engine = Engine(lm)
+    ticket = engine.submit([5, 6, 7])
+    while engine.step():
+        pass
+    cache = weakref.ref(engine._scheduler._cache)
+    engine.close()
+    assert cache() is None
+    assert ticket.error is not None
+    assert traceback.extract_tb(ticket.error.__traceback__)[-1].name == "decode"
 
 
 def test_a_ticket_that_has_ended_holds_neither_engine_nor_listener(lm: LanguageModel) -> None:

@@ -311,7 +311,7 @@ def test_a_request_that_is_cancelled_is_not_computed(directory: Path) -> None:
     encoder = nplora.load_encoder(directory / "model")
     engine = EncoderEngine(encoder, max_waiting=1)
     first = engine.submit([[2, 5, 3]])
-    with pytest.raises(QueueFullError, match="1 requests are waiting already"):
+    with pytest.raises(QueueFullError, match="1 request is waiting already"):
         engine.submit([[2, 5, 3]])
     first.cancel()
     assert not engine.step()

@@ -110,11 +110,6 @@ class Answer:
             self.ended = self.ended or self.cut_off
         return piece + self._rest() if self.ended else piece
 
-    def cut(self) -> str:
-        """End the answer because there is no more memory, and return the text that was held back."""
-        self.ended = self.cut_off = True
-        return self._rest()
-
     def _rest(self) -> str:
         return "" if self._stop.found else self._stop.push(self._text.flush()) + self._stop.flush()
 

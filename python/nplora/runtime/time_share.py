@@ -152,10 +152,13 @@ class TimeShare:
             self._end_slice()
             self._waits = True
             now = self._clock()
-            while self._running or (self._is_busy(now) and not self._is_due(now)):
-                self._changed.wait(self._seconds(now))
-                now = self._clock()
-            self._waits, self._began = False, now
+            try:
+                while self._running or (self._is_busy(now) and not self._is_due(now)):
+                    self._changed.wait(self._seconds(now))
+                    now = self._clock()
+            finally:
+                self._waits = False
+            self._began = now
 
     def end(self) -> None:
         """End the current slice. Training calls `end` before work that may overlap with urgent work."""

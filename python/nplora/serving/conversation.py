@@ -69,20 +69,21 @@ class Conversation:
         tokenizer = unselected(lambda: model.tokenizer)
         ids = tokenizer.encode_chat([*self.messages, question], True)
         ticket = self.engine.submit(ids, self.sampling, adapter=model)
-        pieces, complete = list[str](), False
+        pieces, reason = list[str](), "cancelled"
         try:
             for chunk in ticket:
                 pieces.append(chunk.text)
                 if chunk.text:
                     yield chunk.text
-            complete = ticket.finish_reason in ("stop", "length")
+            reason = ticket.finish_reason or reason
         except Exception:
+            reason = "error"
             pieces.clear()
             raise
         finally:
             ticket.cancel()
-            self.finish_reason, self.usage = ticket.finish_reason or "cancelled", ticket.usage
-            if pieces or complete:
+            self.finish_reason, self.usage = reason, ticket.usage
+            if any(pieces) or reason in ("stop", "length"):
                 self.turns += [question, {"role": "assistant", "content": "".join(pieces)}]
 
     def reset(self) -> None:

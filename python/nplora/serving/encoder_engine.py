@@ -13,7 +13,7 @@ import numpy as np
 from nplora import _check
 from nplora.lm import Encoder, TextClassifier
 from nplora.serving.encoder_work import Array, Ids, Part, Request, Work
-from nplora.serving.engine import QueueFullError
+from nplora.serving.engine import QueueFullError, waiting
 from nplora.serving.fair_queue import FairQueue
 from nplora.serving.memory import MemoryPlan, plan_encoder_memory
 from nplora.serving.metrics import Metrics
@@ -131,7 +131,8 @@ class EncoderEngine:
             self._admit(request)
         request.future.add_done_callback(self._ended)
         if not texts:
-            request.future.set_result(np.empty((0, work.width()), np.float32))
+            with contextlib.suppress(InvalidStateError):  # `close` in another thread cancelled the request
+                request.future.set_result(np.empty((0, work.width()), np.float32))
         return request.future
 
     def _admit(self, request: Request) -> None:
@@ -139,7 +140,7 @@ class EncoderEngine:
         if self._closed:
             raise RuntimeError(f"{_OP}: the engine was closed")
         if len(self._open) >= self._most:
-            raise QueueFullError(f"{_OP}: {len(self._open):,} requests are waiting already")
+            raise QueueFullError(f"{_OP}: {waiting(len(self._open))} waiting already")
         if self._open and self._bytes + request.bytes > WAITING:
             raise QueueFullError(
                 f"{_OP}: this request takes {request.bytes:,} bytes and the waiting ones {self._bytes:,}, "
@@ -186,6 +187,10 @@ class EncoderEngine:
             self._closed = True
             if drain and self._thread is not None:
                 self._changed.wait_for(lambda: not self._open, timeout)
+        end = None if timeout is None else time.monotonic() + timeout
+        while drain and self._thread is None and (end is None or time.monotonic() < end) and self.step():
+            pass
+        with self._lock:
             remaining = list(self._open)
             self._changed.notify_all()
         for future in remaining:
@@ -218,8 +223,14 @@ class EncoderEngine:
                 self._changed.wait_for(lambda: self._open or self._closed)
                 if not self._open:
                     return
-            if not self.step():  # the remaining request has no texts, and ends in a moment
-                time.sleep(0.001)
+            try:
+                if not self.step():  # the remaining request has no texts, and ends in a moment
+                    time.sleep(0.001)
+            except BaseException as error:  # a bug in the engine ends all requests, but not the engine
+                with self._lock:
+                    requests = list(self._open.values())
+                for request in requests:
+                    _fail(request, error)
 
     def _next_parts(self) -> list[Part]:
         """Choose the parts of requests that are computed together next, and remove them from the queue."""
@@ -233,7 +244,7 @@ class EncoderEngine:
                 if not request.begun:
                     self._metrics.queue_seconds.add(time.monotonic() - request.arrived)
                 if request.take_part():
-                    self._queue.remove(request)
+                    self._queue.take(request)
                 else:
                     self._queue.pass_turn(request)
                 parts.append(part)
@@ -289,6 +300,6 @@ def _store(part: Part, rows: Array) -> None:
             request.future.set_result(made)
 
 
-def _fail(request: Request, error: Exception) -> None:
+def _fail(request: Request, error: BaseException) -> None:
     with contextlib.suppress(InvalidStateError):  # the request has already ended
         request.future.set_exception(error)

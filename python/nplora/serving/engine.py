@@ -21,7 +21,7 @@ from nplora.lm.answer import Answer, Guide
 from nplora.lm.generation import PAGE, checked_ids
 from nplora.lm.sampling import Sampling
 from nplora.models.invocation import invocation_of
-from nplora.serving.memory import MemoryPlan, plan_memory
+from nplora.serving.memory import PROMPT_TOKEN, WAITING, MemoryPlan, plan_memory
 from nplora.serving.metrics import Metrics
 from nplora.serving.request import Request
 from nplora.serving.scheduler import Scheduler
@@ -34,7 +34,7 @@ T = TypeVar("T")
 
 
 class QueueFullError(RuntimeError):
-    """Too many requests are waiting.
+    """Too many requests are waiting, or their prompts together take too much memory.
 
     >>> engine = nplora.serving.Engine(nplora.load_model("model.gguf"), max_requests=1, max_waiting=0)
     >>> ticket = engine.submit([5])
@@ -95,7 +95,7 @@ class Engine:
         self._slots = slots = _check.integer("Engine", "max_requests", max_requests, least=1)
         self._most_waiting = _check.integer("Engine", "max_waiting", max_waiting, least=0)
         self._lm, self._metrics = lm, Metrics()
-        self._plan = plan_memory(lm, memory, slots, adapter_memory, most_adapters)
+        self._plan = plan_memory(lm, memory, slots, adapter_memory, most_adapters, self._most_waiting)
         self._context = min(int(lm.config.max_position_embeddings), self._plan.pages * PAGE)
         self._scheduler = Scheduler(
             lm,
@@ -106,7 +106,8 @@ class Engine:
             turn or contextlib.nullcontext(),
             self._ended,
         )
-        self._requests: dict[int, Request] = {}  # {id of the request's ticket: request}
+        self._requests: dict[Ticket, Request] = {}
+        self._prompts = 0  # the bytes of the prompts of `_requests`
         self._cancelled: deque[Ticket] = deque()
         self._roots = weakref.WeakKeyDictionary[LanguageModel, str]()
         self._numbers = itertools.count()
@@ -175,7 +176,7 @@ class Engine:
             TypeError: `ids` are not integers, or `adapter` has a wrong type.
             ValueError: the prompt is empty, has tokens outside the vocabulary, or leaves no room in `context`
                 for an answer; or an option is out of range; or `adapter` is a copy of another model.
-            QueueFullError: `max_waiting` requests are waiting.
+            QueueFullError: `max_waiting` requests are waiting, or all prompts together take too much memory.
             RuntimeError: the engine was closed.
         """
         sampling = sampling or Sampling()
@@ -208,8 +209,15 @@ class Engine:
                 self._scheduler.end(request, "length")
                 return ticket
             if len(self._scheduler.queue) >= self._most_waiting + self._scheduler.free_slots:
-                raise QueueFullError(f"{_OP}: {_waiting(len(self._scheduler.queue))} waiting already")
-            self._requests[id(ticket)] = request
+                raise QueueFullError(f"{_OP}: {waiting(len(self._scheduler.queue))} waiting already")
+            size = PROMPT_TOKEN * len(prompt)
+            if self._requests and self._prompts + size > WAITING:
+                raise QueueFullError(
+                    f"{_OP}: the prompt takes {size:,} bytes and the others {self._prompts:,}, "
+                    f"expected at most {WAITING:,} bytes together"
+                )
+            self._requests[ticket] = request
+            self._prompts += size
             self._scheduler.queue.push(request)
             self._changed.notify_all()
         return ticket
@@ -224,7 +232,7 @@ class Engine:
         """
         with self._round("Engine.step"):
             while self._cancelled:
-                request = self._requests.get(id(self._cancelled.popleft()))
+                request = self._requests.get(self._cancelled.popleft())
                 if request is not None:
                     self._scheduler.end(request, "cancelled")
             return unselected(self._scheduler.round)
@@ -259,9 +267,11 @@ class Engine:
             self._changed.notify_all()
         end = None if timeout is None else time.monotonic() + timeout
         while drain and self.busy and (end is None or time.monotonic() < end):
-            if not self._run():
+            if self._is_served:
                 with self._lock:
                     self._changed.wait(0.05 if end is None else max(0.0, min(0.05, end - time.monotonic())))
+            elif not self.step():
+                break
         with self._lock:
             self._stopping = True
             self._changed.notify_all()
@@ -311,10 +321,15 @@ class Engine:
     def _run(self) -> bool:
         """Run a round in the calling thread. If the engine has its own thread, only return False."""
         self._require_no_round("Ticket")
-        if self._thread is not None and self._thread.is_alive():
+        if self._is_served:
             return False
         self.step()
         return True
+
+    @property
+    def _is_served(self) -> bool:
+        """Whether the engine's own thread runs the rounds."""
+        return self._thread is not None and self._thread.is_alive()
 
     @contextlib.contextmanager
     def _round(self, op: str) -> Iterator[None]:
@@ -338,14 +353,15 @@ class Engine:
         A waiting request leaves the queue at once, to make room for a new request.
         """
         with self._lock:
-            request = self._requests.get(id(ticket))
+            request = self._requests.get(ticket)
             if request is not None:
                 self._scheduler.queue.remove(request)
                 self._cancelled.append(ticket)
 
     def _ended(self, request: Request) -> None:
         with self._lock:
-            self._requests.pop(id(request.ticket), None)
+            if self._requests.pop(request.ticket, None) is not None:
+                self._prompts -= PROMPT_TOKEN * request.answer.prompt
             self._changed.notify_all()
 
     def _model(self, adapter: str | LanguageModel | None) -> LanguageModel:
@@ -381,5 +397,6 @@ def unselected(function: Callable[[], T]) -> T:
     return contextvars.Context().run(function)
 
 
-def _waiting(count: int) -> str:
-    return "1 request is" if count == 1 else f"{count} requests are"
+def waiting(count: int) -> str:
+    """The beginning of a sentence about the number of waiting requests."""
+    return "1 request is" if count == 1 else f"{count:,} requests are"

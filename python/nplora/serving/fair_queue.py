@@ -71,29 +71,30 @@ class FairQueue(Generic[Item]):
             if line is not None and item is self.first():
                 line.move_to_end(item.client)
 
-    def remove(self, item: Item) -> bool:
-        """Remove a request. Return False if the queue does not contain the request.
+    def take(self, item: Item) -> bool:
+        """Remove a request to start it, and move its client behind the other clients.
 
-        If the request would have started next, its client moves behind the other clients.
+        Return False if the queue does not contain the request.
         """
         with self._lock:
-            return self._remove(item)
+            if item.started is None:  # a request that was put back has had its turn
+                self.pass_turn(item)
+            return self.remove(item)
 
-    def _remove(self, item: Item) -> bool:
-        if item in self._resumed:
-            self._resumed.remove(item)
+    def remove(self, item: Item) -> bool:
+        """Remove a request that does not start. Return False if the queue does not contain the request."""
+        with self._lock:
+            if item in self._resumed:
+                self._resumed.remove(item)
+                return True
+            line = self._lines.get(item.priority, OrderedDict())
+            own = line.get(item.client, deque())
+            if item not in own:
+                return False
+            own.remove(item)
+            self._count -= 1
+            if not own:
+                del line[item.client]
+            if not line:
+                del self._lines[item.priority]
             return True
-        line = self._lines.get(item.priority, OrderedDict())
-        own = line.get(item.client, deque())
-        if item not in own:
-            return False
-        starts = item is self.first()
-        own.remove(item)
-        self._count -= 1
-        if not own:
-            del line[item.client]
-        elif starts:
-            line.move_to_end(item.client)
-        if not line:
-            del self._lines[item.priority]
-        return True

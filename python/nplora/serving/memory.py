@@ -19,6 +19,10 @@ from nplora.runtime import get_num_threads
 _FLOAT = 4
 _THREAD = 3 << 19  # a thread's scratch memory in addition to the rows of a product, rounded up
 _HEAP = (9 << 20) + _core.constants.spare_buffer_bytes  # small arrays, texts of requests, idle memory, code
+# The bytes of a token of a prompt: a pointer in a list that has grown by eighths (9), an integer object (32),
+# and a part of the key of its page (2), rounded up.
+PROMPT_TOKEN = 48
+WAITING = 16 << 20  # the most bytes of the prompts of all requests; a single request may have more
 _PART = 0.5  # without a memory limit, the engine may take this part of the available memory
 _ADAPTERS = 8  # by default, adapters that are loaded later get 1 / _ADAPTERS of the memory the model leaves
 _LEAST_PAGES = 4
@@ -33,7 +37,7 @@ class MemoryPlan:
         weights: the memory for weights that are not in memory yet: a file's weights are read on first use.
         adapters: the memory that is reserved for adapters that are loaded later.
         work: the working memory: scratch memory, and the activations of one call of the model. For a language
-            model, the scores of each request's next token also count; for an encoder, the waiting requests.
+            model, the scores of each request's next token also count. The waiting requests count, too.
         pages: the number of pages for keys and values.
         page_bytes: the number of bytes of one page.
         longest: the number of tokens of the longest text that fits into the memory; 0 for a language model.
@@ -73,6 +77,7 @@ def plan_memory(
     max_requests: int,
     adapter_memory: int | str | None = 0,
     most_adapters: int | None = None,
+    max_waiting: int = 0,
 ) -> MemoryPlan:
     """Plan the memory of a process that serves a language model.
 
@@ -81,12 +86,13 @@ def plan_memory(
             the available memory that remains.
         max_requests: how many requests are computed at the same time.
         adapter_memory, most_adapters: the memory for later adapters, as in `Engine`.
+        max_waiting: how many requests may wait.
     Raises:
         ValueError: the memory limit is not a size, or is too small.
     """
     _ = lm.tokenizer  # this reads the tokenizer, so that it counts as memory in use
     process, weights = resident_memory(lm)
-    work, page = work_bytes(lm, max_requests), page_bytes(lm.config)
+    work, page = work_bytes(lm, max_requests, max_waiting), page_bytes(lm.config)
     most = max_requests * -(-lm.config.max_position_embeddings // PAGE)
     fixed = process + weights + work
     if memory is not None:
@@ -105,7 +111,8 @@ def plan_memory(
             f"Engine: memory is {budget / 1e6:,.0f} MB, expected at least "
             f"{math.ceil(needed / 1e6):,} MB: {process / 1e6:,.0f} MB are in use, "
             f"{weights / 1e6:,.0f} MB are weights that are not read yet, {adapters / 1e6:,.0f} MB are for "
-            f"adapters, a round takes {work / 1e6:,.0f} MB, and {PAGE} tokens take {page / 1e6:,.1f} MB"
+            f"adapters, a round and the waiting prompts take {work / 1e6:,.0f} MB, "
+            f"and {PAGE} tokens take {page / 1e6:,.1f} MB"
         )
     return MemoryPlan(process, weights, adapters, work, min(pages, most), page)
 
@@ -183,8 +190,9 @@ def page_bytes(config: ModelConfig) -> int:
     return 2 * _FLOAT * PAGE * config.key_value_width * config.num_hidden_layers
 
 
-def work_bytes(lm: LanguageModel, max_requests: int) -> int:
-    """Return the largest number of bytes of working memory that a round of the engine needs."""
+def work_bytes(lm: LanguageModel, max_requests: int, max_waiting: int = 0) -> int:
+    """Return the largest number of bytes of working memory that a round of the engine and all prompts
+    need."""
     config, threads = lm.config, get_num_threads()
     block = max(layer.footprint(NOT_ADAPTED, False).forward for layer in lm.model.layers)
     piece = PIECE * (block + 2 * _FLOAT * config.hidden_size)
@@ -192,4 +200,5 @@ def work_bytes(lm: LanguageModel, max_requests: int) -> int:
     scores = max_requests * config.vocab_size * _FLOAT + 4 * 8 * config.vocab_size
     lanes = _FLOAT * min(PIECE, 256) * config.intermediate_size
     scratch = threads * (min(_core.constants.lanes_bytes, lanes) + _THREAD)
-    return piece + scores + scratch + _HEAP
+    prompts = (max_requests + max_waiting) * config.max_position_embeddings * PROMPT_TOKEN
+    return piece + scores + scratch + min(prompts, WAITING) + _HEAP

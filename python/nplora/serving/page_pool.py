@@ -72,8 +72,7 @@ class PagePool:
         return key in self._by_key
 
     def is_used(self, key: Key) -> bool:
-        """Whether a request uses the page with this key. If so, another user of the page does not reduce
-        `available`."""
+        """Whether a request uses the page with this key. Sharing the page takes none from `available`."""
         page = self._by_key.get(key)
         return page is not None and self._users[page] > 0
 

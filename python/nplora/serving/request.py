@@ -122,10 +122,6 @@ class Request:
         if chunk.text or chunk.tokens:
             self.ticket.put(chunk, self.usage)
 
-    def cut(self) -> None:
-        """End the answer because there is no more memory. Pass the client all text that was held back."""
-        self.pass_on(Chunk(self.answer.cut()))
-
     def _token(self, token: int, scores: Array) -> Token:
         if self._logprobs is None:
             return Token(token, self._text(token))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import threading
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -36,7 +37,7 @@ class Scheduler:
     Args:
         lm: the model.
         slots: how many requests are computed at the same time.
-        context: the largest number of tokens of a prompt plus its answer.
+        context: the largest number of tokens of a prompt plus its answer, at most `pages` * PAGE.
         pages: the number of pages of the key-value cache. A page holds PAGE tokens.
         metrics: the counters, which the scheduler updates.
         turn: a context manager that the scheduler enters for each call of the model.
@@ -86,16 +87,20 @@ class Scheduler:
 
         Another thread may call this method during a round, but only for a request that has not started.
         """
+        if error is not None:  # variables of its frames refer to the keys and values
+            traceback.clear_frames(error.__traceback__)
         if request.slot is None:
             self.queue.remove(request)
         else:
             self._give_back(request)
-        request.ticket.end(reason, request.usage, error)
-        with self._ending:
-            finished = self._metrics.finished
-            finished[reason] = finished.get(reason, 0) + 1
-            self._metrics.request_seconds.add(time.monotonic() - request.submitted)
-        self._ended(request)
+        try:
+            request.ticket.end(reason, request.usage, error)
+        finally:  # a listener may raise KeyboardInterrupt
+            with self._ending:
+                finished = self._metrics.finished
+                finished[reason] = finished.get(reason, 0) + 1
+                self._metrics.request_seconds.add(time.monotonic() - request.submitted)
+            self._ended(request)
 
     def close(self) -> None:
         """Free the keys and values. Call this method only when there are no more requests."""
@@ -120,7 +125,7 @@ class Scheduler:
             pages = self._pages_to_come([*self.running, request]) + len(self.running)
             if self.running and pages > self._pool.available:
                 return
-            if not self.queue.remove(request):  # the request has just been cancelled
+            if not self.queue.take(request):  # the request has just been cancelled
                 continue
             if request.started is None:
                 request.started = next(self._started)
@@ -172,17 +177,16 @@ class Scheduler:
 
         If there are too few pages, one of the running requests loses its slot and its pages, and is put back
         into the queue to be computed again later. Among the running requests with the lowest priority, the
-        scheduler chooses the one that started last. If only one request is running, its answer ends.
+        scheduler chooses the one that started last.
         """
         while self._missing(request, tokens):
             page = self._pool.new()
             if page is not None:
                 self._cache.give(_slot(request), page)
                 continue
-            if len(self.running) == 1:
-                request.cut()
-                self.end(request, "length")
-                return False
+            # A request has at most `context` tokens, for which all pages together suffice. So if no page is
+            # left, another running request has some.
+            assert len(self.running) > 1
             last = min(reversed(self.running), key=lambda one: one.priority)
             self._metrics.put_back += 1
             self._give_back(last)
@@ -253,12 +257,13 @@ class Scheduler:
         rows = self._compute(
             [one.answer.ids[begin:end] for one, (begin, end) in zip(ready, pieces, strict=True)], ready
         )
-        have_read = [
-            (request, scores)
-            for request, piece, scores in zip(ready, pieces, rows, strict=True)
-            if scores is not None and self._have_read(request, piece)
-        ]
-        self._advance(have_read)
+        complete = list[tuple[Request, Array]]()
+        for request, (begin, end), scores in zip(ready, pieces, rows, strict=True):
+            if scores is not None:
+                self._publish(request, begin, end)
+                if end == len(request.answer.ids):  # a request that was put back may know the next tokens
+                    complete.append((request, scores))
+        self._advance(complete)
         return sum(end - begin for begin, end in pieces)
 
     def _next_piece(self, request: Request, most: int) -> tuple[int, int]:
@@ -266,16 +271,11 @@ class Scheduler:
         pieces = prompt_pieces(self._length(request), request.to_read, max(PAGE, most // PAGE * PAGE))
         return next(pieces)
 
-    def _have_read(self, request: Request, piece: tuple[int, int]) -> bool:
-        """Make the full pages of computed tokens available to other requests.
-
-        Return whether all tokens are computed, so that the next token must be chosen.
-        """
-        begin, end = piece
+    def _publish(self, request: Request, begin: int, end: int) -> None:
+        """Make the full pages of the tokens `begin` to `end` - 1 available to other requests."""
         request.known = max(request.known, end)
         for page in range(begin // PAGE, end // PAGE):
             self._pool.publish(int(self._cache.table[request.slot, page]), request.keys[page])
-        return end == len(request.answer.ids)  # False if a request that was put back knows the next tokens
 
     # ---- answers ----
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import threading
 from collections import deque
@@ -248,9 +249,10 @@ class Ticket:
         """Drop the listener, which has failed, and cancel the request."""
         self._listener = _ignore
         self.cancel()
-        warn_user(
-            f"Engine: a ticket's listener failed and is not called again: {type(error).__name__}: {error}"
-        )
+        with contextlib.suppress(Warning):  # if warnings are errors, the other requests must go on
+            warn_user(
+                f"Engine: a ticket's listener failed and is not called again: {type(error).__name__}: {error}"
+            )
 
 
 def _ignore(value: object) -> None:

@@ -368,6 +368,17 @@ def test_scales_of_adapters_are_those_of_llama_cpp(client: Any, lm: nplora.Langu
         answer(lora=[{"id": 0, "scale": 0.5}, {"id": 1, "scale": 2}, "x"])
 
 
+def test_more_prompts_than_can_ever_wait_are_a_bad_request(
+    client: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(text_routes, "WAITING", 48 * 30)
+    body = {"prompt": [7] * 11, "max_tokens": 2}
+    client.post("/completions", body={**body, "n": 2}, cast_to=object)
+    message = "the prompts of the 3 answers have 33 tokens, but this server accepts at most 30 at a time"
+    with pytest.raises(openai.BadRequestError, match=message):
+        client.post("/completions", body={**body, "n": 3}, cast_to=object)
+
+
 @pytest.mark.parametrize("field", ["max_tokens", "max_completion_tokens", "n_predict"])
 def test_the_limit_of_an_answer_is_listed_and_the_error_names_the_field(
     client: Any, app: Application, monkeypatch: pytest.MonkeyPatch, field: str

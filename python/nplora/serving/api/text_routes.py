@@ -15,6 +15,7 @@ from nplora.serving.api.service import TextService
 from nplora.serving.api.submitting import refusal, submitted
 from nplora.serving.api.text_request import Reader, TextRequest
 from nplora.serving.api.ticket_stream import TicketStream
+from nplora.serving.memory import PROMPT_TOKEN, WAITING
 from nplora.serving.request_error import RequestError
 from nplora.serving.ticket import Chunk, Ticket
 
@@ -72,6 +73,13 @@ def _submit_once(
     wanted, most = len(request.prompts) * request.n, service.engine.most_requests
     if wanted > most:
         message = f"the request wants {wanted} answers, but this server's queue has room for {most}"
+        raise RequestError(message, param="n", code="invalid_value")
+    tokens = request.n * sum(map(len, request.prompts))
+    if wanted > 1 and tokens * PROMPT_TOKEN > WAITING:
+        message = (
+            f"the prompts of the {wanted} answers have {tokens:,} tokens, but this server accepts at most "
+            f"{WAITING // PROMPT_TOKEN:,} at a time"
+        )
         raise RequestError(message, param="n", code="invalid_value")
     tickets = list[Ticket]()
     try:

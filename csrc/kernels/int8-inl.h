@@ -139,7 +139,7 @@ struct Codes;
 // times a scale, plus a minimum.
 struct Unsigned {
   static constexpr bool kHasMinimum = true, kPlainNibbles = false;
-  static constexpr size_t kLargestCode = 255;
+  static constexpr size_t kLargestCode = 255;  // an upper bound; formats for int8_lanes state their own
   static EightInts dot_with(SubBlock codes, SubBlock x) { return dot(codes, x); }
 };
 // The base class of Codes<Block> for formats with signed codes. In these formats, an element is a code times
@@ -388,8 +388,10 @@ inline void int8_lanes(const Rows& w, size_t sub_blocks, const Int8Rows& x, floa
       const size_t i = t * sub_blocks + s;
       const LaneInts products = dot_lanes<C::kLargestCode>(codes, [&](size_t k) {
         const LaneBytes some = broadcast_four(x.codes + i * kSubBlock + 4 * k);
-        if constexpr (C::kHasMinimum) return some;
-        return with_signs(some, signs[k]);
+        if constexpr (C::kHasMinimum)
+          return some;
+        else
+          return with_signs(some, signs[k]);
       });
       sums[t] += to_floats(products) * (a * x.scales[i]);
       if constexpr (C::kHasMinimum) sums[t] += b * x.sums[i];

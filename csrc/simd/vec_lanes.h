@@ -33,7 +33,7 @@ inline constexpr size_t kLaneRows = 8;
 inline constexpr size_t kLaneParts = kLaneRows / 4;
 
 typedef uint8_t LaneBytes __attribute__((vector_size(4 * kLaneRows)));
-typedef int16_t LanePairs __attribute__((vector_size(4 * kLaneRows)));  // each a sum of two products
+typedef int16_t LanePairs __attribute__((vector_size(4 * kLaneRows)));  // 16-bit sums of products
 typedef int32_t LaneInts __attribute__((vector_size(4 * kLaneRows)));
 typedef uint32_t LaneBits __attribute__((vector_size(4 * kLaneRows)));
 typedef float LaneFloats __attribute__((vector_size(4 * kLaneRows)));
@@ -170,8 +170,8 @@ template <size_t kLargest, class X>
 #pragma GCC unroll 8
   for (size_t k = 0; k < 8; ++k) sums[k % 2] = add_products(sums[k % 2], u[k], x(k));
 #else
-  // The largest sum of two products is 2 * 127 * kLargest. Several such sums may fit into 16 bits together.
-  // They are added before they are widened, which is the slowest step.
+  // The largest sum of two products is 2 * 127 * kLargest. If several such sums together fit into 16 bits,
+  // they are added first. This saves a widening and an addition for each.
   constexpr size_t kFit = 32767 / (2 * 127 * kLargest);
   static_assert(kFit > 0);
   constexpr size_t kTogether = kFit >= 8 ? 8 : kFit >= 4 ? 4 : kFit >= 2 ? 2 : 1;

@@ -428,32 +428,33 @@ def test_bad_requests_are_refused(lm: LanguageModel) -> None:
 
 
 def test_waiting_prompts_have_a_limit_in_bytes(lm: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine_module, "WAITING", 48 * 100)
-    engine, sampling = Engine(lm, max_requests=1), Sampling(max_new_tokens=2)
-    large = engine.submit([5] * 150, sampling)  # above the limit, but it is the only request
-    with pytest.raises(QueueFullError, match=r"takes 48 bytes and the others 7,200, .* 4,800"):
+    monkeypatch.setattr(engine_module, "WAITING", 64 * 100)
+    engine, sampling = Engine(lm, max_requests=1), Sampling(max_new_tokens=8)
+    large = engine.submit([5] * 150, sampling)  # above the limit, but it is the only one
+    with pytest.raises(QueueFullError, match=r"takes 64 bytes and the waiting ones 9,600, .* 6,400"):
         engine.submit([5], sampling)
-    large.text()
-    cancelled, first = engine.submit([5] * 60, sampling), engine.submit([6] * 40, sampling)
-    with pytest.raises(QueueFullError, match="4,800 bytes together"):
+    engine.step()  # it runs now, so it does not count
+    first, cancelled = engine.submit([6] * 40, sampling), engine.submit([5] * 60, sampling)
+    with pytest.raises(QueueFullError, match="6,400 bytes together"):
         engine.submit([5], sampling)
     cancelled.cancel()
-    engine.step()
     assert engine.submit([7] * 60, sampling).text() == alone(lm, [7] * 60, sampling)
-    assert first.finish_reason is not None
+    assert large.finish_reason == first.finish_reason == "length"
 
 
 def test_the_plan_counts_the_waiting_prompts(lm: LanguageModel) -> None:
     plans = [Engine(lm, memory="1G", max_requests=4, max_waiting=n).plan for n in (0, 100, 100_000)]
     few, some, many = (plan.work for plan in plans)
-    assert (some - few, many - few) == (48 * CONTEXT * 100, memory.WAITING - 48 * CONTEXT * 4)
+    assert (some - few, many - few) == (64 * CONTEXT * 100, memory.WAITING)
     tokens = np.random.default_rng(0).integers(300, 100_000, 50_000)
     tracemalloc.start()
-    request = [operator.index(one) for one in tokens], list(page_keys("base", tokens.tolist(), PAGE))
+    ids = [operator.index(one) for one in tokens]
+    # The lists of the engine, of the server's request and of its body, and the keys of the pages
+    request = ids, [one for one in ids], [one for one in ids], list(page_keys("base", ids, PAGE))  # noqa: C416
     size = tracemalloc.get_traced_memory()[0]
     tracemalloc.stop()
     assert len(request[0]) == 50_000
-    assert 40 * 50_000 < size <= 48 * 50_000
+    assert 56 * 50_000 < size <= 64 * 50_000
 
 
 # ---- threads ----

@@ -362,7 +362,7 @@ def test_scales_of_adapters_are_those_of_llama_cpp(client: Any, lm: nplora.Langu
     assert answer() == expected
     root.post("/lora-adapters", body=[], cast_to=object)
     assert answer() != expected
-    with pytest.raises(openai.BadRequestError, match=r"lora\[1\].id is 0, which came before"):
+    with pytest.raises(openai.BadRequestError, match=r"lora\[1\].id is 0, which is given twice"):
         answer(lora=[{"id": 0, "scale": 0.5}, {"id": 0, "scale": 2}])
     with pytest.raises(openai.BadRequestError, match=r"lora\[2\] is 'x', expected an object"):
         answer(lora=[{"id": 0, "scale": 0.5}, {"id": 1, "scale": 2}, "x"])
@@ -371,7 +371,7 @@ def test_scales_of_adapters_are_those_of_llama_cpp(client: Any, lm: nplora.Langu
 def test_more_prompts_than_can_ever_wait_are_a_bad_request(
     client: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(text_routes, "WAITING", 48 * 30)
+    monkeypatch.setattr(text_routes, "WAITING", 64 * 30)
     body = {"prompt": [7] * 11, "max_tokens": 2}
     client.post("/completions", body={**body, "n": 2}, cast_to=object)
     message = "the prompts of the 3 answers have 33 tokens, but this server accepts at most 30 at a time"

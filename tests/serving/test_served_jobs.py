@@ -80,7 +80,7 @@ def test_files_are_stored_listed_and_deleted(client: Any, file: Any) -> None:
 
 def test_a_file_that_is_deleted_while_it_is_read_is_missing(tmp_path: Path) -> None:
     service: Any = SimpleNamespace(jobs=SimpleNamespace(file_content=lambda id_: tmp_path / id_))
-    with pytest.raises(RequestError, match="has just deleted the file 'file-1'") as caught:
+    with pytest.raises(RequestError, match="the content of the file 'file-1' is missing") as caught:
         tuning_routes.open_content(service, "file-1")
     assert caught.value.status == 404
 

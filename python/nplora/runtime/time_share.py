@@ -156,9 +156,11 @@ class TimeShare:
                 while self._running or (self._is_busy(now) and not self._is_due(now)):
                     self._changed.wait(self._seconds(now))
                     now = self._clock()
-            finally:
+            except BaseException:  # Ctrl-C: urgent work need not wait any longer
                 self._waits = False
-            self._began = now
+                self._changed.notify_all()
+                raise
+            self._waits, self._began = False, now
 
     def end(self) -> None:
         """End the current slice. Training calls `end` before work that may overlap with urgent work."""

@@ -107,7 +107,6 @@ class Engine:
             self._ended,
         )
         self._requests: dict[Ticket, Request] = {}
-        self._prompts = 0  # the bytes of the prompts of `_requests`
         self._cancelled: deque[Ticket] = deque()
         self._roots = weakref.WeakKeyDictionary[LanguageModel, str]()
         self._numbers = itertools.count()
@@ -176,7 +175,7 @@ class Engine:
             TypeError: `ids` are not integers, or `adapter` has a wrong type.
             ValueError: the prompt is empty, has tokens outside the vocabulary, or leaves no room in `context`
                 for an answer; or an option is out of range; or `adapter` is a copy of another model.
-            QueueFullError: `max_waiting` requests are waiting, or all prompts together take too much memory.
+            QueueFullError: `max_waiting` requests are waiting, or their prompts take too much memory.
             RuntimeError: the engine was closed.
         """
         sampling = sampling or Sampling()
@@ -211,13 +210,13 @@ class Engine:
             if len(self._scheduler.queue) >= self._most_waiting + self._scheduler.free_slots:
                 raise QueueFullError(f"{_OP}: {waiting(len(self._scheduler.queue))} waiting already")
             size = PROMPT_TOKEN * len(prompt)
-            if self._requests and self._prompts + size > WAITING:
+            held = PROMPT_TOKEN * sum(one.answer.prompt for one in self._scheduler.queue.items())
+            if held and held + size > WAITING:
                 raise QueueFullError(
-                    f"{_OP}: the prompt takes {size:,} bytes and the others {self._prompts:,}, "
+                    f"{_OP}: the prompt takes {size:,} bytes and the waiting ones {held:,}, "
                     f"expected at most {WAITING:,} bytes together"
                 )
             self._requests[ticket] = request
-            self._prompts += size
             self._scheduler.queue.push(request)
             self._changed.notify_all()
         return ticket
@@ -360,8 +359,7 @@ class Engine:
 
     def _ended(self, request: Request) -> None:
         with self._lock:
-            if self._requests.pop(request.ticket, None) is not None:
-                self._prompts -= PROMPT_TOKEN * request.answer.prompt
+            self._requests.pop(request.ticket, None)
             self._changed.notify_all()
 
     def _model(self, adapter: str | LanguageModel | None) -> LanguageModel:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections import OrderedDict, deque
 from typing import Generic, Protocol, TypeVar
@@ -38,6 +39,12 @@ class FairQueue(Generic[Item]):
 
     def __len__(self) -> int:
         return self._count + len(self._resumed)
+
+    def items(self) -> list[Item]:
+        """All requests, in no particular order."""
+        with self._lock:
+            lines = (own for line in self._lines.values() for own in line.values())
+            return [*self._resumed, *itertools.chain.from_iterable(lines)]
 
     def push(self, item: Item) -> None:
         """Add a request."""
@@ -82,7 +89,7 @@ class FairQueue(Generic[Item]):
             return self.remove(item)
 
     def remove(self, item: Item) -> bool:
-        """Remove a request that does not start. Return False if the queue does not contain the request."""
+        """Remove a request. Its client keeps its turn. Return False if the queue does not contain it."""
         with self._lock:
             if item in self._resumed:
                 self._resumed.remove(item)

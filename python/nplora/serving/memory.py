@@ -19,10 +19,12 @@ from nplora.runtime import get_num_threads
 _FLOAT = 4
 _THREAD = 3 << 19  # a thread's scratch memory in addition to the rows of a product, rounded up
 _HEAP = (9 << 20) + _core.constants.spare_buffer_bytes  # small arrays, texts of requests, idle memory, code
-# The bytes of a token of a prompt: a pointer in a list that has grown by eighths (9), an integer object (32),
-# and a part of the key of its page (2), rounded up.
-PROMPT_TOKEN = 48
-WAITING = 16 << 20  # the most bytes of the prompts of all requests; a single request may have more
+# The bytes of a token of a prompt: an integer object (32), a pointer in each of three lists that may have
+# grown by eighths (27), and a part of the key of its page (2), rounded up.
+PROMPT_TOKEN = 64
+# The most bytes of all waiting prompts; a single one may have more. A running prompt takes about a hundredth
+# of its keys and values.
+WAITING = 16 << 20
 _PART = 0.5  # without a memory limit, the engine may take this part of the available memory
 _ADAPTERS = 8  # by default, adapters that are loaded later get 1 / _ADAPTERS of the memory the model leaves
 _LEAST_PAGES = 4
@@ -191,8 +193,7 @@ def page_bytes(config: ModelConfig) -> int:
 
 
 def work_bytes(lm: LanguageModel, max_requests: int, max_waiting: int = 0) -> int:
-    """Return the largest number of bytes of working memory that a round of the engine and all prompts
-    need."""
+    """Return the largest number of bytes that a round of the engine and the waiting prompts need."""
     config, threads = lm.config, get_num_threads()
     block = max(layer.footprint(NOT_ADAPTED, False).forward for layer in lm.model.layers)
     piece = PIECE * (block + 2 * _FLOAT * config.hidden_size)
@@ -200,5 +201,5 @@ def work_bytes(lm: LanguageModel, max_requests: int, max_waiting: int = 0) -> in
     scores = max_requests * config.vocab_size * _FLOAT + 4 * 8 * config.vocab_size
     lanes = _FLOAT * min(PIECE, 256) * config.intermediate_size
     scratch = threads * (min(_core.constants.lanes_bytes, lanes) + _THREAD)
-    prompts = (max_requests + max_waiting) * config.max_position_embeddings * PROMPT_TOKEN
+    prompts = max_waiting * config.max_position_embeddings * PROMPT_TOKEN
     return piece + scores + scratch + min(prompts, WAITING) + _HEAP

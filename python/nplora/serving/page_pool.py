@@ -72,7 +72,7 @@ class PagePool:
         return key in self._by_key
 
     def is_used(self, key: Key) -> bool:
-        """Whether a request uses the page with this key. Sharing the page takes none from `available`."""
+        """Whether a request uses the page with this key. If so, sharing it does not reduce `available`."""
         page = self._by_key.get(key)
         return page is not None and self._users[page] > 0
 

@@ -129,7 +129,7 @@ class Ticket:
         """How the answer ended; None before the end of the answer.
 
         "stop": the answer ended with an end token or a stop text. "length": the answer has `max_new_tokens`
-        tokens, or the context or the memory for keys and values is full. "cancelled": `cancel` was called, or
+        tokens, or prompt and answer fill `Engine.context`. "cancelled": `cancel` was called, or
         the engine was closed. "error": see `error`.
         """
         return self._reason

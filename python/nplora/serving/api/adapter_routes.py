@@ -25,7 +25,7 @@ def model(service: Service, name: str) -> dict[str, Any]:
 
 
 def _limits(service: Service) -> dict[str, int]:
-    """The fields of a model that say how many tokens a prompt with its answer, and an answer, may have."""
+    """The limits of a model, in tokens: of a prompt together with its answer, and of an answer."""
     limits = {"max_model_len": service.engine.context}
     return limits if service.most_tokens is None else limits | {"max_tokens": service.most_tokens}
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import os
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator, MutableMapping
+from collections.abc import Awaitable, Callable, MutableMapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from nplora.platform.memory import current_memory
 from nplora.serving.api import adapter_routes, encoder_routes, text_routes, tuning_routes
@@ -262,8 +262,15 @@ class Application:
         id_ = request.path_params["id"]
         file = await asyncio.to_thread(tuning_routes.open_content, self.service, id_)
         size = str(os.fstat(file.fileno()).st_size)
+
+        class FileResponse(StreamingResponse):  # type: ignore[misc, unused-ignore]
+            async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+                with file:  # also if the client has left
+                    await super().__call__(scope, receive, send)
+
+        pieces = iter(()) if request.method == "HEAD" else iter(lambda: file.read(_PIECE), b"")
         kind = "application/octet-stream"
-        return StreamingResponse(_pieces(file), media_type=kind, headers={"content-length": size})
+        return FileResponse(pieces, media_type=kind, headers={"content-length": size})
 
     async def _health(self, request: Any) -> Any:
         if self.service.draining:
@@ -276,12 +283,6 @@ class Application:
         service, adapters = self.service, len(self.service.models.names) - 1
         text = exposition(service.engine.metrics(), self.responses, adapters, current_memory())
         return Response(text, headers={"content-type": CONTENT_TYPE})
-
-
-def _pieces(file: BinaryIO) -> Iterator[bytes]:
-    with file:
-        while piece := file.read(_PIECE):
-            yield piece
 
 
 def _known(error: Exception) -> RequestError:

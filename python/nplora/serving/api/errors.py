@@ -17,7 +17,7 @@ def as_request_error(error: BaseException) -> RequestError:
     if isinstance(error, RequestError):
         return error
     if isinstance(error, QueueFullError):
-        return RequestError(f"too many requests are waiting: {error}", 429, code="queue_full")
+        return RequestError(f"the server is busy: {error}", 429, code="queue_full")
     if is_disk_full(error):
         return RequestError("the server's disk is full", 507, code="disk_full")
     if isinstance(error, MemoryError):

@@ -204,7 +204,7 @@ class Models(Generic[LM]):
             if id_ not in known:
                 raise RequestError(f"{one.name('id')} is {id_}: no adapter has this id", param=one.name("id"))
             if id_ in found:
-                raise RequestError(f"{one.name('id')} is {id_}, which came before", param=one.name("id"))
+                raise RequestError(f"{one.name('id')} is {id_}, which is given twice", param=one.name("id"))
             scale = checked_number(one.name("scale"), one.required("scale"), -_MOST_SCALE, _MOST_SCALE)
             found[id_] = scale
         return found

@@ -71,16 +71,17 @@ def _submit_once(
 ) -> tuple[TextRequest, list[Ticket]]:
     lm, request = read(service.reader, values)
     wanted, most = len(request.prompts) * request.n, service.engine.most_requests
+    param = "n" if request.n > 1 else "prompt"
     if wanted > most:
         message = f"the request wants {wanted} answers, but this server's queue has room for {most}"
-        raise RequestError(message, param="n", code="invalid_value")
+        raise RequestError(message, param=param, code="invalid_value")
     tokens = request.n * sum(map(len, request.prompts))
     if wanted > 1 and tokens * PROMPT_TOKEN > WAITING:
         message = (
             f"the prompts of the {wanted} answers have {tokens:,} tokens, but this server accepts at most "
             f"{WAITING // PROMPT_TOKEN:,} at a time"
         )
-        raise RequestError(message, param="n", code="invalid_value")
+        raise RequestError(message, param=param, code="invalid_value")
     tickets = list[Ticket]()
     try:
         for ids in request.prompts:

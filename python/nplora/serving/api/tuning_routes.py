@@ -64,7 +64,7 @@ def open_content(service: Service, file_id: str) -> BinaryIO:
     try:
         return jobs_of(service).file_content(file_id).open("rb")
     except FileNotFoundError as error:
-        message = f"another request has just deleted the file {brief(file_id)}"
+        message = f"the content of the file {brief(file_id)} is missing: it may just have been deleted"
         raise RequestError(message, 404, "file_id", "file_not_found") from error
 
 

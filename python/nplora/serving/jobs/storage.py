@@ -223,7 +223,8 @@ class Storage:
         """Change fields of a job's record, in memory and on the disk.
 
         Raises:
-            OSError: the new record cannot be written. The disk and `jobs` keep the old record.
+            OSError: the new record cannot be written. `jobs` keeps the old record, and so does the disk, unless
+                it failed after the new file had replaced the old one.
         """
         record = {**self.jobs[job_id], **changes}
         files.replace([NewFile(self.place(job_id) / _JOB, 0, [_json(record)])])

@@ -200,9 +200,9 @@ async function write(answer, number, signal) {
 
 function body(answer, number) {
   // A question without an answer is left out too: many chat templates refuse two questions in a row.
-  const isKept = (answer) => !answer || (!answer.failed && answer.content);
+  const isKept = (reply) => !reply || (!reply.failed && reply.content);
   const earlier = columns[number].slice(0, -1);
-  const turns = earlier.filter((message, place) => isKept(message.role === "user" ? earlier[place + 1] : message));
+  const turns = earlier.filter((message, index) => isKept(message.role === "user" ? earlier[index + 1] : message));
   const most = models.find((model) => model.id === answer.model)?.max_tokens ?? Infinity;
   const system = setting("system").trim();
   const messages = turns.map(({ role, content }) => ({ role, content }));

@@ -223,7 +223,7 @@ class Storage:
         """Change fields of a job's record, in memory and on the disk.
 
         Raises:
-            OSError: the new record cannot be written. `jobs` keeps the old record, and so does the disk, unless
+            OSError: the new record cannot be written. `jobs` keeps the old record. So does the disk, unless
                 it failed after the new file had replaced the old one.
         """
         record = {**self.jobs[job_id], **changes}

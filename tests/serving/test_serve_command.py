@@ -271,6 +271,23 @@ def test_wrong_arguments_are_refused(
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--adapter", "small=ADAPTER"], "'small' is the name of the base model"),
+        (["--name", "a", "--adapter", "a=ADAPTER"], "'a' is the name of the base model"),
+        (["--adapter-dir", "nowhere"], "adapter-dir is 'nowhere', expected an existing directory"),
+    ],
+)
+def test_adapters_that_cannot_be_served_are_refused_at_the_start(
+    files: tuple[Path, list[Path]], capsys: pytest.CaptureFixture[str], more: list[str], message: str
+) -> None:
+    model, adapters = files
+    arguments = [word.replace("ADAPTER", str(adapters[0])) for word in more]
+    assert cli.main(["serve", str(model), "--port", "0", *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
 def test_a_port_in_use_is_reported_before_the_model_is_read(capsys: pytest.CaptureFixture[str]) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

@@ -145,7 +145,7 @@ def _encoder(parts: _Parts, pooling: str | None) -> Encoder:
         words = {"mean": "the mean of its tokens", "last": "its last token"}[parts.default]
         warnings.warn(
             f"{parts.config.source}: the model's files name no pooling, so a text's embedding is {words}; "
-            "load_encoder(path, pooling=...) sets another",
+            "load_encoder(path, pooling=...) or --pooling sets another",
             stacklevel=4,
         )
         chosen = Pooling(parts.default)

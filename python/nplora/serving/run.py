@@ -24,6 +24,7 @@ from nplora.serving.encoder_engine import EncoderEngine
 from nplora.serving.engine import Engine
 from nplora.serving.jobs import FineTuning
 from nplora.serving.options import ServeOptions
+from nplora.serving.request_error import RequestError
 from nplora.serving.served_encoder import ServedEncoder, read_adapter
 
 
@@ -49,9 +50,12 @@ def serve(
     Raises:
         ModuleNotFoundError: starlette or uvicorn is not installed.
         OSError: the port is in use, or an adapter cannot be read.
-        ValueError: an adapter does not fit the model, or the memory does not suffice.
+        ValueError: an adapter does not fit the model, there is no such directory of adapters, or the memory
+            does not suffice.
     """
     require_packages()
+    if options.adapter_dir is not None and not Path(options.adapter_dir).is_dir():
+        raise ValueError(f"serve: adapter_dir is {options.adapter_dir!r}, expected an existing directory")
     listener = listener or http_server.bind(options.host, options.port)
     if isinstance(model, LanguageModel):
         prepared = _text_service(model, options, adapters, any_base, report)
@@ -84,8 +88,7 @@ def _text_service(
 ) -> Iterator[tuple[Service, str, Callable[[], None]]]:
     """Yield a language model's service, a text that describes it, and a function that starts the jobs."""
     models = Models(lm, options.name or default_name(lm.source), any_base, dtype=options.adapter_dtype)
-    for name, path in adapters:
-        models.load(name, path)
+    _load(models, adapters)
     with running(lm, models, options, report) as (engine, jobs):
         service = TextService(engine, models, jobs, most_tokens=options.max_tokens, **_limits(options))
         yield service, description(engine, models, options), _nothing if jobs is None else jobs.start
@@ -105,8 +108,7 @@ def _encoder_service(
         raise ValueError("serve: adapter_dtype is for language models that generate text")
     served = ServedEncoder(encoder)
     models = Models(served, options.name or default_name(encoder.source), any_base, read_adapter)
-    for name, path in adapters:
-        models.load(name, path)
+    _load(models, adapters)
     engine = EncoderEngine(
         served,
         memory=options.memory,
@@ -121,6 +123,19 @@ def _encoder_service(
         yield service, encoder_description(engine, models, options), _nothing
     finally:
         engine.close(drain=False)
+
+
+def _load(models: Models[Any], adapters: Sequence[tuple[str, str]]) -> None:
+    """Load the adapters of the command line.
+
+    Raises:
+        ValueError: a name cannot be used, or an adapter does not fit the model.
+    """
+    for name, path in adapters:
+        try:
+            models.load(name, path)
+        except RequestError as error:
+            raise ValueError(f"serve: --adapter {name}={path}: {error}") from error
 
 
 def _nothing() -> None:

@@ -17,7 +17,8 @@ def as_request_error(error: BaseException) -> RequestError:
     if isinstance(error, RequestError):
         return error
     if isinstance(error, QueueFullError):
-        return RequestError(f"the server is busy: {error}", 429, code="queue_full")
+        reason = str(error).partition(": ")[2]  # without the name of the method
+        return RequestError(f"the server is busy: {reason}", 429, code="queue_full")
     if is_disk_full(error):
         return RequestError("the server's disk is full", 507, code="disk_full")
     if isinstance(error, MemoryError):

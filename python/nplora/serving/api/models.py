@@ -100,7 +100,7 @@ class Models(Generic[LM]):
                 )
             known = self._loaded.get(name)
             if known is not None and not replace:
-                message = f"the name {brief(name)} is taken: unload that adapter first"
+                message = f"the name {brief(name)} is taken: unload that adapter first, or set load_inplace"
                 raise RequestError(message, 400, "lora_name", "name_taken")
             if self.memory is not None:
                 self.memory.require(name, _file_size(Path(path)))

@@ -33,6 +33,8 @@ def job_error(error: Exception, names: Mapping[str, tuple[str, str]]) -> dict[st
             message, param = message.replace(path, name), parameter
     for operation in ("finetune: ", "plan: "):
         message = message.removeprefix(operation)
+    if isinstance(error, BudgetError):
+        message += ". These sizes are for training: the server needs the rest of its --memory for requests"
     return {"code": _code(error, param), "message": message[:_LONGEST], "param": param}
 
 

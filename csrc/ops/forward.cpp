@@ -87,7 +87,7 @@ template <class T>
 void count_operations(const Timed& timed, std::span<const ForwardPart<T>> parts, size_t rows,
                       Arithmetic arithmetic) {
   for (const ForwardPart<T>& part : parts) {
-    timed.count(arithmetic, flops(rows, part.w.d_out, part.w.d_in));
+    if (!part.multiplied) timed.count(arithmetic, flops(rows, part.w.d_out, part.w.d_in));
     for_groups(part, rows, [&](Range some, const LowRank<T>& low) {
       timed.count(arithmetic_of_update(arithmetic),
                   flops(some.count, low.rank(), part.w.d_in + part.w.d_out));
@@ -114,6 +114,46 @@ void forward_as(std::span<const ForwardPart<T>> parts, Matrix<const T> x, size_t
   large_stack<T>(parts, x, plan_tokens);
 }
 
+// A small batch of groups that share the weights.
+template <class T>
+void small_groups(std::span<const GroupParts<T>> groups, Matrix<const T> x) {
+  std::vector<ForwardPart<T>> parts(groups[0].parts);
+  std::vector<std::vector<GroupUpdate<T>>> updates(parts.size());
+  for (size_t i = 0; i < parts.size(); ++i) {
+    for (const GroupParts<T>& group : groups) updates[i].push_back({group.rows, group.parts[i].low});
+    parts[i].y.rows = x.rows;
+    parts[i].groups = updates[i];
+  }
+  lora_infer<T>(parts, x, x.rows);
+}
+
+// Whether no update of a large batch is merged on the fly.
+template <class T>
+bool updates_are_separate(std::span<const GroupParts<T>> groups) {
+  for (const GroupParts<T>& group : groups)
+    for (const ForwardPart<T>& part : group.parts) {
+      const WeightView& w = part.w;
+      const bool pairs = sizeof(T) == sizeof(float) && computes_pairs(w, kInferenceTokens);
+      const LayerShape shape{
+          kInferenceTokens,    w.d_out, w.d_in, part.low.rank(), pairs ? 2 : sizeof(T), part.low.dropout > 0,
+          is_blocks(w.storage)};
+      if (plan_forward(shape, false).update == Update::kMergedOnTheFly) return false;
+    }
+  return true;
+}
+
+// Computes x Wᵀ for each layer of a large batch, without the updates and the biases.
+template <class T>
+void multiply_all(const GroupParts<T>& group, Matrix<const T> x) {
+  std::vector<ForwardPart<T>> parts(group.parts);
+  for (ForwardPart<T>& part : parts) {
+    part.y.rows = x.rows;
+    part.low = {};
+    part.bias = nullptr;
+  }
+  lora_infer<T>(parts, x, x.rows);
+}
+
 }  // namespace
 
 template <class T>
@@ -126,27 +166,22 @@ void lora_infer(std::span<const ForwardPart<T>> parts, Matrix<const T> x, size_t
   forward_as(parts, x, inference_tokens(std::max(batch, x.rows)), false);
 }
 
-// In a small batch, each weight is read once for all groups of rows. In a larger batch, each weight is read
-// once for each group. The method depends on the size of the whole batch, not on that of the group. So the
-// bits of an output row do not depend on the size of its group.
+// If all groups share the weights, each weight is read once for all groups. In a large batch, the product is
+// then computed first, and each group adds its own update. The method depends on the size of the whole batch,
+// not on that of the group. So the bits of an output row do not depend on the size of its group.
 template <class T>
 void lora_forward_groups(std::span<const GroupParts<T>> groups, Matrix<const T> x) {
-  if (x.rows > kernels::kSmallBatch || !share_weights(groups)) {
-    size_t first = 0;
-    for (const GroupParts<T>& group : groups) {
-      lora_infer<T>(group.parts, rows_of(x, {first, group.rows}), x.rows);
-      first += group.rows;
-    }
-    return;
+  const bool shared = share_weights(groups), small = x.rows <= kernels::kSmallBatch;
+  if (shared && small) return small_groups(groups, x);
+  const bool multiplied = shared && updates_are_separate(groups);
+  if (multiplied) multiply_all(groups[0], x);
+  size_t first = 0;
+  for (const GroupParts<T>& group : groups) {
+    std::vector<ForwardPart<T>> parts(group.parts);
+    for (ForwardPart<T>& part : parts) part.multiplied = multiplied;
+    lora_infer<T>(parts, rows_of(x, {first, group.rows}), x.rows);
+    first += group.rows;
   }
-  std::vector<ForwardPart<T>> parts(groups[0].parts);
-  std::vector<std::vector<GroupUpdate<T>>> updates(parts.size());
-  for (size_t i = 0; i < parts.size(); ++i) {
-    for (const GroupParts<T>& group : groups) updates[i].push_back({group.rows, group.parts[i].low});
-    parts[i].y.rows = x.rows;
-    parts[i].groups = updates[i];
-  }
-  lora_infer<T>(parts, x, x.rows);
 }
 
 template void lora_forward(std::span<const ForwardPart<float>>, Matrix<const float>, bool);

@@ -103,7 +103,9 @@ class StackRows {
 template <class T>
 double flops_of(std::span<const ForwardPart<T>> parts, size_t n) {
   double sum = 0;
-  for (const auto& part : parts) sum += flops(n, part.w.d_out, part.w.d_in);
+  for (const auto& part : parts)
+    sum += part.multiplied ? flops(n, part.low.rank(), part.w.d_in + part.w.d_out)
+                           : flops(n, part.w.d_out, part.w.d_in);
   return sum;
 }
 

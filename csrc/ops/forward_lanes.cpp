@@ -124,7 +124,7 @@ class LanesForward {
     T* yt = scratch<T>(Scratch::kSums, blocks.count * kRowBlock * lanes_);
     for (size_t r = 0; r < piece.rows.count; r += kRowBlock) {
       const Range rows{piece.rows.first + r, std::min(kRowBlock, piece.rows.count - r)};
-      frozen(part, token_block, rows, blocks, yt, [&](size_t b, T* out) {
+      const auto add_update = [&](size_t b, T* out) {
         const Range tokens = lane_block(token_block, b);
         const size_t lanes = width(tokens.count);
         if (rank)
@@ -133,7 +133,23 @@ class LanesForward {
                                   delta.zt + b * rank * lanes_, out, true);
         k_.from_lanes(lanes, tokens.count, rows.count, out, bias_at(part, rows.first),
                       part.y.row(tokens.first) + rows.first, part.y.stride);
-      });
+      };
+      if (part.multiplied)
+        multiplied(part, token_block, rows, blocks, yt, add_update);
+      else
+        frozen(part, token_block, rows, blocks, yt, add_update);
+    }
+  }
+
+  // Calls after(b, yt) for each lane block b, where yt (rows, lanes) is the product that y already holds.
+  template <class After>
+  void multiplied(const ForwardPart<T>& part, Range token_block, Range rows, Range blocks, T* yt,
+                  const After& after) const {
+    for (size_t b = blocks.first; b < blocks.first + blocks.count; ++b) {
+      const Range tokens = lane_block(token_block, b);
+      k_.to_lanes(width(tokens.count), tokens.count, rows.count, part.y.row(tokens.first) + rows.first,
+                  part.y.stride, yt);
+      after(b, yt);
     }
   }
 

@@ -210,6 +210,7 @@ class RowsForward {
   // of W are transposed at a time, so that x is loaded into L2 once for all these blocks.
   void multiply(Range token_block, Range some, PartRows piece) const {
     const PartUpdate& u = updates_[piece.part];
+    if (u.part.multiplied) return add_update(u, token_block, some, piece.rows);
     const size_t depth = kInt8 ? int8_depth_block(x_.cols) : depth_block(x_.cols);
     const size_t block_size = depth_of<W>(depth) * kBlockRows;
     const size_t most =
@@ -255,7 +256,7 @@ class RowsForward {
           u.part.w.row_scales->scales() + rows.first, y, u.part.y.stride, cols.first > 0);
     else
       multiply(elements(token_block, few.first), few.count, rows, cols, block, y, u.part.y.stride);
-    if (cols.first + cols.count == x_.cols) add_update(u, few, rows, y);
+    if (cols.first + cols.count == x_.cols) add_update(u, token_block, few, rows);
   }
   static void multiply(Strided<E> x, size_t tokens, Range rows, Range cols, const E* block, T* y,
                        size_t y_stride) {
@@ -266,8 +267,9 @@ class RowsForward {
 
   // Completes the outputs of a few tokens. If the update is not merged on the fly, y[few, rows] += z (scale
   // A[rows])ᵀ. If the layer has a bias, the bias is added too.
-  void add_update(const PartUpdate& u, Range few, Range rows, T* y) const {
+  void add_update(const PartUpdate& u, Range token_block, Range few, Range rows) const {
     const ForwardPart<T>& part = u.part;
+    T* y = part.y.row(token_block.first + few.first) + rows.first;
     const size_t rank = part.low.rank();
     if (u.update == Update::kSeparate)
       add_product<E>(few.count, rows.count, depth_of<E>(rank), z_of(u, few.first),

@@ -39,7 +39,8 @@ struct GroupUpdate {
 // One layer of a forward pass: z = drop(x) Bᵀ, y = x Wᵀ + scale z Aᵀ [+ bias]. The shapes are x (n, d_in), y
 // (n, d_out) and z (n, r). `bias` may be null. If the caller does not need z, z.data may be null. In a small
 // batch, `groups` may replace `low`: each group of rows of x then has its own update. The groups together
-// have n rows. With groups, z is not stored.
+// have n rows. With groups, z is not stored. In a large batch, `multiplied` says that y already holds x Wᵀ:
+// only the update and the bias are then added to y.
 template <class T>
 struct ForwardPart {
   WeightView w;
@@ -47,6 +48,7 @@ struct ForwardPart {
   const T* bias;
   Matrix<T> y, z;
   std::span<const GroupUpdate<T>> groups = {};
+  bool multiplied = false;
 };
 
 // Computes a stack of layers; each of `parts` is one layer. All layers read the same x (n, d_in). `int8`

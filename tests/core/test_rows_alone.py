@@ -53,11 +53,16 @@ def test_a_row_of_a_small_batch_has_the_bits_of_the_row_alone(
             np.testing.assert_array_equal(layer(x[batch]), alone[batch])
 
 
-def layer_of(fw: FrozenWeight, rank: int, seed: int) -> LoRALinear:
-    return LoRALinear(fw, rank=rank, init="gaussian", rng=seed)
+def layer_of(fw: FrozenWeight, rank: int, seed: int) -> Any:
+    bias = normal(fw.shape[0], seed=7).astype(fw.compute_dtype)
+    if not rank:
+        return nplora.Linear(fw, bias=bias)
+    return LoRALinear(fw, rank=rank, bias=bias, init="gaussian", rng=seed)
 
 
-@pytest.mark.parametrize("counts", [(1, 1, 1), (8,), (3, 0, 5), (1, 2, 1), (7, 1), (2, 30, 9)])
+@pytest.mark.parametrize(
+    "counts", [(1, 1, 1), (8,), (3, 0, 5), (1, 2, 1), (7, 1), (2, 30, 9), (0, 16, 16), (70, 1, 300)]
+)
 @pytest.mark.parametrize(
     ("storage", "compute"),
     [("float32", "float32"), ("bfloat16", "bfloat16"), ("float64", "float32"), ("q4_1", "int8"),
@@ -66,13 +71,24 @@ def layer_of(fw: FrozenWeight, rank: int, seed: int) -> LoRALinear:
 def test_groups_of_rows_have_the_bits_of_a_batch_with_the_layers_of_each_group(
     storage: str, compute: str, counts: tuple[int, ...], threads: int
 ) -> None:
-    stack = [FrozenWeight(normal(rows, 256, seed=rows), storage, compute) for rows in (130, 48)]
-    ranks = (4, 0, 17)
-    x = normal(sum(counts), 256).astype(stack[0].compute_dtype)
-    groups = [
-        [layer_of(fw, rank, 9 * i + rank) if rank else nplora.Linear(fw) for i, fw in enumerate(stack)]
-        for rank in ranks[: len(counts)]
-    ]
+    compare_groups(*stacks(storage, compute, 256, (4, 0, 17)[: len(counts)], counts), counts)
+
+
+def stacks(
+    storage: str, compute: str, d_in: int, ranks: tuple[int, ...], counts: tuple[int, ...]
+) -> tuple[list[list[Any]], Array]:
+    """Return a stack of two layers for each rank, all with the same weights and biases, and x."""
+    stack = [FrozenWeight(normal(rows, d_in, seed=rows), storage, compute) for rows in (130, 48)]
+    groups = [[layer_of(fw, rank, 9 * i + rank) for i, fw in enumerate(stack)] for rank in ranks]
+    return groups, normal(sum(counts), d_in).astype(stack[0].compute_dtype)
+
+
+def test_large_groups_whose_updates_are_merged_on_the_fly() -> None:
+    counts = (20, 5)
+    groups, x = stacks("float32", "float32", 48, (40, 3), counts)
+    for layer in groups[0]:
+        plan = _core.explain(layer.weight.packed, 64, layer.rank, False, False)["forward"]
+        assert "the update is merged into W on the fly" in plan
     compare_groups(groups, x, counts)
 
 

@@ -34,7 +34,7 @@ def prompt(rng: np.random.Generator, length: int, vocab: int = VOCAB) -> list[in
 def engine_with(lm: LanguageModel, pages: int, **options: Any) -> Engine:
     """An engine with exactly this number of pages."""
     requests, waiting = options.get("max_requests", 8), options.get("max_waiting", 1024)
-    fixed = memory.plan_memory(lm, "1G", requests, max_waiting=waiting)
+    fixed = memory.plan_memory(lm, "4G", requests, max_waiting=waiting)
     room = pages * fixed.page_bytes + fixed.page_bytes // 2
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(memory, "resident_memory", lambda lm: (0, 0))

@@ -230,7 +230,7 @@ def test_memory_is_planned_only_for_adapters_that_can_be_added(tmp_path: Path) -
         (0, {"jobs": str(tmp_path / "jobs")}, "adapters of jobs"),
     ):
         lm = nplora.load_model(model)
-        options = ServeOptions(memory="4G", max_requests=2, max_queue=10, **source)
+        options = ServeOptions(memory="8G", max_requests=2, max_queue=10, **source)
         models = Models(lm, "base")
         for number in range(count):
             models.load(f"adapter{number}", paths[number])
@@ -322,7 +322,7 @@ def test_adapters_may_be_rounded_to_bfloat16(tmp_path: Path) -> None:
     [path] = live_server.save_adapters(model, tmp_path, 1)
     exact = nplora.read_adapter(path)
     for dtype in (None, "bfloat16"):
-        lm, options = nplora.load_model(model), ServeOptions(memory="1G", adapter_dtype=dtype)
+        lm, options = nplora.load_model(model), ServeOptions(memory="4G", adapter_dtype=dtype)
         with run._text_service(lm, options, [("mine", str(path))], False, print) as (service, _, _):
             service.models.load("later", path)
             for name in ("mine", "later"):

@@ -5,8 +5,8 @@
 
 namespace nplora {
 
-// The size of a huge page on x86-64, and on aarch64 with pages of 4 KB. On systems with larger huge pages,
-// weights do not share huge pages.
+// The size of a huge page on x86-64, and on aarch64 with pages of 4 KB. On systems with larger huge pages, no
+// two weights are placed in the same huge page.
 inline constexpr size_t kHugePage = size_t{2} << 20;
 
 // If there is no memory, map and map_beside return nullptr. Memory from either function is freed by unmap.

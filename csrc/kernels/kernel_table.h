@@ -101,8 +101,8 @@ struct Fetch {
 
   // This Fetch is only for gemm_outputs_in_lanes. Each step prefetches the rows of `w` that are kFetchAhead
   // bytes after the rows that the step reads. In L1 blocks (see l1_block_bytes), each step prefetches one
-  // cache line of the next L1 block instead. An L1 block is read several times. If the steps of all readings
-  // together could not prefetch the whole next block, they prefetch nothing.
+  // cache line of the next L1 block instead. An L1 block is read several times. If these readings together
+  // have fewer steps than the next block has cache lines, nothing is prefetched.
   static constexpr Fetch rows_ahead() { return {nullptr, 0, 1}; }
 };
 
@@ -177,8 +177,8 @@ struct OperandOf<Bf16Pair> {
 template <class W>
 using Operand = typename OperandOf<W>::Type;
 
-// The type of the weight's elements in memory for SmallProducts<W>::gemm_outputs_in_lanes. If W is Bf16Pair,
-// the elements in memory are single bfloat16 values, and gemm_outputs_in_lanes makes pairs of them.
+// The type in which the weight is stored when SmallProducts<W>::gemm_outputs_in_lanes reads it. If W is
+// Bf16Pair, single bfloat16 values are stored, and gemm_outputs_in_lanes makes pairs of them.
 template <class W>
 struct StoredOf {
   using Type = W;
@@ -537,8 +537,8 @@ struct Transformer {
 
   // Computes the dot products of the heads of a query q (heads, dim) and the rows of keys k (rows, heads /
   // group * dim). The results are stored in `scores` (heads, rows). Each group of `group` heads of the query
-  // shares one head of the keys. With h / group rounded down, head h of the query uses head h / group of the
-  // keys: the `dim` columns of `k` that begin at column h / group * dim.
+  // shares one head of the keys. Head h of the query uses head j = floor(h / group) of the keys, which is in
+  // the `dim` columns of `k` that begin at column j * dim.
   void (*key_dots)(size_t rows, size_t heads, size_t group, size_t dim, const float* q, const float* k,
                    size_t k_stride, float* scores, size_t s_stride);
 

@@ -115,9 +115,8 @@ void gemm_tokens_in_lanes(size_t n_lanes, size_t rows, size_t depth, const Panel
 
 // ---- gemm_outputs_in_lanes: the product c = a w ----
 
-// The number of rows of `w` that one element of `a` is multiplied by. The number is 2 if `a` holds pairs of
-// bfloat16 values and `w` holds single values, because the kernel then pairs rows of `w` in registers.
-// Otherwise, the number is 1.
+// The number of rows of `w` for one element of `a`. The number is 2 if `a` holds pairs of bfloat16 values and
+// `w` holds single values: the kernel then pairs rows of `w` in registers. Otherwise, the number is 1.
 template <class E, class W>
 inline constexpr size_t kRowsOf = 1;
 template <>
@@ -567,7 +566,7 @@ double peak(size_t iterations) {
 #pragma GCC unroll 12
     for (size_t i = 0; i < kSums; ++i)
       if constexpr (kValuesPerElement<E> == 1)
-        sums[i] = fma(sums[i], factor, x);  // the sums differ, so no product can be left out
+        sums[i] = fma(sums[i], factor, x);  // all sums differ, so each product must be computed
       else
         sums[i] = fma(x, factor, sums[i]);
   }

@@ -16,7 +16,7 @@ class FactorGradients {
   using T = kernels::Sum<E>;
   using Stack = BackwardStack<E>;
 
-  // Cuts the gradients into tasks. Each task owns some columns of one gradient.
+  // Divides the gradients among tasks. Each task computes some columns of one gradient.
   explicit FactorGradients(const Stack& stack);
   size_t tasks() const { return tasks_.size(); }
 

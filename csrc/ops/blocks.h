@@ -31,9 +31,9 @@ void quantize_row(BlockFormat format, size_t cols, const float* x, uint8_t* out)
 // (ceil(n / 64)). First calls require_storable, like `quantize`.
 void quantize_nf4(Matrix<const float> values, uint8_t* codes, float* absmax);
 
-// The second quantisation of NF4, which quantises absmax (n) itself. Fills codes (n), book (kNf4Book) and
-// scales (ceil(n / kNf4Group)), and returns the mean of `absmax`. The quantised value of absmax[i] is mean +
-// scales[i / kNf4Group] * book[codes[i]].
+// The second quantisation of NF4: the array absmax (n) is quantised, too. Fills codes (n), book (kNf4Book)
+// and scales (ceil(n / kNf4Group)), and returns the mean of `absmax`. The quantised value of absmax[i] is
+// mean + scales[i / kNf4Group] * book[codes[i]].
 float quantize_absmax(size_t n, const float* absmax, uint8_t* codes, float (&book)[kNf4Book], float* scales);
 
 // Decodes the n values of w to out (n).

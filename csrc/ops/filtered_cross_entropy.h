@@ -40,7 +40,7 @@ struct FilteredRows {
 // of the row do not change, and `skipped` is 0. The logits of all other rows are overwritten with undefined
 // values. For a row with an ignored target, the loss, `skipped` and dx are 0.
 //
-// The terms of Σ_kept are added in ascending order of the words, in float32, even if W is multiplied in
+// The terms of Σ_kept are added in ascending order of the word ids, in float32, even if W is multiplied in
 // bfloat16 elsewhere. W must not be float64.
 void filtered_cross_entropy(const WeightView& w, Matrix<float> logits, const int64_t* targets, double factor,
                             const WordFilter& filter, const FilteredRows& rows, Matrix<float> dx);

@@ -36,8 +36,8 @@ const T* panels_of(Matrix<const T> b) {
 }
 
 // Calls body(first, rows, scaled) for each block of rows of A: `first` is the first row, `rows` is the number
-// of rows, and `scaled` is scale * A[rows]. The loop cannot be interrupted, because an interrupt would leave
-// W partly merged.
+// of rows, and `scaled` holds scale * A for these rows. The loop cannot be interrupted, because an interrupt
+// would leave W partly merged.
 template <class T, class Body>
 void for_row_blocks(Matrix<const T> a, size_t d_in, double scale, const Body& body) {
   const double work = 2.0 * double(a.rows) * double(d_in) * double(a.cols);

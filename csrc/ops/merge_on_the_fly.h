@@ -1,4 +1,5 @@
-// Merges updates on the fly: adds the update scale * A * B to blocks of W, for the products of large batches.
+// Merges updates on the fly: for the products of large batches, adds scale * A * B (the update) to blocks of
+// W.
 #pragma once
 
 #include <algorithm>

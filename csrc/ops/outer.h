@@ -1,5 +1,5 @@
-// Products that the kernel gemm_outputs_in_lanes computes. Each row of a result belongs to a token, or to one
-// of the r ranks of an adapter. The columns of the result are in the SIMD lanes.
+// Products that the kernel gemm_outputs_in_lanes computes. Each row of a result belongs to a token, or to a
+// row of an adapter's factor B. The columns of the result are in the SIMD lanes.
 #pragma once
 
 #include <algorithm>

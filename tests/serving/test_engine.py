@@ -211,7 +211,7 @@ def test_an_answer_ends_where_all_pages_are_full(lm: LanguageModel) -> None:
 
 
 def test_too_small_a_budget_is_refused_with_what_is_needed(lm: LanguageModel) -> None:
-    with pytest.raises(ValueError, match=r"Engine: memory is 20 MB, expected at least \d+ MB"):
+    with pytest.raises(ValueError, match=r"Engine: memory is 20 MB, expected at least [\d,]+ MB"):
         Engine(lm, memory="20M")
 
 
@@ -431,7 +431,7 @@ def test_waiting_prompts_have_a_limit_in_bytes(lm: LanguageModel, monkeypatch: p
     monkeypatch.setattr(engine_module, "WAITING", 64 * 100)
     engine, sampling = Engine(lm, max_requests=1), Sampling(max_new_tokens=8)
     large = engine.submit([5] * 150, sampling)  # above the limit, but it is the only one
-    with pytest.raises(QueueFullError, match=r"takes 64 bytes and the waiting ones 9,600, .* 6,400"):
+    with pytest.raises(QueueFullError, match=r"takes 64 bytes, and the waiting prompts take 9,600; .* 6,400"):
         engine.submit([5], sampling)
     engine.step()  # it runs now, so it does not count
     first, cancelled = engine.submit([6] * 40, sampling), engine.submit([5] * 60, sampling)
@@ -443,7 +443,7 @@ def test_waiting_prompts_have_a_limit_in_bytes(lm: LanguageModel, monkeypatch: p
 
 
 def test_the_plan_counts_the_waiting_prompts(lm: LanguageModel) -> None:
-    plans = [Engine(lm, memory="1G", max_requests=4, max_waiting=n).plan for n in (0, 100, 100_000)]
+    plans = [Engine(lm, memory="4G", max_requests=4, max_waiting=n).plan for n in (0, 100, 100_000)]
     few, some, many = (plan.work for plan in plans)
     assert (some - few, many - few) == (64 * CONTEXT * 100, memory.WAITING)
     tokens = np.random.default_rng(0).integers(300, 100_000, 50_000)

@@ -718,7 +718,7 @@ def test_progress_is_true_false_or_none() -> None:
 
 def test_a_generator_that_is_read_twice_is_an_error_that_names_the_epoch() -> None:
     batches = ((X, Y) for _ in range(2))
-    with pytest.raises(ValueError, match=r"epoch 2 has no batch; a generator can be read only once: instead"):
+    with pytest.raises(ValueError, match=r"epoch 2 has no batch; a generator can be read only once. Instead"):
         trainer_of(net()).fit(batches, epochs=2)
 
 

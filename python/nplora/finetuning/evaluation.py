@@ -69,8 +69,8 @@ def evaluate(
         skip_bad: skip bad lines of the data, and count them.
         strict: refuse examples that are longer than `max_length`.
         compute: arithmetic of the products with frozen weights: float32, bfloat16 or int8 (default: float32);
-            int8 needs weights in GGUF's quantised formats, and computes a few tokens at a time, as in
-            decoding.
+            int8 needs weights in GGUF's quantised formats. In int8, the loss is computed a few tokens at a
+            time, as in decoding.
     Returns:
         the mean loss, the number of tokens in the mean, the other metrics, and a report of the data.
     Raises:

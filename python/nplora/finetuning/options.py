@@ -574,7 +574,8 @@ class EvaluateOptions:
         _SPEED,
         None,
         "arithmetic of the products with frozen weights: float32, bfloat16 or int8 (default: float32); "
-        "int8 needs weights in GGUF's quantised formats, and computes a few tokens at a time, as in decoding",
+        "int8 needs weights in GGUF's quantised formats. In int8, the loss is computed a few tokens at a "
+        "time, as in decoding",
         choices=COMPUTES,
     )
     op: InitVar[str] = "evaluate"  # the name with which error messages begin

@@ -175,8 +175,8 @@ def wanted(
         new: the tokens that are added to the model.
     Raises:
         ValueError: a layer is in both `modules` and `targets`, or has an adapter already; both `tokens` and
-            `modules` are given; a token is both in `tokens` and in `new`; or as in `token_ids` and
-            `module_names`.
+            `modules` are given; a token is both in `tokens` and in `new`; or `token_ids` or `module_names`
+            raises the error.
     """
     assert isinstance(lm, Module)
     listed, names = token_list(op, tokens) if tokens else (), module_names(op, modules) if modules else ()

@@ -143,8 +143,8 @@ class EncoderEngine:
             raise QueueFullError(f"{_OP}: {waiting(len(self._open))} waiting already")
         if self._open and self._bytes + request.bytes > WAITING:
             raise QueueFullError(
-                f"{_OP}: this request takes {request.bytes:,} bytes and the waiting ones {self._bytes:,}, "
-                f"expected at most {WAITING:,} bytes together"
+                f"{_OP}: this request takes {request.bytes:,} bytes, and the waiting requests take "
+                f"{self._bytes:,}; expected at most {WAITING:,} bytes together"
             )
         self._open[request.future] = request
         self._bytes += request.bytes

@@ -174,7 +174,8 @@ class Engine:
             KeyError: no adapter has this name.
             TypeError: `ids` are not integers, or `adapter` has a wrong type.
             ValueError: the prompt is empty, has tokens outside the vocabulary, or leaves no room in `context`
-                for an answer; or an option is out of range; or `adapter` is a copy of another model.
+                for an answer; or an option is out of range; or `adapter` is a copy of a model that
+                is not the engine's model.
             QueueFullError: `max_waiting` requests are waiting, or their prompts take too much memory.
             RuntimeError: the engine was closed.
         """
@@ -213,8 +214,8 @@ class Engine:
             held = PROMPT_TOKEN * sum(one.answer.prompt for one in self._scheduler.queue.items())
             if held and held + size > WAITING:
                 raise QueueFullError(
-                    f"{_OP}: the prompt takes {size:,} bytes and the waiting ones {held:,}, "
-                    f"expected at most {WAITING:,} bytes together"
+                    f"{_OP}: the prompt takes {size:,} bytes, and the waiting prompts take "
+                    f"{held:,}; expected at most {WAITING:,} bytes together"
                 )
             self._requests[ticket] = request
             self._scheduler.queue.push(request)

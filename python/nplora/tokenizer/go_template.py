@@ -34,7 +34,7 @@ class GoTemplate:
         system: the text before the system message, and the text between the system message and the first user
             message; None if the template refuses system messages.
         user: the text before each user message except the first, and the text after each user message.
-        assistant: the text before, and the text after, each message of the assistant.
+        assistant: the text before each message of the assistant, and the text after it.
         answer: the text at the end of the chat, before the model's next answer.
         trimmed: the roles of the messages from which the Jinja template strips white space. A Go template
             cannot strip white space.
@@ -79,7 +79,8 @@ class GoTemplate:
 
         Args:
             system: the Go variable with the system message.
-            user: the returned part omits this end of the text; if the text has another end, return None.
+            user: the end of the text. The returned part leaves it out. If the text does not end with `user`,
+                return None.
         """
         texts = [self.first] if self.system is None else [self.first, self.system[1]]
         if not all(text.endswith(user) for text in texts):

@@ -171,7 +171,7 @@ class IterableBatches:
             kind = type(self.batches).__name__
             which = f"epoch {epoch + 1} has no batch" if epoch else "the iterable has no batch"
             raise ValueError(
-                f"{self.op}: {which}; a generator can be read only once: instead of the {kind} "
+                f"{self.op}: {which}; a generator can be read only once. Instead of the {kind}, "
                 "pass a list, or an object whose __iter__ starts from the beginning"
             )
 

@@ -274,8 +274,8 @@ class RunDirectory:
         replaced instead of the older one. So later saves leave two checkpoints of different steps.
 
         Raises:
-            OSError: the checkpoint cannot be written. Both checkpoints are unchanged, and the message says
-                how many bytes were needed.
+            OSError: the checkpoint cannot be written. The checkpoints in the directory are unchanged, and the
+                message says how many bytes were needed.
         """
         is_again = False
         if self._first_log is not None:

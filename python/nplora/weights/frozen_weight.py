@@ -276,8 +276,8 @@ class FrozenWeight:
     def with_compute(self, compute: str) -> FrozenWeight:
         """Return a weight with the same matrix, but another arithmetic for its products.
 
-        The two weights share the memory of a matrix that is quantised or used in place. A matrix of floats
-        that the constructor has copied is copied again.
+        If the matrix is quantised or used in place, the two weights share its memory. If the constructor has
+        copied the matrix as floats, the matrix is copied again.
 
         Args:
             compute: as in the constructor.
@@ -584,7 +584,7 @@ def _require_matrix(op: str, source: str, name: str, shape: tuple[int, ...]) -> 
 
 
 def _few_at_a_time(product: Callable[[Array], Array], x: npt.ArrayLike) -> Array:
-    """Compute a product a few rows at a time: products of so few rows do not round their operands."""
+    """Compute a product a few rows at a time, because products of so few rows do not round their operands."""
     x = np.asarray(x)
     lead, width = x.shape[:-1], x.shape[-1]
     rows = x.reshape(math.prod(lead), width)

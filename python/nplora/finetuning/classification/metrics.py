@@ -92,7 +92,7 @@ class ClassificationReport:
     def of(
         task: str, labels: Sequence[str], logits: Array, targets: Array | Sequence[Array]
     ) -> ClassificationReport:
-        """Compare logits (n, outputs) with targets, in the form that the task's loss function takes.
+        """Compare logits (n, outputs) with targets, which have the form that the task's loss function takes.
 
             >>> labels, logits = ["O", "B-PER", "I-PER"], np.eye(3)[[1, 2, 0, 1]]
             >>> truth = [np.array([1, 2, 0]), np.array([0])]

@@ -169,7 +169,7 @@ class Preview:
             raise DataError(f"{self.train.source}: the weights are so small that an epoch has no examples")
 
     def text(self, colour: bool = False) -> str:
-        """The preview as text. With `colour`, the trained parts are green, for a terminal."""
+        """The preview as text. With `colour`, codes for a terminal show the trained parts in green."""
         blocks = [_summary(self.train, self.max_length)]
         if self.valid is not None:
             blocks.append(_summary(self.valid, self.max_length))

@@ -172,7 +172,7 @@ class Reader:
         return self._guides.guide(lm.tokenizer, request.grammar)
 
     def _model(self, adapter: str | None) -> LanguageModel:
-        """Return the model with an adapter. The request uses this model until its end."""
+        """Return the model with an adapter. The request uses this model until the request ends."""
         lm = self._models.lm
         lm.set_adapter(None)  # the caller may have selected one
         return lm if adapter is None else lm.named_model(adapter)

@@ -5,8 +5,8 @@
 
 namespace nplora {
 
-// The size of a huge page on x86-64, and on aarch64 with pages of 4 KB. On systems with larger huge pages, no
-// two weights are placed in the same huge page.
+// The size of a huge page on x86-64, and on aarch64 with pages of 4 KB. On systems with larger huge pages,
+// map_beside does not place weights one after the other.
 inline constexpr size_t kHugePage = size_t{2} << 20;
 
 // If there is no memory, map and map_beside return nullptr. Memory from either function is freed by unmap.

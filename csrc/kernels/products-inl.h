@@ -115,8 +115,9 @@ void gemm_tokens_in_lanes(size_t n_lanes, size_t rows, size_t depth, const Panel
 
 // ---- gemm_outputs_in_lanes: the product c = a w ----
 
-// The number of rows of `w` for one element of `a`. The number is 2 if `a` holds pairs of bfloat16 values and
-// `w` holds single values: the kernel then pairs rows of `w` in registers. Otherwise, the number is 1.
+// The number of rows of `w` that each element of `a` is multiplied by. The number is 2 if `a` holds pairs of
+// bfloat16 values and `w` holds single values: the kernel then pairs rows of `w` in registers. Otherwise, the
+// number is 1.
 template <class E, class W>
 inline constexpr size_t kRowsOf = 1;
 template <>

@@ -57,8 +57,8 @@ void large_stack(std::span<const ForwardPart<T>> parts, Matrix<const T> x, size_
 }
 
 bool same_weight(const WeightView& a, const WeightView& b) {
-  return a.data == b.data && a.storage == b.storage && a.d_out == b.d_out && a.d_in == b.d_in &&
-         a.nf4.codes == b.nf4.codes;
+  return a.data == b.data && a.storage == b.storage && a.compute == b.compute && a.d_out == b.d_out &&
+         a.d_in == b.d_in && a.nf4.codes == b.nf4.codes;
 }
 
 // Whether two layers with the same weight have the same bias. The biases may lie at different addresses,
@@ -114,7 +114,7 @@ void forward_as(std::span<const ForwardPart<T>> parts, Matrix<const T> x, size_t
   large_stack<T>(parts, x, plan_tokens);
 }
 
-// A small batch of groups that share the weights.
+// Computes a small batch whose groups share the weights and biases.
 template <class T>
 void small_groups(std::span<const GroupParts<T>> groups, Matrix<const T> x) {
   std::vector<ForwardPart<T>> parts(groups[0].parts);
@@ -142,7 +142,14 @@ bool updates_are_separate(std::span<const GroupParts<T>> groups) {
   return true;
 }
 
-// Computes x Wᵀ for each layer of a large batch, without the updates and the biases.
+// Whether no layer of a group adds an update or a bias to x Wᵀ.
+template <class T>
+bool adds_nothing(const GroupParts<T>& group) {
+  return std::all_of(group.parts.begin(), group.parts.end(),
+                     [](const ForwardPart<T>& part) { return part.low.rank() == 0 && !part.bias; });
+}
+
+// Computes x Wᵀ for each layer of a stack and all rows of a large batch, without updates and biases.
 template <class T>
 void multiply_all(const GroupParts<T>& group, Matrix<const T> x) {
   std::vector<ForwardPart<T>> parts(group.parts);
@@ -166,21 +173,25 @@ void lora_infer(std::span<const ForwardPart<T>> parts, Matrix<const T> x, size_t
   forward_as(parts, x, inference_tokens(std::max(batch, x.rows)), false);
 }
 
-// If all groups share the weights, each weight is read once for all groups. In a large batch, the product is
-// then computed first, and each group adds its own update. The method depends on the size of the whole batch,
-// not on that of the group. So the bits of an output row do not depend on the size of its group.
+// If the groups share the weights, x Wᵀ is computed once for all of them. Then each group adds its own
+// update. In a large batch whose updates are merged on the fly, each group is computed alone. The method
+// depends on the size of the whole batch, not on that of the group. So the bits of an output row do not
+// depend on the size of its group.
 template <class T>
 void lora_forward_groups(std::span<const GroupParts<T>> groups, Matrix<const T> x) {
-  const bool shared = share_weights(groups), small = x.rows <= kernels::kSmallBatch;
-  if (shared && small) return small_groups(groups, x);
+  if (groups.size() == 1) return lora_infer<T>(groups[0].parts, x, x.rows);
+  const bool shared = share_weights(groups);
+  if (shared && x.rows <= kernels::kSmallBatch) return small_groups(groups, x);
   const bool multiplied = shared && updates_are_separate(groups);
   if (multiplied) multiply_all(groups[0], x);
   size_t first = 0;
   for (const GroupParts<T>& group : groups) {
+    const Matrix<const T> rows = rows_of(x, {first, group.rows});
+    first += group.rows;
+    if (multiplied && adds_nothing(group)) continue;
     std::vector<ForwardPart<T>> parts(group.parts);
     for (ForwardPart<T>& part : parts) part.multiplied = multiplied;
-    lora_infer<T>(parts, rows_of(x, {first, group.rows}), x.rows);
-    first += group.rows;
+    lora_infer<T>(parts, rows, x.rows);
   }
 }
 

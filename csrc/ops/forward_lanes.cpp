@@ -121,6 +121,7 @@ class LanesForward {
     const LoraDelta& delta = deltas_[piece.part];
     const ForwardPart<T>& part = delta.part;
     const size_t rank = part.low.rank();
+    if (part.multiplied && rank == 0 && !part.bias) return;  // y is complete
     T* yt = scratch<T>(Scratch::kSums, blocks.count * kRowBlock * lanes_);
     for (size_t r = 0; r < piece.rows.count; r += kRowBlock) {
       const Range rows{piece.rows.first + r, std::min(kRowBlock, piece.rows.count - r)};

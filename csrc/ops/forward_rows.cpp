@@ -210,12 +210,16 @@ class RowsForward {
   // of W are transposed at a time, so that x is loaded into L2 once for all these blocks.
   void multiply(Range token_block, Range some, PartRows piece) const {
     const PartUpdate& u = updates_[piece.part];
-    if (u.part.multiplied) return add_update(u, token_block, some, piece.rows);
+    constexpr size_t kFew = kInt8 ? kFewInt8Tokens : kFewTokens;
+    if (u.part.multiplied) {
+      for (size_t i = 0; i < some.count; i += kFew)
+        add_update(u, token_block, {some.first + i, std::min(kFew, some.count - i)}, piece.rows);
+      return;
+    }
     const size_t depth = kInt8 ? int8_depth_block(x_.cols) : depth_block(x_.cols);
     const size_t block_size = depth_of<W>(depth) * kBlockRows;
     const size_t most =
         std::max<size_t>(1, kBlocksBytes / sizeof(W) / std::max<size_t>(1, block_size)) * kBlockRows;
-    constexpr size_t kFew = kInt8 ? kFewInt8Tokens : kFewTokens;
     W* blocks = scratch<W>(Scratch::kWeight, most / kBlockRows * block_size);
     for (size_t r = 0; r < piece.rows.count; r += most) {
       const Range rows{piece.rows.first + r, std::min(most, piece.rows.count - r)};

@@ -40,7 +40,7 @@ struct GroupUpdate {
 // (n, d_out) and z (n, r). `bias` may be null. If the caller does not need z, z.data may be null. In a small
 // batch, `groups` may replace `low`: each group of rows of x then has its own update. The groups together
 // have n rows. With groups, z is not stored. In a large batch, `multiplied` says that y already holds x Wᵀ:
-// only the update and the bias are then added to y.
+// only the update and the bias are then added to y. The update must not be merged on the fly.
 template <class T>
 struct ForwardPart {
   WeightView w;

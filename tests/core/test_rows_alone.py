@@ -66,7 +66,7 @@ def layer_of(fw: FrozenWeight, rank: int, seed: int) -> Any:
 @pytest.mark.parametrize(
     ("storage", "compute"),
     [("float32", "float32"), ("bfloat16", "bfloat16"), ("float64", "float32"), ("q4_1", "int8"),
-     ("q4_k", "bfloat16")],
+     ("q4_k", "bfloat16"), ("q4_k", "float32")],
 )  # fmt: skip
 def test_groups_of_rows_have_the_bits_of_a_batch_with_the_layers_of_each_group(
     storage: str, compute: str, counts: tuple[int, ...], threads: int

@@ -36,17 +36,17 @@ def refused(error: type[Exception], words: str, source: object = "") -> Iterator
 
 
 def damaged(data: bytes) -> Iterator[bytes]:
-    """Every truncation, and every byte replaced by 00, 7F, 80 and FF; in more than 300 bytes, by one of them.
+    """Every truncation, and every byte replaced by 00, 7F, 80 and FF.
 
-    Bytes at the same place of successive integers are replaced by different values.
+    In data of more than 300 bytes, each byte is replaced by only one of these values. Bytes at the same place
+    of successive integers are replaced by different values.
     """
     for length in range(len(data)):
         yield data[:length]
-    values = (0x00, 0x7F, 0x80, 0xFF)
-    for place in range(len(data)):
-        for value in values if len(data) <= 300 else [values[(place + place // 4) % 4]]:
-            if data[place] != value:
-                yield data[:place] + bytes([value]) + data[place + 1 :]
+    for place, byte in enumerate(data):
+        values = [value for value in (0x00, 0x7F, 0x80, 0xFF) if value != byte]
+        for value in values if len(data) <= 300 else [values[(place + place // 4) % len(values)]]:
+            yield data[:place] + bytes([value]) + data[place + 1 :]
 
 
 def accepted(data: bytes, read: Callable[[bytes], T]) -> Iterator[tuple[bytes, T]]:

@@ -173,10 +173,10 @@ void lora_infer(std::span<const ForwardPart<T>> parts, Matrix<const T> x, size_t
   forward_as(parts, x, inference_tokens(std::max(batch, x.rows)), false);
 }
 
-// If the groups share the weights, x Wᵀ is computed once for all of them. Then each group adds its own
-// update. In a large batch whose updates are merged on the fly, each group is computed alone. The method
-// depends on the size of the whole batch, not on that of the group. So the bits of an output row do not
-// depend on the size of its group.
+// If the groups share weights and biases, and no update is merged on the fly, x Wᵀ is computed once for all
+// groups, and each group adds its own update. Otherwise, each group is computed alone. The method depends on
+// the size of the whole batch, not on that of the group. So the bits of an output row do not depend on the
+// size of its group.
 template <class T>
 void lora_forward_groups(std::span<const GroupParts<T>> groups, Matrix<const T> x) {
   if (groups.size() == 1) return lora_infer<T>(groups[0].parts, x, x.rows);

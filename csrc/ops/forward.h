@@ -100,11 +100,18 @@ class StackRows {
   size_t block_rows_;
 };
 
+// Whether a product with x must be computed: x Wᵀ or x Bᵀ.
+template <class T>
+bool multiplies_x(std::span<const ForwardPart<T>> parts) {
+  return std::any_of(parts.begin(), parts.end(),
+                     [](const ForwardPart<T>& part) { return !part.multiplied || part.low.rank() > 0; });
+}
+
 template <class T>
 double flops_of(std::span<const ForwardPart<T>> parts, size_t n) {
   double sum = 0;
   for (const auto& part : parts)
-    sum += part.multiplied ? flops(n, part.low.rank(), part.w.d_in + part.w.d_out)
+    sum += part.multiplied ? flops(n, std::max<size_t>(1, part.low.rank()), part.w.d_in + part.w.d_out)
                            : flops(n, part.w.d_out, part.w.d_in);
   return sum;
 }

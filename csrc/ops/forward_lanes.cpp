@@ -44,9 +44,10 @@ class LanesForward {
     for (size_t first = 0; first < x_.rows; first += block_tokens_) {
       const Range token_block{first, std::min(block_tokens_, x_.rows - first)};
       const size_t blocks = ceil_div(token_block.count, lanes_);
-      for_pieces(blocks, 1, threads, [&](Range mine) {
-        for (size_t b = 0; b < mine.count; ++b) prepare(token_block, mine.first + b);
-      });
+      if (multiplies_x(parts_))
+        for_pieces(blocks, 1, threads, [&](Range mine) {
+          for (size_t b = 0; b < mine.count; ++b) prepare(token_block, mine.first + b);
+        });
       const Grid grid({blocks, 1, kTaskTokens / lanes_}, {rows.blocks(), 1, rows.blocks()},
                       flops_of(parts_, token_block.count), threads);
       parallel_for(grid.tasks(), threads, Interruptible::kYes, [&](size_t i) {

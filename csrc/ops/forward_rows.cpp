@@ -1,5 +1,6 @@
 // The forward pass z = drop(x) Bᵀ, y = x Wᵀ + scale z Aᵀ [+ bias] with the outputs in the SIMD lanes.
 // forward_rows uses the same matrix product as the backward pass, on blocks of Wᵀ.
+#include <cassert>
 #include <type_traits>
 #include <utility>
 #include <vector>
@@ -46,6 +47,7 @@ class RowsForward {
                              part.low.dropout > 0,
                              is_blocks(part.w.storage)};
       const Update update = plan_forward(shape, keep_z).update;
+      assert(!(part.multiplied && update == Update::kMergedOnTheFly));
       const bool projects = part.low.rank() && (keep_z || update == Update::kSeparate);
       updates_.push_back({part, update, projects ? join(part.low) : nullptr});
     }
@@ -57,7 +59,7 @@ class RowsForward {
     const StackRows<T> rows(parts_, kTaskRows);
     for (size_t first = 0; first < x_.rows; first += block_tokens_) {
       const Range token_block{first, std::min(block_tokens_, x_.rows - first)};
-      if (!joined_.empty() || kConverts)
+      if (!joined_.empty() || (kConverts && multiplies_x(parts_)))
         for_pieces(token_block.count, kTokenUnit, threads, [&](Range some) { prepare(token_block, some); });
       const Grid grid({token_block.count, kTokenUnit, token_block.count}, {rows.blocks(), 1, rows.blocks()},
                       flops_of(parts_, token_block.count), threads);

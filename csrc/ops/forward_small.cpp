@@ -241,8 +241,8 @@ class Counted {
   std::atomic<size_t>& count_;
 };
 
-// A product with W takes about this many times as long as its floating-point operations alone, because W must
-// be read and decoded.
+// The time of a product with W, divided by the time of its floating-point operations alone. The product takes
+// longer, because W must be read and decoded.
 constexpr double kReadingCost = 2;
 
 }  // namespace

@@ -1,5 +1,4 @@
-// Products that the kernel gemm_outputs_in_lanes computes. Each row of a result belongs to a token, or to a
-// row of an adapter's factor B. The columns of the result are in the SIMD lanes.
+// Products that the kernel gemm_outputs_in_lanes computes. The columns of a result are in the SIMD lanes.
 #pragma once
 
 #include <algorithm>

@@ -53,33 +53,39 @@ def test_a_row_of_a_small_batch_has_the_bits_of_the_row_alone(
             np.testing.assert_array_equal(layer(x[batch]), alone[batch])
 
 
-def layer_of(fw: FrozenWeight, rank: int, seed: int) -> Any:
-    bias = normal(fw.shape[0], seed=7).astype(fw.compute_dtype)
+def layer_of(fw: FrozenWeight, rank: int, seed: int, biased: bool = True) -> LoRALinear | nplora.Linear:
+    bias = normal(fw.shape[0], seed=7).astype(fw.compute_dtype) if biased else None
     if not rank:
         return nplora.Linear(fw, bias=bias)
     return LoRALinear(fw, rank=rank, bias=bias, init="gaussian", rng=seed)
 
 
 @pytest.mark.parametrize(
-    "counts", [(1, 1, 1), (8,), (3, 0, 5), (1, 2, 1), (7, 1), (2, 30, 9), (0, 16, 16), (70, 1, 300)]
+    "counts", [(1, 1, 1), (8,), (3, 0, 5), (1, 2, 1), (7, 1), (2, 30, 9), (0, 16, 16), (70, 1, 300), (30,)]
 )
+@pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize(
     ("storage", "compute"),
     [("float32", "float32"), ("bfloat16", "bfloat16"), ("float64", "float32"), ("q4_1", "int8"),
      ("q4_k", "bfloat16"), ("q4_k", "float32")],
 )  # fmt: skip
 def test_groups_of_rows_have_the_bits_of_a_batch_with_the_layers_of_each_group(
-    storage: str, compute: str, counts: tuple[int, ...], threads: int
+    storage: str, compute: str, counts: tuple[int, ...], biased: bool, threads: int
 ) -> None:
-    compare_groups(*stacks(storage, compute, 256, (4, 0, 17)[: len(counts)], counts), counts)
+    compare_groups(*stacks(storage, compute, 256, (4, 0, 17)[: len(counts)], counts, biased), counts)
 
 
 def stacks(
-    storage: str, compute: str, d_in: int, ranks: tuple[int, ...], counts: tuple[int, ...]
+    storage: str,
+    compute: str,
+    d_in: int,
+    ranks: tuple[int, ...],
+    counts: tuple[int, ...],
+    biased: bool = True,
 ) -> tuple[list[list[Any]], Array]:
     """Return a stack of two layers for each rank, all with the same weights and biases, and x."""
     stack = [FrozenWeight(normal(rows, d_in, seed=rows), storage, compute) for rows in (130, 48)]
-    groups = [[layer_of(fw, rank, 9 * i + rank) for i, fw in enumerate(stack)] for rank in ranks]
+    groups = [[layer_of(fw, rank, 9 * i + rank, biased) for i, fw in enumerate(stack)] for rank in ranks]
     return groups, normal(sum(counts), d_in).astype(stack[0].compute_dtype)
 
 
@@ -103,10 +109,15 @@ def compare_groups(groups: list[list[Any]], x: Array, counts: tuple[int, ...]) -
 
 @pytest.mark.parametrize("counts", [(3, 2), (5, 20)])
 def test_groups_may_have_other_weights_and_biases(counts: tuple[int, ...]) -> None:
-    fw, bias = FrozenWeight(normal(5, 16)), normal(5, seed=1)
-    others = nplora.Linear(normal(5, 16, seed=2)), nplora.Linear(fw, bias=bias)
+    fw, bias = FrozenWeight(normal(5, 256), "q4_k"), normal(5, seed=1)
+    others = (
+        nplora.Linear(normal(5, 256, seed=2)),
+        nplora.Linear(fw, bias=bias),
+        nplora.Linear(fw.with_compute("bfloat16")),
+        nplora.Linear(fw.with_compute("int8")),
+    )
     for other in others:
-        compare_groups([[nplora.Linear(fw)], [other]], normal(sum(counts), 16, seed=3), counts)
+        compare_groups([[nplora.Linear(fw)], [other]], normal(sum(counts), 256, seed=3), counts)
 
 
 def test_groups_refuse_what_does_not_fit() -> None:

@@ -193,7 +193,7 @@ struct MinimaOf<Block> {
 
 // ---- rows ----
 
-// Rows of blocks. When a block is read, the memory `ahead` bytes after the block is prefetched.
+// Rows of blocks. Reading a block also prefetches the memory that is `ahead` bytes after the block.
 struct Rows {
   const uint8_t* blocks;
   size_t count, row_bytes, ahead;

@@ -88,13 +88,13 @@ struct Fetch {
 
   static constexpr Fetch none() { return {}; }
 
-  // Prefetches `lines` cache lines that begin at `from`. At each step, gemm_outputs_in_lanes prefetches
-  // `each` lines, but no more lines than the step reads from `w`. If `each` is 0, gemm_outputs_in_lanes
-  // prefetches nothing. When a tile begins, fewer lines may be left than its steps would prefetch: then each
-  // step of the tile prefetches one line. If fewer lines are left than the tile has steps, the steps prefetch
-  // later rows of `w` instead. In L1 blocks (see l1_block_bytes), a step prefetches at most one line, and
-  // never a later row of `w`. The kernels for low-bit blocks ignore `each` and spread the prefetches evenly
-  // over the rows of W.
+  // Prefetches `lines` cache lines that begin at `from`. A step of gemm_outputs_in_lanes prefetches as many
+  // lines as `each` says, but no more lines than the step reads from `w`. If `each` is 0,
+  // gemm_outputs_in_lanes prefetches nothing. When a tile begins, fewer lines may be left than its steps
+  // would prefetch: then each step of the tile prefetches one line. If fewer lines are left than the tile has
+  // steps, the steps prefetch later rows of `w` instead. In L1 blocks (see l1_block_bytes), a step prefetches
+  // at most one line, and never a later row of `w`. The kernels for low-bit blocks ignore `each` and spread
+  // the prefetches evenly over the rows of W.
   static constexpr Fetch memory(const void* from, size_t lines, size_t each = 0) {
     return {static_cast<const char*>(from), lines, each};
   }
@@ -146,8 +146,8 @@ struct Tiles {
   size_t depth_unit;  // kDepthUnit is a multiple of this number
 
   // Computes yt = w xt, or yt += w xt if `accumulate` is set, for yt (rows, n_lanes), w (rows, depth) and xt
-  // (depth, n_lanes). The tokens are in the SIMD lanes, and the elements of `w` are broadcast. `n_lanes` is
-  // the member `lanes` or half of it. `xt` and `yt` are dense.
+  // (depth, n_lanes). The tokens are in the SIMD lanes, and the elements of `w` are broadcast. `n_lanes`
+  // must be `lanes` or lanes / 2. `xt` and `yt` are dense.
   void (*gemm_tokens_in_lanes)(size_t n_lanes, size_t rows, size_t depth, const Panels<E>& w, const E* xt,
                                Sum<E>* yt, bool accumulate);
 

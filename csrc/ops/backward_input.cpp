@@ -122,8 +122,8 @@ size_t InputGradient<E, W>::task_tokens(size_t block_tokens) const {
   return merges_ || group_ > kPanelColumns ? block_tokens : kTaskTokens;
 }
 
-// Computes a group of panels of dx at a time. As soon as dy W of the last layer has been added to a panel of
-// dx, dz B is added to the same panel.
+// Computes a group of panels of dx at a time. As soon as a panel of dx holds the products dy W of all layers,
+// the product dz B is added to it.
 template <class E, class W>
 void InputGradient<E, W>::multiply(Range token_block, Range some, Range cols) const {
   const Matrix<T> all = stack_.dx();
@@ -213,8 +213,8 @@ void InputGradient<E, W>::add_block(const Part& p, const Gradient& dy, Range row
 }
 
 // Adds the low-rank part of the gradient for a few tokens: dx[few, panel] += undrop(dz B[:, panel]), where
-// `undrop` applies the dropout mask of x. The ranges `few` and `some` are the same tokens with different
-// numbers: in `few`, token 0 is the first row of dx; in `some`, token 0 is the first token of the token
+// `undrop` applies the dropout mask of x. The ranges `few` and `some` are the same tokens, counted from
+// different starts: `few` counts from the first row of dx, and `some` from the first token of the token
 // block.
 template <class E, class W>
 void InputGradient<E, W>::add_low_rank(const Joined& all, Range token_block, Range some, Range panel,

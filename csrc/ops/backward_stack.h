@@ -48,7 +48,7 @@ class BackwardStack {
     size_t column = 0;    // the layer's first column in the joined dz
     E* dy = nullptr;      // the dy of a token block, if it is converted to type E
     E* z_rows = nullptr;  // only for pairs: z of a token block, transposed (r, n / 2)
-    Matrix<const E> a{};  // A (d_out, r), or pairs of rows of A (d_out / 2, r)
+    Matrix<const E> a{};  // the factor A (d_out, r), or its rows in pairs (d_out / 2, r)
     T* da = nullptr;      // the sums of dA, transposed (r, d_out)
 
     size_t rank() const { return arrays.low.rank(); }

@@ -52,7 +52,7 @@ class KeptWords {
   // ids() are the kept words of row `row` in one block of the vocabulary.
   size_t first(size_t block, size_t row) const { return firsts_[block * rows() + row]; }
   const float* weights() const { return weights_; }
-  const uint8_t* ids() const { return ids_; }  // an id of 0 is the first word of its block
+  const uint8_t* ids() const { return ids_; }  // counted from the first word of the block
 
  private:
   float* row_weights(size_t row) const { return logits_.row(row); }

@@ -249,8 +249,8 @@ def test_examples_whose_tools_the_template_does_not_write_are_counted_once_a_fil
     with pytest.warns(UserWarning, match="messages, reasoning, tools or documents") as caught:
         report = read_dataset(path, tokenizer()).report
     assert [str(warning.message) for warning in caught] == [
-        f"{path}: in 2 examples, the chat template leaves out messages, reasoning, tools or documents: "
-        "the model does not see them"
+        f"{path}: in 2 examples, the chat template leaves out messages, reasoning, tools or documents, "
+        "so the model does not see them"
     ]
     assert report.unused == 2
     assert read_dataset(path, tokenizer(TOOLS_TEMPLATE)).report.unused == 0

@@ -162,7 +162,8 @@ def test_another_value_has_the_effect_in_the_table(name: str, place: Path, tmp_p
                 "refused" if "cannot continue with other data or settings: " in str(error) else str(error)
             )
         else:
-            told = any("the run continues with other settings: " in str(one.message) for one in caught)
+            words = "the resumed run has other settings than the checkpoint: "
+            told = any(words in str(one.message) for one in caught)
             effect = "the run continues, with a warning" if told else "the run continues"
     [expected] = table()[name]
     if effect == "the run continues":

@@ -1,5 +1,6 @@
-// Formats with a scale for each group of values, but no minimum. A value is (d * scale) * q, where q is the
-// code of the value (in IQ4_XS: the level of the code), and d is a float16 number of the block.
+// Formats with a scale for each group of values, but no minimum. A value is (d * scale) * q. The number q is
+// the code of the value (in IQ4_XS: the level that a table gives for the code). The float16 number d is
+// stored once for each block.
 #pragma once
 
 #include <initializer_list>

@@ -337,7 +337,7 @@ def _targets(adapter: AdapterContent) -> tuple[str, ...] | str:
 def _require_unmistakable(name: str, others: Iterable[str]) -> None:
     """Raise ValueError if a name in `modules_to_save` would also make PEFT save another module.
 
-    PEFT saves every module whose name ends in `name`, and everything inside a module of that name.
+    PEFT saves every module whose name ends in `name`, and every module inside a module that is called `name`.
     """
     for other in others:
         if other.endswith(name) or f".{name}." in f".{other}.":

@@ -164,10 +164,10 @@ def choose(
 
 
 def _likeliest_biased(scores: Array, best: int, biases: dict[int, float]) -> int | None:
-    """The most likely token after `biases` are added to the scores, or None if `best` has a bias.
+    """The most likely token after `biases` are added to the scores, or None if that takes all scores.
 
-    `best` is the most likely token without biases. Tokens without a bias keep their scores, so only the
-    tokens with a bias are compared with `best`. A copy of all scores would take much longer.
+    `best` is the most likely token without biases. If `best` has no bias, only the tokens with a bias must be
+    compared with it, because all other tokens keep their scores. If `best` has a bias, the result is None.
     """
     found = {token: float(scores[token]) + bias for token, bias in biases.items() if token < len(scores)}
     if best in found:

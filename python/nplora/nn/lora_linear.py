@@ -202,8 +202,8 @@ class LoRALinear(LoRALayer):
     ) -> tuple[_core.ForwardPart, Array, LoRALinearSaved]:
         """Prepare a call of `_core.lora_forward`, which can compute several layers with the same input.
 
-        Return a tuple: this layer's argument for the call; the array y (n, d_out), into which the call writes
-        this layer's output; and the values for `backward`.
+        The caller makes the call. Return a tuple: this layer's argument for `_core.lora_forward`; the array
+        y (n, d_out), into which `_core.lora_forward` writes the output; and the values for `backward`.
         """
         y = buffers.empty((len(rows), len(self.A)), self.A.dtype)
         lone, merged = self._lone_weight()

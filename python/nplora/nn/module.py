@@ -119,8 +119,8 @@ class Saved:
 def saved_nbytes(saved: object) -> int:
     """Return the number of bytes of all arrays in a Saved, or in nested tuples, lists and dicts.
 
-    An array that occurs several times counts once. A view of a part of an array counts in addition to the
-    whole array.
+    An array that occurs several times counts once. A view of a part of an array counts separately, even if
+    the whole array counts too.
 
         >>> import nplora, numpy as np
         >>> layer = nplora.LoRALinear(np.eye(4), rank=2)

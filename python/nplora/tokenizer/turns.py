@@ -26,7 +26,7 @@ _MARKS = range(0xE200, 0xE300)  # private-use characters, which no template chan
 
 
 class Turn(NamedTuple):
-    """The place of an assistant's turn. `first` and `last` number the special tokens of the chat from 0.
+    """Where an assistant's turn begins and ends. `first` and `last` count the chat's special tokens from 0.
 
     Attributes:
         first: the index of the special token with which `head` begins.

@@ -66,8 +66,8 @@ class DirectoryLock:
     def close(self) -> None:
         """Unlock the directory.
 
-        This process removes the lock file and then unlocks it. In the opposite order, another process could
-        lock the file just before this process removes it.
+        This process removes the lock file first, and then releases its lock on the file. In the opposite
+        order, another process could lock the file just before this process removes it.
         """
         if self._descriptor < 0:
             return

@@ -127,7 +127,7 @@ class Gradients:
         return Forward(value, count, gradient, saved)
 
     def _backward(self, forward: Forward, first_count: int) -> None:
-        """Add the gradients of a batch. Their weight is the count of the batch divided by `first_count`."""
+        """Add the gradients of a batch, multiplied by the count of its loss and divided by `first_count`."""
         gradient = forward.gradient
         if forward.count != first_count:
             gradient = gradient * gradient.dtype.type(forward.count / first_count)

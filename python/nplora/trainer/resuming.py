@@ -180,7 +180,7 @@ def restored_history(
     unlogged = _add_log(history, checkpoint, directory)
     changed = _changes(checkpoint.settings.get("free"), settings["free"])
     if changed:
-        warn_user(f"{path}: the run continues with other settings: {changed}")
+        warn_user(f"{path}: the resumed run has other settings than the checkpoint: {changed}")
     checkpoint.warn_if_moved()
     return history, unlogged
 

@@ -271,7 +271,7 @@ class RunDirectory:
         """Replace the directory's older checkpoint. The first save of a new run replaces both checkpoints.
 
         If the newest checkpoint in the directory has the same step as `checkpoint`, the newest checkpoint is
-        replaced instead of the older one. So later saves leave two checkpoints of different steps.
+        replaced instead of the older one. So after the next save, the two checkpoints have different steps.
 
         Raises:
             OSError: the checkpoint cannot be written. The checkpoints in the directory are unchanged, and the

@@ -150,7 +150,8 @@ class RunState:
         """Record an evaluation of the current factors, and update early stopping.
 
         Args:
-            at_the_end: whether this evaluation is made only because the run ends here, within an epoch.
+            at_the_end: whether this evaluation is made only because the run ends here, in the middle of an
+                epoch.
         """
         self.history.evaluations.append(record)
         self.early_stopping.judge(record)

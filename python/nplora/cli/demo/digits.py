@@ -76,7 +76,7 @@ class Accuracy:
 
 @dataclass(frozen=True)
 class MergeCheck:
-    """By how much merging changes the outputs for the changed images of the held-out digits.
+    """The difference between outputs before and after merging, for the changed images of held-out digits.
 
     Attributes:
         difference: the change that merging makes to one element of a layer's output. This element has the

@@ -9,8 +9,8 @@ class TextProgress(TokenProgress):
     """A line with the mean loss of recent steps, texts per second, peak memory and the time left.
 
     Args:
-        counted: the number of target values of each text or word: the number of labels for the task "multi",
-            and 1 for other tasks.
+        counted: the number of target values of each text or word. For the task "multi", this is the number of
+            labels; for other tasks, it is 1.
         unit: "texts", or "words" if words are labelled.
     """
 

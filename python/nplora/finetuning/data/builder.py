@@ -180,7 +180,7 @@ def warn_of_unused(source: str, count: int, unit: str = "example") -> None:
     if count:
         warn_user(
             f"{source}: in {counted(count, unit)}, the chat template leaves out messages, reasoning, tools "
-            "or documents: the model does not see them"
+            "or documents, so the model does not see them"
         )
 
 

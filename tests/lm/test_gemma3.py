@@ -8,6 +8,7 @@ import pytest
 from bench.bench_plan import Setting
 
 import nplora
+from figures import Figure
 
 Array = np.ndarray[Any, Any]
 SENTENCE = (
@@ -54,9 +55,13 @@ def theirs(gemma3: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     return torch_models.read_gguf(gemma3, tmp_path_factory.mktemp("theirs"), dtype=torch.float32)
 
 
-def test_the_loss_of_a_sentence_and_a_continuation(lm: nplora.LanguageModel, ids: Array) -> None:
+def test_the_loss_of_a_sentence_and_a_continuation(
+    lm: nplora.LanguageModel, ids: Array, figure: Figure
+) -> None:
     assert len(ids) == 26
-    assert lm.loss(ids, ids) == pytest.approx(LOSS, abs=1e-3)
+    loss = lm.loss(ids, ids)
+    figure("loss of the sentence", loss)
+    assert loss == pytest.approx(LOSS, abs=1e-3)
     assert lm.generate(START, max_new_tokens=20) == CONTINUATION
 
 
@@ -81,13 +86,15 @@ def test_an_adapter_is_carried_to_llama_cpp_s_file_and_back(gemma3: Path, tmp_pa
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # PEFT's own
 def test_logits_and_ten_steps_are_those_of_peft(
-    gemma3: Path, ids: Array, theirs: Any, tmp_path: Path
+    gemma3: Path, ids: Array, theirs: Any, tmp_path: Path, figure: Figure
 ) -> None:
     torch, peft = pytest.importorskip("torch"), pytest.importorskip("peft")
     lm, tokens = nplora.load_model(gemma3), torch.from_numpy(ids)[None]
     with torch.no_grad():
         expected = theirs(tokens).logits[0].numpy()
-    assert np.abs(lm.logits(ids) - expected).max() <= 1e-3 * np.abs(expected).max()
+    error = np.abs(lm.logits(ids) - expected).max() / np.abs(expected).max()
+    figure("error of a logit, of the largest", error)
+    assert error <= 1e-3
 
     lm.add_lora(rank=8, alpha=16, seed=1)
     nplora.save_adapter(lm, tmp_path / "start")
@@ -100,7 +107,9 @@ def test_logits_and_ten_steps_are_those_of_peft(
         their_optimizer.zero_grad()
         loss.backward()
         their_optimizer.step()
-        assert lm.train_step(ids, ids, optimizer) == pytest.approx(loss.item(), abs=1e-3)
+        ours = lm.train_step(ids, ids, optimizer)
+        figure("error of a step's loss", abs(ours - loss.item()))
+        assert ours == pytest.approx(loss.item(), abs=1e-3)
     assert loss.item() < 1
     nplora.save_adapter(lm, tmp_path / "end")
     model.load_adapter(tmp_path / "end", "ours")
@@ -110,8 +119,9 @@ def test_logits_and_ten_steps_are_those_of_peft(
     assert np.abs(lm.logits(ids) - expected).max() <= 1e-3 * np.abs(expected).max()
 
 
-def test_the_peak_of_a_run_is_the_predicted_one(gemma3: Path) -> None:
+def test_the_peak_of_a_run_is_the_predicted_one(gemma3: Path, figure: Figure) -> None:
     few = {"compute": "bfloat16", "layers": "last:6"}
     for batch, length, options in ((1, 64, {}), (1, 128, few)):
         found = Setting(batch, length, options={"model": str(gemma3), **options}).measure(2, steps=2)
+        figure("error of a predicted peak", abs(found["predicted"] / found["measured"] - 1))
         assert found["predicted"] == pytest.approx(found["measured"], rel=0.1)

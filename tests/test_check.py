@@ -31,6 +31,10 @@ NET = nplora.Sequential(nplora.Linear(np.eye(2), trainable=True))
         (lambda: nplora.Trainer(NET, gradient_accumulation_steps=2), "did you mean accumulate?"),
         (lambda: nplora.Trainer(NET, warmup_ratio=0.1), "did you mean warmup_steps, a number of steps?"),
         (lambda: nplora.Trainer(NET, max_grad_norm=1.0), "did you mean clip_norm?"),
+        (lambda: nplora.Trainer(NET, epochs=3), "unexpected keyword 'epochs'; `fit` takes it"),
+        (lambda: nplora.Trainer(NET, num_train_epochs=3), "'num_train_epochs'; `fit` takes it"),
+        (lambda: nplora.Trainer(NET, learning_rate=1e-3), "; the optimiser takes it: optimizer=AdamW("),
+        (lambda: nplora.Trainer(NET).fit(None, lr=1e-3), "; the Trainer's optimiser takes it: optimizer="),
         (
             lambda: nplora.Trainer(NET).fit(None, num_train_epochs=2),
             "Trainer.fit: unexpected keyword 'num",

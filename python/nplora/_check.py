@@ -137,6 +137,26 @@ _INSTEAD_ALWAYS = {
 }
 
 
+# Settings that Trainer and Trainer.fit do not take, and who takes them. The functions are recognised by a
+# keyword that no other function has.
+_TAKEN_ELSEWHERE = {
+    "clip_norm": {
+        "lr": "; the optimiser takes it: optimizer=AdamW(lr=...)",
+        **dict.fromkeys(("epochs", "steps", "batch_size", "validation", "patience"), "; `fit` takes it"),
+    },
+    "checkpoint_dir": {"lr": "; the Trainer's optimiser takes it: optimizer=AdamW(lr=...)"},
+}
+
+
+def _taken_elsewhere(name: str, known: Iterable[str]) -> str:
+    """The end of a message about a setting that another function takes, or an empty text."""
+    for marker in _TAKEN_ELSEWHERE.keys() & set(known):
+        for ours, hint in _TAKEN_ELSEWHERE[marker].items():
+            if name in (ours, *_OTHER_NAMES.get(ours, "").split()):
+                return hint
+    return ""
+
+
 def suggestion(name: str, known: Iterable[str], show: Callable[[str], str] = str) -> str:
     """Return the end of a message about an unknown name: for example, "; did you mean rank?".
 
@@ -157,6 +177,8 @@ def suggestion(name: str, known: Iterable[str], show: Callable[[str], str] = str
         same.remove("prompt")
     if same:
         return f"; did you mean {show(same[0])}{_OTHER_MEANINGS.get(name, '')}?"
+    if hint := _taken_elsewhere(name, known):
+        return hint
     if name in _INSTEAD and generates:
         return _INSTEAD[name]
     if name in _INSTEAD_ALWAYS:

@@ -57,7 +57,7 @@ py::dict config() {
 
 }  // namespace nplora::bindings
 
-// threadpoolctl searches the libraries of a process for this symbol to find the core.
+// To find nplora's core library, threadpoolctl searches all libraries of a process for this symbol.
 extern "C" PYBIND11_EXPORT size_t nplora_outer_threads() {
   return nplora::outer_threads();
 }

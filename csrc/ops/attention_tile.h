@@ -96,8 +96,8 @@ inline AttentionShape in_floats(AttentionShape shape) {
   return shape;
 }
 
-// Returns the range of the keys to which some queries of a run attend: those at the positions first_position
-// to last_position.
+// Returns the range of the keys to which the queries at the positions first_position to last_position of a
+// run attend.
 inline Span visible_keys(const AttentionShape& shape, const Run& run, size_t first_position,
                          size_t last_position) {
   const size_t window = shape.window, keys = run.first_position + run.count;

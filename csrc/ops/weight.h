@@ -35,8 +35,8 @@ struct WeightView {
   bool packed;
   const void* data;
   size_t d_out, d_in;
-  size_t
-      row_stride;  // the distance between two rows: in elements if W is row-major, in bytes if W is in blocks
+  // The distance between two rows: in elements if W is row-major, in bytes if W is in blocks
+  size_t row_stride;
   Compute compute = Compute::kFloat;
   kernels::Nf4 nf4{};
   RowScales* row_scales = nullptr;  // the scales for int8 products; not null if `compute` is kInt8

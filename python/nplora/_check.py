@@ -137,14 +137,19 @@ _INSTEAD_ALWAYS = {
 }
 
 
-# Settings that Trainer and Trainer.fit do not take, and who takes them. The functions are recognised by a
-# keyword that no other function has.
+_TRAINER = ("schedule", "warmup_steps", "accumulate", "clip_norm", "seed", "callbacks", "progress")
+_FIT = ("epochs", "steps", "batch_size", "shuffle", "validation", "eval_every", "patience", "keep")
+# Settings that one of Trainer and Trainer.fit takes, and the other does not. Each of the two is recognised by
+# a keyword that no other function decorated with `keywords` has.
 _TAKEN_ELSEWHERE = {
     "clip_norm": {
-        "lr": "; the optimiser takes it: optimizer=AdamW(lr=...)",
-        **dict.fromkeys(("epochs", "steps", "batch_size", "validation", "patience"), "; `fit` takes it"),
+        "lr": "; the optimiser takes it: Trainer(..., optimizer=AdamW(lr=...))",
+        **{ours: f"; `fit` takes it: fit(..., {ours}=...)" for ours in _FIT},
     },
-    "checkpoint_dir": {"lr": "; the Trainer's optimiser takes it: optimizer=AdamW(lr=...)"},
+    "checkpoint_dir": {
+        "lr": "; the Trainer's optimiser takes it: Trainer(..., optimizer=AdamW(lr=...))",
+        **{ours: f"; Trainer takes it: Trainer(..., {ours}=...)" for ours in _TRAINER},
+    },
 }
 
 
@@ -162,7 +167,8 @@ def suggestion(name: str, known: Iterable[str], show: Callable[[str], str] = str
 
     If another library uses the unknown name, the text suggests nplora's name for the same setting. For any
     other unknown name, the text suggests the known name with the most similar spelling. For some settings
-    that nplora does not have, the text says what nplora does instead. If there is no suggestion, the text is
+    that another function takes, the text names this function. For some settings that nplora does not have, it
+    says what nplora does instead. If there is no suggestion, the text is
     empty.
 
     Args:

@@ -283,7 +283,7 @@ class TextClassifier(Module):
         Returns:
             an array (words, outputs), float32. `WordIds.per_word` groups the rows by sentence.
         Raises:
-            ValueError: the classifier classifies texts.
+            ValueError: the classifier labels whole texts, not words.
         """
         if not self.classifies_tokens:
             raise ValueError("word_logits: the classifier is for texts, expected a classifier of tokens")

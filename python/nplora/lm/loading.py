@@ -44,8 +44,8 @@ def load_model(
         UnsupportedError: the architecture, or the type of a tensor, is not supported. The message lists the
             supported architectures or types, and all tensors of unsupported types.
         FormatError: a file breaks its format, a weight is NaN or infinite, or the files do not contain a
-            complete model. The message lists every missing tensor, with the most similar names in the files,
-            or says where the first NaN or infinity is.
+            complete model. The message lists the missing tensors (at most 20), with the most similar names
+            in the files, or says where the first NaN or infinity is.
         UnsafeError: the weights are a pickle.
         OSError: a file cannot be read.
     """

@@ -164,10 +164,10 @@ def choose(
 
 
 def _likeliest_biased(scores: Array, best: int, biases: dict[int, float]) -> int | None:
-    """The most likely token after `biases` are added to the scores, or None if that takes all scores.
+    """The most likely token after `biases` are added to the scores, or None if all scores must be compared.
 
-    `best` is the most likely token without biases. If `best` has no bias, only the tokens with a bias must be
-    compared with it, because all other tokens keep their scores. If `best` has a bias, the result is None.
+    `best` is the most likely token without biases. If `best` has a bias, all scores must be compared. If not,
+    only the tokens with a bias are compared with it, because all other tokens keep their scores.
     """
     found = {token: float(scores[token]) + bias for token, bias in biases.items() if token < len(scores)}
     if best in found:

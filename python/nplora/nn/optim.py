@@ -175,8 +175,8 @@ class Optimizer:
 
         The values of `state` are copied. After `init` or a step, `state` must fit the parameters of the
         optimiser. Before that, the optimiser does not know its parameters; then the first step checks whether
-        `state` fits. Do not swap arrays of `state_dict(copy=False)`: loading one array would overwrite
-        another before it is read.
+        `state` fits. The arrays of `state_dict(copy=False)` are the optimiser's own. Do not load them under
+        each other's names: loading one array would overwrite another before it is read.
 
         Raises:
             ValueError: an array is missing, unknown, or has another shape or dtype. The message lists all

@@ -218,7 +218,7 @@ class Tokenizer:
         return made
 
     def missing(self, tokens: Iterable[AddedToken], rows: int) -> tuple[AddedToken, ...]:
-        """Return the tokens of an adapter that this tokenizer or the model's embedding does not have.
+        """Return the adapter's tokens that are missing from this tokenizer or from the model's embedding.
 
         Args:
             rows: the number of rows of the model's embedding. The embedding has no row for token ids of at

@@ -127,7 +127,7 @@ def _inflated(parts: Iterator[bytes], name: str) -> Iterator[bytes]:
                 if made > _FREE + MOST_INFLATED * read:
                     raise LimitError(
                         f"{name}: {read:,} compressed bytes expand to more than {made:,} bytes, expected at "
-                        f"most {MOST_INFLATED} times as many"
+                        f"most {MOST_INFLATED} times the compressed size"
                     )
                 yield content
     except zlib.error as error:

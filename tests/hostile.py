@@ -1,5 +1,6 @@
 """Checks of readers on untrusted files: exact errors, little time, little memory."""
 
+import itertools
 import time
 import tracemalloc
 from collections.abc import Callable, Iterator
@@ -36,18 +37,11 @@ def refused(error: type[Exception], words: str, source: object = "") -> Iterator
 
 
 def damaged(data: bytes) -> Iterator[bytes]:
-    """Every truncation, and every byte replaced by 00, 7F, 80 and FF.
-
-    In data of more than 300 bytes, each byte is replaced by only one of these values. The values take
-    turns, so that bytes at the same place of successive integers usually get different values.
-    """
+    """Every truncation, and every byte replaced by 00, 7F, 80 and FF."""
     for length in range(len(data)):
         yield data[:length]
-    values = (0x00, 0x7F, 0x80, 0xFF)
-    for place, byte in enumerate(data):
-        turn = place + place // 4
-        chosen = [value for value in (*values[turn % 4 :], *values[: turn % 4]) if value != byte]
-        for value in chosen if len(data) <= 300 else chosen[:1]:
+    for place, value in itertools.product(range(len(data)), (0x00, 0x7F, 0x80, 0xFF)):
+        if data[place] != value:
             yield data[:place] + bytes([value]) + data[place + 1 :]
 
 

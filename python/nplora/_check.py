@@ -168,8 +168,7 @@ def suggestion(name: str, known: Iterable[str], show: Callable[[str], str] = str
     If another library uses the unknown name, the text suggests nplora's name for the same setting. For any
     other unknown name, the text suggests the known name with the most similar spelling. For some settings
     that another function takes, the text names this function. For some settings that nplora does not have, it
-    says what nplora does instead. If there is no suggestion, the text is
-    empty.
+    says what nplora does instead. If there is no suggestion, the text is empty.
 
     Args:
         show: a function that takes the suggested name and returns the text that the message shows for it.

@@ -673,7 +673,7 @@ BAD = [
     (
         weighted(b"1", b"user"),
         DataError,
-        "a message of role 'user' has a weight, expected a weight for 'assistant' only",
+        "a message of role 'user' has weight 1, expected 0 or no weight for this role",
     ),
     (
         b'{"messages": [{"role": "user", "content": "a"}, {"role": "asistant", "content": "b"}]}',

@@ -492,8 +492,8 @@ def test_tools_of_questions_that_the_model_does_not_see_are_counted(lm: Language
     ],
 )
 def test_a_choice_follows_white_space(lm: LanguageModel, prompt: str, choice: str, joined: str) -> None:
+    from nplora.finetuning.data.choices import encode_choices
     from nplora.finetuning.data.examples import MultipleChoice
-    from nplora.finetuning.judging.choices import encode_choices
 
     found = encode_choices(lm.tokenizer, MultipleChoice(prompt, (choice, "other"), 0), "here", chat=False)
     assert lm.tokenizer.decode([*found.prompt, *found.continuations[0]]) == joined

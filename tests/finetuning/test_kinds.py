@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from nplora.finetuning.data import read_dataset
+from nplora.finetuning.data import preview, read_dataset
 from nplora.finetuning.data.builder import Builder
 from nplora.finetuning.data.dataset import Dataset, ReadOptions, add_rows
 from nplora.finetuning.data.examples import (
@@ -17,6 +17,7 @@ from nplora.finetuning.data.examples import (
     Judged,
     MultipleChoice,
     Preference,
+    Text,
 )
 from nplora.finetuning.data.kinds import BY_NAME, recognise, renamed
 from nplora.finetuning.data.parsing.fields import Fields
@@ -30,6 +31,8 @@ def parsed(row: dict[str, Any], kind: str | None = None) -> Example:
     found = recognise(row, "d.jsonl, line 7") if kind is None else BY_NAME[kind]
     return found.parse(Fields(row, "d.jsonl, line 7"))
 
+
+FUNCTION_F = {"type": "function", "function": {"name": "f"}}  # a tool
 
 USER, ANSWER = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
 SYSTEM = {"role": "system", "content": "s"}
@@ -117,6 +120,19 @@ ALPACA = {"instruction": "a", "input": "b", "output": "c", "system": "s", "histo
         ({"prompt": "q", "choices": '["x", "y"]', "answer": "y"}, MultipleChoice("q", ("x", "y"), 1)),
         ({"prompt": "q", "choices": json.dumps({"text": ["x", "y"], "label": ["1", "2"]}), "answer": "1"},
          MultipleChoice("q", ("x", "y"), 0)),
+        # keys of a turn besides from and value are the message's
+        ({"conversations": [{**HUMAN, "weight": 0}, {**GPT, "reasoning_content": "h", "weight": 0}]},
+         Chat([{**USER, "weight": 0}, {**ANSWER, "reasoning_content": "h", "weight": 0}])),
+        # tools beside "input" of OpenAI's preferences
+        ({"input": {"messages": [USER]}, "tools": [FUNCTION_F], "preferred_output": [ANSWER],
+          "non_preferred_output": [{**ANSWER, "content": "c"}]},
+         Preference(Chat([USER, ANSWER], [FUNCTION_F], prompt=1),
+                    Chat([USER, {**ANSWER, "content": "c"}], [FUNCTION_F], prompt=1))),
+        # a text file has no null: an empty field counts as missing
+        ({"prompt": "a", "completion": "b", "text": ""}, Completion("a", "b")),
+        ({"prompt": "", "completion": "", "text": "a"}, Text("a")),
+        ({"messages": [USER, ANSWER], "label": ""}, Chat([USER, ANSWER])),
+        ({**ALPACA, "label": "False"}, Judged(Instruction("a", "c", "b", "s", (("d", "e"),)), False)),
         # a label that is no judgement
         ({"messages": [USER, ANSWER], "label": "greeting"}, Chat([USER, ANSWER])),
         ({"messages": [USER, ANSWER], "label": 1}, Chat([USER, ANSWER])),
@@ -200,7 +216,7 @@ def test_a_row_is_not_changed() -> None:
 
 # ---- malformed rows ----
 
-PLACE = r"(, (message|turn|tool) \d( of \w+)?)?"
+PLACE = r"(, ((message|turn|tool) \d( of \w+)?|chosen|rejected))?"
 
 
 def chat(*messages: Any) -> dict[str, Any]:
@@ -251,7 +267,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     (chat({**ANSWER, "content": [{"type": "text", "text": 3}]}), "a part of a content is"),
     (chat({**ANSWER, "content": ""}), "the assistant's content is '', expected a text"),
     (chat({**ANSWER, "weight": 2}), "the weight of a message is 2, expected 0 or 1"),
-    (chat({**USER, "weight": 1}), "a message of role 'user' has a weight, expected a weight for 'assistant'"),
+    (chat({**USER, "weight": 1}), "a message of role 'user' has weight 1, expected 0 or no weight for this"),
     (chat(RESULT), "a message of role 'tool' is after 'user', expected it after an assistant's message"),
     ({"messages": [RESULT, ANSWER]},
      "a message of role 'tool' is at the beginning, expected it after an assist"),
@@ -299,7 +315,8 @@ BAD: list[tuple[dict[str, Any], str]] = [
     (talk({"from": "bob", "value": "a"}), "a turn is from 'bob', expected one of system, human, user, gpt, "),
     (talk(HUMAN, {"from": "gpt"}), "the value of a turn is None, expected a text"),
     (talk(HUMAN, {**GPT, "value": 5}), "the value of a turn is 5, expected a text"),
-    (talk(HUMAN, {**GPT, "value": ""}), "the assistant's content is '', expected a text"),
+    (talk(HUMAN, {**GPT, "value": ""}), "the value of a turn from 'gpt' is '', expected a text"),
+    (talk(HUMAN, {"from": "function_call", "value": "[]"}), r"a function_call is '\[\]', expected a"),
     (talk(HUMAN, {**FUNCTION, "value": "f(1)"}),
      r"a function_call is 'f\(1\)', expected a name and arguments as JSON"),
     (talk(HUMAN, {**FUNCTION, "value": "3"}), "a function_call is '3', expected"),
@@ -489,6 +506,21 @@ def test_a_table_without_the_columns_is_refused(tmp_path: Path) -> None:
     assert len(read_dataset(tmp_path / "d.parquet", words, columns=columns)) == 1
 
 
+def test_a_null_of_a_table_has_the_name_of_its_column(tmp_path: Path) -> None:
+    """Such as Dolly's "context", which only some rows have."""
+    arrow = pytest.importorskip("pyarrow")
+    rows = [
+        {"instruction": "a", "context": None, "response": "c"},
+        {"instruction": "a", "context": "b", "response": "c"},
+    ]
+    table = arrow.Table.from_pylist(rows)
+    arrow.parquet.write_table(table, tmp_path / "d.parquet")
+    words, columns = from_gguf(opened(byte_level())), {"input": "context", "output": "response"}
+    expected = [ids.tolist() for ids, _ in read_dataset(rows, words, columns=columns)]
+    for data in (table, tmp_path / "d.parquet"):
+        assert [ids.tolist() for ids, _ in read_dataset(data, words, columns=columns)] == expected
+
+
 def test_rows_of_two_kinds_in_a_file_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "d.jsonl"
     path.write_text('{"text": "a"}\n{"prompt": "a", "completion": "b"}\n')
@@ -502,6 +534,30 @@ def test_rows_of_two_kinds_in_a_file_are_refused(tmp_path: Path) -> None:
     (tmp_path / "e.jsonl").write_text('{"text": "a"}\n')
     (tmp_path / "f.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')  # another file may have another
     assert read_dataset([tmp_path / "e.jsonl", tmp_path / "f.jsonl"], words).report.kind == "text, completion"
+
+
+def test_rows_of_two_kinds_are_refused_on_either_side_of_a_split() -> None:
+    """The kind of a row is compared with that of all earlier rows, held out or not."""
+    words = from_gguf(opened(byte_level()))
+    rows = [{"prompt": f"{n}", "completion": "b"} for n in range(20)]
+    for number in range(20):  # some of these texts are held out, and some are not
+        found = preview([*rows, {"text": f"t{number}"}], words, valid_split=0.3)
+        assert (found.train.kinds, found.train.bad) == (("completion",), 1)
+        assert found.train.problems[0].startswith("data, row 21: the row has text, but the earlier rows have")
+        assert found.valid is not None
+        assert found.valid.kinds == ("completion",)
+
+
+def test_an_empty_field_is_no_field_of_a_table(tmp_path: Path) -> None:
+    (tmp_path / "d.csv").write_text("prompt,completion,text\na,b,\nc,d,\n")
+    assert read_dataset(tmp_path / "d.csv", from_gguf(opened(byte_level()))).report.kind == "completion"
+
+
+def test_a_judgement_in_a_csv_file_is_not_learnt_as_an_answer(tmp_path: Path) -> None:
+    words = from_gguf(opened(byte_level()))
+    (tmp_path / "d.csv").write_text("instruction,output,label\na,b,false\nc,d,true\n")
+    with pytest.raises(DataError, match="line 2: the row has an answer and a label, so it is a comparison"):
+        read_dataset(tmp_path / "d.csv", words)
 
 
 def test_comparisons_are_refused_where_one_answer_is_learnt() -> None:

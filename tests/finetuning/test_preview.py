@@ -128,6 +128,7 @@ def test_questions_are_said_to_be_for_eval() -> None:
         preview([question], TOKENIZER)
     )
     assert "eval" not in str(preview(ROWS, TOKENIZER))
+    assert "a[[ x]]" in str(preview([question], TOKENIZER))  # what eval computes the log-probability of
 
 
 @pytest.mark.parametrize("weight", [0.1, 1, 2.5, 1e9])

@@ -522,7 +522,8 @@ def test_arrays_and_scalars_of_numpy_are_lists_and_numbers() -> None:
 def test_frames_of_pandas_are_rows(tmp_path: Path) -> None:
     pandas = pytest.importorskip("pandas")
     frame = pandas.DataFrame({"prompt": ["a", None, float("nan"), pandas.NA], "n": [1, 2, 3, 4]})
-    assert objects(frame) == [{"prompt": "a", "n": 1}, {"n": 2}, {"n": 3}, {"n": 4}]
+    nulls = [{"prompt": None, "n": n} for n in (2, 3, 4)]
+    assert objects(frame) == [{"prompt": "a", "n": 1}, *nulls]
     pytest.importorskip("pyarrow")
     pandas.DataFrame({"messages": [CHAT, CHAT[:1]]}).to_parquet(tmp_path / "data.parquet")
     again = pandas.read_parquet(tmp_path / "data.parquet")  # its lists are arrays
@@ -551,10 +552,26 @@ def test_rows_of_a_frame_are_made_only_while_they_are_read() -> None:
     assert len(list(source.read())) == 1000
 
 
+def test_two_columns_of_one_name_are_refused(tmp_path: Path) -> None:
+    """One of them would be lost."""
+    arrow = pytest.importorskip("pyarrow")
+    columns = [arrow.array(["a"]), arrow.array(["b"]), arrow.array(["c"])]
+    table = arrow.table(columns, names=["prompt", "prompt", "completion"])
+    arrow.parquet.write_table(table, tmp_path / "d.parquet")
+    with arrow.ipc.new_file(str(tmp_path / "d.arrow"), table.schema) as file:
+        file.write_table(table)
+    message = r"the columns are \['prompt', 'prompt', 'completion'\], expected a different name"
+    given: list[Any] = [table, tmp_path / "d.parquet", tmp_path / "d.arrow"]
+    pandas = pytest.importorskip("pandas")
+    for data in (*given, pandas.DataFrame([["a", "b", "c"]], columns=table.column_names)):
+        with pytest.raises(DataError, match=message):
+            list(splits_of("test", data).train[0].read())
+
+
 def test_frames_of_polars_are_rows() -> None:
     polars = pytest.importorskip("polars")
     frame = polars.DataFrame({"messages": [CHAT, CHAT[:1]], "label": [True, None]})
-    assert objects(frame) == [{"messages": CHAT, "label": True}, {"messages": CHAT[:1]}]
+    assert objects(frame) == [{"messages": CHAT, "label": True}, {"messages": CHAT[:1], "label": None}]
 
 
 def test_a_test_split_is_evaluated_but_never_chooses_the_adapter() -> None:

@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from nplora.finetuning import load
 from nplora.finetuning.data import preview, read_dataset, rows
 from nplora.finetuning.data.kinds import recognise
 from nplora.finetuning.data.parsing.fields import Fields
-from nplora.finetuning.data.split import is_held_out
+from nplora.finetuning.data.split import is_held_out, text_of
 from nplora.finetuning.options import FinetuneOptions
 from nplora.formats.errors import DataError
 from nplora.tokenizer import from_gguf
@@ -91,8 +91,61 @@ def test_rows_that_mean_the_same_are_on_the_same_side(tmp_path: Path) -> None:
         ],
     ):
         examples = [recognise(row, "w").parse(Fields(row, "w")) for row in forms]
-        assert len({is_held_out(example, 0.5, "w") for example in examples * 3}) == 1
         assert examples[0] == examples[1]
+
+
+def _called(text: str, id_: str) -> list[dict[str, Any]]:
+    call = {"id": id_, "type": "function", "function": {"name": "f", "arguments": {"of": text}}}
+    return [
+        {"role": "user", "content": text},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": id_, "content": "1"},
+        {"role": "assistant", "content": "b"},
+    ]
+
+
+@pytest.mark.parametrize(
+    "forms",
+    [
+        lambda text: [{"messages": _called(text, id_)} for id_ in ("x", "y")],
+        lambda text: [
+            {"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": "b", **more}]}
+            for more in ({}, {"weight": 1}, {"id": 3})
+        ],
+        lambda text: [
+            {"instruction": f"{text}\nz", "output": "b"},
+            {"instruction": text, "input": "z", "output": "b"},
+            {"prompt": f"{text} z", "completion": "b"},
+            {"messages": [{"role": "user", "content": f"{text} z"}, {"role": "assistant", "content": "b"}]},
+        ],
+        lambda text: [{"prompt": text, "completion": "b", "label": label} for label in (True, False)],
+    ],
+    ids=["calls", "weights", "kinds", "labels"],
+)
+def test_rows_of_one_text_are_on_one_side(forms: Callable[[str], list[dict[str, Any]]]) -> None:
+    sides = set[bool]()
+    for number in range(40):
+        rows = forms(f"q{number}")
+        examples = [recognise(row, "w").parse(Fields(row, "w")) for row in rows]
+        [side] = {is_held_out(text_of(example, "w"), 0.5) for example in examples}
+        sides.add(side)
+    assert sides == {True, False}
+
+
+def test_held_out_rows_have_no_weight(tmp_path: Path) -> None:
+    model, path = save_small_llama(tmp_path / "m.gguf"), write(tmp_path / "a.jsonl", ROWS)
+    once = inputs(model, path, 0.3)
+    for weight in (3, 0.2):
+        found = inputs(model, [(path, weight)], 0.3)
+        assert contents(found.held_out) == contents(once.held_out)
+        assert contents(found.train) != contents(once.train)
+
+
+def test_a_directory_with_validation_data_is_not_divided(tmp_path: Path) -> None:
+    for name in ("train", "valid"):
+        write(tmp_path / f"{name}.jsonl", ROWS)
+    with pytest.raises(ValueError, match=r"valid_split is 0\.3, but there are validation data already"):
+        preview(tmp_path, TOKENIZER, valid_split=0.3)
 
 
 def test_columns_and_a_format_decide_what_a_row_means(tmp_path: Path) -> None:
@@ -106,8 +159,12 @@ def test_columns_and_a_format_decide_what_a_row_means(tmp_path: Path) -> None:
 def test_a_value_without_json_is_an_error_of_its_row(tmp_path: Path) -> None:
     model = save_small_llama(tmp_path / "m.gguf")
     for value in ({1, 2}, float("nan"), object()):
+        call = {"name": "f", "arguments": {"x": value}}
         bad = {
-            "messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "x": value}]
+            "messages": [
+                {"role": "user", "content": "a"},
+                {"role": "assistant", "content": "b", "tool_calls": [call]},
+            ]
         }
         with pytest.raises(DataError, match="data, row 1: a value that JSON cannot represent"):
             inputs(model, [bad], 0.5)

@@ -600,7 +600,13 @@ class PreviewOptions:
     """The options of the command `data`, besides the files."""
 
     examples: int = _option(None, 3, "number of examples to show, from the beginning of the data")
-    format: str | None = _same_option("format", group=None)
+    format: str | None = _same_option(
+        "format",
+        group=None,
+        help="format of the rows: messages, sharegpt, alpaca, completion, text, preference, kto or choice "
+        "(default: the names of the fields decide)",
+        choices=(*FORMATS, "choice"),
+    )
     columns: Mapping[str, str] | str | None = _same_option("columns", group=None)
     chat: bool = _same_option("chat", group=None)
     valid_split: float | None = _same_option("valid_split", group=None)

@@ -133,12 +133,12 @@ class LabelledTexts:
         return dataclasses.replace(self, other_labels=labels)
 
     def divided(self, share: float) -> tuple[LabelledTexts, LabelledTexts]:
-        """Divide the rows into rows to train on and held-out rows, by a hash of each row.
+        """Divide the rows into rows to train on and held-out rows, by a hash of each text.
 
         Raises:
             DataError: one of the two parts is empty.
         """
-        held = [is_held_out(row, share, at) for row, at in zip(self.rows, self.places, strict=True)]
+        held = [is_held_out(text, share) for text in self.texts]
         if sum(held) in (0, len(held)):
             raise DataError(
                 f"{self.names}: valid_split={share} holds out {sum(held)} of {len(held)} rows, expected some "

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from nplora.finetuning.data.builder import Builder
-from nplora.finetuning.data.dataset import ReadOptions, add_rows
+from nplora.finetuning.data.dataset import ReadOptions, add_rows, one_example
 from nplora.finetuning.data.encoding import Encoded
 from nplora.finetuning.data.examples import Example, Judged
 from nplora.finetuning.data.kinds import BY_NAME, Kind
@@ -197,7 +197,7 @@ def read_pairs(
     Raises the same errors as `read_dataset`, and a DataError if the rows are not comparisons.
     """
     builder = Builder(options.max_length, options.strict, made, "pair")
-    _read(op, builder, sources, tokenizer, options, _Wanted(objective, ("preference",)), _whole)
+    _read(op, builder, sources, tokenizer, options, _Wanted(objective, ("preference",)), one_example)
     return builder.dataset()
 
 
@@ -259,9 +259,10 @@ class _Wanted:
 
     def require(self, kind: Kind, where: str) -> None:
         if kind.name not in self.kinds:
+            hint = "; if it has a label of 1 or 0, set --format to kto" if "kto" in self.kinds else ""
             raise DataError(
                 f"{where}: the row has {kind.fields}; objective {self.objective!r} needs rows with "
-                f"{self.fields}"
+                f"{self.fields}{hint}"
             )
 
 
@@ -283,10 +284,6 @@ def _read(
             )
         add_rows(builder, source, tokenizer, options, wanted.require, examples_of)
         builder.end()
-
-
-def _whole(_: Example, sequences: list[Encoded]) -> list[list[Encoded]]:
-    return [sequences]
 
 
 def _each(example: Example, sequences: list[Encoded]) -> list[list[Encoded]]:

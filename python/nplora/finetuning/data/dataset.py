@@ -210,7 +210,7 @@ def read_sources(op: str, sources: list[Source], tokenizer: Tokenizer, options: 
             for window in text_windows(op, source, tokenizer, options.max_length):
                 builder.add([window], source.name)
         else:
-            add_rows(builder, source, tokenizer, options, _require_one_answer, _single)
+            add_rows(builder, source, tokenizer, options, _require_one_answer, one_example)
         builder.end()
     return builder.dataset()
 
@@ -290,11 +290,12 @@ def without_prompt_words(names: Mapping[str, int]) -> str:
 def _require_one_answer(kind: Kind, where: str) -> None:
     if kind.name in ("preference", "kto"):
         objective = "dpo" if kind.name == "preference" else "kto"
-        ignoring = (
-            "; to ignore the label, set --format to the format of the row: messages, sharegpt, alpaca or "
-            "completion"
-        )
-        ignoring = "" if objective == "dpo" else ignoring
+        ignoring = ""
+        if objective == "kto":
+            ignoring = (
+                "; to ignore the label, set --format to the format of the row: messages, sharegpt, alpaca "
+                "or completion"
+            )
         raise DataError(
             f"{where}: the row has {kind.fields}, so it is a comparison; expected one answer to learn. "
             f"To train on comparisons, use finetune --objective {objective} "
@@ -306,7 +307,8 @@ def _require_one_answer(kind: Kind, where: str) -> None:
         )
 
 
-def _single(_: Example, sequences: list[Encoded]) -> list[list[Encoded]]:
+def one_example(_: Example, sequences: list[Encoded]) -> list[list[Encoded]]:
+    """Make one example of all sequences of a row."""
     return [sequences]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+from nplora.finetuning.data.choices import encode_choices
 from nplora.finetuning.data.examples import (
     SYSTEM_ROLES,
     TOOL_ROLES,
@@ -86,7 +87,7 @@ class Encoder:
             ids = [*self._tokenizer.encode_prompt(example.text, self._most), self._eos]
             sequences = [Encoded(ids, [True] * len(ids))]
         elif isinstance(example, MultipleChoice):
-            sequences = [self._answered(example.as_answer(), where)]
+            sequences = [self._choice(example, where)]
         else:
             sequences = [self._answered(example, where)]
         for one in sequences:
@@ -111,6 +112,13 @@ class Encoder:
         if isinstance(example, Chat):
             return self._messages(example, where)
         return self._completion(example, where)
+
+    def _choice(self, example: MultipleChoice, where: str) -> Encoded:
+        """Encode the question and the right choice, of which `nplora eval` computes the log-probability."""
+        found = encode_choices(self._tokenizer, example, where, self._chat)
+        right = found.continuations[found.answer]
+        is_trained = [self._all] * len(found.prompt) + [True] * len(right)
+        return Encoded([*found.prompt, *right], is_trained)
 
     def _completion(self, example: Completion, where: str) -> Encoded:
         """Encode the prompt and the completion as one text.

@@ -64,9 +64,9 @@ def recognise(values: Mapping[str, Any], where: str) -> Kind:
     Raises:
         DataError: the fields belong to no kind, or to two kinds.
     """
-    there = [name for name, value in values.items() if value is not None]
-    is_judged = isinstance(values.get("label"), bool)
-    found = _kinds_with(there, is_judged) or _kinds_with(list(values), is_judged)
+    filled = [name for name, value in values.items() if value is not None and value != ""]
+    is_judged = _is_bool(values.get("label"))
+    found = _kinds_with(filled, is_judged) or _kinds_with(list(values), is_judged)
     if len(found) > 1:
         (one, first), (other, second) = list(found.items())[:2]
         raise DataError(
@@ -75,9 +75,14 @@ def recognise(values: Mapping[str, Any], where: str) -> Kind:
         )
     if not found:
         raise DataError(
-            f"{where}: the row has {brief(list(values))}, expected {_EXPECTED}; {_renames(there)}"
+            f"{where}: the row has {brief(list(values))}, expected {_EXPECTED}; {_renames(filled)}"
         )
     return BY_NAME[next(iter(found))]
+
+
+def _is_bool(label: object) -> bool:
+    """Whether a label is true or false. Files of text tables have these values as words."""
+    return label.strip().lower() in ("true", "false") if isinstance(label, str) else isinstance(label, bool)
 
 
 def _renames(names: list[str]) -> str:

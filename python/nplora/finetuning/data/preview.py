@@ -240,6 +240,8 @@ def preview(
             raise ValueError(f"{op}: valid and valid_split are both given, expected only one of them")
         if not 0 < _check.number(op, "valid_split", valid_split) < 1:
             raise ValueError(f"{op}: valid_split is {valid_split}, expected between 0 and 1")
+        if found is not None:
+            raise ValueError(f"{op}: valid_split is {valid_split}, but there are validation data already")
     elif valid is not None:
         found = sources_of(op, valid)
     division = None if valid_split is None else Division(op, sources, valid_split, options)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from nplora.finetuning.data.json_array import elements
-from nplora.finetuning.data.tables import read_arrow, read_parquet
+from nplora.finetuning.data.tables import read_arrow, read_parquet, require_different
 from nplora.formats import files, strict_json
 from nplora.formats.errors import DataError, FormatError, LimitError, brief, counted
 from nplora.formats.files import StrPath
@@ -65,7 +65,7 @@ def read_rows(path: StrPath) -> Iterator[Row]:
     suffix = suffix_of(path)
     if suffix not in _READERS:
         os.stat(path)
-        raise DataError(f"{files.name(path)}: expected a file that ends in {', '.join(SUFFIXES)}")
+        raise DataError(f"{files.name(path)}: expected a file that ends in {ENDS}")
     return _READERS[suffix](path)
 
 
@@ -228,16 +228,13 @@ def _separated(path: StrPath, delimiter: str) -> Iterator[Row]:
     reader, begin = csv.reader(lines, strict=True, delimiter=delimiter), 1
     try:
         columns = next(filter(None, iter(lambda: _next(reader), None)), [])
-        if len(set(columns)) < len(columns):
-            raise DataError(
-                f"{name}: the columns are {brief(columns)}, expected a different name for each column"
-            )
+        require_different(columns, name)
         while True:
             begin = reader.line_num + 1
             fields = _next(reader)
             if fields is None:
                 return
-            where = f"{name}, line {reader.line_num}"
+            where = f"{name}, line {begin}"
             if len(fields) == len(columns):
                 yield Row(where, dict(zip(columns, fields, strict=True)))
             elif fields:  # an empty line has no fields
@@ -351,4 +348,5 @@ _READERS: dict[str, Callable[[StrPath], Iterator[Row]]] = {
 }
 _BINARY = (".parquet", ".arrow")
 SUFFIXES = tuple(_READERS)
+ENDS = f"{', '.join(SUFFIXES)}, or a text format followed by .gz"  # for messages
 COMPRESSED = tuple(f"{suffix}.gz" for suffix in SUFFIXES if suffix not in _BINARY)

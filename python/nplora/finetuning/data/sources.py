@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 from nplora import _check
-from nplora.finetuning.data.rows import COMPRESSED, SUFFIXES, Row, is_text, read_rows, suffix_of
+from nplora.finetuning.data.rows import COMPRESSED, ENDS, SUFFIXES, Row, is_text, read_rows, suffix_of
 from nplora.finetuning.data.tables import frame_rows, plain, without_nulls
 from nplora.formats import files, model_directory
 from nplora.formats.errors import DataError, LimitError, brief
@@ -253,9 +253,8 @@ def _required(directory: Path, *splits: tuple[str, ...]) -> Path:
     found = next((file for names in splits if (file := _split(directory, names))), None)
     if found is None:
         wanted = ", ".join(f"{name}.*" for names in splits for name in names)
-        ends = f"{', '.join(SUFFIXES)}, or a text format followed by .gz"
         raise FileNotFoundError(
-            errno.ENOENT, f"the directory has no {wanted} that ends in {ends}", os.fspath(directory)
+            errno.ENOENT, f"the directory has no {wanted} that ends in {ENDS}", os.fspath(directory)
         )
     return found
 

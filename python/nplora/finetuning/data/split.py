@@ -7,9 +7,17 @@ import functools
 import hashlib
 import json
 from collections.abc import Iterator
-from typing import Any
 
 from nplora.finetuning.data.dataset import ReadOptions, parsed
+from nplora.finetuning.data.examples import (
+    Chat,
+    Example,
+    Judged,
+    MultipleChoice,
+    Preference,
+    Text,
+    through_template,
+)
 from nplora.finetuning.data.rows import Row
 from nplora.finetuning.data.sources import Source
 from nplora.formats.errors import DataError, LimitError, counted
@@ -18,10 +26,11 @@ from nplora.formats.errors import DataError, LimitError, counted
 class Division:
     """Sources whose rows are divided into training rows and held-out rows.
 
-    A hash of a row's content decides whether the row is held out. So a row that is held out stays held out
-    when other rows are added or the order changes. Rows with equal content are either all held out or all
-    trained on. Each source is read only once. While the rows to train on are read, the held-out rows are
-    stored in memory, and the method `held_out` returns them later.
+    A hash of the text of a row's example decides whether the row is held out. So a row that is held out stays
+    held out when other rows are added or the order changes. Rows with the same text are either all held out
+    or all trained on. The weights of the sources apply only to the rows to train on. Each source is read only
+    once. While the rows to train on are read, the held-out rows are stored in memory, and the method
+    `held_out` returns them later.
 
     Attributes:
         train: the sources of the rows to train on. After the last source has been read to its end, a
@@ -50,19 +59,22 @@ class Division:
     def held_out(self) -> list[Source]:
         """The sources of the held-out rows. All sources in `train` must have been read before."""
         return [
-            dataclasses.replace(source, name=f"{source.name}, held out", read=functools.partial(iter, rows))
+            dataclasses.replace(
+                source, name=f"{source.name}, held out", read=functools.partial(iter, rows), weight=1.0
+            )
             for number, source in enumerate(self._sources)
             if (rows := self._held_out[number])
         ]
 
     def _read(self, number: int) -> Iterator[Row]:
         """Yield the training rows of source `number`, and its bad rows, whose errors the caller reports."""
-        rows, held_out = 0, list[Row]()
+        rows, held_out, kind = 0, list[Row](), None
         for row in self._sources[number].read():
             rows += 1
             try:
-                is_held = self._is_held_out(row)
-            except DataError as error:
+                kind, example, *_ = parsed(row, kind, self._options)
+                is_held = is_held_out(text_of(example, row.where), self._share)
+            except (DataError, LimitError) as error:
                 yield Row(row.where, {}, error)
                 continue
             if is_held:
@@ -75,13 +87,6 @@ class Division:
         if len(self._rows) == len(self._sources):
             self._require_two_sides()
 
-    def _is_held_out(self, row: Row) -> bool:
-        try:
-            example = parsed(row, None, self._options).example
-        except (DataError, LimitError):
-            return False
-        return is_held_out(example, self._share, row.where)
-
     def _require_two_sides(self) -> None:
         rows, held_out = sum(self._rows.values()), sum(map(len, self._held_out.values()))
         names = ", ".join(source.name for source in self._sources)
@@ -93,18 +98,42 @@ class Division:
             )
 
 
-def is_held_out(example: Any, share: float, where: str) -> bool:
-    """Whether an example (an instance of a dataclass) is held out. A hash of its content decides.
+def is_held_out(text: str, share: float) -> bool:
+    """Whether an example with this text is held out. A hash of the text without white space decides."""
+    digest = hashlib.blake2b("".join(text.split()).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") < share * 2.0**64
+
+
+def text_of(example: Example, where: str) -> str:
+    """All texts of an example, joined. Roles, identifiers, weights and judgements are not among them.
 
     Raises:
-        DataError: the example has a value that JSON cannot represent, and therefore no hash.
+        DataError: a tool call has an argument that JSON cannot represent.
     """
     try:
-        said = {"kind": type(example).__name__, **dataclasses.asdict(example)}
-        text = json.dumps(said, sort_keys=True, allow_nan=False).encode()
+        return "".join(_texts(example))
     except (TypeError, ValueError) as error:
         raise DataError(
             f"{where}: a value that JSON cannot represent; valid_split needs JSON: {error}"
         ) from error
-    place = int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big")
-    return place < share * 2.0**64
+
+
+def _texts(example: Example) -> Iterator[str]:
+    """The texts of an example, in order: of messages, prompts and answers, and of tool calls."""
+    example = through_template(example)
+    if isinstance(example, Preference):
+        yield from _texts(example.chosen)
+        yield from _texts(example.rejected)
+    elif isinstance(example, Judged):
+        yield from _texts(example.answer)
+    elif isinstance(example, MultipleChoice):
+        yield from (message["content"] for message in example.messages)
+        yield from example.choices
+    elif isinstance(example, Chat):
+        for message in example.messages:
+            yield message["content"]
+            for call in message.get("tool_calls") or ():
+                function = call["function"]
+                yield function["name"] + json.dumps(function["arguments"], sort_keys=True, allow_nan=False)
+    elif isinstance(example, Text):
+        yield example.text

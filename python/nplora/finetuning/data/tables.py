@@ -9,14 +9,14 @@ from __future__ import annotations
 import contextlib
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from nplora.finetuning.data.table_limits import reading, require_arrow, require_parquet, row_sizes
 from nplora.formats import files, strict_json
-from nplora.formats.errors import DataError, FormatError, LimitError
+from nplora.formats.errors import DataError, FormatError, LimitError, brief
 from nplora.formats.files import StrPath
 
 _ROWS = 1024  # rows that become Python objects at a time, at most
@@ -41,6 +41,7 @@ def read_parquet(path: StrPath, most: int) -> Iterator[dict[str, Any] | None]:
 
     with _errors(arrow, path), pyarrow.parquet.ParquetFile(path) as file:
         require_parquet(file.metadata, files.name(path), size)
+        require_different(file.schema_arrow.names, files.name(path))
         texts, rows = reading(file.metadata, _ROWS)
     with _errors(arrow, path), pyarrow.parquet.ParquetFile(path, read_dictionary=texts) as file:
         for batch in file.iter_batches(rows):
@@ -66,8 +67,18 @@ def read_arrow(path: StrPath, most: int) -> Iterator[dict[str, Any] | None]:
         mapped.seek(begin)
         require_arrow(pyarrow.ipc.MessageReader.open_stream(mapped), files.name(path))
         mapped.seek(begin)
-        for batch in pyarrow.ipc.open_stream(mapped):
+        stream = pyarrow.ipc.open_stream(mapped)
+        require_different(stream.schema.names, files.name(path))
+        for batch in stream:
             yield from _rows(batch, most)
+
+
+def require_different(columns: Sequence[str], where: str) -> None:
+    """Raise a DataError if two columns of a table have the same name."""
+    if len(set(columns)) < len(columns):
+        raise DataError(
+            f"{where}: the columns are {brief(list(columns))}, expected a different name for each column"
+        )
 
 
 def _rows(batch: Any, most: int) -> Iterator[dict[str, Any] | None]:
@@ -92,14 +103,19 @@ def frame_rows(table: Any) -> Iterator[dict[str, Any]] | None:
     """The rows of a data frame of pandas or polars, or of a table of pyarrow. If `table` is neither, None.
 
     The values in a row may be None or NumPy arrays.
+
+    Raises:
+        DataError: two columns have the same name.
     """
     if hasattr(table, "iter_rows") and hasattr(table, "columns"):  # polars
         rows: Iterator[dict[str, Any]] = table.iter_rows(named=True)
         return rows
     if hasattr(table, "to_pylist") and hasattr(table, "to_batches"):  # pyarrow
+        require_different(table.column_names, "data")
         return (row for batch in table.to_batches(_ROWS) for row in batch.to_pylist())
     if hasattr(table, "itertuples") and hasattr(table, "columns"):  # pandas
         names = list(map(str, table.columns))
+        require_different(names, "data")
         return (
             dict(zip(names, map(_present, row), strict=True))
             for row in table.itertuples(index=False, name=None)
@@ -107,15 +123,19 @@ def frame_rows(table: Any) -> Iterator[dict[str, Any]] | None:
     return None
 
 
-def without_nulls(row: Any) -> Any:
-    """Return the row without the fields that are null. Null fields of objects inside the row are removed too.
+def without_nulls(row: Mapping[Any, Any]) -> dict[str, Any]:
+    """Return the row without the null fields of the objects inside it.
 
-    All rows of a table must have the same fields, and so must all objects in a list. So a table stores null
-    for a field that a row or an object lacks.
+    In a table, all objects in a list have the same fields. So a table stores null for a field that an object
+    lacks. The row itself keeps its null fields, which count as missing in all rows.
     """
-    if isinstance(row, Mapping):
-        return {str(name): without_nulls(value) for name, value in row.items() if value is not None}
-    return [without_nulls(item) for item in row] if isinstance(row, list) else row
+    return {str(name): _without_nulls(value) for name, value in row.items()}
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(name): _without_nulls(item) for name, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
 def plain(value: Any, depth: int = 0) -> Any:

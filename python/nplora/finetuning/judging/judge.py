@@ -12,6 +12,7 @@ import numpy as np
 from nplora.finetuning.data import DataReport, Dataset
 from nplora.finetuning.data.bad_rows import BadRows
 from nplora.finetuning.data.builder import warn_of_unused
+from nplora.finetuning.data.choices import Choices, encode_choices
 from nplora.finetuning.data.comparisons import PairDataset, read_pairs
 from nplora.finetuning.data.dataset import ReadOptions, kind_of, parsed, read_sources
 from nplora.finetuning.data.examples import Example, MultipleChoice
@@ -19,7 +20,7 @@ from nplora.finetuning.data.kinds import BY_NAME, Kind
 from nplora.finetuning.data.rows import Row
 from nplora.finetuning.data.sources import Source, in_memory
 from nplora.finetuning.judging.answers import Asked, asked, measure_answers
-from nplora.finetuning.judging.choices import Choices, encode_choices, measure_choices
+from nplora.finetuning.judging.choices import measure_choices
 from nplora.finetuning.judging.metrics import Metric
 from nplora.finetuning.judging.pairs import PairScores
 from nplora.finetuning.judging.statistics import Measured

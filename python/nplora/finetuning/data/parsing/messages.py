@@ -147,10 +147,10 @@ def _check_weight(row: Fields, message: Message) -> None:
     weight, role = message.get("weight"), message["role"]
     if weight is None:
         return
-    if role != "assistant":
-        raise row.error(f"a message of role {role!r} has a weight, expected a weight for 'assistant' only")
     if isinstance(weight, bool) or weight not in (0, 1):
         raise row.error(f"the weight of a message is {brief(weight)}, expected 0 or 1")
+    if weight and role != "assistant":
+        raise row.error(f"a message of role {role!r} has weight 1, expected 0 or no weight for this role")
 
 
 def _check_order(row: Fields, before: Message | None, message: Message) -> None:

@@ -25,7 +25,7 @@ def preference(row: Fields) -> Example:
         return _openai(row)
     if row.has("conversations"):
         prompt = conversation(row)
-        sides = [[*prompt, turn_of(row, row.get(name))] for name in ("chosen", "rejected")]
+        sides = [[*prompt, turn_of(row.part(name), row.get(name))] for name in ("chosen", "rejected")]
         pair = Preference(*(chat_of(row, messages, prompt) for messages in sides))
     elif row.has("instruction") and not row.has("prompt"):
         pair = Preference(instruction(row, "chosen"), instruction(row, "rejected"))
@@ -53,8 +53,8 @@ def _checked(row: Fields, pair: Preference, chosen: str, rejected: str) -> Prefe
 
 
 def _openai(row: Fields) -> Example:
-    """A row in the form of OpenAI's API. "input" is an object with messages and perhaps tools. The two
-    answers are lists of messages."""
+    """A row in the form of OpenAI's API. "input" is an object with messages and perhaps tools, which may also
+    be a field of the row. The two answers are lists of messages."""
     given = row.get("input")
     if not isinstance(given, dict) or not given.get("messages"):
         raise row.error(f"input is {brief(given)}, expected an object with messages")
@@ -63,7 +63,7 @@ def _openai(row: Fields) -> Example:
     for name, answer in zip(names, answers, strict=True):
         if not answer:
             raise row.error(f"{name} is empty, expected messages")
-    prompt = Fields({**given, "tools": given.get("tools") or None}, row.where)
+    prompt = Fields({**given, "tools": given.get("tools") or row.values.get("tools")}, row.where)
     asked = messages_of(prompt, "messages", given["messages"])
     return _checked(
         row, Preference(*(chat_of(prompt, [*asked, *answer], asked) for answer in answers)), *names

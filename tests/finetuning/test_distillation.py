@@ -487,6 +487,14 @@ def test_a_teacher_of_another_vocabulary_is_refused(
     assert not (tmp_path / "out").exists()
 
 
+def test_an_adapter_is_no_teacher(model: Path, data: Path, tmp_path: Path) -> None:
+    finetune(model, data, tmp_path / "adapter", steps=1, rank=1)
+    with pytest.raises(
+        ValueError, match=r"the teacher .*adapter is an adapter, .*`nplora teach MODEL --adapter`"
+    ):
+        finetune(model, data, tmp_path / "out", teacher=tmp_path / "adapter", **DISTILL)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("padded", ["model", "teacher"])
 @pytest.mark.parametrize("kl", ["forward", "reverse"])

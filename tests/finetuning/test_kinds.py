@@ -22,6 +22,7 @@ from nplora.finetuning.data.examples import (
 from nplora.finetuning.data.kinds import BY_NAME, recognise, renamed
 from nplora.finetuning.data.parsing.fields import Fields
 from nplora.finetuning.data.sources import splits_of
+from nplora.finetuning.options import parse_columns
 from nplora.formats.errors import DataError
 from nplora.tokenizer import from_gguf
 from vocabularies import byte_level, opened
@@ -546,6 +547,27 @@ def test_rows_of_two_kinds_are_refused_on_either_side_of_a_split() -> None:
         assert found.train.problems[0].startswith("data, row 21: the row has text, but the earlier rows have")
         assert found.valid is not None
         assert found.valid.kinds == ("completion",)
+
+
+def test_columns_leave_a_file_that_has_the_names_already(tmp_path: Path) -> None:
+    words, columns = from_gguf(opened(byte_level())), {"prompt": "q", "completion": "a"}
+    (tmp_path / "a.jsonl").write_text('{"q": "a", "a": "b"}\n')
+    (tmp_path / "b.jsonl").write_text('{"text": "c"}\n')
+    files = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
+    assert read_dataset(files, words, columns=columns).report.kind == "completion, text"
+    for row in ({"q": "a", "text": "b"}, {"question": "a"}):  # only some of the names; no kind
+        with pytest.raises(DataError, match=r"row 1: the row has no field '\w' of columns; it has"):
+            read_dataset([row], words, columns=columns)
+
+
+def test_the_names_of_columns_in_the_wrong_order_or_case_are_noticed() -> None:
+    words, row = from_gguf(opened(byte_level())), {"Question": "a", "Answer": "b"}
+    with pytest.raises(DataError, match="--columns prompt=Question,completion=Answer "):
+        read_dataset([row], words)
+    with pytest.raises(ValueError, match=r"the key 'Question'.*; .* come first, as in prompt=Question"):
+        read_dataset([row], words, columns={"Question": "prompt"})
+    with pytest.raises(ValueError, match="which names 'prompt' twice"):
+        parse_columns("prompt=Question,prompt=Answer")
 
 
 def test_an_empty_field_is_no_field_of_a_table(tmp_path: Path) -> None:

@@ -565,8 +565,10 @@ def test_ctrl_c_in_the_reference_keeps_what_is_computed(
         return computed(self, batch)
 
     monkeypatch.setattr(LanguageModel, "log_probs", stopping)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt) as caught:
         reference_of(lm, tmp_path / "cut")
+    [note] = caught.value.__notes__
+    assert note.startswith("the log-probabilities that are computed so far are saved: --resume ")
     assert len(safetensors.open(tmp_path / "cut" / REFERENCE)["keys"].numpy()) < len(whole)
     again, _ = reference_of(lm, tmp_path / "cut")
     np.testing.assert_array_equal(again, whole)

@@ -211,3 +211,16 @@ def test_an_empty_file_has_nothing_to_divide(tmp_path: Path) -> None:
     (tmp_path / "bad.jsonl").write_text("{\n")
     with pytest.raises(DataError, match=r"bad\.jsonl, line 1"):
         inputs(model, tmp_path / "bad.jsonl", 0.5)
+
+
+def test_examples_that_are_trained_and_evaluated_are_counted(tmp_path: Path) -> None:
+    model = save_small_llama(tmp_path / "m.gguf")
+    for valid, shared in ((ROWS[:3], 3), ([*ROWS[2:4], {**ROWS[0], "prompt": "new"}], 2)):
+        options = FinetuneOptions()
+        assert load.read_inputs("finetune", model, ROWS, valid, options).shared == shared
+    assert inputs(model, ROWS, 0.3).shared == 0
+    rows = [{"prompt": f"{n}", "chosen": "a", "rejected": "b"} for n in range(4)]
+    dpo = FinetuneOptions(objective="dpo")
+    assert load.read_inputs("finetune", model, rows, [*rows[:2], rows[3]], dpo).shared == 3
+    swapped = [{"prompt": "0", "chosen": "b", "rejected": "a"}]
+    assert load.read_inputs("finetune", model, rows, swapped, dpo).shared == 0

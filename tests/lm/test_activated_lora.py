@@ -16,7 +16,7 @@ from nplora.finetuning import load_with_adapter
 from nplora.formats import FormatError, UnsupportedError, gguf
 from nplora.lm import LanguageModel
 from nplora.lm.generation import Sampling, generate
-from nplora.models.invocation import NEVER, active_in, sequences_with, start_of
+from nplora.models.invocation import NEVER, active_in, start_of, starts_in
 from nplora.models.packing import pack
 from small_llama import save_small_llama
 
@@ -256,6 +256,27 @@ def test_data_without_the_call_are_refused_or_warned_of(model: Path, tmp_path: P
         nplora.plan(model, data, invocation="=>")
 
 
+def test_trained_tokens_before_the_last_call_are_warned_of(tmp_path: Path) -> None:
+    """The adapter cannot change them. In a chat, these are all turns of the assistant but the last."""
+    template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    template += "{% if add_generation_prompt %}<assistant>{% endif %}"
+    model = save_small_llama(tmp_path / "m.gguf", changes={"tokenizer.chat_template": template})
+    turns = [("user", "a"), ("assistant", "bcd"), ("user", "e"), ("assistant", "fg")]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    options: dict[str, Any] = {"invocation": "<assistant>", "steps": 1, "rank": 1}
+    words = "of {} trained tokens come before the last invocation of their example, so the adapter has no"
+    lm = nplora.load_model(model)
+    first, second = (lm.tokenizer.encode_conversation(messages[:count]).is_reply for count in (2, 4))
+    early, total = sum(first), sum(second)
+    with pytest.warns(UserWarning, match=f"{early} {words.format(total)}"):
+        nplora.plan(model, [{"messages": messages}], **options)
+    messages[3]["weight"] = 0  # type: ignore[assignment]
+    with pytest.raises(ValueError, match=f"{early} {words.format(early)}"):
+        nplora.plan(model, [{"messages": messages}], **options)
+    messages[1]["weight"], messages[3]["weight"] = 0, 1  # type: ignore[assignment]
+    nplora.plan(model, [{"messages": messages}], **options)
+
+
 def test_a_chat_without_the_call_is_refused_with_what_begins_an_answer(tmp_path: Path) -> None:
     template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
     template += "{% if add_generation_prompt %}<assistant>{% endif %}"
@@ -294,10 +315,11 @@ def test_sequences_with_the_call_are_found_in_packed_tokens(length: int, rng: np
         starts = np.unique([0, *rng.integers(0, size + 1, size // 3), size])
         call = tuple(rng.integers(0, 2, length).tolist())
         expected = [
-            sum(tuple(ids[i : i + length].tolist()) == call for i in range(begin, end - length + 1))
+            max((i for i in range(begin, end - length + 1) if tuple(ids[i : i + length].tolist()) == call),
+                default=NEVER)
             for begin, end in itertools.pairwise(starts)
-        ]
-        assert sequences_with(ids, starts, call).tolist() == expected
+        ]  # fmt: skip
+        assert starts_in(ids, starts, call).tolist() == expected
 
 
 @pytest.mark.slow

@@ -298,16 +298,17 @@ def adapters_of(op: str, inputs: RunInputs, options: FinetuneOptions) -> Adapter
 def _require_invocation(
     op: str, lm: LanguageModel, dataset: Examples, invocation: tuple[int, ...], is_new: bool
 ) -> None:
-    """Check that examples have the invocation tokens. An activated LoRA has no effect without these tokens.
+    """Check that trained tokens follow the invocation tokens. An activated LoRA has no effect on others.
 
     Args:
         is_new: whether the adapter is new. The error message of a new adapter advises another invocation.
     Raises:
-        ValueError: no example has the invocation tokens.
+        ValueError: no example has the invocation tokens, or all trained tokens come before them.
     Warns:
-        UserWarning: some examples do not have the invocation tokens.
+        UserWarning: some examples do not have the invocation tokens, or trained tokens come before them.
     """
-    without = int((~dataset.contains(invocation)).sum())
+    has = dataset.contains(invocation)
+    without = int((~has).sum())
     where = f"{op}: {dataset.report.source}: {without} of {len(dataset)} examples"
     text = lm.tokenizer.decode(invocation)
     words = (
@@ -318,6 +319,16 @@ def _require_invocation(
         raise ValueError(words + (_invocation_advice(lm, dataset) if is_new else ""))
     if without:
         warn_user(words)
+    total = int(dataset.targets.sum())
+    missed = total - dataset.reached(invocation) - int(dataset.targets[~has].sum())
+    if missed:
+        early = (
+            f"{op}: {dataset.report.source}: {missed:,} of {total:,} trained tokens come before the last "
+            f"invocation of their example, so the adapter has no effect on these tokens"
+        )
+        if missed == total:
+            raise ValueError(early)
+        warn_user(early)
 
 
 def _invocation_advice(lm: LanguageModel, dataset: Examples) -> str:

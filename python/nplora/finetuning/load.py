@@ -61,6 +61,14 @@ class RunInputs:
         passes = 1 + self.objective.extra_passes  # an extra pass reads other sequences of the same length
         return passes * sum(dataset.report.tokens for dataset in self.datasets)
 
+    @property
+    def shared(self) -> int:
+        """The number of examples to evaluate on that are training examples too."""
+        if self.held_out is None:
+            return 0
+        trained = set(self.train.digests())
+        return sum(digest in trained for digest in self.held_out.digests())
+
     def prompts(self, texts: Sequence[str]) -> list[Prompt]:
         """Turn texts into prompts.
 

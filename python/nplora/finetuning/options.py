@@ -714,8 +714,10 @@ def parse_columns(columns: Mapping[str, str] | str | None, op: str = "finetune")
     found = dict[str, str]()
     for pair in columns.split(","):
         ours, equals, theirs = (part.strip() for part in pair.partition("="))
-        if not (ours and equals and theirs) or ours in found:
+        if not (ours and equals and theirs):
             raise ValueError(f"{op}: columns is {columns!r}, expected OURS=THEIRS as in prompt=question")
+        if ours in found:
+            raise ValueError(f"{op}: columns is {columns!r}, which names {ours!r} twice")
         found[ours] = theirs
     return found
 

@@ -24,6 +24,7 @@ from nplora.finetuning import int8_check
 from nplora.finetuning.agreement import require_same_data, require_same_options
 from nplora.finetuning.baseline import Baseline, answers_of
 from nplora.finetuning.data import Data, TokenBatches
+from nplora.finetuning.data.stored import shared_words
 from nplora.finetuning.earlier_run import find_earlier_run
 from nplora.finetuning.execution import choose_execution, fixed_compute
 from nplora.finetuning.int8_check import Int8Check
@@ -341,6 +342,8 @@ def _finetune(
     execution = choose_execution(model, inputs, chosen, earlier, say, ranks)
     for dataset in inputs.datasets:
         say(str(dataset.report))
+    if inputs.shared and inputs.held_out is not None:
+        say(shared_words(inputs.shared, len(inputs.held_out)))
 
     lm = inputs.lm
     batches = training_batches(inputs.train, chosen)

@@ -6,7 +6,6 @@ the invocation tokens, the whole sequence is computed without the adapter.
 
 from __future__ import annotations
 
-import itertools
 from typing import Any
 
 import numpy as np
@@ -28,19 +27,17 @@ def invocation_of(model: Module) -> tuple[int, ...] | None:
 
 def start_of(ids: Array, invocation: tuple[int, ...]) -> int:
     """The position of the last occurrence of the invocation tokens in `ids`; NEVER if they do not occur."""
-    if len(ids) < len(invocation):
-        return int(NEVER)
-    windows = np.lib.stride_tricks.sliding_window_view(ids, len(invocation))
-    found = np.flatnonzero((windows == np.array(invocation)).all(axis=1))
-    return int(found[-1]) if len(found) else int(NEVER)
+    return int(starts_in(ids, np.array([0, len(ids)]), invocation)[0])
 
 
-def sequences_with(ids: Array, starts: Array, invocation: tuple[int, ...]) -> Array:
-    """The number of occurrences of the invocation tokens in each packed sequence.
+def starts_in(ids: Array, starts: Array, invocation: tuple[int, ...]) -> Array:
+    """For each packed sequence, the index in `ids` of the last occurrence of the invocation tokens.
 
     Args:
         ids: the tokens (n,).
         starts: the index of the first token of each sequence, followed by n.
+    Returns:
+        indices; NEVER for a sequence in which the tokens do not occur.
     """
     length, count = len(invocation), max(0, len(ids) - len(invocation) + 1)
     matches = np.ones(count, np.bool_)
@@ -49,19 +46,15 @@ def sequences_with(ids: Array, starts: Array, invocation: tuple[int, ...]) -> Ar
     found = np.flatnonzero(matches)
     sequence = np.searchsorted(starts, found, side="right") - 1
     is_inside = found + length <= starts[sequence + 1]
-    return np.bincount(sequence[is_inside], minlength=len(starts) - 1)
+    last = np.full(len(starts) - 1, -1)
+    np.maximum.at(last, sequence[is_inside], found[is_inside])
+    return np.where(last < 0, NEVER, last)
 
 
 def active_in(ids: Array, starts: Array, invocation: tuple[int, ...]) -> Array:
     """The indices of the tokens of packed sequences on which the adapter acts.
 
-    Args:
-        ids: the tokens (n,).
-        starts: the index of the first token of each sequence, followed by n.
+    The arguments are those of `starts_in`.
     """
-    parts = [np.empty(0, np.int64)]
-    for begin, end in itertools.pairwise(starts):
-        start = start_of(ids[begin:end], invocation)
-        if start < end - begin:
-            parts.append(np.arange(begin + start, end, dtype=np.int64))
-    return np.concatenate(parts)
+    begin = np.repeat(starts_in(ids, starts, invocation), np.diff(starts))
+    return np.flatnonzero(np.arange(len(ids)) >= begin)

@@ -117,13 +117,16 @@ class Builder(Generic[_Made]):
                 f"{source.name}: weight {source.weight:g} makes {count:.3g} examples in an epoch, at most "
                 f"{MOST_EXAMPLES:,} are possible"
             )
+        whole, more = divmod(in_epoch(source.weight, len(added)), len(added))
+        chosen = set(sorted(added, key=self._digest)[:more] if more else ())
         for index in added:
-            self._order.extend([index] * copies(source.weight, self._tokens(index)))
+            self._order.extend([index] * (whole + (index in chosen)))
 
-    def _tokens(self, index: int) -> array.array[int]:
-        """The tokens of all sequences of an example."""
+    def _digest(self, index: int) -> bytes:
+        """A hash of the tokens of an example."""
         first, end = index * self._made.sequences, (index + 1) * self._made.sequences
-        return self._ids[self._starts[first] : self._starts[end]]
+        tokens = self._ids[self._starts[first] : self._starts[end]]
+        return hashlib.blake2b(tokens.tobytes(), digest_size=8).digest()
 
     def _why(self) -> str:
         reasons = [reason] if (reason := self.bad.reason()) else []
@@ -184,16 +187,13 @@ def warn_of_unused(source: str, count: int, unit: str = "example") -> None:
         )
 
 
-def copies(weight: float, tokens: array.array[int]) -> int:
-    """How many times an epoch uses an example.
+def in_epoch(weight: float, examples: int) -> int:
+    """The number of examples of an epoch, if a source has this weight and this number of examples.
 
-    If the weight is not a whole number, it is rounded up or down. A hash of the tokens decides which.
+    If an epoch has only a part of the examples, or has only a part of them once more, a hash of their tokens
+    chooses this part.
     """
-    whole, fraction = divmod(weight, 1)
-    if not fraction:
-        return int(whole)
-    digest = hashlib.blake2b(tokens.tobytes(), digest_size=8).digest()
-    return int(whole) + (int.from_bytes(digest, "big") / 2.0**64 < fraction)
+    return int(weight * examples + 0.5)
 
 
 def is_emptied(cut: list[Encoded], whole: list[Encoded]) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -97,11 +98,15 @@ class ReadOptions:
             _check.choice(op, "format", self.format, tuple(BY_NAME))
         if not isinstance(self.columns, Mapping):
             raise TypeError(f"{op}: columns is {_check.kind(self.columns)}, expected a dictionary")
-        for name in self.columns:
+        for name, theirs in self.columns.items():
             if name not in FIELDS:
                 near = nearest_names(str(name), FIELDS, 1)
                 possible = f"did you mean {near[0]!r}?" if near else f"possible: {', '.join(FIELDS)}"
-                raise ValueError(f"{op}: columns has the key {brief(name)}, which no format has; {possible}")
+                order = f"; the names that formats have come first, as in {theirs}={name}"
+                raise ValueError(
+                    f"{op}: columns has the key {brief(name)}, which no format has; {possible}"
+                    f"{order if theirs in FIELDS else ''}"
+                )
 
 
 def read_dataset(
@@ -144,8 +149,8 @@ def read_dataset(
             - rows: an iterable of dictionaries, a data frame of pandas or polars, or a `Dataset` of Hugging
               Face.
             - a list of paths, or of pairs (path, weight). An epoch contains each example of a file `weight`
-              times. With a weight of 1.5, an epoch contains about half of the examples twice and the others
-              once. Every epoch contains the same examples.
+              times. With a weight of 1.5, an epoch contains half of the examples twice and the others once.
+              Every epoch contains the same examples.
         tokenizer: the model's tokenizer, or the model.
         max_length: maximum tokens of an example; longer examples are cut. A plain text requires max_length.
         learn: the tokens to train: "completion" for the tokens that the list of formats names, "all" for all
@@ -362,12 +367,25 @@ def parsed(
     return Parsed(kind, example, lacks_context(values, example), unread)
 
 
+def _renamed(row: Row, columns: Mapping[str, str]) -> dict[str, Any]:
+    """Rename the fields of a row. Among several files, one may have nplora's names already."""
+    try:
+        return renamed(row.values, columns, row.where)
+    except DataError:
+        if any(theirs in row.values for theirs in columns.values()):
+            raise
+        with contextlib.suppress(DataError):
+            recognise(row.values, row.where)
+            return row.values
+        raise
+
+
 def _kind_and_values(
     row: Row, before: Kind | None, options: ReadOptions, require: Callable[[Kind, str], None] | None
 ) -> tuple[Kind, dict[str, Any]]:
     if row.error is not None:
         raise row.error
-    values = renamed(row.values, options.columns, row.where)
+    values = _renamed(row, options.columns)
     kind = recognise(values, row.where) if options.format is None else BY_NAME[options.format]
     if require is not None:
         require(kind, row.where)

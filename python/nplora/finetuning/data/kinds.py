@@ -91,8 +91,10 @@ def _renames(names: list[str]) -> str:
     If one field has a usual name for a question, and another field has a usual name for an answer, the
     message says how to rename these two fields.
     """
+    spelled = {name.lower(): name for name in reversed(names)}
     prompt, answer = (
-        next((n for n in known if n in names), None) for known in (preferences.PROMPTS, _ANSWERS)
+        next((spelled[n] for n in known if n in spelled), None)
+        for known in (("prompt", *preferences.PROMPTS), ("completion", *_ANSWERS))
     )
     if prompt is None or answer is None:
         return "--columns OURS=THEIRS (columns={'OURS': 'THEIRS'}) renames fields"

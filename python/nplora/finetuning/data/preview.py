@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import array
 import hashlib
 import itertools
 import re
@@ -13,7 +12,7 @@ from dataclasses import dataclass
 
 from nplora import _check
 from nplora.finetuning.data.bad_rows import BadRows
-from nplora.finetuning.data.builder import MOST_EXAMPLES, copies, is_emptied
+from nplora.finetuning.data.builder import MOST_EXAMPLES, in_epoch, is_emptied
 from nplora.finetuning.data.dataset import (
     PLAIN_TEXT,
     ReadOptions,
@@ -28,7 +27,7 @@ from nplora.finetuning.data.examples import Judged
 from nplora.finetuning.data.kinds import Kind
 from nplora.finetuning.data.sources import Data, Source, sources_of, splits_of
 from nplora.finetuning.data.split import Division
-from nplora.finetuning.data.stored import unread_words
+from nplora.finetuning.data.stored import shared_words, unread_words
 from nplora.formats.errors import DataError, FormatError, LimitError, counted
 from nplora.lm import LanguageModel
 from nplora.tokenizer import Tokenizer
@@ -174,10 +173,7 @@ class Preview:
         if self.valid is not None:
             blocks.append(_summary(self.valid, self.max_length))
             if self.shared:
-                blocks.append(
-                    f"the training data contain {counted(self.shared, 'example')} of the "
-                    f"{self.valid.examples:,} to evaluate on, so the validation loss is too low"
-                )
+                blocks.append(shared_words(self.shared, self.valid.examples))
         blocks.append("\n".join(_histogram(self.train.lengths)))
         if self.examples:
             marks = "in green" if colour else "between [[ and ]]"
@@ -260,14 +256,15 @@ def preview(
 class _Found:
     """A row that was read without an error, or a window of a plain text.
 
-    `where` is the file and line of the row. `good` is True for an answer that was judged as good, False for
-    an answer that was judged as bad, and None for a row without a judgement.
+    `where` is the file and line of the row, and `source` the index of its source. `good` is True for an
+    answer that was judged as good, False for an answer that was judged as bad, and None for a row without a
+    judgement.
     """
 
     where: str
     kind: str
     sequences: list[Encoded]
-    weight: float
+    source: int
     unused: bool
     good: bool | None
     unread: tuple[str, ...] = ()
@@ -297,8 +294,9 @@ class _Reader:
         """Return a tuple: a summary; a dict from the hash of each example to the number of equal examples;
         and the first `shown` examples."""
         lengths, seen, examples, bad = list[int](), dict[bytes, int](), list[Example](), BadRows()
-        count = epoch = trained = cut = lost = emptied = unused = 0
+        count = trained = cut = lost = emptied = unused = 0
         kinds, unread, without_prompt = dict[str, None](), Counter[str](), Counter[str]()
+        usable = [0] * len(sources)
         for found in self._rows(sources):
             if isinstance(found, FormatError):
                 bad.skip(found)
@@ -308,12 +306,11 @@ class _Reader:
             lengths += [len(sequence.ids) for sequence in found.sequences]
             trained += sum(sum(sequence.trained[1:]) for sequence in found.sequences)
             kept = [Encoded(one.ids[: self._most], one.trained[: self._most]) for one in found.sequences]
-            tokens = array.array("i", itertools.chain.from_iterable(one.ids for one in kept))
             left_out = is_emptied(kept, found.sequences)
             cut += any(len(sequence.ids) > self._most for sequence in found.sequences)
             lost += sum(max(0, len(sequence.ids) - self._most) for sequence in found.sequences)
             emptied += left_out
-            epoch += 0 if left_out else copies(found.weight, tokens)
+            usable[found.source] += not left_out
             unused += found.unused
             unread.update(found.unread)
             without_prompt.update([found.forgotten] if found.forgotten else [])
@@ -325,6 +322,7 @@ class _Reader:
         if not count and not bad.count:
             raise DataError(f"{names}: no examples")
         repeated = sum(seen.values()) - len(seen)
+        epoch = sum(in_epoch(one.weight, number) for one, number in zip(sources, usable, strict=True))
         part = Part(
             names, tuple(kinds), count, epoch, tuple(lengths), trained, cut, lost, emptied, unused,
             dict(unread), dict(without_prompt), repeated, bad.count, tuple(bad.problems),
@@ -332,12 +330,12 @@ class _Reader:
         return part, seen, tuple(examples)
 
     def _rows(self, sources: list[Source]) -> Iterator[_Found | FormatError]:
-        for source in sources:
+        for place, source in enumerate(sources):
             if source.is_text:
                 windows = text_windows(self._op, source, self._tokenizer, self._most)
                 for number, window in enumerate(windows, 1):
                     where = f"{source.name}, window {number}"
-                    yield _Found(where, PLAIN_TEXT, [window], source.weight, False, None)
+                    yield _Found(where, PLAIN_TEXT, [window], place, False, None)
                 continue
             before: Kind | None = None
             for row in source.read():
@@ -350,9 +348,7 @@ class _Reader:
                 unused = unused or any(sequence.unused for sequence in sequences)
                 good = example.good if isinstance(example, Judged) else None
                 forgotten = forgotten_in(row, example, unread, self._options)
-                yield _Found(
-                    row.where, before.name, sequences, source.weight, unused, good, tuple(unread), forgotten
-                )
+                yield _Found(row.where, before.name, sequences, place, unused, good, tuple(unread), forgotten)
 
     def _shown(self, found: _Found) -> Iterator[Example]:
         for name, sequence in zip(found.names, found.sequences, strict=True):

@@ -35,8 +35,8 @@ class Source:
         name: the name of the file, or "data" for Python objects.
         read: a function that reads the rows, and can be called several times.
         path: the path of the file; None for Python objects.
-        weight: how many times an epoch contains each example. With a weight of 0.5, an epoch contains about
-            half of the examples.
+        weight: how many times an epoch contains each example. With a weight of 0.5, each epoch contains the
+            same half of the examples.
         may_be_empty: whether the source may have no rows.
     """
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+import itertools
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -11,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from nplora.formats.errors import brief, counted
-from nplora.models.invocation import sequences_with
+from nplora.models.invocation import NEVER, active_in, starts_in
 from nplora.models.packing import IGNORED, PackedBatch
 
 Array = npt.NDArray[Any]
@@ -87,6 +88,14 @@ def unread_words(unread: Mapping[str, int]) -> str:
     return f"fields that are not used: {', '.join(shown[:_FIELDS])}{more}"
 
 
+def shared_words(shared: int, evaluated: int) -> str:
+    """A text that says that some of the examples to evaluate on are training examples too."""
+    return (
+        f"the training data contain {counted(shared, 'example')} of the {evaluated:,} to evaluate on, so the "
+        "validation loss is too low"
+    )
+
+
 class Examples(Protocol):
     """The examples that `TokenBatches` reads. All sequences of an example are in the same batch.
 
@@ -120,8 +129,14 @@ class Examples(Protocol):
     def contains(self, tokens: tuple[int, ...]) -> Array:
         """Return, for each example, whether `tokens` occur side by side in one of its sequences."""
 
+    def reached(self, invocation: tuple[int, ...]) -> int:
+        """The number of trained tokens that an activated LoRA with these invocation tokens can change."""
+
     def has(self, id_: int) -> bool:
         """Whether a token occurs in the examples."""
+
+    def digests(self) -> Iterator[bytes]:
+        """A hash of each stored example: of its tokens, and of which of them are trained."""
 
     def __len__(self) -> int: ...
 
@@ -189,9 +204,13 @@ class Stored:
 
     def _trained_counts(self) -> Array:
         """The number of trained tokens of each stored sequence."""
-        trained = self._trained.astype(np.int64)
-        trained[self._starts[:-1]] = 0
-        return np.asarray(np.add.reduceat(trained, self._starts[:-1].astype(np.intp)))
+        return self._counts(self._trained)
+
+    def _counts(self, chosen: Array) -> Array:
+        """For each stored sequence, the number of chosen tokens after its first token."""
+        counted = chosen.astype(np.int64)
+        counted[self._starts[:-1]] = 0
+        return np.asarray(np.add.reduceat(counted, self._starts[:-1].astype(np.intp)))
 
     def _by_example(self, counts: Array) -> Array:
         """Sum `counts`, which has a value for each stored sequence, over the sequences of each example."""
@@ -204,11 +223,24 @@ class Stored:
 
     def contains(self, tokens: tuple[int, ...]) -> Array:
         """Return, for each example, whether `tokens` occur side by side in one of its sequences."""
-        return self._by_example(sequences_with(self._ids, self._starts, tokens)) > 0
+        return self._by_example(starts_in(self._ids, self._starts, tokens) != NEVER) > 0
+
+    def reached(self, invocation: tuple[int, ...]) -> int:
+        """The number of trained tokens that an activated LoRA with these invocation tokens can change."""
+        can_change = np.zeros(len(self._ids) + 1, np.bool_)
+        can_change[active_in(self._ids, self._starts, invocation) + 1] = True  # a token predicts the next one
+        return int(self._by_example(self._counts(self._trained & can_change[:-1])).sum())
 
     def has(self, id_: int) -> bool:
         """Whether a token occurs in the examples."""
         return bool((self._ids == id_).any())
+
+    def digests(self) -> Iterator[bytes]:
+        """A hash of each stored example: of its tokens, and of which of them are trained."""
+        for begin, end in itertools.pairwise(self._starts[:: self.sequences].tolist()):
+            digest = hashlib.blake2b(self._ids[begin:end].tobytes(), digest_size=16)
+            digest.update(self._trained[begin:end].tobytes())
+            yield digest.digest()
 
     def fingerprint(self) -> str:
         """SHA-256 of the examples: equal for datasets with the same tokens and the same trained tokens."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Self
 
 import numpy.typing as npt
@@ -14,7 +15,7 @@ from nplora.finetuning.objectives.packed_loss import PackedLoss
 from nplora.finetuning.options import FinetuneOptions
 from nplora.finetuning.planning import Teaching
 from nplora.finetuning.teachers import ModelTeacher, StoredTeacher, Teacher, is_stored
-from nplora.formats import files
+from nplora.formats import files, model_directory, peft_adapter
 from nplora.lm import LanguageModel, load_model
 from nplora.models.divergence import Distillation
 from nplora.models.head import LogitLoss
@@ -96,6 +97,11 @@ class DistillObjective(Objective):
         else:
             assert given is not None  # FinetuneOptions has checked it
             files.require_named(op, teacher=given)
+            if Path(given, peft_adapter.CONFIG).exists() and not Path(given, model_directory.CONFIG).exists():
+                raise ValueError(
+                    f"{op}: the teacher {files.name(given)} is an adapter, expected a model: merge the "
+                    "adapter into its model, or store log-probabilities with `nplora teach MODEL --adapter`"
+                )
             stored = is_stored(given)
             self._teacher = (
                 StoredTeacher(given) if stored else ModelTeacher(load_model(given, lm.compute, check=check))

@@ -35,6 +35,8 @@ from nplora.platform.files import remove_in
 from nplora.runtime.error_text import message_of
 from nplora.runtime.user_warning import warn_user
 from nplora.trainer.fingerprint import base_fingerprint
+from nplora.trainer.interrupts import Terminated
+from nplora.trainer.run_checkpoints import RESUME_HINT
 
 Array = npt.NDArray[Any]
 
@@ -127,6 +129,10 @@ class Reference:
                         written_at = time.monotonic()
             shared.compute()
             known = {key: known[key] for key in seen}
+        except (KeyboardInterrupt, Terminated) as reason:
+            if directory is not None:
+                reason.add_note(f"the log-probabilities that are computed so far are saved: {RESUME_HINT}")
+            raise
         finally:  # also after Ctrl-C, so that the next start continues from here
             if is_computed and known and writes and directory is not None:
                 _write(directory, self._model, known)

@@ -247,10 +247,10 @@ def test_examples_whose_tools_the_template_does_not_write_are_counted_once_a_fil
         {"messages": chat, "tools": []},
     ]
     path = write(tmp_path, *rows)
-    with pytest.warns(UserWarning, match="messages, reasoning, tools or documents") as caught:
+    with pytest.warns(UserWarning, match="the chat template leaves out") as caught:
         report = read_dataset(path, tokenizer()).report
     assert [str(warning.message) for warning in caught] == [
-        f"{path}: in 2 examples, the chat template leaves out messages, reasoning, tools or documents, "
+        f"{path}: in 2 examples, the chat template leaves out documents or tools, "
         "so the model does not see them"
     ]
     assert report.unused == 2
@@ -698,7 +698,11 @@ BAD = [
     (b'{"messages": ["a"]}', DataError, "a message is 'a'"),
     (b'{"messages": [{"content": "a"}]}', DataError, "a message is"),
     (b'{"messages": [{"role": 1}]}', DataError, "a message is"),
-    (b'{"messages": [{"role": "user", "content": "a"}]}', DataError, "nothing to train on"),
+    (
+        b'{"messages": [{"role": "user", "content": "a"}]}',
+        DataError,
+        "the chat has no message of the assistant",
+    ),
     (
         b'{"messages": [{"role": "user"}, {"role": "assistant", "content": "a"}]}',
         DataError,

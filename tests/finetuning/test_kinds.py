@@ -217,7 +217,7 @@ def test_a_row_is_not_changed() -> None:
 
 # ---- malformed rows ----
 
-PLACE = r"(, ((message|turn|tool) \d( of \w+)?|chosen|rejected))?"
+PLACE = r"(, ((message|turn|tool|tool call) \d( of \w+)?|chosen|rejected))*"
 
 
 def chat(*messages: Any) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import array
 import collections
 import dataclasses
 import hashlib
+from collections.abc import Collection
 from typing import Generic, TypeVar
 
 import numpy as np
@@ -48,6 +49,7 @@ class Builder(Generic[_Made]):
         self._kinds: list[str] = []
         self._first = self._emptied_before = self._emptied = self._unused = 0
         self.bad, self._skipped = BadRows(), BadRows()  # in the current source, and in the earlier ones
+        self._left_out = set[str]()
         self._truncated = bytearray()  # for each example, whether it is cut
         self._forms = set[bool]()
         self.unread = collections.Counter[str]()
@@ -64,13 +66,13 @@ class Builder(Generic[_Made]):
         """The number of examples so far."""
         return (len(self._starts) - 1) // self._made.sequences
 
-    def add(self, sequences: list[Encoded], where: str, unused: bool = False) -> None:
+    def add(self, sequences: list[Encoded], where: str, unused: tuple[str, ...] = ()) -> None:
         """Add the sequences of an example, cut to the maximum length.
 
         If the cut leaves nothing to train on (see the function `is_emptied`), the example is left out.
 
         Args:
-            unused: whether the row has tools or documents that no sequence contains.
+            unused: the fields of the row, "tools" or "documents", that no sequence contains.
         """
         give_way()
         cut = [self._cut(sequence, where) for sequence in sequences]
@@ -79,7 +81,9 @@ class Builder(Generic[_Made]):
             self._emptied += 1
             return
         self._truncated.append(is_cut)
-        self._unused += unused or any(sequence.unused for sequence in sequences)
+        left_out = {*unused, *(name for sequence in sequences for name in sequence.unused)}
+        self._unused += bool(left_out)
+        self._left_out |= left_out
         self._forms.update(sequence.is_chat for sequence in sequences)
         for one in cut:
             self._ids.extend(one.ids)
@@ -170,21 +174,24 @@ class Builder(Generic[_Made]):
             longest=int(lengths.max()),
             truncated=int(np.frombuffer(self._truncated, np.uint8)[order].sum()),
         )
-        warn_of_unused(source, self._unused, self._unit)
+        warn_of_unused(source, self._unused, self._left_out, self._unit)
         return made
 
 
-def warn_of_unused(source: str, count: int, unit: str = "example") -> None:
+def warn_of_unused(source: str, count: int, names: Collection[str], unit: str = "example") -> None:
     """Warn if some rows have messages, reasoning, tools or documents that are not in the tokens.
 
     Args:
         count: the number of examples whose row has something that is not in the tokens.
+        names: what is not in the tokens, as in `Encoded.unused`.
     """
     if count:
-        warn_user(
-            f"{source}: in {counted(count, unit)}, the chat template leaves out messages, reasoning, tools "
-            "or documents, so the model does not see them"
-        )
+        warn_user(f"{source}: {left_out_words(count, names, unit)}, so the model does not see them")
+
+
+def left_out_words(count: int, names: Collection[str], unit: str) -> str:
+    """A text that says what the chat template leaves out. The arguments are those of `warn_of_unused`."""
+    return f"in {counted(count, unit)}, the chat template leaves out {' or '.join(sorted(names))}"
 
 
 def in_epoch(weight: float, examples: int) -> int:

@@ -239,7 +239,7 @@ class _JudgedBuilder(Builder[JudgedDataset]):
         super().__init__(max_length, strict, made, unit)
         self.good = list[bool]()
 
-    def add(self, sequences: list[Encoded], where: str, unused: bool = False) -> None:
+    def add(self, sequences: list[Encoded], where: str, unused: tuple[str, ...] = ()) -> None:
         before = self.stored
         super().add(sequences, where, unused)
         if self.stored > before:

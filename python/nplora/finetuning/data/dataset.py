@@ -16,7 +16,7 @@ from nplora import _check
 from nplora.finetuning.data.builder import Builder
 from nplora.finetuning.data.encoding import LEARN, Encoded, Encoder
 from nplora.finetuning.data.examples import Example, Preference
-from nplora.finetuning.data.kinds import BY_NAME, FIELDS, Kind, lacks_context, recognise, renamed
+from nplora.finetuning.data.kinds import BY_NAME, FIELDS, Kind, lost_context, recognise, renamed
 from nplora.finetuning.data.parsing.fields import Fields, renaming
 from nplora.finetuning.data.parsing.preferences import forgotten_prompt
 from nplora.finetuning.data.rows import Row
@@ -336,14 +336,14 @@ class Parsed(NamedTuple):
     Attributes:
         kind: the format of the row.
         example: the content of the row.
-        lacks_context: whether the row has tools or documents that are not in the example.
+        lost_context: the fields of the row, "tools" or "documents", that are not in the example.
         unread: a dict from the names of the unused fields, as in the data, to their values. Empty fields,
             tools and documents are left out.
     """
 
     kind: Kind
     example: Example
-    lacks_context: bool
+    lost_context: tuple[str, ...]
     unread: dict[str, Any]
 
 
@@ -364,7 +364,7 @@ def parsed(
     unread = {columns.get(name, name): value for name, value in fields.unread().items()}
     replaced = (name for name in columns if row.values.get(name) and name not in columns.values())
     unread |= {name: row.values[name] for name in replaced}
-    return Parsed(kind, example, lacks_context(values, example), unread)
+    return Parsed(kind, example, lost_context(values, example), unread)
 
 
 def _renamed(row: Row, columns: Mapping[str, str]) -> dict[str, Any]:

@@ -36,14 +36,15 @@ class Encoded:
     Attributes:
         ids: the tokens.
         trained: for each token, whether it is trained.
-        unused: whether the example has messages, reasoning, tools or documents that the template leaves out.
+        unused: what the template leaves out of the example: some of "messages", "reasoning", "tools" and
+            "documents".
         is_chat: whether the chat template wrote the sequence.
         good: whether the sequence was judged to be a good answer.
     """
 
     ids: list[int]
     trained: list[bool]
-    unused: bool = False
+    unused: tuple[str, ...] = ()
     is_chat: bool = False
     good: bool = False
 
@@ -140,6 +141,8 @@ class Encoder:
 
     def _messages(self, example: Chat, where: str) -> Encoded:
         messages = example.messages
+        if not self._all and all(message["role"] != "assistant" for message in messages):
+            raise DataError(f"{where}: the chat has no message of the assistant, expected one to train")
         if not self._all and not any(map(example.is_trained, range(len(messages)))):
             raise DataError(f"{where}: {_NOTHING}")
         try:
@@ -163,7 +166,7 @@ class Encoder:
             elif turn.stop < len(chat.ids) or len(chat.ids) != self._most:  # the turn is not cut
                 lost = [call for place, call in chat.lost_calls if place == index]
                 _require_calls(messages[index], lost, where)
-        return Encoded(chat.ids, trained, bool(chat.unused), is_chat=True)
+        return Encoded(chat.ids, trained, chat.unused, is_chat=True)
 
 
 def _require_calls(message: Message, lost: list[int], where: str) -> None:

@@ -140,15 +140,16 @@ def renamed(values: dict[str, Any], columns: Mapping[str, str], where: str) -> d
     return others | {ours: values[theirs] for ours, theirs in columns.items()}
 
 
-def lacks_context(values: Mapping[str, Any], example: Example) -> bool:
-    """Whether a row has tools or documents that are missing in its example, which only has them if it has
-    messages."""
+def lost_context(values: Mapping[str, Any], example: Example) -> tuple[str, ...]:
+    """The fields of a row, "tools" or "documents", that its example lacks. Only a chat has them."""
     answer: object = example
     if isinstance(example, Preference):
         answer = example.chosen
     elif isinstance(example, Judged):
         answer = example.answer
-    return not isinstance(answer, Chat) and any(_is_given(values.get(name)) for name in CONTEXT)
+    if isinstance(answer, Chat):
+        return ()
+    return tuple(name for name in CONTEXT if _is_given(values.get(name)))
 
 
 def _is_given(context: object) -> bool:

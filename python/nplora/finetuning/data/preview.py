@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from nplora import _check
 from nplora.finetuning.data.bad_rows import BadRows
-from nplora.finetuning.data.builder import MOST_EXAMPLES, in_epoch, is_emptied
+from nplora.finetuning.data.builder import MOST_EXAMPLES, in_epoch, is_emptied, left_out_words
 from nplora.finetuning.data.dataset import (
     PLAIN_TEXT,
     ReadOptions,
@@ -95,6 +95,7 @@ class Part:
         lost: the number of tokens that are cut off.
         emptied: the number of examples that are left out because of the cut: they have nothing to train on,
             or both answers of a pair have become the same.
+        left_out: what the chat template leaves out: some of "messages", "reasoning", "tools" and "documents".
         unused: the number of examples with messages, reasoning, tools or documents that the chat template
             leaves out.
         unread: a dict from the name of each unused field to the number of rows with this field.
@@ -114,6 +115,7 @@ class Part:
     cut: int
     lost: int
     emptied: int
+    left_out: tuple[str, ...]
     unused: int
     unread: dict[str, int]
     without_prompt: dict[str, int]
@@ -265,7 +267,7 @@ class _Found:
     kind: str
     sequences: list[Encoded]
     source: int
-    unused: bool
+    unused: tuple[str, ...]
     good: bool | None
     unread: tuple[str, ...] = ()
     forgotten: str | None = None  # the field that probably holds the prompt
@@ -296,7 +298,7 @@ class _Reader:
         lengths, seen, examples, bad = list[int](), dict[bytes, int](), list[Example](), BadRows()
         count = trained = cut = lost = emptied = unused = 0
         kinds, unread, without_prompt = dict[str, None](), Counter[str](), Counter[str]()
-        usable = [0] * len(sources)
+        usable, lost_parts = [0] * len(sources), set[str]()
         for found in self._rows(sources):
             if isinstance(found, FormatError):
                 bad.skip(found)
@@ -311,7 +313,8 @@ class _Reader:
             lost += sum(max(0, len(sequence.ids) - self._most) for sequence in found.sequences)
             emptied += left_out
             usable[found.source] += not left_out
-            unused += found.unused
+            unused += bool(found.unused)
+            lost_parts.update(found.unused)
             unread.update(found.unread)
             without_prompt.update([found.forgotten] if found.forgotten else [])
             digest = found.digest()
@@ -324,7 +327,8 @@ class _Reader:
         repeated = sum(seen.values()) - len(seen)
         epoch = sum(in_epoch(one.weight, number) for one, number in zip(sources, usable, strict=True))
         part = Part(
-            names, tuple(kinds), count, epoch, tuple(lengths), trained, cut, lost, emptied, unused,
+            names, tuple(kinds), count, epoch, tuple(lengths), trained, cut, lost, emptied,
+            tuple(sorted(lost_parts)), unused,
             dict(unread), dict(without_prompt), repeated, bad.count, tuple(bad.problems),
         )  # fmt: skip
         return part, seen, tuple(examples)
@@ -335,7 +339,7 @@ class _Reader:
                 windows = text_windows(self._op, source, self._tokenizer, self._most)
                 for number, window in enumerate(windows, 1):
                     where = f"{source.name}, window {number}"
-                    yield _Found(where, PLAIN_TEXT, [window], place, False, None)
+                    yield _Found(where, PLAIN_TEXT, [window], place, (), None)
                 continue
             before: Kind | None = None
             for row in source.read():
@@ -345,7 +349,7 @@ class _Reader:
                 except (DataError, LimitError) as error:
                     yield error
                     continue
-                unused = unused or any(sequence.unused for sequence in sequences)
+                unused = (*unused, *(name for sequence in sequences for name in sequence.unused))
                 good = example.good if isinstance(example, Judged) else None
                 forgotten = forgotten_in(row, example, unread, self._options)
                 yield _Found(row.where, before.name, sequences, place, unused, good, tuple(unread), forgotten)
@@ -378,8 +382,7 @@ def _summary(part: Part, max_length: int) -> str:
     if part.repeated:
         lines.append(f"  {counted(part.repeated, unit)} equal to an earlier one")
     if part.unused:
-        examples = counted(part.unused, unit)
-        lines.append(f"  the chat template leaves out messages, reasoning, tools or documents of {examples}")
+        lines.append(f"  {left_out_words(part.unused, part.left_out, unit)}")
     lines += [f"  {unread_words(part.unread)}"] if part.unread else []
     lines += [f"  {without_prompt_words(part.without_prompt)}"] if part.without_prompt else []
     if part.bad:

@@ -158,26 +158,26 @@ def _require_choice(kind: Kind, where: str) -> None:
 
 def _examples(
     sources: list[Source], reading: ReadOptions, require: Callable[[Kind, str], None], bad: BadRows
-) -> Iterator[tuple[Example, Row, bool]]:
-    """For each row without an error, yield a tuple: the example, the row, `lacks_context` (see `Parsed`)."""
+) -> Iterator[tuple[Example, Row, tuple[str, ...]]]:
+    """For each row without an error, yield a tuple: the example, the row, `lost_context` (see `Parsed`)."""
     for source in sources:
         if source.is_text:
             raise DataError(f"{source.name}: a plain text has no prompts, expected rows with prompts")
         kind = None if reading.format is None else BY_NAME[reading.format]
         for row in source.read():
             try:
-                kind, example, lacks_context, _ = parsed(row, kind, reading, require)
+                kind, example, lost_context, _ = parsed(row, kind, reading, require)
             except (DataError, LimitError) as error:
                 bad.skip(error, reading.skip_bad)
             else:
-                yield example, row, lacks_context
+                yield example, row, lost_context
 
 
 def _read_choices(
     lm: LanguageModel, sources: list[Source], reading: ReadOptions
 ) -> tuple[list[Choices], DataReport]:
-    bad, found, unused = BadRows(), list[Choices](), 0
-    for example, row, lacks_context in _examples(sources, reading, _require_choice, bad):
+    bad, found, unused, left_out = BadRows(), list[Choices](), 0, set[str]()
+    for example, row, lost_context in _examples(sources, reading, _require_choice, bad):
         assert isinstance(example, MultipleChoice)
         try:
             choices = encode_choices(lm.tokenizer, example, row.where, reading.chat)
@@ -187,9 +187,10 @@ def _read_choices(
             bad.skip(error, reading.skip_bad)
         else:
             found.append(choices)
-            unused += lacks_context
+            unused += bool(lost_context)
+            left_out.update(lost_context)
     report = _report(sources, found, bad, unused)
-    warn_of_unused(report.source, unused)
+    warn_of_unused(report.source, unused, left_out)
     return found, report
 
 

@@ -121,7 +121,7 @@ def _tool_calls(row: Fields, message: Message) -> Objects:
         raise row.error(f"a message of role {message['role']!r} has tool_calls, expected 'assistant'")
     if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
         raise row.error(f"tool_calls is {brief(calls)}, expected a list of objects")
-    return [_tool_call(row, call) for call in calls]
+    return [_tool_call(row.part(f"tool call {number}"), call) for number, call in enumerate(calls, 1)]
 
 
 def _tool_call(row: Fields, call: dict[str, Any]) -> dict[str, Any]:
@@ -138,7 +138,7 @@ def _tool_call(row: Fields, call: dict[str, Any]) -> dict[str, Any]:
             arguments = None
     if not isinstance(arguments, dict):
         shown = brief(function.get("arguments"))
-        raise row.error(f"the arguments of the tool call {name!r} are {shown}, expected an object")
+        raise row.error(f"the arguments of the tool call {name!r} are {shown}, expected an object or JSON")
     made = {"type": "function", "function": {"name": name, "arguments": arguments}}
     return made | ({"id": call["id"]} if "id" in call else {})
 

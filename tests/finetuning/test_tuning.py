@@ -29,7 +29,7 @@ from nplora.finetuning.tuning.search import Search, winner_of
 from nplora.finetuning.tuning.space import Settings, Space, space_of
 from nplora.finetuning.tuning.trial import Trial, key_of
 from nplora.formats import files
-from nplora.formats.errors import CorruptError, UnsafeError
+from nplora.formats.errors import CorruptError, DataError, UnsafeError
 from nplora.trainer.evaluation import evaluate as evaluate_loss
 from small_llama import save_small_llama
 
@@ -639,6 +639,26 @@ def test_the_trials_of_kto_are_runs_with_their_batches(model: Path, tmp_path: Pa
         options = {**kto, **trial.settings, "epochs": None, "steps": trial.steps, "keep": "last"}
         done = finetune(model, PAIRS, tmp_path / "alone", **options, overwrite=True)
         assert done.loss_after == trial.loss
+
+
+def test_a_search_of_the_losses_of_kto_trains_with_each(model: Path, tmp_path: Path) -> None:
+    """Only the second loss needs the reference's log-probabilities of mismatched pairs."""
+    types = ["apo_zero_unpaired", "kto"]
+    kto: dict[str, Any] = {**FEW, "lr": 1e-2, "objective": "kto", "batch_examples": 3}
+    report = tune(model, PAIRS, tmp_path / "out", budget=9, search={"loss_type": types}, **kto)
+    assert {trial.settings["loss_type"] for trial in report.trials} == {*types}
+
+
+def test_judged_answers_to_one_prompt_are_searched_without_the_loss_that_needs_two(
+    model: Path, tmp_path: Path
+) -> None:
+    rows = [{"prompt": "1+1=", "completion": str(n), "label": n == 2} for n in range(8)]
+    kto: dict[str, Any] = {**FEW, "valid": rows, "objective": "kto", "batch_examples": 4, "budget": 9}
+    kto["search"] = {"lr": [1e-2, 1e-3], "loss_type": ["apo_zero_unpaired"]}
+    assert len(tune(model, rows, tmp_path / "out", **kto).trials) >= 2
+    kto["search"] = {"lr": [1e-2], "loss_type": ["apo_zero_unpaired", "kto"]}
+    with pytest.raises(DataError, match="8 answers to one prompt, expected at least two different prompts"):
+        tune(model, rows, tmp_path / "both", **kto)
 
 
 @pytest.mark.slow

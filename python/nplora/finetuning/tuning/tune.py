@@ -17,7 +17,7 @@ from nplora.finetuning.data.batches import TokenBatches
 from nplora.finetuning.data.sources import splits_of
 from nplora.finetuning.execution import adapters_of, choose_execution, predicted
 from nplora.finetuning.load import RunInputs, evaluation_batches, read_inputs, training_batches
-from nplora.finetuning.objectives import Objective
+from nplora.finetuning.objectives import Objective, objective_of
 from nplora.finetuning.options import FinetuneOptions, default_lr
 from nplora.finetuning.planning import ExecutionPlan, available_memory
 from nplora.finetuning.run import new_trainer, put_on_adapter
@@ -151,7 +151,7 @@ class _Tuning:
     say: Callable[[str], None]
 
     def run(self) -> TuneReport:
-        inputs = read_inputs("tune", self.model, self.data, self.valid, self.base)
+        inputs = read_inputs("tune", self.model, self.data, self.valid, self._reading())
         assert inputs.held_out is not None, "examples are held out if there are no validation data"
         space = space_of(inputs.lm, self.given, self.chosen.search, default_lr(inputs.lm.config.hidden_size))
         sampler = OptunaSampler(space, self.base.seed) if self.chosen.sampler == "optuna" else None
@@ -202,6 +202,15 @@ class _Tuning:
             except KeyboardInterrupt:
                 search.ended = "interrupted"
         return self._report(search, _noise(len(inputs.held_out or ())))
+
+    def _reading(self) -> FinetuneOptions:
+        """The base options with the value of `loss_type` that needs the most sequences.
+
+        The data are read once, for the trials of all values.
+        """
+        types = self.chosen.search.get("loss_type", (self.base.loss_type,))
+        options = [dataclasses.replace(self.base, loss_type=name) for name in types]
+        return max(options, key=lambda one: objective_of(one).extra_passes)
 
     def _largest(self, inputs: RunInputs, space: Space, full: int) -> FinetuneOptions:
         """The options of the trial with the most trained parameters, which needs the most memory."""

@@ -1,5 +1,6 @@
 """Compare a model with and without adapters on the same examples."""
 
+import itertools
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -21,7 +22,7 @@ from nplora.finetuning.judging.results import (
     evaluation_of,
     shown,
 )
-from nplora.finetuning.judging.statistics import Measured
+from nplora.finetuning.judging.statistics import Measured, adjusted, paired_p
 from nplora.finetuning.judging.tables import markdown_table, text_table
 from nplora.finetuning.load import require_plain
 from nplora.finetuning.options import EvaluateOptions, from_arguments
@@ -198,11 +199,25 @@ def _differences(measured: dict[str, list[Measured]]) -> list[Difference]:
     losses = {name: measured[name][0].value for name in names}
     best = min(names, key=lambda name: (math.isnan(losses[name]), losses[name]))
     pairs += [(best, name) for name in names if name != best]
-    return [
-        difference_of(one, metric, other, other_metric)
-        for one, other in pairs
-        for metric, other_metric in zip(measured[one], measured[other], strict=True)
+    p_values = [
+        _p_values(dict(zip(measured, of_metric, strict=True)))
+        for of_metric in zip(*measured.values(), strict=True)
     ]
+    return [
+        difference_of(one, metric, other, other_metric, p[frozenset((one, other))], len(p))
+        for one, other in pairs
+        for metric, other_metric, p in zip(measured[one], measured[other], p_values, strict=True)
+    ]
+
+
+def _p_values(systems: dict[str, Measured]) -> dict[frozenset[str], float | None]:
+    """The adjusted p-value of each pair of systems.
+
+    All pairs count, although not all of them are shown: the best adapter is chosen by looking at all of them.
+    """
+    pairs = list(itertools.combinations(systems, 2))
+    found = [paired_p(systems[one], systems[other], len(pairs)) for one, other in pairs]
+    return dict(zip(map(frozenset, pairs), adjusted(found), strict=True))
 
 
 def _named(adapters: object) -> dict[str, Adapters]:

@@ -659,6 +659,13 @@ def test_pairs_are_not_answered_and_do_not_mix(lm: LanguageModel) -> None:
         evaluate(lm, [PAIRS[0], ROWS[0]])
 
 
+@pytest.mark.parametrize("rows", [PAIRS, QUESTIONS], ids=["pairs", "questions"])
+def test_all_tokens_of_pairs_and_questions_are_not_judged(lm: LanguageModel, rows: list[Any]) -> None:
+    with pytest.raises(ValueError, match=r"^evaluate: learn='all' counts prompts too, but (pref|mult)"):
+        evaluate(lm, rows, learn="all")
+    assert evaluate(lm, ROWS, learn="all")["tokens"] > evaluate(lm, ROWS)["tokens"]
+
+
 # ---- comparisons ----
 
 

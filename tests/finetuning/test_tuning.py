@@ -469,6 +469,17 @@ def test_a_model_with_numbers_that_are_not_finite_after_a_trial_has_diverged(
     assert sorted(trial.loss for trial in report.trials if trial.settings["lr"] > 1) == [math.inf]
 
 
+def test_a_search_of_a_model_whose_loss_is_not_finite_says_so(
+    model: Path, data: Path, tmp_path: Path
+) -> None:
+    lm = nplora.load_model(model)
+    lm.model.norm.weight[0] = math.inf  # type: ignore[index]
+    message = "tune: the validation loss before training is nan, expected a finite number"
+    with pytest.raises(nplora.NonFiniteLossError, match=f"^{message}$"):
+        tune(lm, data, tmp_path / "out", budget=1, **QUICK)
+    assert not (tmp_path / "out" / NAME).exists() or "baseline" not in (tmp_path / "out" / NAME).read_text()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("more", [{}, {"resume": True}, {"overwrite": True}])
 def test_a_second_search_in_the_same_directory_is_refused(
@@ -741,6 +752,25 @@ def test_optuna_proposes_the_same_trials_after_a_resume(tmp_path: Path) -> None:
     assert len(rest.keys) == len(whole) - 6
     diverging = run(tmp_path / "diverging", Made(diverge=1e-3))
     assert any(math.isinf(trial.loss) for trial in diverging)
+
+
+def test_a_proposal_that_is_repeated_takes_the_place_of_one_survivor(tmp_path: Path) -> None:
+    """The best proposal of ten comes three times. A third of eight trials, three, reach the second rung."""
+
+    class Repeating:
+        def __init__(self) -> None:
+            rates = (2e-3, 2e-3, 2e-3, 1e-3, 5e-4, 2e-4, 1e-4, 5e-5, 2e-5, 1e-5)
+            self.proposals = [SPACE.settings(lr) for lr in rates]
+
+        def propose(self) -> Settings:
+            return self.proposals.pop(0)
+
+        def tell(self, loss: float) -> None: ...
+
+    search = search_in(tmp_path, 5000, Made(), sampler=Repeating())
+    first, second = ([t for t in search.log.trials if t.rung == rung] for rung in (1, 2))
+    assert len(first) == 8
+    assert sorted(trial.settings["lr"] for trial in second) == [5e-4, 1e-3, 2e-3]
 
 
 def test_a_search_without_optuna_names_the_extra(

@@ -100,6 +100,7 @@ def tune(
         FileExistsError: the output directory holds a search, and neither `resume` nor `overwrite` is set.
         BlockingIOError: another search or run writes to the output directory; the message names its PID.
         CorruptError: tune.jsonl is damaged.
+        NonFiniteLossError: before training, the validation loss is not finite.
         ModuleNotFoundError: `sampler` is "optuna", and Optuna is not installed.
         Other errors: see `finetune`.
 
@@ -374,9 +375,17 @@ class _Trials:
             self._prepared.append(batches.identity())
 
     def baseline(self) -> tuple[float, float]:
-        """A pair: the validation loss before training, and the number of seconds that the evaluation took."""
-        lm = self._model(self._base)
-        return self._evaluated(lm)
+        """A pair: the validation loss before training, and the number of seconds that the evaluation took.
+
+        Raises:
+            NonFiniteLossError: the loss is not finite.
+        """
+        loss, seconds = self._evaluated(self._model(self._base))
+        if not math.isfinite(loss):
+            raise NonFiniteLossError(
+                f"tune: the validation loss before training is {loss}, expected a finite number"
+            )
+        return loss, seconds
 
     def make(self, settings: Settings, steps: int) -> tuple[float, float, float]:
         """Make a trial. Return the validation loss, the seconds of training, and the seconds of evaluation.

@@ -221,11 +221,11 @@ def _p_values(systems: dict[str, Measured]) -> dict[frozenset[str], float | None
 
 
 def _named(adapters: object) -> dict[str, Adapters]:
-    """Return a dict from names to adapters. If `adapters` is a list, `_name` chooses the names."""
+    """Return a dict from names to adapters. If `adapters` is a list, `name_of` chooses the names."""
     if isinstance(adapters, Mapping):
         found = {str(name): adapter for name, adapter in adapters.items()}
     elif isinstance(adapters, Sequence) and not isinstance(adapters, str | tuple):
-        names = list(map(_name, adapters))
+        names = list(map(name_of, adapters))
         if twice := [name for name in names if names.count(name) > 1]:
             raise ValueError(
                 f"compare: adapter {twice[0]} is given twice; a dictionary can give each adapter a name"
@@ -240,15 +240,15 @@ def _named(adapters: object) -> dict[str, Adapters]:
     return found
 
 
-def _name(adapter: Any) -> str:
+def name_of(adapter: Any) -> str:
     """The name of an adapter: its path, and its weight if the weight is not 1.
 
     If `adapter` is a sum of adapters, the names of these adapters are joined by " + ".
     """
     if isinstance(adapter, tuple) and len(adapter) == 2 and isinstance(adapter[1], int | float):
-        return _name(adapter[0]) if adapter[1] == 1 else f"{_name(adapter[0])}:{adapter[1]:g}"
+        return name_of(adapter[0]) if adapter[1] == 1 else f"{name_of(adapter[0])}:{adapter[1]:g}"
     if isinstance(adapter, list | tuple):
-        return " + ".join(map(_name, adapter))
+        return " + ".join(map(name_of, adapter))
     if isinstance(adapter, Adapter):
         return adapter.source
     if isinstance(adapter, str | os.PathLike):

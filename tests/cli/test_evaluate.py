@@ -93,6 +93,17 @@ def test_compare_prints_a_table_with_a_row_for_each_adapter(
     assert out.splitlines()[2].startswith(f"| {model} | ")
 
 
+@pytest.mark.filterwarnings("ignore:evaluate.* is given 2 times")
+def test_the_markdown_of_eval_names_the_adapters(
+    model: Path, data: Path, adapter: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = "--data", data, "--markdown", "--adapter", adapter
+    for more, name in (((), ""), (("--adapter", f"{adapter}:0.5"), f" + {adapter}:0.5")):
+        status, out, _ = run(capsys, model, *words, *more)
+        assert status == 0
+        assert out.splitlines()[2].startswith(f"| {model} + {adapter}{name} | ")
+
+
 def test_eval_writes_the_answers_to_a_file(
     model: Path, data: Path, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

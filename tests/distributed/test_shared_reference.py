@@ -130,9 +130,7 @@ def test_the_file_is_written_during_the_pass(
     monkeypatch.setattr(reference, "_WRITE_SECONDS", 0.0)
     sizes: list[int] = []
     write = reference._write
-    monkeypatch.setattr(
-        reference, "_write", lambda place, name, found: (sizes.append(len(found)), write(place, name, found))
-    )
+    monkeypatch.setattr(reference, "_write", lambda *given: (sizes.append(len(given[2])), write(*given)))
     whole = computed(model, None, tmp_path / "run")
     assert sizes == sorted(sizes)
     assert len(set(sizes)) > 3

@@ -552,12 +552,33 @@ def test_log_probabilities_of_other_data_are_refused(
     for options, words in (
         ({"data": other}, "of 1 of 25 examples"),
         ({"data": data, "valid": other}, "other.jsonl: the teacher .* of 1 of 25 examples"),
-        ({"data": data, "learn": "all"}, r"of 24 of 24 examples: .* .max_length 1024, learn completion"),
+        ({"data": data, "learn": "all"}, r"of 24 of 24 examples: .* .max_length 64, learn completion"),
         ({"data": data, "max_length": 6}, "has no log-probabilities of 5 of 11 examples"),
     ):
         with pytest.raises(FormatError, match=words):
             finetune(model, output=tmp_path / "out", teacher=taught, **options, **DISTILL)
     assert not (tmp_path / "out").exists()
+
+
+def test_examples_that_are_longer_than_the_teachers_context_are_refused(model: Path, tmp_path: Path) -> None:
+    """The message names the teacher, and a maximum length with which the run begins."""
+    short = save_small_llama(
+        tmp_path / "short.gguf", changes={"llama.context_length": gguf.Typed(16, "UINT32")}
+    )
+    rows = [{"prompt": "1+1=", "completion": "2"}, {"prompt": "x" * 10, "completion": "y" * 20}] * 4
+    teach(short, rows, tmp_path / "t", top_k=4)
+    for teacher, words in (
+        (
+            short,
+            "31 tokens, but the context of the teacher .*short.gguf is 16: expected max_length=16 or less",
+        ),
+        (tmp_path / "t", "of 4 of 8 examples: .* or use those of the file, .* .max_length 16, learn"),
+    ):
+        with pytest.raises(FormatError, match=words):
+            finetune(model, rows, tmp_path / "out", teacher=teacher, steps=1, **DISTILL)
+        finetune(
+            model, rows, tmp_path / "o", teacher=teacher, steps=1, max_length=16, overwrite=True, **DISTILL
+        )
 
 
 def test_another_temperature_than_the_stored_one_is_refused(

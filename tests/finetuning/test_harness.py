@@ -1,6 +1,7 @@
 """lm-evaluation-harness: our model class against the harness's own class for transformers.
 
 CI does not install the harness, which has 30 dependencies: pip install lm_eval torch transformers accelerate
+`test_harness_model.py` tests the class without the harness.
 """
 
 import json

@@ -311,6 +311,23 @@ def test_wrong_data_and_options_are_refused_before_anything_is_written(
     assert [path.name for path in tmp_path.iterdir()] == ["bad.jsonl"]
 
 
+@pytest.mark.parametrize("option", ["--tolerance=0.02", "--max-length=20", "--chat"])
+def test_options_of_the_check_are_refused_without_it(
+    place: Path, tmp_path: Path, option: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["merge", place / "model.gguf", place / "adapter", "--output", tmp_path / "out.gguf", option]
+    assert cli.main(list(map(str, words))) == 2
+    name = option.partition("=")[0]
+    assert f"nplora: error: {name} needs held-out data: add --check FILE" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_tolerance_without_a_check_is_refused(place: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"^merge: tolerance is given without check, which meas"):
+        nplora.merge_adapter(place / "model.gguf", place / "adapter", tmp_path / "out.gguf", tolerance=0.1)
+    assert list(tmp_path.iterdir()) == []
+
+
 def hf_directory(directory: Path) -> Path:
     """A small model in Hugging Face's files, with a byte-level tokenizer."""
     directory.mkdir()

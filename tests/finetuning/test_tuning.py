@@ -29,7 +29,7 @@ from nplora.finetuning.tuning.search import Search, winner_of
 from nplora.finetuning.tuning.space import Settings, Space, space_of
 from nplora.finetuning.tuning.trial import Trial, key_of
 from nplora.formats import files
-from nplora.formats.errors import CorruptError, UnsafeError
+from nplora.formats.errors import CorruptError, DataError, UnsafeError
 from nplora.trainer.evaluation import evaluate as evaluate_loss
 from small_llama import save_small_llama
 
@@ -469,6 +469,17 @@ def test_a_model_with_numbers_that_are_not_finite_after_a_trial_has_diverged(
     assert sorted(trial.loss for trial in report.trials if trial.settings["lr"] > 1) == [math.inf]
 
 
+def test_a_search_of_a_model_whose_loss_is_not_finite_says_so(
+    model: Path, data: Path, tmp_path: Path
+) -> None:
+    lm = nplora.load_model(model)
+    lm.model.norm.weight[0] = math.inf  # type: ignore[index]
+    message = "tune: the validation loss before training is nan, expected a finite number"
+    with pytest.raises(nplora.NonFiniteLossError, match=f"^{message}$"):
+        tune(lm, data, tmp_path / "out", budget=1, **QUICK)
+    assert not (tmp_path / "out" / NAME).exists() or "baseline" not in (tmp_path / "out" / NAME).read_text()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("more", [{}, {"resume": True}, {"overwrite": True}])
 def test_a_second_search_in_the_same_directory_is_refused(
@@ -641,6 +652,26 @@ def test_the_trials_of_kto_are_runs_with_their_batches(model: Path, tmp_path: Pa
         assert done.loss_after == trial.loss
 
 
+def test_a_search_of_the_losses_of_kto_trains_with_each(model: Path, tmp_path: Path) -> None:
+    """Only the second loss needs the reference's log-probabilities of mismatched pairs."""
+    types = ["apo_zero_unpaired", "kto"]
+    kto: dict[str, Any] = {**FEW, "lr": 1e-2, "objective": "kto", "batch_examples": 3}
+    report = tune(model, PAIRS, tmp_path / "out", budget=9, search={"loss_type": types}, **kto)
+    assert {trial.settings["loss_type"] for trial in report.trials} == {*types}
+
+
+def test_judged_answers_to_one_prompt_are_searched_without_the_loss_that_needs_two(
+    model: Path, tmp_path: Path
+) -> None:
+    rows = [{"prompt": "1+1=", "completion": str(n), "label": n == 2} for n in range(8)]
+    kto: dict[str, Any] = {**FEW, "valid": rows, "objective": "kto", "batch_examples": 4, "budget": 9}
+    kto["search"] = {"lr": [1e-2, 1e-3], "loss_type": ["apo_zero_unpaired"]}
+    assert len(tune(model, rows, tmp_path / "out", **kto).trials) >= 2
+    kto["search"] = {"lr": [1e-2], "loss_type": ["apo_zero_unpaired", "kto"]}
+    with pytest.raises(DataError, match="8 answers to one prompt, expected at least two different prompts"):
+        tune(model, rows, tmp_path / "both", **kto)
+
+
 @pytest.mark.slow
 def test_trials_train_with_their_own_loss_and_are_compared_by_the_first(model: Path, tmp_path: Path) -> None:
     dpo: dict[str, Any] = {**FEW, "lr": 1e-2, "objective": "dpo"}
@@ -721,6 +752,25 @@ def test_optuna_proposes_the_same_trials_after_a_resume(tmp_path: Path) -> None:
     assert len(rest.keys) == len(whole) - 6
     diverging = run(tmp_path / "diverging", Made(diverge=1e-3))
     assert any(math.isinf(trial.loss) for trial in diverging)
+
+
+def test_a_proposal_that_is_repeated_takes_the_place_of_one_survivor(tmp_path: Path) -> None:
+    """The best proposal of ten comes three times. A third of eight trials, three, reach the second rung."""
+
+    class Repeating:
+        def __init__(self) -> None:
+            rates = (2e-3, 2e-3, 2e-3, 1e-3, 5e-4, 2e-4, 1e-4, 5e-5, 2e-5, 1e-5)
+            self.proposals = [SPACE.settings(lr) for lr in rates]
+
+        def propose(self) -> Settings:
+            return self.proposals.pop(0)
+
+        def tell(self, loss: float) -> None: ...
+
+    search = search_in(tmp_path, 5000, Made(), sampler=Repeating())
+    first, second = ([t for t in search.log.trials if t.rung == rung] for rung in (1, 2))
+    assert len(first) == 8
+    assert sorted(trial.settings["lr"] for trial in second) == [5e-4, 1e-3, 2e-3]
 
 
 def test_a_search_without_optuna_names_the_extra(

@@ -43,7 +43,7 @@ def merge_adapter(
     lossy: bool = False,
     *,
     check: Check | None = None,
-    tolerance: float = TOLERANCE,
+    tolerance: float | None = None,
 ) -> ModelMerge:
     """Write a model with an adapter merged into it. Adapted weights become W + ΔW; all else is copied.
 
@@ -68,8 +68,8 @@ def merge_adapter(
         check: a function that takes a model's path and an adapter (or None), and returns the model's loss on
             held-out data with this adapter. `nplora.finetuning.held_out_loss` makes such a function from a
             data file.
-        tolerance: the largest accepted rise of the held-out loss, in nats per token. A rise of 0.02 raises
-            the perplexity by 2 %.
+        tolerance: the largest accepted rise of the held-out loss, in nats per token; only with `check`
+            (default: 0.02, which raises the perplexity by 2 %).
     Returns:
         a summary of the written model, which reports how much of each weight's ΔW is left after rounding.
     Raises:
@@ -86,6 +86,7 @@ def merge_adapter(
             keeps enough of ΔW by an estimate, if any. With `check`, the loss with the suggested type is also
             measured, if the disk has room for a temporary file. No output file is written, and an existing
             file stays unchanged.
+        ValueError: `tolerance` is given without `check`.
         TypeError: `check` is not a function.
         FileExistsError: `output` exists, and `overwrite` is not set. Or the directory of a safetensors
             `output` holds an adapter or a training run.
@@ -100,6 +101,8 @@ def merge_adapter(
     ...
     """
     files.require_named("merge", base=base, output=output)
+    if tolerance is not None and check is None:
+        raise ValueError("merge: tolerance is given without check, which measures the loss")
     model = model_files.open(base)
     _require_output(model, base, adapter, output)
     facts = base if Path(base).is_dir() or model.suffix == ".gguf" else None
@@ -110,7 +113,7 @@ def merge_adapter(
     merged = MergedTensors(model, updates, dtype, vocabulary)
     for name in merged.merges:
         require_finite(model.source, model.tensors[name])
-    gate = MergeGate(base, lossy, check, tolerance)
+    gate = MergeGate(base, lossy, check, TOLERANCE if tolerance is None else tolerance)
     with _new_directory(output):
         new = merged.new_files(output)
         for file in new:

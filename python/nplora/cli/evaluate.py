@@ -60,6 +60,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 def _evaluate(arguments: argparse.Namespace, options: dict[str, Any]) -> None:
     from nplora import finetuning
+    from nplora.finetuning.comparison import name_of
     from nplora.finetuning.judging.tables import evaluation_text, markdown_table
     from nplora.formats.errors import counted
     from nplora.formats.strict_json import json_values
@@ -70,7 +71,8 @@ def _evaluate(arguments: argparse.Namespace, options: dict[str, Any]) -> None:
     if arguments.json:
         print(json.dumps(json_values(result), allow_nan=False), flush=True)
     elif arguments.markdown:
-        print(markdown_table({arguments.model: result}), flush=True)
+        name = " + ".join((arguments.model, *map(name_of, arguments.adapter or ())))
+        print(markdown_table({name: result}), flush=True)
     elif is_finite:
         print(evaluation_text(result), flush=True)
     if not is_finite:

@@ -3,7 +3,7 @@
 import argparse
 import functools
 
-from nplora.cli.errors import show_warning
+from nplora.cli.errors import UsageError, show_warning
 from nplora.cli.parser import (
     STORAGES,
     adapter_path,
@@ -62,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         f"accepted rise of the loss, in nats per token (default: {TOLERANCE}, which raises the perplexity by "
         "2 %%)"
     )
-    parser.add_argument("--tolerance", metavar="NATS", type=float, default=TOLERANCE, help=text)
+    parser.add_argument("--tolerance", metavar="NATS", type=float, help=text)
     add_options(parser, EvaluateOptions, names=READING)
 
 
@@ -73,6 +73,10 @@ def run(arguments: argparse.Namespace) -> None:
     reading = given_options(arguments, EvaluateOptions)
     checked(functools.partial(EvaluateOptions, op="merge"), reading)
     held_out = arguments.check
+    if held_out is None:
+        for name in ("tolerance", *reading):
+            if getattr(arguments, name) not in (None, False):
+                raise UsageError(f"--{name.replace('_', '-')} needs held-out data: add --check FILE")
     check = None if held_out is None else held_out_loss(held_out, progress=True, **reading)
     merged = adapters.merge_adapter(
         arguments.base,

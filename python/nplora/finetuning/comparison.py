@@ -1,5 +1,6 @@
 """Compare a model with and without adapters on the same examples."""
 
+import itertools
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -21,7 +22,7 @@ from nplora.finetuning.judging.results import (
     evaluation_of,
     shown,
 )
-from nplora.finetuning.judging.statistics import Measured
+from nplora.finetuning.judging.statistics import Measured, adjusted, paired_p
 from nplora.finetuning.judging.tables import markdown_table, text_table
 from nplora.finetuning.load import require_plain
 from nplora.finetuning.options import EvaluateOptions, from_arguments
@@ -198,19 +199,33 @@ def _differences(measured: dict[str, list[Measured]]) -> list[Difference]:
     losses = {name: measured[name][0].value for name in names}
     best = min(names, key=lambda name: (math.isnan(losses[name]), losses[name]))
     pairs += [(best, name) for name in names if name != best]
+    p_values = [
+        _p_values(dict(zip(measured, of_metric, strict=True)))
+        for of_metric in zip(*measured.values(), strict=True)
+    ]
     return [
-        difference_of(one, metric, other, other_metric)
+        difference_of(one, metric, other, other_metric, p[frozenset((one, other))], len(p))
         for one, other in pairs
-        for metric, other_metric in zip(measured[one], measured[other], strict=True)
+        for metric, other_metric, p in zip(measured[one], measured[other], p_values, strict=True)
     ]
 
 
+def _p_values(systems: dict[str, Measured]) -> dict[frozenset[str], float | None]:
+    """The adjusted p-value of each pair of systems.
+
+    All pairs count, although not all of them are shown: the best adapter is chosen by looking at all of them.
+    """
+    pairs = list(itertools.combinations(systems, 2))
+    found = [paired_p(systems[one], systems[other], len(pairs)) for one, other in pairs]
+    return dict(zip(map(frozenset, pairs), adjusted(found), strict=True))
+
+
 def _named(adapters: object) -> dict[str, Adapters]:
-    """Return a dict from names to adapters. If `adapters` is a list, `_name` chooses the names."""
+    """Return a dict from names to adapters. If `adapters` is a list, `name_of` chooses the names."""
     if isinstance(adapters, Mapping):
         found = {str(name): adapter for name, adapter in adapters.items()}
     elif isinstance(adapters, Sequence) and not isinstance(adapters, str | tuple):
-        names = list(map(_name, adapters))
+        names = list(map(name_of, adapters))
         if twice := [name for name in names if names.count(name) > 1]:
             raise ValueError(
                 f"compare: adapter {twice[0]} is given twice; a dictionary can give each adapter a name"
@@ -225,15 +240,15 @@ def _named(adapters: object) -> dict[str, Adapters]:
     return found
 
 
-def _name(adapter: Any) -> str:
+def name_of(adapter: Any) -> str:
     """The name of an adapter: its path, and its weight if the weight is not 1.
 
     If `adapter` is a sum of adapters, the names of these adapters are joined by " + ".
     """
     if isinstance(adapter, tuple) and len(adapter) == 2 and isinstance(adapter[1], int | float):
-        return _name(adapter[0]) if adapter[1] == 1 else f"{_name(adapter[0])}:{adapter[1]:g}"
+        return name_of(adapter[0]) if adapter[1] == 1 else f"{name_of(adapter[0])}:{adapter[1]:g}"
     if isinstance(adapter, list | tuple):
-        return " + ".join(map(_name, adapter))
+        return " + ".join(map(name_of, adapter))
     if isinstance(adapter, Adapter):
         return adapter.source
     if isinstance(adapter, str | os.PathLike):

@@ -76,8 +76,9 @@ def evaluate(
     Raises:
         DataError: a line of the data is wrong; or `metric` is given, and a line has no prompt.
         ValueError, TypeError: an option is out of range; or a file in `data` has a sampling weight; or there
-            is no such metric; or `model` is a loaded model, and `compute` is given; or the model already has
-            an adapter, and `adapter` is given.
+            is no such metric; or `learn` is "all", and the rows are multiple-choice questions or preference
+            pairs; or `model` is a loaded model, and `compute` is given; or the model already has an adapter,
+            and `adapter` is given.
         FormatError: a file is invalid, or the adapter does not fit the model or was trained on another model.
         OSError: a file cannot be read.
     Warns:

@@ -3,7 +3,7 @@
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -147,7 +147,8 @@ def teach(
     if top_k > _vocab(lm):
         raise ValueError(f"teach: top_k is {top_k}, but the vocabulary has {_vocab(lm):,} tokens")
     _require_not_read(output, lm, files_of("teach", adapter), groups)
-    reading = options.reading(min(max_length, lm.config.max_position_embeddings))
+    options = replace(options, max_length=min(max_length, lm.config.max_position_embeddings))
+    reading = options.reading(options.max_length)
     datasets = [read_sources("teach", group, lm.tokenizer, reading) for group in groups if group]
     say = speaker(progress)
     for dataset in datasets:

@@ -136,7 +136,7 @@ def measure_answers(
             warn_user(_failures(metric, len(questions)))
     ones = np.ones(len(questions))
     return [
-        Measured(metric.name, row, ones, failed=metric.failed, error=metric.error)
+        Measured(metric.name, row, ones, failed=metric.failed, error=metric.error, is_rate=True)
         for metric, row in zip(metrics, scores, strict=True)
     ]
 

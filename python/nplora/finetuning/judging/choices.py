@@ -44,6 +44,6 @@ def measure_choices(
     ones = np.ones(len(questions))
     return [
         Measured("loss", loss, tokens, lower_is_better=True),
-        Measured("token_accuracy", top, tokens),
-        *(Measured(name, values, ones) for name, values in hits.items()),
+        Measured("token_accuracy", top, tokens, is_rate=True),
+        *(Measured(name, values, ones, is_rate=True) for name, values in hits.items()),
     ]

@@ -31,6 +31,7 @@ from nplora.lm import LanguageModel
 from nplora.runtime.user_warning import warn_user
 
 _CHOICE, _PAIR = "choice", "preference"  # kinds of rows
+_JUDGED = {_CHOICE: "multiple-choice questions", _PAIR: "preference pairs"}
 
 Record = Callable[[dict[str, Any]], None]
 
@@ -92,6 +93,7 @@ def read_judge(
     """Read the data of an evaluation.
 
     Raises:
+        ValueError: `reading.learn` is "all", and the rows are multiple-choice questions or preference pairs.
         DataError: a row is wrong; or a metric of generated answers is given, and a row has no prompt; or
             there are no examples.
         Other errors: see `read_dataset`.
@@ -99,6 +101,11 @@ def read_judge(
     if metrics:  # the rows are read twice: for the loss, and for the prompts
         sources = [source if source.is_text else in_memory(source) for source in sources]
     kind = _kind(sources, reading)
+    if kind in _JUDGED and reading.learn != "completion":
+        raise ValueError(
+            f"{op}: learn={reading.learn!r} counts prompts too, but {_JUDGED[kind]} are judged only by their "
+            "answers"
+        )
     if kind == _CHOICE:
         choices, report = _read_choices(lm, sources, reading)
         judge = Judge(report, metrics, max_new_tokens, choices=choices)

@@ -47,14 +47,14 @@ class PairScores:
         per_token = self.log_probs / np.maximum(1, self.counts)
         found = [
             Measured("loss", -self.log_probs[:, 0], tokens, lower_is_better=True),
-            Measured("token_accuracy", self.top[:, 0], tokens),
-            Measured("acc", _preferred(self.log_probs), ones),
-            Measured("acc_token", _preferred(per_token), ones),
+            Measured("token_accuracy", self.top[:, 0], tokens, is_rate=True),
+            Measured("acc", _preferred(self.log_probs), ones, is_rate=True),
+            Measured("acc_token", _preferred(per_token), ones, is_rate=True),
         ]
         if reference is not None:
             rewards = self.log_probs - reference.log_probs
             found += [
-                Measured("reward_acc", _preferred(rewards), ones),
+                Measured("reward_acc", _preferred(rewards), ones, is_rate=True),
                 Measured("reward_margin", rewards[:, 0] - rewards[:, 1], ones),
             ]
         return found

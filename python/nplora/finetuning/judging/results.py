@@ -17,12 +17,10 @@ from nplora.finetuning.judging.statistics import (
     Measured,
     difference_interval,
     interval,
-    paired_p,
 )
 
 SIGNIFICANT = 0.05
 NO_VALUE = "n/a"  # the value of a metric that failed in all examples
-_LEAST = 6  # examples; with n < 6 examples, p is at least 2 / 2^n, which is not below SIGNIFICANT
 _RATES = 3  # decimals of a metric between 0 and 1
 _LOSS = "loss"
 
@@ -32,7 +30,8 @@ class Score(TypedDict):
 
     Keys:
         value: the metric; NaN, which is null in JSON, if the metric failed in all examples.
-        low, high: the interval, by a bootstrap over the examples; None for fewer than two examples.
+        low, high: the interval, by a bootstrap over the examples, or by Wilson's formula if the metric is 0
+            or 1 in each example; None for fewer than two examples.
         examples: the number of examples.
         failed: the number of examples in which the metric failed. If it failed in only some examples, these
             count as 0.
@@ -136,12 +135,14 @@ class Difference:
         values: the values of the metric for `one` and for `other`.
         difference: the value for `one` minus the value for `other`.
         low, high: the 95 % confidence interval of the difference, by a bootstrap that draws the same examples
-            for both systems; None for fewer than two examples.
-        p: the p-value of a paired permutation test. It is the probability of a difference at least this
-            large, assuming that both systems are equally good. None for fewer than two examples.
-        is_better: whether `one` is better than `other`, if p is below 0.05; otherwise None. With fewer than 6
-            examples, p is never below 0.05.
+            for both systems, or by Newcombe's formula if the metric is 0 or 1 in each example; None for fewer
+            than two examples. The interval is not adjusted for `comparisons`.
+        p: the p-value of a paired permutation test, adjusted for the number of comparisons by Holm's method.
+            If all systems are equally good, the probability that any p of a metric is below 0.05 is at most
+            5 %. None for fewer than two examples.
+        is_better: whether `one` is better than `other`, if p is below 0.05; otherwise None.
         examples: the number of examples.
+        comparisons: the number of pairs of systems. With n examples, p is at least 2 / 2^n times this number.
 
     >>> comparison = nplora.finetuning.compare("model.gguf", "valid.jsonl", ["adapter"])
     >>> comparison.differences[0].one, comparison.differences[0].other
@@ -158,6 +159,7 @@ class Difference:
     p: float | None
     is_better: bool | None
     examples: int
+    comparisons: int
 
     def __str__(self) -> str:
         one, other = f"{self.one!r}", "the base" if self.other == BASE else f"{self.other!r}"
@@ -169,7 +171,8 @@ class Difference:
             False: f"{one} is worse than {other}",
             None: f"no clear difference between {one} and {other}",
         }[self.is_better]
-        if self.is_better is None and 1 < self.examples < _LEAST:
+        least = self.comparisons * 2.0 ** (1 - self.examples)  # p is not below it
+        if self.is_better is None and self.examples > 1 and least >= SIGNIFICANT:
             judgement = f"{self.examples} examples are too few to tell {one} from {other}"
         value, other_value, difference = (
             shown(self.metric, number) for number in (*self.values, self.difference)
@@ -186,16 +189,18 @@ class Difference:
 BASE = "base"  # the name of the model without an adapter
 
 
-def difference_of(name: str, one: Measured, other_name: str, other: Measured) -> Difference:
-    """Compare two systems by one metric."""
-    found, p, difference = difference_interval(one, other), paired_p(one, other), one.value - other.value
+def difference_of(
+    name: str, one: Measured, other_name: str, other: Measured, p: float | None, comparisons: int
+) -> Difference:
+    """Compare two systems by one metric. `p` and `comparisons` are those of `Difference`."""
+    found, difference = difference_interval(one, other), one.value - other.value
     is_better = None
     if p is not None and p < SIGNIFICANT:
         is_better = (difference < 0) == one.lower_is_better
     low, high = (None, None) if found is None else found
-    values = one.value, other.value
+    values, examples = (one.value, other.value), len(one.values)
     return Difference(
-        name, other_name, one.name, values, difference, low, high, p, is_better, len(one.values)
+        name, other_name, one.name, values, difference, low, high, p, is_better, examples, comparisons
     )
 
 

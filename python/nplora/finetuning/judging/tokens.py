@@ -29,5 +29,5 @@ def measure_tokens(lm: LanguageModel, dataset: Dataset) -> list[Measured]:
     mean = float(summed / max(1.0, tokens.sum()))
     return [
         Measured("loss", loss, tokens, lower_is_better=True, exact=mean),
-        Measured("token_accuracy", top, tokens),
+        Measured("token_accuracy", top, tokens, is_rate=True),
     ]

@@ -122,7 +122,11 @@ class KtoObjective(Objective):
         return read_judged(op, sources, tokenizer, reading, self.name, self._formula.uses_kl)
 
     def sequences_of(self, x: PackedBatch, y: Judgements) -> list[PackedBatch]:
-        return [x, y.mismatched] if self._formula.uses_kl else [x]
+        """Return the answers, and the mismatched pairs if the data have them.
+
+        In a search, the data have them if any of the searched losses needs them.
+        """
+        return [x, y.mismatched] if len(y.mismatched.ids) else [x]
 
     def loss(self, micro_tokens: int | None) -> KtoLoss:
         return KtoLoss(self._formula, self._reference, micro_tokens)

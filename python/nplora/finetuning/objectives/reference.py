@@ -125,7 +125,7 @@ class Reference:
                         and is_computed
                         and time.monotonic() - written_at > _WRITE_SECONDS
                     ):
-                        _write(directory, self._model, known)
+                        _write(directory, self._model, *_sorted(known))
                         written_at = time.monotonic()
             shared.compute()
             known = {key: known[key] for key in seen}
@@ -135,19 +135,18 @@ class Reference:
             raise
         finally:  # also after Ctrl-C, so that the next start continues from here
             if is_computed and known and writes and directory is not None:
-                _write(directory, self._model, known)
+                _write(directory, self._model, *_sorted(known))
         self._set(known)
         self._is_kept = self._is_kept and (writes or not is_computed)
 
     def keep(self, directory: files.Directory) -> None:
         """Write the file, unless it already holds all log-probabilities."""
         if not self._is_kept:
-            _write(directory, self._model, self._found())
+            _write(directory, self._model, self._keys, self._values)
         self._is_kept = True
 
     def _set(self, found: dict[int, float]) -> None:
-        self._keys = np.array(sorted(found), np.uint64)
-        self._values = np.array([found[key] for key in sorted(found)], np.float64)
+        self._keys, self._values = _sorted(found)
 
     def _found(self) -> dict[int, float]:
         return dict(zip(self._keys.tolist(), self._values.tolist(), strict=True))
@@ -293,17 +292,21 @@ def _read(directory: files.Directory, model: str) -> tuple[dict[int, float], str
     return dict(zip(keys.tolist(), values.tolist(), strict=True)), ""
 
 
-def _write(directory: files.Directory, model: str, found: dict[int, float]) -> None:
+def _sorted(found: Mapping[int, float]) -> tuple[Array, Array]:
+    """The keys in ascending order, uint64, and their log-probabilities, float64."""
+    keys = sorted(found)
+    return np.array(keys, np.uint64), np.array([found[key] for key in keys], np.float64)
+
+
+def _write(directory: files.Directory, model: str, keys: Array, values: Array) -> None:
     """Write the file, or warn. If the disk is full, the first checkpoint raises an error anyway."""
-    keys = np.array(sorted(found), np.uint64)
-    values = np.array([found[key] for key in sorted(found)], np.float64)
     metadata = {REFERENCE_MARK: _SCHEMA, "model": model, "sha256": _digest(keys, values)}
     path = Path(directory, REFERENCE)
     try:
         new = safetensors.new_file(path, {"keys": keys, "values": values}, metadata)
         files.replace([new], directory)
     except OSError as error:
-        size = counted(len(found), "log-probability").replace("ys", "ies")
+        size = counted(len(keys), "log-probability").replace("ys", "ies")
         warn_user(
             f"finetune: {size} of the reference could not be saved ({message_of(error)}); a resumed run "
             "computes them again"

@@ -48,6 +48,12 @@ class ModelTeacher:
                 f"{op}: {dataset.report.source} has token {dataset.largest_id}, but the vocabulary of the "
                 f"teacher {self.name} ends with {size - 1}"
             )
+        longest, context = dataset.report.longest, self._lm.config.max_position_embeddings
+        if longest > context:
+            raise FormatError(
+                f"{op}: {dataset.report.source} has an example of {longest:,} tokens, but the context of the "
+                f"teacher {self.name} is {context:,}: expected max_length={context} or less"
+            )
 
     def prepare_batch(self, batch: PackedBatch) -> DistributionsAt:
         hidden = self._lm.residual_stream(batch)

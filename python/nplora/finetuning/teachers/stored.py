@@ -158,7 +158,8 @@ class StoredTeacher:
             raise FormatError(
                 f"{op}: {dataset.report.source}: the teacher {self.name} has no log-probabilities of "
                 f"{missing:,} of {counted(total, 'example')}: run nplora teach again with the same data, "
-                f"tokenizer and reading options; the file was made from {self._made_from()}"
+                f"tokenizer and reading options, or use those of the file, which was made from "
+                f"{self._made_from()}"
             )
 
     def _made_from(self) -> str:

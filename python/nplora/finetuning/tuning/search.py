@@ -107,7 +107,7 @@ class Search:
         for _ in range(rung.count):
             made += self._trials(1, [self.sampler.propose()], rung.steps)
             self.sampler.tell(made[-1].loss)
-        return _by_loss(made)
+        return _by_loss(list({trial.key: trial for trial in made}.values()))  # a proposal may be repeated
 
     def _second(self, first: list[Trial]) -> list[Trial]:
         """Try the best learning rates so far and a new rate near them, and then other values of one option at

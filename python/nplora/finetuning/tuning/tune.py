@@ -17,7 +17,7 @@ from nplora.finetuning.data.batches import TokenBatches
 from nplora.finetuning.data.sources import splits_of
 from nplora.finetuning.execution import adapters_of, choose_execution, predicted
 from nplora.finetuning.load import RunInputs, evaluation_batches, read_inputs, training_batches
-from nplora.finetuning.objectives import Objective
+from nplora.finetuning.objectives import Objective, objective_of
 from nplora.finetuning.options import FinetuneOptions, default_lr
 from nplora.finetuning.planning import ExecutionPlan, available_memory
 from nplora.finetuning.run import new_trainer, put_on_adapter
@@ -100,6 +100,7 @@ def tune(
         FileExistsError: the output directory holds a search, and neither `resume` nor `overwrite` is set.
         BlockingIOError: another search or run writes to the output directory; the message names its PID.
         CorruptError: tune.jsonl is damaged.
+        NonFiniteLossError: before training, the validation loss is not finite.
         ModuleNotFoundError: `sampler` is "optuna", and Optuna is not installed.
         Other errors: see `finetune`.
 
@@ -151,7 +152,7 @@ class _Tuning:
     say: Callable[[str], None]
 
     def run(self) -> TuneReport:
-        inputs = read_inputs("tune", self.model, self.data, self.valid, self.base)
+        inputs = read_inputs("tune", self.model, self.data, self.valid, self._reading())
         assert inputs.held_out is not None, "examples are held out if there are no validation data"
         space = space_of(inputs.lm, self.given, self.chosen.search, default_lr(inputs.lm.config.hidden_size))
         sampler = OptunaSampler(space, self.base.seed) if self.chosen.sampler == "optuna" else None
@@ -202,6 +203,15 @@ class _Tuning:
             except KeyboardInterrupt:
                 search.ended = "interrupted"
         return self._report(search, _noise(len(inputs.held_out or ())))
+
+    def _reading(self) -> FinetuneOptions:
+        """The base options with the value of `loss_type` that needs the most sequences.
+
+        The data are read once, for the trials of all values.
+        """
+        types = self.chosen.search.get("loss_type", (self.base.loss_type,))
+        options = [dataclasses.replace(self.base, loss_type=name) for name in types]
+        return max(options, key=lambda one: objective_of(one).extra_passes)
 
     def _largest(self, inputs: RunInputs, space: Space, full: int) -> FinetuneOptions:
         """The options of the trial with the most trained parameters, which needs the most memory."""
@@ -365,9 +375,17 @@ class _Trials:
             self._prepared.append(batches.identity())
 
     def baseline(self) -> tuple[float, float]:
-        """A pair: the validation loss before training, and the number of seconds that the evaluation took."""
-        lm = self._model(self._base)
-        return self._evaluated(lm)
+        """A pair: the validation loss before training, and the number of seconds that the evaluation took.
+
+        Raises:
+            NonFiniteLossError: the loss is not finite.
+        """
+        loss, seconds = self._evaluated(self._model(self._base))
+        if not math.isfinite(loss):
+            raise NonFiniteLossError(
+                f"tune: the validation loss before training is {loss}, expected a finite number"
+            )
+        return loss, seconds
 
     def make(self, settings: Settings, steps: int) -> tuple[float, float, float]:
         """Make a trial. Return the validation loss, the seconds of training, and the seconds of evaluation.

@@ -371,7 +371,9 @@ def test_an_adapter_to_continue_from_is_planned_with_its_own_ranks(
     ("hidden", "lr"), [(4096, 2e-4), (8192, 9.8e-5), (640, 1.3e-3), (576, 1.4e-3), (64, 2e-3)]
 )
 def test_the_default_learning_rate_depends_on_the_width_of_the_model(hidden: int, lr: float) -> None:
-    assert default_lr(hidden) == pytest.approx(lr, rel=1e-9)
+    assert default_lr(hidden) == default_lr(hidden, "orpo") == pytest.approx(lr, rel=1e-9)
+    for objective in ("dpo", "kto"):
+        assert default_lr(hidden, objective) == pytest.approx(0.3 * lr, rel=0.05)
 
 
 @pytest.mark.parametrize(("options", "message"), [

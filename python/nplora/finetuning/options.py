@@ -212,7 +212,8 @@ class FinetuneOptions:
     lr: float | None = _unplanned(
         _TRAINING,
         None,
-        "peak learning rate (default: 0.8 / hidden size of the model, at most 2e-3)",
+        "peak learning rate (default: 0.8 / hidden size of the model, at most 2e-3; for dpo and kto three "
+        "tenths of this)",
     )
     lora_plus_ratio: float = _unplanned(
         _TRAINING, 1.0, "learning rate of A divided by that of B (LoRA+); 16 is usual"
@@ -515,13 +516,15 @@ class FinetuneOptions:
         return _reading(self, max_length, op)
 
 
-def default_lr(hidden_size: int) -> float:
+def default_lr(hidden_size: int, objective: str = "sft") -> float:
     """The learning rate, with two significant digits, of a run whose options do not set one.
 
-    A wider model needs a smaller learning rate. `bench/defaults.py` measured narrow models. For wider models,
-    the rule 0.8 / (hidden size) agrees with the QLoRA paper: 2e-4 for width 4096, and 1e-4 for width 8192.
+    A wider model needs a smaller learning rate, and so do DPO and KTO. `bench/defaults.py` measured narrow
+    models. For wider models, the rule 0.8 / (hidden size) agrees with the QLoRA paper: 2e-4 for width 4096,
+    and 1e-4 for width 8192.
     """
-    return float(f"{min(0.8 / hidden_size, 2e-3):.2g}")
+    share = 0.3 if objective in ("dpo", "kto") else 1.0
+    return float(f"{share * min(0.8 / hidden_size, 2e-3):.2g}")
 
 
 def _same_option(name: str, **more: Any) -> Any:

@@ -209,7 +209,8 @@ def finetune(
             a stored `teacher`).
         kd_ratio: weight of the divergence in the loss of distill, at most 1; the weight of the loss of sft
             is 1 minus this weight.
-        lr: peak learning rate (default: 0.8 / hidden size of the model, at most 2e-3).
+        lr: peak learning rate (default: 0.8 / hidden size of the model, at most 2e-3; for "dpo" and "kto",
+            three tenths of this).
         lora_plus_ratio: learning rate of A divided by that of B (LoRA+); 16 is usual.
         schedule: learning rate schedule: cosine, linear or constant.
         warmup: warm-up steps, in which the learning rate rises to its peak.
@@ -336,7 +337,7 @@ def _finetune(
     inputs = read_inputs("finetune", model, data, valid, chosen)
     require_same_data(ranks, inputs.train, inputs.held_out)
     if chosen.lr is None:
-        chosen = dataclasses.replace(chosen, lr=default_lr(inputs.lm.config.hidden_size))
+        chosen = dataclasses.replace(chosen, lr=default_lr(inputs.lm.config.hidden_size, chosen.objective))
     if is_first:
         require_not_read(place, inputs, chosen.adapter)
     execution = choose_execution(model, inputs, chosen, earlier, say, ranks)

@@ -154,7 +154,8 @@ class _Tuning:
     def run(self) -> TuneReport:
         inputs = read_inputs("tune", self.model, self.data, self.valid, self._reading())
         assert inputs.held_out is not None, "examples are held out if there are no validation data"
-        space = space_of(inputs.lm, self.given, self.chosen.search, default_lr(inputs.lm.config.hidden_size))
+        rate = default_lr(inputs.lm.config.hidden_size, self.base.objective)
+        space = space_of(inputs.lm, self.given, self.chosen.search, rate)
         sampler = OptunaSampler(space, self.base.seed) if self.chosen.sampler == "optuna" else None
         batches = training_batches(inputs.train, self.base)
         epoch = -(-batches.length // self.base.accumulate)

@@ -118,8 +118,9 @@ class JobRun:
         record = self._state.storage.jobs[self.job_id]
         self._state.advance(self.job_id, "validating_files")
         options, multiplier = dict(record["options"]), record["multiplier"]
+        objective = OBJECTIVES[record["method"]]
         if multiplier is not None:
-            options["lr"] = multiplier * default_lr(self._lm.config.hidden_size)
+            options["lr"] = multiplier * default_lr(self._lm.config.hidden_size, objective)
         data = {role: self._place / name for role, name in record["data"].items()}
         start = self._place / "start"
         # int8 may have been chosen for the speed of answers. A job trains in int8 only if `compute` says so.
@@ -133,7 +134,7 @@ class JobRun:
             progress=False,
             callbacks=[self.progress],
             adapter=start if start.exists() else None,
-            objective=OBJECTIVES[record["method"]],
+            objective=objective,
             seed=record["seed"],
             memory=self._memory,
             save_minutes=_SAVE_MINUTES,

@@ -247,16 +247,18 @@ def test_examples_whose_tools_the_template_does_not_write_are_counted_once_a_fil
         {"messages": chat, "tools": []},
     ]
     path = write(tmp_path, *rows)
-    with pytest.warns(UserWarning, match="the chat template leaves out") as caught:
+    with pytest.warns(UserWarning, match="the chat template or the format of the row leaves out") as caught:
         report = read_dataset(path, tokenizer()).report
     assert [str(warning.message) for warning in caught] == [
-        f"{path}: in 2 examples, the chat template leaves out documents or tools, "
+        f"{path}: in 2 examples, the chat template or the format of the row leaves out documents or tools, "
         "so the model does not see them"
     ]
     assert report.unused == 2
     assert read_dataset(path, tokenizer(TOOLS_TEMPLATE)).report.unused == 0
     for row in ({"text": "a"}, {"prompt": "a", "completion": "b"}):
-        with pytest.warns(UserWarning, match="in 1 example, the chat template leaves out"):
+        with pytest.warns(
+            UserWarning, match="in 1 example, the chat template or the format of the row leaves out"
+        ):
             read_dataset([row | {"tools": [WEATHER]}, row | {"tools": None}], tokenizer(TOOLS_TEMPLATE))
 
 
@@ -630,6 +632,14 @@ def test_an_epoch_has_the_share_of_examples_that_a_weight_says(
     found = Counter(ids.tobytes() for ids, _ in read_dataset([(path, weight)], tokenizer()))
     assert sum(found.values()) == count
     assert set(found.values()) <= {int(weight), int(weight) + 1}
+
+
+def test_a_file_of_which_an_epoch_has_nothing_is_warned_of(tmp_path: Path) -> None:
+    path = write(tmp_path, {"text": "a"})
+    other = tmp_path / "other.jsonl"
+    other.write_text('{"text": "b"}\n')
+    with pytest.warns(UserWarning, match=r"data\.jsonl: with weight 0\.1, an epoch has none of its examples"):
+        assert len(read_dataset([(path, 0.1), other], tokenizer())) == 1
 
 
 @pytest.mark.parametrize("weight", [1e9, 1e300, 33_554_432])

@@ -475,7 +475,10 @@ def test_columns_rename_the_fields_of_choices(lm: LanguageModel) -> None:
 def test_tools_of_questions_that_the_model_does_not_see_are_counted(lm: LanguageModel) -> None:
     tools = [{"type": "function", "function": {"name": "add"}}]
     rows = [{**row, "tools": tools if n < 2 else None} for n, row in enumerate(QUESTIONS)]
-    with pytest.warns(UserWarning, match=r"^data: in 2 examples, the chat template leaves out tools, so the"):
+    with pytest.warns(
+        UserWarning,
+        match=r"^data: in 2 examples, the chat template or the format of the row leaves out tools, so the",
+    ):
         evaluate(lm, rows)
 
 

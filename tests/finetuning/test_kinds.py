@@ -560,7 +560,11 @@ def test_columns_leave_a_file_that_has_the_names_already(tmp_path: Path) -> None
     (tmp_path / "a.jsonl").write_text('{"q": "a", "a": "b"}\n')
     (tmp_path / "b.jsonl").write_text('{"text": "c"}\n')
     files = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
-    assert read_dataset(files, words, columns=columns).report.kind == "completion, text"
+    with pytest.warns(UserWarning, match=r"b\.jsonl: 1 row without a field 'q' or 'a' of columns, read as"):
+        report = read_dataset(files, words, columns=columns).report
+    assert (report.kind, report.unread) == ("completion, text", {})
+    with pytest.warns(UserWarning, match="1 row without a field 'q' or 'a' of columns"):
+        assert preview(files[1], words, columns=columns).train.unread == {}
     for row in ({"q": "a", "text": "b"}, {"question": "a"}):  # only some of the names; no kind
         with pytest.raises(DataError, match=r"row 1: the row has no field '\w' of columns; it has"):
             read_dataset([row], words, columns=columns)

@@ -204,7 +204,7 @@ def test_judged_answers_have_the_same_batches_in_every_epoch(lm: LanguageModel) 
         ([{"text": "a"}], "dpo", r"the row has text; objective 'dpo' needs rows with chosen and rejected$"),
         ([{"prompt": "a", "completion": "b"}], "orpo", "objective 'orpo' needs rows with chosen and rej"),
         ([{"prompt": "a", "completion": "b"}], "kto",
-         r"objective 'kto' needs rows with an answer and a label, or chosen and rejected; if it has"),
+         "objective 'kto' needs rows with an answer and a label, or chosen and rejected; rows with a label"),
         ([{"prompt": "a", "chosen": "b", "rejected": "b"}], "dpo", "chosen and rejected are the same answer"),
         ([{"prompt": "a", "chosen": "b"}], "dpo", r"row 1: rejected is missing"),
         ([{"prompt": "a", "chosen": "b", "rejected": 3}], "dpo", r"row 1: rejected is 3, expected a string"),
@@ -569,6 +569,10 @@ def test_ctrl_c_in_the_reference_keeps_what_is_computed(
         reference_of(lm, tmp_path / "cut")
     [note] = caught.value.__notes__
     assert note.startswith("the log-probabilities that are computed so far are saved: --resume ")
+    calls[:] = [1, 1]  # the next call is the third: nothing is computed when it stops
+    with pytest.raises(KeyboardInterrupt) as caught:
+        reference_of(lm, tmp_path / "empty")
+    assert not getattr(caught.value, "__notes__", ())
     assert len(safetensors.open(tmp_path / "cut" / REFERENCE)["keys"].numpy()) < len(whole)
     again, _ = reference_of(lm, tmp_path / "cut")
     np.testing.assert_array_equal(again, whole)

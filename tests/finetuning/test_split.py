@@ -92,6 +92,8 @@ def test_rows_that_mean_the_same_are_on_the_same_side(tmp_path: Path) -> None:
     ):
         examples = [recognise(row, "w").parse(Fields(row, "w")) for row in forms]
         assert examples[0] == examples[1]
+        for share in (0.25, 0.5, 0.75):
+            assert len({is_held_out(text_of(example, "w"), share) for example in examples}) == 1
 
 
 def _called(text: str, id_: str) -> list[dict[str, Any]]:
@@ -217,10 +219,25 @@ def test_examples_that_are_trained_and_evaluated_are_counted(tmp_path: Path) -> 
     model = save_small_llama(tmp_path / "m.gguf")
     for valid, shared in ((ROWS[:3], 3), ([*ROWS[2:4], {**ROWS[0], "prompt": "new"}], 2)):
         options = FinetuneOptions()
-        assert load.read_inputs("finetune", model, ROWS, valid, options).shared == shared
-    assert inputs(model, ROWS, 0.3).shared == 0
+        assert load.read_inputs("finetune", model, ROWS, valid, options).count_shared() == shared
+    assert inputs(model, ROWS, 0.3).count_shared() == 0
     rows = [{"prompt": f"{n}", "chosen": "a", "rejected": "b"} for n in range(4)]
     dpo = FinetuneOptions(objective="dpo")
-    assert load.read_inputs("finetune", model, rows, [*rows[:2], rows[3]], dpo).shared == 3
+    assert load.read_inputs("finetune", model, rows, [*rows[:2], rows[3]], dpo).count_shared() == 3
     swapped = [{"prompt": "0", "chosen": "b", "rejected": "a"}]
-    assert load.read_inputs("finetune", model, rows, swapped, dpo).shared == 0
+    assert load.read_inputs("finetune", model, rows, swapped, dpo).count_shared() == 0
+    judged = [{"prompt": f"{n}", "completion": "a", "label": n % 2 == 0} for n in range(4)]
+    kto = FinetuneOptions(objective="kto")
+    for label, shared in ((True, 1), (False, 0)):
+        valid = [{**judged[0], "label": label}, {"prompt": "x", "completion": "y", "label": True}]
+        assert load.read_inputs("finetune", model, judged, valid, kto).count_shared() == shared
+
+
+@pytest.mark.parametrize("weight", [0.25, 1, 2])
+def test_shared_examples_are_those_of_an_epoch(tmp_path: Path, weight: float) -> None:
+    model, path = save_small_llama(tmp_path / "m.gguf"), write(tmp_path / "a.jsonl", ROWS[:8])
+    options = FinetuneOptions()
+    found = load.read_inputs("finetune", model, [(path, weight)], ROWS[:8], options).count_shared()
+    assert found == (2 if weight == 0.25 else 8)
+    valid = load.read_inputs("finetune", model, ROWS, [(path, weight)], options)
+    assert valid.count_shared() == len(valid.held_out or ()) == 8 * weight  # type: ignore[arg-type]

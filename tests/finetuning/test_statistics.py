@@ -20,6 +20,11 @@ Array = npt.NDArray[np.float64]
 _QUANTILE_ERROR = 4 * math.sqrt(2) * math.sqrt(0.025 * 0.975 / statistics.RESAMPLES) / 0.0584
 
 
+def one_p(one: Measured, other: Measured) -> float | None:
+    [p] = paired_p([(one, other)])
+    return p
+
+
 def measured(values: Any, weights: Any = None) -> Measured:
     values = np.asarray(values, np.float64)
     return Measured("m", values, np.ones(len(values)) if weights is None else np.asarray(weights, np.float64))
@@ -159,7 +164,7 @@ def test_few_examples_are_permuted_exactly(n: int) -> None:
     d = one - other
     signs = np.array(list(itertools.product([1, -1], repeat=n)))
     expected = np.mean(np.abs(signs @ d) >= abs(d.sum()) - 1e-9)
-    assert paired_p(measured(one), measured(other)) == pytest.approx(expected, abs=1e-12)
+    assert one_p(measured(one), measured(other)) == pytest.approx(expected, abs=1e-12)
 
 
 def test_few_examples_have_the_p_value_of_scipy() -> None:
@@ -169,7 +174,7 @@ def test_few_examples_have_the_p_value_of_scipy() -> None:
     expected = scipy_stats.permutation_test(
         (one, other), lambda x, y, axis=-1: (x - y).sum(axis), permutation_type="samples", vectorized=True
     )
-    assert paired_p(measured(one), measured(other)) == pytest.approx(expected.pvalue)
+    assert one_p(measured(one), measured(other)) == pytest.approx(expected.pvalue)
 
 
 @pytest.mark.slow
@@ -187,7 +192,7 @@ def test_many_examples_have_the_p_value_of_scipy(losses: tuple[Array, Array, Arr
         rng=np.random.default_rng(0),
     ).pvalue
     error = math.sqrt(expected * (1 - expected) / statistics.RESAMPLES)
-    found = paired_p(measured(one, tokens), measured(other, tokens))
+    found = one_p(measured(one, tokens), measured(other, tokens))
     assert found == pytest.approx(expected, abs=5 * error + 1 / statistics.RESAMPLES)
 
 
@@ -195,7 +200,7 @@ def test_many_examples_have_the_p_value_of_scipy(losses: tuple[Array, Array, Arr
 def test_the_p_value_of_equal_systems_is_uniform() -> None:
     rng = np.random.default_rng(7)
     pairs = ((rng.standard_normal(40), rng.standard_normal(40)) for _ in range(30))
-    found = [paired_p(measured(one), measured(other)) for one, other in pairs]
+    found = [one_p(measured(one), measured(other)) for one, other in pairs]
     assert 0.35 < np.mean([p for p in found if p is not None]) < 0.65
     assert sum(p is not None and p < 0.05 for p in found) <= 6  # 1.5 expected
 
@@ -225,7 +230,7 @@ def test_p_values_of_several_comparisons_are_adjusted_by_holm() -> None:
         values[name] = values["base"] + shift + 0.8 * rng.standard_normal(40)
     systems = {name: [measured(each)] for name, each in values.items()}
     pairs = list(itertools.combinations(values, 2))
-    plain = np.array([paired_p(systems[one][0], systems[other][0]) for one, other in pairs], np.float64)
+    plain = np.array([one_p(systems[one][0], systems[other][0]) for one, other in pairs], np.float64)
     expected, largest = dict[frozenset[str], float](), 0.0
     for rank, index in enumerate(np.argsort(plain)):
         largest = max(largest, min(1.0, plain[index] * (len(pairs) - rank)))
@@ -259,7 +264,7 @@ def test_the_number_of_examples_that_are_too_few_depends_on_the_comparisons(adap
 
 
 def test_a_large_difference_is_never_impossible() -> None:
-    p = paired_p(measured(np.zeros(100)), measured(np.ones(100)))
+    p = one_p(measured(np.zeros(100)), measured(np.ones(100)))
     assert p == 1 / (1 + statistics.RESAMPLES)
 
 
@@ -267,7 +272,7 @@ def test_all_is_deterministic(losses: tuple[Array, Array, Array]) -> None:
     one, other, tokens = (measured(values) for values in losses)
     assert interval(one) == interval(one)
     assert difference_interval(one, other) == difference_interval(one, other)
-    assert paired_p(one, tokens) == paired_p(one, tokens)
+    assert one_p(one, tokens) == one_p(one, tokens)
 
 
 def test_draws_are_uniform_and_of_the_number_of_examples() -> None:
@@ -283,4 +288,4 @@ def test_too_few_examples_and_values_that_are_not_finite_have_no_interval(values
     found, other = measured(values), measured(np.ones(len(values)))
     assert interval(found) is None
     assert difference_interval(found, other) is None
-    assert paired_p(other, found) is None
+    assert one_p(other, found) is None

@@ -256,6 +256,12 @@ def test_data_without_the_call_are_refused_or_warned_of(model: Path, tmp_path: P
         nplora.plan(model, data, invocation="=>")
 
 
+def write_lines(directory: Path, *files: list[Any]) -> None:
+    for number, rows in enumerate(files):
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (directory / f"{number}.jsonl").write_text(text)
+
+
 def test_trained_tokens_before_the_last_call_are_warned_of(tmp_path: Path) -> None:
     """The adapter cannot change them. In a chat, these are all turns of the assistant but the last."""
     template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
@@ -273,6 +279,15 @@ def test_trained_tokens_before_the_last_call_are_warned_of(tmp_path: Path) -> No
     messages[3]["weight"] = 0  # type: ignore[assignment]
     with pytest.raises(ValueError, match=f"{early} {words.format(early)}"):
         nplora.plan(model, [{"messages": messages}], **options)
+    # Another example has no invocation, so no trained token at all follows one.
+    write_lines(tmp_path, [{"messages": messages}], [{"prompt": "a", "completion": "b"}])
+    files = [tmp_path / "0.jsonl", tmp_path / "1.jsonl"]
+    words = f"{early} of .* trained tokens come before"
+    with (
+        pytest.warns(UserWarning, match="1 of 2 examples do not have the invocation tokens"),
+        pytest.raises(ValueError, match=words),
+    ):
+        nplora.plan(model, files, **options)
     messages[1]["weight"], messages[3]["weight"] = 0, 1  # type: ignore[assignment]
     nplora.plan(model, [{"messages": messages}], **options)
 

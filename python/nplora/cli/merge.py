@@ -75,7 +75,8 @@ def run(arguments: argparse.Namespace) -> None:
     held_out = arguments.check
     if held_out is None:
         for name in ("tolerance", *reading):
-            if getattr(arguments, name) not in (None, False):
+            given = getattr(arguments, name)
+            if given is not None and given is not False:
                 raise UsageError(f"--{name.replace('_', '-')} needs held-out data: add --check FILE")
     check = None if held_out is None else held_out_loss(held_out, progress=True, **reading)
     merged = adapters.merge_adapter(

@@ -216,7 +216,7 @@ def _p_values(systems: dict[str, Measured]) -> dict[frozenset[str], float | None
     All pairs count, although not all of them are shown: the best adapter is chosen by looking at all of them.
     """
     pairs = list(itertools.combinations(systems, 2))
-    found = [paired_p(systems[one], systems[other], len(pairs)) for one, other in pairs]
+    found = paired_p([(systems[one], systems[other]) for one, other in pairs])
     return dict(zip(map(frozenset, pairs), adjusted(found), strict=True))
 
 

@@ -303,7 +303,7 @@ def _require_invocation(
     Args:
         is_new: whether the adapter is new. The error message of a new adapter advises another invocation.
     Raises:
-        ValueError: no example has the invocation tokens, or all trained tokens come before them.
+        ValueError: no example has the invocation tokens, or no trained token follows them.
     Warns:
         UserWarning: some examples do not have the invocation tokens, or trained tokens come before them.
     """
@@ -319,16 +319,16 @@ def _require_invocation(
         raise ValueError(words + (_invocation_advice(lm, dataset) if is_new else ""))
     if without:
         warn_user(words)
-    total = int(dataset.targets.sum())
-    missed = total - dataset.reached(invocation) - int(dataset.targets[~has].sum())
-    if missed:
-        early = (
-            f"{op}: {dataset.report.source}: {missed:,} of {total:,} trained tokens come before the last "
+    reached, total = dataset.reached(invocation), int(dataset.targets.sum())
+    early = total - reached - int(dataset.targets[~has].sum())
+    if early:
+        words = (
+            f"{op}: {dataset.report.source}: {early:,} of {total:,} trained tokens come before the last "
             f"invocation of their example, so the adapter has no effect on these tokens"
         )
-        if missed == total:
-            raise ValueError(early)
-        warn_user(early)
+        if not reached:
+            raise ValueError(words)
+        warn_user(words)
 
 
 def _invocation_advice(lm: LanguageModel, dataset: Examples) -> str:

@@ -61,13 +61,12 @@ class RunInputs:
         passes = 1 + self.objective.extra_passes  # an extra pass reads other sequences of the same length
         return passes * sum(dataset.report.tokens for dataset in self.datasets)
 
-    @property
-    def shared(self) -> int:
+    def count_shared(self) -> int:
         """The number of examples to evaluate on that are training examples too."""
-        if self.held_out is None:
-            return 0
-        trained = set(self.train.digests())
-        return sum(digest in trained for digest in self.held_out.digests())
+        held_out = [] if self.held_out is None else self.held_out.digests()
+        wanted = set(held_out)
+        trained = {digest for digest in self.train.digests() if digest in wanted} if wanted else set()
+        return sum(digest in trained for digest in held_out)
 
     def prompts(self, texts: Sequence[str]) -> list[Prompt]:
         """Turn texts into prompts.

@@ -256,7 +256,9 @@ class FinetuneOptions:
     )
     chat: bool = _option(_DATA, False, "write prompts and completions with the model's chat template")
     valid_split: float | None = _option(
-        _DATA, None, "share of the examples to hold out for validation; a hash of each example decides which"
+        _DATA,
+        None,
+        "share of the examples to hold out for validation; a hash of each example's text decides which",
     )
     max_length: int = _option(_DATA, 1024, "maximum tokens of an example; longer examples are cut")
     learn: str = _option(

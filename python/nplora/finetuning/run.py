@@ -209,7 +209,7 @@ def finetune(
             a stored `teacher`).
         kd_ratio: weight of the divergence in the loss of distill, at most 1; the weight of the loss of sft
             is 1 minus this weight.
-        lr: peak learning rate (default: 0.8 / hidden size of the model, at most 2e-3; for "dpo" and "kto",
+        lr: peak learning rate (default: 0.8 / hidden size of the model, at most 2e-3; for dpo and kto
             three tenths of this).
         lora_plus_ratio: learning rate of A divided by that of B (LoRA+); 16 is usual.
         schedule: learning rate schedule: cosine, linear or constant.
@@ -226,7 +226,8 @@ def finetune(
             the names of the fields decide).
         columns: names of fields in the data, as in prompt=question,completion=answer.
         chat: write prompts and completions with the model's chat template.
-        valid_split: share of the examples to hold out for validation; a hash of each example decides which.
+        valid_split: share of the examples to hold out for validation; a hash of each
+            example's text decides which.
         max_length: maximum tokens of an example; longer examples are cut.
         learn: tokens to train on: completion (completions and assistant turns) or all.
         skip_bad: skip bad lines of the data, and count them.
@@ -343,8 +344,8 @@ def _finetune(
     execution = choose_execution(model, inputs, chosen, earlier, say, ranks)
     for dataset in inputs.datasets:
         say(str(dataset.report))
-    if inputs.shared and inputs.held_out is not None:
-        say(shared_words(inputs.shared, len(inputs.held_out)))
+    if is_first and speaks(progress) and inputs.held_out is not None and (shared := inputs.count_shared()):
+        say(shared_words(shared, len(inputs.held_out)))
 
     lm = inputs.lm
     batches = training_batches(inputs.train, chosen)

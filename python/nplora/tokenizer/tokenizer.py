@@ -595,6 +595,7 @@ class Tokenizer:
         *,
         tools: Objects = None,
         documents: Objects = None,
+        now: datetime.datetime | None = None,
         most: int | None = None,
     ) -> list[int]:
         """Encode a chat to tokens. Special tokens in the messages' own text are encoded as plain text.
@@ -608,7 +609,7 @@ class Tokenizer:
         '1+1?'
         """
         given = self._quoted_given(tools, documents)
-        text = self._render(self._quoted(messages), add_generation_prompt, None, given)
+        text = self._render(self._quoted(messages), add_generation_prompt, now, given)
         return self._encode_rendered(text, most)[0]
 
     def encode_conversation(

@@ -91,7 +91,7 @@ class ClassifyOptions:
     )
     valid_split: float | None = _same(
         "valid_split",
-        help="share of the rows to hold out for validation; a hash of each row decides whether the row is "
+        help="share of the rows to hold out for validation; a hash of each row's text decides whether it is "
         "held out",
     )
     max_length: int | None = _option(

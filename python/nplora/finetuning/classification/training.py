@@ -256,8 +256,8 @@ def train_classifier(
         batch_examples: texts in a batch.
         accumulate: batches in one step (gradient accumulation).
         columns: names of fields in the data, as in text=review,label=stars or tokens=words,tags=pos.
-        valid_split: share of the rows to hold out for validation; a hash of each row decides whether the row
-            is held out.
+        valid_split: share of the rows to hold out for validation; a hash of each row's text decides
+            whether it is held out.
         max_length: maximum tokens of a text; longer texts are cut (default: the model's maximum).
         skip_bad: skip bad rows of the data, and count them.
         eval_every: number of steps between two evaluations of the validation data; the run also

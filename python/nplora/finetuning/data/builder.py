@@ -103,6 +103,9 @@ class Builder(Generic[_Made]):
     def end(self) -> None:
         """Finish the current source: repeat its examples according to its weight.
 
+        If an epoch has only a part of the examples, or a part of them once more than the others, a hash of
+        their tokens chooses this part.
+
         Raises:
             DataError: the source has no examples. A source that may be empty (`may_be_empty`) is refused
                 only if it had rows, and all of them were skipped or left out.
@@ -121,7 +124,10 @@ class Builder(Generic[_Made]):
                 f"{source.name}: weight {source.weight:g} makes {count:.3g} examples in an epoch, at most "
                 f"{MOST_EXAMPLES:,} are possible"
             )
-        whole, more = divmod(in_epoch(source.weight, len(added)), len(added))
+        epoch = in_epoch(source.weight, len(added))
+        if not epoch:
+            warn_user(f"{source.name}: with weight {source.weight:g}, an epoch has none of its examples")
+        whole, more = divmod(epoch, len(added))
         chosen = set(sorted(added, key=self._digest)[:more] if more else ())
         for index in added:
             self._order.extend([index] * (whole + (index in chosen)))
@@ -190,16 +196,13 @@ def warn_of_unused(source: str, count: int, names: Collection[str], unit: str = 
 
 
 def left_out_words(count: int, names: Collection[str], unit: str) -> str:
-    """A text that says what the chat template leaves out. The arguments are those of `warn_of_unused`."""
-    return f"in {counted(count, unit)}, the chat template leaves out {' or '.join(sorted(names))}"
+    """A text that says what is not in the tokens. The arguments are those of `warn_of_unused`."""
+    lost = " or ".join(sorted(names))
+    return f"in {counted(count, unit)}, the chat template or the format of the row leaves out {lost}"
 
 
 def in_epoch(weight: float, examples: int) -> int:
-    """The number of examples of an epoch, if a source has this weight and this number of examples.
-
-    If an epoch has only a part of the examples, or has only a part of them once more, a hash of their tokens
-    chooses this part.
-    """
+    """How many examples of a source an epoch has: the weight times their number, rounded to an integer."""
     return int(weight * examples + 0.5)
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from nplora.finetuning.data.examples import MultipleChoice
 from nplora.formats.errors import DataError
 from nplora.tokenizer import Tokenizer
+from nplora.tokenizer.tokenizer import TRAINING_TIME
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ def encode_choices(tokenizer: Tokenizer, example: MultipleChoice, where: str, ch
     """
     try:
         if chat or not isinstance(example.prompt, str):
-            prompt = tokenizer.encode_chat(example.messages, True)
+            prompt = tokenizer.encode_chat(example.messages, True, now=TRAINING_TIME)
             continuations = [tokenizer.encode_continuation(text) for text in example.choices]
         else:
             before = example.prompt.rstrip()

@@ -116,6 +116,10 @@ class JudgedDataset(Stored):
         stored = int(self._order[index])
         return (*self._labelled(stored), bool(self.good[stored]))
 
+    def digests(self) -> list[bytes]:
+        judgements = self.good[self._order]
+        return [one + bytes([good]) for one, good in zip(super().digests(), judgements.tolist(), strict=True)]
+
     def batch(self, indices: Array) -> tuple[PackedBatch, Judgements]:
         """Return a batch of the answers with these indices, and the judgements of the answers."""
         batch = pack(self[int(index)][:2] for index in indices)
@@ -259,7 +263,7 @@ class _Wanted:
 
     def require(self, kind: Kind, where: str) -> None:
         if kind.name not in self.kinds:
-            hint = "; if it has a label of 1 or 0, set --format to kto" if "kto" in self.kinds else ""
+            hint = "; rows with a label of 1 or 0 need --format kto" if "kto" in self.kinds else ""
             raise DataError(
                 f"{where}: the row has {kind.fields}; objective {self.objective!r} needs rows with "
                 f"{self.fields}{hint}"

@@ -165,8 +165,8 @@ def read_dataset(
         DataError: the file has no rows, no token can be trained, or a row is wrong. The error message names
             the file and the line. A row is wrong if its fields fit no format or two formats, or if earlier
             rows have another format. No field may be missing or empty, or have a wrong type. No role may be
-            unknown or out of order. A tool call must have a name. Only a message of the assistant may have a
-            weight, which is 0 or 1.
+            unknown or out of order. A tool call must have a name. A weight is 0 or 1, and only a message of
+            the assistant may have weight 1.
         LimitError: a line is too long, its JSON exceeds a limit, or a weight gives an epoch too many
             examples.
         UnsafeError, FormatError: the model's chat template is invalid.
@@ -257,15 +257,16 @@ def add_rows(
     """
     encoder = Encoder(tokenizer, options.learn == "all", options.max_length, options.chat)
     kind: Kind | None = None
-    without_prompt = collections.Counter[str]()
+    without_prompt, keeping = collections.Counter[str](), 0
     for row in source.read():
         try:
-            kind, example, unused, unread = parsed(row, kind, options, require)
+            kind, example, unused, unread, keeps_names = parsed(row, kind, options, require)
             examples = examples_of(example, encoder.encode(example, row.where))
         except (DataError, LimitError) as error:
             builder.bad.skip(error, options.skip_bad)
             continue
         builder.kind = kind.name
+        keeping += keeps_names
         builder.unread.update(unread.keys())
         for sequences in examples:
             builder.add(sequences, row.where, unused)
@@ -273,6 +274,16 @@ def add_rows(
             without_prompt[prompt] += 1
     if without_prompt:
         warn_user(f"{source.name}: {without_prompt_words(without_prompt)}")
+    warn_of_names(source, keeping, options)
+
+
+def warn_of_names(source: Source, rows: int, options: ReadOptions) -> None:
+    """Warn if some rows have none of the names in `columns`, and keep their own. A name may be misspelled."""
+    if rows:
+        names = " or ".join(map(repr, options.columns.values()))
+        warn_user(
+            f"{source.name}: {counted(rows, 'row')} without a field {names} of columns, read as they are"
+        )
 
 
 def forgotten_in(row: Row, example: Example, unread: dict[str, Any], options: ReadOptions) -> str | None:
@@ -339,12 +350,14 @@ class Parsed(NamedTuple):
         lost_context: the fields of the row, "tools" or "documents", that are not in the example.
         unread: a dict from the names of the unused fields, as in the data, to their values. Empty fields,
             tools and documents are left out.
+        keeps_names: whether the row has none of the names in `columns`, and keeps its own names.
     """
 
     kind: Kind
     example: Example
     lost_context: tuple[str, ...]
     unread: dict[str, Any]
+    keeps_names: bool
 
 
 def parsed(
@@ -359,12 +372,13 @@ def parsed(
     Raises the error that occurred when the row was read, or a DataError.
     """
     kind, values = _kind_and_values(row, before, options, require)
-    fields, columns = Fields(values, row.where), options.columns
+    keeps_names = bool(options.columns) and values is row.values
+    fields, columns = Fields(values, row.where), {} if keeps_names else options.columns
     example = kind.parse(fields)
     unread = {columns.get(name, name): value for name, value in fields.unread().items()}
     replaced = (name for name in columns if row.values.get(name) and name not in columns.values())
     unread |= {name: row.values[name] for name in replaced}
-    return Parsed(kind, example, lost_context(values, example), unread)
+    return Parsed(kind, example, lost_context(values, example), unread, keeps_names)
 
 
 def _renamed(row: Row, columns: Mapping[str, str]) -> dict[str, Any]:

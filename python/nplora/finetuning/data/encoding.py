@@ -115,11 +115,12 @@ class Encoder:
         return self._completion(example, where)
 
     def _choice(self, example: MultipleChoice, where: str) -> Encoded:
-        """Encode the question and the right choice, of which `nplora eval` computes the log-probability."""
+        """Encode the question and the right choice, whose log-probability `nplora eval` computes."""
         found = encode_choices(self._tokenizer, example, where, self._chat)
         right = found.continuations[found.answer]
         is_trained = [self._all] * len(found.prompt) + [True] * len(right)
-        return Encoded([*found.prompt, *right], is_trained)
+        is_chat = self._chat or not isinstance(example.prompt, str)
+        return Encoded([*found.prompt, *right], is_trained, is_chat=is_chat)
 
     def _completion(self, example: Completion, where: str) -> Encoded:
         """Encode the prompt and the completion as one text.

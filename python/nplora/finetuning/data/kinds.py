@@ -65,7 +65,7 @@ def recognise(values: Mapping[str, Any], where: str) -> Kind:
         DataError: the fields belong to no kind, or to two kinds.
     """
     filled = [name for name, value in values.items() if value is not None and value != ""]
-    is_judged = _is_bool(values.get("label"))
+    is_judged = _is_judgement(values.get("label"))
     found = _kinds_with(filled, is_judged) or _kinds_with(list(values), is_judged)
     if len(found) > 1:
         (one, first), (other, second) = list(found.items())[:2]
@@ -80,8 +80,8 @@ def recognise(values: Mapping[str, Any], where: str) -> Kind:
     return BY_NAME[next(iter(found))]
 
 
-def _is_bool(label: object) -> bool:
-    """Whether a label is true or false. Files of text tables have these values as words."""
+def _is_judgement(label: object) -> bool:
+    """Whether a label is true or false. The words count too, because a text table has no booleans."""
     return label.strip().lower() in ("true", "false") if isinstance(label, str) else isinstance(label, bool)
 
 
@@ -92,6 +92,9 @@ def _renames(names: list[str]) -> str:
     message says how to rename these two fields.
     """
     spelled = {name.lower(): name for name in reversed(names)}
+    sign = next((sign for sign in ";\t|," if len(names) == 1 and sign in names[0]), None)
+    if sign is not None:
+        return f"{sign!r} seems to separate the columns; a .csv file needs commas, a .tsv file tabs"
     prompt, answer = (
         next((spelled[n] for n in known if n in spelled), None)
         for known in (("prompt", *preferences.PROMPTS), ("completion", *_ANSWERS))

@@ -20,6 +20,7 @@ from nplora.finetuning.data.dataset import (
     parsed,
     text_windows,
     tokenizer_of,
+    warn_of_names,
     without_prompt_words,
 )
 from nplora.finetuning.data.encoding import Encoded, Encoder
@@ -342,17 +343,20 @@ class _Reader:
                     yield _Found(where, PLAIN_TEXT, [window], place, (), None)
                 continue
             before: Kind | None = None
+            keeping = 0
             for row in source.read():
                 try:
-                    before, example, unused, unread = parsed(row, before, self._options)
+                    before, example, unused, unread, keeps_names = parsed(row, before, self._options)
                     sequences = self._encoder.encode(example, row.where)
                 except (DataError, LimitError) as error:
                     yield error
                     continue
+                keeping += keeps_names
                 unused = (*unused, *(name for sequence in sequences for name in sequence.unused))
                 good = example.good if isinstance(example, Judged) else None
                 forgotten = forgotten_in(row, example, unread, self._options)
                 yield _Found(row.where, before.name, sequences, place, unused, good, tuple(unread), forgotten)
+            warn_of_names(source, keeping, self._options)
 
     def _shown(self, found: _Found) -> Iterator[Example]:
         for name, sequence in zip(found.names, found.sequences, strict=True):

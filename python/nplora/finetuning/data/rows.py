@@ -229,9 +229,6 @@ def _separated(path: StrPath, delimiter: str) -> Iterator[Row]:
     try:
         columns = next(filter(None, iter(lambda: _next(reader), None)), [])
         require_different(columns, name)
-        found = next((sign for sign in ";\t|" if len(columns) == 1 and sign in columns[0]), None)
-        if found is not None:
-            raise DataError(f"{name}: {found!r} separates the columns, expected {delimiter!r}")
         while True:
             begin = reader.line_num + 1
             fields = _next(reader)

@@ -105,7 +105,9 @@ def is_held_out(text: str, share: float) -> bool:
 
 
 def text_of(example: Example, where: str) -> str:
-    """All texts of an example, joined. Roles, identifiers, weights and judgements are not among them.
+    """The messages, prompts, answers and tool calls of an example, joined.
+
+    Roles, reasoning, tools, documents, identifiers, weights and judgements are left out.
 
     Raises:
         DataError: a tool call has an argument that JSON cannot represent.

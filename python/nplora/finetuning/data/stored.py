@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -135,8 +135,8 @@ class Examples(Protocol):
     def has(self, id_: int) -> bool:
         """Whether a token occurs in the examples."""
 
-    def digests(self) -> Iterator[bytes]:
-        """A hash of each stored example: of its tokens, and of which of them are trained."""
+    def digests(self) -> list[bytes]:
+        """A hash of each example: of its tokens, of which are trained, and of the judgement, if any."""
 
     def __len__(self) -> int: ...
 
@@ -235,12 +235,14 @@ class Stored:
         """Whether a token occurs in the examples."""
         return bool((self._ids == id_).any())
 
-    def digests(self) -> Iterator[bytes]:
-        """A hash of each stored example: of its tokens, and of which of them are trained."""
+    def digests(self) -> list[bytes]:
+        """A hash of each example: of its tokens, of which are trained, and of the judgement, if any."""
+        stored = list[bytes]()
         for begin, end in itertools.pairwise(self._starts[:: self.sequences].tolist()):
             digest = hashlib.blake2b(self._ids[begin:end].tobytes(), digest_size=16)
             digest.update(self._trained[begin:end].tobytes())
-            yield digest.digest()
+            stored.append(digest.digest())
+        return [stored[index] for index in self._order]
 
     def fingerprint(self) -> str:
         """SHA-256 of the examples: equal for datasets with the same tokens and the same trained tokens."""

@@ -23,6 +23,7 @@ from nplora.lm import LanguageModel
 from nplora.lm.generation import Sampling, generate_ids
 from nplora.runtime.user_warning import warn_user
 from nplora.tokenizer import Tokenizer
+from nplora.tokenizer.tokenizer import TRAINING_TIME
 
 _MOST_PROMPTS = 32  # prompts that are answered together
 _MOST_TOKENS = 8192  # tokens of prompts and answers that are in memory together
@@ -82,7 +83,9 @@ def _of_chat(tokenizer: Tokenizer, chat: Chat) -> tuple[list[int], str]:
         raise DataError("no assistant turn of weight 1 has a message before it")
     if message.get("tool_calls"):
         raise DataError("the last assistant turn calls a tool, expected a text to compare answers with")
-    ids = tokenizer.encode_chat(chat.messages[:place], True, tools=chat.tools, documents=chat.documents)
+    ids = tokenizer.encode_chat(
+        chat.messages[:place], True, tools=chat.tools, documents=chat.documents, now=TRAINING_TIME
+    )
     return ids, message["content"]
 
 
@@ -136,7 +139,7 @@ def measure_answers(
             warn_user(_failures(metric, len(questions)))
     ones = np.ones(len(questions))
     return [
-        Measured(metric.name, row, ones, failed=metric.failed, error=metric.error, is_rate=True)
+        Measured(metric.name, row, ones, failed=metric.failed, error=metric.error, is_rate=metric.is_rate)
         for metric, row in zip(metrics, scores, strict=True)
     ]
 

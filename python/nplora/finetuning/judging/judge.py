@@ -173,7 +173,7 @@ def _examples(
         kind = None if reading.format is None else BY_NAME[reading.format]
         for row in source.read():
             try:
-                kind, example, lost_context, _ = parsed(row, kind, reading, require)
+                kind, example, lost_context, *_ = parsed(row, kind, reading, require)
             except (DataError, LimitError) as error:
                 bad.skip(error, reading.skip_bad)
             else:

@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+import numpy as np
+
 from nplora import _check
 from nplora.formats.errors import brief
 from nplora.runtime.stderr import stderr
@@ -95,6 +97,7 @@ class Metric:
     """A metric: its name, and the function that scores an answer.
 
     Attributes:
+        is_rate: whether all results so far say that an answer is right or wrong: they are True or False.
         failed: the number of examples in which the function failed.
         error: the first error.
     """
@@ -103,13 +106,14 @@ class Metric:
     function: MetricFunction
 
     def __post_init__(self) -> None:
-        self.failed, self.error = 0, ""
+        self.failed, self.error, self.is_rate = 0, "", True
         self._seen = set[tuple[Any, ...]]()
 
     def score(self, answer: str, reference: str, row: dict[str, Any], where: str) -> float:
         """The score of an answer. If the function fails, its traceback is printed, and the score is 0."""
         try:
             found: Any = self.function(answer, reference, dict(row))
+            self.is_rate = self.is_rate and isinstance(found, bool | np.bool_)
             score = float(found) if hasattr(found, "__float__") else math.nan
             if not math.isfinite(score):
                 raise ValueError(f"the metric returned {brief(found)}, expected a finite number")

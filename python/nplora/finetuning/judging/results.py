@@ -142,7 +142,8 @@ class Difference:
             5 %. None for fewer than two examples.
         is_better: whether `one` is better than `other`, if p is below 0.05; otherwise None.
         examples: the number of examples.
-        comparisons: the number of pairs of systems. With n examples, p is at least 2 / 2^n times this number.
+        comparisons: the number of pairs of systems. With n examples, p is at least the smaller of 1 and
+            2 / 2^n times this number.
 
     >>> comparison = nplora.finetuning.compare("model.gguf", "valid.jsonl", ["adapter"])
     >>> comparison.differences[0].one, comparison.differences[0].other

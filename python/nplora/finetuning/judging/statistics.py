@@ -28,7 +28,7 @@ RESAMPLES = 2000
 _PER_COMPARISON = 200  # permutations; so the least p, times the number of comparisons, is below 1 / 200
 LEVEL = 0.95  # the level of the confidence intervals
 _SEED = 0
-_TOGETHER = 100  # permutations that are in memory together
+_TOGETHER = 1 << 22  # examples of permutations that are in memory together
 _ROUNDING = 1e-12  # relative; two differences closer than this count as equal
 
 
@@ -97,30 +97,33 @@ def difference_interval(one: Measured, other: Measured) -> Interval | None:
     return _percentiles(values / weights - others / other_weights)
 
 
-def paired_p(one: Measured, other: Measured, comparisons: int = 1) -> float | None:
-    """The two-sided p-value of the paired permutation test. The result is None as in `interval`.
+def paired_p(pairs: Sequence[tuple[Measured, Measured]]) -> list[float | None]:
+    """For each pair of systems, the two-sided p-value of the paired permutation test; None as in `interval`.
 
-    A permutation exchanges the values of the two systems in some of the examples. If there are few examples,
-    all permutations are tried. If there are many examples, a random sample of permutations is tried, and the
-    permutation that exchanges nothing is added. So p is never 0 (Phipson and Smyth 2010).
-
-    Args:
-        comparisons: the number of p-values that `adjusted` will adjust together. If it is large, more
-            permutations are tried.
+    All systems were measured on the same examples. A permutation exchanges the values of the two systems in
+    some of the examples. If there are few examples, all permutations are tried. If there are many examples, a
+    random sample of permutations is tried, more for more pairs, and the permutation that exchanges nothing is
+    added. So p is never 0 (Phipson and Smyth 2010).
     """
-    if not (_can_resample(one) and _can_resample(other)):
-        return None
-    differences = one.values - other.values
-    observed, total = abs(differences.sum()), differences.sum()
-    enough = observed - _ROUNDING * np.abs(differences).sum()
-    n, count = len(differences), max(RESAMPLES, _PER_COMPARISON * comparisons)
-    if 2**n <= count:
-        swapped = (np.arange(2**n)[:, None] >> np.arange(n)) & 1
-        return float(np.mean(np.abs(total - 2 * swapped @ differences) >= enough))
-    hits = sum(
-        np.count_nonzero(np.abs(total - 2 * swaps @ differences) >= enough) for swaps in _swaps(n, count)
+    usable = [place for place, pair in enumerate(pairs) if all(map(_can_resample, pair))]
+    result = list[float | None]([None] * len(pairs))
+    if not usable:
+        return result
+    differences = np.stack([pairs[place][0].values - pairs[place][1].values for place in usable], axis=1)
+    total = differences.sum(axis=0)
+    enough = np.abs(total) - _ROUNDING * np.abs(differences).sum(axis=0)
+    n, count = len(differences), max(RESAMPLES, _PER_COMPARISON * len(pairs))
+    is_complete = 2**n <= count
+    swaps = (
+        [((np.arange(2**n)[:, None] >> np.arange(n)) & 1).astype(float)] if is_complete else _swaps(n, count)
     )
-    return (1 + int(hits)) / (1 + count)
+    hits = np.zeros(len(usable), np.int64)
+    for swapped in swaps:
+        hits += np.count_nonzero(np.abs(total - 2 * (swapped @ differences)) >= enough, axis=0)
+    p = hits / 2**n if is_complete else (1 + hits) / (1 + count)
+    for place, value in zip(usable, p.tolist(), strict=True):
+        result[place] = value
+    return result
 
 
 def adjusted(found: Sequence[float | None]) -> list[float | None]:
@@ -201,7 +204,8 @@ def _swaps(n: int, count: int) -> Iterator[Array]:
     Yield arrays (rows, n) of 0 and 1: each row is a permutation, and 1 marks the examples to exchange.
     """
     stream, words = np.random.PCG64(np.random.SeedSequence(_SEED, spawn_key=(1,))), -(-n // 64)
-    for begin in range(0, count, _TOGETHER):
-        rows = min(_TOGETHER, count - begin)
+    most = max(1, min(100, _TOGETHER // n))
+    for begin in range(0, count, most):
+        rows = min(most, count - begin)
         raw = stream.random_raw(rows * words).astype("<u8").reshape(rows, words)
         yield np.unpackbits(raw.view(np.uint8), axis=1, count=n).astype(np.float64)

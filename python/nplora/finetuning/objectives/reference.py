@@ -130,7 +130,7 @@ class Reference:
             shared.compute()
             known = {key: known[key] for key in seen}
         except (KeyboardInterrupt, Terminated) as reason:
-            if directory is not None:
+            if directory is not None and writes and is_computed and known:
                 reason.add_note(f"the log-probabilities that are computed so far are saved: {RESUME_HINT}")
             raise
         finally:  # also after Ctrl-C, so that the next start continues from here

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from nplora.finetuning.data.examples import Answered, Chat, Completion, Example, Judged, Preference
-from nplora.finetuning.data.parsing.fields import Fields, renaming
+from nplora.finetuning.data.parsing.fields import CONTEXT, Fields, renaming
 from nplora.finetuning.data.parsing.messages import chat_of, messages_of, openai_messages
 from nplora.finetuning.data.parsing.sharegpt import conversation, turn_of
 from nplora.finetuning.data.parsing.texts import instruction, prompt_and_answer
@@ -53,8 +53,8 @@ def _checked(row: Fields, pair: Preference, chosen: str, rejected: str) -> Prefe
 
 
 def _openai(row: Fields) -> Example:
-    """A row in the form of OpenAI's API. "input" is an object with messages and perhaps tools, which may also
-    be a field of the row. The two answers are lists of messages."""
+    """A row in the form of OpenAI's API. "input" is an object with messages. The object or the row may have
+    tools and documents. The two answers are lists of messages."""
     given = row.get("input")
     if not isinstance(given, dict) or not given.get("messages"):
         raise row.error(f"input is {brief(given)}, expected an object with messages")
@@ -63,7 +63,8 @@ def _openai(row: Fields) -> Example:
     for name, answer in zip(names, answers, strict=True):
         if not answer:
             raise row.error(f"{name} is empty, expected messages")
-    prompt = Fields({**given, "tools": given.get("tools") or row.values.get("tools")}, row.where)
+    context = {name: given.get(name) or row.values.get(name) for name in CONTEXT}
+    prompt = Fields(given | context, row.where)
     asked = messages_of(prompt, "messages", given["messages"])
     return _checked(
         row, Preference(*(chat_of(prompt, [*asked, *answer], asked) for answer in answers)), *names

@@ -76,7 +76,9 @@ class ClassifyOptions:
     use_rslora: bool = _same("use_rslora")
     use_dora: bool = _same("use_dora")
     init: str = _same("init")
-    lr: float | None = _same("lr")
+    lr: float | None = _same(
+        "lr", help="peak learning rate (default: 0.8 / hidden size of the model, at most 2e-3)"
+    )
     schedule: str = _same("schedule")
     warmup: int = _same("warmup")
     weight_decay: float = _same("weight_decay")

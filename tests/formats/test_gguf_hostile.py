@@ -90,6 +90,11 @@ HOSTILE = {
         FormatError,
         "expected 'GGUF' (is it a safetensors file?)",
     ),
+    "training data": (
+        b'{"prompt": "a", "completion": "b"}\n',
+        FormatError,
+        "expected 'GGUF' (is it a data file? The model comes first)",
+    ),
     "version 0": (container(version=0), UnsupportedError, "version 0, expected little-endian version 2"),
     "version 1": (container(version=1), UnsupportedError, "version 1"),
     "version 4": (container(version=4), UnsupportedError, "version 4"),

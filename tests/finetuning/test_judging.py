@@ -640,7 +640,8 @@ def test_pairs_are_compared_with_the_model_alone(lm: LanguageModel, adapters: Pa
     assert "reward_acc" not in evaluate(lm, PAIRS)["metrics"]
     mine = evaluate(lm, PAIRS, adapter=adapters / "trained")
     assert found.evaluations["mine"] == mine
-    assert "between 'mine' and the base: reward_margin " in str(found)
+    metrics = [re.search(r"(loss|\w*acc\w*|reward_margin)", sentence) for sentence in found.sentences()]
+    assert [one and one[1] for one in metrics] == ["loss", "acc", "acc_token", "reward_acc"]
 
 
 def test_the_accuracy_of_pairs_is_that_of_dpo(path: Path, lm: LanguageModel, tmp_path: Path) -> None:

@@ -33,7 +33,9 @@ from nplora.formats.strict_json import json_values
 from nplora.formats.tokenizer_json import AddedToken
 from nplora.lm import LanguageModel
 
-_LEFT_OUT = ("token_accuracy", "acc_token")  # metrics that get no sentence: other metrics say the same
+# Metrics without a sentence. The loss says nearly the same as token_accuracy. A larger margin is not always
+# better. For multiple choice, acc_norm says nearly the same as acc_token.
+_LEFT_OUT = ("token_accuracy", "reward_margin")
 
 
 @dataclass(frozen=True)
@@ -78,15 +80,18 @@ class Comparison:
         return f"{markdown_table(self.evaluations)}\n\n" + "\n".join(f"- {s}" for s in self.sentences())
 
     def sentences(self) -> list[str]:
-        """A sentence for each difference, except for differences in `token_accuracy` and `acc_token`.
+        """A sentence for each difference, except for differences in a few metrics.
 
-        These two metrics have no sentence, because they measure nearly the same as other metrics.
+        `token_accuracy` has no sentence, because the loss measures nearly the same; nor has `acc_token` of
+        multiple-choice rows, because of `acc_norm`. A larger `reward_margin` is not always better.
 
         >>> comparison = nplora.finetuning.compare("model.gguf", "valid.jsonl", ["adapter"])
         >>> comparison.sentences()[0]
         "4 examples are too few ..."
         """
-        return [str(one) for one in self.differences if one.metric not in _LEFT_OUT]
+        has_norm = any(one.metric == "acc_norm" for one in self.differences)
+        left_out = (*_LEFT_OUT, "acc_token") if has_norm else _LEFT_OUT
+        return [str(one) for one in self.differences if one.metric not in left_out]
 
     def as_json(self) -> dict[str, Any]:
         """The results as JSON values. Numbers that are not finite become None.

@@ -73,7 +73,7 @@ def test_duplicates_are_counted_inside_the_data_and_between_its_parts(tmp_path: 
     assert found.shared == 3
     text = str(found)
     assert "3 examples equal to an earlier one" in text
-    assert "the training data contain 3 examples of the 4 to evaluate on, so the validation loss" in text
+    assert "3 of the 4 validation examples are also in the training data, so the validation loss" in text
     split = preview([*ROWS, *ROWS], TOKENIZER, valid_split=0.3)  # equal rows are on the same side
     assert split.valid is not None
     assert (split.train.repeated + split.valid.repeated, split.shared) == (30, 0)
@@ -207,7 +207,7 @@ def test_the_command_shows_marks_or_colours(
     assert "1 example longer than 64 tokens: cut" in printed  # the context of the model
     assert "1+1=[[2<|end|>]]" in printed
     assert "xxx" not in printed
-    assert "the training data contain 2 examples of the 2 to evaluate on" in printed
+    assert "2 of the 2 validation examples are also in the training data" in printed
     monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
     monkeypatch.delenv("NO_COLOR", raising=False)
     assert cli.main(line) == 0

@@ -34,7 +34,7 @@ from nplora.formats.tokenizer_json import AddedToken
 from nplora.lm import LanguageModel
 
 # Metrics without a sentence. The loss says nearly the same as token_accuracy. A larger margin is not always
-# better. For multiple choice, acc_norm says nearly the same as acc_token.
+# better.
 _LEFT_OUT = ("token_accuracy", "reward_margin")
 
 
@@ -82,8 +82,9 @@ class Comparison:
     def sentences(self) -> list[str]:
         """A sentence for each difference, except for differences in a few metrics.
 
-        `token_accuracy` has no sentence, because the loss measures nearly the same; nor has `acc_token` of
-        multiple-choice rows, because of `acc_norm`. A larger `reward_margin` is not always better.
+        There is no sentence for `token_accuracy`, which measures nearly the same as the loss, or for
+        `reward_margin`, where more is not always better. Multiple-choice rows have none for `acc_token`,
+        which measures nearly the same as `acc_norm`.
 
         >>> comparison = nplora.finetuning.compare("model.gguf", "valid.jsonl", ["adapter"])
         >>> comparison.sentences()[0]

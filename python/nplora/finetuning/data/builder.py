@@ -103,8 +103,8 @@ class Builder(Generic[_Made]):
     def end(self) -> None:
         """Finish the current source: repeat its examples according to its weight.
 
-        If an epoch has only a part of the examples, or a part of them once more than the others, a hash of
-        their tokens chooses this part.
+        If the weight is not a whole number, an epoch has some examples once more than the others. A hash of
+        the tokens chooses them.
 
         Raises:
             DataError: the source has no examples. A source that may be empty (`may_be_empty`) is refused

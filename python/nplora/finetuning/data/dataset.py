@@ -102,7 +102,7 @@ class ReadOptions:
             if name not in FIELDS:
                 near = nearest_names(str(name), FIELDS, 1)
                 possible = f"did you mean {near[0]!r}?" if near else f"possible: {', '.join(FIELDS)}"
-                order = f"; the names that formats have come first, as in {theirs}={name}"
+                order = f"; nplora's name comes before the equals sign: {theirs}={name}"
                 raise ValueError(
                     f"{op}: columns has the key {brief(name)}, which no format has; {possible}"
                     f"{order if theirs in FIELDS else ''}"
@@ -280,9 +280,10 @@ def add_rows(
 def warn_of_names(source: Source, rows: int, options: ReadOptions) -> None:
     """Warn if some rows have none of the names in `columns`, and keep their own. A name may be misspelled."""
     if rows:
-        names = " or ".join(map(repr, options.columns.values()))
+        names = ", ".join(map(repr, options.columns.values()))
         warn_user(
-            f"{source.name}: {counted(rows, 'row')} without a field {names} of columns, read as they are"
+            f"{source.name}: {counted(rows, 'row')} with none of the fields that columns names ({names}): "
+            "they keep their own names"
         )
 
 

@@ -105,7 +105,7 @@ def is_held_out(text: str, share: float) -> bool:
 
 
 def text_of(example: Example, where: str) -> str:
-    """The messages, prompts, answers and tool calls of an example, joined.
+    """The messages, prompts, answers, choices and tool calls of an example, joined.
 
     Roles, reasoning, tools, documents, identifiers, weights and judgements are left out.
 
@@ -121,7 +121,7 @@ def text_of(example: Example, where: str) -> str:
 
 
 def _texts(example: Example) -> Iterator[str]:
-    """The texts of an example, in order: of messages, prompts and answers, and of tool calls."""
+    """The texts of messages, prompts, answers, choices and tool calls, in order."""
     example = through_template(example)
     if isinstance(example, Preference):
         yield from _texts(example.chosen)

@@ -89,9 +89,9 @@ def unread_words(unread: Mapping[str, int]) -> str:
 
 
 def shared_words(shared: int, evaluated: int) -> str:
-    """A text that says that some of the examples to evaluate on are training examples too."""
+    """A text that says how many of the validation examples are training examples too."""
     return (
-        f"the training data contain {counted(shared, 'example')} of the {evaluated:,} to evaluate on, so the "
+        f"{shared:,} of the {counted(evaluated, 'validation example')} are also in the training data, so the "
         "validation loss is too low"
     )
 
@@ -136,7 +136,7 @@ class Examples(Protocol):
         """Whether a token occurs in the examples."""
 
     def digests(self) -> list[bytes]:
-        """A hash of each example: of its tokens, of which are trained, and of the judgement, if any."""
+        """A hash for each example: of its tokens, the marks of trained tokens, and any judgement."""
 
     def __len__(self) -> int: ...
 
@@ -236,7 +236,7 @@ class Stored:
         return bool((self._ids == id_).any())
 
     def digests(self) -> list[bytes]:
-        """A hash of each example: of its tokens, of which are trained, and of the judgement, if any."""
+        """A hash for each example: of its tokens, the marks of trained tokens, and any judgement."""
         stored = list[bytes]()
         for begin, end in itertools.pairwise(self._starts[:: self.sequences].tolist()):
             digest = hashlib.blake2b(self._ids[begin:end].tobytes(), digest_size=16)

@@ -71,10 +71,10 @@ def words_of(answer: str, reference: str) -> tuple[list[str], list[str]]:
     return found, wanted
 
 
-def exact_match(answer: str, reference: str, row: Mapping[str, Any] | None = None) -> float:
-    """1 if both texts have the same words in the same order, otherwise 0; see `words_of`."""
+def exact_match(answer: str, reference: str, row: Mapping[str, Any] | None = None) -> bool:
+    """Whether both texts have the same words in the same order; see `words_of`."""
     found, wanted = words_of(answer, reference)
-    return float(found == wanted)
+    return found == wanted
 
 
 def f1(answer: str, reference: str, row: Mapping[str, Any] | None = None) -> float:

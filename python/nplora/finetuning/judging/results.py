@@ -135,15 +135,15 @@ class Difference:
         values: the values of the metric for `one` and for `other`.
         difference: the value for `one` minus the value for `other`.
         low, high: the 95 % confidence interval of the difference, by a bootstrap that draws the same examples
-            for both systems, or by Newcombe's formula if the metric is 0 or 1 in each example; None for fewer
-            than two examples. The interval is not adjusted for `comparisons`.
+            for both systems, or by Newcombe's formula if each example is either right or wrong; None for
+            fewer than two examples. The interval is not adjusted for `comparisons`.
         p: the p-value of a paired permutation test, adjusted for the number of comparisons by Holm's method.
             If all systems are equally good, the probability that any p of a metric is below 0.05 is at most
             5 %. None for fewer than two examples.
         is_better: whether `one` is better than `other`, if p is below 0.05; otherwise None.
         examples: the number of examples.
-        comparisons: the number of pairs of systems. With n examples, p is at least the smaller of 1 and
-            2 / 2^n times this number.
+        comparisons: the number of pairs of systems. If all permutations of n examples are tried, p is at
+            least the smaller of 1 and 2 / 2^n times this number.
 
     >>> comparison = nplora.finetuning.compare("model.gguf", "valid.jsonl", ["adapter"])
     >>> comparison.differences[0].one, comparison.differences[0].other
@@ -172,7 +172,7 @@ class Difference:
             False: f"{one} is worse than {other}",
             None: f"no clear difference between {one} and {other}",
         }[self.is_better]
-        least = self.comparisons * 2.0 ** (1 - self.examples)  # p is not below it
+        least = self.comparisons * 2.0 ** (1 - self.examples)  # of p, if all permutations are tried
         if self.is_better is None and self.examples > 1 and least >= SIGNIFICANT:
             judgement = f"{self.examples} examples are too few to tell {one} from {other}"
         value, other_value, difference = (

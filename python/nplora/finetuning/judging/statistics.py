@@ -7,8 +7,9 @@ difference between the systems (Noreen 1989, approximate randomisation). All ran
 output of PCG64 with a fixed seed, so that the results are the same in every run and with every version of
 NumPy.
 
-If each example is right or wrong as a whole, the bootstrap has no width at 0 and 1, so such rates have
-intervals in closed form: Wilson's (1927), and for a difference Newcombe's (1998, paired data, method 10).
+If all examples are right, or all are wrong, a bootstrap interval has width 0. So metrics that only say right
+or wrong have intervals from formulas: Wilson's (1927), and for a difference Newcombe's (1998, paired data,
+method 10).
 """
 
 from __future__ import annotations
@@ -43,8 +44,8 @@ class Measured:
         lower_is_better: whether a lower metric is better.
         failed: the number of examples that could not be scored.
         error: the first error of the metric; empty if all examples were scored.
-        is_rate: whether the metric is a share of right examples or tokens. If an example is right as a whole,
-            its value is its weight.
+        is_rate: whether the metric is a share of right examples or tokens. An example whose tokens are all
+            right has a value equal to its weight.
         exact: the value of the metric, if the caller has computed it; it may differ from sum(values) /
             sum(weights) by rounding. None: the value is sum(values) / sum(weights).
     """

@@ -158,8 +158,8 @@ class StoredTeacher:
             raise FormatError(
                 f"{op}: {dataset.report.source}: the teacher {self.name} has no log-probabilities of "
                 f"{missing:,} of {counted(total, 'example')}: run nplora teach again with the same data, "
-                f"tokenizer and reading options, or use those of the file, which was made from "
-                f"{self._made_from()}"
+                "tokenizer and reading options, or give this run the data and options of the file: it was "
+                f"made from {self._made_from()}"
             )
 
     def _made_from(self) -> str:

@@ -307,8 +307,7 @@ def _require_invocation(
     Warns:
         UserWarning: some examples do not have the invocation tokens, or trained tokens come before them.
     """
-    has = dataset.contains(invocation)
-    without = int((~has).sum())
+    without = int((~dataset.contains(invocation)).sum())
     where = f"{op}: {dataset.report.source}: {without} of {len(dataset)} examples"
     text = lm.tokenizer.decode(invocation)
     words = (
@@ -319,8 +318,7 @@ def _require_invocation(
         raise ValueError(words + (_invocation_advice(lm, dataset) if is_new else ""))
     if without:
         warn_user(words)
-    reached, total = dataset.reached(invocation), int(dataset.targets.sum())
-    early = total - reached - int(dataset.targets[~has].sum())
+    reached, early, total = dataset.reached(invocation)
     if early:
         words = (
             f"{op}: {dataset.report.source}: {early:,} of {total:,} trained tokens come before the last "

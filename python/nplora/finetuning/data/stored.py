@@ -129,8 +129,8 @@ class Examples(Protocol):
     def contains(self, tokens: tuple[int, ...]) -> Array:
         """Return, for each example, whether `tokens` occur side by side in one of its sequences."""
 
-    def reached(self, invocation: tuple[int, ...]) -> int:
-        """The number of trained tokens that an activated LoRA with these invocation tokens can change."""
+    def reached(self, invocation: tuple[int, ...]) -> tuple[int, int, int]:
+        """Count the trained tokens that an activated LoRA can change; see `Stored.reached`."""
 
     def has(self, id_: int) -> bool:
         """Whether a token occurs in the examples."""
@@ -225,11 +225,23 @@ class Stored:
         """Return, for each example, whether `tokens` occur side by side in one of its sequences."""
         return self._by_example(starts_in(self._ids, self._starts, tokens) != NEVER) > 0
 
-    def reached(self, invocation: tuple[int, ...]) -> int:
-        """The number of trained tokens that an activated LoRA with these invocation tokens can change."""
+    def reached(self, invocation: tuple[int, ...]) -> tuple[int, int, int]:
+        """Count the trained tokens that an activated LoRA with these invocation tokens can change.
+
+        Returns:
+            three numbers: the tokens that it can change; those that come before the last invocation of their
+            sequence; and all trained tokens.
+        """
         can_change = np.zeros(len(self._ids) + 1, np.bool_)
         can_change[active_in(self._ids, self._starts, invocation) + 1] = True  # a token predicts the next one
-        return int(self._by_example(self._counts(self._trained & can_change[:-1])).sum())
+        reached, trained = self._counts(self._trained & can_change[:-1]), self._counts(self._trained)
+        is_there = starts_in(self._ids, self._starts, invocation) != NEVER
+        early = np.where(is_there, trained - reached, 0)
+
+        def total(counts: Array) -> int:
+            return int(self._by_example(counts).sum())
+
+        return total(reached), total(early), total(trained)
 
     def has(self, id_: int) -> bool:
         """Whether a token occurs in the examples."""

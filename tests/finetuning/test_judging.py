@@ -279,6 +279,22 @@ def test_a_function_of_the_user_is_found_in_the_working_directory(lm: LanguageMo
     assert sys.path == before
 
 
+def test_the_interval_of_a_metric_does_not_depend_on_the_model_before(
+    lm: LanguageModel, adapters: Path
+) -> None:
+    calls = list[str]()
+
+    def mine(answer: str, reference: str, row: dict[str, Any]) -> float:
+        calls.append(answer)
+        return 0.5 if len(calls) == len(ROWS) + 1 else True  # once, for the first adapter
+
+    given = {"one": adapters / "trained", "other": adapters / "trained"}
+    found = compare(lm, ROWS, given, metric=mine, max_new_tokens=1)
+    scores = [one["metrics"]["mine"] for one in found.evaluations.values()]
+    assert [score["value"] for score in scores] == [1, pytest.approx(1 - 0.5 / len(ROWS)), 1]
+    assert scores[0]["low"] == scores[2]["low"] == pytest.approx(12 / (12 + 1.959964**2))  # Wilson's
+
+
 def test_a_function_that_fails_shows_its_traceback_and_the_run_goes_on(
     lm: LanguageModel, module: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -642,6 +658,8 @@ def test_pairs_are_compared_with_the_model_alone(lm: LanguageModel, adapters: Pa
     assert found.evaluations["mine"] == mine
     metrics = [re.search(r"(loss|\w*acc\w*|reward_margin)", sentence) for sentence in found.sentences()]
     assert [one and one[1] for one in metrics] == ["loss", "acc", "acc_token", "reward_acc"]
+    [margin] = [one for one in found.differences if one.metric == "reward_margin"]
+    assert margin.is_better is None  # a larger margin does not mean a better model
 
 
 def test_the_accuracy_of_pairs_is_that_of_dpo(path: Path, lm: LanguageModel, tmp_path: Path) -> None:

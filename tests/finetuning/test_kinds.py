@@ -68,6 +68,12 @@ ALPACA = {"instruction": "a", "input": "b", "output": "c", "system": "s", "histo
         ({"conversations": [HUMAN, FUNCTION, {"from": "observation", "value": "5"}, GPT]},
          Chat([USER, {"role": "assistant", "content": "", "tool_calls": [
              {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}]}, RESULT, ANSWER])),
+        *(({"conversations": [HUMAN, {"from": "gpt", "value": "", **calls},
+                              {"from": "observation", "value": "5"}, GPT]},
+           Chat([USER, {"role": "assistant", "content": "", "tool_calls": [
+               {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}]}, RESULT, ANSWER]))
+          for call in [{"name": "f", "arguments": '{"x": 1}'}]
+          for calls in ({"function_call": call}, {"tool_calls": [{"type": "function", "function": call}]})),
         # the chat template decides which order of speakers is possible
         ({"conversations": [GPT, HUMAN, GPT]}, Chat([ANSWER, USER, ANSWER])),
         ({"conversations": [HUMAN, HUMAN, GPT, {"from": "system", "value": "s"}, HUMAN, GPT]},
@@ -560,16 +566,43 @@ def test_columns_leave_a_file_that_has_the_names_already(tmp_path: Path) -> None
     (tmp_path / "a.jsonl").write_text('{"q": "a", "a": "b"}\n')
     (tmp_path / "b.jsonl").write_text('{"text": "c"}\n')
     files = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
-    with pytest.warns(
-        UserWarning, match=r"b\.jsonl: 1 row with none of the fields that columns names \('q', 'a'\)"
-    ):
+    warning = r"b\.jsonl: 1 row without any field that columns renames \('q', 'a'\)"
+    with pytest.warns(UserWarning, match=warning):
         report = read_dataset(files, words, columns=columns).report
     assert (report.kind, report.unread) == ("completion, text", {})
-    with pytest.warns(UserWarning, match="1 row with none of the fields that columns names"):
-        assert preview(files[1], words, columns=columns).train.unread == {}
+    with pytest.warns(UserWarning, match=warning):
+        assert preview(files, words, columns=columns).train.unread == {}
+    with pytest.warns(UserWarning, match=warning):
+        assert preview(files[0], words, valid=files[1], columns=columns).valid is not None
     for row in ({"q": "a", "text": "b"}, {"question": "a"}):  # only some of the names; no kind
         with pytest.raises(DataError, match=r"row 1: the row has no field '\w' of columns; it has"):
             read_dataset([row], words, columns=columns)
+
+
+def test_a_name_of_columns_that_no_row_has_is_an_error() -> None:
+    words, row = from_gguf(opened(byte_level())), {"instruction": "a", "output": "b", "context": "c"}
+    for read in (read_dataset, preview):
+        with pytest.raises(DataError, match=r"^data: no row has a field that columns renames \('contxt'\)"):
+            read([row], words, columns={"input": "contxt"})  # type: ignore[operator]
+
+
+@pytest.mark.filterwarnings("ignore:.*without any field that columns renames")
+def test_columns_leave_a_row_of_the_format_that_is_set(tmp_path: Path) -> None:
+    words, columns = from_gguf(opened(byte_level())), {"prompt": "q", "completion": "a"}
+    (tmp_path / "a.jsonl").write_text('{"q": "a", "a": "b"}\n')
+    (tmp_path / "b.jsonl").write_text('{"prompt": "a", "completion": "b", "text": "c"}\n')
+    files = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
+    report = read_dataset(files, words, columns=columns, format="completion").report
+    assert (report.examples, report.unread) == (2, {"text": 1})
+
+
+@pytest.mark.filterwarnings("ignore:.*without any field that columns renames")
+def test_a_prompt_with_nplora_s_name_is_found_beside_columns(tmp_path: Path) -> None:
+    words = from_gguf(opened(byte_level()))
+    (tmp_path / "a.jsonl").write_text('{"q": "a", "chosen": "b", "rejected": "c"}\n')
+    (tmp_path / "b.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c", "source": "d e"}\n')
+    found = preview([tmp_path / "a.jsonl", tmp_path / "b.jsonl"], words, columns={"prompt": "q"})
+    assert found.train.without_prompt == {}
 
 
 def test_the_names_of_columns_in_the_wrong_order_or_case_are_noticed() -> None:

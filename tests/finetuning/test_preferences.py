@@ -204,7 +204,7 @@ def test_judged_answers_have_the_same_batches_in_every_epoch(lm: LanguageModel) 
         ([{"text": "a"}], "dpo", r"the row has text; objective 'dpo' needs rows with chosen and rejected$"),
         ([{"prompt": "a", "completion": "b"}], "orpo", "objective 'orpo' needs rows with chosen and rej"),
         ([{"prompt": "a", "completion": "b"}], "kto",
-         "objective 'kto' needs rows with an answer and a label, or chosen and rejected; rows with a label"),
+         "objective 'kto' needs rows with an answer and a label, or chosen and rejected; an empty label"),
         ([{"prompt": "a", "chosen": "b", "rejected": "b"}], "dpo", "chosen and rejected are the same answer"),
         ([{"prompt": "a", "chosen": "b"}], "dpo", r"row 1: rejected is missing"),
         ([{"prompt": "a", "chosen": "b", "rejected": 3}], "dpo", r"row 1: rejected is 3, expected a string"),
@@ -568,7 +568,7 @@ def test_ctrl_c_in_the_reference_keeps_what_is_computed(
     with pytest.raises(KeyboardInterrupt) as caught:
         reference_of(lm, tmp_path / "cut")
     [note] = caught.value.__notes__
-    assert note.startswith("the log-probabilities that are computed so far are saved: --resume ")
+    assert note.startswith("the log-probabilities computed so far are saved: --resume ")
     calls[:] = [1, 1]  # the next call is the third: nothing is computed when it stops
     with pytest.raises(KeyboardInterrupt) as caught:
         reference_of(lm, tmp_path / "empty")
@@ -577,6 +577,15 @@ def test_ctrl_c_in_the_reference_keeps_what_is_computed(
     again, _ = reference_of(lm, tmp_path / "cut")
     np.testing.assert_array_equal(again, whole)
     assert (tmp_path / "cut" / REFERENCE).read_bytes() == (tmp_path / "whole" / REFERENCE).read_bytes()
+    calls.clear()
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(files, "replace", full)
+    with pytest.warns(UserWarning, match="could not be saved"), pytest.raises(KeyboardInterrupt) as caught:
+        reference_of(lm, tmp_path / "full")
+    assert not getattr(caught.value, "__notes__", ())
 
 
 def test_a_reference_that_is_not_finite_ends_the_run_before_it_begins(

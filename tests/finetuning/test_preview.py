@@ -11,6 +11,7 @@ import pytest
 
 import nplora
 from nplora import cli
+from nplora.finetuning import FinetuneOptions, load
 from nplora.finetuning.data import preview, read_dataset
 from nplora.finetuning.data.comparisons import PairDataset, read_pairs
 from nplora.finetuning.data.dataset import ReadOptions
@@ -68,12 +69,21 @@ def test_a_preview_counts_what_a_run_cuts_and_leaves_out() -> None:
 
 
 def test_duplicates_are_counted_inside_the_data_and_between_its_parts(tmp_path: Path) -> None:
+    model = save_small_llama(tmp_path / "m.gguf")
     found = preview([*ROWS, *ROWS[:2], ROWS[0]], TOKENIZER, valid=[*ROWS[:3], {**ROWS[0], "prompt": "new"}])
     assert found.train.repeated == 3
     assert found.shared == 3
     text = str(found)
     assert "3 examples equal to an earlier one" in text
-    assert "3 of the 4 validation examples are also in the training data, so the validation loss" in text
+    assert (
+        "the training data contain 3 of the 4 validation examples, so the validation loss is too low" in text
+    )
+    ending = [{"prompt": "a", "completion": "b" * 30 + end} for end in "abcde"]  # equal after the cut
+    for most in (20, 40):
+        options = FinetuneOptions(max_length=most)
+        read = load.read_inputs("test", model, ending[:3], ending[3:], options)
+        found = preview(ending[:3], read.lm, valid=ending[3:], max_length=most)
+        assert found.shared == read.count_shared() == (2 if most == 20 else 0)
     split = preview([*ROWS, *ROWS], TOKENIZER, valid_split=0.3)  # equal rows are on the same side
     assert split.valid is not None
     assert (split.train.repeated + split.valid.repeated, split.shared) == (30, 0)
@@ -207,7 +217,7 @@ def test_the_command_shows_marks_or_colours(
     assert "1 example longer than 64 tokens: cut" in printed  # the context of the model
     assert "1+1=[[2<|end|>]]" in printed
     assert "xxx" not in printed
-    assert "2 of the 2 validation examples are also in the training data" in printed
+    assert "the training data contain 1 of the 1 validation examples" in printed
     monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
     monkeypatch.delenv("NO_COLOR", raising=False)
     assert cli.main(line) == 0

@@ -1,5 +1,6 @@
 """Rows that are held out: which they are, and that a file is read only once."""
 
+import dataclasses
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -50,6 +51,22 @@ def contents(examples: Any) -> Counter[str]:
 
 def inputs(model: Path, data: Any, share: float) -> load.RunInputs:
     return load.read_inputs("finetune", model, data, None, FinetuneOptions(valid_split=share))
+
+
+def test_a_first_row_that_the_objective_cannot_use_does_not_decide_the_format(tmp_path: Path) -> None:
+    rows = [{"prompt": "a", "chosen": "b", "rejected": "c"}, *ROWS]
+    options = FinetuneOptions(valid_split=0.3, skip_bad=True)
+    model = save_small_llama(tmp_path / "m.gguf")
+    found = load.read_inputs("finetune", model, rows, None, options)
+    assert found.held_out is not None
+    assert len(found.train) + len(found.held_out) == 30
+    assert found.train.report.skipped == 1
+    assert "expected one answer to learn" in found.train.report.problems[0]
+    options = dataclasses.replace(options, objective="dpo")
+    pairs = [{"prompt": f"{n}", "chosen": "b", "rejected": "c"} for n in range(30)]
+    found = load.read_inputs("finetune", model, [ROWS[0], *pairs], None, options)
+    assert found.held_out is not None
+    assert len(found.train) + len(found.held_out) == 30
 
 
 def test_each_row_is_read_once_and_is_on_one_side(tmp_path: Path, reads: Counter[str]) -> None:

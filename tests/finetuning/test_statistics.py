@@ -127,6 +127,29 @@ def test_the_interval_of_a_difference_of_rates_is_that_of_newcombe() -> None:
     assert difference_interval(rate(one), rate(other)) == pytest.approx((0.0569, 0.3404), abs=5e-5)
 
 
+def test_the_difference_of_a_rate_and_a_constant_is_the_interval_of_the_rate_shifted() -> None:
+    """The model without an adapter prefers neither answer: 0.5 in each pair."""
+    half = rate([0.5] * 20)
+    for right in (rate([True] * 20), rate([True] * 14 + [False] * 6)):
+        alone, above = interval(right), difference_interval(right, half)
+        below = difference_interval(half, right)
+        assert alone is not None
+        assert above == pytest.approx((alone.low - 0.5, alone.high - 0.5))
+        assert below == pytest.approx((0.5 - alone.high, 0.5 - alone.low))
+        assert above is not None
+        assert above.high - above.low > 0.1
+
+
+def test_all_permutations_are_tried_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(5)
+    pairs = [(measured(rng.normal(0.4, 1, 9)), measured(rng.normal(0, 1, 9))) for _ in range(12)]
+    whole = paired_p(pairs)
+    monkeypatch.setattr(statistics, "_TOGETHER", 100)
+    assert max(len(part) for part in statistics._all_swaps(9, 12)) == 8
+    assert max(len(part) for part in statistics._swaps(9, 50, 12)) == 8
+    assert paired_p(pairs) == whole
+
+
 def test_the_difference_of_all_and_none_has_a_width() -> None:
     found = difference_interval(rate([True] * 20), rate([False] * 20))
     assert found is not None
@@ -279,7 +302,7 @@ def test_draws_are_uniform_and_of_the_number_of_examples() -> None:
     counts = sum(statistics._draws(7))
     assert np.sum(counts) == 7 * statistics.RESAMPLES
     assert np.abs(counts - statistics.RESAMPLES).max() < 5 * math.sqrt(statistics.RESAMPLES)
-    swaps = np.concatenate(list(statistics._swaps(70, statistics.RESAMPLES)))
+    swaps = np.concatenate(list(statistics._swaps(70, statistics.RESAMPLES, 1)))
     assert np.abs(swaps.mean(axis=0) - 0.5).max() < 5 * 0.5 / math.sqrt(statistics.RESAMPLES)
 
 

@@ -23,7 +23,8 @@ from nplora.finetuning import (
 )
 from nplora.finetuning.classification.class_weights import balanced_weights
 from nplora.finetuning.classification.entities import count_entities, entities, kinds_of, scheme_of
-from nplora.finetuning.classification.labelled import Columns, RowReader
+from nplora.finetuning.classification.labelled import Columns, RowReader, task_of
+from nplora.finetuning.classification.tagged import words_of
 from nplora.finetuning.data.sources import sources_of
 from nplora.formats import peft_adapter
 from nplora.formats.errors import DataError
@@ -52,6 +53,16 @@ def some_rows(count: int = 48, seed: int = 0) -> list[dict[str, Any]]:
                 tags.append("O")
         rows.append({"tokens": words, "tags": tags})
     return rows
+
+
+@pytest.mark.parametrize("null", ["words", "text"])
+def test_a_null_column_is_no_column(null: str) -> None:
+    """In a table, each row has each column."""
+    rows = [{**row, null: None} for row in some_rows(4)]
+    sources = sources_of("test", rows)
+    assert task_of(None, {}, sources) == "tokens"
+    [name, words] = words_of(next(iter(sources[0].read())), None)
+    assert (name, words) == ("tokens", rows[0]["tokens"])
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -116,9 +117,9 @@ def read_inputs(
     tokens = _added_tokens(op, lm, start, options)
     reader = lm.with_tokens(tokens) if tokens else lm  # reads the data with the new tokens
     reading = options.reading(options.max_length, op)
-    division = None if share is None else Division(op, sources, share, reading)
-    require_validation(op, options, held_out_sources is not None or division is not None)
     objective = objective_of(options)
+    division = None if share is None else Division(op, sources, share, reading, objective.require)
+    require_validation(op, options, held_out_sources is not None or division is not None)
     objective.open(op, lm, check)
     train = _read(op, reader, objective, sources if division is None else division.train, options)
     _warn_of_unused(op, tokens, train)
@@ -126,7 +127,7 @@ def read_inputs(
         held_out_sources = division.held_out()
     held_out = None
     if held_out_sources is not None:
-        held_out = _read(op, reader, objective, held_out_sources, options)
+        held_out = _read(op, reader, objective, held_out_sources, options, any_names=True)
     read = {"training data": sources, "validation data": held_out_sources or []}
     paths = [(what, source.path) for what, given in read.items() for source in given if source.path]
     paths += [("teacher", path) for path in (objective.teacher.paths if objective.teacher else [])]
@@ -225,8 +226,10 @@ def _read(
     objective: Objective,
     sources: list[Source],
     options: FinetuneOptions,
+    any_names: bool = False,
 ) -> Examples:
     reading = options.reading(min(options.max_length, lm.config.max_position_embeddings), op)
+    reading = dataclasses.replace(reading, any_names=any_names)
     dataset = objective.read(op, sources, lm.tokenizer, reading)
     require_vocabulary(lm, dataset.report.source, dataset.largest_id)
     return dataset

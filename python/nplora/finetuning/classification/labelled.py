@@ -274,7 +274,9 @@ def task_of(task: str | None, columns: Mapping[str, str], sources: Sequence[Sour
         return "tokens"
     rows = itertools.chain.from_iterable(source.read() for source in sources if not source.is_text)
     first = next((row for row in rows if row.error is None), None)
-    return "tokens" if first is not None and "text" not in first.values and has_words(first) else "single"
+    return (
+        "tokens" if first is not None and first.values.get("text") is None and has_words(first) else "single"
+    )
 
 
 def require_separator(op: str, separator: object) -> None:

@@ -16,7 +16,7 @@ TAGS = ("tags", "ner_tags", "labels")
 
 def has_words(row: Row) -> bool:
     """Whether a row has a field with one of the usual names for words, which are in `WORDS`."""
-    return not {*row.values}.isdisjoint(WORDS)
+    return any(row.values.get(name) is not None for name in WORDS)
 
 
 def words_of(row: Row, column: str | None) -> tuple[str, list[str]]:
@@ -53,7 +53,8 @@ def _items(row: Row, ours: str, column: str | None, usual: Sequence[str]) -> tup
     """The name and the items of a list field."""
     if row.error is not None:
         raise row.error
-    found = [name for name in (usual if column is None else [column]) if name in row.values]
+    present = [name for name in (usual if column is None else [column]) if name in row.values]
+    found = [name for name in present if row.values[name] is not None] or present[:1]
     hint = f"--columns {ours}=NAME"
     if not found:
         names = " or ".join(map(repr, usual if column is None else [column]))

@@ -201,7 +201,7 @@ def read_pairs(
     Raises the same errors as `read_dataset`, and a DataError if the rows are not comparisons.
     """
     builder = Builder(options.max_length, options.strict, made, "pair")
-    _read(op, builder, sources, tokenizer, options, _Wanted(objective, ("preference",)), one_example)
+    _read(op, builder, sources, tokenizer, options, wanted_pairs(objective), one_example)
     return builder.dataset()
 
 
@@ -221,7 +221,7 @@ def read_judged(
     have the same prompt and the loss needs mismatched pairs.
     """
     builder = _JudgedBuilder(options.max_length, options.strict, JudgedDataset, "answer")
-    _read(op, builder, sources, tokenizer, options, _Wanted(objective, ("kto", "preference")), _each)
+    _read(op, builder, sources, tokenizer, options, wanted_judgements(objective), _each)
     dataset = builder.dataset()
     dataset.good, dataset.max_length = np.array(builder.good, np.bool_), options.max_length
     dataset.mismatches = mismatches
@@ -251,7 +251,7 @@ class _JudgedBuilder(Builder[JudgedDataset]):
 
 
 @dataclass(frozen=True)
-class _Wanted:
+class Wanted:
     """An objective, and the names of the kinds of rows that it reads."""
 
     objective: str
@@ -263,11 +263,23 @@ class _Wanted:
 
     def require(self, kind: Kind, where: str) -> None:
         if kind.name not in self.kinds:
-            hint = "; rows with a label of 1 or 0 need --format kto" if "kto" in self.kinds else ""
+            hint = ""
+            if "kto" in self.kinds:
+                hint = "; an empty label counts as missing, and labels of 1 and 0 need --format kto"
             raise DataError(
                 f"{where}: the row has {kind.fields}; objective {self.objective!r} needs rows with "
                 f"{self.fields}{hint}"
             )
+
+
+def wanted_pairs(objective: str) -> Wanted:
+    """The rows that an objective reads if it learns from pairs."""
+    return Wanted(objective, ("preference",))
+
+
+def wanted_judgements(objective: str) -> Wanted:
+    """The rows that an objective reads if it learns from judged answers."""
+    return Wanted(objective, ("kto", "preference"))
 
 
 def _read(
@@ -276,7 +288,7 @@ def _read(
     sources: list[Source],
     tokenizer: Tokenizer,
     options: ReadOptions,
-    wanted: _Wanted,
+    wanted: Wanted,
     examples_of: Callable[[Example, list[Encoded]], list[list[Encoded]]],
 ) -> None:
     for source in sources:
@@ -288,6 +300,7 @@ def _read(
             )
         add_rows(builder, source, tokenizer, options, wanted.require, examples_of)
         builder.end()
+    builder.renamed.check(options.columns, options.any_names)
 
 
 def _each(example: Example, sequences: list[Encoded]) -> list[list[Encoded]]:

@@ -77,6 +77,8 @@ class Dataset(Stored, Sequence[tuple[Array, Array]]):
 class ReadOptions:
     """The options that define how rows become examples, as in `read_dataset`.
 
+    Attributes:
+        any_names: whether it is no error if no row has a field that `columns` renames.
     Raises:
         ValueError, TypeError: a value is out of range or has a wrong type.
     """
@@ -89,6 +91,7 @@ class ReadOptions:
     skip_bad: bool = False
     strict: bool = False
     op: dataclasses.InitVar[str] = "read_dataset"
+    any_names: bool = False
 
     def __post_init__(self, op: str) -> None:
         if self.max_length is not None:
@@ -215,8 +218,9 @@ def read_sources(op: str, sources: list[Source], tokenizer: Tokenizer, options: 
             for window in text_windows(op, source, tokenizer, options.max_length):
                 builder.add([window], source.name)
         else:
-            add_rows(builder, source, tokenizer, options, _require_one_answer, one_example)
+            add_rows(builder, source, tokenizer, options, require_one_answer, one_example)
         builder.end()
+    builder.renamed.check(options.columns, options.any_names)
     return builder.dataset()
 
 
@@ -257,41 +261,22 @@ def add_rows(
     """
     encoder = Encoder(tokenizer, options.learn == "all", options.max_length, options.chat)
     kind: Kind | None = None
-    without_prompt, keeping = collections.Counter[str](), 0
+    without_prompt = collections.Counter[str]()
     for row in source.read():
         try:
-            kind, example, unused, unread, keeps_names = parsed(row, kind, options, require)
+            kind, example, unused, unread, is_renamed, forgotten = parsed(row, kind, options, require)
             examples = examples_of(example, encoder.encode(example, row.where))
         except (DataError, LimitError) as error:
             builder.bad.skip(error, options.skip_bad)
             continue
         builder.kind = kind.name
-        keeping += keeps_names
+        builder.renamed.add(source, is_renamed)
         builder.unread.update(unread.keys())
         for sequences in examples:
             builder.add(sequences, row.where, unused)
-        if prompt := forgotten_in(row, example, unread, options):
-            without_prompt[prompt] += 1
+        without_prompt.update([forgotten] if forgotten else [])
     if without_prompt:
         warn_user(f"{source.name}: {without_prompt_words(without_prompt)}")
-    warn_of_names(source, keeping, options)
-
-
-def warn_of_names(source: Source, rows: int, options: ReadOptions) -> None:
-    """Warn if some rows have none of the names in `columns`, and keep their own. A name may be misspelled."""
-    if rows:
-        names = ", ".join(map(repr, options.columns.values()))
-        warn_user(
-            f"{source.name}: {counted(rows, 'row')} with none of the fields that columns names ({names}): "
-            "they keep their own names"
-        )
-
-
-def forgotten_in(row: Row, example: Example, unread: dict[str, Any], options: ReadOptions) -> str | None:
-    """If a comparison has no field "prompt", return the name of the field that may hold it, or None."""
-    if not isinstance(example, Preference) or row.values.get(options.columns.get("prompt", "prompt")):
-        return None
-    return forgotten_prompt(example, unread)
 
 
 def without_prompt_words(names: Mapping[str, int]) -> str:
@@ -304,7 +289,7 @@ def without_prompt_words(names: Mapping[str, int]) -> str:
     return f"found no prompt in {rows} with chosen and rejected; {renaming('prompt', likely)}"
 
 
-def _require_one_answer(kind: Kind, where: str) -> None:
+def require_one_answer(kind: Kind, where: str) -> None:
     if kind.name in ("preference", "kto"):
         objective = "dpo" if kind.name == "preference" else "kto"
         ignoring = ""
@@ -333,7 +318,7 @@ def kind_of(
     row: Row,
     before: Kind | None,
     options: ReadOptions,
-    require: Callable[[Kind, str], None] = _require_one_answer,
+    require: Callable[[Kind, str], None] = require_one_answer,
 ) -> Kind:
     """Find the kind of a row, and check that it is the kind of the earlier rows.
 
@@ -351,14 +336,16 @@ class Parsed(NamedTuple):
         lost_context: the fields of the row, "tools" or "documents", that are not in the example.
         unread: a dict from the names of the unused fields, as in the data, to their values. Empty fields,
             tools and documents are left out.
-        keeps_names: whether the row has none of the names in `columns`, and keeps its own names.
+        is_renamed: whether the fields were renamed by `columns`.
+        forgotten: the name of the field that may hold the prompt, if a comparison has no field "prompt".
     """
 
     kind: Kind
     example: Example
     lost_context: tuple[str, ...]
     unread: dict[str, Any]
-    keeps_names: bool
+    is_renamed: bool
+    forgotten: str | None
 
 
 def parsed(
@@ -373,24 +360,30 @@ def parsed(
     Raises the error that occurred when the row was read, or a DataError.
     """
     kind, values = _kind_and_values(row, before, options, require)
-    keeps_names = bool(options.columns) and values is row.values
-    fields, columns = Fields(values, row.where), {} if keeps_names else options.columns
+    is_renamed = values is not row.values
+    fields, columns = Fields(values, row.where), options.columns if is_renamed else {}
     example = kind.parse(fields)
     unread = {columns.get(name, name): value for name, value in fields.unread().items()}
     replaced = (name for name in columns if row.values.get(name) and name not in columns.values())
     unread |= {name: row.values[name] for name in replaced}
-    return Parsed(kind, example, lost_context(values, example), unread, keeps_names)
+    forgotten = None
+    if isinstance(example, Preference) and not values.get("prompt"):
+        forgotten = forgotten_prompt(example, unread)
+    return Parsed(kind, example, lost_context(values, example), unread, is_renamed, forgotten)
 
 
-def _renamed(row: Row, columns: Mapping[str, str]) -> dict[str, Any]:
+def _renamed(row: Row, options: ReadOptions) -> dict[str, Any]:
     """Rename the fields of a row. Among several files, one may have nplora's names already."""
     try:
-        return renamed(row.values, columns, row.where)
+        return renamed(row.values, options.columns, row.where)
     except DataError:
-        if any(theirs in row.values for theirs in columns.values()):
+        if any(theirs in row.values for theirs in options.columns.values()):
             raise
-        with contextlib.suppress(DataError):
-            recognise(row.values, row.where)
+        with contextlib.suppress(DataError, LimitError):
+            if options.format is None:
+                recognise(row.values, row.where)
+            else:
+                BY_NAME[options.format].parse(Fields(row.values, row.where))
             return row.values
         raise
 
@@ -400,7 +393,7 @@ def _kind_and_values(
 ) -> tuple[Kind, dict[str, Any]]:
     if row.error is not None:
         raise row.error
-    values = _renamed(row, options.columns)
+    values = _renamed(row, options)
     kind = recognise(values, row.where) if options.format is None else BY_NAME[options.format]
     if require is not None:
         require(kind, row.where)

@@ -16,16 +16,15 @@ from nplora.finetuning.data.builder import MOST_EXAMPLES, in_epoch, is_emptied, 
 from nplora.finetuning.data.dataset import (
     PLAIN_TEXT,
     ReadOptions,
-    forgotten_in,
     parsed,
     text_windows,
     tokenizer_of,
-    warn_of_names,
     without_prompt_words,
 )
 from nplora.finetuning.data.encoding import Encoded, Encoder
 from nplora.finetuning.data.examples import Judged
 from nplora.finetuning.data.kinds import Kind
+from nplora.finetuning.data.renaming import RenamedRows
 from nplora.finetuning.data.sources import Data, Source, sources_of, splits_of
 from nplora.finetuning.data.split import Division
 from nplora.finetuning.data.stored import shared_words, unread_words
@@ -176,7 +175,7 @@ class Preview:
         if self.valid is not None:
             blocks.append(_summary(self.valid, self.max_length))
             if self.shared:
-                blocks.append(shared_words(self.shared, self.valid.examples))
+                blocks.append(shared_words(self.shared, self.valid.usable))
         blocks.append("\n".join(_histogram(self.train.lengths)))
         if self.examples:
             marks = "in green" if colour else "between [[ and ]]"
@@ -250,7 +249,7 @@ def preview(
         found = division.held_out()
     if found is None:
         return Preview(train, None, max_length, shown, 0)
-    held_out, others, _ = reader.read(found, 0)
+    held_out, others, _ = reader.read(found, 0, any_names=True)
     shared = sum(count for digest, count in others.items() if digest in seen)
     return Preview(train, held_out, max_length, shown, shared)
 
@@ -280,11 +279,6 @@ class _Found:
             return ("good" if self.good else "bad",)
         return ("chosen", "rejected") if self.kind == "preference" else ("",)
 
-    def digest(self) -> bytes:
-        """A hash of the example's tokens, of which tokens are trained, and of the judgement."""
-        said = repr([self.good, [(one.ids, one.trained) for one in self.sequences]])
-        return hashlib.blake2b(said.encode(), digest_size=16).digest()
-
 
 class _Reader:
     """Reads sources as `read_dataset` does, but continues after a bad row and does not cut long examples."""
@@ -293,14 +287,17 @@ class _Reader:
         self._op, self._tokenizer, self._options, self._most = op, tokenizer, options, max_length
         self._encoder = Encoder(tokenizer, options.learn == "all", None, options.chat)
 
-    def read(self, sources: list[Source], shown: int) -> tuple[Part, dict[bytes, int], tuple[Example, ...]]:
-        """Return a tuple: a summary; a dict from the hash of each example to the number of equal examples;
-        and the first `shown` examples."""
+    def read(
+        self, sources: list[Source], shown: int, any_names: bool = False
+    ) -> tuple[Part, dict[bytes, int], tuple[Example, ...]]:
+        """Return a tuple: a summary; a dict from the hash of each example, cut to the maximum length, to the
+        number of equal examples; and the first `shown` examples. `any_names` is as in `ReadOptions`."""
         lengths, seen, examples, bad = list[int](), dict[bytes, int](), list[Example](), BadRows()
         count = trained = cut = lost = emptied = unused = 0
         kinds, unread, without_prompt = dict[str, None](), Counter[str](), Counter[str]()
         usable, lost_parts = [0] * len(sources), set[str]()
-        for found in self._rows(sources):
+        renamed = RenamedRows()
+        for found in self._rows(sources, renamed):
             if isinstance(found, FormatError):
                 bad.skip(found)
                 continue
@@ -318,13 +315,15 @@ class _Reader:
             lost_parts.update(found.unused)
             unread.update(found.unread)
             without_prompt.update([found.forgotten] if found.forgotten else [])
-            digest = found.digest()
-            seen[digest] = seen.get(digest, 0) + 1
+            if not left_out:
+                digest = _digest(kept, found.good)
+                seen[digest] = seen.get(digest, 0) + 1
             if count <= shown:
                 examples += self._shown(found)
         names = ", ".join(source.name for source in sources)
         if not count and not bad.count:
             raise DataError(f"{names}: no examples")
+        renamed.check(self._options.columns, any_names)
         repeated = sum(seen.values()) - len(seen)
         epoch = sum(in_epoch(one.weight, number) for one, number in zip(sources, usable, strict=True))
         part = Part(
@@ -334,7 +333,7 @@ class _Reader:
         )  # fmt: skip
         return part, seen, tuple(examples)
 
-    def _rows(self, sources: list[Source]) -> Iterator[_Found | FormatError]:
+    def _rows(self, sources: list[Source], renamed: RenamedRows) -> Iterator[_Found | FormatError]:
         for place, source in enumerate(sources):
             if source.is_text:
                 windows = text_windows(self._op, source, self._tokenizer, self._most)
@@ -343,20 +342,19 @@ class _Reader:
                     yield _Found(where, PLAIN_TEXT, [window], place, (), None)
                 continue
             before: Kind | None = None
-            keeping = 0
             for row in source.read():
                 try:
-                    before, example, unused, unread, keeps_names = parsed(row, before, self._options)
+                    before, example, unused, unread, is_renamed, forgotten = parsed(
+                        row, before, self._options
+                    )
                     sequences = self._encoder.encode(example, row.where)
                 except (DataError, LimitError) as error:
                     yield error
                     continue
-                keeping += keeps_names
+                renamed.add(source, is_renamed)
                 unused = (*unused, *(name for sequence in sequences for name in sequence.unused))
                 good = example.good if isinstance(example, Judged) else None
-                forgotten = forgotten_in(row, example, unread, self._options)
                 yield _Found(row.where, before.name, sequences, place, unused, good, tuple(unread), forgotten)
-            warn_of_names(source, keeping, self._options)
 
     def _shown(self, found: _Found) -> Iterator[Example]:
         for name, sequence in zip(found.names, found.sequences, strict=True):
@@ -364,6 +362,12 @@ class _Reader:
             runs = itertools.groupby(pairs, key=lambda pair: pair[1])
             pieces = tuple((self._tokenizer.decode(id_ for id_, _ in run), is_in) for is_in, run in runs)
             yield Example(found.where, name, pieces, len(sequence.ids), sum(sequence.trained[1:]))
+
+
+def _digest(sequences: list[Encoded], good: bool | None) -> bytes:
+    """A hash of an example's tokens, of which tokens are trained, and of the judgement."""
+    said = repr([good, [(one.ids, one.trained) for one in sequences]])
+    return hashlib.blake2b(said.encode(), digest_size=16).digest()
 
 
 def _summary(part: Part, max_length: int) -> str:

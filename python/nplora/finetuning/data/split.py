@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from nplora.finetuning.data.dataset import ReadOptions, parsed
 from nplora.finetuning.data.examples import (
@@ -18,6 +18,7 @@ from nplora.finetuning.data.examples import (
     Text,
     through_template,
 )
+from nplora.finetuning.data.kinds import Kind
 from nplora.finetuning.data.rows import Row
 from nplora.finetuning.data.sources import Source
 from nplora.formats.errors import DataError, LimitError, counted
@@ -37,18 +38,26 @@ class Division:
             DataError is raised if the rows to train on or the held-out rows are missing.
     """
 
-    def __init__(self, op: str, sources: list[Source], share: float, options: ReadOptions) -> None:
+    def __init__(
+        self,
+        op: str,
+        sources: list[Source],
+        share: float,
+        options: ReadOptions,
+        require: Callable[[Kind, str], None] | None = None,
+    ) -> None:
         """
         Args:
             share: the share of the rows that are held out, on average.
             options: how rows become examples.
+            require: a function that raises a DataError if a row's kind cannot be used, as in `parsed`.
         Raises:
             ValueError: a source is a plain text, which has no rows.
         """
         for source in sources:
             if source.is_text:
                 raise ValueError(f"{op}: {source.name} is a plain text, which has no rows to hold out")
-        self._sources, self._share, self._options = sources, share, options
+        self._sources, self._share, self._options, self._require = sources, share, options, require
         self._rows = dict[int, int]()  # the number of rows of each source that was read to its end
         self._held_out = dict[int, list[Row]]()
         self.train = [
@@ -72,7 +81,7 @@ class Division:
         for row in self._sources[number].read():
             rows += 1
             try:
-                kind, example, *_ = parsed(row, kind, self._options)
+                kind, example, *_ = parsed(row, kind, self._options, self._require)
                 is_held = is_held_out(text_of(example, row.where), self._share)
             except (DataError, LimitError) as error:
                 yield Row(row.where, {}, error)

@@ -91,8 +91,8 @@ def unread_words(unread: Mapping[str, int]) -> str:
 def shared_words(shared: int, evaluated: int) -> str:
     """A text that says how many of the validation examples are training examples too."""
     return (
-        f"{shared:,} of the {counted(evaluated, 'validation example')} are also in the training data, so the "
-        "validation loss is too low"
+        f"the training data contain {shared:,} of the {evaluated:,} validation examples, so the validation "
+        "loss is too low"
     )
 
 

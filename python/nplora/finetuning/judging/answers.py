@@ -123,7 +123,7 @@ def measure_answers(
     """
     scores = np.zeros((len(metrics), len(questions)))
     for metric in metrics:
-        metric.failed, metric.error = 0, ""
+        metric.failed, metric.error, metric.is_rate = 0, "", True
     for place, answer in enumerate(answers(lm, questions, max_new_tokens)):
         question, named = questions[place], dict[str, float | None]()
         for index, metric in enumerate(metrics):

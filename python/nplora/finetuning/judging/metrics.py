@@ -97,7 +97,8 @@ class Metric:
     """A metric: its name, and the function that scores an answer.
 
     Attributes:
-        is_rate: whether all results so far say that an answer is right or wrong: they are True or False.
+        is_rate: whether all results so far are True or False, so that the metric is the share of right
+            answers.
         failed: the number of examples in which the function failed.
         error: the first error.
     """

@@ -55,7 +55,7 @@ class PairScores:
             rewards = self.log_probs - reference.log_probs
             found += [
                 Measured("reward_acc", _preferred(rewards), ones, is_rate=True),
-                Measured("reward_margin", rewards[:, 0] - rewards[:, 1], ones),
+                Measured("reward_margin", rewards[:, 0] - rewards[:, 1], ones, lower_is_better=None),
             ]
         return found
 

@@ -30,8 +30,8 @@ class Score(TypedDict):
 
     Keys:
         value: the metric; NaN, which is null in JSON, if the metric failed in all examples.
-        low, high: the interval, by a bootstrap over the examples, or by Wilson's formula if the metric is 0
-            or 1 in each example; None for fewer than two examples.
+        low, high: the interval; None for fewer than two examples. If the metric is True or False in each
+            example, the interval is from Wilson's formula, otherwise from a bootstrap over the examples.
         examples: the number of examples.
         failed: the number of examples in which the metric failed. If it failed in only some examples, these
             count as 0.
@@ -135,15 +135,16 @@ class Difference:
         values: the values of the metric for `one` and for `other`.
         difference: the value for `one` minus the value for `other`.
         low, high: the 95 % confidence interval of the difference, by a bootstrap that draws the same examples
-            for both systems, or by Newcombe's formula if each example is either right or wrong; None for
-            fewer than two examples. The interval is not adjusted for `comparisons`.
+            for both systems; None for fewer than two examples. If the metric is True or False in each
+            example, the interval is from Newcombe's formula. It is not adjusted for `comparisons`.
         p: the p-value of a paired permutation test, adjusted for the number of comparisons by Holm's method.
-            If all systems are equally good, the probability that any p of a metric is below 0.05 is at most
-            5 %. None for fewer than two examples.
-        is_better: whether `one` is better than `other`, if p is below 0.05; otherwise None.
+            If all systems are equally good, the probability that at least one p of a metric is below 0.05
+            is at most 5 %. None for fewer than two examples.
+        is_better: whether `one` is better than `other`; None if p is not below 0.05, or if a larger value of
+            the metric is neither better nor worse (reward_margin).
         examples: the number of examples.
         comparisons: the number of pairs of systems. If all permutations of n examples are tried, p is at
-            least the smaller of 1 and 2 / 2^n times this number.
+            least min(1, comparisons * 2 / 2**n).
 
     >>> comparison = nplora.finetuning.compare("model.gguf", "valid.jsonl", ["adapter"])
     >>> comparison.differences[0].one, comparison.differences[0].other
@@ -196,7 +197,7 @@ def difference_of(
     """Compare two systems by one metric. `p` and `comparisons` are those of `Difference`."""
     found, difference = difference_interval(one, other), one.value - other.value
     is_better = None
-    if p is not None and p < SIGNIFICANT:
+    if p is not None and p < SIGNIFICANT and one.lower_is_better is not None:
         is_better = (difference < 0) == one.lower_is_better
     low, high = (None, None) if found is None else found
     values, examples = (one.value, other.value), len(one.values)

@@ -26,10 +26,12 @@ import numpy.typing as npt
 Array = npt.NDArray[Any]
 
 RESAMPLES = 2000
-_PER_COMPARISON = 200  # permutations; so the least p, times the number of comparisons, is below 1 / 200
+# Random permutations for each comparison. The least p is 1 / (1 + their number). So it stays below 1 / 200
+# when Holm's method multiplies it by the number of comparisons.
+_PER_COMPARISON = 200
 LEVEL = 0.95  # the level of the confidence intervals
 _SEED = 0
-_TOGETHER = 1 << 22  # examples of permutations that are in memory together
+_TOGETHER = 1 << 22  # the most numbers of an array that has a row for each permutation
 _ROUNDING = 1e-12  # relative; two differences closer than this count as equal
 
 
@@ -41,7 +43,7 @@ class Measured:
         name: the metric.
         values, weights: float64 (examples,). For a loss, `values` has the summed loss of each example, and
             `weights` has the number of tokens of each example.
-        lower_is_better: whether a lower metric is better.
+        lower_is_better: whether a lower metric is better; None: neither a lower nor a higher one is.
         failed: the number of examples that could not be scored.
         error: the first error of the metric; empty if all examples were scored.
         is_rate: whether the metric is a share of right examples or tokens. An example whose tokens are all
@@ -53,7 +55,7 @@ class Measured:
     name: str
     values: Array
     weights: Array
-    lower_is_better: bool = False
+    lower_is_better: bool | None = False
     failed: int = 0
     exact: float | None = None
     error: str = ""
@@ -69,6 +71,11 @@ class Measured:
     def is_binary(self) -> bool:
         """Whether the metric is a rate, and each example is right or wrong as a whole."""
         return self.is_rate and bool(((self.values == 0) | (self.values == self.weights)).all())
+
+    @property
+    def is_constant(self) -> bool:
+        """Whether the metric has the same value in each example."""
+        return bool((self.values * self.weights[0] == self.values[0] * self.weights).all())
 
 
 class Interval(NamedTuple):
@@ -94,6 +101,12 @@ def difference_interval(one: Measured, other: Measured) -> Interval | None:
         return None
     if one.is_binary and other.is_binary:
         return _newcombe(one, other)
+    if one.is_binary and other.is_constant:
+        low, high = _wilson(one)
+        return Interval(low - other.value, high - other.value)
+    if one.is_constant and other.is_binary:
+        low, high = _wilson(other)
+        return Interval(one.value - high, one.value - low)
     values, weights, others, other_weights = _resampled(one.values, one.weights, other.values, other.weights)
     return _percentiles(values / weights - others / other_weights)
 
@@ -102,9 +115,9 @@ def paired_p(pairs: Sequence[tuple[Measured, Measured]]) -> list[float | None]:
     """For each pair of systems, the two-sided p-value of the paired permutation test; None as in `interval`.
 
     All systems were measured on the same examples. A permutation exchanges the values of the two systems in
-    some of the examples. If there are few examples, all permutations are tried. If there are many examples, a
-    random sample of permutations is tried, more for more pairs, and the permutation that exchanges nothing is
-    added. So p is never 0 (Phipson and Smyth 2010).
+    some of the examples. If there are few examples, all permutations are tried. If there are many examples,
+    random permutations are tried; their number grows with the number of pairs. The permutation that exchanges
+    nothing is added, so p is never 0 (Phipson and Smyth 2010).
     """
     usable = [place for place, pair in enumerate(pairs) if all(map(_can_resample, pair))]
     result = list[float | None]([None] * len(pairs))
@@ -115,9 +128,7 @@ def paired_p(pairs: Sequence[tuple[Measured, Measured]]) -> list[float | None]:
     enough = np.abs(total) - _ROUNDING * np.abs(differences).sum(axis=0)
     n, count = len(differences), max(RESAMPLES, _PER_COMPARISON * len(pairs))
     is_complete = 2**n <= count
-    swaps = (
-        [((np.arange(2**n)[:, None] >> np.arange(n)) & 1).astype(float)] if is_complete else _swaps(n, count)
-    )
+    swaps = _all_swaps(n, len(usable)) if is_complete else _swaps(n, count, len(usable))
     hits = np.zeros(len(usable), np.int64)
     for swapped in swaps:
         hits += np.count_nonzero(np.abs(total - 2 * (swapped @ differences)) >= enough, axis=0)
@@ -130,7 +141,7 @@ def paired_p(pairs: Sequence[tuple[Measured, Measured]]) -> list[float | None]:
 def adjusted(found: Sequence[float | None]) -> list[float | None]:
     """Adjust p-values for their number (Holm 1979). The adjusted value of None is None.
 
-    If all systems are equal, the probability that any adjusted p-value is below 0.05 is at most 5 %.
+    If all systems are equal, the probability that at least one adjusted p-value is below 0.05 is at most 5 %.
     """
     ascending = sorted((p, place) for place, p in enumerate(found) if p is not None)
     result, largest = list[float | None]([None] * len(found)), 0.0
@@ -199,13 +210,22 @@ def _draws(n: int) -> Iterator[Array]:
         yield np.bincount(drawn.astype(np.intp), minlength=n).astype(np.float64)
 
 
-def _swaps(n: int, count: int) -> Iterator[Array]:
+def _all_swaps(n: int, pairs: int) -> Iterator[Array]:
+    """Yield all permutations of n examples, as `_swaps` does."""
+    most = max(1, _TOGETHER // max(n, pairs))
+    for begin in range(0, 2**n, most):
+        numbers = np.arange(begin, min(begin + most, 2**n))
+        yield ((numbers[:, None] >> np.arange(n)) & 1).astype(np.float64)
+
+
+def _swaps(n: int, count: int, pairs: int) -> Iterator[Array]:
     """Draw `count` random permutations of n examples.
 
-    Yield arrays (rows, n) of 0 and 1: each row is a permutation, and 1 marks the examples to exchange.
+    Yield arrays (rows, n) of 0 and 1: each row is a permutation, and 1 marks the examples to exchange. The
+    number of rows is limited so that an array (rows, pairs) is small, too.
     """
     stream, words = np.random.PCG64(np.random.SeedSequence(_SEED, spawn_key=(1,))), -(-n // 64)
-    most = max(1, min(100, _TOGETHER // n))
+    most = max(1, min(100, _TOGETHER // max(n, pairs)))
     for begin in range(0, count, most):
         rows = min(most, count - begin)
         raw = stream.random_raw(rows * words).astype("<u8").reshape(rows, words)

@@ -10,8 +10,9 @@ import numpy as np
 import numpy.typing as npt
 
 from nplora.finetuning.data import EVALUATION_TOKENS
-from nplora.finetuning.data.comparisons import JudgedDataset, Judgements, read_judged
+from nplora.finetuning.data.comparisons import JudgedDataset, Judgements, read_judged, wanted_judgements
 from nplora.finetuning.data.dataset import ReadOptions
+from nplora.finetuning.data.kinds import Kind
 from nplora.finetuning.data.sources import Source
 from nplora.finetuning.nonfinite_layers import first_nonfinite_layer
 from nplora.finetuning.objectives.objective import Objective
@@ -115,6 +116,9 @@ class KtoObjective(Objective):
 
     name = "kto"
     has_reference = True
+
+    def require(self, kind: Kind, where: str) -> None:
+        wanted_judgements(self.name).require(kind, where)
 
     def read(
         self, op: str, sources: list[Source], tokenizer: Tokenizer, reading: ReadOptions

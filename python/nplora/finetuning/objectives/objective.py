@@ -8,7 +8,8 @@ from typing import Any, ClassVar, Self
 
 from nplora.distributed.communicator import Ranks
 from nplora.finetuning.data import TokenBatches
-from nplora.finetuning.data.dataset import ReadOptions, read_sources
+from nplora.finetuning.data.dataset import ReadOptions, read_sources, require_one_answer
+from nplora.finetuning.data.kinds import Kind
 from nplora.finetuning.data.sources import Source
 from nplora.finetuning.data.stored import Examples
 from nplora.finetuning.objectives import reference
@@ -74,6 +75,14 @@ class Objective:
 
     def reload(self, compute: str) -> None:
         """Load the teacher's model again with the arithmetic `compute`, if the objective had loaded it."""
+
+    def require(self, kind: Kind, where: str) -> None:
+        """Raise a DataError if the objective cannot learn from rows of this kind.
+
+        Args:
+            where: the file and line of the row, for the message.
+        """
+        require_one_answer(kind, where)
 
     def read(self, op: str, sources: list[Source], tokenizer: Tokenizer, reading: ReadOptions) -> Examples:
         """Read examples, as `read_sources` does."""

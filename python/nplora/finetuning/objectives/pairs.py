@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from nplora.finetuning.data.comparisons import Answers, LearnedPairs, PairDataset, read_pairs
+from nplora.finetuning.data.comparisons import Answers, LearnedPairs, PairDataset, read_pairs, wanted_pairs
 from nplora.finetuning.data.dataset import ReadOptions
+from nplora.finetuning.data.kinds import Kind
 from nplora.finetuning.data.sources import Source
 from nplora.finetuning.objectives.objective import Objective
 from nplora.finetuning.objectives.packed_loss import MicroBatch, PackedLoss, micro_batches
@@ -150,6 +151,9 @@ class DpoObjective(Objective):
     name = "dpo"
     has_reference = True
 
+    def require(self, kind: Kind, where: str) -> None:
+        wanted_pairs(self.name).require(kind, where)
+
     def read(self, op: str, sources: list[Source], tokenizer: Tokenizer, reading: ReadOptions) -> PairDataset:
         return read_pairs(op, sources, tokenizer, reading, self.name, PairDataset)
 
@@ -166,6 +170,9 @@ class OrpoObjective(Objective):
     """Odds ratio preference optimisation: trains chosen answers, penalises rejected ones; no reference."""
 
     name = "orpo"
+
+    def require(self, kind: Kind, where: str) -> None:
+        wanted_pairs(self.name).require(kind, where)
 
     def read(self, op: str, sources: list[Source], tokenizer: Tokenizer, reading: ReadOptions) -> PairDataset:
         return read_pairs(op, sources, tokenizer, reading, self.name, LearnedPairs)

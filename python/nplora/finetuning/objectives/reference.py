@@ -108,6 +108,12 @@ class Reference:
             say(f"{Path(directory, REFERENCE)}: {problem}; the reference is computed again")
         progress = Progress("reference", "examples", sum(len(source.dataset) for source in batches), say)
         shared = _SharedParts(lm, ranks, known)
+
+        def store() -> bool:
+            if directory is None or not (writes and is_computed and known):
+                return False
+            return _write(directory, self._model, *_sorted(known))
+
         seen, written_at, is_computed = set(self._found()), time.monotonic(), False
         try:
             for source in batches:
@@ -129,13 +135,11 @@ class Reference:
                         written_at = time.monotonic()
             shared.compute()
             known = {key: known[key] for key in seen}
-        except (KeyboardInterrupt, Terminated) as reason:
-            if directory is not None and writes and is_computed and known:
-                reason.add_note(f"the log-probabilities that are computed so far are saved: {RESUME_HINT}")
+        except BaseException as error:  # store them also after Ctrl-C: the next start continues from here
+            if store() and isinstance(error, KeyboardInterrupt | Terminated):
+                error.add_note(f"the log-probabilities computed so far are saved: {RESUME_HINT}")
             raise
-        finally:  # also after Ctrl-C, so that the next start continues from here
-            if is_computed and known and writes and directory is not None:
-                _write(directory, self._model, *_sorted(known))
+        store()
         self._set(known)
         self._is_kept = self._is_kept and (writes or not is_computed)
 
@@ -298,8 +302,11 @@ def _sorted(found: Mapping[int, float]) -> tuple[Array, Array]:
     return np.array(keys, np.uint64), np.array([found[key] for key in keys], np.float64)
 
 
-def _write(directory: files.Directory, model: str, keys: Array, values: Array) -> None:
-    """Write the file, or warn. If the disk is full, the first checkpoint raises an error anyway."""
+def _write(directory: files.Directory, model: str, keys: Array, values: Array) -> bool:
+    """Write the file, or warn, and return whether it was written.
+
+    If the disk is full, the first checkpoint raises an error anyway.
+    """
     metadata = {REFERENCE_MARK: _SCHEMA, "model": model, "sha256": _digest(keys, values)}
     path = Path(directory, REFERENCE)
     try:
@@ -311,6 +318,8 @@ def _write(directory: files.Directory, model: str, keys: Array, values: Array) -
             f"finetune: {size} of the reference could not be saved ({message_of(error)}); a resumed run "
             "computes them again"
         )
+        return False
+    return True
 
 
 def _digest(keys: Array, values: Array) -> str:

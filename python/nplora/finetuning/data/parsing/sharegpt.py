@@ -43,7 +43,8 @@ def turn_of(row: Fields, turn: object) -> Message:
         raise row.error(f"the value of a turn is {brief(value)}, expected a text")
     others = {name: given for name, given in turn.items() if name not in ("from", "value")}
     if speaker != "function_call":
-        if _SPEAKERS[speaker] == "assistant" and not value.strip() and not turn.get("tool_calls"):
+        calls_tool = turn.get("tool_calls") or turn.get("function_call")
+        if _SPEAKERS[speaker] == "assistant" and not value.strip() and not calls_tool:
             raise row.error(f"the value of a turn from {speaker!r} is {brief(value)}, expected a text")
         return message_of(row, {**others, "role": _SPEAKERS[speaker], "content": value})
     try:

@@ -277,9 +277,9 @@ def test_bad_arguments_are_named(rng: np.random.Generator) -> None:
         nplora.LoRAConv2d(W, stride=0)
     with pytest.raises(TypeError, match=r"padding is \(1, 2, 3\), expected an integer or a pair"):
         nplora.Conv2d(W, padding=(1, 2, 3))  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="a FrozenWeight, which needs kernel_size"):
+    with pytest.raises(ValueError, match="a FrozenWeight, but kernel_size is missing"):
         nplora.LoRAConv2d(nplora.FrozenWeight(W.reshape(5, 18)))
-    with pytest.raises(ValueError, match="d_in=18, expected a multiple of the kernel's 4 values"):
+    with pytest.raises(ValueError, match="d_in=18, expected a multiple of height · width = 4"):
         nplora.Conv2d(nplora.FrozenWeight(W.reshape(5, 18)), kernel_size=2)
     with pytest.raises(ValueError, match=r"kernel_size is 2, but W has shape \(5, 2, 3, 3\)"):
         nplora.Conv2d(W, kernel_size=2)

@@ -298,13 +298,13 @@ def _matrix(
     if isinstance(W, FrozenWeight):
         if kernel_size is None:
             raise ValueError(
-                f"{op}: W is a FrozenWeight, which needs kernel_size, the kernel's height and width"
+                f"{op}: W is a FrozenWeight, but kernel_size is missing: pass the kernel's (height, width)"
             )
         windows = Windows.of(op, 1, kernel_size, stride, padding, dilation)
         channels, rest = divmod(W.shape[1], windows.width)
         if rest or not channels:
             raise ValueError(
-                f"{op}: W has d_in={W.shape[1]}, expected a multiple of the kernel's {windows.width} values"
+                f"{op}: W has d_in={W.shape[1]}, expected a multiple of height · width = {windows.width}"
             )
         return W, dataclasses.replace(windows, channels=channels)
     array = _check.as_array(op, "W", W)
@@ -317,10 +317,10 @@ def _matrix(
 
 
 def _groups(windows: Windows, shape: tuple[int, ...]) -> Iterator[slice]:
-    """Yield groups of images.
+    """Yield groups of images, as slices of a batch that has the shape `shape`.
 
-    The windows of a group have at most _MOST_VALUES values in total, unless the group is a single image.
-    Equal shapes give equal groups.
+    The windows of a group have at most _MOST_VALUES values in total, unless the group is a single image. The
+    groups depend only on `windows` and `shape`.
     """
     vertical, horizontal = windows.counts(*shape[2:])
     images = max(1, _MOST_VALUES // (vertical * horizontal * windows.width or 1))
@@ -331,7 +331,7 @@ def _groups(windows: Windows, shape: tuple[int, ...]) -> Iterator[slice]:
 def _forward(
     windows: Windows, c_out: int, x: Array, product: Callable[[Array], tuple[Array, Any]]
 ) -> tuple[Array, tuple[Any, ...]]:
-    """Return y, and a tuple with the saved values of `product`, except the windows, for each group."""
+    """Return y, and a tuple with one item for each group: the values that `product` saved, but no windows."""
     y = np.empty((len(x), c_out, *windows.counts(*x.shape[2:])), x.dtype)
     items = []
     for group in _groups(windows, x.shape):

@@ -137,9 +137,9 @@ class LoRAEmbeddingSaved(Saved):
 class LoRAEmbedding(LoRALayer):
     """A frozen table E with a trainable low-rank update: y = E[ids] + scale · A[ids] B.
 
-    A is (vocab, r) and starts at 0. B is (r, dim) and starts with random numbers from N(0, 1). PEFT starts
-    its factors in the same way, but swaps the names A and B and transposes the arrays. Like the embedding
-    layer of PEFT, this layer has no dropout.
+    A is (vocab, r), and B is (r, dim). With init "zero", A starts at 0, and B starts with random numbers from
+    N(0, 1). PEFT starts its factors in the same way, but swaps the names A and B and transposes the arrays.
+    Like the embedding layer of PEFT, this layer has no dropout.
 
         >>> import nplora, numpy as np
         >>> layer = nplora.LoRAEmbedding(np.eye(4), rank=2, rng=0)

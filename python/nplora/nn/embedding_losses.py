@@ -62,7 +62,7 @@ class RankingLoss:
         0.4791
 
     Args:
-        scale: the factor of the cosines, which is 1 / temperature.
+        scale: the number by which the cosines are multiplied, which is 1 / temperature.
         symmetric: also rank the anchors for each positive. The loss is then the mean of the two rankings'
             losses.
     Raises:
@@ -116,8 +116,8 @@ class TripletLoss:
         2.0
 
     Args:
-        margin: if the negative is farther from the anchor than the positive, by at least `margin`, the loss
-            of the triplet is 0.
+        margin: the loss of a triplet is 0 if d(anchor, negative) is larger than d(anchor, positive) by at
+            least `margin`.
         distance: "euclidean", "cosine" (1 - cosine) or "manhattan".
     Raises:
         ValueError: `margin` is not above 0, or the distance is unknown.
@@ -191,7 +191,7 @@ class CoSENTLoss:
         True
 
     Args:
-        scale: the factor of the cosines.
+        scale: the number by which the cosines are multiplied.
     Raises:
         ValueError: `scale` is not above 0.
     """

@@ -15,7 +15,8 @@ _allowed: ContextVar[bool] = ContextVar("nplora_int8", default=True)
 class Int8Layer(Protocol):
     """A layer whose int8 arithmetic can be turned off.
 
-    If `int8` is False, products with many rows (in a forward pass: more than 8) use bfloat16 instead of int8.
+    If `int8` is False, products with many rows use bfloat16 instead of int8. "Many" means more than 8 rows in
+    a forward pass, and more than 4 rows in a backward pass.
     """
 
     int8: bool

@@ -70,9 +70,10 @@ class LoRALinear(LoRALayer):
         rank: the rank r of the update, from 1 to 65536.
         alpha: the strength of the update, which sets scale = alpha / rank.
         bias: a frozen array (d_out,), or None.
-        dtype: the storage format of W, as in FrozenWeight: "float32" (for None, also if W is float64),
-            "float64", "bfloat16", "float16", or quantised ("q8_0", "q4_1", "nf4", ...). With "float64" all
-            arrays are float64; otherwise x is converted to float32.
+        dtype: the storage format of W, as in FrozenWeight: "float32", "float64", "bfloat16", "float16", or
+            quantised ("q8_0", "q4_1", "nf4", ...). None: "float32", even if W is a float64 array, or the
+            format of W if W is a FrozenWeight. With "float64" all arrays are float64; otherwise x is
+            converted to float32.
         compute: the arithmetic of products with W, as in FrozenWeight: "float32", "bfloat16" or "int8".
         init: how the factors A and B start.
 
@@ -87,8 +88,8 @@ class LoRALinear(LoRALayer):
         use_dora: also train the norm m of each row (DoRA).
         freeze_B: train A only (LoRA-FA, Zhang et al. 2023). A layer with a frozen B keeps z = x Bᵀ for
             `backward`, but not x.
-        rng: a random generator or a seed, for the initial factors and the dropout. None: they differ from run
-            to run, unless `model.seed` is called.
+        rng: a random generator or a seed, for the initial factors and the dropout. With None, the factors and
+            the dropout differ from run to run, unless `model.seed` is called.
     Raises:
         ValueError: W does not have two axes; bias does not have the shape (d_out,); rank is not from 1 to
             65536; alpha is not finite; dropout is not in [0, 1); or dtype, compute or init is unknown. With
@@ -152,7 +153,7 @@ class LoRALinear(LoRALayer):
 
     @property
     def reads_x(self) -> bool:
-        """Whether `backward` needs the layer's input, as it does for the gradient of B.
+        """Whether `backward` needs the layer's input x: only the gradient of B is computed from x.
 
         >>> import nplora, numpy as np
         >>> nplora.LoRALinear(np.eye(8), rank=2, freeze_B=True).reads_x

@@ -74,8 +74,8 @@ class LoRALayer(Prepared, AdapterLayer):
         scale: alpha / rank, or alpha / sqrt(rank) with rsLoRA; read-only.
         dropout: the dropout probability. It can be set in LoRALinear and LoRAConv2d, and is 0 in
             LoRAEmbedding.
-        row_order: None if the rows of W have the same order as in an adapter file. If not, an array: row i of
-            W is row row_order[i] in the adapter file.
+        row_order: None if the rows of W have the same order as in an adapter file. Otherwise, `row_order` is
+            an array, and row i of W is row row_order[i] in the adapter file.
     """
 
     A = LiveArray[Array]()
@@ -254,7 +254,7 @@ class LoRALayer(Prepared, AdapterLayer):
         return a, b
 
     def _draw_b(self, rng: np.random.Generator) -> Array:
-        """Draw the initial B for init="zero", in which A starts at 0."""
+        """Draw the initial B for init="zero". (The initial A is then 0.)"""
         raise NotImplementedError
 
     def reset(self, stream: np.random.SeedSequence) -> None:
@@ -291,7 +291,9 @@ class LoRALayer(Prepared, AdapterLayer):
         return delta
 
     def merged_weight(self) -> Array:
-        """Return W + scale · A·B as a new array (d_out, d_in), float32 or float64. DoRA rescales the rows.
+        """Return W + scale · A·B as a new array (d_out, d_in), float32 or float64.
+
+        With DoRA, the rows of the result are rescaled.
 
         >>> import nplora, numpy as np
         >>> layer = nplora.LoRALinear(np.eye(2), rank=1)

@@ -54,7 +54,7 @@ _disabled: ContextVar[tuple[dict[int, AdapterLayer], ...]] = ContextVar("nplora_
 
 
 def quiet() -> np.errstate:
-    """Silence NumPy's warnings about NaN and infinity: training finds such values in the loss."""
+    """Silence NumPy's warnings about NaN and infinity, because training checks the loss for such values."""
     return np.errstate(over="ignore", invalid="ignore", divide="ignore")
 
 
@@ -70,8 +70,8 @@ def name_error(error: ValueError, container: Module, culprit: Module | None = No
     """Make the error's message begin with "layer " and the dotted name of the module that failed.
 
     The innermost container calls this function with `culprit`, the module that failed. Each enclosing
-    container then calls this function again. This call replaces the name in the message by the module's
-    dotted name in the container.
+    container then calls this function without `culprit`. Such a call replaces the name in the message by the
+    dotted name of the failed module in the enclosing container.
     """
     if len(error.args) != 1 or not isinstance(error.args[0], str):
         return
@@ -104,8 +104,8 @@ class Saved:
     Arrays are kept without a copy, so do not change them before the backward pass.
 
     Attributes:
-        layer: the module that ran the forward pass. `backward` of another module raises ValueError. None:
-            there is no such check.
+        layer: the module that ran the forward pass. `backward` of another module raises ValueError. With
+            None, this is not checked.
     """
 
     layer: Module | None = dataclasses.field(default=None, kw_only=True, repr=False, compare=False)
@@ -195,7 +195,7 @@ class Module:
         return None
 
     def configuration(self) -> str:
-        """Return a text with the settings, but not the arrays, that affect the output. The default is ""."""
+        """Return a text with all settings that affect the output, but without arrays. The default is ""."""
         return ""
 
     def new_tokens(self, tokens: Sequence[AddedToken]) -> tuple[AddedToken, ...]:
@@ -693,7 +693,8 @@ _HOLDERS = (Module, *_CONTAINERS)  # types that can hold modules; most attribute
 
 
 def _modules_in(value: object, name: str, around: tuple[int, ...] = ()) -> Iterator[tuple[str, Module]]:
-    """Yield (name, module) for the modules in `value`. Skip containers with an id in `around` (cycles)."""
+    """Yield (name, module) for the modules in `value`. `around` holds the ids of the containers around
+    `value`. A container that contains itself is not entered again."""
     if isinstance(value, Module):
         yield name, value
     elif isinstance(value, _CONTAINERS) and id(value) not in around:

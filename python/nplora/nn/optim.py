@@ -71,7 +71,7 @@ class Optimizer:
 
         Raises:
             TypeError: `parameters` is not a list of `Parameter`; `model.parameters()` returns such a list.
-            ValueError: a parameter is not C-contiguous, or its gradient has another shape or dtype.
+            ValueError: a parameter is not C-contiguous, or the shape or dtype of its gradient is different.
         """
         parameters = _checked(f"{type(self).__name__}.init", parameters)
         for parameter in parameters:
@@ -175,11 +175,13 @@ class Optimizer:
 
         The values of `state` are copied. After `init` or a step, `state` must fit the parameters of the
         optimiser. Before that, the optimiser does not know its parameters; then the first step checks whether
-        `state` fits. The arrays of `state_dict(copy=False)` are the optimiser's own. Do not load them under
-        each other's names: loading one array would overwrite another before it is read.
+        `state` fits.
+
+        `state_dict(copy=False)` returns the optimiser's own arrays. Do not load such arrays after swapping
+        their names: the first copy would overwrite an array that is still to be read.
 
         Raises:
-            ValueError: an array is missing, unknown, or has another shape or dtype. The message lists all
+            ValueError: an array is missing or unknown, or has the wrong shape or dtype. The message lists all
                 such arrays.
         """
         op = f"{type(self).__name__}.load_state_dict"
@@ -486,8 +488,7 @@ def _is_a(name: str) -> bool:
 
 
 def _differences(moment: str, found: Mapping[str, Array], wanted: Mapping[str, Array]) -> list[str]:
-    """Return a sentence for each difference: a missing or unknown array, or an array with another shape or
-    dtype."""
+    """Return a sentence for each array that is missing or unknown, or has the wrong shape or dtype."""
     problems = [f"{moment}.{name} is missing" for name in wanted if name not in found]
     problems += [f"{moment}.{name} is unknown" for name in found if name not in wanted]
     for name in wanted.keys() & found.keys():

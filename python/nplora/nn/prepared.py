@@ -35,10 +35,10 @@ class Prepared:
 
         If one of these values has changed, `inference_layer` builds the argument again.
 
-        For an array, the result contains its Python id, because == would compare the elements. The argument
-        keeps the array alive, so no other array can get this id. For a FrozenWeight, the result contains the
-        object. Its id would not suffice: the argument keeps only the packed part of the weight alive, so the
-        FrozenWeight could be freed, and a new one could get the same id.
+        For an array, the result contains the array's Python id, because == would compare the elements. The
+        stored argument keeps the array alive, so no new array can get this id. For a FrozenWeight, the result
+        contains the object itself, because an id would not suffice: the stored argument keeps only the packed
+        part of the weight alive. So the FrozenWeight could be freed, and a new one could get the same id.
         """
         raise NotImplementedError
 

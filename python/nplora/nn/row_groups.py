@@ -103,7 +103,7 @@ class GroupedLayer(Module):
         """Replace the layer of the model that has the index `model`, or append the layer of a new model."""
         self._layers = (*self._layers[:model], layer, *self._layers[model + 1 :])
         self._parts = {key: part for key, part in self._parts.items() if key[0] != model}
-        self._stacks.clear()  # other layers of these stacks may be new, too
+        self._stacks.clear()  # a stack's other layers may also be new
 
     def forward(self, x: npt.ArrayLike) -> tuple[Array, None]:
         """Return the outputs for all rows of x. Short rows of outputs are padded with -inf."""

@@ -84,7 +84,7 @@ class Sequential(Module):
             array([0., 1.], dtype=float32)
 
         Raises:
-            ValueError: as in `forward`, or `saved` is from a pass through another number of modules.
+            ValueError: as in `forward`, or `saved` is from a pass through more or fewer modules.
             TypeError: `saved` is from another kind of layer.
             RuntimeError: a module other than the first one returned no gradient of its input.
         """

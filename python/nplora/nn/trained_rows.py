@@ -38,7 +38,7 @@ class Merged:
     """The result of a merge of trained rows.
 
     Attributes:
-        rows: array (k, dim), the k trained rows after rounding. If all rows are trained, this may be a
+        rows: array (k, dim), the k trained rows after rounding. If all rows are trained, `rows` may be a
             FrozenWeight.
         storage: the storage format to which the rows were rounded; None: the rows were not rounded.
     """
@@ -63,7 +63,8 @@ class TrainedRows:
                [0.25, 0.25, 0.25, 0.25]], dtype=float32)
 
     Args:
-        weight: the frozen weight. Except for new tokens, the trained rows start with the values of its rows.
+        weight: the frozen weight. Each trained row starts with the values of the weight's row, except for the
+            rows of new tokens.
         ids: the indices of the trained rows, without duplicates; None: all rows.
         size: the number of rows, including rows after the weight's last row; None: the number of the weight's
             rows.
@@ -73,8 +74,8 @@ class TrainedRows:
         grad: the gradient of `value`.
         merged: the rows after `merge` has rounded them; None if the rows are not merged.
     Raises:
-        ValueError: `ids` is empty, or has an id twice, or an id outside [0, size); or `ids` lacks a row after
-            the weight's last row.
+        ValueError: `ids` is empty, contains an id twice or an id outside [0, size), or does not contain all
+            rows after the weight's last row.
         TypeError: ids are not integers.
     """
 
@@ -450,8 +451,8 @@ class TrainedHead(TrainedRowsLayer):
         """Update the gradients of the trained rows; return dx (..., dim), or None if need_dx is False.
 
         Args:
-            overwrite_dy: whether `backward` may overwrite dy. If only some rows are trained, this saves a
-                copy of dy.
+            overwrite_dy: whether `backward` may overwrite dy. If not, and only some rows are trained,
+                `backward` makes a copy of dy.
         Raises:
             ValueError: dy does not have the shape of y, or `saved` is from a pass of another layer.
             TypeError: `saved` is from another kind of layer.

@@ -162,7 +162,7 @@ def test_another_value_has_the_effect_in_the_table(name: str, place: Path, tmp_p
                 "refused" if "cannot continue with other data or settings: " in str(error) else str(error)
             )
         else:
-            words = "the resumed run has other settings than the checkpoint: "
+            words = "the settings of the resumed run differ from the checkpoint's: "
             told = any(words in str(one.message) for one in caught)
             effect = "the run continues, with a warning" if told else "the run continues"
     [expected] = table()[name]

@@ -1180,7 +1180,7 @@ def test_a_checkpoint_without_the_settings_of_layers_resumes(
 
 def test_a_run_resumes_with_other_settings_after_a_warning(stopped: Path, tmp_path: Path) -> None:
     trainer = trainer_of(net(), optimizer=nplora.AdamW(lr=0.01))
-    with pytest.warns(UserWarning, match=r"other settings than the checkpoint: lr was 0\.02, is 0\.01$"):
+    with pytest.warns(UserWarning, match=r"differ from the checkpoint's: lr was 0\.02, is 0\.01$"):
         fit(trainer, checkpoint_dir=copy_of(stopped, tmp_path), resume=True)
 
 

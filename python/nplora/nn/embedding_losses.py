@@ -433,7 +433,7 @@ def _mask(targets: Array, n: int, m: int) -> Array:
     if mask.dtype != np.bool_ or mask.shape != (n, m):
         raise ValueError(
             f"RankingLoss: targets is {mask.dtype} {mask.shape}, expected bool ({n}, {m}): "
-            "the candidates that are left out for each anchor"
+            "True leaves a candidate out of an anchor's loss"
         )
     return mask
 

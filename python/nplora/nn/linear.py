@@ -85,7 +85,7 @@ class Linear(Prepared, Module):
 
     @property
     def reads_x(self) -> bool:
-        """Whether `backward` needs the layer's input x: only the gradient of a trained weight is made from x.
+        """Whether `backward` needs the layer's input x, because the weight is trained.
 
         >>> import nplora, numpy as np
         >>> nplora.Linear(np.eye(3)).reads_x

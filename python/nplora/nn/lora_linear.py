@@ -153,7 +153,7 @@ class LoRALinear(LoRALayer):
 
     @property
     def reads_x(self) -> bool:
-        """Whether `backward` needs the layer's input x: only the gradient of B is computed from x.
+        """Whether `backward` needs the layer's input x, because B is trained.
 
         >>> import nplora, numpy as np
         >>> nplora.LoRALinear(np.eye(8), rank=2, freeze_B=True).reads_x

@@ -56,7 +56,7 @@ class Windows:
     def counts(self, height: int, width: int) -> tuple[int, int]:
         """Return how many windows an image has vertically, and how many it has horizontally.
 
-        If a window is longer than the padded image in a direction, the number for that direction is at most 0.
+        If a window is higher or wider than the padded image, the number in that direction is at most 0.
         """
         vertical, horizontal = (
             (length + 2 * padding - dilation * (size - 1) - 1) // stride + 1

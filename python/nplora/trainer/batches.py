@@ -41,7 +41,7 @@ class Batches(Protocol):
         """The batches of the epoch with the number `epoch` (from 0), without its first `skip` batches."""
 
     def identity(self) -> dict[str, Any]:
-        """The settings of the batches that a resumed run must not change, as values that JSON can hold."""
+        """The settings of the batches that must be the same in a resumed run, as values for JSON."""
 
 
 def shuffled(rows: int, seed: int, epoch: int) -> Array:
@@ -214,6 +214,6 @@ def validation_of(op: str, validation: Any, batch_size: int, several: bool) -> B
     if several and batches.once:
         raise ValueError(
             f"{op} is a {type(validation).__name__}, which can be read only once, "
-            "but it is evaluated after every epoch: pass a list"
+            "but the validation data are read after every epoch: pass a list"
         )
     return batches

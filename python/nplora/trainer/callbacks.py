@@ -41,7 +41,7 @@ class Callback:
         """Called before the first step. In a resumed run, the checkpoint is loaded before this call.
 
         A new run writes its first checkpoint after this hook. So if the hook raises an exception, the
-        directory contains no new run, and an earlier run that was to be overwritten is still there.
+        directory contains no new run. An earlier run that the new run would overwrite is still there.
         """
 
     def on_step_begin(self, run: Run) -> None:

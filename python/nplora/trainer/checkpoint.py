@@ -38,12 +38,12 @@ class Checkpoint:
         settings: the settings of the run, for a comparison with the settings of a resumed run.
         base: the fingerprint of the model's frozen weights, from `base_fingerprint`.
         best: the evaluation with the lowest validation loss, as a dictionary with the keys "loss", "epoch",
-            "step" and "since". "since" is the number of later evaluations.
-        epochs, evaluations: two lists of records: of the last finished epochs, and of the last evaluations.
-            Each list has at most `history.KEPT` records.
+            "step" and "since". "since" is the number of evaluations after the best one.
+        epochs, evaluations: the records of the last finished epochs, and the records of the last evaluations.
+            Each of the two lists has at most `history.KEPT` records.
         log_bytes: the length of the log in bytes when the checkpoint was written. The log holds all records.
-        parameters, best_parameters: two dicts from names to arrays: what `fingerprint.factors` returned for
-            the model at this step, and at the best evaluation.
+        parameters, best_parameters: the result of `fingerprint.factors(model)` at this step, and the result
+            at the best evaluation. Both are dicts from names to arrays.
         optimizer: a dict from names to the optimiser's moments.
         history: the records of the last steps (at most `history.KEPT`), as one array for each field of
             `StepRecord`. Earlier records are only in the log, so the size of a checkpoint does not grow

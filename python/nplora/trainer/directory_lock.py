@@ -88,7 +88,7 @@ class DirectoryLock:
 def open_ours(
     directory: files.Directory, name: str, flags: int, is_ours: Callable[[files.Reader], bool]
 ) -> int:
-    """Open a file of a run. Do not follow a symbolic link, and do not wait for a FIFO's other end.
+    """Open a file of a run. Do not follow a symbolic link, and do not wait if the file is a FIFO.
 
     Args:
         is_ours: a function that decides from the content of a file whether a run may have made the file.

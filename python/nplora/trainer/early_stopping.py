@@ -23,8 +23,8 @@ class EarlyStopping:
         keeps_factors: whether to keep the best factors, which are the factors at the lowest validation loss.
     Attributes:
         best: the evaluation with the lowest validation loss, as a dictionary with the keys "loss", "epoch",
-            "step" and "since". "since" is the number of later evaluations. "loss" is None until an evaluation
-            has a finite loss. `best` itself is None before the first evaluation.
+            "step" and "since". "since" is the number of evaluations after the best one. "loss" is None until
+            an evaluation has a finite loss. `best` itself is None before the first evaluation.
         copies: copies of the best factors. The copies are made only when the model's factors are about to
             change. While the model itself has the best factors, the copies are out of date.
     """

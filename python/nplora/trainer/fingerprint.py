@@ -47,8 +47,8 @@ def fingerprint(array: FrozenWeight | Array, whole: bool = False) -> str:
     """The dtype and shape of an array, and the SHA-256 of some evenly spaced rows.
 
     Args:
-        whole: whether the SHA-256 covers all rows. By default, it covers one row, or more rows of up to 64
-            KiB in total.
+        whole: whether the SHA-256 covers all rows. By default, it covers as many rows as fit into 64 KiB, but
+            at least one row.
     """
     digest = hashlib.sha256()
     for part in _contents(array) if whole else [_sample(array)]:
@@ -87,7 +87,7 @@ def set_factors(model: Module, values: Mapping[str, Array]) -> None:
 def differences(found: Mapping[str, Array], wanted: Mapping[str, Array]) -> list[str]:
     """Compare the arrays `found` with the model's arrays `wanted`; return one sentence for each difference.
 
-    An array can be missing, be unknown to the model, or have another shape or dtype.
+    An array can be missing or unknown to the model, or have the wrong shape or dtype.
     """
     problems = [f"{name} is missing" for name in wanted if name not in found]
     problems += [f"{name} is not in the model" for name in found if name not in wanted]

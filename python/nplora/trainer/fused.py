@@ -60,7 +60,7 @@ class FusedLoss(Protocol):
         """
 
     def settings(self) -> dict[str, Any]:
-        """The settings of the loss that a resumed run must not change, as values that JSON can hold."""
+        """The settings of the loss that must be the same in a resumed run, as values for JSON."""
 
 
 @runtime_checkable

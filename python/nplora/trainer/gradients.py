@@ -56,8 +56,8 @@ class NonfiniteLoss:
 
     Attributes:
         batch: the number of the batch in the step, from 1.
-        what: the second half of an error message: the value of the loss, and the place where NaN or infinity
-            appears first.
+        what: the second half of an error message. It contains the value of the loss, and the place where NaN
+            or infinity appears first.
     """
 
     batch: int
@@ -127,7 +127,7 @@ class Gradients:
         return Forward(value, count, gradient, saved)
 
     def _backward(self, forward: Forward, first_count: int) -> None:
-        """Add the gradients of a batch, multiplied by the count of its loss and divided by `first_count`."""
+        """Add the gradients of a batch, multiplied by `forward.count / first_count`."""
         gradient = forward.gradient
         if forward.count != first_count:
             gradient = gradient * gradient.dtype.type(forward.count / first_count)

@@ -23,7 +23,7 @@ _LONG = 40  # characters; a longer value is not shown
 def require_agreement(communicator: Communicator, setup: TrainingSetup, config: FitConfig) -> None:
     """Check that all ranks start the same run.
 
-    A signal does not end the handshake: the run's state is not loaded yet, so it could not be saved.
+    A signal does not end the handshake, because the run's state could not be saved before it is loaded.
 
     Raises:
         ValueError: a rank differs from rank 0; the message names the rank and the differences.
@@ -75,11 +75,11 @@ def _described(setup: TrainingSetup, config: FitConfig) -> dict[str, Any]:
         **program(),
         "base model": base_fingerprint(setup.model, whole=True),
         **settings["free"],
-        **fixed,  # its "loss", the settings of a `FusedLoss`, replaces the "loss" of "free", which is a name
+        **fixed,  # "loss" here (the settings of a `FusedLoss`) replaces "loss" in "free" (the loss's name)
         "validation data": settings["validation"],
         "adapter (layers, ranks, alphas)": layers,
-        "start of the factors": _digest(factors(setup.model)),
-        "start of the dropout streams": setup.model.random_state(),
+        "initial factors": _digest(factors(setup.model)),
+        "initial dropout streams": setup.model.random_state(),
         "state of the optimiser": _digest(setup.optimizer.state_dict(copy=False)),
         **{name: getattr(config, name) for name in names},
     }

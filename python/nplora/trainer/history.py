@@ -165,8 +165,8 @@ class History:
         steps, evaluations, epochs: the records of all steps, evaluations and epochs, in order.
         ended: why the run ended: "complete", "patience" (early stopping), "callback" or "interrupted".
         best_step, best_epoch, best_loss: the step, the epoch (counted from 1) and the validation loss of the
-            best evaluation, whose factors the model has after the run. If the model has the factors of the
-            last step instead, all three are None.
+            best evaluation, if the model has the factors of this evaluation after the run. If the model has
+            the factors of the last step instead, all three are None.
         kept_step: the step of the best evaluation so far, if Ctrl-C ended the run and the factors of this
             evaluation are kept for a resumed run. Otherwise None.
     """
@@ -268,10 +268,10 @@ class History:
     def add_log(self, log: bytes, step: int, epoch: int) -> None:
         """Add the records of a log up to the given step and epoch; skip lines that are not records.
 
-        Records that the history already has are not replaced, because they come from a checkpoint, which a
-        checksum protects. An evaluation in the log is added only if it is older than all evaluations of the
-        checkpoint. A log of an earlier version has no evaluation records, so evaluations are made from its
-        epoch records.
+        Records that the history already has are not replaced, because they come from a checkpoint, and a
+        checksum protects a checkpoint. An evaluation in the log is added only if it is older than all
+        evaluations of the checkpoint. The log of an earlier version of nplora has no evaluation records, so
+        evaluations are made from the epoch records of this log.
         """
         steps, epochs = dict[int, StepRecord](), dict[int, EpochRecord]()
         evaluations = dict[int, EvaluationRecord]()
@@ -404,7 +404,8 @@ def mean_metrics(steps: Sequence[StepRecord]) -> dict[str, float]:
     """The means of the steps' metrics.
 
     A step's metric NAME is itself a mean of several values. The weight of the step is the number of these
-    values: the step's metric "count/NAME", or else the step's `count`. The metrics "count/NAME" are added up.
+    values: the step's metric "count/NAME", or the step's `count` if there is no such metric. Metrics named
+    "count/NAME" are not averaged, but added up.
     """
     means = dict[str, float]()
     for name in dict.fromkeys(name for record in steps for name in record.metrics):

@@ -53,8 +53,8 @@ class Interrupts:
 
     Args:
         terminate: whether SIGTERM, SIGHUP and SIGUSR1 raise Terminated.
-        noted_only: whether a signal is only recorded when it arrives. `end_run` handles it later. Runs of
-            several processes need this, because the processes must end together.
+        noted_only: whether a signal is only recorded when it arrives, so that `end_run` can handle it later.
+            Runs of several processes need this, because the processes must end together.
     Attributes:
         repeated: whether the last Ctrl-C came soon after another Ctrl-C, even one in the previous run. A
             repeated Ctrl-C means that the user wants to end the whole program.

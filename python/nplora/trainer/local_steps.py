@@ -75,7 +75,7 @@ class LocalSteps:
         state.updating = self.is_open = False
 
     def undo(self) -> bool:
-        """Undo all local steps since the last outer step. Return whether there were any."""
+        """Undo all local steps since the last outer step. Return False if there were no local steps."""
         was_open, self.is_open = self.is_open, False
         if was_open:
             self._state.return_to(self._start)

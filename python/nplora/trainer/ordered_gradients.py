@@ -21,10 +21,10 @@ class _Result:
     Attributes:
         loss: the sum of the batch's losses.
         count: the number of items over which the loss is averaged.
-        terms: how often this batch adds gradients to the sum: once for each part of the batch.
+        terms: the number of times that this batch adds gradients to the sum, once for each part of the batch.
         problem: why the loss is not finite; empty if it is finite.
-        masks: a list: how many dropout masks each layer has drawn for one part of the batch; None if as many
-            as assumed.
+        masks: a list with the number of dropout masks that each layer has drawn for one part of the batch;
+            None if each layer has drawn as many masks as `OrderedGradients` assumed.
         measured: the measurements of the loss.
         data: the checksum of all batches of the round, as this rank has read them.
     """
@@ -129,15 +129,15 @@ class OrderedGradients(Gradients):
             self.items -= own.count
         raise RuntimeError(
             f"{type(self._model).__name__}: a layer has drawn more dropout masks in one batch than in "
-            "another, which several ranks cannot reproduce: set its dropout to 0, or train on one rank"
+            "another. Several ranks cannot reproduce this: set the layer's dropout to 0, or train on one rank"
         )
 
     def _require_same_data(self, results: list[_Result], step: int) -> None:
         for rank, result in enumerate(results):
             if result.data != results[0].data:
                 raise ValueError(
-                    f"Trainer.fit: in step {step}, rank {rank} has other batches than rank 0: all ranks must "
-                    "read the same data in the same order"
+                    f"Trainer.fit: in step {step}, the batches of rank {rank} differ from those of rank 0: "
+                    "all ranks must read the same data in the same order"
                 )
 
     def _own_result(self, batches: list[tuple[Any, Any]], parts: list[int], totals: StepTotals) -> _Result:
@@ -230,7 +230,7 @@ class OrderedGradients(Gradients):
             layer.dropout_stream = seed, calls + masks * parts
 
     def _unexpected_masks(self, before: list[tuple[int, int]], parts: int) -> list[int] | None:
-        """A list: how many masks each layer has drawn for one part; None if the list is `self._masks`."""
+        """The number of masks that each layer has drawn for one part; None if these numbers are `_masks`."""
         drawn = [
             layer.dropout_stream[1] - calls for layer, (_, calls) in zip(self._adapters, before, strict=True)
         ]

@@ -279,8 +279,8 @@ class TensorBoardReporter(Reporter):
 class WandbReporter(Reporter):
     """Sends the metrics to Weights & Biases.
 
-    Environment variables of wandb select the destination, such as WANDB_PROJECT (default: nplora) and
-    WANDB_MODE=offline.
+    Environment variables of wandb, such as WANDB_PROJECT (default: nplora) and WANDB_MODE=offline, select the
+    destination.
 
     >>> import nplora, numpy as np
     >>> report = WandbReporter("reports", {"rank": 1})

@@ -67,7 +67,7 @@ def settings_of(setup: TrainingSetup, config: FitConfig) -> dict[str, Any]:
 
 
 def _of_ranks(setup: TrainingSetup) -> dict[str, Any]:
-    """The settings `communication_dtype` and `local_steps`, without those that have the default value."""
+    """The settings `communication_dtype` and `local_steps`, each only if it differs from its default."""
     chosen = {name: getattr(setup, name) for name in _USUAL}
     return {name: value for name, value in chosen.items() if value != _USUAL[name]}
 
@@ -75,7 +75,8 @@ def _of_ranks(setup: TrainingSetup) -> dict[str, Any]:
 def _of_outer_steps(setup: TrainingSetup) -> dict[str, Any]:
     """The settings that influence outer steps; empty if there are no outer steps.
 
-    The number of ranks is one of them. Without outer steps, it does not change the results.
+    The number of ranks is one of these settings. Without outer steps, the results do not depend on the number
+    of ranks.
     """
     if setup.local_steps is None:
         return {}
@@ -100,8 +101,8 @@ def failure_record(step: int, error: Exception, settings: dict[str, Any]) -> dic
 def _choices(settings: dict[str, Any]) -> str:
     """The settings that influence the losses of a run, as one text.
 
-    The text does not contain `total_steps`, which does not influence the losses if the schedule is
-    "constant".
+    The text does not contain `total_steps`, because with the schedule "constant" the losses do not depend on
+    `total_steps`.
     """
     free = {name: value for name, value in settings["free"].items() if name != "total_steps"}
     return json.dumps(free, sort_keys=True)
@@ -111,7 +112,7 @@ def starting_point(directory: RunDirectory, newest: Checkpoint, settings: dict[s
     """The checkpoint to resume: the newest, or an earlier one if the newest led to NaN or infinity.
 
     The first loss after a checkpoint depends only on the parameters and the data. If this loss was not
-    finite, another learning rate does not change it, so the run must resume from an earlier checkpoint.
+    finite, a change of the learning rate cannot help, so the run must resume from an earlier checkpoint.
 
     Raises:
         ValueError: no setting has changed since the run diverged, or no earlier checkpoint is left.
@@ -159,7 +160,8 @@ def restored_history(
         CorruptError: the checkpoint belongs to another model or another data file; its batch number is beyond
             the end of an epoch; or its arrays do not fit the model (the message lists the first few
             differences).
-        ValueError: the run has other data or settings, or it ends before the checkpoint's step.
+        ValueError: the run's data or settings differ from those in the checkpoint, or the run ends before the
+            checkpoint's step.
     Warns:
         UserWarning: a setting under "free" has changed; the instruction set or nplora's version differs; or
             the log has lost records, so that the history is incomplete.
@@ -180,7 +182,7 @@ def restored_history(
     unlogged = _add_log(history, checkpoint, directory)
     changed = _changes(checkpoint.settings.get("free"), settings["free"])
     if changed:
-        warn_user(f"{path}: the resumed run has other settings than the checkpoint: {changed}")
+        warn_user(f"{path}: the settings of the resumed run differ from the checkpoint's: {changed}")
     checkpoint.warn_if_moved()
     return history, unlogged
 
@@ -297,7 +299,7 @@ def _in_layers(change: str, layers: list[str]) -> str:
 def _add_log(history: History, checkpoint: Checkpoint, directory: RunDirectory) -> list[tuple[str, Record]]:
     """Complete the history from the log; return the records that are missing in the log.
 
-    Warn if the log is incomplete, or if the history still lacks steps or epochs.
+    Warn if the log is incomplete, or if steps or epochs are missing in the completed history.
     """
     log, reason = b"", "missing, cut or damaged"
     try:

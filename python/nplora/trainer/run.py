@@ -90,7 +90,7 @@ class Run:
             self._logged[event] = json_values(row)
 
     def logged(self, event: str) -> dict[str, Any]:
-        """The last line of the log in which the key "event" has the value `event`; if none, an empty dict.
+        """The last line of the log in which "event" is `event`; an empty dict if there is no such line.
 
         On several ranks, only rank 0 writes the log. On another rank, this method finds only the lines that
         were in the log before the first step, and the lines that this rank itself has logged.

@@ -96,8 +96,8 @@ class RunDirectory:
     Attributes:
         newest: the newest undamaged checkpoint, or None. The file is read when `newest` is first used. `save`
             sets `newest` to None.
-        damaged: one sentence for each damaged checkpoint. If the newer checkpoint is undamaged, only the
-            header of the older checkpoint has been read.
+        damaged: one sentence for each checkpoint that was found to be damaged. If the newer checkpoint is
+            undamaged, the older one is not checked, except for its header.
         occupied: whether the directory held a checkpoint, damaged or not, when it was opened.
     Raises:
         BlockingIOError: another run writes to the directory; the message names its PID.
@@ -201,7 +201,7 @@ class RunDirectory:
         Raises:
             CorruptError: all checkpoints are damaged.
         Warns:
-            UserWarning: the newer checkpoint is damaged, and the older checkpoint is used.
+            UserWarning: one checkpoint is damaged, and the other checkpoint is used.
         """
         if self.newest is None and self.damaged:
             raise CorruptError(

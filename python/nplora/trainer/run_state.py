@@ -23,7 +23,7 @@ class StateCopy:
     """A copy of the state of a run, without the best factors.
 
     Attributes:
-        step, batch, records: three numbers: of steps, of batches used in the epoch, and of step records.
+        step, batch, records: the numbers of steps, of batches used in the current epoch, and of step records.
         updates, outer_updates: the numbers of steps that the optimiser and the outer optimiser have made.
         streams: the positions of the layers' dropout streams.
         values, moments: the trained values, and the arrays of the optimiser and of the outer optimiser.
@@ -114,7 +114,7 @@ class RunState:
             layer.dropout_stream = stream
 
     def copy_to(self, copy: StateCopy) -> None:
-        """Copy the state into the object `copy`, and reuse its arrays. Call this only between two steps."""
+        """Copy the state into the object `copy` and its arrays. Call this method only between two steps."""
         copy.step, copy.batch, copy.records = self.step, self.batch, len(self.history.steps)
         copy.updates, copy.streams = self.optimizer.steps, list(self._streams)
         copy.outer_updates = 0 if self.outer is None else self.outer.steps

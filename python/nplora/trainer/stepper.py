@@ -137,7 +137,7 @@ class Stepper:
             max_norm = math.inf if clip_norm is None else clip_norm
             state.updating = True
             found = state.optimizer.step(state.parameters, lr=lr, max_norm=max_norm)
-            assert found is not None, "an optimizer's step returns the norm if it is given a max_norm"
+            assert found is not None, "the step of an optimizer returns the norm if max_norm is not None"
             norm = found
         if not math.isfinite(norm):
             state.updating = False
@@ -153,8 +153,8 @@ class Stepper:
     def _nonfinite(self, what: str) -> NonFiniteLossError:
         """Make the error for NaN or infinity in a step.
 
-        If the parameters may be the cause, a resumed run starts from an earlier checkpoint. The parameters
-        are not the cause in the first step, or if the data are not finite.
+        If the parameters may be the cause, a resumed run starts from an earlier checkpoint. In the first
+        step, or if the data are not finite, the parameters are not the cause.
         """
         state = self._state
         blamed = state.step > 0 and not what.endswith((INPUT, TARGETS))

@@ -66,7 +66,7 @@ class Trainer(TrainingSetup):
             any number of ranks up to `accumulate`. Every rank makes the same calls with the same model and
             data. Only rank 0 writes to the `checkpoint_dir` and shows progress.
         communication_dtype: the precision in which ranks send gradients: "float32" or "bfloat16". With
-            "bfloat16", ranks send half as many bytes: the gradient of every batch (or of every micro-batch,
+            "bfloat16", ranks send half as many bytes. The gradient of every batch (or of every micro-batch,
             if the loss divides batches) is rounded before it is added, and the sum is rounded too. A run in a
             single process rounds in the same way, so the results have the same bits for any number of ranks.
         local_steps: if given, every rank updates its copy of the trained values with its own batches. After
@@ -195,12 +195,12 @@ class Trainer(TrainingSetup):
             ValueError: the arguments, the data and the checkpoint do not fit each other, or a label is out of
                 range.
             TypeError: the validation data, or the results of the model or the loss, have the wrong type.
-            RuntimeError: the model has replaced the array of a parameter or gradient by another array, a
-                layer is merged, or an adapter is switched off.
+            RuntimeError: the model has replaced the array of a parameter or gradient by a new array, a layer
+                is merged, or an adapter is switched off.
             CorruptError: every checkpoint in the directory is damaged, or belongs to another model.
             FileExistsError: the directory holds a run, and neither `resume` nor `overwrite` is set; or one of
-                the files that the run would write exists, but was not made by a run. UnsafeError: one of the
-                run's files is a symbolic link.
+                the files that the run would write exists, but was not made by a run.
+            UnsafeError: one of the run's files is a symbolic link.
             BlockingIOError: another process writes to the directory.
             RankError: another rank has failed or does not respond.
             OSError: the directory, the log, or the first or last checkpoint cannot be written. The earlier

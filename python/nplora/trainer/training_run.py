@@ -179,8 +179,8 @@ class TrainingRun(Run):
             if other != rows[0][1]:
                 self._state.updating = True  # so that these values are not saved
                 raise ValueError(
-                    f"Trainer.fit: after step {self.step}, rank {rank} has other trained values than rank 0: "
-                    "a callback must change them on all ranks in the same way"
+                    f"Trainer.fit: after step {self.step}, the trained values of rank {rank} differ from "
+                    "those of rank 0: a callback must make the same changes on all ranks"
                 )
         self._ended = next((end for end, _ in rows if end is not None), None)
         return (self._ended is not None and not self._local.is_open) or self._is_complete()
@@ -192,7 +192,7 @@ class TrainingRun(Run):
         )
 
     def _has_all_steps(self) -> bool:
-        """Whether all steps are made. The last epoch may not be closed yet."""
+        """Whether all steps are made. The record of the last epoch may still be missing."""
         return self._is_complete() or self.step == self.total_steps
 
     def _make_steps_of_epoch(self) -> bool:

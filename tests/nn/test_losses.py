@@ -92,7 +92,7 @@ def test_class_weights_multiply_the_loss_of_their_rows(rng: np.random.Generator)
     assert reference.gradient_error(lambda: loss(p, LABELS)[0], [(p, gradient)], rng) <= 1e-6
     assert losses.CrossEntropy(class_weights=(1,) * 5)(p, LABELS)[0] == losses.cross_entropy(p, LABELS)[0]
     assert repr(losses.cross_entropy) == "CrossEntropy(ignore_index=-100)"
-    with pytest.raises(ValueError, match="2 class weights, but the logits are of 5 classes"):
+    with pytest.raises(ValueError, match="2 class weights, expected one for each of the 5 classes"):
         losses.CrossEntropy(class_weights=(1.0, 2.0))(p, LABELS)
     with pytest.raises(ValueError, match="a class weight is -1"):
         losses.CrossEntropy(class_weights=(1.0, -1.0))

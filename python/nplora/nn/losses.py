@@ -29,7 +29,7 @@ LossFunction = Callable[[Array, Any], tuple[float, Array]]
 
 
 class NonFiniteLossError(FloatingPointError):
-    """A loss was NaN or infinite. The message names the step and the layer.
+    """A loss, a gradient or a trained value was NaN or infinite. The message names the step and the cause.
 
         >>> import nplora, numpy as np
         >>> trainer = nplora.Trainer(nplora.LoRALinear(np.eye(2), rank=1), loss="mse")
@@ -41,7 +41,7 @@ class NonFiniteLossError(FloatingPointError):
 
     Attributes:
         good_step: the training step of a checkpoint from which training can continue, with a lower learning
-            rate. None: there is no checkpoint.
+            rate. None if there is no such checkpoint.
     """
 
     good_step: int | None = None
@@ -226,7 +226,8 @@ class CrossEntropy:
         weights = np.array(self.class_weights, logits.dtype)
         if len(weights) != logits.shape[-1]:
             raise ValueError(
-                f"{self.name}: {len(weights)} class weights, but the logits are of {logits.shape[-1]} classes"
+                f"{self.name}: {len(weights)} class weights, expected one for each of the "
+                f"{logits.shape[-1]} classes"
             )
         return weights
 
@@ -322,7 +323,7 @@ _BY_NAME: dict[str, Loss] = {"mse": mse, "cross_entropy": cross_entropy, "bce": 
 
 
 def get(loss: str | Loss | LossFunction) -> Loss:
-    """Return the loss function of this name.
+    """Return a loss function, given its name or a callable.
 
     A callable with a `count` method is returned as it is; any other callable is wrapped in a CustomLoss.
 

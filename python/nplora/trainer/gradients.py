@@ -165,7 +165,7 @@ class Gradients:
         return pair[0], pair[1]
 
     def _check_buffers(self) -> None:
-        """Refuse a model that has replaced a trained array by a new array, which would not be updated."""
+        """Refuse a model that has replaced a trained array: the optimiser would not update the new array."""
         if self._checked:
             return
         now = {p.name: p for p in self._model.parameters()}
@@ -176,9 +176,9 @@ class Gradients:
             ):
                 if found is None or not _same_buffer(held, found):
                     raise RuntimeError(
-                        f"{type(self._model).__name__}: the {what} of parameter {name!r} is another array "
-                        "after forward and backward: write into the existing one (self.dw += ..., "
-                        "self.w[...] = ...), do not assign a new one (self.dw = ...)"
+                        f"{type(self._model).__name__}: forward or backward has replaced the array of the "
+                        f"{what} of parameter {name!r}: write into the existing array (self.dw += ..., "
+                        "self.w[...] = ...), do not assign a new array (self.dw = ...)"
                     )
         self._checked = True
 

@@ -17,9 +17,9 @@ TARGETS = "the targets y are not finite"
 def first_nonfinite(model: Module, x: Any, y: Any) -> str:
     """Return a sentence that says where NaN or infinity appears first.
 
-    The input is checked first. Then the forward pass is run again, and the output of each module is checked
-    when the `forward` of the module returns, so the sentence names the innermost module. The targets are
-    checked last, because a user's loss may use NaN for rows without a label.
+    The input is checked first. Then the forward pass is run again. Each module's output is checked as soon as
+    the module's `forward` returns, so the sentence names the innermost module. The targets are checked last,
+    because a user's loss may use NaN for rows without a label.
     """
     if _not_finite(x):
         return INPUT

@@ -141,7 +141,7 @@ class Reporter(Callback):
     def _succeeds(self, action: Callable[[], None]) -> bool:
         """Call `action`, which writes to the report or closes the report; return whether the call succeeded.
 
-        If the call fails, warn that the report gets no more values, while the run continues.
+        If the call fails, warn that the report gets no more values, and that the run continues.
         """
         try:
             action()

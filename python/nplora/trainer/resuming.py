@@ -257,7 +257,7 @@ def _changes(then: Any, now: dict[str, Any]) -> str:
     skipped = {"layers", *(name for name in _OPTIONAL if name not in then or name not in now)}
     names = [name for name in {**then, **now} if name not in skipped and then.get(name) != now.get(name)]
     return ", ".join(
-        f"{name} is another array"
+        f"{name} has changed"
         if name in ("x", "y") and then.get(name) and now.get(name)
         else f"{name} was {then.get(name, _USUAL.get(name))}, is {now.get(name, _USUAL.get(name))}"
         for name in names

@@ -70,7 +70,7 @@ class Trainer(TrainingSetup):
             if the loss divides batches) is rounded before it is added, and the sum is rounded too. A run in a
             single process rounds in the same way, so the results have the same bits for any number of ranks.
         local_steps: if given, every rank updates its copy of the trained values with its own batches. After
-            this number of steps, and at the end of every epoch, the ranks average the changes of their
+            every `local_steps` steps, and at the end of every epoch, the ranks average the changes of their
             trained values (DiLoCo). Ranks then exchange values much less often. `accumulate` still counts the
             batches of all ranks in one step. The results depend on the number of ranks.
         outer_lr, outer_momentum: learning rate and Nesterov momentum of the outer step, which adds the
@@ -252,9 +252,9 @@ class Trainer(TrainingSetup):
             x, y: as in `fit`.
             batch_size: the number of rows in a call of the model.
         Returns:
-            the "loss". For integer labels (...) and predictions (..., C), the result also has "accuracy": the
-            share of labels that are the index of the largest of the C predictions. Labels that the loss
-            ignores do not count.
+            the "loss". For integer labels (...) and predictions (..., C), the result also has "accuracy", the
+            share of labels that are predicted correctly. The predicted label is the index of the largest of
+            the C values. Labels that the loss ignores do not count.
         Raises:
             ValueError: x and y have different lengths, the loss or the model does not accept them, or x is a
                 single example.

@@ -77,7 +77,7 @@ class TrainingSetup:
         self._skips_dx = "need_dx" in parameters
 
     def backward(self, gradient: Array, saved: Any) -> None:
-        """Run the model's backward pass. The gradient of the input is left out if the model allows this."""
+        """Run the model's backward pass, without the gradient of the input if `backward` has `need_dx`."""
         if self._skips_dx:
             self.model.backward(gradient, saved, need_dx=False)
         else:

@@ -755,8 +755,8 @@ class Plain(nplora.Module):
             TypeError,
             r"^Plain\.forward returned \(ndarray, ndarray, ndarray\), expected \(y, saved\)",
         ),
-        ("gradient", RuntimeError, r"^Plain: .* array of the gradient of parameter 'w': .*self\.dw \+= "),
-        ("value", RuntimeError, r"^Plain: .* has replaced the array of the value of parameter 'w'"),
+        ("gradient", RuntimeError, r"^Plain: .* the gradient array of parameter 'w': .*self\.dw \+= "),
+        ("value", RuntimeError, r"^Plain: .* has replaced the value array of parameter 'w'"),
     ],
 )
 def test_the_mistakes_of_a_users_module_are_named(mistake: str, error: type[Exception], message: str) -> None:

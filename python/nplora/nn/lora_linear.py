@@ -71,9 +71,9 @@ class LoRALinear(LoRALayer):
         alpha: the strength of the update, which sets scale = alpha / rank.
         bias: a frozen array (d_out,), or None.
         dtype: the storage format of W, as in FrozenWeight: "float32", "float64", "bfloat16", "float16", or
-            quantised ("q8_0", "q4_1", "nf4", ...). None: "float32", even if W is a float64 array, or the
-            format of W if W is a FrozenWeight. With "float64" all arrays are float64; otherwise x is
-            converted to float32.
+            quantised ("q8_0", "q4_1", "nf4", ...). None: the format of W if W is a FrozenWeight,
+            and "float32" if W is an array (even a float64 array). With "float64" all arrays are float64;
+            otherwise x is converted to float32.
         compute: the arithmetic of products with W, as in FrozenWeight: "float32", "bfloat16" or "int8".
         init: how the factors A and B start.
 

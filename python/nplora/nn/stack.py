@@ -78,9 +78,8 @@ def _forward(
 def stack_infer(layers: Sequence[Stackable], x: Array, batch: int | None = None) -> list[Array]:
     """Return the same outputs (n, d_out) as `stack_forward`, up to rounding; use it only for inference.
 
-    Decoding calls this function for each token. The bits of an output row depend on the same row of x, but
-    not on the other rows. They may also depend on whether the whole batch has more than
-    `_core.constants.small_batch` rows.
+    Decoding calls this function for each token. The bits of an output row do not depend on the other rows of
+    x. But the bits may depend on whether the whole batch has more than `_core.constants.small_batch` rows.
 
     Args:
         layers: one or more LoRALinear or Linear, whose weights have the same d_in and arithmetic.

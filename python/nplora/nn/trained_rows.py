@@ -63,8 +63,8 @@ class TrainedRows:
                [0.25, 0.25, 0.25, 0.25]], dtype=float32)
 
     Args:
-        weight: the frozen weight. Each trained row starts with the values of the weight's row, except for the
-            rows of new tokens.
+        weight: the frozen weight. Each trained row starts as a copy of the weight's row, except for the rows
+            of new tokens.
         ids: the indices of the trained rows, without duplicates; None: all rows.
         size: the number of rows, including rows after the weight's last row; None: the number of the weight's
             rows.

@@ -176,8 +176,8 @@ class Gradients:
             ):
                 if found is None or not _same_buffer(held, found):
                     raise RuntimeError(
-                        f"{type(self._model).__name__}: forward or backward has replaced the array of the "
-                        f"{what} of parameter {name!r}: write into the existing array (self.dw += ..., "
+                        f"{type(self._model).__name__}: forward or backward has replaced the {what} "
+                        f"array of parameter {name!r}: write into the existing array (self.dw += ..., "
                         "self.w[...] = ...), do not assign a new array (self.dw = ...)"
                     )
         self._checked = True

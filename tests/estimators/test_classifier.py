@@ -458,7 +458,7 @@ def test_layers_of_a_fixed_width_after_the_new_head_are_named(rng: np.random.Gen
     X = rng.normal(size=(40, 4))
     norm = nplora.LayerNorm(np.ones(6), np.zeros(6))
     base = nplora.Sequential(nplora.Linear(rng.normal(size=(6, 4))), nplora.Linear(np.eye(6)), norm)
-    with pytest.raises(ValueError, match=r"head='replace' gives .* 2 outputs, which the layers after it ref"):
+    with pytest.raises(ValueError, match=r"head='replace' gives .* 2 outputs, but the next layers refuse"):
         LoRAClassifier(base, epochs=1).fit(X, np.arange(40) % 2)
 
 

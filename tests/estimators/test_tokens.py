@@ -138,7 +138,7 @@ def test_partial_fit_refuses_bool_for_integers_as_fit_does_for_a_mixture(model: 
             ValueError, match=r"partial_fit: y has the unknown label .*, expected one of 0, 1"
         ):
             learner.partial_fit(X, other)
-    with pytest.raises(ValueError, match="the labels in y are of bool, int"):
+    with pytest.raises(ValueError, match="y has labels of type bool, int"):
         LoRATokenClassifier(model, **FAST | {"epochs": 1}).fit(
             X, [[True, *numbers[1:]] for numbers in integers]
         )
@@ -256,9 +256,9 @@ def test_a_word_that_the_tokenizer_drops_has_no_label(model: Path) -> None:
         ([["a"], []], [["O"], []], ValueError, "a sentence is empty, expected sentences of"),
         ([["a"]], [["O"], ["O"]], ValueError, "y has 2 sentences, expected 1 as in X"),
         ([["a"], ["b", "c"]], [["O"], ["O"]], ValueError, r"y\[1\] has 1 label, expected 2, one for"),
-        ([["a", "b"]], [["O", 1]], ValueError, "the labels in y are of int, str, expected only"),
-        ([["a", "b"]], [[True, 2]], ValueError, "the labels in y are of bool, int, expected only"),
-        ([["a", "b"]], [[0.5, 1.5]], ValueError, "the labels in y are of float, expected only"),
+        ([["a", "b"]], [["O", 1]], ValueError, "y has labels of type int, str, expected only"),
+        ([["a", "b"]], [[True, 2]], ValueError, "y has labels of type bool, int, expected only"),
+        ([["a", "b"]], [[0.5, 1.5]], ValueError, "y has labels of type float, expected only"),
         ([["a", "cat"]], ["OP"], TypeError, r"y\[0\] is 'OP', expected a list of labels, one for each word"),
         ([["a"]], [3], TypeError, r"y\[0\] is 3, expected a list of labels"),
         ([["a"]], 3, TypeError, "y is 3, expected a list of lists of labels"),

@@ -21,8 +21,10 @@ _WAIT = 5.0  # seconds
 
 
 def most_needed(size: int, count: int) -> int:
-    """The most bytes that `count` adapters need if they are read one by one. `size`: the bytes of an
-    adapter's values.
+    """Return the most bytes that `count` adapters need if they are read one after the other.
+
+    Args:
+        size: the bytes of one adapter's values.
 
     >>> most_needed(100, 1), most_needed(100, 2)
     (350, 600)
@@ -61,9 +63,12 @@ class AdapterMemory:
         self._unloaded = time.monotonic()
 
     def require(self, name: str, size: int, waits: bool = True) -> None:
-        """Before an adapter is read, check that there is memory for at least `size` bytes of values.
+        """Check that there is memory for an adapter that has not been read yet.
 
-        This method has the arguments and the error of `room`.
+        The other arguments and the error are those of `room`.
+
+        Args:
+            size: the least number of bytes that the adapter's values can take.
         """
         self._wait(needed := int(_LOADING * size), waits)
         self._require(name, needed)
@@ -106,8 +111,8 @@ class AdapterMemory:
         left = self.most - self.used
         if needed > left:
             raise RequestError(
-                f"there is no memory for the adapter {brief(name)}: it needs {needed / 1e6:,.1f} MB, and "
-                f"{left / 1e6:,.1f} MB of the {self.most / 1e6:,.1f} MB for adapters are free: unload "
+                f"there is too little memory for the adapter {brief(name)}: it needs {needed / 1e6:,.1f} MB, "
+                f"but only {left / 1e6:,.1f} of {self.most / 1e6:,.1f} MB for adapters are free; unload "
                 "another adapter, or start the server with a larger --adapter-memory",
                 507,
                 code="insufficient_memory",

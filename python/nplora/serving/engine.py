@@ -159,8 +159,8 @@ class Engine:
             sampling: how tokens are chosen; None: always the most likely token, up to 128 tokens.
             adapter: the name of an adapter in `lm.adapters`, or the model that `lm.named_model` returned for
                 this name. None, or `lm` itself: no named adapter. A request keeps its adapter to the end,
-                even if the adapter is deleted in the meantime. If the adapter adds tokens, give the model
-                whose tokenizer encoded `ids`, because the adapter with this name may be replaced.
+                even if the adapter is deleted in the meantime. If the adapter adds tokens, pass the model
+                whose tokenizer encoded `ids`, not the name: the name may now stand for another adapter.
             logprobs: a number n. The answer then contains log-probabilities: of each generated token, and of
                 the n most likely tokens at its position. None: no log-probabilities.
             client: the name of the client. Clients take turns, and each client's requests are computed in
@@ -343,9 +343,9 @@ class Engine:
                 self._in_round = None
 
     def _require_no_round(self, op: str) -> None:
-        """Raise RuntimeError if the calling thread is inside a round: it would wait for itself forever."""
+        """Raise RuntimeError if the calling thread is in a round. Waiting for the round would never end."""
         if self._in_round == threading.get_ident():
-            raise RuntimeError(f"{op}: a listener, guide or turn of this engine called it during a round")
+            raise RuntimeError(f"{op}: a listener, guide or turn called this method during a round")
 
     def _cancel(self, ticket: Ticket) -> None:
         """Cancel a request, which then ends before the next round.

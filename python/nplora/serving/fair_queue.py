@@ -89,7 +89,7 @@ class FairQueue(Generic[Item]):
             return self.remove(item)
 
     def remove(self, item: Item) -> bool:
-        """Remove a request. Its client keeps its turn. Return False if the queue does not contain it."""
+        """Remove a request, without moving its client. Return False if the queue does not contain it."""
         with self._lock:
             if item in self._resumed:
                 self._resumed.remove(item)

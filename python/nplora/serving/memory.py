@@ -19,11 +19,11 @@ from nplora.runtime import get_num_threads
 _FLOAT = 4
 _THREAD = 3 << 19  # a thread's scratch memory in addition to the rows of a product, rounded up
 _HEAP = (9 << 20) + _core.constants.spare_buffer_bytes  # small arrays, texts of requests, idle memory, code
-# The bytes of a token of a prompt: an integer object (32), a pointer in each of three lists that may have
-# grown by eighths (27), and a part of the key of its page (2), rounded up.
+# The bytes of a token of a prompt: an integer object (32), a pointer in each of three lists with up to an
+# eighth of spare room (27), and a part of the key of its page (2), rounded up.
 PROMPT_TOKEN = 64
-# The most bytes of all waiting prompts; a single one may have more. A running prompt takes about a hundredth
-# of its keys and values.
+# The most bytes of all waiting prompts; a single prompt may have more. The tokens of a running prompt take
+# only about a hundredth of the memory of its keys and values.
 WAITING = 16 << 20
 _PART = 0.5  # without a memory limit, the engine may take this part of the available memory
 _ADAPTERS = 8  # by default, adapters that are loaded later get 1 / _ADAPTERS of the memory the model leaves
@@ -87,7 +87,7 @@ def plan_memory(
         memory: the memory limit of the process; None: the memory that the model needs, plus half of
             the available memory that remains.
         max_requests: how many requests are computed at the same time.
-        adapter_memory, most_adapters: the memory for later adapters, as in `Engine`.
+        adapter_memory, most_adapters: the memory for adapters that are loaded later, as in `Engine`.
         max_waiting: how many requests may wait.
     Raises:
         ValueError: the memory limit is not a size, or is too small.

@@ -42,20 +42,20 @@ class ServeOptions:
         "weighted_mean or mean_sqrt (default: as in the model's files)", metavar="NAME",
     )  # fmt: skip
     memory: str | None = _option(
-        None, "memory limit for the whole process (default: what the model needs, and half of the available "
+        None, "memory limit for the whole process (default: what the model needs, plus half of the available "
         "memory that remains)", metavar="SIZE",
     )  # fmt: skip
     adapter_memory: str | None = _option(
-        None, "memory to reserve for adapters that are added while the server runs: loaded from "
-        "`adapter_dir`, trained by jobs, or sums of adapters (default: an eighth of the memory that the "
-        "model leaves free; without `adapter_dir` and `jobs`, at most what sums of adapters can take)",
+        None, "memory to reserve for adapters that are added while the server runs, namely "
+        "adapters from `adapter_dir`, results of jobs and sums of adapters (default: an eighth of the memory "
+        "that the model leaves free, but without `adapter_dir` and `jobs` no more than sums can need)",
         metavar="SIZE",
     )  # fmt: skip
     adapter_dtype: str | None = _option(
         None, "bfloat16: round the weights of adapters to bfloat16, which makes decoding with several "
         "adapters at once faster (default: as in the adapters' files)", metavar="NAME",
     )  # fmt: skip
-    max_requests: int = _option(8, "number of requests that are computed at the same time; others wait")
+    max_requests: int = _option(8, "number of requests computed at the same time; more requests wait")
     jobs: str | None = _option(
         None, "directory for uploaded files and fine-tuning jobs; jobs continue after a restart",
         metavar="DIR", kind="path",
@@ -75,7 +75,7 @@ class ServeOptions:
         (), "origin of web pages that may use the server (CORS), such as https://example.org; *: any origin "
         "(repeatable)", group=_ACCESS, metavar="ORIGIN",
     )  # fmt: skip
-    max_queue: int = _option(256, "number of requests that may wait; others are refused", group=_LIMITS)
+    max_queue: int = _option(256, "number of requests that may wait; more are refused", group=_LIMITS)
     max_tokens: int | None = _option(
         None, "maximum number of generated tokens per answer (default: the model's context)", group=_LIMITS
     )

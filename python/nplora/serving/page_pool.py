@@ -1,9 +1,9 @@
 """PagePool: the pages of the key-value cache. A page is free, in use, or kept.
 
-A page whose tokens all belong to the prompt and are computed gets a key. The key is a hash that identifies
-the adapter and all tokens from the start of the prompt to the end of the page. Another request whose prompt
-begins with the same tokens finds the page by its key, and shares the page. When no request uses the page any
-more, the page is kept for later prompts until its memory is needed.
+When all tokens of a page belong to the prompt and are computed, the page gets a key. The key is a hash that
+identifies the adapter and all tokens from the start of the prompt to the end of the page. Another request
+whose prompt begins with the same tokens finds the page by its key, and shares the page. When no request uses
+the page any more, the page is kept for later prompts until its memory is needed.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class PagePool:
 
     @property
     def available(self) -> int:
-        """The number of pages that `new` can return: those that are free, and those that are kept."""
+        """The number of pages that `new` can return: all free pages and all kept pages."""
         return len(self._free) + len(self._kept)
 
     @property
@@ -72,7 +72,7 @@ class PagePool:
         return key in self._by_key
 
     def is_used(self, key: Key) -> bool:
-        """Whether a request uses the page with this key. If so, sharing it does not reduce `available`."""
+        """Whether a request uses the page with this key. Sharing a used page does not reduce `available`."""
         page = self._by_key.get(key)
         return page is not None and self._users[page] > 0
 
@@ -84,8 +84,7 @@ class PagePool:
     def release(self, pages: Sequence[int]) -> None:
         """Release the pages of a request. `pages` must be in the order of the request's tokens.
 
-        A page is useless without the pages before it. So when `new` reuses kept pages of a request, it begins
-        with the last one.
+        A page is useless without the pages before it. So `new` reuses the last kept page of a request first.
         """
         for page in reversed(pages):
             self._users[page] -= 1

@@ -43,8 +43,8 @@ class Request:
             tokens one by one. If the request is put back into the queue, its tokens are computed again in the
             same way, so that the results have the same bits as before.
         keys: the keys of the pages with the first `to_read` tokens. An incomplete last page has no key.
-        cached: the number of prompt tokens that this request did not have to compute the first time, because
-            pages of other requests had their keys and values.
+        cached: the number of prompt tokens whose keys and values this request found in pages of other
+            requests. Pages that it finds again after it was put back do not count.
         known: the largest number of tokens for which this request has had keys and values in the cache at the
             same time.
     """
@@ -75,7 +75,7 @@ class Request:
         self.read_all()
 
     def read_all(self) -> None:
-        """Let the scheduler compute all tokens so far, of prompt and answer, in blocks of many tokens."""
+        """Let the scheduler compute all tokens of the prompt and the answer so far in blocks."""
         ids = self.answer.ids
         self.to_read = len(ids)
         root = f"{self._root} {'long' if self.to_read > self.switch else 'short'}"

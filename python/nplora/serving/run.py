@@ -126,7 +126,7 @@ def _encoder_service(
 
 
 def _load(models: Models[Any], adapters: Sequence[tuple[str, str]]) -> None:
-    """Load the adapters of the command line.
+    """Load the adapters that the command line names.
 
     Raises:
         ValueError: a name cannot be used, or an adapter does not fit the model.
@@ -155,7 +155,7 @@ def _limits(options: ServeOptions) -> dict[str, Any]:
 def description(engine: Engine, models: Models[LanguageModel], options: ServeOptions) -> str:
     """Return the lines that a server with a language model prints when it has started."""
     most, context = int(engine.lm.config.max_position_embeddings), engine.context
-    why = f", because of the memory; the model has {most:,}" if context < most else ""
+    why = f", limited by the memory; the model has {most:,}" if context < most else ""
     limit = _limit(options)
     return (
         f"models: {', '.join(models.names)}\n"
@@ -174,7 +174,7 @@ def encoder_description(engine: EncoderEngine, models: Models[ServedEncoder], op
     more = ", …" if len(labels) > 8 else ""
     classes = f"; classes: {', '.join(labels[:8])}{more}" if labels else ""
     most = served.encoder.max_length
-    why = f", because of the memory; the model reads {most:,}" if engine.context < most else ""
+    why = f", limited by the memory; the model reads {most:,}" if engine.context < most else ""
     return (
         f"models: {', '.join(models.names)}\n"
         f"embeddings of {served.encoder.dim:,} values: {served.encoder.pooling!r}{classes}\n"
@@ -284,7 +284,7 @@ def training_memory(options: ServeOptions, engine: Engine) -> int:
 
 
 def most_adapters(lm: LanguageModel | ServedEncoder, options: ServeOptions) -> int | None:
-    """Return the most bytes that adapters loaded while the server runs can need; None: not known.
+    """Return the most bytes that adapters can need if they are added while the server runs; None: not known.
 
     Without a directory of adapters and without jobs, only sums of the loaded adapters can be added. A sum
     stays in memory while a request uses it.
@@ -293,8 +293,8 @@ def most_adapters(lm: LanguageModel | ServedEncoder, options: ServeOptions) -> i
         return None
     users = options.max_queue
     if isinstance(lm, LanguageModel):
-        # The running requests, and those that have just ended: the cache's `joint` keeps their models until
-        # the engine calls the model again.
+        # Running requests also use sums. So do requests that have just ended, because the cache's `joint`
+        # keeps their models until the engine calls the model again.
         users += 2 * options.max_requests
     return bytes_of_sums(sum(adapter.nbytes for adapter in lm.adapters.values()), users)
 

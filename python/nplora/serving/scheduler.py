@@ -87,7 +87,7 @@ class Scheduler:
 
         Another thread may call this method during a round, but only for a request that has not started.
         """
-        if error is not None:  # variables of its frames refer to the keys and values
+        if error is not None:  # the error's frames have variables that refer to the keys and values
             traceback.clear_frames(error.__traceback__)
         if request.slot is None:
             self.queue.remove(request)
@@ -185,7 +185,7 @@ class Scheduler:
                 self._cache.give(_slot(request), page)
                 continue
             # A request has at most `context` tokens, for which all pages together suffice. So if no page is
-            # left, another running request has some.
+            # left, another running request has pages.
             assert len(self.running) > 1
             last = min(reversed(self.running), key=lambda one: one.priority)
             self._metrics.put_back += 1
@@ -261,7 +261,8 @@ class Scheduler:
         for request, (begin, end), scores in zip(ready, pieces, rows, strict=True):
             if scores is not None:
                 self._publish(request, begin, end)
-                if end == len(request.answer.ids):  # a request that was put back may know the next tokens
+                # A request that was put back may already have generated the next tokens.
+                if end == len(request.answer.ids):
                     complete.append((request, scores))
         self._advance(complete)
         return sum(end - begin for begin, end in pieces)

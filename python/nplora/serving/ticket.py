@@ -62,7 +62,7 @@ class Chunk:
 
     Attributes:
         text: the new text, in whole characters. Text that may be the beginning of a stop text is held back
-            until later tokens show whether this is so.
+            until the next tokens show whether it is a stop text.
         tokens: the tokens that were generated since the last chunk, without the end token. `text` may differ
             from the joined texts of these tokens, because text may be held back.
 
@@ -94,7 +94,7 @@ class Usage:
 
 
 class Ticket:
-    """A client's handle of a request, from `Engine.submit`. All methods may be called from any thread.
+    """A client's handle for a request, from `Engine.submit`. All methods may be called from any thread.
 
         >>> engine = nplora.serving.Engine(nplora.load_model("model.gguf"))
         >>> ticket = engine.submit([5, 6, 7], nplora.generate.Sampling(max_new_tokens=4))

@@ -25,7 +25,7 @@ _DTYPES = [np.float64, np.float32]
 
 @dataclass(frozen=True)
 class FileModel:
-    """What a pickle stores of a fitted model whose network is in a file: all except the frozen weights.
+    """The pickled parts of a fitted model with a network from a file: all except the frozen weights.
 
     Attributes:
         path, activation, adaptation, probe: the arguments of `read_network` and `adapted`, which rebuild the

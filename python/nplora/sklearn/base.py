@@ -241,7 +241,7 @@ class LoRAEstimator(BaseEstimator):  # type: ignore[misc]
         self._scale = np.asarray(factor, np.float64), np.asarray(offset, np.float64)
 
     def _unscaled(self) -> contextlib.AbstractContextManager[None]:
-        """A context in which the model's outputs are not scaled, as training needs them."""
+        """A context in which the model's outputs are not scaled, because training needs unscaled outputs."""
         return contextlib.nullcontext()
 
     def _scaled(self, outputs: Array) -> Array:

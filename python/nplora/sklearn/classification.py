@@ -26,7 +26,7 @@ class LabelledBase(LoRAEstimator):
 
     @unchanged_on_error
     def partial_fit(self, X: Any, y: Any, classes: Any = None) -> Self:
-        """Train for one pass over some rows. Later calls continue the training with other rows.
+        """Train for one pass over the given rows. Each further call continues the training with its own rows.
 
         No rows are held out, so no call stops early, and the probabilities are not calibrated afterwards.
 
@@ -36,8 +36,8 @@ class LabelledBase(LoRAEstimator):
         Returns:
             the estimator.
         Raises:
-            ValueError: `classes` is missing in the first call or differs later; y has an unknown label; or
-                class_weight is "balanced", which needs all rows. Other errors: as in `fit`.
+            ValueError: `classes` is missing in the first call, or differs in a later call; y has an unknown
+                label; or class_weight is "balanced", which needs all rows. Other errors: as in `fit`.
         """
         if isinstance(self.class_weight, str) and self.class_weight == "balanced":
             raise ValueError(
@@ -76,7 +76,7 @@ class LabelledBase(LoRAEstimator):
     def _set_classes(self, classes: Array) -> None:
         """Set the labels of a fit.
 
-        Raises ValueError if there is only one label, or if this fit continues a fit that had other labels.
+        Raises ValueError if there is only one label, or if this fit continues a fit with different labels.
         """
         if len(classes) < 2:
             raise ValueError(

@@ -15,12 +15,12 @@ from nplora.sklearn.classification import ClassifierBase
 class LoRAClassifier(ClassifierBase, ArrayEstimator):
     """Adapt a pretrained network to classes of your own, with LoRA and a new head.
 
-    The frozen weights are never copied: clones and the fits of a grid search share them. Every frozen linear
-    layer and convolution gets a LoRA layer, except a head that is replaced.
+    The frozen weights are never copied: clones and the fits of a grid search share them. By default, every
+    frozen linear layer and convolution gets a LoRA layer, except a head that is replaced.
 
-    If `network` is None, the estimator uses a network of one frozen layer with random weights, which LoRA
-    adapts. Such random features are enough to try the estimator. If you have no pretrained network,
-    scikit-learn's models are the better choice.
+    If `network` is None, the network is one frozen layer with random weights, and LoRA adapts this layer.
+    Such random features are enough to try the estimator. If you have no pretrained network, scikit-learn's
+    models are the better choice.
 
         >>> rng = np.random.default_rng(0)
         >>> X = rng.normal(size=(200, 4))

@@ -162,7 +162,7 @@ class LoRATokenClassifier(LabelledBase, TextEstimator):
         found = itertools.chain(*self._predicted_labels(x))
         return float(np.mean([ours == theirs for ours, theirs in zip(found, true, strict=True)]))
 
-    # ---- what the fit loop asks ----
+    # ---- methods that the fit loop calls ----
 
     def _checked(self, X: Any, y: Any, reset: bool) -> tuple[list[Sentence], Array]:
         x = self._features(X, reset)
@@ -221,7 +221,7 @@ class LoRATokenClassifier(LabelledBase, TextEstimator):
         if len(kinds) != 1 or kinds[0] not in _KINDS:
             names = ", ".join(kinds)
             raise ValueError(
-                f"{op}: the labels in y are of {names}, expected only texts, only integers or only bool"
+                f"{op}: y has labels of type {names}, expected only texts, only integers or only bool"
             )
         return np.array(list(itertools.chain(*given)))
 

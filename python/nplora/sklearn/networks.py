@@ -74,7 +74,7 @@ def read_network(path: StrPath, activation: str = "relu") -> Sequential:
         activation: "relu", "gelu", "silu" or "tanh".
     Raises:
         FormatError: the file breaks its format, a tensor does not belong to a linear layer, or d_in of a
-            layer is not d_out of the layer before it.
+            layer differs from d_out of the layer before it.
         OSError: the file cannot be read. ValueError: the activation is unknown.
     """
     _check.choice("read_network", "activation", activation, ACTIVATIONS)
@@ -185,7 +185,7 @@ def _require_outputs(model: Module, outputs: int, probe: Array) -> None:
     try:
         shape = model(probe).shape
     except ValueError as error:
-        raise ValueError(f"{words}, which the layers after it refuse: {error}; use head='append'") from error
+        raise ValueError(f"{words}, but the next layers refuse them: {error}; use head='append'") from error
     if shape != (len(probe), outputs):
         raise ValueError(f"{words}, but the network's output has shape {shape}; use head='append'")
 
@@ -211,7 +211,7 @@ def _new_head(model: Module, adaptation: Adaptation, probe: Array) -> Linear:
 
 
 def _last_linear(model: Module) -> Linear | LoRALinear:
-    """Return the last linear layer of a network, with or without an adapter.
+    """Return the last linear layer of a network. The layer may have an adapter.
 
     Raises:
         ValueError: the network has no linear layer.

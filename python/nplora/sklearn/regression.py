@@ -44,10 +44,10 @@ class RegressorBase(RegressorMixin, LoRAEstimator):  # type: ignore[misc]
 
     @unchanged_on_error
     def partial_fit(self, X: Any, y: Any) -> Self:
-        """Train for one pass over the given rows. Later calls continue the training with other rows.
+        """Train for one pass over the given rows. Each further call continues the training with its own rows.
 
-        The first call computes the mean and the variance of its targets. Later calls rescale their targets
-        with the same mean and variance.
+        The first call computes the mean and the variance of its targets. The further calls rescale their
+        targets with the same mean and variance.
 
         Args:
             X, y: as in `fit`.

@@ -21,7 +21,7 @@ _UNPICKLED = ("_encoder", "_encoders", "_key")
 
 
 class TextEmbedder(TransformerMixin, BaseEstimator):  # type: ignore[misc]
-    """Turn texts into embeddings, for a pipeline with any other estimator. Nothing is trained.
+    """Turn texts into embeddings, so that a pipeline can pass them to any estimator. Nothing is trained.
 
         >>> from sklearn.linear_model import LogisticRegression
         >>> from sklearn.pipeline import make_pipeline
@@ -104,7 +104,7 @@ class TextEmbedder(TransformerMixin, BaseEstimator):  # type: ignore[misc]
         shared, version = self._shared(), (versions_of(self.model), self.pooling)
         if version not in shared:
             made = load_encoder(self.model, pooling=self.pooling)
-            shared.clear()  # drop the encoders that other clones loaded, or they would add up in memory
+            shared.clear()  # otherwise, the encoders that clones loaded would stay in memory
             shared[version] = made
         self._encoder, self._key = shared[version], (str(self.model), self.pooling)
 

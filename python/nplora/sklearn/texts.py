@@ -30,7 +30,7 @@ from nplora.trainer.fingerprint import base_fingerprint, factors, set_factors
 Array = npt.NDArray[Any]
 Scale = tuple[Array, Array]  # a factor and an offset of the outputs
 
-# The encoders in use, by path and versions of the files. Estimators over one model share its frozen weights.
+# The encoders in use, with keys from `versions_of`. Estimators of one model share its frozen weights.
 _loaded: weakref.WeakValueDictionary[tuple[Any, ...], Encoder] = weakref.WeakValueDictionary()
 
 

@@ -24,8 +24,8 @@ class Access:
     """Decides which requests are answered.
 
     - If there are keys, a request must contain one of the keys as `Authorization: Bearer KEY`.
-    - If there are no keys, the Host header of a request must name this machine. So the server refuses a web
-      page of another site whose host name was made to point to this machine (DNS rebinding).
+    - If there are no keys, the Host header of a request must name this machine. This check
+      prevents DNS rebinding, where another web site makes its host name point to this machine.
     - A request from a web page must come from this server's own page, or from one of `origins`. Without this
       check, any web page could make the browser send requests to this server.
 
@@ -80,7 +80,7 @@ class Access:
             is_own = False
         if not is_own:
             raise RequestError(
-                f"requests from web pages of {brief(origin)} are refused; --allow-origin accepts them",
+                f"requests from web pages of {brief(origin)} are refused; --allow-origin would allow them",
                 403,
                 code="origin_refused",
             )
@@ -89,8 +89,8 @@ class Access:
         name = _host_name(host)
         if name not in _LOCAL_NAMES | self._hosts and not is_loopback(name):
             raise RequestError(
-                f"the host name {brief(host)} is not this machine's; without an API key, only "
-                "localhost is answered",
+                f"the host name {brief(host)} does not belong to this machine; without an API key, "
+                "send requests to localhost",
                 403,
                 code="host_refused",
             )

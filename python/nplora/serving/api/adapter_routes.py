@@ -25,7 +25,7 @@ def model(service: Service, name: str) -> dict[str, Any]:
 
 
 def _limits(service: Service) -> dict[str, int]:
-    """The limits of a model, in tokens: of a prompt together with its answer, and of an answer."""
+    """The most tokens of a prompt plus its answer, and the most tokens of an answer, if limited."""
     limits = {"max_model_len": service.engine.context}
     return limits if service.most_tokens is None else limits | {"max_tokens": service.most_tokens}
 
@@ -33,7 +33,7 @@ def _limits(service: Service) -> dict[str, int]:
 def delete_model(service: Service, name: str) -> dict[str, Any]:
     """DELETE /v1/models/{name}
 
-    The adapter of a job can be deleted even if it is not loaded.
+    An adapter that a fine-tuning job has made can be deleted even if it is not loaded.
     """
     if name == service.models.name:
         raise RequestError("the base model cannot be deleted", param="model")

@@ -24,7 +24,7 @@ class AnswerObjects:
         tickets: for each answer, the engine's `Ticket`. The answers to the first prompt come first.
     """
 
-    objects = "", ""  # the value of the field "object" for a whole answer, and that for a piece
+    objects = "", ""  # the values of the field "object": for a whole answer, for a piece
     prefix = ""
 
     def __init__(self, request: TextRequest, tickets: Sequence[Ticket]) -> None:

@@ -34,9 +34,9 @@ _PAGE_HEADERS = {
 _FORM = 1 << 20  # the most bytes of an upload in addition to those of its file
 _PIECE = 1 << 20  # bytes of a file that are read at a time
 _RETRY = {429: b"1", 503: b"5"}  # {status: seconds after which the client should try again}
-# The most bytes that are still read of a refused body; fewer if the client was refused access.
+# The most bytes of a refused body that are still read. The second limit is for clients without access.
 _DRAINED, _DRAINED_OF_STRANGERS = 64 << 20, 64 << 10
-_FINAL = {504, 507}  # OpenAI's clients would repeat such a request in vain, so they are told not to
+_FINAL = {504, 507}  # OpenAI's clients would repeat such a request in vain, so a header asks them not to
 
 Handler = Callable[[Any], Awaitable[Any]]
 
@@ -229,7 +229,7 @@ class Application:
     def _refusing(self, is_encoder: bool) -> Handler:
         """A handler that refuses all requests, for a route that the served model does not support."""
         text = (
-            "this server has embeddings and classes, and does not generate text"
+            "this server computes embeddings and classes, and does not generate text"
             if is_encoder
             else "this server generates text; start it with --embeddings for embeddings and classes"
         )
@@ -286,7 +286,7 @@ class Application:
 
 
 def _known(error: Exception) -> RequestError:
-    """The error that a client sees for any exception of a route."""
+    """Turn any exception of a route into the error that the client sees."""
     from starlette.exceptions import HTTPException
 
     if isinstance(error, HTTPException):

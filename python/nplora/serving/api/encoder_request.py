@@ -74,7 +74,11 @@ class EncoderRequest:
         return {"object": "list", "data": data, "model": self.name, "usage": self._usage()}
 
     def classes(self, logits: Array) -> Shape:
-        """vLLM's response object for classes. logits: (texts, outputs), or (tokens, outputs) for words."""
+        """vLLM's response object for classes.
+
+        Args:
+            logits: array (texts, outputs). If the classifier labels words, the shape is (tokens, outputs).
+        """
         assert self.classifier is not None
         labels, task = self.classifier.labels, self.classifier.task
         if self.sentences is not None:
@@ -202,7 +206,7 @@ class _Length:
 
     @classmethod
     def read(cls, body: Fields, encoder: Encoder, longest: int) -> _Length:
-        """Read the field `truncate_prompt_tokens`. The server has memory for texts of `longest` tokens."""
+        """Read the field `truncate_prompt_tokens`. The server has memory for `longest` tokens per text."""
         name = "truncate_prompt_tokens"
         is_short = longest < encoder.max_length
         most = min(longest, encoder.max_length)
@@ -247,7 +251,7 @@ def _tokenizing() -> Iterator[None]:
 
 
 def _tokens(encoder: Encoder, name: str, given: object, length: _Length) -> list[int]:
-    """Check the tokens that a client sent. The tokens are used unchanged."""
+    """Check the tokens that a client sent, and cut them if there are too many. Add no special tokens."""
     if not isinstance(given, list) or not given:
         raise wrong(name, given, "a text or a list of tokens that is not empty", "input")
     if len(given) > length.most and not length.cuts:

@@ -1,4 +1,4 @@
-"""Guides: with the package llguidance, an answer can contain only the tokens that a grammar allows."""
+"""Guides: restrict an answer to the tokens that a grammar allows, with the package llguidance."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ _RULES = {
     "coerce_one_of": True,
 }
 _LONGEST_SCHEMA = 120_000
-# The most schemas that a schema may combine by allOf. For patterns, the time grows exponentially with them.
+# The most schemas that a schema may combine by allOf. If the schemas have patterns, the time to compile them
+# grows exponentially with their number.
 _MOST_INTERSECTED = 8
 
 
@@ -107,7 +108,7 @@ class Guides:
 
 
 def _require_small(schema: str) -> None:
-    """Refuse a schema that llguidance would need too long to compile."""
+    """Refuse a schema that would take llguidance too long to compile."""
     if len(schema) > _LONGEST_SCHEMA:
         raise RequestError(
             f"the schema has {len(schema):,} characters, at most {_LONGEST_SCHEMA:,} are accepted",

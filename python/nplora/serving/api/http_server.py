@@ -16,8 +16,8 @@ from nplora.platform import processes
 from nplora.serving.api.app import Application
 from nplora.serving.request_error import RequestError
 
-# The time limit for the head of a request: from its first byte on or, for the first request, from the
-# beginning of the connection on.
+# The time limit for the head of a request. The time starts with the request's first byte. For the first
+# request of a connection, the time starts when the client connects.
 _HEADER_SECONDS = 10.0
 _KEEP_ALIVE_SECONDS = 30
 _LAST_SECONDS = 5  # after `drain_seconds`, unfinished answers get this time to send their errors
@@ -103,7 +103,7 @@ def _server(
 
         @contextlib.contextmanager
         def capture_signals(self) -> Iterator[None]:
-            """Handle signals. At its end, uvicorn would raise the signals again; this server does not."""
+            """Handle signals. Unlike uvicorn's own method, do not raise the signals again at the end."""
             numbers = (signal.SIGINT, signal.SIGTERM)
             try:
                 before = {number: signal.signal(number, self.handle_exit) for number in numbers}

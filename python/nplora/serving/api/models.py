@@ -58,7 +58,7 @@ class Models(Generic[LM]):
             several loaded adapters is not rounded again.
     Attributes:
         lm, name: see the arguments.
-        memory: the `AdapterMemory` that limits the memory of adapters that are loaded later; None: no limit.
+        memory: the `AdapterMemory` that reserves memory for each new adapter; None: no limit.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class Models(Generic[LM]):
         self._loaded: dict[str, tuple[int, str]] = {}  # {name of an adapter: (its id, its path)}
         self._next_id = 0
         self._scales: dict[int, float] = {}  # {adapter's id: default scale in requests to the base model}
-        self._sums: dict[str, str] = {}  # {description of a sum: name of its adapter}; not in the lists
+        self._sums: dict[str, str] = {}  # {description of a sum: its adapter's name}; not shown to clients
         self._since = int(time.time())
 
     # ---- adapters ----
@@ -86,8 +86,8 @@ class Models(Generic[LM]):
         """Load an adapter.
 
         Args:
-            replace: replace an existing adapter with this name as soon as the new adapter is read. The new
-                adapter gets the id and the scale of the old adapter.
+            replace: if an adapter already has this name, replace it as soon as the new adapter is read. The
+                new adapter gets the id and the scale of the old adapter.
         Raises:
             RequestError: the name has wrong characters or is taken, or there is too little memory.
             OSError, ValueError: the adapter cannot be read, or does not fit the model.
@@ -142,7 +142,9 @@ class Models(Generic[LM]):
     # ---- requests ----
 
     def chosen(self, body: Fields) -> tuple[str, str | None]:
-        """Return a pair: the model's name for the answer, and the adapter's name (None: no adapter).
+        """Return the model that a request chooses, as a pair of names.
+
+        The first name is for the answer. The second is the name of the adapter, or None for no adapter.
 
         Raises:
             RequestError: there is no such model or adapter.
@@ -226,7 +228,7 @@ class Models(Generic[LM]):
         """The models in the form of OpenAI's API, with vLLM's fields for adapters.
 
         Args:
-            limits: more fields of each model.
+            limits: additional fields of each model, with its limits in tokens.
         """
         with self._lock:
             paths = {name: path for name, (_, path) in self._loaded.items()}
@@ -259,7 +261,7 @@ class Models(Generic[LM]):
             ]
 
     def set_scales(self, value: object) -> None:
-        """Set the default scales. They apply if a request names the base model, but contains no scales.
+        """Set the default scales, for requests that name the base model but contain no scales.
 
         Adapters that are not in the list get the scale 0.
         """
@@ -273,13 +275,13 @@ def bytes_of_sums(size: int, users: int) -> int:
 
     Args:
         size: the total bytes of all loaded adapters.
-        users: the most sums that requests can still use when no later request can.
+        users: the most deleted sums that requests can still be using.
     """
     return most_needed(size, _MOST_SUMS + users)
 
 
 def _file_size(path: Path) -> int:
-    """The least number of bytes that the values in an adapter's file can take; 0 if there is no file."""
+    """A lower bound for the bytes of the values in an adapter's file; 0 if there is no file."""
     file = path / "adapter_model.safetensors" if path.is_dir() else path
     return max(0, file.stat().st_size - _MOST_HEADER) if file.is_file() else 0
 

@@ -22,7 +22,7 @@ _GAUGES = {
     "waiting": "Requests that wait.",
     "pages": "Pages of the key-value cache.",
     "pages_used": "Cache pages that running requests use.",
-    "pages_cached": "Cache pages that no request uses, kept because they hold the beginning of a prompt.",
+    "pages_cached": "Cache pages that no request uses now, kept for later prompts with the same beginning.",
     "page_tokens": "Tokens per cache page.",
 }
 _HISTOGRAMS = {

@@ -24,7 +24,8 @@ _MOST_BIASES = 1024
 _MOST_TOKENS = 2**31 - 1
 _LARGEST_SEED = 2**63 - 1
 
-LIMITS = ("max_completion_tokens", "max_tokens", "n_predict")  # of generated tokens; the first one counts
+# The fields that limit the number of generated tokens. If a request has several, the first one here counts.
+LIMITS = ("max_completion_tokens", "max_tokens", "n_predict")
 
 FIELDS = frozenset(
     {
@@ -41,7 +42,7 @@ def read_sampling(body: Fields, default_tokens: int, most_tokens: int, vocab_siz
 
     Args:
         default_tokens: the limit of generated tokens if the request does not contain `max_tokens`.
-        most_tokens: the limit of generated tokens if `max_tokens` is -1, by which a client asks for no limit.
+        most_tokens: the limit of generated tokens if `max_tokens` is -1, which means "no limit".
     Raises:
         RequestError: a field is out of range or has a wrong type.
     """
@@ -118,5 +119,5 @@ def read_choices(body: Fields, sampling: Sampling) -> int:
     n = body.integer("n", 1, MOST_CHOICES) or 1
     best_of = body.integer("best_of", 1, MOST_CHOICES)
     if best_of not in (None, n):
-        raise RequestError("best_of is not supported: give n", param="best_of", code="unsupported_parameter")
+        raise RequestError("best_of is not supported: use n", param="best_of", code="unsupported_parameter")
     return n

@@ -34,9 +34,9 @@ class Sentences:
 
     Attributes:
         texts: the text of each sentence. If a client sent words, they are joined by spaces.
-        spans: for each sentence, the begin and the end of each word in the text, int64 (words, 2).
+        spans: for each sentence, the start and the end of each word in the text, int64 (words, 2).
         first: for each sentence, an array with the index of each word's first token, as in `WordIds`.
-        rows: array with the index of the row of logits for each word that has a token.
+        rows: array with one value for each word that has a token: the index of its row of logits.
     """
 
     texts: list[str]
@@ -49,8 +49,8 @@ class Sentences:
         """Read the items of the field `input`, which are texts or lists of words.
 
         Raises:
-            RequestError: an item is neither a text nor a list of words, or has no word; or there are too many
-                words or characters.
+            RequestError: an item is neither a text nor a list of words, an item has no word, or there are too
+                many words or characters.
         """
         texts, spans, room, characters = list[str](), list[Array](), _MOST, _MOST_CHARACTERS
         for i, given in enumerate(inputs):
@@ -94,7 +94,7 @@ class Sentences:
         words = classifier.encoder.word_ids(self.words(), most if cut is None else min(cut, most))
         ids, rows = classifier.windows(words, longest)
         if (words.cut and cut is None) or sum(map(len, ids)) > most:
-            raise _too_long("tokens (those in several windows count several times)", most)
+            raise _too_long("tokens (a token in two windows counts twice)", most)
         return dataclasses.replace(self, first=words.first, rows=rows), ids
 
     @property
@@ -137,7 +137,7 @@ def _checked_words(name: str, given: object) -> list[str]:
 
 
 def _joined_spans(words: Sequence[str]) -> Iterator[tuple[int, int]]:
-    """The begin and the end of each word in the text " ".join(words)."""
+    """The start and the end of each word in the text " ".join(words)."""
     begin = 0
     for word in words:
         yield begin, begin + len(word)
@@ -146,7 +146,7 @@ def _joined_spans(words: Sequence[str]) -> Iterator[tuple[int, int]]:
 
 def _too_long(unit: str, most: int) -> RequestError:
     return RequestError(
-        f"input has more than {most:,} {unit}, the most that one request for tags of words may have",
+        f"input has more than {most:,} {unit}; this is the limit for a request that labels words",
         param="input",
         code="context_length_exceeded",
     )

@@ -92,12 +92,12 @@ class TextRequest:
 class Reader:
     """Reads requests for generated text.
 
-    `chat` and `completion` return the model with the request's adapter, whose tokenizer encoded the prompts,
-    and the request. The request does not hold the model, because a client may read an answer long after the
-    engine has completed it.
+    `chat` and `completion` return a pair: the model with the request's adapter, and the request. The model's
+    tokenizer encoded the prompts. The request does not hold the model, because a client may read an answer
+    long after the engine has completed it.
 
-    Do not call the methods in the event loop, because a method waits until another process has rendered the
-    chat template.
+    Do not call these methods in the event loop, because they wait until another process has rendered the chat
+    template.
 
     Args:
         context: the largest number of tokens of a prompt plus its answer.
@@ -174,7 +174,7 @@ class Reader:
     def _model(self, adapter: str | None) -> LanguageModel:
         """Return the model with an adapter. The request uses this model until the request ends."""
         lm = self._models.lm
-        lm.set_adapter(None)  # the caller may have selected one
+        lm.set_adapter(None)  # the caller may have selected an adapter
         return lm if adapter is None else lm.named_model(adapter)
 
     def _request(
@@ -193,7 +193,7 @@ class Reader:
         if left < 1:
             raise RequestError(
                 f"the prompt has {'at least ' * (longest > self._context)}{longest:,} tokens, but the "
-                f"maximum context length is {self._context:,} tokens, and an answer needs at least 1 of them",
+                f"maximum context length is {self._context:,} tokens, including at least 1 token of the answer",
                 param="messages" if body.has("messages") else "prompt",
                 code="context_length_exceeded",
             )

@@ -22,7 +22,7 @@ class Inbox:
     """Moves chunks of answers from the engine's thread into asyncio queues of an event loop.
 
     In each round, the engine produces a chunk for each running request. To wake the event loop, the engine's
-    thread makes a system call. Afterwards, it may have to wait for Python's interpreter lock. So the engine's
+    thread makes a system call. Afterwards, the thread may have to wait for Python's interpreter lock. So the
     thread wakes the loop only once for several chunks.
     """
 

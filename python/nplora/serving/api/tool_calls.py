@@ -65,8 +65,8 @@ def split_calls(text: str, names: Collection[str]) -> tuple[str, list[dict[str, 
 def _call(value: Any, names: Collection[str]) -> dict[str, Any] | None:
     """Return a call as an object of OpenAI's API, or None if `value` is not a call of a known function.
 
-    The arguments must be a JSON object. In the result, the arguments are JSON in ASCII. UTF-8 could not
-    represent half of a surrogate pair, which the arguments may contain.
+    The arguments must be a JSON object. In the result, the arguments are JSON in ASCII, because they may
+    contain half of a surrogate pair, which UTF-8 cannot represent.
 
     Raises:
         ValueError, RecursionError: the arguments are not JSON.
@@ -94,7 +94,8 @@ def _call(value: Any, names: Collection[str]) -> dict[str, Any] | None:
 class CallFilter:
     """Separates the content of a streamed text from its tool calls.
 
-    Text that may belong to a tool call is held back. It is released if later text shows that it is content.
+    Text that may belong to a tool call is held back. The held text is released if later text shows that it is
+    content.
 
     Args:
         names: the functions that may be called. If `names` is empty, no text is held back.

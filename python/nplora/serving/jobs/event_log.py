@@ -43,7 +43,7 @@ class EventLog:
         """Add an event. Its type is "metrics" if `data` is given, otherwise "message".
 
         Args:
-            data: a dict with "step", the number of a training step, and the training loss or the validation
+            data: a dict with the number of a training step ("step"), and the training loss or the validation
                 loss of this step. If the log already has the same kind of loss for this step, the event is
                 not added.
         Raises:
@@ -83,7 +83,7 @@ def _event(line: bytes) -> Shape | None:
 
 
 def _subject(event: Shape) -> tuple[str, int] | None:
-    """Return ("train" or "valid", step) for an event with losses; None for another event."""
+    """Return ("train" or "valid", step) for an event with losses; None for an event without losses."""
     data = event["data"]
     return None if data is None else ("train" if "train_loss" in data else "valid", int(data["step"]))
 

@@ -172,12 +172,12 @@ class FineTuning:
         self._state.storage.close()
 
     def __enter__(self) -> FineTuning:
-        """Start."""
+        """Call `start`."""
         self.start()
         return self
 
     def __exit__(self, *exception: object) -> None:
-        """Close."""
+        """Call `close`."""
         self.close()
 
     # ---- the thread that trains ----

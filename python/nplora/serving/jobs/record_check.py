@@ -44,7 +44,7 @@ def _fits(record: Mapping[str, Any], fields: Mapping[str, Check]) -> bool:
 
 
 def _wrong(record: Mapping[str, Any], fields: Mapping[str, Check]) -> str | None:
-    """The name of the first field that is missing or wrong; None if there is none."""
+    """The name of the first field that is missing or wrong; None if all fields are right."""
     return next(
         (name for name, check in fields.items() if name not in record or not check(record[name])), None
     )
@@ -75,7 +75,7 @@ def require_record(path: str, record: object, id_: str, fields: Mapping[str, Che
     """Check that a record has the id `id_` and the given fields; return the record.
 
     Raises:
-        FormatError: the record has another id or another schema version, or a field is missing or wrong.
+        FormatError: the record has the wrong id or schema version, or a field is missing or wrong.
     """
     if not isinstance(record, dict) or record.get("id") != id_:
         raise FormatError(f"{path}: not a record of {id_}")

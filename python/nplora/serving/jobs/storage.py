@@ -5,8 +5,8 @@ The directory holds
     lock                                 exists while a server uses the directory
     files/ID/content.SUFFIX, file.json   an uploaded file, and its record
     jobs/ID/job.json                     the record of a job
-    jobs/ID/train.SUFFIX, valid.SUFFIX   the job's data: hard links to the contents of uploaded files, which
-                                         remain if a client deletes these files
+    jobs/ID/train.SUFFIX, valid.SUFFIX   the job's data: hard links to the contents of uploaded files. The
+                                         data remain if a client deletes these files
     jobs/ID/start/                       the adapter that the job continues, if any
     jobs/ID/events.jsonl                 the job's events
     jobs/ID/run/                         the output directory of `finetune`: checkpoints, log and adapter
@@ -223,8 +223,8 @@ class Storage:
         """Change fields of a job's record, in memory and on the disk.
 
         Raises:
-            OSError: the new record cannot be written. `jobs` keeps the old record. So does the disk, unless
-                it failed after the new file had replaced the old one.
+            OSError: the new record cannot be written. `jobs` keeps the old record. The disk also keeps it,
+                unless the error came after the new file had replaced the old file.
         """
         record = {**self.jobs[job_id], **changes}
         files.replace([NewFile(self.place(job_id) / _JOB, 0, [_json(record)])])
@@ -232,8 +232,8 @@ class Storage:
         return record
 
     def drop_unused(self, job_id: str) -> None:
-        """Remove the files that a job needs only to train. The job has succeeded, or it is cancelled and no
-        longer trains.
+        """Remove the files that a job needs only to train. The job must have succeeded, or it must be
+        cancelled and no longer train.
 
         The job keeps its record, its events, the adapters that its record names and, if it has succeeded, the
         output directory of `finetune`.
@@ -307,7 +307,7 @@ def _too_many(most: int) -> RequestError:
 
 
 def _suffix(name: str) -> str:
-    """Return the suffix that says which format a file has; ".jsonl" if the name has no known suffix."""
+    """Return the suffix that shows the format of a file; ".jsonl" if the name has no known suffix."""
     lower = name.lower()
     known = sorted((*SUFFIXES, *COMPRESSED), key=len, reverse=True)
     return next((suffix for suffix in known if lower.endswith(suffix)), ".jsonl")

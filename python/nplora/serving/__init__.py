@@ -1,4 +1,4 @@
-"""Serving: one model answers many requests at the same time. Each request may use another adapter."""
+"""Serving: one model answers many requests at the same time. Each request may use a different adapter."""
 
 from nplora.lm.answer import Guide
 from nplora.serving.conversation import Conversation

@@ -348,7 +348,7 @@ class Engine:
             raise RuntimeError(f"{op}: a listener, guide or turn called this method during a round")
 
     def _cancel(self, ticket: Ticket) -> None:
-        """Cancel a request, which then ends before the next round.
+        """Cancel a request. The request ends before the next round.
 
         A waiting request leaves the queue at once, to make room for a new request.
         """

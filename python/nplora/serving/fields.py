@@ -16,7 +16,7 @@ class Fields:
 
     Args:
         values: the object.
-        inside: a text that error messages write before the name of a field, such as "messages[0].".
+        inside: the prefix of the fields' names in error messages, such as "messages[0].".
     """
 
     def __init__(self, values: object, inside: str = "") -> None:
@@ -45,8 +45,8 @@ class Fields:
         """Raise a RequestError if a field is unknown, or if its value is not supported.
 
         Args:
-            unsupported: a dict from the names of fields that the server does not implement to the values that
-                are accepted anyway, because they do not change the answer.
+            unsupported: a dict {field that the server does not implement: accepted values}. These values are
+                accepted because they do not change the answer.
         """
         for field, value in self.values.items():
             if field in unsupported:

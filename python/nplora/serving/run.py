@@ -50,8 +50,8 @@ def serve(
     Raises:
         ModuleNotFoundError: starlette or uvicorn is not installed.
         OSError: the port is in use, or an adapter cannot be read.
-        ValueError: an adapter does not fit the model, there is no such directory of adapters, or the memory
-            does not suffice.
+        ValueError: an adapter does not fit the model, `options.adapter_dir` is not a directory, or the
+            memory does not suffice.
     """
     require_packages()
     if options.adapter_dir is not None and not Path(options.adapter_dir).is_dir():
@@ -101,7 +101,7 @@ def _encoder_service(
     adapters: Sequence[tuple[str, str]],
     any_base: bool,
 ) -> Iterator[tuple[Service, str, Callable[[], None]]]:
-    """Yield an encoder's service, a text that describes it, and a function that does nothing."""
+    """Yield an encoder's service, a text that describes it, and a function that starts no jobs."""
     if options.jobs is not None:
         raise ValueError("serve: fine-tuning jobs need a language model that generates text")
     if options.adapter_dtype is not None:

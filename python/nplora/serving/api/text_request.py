@@ -193,7 +193,7 @@ class Reader:
         if left < 1:
             raise RequestError(
                 f"the prompt has {'at least ' * (longest > self._context)}{longest:,} tokens, but the "
-                f"maximum context length is {self._context:,} tokens, including at least 1 token of the answer",
+                f"maximum context length is {self._context:,} tokens, and at least 1 is for the answer",
                 param="messages" if body.has("messages") else "prompt",
                 code="context_length_exceeded",
             )

@@ -34,9 +34,9 @@ AlignedBuffer BufferCache::take(size_t bytes) {
 }
 
 // Makes room for a new buffer of `bytes` bytes. Frees idle buffers, the largest first, until all buffers,
-// including the new buffer, take at most `most` bytes in total. `peak` is the largest total size that used
-// buffers, including the new buffer, have had at one time. `most` is the smaller of peak + kSpareBytes and 2
-// * peak.
+// including the new buffer, take at most `most` bytes in total. `most` is peak + kSpareBytes, but at most
+// 2 * peak. Here, `peak` is the largest number of bytes that were in use at one time, if the new buffer is
+// counted as used.
 void BufferCache::make_room(size_t bytes) {
   const size_t peak = std::max(most_used_, used_bytes_ + bytes), most = peak + std::min(peak, kSpareBytes);
   while (!idle_.empty() && used_bytes_ + idle_bytes_ + bytes > most) {

@@ -29,9 +29,9 @@ char* huge_page_after(char* at) {
   return huge_page_of(at + kHugePage - 1);
 }
 
-// Places weights in memory one after the other, so that they share huge pages. No thread waits for the lock:
-// a child of fork may start with the lock held by a thread that does not exist in the child, and would then
-// wait forever.
+// Places weights in memory one after the other, so that they share huge pages. No thread waits for the lock.
+// After a fork, the lock may be held by a thread that does not exist in the child process, so a wait in the
+// child would never end.
 class Neighbours {
  public:
   // Returns nullptr if weights cannot share huge pages on this system, if another thread holds the lock, or
@@ -56,17 +56,16 @@ class Neighbours {
 
   // Reports that the memory at `at` will be unmapped. `unmap` must call `leave` before it unmaps any memory,
   // because other code may map the same addresses afterwards. If the memory overlaps a huge page that weights
-  // have not filled yet, `take` places no more weights in this huge page, and its small pages stay small. If
-  // another thread is inside `take` at the same time, `take` may not notice the unmapped memory. If other
-  // code has mapped the same addresses, `take` may then move the small pages of that code into a huge page.
-  // The other code then uses more memory, but no data is lost.
+  // have not filled yet, `take` places no more weights in this huge page, and its small pages stay small.
+  // A thread that is inside `take` at the same time may not see that the memory was unmapped. If other code
+  // has mapped the same addresses, `take` may then move the small pages of the other code into a huge page.
+  // In this rare case, the other code uses more memory, but no data is lost.
   void leave(const char* at, size_t size) {
     if (at < end_ && at + size > small_pages_) has_hole_ = true;
   }
 
  private:
-  // Makes `start` the address of the next weight, and gives the unused address space before `start` back to
-  // the system.
+  // Places the next weight at `start`, and gives the unused address space before `start` back to the system.
   void move_to(char* start) {
     if (start != next_) platform::unmap_pages(next_, static_cast<size_t>(start - next_));
     next_ = start;

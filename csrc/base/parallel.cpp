@@ -26,7 +26,7 @@ std::atomic<size_t> thread_limit{0};
 std::atomic<bool (*)()> interrupt_hook{nullptr};
 
 // Whether this thread is running the interrupt hook in the middle of a parallel_for. If the hook itself calls
-// parallel_for, all tasks of that call run on this thread.
+// parallel_for, all tasks of the hook's call run on this thread.
 thread_local bool asking = false;
 
 // The number of floating-point operations that makes it worthwhile to use one more thread. One core computes

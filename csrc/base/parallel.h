@@ -18,16 +18,16 @@ struct Interrupted : std::runtime_error {
 void set_thread_limit(size_t n);
 size_t num_threads();
 
-// The thread limit that other libraries, such as threadpoolctl, can change. The limit starts as the value of
-// the environment variable OMP_NUM_THREADS. If this variable is not set, the limit starts as the number of
-// processors that this process may use. Each calling thread has its own limit, as in OpenMP. In a build with
-// OpenMP, the limit is OpenMP's limit.
+// The thread limit that other libraries, such as threadpoolctl, can change. Its first value is that of the
+// environment variable OMP_NUM_THREADS or, if this variable is not set, the number of processors that this
+// process may use. Each calling thread has its own limit, as in OpenMP. A build with OpenMP uses OpenMP's own
+// limit.
 void set_outer_threads(size_t n);
 size_t outer_threads();
 
 // The backend that provides the threads: "openmp" or "pool" (pool.h). The environment variable
 // NPLORA_PARALLEL chooses the backend, and is read once. Results do not depend on the backend. Throws
-// std::invalid_argument if NPLORA_PARALLEL has another value, or names a backend that this build lacks.
+// std::invalid_argument if NPLORA_PARALLEL has any other value, or names a backend that this build lacks.
 const char* parallel_backend();
 
 // The value of the macro _OPENMP (201511 for version 4.5), or 0 if the build has no OpenMP.

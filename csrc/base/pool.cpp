@@ -23,8 +23,8 @@ std::atomic<bool> in_child{false};
 // is shorter than the polling time, so threads do not sleep between jobs. The system may wake a sleeping
 // thread on the caller's own core even if another core has no work: in a virtual machine, a core that is
 // halted does not count as idle. The woken thread then waits for a time slice while the caller does all the
-// work. When idle threads polled for only 20 µs, a step on two cores took 8.0 ms; with longer polling, 4.3
-// ms.
+// work. On two cores, a step took 8.0 ms when idle threads polled for only 20 µs, and 4.3 ms when they polled
+// longer.
 constexpr auto kSpinTime = std::chrono::microseconds(1000);
 
 struct Job {
@@ -84,8 +84,8 @@ class Pool {
   }
 
   // Keeps the workers off the caller's processor. A sleeping worker would often be woken on that processor,
-  // and would wait there for a time slice while the caller does all the work. On another processor, a worker
-  // can soon run, even if a thread of a BLAS library spins on that processor for a while after a matrix
+  // and would wait there for a time slice while the caller does all the work. On any other processor, a
+  // worker soon gets to run, even if a thread of a BLAS library spins there for a while after a matrix
   // product.
   void steer_workers() {
     const int processor = platform::current_processor();

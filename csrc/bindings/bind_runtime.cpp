@@ -26,7 +26,7 @@ bool signal_pending() {
   if (now - last < kInterval) return false;
   last = now;
   const py::gil_scoped_acquire acquire;
-  const ScratchFrame frame;  // gives signal handlers other scratch buffers than the interrupted call
+  const ScratchFrame frame;  // keeps signal handlers away from the scratch buffers of the interrupted call
   return PyErr_CheckSignals() != 0;
 }
 

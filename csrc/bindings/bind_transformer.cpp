@@ -292,8 +292,8 @@ void set_direction(AttentionShape& shape, bool causal, const std::optional<Float
             "bias must have a column for every distance in a sequence");
 }
 
-// Copies the array `starts`, and checks and returns the copy. The array holds the first row of each sequence
-// and, as its last element, the total number of rows n.
+// Returns a checked copy of the array `starts`, which holds the first row of each sequence and, as its last
+// element, the total number of rows n.
 std::vector<int64_t> checked_starts(const Integers& array, size_t n) {
   const std::vector<int64_t> starts = copied("starts", array, size_t(array.size()));
   require(array.ndim() == 1 && !starts.empty() && starts.front() == 0 && starts.back() == int64_t(n) &&

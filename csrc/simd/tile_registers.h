@@ -1,6 +1,6 @@
-// The tile registers of AMX: eight matrices of up to 16 rows of 64 bytes, whose shapes the program sets. One
-// instruction multiplies two registers, which hold pairs of bfloat16, and adds the product to a third
-// register. One instruction does up to 16 x 16 x 32 multiply-adds. The code is in assembly, because the
+// The tile registers of AMX: eight matrices of up to 16 rows of 64 bytes. The program sets the shape of each
+// matrix. One instruction multiplies two registers, which hold pairs of bfloat16, and adds the product to a
+// third register. One instruction does up to 16 x 16 x 32 multiply-adds. The code is in assembly, because the
 // compiler does not allocate the tile registers.
 #pragma once
 

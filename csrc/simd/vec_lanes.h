@@ -5,15 +5,14 @@
 //   `join_parts(parts)` makes a vector whose part p is `parts[p]`. `first_halves(s)` makes a vector whose
 //     part p holds the first 16 bytes of the sub-block `s[p]`. `last_halves(s)` does the same with the last
 //     16 bytes.
-//   `transpose_parts(v)` transposes a 4 x 4 matrix of lanes for each p: row k of the matrix is part p of the
-//     vector `v[k]`.
-//   `dot_lanes<kLargest>(u, x)` multiplies the bytes of the eight vectors u[k] by those of the eight vectors
-//     x(k). It returns for each lane the sum of the 32 products. The bytes of u[k] are unsigned, and at most
-//     kLargest. The bytes of x(k) are from -127 to 127. Without VNNI, kLargest must be at most 128.
+//   `transpose_parts(v)` transposes one 4 x 4 matrix of lanes for each p. Row k of this matrix is part p of
+//     the vector `v[k]`.
+//   `dot_lanes<kLargest>(u, x)` multiplies the bytes of the eight vectors u[k] by the bytes of the eight
+//     vectors x(k), and returns the sum of the 32 products of each lane. The bytes of u[k] are unsigned, and
+//     at most kLargest. The bytes of x(k) are from -127 to 127. Without VNNI, kLargest must be at most 128.
 //   `broadcast_four(p)` loads four bytes into each lane.
 //   `magnitudes(b)` returns the magnitudes of signed bytes. `set_signs(signs, b)` stores the signs of the
-//     bytes b in `signs`. The stored sign of the byte 0 does not matter, because the magnitude of this byte
-//     is 0.
+//     bytes b in `signs`. Any sign may be stored for a byte that is 0, because its magnitude is 0.
 //     `with_signs(x, signs)` multiplies each byte of `x` by the stored sign.
 //   `to_floats(sums)` converts integers to floats, lane by lane. `floats_of_halves(lanes)` converts the
 //     float16 numbers in the low halves of the lanes to floats.
@@ -171,7 +170,7 @@ template <size_t kLargest, class X>
   for (size_t k = 0; k < 8; ++k) sums[k % 2] = add_products(sums[k % 2], u[k], x(k));
 #else
   // The largest sum of two products is 2 * 127 * kLargest. If several such sums together fit into 16 bits,
-  // they are added first. This saves a widening and an addition for each.
+  // they are added before they are widened to 32 bits, because one widening for all of them is cheaper.
   constexpr size_t kFit = 32767 / (2 * 127 * kLargest);
   static_assert(kFit > 0);
   constexpr size_t kTogether = kFit >= 8 ? 8 : kFit >= 4 ? 4 : kFit >= 2 ? 2 : 1;

@@ -675,7 +675,8 @@ def test_a_file_is_replaced_on_request_alone(tmp_path: Path, capsys: pytest.Capt
     line = ["convert", str(tmp_path / "two"), str(target), "--base", str(base)]
     assert cli.main(line) == 2
     assert capsys.readouterr().err == (
-        f"nplora: error: {target}: the file already exists; name another one, or --overwrite replaces it\n"
+        f"nplora: error: {target}: the file already exists; "
+        "name another one, or replace it with --overwrite\n"
     )
     assert target.read_bytes() == one
     assert cli.main([*line, "--overwrite"]) == 0

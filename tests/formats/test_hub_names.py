@@ -143,7 +143,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 ADAPTER = "owner/my-lora"
 DOWNLOAD_ADAPTER = (
-    f"if it is an adapter on the Hugging Face Hub, get its files by hf download {ADAPTER} --local-dir my-lora"
+    f"if it is an adapter on the Hugging Face Hub, download it with hf download {ADAPTER} --local-dir my-lora"
 )
 
 

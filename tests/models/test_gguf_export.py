@@ -366,7 +366,7 @@ def test_a_tokenizer_that_fails_the_trial_is_left_out_too(rng: np.random.Generat
     directory = hf_directory(tmp_path / "hf", rng)
     backend.save(str(directory / "tokenizer.json"))
     report = nplora.model_to_gguf(directory, tmp_path / "model.gguf")
-    assert "'zebra' would become other tokens in GGUF" in str(report)
+    assert "'zebra' would become different tokens in GGUF" in str(report)
 
 
 @pytest.mark.parametrize(

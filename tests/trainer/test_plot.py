@@ -53,7 +53,7 @@ def test_a_picture_is_replaced_only_on_request(
     (run / "plot.png").write_bytes(FOREIGN)
     assert cli.main(["plot", str(run)]) == 2
     assert (
-        f"{run / 'plot.png'}: the file already exists; name another one, or --overwrite"
+        f"{run / 'plot.png'}: the file already exists; name another one, or replace it with --overwrite"
         in capsys.readouterr().err
     )
     assert (run / "plot.png").read_bytes() == FOREIGN

@@ -1,4 +1,4 @@
-"""Validates the digest of a base model that an adapter file stores."""
+"""Checks the digest that identifies an adapter's base model."""
 
 import re
 

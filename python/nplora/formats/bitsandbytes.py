@@ -73,7 +73,10 @@ def holds(file: Container[str], name: str) -> bool:
 
 
 def refuse(file: Container[str], name: str, source: str, deed: str) -> None:
-    """Raise UnsupportedError if a tensor has a 4-bit type. The message says: "nplora does not {deed}"."""
+    """Raise UnsupportedError if a tensor has a 4-bit type.
+
+    `deed` completes the message: "..., which nplora does not {deed}".
+    """
     if holds(file, name):
         raise UnsupportedError(
             f"{source}: tensor {brief(name)} has a 4-bit type of bitsandbytes, which nplora does not {deed}; "
@@ -82,7 +85,7 @@ def refuse(file: Container[str], name: str, source: str, deed: str) -> None:
 
 
 def parts(names: Collection[str]) -> dict[str, str]:
-    """A dict: name of a tensor with auxiliary data of a 4-bit matrix -> name of the matrix."""
+    """A dict from the name of each auxiliary tensor, such as NAME.absmax, to NAME, its 4-bit matrix."""
     states = {name: name.partition(_STATE)[0] for name in names if _STATE in name}
     others = {f"{matrix}{part}": matrix for matrix in states.values() for part in _PARTS}
     return states | {name: others[name] for name in others.keys() & set(names)}
@@ -99,7 +102,7 @@ def read(file: File, name: str) -> Nf4:
     Raises:
         UnsupportedError: the matrix is not NF4, its block size is not 64, or the block size of its absmax is
             not 256.
-        FormatError: a tensor of the matrix is missing, has another dtype or shape, or is not finite.
+        FormatError: a tensor of the matrix is missing, has the wrong dtype or size, or is not finite.
     """
     where, state = _state(file, name)
     size = math.prod(_shape(where, state))
@@ -161,7 +164,7 @@ def _require(where: str, state: dict[str, Any], name: str, expected: int) -> Non
 
 
 def _part(file: File, name: str, dtype: str, size: int) -> Array:
-    """Check the dtype and size of one of the tensors of a matrix, and return the tensor as a flat array."""
+    """Check the dtype and size of one tensor of a matrix, and return the tensor as a flat array."""
     where = f"{file.source}: tensor {brief(name)}"
     if name not in file:
         raise FormatError(f"{where} is missing")

@@ -76,7 +76,7 @@ class UnsafeError(FormatError):
 
 
 class CorruptError(FormatError):
-    """A file is damaged, was changed while it was in use, or does not fit the run that reads it.
+    """A file is damaged, was changed while it was in use, or does not fit the model or the training run.
 
     >>> import nplora
     >>> with open("adapter/adapter_config.json") as file:

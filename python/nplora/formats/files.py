@@ -42,7 +42,8 @@ _KINDS = {
     stat.S_IFSOCK: "a socket",
     stat.S_IFLNK: "a symbolic link to nothing",
 }
-OTHER_OR = "name another one, or --overwrite (overwrite=True)"  # ends messages about existing output
+# The end of messages about existing output.
+OTHER_OR = "name another one, or replace it with --overwrite (overwrite=True)"
 _LEAST_MAPPED = 1 << 20
 _HASHED_AT_ONCE = 1 << 20
 _COARSEST_TICK_NS = 2_000_000_000  # FAT stores times in steps of 2 s; Linux file systems in at most 10 ms
@@ -55,7 +56,7 @@ def kind_name(kind: int) -> str:
 
 
 def suffix(path: StrPath) -> str:
-    """The last suffix of a path in lower case, so MODEL.GGUF gives ".gguf"."""
+    """The last suffix of a path in lower case: ".gguf" for MODEL.GGUF."""
     return Path(path).suffix.lower()
 
 
@@ -101,8 +102,8 @@ def _open_regular(path: StrPath, follow_links: bool) -> Iterator[int]:
 class Stamp(NamedTuple):
     """Identifies one version of a file.
 
-    If two stamps of a file are equal, the file did not change between them. There is one exception: a write
-    within one tick of the file system's clock after another write may not change the stamp.
+    If two stamps of a file are equal, the file did not change between them. There is one exception: if two
+    writes happen within one tick of the file system's clock, the second write may leave the stamp unchanged.
     """
 
     name: str
@@ -122,8 +123,8 @@ class Stamp(NamedTuple):
     def require_unchanged(self) -> None:
         """Raise CorruptError if the file was modified after this stamp was taken.
 
-        A memory map of a modified file shows the new data. If another file has replaced the file under its
-        name, no error is raised, because the memory map still shows the old data.
+        A memory map of a modified file shows the new data. If the name now belongs to a new file, no error is
+        raised, because a memory map of the old file still shows the old data.
         """
         try:
             found = os.stat(self.name)
@@ -192,7 +193,7 @@ class Reader:
 
 
 def _memory(nbytes: int) -> memoryview:
-    """Allocate writable memory. The system gets a large block back as soon as it is freed."""
+    """Allocate writable memory. When a large block is freed, its memory returns to the system at once."""
     return memoryview(bytearray(nbytes) if nbytes < _LEAST_MAPPED else mmap.mmap(-1, nbytes))
 
 
@@ -238,8 +239,8 @@ def sha256(path: StrPath) -> str:
 def cached(path: Path) -> Path:
     """If `path` is a link of Hugging Face's cache, return the link's target, else `path`.
 
-    The cache's links lead from snapshots/REVISION/NAME to blobs/DIGEST. Paths that come from a model's files
-    may be such links, but no other symbolic links.
+    The cache's links lead from snapshots/REVISION/NAME to blobs/DIGEST. A path that comes from a model's
+    files may be such a link, but must not be any other symbolic link.
     """
     cache, target = path.parent.resolve().parent, path.resolve()
     is_cached = path.is_symlink() and cache.name == "snapshots" and target.parent == cache.parent / "blobs"
@@ -354,7 +355,7 @@ def require_new(path: StrPath, overwrite: bool) -> None:
         return
     _require_replaceable(Path(path))
     if not overwrite:
-        raise FileExistsError(errno.EEXIST, f"the file already exists; {OTHER_OR} replaces it", name(path))
+        raise FileExistsError(errno.EEXIST, f"the file already exists; {OTHER_OR}", name(path))
 
 
 def require_not_read(op: str, outputs: Iterable[StrPath], inputs: Iterable[tuple[str, StrPath]]) -> None:
@@ -387,13 +388,13 @@ def replace(
     directory: Directory | None = None,
     check: Callable[[list[Path]], None] = lambda paths: None,
 ) -> None:
-    """Write each file to a temporary name beside its target, then rename them all in the given order.
+    """Write each file to a temporary name beside its target, then rename all files in the given order.
 
     No file is renamed until all bytes of all files are on disk, so a full disk leaves every old file intact.
-    After a crash between two renames, the later files still have their old content. A new file takes the
-    permissions of the file that it replaces. If a target is a symbolic link, the link is replaced and the
-    linked file stays unchanged. The next call of `replace` removes temporary files that a crash left, unless
-    another call is writing in the same directory.
+    After a crash between two renames, the files that were not yet renamed still have their old content. A new
+    file takes the permissions of the file that it replaces. If a target is a symbolic link, the link is
+    replaced and the linked file stays unchanged. The next call of `replace` removes temporary files that a
+    crash left, unless another call is writing in the same directory.
 
     Args:
         directory: an open directory that all files are written into. If `directory` is given, only the last
@@ -428,7 +429,7 @@ def written(files: Sequence[NewFile]) -> Iterator[list[Path]]:
 def _temporaries(
     files: Sequence[NewFile], directory: Directory | None
 ) -> Iterator[list[tuple[int, str, Path]]]:
-    """Write files to temporary names. At the end, remove those that were not renamed.
+    """Write files to temporary names. At the end, remove the temporary files that were not renamed.
 
     Yields for each file: the descriptor of its directory, its temporary name, and its target.
     """
@@ -505,9 +506,9 @@ def unfinished(directory: int, targets: Container[str]) -> list[str]:
 def _clear_and_share(directory: int, targets: set[str]) -> None:
     """Remove temporary files that a crash left, then hold a shared lock.
 
-    While this call holds the lock, no other call removes its temporary files. A temporary file that another
-    call is writing looks like one that a crash left. So nothing is removed while another call holds the lock,
-    or if the file system has no locks.
+    While this call holds the lock, no other call removes the temporary files of this call. A temporary file
+    that another call is writing looks like one that a crash left. So nothing is removed while another call
+    holds the lock, or if the file system has no locks.
     """
     with contextlib.suppress(OSError):
         system.lock(directory)

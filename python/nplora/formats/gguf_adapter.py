@@ -10,8 +10,8 @@
                                        training data
     W.lora_a, W.lora_b      (r, d_in) and (d_out, r) for each adapted tensor W: "blk.0.attn_q.weight.lora_a"
 
-The letters are those of PEFT: lora_a is the matrix that nplora calls B, and lora_b is the matrix that nplora
-calls A. llama.cpp adds the following update to W. (The user of llama.cpp chooses user_scale.)
+The letters a and b are those of PEFT: lora_a is the matrix that nplora calls B, and lora_b is the matrix that
+nplora calls A. llama.cpp adds the following update to W. (The user of llama.cpp chooses user_scale.)
 
     user_scale * s * lora_b @ lora_a        with s = alpha / r, or 1 if alpha is 0 or missing
 
@@ -96,7 +96,8 @@ def load(path: StrPath) -> GgufAdapter:
     """Read an adapter file.
 
     Raises:
-        FormatError: the file is not an adapter; or factors are missing, not finite, or of different ranks.
+        FormatError: the file is not an adapter. Or a factor is missing or not finite, or the two factors of a
+            tensor have different ranks.
         UnsupportedError: the adapter is not a LoRA adapter, or its factors are quantised.
         OSError: the file cannot be read.
     """
@@ -130,7 +131,7 @@ def from_file(file: GgufFile) -> GgufAdapter:
 
 
 def trained_with_template(path: StrPath) -> bool | None:
-    """Whether the chat template was applied to the training data of an adapter file; None if unknown."""
+    """Whether the chat template was applied to the training data of an adapter; None if that is not known."""
     return _with_template(gguf.open(path))
 
 

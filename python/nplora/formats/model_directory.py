@@ -64,7 +64,7 @@ def require_no_hub_name(path: StrPath, kind: str = "a model") -> None:
         options, given = f"--repo-type dataset {options}", f"of a file in {given}"
     raise FileNotFoundError(
         errno.ENOENT,
-        f"no such file or directory; if it is {kind} on the Hugging Face Hub, get its files by "
+        f"no such file or directory; if it is {kind} on the Hugging Face Hub, download it with "
         f"hf download {options} (pip install huggingface_hub), then use the path {given}",
         named,
     )
@@ -134,7 +134,7 @@ def open_tensors(
 
 
 def weights_of(directory: Path) -> Path | None:
-    """The path of model.safetensors in a directory, else of the index; None if the directory has neither."""
+    """The path of model.safetensors or, if it is missing, of the index; None if both are missing."""
     return next((directory / name for name in (WEIGHTS, INDEX) if os.path.lexists(directory / name)), None)
 
 
@@ -170,7 +170,7 @@ def linked(source: Path, weights: Path, changed: Mapping[str, Path] | None = Non
     Args:
         source: the directory with the configuration and the tokenizer.
         weights: a safetensors file of any name.
-        changed: a dict from the name of a file in `source` to the path of another file to link instead.
+        changed: a dict from names of files in `source` to the paths of the files that are linked instead.
     """
     with tempfile.TemporaryDirectory(prefix="nplora-") as made:
         for path in source.iterdir():

@@ -24,23 +24,23 @@ def require_untouched(directory: StrPath) -> None:
     files.require_directory(directory)
     found = trained(directory)
     if found is not None:
-        raise _occupied(directory, f"{found}; {files.OTHER_OR} replaces it")
+        raise _occupied(directory, f"{found}; {files.OTHER_OR}")
 
 
 def require_no_other(directory: StrPath, overwrite: bool) -> None:
-    """Raise an error if a directory holds a training run. Without `overwrite`, refuse an adapter too.
+    """Raise an error if a directory holds a training run or, unless `overwrite` is set, an adapter.
 
     Raises:
         ValueError: the directory's name is empty.
         NotADirectoryError: the path is not a directory.
-        FileExistsError: the directory holds a run; or it holds an adapter, and `overwrite` is not set.
+        FileExistsError: the directory holds a run. Or it holds an adapter, and `overwrite` is not set.
     """
     files.require_named("adapter", output=directory)
     files.require_directory(directory)
     if holds_run(directory):
         raise _occupied(directory, "a run, whose adapter would be replaced; name another directory")
     if peft_adapter.lies_in(directory) and not overwrite:
-        raise _occupied(directory, f"an adapter; {files.OTHER_OR} replaces it")
+        raise _occupied(directory, f"an adapter; {files.OTHER_OR}")
 
 
 def _occupied(directory: StrPath, found: str) -> FileExistsError:

@@ -76,8 +76,8 @@ class PeftAdapter:
     Attributes:
         directory: the directory's name in error messages.
         tensors: the tensors. Each tensor is read from disk when it is accessed.
-        config: the configuration that was saved with the tensors. If the configuration file was edited later,
-            `config` is the edited configuration.
+        config: the configuration. If the configuration file was edited after it was saved with the tensors,
+            `config` holds the edited values.
         paired: False if the configuration file's SHA-256 shows that the file was edited, else True.
         base_digest: a hash that identifies the base model (`models.model_digest.of`); None if the file has no
             such hash.
@@ -125,7 +125,7 @@ class PeftAdapter:
         return None if text is None else label_record.loads(text, source)
 
     def copy_of(self, layer: str) -> str | None:
-        """The name of the tensor in which PEFT stored a layer's frozen weight; None if there is none."""
+        """The name of the tensor in which PEFT stored a layer's frozen weight; None if no tensor holds it."""
         endings = (_TOKEN_ADAPTER + BASE_COPY, _ORIGINAL, BASE_COPY, ".weight")
         names = (f"{PREFIX}{layer}{ending}" for ending in endings)
         return next((name for name in names if name in self.tensors and self._is_base_copy(name)), None)
@@ -168,8 +168,8 @@ class PeftAdapter:
         """Return a dictionary of the trained tokens: layer -> (name of the tensor, token ids).
 
         A message is added to `problems` if a tensor's shape does not fit the token ids in the configuration.
-        If the configuration names tokens, but no tensor holds trained rows, a message is added too, unless
-        `problems` already has messages.
+        If `problems` is still empty and the configuration names tokens, a message is also added if no tensor
+        holds trained rows.
         """
         named = self.config.trainable_token_indices
         found: dict[str, tuple[str, tuple[int, ...]]] = {}
@@ -196,10 +196,11 @@ class PeftAdapter:
     def factors(
         self, problems: list[str], whole: Mapping[str, Mapping[str, str]]
     ) -> dict[str, tuple[str, str]]:
-        """Map each layer to the names of its two factor tensors. Other tensors are listed in `problems`.
+        """Map each layer to the names of its two factor tensors.
 
-        These tensors are no problem: the tensors that `whole` names, rows of trained tokens, copies of frozen
-        weights, and DoRA's magnitudes if the adapter uses DoRA.
+        A message is added to `problems` for each missing factor, and for each tensor that does not belong to
+        an adapter. Besides the factors, these tensors belong to an adapter: the tensors that `whole` names,
+        rows of trained tokens, copies of frozen weights, and DoRA's magnitudes if the adapter uses DoRA.
 
         Raises:
             LimitError: there are too many layers and patterns to find each layer's rank in reasonable time.
@@ -292,7 +293,11 @@ class PeftAdapter:
             )
 
     def array(self, name: str, dtype: npt.DTypeLike = np.float32) -> NDArray[Any]:
-        """Read a float tensor as a new array. Raises FormatError for other types, NaN and infinities."""
+        """Read a float tensor as a new array.
+
+        Raises:
+            FormatError: the tensor's elements are not floats, or it holds NaN or an infinity.
+        """
         tensor = self.tensors[name]
         if tensor.dtype not in ("float32", "float16", "bfloat16", "float64"):
             raise FormatError(f"tensor {brief(name, 200)} is {tensor.dtype}, expected floats")
@@ -380,7 +385,7 @@ def require_finished(directory: StrPath) -> None:
 
 
 def is_dropped(directory: StrPath) -> bool:
-    """Whether a directory's adapter is from an earlier run, and a newer run will overwrite it."""
+    """Whether a directory's adapter is from an earlier run, so that the newer run will overwrite it."""
     dropped = run_files.dropped_adapter(directory)
     return dropped is not None and tensors_digest(directory) == dropped
 
@@ -397,9 +402,10 @@ def _pair(
     """Return (tensors, text of the configuration, whether the two files belong together).
 
     A save replaces the tensors first, and then the configuration. So this function opens the tensors first,
-    and then reads the configuration. If the tensors file is replaced between these two steps, both files are
-    read again. If the tensors file is not replaced, no later save has written the configuration, because such
-    a save would have replaced the tensors first.
+    and then reads the configuration. If the tensors file was replaced between these two steps, and the
+    configuration's SHA-256 does not fit the opened tensors, both files are read again. If the tensors file
+    was not replaced, no later save has written the configuration, because such a save would have replaced the
+    tensors first.
     """
     for _ in range(_MOST_REPLACED):
         with contextlib.ExitStack() as attempt:
@@ -422,7 +428,7 @@ def lies_in(directory: StrPath) -> bool:
 
 
 def files_of(path: StrPath) -> list[Path]:
-    """The paths of the two files of an adapter directory; or only `path`, if `path` is a file."""
+    """The paths of the two files of an adapter directory, or only `path` if `path` is a file."""
     return [Path(path)] if Path(path).is_file() else [Path(path, name) for name in (CONFIG, TENSORS)]
 
 

@@ -57,8 +57,8 @@ _MUST_BE_OFF = frozenset(
         "velora_config",
     ]
 )
-# Initialisations that leave the base model's weights unchanged. The others ("pissa", "olora", "loftq", ...)
-# change these weights.
+# Initialisations that leave the base model's weights unchanged. All other initialisations ("pissa", "olora",
+# "loftq", ...) change these weights.
 _PLAIN_STARTS = ("gaussian", "eva", "orthogonal")
 _CHECKED = frozenset(
     ["peft_type", "auto_mapping", "megatron_core", "trust_remote_code", "bias", "init_lora_weights"]
@@ -67,7 +67,7 @@ _MEGATRON = "megatron.core"
 _REPEATED_GROUP = re.compile(r"\)[*+{]")
 
 Number: TypeAlias = int | float
-Tokens: TypeAlias = tuple[int, ...] | Mapping[str, tuple[int, ...]]  # ids for the embedding, or by layer
+Tokens: TypeAlias = tuple[int, ...] | Mapping[str, tuple[int, ...]]  # ids for the embedding, or layer -> ids
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ class Patterns:
 
     @staticmethod
     def exact(values: dict[str, Number]) -> "Patterns":
-        """Make patterns that match only the given names. (The pattern "0" would match the name "1.0" too.)"""
+        """Make patterns that match only the given names. (A plain pattern "0" would also match "1.0".)"""
         return Patterns(
             tuple((NamePattern("^" + re.escape(name), name), value) for name, value in values.items())
         )
@@ -141,7 +141,7 @@ class PeftConfig:
 
 
 def short_number(value: float) -> Number:
-    """Return a whole number as an integer (16 for 16.0), and another number as a float."""
+    """Return a whole number as an integer (16 for 16.0), and any other number as a float."""
     return int(value) if float(value).is_integer() else float(value)
 
 
@@ -271,15 +271,15 @@ def _refuse_unsafe(fields: dict[str, Any], source: str) -> None:
             if isinstance(text, str) and _REPEATED_GROUP.search(text):
                 raise UnsafeError(
                     f"{source}: {key} holds the pattern {brief(text)}, expected no repeated group, because "
-                    "its search can take for ever"
+                    "matching it can take for ever"
                 )
 
 
 def _is_plain_module_mapping(mapping: object) -> bool:
     """Whether `auto_mapping` is the entry that PEFT writes for a plain torch module.
 
-    nplora never imports the named class. For a class of the standard library, which has no models, the result
-    is False.
+    nplora never imports the named class. If the class is in Python's standard library, the result is False,
+    because that library has no models.
     """
     if not isinstance(mapping, dict) or mapping.keys() != {"base_model_class", "parent_library"}:
         return False

@@ -35,7 +35,7 @@ from nplora.formats.files import StrPath
 MAX_HEADER = 100_000_000
 MAX_TENSORS = 1 << 17
 MAX_METADATA = 1 << 14  # entries
-_MAX_WIDE = 1 << 25  # bytes of a header that is not ASCII; Python may need four times as many for the text
+_MAX_WIDE = 1 << 25  # bytes of a header that is not ASCII; Python's text may take four times as many
 MAX_DIMENSIONS = 32  # NumPy 1.26's own limit
 
 # Maps the tag in the file to (nplora's name, NumPy's type). The types are in the order in which the reference
@@ -59,7 +59,8 @@ _TAGS = {name: tag for tag, (name, _) in _DTYPES.items()}
 _ORDER = {tag: position for position, tag in enumerate(_DTYPES)}
 _METADATA = "__metadata__"
 _FIELDS = {"dtype", "shape", "data_offsets"}
-# The largest number of values in a header, by depth: tensors, their fields, entries of shapes and offsets.
+# The largest number of JSON values in a header at each depth: the tensors, the tensors' fields, the entries
+# of shapes and offsets, and all deeper values.
 _MOST_VALUES = (MAX_TENSORS + 1, len(_FIELDS) * MAX_TENSORS + MAX_METADATA, 8 * MAX_TENSORS, 1000)
 
 Array: TypeAlias = NDArray[Any]
@@ -158,8 +159,8 @@ class SafetensorsFile(Mapping[str, Tensor]):
     """An open file: maps the name of each tensor to the `Tensor`, in the header's order.
 
     `metadata` maps text to text. `entries` maps each name to the shape and element type of the tensor,
-    without reading the tensor. If the file is mapped, `mapped` is a tuple of its `Stamp`, which can show
-    later whether the file was changed.
+    without reading the tensor. `mapped` holds the `Stamp` of a mapped file, and is empty for any other file.
+    The stamp can show later whether the file was changed.
 
     >>> file = loads(dumps({"w": np.eye(2)}, {"made by": "hand"}))
     >>> file, list(file), file.metadata
@@ -285,8 +286,8 @@ def save(path: StrPath, tensors: Tensors, metadata: Mapping[str, str] | None = N
 
     Args:
         path: the file to write.
-        tensors: a mapping of each tensor's name to an array, a `Tensor` or a `Stream`. Arrays of any strides
-            and byte order are accepted, also of type ml_dtypes.bfloat16. A `Tensor` can store uint16 bit
+        tensors: a mapping of each tensor's name to an array, a `Tensor` or a `Stream`. Arrays may have
+            any strides and byte order, and may be of type ml_dtypes.bfloat16. A `Tensor` can store uint16 bit
             patterns as bfloat16. The key becomes the name in the file; a `Tensor`'s own name is ignored.
         metadata: a mapping of text to text.
     Raises:

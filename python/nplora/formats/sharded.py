@@ -53,12 +53,12 @@ class ShardedFile(Mapping[str, Tensor]):
 
     @property
     def mapped(self) -> tuple[Stamp, ...]:
-        """The `Stamp` of each mapped shard. A stamp can show later that another program changed the file."""
+        """The `Stamp` of each mapped shard. A stamp can show later whether the file was changed."""
         return tuple(dict.fromkeys(stamp for shard in self._shards.values() for stamp in shard.mapped))
 
 
 def open(path: StrPath, mmap: bool = True, wanted: Callable[[str], bool] = lambda name: True) -> ShardedFile:
-    """Open an index and every shard that it names.
+    """Open an index and the shards that it names.
 
     Args:
         path: the file `*.safetensors.index.json`. The shards are in the same directory.

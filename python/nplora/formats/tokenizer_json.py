@@ -11,7 +11,7 @@ from nplora.formats.errors import FormatError, brief
 
 TOKENIZER = "tokenizer.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
-FILES = (TOKENIZER, TOKENIZER_CONFIG)  # what an adapter with new tokens has besides its own two files
+FILES = (TOKENIZER, TOKENIZER_CONFIG)  # an adapter with new tokens has these files too
 MAX_BYTES = 100_000_000
 MAX_SPECIAL = 1 << 17  # special tokens, which are searched for in each text; speech models have 65,536
 # The largest accepted number of values in tokenizer.json at each depth. Depth 1 holds the file's fields.

@@ -1,8 +1,8 @@
 """Checks whether GGUF metadata can describe the byte-level BPE tokenizer in a tokenizer.json.
 
-GGUF metadata contain the vocabulary and the merges, but only two other settings of a tokenizer.json: the name
-of the rule that splits text (`pre`), and whether each text gets BOS and EOS. All further settings must have
-the values that `gguf_vocabulary` assumes.
+GGUF metadata contain the vocabulary, the merges, and only two other settings of a tokenizer.json: the name of
+the rule that splits text (`pre`), and whether each text gets BOS and EOS. All other settings must have the
+values that `gguf_vocabulary` assumes.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def require_plain_token(token: dict[str, Any], pre: str, source: str) -> None:
 
 
 def ends(fields: dict[str, Any], source: str) -> tuple[list[int], list[int]]:
-    """Return two lists of token ids: the tokens that are added before each text, and those added after it.
+    """Return two lists of token ids: the tokens that are added before each text, and after each text.
 
     Raises:
         UnsupportedError: the post-processor does more than add tokens before and after each text.

@@ -70,7 +70,7 @@ def from_directory(path: StrPath) -> Tokenizer:
 def _backend(path: Path) -> Any:
     raw, source = bytes(files.read(path, MAX_BYTES)), files.name(path)
     growth = 1
-    if _MAY_HAVE_TABLE.search(raw):  # the package would print a trace about a damaged table
+    if _MAY_HAVE_TABLE.search(raw):  # for a damaged table, the package would print a stack trace
         growth = _growth_of_tables(strict_json.loads(raw, source, MOST_VALUES), source)
     else:
         strict_json.require_size(raw, source, MOST_VALUES)

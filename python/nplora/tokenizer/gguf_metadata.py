@@ -29,8 +29,8 @@ def from_directory(path: StrPath, vocab_size: int) -> dict[str, Any]:
 
     An embedding may have more rows than the tokenizer has tokens. So unused tokens are added until the
     vocabulary has `vocab_size` tokens, one for each row of the embedding. If the package `tokenizers` is
-    installed, a few texts are encoded with the original and with the converted tokenizer to compare the
-    results.
+    installed, this function also checks that the original and the converted tokenizer encode and decode a
+    few texts alike.
 
     Raises:
         UnsupportedError: GGUF metadata cannot describe this tokenizer exactly.
@@ -75,7 +75,7 @@ def with_tokens(metadata: Mapping[str, Typed], tokens: Sequence[AddedToken], siz
     """Add tokens to the metadata of a GGUF model.
 
     Args:
-        size: the number of rows of the embedding. For a row that has no token, an unused token is added.
+        size: the number of rows of the embedding. An unused token is added for each row that has no token.
     Raises:
         FormatError: the metadata contain no tokenizer.
     """
@@ -118,7 +118,9 @@ def _require_alike(directory: Path, metadata: dict[str, Any], added: list[str]) 
             if ours.encode(text, True, parse_special=parse_special) != ids or ours.decode(
                 ids
             ) != theirs.decode(ids):
-                raise UnsupportedError(f"{theirs.source}: {brief(text)} would become other tokens in GGUF")
+                raise UnsupportedError(
+                    f"{theirs.source}: {brief(text)} would become different tokens in GGUF"
+                )
 
 
 def _added(fields: dict[str, Any], source: str) -> list[dict[str, Any]]:

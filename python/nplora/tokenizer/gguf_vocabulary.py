@@ -17,8 +17,8 @@ from nplora.tokenizer.tokenizer import Tokenizer, backend_package
 
 MAX_TOKENS = 1 << 20
 MAX_TOKEN = 1 << 12  # characters
-MAX_PIECE = 1 << 7  # characters of a SentencePiece token; all ways to split it in two are looked up
-MAX_PAIRS = 1 << 23  # characters of all such pairs together; the largest vocabularies in use have 3 million
+MAX_PIECE = 1 << 7  # characters of a SentencePiece token; every split of a token into two is looked up
+MAX_PAIRS = 1 << 23  # characters of all pairs that form a token; the largest vocabularies have 3 million
 KEY = "tokenizer.ggml."
 _KINDS = ("gpt2", "llama", "t5", "bert")  # the values of tokenizer.ggml.model that nplora knows
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # the values of tokenizer.ggml.token_type
@@ -59,15 +59,15 @@ _BEGINS_WITH_BOS = {"llama-bpe"}  # byte-level tokenizers that add BOS if the fi
 def from_gguf(file: GgufFile) -> Tokenizer:
     """Build the tokenizer of a GGUF model.
 
-    Four kinds of tokenizers are known, by their names in GGUF: "gpt2" is byte-level BPE, "llama" is
-    SentencePiece with BPE, "t5" is SentencePiece with Unigram, and "bert" is WordPiece.
+    Four kinds of tokenizers are known. Their names in GGUF are "gpt2" for byte-level BPE, "llama" for
+    SentencePiece with BPE, "t5" for SentencePiece with Unigram, and "bert" for WordPiece.
 
     Args:
         file: an open file, from `formats.gguf.open`.
     Raises:
         FormatError: the tokenizer's metadata are missing, have a wrong type or contradict each other.
         LimitError: there are too many tokens or special tokens, or a token is too long.
-        UnsupportedError: the file has another kind of tokenizer, or another rule to split text.
+        UnsupportedError: nplora does not know the file's kind of tokenizer, or its rule to split text.
         ModuleNotFoundError: the package `tokenizers` is not installed.
 
     >>> from nplora.formats import gguf
@@ -203,7 +203,7 @@ class _Vocabulary:
             yield self.tokens[self.ids[left]], self.tokens[self.ids[right]]  # existing strings: less memory
 
     def _sentencepiece(self) -> Any:
-        """Build a BPE tokenizer, which first merges the two tokens that form the token with the best score.
+        """Build a BPE tokenizer. In each step, it merges the two neighbours that form the best-scored token.
 
         Unknown characters are encoded as bytes.
         """
@@ -279,7 +279,8 @@ class _Vocabulary:
                     size += len(token)
             if size > MAX_PAIRS:
                 raise LimitError(
-                    f"{self.source}: over {len(merges):,} pairs of tokens form a token, too many to be read"
+                    f"{self.source}: over {len(merges):,} pairs of tokens form a token, "
+                    "which is too many to read"
                 )
         return merges
 
@@ -339,9 +340,9 @@ class _Vocabulary:
         _put_around(backend, {"cls": found[0]}, {"sep": found[1]})
 
     def _add_ends(self, backend: Any, bos: int | None, eos: int | None) -> None:
-        """Put BOS before each text if `add_bos_token` is set, and EOS after it if `add_eos_token` is set.
+        """Put BOS before each text if `add_bos_token` is set. Put EOS after it if `add_eos_token` is set.
 
-        If the file lacks one of these settings, its default depends on the kind of tokenizer.
+        The default of each setting depends on the kind of tokenizer.
         """
         begins = self.model == "llama" or self.metadata.string(f"{KEY}pre", "") in _BEGINS_WITH_BOS
         before = {"bos": bos} if bos is not None and self._flag("add_bos_token", begins) else {}

@@ -3,9 +3,9 @@
 A Jinja template can do anything, but nearly all templates write the messages of a chat unchanged, with fixed
 texts around them. To find the fixed texts, this module renders chats in which each message is a single
 unusual character, a mark. Then the module checks that the fixed texts also give the right result for other
-chats. A template that does more than write fixed texts around messages is not translated, with two
+chats. A template that does more than write fixed texts around messages is not translated. There are two
 exceptions: the template may strip white space from messages, and may write the definitions of tools. The
-translated template does neither of these two things; `trimmed` and `has_tools` report the loss.
+translated template does neither, so `trimmed` and `has_tools` report what was lost.
 
 A template that writes the present time is rendered with the time `TRAINING_TIME`, as in training.
 """
@@ -34,7 +34,7 @@ class GoTemplate:
         system: the text before the system message, and the text between the system message and the first user
             message; None if the template refuses system messages.
         user: the text before each user message except the first, and the text after each user message.
-        assistant: the text before each message of the assistant, and the text after it.
+        assistant: the text before each message of the assistant, and the text after each of these messages.
         answer: the text at the end of the chat, before the model's next answer.
         trimmed: the roles of the messages from which the Jinja template strips white space. A Go template
             cannot strip white space.
@@ -79,8 +79,8 @@ class GoTemplate:
 
         Args:
             system: the Go variable with the system message.
-            user: the end of the text. The returned part leaves it out. If the text does not end with `user`,
-                return None.
+            user: the last part of the text, which the caller writes itself. If the text does not end with
+                `user`, return None.
         """
         texts = [self.first] if self.system is None else [self.first, self.system[1]]
         if not all(text.endswith(user) for text in texts):
@@ -106,11 +106,12 @@ def _literal(text: str) -> str:
 def of(tokenizer: Tokenizer) -> GoTemplate | None:
     """Translate the chat template of a tokenizer.
 
-    If the tokenizer adds BOS to each text, the translated template does not write BOS, because llama.cpp also
-    adds BOS.
+    If the tokenizer adds BOS to each text, the translated template does not write BOS, because llama.cpp
+    adds BOS itself.
 
     Returns:
-        the translated template; None if the tokenizer has no chat template, or if it cannot be translated.
+        the translated template. None if the tokenizer has no chat template, or has one that cannot be
+        translated.
     """
     if tokenizer.chat_template is None:
         return None
@@ -129,12 +130,12 @@ def of(tokenizer: Tokenizer) -> GoTemplate | None:
 
 
 def special_tokens(tokenizer: Tokenizer, template: GoTemplate) -> list[str]:
-    """Return the special tokens in the fixed texts. If the model generates one of them, its answer ends."""
+    """Return the special tokens in the fixed texts. Each of these tokens ends the model's answer."""
     return list(dict.fromkeys(tokenizer.special_in(template.texts)))
 
 
 class _OtherError(Exception):
-    """Raised if a template does more than writing fixed texts around the messages."""
+    """Raised if a template does more than write fixed texts around the messages."""
 
 
 def _found(tokenizer: Tokenizer) -> GoTemplate:
@@ -160,7 +161,7 @@ def _found(tokenizer: Tokenizer) -> GoTemplate:
 def _trimmed(tokenizer: Tokenizer, found: GoTemplate, chats: Sequence[list[Any]]) -> tuple[str, ...]:
     """Return the roles of the messages from which the template strips white space.
 
-    To find these roles, render chats with and without spaces around each message.
+    To find these roles, the function renders chats with and without spaces around each message.
     """
     if _texts(tokenizer, chats) != [found.render(chat) for chat in chats]:
         raise _OtherError

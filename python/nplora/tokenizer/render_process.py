@@ -44,7 +44,7 @@ class _Line(NamedTuple):
             rest = rest[os.write(self.writer, rest) :]
 
     def receive(self, most: int) -> bytes:
-        """Read a line. The line is incomplete if it exceeds `most` bytes or the other process has ended."""
+        """Read a line. It is incomplete if it has more than `most` bytes or the other process has ended."""
         received = bytearray()
         while not received.endswith(b"\n") and len(received) < most:
             piece = os.read(self.reader, 1 << 16)
@@ -82,7 +82,7 @@ class RenderProcess:
 
         Args:
             length: the largest number of bytes that the answer may have.
-            most: the limits of the time and the memory that this request may use.
+            most: the limits for the time and the memory of this request.
         Raises:
             ModuleNotFoundError: the package `jinja2` is not installed.
             OSError: the process cannot be started.
@@ -144,7 +144,7 @@ class RenderProcess:
             process = processes.start_apart(
                 [sys.executable, "-I", "-S", "-W", "ignore", str(_PROGRAM), *_searched()],
                 env={**os.environ, "NO_COLOR": "1"},
-                bufsize=0,  # a buffer has a lock, which a fork could leave held for ever
+                bufsize=0,  # a buffer has a lock, which could stay locked for ever after a fork
                 stdin=theirs.reader,
                 stdout=theirs.writer,
                 stderr=subprocess.PIPE,

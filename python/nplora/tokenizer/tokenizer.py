@@ -47,7 +47,8 @@ _NEVER_CUT = 1 << 30  # tokens, more than a text has
 _LINE = re.compile(r"\n(?=[^\W\d_])")
 _SENTINELS = ("\n", "\x01", "\ue000")  # characters with which hardly any longer token begins
 TRAINING_TIME = datetime.datetime(2024, 7, 26)  # the time that chat templates see in training
-# A chat is rendered and encoded twice for each assistant turn. This many messages x turns take about 10 s.
+# A chat is rendered and encoded twice for each assistant turn. If the number of messages times the number of
+# turns is `_MOST_RENDERED`, this takes about 10 s.
 _MOST_RENDERED = 1 << 19
 _TOKENS_PER_MESSAGE = 64
 # While a template is rendered, a special token in a message's text is replaced by its id between these two
@@ -74,10 +75,10 @@ class Chat:
 
     Attributes:
         ids: the tokens.
-        turns: a dict from the index of each assistant message to a range: the positions in `ids` of the
-            message's tokens, including the token that ends the turn.
-        unused: the names of the inputs that the template ignores: some of "messages" (if the template ignores
-            at least one of the messages), "reasoning", "tools" and "documents".
+        turns: a dict with one entry for each assistant message. The key is the index of the message. The
+            value is the range of the message's tokens in `ids`, including the token that ends the turn.
+        unused: the inputs that the template ignores. Possible names are "messages" (at least one message is
+            ignored), "reasoning", "tools" and "documents".
         lost_calls: the tool calls that the template leaves out, as pairs (index of the message, index of the
             call).
     """
@@ -150,7 +151,7 @@ class Tokenizer:
         return f"Tokenizer({self.source!r}, {self.vocab_size} tokens)"
 
     def tokens(self) -> list[str | None]:
-        """Return a list whose item i is the spelling of the token with the id i, or None if there is none.
+        """Return the spelling of every token, ordered by id. An id without a token has the spelling None.
 
         The same token has the same spelling in a GGUF file and in a Hugging Face directory.
 
@@ -258,8 +259,8 @@ class Tokenizer:
             )
         if token.id < self.vocab_size:
             raise UnsupportedError(
-                f"{self.source}: {brief(token.text)} cannot become token {token.id}, which is below the last "
-                f"token {self.vocab_size - 1} of the tokenizer"
+                f"{self.source}: {brief(token.text)} cannot become token {token.id}, because this id is a "
+                f"gap in the ids of the tokenizer, which go up to {self.vocab_size - 1}"
             )
         return False
 
@@ -392,11 +393,11 @@ class Tokenizer:
                 as in transformers. The tokenizer of XLM-RoBERTa makes such a token before rare characters.
         Returns:
             a tuple (ids, first, cut). `ids` has the token ids of each sentence. `first` has a list for each
-            sentence: the position of the first token of each word, or -1 for a word without tokens (for
-            example after a cut). `cut` is the number of sentences that were cut.
+            sentence: the position of the first token of each word, or -1 for a word without tokens. A cut
+            word, for example, has no tokens. `cut` is the number of sentences that were cut.
         Raises:
             TypeError: a sentence is not a list of texts.
-            ValueError: a word is empty or has only spaces; or as in `encode_texts`.
+            ValueError: a word is empty or has only spaces. Or as in `encode_texts`.
             FormatError: the tokenizer cannot encode a sentence.
 
         >>> import nplora
@@ -634,7 +635,7 @@ class Tokenizer:
         Raises:
             UnsupportedError: the template writes earlier messages differently when more messages follow, and
                 writes no special tokens around a turn, so the tokens of the turn cannot be found.
-            ValueError: the chat has so many turns and tokens that encoding would take minutes; or as in
+            ValueError: the chat has so many turns and tokens that encoding would take minutes. Or as in
                 `apply_chat_template`.
 
         >>> import nplora
@@ -705,8 +706,8 @@ class Tokenizer:
     def _end_of_turn(self, said: list[int], begin: int) -> int:
         """Return the position after the token that ends the turn. A model generates nothing after this token.
 
-        Some templates write two end tokens: the first ends the turn; the second, perhaps on a new line, ends
-        the text. The turn then includes only the first of the two.
+        Some templates write two end tokens: the first token ends the turn, and the second token, perhaps on a
+        new line, ends the text. The turn then includes only the first end token.
         """
         ends = [place for place in range(begin, len(said)) if said[place] in self.eos_ids]
         last = ends.pop() if ends else len(said) - 1
@@ -768,8 +769,9 @@ class Tokenizer:
     def _lost(self, quoted: list[Message], given: dict[str, Any], text: str) -> list[turns_of.Part]:
         """Return the messages and tool calls that the template leaves out, as `Part`s.
 
-        To find them, put a unique mark into each tool call, and into each message that is not the
-        assistant's. If a mark is not in the rendered text, the template has left out its call or message.
+        This function puts a unique mark into each tool call, and into each message that is not the
+        assistant's. If a mark is missing in the rendered text, the template has left out the call or the
+        message that has this mark.
         """
         mark, lost = turns_of.mark_of([text]), list[turns_of.Part]()
         for by_id in (False, True):
@@ -879,8 +881,8 @@ def _require_text(text: str) -> None:
 def _cut(text: str, size: int) -> int:
     """Return the position at which to cut a text: `size`, or a better position soon after it.
 
-    The better position is the start of the next line that begins with a letter, if it comes before 2 * size.
-    All tokenizers begin a new token there.
+    The better position is the start of the next line that begins with a letter, if this line begins before
+    2 * size. All tokenizers begin a new token at such a line.
     """
     line = _LINE.search(text, size, 2 * size)
     return line.end() if line else size

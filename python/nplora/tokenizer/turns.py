@@ -2,10 +2,9 @@
 
 Many templates write a message differently when other messages follow: Qwen 3 drops the reasoning of earlier
 turns. So the text of a chat up to a turn is not always the beginning of the text of the whole chat. Therefore
-this module finds a turn in another way: the chat is rendered a second time, with marks that replace the texts
-of the messages. The place of a mark among the special tokens shows which special tokens stand before and
-after the message. Only the template can write special tokens, so both renderings contain the same special
-tokens in the same order.
+this module renders the chat a second time, with marks that replace the texts of the messages. The place of a
+mark among the special tokens shows which special tokens stand before and after the message. Only the
+template can write special tokens, so both renderings contain the same special tokens in the same order.
 """
 
 from __future__ import annotations
@@ -185,7 +184,7 @@ def _marked_places(marked: Pieces, mark: str) -> dict[int, list[int]]:
     """Count the special tokens before each mark.
 
     Returns:
-        a dict from the index of each marked message to a list of counts, one for each mark of the message.
+        a dict from the index of each marked message to a list with one count for each mark of the message.
     """
     places, count = dict[int, list[int]](), 0
     for piece, is_special in marked:
@@ -199,7 +198,7 @@ def _marked_places(marked: Pieces, mark: str) -> dict[int, list[int]]:
 
 
 def _heads(text: Pieces, specials: list[int], prompt: Pieces, wanted: int) -> dict[int, str]:
-    """Return a dict from the index of the first special token of each head to the head.
+    """Find the head of each turn. Return a dict: index of the head's first special token -> head.
 
     A prompt may end with text that only the last turn has, such as "<think>". The heads of the other turns
     then lack this end of the prompt. A head must be so long that no message of another role begins with the

@@ -49,9 +49,9 @@ def describe(tensors: Mapping[str, _Tensor]) -> dict[str, Typed]:
 def redescribe(
     metadata: dict[str, Typed], before: Mapping[str, _Tensor], after: Mapping[str, _Tensor]
 ) -> dict[str, Typed]:
-    """Return a file's metadata, updated for a change of its tensors' types."""
+    """Update a file's metadata: the types of its tensors have changed from `before` to `after`."""
     if all(before[name].type == tensor.type for name, tensor in after.items()):
         return metadata
     if main_type(before) == main_type(after):
-        return describe(after) | metadata  # a mixture such as Q4_K_M keeps its entry
+        return describe(after) | metadata  # a mixture such as Q4_K_M keeps its file type
     return {key: value for key, value in metadata.items() if key != FILE_TYPE} | describe(after)

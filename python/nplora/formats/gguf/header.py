@@ -89,7 +89,7 @@ def parse_start(start: memoryview, size: int, source: str) -> tuple[int, int, in
     if not MAGIC.startswith(bytes(start[:4])):
         like = " (is it a safetensors file?)" if bytes(start[8:10]) == b'{"' else ""
         if bytes(start[:1]) in (b"{", b"["):
-            like = " (is it a data file? The model comes first)"
+            like = " (is it a data file? The model is the first argument)"
         raise FormatError(f"{source}: begins with {quoted(bytes(start[:4]))}, expected {quoted(MAGIC)}{like}")
     if len(start) < START.size:
         raise TruncatedError(f"{source}: the file has {size} bytes, but a header has at least {START.size}")
@@ -114,7 +114,7 @@ def parse_start(start: memoryview, size: int, source: str) -> tuple[int, int, in
 
 
 class _Cursor:
-    """A position in a header. It never moves back, or beyond the file's end or byte `MAX_HEADER`."""
+    """A position in a header. It moves only forwards, at most to the file's end and to byte `MAX_HEADER`."""
 
     def __init__(self, data: memoryview, source: str, at: int) -> None:
         self.data, self.source, self.at = data, source, at

@@ -114,11 +114,11 @@ class Metadata(Mapping[str, Scalar | Array | StringArray]):
 
     Scalars are Python int, float, bool and str. An array of numbers is a read-only NumPy view of the file. An
     array of strings is a `StringArray`. Arrays are not read until they are used. `types` maps each key to the
-    type of the value in the file; for an array, to the type of the elements.
+    value's type in the file. For an array, this is the type of the elements.
 
-    The methods `integer`, `number`, `boolean`, `string`, `array` and `strings` return a value of one required
-    type. These methods raise FormatError if the value has another type, or is missing without a default. If
-    the argument `count` is given, arrays must have this number of elements.
+    The methods `integer`, `number`, `boolean`, `string`, `array` and `strings` each return a value of one
+    type. They raise FormatError if the value has the wrong type, or if the key is missing and no default is
+    given. If the argument `count` is given, the array must have this number of elements.
 
     >>> from nplora.formats import gguf
     >>> metadata = gguf.loads(gguf.dumps({}, {"general.name": "toy", "sizes": np.arange(3)})).metadata

@@ -24,8 +24,8 @@ class GgufFile(Mapping[str, Tensor]):
     """An open GGUF file: maps the name of each tensor to the `Tensor`, in the file's order.
 
     `metadata` holds the file's metadata. `entries` maps each name to the type, shape and position of the
-    tensor, without reading the tensor. If the file is mapped, `mapped` is a tuple of its `Stamp`, which can
-    show later whether the file was changed.
+    tensor, without reading the tensor. `mapped` holds the `Stamp` of a mapped file, and is empty for any
+    other file. The stamp can show later whether the file was changed.
 
     >>> from nplora.formats import gguf
     >>> file = gguf.loads(gguf.dumps({"w": np.zeros((2, 3), np.float32)}, {"general.name": "toy"}))
@@ -64,9 +64,9 @@ class GgufFile(Mapping[str, Tensor]):
 def open(path: StrPath, mmap: bool = True) -> GgufFile:
     """Open a GGUF file and check its header.
 
-    As long as the file's size and modification time stay the same, later calls reuse the parsed header. If
-    the memory map is still in use, later calls reuse it too. So it costs little to open a file again for each
-    tensor.
+    The parsed header is reused when the same file is opened again, as long as its size and modification time
+    stay the same. The memory map is reused too if it is still in use. So it costs little to open a file again
+    for each tensor.
 
     Args:
         path: the file.

@@ -160,7 +160,10 @@ def _text(where: str, text: object) -> bytes:
 
 
 def _typed(key: str, value: Any) -> Typed:
-    """Convert a metadata value to a `Typed`, if it is not one: its Python or NumPy type implies the type."""
+    """Convert a metadata value to a `Typed`. Its Python or NumPy type implies the type in the file.
+
+    A value that is a `Typed` already is only checked.
+    """
     where = f"metadata {brief(key)}"
     if isinstance(value, Typed):
         if value.type != "STRING" and value.type not in VALUE_DTYPES:

@@ -13,8 +13,8 @@ namespace nplora {
 
 namespace {
 
-// One watched mapping. The mappings form a linked list. The signal handler reads the list without a lock, so
-// an entry is never freed. A new mapping reuses an entry that is not in use.
+// The entry for one watched mapping. The entries form a linked list. The signal handler reads the list
+// without a lock, so an entry is never freed. A new mapping takes an entry that is not in use.
 struct Watch {
   size_t number = 0;
   std::atomic<uintptr_t> begin = 0, end = 0;  // `begin` and `end` are 0 if the entry is not in use

@@ -1,8 +1,8 @@
 // All functions of csrc that differ between operating systems. All other files of csrc are the same on every
 // system.
 //
-// CMakeLists.txt compiles the files platform_*.cpp for the target system: platform_linux.cpp,
-// platform_macos.cpp, platform_windows.cpp or platform_wasm.cpp. For Linux and macOS, it also compiles
+// CMakeLists.txt compiles one file for the target system: platform_linux.cpp, platform_macos.cpp,
+// platform_windows.cpp or platform_wasm.cpp. For Linux and macOS, CMakeLists.txt also compiles
 // platform_posix.cpp.
 #pragma once
 
@@ -33,9 +33,8 @@ void unmap_pages(void* at, size_t bytes);
 void prefer_huge_pages(char* at, size_t bytes);
 void keep_small_pages(char* at, size_t bytes);
 
-// Whether `collapse_pages` can move small pages into huge pages of `huge_page` bytes. To find out, the
-// function moves small pages into one huge page. It returns std::nullopt if there is no memory for this
-// trial.
+// Whether `collapse_pages` can move small pages into huge pages of `huge_page` bytes. To find out, this
+// function fills one huge page as a trial. It returns std::nullopt if there is no memory for the trial.
 std::optional<bool> can_collapse_pages(size_t huge_page);
 
 // Moves the content of small pages into huge pages. If the system refuses, only speed is lost.
@@ -51,8 +50,8 @@ bool has_threads();
 // The number of processors that this process may use, at least 1.
 size_t usable_processors();
 
-// Calls `f` in every child process that is forked after this call. If the system has no memory for this
-// registration, forked children may hang, but nothing else fails.
+// Registers `f` to be called in every child process that is forked after this call. If there is no memory for
+// the registration, forked children may hang, but nothing else fails.
 void call_in_forked_child(void (*f)());
 
 // Threads that are started during the lifetime of this object block all signals. So only the other threads of

@@ -11,8 +11,8 @@ namespace {
 using Floats = Array<float>;
 using Bytes = Array<uint8_t>;
 
-// Finds a row format by its name. A row format is a format whose blocks run along rows: every block format
-// except nf4.
+// Finds a row format by its name. All block formats except nf4 are row formats: their blocks run along the
+// rows of a matrix.
 BlockFormat row_format(const std::string& name) {
   std::string known;
   for (size_t i = 0; i < kRowFormats; ++i) {

@@ -1,4 +1,4 @@
-// Makes sure that Python code never gets an object of a bound class before its constructor has run.
+// Makes sure that the constructor of a bound class has run before Python code gets the object.
 #pragma once
 
 #include <pybind11/pybind11.h>

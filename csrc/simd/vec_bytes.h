@@ -10,9 +10,9 @@
 //   `lookup(levels, b)` returns levels[byte] for each byte of b. All bytes of b must be below 16. The levels
 //     are floats or bytes.
 //   `Nibbles(offset, d)` decodes a nibble q to d * (q - offset), and `Nibbles(d, m)` decodes q to d * q + m.
-//   `low(nibbles, b)` decodes the low nibble of each byte of b, where `nibbles` is a Nibbles object.
-//     `high(nibbles, b)` decodes the high nibble of each byte. `nibbles.all()` returns the decoded values of
-//     the nibbles 0 to 15.
+//     In the following functions, `nibbles` is a Nibbles object. `low(nibbles, b)` decodes the low nibble of
+//     each byte of b. `high(nibbles, b)` decodes the high nibble of each byte. `nibbles.all()` returns
+//     the decoded values of the nibbles 0 to 15.
 #pragma once
 
 #include "simd/vec.h"

@@ -89,7 +89,7 @@ def test_a_hostile_pair_of_files_gives_its_exact_error(tmp_path: Path) -> None:
     config, weights = tmp_path / "adapter_config.json", tmp_path / "adapter_model.safetensors"
     text = config.read_text()
     for old, new, error, words in (
-        ('"lora_alpha": 4', '"lora_alpha": 1e999', FormatError, "1e999 is beyond float64"),
+        ('"lora_alpha": 4', '"lora_alpha": 1e999', FormatError, "1e999 is beyond the range of float64"),
         ('"rank_pattern": {}', '"rank_pattern": {"(a+)+$": 1}', UnsafeError, "rank_pattern"),
         ('"peft_type": "LORA"', '"peft_type": "IA3"', UnsupportedError, "peft_type is 'IA3'"),
         ('"r": 2', '"r": 1000000000', LimitError, "r is 1,000,000,000"),

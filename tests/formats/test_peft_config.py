@@ -161,7 +161,7 @@ def test_a_hostile_value_gives_its_exact_error(
 @pytest.mark.parametrize(
     ("raw", "error", "words"),
     [
-        (b'{"peft_type": "LORA", "lora_alpha": 1e999}', FormatError, "1e999 is beyond float64"),
+        (b'{"peft_type": "LORA", "lora_alpha": 1e999}', FormatError, "1e999 is beyond the range of float64"),
         (b'{"peft_type": "LORA", "r": 4, "r": 8}', FormatError, "'r' appears twice"),
         (b'{"peft_type": "LORA", "x": ' + b"[" * 10**5 + b"]" * 10**5 + b"}", LimitError, "100,001 deep"),
         (b'{"r": 4}', FormatError, "peft_type is None, expected 'LORA'"),

@@ -53,7 +53,7 @@ def test_numbers_of_more_than_100_characters_are_refused() -> None:
         (b'{"a": 1, "b": 2, "a": 3}', "the name 'a' appears twice"),
         (b"[NaN]", "NaN is not JSON"),
         (b"-Infinity", "-Infinity is not JSON"),
-        (b"1e400", "1e400 is beyond float64"),
+        (b"1e400", "1e400 is beyond the range of float64"),
         (b'"\\udc00"', "half a surrogate pair"),
         (b'{"\\ud800x": 1}', "half a surrogate pair"),
         (b'"\xed\xa0\x80"', "not UTF-8 at byte 1"),

@@ -317,7 +317,7 @@ def test_unigram_tokens_are_those_of_sentencepiece(sentencepiece: tuple[Any, Arr
     [
         ({"precompiled_charsmap": np.uint8([255] * 9)}, "precompiled_charsmap is damaged"),
         ({"precompiled_charsmap": np.int32([1])}, "expected an array of UINT8"),
-        ({"token_type": np.int32([3, 3, 3, 1, 1])}, "names no unknown token"),
+        ({"token_type": np.int32([3, 3, 3, 1, 1])}, "has no token for unknown text"),
         ({"scores": np.float32([0, 0, 0, 0, np.nan])}, "the score of token 4 is not finite"),
     ],
 )

@@ -294,7 +294,7 @@ def absolute(path: StrPath) -> str:
 class Directory(os.PathLike[str]):
     """An open directory, which stays usable if it is renamed or if the working directory changes.
 
-    As an argument of a function that takes a path, the object stands for the directory's current location.
+    The object can be used as a path: it stands for the directory's current location.
 
     Raises:
         OSError: the directory cannot be opened.

@@ -34,11 +34,11 @@ def loads(raw: Bytes, source: str, most: int | Sequence[int] = MAX_VALUES) -> An
     Args:
         source: the text's name in error messages, usually the file's path.
         most: the maximum number of values in the text. `most` may also be a sequence of maxima: the first for
-            the outermost nesting depth, and so on. The last one is the maximum for its own depth and all
-            deeper depths together. Values are counted before any object is created.
+            the outermost nesting depth, and so on. The last maximum is for its own depth and all deeper
+            depths together. Values are counted before any object is created.
     Raises:
-        FormatError: the text is not UTF-8 or not JSON, or has a duplicate key, NaN, a number beyond float64
-            or half a surrogate pair.
+        FormatError: the text is not UTF-8 or not JSON, or has a duplicate key, NaN, half a surrogate pair
+            or a number beyond the range of float64.
         LimitError: the text is nested more than 64 deep, has too many values, or has a number with more than
             100 characters.
     """
@@ -62,7 +62,7 @@ def loads(raw: Bytes, source: str, most: int | Sequence[int] = MAX_VALUES) -> An
         short(text)
         value = float(text)
         if math.isinf(value):
-            raise FormatError(f"{source}: the number {text} is beyond float64")
+            raise FormatError(f"{source}: the number {text} is beyond the range of float64")
         return value
 
     def short(text: str) -> None:

@@ -230,7 +230,7 @@ class _Vocabulary:
         """Build a Unigram tokenizer, which splits a text into the tokens with the largest sum of scores."""
         package, unknown = backend_package(), self._unknown()
         if unknown is None:
-            raise FormatError(f"{self.source}: the file names no unknown token")
+            raise FormatError(f"{self.source}: the file has no token for unknown text")
         pieces = list(zip(self.tokens, self._scores().tolist(), strict=True))
         backend = package.Tokenizer(package.models.Unigram(pieces, unk_id=unknown, byte_fallback=False))
         text, steps = package.normalizers, list[Any]()
@@ -259,7 +259,7 @@ class _Vocabulary:
         return scores
 
     def _unknown(self) -> int | None:
-        """Return the id of the unknown token: the token that the file names, or the first of type UNKNOWN."""
+        """Return the id of the unknown token: the file's choice, or the first token of type UNKNOWN."""
         first = next(iter(np.flatnonzero(self.types == UNKNOWN).tolist()), None)
         return first if self.unknown is None else self.unknown
 
@@ -301,7 +301,7 @@ class _Vocabulary:
         self.tokens = list(vocab)
         unknown_token = "[UNK]" if self.unknown is None else self.tokens[self.unknown]
         if unknown_token not in vocab:
-            raise FormatError(f"{self.source}: the file names no unknown token, and has no token '[UNK]'")
+            raise FormatError(f"{self.source}: the file names no token for unknown text, and has no '[UNK]'")
         model = package.models.WordPiece(vocab=vocab, unk_token=unknown_token, max_input_chars_per_word=100)
         backend = package.Tokenizer(model)
         # If the vocabulary has no capital letters, the model reads only lower case.

@@ -37,7 +37,7 @@ def main_type(tensors: Mapping[str, _Tensor]) -> str:
 def describe(tensors: Mapping[str, _Tensor]) -> dict[str, Typed]:
     """Make the metadata entries about the types of `tensors`.
 
-    There is no entry `general.file_type` if llama.cpp's enum llama_ftype has no number for the main type.
+    If llama.cpp's enum llama_ftype has no number for the main type, there is no entry `general.file_type`.
     """
     number = _NUMBERS.get(main_type(tensors))
     entries = {} if number is None else {FILE_TYPE: Typed(number, "UINT32")}

@@ -95,8 +95,8 @@ def new_file(path: StrPath, tensors: Tensors, metadata: Mapping[str, Any] | None
 
     `files.replace` can write several such files together.
 
-    A tensor that is not contiguous is copied when it is written, and the copy is freed before the next
-    tensor. The function `Stream.chunks` is called when its tensor is written.
+    A tensor that is not contiguous is copied when it is written, and the copy is freed before the next tensor
+    is written. The function `Stream.chunks` is called when its tensor is written.
 
     >>> files.replace([new_file("a.gguf", {"w": np.zeros(2)}), new_file("b.gguf", {"w": np.ones(2)})])
     """
@@ -213,11 +213,11 @@ def _numbers(where: str, kind: str, values: Any) -> Array:
     if dtype.kind in "iu" and array.size:
         info = np.iinfo(dtype)
         if int(array.min()) < info.min or int(array.max()) > info.max:
-            raise ValueError(f"gguf.save: {where} is {brief(values)}, beyond {kind}")
+            raise ValueError(f"gguf.save: {where} is {brief(values)}, beyond the range of {kind}")
     with np.errstate(over="ignore"):
         converted = array.astype(dtype)
     if dtype.kind == "f" and (np.isinf(converted) & np.isfinite(array)).any():
-        raise ValueError(f"gguf.save: {where} is {brief(values)}, beyond {kind}")
+        raise ValueError(f"gguf.save: {where} is {brief(values)}, beyond the range of {kind}")
     return converted
 
 

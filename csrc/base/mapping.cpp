@@ -65,7 +65,7 @@ class Neighbours {
   }
 
  private:
-  // Places the next weight at `start`, and gives the unused address space before `start` back to the system.
+  // Lets the next weight begin at `start`, and gives the unused memory before `start` back to the system.
   void move_to(char* start) {
     if (start != next_) platform::unmap_pages(next_, static_cast<size_t>(start - next_));
     next_ = start;

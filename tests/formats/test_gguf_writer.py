@@ -232,9 +232,9 @@ def test_a_tensor_that_the_format_cannot_hold_is_refused(
         (Typed(None, "FLOAT32"), TypeError, "expected FLOAT32"),
         (Typed(2**64, "UINT64"), TypeError, "expected UINT64"),
         (Typed(256, "UINT8"), ValueError, r"'k' is \[256\], beyond the range of UINT8"),
-        (Typed(-1, "UINT64"), ValueError, "beyond UINT64"),
-        (Typed([0, 2**31], "INT32"), ValueError, "beyond INT32"),
-        (Typed(1e39, "FLOAT32"), ValueError, "beyond FLOAT32"),
+        (Typed(-1, "UINT64"), ValueError, "beyond the range of UINT64"),
+        (Typed([0, 2**31], "INT32"), ValueError, "beyond the range of INT32"),
+        (Typed(1e39, "FLOAT32"), ValueError, "beyond the range of FLOAT32"),
         ("\ud800", ValueError, "half a surrogate pair"),
     ],
 )

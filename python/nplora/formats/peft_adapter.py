@@ -296,7 +296,7 @@ class PeftAdapter:
         """Read a float tensor as a new array.
 
         Raises:
-            FormatError: the tensor's elements are not floats, or it holds NaN or an infinity.
+            FormatError: the tensor is not of a float type, or holds NaN or an infinity.
         """
         tensor = self.tensors[name]
         if tensor.dtype not in ("float32", "float16", "bfloat16", "float64"):

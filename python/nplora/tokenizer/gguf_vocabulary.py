@@ -340,7 +340,7 @@ class _Vocabulary:
         _put_around(backend, {"cls": found[0]}, {"sep": found[1]})
 
     def _add_ends(self, backend: Any, bos: int | None, eos: int | None) -> None:
-        """Put BOS before each text if `add_bos_token` is set. Put EOS after it if `add_eos_token` is set.
+        """Put BOS before texts if `add_bos_token` is set, and EOS after texts if `add_eos_token` is set.
 
         The default of each setting depends on the kind of tokenizer.
         """

@@ -130,7 +130,7 @@ def of(tokenizer: Tokenizer) -> GoTemplate | None:
 
 
 def special_tokens(tokenizer: Tokenizer, template: GoTemplate) -> list[str]:
-    """Return the special tokens in the fixed texts. Each of these tokens ends the model's answer."""
+    """Return the special tokens in the fixed texts. An answer ends when the model generates such a token."""
     return list(dict.fromkeys(tokenizer.special_in(template.texts)))
 
 

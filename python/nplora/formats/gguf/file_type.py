@@ -49,7 +49,7 @@ def describe(tensors: Mapping[str, _Tensor]) -> dict[str, Typed]:
 def redescribe(
     metadata: dict[str, Typed], before: Mapping[str, _Tensor], after: Mapping[str, _Tensor]
 ) -> dict[str, Typed]:
-    """Update a file's metadata: the types of its tensors have changed from `before` to `after`."""
+    """Return a file's metadata, updated for tensors that changed their types from `before` to `after`."""
     if all(before[name].type == tensor.type for name, tensor in after.items()):
         return metadata
     if main_type(before) == main_type(after):

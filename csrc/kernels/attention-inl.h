@@ -5,8 +5,8 @@
 namespace nplora::kernels::NPLORA_ISA {
 
 // Returns the prefetch distance, in bytes, for a kernel that reads `rows` rows of keys or values at a time.
-// The distance is a multiple of the row size, and is at least `rows` rows, so that the kernel prefetches only
-// rows that it does not read yet.
+// The distance is a multiple of the row size. It is at least `rows` rows, so that the kernel never prefetches
+// a row that it is already reading.
 inline size_t fetch_distance(size_t rows, size_t stride) {
   const size_t bytes = stride * sizeof(float);
   return bytes * (rows * bytes > kFetchAhead ? rows : ceil_div(kFetchAhead, bytes));
@@ -46,9 +46,10 @@ inline Vec<float> sum_of(const Vec<float>* v) {
 }
 
 // Computes the dot products of two heads of a query with kRows rows of `k` at a time, where kRows is half the
-// number of lanes. For each dot product, the function first computes a vector of partial sums. There are as
-// many vectors as lanes, so the vectors are transposed as a square matrix, and then the partial sums of all
-// dot products are added at once. The remaining rows are processed one by one.
+// number of lanes. For each dot product, the function first computes a vector of partial sums. Two heads and
+// kRows rows give as many vectors as a vector has lanes, so the vectors are transposed as a square matrix.
+// Then the partial sums of all these dot products are added at once. The rows that are left at the end are
+// processed one by one.
 inline void key_dots(size_t rows, size_t heads, size_t group, size_t dim, const float* q, const float* k,
                      size_t k_stride, float* scores, size_t s_stride) {
   using V = Vec<float>;
@@ -76,8 +77,8 @@ inline void key_dots(size_t rows, size_t heads, size_t group, size_t dim, const 
     }
 }
 
-// Multiplies kRows rows of `v` by their weights and adds them to `out`. `out` is loaded and stored only once
-// for all these rows.
+// Multiplies kRows rows of `v` by their weights and adds the products to `out`. `out` is loaded and stored
+// only once for all these rows.
 template <size_t kRows>
 inline void add_value_rows(size_t heads, size_t group, size_t dim, const float* weights, size_t w_stride,
                            const float* v, size_t v_stride, float* out) {
@@ -117,9 +118,10 @@ inline void scale_columns(size_t rows, size_t n, const float* factor, float* x, 
   });
 }
 
-// Returns the maxima of several neighbouring columns, which begin at `column`. Lane i of the result is the
-// maximum of lane i of `before` and the `rows` elements of column i. The loop keeps four separate maxima for
-// each column: with only one, each comparison would have to wait for the result of the previous comparison.
+// Returns the maxima of several neighbouring columns, one in each lane. `column` points to the first column.
+// Lane i of the result is the maximum of lane i of `before` and the `rows` elements of column i. The loop
+// keeps four separate maxima for each column: with only one, each comparison would have to wait for the
+// result of the previous comparison.
 template <class Span>
 inline Vec<float> largest_of_column(size_t rows, const float* column, size_t stride, Vec<float> before,
                                     const Span& span) {
@@ -152,13 +154,13 @@ inline void softmax_step(size_t rows, size_t n, float* s, size_t s_stride, float
   });
 }
 
-// The backward pass of p = softmax(s) is ds = p (dp - delta) with delta = Σ p dp. Each name dx means the
-// gradient of the loss with respect to x. In attention, delta equals the dot product of dout and `out`, where
-// `out` is the output of attention (Dao et al. 2022, section 3.1). The backward pass computes the
-// probabilities p again, as exp(s - lse). `lse` is the logarithm of the sum of exp(s), from the forward pass.
-// The backward pass also computes the scores s again. Its rounding errors may differ from those of the
-// forward pass, so a large s can be much greater than `lse`, and exp(s - lse) would overflow. So the code
-// replaces a positive s - lse by 0.
+// The backward pass of p = softmax(s) is ds = p (dp - delta) with delta = Σ p dp. The prefix d marks a
+// gradient of the loss: ds is the gradient with respect to s. In attention, delta equals the dot product of
+// dout and `out`, where `out` is the output of attention (Dao et al. 2022, section 3.1). The backward pass
+// computes the probabilities p again, as exp(s - lse). `lse` is the logarithm of the sum of exp(s), from the
+// forward pass. The backward pass also computes the scores s again. The rounding errors of these scores may
+// differ from those of the forward pass, so a large s can be much greater than `lse`, and exp(s - lse) would
+// overflow. So the code replaces a positive s - lse by 0.
 inline void softmax_backward(size_t rows, size_t n, const float* lse, const float* delta, float* s, float* dp,
                              size_t stride) {
   using V = Vec<float>;

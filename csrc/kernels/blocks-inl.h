@@ -5,11 +5,11 @@
 // In all formats except NF4, a decoded value is a product of two or three factors. The first factor is the
 // scale of the block, a float16. The second factor is the scale of the sub-block, an integer; some formats
 // have no such scale. The last factor is the code, or the level that a table gives for the code. In some
-// formats, a minimum is added to the product. The product is exact in float, so a fused multiply-add gives
-// the same value as a separate multiplication and addition: the scale of the block has 11 significant bits.
-// The scale of the sub-block and the code have at most 12 significant bits together: 7 + 5 bits in Q6_K, and
-// 5 + 7 bits in IQ4_XS. So the product fits into the 24 significant bits of a float. Only the addition of the
-// minimum rounds.
+// formats, a minimum is added to the product. The scale of the block has 11 significant bits. The scale of
+// the sub-block and the code have at most 12 significant bits together: 7 + 5 bits in Q6_K, and 5 + 7 bits in
+// IQ4_XS. So the product fits into the 24 significant bits of a float and is exact. Only the addition of the
+// minimum rounds. Therefore, a fused multiply-add gives the same value as a separate multiplication and
+// addition.
 
 namespace nplora::kernels::NPLORA_ISA {
 
@@ -171,8 +171,8 @@ inline void put(const Floats& q, Vec<float> d, Vec<float> m, const Dot<kTokens>&
 }
 
 // Adds the products of a sub-block that has a single scale `d`. The function multiplies the sum of the
-// products by the scale. For a single token, multiplying each code by the scale would take more
-// multiplications than multiplying the sum.
+// products by the scale. For a single token, this takes fewer multiplications than multiplying each code by
+// the scale.
 template <size_t kTokens>
 inline void put(const Floats& low, const Floats& high, Vec<float> d, const Dot<kTokens>& to) {
 #pragma GCC unroll 4
@@ -294,8 +294,8 @@ void encode_blocks(size_t rows, size_t first, size_t cols, const void* blocks, s
 // ---- products of a few tokens with rows of blocks ----
 
 // All tokens are multiplied with kFewRows rows of W before the next rows are read. While rows are read, the
-// same columns of later rows are prefetched. The function fetch_ahead returns the distance to the later rows
-// in bytes: kFetchAhead, rounded up to a multiple of the size of `group` rows.
+// same columns of later rows are prefetched. The function fetch_ahead returns the distance to these later
+// rows in bytes. The distance is kFetchAhead, rounded up to a multiple of the size of `group` rows.
 inline constexpr size_t kFewRows = 8;
 inline size_t fetch_ahead(size_t row_bytes, size_t group = kFewRows) {
   const size_t few = group * row_bytes;
@@ -304,8 +304,8 @@ inline size_t fetch_ahead(size_t row_bytes, size_t group = kFewRows) {
 
 // Prefetches some of the cache lines of `next` into L2, and removes these lines from `next`. The rows of W
 // are processed in groups of `group` rows. This function is called before each group, and `rows` is the
-// number of rows that are not yet processed. Of the cache lines that are left in `next`, the call prefetches
-// the fraction group / rows. So all calls prefetch about the same number of lines.
+// number of rows that are not yet processed. Each call prefetches the fraction group / rows of the cache
+// lines that are left in `next`, so that all calls prefetch about the same number of lines.
 inline void fetch_share(Fetch& next, size_t rows, size_t group = kFewRows) {
   const size_t n = rows <= group ? next.lines : ceil_div(next.lines * group, rows);
   next.lines -= n;
@@ -325,7 +325,7 @@ struct Decoders {
 
 // The decoders of formats whose blocks have only one sub-block. One instruction converts the scales and
 // minima of several rows to float, and each float is later broadcast from memory. Tiles of two rows use the
-// general decoders above, because this conversion would not make them faster.
+// general decoders above, because this conversion would not make such tiles faster.
 template <class Block, size_t kRows>
   requires(Block::kElements == kSubBlock && kRows > 2)
 struct Decoders<Block, kRows> {

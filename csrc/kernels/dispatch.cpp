@@ -1,5 +1,5 @@
-// Chooses the kernel table. Without the environment variable NPLORA_ISA, the table is for the best
-// instruction set that this machine supports. Otherwise NPLORA_ISA names the table.
+// Chooses the kernel table. If the environment variable NPLORA_ISA is set, it names the table. Otherwise, the
+// table is the one for the best instruction set that this machine supports.
 #include <cstdlib>
 #include <stdexcept>
 #include <string>

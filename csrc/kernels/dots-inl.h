@@ -1,18 +1,18 @@
 // Matrix products for small batches. These products read the weight W once, in the order in which it is
 // stored: panel by panel, or row by row if W is row-major. Each kernel is documented in kernel_table.h.
 //
-// The products of a token are summed in an order that does not depend on the other tokens. Each lane of a
-// vector sums every kLanes-th product of a row of W, and the lanes are added at the end. So the results of a
-// token have the same bits in every batch.
+// A token is a row of the left operand, such as `x`. The products of a token are summed in an order that does
+// not depend on the other tokens. Each lane of a vector sums every kLanes-th product of a row of W, and the
+// lanes are added at the end. So the results of a token have the same bits in every batch.
 //
 // Each kernel unit (isa_*.cpp) defines three constants.
-//   `kDotResident`: while the rows of a panel of W are multiplied by a single token, up to this many vectors
-//     of the token's `x` stay in registers. In addition, the sums of the token take kDotSums registers.
+//   `kDotResident` is the largest number of vectors of `x` that stay in registers while the rows of a panel
+//     of W are multiplied by a single token. The sums of the token take kDotSums more registers.
 //   `kDotRows` is the number of rows of W that share each load of `x`, for a single token whose `x` does not
 //     stay in registers.
-//   `kDotSums` is the number of vectors in which the products of a row of W are summed. kDotRows * kDotSums
-//     is at least 8: an FMA has a latency of 4 cycles and 2 FMAs can start in each cycle, so 8 independent
-//     sums are needed.
+//   `kDotSums` is the number of vectors in which the products of a row of W are summed, if a row of a panel
+//     has at least 2 * kDotSums vectors. kDotRows * kDotSums is at least 8: an FMA has a latency of 4 cycles
+//     and 2 FMAs can start in each cycle, so 8 independent sums are needed.
 
 namespace nplora::kernels::NPLORA_ISA {
 
@@ -20,14 +20,14 @@ namespace nplora::kernels::NPLORA_ISA {
 template <class W>
 inline constexpr size_t kVectorsOfPanel = kPanelColumns / Vec<Sum<W>>::kLanes;
 
-// The number of vectors in which the products of a row of W are summed: kDotSums or, if a row of a panel has
-// fewer than 2 * kDotSums vectors, only one.
+// The number of vectors in which the products of a row of W are summed. The number is kDotSums, but it is 1
+// if a row of a panel has fewer than 2 * kDotSums vectors.
 template <class W>
 inline constexpr size_t kSideSums = kVectorsOfPanel<W> >= 2 * kDotSums ? kDotSums : 1;
 
-// The number of rows of W that share each load of `x`. For several tokens, the rows that share a load have at
-// most eight vectors of sums in total: eight hide the latency of an FMA, and more would not fit into the
-// registers.
+// The number of rows of W that share each load of `x`. For several tokens, it is the largest number of rows
+// whose sums take at most eight vectors, but at least 1. Eight vectors hide the latency of an FMA, and more
+// rows could need too many registers.
 template <class W, size_t kTokens>
 inline constexpr size_t kSharingRows =
     kTokens == 1 ? kDotRows : (kTokens * kSideSums<W> < 8 ? 8 / (kTokens * kSideSums<W>) : 1);
@@ -176,8 +176,8 @@ inline void dots_narrow(Dots<W> p, size_t width) {
 }
 
 // Multiplies the full panels of a row-major W, kRows rows at a time, until fewer than kRows rows are left.
-// The sums of the kRows rows stay in registers for all panels. The elements of W that are `ahead` elements
-// after the current elements are prefetched.
+// The sums of the kRows rows stay in registers for all panels. While the code reads W, it prefetches the
+// elements that come `ahead` elements later.
 template <class W, size_t kTokens, size_t kRows>
 inline void dots_row_major(Dots<W>& p, size_t panels, size_t ahead) {
   using V = Vec<Sum<W>>;

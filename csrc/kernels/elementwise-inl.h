@@ -78,9 +78,8 @@ double sum_of_squares(size_t n, const T* x) {
   return sums[0];
 }
 
-// Calls `body(i, word)` for each i < n, where `word` is a random 32-bit number. From a counter, Philox
-// computes four numbers. `word` is number (first + i) % 4 of the four numbers for the counter (first + i) /
-// 4.
+// Calls `body(i, word)` for each i < n, where `word` is a random 32-bit number. Philox computes four numbers
+// from each counter. `word` is number (first + i) % 4 of the four numbers for the counter (first + i) / 4.
 template <class Body>
 inline void for_words(size_t n, uint64_t seed, uint64_t first, const Body& body) {
   constexpr size_t kElements = 4 * kPhiloxBlocks;
@@ -105,8 +104,8 @@ void dropout(size_t n, uint64_t seed, uint64_t first, uint32_t threshold, T fact
 
 // Rounds a magnitude, given as the bits of a float, stochastically to a format that lacks the last `dropped`
 // bits of a float. The function adds a random number to the last `dropped` bits, then sets these bits to
-// zero. If the addition carries into the exponent, the result is still correct. NaN and magnitudes of at
-// least `largest`, the largest finite number of the format, do not change.
+// zero. If the addition carries into the exponent, the result is still correct. `largest` is the largest
+// finite number of the format. NaN and magnitudes of at least `largest` do not change.
 inline uint32_t dither_bits(uint32_t magnitude, uint32_t word, int dropped, uint32_t largest) {
   const uint32_t dithered = (magnitude + (word >> (32 - dropped))) >> dropped << dropped;
   return magnitude >= largest ? magnitude : dithered;

@@ -27,9 +27,8 @@ inline Vec<float> exp(Vec<float> x) {
   return times_power_of_two(p, n);
 }
 
-// `Whole` loads and stores all lanes of a vector. `Part` loads and stores only the first `n` lanes. In the
-// other lanes, the functions of `Part` return zero (`load` and `or_zero`) or the lanes of their first
-// argument (`load_or`).
+// `Whole` loads and stores all lanes of a vector. `Part` loads and stores only the first `n` lanes. In all
+// other lanes, `load` and `or_zero` return zero, and `load_or` returns the lanes of its first argument.
 struct Whole {
   Vec<float> load(const float* p) const { return Vec<float>::load(p); }
   Vec<float> load_or(Vec<float>, const float* p) const { return load(p); }
@@ -54,7 +53,8 @@ struct Part {
 };
 
 // Calls `body(i, span)` for each vector of an array of `n` floats. The vector begins at element i. `span`
-// loads and stores the vector: a Whole for a full vector, or a Part for the incomplete last one.
+// loads and stores the vector. It is a Whole if the vector is full, and a Part if the last vector is
+// incomplete.
 template <class Body>
 inline void for_vectors(size_t n, const Body& body) {
   constexpr size_t kLanes = Vec<float>::kLanes;

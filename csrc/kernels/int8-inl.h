@@ -177,8 +177,8 @@ inline SubBlock high_bits(const uint8_t (&bits)[4]) {
 
 // `Type` is the type of the minima of a block. `sums` loads the sums of `x` by which the minima are
 // multiplied. If a format has one minimum for each sub-block, each sum is over a whole sub-block. The
-// specialisation below is for formats with a minimum for each half of a sub-block, and its sums are over half
-// a sub-block.
+// specialisation below is for formats with a minimum for each half of a sub-block. There, each sum is over
+// half a sub-block.
 template <class Block>
 struct MinimaOf {
   using Type = typename Codes<Block>::Factors;
@@ -369,7 +369,7 @@ inline void int8_lanes(const Rows& w, size_t sub_blocks, const Int8Rows& x, floa
     LaneBytes codes[8];
     transposed_codes<Block>(at, codes);
     [[maybe_unused]] LaneSigns signs[8];
-    if constexpr (!C::kHasMinimum)  // dot_lanes needs unsigned W: moves the signs to `x`
+    if constexpr (!C::kHasMinimum)  // dot_lanes needs unsigned codes of W, so `x` gets the signs
 #pragma GCC unroll 8
       for (size_t k = 0; k < 8; ++k) {
         const LaneBytes all = codes[k];

@@ -5,7 +5,7 @@
 //
 // In the comments, x (rows, cols) means that the array x has the shape (rows, cols). The depth of a matrix
 // product is the dimension that the product sums over. An array is dense if there are no gaps between its
-// rows.
+// rows. A token is a row of the activations `x`.
 #pragma once
 
 #include <cstddef>
@@ -88,32 +88,32 @@ struct Fetch {
 
   static constexpr Fetch none() { return {}; }
 
-  // Prefetches `lines` cache lines that begin at `from`. A step of gemm_outputs_in_lanes prefetches as many
-  // lines as `each` says, but no more lines than the step reads from `w`. If `each` is 0,
-  // gemm_outputs_in_lanes prefetches nothing. When a tile begins, fewer lines may be left than its steps
-  // would prefetch: then each step of the tile prefetches one line. If fewer lines are left than the tile has
-  // steps, the steps prefetch later rows of `w` instead. In L1 blocks (see l1_block_bytes), a step prefetches
-  // at most one line, and never a later row of `w`. The kernels for low-bit blocks ignore `each` and spread
-  // the prefetches evenly over the rows of W.
+  // Prefetches `lines` cache lines that begin at `from`. A step of gemm_outputs_in_lanes prefetches `each`
+  // lines, but at most as many lines as the step reads from `w`. If `each` is 0, gemm_outputs_in_lanes
+  // prefetches nothing. If fewer lines are left at the start of a tile than all its steps would prefetch,
+  // each step prefetches only one line. If fewer lines are left than the tile has steps, the steps prefetch
+  // later rows of `w` instead. In L1 blocks (see l1_block_bytes), a step prefetches at most one line, and
+  // never a later row of `w`. The kernels for low-bit blocks ignore `each` and spread the prefetches evenly
+  // over the rows of W.
   static constexpr Fetch memory(const void* from, size_t lines, size_t each = 0) {
     return {static_cast<const char*>(from), lines, each};
   }
 
   // This Fetch is only for gemm_outputs_in_lanes. Each step prefetches the rows of `w` that are kFetchAhead
   // bytes after the rows that the step reads. In L1 blocks (see l1_block_bytes), each step prefetches one
-  // cache line of the next L1 block instead. An L1 block is read several times. If these readings together
-  // have fewer steps than the next block has cache lines, nothing is prefetched.
+  // cache line of the next L1 block instead. An L1 block is read several times. If all readings of a block
+  // together have fewer steps than the next block has cache lines, nothing is prefetched.
   static constexpr Fetch rows_ahead() { return {nullptr, 0, 1}; }
 };
 
 // The prefetch distance, in bytes, for a weight that is read only once. The bytes of a prefetch arrive more
 // than 500 cycles after the request, or 1000 cycles if other programs use the same memory. Memory delivers
 // about 10 bytes in each cycle, so a kernel reads up to 10000 bytes while it waits for the prefetched bytes.
-// kFetchAhead must be larger.
+// kFetchAhead must be larger than this number.
 inline constexpr size_t kFetchAhead = 12288;
 
 // A multiple of the `depth_unit` of every instruction set (see Tiles). If the depth is cut at multiples of
-// kDepthUnit elements, the sums are the same as for the whole depth. For floats, kPanelDepth is 48, a
+// kDepthUnit elements, the sums have the same bits as without a cut. For floats, kPanelDepth is 48, a
 // multiple of kDepthUnit. For bfloat16 pairs, kPanelDepth is 24, and the ends of some panels are no multiples
 // of kDepthUnit. Therefore, products of pairs cut the depth at multiples of kDepthCut (ops/blocking.h).
 inline constexpr size_t kDepthUnit = 16;
@@ -131,8 +131,8 @@ using Peak = double (*)(size_t iterations);
 // bits.
 template <class E>
 struct Tiles {
-  // The number of tokens in a full tile of gemm_tokens_in_lanes: as many as two vectors have lanes. For a
-  // batch of few tokens, a tile has only one vector and half as many tokens.
+  // The number of tokens in a full tile of gemm_tokens_in_lanes, which is the number of lanes of two vectors.
+  // For a batch of few tokens, a tile has only one vector and half as many tokens.
   size_t lanes;
   // The number of rows of `w` in a full tile of gemm_tokens_in_lanes. Any number of rows is allowed, but full
   // tiles are the fastest.
@@ -208,7 +208,8 @@ struct SmallProducts {
 
   // Computes the same product as gemm_outputs_in_lanes of Tiles, but `depth` is always the number of rows of
   // `w`. If `a` holds pairs of bfloat16 values, the first value of a pair is multiplied by one row of `w`,
-  // and the second value by the next row. If `depth` is then odd, the last row is paired with zeros.
+  // and the second value by the next row. In this case, if `w` has an odd number of rows, the last row is
+  // paired with zeros.
   void (*gemm_outputs_in_lanes)(size_t m, size_t n, size_t depth, const Strided<Operand<W>>& a,
                                 const typename StoredOf<W>::Type* w, size_t w_stride, Sum<W>* c,
                                 size_t c_stride, bool accumulate, const Fetch& next);
@@ -234,8 +235,8 @@ struct SgdCoefficients {
 
 template <class T>
 struct Products : Tiles<T> {
-  // Transposes `x` (rows, cols) into `xt` (cols, n_lanes), for rows <= n_lanes. If there are fewer rows than
-  // lanes, the other lanes are set to zero.
+  // Transposes `x` (rows, cols) into `xt` (cols, n_lanes), for rows <= n_lanes. The lanes without a row of
+  // `x` are set to zero.
   void (*to_lanes)(size_t n_lanes, size_t rows, size_t cols, const T* x, size_t x_stride, T* xt);
 
   // Transposes `yt` (cols, n_lanes) into `y` (rows, cols), for rows <= n_lanes, and adds `bias` (cols), which
@@ -319,9 +320,9 @@ struct DecodedRows {
 // Conversions of low-bit blocks (kernels/formats) to float. All instruction sets give the same bits: each
 // value is the same as in float32 arithmetic without fused multiply-adds.
 struct BlockDecoders {
-  // Decodes the columns [first, first + cols) of `rows` rows that are stored in blocks, and stores them in
-  // `to` (rows, cols). The rows of blocks begin `row_bytes` bytes apart. `first` and `cols` are multiples of
-  // kSubBlock. There is one kernel for each row format, in the order of BlockFormat.
+  // Decodes the columns [first, first + cols) of `rows` rows that are stored in blocks, and stores the floats
+  // in `to` (rows, cols). The rows of blocks begin `row_bytes` bytes apart. `first` and `cols` are multiples
+  // of kSubBlock. There is one kernel for each row format, in the order of BlockFormat.
   void (*decode[kRowFormats])(size_t rows, size_t first, size_t cols, const void* blocks, size_t row_bytes,
                               const DecodedRows& to);
 
@@ -402,8 +403,8 @@ inline constexpr size_t kInt8PanelColumns = 32;
 // The largest depth of one int8 product. With this depth, a sum of products of codes fits into 32 bits: a
 // product of two codes is at most 255 * 127, and 4096 * 255 * 127 < 2^27. A correction (see CodedRows) is
 // smaller: at most 4096 * 128 * 127 < 2^26. A longer depth is cut into several products, which are added in
-// float. So no depth can overflow. 4032 is the largest multiple of both kPanelColumns and kInt8Group that is
-// at most 4096.
+// float. So the integer sums never overflow, whatever the depth. 4032 is the largest multiple of both
+// kPanelColumns and kInt8Group that is at most 4096.
 inline constexpr size_t kInt8Depth = 4032;
 static_assert(kInt8Depth % kPanelColumns == 0 && kInt8Depth % kInt8Group == 0 && kInt8Depth <= 4096);
 static_assert(int64_t{255 + 128} * 127 * 4096 < int64_t{1} << 31);
@@ -438,9 +439,9 @@ struct Int8Gemm {
                    int32_t* corrections);
 
   // Quantises like `quantize`, but rounds v = x * (1 / scale) stochastically, up or down. The expected value
-  // of the code differs from v by at most 2^-23. `first` and `group` must be multiples of kDithered. From a
-  // counter, Philox makes four words. With e = first + i, the random bits of element i are the low 23 bits of
-  // word e / 16 % 4 for the counter e / kDithered * 16 + e % 16. The divisions round down.
+  // of the code differs from v by at most 2^-23. `first` and `group` must be multiples of kDithered. Philox
+  // makes four words from each counter. With e = first + i, the random bits of element i are the low 23 bits
+  // of word e / 16 % 4 for the counter e / kDithered * 16 + e % 16. The divisions round down.
   void (*dither)(size_t n, size_t group, uint64_t seed, uint64_t first, const float* x, const float* factors,
                  int8_t* codes, float* scales, int32_t* corrections);
 
@@ -463,9 +464,9 @@ struct Int8Gemm {
   // Computes c = a w diag(scales), or c += a w diag(scales) if `accumulate` is set. The shapes are c (m, n),
   // a (m, depth) and w (ceil(depth / 4), n). The rows of `w` are `columns` elements apart: `w` consists of
   // the first n columns of a panel, which has kInt8PanelColumns or kPanelColumns columns. The kernel may read
-  // all columns of the panel. `depth` counts values and is at most kInt8Depth. A group of `a` begins at the
-  // first column of `a`. If `scales` is null, all scales are 1. Within a group, products of codes are summed
-  // in integers. The sums of the groups are then added in order, in float.
+  // all columns of the panel. `depth` counts values and is at most kInt8Depth. The first column of `a` must
+  // be the start of a group. If `scales` is null, all scales are 1. Within a group, products of codes are
+  // summed in integers. The sums of the groups are then added in order, in float.
   void (*multiply)(size_t m, size_t n, size_t depth, const CodedRows& a, const Int8Quad* w, size_t columns,
                    const float* scales, float* c, size_t c_stride, bool accumulate);
 
@@ -656,9 +657,9 @@ inline const SmallProducts<Bf16Pair>& KernelTable::small<Bf16Pair>() const {
 
 // Returns the table in use: the best table that this machine can run, or the table that the environment
 // variable NPLORA_ISA names. The first call chooses the table. Before the function chooses the table for AMX,
-// it asks Linux for the AMX registers. If Linux refuses, the function chooses the next best table, or throws
-// if NPLORA_ISA is amx. Throws std::invalid_argument, with the reason, if NPLORA_ISA names a table that is
-// unknown, is not in this build, or cannot run on this machine.
+// it asks Linux for the AMX registers. If Linux refuses, the function chooses the next best table. Throws
+// std::invalid_argument, with the reason, if NPLORA_ISA names a table that is unknown, is not in this build,
+// or cannot run on this machine (for example, because Linux refuses the AMX registers).
 const KernelTable& table();
 
 // Fills `out` with the tables of this build that this machine can run, and returns the number of these

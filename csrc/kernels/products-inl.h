@@ -38,8 +38,8 @@ struct TokensInLanes {
 // this tile in memory, but the hardware does not prefetch them. So each step prefetches at most one cache
 // line of the rows of the next tile. Tiles of fewer than 24 accumulators prefetch into L2, and larger tiles
 // prefetch into L1. On a Zen 4, with a W that is not in the cache, batches of 16 rows are a quarter faster if
-// the tiles prefetch into L2 instead of L1. With AVX2, this makes batches of 32 rows a tenth faster. Tiles
-// of 24 accumulators gain nothing from prefetching into L2.
+// the tiles prefetch into L2 instead of L1. With AVX2, batches of 32 rows become a tenth faster in this way.
+// Tiles of 24 accumulators gain nothing from prefetching into L2.
 template <class E, size_t kVectors, size_t kRows, size_t kStride>
 inline void gemm_tokens_in_lanes_fixed(TokensInLanes<E> p) {
   using T = Sum<E>;
@@ -145,16 +145,16 @@ inline Fetch lines_apart(const void* from, size_t lines, size_t bytes) {
   return Fetch::memory(from, lines, bytes);
 }
 
-// The cache lines that a tile prefetches at each step. They are the next lines of a Fetch. If the Fetch has
-// too few lines left, they are lines of later rows of `w` instead. The later rows are kFetchAhead bytes after
-// the rows that the step reads. A tile prefetches only its own columns of later rows, because the other
-// columns are in L2 already.
+// The cache lines that a tile prefetches at each step. Usually, these are the next lines of a Fetch. If the
+// Fetch has too few lines left, the tile prefetches lines of later rows of `w` instead. The later rows are
+// kFetchAhead bytes after the rows that the step reads. A tile prefetches only its own columns of later rows,
+// because the other columns are in L2 already.
 struct FetchSteps {
   const char* at;
   size_t step, line;
 };
 // The largest number of cache lines that a tile prefetches at each step. The limit is the number of cache
-// lines that one step reads from `w`. If a row of the tile has less than a cache line, it counts as one line.
+// lines that one step reads from `w`. A row of the tile that is shorter than a cache line counts as one line.
 template <class W>
 inline constexpr size_t kRowBytes = kOutputVectors * Vec<Sum<W>>::kLanes * sizeof(W);
 template <class E, class W>
@@ -230,7 +230,8 @@ inline void gemm_outputs_in_lanes_fixed(size_t tiles, const OutputsInLanes<E, W>
                       __attribute__((always_inline)) { acc[i][v] = load(Vec<T>{}, c, v); });
     else
       for_vectors([&](T* c, size_t i, size_t v) __attribute__((always_inline)) {
-        // Prefetches the outputs: if the final store of an output misses the cache, later stores wait for it.
+        // Prefetches the outputs: if the final store of an output misses the cache, later stores wait for
+        // this store.
         __builtin_prefetch(c + v * kLanes, 1);
         acc[i][v] = Vec<T>::zero();
       });
@@ -399,17 +400,16 @@ inline constexpr size_t kPanelsAhead = 8;
 
 // Computes kRows rows of `c` in `count` full panels, tile by tile. If `streams` is set, each step prefetches
 // one row of a later tile of `c`. If all rows of the later tile were prefetched at once, the requests would
-// wait for each other, and with a small rank, a tile has too few steps to hide this wait. When the last
-// panels of these kRows rows are computed, the later tile is in the next kRows rows. The sizes are template
-// parameters so that tests/inner_loops.py can read them in the function's name.
+// wait for each other. With a small rank, a tile has too few steps to hide this wait. When the last panels of
+// these kRows rows are computed, the later tile is in the next kRows rows. The sizes are template parameters
+// so that tests/inner_loops.py can read them in the function's name.
 template <class T, size_t kRows, size_t kVectors>
 inline void merge_tiles(size_t count, size_t depth, const T* a, const T* panels, T* c, size_t c_stride,
                         bool streams) {
   constexpr size_t kLanes = Vec<T>::kLanes, kGroup = kVectors * kLanes;
   static_assert(kPanelColumns % kGroup == 0);
   const size_t ahead = smaller(count, kPanelsAhead);
-  // From the address directly after the last full panel, this many elements lead to the start of the next
-  // kRows rows.
+  // The distance from the end of the last full panel to the start of the next kRows rows, in elements.
   const size_t to_next_rows = kRows * c_stride - count * kPanelColumns;
   for (; count > 0; --count, panels += depth * kPanelColumns)
     for (size_t j = 0; j < kPanelColumns; j += kGroup, c += kGroup) {

@@ -14,8 +14,7 @@ namespace {
 
 constexpr size_t kElementsPerTask = 16384;
 
-// The time that erf, Philox or a conversion takes for one element, in units of the time of one floating-point
-// operation.
+// The costs of erf, of Philox and of a conversion for one element, in floating-point operations.
 constexpr double kErfOperations = 40, kPhiloxOperations = 20, kConversionOperations = 8;
 
 template <class Body>

@@ -17,7 +17,7 @@ void gelu(size_t n, const T* x, bool tanh, T* out);
 template <class T>
 void gelu_backward(size_t n, const T* x, const T* dy, bool tanh, T* out);
 
-// Dropout: out (n) = x / (1 - probability) for each element that is not dropped, and 0 for all others. A
+// Dropout: out (n) = 0 for each element that is dropped, and x / (1 - probability) for all other elements. A
 // random number generator with the seed `key` chooses the elements that are dropped.
 template <class T>
 void dropout(size_t n, const T* x, double probability, uint64_t key, T* out);

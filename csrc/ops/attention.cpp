@@ -27,7 +27,7 @@ constexpr size_t kFewestLanes = 12;
 constexpr size_t kPieceKeys = 256;
 
 // Attention for single queries takes kReadingCost times as long as a matrix product with the same number of
-// floating-point operations, because each key and value is read from memory for a few operations only.
+// floating-point operations, because each key and value is read from memory for only a few operations.
 constexpr double kReadingCost = 4;
 
 const kernels::Transformer& kernel() {
@@ -165,9 +165,9 @@ void attend_piece(const AttentionShape& shape, const Piece& piece, Matrix<const 
   float *largest = part + heads * dim, *sum = largest + heads;
   float *scaled = scratch<float>(Scratch::kAttention, heads * (dim + n)), *scores = scaled + heads * dim;
   kernel().scaled(heads * dim, shape.scale, q.row(piece.row), scaled, false);
-  // key_dots multiplies the query with several keys at a time. Keys that are left at the end of a call are
-  // multiplied one by one, with another order of the additions. To make the results independent of the pages,
-  // every call except the last one must end at a multiple of kKeyUnit.
+  // key_dots multiplies the query with several keys at a time. The keys that are left at the end of a call
+  // are multiplied one by one, and their products are added in a different order. To make the results
+  // independent of the size of the pages, every call except the last one must end at a multiple of kKeyUnit.
   const size_t aligned = std::min(round_up(piece.keys.first, kKeyUnit), piece.keys.end);
   for (const Span half : {Span{piece.keys.first, aligned}, Span{aligned, piece.keys.end}})
     run.for_parts(half, [&](Span part) {
@@ -211,8 +211,9 @@ void join_pieces(const AttentionShape& shape, size_t row, size_t pieces, const f
 }
 
 // Attention for runs of only a few queries. A few queries do not fill a tile, and memory bandwidth limits the
-// speed. So each query is processed for all heads at once, and its keys and values are read once. The keys of
-// a query are cut into pieces, and several threads may process them (Dao et al. 2023, Flash-Decoding).
+// speed. Therefore, each query is processed for all heads at once, and its keys and values are read once. The
+// keys of a query are cut into pieces, and several threads may process the pieces (Dao et al. 2023,
+// Flash-Decoding).
 void attend_rows(const AttentionShape& shape, const std::vector<Run>& runs, Matrix<const float> q,
                  const Outputs& to) {
   std::vector<Piece> pieces;
@@ -274,7 +275,8 @@ void attention_cached(const AttentionShape& shape, Matrix<const float> q, KeyVal
   const Timed timed(Activity::kAttention);
   std::vector<Run> runs;
   for (size_t i = 0; i < q.rows; ++i) {
-    // If row i is the token after that of row i - 1 in the same slot, both rows belong to one run.
+    // If the token of row i directly follows the token of row i - 1 in the same slot, both rows belong to one
+    // run.
     if (i > 0 && slots[i] == slots[i - 1] && lengths[i] == lengths[i - 1] + 1) {
       ++runs.back().count;
       continue;

@@ -16,8 +16,8 @@ struct AttentionShape {
   float scale;         // all scores are multiplied by it; usually 1 / sqrt(head_dim)
   size_t window;       // a token attends to itself and `window` - 1 tokens before it; 0 means no limit
   bool pairs = false;  // whether matrix products of tiles use bfloat16, with sums in float32
-  // If `causal` is false, a token also attends to later tokens: to the next `window` - 1 tokens or, if there
-  // is no window, to all later tokens of its sequence.
+  // If `causal` is false, a token also attends to later tokens of its sequence. With a window, these are the
+  // next `window` - 1 tokens. Without a window, they are all later tokens.
   bool causal = true;
   // `bias` (heads, 2 reach + 1) holds numbers that are added to the scores (Shaw et al. 2018). The number for
   // a score depends on the head and on the distance, which is the position of the key minus the position of
@@ -66,10 +66,11 @@ struct KeyValueCache {
   size_t slot_pages;
 };
 // Row i of q is the query of the token at position lengths[i] - 1 in slot slots[i] of the cache. The query
-// attends to this token and to all earlier tokens or, with a window, to the `window` - 1 tokens before it.
-// The bits of a row depend neither on the size of the pages nor on the other rows, with one exception.
-// Neighbouring rows with successive tokens of one slot are computed together. One method is for fewer than
-// kFewestLanes / (heads / kv_heads) such rows, and another for more rows. The two methods round differently.
+// attends to this token and to all earlier tokens. With a window, it attends only to this token and to the
+// `window` - 1 tokens before this token. The bits of a row depend neither on the size of the pages nor on the
+// other rows, with one exception. Neighbouring rows with successive tokens of one slot are computed together.
+// Fewer than kFewestLanes / (heads / kv_heads) such rows are computed by a method that rounds differently
+// from the method for a larger number of such rows.
 void attention_cached(const AttentionShape& shape, Matrix<const float> q, KeyValueCache cache,
                       const int64_t* slots, const int64_t* lengths, Matrix<float> out);
 

@@ -176,8 +176,8 @@ void multiply_pairs(const QueryTile& tile, const Keys& all, const Operands& x, c
 //   dq = scale ds k;  dk += ds (scale q).
 // For a tile of queries, the first block of keys sets dq, and later blocks add to dq. If the scores of all
 // keys of the queries fit into one tile, p and delta are computed from these scores instead of from lse and
-// `out`: with few keys, dp and delta can be nearly equal, and a delta from the rounded `out` would make dp -
-// delta too inexact.
+// `out`. The reason is that with few keys, dp and delta can be nearly equal. A delta from the rounded `out`
+// would then make dp - delta too inexact.
 void attend_backward(const QueryTile& tile, Span block, const Operands& x, bool first) {
   const size_t dim = tile.shape.head_dim, lanes = tile.lanes;
   const Span seen = tile.visible(),
@@ -232,7 +232,7 @@ struct Task {
 // only if they have neither the query block nor the key block in common. Therefore, the tasks are ordered as
 // the diagonals of a matrix whose rows are query blocks and whose columns are key blocks: the tasks of one
 // diagonal run in parallel, and the diagonals are computed one after the other. So every sum has one fixed
-// order, no product is computed twice, and within a diagonal, no thread waits for another thread. Diagonal d
+// order, and no product is computed twice. Within a diagonal, no thread waits for another thread. Diagonal d
 // consists of the tasks of query block i and key block i - d, for i >= d. Without causality, if a sequence
 // has n blocks, diagonal d also contains the tasks of query block i < d and key block i - d + n.
 void attention_backward(const AttentionShape& given, Sequences sequences, Matrix<const float> dout,

@@ -96,8 +96,8 @@ inline AttentionShape in_floats(AttentionShape shape) {
   return shape;
 }
 
-// Returns the range of the keys to which the queries at the positions first_position to last_position of a
-// run attend.
+// Returns the smallest range of keys that the queries at the positions first_position to last_position of a
+// run need.
 inline Span visible_keys(const AttentionShape& shape, const Run& run, size_t first_position,
                          size_t last_position) {
   const size_t window = shape.window, keys = run.first_position + run.count;
@@ -139,8 +139,8 @@ struct QueryTile {
   Span visible() const { return visible_keys(shape, run, position(0), position(lanes - 1)); }
 
   // For each token of the tile, calls body(row, head, heads, lane). `row` is the token's row of q. The tile
-  // contains the query heads `head` to head + heads - 1 of this token. They are in lanes `lane` to lane +
-  // heads - 1 of the tile.
+  // contains the query heads `head` to head + heads - 1 of this token, in the lanes `lane` to lane + heads -
+  // 1.
   template <class Body>
   void for_tokens(const Body& body) const {
     const size_t group = shape.group();
@@ -161,7 +161,8 @@ struct QueryTile {
     });
   }
   // The reverse of `gather`: copies row i of `from` (lanes, head_dim), times `factor`, to the head of x (n,
-  // heads * head_dim) that belongs to lane i of the tile. If `accumulate` is true, adds instead of copying.
+  // heads * head_dim) that belongs to lane i of the tile. If `accumulate` is true, the rows are added to x
+  // instead of copied.
   void scatter(const float* from, float factor, Matrix<float> x, bool accumulate) const {
     const size_t dim = shape.head_dim;
     for_tokens([&](size_t row, size_t head, size_t heads, size_t lane) {
@@ -179,7 +180,7 @@ struct QueryTile {
         shape.causal ? keys.end <= position(0) + 1 : window == 0 || keys.end <= position(0) + window;
     if (sees_later && (window == 0 || keys.first + window > position(lanes - 1))) return;
     for (size_t key = keys.first; key < keys.end; ++key, scores += kTileLanes) {
-      const size_t later = shape.causal ? 0 : window - 1;  // a query also attends to `later` later keys
+      const size_t later = shape.causal ? 0 : window - 1;  // how many later keys a query also attends to
       const size_t begin = lane_at(key > later ? key - later : 0),
                    end = window > 0 ? lane_at(key + window) : lanes;
       std::fill(scores, scores + begin, -std::numeric_limits<float>::infinity());
@@ -206,7 +207,7 @@ struct QueryTile {
 
 // Cuts a range of keys at multiples of kTileKeys, and calls body(keys) for each tile. The places of the cuts
 // do not depend on the start of the range. So the result of a query does not depend on the other queries of
-// its tile, although they may attend to other keys.
+// its tile, although those queries may attend to different keys.
 template <class Body>
 void for_key_tiles(Span keys, const Body& body) {
   while (keys.first < keys.end) {

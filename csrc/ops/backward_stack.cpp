@@ -106,7 +106,7 @@ void BackwardStack<E>::bring_b(Joined& all) const {
 }
 
 // Computes dz for a few tokens at a time, so that their dy is still in L2 when the product with A reads dy.
-// If E is Bf16Pair, it also converts dy, z and dz.
+// If E is Bf16Pair, the function also converts dy, z and dz.
 template <class E>
 void BackwardStack<E>::prepare(Range token_block, Range some) const {
   for (size_t i = 0; i < some.count; i += kTokenUnit) {

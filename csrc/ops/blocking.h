@@ -1,7 +1,7 @@
 // Divides the matrix products into blocks and tasks. Block sizes do not change a result, because each output
-// is summed over its whole depth in order, and the depth is cut only at multiples of kDepthUnitValues. The
-// limits below which a batch counts as small do change results, because small batches are summed in another
-// order.
+// is summed over its whole depth in order, and the depth is cut only at multiples of kDepthUnitValues.
+// However, the limits below which a batch counts as small do change results, because the sums of small
+// batches have a different order.
 #pragma once
 
 #include <algorithm>
@@ -66,8 +66,8 @@ inline constexpr size_t kFewInt8Tokens = 63;
 // at a time.
 inline constexpr size_t kColumnBlock = 4 * kernels::kPanelColumns, kSumDepth = 128;
 static_assert(kSumDepth % kDepthUnitValues == 0 && kTaskTokens % kDepthUnitValues == 0);
-// The largest number of floating-point operations of one task. On the slowest instruction set, a task takes
-// 0.1 s, so that Ctrl-C is noticed between tasks.
+// The largest number of floating-point operations of one task. On the slowest instruction set, such a task
+// takes 0.1 s. Ctrl-C is noticed only between tasks, so tasks must be short.
 inline constexpr double kTaskFlops = 2e9;
 
 inline double flops(size_t n, size_t d_out, size_t d_in) {
@@ -76,8 +76,8 @@ inline double flops(size_t n, size_t d_out, size_t d_in) {
 
 // The number of tokens in a token block (MC in BLIS). A token has `width` elements, and a token block takes
 // at most `bytes` bytes. The token blocks of a batch have about equal size. A batch is cut into token blocks
-// at multiples of kTokenUnit. Token blocks are cut into tasks at multiples of kTokenUnit too; only
-// forward_lanes cuts them at multiples of the number of lanes.
+// at multiples of kTokenUnit. Token blocks are cut into tasks at multiples of kTokenUnit too, except in
+// forward_lanes, which cuts at multiples of the number of lanes.
 inline constexpr size_t kTokenUnit = 32;
 static_assert(kTokenUnit % kDepthUnitValues == 0);
 inline size_t tokens_of_block(size_t tokens, size_t width, size_t element_bytes, size_t bytes = kLanesBytes) {

@@ -27,8 +27,8 @@ void quantize_row(BlockFormat format, size_t cols, const float* x, uint8_t* out)
 
 // ---- NF4, whose blocks may begin in one row and end in the next ----
 
-// Quantises n = rows * cols values, which have no gaps between rows, to codes (ceil(n / 2)) and absmax
-// (ceil(n / 64)). First calls require_storable, like `quantize`.
+// Quantises n = rows * cols values to codes (ceil(n / 2)) and absmax (ceil(n / 64)). There must be no gaps
+// between the rows. First calls require_storable, like `quantize`.
 void quantize_nf4(Matrix<const float> values, uint8_t* codes, float* absmax);
 
 // The second quantisation of NF4: the array absmax (n) is quantised, too. Fills codes (n), book (kNf4Book)

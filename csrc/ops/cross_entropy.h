@@ -16,8 +16,7 @@ inline constexpr int64_t kIgnoredTarget = -100;  // marks a row without a loss, 
 // change. To compute Σ, the exponentials of each block of kBlockLogits logits are summed in float32, with one
 // partial sum for each of the L lanes of a vector. The sums of the blocks are added in float64. The relative
 // error of Σ is below gamma(kBlockLogits / L + log2 L) plus the relative error of `exp`. Here gamma(m) = m u
-// / (1 - m u), and
-// u is the unit roundoff.
+// / (1 - m u), and u is the unit roundoff.
 void cross_entropy(Matrix<float> logits, const int64_t* targets, double factor, double* losses,
                    bool gradient);
 

@@ -15,9 +15,9 @@ class FetchList {
  public:
   FetchList(const kernels::Fetch& first, const kernels::Fetch& second) : left_{first, second} {}
 
-  // Removes the next share from the list and returns it: 1 / shares of the memory that is left. Usually a
-  // share is one range of memory. A share has two ranges if it contains the end of `first` and the start of
-  // `second`, the two arguments of the constructor.
+  // Removes the next share from the list and returns it. The share is 1 / `shares` of the memory that is
+  // left. Usually a share is one range of memory. A share has two ranges if it contains the end of `first`
+  // and the start of `second`, the two arguments of the constructor.
   std::array<kernels::Fetch, 2> share(size_t shares) {
     const size_t n = ceil_div(left_[0].lines + left_[1].lines, shares);
     std::array<kernels::Fetch, 2> taken{take(left_[0], n), kernels::Fetch::none()};

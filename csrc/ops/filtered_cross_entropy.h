@@ -32,8 +32,8 @@ struct FilteredRows {
 // The error of a row of dx is `factor` · Σ_skipped p_w (W_w - μ). By the triangle inequality, the norm of
 // this error is at most `factor` · m · max_w ‖W_w - μ‖. The mass m is at most `bound` · (number of skipped
 // words).
-// Rounding in float32 adds two more errors: that of the sums in dx, and that of m, because m is computed from
-// the sum of exponentials in `cross_entropy`.
+// Rounding in float32 adds two more errors. One is the error of the sums in dx. The other is the error of m,
+// which is computed from the sum of exponentials in `cross_entropy`.
 //
 // A row is flat if more than a quarter of all words have p_w >= bound. For flat rows, the caller can compute
 // dx faster with a dense product. So for a flat row, the function computes only the loss: the logits and dx

@@ -21,8 +21,8 @@ bool reads_bf16(const WeightView& w) {
   return w.storage == Storage::kBfloat16;
 }
 
-// Computes a small batch. Successive layers are computed by one call of forward_small if their weights have
-// the same element type there: Bf16 for weights in bfloat16, T for all others. A small batch is never
+// Computes a small batch. One call of forward_small computes successive layers if it reads their weights as
+// the same element type: Bf16 for weights in bfloat16, T for all other weights. A small batch is never
 // computed with pairs of bfloat16, even if larger batches are.
 template <class T>
 void small_stack(std::span<const ForwardPart<T>> parts, Matrix<const T> x) {
@@ -61,8 +61,8 @@ bool same_weight(const WeightView& a, const WeightView& b) {
          a.d_in == b.d_in && a.nf4.codes == b.nf4.codes;
 }
 
-// Whether two layers with the same weight have the same bias. The biases may lie at different addresses,
-// because a copy of a layer has a copy of the bias.
+// Whether two layers with the same weight have the same bias. The biases may be at different addresses,
+// because a copy of a layer has its own copy of the bias.
 template <class T>
 bool same_bias(const ForwardPart<T>& a, const ForwardPart<T>& b) {
   if (a.bias == b.bias) return true;
@@ -175,8 +175,8 @@ void lora_infer(std::span<const ForwardPart<T>> parts, Matrix<const T> x, size_t
 
 // If the groups share weights and biases, and no update is merged on the fly, x Wᵀ is computed once for all
 // groups, and each group adds its own update. Otherwise, each group is computed alone. The method depends on
-// the size of the whole batch, not on that of the group. So the bits of an output row do not depend on the
-// size of its group.
+// the size of the whole batch, not on the size of the group. So the bits of an output row do not depend on
+// the size of its group.
 template <class T>
 void lora_forward_groups(std::span<const GroupParts<T>> groups, Matrix<const T> x) {
   if (groups.size() == 1) return lora_infer<T>(groups[0].parts, x, x.rows);

@@ -41,9 +41,9 @@ struct ProjectedUpdate {
   size_t rank() const { return low->rank(); }
 };
 
-// Lists the memory to prefetch before an update is added to some outputs y[:, rows]: A[rows], and a part of B
-// that is proportional to the number of rows. Other workers may prefetch the rest of B. The list has at most
-// `most` bytes of A and at most `most` bytes of B.
+// Lists the memory to prefetch before an update is added to some outputs y[:, rows]. The memory holds
+// A[rows], and a part of B that is proportional to the number of rows. Other workers may prefetch the rest of
+// B. The list has at most `most` bytes of A and at most `most` bytes of B.
 template <class T>
 FetchList factors(const LowRank<T>& low, Range rows, size_t most) {
   if (low.rank() == 0 || rows.count == 0) return {Fetch::none(), Fetch::none()};
@@ -86,7 +86,7 @@ class SmallForward {
   // updates are prefetched.
   void multiply(Range rows) const {
     std::vector<FetchList> next;
-    constexpr size_t kMostBytes = 256 << 10;  // prefetch at most this much of all A, and of all B
+    constexpr size_t kMostBytes = 256 << 10;  // the limit for the A of all groups together, and for their B
     for (const auto& group : groups_) next.push_back(factors(*group.low, rows, kMostBytes / groups_.size()));
     if constexpr (std::is_same_v<W, float>)
       if (dots_blocks(part_.w)) {

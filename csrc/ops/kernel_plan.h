@@ -46,7 +46,7 @@ inline bool computes_pairs(const WeightView& w, size_t tokens) {
 
 // Whether the int8 kernels for large batches compute a product with `tokens` rows: forward_in_int8 for a
 // forward pass, and backward_in_int8 for a backward pass. (For small batches in a forward pass, dots_int8
-// says whether the product is computed in int8.)
+// decides whether the product is computed in int8.)
 inline bool forward_in_int8(const WeightView& w, size_t tokens) {
   return w.compute == Compute::kInt8 && tokens > kernels::kSmallBatch;
 }
@@ -54,8 +54,8 @@ inline bool backward_in_int8(const WeightView& w, size_t tokens) {
   return w.compute == Compute::kInt8 && tokens > kFloatBatch;
 }
 
-// The arithmetic of a product with W. `in_int8` says whether the product is computed in int8. The update of
-// an int8 product is computed with pairs of bfloat16 values.
+// The arithmetic of a product with W. `in_int8` is true if the product is computed in int8. The update of an
+// int8 product is computed with pairs of bfloat16 values.
 template <class T>
 Arithmetic arithmetic_of(const WeightView& w, size_t tokens, bool in_int8) {
   if (sizeof(T) == 8) return Arithmetic::kFloat64;
@@ -97,15 +97,15 @@ inline double merge_cost(const LayerShape& s, size_t width) {
          (flops(s.d_out, s.rank, s.d_in) + kCopyOperations * double(s.d_out) * double(s.d_in));
 }
 
-// The way in which the update of one layer is applied, and the costs of the two possible ways.
+// How the update of one layer is applied, and the costs of both possible methods.
 struct KernelPlan {
   Update update;
   UpdateCost cost;
 };
 
-// Chooses the cheaper of the two ways to apply the update. An update is merged on the fly only in float and
-// double: in bfloat16, rounding W + scale A B would lose a small update, such as that of an adapter at the
-// start of training.
+// Chooses the cheaper of the two methods to apply the update. An update is merged on the fly only in float
+// and double: in bfloat16, rounding W + scale A B would lose a small update, such as that of an adapter at
+// the start of training.
 inline KernelPlan cheaper(const LayerShape& s, const UpdateCost& cost) {
   if (s.rank == 0) return {Update::kNone, cost};
   const bool can_merge = s.element_bytes >= 4 && !s.dropout && s.tokens > kernels::kSmallBatch;

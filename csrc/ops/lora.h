@@ -39,8 +39,8 @@ struct GroupUpdate {
 // One layer of a forward pass: z = drop(x) Bᵀ, y = x Wᵀ + scale z Aᵀ [+ bias]. The shapes are x (n, d_in), y
 // (n, d_out) and z (n, r). `bias` may be null. If the caller does not need z, z.data may be null. In a small
 // batch, `groups` may replace `low`: each group of rows of x then has its own update. The groups together
-// have n rows. With groups, z is not stored. In a large batch, `multiplied` says that y already holds x Wᵀ:
-// only the update and the bias are then added to y. The update must not be merged on the fly.
+// have n rows. With groups, z is not stored. In a large batch, `multiplied` means that y already holds x Wᵀ.
+// Only the update and the bias are then added to y. The update must not be merged on the fly.
 template <class T>
 struct ForwardPart {
   WeightView w;
@@ -54,15 +54,15 @@ struct ForwardPart {
 // Computes a stack of layers; each of `parts` is one layer. All layers read the same x (n, d_in). `int8`
 // matters only for large batches and weights of Compute::kInt8: if `int8` is true, the products with W are
 // computed in int8; if `int8` is false, they are computed as for Compute::kBfloat16. Training may set `int8`,
-// because products in int8 are faster. But they round W a second time, from its blocks to codes with one
-// scale for each row. Inference does not set `int8`, because this rounding would make the answers of the
-// model less accurate.
+// because products in int8 are faster. But such products round W a second time, from its blocks to codes with
+// one scale for each row. Inference does not set `int8`, because this second rounding would make the answers
+// of the model less accurate.
 template <class T>
 void lora_forward(std::span<const ForwardPart<T>> parts, Matrix<const T> x, bool int8);
 
-// lora_forward for inference. Large batches are not computed in int8. The batch has `batch` rows, and x holds
-// all of these rows or only some of them. The method depends only on whether `batch` is at most kSmallBatch
-// (see kInferenceTokens).
+// Does the same as lora_forward, but for inference. Large batches are not computed in int8. The batch has
+// `batch` rows, and x holds all of these rows or only some of them. The method depends only on whether
+// `batch` is at most kSmallBatch (see kInferenceTokens).
 template <class T>
 void lora_infer(std::span<const ForwardPart<T>> parts, Matrix<const T> x, size_t batch);
 
@@ -91,11 +91,12 @@ struct BackwardPart {
 };
 
 // Computes the gradients of all layers, and dx = the sum of dy W + undrop(dz B) over all layers. If dx is not
-// needed, its data is null. If `int8` is false, the products with a W of Compute::kInt8 are computed as for
-// Compute::kBfloat16. If `dither_key` is given, dy is rounded stochastically for int8 products. The random
-// bits for an element of dy depend on the key and on the position of the element. If dy is the gradient of
-// logits, `int8` must be false or a `dither_key` must be given: each row of this gradient has one large
-// element and many small elements, and rounding to nearest in int8 would turn all small elements into 0.
+// needed, its data is null. If `int8` is false, the products with a weight of Compute::kInt8 are computed as
+// for Compute::kBfloat16. If `dither_key` is given, dy is rounded stochastically for int8 products. The
+// random bits for an element of dy depend on the key and on the position of the element. If dy is the
+// gradient of logits, `int8` must be false or a `dither_key` must be given: each row of this gradient has one
+// large element and many small elements, and rounding to nearest in int8 would turn all small elements into
+// 0.
 template <class T>
 void lora_backward(std::span<const BackwardPart<T>> parts, Matrix<const T> x, Matrix<T> dx, bool int8,
                    std::optional<uint64_t> dither_key = {});

@@ -23,8 +23,8 @@ constexpr size_t kColumnsBytes = size_t{320} << 10;
 // 12 KB.
 constexpr size_t kTileColumns = 8 * kPanelColumns;
 
-// Copies B to panels of kPanelColumns columns without gaps. In the caller's B, the distance of two rows may
-// be a multiple of 4 KB, and such rows would evict each other from L1.
+// Copies B to panels of kPanelColumns columns without gaps. In the caller's B, the distance between two rows
+// may be a multiple of 4 KB, and such rows would evict each other from L1.
 template <class T>
 const T* panels_of(Matrix<const T> b) {
   T* panels = scratch<T>(Scratch::kLowLanes, b.rows * b.cols);

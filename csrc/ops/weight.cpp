@@ -258,8 +258,8 @@ Panels<Bf16Pair> row_block(const WeightView& w, Range rows, Range cols, bool, Bf
 
 namespace {
 
-// Says how column_block stores its columns in scratch memory: as two full panels, one after the other, or as
-// a single panel that contains all columns.
+// How column_block stores its columns in scratch memory: as two full panels, one after the other, or as a
+// single panel that contains all columns.
 struct Panelling {
   size_t panels, width;
 

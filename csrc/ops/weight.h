@@ -49,7 +49,7 @@ WeightView view_of(Matrix<const T> w) {
 
 // The number of columns in full panels. All other columns are in the last panel, which is narrower. The
 // columns that are passed to row_block must be either all in full panels or all in the narrower panel. Only
-// row_block<Bf16Pair> accepts columns of both.
+// row_block<Bf16Pair> also accepts columns of full panels together with columns of the narrower panel.
 inline size_t full_columns(size_t d_in) {
   return d_in / kernels::kPanelColumns * kernels::kPanelColumns;
 }
@@ -57,7 +57,7 @@ inline size_t full_columns(size_t d_in) {
 // The address of element (row, col) of packed W. `col` is a multiple of kPanelColumns.
 const char* stored_at(const WeightView& w, size_t row, size_t col);
 
-// Returns true if W can be read in place as elements of type E. If not, W must be decoded.
+// Returns true if W can be read in place as elements of type E. If the result is false, W must be decoded.
 template <class E>
 bool in_place(const WeightView& w);
 
@@ -69,13 +69,13 @@ inline constexpr size_t scratch_columns(size_t cols) {
 }
 
 // The block W[rows, cols] in elements of type E. The first column is a multiple of kPanelColumns. If the
-// elements of W are stored as type E, the block is read in place. If not, the block is decoded into `scratch`
-// (rows * scratch_columns(cols) elements). If `shared` is true (many tokens use the block), the block of a
-// row-major W is copied even if it needs no decoding: if the distance between rows of W is a power of two,
-// rows that are read in place would evict each other from the cache. In a packed W, no rows have such a
-// distance, so its blocks are not copied. The element type Bf16 is only for weights stored in bfloat16; with
-// Bf16, the block is always read in place. If E is Bf16Pair, an element holds two neighbouring values of a
-// row, because gemm_tokens_in_lanes sums along the rows of W.
+// elements of W are stored as type E, the block is read in place. Otherwise, the block is decoded into
+// `scratch` (rows * scratch_columns(cols) elements). If `shared` is true (many tokens use the block), the
+// block of a row-major W is copied even if it needs no decoding. Without the copy, rows whose distance is a
+// power of two would evict each other from the cache. In a packed W, no rows have such a distance, so its
+// blocks are not copied. The element type Bf16 is only for weights stored in bfloat16. With this type, the
+// block is always read in place. If E is Bf16Pair, an element holds two neighbouring values of a row, because
+// gemm_tokens_in_lanes sums along the rows of W.
 template <class E>
 kernels::Panels<E> row_block(const WeightView& w, Range rows, Range cols, bool shared, E* scratch);
 
@@ -114,8 +114,8 @@ inline bool encodes_blocks(const WeightView& w) {
 
 // The block W[rows, cols] in int8 codes (see kernels::Int8Gemm::encode). Row i is multiplied by inverses[i]
 // before it is rounded to codes. `scratch` is memory for rows * scratch_columns(cols) codes. The returned
-// matrix is in `scratch`. It begins at the start of `scratch` if the first column is a multiple of
-// kDecodedColumns, and possibly later if not.
+// matrix is in `scratch`. If the first column is a multiple of kDecodedColumns, the matrix begins at the
+// start of `scratch`. Otherwise, it may begin later.
 Matrix<const uint8_t> encoded_block(const WeightView& w, Range rows, Range cols, const float* inverses,
                                     uint8_t* scratch);
 

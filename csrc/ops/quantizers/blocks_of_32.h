@@ -1,7 +1,7 @@
 // Searches for the best scale of a block, in formats with blocks of 32 values. The search starts with the
-// scale that ggml would choose. From other scales near it, the search computes codes, and then fits a new
-// scale to these codes by least squares. The scale with the smallest squared error is kept, so no block is
-// worse than with ggml's rule.
+// scale that ggml would choose. The search also tries other scales near this one. For each of them, the
+// search computes codes, and then fits a new scale to these codes by least squares. The scale with the
+// smallest squared error is kept, so no block is worse than with ggml's rule.
 #pragma once
 
 #include <algorithm>
@@ -30,7 +30,7 @@ struct Best {
   void show(CodeGrid other) {
     const CodeGrid stored = rounded(other);
     const float e = squared_error<kElements>(x, stored, codes);
-    if (e < error) {  // if the new scale is infinite, `e` is NaN, and this is false
+    if (e < error) {  // false if the new scale is infinite, because `e` is then NaN
       error = e;
       grid = stored;
     }
@@ -65,7 +65,8 @@ inline CodeGrid best_affine(const float* x, float last) {
 }
 
 // Stores the codes of a block. The stored code is the code minus codes.first, so the smallest stored code is
-// 0. The low four bits of a code are stored in a nibble, and bit 4 is stored in `high` if the format has it.
+// 0. The low four bits of a code are stored in a nibble. In 5-bit formats, bit 4 of the code is stored in
+// `high`.
 template <class Block>
 void store_codes(const float* x, CodeGrid grid, CodeRange codes, Block& out) {
   const Encoder code(grid, codes);
@@ -81,7 +82,7 @@ void store_codes(const float* x, CodeGrid grid, CodeRange codes, Block& out) {
     }
 }
 
-// The codes are the integers from -n to n - 1.
+// Quantises to a format without a minimum, whose codes q are the integers from -n to n - 1.
 template <class Block>
 void quantize_scale(size_t blocks, const float* x, Block* out, float n) {
   for (; blocks > 0; --blocks, x += kElements, ++out) {
@@ -91,6 +92,7 @@ void quantize_scale(size_t blocks, const float* x, Block* out, float n) {
   }
 }
 
+// Quantises to a format with a minimum, whose codes q are the integers from 0 to `last`.
 template <class Block>
 void quantize_affine(size_t blocks, const float* x, Block* out, float last) {
   for (; blocks > 0; --blocks, x += kElements, ++out) {

@@ -14,8 +14,8 @@ struct CodeRange {
   float first, last;
 };
 
-// Rounds x to the nearest integer, and to the even one in a tie. |x| must be below 2^22. The addition and the
-// subtraction do the rounding, because every compiler can vectorise them.
+// Rounds x to the nearest integer, and to the even one in a tie. |x| must be below 2^22. The function rounds
+// by an addition and a subtraction, because every compiler can vectorise these operations.
 inline float nearest_integer(float x) {
   constexpr float kShift = 0x1.8p23f;
   return (x + kShift) - kShift;

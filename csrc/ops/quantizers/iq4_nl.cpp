@@ -27,7 +27,7 @@ float best_scale(const float* x) {
       const float start = extreme / (end * (1 + kStep * float(i)));
       const float d = round_to_half(fitted_scale(Format::sums(x, start), {start}).d);
       const float e = Format::error(x, d);
-      if (e < error) {  // if the new scale is infinite, `e` is infinite, and this is false
+      if (e < error) {  // false if the new scale is infinite, because `e` is then infinite
         error = e;
         best = d;
       }

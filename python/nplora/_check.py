@@ -30,7 +30,7 @@ MAX_RANK = 1 << 16  # a larger rank of an adapter is surely a mistake, and might
 def is_bfloat16(array: Array) -> bool:
     """Whether the array's dtype is ml_dtypes.bfloat16.
 
-    The dtype's name is compared, without importing ml_dtypes.
+    The dtype's name is compared, so ml_dtypes need not be imported.
     """
     return array.dtype.name == "bfloat16"
 
@@ -39,7 +39,10 @@ def is_bfloat16(array: Array) -> bool:
 
 
 def kind(value: object) -> str:
-    """Describe any value briefly for a message. A class of another package is named with its module."""
+    """Describe any value briefly for a message.
+
+    The name of a class from another package includes the module.
+    """
     if isinstance(value, type):
         return f"the class {_title(value)}, not one of its objects"
     return f"{value[:40]!r}" if isinstance(value, str) else f"a {_title(type(value))}"
@@ -115,8 +118,8 @@ _OTHER_MEANINGS = {
     "max_length": ", which does not count the prompt",
     "do_sample": ", where 0 always takes the most likely token",
 }
-# Keywords for settings that nplora does not have, and what nplora does instead: of functions that generate
-# text, and of all functions.
+# Keywords for settings that nplora does not have, and what nplora does instead. `_INSTEAD` applies only to
+# functions that generate text, and `_INSTEAD_ALWAYS` to all functions.
 _INSTEAD = {
     **dict.fromkeys(
         ("batch_size", "eval_batch_size", "per_device_eval_batch_size"), "; nplora forms the batches itself"
@@ -139,8 +142,9 @@ _INSTEAD_ALWAYS = {
 
 _TRAINER = ("schedule", "warmup_steps", "accumulate", "clip_norm", "seed", "callbacks", "progress")
 _FIT = ("epochs", "steps", "batch_size", "shuffle", "validation", "eval_every", "patience", "keep")
-# Settings that one of Trainer and Trainer.fit takes, and the other does not. Each of the two is recognised by
-# a keyword that no other function decorated with `keywords` has.
+# Hints for messages of Trainer and Trainer.fit about settings that the other of these two takes, or that the
+# optimiser takes. The keys identify the function that was called: of all functions decorated with `keywords`,
+# only Trainer has the keyword clip_norm, and only Trainer.fit has checkpoint_dir.
 _TAKEN_ELSEWHERE = {
     "clip_norm": {
         "lr": "; the optimiser takes it: Trainer(..., optimizer=AdamW(lr=...))",
@@ -154,7 +158,7 @@ _TAKEN_ELSEWHERE = {
 
 
 def _taken_elsewhere(name: str, known: Iterable[str]) -> str:
-    """The end of a message about a setting that another function takes, or an empty text."""
+    """Return a hint that names the function with the setting `name`, or an empty text."""
     for marker in _TAKEN_ELSEWHERE.keys() & set(known):
         for ours, hint in _TAKEN_ELSEWHERE[marker].items():
             if name in (ours, *_OTHER_NAMES.get(ours, "").split()):
@@ -167,11 +171,11 @@ def suggestion(name: str, known: Iterable[str], show: Callable[[str], str] = str
 
     If another library uses the unknown name, the text suggests nplora's name for the same setting. For any
     other unknown name, the text suggests the known name with the most similar spelling. For some settings
-    that another function takes, the text names this function. For some settings that nplora does not have, it
-    says what nplora does instead. If there is no suggestion, the text is empty.
+    that another function takes, the text names this function. For some settings that nplora does not have,
+    the text says what nplora does instead. If there is no suggestion, the text is empty.
 
     Args:
-        show: a function that takes the suggested name and returns the text that the message shows for it.
+        show: a function that converts the suggested name to the form in the message, such as `--max-length`.
     """
     if name in _NOT_OURS:
         return ""
@@ -193,10 +197,12 @@ def suggestion(name: str, known: Iterable[str], show: Callable[[str], str] = str
 
 
 def parameters_hint(name: str, value: object) -> str:
-    """The end of a message about a learning rate that is a collection: parameters, as torch's optimisers
-    get them."""
+    """Return the end of a message for a value of `lr` that is a collection, else an empty text.
+
+    The user probably passed the parameters as the first argument, as for torch's optimisers.
+    """
     is_several = isinstance(value, Sized | Iterator) and not isinstance(value, str)
-    return "; the optimiser gets the parameters in `step`" if name == "lr" and is_several else ""
+    return "; pass the parameters to `step` instead" if name == "lr" and is_several else ""
 
 
 def keywords(function: Callable[P, T]) -> Callable[P, T]:
@@ -237,7 +243,7 @@ def number(op: str, name: str, value: object) -> float:
 
 
 def scale(op: str, value: object, dtype: npt.DTypeLike) -> float:
-    """Check that `scale` is finite as a number of `dtype`, the dtype of the arrays to be multiplied."""
+    """Check that `scale` is finite in `dtype`, the dtype of the arrays that it multiplies."""
     checked = number(op, "scale", value)
     if abs(checked) > float(np.finfo(dtype).max):
         raise ValueError(f"{op}: scale is {value}, beyond the range of {np.dtype(dtype).name}")

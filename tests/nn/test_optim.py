@@ -455,7 +455,7 @@ def test_bad_settings_are_refused(make: Any, message: str) -> None:
         make()
 
 
-IN_STEP = "the optimiser gets the parameters in `step`"
+IN_STEP = "pass the parameters to `step` instead"
 
 
 @pytest.mark.parametrize(

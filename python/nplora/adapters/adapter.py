@@ -162,8 +162,8 @@ class Adapter(AdapterContent):
                 singular values, and the result's `errors` gives the relative error of each layer.
             any_base: also add up adapters of different base models. Base models count as different if the
                 adapters store different digests of the models' norm weights. If an adapter has no digest,
-                base models also count as different if their names differ after the last "/". An adapter
-                without the name of its base model is always accepted.
+                base models also count as different if their names differ after the last "/". An adapter with
+                neither a digest nor the name of its base model is always accepted.
         Returns:
             an adapter whose layers all have scale 1.
         Raises:
@@ -222,8 +222,9 @@ def read_adapter(
         source: a PEFT adapter directory, a llama.cpp adapter file, a model with LoRA layers (the result then
             holds the model's own arrays, not copies), or an `Adapter`, which is returned unchanged.
     Raises:
-        UnsupportedError: the adapter holds fully trained layers. ValueError: the model has no LoRA layer.
-        TypeError: `source` has another type.
+        UnsupportedError: the adapter holds fully trained layers or trained tokens.
+        ValueError: the model has no LoRA layer.
+        TypeError: `source` has a type other than these.
     Warns:
         UserWarning: the directory has copies of the base model's weights, which are ignored.
 

@@ -42,7 +42,7 @@ class Combination(AdapterContent):
 
     @property
     def error(self) -> float:
-        """The relative error of one array that holds the ΔW of all layers."""
+        """The relative error over all layers, as if the ΔW of all layers formed one array."""
         squares = [self.errors[name] ** 2 for name in self.norms]
         return math.sqrt(weighted_mean(self.norms.values(), squares, 0.0))
 

@@ -25,11 +25,11 @@ class AdapterContent(Mapping[str, LoraDelta]):
         base_model_name_or_path: the name of the base model, or None.
         task_type: PEFT's name for the task, such as "CAUSAL_LM", or None.
         base_digest: the digest of the base model's norm weights (`model_digest.of`), or None.
-        modules_to_save: a dict from each fully trained layer to a dict from its parameters to their arrays.
-            These layers have no LoRA.
-        saved_names: for a classifier, the names that adapter_config.json lists under `modules_to_save`: PEFT
-            lists the whole head instead of the head's layers. Empty if these names are the keys of the
-            attribute `modules_to_save`.
+        modules_to_save: the arrays of the fully trained layers: a dict of dicts, whose keys are a layer's
+            name and then a parameter's name. Fully trained layers have no LoRA.
+        saved_names: for a classifier, the names that adapter_config.json lists under `modules_to_save`. PEFT
+            lists the head as a whole there, and not each layer of the head. Empty if these names equal the
+            keys of the attribute `modules_to_save`.
         labels: for a classifier, a record of its task and the names of its outputs; else None.
         token_rows: a dict from the name of the embedding or the head to its trained rows, a `TokenRows`.
         invocation_tokens: the invocation tokens of an activated LoRA (aLoRA), which acts from the last
@@ -95,7 +95,7 @@ class AdapterContent(Mapping[str, LoraDelta]):
 
     @property
     def trained_rows(self) -> dict[str, NDArray[Any] | None]:
-        """A dict from each layer whose rows are trained to the ids of these rows, or to None for all rows.
+        """The ids of the trained rows, by layer name. None stands for all rows.
 
         A head that shares the rows of the embedding has no entry.
         """
@@ -104,7 +104,7 @@ class AdapterContent(Mapping[str, LoraDelta]):
 
     @property
     def rows(self) -> int:
-        """The smallest number of rows with which an embedding and a head fit the adapter."""
+        """The smallest number of rows that an embedding and a head must have to fit the adapter."""
         whole = [len(arrays["weight"]) for arrays in self.modules_to_save.values() if "weight" in arrays]
         return max([rows_needed(0, self.trained_rows, ()), *whole])
 

@@ -51,12 +51,12 @@ class Target:
         digest: the digest of the target's norm weights (`model_digest.of`), or None.
         required: the layers that the adapter must have.
         ties_head: whether the head of the model shares the embedding's weight.
-        whole: a dict from each layer that is or can be fully trained to a dict from its parameters to their
-            arrays. A `Place` with the shape stands for an array that does not exist yet. None: the adapter
-            may have any fully trained layers.
+        whole: the arrays of the layers that are or can be fully trained: a dict of dicts, whose keys are a
+            layer's name and then a parameter's name. A `Place` with the shape stands for an array that does
+            not exist yet. None: the adapter may have any fully trained layers.
         rows: a function that takes a layer's name. If an adapter may replace rows of the layer's weight, the
-            function returns the shape of this weight, else a text that says why not. The function returns
-            None if the target accepts all rows.
+            function returns the weight's shape. If not, it returns a text that says why. If the target
+            accepts all rows, it returns None.
         require_kind: a function that raises UnsupportedError if the target cannot hold this kind of adapter.
             The arguments of the function are the adapter's source, whether the adapter has DoRA, the
             adapter's fully trained layers, and the adapter's layers with trained tokens.
@@ -190,7 +190,7 @@ class Target:
         self.require(adapter, problems, any_base)
 
     def require(self, adapter: AdapterContent, problems: list[str], any_base: bool) -> None:
-        """Raise FormatError for `problems`, for another base model, or for an empty adapter."""
+        """Raise FormatError for `problems`, for an empty adapter, or for an adapter of another model."""
         base = adapter.base_model_name_or_path, adapter.base_digest
         if problems and not self.title:
             lines = "".join(f"\n  {problem}" for problem in problems)

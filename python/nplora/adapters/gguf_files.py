@@ -8,8 +8,8 @@ Both formats name the factors lora_a and lora_b (see `letters`). The formats dif
 - Scale: in PEFT, the scale is alpha / r, or alpha / sqrt(r) with rsLoRA, and each layer can have its own
   alpha and r. In llama.cpp, all layers have the same alpha, and the scale is alpha / r, or 1 if alpha is 0.
 
-To keep its scale in llama.cpp, a layer needs alpha = scale · r. If the file's one alpha has another value,
-the layer's lora_b is multiplied by (scale · r) / alpha instead.
+To keep its scale in llama.cpp, a layer needs alpha = scale · r. If the file's one alpha differs from this
+value, the layer's lora_b is multiplied by (scale · r) / alpha instead.
 """
 
 import dataclasses
@@ -95,10 +95,10 @@ def convert_adapter(
     that the directory's adapter_config.json names.
 
     Raises:
-        ValueError: the suffix of `target` does not match the kind of the output; or `base` is not given, and
-            the model that adapter_config.json names is not on this machine. FormatError: the directory
-            `source` holds neither an adapter nor a model. FileNotFoundError: the directory holds a training
-            run that has no adapter yet.
+        ValueError: the suffix of `target` does not match the kind of the output. Or `base` is not given, and
+            the model that adapter_config.json names is not on this machine.
+        FormatError: the directory `source` holds neither an adapter nor a model.
+        FileNotFoundError: the directory holds a training run that has no adapter yet.
         The errors of `adapter_to_gguf` and `adapter_from_gguf`.
 
     >>> print(nplora.adapters.convert_adapter("adapter", "adapter.gguf", base="model.gguf"))

@@ -135,7 +135,10 @@ def _added_tokens(model: Module) -> tuple[AddedToken, ...]:
 
 
 def _token_rows(model: Module) -> dict[str, TokenRows]:
-    """The trained rows of each layer that trains only some rows. A head that shares rows has no entry."""
+    """The trained rows of each layer that trains only some rows.
+
+    A head that shares the embedding's rows has no entry.
+    """
     return {
         name: TokenRows(layer.rows.ids, layer.rows.value)
         for name, layer in _trained_rows(model).items()
@@ -420,7 +423,7 @@ def plain_target(model: Module) -> Target:
 
 
 def _target(model: Module, live: bool, **more: Any) -> Target:
-    """If `live` is set, the `Target` for a model's LoRA layers, else for all layers that LoRA can adapt."""
+    """Return a `Target` for a model's LoRA layers (`live`), or for all layers that LoRA can adapt."""
     modules, asked = dict(model.named_modules()), itertools.count()
     tokens = _token_rows(model)
 

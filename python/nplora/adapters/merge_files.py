@@ -82,10 +82,10 @@ def merge_adapter(
             base or the adapter. The directory of `output` holds an index file (model.safetensors.index.json)
             that lists other weights. A sum is too large for the storage type.
         ValueError: less than 90 % of ΔW would be left after rounding, and `lossy` is not set. Or the held-out
-            loss would rise by more than `tolerance`. The message suggests the smallest storage type that
-            keeps enough of ΔW by an estimate, if any. With `check`, the loss with the suggested type is also
-            measured, if the disk has room for a temporary file. No output file is written, and an existing
-            file stays unchanged.
+            loss would rise by more than `tolerance`. The message suggests the smallest storage type that is
+            estimated to keep enough of ΔW, if there is one. With `check`, the loss with the suggested type is
+            also measured, if the disk has room for a temporary file. No output file is written, and an
+            existing file stays unchanged.
         ValueError: `tolerance` is given without `check`.
         TypeError: `check` is not a function.
         FileExistsError: `output` exists, and `overwrite` is not set. Or the directory of a safetensors
@@ -163,7 +163,7 @@ def _require_output(model: ModelFiles, base: StrPath, adapter: Source, output: S
     weights = weights_path(output)
     files.require_not_read("merge", [output, weights], _inputs(model, base, adapter))
     found = trained(weights.parent)
-    # A reader could mistake a safetensors file in this directory for a part of the adapter or the run.
+    # Programs could mistake a safetensors file in this directory for a part of the adapter or the run.
     if found is not None and model.suffix != ".gguf":
         reason = f"the directory holds {found}; choose another one"
         raise FileExistsError(errno.EEXIST, reason, files.name(weights.parent))

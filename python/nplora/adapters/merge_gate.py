@@ -39,8 +39,8 @@ Check: TypeAlias = Callable[[StrPath, Source | None], float]
 TOLERANCE = 0.02
 _ENOUGH = 0.9  # the share of ΔW that a merge must keep, unless the caller accepts less
 # How many elements are sampled to estimate how much of ΔW another storage type would keep.
-_SAMPLED_ELEMENTS = 1 << 20  # of all tensors together
-_LEAST_SAMPLED = 1 << 14  # of each tensor, at least
+_SAMPLED_ELEMENTS = 1 << 20  # elements of all tensors together
+_LEAST_SAMPLED = 1 << 14  # at least this many elements of each tensor
 
 
 @dataclass
@@ -101,7 +101,8 @@ class MergeGate:
         return Verdict(kept, self.lossy or kept >= _ENOUGH, loss)
 
     def refusal(self, verdict: Verdict, merged: MergedTensors, output: StrPath) -> ValueError:
-        """The error for a merge that fails a check. It suggests a storage type that passes, if any."""
+        """The error for a merge that fails a check. The message suggests a storage type that passes, if there
+        is one."""
         problems = list[str]()
         kinds = ", ".join(dict.fromkeys(merge.storage for merge in merged.merges.values()))
         if not verdict.keeps_delta:

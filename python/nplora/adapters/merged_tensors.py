@@ -41,7 +41,7 @@ class MergedTensors:
 
     @cached_property
     def merges(self) -> dict[str, Merge]:
-        """A dict from the name of each tensor that changes to its `Merge`."""
+        """The `Merge` of each tensor that changes, by the tensor's name."""
         return {
             name: merge_of(self.model.tensors[name], update, self.dtype)
             for name, update in self.updates.items()

@@ -20,8 +20,8 @@ from nplora.tokenizer import go_template
 MODELFILE, MODEL, ADAPTER = "Modelfile", "model.gguf", "adapter.gguf"
 _OP = "export"
 _CONTEXT = 4096  # tokens; Ollama allocates memory for the whole context
-# The names of Ollama's parameters (the structs Options and Runner in its api/types.go), by a description and
-# a pattern of their values.
+# The names of Ollama's parameters (the structs Options and Runner in its api/types.go). Each key is a
+# description of the values and a regular expression for them.
 _NAMES = {
     ("a whole number", r"[+-]?[0-9]{1,18}"): (
         *("num_ctx", "num_batch", "num_gpu", "main_gpu", "num_thread", "draft_num_predict"),
@@ -46,7 +46,7 @@ class OllamaExport:
         lines: a report for the user, in several lines.
         model: the GGUF file that the Modelfile names.
         adapter: the adapter that the Modelfile names, or None.
-        template: whether the Modelfile has the chat template.
+        template: whether the Modelfile has a TEMPLATE.
 
     >>> nplora.adapters.export_ollama("model.gguf", "for-ollama").template
     True
@@ -91,8 +91,8 @@ def export_ollama(
     adapter was trained on texts without the chat template, the template in the Modelfile is `{{ .Prompt }}`.
 
     Args:
-        model: a GGUF file or a Hugging Face directory. If no adapter is merged into a GGUF file, the file is
-            not copied: the Modelfile contains its path.
+        model: a GGUF file or a Hugging Face directory. If `model` is a GGUF file and no adapter is merged
+            into it, the file is not copied. The Modelfile then contains the path of this file.
         directory: the directory to write, which may exist.
         adapter: a PEFT directory or, unless `keep_adapter` is set, a llama.cpp file.
         dtype: the storage type of the merged weights or, if `model` is a directory, of all matrices.

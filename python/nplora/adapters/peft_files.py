@@ -45,7 +45,8 @@ def read(
     Raises:
         FormatError: a file is malformed, or the adapter belongs to another model or does not fit `target`.
             The message lists every mismatch.
-        CorruptError: adapter_config.json was edited. OSError: a file cannot be read.
+        CorruptError: adapter_config.json was edited.
+        OSError: a file cannot be read.
     """
     with peft_adapter.reading(directory) as opened:
         return _read(opened, target, edited_config, any_base)
@@ -107,7 +108,7 @@ def _read(opened: PeftAdapter, target: Target, edited_config: bool, any_base: bo
 
 
 def _warn_of_copies(opened: PeftAdapter) -> None:
-    """Warn that copies of frozen weights are ignored, because they may differ from the model's weights."""
+    """Warn that copies of frozen weights are ignored. The copies may differ from the model's weights."""
     if layers := opened.base_copies():
         shown = [*map(brief, layers[:_MOST_NAMED]), *(["…"] if len(layers) > _MOST_NAMED else [])]
         warn_user(
@@ -222,7 +223,7 @@ def _token_rows(
     target: Target,
     tokens: Sequence[AddedToken],
 ) -> TokenRows:
-    """Read the trained rows of a layer, then the other rows of PEFT's copy that the target lacks."""
+    """Read the trained rows of a layer, and the untrained rows of PEFT's copy that the target lacks."""
     tensor, ids = trained or ("", ())
     own = np.array(ids, np.int64)
     if (twice := repeated(own)) is not None:

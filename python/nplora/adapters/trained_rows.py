@@ -1,4 +1,4 @@
-"""Makes layers that train rows of a language model's embedding and head, for an adapter or a new run."""
+"""Makes layers that train rows of a language model's embedding and head."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -36,7 +36,7 @@ class TokenRows:
 
 
 def rows_to_train(model: Module, tokens: Ids, modules: tuple[str, ...]) -> dict[str, Ids]:
-    """Return a dict from each layer with rows that a new run trains to the indices of these rows.
+    """Return the rows that a new training run trains: a dict from layer names to the indices of the rows.
 
     Args:
         tokens: the tokens to train in the embedding and in the head, or None for no tokens.
@@ -66,8 +66,9 @@ def trained_layers(
 
     Args:
         wanted: the rows to train in each layer.
-        tie_whole: whether a head that shares the embedding's weight also shares its rows if all are trained.
-        tokens: the new tokens, whose rows begin as the mean of all rows.
+        tie_whole: whether a head that shares the embedding's weight also shares the embedding's rows if all
+            rows are trained.
+        tokens: the new tokens. Their rows start as the mean of all rows.
         size: the number of rows of the embedding and the head. None: the result of `rows_needed`.
     Raises:
         ValueError: an id is not the index of a row, or occurs twice.
@@ -89,7 +90,7 @@ def trained_layers(
 
 
 def rows_needed(stored: int, wanted: Mapping[str, Ids], tokens: Sequence[AddedToken]) -> int:
-    """The number of rows of an embedding with its old rows, the rows in `wanted`, and the rows of `tokens`.
+    """Return the number of rows that an embedding needs for its old rows, for `wanted` and for `tokens`.
 
     Args:
         stored: the number of rows of the frozen weight.
@@ -99,10 +100,10 @@ def rows_needed(stored: int, wanted: Mapping[str, Ids], tokens: Sequence[AddedTo
 
 
 def with_rows_beyond(ties_head: bool, wanted: Mapping[str, Ids], stored: int, size: int) -> dict[str, Ids]:
-    """Add all rows beyond the end of the weights to the rows to train in each layer.
+    """Add all rows beyond the end of the frozen weights to `wanted`, the rows to train in each layer.
 
     Args:
-        stored: the number of rows of the weights.
+        stored: the number of rows of the frozen weights.
         size: the number of rows, including the rows beyond the end of the weights.
     """
     if size == stored:

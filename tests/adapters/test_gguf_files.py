@@ -632,7 +632,7 @@ def test_the_base_model_is_found_by_its_name_in_the_configuration(
         directory = write_peft(tmp_path / "peft", alike(), factors(alike()), base_model_name_or_path=name)
         done = adapters.convert_adapter(directory, tmp_path / "a.gguf", overwrite=True)
         assert done.named_base == found
-        assert f"base model, by adapter_config.json: {found}" in str(done)
+        assert f"base model, named in adapter_config.json: {found}" in str(done)
         expected = nplora.adapter_to_gguf(directory, tmp_path / "b.gguf", found, overwrite=True)
         assert done == dataclasses.replace(expected, target=done.target, named_base=found)
         assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "b.gguf").read_bytes()

@@ -65,7 +65,7 @@ def test_a_gguf_file_is_listed(tmp_path: Path) -> None:
         "types",
         "  F32     2  132 bytes",
         "  Q8_0    1  136 bytes",
-        "  IQ2_XS  1  148 bytes  not decoded here",
+        "  IQ2_XS  1  148 bytes  not supported",
         "",
         "LoRA of rank 8",
         "  embed_tokens  1 layer  4 x 32   288 parameters",

@@ -83,7 +83,7 @@ def test_other_storage_computes_few_rows_in_float32(storage: str) -> None:
 
 def test_a_float64_weight_is_refused() -> None:
     with pytest.raises(
-        ValueError, match=r"computes in float64, got compute='int8'; dtype='float32' allows it$"
+        ValueError, match=r"computes in float64, got compute='int8'; use dtype='float32' instead$"
     ):
         FrozenWeight(normal(4, 32).astype(np.float64), "float64", "int8")
 

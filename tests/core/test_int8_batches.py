@@ -262,6 +262,6 @@ def test_layers_compute_many_rows_in_bfloat16_unless_they_train(storage: str) ->
 
 
 def test_the_nearest_choice_for_a_float64_weight_is_named() -> None:
-    words = "a float64 weight computes in float64, got compute='int8'; dtype='float32' allows it"
+    words = "a float64 weight computes in float64, got compute='int8'; use dtype='float32' instead"
     with pytest.raises(ValueError, match=f"FrozenWeight: {re.escape(words)}$"):
         LoRALinear(normal(8, 64), rank=2, dtype="float64", compute="int8")

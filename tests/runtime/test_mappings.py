@@ -54,7 +54,7 @@ def ended(path: Path, code: str, before: str = "") -> subprocess.CompletedProces
 
 def message(path: Path) -> str:
     reason = "the file was cut short while it was mapped, or its disk failed"
-    return f"nplora: error: {path}: {reason}; load_model(..., mmap=False) copies it\n"
+    return f"nplora: error: {path}: {reason}; load_model(..., mmap=False) copies the file\n"
 
 
 CUT = {

@@ -76,7 +76,7 @@ class AdapterConversion:
         if self.folded:
             lines.append(f"folded the scale of {counted(len(self.folded), 'layer')} into lora_b")
         if self.named_base:
-            lines.append(f"base model, by {peft_adapter.CONFIG}: {self.named_base}")
+            lines.append(f"base model, named in {peft_adapter.CONFIG}: {self.named_base}")
         if self.passed_over:
             lines.append(f"ignored tensors: {', '.join(map(brief, self.passed_over))}")
         return "\n".join(lines)

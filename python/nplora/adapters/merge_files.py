@@ -304,7 +304,7 @@ def _target(model: ModelFiles, adapter: AdapterContent) -> Target:
         return found if isinstance(found, str) else Place(found.name, found.shape, kernel=())
 
     def rows(layer: str) -> tuple[int, int] | str:
-        """The shape of a layer's weight; or, if the adapter cannot replace rows of the weight, the reason."""
+        """Return the shape of a layer's weight, or the reason why the adapter cannot replace its rows."""
         if model.tied and adapter.is_tied and layer == HEAD:
             return rows(EMBEDDING)
         if model.tied and layer in adapter.trained_rows and not _replaces_both(layer, adapter):

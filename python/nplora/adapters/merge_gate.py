@@ -139,7 +139,7 @@ class MergeGate:
             return "no other type keeps enough"
         return (
             "no type that the file can hold keeps the loss within the tolerance: "
-            "use the adapter beside the model"
+            "use the adapter without merging it"
         )
 
     def _trial(self, merged: MergedTensors, output: StrPath) -> HeldOutLoss | None:
@@ -177,8 +177,8 @@ def _problem(loss: HeldOutLoss, kinds: str) -> str:
     if loss.is_kept:
         return f"the held-out loss stays within the tolerance ({loss.on_the_fly:.4f} -> {loss.merged:.4f})"
     return (
-        f"the held-out loss would go from {loss.on_the_fly:.4f} to {loss.merged:.4f} in {kinds}, expected at "
-        f"most {loss.tolerance:g} more"
+        f"the held-out loss would go from {loss.on_the_fly:.4f} to {loss.merged:.4f} in {kinds}, expected a "
+        f"rise of at most {loss.tolerance:g}"
     )
 
 

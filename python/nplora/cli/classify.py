@@ -30,7 +30,7 @@ HELP = (
     "predictions of a classifier."
 )
 
-_OF_TEXTS, _OF_WORDS = (".csv", ".jsonl", ".npy"), (".jsonl", ".conll")  # names of outputs
+_OF_TEXTS, _OF_WORDS = (".csv", ".jsonl", ".npy"), (".jsonl", ".conll")  # the suffixes of output files
 
 _SHARED = ("columns", "separator", "skip_bad", "compute")  # options of train that eval accepts too
 
@@ -66,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="eval: print the report as JSON")
     text = "eval: new PNG file for a plot of the confusion matrix and of the scores of each label"
     parser.add_argument("--plot", metavar="FILE", type=path, help=text)
-    text = "predict: if words are labelled, also write the probability of each label for each word"
+    text = "predict: if the classifier labels words, also write the probability of each label for each word"
     parser.add_argument("--probabilities", action="store_true", help=text)
     add_options(parser, ClassifyOptions)
 
@@ -213,7 +213,7 @@ def _write_table(stream: TextIO, rows: Iterable[dict[str, Any]]) -> None:
         if both := row.keys() & chances.keys():
             raise DataError(
                 f"--output: row {number} has a field {brief(min(both))}, which is the name of a new column; "
-                "rename it, or write .jsonl"
+                "rename the field, or write .jsonl"
             )
         flat = {name: _cell(value) for name, value in {**row, **chances}.items()}
         if columns is None:
@@ -221,8 +221,8 @@ def _write_table(stream: TextIO, rows: Iterable[dict[str, Any]]) -> None:
             writer(list(columns))
         if others := [name for name in flat if name not in columns]:
             raise DataError(
-                f"--output: row {number} has a field {brief(others[0])}, but the first row, which gives the "
-                "columns of CSV, has none; write .jsonl"
+                f"--output: row {number} has a field {brief(others[0])}, but the first row, whose fields "
+                "become the columns of the CSV file, has no such field; write .jsonl"
             )
         writer([flat.get(name, "") for name in columns])
 

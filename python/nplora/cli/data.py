@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--valid",
         metavar="FILE",
         type=path,
-        help="validation file; its examples that are also in the training data are counted",
+        help="validation file; the command counts the examples that are also in the training data",
     )
     add_options(parser, PreviewOptions)
 

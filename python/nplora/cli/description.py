@@ -141,7 +141,10 @@ def _unknown(family: object, known: Collection[str], commands: str, encoders: Co
 
 
 def _target(stored: str, architecture: object) -> str:
-    """The name that --targets uses for a tensor's layer, or else the tensor's name without ".weight"."""
+    """Return the name that --targets uses for a tensor's layer.
+
+    If there is no such name, return the tensor's name without ".weight".
+    """
     layer = stored.removesuffix(".weight")
     name = architecture if isinstance(architecture, str) else ""
     family = (
@@ -237,7 +240,7 @@ def _listed(
             for t in tensors
         ],
         "types": [
-            (name, f"{count:,}", counted(nbytes[name], "byte"), "" if is_read(name) else "not decoded here")
+            (name, f"{count:,}", counted(nbytes[name], "byte"), "" if is_read(name) else "not supported")
             for name, count in counts.most_common()
         ],
     }
@@ -381,7 +384,7 @@ def _targets(layers: Iterable[str]) -> list[Row]:
 
 
 def _text(*head: str, **sections: list[Row]) -> str:
-    """Join the lines of `head`, and the tables of `sections` with their titles, except empty ones."""
+    """Join the lines of `head` and the titled tables of `sections`. Empty lines and tables are left out."""
     lines = [_printable(line) for line in head if line]
     for title, rows in sections.items():
         if rows:

@@ -38,8 +38,10 @@ def show_error(
 
 
 def _similar_file(error: Exception, typed: Sequence[str]) -> str:
-    """If a file that the user has typed is missing, suggest the only file of its directory that has a
-    similar name."""
+    """If a file that the user has named is missing, suggest another file of the same directory.
+
+    The result is empty unless exactly one file of the directory has a similar name.
+    """
     if not isinstance(error, FileNotFoundError) or not isinstance(error.filename, str | os.PathLike):
         return ""
     if os.fspath(error.filename) not in typed:

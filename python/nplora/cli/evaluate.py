@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--compare", action="store_true", help=text)
     add_options(parser, EvaluateOptions)
-    text = "new file to write the generated answers and their scores to, as JSON lines"
+    text = "new file for the generated answers and their scores, as JSON lines"
     parser.add_argument("--answers", metavar="FILE", type=path, help=text)
     shown = parser.add_mutually_exclusive_group()
     text = 'print JSON: {"loss": ..., "tokens": ..., "examples": ..., ...}'

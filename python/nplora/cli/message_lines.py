@@ -40,7 +40,7 @@ class PipedLines:
 
 
 class TerminalLines:
-    """The messages that a user types.
+    """Reads the messages that a user types in a terminal.
 
     A message that begins with three quotation marks may have several lines, and ends with the next three
     quotation marks.

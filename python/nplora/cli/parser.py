@@ -89,9 +89,9 @@ class CommandParser(Parser):
     """The parser of one command. If an option is unknown, the parser suggests a similar option."""
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Parse the words. Refuse the unknown options if there is a suggestion or a reason for one of them.
+        """Parse the words. If there is a hint for an unknown option, print all unknown options and exit.
 
-        If there is none, the caller refuses the unknown options.
+        Without a hint, return the unknown options. The caller refuses them.
         """
         words = (word.partition("=")[0] for word in itertools.takewhile("--".__ne__, args or ()))
         unknown = {word: self._suggestion(word) for word in words if self._is_unknown(word)}
@@ -361,7 +361,7 @@ def _option(name: str) -> str:
 
 
 def given_options(arguments: argparse.Namespace, options: type) -> dict[str, Any]:
-    """Return a dict of the options that the user has set, from fields of the dataclass to their values."""
+    """Return the options that the user has set, as a dict {name of a field of the dataclass: value}."""
     found = {field.name: getattr(arguments, field.name, None) for field in dataclasses.fields(options)}
     return {
         name: tuple(value) if isinstance(value, list) else value

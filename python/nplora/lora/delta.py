@@ -20,8 +20,8 @@ class LoraDelta:
     Attributes:
         m: DoRA's magnitudes (d_out,), or None without DoRA. Row i of W + scale · A·B is rescaled, so that the
             norm of the row becomes m[i] (Liu et al. 2024, eq. 5).
-        embedding: whether W is an embedding table (vocab, dim). For an embedding, PEFT stores A and B in
-            another layout than for a linear layer.
+        embedding: whether W is an embedding table (vocab, dim). PEFT stores the A and B of an embedding in a
+            different layout from those of a linear layer.
         kernel: the shape (c_in, height, width) of a convolution's kernel, or None. For a convolution, W is
             the kernel reshaped to (d_out, c_in · height · width). PEFT stores A and B of a convolution with
             four axes.

@@ -38,7 +38,7 @@ def lora_forward(
         y (..., d_out) and z (..., r). `lora_backward` takes z.
     Raises:
         ValueError: a shape does not fit, or scale is not finite.
-        TypeError: an array does not hold numbers, or `out` has another dtype.
+        TypeError: an array does not hold numbers, or `out` has the wrong dtype.
 
     >>> x, W = np.ones((1, 2)), np.eye(2)
     >>> y, z = lora_forward(x, W, A=[[2.0], [0.0]], B=[[1.0, 1.0]], scale=0.5)
@@ -91,7 +91,7 @@ def lora_backward(
         dx (..., d_in) (None if need_dx is False), dA (d_out, r), dB (r, d_in).
     Raises:
         ValueError: a shape does not fit, or scale is not finite.
-        TypeError: an array does not hold numbers, or an array in `out` has another dtype.
+        TypeError: an array does not hold numbers, or an array in `out` has the wrong dtype.
 
     >>> x, W, A, B = np.ones((1, 2)), np.eye(2), np.array([[2.0], [0.0]]), np.array([[1.0, 1.0]])
     >>> y, z = lora_forward(x, W, A, B)

@@ -134,8 +134,9 @@ class Merge:
         self._worst = (-1.0, 0, 0)
 
     def rows(self) -> Iterator[tuple[int, Array]]:
-        """For n rows at a time, yield the index of the first row, and the bytes of the new rows (n,
-        row_nbytes).
+        """Yield the new rows, n at a time, as pairs: the index of the first row, and the bytes of the n rows.
+
+        The bytes are an array (n, row_nbytes).
 
         Raises:
             ValueError: a finite value of W would become NaN or infinite, or the storage format cannot encode

@@ -41,7 +41,7 @@ def weighted_sum(
     q_a, r_a = np.linalg.qr(a)
     q_b, r_b = np.linalg.qr(b.T)
     u, s, vt = np.linalg.svd(r_a @ r_b.T)
-    # Rounding errors change singular values by up to this much. Smaller ones are treated as 0.
+    # Rounding errors change singular values by up to this much. Smaller singular values are treated as 0.
     noise = np.linalg.norm(r_a) * np.linalg.norm(r_b) * max(a.shape + b.shape) * np.finfo(np.float64).eps
     s = np.where(s > noise, s, 0)
     exact = max(1, np.count_nonzero(s))

@@ -128,8 +128,8 @@ def lock(descriptor: int, shared: bool = False) -> None:
     In a browser, this function does nothing, because no other process sees the files.
 
     Raises:
-        BlockingIOError: another process holds a lock on the file. OSError: the file system or the operating
-            system does not support this kind of lock.
+        BlockingIOError: another process holds a lock on the file.
+        OSError: the file system or the operating system does not support this kind of lock.
     """
     if sys.platform == "win32":
         windows_files.lock(descriptor, shared)

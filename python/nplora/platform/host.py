@@ -10,7 +10,7 @@ from pathlib import Path
 
 _CPU_INFO = Path("/proc/cpuinfo")
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")  # the same in all containers of a machine
-_KEYS = ("model name", "Model", "Hardware")  # x86-64 has the first; some ARM boards have one of the others
+_KEYS = ("model name", "Model", "Hardware")  # x86-64 has the first key, some ARM boards one of the others
 
 
 def cpu_name() -> str:

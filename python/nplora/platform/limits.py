@@ -4,8 +4,9 @@ That process runs renderer.py. To start fast, renderer.py imports this module by
 importing the package nplora.
 
 Linux can limit the memory and the CPU time of a process. macOS can limit only the time, and Windows can limit
-neither. The parent process enforces the other limits (see `watched`): every few milliseconds, it checks how
-much memory and CPU time the process has used, and ends the process if a limit is exceeded.
+neither. The parent process enforces the limits that the system cannot enforce (see `watched`). Every few
+milliseconds, it checks how much memory and CPU time the process has used. If a limit is exceeded, it ends the
+process.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ def cause_of_end(status: int) -> str | None:
 def isolate() -> None:
     """Prevent this process from writing files. Make sure that the timers' signals can end the process."""
     if sys.platform != "win32" and sys.platform != "emscripten":
-        os.set_blocking(sys.stderr.fileno(), False)  # the parent reads it only after this process has ended
+        os.set_blocking(sys.stderr.fileno(), False)  # the parent reads stderr after this process has ended
         for kind in (resource.RLIMIT_CORE, resource.RLIMIT_FSIZE):
             resource.setrlimit(kind, (0, 0))
         signal.pthread_sigmask(signal.SIG_SETMASK, [])
@@ -65,14 +66,13 @@ def isolate() -> None:
 
 
 def limit_compiling(seconds: float) -> None:
-    """End this process when it has used another `seconds` of CPU time in user mode; 0: no limit."""
+    """End this process after `seconds` more seconds of CPU time in user mode. 0 means no limit."""
     if sys.platform != "win32":
         signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
 
 
 def limit_rendering(seconds: float) -> None:
-    """End this process when it has used another `seconds` of CPU time in user and system mode; 0: no
-    limit."""
+    """End this process after `seconds` more seconds of CPU time in user or system mode. 0: no limit."""
     if sys.platform != "win32":
         signal.setitimer(signal.ITIMER_PROF, seconds)
 
@@ -99,7 +99,10 @@ def limited_memory(nbytes: int) -> Iterator[None]:
 
 
 def end_without_memory() -> NoReturn:
-    """End this process as the system does when memory runs out: with SIGKILL; on Windows, with a status."""
+    """End this process as the system does when memory runs out: with SIGKILL.
+
+    On Windows, end it with the exit status `_MEMORY_STATUS`.
+    """
     if sys.platform != "win32":
         os.kill(os.getpid(), signal.SIGKILL)
     os._exit(_MEMORY_STATUS)

@@ -69,7 +69,7 @@ def current_memory() -> int:
 
 
 def available_memory() -> int | None:
-    """The number of bytes that this process can use, including the bytes in use now; None if unknown.
+    """The number of bytes that this process can use, including the bytes that it uses now; None if unknown.
 
     The result is the lowest of the limits that the machine and the control groups (containers) of the process
     set.

@@ -12,7 +12,8 @@ import sys
 from collections.abc import Callable
 from typing import IO, Any, TextIO
 
-# Signals that ask a run to end. Windows has only Ctrl-Break, which is also sent when the console is closed.
+# Signals that ask a training run to end. On Windows, SIGBREAK is sent for Ctrl-Break, and when the console is
+# closed.
 if sys.platform == "win32":
     ENDING_SIGNALS: tuple[signal.Signals, ...] = (signal.SIGTERM, signal.SIGBREAK)
     NOTICE: signal.Signals | None = None
@@ -55,7 +56,7 @@ def write_utf8(stream: TextIO | None) -> None:
 
 def detect_vanished_peer(connection: Any) -> None:
     """Let the system close a connection after the other end has vanished without closing the connection."""
-    with contextlib.suppress(OSError, AttributeError):  # not TCP, or a system without one of these
+    with contextlib.suppress(OSError, AttributeError):  # not TCP, or the system lacks one of these options
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 10)
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3)

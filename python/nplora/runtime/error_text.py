@@ -28,8 +28,10 @@ def message_of(error: BaseException) -> str:
 
 
 def _of_system(error: OSError, text: str, number: int) -> str:
-    """The message of a system error. `text` is the system's text for the error number, or a more exact
-    one."""
+    """The message of a system error.
+
+    `text` is the system's text for the error number, or a more exact text.
+    """
     is_systems, file = text == os.strerror(number), error.filename
     if is_systems:
         text = "no such file" if number == errno.ENOENT else text[0].lower() + text[1:]

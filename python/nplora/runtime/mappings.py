@@ -1,5 +1,4 @@
-"""Registers mapped files, so that the core can explain the SIGBUS that follows if such a file is
-truncated."""
+"""Registers mapped files, so that the core can explain a SIGBUS after such a file was truncated."""
 
 import mmap
 import os
@@ -9,7 +8,7 @@ from nplora import _core
 
 _REASON = (
     b": the file was cut short while it was mapped, or its disk failed; "
-    b"load_model(..., mmap=False) copies it\n"
+    b"load_model(..., mmap=False) copies the file\n"
 )
 _LONGEST_NAME = 800
 
@@ -17,7 +16,7 @@ _LONGEST_NAME = 800
 def watch(mapping: mmap.mmap, name: str) -> None:
     """Make a SIGBUS in `mapping` print the file's name on stderr and end the process with status 135.
 
-    If another SIGBUS handler was set before the first call of `watch`, such as faulthandler's, it runs too.
+    If a SIGBUS handler, such as faulthandler's, was set before the first call of `watch`, it runs too.
     """
     shown = name if name.isprintable() else repr(name)[1:-1]
     message = b"nplora: error: " + os.fsencode(shown)[-_LONGEST_NAME:] + _REASON

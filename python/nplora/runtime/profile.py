@@ -61,8 +61,10 @@ class Profiler:
         self._spans: list[tuple[str, float]] = []
 
     def start(self) -> None:
-        """Record the calls of this thread from now on. Discard earlier calls that `stop` did not add to the
-        totals."""
+        """Record the calls of this thread from now on.
+
+        Discard earlier calls that `stop` did not add to the totals.
+        """
         self.cancel()
         _of_thread.profiler = self
         _core.start_profile()

@@ -55,7 +55,8 @@ def set_num_threads(n: int) -> None:
         >>> nplora.set_num_threads(before)
 
     Raises:
-        TypeError: `n` is not an integer. ValueError: `n` is below 1 or above 2**31 - 1.
+        TypeError: `n` is not an integer.
+        ValueError: `n` is below 1 or above 2**31 - 1.
     """
     _core.set_num_threads(_check.integer("set_num_threads", "n", n, least=1, most=_INT_MAX))
 
@@ -74,7 +75,7 @@ def release_memory() -> None:
     """Return idle memory to the system.
 
     When a large result is freed, its memory stays idle until a later result needs memory. The sum of used and
-    idle memory is always limited, to the highest amount of used memory so far plus 4 MiB.
+    idle memory never exceeds the highest amount of used memory so far plus 4 MiB.
 
         >>> import nplora
         >>> nplora.release_memory()

@@ -45,8 +45,8 @@ class TimeBudget:
     def add(self, began: float, ended: float, counted_from: float | None = None) -> None:
         """Record a slice.
 
-        Of the slice, only the time after `counted_from` is counted as training time. None: the whole slice is
-        counted.
+        Only the part of the slice after `counted_from` counts as training time. If `counted_from` is None,
+        the whole slice counts.
         """
         self._recent.append(ended - began)
         begin = began if counted_from is None else max(began, counted_from)
@@ -175,7 +175,7 @@ class TimeShare:
             self._changed.notify_all()
 
     def _is_slicing(self) -> bool:
-        """Whether training runs a slice for whose end new urgent work must wait."""
+        """Whether training runs a slice, and new urgent work must wait for the end of this slice."""
         return self._began is not None and not self._is_long
 
     def _is_busy(self, now: float) -> bool:

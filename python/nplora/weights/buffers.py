@@ -77,7 +77,7 @@ _shelves: ContextVar[tuple[_Shelf, _Shelf] | None] = ContextVar("nplora_shelves"
 
 @contextlib.contextmanager
 def side_by_side(*sizes: int) -> Iterator[None]:
-    """A context manager. Inside it, `value_and_gradient` puts all values into one buffer.
+    """Inside the `with` body, `value_and_gradient` puts all values into one buffer.
 
     All gradients share another buffer of the same size. `sizes` has the size of each value in bytes. Hundreds
     of small arrays then fit into a few large memory pages, if the system offers large pages.

@@ -60,22 +60,23 @@ class FrozenWeight:
               If x has up to 8 rows, products are still computed in float32.
             - "int8": W is rounded to 8 bits with one scale for each row, and x to 8 bits with one scale for
               every 64 values. In the backward pass, column i of dy is multiplied by the scale of row i of W,
-              and then each row of dy is rounded to 8 bits with one scale. If d_out is above 4032, each row is
-              divided into several equal parts, and each part has a scale. The 8-bit values are multiplied and
-              summed as integers. Products with the LoRA factors are computed as with "bfloat16". If x has up
-              to 8 rows and W is stored in a GGUF format, x is multiplied with the blocks of W directly, and x
-              gets one scale for every 32 values. If W is stored in any other format, up to 8 rows of x are
-              multiplied in float32. `matmul_t` multiplies dy in float32 if dy has up to 4 rows. Layers round
-              W to 8 bits only in training. In inference, if x has more than 8 rows, layers compute as with
-              "bfloat16". The head of a language model computes its backward pass in bfloat16, or in int8 with
-              stochastic rounding (see the arguments `int8` and `dither_key` of `stack_backward`). In your own
-              models, use "bfloat16" for a layer whose outputs go into a softmax over many classes.
+              and then each row of dy is rounded to 8 bits with one scale. If d_out is above 4032, each row of
+              dy is divided into several equal parts, and each part has a scale. The 8-bit values are
+              multiplied and summed as integers. Products with the LoRA factors are computed as with
+              "bfloat16". If x has up to 8 rows and W is stored in a GGUF format, x is multiplied with the
+              blocks of W directly, and x gets one scale for every 32 values. If W is stored in any other
+              format, up to 8 rows of x are multiplied in float32. `matmul_t` multiplies dy in float32 if dy
+              has up to 4 rows. Layers round W to 8 bits only in training. In inference, if x has more than 8
+              rows, layers compute as with "bfloat16". The head of a language model computes its backward pass
+              in bfloat16, or in int8 with stochastic rounding (see the arguments `int8` and `dither_key` of
+              `stack_backward`). In your own models, use "bfloat16" for a layer whose outputs go into a
+              softmax over many classes.
         double_quant: also quantise the absmax of NF4 to 8 bits. A value of W then takes 4.13 bits instead of
             4.5.
     Raises:
         ValueError: W does not have two axes; dtype or compute is not one of the above; W is stored as
             "float64" and compute is not the default "float32"; d_in is not a multiple of the block length; a
-            value is not finite or too large for the blocks; or double_quant is used with another format than
+            value is not finite or too large for the blocks; or double_quant is used with a format other than
             "nf4".
         TypeError: W does not hold floats, or `dtype` is neither a name nor a dtype.
     Warns:
@@ -534,7 +535,7 @@ def _core_compute(op: str, storage: str, compute: str) -> str:
     _check.choice(op, "compute", compute, COMPUTES)
     if storage == "float64" and compute != "float32":
         raise ValueError(
-            f"{op}: a float64 weight computes in float64, got compute={compute!r}; dtype='float32' allows it"
+            f"{op}: a float64 weight computes in float64, got compute={compute!r}; use dtype='float32' instead"
         )
     return "float" if compute == "float32" else compute
 
@@ -626,7 +627,7 @@ def become_infinite(W: Array, storage: str) -> Array:
     """Return the magnitudes, shape (n,), of the n finite elements of W that become infinite in `storage`."""
     if _check.is_bfloat16(W) and storage == "float16":
         W = W.astype(np.float32)
-    if W.dtype.kind != "f" or not W.size:  # bfloat16 and bit patterns fit every other storage
+    if W.dtype.kind != "f" or not W.size:  # bfloat16 fits every format but float16
         return np.empty(0)
     limit = np.float64(_INFINITE_FROM[storage])
     if max(float(np.fmax.reduce(W, axis=None)), -float(np.fmin.reduce(W, axis=None))) < limit:

@@ -232,7 +232,7 @@ def run(
 
 
 def pretrained_weights() -> SafetensorsFile:
-    """Open the file with the pretrained weights, and the indices of the digits for training and evaluation.
+    """Open the file with the pretrained weights and the indices of the training and held-out digits.
 
     The first layer's weight matrix is the int8 codes in `fc1.weight` times the number in `fc1.step`.
     `split.adaptation` has the indices of the digits to train on, and `split.held_out` those of the held-out
@@ -276,7 +276,7 @@ def adapt(
         epochs=epochs,
         batch_size=BATCH,
         checkpoint_dir=directory,
-        checkpoint_every=epochs * len(examples.labels),  # more than all steps: only at the beginning and end
+        checkpoint_every=epochs * len(examples.labels),  # checkpoints only at the beginning and the end
         overwrite=overwrite,
     )
     if history.interrupted:

@@ -498,7 +498,7 @@ def test_a_fold_beyond_float32_is_refused(tmp_path: Path) -> None:
     settings = Settings(alike().rank, alike().alpha | {"lm_head": 1e38})
     pairs = factors(settings) | {"lm_head": (np.ones((4, WIDTH), "f4"), np.full((VOCAB, 4), 1e20, "f4"))}
     directory = write_peft(tmp_path / "peft", settings, pairs)
-    with pytest.raises(FormatError, match=r"lm_head: lora_B times .* exceeds float32"):
+    with pytest.raises(FormatError, match=r"lm_head: lora_B times .* exceeds the range of float32"):
         nplora.adapter_to_gguf(directory, tmp_path / "a.gguf", base_config(tmp_path / "base"))
 
 
@@ -569,7 +569,7 @@ def test_a_conversion_tells_what_it_did(tmp_path: Path) -> None:
     directory = write_peft(tmp_path / "peft", patterned(), factors(patterned()))
     report = nplora.adapter_to_gguf(directory, tmp_path / "a.gguf", base_config(tmp_path / "base", "qwen2"))
     assert str(report) == (
-        f"{tmp_path}/a.gguf: 10 layers of qwen2, alpha 6\nfolded the scale of 3 layers into lora_b"
+        f"{tmp_path}/a.gguf: 10 layers of qwen2, alpha 6\nmultiplied the scale of 3 layers into lora_b"
     )
     file = gguf.open(tmp_path / "a.gguf")
     norm = {"blk.0.attn_norm.weight": np.ones(WIDTH, np.float32)}

@@ -239,7 +239,7 @@ def test_no_storage_is_named_if_none_keeps_enough(tmp_path: Path) -> None:
     """Sums in float32 lose the update, in every storage type."""
     small = LoraDelta(np.full((4, 1), 1e-9, "f4"), np.ones((1, 32), "f4"), 1.0)
     safetensors.save(tmp_path / "base.safetensors", {"fc.weight": np.ones((4, 32), np.float32)})
-    with pytest.raises(ValueError, match=r"float32 would keep -?0\.0% .*; no other type keeps enough; --lo"):
+    with pytest.raises(ValueError, match=r"float32 would keep -?0\.0% .*; no other type keeps enough of ΔW; --lo"):
         nplora.merge_adapter(
             tmp_path / "base.safetensors", Adapter("a", {"fc": small}), tmp_path / "out.safetensors"
         )
@@ -704,7 +704,7 @@ def test_factors_and_trained_rows_of_one_weight_are_refused(rng: np.random.Gener
     base = base_gguf(tmp_path / "base.gguf", rng, "float32")
     rows = TokenRows(np.array([3]), np.zeros((1, WIDTH), np.float32))
     adapter = Adapter("both", {"lm_head": random_adapter(rng)["lm_head"]}, token_rows={"lm_head": rows})
-    message = "both: lm_head: for one weight, the adapter has LoRA factors and trained rows"
+    message = "both: lm_head: for the same weight, the adapter has LoRA factors and trained rows"
     with pytest.raises(FormatError, match=message):
         nplora.merge_adapter(base, adapter, tmp_path / "out.gguf")
     assert not (tmp_path / "out.gguf").exists()

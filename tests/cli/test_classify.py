@@ -174,7 +174,7 @@ def test_eval_draws_the_confusion_matrix(here: Path, capsys: pytest.CaptureFixtu
         ("predict model --data train.csv --valid v", "--valid is an option of classify train"),
         (
             "predict model --data train.csv --output a.txt",
-            "expected a name that ends in .csv or .jsonl or .npy; for words, in .jsonl or .conll",
+            "expected a name that ends in .csv or .jsonl or .npy (texts), or in .jsonl or .conll (words)",
         ),
         ("predict model --data train.csv --plot a.png", "--plot is for eval"),
         ("train model --data train.csv --output out --plot a.png", "--plot is for eval"),

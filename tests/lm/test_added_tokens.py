@@ -326,7 +326,7 @@ def test_a_model_with_another_vocabulary_is_refused(tmp_path: Path) -> None:
             "tokenizer.ggml.token_type": nplora.formats.gguf.Typed([3] + [1] * (len(words) - 2), "INT32"),
         },
     )  # fmt: skip
-    with pytest.raises(FormatError, match=f"vocabulary of the model ends with {VOCAB - 2}"):
+    with pytest.raises(FormatError, match=f"vocabulary of the model ends with token {VOCAB - 2}"):
         load_with_adapter(shorter, tmp_path / "a")
 
 

@@ -284,7 +284,7 @@ def test_tokens_of_another_vocabulary_are_refused(tmp_path: Path) -> None:
     lm = nplora.load_model(large)
     lm.add_lora(rank=2, trainable_tokens=[VOCAB + 2])
     nplora.save_adapter(lm, tmp_path / "a")
-    words = rf"the adapter trains token {VOCAB + 2}, but the vocabulary of .* ends with {VOCAB - 1}"
+    words = rf"the adapter trains token {VOCAB + 2}, but the vocabulary of .* ends with token {VOCAB - 1}"
     with pytest.raises(FormatError, match=words):
         load_with_adapter(small, tmp_path / "a")
     with pytest.raises(FormatError, match=words):

@@ -92,7 +92,7 @@ def combine(
         if adapter.use_dora:
             raise UnsupportedError(
                 f"combine: {adapter.source} uses DoRA, which rescales the rows of W + ΔW, so its update "
-                "cannot be added to others; merge this adapter into the model instead"
+                "cannot be added to other updates; merge this adapter into the model instead"
             )
     contents = [adapter for adapter, _ in weighted]
     if not any_base:

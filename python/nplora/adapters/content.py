@@ -31,7 +31,7 @@ class AdapterContent(Mapping[str, LoraDelta]):
             lists the head as a whole there, and not each layer of the head. Empty if these names equal the
             keys of the attribute `modules_to_save`.
         labels: for a classifier, a record of its task and the names of its outputs; else None.
-        token_rows: a dict from the name of the embedding or the head to its trained rows, a `TokenRows`.
+        token_rows: the trained rows (`TokenRows`) of the embedding and the head, by layer name.
         invocation_tokens: the invocation tokens of an activated LoRA (aLoRA), which acts from the last
             occurrence of these tokens on. None for other adapters.
         is_tied: whether the embedding and the head in `modules_to_save` share one weight.
@@ -40,7 +40,7 @@ class AdapterContent(Mapping[str, LoraDelta]):
         neighbours: the names of all modules of the model except the LoRA layers; empty if not known.
         uses_expression: whether adapter_config.json selects layers by a regular expression instead of a list.
         added_tokens: the new tokens that the adapter trains. If another program wrote the adapter, every
-            token of tokenizer.json that may be new is listed, even if the model has it already.
+            token of tokenizer.json that may be new is listed, even if the model already has this token.
         tokenizer_files: the files of the tokenizer with the new tokens. These files are saved with the
             adapter.
         chat_template: whether the training examples were formatted with the chat template; None: not known.

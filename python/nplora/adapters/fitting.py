@@ -137,7 +137,7 @@ class Target:
             hint = "; for tokens that were added to the model, the tokenizer must be saved beside the adapter"
         raise FormatError(
             f"{brief(layer)}: the adapter trains token {beyond[-1]}, but the vocabulary of {self.title} "
-            f"ends with {shape[0] - 1}{hint}"
+            f"ends with token {shape[0] - 1}{hint}"
         )
 
     def check_whole(

@@ -74,7 +74,7 @@ class AdapterConversion:
         layers = counted(len(self.layers), "layer")
         lines = [f"{self.target}: {layers} of {self.architecture}, alpha {self.alpha:g}"]
         if self.folded:
-            lines.append(f"folded the scale of {counted(len(self.folded), 'layer')} into lora_b")
+            lines.append(f"multiplied the scale of {counted(len(self.folded), 'layer')} into lora_b")
         if self.named_base:
             lines.append(f"base model, named in {peft_adapter.CONFIG}: {self.named_base}")
         if self.passed_over:
@@ -264,7 +264,9 @@ def _folded(where: str, lora_b: Array, factor: float) -> Array:
     with np.errstate(over="ignore"):
         product = (lora_b.astype(np.float64) * factor).astype(np.float32)
     if not np.isfinite(product).all():
-        raise FormatError(f"{where}: lora_B times {factor:g} (the ratio of the alphas) exceeds float32")
+        raise FormatError(
+            f"{where}: lora_B times {factor:g} (the ratio of the alphas) exceeds the range of float32"
+        )
     return product
 
 

@@ -62,9 +62,9 @@ def save_adapter(
 
     Args:
         base_model_name_or_path: the name of the base model, to be stored with the adapter.
-        chat_template: whether the training data went through the model's chat template; None: not known. This
-            argument is stored with the adapter. `nplora generate` prints a warning if training and generation
-            differ in their use of the chat template.
+        chat_template: whether the training data were formatted with the model's chat template; None: not
+            known. This argument is stored with the adapter. `nplora generate` prints a warning if training
+            and generation differ in their use of the chat template.
     Raises:
         ValueError: the model has no LoRA layer, or a value is NaN or infinite. Or PEFT's format cannot
             express the adapter, because layers differ in rsLoRA or DoRA, or because PEFT would apply the name
@@ -322,7 +322,7 @@ def new_layers(
     rows = _new_trained_rows(adapter, model)
     if both := ", ".join(made.keys() & rows.keys()):
         raise FormatError(
-            f"{adapter.source}: {both}: the adapter has LoRA factors and trained rows for one weight"
+            f"{adapter.source}: {both}: for the same weight, the adapter has LoRA factors and trained rows"
         )
     made |= rows
     _warn_of_unknown(adapter)

@@ -253,7 +253,7 @@ def _placed(
         if name in deltas:
             rows = "trained rows" if layer in adapter.trained_rows else "no rows for the new tokens"
             raise FormatError(
-                f"{adapter.source}: {layer}: for one weight, the adapter has LoRA factors and {rows}"
+                f"{adapter.source}: {layer}: for the same weight, the adapter has LoRA factors and {rows}"
             )
         tensor = model.tensors[name]
         deltas[name] = _new_rows(adapter, layer, ids, tensor, sizes.get(layer, tensor.shape[0]))
@@ -262,7 +262,7 @@ def _placed(
 
 
 def _new_rows(adapter: AdapterContent, layer: str, ids: Ids, tensor: Tensor, size: int) -> NewRows:
-    """The rows that a merge writes into a layer. They replace rows of the layer or follow its last row.
+    """The rows that a merge writes into a layer. They replace old rows or follow the last old row.
 
     If the adapter has no values for one of these rows, the row is the mean of all rows of the model's weight.
     In training, new rows begin with the same mean.

@@ -136,7 +136,7 @@ class MergeGate:
             if loss.is_kept:
                 return f"{named} of ΔW, and its loss is {loss.merged:.4f} (measured)"
         if self.check is None:
-            return "no other type keeps enough"
+            return "no other type keeps enough of ΔW"
         return (
             "no type that the file can hold keeps the loss within the tolerance: "
             "use the adapter without merging it"

@@ -51,7 +51,7 @@ def _is_base(path: Path) -> bool:
 
 
 def _cached(name: str) -> list[Path]:
-    """The directory of a Hub model in the cache of huggingface_hub, if `name` is a valid name."""
+    """A list with a Hub model's directory in huggingface_hub's cache; empty if there is no such model."""
     if _HUB_NAME.fullmatch(name) is None:
         return []
     repository = _cache() / f"models--{name.replace('/', '--')}"

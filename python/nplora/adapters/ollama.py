@@ -87,8 +87,9 @@ def export_ollama(
     chat template, the stop words and the parameters. The chat template is translated into Go's template
     language, if it only puts fixed texts around the messages. Otherwise, the Modelfile has no template, and
     Ollama uses the chat template in `model.gguf`. The translation leaves out tools, and does not strip white
-    space from messages. If the model's template writes tools or strips white space, `lines` says so. If the
-    adapter was trained on texts without the chat template, the template in the Modelfile is `{{ .Prompt }}`.
+    space from messages. If the model's template writes tools or strips white space, the result's attribute
+    `lines` says so. If the adapter was trained on texts without the chat template, the template in the
+    Modelfile is `{{ .Prompt }}`.
 
     Args:
         model: a GGUF file or a Hugging Face directory. If `model` is a GGUF file and no adapter is merged

@@ -349,7 +349,11 @@ def _require_unmistakable(name: str, others: Iterable[str]) -> None:
 
 
 def _common(setting: str, adapter: AdapterContent) -> bool:
-    """The value of a setting that PEFT stores once for all layers. Raises ValueError for different values."""
+    """The value of a setting that PEFT stores once for all layers.
+
+    Raises:
+        ValueError: the layers differ in this setting.
+    """
     values = {name: bool(getattr(delta, setting)) for name, delta in adapter.items()}
     if len(set(values.values())) > 1:
         found = ", ".join(f"{name} {value}" for name, value in values.items())

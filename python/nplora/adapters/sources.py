@@ -29,7 +29,7 @@ def read(
 
 
 def trained_with_template(path: StrPath) -> bool | None:
-    """Whether the training data of an adapter went through the chat template; None if that is not known."""
+    """Whether an adapter's training data were formatted with the chat template; None if that is not known."""
     if Path(path).is_file():
         return gguf_adapter.trained_with_template(path)
     return peft_adapter.trained_with_template(path)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 COMMANDS = {
     "/adapter": ("[NAME]", "answer with the adapter NAME ('none': no adapter); without NAME, list adapters"),
     "/system": ("[TEXT]", "set the system message to TEXT; without TEXT, remove the system message"),
-    "/reset": ("", "forget all messages but the system message"),
+    "/reset": ("", "forget all messages except the system message"),
     "/save": ("FILE.jsonl", "add the chat to a file as a row that nplora finetune reads"),
     "/help": ("", "list the commands"),
     "/exit": ("", "end the chat, as Ctrl-D does"),

@@ -179,7 +179,7 @@ def _opened(output: str | None) -> Iterator[TextIO]:
     if not output.lower().endswith((*_OF_TEXTS, *_OF_WORDS)):
         raise UsageError(
             f"classify predict: --output is {output!r}, expected a name that ends in "
-            f"{' or '.join(_OF_TEXTS)}; for words, in {' or '.join(_OF_WORDS)}"
+            f"{' or '.join(_OF_TEXTS)} (texts), or in {' or '.join(_OF_WORDS)} (words)"
         )
     if os.path.lexists(output):
         raise FileExistsError(errno.EEXIST, "the file exists already; choose another for --output", output)

@@ -7,7 +7,7 @@ from nplora.cli.errors import UsageError
 from nplora.cli.parser import STORAGES, add_any_base, path
 
 HELP = (
-    "Convert a LoRA adapter from a PEFT directory to llama.cpp's GGUF file, or back. The command also "
+    "Convert a LoRA adapter from a PEFT directory to a GGUF file for llama.cpp, or back. The command also "
     "converts a model from a Hugging Face directory to GGUF, or a GGUF model to another storage type."
 )
 

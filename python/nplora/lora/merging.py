@@ -170,7 +170,7 @@ class Merge:
         return raw
 
     def decoded(self, raw: Array) -> Array:
-        """Decode bytes of new rows, such as `rows()` yields, to floats."""
+        """Decode the bytes of rows to floats. `rows()` yields such bytes."""
         return storages.decode(raw, self.storage, self.shape[1])
 
     def _count(self, before: Array, after: Array, delta: Array, numbers: Array) -> None:

@@ -72,7 +72,7 @@ def path_of(descriptor: int) -> str:
 
 
 def stat_in(directory: int | None, name: str, follow_links: bool = True) -> os.stat_result:
-    """Call os.stat for a file in an open directory; in the working directory if `directory` is None."""
+    """Call os.stat for a file in an open directory, or in the working directory if `directory` is None."""
     if sys.platform == "win32":
         return os.stat(windows_files.joined(directory, name), follow_symlinks=follow_links)
     return os.stat(name, dir_fd=directory, follow_symlinks=follow_links)

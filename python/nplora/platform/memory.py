@@ -71,8 +71,7 @@ def current_memory() -> int:
 def available_memory() -> int | None:
     """The number of bytes that this process can use, including the bytes that it uses now; None if unknown.
 
-    The result is the lowest of the limits that the machine and the control groups (containers) of the process
-    set.
+    The machine and the process's control groups (containers) set limits. The result is the lowest limit.
 
     >>> available = nplora.finetuning.planning.available_memory()
     >>> available is None or available > 1e6

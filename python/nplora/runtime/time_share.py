@@ -187,7 +187,7 @@ class TimeShare:
         return self._waits and self._budget.delay(now) <= 0
 
     def _seconds(self, now: float) -> float | None:
-        """How many seconds training waits before it checks again; None: it waits until urgent work ends."""
+        """Seconds until training checks again whether a slice may begin; None: until urgent work ends."""
         if self._running:
             return None
         delay = self._budget.delay(now)

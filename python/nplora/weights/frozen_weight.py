@@ -275,7 +275,7 @@ class FrozenWeight:
         return self._packed.nbytes
 
     def with_compute(self, compute: str) -> FrozenWeight:
-        """Return a weight with the same matrix, but another arithmetic for its products.
+        """Return a weight with the same matrix, but a different arithmetic for its products.
 
         If the matrix is quantised or used in place, the two weights share its memory. If the constructor has
         copied the matrix as floats, the matrix is copied again.
@@ -483,7 +483,10 @@ class FrozenWeight:
 
     @property
     def float_dtype(self) -> str:
-        """The storage format for a changed W. A low-bit format becomes float32, so that no change is lost."""
+        """The storage format that `like` uses for a changed W.
+
+        This is float32 for a low-bit format, so that no change is lost.
+        """
         return "float32" if self.dtype in storages.BLOCKS else self.dtype
 
     def like(self, W: Array) -> FrozenWeight:
@@ -535,7 +538,8 @@ def _core_compute(op: str, storage: str, compute: str) -> str:
     _check.choice(op, "compute", compute, COMPUTES)
     if storage == "float64" and compute != "float32":
         raise ValueError(
-            f"{op}: a float64 weight computes in float64, got compute={compute!r}; use dtype='float32' instead"
+            f"{op}: a float64 weight computes in float64, got compute={compute!r}; "
+            "use dtype='float32' instead"
         )
     return "float" if compute == "float32" else compute
 

@@ -239,7 +239,9 @@ def test_no_storage_is_named_if_none_keeps_enough(tmp_path: Path) -> None:
     """Sums in float32 lose the update, in every storage type."""
     small = LoraDelta(np.full((4, 1), 1e-9, "f4"), np.ones((1, 32), "f4"), 1.0)
     safetensors.save(tmp_path / "base.safetensors", {"fc.weight": np.ones((4, 32), np.float32)})
-    with pytest.raises(ValueError, match=r"float32 would keep -?0\.0% .*; no other type keeps enough of ΔW; --lo"):
+    with pytest.raises(
+        ValueError, match=r"float32 would keep -?0\.0% .*; no other type keeps enough of ΔW; --lo"
+    ):
         nplora.merge_adapter(
             tmp_path / "base.safetensors", Adapter("a", {"fc": small}), tmp_path / "out.safetensors"
         )

@@ -302,6 +302,6 @@ def test_predictions_of_tokens_are_refused(model: Path) -> None:
     classifier = new(model, ("O", "B"), tokens=True)
     for use in (classifier.predict, classifier.predict_proba):
         with pytest.raises(
-            ValueError, match="the classifier classifies tokens; `predict_words` labels the words"
+            ValueError, match="the classifier classifies tokens, not texts; use `predict_words`"
         ):
             use(["a cat"])

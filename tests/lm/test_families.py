@@ -247,7 +247,7 @@ def test_a_text_in_a_batch_rotates_as_it_does_alone(tmp_path: Path) -> None:
     tokens = np.array([int(logits.argmax()) for logits in found])
     for ids, token, logits in zip((short, long), tokens, ours.decode(tokens, [0, 1], cache), strict=True):
         assert relative(logits, ours.logits(np.append(ids, token))[-1]) <= 2e-5
-    with pytest.raises(ValueError, match="a slot would hold 17 tokens, the cache has room for 16"):
+    with pytest.raises(ValueError, match="a slot would hold 17 tokens, but has room for 16"):
         ours.decode(np.zeros((1, 11), int), [0], cache)
 
 

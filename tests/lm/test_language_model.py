@@ -289,7 +289,7 @@ def test_a_cache_that_does_not_fit_refuses_and_stays_as_it_was(lm: LanguageModel
     cache = lm.new_cache(2, 8)
     lm.decode([[1, 2, 3]], [1], cache)
     for ids, slots, message in (
-        ([[1] * 6], [1], "a slot would hold 9 tokens, the cache has room for 8"),
+        ([[1] * 6], [1], "a slot would hold 9 tokens, but has room for 8"),
         ([1, 2], [1, 1], "expected no slot twice"),
         ([1], [2], "slots holds 2"),
         ([1, 2], [1], r"slots have shape \(1,\), expected one slot for each of 2"),

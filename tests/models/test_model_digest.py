@@ -378,7 +378,7 @@ def test_a_base_that_is_not_a_model_is_refused(
         (tmp_path / "empty", "no such file: {}/config.json"),
         (base / "model.safetensors.index.json", "{}: model_type is missing, expected text"),
         (tmp_path / "data.gguf", "{}: metadata 'general.architecture' is missing"),
-        (tmp_path / "a.gguf", "{}: an adapter, expected a model"),
+        (tmp_path / "a.gguf", "{}: the file is an adapter, expected a model"),
     ):
         line = ["combine", str(adapter), "--output", str(tmp_path / "sum"), "--base", str(path)]
         for more in ([], ["--any-base"]):

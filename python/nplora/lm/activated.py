@@ -22,7 +22,7 @@ class _Model(Protocol):
 def invocation_tokens(lm: _Model, op: str, invocation: str | Sequence[int] | None) -> tuple[int, ...] | None:
     """The ids of the invocation tokens.
 
-    If `invocation` is a text, a name such as "<|im_start|>" in it stands for the special token of that name.
+    If `invocation` is a text, it may contain the names of special tokens, such as "<|im_start|>".
 
     Raises:
         ValueError: there are no tokens, or an id is not in the vocabulary.

@@ -27,7 +27,7 @@ ALL_LINEAR = "all-linear"  # PEFT's name for every linear layer of the blocks; t
 
 
 def target_names(targets: str | Iterable[str]) -> tuple[str, ...]:
-    """Split a text like "q_proj,v_proj", or each of several such texts, into names.
+    """Split a text like "q_proj,v_proj", or a list of such texts, into names.
 
     Raises:
         TypeError: `targets` is neither a text nor an iterable of texts.
@@ -154,7 +154,7 @@ def chosen_blocks(layers: str | Sequence[int] | None, count: int, op: str = "add
     """The blocks that `layers` chooses: None (all), "last:4", "first:4", a range or a list of numbers.
 
     Raises:
-        ValueError: `layers` is none of these, or the model has no block with one of the numbers.
+        ValueError: `layers` is none of these, or contains a number that no block has.
     """
     if layers is None:
         return range(count)
@@ -194,7 +194,7 @@ def lora_layers(
     Args:
         options: the options of the function `adapted` except "rank" and "alpha".
     Raises:
-        ValueError: an option does not fit.
+        ValueError: an option is out of range, or does not fit a layer.
     """
     op = "add_lora"
     rank = _check.rank(op, rank)
@@ -230,7 +230,7 @@ def factors_side_by_side(layers: Iterable[tuple[Linear | Embedding, int]]) -> Ab
 def adapted(
     name: str, layer: Linear | Embedding, row_order: Array | None, options: dict[str, Any]
 ) -> LoRALayer:
-    """Create a LoRA layer with the frozen weight of `layer`, which init="pissa" and init="olora" change.
+    """Create a LoRA layer with the frozen weight of `layer`. init="pissa" and init="olora" change this weight.
 
     Raises:
         ValueError: an option does not fit the layer.

@@ -13,7 +13,7 @@ from nplora.tokenizer import Tokenizer
 
 Array = npt.NDArray[Any]
 
-_CONTEXT = 8  # last tokens of a prompt; they show whether the first generated token begins with a space
+_CONTEXT = 8  # the tokens at a prompt's end that decide whether the first generated token begins with a space
 
 
 class Guide(Protocol):
@@ -34,7 +34,7 @@ class Guide(Protocol):
     def restrict(self, scores: Array) -> None:
         """Change `scores` (vocab,) in place: each token that is not allowed gets the score -inf.
 
-        At least one score must stay finite. End tokens can be ruled out like all other tokens.
+        At least one score must stay finite. The guide may rule out end tokens too.
         """
 
     def advance(self, token: int) -> None:
@@ -73,7 +73,10 @@ class Answer:
 
     @property
     def reason(self) -> str | None:
-        """Why the answer has ended: "stop" for an end token or a stop text, or "length"."""
+        """Why the answer has ended: "stop" (an end token or a stop text) or "length" (a limit was reached).
+
+        None: the answer has not ended.
+        """
         if not self.ended:
             return None
         return "stop" if self._stop.found or self.count < self.generated else "length"
@@ -133,7 +136,7 @@ class StopText:
         self._stop, self._held, self.found = tuple(stop), "", False
 
     def push(self, piece: str) -> str:
-        """Add a piece of text, and return the text that certainly is not the beginning of a stop text.
+        """Add a piece of text. Return all new text except final characters that may begin a stop text.
 
         >>> stop = StopText(["END"])
         >>> stop.push("text E"), stop.push("ND")

@@ -214,7 +214,8 @@ class TextClassifier(Module):
             True
 
         Raises:
-            ValueError: the task is a regression, tokens are classified, or a logit is NaN or infinite.
+            ValueError: the task is a regression, the classifier classifies tokens, or a logit is NaN or
+                infinite.
         """
         self._require_texts("predict_proba")
         return probabilities(self.task, self.logits(texts, batch_size))
@@ -230,7 +231,7 @@ class TextClassifier(Module):
             True
 
         Raises:
-            ValueError: tokens are classified, or a logit is NaN or infinite.
+            ValueError: the classifier classifies tokens, or a logit is NaN or infinite.
         """
         self._require_texts("predict")
         return self.decided(self.logits(texts, batch_size))
@@ -238,7 +239,7 @@ class TextClassifier(Module):
     def _require_texts(self, op: str) -> None:
         if self.classifies_tokens:
             raise ValueError(
-                f"{op}: the classifier classifies tokens; `predict_words` labels the words of sentences"
+                f"{op}: the classifier classifies tokens, not texts; use `predict_words` to label words"
             )
 
     def predict_words(
@@ -269,7 +270,7 @@ class TextClassifier(Module):
         return words.per_word(self.decided(self.word_logits(words, batch_size)))
 
     def word_logits(self, words: WordIds, batch_size: int | None = None) -> Array:
-        """The logits at the first token of each word. For a word without tokens, there is no row.
+        """The logits at the first token of each word. A word without tokens has no row in the result.
 
             >>> import nplora
             >>> encoder = nplora.load_encoder("encoder-model")

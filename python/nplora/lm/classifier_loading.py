@@ -90,10 +90,9 @@ def load_classifier(
 ) -> TextClassifier:
     """Load a classifier from a model and a classifier's adapter, or from a model whose files contain a head.
 
-    The adapter must have PEFT's task type SEQ_CLS or TOKEN_CLS, and may be written by nplora or by PEFT. If
-    nplora wrote the adapter, its files contain the names of the labels. If PEFT wrote the adapter, the names
-    come from the model's config.json, provided that config.json has one name for each label. Otherwise the
-    names are LABEL_0, LABEL_1 and so on.
+    The adapter must have PEFT's task type SEQ_CLS or TOKEN_CLS. If nplora wrote the adapter, its files contain
+    the names of the labels. If PEFT wrote the adapter, the names come from the model's config.json, provided
+    that config.json has one name for each label. Otherwise the names are LABEL_0, LABEL_1 and so on.
 
         >>> import nplora
         >>> classifier = nplora.new_classifier(nplora.load_encoder("encoder-model"), ["order", "refund"])
@@ -219,7 +218,7 @@ def _require_outputs(source: str, outputs: int) -> None:
 
 
 def has_output_bias(encoder: Encoder) -> bool:
-    """Whether the last layer of a new head for texts has a bias. For a language model: False."""
+    """Whether the last layer of a new head for texts has a bias. On a language model, it has none."""
     return _spec(encoder, tokens=False).out_bias
 
 
@@ -236,7 +235,7 @@ def _new(layer: str, shapes: Mapping[str, tuple[int, ...]], seed: int, is_norm: 
 
 
 def _stored(encoder: Encoder, layer: str, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Array] | None:
-    """The arrays of a layer in the model's files; None if an array is missing or has another shape."""
+    """The arrays of a layer in the model's files; None if an array is missing or has the wrong shape."""
     found = {name: encoder.head_tensor(f"{layer}.{name}") for name in shapes}
     fitting = {n: a for n, a in found.items() if a is not None and a.shape == shapes[n]}
     return fitting if len(fitting) == len(shapes) else None

@@ -78,7 +78,7 @@ class Encoder(Module):
         pooling: how the hidden states of a text become its embedding.
         max_length: the largest number of tokens of a text; `embed` cuts longer texts. `max_length` can be
             changed.
-        prompts: the prompts by name. `embed` puts a prompt before each text if the caller names the prompt.
+        prompts: a dict from names to prompts. `embed` can put one of the prompts before each text.
         default_prompt: the name of the prompt that `embed` uses by default, or None.
         prefix: the name of the attribute that holds this model in transformers' models with a head, such as
             "bert" in BertForSequenceClassification.
@@ -261,7 +261,7 @@ class Encoder(Module):
         Args:
             max_length: the largest number of tokens of a text; None: `max_length` of the encoder.
         Warns:
-            UserWarning: texts were longer, and were cut; the message says how many.
+            UserWarning: texts had more than `max_length` tokens, and were cut; the message says how many.
         """
         longest = self._longest("encode", max_length)
         ids, shortened = self.token_ids(_texts("encode", texts), longest)
@@ -446,10 +446,10 @@ class Encoder(Module):
         return self.model.hidden_states(x), EncoderSaved(x, own, decoder, None, [None], layer=self)
 
     def _read_by(self, pooling: Pooling | None, starts: Array) -> tuple[Array | None, Array]:
-        """Return a pair: the positions of the tokens that a pooling reads (None: all tokens), and `starts`.
+        """Return the positions of the tokens that a pooling reads (None: all tokens), and the texts' starts.
 
-        `starts` holds the index of each text's first token in the sequence of read tokens, followed by the
-        length of this sequence.
+        The starts hold the index of each text's first token among the tokens that are read, followed by the
+        number of these tokens.
         """
         one = pooling is not None and pooling.modes in (("cls",), ("last",))
         if pooling is None or not one or not self.model.may_leave_out_rows():
@@ -459,7 +459,8 @@ class Encoder(Module):
     def backward(self, dy: Array, saved: EncoderSaved, need_dx: bool = True) -> Gradient:
         """Accumulate the gradients of the adapters. Return None, because token ids have no gradient.
 
-        Without an adapter, nothing is added: a frozen encoder may be a part of a model that is trained.
+        Without an adapter, there is no gradient to add. So a frozen encoder can be a part of a larger model
+        that is trained.
 
             >>> import nplora, numpy as np
             >>> encoder = nplora.load_encoder("encoder-model")
@@ -472,7 +473,8 @@ class Encoder(Module):
         Args:
             dy: the gradient of the loss with respect to the result of `forward`.
         Raises:
-            ValueError: `dy` has another shape than the result of `forward`, or `saved` is from another model.
+            ValueError: `dy` does not have the shape of the result of `forward`, or `saved` was returned by
+                another model.
             TypeError: `saved` was not returned by `forward`.
             RuntimeError: `saved` was used before, or a layer is merged.
         """
@@ -511,7 +513,7 @@ class Encoder(Module):
         self.run_backward(self.pooling.run_backward(rows, saved.pooling), saved)
 
     def use_up(self, op: str, saved: EncoderSaved) -> None:
-        """Make all checks that must precede a change of the gradients. Then mark `saved` as used."""
+        """Check that a backward pass with `saved` is possible. Then mark `saved` as used."""
         _check.own(op, saved, self)
         for layer in self.adapter_layers().values():
             layer.require_trainable("backward")
@@ -540,7 +542,7 @@ class Encoder(Module):
     def _packed(self, op: str, ids: Ids) -> tuple[Array, Array]:
         """Concatenate the ids of all texts.
 
-        Return two int64 arrays: all ids; and the first index of each text, followed by the number of ids.
+        Return two int64 arrays: all ids; and the index of each text's first id, followed by the number of ids.
         """
         texts = [_check.integers(op, f"ids[{i}]", text) for i, text in enumerate(ids)]
         longest = self.config.max_position_embeddings
@@ -556,7 +558,7 @@ class Encoder(Module):
     def _batches(
         self, packed: Array, starts: Array, most: int, batch_size: int | None = None
     ) -> Iterator[tuple[Array, Array]]:
-        """Cut packed texts into batches. Yield each batch as a pair like that of `_packed`."""
+        """Cut packed texts into batches. Yield a pair for each batch: ids and starts, as in `_packed`."""
         lengths = np.diff(starts)
         if batch_size is None:
             cuts = cut(lengths, most)
@@ -571,8 +573,8 @@ class Encoder(Module):
     ) -> Iterator[tuple[Array, Array]]:
         """Compute hidden states for a few texts at a time.
 
-        Yield pairs: an array of hidden states, and the index of each text's first row in it, followed by the
-        number of rows.
+        Yield pairs of two arrays: the hidden states, and the index of each text's first row in this array,
+        followed by the number of rows.
 
         Args:
             op: the name of the calling function, for error messages.

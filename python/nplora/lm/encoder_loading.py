@@ -66,8 +66,8 @@ def load_encoder(
         pooling: how the hidden states of a text's tokens become its embedding: "cls" (the first token),
             "mean", "max", "last" (the last token), "weighted_mean" or "mean_sqrt". None: the pooling that the
             files name. If the files name no pooling, encoders use the mean, and causal language models use
-            the last token. If `pooling` is given, the encoder ignores the files' Dense layers, which would
-            follow the pooling.
+            the last token. The files may also contain Dense layers, which follow the pooling. If `pooling` is
+            given, the encoder ignores these layers.
     Raises:
         UnsupportedError: the architecture, a module, or the type of a tensor is not supported.
         FormatError: a file breaks its format, or the files do not contain a complete model.
@@ -119,7 +119,7 @@ def is_encoder(path: StrPath) -> bool:
 
 @dataclass(frozen=True)
 class _Parts:
-    """The arguments of the constructor of `Encoder`, for every file format.
+    """The parts of an `Encoder`, read from a directory or a GGUF file.
 
     Attributes:
         prefix: as in `Encoder`.
@@ -145,7 +145,7 @@ def _encoder(parts: _Parts, pooling: str | None) -> Encoder:
         words = {"mean": "the mean of its tokens", "last": "its last token"}[parts.default]
         warnings.warn(
             f"{parts.config.source}: the model's files name no pooling, so a text's embedding is {words}; "
-            "load_encoder(path, pooling=...) or --pooling sets another",
+            "choose another pooling with load_encoder(path, pooling=...) or --pooling",
             stacklevel=4,
         )
         chosen = Pooling(parts.default)
@@ -271,7 +271,7 @@ def _gguf_settings(file: GgufFile, architecture: str, weights: GgufWeights) -> S
 
     Args:
         weights: the weights in the file, for products in float32. A Dense module multiplies only one vector
-            for each text, so a faster arithmetic would save little time.
+            for each text, so products in bfloat16 or int8 would save little time.
     """
     found = file.metadata.integer(f"{architecture}.pooling_type", 0)
     dense = {name: shape for name, shape in weights.shapes().items() if name in _GGUF_DENSE}

@@ -87,7 +87,8 @@ def generate(
     Args:
         prompts: texts, or chats. A chat is a list of messages; the model's chat template renders it as text.
         sampling: how tokens are chosen; None: always the most likely token, up to 128 tokens.
-        adapters: for each prompt, the name of a named adapter, an `Adapter`, or None for the model as it is.
+        adapters: for each prompt, the name of a named adapter, an `Adapter`, or None for the model with its
+            selected adapters.
     Returns:
         the generated texts, without their prompts.
     Raises:
@@ -113,8 +114,9 @@ def stream(
 ) -> Iterator[str]:
     """Generate a text after one prompt, and yield the text in pieces. No piece ends within a character.
 
-    `stream` uses the adapter that is selected when it is called, even if the pieces are read later. The
-    errors and warnings are those of `generate`. Errors in the arguments are raised by the call of `stream`.
+    `stream` uses the adapter that is selected at the time of the call, even if the pieces are read later. The
+    errors and warnings are those of `generate`. An error in the arguments is raised by the call itself, not
+    when the first piece is read.
 
     >>> import nplora
     >>> lm = nplora.load_model("model.gguf")
@@ -236,9 +238,10 @@ def _stream_ids(
 
 
 def _in_this_context(items: Iterator[T]) -> Iterator[T]:
-    """Return an iterator that computes the items with the values that all context variables have now.
+    """Return an iterator that computes the items with the present values of all context variables.
 
-    So `disable_adapter`, which sets a context variable, has no effect on items that are read in its block.
+    So `with disable_adapter()`, which sets a context variable, has no effect on items that are read inside
+    this block.
     """
     context = contextvars.copy_context()
     end: Any = object()
@@ -338,9 +341,9 @@ def _read(lm: GeneratingModel, ids: list[int], slot: int, cache: Any) -> Array:
 def prompt_pieces(begin: int, end: int, most: int = PIECE) -> Iterator[tuple[int, int]]:
     """Cut the tokens of a prompt into pieces, which the model reads one after the other.
 
-    The C++ core rounds the results of a short piece in another way than those of a long one. So the tokens
-    after the last multiple of PAGE always form a piece of their own. Then every token gets the same bits for
-    all values of `most` and `begin`.
+    The C++ core rounds the results of a short piece differently from those of a long piece. So the tokens
+    after the last multiple of PAGE always form a piece of their own. Then the results of every token have the
+    same bits for all values of `most` and `begin`.
 
     Args:
         begin: the number of tokens that are in the cache already, a multiple of PAGE.

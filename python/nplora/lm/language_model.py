@@ -90,9 +90,9 @@ class TokenScores(NamedTuple):
 def _with_selected_adapter(
     method: Callable[Concatenate[LanguageModel, P], T],
 ) -> Callable[Concatenate[LanguageModel, P], T]:
-    """A decorator: the method gets as `self` the model with the adapters selected at the time of the call.
+    """Decorate a method. Its `self` becomes the model with the adapters that are selected when a call begins.
 
-    So the call keeps its adapters, even if another thread deletes or replaces them in the meantime.
+    So the call keeps these adapters, even if another thread deletes or replaces them in the meantime.
     """
 
     @functools.wraps(method)
@@ -206,9 +206,9 @@ class LanguageModel(Module):
         return extended[1]
 
     def new_tokens(self, tokens: Sequence[AddedToken]) -> tuple[AddedToken, ...]:
-        """Return those of an adapter's tokens that are new to the model.
+        """Return only the tokens of an adapter that are new to the model.
 
-        A token is new if the model's tokenizer does not have it, or if it has no row in the embedding.
+        A token is new if the tokenizer does not have it, or if the embedding has no row for it.
 
             >>> import nplora
             >>> lm = nplora.load_model("model.gguf")
@@ -261,10 +261,10 @@ class LanguageModel(Module):
         return getattr(self.lm_head.weight, "compute", "float32")
 
     def with_compute(self, compute: str) -> LanguageModel:
-        """Create a model that shares the weights, has no adapter, and computes in another arithmetic.
+        """Create a model that shares the weights, has no adapter, and computes in the arithmetic `compute`.
 
-        For example, a model that generates with compute="int8" can be trained in float32. `self` is not
-        changed.
+        For example, load a model with compute="int8" to generate text, and train a float32 copy of this
+        model. `self` is not changed.
 
             >>> import nplora
             >>> lm = nplora.load_model("model.gguf", compute="int8")
@@ -373,18 +373,20 @@ class LanguageModel(Module):
                 "q_proj=16,layers.3.mlp=4". If several keys match a layer, the first key applies. The scale of
                 a layer is its alpha divided by its rank.
             trainable_tokens: a list of tokens (ids and texts), or a text like "<|im_start|>,<|im_end|>" or
-                "2,3". The tokens' rows of the embedding and of the head are also trained. The trained rows
-                start with the model's values, and replace the model's rows, as with PEFT's
+                "2,3". For these tokens, the rows of the embedding and of the head are also trained. The
+                trained rows start with the model's values, and replace the model's rows, as with PEFT's
                 `trainable_token_indices`.
             modules_to_save: "embed_tokens", "lm_head" or both, to train all rows of the embedding or of the
-                head in float32. If embedding and head share one weight, both names train this weight.
+                head in float32. If the embedding and the head share one weight, either name trains this
+                weight.
             invocation: the invocation tokens of an activated LoRA (aLoRA), as a text or as ids. In each
                 sequence, the adapter acts only on the last occurrence of the invocation tokens and on all
                 later tokens. An activated LoRA can adapt only linear layers of the blocks, and cannot use
                 DoRA or dropout.
             add_tokens: new tokens, as a list of texts, or a text like "<tool>,</tool>". A new token gets a
-                trained row in the embedding and in the head, which starts with the mean of all rows. If the
-                model already has one of the tokens, its row is trained too, from the model's values.
+                trained row in the embedding and in the head. Each new row starts with the mean of all rows.
+                If the model already has one of the tokens, the token's row is also trained, and starts with
+                the model's values.
             freeze_B: train only A (LoRA-FA), and keep B at its initial values. DoRA's magnitudes and the rows
                 of `trainable_tokens`, `modules_to_save` and `add_tokens` are still trained.
         Raises:
@@ -452,7 +454,7 @@ class LanguageModel(Module):
             any_base: as in `nplora.load_adapter`.
             dtype: "bfloat16" rounds A and B to bfloat16. Decoding with many adapters at once is then faster
                 than in float32, because A and B have half as many bytes. None: A and B keep their exact
-                values. If all of them are bfloat16 numbers, decoding is as fast as with "bfloat16".
+                values. If all these values are bfloat16 numbers, decoding is as fast as with "bfloat16".
             replace: replace the adapter that has this name. If the new adapter cannot be loaded, the old one
                 stays.
         Raises:
@@ -510,8 +512,8 @@ class LanguageModel(Module):
             raise TypeError(f"set_adapter: names is {names!r}, expected a name, a list of names, or None")
         if twice := next((name for name in chosen if chosen.count(name) > 1), None):
             raise ValueError(
-                f"set_adapter: {twice!r} is given twice, expected each name once; nplora.combine makes an "
-                "adapter with a weight"
+                f"set_adapter: {twice!r} is given twice, expected each name once; to give an adapter more "
+                "weight, use nplora.combine"
             )
         self._named.model(self, "set_adapter", chosen)
         self._named.select(chosen)
@@ -595,8 +597,8 @@ class LanguageModel(Module):
             True
 
         Args:
-            adapter: a name, or an `Adapter` from the values of `adapters`. The `Adapter` may have been
-                deleted from `adapters` in the meantime.
+            adapter: a name, or an `Adapter` from the values of `adapters`. An `Adapter` may be given even
+                after `delete_adapter` has removed it from `adapters`.
             op: the name of the calling function in messages.
         Raises:
             KeyError: no adapter has this name.
@@ -928,7 +930,7 @@ class LanguageModel(Module):
         Raises:
             NonFiniteLossError: the loss is NaN or infinite; nothing was updated.
             ValueError: the model has no adapter; `loss` lists other reasons.
-            TypeError: `optimizer` is not an optimiser of nplora; or as in `loss`.
+            TypeError: `optimizer` is not an optimiser of nplora; `loss` lists other reasons.
             RuntimeError: as in `forward_backward`.
         """
         optim.require("train_step", optimizer)
@@ -988,8 +990,8 @@ class LanguageModel(Module):
             True
 
         Args:
-            loss: a function that takes the log-probability of each target of the batch, float64 (m,), and
-                returns the loss and its derivative with respect to each log-probability (m,).
+            loss: a function. Its argument is the log-probability of each target of the batch, float64 (m,).
+                It returns the loss, and the derivative of the loss with respect to each log-probability (m,).
         Raises the errors that `forward_backward` raises.
         """
         self._require_ready("forward_backward_of", batch)
@@ -1026,7 +1028,7 @@ class LanguageModel(Module):
         Args:
             loss: a function that is called as loss(logits, rows, factor, gradient). `rows` holds the position
                 in the batch of each row of `logits`. The function returns the loss of each row. If `gradient`
-                is true, it also overwrites `logits` with `factor` times the gradient.
+                is true, the function also overwrites `logits` with `factor` times the gradient.
         Raises the errors that `forward_backward` raises.
         """
         self._require_ready("forward_backward_with", batch)
@@ -1043,7 +1045,7 @@ class LanguageModel(Module):
     def _added_at_once(self) -> Iterator[None]:
         """A context in which the head's gradients start at 0.
 
-        When the context ends, the gradients that the head had before are added to its new gradients.
+        When the context ends, the head's earlier gradients are added to the gradients of this context.
 
         The head computes a batch in several parts. This context first sums the gradients of all parts of one
         batch, and then adds the gradients of earlier batches. So the sum over several batches has the same
@@ -1052,7 +1054,7 @@ class LanguageModel(Module):
         """
         arrays = [parameter.grad for parameter in self.lm_head.parameters()]
         if isinstance(self.lm_head, TrainedHead):
-            # The parameters of a tied head do not include its rows, which belong to the embedding.
+            # `parameters` of a tied head lacks the rows of the shared weight: they belong to the embedding.
             arrays = [] if self.lm_head.is_whole else [self.lm_head.rows.grad]
         before = [(array, array.copy()) for array in arrays if array.any()]
         for array, _ in before:
@@ -1109,7 +1111,8 @@ class LanguageModel(Module):
     def backward(self, dy: Array, saved: LanguageModelSaved, need_dx: bool = True) -> Gradient:
         """Accumulate the gradients of the adapters. `saved` is freed, and cannot be used again.
 
-        Without an adapter, nothing is added: a frozen model may be a part of a model that is trained.
+        Without an adapter, there is no gradient to add. So a frozen model can be a part of a larger model
+        that is trained.
 
             >>> import nplora, numpy as np
             >>> lm = nplora.load_model("model.gguf")
@@ -1144,11 +1147,11 @@ class LanguageModel(Module):
     def new_cache(self, slots: int, capacity: int) -> KVCache:
         """Create a cache for `slots` sequences of at most `capacity` tokens.
 
-        A slot uses the adapter that is selected now, unless `cache.adapters` gives the slot another one.
+        A slot uses the adapter that is selected now, unless you set another adapter in `cache.adapters`.
 
-        A model with LongRoPE (Phi-3 with a long context) uses other rotation factors for sequences that are
-        longer than the model's original context. `cache.limits`, which holds the maximum length of the
-        sequence in each slot, decides which factors are used. At first, each limit is `capacity`. If a
+        A model with LongRoPE (Phi-3 with a long context) has two sets of rotation factors: one for sequences
+        up to the model's original context, and one for longer sequences. `cache.limits`, the maximum length
+        of the sequence in each slot, decides which set is used. At first, each limit is `capacity`. If a
         sequence will stay short, lower the limit of its slot before you add its first token. `generate`
         begins with the factors for short sequences, as transformers does. When a sequence outgrows the
         original context, `generate` computes all tokens of the sequence again.
@@ -1293,9 +1296,9 @@ class LanguageModel(Module):
             frequency_penalty: a number that is subtracted from a token's score once for each time that the
                 token was generated before.
             logit_bias: numbers that are added to the scores of tokens, by token id; -inf rules a token out.
-            adapters: for each prompt, the name of a named adapter, an `Adapter`, or None for the model as it
-                is. All prompts are computed together, but each text is the same as if its prompt were
-                computed alone.
+            adapters: for each prompt, the name of a named adapter, an `Adapter`, or None for the model with
+                its selected adapters. All prompts are computed together, but each text is the same as if its
+                prompt were computed alone.
         Returns:
             the generated text without its prompt; a list of texts for several prompts.
         Raises:
@@ -1390,7 +1393,7 @@ class LanguageModel(Module):
 def _require_not_swapped(path: StrPath, name: object) -> None:
     """Raise FileNotFoundError if `path` does not exist, and `name` looks like the path of an adapter.
 
-    A name without a separator says nothing, because an adapter is often called like its directory.
+    A name without a path separator is not checked: an adapter often has the name of its directory.
     """
     if os.path.lexists(path):
         return

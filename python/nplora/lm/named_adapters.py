@@ -26,7 +26,7 @@ from nplora.nn.module import AdapterLayer
 
 Names = tuple[str, ...]
 
-MOST_SUMS = 8  # the most sums of adapters whose copies of the model are kept
+MOST_SUMS = 8  # the maximum number of sums of adapters for which a copy of the model is stored
 
 # For each NamedAdapters object, the names that are selected in the current context.
 _selected: ContextVar[Mapping[weakref.ref[Any], Names]] = ContextVar("nplora_selected", default={})  # noqa: B039
@@ -165,7 +165,7 @@ class NamedAdapters(Generic[Model]):
 
     @contextlib.contextmanager
     def none_selected(self) -> Iterator[None]:
-        """A context without a selected named adapter. When it ends, the earlier selection is valid again."""
+        """A context in which no named adapter is selected. After it, the earlier selection is valid again."""
         block: list[NamedAdapters[Any]] = [self]
         _disabled.set((*_disabled.get(), block))
         try:

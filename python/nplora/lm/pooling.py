@@ -182,8 +182,8 @@ def _pooled_backward(mode: str, dy: Array, saved: PoolingSaved) -> Array:
 def _at_the_largest(x: Array, starts: Array, spread: Array) -> Array:
     """The gradient of the maximum (n, d).
 
-    x (n, d) holds the rows that were pooled. If row i of x belongs to a text, row i of `spread` (n, d) is the
-    gradient of this text's embedding.
+    x (n, d) holds the rows that were pooled. Row i of `spread` (n, d) is the gradient of the embedding of the
+    text that row i of x belongs to.
 
     In each column, only the row of x that holds a text's maximum gets the gradient of the text's embedding.
     If several rows hold the maximum, only the first of these rows gets the gradient. All other elements

@@ -97,7 +97,7 @@ class Sampling:
 
 
 def _biases(given: Any) -> tuple[tuple[int, float], ...]:
-    """Check the biases of a mapping, or of a sequence of pairs, and return pairs (token, bias)."""
+    """Check biases, given as a mapping or as a sequence of pairs. Return pairs (token, bias)."""
     try:
         pairs = dict(given)
     except (TypeError, ValueError):
@@ -106,7 +106,7 @@ def _biases(given: Any) -> tuple[tuple[int, float], ...]:
         ) from None
     for token, bias in pairs.items():
         _check.integer(_OP, "a token of logit_bias", token, least=0)
-        if bias != -math.inf:  # which rules the token out
+        if bias != -math.inf:  # -inf is allowed: it rules the token out
             _check.number(_OP, f"logit_bias of token {token}", bias)
     return tuple((int(token), float(bias)) for token, bias in pairs.items())
 
@@ -152,7 +152,7 @@ def choose(
     penalise(scores, before, sampling, prompt)
     if sampling.temperature == 0:
         return int(scores.argmax())
-    with np.errstate(over="ignore"):  # the largest score becomes 0, so others can only become -inf
+    with np.errstate(over="ignore"):  # the largest score is 0 then, so an overflow only gives -inf
         scores -= scores.max()
         scores /= sampling.temperature
     if sampling.top_k is not None:
@@ -167,7 +167,7 @@ def _likeliest_biased(scores: Array, best: int, biases: dict[int, float]) -> int
     """The most likely token after `biases` are added to the scores, or None if all scores must be compared.
 
     `best` is the most likely token without biases. If `best` has a bias, all scores must be compared. If not,
-    only the tokens with a bias are compared with it, because all other tokens keep their scores.
+    `best` is compared only with the tokens that have a bias, because all other tokens keep their scores.
     """
     found = {token: float(scores[token]) + bias for token, bias in biases.items() if token < len(scores)}
     if best in found:

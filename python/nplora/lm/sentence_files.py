@@ -22,7 +22,7 @@ _TRANSFORMER_SETTINGS = ("sentence_bert_config.json", "sentence_roberta_config.j
                          "sentence_distilbert_config.json", "sentence_mpnet_config.json",
                          "sentence_xlm-roberta_config.json")  # fmt: skip
 _MOST_MODULES = 32
-# Flags for poolings in older files 1_Pooling/config.json, in the order in which the results are joined.
+# The flags for poolings in older 1_Pooling/config.json files. The results are concatenated in this order.
 _FLAGS = {
     "pooling_mode_cls_token": "cls",
     "pooling_mode_max_tokens": "max",

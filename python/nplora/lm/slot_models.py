@@ -173,7 +173,7 @@ def _logits(
     groups: tuple[RowGroup, ...] | None = None,
     ends: tuple[RowGroup, ...] | None = None,
 ) -> Array:
-    """Compute the logits after each sequence, with a model or a joint model.
+    """Compute the logits of each sequence's next token, with a model or a joint model.
 
     Args:
         groups: for a joint model, the RowGroups of all rows.
@@ -193,7 +193,8 @@ def _logits(
 class JointModel:
     """Combines several models with the same frozen weights into one model.
 
-    A GroupedLayer replaces each adapted layer.
+    In the joint model, each adapted layer is a GroupedLayer. It computes each row with the layer of the row's
+    own model.
 
     Attributes:
         lm: the joint model, which can only compute inside `grouped_rows`.
@@ -269,9 +270,9 @@ class JointModel:
     def _free_number(self, in_slots: Sequence[SlotModel]) -> int:
         """Choose the number of a new model.
 
-        If a model was removed, the new model gets the number of the removed model. If not, and if all `most`
-        numbers are in use, the new model replaces the least recently used model that no slot uses. In all
-        other cases, or if slots use all models, the new model gets the next higher number.
+        If a model was removed, the new model gets the number of the removed model. If none was removed, and
+        all `most` numbers are in use, the new model replaces the least recently used model that no slot uses.
+        Otherwise, or if slots use all models, the new model gets the next higher number.
         """
         if self._free:
             return self._free.pop()
@@ -307,7 +308,7 @@ def forget(cache: KVCache, named: Iterable[SlotModel]) -> None:
 
 
 def _joint_of(cache: KVCache, models: Sequence[SlotModel]) -> JointModel:
-    """Return a joint model that contains `models`. The cache stores the joint model for the next tokens.
+    """Return a joint model that contains `models`. The cache stores this joint model for later calls.
 
     If the joint model is a new one, it also contains the models of all slots.
     """

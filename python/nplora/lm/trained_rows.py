@@ -122,7 +122,7 @@ def text_list(op: str, tokens: str | Sequence[str]) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class NewTokens:
-    """The tokens that a run adds to a model.
+    """The tokens of the option `add_tokens`, divided into new tokens and tokens that the model already has.
 
     Attributes:
         added: the tokens that the model lacks.
@@ -139,7 +139,10 @@ class NewTokens:
 
 
 def new_tokens(lm: _Model, op: str, texts: str | Sequence[str]) -> NewTokens:
-    """Give new tokens the ids that follow the last token of the model's tokenizer.
+    """Divide texts into new tokens and tokens that the model already has.
+
+    The ids of new tokens follow the last token of the model's tokenizer. But a new token that the tokenizer
+    already has keeps its id; only the embedding has no row for this token.
 
     Raises:
         ValueError, TypeError: as in `text_list`.
@@ -175,8 +178,8 @@ def wanted(
         new: the tokens that are added to the model.
     Raises:
         ValueError: a layer is in both `modules` and `targets`, or has an adapter already; both `tokens` and
-            `modules` are given; a token is both in `tokens` and in `new`; or `token_ids` or `module_names`
-            raises the error.
+            `modules` are given; or a token is both in `tokens` and in `new`. `token_ids` and `module_names`
+            list other reasons.
     """
     assert isinstance(lm, Module)
     listed, names = token_list(op, tokens) if tokens else (), module_names(op, modules) if modules else ()

@@ -50,8 +50,8 @@ class WordIds:
     def windows(self, longest: int, around: Sequence[int]) -> tuple[list[list[int]], Array]:
         """Divide the sentences that have too many tokens into overlapping windows.
 
-        At least a quarter of the tokens of a window, without special tokens, are also in the next window. (A
-        window with room for only one such token shares none.) A word's label comes from the window in which
+        Each window shares at least a quarter of its tokens with the next window. (Special tokens do not
+        count. Windows with room for only one token share none.) A word's label comes from the window in which
         the word's first token is furthest from a cut. The beginning and the end of a sentence are not cuts.
 
             >>> import nplora

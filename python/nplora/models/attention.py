@@ -72,14 +72,15 @@ class Attention(Module):
     single layer `qkv_proj` instead, whose weight stacks the rows of the three weights. Each key/value head is
     shared by a group of query heads (grouped-query attention, Ainslie et al. 2023). The optional norms
     `q_norm` and `k_norm` are applied to q and k before the rotation. If a norm's weight is as long as one
-    head, each head is normalised separately. If it is as long as all heads together, all heads are normalised
-    together.
+    head, each head is normalised separately. If the weight is as long as all heads together, all heads are
+    normalised together.
 
     Args:
         layer: the index of this layer in the model.
         rope: the rotation of q and k, or None for no rotation.
         modules: a dict from names to the projections and the norms.
-        bias: for each distance between query and key, a number that is added to the attention score; or None.
+        bias: the numbers that are added to attention scores, depending on the distance between query and key;
+            or None.
     """
 
     def __init__(

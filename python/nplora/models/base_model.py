@@ -75,8 +75,8 @@ def digest_of(path: StrPath, any_base: bool = False) -> str | None:
         FormatError: the path is not a model, or a file breaks its format.
         OSError: a file cannot be read.
     Warns:
-        UserWarning: a weights file is missing from the directory, or is only a Git LFS pointer; and
-            `any_base` is False.
+        UserWarning: `any_base` is False, and a weights file is missing from the directory or is only a Git
+            LFS pointer.
     """
     config = _config_of(path)
     if config is None:
@@ -113,7 +113,7 @@ def _open_gguf(path: StrPath) -> tuple[GgufFile, str]:
     """Open a GGUF model. Returns the file and the name of its architecture."""
     file = gguf.open(path)
     if gguf_adapter.is_adapter(file):
-        raise FormatError(f"{file.source}: an adapter, expected a model")
+        raise FormatError(f"{file.source}: the file is an adapter, expected a model")
     return file, file.metadata.string("general.architecture")
 
 

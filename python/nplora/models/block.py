@@ -57,10 +57,10 @@ class Mixer(Protocol):
 
 
 class AttentionMixer(Mixer, Protocol):
-    """The attention of a block. Unlike other mixers, it can compute the outputs of only some tokens."""
+    """The attention of a block. Attention can also compute the outputs of only some tokens."""
 
     def run(self, x: Array, positions: PackedPositions, rows: Array | None = None) -> tuple[Array, Any]:
-        """Like `Mixer.run`, but compute only the outputs y (m, d) of the tokens `rows` (m,), if given."""
+        """Like `Mixer.run`. If `rows` (m,) is given, compute only the outputs y (m, d) of these tokens."""
 
     def run_backward(
         self,
@@ -78,8 +78,8 @@ class AttentionMixer(Mixer, Protocol):
 class Half:
     """A half-block. It computes outer(x + scale · after(mixer(before(x)))).
 
-    `mixer`, `before`, `after` and `outer` are the names of modules of the block. The last three are norms, or
-    None. Models with a norm `outer` have no norm `after`.
+    `mixer`, `before`, `after` and `outer` are names of modules of the block. `before`, `after` and `outer` are
+    norms; the name is None if there is no such norm. Models with a norm `outer` have no norm `after`.
     """
 
     mixer: str
@@ -305,8 +305,7 @@ def assemble(
 
     Args:
         halves: the half-blocks.
-        mixer: a function; mixer(name, modules) makes a mixer from its name and a dict of its layers and
-            norms.
+        mixer: a function that makes a mixer from the mixer's name and a dict of the mixer's layers and norms.
         modules: a dict from names within the block to the block's layers and norms.
     """
     parts: dict[str, Module] = {}

@@ -31,8 +31,8 @@ class KVCache:
 
     Args:
         slots, capacity: the number of sequences, and the maximum number of tokens of each sequence.
-        owner: the model that computes the tokens of slots without an adapter; it uses its selected named
-            adapters. None: the model whose `decode` is called.
+        owner: the model that computes the tokens of slots without an adapter. `LanguageModel.new_cache`
+            passes the model with the selected named adapters. None: the model whose `decode` is called.
         page_tokens: the number of tokens in a page, a multiple of PAGE_UNIT.
         pages: the number of pages. None: from the start, each slot has enough pages of its own for `capacity`
             tokens.
@@ -47,16 +47,16 @@ class KVCache:
             memory only as they are filled.
         table: int64 (slots, maximum number of pages of a slot). Row i lists the indices of slot i's pages, in
             the order of the tokens.
-        held: int64 (slots,), how many pages each slot has. Only the first held[i] entries of row i of `table`
-            are used.
+        held: int64 (slots,), the number of pages of each slot. Only the first held[i] entries of row i of
+            `table` are used.
         adapters: the adapter of each slot, which can be set while the slot is empty. A slot's adapter is a
             name, an `Adapter`, or None. Initially, the adapter of every slot is None. If a slot's adapter is
             None, `owner` computes the slot's tokens.
         activation: int64 (slots,). In a slot with an activated LoRA, the adapter acts from the position
             activation[slot] on. UNKNOWN: `decode` has not found the invocation tokens yet. NEVER: the adapter
             does not act in this slot.
-        owner: the model that computes the tokens of slots without an adapter; it uses its selected named
-            adapters. None: the model whose `decode` is called.
+        owner: the model that computes the tokens of slots without an adapter. `LanguageModel.new_cache`
+            passes the model with the selected named adapters. None: the model whose `decode` is called.
 
     >>> lm = nplora.load_model("model.gguf")
     >>> cache = lm.new_cache(slots=2, capacity=16)
@@ -149,8 +149,10 @@ class KVCache:
         return self.positions(np.repeat(slots, counts), in_sequence, np.repeat(self.limits[slots], counts))
 
     def positions(self, slots: Array, in_sequence: Array, limits: Array) -> CachePositions:
-        """Return the `CachePositions` of new tokens, given three arrays with each token's slot, position in
-        its sequence, and maximum length of its sequence.
+        """Return the `CachePositions` of new tokens.
+
+        For each token, the arrays hold the slot, the position in the sequence, and the maximum length of the
+        sequence.
         """
         return cache_positions(slots, in_sequence, limits, self.table, self.page_tokens)
 
@@ -194,7 +196,7 @@ class KVCache:
         limits = np.minimum(np.minimum(self.limits, self.capacity), self.held * self.page_tokens)[slots]
         for most, limit in zip(self.lengths[slots] + counts, limits, strict=True):
             if most > limit:
-                raise ValueError(f"decode: a slot would hold {most} tokens, the cache has room for {limit}")
+                raise ValueError(f"decode: a slot would hold {most} tokens, but has room for {limit}")
 
     @property
     def nbytes(self) -> int:

@@ -50,7 +50,7 @@ class ModelConfig:
         query_pre_attn_scalar: attention scores are divided by the square root of this number. None: the
             number is `head_dim`.
         attention_multiplier: attention scores are multiplied by this number, instead of being divided by a
-            square root. None: they are divided.
+            square root. None: the scores are divided by the square root of `query_pre_attn_scalar`.
         embedding_multiplier: a factor for the embeddings.
         residual_multiplier: a factor for the output of each half-block (attention or MLP).
         logits_scaling: a divisor for the logits.

@@ -17,10 +17,10 @@ from nplora.models.config import ModelConfig
 from nplora.models.decoder import Decoder
 
 Array = npt.NDArray[Any]
-Scores = tuple[Array, Array]  # the loss of each token, and whether it is the most likely token
+Scores = tuple[Array, Array]  # the loss of each token, and whether the token is the most likely one
 
 MOST_ROWS = 512  # the maximum number of tokens that are computed at a time, to limit the memory
-_MOST_CELLS = 2048  # the maximum size of a cache, in tokens; a single prompt may exceed it
+_MOST_CELLS = 2048  # the maximum size of a cache, in tokens; the cache of a single prompt may be larger
 
 
 class Question(NamedTuple):
@@ -32,7 +32,7 @@ class Question(NamedTuple):
 
     @property
     def long(self) -> list[Array]:
-        """The continuations with more than one token. Each of them needs its own slot in the cache."""
+        """The continuations with more than one token. Each such continuation needs a slot in the cache."""
         return [tokens for tokens in self.continuations if len(tokens) > 1]
 
     @property
@@ -51,7 +51,7 @@ class Question(NamedTuple):
 
 
 class _Part(NamedTuple):
-    """A question's prompt, with all continuations that need the same LongRoPE factors."""
+    """A question with only those continuations that need the same factors of LongRoPE, short or long."""
 
     number: int  # the index of the question
     places: list[int]  # the indices of the continuations in the question
@@ -142,8 +142,8 @@ def _group_scores(
 def _run_prompts(
     model: Decoder, questions: Sequence[Question], starts: Array, cache: KVCache, most_rows: int
 ) -> Array:
-    """Compute each prompt in the first slot of its question. Copy its keys and values to the question's other
-    slots.
+    """Compute each prompt in the first slot of its question. Copy the prompt's keys and values to all other
+    slots of the question.
 
     Returns the residual stream (questions, d) of the last token of each prompt.
     """

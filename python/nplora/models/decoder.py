@@ -117,7 +117,7 @@ class Decoder(Module):
             return _run_through(self.layers[first:], x, positions, rows)
 
     def may_leave_out_rows(self) -> bool:
-        """Whether `run` and `infer` accept `rows`. If False, an adapter acts on only some of the tokens."""
+        """Whether `run` and `infer` accept `rows`. They do not if an adapter acts on only some tokens."""
         return invocation_of(self) is None and row_groups() is None
 
     def _activated(self, ids: Array, positions: PackedPositions) -> AbstractContextManager[None]:
@@ -213,7 +213,7 @@ class Decoder(Module):
         return x, saved
 
     def _embedded_backward(self, dx: Array, saved: Any) -> None:
-        """Accumulate the gradients of the embedding, given the gradient `dx` of its output."""
+        """Accumulate the gradients of the embedding, given the gradient `dx` of the embedding's output."""
         self.embed_tokens.backward(dx if self._multiplier == 1 else dx * self._multiplier, saved)
 
     def first_adapted(self) -> int:
@@ -236,7 +236,7 @@ def _run_through(
 def _recomputed(
     block: DecoderBlock, kept: BlockInput, positions: PackedPositions, rows: Array | None
 ) -> BlockSaved:
-    """Run the block's forward pass again, with the dropout masks of the first run."""
+    """Run the block's forward pass again, with the dropout masks of the first forward pass."""
     now = block.random_state()
     block.set_random_state(kept.streams)
     saved = block.run(kept.x, positions, rows)[1]

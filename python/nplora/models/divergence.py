@@ -1,9 +1,10 @@
 """The Kullback-Leibler divergence between a teacher's and a student's next-token distributions.
 
-p is the teacher's distribution, and q is the student's. Both are softmax(logits / T) at temperature T.
+p is the teacher's distribution, and q is the student's. Both are softmax(logits / T) at temperature T. Let z
+be the student's logits divided by T. The divergences and their derivatives are
 
-    forward  KL(p || q) = Σ p log(p / q)     dL/dz_j = q_j - p_j
-    reverse  KL(q || p) = Σ q log(q / p)     dL/dz_j = q_j (log(q_j / p_j) - KL)      z = student's logits / T
+    forward  KL(p || q) = Σ p log(p / q)     dKL/dz_j = q_j - p_j
+    reverse  KL(q || p) = Σ q log(q / p)     dKL/dz_j = q_j (log(q_j / p_j) - KL)
 
 A loss multiplies the divergence by T², so that the gradients have the same size at any temperature (Hinton et
 al. 2015, arXiv:1503.02531, section 2).
@@ -11,11 +12,11 @@ al. 2015, arXiv:1503.02531, section 2).
 A teacher's distribution is given by all logits, or by the k most likely tokens. With k tokens, all other
 tokens form one class, "the rest". The rest has the probability p_r = 1 - Σ p_i for the teacher and
 q_r = 1 - Σ q_i for the student. The divergence of these k + 1 classes is a lower bound of the full
-divergence. If k is the size of the vocabulary, both divergences are equal. If token j belongs to the rest,
-dL/dz_j is q_j (1 - p_r / q_r) for the forward divergence, and q_j (log(q_r / p_r) - KL) for the reverse
-divergence. Without the class "the rest", the student would learn a distribution over the teacher's k tokens
-alone, which is too sharp (Anshumann et al. 2025, arXiv:2503.16870). TRL's distillation from a server computes
-the same divergence if its option `loss_add_tail` is set.
+divergence, and equals it if k is the size of the vocabulary. If token j belongs to the rest, dKL/dz_j is
+q_j (1 - p_r / q_r) for the forward divergence, and q_j (log(q_r / p_r) - KL) for the reverse divergence.
+Without the class "the rest", the student would learn a distribution over the teacher's k tokens alone, which
+is too sharp (Anshumann et al. 2025, arXiv:2503.16870). TRL's distillation from a server computes the same
+divergence if its option `loss_add_tail` is set.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ Array = npt.NDArray[Any]
 
 DIVERGENCES = ("forward", "reverse")
 _TINY = 1e-30  # the least probability of the rest, which float32 may round to 0
-_NEVER = np.float32(-1e30)  # the logit of a token that is left out; finite, as the kernels expect
+_NEVER = np.float32(-1e30)  # the logit of a token that is left out; the kernels need a finite number
 _GROUP = 32  # the number of logits in each group of `_largest`
 BLOCK_BYTES = 1 << 21  # the logits that NumPy works on at once; they fit into the processor's cache
 
@@ -131,8 +132,8 @@ class Distillation:
 
         Args:
             logits: float32 (n, vocabulary), the student's logits. If `gradient` is True, the gradient of the
-                losses, multiplied by `factor`, overwrites the array. If not, the array may be overwritten
-                with anything.
+                losses, multiplied by `factor`, overwrites the array. If not, the array holds meaningless
+                values afterwards.
             targets: integers (n,), the labels.
             teacher: the teacher's logits or most likely tokens, for the same rows.
         Returns:
@@ -175,8 +176,8 @@ class Distillation:
 
 
 def _common(kl: str, z: Array, t: Array, factor: float, gradient: bool) -> Array:
-    """The divergences of distributions over only the tokens in both vocabularies. All other logits get
-    gradient 0.
+    """The divergences (n,) over only the tokens that are in both vocabularies. The logits of all other tokens
+    get gradient 0.
 
     One vocabulary may be longer than the other, because some models pad the head's weight with unused rows.
     """

@@ -23,8 +23,7 @@ _MAX_BUCKETS = 1 << 12
 
 @dataclasses.dataclass(frozen=True)
 class EncoderConfig:
-    """The sizes and settings of an encoder. If BERT's config.json has a field of the same name, both fields
-    have the same meaning.
+    """The sizes and settings of an encoder. Fields that BERT's config.json also has mean the same as there.
 
     Attributes:
         source: the file that the configuration was read from.
@@ -33,7 +32,7 @@ class EncoderConfig:
         hidden_act: the activation: "gelu" (exact), "gelu_pytorch_tanh" or "silu".
         type_vocab_size: the number of token types; 0 if the model has no token types.
         position_rows: the number of rows in the table of learned positions; 0 if the model has no such table.
-        first_position: the first token of each text uses this row of the table of learned positions.
+        first_position: the row of the table of learned positions for the first token of each text.
         relative_buckets: the number of buckets of distances in `RelativeBias`; 0 if the model has no relative
             bias.
         sliding_windows: a number w for each layer. A token attends to itself and to w - 1 tokens on each

@@ -20,8 +20,8 @@ class Adapted:
         rank: the rank of each adapter whose layer is not in `ranks`.
         outputs: a dict from the last part of each layer's name, such as "q_proj", to the layer's output width
             d_out.
-        ranks: a dict from the last part of a layer's name to the rank of the layer's adapter, only for layers
-            with another rank than `rank`.
+        ranks: a dict from the last part of a layer's name to the rank of the layer's adapter, for layers with
+            a rank other than `rank`.
         freeze_B: whether the adapters train only A. If so, the backward pass does not need the inputs of the
             layers.
     """
@@ -37,7 +37,7 @@ class Adapted:
         return not self.freeze_B and not self.outputs.keys().isdisjoint(names)
 
     def saved(self, names: Iterable[str]) -> int:
-        """The number of bytes per token that adapters store for the backward pass, for the layers `names`.
+        """The number of bytes per token that the adapters of the layers `names` store for the backward pass.
 
         An adapter of rank r stores r values per token: x Bᵀ. With DoRA, an adapter also stores the layer's
         outputs before rescaling.

@@ -43,8 +43,8 @@ class ModelConversion:
         architecture: GGUF's name for the model's family.
         types: the number of tensors of each ggml type.
         why_no_tokenizer: why the file has no tokenizer; empty if the file has a tokenizer.
-        short: a sentence about the matrices that have another type than the requested one, because their rows
-            cannot be divided into whole blocks of the requested type. Empty if there are no such matrices.
+        short: a sentence about the matrices that did not get the requested type, because their rows cannot be
+            divided into whole blocks of this type. Empty if there are no such matrices.
     """
 
     target: str
@@ -104,8 +104,8 @@ def model_to_gguf(
         source: a GGUF file, or a directory with config.json and model.safetensors (one file or shards).
             Instead of the directory, its safetensors file or its shard index can be given.
         path: the GGUF file to write.
-        dtype: "float32", "float16", "bfloat16", a ggml type such as "q8_0" or "q4_k" (`nplora convert --help`
-            lists all types), or, if the source is not a GGUF file, "same".
+        dtype: "float32", "float16", "bfloat16", or a ggml type such as "q8_0" or "q4_k" (`nplora convert
+            --help` lists all types). "same" keeps the types of the source, which must not be a GGUF file.
         overwrite: replace an existing file.
     Returns:
         a summary of the conversion.
@@ -168,10 +168,10 @@ def _retyped(source: StrPath, path: StrPath, dtype: str) -> ModelConversion:
     """Convert the matrices of a GGUF model to another type."""
     file = gguf.open(source)
     if gguf_adapter.is_adapter(file):
-        raise FormatError(f"{file.source}: an adapter, expected a model")
+        raise FormatError(f"{file.source}: the file is an adapter, expected a model")
     if dtype == "same":
         raise ValueError(
-            f"model_to_gguf: {file.source} is a GGUF model already; expected another dtype than 'same'"
+            f"model_to_gguf: {file.source} is a GGUF model already; expected a dtype other than 'same'"
         )
     if (count := file.metadata.number("split.count", 1)) > 1:
         raise UnsupportedError(

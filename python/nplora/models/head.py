@@ -30,7 +30,8 @@ class LogitLoss(Protocol):
 
         Args:
             logits: float32 (n, vocabulary). If `gradient` is True, the gradient of the logits, multiplied by
-                `factor`, overwrites the logits. If `gradient` is False, anything may overwrite the logits.
+                `factor`, overwrites the logits. If `gradient` is False, the logits may be overwritten with
+                meaningless values.
             rows: the indices of these n rows in the batch.
         """
 
@@ -40,7 +41,7 @@ SECTION = "head"  # a Profiler's name for the time spent on the head and the los
 # The size of a chunk's logits. A chunk must be small enough to stay in the processor's cache between head,
 # loss and gradient. It must have enough rows that reading the head's weight costs little compared with the
 # products. If there would be more than _MANY_CHUNKS chunks, each chunk gets 1.5 times as many rows, so that
-# the weight is decoded less often. Training with so many tokens needs far more memory elsewhere anyway.
+# the weight is decoded less often. A batch with this many tokens needs far more memory elsewhere anyway.
 _CHUNK_BYTES = 32 << 20
 _MANY_CHUNKS = 4
 _LEAST_ROWS, _MOST_ROWS = 64, 256
@@ -68,9 +69,9 @@ def gradient_of_losses(
 
     The loss of a token depends only on the token's own row of x. So if the head is frozen, one pass computes
     all losses and their gradients. `function` then gives a derivative for each loss, and each row of the
-    gradients is multiplied by its derivative. If the head is trained, a first pass computes the losses. A
-    second pass multiplies the gradients of the logits by the derivatives, and then computes the gradients of
-    the head.
+    gradients is multiplied by the derivative for the row's loss. If the head is trained, a first pass
+    computes the losses. A second pass multiplies the gradients of the logits by the derivatives, and then
+    computes the gradients of the head.
 
     Args:
         function: takes the losses of all rows with a target, float64 (m,). Returns a value, and the
@@ -166,8 +167,8 @@ def logits_forward(head: AnyHead, x: Array) -> tuple[Array, Any]:
 def _dither_key(model: Decoder, losses: Array) -> int | None:
     """Return the key from which `logits_backward` draws random numbers; None if `int8_head` is False.
 
-    The key is a hash of the losses. So the steps of training draw different numbers, but a step that is
-    repeated draws the same numbers again. Checkpoints need not hold the state of a generator.
+    The key is a hash of the losses. So different training steps draw different numbers, but a step that is
+    repeated draws the same numbers again. Checkpoints need not hold the state of a random generator.
     """
     if not model.int8_head:
         return None
@@ -181,8 +182,9 @@ def logits_backward(head: AnyHead, dlogits: Array, saved: Any, dither_key: int |
 
     Args:
         dither_key: only for a head with compute="int8": the key from which random numbers are drawn, or None.
-            With a key, the random numbers round `dlogits` to int8 (see `stack_backward`), and the product is
-            computed in int8. With None, it is computed in bfloat16. A head with trained rows ignores the key.
+            With a key, `dlogits` is rounded to int8 stochastically (see `stack_backward`), and the product is
+            computed in int8. With None, the product is computed in bfloat16. A head with trained rows ignores
+            the key.
     """
     if isinstance(head, TrainedHead):
         dx: Array = head.backward(dlogits, saved, overwrite_dy=True)

@@ -18,8 +18,8 @@ from nplora.weights import buffers
 
 Array = npt.NDArray[Any]
 
-# A product with at most this many rows adds its terms in another order than a product with more rows, and the
-# last bits of the results may differ. So batches of at most this size are neither stored nor looked up.
+# Products with at most this many rows add their terms in a different order from products with more rows, and
+# the last bits of the results may differ. So batches of at most this size are neither stored nor looked up.
 SMALL_BATCH = _core.constants.small_batch
 
 

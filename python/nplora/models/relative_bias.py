@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 Array = npt.NDArray[Any]
 
-_FIRST_LENGTH = 128  # the longest sequence for the smallest table; for longer ones, the next power of two
+_FIRST_LENGTH = 128  # the sequence length of the smallest table; larger tables have the next power of two
 _MAX_DISTANCE = 128  # all keys that are at least this far away on one side share a bucket
 
 

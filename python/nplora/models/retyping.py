@@ -22,8 +22,8 @@ def storage_of(given: str, shape: tuple[int, ...], dtype: str) -> str:
     """Choose the storage type of a tensor.
 
     Vectors are float32, because ggml computes with float32 vectors. A matrix gets the requested type if its
-    rows are whole blocks of that type. If not, the matrix gets a type with shorter blocks, or float16 if its
-    rows are not whole blocks of that shorter type either.
+    rows can be divided into whole blocks of that type. If not, the matrix gets a type with shorter blocks. If
+    its rows cannot be divided into these shorter blocks either, the matrix gets float16.
     """
     if len(shape) == 1:
         return "float32"
@@ -42,7 +42,7 @@ def short(tensors: Mapping[str, _Stored], dtype: str) -> str:
     if not others:
         return ""
     kinds = ", ".join(dict.fromkeys(tensor.type for tensor in others))
-    rows = f"their rows are not whole blocks of {storages.block_elements(dtype)} values"
+    rows = f"their rows cannot be divided into whole blocks of {storages.block_elements(dtype)} values"
     return f"{len(others)} of {len(matrices)} matrices are {kinds} instead of {dtype}: {rows}"
 
 

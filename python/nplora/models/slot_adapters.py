@@ -19,7 +19,7 @@ class SlotAdapters:
     Args:
         lengths: the number of tokens in each slot. The cache changes this array in place.
         owner: the model for slots that have no adapter.
-        resolve: a function that returns the model for an adapter. If it is None, only `put` can set an
+        resolve: a function that returns the model for an adapter. If `resolve` is None, only `put` can set an
             adapter.
     """
 

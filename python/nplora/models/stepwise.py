@@ -1,8 +1,8 @@
 """Computes losses a few tokens at a time.
 
-With compute="int8", matrix products for a few tokens use another arithmetic than products for many tokens.
-Decoding computes a few tokens at a time. This module does too, so its losses have the same rounding errors as
-decoding.
+With compute="int8", matrix products for a few tokens are rounded differently from products for many tokens.
+Decoding computes a few tokens at a time. This module does the same, so its losses have the same rounding
+errors as decoding.
 """
 
 from __future__ import annotations

@@ -121,8 +121,8 @@ def encoder_by_model_type(model_type: str) -> EncoderFamily | None:
 def encoder_by_architecture(architecture: str, tokenizer: str = "") -> EncoderFamily | None:
     """The family of encoders with this GGUF architecture, or None.
 
-    If several families have this architecture, return the one that uses `tokenizer`. If no such family uses
-    it, return the first family with this architecture.
+    If several families have this architecture, return the family that uses `tokenizer`. If none of them uses
+    this tokenizer, return the first family with this architecture.
 
     >>> encoder_by_architecture("bert").model_type
     'bert'

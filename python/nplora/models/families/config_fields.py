@@ -142,7 +142,7 @@ def windows(fields: Fields, kinds: list[str], default: int | None = _WINDOW) -> 
     """The sliding window of each layer.
 
     Args:
-        kinds: the type of each layer, if the field `layer_types` is missing.
+        kinds: the type of each layer, for a config.json without the field `layer_types`.
         default: the window to use if the field `sliding_window` is missing; None for no window.
     Raises:
         FormatError: a layer has type "sliding_attention", but there is no window.

@@ -72,8 +72,9 @@ class EncoderFamily:
     positions, biases, and a feed-forward network without a gate. A subclass defines only what differs from
     BERT.
 
-    In nplora, a module has the same name in all families (`self_attn.q_proj`). In transformers, it has
-    another name (`attention.self.query`). Adapter files and `named_modules` use the name in transformers.
+    In nplora, a module has the same name in all families (`self_attn.q_proj`). In transformers, the name
+    depends on the family (`attention.self.query` in BERT). Adapter files and `named_modules` use the name in
+    transformers.
 
     Attributes:
         model_type: Hugging Face's name for the family.

@@ -224,7 +224,7 @@ class Family:
         if len(windows) > 1:
             raise UnsupportedError(
                 f"{config.source}: the layers have sliding windows of {sorted(windows)} tokens; GGUF needs "
-                "the same in all layers"
+                "the same window in all layers"
             )
         return windows.pop()
 

@@ -27,7 +27,7 @@ from nplora.models.rope import RopeConfig, require_theta
 
 _PATTERN = 6  # every sixth layer attends to all tokens
 _LOCAL_THETA = 10_000.0
-_LARGEST = 62  # the layers of the 27B model; for it, llama.cpp divides attention scores by another number
+_LARGEST = 62  # the layers of the 27B model, for which llama.cpp assumes another `query_pre_attn_scalar`
 
 
 class Gemma3(Family):

@@ -11,8 +11,8 @@ class TensorSpec:
 
     Attributes:
         name, gguf: the tensor's name in Hugging Face's files, and in GGUF.
-        heads: 0 if the rows have the same order in both files. If GGUF reorders the rows within each head
-            (see `formats.gguf_rows`), the number of heads.
+        heads: the number of heads if GGUF reorders the rows within each head (see `formats.gguf_rows`); 0 if
+            the rows have the same order in both files.
         offset: nplora adds this number to the values from Hugging Face's files. The values in GGUF files
             already contain it.
     """

@@ -276,7 +276,7 @@ def test_a_token_that_the_model_lacks_is_an_error_of_the_model(
     with served(nplora.load_encoder(directory)) as ask:
         status, answer = ask(input=["a cat", "beyond"])
         assert (status, answer["error"]["code"]) == (500, "model_error")
-        assert "the tokenizer has a token 31" in answer["error"]["message"]
+        assert "the tokenizer has a token with id 31" in answer["error"]["message"]
         assert ask(input=["a cat"])[0] == 200
     assert "Traceback" not in capfd.readouterr().err
 

@@ -230,7 +230,7 @@ def factors_side_by_side(layers: Iterable[tuple[Linear | Embedding, int]]) -> Ab
 def adapted(
     name: str, layer: Linear | Embedding, row_order: Array | None, options: dict[str, Any]
 ) -> LoRALayer:
-    """Create a LoRA layer with the frozen weight of `layer`. init="pissa" and init="olora" change this weight.
+    """Create a LoRA layer with the frozen weight of `layer`. init="pissa" and "olora" change this weight.
 
     Raises:
         ValueError: an option does not fit the layer.

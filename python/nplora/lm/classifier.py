@@ -36,7 +36,7 @@ class TextClassifier(Module):
 
     `nplora.new_classifier` and `nplora.load_classifier` create classifiers.
 
-    The layers have the names that they have in transformers' model for the task, such as
+    The layers have the same names as in transformers' model for the task, such as
     `bert.encoder.layer.0.attention.self.query` and `classifier`.
 
         >>> import nplora

@@ -57,7 +57,7 @@ class ClassifierHead(Module):
         self.out = self.steps[spec.out] = _linear(arrays[spec.out], True)
 
     def _walk(self, prefix: str, seen: set[int]) -> Iterator[tuple[str, Module]]:
-        """Yield the layers with the names that they have in transformers' model. `prefix` is ignored."""
+        """Yield the layers with their names in transformers' model. `prefix` is ignored."""
         for name, module in self.steps.items():
             yield from module._walk(name, seen)
 
@@ -71,8 +71,8 @@ class ClassifierHead(Module):
 
         Args:
             starts: int64 (m + 1,), the first row of each text, followed by n.
-        Returns: the logits (m, outputs), or (n, outputs) if each token has its own logits; and the saved
-            values.
+        Returns: the logits, and the saved values. The logits have shape (m, outputs), or (n, outputs) if each
+            token has its own logits.
         """
         y, pooled = (states, None) if self.pooling is None else self.pooling.run(states, starts)
         kept = list[Any]()

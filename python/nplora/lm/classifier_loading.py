@@ -59,11 +59,11 @@ def new_classifier(
 
     Args:
         labels: the names of the outputs. (In a regression, each output is a number.) Integers are converted
-            to texts. `labels` may be a dictionary such as transformers' `id2label`, from each number (0, 1,
-            ...) to its name.
+            to texts. `labels` may be a dictionary from numbers (0, 1, ...) to names, such as transformers'
+            `id2label`.
         task: "single" (each text has one label), "multi" (each text has any number of labels) or
             "regression" (each output is a number).
-        tokens: whether each token has its own outputs.
+        tokens: whether to classify each token of a text, instead of the whole text.
         seed: the seed of the new weights.
     Raises:
         ValueError: two labels have the same name, the number of labels does not fit the task, or the task is
@@ -90,9 +90,9 @@ def load_classifier(
 ) -> TextClassifier:
     """Load a classifier from a model and a classifier's adapter, or from a model whose files contain a head.
 
-    The adapter must have PEFT's task type SEQ_CLS or TOKEN_CLS. If nplora wrote the adapter, its files contain
-    the names of the labels. If PEFT wrote the adapter, the names come from the model's config.json, provided
-    that config.json has one name for each label. Otherwise the names are LABEL_0, LABEL_1 and so on.
+    The adapter must have PEFT's task type SEQ_CLS or TOKEN_CLS. If nplora wrote the adapter, its files
+    contain the names of the labels. If PEFT wrote the adapter, the names come from the model's config.json,
+    provided that config.json has one name for each label. Otherwise the names are LABEL_0, LABEL_1 and so on.
 
         >>> import nplora
         >>> classifier = nplora.new_classifier(nplora.load_encoder("encoder-model"), ["order", "refund"])

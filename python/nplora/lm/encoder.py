@@ -316,8 +316,8 @@ class Encoder(Module):
         largest = max((max(text) for text in ids if text), default=0)
         if largest >= self.config.vocab_size:
             raise FormatError(
-                f"{self.source}: the tokenizer has a token {largest:,}, but the model's vocabulary has "
-                f"{self.config.vocab_size:,} tokens; expected the tokenizer of this model"
+                f"{self.source}: the tokenizer has a token with id {largest:,}, but the model's vocabulary "
+                f"has {self.config.vocab_size:,} tokens; expected the tokenizer of this model"
             )
 
     def hidden_states(self, ids: Ids) -> list[Array]:
@@ -370,7 +370,7 @@ class Encoder(Module):
                 The batch size changes the result only by rounding.
             normalize: whether to scale the embeddings to length 1, so that their dot products are cosines.
                 With None, the setting in the model's files decides.
-            prompt: a text to put before each text, such as "query: "; "" for none.
+            prompt: a text to put before each text, such as "query: ". "" means no prompt.
             prompt_name: the name of a prompt in `prompts`. Give either `prompt` or `prompt_name`.
             max_length: the largest number of tokens of a text; None: `max_length` of the encoder.
         Returns:
@@ -427,7 +427,7 @@ class Encoder(Module):
         return self.forward_for(None, ids)
 
     def forward_for(self, pooling: Pooling | None, ids: Ids) -> tuple[Array, EncoderSaved]:
-        """Like `forward`, but return the hidden states of only those tokens that the pooling reads.
+        """Like `forward`, but return only the hidden states of the tokens that the pooling reads.
 
         `saved.starts` has the index of each text's first row in the returned array, followed by the number of
         rows.
@@ -506,7 +506,7 @@ class Encoder(Module):
         op = "Encoder.embed_backward"
         _check.saved(op, saved, EncoderSaved)
         if saved.pooling is None:
-            raise ValueError(f"{op}: the saved values are from forward, expected those of embed_forward")
+            raise ValueError(f"{op}: `saved` is from forward, expected the saved values of embed_forward")
         shape = len(saved.pooling.starts) - 1, self.dim
         rows = _check.shaped(op, "dy", dy, shape, np.float32)
         self.use_up(op, saved)
@@ -542,7 +542,7 @@ class Encoder(Module):
     def _packed(self, op: str, ids: Ids) -> tuple[Array, Array]:
         """Concatenate the ids of all texts.
 
-        Return two int64 arrays: all ids; and the index of each text's first id, followed by the number of ids.
+        Return two int64 arrays: the ids; and the index of each text's first id, followed by the total count.
         """
         texts = [_check.integers(op, f"ids[{i}]", text) for i, text in enumerate(ids)]
         longest = self.config.max_position_embeddings

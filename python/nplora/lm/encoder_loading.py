@@ -60,8 +60,8 @@ def load_encoder(
         True
 
     Args:
-        path: a directory with config.json, model.safetensors and tokenizer.json, as transformers or
-            sentence-transformers write it, or a GGUF file.
+        path: a GGUF file, or a directory that transformers or sentence-transformers wrote, with config.json,
+            model.safetensors and tokenizer.json.
         compute, mmap, check: as in `load_model`.
         pooling: how the hidden states of a text's tokens become its embedding: "cls" (the first token),
             "mean", "max", "last" (the last token), "weighted_mean" or "mean_sqrt". None: the pooling that the
@@ -166,7 +166,7 @@ def _encoder(parts: _Parts, pooling: str | None) -> Encoder:
 
 
 def _require_fitting(pooling: Pooling, config: EncoderConfig | ModelConfig) -> None:
-    """Raise FormatError if a Dense module expects another input width than the module receives."""
+    """Raise FormatError if a Dense module's `in_features` differs from the width of its input."""
     width = len(pooling.modes) * config.hidden_size
     for i, layer in enumerate(pooling.dense):
         d_out, d_in = layer.weight.shape

@@ -86,7 +86,7 @@ def generate(
 
     Args:
         prompts: texts, or chats. A chat is a list of messages; the model's chat template renders it as text.
-        sampling: how tokens are chosen; None: always the most likely token, up to 128 tokens.
+        sampling: how tokens are chosen. None: choose the most likely token each time, up to 128 tokens.
         adapters: for each prompt, the name of a named adapter, an `Adapter`, or None for the model with its
             selected adapters.
     Returns:
@@ -158,7 +158,7 @@ def generate_ids(
     sampling: Sampling,
     adapters: Adapters | None = None,
 ) -> list[str]:
-    """Generate a text after each prompt, given as token ids. The errors and warnings are those of `generate`.
+    """Like `generate`, but the prompts are lists of token ids.
 
     >>> import nplora
     >>> lm = nplora.load_model("model.gguf")

@@ -286,7 +286,7 @@ class LanguageModel(Module):
         """Raise CorruptError if a memory-mapped file of the weights was modified after it was opened.
 
         Every call that returns losses, gradients or scores makes this check after the computation. It is safe
-        to replace the model's file by renaming another file to its name, because the old file stays mapped.
+        to replace the model's file by renaming a new file to the same name: the old file stays mapped.
 
             >>> import nplora
             >>> nplora.load_model("model.gguf").require_unchanged()

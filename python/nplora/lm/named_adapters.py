@@ -68,7 +68,7 @@ class NamedAdapters(Generic[Model]):
     """The named adapters of one model."""
 
     def __init__(self) -> None:
-        # Reading these dicts needs no lock: they are not changed, but replaced by new dicts.
+        # Reading these dicts needs no lock. A dict is never changed, but replaced by a new dict.
         self._adapters: dict[str, Adapter] = {}
         self._models: dict[str, Model] = {}
         self._sums: dict[Names, Model] = {}  # by the sorted names, ordered by last use

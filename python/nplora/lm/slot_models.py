@@ -120,7 +120,7 @@ def _filled(logits: Array, rows: list[int], few: Array) -> Array:
 
 
 def vocab_of(model: SlotModel) -> int:
-    """The number of rows of the model's embedding, including those for added tokens."""
+    """The number of rows of the model's embedding, including the rows of added tokens."""
     embedding = model.model.embed_tokens
     return int(embedding.rows.size if isinstance(embedding, TrainedEmbedding) else embedding.weight.shape[0])
 
@@ -226,8 +226,8 @@ class JointModel:
     def join(self, models: Sequence[SlotModel], in_slots: Sequence[SlotModel]) -> bool:
         """Add models that are not in this joint model yet. New models do not replace models that a slot uses.
 
-        Return False in two cases. First, the owner's layers have changed, for example because they were
-        merged. Second, a new model adapts a layer for which this joint model has no GroupedLayer.
+        Return False in two cases. First, the owner's layers have changed, for example by a merge. Second, a
+        new model adapts a layer for which this joint model has no GroupedLayer.
         """
         if self._state != self._owner_state():
             return False
@@ -310,7 +310,7 @@ def forget(cache: KVCache, named: Iterable[SlotModel]) -> None:
 def _joint_of(cache: KVCache, models: Sequence[SlotModel]) -> JointModel:
     """Return a joint model that contains `models`. The cache stores this joint model for later calls.
 
-    If the joint model is a new one, it also contains the models of all slots.
+    If a new joint model is created, it also contains the models of all slots.
     """
     joint = cache.joint
     others = (cache.adapters.model(slot) for slot in range(cache.slots))

@@ -215,7 +215,7 @@ class Attention(Module):
     def _rotated(
         self, q: Array, k: Array, positions: PackedPositions | CachePositions
     ) -> tuple[Array, Array]:
-        """Normalise q and k if the layer has norms, then rotate them by their positions.
+        """Normalise q and k if the layer has norms, then rotate q and k by the tokens' positions.
 
         Without norms, `q` and `k` are overwritten.
         """

@@ -78,8 +78,8 @@ class AttentionMixer(Mixer, Protocol):
 class Half:
     """A half-block. It computes outer(x + scale · after(mixer(before(x)))).
 
-    `mixer`, `before`, `after` and `outer` are names of modules of the block. `before`, `after` and `outer` are
-    norms; the name is None if there is no such norm. Models with a norm `outer` have no norm `after`.
+    `mixer`, `before`, `after` and `outer` are names of modules of the block. `before`, `after` and `outer`
+    are norms; the name is None if there is no such norm. Models with a norm `outer` have no norm `after`.
     """
 
     mixer: str
@@ -95,7 +95,7 @@ class HalfSaved(Saved):
 
     Attributes:
         x: the residual stream before the half-block, possibly as bfloat16 bits.
-        y: the input of the norm `after` or `outer`, possibly as bfloat16 bits; None without such a norm.
+        y: the input of the norm `after` or `outer`, possibly as bfloat16 bits; None if there is no such norm.
         mixer: the values that the mixer's backward pass needs.
     """
 

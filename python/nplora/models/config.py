@@ -30,7 +30,7 @@ _FACTORS = (
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """The sizes and settings of a decoder. Most names are those of fields of Hugging Face's config.json.
+    """The sizes and settings of a decoder. Most fields have the same name as in Hugging Face's config.json.
 
     Attributes:
         source: the file that the configuration was read from.

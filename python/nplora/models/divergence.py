@@ -45,9 +45,9 @@ class TopK:
     Attributes:
         ids: integers (n, k), the tokens. No token occurs twice in the same row of the array. The id -1 stands
             for a token that is not in the student's vocabulary.
-        log_probs: float64 (n, k + 1). The first k columns hold the log-probabilities of the tokens; an id -1
-            has -inf. The last column holds the log-probability of all other tokens together, or -inf if there
-            are no other tokens. The probabilities of a row sum to 1.
+        log_probs: float64 (n, k + 1). The first k columns hold the log-probabilities of the tokens, or -inf
+            for an id -1. The last column holds the log-probability of all other tokens together, or -inf if
+            there are no other tokens. The probabilities of a row sum to 1.
     """
 
     ids: Array

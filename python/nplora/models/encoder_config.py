@@ -39,8 +39,8 @@ class EncoderConfig:
             side. If w is 0, a token attends to all tokens.
         rope: the rotation of q and k in layers without a window; None: no rotation.
         local_rope: the rotation of q and k in layers with a window; None: no rotation.
-        attention_bias, mlp_bias, norm_bias: whether the linear layers of attention, those of the MLP, and the
-            norms have a bias.
+        attention_bias, mlp_bias, norm_bias: whether these layers have a bias: the linear layers of attention,
+            the linear layers of the MLP, and the norms.
         classifier_pooling, classifier_activation, classifier_bias: settings of the head of a classifier.
         causal: always False, because a token of an encoder also attends to later tokens.
     """

@@ -50,7 +50,7 @@ _LEAST_ROWS, _MOST_ROWS = 64, 256
 def loss_and_gradient(
     model: Decoder, head: AnyHead, x: Array, targets: Array, factor: float
 ) -> tuple[float, Array]:
-    """Return the sum of the losses, and the gradient of this sum with respect to x, multiplied by `factor`.
+    """Return the sum of the losses, and `factor` times the gradient of this sum with respect to x.
 
     x (n, d) is the residual stream. Rows without a target have gradient 0. If the head has an adapter, the
     adapter's gradients are accumulated too.

@@ -25,7 +25,7 @@ class Conversation:
 
     Args:
         engine: the engine, which may serve other conversations at the same time.
-        sampling: how tokens are chosen; None: always the most likely token, up to 128 tokens.
+        sampling: how tokens are chosen. None: choose the most likely token each time, up to 128 tokens.
         system: the system message, or None.
         adapter: the name of one of the model's adapters; None: no named adapter.
     Attributes:

@@ -156,7 +156,7 @@ class Engine:
 
         Args:
             ids: the tokens of the prompt (`lm.tokenizer.encode_prompt` or `encode_chat`).
-            sampling: how tokens are chosen; None: always the most likely token, up to 128 tokens.
+            sampling: how tokens are chosen. None: choose the most likely token each time, up to 128 tokens.
             adapter: the name of an adapter in `lm.adapters`, or the model that `lm.named_model` returned for
                 this name. None, or `lm` itself: no named adapter. A request keeps its adapter to the end,
                 even if the adapter is deleted in the meantime. If the adapter adds tokens, pass the model

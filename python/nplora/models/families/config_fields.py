@@ -34,7 +34,7 @@ def require_readable(fields: Fields) -> None:
 
 
 def require_absent(fields: Fields, *names: str) -> None:
-    """Raise UnsupportedError if config.json sets a field in `names`, because nplora does not implement it."""
+    """Raise UnsupportedError if config.json sets one of the fields `names`, which nplora does not support."""
     for name in names:
         if name in fields:
             raise UnsupportedError(f"{fields.source}: {name} is set, which nplora does not implement")
@@ -59,7 +59,7 @@ def heads(fields: Fields, name: str) -> int:
 
 
 def after_padding(fields: Fields) -> int:
-    """The row of the position table for the first token, if a family skips the rows 0 to `pad_token_id`."""
+    """The first token's row of the position table, in families that do not use rows 0 to `pad_token_id`."""
     return fields.integer("pad_token_id", 1) + 1
 
 

@@ -261,7 +261,7 @@ class Family:
         return None if found is None else f"model.layers.{match[1]}.{found}"
 
     def permuted_heads(self, name: str, heads: int, kv_heads: int) -> int:
-        """The number of heads if GGUF reorders the rows of a layer's weight; 0 if not.
+        """If GGUF reorders the rows of a layer's weight, return its number of heads. If not, return 0.
 
         Args:
             name: Hugging Face's name of the layer.

@@ -2,7 +2,7 @@
 
 There are norms before and after each half-block (attention or MLP). Each head of q and k is also normalised.
 Hugging Face's files store norm weights minus 1. Every sixth layer attends to all earlier tokens. All other
-layers have a sliding window, and their rotary position embeddings have another base.
+layers have a sliding window, and rotary position embeddings with a different base.
 """
 
 from __future__ import annotations

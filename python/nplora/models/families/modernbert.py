@@ -1,7 +1,7 @@
 """ModernBERT (Warner et al. 2024): rotary positions, a norm before each half-block, GeGLU, mostly no biases.
 
-Every third layer attends to the whole text. All other layers have a sliding window, and their rotary position
-embeddings have another base.
+Every third layer attends to the whole text. All other layers have a sliding window, and rotary position
+embeddings with a different base.
 """
 
 from __future__ import annotations

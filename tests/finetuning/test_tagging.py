@@ -547,7 +547,7 @@ def test_what_a_classifier_of_words_cannot_do_is_said(model: Path) -> None:
     tagger = untrained(model)
     with pytest.raises(DataError, match="row 1: the field 'prediction' has the name of a new field"):
         list(predict_rows(tagger, [{**ROW, "prediction": 1}]))
-    with pytest.raises(ValueError, match="`predict_words` labels the words"):
+    with pytest.raises(ValueError, match="use `predict_words` to label words"):
         tagger.predict(["a cat"])
     with pytest.raises(
         TypeError, match=r"predict_words: sentences\[0\] is 'a cat', expected a list of texts"

@@ -45,7 +45,7 @@ def new_classifier(
     tokens: bool = False,
     seed: int = 0,
 ) -> TextClassifier:
-    """Put a new head, which has yet to be trained, on an encoder. The encoder is not copied.
+    """Put a new, untrained head on an encoder. The encoder is not copied.
 
     The dense layer of the head starts with the values in the model's files, if the files have this layer. All
     other weights are drawn from N(0, 0.02²), as in transformers.

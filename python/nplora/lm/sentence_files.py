@@ -68,7 +68,7 @@ def read(directory: Path) -> SentenceSettings:
 
     Raises:
         UnsupportedError: a module is not known.
-        UnsafeError: the path of a module leaves the directory, or its weights are a pickle.
+        UnsafeError: the path of a module leaves the directory, or the weights of a module are a pickle.
         FormatError: a file breaks its format.
     """
     path = directory / MODULES

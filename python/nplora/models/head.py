@@ -250,7 +250,7 @@ def most_rows(rows: int, vocab: int) -> int:
 
 
 def largest_chunk(rows: int, vocab: int) -> int:
-    """The number of rows in the largest chunk, if `chunks` splits this many rows."""
+    """The number of rows in the largest chunk that `chunks` makes from this many rows."""
     return math.ceil(rows / math.ceil(rows / most_rows(rows, vocab))) if rows else 0
 
 

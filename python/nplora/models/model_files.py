@@ -85,7 +85,7 @@ def open(base: StrPath) -> ModelFiles:
 
 
 def is_directory(output: StrPath) -> bool:
-    """Whether the path `output` of a new model is a directory, not a single file."""
+    """Whether a new model at the path `output` is a directory, not a single file."""
     return files.suffix(output) not in (".gguf", ".safetensors")
 
 

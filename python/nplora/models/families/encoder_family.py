@@ -155,7 +155,7 @@ class EncoderFamily:
         return self.first_position
 
     def require_encoder(self, fields: Fields) -> None:
-        """Raise UnsupportedError for variants of the family that nplora does not compute."""
+        """Raise UnsupportedError for variants of the family that nplora does not support."""
         for name in ("is_decoder", "add_cross_attention"):
             if fields.boolean(name, False):
                 raise UnsupportedError(f"{fields.source}: {name} is set, expected an encoder")

@@ -246,7 +246,7 @@ class Family:
         return None if stored is None else f"blk.{match[1]}.{stored}"
 
     def gguf_tensor(self, name: str) -> str | None:
-        """GGUF's name of a tensor such as "model.layers.0.input_layernorm.weight"; None: unknown tensor."""
+        """GGUF's name of a tensor such as "model.layers.0.input_layernorm.weight"; None if unknown."""
         layer, _, kind = name.rpartition(".")
         stored = self.gguf_layer(layer)
         return None if stored is None else f"{stored}.{kind}"

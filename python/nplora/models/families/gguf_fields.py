@@ -106,7 +106,7 @@ def require_number(data: ArchitectureMetadata, name: str, value: float) -> None:
 
 
 def scaling_kind(data: ArchitectureMetadata) -> str:
-    """The name of the scaling of the rotation. The default is "linear"."""
+    """The name of the rotation's scaling. The default is "linear"."""
     return data.string("rope.scaling.type", "linear")
 
 

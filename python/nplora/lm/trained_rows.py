@@ -141,8 +141,8 @@ class NewTokens:
 def new_tokens(lm: _Model, op: str, texts: str | Sequence[str]) -> NewTokens:
     """Divide texts into new tokens and tokens that the model already has.
 
-    The ids of new tokens follow the last token of the model's tokenizer. But a new token that the tokenizer
-    already has keeps its id; only the embedding has no row for this token.
+    The ids of new tokens follow the last token of the model's tokenizer. But if the tokenizer has a token,
+    and only the embedding lacks a row for it, this token keeps its id.
 
     Raises:
         ValueError, TypeError: as in `text_list`.

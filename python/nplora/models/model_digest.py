@@ -74,6 +74,6 @@ def refusal(name: str | None, digest: str | None, model: str | None) -> str:
 
 
 def subject(name: str | None, digest: str | None, model: str | None) -> str:
-    """The beginning of an error message about an adapter. If the base models differ, it says so."""
+    """Begin an error message about an adapter. If the base models differ, the text says so."""
     text = difference(name, digest, model)
     return f"{text}, and" if text else "the adapter"

@@ -149,7 +149,10 @@ def parser_of_runs(description: str | None, tasks: Iterable[str]) -> argparse.Ar
 def main() -> None:
     parser = parser_of_runs(__doc__, TASKS)
     parser.add_argument(
-        "--objective", default="dpo", choices=("dpo", "orpo", "kto"), help="objective for the task preferences"
+        "--objective",
+        default="dpo",
+        choices=("dpo", "orpo", "kto"),
+        help="objective of preferences",
     )
     text = f"points of the grid, from 0 to {len(GRID) - 1}; the defaults, {len(GRID)}; and variations of them"
     usual = list(range(len(GRID) + 1))  # the grid and the defaults

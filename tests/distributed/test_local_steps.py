@@ -371,7 +371,7 @@ def test_outer_momentum_begins_at_zero_if_the_run_had_none(then: float, now: flo
     shutil.copytree(tmp_path, tmp_path / "copy")
     with pytest.warns(UserWarning, match=f"outer_momentum was {then}, is {now}"):
         found = fit(3, now)
-    with pytest.warns(UserWarning, match="other settings"):
+    with pytest.warns(UserWarning, match="settings of the resumed run"):
         wanted = fit(3, 0.0, 0.5 * (1 + now), tmp_path / "copy")
     for value, expected in zip(found, wanted, strict=True):
         np.testing.assert_allclose(value, expected, rtol=1e-12)

@@ -118,7 +118,7 @@ def test_an_adapter_that_does_not_fit_into_memory_is_refused(client: Any, app: A
         load("first")
         for _ in range(2):
             with pytest.raises(
-                openai.APIStatusError, match=r"no memory for the adapter 'second'.* MB"
+                openai.APIStatusError, match=r"too little memory for the adapter 'second'.* MB"
             ) as caught:
                 load("second")
             assert (caught.value.status_code, caught.value.code) == (507, "insufficient_memory")
@@ -141,7 +141,7 @@ def test_a_file_that_is_too_large_is_refused_before_it_is_read(
     with open(tmp_path / "adapter_model.safetensors", "wb") as file:
         file.truncate(8 << 20)  # bytes
     monkeypatch.setattr(models, "memory", AdapterMemory(16 << 20))
-    with pytest.raises(RequestError, match="no memory for the adapter 'large'"):
+    with pytest.raises(RequestError, match="too little memory for the adapter 'large'"):
         models.load("large", tmp_path)
 
 
@@ -171,7 +171,7 @@ def test_two_adapters_that_are_loaded_at_the_same_time_do_not_exceed_the_memory(
     memory = AdapterMemory(4 * size)
     with memory.room(lm, "adapter0", size):
         assert memory.used == int(3.5 * size)
-        with pytest.raises(RequestError, match="no memory for the adapter 'adapter1'"):
+        with pytest.raises(RequestError, match="too little memory for the adapter 'adapter1'"):
             memory.room(lm, "adapter1", size).__enter__()
     assert memory.used == int(2.5 * size)
     with pytest.raises(OSError, match="no file"), AdapterMemory(4 * size).room(lm, "adapter1", size):

@@ -1215,7 +1215,7 @@ def test_every_warning_of_a_resumed_run_names_the_line_that_calls_fit(stopped: P
         "left this file unfinished",
         "the other checkpoint, of step",
         "the log is",
-        "other settings",
+        "settings of the resumed run",
         "abacus",
     )
     assert [part for part, text in zip(parts, found, strict=True) if part in text] == list(parts)

@@ -356,9 +356,12 @@ def _common(setting: str, adapter: AdapterContent) -> bool:
     """
     values = {name: bool(getattr(delta, setting)) for name, delta in adapter.items()}
     if len(set(values.values())) > 1:
-        found = ", ".join(f"{name} {value}" for name, value in values.items())
+        one, other = (
+            next(name for name, value in values.items() if value == is_set) for is_set in (True, False)
+        )
         raise ValueError(
-            f"save_adapter: PEFT's format has one {setting} for all layers, but {adapter.source} has {found}"
+            f"save_adapter: PEFT's format has one {setting} for all layers, but in {adapter.source}, layer "
+            f"{one!r} has {setting}=True, and layer {other!r} has {setting}=False"
         )
     return next(iter(values.values()))
 

@@ -7,6 +7,7 @@ contains their norms.
 import errno
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
@@ -297,7 +298,8 @@ def _peft(adapter: PeftAdapter) -> str:
         except FormatError as error:
             others.append(str(error))
         else:
-            layers.append(_layer(name, lora_a, lora_b, config.scale(name)))
+            layers.append(_layer(name, lora_a, lora_b, config.scale(name), config.use_dora))
+    layers.sort(key=lambda layer: _by_numbers(layer[0]))
     kind, rule = "DoRA" if config.use_dora else "LoRA", "sqrt(rank)" if config.use_rslora else "rank"
     base = config.base_model_name_or_path or "an unnamed model"
     return _text(
@@ -363,14 +365,20 @@ def _llama_cpp(file: GgufFile) -> str:
     )
 
 
-def _layer(name: str, lora_a: Array, lora_b: Array, scale: float) -> Row:
+def _by_numbers(name: str) -> list[tuple[int, str]]:
+    """A key that sorts names with their numbers as numbers: layer 2 before layer 10."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]
+
+
+def _layer(name: str, lora_a: Array, lora_b: Array, scale: float, is_dora: bool = False) -> Row:
     """A table row with the norms of three matrices of a layer: a, b and ΔW = s b a, where s is the scale.
 
-    The norm of ΔW is computed without forming ΔW: ‖s b a‖² = s² Σ (bᵀ b) ∘ (a aᵀ).
+    The norm of ΔW is computed without forming ΔW: ‖s b a‖² = s² Σ (bᵀ b) ∘ (a aᵀ). With DoRA, ΔW depends on
+    the base model, so it is left out.
     """
     a, b = lora_a.astype(np.float64), lora_b.astype(np.float64)
     delta = abs(scale) * math.sqrt(max(0.0, float(np.sum((b.T @ b) * (a @ a.T)))))
-    norms = {"lora_A": np.linalg.norm(a), "lora_B": np.linalg.norm(b), "ΔW": delta}
+    norms = {"lora_A": np.linalg.norm(a), "lora_B": np.linalg.norm(b)} | ({} if is_dora else {"ΔW": delta})
     return name, f"rank {len(a)}", f"scale {scale:g}", *(f"‖{key}‖ {norm:.4g}" for key, norm in norms.items())
 
 

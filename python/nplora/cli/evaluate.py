@@ -19,6 +19,7 @@ from nplora.cli.parser import (
     given_options,
     path,
 )
+from nplora.runtime.stderr import stderr
 
 HELP = "Print the mean loss of a language model on a file of text, and other metrics."
 
@@ -66,6 +67,9 @@ def _evaluate(arguments: argparse.Namespace, options: dict[str, Any]) -> None:
     from nplora.formats.strict_json import json_values
 
     data = given_data(arguments.data)
+    if len(arguments.adapter or ()) > 1:
+        text = "the adapters are added up and evaluated together; --compare evaluates each of them alone"
+        print(text, file=stderr, flush=True)
     result = finetuning.evaluate(arguments.model, data, adapter=arguments.adapter, **options)
     is_finite = math.isfinite(result["loss"])
     if arguments.json:

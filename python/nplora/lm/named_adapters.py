@@ -236,6 +236,8 @@ class NamedAdapters(Generic[Model]):
             return missing_name(op, name, self._adapters, "adapter")
         known = ", ".join(map(repr, self._adapters))
         hint = (
-            f"the loaded adapters are {known}" if known else "no adapter is loaded; call load_adapter first"
+            f"the loaded adapters are {known}"
+            if known
+            else "no adapter has a name; load_adapter(path, name) gives an adapter its name"
         )
         return KeyError(f"{op}: no adapter {brief(name)}; {hint}")

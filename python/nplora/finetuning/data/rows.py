@@ -4,6 +4,7 @@ Files are read in parts of limited size. A wrong line causes a DataError, and a 
 LimitError. The messages of DataError and LimitError name the file and the line.
 """
 
+import codecs
 import csv
 import os
 import zlib
@@ -179,7 +180,9 @@ def _decoded(line: bytes, where: str) -> str:
     try:
         return line.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise DataError(f"{where}: not UTF-8 at byte {error.start}") from error
+        is_utf16 = line[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+        hint = "; it begins like UTF-16: save the file as UTF-8" if is_utf16 else ""
+        raise DataError(f"{where}: not UTF-8 at byte {error.start}{hint}") from error
 
 
 # ---- the formats ----

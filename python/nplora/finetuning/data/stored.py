@@ -46,7 +46,7 @@ class DataReport:
 
     >>> tokenizer = nplora.load_model("model.gguf").tokenizer
     >>> print(nplora.data.read_dataset("valid.jsonl", tokenizer).report)
-    valid.jsonl (completion): 4 examples, 36 tokens (12 in the loss); 9 to 9 tokens long, median 9
+    valid.jsonl (completion): 4 examples, 36 tokens (12 in the loss); 9 tokens long
     """
 
     source: str
@@ -70,7 +70,11 @@ class DataReport:
         text = (
             f"{self.source} ({self.kind}): {counted(self.examples, self.unit)}, "
             f"{counted(self.tokens, 'token')} ({self.learned:,} in the loss); "
-            f"{self.shortest} to {self.longest} tokens long, median {self.median}"
+            + (
+                f"{self.longest} tokens long"
+                if self.shortest == self.longest
+                else f"{self.shortest} to {self.longest} tokens long, median {self.median}"
+            )
         )
         if self.truncated:
             text += f"; {self.truncated} cut to the maximum length"

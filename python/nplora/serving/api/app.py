@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from pathlib import Path
 from typing import Any
 
+from nplora.formats.errors import brief, nearest_names
 from nplora.platform.memory import current_memory
 from nplora.serving.api import adapter_routes, encoder_routes, text_routes, tuning_routes
 from nplora.serving.api.access import Access, Receive, Scope, Send
@@ -114,7 +115,7 @@ class Application:
         except Exception as error:
             if started:
                 raise
-            await self._refuse(_known(error), scope, body, noted)
+            await self._refuse(self._known(error, scope), scope, body, noted)
 
     async def _refuse(self, error: RequestError, scope: Scope, body: Body, send: Send) -> None:
         """Send an error. If the client is still sending the body of its request, keep reading for a while.
@@ -141,6 +142,24 @@ class Application:
         await send({"type": "http.response.body", "body": response.body, "more_body": True})
         await body.drain(_DRAINED_OF_STRANGERS if error.status in (401, 403) else _DRAINED)
         await send({"type": "http.response.body", "body": b""})
+
+    def _known(self, error: Exception, scope: Scope) -> RequestError:
+        """Turn any exception of a route into the error that the client sees."""
+        from starlette.exceptions import HTTPException
+
+        if not isinstance(error, HTTPException):
+            return as_request_error(error)
+        path, text = scope["path"], str(error.detail)
+        if error.status_code == 404:
+            near = nearest_names(path, [route.path for route in self._router.routes], 1)
+            text = f"there is no route {brief(path)}{f'; the nearest one is {near[0]}' if near else ''}"
+        elif error.status_code == 405:
+            allowed = (error.headers or {}).get("Allow", "")
+            text = f"the route {brief(path)} does not support {scope['method']}, only {allowed}"
+        code = {404: "unknown_route", 405: "method_not_allowed"}.get(error.status_code)
+        made = RequestError(text, error.status_code, code=code)
+        made.__cause__ = error
+        return made
 
     # ---- routes ----
 
@@ -283,20 +302,3 @@ class Application:
         service, adapters = self.service, len(self.service.models.names) - 1
         text = exposition(service.engine.metrics(), self.responses, adapters, current_memory())
         return Response(text, headers={"content-type": CONTENT_TYPE})
-
-
-def _known(error: Exception) -> RequestError:
-    """Turn any exception of a route into the error that the client sees."""
-    from starlette.exceptions import HTTPException
-
-    if isinstance(error, HTTPException):
-        made = RequestError(
-            {404: "there is no such route", 405: "this route does not support this method"}.get(
-                error.status_code, str(error.detail)
-            ),
-            error.status_code,
-            code={404: "unknown_route", 405: "method_not_allowed"}.get(error.status_code),
-        )
-        made.__cause__ = error
-        return made
-    return as_request_error(error)

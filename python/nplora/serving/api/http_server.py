@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import json
 import logging
 import math
@@ -71,7 +72,8 @@ def bind(host: str, port: int) -> socket.socket:
         made.listen()  # two sockets can be bound to one port, but only one can listen
     except OSError as error:
         made.close()
-        raise OSError(error.errno, f"cannot listen on {host}:{port}: {error.strerror}") from error
+        hint = "; choose another --port" if error.errno == errno.EADDRINUSE else ""
+        raise OSError(error.errno, f"cannot listen on {host}:{port}: {error.strerror}{hint}") from error
     return made
 
 

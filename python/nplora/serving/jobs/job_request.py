@@ -81,6 +81,9 @@ def checked(request: Mapping[str, Any], base: str) -> JobRequest:
     require_text(list(request))
     for name, value in request.items():
         require_text(value, str(name))
+    for name in _HYPERPARAMETERS:
+        if name in request:
+            raise RequestError(f"{name} belongs into the object hyperparameters", param=name)
     body.require_known({*_OPENAI, *OPTIONS}, {"integrations": ([],)})
     method, given = _method(body)
     fields = {name: value for name, value in body.values.items() if value is not None}

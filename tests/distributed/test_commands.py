@@ -397,8 +397,8 @@ def test_commands_that_cannot_be_divided_are_refused_under_a_launcher(
     assert cli.main(arguments) == 2
     assert capsys.readouterr().err == (
         f"nplora: error: {arguments[0]}: mpirun started 4 ranks, and each of them would do the same work and "
-        "write the same output: start it without mpirun; or, for separate runs, as "
-        f"`env -u PMI_SIZE nplora {arguments[0]}`, each with its own output\n"
+        "write the same output: start it without mpirun; for separate runs, let mpirun start "
+        f"`env -u PMI_SIZE nplora {arguments[0]}`, each rank with its own output\n"
     )
 
 

@@ -48,12 +48,12 @@ def fair_threads(ranks: Sequence[Cores], rank: int) -> int:
 
 
 def crowded_machines(ranks: Sequence[Cores], used: Sequence[tuple[str, int]]) -> dict[str, tuple[int, int]]:
-    """Find the machines on which the ranks run more threads than there are cores for them.
+    """Find the machines where the threads of all ranks outnumber the cores that the ranks may use.
 
     Args:
         used: for each rank, the name of its machine and its number of threads.
     Returns:
-        a dict from the name of each such machine to a pair: the numbers of threads and of cores.
+        a dict from the name of each such machine to a pair (threads, cores).
 
     >>> from nplora.distributed.cores import Cores, crowded_machines
     >>> crowded_machines([Cores("a", frozenset(range(2)), 2)] * 4, [("node1", 1)] * 4)

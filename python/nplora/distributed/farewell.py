@@ -30,14 +30,14 @@ class Farewell:
 
     A rank reads notices only while it waits in an exchange, so it may compute a batch before it reads them.
     For this reason, a leaving rank waits until all other ranks have left. If the leaving rank receives no
-    notice for `timeout` seconds, it ends all ranks by force. It does not wait at all if every remaining rank
-    has already exceeded the timeout in an exchange.
+    notice for `timeout` seconds, it ends all ranks by force. If every remaining rank has already exceeded the
+    timeout in an exchange, the leaving rank does not wait at all.
 
     Attributes:
         timeout: the seconds after which a rank that does not respond counts as failed.
-        pending: MPI requests that may be incomplete: notices, and messages of an exchange that an exception
-            has interrupted. The list keeps the requests and their buffers alive, because MPI may still use
-            them.
+        pending: requests of MPI that may be incomplete. They belong to notices, or to an exchange that an
+            exception has interrupted. The list keeps the requests and their buffers alive, because MPI may
+            still use them.
     """
 
     def __init__(self, mpi: Any, comm: Any, timeout: float) -> None:
@@ -60,7 +60,7 @@ class Farewell:
 
         Args:
             missing: the ranks whose values have not arrived. The error is raised only if one of these ranks
-                has sent a notice, because its values will then not come. None: the error is always raised.
+                has sent a notice, because this rank sends no more values. None: the error is always raised.
         """
         if self._failure is None:
             return
@@ -74,7 +74,7 @@ class Farewell:
         self._hung.update(missing)
         names = ", ".join(map(str, sorted(set(missing))))
         more = f" (the ranks {names} do not answer)" if len(set(missing)) > 1 else ""
-        words = f"no answer for {self.timeout:g} s{more}: it hangs, is stopped, or is slower than that"
+        words = f"no answer for {self.timeout:g} s{more}: the rank hangs, is stopped, or needs more time"
         error = RankError(min(missing, default=0), words)
         self._fail(error)
         return error

@@ -42,6 +42,6 @@ def require_one_process(op: str, can_train_together: bool = False) -> None:
         )
     names = " ".join(f"-u {name}" for name in _SIZES if name in os.environ)
     raise ValueError(
-        f"{started} do the same work and write the same output: start it without mpirun; or, for separate "
-        f"runs, as `env {names} nplora {op}`, each with its own output"
+        f"{started} do the same work and write the same output: start it without mpirun; for separate runs, "
+        f"let mpirun start `env {names} nplora {op}`, each rank with its own output"
     )

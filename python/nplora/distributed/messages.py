@@ -19,7 +19,7 @@ class Messages:
         self.sends: list[tuple[int, Any]] = []
 
     def unfinished(self) -> list[int]:
-        """A list with the other rank of every request that is not complete yet."""
+        """For each incomplete request, the rank that it sends to or receives from."""
         return [rank for rank, request in (*self.receives, *self.sends) if not request.Test()]
 
     def abandon(self, pending: list[Any]) -> None:

@@ -25,7 +25,7 @@ T = TypeVar("T")
 _OP = "MPICommunicator"
 _TIMEOUT = "NPLORA_RANK_TIMEOUT"  # the environment variable with the timeout in seconds
 _DEFAULT_TIMEOUT = 600.0
-_SPIN = 2e-4  # for the first seconds of a wait, a rank checks for messages without a pause
+_SPIN = 2e-4  # for this many seconds at the start of a wait, a rank checks for messages without a pause
 
 _VALUE, _ROW = 1, 2  # tags of messages
 
@@ -67,8 +67,9 @@ class MPICommunicator:
 
     If an exception leaves the block on one rank, the other ranks raise `RankError` in their next exchange, so
     that rank 0 can still save its run. The other ranks may first compute a batch, so the failed rank waits
-    for them. After the timeout, the failed rank ends all ranks. If a rank does not respond within the
-    timeout, the errors of the other ranks name that rank. After an error, open no other communicator.
+    for them. If these ranks do not react within the timeout, the failed rank ends all ranks. If a rank does
+    not respond within the timeout, the errors of the other ranks name that rank. After an error, open no
+    other communicator.
 
     Only one thread, and so only one run, may use a communicator at a time.
 

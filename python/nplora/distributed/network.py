@@ -46,7 +46,7 @@ class Network:
         Args:
             op: name of the public function. Error messages begin with this name.
         Raises:
-            ValueError: the text `rate` or the text `latency` has another form, or the rate is 0.
+            ValueError: `rate` or `latency` does not have this form, or the rate is 0.
 
         >>> import nplora
         >>> nplora.distributed.Network.parse("125MB").rate
@@ -88,9 +88,9 @@ class Network:
 
         Args:
             size: the bytes of the gradients.
-            rounds: for each round of the step, a pair: the number of micro-batches of each rank, and the
-                seconds for which each rank computes. A rank sends gradients of `size` bytes for each
-                micro-batch.
+            rounds: for each round of the step, a pair: the largest number of micro-batches in a rank's batch,
+                and the seconds for which the slowest rank computes. A rank sends gradients of `size` bytes
+                for each micro-batch.
         """
         one, waited = self.exchange(size, nodes), 0.0
         for number, (terms, _) in enumerate(rounds, start=1):
@@ -101,7 +101,7 @@ class Network:
     def local_sums(self, size: int, nodes: int, local_steps: int, rounds: int) -> float:
         """The mean seconds per step that exchanges take if each rank trains its own copy of the values.
 
-        The ranks exchange small values in every step. After `local_steps` steps, the ranks add up three
+        The ranks exchange small values in every step. After every `local_steps` steps, the ranks add up three
         arrays: the changes of the trained values, AdamW's first moments and AdamW's second moments. Each of
         these sums takes two exchanges of `size` bytes, as in `sums`.
 

@@ -58,15 +58,15 @@ def or_none_if_alone(ranks: Communicator) -> Communicator | None:
     >>> or_none_if_alone(Alone()) is None
     True
     """
-    return None if type(ranks) is Alone else ranks  # a subclass may do more, and is used
+    return None if type(ranks) is Alone else ranks  # a subclass of Alone may do more, so it is returned
 
 
 def say_if_alone(ranks: Communicator, distributed: str | None, progress: bool | None) -> None:
     """Print a notice on stderr if `distributed` is "mpi" but this process is not a rank of a launcher.
 
-    If the launcher belongs to another MPI library than mpi4py, each of the processes may train alone, without
-    an error. So with `progress=None`, the notice appears even if stderr is a file, where progress is not
-    shown. Only `progress=False` turns the notice off.
+    If the launcher and mpi4py belong to different MPI libraries, each process may train alone, without an
+    error. So with `progress=None`, the notice appears even if stderr is a file, where progress is not shown.
+    Only `progress=False` turns the notice off.
 
     >>> from nplora.distributed import Alone
     >>> from nplora.distributed.opening import say_if_alone

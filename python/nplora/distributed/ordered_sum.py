@@ -118,7 +118,7 @@ class _Slices:
         self._sent: list[Array] = []  # terms of this rank that `send` has started to send
         self._counts: Sequence[int] = ()  # for each rank, the number of terms that it has started to send
         self._received: list[Array] = []
-        self._idle: list[Array] = []  # memory for later terms
+        self._idle: list[Array] = []  # memory that later terms can use
 
     def _empty(self) -> Array:
         return self._idle.pop() if self._idle else np.zeros(self._shape, self._kind)
@@ -183,7 +183,7 @@ class _Slices:
             out[...] = values
 
     def _loaded(self, sent: Array) -> Array:
-        """Convert values that `_store` has written back to the dtype of the arrays."""
+        """Convert values from the form in which `_store` writes them to the dtype of the arrays."""
         if not self._rounds:
             return sent
         values = np.empty(sent.shape, np.float32)

@@ -64,7 +64,9 @@ class Encoded:
         return (self.ids, slice(None)) if self.words is None else classifier.windows(self.words)
 
     def places(self, places: Sequence[str]) -> list[str]:
-        """Return a place (file and line) for each text or, if words are labelled, for each word with a token.
+        """Return the place (file and line) of each text.
+
+        If words are labelled, the result has one item for each word with a token: the place of its sentence.
 
         Args:
             places: the place of each text.
@@ -75,7 +77,7 @@ class Encoded:
         return [place for place, count in zip(places, counts, strict=True) for _ in range(count)]
 
     def truth(self, targets: Targets) -> Targets:
-        """Return `targets`, except those of words that have no token, for `ClassificationReport.of`."""
+        """Return the targets for `ClassificationReport.of`, without those of words that have no token."""
         if self.words is None:
             return targets
         return self.words.kept(targets)

@@ -94,9 +94,9 @@ def kinds_of(tags: Sequence[str]) -> tuple[str, ...]:
 
 
 def scheme_of(tags: Iterable[str], sentences: Iterable[Sequence[str]]) -> str:
-    """The name of the scheme.
+    """The name of the scheme that the tags follow.
 
-    IOB1 and IOB2 have the same tags. The scheme is IOB1 if at least one entity begins with I-, and B- begins
+    IOB1 and IOB2 use the same tags. The scheme is IOB1 if at least one entity begins with I-, and B- begins
     only entities that directly follow another entity of the same kind.
 
     >>> from nplora.finetuning.classification.entities import scheme_of
@@ -128,7 +128,7 @@ def entities(tags: Sequence[str]) -> Iterator[Entity]:
     """The entities of a sentence, as in seqeval's default mode. L- has the meaning of E-, and U- of S-.
 
     A tag with B-, S- or U- always begins an entity. Every other tag except O begins an entity if the word
-    before it is in no entity, is in an entity of another kind, or is the last word of an entity.
+    before it is in no entity, is in an entity of another kind, or has a tag with E-, S-, L- or U-.
 
     >>> from nplora.finetuning.classification.entities import entities
     >>> [tuple(entity) for entity in entities(["B-PER", "I-PER", "O", "I-LOC", "B-LOC"])]

@@ -174,7 +174,7 @@ class RowReader:
     ) -> None:
         self._columns, self._task, self._separator = columns, task, separator
         self._known = None if labels is None else tuple(labels)
-        # If labels are numbers themselves, a number in the data is a label, and never a position.
+        # If labels are numbers themselves, a number in the data is a label, and never an index.
         self._numbered = numbered and not any(label.lstrip("+-").isdecimal() for label in self._known or ())
         self._by_name = _by_name(self._known or ())
         self._first: tuple[str, str, Any] | None = None  # kind, place and value of the first label
@@ -249,7 +249,7 @@ class RowReader:
         return name if self._known is None else self._found(value, name, where)
 
     def _found(self, value: str | int, name: str, where: str) -> str:
-        """Return the known label that the value in a row gives by its name or its index."""
+        """Return the known label that matches a value in a row. The value is a label or the index of one."""
         assert self._known is not None
         if str(value) in self._known:
             return str(value)
@@ -266,7 +266,7 @@ def task_of(task: str | None, columns: Mapping[str, str], sources: Sequence[Sour
     """Return `task`. If `task` is None, return "tokens" if the rows have words and no text, else "single".
 
     The keys of `columns` show whether the rows have words or texts. If `columns` is empty, the fields of the
-    first row without an error show it.
+    first row without an error decide.
     """
     if task is not None or not {"text", "label"}.isdisjoint(columns):
         return task or "single"
@@ -323,7 +323,7 @@ def _field(row: Row, column: str) -> Any:
         ours = {"text": "text", "label": "label"}.get(column, column)
         raise DataError(
             f"{row.where}: no field {column!r}, only {brief(list(row.values))}; --columns {ours}=NAME names "
-            "another"
+            "another field"
         )
     return row.values[column]
 
@@ -346,7 +346,7 @@ def _is_float(value: Any) -> bool:
 
 
 def _by_name(labels: Sequence[str]) -> dict[str, str]:
-    """A dict from labels without their surrounding spaces to the labels with these spaces.
+    """A dict from each label without its surrounding spaces to the label as it is.
 
     Labels that differ only in surrounding spaces have no entry.
     """
@@ -363,12 +363,12 @@ def _natural(label: str) -> tuple[int, float, str]:
 
 
 def targets_of(rows: LabelledTexts, task: str, labels: Sequence[str]) -> Targets:
-    """The targets as the loss function of `task` takes them. n is the number of rows.
+    """The targets in the form that the loss function of `task` takes. n is the number of rows.
 
     - "single": the indices of the labels, int64 (n,).
     - "multi": 1 for each label that a row has, else 0, float32 (n, labels).
     - "regression": the numbers, float32 (n, 1).
-    - "tokens": an array for each sentence: the indices of the labels of its words, int64 (words,).
+    - "tokens": for each sentence, an array with the indices of its words' labels, int64 (words,).
 
     Raises:
         DataError: a label is not among `labels`.
@@ -389,8 +389,8 @@ def targets_of(rows: LabelledTexts, task: str, labels: Sequence[str]) -> Targets
 def unfit_tag(labels: Sequence[str], *data: LabelledTexts) -> str:
     """Return a message about the first tag that fits no scheme of entities.
 
-    Reports then have no scores of entities. The message is empty if all tags fit a scheme, or if the tags do
-    not look like tags of entities.
+    If a tag fits no scheme, reports have no scores of entities. The message is empty if all tags fit a
+    scheme, or if the tags do not look like tags of entities.
 
     Args:
         labels: all labels. data: the sentences with the tags.

@@ -58,11 +58,11 @@ class ClassificationReport:
         examples: the number of texts; for "tokens", the number of words.
         values: the metrics by name. For "single": loss (cross entropy), accuracy, macro_f1 and
             calibration_error. For "tokens": the same metrics, over words. If the labels are tags such as
-            B-PER and I-PER, also entity_precision, entity_recall and entity_f1, over all entities. For
-            "multi": loss, subset_accuracy, micro_f1 and macro_f1. For "regression": loss (mean squared
+            B-PER and I-PER, there are also entity_precision, entity_recall and entity_f1, over all entities.
+            For "multi": loss, subset_accuracy, micro_f1 and macro_f1. For "regression": loss (mean squared
             error), mae, rmse, r2, pearson and spearman. A metric that is not defined is NaN.
         scores: the scores of each label; empty for a regression.
-        confusion: for "single" and "tokens": the number of texts or words for each true label (row) and
+        confusion: for "single" and "tokens", the number of texts or words for each true label (row) and
             predicted label (column). With more than 1,000 labels, there is no matrix (None).
         entities: for tags such as B-PER, the scores of each kind of entity. A predicted entity is right if
             its kind and all its words are right.

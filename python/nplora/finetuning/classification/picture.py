@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 Array = npt.NDArray[Any]
 
-_MOST_WITH_NUMBERS = 25  # labels; more have no room for a number in each cell
+_MOST_WITH_NUMBERS = 25  # labels; with more, a cell has no room for a number
 _LONGEST = 24  # characters of a label that are shown
 _INCHES = 0.45  # for each label
 

@@ -63,8 +63,8 @@ def evaluate_classifier(
 
     Args:
         data: rows as for `train_classifier`. If `data` is a directory, its validation data are read or, if
-            there are none, its training data. A label may also be given by its index, which counts from 0, as
-            in data sets of transformers. If the classifier classifies tokens, rows have words and tags. Long
+            there are none, its training data. A label may also be given by its index (from 0), as in data
+            sets of transformers. If the classifier classifies tokens, rows have words and tags. Long
             sentences are read in windows, as in `predict_words`. Words without a token are left out.
         columns, separator, skip_bad: as for `train_classifier`.
         progress: print on stderr how many rows are done; None: only on a terminal or in a notebook.
@@ -75,8 +75,8 @@ def evaluate_classifier(
             infinite.
         TypeError: the separator or the name of a column is not a text.
     Warns:
-        UserWarning: texts were cut, or rows were skipped. Or the tags look like tags of entities, but one of
-            the tags fits no scheme such as IOB2.
+        UserWarning: texts were cut or empty, words have no token, or rows were skipped; or the tags look like
+            tags of entities, but one of them fits no scheme such as IOB2.
     """
     op = "evaluate_classifier"
     require_separator(op, separator)
@@ -143,8 +143,8 @@ def predict_rows(
         probabilities: if words are classified, also yield the field "probabilities". If texts are classified,
             this field is always there.
     Raises:
-        DataError: a row has no text, its text has no tokens, or it has a field with the name of a new field.
-            With `skip_bad`, such rows raise no error.
+        DataError: a row has no text, its text has no tokens, or it already has one of the new fields. With
+            `skip_bad`, such rows raise no error.
         ValueError: a logit is NaN or infinite.
     Warns:
         UserWarning: texts were cut or empty, words have no token, or rows were skipped.
@@ -264,12 +264,13 @@ class _Predictor:
 
     @property
     def column(self) -> str:
-        """The field that holds a line of a plain text file, as a text or, for token classifiers, as words."""
+        """The name of the field into which a line of a plain text file is put."""
         columns = self._columns
         return (columns.tokens or WORDS[0]) if self._classifier.classifies_tokens else columns.text
 
     def read(self, row: Row) -> tuple[Row, Labelled]:
-        """Return the row, with its words as a list, and then the text or the words of the row.
+        """Return the row, and its text or its words. If the row has words, the returned row has them as a
+        list.
 
         Raises DataError if the row has no text, or has a field that the prediction would replace.
         """

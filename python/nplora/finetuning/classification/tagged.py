@@ -38,8 +38,8 @@ def words_of(row: Row, column: str | None) -> tuple[str, list[str]]:
 def tags_of(row: Row, column: str | None, words: Sequence[str]) -> list[tuple[str, Any]]:
     """Return (place, tag) for each word. The place says where the tag is, for messages.
 
-    The tags are in the field `column`; if `column` is None, in a field with one of the names in `TAGS`. For
-    the errors, see `words_of`.
+    The tags are in the field `column`. If `column` is None, the field has one of the names in `TAGS`. For the
+    errors, see `words_of`.
     """
     name, tags = _items(row, "tags", column, TAGS)
     if len(tags) != len(words):

@@ -141,7 +141,7 @@ class ClassifierRun:
 
 
 class _Start(Callback):
-    """Copies `was_finished` from the run."""
+    """Stores whether the run was already finished when it was resumed."""
 
     was_finished = False
 
@@ -211,8 +211,8 @@ def train_classifier(
     checked.
 
     For a regression, the model is trained on targets with mean 0 and variance 1. The saved head predicts the
-    original targets. The head of a language model has no bias. If such a model is trained, the targets are
-    only divided by the root of their mean square, and their mean is not subtracted.
+    original targets. The head of a language model has no bias. So for a language model, the targets are only
+    divided by the root of their mean square, and their mean is not subtracted.
 
     Args:
         model: a path as for `load_encoder`, or a loaded encoder without an adapter. A loaded encoder is
@@ -368,7 +368,7 @@ class _Training:
         return train, valid.read(held_out, options.skip_bad)
 
     def _divided(self, rows: LabelledTexts, share: float) -> tuple[LabelledTexts, LabelledTexts]:
-        """Divide the rows. The result for training also has the labels that occur only in held-out rows."""
+        """Divide the rows. The known labels of the training rows include those of the held-out rows."""
         train, valid = rows.divided(share)
         labels = () if self.task == "regression" else rows.labels(self.task)
         return train.with_labels(labels), valid
@@ -544,8 +544,8 @@ def _standard(targets: Array, classifier: TextClassifier) -> tuple[float, float]
     """The mean and the standard deviation of the targets. After training, both numbers are merged into the
     last layer.
 
-    Without a bias, the last layer cannot add the mean. The returned pair is then 0 and the root of the mean
-    square of the targets.
+    If the last layer has no bias, it cannot add the mean. In this case, the function returns 0 and the root
+    of the mean square of the targets.
     """
     wide = targets.astype(np.float64)
     centre = 0.0 if classifier.head.out.bias is None else float(wide.mean())

@@ -524,7 +524,7 @@ def test_an_encoder_with_an_adapter_is_trained_further_and_refuses_another_adapt
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     encoder = adapted(model)
-    with pytest.raises(ValueError, match="train: rank, layers would change the adapter, but the encoder al"):
+    with pytest.raises(ValueError, match="train: rank, layers can be given only for a new adapter, but the"):
         train(encoder, ROWS, tmp_path / "out", rank=4, layers="last:1", steps=1)
     result = train(encoder, ROWS, tmp_path / "out", steps=1, progress=True)
     assert result.encoder is encoder

@@ -477,7 +477,7 @@ def test_columns_give_fields_their_names() -> None:
     assert renamed(row, columns, "w") == {"prompt": "a", "completion": "b", "id": 3}
     assert renamed({"a": 1, "b": 2}, {"a": "b", "b": "a"}, "w") == {"a": 2, "b": 1}
     with pytest.raises(
-        DataError, match=r"w: the row has no field 'answer' of columns; it has \['question'\]"
+        DataError, match=r"w: the row has no field 'answer' that columns renames; it has \['question'\]"
     ):
         renamed({"question": "a"}, columns, "w")
 
@@ -513,7 +513,7 @@ def test_a_table_without_the_columns_is_refused(tmp_path: Path) -> None:
     words = from_gguf(opened(byte_level()))
     with pytest.raises(DataError, match=r"d\.parquet, row 1: the row has \['question', 'answer'\], expected"):
         read_dataset(tmp_path / "d.parquet", words)
-    with pytest.raises(DataError, match=r"d\.parquet, row 1: the row has no field 'q' of columns; it has"):
+    with pytest.raises(DataError, match=r"d\.parquet, row 1: the row has no field 'q' that columns renames"):
         read_dataset(tmp_path / "d.parquet", words, columns={"prompt": "q"})
     columns = {"prompt": "question", "completion": "answer"}
     assert len(read_dataset(tmp_path / "d.parquet", words, columns=columns)) == 1
@@ -575,7 +575,7 @@ def test_columns_leave_a_file_that_has_the_names_already(tmp_path: Path) -> None
     with pytest.warns(UserWarning, match=warning):
         assert preview(files[0], words, valid=files[1], columns=columns).valid is not None
     for row in ({"q": "a", "text": "b"}, {"question": "a"}):  # only some of the names; no kind
-        with pytest.raises(DataError, match=r"row 1: the row has no field '\w' of columns; it has"):
+        with pytest.raises(DataError, match=r"row 1: the row has no field '\w' that columns renames; it has"):
             read_dataset([row], words, columns=columns)
 
 

@@ -25,7 +25,9 @@ _MARKS = range(0xE200, 0xE300)  # private-use characters, which no template chan
 
 
 class Turn(NamedTuple):
-    """Where an assistant's turn begins and ends. `first` and `last` count the chat's special tokens from 0.
+    """Where an assistant's turn begins and ends.
+
+    `first` and `last` are indices in the list of all special tokens of the chat.
 
     Attributes:
         first: the index of the special token with which `head` begins.

@@ -18,11 +18,11 @@ EVALUATION_TOKENS = 1024  # maximum tokens in a batch of an evaluation, unless o
 class TokenBatches:
     """Packed batches with a fixed number of examples, or with as many examples as a token limit allows.
 
-    With `batch_tokens`, the examples are shuffled with the seed and grouped into batches once. Each epoch
-    then uses the same batches in another order, so all epochs have the same number of batches. With
-    `batch_examples`, each epoch groups the examples into new batches, unless `dataset.same_batches` is set:
-    then all epochs use the same batches, in another order. An epoch can begin with any batch, without
-    computing the batches before it.
+    With `batch_tokens`, the examples are shuffled once with the seed, and grouped into batches. All epochs
+    use these batches, each in a new order, so all epochs have the same number of batches. With
+    `batch_examples`, each epoch groups the examples into new batches. But if `dataset.same_batches` is set,
+    all epochs use the same batches, each in a new order. An epoch can begin with any batch: the batches
+    before that batch are not computed.
 
     Args:
         dataset: the examples.

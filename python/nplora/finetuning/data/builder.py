@@ -36,7 +36,7 @@ class Builder(Generic[_Made]):
     Attributes:
         bad: the number and the errors of the bad rows of the current source.
         kind: the name of the row format of the current source, such as "messages".
-        unread: the number of rows with each unused field, in all sources.
+        unread: for each unused field, the number of rows with this field, in all sources.
     """
 
     def __init__(
@@ -105,8 +105,8 @@ class Builder(Generic[_Made]):
     def end(self) -> None:
         """Finish the current source: repeat its examples according to its weight.
 
-        If the weight is not a whole number, an epoch has some examples once more than the others. A hash of
-        the tokens chooses them.
+        If the weight is not a whole number, an epoch has some examples once more than the others. Hashes of
+        the tokens choose these examples.
 
         Raises:
             DataError: the source has no examples. A source that may be empty (`may_be_empty`) is refused
@@ -155,7 +155,7 @@ class Builder(Generic[_Made]):
         Raises:
             DataError: the weights are so small that an epoch has no examples.
         Warns:
-            UserWarning: some rows have messages, reasoning, tools or documents that are not in the tokens.
+            UserWarning: the tokens of some examples lack messages, reasoning, tools or documents of the row.
         """
         source = ", ".join(source.name for source in self._sources)
         if not self._order:
@@ -187,11 +187,11 @@ class Builder(Generic[_Made]):
 
 
 def warn_of_unused(source: str, count: int, names: Collection[str], unit: str = "example") -> None:
-    """Warn if some rows have messages, reasoning, tools or documents that are not in the tokens.
+    """Warn if the tokens of some examples lack messages, reasoning, tools or documents of the row.
 
     Args:
-        count: the number of examples whose row has something that is not in the tokens.
-        names: what is not in the tokens, as in `Encoded.unused`.
+        count: the number of these examples.
+        names: what the tokens lack, as in `Encoded.unused`.
     """
     if count:
         warn_user(f"{source}: {left_out_words(count, names, unit)}, so the model does not see them")
@@ -204,7 +204,7 @@ def left_out_words(count: int, names: Collection[str], unit: str) -> str:
 
 
 def in_epoch(weight: float, examples: int) -> int:
-    """How many examples of a source an epoch has: the weight times their number, rounded to an integer."""
+    """The number of a source's examples in an epoch: `weight` times `examples`, rounded to an integer."""
     return int(weight * examples + 0.5)
 
 

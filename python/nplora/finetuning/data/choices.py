@@ -36,9 +36,10 @@ class Choices:
 def encode_choices(tokenizer: Tokenizer, example: MultipleChoice, where: str, chat: bool) -> Choices:
     """The tokens of a question and of each choice.
 
-    As in lm-evaluation-harness, white space at the end of the prompt is moved to the beginning of each
-    choice, because the tokens of most models begin with white space, but do not end with it. If neither the
-    prompt ends nor a choice begins with white space, a space is put before the choice.
+    In most models, white space between words belongs to the token that follows it. So, as in
+    lm-evaluation-harness, white space at the end of a prompt is moved to the beginning of each choice. If the
+    prompt does not end with white space, a space is put before each choice that does not begin with white
+    space. With the chat template, the choices stay as they are.
 
     Args:
         chat: write the question with the chat template.

@@ -82,8 +82,8 @@ class Judgements:
 
     Attributes:
         good: whether each answer is good.
-        mismatched: a batch of mismatched pairs: each prompt with an answer to another prompt. The batch is
-            empty if the loss needs no mismatched pairs.
+        mismatched: a batch of mismatched pairs. Such a pair joins a prompt to an answer to a different
+            prompt. The batch is empty if the loss needs no mismatched pairs.
     """
 
     good: Array
@@ -94,11 +94,12 @@ class JudgedDataset(Stored):
     """Answers that were judged as good or bad.
 
     Each batch comes with a mismatched pair for each of its examples: the prompt of the example, and the
-    answer of the nearest earlier example with another prompt. If no earlier example has another prompt, the
-    search continues backwards from the end of the batch. If all prompts of the batch are equal, the search
-    covers the whole data set instead. The mean of log(p / p_reference) over the mismatched pairs estimates
-    the KL divergence of the model from the reference; p and p_reference are their probabilities of an answer.
-    The batches are the same in all epochs, so the log-probabilities of the reference are computed only once.
+    answer of the nearest earlier example with a different prompt. If no earlier example has a different
+    prompt, the search continues backwards from the end of the batch. If all prompts of the batch are equal,
+    the search covers the whole data set instead. The mean of log(p / p_reference) over the mismatched pairs
+    estimates the KL divergence of the model from the reference. Here, p is the probability of an answer under
+    the model, and p_reference that under the reference. The batches are the same in all epochs, so the
+    log-probabilities of the reference are computed only once.
 
     Attributes:
         good: for each stored example, whether its answer was judged as good.
@@ -133,7 +134,7 @@ class JudgedDataset(Stored):
         return bool((self._prompts != self._prompts[0]).any())
 
     def _others(self, indices: Array) -> Array:
-        """For each prompt, find an answer to another prompt. Return the indices of the answers' examples."""
+        """For each example in `indices`, return the index of an example with a different prompt."""
         found = _before_with_another(self._prompts[indices])
         return self._others_in_data[indices] if found is None else indices[found]
 
@@ -172,9 +173,9 @@ def _first_trained(labels: Array) -> int:
 
 
 def _before_with_another(values: Array) -> Array | None:
-    """For each index of `values`, find the nearest earlier index that has another value.
+    """For each index of `values`, find the nearest earlier index with a different value.
 
-    The search continues from index 0 to the last index. If all values are equal, the result is None.
+    After index 0, the search continues at the last index. If all values are equal, the result is None.
     """
     begins = np.flatnonzero(values != np.roll(values, 1))  # each begins a run of equal values
     if not len(begins):

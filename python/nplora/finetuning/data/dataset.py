@@ -78,7 +78,7 @@ class ReadOptions:
     """The options that define how rows become examples, as in `read_dataset`.
 
     Attributes:
-        any_names: whether it is no error if no row has a field that `columns` renames.
+        any_names: whether the rows may all lack the fields that `columns` renames.
     Raises:
         ValueError, TypeError: a value is out of range or has a wrong type.
     """
@@ -156,20 +156,21 @@ def read_dataset(
               Every epoch contains the same examples.
         tokenizer: the model's tokenizer, or the model.
         max_length: maximum tokens of an example; longer examples are cut. A plain text requires max_length.
-        learn: the tokens to train: "completion" for the tokens that the list of formats names, "all" for all
-            tokens.
+        learn: the tokens to train: "completion" trains the tokens that the list of formats names; "all"
+            trains all tokens.
         format: format of the rows: "messages", "sharegpt", "alpaca", "completion" or "text". If None, the
             names of the fields decide the format.
-        columns: a dict from the formats' field names to those in the data, such as {"prompt": "question"}.
+        columns: a dict from the formats' field names to the field names in the data, such as
+            {"prompt": "question"}.
         chat: write prompts and completions with the chat template, as messages of the user and the assistant.
         skip_bad: skip bad rows, and count them.
         strict: refuse an example of more than max_length tokens.
     Raises:
         DataError: the file has no rows, no token can be trained, or a row is wrong. The error message names
             the file and the line. A row is wrong if its fields fit no format or two formats, or if earlier
-            rows have another format. No field may be missing or empty, or have a wrong type. No role may be
-            unknown or out of order. A tool call must have a name. A weight is 0 or 1, and only a message of
-            the assistant may have weight 1.
+            rows have a different format. No field may be missing or empty, or have a wrong type. No role may
+            be unknown or out of order. A tool call must have a name. A weight must be 0 or 1, and only a
+            message of the assistant may have weight 1.
         LimitError: a line is too long, its JSON exceeds a limit, or a weight gives an epoch too many
             examples.
         UnsafeError, FormatError: the model's chat template is invalid.
@@ -283,7 +284,8 @@ def without_prompt_words(names: Mapping[str, int]) -> str:
     """A warning that some comparisons have no prompt.
 
     Args:
-        names: a dict from the fields that probably hold the prompt to the number of rows with this field.
+        names: a dict from the name of each field that probably holds the prompt to the number of rows with
+            this field.
     """
     rows, likely = counted(sum(names.values()), "row"), max(names, key=lambda name: names[name])
     return f"found no prompt in {rows} with chosen and rejected; {renaming('prompt', likely)}"
@@ -373,7 +375,7 @@ def parsed(
 
 
 def _renamed(row: Row, options: ReadOptions) -> dict[str, Any]:
-    """Rename the fields of a row. Among several files, one may have nplora's names already."""
+    """Rename the fields of a row, unless it has none of these fields, and fits a format without them."""
     try:
         return renamed(row.values, options.columns, row.where)
     except DataError:

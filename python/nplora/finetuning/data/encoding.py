@@ -55,7 +55,7 @@ class Encoder:
     Args:
         learn_all: whether all tokens are trained, including prompts.
         max_length: the maximum number of tokens of a sequence, or None. The encoder stops at `max_length` + 1
-            tokens or soon after: enough for the caller to see that the example is too long.
+            tokens or soon after, so that the caller can see that the example is too long.
         chat: whether completions go through the chat template too.
     Raises:
         ValueError: the model has no EOS token.
@@ -115,7 +115,10 @@ class Encoder:
         return self._completion(example, where)
 
     def _choice(self, example: MultipleChoice, where: str) -> Encoded:
-        """Encode the question and the right choice, whose log-probability `nplora eval` computes."""
+        """Encode the question and the right choice.
+
+        `nplora eval` computes the log-probability of this choice.
+        """
         found = encode_choices(self._tokenizer, example, where, self._chat)
         right = found.continuations[found.answer]
         is_trained = [self._all] * len(found.prompt) + [True] * len(right)
@@ -125,8 +128,8 @@ class Encoder:
     def _completion(self, example: Completion, where: str) -> Encoded:
         """Encode the prompt and the completion as one text.
 
-        The tokens of the whole text may not begin with the tokens of the prompt alone. In this case, encode
-        the prompt and the completion separately.
+        If the tokens of the whole text do not begin with the tokens of the prompt alone, the prompt and the
+        completion are encoded separately.
         """
         prompt, completion = example.prompt, example.completion
         before, ids = (
@@ -187,7 +190,7 @@ def _require_calls(message: Message, lost: list[int], where: str) -> None:
 
 
 def _unusual_order(messages: list[Message]) -> str:
-    """Describe the first message that breaks the order of roles of many templates; "" if none does."""
+    """Describe the first message whose role breaks the order of many templates; "" if none does."""
     before: str | None = None
     for number, message in enumerate(messages, 1):
         role = message["role"]

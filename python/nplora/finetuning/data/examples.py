@@ -34,7 +34,7 @@ class Completion:
     completion: str
 
     def as_chat(self) -> Chat:
-        """The completion as a chat: a message of the user with the prompt, and one of the assistant."""
+        """The completion as a chat: a user message with the prompt, then an assistant message."""
         turns = ("user", self.prompt), ("assistant", self.completion)
         return Chat([{"role": role, "content": content} for role, content in turns])
 
@@ -55,8 +55,10 @@ class Chat:
     prompt: int = 0
 
     def is_trained(self, index: int) -> bool:
-        """Whether a message is trained: an assistant's message that follows the prompt, unless its weight
-        is 0."""
+        """Whether a message is trained.
+
+        A trained message is an assistant message after the prompt, and its weight is not 0.
+        """
         message = self.messages[index]
         return message["role"] == "assistant" and index >= self.prompt and message.get("weight") != 0
 

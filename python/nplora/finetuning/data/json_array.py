@@ -11,7 +11,7 @@ from nplora.formats.errors import DataError, LimitError, brief
 from nplora.formats.strict_json import Marks
 
 _SPACE = re.compile(r"[ \t\r\n]*")
-_HEAD = 1 << 20  # bytes in which the array must begin
+_HEAD = 1 << 20  # the array must begin within this number of bytes
 _NEXT = json.JSONDecoder()
 
 
@@ -125,6 +125,6 @@ def _begin(head: bytes, name: str) -> tuple[int, bool]:
 
 
 def _skip(text: str, place: int) -> int:
-    """Skip white space from the position `place` on. Return the position of the next other character."""
+    """Return the position of the first character at or after `place` that is not white space."""
     found = _SPACE.match(text, place)
     return found.end() if found else place

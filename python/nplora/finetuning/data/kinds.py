@@ -81,7 +81,7 @@ def recognise(values: Mapping[str, Any], where: str) -> Kind:
 
 
 def _is_judgement(label: object) -> bool:
-    """Whether a label is true or false. The words count too, because a text table has no booleans."""
+    """Whether a label is a boolean, or the text "true" or "false", as in files without booleans."""
     return label.strip().lower() in ("true", "false") if isinstance(label, str) else isinstance(label, bool)
 
 
@@ -109,7 +109,7 @@ def _renames(names: list[str]) -> str:
 
 
 def _kinds_with(names: list[str], is_judged: bool) -> dict[str, str]:
-    """Find the kinds that a row with these fields may have. The result maps a kind to the field found.
+    """Find the kinds that a row with these fields may have. Each kind is mapped to the field that shows it.
 
     Args:
         is_judged: whether the row has a label that is true or false. Any other label, which may be the topic
@@ -137,14 +137,17 @@ def renamed(values: dict[str, Any], columns: Mapping[str, str], where: str) -> d
     for theirs in columns.values():
         if theirs not in values:
             raise DataError(
-                f"{where}: the row has no field {theirs!r} of columns; it has {brief(list(values))}"
+                f"{where}: the row has no field {theirs!r} that columns renames; it has {brief(list(values))}"
             )
     others = {k: v for k, v in values.items() if k not in columns and k not in columns.values()}
     return others | {ours: values[theirs] for ours, theirs in columns.items()}
 
 
 def lost_context(values: Mapping[str, Any], example: Example) -> tuple[str, ...]:
-    """The fields of a row, "tools" or "documents", that its example lacks. Only a chat has them."""
+    """Return the names among "tools" and "documents" that the row has, but its example lacks.
+
+    Only a chat can have tools and documents.
+    """
     answer: object = example
     if isinstance(example, Preference):
         answer = example.chosen

@@ -87,20 +87,20 @@ class Part:
         source: the names of the files.
         kinds: the formats of the rows.
         examples: the number of examples. A pair is one example.
-        epoch: the number of examples in an epoch. Examples that are left out do not count. An example that
-            the weight of its file repeats counts several times.
+        epoch: the number of examples in an epoch. Examples that are left out do not count. If the weight of a
+            file repeats an example, each repetition counts.
         lengths: the number of tokens of each sequence before it is cut. A pair has two sequences.
         trained: the number of tokens that count in the loss, before examples are cut.
         cut: the number of examples that are longer than the maximum length.
         lost: the number of tokens that are cut off.
-        emptied: the number of examples that are left out because of the cut: they have nothing to train on,
-            or both answers of a pair have become the same.
+        emptied: the number of examples that are left out because the cut leaves nothing to train on, or makes
+            both answers of a pair equal.
         left_out: what the chat template leaves out: some of "messages", "reasoning", "tools" and "documents".
         unused: the number of examples with messages, reasoning, tools or documents that the chat template
             leaves out.
         unread: a dict from the name of each unused field to the number of rows with this field.
-        without_prompt: the comparisons without a field "prompt": a dict from the name of a field that
-            probably holds the prompt to the number of these rows.
+        without_prompt: a dict from the name of a field that probably holds the prompt to the number of
+            comparisons that have this field, but no field "prompt".
         repeated: the number of examples that repeat an earlier example.
         bad: the number of bad rows.
         problems: the errors of the first few bad rows.
@@ -207,7 +207,8 @@ def preview(
     Args:
         data, tokenizer, format, columns, chat, max_length, learn: as for `read_dataset`. The rows may also be
             comparisons. A plain text is divided into the same windows as in `finetune`.
-        valid: validation data, as `data`. The preview counts the validation rows that are also in `data`.
+        valid: validation data, in the same form as `data`. The preview counts the validation rows that are
+            also in `data`.
         valid_split: share of the examples to hold out, as for `finetune`.
         examples: how many of the first examples are shown.
     Returns:
@@ -365,7 +366,7 @@ class _Reader:
 
 
 def _digest(sequences: list[Encoded], good: bool | None) -> bytes:
-    """A hash of an example's tokens, of which tokens are trained, and of the judgement."""
+    """A hash of an example: its tokens, the marks of trained tokens, and its judgement."""
     said = repr([good, [(one.ids, one.trained) for one in sequences]])
     return hashlib.blake2b(said.encode(), digest_size=16).digest()
 

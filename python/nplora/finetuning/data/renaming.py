@@ -11,11 +11,11 @@ from nplora.runtime.user_warning import warn_user
 
 
 class RenamedRows:
-    """Counts renamed rows and other rows over several sources. A name in `columns` may be misspelled."""
+    """Counts the rows that were renamed and those that were not, to find misspelled names in `columns`."""
 
     def __init__(self) -> None:
         self._renamed = 0
-        self._others = collections.Counter[str]()  # for each source
+        self._others = collections.Counter[str]()  # for each source, the rows that were not renamed
 
     def add(self, source: Source, is_renamed: bool) -> None:
         """Count a row of the source."""
@@ -28,9 +28,9 @@ class RenamedRows:
         """After all rows were added, warn about the rows whose fields were not renamed.
 
         Args:
-            may_be_none: whether it is no error if no row of any source was renamed.
+            may_be_none: whether it is allowed that no row of any source was renamed.
         Raises:
-            DataError: no row was renamed.
+            DataError: no row was renamed, and `may_be_none` is False.
         """
         if not columns or not self._others:
             return
@@ -43,5 +43,5 @@ class RenamedRows:
         for source, rows in self._others.items():
             warn_user(
                 f"{source}: {counted(rows, 'row')} without any field that columns renames ({names}); "
-                "nothing was renamed there"
+                "nothing was renamed in these rows"
             )

@@ -21,9 +21,9 @@ from nplora.formats.files import StrPath
 
 MAX_LINE = 1 << 24  # bytes
 MOST_INFLATED = 256  # bytes of text for each byte of a compressed file
-BEGINS_DOCUMENT = "-DOCSTART-"  # a line of a CoNLL file with this beginning is no word, but a new document
+BEGINS_DOCUMENT = "-DOCSTART-"  # a line of a CoNLL file that begins with this text starts a new document
 _PART = 1 << 20
-_MOST_WORDS = 1 << 18  # of a sentence in a CoNLL file
+_MOST_WORDS = 1 << 18  # the most words of a sentence in a CoNLL file
 _FREE = 1 << 26  # bytes of text to which any compressed file may expand
 _FREE_LINES = 1 << 20  # empty lines that any file may have
 _GIVEN = 1 << 12  # bytes that zlib gets at a time
@@ -38,8 +38,8 @@ class Row:
     Attributes:
         where: the file and line of the row, for messages.
         values: the fields of the row; empty if there is an error.
-        lines: for a sentence of a CoNLL file, which has one word in each line, a tuple: the name of the file,
-            and the number of the line with the first word. For other rows, None.
+        lines: for a sentence of a CoNLL file, a tuple: the name of the file, and the number of the line with
+            the first word. In such a file, each line has one word. None for rows of all other files.
     """
 
     where: str
@@ -48,7 +48,7 @@ class Row:
     lines: tuple[str, int] | None = None
 
     def place_of(self, name: str, i: int) -> str:
-        """Say for a message where item `i` of a list is. The field `name` holds the list."""
+        """Return the place of item `i` of the list in the field `name`, for messages."""
         if self.lines is None:
             return f"{self.where}, {name}[{i}]"
         file, first = self.lines
@@ -108,8 +108,8 @@ def _decompressed(parts: Iterator[bytes], name: str) -> Iterator[bytes]:
 def _inflated(parts: Iterator[bytes], name: str) -> Iterator[bytes]:
     """Decompress a gzip file, which holds one or several streams. Yield at most `_PART` bytes at a time.
 
-    If a stream ends within the input of a call, zlib copies the rest of this input. So each call gets only a
-    few bytes.
+    If a stream ends within the input of a call, zlib copies the rest of this input. So each call gets at most
+    `_GIVEN` bytes.
     """
     stream, read, made = zlib.decompressobj(_GZIP), 0, 0
     try:
@@ -172,7 +172,7 @@ def _lines(path: StrPath) -> Iterator[tuple[int, bytes]]:
 
 
 def _bare(line: bytes, number: int) -> bytes:
-    """Remove what some editors add: a byte order mark before line 1, or a carriage return at the end."""
+    """Remove what some editors add: a byte order mark before line 1, and a carriage return after a line."""
     return (line.removeprefix(_BOM) if number == 1 else line).removesuffix(b"\r")
 
 
@@ -265,7 +265,8 @@ def _text(path: StrPath) -> Iterator[Row]:
     """Split a plain text into parts. Newlines at the end of the text are dropped.
 
     Each part except the first begins with a line whose first character is a letter. Every tokenizer divides a
-    text there too, so no token crosses the border of two parts, and the parts have the tokens of the text.
+    text before such a line too. So no token crosses the border of two parts, and the parts together have the
+    same tokens as the whole text.
     """
     part, size, first = list[str](), 0, 1
     for number, line in _lines(path):

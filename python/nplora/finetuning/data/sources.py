@@ -91,8 +91,8 @@ def sources_of(op: str, data: Data) -> list[Source]:
     """The sources to evaluate on.
 
     If `data` is a directory, these are the validation data, or the training data if there are no validation
-    data. If `data` is a mapping of splits, they are the first of these splits that exists: validation, test,
-    training.
+    data. If `data` is a mapping of splits, the sources are those of the first split that exists, in this
+    order: validation, test, training.
 
     Raises the same errors as `splits_of`.
     """
@@ -144,7 +144,7 @@ def _splits_of_mapping(op: str, data: Mapping[Any, Any]) -> Splits:
 
 
 def _split_named(op: str, data: Mapping[Any, Any], *names: str) -> Any:
-    """Return the split with the first of the given names that is a key of the mapping."""
+    """Return a split of the mapping: that of the first name in `names` that is a key."""
     for name in names:
         if name in data:
             return data[name]
@@ -245,7 +245,7 @@ def _existing(file: Path) -> Path:
 
 
 def _required(directory: Path, *splits: tuple[str, ...]) -> Path:
-    """Return the file of the first of the given splits that has a file in the directory.
+    """Look for a file of each split, in the given order, and return the first file found.
 
     Args:
         splits: for each split, a tuple of the names that its file may have, without suffix.
@@ -260,7 +260,7 @@ def _required(directory: Path, *splits: tuple[str, ...]) -> Path:
 
 
 def _split(directory: Path, names: tuple[str, ...]) -> Path | None:
-    """Return the file with one of the given names, to which a suffix is added; None if there is none."""
+    """Return the file whose name is one of `names` with a suffix; None if there is no such file."""
     named = (directory / f"{name}{s}" for name, s in itertools.product(names, (*SUFFIXES, *COMPRESSED)))
     found = [file for file in named if file.exists()]
     if len(found) > 1:

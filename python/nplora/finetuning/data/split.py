@@ -35,7 +35,7 @@ class Division:
 
     Attributes:
         train: the sources of the rows to train on. After the last source has been read to its end, a
-            DataError is raised if the rows to train on or the held-out rows are missing.
+            DataError is raised if there are no rows to train on, or no held-out rows.
     """
 
     def __init__(

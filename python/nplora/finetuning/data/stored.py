@@ -26,8 +26,8 @@ class DataReport:
 
     Attributes:
         source: the file.
-        examples: the number of examples in an epoch. An example is a row, or a window of a plain text.
-            Examples that a weight repeats count several times.
+        examples: the number of examples in an epoch. An example is a row, or a window of a plain text. If a
+            weight repeats an example, each repetition counts.
         tokens: the number of tokens in all examples.
         learned: the number of tokens that count in the loss.
         shortest, median, longest: lengths in tokens, over all sequences of the examples.
@@ -106,8 +106,8 @@ class Examples(Protocol):
     Attributes:
         report: a summary of the file.
         sequences: the number of sequences of an example.
-        same_batches: whether all epochs must have the same batches. They must if the loss of an example
-            depends on the other examples of its batch.
+        same_batches: whether all epochs must have the same batches. They must have the same batches if the
+            loss of an example depends on the other examples of its batch.
     """
 
     report: DataReport
@@ -140,7 +140,7 @@ class Examples(Protocol):
         """Whether a token occurs in the examples."""
 
     def digests(self) -> list[bytes]:
-        """A hash for each example: of its tokens, the marks of trained tokens, and any judgement."""
+        """For each example, a hash of its tokens, the marks of trained tokens, and its judgement, if any."""
 
     def __len__(self) -> int: ...
 
@@ -233,8 +233,8 @@ class Stored:
         """Count the trained tokens that an activated LoRA with these invocation tokens can change.
 
         Returns:
-            three numbers: the tokens that it can change; those that come before the last invocation of their
-            sequence; and all trained tokens.
+            three counts: the trained tokens that the LoRA can change; the trained tokens that come before the
+            last invocation of their sequence; and all trained tokens.
         """
         can_change = np.zeros(len(self._ids) + 1, np.bool_)
         can_change[active_in(self._ids, self._starts, invocation) + 1] = True  # a token predicts the next one
@@ -252,7 +252,7 @@ class Stored:
         return bool((self._ids == id_).any())
 
     def digests(self) -> list[bytes]:
-        """A hash for each example: of its tokens, the marks of trained tokens, and any judgement."""
+        """For each example, a hash of its tokens, the marks of trained tokens, and its judgement, if any."""
         stored = list[bytes]()
         for begin, end in itertools.pairwise(self._starts[:: self.sequences].tolist()):
             digest = hashlib.blake2b(self._ids[begin:end].tobytes(), digest_size=16)

@@ -19,7 +19,7 @@ from nplora.formats.errors import DataError, LimitError
 MOST_EXPANDED = 64  # bytes of content for each byte of a compressed part
 _FREE = 1 << 28  # bytes to which any part may expand
 _FREE_ROWS = 1 << 22  # rows that any file may have
-_VALUE = 32  # the least bytes that a value takes as a Python object
+_VALUE = 32  # the fewest bytes that a value takes as a Python object
 _DICTIONARY, _BATCH = 2, 3  # kinds of Arrow's messages
 
 Array = npt.NDArray[Any]
@@ -112,7 +112,7 @@ def _stated(metadata: bytes, body: memoryview) -> tuple[int, int]:
 
 
 class _Table:
-    """A table in the flatbuffer `raw`. The module `struct` raises an error for a position beyond its end."""
+    """A table in the flatbuffer `raw`. The module `struct` raises an error for a position after the end."""
 
     def __init__(self, raw: bytes, begin: int) -> None:
         self._raw, self._begin = raw, begin

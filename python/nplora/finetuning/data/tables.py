@@ -100,7 +100,7 @@ def _rows(batch: Any, most: int) -> Iterator[dict[str, Any] | None]:
 
 
 def frame_rows(table: Any) -> Iterator[dict[str, Any]] | None:
-    """The rows of a data frame of pandas or polars, or of a table of pyarrow. If `table` is neither, None.
+    """The rows of a data frame of pandas or polars, or of a table of pyarrow. None for all other objects.
 
     The values in a row may be None or NumPy arrays.
 

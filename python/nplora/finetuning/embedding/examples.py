@@ -161,7 +161,7 @@ def read_examples(
             `nplora.data.read_dataset`. If `data` is a directory or a dictionary of splits, its training data
             is read.
         encoder: the model, which has the tokenizer.
-        loss: the name of the loss, or the loss.
+        loss: the name of the loss, or the loss itself, such as `RankingLoss()`.
         columns: the names of the fields in the data, if they differ from the names above: a dict such as
             {"anchor": "question"}, or a text such as "anchor=question".
         prompts: a prompt to put before each text, or a dict from fields to prompts: {"anchor": "query: "}.
@@ -170,7 +170,7 @@ def read_examples(
             Longer texts are cut, and the report says how many.
         skip_bad: skip bad rows, and count them.
     Raises:
-        DataError: a field is missing or empty or has another type, a score is not finite, or there are no
+        DataError: a field is missing or empty or has a wrong type, a score is not finite, or there are no
             rows. The message names the file and the line.
         ValueError, TypeError: an argument has a wrong value or type.
         OSError: a file cannot be read.
@@ -258,8 +258,8 @@ def _score(fields: Fields, loss: EmbeddingFunction) -> float:
         raise fields.error(f"score is {brief(value)}, expected a number")
     if isinstance(innermost(loss), embedding_losses.CosineLoss) and not -1 <= score <= 1:
         raise fields.error(
-            f"score is {score:g}, but a cosine is from -1 to 1; divide the scores, or use loss 'cosent', for "
-            "which only the order of the scores matters"
+            f"score is {score:g}, but a cosine is from -1 to 1; scale the scores to this range, or use "
+            "loss 'cosent', for which only the order of the scores matters"
         )
     return score
 

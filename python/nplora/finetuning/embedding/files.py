@@ -90,7 +90,7 @@ def embed_file(
         output: the file to write. .npy: float32 (texts, dim); .csv: a column for the text, and a column for
             each value of its embedding; .jsonl: {"text": …, "embedding": […]}. The rows have the order of
             the data.
-        adapter: a PEFT directory, or an `Adapter`. `model` must then be a path.
+        adapter: a PEFT directory, or an `Adapter`. With an adapter, `model` must be a path.
         column: the field that holds the text.
         normalize, prompt, prompt_name, batch_size, max_length: as in `Encoder.embed`.
         overwrite: replace an existing file.

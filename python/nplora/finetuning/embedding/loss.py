@@ -34,9 +34,9 @@ class EmbeddingLoss(FusedLoss):
 
     The batch is computed in micro-batches, so a batch of thousands of texts needs little memory (Gao et al.
     2021, "GradCache"). First, a forward pass over each micro-batch computes embeddings, and stores nothing
-    else. From the embeddings of the whole batch follow the loss and its gradient with respect to the
-    embeddings. Then each micro-batch gets a second forward pass, with the same dropout, and a backward pass.
-    The last micro-batch needs no second forward pass, so a batch of one micro-batch takes no additional time.
+    else. The loss and its gradient are computed from the embeddings of the whole batch. Then each micro-batch
+    gets a second forward pass, with the same dropout, and a backward pass. The last micro-batch needs no
+    second forward pass, so a batch of one micro-batch takes no additional time.
 
         >>> import nplora
         >>> encoder = nplora.load_encoder("encoder-model")
@@ -88,7 +88,7 @@ class EmbeddingLoss(FusedLoss):
         return sum(1 for _ in self._micro_batches(x))
 
     def computed_elsewhere(self, x: TextBatch, y: Any) -> None:
-        """Do nothing, because this loss keeps no count of the tokens of other ranks' batches."""
+        """Do nothing, because this loss does not count the tokens in the batches of other ranks."""
 
     def forward_backward(self, model: Module, x: TextBatch, y: Any, factor: float) -> float:
         """Return the summed loss of a batch; add `factor` times its gradient to the model's gradients."""
@@ -167,7 +167,7 @@ class EmbeddingLoss(FusedLoss):
         return loss, np.concatenate(gradients)
 
     def _micro_batches(self, x: TextBatch) -> Iterator[slice]:
-        """Yield for each micro-batch a slice, which selects its texts in `x.texts`."""
+        """For each micro-batch, yield the slice of `x.texts` that has its texts."""
         cuts = cut(np.array([np.size(ids) for ids in x.texts]), self.micro_tokens)
         return (slice(first, end) for first, end in itertools.pairwise(cuts))
 

@@ -106,7 +106,7 @@ def evaluate_similarity(
 
 @dataclasses.dataclass(frozen=True)
 class RetrievalScores:
-    """The scores of a search. Each score is computed for one query, and averaged over the queries.
+    """The scores of a search. Each score is computed for every query, and averaged over the queries.
 
     Attributes:
         recall: for each k, the share of the relevant documents that are among the first k results.
@@ -171,8 +171,9 @@ def evaluate_retrieval(
 
     Args:
         queries, corpus: dicts from names to texts.
-        relevant: a dict from the name of each query to its relevant documents: a list of their names, or a
-            dict from their names to grades above 0. Queries without a relevant document are left out.
+        relevant: a dict from the name of each query to its relevant documents. These are a list of document
+            names, or a dict from document names to grades above 0. Queries without a relevant document are
+            left out.
         k: a list of numbers of documents. For each number k, the scores count only the k best documents that
             a search finds.
         query_prompt, corpus_prompt: texts that precede each query and each document, as in `Encoder.embed`.

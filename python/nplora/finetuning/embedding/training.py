@@ -131,7 +131,7 @@ def train(
         model: a directory or GGUF file, as for `load_encoder`, or an encoder. If the encoder has an adapter,
             the run trains this adapter further. Options for a new adapter, such as `rank`, are then refused.
         data: the training examples, as in `read_examples`. If `data` is a directory with train.jsonl, or a
-            dictionary of splits, the validation data in it are used unless `valid` is given.
+            dictionary of splits, the validation data in `data` are used unless `valid` is given.
         output: the directory for checkpoints and the adapter.
         valid: examples for the validation loss, which is evaluated after every epoch. With the loss
             "ranking", the validation loss depends on `batch_size`.
@@ -176,8 +176,8 @@ def train(
         DataError: a row is wrong; the message names the file and the line.
         ValueError, TypeError: an argument has a wrong value or type, the run would write to a file that it
             reads, or the ranks do not have the same data and settings.
-        FileExistsError: `output` holds a model. Or it holds a run, and neither `resume` nor `overwrite` is
-            set. Or it holds an adapter without a run, and `overwrite` is not set.
+        FileExistsError: `output` holds a model; a run, and neither `resume` nor `overwrite` is set; or an
+            adapter without a run, and `overwrite` is not set.
         NonFiniteLossError, CorruptError, OSError: as in `Trainer.fit`.
     """
     op = "train"
@@ -271,7 +271,7 @@ def _add_lora(
     given = [name for name, value in options.items() if value != defaults[name].default]
     if given:
         raise ValueError(
-            f"{op}: {', '.join(given)} would change the adapter, but the encoder already has an adapter: "
-            "the run trains that one further"
+            f"{op}: {', '.join(given)} can be given only for a new adapter, but the encoder already has an "
+            "adapter, which the run trains further"
         )
     say(f"the encoder has an adapter on {counted(len(layers), 'layer')}, which is trained further")

@@ -92,7 +92,7 @@ class Fields:
             ) from None
 
     def part(self, words: str) -> Fields:
-        """Return a copy for a part of the row. Its error messages also name the part, such as "message 2"."""
+        """Return a copy whose error messages also name a part of the row, such as "message 2"."""
         part = copy.copy(self)
         part.where = f"{self.where}, {words}"
         return part

@@ -113,11 +113,11 @@ def _shared(row: Fields, one: Sequence[object], other: Sequence[object]) -> int:
 
 
 def prompt_among(unread: Mapping[str, Any]) -> str | None:
-    """Find the unused field that probably holds the prompt. Return its name, or None.
+    """Return the name of the unused field that probably holds the prompt, or None.
 
-    The value of the field is a text. Its name is in `PROMPTS`, or the text has several words with at least
-    one letter. A text of one word is probably an identifier or the name of a source. A text without letters
-    is probably a date or a number.
+    The value of the field is a text. The name of the field is in `PROMPTS`, or the text has several words and
+    at least one letter. A text of one word is probably an identifier or the name of a source. A text without
+    letters is probably a date or a number.
     """
     texts = {k: v for k, v in unread.items() if isinstance(v, str) and (k in PROMPTS or _is_prose(v))}
     known = next((name for name in PROMPTS if name in texts), None)
@@ -129,7 +129,7 @@ def _is_prose(text: str) -> bool:
 
 
 def forgotten_prompt(pair: Preference, unread: Mapping[str, Any]) -> str | None:
-    """If both texts of a pair lack a prompt, find the field that probably holds it. Return its name, or None.
+    """If both texts of a pair lack a prompt, return the name of the field that probably holds it, or None.
 
     Two texts that begin with the same lines, or with many equal words, do not lack a prompt: their common
     beginning is the prompt.

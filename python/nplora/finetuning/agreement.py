@@ -28,7 +28,7 @@ class _Examples(Protocol):
 
 
 def require_same_options(ranks: Communicator, options: _Options, op: str = "finetune") -> None:
-    """Check that all ranks have the same program and options, and that a step has enough batches for them.
+    """Check that all ranks have the same program and options, and that a step has a batch for each rank.
 
     `require_same_data` compares the data after they are read. The trainer compares the models before the
     first step.
@@ -36,8 +36,8 @@ def require_same_options(ranks: Communicator, options: _Options, op: str = "fine
     Args:
         op: the name of the calling function, for messages.
     Raises:
-        ValueError: the program or an option of a rank differs from that of rank 0. The message names the rank
-            and the difference. Or there are more ranks than batches in a step.
+        ValueError: the program or an option of a rank differs from that of rank 0, or a step has fewer
+            batches than there are ranks.
     """
     names = [field.name for field in dataclasses.fields(options)]
     values = {name: getattr(options, name) for name in names if name not in _MAY_DIFFER}
@@ -57,7 +57,7 @@ def require_same_data(
     Args:
         op: the name of the calling function, for messages.
     Raises:
-        ValueError: a rank has read other data than rank 0.
+        ValueError: the data of a rank differ from those of rank 0.
     """
     if ranks.size > 1:
         valid = None if held_out is None else held_out.fingerprint()

@@ -60,8 +60,8 @@ def attach_adapter(
         ValueError: the weight of an adapter is not finite, or the list of adapters is empty.
         Other errors: see `Adapter.attach`, and `combine` for several adapters.
     Warns:
-        UserWarning: the same adapter is given more than once. Or an adapter's adapter_config.json has unknown
-            keys, or an adapter's file holds copies of the base model's weights.
+        UserWarning: the same adapter is given more than once, the adapter_config.json of an adapter has
+            unknown keys, or the file of an adapter holds copies of the base model's weights.
 
     >>> lm = nplora.load_model("model.gguf")
     >>> nplora.finetuning.attach_adapter(lm, nplora.read_adapter("adapter"))
@@ -96,8 +96,8 @@ def warn_of_form(op: str, adapter: Adapters, chat: bool | None, use: str, remedy
 
     Args:
         chat: whether the template is used now; None: unknown, so there is no warning.
-        use: the subject of the warning, such as "this text": what does or does not go through the template.
-        remedy: the advice in the warning if the text does not go through the template.
+        use: what the warning calls the input of the model, such as "this text".
+        remedy: the advice in the warning if the input does not go through the template.
     """
     for one, _ in _weighted(op, adapter):
         trained = one.chat_template if isinstance(one, Adapter) else trained_with_template(one)

@@ -31,8 +31,8 @@ class Baseline(Callback):
     """Evaluates the model before the first step. A resumed run reads the results from its log.
 
     Attributes:
-        loss: validation loss before training; None without validation data, and also None if the log of a
-            resumed run has no loss on the same data.
+        loss: validation loss before training; None if there are no validation data, or if the log of a
+            resumed run has no loss on these data.
         metrics: a dict of all other metrics on the validation data; may be empty.
         was_finished: as in `FinetuneReport`.
         answers: the generated text for each prompt; "" if the log of a resumed run does not have it.

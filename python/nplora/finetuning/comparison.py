@@ -33,8 +33,8 @@ from nplora.formats.strict_json import json_values
 from nplora.formats.tokenizer_json import AddedToken
 from nplora.lm import LanguageModel
 
-# Metrics without a sentence. The loss says nearly the same as token_accuracy. A larger margin is not always
-# better.
+# Metrics for which `sentences` has no sentence. The loss says nearly the same as token_accuracy. A larger
+# margin is not always better.
 _LEFT_OUT = ("token_accuracy", "reward_margin")
 
 
@@ -46,7 +46,8 @@ class Comparison:
         evaluations: a dict from the name of each system to its results. A system is the model, alone or with
             an adapter. The first system is "base", the model alone.
         differences: for each metric, a `Difference` between each adapter and the base. If there are several
-            adapters, also a `Difference` between the adapter with the lowest loss and each other adapter.
+            adapters, there is also a `Difference` between the adapter with the lowest loss and each other
+            adapter.
 
     >>> comparison = nplora.finetuning.compare("model.gguf", "valid.jsonl", ["adapter"])
     >>> list(comparison.evaluations)
@@ -82,9 +83,9 @@ class Comparison:
     def sentences(self) -> list[str]:
         """A sentence for each difference, except for differences in a few metrics.
 
-        There is no sentence for `token_accuracy`, which measures nearly the same as the loss, or for
-        `reward_margin`, where more is not always better. Multiple-choice rows have none for `acc_token`,
-        which measures nearly the same as `acc_norm`.
+        There is no sentence for `token_accuracy`, because the loss measures nearly the same. There is none
+        for `reward_margin`, because a larger margin is not always better. For multiple-choice rows, there is
+        none for `acc_token`, because `acc_norm` measures nearly the same.
 
         >>> comparison = nplora.finetuning.compare("model.gguf", "valid.jsonl", ["adapter"])
         >>> comparison.sentences()[0]
@@ -199,7 +200,7 @@ def _recorder(name: str, record: Record | None) -> Record:
 
 
 def _differences(measured: dict[str, list[Measured]]) -> list[Difference]:
-    """Compare each adapter with the base, and the best adapter (lowest loss) with each of the others."""
+    """Compare each adapter with the base, and the best adapter (lowest loss) with each other adapter."""
     names = [name for name in measured if name != BASE]
     pairs = [(name, BASE) for name in names]
     losses = {name: measured[name][0].value for name in names}
@@ -219,7 +220,8 @@ def _differences(measured: dict[str, list[Measured]]) -> list[Difference]:
 def _p_values(systems: dict[str, Measured]) -> dict[frozenset[str], float | None]:
     """The adjusted p-value of each pair of systems.
 
-    All pairs count, although not all of them are shown: the best adapter is chosen by looking at all of them.
+    The adjustment counts all pairs, although `compare` does not show all pairs. The reason: the choice of the
+    best adapter depends on all adapters.
     """
     pairs = list(itertools.combinations(systems, 2))
     found = paired_p([(systems[one], systems[other]) for one, other in pairs])

@@ -1,4 +1,4 @@
-"""EarlierRun: the arithmetic and the micro-batches of an earlier run. A resumed run uses the same."""
+"""EarlierRun: the arithmetic and the micro-batch size of a run, which are kept when the run is resumed."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from nplora.weights import COMPUTES
 
 @dataclass(frozen=True)
 class EarlierRun:
-    """How an earlier run computed its steps. A run that resumes it computes its steps in the same way, even
-    if a new run would choose another way.
+    """How an earlier run computed its steps. If the run is resumed, all further steps are computed in the
+    same way, even if a new run would choose another way.
 
     Attributes:
         compute: arithmetic of the products with frozen weights; None: the checkpoint does not name
             this arithmetic.
-        int8_head: whether the gradient of the head's input was computed in int8. If None, the checkpoint does
-            not record this, because the run is older than the option `int8_head`; the run then computed the
+        int8_head: whether the gradient of the head's input was computed in int8. None: the checkpoint does
+            not record this, because the run is older than the option `int8_head`. Such a run computed the
             gradient as with int8_head="auto".
         micro_tokens: maximum tokens of a micro-batch; None: the run did not divide its batches into
             micro-batches.
@@ -61,8 +61,8 @@ class EarlierRun:
             )
         if self.int8_head is None or options.int8_head != "auto":
             return options
-        # These options exclude int8_head="on". If the earlier run was without them, the trainer refuses to
-        # resume, and names them.
+        # These options exclude int8_head="on". If the earlier run did not have these options, the trainer
+        # refuses to resume, and its message names the options.
         rows = options.trainable_tokens or options.add_tokens or options.modules_to_save
         if options.filter_vocabulary or rows:
             return options

@@ -50,12 +50,12 @@ def evaluate(
         data: rows to evaluate on, as for `nplora.data.read_dataset`, but without sampling weights; or a
             directory. In a directory, valid.jsonl is read, or train.jsonl if there is no valid.jsonl.
         adapter: adapter to evaluate the model with: a PEFT directory, a llama.cpp file or an `Adapter`; or a
-            pair (adapter, weight). A list of adapters and pairs means the weighted sum of these adapters. A
-            loaded model itself does not get the adapter.
+            pair (adapter, weight). A list of adapters and pairs means the weighted sum of these adapters. If
+            `model` is a loaded model, it stays without the adapter.
         any_base: accept an adapter that was trained on another model with the same shapes.
         progress: print a report of the data on stderr; None: only on a terminal or in a notebook.
-        record: a function that is called with a dictionary for each generated answer and each multiple-choice
-            question.
+        record: a function that is called for each generated answer and each multiple-choice question. Its
+            argument is a dictionary with the results.
         metric: how generated answers are scored: exact_match, f1, or a function of yours as module:function,
             which is called with the answer, the reference and the row. Commas separate several metrics. In
             Python, `metric` may also be a function, or a list of names and functions.
@@ -82,8 +82,8 @@ def evaluate(
         FormatError: a file is invalid, or the adapter does not fit the model or was trained on another model.
         OSError: a file cannot be read.
     Warns:
-        UserWarning: `compute` is "int8", but no weight can use int8; or a metric failed in some examples; or
-            only one of training and evaluation uses the chat template.
+        UserWarning: `compute` is "int8", but decoding cannot use int8; or a metric failed in some examples;
+            or only one of training and evaluation uses the chat template.
         Other warnings: see `attach_adapter`.
 
     >>> result = nplora.evaluate("model.gguf", "valid.jsonl", adapter="adapter")
@@ -146,7 +146,7 @@ def sources_to_judge(op: str, data: Data) -> list[Source]:
 def judge_for(
     op: str, lm: LanguageModel, sources: list[Source], options: EvaluateOptions, metrics: list[Metric]
 ) -> Judge:
-    """Read the data with the tokenizer of `lm`. The result can measure any model with this tokenizer."""
+    """Read the data with the tokenizer of `lm`. The `Judge` can measure all models with this tokenizer."""
     reading = options.reading(options.max_length or lm.config.max_position_embeddings)
     return read_judge(op, lm, sources, reading, metrics, options.max_new_tokens)
 

@@ -126,7 +126,7 @@ def plan(
     """Predict the memory and the time that `finetune` would need with the same arguments.
 
     Nothing is trained or written. If `memory` is set, `finetune` chooses an execution plan that stays below
-    this limit, and `plan` returns the same one. A loaded model keeps its arithmetic.
+    this limit, and `plan` returns this execution plan. A loaded model keeps its arithmetic.
 
     Args:
         model, data, valid and all options: see `finetune`.
@@ -159,7 +159,7 @@ def choose_execution(
 ) -> ExecutionPlan:
     """Decide how `finetune` computes its steps. If `memory` is set, choose a plan that fits, and print it.
 
-    If the plan needs another arithmetic than that of the model in `inputs`, the model is loaded again.
+    If the plan's arithmetic differs from that of the model in `inputs`, the model is loaded again.
 
     Args:
         earlier: the run to resume, whose micro-batch size is kept. None: this is a new run.
@@ -204,13 +204,13 @@ def choose_execution(
 
 
 def fitting_all(plans: Sequence[MemoryPlan]) -> ExecutionPlan:
-    """Choose a plan that fits on every rank: the most exact arithmetic first, then the fastest plan.
+    """Choose among the plans that fit on every rank: the fastest plan with the most exact arithmetic.
 
     The ranks may have different memory limits and different numbers of threads, and each thread needs memory.
     The time of a step is the time that the slowest rank needs for it.
 
     Args:
-        plans: for each rank, its own choice and the other plans that it has compared.
+        plans: for each rank, the plan that the rank would choose alone, and the other plans that it compared.
     Raises:
         BudgetError: no plan fits on every rank.
         ValueError: the ranks have compared different plans.
@@ -219,10 +219,10 @@ def fitting_all(plans: Sequence[MemoryPlan]) -> ExecutionPlan:
     for rank, own in enumerate(compared):
         if own.keys() != compared[0].keys():
             raise ValueError(
-                f"finetune: the ranks differ: rank {rank} has compared other memory plans than rank 0; give "
-                "all ranks the same model, data and options"
+                f"finetune: the ranks differ: rank {rank} has not compared the same memory plans as rank 0; "
+                "give all ranks the same model, data and options"
             )
-    # For each plan, the bytes by which it exceeds the limit of a rank, and the number of this rank.
+    # For each plan: the largest number of bytes by which it exceeds the limit of a rank, and this rank.
     excess = {
         plan: max((own[plan].size - plans[rank].limit, rank) for rank, own in enumerate(compared))
         for plan in compared[0]
@@ -233,8 +233,8 @@ def fitting_all(plans: Sequence[MemoryPlan]) -> ExecutionPlan:
     rank = excess[nearest][1]
     least, most = math.ceil(compared[rank][nearest].size / 1e6), math.floor(plans[rank].limit / 1e6)
     raise BudgetError(
-        f"finetune: no plan fits on every rank: the nearest plan ({nearest}) needs {least} MB on rank "
-        f"{rank}, which has {most} MB: give rank {rank} a larger --memory"
+        f"finetune: no plan fits on every rank: the plan that comes closest ({nearest}) needs {least} MB "
+        f"on rank {rank}, which has {most} MB: give rank {rank} a larger --memory"
     )
 
 
@@ -298,10 +298,10 @@ def adapters_of(op: str, inputs: RunInputs, options: FinetuneOptions) -> Adapter
 def _require_invocation(
     op: str, lm: LanguageModel, dataset: Examples, invocation: tuple[int, ...], is_new: bool
 ) -> None:
-    """Check that trained tokens follow the invocation tokens. An activated LoRA has no effect on others.
+    """Check that trained tokens follow the invocation tokens. Before these, an activated LoRA has no effect.
 
     Args:
-        is_new: whether the adapter is new. The error message of a new adapter advises another invocation.
+        is_new: whether the adapter is new. If it is, an error message says how to choose an invocation.
     Raises:
         ValueError: no example has the invocation tokens, or no trained token follows them.
     Warns:
@@ -374,7 +374,7 @@ def _work_of(
     """Describe the batches of a run with these options.
 
     Args:
-        most_epochs: describe the batches of at most this number of epochs; None: as many epochs as have about
+        most_epochs: describe the batches of at most this number of epochs; None: enough epochs for about
             `_MOST_EXAMPLES` examples.
     """
     train, held_out, objective = inputs.train, inputs.held_out, inputs.objective

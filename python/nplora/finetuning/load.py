@@ -39,7 +39,7 @@ class RunInputs:
         train: the examples to train on.
         held_out: the examples to evaluate on, or None.
         start: the adapter to continue from, or None.
-        paths: a list of tuples: what an input file holds, such as "training data", and its path.
+        paths: a tuple for each input file: what the file holds, such as "training data", and its path.
         objective: the objective that the run minimises.
         added_tokens: the tokens that the adapter adds to the model.
     """
@@ -58,7 +58,7 @@ class RunInputs:
 
     @property
     def tokens(self) -> int:
-        """The number of tokens in an epoch plus an evaluation, over all their forward passes."""
+        """The number of tokens in all forward passes of an epoch and an evaluation."""
         passes = 1 + self.objective.extra_passes  # an extra pass reads other sequences of the same length
         return passes * sum(dataset.report.tokens for dataset in self.datasets)
 

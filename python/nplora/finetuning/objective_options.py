@@ -78,7 +78,7 @@ def require_temperature(op: str, temperature: object) -> None:
     """Raise an error unless the value is a number from 0.01 to 100.
 
     At a lower temperature, the softmax gives nearly all probability to one token; at a higher temperature, it
-    gives nearly the same probability to all tokens. Then float32 is not precise enough for the divergences.
+    gives nearly the same probability to all tokens. In both cases, float32 is too imprecise for divergences.
     """
     least, most = TEMPERATURES
     if not least <= _check.number(op, "temperature", temperature) <= most:

@@ -46,7 +46,9 @@ class Asked:
 
 
 def asked(tokenizer: Tokenizer, example: Example, row: dict[str, Any], where: str, chat: bool) -> Asked:
-    """Return the prompt and the reference answer of an example. The reference is the last trained text.
+    """Return the prompt and the reference answer of an example.
+
+    The reference answer is the completion, or the last trained turn of the assistant.
 
     Args:
         chat: whether an example with a prompt and a completion is written with the chat template.

@@ -1,7 +1,7 @@
-"""NploraLM: a model class for lm-evaluation-harness (the package `lm_eval`, of the extra `eval`).
+"""NploraLM: a model class for lm-evaluation-harness (the package `lm_eval`, in the extra `eval`).
 
-Importing this module registers the class under the name "nplora". If this module is run as a program, the
-program does the same as the command `lm_eval`, and also knows the model "nplora":
+Importing this module registers the class under the name "nplora". Run as a program, this module is the
+command `lm_eval` with the additional model "nplora":
 
     python -m nplora.finetuning.judging.harness run --model nplora \
         --model_args pretrained=model.gguf,adapter=out --tasks arc_easy
@@ -72,7 +72,7 @@ class NploraLM(LM):  # type: ignore[misc]
         self._bos = tokenizer.bos_id if tokenizer.encode_prompt("a")[0] == tokenizer.bos_id else None
         self._prefix = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
 
-    # ---- what the harness asks ----
+    # ---- the methods that the harness calls ----
 
     def loglikelihood(self, requests: list[Request], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Return a tuple for each continuation: its log-probability, and whether greedy decoding would

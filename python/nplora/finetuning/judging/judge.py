@@ -60,8 +60,8 @@ class Judge:
     _reference: PairScores | None = None
 
     def refer_to(self, lm: LanguageModel) -> None:
-        """Make `lm`, a model without an adapter, the reference of the rewards of preference pairs. Other data
-        need no reference."""
+        """Measure `lm`, a model without an adapter, as the reference for the rewards of preference pairs. Do
+        nothing if the data are not preference pairs."""
         if self.pairs is not None:
             self._reference = PairScores(lm, self.pairs)
 
@@ -152,7 +152,7 @@ def _kind(sources: list[Source], reading: ReadOptions) -> str | None:
 
 
 def _any_kind(kind: Kind, where: str) -> None:
-    """Raise no error, because the caller accepts rows of all formats."""
+    """Raise no error: this check is for callers that accept rows of all formats."""
 
 
 def _require_choice(kind: Kind, where: str) -> None:
@@ -166,7 +166,7 @@ def _require_choice(kind: Kind, where: str) -> None:
 def _examples(
     sources: list[Source], reading: ReadOptions, require: Callable[[Kind, str], None], bad: BadRows
 ) -> Iterator[tuple[Example, Row, tuple[str, ...]]]:
-    """For each row without an error, yield a tuple: the example, the row, `lost_context` (see `Parsed`)."""
+    """For each row without an error, yield a tuple: example, row and `lost_context` (see `Parsed`)."""
     for source in sources:
         if source.is_text:
             raise DataError(f"{source.name}: a plain text has no prompts, expected rows with prompts")
@@ -225,7 +225,7 @@ def _report(sources: list[Source], found: list[Choices], bad: BadRows, unused: i
 def _asked(
     lm: LanguageModel, sources: list[Source], reading: ReadOptions, choices: list[Choices], bad: BadRows
 ) -> Iterator[Asked]:
-    """Yield the prompts of all rows without an error. Add each row whose prompt cannot be used to `bad`."""
+    """Yield the prompts of all rows without an error. If a prompt cannot be used, add the row to `bad`."""
     context, counted_before = lm.config.max_position_embeddings, BadRows()
     questions = {question.where for question in choices}
     require = _require_choice if choices else _any_kind

@@ -27,7 +27,7 @@ MetricFunction: TypeAlias = Callable[[str, str, dict[str, Any]], float]
 
 _MESSAGE = 200  # characters of an error's message that a result holds
 _SHOWN = 3  # tracebacks that are printed for a metric, one for each kind of error
-# Names that a record or a result of an evaluation has already.
+# Names of entries that the results and records of an evaluation already have.
 _RESERVED = {
     "loss", "perplexity", "token_accuracy", "acc", "acc_norm", "acc_token", "reward_acc", "reward_margin",
     "row", "answer", "reference", "system",
@@ -56,8 +56,8 @@ def words_of(answer: str, reference: str) -> tuple[list[str], list[str]]:
 
     The steps and their order are those of SQuAD's script evaluate-v1.1.py (Rajpurkar et al. 2016), with two
     differences. First, numbers keep their signs and the marks inside them, as in -1.5. Second, articles are
-    removed only if each text has other words, and punctuation is removed only if each text has words besides
-    punctuation. So answers such as "A" and "+" can be compared too.
+    removed only if each text has words besides articles, and punctuation is removed only if each text has
+    words besides punctuation. So answers such as "A" and "+" can be compared too.
 
     >>> words_of("The answer: -1.5", "1.5")
     (['answer', '-1.5'], ['1.5'])
@@ -128,8 +128,8 @@ class Metric:
     def _show(self, error: BaseException, where: str) -> None:
         """Print the traceback of an error.
 
-        If an error of the same class, raised by the same line of code, was printed before, nothing is
-        printed. After `_SHOWN` errors, nothing is printed either.
+        Print nothing if an error of the same class from the same line of code was printed before, or if
+        `_SHOWN` errors were printed already.
         """
         frames = traceback.extract_tb(error.__traceback__)
         kind = (type(error), frames[-1].filename, frames[-1].lineno)
@@ -148,8 +148,8 @@ def brief_error(error: BaseException) -> str:
 
 
 def metrics_of(op: str, given: object) -> list[Metric]:
-    """Make the metrics that `given` names. It is a text such as "exact_match,f1" or "module:function", a
-    function, or a list of texts and functions.
+    """Make the metrics that `given` names. `given` is a text such as "exact_match,f1" or "module:function",
+    a function, or a list of texts and functions.
 
     Raises:
         ValueError: there is no such metric, module or function; or a metric is given twice.

@@ -22,7 +22,7 @@ class PairScores:
     Attributes:
         log_probs: float64 (pairs, 2), the log-probabilities of the chosen and of the rejected answer.
         counts: (pairs, 2), the number of tokens of each answer.
-        top: (pairs, 2), the number of tokens of each answer to which the model gives the largest probability.
+        top: (pairs, 2), how many tokens of each answer are the model's most likely tokens.
     """
 
     def __init__(self, lm: LanguageModel, dataset: PairDataset) -> None:

@@ -33,8 +33,8 @@ class Score(TypedDict):
         low, high: the interval; None for fewer than two examples. If the metric is True or False in each
             example, the interval is from Wilson's formula, otherwise from a bootstrap over the examples.
         examples: the number of examples.
-        failed: the number of examples in which the metric failed. If it failed in only some examples, these
-            count as 0.
+        failed: the number of examples in which the metric failed. These examples count as 0, unless the
+            metric failed in all examples.
         error: the first error of the metric; empty if it never failed.
 
     >>> nplora.evaluate("model.gguf", "valid.jsonl")["metrics"]["token_accuracy"]["examples"]
@@ -68,7 +68,7 @@ class Evaluation(MeanLoss):
         source: the name of the file.
         examples, truncated, emptied, skipped: counts of examples and rows, see `DataReport`.
         perplexity: e to the power of the loss.
-        token_accuracy: the share of the tokens in the loss to which the model gives the largest probability.
+        token_accuracy: how many of the tokens in the loss are the model's most likely tokens, as a share.
         metrics: a dict from the name of each metric, including "loss" and "token_accuracy", to its `Score`.
             For multiple-choice rows: "acc", "acc_norm" and "acc_token". For preference pairs: "acc",
             "acc_token" and, with an adapter, "reward_acc" and "reward_margin".
@@ -134,9 +134,9 @@ class Difference:
         metric: the name of the metric.
         values: the values of the metric for `one` and for `other`.
         difference: the value for `one` minus the value for `other`.
-        low, high: the 95 % confidence interval of the difference, by a bootstrap that draws the same examples
-            for both systems; None for fewer than two examples. If the metric is True or False in each
-            example, the interval is from Newcombe's formula. It is not adjusted for `comparisons`.
+        low, high: the 95 % confidence interval of the difference, not adjusted for `comparisons`; None for
+            fewer than two examples. If the metric is True or False in each example, the interval is from
+            Newcombe's formula, otherwise from a bootstrap that draws the same examples for both systems.
         p: the p-value of a paired permutation test, adjusted for the number of comparisons by Holm's method.
             If all systems are equally good, the probability that at least one p of a metric is below 0.05
             is at most 5 %. None for fewer than two examples.

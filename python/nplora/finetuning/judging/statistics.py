@@ -7,9 +7,9 @@ difference between the systems (Noreen 1989, approximate randomisation). All ran
 output of PCG64 with a fixed seed, so that the results are the same in every run and with every version of
 NumPy.
 
-If all examples are right, or all are wrong, a bootstrap interval has width 0. So metrics that only say right
-or wrong have intervals from formulas: Wilson's (1927), and for a difference Newcombe's (1998, paired data,
-method 10).
+If all examples are right, or all are wrong, a bootstrap interval has width 0. So for metrics that are right
+or wrong in each example, the intervals come from formulas: Wilson's (1927), and for a difference Newcombe's
+(1998, paired data, method 10).
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ import numpy.typing as npt
 Array = npt.NDArray[Any]
 
 RESAMPLES = 2000
-# Random permutations for each comparison. The least p is 1 / (1 + their number). So it stays below 1 / 200
-# when Holm's method multiplies it by the number of comparisons.
+# Random permutations for each comparison. The least p is 1 / (1 + number of permutations). So it stays below
+# 1 / 200 when Holm's method multiplies it by the number of comparisons.
 _PER_COMPARISON = 200
 LEVEL = 0.95  # the level of the confidence intervals
 _SEED = 0
-_TOGETHER = 1 << 22  # the most numbers of an array that has a row for each permutation
+_TOGETHER = 1 << 22  # maximum size of an array that has a row for each permutation
 _ROUNDING = 1e-12  # relative; two differences closer than this count as equal
 
 
@@ -43,7 +43,7 @@ class Measured:
         name: the metric.
         values, weights: float64 (examples,). For a loss, `values` has the summed loss of each example, and
             `weights` has the number of tokens of each example.
-        lower_is_better: whether a lower metric is better; None: neither a lower nor a higher one is.
+        lower_is_better: whether a lower value is better; None: neither lower nor higher values are better.
         failed: the number of examples that could not be scored.
         error: the first error of the metric; empty if all examples were scored.
         is_rate: whether the metric is a share of right examples or tokens. An example whose tokens are all
@@ -86,7 +86,7 @@ class Interval(NamedTuple):
 
 
 def interval(measured: Measured) -> Interval | None:
-    """The interval of a metric. None if there are fewer than two examples, or NaN or infinity."""
+    """The interval of a metric; None if there are fewer than two examples, or if a value is not finite."""
     if not _can_resample(measured):
         return None
     if measured.is_binary:
@@ -203,7 +203,7 @@ def _resampled(*columns: Array) -> Array:
 
 
 def _draws(n: int) -> Iterator[Array]:
-    """Draw `RESAMPLES` samples. For each, yield an array (n,): how often it has each of the n examples."""
+    """Draw `RESAMPLES` samples. For each sample, yield an array (n,): how often each example was drawn."""
     stream = np.random.PCG64(np.random.SeedSequence(_SEED))
     for _ in range(RESAMPLES):
         drawn = ((stream.random_raw(n) >> np.uint64(32)) * np.uint64(n)) >> np.uint64(32)

@@ -62,7 +62,7 @@ def _option(group: str | None, default: Any, text: str, **more: Any) -> Any:
 
 
 def _unplanned(group: str, default: Any, text: str, **more: Any) -> Any:
-    """Make the field of an option on which neither the memory nor the time of a step depends."""
+    """Make the field of an option that `nplora plan --help` does not show."""
     return _option(group, default, text, planned=False, **more)
 
 
@@ -310,9 +310,8 @@ class FinetuneOptions:
     filter_vocabulary: float = _unplanned(
         _SPEED,
         0.0,
-        "leave all tokens of the vocabulary that are less likely than this probability, such as 1e-6, out "
-        "of the gradient of the output layer; makes steps faster, with a small error (default: 0, no token "
-        "is left out)",
+        "probability such as 1e-6: the gradient of the output layer leaves out all tokens of the vocabulary "
+        "that are less likely; makes steps faster, with a small error (default: 0, no token is left out)",
         metavar="P",
     )
     memory: str | int | None = _option(
@@ -444,8 +443,8 @@ class FinetuneOptions:
         _check.choice(op, "communication_dtype", self.communication_dtype, COMMUNICATION_DTYPES)
         if self.distributed == "mpi" and self.keep_prefix != "off":
             raise ValueError(
-                f"{op}: keep_prefix={self.keep_prefix!r} and distributed='mpi' exclude each other: in every "
-                "epoch an example may be on another rank, whose cache does not have it"
+                f"{op}: keep_prefix={self.keep_prefix!r} and distributed='mpi' exclude each other: an "
+                "example may be on another rank in the next epoch, and the cache of that rank lacks it"
             )
         if self.compute is not None:
             _check.choice(op, "compute", self.compute, COMPUTES)
@@ -530,7 +529,7 @@ def default_lr(hidden_size: int, objective: str = "sft") -> float:
 
 
 def _same_option(name: str, **more: Any) -> Any:
-    """Copy the field of the option `name` of `finetune`. The entries in `more` replace its metadata."""
+    """Copy the field of the option `name` of `finetune`, with the entries of `more` in its metadata."""
     field = next(field for field in dataclasses.fields(FinetuneOptions) if field.name == name)
     return dataclasses.field(default=field.default, metadata={**field.metadata, **more})
 
@@ -706,7 +705,7 @@ def _reporter_names(given: Any, op: str) -> tuple[str, ...]:
 
 def parse_columns(columns: Mapping[str, str] | str | None, op: str = "finetune") -> Mapping[str, str]:
     """Turn a text such as "prompt=question,completion=answer" into a dict: nplora's name of a field -> name
-    in the data. Return a mapping unchanged.
+    in the data. If `columns` is a mapping already, return it unchanged.
 
     Raises:
         ValueError: the text does not have this form.

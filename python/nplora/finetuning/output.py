@@ -23,7 +23,7 @@ REPORTS = "reports"  # the directory in the output directory for the reports of 
 
 @contextlib.contextmanager
 def opened_output(place: Path, ranks: Communicator) -> Iterator[files.Directory | None]:
-    """Open the output directory on rank 0. Yield None on the other ranks, which may have no access to it."""
+    """Open the output directory on rank 0. On other ranks, which may have no access to it, yield None."""
     if ranks.rank:
         yield None
         return
@@ -55,7 +55,7 @@ def require_inputs_kept(
 
     Args:
         read: a tuple for each other input file: what messages call the file, and its path.
-        more: names of files that this run writes, but other runs do not.
+        more: names of further files that this run writes.
     """
     names = [*run_files.NAMES, peft_adapter.CONFIG, peft_adapter.TENSORS, *more]
     inputs = [("model", path) for path in model_directory.files_of(model)]

@@ -17,17 +17,17 @@ from nplora.trainer.run_directory import RunDirectory
 class Preparation(Callback):
     """Calls `Objective.prepare`, which computes log-probabilities, at the right time of a run.
 
-    A new run calls it before the trainer starts (in `compute`), so that an error does not change an earlier
-    run in the directory. A resumed run calls it after the trainer has locked the directory and has accepted
-    the checkpoint, so that a refused run changes nothing. The files of an earlier run are replaced only after
-    the first checkpoint of this run is on the disk.
+    In a new run, the right time is before the trainer starts (in `compute`), so that an error does not change
+    an earlier run in the directory. In a resumed run, it is after the trainer has locked the directory and has
+    accepted the checkpoint, so that a refused run changes nothing. The files of an earlier run are replaced
+    only after the first checkpoint of this run is on the disk.
 
     Args:
         lm: the model without the adapter; released after the computation.
         batches: the training data, and the validation data, if there are any.
         directory: the output directory; None on all ranks except rank 0.
         say: prints a text.
-        ranks: connection to the processes that train together. All of them compute at the same time.
+        ranks: connection to the processes that train together. All processes compute at the same time.
     """
 
     def __init__(

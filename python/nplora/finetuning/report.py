@@ -41,7 +41,7 @@ def in_words(metrics: Mapping[str, float]) -> str:
 
 
 def memory_in_words(was_finished: bool) -> str:
-    """The words ", peak memory 940 MB"; "" if this process did not train. Its peak would say nothing then."""
+    """The words ", peak memory 940 MB"; "" if nothing was trained."""
     return "" if was_finished else f", peak memory {peak_memory() / 1e6:.0f} MB"
 
 
@@ -49,7 +49,7 @@ def memory_in_words(was_finished: bool) -> str:
 class Sample:
     """A prompt, and the texts that the model generated after it, before and after training.
 
-    If there is no text, `before` or `after` is "": for example, `after` if the run was interrupted.
+    `before` is "" if the log of a resumed run lacks the text. `after` is "" if the run was interrupted.
 
     >>> nplora.finetuning.Sample("1+1=", before="7", after="2").after
     '2'
@@ -77,8 +77,8 @@ class FinetuneReport:
         parameters: number of all values of the model, trained or not.
         was_finished: whether the resumed run was already finished, so that nothing was trained.
         unit: the unit of the counts in the history: trained tokens, pairs or answers.
-        metrics_before, metrics_after: the loss's other metrics on the validation data before training, and
-            with the saved adapter, such as the rewards of DPO.
+        metrics_before, metrics_after: other metrics of the loss on the validation data, such as the rewards
+            of DPO: before training, and with the saved adapter.
         process: rank of the process that made the report, if several processes have trained together. Only
             rank 0 has the texts of the samples.
         ranks: the speed and the waiting time of each process, if several processes have trained together.
@@ -159,7 +159,7 @@ class FinetuneReport:
         return "\n".join(lines)
 
     def _risen(self) -> list[str]:
-        """A line that warns if the validation loss has risen, or the training loss if there is no other.
+        """A line that warns if the validation loss has risen (without validation: the training loss).
 
         The validation loss counts as risen if it is higher by more than 0.01 than before the training. The
         loss of a batch depends on its examples. So the training loss counts as risen only if all of the last
@@ -199,7 +199,7 @@ class FinetuneReport:
 
     def _kept_best(self) -> str:
         """After Ctrl-C, a checkpoint may still hold the adapter of an earlier step with a lower validation
-        loss. Return a line that says how to save this adapter, or ""."""
+        loss. Return a line that says how to save that adapter; "" if there is none."""
         evaluations = self.history.evaluations
         for best in evaluations[:-1]:
             if best.step == self.history.kept_step:

@@ -244,9 +244,9 @@ def finetune(
             int8).
         recompute: gradient checkpointing: recompute activations in the backward pass; slower, but saves
             memory.
-        filter_vocabulary: leave all tokens of the vocabulary that are less likely than this probability, such
-            as 1e-6, out of the gradient of the output layer; makes steps faster, with a small error (default:
-            0, no token is left out).
+        filter_vocabulary: probability such as 1e-6: the gradient of the output layer leaves out all tokens of
+            the vocabulary that are less likely; makes steps faster, with a small error (default: 0, no token
+            is left out).
         memory: memory limit of the whole process, such as 600M or 1.5G; the fastest plan that fits is used.
         keep_prefix: where to cache the outputs of the frozen blocks below the lowest adapter, so that later
             epochs skip these blocks: off, memory, or disk (in the output directory, during the run); each
@@ -521,7 +521,7 @@ def _train(
 def _saved_after_an_error(
     lm: LanguageModel, output: StrPath, base: str, save: Callable[..., None], reached: Milestones
 ) -> Iterator[None]:
-    """If the `with` block raises an error, save an adapter in these cases, and raise the error again.
+    """If the `with` block raises an error, save the adapter in two cases, and raise the error again.
 
     If a callback or a report fails or is interrupted after the end of the training, save the adapter of the
     run. If a loss is not finite, save the adapter of the last checkpoint before the failed step, unless that

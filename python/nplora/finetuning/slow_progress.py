@@ -24,7 +24,7 @@ class Progress:
         self._begun = self._shown = 0.0
 
     def begin(self, text: str) -> None:
-        """Print `text`, and let `add` print lines from now on. Later calls do nothing."""
+        """Print `text`, and let `add` print lines from now on. If `begin` was called before, do nothing."""
         if not self._begun:
             self._begun = self._shown = time.monotonic()
             self._done_before = self._done

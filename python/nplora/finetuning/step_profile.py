@@ -59,7 +59,7 @@ class StepProfile:
         steps: the number of steps.
         seconds: the time of all steps, without evaluations and checkpoints.
         threads: the number of threads.
-        rows: the rows of the table, one for each kind of work. Their times add up to `seconds`.
+        rows: the rows of the table, one for each kind of work. The times of all rows add up to `seconds`.
         peaks: maps an arithmetic to the highest number of operations per second that all threads together
             reached in measurements at the beginning and the end of the run.
 
@@ -140,7 +140,7 @@ class StepProfiler(Callback):
         return StepProfile(self._steps, self._seconds, get_num_threads(), tuple(rows), dict(self._peaks))
 
     def _measure(self, arithmetics: set[str] | tuple[str, ...]) -> None:
-        """Measure the peak rates. Keep the highest measurements: other programs may slow one down."""
+        """Measure the peak rates. Keep the highest values, because other programs may disturb a measurement."""
         for name in sorted(arithmetics):
             self._peaks[name] = max(self._peaks.get(name, 0.0), _core.peak_rate(name))
 

@@ -45,7 +45,7 @@ class Taught:
         tokens: the number of trained tokens in these examples.
         top_k: the number of tokens that are stored for each trained token.
         nbytes: the size of the file.
-        kept: the sum of a trained token's stored probabilities, as the mean over all trained tokens.
+        kept: the sum of the stored probabilities of a trained token, averaged over all trained tokens.
 
     >>> print(nplora.finetuning.teach("model.gguf", "train.jsonl", "taught.safetensors", top_k=4))
     taught.safetensors: 16 examples, ... tokens, the 4 most likely predictions for each (... % ...), ...
@@ -214,7 +214,7 @@ class _Writer:
             yield from (batch for batch, _ in batches.epoch(0))
 
     def _sequences(self) -> tuple[Array, Array]:
-        """Two arrays, in the data's order: each different sequence's digest and number of trained tokens."""
+        """Two arrays: the digest of each different sequence, in order, and its number of trained tokens."""
         found = dict[int, int]()
         for batch in self._batches():
             ends = np.cumsum(batch.targets != IGNORED)[batch.starts[1:] - 1]

@@ -36,8 +36,8 @@ class TokenProgress(Callback):
 
     Args:
         every: the seconds between two new lines.
-        loss: the loss object of the run, which counts all tokens. None: the line shows the trained tokens per
-            second, but not all tokens per second.
+        loss: the loss object of the run, which counts all tokens. None: the line shows only the trained
+            tokens per second.
 
     >>> lm = nplora.load_model("model.gguf")
     >>> lm.add_lora(rank=2)

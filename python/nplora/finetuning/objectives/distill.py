@@ -92,7 +92,7 @@ class DistillObjective(Objective):
         given = self.options.teacher
         if isinstance(given, LanguageModel):
             if given is lm:
-                raise ValueError(f"{op}: the teacher is the model itself; expected another one")
+                raise ValueError(f"{op}: the teacher is the model itself; expected another model")
             self._teacher = ModelTeacher(given)
         else:
             assert given is not None  # FinetuneOptions has checked it

@@ -74,7 +74,7 @@ class KtoLoss(PackedLoss):
         return value / len(y.good)
 
     def blame(self, model: Module, x: PackedBatch) -> str:
-        """Name the first layer whose output is not finite, for the batch or only for its mismatched pairs."""
+        """Name the first layer whose output is not finite, in the batch or else in its mismatched pairs."""
         assert isinstance(model, LanguageModel)
         name = "" if self._mismatched is None else first_nonfinite_layer(model, self._mismatched)
         if name and not first_nonfinite_layer(model, x):
@@ -100,8 +100,8 @@ class KtoLoss(PackedLoss):
     def _scaled(
         self, part: PackedBatch, good: Array, kl: float, factor: float, log_probs: Array
     ) -> tuple[float, Array]:
-        """Return the sum of the losses, and the derivative of the sum with respect to `log_probs`, multiplied
-        by `factor`."""
+        """Return the sum of the losses, and `factor` times the derivative of the sum with respect to
+        `log_probs`."""
         ratios = sums(part, log_probs) - self._reference.log_probs_of(part)
         values, slopes = self._formula(ratios, good, kl)
         rewards = self._formula.beta * ratios
@@ -126,9 +126,9 @@ class KtoObjective(Objective):
         return read_judged(op, sources, tokenizer, reading, self.name, self._formula.uses_kl)
 
     def sequences_of(self, x: PackedBatch, y: Judgements) -> list[PackedBatch]:
-        """Return the answers, and the mismatched pairs if the data have them.
+        """Return the answers, and the mismatched pairs if there are any.
 
-        In a search, the data have them if any of the searched losses needs them.
+        The data of a search have mismatched pairs if one of the searched losses needs mismatched pairs.
         """
         return [x, y.mismatched] if len(y.mismatched.ids) else [x]
 

@@ -31,7 +31,7 @@ class Objective:
     The loss of "sft" is the mean of -log p(token) over the trained tokens. Make a new objective for each run.
 
     Attributes:
-        has_reference: whether the loss compares the model with itself without the adapter (the reference).
+        has_reference: whether the loss compares the model with the reference: the model without the adapter.
         extra_passes: the number of additional forward passes in a step. Each pass has about as many tokens as
             the step.
     """
@@ -44,7 +44,7 @@ class Objective:
         self._reference = Reference()
 
     def with_options(self, op: str, options: FinetuneOptions) -> Self:
-        """Return a copy of this objective with other options. Both share the teacher and the `Reference`.
+        """Return a copy of this objective with `options`. The copy shares the teacher and the `Reference`.
 
         Raises:
             ValueError: the options do not fit the teacher.
@@ -74,7 +74,7 @@ class Objective:
         """
 
     def reload(self, compute: str) -> None:
-        """Load the teacher's model again with the arithmetic `compute`, if the objective had loaded it."""
+        """If the objective has loaded a teacher model, load the model again with the arithmetic `compute`."""
 
     def require(self, kind: Kind, where: str) -> None:
         """Raise a DataError if the objective cannot learn from rows of this kind.
@@ -89,7 +89,7 @@ class Objective:
         return read_sources(op, sources, tokenizer, reading)
 
     def sequences_of(self, x: PackedBatch, y: Any) -> list[PackedBatch]:
-        """Return the sequences whose log-probabilities under the reference the loss of a batch needs."""
+        """Return the sequences of a batch for which the loss needs log-probabilities of the reference."""
         return []
 
     def prepare(
@@ -103,7 +103,7 @@ class Objective:
     ) -> None:
         """Compute what the loss needs besides the model's outputs: log-probabilities without the adapter.
 
-        A second call with other batches adds log-probabilities, and removes none.
+        A second call adds the log-probabilities of its batches, and removes none.
 
         Args:
             lm: the model without the adapter that is trained.

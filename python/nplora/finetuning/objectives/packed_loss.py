@@ -22,7 +22,7 @@ class PackedLoss(FusedLoss):
     Args:
         micro_tokens: maximum number of tokens in a micro-batch; None: batches are not cut into micro-batches.
     Attributes:
-        tokens: number of tokens, trained or not, in all batches that this rank or another rank has processed.
+        tokens: number of tokens, trained or not, in the batches that all ranks together have processed.
         after_part: a function that is called after the backward pass of each micro-batch.
         word_filter: the filter of the model's head, or None.
         int8_head: whether the gradient of the head's input is computed in int8; None: the model does not use
@@ -48,7 +48,7 @@ class PackedLoss(FusedLoss):
         self.tokens += len(x.ids)
 
     def _end_part(self) -> None:
-        """After a micro-batch, record the probability that the word filter skipped, and call `after_part`."""
+        """After a micro-batch, record the total probability of the skipped words, and call `after_part`."""
         if self.word_filter is not None:
             self._tally.add("skipped_probability", self.word_filter.take_skipped(), counted=True)
         self.after_part()

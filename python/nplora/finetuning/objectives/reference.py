@@ -46,7 +46,7 @@ _WRITE_SECONDS = 60.0  # the least time between two writes of the file
 
 
 class Reference:
-    """Holds the log-probability of each sequence: the sum over its targets, by the model without its adapter.
+    """Holds the log-probability that the model without its adapter gives to the targets of each sequence.
 
     A sequence is found by a digest of its tokens and targets, so the data may be in any order.
 
@@ -63,7 +63,7 @@ class Reference:
         """The log-probability of each sequence of a batch, float64.
 
         Raises:
-            LookupError: `compute` has not seen one of the sequences.
+            LookupError: a sequence was not in the data of `compute`.
         """
         keys = sequence_keys(batch)
         places = np.minimum(np.searchsorted(self._keys, keys), len(self._keys) - 1)
@@ -135,7 +135,7 @@ class Reference:
                         written_at = time.monotonic()
             shared.compute()
             known = {key: known[key] for key in seen}
-        except BaseException as error:  # store them also after Ctrl-C: the next start continues from here
+        except BaseException as error:  # also after Ctrl-C, so that the next start continues from here
             if store() and isinstance(error, KeyboardInterrupt | Terminated):
                 error.add_note(f"the log-probabilities computed so far are saved: {RESUME_HINT}")
             raise
@@ -172,14 +172,14 @@ class _SharedParts:
         self._keys: set[int] = set()  # the keys of the sequences in the round
 
     def lacks(self, part: PackedBatch) -> bool:
-        """Whether a sequence of the part has no known log-probability, and is not in the current round."""
+        """Whether the part has a sequence that is not in the round and has no known log-probability."""
         return any(key not in self._known and key not in self._keys for key in sequence_keys(part).tolist())
 
     def add(self, part: PackedBatch) -> None:
         """Add a part to the round. If the round now has a part for each rank, compute the round.
 
-        Sequences of the part whose log-probability is known are computed too. So the bits of the new results
-        do not depend on what is known.
+        All sequences of the part are computed, even those with a known log-probability. So the bits of the
+        new results do not depend on what is known.
         """
         self._round.append(part)
         self._keys.update(sequence_keys(part).tolist())
@@ -225,7 +225,7 @@ def sums(batch: PackedBatch, log_probs: Array) -> Array:
 
 
 def drop(directory: files.Directory) -> None:
-    """Remove the file if an earlier run, which had another objective, has left one."""
+    """Remove the reference's file, which an earlier run with another objective may have left."""
     with contextlib.suppress(FormatError, FileNotFoundError):
         with safetensors.reading(Path(directory, REFERENCE), follow_links=False) as content:
             is_ours = REFERENCE_MARK in content.metadata
@@ -280,7 +280,7 @@ def _read(directory: files.Directory, model: str) -> tuple[dict[int, float], str
             if REFERENCE_MARK not in metadata and not holds_run(directory):
                 raise FormatError(f"{path}: is not a reference")
             if metadata.get(REFERENCE_MARK) != _SCHEMA or metadata.get("model") != model:
-                return {}, "it is of another model or arithmetic"
+                return {}, "it was computed with another model, arithmetic, instruction set or version of nplora"
             keys, values = (content[name].numpy() for name in ("keys", "values"))
             if metadata.get("sha256") != _digest(keys, values):
                 return {}, "it is damaged"
@@ -303,9 +303,9 @@ def _sorted(found: Mapping[int, float]) -> tuple[Array, Array]:
 
 
 def _write(directory: files.Directory, model: str, keys: Array, values: Array) -> bool:
-    """Write the file, or warn, and return whether it was written.
+    """Write the file, and return whether this was possible. If it was not, warn.
 
-    If the disk is full, the first checkpoint raises an error anyway.
+    No error is raised here: if the disk is full, the first checkpoint raises one anyway.
     """
     metadata = {REFERENCE_MARK: _SCHEMA, "model": model, "sha256": _digest(keys, values)}
     path = Path(directory, REFERENCE)

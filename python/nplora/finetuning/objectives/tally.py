@@ -23,8 +23,8 @@ class Tally:
         """Add values.
 
         Args:
-            counted: whether `take` also returns the number of values. Set this if the number can differ from
-                the number of items over which the loss is a mean.
+            counted: whether `take` also returns the number of values. This is necessary if the loss may be a
+                mean over a different number of items.
         """
         self._additions.append((name, float(np.sum(values)), np.size(values), counted))
 

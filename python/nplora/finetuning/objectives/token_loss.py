@@ -16,7 +16,7 @@ class TokenLoss(PackedLoss):
     Args:
         micro_tokens: maximum number of tokens in a micro-batch; None: batches are not cut into micro-batches.
     Attributes:
-        tokens: number of tokens, trained or not, in all batches that this rank or another rank has processed.
+        tokens: number of tokens, trained or not, in the batches that all ranks together have processed.
 
     >>> lm = nplora.load_model("model.gguf")
     >>> lm.add_lora(rank=2)

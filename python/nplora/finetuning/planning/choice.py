@@ -30,7 +30,7 @@ from nplora.weights import COMPUTES
 
 _LEAST_MICRO_BATCH = 32  # tokens: smaller micro-batches save little memory and lose speed
 # A new plan must fit into the limit divided by this margin. A resumed run may use the whole limit, because
-# another process may need a little more memory before its run. Error messages take the margin into account.
+# its process may need a little more memory than the first one did. Error messages take account of the margin.
 _MARGIN = 1.02
 _TIMED_BATCHES = 1024  # a plan holds the times of about this many batches
 _FLOAT = 4
@@ -52,7 +52,7 @@ class PlanConstraints:
     Attributes:
         compute: arithmetic of the products with frozen weights; None: not fixed.
         recompute: whether plans must recompute activations in the backward pass. If False, plans may also
-            store them.
+            store the activations.
         micro_tokens: sizes of micro-batches to choose from; None: any size.
         resuming: whether the run is resumed. A resumed run may use the whole memory limit. A new run leaves a
             margin.
@@ -69,7 +69,7 @@ class PlanConstraints:
 
 
 def resident_memory(lm: LanguageModel, teacher: LanguageModel | None = None) -> tuple[int, int]:
-    """Return two sizes in bytes: the memory of this process now, and the weights that are still to be read.
+    """Return two sizes in bytes: the memory of this process now, and the weights that are not read yet.
 
     Args:
         teacher: a second model, whose weights count too.
@@ -202,7 +202,7 @@ def _plans(
     """The plans that the constraints allow. Plans in float32 come first.
 
     Args:
-        free: whether to vary the settings that the constraints leave open. If False, they get their defaults.
+        free: whether to vary the settings that the constraints leave open. If False, these get defaults.
     """
     computes, policies = [constraints.compute or lm.compute], [constraints.recompute]
     if free and constraints.compute is None and lm.compute == "float32":
@@ -218,7 +218,7 @@ def _plans(
 def _halves(work: Work) -> Iterator[int]:
     """Possible sizes of micro-batches in tokens: half of the largest batch, a quarter of it, and so on.
 
-    The last size is that of the longest example, or `_LEAST_MICRO_BATCH` if the example is shorter.
+    The last size is that of the longest example, but at least `_LEAST_MICRO_BATCH`.
     """
     size, least = work.batch_tokens, max(work.longest, _LEAST_MICRO_BATCH)
     while size > least:
@@ -296,7 +296,7 @@ def _too_little(
 def _shorter(
     work: Work, plan: ExecutionPlan, limit: float, size: Callable[[ExecutionPlan, Work], int]
 ) -> str:
-    """The end of an error message: the largest power of two that, as --max-length, lets the plan fit."""
+    """The end of an error message: the largest --max-length (a power of two) with which the plan fits."""
     length = -(-work.longest // work.sequences)
     while length > _LEAST_MICRO_BATCH:
         length = 1 << ((length - 1).bit_length() - 1)  # the next smaller power of two

@@ -239,7 +239,7 @@ class Adapters:
 class Memory:
     """Peak memory in bytes, term by term; `total` is the peak of the whole process.
 
-    To be added up in a fixed order, gradients may have to be stored first; `gradients` is their memory. It is
+    `gradients` is the memory of gradients that are stored until they can be added up in a fixed order. It is
     0 if the gradients of each batch are added to the gradients of the step at once.
 
     >>> memory = nplora.plan("model.gguf", "train.jsonl").memory
@@ -420,8 +420,8 @@ def _head(config: ModelConfig, targets: int, added: int) -> int:
 def _calls(lm: LanguageModel) -> dict[str, str]:
     """Return which layers the C++ core computes in the same call.
 
-    One call of the core computes one or more layers of a block. The result is a dict with the names of all
-    layers that are not the first layer of their call. Its values are the names of the first layers.
+    One call of the core computes one or more layers of a block. The keys of the result are the names of
+    all layers that are not the first layer of their call. Each value is the name of the call's first layer.
     """
     calls = dict[str, str]()
     for index, block in enumerate(lm.model.layers):

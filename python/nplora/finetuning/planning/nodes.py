@@ -37,12 +37,12 @@ class NodesPlan:
         waiting: seconds that a machine waits for the slowest machine, on average. Machines wait because
             batches differ in length, or because the last round of a step has fewer batches than machines.
         sums: seconds of a step in which the machines wait until their gradients are added up. (With outer
-            steps, the changes of their trained values are added up instead.) The time in which gradients are
-            sent while the next batches are computed does not count.
+            steps, the changes of the trained values are added up instead.) Sending gradients while the
+            next batches are computed does not count.
         size: bytes of the gradients.
         local_steps: steps of each machine between two outer steps; None: there are no outer steps.
-        most: the number of batches in the largest step. If an epoch has fewer batches than `batches`, it is
-            the number of batches in the epoch.
+        most: the number of batches in the largest step. This is less than `batches` if a whole epoch has
+            fewer batches.
 
     >>> planning = nplora.finetuning.planning
     >>> step = [planning.BatchTime(seconds) for seconds in (10.0, 9.0, 10.0)]

@@ -69,7 +69,7 @@ def measured(lm: LanguageModel, computes: tuple[str, ...], int8_head: bool = Fal
     """Measure the speed in each arithmetic, with the current number of threads.
 
     Args:
-        int8_head: whether int8 is also the arithmetic of the gradient of the head's input.
+        int8_head: whether plans in int8 also compute the gradient of the head's input in int8.
     """
     block = lm.model.layers[0]
     config = lm.config
@@ -122,7 +122,7 @@ def _matrices(module: Module) -> list[FrozenWeight]:
 def _cost(
     weights: list[FrozenWeight], product: Callable[..., Array], axis: int, sizes: tuple[int, int]
 ) -> Cost:
-    """Measure the cost of multiplying once with each of the weights: with few tokens, and with many."""
+    """Measure the cost of one product with each of the weights: once with few tokens, and once with many."""
     few, many = (seconds(partial(_multiply, weights, product, axis, rows)) for rows in sizes)
     token = max((many - few) / (sizes[1] - sizes[0]), 0.5 * many / sizes[1])
     return Cost(max(0.0, many - token * sizes[1]), token)

@@ -55,7 +55,7 @@ _KINDS = {
 
 
 def is_stored(path: StrPath) -> bool:
-    """Whether a path leads to a stored teacher: a file that is not GGUF. (Models are GGUF or directories.)"""
+    """Whether a path leads to a stored teacher: a file that is not GGUF. (A model is GGUF or a directory.)"""
     if not Path(path).is_file():
         return False
     with files.reading(path) as reader:
@@ -109,7 +109,8 @@ class StoredTeacher:
         file = SafetensorsFile(self._reader, self.name)
         if FORMAT not in file.metadata:
             raise FormatError(
-                f"{self.name}: is neither a model nor made by nplora teach; expected one of them as a teacher"
+                f"{self.name}: is neither a model nor made by nplora teach; expected one of these as the "
+                "teacher"
             )
         if file.metadata[FORMAT] != VERSION:
             raise FormatError(
@@ -142,7 +143,7 @@ class StoredTeacher:
             )
         return found
 
-    # ---- what fits ----
+    # ---- checks of the student and the data ----
 
     def require_student(self, op: str, student: LanguageModel) -> None:
         theirs, ours = self._tokens, student.tokenizer.tokens()
@@ -157,9 +158,9 @@ class StoredTeacher:
         if missing:
             raise FormatError(
                 f"{op}: {dataset.report.source}: the teacher {self.name} has no log-probabilities of "
-                f"{missing:,} of {counted(total, 'example')}: run nplora teach again with the same data, "
-                "tokenizer and reading options, or give this run the data and options of the file: it was "
-                f"made from {self._made_from()}"
+                f"{missing:,} of {counted(total, 'example')}: run nplora teach again with this run's data, "
+                "tokenizer and reading options, or use the data and options from which the teacher file was "
+                f"made: {self._made_from()}"
             )
 
     def _made_from(self) -> str:

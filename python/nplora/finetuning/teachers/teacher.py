@@ -40,16 +40,16 @@ class Teacher(Protocol):
     def paths(self) -> list[Path]: ...
 
     def require_student(self, op: str, student: LanguageModel) -> None:
-        """Raise FormatError if the student has another vocabulary."""
+        """Raise FormatError if the student's vocabulary differs from that of the teacher."""
 
     def require_data(self, op: str, dataset: Examples) -> None:
-        """Raise FormatError if the teacher lacks the distributions for any example of the data set."""
+        """Raise FormatError if the teacher lacks the distributions for an example of the data set."""
 
     def prepare_batch(self, batch: PackedBatch) -> DistributionsAt:
         """Read or compute what the teacher needs for a batch.
 
-        Return a function from an array of positions in the batch to the teacher's distributions at these
-        positions. Each position must have a target.
+        Return a function that takes an array of positions in the batch, and returns the teacher's
+        distributions at these positions. Each position must have a target.
         """
 
     def digest(self) -> str:

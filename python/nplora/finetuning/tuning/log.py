@@ -37,7 +37,7 @@ class TuneLog:
         self.baseline: tuple[float, float] | None = None
         self.rungs: dict[int, Rung] = {}
         self.trials: list[Trial] = []
-        self._trials_before: dict[int, int] = {}  # number of a rung -> trials before it was decided
+        self._trials_before: dict[int, int] = {}  # number of a rung -> trials before the rung was decided
         self._lines: list[str] = []
 
     def begin(self, start: dict[str, Any], resume: bool, overwrite: bool) -> None:
@@ -66,7 +66,7 @@ class TuneLog:
         self._add(start)
 
     def _holds_trials(self) -> bool:
-        """Whether replacing the file needs `overwrite`: if it holds trials, or is not a valid log."""
+        """Whether only `overwrite` may replace the file, because it holds trials or is not a valid log."""
         found = TuneLog(self.path.parent)
         try:
             found._read()

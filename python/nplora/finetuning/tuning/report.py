@@ -26,9 +26,9 @@ class TuneReport:
     Attributes:
         output: the directory with tune.jsonl.
         trials: all trials, in the order in which they were made.
-        winner: the full run with the lowest loss. If no trial was a full run, the longest trials are compared
-            instead. None: all trials diverged. A full run has at least as many steps as the run that is
-            tuned.
+        winner: the full run with the lowest loss; None if all trials diverged. A full run has at least as
+            many steps as the run that is tuned. If no trial was a full run, the longest trials are compared
+            instead.
         options: the options of `finetune` for a run with the winner's settings, including the options that
             were given to the search.
         command: a shell command, `nplora finetune ...`, that trains the winner; "" if there is no winner.

@@ -100,7 +100,7 @@ def parse_budget(budget: str | float, op: str = "tune") -> float:
     """Convert a time such as "90s", "30m" or "1.5h" to seconds. A number without a unit means minutes.
 
     Raises:
-        ValueError: the text has another form, or the time is not above 0.
+        ValueError: the text is not such a time, or the time is not above 0.
     """
     units = {"s": 1.0, "m": 60.0, "h": 3600.0}
     text = str(budget).strip().lower()

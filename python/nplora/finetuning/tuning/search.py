@@ -207,7 +207,7 @@ class Search:
     # ---- trials ----
 
     def _rung(self, number: int, decided: Rung) -> Rung:
-        """Return the rung `number` from the log. If there is none, log and return the rung `decided`.
+        """Return the rung `number` from the log. If the log lacks this rung, log and return `decided`.
 
         A rung without trials is not logged: a resumed search may have the time for trials in this rung.
         """

@@ -86,10 +86,10 @@ def space_of(
     default_lr: float,
     op: str = "tune",
 ) -> Space:
-    """The space with the values in `search`, and usual values of options in neither `search` nor `given`.
+    """Make the space of a search: the values in `search`, and usual values of lr, rank, targets and epochs.
 
-    If `given` sets `rank_pattern` or `alpha_pattern`, the usual targets are not tried, because some of them
-    do not include the layers that the pattern names.
+    Options in `search` or `given` get no usual values. If `given` sets `rank_pattern` or `alpha_pattern`, the
+    usual targets are not tried, because some of them do not include the layers that the pattern names.
 
     Args:
         given: the options of `finetune` that the user has fixed.
@@ -125,7 +125,7 @@ def _require_layers(op: str, lm: LanguageModel, targets: Any, given: Mapping[str
 
 
 def require_searchable(op: str, name: str) -> None:
-    """Raise ValueError unless `name` is an option whose values a search can try."""
+    """Raise ValueError unless a search can try values of the option `name`."""
     known = [key for key in _DEFAULTS if key not in UNSEARCHED]
     if name not in known:
         near = _check.suggestion(name, known)
@@ -133,7 +133,7 @@ def require_searchable(op: str, name: str) -> None:
 
 
 def require_values(op: str, search: Mapping[str, Sequence[Any]], given: Mapping[str, Any]) -> None:
-    """Check every value in `search`, and every pair of values together, as `finetune` does.
+    """Check every value in `search`, and every combination of two values, as `finetune` does.
 
     Args:
         given: the options of `finetune` that the user has fixed.

@@ -39,7 +39,8 @@ from nplora.nn.losses import NonFiniteLossError
 from nplora.trainer.directory_lock import DirectoryLock
 from nplora.trainer.evaluation import evaluate
 
-# Held-out examples. With fewer, the standard error is about as large as the differences of good settings.
+# The search warns if there are fewer held-out examples than this, because the standard error is then about as
+# large as the differences between good settings.
 _FEW = 30
 _SPLIT = 0.1  # the share that is held out if there are no validation data
 _PREFIX_SHARE = 0.25  # share of the available memory; a larger cache is made only if the options ask for it

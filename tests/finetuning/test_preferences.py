@@ -502,7 +502,7 @@ def test_another_arithmetic_has_another_reference(model: Path, tmp_path: Path) -
     first, _ = reference_of(load_model(model), tmp_path)
     said: list[str] = []
     again, _ = reference_of(load_model(model, "bfloat16"), tmp_path, said=said)
-    assert "with another model, arithmetic" in said[0]
+    assert "from another model, arithmetic" in said[0]
     assert not np.array_equal(again, first)
 
 
@@ -523,7 +523,7 @@ def test_a_reference_is_not_used_for_a_model_with_a_few_other_rows(tmp_path: Pat
     first, _ = reference_of(load_model(path), tmp_path)
     said: list[str] = []
     again, _ = reference_of(load_model(edited(path, rows)), tmp_path, said=said)
-    assert "with another model, arithmetic" in said[0]
+    assert "from another model, arithmetic" in said[0]
     assert not np.array_equal(again, first)
 
 

@@ -17,8 +17,8 @@ from nplora.trainer.run_directory import RunDirectory
 class Preparation(Callback):
     """Calls `Objective.prepare`, which computes log-probabilities, at the right time of a run.
 
-    In a new run, the right time is before the trainer starts (in `compute`), so that an error does not change
-    an earlier run in the directory. In a resumed run, it is after the trainer has locked the directory and has
+    In a new run, that time is before the trainer starts (in `compute`), so that an error does not change an
+    earlier run in the directory. In a resumed run, it is after the trainer has locked the directory and has
     accepted the checkpoint, so that a refused run changes nothing. The files of an earlier run are replaced
     only after the first checkpoint of this run is on the disk.
 

@@ -140,7 +140,7 @@ class StepProfiler(Callback):
         return StepProfile(self._steps, self._seconds, get_num_threads(), tuple(rows), dict(self._peaks))
 
     def _measure(self, arithmetics: set[str] | tuple[str, ...]) -> None:
-        """Measure the peak rates. Keep the highest values, because other programs may disturb a measurement."""
+        """Measure the peak rates. Keep the highest values: other programs may disturb a measurement."""
         for name in sorted(arithmetics):
             self._peaks[name] = max(self._peaks.get(name, 0.0), _core.peak_rate(name))
 

@@ -167,7 +167,7 @@ class DpoObjective(Objective):
 
 
 class OrpoObjective(Objective):
-    """Odds ratio preference optimisation: learns chosen answers, penalises rejected ones; has no reference."""
+    """Odds ratio preference optimisation: learns chosen answers, penalises rejected ones; no reference."""
 
     name = "orpo"
 

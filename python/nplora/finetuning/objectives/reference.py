@@ -280,7 +280,7 @@ def _read(directory: files.Directory, model: str) -> tuple[dict[int, float], str
             if REFERENCE_MARK not in metadata and not holds_run(directory):
                 raise FormatError(f"{path}: is not a reference")
             if metadata.get(REFERENCE_MARK) != _SCHEMA or metadata.get("model") != model:
-                return {}, "it was computed with another model, arithmetic, instruction set or version of nplora"
+                return {}, "it is from another model, arithmetic, instruction set or version of nplora"
             keys, values = (content[name].numpy() for name in ("keys", "values"))
             if metadata.get("sha256") != _digest(keys, values):
                 return {}, "it is damaged"

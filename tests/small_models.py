@@ -11,6 +11,8 @@ from nplora.lm import LanguageModel
 
 Array = np.ndarray[Any, Any]
 
+# The `model_type` of families that transformers does not know. They have tests of their own in tests/models.
+UNKNOWN_TO_TRANSFORMERS: tuple[str, ...] = ()
 VOCAB, WIDTH, HIDDEN, LAYERS, HEADS, KV_HEADS = 60, 32, 64, 3, 4, 2
 DIM = WIDTH // HEADS
 

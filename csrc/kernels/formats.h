@@ -3,9 +3,9 @@
 // (isa_*.cpp) compile these two. A new format needs a file in kernels/formats, two lines below that name the
 // format and its file, and a quantiser in ops/quantizers.
 //
-// In the 4-bit and 5-bit formats with blocks of 32 elements, the low nibbles of the bytes `q` belong to
-// elements 0 to 15, and the high nibbles belong to elements 16 to 31. In the 5-bit formats, bit i of `high`
-// is the fifth bit of the code of element i.
+// In all present 4-bit and 5-bit formats with blocks of 32 elements, the low nibbles of the bytes `q` belong
+// to elements 0 to 15, and the high nibbles belong to elements 16 to 31. In the 5-bit formats, bit i of
+// `high` is the fifth bit of the code of element i.
 #ifndef NPLORA_KERNELS_FORMATS_H
 #define NPLORA_KERNELS_FORMATS_H
 

@@ -172,7 +172,7 @@ template <size_t kLargest, class X>
   // The largest sum of two products is 2 * 127 * kLargest. If several such sums together fit into 16 bits,
   // they are added before they are widened to 32 bits, because one widening for all of them is cheaper.
   constexpr size_t kFit = 32767 / (2 * 127 * kLargest);
-  static_assert(kFit > 0);
+  static_assert(kFit > 0, "kLargestCode of Codes<Block> must be the largest code of the format");
   constexpr size_t kTogether = kFit >= 8 ? 8 : kFit >= 4 ? 4 : kFit >= 2 ? 2 : 1;
 #pragma GCC unroll 8
   for (size_t k = 0; k < 8; k += kTogether) {

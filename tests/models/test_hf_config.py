@@ -11,7 +11,11 @@ from nplora.formats.errors import FormatError
 from nplora.models import base_model, families, hf_config
 from nplora.models.config import ModelConfig
 
-FAMILIES = [family.model_type for family in families.FAMILIES]
+FAMILIES = [
+    family.model_type
+    for family in families.FAMILIES
+    if family.model_type not in small_models.UNKNOWN_TO_TRANSFORMERS
+]
 WITHOUT_WINDOWS = ("llama", "granite", "olmo2")  # they ignore `sliding_window`
 NOTHING = object()  # as the value of a field: the field is missing
 

@@ -18,6 +18,7 @@ import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote, unquote
 
 import nplora
 from nplora.serving import run
@@ -39,6 +40,7 @@ JSON = {"type": "json_object"}
 TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}
 RESULT = {"role": "tool", "tool_call_id": "1", "content": "2"}
 HYPERPARAMETERS = {"n_epochs": 1, "batch_size": 1, "learning_rate_multiplier": 1}
+_MOST_ADAPTERS = 100  # of jobs, which are kept
 FORM = b'--x\r\ncontent-disposition: form-data; name="file"%s\r\n\r\n{"text": "a"}\r\n--x--\r\n'
 CALL = {"id": "1", "type": "function", "function": {"name": "add", "arguments": '{"x": 1}'}}
 
@@ -191,8 +193,6 @@ async def answer(
     """Send a request to the application, without a network. Return the status and the body of the answer."""
     method, target, body, headers = request
     path, _, query = target.partition(b"?")
-    from urllib.parse import unquote
-
     scope = {
         "type": "http", "asgi": {"version": "3.0", "spec_version": "2.3"}, "http_version": "1.1",
         "method": method, "path": unquote(path.decode()), "raw_path": path, "root_path": "",
@@ -256,7 +256,17 @@ async def fuzz(
 
     while sum(statuses.values()) < count and time.monotonic() < end:
         await asyncio.gather(*(one() for _ in range(8)))
+        await delete_oldest_adapters(app)
     return statuses
+
+
+async def delete_oldest_adapters(app: Application) -> None:
+    """Delete the oldest adapters of jobs. After some minutes, they would fill the memory for adapters."""
+    names = [name for name in app.service.models.names if name.startswith("ft:")]
+    for name in names[:-_MOST_ADAPTERS]:
+        target = f"/v1/models/{quote(name)}".encode()
+        status, body = await answer(app, ("DELETE", target, b"", {b"host": b"localhost"}))
+        assert status in (200, 404), body  # 404: another request deleted it
 
 
 def run_fuzzer(directory: Path, seed: int, count: int, seconds: float) -> Counter[int]:

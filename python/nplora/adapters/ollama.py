@@ -61,7 +61,7 @@ class OllamaExport:
     def __str__(self) -> str:
         adapter = "" if self.adapter is None else f" --adapter {self.adapter}"
         check_it = (
-            f"check it:  nplora eval {self.model}{adapter} --data ROWS (its loss should be close to the loss "
+            f"check it:  nplora eval {self.model}{adapter} --data ROWS (its loss should be close to that "
             "before the export)"
         )
         import_it = f"import it: ollama create NAME -f {Path(self.directory, MODELFILE)}"
@@ -111,7 +111,7 @@ def export_ollama(
 
     >>> print(nplora.adapters.export_ollama("model.gguf", "ollama", "adapter", system="Be brief."))
     ollama/model.gguf: ...
-    check it:  nplora eval ollama/model.gguf --data ROWS (its loss should be close to the loss before the export)
+    check it:  nplora eval ollama/model.gguf --data ROWS (its loss should be close to that before the export)
     import it: ollama create NAME -f ollama/Modelfile
     """
     files.require_named(_OP, model=model, directory=directory, adapter=adapter)

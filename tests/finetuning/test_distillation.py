@@ -572,7 +572,10 @@ def test_examples_that_are_longer_than_the_teachers_context_are_refused(model: P
             short,
             "31 tokens, but the context of the teacher .*short.gguf is 16: expected max_length=16 or less",
         ),
-        (tmp_path / "t", "of 4 of 8 examples: .* data and options of the file: .* .max_length 16, learn"),
+        (
+            tmp_path / "t",
+            "of 4 of 8 examples: .* data and options from which the teacher file was made: .* .max_length 16, learn",
+        ),
     ):
         with pytest.raises(FormatError, match=words):
             finetune(model, rows, tmp_path / "out", teacher=teacher, steps=1, **DISTILL)

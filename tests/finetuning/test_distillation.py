@@ -574,7 +574,7 @@ def test_examples_that_are_longer_than_the_teachers_context_are_refused(model: P
         ),
         (
             tmp_path / "t",
-            "of 4 of 8 examples: .* data and options from which the teacher file was made: .* .max_length 16, learn",
+            "of 4 of 8 examples: .* from which the teacher file was made: .* .max_length 16, learn",
         ),
     ):
         with pytest.raises(FormatError, match=words):

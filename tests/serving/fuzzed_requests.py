@@ -142,7 +142,7 @@ def _with_change(random_: random.Random, value: Any) -> Any:
         if kind < 0.08:
             del value[key]
         elif kind < 0.14 and isinstance(value, dict):
-            value[str(random_.choice(VALUES))[:40]] = random_.choice(VALUES)
+            value[str(random_.choice(VALUES))[:40]] = copy.deepcopy(random_.choice(VALUES))
         elif kind < 0.2 and isinstance(value, list):
             value += [copy.deepcopy(value[key])] * random_.choice((1, 3, 40))
         else:

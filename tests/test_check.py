@@ -56,7 +56,7 @@ NET = nplora.Sequential(nplora.Linear(np.eye(2), trainable=True))
         (lambda: nplora.LoRALinear(None, load_in_8bit=True), "did you mean dtype?"),
         (
             lambda: nplora.load_model("m", load_in_4bit=True),
-            "; nplora reads the weights in the type of",
+            "; nplora keeps the weights in the dtype of",
         ),
     ],
 )

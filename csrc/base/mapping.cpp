@@ -56,7 +56,8 @@ class Neighbours {
 
   // Reports that the memory at `at` will be unmapped. `unmap` must call `leave` before it unmaps any memory,
   // because other code may map the same addresses afterwards. If the memory overlaps a huge page that weights
-  // have not filled yet, `take` places no more weights in this huge page, and its small pages stay small.
+  // have not filled yet, `take` places no more weights in this huge page, and does not merge its small
+  // pages.
   // A thread that is inside `take` at the same time may not see that the memory was unmapped. If other code
   // has mapped the same addresses, `take` may then move the small pages of the other code into a huge page.
   // In this rare case, the other code uses more memory, but no data is lost.

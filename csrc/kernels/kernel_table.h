@@ -482,8 +482,8 @@ enum class Activation : uint8_t { kSilu, kGeluTanh, kGelu };
 inline constexpr size_t kActivations = 3;
 
 // The operations of a language model other than matrix products with weights. Some comments say that an
-// output may be the same array as an input. Such a kernel reads element i of the input before it writes
-// element i of the output.
+// output may be the same array as an input. A kernel with such a comment reads element i of the input before
+// it writes element i of the output.
 struct Transformer {
   // RMSNorm of `n` elements: y = x * weight / sqrt(mean x² + eps).
   void (*rms_norm)(size_t n, const float* x, const float* weight, float eps, float* y);

@@ -100,7 +100,7 @@ class StackRows {
   size_t block_rows_;
 };
 
-// Whether a product with x must be computed: x Wᵀ or x Bᵀ.
+// Whether any product with x, x Wᵀ or x Bᵀ, must be computed.
 template <class T>
 bool multiplies_x(std::span<const ForwardPart<T>> parts) {
   return std::any_of(parts.begin(), parts.end(),

@@ -88,8 +88,8 @@ class LanesForward {
     return {token_block.first + block.first, block.count};
   }
 
-  // For one lane block of tokens, computes xt (x transposed). Also computes z and zt (z transposed) of each
-  // layer. A lane block consists of as many tokens as there are lanes.
+  // For one lane block of tokens, computes xt (x transposed). Also computes z and zt (z transposed, times
+  // scale) of each layer. A lane block consists of as many tokens as there are lanes.
   void prepare(Range token_block, size_t b) const {
     const Range tokens = lane_block(token_block, b);
     E* lanes = xt_ + b * depth_ * lanes_;
@@ -99,7 +99,7 @@ class LanesForward {
   }
 
   // Multiplies B by one lane block of tokens: zt (r, lanes) = scale * B drop(x)ᵀ. If the caller needs z
-  // (tokens, r), then z = drop(x) Bᵀ is also stored in the caller's array.
+  // (tokens, r), then z = drop(x) Bᵀ, without the scale, is also stored in the caller's array.
   void project(const LoraDelta& delta, Range tokens, size_t b, const E* xt) const {
     const ForwardPart<T>& part = delta.part;
     const size_t rank = part.low.rank(), lanes = width(tokens.count);

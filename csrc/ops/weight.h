@@ -154,8 +154,8 @@ class PackedWeight {
   size_t d_in() const { return view_.d_in; }
   size_t nbytes() const;
 
-  // Writes W to out (d_out, d_in). If W is stored as kFloat64, T is double. In all other formats T is float.
-  // For the two 16-bit formats, T may also be uint16_t; `out` then receives the bit patterns.
+  // Writes W to out (d_out, d_in). If W is stored as kFloat64, T is double. For all other storage types, T
+  // is float. For the two 16-bit types, T may also be uint16_t; `out` then receives the bit patterns.
   template <class T>
   void unpack(Matrix<T> out) const;
 

@@ -131,7 +131,7 @@ _INSTEAD = {
 _INSTEAD_ALWAYS = {
     **dict.fromkeys(
         _OTHER_NAMES["dtype"].split(),
-        "; nplora reads the weights in the type of the model's file, which `nplora convert --dtype` changes",
+        "; nplora keeps the weights in the dtype of the model's file, and `nplora convert --dtype` changes it",
     ),
     **dict.fromkeys(
         ("device", "device_map", "gpu", "cuda", "n_gpu_layers"),

@@ -60,7 +60,7 @@ def test_an_option_is_suggested_only_if_the_command_has_it(capsys: pytest.Captur
         (["eval", "m", "d", "--batch-size", "3"], "no option --batch-size; nplora forms the batches itself"),
         (
             ["finetune", "m", "--load_in_4bit"],
-            "no option --load_in_4bit; nplora reads the weights in the type of",
+            "no option --load_in_4bit; nplora keeps the weights in the dtype of",
         ),
         (["generate", "m", "x", "--device", "cpu"], "no option --device; nplora computes on the CPU"),
     ],

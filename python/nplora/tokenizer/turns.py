@@ -142,8 +142,9 @@ def find_turns(
     Args:
         messages: the chat.
         text: the text that the template writes for the chat.
-        marked: the text that the template writes for the chat with marks.
-        mark: the character before and after each index in `marked`.
+        marked: the text that the template writes for the chat if each message's text is replaced by the
+            message's index between two marks.
+        mark: a character that does not occur in the chat.
         prompt: the text that the template adds to a chat when the assistant's answer should begin.
         is_end: a function that returns whether a special token ends a turn.
     Raises:

@@ -131,7 +131,7 @@ _INSTEAD = {
 _INSTEAD_ALWAYS = {
     **dict.fromkeys(
         _OTHER_NAMES["dtype"].split(),
-        "; nplora keeps the weights in the dtype of the model's file, and `nplora convert --dtype` changes it",
+        "; nplora keeps the weights in the dtype of the model's file; `nplora convert --dtype` changes it",
     ),
     **dict.fromkeys(
         ("device", "device_map", "gpu", "cuda", "n_gpu_layers"),

@@ -256,6 +256,18 @@ def test_a_peft_adapter_is_described_with_its_norms(
     ]
 
 
+def test_layers_are_listed_by_their_numbers(tmp_path: Path) -> None:
+    digits = "7" * 5000  # more than Python converts to an int
+    names = ["layers.0.q", "layers.2.q", "layers.02.v", "layers.10.q", f"layers.{digits}.q"]
+    tensors = {}
+    for name in sorted(names, reverse=True):
+        for half, factor in zip("AB", pair(2), strict=True):
+            tensors[f"{PREFIX}{name}.lora_{half}.weight"] = factor
+    peft_adapter.save(tmp_path, PeftConfig(r=2), tensors)
+    lines = squeezed(description.describe(tmp_path))
+    assert [line.split()[0] for line in lines if line.startswith("layers.")] == names
+
+
 def test_tensors_of_a_peft_adapter_that_do_not_fit_are_listed_too(tmp_path: Path) -> None:
     lora_a, lora_b = pair(2)
     tensors = {f"{PREFIX}{name}.lora_A.weight": lora_a for name in ("good", "rank", "nan")}

@@ -78,6 +78,18 @@ def test_the_json_of_eval_is_that_of_python(
     assert json.loads(run(capsys, *words, "--compare")[1]) == expected
 
 
+@pytest.mark.filterwarnings("ignore:evaluate.* is given 2 times")
+def test_eval_says_that_adapters_are_added_up(
+    model: Path, data: Path, adapter: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    notice = "the adapters are added up and evaluated together; --compare evaluates each of them alone"
+    for count in (1, 2):
+        words = ["--adapter", adapter] * count
+        _, out, err = run(capsys, model, "--data", data, "--json", *words)
+        assert (notice in err) == (count == 2)
+        assert "loss" in json.loads(out)
+
+
 @pytest.mark.slow
 def test_compare_prints_a_table_with_a_row_for_each_adapter(
     model: Path, data: Path, adapter: Path, capsys: pytest.CaptureFixture[str]

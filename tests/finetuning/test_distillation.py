@@ -584,6 +584,16 @@ def test_examples_that_are_longer_than_the_teachers_context_are_refused(model: P
         )
 
 
+@pytest.mark.filterwarnings("ignore:.*without any field that columns renames")
+def test_validation_data_may_have_nplora_s_names_beside_columns(model: Path, tmp_path: Path) -> None:
+    """As in `finetune`, which trains on the same data."""
+    rows, valid = [{"q": "1+1=", "a": "2"}] * 4, [{"prompt": "2+2=", "completion": "4"}] * 2
+    columns = {"prompt": "q", "completion": "a"}
+    teach(model, rows, tmp_path / "t", valid=valid, columns=columns, top_k=4)
+    given = {"valid": valid, "columns": columns, "teacher": tmp_path / "t", "steps": 1}
+    finetune(model, rows, tmp_path / "out", **given, **DISTILL)
+
+
 def test_another_temperature_than_the_stored_one_is_refused(
     model: Path, taught: Path, data: Path, tmp_path: Path
 ) -> None:

@@ -482,6 +482,12 @@ def test_the_answer_is_a_choice_a_letter_or_an_index(
     assert entries[0]["answer"] == right
 
 
+def test_a_name_of_columns_that_no_question_has_is_an_error(lm: LanguageModel) -> None:
+    row = {"prompt": "1+1=", "choices": ["1", "2"], "answer": 1}
+    with pytest.raises(DataError, match="no row has a field that columns renames"):
+        evaluate(lm, [row], columns={"answer": "lable"})
+
+
 def test_columns_rename_the_fields_of_choices(lm: LanguageModel) -> None:
     rows = [{"ctx": "1+1=", "endings": ["2", "3"], "label": "0"}]
     found = evaluate(lm, rows, columns="prompt=ctx,choices=endings,answer=label")

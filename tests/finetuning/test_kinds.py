@@ -587,6 +587,20 @@ def test_a_name_of_columns_that_no_row_has_is_an_error() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*without any field that columns renames")
+def test_columns_are_found_in_any_row() -> None:
+    """A bad row counts, and so does a row that is held out."""
+    words, columns = from_gguf(opened(byte_level())), {"prompt": "q", "completion": "a"}
+    bad = [{"q": "x"}, {"text": "c"}]
+    assert read_dataset(bad, words, columns=columns, skip_bad=True).report.skipped == 1
+    assert preview(bad, words, columns=columns).train.bad == 1
+    others = [{"text": f"{n}"} for n in range(40)]
+    for text in "abcdefgh":  # some of these rows are held out, and some are trained on
+        found = preview([{"t": text}, *others], words, columns={"text": "t"}, valid_split=0.5)
+        assert found.valid is not None
+        assert found.train.examples + found.valid.examples == 41
+
+
+@pytest.mark.filterwarnings("ignore:.*without any field that columns renames")
 def test_columns_leave_a_row_of_the_format_that_is_set(tmp_path: Path) -> None:
     words, columns = from_gguf(opened(byte_level())), {"prompt": "q", "completion": "a"}
     (tmp_path / "a.jsonl").write_text('{"q": "a", "a": "b"}\n')
@@ -594,6 +608,8 @@ def test_columns_leave_a_row_of_the_format_that_is_set(tmp_path: Path) -> None:
     files = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
     report = read_dataset(files, words, columns=columns, format="completion").report
     assert (report.examples, report.unread) == (2, {"text": 1})
+    with pytest.raises(DataError, match="completion is empty"):
+        read_dataset([{"prompt": "a", "completion": ""}], words, columns=columns, format="completion")
 
 
 @pytest.mark.filterwarnings("ignore:.*without any field that columns renames")

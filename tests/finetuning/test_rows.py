@@ -705,6 +705,14 @@ def test_a_word_of_a_conll_file_keeps_its_characters(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".txt", ".conll"])
+def test_utf_16_is_named(tmp_path: Path, suffix: str) -> None:
+    for order in ("utf-16-le", "utf-16-be"):
+        (tmp_path / f"d{suffix}").write_bytes("\ufefftext\na\n".encode(order))
+        with pytest.raises(DataError, match=f"d{suffix}: begins like UTF-16, expected UTF-8"):
+            list(read_rows(tmp_path / f"d{suffix}"))
+
+
 def test_a_sentence_that_is_not_utf_8_is_a_bad_row(tmp_path: Path) -> None:
     (tmp_path / "a.conll").write_bytes(b"a O\nb\xff O\n\nc O\n")
     bad, good = read_rows(tmp_path / "a.conll")

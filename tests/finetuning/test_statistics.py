@@ -140,6 +140,11 @@ def test_the_difference_of_a_rate_and_a_constant_is_the_interval_of_the_rate_shi
         assert above.high - above.low > 0.1
 
 
+def test_a_weight_of_zero_does_not_make_a_metric_constant() -> None:
+    assert not rate([0.0, 1.0, 0.0, 1.0], [0, 1, 1, 1]).is_constant
+    assert rate([0.5] * 4, [0, 1, 2, 3]).is_constant
+
+
 def test_all_permutations_are_tried_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(5)
     pairs = [(measured(rng.normal(0.4, 1, 9)), measured(rng.normal(0, 1, 9))) for _ in range(12)]

@@ -84,7 +84,7 @@ def test_matrices_get_the_type_and_vectors_stay_float32(
     found = read(tmp_path / "model.gguf")
     assert len(found) == len(given) == sum(report.types.values())
     wanted = "float32" if dtype == "same" else dtype
-    words = f"{LAYERS} of {7 * LAYERS + 2} matrices are {{}} instead of {dtype}: their rows are not whole"
+    words = f"{LAYERS} of {7 * LAYERS + 2} matrices are {{}} instead of {dtype}: their rows cannot be"
     of = EXPECTED.get(wanted)
     short_rows = of.short_rows if of and of.short_rows else wanted
     assert (words.format(found["blk.0.ffn_down.weight"][0]) in str(report)) == (short_rows != wanted)

@@ -101,8 +101,7 @@ class MergeGate:
         return Verdict(kept, self.lossy or kept >= _ENOUGH, loss)
 
     def refusal(self, verdict: Verdict, merged: MergedTensors, output: StrPath) -> ValueError:
-        """The error for a merge that fails a check. The message suggests a storage type that passes, if there
-        is one."""
+        """The error for a merge that fails a check. It suggests a storage type that passes, if any does."""
         problems = list[str]()
         kinds = ", ".join(dict.fromkeys(merge.storage for merge in merged.merges.values()))
         if not verdict.keeps_delta:
@@ -178,7 +177,7 @@ def _problem(loss: HeldOutLoss, kinds: str) -> str:
         return f"the held-out loss stays within the tolerance ({loss.on_the_fly:.4f} -> {loss.merged:.4f})"
     return (
         f"the held-out loss would go from {loss.on_the_fly:.4f} to {loss.merged:.4f} in {kinds}, expected a "
-        f"rise of at most {loss.tolerance:g} (--tolerance)"
+        f"rise of at most {loss.tolerance:g} (the tolerance)"
     )
 
 

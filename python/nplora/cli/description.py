@@ -367,7 +367,8 @@ def _llama_cpp(file: GgufFile) -> str:
 
 def _by_numbers(name: str) -> list[tuple[int, str]]:
     """A key that sorts names with their numbers as numbers: layer 2 before layer 10."""
-    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]
+    parts = re.split(r"0*([0-9]+)", name)  # texts and numbers in turn
+    return [(len(part), part) if i % 2 else (0, part) for i, part in enumerate(parts)]
 
 
 def _layer(name: str, lora_a: Array, lora_b: Array, scale: float, is_dora: bool = False) -> Row:

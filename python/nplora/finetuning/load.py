@@ -121,7 +121,10 @@ def read_inputs(
     division = None if share is None else Division(op, sources, share, reading, objective.require)
     require_validation(op, options, held_out_sources is not None or division is not None)
     objective.open(op, lm, check)
-    train = _read(op, reader, objective, sources if division is None else division.train, options)
+    if division is None:
+        train = _read(op, reader, objective, sources, options)
+    else:  # which checks the names in `columns` for both sides
+        train = _read(op, reader, objective, division.train, options, any_names=True)
     _warn_of_unused(op, tokens, train)
     if division is not None:
         held_out_sources = division.held_out()

@@ -149,7 +149,11 @@ def teach(
     _require_not_read(output, lm, files_of("teach", adapter), groups)
     options = replace(options, max_length=min(max_length, lm.config.max_position_embeddings))
     reading = options.reading(options.max_length)
-    datasets = [read_sources("teach", group, lm.tokenizer, reading) for group in groups if group]
+    datasets = [
+        read_sources("teach", group, lm.tokenizer, replace(reading, any_names=number > 0))
+        for number, group in enumerate(groups)
+        if group
+    ]
     say = speaker(progress)
     for dataset in datasets:
         require_vocabulary(lm, dataset.report.source, dataset.largest_id)

@@ -415,8 +415,8 @@ def _columns(op: str, columns: Sequence[Array], least: int, most: int, equal: in
     fits = all(len(shape) == 2 and shape[1:] == shapes[0][1:] for shape in shapes)
     if not fits or len({shape[0] for shape in shapes[:equal]}) > 1:
         raise ValueError(
-            f"{op}: columns have shapes {', '.join(map(str, shapes))}, expected (n, d) with one d for all "
-            f"columns, and one n for the first {equal}"
+            f"{op}: columns have shapes {', '.join(map(str, shapes))}, expected (n, d) with the same d "
+            f"for all columns, and the same n for the first {equal} columns"
         )
     return given
 

@@ -131,6 +131,11 @@ def test_a_job_continues_an_adapter(jobs: FineTuning, lm: nplora.LanguageModel) 
     losses = [jobs.events(job["id"], limit=100)["data"][::-1] for job in (first, second)]
     starts = [next(e["data"]["train_loss"] for e in events if e["data"]) for events in losses]
     assert starts[1] < starts[0]
+    with pytest.raises(
+        RequestError, match="unrecognized field 'n_epochs': put it into the object hyper"
+    ) as e:
+        create(jobs, n_epochs=3)
+    assert (e.value.param, e.value.code) == ("n_epochs", "unknown_parameter")
     with pytest.raises(RequestError, match="rank is decided by the adapter"):
         create(jobs, model=first["fine_tuned_model"], rank=4)
 

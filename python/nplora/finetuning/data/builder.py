@@ -13,7 +13,6 @@ import numpy as np
 
 from nplora.finetuning.data.bad_rows import BadRows
 from nplora.finetuning.data.encoding import Encoded
-from nplora.finetuning.data.renaming import RenamedRows
 from nplora.finetuning.data.sources import Source
 from nplora.finetuning.data.stored import DataReport, Stored
 from nplora.formats.errors import DataError, LimitError, counted
@@ -54,7 +53,6 @@ class Builder(Generic[_Made]):
         self._truncated = bytearray()  # for each example, whether it is cut
         self._forms = set[bool]()
         self.unread = collections.Counter[str]()
-        self.renamed = RenamedRows()
         self.kind = ""
 
     def begin(self, source: Source) -> None:

@@ -13,10 +13,11 @@ import numpy as np
 import numpy.typing as npt
 
 from nplora.finetuning.data.builder import Builder
-from nplora.finetuning.data.dataset import ReadOptions, add_rows, one_example
+from nplora.finetuning.data.dataset import ReadOptions, add_rows, check_names, one_example
 from nplora.finetuning.data.encoding import Encoded
 from nplora.finetuning.data.examples import Example, Judged
 from nplora.finetuning.data.kinds import BY_NAME, Kind
+from nplora.finetuning.data.renaming import RenamedRows
 from nplora.finetuning.data.sources import Source
 from nplora.finetuning.data.stored import Stored
 from nplora.formats.errors import DataError, counted
@@ -292,6 +293,7 @@ def _read(
     wanted: Wanted,
     examples_of: Callable[[Example, list[Encoded]], list[list[Encoded]]],
 ) -> None:
+    names = RenamedRows(options.columns)
     for source in sources:
         builder.begin(source)
         if source.is_text:
@@ -299,9 +301,9 @@ def _read(
                 f"{op}: {source.name} is a plain text; objective {wanted.objective!r} needs rows with "
                 f"{wanted.fields}"
             )
-        add_rows(builder, source, tokenizer, options, wanted.require, examples_of)
+        add_rows(builder, names, source, tokenizer, options, wanted.require, examples_of)
         builder.end()
-    builder.renamed.check(options.columns, options.any_names)
+    check_names(names, options)
 
 
 def _each(example: Example, sequences: list[Encoded]) -> list[list[Encoded]]:

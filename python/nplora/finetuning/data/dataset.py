@@ -19,6 +19,7 @@ from nplora.finetuning.data.examples import Example, Preference
 from nplora.finetuning.data.kinds import BY_NAME, FIELDS, Kind, lost_context, recognise, renamed
 from nplora.finetuning.data.parsing.fields import Fields, renaming
 from nplora.finetuning.data.parsing.preferences import forgotten_prompt
+from nplora.finetuning.data.renaming import RenamedRows
 from nplora.finetuning.data.rows import Row
 from nplora.finetuning.data.sources import Data, Source, sources_of
 from nplora.finetuning.data.stored import Stored
@@ -170,7 +171,8 @@ def read_dataset(
             the file and the line. A row is wrong if its fields fit no format or two formats, or if earlier
             rows have a different format. No field may be missing or empty, or have a wrong type. No role may
             be unknown or out of order. A tool call must have a name. A weight must be 0 or 1, and only a
-            message of the assistant may have weight 1.
+            message of the assistant may have weight 1. With `columns`, at least one row must have a field
+            that is renamed.
         LimitError: a line is too long, its JSON exceeds a limit, or a weight gives an epoch too many
             examples.
         UnsafeError, FormatError: the model's chat template is invalid.
@@ -178,7 +180,8 @@ def read_dataset(
         ModuleNotFoundError: the package `pyarrow` is needed and not installed.
         OSError: the file cannot be read.
     Warns:
-        UserWarning: some rows have messages, reasoning, tools or documents that the chat template leaves out.
+        UserWarning: some rows have messages, reasoning, tools or documents that the chat template leaves out;
+            or some rows have none of the fields that `columns` renames.
 
     >>> tokenizer = nplora.load_model("model.gguf").tokenizer
     >>> dataset = nplora.data.read_dataset("train.jsonl", tokenizer, max_length=32)
@@ -211,7 +214,7 @@ def tokenizer_of(op: str, given: object) -> Tokenizer:
 
 def read_sources(op: str, sources: list[Source], tokenizer: Tokenizer, options: ReadOptions) -> Dataset:
     """The examples of all sources. Raises the same errors as `read_dataset`."""
-    builder = Builder(options.max_length, options.strict, Dataset)
+    builder, names = Builder(options.max_length, options.strict, Dataset), RenamedRows(options.columns)
     for source in sources:
         builder.begin(source)
         if source.is_text:
@@ -219,9 +222,9 @@ def read_sources(op: str, sources: list[Source], tokenizer: Tokenizer, options: 
             for window in text_windows(op, source, tokenizer, options.max_length):
                 builder.add([window], source.name)
         else:
-            add_rows(builder, source, tokenizer, options, require_one_answer, one_example)
+            add_rows(builder, names, source, tokenizer, options, require_one_answer, one_example)
         builder.end()
-    builder.renamed.check(options.columns, options.any_names)
+    check_names(names, options)
     return builder.dataset()
 
 
@@ -245,8 +248,16 @@ def text_windows(op: str, source: Source, tokenizer: Tokenizer, length: int | No
         window = [window[-1], *itertools.islice(ids, length - 1)]
 
 
+def check_names(names: RenamedRows, options: ReadOptions) -> None:
+    """Warn about rows that were read without renaming. Raise DataError if no row has a name in `columns`."""
+    if not options.any_names:
+        names.require()
+    names.warn()
+
+
 def add_rows(
     builder: Builder[Any],
+    names: RenamedRows,
     source: Source,
     tokenizer: Tokenizer,
     options: ReadOptions,
@@ -256,6 +267,7 @@ def add_rows(
     """Add the rows of a source.
 
     Args:
+        names: counts the rows of all sources that are read without renaming.
         require: a function that is called with the kind of a row, and with the file and line of the row. The
             function raises a DataError if the objective does not read rows of this kind.
         examples_of: a function that groups the sequences of a row into examples (lists of sequences).
@@ -264,6 +276,7 @@ def add_rows(
     kind: Kind | None = None
     without_prompt = collections.Counter[str]()
     for row in source.read():
+        names.see(row)
         try:
             kind, example, unused, unread, is_renamed, forgotten = parsed(row, kind, options, require)
             examples = examples_of(example, encoder.encode(example, row.where))
@@ -271,7 +284,8 @@ def add_rows(
             builder.bad.skip(error, options.skip_bad)
             continue
         builder.kind = kind.name
-        builder.renamed.add(source, is_renamed)
+        if not is_renamed:
+            names.keep(source)
         builder.unread.update(unread.keys())
         for sequences in examples:
             builder.add(sequences, row.where, unused)
@@ -381,12 +395,12 @@ def _renamed(row: Row, options: ReadOptions) -> dict[str, Any]:
     except DataError:
         if any(theirs in row.values for theirs in options.columns.values()):
             raise
-        with contextlib.suppress(DataError, LimitError):
+        if options.format is not None and not {*FIELDS}.isdisjoint(row.values):
+            return row.values  # if a field is missing, reading the row says so
+        with contextlib.suppress(DataError):
             if options.format is None:
                 recognise(row.values, row.where)
-            else:
-                BY_NAME[options.format].parse(Fields(row.values, row.where))
-            return row.values
+                return row.values
         raise
 
 

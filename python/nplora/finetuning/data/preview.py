@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import itertools
 import re
@@ -16,6 +17,7 @@ from nplora.finetuning.data.builder import MOST_EXAMPLES, in_epoch, is_emptied, 
 from nplora.finetuning.data.dataset import (
     PLAIN_TEXT,
     ReadOptions,
+    check_names,
     parsed,
     text_windows,
     tokenizer_of,
@@ -101,7 +103,8 @@ class Part:
         unread: a dict from the name of each unused field to the number of rows with this field.
         without_prompt: a dict from the name of a field that probably holds the prompt to the number of
             comparisons that have this field, but no field "prompt".
-        repeated: the number of examples that repeat an earlier example.
+        repeated: the number of examples that equal an earlier example after the cut. Examples that are left
+            out do not count.
         bad: the number of bad rows.
         problems: the errors of the first few bad rows.
     """
@@ -245,7 +248,10 @@ def preview(
         found = sources_of(op, valid)
     division = None if valid_split is None else Division(op, sources, valid_split, options)
     reader = _Reader(op, tokenizer_of(op, tokenizer), options, max_length)
-    train, seen, shown = reader.read(sources if division is None else division.train, examples)
+    if division is None:
+        train, seen, shown = reader.read(sources, examples)
+    else:  # which checks the names in `columns` for both sides
+        train, seen, shown = reader.read(division.train, examples, any_names=True)
     if division is not None:
         found = division.held_out()
     if found is None:
@@ -291,14 +297,21 @@ class _Reader:
     def read(
         self, sources: list[Source], shown: int, any_names: bool = False
     ) -> tuple[Part, dict[bytes, int], tuple[Example, ...]]:
-        """Return a tuple: a summary; a dict from the hash of each example, cut to the maximum length, to the
-        number of equal examples; and the first `shown` examples. `any_names` is as in `ReadOptions`."""
+        """Read sources. Return a summary, the number of equal examples by their hash, and some examples.
+
+        Args:
+            shown: the number of examples to return.
+            any_names: as in `ReadOptions`.
+        Returns:
+            a tuple: the summary; a dict from the hash of each example that is not left out, cut to the
+            maximum length, to the number of equal examples; and the first `shown` examples.
+        """
         lengths, seen, examples, bad = list[int](), dict[bytes, int](), list[Example](), BadRows()
         count = trained = cut = lost = emptied = unused = 0
         kinds, unread, without_prompt = dict[str, None](), Counter[str](), Counter[str]()
         usable, lost_parts = [0] * len(sources), set[str]()
-        renamed = RenamedRows()
-        for found in self._rows(sources, renamed):
+        names = RenamedRows(self._options.columns)
+        for found in self._rows(sources, names):
             if isinstance(found, FormatError):
                 bad.skip(found)
                 continue
@@ -321,20 +334,20 @@ class _Reader:
                 seen[digest] = seen.get(digest, 0) + 1
             if count <= shown:
                 examples += self._shown(found)
-        names = ", ".join(source.name for source in sources)
+        joined = ", ".join(source.name for source in sources)
         if not count and not bad.count:
-            raise DataError(f"{names}: no examples")
-        renamed.check(self._options.columns, any_names)
+            raise DataError(f"{joined}: no examples")
+        check_names(names, dataclasses.replace(self._options, any_names=any_names))
         repeated = sum(seen.values()) - len(seen)
         epoch = sum(in_epoch(one.weight, number) for one, number in zip(sources, usable, strict=True))
         part = Part(
-            names, tuple(kinds), count, epoch, tuple(lengths), trained, cut, lost, emptied,
+            joined, tuple(kinds), count, epoch, tuple(lengths), trained, cut, lost, emptied,
             tuple(sorted(lost_parts)), unused,
             dict(unread), dict(without_prompt), repeated, bad.count, tuple(bad.problems),
         )  # fmt: skip
         return part, seen, tuple(examples)
 
-    def _rows(self, sources: list[Source], renamed: RenamedRows) -> Iterator[_Found | FormatError]:
+    def _rows(self, sources: list[Source], names: RenamedRows) -> Iterator[_Found | FormatError]:
         for place, source in enumerate(sources):
             if source.is_text:
                 windows = text_windows(self._op, source, self._tokenizer, self._most)
@@ -344,6 +357,7 @@ class _Reader:
                 continue
             before: Kind | None = None
             for row in source.read():
+                names.see(row)
                 try:
                     before, example, unused, unread, is_renamed, forgotten = parsed(
                         row, before, self._options
@@ -352,7 +366,8 @@ class _Reader:
                 except (DataError, LimitError) as error:
                     yield error
                     continue
-                renamed.add(source, is_renamed)
+                if not is_renamed:
+                    names.keep(source)
                 unused = (*unused, *(name for sequence in sequences for name in sequence.unused))
                 good = example.good if isinstance(example, Judged) else None
                 yield _Found(row.where, before.name, sequences, place, unused, good, tuple(unread), forgotten)

@@ -5,43 +5,48 @@ from __future__ import annotations
 import collections
 from collections.abc import Mapping
 
+from nplora.finetuning.data.rows import Row
 from nplora.finetuning.data.sources import Source
 from nplora.formats.errors import DataError, counted
 from nplora.runtime.user_warning import warn_user
 
 
 class RenamedRows:
-    """Counts the rows that were renamed and those that were not, to find misspelled names in `columns`."""
+    """Finds rows without the names in `columns`, over several sources. Such a name may be misspelled.
 
-    def __init__(self) -> None:
-        self._renamed = 0
-        self._others = collections.Counter[str]()  # for each source, the rows that were not renamed
+    Args:
+        columns: a dict from the names that the formats use to the names in the data.
+    """
 
-    def add(self, source: Source, is_renamed: bool) -> None:
-        """Count a row of the source."""
-        if is_renamed:
-            self._renamed += 1
-        else:
-            self._others[source.name] += 1
+    def __init__(self, columns: Mapping[str, str]) -> None:
+        self._columns = columns
+        self._is_found = False
+        self._others = collections.Counter[str]()  # for each source, the rows that keep their own names
 
-    def check(self, columns: Mapping[str, str], may_be_none: bool) -> None:
-        """After all rows were added, warn about the rows whose fields were not renamed.
+    def see(self, row: Row) -> None:
+        """Notice whether a row has any of the names. The row may turn out to be bad."""
+        self._is_found = self._is_found or not {*self._columns.values()}.isdisjoint(row.values)
 
-        Args:
-            may_be_none: whether it is allowed that no row of any source was renamed.
-        Raises:
-            DataError: no row was renamed, and `may_be_none` is False.
-        """
-        if not columns or not self._others:
-            return
-        names = ", ".join(map(repr, columns.values()))
-        if not self._renamed and not may_be_none:
+    def keep(self, source: Source) -> None:
+        """Count a row that was read without renaming."""
+        self._others[source.name] += 1
+
+    def require(self) -> None:
+        """After all rows were seen, raise a DataError if no row has any of the names."""
+        if self._columns and self._others and not self._is_found:
             raise DataError(
-                f"{', '.join(self._others)}: no row has a field that columns renames ({names}); without "
-                "--columns (columns), the rows can be read as they are"
+                f"{', '.join(self._others)}: no row has a field that columns renames ({self._names}); "
+                "correct the names in --columns (columns), or leave it out to read the rows as they are"
             )
-        for source, rows in self._others.items():
+
+    def warn(self) -> None:
+        """After all rows were counted, warn about those that were read without renaming."""
+        for source, rows in self._others.items() if self._columns else ():
             warn_user(
-                f"{source}: {counted(rows, 'row')} without any field that columns renames ({names}); "
+                f"{source}: {counted(rows, 'row')} without any field that columns renames ({self._names}); "
                 "nothing was renamed in these rows"
             )
+
+    @property
+    def _names(self) -> str:
+        return ", ".join(map(repr, self._columns.values()))

@@ -88,10 +88,15 @@ def is_text(path: StrPath) -> bool:
 
 
 def _parts(path: StrPath) -> Iterator[bytes]:
-    """The bytes of a file, decompressed if its name ends in .gz."""
+    """The bytes of a text file, decompressed if its name ends in .gz. Raises DataError for UTF-16."""
     with files.reading(path) as reader:
         parts = (bytes(reader[begin : begin + _PART]) for begin in range(0, len(reader), _PART))
-        yield from _decompressed(parts, files.name(path)) if files.suffix(path) == ".gz" else parts
+        if files.suffix(path) == ".gz":
+            parts = _decompressed(parts, files.name(path))
+        for number, part in enumerate(parts):
+            if number == 0 and part[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+                raise DataError(f"{files.name(path)}: begins like UTF-16, expected UTF-8")
+            yield part
 
 
 def _decompressed(parts: Iterator[bytes], name: str) -> Iterator[bytes]:
@@ -180,9 +185,7 @@ def _decoded(line: bytes, where: str) -> str:
     try:
         return line.decode("utf-8")
     except UnicodeDecodeError as error:
-        is_utf16 = line[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
-        hint = "; it begins like UTF-16: save the file as UTF-8" if is_utf16 else ""
-        raise DataError(f"{where}: not UTF-8 at byte {error.start}{hint}") from error
+        raise DataError(f"{where}: not UTF-8 at byte {error.start}") from error
 
 
 # ---- the formats ----

@@ -19,6 +19,7 @@ from nplora.finetuning.data.examples import (
     through_template,
 )
 from nplora.finetuning.data.kinds import Kind
+from nplora.finetuning.data.renaming import RenamedRows
 from nplora.finetuning.data.rows import Row
 from nplora.finetuning.data.sources import Source
 from nplora.formats.errors import DataError, LimitError, counted
@@ -35,7 +36,8 @@ class Division:
 
     Attributes:
         train: the sources of the rows to train on. After the last source has been read to its end, a
-            DataError is raised if there are no rows to train on, or no held-out rows.
+            DataError is raised if there are no rows to train on, or no held-out rows, or if no row has a
+            field that `options.columns` renames.
     """
 
     def __init__(
@@ -58,6 +60,7 @@ class Division:
             if source.is_text:
                 raise ValueError(f"{op}: {source.name} is a plain text, which has no rows to hold out")
         self._sources, self._share, self._options, self._require = sources, share, options, require
+        self._names = RenamedRows(options.columns)
         self._rows = dict[int, int]()  # the number of rows of each source that was read to its end
         self._held_out = dict[int, list[Row]]()
         self.train = [
@@ -80,8 +83,11 @@ class Division:
         rows, held_out, kind = 0, list[Row](), None
         for row in self._sources[number].read():
             rows += 1
+            self._names.see(row)
             try:
-                kind, example, *_ = parsed(row, kind, self._options, self._require)
+                kind, example, _, _, is_renamed, _ = parsed(row, kind, self._options, self._require)
+                if not is_renamed:
+                    self._names.keep(self._sources[number])
                 is_held = is_held_out(text_of(example, row.where), self._share)
             except (DataError, LimitError) as error:
                 yield Row(row.where, {}, error)
@@ -94,6 +100,7 @@ class Division:
             raise DataError(f"{self._sources[number].name}: no examples")
         self._rows[number], self._held_out[number] = rows, held_out
         if len(self._rows) == len(self._sources):
+            self._names.require()
             self._require_two_sides()
 
     def _require_two_sides(self) -> None:

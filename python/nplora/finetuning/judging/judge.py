@@ -14,9 +14,10 @@ from nplora.finetuning.data.bad_rows import BadRows
 from nplora.finetuning.data.builder import warn_of_unused
 from nplora.finetuning.data.choices import Choices, encode_choices
 from nplora.finetuning.data.comparisons import PairDataset, read_pairs
-from nplora.finetuning.data.dataset import ReadOptions, kind_of, parsed, read_sources
+from nplora.finetuning.data.dataset import ReadOptions, check_names, kind_of, parsed, read_sources
 from nplora.finetuning.data.examples import Example, MultipleChoice
 from nplora.finetuning.data.kinds import BY_NAME, Kind
+from nplora.finetuning.data.renaming import RenamedRows
 from nplora.finetuning.data.rows import Row
 from nplora.finetuning.data.sources import Source, in_memory
 from nplora.finetuning.judging.answers import Asked, asked, measure_answers
@@ -164,7 +165,11 @@ def _require_choice(kind: Kind, where: str) -> None:
 
 
 def _examples(
-    sources: list[Source], reading: ReadOptions, require: Callable[[Kind, str], None], bad: BadRows
+    sources: list[Source],
+    reading: ReadOptions,
+    require: Callable[[Kind, str], None],
+    bad: BadRows,
+    names: RenamedRows,
 ) -> Iterator[tuple[Example, Row, tuple[str, ...]]]:
     """For each row without an error, yield a tuple: example, row and `lost_context` (see `Parsed`)."""
     for source in sources:
@@ -172,11 +177,14 @@ def _examples(
             raise DataError(f"{source.name}: a plain text has no prompts, expected rows with prompts")
         kind = None if reading.format is None else BY_NAME[reading.format]
         for row in source.read():
+            names.see(row)
             try:
-                kind, example, lost_context, *_ = parsed(row, kind, reading, require)
+                kind, example, lost_context, _, is_renamed, _ = parsed(row, kind, reading, require)
             except (DataError, LimitError) as error:
                 bad.skip(error, reading.skip_bad)
             else:
+                if not is_renamed:
+                    names.keep(source)
                 yield example, row, lost_context
 
 
@@ -184,7 +192,8 @@ def _read_choices(
     lm: LanguageModel, sources: list[Source], reading: ReadOptions
 ) -> tuple[list[Choices], DataReport]:
     bad, found, unused, left_out = BadRows(), list[Choices](), 0, set[str]()
-    for example, row, lost_context in _examples(sources, reading, _require_choice, bad):
+    names = RenamedRows(reading.columns)
+    for example, row, lost_context in _examples(sources, reading, _require_choice, bad, names):
         assert isinstance(example, MultipleChoice)
         try:
             choices = encode_choices(lm.tokenizer, example, row.where, reading.chat)
@@ -196,6 +205,7 @@ def _read_choices(
             found.append(choices)
             unused += bool(lost_context)
             left_out.update(lost_context)
+    check_names(names, reading)
     report = _report(sources, found, bad, unused)
     warn_of_unused(report.source, unused, left_out)
     return found, report
@@ -229,7 +239,8 @@ def _asked(
     context, counted_before = lm.config.max_position_embeddings, BadRows()
     questions = {question.where for question in choices}
     require = _require_choice if choices else _any_kind
-    for example, row, _ in _examples(sources, reading, require, counted_before):
+    names = RenamedRows(reading.columns)  # checked when the data were read for the loss
+    for example, row, _ in _examples(sources, reading, require, counted_before, names):
         if choices and row.where not in questions:
             continue
         try:

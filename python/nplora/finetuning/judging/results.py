@@ -68,7 +68,7 @@ class Evaluation(MeanLoss):
         source: the name of the file.
         examples, truncated, emptied, skipped: counts of examples and rows, see `DataReport`.
         perplexity: e to the power of the loss.
-        token_accuracy: how many of the tokens in the loss are the model's most likely tokens, as a share.
+        token_accuracy: the share of the tokens in the loss that are the model's most likely tokens.
         metrics: a dict from the name of each metric, including "loss" and "token_accuracy", to its `Score`.
             For multiple-choice rows: "acc", "acc_norm" and "acc_token". For preference pairs: "acc",
             "acc_token" and, with an adapter, "reward_acc" and "reward_margin".
@@ -134,9 +134,11 @@ class Difference:
         metric: the name of the metric.
         values: the values of the metric for `one` and for `other`.
         difference: the value for `one` minus the value for `other`.
-        low, high: the 95 % confidence interval of the difference, not adjusted for `comparisons`; None for
-            fewer than two examples. If the metric is True or False in each example, the interval is from
-            Newcombe's formula, otherwise from a bootstrap that draws the same examples for both systems.
+        low, high: the 95 % confidence interval of the difference; None for fewer than two examples. If the
+            metric is right or wrong in each example for both systems, the interval is from Newcombe's
+            formula. If it is so for one system, and constant for the other, the interval is Wilson's, shifted
+            by the constant. Otherwise, the interval is from a bootstrap that draws the same examples for both
+            systems. It is not adjusted for `comparisons`.
         p: the p-value of a paired permutation test, adjusted for the number of comparisons by Holm's method.
             If all systems are equally good, the probability that at least one p of a metric is below 0.05
             is at most 5 %. None for fewer than two examples.
@@ -173,6 +175,8 @@ class Difference:
             False: f"{one} is worse than {other}",
             None: f"no clear difference between {one} and {other}",
         }[self.is_better]
+        if self.is_better is None and self.p is not None and self.p < SIGNIFICANT:
+            judgement = f"{one} differs from {other}"
         least = self.comparisons * 2.0 ** (1 - self.examples)  # of p, if all permutations are tried
         if self.is_better is None and self.examples > 1 and least >= SIGNIFICANT:
             judgement = f"{self.examples} examples are too few to tell {one} from {other}"

@@ -75,7 +75,8 @@ class Measured:
     @property
     def is_constant(self) -> bool:
         """Whether the metric has the same value in each example."""
-        return bool((self.values * self.weights[0] == self.values[0] * self.weights).all())
+        largest = int(np.argmax(self.weights))  # a weight of 0 says nothing about the value
+        return bool((self.values * self.weights[largest] == self.values[largest] * self.weights).all())
 
 
 class Interval(NamedTuple):

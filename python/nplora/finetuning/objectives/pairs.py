@@ -145,14 +145,18 @@ class OrpoLoss(PairLoss):
         return float(values.sum()) - weight * float(learned.sum()), gradient
 
 
-class DpoObjective(Objective):
+class _PairObjective(Objective):
+    """The base class of objectives that learn from pairs."""
+
+    def require(self, kind: Kind, where: str) -> None:
+        wanted_pairs(self.name).require(kind, where)
+
+
+class DpoObjective(_PairObjective):
     """Direct preference optimisation: chosen answers become likelier, rejected ones less likely."""
 
     name = "dpo"
     has_reference = True
-
-    def require(self, kind: Kind, where: str) -> None:
-        wanted_pairs(self.name).require(kind, where)
 
     def read(self, op: str, sources: list[Source], tokenizer: Tokenizer, reading: ReadOptions) -> PairDataset:
         return read_pairs(op, sources, tokenizer, reading, self.name, PairDataset)
@@ -166,13 +170,10 @@ class DpoObjective(Objective):
         return DpoLoss(formula, self._reference, micro_tokens)
 
 
-class OrpoObjective(Objective):
+class OrpoObjective(_PairObjective):
     """Odds ratio preference optimisation: learns chosen answers, penalises rejected ones; no reference."""
 
     name = "orpo"
-
-    def require(self, kind: Kind, where: str) -> None:
-        wanted_pairs(self.name).require(kind, where)
 
     def read(self, op: str, sources: list[Source], tokenizer: Tokenizer, reading: ReadOptions) -> PairDataset:
         return read_pairs(op, sources, tokenizer, reading, self.name, LearnedPairs)

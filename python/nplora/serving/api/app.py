@@ -151,11 +151,12 @@ class Application:
             return as_request_error(error)
         path, text = scope["path"], str(error.detail)
         if error.status_code == 404:
-            near = nearest_names(path, [route.path for route in self._router.routes], 1)
+            routes = [route.path for route in self._router.routes if "{" not in route.path]
+            near = nearest_names(path, routes, 1)
             text = f"there is no route {brief(path)}{f'; the nearest one is {near[0]}' if near else ''}"
         elif error.status_code == 405:
-            allowed = (error.headers or {}).get("Allow", "")
-            text = f"the route {brief(path)} does not support {scope['method']}, only {allowed}"
+            allowed = ", ".join(sorted((error.headers or {}).get("Allow", "").split(", ")))
+            text = f"the route {brief(path)} does not support {brief(scope['method'])}, only {allowed}"
         code = {404: "unknown_route", 405: "method_not_allowed"}.get(error.status_code)
         made = RequestError(text, error.status_code, code=code)
         made.__cause__ = error

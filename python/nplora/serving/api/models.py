@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -175,29 +175,12 @@ class Models(Generic[LM]):
                 adapters = [(self.lm.adapters[name], scale) for name, scale in parts]
                 while len(self._sums) >= _MOST_SUMS:
                     self.lm.delete_adapter(self._sums.pop(next(iter(self._sums))))
-                self._require_room([adapter for adapter, _ in adapters], f"={key}")
                 try:
                     self._add_sum(combine(adapters, any_base=True), f"={key}")
                 except ValueError as error:
                     raise RequestError(str(error), param="lora") from error
                 self._sums[key] = f"={key}"
             return self._sums[key]
-
-    def _require_room(self, adapters: Sequence[Adapter], name: str) -> None:
-        """Check that there is memory for a sum of these adapters, before the sum is computed.
-
-        If there is too little memory, first delete all other sums.
-        """
-        if self.memory is None:
-            return
-        size = sum(adapter.nbytes for adapter in adapters)
-        try:
-            self.memory.require(name, size, waits=False)
-        except RequestError:
-            if not self._sums:
-                raise
-            self._forget_sums()
-            self.memory.require(name, size, waits=False)
 
     def _add_sum(self, adapter: Adapter, name: str) -> None:
         """Add an adapter that is a sum. If there is too little memory, first delete all other sums."""

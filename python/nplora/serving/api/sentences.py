@@ -94,7 +94,7 @@ class Sentences:
         words = classifier.encoder.word_ids(self.words(), most if cut is None else min(cut, most))
         ids, rows = classifier.windows(words, longest)
         if (words.cut and cut is None) or sum(map(len, ids)) > most:
-            raise _too_long("tokens (a token in two windows counts twice)", most)
+            raise _too_long("tokens (a token counts once for each window that contains it)", most)
         return dataclasses.replace(self, first=words.first, rows=rows), ids
 
     @property

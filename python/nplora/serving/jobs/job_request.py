@@ -83,7 +83,11 @@ def checked(request: Mapping[str, Any], base: str) -> JobRequest:
         require_text(value, str(name))
     for name in _HYPERPARAMETERS:
         if name in request:
-            raise RequestError(f"{name} belongs into the object hyperparameters", param=name)
+            raise RequestError(
+                f"unrecognized field {name!r}: put it into the object hyperparameters",
+                param=name,
+                code="unknown_parameter",
+            )
     body.require_known({*_OPENAI, *OPTIONS}, {"integrations": ([],)})
     method, given = _method(body)
     fields = {name: value for name, value in body.values.items() if value is not None}

@@ -21,6 +21,7 @@ from nplora.finetuning.data.examples import (
 )
 from nplora.finetuning.data.kinds import BY_NAME, recognise, renamed
 from nplora.finetuning.data.parsing.fields import Fields
+from nplora.finetuning.data.renaming import RenamedRows
 from nplora.finetuning.data.sources import splits_of
 from nplora.finetuning.options import parse_columns
 from nplora.formats.errors import DataError
@@ -457,7 +458,15 @@ def test_a_malformed_row_is_found_among_good_rows_of_its_kind(row: dict[str, Any
     builder = Builder(None, False, Dataset)
     builder.begin(source)
     with pytest.raises(DataError, match=rf"^data, row 2{PLACE}: .*{message}"):
-        add_rows(builder, source, words, ReadOptions(), lambda kind, where: None, lambda _, found: [found])
+        add_rows(
+            builder,
+            RenamedRows({}),
+            source,
+            words,
+            ReadOptions(),
+            lambda kind, where: None,
+            lambda _, found: [found],
+        )
 
 
 def test_a_kind_that_is_forced_takes_its_own_fields() -> None:

@@ -127,7 +127,7 @@ def test_an_adapter_that_does_not_fit_into_memory_is_refused(client: Any, app: A
         for scale in (2, 3, 4):  # each sum takes the place of the one before
             ask(client, extra_body={"lora": [{"id": 0, "scale": scale}]})
         assert ask(client, model="first").choices[0].message.content
-        with pytest.raises(openai.APIStatusError, match=r"memory for the sum 'adapter0\*2\+adapter1\*3'"):
+        with pytest.raises(openai.APIStatusError, match=r"memory for the sum 'adapter0\*2.0\+adapter1\*3.0'"):
             ask(client, extra_body={"lora": [{"id": 0, "scale": 2}, {"id": 1, "scale": 3}]})
         client.models.delete("first")
         load("second")

@@ -90,7 +90,8 @@ def is_text(path: StrPath) -> bool:
 def _parts(path: StrPath) -> Iterator[bytes]:
     """The bytes of a text file, decompressed if its name ends in .gz. Raises DataError for UTF-16."""
     with files.reading(path) as reader:
-        parts = (bytes(reader[begin : begin + _PART]) for begin in range(0, len(reader), _PART))
+        places = range(0, len(reader), _PART)
+        parts: Iterator[bytes] = (bytes(reader[begin : begin + _PART]) for begin in places)
         if files.suffix(path) == ".gz":
             parts = _decompressed(parts, files.name(path))
         for number, part in enumerate(parts):

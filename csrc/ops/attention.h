@@ -68,9 +68,9 @@ struct KeyValueCache {
 // Row i of q is the query of the token at position lengths[i] - 1 in slot slots[i] of the cache. The query
 // attends to this token and to all earlier tokens. With a window, it attends only to this token and to the
 // `window` - 1 tokens before this token. The bits of a row of `out` depend neither on the size of the pages
-// nor on the other rows, with one exception. Neighbouring rows with successive tokens of one slot are
-// computed together. Fewer than kFewestLanes / (heads / kv_heads) such rows are computed by a method that
-// rounds differently from the method for a larger number of such rows.
+// nor on the other rows, with one exception: the length of the run that the row belongs to. A run consists of
+// neighbouring rows with successive tokens of one slot. A run of fewer than kFewestLanes / (heads / kv_heads)
+// rows is computed by another method, which rounds differently.
 void attention_cached(const AttentionShape& shape, Matrix<const float> q, KeyValueCache cache,
                       const int64_t* slots, const int64_t* lengths, Matrix<float> out);
 

@@ -100,7 +100,7 @@ class StackRows {
   size_t block_rows_;
 };
 
-// Whether any product with x, x Wᵀ or x Bᵀ, must be computed.
+// Whether a product x Wᵀ or x Bᵀ must be computed for any part.
 template <class T>
 bool multiplies_x(std::span<const ForwardPart<T>> parts) {
   return std::any_of(parts.begin(), parts.end(),

@@ -142,9 +142,9 @@ _INSTEAD_ALWAYS = {
 
 _TRAINER = ("schedule", "warmup_steps", "accumulate", "clip_norm", "seed", "callbacks", "progress")
 _FIT = ("epochs", "steps", "batch_size", "shuffle", "validation", "eval_every", "patience", "keep")
-# Hints for messages of Trainer and Trainer.fit about settings that the other of these two takes, or that the
-# optimiser takes. The keys identify the function that was called: of all functions decorated with `keywords`,
-# only Trainer has the keyword clip_norm, and only Trainer.fit has checkpoint_dir.
+# Hints for a setting that was given to the wrong function: to Trainer instead of Trainer.fit, to Trainer.fit
+# instead of Trainer, or to one of them instead of the optimiser. Each key is a keyword of only one function
+# (clip_norm of Trainer, checkpoint_dir of Trainer.fit), so it shows which function was called.
 _TAKEN_ELSEWHERE = {
     "clip_norm": {
         "lr": "; the optimiser takes it: Trainer(..., optimizer=AdamW(lr=...))",

@@ -30,7 +30,7 @@ def test_training_data_that_are_evaluated_are_reported(model: Path, data: Path, 
     done = command(
         "finetune", model, "--data", both, "--valid", both, "--output", tmp_path / "o", "--steps", 1
     )
-    words = "of 4 validation examples, 4 also in the training data, so the validation loss is too low"
+    words = "the training data contain 4 of 4 validation examples, so the validation loss is too low"
     assert words in done.stderr.splitlines()
 
 
@@ -53,7 +53,7 @@ def test_the_commands_train_evaluate_and_answer(model: Path, data: Path, tmp_pat
     assert parts == {"q_proj", "v_proj", "o_proj"}
     assert " left" in done.stderr
     assert "validation loss " in done.stdout
-    assert "also in the training data" not in done.stderr
+    assert "the training data contain" not in done.stderr
     base = json.loads(command("eval", model, "--data", data, "--json").stdout)
     adapted = json.loads(command("eval", model, "--data", data, "--adapter", output, "--json").stdout)
     assert adapted["loss"] < base["loss"]

@@ -19,7 +19,7 @@ from nplora.finetuning.data.builder import Builder
 from nplora.finetuning.data.comparisons import PairDataset, read_pairs
 from nplora.finetuning.data.dataset import Dataset, ReadOptions, add_rows, read_sources
 from nplora.finetuning.data.encoding import Encoded
-from nplora.finetuning.data.renaming import RenamedRows
+from nplora.finetuning.data.renaming import ColumnNames
 from nplora.finetuning.data.sources import splits_of
 from nplora.formats.errors import DataError, FormatError, LimitError, UnsafeError
 from nplora.models.packing import IGNORED
@@ -401,7 +401,7 @@ def test_tools_are_counted_as_unused_where_the_model_does_not_see_them(
             builder.begin(sources[0])
             add_rows(
                 builder,
-                RenamedRows({}),
+                ColumnNames({}),
                 sources[0],
                 words,
                 options,

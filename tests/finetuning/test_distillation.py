@@ -584,7 +584,7 @@ def test_examples_that_are_longer_than_the_teachers_context_are_refused(model: P
         )
 
 
-@pytest.mark.filterwarnings("ignore:.*without any field that columns renames")
+@pytest.mark.filterwarnings("ignore:.*without any field that --columns .* renames")
 def test_validation_data_may_have_nplora_s_names_beside_columns(model: Path, tmp_path: Path) -> None:
     """As in `finetune`, which trains on the same data."""
     rows, valid = [{"q": "1+1=", "a": "2"}] * 4, [{"prompt": "2+2=", "completion": "4"}] * 2
@@ -709,7 +709,7 @@ def test_a_damaged_file_is_refused(
 
 def test_a_file_of_another_kind_is_refused(model: Path, data: Path, tmp_path: Path) -> None:
     safetensors.save(tmp_path / "t", {"w": np.eye(2, dtype=np.float32)})
-    with pytest.raises(FormatError, match="is neither a model nor made by nplora teach"):
+    with pytest.raises(FormatError, match="is neither a model nor a file that nplora teach made"):
         finetune(model, data, tmp_path / "out", teacher=tmp_path / "t", **DISTILL)
 
 

@@ -484,7 +484,7 @@ def test_the_answer_is_a_choice_a_letter_or_an_index(
 
 def test_a_name_of_columns_that_no_question_has_is_an_error(lm: LanguageModel) -> None:
     row = {"prompt": "1+1=", "choices": ["1", "2"], "answer": 1}
-    with pytest.raises(DataError, match="no row has a field that columns renames"):
+    with pytest.raises(DataError, match=r"no row has a field that --columns .* renames"):
         evaluate(lm, [row], columns={"answer": "lable"})
 
 
@@ -666,6 +666,8 @@ def test_pairs_are_compared_with_the_model_alone(lm: LanguageModel, adapters: Pa
     assert [one and one[1] for one in metrics] == ["loss", "acc", "acc_token", "reward_acc"]
     [margin] = [one for one in found.differences if one.metric == "reward_margin"]
     assert margin.is_better is None  # a larger margin does not mean a better model
+    margin = dataclasses.replace(margin, p=0.01, difference=0.5, values=(0.5, 0.0), low=0.4, high=0.6)
+    assert str(margin).startswith("'mine' differs from the base: reward_margin 0.500 against 0.000")
 
 
 def test_the_accuracy_of_pairs_is_that_of_dpo(path: Path, lm: LanguageModel, tmp_path: Path) -> None:

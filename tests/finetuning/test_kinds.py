@@ -1,5 +1,6 @@
 """Every kind of row, good and malformed in each field: errors name the line, the field and both values."""
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from nplora.finetuning.data.examples import (
 )
 from nplora.finetuning.data.kinds import BY_NAME, recognise, renamed
 from nplora.finetuning.data.parsing.fields import Fields
-from nplora.finetuning.data.renaming import RenamedRows
+from nplora.finetuning.data.renaming import ColumnNames
 from nplora.finetuning.data.sources import splits_of
 from nplora.finetuning.options import parse_columns
 from nplora.formats.errors import DataError
@@ -460,7 +461,7 @@ def test_a_malformed_row_is_found_among_good_rows_of_its_kind(row: dict[str, Any
     with pytest.raises(DataError, match=rf"^data, row 2{PLACE}: .*{message}"):
         add_rows(
             builder,
-            RenamedRows({}),
+            ColumnNames({}),
             source,
             words,
             ReadOptions(),
@@ -486,7 +487,7 @@ def test_columns_give_fields_their_names() -> None:
     assert renamed(row, columns, "w") == {"prompt": "a", "completion": "b", "id": 3}
     assert renamed({"a": 1, "b": 2}, {"a": "b", "b": "a"}, "w") == {"a": 2, "b": 1}
     with pytest.raises(
-        DataError, match=r"w: the row has no field 'answer' that columns renames; it has \['question'\]"
+        DataError, match=r"w: the row has no field 'answer' that --columns .* renames; it has \['question'\]"
     ):
         renamed({"question": "a"}, columns, "w")
 
@@ -522,7 +523,9 @@ def test_a_table_without_the_columns_is_refused(tmp_path: Path) -> None:
     words = from_gguf(opened(byte_level()))
     with pytest.raises(DataError, match=r"d\.parquet, row 1: the row has \['question', 'answer'\], expected"):
         read_dataset(tmp_path / "d.parquet", words)
-    with pytest.raises(DataError, match=r"d\.parquet, row 1: the row has no field 'q' that columns renames"):
+    with pytest.raises(
+        DataError, match=r"d\.parquet, row 1: the row has no field 'q' that --columns .* renames"
+    ):
         read_dataset(tmp_path / "d.parquet", words, columns={"prompt": "q"})
     columns = {"prompt": "question", "completion": "answer"}
     assert len(read_dataset(tmp_path / "d.parquet", words, columns=columns)) == 1
@@ -575,7 +578,7 @@ def test_columns_leave_a_file_that_has_the_names_already(tmp_path: Path) -> None
     (tmp_path / "a.jsonl").write_text('{"q": "a", "a": "b"}\n')
     (tmp_path / "b.jsonl").write_text('{"text": "c"}\n')
     files = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
-    warning = r"b\.jsonl: 1 row without any field that columns renames \('q', 'a'\)"
+    warning = r"b\.jsonl: 1 row without any field that --columns .* renames \('q', 'a'\)"
     with pytest.warns(UserWarning, match=warning):
         report = read_dataset(files, words, columns=columns).report
     assert (report.kind, report.unread) == ("completion, text", {})
@@ -584,18 +587,23 @@ def test_columns_leave_a_file_that_has_the_names_already(tmp_path: Path) -> None
     with pytest.warns(UserWarning, match=warning):
         assert preview(files[0], words, valid=files[1], columns=columns).valid is not None
     for row in ({"q": "a", "text": "b"}, {"question": "a"}):  # only some of the names; no kind
-        with pytest.raises(DataError, match=r"row 1: the row has no field '\w' that columns renames; it has"):
+        with pytest.raises(
+            DataError, match=r"row 1: the row has no field '\w' that --columns .* renames; it has"
+        ):
             read_dataset([row], words, columns=columns)
 
 
 def test_a_name_of_columns_that_no_row_has_is_an_error() -> None:
     words, row = from_gguf(opened(byte_level())), {"instruction": "a", "output": "b", "context": "c"}
-    for read in (read_dataset, preview):
-        with pytest.raises(DataError, match=r"^data: no row has a field that columns renames \('contxt'\)"):
-            read([row], words, columns={"input": "contxt"})  # type: ignore[operator]
+    with_split = functools.partial(preview, valid_split=0.5)
+    for read in (read_dataset, preview, with_split):
+        with pytest.raises(
+            DataError, match=r"^data: no row has a field that --columns .* renames \('contxt'\)"
+        ):
+            read([row | {"output": f"{n}"} for n in range(20)], words, columns={"input": "contxt"})
 
 
-@pytest.mark.filterwarnings("ignore:.*without any field that columns renames")
+@pytest.mark.filterwarnings("ignore:.*without any field that --columns .* renames")
 def test_columns_are_found_in_any_row() -> None:
     """A bad row counts, and so does a row that is held out."""
     words, columns = from_gguf(opened(byte_level())), {"prompt": "q", "completion": "a"}
@@ -609,7 +617,7 @@ def test_columns_are_found_in_any_row() -> None:
         assert found.train.examples + found.valid.examples == 41
 
 
-@pytest.mark.filterwarnings("ignore:.*without any field that columns renames")
+@pytest.mark.filterwarnings("ignore:.*without any field that --columns .* renames")
 def test_columns_leave_a_row_of_the_format_that_is_set(tmp_path: Path) -> None:
     words, columns = from_gguf(opened(byte_level())), {"prompt": "q", "completion": "a"}
     (tmp_path / "a.jsonl").write_text('{"q": "a", "a": "b"}\n')
@@ -619,9 +627,12 @@ def test_columns_leave_a_row_of_the_format_that_is_set(tmp_path: Path) -> None:
     assert (report.examples, report.unread) == (2, {"text": 1})
     with pytest.raises(DataError, match="completion is empty"):
         read_dataset([{"prompt": "a", "completion": ""}], words, columns=columns, format="completion")
+    row = {"question": "a", "completion": "b"}
+    with pytest.raises(DataError, match="the row has no field 'qestion'"):  # misspelled
+        read_dataset([row], words, columns={"prompt": "qestion"}, format="completion")
 
 
-@pytest.mark.filterwarnings("ignore:.*without any field that columns renames")
+@pytest.mark.filterwarnings("ignore:.*without any field that --columns .* renames")
 def test_a_prompt_with_nplora_s_name_is_found_beside_columns(tmp_path: Path) -> None:
     words = from_gguf(opened(byte_level()))
     (tmp_path / "a.jsonl").write_text('{"q": "a", "chosen": "b", "rejected": "c"}\n')

@@ -74,7 +74,7 @@ def test_an_adapter_that_loses_its_training_is_refused_with_a_type_that_keeps_it
     said = re.search(
         r"merge: rounding to q4_1 would keep ([\d.]+)% of the adapter's change \(ΔW\), "
         r"expected at least 90%, and the held-out loss would go from ([\d.]+) to ([\d.]+) in q4_1, "
-        r"expected a rise of at most 0\.02 \(the tolerance\); "
+        r"expected a rise of at most --tolerance 0\.02; "
         r"--dtype (\w+) keeps about (\d+)% of ΔW, and its loss is ([\d.]+) \(measured\); "
         r"--lossy without --check merges anyway\n",
         capsys.readouterr().err,

@@ -75,7 +75,7 @@ def test_duplicates_are_counted_inside_the_data_and_between_its_parts(tmp_path: 
     assert found.shared == 3
     text = str(found)
     assert "3 examples equal to an earlier one" in text
-    assert "of 4 validation examples, 3 also in the training data, so the validation loss is too low" in text
+    assert "the training data contain 3 of 4 validation examples, so the validation loss is too" in text
     ending = [{"prompt": "a", "completion": "b" * 30 + end} for end in "abcde"]  # equal after the cut
     for most in (20, 40):
         options = FinetuneOptions(max_length=most)
@@ -215,7 +215,7 @@ def test_the_command_shows_marks_or_colours(
     assert "1 example longer than 64 tokens: cut" in printed  # the context of the model
     assert "1+1=[[2<|end|>]]" in printed
     assert "xxx" not in printed
-    assert "of 1 validation example, 1 also in the training data" in printed
+    assert "the training data contain 1 of 1 validation example," in printed
     monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
     monkeypatch.delenv("NO_COLOR", raising=False)
     assert cli.main(line) == 0

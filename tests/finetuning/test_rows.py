@@ -705,10 +705,11 @@ def test_a_word_of_a_conll_file_keeps_its_characters(tmp_path: Path) -> None:
     ]
 
 
-@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".txt", ".conll"])
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".txt", ".conll", ".jsonl.gz"])
 def test_utf_16_is_named(tmp_path: Path, suffix: str) -> None:
     for order in ("utf-16-le", "utf-16-be"):
-        (tmp_path / f"d{suffix}").write_bytes("\ufefftext\na\n".encode(order))
+        content = "\ufefftext\na\n".encode(order)
+        (tmp_path / f"d{suffix}").write_bytes(gzip.compress(content) if suffix.endswith(".gz") else content)
         with pytest.raises(DataError, match=f"d{suffix}: begins like UTF-16, expected UTF-8"):
             list(read_rows(tmp_path / f"d{suffix}"))
 

@@ -69,6 +69,20 @@ def test_a_first_row_that_the_objective_cannot_use_does_not_decide_the_format(tm
     assert len(found.train) + len(found.held_out) == 30
 
 
+@pytest.mark.filterwarnings("ignore:.*without any field that --columns .* renames")
+def test_the_names_of_columns_are_looked_for_on_both_sides(tmp_path: Path) -> None:
+    model, others = save_small_llama(tmp_path / "m.gguf"), [{"text": f"{n}"} for n in range(40)]
+    options = FinetuneOptions(valid_split=0.5, columns={"text": "t"})
+    sides = {is_held_out(text, 0.5) for text in "abcdefgh"}
+    assert sides == {False, True}
+    for text in "abcdefgh":
+        found = load.read_inputs("finetune", model, [{"t": text}, *others], None, options)
+        assert found.held_out is not None
+        assert len(found.train) + len(found.held_out) == 41
+    with pytest.raises(DataError, match="no row has a field that --columns"):
+        load.read_inputs("finetune", model, others, None, options)
+
+
 def test_each_row_is_read_once_and_is_on_one_side(tmp_path: Path, reads: Counter[str]) -> None:
     files = [write(tmp_path / "a.jsonl", ROWS[:12]), write(tmp_path / "b.jsonl", ROWS[12:])]
     found = inputs(save_small_llama(tmp_path / "m.gguf"), files, 0.3)

@@ -186,7 +186,9 @@ def test_training_a_model_with_a_named_adapter_selected_writes_nothing(
 
 def test_a_name_unlike_all_others_is_a_key_error_with_all_names(model: Path, paths: dict[str, Path]) -> None:
     lm = load_model(model)
-    with pytest.raises(KeyError, match="set_adapter: no adapter 'x'; no adapter has a name; load_adapter"):
+    with pytest.raises(
+        KeyError, match="no adapter 'x'; no named adapter is loaded; load one with load_adapter"
+    ):
         lm.set_adapter("x")
     for name in ("few", "all"):
         lm.load_adapter(paths[name], name)

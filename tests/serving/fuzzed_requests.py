@@ -40,7 +40,7 @@ JSON = {"type": "json_object"}
 TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}
 RESULT = {"role": "tool", "tool_call_id": "1", "content": "2"}
 HYPERPARAMETERS = {"n_epochs": 1, "batch_size": 1, "learning_rate_multiplier": 1}
-_MOST_ADAPTERS = 100  # the number of adapters made by jobs that the fuzzer keeps
+_MOST_ADAPTERS = 100  # the most adapters of jobs that are kept
 FORM = b'--x\r\ncontent-disposition: form-data; name="file"%s\r\n\r\n{"text": "a"}\r\n--x--\r\n'
 CALL = {"id": "1", "type": "function", "function": {"name": "add", "arguments": '{"x": 1}'}}
 

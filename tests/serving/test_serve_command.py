@@ -223,7 +223,7 @@ def test_an_encoder_is_served_with_embeddings(tmp_path: Path) -> None:
         assert "unsupported_task" in curl(f"{url}/v1/completions", "-d", '{"prompt": "a"}')
         assert "unknown_route" in curl(f"{url}/v1/files")
         error = json.loads(curl(f"{url}/v1/embedding", "-d", "{}"))["error"]
-        assert error["message"] == "there is no route '/v1/embedding'; the nearest one is /v1/embeddings"
+        assert error["message"] == "there is no route '/v1/embedding'; the nearest one is '/v1/embeddings'"
         error = json.loads(curl(f"{url}/v1/embeddings"))["error"]
         assert error["message"] == "the route '/v1/embeddings' does not support 'GET', only POST"
         server.send_signal(signal.SIGTERM)

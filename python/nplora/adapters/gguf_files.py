@@ -8,8 +8,8 @@ Both formats name the factors lora_a and lora_b (see `letters`). The formats dif
 - Scale: in PEFT, the scale is alpha / r, or alpha / sqrt(r) with rsLoRA, and each layer can have its own
   alpha and r. In llama.cpp, all layers have the same alpha, and the scale is alpha / r, or 1 if alpha is 0.
 
-To keep its scale in llama.cpp, a layer needs alpha = scale · r. If the file's one alpha differs from this
-value, the layer's lora_b is multiplied by (scale · r) / alpha instead.
+To keep its scale in llama.cpp, a layer needs alpha = scale · r. If the single alpha of the file differs
+from this value, the layer's lora_b is multiplied by (scale · r) / alpha instead.
 """
 
 import dataclasses

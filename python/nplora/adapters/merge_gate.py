@@ -177,7 +177,7 @@ def _problem(loss: HeldOutLoss, kinds: str) -> str:
         return f"the held-out loss stays within the tolerance ({loss.on_the_fly:.4f} -> {loss.merged:.4f})"
     return (
         f"the held-out loss would go from {loss.on_the_fly:.4f} to {loss.merged:.4f} in {kinds}, expected a "
-        f"rise of at most {loss.tolerance:g} (the tolerance)"
+        f"rise of at most tolerance={loss.tolerance:g}"
     )
 
 

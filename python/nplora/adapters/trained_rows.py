@@ -66,8 +66,8 @@ def trained_layers(
 
     Args:
         wanted: the rows to train in each layer.
-        tie_whole: whether a head that shares the embedding's weight also shares the embedding's rows if all
-            rows are trained.
+        tie_whole: whether a head that shares the embedding's weight also shares its trained rows. This
+            matters only if all rows are trained.
         tokens: the new tokens. Their rows start as the mean of all rows.
         size: the number of rows of the embedding and the head. None: the result of `rows_needed`.
     Raises:

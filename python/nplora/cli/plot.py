@@ -20,5 +20,5 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     from nplora.trainer import plot
 
-    require_one_process("plot")  # without --output, plot.png goes into the run's directory
+    require_one_process("plot")  # all ranks would write the same file
     print(plot.plot_run(arguments.run, arguments.output, arguments.overwrite))

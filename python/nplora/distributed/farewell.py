@@ -31,7 +31,7 @@ class Farewell:
     A rank reads notices only while it waits in an exchange, so it may compute a batch before it reads them.
     For this reason, a leaving rank waits until all other ranks have left. If the leaving rank receives no
     notice for `timeout` seconds, it ends all ranks by force. If every remaining rank has already exceeded the
-    timeout in an exchange, the leaving rank does not wait at all.
+    timeout in an exchange, the leaving rank ends all ranks without waiting.
 
     Attributes:
         timeout: the seconds after which a rank that does not respond counts as failed.
@@ -72,9 +72,13 @@ class Farewell:
     def no_answer(self, missing: Collection[int]) -> RankError:
         """Make the error for ranks that did not respond within the timeout, and report it to other ranks."""
         self._hung.update(missing)
-        names = ", ".join(map(str, sorted(set(missing))))
-        more = f" (the ranks {names} do not answer)" if len(set(missing)) > 1 else ""
-        words = f"no answer for {self.timeout:g} s{more}: the rank hangs, is stopped, or needs more time"
+        words = f"no answer for {self.timeout:g} s: the rank hangs, is stopped, or needs more time"
+        if len(set(missing)) > 1:
+            names = ", ".join(map(str, sorted(set(missing))))
+            words = (
+                f"no answer for {self.timeout:g} s (the ranks {names} do not answer): these ranks hang, are "
+                "stopped, or need more time"
+            )
         error = RankError(min(missing, default=0), words)
         self._fail(error)
         return error

@@ -67,9 +67,9 @@ class MPICommunicator:
 
     If an exception leaves the block on one rank, the other ranks raise `RankError` in their next exchange, so
     that rank 0 can still save its run. The other ranks may first compute a batch, so the failed rank waits
-    for them. If these ranks do not react within the timeout, the failed rank ends all ranks. If a rank does
-    not respond within the timeout, the errors of the other ranks name that rank. After an error, open no
-    other communicator.
+    for them. If the other ranks do not react within the timeout, the failed rank ends all ranks. If a rank
+    does not respond in an exchange within the timeout, the errors of the other ranks name that rank. After an
+    error, open no other communicator.
 
     Only one thread, and so only one run, may use a communicator at a time.
 

@@ -222,7 +222,8 @@ def fitting_all(plans: Sequence[MemoryPlan]) -> ExecutionPlan:
                 f"finetune: the ranks differ: rank {rank} has not compared the same memory plans as rank 0; "
                 "give all ranks the same model, data and options"
             )
-    # For each plan: the largest number of bytes by which it exceeds the limit of a rank, and this rank.
+    # For each plan: the largest excess over a rank's limit, in bytes (at most 0 if the plan fits on all
+    # ranks), and the rank that has this excess.
     excess = {
         plan: max((own[plan].size - plans[rank].limit, rank) for rank, own in enumerate(compared))
         for plan in compared[0]

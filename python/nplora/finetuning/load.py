@@ -121,10 +121,9 @@ def read_inputs(
     division = None if share is None else Division(op, sources, share, reading, objective.require)
     require_validation(op, options, held_out_sources is not None or division is not None)
     objective.open(op, lm, check)
-    if division is None:
-        train = _read(op, reader, objective, sources, options)
-    else:  # which checks the names in `columns` for both sides
-        train = _read(op, reader, objective, division.train, options, any_names=True)
+    # A division itself checks the names in `columns`, over training and held-out rows together.
+    train_sources, any_names = (sources, False) if division is None else (division.train, True)
+    train = _read(op, reader, objective, train_sources, options, any_names)
     _warn_of_unused(op, tokens, train)
     if division is not None:
         held_out_sources = division.held_out()

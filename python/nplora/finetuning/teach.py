@@ -150,8 +150,8 @@ def teach(
     options = replace(options, max_length=min(max_length, lm.config.max_position_embeddings))
     reading = options.reading(options.max_length)
     datasets = [
-        read_sources("teach", group, lm.tokenizer, replace(reading, any_names=number > 0))
-        for number, group in enumerate(groups)
+        read_sources("teach", group, lm.tokenizer, replace(reading, any_names=group is not sources))
+        for group in groups
         if group
     ]
     say = speaker(progress)

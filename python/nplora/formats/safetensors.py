@@ -35,7 +35,7 @@ from nplora.formats.files import StrPath
 MAX_HEADER = 100_000_000
 MAX_TENSORS = 1 << 17
 MAX_METADATA = 1 << 14  # entries
-_MAX_WIDE = 1 << 25  # bytes of a header that is not ASCII; Python's text may take four times as many
+_MAX_WIDE = 1 << 25  # the most bytes of a header that is not ASCII; as a str, it may take four times as many
 MAX_DIMENSIONS = 32  # NumPy 1.26's own limit
 
 # Maps the tag in the file to (nplora's name, NumPy's type). The types are in the order in which the reference

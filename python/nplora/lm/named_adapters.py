@@ -238,6 +238,6 @@ class NamedAdapters(Generic[Model]):
         hint = (
             f"the loaded adapters are {known}"
             if known
-            else "no adapter has a name; load_adapter(path, name) gives an adapter its name"
+            else "no named adapter is loaded; load one with load_adapter(path, name)"
         )
         return KeyError(f"{op}: no adapter {brief(name)}; {hint}")

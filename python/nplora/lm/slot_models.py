@@ -270,9 +270,9 @@ class JointModel:
     def _free_number(self, in_slots: Sequence[SlotModel]) -> int:
         """Choose the number of a new model.
 
-        If a model was removed, the new model gets the number of the removed model. If none was removed, and
-        all `most` numbers are in use, the new model replaces the least recently used model that no slot uses.
-        Otherwise, or if slots use all models, the new model gets the next higher number.
+        If a model was removed, the new model gets its number. If not, and if fewer than `most` numbers are in
+        use or slots use all models, the new model gets the next higher number. In all other cases, the new
+        model replaces the least recently used model that no slot uses.
         """
         if self._free:
             return self._free.pop()

@@ -477,7 +477,7 @@ def _checked(op: str, parameters: Any) -> tuple[Parameter, ...]:
 
 
 def _check_scalar(op: str, name: str, value: object) -> None:
-    """Raise TypeError, without the items in its message, if `value` is a collection, such as a list."""
+    """Raise TypeError if `value` is a collection, such as a list. The message does not show the items."""
     if isinstance(value, Sized | Iterator) and not isinstance(value, str):
         hint = _check.parameters_hint(name, value)
         raise TypeError(f"{op}: {name} is a {type(value).__name__}, expected a number{hint}")

@@ -48,7 +48,8 @@ class ServeOptions:
     adapter_memory: str | None = _option(
         None, "memory to reserve for adapters that are added while the server runs, namely "
         "adapters from `adapter_dir`, results of jobs and sums of adapters (default: an eighth of the memory "
-        "that the model leaves free, but without `adapter_dir` and `jobs` no more than sums can need)",
+        "that the model leaves free; if neither `adapter_dir` nor `jobs` is set, at most what sums of "
+        "adapters can need)",
         metavar="SIZE",
     )  # fmt: skip
     adapter_dtype: str | None = _option(

@@ -75,7 +75,7 @@ class Request:
         self.read_all()
 
     def read_all(self) -> None:
-        """Let the scheduler compute all tokens of the prompt and the answer so far in blocks."""
+        """Let the scheduler compute, in blocks, all present tokens of the prompt and of the answer."""
         ids = self.answer.ids
         self.to_read = len(ids)
         root = f"{self._root} {'long' if self.to_read > self.switch else 'short'}"

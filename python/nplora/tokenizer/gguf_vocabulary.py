@@ -279,8 +279,8 @@ class _Vocabulary:
                     size += len(token)
             if size > MAX_PAIRS:
                 raise LimitError(
-                    f"{self.source}: over {len(merges):,} pairs of tokens form a token, "
-                    "which is too many to read"
+                    f"{self.source}: at least {len(merges):,} pairs of tokens can each be joined to another "
+                    "token, which is too many to read"
                 )
         return merges
 

@@ -397,7 +397,7 @@ class Tokenizer:
             word, for example, has no tokens. `cut` is the number of sentences that were cut.
         Raises:
             TypeError: a sentence is not a list of texts.
-            ValueError: a word is empty or has only spaces. Or as in `encode_texts`.
+            ValueError: a word is empty or has only spaces. `encode_texts` lists other reasons.
             FormatError: the tokenizer cannot encode a sentence.
 
         >>> import nplora
@@ -635,8 +635,8 @@ class Tokenizer:
         Raises:
             UnsupportedError: the template writes earlier messages differently when more messages follow, and
                 writes no special tokens around a turn, so the tokens of the turn cannot be found.
-            ValueError: the chat has so many turns and tokens that encoding would take minutes. Or as in
-                `apply_chat_template`.
+            ValueError: the chat has so many turns and tokens that encoding would take minutes.
+                `apply_chat_template` lists other reasons.
 
         >>> import nplora
         >>> tokenizer = nplora.load_model("model.gguf").tokenizer

@@ -631,7 +631,7 @@ def become_infinite(W: Array, storage: str) -> Array:
     """Return the magnitudes, shape (n,), of the n finite elements of W that become infinite in `storage`."""
     if _check.is_bfloat16(W) and storage == "float16":
         W = W.astype(np.float32)
-    if W.dtype.kind != "f" or not W.size:  # bfloat16, also as bit patterns, fits the rest
+    if W.dtype.kind != "f" or not W.size:  # bfloat16 stays finite in the others
         return np.empty(0)
     limit = np.float64(_INFINITE_FROM[storage])
     if max(float(np.fmax.reduce(W, axis=None)), -float(np.fmin.reduce(W, axis=None))) < limit:

@@ -103,8 +103,8 @@ class Builder(Generic[_Made]):
     def end(self) -> None:
         """Finish the current source: repeat its examples according to its weight.
 
-        If the weight is not a whole number, an epoch has some examples once more than the others. Hashes of
-        the tokens choose these examples.
+        If the weight is not a whole number, some examples occur once more often than the others in an epoch.
+        Hashes of the tokens choose these examples.
 
         Raises:
             DataError: the source has no examples. A source that may be empty (`may_be_empty`) is refused

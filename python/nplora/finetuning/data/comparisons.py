@@ -17,7 +17,7 @@ from nplora.finetuning.data.dataset import ReadOptions, add_rows, check_names, o
 from nplora.finetuning.data.encoding import Encoded
 from nplora.finetuning.data.examples import Example, Judged
 from nplora.finetuning.data.kinds import BY_NAME, Kind
-from nplora.finetuning.data.renaming import RenamedRows
+from nplora.finetuning.data.renaming import ColumnNames
 from nplora.finetuning.data.sources import Source
 from nplora.finetuning.data.stored import Stored
 from nplora.formats.errors import DataError, counted
@@ -293,7 +293,7 @@ def _read(
     wanted: Wanted,
     examples_of: Callable[[Example, list[Encoded]], list[list[Encoded]]],
 ) -> None:
-    names = RenamedRows(options.columns)
+    names = ColumnNames(options.columns)
     for source in sources:
         builder.begin(source)
         if source.is_text:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-import contextlib
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,7 +18,7 @@ from nplora.finetuning.data.examples import Example, Preference
 from nplora.finetuning.data.kinds import BY_NAME, FIELDS, Kind, lost_context, recognise, renamed
 from nplora.finetuning.data.parsing.fields import Fields, renaming
 from nplora.finetuning.data.parsing.preferences import forgotten_prompt
-from nplora.finetuning.data.renaming import RenamedRows
+from nplora.finetuning.data.renaming import ColumnNames
 from nplora.finetuning.data.rows import Row
 from nplora.finetuning.data.sources import Data, Source, sources_of
 from nplora.finetuning.data.stored import Stored
@@ -79,7 +78,7 @@ class ReadOptions:
     """The options that define how rows become examples, as in `read_dataset`.
 
     Attributes:
-        any_names: whether the rows may all lack the fields that `columns` renames.
+        any_names: if True, it is no error if no row has a field that `columns` renames.
     Raises:
         ValueError, TypeError: a value is out of range or has a wrong type.
     """
@@ -214,7 +213,7 @@ def tokenizer_of(op: str, given: object) -> Tokenizer:
 
 def read_sources(op: str, sources: list[Source], tokenizer: Tokenizer, options: ReadOptions) -> Dataset:
     """The examples of all sources. Raises the same errors as `read_dataset`."""
-    builder, names = Builder(options.max_length, options.strict, Dataset), RenamedRows(options.columns)
+    builder, names = Builder(options.max_length, options.strict, Dataset), ColumnNames(options.columns)
     for source in sources:
         builder.begin(source)
         if source.is_text:
@@ -248,7 +247,7 @@ def text_windows(op: str, source: Source, tokenizer: Tokenizer, length: int | No
         window = [window[-1], *itertools.islice(ids, length - 1)]
 
 
-def check_names(names: RenamedRows, options: ReadOptions) -> None:
+def check_names(names: ColumnNames, options: ReadOptions) -> None:
     """Warn about rows that were read without renaming. Raise DataError if no row has a name in `columns`."""
     if not options.any_names:
         names.require()
@@ -257,7 +256,7 @@ def check_names(names: RenamedRows, options: ReadOptions) -> None:
 
 def add_rows(
     builder: Builder[Any],
-    names: RenamedRows,
+    names: ColumnNames,
     source: Source,
     tokenizer: Tokenizer,
     options: ReadOptions,
@@ -276,7 +275,7 @@ def add_rows(
     kind: Kind | None = None
     without_prompt = collections.Counter[str]()
     for row in source.read():
-        names.see(row)
+        names.look_in(row)
         try:
             kind, example, unused, unread, is_renamed, forgotten = parsed(row, kind, options, require)
             examples = examples_of(example, encoder.encode(example, row.where))
@@ -284,8 +283,7 @@ def add_rows(
             builder.bad.skip(error, options.skip_bad)
             continue
         builder.kind = kind.name
-        if not is_renamed:
-            names.keep(source)
+        names.count(row, source, is_renamed)
         builder.unread.update(unread.keys())
         for sequences in examples:
             builder.add(sequences, row.where, unused)
@@ -389,19 +387,33 @@ def parsed(
 
 
 def _renamed(row: Row, options: ReadOptions) -> dict[str, Any]:
-    """Rename the fields of a row, unless it has none of these fields, and fits a format without them."""
+    """Rename the fields of a row.
+
+    A row without any of the names in `columns` is returned as it is if it can be read without renaming.
+    Otherwise, a missing name is an error.
+    """
     try:
         return renamed(row.values, options.columns, row.where)
     except DataError:
         if any(theirs in row.values for theirs in options.columns.values()):
             raise
-        if options.format is not None and not {*FIELDS}.isdisjoint(row.values):
-            return row.values  # if a field is missing, reading the row says so
-        with contextlib.suppress(DataError):
-            if options.format is None:
-                recognise(row.values, row.where)
-                return row.values
-        raise
+        if not _fits(row, options):
+            raise
+        return row.values
+
+
+def _fits(row: Row, options: ReadOptions) -> bool:
+    """Whether a row has nplora's names already, in place of all names in `columns`, or fits a format."""
+    if options.columns.keys() <= row.values.keys():
+        return True
+    try:
+        if options.format is None:
+            recognise(row.values, row.where)
+        else:
+            BY_NAME[options.format].parse(Fields(row.values, row.where))
+    except (DataError, LimitError):
+        return False
+    return True
 
 
 def _kind_and_values(

@@ -137,7 +137,8 @@ def renamed(values: dict[str, Any], columns: Mapping[str, str], where: str) -> d
     for theirs in columns.values():
         if theirs not in values:
             raise DataError(
-                f"{where}: the row has no field {theirs!r} that columns renames; it has {brief(list(values))}"
+                f"{where}: the row has no field {theirs!r} that --columns (columns=...) renames; it has "
+                f"{brief(list(values))}"
             )
     others = {k: v for k, v in values.items() if k not in columns and k not in columns.values()}
     return others | {ours: values[theirs] for ours, theirs in columns.items()}

@@ -26,7 +26,7 @@ from nplora.finetuning.data.dataset import (
 from nplora.finetuning.data.encoding import Encoded, Encoder
 from nplora.finetuning.data.examples import Judged
 from nplora.finetuning.data.kinds import Kind
-from nplora.finetuning.data.renaming import RenamedRows
+from nplora.finetuning.data.renaming import ColumnNames
 from nplora.finetuning.data.sources import Data, Source, sources_of, splits_of
 from nplora.finetuning.data.split import Division
 from nplora.finetuning.data.stored import shared_words, unread_words
@@ -248,10 +248,10 @@ def preview(
         found = sources_of(op, valid)
     division = None if valid_split is None else Division(op, sources, valid_split, options)
     reader = _Reader(op, tokenizer_of(op, tokenizer), options, max_length)
-    if division is None:
-        train, seen, shown = reader.read(sources, examples)
-    else:  # which checks the names in `columns` for both sides
-        train, seen, shown = reader.read(division.train, examples, any_names=True)
+    # A division itself checks the names in `columns`, over training and held-out rows together.
+    train, seen, shown = reader.read(
+        sources if division is None else division.train, examples, any_names=division is not None
+    )
     if division is not None:
         found = division.held_out()
     if found is None:
@@ -297,7 +297,7 @@ class _Reader:
     def read(
         self, sources: list[Source], shown: int, any_names: bool = False
     ) -> tuple[Part, dict[bytes, int], tuple[Example, ...]]:
-        """Read sources. Return a summary, the number of equal examples by their hash, and some examples.
+        """Read sources, and summarise them.
 
         Args:
             shown: the number of examples to return.
@@ -310,7 +310,7 @@ class _Reader:
         count = trained = cut = lost = emptied = unused = 0
         kinds, unread, without_prompt = dict[str, None](), Counter[str](), Counter[str]()
         usable, lost_parts = [0] * len(sources), set[str]()
-        names = RenamedRows(self._options.columns)
+        names = ColumnNames(self._options.columns)
         for found in self._rows(sources, names):
             if isinstance(found, FormatError):
                 bad.skip(found)
@@ -347,7 +347,7 @@ class _Reader:
         )  # fmt: skip
         return part, seen, tuple(examples)
 
-    def _rows(self, sources: list[Source], names: RenamedRows) -> Iterator[_Found | FormatError]:
+    def _rows(self, sources: list[Source], names: ColumnNames) -> Iterator[_Found | FormatError]:
         for place, source in enumerate(sources):
             if source.is_text:
                 windows = text_windows(self._op, source, self._tokenizer, self._most)
@@ -357,7 +357,7 @@ class _Reader:
                 continue
             before: Kind | None = None
             for row in source.read():
-                names.see(row)
+                names.look_in(row)
                 try:
                     before, example, unused, unread, is_renamed, forgotten = parsed(
                         row, before, self._options
@@ -366,8 +366,7 @@ class _Reader:
                 except (DataError, LimitError) as error:
                     yield error
                     continue
-                if not is_renamed:
-                    names.keep(source)
+                names.count(row, source, is_renamed)
                 unused = (*unused, *(name for sequence in sequences for name in sequence.unused))
                 good = example.good if isinstance(example, Judged) else None
                 yield _Found(row.where, before.name, sequences, place, unused, good, tuple(unread), forgotten)

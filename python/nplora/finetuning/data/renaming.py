@@ -1,4 +1,4 @@
-"""Counts the rows whose fields the option `columns` renames, and the rows that keep their own names."""
+"""Finds misspelled names in the option `columns`, and counts the rows that are read without renaming."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from collections.abc import Mapping
 
 from nplora.finetuning.data.rows import Row
 from nplora.finetuning.data.sources import Source
-from nplora.formats.errors import DataError, counted
+from nplora.formats.errors import DataError, brief, counted
 from nplora.runtime.user_warning import warn_user
 
 
-class RenamedRows:
-    """Finds rows without the names in `columns`, over several sources. Such a name may be misspelled.
+class ColumnNames:
+    """Counts, over several sources, the rows without any of the names in `columns`.
 
     Args:
         columns: a dict from the names that the formats use to the names in the data.
@@ -21,30 +21,34 @@ class RenamedRows:
     def __init__(self, columns: Mapping[str, str]) -> None:
         self._columns = columns
         self._is_found = False
-        self._others = collections.Counter[str]()  # for each source, the rows that keep their own names
+        self._first: list[str] = []  # the fields of the first row that was not renamed
+        self._others = collections.Counter[str]()  # for each source, the rows that were not renamed
 
-    def see(self, row: Row) -> None:
+    def look_in(self, row: Row) -> None:
         """Notice whether a row has any of the names. The row may turn out to be bad."""
         self._is_found = self._is_found or not {*self._columns.values()}.isdisjoint(row.values)
 
-    def keep(self, source: Source) -> None:
-        """Count a row that was read without renaming."""
-        self._others[source.name] += 1
+    def count(self, row: Row, source: Source, is_renamed: bool) -> None:
+        """Count a row that was read, unless its fields were renamed."""
+        if not is_renamed:
+            self._first = self._first or list(row.values)
+            self._others[source.name] += 1
 
     def require(self) -> None:
-        """After all rows were seen, raise a DataError if no row has any of the names."""
+        """After all rows were read, raise a DataError if no row has any of the names."""
         if self._columns and self._others and not self._is_found:
             raise DataError(
-                f"{', '.join(self._others)}: no row has a field that columns renames ({self._names}); "
-                "correct the names in --columns (columns), or leave it out to read the rows as they are"
+                f"{', '.join(self._others)}: no row has a field that --columns (columns=...) renames "
+                f"({self._names}); a row has {brief(self._first)}; correct the names, or leave the option "
+                "out to read the rows as they are"
             )
 
     def warn(self) -> None:
-        """After all rows were counted, warn about those that were read without renaming."""
+        """After all rows were read, warn about those whose fields were not renamed."""
         for source, rows in self._others.items() if self._columns else ():
             warn_user(
-                f"{source}: {counted(rows, 'row')} without any field that columns renames ({self._names}); "
-                "nothing was renamed in these rows"
+                f"{source}: {counted(rows, 'row')} without any field that --columns (columns=...) renames "
+                f"({self._names}); nothing was renamed in these rows"
             )
 
     @property

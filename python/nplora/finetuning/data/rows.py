@@ -96,7 +96,9 @@ def _parts(path: StrPath) -> Iterator[bytes]:
             parts = _decompressed(parts, files.name(path))
         for number, part in enumerate(parts):
             if number == 0 and part[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
-                raise DataError(f"{files.name(path)}: begins like UTF-16, expected UTF-8")
+                raise DataError(
+                    f"{files.name(path)}: begins like UTF-16, expected UTF-8; save the file as UTF-8"
+                )
             yield part
 
 

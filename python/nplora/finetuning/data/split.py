@@ -19,7 +19,7 @@ from nplora.finetuning.data.examples import (
     through_template,
 )
 from nplora.finetuning.data.kinds import Kind
-from nplora.finetuning.data.renaming import RenamedRows
+from nplora.finetuning.data.renaming import ColumnNames
 from nplora.finetuning.data.rows import Row
 from nplora.finetuning.data.sources import Source
 from nplora.formats.errors import DataError, LimitError, counted
@@ -60,7 +60,7 @@ class Division:
             if source.is_text:
                 raise ValueError(f"{op}: {source.name} is a plain text, which has no rows to hold out")
         self._sources, self._share, self._options, self._require = sources, share, options, require
-        self._names = RenamedRows(options.columns)
+        self._names = ColumnNames(options.columns)
         self._rows = dict[int, int]()  # the number of rows of each source that was read to its end
         self._held_out = dict[int, list[Row]]()
         self.train = [
@@ -83,12 +83,12 @@ class Division:
         rows, held_out, kind = 0, list[Row](), None
         for row in self._sources[number].read():
             rows += 1
-            self._names.see(row)
+            self._names.look_in(row)
             try:
-                kind, example, _, _, is_renamed, _ = parsed(row, kind, self._options, self._require)
-                if not is_renamed:
-                    self._names.keep(self._sources[number])
-                is_held = is_held_out(text_of(example, row.where), self._share)
+                found = parsed(row, kind, self._options, self._require)
+                kind = found.kind
+                self._names.count(row, self._sources[number], found.is_renamed)
+                is_held = is_held_out(text_of(found.example, row.where), self._share)
             except (DataError, LimitError) as error:
                 yield Row(row.where, {}, error)
                 continue

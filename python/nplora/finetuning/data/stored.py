@@ -95,7 +95,7 @@ def unread_words(unread: Mapping[str, int]) -> str:
 def shared_words(shared: int, evaluated: int) -> str:
     """A text that says how many of the validation examples are training examples too."""
     return (
-        f"of {counted(evaluated, 'validation example')}, {shared:,} also in the training data, so the "
+        f"the training data contain {shared:,} of {counted(evaluated, 'validation example')}, so the "
         "validation loss is too low"
     )
 

@@ -176,8 +176,8 @@ def train(
         DataError: a row is wrong; the message names the file and the line.
         ValueError, TypeError: an argument has a wrong value or type, the run would write to a file that it
             reads, or the ranks do not have the same data and settings.
-        FileExistsError: `output` holds a model; a run, and neither `resume` nor `overwrite` is set; or an
-            adapter without a run, and `overwrite` is not set.
+        FileExistsError: `output` holds a model. Or it holds a run, and neither `resume` nor `overwrite` is
+            set. Or it holds an adapter without a run, and `overwrite` is not set.
         NonFiniteLossError, CorruptError, OSError: as in `Trainer.fit`.
     """
     op = "train"

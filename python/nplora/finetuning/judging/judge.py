@@ -17,7 +17,7 @@ from nplora.finetuning.data.comparisons import PairDataset, read_pairs
 from nplora.finetuning.data.dataset import ReadOptions, check_names, kind_of, parsed, read_sources
 from nplora.finetuning.data.examples import Example, MultipleChoice
 from nplora.finetuning.data.kinds import BY_NAME, Kind
-from nplora.finetuning.data.renaming import RenamedRows
+from nplora.finetuning.data.renaming import ColumnNames
 from nplora.finetuning.data.rows import Row
 from nplora.finetuning.data.sources import Source, in_memory
 from nplora.finetuning.judging.answers import Asked, asked, measure_answers
@@ -169,7 +169,7 @@ def _examples(
     reading: ReadOptions,
     require: Callable[[Kind, str], None],
     bad: BadRows,
-    names: RenamedRows,
+    names: ColumnNames | None = None,
 ) -> Iterator[tuple[Example, Row, tuple[str, ...]]]:
     """For each row without an error, yield a tuple: example, row and `lost_context` (see `Parsed`)."""
     for source in sources:
@@ -177,22 +177,24 @@ def _examples(
             raise DataError(f"{source.name}: a plain text has no prompts, expected rows with prompts")
         kind = None if reading.format is None else BY_NAME[reading.format]
         for row in source.read():
-            names.see(row)
+            if names is not None:
+                names.look_in(row)
             try:
-                kind, example, lost_context, _, is_renamed, _ = parsed(row, kind, reading, require)
+                found = parsed(row, kind, reading, require)
             except (DataError, LimitError) as error:
                 bad.skip(error, reading.skip_bad)
-            else:
-                if not is_renamed:
-                    names.keep(source)
-                yield example, row, lost_context
+                continue
+            kind = found.kind
+            if names is not None:
+                names.count(row, source, found.is_renamed)
+            yield found.example, row, found.lost_context
 
 
 def _read_choices(
     lm: LanguageModel, sources: list[Source], reading: ReadOptions
 ) -> tuple[list[Choices], DataReport]:
     bad, found, unused, left_out = BadRows(), list[Choices](), 0, set[str]()
-    names = RenamedRows(reading.columns)
+    names = ColumnNames(reading.columns)
     for example, row, lost_context in _examples(sources, reading, _require_choice, bad, names):
         assert isinstance(example, MultipleChoice)
         try:
@@ -239,8 +241,7 @@ def _asked(
     context, counted_before = lm.config.max_position_embeddings, BadRows()
     questions = {question.where for question in choices}
     require = _require_choice if choices else _any_kind
-    names = RenamedRows(reading.columns)  # checked when the data were read for the loss
-    for example, row, _ in _examples(sources, reading, require, counted_before, names):
+    for example, row, _ in _examples(sources, reading, require, counted_before):
         if choices and row.where not in questions:
             continue
         try:

@@ -23,8 +23,8 @@ class Tally:
         """Add values.
 
         Args:
-            counted: whether `take` also returns the number of values. This is necessary if the loss may be a
-                mean over a different number of items.
+            counted: whether `take` also returns the number of values. This is necessary if the loss of a
+                step may be a mean over more or fewer items than there are values.
         """
         self._additions.append((name, float(np.sum(values)), np.size(values), counted))
 

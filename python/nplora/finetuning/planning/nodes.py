@@ -41,8 +41,8 @@ class NodesPlan:
             next batches are computed does not count.
         size: bytes of the gradients.
         local_steps: steps of each machine between two outer steps; None: there are no outer steps.
-        most: the number of batches in the largest step. This is less than `batches` if a whole epoch has
-            fewer batches.
+        most: the number of batches in the largest step. This is less than `batches` if an epoch has fewer
+            than `batches` batches.
 
     >>> planning = nplora.finetuning.planning
     >>> step = [planning.BatchTime(seconds) for seconds in (10.0, 9.0, 10.0)]

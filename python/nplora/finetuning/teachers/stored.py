@@ -109,8 +109,8 @@ class StoredTeacher:
         file = SafetensorsFile(self._reader, self.name)
         if FORMAT not in file.metadata:
             raise FormatError(
-                f"{self.name}: is neither a model nor made by nplora teach; expected one of these as the "
-                "teacher"
+                f"{self.name}: is neither a model nor a file that nplora teach made; the teacher must be one "
+                "of these"
             )
         if file.metadata[FORMAT] != VERSION:
             raise FormatError(

@@ -160,9 +160,10 @@ def _text(where: str, text: object) -> bytes:
 
 
 def _typed(key: str, value: Any) -> Typed:
-    """Convert a metadata value to a `Typed`. Its Python or NumPy type implies the type in the file.
+    """Convert a metadata value to a `Typed`.
 
-    A value that is a `Typed` already is only checked.
+    The value's Python or NumPy type decides the type in the file. If the value is a `Typed`, its type is
+    checked, and the value is returned.
     """
     where = f"metadata {brief(key)}"
     if isinstance(value, Typed):

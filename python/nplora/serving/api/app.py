@@ -153,7 +153,9 @@ class Application:
         if error.status_code == 404:
             routes = [route.path for route in self._router.routes if "{" not in route.path]
             near = nearest_names(path, routes, 1)
-            text = f"there is no route {brief(path)}{f'; the nearest one is {near[0]}' if near else ''}"
+            text = (
+                f"there is no route {brief(path)}{f'; the nearest one is {brief(near[0])}' if near else ''}"
+            )
         elif error.status_code == 405:
             allowed = ", ".join(sorted((error.headers or {}).get("Allow", "").split(", ")))
             text = f"the route {brief(path)} does not support {brief(scope['method'])}, only {allowed}"

@@ -275,7 +275,7 @@ def bytes_of_sums(size: int, users: int) -> int:
 
     Args:
         size: the total bytes of all loaded adapters.
-        users: the most deleted sums that requests can still be using.
+        users: the maximum number of deleted sums that requests can still be using.
     """
     return most_needed(size, _MOST_SUMS + users)
 

@@ -28,7 +28,7 @@ from nplora.trainer import EpochRecord, Run
 
 KEPT_CHECKPOINTS = 3
 CHECKPOINT_SECONDS = 10.0  # the least time between two published checkpoints
-_SAVE_MINUTES = 1.0  # the longest time between two saved states; after a crash, this much is trained again
+_SAVE_MINUTES = 1.0  # the longest time between two saved states; after a crash, a job repeats about this much
 
 
 def checkpoint_name(name: str, step: int) -> str:

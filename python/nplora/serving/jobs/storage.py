@@ -232,8 +232,9 @@ class Storage:
         return record
 
     def drop_unused(self, job_id: str) -> None:
-        """Remove the files that a job needs only to train. The job must have succeeded, or it must be
-        cancelled and no longer train.
+        """Remove the files that a job needs only to train.
+
+        Call this only if the job has succeeded, or if it was cancelled and its training has ended.
 
         The job keeps its record, its events, the adapters that its record names and, if it has succeeded, the
         output directory of `finetune`.

@@ -92,9 +92,9 @@ struct Fetch {
   // lines, but at most as many lines as the step reads from `w`. If `each` is 0, gemm_outputs_in_lanes
   // prefetches nothing. At the start of a tile, let `left` be the number of lines that are not yet
   // prefetched. If `left` is below steps * each, each step prefetches only one line. If `left` is even below
-  // the number of steps, the steps prefetch later rows of `w` instead. In L1 blocks (see l1_block_bytes), a step prefetches at most one line, and
-  // never a later row of `w`. The kernels for low-bit blocks ignore `each` and spread the prefetches evenly
-  // over the rows of W.
+  // the number of steps, the steps prefetch later rows of `w` instead. In L1 blocks (see l1_block_bytes), a
+  // step prefetches at most one line, and never a later row of `w`. The kernels for low-bit blocks ignore
+  // `each` and spread the prefetches evenly over the rows of W.
   static constexpr Fetch memory(const void* from, size_t lines, size_t each = 0) {
     return {static_cast<const char*>(from), lines, each};
   }

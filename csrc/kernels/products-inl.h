@@ -400,8 +400,8 @@ inline constexpr size_t kPanelsAhead = 8;
 
 // Computes kRows rows of `c` in `count` full panels, tile by tile. If `streams` is set, each step prefetches
 // one row of a later tile of `c`. If all rows of the later tile were prefetched at once, the requests would
-// wait for each other. With a small rank, a tile has too few steps to hide this wait. For the last panels, the
-// later tile belongs to the next kRows rows of `c`. The sizes are template parameters so that
+// wait for each other. With a small rank, a tile has too few steps to hide this wait. For the last panels,
+// the later tile belongs to the next kRows rows of `c`. The sizes are template parameters so that
 // tests/inner_loops.py can read them in the function's name.
 template <class T, size_t kRows, size_t kVectors>
 inline void merge_tiles(size_t count, size_t depth, const T* a, const T* panels, T* c, size_t c_stride,

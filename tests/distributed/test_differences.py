@@ -5,12 +5,14 @@ import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
 
 import nplora
 from distributed.threads import ThreadRank, on_threads
+from nplora.distributed.farewell import Farewell
 from nplora.nn.losses import NonFiniteLossError
 from nplora.trainer import Callback, Run, StepRecord
 
@@ -204,3 +206,9 @@ def test_a_gradient_that_is_not_finite_on_one_rank_is_the_error_of_all(tmp_path:
     assert [row["after"] for row in log if row["event"] == "nonfinite"] == [3]
     with pytest.raises(ValueError, match=r"With a lower --lr \(the optimizer's lr\), .* from step 2"):
         on_threads(2, lambda ranks: fit(ranks, directory=directory, local_steps=2))
+
+
+def test_the_error_names_all_ranks_that_do_not_answer() -> None:
+    farewell = Farewell(mock.MagicMock(), mock.MagicMock(rank=0, size=4), 2.0)
+    words = "no answer for 2 s from the ranks 1, 3: these ranks hang, are stopped, or need more time"
+    assert str(farewell.no_answer([3, 1])).endswith(words)

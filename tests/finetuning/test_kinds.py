@@ -597,9 +597,8 @@ def test_a_name_of_columns_that_no_row_has_is_an_error() -> None:
     words, row = from_gguf(opened(byte_level())), {"instruction": "a", "output": "b", "context": "c"}
     with_split = functools.partial(preview, valid_split=0.5)
     for read in (read_dataset, preview, with_split):
-        with pytest.raises(
-            DataError, match=r"^data: no row has a field that --columns .* renames \('contxt'\)"
-        ):
+        message = r"^data: no row has a field that --columns .* renames \('contxt'\); a row has \['instruct"
+        with pytest.raises(DataError, match=message):
             read([row | {"output": f"{n}"} for n in range(20)], words, columns={"input": "contxt"})
 
 
@@ -628,8 +627,18 @@ def test_columns_leave_a_row_of_the_format_that_is_set(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="completion is empty"):
         read_dataset([{"prompt": "a", "completion": ""}], words, columns=columns, format="completion")
     row = {"question": "a", "completion": "b"}
-    with pytest.raises(DataError, match="the row has no field 'qestion'"):  # misspelled
-        read_dataset([row], words, columns={"prompt": "qestion"}, format="completion")
+    with pytest.raises(DataError, match=r"prompt is missing.*; the row has none of .* renames \('qestion'\)"):
+        read_dataset([row], words, columns={"prompt": "qestion"}, format="completion")  # misspelled
+    rows = [{"instruction": "a", "output": "b", "context": "c"}, {"instruction": "a", "output": "b"}]
+    for format in ("alpaca", None):
+        read = read_dataset(rows, words, columns={"input": "context"}, format=format, skip_bad=True)
+        assert read.report.examples == 2
+        with pytest.raises(
+            DataError, match=r"^data, row 1: output is .*; the row has none of the fields that"
+        ):
+            read_dataset(
+                [{"instruction": "a", "output": ""}], words, columns={"input": "context"}, format=format
+            )
 
 
 @pytest.mark.filterwarnings("ignore:.*without any field that --columns .* renames")

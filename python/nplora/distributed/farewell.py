@@ -76,8 +76,8 @@ class Farewell:
         if len(set(missing)) > 1:
             names = ", ".join(map(str, sorted(set(missing))))
             words = (
-                f"no answer for {self.timeout:g} s (the ranks {names} do not answer): these ranks hang, are "
-                "stopped, or need more time"
+                f"no answer for {self.timeout:g} s from the ranks {names}: these ranks hang, are stopped, or "
+                "need more time"
             )
         error = RankError(min(missing, default=0), words)
         self._fail(error)

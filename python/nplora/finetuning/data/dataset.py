@@ -376,7 +376,15 @@ def parsed(
     kind, values = _kind_and_values(row, before, options, require)
     is_renamed = values is not row.values
     fields, columns = Fields(values, row.where), options.columns if is_renamed else {}
-    example = kind.parse(fields)
+    try:
+        example = kind.parse(fields)
+    except DataError as error:
+        if is_renamed or not options.columns:
+            raise
+        names = ", ".join(map(repr, options.columns.values()))
+        raise DataError(
+            f"{error}; the row has none of the fields that --columns (columns=...) renames ({names})"
+        ) from error
     unread = {columns.get(name, name): value for name, value in fields.unread().items()}
     replaced = (name for name in columns if row.values.get(name) and name not in columns.values())
     unread |= {name: row.values[name] for name in replaced}
@@ -389,29 +397,25 @@ def parsed(
 def _renamed(row: Row, options: ReadOptions) -> dict[str, Any]:
     """Rename the fields of a row.
 
-    A row without any of the names in `columns` is returned as it is if it can be read without renaming.
-    Otherwise, a missing name is an error.
+    A row without any of the names in `columns` is returned as it is if it has fields of a format without
+    renaming. Otherwise, a missing name is an error.
     """
     try:
         return renamed(row.values, options.columns, row.where)
     except DataError:
-        if any(theirs in row.values for theirs in options.columns.values()):
-            raise
-        if not _fits(row, options):
+        has_any = any(theirs in row.values for theirs in options.columns.values())
+        if has_any or not _has_own_names(row, options.format):
             raise
         return row.values
 
 
-def _fits(row: Row, options: ReadOptions) -> bool:
-    """Whether a row has nplora's names already, in place of all names in `columns`, or fits a format."""
-    if options.columns.keys() <= row.values.keys():
-        return True
+def _has_own_names(row: Row, format: str | None) -> bool:
+    """Whether a row has fields with nplora's names: any of them if `format` is set, else a format's."""
+    if format is not None:
+        return not {*FIELDS}.isdisjoint(row.values)
     try:
-        if options.format is None:
-            recognise(row.values, row.where)
-        else:
-            BY_NAME[options.format].parse(Fields(row.values, row.where))
-    except (DataError, LimitError):
+        recognise(row.values, row.where)
+    except DataError:
         return False
     return True
 

@@ -1,4 +1,4 @@
-"""Finds misspelled names in the option `columns`, and counts the rows that are read without renaming."""
+"""Checks that a row has a name of the option `columns`, and counts the rows that are not renamed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from nplora.runtime.user_warning import warn_user
 
 
 class ColumnNames:
-    """Counts, over several sources, the rows without any of the names in `columns`.
+    """Counts, over several sources, the rows that are read without renaming.
 
     Args:
         columns: a dict from the names that the formats use to the names in the data.

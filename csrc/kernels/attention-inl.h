@@ -45,11 +45,11 @@ inline Vec<float> sum_of(const Vec<float>* v) {
     return sum_of<kCount / 2>(v) + sum_of<kCount / 2>(v + kCount / 2);
 }
 
-// Computes the dot products of two heads of a query with kRows rows of `k` at a time, where kRows is half the
-// number of lanes. For each dot product, the function first computes a vector of partial sums. Two heads and
-// kRows rows give as many vectors as a vector has lanes, so the vectors are transposed as a square matrix.
-// Then the partial sums of all these dot products are added at once. The rows that are left at the end are
-// processed one by one.
+// Computes the dot products of the heads of a query with the rows of `k`, for two heads and kRows rows at a
+// time, where kRows is half the number of lanes. For each dot product, the function first computes a vector
+// of partial sums. Two heads and kRows rows give as many of these vectors as a vector has lanes, so the
+// vectors form a square matrix. After this matrix is transposed, the partial sums of all these dot products
+// are added at once. The rows that are left at the end are processed one by one.
 inline void key_dots(size_t rows, size_t heads, size_t group, size_t dim, const float* q, const float* k,
                      size_t k_stride, float* scores, size_t s_stride) {
   using V = Vec<float>;
@@ -159,8 +159,8 @@ inline void softmax_step(size_t rows, size_t n, float* s, size_t s_stride, float
 // dout and `out`, where `out` is the output of attention (Dao et al. 2022, section 3.1). The backward pass
 // computes the probabilities p again, as exp(s - lse). `lse` is the logarithm of the sum of exp(s), from the
 // forward pass. The backward pass also computes the scores s again. The rounding errors of these scores may
-// differ from those of the forward pass, so a large s can be much greater than `lse`, and exp(s - lse) would
-// overflow. So the code replaces a positive s - lse by 0.
+// differ from those of the forward pass, so a large s may exceed `lse` by so much that exp(s - lse)
+// overflows. So the code replaces a positive s - lse by 0.
 inline void softmax_backward(size_t rows, size_t n, const float* lse, const float* delta, float* s, float* dp,
                              size_t stride) {
   using V = Vec<float>;
@@ -175,7 +175,7 @@ inline void softmax_backward(size_t rows, size_t n, const float* lse, const floa
 }
 
 // Does the same as softmax_backward, but each column must hold the scores of all keys. This function computes
-// the sum of exp(s) and delta itself, so the caller passes no `lse` and no `delta`. If a column holds a
+// delta and the sum of exp(s) itself, so the caller passes no `delta` and no `lse`. If a column holds a
 // single score, p is exactly 1 and delta is exactly dp, so ds is 0.
 inline void whole_softmax_backward(size_t rows, size_t n, float* s, float* dp, size_t stride) {
   using V = Vec<float>;

@@ -5,10 +5,10 @@
 // In all formats except NF4, a decoded value is a product of two or three factors. The first factor is the
 // scale of the block, a float16. The second factor is the scale of the sub-block, an integer; some formats
 // have no such scale. The last factor is the code, or the level that a table gives for the code. In some
-// formats, a minimum is added to the product. The scale of the block has 11 significant bits. The scale of
-// the sub-block and the code have at most 12 significant bits together: 7 + 5 bits in Q6_K, and 5 + 7 bits in
-// IQ4_XS. So the product fits into the 24 significant bits of a float and is exact. Only the addition of the
-// minimum rounds. Therefore, a fused multiply-add gives the same value as a separate multiplication and
+// formats, a minimum is added to the product. The scale of the block has 11 significant bits. Together, the
+// scale of the sub-block and the code have at most 12 significant bits: 7 + 5 bits in Q6_K, and 5 + 7 bits in
+// IQ4_XS. So the product fits into the 24 significant bits of a float and is exact. Rounding occurs only when
+// the minimum is added. Therefore, a fused multiply-add gives the same value as a separate multiplication and
 // addition.
 
 namespace nplora::kernels::NPLORA_ISA {
@@ -241,8 +241,8 @@ struct SubScales {
 // of a block.
 
 // Prefetches the blocks of a later row: while the columns of row i are decoded, the same columns of row i +
-// kRowsAhead are prefetched. The hardware does not prefetch these columns, because it detects no stream in so
-// few bytes.
+// kRowsAhead are prefetched. The hardware does not prefetch these columns, because it cannot detect a stream
+// in only a few bytes.
 constexpr size_t kRowsAhead = 8;
 inline void fetch_columns(const void* at, size_t bytes) {
   constexpr size_t kMost = 4 * kCacheLine;
@@ -342,7 +342,7 @@ struct Decoders<Block, kRows> {
         uint64_t halves = 0;
         for (size_t k = kAtOnce; k-- > 0;) {
           uint64_t some = 0;
-          // Copies the scale d and also the minimum m, which follows d in formats with minima.
+          // Copies the scale d and, in formats with minima, the minimum m that follows d.
           __builtin_memcpy(&some, at[r + k] + i, kFactors * sizeof(Half));
           halves = halves << kBits | some;
         }

@@ -20,14 +20,14 @@ namespace nplora::kernels::NPLORA_ISA {
 template <class W>
 inline constexpr size_t kVectorsOfPanel = kPanelColumns / Vec<Sum<W>>::kLanes;
 
-// The number of vectors in which the products of a row of W are summed. The number is kDotSums, but it is 1
-// if a row of a panel has fewer than 2 * kDotSums vectors.
+// The number of vectors in which the products of a row of W are summed. The number is 1 if a row of a panel
+// has fewer than 2 * kDotSums vectors, else kDotSums.
 template <class W>
 inline constexpr size_t kSideSums = kVectorsOfPanel<W> >= 2 * kDotSums ? kDotSums : 1;
 
-// The number of rows of W that share each load of `x`. For several tokens, it is the largest number of rows
-// whose sums take at most eight vectors, but at least 1. Eight vectors hide the latency of an FMA, and more
-// rows could need too many registers.
+// The number of rows of W that share each load of `x`. For a single token, this number is kDotRows. For
+// several tokens, this number is the largest number of rows whose sums take at most eight vectors, but at
+// least 1. Eight vectors hide the latency of an FMA, and more rows could need too many registers.
 template <class W, size_t kTokens>
 inline constexpr size_t kSharingRows =
     kTokens == 1 ? kDotRows : (kTokens * kSideSums<W> < 8 ? 8 / (kTokens * kSideSums<W>) : 1);
@@ -38,7 +38,7 @@ template <class W, size_t kTokens>
 inline constexpr bool kStaysInRegisters =
     kTokens * (kVectorsOfPanel<W> + kSideSums<W>) <= kDotResident + kDotSums;
 
-// The partial sums of kRows rows of W and kTokens tokens.
+// The partial sums for each pair of a row of W and a token, with kSideSums vectors for each pair.
 template <class W, size_t kTokens, size_t kRows>
 using RowSums = Vec<Sum<W>>[kRows][kTokens][kSideSums<W>];
 
@@ -87,8 +87,8 @@ inline void fetch_panel(const W* at) {
     __builtin_prefetch(reinterpret_cast<const char*>(at) + line, 0, 2);
 }
 
-// The operands of a product: some tokens, which are rows of `x`, are multiplied with `rows` rows of `w`. The
-// sums of token t and row r of `w` are at part + t * part_stride + r * kLanes.
+// The operands of a product that multiplies some tokens (rows of `x`) with `rows` rows of `w`. The kLanes
+// partial sums for the product of token t with row r of `w` begin at part + t * part_stride + r * kLanes.
 template <class W>
 struct Dots {
   size_t rows;
@@ -176,8 +176,8 @@ inline void dots_narrow(Dots<W> p, size_t width) {
 }
 
 // Multiplies the full panels of a row-major W, kRows rows at a time, until fewer than kRows rows are left.
-// The sums of the kRows rows stay in registers for all panels. While the code reads W, it prefetches the
-// elements that come `ahead` elements later.
+// The sums of the kRows rows stay in registers for all panels. The code prefetches W, `ahead` elements ahead
+// of the elements that it reads.
 template <class W, size_t kTokens, size_t kRows>
 inline void dots_row_major(Dots<W>& p, size_t panels, size_t ahead) {
   using V = Vec<Sum<W>>;
@@ -304,8 +304,8 @@ void sum_parts(size_t rows, const T* part, const T* bias, T* y) {
 
 // ---- add_dots: y += z aᵀ, where `depth` is the rank of an adapter ----
 
-// Sums groups of kCount neighbouring lanes in each of the kCount vectors in `v`. The result is one vector:
-// first the sums of vector v[0], then the sums of vector v[1], and so on.
+// Divides each of the kCount vectors in `v` into groups of kCount neighbouring lanes, and sums each group.
+// The result is one vector: first the sums of vector v[0], then the sums of vector v[1], and so on.
 template <size_t kCount, class T>
 inline Vec<T> sums_of_neighbours(Vec<T> (&v)[kCount]) {
 #pragma GCC unroll 4

@@ -34,9 +34,8 @@ void adamw(size_t n, T* __restrict p, const T* __restrict g, T* __restrict m, T*
 }
 
 // One SGD step for the parameters `p` with gradients `g`, which have n elements each. Without momentum, the
-// step is p -= lr * d, where d = g + wd * p and wd is the weight decay. With momentum, the step first
-// computes buf = momentum * buf + d. Then the step is p -= lr * (d + momentum * buf) if `nesterov` is set,
-// else p -= lr * buf.
+// step is p -= lr * d, where d = g + wd * p and wd is the weight decay. With momentum, the step computes buf
+// = momentum * buf + d, and then p -= lr * buf, or p -= lr * (d + momentum * buf) if `nesterov` is set.
 template <class T>
 void sgd_plain(size_t n, T* __restrict p, const T* __restrict g, const SgdCoefficients& k) {
   const T lr = T(k.lr), decay = T(k.weight_decay), grad_scale = T(k.grad_scale);
@@ -156,8 +155,9 @@ inline Bf16Pair bfloat16_pair(float first, float second) {
 #if defined(NPLORA_SIMD_AVX512) && defined(NPLORA_SIMD_BF16)
 // `narrowed` converts two vectors of floats to bfloat16 in one instruction. The first vector becomes the low
 // half of the result. The instruction gives the same bits as bfloat16_bits, except for subnormal numbers. The
-// function `can_narrow` returns true if neither vector has a subnormal number. The function tests the bits of
-// the numbers, because a program may have set its processor to treat subnormal numbers as 0.
+// function `can_narrow` returns true if neither vector has a subnormal number. The function tests the bits
+// instead of comparing the numbers, because a program may have set its processor to treat subnormal numbers
+// as 0.
 inline __mmask16 subnormals(__m512 x) {
   const __m512i bits = _mm512_castps_si512(x);
   return _mm512_test_epi32_mask(bits, _mm512_set1_epi32(0x7FFFFF)) &

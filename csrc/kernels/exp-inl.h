@@ -53,7 +53,7 @@ struct Part {
 };
 
 // Calls `body(i, span)` for each vector of an array of `n` floats. The vector begins at element i. `span`
-// loads and stores the vector. It is a Whole if the vector is full, and a Part if the last vector is
+// loads and stores the vector: `span` is a Whole if the vector is full, and a Part if the last vector is
 // incomplete.
 template <class Body>
 inline void for_vectors(size_t n, const Body& body) {

@@ -90,8 +90,8 @@ inline float sum(EightSubBlocks x) {
   return sum(x.v);
 }
 
-// The factors of a block with eight sub-blocks, one for each half of a sub-block. Each factor is also
-// multiplied by a scale of `x`: the scale of the sub-block of `x` that is multiplied by this sub-block of W.
+// The factors of a block with eight sub-blocks, one for each half of a sub-block. The function `at`
+// multiplies the factors by the scale that `x` has in the same columns.
 struct Halves {
   const float* factors;
   Eight x;  // the scales of eight sub-blocks of `x`
@@ -177,7 +177,7 @@ inline SubBlock high_bits(const uint8_t (&bits)[4]) {
 
 // `Type` is the type of the minima of a block. `sums` loads the sums of `x` by which the minima are
 // multiplied. If a format has one minimum for each sub-block, each sum is over a whole sub-block. The
-// specialisation below is for formats with a minimum for each half of a sub-block. There, each sum is over
+// specialisation below is for formats with a minimum for each half of a sub-block, where each sum is over
 // half a sub-block.
 template <class Block>
 struct MinimaOf {
@@ -293,7 +293,8 @@ inline constexpr size_t kLaneTokens = 8;
 inline constexpr size_t kLaneTokens = 4;
 #endif
 
-// Returns the array `parts` with the kLaneParts elements of(k), of(k + 4), of(k + 8) and so on.
+// Calls the function `of` with k, k + 4, k + 8 and so on, and returns the kLaneParts results in the array
+// `parts`.
 template <class Of>
 [[gnu::always_inline]] inline auto of_parts(size_t k, const Of& of) {
   struct {
@@ -369,7 +370,7 @@ inline void int8_lanes(const Rows& w, size_t sub_blocks, const Int8Rows& x, floa
     LaneBytes codes[8];
     transposed_codes<Block>(at, codes);
     [[maybe_unused]] LaneSigns signs[8];
-    if constexpr (!C::kHasMinimum)  // dot_lanes needs unsigned codes of W, so `x` gets the signs
+    if constexpr (!C::kHasMinimum)  // dot_lanes needs unsigned codes of W, so their signs move to `x`
 #pragma GCC unroll 8
       for (size_t k = 0; k < 8; ++k) {
         const LaneBytes all = codes[k];

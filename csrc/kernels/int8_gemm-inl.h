@@ -14,11 +14,11 @@
 
 namespace nplora::kernels::NPLORA_ISA {
 
-// ---- x and W to int8 ----
+// ---- conversion of x and W to int8 ----
 
 // Loads one vector from the array `from`, starting at element i. The array has `n` elements. Lanes after the
-// last element are set to zero. If the caller knows that the vector ends within the array, it may set
-// `whole`. The function then does not test whether the array ends.
+// last element are set to zero. If the caller knows that the vector ends within the array, it may set `whole`
+// to skip the test for the end of the array.
 [[gnu::always_inline]] inline Vec<float> load_upto(size_t n, const float* from, size_t i, bool whole) {
   return whole || n - i >= kIntLanes ? Vec<float>::load(from + i) : Vec<float>::load_partial(from + i, n - i);
 }
@@ -198,8 +198,9 @@ struct Int8Product {
   bool accumulate;
 };
 
-// Multiplies one vector of sums by the scales of W and stores the products in `c`. If `kPartial` is set, the
-// vector may extend beyond the last column of `c`; the additional lanes are not stored.
+// Multiplies one vector of sums by the scales of W, and stores the products in `c` or adds them to `c`. If
+// `kPartial` is set, the vector may extend beyond the last column of `c`; the additional lanes are not
+// stored.
 template <bool kPartial>
 [[gnu::always_inline]] inline void store_outputs(const Int8Product& p, Vec<float> sums, size_t row,
                                                  size_t column) {
@@ -216,8 +217,8 @@ template <bool kPartial>
     sums.store_partial(c, count);
 }
 
-// Adds the products of kRows rows of `a` and kVectors vectors of `w` to `sums`, in integers. The function has
-// `quads` steps, and each step multiplies four neighbouring codes along the depth.
+// Adds the products of kRows rows of `a` and kVectors vectors of `w` to `sums`, in integers. In each of
+// `quads` steps, the function multiplies four neighbouring codes along the depth.
 template <size_t kRows, size_t kVectors>
 [[gnu::always_inline]] inline void int8_steps(size_t quads, const int8_t* a, size_t a_stride,
                                               const Int8Quad* w, size_t columns,
@@ -406,7 +407,8 @@ inline void int8_tile_upto(size_t rows, const Int8Product& p, size_t column) {
   if constexpr (kRows > 1) int8_tile_upto<kOneGroup, kRows - 1, kVectors, kPartial>(rows, p, column);
 }
 
-// Computes the `m` rows of the product, for the columns of kVectors vectors that begin at column `column`.
+// Computes some columns of the product, in all `m` rows. The columns begin at `column` and fill kVectors
+// vectors.
 template <bool kOneGroup, size_t kRows, size_t kVectors, bool kPartial>
 inline void int8_rows(size_t m, Int8Product p, size_t column) {
   for (size_t rows; m > 0; m -= rows) {

@@ -1,5 +1,5 @@
-// AMX with bfloat16 (Sapphire Rapids): products of bfloat16 pairs in tile registers. For all other kernels,
-// the file dispatch.cpp takes those of avx512bf16.
+// AMX with bfloat16 (Sapphire Rapids): products of bfloat16 pairs in tile registers. The file dispatch.cpp
+// combines these kernels with the other kernels of avx512bf16.
 #define NPLORA_ISA amx
 #define NPLORA_SIMD_AVX512
 #define NPLORA_SIMD_BF16

@@ -90,18 +90,18 @@ struct Fetch {
 
   // Prefetches `lines` cache lines that begin at `from`. A step of gemm_outputs_in_lanes prefetches `each`
   // lines, but at most as many lines as the step reads from `w`. If `each` is 0, gemm_outputs_in_lanes
-  // prefetches nothing. At the start of a tile, let `left` be the number of lines that are not yet
-  // prefetched. If `left` is below steps * each, each step prefetches only one line. If `left` is even below
-  // the number of steps, the steps prefetch later rows of `w` instead. In L1 blocks (see l1_block_bytes), a
-  // step prefetches at most one line, and never a later row of `w`. The kernels for low-bit blocks ignore
-  // `each` and spread the prefetches evenly over the rows of W.
+  // prefetches nothing. Let `left` be the number of lines that are not yet prefetched when a tile begins, and
+  // let `steps` be the number of steps of the tile. If `left` is less than steps * each, each step prefetches
+  // only one line. If `left` is less than `steps`, each step prefetches later rows of `w` instead. In L1
+  // blocks (see l1_block_bytes), a step prefetches at most one line, and never a later row of `w`. The
+  // kernels for low-bit blocks ignore `each` and spread the prefetches evenly over the rows of W.
   static constexpr Fetch memory(const void* from, size_t lines, size_t each = 0) {
     return {static_cast<const char*>(from), lines, each};
   }
 
   // This Fetch is only for gemm_outputs_in_lanes. Each step prefetches the rows of `w` that are kFetchAhead
   // bytes after the rows that the step reads. In L1 blocks (see l1_block_bytes), each step prefetches one
-  // cache line of the next L1 block instead. An L1 block is read several times. If all readings of a block
+  // cache line of the next L1 block instead. An L1 block is read several times. If all these readings
   // together have fewer steps than the next block has cache lines, nothing is prefetched.
   static constexpr Fetch rows_ahead() { return {nullptr, 0, 1}; }
 };
@@ -114,8 +114,8 @@ inline constexpr size_t kFetchAhead = 12288;
 
 // A multiple of the `depth_unit` of every instruction set (see Tiles). If the depth is cut at multiples of
 // kDepthUnit elements, the sums have the same bits as without a cut. For floats, kPanelDepth is 48, a
-// multiple of kDepthUnit. For bfloat16 pairs, kPanelDepth is 24, and the ends of some panels are no multiples
-// of kDepthUnit. Therefore, products of pairs cut the depth at multiples of kDepthCut (ops/blocking.h).
+// multiple of kDepthUnit. For bfloat16 pairs, kPanelDepth is 24, which is not a multiple of kDepthUnit.
+// Therefore, products of pairs cut the depth at multiples of kDepthCut (ops/blocking.h).
 inline constexpr size_t kDepthUnit = 16;
 static_assert(kPanelDepth<float> % kDepthUnit == 0);
 
@@ -215,8 +215,8 @@ struct SmallProducts {
                                 size_t c_stride, bool accumulate, const Fetch& next);
 };
 
-// The products of bfloat16 pairs for AMX. These products replace the products of bfloat16 pairs in the table
-// for avx512bf16.
+// The products of bfloat16 pairs for AMX. The table for AMX is a copy of the table for avx512bf16, in which
+// these products replace the products of bfloat16 pairs.
 struct PairProducts {
   Tiles<Bf16Pair> tiles;
   decltype(SmallProducts<Bf16Pair>::gemm_outputs_in_lanes) small_gemm_outputs_in_lanes;
@@ -251,7 +251,7 @@ struct Products : Tiles<T> {
   // may be null. The sums are stored in `y` (rows).
   void (*sum_parts)(size_t rows, const T* part, const T* bias, T* y);
 
-  // Does one AdamW step on `n` elements (Loshchilov & Hutter 2019, algorithm 2, in the version of torch). The
+  // Does one AdamW step on `n` elements (Loshchilov & Hutter 2019, algorithm 2, as implemented in torch). The
   // gradient `g` is first multiplied by grad_scale.
   void (*adamw)(size_t n, T* p, const T* g, T* m, T* v, const AdamWCoefficients& k);
 
@@ -274,8 +274,9 @@ struct Products : Tiles<T> {
                 bool streams);
 };
 
-// Conversions between float and 16-bit formats. The conversions from float round to nearest, with ties to
-// even. NaN stays NaN, subnormal numbers are not replaced by zero, and numbers that are too large become Inf.
+// Conversions between float and 16-bit formats. Numbers that are converted from float are rounded to nearest,
+// with ties to even. NaN stays NaN, subnormal numbers are not replaced by zero, and numbers that are too
+// large become Inf.
 struct Conversions {
   void (*widen_bfloat16)(size_t n, const uint16_t* from, float* to);
   void (*narrow_bfloat16)(size_t n, const float* from, uint16_t* to);
@@ -331,7 +332,7 @@ struct BlockDecoders {
   void (*encode[kRowFormats])(size_t rows, size_t first, size_t cols, const void* blocks, size_t row_bytes,
                               const float* inverses, uint8_t offset, uint8_t* codes, size_t codes_stride);
 
-  // Decodes NF4 into `to` (rows, cols). Element (i, j) of `to` becomes element first + i * row_step + j of
+  // Decodes NF4 into `to` (rows, cols). Element (i, j) of `to` is set to element first + i * row_step + j of
   // the flattened tensor. Decoding is faster if `first` and `row_step` are even. If `to.apart` is not 0 (see
   // DecodedRows), `first` and `row_step` must be multiples of 16.
   void (*decode_nf4)(size_t rows, size_t cols, Nf4 w, size_t first, size_t row_step, const DecodedRows& to);
@@ -394,7 +395,7 @@ struct CodedRows {
 };
 
 // The number of neighbouring values in a row of x that share one scale. In activations, a few columns have
-// much larger values than the others. With one scale for a whole row, most codes would be near 0.
+// much larger values than the other columns. With one scale for a whole row, most codes would be near 0.
 inline constexpr size_t kInt8Group = 64;
 
 // The number of columns of a panel of W in forward products. Backward products use kPanelColumns instead.
@@ -566,18 +567,18 @@ struct Transformer {
   void (*scale_columns)(size_t rows, size_t n, const float* factor, float* x, size_t x_stride);
 
   // Does one step of a softmax over each column of a matrix (Milakov & Gimelshein 2018). A step processes one
-  // tile `s` (rows, n), which holds the next `rows` rows of the matrix. If the caller computes other sums
-  // over the rows of the matrix, it must multiply the sums over earlier tiles by `factor` after the step. For
-  // each column, the step computes:
+  // tile `s` (rows, n), which holds the next `rows` rows of the matrix. If the caller computes other weighted
+  // sums over the rows, it must multiply its sums over the earlier tiles by `factor` after the step. For each
+  // column, the step computes:
   //   new = max(largest, max s);  factor = exp(largest - new);  s = exp(s - new);
   //   sum = sum * factor + Σ s;  largest = new.
-  // Before the first tile, the caller must set `largest` to the lowest finite float, so that elements of -Inf
-  // become 0 even if all elements are -Inf.
+  // Before the first tile, the caller must set `largest` to the lowest finite float, so that -Inf becomes 0
+  // even in a column in which all elements are -Inf.
   void (*softmax_step)(size_t rows, size_t n, float* s, size_t s_stride, float* largest, float* sum,
                        float* factor);
 
-  // The backward pass of the softmax over each column of `s` and `dp` (rows, n): p = exp(min(s - lse, 0)) and
-  // ds = p * (dp - delta). The kernel works in place: `s` becomes p, and `dp` becomes ds.
+  // The backward pass of a softmax over each column of `s`: p = exp(min(s - lse, 0)) and ds = p * (dp -
+  // delta). The kernel works in place: `s` (rows, n) becomes p, and `dp` (rows, n) becomes ds.
   void (*softmax_backward)(size_t rows, size_t n, const float* lse, const float* delta, float* s, float* dp,
                            size_t stride);
 

@@ -38,8 +38,8 @@ struct TokensInLanes {
 // this tile in memory, but the hardware does not prefetch them. So each step prefetches at most one cache
 // line of the rows of the next tile. Tiles of fewer than 24 accumulators prefetch into L2, and larger tiles
 // prefetch into L1. On a Zen 4, with a W that is not in the cache, batches of 16 rows are a quarter faster if
-// the tiles prefetch into L2 instead of L1. With AVX2, batches of 32 rows become a tenth faster in this way.
-// Tiles of 24 accumulators gain nothing from prefetching into L2.
+// the tiles prefetch into L2 instead of L1. With AVX2, prefetching into L2 makes batches of 32 rows a tenth
+// faster. Tiles of 24 accumulators gain nothing from prefetching into L2.
 template <class E, size_t kVectors, size_t kRows, size_t kStride>
 inline void gemm_tokens_in_lanes_fixed(TokensInLanes<E> p) {
   using T = Sum<E>;
@@ -205,7 +205,7 @@ inline void gemm_outputs_in_lanes_fixed(size_t tiles, const OutputsInLanes<E, W>
   constexpr size_t kLanes = Vec<T>::kLanes;
   const size_t last = p.n - (kVectors - 1) * kLanes;
   constexpr bool kWide = kVectors > kOutputVectors;
-  constexpr int kLocality = kWide ? 2 : 3;  // 2: into L2, because two L1 blocks do not fit into L1
+  constexpr int kLocality = kWide ? 2 : 3;  // 2 means L2: two L1 blocks do not fit into L1
   static_assert(kRows <= 2 * kNearRows);
   const auto load = [last]<class V>(V, const auto* from, size_t v) __attribute__((always_inline)) {
     const auto* at = from + v * kLanes;
@@ -358,10 +358,10 @@ inline void gemm_outputs_in_lanes_l1_blocks(size_t m, OutputsInLanes<E, W> p, Fe
   bool streams = readings > 0 && fetch.each > 0 && fetch.lines == 0;  // whether `fetch` is rows_ahead()
   if (fetch.each > 0) fetch = lines_apart(fetch.at, fetch.lines, kCacheLine);
   // Each time a block is read, one cache line of each row of the next block is prefetched. If a block is read
-  // fewer times than a row has cache lines, the whole next block cannot be prefetched in this way. In this
-  // case, the code prefetches nothing and relies on the hardware. The hardware prefetches best in blocks of 6
-  // KB: on a Zen 4, products with 4 rows are a quarter faster in blocks of 6 KB than in blocks of 12 KB. A
-  // panel that is read only once needs no blocks.
+  // fewer times than a row has cache lines, only part of the next block can be prefetched in this way. In
+  // this case, the code prefetches nothing and relies on the hardware. The hardware prefetches best in blocks
+  // of 6 KB: on a Zen 4, products with 4 rows are a quarter faster in blocks of 6 KB than in blocks of 12 KB.
+  // A panel that is read only once needs no blocks.
   if (streams && readings * kCacheLine < row_bytes) {
     streams = false;
     fetch = Fetch::none();
@@ -393,9 +393,9 @@ void gemm_outputs_in_lanes(size_t m, size_t n, size_t depth, const Strided<E>& a
 
 // ---- merge: adds the product a w to c ----
 
-// If `streams` is set, the code prefetches the part of `c` that it needs up to kPanelsAhead panels later. The
-// code prefetches into L2: if the distance between two rows of `c` is a multiple of 4 KB, the rows would
-// evict each other from L1.
+// If `streams` is set, the code prefetches `c`, up to kPanelsAhead panels ahead of the panel that it
+// computes. The code prefetches into L2: if the distance between two rows of `c` is a multiple of 4 KB, the
+// rows would evict each other from L1.
 inline constexpr size_t kPanelsAhead = 8;
 
 // Computes kRows rows of `c` in `count` full panels, tile by tile. If `streams` is set, each step prefetches

@@ -102,8 +102,8 @@ struct OutputTiles {
 };
 
 // Computes kRows x kColumns tiles of `c`. Each tile has the shape (rows, columns), which the caller must have
-// set with set_shapes. If kRows is above 1, `rows` is kTileSide, and if kColumns is above 1, `columns` is
-// kTileSide.
+// set with set_shapes. `rows` must be kTileSide if kRows is above 1, and `columns` must be kTileSide if
+// kColumns is above 1.
 template <int kRows, int kColumns>
 inline void output_tiles(size_t rows, size_t columns, OutputTiles p) {
   const auto advance = [&p](size_t steps) {

@@ -12,7 +12,7 @@
 #include "simd/vec_quads.h"
 
 namespace nplora::kernels::neoni8mm {
-// Each tile has an even number of rows, because smmla multiplies two rows at a time.
+// A full tile has an even number of rows, because smmla multiplies two rows at a time.
 inline constexpr size_t kTokenTileRows = 8, kTokenTileVectors = 2, kGroupTileRows = 4, kGroupTileVectors = 2;
 }  // namespace nplora::kernels::neoni8mm
 

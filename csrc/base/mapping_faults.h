@@ -13,8 +13,8 @@ namespace nplora {
 inline constexpr size_t kLongestMessage = 1000;
 size_t watch_mapping(const void* start, size_t bytes, const char* message, size_t length);
 
-// Ends the effect of the call of `watch_mapping` that returned `number`. Call unwatch_mapping when the memory
-// is no longer mapped. Unknown numbers are ignored.
+// Stops watching the mapping for which `watch_mapping` returned `number`. Call unwatch_mapping when the
+// memory is no longer mapped. Unknown numbers are ignored.
 void unwatch_mapping(size_t number);
 
 }  // namespace nplora

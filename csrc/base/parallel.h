@@ -7,7 +7,7 @@
 
 namespace nplora {
 
-// Thrown when the interrupt hook asks to stop (Ctrl-C). The outputs of the call are then incomplete.
+// Thrown when the interrupt hook asks to stop (Ctrl-C). The outputs of the interrupted call are incomplete.
 struct Interrupted : std::runtime_error {
   Interrupted() : std::runtime_error("interrupted") {}
 };
@@ -18,10 +18,10 @@ struct Interrupted : std::runtime_error {
 void set_thread_limit(size_t n);
 size_t num_threads();
 
-// The thread limit that other libraries, such as threadpoolctl, can change. Its first value is that of the
-// environment variable OMP_NUM_THREADS or, if this variable is not set, the number of processors that this
-// process may use. Each calling thread has its own limit, as in OpenMP. A build with OpenMP uses OpenMP's own
-// limit.
+// The thread limit that other libraries, such as threadpoolctl, can change. The initial limit is the value of
+// the environment variable OMP_NUM_THREADS or, if this variable is not set, the number of processors that
+// this process may use. Each calling thread has its own limit, as in OpenMP. A build with OpenMP uses
+// OpenMP's own limit.
 void set_outer_threads(size_t n);
 size_t outer_threads();
 

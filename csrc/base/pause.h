@@ -26,8 +26,9 @@ bool spin(const Done& done, std::chrono::microseconds most) {
 }
 
 // Waits until another thread makes done() true. Use this function only for short waits. The waiting thread
-// first polls. After 50 µs, it yields its processor again and again, because the other thread may need this
-// processor. The waiting thread does not yield earlier, because each yield may cost it a whole time slice.
+// first polls. After 50 µs, this thread yields its processor again and again, because the other thread may
+// need this processor. The waiting thread does not yield earlier, because each yield may cost it a whole time
+// slice.
 template <class Done>
 void wait_until(const Done& done) {
   if (spin(done, std::chrono::microseconds(50))) return;

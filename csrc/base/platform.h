@@ -34,7 +34,7 @@ void prefer_huge_pages(char* at, size_t bytes);
 void keep_small_pages(char* at, size_t bytes);
 
 // Whether `collapse_pages` can move small pages into huge pages of `huge_page` bytes. To find out, this
-// function fills one huge page as a trial. It returns std::nullopt if there is no memory for the trial.
+// function fills one huge page as a trial. The result is std::nullopt if there is no memory for the trial.
 std::optional<bool> can_collapse_pages(size_t huge_page);
 
 // Moves the content of small pages into huge pages. If the system refuses, only speed is lost.

@@ -11,9 +11,10 @@ namespace nplora::bindings {
 namespace {
 
 // Python passes the buffers of an optimiser step as tuples, which no code can change while the GIL is
-// released. The functions below check the buffers one by one. They do not cast lists to vectors of array_t,
-// and they make an error message only when it is needed. With the 420 factors of a language model, the casts
-// would take a sixth of the time of a step, and messages for all buffers would take another sixth.
+// released. The functions below check the buffers one by one. These functions do not cast lists to vectors of
+// array_t, and make an error message only when it is needed. With the 420 factors of a language model, the
+// casts would take a sixth of the time of a step, and error messages for all buffers would take another
+// sixth.
 [[noreturn]] void refuse(const std::string& message) {
   throw std::invalid_argument(message);
 }

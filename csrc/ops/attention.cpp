@@ -118,7 +118,7 @@ void attend(const QueryTile& tile, Matrix<const float> q, const Outputs& to) {
 }
 
 // A task computes the outputs of some lanes of one run, tile by tile. All these lanes use the key-value head
-// kv_head. If the lanes of the run that use this head are numbered from 0, the task has the lanes first_lane
+// kv_head. The lanes of the run that use this head are numbered from 0, and the task has the lanes first_lane
 // to end_lane - 1.
 struct TileTask {
   size_t run, kv_head, first_lane, end_lane;
@@ -217,7 +217,7 @@ void join_pieces(const AttentionShape& shape, size_t row, size_t pieces, const f
 void attend_rows(const AttentionShape& shape, const std::vector<Run>& runs, Matrix<const float> q,
                  const Outputs& to) {
   std::vector<Piece> pieces;
-  std::vector<size_t> first_piece;  // each row's first piece; at the end, the number of pieces
+  std::vector<size_t> first_piece;  // for each row, its first piece; the last element is the number of pieces
   double operations = 0;
   for (const Run& run : runs)
     for (size_t i = 0; i < run.count; ++i) {

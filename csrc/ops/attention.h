@@ -13,7 +13,7 @@ namespace nplora {
 
 struct AttentionShape {
   size_t heads, kv_heads, head_dim;
-  float scale;         // all scores are multiplied by it; usually 1 / sqrt(head_dim)
+  float scale;         // the factor for all scores; usually 1 / sqrt(head_dim)
   size_t window;       // a token attends to itself and `window` - 1 tokens before it; 0 means no limit
   bool pairs = false;  // whether matrix products of tiles use bfloat16, with sums in float32
   // If `causal` is false, a token also attends to later tokens of its sequence. With a window, these are the

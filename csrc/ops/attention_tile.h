@@ -118,8 +118,8 @@ inline void count_operations(const Timed& timed, const AttentionShape& shape, co
               products * pairs * 2.0 * double(shape.heads * shape.head_dim));
 }
 
-// A tile: the lanes `first` to first + lanes - 1, where only the lanes of the run that use the key-value head
-// kv_head are numbered.
+// A tile: the lanes `first` to first + lanes - 1. Only the lanes of the run that use the key-value head
+// kv_head are counted.
 struct QueryTile {
   const AttentionShape& shape;
   const Run& run;
@@ -217,8 +217,9 @@ void for_key_tiles(Span keys, const Body& body) {
   }
 }
 
-// Computes scores = k queries, with k (keys, depth) and `lanes` columns of queries (depth, q_stride) and
-// scores (keys, kTileLanes). The queries are in the SIMD lanes.
+// Computes the matrix product scores = k queries, with k (keys, depth), queries (depth, lanes) and scores
+// (keys, lanes). The rows of `queries` are q_stride elements apart, and the rows of `scores` are kTileLanes
+// elements apart. The queries are in the SIMD lanes.
 template <class E>
 void score(size_t lanes, size_t keys, size_t depth, kernels::Strided<E> k, const E* queries, size_t q_stride,
            float* scores) {
@@ -250,7 +251,7 @@ inline void pair_rows(size_t rows, size_t lanes, const float* x, kernels::Bf16Pa
   kernels::table().convert.pair_rows(rows, lanes, x, kTileLanes, out);
 }
 
-// The keys and values of some runs in pairs of bfloat16, in scratch memory of the calling thread.
+// The keys and values of some runs, as pairs of bfloat16 in scratch memory of the calling thread.
 class PairedKeysAndValues {
  public:
   // Converts k and v (n, width), and sets the pointers in `runs` to the results. Only a backward pass needs

@@ -41,7 +41,7 @@ void backward(std::span<const BackwardPart<Sum<E>>> parts, Matrix<const Sum<E>> 
     const Range token_block{first, std::min(most, tokens - first)};
     if (stack.prepares())
       for_pieces(token_block.count, kTokenUnit, threads, [&](Range some) {
-        for (size_t i = 0; i < some.count; i += kTokenUnit) {  // so few tokens that their dy stays in L2
+        for (size_t i = 0; i < some.count; i += kTokenUnit) {  // the dy of kTokenUnit tokens stays in L2
           const Range few{some.first + i, std::min(kTokenUnit, some.count - i)};
           stack.prepare(token_block, few);
           input.prepare(token_block, few);

@@ -20,7 +20,7 @@ BackwardStack<E>::BackwardStack(std::span<const BackwardPart<T>> parts, Matrix<c
       multiplies_elements_(multiplies_elements),
       tokens_(parts[0].dy.rows),
       d_in_(parts[0].w.d_in) {
-  joined_.reserve(parts.size());  // no reallocation: parts_ points to elements of joined_
+  joined_.reserve(parts.size());  // joined_ must not reallocate: parts_ points to its elements
   for (const BackwardPart<T>& p : parts) {
     const size_t rank = p.low.rank();
     const LayerShape shape{tokens_,

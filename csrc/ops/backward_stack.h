@@ -62,7 +62,7 @@ class BackwardStack {
   BackwardStack(const BackwardStack&) = delete;
   BackwardStack& operator=(const BackwardStack&) = delete;
 
-  // Reserves scratch memory for token blocks of at most this many tokens, and converts the factors to
+  // Reserves scratch memory for token blocks of at most `block_tokens` tokens, and converts the factors to
   // elements of type E. Also reserves `more` bytes for the caller, and returns their address, which is
   // aligned for elements of type E.
   void* reserve(size_t block_tokens, size_t more);

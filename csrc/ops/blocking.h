@@ -1,7 +1,7 @@
 // Divides the matrix products into blocks and tasks. Block sizes do not change a result, because each output
 // is summed over its whole depth in order, and the depth is cut only at multiples of kDepthUnitValues.
-// However, the limits below which a batch counts as small do change results, because the sums of small
-// batches have a different order.
+// However, the limits for small batches do change results, because a small batch is summed in a different
+// order.
 #pragma once
 
 #include <algorithm>
@@ -40,8 +40,8 @@ inline constexpr size_t kTaskTokens = 256, kLanesBytes = size_t{8} << 20;
 // products are not faster with so few rows.
 inline constexpr size_t kFloatBatch = 4;
 // In the backward pass, batches of up to this many tokens read a row-major W in place, unless W must be
-// converted. In larger batches, all tokens share one copy of each block of W. Blocks of a packed W, or of a W
-// in double, are not copied.
+// converted. In larger batches, all tokens share one copy of each block of W. A packed W, or a W in double,
+// is read in place in larger batches too, unless it must be converted.
 inline constexpr size_t kInPlaceBatch = 16;
 // Two limits for the number of tokens in a backward pass with a W in bfloat16. Batches up to the limit read W
 // in place, and each tile converts the values of W in registers. Larger batches use a converted copy of W.
@@ -57,10 +57,11 @@ inline constexpr size_t kStreamedRows = round_up(4096, kRowBlock);
 inline constexpr size_t kStreamedBf16Rows = 128;
 // The size in bytes of the transposed blocks of W that are kept in L2 at the same time.
 inline constexpr size_t kBlocksBytes = size_t{448} << 10;
-// The number of tokens that are multiplied at a time by the last block of W along the depth. The outputs of
-// these tokens in one panel (64 x 48 floats = 12 KB) are still in L1 when the update is added to the outputs.
+// When the last block of W along the depth is multiplied, kFewTokens tokens are multiplied at a time. The
+// outputs of these tokens in one panel (64 x 48 floats = 12 KB) are still in L1 when the update is added to
+// the outputs.
 inline constexpr size_t kFewTokens = 64;
-// Replaces kFewTokens in int8 products. Their tiles have 7 or 9 tokens, and 63 is a multiple of both.
+// Replaces kFewTokens in int8 products, whose tiles have 7 or 9 tokens: 63 is a multiple of both.
 inline constexpr size_t kFewInt8Tokens = 63;
 // A task computes at most kColumnBlock columns of a gradient of A or B. The task sums over kSumDepth tokens
 // at a time.
@@ -116,7 +117,7 @@ void for_pieces(size_t n, size_t unit, size_t threads, const Body& body) {
 class Grid {
  public:
   struct Cut {
-    size_t count, unit, most;  // `count` items; cut at multiples of `unit`, at most `most` in a piece
+    size_t count, unit, most;  // `count` items, cut at multiples of `unit` into pieces of at most `most`
   };
 
   Grid(Cut tokens, Cut side, double operations, size_t threads) {

@@ -18,7 +18,7 @@ size_t depth_of(size_t n) {
 }
 
 // Stores the transpose of x (rows, cols) in xt (depth_of<E>(cols), n_lanes), as elements of type E. There are
-// at least as many lanes as rows; the other lanes are set to 0.
+// at least as many lanes as rows; lanes without a row are set to 0.
 template <class E>
 void lanes_of(size_t n_lanes, Matrix<const kernels::Sum<E>> x, E* xt) {
   const auto& k = kernels::table().products<kernels::Sum<E>>();

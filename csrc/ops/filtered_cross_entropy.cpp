@@ -28,10 +28,10 @@ constexpr double kKeptCost = 2;
 // row, so they need no other memory: row i begins with the counts[i] weights of its words, and the second
 // half of the row begins with the ids of the words.
 //
-// Afterwards, `arrange` copies the kept words in the order in which the product with W needs them: one block
-// of the vocabulary after the other, and within a block, one row of the logits after the other. The product
-// cannot read the lists themselves in this order, because the lists of different rows are too far apart in
-// memory.
+// When the words of all rows are stored, `arrange` copies them in the order in which the product with W needs
+// them: one block of the vocabulary after the other, and within a block, one row of the logits after the
+// other. The product cannot read the lists themselves in this order, because the lists of different rows are
+// too far apart in memory.
 class KeptWords {
  public:
   explicit KeptWords(Matrix<float> logits)
@@ -133,7 +133,7 @@ Range next_columns(const WeightView& w, Range side, size_t done) {
   return {first, std::min(kColumns, end - first)};
 }
 
-// Adds the row of W of each kept word, times the weight of the word, to dx. A task computes some columns of
+// For each kept word, adds its row of W, times the weight of the word, to dx. A task computes some columns of
 // dx for some tokens. The task skips a block of words if no token of the task keeps a word of this block.
 void add_kept_rows(const WeightView& w, const KeptWords& kept, Matrix<float> dx) {
   const double work = kKeptCost * flops(1, kept.size(), dx.cols);

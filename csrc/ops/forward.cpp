@@ -21,9 +21,9 @@ bool reads_bf16(const WeightView& w) {
   return w.storage == Storage::kBfloat16;
 }
 
-// Computes a small batch. One call of forward_small computes successive layers if it reads their weights as
-// the same element type: Bf16 for weights in bfloat16, T for all other weights. A small batch is never
-// computed with pairs of bfloat16, even if larger batches are.
+// Computes the outputs of a small batch. Successive layers share one call of forward_small if it reads their
+// weights as the same element type: Bf16 for weights in bfloat16, T for all other weights. Small batches
+// never use pairs of bfloat16, even if larger batches use them.
 template <class T>
 void small_stack(std::span<const ForwardPart<T>> parts, Matrix<const T> x) {
   while (!parts.empty()) {
@@ -114,7 +114,7 @@ void forward_as(std::span<const ForwardPart<T>> parts, Matrix<const T> x, size_t
   large_stack<T>(parts, x, plan_tokens);
 }
 
-// Computes a small batch whose groups share the weights and biases.
+// Computes the outputs of a small batch whose groups share the weights and biases.
 template <class T>
 void small_groups(std::span<const GroupParts<T>> groups, Matrix<const T> x) {
   std::vector<ForwardPart<T>> parts(groups[0].parts);

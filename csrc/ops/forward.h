@@ -47,7 +47,7 @@ const T* bias_at(const ForwardPart<T>& part, size_t row) {
 }
 
 // Calls body(rows, low) for each group of rows of x, where `low` is the update of the group. If the layer has
-// no groups, calls `body` once, for all n rows and the update of the layer.
+// no groups, all n rows form one group, and `low` is the update of the layer.
 template <class T, class Body>
 void for_groups(const ForwardPart<T>& part, size_t n, const Body& body) {
   if (part.groups.empty()) return body(Range{0, n}, part.low);

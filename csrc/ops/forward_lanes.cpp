@@ -19,7 +19,7 @@ using kernels::Tiles;
 namespace {
 
 // The forward pass with tokens in the SIMD lanes and elements of type E. For a block of tokens, x is first
-// transposed into the lanes, and z is computed. Then the rows of W are multiplied with all tokens of the
+// transposed into the lanes, z is computed, and then the rows of W are multiplied with all tokens of the
 // block. The products x Wᵀ are summed in type T, and z Aᵀ is computed in type T, too.
 template <class E>
 class LanesForward {

@@ -31,7 +31,8 @@ kernels::Int8Rows quantized(Matrix<const float> x) {
   return {codes, scales, sums, half_sums};
 }
 
-// The update of one group of rows of x. For these rows, `z` (rows.count, r) holds scale * drop(x) Bᵀ.
+// The low-rank update that is added to the outputs of one group of rows of x. For these rows, `z`
+// (rows.count, r) holds scale * drop(x) Bᵀ.
 template <class T>
 struct ProjectedUpdate {
   Range rows;
@@ -42,8 +43,8 @@ struct ProjectedUpdate {
 };
 
 // Lists the memory to prefetch before an update is added to some outputs y[:, rows]. The memory holds
-// A[rows], and a part of B that is proportional to the number of rows. Other workers may prefetch the rest of
-// B. The list has at most `most` bytes of A and at most `most` bytes of B.
+// A[rows], and a part of B whose size is proportional to the number of rows. Other workers may prefetch the
+// other parts of B. The list has at most `most` bytes of A and at most `most` bytes of B.
 template <class T>
 FetchList factors(const LowRank<T>& low, Range rows, size_t most) {
   if (low.rank() == 0 || rows.count == 0) return {Fetch::none(), Fetch::none()};
@@ -62,11 +63,11 @@ void fetch(const Fetch& some) {
   for (size_t i = 0; i < some.lines; ++i) __builtin_prefetch(some.at + i * kCacheLine, 0, 2);
 }
 
-// Computes one layer of a stack. The weight is read once, as elements of type W. If the weight is stored in
-// panels, the panels are read one after the other, while the partial sums of the rows stay in the cache. The
-// updates are added at the end, because their factors are prefetched during the products with the weight. The
-// products are summed in type T, and the updates are computed in type T, too. For each row of x, the result
-// has the same bits in every batch.
+// Computes the outputs of one layer. The weight is read once, as elements of type W. If the weight is stored
+// in panels, the panels are read one after the other, while the partial sums of the rows stay in the cache.
+// The updates are added at the end, because their factors are prefetched during the products with the weight.
+// The products are summed in type T, and the updates are computed in type T, too. For each row of x, the
+// result has the same bits in every batch.
 template <class W>
 class SmallForward {
  public:
@@ -86,7 +87,7 @@ class SmallForward {
   // updates are prefetched.
   void multiply(Range rows) const {
     std::vector<FetchList> next;
-    constexpr size_t kMostBytes = 256 << 10;  // the limit for the A of all groups together, and for their B
+    constexpr size_t kMostBytes = 256 << 10;  // for all A together; also for all B together
     for (const auto& group : groups_) next.push_back(factors(*group.low, rows, kMostBytes / groups_.size()));
     if constexpr (std::is_same_v<W, float>)
       if (dots_blocks(part_.w)) {
@@ -173,7 +174,7 @@ class SmallForward {
     }
   }
 
-  // y[:, rows] = the sums of the lanes of `sums` (n, rows, lanes) [+ bias].
+  // y[:, rows] = `sums` (n, rows, lanes), summed over the lanes [+ bias].
   void sum_lanes(Range rows, const T* sums) const {
     for (size_t t = 0; t < x_.rows; ++t, sums += rows.count * lanes_)
       k_.sum_parts(rows.count, sums, bias_at(part_, rows.first), part_.y.row(t) + rows.first);
@@ -278,8 +279,8 @@ void forward_small(std::span<const ForwardPart<Sum<W>>> parts, Matrix<const Sum<
     const auto& groups = products.back().groups();
     for (size_t i = 0; i < groups.size(); ++i) {
       // A group becomes one task, with all rows of B, in two cases: if there are at least as many groups as
-      // threads, or if the group has dropout, because each task would have to apply dropout to the same rows
-      // of x again.
+      // threads, or if the group has dropout. (If a group with dropout became several tasks, each task would
+      // apply dropout to the same rows of x again.)
       const size_t rank = groups[i].rank();
       const bool whole = groups.size() >= threads || groups[i].low->dropout > 0;
       const size_t step = whole ? rank : std::max(kLeastRanks, ceil_div(rank, threads));
@@ -290,8 +291,8 @@ void forward_small(std::span<const ForwardPart<Sum<W>>> parts, Matrix<const Sum<
   // Each worker first multiplies rows of W, one task after the other, and then rows of B. When no rows of B
   // are left to take, the worker waits until z is complete. Then the worker adds the updates to the outputs
   // that it has computed. So a worker waits only while other workers still multiply rows of B. A worker is a
-  // task of parallel_for. For large weights there are more workers than threads, so that workers are short:
-  // Ctrl-C is noticed whenever a worker has ended.
+  // task of parallel_for. For large weights there are more workers than threads, so that each worker ends
+  // soon: Ctrl-C is noticed whenever a worker has ended.
   const size_t in_time = static_cast<size_t>(flops_of(parts, x.rows) / kTaskFlops);
   const size_t workers = round_up(std::max(threads, in_time), threads);
   const size_t most_rows = workers > threads ? ceil_div(rows, workers) : rows;

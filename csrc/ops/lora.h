@@ -1,5 +1,5 @@
 // Products with a frozen weight and its low-rank update: the forward pass and the backward pass of one layer
-// or a stack of layers. Also the product aᵀ b of two matrices, which the gradients of the factors need.
+// or a stack of layers. Another function adds a product aᵀ b, for the gradients of the factors.
 #pragma once
 
 #include <cstdint>
@@ -51,12 +51,12 @@ struct ForwardPart {
   bool multiplied = false;
 };
 
-// Computes a stack of layers; each of `parts` is one layer. All layers read the same x (n, d_in). `int8`
-// matters only for large batches and weights of Compute::kInt8: if `int8` is true, the products with W are
-// computed in int8; if `int8` is false, they are computed as for Compute::kBfloat16. Training may set `int8`,
-// because products in int8 are faster. But such products round W a second time, from its blocks to codes with
-// one scale for each row. Inference does not set `int8`, because this second rounding would make the answers
-// of the model less accurate.
+// Computes the outputs of the layers `parts`, which all read the same x (n, d_in). `int8` matters only for a
+// large batch and a weight with Compute::kInt8: if `int8` is true, the products with W are computed in int8;
+// if `int8` is false, they are computed as for Compute::kBfloat16. Training may set `int8`, because products
+// in int8 are faster. But these products round W a second time, from its blocks to codes with one scale for
+// each row. Inference does not set `int8`, because this second rounding would make the answers of the model
+// less accurate.
 template <class T>
 void lora_forward(std::span<const ForwardPart<T>> parts, Matrix<const T> x, bool int8);
 
@@ -75,8 +75,8 @@ struct GroupParts {
 };
 
 // Does the same as lora_infer for several groups of rows of x. Each group has its own layers. Usually, the
-// groups share the weights and have different updates. For each i, layer i of all groups has the same array
-// y, and each group writes its own rows of y.
+// groups share the weights and have different updates. For each i, layer i has the same array y in all
+// groups, and each group writes its own rows of y.
 template <class T>
 void lora_forward_groups(std::span<const GroupParts<T>> groups, Matrix<const T> x);
 

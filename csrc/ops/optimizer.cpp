@@ -15,7 +15,7 @@ namespace {
 constexpr size_t kBlockElements = 16384;
 constexpr double kOperationsPerElement = 16;
 
-// If there are enough blocks for all threads, a task consists of up to kTaskBlocks neighbouring blocks. Such
+// If there are enough blocks for all threads, a task consists of up to kTaskBlocks neighbouring blocks. Long
 // tasks are faster, because after each jump to another place in memory, the hardware must detect the access
 // pattern again before it can prefetch.
 constexpr size_t kTaskBlocks = 8, kTasksPerThread = 8;

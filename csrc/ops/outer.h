@@ -36,7 +36,7 @@ void add_product(size_t m, size_t cols, size_t depth, kernels::Strided<E> a, con
 }
 
 // Returns the memory to prefetch while the rows `some` of m are in use: the rows directly after `some`, at
-// most as many as there are in `some`. If the rows of m have gaps between them, nothing is prefetched.
+// most some.count rows. If the rows of m have gaps between them, nothing is prefetched.
 template <class T>
 kernels::Fetch rows_after(Matrix<const T> m, Range some) {
   const size_t end = some.first + some.count, count = std::min(some.count, m.rows - end);

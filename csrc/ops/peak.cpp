@@ -12,7 +12,7 @@ namespace nplora {
 namespace {
 
 constexpr size_t kIterations = 1 << 16;  // with AVX2, these iterations take less than a millisecond
-constexpr int kRepeats = 8;              // only the fastest repeat counts: other programs may slow the rest
+constexpr int kRepeats = 8;              // only the fastest repeat counts: other programs may slow a repeat
 
 kernels::Peak peak_of(Arithmetic arithmetic) {
   const kernels::KernelTable& table = kernels::table();

@@ -61,8 +61,8 @@ void gated(Activation act, size_t n, const float* gate, const float* up, float* 
 void gated_backward(Activation act, size_t n, const float* dout, const float* gate, const float* up,
                     float* dgate, float* dup);
 
-// Do the same as the functions `gated` and `gated_backward` above, for `gate` and `up` in bfloat16. A few
-// elements at a time are converted to float32, so that the converted elements stay in L1.
+// These two functions do the same as `gated` and `gated_backward` above, for `gate` and `up` in bfloat16. A
+// few elements at a time are converted to float32, so that the converted elements stay in L1.
 void gated(Activation act, size_t n, const uint16_t* gate, const uint16_t* up, float* out);
 void gated_backward(Activation act, size_t n, const float* dout, const uint16_t* gate, const uint16_t* up,
                     float* dgate, float* dup);

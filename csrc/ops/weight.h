@@ -72,10 +72,10 @@ inline constexpr size_t scratch_columns(size_t cols) {
 // elements of W are stored as type E, the block is read in place. Otherwise, the block is decoded into
 // `scratch` (rows * scratch_columns(cols) elements). If `shared` is true (many tokens use the block), the
 // block of a row-major W is copied even if it needs no decoding. Without the copy, rows whose distance is a
-// power of two would evict each other from the cache. In a packed W, no rows have such a distance, so its
-// blocks are not copied. The element type Bf16 is only for weights stored in bfloat16. With this type, the
-// block is always read in place. If E is Bf16Pair, an element holds two neighbouring values of a row, because
-// gemm_tokens_in_lanes sums along the rows of W.
+// power of two would evict each other from the cache. The rows of a packed W do not evict each other, so
+// `shared` has no effect on a packed W. The element type Bf16 is only for weights stored in bfloat16. With
+// this type, the block is always read in place. If E is Bf16Pair, an element holds two neighbouring values of
+// a row, because gemm_tokens_in_lanes sums along the rows of W.
 template <class E>
 kernels::Panels<E> row_block(const WeightView& w, Range rows, Range cols, bool shared, E* scratch);
 
@@ -115,7 +115,7 @@ inline bool encodes_blocks(const WeightView& w) {
 // The block W[rows, cols] in int8 codes (see kernels::Int8Gemm::encode). Row i is multiplied by inverses[i]
 // before it is rounded to codes. `scratch` is memory for rows * scratch_columns(cols) codes. The returned
 // matrix is in `scratch`. If the first column is a multiple of kDecodedColumns, the matrix begins at the
-// start of `scratch`. Otherwise, it may begin later.
+// start of `scratch`. Otherwise, the matrix may begin later.
 Matrix<const uint8_t> encoded_block(const WeightView& w, Range rows, Range cols, const float* inverses,
                                     uint8_t* scratch);
 

@@ -1,7 +1,7 @@
 // Vectors of sixteen bytes, for the codes of quantised weights before the kernels convert the codes to
 // floats. Only kernel units may include this file (see vec.h).
 //
-//   `move(b, from, to, mask)` shifts the bits of each byte so that bit `from` becomes bit `to`. Then `move`
+//   `move(b, from, to, mask)` shifts the bits of each byte so that bit `from` becomes bit `to`, and then
 //     clears the bits that are not in `mask`.
 //   `each_bit(bits, value)` sets byte i to `value` if bit i of `bits` is set, else to 0.
 //   `interleave(a, b)` returns the bytes a0 b0 a1 b1 ... a7 b7 as `low` and the bytes a8 b8 ... a15 b15 as

@@ -169,8 +169,9 @@ template <size_t kLargest, class X>
 #pragma GCC unroll 8
   for (size_t k = 0; k < 8; ++k) sums[k % 2] = add_products(sums[k % 2], u[k], x(k));
 #else
-  // The largest sum of two products is 2 * 127 * kLargest. If several such sums together fit into 16 bits,
-  // they are added before they are widened to 32 bits, because one widening for all of them is cheaper.
+  // The largest sum of two products is 2 * 127 * kLargest. If the total of several sums still fits into 16
+  // bits, the sums are added before they are widened to 32 bits, because one widening is cheaper than
+  // several.
   constexpr size_t kFit = 32767 / (2 * 127 * kLargest);
   static_assert(kFit > 0, "kLargestCode of Codes<Block> must be the largest code of the format");
   constexpr size_t kTogether = kFit >= 8 ? 8 : kFit >= 4 ? 4 : kFit >= 2 ? 2 : 1;

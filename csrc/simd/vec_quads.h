@@ -10,9 +10,9 @@
 //     `kCodeOffset` is 128: the stored codes are then unsigned, as the instruction vpdpbusd requires. Without
 //     VNNI, `kCodeOffset` is 0.
 //   `load_quads(p)` loads a vector of codes.
-//   `dot_vectors(sums, w, x)` works on each `w[v]` and each lane. It multiplies the four codes in the lane of
-//     `w[v]` by the four codes in the lane of `x`, and adds the four products to the lane of `sums[v]`. The
-//     codes of `w` include the offset.
+//   `dot_vectors(sums, w, x)` multiplies, for each `w[v]` and each lane, the four codes in the lane of `w[v]`
+//     by the four codes in the lane of `x`, and adds the four products to the lane of `sums[v]`. The codes of
+//     `w` include the offset.
 #pragma once
 
 #include "simd/vec.h"

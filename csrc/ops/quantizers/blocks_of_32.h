@@ -1,7 +1,7 @@
 // Searches for the best scale of a block, in formats with blocks of 32 values. The search starts with the
-// scale that ggml would choose. The search also tries other scales near this one. For each of them, the
-// search computes codes, and then fits a new scale to these codes by least squares. The scale with the
-// smallest squared error is kept, so no block is worse than with ggml's rule.
+// scale that ggml would choose. The search also tries other scales near this one. For each scale, the search
+// computes codes, and then fits a new scale to these codes by least squares. The scale with the smallest
+// squared error is kept, so no block is worse than with ggml's rule.
 #pragma once
 
 #include <algorithm>

@@ -85,8 +85,8 @@ inline CodeGrid fitted(const Moments& s, CodeGrid otherwise) {
 }
 
 // A grid that spans exactly the range of the values does not give the smallest error, so a few other grids
-// are tried. In some of these grids, the values use fewer codes than exist. In others, the values would need
-// more codes than exist, so the extreme values are clipped.
+// are tried. In some of these grids, the values use fewer codes than exist. In other grids, the values would
+// need more codes than exist, so the extreme values are clipped.
 inline constexpr int kTries = 8;
 inline float codes_of_try(int i) {
   constexpr float kFewest = -1.5f, kMost = 1.5f;

@@ -17,10 +17,10 @@ char* map(size_t bytes);
 
 // Maps memory for a weight. A weight is read from memory again and again. A huge page needs one address
 // translation; the same bytes in small pages need 512 translations, more than the processor can cache. So
-// weights are placed one after the other, and a huge page is requested only when weights fill all of it.
-// So as long as no weight is freed, huge pages take no more memory than small pages would take. If a freed
+// weights are placed one after the other, and a huge page is requested only when weights fill all of it. So
+// as long as no weight is freed, huge pages take no more memory than small pages would take. If a freed
 // weight filled only a part of a huge page, the system reclaims this part later: when memory is short, or
-// when the rest of the huge page is unmapped.
+// when the other part of the huge page is unmapped.
 char* map_beside(size_t bytes);
 
 void unmap(void* at, size_t bytes);

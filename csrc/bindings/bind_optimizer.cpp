@@ -61,7 +61,8 @@ void require_apart(const std::vector<Trained>& all) {
       refuse("two buffers of the step overlap");
 }
 
-// The learning rates of a step (LoRA+): lr_of_a for each parameter whose is_a is true, and lr for all others.
+// The learning rates of a step (LoRA+): lr_of_a for each parameter whose is_a is true, and lr for all other
+// parameters.
 struct Rates {
   double lr, lr_of_a;
   const Array<bool>& is_a;

@@ -95,8 +95,9 @@ typename InputGradient<E, W>::Gradient InputGradient<E, W>::gradient_of(const Pa
     return {stack_.dy_of(p, token_block, some), nullptr, 0};
 }
 
-// Whether many tokens use each block of W. If so, blocks of a row-major W are copied even if W could be read
-// in place. Blocks of double are not copied, because a copy of two panels of doubles would not stay in L2.
+// Whether blocks of a row-major W are copied even if W could be read in place. This is the case if many
+// tokens use each block. Blocks of double are not copied, because a copy of two panels of doubles would not
+// stay in L2.
 template <class E, class W>
 bool InputGradient<E, W>::is_shared() const {
   return sizeof(W) <= sizeof(float) && stack_.tokens() > kInPlaceBatch;

@@ -18,9 +18,10 @@ Matrix<const T> block_of(Matrix<const T> m, Range rows, Range cols) {
   return {m.row(rows.first) + cols.first, rows.count, cols.count, m.stride};
 }
 
-// A stack of layers. In the code, a layer of the stack is called a part. The gradients of the layers are
-// computed with elements of type E, one token block at a time. Tokens are counted from the start of the token
-// block unless a comment says otherwise. All pointers into scratch memory are valid after `reserve`.
+// A stack of layers that all have the same input x. In the code, a layer of the stack is called a part. The
+// gradients of the layers are computed with elements of type E, one token block at a time. Tokens are counted
+// from the start of the token block unless a comment says otherwise. All pointers into scratch memory are
+// valid after `reserve`.
 template <class E>
 class BackwardStack {
  public:

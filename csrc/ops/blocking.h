@@ -36,8 +36,8 @@ inline size_t depth_block(size_t depth) {
 // A task keeps at most kTaskTokens tokens in L2 or L3. A token block of x has at most kLanesBytes bytes after
 // it is transposed into the SIMD lanes.
 inline constexpr size_t kTaskTokens = 256, kLanesBytes = size_t{8} << 20;
-// In the backward pass, batches of up to this many rows are not computed in bfloat16 or int8, because such
-// products are not faster with so few rows.
+// In the backward pass, batches of up to this many rows are not computed in bfloat16 or int8, because these
+// products are not faster for a few rows.
 inline constexpr size_t kFloatBatch = 4;
 // In the backward pass, batches of up to this many tokens read a row-major W in place, unless W must be
 // converted. In larger batches, all tokens share one copy of each block of W. A packed W, or a W in double,
@@ -67,8 +67,8 @@ inline constexpr size_t kFewInt8Tokens = 63;
 // at a time.
 inline constexpr size_t kColumnBlock = 4 * kernels::kPanelColumns, kSumDepth = 128;
 static_assert(kSumDepth % kDepthUnitValues == 0 && kTaskTokens % kDepthUnitValues == 0);
-// The largest number of floating-point operations of one task. On the slowest instruction set, such a task
-// takes 0.1 s. Ctrl-C is noticed only between tasks, so tasks must be short.
+// The largest number of floating-point operations of one task. On the slowest instruction set, a task of this
+// size takes 0.1 s. Ctrl-C is noticed only between tasks, so tasks must be short.
 inline constexpr double kTaskFlops = 2e9;
 
 inline double flops(size_t n, size_t d_out, size_t d_in) {

@@ -17,7 +17,7 @@ namespace nplora {
 namespace {
 
 // Each word of the vocabulary has one row of W. W is processed in blocks of kWords rows and at most kColumns
-// columns. Such a block takes 24 KB, so it stays in L1 while all tokens use it.
+// columns. A block takes at most 24 KB, so it stays in L1 while all tokens use it.
 constexpr size_t kWords = 32, kColumns = 2 * kDecodedColumns;
 // Adding a row of W to a row of dx takes kKeptCost times as long as multiplying by a row of W in a dense
 // product.

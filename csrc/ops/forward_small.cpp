@@ -87,7 +87,7 @@ class SmallForward {
   // updates are prefetched.
   void multiply(Range rows) const {
     std::vector<FetchList> next;
-    constexpr size_t kMostBytes = 256 << 10;  // for all A together; also for all B together
+    constexpr size_t kMostBytes = 256 << 10;  // the limit for all A together, and for all B together
     for (const auto& group : groups_) next.push_back(factors(*group.low, rows, kMostBytes / groups_.size()));
     if constexpr (std::is_same_v<W, float>)
       if (dots_blocks(part_.w)) {
@@ -289,10 +289,10 @@ void forward_small(std::span<const ForwardPart<Sum<W>>> parts, Matrix<const Sum<
     }
   }
   // Each worker first multiplies rows of W, one task after the other, and then rows of B. When no rows of B
-  // are left to take, the worker waits until z is complete. Then the worker adds the updates to the outputs
-  // that it has computed. So a worker waits only while other workers still multiply rows of B. A worker is a
-  // task of parallel_for. For large weights there are more workers than threads, so that each worker ends
-  // soon: Ctrl-C is noticed whenever a worker has ended.
+  // are left to take, the worker waits until z is complete, and then adds the updates to the outputs that it
+  // has computed. So a worker waits only while other workers still multiply rows of B. A worker is a task of
+  // parallel_for. For large weights there are more workers than threads, so that each worker ends soon:
+  // Ctrl-C is noticed whenever a worker has ended.
   const size_t in_time = static_cast<size_t>(flops_of(parts, x.rows) / kTaskFlops);
   const size_t workers = round_up(std::max(threads, in_time), threads);
   const size_t most_rows = workers > threads ? ceil_div(rows, workers) : rows;

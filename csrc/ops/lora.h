@@ -67,7 +67,7 @@ template <class T>
 void lora_infer(std::span<const ForwardPart<T>> parts, Matrix<const T> x, size_t batch);
 
 // One group of rows. The group consists of the `rows` rows of x that follow the rows of the previous group,
-// and all these rows pass through the same layers of a stack.
+// and `parts` are the layers that compute the outputs of these rows.
 template <class T>
 struct GroupParts {
   size_t rows;

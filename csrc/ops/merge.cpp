@@ -24,7 +24,7 @@ constexpr size_t kColumnsBytes = size_t{320} << 10;
 constexpr size_t kTileColumns = 8 * kPanelColumns;
 
 // Copies B to panels of kPanelColumns columns without gaps. In the caller's B, the distance between two rows
-// may be a multiple of 4 KB, and such rows would evict each other from L1.
+// may be a multiple of 4 KB, and rows at this distance would evict each other from L1.
 template <class T>
 const T* panels_of(Matrix<const T> b) {
   T* panels = scratch<T>(Scratch::kLowLanes, b.rows * b.cols);

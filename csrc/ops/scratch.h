@@ -28,7 +28,7 @@ enum class Scratch {
   // elements.
   kLowGradients,
   // For a single token, holds L / 2 partial sums for each of kStreamedRows rows of W. For a batch of up to 8
-  // tokens, holds L / 2 partial sums for each pair of a token and a row, for 48 rows of W or r rows of B.
+  // tokens, holds L / 2 partial sums for each pair of a token and a row (48 rows of W, or r rows of B).
   kSums,
   // Holds decoded or transposed blocks of W. The blocks take kBlocksBytes bytes; in a small batch, they take
   // 48 * kStreamedRows elements.

@@ -21,7 +21,7 @@ constexpr size_t kElementsPerTask = 16384;
 // an L1 of 32 KB.
 constexpr size_t kConvertedElements = 1024;
 
-// The numbers of floating-point operations for one element of a norm, of a rotation and of an activation.
+// The costs of a norm, of a rotation and of an activation for one element, in floating-point operations.
 constexpr double kNormOperations = 12, kRotationOperations = 8, kSigmoidOperations = 20;
 
 // Calls body(row) for n rows of `cols` elements each.

@@ -81,7 +81,7 @@ WholeSubBlocks sub_blocks_of(const WeightView& w, Range cols) {
   return {{cols.first - before, round_up(before + cols.count, kSubBlock)}, before};
 }
 
-// The distance from one decoded row to the next. Multiples of 1 KB are avoided, because rows at such
+// The distance from one decoded row to the next. Multiples of 1 KB are avoided, because rows at these
 // distances would evict each other from L1.
 size_t decoded_stride(size_t cols, size_t element_bytes) {
   return cols * element_bytes % 1024 == 0 ? cols + kPanelColumns / 3 : cols;

@@ -1,4 +1,4 @@
-// Vectors with four int8 codes in each 32-bit lane. Two such vectors are multiplied code by code, as
+// Vectors with four int8 codes in each 32-bit lane. Two of these vectors are multiplied code by code, as
 // integers, and the four products of each lane are summed. Only kernel units may include this file (see
 // vec.h).
 //

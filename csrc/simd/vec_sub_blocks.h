@@ -1,5 +1,6 @@
-// Vectors that hold the 32 codes of a sub-block. Two such vectors are multiplied code by code, as integers,
-// and the 32 products are summed in eight lanes. Only kernel units may include this file (see vec.h).
+// Vectors that hold the 32 codes of a sub-block. Two of these vectors are multiplied code by code, as
+// integers, and the 32 products are summed in eight lanes. Only kernel units may include this file (see
+// vec.h).
 //
 //   `load_sub_block(p)` loads 32 bytes. `join(low, high)` makes a SubBlock from two vectors of type Bytes.
 //     `lookup(levels, s)` returns levels[byte] for each byte of s, as in vec_bytes.h.

@@ -158,7 +158,7 @@ _TAKEN_ELSEWHERE = {
 
 
 def _taken_elsewhere(name: str, known: Iterable[str]) -> str:
-    """Return a hint that names the function with the setting `name`, or an empty text."""
+    """Return a hint about the function that takes the setting `name`, or an empty text."""
     for marker in _TAKEN_ELSEWHERE.keys() & set(known):
         for ours, hint in _TAKEN_ELSEWHERE[marker].items():
             if name in (ours, *_OTHER_NAMES.get(ours, "").split()):

@@ -117,7 +117,7 @@ class Adapter(AdapterContent):
             ValueError: the model has an adapter, and `replace` is not set. Or `replace` is set, and a LoRA
                 layer of the model was made with init="pissa" or "olora", which changed the layer's frozen
                 weight.
-            RuntimeError: the update of a layer to be replaced is merged into the layer's weight.
+            RuntimeError: `replace` is set, and a LoRA layer's update is merged into the layer's weight.
             FormatError: the adapter does not fit the model, the adapter belongs to another model, or the
                 adapter has fully trained layers.
 

@@ -1,4 +1,4 @@
-"""The weighted sum of several adapters as one adapter. `nplora.lora.weighted_sum` computes one layer."""
+"""The weighted sum of adapters as one adapter. `nplora.lora.weighted_sum` computes the sum for a layer."""
 
 import heapq
 import math

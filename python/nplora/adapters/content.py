@@ -21,15 +21,15 @@ class AdapterContent(Mapping[str, LoraDelta]):
     """The data of an adapter: a mapping of layer name to `LoraDelta`.
 
     Attributes:
-        source: the name that messages give to the adapter's file, directory or model.
+        source: the name of the adapter's file, directory or model in messages.
         base_model_name_or_path: the name of the base model, or None.
         task_type: PEFT's name for the task, such as "CAUSAL_LM", or None.
         base_digest: the digest of the base model's norm weights (`model_digest.of`), or None.
-        modules_to_save: the arrays of the fully trained layers: a dict of dicts, whose keys are a layer's
-            name and then a parameter's name. Fully trained layers have no LoRA.
+        modules_to_save: the arrays of the fully trained layers, as {layer's name: {parameter's name: array}}.
+            Fully trained layers have no LoRA.
         saved_names: for a classifier, the names that adapter_config.json lists under `modules_to_save`. PEFT
-            lists the head as a whole there, and not each layer of the head. Empty if these names equal the
-            keys of the attribute `modules_to_save`.
+            lists the head as a whole there, and not each layer of the head. `saved_names` is empty if it
+            would equal the keys of the attribute `modules_to_save`.
         labels: for a classifier, a record of its task and the names of its outputs; else None.
         token_rows: the trained rows (`TokenRows`) of the embedding and the head, by layer name.
         invocation_tokens: the invocation tokens of an activated LoRA (aLoRA), which acts from the last

@@ -51,12 +51,12 @@ class Target:
         digest: the digest of the target's norm weights (`model_digest.of`), or None.
         required: the layers that the adapter must have.
         ties_head: whether the head of the model shares the embedding's weight.
-        whole: the arrays of the layers that are or can be fully trained: a dict of dicts, whose keys are a
-            layer's name and then a parameter's name. A `Place` with the shape stands for an array that does
-            not exist yet. None: the adapter may have any fully trained layers.
+        whole: the arrays of the layers that are or can be fully trained, as {layer's name: {parameter's name:
+            array}}. A `Place` with the shape stands for an array that does not exist yet. None: the adapter
+            may have any fully trained layers.
         rows: a function that takes a layer's name. If an adapter may replace rows of the layer's weight, the
-            function returns the weight's shape. If not, it returns a text that says why. If the target
-            accepts all rows, it returns None.
+            function returns the weight's shape. If the adapter may not, the function returns a text that says
+            why not. If the target accepts all rows, the function returns None.
         require_kind: a function that raises UnsupportedError if the target cannot hold this kind of adapter.
             The arguments of the function are the adapter's source, whether the adapter has DoRA, the
             adapter's fully trained layers, and the adapter's layers with trained tokens.

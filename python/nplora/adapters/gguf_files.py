@@ -124,7 +124,7 @@ def convert_adapter(
 
 
 def _target(model: BaseModel | None, family: Family) -> Target:
-    """The `Target` that describes a base model. Without a model, the target does not check shapes."""
+    """The `Target` that describes a base model. Without a model, any shape of a weight is accepted."""
     title, digest = ("its architecture", None) if model is None else (model.source, model.digest)
     shapes = None if model is None else model.shapes
 
@@ -176,9 +176,9 @@ def adapter_to_gguf(
 ) -> AdapterConversion:
     """Convert a PEFT adapter directory to a LoRA adapter file for llama.cpp, with factors in float32.
 
-    If llama.cpp loads the file with the default scale of 1, llama.cpp adds the same ΔW as PEFT. The ΔW may
-    differ only by rounding, in layers whose scale is multiplied into lora_b. The file stores the digest of
-    the base model's norm weights, if known. See `nplora.adapters` for the arguments and the other errors.
+    If llama.cpp loads the file with the default scale of 1, llama.cpp adds the same ΔW as PEFT. In layers
+    whose scale is multiplied into lora_b, rounding may change ΔW slightly. The file stores the digest of the
+    base model's norm weights, if known. See `nplora.adapters` for the arguments and the other errors.
 
     Raises:
         ValueError: `path` does not end in .gguf, or is a file of the adapter or of the base model.

@@ -183,7 +183,7 @@ def load_adapter(
 ) -> AdapterReport:
     """Load a PEFT adapter directory into the LoRA layers of a model.
 
-    The layers take over the rank, alpha and rsLoRA setting of the file. If a layer's rank stays the same, the
+    The layers get the rank, alpha and rsLoRA setting of the file. If a layer's rank stays the same, the
     values are written into its arrays A and B. If the rank changes, A and B become new arrays, and an
     optimiser that holds the old arrays must be created anew. The model must have LoRA on the same layers as
     the file. If these layers differ, use `Adapter.attach` with `replace=True`. The model only changes after
@@ -423,7 +423,7 @@ def plain_target(model: Module) -> Target:
 
 
 def _target(model: Module, live: bool, **more: Any) -> Target:
-    """Return a `Target` for a model's LoRA layers (`live`), or for all layers that LoRA can adapt."""
+    """Return a `Target` for a model's LoRA layers if `live`, else for all layers that LoRA can adapt."""
     modules, asked = dict(model.named_modules()), itertools.count()
     tokens = _token_rows(model)
 

@@ -262,10 +262,10 @@ def _placed(
 
 
 def _new_rows(adapter: AdapterContent, layer: str, ids: Ids, tensor: Tensor, size: int) -> NewRows:
-    """The rows that a merge writes into a layer. They replace old rows or follow the last old row.
+    """The rows that a merge writes into a layer. These rows replace old rows or follow the last old row.
 
     If the adapter has no values for one of these rows, the row is the mean of all rows of the model's weight.
-    In training, new rows begin with the same mean.
+    In training, this mean is also the initial value of new rows.
     """
     width = tensor.shape[1]
     values = np.empty((0, width), np.float32)

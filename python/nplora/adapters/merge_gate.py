@@ -101,7 +101,7 @@ class MergeGate:
         return Verdict(kept, self.lossy or kept >= _ENOUGH, loss)
 
     def refusal(self, verdict: Verdict, merged: MergedTensors, output: StrPath) -> ValueError:
-        """The error for a merge that fails a check. It suggests a storage type that passes, if any does."""
+        """The error for a merge that fails a check, with a storage type that passes, if there is one."""
         problems = list[str]()
         kinds = ", ".join(dict.fromkeys(merge.storage for merge in merged.merges.values()))
         if not verdict.keeps_delta:
@@ -185,7 +185,8 @@ def _problem(loss: HeldOutLoss, kinds: str) -> str:
 
 
 def _candidates(merged: MergedTensors) -> Iterator[tuple[str, float]]:
-    """The larger storage types that keep enough of ΔW, smallest first, with the estimated share of ΔW.
+    """The larger storage types that keep enough of ΔW, smallest first, with the estimated share that each
+    type keeps.
 
     A type counts as larger if the merged tensors would need more bytes than in the refused merge. For a float
     type, the same number of bytes is enough.
@@ -226,7 +227,8 @@ def _estimated_kept(model: ModelFiles, updates: Mapping[str, LoraDelta | NewRows
 def _sampled(update: LoraDelta | NewRows, count: int) -> Array:
     """The indices of about `count` evenly spaced rows of an update.
 
-    If the update replaces only some rows of the weight, return the indices of the first replaced rows.
+    If the update replaces only some rows of the weight, return the indices of the first `count` replaced
+    rows.
     """
     if isinstance(update, NewRows) and update.ids is not None:
         return np.sort(update.ids)[:count]

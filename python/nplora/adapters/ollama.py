@@ -98,14 +98,14 @@ def export_ollama(
         directory: the directory to write, which may exist.
         adapter: a PEFT directory or, unless `keep_adapter` is set, a llama.cpp file.
         dtype: the storage type of the merged weights or, if `model` is a directory, of all matrices.
-        keep_adapter: write `adapter.gguf` beside the model instead of merging the adapter. Ollama accepts
-            adapters only up to Ollama's version 0.34.0.
+        keep_adapter: write `adapter.gguf` beside the model instead of merging the adapter. Only Ollama 0.34.0
+            and older versions accept adapters.
         system: the system message of the model. If the text is empty, there is no system message.
         parameters: more parameters of Ollama as pairs (name, value), such as ("temperature", "0.7").
         any_base, lossy: as in `merge_adapter`.
         overwrite: replace files of an earlier export in the directory.
     Raises:
-        ValueError: a parameter has no valid name or value; or one of the reasons in `merge_adapter`.
+        ValueError: a parameter has an invalid name or value; or one of the reasons in `merge_adapter`.
         UnsupportedError: GGUF cannot hold the model's tokenizer; or one of the reasons in `adapter_to_gguf`.
         The other errors are those of `merge_adapter`, `model_to_gguf` and `adapter_to_gguf`.
 

@@ -168,8 +168,8 @@ def _copied_rows(
 ) -> dict[str, tuple[str, Array]]:
     """Find the rows that are in PEFT's copies of the embedding and the head, but not in the target.
 
-    The adapter has a copy of both weights if training changed their number of rows, for example to a multiple
-    of 64.
+    PEFT copies both weights into the adapter if training changed their number of rows, for example to a
+    multiple of 64.
 
     Returns:
         a dict from a layer to a pair: the tensor with the copy, and the ids of the rows that the target

@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     from nplora.finetuning import ClassifyOptions
 
     text = (
-        "train (a new head and LoRA), eval (compare with the labels of rows) or predict (write predictions)"
+        "train (a new head and LoRA), eval (compare predictions with labels) or predict (write predictions)"
     )
     parser.add_argument("what", metavar="WHAT", choices=("train", "eval", "predict"), help=text)
     add_model(parser)

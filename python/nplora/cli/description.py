@@ -366,7 +366,7 @@ def _llama_cpp(file: GgufFile) -> str:
 
 
 def _by_numbers(name: str) -> list[tuple[int, str]]:
-    """A key that sorts names with their numbers as numbers: layer 2 before layer 10."""
+    """A sort key that compares the digits in names as whole numbers: layer 2 comes before layer 10."""
     parts = re.split(r"0*([0-9]+)", name)  # texts and numbers in turn
     return [(len(part), part) if i % 2 else (0, part) for i, part in enumerate(parts)]
 
@@ -374,8 +374,8 @@ def _by_numbers(name: str) -> list[tuple[int, str]]:
 def _layer(name: str, lora_a: Array, lora_b: Array, scale: float, is_dora: bool = False) -> Row:
     """A table row with the norms of three matrices of a layer: a, b and ΔW = s b a, where s is the scale.
 
-    The norm of ΔW is computed without forming ΔW: ‖s b a‖² = s² Σ (bᵀ b) ∘ (a aᵀ). With DoRA, ΔW depends on
-    the base model, so it is left out.
+    The norm of ΔW is computed without forming ΔW: ‖s b a‖² = s² Σ (bᵀ b) ∘ (a aᵀ). With DoRA, the row has no
+    ‖ΔW‖, because ΔW depends on the base model.
     """
     a, b = lora_a.astype(np.float64), lora_b.astype(np.float64)
     delta = abs(scale) * math.sqrt(max(0.0, float(np.sum((b.T @ b) * (a @ a.T)))))

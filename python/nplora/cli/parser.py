@@ -117,7 +117,7 @@ class CommandParser(Parser):
         return [option for option in self._option_string_actions if option.startswith("--")]
 
     def _suggestion(self, word: str) -> str:
-        """The end of a message about an unknown option, as in `_check.suggestion`."""
+        """The end of a message about an unknown option (see `_check.suggestion`)."""
         in_order = {
             action.dest: action.metavar
             for action in self._actions

@@ -25,8 +25,8 @@ class LoraDelta:
         kernel: the shape (c_in, height, width) of a convolution's kernel, or None. For a convolution, W is
             the kernel reshaped to (d_out, c_in · height · width). PEFT stores A and B of a convolution with
             four axes.
-        alpha, use_rslora: the settings from which `scale` was computed. They are needed to save the adapter
-            again. If `alpha` is None, the adapter is saved with alpha = rank · scale.
+        alpha, use_rslora: the settings from which `scale` was computed. These settings are needed to save the
+            adapter again. If `alpha` is None, the adapter is saved with alpha = rank · scale.
     Raises:
         ValueError: the shapes do not fit together.
 
@@ -122,7 +122,7 @@ class LoraDelta:
 
     @property
     def is_zero(self) -> bool:
-        """Whether ΔW is certainly 0. Then a merge can only convert the weight to another storage format."""
+        """Whether ΔW is certainly 0. If so, a merge can only change the storage format of the weight."""
         if self.m is not None or not all(np.isfinite(factor).all() for factor in (self.A, self.B)):
             return False
         return self.scale == 0 or not (self.A.any() and self.B.any())

@@ -31,7 +31,7 @@ def lora_forward(
         fw: the frozen weight, a FrozenWeight or an array (d_out, d_in). All arithmetic is float64 if the
             weight is float64, else float32.
         A, B: arrays (d_out, r) and (r, d_in).
-        scale: the factor of the update. If scale is 0, A and B are not read.
+        scale: the number that multiplies the product A·B. If scale is 0, A and B are not read.
         bias: array (d_out,) or None.
         out: C-contiguous array (..., d_out) to write y to. It must not overlap any input.
     Returns:
@@ -157,7 +157,7 @@ def merge_lora(
             patterns with dtype="bfloat16"). Each row must be contiguous, but there may be gaps between the
             rows.
         A, B: arrays (d_out, r) and (r, d_in) that do not overlap W.
-        scale: the factor of the update. If scale is 0, A and B are not read.
+        scale: the number that multiplies the product A·B. If scale is 0, A and B are not read.
         dtype: the name of W's format. This argument is only needed if W holds bit patterns.
         rounding: how sums are rounded to W's format. Sums are float32, or float64 for a float64 W.
 

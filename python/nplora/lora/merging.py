@@ -170,7 +170,7 @@ class Merge:
         return raw
 
     def decoded(self, raw: Array) -> Array:
-        """Decode the bytes of rows to floats. `rows()` yields such bytes."""
+        """Decode bytes of rows, as yielded by `rows()`, to floats."""
         return storages.decode(raw, self.storage, self.shape[1])
 
     def _count(self, before: Array, after: Array, delta: Array, numbers: Array) -> None:
@@ -240,7 +240,7 @@ def merge_weight(
         storage: the storage format of the result, or "same" for the format of `weight`. A float64 weight
             stays float64, and no other weight becomes float64.
     Raises:
-        ValueError: `storage` changes a weight from or to float64; or as in `Merge`.
+        ValueError: `storage` changes a weight from or to float64; or one of the reasons in `Merge`.
     """
     storage = (
         weight.dtype if storage == "same" else _check.choice("merge", "dtype", storage, storages.STORAGES)

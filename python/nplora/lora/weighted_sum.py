@@ -21,7 +21,7 @@ from nplora.lora.delta import LoraDelta
 def weighted_sum(
     name: str, terms: Sequence[tuple[LoraDelta, float]], limit: int | None
 ) -> tuple[LoraDelta, float, float]:
-    """Compute the weighted sum of several updates ΔW, and reduce the rank of the sum to `limit`.
+    """Compute the weighted sum of several updates ΔW, and reduce the rank of the sum to at most `limit`.
 
     Args:
         name: the layer's name, for messages.

@@ -5,8 +5,8 @@ importing the package nplora.
 
 Linux can limit the memory and the CPU time of a process. macOS can limit only the time, and Windows can limit
 neither. The parent process enforces the limits that the system cannot enforce (see `watched`). Every few
-milliseconds, it checks how much memory and CPU time the process has used. If a limit is exceeded, it ends the
-process.
+milliseconds, the parent checks how much memory and CPU time the rendering process has used, and ends this
+process if it exceeds a limit.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ EXPECTED = (OSError, ValueError, ArithmeticError, ImportError, MemoryError)
 def message_of(error: BaseException) -> str:
     """The message of an error. The message of a system error has the file's name, but not the error number.
 
-    The message of an unexpected error begins with the name of its class.
+    The message of an unexpected error begins with the name of the error's class.
 
     >>> from nplora.runtime.error_text import message_of
     >>> message_of(ValueError("rank is 0")), message_of(KeyError("rank"))

@@ -91,7 +91,8 @@ class TimeShare:
     Training gets a share of the time while there is urgent work, and all of the time otherwise. Urgent work
     runs in a `with` block. Training calls `pause` between slices, such as the blocks of a model. While
     training waits in `pause`, only urgent work runs. Urgent work waits until a slice ends, but at most a
-    quarter of a second; then urgent work and training run at the same time until the slice ends.
+    quarter of a second. If the slice has not ended by then, urgent work and training run at the same time
+    until the slice ends.
 
     Args:
         share: the share of the time for training, above 0 and at most 1.
@@ -175,7 +176,7 @@ class TimeShare:
             self._changed.notify_all()
 
     def _is_slicing(self) -> bool:
-        """Whether training runs a slice, and new urgent work must wait for the end of this slice."""
+        """Whether new urgent work must wait for the end of a slice that training is running."""
         return self._began is not None and not self._is_long
 
     def _is_busy(self, now: float) -> bool:

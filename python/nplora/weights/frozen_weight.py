@@ -234,7 +234,7 @@ class FrozenWeight:
 
     @classmethod
     def of_rows(cls, raw: Array, storage: str, d_in: int, compute: str = "float32") -> Self:
-        """Return a weight from encoded rows, which `storages.encode` has returned.
+        """Return a weight that consists of the encoded rows `raw`, a result of `storages.encode`.
 
         The bytes are used in place, except that the bytes of NF4 are copied.
         """
@@ -305,7 +305,7 @@ class FrozenWeight:
 
     @property
     def rounds(self) -> bool:
-        """Whether some products round their operands, because `compute` is "bfloat16" or "int8"."""
+        """Whether `compute` is "bfloat16" or "int8", so that some products round their operands."""
         return self._packed.compute != "float"
 
     @property
@@ -358,7 +358,7 @@ class FrozenWeight:
         A matrix that is used in place is not copied.
 
         Raises:
-            TypeError: GGUF does not have the storage format, which is the case for "nf4".
+            TypeError: the storage format is "nf4", which GGUF does not have.
 
         >>> FrozenWeight(np.ones((2, 32), np.float32), dtype="q4_0").to_gguf("w")
         Tensor('w', Q4_0, (2, 32))
@@ -485,7 +485,7 @@ class FrozenWeight:
     def float_dtype(self) -> str:
         """The storage format that `like` uses for a changed W.
 
-        This is float32 for a low-bit format, so that no change is lost.
+        For a low-bit format, the result is float32, so that no change is lost.
         """
         return "float32" if self.dtype in storages.BLOCKS else self.dtype
 
@@ -589,7 +589,7 @@ def _require_matrix(op: str, source: str, name: str, shape: tuple[int, ...]) -> 
 
 
 def _few_at_a_time(product: Callable[[Array], Array], x: npt.ArrayLike) -> Array:
-    """Compute a product a few rows at a time, because products of so few rows do not round their operands."""
+    """Compute a product a few rows at a time. A product of few rows does not round its operands."""
     x = np.asarray(x)
     lead, width = x.shape[:-1], x.shape[-1]
     rows = x.reshape(math.prod(lead), width)

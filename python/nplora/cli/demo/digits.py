@@ -243,7 +243,7 @@ def pretrained_weights() -> SafetensorsFile:
 
 
 def digits(numbers: Array) -> Digits:
-    """Load scikit-learn's digits with the indices `numbers` (from 0 to 1796). Rotate and invert copies.
+    """Return scikit-learn's digits with the indices `numbers` (from 0 to 1796), and rotated, inverted copies.
 
     Raises:
         ModuleNotFoundError: scikit-learn is not installed.
@@ -285,7 +285,7 @@ def adapt(
 
 
 def accuracy(model: Module, held_out: Digits) -> Accuracy:
-    """The share of digits that the model predicts correctly from their original and their changed images."""
+    """The shares of the original images and of the changed images that the model classifies correctly."""
     right = [np.mean(model(x).argmax(axis=1) == held_out.labels) for x in (held_out.old, held_out.new)]
     return Accuracy(old=float(right[0]), new=float(right[1]))
 

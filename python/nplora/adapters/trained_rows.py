@@ -90,7 +90,7 @@ def trained_layers(
 
 
 def rows_needed(stored: int, wanted: Mapping[str, Ids], tokens: Sequence[AddedToken]) -> int:
-    """Return the number of rows that an embedding needs for its old rows, for `wanted` and for `tokens`.
+    """Return the number of rows that an embedding needs to hold its old rows, `wanted` and `tokens`.
 
     Args:
         stored: the number of rows of the frozen weight.

@@ -22,7 +22,7 @@ HELP = (
 _EPILOG = (
     "With --check, the loss of the new model is compared with the loss of BASE with the adapter. If the loss "
     "rises too much, no file is written, and the error names a storage type that is precise enough. ΔW is "
-    "the adapter's change of the weights. 'ΔW kept' is the share of ΔW that is left after rounding to the "
+    "the adapter's change to the weights. 'ΔW kept' is the share of ΔW that is left after rounding to the "
     "storage type; a merge that keeps less than 90 % is refused. Noise is the part of the rounding error "
     "that is orthogonal to ΔW. Noise spreads over all directions, while ΔW acts in only a few directions. So "
     "noise that is larger than ΔW can still be harmless. Relative error is the norm of the whole rounding "

@@ -84,8 +84,8 @@ def lora_backward(
         x: array (..., d_in), the input of the forward pass.
         z: array (..., r), the second result of `lora_forward`. If None, z is computed again.
         fw, A, B, scale: as in the forward pass.
-        out: a tuple (dx, dA, dB) of arrays for the results; None creates a new array. dx is overwritten, but
-            the gradients are ADDED to dA and dB.
+        out: a tuple (dx, dA, dB) of arrays for the results; for each None, a new array is created. dx is
+            overwritten, but the gradients are ADDED to dA and dB.
         need_dx: whether to compute dx. If False, the product of dy and the frozen weight is skipped.
     Returns:
         dx (..., d_in) (None if need_dx is False), dA (d_out, r), dB (r, d_in).

@@ -29,7 +29,7 @@ _MAPPING = re.compile(r"^[0-9a-f]+-[0-9a-f]+ ")
 def peak_memory() -> int:
     """The peak memory of this process, including mapped files.
 
-    `getrusage` is only the fallback: in a child process, it counts the peak of the parent process too.
+    `getrusage` is only the fallback: in a child process, it may report the peak of the parent process.
 
     >>> from nplora.platform.memory import peak_memory
     >>> peak_memory() > 1e6

@@ -16,7 +16,7 @@ _of_thread = threading.local()  # its attribute `profiler`: the Profiler that re
 
 @dataclass
 class Total:
-    """Three sums over all calls of an activity: the number of calls, the seconds, and the operations.
+    """Totals over all calls of an activity: the number of calls, the seconds, and the operations.
 
     Attributes:
         operations: a dictionary from an arithmetic, such as "float32", to the number of operations in

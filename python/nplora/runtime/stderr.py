@@ -30,7 +30,7 @@ class _Stderr:
             return False
 
     def is_watched(self) -> bool:
-        """Whether a user sees what is written to stderr at once: in a terminal, or below a notebook's cell.
+        """Whether a user sees new text on stderr at once: in a terminal, or below a notebook's cell.
 
         Terminals and notebooks both redraw a line after a carriage return.
         """

@@ -98,7 +98,7 @@ class DemoReport:
         before: accuracy before training.
         after: accuracy after training.
         off: accuracy after training, with the adapter switched off.
-        examples, held_out: the number of digits for training, and for evaluation.
+        examples, held_out: the numbers of digits for training and for evaluation.
         rank: the rank of the LoRA factors.
         factors: the number of elements of all factors A and B.
         parameters: the number of frozen weights and biases.

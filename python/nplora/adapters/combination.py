@@ -142,7 +142,7 @@ def _require_one_base(adapters: list[AdapterContent], base: StrPath | None, base
 
 
 def _last_part(name: str | None) -> str | None:
-    """The last part of a path or Hugging Face Hub name. It is usually the same for all copies of a model."""
+    """The last part of a path or Hugging Face Hub name, usually the same for all copies of a model."""
     return Path(name or "").name.casefold() or None
 
 

@@ -16,7 +16,7 @@ _OTHERS = "use --base MODEL (base)"
 def find(directory: StrPath) -> Path:
     """Find the base model that the adapter_config.json of a PEFT adapter names.
 
-    The name is first tried as a path, as in PEFT, and then as a model of the Hugging Face Hub in the local
+    The name is first tried as a path, as PEFT does, and then as a model of the Hugging Face Hub in the local
     cache. The adapter is not trusted, so the name must lead to a GGUF file, a config.json, or a directory
     that holds a config.json.
 

@@ -67,8 +67,8 @@ def trained_layers(
     Args:
         wanted: the rows to train in each layer.
         tie_whole: whether a head that shares the embedding's weight also shares its trained rows. This
-            matters only if all rows are trained.
-        tokens: the new tokens. Their rows start as the mean of all rows.
+            argument matters only if all rows are trained.
+        tokens: the new tokens, whose rows start as the mean of all rows of the frozen weight.
         size: the number of rows of the embedding and the head. None: the result of `rows_needed`.
     Raises:
         ValueError: an id is not the index of a row, or occurs twice.

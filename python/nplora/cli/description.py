@@ -129,7 +129,7 @@ def _gguf(file: GgufFile, size: int) -> str:
 
 
 def _unknown(family: object, known: Collection[str], commands: str, encoders: Collection[str] = ()) -> str:
-    """A line about an encoder or an unsupported family, with the commands that refuse such a model.
+    """A line about an encoder or an unsupported family, with the commands that refuse the model.
 
     For other models, the line is "".
     """
@@ -177,7 +177,7 @@ def _safetensors(path: StrPath, size: int) -> str:
 
 
 def _is_trained(file: SafetensorsFile) -> bool:
-    """Whether the file holds an adapter's factors or a checkpoint. Such a file has no layers to adapt."""
+    """Whether the file holds an adapter's factors or a checkpoint, and so no layers to adapt."""
     return is_checkpoint(file.metadata) or any(".lora_" in name for name in file)
 
 

@@ -33,7 +33,7 @@ def lora_forward(
         A, B: arrays (d_out, r) and (r, d_in).
         scale: the number that multiplies the product A·B. If scale is 0, A and B are not read.
         bias: array (d_out,) or None.
-        out: C-contiguous array (..., d_out) to write y to. It must not overlap any input.
+        out: C-contiguous array (..., d_out) to write y to. This array must not overlap any input.
     Returns:
         y (..., d_out) and z (..., r). `lora_backward` takes z.
     Raises:

@@ -12,8 +12,8 @@ Array = NDArray[Any]
 
 @dataclass(frozen=True, eq=False)
 class NewRows:
-    """Values that replace rows of a weight (d_out, d_in). `Merge` accepts such an object as an update, like a
-    `LoraDelta`.
+    """Values that replace rows of a weight (d_out, d_in). `Merge` accepts a `NewRows` or a `LoraDelta` as an
+    update.
 
     Attributes:
         ids: the indices of the replaced rows (k,), without duplicates, or None for all rows.

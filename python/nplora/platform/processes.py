@@ -29,7 +29,7 @@ def call_in_forked_child(function: Callable[[], object]) -> None:
 
 
 def start_apart(arguments: list[str], **options: Any) -> subprocess.Popen[bytes]:
-    """Start a program in such a way that Ctrl-C in the terminal does not reach it."""
+    """Start a program that Ctrl-C in the terminal does not reach."""
     if sys.platform == "win32":
         flags = subprocess.CREATE_NEW_PROCESS_GROUP | subprocess.CREATE_NO_WINDOW
         return subprocess.Popen(arguments, creationflags=flags, **options)

@@ -1,4 +1,4 @@
-"""Registers mapped files, so that the core can explain a SIGBUS after such a file was truncated."""
+"""Registers mapped files, so that the core can explain a SIGBUS that a truncated file causes."""
 
 import mmap
 import os
@@ -16,7 +16,8 @@ _LONGEST_NAME = 800
 def watch(mapping: mmap.mmap, name: str) -> None:
     """Make a SIGBUS in `mapping` print the file's name on stderr and end the process with status 135.
 
-    If a SIGBUS handler, such as faulthandler's, was set before the first call of `watch`, it runs too.
+    If a SIGBUS handler, such as faulthandler's, was set before the first call of `watch`, that handler runs
+    too.
     """
     shown = name if name.isprintable() else repr(name)[1:-1]
     message = b"nplora: error: " + os.fsencode(shown)[-_LONGEST_NAME:] + _REASON

@@ -9,7 +9,7 @@ class _Stderr:
     """A text stream that writes to the current `sys.stderr`, and ignores a write that fails.
 
     A write fails if the process at the other end of a pipe ended (BrokenPipeError), the terminal was closed
-    (EIO), the disk is full, or `sys.stderr` is None. Such a failure must not end a training run.
+    (EIO), the disk is full, or `sys.stderr` is None. A failed write must not end a training run.
     """
 
     def write(self, text: str) -> int:

@@ -48,7 +48,7 @@ def load_with_adapter(
 def attach_adapter(
     lm: LanguageModel, adapter: Adapters, any_base: bool = False, replace: bool = False
 ) -> None:
-    """Attach an adapter to a model, as `Adapter.attach` does. Several adapters add up, as in `combine`.
+    """Attach an adapter to a model, as `Adapter.attach` does; add up the updates of several adapters.
 
     Args:
         adapter: one adapter (a PEFT directory, a llama.cpp file or an `Adapter`), a pair (adapter, weight),

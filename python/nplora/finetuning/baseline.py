@@ -34,7 +34,7 @@ class Baseline(Callback):
         loss: validation loss before training; None if there are no validation data, or if the log of a
             resumed run has no loss on these data.
         metrics: a dict of all other metrics on the validation data; may be empty.
-        was_finished: as in `FinetuneReport`.
+        was_finished: whether the resumed run was already finished, so that nothing was trained.
         answers: the generated text for each prompt; "" if the log of a resumed run does not have it.
     """
 

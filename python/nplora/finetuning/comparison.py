@@ -81,7 +81,7 @@ class Comparison:
         return f"{markdown_table(self.evaluations)}\n\n" + "\n".join(f"- {s}" for s in self.sentences())
 
     def sentences(self) -> list[str]:
-        """A sentence for each difference, except for differences in a few metrics.
+        """A sentence for each difference, except in the three metrics below.
 
         There is no sentence for `token_accuracy`, because the loss measures nearly the same. There is none
         for `reward_margin`, because a larger margin is not always better. For multiple-choice rows, there is
@@ -220,7 +220,7 @@ def _differences(measured: dict[str, list[Measured]]) -> list[Difference]:
 def _p_values(systems: dict[str, Measured]) -> dict[frozenset[str], float | None]:
     """The adjusted p-value of each pair of systems.
 
-    The adjustment counts all pairs, although `compare` does not show all pairs. The reason: the choice of the
+    `compare` does not show all pairs. The adjustment counts them all nevertheless, because the choice of the
     best adapter depends on all adapters.
     """
     pairs = list(itertools.combinations(systems, 2))

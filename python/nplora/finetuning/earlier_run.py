@@ -24,7 +24,7 @@ class EarlierRun:
             this arithmetic.
         int8_head: whether the gradient of the head's input was computed in int8. None: the checkpoint does
             not record this, because the run is older than the option `int8_head`. Such a run computed the
-            gradient as with int8_head="auto".
+            gradient as int8_head="auto" does.
         micro_tokens: maximum tokens of a micro-batch; None: the run did not divide its batches into
             micro-batches.
         step: the number of steps that the earlier run has made.

@@ -50,8 +50,8 @@ def evaluate(
         data: rows to evaluate on, as for `nplora.data.read_dataset`, but without sampling weights; or a
             directory. In a directory, valid.jsonl is read, or train.jsonl if there is no valid.jsonl.
         adapter: adapter to evaluate the model with: a PEFT directory, a llama.cpp file or an `Adapter`; or a
-            pair (adapter, weight). A list of adapters and pairs means the weighted sum of these adapters. If
-            `model` is a loaded model, it stays without the adapter.
+            pair (adapter, weight). A list of adapters and pairs means the weighted sum of these adapters. A
+            loaded model itself is not changed.
         any_base: accept an adapter that was trained on another model with the same shapes.
         progress: print a report of the data on stderr; None: only on a terminal or in a notebook.
         record: a function that is called for each generated answer and each multiple-choice question. Its
@@ -83,7 +83,8 @@ def evaluate(
         OSError: a file cannot be read.
     Warns:
         UserWarning: `compute` is "int8", but decoding cannot use int8; or a metric failed in some examples;
-            or only one of training and evaluation uses the chat template.
+            or the adapter was trained with the chat template, and is evaluated without it, or the other way
+            round.
         Other warnings: see `attach_adapter`.
 
     >>> result = nplora.evaluate("model.gguf", "valid.jsonl", adapter="adapter")
@@ -118,8 +119,8 @@ def read_all(
     """Read the model and the data.
 
     Args:
-        prepare: a function that attaches adapters to the model. It is called before the data are read,
-            because adapters may add tokens to the vocabulary.
+        prepare: a function that takes the loaded model, and returns the model to evaluate. The function is
+            called before the data are read, because adapters may add tokens to the vocabulary.
     """
     sources, metrics = sources_to_judge(op, data), metrics_of(op, options.metric)
     lm = prepare(opened(op, model, options.compute, to_decode=True))

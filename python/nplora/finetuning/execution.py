@@ -164,8 +164,8 @@ def choose_execution(
     Args:
         earlier: the run to resume, whose micro-batch size is kept. None: this is a new run.
         say: function that prints a text.
-        ranks: the processes that train together. Each rank predicts the memory of each plan. Then all ranks
-            use the same plan, which fits into the memory of every rank.
+        ranks: the processes that train together. Each rank predicts the memory of each plan. All ranks use
+            the same plan, which fits into the memory of every rank.
     Raises:
         BudgetError: no plan fits into `memory`, or no plan fits on every rank.
         ValueError: the options do not fit the model.
@@ -204,7 +204,7 @@ def choose_execution(
 
 
 def fitting_all(plans: Sequence[MemoryPlan]) -> ExecutionPlan:
-    """Choose among the plans that fit on every rank: the fastest plan with the most exact arithmetic.
+    """Choose one of the plans that fit on every rank: the fastest one in the most exact arithmetic.
 
     The ranks may have different memory limits and different numbers of threads, and each thread needs memory.
     The time of a step is the time that the slowest rank needs for it.
@@ -299,10 +299,10 @@ def adapters_of(op: str, inputs: RunInputs, options: FinetuneOptions) -> Adapter
 def _require_invocation(
     op: str, lm: LanguageModel, dataset: Examples, invocation: tuple[int, ...], is_new: bool
 ) -> None:
-    """Check that trained tokens follow the invocation tokens. Before these, an activated LoRA has no effect.
+    """Check that trained tokens follow the invocation, before which an activated LoRA has no effect.
 
     Args:
-        is_new: whether the adapter is new. If it is, an error message says how to choose an invocation.
+        is_new: whether the adapter is new; if so, an error message says how to choose an invocation.
     Raises:
         ValueError: no example has the invocation tokens, or no trained token follows them.
     Warns:

@@ -66,7 +66,7 @@ class Int8Check(Callback):
         self._fallen_back: list[str] = []  # the parts that compute in bfloat16
 
     def on_fit_start(self, run: Run) -> None:
-        """In a resumed run, switch the parts to bfloat16 that computed in bfloat16 in the earlier run."""
+        """In a resumed run, switch to bfloat16 those parts that the earlier run had switched."""
         for layer in layers_of(self._model, part_names(self._model)):
             layer.int8 = True  # an earlier run that ended with an error may have left it False
         last = run.logged(_EVENT)
@@ -116,7 +116,7 @@ class Int8Check(Callback):
         """Return the smallest cosine over all ranks: a number for the whole model, and a dict for the parts.
 
         The result is None if the loss of the sample is not finite on a rank. With local steps, the cosines of
-        the ranks differ. All ranks use the smallest, because they must compute in the same arithmetic.
+        the ranks differ. All ranks use the smallest cosine, because all must compute in the same arithmetic.
         """
         own, problem = None, ""
         try:
@@ -140,7 +140,9 @@ class Int8Check(Callback):
 
 
 def of_tokens(lm: LanguageModel, batches: TokenBatches, micro_tokens: int | None = None) -> AddGradient:
-    """Return a function for `Int8Check`. Its sample is the first micro-batch of the run's first batch.
+    """Return the argument `add_gradient` of an `Int8Check`.
+
+    The sample comes from the run's first batch: it is the first micro-batch that has targets.
 
     Args:
         micro_tokens: maximum number of tokens in a micro-batch, as in `PackedLoss`.
@@ -201,7 +203,7 @@ def cosines(model: Module, add_gradient: AddGradient) -> tuple[float, dict[str, 
 
 
 def sample_step(gradients: Sequence[Array]) -> int:
-    """Return a number k, such that every k-th value of the gradients gives at most about COMPARED values.
+    """Return a number k: every k-th value of the gradients is used, so at most about COMPARED values in all.
 
     k has no common factor with the number of columns of any gradient. So the compared values come from all
     columns.

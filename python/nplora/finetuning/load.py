@@ -58,7 +58,7 @@ class RunInputs:
 
     @property
     def tokens(self) -> int:
-        """The number of tokens in all forward passes of an epoch and an evaluation."""
+        """The number of tokens in all forward passes of one epoch and one evaluation together."""
         passes = 1 + self.objective.extra_passes  # an extra pass reads other sequences of the same length
         return passes * sum(dataset.report.tokens for dataset in self.datasets)
 
@@ -168,7 +168,7 @@ def _added_tokens(
 
 
 def _warn_of_unused(op: str, tokens: Sequence[AddedToken], train: Examples) -> None:
-    """Warn about new tokens that do not occur in the training data. They would learn no meaning."""
+    """Warn about new tokens that do not occur in the training data, and so would learn no meaning."""
     if missing := [brief(token.text) for token in tokens if not train.has(token.id)]:
         warn_user(f"{op}: {train.report.source}: no example has the new tokens {', '.join(missing)}")
 
@@ -193,7 +193,8 @@ def opened(
     """Return the model. If `model` is a path, load the model.
 
     Args:
-        to_decode: whether the model will generate text. For such a model, `loaded` may warn about int8.
+        to_decode: whether the model will generate text; if so, warn if it is loaded for int8, but decoding
+            cannot use int8.
     """
     if not isinstance(model, LanguageModel):
         load = partial(loaded, op) if to_decode else load_model

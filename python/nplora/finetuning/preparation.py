@@ -44,7 +44,7 @@ class Preparation(Callback):
         self._lm: LanguageModel | None = lm
 
     def compute(self) -> None:
-        """Prepare the objective of a new run. The directory is locked in the meantime."""
+        """Prepare the objective of a new run. The directory is locked during this work."""
         if self._directory is None:
             self._compute(writes=False, ranks=self._ranks)
             return

@@ -24,7 +24,7 @@ def mean_loss(records: Sequence[StepRecord]) -> float:
 
 
 def _last(records: Sequence[StepRecord]) -> Sequence[StepRecord]:
-    """The last steps: as many as the longest epoch has, at most `RECENT`."""
+    """The last steps: as many as in the longest epoch, but at most `RECENT`."""
     longest = max(Counter(record.epoch for record in records).values(), default=0)
     return records[len(records) - min(longest, RECENT) :]
 
@@ -159,11 +159,11 @@ class FinetuneReport:
         return "\n".join(lines)
 
     def _risen(self) -> list[str]:
-        """A line that warns if the validation loss has risen (without validation: the training loss).
+        """A line that warns if the validation loss or, without validation data, the training loss has risen.
 
         The validation loss counts as risen if it is higher by more than 0.01 than before the training. The
-        loss of a batch depends on its examples. So the training loss counts as risen only if all of the last
-        steps have a loss that is higher than that of the first step by more than 1.
+        training loss differs from batch to batch, so it counts as risen only if the loss of each of the last
+        steps is higher by more than 1 than that of the first step.
         """
         if self.loss_after is not None and self.loss_before is not None:
             name, has_risen = "validation loss", self.loss_after > self.loss_before + 0.01

@@ -38,8 +38,8 @@ class ProfileRow:
         seconds: the time of this activity in all steps.
         operations: a dict from the name of an arithmetic, such as "int8", to the number of operations that
             the activity's matrix products make in this arithmetic. An int8 operation counts as one operation,
-            like a floating-point operation. The number includes the products with W and those with the
-            adapter's factors.
+            like a floating-point operation. Products with W and products with the adapter's factors are both
+            counted.
     """
 
     name: str
@@ -140,7 +140,7 @@ class StepProfiler(Callback):
         return StepProfile(self._steps, self._seconds, get_num_threads(), tuple(rows), dict(self._peaks))
 
     def _measure(self, arithmetics: set[str] | tuple[str, ...]) -> None:
-        """Measure the peak rates. Keep the highest values: other programs may disturb a measurement."""
+        """Measure the peak rates. Keep the highest values: other programs may slow down a measurement."""
         for name in sorted(arithmetics):
             self._peaks[name] = max(self._peaks.get(name, 0.0), _core.peak_rate(name))
 

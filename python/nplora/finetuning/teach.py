@@ -162,7 +162,7 @@ def teach(
 
 
 def _vocab(lm: LanguageModel) -> int:
-    """The number of token ids in use. The head may have more rows, but only as padding without tokens."""
+    """The number of token ids in use. Other rows of the head are padding."""
     return min(lm.tokenizer.vocab_size, lm.vocab_size)
 
 
@@ -251,7 +251,7 @@ class _Writer:
         """Convert the log-probabilities to `dtype`, little-endian.
 
         Raises:
-            ValueError: `dtype` cannot represent a log-probability. No student could use such a file.
+            ValueError: `dtype` cannot represent a log-probability, so no student could use the file.
         """
         with np.errstate(over="ignore"):
             stored = top.log_probs.astype(np.dtype(self._options.dtype).newbyteorder("<"))
@@ -306,7 +306,7 @@ class _Spool:
 
 
 class _Streams:
-    """Two streams of bytes. They are computed together, but the file needs one after the other.
+    """Two streams of bytes that are computed together, but are written to the file one after the other.
 
     While the first stream is written, the second one is stored in a temporary file, the spool.
     """

@@ -82,7 +82,7 @@ class TokenProgress(Callback):
         self._break()
 
     def _text(self, run: Run, record: StepRecord) -> str:
-        """The progress line. If the terminal is too narrow, the line lacks the least important parts."""
+        """The progress line. If the terminal is too narrow, the line leaves out its least important parts."""
         recent = self._recent
         seconds = max(1e-9, sum(r.seconds for r in recent))
         total = "" if run.total_steps is None else f"/{run.total_steps}"

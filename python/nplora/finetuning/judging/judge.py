@@ -153,7 +153,7 @@ def _kind(sources: list[Source], reading: ReadOptions) -> str | None:
 
 
 def _any_kind(kind: Kind, where: str) -> None:
-    """Raise no error: this check is for callers that accept rows of all formats."""
+    """A check that accepts rows of every format."""
 
 
 def _require_choice(kind: Kind, where: str) -> None:

@@ -174,7 +174,7 @@ def metrics_of(op: str, given: object) -> list[Metric]:
 
 
 def _numbered(name: str, known: Sequence[str]) -> str:
-    """Return `name`. If it is one of the names in `known`, append a number to it."""
+    """Return `name`, with a number appended if `known` already has this name."""
     count = itertools.count(2)
     found = name
     while found in known:

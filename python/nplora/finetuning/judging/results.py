@@ -135,10 +135,10 @@ class Difference:
         values: the values of the metric for `one` and for `other`.
         difference: the value for `one` minus the value for `other`.
         low, high: the 95 % confidence interval of the difference; None for fewer than two examples. If the
-            metric is right or wrong in each example for both systems, the interval is from Newcombe's
-            formula. If this is true of one system, and the other system has the same value in all examples,
+            metric counts each example as right or wrong for both systems, the interval is from Newcombe's
+            formula. If it does so for one system only, and has the same value in all examples for the other,
             the interval is from Wilson's formula. Otherwise, the interval is from a bootstrap that draws the
-            same examples for both systems. It is not adjusted for `comparisons`.
+            same examples for both systems. The interval is not adjusted for `comparisons`.
         p: the p-value of a paired permutation test, adjusted for the number of comparisons by Holm's method.
             If all systems are equally good, the probability that at least one p of a metric is below 0.05
             is at most 5 %. None for fewer than two examples.

@@ -7,8 +7,8 @@ difference between the systems (Noreen 1989, approximate randomisation). All ran
 output of PCG64 with a fixed seed, so that the results are the same in every run and with every version of
 NumPy.
 
-If all examples are right, or all are wrong, a bootstrap interval has width 0. So for metrics that are right
-or wrong in each example, the intervals come from formulas: Wilson's (1927), and for a difference Newcombe's
+If all examples are right, or all are wrong, a bootstrap interval has width 0. So if a metric counts each
+example as right or wrong, its intervals come from formulas: Wilson's (1927), and for a difference Newcombe's
 (1998, paired data, method 10).
 """
 
@@ -113,12 +113,13 @@ def difference_interval(one: Measured, other: Measured) -> Interval | None:
 
 
 def paired_p(pairs: Sequence[tuple[Measured, Measured]]) -> list[float | None]:
-    """For each pair of systems, the two-sided p-value of the paired permutation test; None as in `interval`.
+    """For each pair of systems, the two-sided p-value of the paired permutation test, or None.
 
-    All systems were measured on the same examples. A permutation exchanges the values of the two systems in
-    some of the examples. If there are few examples, all permutations are tried. If there are many examples,
-    random permutations are tried; their number grows with the number of pairs. The permutation that exchanges
-    nothing is added, so p is never 0 (Phipson and Smyth 2010).
+    All systems were measured on the same examples. The result for a pair is None if there are fewer than two
+    examples, or if a value is not finite. A permutation exchanges the values of the two systems in some of
+    the examples. If there are few examples, all permutations are tried. If there are many examples, random
+    permutations are tried: the more pairs, the more permutations. The permutation that exchanges nothing is
+    added, so p is never 0 (Phipson and Smyth 2010).
     """
     usable = [place for place, pair in enumerate(pairs) if all(map(_can_resample, pair))]
     result = list[float | None]([None] * len(pairs))
@@ -140,7 +141,7 @@ def paired_p(pairs: Sequence[tuple[Measured, Measured]]) -> list[float | None]:
 
 
 def adjusted(found: Sequence[float | None]) -> list[float | None]:
-    """Adjust p-values for their number (Holm 1979). The adjusted value of None is None.
+    """Adjust p-values for the number of comparisons (Holm 1979). The adjusted value of None is None.
 
     If all systems are equal, the probability that at least one adjusted p-value is below 0.05 is at most 5 %.
     """
@@ -156,7 +157,7 @@ def _can_resample(measured: Measured) -> bool:
 
 
 def _effective_number(measured: Measured) -> float:
-    """Kish's effective number of examples. If all weights are equal, it is the number of examples."""
+    """Kish's effective number of examples: if all weights are equal, the number of examples."""
     return float(measured.weights.sum() ** 2 / (measured.weights**2).sum())
 
 
@@ -169,7 +170,7 @@ def _wilson(measured: Measured) -> Interval:
 def _newcombe(one: Measured, other: Measured) -> Interval:
     """Newcombe's interval: the intervals of both systems, combined by the correlation of the systems.
 
-    If the correlation is positive, a correction for continuity reduces it.
+    If the correlation is positive, a correction for continuity reduces this correlation.
     """
     p, q, difference = one.value, other.value, one.value - other.value
     first, second = _wilson(one), _wilson(other)
@@ -212,7 +213,7 @@ def _draws(n: int) -> Iterator[Array]:
 
 
 def _all_swaps(n: int, pairs: int) -> Iterator[Array]:
-    """Yield all permutations of n examples, as `_swaps` does."""
+    """Yield all permutations of n examples, in arrays of the form that `_swaps` yields."""
     most = max(1, _TOGETHER // max(n, pairs))
     for begin in range(0, 2**n, most):
         numbers = np.arange(begin, min(begin + most, 2**n))
@@ -223,7 +224,7 @@ def _swaps(n: int, count: int, pairs: int) -> Iterator[Array]:
     """Draw `count` random permutations of n examples.
 
     Yield arrays (rows, n) of 0 and 1: each row is a permutation, and 1 marks the examples to exchange. The
-    number of rows is limited so that an array (rows, pairs) is small, too.
+    number of rows is limited so that these arrays, and arrays (rows, pairs), are small.
     """
     stream, words = np.random.PCG64(np.random.SeedSequence(_SEED, spawn_key=(1,))), -(-n // 64)
     most = max(1, min(100, _TOGETHER // max(n, pairs)))

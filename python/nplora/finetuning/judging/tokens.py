@@ -14,8 +14,8 @@ from nplora.lm import LanguageModel
 def measure_tokens(lm: LanguageModel, dataset: Dataset) -> list[Measured]:
     """The loss and the token accuracy of the model on all examples.
 
-    The loss is summed in the order in which the trainer sums the validation loss. So its bits are the same as
-    those of the validation loss.
+    The loss is summed in the order in which the trainer sums the validation loss. So the result has the same
+    bits as the validation loss.
     """
     summed = 0.0
     loss, tokens, top = (np.zeros(len(dataset)) for _ in range(3))

@@ -74,7 +74,10 @@ class KtoLoss(PackedLoss):
         return value / len(y.good)
 
     def blame(self, model: Module, x: PackedBatch) -> str:
-        """Name the first layer whose output is not finite, in the batch or else in its mismatched pairs."""
+        """Name the first layer whose output for the batch is not finite.
+
+        If all outputs for the batch are finite, look for such a layer with the mismatched pairs instead.
+        """
         assert isinstance(model, LanguageModel)
         name = "" if self._mismatched is None else first_nonfinite_layer(model, self._mismatched)
         if name and not first_nonfinite_layer(model, x):

@@ -1,4 +1,4 @@
-"""Objective: chooses the loss of a run, reads the data, and does the work before the first step."""
+"""Objective: chooses the loss of a run, reads the data, and prepares what the loss needs."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class Objective:
         return None
 
     def teaching(self, lm: LanguageModel) -> Teaching | None:
-        """What a plan needs to predict the teacher's memory and time; None if there is no teacher."""
+        """The facts from which a plan predicts the teacher's memory and time; None if there is no teacher."""
         return None
 
     def open(self, op: str, lm: LanguageModel, check: bool) -> None:

@@ -73,9 +73,9 @@ class PairLoss(PackedLoss):
 
         Args:
             is_answer: for each token, whether the next token belongs to an answer.
-            weight: the number of pairs, divided by the number of targets in their chosen sequences. These are
-                the numbers of the whole batch in training, and of the whole data set in an evaluation. So the
-                loss of an evaluation does not depend on how the data are divided into batches.
+            weight: the number of pairs, divided by the number of targets in their chosen sequences. In
+                training, the pairs are those of the batch; in an evaluation, those of the data set, so that
+                the loss does not depend on how the data are divided into batches.
             log_probs: array (m,), the log-probability of each of the m targets.
         """
 
@@ -84,7 +84,7 @@ class PairLoss(PackedLoss):
         return (len(x.starts) - 1) / 2 / max(1, int(tokens))
 
     def _measure(self, rewards: Array) -> None:
-        """Update the metrics, whose names are TRL's. Columns of `rewards` (n, 2): chosen and rejected."""
+        """Update the metrics, named as in TRL. Columns of `rewards` (n, 2): chosen and rejected."""
         chosen, rejected = rewards.T
         self._tally.add("rewards/chosen", chosen)
         self._tally.add("rewards/rejected", rejected)
@@ -118,9 +118,9 @@ class OrpoLoss(PairLoss):
     """The cross-entropy of the chosen texts, plus a penalty that compares the odds of the two answers.
 
     The cross-entropy is a mean over all tokens of the chosen texts, prompts included. The penalty is a mean
-    over the pairs. The trainer divides the sum of all losses by the number of pairs. So that the
-    cross-entropy becomes a mean over tokens, the loss of each token is first multiplied by `weight`, which is
-    the number of pairs divided by the number of tokens.
+    over the pairs. The trainer divides the sum of all losses by the number of pairs. The loss of each token
+    is therefore multiplied by `weight`, the number of pairs divided by the number of tokens, which makes the
+    cross-entropy a mean over tokens.
     """
 
     def __init__(self, beta: float, micro_tokens: int | None = None) -> None:

@@ -63,7 +63,7 @@ class Reference:
         """The log-probability of each sequence of a batch, float64.
 
         Raises:
-            LookupError: a sequence was not in the data of `compute`.
+            LookupError: a sequence was not in the data that `compute` got.
         """
         keys = sequence_keys(batch)
         places = np.minimum(np.searchsorted(self._keys, keys), len(self._keys) - 1)
@@ -160,7 +160,8 @@ class _SharedParts:
     """Divides the computation of log-probabilities among the ranks, in rounds.
 
     In a round, each rank computes one part of a batch (see `_parts`), and waits until the slowest rank is
-    done. Then the ranks exchange the results, so that each rank knows the results of all finished rounds.
+    done. At the end of a round, the ranks exchange the results, so that each rank knows the results of all
+    finished rounds.
 
     Args:
         known: maps the key of a sequence to its log-probability. The results are added to this dictionary.
@@ -179,7 +180,7 @@ class _SharedParts:
         """Add a part to the round. If the round now has a part for each rank, compute the round.
 
         All sequences of the part are computed, even those with a known log-probability. So the bits of the
-        new results do not depend on what is known.
+        new results do not depend on which log-probabilities are known already.
         """
         self._round.append(part)
         self._keys.update(sequence_keys(part).tolist())
@@ -189,8 +190,8 @@ class _SharedParts:
     def compute(self) -> None:
         """Compute the parts of the round.
 
-        If a sequence is in several parts, its results may differ by rounding. The last part's result counts,
-        as in a run with a single rank.
+        If a sequence is in several parts, its results may differ by rounding. The result of the last part is
+        kept, as in a run with a single rank.
         """
         if not self._round:
             return
@@ -220,7 +221,7 @@ def by_sequence(batch: PackedBatch) -> Array:
 
 
 def sums(batch: PackedBatch, log_probs: Array) -> Array:
-    """Sum `log_probs`, which has a value for each target of the batch, over the targets of each sequence."""
+    """For each sequence of the batch, add up the `log_probs` of the sequence's targets."""
     return np.bincount(by_sequence(batch), log_probs, len(batch.starts) - 1)
 
 
@@ -303,7 +304,7 @@ def _sorted(found: Mapping[int, float]) -> tuple[Array, Array]:
 
 
 def _write(directory: files.Directory, model: str, keys: Array, values: Array) -> bool:
-    """Write the file, and return whether this was possible. If it was not, warn.
+    """Write the file, or warn if this is not possible. Return whether the file was written.
 
     No error is raised here: if the disk is full, the first checkpoint raises one anyway.
     """

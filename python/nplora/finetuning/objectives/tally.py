@@ -29,7 +29,7 @@ class Tally:
         self._additions.append((name, float(np.sum(values)), np.size(values), counted))
 
     def add_all(self, additions: list[Addition]) -> None:
-        """Add what a call of `take_additions` has returned, in this process or in another one."""
+        """Add the result of a call of `take_additions`, which may come from another process."""
         self._additions += additions
 
     def take_additions(self) -> list[Addition]:

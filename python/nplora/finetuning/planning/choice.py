@@ -202,7 +202,7 @@ def _plans(
     """The plans that the constraints allow. Plans in float32 come first.
 
     Args:
-        free: whether to vary the settings that the constraints leave open. If False, these get defaults.
+        free: whether to vary the settings that the constraints leave open; if False, they get defaults.
     """
     computes, policies = [constraints.compute or lm.compute], [constraints.recompute]
     if free and constraints.compute is None and lm.compute == "float32":

@@ -301,8 +301,8 @@ def with_filter(extra: Extra, config: ModelConfig, targets: int) -> Extra:
 
     For each token, the C++ core lists the entries of the vocabulary that the filter does not skip: at most a
     quarter of the vocabulary. The core stores the gradient of the logit of each listed entry, the last byte
-    of its id, and where each list starts. Tokens for which the filter would skip too little are copied, at
-    most FLAT_ROWS tokens at a time, and computed without the filter.
+    of its id, and where each list starts. Tokens for which the filter would skip too few entries are computed
+    without it, from a copy of at most FLAT_ROWS tokens at a time.
     """
     logits = _FLOAT * min(most_rows(targets, config.vocab_size), targets) * config.vocab_size
     copied = _FLOAT * FLAT_ROWS * (config.vocab_size + config.hidden_size)
@@ -405,9 +405,9 @@ def _is_embedding(name: str) -> bool:
 def _head(config: ModelConfig, targets: int, added: int) -> int:
     """The bytes that the head takes for one chunk of tokens.
 
-    The head holds the logits of the chunk, the residual stream of the chunk before and after the norm, and
-    the gradients of both residual streams. If tokens were added to the model, the head also holds a second
-    array, with the logits of the frozen weight.
+    The head holds the logits of the chunk, the residual stream of the chunk before the norm and after it, and
+    the gradients of both arrays of the residual stream. If tokens were added to the model, the head also
+    holds a second array, with the logits of the frozen weight.
 
     Args:
         added: the number of rows that were added to the head of the model.

@@ -156,7 +156,8 @@ class MemoryPlan:
 def need(size: int) -> str:
     """Write a number of needed bytes in MB, rounded up.
 
-    Limits are written by `room`, which rounds down. So a need above the limit is also above it in print.
+    The function `room` writes limits, and rounds down. So if a need is above the limit, the printed need is
+    above the printed limit.
     """
     return f"{math.ceil(size / 1e6)} MB"
 

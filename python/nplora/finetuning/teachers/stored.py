@@ -199,7 +199,7 @@ class StoredTeacher:
         return np.frombuffer(data, dtype).reshape(-1, entry.shape[1])
 
     def _distributions(self, ids: Array, log_probs: Array) -> TopK:
-        """Check the rows, leave out tokens that the student lacks, and scale the probabilities to the sum 1.
+        """Check the rows, leave out tokens that the student lacks, and make the probabilities add up to 1.
 
         The probabilities must be scaled even if the student has all tokens, because the stored values are
         rounded.

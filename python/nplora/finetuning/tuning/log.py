@@ -19,11 +19,11 @@ _LARGEST = 64 << 20
 
 
 class TuneLog:
-    """The log of a search: one line of JSON for each event. Every event replaces the whole file.
+    """The log of a search: one line of JSON for each event. Each new event rewrites the whole file.
 
     Attributes:
         path: the file.
-        start: all inputs of the search. They must be the same when the search is resumed.
+        start: all inputs of the search, which must be the same when the search is resumed.
         baseline: a pair of the loss before training, and the seconds that its computation took; None: not
             measured yet.
         rungs: a dict from the number of a rung to the rung. A rung is a group of trials with the same number

@@ -134,7 +134,7 @@ class Search:
         return self._trials(number, survivors[: rung.count], rung.steps) if rung.count > 1 else before
 
     def _full_runs(self, before: list[Trial]) -> int:
-        """Train the best settings at full length. Then train for more epochs, until the loss no longer falls.
+        """Train the best settings at full length, and then for more epochs, until the loss no longer falls.
 
         Returns:
             the number of the next rung.

@@ -56,7 +56,7 @@ class Space:
     alpha_ratio: float | None
 
     def settings(self, lr: float, **changes: Any) -> Settings:
-        """The settings of a trial: `lr`, the values in `changes`, and each other option's first value."""
+        """The settings of a trial: `lr`, `changes`, and the first value of every other searched option."""
         made = {"lr": lr, **{name: values[0] for name, values in self.others.items()}, **changes}
         if self.alpha_ratio is not None:
             made["alpha"] = self.alpha_ratio * made["rank"]

@@ -62,5 +62,5 @@ def _plain(value: Any) -> Any:
 
 
 def settings_of(values: dict[str, Any]) -> Settings:
-    """Settings from JSON. Lists become tuples again."""
+    """Convert settings from JSON values, in which tuples are lists."""
     return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}

@@ -224,7 +224,7 @@ class _Tuning:
         return largest
 
     def _started(self, inputs: RunInputs) -> FinetuneOptions:
-        """The base options, changed to the first value of each option in `search` except the epochs.
+        """The base options, with the first value of each option in `search` except the epochs.
 
         Raises:
             ValueError: a value in `search` cannot be used with the teacher.

@@ -520,9 +520,9 @@ class FinetuneOptions:
 def default_lr(hidden_size: int, objective: str = "sft") -> float:
     """The learning rate, with two significant digits, of a run whose options do not set one.
 
-    A wider model needs a smaller learning rate, and so do DPO and KTO. `bench/defaults.py` measured narrow
-    models. For wider models, the rule 0.8 / (hidden size) agrees with the QLoRA paper: 2e-4 for width 4096,
-    and 1e-4 for width 8192.
+    A wider model needs a smaller learning rate, and so do DPO and KTO. `bench/defaults.py` tests the rule 0.8
+    / (hidden size) on narrow models. For wide models, the rule agrees with the QLoRA paper: 2e-4 for width
+    4096, and 1e-4 for width 8192.
     """
     share = 0.3 if objective in ("dpo", "kto") else 1.0
     return float(f"{share * min(0.8 / hidden_size, 2e-3):.2g}")

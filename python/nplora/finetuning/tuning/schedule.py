@@ -64,7 +64,7 @@ def first_rung(budget: float, pace: Pace, rates: int, full: int) -> Rung:
 
 
 def second_rung(budget: float, left: float, pace: Pace, candidates: int, least: int, full: int) -> Rung:
-    """Plan the rung that tries variations of the first rung's best settings.
+    """Plan the second rung: longer trials of the first rung's best settings, or of variations of them.
 
     Each trial has at least twice as many steps as the trials of the first rung, but at most `full` steps.
 

@@ -126,7 +126,7 @@ class Search:
         return self._with_combination(2, self._trials(2, candidates[: rung.count], rung.steps))
 
     def _halved(self, number: int, before: list[Trial]) -> list[Trial]:
-        """Repeat the best third of the trials `before` with more steps."""
+        """Repeat the best third of the trials `before`, at least `_SURVIVORS`, with more steps."""
         survivors = [trial.settings for trial in _finite(before)][: max(_SURVIVORS, -(-len(before) // 3))]
         steps = before[0].steps if before else 1
         decided = second_rung(self.budget, self._left, self._pace, len(survivors), steps, self.full)
@@ -161,7 +161,7 @@ class Search:
     def _neighbours(self, number: int) -> None:
         """Use the remaining time to try learning rates near the rate of the winner.
 
-        Stop when a new learning rate does not lead to a lower loss.
+        Stop when no new learning rate leads to a lower loss.
         """
         for rung_number in range(number, number + _ROUNDS):
             before = self.log.trials_before(rung_number)

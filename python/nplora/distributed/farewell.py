@@ -28,9 +28,9 @@ class Farewell:
     - "leaves": a rank sends this notice when an exception leaves the `with` block of its communicator. The
       other ranks also raise the failure, and no longer wait for this rank.
 
-    A rank reads notices only while it waits in an exchange, so it may compute a batch before it reads them.
-    For this reason, a leaving rank waits until all other ranks have left. If the leaving rank receives no
-    notice for `timeout` seconds, it ends all ranks by force. If every remaining rank has already exceeded the
+    A rank reads notices only while it waits in an exchange, so it may first finish its current batch. For
+    this reason, a leaving rank waits until all other ranks have left. If the leaving rank receives no notice
+    for `timeout` seconds, it ends all ranks by force. If every remaining rank has already exceeded the
     timeout in an exchange, the leaving rank ends all ranks without waiting.
 
     Attributes:
@@ -59,8 +59,9 @@ class Farewell:
         """If another rank has failed, raise the error that reports this failure.
 
         Args:
-            missing: the ranks whose values have not arrived. The error is raised only if one of these ranks
-                has sent a notice, because this rank sends no more values. None: the error is always raised.
+            missing: the ranks whose values have not arrived. A rank that has sent a notice sends no more
+                values. So the error is raised only if one of the missing ranks has sent a notice. None: the
+                error is always raised.
         """
         if self._failure is None:
             return
@@ -134,7 +135,7 @@ class Farewell:
     def _wait_for_the_end_of_others(self, error: BaseException) -> None:
         """Wait until the other ranks have left.
 
-        Before the other ranks leave, they may compute a batch or save the run.
+        Before the other ranks leave, they may finish a batch or save the run.
         """
         started = self._noticed_at = time.monotonic()
         is_told = not isinstance(error, Exception) or isinstance(error, RankError)

@@ -19,7 +19,7 @@ class Messages:
         self.sends: list[tuple[int, Any]] = []
 
     def unfinished(self) -> list[int]:
-        """For each incomplete request, the rank that it sends to or receives from."""
+        """The other rank of each incomplete request: the receiver or the sender of its message."""
         return [rank for rank, request in (*self.receives, *self.sends) if not request.Test()]
 
     def abandon(self, pending: list[Any]) -> None:

@@ -66,9 +66,9 @@ class MPICommunicator:
     """Connects the ranks that `mpirun`, `mpiexec` or `srun` has started, in a `with` block around a run.
 
     If an exception leaves the block on one rank, the other ranks raise `RankError` in their next exchange, so
-    that rank 0 can still save its run. The other ranks may first compute a batch, so the failed rank waits
-    for them. If the other ranks do not react within the timeout, the failed rank ends all ranks. If a rank
-    does not respond in an exchange within the timeout, the errors of the other ranks name that rank. After an
+    that rank 0 can still save its run. The other ranks may first finish a batch, so the failed rank waits for
+    them. If the other ranks do not react within the timeout, the failed rank ends all ranks. If a rank does
+    not respond in an exchange within the timeout, the errors of the other ranks name that rank. After an
     error, open no other communicator.
 
     Only one thread, and so only one run, may use a communicator at a time.
@@ -229,11 +229,12 @@ class MPICommunicator:
             self._exchanges.sends.append((rank, request))
 
     def _others(self) -> list[int]:
-        """The ranks after this rank, then those before it. Thus not all ranks send to rank 0 first."""
+        """The ranks after this rank, then those before it. In this order, the first messages of the ranks go
+        to different ranks."""
         return [(self.rank + step) % self.size for step in range(1, self.size)]
 
     def _wait(self, missing: Callable[[], list[int]], messages: Messages) -> None:
-        """Wait until all `messages` are complete. Then remove the messages.
+        """Wait until all `messages` are complete, and remove them from `messages`.
 
         Args:
             missing: a function that returns the ranks of incomplete messages.

@@ -81,14 +81,14 @@ class Network:
     def sums(self, size: int, nodes: int, rounds: Sequence[tuple[int, float]]) -> float:
         """The seconds per step for which the ranks wait for the network when they add up their gradients.
 
-        In each round, every rank computes one batch, and the ranks exchange their results. Every rank adds up
-        its own slice of the gradients. While a rank computes the batch of the next round, it receives its
-        slice of the gradients from all other ranks. At the end of the step, every rank sends its slice of the
-        sums to all other ranks, and the ranks agree on whether the run is over.
+        In each round, every rank computes the gradients of one batch, and the ranks exchange small values.
+        Every rank adds up its own slice of all gradients. While a rank processes the batch of the next round,
+        it receives its slice of the gradients from all other ranks. At the end of the step, every rank sends
+        its slice of the sums to all other ranks, and the ranks agree on whether the run is over.
 
         Args:
             size: the bytes of the gradients.
-            rounds: for each round of the step, a pair: the largest number of micro-batches in a rank's batch,
+            rounds: for each round of the step, a pair: the largest number of micro-batches that a rank has,
                 and the seconds for which the slowest rank computes. A rank sends gradients of `size` bytes
                 for each micro-batch.
         """
@@ -103,7 +103,7 @@ class Network:
 
         The ranks exchange small values in every step. After every `local_steps` steps, the ranks add up three
         arrays: the changes of the trained values, AdamW's first moments and AdamW's second moments. Each of
-        these sums takes two exchanges of `size` bytes, as in `sums`.
+        these sums takes two exchanges of `size` bytes: one for the terms, and one for the sums.
 
         Args:
             size: the bytes of the trained values.

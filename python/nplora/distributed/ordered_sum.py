@@ -16,12 +16,13 @@ Array = npt.NDArray[Any]
 
 
 class OrderedSum:
-    """Adds up arrays that every rank has, such as the gradients of a model, over all ranks.
+    """Adds up arrays, such as the gradients of a model, over all ranks.
 
     A term is what the arrays of one rank contain when this rank calls `keep`. Floating-point sums depend on
-    the order of their terms. So the arrays are cut into one slice for each rank. Each rank takes its slice
-    from every term, adds up these slices in the order of the terms, and sends the sum to all other ranks. The
-    sums have the same bits as if one process added all terms.
+    the order of their terms, so the terms are added in a fixed order. For this, the arrays are cut into one
+    slice for each rank. Each rank takes its slice from every term, adds up these slices in the order of the
+    terms, and sends the sum to all other ranks. The sums have the same bits as if one process added all
+    terms.
 
     The ranks exchange terms while the caller computes the next terms.
 

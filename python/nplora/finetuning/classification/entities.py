@@ -7,7 +7,7 @@ The tags follow one of these schemes:
   of the same kind, the entity begins with B-.
 - IOE: I- begins and continues an entity. E- marks the last word of an entity. In some data, E- marks the last
   word of every entity. In other data, E- is used only if another entity of the same kind follows directly.
-- IOBES: as IOB2, but E- marks the last word of an entity, and S- marks the word of an entity of one word.
+- IOBES: as IOB2, but E- marks the last word of an entity, and S- marks an entity of a single word.
 - BILOU: as IOBES, with L- instead of E-, and U- instead of S-.
 """
 
@@ -125,7 +125,8 @@ def scheme_of(tags: Iterable[str], sentences: Iterable[Sequence[str]]) -> str:
 
 
 def entities(tags: Sequence[str]) -> Iterator[Entity]:
-    """The entities of a sentence, as in seqeval's default mode. L- has the meaning of E-, and U- of S-.
+    """The entities of a sentence, as in seqeval's default mode. L- means the same as E-, and U- the same as
+    S-.
 
     A tag with B-, S- or U- always begins an entity. Every other tag except O begins an entity if the word
     before it is in no entity, is in an entity of another kind, or has a tag with E-, S-, L- or U-.
@@ -146,7 +147,8 @@ def entities(tags: Sequence[str]) -> Iterator[Entity]:
 
 
 def count_entities(predicted: Iterable[Sequence[str]], true: Iterable[Sequence[str]]) -> EntityCounts:
-    """Count the entities in predicted and in true tags of sentences, and the entities that are in both."""
+    """Count the predicted entities of sentences, the true entities, and the predicted entities that are
+    true."""
     counts = EntityCounts(Counter(), Counter(), Counter())
     for ours, theirs in zip(predicted, true, strict=True):
         found, wanted = set(entities(ours)), set(entities(theirs))

@@ -62,8 +62,8 @@ def evaluate_classifier(
         (2, 2)
 
     Args:
-        data: rows as for `train_classifier`. If `data` is a directory, its validation data are read or, if
-            there are none, its training data. A label may also be given by its index (from 0), as in data
+        data: rows as for `train_classifier`. If `data` is a directory, its validation data are read; if it
+            has none, its training data are read. A label may also be given by its index (from 0), as in data
             sets of transformers. If the classifier classifies tokens, rows have words and tags. Long
             sentences are read in windows, as in `predict_words`. Words without a token are left out.
         columns, separator, skip_bad: as for `train_classifier`.
@@ -168,7 +168,7 @@ def predictions(
 
 
 def task_of_rows(classifier: TextClassifier) -> str:
-    """The option `task` of `train_classifier` that gives a classifier of the same kind."""
+    """The value of the option `task` with which `train_classifier` makes a classifier of this kind."""
     return "tokens" if classifier.classifies_tokens else classifier.task
 
 

@@ -71,11 +71,11 @@ class TextBatches:
         return self.epoch(0, 0)
 
     def sample_gradient(self, model: TextClassifier, loss: Loss) -> Callable[[], None]:
-        """Return a function that `Int8Check` calls: it adds the gradient of the loss on a sample of texts.
+        """Return a function for `Int8Check` that adds the gradient of a sample to the model's gradients.
 
-        The sample consists of the first texts. The sample has at most `SAMPLE_TOKENS` tokens, unless
-        `LEAST_ROWS` texts have more tokens. The sample has at least `LEAST_ROWS` texts, unless the data have
-        fewer.
+        The sample consists of the first texts of the data. The sample has at most `SAMPLE_TOKENS` tokens,
+        unless `LEAST_ROWS` texts have more tokens. The sample has at least `LEAST_ROWS` texts, unless the
+        data have fewer.
 
         If the head reads one token of each text, the activations in the last block of the model have one row
         for each text. If activations have fewer than `LEAST_ROWS` rows, their products with low-bit weights

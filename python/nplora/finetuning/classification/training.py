@@ -76,7 +76,7 @@ class ClassifierRun:
         cut: the number of texts in training and validation data that were too long and were cut. If words are
             labelled, only training sentences count, because long validation sentences are not cut but read
             in windows.
-        lost: the number of words in the training data that were not trained, because they have no token, or
+        lost: the number of words in the training data that were not used, because they have no token, or
             because the end of their sentence was cut off.
         skipped: a text about the bad rows that were skipped; empty if there are none.
         valid: the report on the validation data; None without such data.
@@ -280,8 +280,8 @@ def train_classifier(
             the validation data have a label that the training data do not have.
         ValueError, TypeError: an option is out of range, or `calibrate` is set without validation data; or
             the ranks do not have the same options and data.
-        FileExistsError: the output directory holds a run, and neither `resume` nor `overwrite` is set. Or the
-            output directory holds an adapter, and `overwrite` is not set.
+        FileExistsError: the output directory holds a run, and neither `resume` nor `overwrite` is set; or it
+            holds an adapter, and `overwrite` is not set.
         Other errors: see `load_encoder` and `Trainer.fit`.
     Warns:
         UserWarning: tags look like those of entities, but one of them fits no scheme such as IOB2.

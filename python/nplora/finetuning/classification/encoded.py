@@ -34,7 +34,7 @@ class Encoded:
 
     @staticmethod
     def of(classifier: TextClassifier, rows: Sequence[Labelled], whole: bool = False) -> Encoded:
-        """Encode texts or, for a classifier of tokens, sentences. `whole`: do not cut any sentence."""
+        """Encode texts or, for a classifier of tokens, sentences. If `whole` is True, no sentence is cut."""
         if classifier.classifies_tokens:
             sentences = [row.words if isinstance(row, Tagged) else () for row in rows]
             words = classifier.encoder.word_ids(sentences, None if whole else classifier.max_length)
@@ -77,7 +77,7 @@ class Encoded:
         return [place for place, count in zip(places, counts, strict=True) for _ in range(count)]
 
     def truth(self, targets: Targets) -> Targets:
-        """Return the targets for `ClassificationReport.of`, without those of words that have no token."""
+        """Return the targets for `ClassificationReport.of`: those of texts, or of words that have a token."""
         if self.words is None:
             return targets
         return self.words.kept(targets)

@@ -125,8 +125,7 @@ def scheme_of(tags: Iterable[str], sentences: Iterable[Sequence[str]]) -> str:
 
 
 def entities(tags: Sequence[str]) -> Iterator[Entity]:
-    """The entities of a sentence, as in seqeval's default mode. L- means the same as E-, and U- the same as
-    S-.
+    """The entities of a sentence, as in seqeval's default mode. L- means E-, and U- means S-.
 
     A tag with B-, S- or U- always begins an entity. Every other tag except O begins an entity if the word
     before it is in no entity, is in an entity of another kind, or has a tag with E-, S-, L- or U-.

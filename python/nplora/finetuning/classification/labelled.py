@@ -157,7 +157,7 @@ class RowReader:
 
     Args:
         columns: the names of the fields.
-        task: as in `TextClassifier`; or "tokens", if each word has a label.
+        task: the task of a `TextClassifier`; or "tokens", if each word has a label.
         separator: the text between the labels of a row, if the row's labels are one text instead of a list.
         labels: the known labels; None: every label is accepted.
         numbered: whether rows may give the index of a label instead of the label, as in data sets of
@@ -249,7 +249,8 @@ class RowReader:
         return name if self._known is None else self._found(value, name, where)
 
     def _found(self, value: str | int, name: str, where: str) -> str:
-        """Return the known label that matches a value in a row. The value is a label or the index of one."""
+        """Return the known label that matches a value in a row. The value is a label or the index of a
+        label."""
         assert self._known is not None
         if str(value) in self._known:
             return str(value)

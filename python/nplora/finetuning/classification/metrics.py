@@ -53,7 +53,7 @@ class ClassificationReport:
     """How well the predictions of a classifier match the targets of a data set; `print` shows the report.
 
     Attributes:
-        task: as in `TextClassifier`; or "tokens", if words are labelled.
+        task: the task of the `TextClassifier`; or "tokens", if words are labelled.
         labels: the names of the outputs.
         examples: the number of texts; for "tokens", the number of words.
         values: the metrics by name. For "single": loss (cross entropy), accuracy, macro_f1 and

@@ -21,8 +21,8 @@ class TokenBatches:
     With `batch_tokens`, the examples are shuffled once with the seed, and grouped into batches. All epochs
     use these batches, each in a new order, so all epochs have the same number of batches. With
     `batch_examples`, each epoch groups the examples into new batches. But if `dataset.same_batches` is set,
-    all epochs use the same batches, each in a new order. An epoch can begin with any batch: the batches
-    before that batch are not computed.
+    all epochs use the same batches, each in a new order. An epoch can begin with any batch; the earlier
+    batches are then not built.
 
     Args:
         dataset: the examples.

@@ -103,8 +103,8 @@ class Builder(Generic[_Made]):
     def end(self) -> None:
         """Finish the current source: repeat its examples according to its weight.
 
-        If the weight is not a whole number, some examples occur once more often than the others in an epoch.
-        Hashes of the tokens choose these examples.
+        If the weight is not a whole number, an epoch repeats some examples one time more than the remaining
+        examples. Hashes of the tokens choose the examples to repeat.
 
         Raises:
             DataError: the source has no examples. A source that may be empty (`may_be_empty`) is refused
@@ -196,7 +196,7 @@ def warn_of_unused(source: str, count: int, names: Collection[str], unit: str = 
 
 
 def left_out_words(count: int, names: Collection[str], unit: str) -> str:
-    """A text that says what is not in the tokens. The arguments are those of `warn_of_unused`."""
+    """A text that says what the tokens lack. For the arguments, see `warn_of_unused`."""
     lost = " or ".join(sorted(names))
     return f"in {counted(count, unit)}, the chat template or the format of the row leaves out {lost}"
 

@@ -99,8 +99,8 @@ class JudgedDataset(Stored):
     prompt, the search continues backwards from the end of the batch. If all prompts of the batch are equal,
     the search covers the whole data set instead. The mean of log(p / p_reference) over the mismatched pairs
     estimates the KL divergence of the model from the reference. Here, p is the probability of an answer under
-    the model, and p_reference that under the reference. The batches are the same in all epochs, so the
-    log-probabilities of the reference are computed only once.
+    the model, and p_reference is its probability under the reference. The batches are the same in all epochs,
+    so the log-probabilities of the reference are computed only once.
 
     Attributes:
         good: for each stored example, whether its answer was judged as good.

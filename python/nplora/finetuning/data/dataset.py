@@ -78,7 +78,7 @@ class ReadOptions:
     """The options that define how rows become examples, as in `read_dataset`.
 
     Attributes:
-        any_names: if True, it is no error if no row has a field that `columns` renames.
+        any_names: whether to accept data in which no row has a field that `columns` renames.
     Raises:
         ValueError, TypeError: a value is out of range or has a wrong type.
     """
@@ -152,8 +152,8 @@ def read_dataset(
             - rows: an iterable of dictionaries, a data frame of pandas or polars, or a `Dataset` of Hugging
               Face.
             - a list of paths, or of pairs (path, weight). An epoch contains each example of a file `weight`
-              times. With a weight of 1.5, an epoch contains half of the examples twice and the others once.
-              Every epoch contains the same examples.
+              times. With a weight of 1.5, an epoch contains one half of the examples twice, and the other
+              half once. Every epoch contains the same examples.
         tokenizer: the model's tokenizer, or the model.
         max_length: maximum tokens of an example; longer examples are cut. A plain text requires max_length.
         learn: the tokens to train: "completion" trains the tokens that the list of formats names; "all"
@@ -168,10 +168,10 @@ def read_dataset(
     Raises:
         DataError: the file has no rows, no token can be trained, or a row is wrong. The error message names
             the file and the line. A row is wrong if its fields fit no format or two formats, or if earlier
-            rows have a different format. No field may be missing or empty, or have a wrong type. No role may
-            be unknown or out of order. A tool call must have a name. A weight must be 0 or 1, and only a
-            message of the assistant may have weight 1. With `columns`, at least one row must have a field
-            that is renamed.
+            rows have a different format. A row is also wrong if a required field is missing or empty, a field
+            has a wrong type, a role is unknown or out of order, or a tool call has no name. A weight must be
+            0 or 1, and only a message of the assistant may have weight 1. With `columns`, at least one row
+            must have a field that is renamed.
         LimitError: a line is too long, its JSON exceeds a limit, or a weight gives an epoch too many
             examples.
         UnsafeError, FormatError: the model's chat template is invalid.

@@ -190,7 +190,7 @@ def _require_calls(message: Message, lost: list[int], where: str) -> None:
 
 
 def _unusual_order(messages: list[Message]) -> str:
-    """Describe the first message whose role breaks the order of many templates; "" if none does."""
+    """Describe the first message whose role is not in the order that many templates expect; "" if none."""
     before: str | None = None
     for number, message in enumerate(messages, 1):
         role = message["role"]

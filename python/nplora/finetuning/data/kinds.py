@@ -109,7 +109,8 @@ def _renames(names: list[str]) -> str:
 
 
 def _kinds_with(names: list[str], is_judged: bool) -> dict[str, str]:
-    """Find the kinds that a row with these fields may have. Each kind is mapped to the field that shows it.
+    """Find the kinds that a row with these fields may have. Return a dict from each kind to a field of the
+    row that is typical of it.
 
     Args:
         is_judged: whether the row has a label that is true or false. Any other label, which may be the topic

@@ -96,7 +96,7 @@ class Part:
         cut: the number of examples that are longer than the maximum length.
         lost: the number of tokens that are cut off.
         emptied: the number of examples that are left out because the cut leaves nothing to train on, or makes
-            both answers of a pair equal.
+            the two answers of a pair equal.
         left_out: what the chat template leaves out: some of "messages", "reasoning", "tools" and "documents".
         unused: the number of examples with messages, reasoning, tools or documents that the chat template
             leaves out.
@@ -301,10 +301,10 @@ class _Reader:
 
         Args:
             shown: the number of examples to return.
-            any_names: as in `ReadOptions`.
+            any_names: whether to accept data in which no row has a field that `columns` renames.
         Returns:
-            a tuple: the summary; a dict from the hash of each example that is not left out, cut to the
-            maximum length, to the number of equal examples; and the first `shown` examples.
+            a tuple: the summary; a dict from the hash of each example, after the cut, to the number of equal
+            examples, without the examples that are left out; and the first `shown` examples.
         """
         lengths, seen, examples, bad = list[int](), dict[bytes, int](), list[Example](), BadRows()
         count = trained = cut = lost = emptied = unused = 0

@@ -25,7 +25,7 @@ class ColumnNames:
         self._others = collections.Counter[str]()  # for each source, the rows that were not renamed
 
     def look_in(self, row: Row) -> None:
-        """Notice whether a row has any of the names. The row may turn out to be bad."""
+        """Record whether a row has any of the names. Bad rows count too."""
         self._is_found = self._is_found or not {*self._columns.values()}.isdisjoint(row.values)
 
     def count(self, row: Row, source: Source, is_renamed: bool) -> None:
@@ -35,7 +35,7 @@ class ColumnNames:
             self._others[source.name] += 1
 
     def require(self) -> None:
-        """After all rows were read, raise a DataError if no row has any of the names."""
+        """Raise a DataError if no row has any of the names. Call this method after all rows were read."""
         if self._columns and self._others and not self._is_found:
             raise DataError(
                 f"{', '.join(self._others)}: no row has a field that --columns (columns=...) renames "
@@ -44,7 +44,7 @@ class ColumnNames:
             )
 
     def warn(self) -> None:
-        """After all rows were read, warn about those whose fields were not renamed."""
+        """Warn about rows whose fields were not renamed. Call this method after all rows were read."""
         for source, rows in self._others.items() if self._columns else ():
             warn_user(
                 f"{source}: {counted(rows, 'row')} without any field that --columns (columns=...) renames "

@@ -110,8 +110,8 @@ def _splits_of_path(path: StrPath) -> Splits:
 
 
 def _splits_of_paths(op: str, given: list[Any]) -> Splits:
-    """Find the splits of a list of paths or of pairs (path, weight). If several of the paths are directories,
-    the result has the validation files of all of them."""
+    """Find the splits of a list of paths or of pairs (path, weight). The validation files of all directories
+    in the list are joined."""
     pairs = [item if isinstance(item, tuple) and len(item) == 2 else (item, 1.0) for item in given]
     for path, weight in pairs:
         if not isinstance(path, str | os.PathLike):
@@ -144,7 +144,7 @@ def _splits_of_mapping(op: str, data: Mapping[Any, Any]) -> Splits:
 
 
 def _split_named(op: str, data: Mapping[Any, Any], *names: str) -> Any:
-    """Return a split of the mapping: that of the first name in `names` that is a key."""
+    """Find the first of `names` that is a key of the mapping, and return its split."""
     for name in names:
         if name in data:
             return data[name]

@@ -69,7 +69,7 @@ class Division:
         ]
 
     def held_out(self) -> list[Source]:
-        """The sources of the held-out rows. All sources in `train` must have been read before."""
+        """The sources of the held-out rows. Call this method after all sources in `train` have been read."""
         return [
             dataclasses.replace(
                 source, name=f"{source.name}, held out", read=functools.partial(iter, rows), weight=1.0
@@ -115,7 +115,7 @@ class Division:
 
 
 def is_held_out(text: str, share: float) -> bool:
-    """Whether an example with this text is held out. A hash of the text without white space decides."""
+    """Whether an example with this text is held out, decided by a hash of the text without white space."""
     digest = hashlib.blake2b("".join(text.split()).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") < share * 2.0**64
 

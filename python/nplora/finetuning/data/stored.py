@@ -86,7 +86,7 @@ class DataReport:
 
 
 def unread_words(unread: Mapping[str, int]) -> str:
-    """A text that lists fields that are not used. `unread` is as in `DataReport`."""
+    """A text that lists the unused fields. `unread` is an attribute of `DataReport`."""
     shown = [f"{brief(name)} of {counted(count, 'row')}" for name, count in unread.items()]
     more = f", and {len(shown) - _FIELDS:,} more" if len(shown) > _FIELDS else ""
     return f"fields that are not used: {', '.join(shown[:_FIELDS])}{more}"
@@ -211,7 +211,8 @@ class Stored:
         return self._counts(self._trained)
 
     def _counts(self, chosen: Array) -> Array:
-        """For each stored sequence, the number of chosen tokens after its first token."""
+        """For each stored sequence, count the tokens whose value in `chosen` is True, without the first
+        token."""
         counted = chosen.astype(np.int64)
         counted[self._starts[:-1]] = 0
         return np.asarray(np.add.reduceat(counted, self._starts[:-1].astype(np.intp)))

@@ -168,7 +168,7 @@ def row_sizes(batch: Any) -> Array:
 
 
 def _sizes(array: Any) -> Array:
-    """The number of bytes of each value. Bytes that several values share are counted once per value."""
+    """The number of bytes of each value. Bytes that several values share count fully in each of them."""
     import pyarrow.types as types
 
     kind, count = array.type, len(array)

@@ -127,7 +127,7 @@ def without_nulls(row: Mapping[Any, Any]) -> dict[str, Any]:
     """Return the row without the null fields of the objects inside it.
 
     In a table, all objects in a list have the same fields. So a table stores null for a field that an object
-    lacks. The row itself keeps its null fields, which count as missing in all rows.
+    lacks. The row itself keeps its null fields, because the code that reads rows treats them as missing.
     """
     return {str(name): _without_nulls(value) for name, value in row.items()}
 

@@ -115,7 +115,8 @@ class ExampleBatches:
         return -(-len(self.examples) // self.batch_size)
 
     def epoch(self, epoch: int, skip: int = 0) -> Iterator[tuple[TextBatch, Array | None]]:
-        """For each batch of epoch number `epoch` (from 0), yield a tuple: the batch, and its scores or None.
+        """For each batch of epoch number `epoch` (from 0), yield the pair (batch, scores); without scores,
+        (batch, None).
 
         The first `skip` batches are left out.
         """

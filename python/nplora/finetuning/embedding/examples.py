@@ -189,7 +189,7 @@ def read_sources(
     max_length: int | None,
     skip_bad: bool = False,
 ) -> TextExamples:
-    """Read the examples of several sources. The other arguments are those of `read_examples`."""
+    """Read the examples of several sources. For the other arguments, see `read_examples`."""
     function = embedding_losses.get(op, loss)
     names = _fields(op, "columns", parse_columns(columns, op))
     longest = encoder.max_length

@@ -110,10 +110,11 @@ class RetrievalScores:
 
     Attributes:
         recall: for each k, the share of the relevant documents that are among the first k results.
-        precision: for each k, the share of the first k documents that are relevant.
+        precision: for each k, the share of the first k results that are relevant documents.
         ndcg: for each k, the normalised discounted cumulative gain, with linear gains as in trec_eval.
         mrr: for each k, 1 / r, where the first relevant document is result number r (from 1); 0 if r > k.
-        accuracy: for each k, the share of the queries that have a relevant document among the first k.
+        accuracy: for each k, the share of the queries that have a relevant document among the first k
+            results.
         queries, documents: the numbers of queries and documents.
 
     >>> import nplora

@@ -163,11 +163,12 @@ def train(
         seed: seed of the initial factors, dropout and the order of the examples.
         callbacks: callbacks of the trainer.
         progress: print progress on stderr; None: only on a terminal or in a notebook.
-        communicator: the ranks that train together, as in `Trainer`. The batches of a step are divided among
-            at most `accumulate` ranks. The trained adapter is bit for bit the same for any number of ranks.
-            Every rank makes the same call. Only rank 0 writes to `output`.
-        distributed: "mpi": the processes that `mpirun` started train together. "off": each process of
-            `mpirun` may make a separate run.
+        communicator: the ranks that train together, as in `Trainer`. The ranks divide the batches of each
+            step among themselves, so there may be at most `accumulate` ranks. The trained adapter is bit for
+            bit the same for any number of ranks. Every rank makes the same call. Only rank 0 writes to
+            `output`.
+        distributed: "mpi": the processes that `mpirun` started train together. "off": each process that
+            `mpirun` started makes a separate run.
         resume: continue the run in `output`; the results are bit for bit those of a run without a stop.
         overwrite: delete the run and the adapter in `output`.
     Returns:
@@ -176,8 +177,8 @@ def train(
         DataError: a row is wrong; the message names the file and the line.
         ValueError, TypeError: an argument has a wrong value or type, the run would write to a file that it
             reads, or the ranks do not have the same data and settings.
-        FileExistsError: `output` holds a model. Or it holds a run, and neither `resume` nor `overwrite` is
-            set. Or it holds an adapter without a run, and `overwrite` is not set.
+        FileExistsError: `output` holds a model; or it holds a run, and neither `resume` nor `overwrite` is
+            set; or it holds an adapter without a run, and `overwrite` is not set.
         NonFiniteLossError, CorruptError, OSError: as in `Trainer.fit`.
     """
     op = "train"

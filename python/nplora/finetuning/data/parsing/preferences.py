@@ -53,8 +53,8 @@ def _checked(row: Fields, pair: Preference, chosen: str, rejected: str) -> Prefe
 
 
 def _openai(row: Fields) -> Example:
-    """A row in the form of OpenAI's API. "input" is an object with messages. The object or the row may have
-    tools and documents. The two answers are lists of messages."""
+    """A row in the form of OpenAI's API. The field "input" is an object with messages. The object or the row
+    may have tools and documents. The two answers are lists of messages."""
     given = row.get("input")
     if not isinstance(given, dict) or not given.get("messages"):
         raise row.error(f"input is {brief(given)}, expected an object with messages")
@@ -72,14 +72,14 @@ def _openai(row: Fields) -> Example:
 
 
 def _has_whole_chats(row: Fields) -> bool:
-    """Whether the prompt is a text, and both answers are lists of several messages. Such a list contains the
-    prompt too."""
+    """Whether the prompt is a text, and both answers are lists of several messages. Each of these lists
+    contains the prompt too."""
     prompt, answers = row.values["prompt"], [row.values.get(name) for name in ("chosen", "rejected")]
     return isinstance(prompt, str) and all(isinstance(a, list) and len(a) > 1 for a in answers)
 
 
 def _without_prompt(row: Fields) -> Preference:
-    """Make a pair of two texts or two chats. The prompt is the beginning that both have in common."""
+    """Make a pair of two texts or two chats. The prompt is their common beginning."""
     if isinstance(row.values.get("chosen"), str) or isinstance(row.values.get("rejected"), str):
         texts = row.text("chosen"), row.text("rejected")
         shared = _shared(row, *texts)
@@ -131,7 +131,7 @@ def _is_prose(text: str) -> bool:
 def forgotten_prompt(pair: Preference, unread: Mapping[str, Any]) -> str | None:
     """If both texts of a pair lack a prompt, return the name of the field that probably holds it, or None.
 
-    Two texts that begin with the same lines, or with many equal words, do not lack a prompt: their common
+    If both texts begin with the same lines, or with many equal words, they do not lack a prompt: their common
     beginning is the prompt.
 
     Args:

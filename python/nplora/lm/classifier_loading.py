@@ -102,8 +102,8 @@ def load_classifier(
         ('order', 'refund')
 
     Args:
-        model: a path, as for `load_encoder`; or a loaded encoder without an adapter, to which the adapter is
-            added.
+        model: a path, as for `load_encoder`, or a loaded encoder that has no adapter. `adapter` is added to
+            this encoder.
         adapter: a PEFT directory, or an `Adapter`.
         compute: as for `load_encoder`; None: "float32". For a loaded encoder, `compute` must be None.
         any_base: accept an adapter that was trained on another model with the same shapes.
@@ -218,7 +218,7 @@ def _require_outputs(source: str, outputs: int) -> None:
 
 
 def has_output_bias(encoder: Encoder) -> bool:
-    """Whether the last layer of a new head for texts has a bias. On a language model, it has none."""
+    """Whether the last layer of a new head for texts has a bias. On a language model, it has no bias."""
     return _spec(encoder, tokens=False).out_bias
 
 

@@ -52,7 +52,7 @@ class EncoderSaved(Saved):
     unused: list[None]  # empty once a backward pass has begun
 
     def use_up(self, op: str) -> None:
-        """Mark these values as used. Raise RuntimeError if an earlier call has used them."""
+        """Mark these values as used. Raise RuntimeError if the values were used before."""
         try:
             self.unused.pop()
         except IndexError:
@@ -459,8 +459,8 @@ class Encoder(Module):
     def backward(self, dy: Array, saved: EncoderSaved, need_dx: bool = True) -> Gradient:
         """Accumulate the gradients of the adapters. Return None, because token ids have no gradient.
 
-        Without an adapter, there is no gradient to add. So a frozen encoder can be a part of a larger model
-        that is trained.
+        Without an adapter, no gradient is accumulated, and no error is raised. So a frozen encoder can be a
+        part of a larger model that is trained.
 
             >>> import nplora, numpy as np
             >>> encoder = nplora.load_encoder("encoder-model")
@@ -513,7 +513,7 @@ class Encoder(Module):
         self.run_backward(self.pooling.run_backward(rows, saved.pooling), saved)
 
     def use_up(self, op: str, saved: EncoderSaved) -> None:
-        """Check that a backward pass with `saved` is possible. Then mark `saved` as used."""
+        """Check that a backward pass with `saved` is possible, and mark `saved` as used."""
         _check.own(op, saved, self)
         for layer in self.adapter_layers().values():
             layer.require_trainable("backward")

@@ -87,7 +87,7 @@ def load_encoder(
 
 
 def is_encoder(path: StrPath) -> bool:
-    """Whether a model computes embeddings or class scores instead of text, according to its files.
+    """Whether a model's files say that the model computes embeddings or class scores, not text.
 
     >>> import nplora
     >>> from nplora.lm.encoder_loading import is_encoder

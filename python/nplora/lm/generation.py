@@ -341,9 +341,9 @@ def _read(lm: GeneratingModel, ids: list[int], slot: int, cache: Any) -> Array:
 def prompt_pieces(begin: int, end: int, most: int = PIECE) -> Iterator[tuple[int, int]]:
     """Cut the tokens of a prompt into pieces, which the model reads one after the other.
 
-    The C++ core rounds the results of a short piece differently from those of a long piece. So the tokens
-    after the last multiple of PAGE always form a piece of their own. Then the results of every token have the
-    same bits for all values of `most` and `begin`.
+    The C++ core rounds the results of a short piece differently from those of a long piece. The results of
+    every token must have the same bits for all values of `most` and `begin`. So the tokens after the last
+    multiple of PAGE always form a piece of their own.
 
     Args:
         begin: the number of tokens that are in the cache already, a multiple of PAGE.

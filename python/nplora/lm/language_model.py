@@ -90,7 +90,7 @@ class TokenScores(NamedTuple):
 def _with_selected_adapter(
     method: Callable[Concatenate[LanguageModel, P], T],
 ) -> Callable[Concatenate[LanguageModel, P], T]:
-    """Decorate a method. Its `self` becomes the model with the adapters that are selected when a call begins.
+    """Decorate a method: `self` becomes the model with the adapters that are selected when a call begins.
 
     So the call keeps these adapters, even if another thread deletes or replaces them in the meantime.
     """
@@ -206,7 +206,7 @@ class LanguageModel(Module):
         return extended[1]
 
     def new_tokens(self, tokens: Sequence[AddedToken]) -> tuple[AddedToken, ...]:
-        """Return only the tokens of an adapter that are new to the model.
+        """Return those of an adapter's tokens that are new to the model.
 
         A token is new if the tokenizer does not have it, or if the embedding has no row for it.
 
@@ -498,12 +498,12 @@ class LanguageModel(Module):
         Args:
             names: a name; or several names, whose adapters are added up; or None for no named adapter. An
                 empty list means the same as None. The sum does not depend on the order of the names. The
-                model stores the 8 sums that were used most recently, and computes other sums again.
+                model stores only the 8 sums that were used most recently, and computes any older sum again.
         Raises:
             KeyError: one of the names is unknown; the message lists the nearest names, or all names.
             ValueError: a name is given twice.
             RuntimeError: the call is inside `disable_adapter`.
-            TypeError: `names` is not a name, a list of names or None.
+            TypeError: `names` is neither a name, nor a list of names, nor None.
             UnsupportedError: there are several names, and one of the adapters uses DoRA.
         """
         given: Any = (names,) if isinstance(names, str) else () if names is None else names
@@ -863,7 +863,7 @@ class LanguageModel(Module):
     def continuation_scores(
         self, prompts: Sequence[npt.ArrayLike], continuations: Sequence[Sequence[npt.ArrayLike]]
     ) -> list[list[TokenScores]]:
-        """Score the tokens of several continuations of each prompt, as `token_scores` does.
+        """Return the `TokenScores` of several continuations of each prompt.
 
         The model computes a prompt only once for all its continuations. An activated LoRA begins to act at
         the last occurrence of its invocation tokens in the prompt, as in `generate`.
@@ -990,8 +990,9 @@ class LanguageModel(Module):
             True
 
         Args:
-            loss: a function. Its argument is the log-probability of each target of the batch, float64 (m,).
-                It returns the loss, and the derivative of the loss with respect to each log-probability (m,).
+            loss: a function of one argument: the log-probability of each target of the batch, float64 (m,).
+                The function returns the loss, and the loss's derivative with respect to each log-probability
+                (m,).
         Raises the errors that `forward_backward` raises.
         """
         self._require_ready("forward_backward_of", batch)
@@ -1010,8 +1011,8 @@ class LanguageModel(Module):
     def forward_backward_with(self, batch: PackedBatch, loss: head.LogitLoss, factor: float) -> float:
         """Return the sum of a loss over all positions that have a target.
 
-        Add `factor` times the gradient to the adapters' gradients. The function `loss` is called for a few
-        positions at a time, so the logits of all tokens are never in memory at once.
+        Add `factor` times the gradient of this sum to the adapters' gradients. The function `loss` is called
+        for a few positions at a time, so the logits of all tokens are never in memory at once.
 
             >>> import nplora, numpy as np
             >>> from nplora.models.packing import pack
@@ -1026,8 +1027,8 @@ class LanguageModel(Module):
             True
 
         Args:
-            loss: a function that is called as loss(logits, rows, factor, gradient). `rows` holds the position
-                in the batch of each row of `logits`. The function returns the loss of each row. If `gradient`
+            loss: a function that is called as loss(logits, rows, factor, gradient). Row i of `logits` belongs
+                to the position rows[i] of the batch. The function returns the loss of each row. If `gradient`
                 is true, the function also overwrites `logits` with `factor` times the gradient.
         Raises the errors that `forward_backward` raises.
         """
@@ -1111,8 +1112,8 @@ class LanguageModel(Module):
     def backward(self, dy: Array, saved: LanguageModelSaved, need_dx: bool = True) -> Gradient:
         """Accumulate the gradients of the adapters. `saved` is freed, and cannot be used again.
 
-        Without an adapter, there is no gradient to add. So a frozen model can be a part of a larger model
-        that is trained.
+        Without an adapter, no gradient is accumulated, and no error is raised. So a frozen model can be a
+        part of a larger model that is trained.
 
             >>> import nplora, numpy as np
             >>> lm = nplora.load_model("model.gguf")

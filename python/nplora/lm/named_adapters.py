@@ -54,7 +54,7 @@ def _constant(model: Model) -> Model:
 
 
 def _read_only(adapter: Adapter) -> Adapter:
-    """Make an adapter's arrays read-only, because models with this adapter hold copies of the arrays."""
+    """Make an adapter's arrays read-only: a change would not reach the copies in models with this adapter."""
     arrays = [array for delta in adapter.values() for array in (delta.A, delta.B, delta.m)]
     arrays += [array for rows in adapter.token_rows.values() for array in (rows.ids, rows.values)]
     arrays += [array for module in adapter.modules_to_save.values() for array in module.values()]
@@ -165,7 +165,7 @@ class NamedAdapters(Generic[Model]):
 
     @contextlib.contextmanager
     def none_selected(self) -> Iterator[None]:
-        """A context in which no named adapter is selected. After it, the earlier selection is valid again."""
+        """A context without a selected named adapter. After the context, the earlier selection is valid again."""
         block: list[NamedAdapters[Any]] = [self]
         _disabled.set((*_disabled.get(), block))
         try:

@@ -193,8 +193,8 @@ def _logits(
 class JointModel:
     """Combines several models with the same frozen weights into one model.
 
-    In the joint model, each adapted layer is a GroupedLayer. It computes each row with the layer of the row's
-    own model.
+    In the joint model, each adapted layer is a GroupedLayer, which computes each row with the layer of the
+    row's own model.
 
     Attributes:
         lm: the joint model, which can only compute inside `grouped_rows`.
@@ -270,9 +270,9 @@ class JointModel:
     def _free_number(self, in_slots: Sequence[SlotModel]) -> int:
         """Choose the number of a new model.
 
-        If a model was removed, the new model gets its number. If not, and if fewer than `most` numbers are in
-        use or slots use all models, the new model gets the next higher number. In all other cases, the new
-        model replaces the least recently used model that no slot uses.
+        If a model was removed, the new model gets the removed model's number. If not, the new model gets the
+        next higher number in two cases: fewer than `most` numbers are in use, or slots use all models. In all
+        other cases, the new model replaces the least recently used model that no slot uses.
         """
         if self._free:
             return self._free.pop()
@@ -297,8 +297,8 @@ class JointModel:
 def forget(cache: KVCache, named: Iterable[SlotModel]) -> None:
     """Remove all models from the cache's joint model, except models that a slot uses and models in `named`.
 
-    `named` holds the models whose adapters have a name. All other adapters were deleted, so the models with
-    these other adapters are not needed again.
+    `named` holds the models whose adapters have a name. The adapters of all other models were deleted, so
+    these models are not needed again.
     """
     if isinstance(cache.joint, JointModel):
         in_slots = (cache.adapters.model(slot) for slot in range(cache.slots))

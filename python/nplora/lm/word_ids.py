@@ -23,7 +23,8 @@ class WordIds:
     """The token ids of sentences that are given as words.
 
     A word's tag is the target of the word's first token. A word has no token if the sentence was cut before
-    the word, or if the tokenizer drops all characters of the word. The tag of such a word is not used.
+    the word, or if the tokenizer drops all characters of the word. The tag of a word without a token is not
+    used.
 
     Attributes:
         ids: the token ids of each sentence, with the special tokens.

@@ -1,7 +1,7 @@
 """Stores activations for the backward pass.
 
-Activations are stored as float32. If the gradients of the factors are computed in bfloat16, activations are
-stored as bfloat16, which takes half the memory.
+Activations are usually stored as float32. If the gradients of the factors are computed in bfloat16,
+activations are stored as bfloat16, which takes half the memory.
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ class BaseModel:
     digest: str | None = None
 
     def permuted_heads(self, layer: str) -> int:
-        """If GGUF reorders the rows of the layer's weight, return its number of heads. If not, return 0.
+        """The number of heads in the layer if GGUF reorders the rows of the layer's weight; 0 if not.
 
         Args:
             layer: the layer's name in Hugging Face's files.

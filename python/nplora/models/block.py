@@ -76,7 +76,7 @@ class AttentionMixer(Mixer, Protocol):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Half:
-    """A half-block. It computes outer(x + scale · after(mixer(before(x)))).
+    """A half-block, which computes outer(x + scale · after(mixer(before(x)))).
 
     `mixer`, `before`, `after` and `outer` are names of modules of the block. `before`, `after` and `outer`
     are norms; the name is None if there is no such norm. Models with a norm `outer` have no norm `after`.

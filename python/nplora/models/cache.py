@@ -42,7 +42,8 @@ class KVCache:
             length.
         limits: int64 (slots,), the number of tokens that each slot may hold; initially `capacity`. With
             LongRoPE, the limit decides which rotation factors a sequence uses. So if a sequence will be
-            shorter than `capacity`, set the slot's limit to its final length before the first token.
+            shorter than `capacity`, set the slot's limit to the sequence's final length before you add the
+            first token.
         keys, values: for each layer an array (pages, page_tokens, kv_heads · head_dim). The arrays take
             memory only as they are filled.
         table: int64 (slots, maximum number of pages of a slot). Row i lists the indices of slot i's pages, in

@@ -32,7 +32,7 @@ class Question(NamedTuple):
 
     @property
     def long(self) -> list[Array]:
-        """The continuations with more than one token. Each such continuation needs a slot in the cache."""
+        """The continuations with more than one token, each of which needs a slot in the cache."""
         return [tokens for tokens in self.continuations if len(tokens) > 1]
 
     @property

@@ -35,7 +35,7 @@ class BlockInput(Saved):
     Attributes:
         x: the block's input.
         streams: the states of the block's dropout generators before the block's forward pass.
-        context: the context variables of the forward pass. These record which adapters are disabled.
+        context: the forward pass's context variables, which record the adapters that are disabled.
     """
 
     x: Array
@@ -117,7 +117,7 @@ class Decoder(Module):
             return _run_through(self.layers[first:], x, positions, rows)
 
     def may_leave_out_rows(self) -> bool:
-        """Whether `run` and `infer` accept `rows`. They do not if an adapter acts on only some tokens."""
+        """Whether `run` and `infer` accept `rows`: False if an adapter acts on only some tokens."""
         return invocation_of(self) is None and row_groups() is None
 
     def _activated(self, ids: Array, positions: PackedPositions) -> AbstractContextManager[None]:

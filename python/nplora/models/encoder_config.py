@@ -23,7 +23,7 @@ _MAX_BUCKETS = 1 << 12
 
 @dataclasses.dataclass(frozen=True)
 class EncoderConfig:
-    """The sizes and settings of an encoder. Fields named as in BERT's config.json mean the same.
+    """The sizes and settings of an encoder. Fields that BERT's config.json also has mean the same there.
 
     Attributes:
         source: the file that the configuration was read from.

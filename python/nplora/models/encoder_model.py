@@ -43,7 +43,7 @@ class EncoderModel(Decoder):
     Args:
         positions: the table of position embeddings, or None. This table cannot have an adapter, so it is a
             weight, not a module.
-        types: the table of token-type embeddings, also a weight, or None. All tokens have type 0.
+        types: the table of token-type embeddings, which is also a weight; or None. All tokens have type 0.
         embed_norm: the LayerNorm that normalises the sum of the embeddings.
         norm: the LayerNorm after the last block, or None.
         hf_name: a function that turns nplora's name of a module into the name in transformers.

@@ -44,7 +44,7 @@ class ModelConversion:
         types: the number of tensors of each ggml type.
         why_no_tokenizer: why the file has no tokenizer; empty if the file has a tokenizer.
         short: a sentence about the matrices that did not get the requested type, because their rows cannot be
-            divided into whole blocks of this type. Empty if there are no such matrices.
+            divided into whole blocks of this type; empty if all matrices got the type.
     """
 
     target: str

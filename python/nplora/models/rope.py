@@ -62,7 +62,7 @@ class RopeConfig:
 
     Attributes:
         theta: the base of the angles. If `dim` values of a head are rotated, the speed of pair i is
-            theta^(-2 i / dim) radians per token, divided by the divisors below.
+            theta^(-2 i / dim) radians per token, divided by the divisors in the fields below.
         linear_factor: one divisor for all pairs ("linear" scaling).
         llama3: Llama 3.1's scaling, from config.json.
         factors: one divisor per pair, from GGUF's tensor rope_freqs.weight.

@@ -59,7 +59,7 @@ class Weights(Protocol):
 def require_tensors(weights: Weights, config: ModelConfig) -> None:
     """Check that the file holds all tensors of the model with the right shapes, and no other tensors.
 
-    An unexpected tensor, for example a bias, means that the configuration describes another model. If such a
+    An unexpected tensor, for example a bias, means that the configuration describes another model. If the
     tensor were ignored, the outputs would look plausible but be wrong.
 
     Raises:

@@ -24,14 +24,14 @@ class WordFilter:
     vocabulary. Here p_w is the probability of the word w, and W_w is row w of the head's weight W. The filter
     keeps the words with p_w >= `bound`, and the target. For each skipped word, the filter replaces the term
     p_w W_w of the sum by p_w μ, where μ is the mean of all rows of W. So the factors p_w in the sum still add
-    up to 1. The error is
+    up to 1. The error has the bound
 
         ‖error of dx‖ <= factor · m · max_w ‖W_w - μ‖,
 
-    where m is the total probability of the skipped words. This follows from the triangle inequality, because
-    the error is factor · Σ_skipped p_w (W_w - μ). The filter does not change the bits of the losses. If more
-    than a quarter of the words have p_w >= `bound` for a row of x, the gradient of this row is computed
-    without the filter.
+    where m is the total probability of the skipped words. The bound follows from the triangle inequality,
+    because the error is factor · Σ_skipped p_w (W_w - μ). The filter does not change the bits of the losses.
+    If more than a quarter of the words have p_w >= `bound` for a row of x, the gradient of this row is
+    computed without the filter.
 
     The filter applies only to a frozen head that does not compute in float64. A head that is trained, or has
     an adapter, is computed without the filter.

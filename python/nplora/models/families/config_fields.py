@@ -59,7 +59,7 @@ def heads(fields: Fields, name: str) -> int:
 
 
 def after_padding(fields: Fields) -> int:
-    """The first token's row of the position table, in families that do not use rows 0 to `pad_token_id`."""
+    """The position table's row for the first token, in families that do not use rows 0 to `pad_token_id`."""
     return fields.integer("pad_token_id", 1) + 1
 
 

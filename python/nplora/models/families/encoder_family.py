@@ -46,7 +46,7 @@ class StoredNames:
     Attributes:
         names: the names of all tensors in the file.
         prefix: the prefix of the names of the encoder's tensors in the file, or "".
-        ignored: prefixes of tensor names. Tensors with such a prefix do not affect the hidden states.
+        ignored: prefixes of the names of tensors that do not affect the hidden states.
     """
 
     names: frozenset[str]
@@ -87,7 +87,7 @@ class EncoderFamily:
             transformers, and the name in GGUF.
         outside: a dict from nplora's name of a table or norm outside the blocks to a pair: the name in
             transformers, and the name in GGUF.
-        ignored: prefixes of tensor names. Tensors with such a prefix do not affect the hidden states.
+        ignored: prefixes of the names of tensors that do not affect the hidden states.
         halves: the half-blocks (attention and MLP) of a block.
         activation_field: the name of config.json's field for the activation.
         first_position: the row of the position table for the first token, if config.json does not give this
@@ -151,7 +151,7 @@ class EncoderFamily:
         )
 
     def read_first_position(self, fields: Fields) -> int:
-        """The index of the row of the position table that the first token of a text uses."""
+        """The index of the position table's row for the first token of a text."""
         return self.first_position
 
     def require_encoder(self, fields: Fields) -> None:

@@ -185,7 +185,7 @@ class Family:
         return gguf_fields.rope(data, dim, self.rope_theta)
 
     def metadata(self, config: ModelConfig) -> dict[str, Any]:
-        """A dict of hyperparameters. Its keys are those of llama.cpp, without the prefix "<architecture>.".
+        """A dict of hyperparameters. The keys are those of llama.cpp, without the prefix "<architecture>.".
 
         Raises:
             UnsupportedError: GGUF cannot express a setting of the model.
@@ -261,7 +261,7 @@ class Family:
         return None if found is None else f"model.layers.{match[1]}.{found}"
 
     def permuted_heads(self, name: str, heads: int, kv_heads: int) -> int:
-        """If GGUF reorders the rows of a layer's weight, return its number of heads. If not, return 0.
+        """The number of heads in a layer if GGUF reorders the rows of the layer's weight; 0 if not.
 
         Args:
             name: Hugging Face's name of the layer.

@@ -136,7 +136,7 @@ class StopText:
         self._stop, self._held, self.found = tuple(stop), "", False
 
     def push(self, piece: str) -> str:
-        """Add a piece of text. Return all new text except final characters that may begin a stop text.
+        """Add a piece of text. Return the new text, without an end that may be the beginning of a stop text.
 
         >>> stop = StopText(["END"])
         >>> stop.push("text E"), stop.push("ND")

@@ -299,7 +299,7 @@ class Encoder(Module):
             sentences: the words of each sentence.
             longest: the largest number of tokens of a sentence, including special tokens. The end of a longer
                 sentence is cut off, and the result's attribute `cut` counts these sentences. None: no
-                sentence is cut, and `WordIds.windows` divides sentences that are too long for the model.
+                sentence is cut; call `WordIds.windows` to divide sentences that are too long for the model.
         Raises:
             TypeError: a sentence is not a list of texts.
             ValueError: a word is empty or has only spaces, or `longest` has no room for the special tokens.

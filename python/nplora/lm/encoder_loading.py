@@ -265,7 +265,7 @@ def _from_gguf(path: StrPath, compute: str, mmap: bool, check: bool) -> _Parts:
 
 
 def _gguf_settings(file: GgufFile, architecture: str, weights: GgufWeights) -> SentenceSettings:
-    """Read the kind of pooling from the metadata, and the Dense modules that follow the pooling.
+    """Read the kind of pooling (from the metadata) and the Dense modules that follow the pooling.
 
     The embeddings are normalised, as in llama.cpp.
 

@@ -179,8 +179,8 @@ def generate_ids(
 
 
 class _Models(NamedTuple):
-    """The models that one call of `generate` or `stream` uses. The call looks up its adapters once, at its
-    start.
+    """The models that one call of `generate` or `stream` uses. The call looks up its adapters only once, when
+    it starts.
 
     Attributes:
         selected: the model with the selected adapters.
@@ -238,7 +238,7 @@ def _stream_ids(
 
 
 def _in_this_context(items: Iterator[T]) -> Iterator[T]:
-    """Return an iterator that computes the items with the present values of all context variables.
+    """Return an iterator that computes the items with the values that the context variables have now.
 
     So `with disable_adapter()`, which sets a context variable, has no effect on items that are read inside
     this block.

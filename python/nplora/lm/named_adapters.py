@@ -165,7 +165,7 @@ class NamedAdapters(Generic[Model]):
 
     @contextlib.contextmanager
     def none_selected(self) -> Iterator[None]:
-        """A context without a selected named adapter. After the context, the earlier selection is valid again."""
+        """A context without a selected named adapter. At its end, the earlier selection is valid again."""
         block: list[NamedAdapters[Any]] = [self]
         _disabled.set((*_disabled.get(), block))
         try:

@@ -133,8 +133,8 @@ class DecoderBlock(Module):
 
         Args:
             rows: int64 (m,), different indices of tokens. If given, y (m, d) has the outputs of only these
-                tokens. Attention still reads the keys and values of all tokens, but the MLP computes only
-                these tokens.
+                tokens. Attention still reads the keys and values of all tokens, but the MLP reads only
+                the rows of these tokens.
         """
         saved = list[HalfSaved]()
         keep = narrowed if self._narrow and not inferring() else _unchanged

@@ -142,7 +142,7 @@ def _group_scores(
 def _run_prompts(
     model: Decoder, questions: Sequence[Question], starts: Array, cache: KVCache, most_rows: int
 ) -> Array:
-    """Compute each prompt in the first slot of its question. Copy the prompt's keys and values to all other
+    """Compute each prompt's keys and values in the first slot of its question, and copy them to all other
     slots of the question.
 
     Returns the residual stream (questions, d) of the last token of each prompt.

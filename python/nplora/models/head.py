@@ -68,10 +68,10 @@ def gradient_of_losses(
     """Apply `function` to the tokens' losses. Return the value and its gradient with respect to x (n, d).
 
     The loss of a token depends only on the token's own row of x. So if the head is frozen, one pass computes
-    all losses and their gradients. `function` then gives a derivative for each loss, and each row of the
+    all losses and their gradients. `function` then returns a derivative for each loss, and each row of the
     gradients is multiplied by the derivative for the row's loss. If the head is trained, a first pass
-    computes the losses. A second pass multiplies the gradients of the logits by the derivatives, and then
-    computes the gradients of the head.
+    computes the losses, and `function` returns the derivatives. A second pass multiplies the gradients of the
+    logits by these derivatives, and then computes the gradients of the head.
 
     Args:
         function: takes the losses of all rows with a target, float64 (m,). Returns a value, and the
@@ -250,7 +250,7 @@ def most_rows(rows: int, vocab: int) -> int:
 
 
 def largest_chunk(rows: int, vocab: int) -> int:
-    """The number of rows in the largest chunk that `chunks` makes from this many rows."""
+    """The number of rows in the largest chunk, if `chunks` splits `rows` rows."""
     return math.ceil(rows / math.ceil(rows / most_rows(rows, vocab))) if rows else 0
 
 

@@ -1,4 +1,4 @@
-"""Adds numbers that depend on the distance between query and key to attention scores (Raffel et al. 2020)."""
+"""Adds to attention scores a number that depends on the distance of query and key (Raffel et al. 2020)."""
 
 from __future__ import annotations
 

@@ -47,8 +47,8 @@ def new_classifier(
 ) -> TextClassifier:
     """Put a new, untrained head on an encoder. The encoder is not copied.
 
-    The dense layer of the head starts with the values in the model's files, if the files have this layer. All
-    other weights are drawn from N(0, 0.02²), as in transformers.
+    The dense layer of the head starts with the values in the model's files, if the files have this layer. The
+    weights of all other linear layers are drawn from N(0, 0.02²), as in transformers.
 
         >>> import nplora
         >>> encoder = nplora.load_encoder("encoder-model")

@@ -437,7 +437,7 @@ class LanguageModel(Module):
     ) -> None:
         """Load an adapter under a name; `set_adapter` can then select the adapter.
 
-        A named adapter does not change the model's own LoRA layers. It can also adapt layers that `add_lora`
+        A named adapter does not change the model's own LoRA layers, and can also adapt layers that `add_lora`
         did not adapt. Named adapters are for inference only.
 
             >>> import nplora
@@ -519,7 +519,7 @@ class LanguageModel(Module):
         self._named.select(chosen)
 
     def delete_adapter(self, name: str) -> None:
-        """Delete a named adapter. The other adapters that the current thread has selected stay selected.
+        """Delete a named adapter. The current thread keeps all other adapters of its selection.
 
         If another thread (or asyncio task) selected this adapter, the next call of the model in that thread
         raises KeyError.
@@ -880,7 +880,7 @@ class LanguageModel(Module):
                 continuation, and a continuation has at least one token.
         Raises:
             ValueError: a prompt or continuation is empty, a prompt has no continuation, or the two lists have
-                different lengths; `logits` lists other reasons.
+                different lengths; see `logits` for more reasons.
             TypeError, CorruptError: as in `logits`.
         """
         op = "continuation_scores"
@@ -929,8 +929,8 @@ class LanguageModel(Module):
 
         Raises:
             NonFiniteLossError: the loss is NaN or infinite; nothing was updated.
-            ValueError: the model has no adapter; `loss` lists other reasons.
-            TypeError: `optimizer` is not an optimiser of nplora; `loss` lists other reasons.
+            ValueError: the model has no adapter; see `loss` for more reasons.
+            TypeError: `optimizer` is not an optimiser of nplora; see `loss` for more reasons.
             RuntimeError: as in `forward_backward`.
         """
         optim.require("train_step", optimizer)

@@ -178,8 +178,8 @@ def wanted(
         new: the tokens that are added to the model.
     Raises:
         ValueError: a layer is in both `modules` and `targets`, or has an adapter already; both `tokens` and
-            `modules` are given; or a token is both in `tokens` and in `new`. `token_ids` and `module_names`
-            list other reasons.
+            `modules` are given; or a token is both in `tokens` and in `new`. See `token_ids` and
+            `module_names` for more reasons.
     """
     assert isinstance(lm, Module)
     listed, names = token_list(op, tokens) if tokens else (), module_names(op, modules) if modules else ()

@@ -165,8 +165,8 @@ class DecoderBlock(Module):
         """Accumulate the gradients of the LoRA factors. Return dx, or None if `need_dx` is False.
 
         `dy` is overwritten. If `rows` is None, `dx` is written to the memory of `dy`. The forward pass does
-        not store the outputs of norms. If a gradient needs such an output, the backward pass computes the
-        norm again.
+        not store the outputs of norms. If a gradient needs the output of a norm, the backward pass
+        computes the norm again.
 
         Args:
             rows: the same as in the call of `run`.

@@ -23,7 +23,7 @@ def storage_of(given: str, shape: tuple[int, ...], dtype: str) -> str:
 
     Vectors are float32, because ggml computes with float32 vectors. A matrix gets the requested type if its
     rows can be divided into whole blocks of that type. If not, the matrix gets a type with shorter blocks. If
-    its rows cannot be divided into these shorter blocks either, the matrix gets float16.
+    the rows cannot be divided into these shorter blocks either, the matrix gets float16.
     """
     if len(shape) == 1:
         return "float32"

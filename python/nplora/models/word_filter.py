@@ -91,8 +91,8 @@ class WordFilter:
         return dx
 
     def take_skipped(self) -> Array:
-        """For each row of x, return the total probability of the skipped words, float64. The rows are those
-        that `gradient` has computed since the last call of `take_skipped`.
+        """Return the total probability of the skipped words, float64, for each row of x whose gradient was
+        computed since the last call of `take_skipped`.
         """
         taken, self._skipped = self._skipped, []
         return np.concatenate([np.empty(0), *taken])

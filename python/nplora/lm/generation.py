@@ -75,7 +75,7 @@ def generate(
 ) -> list[str]:
     """Generate a text after each prompt.
 
-    The prompts are computed together, as rows of one batch. A text does not depend on the other prompts.
+    The prompts are processed together, as rows of one batch. A text does not depend on the other prompts.
 
         >>> import nplora
         >>> lm = nplora.load_model("model.gguf")

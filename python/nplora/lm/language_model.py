@@ -865,7 +865,7 @@ class LanguageModel(Module):
     ) -> list[list[TokenScores]]:
         """Return the `TokenScores` of several continuations of each prompt.
 
-        The model computes a prompt only once for all its continuations. An activated LoRA begins to act at
+        The model processes a prompt only once for all its continuations. An activated LoRA begins to act at
         the last occurrence of its invocation tokens in the prompt, as in `generate`.
 
             >>> import nplora
@@ -1048,7 +1048,7 @@ class LanguageModel(Module):
 
         When the context ends, the head's earlier gradients are added to the gradients of this context.
 
-        The head computes a batch in several parts. This context first sums the gradients of all parts of one
+        The head processes a batch in several parts. This context first sums the gradients of all parts of one
         batch, and then adds the gradients of earlier batches. So the sum over several batches has the same
         bits, whether one or several processes compute the batches. If all rows of the head are trained, the
         context does nothing, because a copy of the gradients would be too large.
@@ -1155,7 +1155,7 @@ class LanguageModel(Module):
         of the sequence in each slot, decides which set is used. At first, each limit is `capacity`. If a
         sequence will stay short, lower the limit of its slot before you add its first token. `generate`
         begins with the factors for short sequences, as transformers does. When a sequence outgrows the
-        original context, `generate` computes all tokens of the sequence again.
+        original context, `generate` processes all tokens of the sequence again.
 
             >>> import nplora
             >>> lm = nplora.load_model("model.gguf")
@@ -1298,8 +1298,8 @@ class LanguageModel(Module):
                 token was generated before.
             logit_bias: numbers that are added to the scores of tokens, by token id; -inf rules a token out.
             adapters: for each prompt, the name of a named adapter, an `Adapter`, or None for the model with
-                its selected adapters. All prompts are computed together, but each text is the same as if its
-                prompt were computed alone.
+                its selected adapters. All prompts are processed together, but each text is the same as if its
+                prompt were processed alone.
         Returns:
             the generated text without its prompt; a list of texts for several prompts.
         Raises:

@@ -31,7 +31,7 @@ class KVCache:
 
     Args:
         slots, capacity: the number of sequences, and the maximum number of tokens of each sequence.
-        owner: the model that computes the tokens of slots without an adapter. `LanguageModel.new_cache`
+        owner: the model that processes the tokens of slots without an adapter. `LanguageModel.new_cache`
             passes the model with the selected named adapters. None: the model whose `decode` is called.
         page_tokens: the number of tokens in a page, a multiple of PAGE_UNIT.
         pages: the number of pages. None: from the start, each slot has enough pages of its own for `capacity`
@@ -52,11 +52,11 @@ class KVCache:
             `table` are used.
         adapters: the adapter of each slot, which can be set while the slot is empty. A slot's adapter is a
             name, an `Adapter`, or None. Initially, the adapter of every slot is None. If a slot's adapter is
-            None, `owner` computes the slot's tokens.
+            None, `owner` processes the slot's tokens.
         activation: int64 (slots,). In a slot with an activated LoRA, the adapter acts from the position
             activation[slot] on. UNKNOWN: `decode` has not found the invocation tokens yet. NEVER: the adapter
             does not act in this slot.
-        owner: the model that computes the tokens of slots without an adapter. `LanguageModel.new_cache`
+        owner: the model that processes the tokens of slots without an adapter. `LanguageModel.new_cache`
             passes the model with the selected named adapters. None: the model whose `decode` is called.
 
     >>> lm = nplora.load_model("model.gguf")

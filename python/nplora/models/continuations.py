@@ -1,6 +1,6 @@
-"""Scores several continuations of a prompt. The prompt is computed once, and its keys and values are shared.
+"""Scores several continuations of a prompt. The prompt is processed once, and its keys and values are shared.
 
-The tokens of several prompts are computed together, without padding.
+The tokens of several prompts are processed together, without padding.
 """
 
 from __future__ import annotations

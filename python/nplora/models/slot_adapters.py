@@ -68,7 +68,7 @@ class SlotAdapters:
         self._invocations[slot] = self._own_invocation if model is None else invocation_of(model)
 
     def model(self, slot: int) -> Module | None:
-        """The model that computes the tokens of a slot."""
+        """The model that processes the tokens of a slot."""
         return self._models[slot]
 
     def invocation(self, slot: int) -> tuple[int, ...] | None:

@@ -266,7 +266,7 @@ def token_ids(op: str, ids: npt.ArrayLike, vocab: int) -> tuple[Array, tuple[int
 
 
 def add_rows(out: Array, ids: Array, rows: Array) -> None:
-    """Add rows[i] to out[ids[i]] for each i. If an id occurs several times, add the sum of its rows."""
+    """Add rows[i] to out[ids[i]] for each i, even if an id occurs several times."""
     if not ids.size:
         return
     order = np.argsort(ids, kind="stable")

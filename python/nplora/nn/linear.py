@@ -157,7 +157,7 @@ class Linear(Prepared, Module):
     def forward_part(
         self, rows: Array, lead: tuple[int, ...]
     ) -> tuple[_core.ForwardPart, Array, LinearSaved]:
-        """Prepare a call of `_core.lora_forward`, which can compute several layers with the same input.
+        """Prepare a call of `_core.lora_forward`, which can run several layers on the same input.
 
         Return a tuple: this layer's argument for the call; the array y (n, d_out), into which the call writes
         this layer's output; and the values for `backward`.

@@ -79,8 +79,8 @@ class LoRALinear(LoRALayer):
 
             - "zero": A is 0, and B is drawn from U(±1/sqrt(d_in)). At first, the layer computes x Wᵀ.
             - "gaussian": A and B are drawn from N(0, 1/r), so the update is not 0 even before training.
-            - "pissa", "olora": scale · A·B starts as a part of W that has rank r. The frozen `weight` is the
-              rest of W, rounded to the storage format of W. So at first, the layer computes x Wᵀ, except for
+            - "pissa", "olora": scale · A·B starts as a rank-r part of W. The frozen `weight` is W minus this
+              part, rounded to the storage format of W. So at first, the layer computes x Wᵀ, except for
               the rounding error, which is large for a quantised format. "pissa" and "olora" cannot be
               combined with DoRA.
         dropout: the probability that training drops an element of x from the input of the low-rank update.
@@ -201,7 +201,7 @@ class LoRALinear(LoRALayer):
     def forward_part(
         self, rows: Array, lead: tuple[int, ...]
     ) -> tuple[_core.ForwardPart, Array, LoRALinearSaved]:
-        """Prepare a call of `_core.lora_forward`, which can compute several layers with the same input.
+        """Prepare a call of `_core.lora_forward`, which can run several layers on the same input.
 
         The caller makes the call. Return a tuple: this layer's argument for `_core.lora_forward`; the array
         y (n, d_out), into which `_core.lora_forward` writes the output; and the values for `backward`.

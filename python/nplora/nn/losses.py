@@ -68,7 +68,7 @@ class Loss(Protocol):
         """Return the loss, and its gradient with the shape and dtype of `prediction`."""
 
     def count(self, prediction: Array, target: Any) -> int:
-        """Return the number of elements or labelled rows of which the loss is the mean.
+        """Return the number of elements or labelled rows over which the loss is averaged.
 
         If the number is 0, the loss and the gradient are 0.
         """

@@ -34,7 +34,7 @@ _inferring: ContextVar[bool] = ContextVar("nplora_inferring", default=False)
 
 
 def inferring() -> bool:
-    """Whether the current pass is inference, such as `model(x)`: without dropout and without saved values."""
+    """Whether the current pass is inference, such as `model(x)`, which has no dropout and saves no values."""
     return _inferring.get()
 
 
@@ -59,7 +59,7 @@ def quiet() -> np.errstate:
 
 
 def pair(module: Module, result: Any) -> tuple[Array, Any]:
-    """Return `result`, which a `forward` returned. Raise TypeError if `result` is not a pair (y, saved)."""
+    """Return `result`, the output of a `forward`. Raise TypeError if `result` is not a pair (y, saved)."""
     if isinstance(result, tuple) and len(result) == 2:
         return result
     what = f"{len(result)} values" if isinstance(result, tuple) else type(result).__name__
@@ -70,8 +70,8 @@ def name_error(error: ValueError, container: Module, culprit: Module | None = No
     """Make the error's message begin with "layer " and the dotted name of the module that failed.
 
     The innermost container calls this function with `culprit`, the module that failed. Each enclosing
-    container then calls this function without `culprit`. Such a call replaces the name in the message by the
-    dotted name of the failed module in the enclosing container.
+    container then calls this function without `culprit`. Each of these calls changes the name in the
+    message to the dotted name that the failed module has in the enclosing container.
     """
     if len(error.args) != 1 or not isinstance(error.args[0], str):
         return
@@ -199,7 +199,7 @@ class Module:
         return ""
 
     def new_tokens(self, tokens: Sequence[AddedToken]) -> tuple[AddedToken, ...]:
-        """`tokens` are the tokens that an adapter adds. Return those that the model itself does not have."""
+        """An adapter adds `tokens`. Return those of them that the model itself does not have."""
         return tuple(tokens)
 
     def tokenizer_files(self) -> Mapping[str, bytes]:
@@ -256,7 +256,7 @@ class Module:
     def local_parameters(self) -> list[Parameter]:
         """Return the trainable arrays of this module itself, but not those of its children.
 
-        A layer of your own overrides this method.
+        Override this method in a layer of your own.
 
         >>> import nplora, numpy as np
         >>> class Scale(nplora.Module):
@@ -599,7 +599,7 @@ class Module:
 
 
 class AdapterLayer(Module):
-    """Base class of layers with an adapter. `Module` calls these methods for all of its adapter layers.
+    """Base class of layers with an adapter. `Module` calls the methods of all adapter layers inside it.
 
     Attributes:
         dropout_stream: the pair (seed, calls), from which a training pass draws its dropout mask. If dropout

@@ -1,6 +1,6 @@
 """Groups of rows of one batch.
 
-Different groups may be computed by different models. All models share the frozen weights.
+Each group may belong to a different model. All models share the frozen weights.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ Parts: TypeAlias = list[list[_core.InferenceLayer]]  # for each group, the layer
 
 
 class RowGroup(NamedTuple):
-    """Consecutive rows of a batch that are computed by the same model.
+    """Consecutive rows of a batch that are the input of the same model.
 
     Attributes:
-        model: the index of the model that computes these rows.
+        model: the index of the model that gets these rows as input.
         rows: the number of rows.
         acts: whether the model's adapter acts on these rows. An activated LoRA does not act before its
             invocation tokens.
@@ -46,13 +46,13 @@ _groups: ContextVar[tuple[RowGroup, ...] | None] = ContextVar("nplora_row_groups
 
 
 def row_groups() -> tuple[RowGroup, ...] | None:
-    """The groups into which the current pass divides its rows; None if one model computes all rows."""
+    """The groups into which the current pass divides its rows; None if one model gets all rows."""
     return _groups.get()
 
 
 @contextlib.contextmanager
 def grouped_rows(groups: tuple[RowGroup, ...] | None) -> Iterator[None]:
-    """Inside `with grouped_rows(groups):` each group of rows is computed with the layers of its model."""
+    """Inside `with grouped_rows(groups):` the layers of a group's model run on the rows of this group."""
     token = _groups.set(groups)
     try:
         yield
@@ -76,7 +76,7 @@ def slices(groups: Sequence[RowGroup]) -> list[slice]:
 class GroupedLayer(Module):
     """Holds the layers that have the same name in several models.
 
-    Each group of rows is computed by the layer of the group's model.
+    The layer of a group's model runs on the rows of this group.
 
     Only `put` may replace a layer. The values in a layer's arrays may change at any time.
 
@@ -132,7 +132,7 @@ class GroupedLayer(Module):
         return self._stacks[key]
 
     def of(self, group: RowGroup) -> Module:
-        """The layer that computes the rows of a group."""
+        """The layer that runs on the rows of a group."""
         return self._layers[group.model]
 
     def part(self, group: RowGroup) -> _core.InferenceLayer | None:

@@ -116,5 +116,5 @@ class Sequential(Module):
     @overload
     def __getitem__(self, index: slice) -> Sequential: ...
     def __getitem__(self, index: int | slice) -> Module | Sequential:
-        """Return the module at an index. For a slice, return a Sequential that shares these modules."""
+        """Return the module at an index. For a slice, return a Sequential of the modules themselves."""
         return Sequential(*self.modules[index]) if isinstance(index, slice) else self.modules[index]

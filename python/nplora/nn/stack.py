@@ -1,4 +1,4 @@
-"""Computes several layers with the same input in one call, such as q, k and v, or gate and up."""
+"""Runs several layers (such as q, k and v, or gate and up) on the same input in one call."""
 
 from __future__ import annotations
 
@@ -76,10 +76,11 @@ def _forward(
 
 
 def stack_infer(layers: Sequence[Stackable], x: Array, batch: int | None = None) -> list[Array]:
-    """Return the same outputs (n, d_out) as `stack_forward`, up to rounding; use it only for inference.
+    """Return the same outputs (n, d_out) as `stack_forward`, up to rounding.
 
-    Decoding calls this function for each token. The bits of an output row do not depend on the other rows of
-    x. But the bits may depend on whether the whole batch has more than `_core.constants.small_batch` rows.
+    Call this function only in inference. Decoding calls it for each token. The bits of an output row do not
+    depend on the other rows of x, but may depend on whether the whole batch has more than
+    `_core.constants.small_batch` rows.
 
     Args:
         layers: one or more LoRALinear or Linear, whose weights have the same d_in and arithmetic.
@@ -133,7 +134,7 @@ def stack_backward(
     int8: bool = True,
     dither_key: int | None = None,
 ) -> Gradient:
-    """Update each layer's gradients; return the sum of all dx (..., d_in), or None if need_dx is False.
+    """Add to the layers' gradients; return the sum of the layers' dx, or None if need_dx is False.
 
         >>> import nplora, numpy as np
         >>> gate, up = (nplora.LoRALinear(np.ones((8, 4)), rank=2) for _ in range(2))

@@ -50,7 +50,7 @@ class Merged:
 class TrainedRows:
     """Trained copies of some or all rows of a frozen weight, and trained rows for new tokens.
 
-    The row of a new token starts with the mean of all rows of the weight. This row replaces a padding row of
+    The row of a new token starts as the mean of all rows of the weight. This row replaces a padding row of
     the weight, or follows the weight's last row. The weight itself never gets more rows.
 
         >>> import nplora, numpy as np
@@ -191,7 +191,7 @@ class _Terms(NamedTuple):
         weight: the weight.
         rows: new rows, each of which replaces a row of the weight or follows the weight's last row; None: no
             new rows.
-        alone: whether the pass ignores the trained values, because the adapter is disabled.
+        alone: whether the adapter is disabled, so that the pass ignores the trained values.
         merged: whether the rows are merged.
     """
 
@@ -331,7 +331,7 @@ class TrainedRowsLayer(AdapterLayer):
 
 
 def _nothing() -> None:
-    """Do nothing for a tied layer, because the layer to which the rows belong merges them."""
+    """Do nothing: a tied layer leaves the merge to the layer to which the rows belong."""
 
 
 def _rounded(
@@ -448,7 +448,7 @@ class TrainedHead(TrainedRowsLayer):
     def backward(
         self, dy: npt.ArrayLike, saved: TrainedRowsSaved, need_dx: bool = True, overwrite_dy: bool = False
     ) -> Gradient:
-        """Update the gradients of the trained rows; return dx (..., dim), or None if need_dx is False.
+        """Add to the gradients of the trained rows; return dx (..., dim), or None if need_dx is False.
 
         Args:
             overwrite_dy: whether `backward` may overwrite dy. If not, and only some rows are trained,

@@ -40,8 +40,8 @@ class Callback:
     def on_fit_start(self, run: Run) -> None:
         """Called before the first step. In a resumed run, the checkpoint is loaded before this call.
 
-        A new run writes its first checkpoint after this hook. So if the hook raises an exception, the
-        directory contains no new run. An earlier run that the new run would overwrite is still there.
+        A new run writes its first checkpoint after this hook. If the hook raises an exception, the
+        directory therefore contains no new run, and an earlier run in the directory is not overwritten.
         """
 
     def on_step_begin(self, run: Run) -> None:

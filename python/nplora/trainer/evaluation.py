@@ -20,7 +20,7 @@ Array = npt.NDArray[Any]
 def evaluate(
     model: Module, loss: Loss | FusedLoss, batches: Batches, ranks: Ranks | None = None
 ) -> dict[str, float]:
-    """The mean loss over all examples, tokens or elements, without dropout, and other metrics.
+    """Return the mean loss over all examples, tokens or elements, and further metrics, without dropout.
 
     For class labels, the result also has the accuracy. For a `MeasuredLoss`, the result also has the metrics
     of the loss. If there are several ranks, each rank evaluates one batch at a time. The sums of the batches

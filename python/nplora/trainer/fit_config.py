@@ -36,10 +36,10 @@ class FitConfig:
 
 
 def require_outer_steps(op: str, eval_every: int | None, local_steps: int | None) -> None:
-    """Check that evaluations come only after outer steps, which make the ranks' trained values equal.
+    """Check that each evaluation comes directly after an outer step, when all ranks have equal values.
 
     Raises:
-        ValueError: some evaluations would not come directly after an outer step.
+        ValueError: an evaluation would come between two outer steps.
     """
     if eval_every is not None and local_steps is not None and eval_every % local_steps:
         raise ValueError(

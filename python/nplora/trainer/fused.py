@@ -14,8 +14,8 @@ class FusedLoss(Protocol):
     Each metric is a mean over all batches since the last call of `take_metrics`. The records of steps and
     epochs then contain these metrics. If a metric NAME is averaged over more or fewer values than the loss, a
     second metric "count/NAME" gives the number of these values. On several ranks, each rank measures only its
-    own batches. So the loss then needs the methods of `MergedLoss`, with which the ranks merge their
-    measurements.
+    own batches, so a loss with metrics also needs the methods of `MergedLoss`, with which the ranks merge
+    their measurements.
 
     >>> import nplora, numpy as np
     >>> class Distance:
@@ -76,10 +76,10 @@ class MergedLoss(MeasuredLoss, Protocol):
     """A `MeasuredLoss` whose measurements on different ranks can be merged."""
 
     def take_measured(self) -> Any:
-        """Return the measurements since the last call, and drop them: `take_metrics` will not count them."""
+        """Return and delete the measurements so far, so that `take_metrics` does not count them."""
 
     def add_measured(self, measured: Any) -> None:
-        """Add measurements that `take_measured` has returned. They may come from another rank."""
+        """Add measurements that `take_measured` has returned, possibly on another rank."""
 
 
 @runtime_checkable

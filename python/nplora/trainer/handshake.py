@@ -23,7 +23,7 @@ _LONG = 40  # characters; a longer value is not shown
 def require_agreement(communicator: Communicator, setup: TrainingSetup, config: FitConfig) -> None:
     """Check that all ranks start the same run.
 
-    A signal does not end the handshake, because the run's state could not be saved before it is loaded.
+    A signal does not end the handshake, because the run's state is not loaded yet and cannot be saved.
 
     Raises:
         ValueError: a rank differs from rank 0; the message names the rank and the differences.

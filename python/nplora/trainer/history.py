@@ -271,7 +271,7 @@ class History:
         Records that the history already has are not replaced, because they come from a checkpoint, and a
         checksum protects a checkpoint. An evaluation in the log is added only if it is older than all
         evaluations of the checkpoint. The log of an earlier version of nplora has no evaluation records, so
-        evaluations are made from the epoch records of this log.
+        the evaluation records are made from the log's epoch records.
         """
         steps, epochs = dict[int, StepRecord](), dict[int, EpochRecord]()
         evaluations = dict[int, EvaluationRecord]()
@@ -297,7 +297,7 @@ class History:
 
 
 def last_logged(log: bytes, event: str) -> dict[str, Any]:
-    """The last line in which the key "event" has the value `event`; an empty dict if there is none."""
+    """The last line of a log with the "event" `event`, as a dict; an empty dict if there is none."""
     for line in reversed(log.splitlines()):
         try:
             row = json.loads(line)

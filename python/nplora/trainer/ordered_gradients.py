@@ -230,7 +230,7 @@ class OrderedGradients(Gradients):
             layer.dropout_stream = seed, calls + masks * parts
 
     def _unexpected_masks(self, before: list[tuple[int, int]], parts: int) -> list[int] | None:
-        """The number of masks that each layer has drawn for one part; None if these numbers are `_masks`."""
+        """The number of masks that each layer has drawn for one part; None if all are as in `_masks`."""
         drawn = [
             layer.dropout_stream[1] - calls for layer, (_, calls) in zip(self._adapters, before, strict=True)
         ]

@@ -195,10 +195,10 @@ class CsvReporter(Reporter):
         self._file = open(descriptor, "a", newline="", encoding="utf-8")  # noqa: SIM115
 
     def _rows_before(self, run: Run) -> list[dict[str, str]]:
-        """The rows for all steps and evaluations that this run has made before it is resumed.
+        """The rows for all steps and evaluations that a resumed run made before its checkpoint.
 
-        Rows of steps after the checkpoint are dropped, because the resumed run writes them again. A row may
-        be missing, for example after Ctrl-C between a step and its report. Such a row is made from the run's
+        Rows of steps after the checkpoint are dropped, because the resumed run writes them again. If a
+        row is missing, for example after Ctrl-C between a step and its report, it is made from the run's
         history.
         """
         rows = self._rows() if os.path.lexists(self._path) else []
@@ -366,7 +366,7 @@ REPORTERS: dict[str, type[Reporter]] = {
 
 
 def require_reporters(op: str, names: Iterable[str]) -> None:
-    """Raise an error if a name is not that of a reporter, or if the reporter's library is not installed.
+    """Raise an error if there is no reporter of a given name, or if its library is not installed.
 
     This function imports the libraries, so that a memory plan that is made afterwards includes their memory.
     """

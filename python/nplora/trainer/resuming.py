@@ -33,8 +33,8 @@ _LONGEST_ERROR = 500  # the most characters of an error message in the log
 def settings_of(setup: TrainingSetup, config: FitConfig) -> dict[str, Any]:
     """The settings of a run, as values that JSON writes and reads without a change.
 
-    The settings under "fixed" must be the same when the run is resumed, because the position in the data and
-    the arrays of a checkpoint depend on these settings. If a setting under "free" has changed, there is only
+    The settings under "fixed" must be the same when the run is resumed, because a checkpoint's arrays, and
+    its position in the data, depend on these settings. If a setting under "free" has changed, there is only
     a warning. If the validation data have changed, a resumed run drops the best evaluation and its factors.
     """
     model, loss, optimizer = setup.model, setup.loss, setup.optimizer
@@ -109,7 +109,7 @@ def _choices(settings: dict[str, Any]) -> str:
 
 
 def starting_point(directory: RunDirectory, newest: Checkpoint, settings: dict[str, Any]) -> Checkpoint:
-    """The checkpoint to resume: the newest, or an earlier one if the newest led to NaN or infinity.
+    """The checkpoint to resume from: the newest, or an earlier one if the newest led to NaN or infinity.
 
     The first loss after a checkpoint depends only on the parameters and the data. If this loss was not
     finite, a change of the learning rate cannot help, so the run must resume from an earlier checkpoint.

@@ -12,7 +12,7 @@ from nplora.trainer.run_state import RunState
 
 
 class Run:
-    """Lets callbacks read the state of a call of `Trainer.fit`, write to its log and stop it.
+    """Lets callbacks read the state of a call of `Trainer.fit`, write to its log and end the run.
 
     >>> import nplora, numpy as np
     >>> class Report(nplora.trainer.Callback):

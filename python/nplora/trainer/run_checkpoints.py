@@ -59,7 +59,7 @@ class RunCheckpoints:
     # ---- the beginning ----
 
     def begin(self) -> None:
-        """Begin the log of a new run. `save` then writes the first checkpoint."""
+        """Begin the log of a new run. This method writes no checkpoint: the first `save` does."""
         self._directory.begin()
         self._directory.log({"event": HEADER, **self._header()})
         start = {"total_steps": self._state.total_steps, "settings": self._settings}
@@ -121,9 +121,9 @@ class RunCheckpoints:
         Return whether a checkpoint was written. If there is nothing new to save, no checkpoint is written.
 
         Args:
-            must: whether a failed write raises an error. If False, only the first write of a run raises an
-                error. After a later failed write, there is a warning, and the next call of `save` tries
-                again.
+            must: whether a failed write raises an error. If False, only a failure of the run's first
+                write raises an error. After any later failure, there is a warning, and the next call of
+                `save` tries again.
         Raises:
             NonFiniteLossError: the last update made a parameter NaN or infinite; nothing is written.
             OSError: the log cannot be written, or `must` is set and the checkpoint cannot be written. The
@@ -203,7 +203,7 @@ class RunCheckpoints:
     def _log_divergence(self, error: NonFiniteLossError) -> str:
         """Write to the log that the current parameters lead to NaN or infinity. Return advice for the user.
 
-        A resumed run reads this line, starts from an earlier checkpoint and needs other settings.
+        `starting_point` reads this line when the run is resumed, and refuses unchanged settings.
         """
         step = self._state.diverged_after  # the current step may be lower, if local steps were undone
         good = self._directory.before(step)

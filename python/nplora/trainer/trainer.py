@@ -55,7 +55,7 @@ class Trainer(TrainingSetup):
         accumulate: the number of batches in one step. The gradient of each batch is weighted by its number of
             labelled rows or elements, so the step is the same as for one large batch. The last step of an
             epoch may have fewer batches.
-        clip_norm: the largest Euclidean norm of all gradients together; None: no limit.
+        clip_norm: a limit on the Euclidean norm of all gradients together; None: no limit.
         seed: the seed for the random order of the examples. (`model.seed` seeds the initial factors and
             dropout.)
         callbacks: a list of `Callback`s, which are called in the order of the list.
@@ -159,7 +159,7 @@ class Trainer(TrainingSetup):
         Args:
             x, y: arrays of the same length. Without y, x is an iterable of batches (x, y) or a `Batches`, and
                 `batch_size` and `shuffle` have no effect. An iterable is read once per epoch, so a generator
-                is only enough for one epoch. To resume a run within an epoch, the iterable is read from its
+                is enough for only one epoch. To resume a run within an epoch, the iterable is read from its
                 beginning and the used batches are skipped, so it must yield the same batches again.
             epochs, steps: the length of the run in passes over the data, or in updates of the parameters. At
                 most one of `epochs` and `steps` may be given; the default is 1 epoch.

@@ -100,7 +100,7 @@ class TrainingRun(Run):
         self._has_begun = True
 
     def _last_lines(self) -> dict[str, dict[str, Any]] | None:
-        """A dict from the name of each event in the log to its last line; None if there is no log."""
+        """A dict from each event's name to the last log line with this event; None if there is no log."""
         directory = self._directory
         return None if directory is None else last_of_each_event(directory.read_log(directory.log_bytes))
 
@@ -235,7 +235,7 @@ class TrainingRun(Run):
         self._evaluate_if_due()
 
     def _save_if_due(self) -> None:
-        """Write a checkpoint if one is due, unless there are local steps since the last outer step."""
+        """Write a checkpoint if one is due and there are no local steps since the last outer step."""
         checkpoints = None if self._local.is_open else self._checkpoints
         if checkpoints is not None and checkpoints.is_due_after_step():
             self._save()
@@ -292,7 +292,7 @@ class TrainingRun(Run):
             self._ended = "patience"
 
     def _keep_best(self) -> None:
-        """Copy the best factors, unless the run is over: then the model's factors no longer change."""
+        """Copy the model's factors if they are the best so far and further steps will change them."""
         if not self._is_over():
             self._state.early_stopping.before_other_factors()
 

@@ -77,7 +77,7 @@ class TrainingSetup:
         self._skips_dx = "need_dx" in parameters
 
     def backward(self, gradient: Array, saved: Any) -> None:
-        """Run the model's backward pass, without the gradient of the input if `backward` has `need_dx`."""
+        """Run the model's backward pass. Compute no dx if the model's `backward` has the argument `need_dx`."""
         if self._skips_dx:
             self.model.backward(gradient, saved, need_dx=False)
         else:

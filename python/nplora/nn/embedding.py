@@ -223,7 +223,7 @@ class LoRAEmbedding(LoRALayer):
             ValueError: dy does not have the shape of y; `saved` is from a forward pass of another layer; or
                 an array in `saved` does not fit the layer's rank or dtype.
             TypeError: `saved` is from another kind of layer.
-            RuntimeError: the layer is merged; it was merged in the forward pass; or the forward pass ran in
+            RuntimeError: the layer is merged, or was merged during the forward pass; or that pass ran in
                 inference mode.
         """
         op = "LoRAEmbedding.backward"

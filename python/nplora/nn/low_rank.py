@@ -223,7 +223,7 @@ class LoRALayer(Prepared, AdapterLayer):
         if init is "pissa" or "olora". With "pissa" and "olora", the frozen weight is W_rest = W - s·A₀B₀,
         where s is the scale, and A₀ and B₀ are the initial factors. The update of W then has rank 2r, because
         W_rest + s·AB = W + s·[A, -A₀][B; B₀]. This equation ignores the rounding of W_rest to its storage
-        format. PEFT converts adapters of "pissa" and "olora" in the same way.
+        format. PEFT converts "pissa" and "olora" adapters in the same way.
         """
         a, b, alpha = self.A, self.B, self.alpha
         if self._taken is not None:

@@ -411,8 +411,8 @@ class Module:
         All merged weights are built before the first one is used, so a failure leaves every layer unchanged.
         `merge` and `unmerge` take effect in every thread. A pass that another thread runs at the same time
         may use some layers before and some layers after the merge. The rounding of the merged weights may
-        change the result of such a pass. If a layer was merged in a training pass, its `backward` raises
-        RuntimeError.
+        change the result of such a pass. The `backward` of a layer that was merged during its forward pass
+        raises RuntimeError.
 
             >>> import nplora, numpy as np
             >>> layer = nplora.LoRALinear(np.eye(4), rank=2, init="gaussian", rng=0)
@@ -599,7 +599,9 @@ class Module:
 
 
 class AdapterLayer(Module):
-    """Base class of layers with an adapter. `Module` calls the methods of all adapter layers inside it.
+    """Base class of layers with an adapter.
+
+    A `Module` calls the methods of this class for each adapter layer inside the module.
 
     Attributes:
         dropout_stream: the pair (seed, calls), from which a training pass draws its dropout mask. If dropout

@@ -174,11 +174,11 @@ class Optimizer:
         """Continue from a result of `state_dict`, whose docstring has an example.
 
         The values of `state` are copied. After `init` or a step, `state` must fit the parameters of the
-        optimiser. An optimiser without `init` or a step does not know its parameters yet, so its first step
-        checks whether `state` fits.
+        optimiser. Until then, the optimiser does not know its parameters, so its first step checks whether
+        `state` fits.
 
-        `state_dict(copy=False)` returns the optimiser's own arrays. If you swap the
-        names of these arrays, do not load them: the first copy would overwrite an array before it is read.
+        `state_dict(copy=False)` returns the optimiser's own arrays. If you swap the names of these arrays, do
+        not load them: the first copy would overwrite an array before it is read.
 
         Raises:
             ValueError: an array is missing or unknown, or has the wrong shape or dtype. The message lists all

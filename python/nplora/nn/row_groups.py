@@ -106,7 +106,7 @@ class GroupedLayer(Module):
         self._stacks.clear()  # a stack's other layers may also be new
 
     def forward(self, x: npt.ArrayLike) -> tuple[Array, None]:
-        """Return the outputs for all rows of x. Short rows of outputs are padded with -inf."""
+        """Return the outputs for all rows of x; pad shorter rows of outputs with -inf."""
         groups, rows, ys = row_groups(), np.asarray(x), []
         assert groups is not None
         for group, some in zip(groups, slices(groups), strict=True):

@@ -103,7 +103,7 @@ def _infer_groups(
 ) -> list[Array]:
     """Compute the outputs for each group of rows with the layers of the group's model.
 
-    If possible, compute all groups in one call of the core.
+    If possible, run all groups in one call of the core.
     """
     first = next((layer for layer in layers if isinstance(layer, GroupedLayer)), None)
     if first is None:  # all groups have the same layers
@@ -134,7 +134,7 @@ def stack_backward(
     int8: bool = True,
     dither_key: int | None = None,
 ) -> Gradient:
-    """Add to the layers' gradients; return the sum of the layers' dx, or None if need_dx is False.
+    """Add to the layers' gradients; return the sum of all dx (..., d_in), or None if need_dx is False.
 
         >>> import nplora, numpy as np
         >>> gate, up = (nplora.LoRALinear(np.ones((8, 4)), rank=2) for _ in range(2))

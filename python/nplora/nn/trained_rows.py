@@ -385,7 +385,7 @@ class TrainedEmbedding(TrainedRowsLayer):
         Raises:
             ValueError: dy does not have the shape of y, or `saved` is from a pass of another layer.
             TypeError: `saved` is from another kind of layer.
-            RuntimeError: the layer was merged in the forward pass, or that pass ran in inference mode.
+            RuntimeError: the layer was merged during the forward pass, or that pass ran in inference mode.
         """
         op, dim = "TrainedEmbedding.backward", self.weight.shape[1]
         self.require_unmerged("backward")
@@ -456,7 +456,7 @@ class TrainedHead(TrainedRowsLayer):
         Raises:
             ValueError: dy does not have the shape of y, or `saved` is from a pass of another layer.
             TypeError: `saved` is from another kind of layer.
-            RuntimeError: the layer was merged in the forward pass, or that pass ran in inference mode.
+            RuntimeError: the layer was merged during the forward pass, or that pass ran in inference mode.
         """
         op, (stored, dim), dtype = "TrainedHead.backward", self.weight.shape, self.weight.compute_dtype
         size = self.rows.size

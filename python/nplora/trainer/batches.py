@@ -38,10 +38,10 @@ class Batches(Protocol):
         """The number of batches in an epoch; None if unknown."""
 
     def epoch(self, epoch: int, skip: int) -> Iterator[Batch]:
-        """The batches of the epoch with the number `epoch` (from 0), without its first `skip` batches."""
+        """The batches of epoch number `epoch` (from 0), without the first `skip` batches."""
 
     def identity(self) -> dict[str, Any]:
-        """The settings of the batches that must be the same in a resumed run, as values for JSON."""
+        """The batches' settings that must be the same in a resumed run, as values for JSON."""
 
 
 def shuffled(rows: int, seed: int, epoch: int) -> Array:

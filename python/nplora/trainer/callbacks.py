@@ -45,7 +45,7 @@ class Callback:
         """
 
     def on_step_begin(self, run: Run) -> None:
-        """Called in every step, before the first batch of the step is computed."""
+        """Called in every step, before the forward pass of the step's first batch."""
 
     def on_before_optimizer_step(self, run: Run, gradients: Mapping[str, npt.NDArray[Any]]) -> None:
         """Called in every step, before the gradients are clipped and the parameters are updated.

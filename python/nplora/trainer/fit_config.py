@@ -36,7 +36,7 @@ class FitConfig:
 
 
 def require_outer_steps(op: str, eval_every: int | None, local_steps: int | None) -> None:
-    """Check that each evaluation comes directly after an outer step, when all ranks have equal values.
+    """With local steps, check that each evaluation comes directly after an outer step.
 
     Raises:
         ValueError: an evaluation would come between two outer steps.

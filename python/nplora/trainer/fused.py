@@ -47,7 +47,7 @@ class FusedLoss(Protocol):
     def forward_backward(self, model: Module, x: Any, y: Any, factor: float) -> float:
         """Return the sum of a batch's losses.
 
-        The gradient of this sum, times `factor`, is added to the model's gradients.
+        Add the gradient of this sum, times `factor`, to the model's gradients.
         """
 
     def evaluate(self, model: Module, x: Any, y: Any) -> float:
@@ -60,7 +60,7 @@ class FusedLoss(Protocol):
         """
 
     def settings(self) -> dict[str, Any]:
-        """The settings of the loss that must be the same in a resumed run, as values for JSON."""
+        """The loss's settings that must be the same in a resumed run, as values for JSON."""
 
 
 @runtime_checkable
@@ -96,7 +96,7 @@ class PartedLoss(FusedLoss, Protocol):
         """The number of parts of a batch. For each part, `forward_backward` calls `after_part` once."""
 
     def computed_elsewhere(self, x: Any, y: Any) -> None:
-        """Called for a batch that another rank computes, so that the loss can count the batch's tokens."""
+        """Called for a batch that another rank runs, so that the loss can count the batch's tokens."""
 
 
 def take_measured(loss: Any) -> Any:

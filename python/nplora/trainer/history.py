@@ -297,7 +297,7 @@ class History:
 
 
 def last_logged(log: bytes, event: str) -> dict[str, Any]:
-    """The last line of a log with the "event" `event`, as a dict; an empty dict if there is none."""
+    """The last log line whose "event" is `event`, as a dict; an empty dict if there is none."""
     for line in reversed(log.splitlines()):
         try:
             row = json.loads(line)

@@ -42,8 +42,8 @@ class OrderedGradients(Gradients):
     """Computes the gradients of a step on several ranks in rounds: in a round, each rank runs one batch.
 
     Each batch gets the same dropout masks as on one rank. The gradients of the batches (or of their parts, if
-    the loss cuts batches into parts) are added in the order of the batches. So the sums have the same bits
-    for any number of ranks. With `local_steps`, each rank adds only the gradients of its own batches.
+    the loss cuts batches into parts) are added in the order of the batches, so the sums have the same bits
+    for any number of ranks. With `local_steps`, however, each rank adds only its own batches' gradients.
 
     Attributes:
         computed: the seconds that this rank has spent in forward and backward passes.

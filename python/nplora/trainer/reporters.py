@@ -197,9 +197,8 @@ class CsvReporter(Reporter):
     def _rows_before(self, run: Run) -> list[dict[str, str]]:
         """The rows for all steps and evaluations that a resumed run made before its checkpoint.
 
-        Rows of steps after the checkpoint are dropped, because the resumed run writes them again. If a
-        row is missing, for example after Ctrl-C between a step and its report, it is made from the run's
-        history.
+        Rows of steps after the checkpoint are dropped, because the resumed run writes them again. If a row
+        is missing, for example after Ctrl-C between a step and its report, it is made from the run's history.
         """
         rows = self._rows() if os.path.lexists(self._path) else []
         found = {(row["step"], "loss" not in row): row for row in rows if "step" in row}

@@ -59,7 +59,7 @@ class RunCheckpoints:
     # ---- the beginning ----
 
     def begin(self) -> None:
-        """Begin the log of a new run. This method writes no checkpoint: the first `save` does."""
+        """Begin the log of a new run. This method writes no checkpoint: the first call of `save` does."""
         self._directory.begin()
         self._directory.log({"event": HEADER, **self._header()})
         start = {"total_steps": self._state.total_steps, "settings": self._settings}

@@ -166,8 +166,8 @@ class RunState:
     def reopen_epoch(self) -> None:
         """Remove the records that exist only because the run ended within an epoch.
 
-        A resumed run makes such records again when it ends. The best factors need no change: a resumed run
-        reads the best factors from the last checkpoint, which is older than the removed records.
+        A resumed run that ends within an epoch makes its own records. The best factors need no change: a
+        resumed run reads them from the last checkpoint, which is older than the removed records.
         """
         if self._evaluated_at_the_end:
             self.history.evaluations.pop()

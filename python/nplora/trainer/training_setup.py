@@ -77,7 +77,7 @@ class TrainingSetup:
         self._skips_dx = "need_dx" in parameters
 
     def backward(self, gradient: Array, saved: Any) -> None:
-        """Run the model's backward pass. Compute no dx if the model's `backward` has the argument `need_dx`."""
+        """Run the model's backward pass. If its `backward` has the argument `need_dx`, compute no dx."""
         if self._skips_dx:
             self.model.backward(gradient, saved, need_dx=False)
         else:

@@ -21,7 +21,7 @@ _WAIT = 5.0  # seconds
 
 
 def most_needed(size: int, count: int) -> int:
-    """Return the most bytes that `count` adapters need if they are read one after the other.
+    """Return the peak number of bytes if `count` adapters are read one after the other and stay loaded.
 
     Args:
         size: the bytes of one adapter's values.
@@ -65,7 +65,7 @@ class AdapterMemory:
     def require(self, name: str, size: int, waits: bool = True) -> None:
         """Check that there is memory for an adapter that has not been read yet.
 
-        The other arguments and the error are those of `room`.
+        The argument `waits` and the error are the same as in `room`.
 
         Args:
             size: the least number of bytes that the adapter's values can take.

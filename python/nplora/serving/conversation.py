@@ -31,7 +31,7 @@ class Conversation:
     Attributes:
         turns: the messages of the user and the assistant, in order.
         finish_reason: how the last answer ended (see `Ticket.finish_reason`); None before the first answer.
-        usage: the number of tokens of the last prompt and of the last answer; None before the first answer.
+        usage: the token counts of the last prompt and of the last answer; None before the first answer.
     """
 
     def __init__(

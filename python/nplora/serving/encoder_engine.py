@@ -114,7 +114,7 @@ class EncoderEngine:
             held: the number of bytes that the caller keeps until the result is available. These bytes count
                 as memory of the request.
         Returns:
-            a future of the result, float32. Its `cancel()` ends the request.
+            a future of the result, float32. The future's `cancel()` ends the request.
         Raises:
             TypeError: classes are wanted, but the model is not a classifier; or the ids are not integers.
             ValueError: a text has no tokens or too many, or a token is not in the model's vocabulary.

@@ -161,8 +161,8 @@ class Engine:
                 this name. None, or `lm` itself: no named adapter. A request keeps its adapter to the end,
                 even if the adapter is deleted in the meantime. If the adapter adds tokens, pass the model
                 whose tokenizer encoded `ids`, not the name: the name may now stand for another adapter.
-            logprobs: a number n. The answer then contains log-probabilities: of each generated token, and of
-                the n most likely tokens at its position. None: no log-probabilities.
+            logprobs: a number n, which adds log-probabilities to the answer: for each generated token, and
+                for the n most likely tokens at its position. None: no log-probabilities.
             client: the name of the client. Clients take turns, and each client's requests are computed in
                 order.
             priority: requests with a higher priority start first.

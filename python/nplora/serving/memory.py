@@ -38,8 +38,8 @@ class MemoryPlan:
         process: the memory of this process before the engine starts, including the model and its adapters.
         weights: the memory for weights that are not in memory yet: a file's weights are read on first use.
         adapters: the memory that is reserved for adapters that are loaded later.
-        work: the working memory: scratch memory, and the activations of one call of the model. For a language
-            model, the scores of each request's next token also count. The waiting requests count, too.
+        work: the working memory: scratch memory, the activations of one call of the model, and the waiting
+            requests; for a language model, also the scores of each request's next token.
         pages: the number of pages for keys and values.
         page_bytes: the number of bytes of one page.
         longest: the number of tokens of the longest text that fits into the memory; 0 for a language model.
@@ -129,11 +129,11 @@ def plan_encoder_memory(
 ) -> MemoryPlan:
     """Plan the memory of a process that serves an encoder. An encoder keeps no keys and values.
 
-    A text with more than `tokens` tokens is computed alone, without other texts. Such a text may be as long
-    as the memory and the encoder's `max_length` allow.
+    A text with more than `tokens` tokens is computed alone, without other texts. The length of this text
+    is limited only by the memory and by the encoder's `max_length`.
 
     Args:
-        tokens: the largest number of tokens of several texts that are computed together.
+        tokens: the largest total number of tokens when several texts are computed together.
         memory, adapter_memory, most_adapters: the same limits as in `plan_memory`.
         waiting: the number of bytes to reserve for waiting requests.
     Raises:
@@ -166,7 +166,7 @@ def plan_encoder_memory(
 
 
 def encoder_work_bytes(encoder: Encoder, tokens: int) -> int:
-    """Return the largest number of bytes that an encoder needs to compute `tokens` tokens at once."""
+    """Return an upper bound, in bytes, for the memory that an encoder needs for `tokens` tokens at once."""
     block = max(layer.footprint(NOT_ADAPTED, False).forward for layer in encoder.model.layers)
     streams = 3 * _FLOAT * encoder.config.hidden_size  # the residual stream, the norm's result and its copy
     scratch = get_num_threads() * (_core.constants.lanes_bytes + _THREAD)
@@ -193,7 +193,7 @@ def page_bytes(config: ModelConfig) -> int:
 
 
 def work_bytes(lm: LanguageModel, max_requests: int, max_waiting: int = 0) -> int:
-    """Return the largest number of bytes that a round of the engine and the waiting prompts need."""
+    """Return an upper bound, in bytes, for the memory of one round of the engine plus the waiting prompts."""
     config, threads = lm.config, get_num_threads()
     block = max(layer.footprint(NOT_ADAPTED, False).forward for layer in lm.model.layers)
     piece = PIECE * (block + 2 * _FLOAT * config.hidden_size)

@@ -62,7 +62,7 @@ class ServeOptions:
         metavar="DIR", kind="path",
     )  # fmt: skip
     train_share: float = _option(
-        0.5, "maximum share of the time for training while requests are also answered (above 0, at most 1)"
+        0.5, "maximum share of the time that training gets while requests are answered (above 0, at most 1)"
     )
     api_key: tuple[str, ...] = _option(
         (), "key that requests must send; also read from NPLORA_API_KEY (repeatable)", group=_ACCESS,
@@ -76,7 +76,9 @@ class ServeOptions:
         (), "origin of web pages that may use the server (CORS), such as https://example.org; *: any origin "
         "(repeatable)", group=_ACCESS, metavar="ORIGIN",
     )  # fmt: skip
-    max_queue: int = _option(256, "number of requests that may wait; more are refused", group=_LIMITS)
+    max_queue: int = _option(
+        256, "number of requests that may wait; further requests are refused", group=_LIMITS
+    )
     max_tokens: int | None = _option(
         None, "maximum number of generated tokens per answer (default: the model's context)", group=_LIMITS
     )

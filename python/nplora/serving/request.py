@@ -21,7 +21,7 @@ Array = npt.NDArray[Any]
 
 
 class Request:
-    """A request as the engine sees it. The client sees its `Ticket`.
+    """A request as the engine sees it. The client sees only the request's `Ticket`.
 
     Args:
         model: the model with the request's adapter; None: the engine's model without a named adapter. The
@@ -44,8 +44,9 @@ class Request:
             same way, so that the results have the same bits as before.
         keys: the keys of the pages with the first `to_read` tokens. An incomplete last page has no key.
         cached: the number of prompt tokens whose keys and values this request found in pages of other
-            requests. Pages that it finds again after it was put back do not count.
-        known: the largest number of tokens for which this request has had keys and values in the cache at the
+            requests. Pages that the request finds again after it was put back into the queue do not
+            count.
+        known: the largest number of this request's tokens whose keys and values have been in the cache at the
             same time.
     """
 
@@ -75,7 +76,7 @@ class Request:
         self.read_all()
 
     def read_all(self) -> None:
-        """Let the scheduler compute, in blocks, all present tokens of the prompt and of the answer."""
+        """Set `to_read` and `keys` so that the scheduler computes all present tokens in blocks."""
         ids = self.answer.ids
         self.to_read = len(ids)
         root = f"{self._root} {'long' if self.to_read > self.switch else 'short'}"
@@ -103,7 +104,7 @@ class Request:
 
     @property
     def usage(self) -> Usage:
-        """The number of tokens of the prompt, and of the answer so far."""
+        """The token counts of the prompt and of the answer so far."""
         return Usage(self.answer.prompt, self.cached, self.answer.generated)
 
     def advance(self, scores: Array) -> Chunk:

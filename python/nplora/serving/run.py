@@ -143,7 +143,7 @@ def _nothing() -> None:
 
 
 def _limits(options: ServeOptions) -> dict[str, Any]:
-    """Return arguments for `TextService` and `EncoderService`, from the options."""
+    """Return those arguments of `TextService` and `EncoderService` that the options set."""
     return {
         "adapter_dir": None if options.adapter_dir is None else Path(options.adapter_dir),
         "max_body": parse_bytes(options.max_body, "serve"),

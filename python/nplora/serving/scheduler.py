@@ -201,8 +201,8 @@ class Scheduler:
         return int(self._cache.lengths[request.slot])
 
     def _read(self) -> None:
-        """Compute the next tokens of prompts. If other requests generate answers, compute only a few
-        tokens."""
+        """Compute the keys and values of the next prompt tokens. While other requests generate answers,
+        compute only a few tokens."""
         left = PIECE if all(self._length(one) < one.to_read for one in self.running) else _READ_BETWEEN
         while left > 0:
             reading = [one for one in self.running if self._length(one) < one.to_read]

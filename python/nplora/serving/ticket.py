@@ -41,7 +41,7 @@ class Token:
         logprob: the natural logarithm of the token's probability, before temperature, penalties and biases;
             None if the request did not ask for log-probabilities.
         top: the most likely tokens at this position, the likeliest first. The argument `logprobs` of
-            `Engine.submit` sets their number.
+            `Engine.submit` sets how many there are.
 
     >>> engine = nplora.serving.Engine(nplora.load_model("model.gguf"))
     >>> ticket = engine.submit([5, 6], nplora.generate.Sampling(max_new_tokens=2), logprobs=3)
@@ -76,7 +76,7 @@ class Chunk:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Usage:
-    """The number of tokens of a request's prompt and answer.
+    """The token counts of a request's prompt and of its answer.
 
     Attributes:
         prompt: the number of tokens of the prompt.
@@ -121,7 +121,7 @@ class Ticket:
 
     @property
     def usage(self) -> Usage:
-        """The number of tokens of the prompt and of the answer so far."""
+        """The token counts of the prompt and of the answer so far."""
         return self._usage
 
     @property
@@ -261,5 +261,5 @@ def _ignore(value: object) -> None:
 
 
 def _no_round() -> bool:
-    """Return False. When a request has ended, this function replaces its function `run`."""
+    """Return False. When a request has ended, this function replaces the `run` of its ticket."""
     return False

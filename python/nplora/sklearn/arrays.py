@@ -28,7 +28,7 @@ class FileModel:
     """The pickled parts of a fitted model with a network from a file: all except the frozen weights.
 
     Attributes:
-        path, activation, adaptation, probe: the arguments of `read_network` and `adapted`, which rebuild the
+        path, activation, adaptation, probe: the arguments with which `read_network` and `adapted` rebuild the
             model.
         values: a dict from names to trained arrays.
         streams: a dict from the name of each layer to the state of its random number generator for dropout.

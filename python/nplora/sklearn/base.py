@@ -68,8 +68,8 @@ class HeldOut(NamedTuple):
 class LoRAEstimator(BaseEstimator):  # type: ignore[misc]
     """Base class of the estimators: trains a model that maps the features of n rows to outputs (n, k).
 
-    The model is any Module. Its `forward` takes a batch of features, and its `backward` takes the gradient of
-    the loss with respect to the outputs. The constructor of a subclass takes the parameters of
+    The model can be any Module. Its `forward` takes a batch of features, and its `backward` takes the
+    gradient of the loss with respect to the outputs. The constructor of a subclass takes the parameters of
     `LoRAClassifier`, except those that describe the network. A subclass defines these methods:
 
         _features(X, reset)         check X and return the features: an array, or a list with one item per row

@@ -37,7 +37,7 @@ class LabelledBase(LoRAEstimator):
             the estimator.
         Raises:
             ValueError: `classes` is missing in the first call, or differs in a later call; y has an unknown
-                label; or class_weight is "balanced", which needs all rows. Other errors: as in `fit`.
+                label; or class_weight is "balanced", which needs all rows. Other errors: those of `fit`.
         """
         if isinstance(self.class_weight, str) and self.class_weight == "balanced":
             raise ValueError(
@@ -59,8 +59,8 @@ class LabelledBase(LoRAEstimator):
     # ---- what a subclass defines ----
 
     def _checked(self, X: Any, y: Any, reset: bool) -> tuple[Any, Array]:
-        """Check X and y. Return a pair: the features, and an array (n,) of all labels. `reset`: as in
-        `_features`."""
+        """Check X and y. Return a pair: the features, and an array (n,) of all labels. `reset`: whether a
+        new model is fitted."""
         raise NotImplementedError
 
     def _targets(self, x: Any, numbers: Array) -> Array:

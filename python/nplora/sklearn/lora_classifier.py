@@ -52,7 +52,7 @@ class LoRAClassifier(ClassifierBase, ArrayEstimator):
         validation_fraction: the fraction of the rows that is held out.
         patience: the number of epochs without a lower loss after which the training stops.
         calibrate: hold rows out, and divide the logits by the temperature that gives the lowest cross entropy
-            on these rows. Then a label with the probability 0.8 is right in about 80 % of the cases. The
+            on these rows. A label with the probability 0.8 is then right in about 80 % of the cases. The
             predicted labels do not change.
         checkpoint_dir: a directory for checkpoints. Each fit writes to a subdirectory whose name depends on
             the settings and the data. With an integer as `random_state`, you can repeat a fit. A fit that was

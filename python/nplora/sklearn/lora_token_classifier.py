@@ -240,7 +240,7 @@ class LoRATokenClassifier(LabelledBase, TextEstimator):
         return self.model_.word_logits(_joined(x)).astype(np.float64)
 
     def _fitted_features(self, X: Any) -> list[Sentence]:
-        """Like `_features`, but long sentences are not cut."""
+        """Return the features like `_features`, but without cutting long sentences."""
         check_is_fitted(self, "model_")
         words = self.model_.encoder.word_ids(self._sentences(X))
         return list(zip(words.ids, words.first, strict=True))

@@ -150,11 +150,11 @@ def adapted(network: Module, adaptation: Adaptation, probe: Array) -> Module:
     The network's trainable parameters are copied too, so training the copy does not change the network.
 
     Args:
-        probe: one row of features, of shape (1, ...). The network computes this row to find its number of
-            outputs.
+        probe: one row of features, of shape (1, ...). The network is applied to this row to find its number
+            of outputs.
     Raises:
         ValueError: no layer has a name in `adaptation.targets`; no layer can be adapted; the number of
-            outputs differs from `adaptation.outputs`; or the network cannot compute `probe`.
+            outputs differs from `adaptation.outputs`; or the network cannot be applied to `probe`.
     """
     model = copy.deepcopy(network)
     if isinstance(model, Linear) or not list(model.named_children()):
@@ -232,7 +232,8 @@ def _targets(
     """Return the frozen layers to adapt, as a dict {name: layer}.
 
     Layers whose Python id is in `without` are never adapted. As in PEFT, an entry of `wanted` is a layer's
-    dotted name, or the last parts of this name. If `wanted` is None, all other frozen layers are adapted.
+    dotted name, or the last parts of this name. If `wanted` is None, all frozen layers outside `without`
+    are adapted.
     """
     found = {
         name: module

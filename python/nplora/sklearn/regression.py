@@ -79,8 +79,9 @@ class RegressorBase(RegressorMixin, LoRAEstimator):  # type: ignore[misc]
     def _measure(self, targets: Array) -> None:
         """Store the mean and the standard deviation of each target. `_standardised` rescales with them.
 
-        For a target that is the same in all rows, store 1 instead of the standard deviation. If a new head
-        has no bias, store 0 instead of the mean. With `head="keep"`, store mean 0 and standard deviation 1.
+        If a new head has no bias, store 0 instead of the mean, and the root mean square instead of the
+        standard deviation. If the standard deviation or root mean square is 0, store 1 instead. With
+        `head="keep"`, store mean 0 and standard deviation 1.
         """
         if getattr(self, "head", None) == "keep":
             self._centre, self._spread = np.zeros(targets.shape[1]), np.ones(targets.shape[1])

@@ -96,7 +96,7 @@ class TextEmbedder(TransformerMixin, BaseEstimator):  # type: ignore[misc]
         return self._encoder
 
     def _load(self) -> None:
-        """Set `_encoder`: load the encoder, or use the one in `_shared` if its files have not changed."""
+        """Set `_encoder`: use the encoder in `_shared` if its key still fits, otherwise load an encoder."""
         if not isinstance(self.model, str | os.PathLike):
             raise TypeError(
                 f"TextEmbedder: model is {_check.kind(self.model)}, expected the path of an encoder"

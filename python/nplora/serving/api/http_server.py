@@ -37,9 +37,10 @@ def serve(
     ready: Callable[[], None] = lambda: None,
     stopping: Callable[[int], None] = lambda number: None,
 ) -> None:
-    """Serve until SIGTERM or SIGINT. Then accept no new connections, and finish the answers that have begun.
+    """Serve until SIGTERM or SIGINT.
 
-    A second signal ends the server at once.
+    After the first signal, accept no new connections, and finish the answers that have begun. A second
+    signal ends the server at once.
 
     Args:
         listener: a listening socket.

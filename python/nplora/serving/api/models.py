@@ -144,7 +144,7 @@ class Models(Generic[LM]):
     def chosen(self, body: Fields) -> tuple[str, str | None]:
         """Return the model that a request chooses, as a pair of names.
 
-        The first name is for the answer. The second is the name of the adapter, or None for no adapter.
+        The first name is the model's name in the answer. The second is the adapter's name; None: no adapter.
 
         Raises:
             RequestError: there is no such model or adapter.

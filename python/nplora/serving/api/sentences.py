@@ -36,7 +36,7 @@ class Sentences:
         texts: the text of each sentence. If a client sent words, they are joined by spaces.
         spans: for each sentence, the start and the end of each word in the text, int64 (words, 2).
         first: for each sentence, an array with the index of each word's first token, as in `WordIds`.
-        rows: array with one value for each word that has a token: the index of its row of logits.
+        rows: array with the index of the row of logits of each word that has a token.
     """
 
     texts: list[str]
@@ -88,7 +88,7 @@ class Sentences:
             longest: the largest number of tokens of a window.
             cut: the number of tokens after which sentences are cut; None: they are not cut.
         Raises:
-            RequestError: there are too many tokens. Other errors: as in `Encoder.word_ids`.
+            RequestError: there are too many tokens. Other errors: those of `Encoder.word_ids`.
         """
         most = min(_MOST, _MOST_LOGITS // len(classifier.labels))
         words = classifier.encoder.word_ids(self.words(), most if cut is None else min(cut, most))

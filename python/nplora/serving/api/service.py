@@ -62,7 +62,7 @@ class Service:
         self._threads = ThreadPoolExecutor(thread_name_prefix="nplora-answers")
 
     async def in_thread(self, function: Callable[..., T], *arguments: Any) -> T:
-        """Call a function in one of the service's threads, which only answers use.
+        """Call a function in one of the service's own threads, which are used only for answers.
 
         `asyncio.to_thread` would use the event loop's default threads. The default threads also read and
         write files, so they may all be waiting for the disk.

@@ -70,7 +70,7 @@ class TextRequest:
         logprobs: how many of the most likely tokens the answer reports at each position, in addition to the
             generated token; None: no log-probabilities.
         stream: whether the answer is sent while it is generated, as a stream of events.
-        usage: whether the stream ends with the number of tokens of the prompt and of the answer.
+        usage: whether the stream ends with the token counts of the prompt and of the answer.
         grammar: a JSON schema that the text must follow, or None.
         tools: the names of the functions for which the model may generate tool calls.
         most_calls: the largest number of tool calls in an answer; None: no limit.

@@ -104,7 +104,7 @@ def _submit_once(
 
 
 async def _collect(answers: TicketStream) -> list[list[Chunk]]:
-    """Wait until all answers have ended. Return a list with the list of chunks of each answer."""
+    """Wait until all answers have ended. Return one list of chunks for each answer."""
     chunks: list[list[Chunk]] = [[] for _ in answers.tickets]
     async for found in answers.follow():
         if found is not None and found[1] is not None:

@@ -68,7 +68,7 @@ class TicketStream:
             ticket.listen(functools.partial(inbox.put, self._queue, index))
 
     def stop(self) -> None:
-        """End the answers now, because the server shuts down. `follow` then raises an error at once."""
+        """End the answers now, because the server shuts down. A running `follow` raises an error at once."""
         self._queue.put_nowait(None)
         self.cancel()
 

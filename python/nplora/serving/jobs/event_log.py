@@ -19,7 +19,7 @@ class EventLog:
     If a crash left the last line incomplete, this line is removed. Damaged lines are ignored.
 
     A job that continues after a crash repeats the training steps after its last checkpoint, with the same
-    results. If the log already has an event of such a step, the event is not added again.
+    results. The losses of a repeated step are added only if the log does not have them yet.
 
     Args:
         path: the file, which is created when the first event is added.
@@ -40,7 +40,7 @@ class EventLog:
         self._seen = {_subject(event) for event in self._events} - {None}
 
     def add(self, message: str, level: str = "info", data: Shape | None = None) -> None:
-        """Add an event. Its type is "metrics" if `data` is given, otherwise "message".
+        """Add an event of the type "metrics" if `data` is given, otherwise of the type "message".
 
         Args:
             data: a dict with the number of a training step ("step"), and the training loss or the validation

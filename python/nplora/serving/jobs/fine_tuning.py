@@ -136,8 +136,8 @@ class FineTuning:
     def delete_model(self, name: str) -> bool:
         """Delete the files of an adapter that a job has created, for DELETE /v1/models/{name}.
 
-        Return whether a job has such an adapter. This method does not call `withdraw`: the caller must make
-        the adapter unavailable.
+        Return whether a job has created an adapter with this name. This method does not call
+        `withdraw`: the caller must make the adapter unavailable.
 
         Raises:
             RequestError: the disk is full or has failed. The files are deleted, but the job still names the

@@ -64,7 +64,7 @@ class JobRequest:
 
     @property
     def multiplier(self) -> float | None:
-        """The request's factor for the default learning rate; None if the request has no such factor."""
+        """The factor for the default learning rate; None if the request does not set this factor."""
         given = self.hyperparameters.get("learning_rate_multiplier")
         return None if given is None else float(given)
 

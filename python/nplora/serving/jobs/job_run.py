@@ -280,7 +280,10 @@ class JobRun:
 
 
 def _first_words(step: int, has_begun: bool) -> str:
-    """Return the message of the event when training starts. `step` is the number of steps already trained."""
+    """Return the message of the event that reports the start of training.
+
+    `step` is the number of steps already trained.
+    """
     if step:
         return f"Fine-tuning job continues at step {step}"
     return (

@@ -20,7 +20,7 @@ class JobsState:
     """The records in a `Storage`, and the events of the jobs.
 
     If a change cannot be written to the disk, the change stays in memory, and the user gets a warning. After
-    a restart, the job then continues from the older state on the disk.
+    a restart, the job continues from the older state on the disk.
 
     Args:
         log: called with a line of text for each event, except for events with metrics.
@@ -55,7 +55,7 @@ class JobsState:
             self.log(job_id).add(message, level, None if data is None else dict(data))
 
     def _print(self, line: str) -> None:
-        """Call `log`. After an error of `log` (a closed pipe, for example), warn, and never call it again."""
+        """Call `log`. If `log` raises an error (a closed pipe, for example), warn, and stop calling `log`."""
         log = self._log
         try:
             if log is not None:

@@ -116,7 +116,7 @@ class Request:
         return self._taken == len(self._cuts) - 1
 
     def store(self, first: int, rows: Array) -> Array | None:
-        """Store the rows of a part. If this part is the last one, return all rows; otherwise return None."""
+        """Store the rows of a part. If this completes the request, return all rows; otherwise return None."""
         if self._rows is None:
             self._rows = np.empty((self._starts[-1], self.work.width()), np.float32)
         self._rows[first : first + len(rows)] = rows

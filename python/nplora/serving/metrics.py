@@ -17,7 +17,7 @@ class Histogram:
         bounds: the upper bounds, ascending.
         counts: for each bound, the number of values that are above the previous bound and at most equal to
             this bound. The last entry counts the values above all bounds. (Prometheus expects the cumulative
-            sums of these numbers.)
+            sums of these counts.)
         total: the sum of all values.
 
     >>> histogram = nplora.serving.Histogram(bounds=(0.1, 1.0))

@@ -82,7 +82,7 @@ class FutureAnswer:
         self._future, self._timeout = future, timeout
 
     def stop(self) -> None:
-        """End the answer now, because the server shuts down: `rows` raises an error at once."""
+        """End the answer now, because the server shuts down. A running `rows` raises an error at once."""
         self._future.cancel()
 
     async def rows(self) -> Rows:

@@ -76,7 +76,7 @@ def _part(part: Fields) -> str:
 
 
 def _call(call: Fields) -> dict[str, Any]:
-    """A tool call. Its arguments are an object, not JSON text: chat templates convert it to JSON."""
+    """A tool call. Its arguments are an object, not JSON text: chat templates convert the object to JSON."""
     function = call.object("function") or call
     name = checked_text(function.name("name"), function.required("name"), empty=False)
     arguments = function.get("arguments")

@@ -92,7 +92,7 @@ def checkpoints(service: Service, query: Mapping[str, str], id_: str) -> Any:
 
 
 def _chosen(query: Mapping[str, str], *names: str) -> dict[str, Any]:
-    """Return the parameters of a query that are listed in `names`. Only `limit` is converted to an integer."""
+    """Return the query's parameters whose names are in `names`. Only `limit` is converted to an integer."""
     found: dict[str, Any] = {name: query[name] for name in names if name in query}
     text = found.get("limit")
     if text is not None and text.isascii() and text.isdecimal() and len(text) < 10:

@@ -86,7 +86,7 @@ class JobRun:
         self.progress = Progress(self._event, self._started, self._save_checkpoint)
 
     def stop(self) -> None:
-        """End the training before the model computes its next transformer block, and save the state."""
+        """Make the training thread end before its next transformer block. The thread saves its state first."""
         self._is_stopped = True
 
     def execute(self) -> None:

@@ -86,7 +86,7 @@ class JobRun:
         self.progress = Progress(self._event, self._started, self._save_checkpoint)
 
     def stop(self) -> None:
-        """Make the training thread end before its next transformer block. The thread saves its state first."""
+        """End the training before its next transformer block. The training thread saves its state."""
         self._is_stopped = True
 
     def execute(self) -> None:

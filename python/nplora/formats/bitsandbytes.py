@@ -85,7 +85,7 @@ def refuse(file: Container[str], name: str, source: str, deed: str) -> None:
 
 
 def parts(names: Collection[str]) -> dict[str, str]:
-    """A dict from the name of each auxiliary tensor, such as NAME.absmax, to NAME, its 4-bit matrix."""
+    """Map the name of each auxiliary tensor, such as NAME.absmax, to the name of its 4-bit matrix, NAME."""
     states = {name: name.partition(_STATE)[0] for name in names if _STATE in name}
     others = {f"{matrix}{part}": matrix for matrix in states.values() for part in _PARTS}
     return states | {name: others[name] for name in others.keys() & set(names)}

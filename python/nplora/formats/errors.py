@@ -121,7 +121,7 @@ def counted(count: int, noun: str) -> str:
 
 
 def nearest_names(name: str, names: Iterable[str], count: int = 3, cutoff: float = 0.5) -> list[str]:
-    """The `count` names in `names` that are most similar to `name`, the most similar first.
+    """Return at most `count` of the `names`: the ones most similar to `name`, in order of similarity.
 
     A similarity of 1 means that two names are equal. Names below the similarity `cutoff` are left out.
 

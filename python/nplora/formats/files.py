@@ -416,10 +416,12 @@ def replace(
 
 @contextlib.contextmanager
 def written(files: Sequence[NewFile]) -> Iterator[list[Path]]:
-    """Write files to temporary names beside their targets, and remove them at the end of the `with` body.
+    """Write files to temporary names beside their targets.
+
+    At the end of the `with` body, remove the temporary files that were not renamed.
 
     Raises:
-        OSError: as in `replace`.
+        OSError: a target exists and is not a regular file, or a write fails.
     """
     with _temporaries(files, None) as found:
         yield [target.parent / temporary for _, temporary, target in found]

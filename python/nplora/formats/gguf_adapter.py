@@ -172,7 +172,7 @@ def _adapted(file: GgufFile) -> tuple[list[str], tuple[str, ...]]:
     """Return the names of the adapted tensors in the base model, and the names of the ignored norm tensors.
 
     Raises:
-        FormatError: a tensor of the file has no second factor beside it, or is neither a factor nor a norm.
+        FormatError: one of a layer's two factors is missing, or a tensor is neither a factor nor a norm.
     """
     adapted: dict[str, None] = {}
     passed_over = []

@@ -23,7 +23,7 @@ class LabelRecord:
         labels: the name of each output, in order.
         max_length: the maximum number of tokens of a text; longer texts are cut. None: the encoder's own
             maximum.
-        tokens: whether the classifier has outputs for each token of a text, instead of for the whole text.
+        tokens: True if the outputs are for each token of a text, False if they are for the whole text.
     """
 
     task: str
@@ -46,7 +46,7 @@ def is_name(label: str) -> bool:
 def shown(label: str) -> str:
     """Shorten and escape a label, so that it fits in one line of output.
 
-    The label is cut to 40 characters. Then escapes replace its unprintable characters.
+    The label is cut to 40 characters, and its unprintable characters are escaped.
     """
     cut = label if len(label) <= _SHOWN else label[: _SHOWN - 1] + "…"
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in cut)

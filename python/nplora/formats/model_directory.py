@@ -122,8 +122,9 @@ def open_tensors(
     In a directory, a single weights file takes precedence over an index, as in transformers.
 
     Args:
-        mmap: as in `sharded.open`.
-        wanted: as in `sharded.open`. A single file is always opened with all its tensors.
+        mmap: whether to map the files into memory (see `safetensors.open`).
+        wanted: a function that returns whether the tensor of a given name is needed. A single
+            file is always opened with all its tensors.
     Raises:
         UnsafeError: the directory's weights are a pickle.
         FormatError: the directory has no weights, or a file breaks its format.
@@ -149,7 +150,7 @@ def _required_weights(directory: Path) -> Path:
 
 
 def companions(source: Path, target: Path) -> list[NewFile]:
-    """Read a model's configuration and tokenizer files. Return them as new files in `target`.
+    """Read a model's configuration and tokenizer files. Return a `NewFile` in `target` for each.
 
     Raises:
         UnsafeError: a file is a symbolic link that does not belong to Hugging Face's cache.
@@ -165,7 +166,7 @@ def companions(source: Path, target: Path) -> list[NewFile]:
 
 @contextlib.contextmanager
 def linked(source: Path, weights: Path, changed: Mapping[str, Path] | None = None) -> Iterator[Path]:
-    """Make a temporary directory with links to the configuration and tokenizer in `source`, and to `weights`.
+    """Make a temporary directory with links to `weights`, and to the configuration and tokenizer in `source`.
 
     Args:
         source: the directory with the configuration and the tokenizer.

@@ -55,7 +55,7 @@ class _Character:
 
     @property
     def only_letter(self) -> str:
-        """The character, if this part of a pattern matches one fixed character exactly once; else ""."""
+        """The only text that this part of a pattern matches, if that is a single character; else ""."""
         plain = len(self.characters) == 1 and not self.negated and not self.repeat
         return "".join(self.characters) if plain else ""
 
@@ -126,7 +126,7 @@ class NamePattern:
         self.only_name = self._as_name()
 
     def _as_name(self) -> str | None:
-        """If the pattern has the form `^name` without special characters, return this name; else None."""
+        """Return `name` if the pattern is `^name` without special characters, else None."""
         pieces = self._root.branches[0]
         if len(self._root.branches) > 1 or pieces[:1] != (_End(at_start=True),):
             return None

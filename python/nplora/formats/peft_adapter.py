@@ -168,8 +168,8 @@ class PeftAdapter:
         """Return a dictionary of the trained tokens: layer -> (name of the tensor, token ids).
 
         A message is added to `problems` if a tensor's shape does not fit the token ids in the configuration.
-        If `problems` is still empty and the configuration names tokens, a message is also added if no tensor
-        holds trained rows.
+        A message is also added if the configuration names tokens, no tensor holds trained rows, and
+        `problems` is still empty.
         """
         named = self.config.trainable_token_indices
         found: dict[str, tuple[str, tuple[int, ...]]] = {}
@@ -385,7 +385,7 @@ def require_finished(directory: StrPath) -> None:
 
 
 def is_dropped(directory: StrPath) -> bool:
-    """Whether a directory's adapter is from an earlier run, so that the newer run will overwrite it."""
+    """Whether a directory's adapter is from an earlier run, and the newer run will overwrite it."""
     dropped = run_files.dropped_adapter(directory)
     return dropped is not None and tensors_digest(directory) == dropped
 
@@ -500,8 +500,8 @@ def save(
 ) -> None:
     """Write both files of an adapter. The directory is created if needed.
 
-    Both files are first written completely under temporary names. Then the tensors are renamed into place,
-    and the configuration last. At every moment, even after a crash, nplora finds either the complete old or
+    Both files are first written completely under temporary names. The tensors are renamed into place before
+    the configuration. At every moment, even after a crash, nplora finds either the complete old or
     the complete new adapter.
 
     Args:

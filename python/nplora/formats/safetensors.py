@@ -113,7 +113,7 @@ class Stream:
     """A tensor whose bytes are produced while the file is written, a few rows at a time.
 
     Attributes:
-        dtype: as in `Tensor`.
+        dtype: the element type, named as in `Tensor`.
         chunks: a function that returns an iterable of byte strings, which are the tensor's bytes in order.
             The writer calls this function once.
 
@@ -133,7 +133,7 @@ class Stream:
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor as the header describes it. The file contains the whole tensor: this was checked.
+    """One tensor as the header describes it. The parser has checked that the file contains the whole tensor.
 
     Attributes:
         tag: the element type as the file names it.
@@ -156,7 +156,7 @@ class Entry:
 
 
 class SafetensorsFile(Mapping[str, Tensor]):
-    """An open file: maps the name of each tensor to the `Tensor`, in the header's order.
+    """An open file: a mapping from each tensor's name to its `Tensor`, in the header's order.
 
     `metadata` maps text to text. `entries` maps each name to the shape and element type of the tensor,
     without reading the tensor. `mapped` holds the `Stamp` of a mapped file, and is empty for any other file.
@@ -291,7 +291,7 @@ def save(path: StrPath, tensors: Tensors, metadata: Mapping[str, str] | None = N
             patterns as bfloat16. The key becomes the name in the file; a `Tensor`'s own name is ignored.
         metadata: a mapping of text to text.
     Raises:
-        TypeError: the format has no type for a tensor's elements, or a name or metadata entry is not text.
+        TypeError: the format has no type for a tensor's elements. Or a name or a metadata entry is not text.
         OSError: the file cannot be written; the message says how many bytes were needed.
 
     >>> import nplora

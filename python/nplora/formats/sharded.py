@@ -14,7 +14,7 @@ MAX_SHARDS = 1_000  # each mapped file uses a file descriptor
 
 
 class ShardedFile(Mapping[str, Tensor]):
-    """Maps the name of each tensor in the shards to the `Tensor`, in the index's order.
+    """A mapping from the name of each tensor in the shards to its `Tensor`, in the index's order.
 
     `metadata` holds the index's metadata.
 
@@ -62,7 +62,7 @@ def open(path: StrPath, mmap: bool = True, wanted: Callable[[str], bool] = lambd
 
     Args:
         path: the file `*.safetensors.index.json`. The shards are in the same directory.
-        mmap: as in `safetensors.open`.
+        mmap: whether to map the shards into memory (see `safetensors.open`).
         wanted: a function that returns whether the tensor of a given name is needed. A shard without needed
             tensors is not opened.
     Raises:

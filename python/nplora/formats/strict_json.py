@@ -29,13 +29,13 @@ Array = npt.NDArray[Any]
 
 
 def loads(raw: Bytes, source: str, most: int | Sequence[int] = MAX_VALUES) -> Any:
-    """Parse UTF-8 JSON text. Objects keep their order.
+    """Parse UTF-8 JSON text. Each object keeps the order of its keys.
 
     Args:
         source: the text's name in error messages, usually the file's path.
-        most: the maximum number of values in the text. `most` may also be a sequence of maxima: the first for
-            the outermost nesting depth, and so on. The last maximum is for its own depth and all deeper
-            depths together. Values are counted before any object is created.
+        most: the maximum number of values in the text. `most` may also be a sequence with one
+            maximum for each nesting depth, the outermost first. The last maximum limits the total of its
+            depth and all deeper depths. Values are counted before any object is created.
     Raises:
         FormatError: the text is not UTF-8 or not JSON, or has a duplicate key, NaN, half a surrogate pair
             or a number beyond the range of float64.
@@ -134,7 +134,7 @@ class Marks:
     """Finds the marks (brackets and commas outside strings) of a JSON text that is read part by part.
 
     Attributes:
-        depth: the nesting depth at the end of the last part.
+        depth: the nesting depth at the end of the part that was read last.
     """
 
     def __init__(self, depth: int = 0) -> None:

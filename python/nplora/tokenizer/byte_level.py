@@ -66,7 +66,7 @@ def require_plain_token(token: dict[str, Any], pre: str, source: str) -> None:
 
 
 def ends(fields: dict[str, Any], source: str) -> tuple[list[int], list[int]]:
-    """Return two lists of token ids: the tokens that are added before each text, and after each text.
+    """Return two lists of token ids: the tokens added before each text, and the tokens added after it.
 
     Raises:
         UnsupportedError: the post-processor does more than add tokens before and after each text.

@@ -30,8 +30,8 @@ def growth(table: bytes, source: str) -> int:
     least 1.
 
     Raises:
-        FormatError: the table is damaged. With such a table, the package `tokenizers` would print a stack
-            trace and fail, perhaps only later, for a text with certain characters.
+        FormatError: the table is damaged. With a damaged table, the package `tokenizers` would print
+            a stack trace and fail, perhaps only for a text with certain characters.
     """
     size = int.from_bytes(table[:_SIZE], "little")
     tree, replacements = table[_SIZE : _SIZE + size], table[_SIZE + size :]

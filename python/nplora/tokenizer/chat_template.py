@@ -115,7 +115,7 @@ class ChatTemplate:
 
 
 def plain(value: Any, change: Callable[[str], str] = str) -> Any:
-    """Copy a value that JSON can represent as plain Python objects. Apply `change` to each string in it.
+    """Copy a value as plain Python objects that JSON can represent. Apply `change` to each string in it.
 
     Raises:
         TypeError: the value holds an object that JSON cannot represent.

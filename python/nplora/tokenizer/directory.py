@@ -134,7 +134,7 @@ def _steps(part: Any) -> Iterator[dict[str, Any]]:
 
 
 def _growth(step: dict[str, Any]) -> int:
-    """Return the largest factor by which a step can lengthen a text, or the list of the text's tokens.
+    """Return the largest factor by which a step can lengthen a text or the list of its tokens.
 
     For a step with a character table, return 1, because `_growth_of_tables` computes the factors of tables.
     """
@@ -150,7 +150,7 @@ def _growth(step: dict[str, Any]) -> int:
 
 
 def _growth_of_tables(fields: Any, source: str) -> int:
-    """Return the factor by which all character tables of a tokenizer.json together can lengthen a text.
+    """Return the product of the factors by which a tokenizer.json's character tables can lengthen a text.
 
     Raises FormatError if a table is damaged.
     """

@@ -287,8 +287,8 @@ class _Vocabulary:
     def _wordpiece(self) -> Any:
         """Build BERT's tokenizer.
 
-        In a GGUF file, "▁" marks the tokens that begin a word. In BERT's vocabulary, "##" marks all other
-        tokens.
+        In a GGUF file, "▁" marks the tokens that begin a word. In BERT's vocabulary, "##" marks the tokens
+        that do not.
         """
         package = backend_package()
         names = {}

@@ -2,7 +2,7 @@
 
 A Jinja template can do anything, but nearly all templates write the messages of a chat unchanged, with fixed
 texts around them. To find the fixed texts, this module renders chats in which each message is a single
-unusual character, a mark. Then the module checks that the fixed texts also give the right result for other
+unusual character, a mark. The module then checks that the fixed texts also give the right result for other
 chats. A template that does more than write fixed texts around messages is not translated. There are two
 exceptions: the template may strip white space from messages, and may write the definitions of tools. The
 translated template does neither, so `trimmed` and `has_tools` report what was lost.
@@ -79,8 +79,8 @@ class GoTemplate:
 
         Args:
             system: the Go variable with the system message.
-            user: the last part of the text, which the caller writes itself. If the text does not end with
-                `user`, return None.
+            user: the end of this text, which is left out because the caller writes it. If the text does not
+                end with `user`, return None.
         """
         texts = [self.first] if self.system is None else [self.first, self.system[1]]
         if not all(text.endswith(user) for text in texts):
@@ -130,7 +130,7 @@ def of(tokenizer: Tokenizer) -> GoTemplate | None:
 
 
 def special_tokens(tokenizer: Tokenizer, template: GoTemplate) -> list[str]:
-    """Return the special tokens in the fixed texts. An answer ends when the model generates such a token."""
+    """Return the special tokens in the fixed texts. Each of them ends the model's answer."""
     return list(dict.fromkeys(tokenizer.special_in(template.texts)))
 
 

@@ -44,7 +44,7 @@ class _Line(NamedTuple):
             rest = rest[os.write(self.writer, rest) :]
 
     def receive(self, most: int) -> bytes:
-        """Read a line. It is incomplete if it has more than `most` bytes or the other process has ended."""
+        """Read a line. The end is missing if the line exceeds `most` bytes or the other process has ended."""
         received = bytearray()
         while not received.endswith(b"\n") and len(received) < most:
             piece = os.read(self.reader, 1 << 16)

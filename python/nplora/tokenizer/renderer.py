@@ -124,7 +124,7 @@ def _tojson(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """Convert a value to JSON, as transformers does. Unlike jinja2's filter, do not escape HTML."""
+    """Convert a value to JSON. Unlike jinja2's filter, but like transformers, do not escape HTML."""
     return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 

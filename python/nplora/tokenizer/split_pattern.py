@@ -3,9 +3,9 @@
 A regular expression is safe if a search in a text of n characters takes at most about n² steps. When a later
 part of the expression fails to match, a search tries all other ways to match the earlier parts. So this
 module counts the ways to match each part. Each alternative may contain at most one part that matches texts of
-any length in several ways, as in `\\s*[\\r\\n]+`. An alternative may also contain a few parts that match
-texts of limited length in several ways. A group that repeats must match in only one way. Backreferences and
-other syntax that no tokenizer needs are refused.
+any length in several ways, such as `\\s*` in `\\s*[\\r\\n]+`. An alternative may also contain a few parts
+that match texts of limited length in several ways. A group that repeats must match in only one way.
+Backreferences and other syntax that no tokenizer needs are refused.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class _UnknownError(Exception):
 
 @dataclass(frozen=True)
 class _Part:
-    """A part of the pattern (one character, an anchor or a group), which repeats `least` to `most` times."""
+    """One character, anchor or group of a pattern, repeated `least` to `most` times."""
 
     least: int = 1
     most: float = 1

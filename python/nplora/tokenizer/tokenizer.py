@@ -222,8 +222,8 @@ class Tokenizer:
         """Return the adapter's tokens that are missing from this tokenizer or from the model's embedding.
 
         Args:
-            rows: the number of rows of the model's embedding. The embedding has no row for token ids of at
-                least `rows`.
+            rows: the number of rows of the model's embedding. Tokens whose ids are `rows` or larger have no
+                row.
         Raises:
             FormatError: a token's id or text belongs to another token. UnsupportedError: the ids have gaps.
 
@@ -310,10 +310,10 @@ class Tokenizer:
         Args:
             text: the text.
             add_special_tokens: add the tokens that the model puts around a text, such as BOS. Some models
-                have no such tokens.
-            parse_special: read names such as "<|im_end|>" as special tokens, as needed for the output of
-                `apply_chat_template`. If False, the names are read as plain text, which is right for
-                untrusted text.
+                put no tokens around a text.
+            parse_special: read names such as "<|im_end|>" as special tokens. The output of
+                `apply_chat_template` needs this. If False, the names are read as plain text, which is right
+                for untrusted text.
             most: the number of tokens that the caller needs; None: all tokens. If the text is long, only its
                 beginning is encoded, and the first `most` tokens are returned. If the text is not long, all
                 tokens are returned, even if there are more than `most`.
@@ -361,8 +361,8 @@ class Tokenizer:
         Names of special tokens in the texts are read as plain text.
 
         Args:
-            longest: the number of tokens to which a longer text is cut, including special tokens. The end of
-                the text is cut, but not the special tokens around the text.
+            longest: the maximum number of tokens of a text, including special tokens. A longer text is cut at
+                its end, but keeps the special tokens around it.
         Returns:
             the token ids of each text, and the number of texts that were cut.
         Raises:
@@ -384,11 +384,12 @@ class Tokenizer:
     ) -> tuple[list[list[int]], list[list[int]], int]:
         """Encode sentences that are given as words, and find the first token of each word.
 
-        A sentence is encoded as its words with a space between them. Names of special tokens are plain text.
+        A sentence is encoded as its words with a space between them. Names of special tokens
+        are read as plain text.
 
         Args:
             sentences: the words of each sentence.
-            longest: as in `encode_texts`; None: no sentence is cut.
+            longest: the maximum number of tokens of a sentence, as for `encode_texts`; None: no limit.
             with_space: whether a token that is only the space before a word counts as a token of this word,
                 as in transformers. The tokenizer of XLM-RoBERTa makes such a token before rare characters.
         Returns:
@@ -446,7 +447,7 @@ class Tokenizer:
     def encode_prompt(self, text: str, most: int | None = None) -> list[int]:
         """Encode a text that the model should continue, with the model's BOS but without EOS at the end.
 
-        `most` is as in `encode`.
+        `most` is the number of tokens that the caller needs (see `encode`).
 
         >>> import nplora
         >>> tokenizer = nplora.load_model("model.gguf").tokenizer
@@ -459,7 +460,7 @@ class Tokenizer:
     def encode_continuation(self, text: str, most: int | None = None) -> list[int]:
         """Encode a text that continues another text, without the space that some models add before a text.
 
-        `most` is as in `encode`.
+        `most` is the number of tokens that the caller needs (see `encode`).
 
         >>> import nplora
         >>> tokenizer = nplora.load_model("model.gguf").tokenizer
@@ -601,7 +602,7 @@ class Tokenizer:
     ) -> list[int]:
         """Encode a chat to tokens. Special tokens in the messages' own text are encoded as plain text.
 
-        `most` is as in `encode`. The other arguments and the errors are as in `apply_chat_template`.
+        `encode` describes `most`. `apply_chat_template` describes the other arguments and the errors.
 
         >>> import nplora
         >>> tokenizer = nplora.load_model("model.gguf").tokenizer
@@ -630,8 +631,9 @@ class Tokenizer:
         `TRAINING_TIME`, so that the same chat always has the same tokens.
 
         Args:
-            messages, tools, documents: as in `apply_chat_template`.
-            most: as in `encode`. Turns that begin after the first `most` tokens are left out.
+            messages, tools, documents: the chat, as `apply_chat_template` takes it.
+            most: the number of tokens that the caller needs (see `encode`). Turns that begin after the
+                first `most` tokens are left out.
         Raises:
             UnsupportedError: the template writes earlier messages differently when more messages follow, and
                 writes no special tokens around a turn, so the tokens of the turn cannot be found.
@@ -707,7 +709,7 @@ class Tokenizer:
         """Return the position after the token that ends the turn. A model generates nothing after this token.
 
         Some templates write two end tokens: the first token ends the turn, and the second token, perhaps on a
-        new line, ends the text. The turn then includes only the first end token.
+        new line, ends the text. The turn includes only the first of the two.
         """
         ends = [place for place in range(begin, len(said)) if said[place] in self.eos_ids]
         last = ends.pop() if ends else len(said) - 1

@@ -25,7 +25,7 @@ _MARKS = range(0xE200, 0xE300)  # private-use characters, which no template chan
 
 
 class Turn(NamedTuple):
-    """Where an assistant's turn begins and ends.
+    """The start and the end of an assistant's turn.
 
     `first` and `last` are indices in the list of all special tokens of the chat.
 
@@ -42,7 +42,7 @@ class Turn(NamedTuple):
 
 
 def mark_of(texts: Sequence[str]) -> str:
-    """A character that is in none of the given texts, so that it can be a mark."""
+    """Return a character that occurs in none of the texts, for use as a mark."""
     try:
         return next(chr(code) for code in _MARKS if not any(chr(code) in text for text in texts))
     except StopIteration:
@@ -50,7 +50,7 @@ def mark_of(texts: Sequence[str]) -> str:
 
 
 def with_marks(messages: Sequence[Mapping[str, Any]], mark: str) -> list[Mapping[str, Any]]:
-    """Copy the messages, but replace each text by the index of its message between two mark characters.
+    """Copy the messages, but replace each text by two mark characters with the message's index between them.
 
     System messages keep their texts.
     """
@@ -142,8 +142,7 @@ def find_turns(
     Args:
         messages: the chat.
         text: the text that the template writes for the chat.
-        marked: the text that the template writes for the chat if each message's text is replaced by the
-            message's index between two marks.
+        marked: the text that the template writes for the messages that `with_marks` returns.
         mark: a character that does not occur in the chat.
         prompt: the text that the template adds to a chat when the assistant's answer should begin.
         is_end: a function that returns whether a special token ends a turn.
@@ -204,7 +203,7 @@ def _heads(text: Pieces, specials: list[int], prompt: Pieces, wanted: int) -> di
     """Find the head of each turn. Return a dict: index of the head's first special token -> head.
 
     A prompt may end with text that only the last turn has, such as "<think>". The heads of the other turns
-    then lack this end of the prompt. A head must be so long that no message of another role begins with the
+    do not contain this text. A head must be so long that no message of another role begins with the
     head.
     """
     begin = next((place for place, (_, is_special) in enumerate(prompt) if is_special), None)
@@ -223,7 +222,7 @@ def _heads(text: Pieces, specials: list[int], prompt: Pieces, wanted: int) -> di
 
 
 def _parts(prompt: Pieces) -> list[Pieces]:
-    """Return all beginnings of the prompt that end with a line or with a special token, the longest first."""
+    """Return all beginnings of the prompt that end after a line or a special token, the longest first."""
     parts = list[Pieces]()
     for length in range(len(prompt), 0, -1):
         *before, (piece, is_special) = prompt[:length]

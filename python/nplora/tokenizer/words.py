@@ -22,8 +22,8 @@ def is_word(value: object) -> TypeGuard[str]:
 def word_spans(text: str) -> Iterator[tuple[int, int]]:
     """Yield the start and the end of each word of a text, as indices of characters.
 
-    The text is split at spaces. Then each punctuation mark or sign (such as $ or +) at the start or end of a
-    word becomes a separate word.
+    The text is split at spaces. Each punctuation mark or sign (such as $ or +) at the start or end of a word
+    then becomes a separate word.
 
         >>> from nplora.tokenizer.words import word_spans
         >>> text = "(Where's my order?)"
@@ -77,7 +77,7 @@ def first_tokens(offsets: Iterable[tuple[int, int]], words: Sequence[str], with_
     Args:
         offsets: for each token, the range of characters that the token stands for.
         with_space: whether a token that consists only of the space before a word counts as a token of the
-            word. If not, such a token belongs to no word.
+            word. If False, this token belongs to no word.
     """
     ends = list(itertools.accumulate((len(word) + 1 for word in words), initial=-1))[1:]
     begins = [end - len(word) - with_space for end, word in zip(ends, words, strict=True)]

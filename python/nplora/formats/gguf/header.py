@@ -40,7 +40,7 @@ _TENSOR = [struct.Struct(f"<{count}QiQ") for count in range(MAX_DIMENSIONS + 1)]
 
 @dataclass(frozen=True, slots=True)
 class TensorEntry:
-    """One tensor as the header describes it. The file contains the whole tensor: `parse` checks this.
+    """One tensor as the header describes it. `parse` has checked that the file contains the whole tensor.
 
     Attributes:
         begin: position of the tensor's first byte, counted from the start of the file.
@@ -114,7 +114,10 @@ def parse_start(start: memoryview, size: int, source: str) -> tuple[int, int, in
 
 
 class _Cursor:
-    """A position in a header. It moves only forwards, at most to the file's end and to byte `MAX_HEADER`."""
+    """A position in a header.
+
+    The position moves only forwards. It never passes the file's end or byte `MAX_HEADER`.
+    """
 
     def __init__(self, data: memoryview, source: str, at: int) -> None:
         self.data, self.source, self.at = data, source, at

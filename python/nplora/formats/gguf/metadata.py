@@ -117,8 +117,8 @@ class Metadata(Mapping[str, Scalar | Array | StringArray]):
     value's type in the file. For an array, this is the type of the elements.
 
     The methods `integer`, `number`, `boolean`, `string`, `array` and `strings` each return a value of one
-    type. They raise FormatError if the value has the wrong type, or if the key is missing and no default is
-    given. If the argument `count` is given, the array must have this number of elements.
+    type. These methods raise FormatError if the value has the wrong type, or if the key is missing and no
+    default is given. If the argument `count` is given, the array must have this number of elements.
 
     >>> from nplora.formats import gguf
     >>> metadata = gguf.loads(gguf.dumps({}, {"general.name": "toy", "sizes": np.arange(3)})).metadata
@@ -211,7 +211,7 @@ class Metadata(Mapping[str, Scalar | Array | StringArray]):
         return value
 
     def array(self, key: str, type: str, count: int | None = None) -> Array:
-        """Return an array of numbers or of BOOL. `type` names the type of the elements, as in `Typed`.
+        """Return an array of numbers or of BOOL. `type` is the type of the elements, such as "FLOAT32".
 
         >>> from nplora.formats import gguf
         >>> metadata = gguf.loads(gguf.dumps({}, {"factors": np.array([1.0, 2.0], np.float32)})).metadata

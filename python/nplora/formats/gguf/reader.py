@@ -21,7 +21,7 @@ Content: TypeAlias = mmap.mmap | memoryview
 
 
 class GgufFile(Mapping[str, Tensor]):
-    """An open GGUF file: maps the name of each tensor to the `Tensor`, in the file's order.
+    """An open GGUF file: a mapping from each tensor's name to its `Tensor`, in the file's order.
 
     `metadata` holds the file's metadata. `entries` maps each name to the type, shape and position of the
     tensor, without reading the tensor. `mapped` holds the `Stamp` of a mapped file, and is empty for any

@@ -16,7 +16,7 @@ class Stream:
     """A tensor whose bytes are produced while the file is written, a few rows at a time.
 
     Attributes:
-        type, shape: as in `Tensor`.
+        type, shape: ggml's name of the element type, and the shape in NumPy's order.
         chunks: a function that returns an iterable of byte strings, which are the tensor's bytes in order.
             The writer calls this function once.
 

@@ -496,7 +496,7 @@ def _parent(target: Path, held: Directory | None) -> Iterator[int]:
 def unfinished(directory: int, targets: Container[str]) -> list[str]:
     """The names of all temporary files that belong to `targets`.
 
-    A crash left these temporary files, or another `replace` is writing them.
+    Each file was left by a crash, or another `replace` is writing it now.
     """
     return [
         file

@@ -134,7 +134,7 @@ class NamePattern:
         return "".join(letters) if len(letters) == len(pieces) - 1 and all(letters) else None
 
     def matches(self, name: Name) -> bool:
-        """Whether the regular expression `(.*\\.)?(pattern)$` matches at the start of a name, as in PEFT."""
+        """Whether PEFT's regular expression `(.*\\.)?(pattern)$` matches a name from its start."""
         starts = 1 | name.where(".") << 1
         return bool(self._root.follow(name, starts) & name.end)
 

@@ -288,7 +288,7 @@ class _Vocabulary:
         """Build BERT's tokenizer.
 
         In a GGUF file, "▁" marks the tokens that begin a word. In BERT's vocabulary, "##" marks the tokens
-        that do not.
+        that do not begin a word.
         """
         package = backend_package()
         names = {}

@@ -337,7 +337,7 @@ class Tokenizer:
     ) -> tuple[list[int], bool]:
         """Like `encode`, but also return whether the result contains all tokens of the text.
 
-        An incomplete result has only the first `most` tokens; more than `_UNSURE` further tokens are missing.
+        An incomplete result has only the first `most` tokens. It lacks more than `_UNSURE` tokens.
         """
         _require_text(text)
         size = len(text) if most is None else _CHARACTERS * (most + _UNSURE)
@@ -390,8 +390,8 @@ class Tokenizer:
         Args:
             sentences: the words of each sentence.
             longest: the maximum number of tokens of a sentence, as for `encode_texts`; None: no limit.
-            with_space: whether a token that is only the space before a word counts as a token of this word,
-                as in transformers. The tokenizer of XLM-RoBERTa makes such a token before rare characters.
+            with_space: whether a token that is only the space before a word counts as a token of this word.
+                In transformers, it does. The tokenizer of XLM-RoBERTa makes such a token before rare characters.
         Returns:
             a tuple (ids, first, cut). `ids` has the token ids of each sentence. `first` has a list for each
             sentence: the position of the first token of each word, or -1 for a word without tokens. A cut

@@ -95,8 +95,8 @@ def with_written_marks(
     texts.
 
     Args:
-        by_id: append the marks of tool calls to the ids of the calls instead of the function names, because
-            some templates write only the ids.
+        by_id: append the mark of a tool call to the call's id, not to the name of its function, because some
+            templates write only the ids.
     Returns:
         the messages, and a dict from each marked `Part` to its mark.
     """

@@ -391,7 +391,8 @@ class Tokenizer:
             sentences: the words of each sentence.
             longest: the maximum number of tokens of a sentence, as for `encode_texts`; None: no limit.
             with_space: whether a token that is only the space before a word counts as a token of this word.
-                In transformers, it does. The tokenizer of XLM-RoBERTa makes such a token before rare characters.
+                In transformers, it does. The tokenizer of XLM-RoBERTa makes such a token before rare
+                characters.
         Returns:
             a tuple (ids, first, cut). `ids` has the token ids of each sentence. `first` has a list for each
             sentence: the position of the first token of each word, or -1 for a word without tokens. A cut

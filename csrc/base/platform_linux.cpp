@@ -45,8 +45,8 @@ std::optional<bool> can_collapse_pages(size_t huge_page) {
   char* const trial = map_pages(huge_page, huge_page);
   if (trial == nullptr) return std::nullopt;
   *trial = 1;
-  // The error EINVAL means that the kernel does not know kCollapse. Other errors mean that no huge page is
-  // free.
+  // The error EINVAL means that the Linux kernel does not know kCollapse. Other errors mean that no huge page
+  // is free.
   const bool knows = madvise(trial, huge_page, kCollapse) == 0 || errno != EINVAL;
   unmap_pages(trial, huge_page);
   return knows;

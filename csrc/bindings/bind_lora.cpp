@@ -165,7 +165,7 @@ std::string in_words(const KernelPlan& plan) {
   return "the update is separate (" + separate + " operations, " + merged + " if merged into W on the fly)";
 }
 
-// Describes the KernelPlans of forward and backward in words.
+// Describes in words the KernelPlans of the forward and backward passes.
 py::dict explain(const PackedWeight& weight, size_t rows, size_t rank, bool dropout, bool keep_z) {
   require(rows >= 1 && rows <= PTRDIFF_MAX, "explain: rows is " + std::to_string(rows) +
                                                 ", expected at least 1 and no more than an array can have");

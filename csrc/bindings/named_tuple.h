@@ -1,6 +1,7 @@
-// C++ structs that Python code creates as named tuples, because Python creates named tuples faster than
-// objects of a bound class. The template parameter `Fields` describes one struct: kType is its name, kNames
-// holds the names of its fields, and Types is a std::tuple of the field types, in the same order.
+// Converts Python's named tuples to C++ structs when they are passed to C++. Python creates a named tuple
+// faster than an object of a bound class. The template parameter `Fields` describes one struct: kType is its
+// name, kNames holds the names of its fields, and Types is a std::tuple of the field types, in the same
+// order.
 #pragma once
 
 #include <pybind11/pybind11.h>

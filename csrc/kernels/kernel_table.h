@@ -115,7 +115,8 @@ inline constexpr size_t kFetchAhead = 12288;
 // A multiple of the `depth_unit` of every instruction set (see Tiles). If the depth is cut at multiples of
 // kDepthUnit elements, the sums have the same bits as without a cut. For floats, kPanelDepth is 48, a
 // multiple of kDepthUnit. For bfloat16 pairs, kPanelDepth is 24, which is not a multiple of kDepthUnit.
-// Therefore, products of pairs cut the depth at multiples of kDepthCut (ops/blocking.h).
+// Therefore, in products of bfloat16 pairs, the depth is cut at multiples of kDepthCut (ops/blocking.h), a
+// common multiple of kPanelDepth and kDepthUnit.
 inline constexpr size_t kDepthUnit = 16;
 static_assert(kPanelDepth<float> % kDepthUnit == 0);
 

@@ -150,8 +150,8 @@ void attend_tiles(const AttentionShape& shape, const std::vector<Run>& runs, Mat
 
 // ---- single queries ----
 
-// One query and a range of its keys. The results for this range are out (heads, head_dim), the largest scores
-// (heads) and the sums of exponentials (heads).
+// One query and a range of its keys. For this range, the results are the outputs (heads, head_dim), the
+// largest scores (heads) and the sums of exponentials (heads).
 struct Piece {
   const Run* run;
   size_t row;

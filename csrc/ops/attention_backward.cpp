@@ -122,9 +122,9 @@ struct Keys {
   }
 };
 
-// Computes the scores, p, dp and ds of one tile of queries and the keys in `all` (see attend_backward). Sets
-// b.dq to the sum of ds k over these keys, and adds the terms of this tile to dk and dv. All products are
-// computed in float32.
+// Computes the scores and p, dp and ds for one tile of queries with the keys in `all` (see attend_backward).
+// Sets b.dq to the sum of ds k over these keys, and adds the terms of this tile to dk and dv. All products
+// are computed in float32.
 void multiply(const QueryTile& tile, const Keys& all, const Operands& x, const BackwardBuffers& b) {
   const size_t dim = tile.shape.head_dim, lanes = tile.lanes, column = tile.kv_head * dim;
   bool add = false;
@@ -232,9 +232,10 @@ struct Task {
 // only if they have neither the query block nor the key block in common. Therefore, the tasks are ordered as
 // the diagonals of a matrix whose rows are query blocks and whose columns are key blocks: the tasks of one
 // diagonal run in parallel, and the diagonals are computed one after the other. So every sum has one fixed
-// order, and no product is computed twice. Within a diagonal, no thread waits for another thread. Diagonal d
-// consists of the tasks of query block i and key block i - d, for i >= d. Without causality, if a sequence
-// has n blocks, diagonal d also contains the tasks of query block i < d and key block i - d + n.
+// order. A task computes its products only once, for dq, dk and dv. Within a diagonal, no thread waits for
+// another thread. Diagonal d consists of the tasks of query block i and key block i - d, for i >= d. Without
+// causality, if a sequence has n blocks, diagonal d also contains the tasks of query block i < d and key
+// block i - d + n.
 void attention_backward(const AttentionShape& given, Sequences sequences, Matrix<const float> dout,
                         const AttentionSaved& saved, Matrix<float> dq, Matrix<float> dk, Matrix<float> dv) {
   const Timed timed(Activity::kAttentionBackward);

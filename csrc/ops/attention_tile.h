@@ -125,7 +125,7 @@ struct QueryTile {
   const Run& run;
   size_t kv_head, first, lanes;
 
-  // The tile begins at first_lane and ends before end_lane, but has at most kTileLanes lanes.
+  // The tile has the lanes first_lane to end_lane - 1, but at most kTileLanes of them.
   QueryTile(const AttentionShape& s, const Run& r, size_t head, size_t first_lane, size_t end_lane)
       : shape(s),
         run(r),
@@ -151,8 +151,8 @@ struct QueryTile {
     }
   }
 
-  // Copies x (n, heads * head_dim), times `factor`, to `to` (lanes, head_dim): row i of `to` is the head of x
-  // that belongs to lane i of the tile.
+  // Multiplies x (n, heads * head_dim) by `factor`, and stores it in `to` (lanes, head_dim): row i of `to`
+  // comes from the head of x that belongs to lane i of the tile.
   void gather(Matrix<const float> x, float factor, float* to) const {
     const size_t dim = shape.head_dim;
     for_tokens([&](size_t row, size_t head, size_t heads, size_t lane) {

@@ -33,7 +33,7 @@ class BackwardStack {
   // different elements of x.
   struct Joined {
     bool adds, wants_db;                  // adds: dz B is added to dx; wants_db: dB must be computed
-    const LowRank<T>* dropped = nullptr;  // the layer's update if it uses dropout, else null
+    const LowRank<T>* dropped = nullptr;  // the layer's update if the update uses dropout, else null
     size_t rank = 0;                      // the sum of the ranks of all layers of the group
     Matrix<const E> b{};  // B of all layers, one below the other: (rank, d_in), or (rank / 2, d_in) pairs
     T* dz = nullptr;      // the dz of a token block of n tokens, (n, rank)

@@ -1,5 +1,5 @@
 // Products with a frozen weight and its low-rank update: the forward pass and the backward pass of one layer
-// or a stack of layers. Another function adds a product aᵀ b, for the gradients of the factors.
+// or a stack of layers. `add_outer` adds a product aᵀ b to a matrix, for the gradients of the factors.
 #pragma once
 
 #include <cstdint>

@@ -199,7 +199,8 @@ def suggestion(name: str, known: Iterable[str], show: Callable[[str], str] = str
 def parameters_hint(name: str, value: object) -> str:
     """Return the end of a message for a value of `lr` that is a collection, else an empty text.
 
-    The user probably passed the parameters as the first argument, as for torch's optimisers.
+    In torch's optimisers, the first argument is the parameters; here, it is `lr`. So a user who passes a
+    collection probably means the parameters.
     """
     is_several = isinstance(value, Sized | Iterator) and not isinstance(value, str)
     return "; pass the parameters to `step` instead" if name == "lr" and is_several else ""

@@ -137,7 +137,7 @@ def _added_tokens(model: Module) -> tuple[AddedToken, ...]:
 def _token_rows(model: Module) -> dict[str, TokenRows]:
     """The trained rows of each layer that trains only some rows.
 
-    A head that shares the embedding's rows has no entry.
+    A head that shares the embedding's rows has no entry in the result.
     """
     return {
         name: TokenRows(layer.rows.ids, layer.rows.value)

@@ -316,7 +316,7 @@ def config_of(adapter: AdapterContent) -> PeftConfig:
 
 
 def _tokens(adapter: AdapterContent) -> tuple[int, ...] | dict[str, tuple[int, ...]] | None:
-    """The trained tokens: a tuple if only the embedding trains tokens, else a dict of tuples by layer."""
+    """The ids of the trained tokens: a tuple if only the embedding has trained rows, else a dict by layer."""
     tokens = {layer: tuple(rows.ids.tolist()) for layer, rows in adapter.token_rows.items()}
     if not tokens:
         return None

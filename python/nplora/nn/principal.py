@@ -7,8 +7,8 @@ same as in PEFT:
       cut to rank r.
     - olora: A = Q[:, :r],  B = R[:r]  with the QR decomposition W = Q R.
 
-Both methods use W only in products with W or Wᵀ, in float32 (in float64 if W is float64). The whole weight
-is never decoded to a dense matrix.
+Both methods only multiply other matrices by W or Wᵀ. These products are computed in float32 (in float64 if
+W is float64), and the whole weight is never decoded to a dense matrix.
 """
 
 from __future__ import annotations

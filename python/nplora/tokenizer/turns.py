@@ -91,8 +91,8 @@ def with_written_marks(
     """Copy the messages, and append a different mark to each text that a template should write.
 
     These texts are of two kinds: the contents of all messages except the assistant's, and the names of the
-    functions in tool calls. Each text stays before its mark, because templates look for settings in the
-    texts.
+    functions in tool calls. The mark is appended and does not replace the text, because some templates
+    search the text for switches, such as `/no_think`.
 
     Args:
         by_id: append the mark of a tool call to the call's id, not to the name of its function, because some

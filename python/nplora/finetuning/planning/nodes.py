@@ -36,8 +36,8 @@ class NodesPlan:
         alone: seconds of the step on one machine.
         waiting: seconds that a machine waits for the slowest machine, on average. Machines wait because
             batches differ in length, or because the last round of a step has fewer batches than machines.
-        sums: seconds of a step in which the machines wait until their gradients are added up. (With outer
-            steps, the changes of the trained values are added up instead.) Sending gradients while the
+        sums: seconds per step that the machines wait for their gradients to be added up. (With outer steps,
+            the changes of the trained values are added up instead.) Sending gradients while the
             next batches are computed does not count.
         size: bytes of the gradients.
         local_steps: steps of each machine between two outer steps; None: there are no outer steps.

@@ -20,7 +20,7 @@ def require_same_vocabulary(
     [PAD151936], may have any token in the other vocabulary.
 
     Args:
-        teacher, student: the names of the two models, for the message.
+        teacher, student: the names of the two models, for error messages.
         theirs, ours: the teacher's and the student's token for each id; None for an id without a token.
     """
     differing = [

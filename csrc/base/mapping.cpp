@@ -90,8 +90,8 @@ class Neighbours {
   std::optional<bool> shares_;
   char* next_ = nullptr;
   std::atomic<char*> end_ = nullptr;  // the end of the region
-  // The start of the first range of the size of a huge page that weights do not fill yet. From this address
-  // to the end of the region, all pages are small (of normal size) or unused.
+  // The start of the first huge-page-sized range that weights do not fill yet. From this address to the end
+  // of the region, all pages are small (of normal size) or unused.
   std::atomic<char*> small_pages_ = nullptr;
   std::atomic<bool> has_hole_ = false;
 };

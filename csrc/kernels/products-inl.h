@@ -205,7 +205,7 @@ inline void gemm_outputs_in_lanes_fixed(size_t tiles, const OutputsInLanes<E, W>
   constexpr size_t kLanes = Vec<T>::kLanes;
   const size_t last = p.n - (kVectors - 1) * kLanes;
   constexpr bool kWide = kVectors > kOutputVectors;
-  constexpr int kLocality = kWide ? 2 : 3;  // 2 means L2: two L1 blocks do not fit into L1
+  constexpr int kLocality = kWide ? 2 : 3;  // 2 means L2: L1 has no room for the next block
   static_assert(kRows <= 2 * kNearRows);
   const auto load = [last]<class V>(V, const auto* from, size_t v) __attribute__((always_inline)) {
     const auto* at = from + v * kLanes;

@@ -118,14 +118,14 @@ inline void count_operations(const Timed& timed, const AttentionShape& shape, co
               products * pairs * 2.0 * double(shape.heads * shape.head_dim));
 }
 
-// A tile: the lanes `first` to first + lanes - 1. Only the lanes of the run that use the key-value head
-// kv_head are counted.
+// A tile: the lanes `first` to first + lanes - 1 of the run. The lanes that use the key-value head kv_head
+// are numbered from 0, and other lanes have no number.
 struct QueryTile {
   const AttentionShape& shape;
   const Run& run;
   size_t kv_head, first, lanes;
 
-  // The tile has the lanes first_lane to end_lane - 1, but at most kTileLanes of them.
+  // The tile has the first kTileLanes of the lanes first_lane to end_lane - 1, or all if there are fewer.
   QueryTile(const AttentionShape& s, const Run& r, size_t head, size_t first_lane, size_t end_lane)
       : shape(s),
         run(r),

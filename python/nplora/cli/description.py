@@ -177,7 +177,7 @@ def _safetensors(path: StrPath, size: int) -> str:
 
 
 def _is_trained(file: SafetensorsFile) -> bool:
-    """Whether the file holds an adapter's factors or a checkpoint, and so no layers to adapt."""
+    """Whether the file holds an adapter's factors or a checkpoint. Such a file has no layers to adapt."""
     return is_checkpoint(file.metadata) or any(".lora_" in name for name in file)
 
 

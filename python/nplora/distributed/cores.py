@@ -48,7 +48,7 @@ def fair_threads(ranks: Sequence[Cores], rank: int) -> int:
 
 
 def crowded_machines(ranks: Sequence[Cores], used: Sequence[tuple[str, int]]) -> dict[str, tuple[int, int]]:
-    """Find the machines whose ranks have more threads in total than cores that they may use.
+    """Find the machines whose ranks together have more threads than cores.
 
     Args:
         used: for each rank, the name of its machine and its number of threads.

@@ -59,9 +59,9 @@ class Farewell:
         """If another rank has failed, raise the error that reports this failure.
 
         Args:
-            missing: the ranks whose values have not arrived. A rank that has sent a notice sends no more
-                values. So the error is raised only if one of the missing ranks has sent a notice. None: the
-                error is always raised.
+            missing: the ranks whose values have not arrived. The error is raised only if one of these ranks
+                has sent a notice, and values that it sent earlier have had time to arrive. None: the error is
+                always raised.
         """
         if self._failure is None:
             return

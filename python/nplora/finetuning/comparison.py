@@ -81,7 +81,7 @@ class Comparison:
         return f"{markdown_table(self.evaluations)}\n\n" + "\n".join(f"- {s}" for s in self.sentences())
 
     def sentences(self) -> list[str]:
-        """A sentence for each difference, except in the three metrics below.
+        """A sentence for each difference, except for the three metrics below.
 
         There is no sentence for `token_accuracy`, because the loss measures nearly the same. There is none
         for `reward_margin`, because a larger margin is not always better. For multiple-choice rows, there is

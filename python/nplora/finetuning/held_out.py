@@ -34,9 +34,9 @@ def held_out_loss(data: Data, *, progress: bool | None = None, **reading: Any) -
         reading: the options `format`, `columns`, `chat`, `max_length`, `learn` and `skip_bad` of `evaluate`.
     Returns:
         a function that takes the path of a model and an adapter (or None), and returns the mean loss. Each
-        call loads the model. The first call reads the data and prints the report. Later calls use the data of
-        an earlier call if both models have the same tokenizer, vocabulary size and context length; otherwise,
-        they read the data again. The function raises the errors of `evaluate`.
+        call loads the model. The first call reads the data and prints the report. A later call uses the data
+        of an earlier call if the earlier model has the same tokenizer, vocabulary size and context length;
+        otherwise, it reads the data again. The function raises the errors of `evaluate`.
     Raises:
         ValueError, TypeError: an option is unknown or out of range.
 

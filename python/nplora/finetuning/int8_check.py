@@ -203,7 +203,7 @@ def cosines(model: Module, add_gradient: AddGradient) -> tuple[float, dict[str, 
 
 
 def sample_step(gradients: Sequence[Array]) -> int:
-    """Return a number k: every k-th value of the gradients is used, so at most about COMPARED values in all.
+    """Return a number k: every k-th value of the gradients is used, in all about COMPARED values at most.
 
     k has no common factor with the number of columns of any gradient. So the compared values come from all
     columns.

@@ -385,7 +385,7 @@ def require_finished(directory: StrPath) -> None:
 
 
 def is_dropped(directory: StrPath) -> bool:
-    """Whether a directory's adapter is from an earlier run, and the newer run will overwrite it."""
+    """Whether a directory's adapter is from an earlier run and will be overwritten by a newer run."""
     dropped = run_files.dropped_adapter(directory)
     return dropped is not None and tensors_digest(directory) == dropped
 

@@ -291,7 +291,7 @@ def save(path: StrPath, tensors: Tensors, metadata: Mapping[str, str] | None = N
             patterns as bfloat16. The key becomes the name in the file; a `Tensor`'s own name is ignored.
         metadata: a mapping of text to text.
     Raises:
-        TypeError: the format has no type for a tensor's elements. Or a name or a metadata entry is not text.
+        TypeError: the format has no type for a tensor's elements; or a name or metadata entry is not text.
         OSError: the file cannot be written; the message says how many bytes were needed.
 
     >>> import nplora

@@ -91,7 +91,7 @@ class Sampling:
 
     @property
     def only_biased(self) -> bool:
-        """Whether the token whose score plus `logit_bias` is highest is always chosen."""
+        """Whether sampling always chooses the token with the highest sum of score and `logit_bias`."""
         penalties = self.presence_penalty, self.frequency_penalty
         return self.temperature == 0 and self.repetition_penalty == 1 and not any(penalties)
 

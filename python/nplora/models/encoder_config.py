@@ -23,7 +23,7 @@ _MAX_BUCKETS = 1 << 12
 
 @dataclasses.dataclass(frozen=True)
 class EncoderConfig:
-    """The sizes and settings of an encoder. Fields that BERT's config.json also has mean the same there.
+    """The sizes and settings of an encoder. A field that BERT's config.json has too has the same meaning.
 
     Attributes:
         source: the file that the configuration was read from.

@@ -331,7 +331,7 @@ def _groups(windows: Windows, shape: tuple[int, ...]) -> Iterator[slice]:
 def _forward(
     windows: Windows, c_out: int, x: Array, product: Callable[[Array], tuple[Array, Any]]
 ) -> tuple[Array, tuple[Any, ...]]:
-    """Return y, and a tuple with the values that `product` saved for each group, without the windows."""
+    """Return y, and a tuple of what `product` saved for each group, except its input, the windows."""
     y = np.empty((len(x), c_out, *windows.counts(*x.shape[2:])), x.dtype)
     items = []
     for group in _groups(windows, x.shape):

@@ -178,7 +178,7 @@ class Optimizer:
         `state` fits.
 
         `state_dict(copy=False)` returns the optimiser's own arrays. If you swap the names of these arrays, do
-        not load them: the first copy would overwrite an array before it is read.
+        not load them into the same optimiser: the first copy would overwrite an array before it is read.
 
         Raises:
             ValueError: an array is missing or unknown, or has the wrong shape or dtype. The message lists all

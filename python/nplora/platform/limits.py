@@ -4,8 +4,8 @@ That process runs renderer.py. To start fast, renderer.py imports this module by
 importing the package nplora.
 
 Linux can limit the memory and the CPU time of a process. macOS can limit only the time, and Windows can limit
-neither. The parent process enforces the limits that the system cannot enforce (see `watched`). Every few
-milliseconds, the parent checks how much memory and CPU time the rendering process has used, and ends this
+neither. The parent process enforces the limits that the system cannot enforce (see `watched`). For these
+limits, the parent checks every few milliseconds what the rendering process has used, and ends the rendering
 process if it exceeds a limit.
 """
 

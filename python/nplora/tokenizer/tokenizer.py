@@ -337,7 +337,8 @@ class Tokenizer:
     ) -> tuple[list[int], bool]:
         """Like `encode`, but also return whether the result contains all tokens of the text.
 
-        An incomplete result has only the first `most` tokens. It lacks more than `_UNSURE` tokens.
+        An incomplete result has only the first `most` tokens; more than `_UNSURE` tokens of the text are
+        missing.
         """
         _require_text(text)
         size = len(text) if most is None else _CHARACTERS * (most + _UNSURE)

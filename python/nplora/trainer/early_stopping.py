@@ -15,7 +15,7 @@ Array = npt.NDArray[Any]
 
 
 class EarlyStopping:
-    """Keeps the factors with the lowest validation loss, and counts the evaluations since then.
+    """Keeps the factors with the lowest validation loss, and counts the evaluations after the best one.
 
     Args:
         patience: the run ends after this number of evaluations in a row without a new lowest validation loss.

@@ -159,8 +159,9 @@ class Trainer(TrainingSetup):
         Args:
             x, y: arrays of the same length. Without y, x is an iterable of batches (x, y) or a `Batches`, and
                 `batch_size` and `shuffle` have no effect. An iterable is read once per epoch, so a generator
-                is enough for only one epoch. To resume a run within an epoch, the iterable is read from its
-                beginning and the used batches are skipped, so it must yield the same batches again.
+                is enough for only one epoch. If a run is resumed in the middle of an epoch, the iterable is
+                read from its beginning and the used batches are skipped, so it must yield the same batches
+                again.
             epochs, steps: the length of the run in passes over the data, or in updates of the parameters. At
                 most one of `epochs` and `steps` may be given; the default is 1 epoch.
             batch_size: the number of rows in a batch; the last batch of an epoch may have fewer.

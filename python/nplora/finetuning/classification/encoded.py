@@ -77,7 +77,7 @@ class Encoded:
         return [place for place, count in zip(places, counts, strict=True) for _ in range(count)]
 
     def truth(self, targets: Targets) -> Targets:
-        """Return the targets for `ClassificationReport.of`: those of texts, or of words that have a token."""
+        """Return the targets for `ClassificationReport.of`: of the texts, or of the words with a token."""
         if self.words is None:
             return targets
         return self.words.kept(targets)

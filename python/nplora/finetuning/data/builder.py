@@ -103,8 +103,8 @@ class Builder(Generic[_Made]):
     def end(self) -> None:
         """Finish the current source: repeat its examples according to its weight.
 
-        If the weight is not a whole number, an epoch contains some examples one time more than the remaining
-        examples. Hashes of the tokens choose the examples that occur more often.
+        If the weight is not a whole number, an epoch repeats some examples once more than the others. Hashes
+        of the tokens choose the examples that occur more often.
 
         Raises:
             DataError: the source has no examples. A source that may be empty (`may_be_empty`) is refused

@@ -1,4 +1,4 @@
-"""Checks that a row has a name of the option `columns`, and counts the rows that are not renamed."""
+"""Checks that at least one row has a field that `columns` renames, and counts the rows that have none."""
 
 from __future__ import annotations
 

@@ -211,8 +211,7 @@ class Stored:
         return self._counts(self._trained)
 
     def _counts(self, chosen: Array) -> Array:
-        """For each stored sequence, count the tokens whose value in `chosen` is True, without the first
-        token."""
+        """For each stored sequence, count the tokens after its first one whose value in `chosen` is True."""
         counted = chosen.astype(np.int64)
         counted[self._starts[:-1]] = 0
         return np.asarray(np.add.reduceat(counted, self._starts[:-1].astype(np.intp)))

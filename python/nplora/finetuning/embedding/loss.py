@@ -33,10 +33,10 @@ class EmbeddingLoss(FusedLoss):
     """A loss for `Trainer` that compares the embeddings of all texts of a batch.
 
     The batch is divided into micro-batches, so a batch of thousands of texts needs little memory (Gao et al.
-    2021, "GradCache"). First, a forward pass over each micro-batch computes embeddings, and stores nothing
-    else. The loss and its gradient are computed from the embeddings of the whole batch. After that, each
-    micro-batch gets a second forward pass, with the same dropout, and a backward pass. The last micro-batch
-    needs no second forward pass, so a batch of one micro-batch takes no additional time.
+    2021, "GradCache"). First, a forward pass over each micro-batch computes embeddings; only the last pass
+    also stores its activations. The loss and its gradient are computed from the embeddings of the whole
+    batch. Then the last micro-batch gets its backward pass. Every other micro-batch gets a second forward
+    pass, with the same dropout, and a backward pass. So a batch of one micro-batch takes no additional time.
 
         >>> import nplora
         >>> encoder = nplora.load_encoder("encoder-model")

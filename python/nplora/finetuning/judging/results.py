@@ -136,8 +136,8 @@ class Difference:
         difference: the value for `one` minus the value for `other`.
         low, high: the 95 % confidence interval of the difference; None for fewer than two examples. If the
             metric counts each example as right or wrong for both systems, the interval is from Newcombe's
-            formula. If it does so for one system only, and has the same value in all examples for the other,
-            the interval is from Wilson's formula. Otherwise, the interval is from a bootstrap that draws the
+            formula. If the metric is right or wrong for one system only, and constant for the other, the
+            interval is from Wilson's formula. Otherwise, the interval is from a bootstrap that draws the
             same examples for both systems. The interval is not adjusted for `comparisons`.
         p: the p-value of a paired permutation test, adjusted for the number of comparisons by Holm's method.
             If all systems are equally good, the probability that at least one p of a metric is below 0.05

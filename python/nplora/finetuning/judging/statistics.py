@@ -118,8 +118,8 @@ def paired_p(pairs: Sequence[tuple[Measured, Measured]]) -> list[float | None]:
     All systems were measured on the same examples. The result for a pair is None if there are fewer than two
     examples, or if a value is not finite. A permutation exchanges the values of the two systems in some of
     the examples. If there are few examples, all permutations are tried. If there are many examples, random
-    permutations are tried: the more pairs, the more permutations. The permutation that exchanges nothing is
-    added, so p is never 0 (Phipson and Smyth 2010).
+    permutations are tried (the more pairs, the more permutations), and the permutation that exchanges nothing
+    is added. So p is never 0 (Phipson and Smyth 2010).
     """
     usable = [place for place, pair in enumerate(pairs) if all(map(_can_resample, pair))]
     result = list[float | None]([None] * len(pairs))

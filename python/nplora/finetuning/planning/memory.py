@@ -301,8 +301,8 @@ def with_filter(extra: Extra, config: ModelConfig, targets: int) -> Extra:
 
     For each token, the C++ core lists the entries of the vocabulary that the filter does not skip: at most a
     quarter of the vocabulary. The core stores the gradient of the logit of each listed entry, the last byte
-    of its id, and where each list starts. Tokens for which the filter would skip too few entries are computed
-    without it, from a copy of at most FLAT_ROWS tokens at a time.
+    of its id, and where each list starts. If the filter would skip too few entries for a token, the token's
+    gradient is computed without the filter, from a copy of the logits of at most FLAT_ROWS tokens at a time.
     """
     logits = _FLOAT * min(most_rows(targets, config.vocab_size), targets) * config.vocab_size
     copied = _FLOAT * FLAT_ROWS * (config.vocab_size + config.hidden_size)

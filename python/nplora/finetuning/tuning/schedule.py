@@ -3,8 +3,8 @@
 Each rung trains its candidates for more steps than the rung before (Jamieson and Talwalkar 2016; Li et al.
 2018, "Hyperband"). Every trial starts from scratch with its own learning rate schedule, which ends with the
 trial. The alternative, to continue the trials of a rung in the next rung, has two disadvantages: the schedule
-could not end with each trial, as it ends with a run of `finetune`; and trials with high learning rates would
-be dropped too early, because they pay off only after the schedule has lowered the rate.
+could not end with each trial, although it ends with each run of `finetune`; and trials with high learning
+rates would be dropped too early, because they pay off only after the schedule has lowered the rate.
 """
 
 from __future__ import annotations

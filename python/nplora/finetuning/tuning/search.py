@@ -126,7 +126,10 @@ class Search:
         return self._with_combination(2, self._trials(2, candidates[: rung.count], rung.steps))
 
     def _halved(self, number: int, before: list[Trial]) -> list[Trial]:
-        """Repeat the best third of the trials `before`, at least `_SURVIVORS`, with more steps."""
+        """Repeat the best third of `before` (or the best `_SURVIVORS`, if more) with more steps.
+
+        The budget may allow fewer trials. If it allows fewer than two, return `before`.
+        """
         survivors = [trial.settings for trial in _finite(before)][: max(_SURVIVORS, -(-len(before) // 3))]
         steps = before[0].steps if before else 1
         decided = second_rung(self.budget, self._left, self._pace, len(survivors), steps, self.full)

@@ -66,7 +66,7 @@ def save(path: StrPath, tensors: Tensors, metadata: Mapping[str, Any] | None = N
             or a `Typed`. A Python int or float needs `Typed`, which names its type in the file. The key
             "general.alignment" sets the alignment of the tensors.
     Raises:
-        TypeError: the format has no type for a tensor's elements or for a metadata value. Or a metadata value
+        TypeError: the format has no type for a tensor's elements or for a metadata value; or a metadata value
             needs `Typed`.
         ValueError: a name, number, shape or size is not allowed by the format.
         OSError: the file cannot be written; the message says how many bytes were needed.

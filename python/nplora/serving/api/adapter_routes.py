@@ -25,7 +25,7 @@ def model(service: Service, name: str) -> dict[str, Any]:
 
 
 def _limits(service: Service) -> dict[str, int]:
-    """The limit in tokens of a prompt plus its answer and, if answers are limited, of an answer alone."""
+    """The most tokens of a prompt plus its answer, and, if there is such a limit, the most of an answer."""
     limits = {"max_model_len": service.engine.context}
     return limits if service.most_tokens is None else limits | {"max_tokens": service.most_tokens}
 

@@ -36,7 +36,7 @@ class Sentences:
         texts: the text of each sentence. If a client sent words, they are joined by spaces.
         spans: for each sentence, the start and the end of each word in the text, int64 (words, 2).
         first: for each sentence, an array with the index of each word's first token, as in `WordIds`.
-        rows: array with the index of the row of logits of each word that has a token.
+        rows: for each word that has a token, the index of its row of logits.
     """
 
     texts: list[str]

@@ -72,8 +72,10 @@ def _openai(row: Fields) -> Example:
 
 
 def _has_whole_chats(row: Fields) -> bool:
-    """Whether the prompt is a text, and both answers are lists of several messages. Each of these lists
-    contains the prompt too."""
+    """Whether the prompt is a text, and both answers are lists of several messages.
+
+    Such lists are taken for whole chats, which contain the prompt too.
+    """
     prompt, answers = row.values["prompt"], [row.values.get(name) for name in ("chosen", "rejected")]
     return isinstance(prompt, str) and all(isinstance(a, list) and len(a) > 1 for a in answers)
 

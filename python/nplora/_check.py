@@ -44,7 +44,7 @@ def kind(value: object) -> str:
     The name of a class from another package includes the module.
     """
     if isinstance(value, type):
-        return f"the class {_title(value)}, not one of its objects"
+        return f"the class {_title(value)}, not an instance of it"
     return f"{value[:40]!r}" if isinstance(value, str) else f"a {_title(type(value))}"
 
 
@@ -219,7 +219,7 @@ def keywords(function: Callable[P, T]) -> Callable[P, T]:
         for name, value in zip(known, args, strict=False):
             if name in named:
                 raise TypeError(
-                    f"{op}: {name} is given by its position ({kind(value)}) and by its name"
+                    f"{op}: {name} is given twice: by position ({kind(value)}) and by keyword"
                     f"{parameters_hint(name, value)}"
                 )
         return function(*args, **named)

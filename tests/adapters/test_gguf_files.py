@@ -569,7 +569,7 @@ def test_a_conversion_tells_what_it_did(tmp_path: Path) -> None:
     directory = write_peft(tmp_path / "peft", patterned(), factors(patterned()))
     report = nplora.adapter_to_gguf(directory, tmp_path / "a.gguf", base_config(tmp_path / "base", "qwen2"))
     assert str(report) == (
-        f"{tmp_path}/a.gguf: 10 layers of qwen2, alpha 6\nmultiplied the scale of 3 layers into lora_b"
+        f"{tmp_path}/a.gguf: 10 layers of qwen2, alpha 6\n3 layers: the scale is multiplied into lora_b"
     )
     file = gguf.open(tmp_path / "a.gguf")
     norm = {"blk.0.attn_norm.weight": np.ones(WIDTH, np.float32)}

@@ -688,8 +688,8 @@ def test_a_type_whose_blocks_do_not_fill_the_rows_is_told_once_with_those_that_d
         nplora.merge_adapter(base, adapter, tmp_path / "out.gguf", "q4_k")
     fitting = [name for name in storages.GGML_NAMES if storages.block_elements(name) <= 32]
     assert str(error.value) == (
-        "merge: dtype q4_k needs rows of a multiple of 256 elements, but blk.1.attn_q.weight has rows of 64; "
-        f"possible: same, {', '.join(fitting)}"
+        "merge: dtype q4_k needs a multiple of 256 elements in each row, but blk.1.attn_q.weight has rows of "
+        f"64 elements; possible: same, {', '.join(fitting)}"
     )
 
 
@@ -706,7 +706,7 @@ def test_factors_and_trained_rows_of_one_weight_are_refused(rng: np.random.Gener
     base = base_gguf(tmp_path / "base.gguf", rng, "float32")
     rows = TokenRows(np.array([3]), np.zeros((1, WIDTH), np.float32))
     adapter = Adapter("both", {"lm_head": random_adapter(rng)["lm_head"]}, token_rows={"lm_head": rows})
-    message = "both: lm_head: for the same weight, the adapter has LoRA factors and trained rows"
+    message = "both: lm_head: for this weight, the adapter has LoRA factors and trained rows"
     with pytest.raises(FormatError, match=message):
         nplora.merge_adapter(base, adapter, tmp_path / "out.gguf")
     assert not (tmp_path / "out.gguf").exists()

@@ -140,7 +140,7 @@ def test_tools_and_spaces_that_the_template_lacks_are_reported(tmp_path: Path) -
     report = export_ollama(save_small_llama(tmp_path / "model.gguf", changes=changes), tmp_path / "out")
     assert report.template
     assert report.lines == (
-        "TEMPLATE has no tools: Ollama refuses requests with tools",
+        "TEMPLATE does not write the definitions of tools: Ollama refuses requests with tools",
         "TEMPLATE keeps spaces at the ends of messages; the model's template removes them "
         "(system, user, assistant)",
     )

@@ -142,7 +142,7 @@ def test_a_name_that_peft_would_confuse_with_a_trained_layer_is_refused(tmp_path
             self.head = nplora.Linear(np.zeros((2, 2)), trainable=True)
             self.overhead = nplora.LoRALinear(np.zeros((2, 2)), rank=1)
 
-    with pytest.raises(ValueError, match="the trained layer 'head' would match 'overhead' too"):
+    with pytest.raises(ValueError, match="the trained layer 'head' would also match 'overhead'"):
         save_adapter(Confusing(), tmp_path)
     assert os.listdir(tmp_path) == []
 

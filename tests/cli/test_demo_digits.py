@@ -127,7 +127,7 @@ def test_text_shows_the_table_and_fits_a_terminal(report):
     text = str(report)
     for share in (*dataclasses.astuple(report.before), *dataclasses.astuple(report.after)):
         assert f"{share:.1%}" in text
-    assert f"{report.factors:,} factors" in text
+    assert f"{report.factors:,} parameters" in text
     assert f"{report.merge.difference:.1e}" in text
     assert max(map(len, text.splitlines())) <= 90
 

@@ -400,7 +400,7 @@ def test_trained_tokens_and_layers_trained_as_a_whole_are_listed(tmp_path: Path)
     tokens, whole = (description.describe(tmp_path / name).split("\n\n") for name in "01")
     wanted = "trained tokens\n  lm_head             2 tokens  0, 5\n  model.embed_tokens  2 tokens  0, 5"
     assert tokens[-1] == wanted
-    assert whole[-1] == "trained as a whole\n  lm_head  266 x 32"
+    assert whole[-1] == "fully trained layers\n  lm_head  266 x 32"
 
 
 def test_new_tokens_are_listed(tmp_path: Path) -> None:
@@ -419,5 +419,5 @@ def test_the_invocation_tokens_of_activated_lora_are_shown(tmp_path: Path) -> No
     nplora.save_adapter(lm, tmp_path / "a")
     nplora.adapter_to_gguf(tmp_path / "a", tmp_path / "a.gguf", model)
     for name in ("a", "a.gguf"):
-        line = "activated LoRA: acts from the last occurrence of the tokens 7, 4 on"
+        line = "activated LoRA: acts from the last occurrence of the tokens 7, 4 onwards"
         assert line in description.describe(tmp_path / name)

@@ -287,10 +287,10 @@ def token(id_: Any, text: Any) -> dict[str, Any]:
         ([5], "expected an id"),
         ([token(VOCAB, "<a>"), token(VOCAB, "<b>")], f"two added tokens have the id {VOCAB}"),
         ([token(VOCAB, "<a>"), token(VOCAB + 1, "<a>")], "two added tokens have the text '<a>'"),
-        ([token(1 << 30, "<a>")], f"is token {1 << 30}, but the adapter and the model have only"),
+        ([token(1 << 30, "<a>")], f"is token {1 << 30}, but neither the adapter nor the model"),
         ([token(VOCAB, "<tool>")], f"was added as token {VOCAB}, but in this model '<tool>' is token"),
         ([token(5, "<a>"), token(VOCAB, "<b>")], "was added as token 5, but in this model token 5 is"),
-        ([], "the adapter trains token .*the tokenizer must be saved beside the adapter"),
+        ([], "the adapter trains token .*save its tokenizer in the directory of the adapter"),
     ],
 )  # fmt: skip
 def test_damaged_tokens_are_refused(model: Path, tokens: Any, words: str, tmp_path: Path) -> None:

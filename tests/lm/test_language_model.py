@@ -576,7 +576,7 @@ def test_ids_labels_and_states_that_make_no_sense_are_refused(lm: LanguageModel)
     for labels in (ids, np.full(6, IGNORED)):
         with pytest.raises(ValueError, match="the model has no adapter"):
             lm.train_step(ids, labels, nplora.SGD(lr=0.1))
-    with pytest.raises(TypeError, match="train_step: optimizer is the class SGD, not one of its objects"):
+    with pytest.raises(TypeError, match="train_step: optimizer is the class SGD, not an instance of it"):
         lm.train_step(ids, ids, nplora.SGD)  # type: ignore[arg-type]
     for rank in (10**9, 2**63):
         with pytest.raises(ValueError, match=f"^add_lora: rank is {rank}, expected at most 65536$"):

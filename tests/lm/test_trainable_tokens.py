@@ -190,7 +190,7 @@ def test_named_adapters_and_copies_share_the_frozen_weights(model: Path) -> None
     plain.set_adapter(None)
     np.testing.assert_array_equal(plain.logits(IDS), before)
     plain.load_adapter(first, "second")
-    with pytest.raises(UnsupportedError, match=r"holds trained tokens .*merge one of the adapters"):
+    with pytest.raises(UnsupportedError, match=r"holds trained tokens .*merge this adapter"):
         plain.set_adapter(["first", "second"])
 
 
@@ -268,7 +268,7 @@ def test_an_adapter_with_trained_rows_is_refused_where_only_factors_fit(untied: 
     words = r"holds trained tokens \('lm_head', 'model.embed_tokens'\)"
     for refusing, remedy in (
         (lambda: nplora.adapter_to_gguf(tmp_path / "a", tmp_path / "a.gguf", untied), "nplora merge"),
-        (lambda: nplora.combine([(tmp_path / "a", 1.0)]), "merge one of the adapters into the model"),
+        (lambda: nplora.combine([(tmp_path / "a", 1.0)]), "merge this adapter into the model"),
         (lambda: nplora.read_adapter(tmp_path / "a"), "Adapter.read reads it"),
     ):
         with pytest.raises(UnsupportedError, match=words + ".*" + remedy):

@@ -87,7 +87,7 @@ def combine(
     if not weighted:
         raise ValueError("combine: got no adapters, expected at least one")
     for adapter, _ in weighted:
-        adapter.require_low_rank("merge one of the adapters into the model instead")
+        adapter.require_low_rank("merge this adapter into the model instead")
         adapter.require_always_active("combine")
         if adapter.use_dora:
             raise UnsupportedError(

@@ -113,7 +113,7 @@ class AdapterContent(Mapping[str, LoraDelta]):
         if self.invocation_tokens is not None:
             raise UnsupportedError(
                 f"{op}: {self.source} is an activated LoRA (aLoRA), which acts only from its invocation "
-                "tokens on, so its update cannot be added to the weights"
+                "tokens onwards, so its update cannot be added to the weights"
             )
 
     def require_low_rank(self, hint: str) -> None:

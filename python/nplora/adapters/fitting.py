@@ -134,7 +134,7 @@ class Target:
             return
         hint = ""
         if beyond[0] == shape[0] and not may_follow:
-            hint = "; for tokens that were added to the model, the tokenizer must be saved beside the adapter"
+            hint = "; if tokens were added to the model, save its tokenizer in the directory of the adapter"
         raise FormatError(
             f"{brief(layer)}: the adapter trains token {beyond[-1]}, but the vocabulary of {self.title} "
             f"ends with token {shape[0] - 1}{hint}"

@@ -74,7 +74,7 @@ class AdapterConversion:
         layers = counted(len(self.layers), "layer")
         lines = [f"{self.target}: {layers} of {self.architecture}, alpha {self.alpha:g}"]
         if self.folded:
-            lines.append(f"multiplied the scale of {counted(len(self.folded), 'layer')} into lora_b")
+            lines.append(f"{counted(len(self.folded), 'layer')}: the scale is multiplied into lora_b")
         if self.named_base:
             lines.append(f"base model, named in {peft_adapter.CONFIG}: {self.named_base}")
         if self.passed_over:

@@ -322,7 +322,8 @@ def new_layers(
     rows = _new_trained_rows(adapter, model)
     if both := ", ".join(made.keys() & rows.keys()):
         raise FormatError(
-            f"{adapter.source}: {both}: for the same weight, the adapter has LoRA factors and trained rows"
+            f"{adapter.source}: {both}: for this weight, the adapter has both LoRA factors and trained rows, "
+            "which is not supported"
         )
     made |= rows
     _warn_of_unknown(adapter)
@@ -353,7 +354,7 @@ def require_plain_invocation(adapter: AdapterContent, model: Module) -> None:
     if others or adapter.use_dora or adapter.trained_rows or not model.trained_row_layers:
         raise UnsupportedError(
             f"{adapter.source}: an activated LoRA (aLoRA) can only adapt linear layers of a language "
-            "model's blocks, without DoRA and trained rows"
+            "model's blocks, and cannot use DoRA or trained rows"
         )
 
 
@@ -371,8 +372,8 @@ def _new_trained_rows(adapter: AdapterContent, model: Module) -> dict[str, Train
     for token in tokens:
         if token.id >= size:
             raise FormatError(
-                f"{adapter.source}: the new token {brief(token.text)} is token {token.id}, but the adapter "
-                f"and the model have only {size} rows"
+                f"{adapter.source}: the new token {brief(token.text)} is token {token.id}, but neither "
+                f"the adapter nor the model has more than {size} rows"
             )
     made = trained_layers(model, wanted, adapter.is_tied, model.new_tokens(tokens), size)
     for name in wanted:
@@ -443,7 +444,7 @@ def _target(model: Module, live: bool, **more: Any) -> Target:
             wanted = "a LoRA layer" if live else "a linear layer or an embedding"
             return f"the model's layer is a {type(module).__name__}, expected {wanted}"
         if isinstance(module, Linear | Embedding) and module.trainable:
-            return "the model's layer is fully trained"
+            return "the model's layer is fully trained, expected a frozen layer"
         assert isinstance(module.weight, FrozenWeight)
         embedding = isinstance(module, Embedding | LoRAEmbedding | TrainedEmbedding)
         use_dora = False if embedding else None  # None: a new layer can be made with or without DoRA

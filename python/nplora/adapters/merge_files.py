@@ -251,9 +251,10 @@ def _placed(
     for layer, ids in trained.items():
         name = model.place(layer, 0)[0] or ""
         if name in deltas:
-            rows = "trained rows" if layer in adapter.trained_rows else "no rows for the new tokens"
+            rows = "and trained rows" if layer in adapter.trained_rows else "but no rows for the new tokens"
             raise FormatError(
-                f"{adapter.source}: {layer}: for the same weight, the adapter has LoRA factors and {rows}"
+                f"{adapter.source}: {layer}: for this weight, the adapter has LoRA factors {rows}, "
+                "which is not supported"
             )
         tensor = model.tensors[name]
         deltas[name] = _new_rows(adapter, layer, ids, tensor, sizes.get(layer, tensor.shape[0]))
@@ -335,6 +336,7 @@ def _require_blocks(model: ModelFiles, updates: Mapping[str, LoraDelta | NewRows
     if short:
         fitting = possible_storages(model, rows)
         raise ValueError(
-            f"merge: dtype {dtype} needs rows of a multiple of {storages.block_elements(dtype)} elements, "
-            f"but {rows[short[0]]} has rows of {short[0]}; possible: {', '.join(('same', *fitting))}"
+            f"merge: dtype {dtype} needs a multiple of {storages.block_elements(dtype)} elements in each "
+            f"row, but {rows[short[0]]} has rows of {short[0]} elements; "
+            f"possible: {', '.join(('same', *fitting))}"
         )

@@ -131,7 +131,7 @@ class MergeGate:
                 return named
             loss = self._trial(dataclasses.replace(merged, dtype=storage), output)
             if loss is None:
-                return f"{named} of ΔW by an estimate"
+                return f"{named} of ΔW (estimated)"
             if loss.is_kept:
                 return f"{named} of ΔW, and its loss is {loss.merged:.4f} (measured)"
         if self.check is None:

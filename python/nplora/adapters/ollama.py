@@ -61,7 +61,7 @@ class OllamaExport:
     def __str__(self) -> str:
         adapter = "" if self.adapter is None else f" --adapter {self.adapter}"
         check_it = (
-            f"check it:  nplora eval {self.model}{adapter} --data ROWS (its loss should be close to that "
+            f"check it:  nplora eval {self.model}{adapter} --data ROWS (the loss should be near the loss "
             "before the export)"
         )
         import_it = f"import it: ollama create NAME -f {Path(self.directory, MODELFILE)}"
@@ -111,7 +111,7 @@ def export_ollama(
 
     >>> print(nplora.adapters.export_ollama("model.gguf", "ollama", "adapter", system="Be brief."))
     ollama/model.gguf: ...
-    check it:  nplora eval ollama/model.gguf --data ROWS (its loss should be close to that before the export)
+    check it:  nplora eval ollama/model.gguf --data ROWS (the loss should be near the loss before the export)
     import it: ollama create NAME -f ollama/Modelfile
     """
     files.require_named(_OP, model=model, directory=directory, adapter=adapter)
@@ -216,7 +216,7 @@ def _template(file: GgufFile) -> tuple[str | None, list[str], list[str]]:
         return None, [], ["the Modelfile has no TEMPLATE: Ollama uses the chat template in the GGUF file"]
     lacks = []
     if found.has_tools:
-        lacks.append("TEMPLATE has no tools: Ollama refuses requests with tools")
+        lacks.append("TEMPLATE does not write the definitions of tools: Ollama refuses requests with tools")
     if found.trimmed:
         roles = ", ".join(found.trimmed)
         lacks.append(

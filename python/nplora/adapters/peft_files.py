@@ -343,8 +343,8 @@ def _require_unmistakable(name: str, others: Iterable[str]) -> None:
     for other in others:
         if other.endswith(name) or f".{name}." in f".{other}.":
             raise ValueError(
-                f"save_adapter: in PEFT's modules_to_save, the trained layer {name!r} would match {other!r} "
-                "too; rename one of them"
+                f"save_adapter: in PEFT's modules_to_save, the name of the trained layer {name!r} would also "
+                f"match {other!r}; rename one of the two layers"
             )
 
 

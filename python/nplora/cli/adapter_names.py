@@ -29,6 +29,6 @@ def named_adapters(given: Iterable[str]) -> dict[str, str]:
             raise UsageError(f"--adapter is {text!r}, expected NAME=PATH")
         name = name or default_name(Path(os.path.abspath(path)))
         if name in found:
-            raise UsageError(f"two adapters have the name {name!r}: give --adapter NAME=PATH")
+            raise UsageError(f"two adapters have the name {name!r}; choose another with --adapter NAME=PATH")
         found[name] = path
     return found

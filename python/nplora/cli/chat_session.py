@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 # {command: (its argument, what it does)}
 COMMANDS = {
-    "/adapter": ("[NAME]", "answer with the adapter NAME ('none': no adapter); without NAME, list adapters"),
+    "/adapter": ("[NAME]", "use the adapter NAME ('none': no adapter); without NAME, list the adapters"),
     "/system": ("[TEXT]", "set the system message to TEXT; without TEXT, remove the system message"),
     "/reset": ("", "forget all messages except the system message"),
     "/save": ("FILE.jsonl", "add the chat to a file as a row that nplora finetune reads"),
@@ -121,7 +121,8 @@ class ChatSession:
         else:
             near = _check.suggestion(name, COMMANDS)
             raise ValueError(
-                f"no command {name}{near or '; /help lists them'} (to begin a message with /, type //)"
+                f"no command {name}{near or '; /help lists the commands'} "
+                "(to begin a message with /, type //)"
             )
         return True
 

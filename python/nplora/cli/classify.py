@@ -26,7 +26,7 @@ from nplora.distributed.launch import require_one_process
 from nplora.distributed.opening import heard_by_all_ranks, require_choice
 
 HELP = (
-    "Train a classifier of texts or of words with LoRA, evaluate a classifier on labelled rows, or write the "
+    "Train a text or word classifier with LoRA, evaluate a classifier on labelled rows, or write the "
     "predictions of a classifier."
 )
 
@@ -212,8 +212,8 @@ def _write_table(stream: TextIO, rows: Iterable[dict[str, Any]]) -> None:
         chances = {f"probability {name}": p for name, p in (row.pop("probabilities", None) or {}).items()}
         if both := row.keys() & chances.keys():
             raise DataError(
-                f"--output: row {number} has a field {brief(min(both))}, which is the name of a new column; "
-                "rename the field, or write .jsonl"
+                f"--output: row {number} has a field {brief(min(both))}, but predict writes a column with "
+                "the same name; rename the field, or write .jsonl"
             )
         flat = {name: _cell(value) for name, value in {**row, **chances}.items()}
         if columns is None:

@@ -331,7 +331,7 @@ def _trained_rows(
             (layer, counted(len(ids), "token"), _shortened(", ".join(map(str, ids))))
             for layer, (_, ids) in tokens.items()
         ],
-        "trained as a whole": [(layer, ", ".join(found)) for layer, found in shapes.items()],
+        "fully trained layers": [(layer, ", ".join(found)) for layer, found in shapes.items()],
     }
 
 
@@ -341,7 +341,7 @@ def _activated(tokens: tuple[int, ...] | None) -> str:
         return ""
     return (
         "activated LoRA: acts from the last occurrence of the tokens "
-        f"{_shortened(', '.join(map(str, tokens)))} on"
+        f"{_shortened(', '.join(map(str, tokens)))} onwards"
     )
 
 

@@ -21,7 +21,7 @@ from nplora.cli.parser import (
 )
 from nplora.runtime.stderr import stderr
 
-HELP = "Print the mean loss of a language model on a file of text, and other metrics."
+HELP = "Print the mean loss and other metrics of a language model on a file of text."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -57,7 +57,7 @@ class DictionaryReport:
 
   held out   {run.valid.examples if run.valid else 0} entries: loss {losses}
   reloaded   onto a fresh model: loss {self.reloaded_loss:.2f}, {same}
-  trained    {run.trained:,} factors, {run.trained / run.parameters:.1%} of the model, on {tokens:,} tokens
+  trained    {run.trained:,} parameters, {run.trained / run.parameters:.1%} of the model, on {tokens:,} tokens
   time       {run.history.seconds:.0f} s of training on {counted(self.threads, "thread")}
   memory     {peak_memory() / 1e6:.0f} MB at most, the model's file included
 """

@@ -149,7 +149,8 @@ With {self.examples} examples, LoRA adapts it to images that are rotated by 90 d
 {row("changed images", self.before.new, self.after.new, self.off.new)}
 {row("original images", self.before.old, self.after.old, self.off.old)}
 
-  trained    {self.factors:,} factors of rank {self.rank}, {self.factors / self.parameters:.1%} of the network
+  trained    {self.factors:,} parameters (rank {self.rank}), \
+{self.factors / self.parameters:.1%} of the network
   time       {self.seconds:.1f} s of training on {counted(self.threads, "thread")}
   memory     {self.saved_bytes / 1000:.0f} kB kept for the backward pass of a batch of {BATCH}
   frozen     sha256 before and after {self.digests[1][:16]}{untouched}

@@ -279,7 +279,7 @@ def test_tensors_of_a_peft_adapter_that_do_not_fit_are_listed_too(tmp_path: Path
     path.write_text(path.read_text() + "\n")
     lines = squeezed(description.describe(tmp_path))
     assert lines[0] == f"{tmp_path}: PEFT's DoRA adapter for an unnamed model"
-    assert lines[2] == "the configuration differs from the one that was saved with the tensors"
+    assert lines[2] == "adapter_config.json differs from the configuration that was saved with the tensors"
     assert row("good", lora_a, lora_b, 4, is_dora=True) in lines
     assert lines[-2:] == [
         f"tensor '{PREFIX}nan.lora_B.weight' holds NaN or an infinity",

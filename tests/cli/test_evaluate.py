@@ -82,7 +82,7 @@ def test_the_json_of_eval_is_that_of_python(
 def test_eval_says_that_adapters_are_added_up(
     model: Path, data: Path, adapter: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    notice = "the adapters are added up and evaluated together; --compare evaluates each of them alone"
+    notice = "the adapters are added up and evaluated together; --compare evaluates each adapter alone"
     for count in (1, 2):
         words = ["--adapter", adapter] * count
         _, out, err = run(capsys, model, "--data", data, "--json", *words)

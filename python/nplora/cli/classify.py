@@ -133,7 +133,7 @@ def _predict(arguments: argparse.Namespace, options: dict[str, Any]) -> None:
     from nplora.finetuning.classification.prediction import predictions, save_array
 
     if arguments.json:
-        raise UsageError("classify predict: --json is for eval; predictions are JSON lines anyway")
+        raise UsageError("classify predict: --json is for eval; by default, predictions are JSON lines")
     if arguments.plot is not None:
         raise UsageError("classify predict: --plot is for eval")
     with _opened(arguments.output) as stream:

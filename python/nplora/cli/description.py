@@ -306,7 +306,9 @@ def _peft(adapter: PeftAdapter) -> str:
         f"{adapter.directory}: PEFT's {kind} adapter for {base}",
         f"rank {config.r:,}, alpha {config.lora_alpha:g}, scale = alpha / {rule}; layers may differ",
         _activated(config.alora_invocation_tokens),
-        "" if adapter.paired else "the configuration differs from the one that was saved with the tensors",
+        ""
+        if adapter.paired
+        else f"{peft_adapter.CONFIG} differs from the configuration that was saved with the tensors",
         targets=_targets(layer[0] for layer in layers),
         layers=layers,
         **_trained_rows(adapter, tokens, whole),

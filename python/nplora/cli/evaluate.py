@@ -68,7 +68,7 @@ def _evaluate(arguments: argparse.Namespace, options: dict[str, Any]) -> None:
 
     data = given_data(arguments.data)
     if len(arguments.adapter or ()) > 1:
-        text = "the adapters are added up and evaluated together; --compare evaluates each of them alone"
+        text = "the adapters are added up and evaluated together; --compare evaluates each adapter alone"
         print(text, file=stderr, flush=True)
     result = finetuning.evaluate(arguments.model, data, adapter=arguments.adapter, **options)
     is_finite = math.isfinite(result["loss"])

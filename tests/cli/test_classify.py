@@ -223,7 +223,7 @@ def test_a_file_of_predictions_is_not_left_behind_after_an_error(
         ),
         (
             '{"text": "a cat", "prediction": 1}\n',
-            "line 1: the field 'prediction' has the name of a new field",
+            "line 1: the row already has a field 'prediction'",
         ),
     ],
 )

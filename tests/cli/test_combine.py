@@ -15,7 +15,7 @@ def test_a_word_that_is_neither_a_path_nor_a_path_with_a_weight_is_refused(
         with pytest.raises(SystemExit) as exit_:
             cli.main(["combine", word, "--output", "o"])
         assert exit_.value.code == 2
-        message = f"no such file: '{word}'; nor is it PATH:WEIGHT, because '{weight}' is not a number"
+        message = f"no such file: '{word}'; if this is PATH:WEIGHT, the weight '{weight}' is not a number"
         assert message in capsys.readouterr().err
     (tmp_path / "full:x").mkdir()
     assert cli.main(["combine", "full:x", "--output", "o"]) == 2

@@ -191,7 +191,7 @@ def test_ranks_without_the_option_are_refused_even_if_another_rank_has_it(
     for programs in ([(2, without)], [(1, words(inputs, tmp_path / "out")), (1, without)]):
         status, _, errors = run(*programs)
         assert status != 0
-        found_once = f"mpirun started 2 ranks, and each of them would make the whole run: {found}"
+        found_once = f"mpirun started 2 ranks, and each of them would train alone: {found}"
         assert errors.count(found_once) == 1, errors
 
 

@@ -244,7 +244,7 @@ def test_a_communicator_and_distributed_exclude_each_other(model: Path, tmp_path
         ):
             train(None, model, tmp_path, distributed="MPI")
     no_communicator: Any = "mpi"
-    message = "communicator is 'mpi', expected a Communicator, which has rank"
+    message = "communicator is 'mpi', expected a Communicator, which has the attribute rank"
     with pytest.raises(TypeError, match=f"train: {message}"):
         embedding.train(model, triplets(), tmp_path, communicator=no_communicator)
     with pytest.raises(TypeError, match=f"train_classifier: {message}"):

@@ -62,9 +62,9 @@ def test_an_adapter_remembers_whether_its_data_went_through_the_template(model: 
     ("name", "rows", "chat", "message"),
     [
         ("chats", CHATS, False,
-         r"chats was trained with the chat template, but this prompt does not go through it; add --chat"),
+         r"chats was trained with the chat template, but this prompt is not formatted with it; add --chat"),
         ("pairs", PAIRS, True,
-         "pairs was trained without the chat template, but this prompt goes through it"),
+         "pairs was trained without the chat template, but this prompt is formatted with it"),
         ("chats", CHATS, True, None),
         ("pairs", PAIRS, False, None),
     ],
@@ -82,11 +82,11 @@ def test_generate_warns_of_another_form(
 def test_evaluate_warns_of_another_form(model: Path, tmp_path: Path) -> None:
     chats = trained(model, tmp_path / "chats", CHATS)
     with pytest.warns(
-        UserWarning, match=r"chats was trained with .*, but this text does not go through it; "
+        UserWarning, match=r"chats was trained with .*, but this text is not formatted with it; "
     ):
         evaluate(model, PAIRS, adapter=chats)
     pairs = read_adapter(trained(model, tmp_path / "pairs", PAIRS))
-    with pytest.warns(UserWarning, match="was trained without the chat template, but this text goes"):
+    with pytest.warns(UserWarning, match="was trained without the chat template, but this text is formatted"):
         evaluate(model, CHATS, adapter=(pairs, 0.5))
     save_adapter(load_with_adapter(model, chats), tmp_path / "other")
     with warnings.catch_warnings():

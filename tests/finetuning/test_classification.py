@@ -227,7 +227,7 @@ def test_bad_rows_are_skipped_and_counted_on_request(model: Path, tmp_path: Path
     assert report.examples == 1
     with pytest.raises(DataError, match="the label 'zoo' is unknown, expected one of 'pet', 'shop'"):
         evaluate_classifier(run.classifier, [ROW, {"text": "a", "label": "zoo"}])
-    with pytest.warns(UserWarning, match="1 empty text; the predictions mean little"):
+    with pytest.warns(UserWarning, match="1 empty text; the prediction for an empty text means little"):
         assert len(list(predict_rows(run.classifier, [{"text": ""}]))) == 1
 
 
@@ -273,7 +273,7 @@ def test_calibration_needs_validation_data(model: Path, tmp_path: Path) -> None:
 
 
 def test_unknown_columns_are_refused(model: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="columns names 'prompt', expected text or label"):
+    with pytest.raises(ValueError, match="columns has the key 'prompt', expected text or label"):
         train_classifier(model, [ROW, SHOP], tmp_path / "out", columns="prompt=x")
 
 
@@ -463,7 +463,7 @@ def test_a_length_without_room_for_words_is_refused(length: int, model: Path, tm
 
 def test_fields_that_a_prediction_would_replace_are_refused(model: Path) -> None:
     row = {"text": "a cat", "probability": 3}
-    with pytest.raises(DataError, match="row 1: the field 'probability' has the name of a new field"):
+    with pytest.raises(DataError, match="row 1: the row already has a field 'probability'"):
         list(predict_rows(untrained(model), [row]))
     number = untrained(model, ["score"], task="regression")
     assert next(predict_rows(number, [row]))["probability"] == 3
@@ -480,7 +480,8 @@ def test_labels_are_found_with_spaces_and_by_number(model: Path) -> None:
     with pytest.raises(DataError, match="data, row 1: the label '0' is unknown, expected one of '1', '3'"):
         evaluate_classifier(untrained(model, [1, 3]), numbered)
     both = [{"text": "a cat", "label": 1}, {"text": "a dog", "label": True}]
-    with pytest.raises(DataError, match="the label True is true or false, but data, row 1 has 1, a number"):
+    words = r"the label True is a boolean, but the label 1 \(data, row 1\) is a number"
+    with pytest.raises(DataError, match=words):
         evaluate_classifier(untrained(model, ["1", "True"]), both)
     with pytest.raises(DataError, match="the label '2' is unknown"):
         evaluate_classifier(untrained(model), [{"text": "a", "label": 2}])
@@ -506,7 +507,7 @@ def test_wrong_arguments_of_an_evaluation_are_named(
 
 def test_a_classifier_of_two_numbers_has_no_rows_to_compare(model: Path) -> None:
     both = untrained(model, ["x", "y"], task="regression")
-    with pytest.raises(ValueError, match="the classifier predicts 2 numbers, but rows have one"):
+    with pytest.raises(ValueError, match="the classifier predicts 2 numbers, but each row has only one"):
         evaluate_classifier(both, [{"text": "a", "label": 1}])
 
 

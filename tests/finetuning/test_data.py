@@ -808,7 +808,7 @@ def test_a_path_that_is_not_a_data_file_is_refused(tmp_path: Path) -> None:
     for name, message in (
         ("pipe.jsonl", "a FIFO, expected a regular file"),
         ("bad.txt", "line 2: not UTF-8"),
-        ("data.xml", r"expected a file that ends in \.jsonl"),
+        ("data.xml", r"expected a name that ends in \.jsonl"),
     ):
         with pytest.raises(FormatError, match=message):
             read_dataset(tmp_path / name, tokenizer(), max_length=8)

@@ -296,7 +296,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     (chat({**ANSWER, "function_call": {"name": "f", "arguments": "x"}}), "the arguments of the tool call"),
     (chat({**CALLING, "function_call": {"name": "f", "arguments": "{}"}}), "both tool_calls and function"),
     (chat({**USER, "function_call": {"name": "f", "arguments": "{}"}}), "a message of role 'user' has"),
-    (chat({**USER, "tool_calls": [CALL]}), "a message of role 'user' has tool_calls, expected 'assistant'"),
+    (chat({**USER, "tool_calls": [CALL]}), "role 'user' has tool_calls, expected role 'assistant'"),
     (chat({**CALLING, "tool_calls": CALL}), "tool_calls is .*, expected a list of objects"),
     (chat({**CALLING, "tool_calls": ["f"]}), r"tool_calls is \['f'\], expected a list of objects"),
     (called(name=...), "a tool call is .*, expected an object with the name of a"),
@@ -359,13 +359,13 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"prompt": [USER]}, "completion is missing; the row has"),
     ({"prompt": [5], "completion": [ANSWER]}, "a message is 5, expected"),
     ({"prompt": "a", "completion": [ANSWER]},
-     r"completion is \[.*\], expected a string, as prompt is a string"),
+     r"completion is \[.*\], expected a string, because prompt is a string"),
     ({"prompt": "a", "completion": ["c"]},
-     r"completion is \['c'\], expected a string, as prompt is a string"),
+     r"completion is \['c'\], expected a string, because prompt is a string"),
     ({"prompt": "a", "chosen": "b", "rejected": ["c"]},
-     r"rejected is \['c'\], expected a string, as prompt is a string"),
+     r"rejected is \['c'\], expected a string, because prompt is a string"),
     ({"prompt": "a", "chosen": ANSWER, "rejected": "c"},
-     r"chosen is \{.*\}, expected a string, as prompt is a string"),
+     r"chosen is \{.*\}, expected a string, because prompt is a string"),
     ({"prompt": 5, "completion": "b"}, "prompt is 5, expected a string"),
     ({"prompt": [USER, CALLING], "completion": [{**RESULT, "role": "user", "tool_calls": [CALL]}]},
      "has tool_calls"),
@@ -668,14 +668,14 @@ def test_an_empty_field_is_no_field_of_a_table(tmp_path: Path) -> None:
 def test_a_judgement_in_a_csv_file_is_not_learnt_as_an_answer(tmp_path: Path) -> None:
     words = from_gguf(opened(byte_level()))
     (tmp_path / "d.csv").write_text("instruction,output,label\na,b,false\nc,d,true\n")
-    with pytest.raises(DataError, match="line 2: the row has an answer and a label, so it is a comparison"):
+    with pytest.raises(DataError, match="line 2: the row has an answer and a label; expected one"):
         read_dataset(tmp_path / "d.csv", words)
 
 
 def test_comparisons_are_refused_where_one_answer_is_learnt() -> None:
     words = from_gguf(opened(byte_level()))
     for row, fields in ((pair(), "chosen and rejected"), (judged(), "an answer and a label")):
-        with pytest.raises(DataError, match=f"row 1: the row has {fields}, so it is a comparison; expected"):
+        with pytest.raises(DataError, match=f"row 1: the row has {fields}; expected one answer"):
             read_dataset([row], words)
     for row, format_ in (
         ({"prompt": "a", "completion": "b", "label": True}, "completion"),

@@ -198,8 +198,8 @@ def test_judged_answers_have_the_same_batches_in_every_epoch(lm: LanguageModel) 
 @pytest.mark.parametrize(
     ("rows", "objective", "message"),
     [
-        (PAIRS, "sft", r"has chosen and rejected, so it is a comparison; expected one answer to learn\. "
-         r"To train on comparisons, use finetune --objective dpo \(objective='dpo'\)$"),
+        (PAIRS, "sft", r"has chosen and rejected; expected one answer to learn\. "
+         r"To train on rows of this kind, use finetune --objective dpo \(objective='dpo'\)$"),
         ([{"prompt": "a", "completion": "b", "label": True}], "sft", r"finetune --objective kto"),
         ([{"text": "a"}], "dpo", r"the row has text; objective 'dpo' needs rows with chosen and rejected$"),
         ([{"prompt": "a", "completion": "b"}], "orpo", "objective 'orpo' needs rows with chosen and rej"),

@@ -145,7 +145,7 @@ def test_the_examples_of_an_epoch_are_those_of_a_run(tmp_path: Path, weight: flo
     path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     found = preview([(path, weight)], TOKENIZER, max_length=20)
     if weight == 1e9:
-        assert "an epoch has 30,000,000,000 examples, and at most 33,554,432 are possible" in str(found)
+        assert "an epoch has 30,000,000,000 examples, but at most 33,554,432 are possible" in str(found)
         return
     assert found.train.epoch == len(read_dataset([(path, weight)], TOKENIZER, max_length=20))
     assert ("with the weights of the files" in str(found)) == (weight != 1)
@@ -240,7 +240,7 @@ def test_a_model_stands_for_its_tokenizer(tmp_path: Path) -> None:
     ("rows", "message"),
     [
         ([{"a": 1}] * 2, "no row can be used: 2 bad rows"),
-        ([{"prompt": "x" * 90, "completion": "b"}], "no row can be used: 1 left out after the cut"),
+        ([{"prompt": "x" * 90, "completion": "b"}], "no row can be used: 1 left out because of the cut"),
     ],
 )
 def test_the_command_fails_if_no_row_can_be_used(

@@ -100,7 +100,7 @@ def test_the_elements_of_an_array_are_those_of_json_wherever_the_parts_end() -> 
         ('{"data": [1], "more": {"a": 1}', "the object does not end"),
         (
             '{"text": "a"}\n{"text": "b"}\n',
-            r"expected an array, .*; a file with an object on each line is \.jsonl",
+            r"expected an array, .*; if each line is an object, the file's name must end in \.jsonl",
         ),
         ('{"a": ' + "[" * 100_000, "expected an array"),
         ('{"a":' + " " * 900_000, "expected an array"),
@@ -296,7 +296,7 @@ def test_a_file_of_empty_lines_is_refused(
     monkeypatch.setattr("nplora.finetuning.data.rows._FREE_LINES", 1000)
     file = tmp_path / f"data{suffix}.gz"
     file.write_bytes(gzip.compress(b"text\n" + blank * 2_000))
-    with pytest.raises(LimitError, match=r"line 1,00\d: the file so far has more empty lines"):
+    with pytest.raises(LimitError, match=r"line 1,00\d: most lines of the file up to this one are empty"):
         list(read_rows(file))
     file.write_bytes(gzip.compress(b"text\n" + (b"a b c" * 9 + blank * 40) * 300))
     assert list(read_rows(file))

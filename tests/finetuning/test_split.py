@@ -199,7 +199,7 @@ def test_a_value_without_json_is_an_error_of_its_row(tmp_path: Path) -> None:
                 {"role": "assistant", "content": "b", "tool_calls": [call]},
             ]
         }
-        with pytest.raises(DataError, match="data, row 1: a value that JSON cannot represent"):
+        with pytest.raises(DataError, match="data, row 1: a tool call has an argument that JSON cannot"):
             inputs(model, [bad], 0.5)
 
 

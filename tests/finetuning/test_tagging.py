@@ -347,9 +347,9 @@ def test_wrong_lines_are_refused_with_their_place(
 @pytest.mark.parametrize(
     ("columns", "task", "message"),
     [
-        ("text=a", "tokens", "columns names 'text', expected tokens or tags, as in tags=pos"),
-        ("tokens=a", "single", "columns names 'tokens', expected text or label"),
-        ("tokens=a,label=b", None, "columns names 'tokens', expected text or label"),
+        ("text=a", "tokens", "columns has the key 'text', expected tokens or tags, as in tags=pos"),
+        ("tokens=a", "single", "columns has the key 'tokens', expected text or label"),
+        ("tokens=a,label=b", None, "columns has the key 'tokens', expected text or label"),
     ],
 )
 def test_columns_of_another_task_are_refused(
@@ -364,7 +364,7 @@ def test_training_cuts_long_sentences_and_counts_them(model: Path, tmp_path: Pat
     rows = [{"tokens": ["the", "cat", "sats", "mat"], "tags": ["O", "B-PET", "I-PET", "O"]}, ROW]
     run = train_classifier(model, rows, tmp_path, valid=rows, steps=1, max_length=5, batch_examples=1)
     assert (run.cut, run.lost) == (1, 1)
-    text = "cut to 5 tokens: 1 sentence; 1 word without a token has no label"
+    text = "cut to 5 tokens: 1 sentence; 1 word has no token and is ignored"
     assert text in str(run)
     assert run.valid is not None
     assert run.valid.examples == 6
@@ -503,11 +503,11 @@ def test_every_word_of_a_long_sentence_has_a_label(model: Path) -> None:
         (tags, short) = tagger.predict_words([row["tokens"] for row in rows])
     assert [tag is None for tag in tags] == [word == "\u200b" for word in words]
     assert short == tagger.predict_words([ROW["tokens"]])[0]
-    with pytest.warns(UserWarning, match="predict_rows: 30 words without a token have no label$"):
+    with pytest.warns(UserWarning, match="predict_rows: 30 words have no token and are ignored$"):
         found = list(predict_rows(tagger, rows, probabilities=True))
     assert [row["prediction"] for row in found] == [tags, short]
     assert found[0]["probabilities"]["O"][5] is None
-    with pytest.warns(UserWarning, match="evaluate_classifier: 30 words without a token have no label$"):
+    with pytest.warns(UserWarning, match="evaluate_classifier: 30 words have no token and are ignored$"):
         assert evaluate_classifier(tagger, rows).examples == 6 * 30 + 2
     tagger.max_length = 2
     with pytest.raises(ValueError, match="windows: longest is 2, expected more than the 2 special tokens"):
@@ -545,7 +545,7 @@ def test_probabilities_are_written_on_request(model: Path) -> None:
 
 def test_what_a_classifier_of_words_cannot_do_is_said(model: Path) -> None:
     tagger = untrained(model)
-    with pytest.raises(DataError, match="row 1: the field 'prediction' has the name of a new field"):
+    with pytest.raises(DataError, match="row 1: the row already has a field 'prediction'"):
         list(predict_rows(tagger, [{**ROW, "prediction": 1}]))
     with pytest.raises(ValueError, match="use `predict_words` to label words"):
         tagger.predict(["a cat"])
@@ -718,7 +718,7 @@ def test_a_tag_that_nearly_fits_a_scheme_is_named_once(
         {"tokens": [f"w{i}" for i in range(len(own.split()))], "tags": own.split()} for own in tags.split("|")
     ]
     found_at = re.escape(wrong)
-    text = f"{found_at} is not a tag of entities, so reports have no scores of entities; expected O, or tags"
+    text = f"{found_at} fits no scheme of entity tags, so reports have no scores of entities; expected O, or"
     for op, work in (
         ("train_classifier", lambda: train_classifier(model, rows, tmp_path, valid=rows, steps=1).classifier),
         ("evaluate_classifier", lambda: evaluate_classifier(nplora.load_classifier(model, tmp_path), rows)),
@@ -726,7 +726,7 @@ def test_a_tag_that_nearly_fits_a_scheme_is_named_once(
         with pytest.warns(UserWarning, match=f"^{op}: {text}") as found:
             work()
         assert len(found) == 1
-    with pytest.warns(UserWarning, match="evaluate_classifier: the label '.*' is not a tag of entities"):
+    with pytest.warns(UserWarning, match="evaluate_classifier: the label '.*' fits no scheme of entity tags"):
         evaluate_classifier(untrained(model, ["O", "b-X"]), [{"tokens": ["a"], "tags": ["O"]}])
 
 
@@ -750,7 +750,7 @@ def test_messages_speak_of_sentences(model: Path, capsys: pytest.CaptureFixture[
     tagger = untrained(model)
     evaluate_classifier(tagger, [ROW, ROW], progress=True)
     assert re.match(r"2 of 2 sentences, [\d.]+ sentences/s, ", capsys.readouterr().err)
-    with pytest.warns(UserWarning, match="1 empty sentence; the predictions mean little"):
+    with pytest.warns(UserWarning, match="1 empty sentence; the prediction for an empty sentence means"):
         list(predict_rows(tagger, [ROW, {"tokens": []}], progress=True))
     assert re.match(r"2 sentences, [\d.]+ sentences/s", capsys.readouterr().err)
 

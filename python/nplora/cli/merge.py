@@ -54,8 +54,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text = "print 'ΔW kept' and the rounding error of each merged tensor"
     parser.add_argument("--verbose", action="store_true", help=text)
     text = (
-        "held-out data; the model is written only if its loss on these data exceeds the loss of BASE with "
-        "the adapter by at most --tolerance"
+        "held-out data; if the loss of the new model on these data is more than --tolerance above the loss "
+        "of BASE with the adapter, no file is written"
     )
     parser.add_argument("--check", metavar="FILE", type=path, help=text)
     text = (

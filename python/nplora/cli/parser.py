@@ -211,7 +211,8 @@ def given_data(data: list[tuple[str, float]]) -> Any:
 
 def add_adapters(parser: argparse.ArgumentParser) -> None:
     text = (
-        "PEFT directory or llama.cpp file, and its weight (default: 1). Repeatable: several adapters add up"
+        "adapter: PEFT directory or llama.cpp file, with an optional weight (default: 1). Repeatable: the "
+        "updates of all given adapters are added"
     )
     parser.add_argument("--adapter", metavar="PATH[:WEIGHT]", type=weighted_path, action="append", help=text)
     add_any_base(parser)
@@ -250,7 +251,7 @@ def weighted_path(text: str) -> tuple[str, float]:
         found = path(before), float(weight)
     except ValueError:
         model_directory.require_no_hub_name(text, "an adapter")
-        problem = f"no such file: {text!r}; nor is it PATH:WEIGHT, because {weight!r} is not a number"
+        problem = f"no such file: {text!r}; if this is PATH:WEIGHT, the weight {weight!r} is not a number"
         raise argparse.ArgumentTypeError(problem) from None
     if not math.isfinite(found[1]):
         raise argparse.ArgumentTypeError(f"the weight of {before!r} is {weight}, expected a finite number")

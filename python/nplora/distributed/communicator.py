@@ -121,7 +121,8 @@ def require_communicator(op: str, given: Any) -> None:
     names = ("rank", "size", "gather", "broadcast", *exchanges, "waited", "exchanged")
     if missing := [name for name in names if not hasattr(given, name)]:
         raise TypeError(
-            f"{op}: communicator is {_check.kind(given)}, expected a Communicator, which has {missing[0]}"
+            f"{op}: communicator is {_check.kind(given)}, expected a Communicator, which has the attribute "
+            f"{missing[0]}"
         )
 
 

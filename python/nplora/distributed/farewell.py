@@ -147,8 +147,9 @@ class Farewell:
             if now - started > _QUIET and not is_told:
                 is_told = True
                 print(
-                    f"nplora: rank {self.rank} has failed ({message_of(error)}) and waits for "
-                    f"{_named(silent)} to compute a batch or to save the run, for {self.timeout:g} s at most",
+                    f"nplora: rank {self.rank} has failed ({message_of(error)}) and waits up to "
+                    f"{self.timeout:g} s for {_named(silent)}, which may be computing a batch or saving the "
+                    "run",
                     file=stderr,
                 )
             self.listen()

@@ -37,7 +37,7 @@ def require_one_process(op: str, can_train_together: bool = False) -> None:
     started = f"{op}: mpirun started {ranks} ranks, and each of them would"
     if can_train_together:
         raise ValueError(
-            f"{started} make the whole run: distributed='mpi' makes them train together; "
+            f"{started} train alone: distributed='mpi' makes them train together; "
             "distributed='off' makes separate runs"
         )
     names = " ".join(f"-u {name}" for name in _SIZES if name in os.environ)

@@ -41,8 +41,8 @@ def _mpi() -> Any:
         import mpi4py
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            f"{_OP}: MPI needs mpi4py: pip install 'nplora[mpi]', and an MPI library: pip install mpich, or "
-            "the system's MPICH or Open MPI",
+            f"{_OP}: MPI needs mpi4py (pip install 'nplora[mpi]') and an MPI library (pip install mpich, or "
+            "install the system's MPICH or Open MPI)",
             name="mpi4py",
         ) from error
     try:
@@ -55,7 +55,8 @@ def _mpi() -> Any:
         ) from error
     if not MPI.Is_initialized() or MPI.Is_finalized():
         raise ValueError(
-            f"{_OP}: MPI is not running: leave mpi4py.rc.initialize True, and do not end MPI before the run"
+            f"{_OP}: MPI is not running: do not set mpi4py.rc.initialize to False, and do not finalize MPI "
+            "before the run"
         )
     if MPI.Query_thread() < MPI.THREAD_SERIALIZED and not MPI.Is_thread_main():
         raise ValueError(f"{_OP}: this MPI allows calls from the main thread only")
@@ -142,7 +143,9 @@ class MPICommunicator:
                     f"each other: use {advice}"
                 )
         if self.rank == 0 and not is_fixed and is_bound(own, os.environ):
-            warn_user(f"{_OP}: Open MPI has bound each rank to one core: mpirun --bind-to none lifts this")
+            warn_user(
+                f"{_OP}: Open MPI has bound each rank to one core: start the ranks with mpirun --bind-to none"
+            )
 
     # ---- the methods of Communicator ----
 

@@ -55,7 +55,8 @@ class Network:
         bits = _RATE.fullmatch(str(rate).strip())
         if bits is None or float(bits[1]) <= 0:
             raise ValueError(
-                f"{op}: network is {rate!r}, expected bits per second like 1Gb or 2.5Gb, or bytes like 125MB"
+                f"{op}: network is {rate!r}, expected bits per second like 1Gb or 2.5Gb, or bytes per second "
+                "like 125MB"
             )
         seconds = _TIME.fullmatch(str(latency).strip())
         if seconds is None:

@@ -103,7 +103,7 @@ def warn_of_form(op: str, adapter: Adapters, chat: bool | None, use: str, remedy
         trained = one.chat_template if isinstance(one, Adapter) else trained_with_template(one)
         if None not in (trained, chat) and trained != chat:
             with_or_without = "with" if trained else "without"
-            does = f"does not go through it; {remedy}" if trained else "goes through it"
+            does = f"is not formatted with it; {remedy}" if trained else "is formatted with it"
             warn_user(f"{op}: {_name(one)} was trained {with_or_without} the chat template, but {use} {does}")
 
 

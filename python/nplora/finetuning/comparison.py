@@ -244,7 +244,9 @@ def _named(adapters: object) -> dict[str, Adapters]:
     if not found:
         raise ValueError("compare: adapters is empty, expected at least one adapter")
     if BASE in found:
-        raise ValueError(f"compare: an adapter has the name {BASE!r}, which is the name of the model alone")
+        raise ValueError(
+            f"compare: an adapter has the name {BASE!r}, which is reserved for the model without an adapter"
+        )
     return found
 
 
@@ -261,4 +263,7 @@ def name_of(adapter: Any) -> str:
         return adapter.source
     if isinstance(adapter, str | os.PathLike):
         return os.path.normpath(adapter)
-    raise TypeError(f"compare: an adapter is {brief(adapter)}, expected a path, a pair or an Adapter")
+    raise TypeError(
+        f"compare: an adapter is {brief(adapter)}, expected a path, an Adapter, a pair (one of these, "
+        "weight), or a list of these"
+    )

@@ -112,5 +112,6 @@ def cut_in_words(cut: int, lost: int, longest: int, unit: str) -> str:
     """Return a message that says how many texts or sentences were cut, and how many words have no label."""
     found = [f"cut to {longest} tokens: {counted(cut, unit)}"] if cut else []
     if lost:
-        found.append(f"{counted(lost, 'word')} without a token {'has' if lost == 1 else 'have'} no label")
+        have, are = ("has", "is") if lost == 1 else ("have", "are")
+        found.append(f"{counted(lost, 'word')} {have} no token and {are} ignored")
     return "; ".join(found)

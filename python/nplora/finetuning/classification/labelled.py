@@ -58,7 +58,7 @@ class Columns:
                     if "text" in known
                     else "tokens or tags, as in tags=pos"
                 )
-                raise ValueError(f"{op}: columns names {ours!r}, expected {shown}")
+                raise ValueError(f"{op}: columns has the key {ours!r}, expected {shown}")
         return Columns(**names)
 
 
@@ -228,7 +228,7 @@ class RowReader:
     def _label(self, value: Any, where: str) -> str:
         if isinstance(value, float) and value.is_integer():  # from a pandas column with missing values
             value = int(value)
-        kind = {str: "a text", int: "a number", bool: "true or false"}.get(type(value))
+        kind = {str: "a text", int: "a number", bool: "a boolean"}.get(type(value))
         if kind is None:
             may_be_numbers = _is_float(value) and self._task != "tokens"
             hint = "; --task regression (task='regression') predicts numbers" if may_be_numbers else ""
@@ -243,8 +243,8 @@ class RowReader:
         first = self._first = self._first or (kind, where, value)
         if first[0] != kind:
             raise DataError(
-                f"{where}: the label {brief(value)} is {kind}, but {first[1]} has {brief(first[2])}, "
-                f"{first[0]}; expected labels of one type"
+                f"{where}: the label {brief(value)} is {kind}, but the label {brief(first[2])} ({first[1]}) "
+                f"is {first[0]}; expected labels of one type"
             )
         return name if self._known is None else self._found(value, name, where)
 
@@ -403,9 +403,9 @@ def unfit_tag(labels: Sequence[str], *data: LabelledTexts) -> str:
     if wrong is None or not look_like_entities(labels):
         return ""
     return (
-        f"{places[wrong]} is not a tag of entities, so reports have no scores of entities; expected O, "
-        "or tags such as B-PER: a letter, a hyphen and a kind of entity. The letters of all tags must be "
-        "among B, I, E and S, or among B, I, L and U"
+        f"{places[wrong]} fits no scheme of entity tags, so reports have no scores of entities; expected O, "
+        "or a letter, a hyphen and a kind of entity, such as B-PER. All tags must use letters of the same "
+        "set: B, I, E and S, or B, I, L and U"
     )
 
 

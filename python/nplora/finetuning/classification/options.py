@@ -93,8 +93,7 @@ class ClassifyOptions:
     )
     valid_split: float | None = _same(
         "valid_split",
-        help="share of the rows to hold out for validation; a hash of each row's text decides whether it is "
-        "held out",
+        help="share of the rows to hold out for validation; a hash of each row's text decides which rows",
     )
     max_length: int | None = _option(
         "data", None, "maximum tokens of a text; longer texts are cut (default: the model's maximum)"

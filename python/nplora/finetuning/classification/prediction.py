@@ -82,7 +82,9 @@ def evaluate_classifier(
     require_separator(op, separator)
     labels = None if classifier.task == "regression" else classifier.labels
     if labels is None and len(classifier.labels) > 1:
-        raise ValueError(f"{op}: the classifier predicts {len(classifier.labels)} numbers, but rows have one")
+        raise ValueError(
+            f"{op}: the classifier predicts {len(classifier.labels)} numbers, but each row has only one"
+        )
     task = task_of_rows(classifier)
     named = Columns.of(op, parse_columns(columns, op), task)
     reader = RowReader(named, task, separator, labels, numbered=True)
@@ -279,7 +281,10 @@ class _Predictor:
             names += ["probability", "probabilities"]
         for name in names:
             if name in row.values:
-                raise DataError(f"{row.where}: the field {name!r} has the name of a new field; rename it")
+                raise DataError(
+                    f"{row.where}: the row already has a field {name!r}, but a field of this name is added to "
+                    "each row; rename the row's field"
+                )
         if not self._classifier.classifies_tokens:
             return row, Labelled(text_of(row, self._columns.text), ())
         name, words = words_of(row, self._columns.tokens)
@@ -340,4 +345,4 @@ class _Predictor:
             warn_user(f"{self._op}: {found}")
         if self._empty:
             found = counted(self._empty, f"empty {self.unit}")
-            warn_user(f"{self._op}: {found}; the predictions mean little")
+            warn_user(f"{self._op}: {found}; the prediction for an empty {self.unit} means little")

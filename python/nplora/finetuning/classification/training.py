@@ -129,7 +129,7 @@ class ClassifierRun:
             lines.append(self.skipped)
         if history.best_step is not None and len(history.evaluations) > 1:
             lines.append(
-                f"the adapter is that of step {history.best_step}, which had the lowest validation loss"
+                f"the adapter is from step {history.best_step}, which had the lowest validation loss"
             )
         if self.temperature != 1:
             lines.append(f"calibrated: the logits are divided by {self.temperature:.4g}")
@@ -257,7 +257,7 @@ def train_classifier(
         accumulate: batches in one step (gradient accumulation).
         columns: names of fields in the data, as in text=review,label=stars or tokens=words,tags=pos.
         valid_split: share of the rows to hold out for validation; a hash of each row's text decides
-            whether it is held out.
+            which rows.
         max_length: maximum tokens of a text; longer texts are cut (default: the model's maximum).
         skip_bad: skip bad rows of the data, and count them.
         eval_every: number of steps between two evaluations of the validation data; the run also
@@ -337,7 +337,7 @@ class _Training:
         labels = self.train.labels(self.task)
         encoder = opened_encoder(op, model, options.compute)
         if isinstance(model, Encoder) and model.adapter_layers():
-            raise ValueError(f"{op}: the encoder has an adapter already, expected one without")
+            raise ValueError(f"{op}: the encoder has an adapter already, expected an encoder without one")
         if self.is_first:
             self._require_not_read(encoder, [*splits.train, *(held_out or [])])
         tokens = self.task == "tokens"
@@ -362,7 +362,9 @@ class _Training:
         if held_out is None:
             return (train, None) if options.valid_split is None else self._divided(train, options.valid_split)
         if options.valid_split is not None:
-            raise ValueError("train_classifier: valid_split and validation data are both given")
+            raise ValueError(
+                "train_classifier: valid_split and validation data are both given, expected only one of them"
+            )
         known = None if self.task == "regression" else train.labels(self.task)
         valid = RowReader(self.columns, self.task, options.separator, known)
         return train, valid.read(held_out, options.skip_bad)

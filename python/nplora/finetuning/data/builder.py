@@ -121,8 +121,8 @@ class Builder(Generic[_Made]):
         self._kinds.append(self.kind)
         if source.weight > 1 and (count := len(self._order) + len(added) * source.weight) > MOST_EXAMPLES:
             raise LimitError(
-                f"{source.name}: weight {source.weight:g} makes {count:.3g} examples in an epoch, at most "
-                f"{MOST_EXAMPLES:,} are possible"
+                f"{source.name}: weight {source.weight:g} makes {count:.3g} examples in an epoch, "
+                f"expected at most {MOST_EXAMPLES:,}"
             )
         epoch = in_epoch(source.weight, len(added))
         if not epoch:
@@ -143,7 +143,7 @@ class Builder(Generic[_Made]):
         if emptied := self._emptied - self._emptied_before:
             reasons.append(
                 f"{emptied} with nothing to train on within max_length={self._max_length}; "
-                "with a larger maximum, fewer examples are left out"
+                "a larger maximum keeps more examples"
             )
         return f": {', '.join(reasons)}" if reasons else ""
 

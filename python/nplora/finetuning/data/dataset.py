@@ -313,9 +313,8 @@ def require_one_answer(kind: Kind, where: str) -> None:
                 "or completion"
             )
         raise DataError(
-            f"{where}: the row has {kind.fields}, so it is a comparison; expected one answer to learn. "
-            f"To train on comparisons, use finetune --objective {objective} "
-            f"(objective={objective!r}){ignoring}"
+            f"{where}: the row has {kind.fields}; expected one answer to learn. To train on rows of this "
+            f"kind, use finetune --objective {objective} (objective={objective!r}){ignoring}"
         )
     if kind.name == "choice":
         raise DataError(

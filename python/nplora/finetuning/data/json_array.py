@@ -117,7 +117,7 @@ def _begin(head: bytes, name: str) -> tuple[int, bool]:
             place = len(text)
     if text[place : place + 1] != "[":
         shown = brief(text.lstrip()[:40].encode("utf-8", "surrogateescape").decode(errors="replace"))
-        lines = "; a file with an object on each line is .jsonl" * is_object
+        lines = "; if each line is an object, the file's name must end in .jsonl" * is_object
         raise DataError(
             f'{name}: begins with {shown}, expected an array, or an object with an array as its "data"{lines}'
         )

@@ -165,7 +165,7 @@ class Preview:
         for part in (self.train, self.valid):
             if part is not None and not part.usable:
                 reasons = [counted(part.bad, "bad row")] if part.bad else []
-                reasons += [f"{part.emptied:,} left out after the cut"] if part.emptied else []
+                reasons += [f"{part.emptied:,} left out because of the cut"] if part.emptied else []
                 raise DataError(f"{part.source}: no row can be used: {', '.join(reasons)}")
         if self.train.kinds == ("choice",):
             raise DataError(f"{self.train.source}: no row can be used: {_PURPOSE['choice']}")
@@ -392,7 +392,7 @@ def _summary(part: Part, max_length: int) -> str:
         f"{counted(part.examples, unit)}, {counted(tokens, 'token')} ({part.trained:,} in the loss)"
     ]
     if part.epoch != part.usable:
-        refused = f", and at most {MOST_EXAMPLES:,} are possible" if part.epoch > MOST_EXAMPLES else ""
+        refused = f", but at most {MOST_EXAMPLES:,} are possible" if part.epoch > MOST_EXAMPLES else ""
         lines.append(f"  with the weights of the files, an epoch has {counted(part.epoch, unit)}{refused}")
     lines += [f"  {_PURPOSE[kind]}" for kind in part.kinds if kind in _PURPOSE]
     if part.cut:

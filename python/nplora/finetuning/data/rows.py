@@ -66,7 +66,7 @@ def read_rows(path: StrPath) -> Iterator[Row]:
     suffix = suffix_of(path)
     if suffix not in _READERS:
         os.stat(path)
-        raise DataError(f"{files.name(path)}: expected a file that ends in {ENDS}")
+        raise DataError(f"{files.name(path)}: expected a name that ends in {ENDS}")
     return _READERS[suffix](path)
 
 
@@ -167,7 +167,7 @@ def _lines(path: StrPath) -> Iterator[tuple[int, bytes]]:
                 if empty > _FREE_LINES + filled:
                     where = f"{files.name(path)}, line {number:,}"
                     raise LimitError(
-                        f"{where}: the file so far has more empty lines than bytes in other lines"
+                        f"{where}: most lines of the file up to this one are empty; remove the empty lines"
                     )
             else:
                 filled += len(line)

@@ -132,7 +132,8 @@ def text_of(example: Example, where: str) -> str:
         return "".join(_texts(example))
     except (TypeError, ValueError) as error:
         raise DataError(
-            f"{where}: a value that JSON cannot represent; valid_split needs JSON: {error}"
+            f"{where}: a tool call has an argument that JSON cannot represent, but valid_split needs it as "
+            f"JSON: {error}"
         ) from error
 
 

@@ -118,7 +118,7 @@ def _content(row: Fields, message: Message) -> str:
 def _tool_calls(row: Fields, message: Message) -> Objects:
     calls = message["tool_calls"]
     if message["role"] != "assistant":
-        raise row.error(f"a message of role {message['role']!r} has tool_calls, expected 'assistant'")
+        raise row.error(f"a message of role {message['role']!r} has tool_calls, expected role 'assistant'")
     if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
         raise row.error(f"tool_calls is {brief(calls)}, expected a list of objects")
     return [_tool_call(row.part(f"tool call {number}"), call) for number, call in enumerate(calls, 1)]

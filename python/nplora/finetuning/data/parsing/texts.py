@@ -21,7 +21,7 @@ def prompt_and_answer(row: Fields, name: str) -> Answered:
     prompt, answer = row.values.get("prompt"), row.values.get(name)
     is_chat = isinstance(answer, list | dict)
     if isinstance(prompt, str) and is_chat:
-        raise row.error(f"{name} is {brief(answer)}, expected a string, as prompt is a string")
+        raise row.error(f"{name} is {brief(answer)}, expected a string, because prompt is a string")
     if isinstance(prompt, list) or is_chat:
         return chat_of(row, [*messages_of(row, "prompt", prompt), *_answered(row, name)], prompt)
     return Completion(row.text("prompt", may_be_empty=True), row.text(name))

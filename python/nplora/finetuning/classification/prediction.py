@@ -282,8 +282,8 @@ class _Predictor:
         for name in names:
             if name in row.values:
                 raise DataError(
-                    f"{row.where}: the row already has a field {name!r}, but a field of this name is added to "
-                    "each row; rename the row's field"
+                    f"{row.where}: the row already has a field {name!r}, but a field of this name is added "
+                    "to each row; rename the row's field"
                 )
         if not self._classifier.classifies_tokens:
             return row, Labelled(text_of(row, self._columns.text), ())

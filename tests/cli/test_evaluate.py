@@ -158,7 +158,7 @@ def test_a_loss_that_is_not_finite_fails_after_the_table(
         (["--json", "--markdown"], "not allowed with argument"),
         (["--metric", "exactmatch"], "no metric 'exactmatch'; did you mean exact_match?"),
         (["--max-new-tokens", "0"], "--max-new-tokens is 0, expected at least 1"),
-        (["--metric", "nowhere_to_be_found:f"], "no module 'nowhere_to_be_found'"),
+        (["--metric", "nowhere_to_be_found:f"], "the module 'nowhere_to_be_found' is neither in"),
     ],
 )
 def test_wrong_options_of_eval_are_errors(

@@ -340,7 +340,7 @@ def test_plans_of_which_none_fits_on_every_rank_are_refused() -> None:
     second = compared((RECOMPUTED, 100_000_000, 1.0), (KEPT, 190_000_000, 2.0))
     message = (
         r"no plan fits on every rank: the plan that comes closest \(float32, activations recomputed\) needs "
-        "170 MB on rank 0, which has 150 MB: give rank 0 a larger --memory"
+        "170 MB on rank 0, whose limit is 150 MB: give rank 0 a larger --memory"
     )
     with pytest.raises(BudgetError, match=message):
         fitting_all([first, second])
@@ -348,7 +348,7 @@ def test_plans_of_which_none_fits_on_every_rank_are_refused() -> None:
 
 def test_ranks_that_compared_different_plans_are_called_different() -> None:
     first, second = compared((KEPT, 1_000_000, 1.0)), compared((CUT, 1_000_000, 1.0))
-    with pytest.raises(ValueError, match="the ranks differ: rank 1 has not compared the same memory plans"):
+    with pytest.raises(ValueError, match="the ranks differ: rank 1 and rank 0 have compared different"):
         fitting_all([first, second])
 
 

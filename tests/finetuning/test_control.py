@@ -378,7 +378,7 @@ def test_the_default_learning_rate_depends_on_the_width_of_the_model(hidden: int
 
 @pytest.mark.parametrize(("options", "message"), [
     ({"freeze_B": True, "lora_plus_ratio": 16}, "lora_plus_ratio=16 and freeze_B exclude each other"),
-    ({"outer_momentum": 0.9}, "outer_momentum is for local_steps, which is not set"),
+    ({"outer_momentum": 0.9}, "outer_momentum needs local_steps, which is not set"),
     ({"local_steps": 2, "outer_lr": 0}, "outer_lr is 0, expected above 0"),
 ])  # fmt: skip
 def test_learning_rates_without_effect_are_refused(options: dict[str, Any], message: str) -> None:

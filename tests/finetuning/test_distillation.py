@@ -443,7 +443,7 @@ def test_a_teacher_that_diverges_is_blamed(
     lm = load_model(teacher)
     norm: Any = lm.model.norm if layer == "model.norm" else lm.model.layers[1].input_layernorm  # type: ignore[attr-defined]
     norm.weight[...] = np.nan
-    words = rf"the outputs of the teacher .* are not finite, beginning with '{re.escape(layer)}'"
+    words = rf"in the teacher .*, the first layer whose output is not finite is '{re.escape(layer)}'"
     with pytest.raises(NonFiniteLossError, match=words):
         finetune(model, data, tmp_path / "out", teacher=lm, steps=2, **DISTILL)
 
@@ -606,7 +606,7 @@ def test_another_temperature_than_the_stored_one_is_refused(
     ("options", "words"),
     [
         ({"objective": "distill"}, "objective 'distill' needs a teacher"),
-        ({"teacher": "t"}, "teacher is for objective 'distill', and the objective is 'sft'"),
+        ({"teacher": "t"}, "teacher is for objective 'distill', but the objective is 'sft'"),
         ({"kl": "reverse"}, "kl is for objective 'distill'"),
         (
             {"objective": "distill", "teacher": "t", "kl": "both"},
@@ -709,7 +709,7 @@ def test_a_damaged_file_is_refused(
 
 def test_a_file_of_another_kind_is_refused(model: Path, data: Path, tmp_path: Path) -> None:
     safetensors.save(tmp_path / "t", {"w": np.eye(2, dtype=np.float32)})
-    with pytest.raises(FormatError, match="is neither a model nor a file that nplora teach made"):
+    with pytest.raises(FormatError, match="expected a teacher: a model, or a file that nplora teach made"):
         finetune(model, data, tmp_path / "out", teacher=tmp_path / "t", **DISTILL)
 
 

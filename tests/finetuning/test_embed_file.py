@@ -110,7 +110,7 @@ def test_embeddings_with_nan_or_infinity_are_refused(model: Path, tmp_path: Path
     encoder.add_lora(rank=2, init="gaussian")
     encoder.adapter_layers()["encoder.layer.1.output.dense"].A[...] = 3e38  # type: ignore[attr-defined]
     target = tmp_path / f"v.{output}"
-    with pytest.raises(ValueError, match="embed_file: 2 embeddings of 2 have NaN or infinity, beginning"):
+    with pytest.raises(ValueError, match="embed_file: 2 of 2 embeddings have NaN or infinity, the first"):
         embed_file(encoder, [{"text": "a cat"}, {"text": "a dog"}], target)
     assert not target.exists()
 

@@ -387,7 +387,7 @@ def test_rows_that_are_not_answered_are_told(tmp_path: Path) -> None:
     ]}  # fmt: skip
     chat = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
     with pytest.warns(
-        UserWarning, match=r"^evaluate: 1 row of data not answered: data, row 2: the last assistant"
+        UserWarning, match=r"^evaluate: no answer for 1 row of data: data, row 2: the last assistant"
     ):
         found = evaluate(lm, [chat, call], metric="f1", max_new_tokens=1, skip_bad=True)
     assert (found["examples"], found["metrics"]["f1"]["examples"]) == (2, 1)
@@ -398,7 +398,7 @@ def test_rows_that_are_not_answered_are_told(tmp_path: Path) -> None:
 
 
 def test_a_module_that_is_not_found_or_fails_is_an_error(lm: LanguageModel, module: str) -> None:
-    with pytest.raises(ValueError, match=r"no module 'my_metric', neither in .* nor installed$"):
+    with pytest.raises(ValueError, match=r"the module 'my_metric' is neither in .* nor installed$"):
         evaluate(lm, ROWS, metric="my_metric:half")
     with pytest.raises(ModuleNotFoundError, match="no_such_package_at_all"):
         evaluate(lm, ROWS, metric="broken_metrics:half")
@@ -415,7 +415,7 @@ def test_a_module_that_is_not_found_or_fails_is_an_error(lm: LanguageModel, modu
                 {"role": "user", "content": "a"},
                 {"role": "assistant", "content": "b", "tool_calls": [{"name": "f", "arguments": {}}]},
             ]},
-            "data, row 1: the last assistant turn calls a tool",
+            "data, row 1: the last assistant turn of weight 1 calls a tool",
         ),
         (
             {"prompt": "x" * 80, "completion": "y"},

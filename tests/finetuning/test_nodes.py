@@ -112,7 +112,7 @@ def test_nodes_without_a_batch_because_the_epoch_is_short_are_told() -> None:
     assert (
         str(found)
         .splitlines()[-1]
-        .startswith("an epoch has only 2 of the 8 batches of a step, so some nodes have nothing to do: ")
+        .startswith("a step has 8 batches, but an epoch has only 2, so some nodes have nothing to do: ")
     )
 
 

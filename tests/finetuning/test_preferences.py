@@ -250,7 +250,7 @@ def test_weights_skipped_rows_and_a_held_out_share_are_as_for_other_data(model: 
     ("options", "message"),
     [
         ({"objective": "ppo"}, "objective='ppo' is not available"),
-        ({"beta": 0.2}, "beta is for objective 'dpo' or 'orpo' or 'kto', and the objective is 'sft'"),
+        ({"beta": 0.2}, "beta is for objective 'dpo' or 'orpo' or 'kto', but the objective is 'sft'"),
         ({"objective": "orpo", "loss_type": "ipo"}, "loss_type is for objective 'dpo' or 'kto', and the obj"),
         ({"objective": "kto", "loss_type": "ipo"}, "loss_type"),
         ({"objective": "kto", "label_smoothing": 0.1}, "label_smoothing is for objective 'dpo'"),
@@ -593,7 +593,7 @@ def test_a_reference_that_is_not_finite_ends_the_run_before_it_begins(
 ) -> None:
     monkeypatch.setattr(LanguageModel, "log_probs", lambda self, batch: np.full(batch.num_targets, np.nan))
     with pytest.raises(
-        NonFiniteLossError, match="without an adapter, the model gives an answer the log-probab"
+        NonFiniteLossError, match="without an adapter, the log-probability of an answer is nan"
     ):
         finetune(model, PAIRS, tmp_path / "out", objective="dpo", **QUICK)
     assert not (tmp_path / "out" / "checkpoint-0.safetensors").exists()

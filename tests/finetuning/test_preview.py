@@ -303,7 +303,7 @@ def test_fields_that_are_not_used_are_listed(row: dict[str, Any], unused: list[s
     found = preview([row, row], TOKENIZER, examples=0)
     assert found.train.unread == dict.fromkeys(unused, 2)
     if unused:
-        shown = ", ".join(f"{name!r} of 2 rows" for name in unused)
+        shown = ", ".join(f"{name!r} in 2 rows" for name in unused)
         assert f"\n  fields that are not used: {shown}\n" in str(found)
     else:
         assert "not used" not in str(found)
@@ -313,7 +313,7 @@ def test_training_reports_the_fields_that_are_not_used(tmp_path: Path) -> None:
     (tmp_path / "train.csv").write_text("text,label\na,x\nb,\nc,y\n")
     report = read_dataset(tmp_path / "train.csv", TOKENIZER).report
     assert report.unread == {"label": 2}
-    assert str(report).endswith("; fields that are not used: 'label' of 2 rows")
+    assert str(report).endswith("; fields that are not used: 'label' in 2 rows")
     pairs = [{"prompt": "a", "chosen": "b", "rejected": "c", "score": 1}] * 2
     sources = splits_of("test", pairs).train
     dataset = read_pairs("test", sources, TOKENIZER, ReadOptions(), "dpo", PairDataset)

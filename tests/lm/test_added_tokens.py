@@ -449,9 +449,9 @@ def test_preferences_begin_with_the_reference(model: Path, tmp_path: Path) -> No
 
 def test_a_run_refuses_and_warns_before_it_writes(model: Path, tmp_path: Path) -> None:
     rows = some_rows(4)
-    with pytest.warns(UserWarning, match="no example has the new tokens '<b>', '<c>'"):
+    with pytest.warns(UserWarning, match="no example has any of these new tokens: '<b>', '<c>'"):
         nplora.plan(model, rows, add_tokens="<a>,<b>,<c>")
-    with pytest.raises(ValueError, match=r"'distill' does not go with added tokens \('<a>'\), which the"):
+    with pytest.raises(ValueError, match=r"'distill' cannot train added tokens \('<a>'\), because the"):
         nplora.finetune(
             model,
             rows,

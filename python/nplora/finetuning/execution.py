@@ -219,7 +219,7 @@ def fitting_all(plans: Sequence[MemoryPlan]) -> ExecutionPlan:
     for rank, own in enumerate(compared):
         if own.keys() != compared[0].keys():
             raise ValueError(
-                f"finetune: the ranks differ: rank {rank} has not compared the same memory plans as rank 0; "
+                f"finetune: the ranks differ: rank {rank} and rank 0 have compared different memory plans; "
                 "give all ranks the same model, data and options"
             )
     # For each plan: the largest excess over a rank's limit, in bytes (at most 0 if the plan fits on all
@@ -235,7 +235,7 @@ def fitting_all(plans: Sequence[MemoryPlan]) -> ExecutionPlan:
     least, most = math.ceil(compared[rank][nearest].size / 1e6), math.floor(plans[rank].limit / 1e6)
     raise BudgetError(
         f"finetune: no plan fits on every rank: the plan that comes closest ({nearest}) needs {least} MB "
-        f"on rank {rank}, which has {most} MB: give rank {rank} a larger --memory"
+        f"on rank {rank}, whose limit is {most} MB: give rank {rank} a larger --memory"
     )
 
 

@@ -97,8 +97,8 @@ class Int8Check(Callback):
             new = [min(in_int8, key=lambda part: parts[part])]
         if new:
             self._say(
-                f"step {run.step}: the gradient in int8 has a cosine of {whole:.3f} with the gradient in "
-                f"bfloat16; from now on, these parts of the model compute in bfloat16: {', '.join(new)}"
+                f"step {run.step}: the cosine between the gradients in int8 and in bfloat16 is {whole:.3f}; "
+                f"from now on, these parts of the model compute in bfloat16: {', '.join(new)}"
             )
         self._fall_back(new)
         run.log(
@@ -128,7 +128,9 @@ class Int8Check(Callback):
         if len(found) < len(rows):
             rank, problem = next((rank, problem) for rank, (row, problem) in enumerate(rows) if row is None)
             where = f"rank {rank}: " if len(rows) > 1 else ""
-            self._say(f"step {run.step}: the gradient in int8 is not compared: {where}{problem}")
+            self._say(
+                f"step {run.step}: the gradients in int8 and bfloat16 are not compared: {where}{problem}"
+            )
             return None
         whole = min(cosine for cosine, _ in found)
         return whole, {part: min(of_parts[part] for _, of_parts in found) for part in found[0][1]}

@@ -162,7 +162,7 @@ def _added_tokens(
     if tokens and options.objective == "distill":
         shown = ", ".join(brief(token.text) for token in tokens)
         raise ValueError(
-            f"{op}: objective='distill' does not go with added tokens ({shown}), which the teacher lacks"
+            f"{op}: objective='distill' cannot train added tokens ({shown}), because the teacher lacks them"
         )
     return tokens
 
@@ -170,7 +170,9 @@ def _added_tokens(
 def _warn_of_unused(op: str, tokens: Sequence[AddedToken], train: Examples) -> None:
     """Warn about new tokens that do not occur in the training data, and so would learn no meaning."""
     if missing := [brief(token.text) for token in tokens if not train.has(token.id)]:
-        warn_user(f"{op}: {train.report.source}: no example has the new tokens {', '.join(missing)}")
+        warn_user(
+            f"{op}: {train.report.source}: no example has any of these new tokens: {', '.join(missing)}"
+        )
 
 
 def require_validation(op: str, options: FinetuneOptions, given: bool) -> None:

@@ -44,7 +44,7 @@ def check_objective(op: str, options: Any, defaults: Mapping[str, Any]) -> None:
     for name, objectives in _FOR.items():
         if getattr(options, name) != defaults[name] and objective not in objectives:
             meant = " or ".join(map(repr, objectives))
-            raise ValueError(f"{op}: {name} is for objective {meant}, and the objective is {objective!r}")
+            raise ValueError(f"{op}: {name} is for objective {meant}, but the objective is {objective!r}")
     if options.loss_type is not None:
         _check.choice(op, f"loss_type (of {objective})", options.loss_type, LOSS_TYPES[objective])
     for name in ("beta", "desirable_weight", "undesirable_weight"):
@@ -54,7 +54,7 @@ def check_objective(op: str, options: Any, defaults: Mapping[str, Any]) -> None:
     _check_distillation(op, options)
     if objective in _COMPARING and options.learn != "completion":
         raise ValueError(
-            f"{op}: learn={options.learn!r} is for objective 'sft' or 'distill', and the objective is "
+            f"{op}: learn={options.learn!r} is for objective 'sft' or 'distill', but the objective is "
             f"{objective!r}"
         )
     if objective == "kto" and options.loss_type in (None, "kto") and options.batch_examples == 1:
@@ -71,7 +71,9 @@ def _check_distillation(op: str, options: Any) -> None:
     if not 0 < _check.number(op, "kd_ratio", options.kd_ratio) <= 1:
         raise ValueError(f"{op}: kd_ratio is {options.kd_ratio}, expected above 0 and at most 1")
     if options.objective == "distill" and options.teacher is None:
-        raise ValueError(f"{op}: objective 'distill' needs a teacher: a model, or a file of nplora teach")
+        raise ValueError(
+            f"{op}: objective 'distill' needs a teacher: a model, or a file that nplora teach made"
+        )
 
 
 def require_temperature(op: str, temperature: object) -> None:
@@ -92,5 +94,5 @@ def _check_smoothing(op: str, options: Any) -> None:
     if smoothing and options.loss_type not in _SMOOTHED:
         meant = ", ".join(map(repr, _SMOOTHED[1:]))
         raise ValueError(
-            f"{op}: label_smoothing is for loss_type {meant}, and the loss_type is {options.loss_type!r}"
+            f"{op}: label_smoothing is for loss_type {meant}, but the loss_type is {options.loss_type!r}"
         )

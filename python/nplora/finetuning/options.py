@@ -297,7 +297,7 @@ class FinetuneOptions:
     int8_head: str = _option(
         _SPEED,
         "auto",
-        "if `compute` is int8, arithmetic of the head's backward pass: on (int8 with stochastic rounding), "
+        "arithmetic of the head's backward pass if `compute` is int8: on (int8 with stochastic rounding), "
         "off (bfloat16), or auto (bfloat16 if the processor has instructions for it, otherwise int8)",
         choices=INT8_HEAD,
     )
@@ -352,14 +352,15 @@ class FinetuneOptions:
     sample: tuple[str, ...] = _unplanned(
         _RUN,
         (),
-        "prompt to answer before and after training; sent as a chat if the training data are chats",
+        "prompt that the model answers before and after training; sent as a chat if the training data are "
+        "chats",
         metavar="PROMPT",
     )
     distributed: str | None = _option(
         _RUN,
         None,
-        "mpi: the processes that mpirun started train one adapter together, each with some batches of every "
-        "step; off: each process makes a separate run",
+        "how several processes train: mpi (all processes of one mpirun train one adapter together, each with "
+        "some batches of every step) or off (each process makes a separate run)",
         choices=DISTRIBUTED,
     )
     communication_dtype: str = _option(
@@ -458,7 +459,7 @@ class FinetuneOptions:
         if self.local_steps is None and (
             own := [n for n, value in given.items() if getattr(self, n) != value]
         ):
-            raise ValueError(f"{op}: {own[0]} is for local_steps, which is not set")
+            raise ValueError(f"{op}: {own[0]} needs local_steps, which is not set")
 
     def require_int8_head(self, op: str, compute: str) -> None:
         """Raise a ValueError if `int8_head` is set and `compute` is not "int8"."""
@@ -714,7 +715,7 @@ def parse_columns(columns: Mapping[str, str] | str | None, op: str = "finetune")
     if columns is None or isinstance(columns, Mapping):
         return columns or {}
     if not isinstance(columns, str):
-        raise TypeError(f"{op}: columns is {_check.kind(columns)}, expected a dictionary")
+        raise TypeError(f"{op}: columns is {_check.kind(columns)}, expected a dictionary or a text")
     found = dict[str, str]()
     for pair in columns.split(","):
         ours, equals, theirs = (part.strip() for part in pair.partition("="))

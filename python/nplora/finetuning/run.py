@@ -239,7 +239,7 @@ def finetune(
         keep: adapter to save if there are validation data: best (with the lowest validation loss) or last.
         compute: arithmetic of the products with frozen weights: float32, bfloat16 or int8 (default: float32,
             unless `memory` is too small for float32).
-        int8_head: if `compute` is int8, arithmetic of the head's backward pass: on (int8 with stochastic
+        int8_head: arithmetic of the head's backward pass if `compute` is int8: on (int8 with stochastic
             rounding), off (bfloat16), or auto (bfloat16 if the processor has instructions for it, otherwise
             int8).
         recompute: gradient checkpointing: recompute activations in the backward pass; slower, but saves
@@ -260,9 +260,10 @@ def finetune(
         resume: continue the run in the output directory; the results are bit for bit the same as without a
             stop.
         overwrite: delete the run and the adapter in the output directory.
-        sample: prompt to answer before and after training; sent as a chat if the training data are chats.
-        distributed: mpi: the processes that mpirun started train one adapter together, each with some batches
-            of every step; off: each process makes a separate run.
+        sample: prompt that the model answers before and after training; sent as a chat if the training data
+            are chats.
+        distributed: how several processes train: mpi (all processes of one mpirun train one adapter
+            together, each with some batches of every step) or off (each process makes a separate run).
         communication_dtype: precision in which ranks send gradients: float32, or bfloat16, which halves the
             number of bytes; a run in one process rounds its gradients in the same way.
         local_steps: number of steps that every rank makes alone before the ranks average their changes

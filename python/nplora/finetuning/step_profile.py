@@ -20,7 +20,7 @@ _NAMES = {
     ("", "norm"): "norms",
     ("", "rope"): "rotary positions",
     ("", "activation"): "activation functions",
-    ("", "conversion"): "to bfloat16 and back",
+    ("", "conversion"): "bfloat16 conversions",
     (HEAD, "forward"): "head: products, forward",
     (HEAD, "backward"): "head: products, backward",
     (HEAD, "loss"): "head: loss",

@@ -228,7 +228,7 @@ class _Writer:
     def _rows(self) -> Iterator[tuple[bytes, bytes]]:
         """Yield pairs (ids, log-probabilities): the next rows of these two arrays of the file, as bytes."""
         seen, progress = set[int](), Progress("", "tokens", self._total, self._say)
-        progress.begin(f"computing {counted(self._total, 'token')} of the teacher")
+        progress.begin(f"computing the teacher's predictions for {counted(self._total, 'token')}")
         for batch in self._batches():
             new = _without(batch, seen)
             if new is None:

@@ -271,8 +271,8 @@ def train_classifier(
         resume: continue the run in the output directory; the results are bit for bit the same as without a
             stop.
         overwrite: delete the run and the adapter in the output directory.
-        distributed: mpi: the processes that mpirun started train one adapter together, each with
-            some batches of every step; off: each process makes a separate run.
+        distributed: how several processes train: mpi (all processes of one mpirun train one adapter
+            together, each with some batches of every step) or off (each process makes a separate run).
     Returns:
         the classifier, the report on the validation data, and the history; `print` shows them.
     Raises:

@@ -87,7 +87,7 @@ class DataReport:
 
 def unread_words(unread: Mapping[str, int]) -> str:
     """A text that lists the unused fields. `unread` is an attribute of `DataReport`."""
-    shown = [f"{brief(name)} of {counted(count, 'row')}" for name, count in unread.items()]
+    shown = [f"{brief(name)} in {counted(count, 'row')}" for name, count in unread.items()]
     more = f", and {len(shown) - _FIELDS:,} more" if len(shown) > _FIELDS else ""
     return f"fields that are not used: {', '.join(shown[:_FIELDS])}{more}"
 

@@ -32,7 +32,7 @@ def require_parquet(metadata: Any, name: str, file_size: int) -> None:
         LimitError: there are too many rows, or a row group is too large.
     """
     if metadata.num_rows > _FREE_ROWS + MOST_EXPANDED * file_size:
-        raise LimitError(f"{name}: {metadata.num_rows:,} rows in a file of {file_size:,} bytes")
+        raise LimitError(f"{name}: {metadata.num_rows:,} rows in a file of {file_size:,} bytes are too many")
     for number in range(metadata.num_row_groups):
         group = metadata.row_group(number)
         chunks = [group.column(column) for column in range(group.num_columns)]
@@ -80,7 +80,9 @@ def require_arrow(messages: Iterable[Any], name: str) -> None:
             raise DataError(f"{name}: message {number + 1} is malformed") from error
         held = len(message.metadata) + (0 if message.body is None else message.body.size)
         if rows > _FREE_ROWS + MOST_EXPANDED * held:
-            raise LimitError(f"{name}, message {number + 1}: {rows:,} rows in a message of {held:,} bytes")
+            raise LimitError(
+                f"{name}, message {number + 1}: {rows:,} rows in a message of {held:,} bytes are too many"
+            )
         _require(size, held, f"{name}, message {number + 1}")
 
 

@@ -154,8 +154,8 @@ def _require_finite(op: str, vectors: Array, texts: Sequence[str]) -> None:
     if len(wrong):
         first = int(wrong[0])
         raise ValueError(
-            f"{op}: {counted(len(wrong), 'embedding')} of {len(texts):,} have NaN or infinity, beginning "
-            f"with text {first + 1:,}, {brief(texts[first])}: the outputs of the model are not finite"
+            f"{op}: {len(wrong):,} of {counted(len(texts), 'embedding')} have NaN or infinity, the first one "
+            f"for text {first + 1:,}, {brief(texts[first])}: the outputs of the model are not finite"
         )
 
 
@@ -168,7 +168,9 @@ def _texts(source: Source, column: str) -> Iterator[str]:
         if not source.is_text:
             if row.values.get(column) is None:
                 words = f"{column} is missing; the row has {brief(list(row.values))}"
-                raise DataError(f"{row.where}: {words}; --column (column=) names the field of the text")
+                raise DataError(
+                    f"{row.where}: {words}; set --column (column=) to the name of the text's field"
+                )
             yield Fields(row.values, row.where).text(column)
             continue
         for line in str(row.values["text"]).removesuffix("\n").split("\n"):

@@ -131,7 +131,7 @@ class EmbeddingLoss(FusedLoss):
             batch, scores = examples.batch(np.arange(count))
             loss = self.forward_backward(model, batch, scores, 1 / len(batch))
             if not math.isfinite(loss):
-                raise NonFiniteLossError(f"the loss of the sample is {loss}")
+                raise NonFiniteLossError(f"the loss is {loss}")
 
         return add_gradient
 

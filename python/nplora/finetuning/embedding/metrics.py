@@ -186,7 +186,7 @@ def evaluate_retrieval(
     """
     op = "evaluate_retrieval"
     if isinstance(k, str) or not np.iterable(k):
-        raise TypeError(f"{op}: k is {brief(k)}, expected numbers of documents such as (1, 10)")
+        raise TypeError(f"{op}: k is {brief(k)}, expected a list of numbers such as (1, 10)")
     places = {name: i for i, name in enumerate(corpus)}
     grades = {name: _grades(op, name, queries, places, given) for name, given in relevant.items()}
     names = [name for name in queries if grades.get(name)]
@@ -194,7 +194,7 @@ def evaluate_retrieval(
         raise ValueError(f"{op}: no query has a relevant document in the corpus")
     steps = sorted({_check.integer(op, "k", each, least=1) for each in k})
     if not steps:
-        raise ValueError(f"{op}: k is empty, expected numbers of documents")
+        raise ValueError(f"{op}: k is empty, expected at least one number")
     _require_dim(op, encoder, dim)
     asked = _units(op, encoder.embed([queries[name] for name in names], batch_size, False, query_prompt), dim)
     stored = _units(op, encoder.embed(list(corpus.values()), batch_size, False, corpus_prompt), dim)
@@ -214,7 +214,7 @@ def _units(op: str, vectors: Array, dim: int | None) -> Array:
         ValueError: an embedding has NaN or infinity, so the metrics would mean nothing.
     """
     if not np.isfinite(vectors).all():
-        raise ValueError(f"{op}: the model gives embeddings with NaN or infinity, expected finite values")
+        raise ValueError(f"{op}: an embedding of the model has NaN or infinity, expected finite values")
     cut = vectors if dim is None else np.ascontiguousarray(vectors[:, :dim])
     return np.asarray(cut / np.maximum(np.linalg.norm(cut, axis=1, keepdims=True), np.float32(1e-12)))
 
@@ -224,7 +224,7 @@ def _grades(
 ) -> dict[int, float]:
     """The relevant documents of a query: a dict from a document's index in the corpus to its grade."""
     if query not in queries:
-        raise KeyError(f"{op}: relevant names the query {brief(query)}, which is not among the queries")
+        raise KeyError(f"{op}: relevant has the query {brief(query)}, which is not in queries")
     if isinstance(given, str) or not np.iterable(given):
         raise TypeError(f"{op}: relevant[{brief(query)}] is {brief(given)}, expected names of documents")
     pairs = given.items() if isinstance(given, Mapping) else ((name, 1.0) for name in given)

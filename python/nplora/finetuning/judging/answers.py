@@ -68,7 +68,7 @@ def asked(tokenizer: Tokenizer, example: Example, row: dict[str, Any], where: st
         elif isinstance(example, Chat):
             ids, reference = _of_chat(tokenizer, example)
         else:
-            raise DataError("the row has no prompt, which a metric of generated answers needs")
+            raise DataError("the row has no prompt, but a metric of generated answers needs one")
     except ValueError as error:
         raise DataError(f"{where}: {error}") from error
     if not ids:
@@ -82,9 +82,11 @@ def _of_chat(tokenizer: Tokenizer, chat: Chat) -> tuple[list[int], str]:
     place = max((i for i in range(len(chat.messages)) if chat.is_trained(i)), default=0)
     message = chat.messages[place]
     if not place:
-        raise DataError("no assistant turn of weight 1 has a message before it")
+        raise DataError("no assistant turn of weight 1 follows another message")
     if message.get("tool_calls"):
-        raise DataError("the last assistant turn calls a tool, expected a text to compare answers with")
+        raise DataError(
+            "the last assistant turn of weight 1 calls a tool, expected a text to compare the answer with"
+        )
     ids = tokenizer.encode_chat(
         chat.messages[:place], True, tools=chat.tools, documents=chat.documents, now=TRAINING_TIME
     )

@@ -132,7 +132,7 @@ def read_judge(
             )
         if bad.count:
             rows = counted(bad.count, "row")
-            warn_user(f"{op}: {rows} of {judge.report.source} not answered: {'; '.join(bad.problems)}")
+            warn_user(f"{op}: no answer for {rows} of {judge.report.source}: {'; '.join(bad.problems)}")
     return judge
 
 

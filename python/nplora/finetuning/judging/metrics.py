@@ -202,7 +202,7 @@ def _imported(op: str, name: str, module: str, attribute: str) -> MetricFunction
             if error.name != module.partition(".")[0] and error.name != module:
                 raise
             raise ValueError(
-                f"{op}: metric {name!r}: no module {module!r}, neither in {os.getcwd()} nor installed"
+                f"{op}: metric {name!r}: the module {module!r} is neither in {os.getcwd()} nor installed"
             ) from None
     for part in attribute.split("."):
         if value is None or not part or not hasattr(value, part):

@@ -245,8 +245,8 @@ def _log_probs(lm: LanguageModel, part: PackedBatch) -> Array:
     if not np.isfinite(values).all():
         bad = values[~np.isfinite(values)][0]
         raise NonFiniteLossError(
-            f"finetune: without an adapter, the model gives an answer the log-probability {bad}, expected a "
-            "finite number"
+            f"finetune: without an adapter, the log-probability of an answer is {bad}, expected a finite "
+            "number"
         )
     return values
 

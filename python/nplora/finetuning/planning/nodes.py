@@ -51,7 +51,7 @@ class NodesPlan:
     2 nodes, 1 Gb/s, 50 µs: 20.09 s per step, efficiency 72 %
        14.50 s  forward and backward passes, which take one machine 29.00 s
         5.50 s  waiting for the slowest machine
-        0.09 s  sums of 10.0 MB of gradients
+        0.09 s  adding up 10.0 MB of gradients
     2 nodes cannot share the 3 batches of a step equally: --accumulate 4 keeps all nodes busy
     """
 
@@ -125,7 +125,7 @@ class NodesPlan:
     def _summed(self) -> str:
         size = f"{self.size / 1e6:.1f} MB"
         if self.local_steps is None:
-            return f"sums of {size} of gradients"
+            return f"adding up {size} of gradients"
         return f"1/{self.local_steps} of an outer step, which adds up three arrays of {size}"
 
     def __str__(self) -> str:
@@ -139,7 +139,7 @@ class NodesPlan:
         ]
         if self.most is not None and self.most < self.nodes:
             lines.append(
-                f"an epoch has only {self.most} of the {self.batches} batches of a step, so some nodes have "
+                f"a step has {self.batches} batches, but an epoch has only {self.most}, so some nodes have "
                 "nothing to do: use smaller batches (--batch-examples, --batch-tokens) or fewer nodes"
             )
         elif idle := -self.batches % self.nodes:

@@ -40,7 +40,7 @@ def parse_bytes(memory: int | str, op: str = "parse_bytes", name: str = "memory"
     size = int(float(found[1]) * _UNITS[found[2]])
     if not found[2] and size < _LEAST_PLAIN:
         raise ValueError(
-            f"{op}: {name} is {memory!r}, {size:,} bytes: give a unit, as in 600M, 1.5G or 512MiB"
+            f"{op}: {name} is {memory!r}, which means {size:,} bytes: give a unit, as in 600M, 1.5G or 512MiB"
         )
     return size
 

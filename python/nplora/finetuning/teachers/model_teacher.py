@@ -65,7 +65,9 @@ class ModelTeacher:
     def blame(self, batch: PackedBatch) -> str:
         name = first_nonfinite_layer(self._lm, batch)
         return (
-            f"the outputs of the teacher {self.name} are not finite, beginning with {name!r}" if name else ""
+            f"in the teacher {self.name}, the first layer whose output is not finite is {name!r}"
+            if name
+            else ""
         )
 
 

@@ -108,10 +108,7 @@ class StoredTeacher:
         self._reader = self._opened.enter_context(files.reading(path))
         file = SafetensorsFile(self._reader, self.name)
         if FORMAT not in file.metadata:
-            raise FormatError(
-                f"{self.name}: is neither a model nor a file that nplora teach made; the teacher must be one "
-                "of these"
-            )
+            raise FormatError(f"{self.name}: expected a teacher: a model, or a file that nplora teach made")
         if file.metadata[FORMAT] != VERSION:
             raise FormatError(
                 f"{self.name}: is of version {brief(file.metadata[FORMAT])}, expected {VERSION}"
@@ -180,7 +177,7 @@ class StoredTeacher:
         )
         counts = np.bincount(by_sequence(batch), minlength=len(batch.starts) - 1)
         if not np.array_equal(np.diff(spans)[:, 0], counts):
-            raise CorruptError(f"{self.name}: the numbers of rows and of trained tokens of a sequence differ")
+            raise CorruptError(f"{self.name}: a sequence has more or fewer rows than trained tokens")
         top = self._distributions(ids, log_probs)
         numbers = np.cumsum(batch.targets != IGNORED) - 1
         return lambda rows: top[numbers[rows]]

@@ -485,7 +485,7 @@ def test_labels_are_found_with_spaces_and_by_number(model: Path) -> None:
         evaluate_classifier(untrained(model, ["1", "True"]), both)
     with pytest.raises(DataError, match="the label '2' is unknown"):
         evaluate_classifier(untrained(model), [{"text": "a", "label": 2}])
-    with pytest.raises(ValueError, match=r"labels has the keys \[0, 2\], expected 0 to n - 1"):
+    with pytest.raises(ValueError, match=r"labels has the keys \[0, 2\], expected 0 to 1"):
         untrained(model, {0: "x", 2: "y"})
 
 

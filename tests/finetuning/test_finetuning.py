@@ -387,7 +387,7 @@ def test_initial_factors_that_quantised_weights_cannot_give_are_refused(
         ({"sample": ("1+1=", "")}, "^finetune: sample '': the prompt is empty$"),
         (
             {"sample": ["x" * 64]},
-            "^finetune: sample 'x*': the prompt has 64 tokens, but the model's context is 64$",
+            "^finetune: sample 'x*': the prompt has 64 tokens, expected fewer than 64 .the model's context.$",
         ),
         ({"sample": "1+1="}, "finetune: sample is '1\\+1=', expected a list of texts"),
         ({"sample": None}, "finetune: sample is None, expected a list of texts"),

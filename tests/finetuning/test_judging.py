@@ -419,7 +419,7 @@ def test_a_module_that_is_not_found_or_fails_is_an_error(lm: LanguageModel, modu
         ),
         (
             {"prompt": "x" * 80, "completion": "y"},
-            "data, row 1: the prompt has 80 tokens, but the model's context is 64",
+            "data, row 1: the prompt has 80 tokens, expected fewer than 64 (the model's context)",
         ),
     ],
 )  # fmt: skip

@@ -255,12 +255,15 @@ def test_a_getter_accepts_only_its_own_type() -> None:
     refusals = [
         (lambda: metadata.integer("f"), "metadata 'f' is the FLOAT64 0.5, expected an integer"),
         (lambda: metadata.integer("b"), "metadata 'b' is the BOOL True, expected an integer"),
-        (lambda: metadata.integer("is"), "metadata 'is' is 2 of INT32, expected an integer"),
+        (lambda: metadata.integer("is"), "metadata 'is' is 2 values of type INT32, expected an integer"),
         (lambda: metadata.number("b"), "expected a number"),
         (lambda: metadata.number("s"), "metadata 's' is the STRING 'x', expected a number"),
         (lambda: metadata.boolean("i"), "metadata 'i' is the INT8 -3, expected a BOOL"),
-        (lambda: metadata.string("ss"), "metadata 'ss' is 2 of STRING, expected a STRING"),
-        (lambda: metadata.array("is", "INT32", 3), "metadata 'is' is 2 of INT32, expected 3 of INT32"),
+        (lambda: metadata.string("ss"), "metadata 'ss' is 2 values of type STRING, expected a STRING"),
+        (
+            lambda: metadata.array("is", "INT32", 3),
+            "is 2 values of type INT32, expected 3 values of type INT32",
+        ),
         (lambda: metadata.array("is", "UINT8"), "expected an array of UINT8"),
         (lambda: metadata.array("i", "INT8"), "metadata 'i' is the INT8 -3, expected an array of INT8"),
         (lambda: metadata.strings("is"), "expected an array of STRING"),

@@ -119,7 +119,7 @@ HOSTILE: dict[str, tuple[Callable[[dict[str, Any], dict[str, Any]], object], typ
     "alpha as an array": (
         lambda _, metadata: metadata.update({"adapter.lora.alpha": Typed([1.0], "FLOAT32")}),
         FormatError,
-        "is 1 of FLOAT32, expected a number",
+        "is 1 value of type FLOAT32, expected a number",
     ),
     "lora_a without lora_b": (
         lambda tensors, _: tensors.pop(B),

@@ -173,14 +173,14 @@ TOO_LONG = "n" * 64
         ({"w": np.zeros(2, bool)}, TypeError, "'w' is bool"),
         ({"w": np.zeros(2, np.uint8)}, TypeError, "'w' is uint8"),
         ({1: np.zeros(2)}, TypeError, "1 cannot be the name of a tensor"),
-        ({"": np.zeros(2)}, ValueError, "'' cannot name a tensor: expected 1 to 63 bytes"),
+        ({"": np.zeros(2)}, ValueError, "'' cannot be the name of a tensor, expected 1 to 63 bytes"),
         ({"w\0": np.zeros(2)}, ValueError, "without NUL"),
         ({"\ud800": np.zeros(2)}, ValueError, "half a surrogate pair"),
         ({TOO_LONG: np.zeros(2)}, ValueError, "1 to 63 bytes"),
         ({"w": np.zeros((1,) * 5)}, ValueError, "'w' has 5 axes, expected at most 4"),
         ({"w": Tensor("w", "Q9_9", (32,), BLOCKS)}, ValueError, "'w' is 'Q9_9', expected one of F32"),
-        ({"w": Tensor("w", "Q4_K", (100,), BLOCKS)}, ValueError, "Q4_K needs rows of a multiple of 256"),
-        ({"w": Tensor("w", "Q4_K", (), BLOCKS)}, ValueError, "Q4_K needs rows of a multiple of 256"),
+        ({"w": Tensor("w", "Q4_K", (100,), BLOCKS)}, ValueError, "rows of a multiple of 256 elements"),
+        ({"w": Tensor("w", "Q4_K", (), BLOCKS)}, ValueError, "rows of a multiple of 256 elements"),
         ({"w": Tensor("w", "Q4_K", (-3, 512), BLOCKS)}, ValueError, r"has shape \(-3, 512\)"),
         ({"w": Tensor("w", "Q4_K", (4, 512), BLOCKS)}, ValueError, "has 864 bytes, .* takes 1,152"),
         (
@@ -248,7 +248,7 @@ def test_a_value_that_the_format_cannot_hold_is_refused(
 def test_a_key_that_the_format_cannot_hold_is_refused() -> None:
     for key in ("", "a\0b", "k" * 65_536):
         with pytest.raises(
-            ValueError, match="cannot name a metadata entry: expected 1 to 65,535 bytes without NUL"
+            ValueError, match="cannot be the name of a metadata entry, expected 1 to 65,535 bytes without NUL"
         ):
             gguf.dumps({}, {key: "x"})
     with pytest.raises(TypeError, match="3 cannot be the name of a metadata entry"):

@@ -112,7 +112,7 @@ HOSTILE = {
         FormatError,
         "overlaps",
     ),
-    "trailing bytes": (one() + b"\x00", FormatError, "1 bytes after the last tensor"),
+    "trailing bytes": (one() + b"\x00", FormatError, "but the last tensor ends at byte"),
     "data missing": (one()[:-1], TruncatedError, "end at byte"),
     "shape and extent differ": (one(shape="[2]"), FormatError, "takes 8 bytes, but data_offsets give 4"),
     "shape product wraps": (one(shape="[4294967296,4294967296]"), LimitError, "2^63"),
@@ -404,7 +404,7 @@ def test_a_directory_that_cannot_be_written_is_an_os_error(tmp_path: Path) -> No
     assert os.listdir(tmp_path) == ["file"]
 
 
-@pytest.mark.parametrize("kind", ["a FIFO", "a socket", "a character device", "a symbolic link to nothing"])
+@pytest.mark.parametrize("kind", ["a FIFO", "a socket", "a character device", "a broken symbolic link"])
 def test_only_a_regular_file_is_replaced(kind: str, tmp_path: Path) -> None:
     path = tmp_path / "target"
     if kind == "a FIFO":
@@ -416,7 +416,7 @@ def test_only_a_regular_file_is_replaced(kind: str, tmp_path: Path) -> None:
         path.symlink_to("/dev/null" if kind == "a character device" else "nothing")
     before = path.lstat()
     with pytest.raises(  # which may read the link, and so change the time of its last access
-        FileExistsError, match=re.escape(f"is {kind}, only a regular file is replaced: {str(path)!r}")
+        FileExistsError, match=re.escape(f"is {kind}, but only a regular file can be replaced: {str(path)!r}")
     ):
         safetensors.save(path, {"w": np.zeros(4)})
     after = path.lstat()
@@ -492,7 +492,7 @@ def test_a_tensor_is_read_on_access_and_its_size_is_known_before(tmp_path: Path)
         np.testing.assert_array_equal(tensors["w"].numpy(), [[0, 1, 2], [3, 4, 9]])
         assert tensors["empty"].shape == (0, 4)
         os.truncate(path, path.stat().st_size - 1)
-        with pytest.raises(TruncatedError, match=re.escape(f"{path}: ends at byte")):
+        with pytest.raises(TruncatedError, match=re.escape(f"{path}: the file ends at byte")):
             tensors["w"]
 
 

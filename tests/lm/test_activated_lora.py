@@ -132,7 +132,7 @@ def test_a_text_is_generated_as_without_a_cache(compute: str, tmp_path: Path) ->
         ({"dropout": 0.1}, "cannot be combined with dropout"),
         ({"init": "pissa"}, "cannot be combined with init='pissa'"),
         ({"trainable_tokens": [1]}, "cannot be combined with trainable_tokens"),
-        ({"invocation": ""}, "invocation is '', expected a text or ids of at least one token"),
+        ({"invocation": ""}, "invocation is '', expected at least one token"),
         ({"invocation": [9999]}, "invocation"),
     ],
 )

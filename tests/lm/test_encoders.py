@@ -241,10 +241,10 @@ def test_a_dense_module_of_another_shape_or_in_a_pickle_is_refused(
         (modules("Transformer", "LSTM"), UnsupportedError, "module 'LSTM' is not supported at this position"),
         (modules("Transformer", "Normalize"), UnsupportedError, "module 'Normalize' is not supported at"),
         (modules("Transformer"), UnsupportedError, "no module Pooling"),
-        ([{"type": "a.Transformer", "path": "../.."}], UnsafeError, "leaves the directory"),
-        ([{"type": "a.Transformer", "path": "/etc"}], UnsafeError, "leaves the directory"),
-        ([{"type": "a.Transformer", "path": "C:a"}], UnsafeError, "leaves the directory"),
-        ([{"type": "a.Transformer", "path": "a\0b"}], UnsafeError, "leaves the directory"),
+        ([{"type": "a.Transformer", "path": "../.."}], UnsafeError, "leads out of the directory"),
+        ([{"type": "a.Transformer", "path": "/etc"}], UnsafeError, "leads out of the directory"),
+        ([{"type": "a.Transformer", "path": "C:a"}], UnsafeError, "leads out of the directory"),
+        ([{"type": "a.Transformer", "path": "a\0b"}], UnsafeError, "leads out of the directory"),
     ],
 )
 def test_bad_module_files_are_refused(

@@ -782,11 +782,15 @@ PIECE_TOKENS = sentencepiece()["tokenizer.ggml.tokens"]
 @pytest.mark.parametrize(
     ("metadata", "error", "message"),
     [
-        (sentencepiece(scores=np.zeros(268, np.uint8)), FormatError, "268 of UINT8, expected 268 of FLOAT32"),
+        (
+            sentencepiece(scores=np.zeros(268, np.uint8)),
+            FormatError,
+            "268 values of type UINT8, expected 268 values of",
+        ),
         (
             sentencepiece(scores=np.zeros(267, np.float32)),
             FormatError,
-            "267 of FLOAT32, expected 268 of FLOAT32",
+            "267 values of type FLOAT32, expected 268 values of type FLOAT32",
         ),
         (
             sentencepiece(scores=np.full(268, np.nan, np.float32)),
@@ -794,8 +798,16 @@ PIECE_TOKENS = sentencepiece()["tokenizer.ggml.tokens"]
             "score of token 0 is not finite",
         ),
         (sentencepiece(scores=None), FormatError, "scores' is missing"),
-        (sentencepiece(token_type=Typed([1] * 268, "UINT8")), FormatError, "expected 268 of INT32"),
-        (sentencepiece(token_type=Typed([1] * 9, "INT32")), FormatError, "9 of INT32, expected 268 of INT32"),
+        (
+            sentencepiece(token_type=Typed([1] * 268, "UINT8")),
+            FormatError,
+            "expected 268 values of type INT32",
+        ),
+        (
+            sentencepiece(token_type=Typed([1] * 9, "INT32")),
+            FormatError,
+            "9 values of type INT32, expected 268 values of",
+        ),
         (
             sentencepiece(tokens=[*PIECE_TOKENS[:3], "<0x-1>", *PIECE_TOKENS[4:]]),
             FormatError,

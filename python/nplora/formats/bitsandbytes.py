@@ -141,7 +141,7 @@ def _state(file: File, name: str) -> tuple[str, dict[str, Any]]:
         raise FormatError(f"{where}: its quant_state is {tensor.dtype}, expected uint8")
     if tensor.nbytes > _MAX_STATE:
         raise LimitError(
-            f"{where}: a quant_state of {tensor.nbytes:,} bytes, expected at most {_MAX_STATE:,}"
+            f"{where}: its quant_state has {tensor.nbytes:,} bytes, expected at most {_MAX_STATE:,}"
         )
     state = strict_json.loads(tensor.array.tobytes(), f"{where}: quant_state")
     if not isinstance(state, dict):

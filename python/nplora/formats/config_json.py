@@ -90,7 +90,7 @@ class Fields:
     def _refuse(self, name: str, expected: str) -> NoReturn:
         if name not in self:
             near = ", ".join(map(repr, nearest_names(name, (key for key in self._values if key in self))))
-            hint = f"; the nearest: {near}" if near else ""
+            hint = f"; the nearest names: {near}" if near else ""
             raise FormatError(f"{self.source}: {name} is missing, expected {expected}{hint}")
         raise FormatError(f"{self.source}: {name} is {brief(self._values[name])}, expected {expected}")
 

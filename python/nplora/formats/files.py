@@ -40,7 +40,7 @@ _KINDS = {
     stat.S_IFCHR: "a character device",
     stat.S_IFBLK: "a block device",
     stat.S_IFSOCK: "a socket",
-    stat.S_IFLNK: "a symbolic link to nothing",
+    stat.S_IFLNK: "a broken symbolic link",
 }
 # The end of messages about existing output.
 OTHER_OR = "name another one, or replace it with --overwrite (overwrite=True)"
@@ -164,7 +164,8 @@ class Reader:
             count = system.read_at(self._fd, data[begin - end :], begin)
             if count == 0:
                 raise TruncatedError(
-                    f"{self._name}: ends at byte {begin:,}, but its size was {self._size:,} bytes"
+                    f"{self._name}: the file ends at byte {begin:,}, but had {self._size:,} bytes "
+                    "when it was opened"
                 )
             begin += count
         return data.toreadonly()
@@ -187,7 +188,9 @@ class Reader:
         try:
             mapping = mmap.mmap(self._fd, self._size, access=mmap.ACCESS_READ)
         except ValueError as error:
-            raise TruncatedError(f"{self._name}: was cut short, its size was {self._size:,} bytes") from error
+            raise TruncatedError(
+                f"{self._name}: the file was cut short: it had {self._size:,} bytes when it was opened"
+            ) from error
         mappings.watch(mapping, self._name)
         return mapping
 
@@ -472,7 +475,7 @@ def _require_replaceable(target: Path, directory: int | None = None) -> None:
         raise IsADirectoryError(errno.EISDIR, "is a directory, expected a file's name", str(target))
     if kind != stat.S_IFREG:
         raise FileExistsError(
-            errno.EEXIST, f"is {kind_name(kind)}, only a regular file is replaced", str(target)
+            errno.EEXIST, f"is {kind_name(kind)}, but only a regular file can be replaced", str(target)
         )
 
 

@@ -65,7 +65,7 @@ def loads(text: str, source: str) -> LabelRecord:
     if task not in TASKS:
         raise FormatError(f"{source}: task is {brief(task)}, expected one of {', '.join(TASKS)}")
     if not isinstance(labels, list) or not labels or not all(isinstance(label, str) for label in labels):
-        raise FormatError(f"{source}: labels is {brief(labels)}, expected a list of texts")
+        raise FormatError(f"{source}: labels is {brief(labels)}, expected a non-empty list of texts")
     if len(labels) > MAX_LABELS:
         raise LimitError(f"{source}: labels has {len(labels):,} entries, expected at most {MAX_LABELS:,}")
     wrong = next((name for name in labels if not is_name(name)), None)

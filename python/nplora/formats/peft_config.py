@@ -270,8 +270,8 @@ def _refuse_unsafe(fields: dict[str, Any], source: str) -> None:
         for text in fields[key] if isinstance(fields.get(key), list) else [fields.get(key)]:
             if isinstance(text, str) and _REPEATED_GROUP.search(text):
                 raise UnsafeError(
-                    f"{source}: {key} holds the pattern {brief(text)}, expected no repeated group, because "
-                    "matching it can take for ever"
+                    f"{source}: {key} holds the pattern {brief(text)}, which has a repeated group: matching "
+                    "such a pattern can take for ever"
                 )
 
 

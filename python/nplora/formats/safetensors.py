@@ -350,7 +350,10 @@ def new_file(path: StrPath, tensors: Tensors, metadata: Mapping[str, str] | None
 def _tagged(name: str, value: ArrayLike | Tensor | Stream) -> tuple[str, Array | Stream]:
     """Return a tensor's element type as a tag such as "F32", and an array or `Stream` of its elements."""
     if not isinstance(name, str) or name == _METADATA:
-        raise TypeError(f"safetensors.save: {name!r} cannot be the name of a tensor")
+        raise TypeError(
+            f"safetensors.save: {name!r} cannot be the name of a tensor, expected text other than "
+            f"{_METADATA!r}"
+        )
     if isinstance(value, Stream):
         return _TAGS[value.dtype], value
     array = value.array if isinstance(value, Tensor) else np.asarray(value)
@@ -480,4 +483,4 @@ def _check_layout(entries: dict[str, Entry], start: int, size: int, source: str)
     if end > size:
         raise TruncatedError(f"{source}: the tensors end at byte {end:,}, but the file has {size:,} bytes")
     if end < size:
-        raise FormatError(f"{source}: {size - end:,} bytes after the last tensor, which ends at byte {end:,}")
+        raise FormatError(f"{source}: the file has {size:,} bytes, but the last tensor ends at byte {end:,}")

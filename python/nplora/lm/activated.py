@@ -36,7 +36,7 @@ def invocation_tokens(lm: _Model, op: str, invocation: str | Sequence[int] | Non
         array = _check.integers(op, "invocation", np.asarray(invocation))
         ids = _check.in_range(op, "invocation", array.reshape(-1), lm.vocab_size).tolist()
     if not ids:
-        raise ValueError(f"{op}: invocation is {invocation!r}, expected a text or ids of at least one token")
+        raise ValueError(f"{op}: invocation is {invocation!r}, expected at least one token")
     return tuple(ids)
 
 

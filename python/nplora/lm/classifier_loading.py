@@ -130,7 +130,10 @@ def load_classifier(
     for layer, shapes in classifier_head.shapes(spec, encoder.config.hidden_size, outputs).items():
         arrays[layer] = _given(found.source, layer, shapes, head, encoder)
     if unknown := [name for name in head if name not in arrays]:
-        raise FormatError(f"{found.source}: the head of this model has no layer {brief(unknown[0])}")
+        raise FormatError(
+            f"{found.source}: the adapter has the layer {brief(unknown[0])}, which the head of this "
+            "model lacks"
+        )
     record = found.labels or _guessed(encoder, outputs, tokens)
     if record.tokens != tokens:
         kinds = ("tokens", "whole texts") if record.tokens else ("whole texts", "tokens")
@@ -182,7 +185,9 @@ def _record(op: str, labels: Iterable[Any], task: str, tokens: bool) -> LabelRec
         raise TypeError(f"{op}: labels is {labels!r}, expected a list of texts")
     if isinstance(labels, Mapping):  # id2label of transformers
         if sorted(map(str, labels)) != sorted(map(str, range(len(labels)))):
-            raise ValueError(f"{op}: labels has the keys {brief(list(labels))}, expected 0 to n - 1")
+            raise ValueError(
+                f"{op}: labels has the keys {brief(list(labels))}, expected 0 to {len(labels) - 1}"
+            )
         labels = [name for _, name in sorted(labels.items(), key=lambda item: int(item[0]))]
     given = list(labels)
     if all(isinstance(name, int | np.integer) and not isinstance(name, bool) for name in given):
@@ -282,7 +287,7 @@ def _from_model(encoder: Encoder) -> TextClassifier:
         name = spec.out if not outputs else missing[0]
         raise FormatError(
             f"{encoder.source}: the model has no layer {name!r}, expected the files of a classifier, or an "
-            "adapter of one"
+            "adapter of a classifier besides the model"
         )
     _require_outputs(str(encoder.source), outputs)
     head = ClassifierHead(spec, {name: found or {} for name, found in arrays.items()}, _eps(encoder))

@@ -326,8 +326,10 @@ def checked_ids(op: str, lm: GeneratingModel, ids: list[int], context: int | Non
         )
     if len(ids) >= context:
         by_memory = context < int(lm.config.max_position_embeddings)
-        limit = "the memory suffices for" if by_memory else "the model's context is"
-        raise ValueError(f"{op}: the prompt has {len(ids):,} tokens, but {limit} {context:,}")
+        reason = "more do not fit in memory" if by_memory else "the model's context"
+        raise ValueError(
+            f"{op}: the prompt has {len(ids):,} tokens, expected fewer than {context:,} ({reason})"
+        )
     return ids
 
 

@@ -120,7 +120,7 @@ def _modules(path: Path) -> list[tuple[str, str]]:
         folder = fields.string("path", "")
         parts = PurePosixPath(folder)
         if parts.is_absolute() or ".." in parts.parts or any(sign in folder for sign in "\\:\0"):
-            raise UnsafeError(f"{source}: the path {brief(folder)} leaves the directory")
+            raise UnsafeError(f"{source}: the path {brief(folder)} leads out of the directory")
         found.append((fields.string("type").rpartition(".")[2], folder))
     return found
 

@@ -212,7 +212,10 @@ class StoredTeacher:
         exact = log_probs.astype(np.float64)
         known = exact if self.top_k < len(self._tokens) else exact[:, :-1]
         if not np.isfinite(known).all() or known.max(initial=0) > 0.01:
-            raise CorruptError(f"{self.name}: log_probs holds a value that is no log-probability")
+            raise CorruptError(
+                f"{self.name}: log_probs holds NaN, an infinity or a number above 0.01, expected "
+                "logarithms of probabilities"
+            )
         is_lacking = ids >= self._common
         exact[:, :-1][is_lacking] = -np.inf
         known -= np.log(np.exp(known).sum(axis=1, keepdims=True))
@@ -234,14 +237,17 @@ class StoredTeacher:
             if entry is None:
                 problems.append(f"{name} is missing")
             elif entry.tag not in tag or len(entry.shape) != axes:
-                problems.append(f"{name} is {entry.tag} {entry.shape}, expected {tag} with {axes} axes")
+                problems.append(
+                    f"{name} is {entry.tag} of shape {entry.shape}, expected {tag} with {axes} axes"
+                )
         if not problems:
             found = {name: file.entries[name].shape for name in _KINDS}
             (rows, k), m = found["ids"], found["sequences"][0]
             if found["log_probs"] != (rows, k + 1) or found["starts"] != (m + 1,) or not (m and k):
                 problems.append(
-                    f"ids {found['ids']}, log_probs {found['log_probs']}, sequences {found['sequences']} and "
-                    f"starts {found['starts']} do not fit together"
+                    f"ids, log_probs, sequences and starts have shapes {found['ids']}, {found['log_probs']}, "
+                    f"{found['sequences']} and {found['starts']}, expected (rows, k), (rows, k + 1), (m,) "
+                    "and (m + 1,), where k and m are at least 1"
                 )
         if problems:
             raise FormatError(f"{self.name}: {'; '.join(problems)}")

@@ -35,7 +35,7 @@ def require_same_vocabulary(
     )
     common = min(len(theirs), len(ours))
     raise FormatError(
-        f"{op}: the vocabulary of the teacher {teacher} differs from that of {student}: {shown}"
+        f"{op}: the vocabulary of the teacher {teacher} differs from the vocabulary of {student}: {shown}"
         f"{'; ...' * (len(differing) > _SHOWN)} ({len(differing):,} of {common:,} tokens differ)"
     )
 

@@ -118,7 +118,7 @@ class TuneLog:
                 raise CorruptError(f"{where}: this is not an event of a search: {line[:80]!r}") from error
             self._lines.append(line + "\n")
         if not self.start:
-            raise CorruptError(f"{self.path}: the log does not begin with the start of a search")
+            raise CorruptError(f"{self.path}: the log has no event 'start'")
 
     def _take(self, event: dict[str, Any]) -> None:
         kind = event["event"]
@@ -148,7 +148,7 @@ class TuneLog:
         if other:
             raise ValueError(
                 f"tune: {self.path} belongs to a search with different values of {', '.join(other)}: "
-                f"{self.start.get(other[0])!r}, now {start.get(other[0])!r}"[:300]
+                f"{other[0]} was {self.start.get(other[0])!r}, is now {start.get(other[0])!r}"[:300]
             )
 
 

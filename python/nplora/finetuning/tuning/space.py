@@ -143,7 +143,9 @@ def require_values(op: str, search: Mapping[str, Sequence[Any]], given: Mapping[
     """
     for name in search:
         if name in given:
-            raise ValueError(f"{op}: {name} is given and searched, expected only one of them")
+            raise ValueError(
+                f"{op}: {name} is set to one value and also searched, expected only one of the two"
+            )
     if "epochs" in search and "steps" in given:
         raise ValueError(f"{op}: epochs are searched, and steps is given, expected only one of them")
     choices = [(name, value) for name, values in search.items() for value in values]

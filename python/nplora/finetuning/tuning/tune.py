@@ -127,7 +127,7 @@ def _require_options(options: Mapping[str, Any]) -> None:
     known = {field.name for field in dataclasses.fields(FinetuneOptions)} - {*NOT_PASSED}
     for name in options:
         if name in NOT_PASSED:
-            raise TypeError(f"tune: unexpected keyword {name!r}, which belongs to one run, not to a search")
+            raise TypeError(f"tune: unexpected keyword {name!r}: a search cannot use this option of finetune")
         if name not in known:
             raise TypeError(f"tune: unexpected keyword {name!r}{_check.suggestion(name, known)}")
 
@@ -312,14 +312,14 @@ def _notes(winner: Trial | None, trials: Sequence[Trial], full: int) -> Iterator
     rates = sorted({trial.settings["lr"] for trial in trials})
     if len(rates) > 1 and winner.settings["lr"] in (rates[0], rates[-1]):
         which = "smallest" if winner.settings["lr"] == rates[0] else "largest"
-        yield f"the best learning rate is the {which} that was tried: --search lr=... tries others"
+        yield f"the best learning rate is the {which} that was tried: use --search lr=... to try other rates"
     epochs = [trial.epochs for trial in trials if trial.epochs and trial.steps >= full]
     if winner.epochs and len(set(epochs)) > 1 and winner.epochs == max(epochs):
-        yield "the highest number of epochs that was tried is the best: --search epochs=... tries more"
+        yield "the best number of epochs is the highest that was tried: use --search epochs=... to try more"
     if winner.steps < full:
         yield (
-            f"the longest trials had {winner.steps} of the run's {full} steps: a larger --budget compares "
-            "full runs"
+            f"the longest trials had {winner.steps} of the {full} steps of a full run: use a larger "
+            "--budget to compare full runs"
         )
 
 

@@ -8,7 +8,7 @@ from typing import Any, NoReturn, TypeAlias, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from nplora.formats.errors import FormatError, brief, missing_name, nearest_names
+from nplora.formats.errors import FormatError, brief, counted, missing_name, nearest_names
 from nplora.formats.gguf.ggml_types import VALUE_DTYPES, elements
 
 Array: TypeAlias = NDArray[Any]
@@ -233,7 +233,10 @@ class Metadata(Mapping[str, Scalar | Array | StringArray]):
     def _array_entry(self, key: str, element: str, count: int | None) -> ArrayEntry:
         value = self._values.get(key)
         if not isinstance(value, ArrayEntry) or value.type != element or count not in (None, value.count):
-            self._refuse(key, f"{'an array' if count is None else f'{count:,}'} of {element}")
+            self._refuse(
+                key,
+                f"an array of {element}" if count is None else f"{counted(count, 'value')} of type {element}",
+            )
         return value
 
     def _array(self, key: str, entry: ArrayEntry) -> Array | StringArray:
@@ -250,7 +253,7 @@ class Metadata(Mapping[str, Scalar | Array | StringArray]):
             raise FormatError(f"{where} is missing, expected {expected}; the nearest keys: {near}")
         value, element = self._values[key], self.types[key]
         found = (
-            f"{value.count:,} of {element}"
+            f"{counted(value.count, 'value')} of type {element}"
             if isinstance(value, ArrayEntry)
             else f"the {element} {brief(value)}"
         )

@@ -141,7 +141,8 @@ def _name(kind: str, name: object, limit: int) -> bytes:
     raw = _text(f"the {kind} {brief(name)}", name)
     if not name or "\0" in name or len(raw) - LENGTH.size > limit:
         raise ValueError(
-            f"gguf.save: {brief(name)} cannot name a {kind}: expected 1 to {limit:,} bytes without NUL"
+            f"gguf.save: {brief(name)} cannot be the name of a {kind}, expected 1 to {limit:,} bytes "
+            "without NUL"
         )
     return raw
 
@@ -288,7 +289,8 @@ def _blocks(where: str, name: str, dimensions: tuple[int, ...]) -> tuple[GgmlTyp
     row = shape[-1] if shape else 1
     if min(shape, default=0) < 0 or row % kind.block:
         raise ValueError(
-            f"{where} has shape {shape}, but {kind.name} needs rows of a multiple of {kind.block} elements"
+            f"{where} has shape {shape}, but {kind.name} needs sizes of at least 0, and rows of a "
+            f"multiple of {kind.block} elements"
         )
     return kind, shape
 

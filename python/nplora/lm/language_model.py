@@ -1287,7 +1287,7 @@ class LanguageModel(Module):
             temperature: sampling temperature. At 0, the most likely token is always chosen; at 1, the model's
                 own probabilities are used. Lower values favour likely tokens, higher values favour unlikely
                 ones.
-            top_k: number of most likely tokens to sample from.
+            top_k: number of tokens to sample from, the most likely ones.
             top_p: total probability of the most likely tokens to sample from, above 0 and at most 1.
             repetition_penalty: a value above 1 makes tokens that are already in the text less likely.
             stop: texts that end generation, and that are not part of the returned text.

@@ -41,7 +41,7 @@ class Sampling:
     temperature: float = _option(
         0.0, "sampling temperature; 0: always the most likely token, 1: the model's own probabilities"
     )
-    top_k: int | None = _option(None, "number of most likely tokens to sample from")
+    top_k: int | None = _option(None, "number of tokens to sample from, the most likely ones")
     top_p: float | None = _option(
         None, "total probability of the most likely tokens to sample from, above 0 and at most 1"
     )

@@ -45,7 +45,7 @@ class TuneOptions:
         metadata={
             "group": "search",
             "help": "values to try, as in lr=1e-4,1e-3 or targets=all-linear,q_proj+v_proj (default: usual "
-            "values of lr, rank, targets and epochs); an option that you set to one value is not searched",
+            "values of lr, rank, targets and epochs); a fixed option, as in --rank 8, is not searched",
             "metavar": "NAME=VALUES",
         },
     )

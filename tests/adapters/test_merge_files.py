@@ -807,7 +807,10 @@ def test_the_command_merges_and_reports(
     assert err == ""
     size = (tmp_path / "out.gguf").stat().st_size
     assert lines[0] == f"{tmp_path / 'out.gguf'}: {size:,} bytes, 5 tensors merged (q8_0), 2 copied"
-    assert lines[1] == "held-out loss not measured (measure it with nplora merge --check FILE or check=)"
+    assert (
+        lines[1]
+        == "held-out loss not measured (measure it with nplora merge --check FILE, or check= in Python)"
+    )
     assert re.fullmatch(r"the merged weights keep \d+\.\d% of the adapter's change \(ΔW\)", lines[2])
     noise = r"rounding also adds random noise: 0\.\d+% of the weights' norm \(0\.\d+ times ΔW\)"
     assert re.fullmatch(noise, lines[3])

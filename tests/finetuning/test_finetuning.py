@@ -1107,7 +1107,7 @@ def test_the_commands_refuse_an_adapter_of_another_model_and_take_it_on_request(
         ["generate", str(tmp_path / "other.gguf"), "1+1=", "--max-new-tokens", "2", *where],
     ):
         assert cli.main(line) == 2
-        assert "out: the adapter is of another model" in capsys.readouterr().err
+        assert "out: the adapter belongs to another model" in capsys.readouterr().err
         assert cli.main([*line, "--any-base"]) == 0
 
 
@@ -1538,7 +1538,7 @@ def test_finetune_and_plan_take_an_adapter_of_another_model_on_request(
         lambda **more: finetune(other, data, tmp_path / "out", **given, **more),
         lambda **more: plan(other, data, **given, **more),
     ):
-        with pytest.raises(FormatError, match="the adapter is of another model"):
+        with pytest.raises(FormatError, match="the adapter belongs to another model"):
             call()
         call(any_base=True)
     line = f"{other} --data {data} --adapter {tmp_path / 'a'} --steps 1".split()

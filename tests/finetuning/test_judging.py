@@ -824,7 +824,7 @@ def test_an_adapter_of_another_model_is_an_error(lm: LanguageModel, adapters: Pa
     other = load_model(tmp_path / "other.gguf")
     other.add_lora(rank=2, init="gaussian")
     nplora.save_adapter(other, tmp_path / "stranger")
-    with pytest.raises(FormatError, match="stranger: the adapter is of another model"):
+    with pytest.raises(FormatError, match="stranger: the adapter belongs to another model"):
         compare(lm, ROWS, [adapters / "random", tmp_path / "stranger"])
     assert compare(lm, ROWS, [tmp_path / "stranger"], any_base=True).evaluations
     with pytest.raises(FileNotFoundError):

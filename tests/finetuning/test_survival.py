@@ -245,7 +245,7 @@ def test_an_adapter_of_another_model_is_refused_with_names_and_shapes(
     assert cli.main(["eval", str(model), "--data", str(data), "--adapter", str(tmp_path / "adapter")]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
-    assert "the adapter is of another model (" in error
+    assert "the adapter belongs to another model (" in error
     assert ", and does not fit the model in " in error
     assert error.endswith(
         "'model.layers.0.self_attn.k_proj': the adapter is for a weight of shape (16, 32), "

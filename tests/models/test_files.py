@@ -19,7 +19,7 @@ LAYERS = small_models.LAYERS
 
 GGUF_FAULTS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "no heads": ({"llama.attention.head_count": 0}, FormatError, "head_count is 0"),
-    "uneven groups": ({"llama.attention.head_count_kv": 3}, FormatError, "4 attention heads cannot share 3"),
+    "uneven groups": ({"llama.attention.head_count_kv": 3}, FormatError, "heads, expected a multiple of 3"),
     "no kv heads": ({"llama.attention.head_count_kv": 0}, FormatError, "num_key_value_heads is 0"),
     "a billion blocks": ({"llama.block_count": 10**9}, FormatError, "1,000,000,000 layers, expected 1 to"),
     "an odd head": ({"llama.attention.key_length": 7}, FormatError, "head_dim is 7, expected an even"),

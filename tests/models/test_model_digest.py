@@ -125,7 +125,7 @@ def test_an_adapter_of_another_model_is_refused_with_both_digests_and_accepted_o
         with pytest.raises(FormatError) as caught:
             use()
         text = str(caught.value)
-        assert text.startswith(f"{adapter}: the adapter is of another model")
+        assert text.startswith(f"{adapter}: the adapter belongs to another model")
         assert f"sha256 {digest(model)[:12]}" in text
         assert f"{digest(other)[:12]}" in text
         assert repr(str(model)) in text
@@ -199,9 +199,10 @@ def test_an_adapter_of_another_model_is_converted_only_on_request(
     for source, target in ((adapter, again), (file, back)):
         with pytest.raises(FormatError) as caught:
             nplora.adapters.convert_adapter(source, target, other)
-        assert str(caught.value).startswith(f"{source}: the adapter is of another model (")
-        assert f"sha256 {digest(model)[:12]} of its norms; this model has {digest(other)[:12]})" in str(
-            caught.value
+        assert str(caught.value).startswith(f"{source}: the adapter belongs to another model (")
+        assert (
+            f"sha256 {digest(model)[:12]} of its norm weights; this model has sha256 {digest(other)[:12]})"
+            in str(caught.value)
         )
         arguments = ["convert", str(source), str(target), "--base", str(other)]
         assert cli.main(arguments) == 2
@@ -221,7 +222,9 @@ def test_an_adapter_of_another_model_s_shapes_is_not_converted(
     wide |= {f"blk.{i}.attn_q.weight": np.zeros((64, 32), np.float32) for i in range(small_models.LAYERS)}
     base = small_models.write(tmp_path / "wide.gguf", weights=wide)
     for source, target in ((adapter, tmp_path / "b.gguf"), (file, tmp_path / "back")):
-        with pytest.raises(FormatError, match=r"the adapter is of another model \(.*\), and does not fit"):
+        with pytest.raises(
+            FormatError, match=r"the adapter belongs to another model \(.*\), and does not fit"
+        ):
             nplora.adapters.convert_adapter(source, target, base, any_base=True)
 
 
@@ -302,7 +305,7 @@ def test_the_shards_with_the_norms_are_enough_to_detect_another_base(adapter: Pa
     ):
         nplora.combine([(adapter, 1)], base=other)
     for named in (other, other / "config.json"):
-        with pytest.raises(FormatError, match=r"the adapter is of another model"):
+        with pytest.raises(FormatError, match=r"the adapter belongs to another model"):
             nplora.adapter_to_gguf(adapter, tmp_path / "b.gguf", named)
     (base / "norms.safetensors").write_bytes(LFS)
     with warns_of_missing_weights():

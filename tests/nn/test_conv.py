@@ -162,7 +162,7 @@ def test_a_failed_backward_pass_leaves_the_earlier_gradients(
     if fails == "inference":
         with inference():
             saved = layer.forward(x)[1]
-        with pytest.raises(RuntimeError, match="ran in inference mode and kept nothing"):
+        with pytest.raises(RuntimeError, match="ran in inference mode and saved nothing"):
             layer.backward(dy, saved)
     else:
         saved, calls = layer.forward(x)[1], list[Any]()

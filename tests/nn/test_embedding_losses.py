@@ -189,12 +189,12 @@ def test_wrong_arguments_are_refused(rng: np.random.Generator) -> None:
         (lambda: TripletLoss()([x, x, x[:2]]), "columns have shapes"),
         (lambda: CosineLoss()([x, x]), "targets is None, expected a score for each pair"),
         (lambda: CosineLoss()([x, x], np.ones(2)), r"targets has shape \(2,\), expected \(3,\)"),
-        (lambda: MatryoshkaLoss(CosineLoss(), ()), "expected different widths"),
-        (lambda: MatryoshkaLoss(CosineLoss(), (2, 2)), "expected different widths"),
+        (lambda: MatryoshkaLoss(CosineLoss(), ()), "expected at least one width, and no width twice"),
+        (lambda: MatryoshkaLoss(CosineLoss(), (2, 2)), "expected at least one width, and no width twice"),
         (lambda: MatryoshkaLoss(CosineLoss(), (2,), (1.0, 2.0)), "2 weights for 1 dims"),
         (
             lambda: MatryoshkaLoss(CosineLoss(), (7,))([x, x], np.ones(3)),
-            "a width is 7, but embeddings have 6",
+            "dims contains 7, but the embeddings have 6",
         ),
         (lambda: embedding_losses.get("op", "rank"), "op: loss='rank' is not available"),
     ]:

@@ -442,7 +442,7 @@ def test_a_merged_layer_refuses_to_train(rng: np.random.Generator) -> None:
         layer.A = np.ones(layer.A.shape)
     merged_saved = layer.forward(x)[1]
     layer.unmerge()
-    with pytest.raises(RuntimeError, match="the layer was merged in this forward pass"):
+    with pytest.raises(RuntimeError, match="the layer was merged when this forward pass ran"):
         layer.backward(y, merged_saved)
     with pytest.raises(RuntimeError, match=r"LoRALinear\.unmerge: the layer is not merged"):
         layer.unmerge()
@@ -689,7 +689,7 @@ def test_backward_after_inference_is_refused(rng: np.random.Generator) -> None:
     net = Peek()
     y = net(rng.standard_normal((N, D_IN)))
     assert net.saved.nbytes == 0
-    with pytest.raises(RuntimeError, match="this forward pass ran in inference mode and kept nothing"):
+    with pytest.raises(RuntimeError, match="this forward pass ran in inference mode and saved nothing"):
         net.layer.backward(y, net.saved)
 
 

@@ -444,7 +444,7 @@ def test_the_random_state_goes_on_where_it_was_taken() -> None:
     [
         ({"nobody": [1, 2]}, ValueError, r"not in the model: \['nobody'\]"),
         ({"zeta": [1]}, ValueError, r"the state of 'zeta' is \[1\], expected \[seed, calls\]"),
-        ({"zeta": [1, -1]}, ValueError, "the calls of 'zeta' is -1, expected at least 0"),
+        ({"zeta": [1, -1]}, ValueError, "the number of calls of 'zeta' is -1, expected at least 0"),
         ({"zeta": [1.5, 0]}, TypeError, "the seed of 'zeta' is 1.5, expected an integer"),
     ],
 )

@@ -196,7 +196,7 @@ def test_a_merged_or_disabled_layer_answers_from_its_weight_alone() -> None:
     ys, saved = stack_forward(layers, x)
     np.testing.assert_allclose(ys[0], expected, rtol=1e-4, atol=1e-4)
     layers[0].unmerge()
-    with pytest.raises(RuntimeError, match="merged in this forward pass"):
+    with pytest.raises(RuntimeError, match="merged when this forward pass ran"):
         stack_backward(layers, dys, saved)
     with layers[1].disable_adapter():
         ys, saved = stack_forward(layers, x)
@@ -490,7 +490,7 @@ SAME = {"W": np.ones((130, 97))}
         ),
         ({"use_dora": True}, {}, "layer 1: saved is from a layer without DoRA$"),
         (SAME, {"u": np.ones((9, 7), np.float32)}, "layer 1: saved is from a layer with DoRA$"),
-        (SAME, {"x": None}, "layer 1: this pass kept no x, which the gradient of B needs$"),
+        (SAME, {"x": None}, "layer 1: this forward pass saved no x, which the gradient of B needs$"),
         (
             SAME,
             {"x": np.ones((3, 97), np.float32)},
@@ -587,7 +587,7 @@ def test_x_may_be_forgotten_and_given_again() -> None:
     wanted = [layer.dB.copy() for layer in layers if layer.dB is not None]
     for layer in layers:
         layer.zero_grad()
-    with pytest.raises(ValueError, match="this pass kept no x"):
+    with pytest.raises(ValueError, match="this forward pass saved no x"):
         stack_backward(layers, dys, forgotten)
     for layer in layers:
         layer.zero_grad()

@@ -159,7 +159,7 @@ def test_a_pass_that_kept_nothing_has_no_gradient(rng: np.random.Generator) -> N
     with pytest.raises(RuntimeError, match="the layer is merged"):
         layer.backward(y, saved)
     layer.unmerge()
-    with pytest.raises(RuntimeError, match="merged in this forward pass"):
+    with pytest.raises(RuntimeError, match="merged when this forward pass ran"):
         layer.backward(y, saved)
     with nplora.nn.module.inference():
         y, saved = layer.forward(IDS)
@@ -280,7 +280,7 @@ def test_rows_of_new_tokens_within_the_weight_start_with_the_mean(rng: np.random
 
 def test_rows_beyond_the_end_must_all_be_trained_and_have_no_bias(rng: np.random.Generator) -> None:
     weight = some_weight(rng)
-    with pytest.raises(ValueError, match="row 12 is beyond the weight's end and not in ids"):
+    with pytest.raises(ValueError, match="row 12 is beyond the weight's end, so ids must contain it"):
         TrainedRows(weight, [11, 13], VOCAB + MORE)
     with pytest.raises(ValueError, match="ids"):
         TrainedRows(weight, [VOCAB], VOCAB)

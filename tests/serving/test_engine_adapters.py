@@ -116,7 +116,7 @@ def test_what_is_neither_a_name_nor_a_copy_of_the_model_is_refused(tmp_path: Pat
     for one in (lm, other):
         one.load_adapter(adapter, "name")
     engine = Engine(lm)
-    words = r"^Engine\.submit: adapter is an? \w+, expected a name or a model of lm\.named_model$"
+    words = r"^Engine\.submit: adapter is an? \w+, expected a name, or a model that lm\.named_model returned$"
     for wrong in (3, lm.adapters["name"]):
         with pytest.raises(TypeError, match=words):
             engine.submit(ids, adapter=wrong)  # type: ignore[arg-type]

@@ -201,7 +201,11 @@ def test_a_forced_tool_call_has_the_arguments_of_the_tool(client: Any, choice: A
         ),
         ({"extra_body": {"top_kk": 1}}, "top_kk", "did you mean top_k"),
         ({"extra_body": {"min_p": 0.1}}, "min_p", "not supported"),
-        ({"tools": [{"type": "function"}]}, "tools[0].type", "with an object in the field function"),
+        (
+            {"tools": [{"type": "function"}]},
+            "tools[0].type",
+            "together with an object in the field 'function'",
+        ),
         ({"tools": [TOOL, TOOL]}, "tools", "two functions of the same name"),
         ({"tool_choice": "required"}, "tool_choice", "there are no tools"),
         ({"response_format": {"type": "xml"}}, "response_format.type", "one of text, json_object"),

@@ -127,7 +127,7 @@ def test_an_adapter_that_does_not_fit_into_memory_is_refused(client: Any, app: A
         for scale in (2, 3, 4):  # each sum takes the place of the one before
             ask(client, extra_body={"lora": [{"id": 0, "scale": scale}]})
         assert ask(client, model="first").choices[0].message.content
-        message = r"memory for the sum 'adapter0\*2\.0\+adapter1\*3\.0'"
+        message = r"memory for the sum of adapters 'adapter0\*2\.0\+adapter1\*3\.0'"
         with pytest.raises(openai.APIStatusError, match=message) as caught:
             ask(client, extra_body={"lora": [{"id": 0, "scale": 2}, {"id": 1, "scale": 3}]})
         assert (caught.value.status_code, caught.value.code) == (507, "insufficient_memory")

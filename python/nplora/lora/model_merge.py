@@ -13,7 +13,7 @@ _FINER = dict.fromkeys(storages.BLOCKS, "q8_0") | {
     "q8_0": "float16", "bfloat16": "float16", "float16": "float32", "float32": None, "float64": None,
 }  # fmt: skip
 _UNAFFECTED = 0.005  # nats per token; such a change of the loss changes the perplexity by half a percent
-_NOT_MEASURED = "held-out loss not measured (measure it with nplora merge --check FILE or check=)"
+_NOT_MEASURED = "held-out loss not measured (measure it with nplora merge --check FILE, or check= in Python)"
 _LITTLE = 0.5  # if rounding keeps less than this share of a tensor's ΔW, there is a warning
 
 

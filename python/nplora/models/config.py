@@ -104,8 +104,8 @@ class ModelConfig:
         require_layers(self.source, self.num_hidden_layers)
         if self.num_attention_heads % self.num_key_value_heads:
             raise FormatError(
-                f"{self.source}: {self.num_attention_heads} attention heads cannot share "
-                f"{self.num_key_value_heads} heads of keys and values evenly"
+                f"{self.source}: {self.num_attention_heads} attention heads, expected a multiple of "
+                f"{self.num_key_value_heads}, the number of key/value heads"
             )
         if self.head_dim % 2:
             raise FormatError(f"{self.source}: head_dim is {self.head_dim}, expected an even number")

@@ -56,7 +56,7 @@ def of_tensors(tensors: Mapping[str, gguf.Tensor | safetensors.Tensor], family: 
 def described(name: str | None, digest: str | None) -> str:
     """Describe a base model by its name and its digest, as far as they are known."""
     known = [] if name is None else [brief(name, 200)]
-    known += [] if digest is None else [f"sha256 {digest[:_SHOWN]} of its norms"]
+    known += [] if digest is None else [f"sha256 {digest[:_SHOWN]} of its norm weights"]
     return ", ".join(known) or "an unnamed model"
 
 
@@ -64,7 +64,10 @@ def difference(name: str | None, digest: str | None, model: str | None) -> str:
     """If both digests are known and differ, return a text for an error message. If not, return ""."""
     if digest is None or model is None or digest == model:
         return ""
-    return f"the adapter is of another model ({described(name, digest)}; this model has {model[:_SHOWN]})"
+    return (
+        f"the adapter belongs to another model ({described(name, digest)}; "
+        f"this model has sha256 {model[:_SHOWN]})"
+    )
 
 
 def refusal(name: str | None, digest: str | None, model: str | None) -> str:

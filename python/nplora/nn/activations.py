@@ -70,7 +70,7 @@ class Activation(Module):
             return None
         kept = saved.array
         if kept is None:
-            raise RuntimeError(f"{op}: this forward pass ran in inference mode and kept nothing")
+            raise RuntimeError(f"{op}: this forward pass ran in inference mode and saved nothing")
         gradient = _check.shaped(op, "dy", dy, kept.shape, kept.dtype)
         _check.own(op, saved, self)
         return self._differentiate(kept, gradient)

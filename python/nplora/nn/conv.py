@@ -143,7 +143,7 @@ class Conv2d(_Convolution, Linear):
         _check.saved(op, saved, ConvSaved)
         _check.own(op, saved, self)
         if self.trainable and saved.x is None:
-            raise RuntimeError(f"{op}: this forward pass ran in inference mode and kept nothing")
+            raise RuntimeError(f"{op}: this forward pass ran in inference mode and saved nothing")
         gradient = _gradient(op, self._windows, self.shape[0], dy, saved, self._dtype)
         return _backward(self._windows, gradient, saved, super().backward, need_dx)
 

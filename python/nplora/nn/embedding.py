@@ -111,7 +111,7 @@ class Embedding(Module):
             _check.own(op, saved, self)
             return
         if saved.ids is None:
-            raise RuntimeError(f"{op}: this forward pass ran in inference mode and kept nothing")
+            raise RuntimeError(f"{op}: this forward pass ran in inference mode and saved nothing")
         ids = _check.in_range(op, _SAVED_IDS, saved.ids, self.shape[0])
         _check.own(op, saved, self)
         add_rows(self.dweight, ids, rows.reshape(-1, self.shape[1]))
@@ -230,16 +230,16 @@ class LoRAEmbedding(LoRALayer):
         self.require_unmerged("backward")
         _check.saved(op, saved, LoRAEmbeddingSaved)
         if saved.merged:
-            raise RuntimeError(f"{op}: the layer was merged in this forward pass")
+            raise RuntimeError(f"{op}: the layer was merged when this forward pass ran")
         dim, dtype = self.weight.shape[1], self.weight.compute_dtype
         du = _check.shaped(op, "dy", dy, (*saved.lead, dim), dtype).reshape(math.prod(saved.lead), dim)
         if saved.alone or self.scale == 0:
             _check.own(op, saved, self)
             return
         if saved.ids is None:
-            raise RuntimeError(f"{op}: this forward pass ran in inference mode and kept nothing")
+            raise RuntimeError(f"{op}: this forward pass ran in inference mode and saved nothing")
         if saved.rows is None and not self.freeze_B:
-            raise ValueError(f"{op}: this pass kept no rows of A, which the gradient of B needs")
+            raise ValueError(f"{op}: this forward pass saved no rows of A, which the gradient of B needs")
         _check.kept(op, "A[ids]", saved.rows, (len(du), self.rank), dtype)
         ids = _check.in_range(op, _SAVED_IDS, saved.ids, len(self.A))
         _check.own(op, saved, self)

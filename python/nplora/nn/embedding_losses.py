@@ -257,7 +257,7 @@ class MatryoshkaLoss:
         op = "MatryoshkaLoss"
         dims = tuple(_check.integer(op, "a width of dims", dim, least=1) for dim in self.dims)
         if not dims or len(set(dims)) < len(dims):
-            raise ValueError(f"{op}: dims is {self.dims}, expected different widths")
+            raise ValueError(f"{op}: dims is {self.dims}, expected at least one width, and no width twice")
         weights = (1.0,) * len(dims) if self.weights is None else tuple(self.weights)
         if len(weights) != len(dims):
             raise ValueError(f"{op}: {len(weights)} weights for {len(dims)} dims, expected one for each")
@@ -284,7 +284,7 @@ class MatryoshkaLoss:
         width, total, gradients = given[0].shape[1], 0.0, [np.zeros_like(x) for x in given]
         if max(self.dims) > width:
             raise ValueError(
-                f"MatryoshkaLoss: a width is {max(self.dims)}, but embeddings have {width} values"
+                f"MatryoshkaLoss: dims contains {max(self.dims)}, but the embeddings have {width} values"
             )
         assert self.weights is not None
         for dim, weight in zip(self.dims, self.weights, strict=True):

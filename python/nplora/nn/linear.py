@@ -196,7 +196,7 @@ class Linear(Prepared, Module):
         rows = _check.shaped(op, "dy", dy, (*saved.lead, d_out), self._dtype)
         if self.dweight is not None:
             if saved.x is None:
-                raise RuntimeError(f"{op}: this forward pass ran in inference mode and kept nothing")
+                raise RuntimeError(f"{op}: this forward pass ran in inference mode and saved nothing")
             _check.kept(op, "x", saved.x, (math.prod(saved.lead), self.shape[1]), self._dtype)
         return rows.reshape(math.prod(saved.lead), d_out)
 

@@ -343,9 +343,9 @@ class LoRALinear(LoRALayer):
         self.require_trainable("backward")
         _check.saved(op, saved, LoRALinearSaved)
         if saved.merged:
-            raise RuntimeError(f"{op}: the layer was merged in this forward pass")
+            raise RuntimeError(f"{op}: the layer was merged when this forward pass ran")
         if saved.z is None and not saved.alone:
-            raise RuntimeError(f"{op}: this forward pass ran in inference mode and kept nothing")
+            raise RuntimeError(f"{op}: this forward pass ran in inference mode and saved nothing")
         self._require_own(op, saved)
         d_out, dtype = self.weight.shape[0], self.weight.compute_dtype
         return _check.shaped(op, "dy", dy, (*saved.lead, d_out), dtype).reshape(math.prod(saved.lead), d_out)
@@ -355,7 +355,7 @@ class LoRALinear(LoRALayer):
         if saved.z is None:
             return
         if saved.x is None and self.reads_x:
-            raise ValueError(f"{op}: this pass kept no x, which the gradient of B needs")
+            raise ValueError(f"{op}: this forward pass saved no x, which the gradient of B needs")
         if (saved.u is not None) != self.use_dora:
             raise ValueError(f"{op}: saved is from a layer {'without' if self.use_dora else 'with'} DoRA")
         n, (d_out, d_in) = math.prod(saved.lead), self.weight.shape

@@ -250,7 +250,7 @@ class LoRALayer(Prepared, AdapterLayer):
     def _take(self) -> tuple[Array, Array]:
         """Compute initial factors A and B from the weight, and subtract scale · A·B from the weight."""
         a, b = self._taken = principal_factors(self.init, self.weight, self.rank, self.scale)
-        self._weight, _ = merge_weight("the rest of W", self.weight, LoraDelta(a, b, -self.scale), "same")
+        self._weight, _ = merge_weight("W - scale · A·B", self.weight, LoraDelta(a, b, -self.scale), "same")
         return a, b
 
     def _draw_b(self, rng: np.random.Generator) -> Array:

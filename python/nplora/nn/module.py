@@ -575,7 +575,7 @@ class Module:
                 raise ValueError(f"{op}: the state of {name!r} is {entry!r}, expected [seed, calls]")
             streams[name] = (
                 _check.integer(op, f"the seed of {name!r}", entry[0], least=0),
-                _check.integer(op, f"the calls of {name!r}", entry[1], least=0),
+                _check.integer(op, f"the number of calls of {name!r}", entry[1], least=0),
             )
         for name, stream in streams.items():
             layers[name].dropout_stream = stream

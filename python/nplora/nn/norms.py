@@ -94,7 +94,7 @@ class _Norm(Module):
         op, d = f"{type(self).__name__}.backward", len(self.weight)
         _check.saved(op, saved, NormSaved)
         if saved.normalised is None or saved.factor is None:
-            raise RuntimeError(f"{op}: this forward pass ran in inference mode and kept nothing")
+            raise RuntimeError(f"{op}: this forward pass ran in inference mode and saved nothing")
         n = math.prod(saved.lead)
         _check.kept(op, "normalised x", saved.normalised, (n, d), self.weight.dtype)
         rows = _check.shaped(op, "dy", dy, (*saved.lead, d), self.weight.dtype).reshape(n, d)

@@ -95,7 +95,7 @@ class MaxPool2d(Module):
         if not need_dx:
             return None
         if saved.largest is None:
-            raise RuntimeError(f"{op}: this forward pass ran in inference mode and kept nothing")
+            raise RuntimeError(f"{op}: this forward pass ran in inference mode and saved nothing")
         given = _check.as_array(op, "dy", dy)
         dtype = np.float64 if given.dtype == np.float64 else np.float32
         gradient = _check.shaped(op, "dy", given, saved.largest.shape, dtype)

@@ -93,7 +93,9 @@ class TrainedRows:
         if ids is not None:
             self.ids = _distinct(ids, self.size)
             if missing := np.setdiff1d(np.arange(stored, self.size), self.ids).tolist():
-                raise ValueError(f"TrainedRows: row {missing[0]} is beyond the weight's end and not in ids")
+                raise ValueError(
+                    f"TrainedRows: row {missing[0]} is beyond the weight's end, so ids must contain it"
+                )
         new = {token.id for token in self.tokens} | set(range(stored, self.size))
         self._new = np.array(sorted(new), np.int64)
         self._mean = _mean_row(weight) if new else None
@@ -272,9 +274,9 @@ class TrainedRowsLayer(AdapterLayer):
 
     def _require_kept(self, op: str, saved: TrainedRowsSaved) -> None:
         if saved.merged:
-            raise RuntimeError(f"{op}: the layer was merged in this forward pass")
+            raise RuntimeError(f"{op}: the layer was merged when this forward pass ran")
         if saved.x is None and not saved.alone:
-            raise RuntimeError(f"{op}: this forward pass ran in inference mode and kept nothing")
+            raise RuntimeError(f"{op}: this forward pass ran in inference mode and saved nothing")
         _check.own(op, saved, self)
 
     # ---- merging ----

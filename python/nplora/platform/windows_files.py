@@ -116,7 +116,7 @@ def _remove(path: str) -> None:
 
 def lock(descriptor: int, shared: bool) -> None:
     if shared or os.path.isdir(path_of(descriptor)):
-        raise OSError(errno.ENOTSUP, "directories and shared locks are not supported")
+        raise OSError(errno.ENOTSUP, "shared locks and locks on directories are not supported on Windows")
     before = os.lseek(descriptor, 0, os.SEEK_CUR)
     os.lseek(descriptor, _LOCKED_BYTE, os.SEEK_SET)
     try:

@@ -110,7 +110,11 @@ class AdapterMemory:
     def _require(self, name: str, needed: int) -> None:
         left = self.most - self.used
         if needed > left:
-            what = f"the sum {brief(name[1:])}" if name.startswith("=") else f"the adapter {brief(name)}"
+            what = (
+                f"the sum of adapters {brief(name[1:])}"
+                if name.startswith("=")
+                else f"the adapter {brief(name)}"
+            )
             raise RequestError(
                 f"there is too little memory for {what}: it needs {needed / 1e6:,.1f} MB, "
                 f"but only {left / 1e6:,.1f} of {self.most / 1e6:,.1f} MB for adapters are free; unload "

@@ -290,7 +290,7 @@ def _store(part: Part, rows: Array) -> None:
     request = part.request
     try:
         if not np.isfinite(rows).all():
-            raise FloatingPointError("the model's values are NaN or infinite for a text")
+            raise FloatingPointError("the model computed NaN or infinite values for a text")
         made = request.store(part.first, rows)
     except (FloatingPointError, MemoryError) as error:
         _fail(request, error)

@@ -345,7 +345,9 @@ class Engine:
     def _require_no_round(self, op: str) -> None:
         """Raise RuntimeError if the calling thread is in a round. Waiting for the round would never end."""
         if self._in_round == threading.get_ident():
-            raise RuntimeError(f"{op}: a listener, guide or turn called this method during a round")
+            raise RuntimeError(
+                f"{op}: a listener, guide or turn called this method during a round, and would wait forever"
+            )
 
     def _cancel(self, ticket: Ticket) -> None:
         """Cancel a request. The request ends before the next round.
@@ -370,9 +372,13 @@ class Engine:
             return self._lm.named_model(adapter, _OP)
         if not isinstance(adapter, LanguageModel):
             kind = _check.kind(adapter)
-            raise TypeError(f"{_OP}: adapter is {kind}, expected a name or a model of lm.named_model")
+            raise TypeError(
+                f"{_OP}: adapter is {kind}, expected a name, or a model that lm.named_model returned"
+            )
         if adapter.config is not self._lm.config:  # copies of a model share its configuration
-            raise ValueError(f"{_OP}: adapter is a copy of another model")
+            raise ValueError(
+                f"{_OP}: adapter is a copy of another model, expected a copy of this engine's model"
+            )
         return adapter
 
     def _root(self, model: LanguageModel) -> str:

@@ -91,7 +91,7 @@ def test_a_job_that_is_stopped_by_close_continues_after_the_next_start(
         assert steps_of(jobs, job) == list(range(1, STEPS + 1))
         messages = [event["message"] for event in jobs.events(job, limit=1000)["data"]]
         assert any(message.startswith("Fine-tuning job continues at step ") for message in messages)
-        assert "The server stops; the job continues after the next start" in messages
+        assert "The server is stopping; the job continues when the server starts again" in messages
         assert [path.name for path in (tmp_path / "jobs" / "jobs" / job).glob("train*")] == []
 
 

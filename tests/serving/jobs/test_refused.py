@@ -296,4 +296,4 @@ def test_a_job_that_does_not_fit_into_memory_fails(lm: nplora.LanguageModel, tmp
         error = jobs.wait(job["id"], 60)["error"]
     assert error["code"] == "insufficient_memory"
     assert "no plan fits into 2 MB" in error["message"]
-    assert "the server needs the rest of its --memory for requests" in error["message"]
+    assert "the server's --memory must be larger, because requests need memory too" in error["message"]

@@ -28,8 +28,8 @@ def require_readable(fields: Fields) -> None:
         found = fields.object("quantization_config")
         if found.string("quant_method", "") != "bitsandbytes" or not found.boolean("load_in_4bit", False):
             raise UnsupportedError(
-                f"{found.source}: the weights are quantised, and only NF4 of bitsandbytes is read: use the "
-                "model in bfloat16, or as GGUF"
+                f"{found.source}: the weights are quantised in a format that nplora does not read (expected "
+                "NF4 of bitsandbytes): use the model in bfloat16, or as GGUF"
             )
 
 

@@ -108,7 +108,8 @@ class Gemma3(Family):
         local = config.local_rope or config.rope
         if (local.linear_factor, local.llama3) != (1.0, None):
             raise UnsupportedError(
-                f"{config.source}: the rotation of layers with a window is scaled, which GGUF cannot express"
+                f"{config.source}: the rotation is scaled in the layers with a sliding window, which GGUF "
+                "cannot express"
             )
         return super().metadata(config) | {"rope.freq_base_swa": np.float32(local.theta)}
 
@@ -119,8 +120,8 @@ class Gemma3(Family):
             window if kind == "sliding_attention" else NO_WINDOW for kind in kinds
         ):
             raise UnsupportedError(
-                f"{config.source}: GGUF can describe Gemma 3 only if every sixth layer, and no other, has "
-                "no sliding window (layer_types)"
+                f"{config.source}: GGUF can describe Gemma 3 only if every sixth layer has no sliding "
+                "window, and all other layers have the same one (layer_types)"
             )
         return window
 

@@ -91,8 +91,8 @@ def require_length(data: ArchitectureMetadata, name: str, head_dim: int) -> None
     found = data.integer(name, head_dim)
     if found != head_dim:
         raise UnsupportedError(
-            f"{data.source}: {data.key(name)} is {found}, expected head_dim={head_dim} (keys and values must "
-            "have the same width, and be rotated as a whole)"
+            f"{data.source}: {data.key(name)} is {found}, expected head_dim={head_dim} (nplora reads only "
+            "models whose values are as wide as their keys, and which rotate all dimensions of a head)"
         )
 
 

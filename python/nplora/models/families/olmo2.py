@@ -39,7 +39,9 @@ class Olmo2(Family):
         """Refuse OLMo 3, which GGUF files also call "olmo2". OLMo 3 has sliding windows in most layers."""
         config = super().read_metadata(file)
         if any(config.sliding_windows):
-            raise UnsupportedError(f"{file.source}: a sliding window, as in OLMo 3, is not supported")
+            raise UnsupportedError(
+                f"{file.source}: the model has sliding windows (OLMo 3), which is not supported"
+            )
         return config
 
     def norm_widths(self, config: ModelConfig) -> dict[str, int]:

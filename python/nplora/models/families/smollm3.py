@@ -44,8 +44,8 @@ class SmolLM3(Family):
     def metadata(self, config: ModelConfig) -> dict[str, Any]:
         if config.unrotated != _every(config.num_hidden_layers, _INTERVAL, config.source):
             raise UnsupportedError(
-                f"{config.source}: GGUF can describe SmolLM3 only if every fourth layer, and no "
-                "other, is without rotary positions (no_rope_layers)"
+                f"{config.source}: GGUF can describe SmolLM3 only if every fourth layer has no "
+                "rotary positions, and all other layers have them (no_rope_layers)"
             )
         return super().metadata(config)
 

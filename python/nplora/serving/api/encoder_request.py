@@ -253,7 +253,9 @@ def _tokenizing() -> Iterator[None]:
 def _tokens(encoder: Encoder, name: str, given: object, length: _Length) -> list[int]:
     """Check the tokens that a client sent, and cut them if there are too many. Add no special tokens."""
     if not isinstance(given, list) or not given:
-        raise wrong(name, given, "a text or a list of tokens that is not empty", "input")
+        raise wrong(
+            name, given, "a list of token ids that is not empty (or a text, if all items are texts)", "input"
+        )
     if len(given) > length.most and not length.cuts:
         raise _too_long(f"{name} has", length)
     return [checked_integer(name, id_, 0, encoder.config.vocab_size - 1) for id_ in given[: length.most]]
@@ -262,7 +264,7 @@ def _tokens(encoder: Encoder, name: str, given: object, length: _Length) -> list
 def _too_long(what: str, length: _Length) -> RequestError:
     return RequestError(
         f"{what} more than {length.most:,} tokens, the most that {length.reason}; "
-        '"truncate_prompt_tokens": -1 cuts long texts',
+        'set "truncate_prompt_tokens" to -1 to cut long texts',
         param="input",
         code="context_length_exceeded",
     )

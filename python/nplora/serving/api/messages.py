@@ -111,7 +111,9 @@ def _tool(tool: Fields) -> dict[str, Any]:
     kind = tool.text("type", "function")
     function = tool.object("function")
     if kind != "function" or function is None:
-        raise wrong(tool.name("type"), tool.get("type"), "'function', with an object in the field function")
+        raise wrong(
+            tool.name("type"), tool.get("type"), "'function' together with an object in the field 'function'"
+        )
     checked_text(function.name("name"), function.required("name"), empty=False)
     function.text("description")
     function.object("parameters")

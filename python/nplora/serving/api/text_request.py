@@ -193,7 +193,7 @@ class Reader:
         if left < 1:
             raise RequestError(
                 f"the prompt has {'at least ' * (longest > self._context)}{longest:,} tokens, but the "
-                f"maximum context length is {self._context:,} tokens, and at least 1 is for the answer",
+                f"maximum context length is {self._context:,} tokens, and the answer needs at least 1",
                 param="messages" if body.has("messages") else "prompt",
                 code="context_length_exceeded",
             )
@@ -267,7 +267,7 @@ class Reader:
             most = lm.vocab_size - 1
             ids = [checked_integer("prompt", id_, 0, most) for id_ in given[: self._context + 1]]
         else:
-            raise wrong("prompt", given, "a text, a list of texts, or a list of tokens")
+            raise wrong("prompt", given, "a text, a list of texts, or a list of token ids")
         if not ids:
             raise RequestError("prompt is empty", param="prompt", code="invalid_value")
         return ids

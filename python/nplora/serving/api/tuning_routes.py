@@ -20,7 +20,7 @@ _METADATA = re.compile(r"metadata\[(.{1,64})\]")
 def jobs_of(service: Service) -> TuningJobs:
     if service.jobs is None:
         raise RequestError(
-            "this server has no files and no fine-tuning jobs: start it with --jobs DIR",
+            "this server accepts no files and no fine-tuning jobs: start it with --jobs DIR",
             404,
             code="not_enabled",
         )

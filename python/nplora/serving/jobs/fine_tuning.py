@@ -164,7 +164,7 @@ class FineTuning:
             if self._running is not None:
                 self._running.stop()
                 if self._jobs[self._running.job_id]["status"] in OPEN:
-                    message = "The server stops; the job continues after the next start"
+                    message = "The server is stopping; the job continues when the server starts again"
                     self._state.event(self._running.job_id, message)
             self._changed.notify_all()
         if self._thread is not None:
@@ -297,7 +297,7 @@ class FineTuning:
         asked = checked(request, self._model)
         with self._changed:
             if sum(job["status"] in (*OPEN, "paused") for job in self._jobs.values()) >= MOST_JOBS:
-                message = f"{MOST_JOBS} jobs have not ended, which is the limit: wait, or cancel a job"
+                message = f"{MOST_JOBS} jobs have not ended, and no more are accepted: wait, or cancel a job"
                 raise RequestError(message, 429, code="queue_full")
             data = {"train": self._file(asked.training_file, "training_file")}
             if asked.validation_file is not None:

@@ -34,7 +34,10 @@ def job_error(error: Exception, names: Mapping[str, tuple[str, str]]) -> dict[st
     for operation in ("finetune: ", "plan: "):
         message = message.removeprefix(operation)
     if isinstance(error, BudgetError):
-        message += ". These sizes are for training: the server needs the rest of its --memory for requests"
+        message += (
+            ". These sizes are for training alone: the server's --memory must be larger, because requests "
+            "need memory too"
+        )
     return {"code": _code(error, param), "message": message[:_LONGEST], "param": param}
 
 

@@ -70,7 +70,7 @@ def test_a_small_layer_gets_a_smaller_rank_and_the_same_scale(rng: np.random.Gen
 def test_only_the_named_layers_are_adapted(rng: np.random.Generator) -> None:
     X, y = blobs(rng)
     assert list(classifier(targets=["2"]).fit(X, y).model_.adapter_layers()) == ["2"]
-    with pytest.raises(ValueError, match="targets has '7', but no layer has this name; nearest names"):
+    with pytest.raises(ValueError, match="targets has '7', but no layer that can be adapted has this name"):
         classifier(targets=["7"]).fit(X, y)
 
 

@@ -87,7 +87,7 @@ def test_bad_targets_are_refused_with_plain_words(rng: np.random.Generator) -> N
     with pytest.raises(ValueError, match="could not convert string to float"):
         regressor().fit(X, np.array(["a"] * len(X), dtype=object))
     model = regressor(epochs=1).fit(X, y)
-    with pytest.raises(ValueError, match="y has 2 targets, but earlier rows had 1"):
+    with pytest.raises(ValueError, match="y has 2 targets per row, but earlier rows had 1"):
         model.partial_fit(X, np.stack([y, y], axis=1))
     with pytest.raises(ValueError, match="loss='l1' is not available"):
         regressor(loss="l1").fit(X, y)
@@ -105,6 +105,6 @@ def test_very_large_targets_are_learned_or_refused(rng: np.random.Generator) -> 
 def test_a_failed_fit_leaves_the_shape_of_predictions(rng: np.random.Generator) -> None:
     X, y = task(rng)
     model = regressor(epochs=1, warm_start=True).fit(X, y)
-    with pytest.raises(ValueError, match="y has 2 targets, but earlier rows had 1"):
+    with pytest.raises(ValueError, match="y has 2 targets per row, but earlier rows had 1"):
         model.fit(X, np.stack([y, y], axis=1))
     assert model.predict(X).shape == y.shape

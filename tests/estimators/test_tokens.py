@@ -215,7 +215,7 @@ def test_true_and_false_are_labels(model: Path) -> None:
 
 def test_scores_of_labels_that_do_not_fit_are_refused(model: Path) -> None:
     fitted = LoRATokenClassifier(model, **FAST | {"epochs": 1}).fit(X, Y)
-    with pytest.raises(ValueError, match="y has 1 sentence, expected 2 as in X"):
+    with pytest.raises(ValueError, match="y has labels for 1 sentence, but X has 2"):
         fitted.score(X[:2], Y[:1])
     with pytest.raises(ValueError, match=r"y\[0\] has 3 labels, expected 4, one for each word"):
         fitted.score(X[:1], Y[1:2])
@@ -254,7 +254,7 @@ def test_a_word_that_the_tokenizer_drops_has_no_label(model: Path) -> None:
         ("a cat", [["O"]], TypeError, "X is 'a cat', expected a list of lists of texts"),
         ([], [], ValueError, "X is empty"),
         ([["a"], []], [["O"], []], ValueError, "a sentence is empty, expected sentences of"),
-        ([["a"]], [["O"], ["O"]], ValueError, "y has 2 sentences, expected 1 as in X"),
+        ([["a"]], [["O"], ["O"]], ValueError, "y has labels for 2 sentences, but X has 1"),
         ([["a"], ["b", "c"]], [["O"], ["O"]], ValueError, r"y\[1\] has 1 label, expected 2, one for"),
         ([["a", "b"]], [["O", 1]], ValueError, "y has labels of type int, str, expected only"),
         ([["a", "b"]], [[True, 2]], ValueError, "y has labels of type bool, int, expected only"),

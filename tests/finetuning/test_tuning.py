@@ -504,8 +504,8 @@ def test_a_second_search_in_the_same_directory_is_refused(
     monkeypatch.setattr(tuning._Trials, "make", during)
     report = tune(model, data, out, **given)
     pid = os.getpid()
-    assert re.search(rf"another search or run \(process {pid}\) writes to this directory.*out", errors[0])
-    assert re.search(rf"another run \(process {pid}\) writes to this directory", errors[1])
+    assert re.search(rf"another search or run \(process {pid}\) is writing to this directory.*out", errors[0])
+    assert re.search(rf"another run \(process {pid}\) is writing to this directory", errors[1])
     assert report.winner is not None
     assert not (out / "lock").exists()
     monkeypatch.undo()

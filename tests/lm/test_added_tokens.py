@@ -141,7 +141,7 @@ def test_a_tokenizer_whose_ids_have_gaps_takes_no_tokens(tmp_path: Path) -> None
     tokenizers.Tokenizer(model).save(str(tmp_path / "tokenizer.json"))
     tokenizer = nplora.tokenizer.from_directory(tmp_path)
     with pytest.raises(
-        UnsupportedError, match=r"gives '<a>' the id 3, expected 6, because its ids have gaps"
+        UnsupportedError, match=r"the tokenizer's ids have gaps, so '<a>' gets the id 3, expected 6"
     ):
         tokenizer.with_tokens([AddedToken(6, "<a>")])
     with pytest.raises(UnsupportedError, match="cannot become token 3, because this id is a gap"):

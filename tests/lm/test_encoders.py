@@ -427,7 +427,7 @@ def test_long_texts_are_cut_and_counted(directory: Path) -> None:
     assert [WORDS[i] for i in encoder.encode([spaces])[0]] == ["[CLS]", "[UNK]", "cat", "cat", "cat", "[SEP]"]
     with pytest.raises(ValueError, match="max_length"):
         encoder.embed(TEXTS, max_length=POSITIONS + 1)
-    with pytest.raises(ValueError, match="longest is 1, but there are 2 special tokens"):
+    with pytest.raises(ValueError, match="longest is 1, expected at least 2, the number of special tokens"):
         encoder.embed(TEXTS, max_length=1)
 
 

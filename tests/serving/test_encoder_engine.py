@@ -242,11 +242,11 @@ def test_the_memory_decides_how_long_a_text_may_be(tmp_path: Path) -> None:
 
 def test_the_last_words_say_what_a_second_signal_waits_for(encoder: Encoder) -> None:
     engine = EncoderEngine(encoder)
-    end = "Ctrl-C again ends the server after the current texts"
+    end = "Ctrl-C again ends the server when the current texts are done"
     assert last_words(engine, 30, signal.SIGINT) == f"stopping; {end}"
     engine.submit(GOOD)
     assert last_words(engine, 30, signal.SIGINT) == f"stopping: waiting at most 30 s for 1 answer; {end}"
-    assert "answer; a second signal ends the server after" in last_words(engine, 30, signal.SIGTERM)
+    assert "answer; a second signal ends the server when" in last_words(engine, 30, signal.SIGTERM)
 
 
 @pytest.mark.parametrize(("longest", "reason"), [(8, "the server has memory for"), (64, "the model reads")])

@@ -230,7 +230,7 @@ def test_adapters_that_are_loaded_later_have_a_part_of_the_memory(
     for most, adapters, pages in ((page // 2, page // 2, 7), (2 * page, page, 7), (0, 0, 8)):
         plan = memory.plan_memory(lm, budget, 1, None, most)
         assert (plan.adapters, plan.pages) == (adapters, pages)
-    with pytest.raises(ValueError, match="10 MB are for adapters"):
+    with pytest.raises(ValueError, match="10 MB for adapters"):
         memory.plan_memory(lm, budget, 1, 10_000_000)
     for wrong in (0.7, True, 500, "500", "x"):
         with pytest.raises(ValueError, match=f"Engine: adapter_memory is {wrong!r}, "):

@@ -261,7 +261,7 @@ def test_an_encoder_has_neither_fine_tuning_jobs_nor_rounded_adapters(
         (["m", "--adapter-dtype", "half"], "--adapter-dtype half is not available; possible: 'bfloat16'"),
         (["m", "--adapter-memory", "-1"], "adapter-memory is '-1', expected a size like 600M"),
         (["m", "--adapter", "a=x", "--adapter", "a=y"], "two adapters have the name 'a'"),
-        (["m", "--api-key", "a b"], "--api-key holds an empty text, a space"),
+        (["m", "--api-key", "a b"], "--api-key has an empty or invalid value, expected ASCII"),
         (["m", "--train-share", "0"], "expected above 0 and at most 1"),
         (["m", "--timeout", "0"], "timeout is 0.0, expected above 0"),
         (["nowhere.gguf", "--port", "0"], "no such file"),

@@ -229,7 +229,7 @@ def test_memory_is_planned_only_for_adapters_that_can_be_added(tmp_path: Path) -
     paths = live_server.save_adapters(model, tmp_path)
     for count, source, text in (
         (0, {}, ""),
-        (2, {}, "sums of adapters (lora)"),
+        (2, {}, "sums of adapters (requests with `lora`)"),
         (2, {"adapter_dir": str(tmp_path)}, "adapters that requests load"),
         (0, {"jobs": str(tmp_path / "jobs")}, "adapters of jobs"),
     ):

@@ -252,7 +252,7 @@ def test_a_word_without_a_tag_does_not_end_an_entity(directory: Path) -> None:
         ({"input": [["a" * (1 << 19)], "a" * (1 << 19), "b"]}, "input", "more than 1,048,576 characters"),
         ({"input": "a " * 60000}, "input", "more than 65,536 tokens"),  # with those that windows share
         ({"input": "a", "truncate_prompt_tokens": 0}, "truncate_prompt_tokens", "-1, or an integer from 1"),
-        ({"input": "a", "truncate_prompt_tokens": 1}, "input", "there are 2 special tokens"),
+        ({"input": "a", "truncate_prompt_tokens": 1}, "input", "longest is 1, expected at least 2"),
         ({"input": "a", "aggregation_strategy": "max"}, "aggregation_strategy", "unrecognized field"),
         ({"input": "a \ud800"}, None, ""),
     ],

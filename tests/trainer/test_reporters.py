@@ -178,7 +178,7 @@ def test_metrics_of_the_loss_get_columns_of_their_own(step: int | None, tmp_path
 
 def test_a_file_that_no_run_wrote_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "metrics.csv").write_text("my,own\n1,2\n")
-    with pytest.raises(FileExistsError, match=r"no run wrote it: .*metrics\.csv"):
+    with pytest.raises(FileExistsError, match=r"was not written by a run: .*metrics\.csv"):
         run(None, CsvReporter(tmp_path))
     assert (tmp_path / "metrics.csv").read_text() == "my,own\n1,2\n"
     assert not (tmp_path / "settings.json").exists()
@@ -228,7 +228,7 @@ class Failing(Reporter):
 def test_a_report_that_fails_ends_but_the_run_continues(tmp_path: Path) -> None:
     report = Failing(tmp_path)
     with pytest.warns(
-        UserWarning, match="the failing report ends here, the run continues: the network is gone"
+        UserWarning, match="the failing report ends here, but the run continues: the network is gone"
     ):
         history = run(None, report)
     assert len(history.steps) == 10
@@ -241,7 +241,7 @@ def test_the_file_of_a_report_that_fails_is_closed(tmp_path: Path) -> None:
             raise OSError("the disk is full")
 
     report = Full(tmp_path)
-    with pytest.warns(UserWarning, match="the csv report ends here, the run continues: the disk is full"):
+    with pytest.warns(UserWarning, match="the csv report ends here, but the run continues: the disk is full"):
         run(None, report)
     assert report._file.closed
 

@@ -112,9 +112,9 @@ def plan_memory(
         raise ValueError(
             f"Engine: memory is {budget / 1e6:,.0f} MB, expected at least "
             f"{math.ceil(needed / 1e6):,} MB: {process / 1e6:,.0f} MB are in use, "
-            f"{weights / 1e6:,.0f} MB are weights that are not read yet, {adapters / 1e6:,.0f} MB are for "
-            f"adapters, a round and the waiting prompts take {work / 1e6:,.0f} MB, "
-            f"and {PAGE} tokens take {page / 1e6:,.1f} MB"
+            f"{weights / 1e6:,.0f} MB are needed for weights that are not read yet, "
+            f"{adapters / 1e6:,.0f} MB for adapters, {work / 1e6:,.0f} MB as working memory and for waiting "
+            f"prompts, and {least / 1e6:,.1f} MB for the keys and values of {_LEAST_PAGES * PAGE} tokens"
         )
     return MemoryPlan(process, weights, adapters, work, min(pages, most), page)
 
@@ -157,8 +157,9 @@ def plan_encoder_memory(
         raise ValueError(
             f"EncoderEngine: memory is {budget / 1e6:,.0f} MB, expected at least "
             f"{math.ceil((fixed + adapters) / 1e6):,} MB: {process / 1e6:,.0f} MB are in use, "
-            f"{weights / 1e6:,.0f} MB are weights that are not read yet, {adapters / 1e6:,.0f} MB are for "
-            f"adapters, and a round and the waiting requests take {work / 1e6:,.0f} MB"
+            f"{weights / 1e6:,.0f} MB are needed for weights that are not read yet, "
+            f"{adapters / 1e6:,.0f} MB for adapters, and {work / 1e6:,.0f} MB as working memory and for "
+            "waiting requests"
         )
     more = min(max(0, left - adapters) // a_token, most - tokens)
     longest = min(tokens + more, encoder.config.max_position_embeddings)

@@ -38,7 +38,7 @@ class ServeOptions:
         "serve embeddings and classes of texts or words, instead of generating text (always on for encoders)",
     )
     pooling: str | None = _option(
-        None, "how the embedding is computed from the hidden states of a text: cls, mean, max, last, "
+        None, "pooling that turns the hidden states of a text into its embedding: cls, mean, max, last, "
         "weighted_mean or mean_sqrt (default: as in the model's files)", metavar="NAME",
     )  # fmt: skip
     memory: str | None = _option(
@@ -48,12 +48,12 @@ class ServeOptions:
     adapter_memory: str | None = _option(
         None, "memory to reserve for adapters that are added while the server runs, namely "
         "adapters from `adapter_dir`, results of jobs and sums of adapters (default: an eighth of the memory "
-        "that the model leaves free; if neither `adapter_dir` nor `jobs` is set, at most what sums of "
-        "adapters can need)",
+        "that remains after the model and the working memory; if neither `adapter_dir` nor `jobs` is set, at "
+        "most what sums of adapters can need)",
         metavar="SIZE",
     )  # fmt: skip
     adapter_dtype: str | None = _option(
-        None, "bfloat16: round the weights of adapters to bfloat16, which makes decoding with several "
+        None, "data type of adapter weights: bfloat16, which rounds them and makes decoding with several "
         "adapters at once faster (default: as in the adapters' files)", metavar="NAME",
     )  # fmt: skip
     max_requests: int = _option(8, "number of requests computed at the same time; more requests wait")
@@ -116,7 +116,10 @@ class ServeOptions:
             texts = _check.texts(_OP, name, getattr(self, name))
             object.__setattr__(self, name, texts)
             if not all(text and text.isascii() and text.isprintable() and " " not in text for text in texts):
-                raise ValueError(f"{_OP}: {name} holds an empty text, a space or a character beyond ASCII")
+                raise ValueError(
+                    f"{_OP}: {name} has an empty or invalid value, expected ASCII characters without spaces "
+                    "or control characters"
+                )
         if not self.api_key and not is_loopback(self.host):
             raise ValueError(
                 f"{_OP}: host is {self.host!r}, so other machines could use the server without a key; "

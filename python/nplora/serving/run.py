@@ -105,7 +105,7 @@ def _encoder_service(
     if options.jobs is not None:
         raise ValueError("serve: fine-tuning jobs need a language model that generates text")
     if options.adapter_dtype is not None:
-        raise ValueError("serve: adapter_dtype is for language models that generate text")
+        raise ValueError("serve: adapter_dtype needs a language model that generates text")
     served = ServedEncoder(encoder)
     models = Models(served, options.name or default_name(encoder.source), any_base, read_adapter)
     _load(models, adapters)
@@ -155,13 +155,13 @@ def _limits(options: ServeOptions) -> dict[str, Any]:
 def description(engine: Engine, models: Models[LanguageModel], options: ServeOptions) -> str:
     """Return the lines that a server with a language model prints when it has started."""
     most, context = int(engine.lm.config.max_position_embeddings), engine.context
-    why = f", limited by the memory; the model has {most:,}" if context < most else ""
+    why = f", limited by the memory; the model allows {most:,}" if context < most else ""
     limit = _limit(options)
     return (
         f"models: {', '.join(models.names)}\n"
         f"context: {context:,} tokens for a prompt and its answer{why}\n"
         f"requests at the same time: {options.max_requests}; {options.max_queue} more may wait\n"
-        f"memory: {engine.plan.total / 1e6:,.0f} MB at most, without training ({limit})\n"
+        f"memory: {engine.plan.total / 1e6:,.0f} MB at most, not counting training ({limit})\n"
         f"{engine.plan.table(_later_adapters(options))}"
     )
 
@@ -188,7 +188,7 @@ def _later_adapters(options: ServeOptions) -> str:
     """Return a text that says which adapters can be added while the server runs."""
     found = ["adapters that requests load"] * (options.adapter_dir is not None)
     found += ["adapters of jobs"] * (options.jobs is not None)
-    return " and ".join(found) or "sums of adapters (lora)"
+    return " and ".join(found) or "sums of adapters (requests with `lora`)"
 
 
 def _limit(options: ServeOptions) -> str:
@@ -204,7 +204,7 @@ def last_words(engine: AnyEngine, seconds: float, number: int) -> str:
     metrics = engine.metrics()
     count = metrics.running + metrics.waiting
     # The rounds of an `EncoderEngine` may be long, and cannot be cancelled.
-    when = "after the current texts" if isinstance(engine, EncoderEngine) else "at once"
+    when = "when the current texts are done" if isinstance(engine, EncoderEngine) else "at once"
     end = f"{'Ctrl-C again' if number == signal.SIGINT else 'a second signal'} ends the server {when}"
     if not count:
         return f"stopping; {end}"

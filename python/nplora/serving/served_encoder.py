@@ -65,7 +65,9 @@ class ServedEncoder:
             ValueError: the name is taken, and `replace` is not set; or `dtype` is given.
         """
         if dtype is not None:
-            raise ValueError(f"load_adapter: dtype is {dtype!r}, but an encoder's adapters are not rounded")
+            raise ValueError(
+                f"load_adapter: dtype is {dtype!r}, expected None: an encoder's adapters are not rounded"
+            )
         made = self._with_adapter(adapter, any_base)
         with self._lock:
             if name in self._adapters and not replace:

@@ -211,7 +211,7 @@ class LoRATokenClassifier(LabelledBase, TextEstimator):
         """The labels of all words of all sentences."""
         op, given = type(self).__name__, _lists(type(self).__name__, y)
         if len(given) != len(x):
-            raise ValueError(f"{op}: y has {counted(len(given), 'sentence')}, expected {len(x)} as in X")
+            raise ValueError(f"{op}: y has labels for {counted(len(given), 'sentence')}, but X has {len(x)}")
         for i, (own, (_, first)) in enumerate(zip(given, x, strict=True)):
             if len(own) != len(first):
                 raise ValueError(

@@ -245,7 +245,10 @@ def _targets(
     for end in wanted:
         if not any(f".{name}".endswith(f".{end}") for name in found):
             near = ", ".join(map(repr, nearest_names(end, found)))
-            raise ValueError(f"LoRA: targets has {end!r}, but no layer has this name; nearest names: {near}")
+            raise ValueError(
+                f"LoRA: targets has {end!r}, but no layer that can be adapted has this name; "
+                f"nearest names: {near}"
+            )
     return {n: m for n, m in found.items() if any(f".{n}".endswith(f".{end}") for end in wanted)}
 
 

@@ -96,7 +96,7 @@ class RegressorBase(RegressorMixin, LoRAEstimator):  # type: ignore[misc]
     def _require_columns(self, targets: Array) -> None:
         if targets.shape[1] != len(self._centre):
             raise ValueError(
-                f"{type(self).__name__}: y has {targets.shape[1]} targets, but earlier rows had "
+                f"{type(self).__name__}: y has {targets.shape[1]} targets per row, but earlier rows had "
                 f"{len(self._centre)}"
             )
 

@@ -28,7 +28,7 @@ _ENDS = {
     "rendering": "takes more than {rendering:.1f} s of CPU time",
     "memory": "takes too much memory",
     "nesting": "is nested too deeply",
-    "other": "ends its process",
+    "other": "crashes the process that renders it",
 }
 
 

@@ -97,7 +97,7 @@ def _require_tokens(backend: Any, steps: list[dict[str, Any]], source: str) -> N
         for id_ in ids:
             if backend.id_to_token(id_) is None:
                 raise FormatError(
-                    f"{source}: the {step['type']} adds the token {id_}, but the vocabulary has no such token"
+                    f"{source}: {step['type']} adds the token id {id_}, which is not in the vocabulary"
                 )
 
 
@@ -114,7 +114,8 @@ def _require_bounded(steps: list[dict[str, Any]], source: str, growth: int) -> N
         growth *= _growth(step)
         if growth > MAX_GROWTH:
             raise UnsafeError(
-                f"{source}: the {brief(step.get('type'))} could make a text over {MAX_GROWTH} times as long"
+                f"{source}: the step {brief(step.get('type'))} could make a text more than {MAX_GROWTH} "
+                "times as long"
             )
 
 

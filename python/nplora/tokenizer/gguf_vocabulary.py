@@ -238,7 +238,7 @@ class _Vocabulary:
             raw = self.metadata.array(f"{KEY}precompiled_charsmap", "UINT8").tobytes()
             if character_table.growth(raw, self.source) > character_table.MAX_GROWTH:
                 raise UnsafeError(
-                    f"{self.source}: {KEY}precompiled_charsmap could make a text over "
+                    f"{self.source}: {KEY}precompiled_charsmap could make a text more than "
                     f"{character_table.MAX_GROWTH} times as long"
                 )
             steps.append(text.Precompiled(raw))
@@ -279,8 +279,8 @@ class _Vocabulary:
                     size += len(token)
             if size > MAX_PAIRS:
                 raise LimitError(
-                    f"{self.source}: at least {len(merges):,} pairs of tokens can each be joined to another "
-                    "token, which is too many to read"
+                    f"{self.source}: at least {len(merges):,} pairs of tokens each form another token when "
+                    "joined: too many pairs to read"
                 )
         return merges
 

@@ -208,8 +208,8 @@ class Tokenizer:
         for token in listed:
             if backend.id_to_token(token.id) != token.text or backend.token_to_id(token.text) != token.id:
                 raise UnsupportedError(
-                    f"{self.source}: the tokenizer gives {brief(token.text)} the id "
-                    f"{backend.token_to_id(token.text)}, expected {token.id}, because its ids have gaps"
+                    f"{self.source}: the tokenizer's ids have gaps, so {brief(token.text)} gets the id "
+                    f"{backend.token_to_id(token.text)}, expected {token.id}"
                 )
         made = Tokenizer(
             backend, self.source, vocab_size=following, bos_id=self.bos_id, eos_id=self.eos_id,
@@ -424,7 +424,10 @@ class Tokenizer:
             _require_text(text)
         around = self._backend.num_special_tokens_to_add(False)
         if longest < around:
-            raise ValueError(f"{op}: longest is {longest}, but there are {around} special tokens")
+            raise ValueError(
+                f"{op}: longest is {longest}, expected at least {around}, the number of special tokens "
+                "around a text"
+            )
         room = 4 * _CHARACTERS * (longest + _UNSURE)
         beginnings = [text if len(text) <= room else text[: _cut(text, room)] for text in texts]
         found = self._encode_cut(beginnings, longest)
@@ -581,7 +584,7 @@ class Tokenizer:
         if self.chat_template is None:
             raise ValueError(
                 f"{self.source}: the model has no chat template, which chats ('messages') need; use a model "
-                "that has one, or give 'prompt' and 'completion' instead"
+                "with a chat template, or 'prompt' and 'completion' instead of 'messages'"
             )
         return self.chat_template.render(
             messages,
@@ -878,7 +881,7 @@ def _require_text(text: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        message = f"Tokenizer.encode: half a surrogate pair at character {error.start:,}"
+        message = f"Tokenizer.encode: text has half a surrogate pair at character {error.start:,}"
         raise ValueError(message) from None
 
 

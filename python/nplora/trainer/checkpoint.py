@@ -195,7 +195,7 @@ def _fields(state: object, path: Path) -> dict[str, Any]:
     for name, kind in _KINDS.items():
         value = state[name]
         if not isinstance(value, kind) or isinstance(value, bool):
-            raise CorruptError(f"{path}: {name} is {brief(value)}")
+            raise CorruptError(f"{path}: {name} is {brief(value)}, which has the wrong type")
         if isinstance(value, int) and value < 0:
             raise CorruptError(f"{path}: {name} is {value}, expected at least 0")
         if isinstance(value, int) and value >= 1 << 63:

@@ -47,7 +47,7 @@ class DirectoryLock:
                     return descriptor
             except BlockingIOError as error:
                 pid = _content(descriptor).decode(errors="replace").strip() or "unknown"
-                reason = f"{what} (process {pid}) writes to this directory"
+                reason = f"{what} (process {pid}) is writing to this directory"
                 os.close(descriptor)
                 raise BlockingIOError(error.errno, reason, os.fspath(self._directory)) from error
             except BaseException:

@@ -130,6 +130,6 @@ def check_rows(op: str, model: Module, x: Array) -> None:
             reason = f"the output has shape {np.shape(y)}"
     if reason:
         raise ValueError(
-            f"{op}: x has shape {x.shape}, which is {len(x)} rows of one number, but the model does not "
-            f"accept such a row ({reason}); pass a single example as x[None]"
+            f"{op}: x has shape {x.shape}, so each number counts as one row, but the model does not "
+            f"accept a single number as a row ({reason}); pass a single example as x[None]"
         )

@@ -146,7 +146,7 @@ class Reporter(Callback):
         try:
             action()
         except Exception as error:
-            warn_user(f"the {self.name} report ends here, the run continues: {message_of(error)}")
+            warn_user(f"the {self.name} report ends here, but the run continues: {message_of(error)}")
             return False
         return True
 
@@ -217,7 +217,9 @@ class CsvReporter(Reporter):
         text = bytes(files.read(self._path, _MAX_CSV)).decode(errors="replace")
         header, *rows = list(csv.reader(io.StringIO(text))) or [[]]
         if tuple(header[: len(self._usual)]) != self._usual:
-            raise FileExistsError(errno.EEXIST, "the file exists, and no run wrote it", str(self._path))
+            raise FileExistsError(
+                errno.EEXIST, "the file exists, but was not written by a run", str(self._path)
+            )
         complete = (zip(header, row, strict=True) for row in rows if len(row) == len(header))
         return [{name: cell for name, cell in row if cell} for row in complete]
 

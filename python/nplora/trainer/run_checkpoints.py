@@ -158,7 +158,7 @@ class RunCheckpoints:
     def _warn_unsaved(self, error: OSError, saved: int) -> None:
         warn_user(
             f"the checkpoint of step {self._state.step} could not be written ({message_of(error)}); the run "
-            "continues and tries again at the next checkpoint. The newest checkpoint is still that of step "
+            "continues and tries again at the next checkpoint. The newest checkpoint is still from step "
             f"{saved}"
         )
 
@@ -196,7 +196,7 @@ class RunCheckpoints:
             if diverged and isinstance(error, NonFiniteLossError):
                 return self._log_divergence(error)
         except Exception as second:
-            problem = f", step {state.step} could not be saved ({message_of(second)})"
+            problem = f", but step {state.step} could not be saved ({message_of(second)})"
         hint = "" if isinstance(error, NonFiniteLossError) else f": {RESUME_HINT}"
         return f"the run is saved at step {saved}{problem}{hint}"
 

@@ -71,7 +71,7 @@ class TrainingSetup:
         if self.communicator.size > 1 and _measures_alone(self.loss):
             raise ValueError(
                 f"Trainer: the metrics of {type(self.loss).__name__} cannot be merged across ranks: the "
-                "loss needs the methods take_measured and add_measured beside take_metrics"
+                "loss needs the methods take_measured and add_measured in addition to take_metrics"
             )
         parameters = inspect.signature(model.backward).parameters
         self._skips_dx = "need_dx" in parameters

@@ -125,4 +125,4 @@ def _kept_in_memory(job_id: str) -> Iterator[None]:
 
 
 def _warn(job_id: str, error: OSError) -> None:
-    warn_user(f"{job_id}: {message_of(error)}; a change of the job is not on the disk")
+    warn_user(f"{job_id}: {message_of(error)}; a change to the job was not written to the disk")

@@ -78,7 +78,7 @@ def require_record(path: str, record: object, id_: str, fields: Mapping[str, Che
         FormatError: the record has the wrong id or schema version, or a field is missing or wrong.
     """
     if not isinstance(record, dict) or record.get("id") != id_:
-        raise FormatError(f"{path}: not a record of {id_}")
+        raise FormatError(f"{path}: not a record with the id {id_}")
     if record.get("schema") != SCHEMA:
         raise FormatError(f"{path}: schema is {brief(record.get('schema'))}, expected {SCHEMA}")
     if (name := _wrong(record, fields)) is not None:

@@ -48,8 +48,8 @@ class ServeOptions:
     adapter_memory: str | None = _option(
         None, "memory to reserve for adapters that are added while the server runs, namely "
         "adapters from `adapter_dir`, results of jobs and sums of adapters (default: an eighth of the memory "
-        "that remains after the model and the working memory; if neither `adapter_dir` nor `jobs` is set, at "
-        "most what sums of adapters can need)",
+        "that remains for requests after the model and the working memory; if neither `adapter_dir` nor "
+        "`jobs` is set, at most what sums of adapters can need)",
         metavar="SIZE",
     )  # fmt: skip
     adapter_dtype: str | None = _option(

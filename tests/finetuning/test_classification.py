@@ -193,7 +193,7 @@ SHOP = {"text": "the mat", "label": "shop"}
         ([ROW, {"text": None, "label": "shop"}], {}, "row 2: 'text' is None, expected a text"),
         ([ROW, {"label": "shop"}], {}, r"row 2: no field 'text', only \['label'\]"),
         ([ROW, {"text": "a"}], {}, "row 2: no field 'label'.*--columns label=NAME"),
-        ([ROW, {"text": "a", "label": 3}], {}, "row 2: the label 3 is a number, but data, row 1 has 'pet'"),
+        ([ROW, {"text": "a", "label": 3}], {}, "row 2: the label 3 is a number, but the label 'pet'"),
         ([ROW, {"text": "a", "label": 0.5}], {}, "row 2: the label is 0.5, expected .* an integer; --task"),
         ([ROW, {"text": "a", "label": float("nan")}], {}, "row 2: the label is nan, expected"),
         ([ROW, {"text": "a", "label": None}], {}, "row 2: the label is None, expected"),

@@ -654,7 +654,7 @@ def test_a_file_of_which_an_epoch_has_nothing_is_warned_of(tmp_path: Path) -> No
 @pytest.mark.parametrize("weight", [1e9, 1e300, 33_554_432])
 def test_a_weight_that_repeats_examples_too_often_is_refused(tmp_path: Path, weight: float) -> None:
     path, other = (write(tmp_path, {"text": "a"}, name=name) for name in ("data.jsonl", "other.jsonl"))
-    with pytest.raises(LimitError, match=r"data\.jsonl: weight \S+ .*, at most 33,554,432"):
+    with pytest.raises(LimitError, match=r"data\.jsonl: weight \S+ .*, expected at most 33,554,432"):
         read_dataset([other, (path, weight)], tokenizer())
 
 

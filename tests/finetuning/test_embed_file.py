@@ -81,7 +81,9 @@ def test_bad_texts_and_outputs_are_refused_and_an_old_file_stays(model: Path, tm
         embed_file(model, source, target)
     with pytest.raises(DataError, match="data, row 2: text is empty, expected a text"):
         embed_file(model, [{"text": "a"}, {"text": ""}], target)
-    with pytest.raises(DataError, match=r"data, row 1: text is missing; the row has \['body'\]; --column"):
+    with pytest.raises(
+        DataError, match=r"data, row 1: text is missing; the row has \['body'\]; set --column"
+    ):
         embed_file(model, [{"body": "a"}], target)
     with pytest.raises(ValueError, match=r"output is v.bin, expected a file that ends in .npy, .csv, .jsonl"):
         embed_file(model, [{"text": "a"}], "v.bin")

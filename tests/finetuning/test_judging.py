@@ -731,7 +731,7 @@ def test_a_comparison_warns_of_adapters_that_were_trained_in_another_form(
 ) -> None:
     one = dataclasses.replace(nplora.read_adapter(adapters / "trained"), chat_template=True)
     with pytest.warns(
-        UserWarning, match=r"^compare: .* was trained with the chat template, but this text does"
+        UserWarning, match=r"^compare: .* was trained with the chat template, but this text is not"
     ):
         compare(lm, ROWS, {"mine": one})
 

@@ -251,14 +251,14 @@ def test_weights_skipped_rows_and_a_held_out_share_are_as_for_other_data(model: 
     [
         ({"objective": "ppo"}, "objective='ppo' is not available"),
         ({"beta": 0.2}, "beta is for objective 'dpo' or 'orpo' or 'kto', but the objective is 'sft'"),
-        ({"objective": "orpo", "loss_type": "ipo"}, "loss_type is for objective 'dpo' or 'kto', and the obj"),
+        ({"objective": "orpo", "loss_type": "ipo"}, "loss_type is for objective 'dpo' or 'kto', but the obj"),
         ({"objective": "kto", "loss_type": "ipo"}, "loss_type"),
         ({"objective": "kto", "label_smoothing": 0.1}, "label_smoothing is for objective 'dpo'"),
         ({"objective": "dpo", "desirable_weight": 2.0}, "desirable_weight is for objective 'kto'"),
         ({"objective": "dpo", "label_smoothing": 0.5}, "label_smoothing is 0.5, expected at least 0 and bel"),
         ({"objective": "dpo", "loss_type": "ipo", "label_smoothing": 0.1}, "label_smoothing is for loss_ty"),
         ({"objective": "dpo", "beta": 0.0}, "beta is 0.0, expected above 0"),
-        ({"objective": "dpo", "learn": "all"}, "learn='all' is for objective 'sft' or 'distill', and the"),
+        ({"objective": "dpo", "learn": "all"}, "learn='all' is for objective 'sft' or 'distill', but the"),
         ({"objective": "kto", "batch_examples": 1}, "batch_examples is 1, but objective 'kto' compares"),
     ],
 )  # fmt: skip

@@ -326,7 +326,7 @@ def test_fields_that_are_not_used_have_the_names_of_the_data() -> None:
     found = preview([row], TOKENIZER, columns=columns)
     assert found.train.unread == {"preamble": 1, "prompt": 1}
     many = {"text": "a"} | {f"field {n}": n for n in range(30)}
-    assert "'field 9' of 1 row, and 20 more\n" in str(preview([many], TOKENIZER))
+    assert "'field 9' in 1 row, and 20 more\n" in str(preview([many], TOKENIZER))
 
 
 FORGOTTEN = {"chosen": "It is 4.", "rejected": "It is 5."}

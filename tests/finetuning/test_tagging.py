@@ -735,7 +735,7 @@ def test_a_tag_that_nearly_fits_a_scheme_is_named_with_its_line(model: Path, tmp
     classifier = untrained(model, ["O", "b-PET"])
     with pytest.warns(UserWarning, match=r"evaluate_classifier: .*a\.conll, line") as found:
         evaluate_classifier(classifier, tmp_path / "a.conll", skip_bad=True)
-    assert "a.conll, line 5: the tag 'b-PET' of 'cat' is not a tag of" in str(found[-1].message)
+    assert "a.conll, line 5: the tag 'b-PET' of 'cat' fits no scheme of" in str(found[-1].message)
 
 
 @pytest.mark.parametrize("tags", ["NOUN VERB", "I N V", "S-NOM NP", "O X", "1 2", "O B-PET", "O S-PET U"])

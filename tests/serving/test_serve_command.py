@@ -244,7 +244,7 @@ def test_an_encoder_has_neither_fine_tuning_jobs_nor_rounded_adapters(
     assert cli.main(["serve", str(model), "--port", "0", "--jobs", str(tmp_path / "jobs")]) == 2
     assert "fine-tuning jobs need a language model" in capsys.readouterr().err
     assert cli.main(["serve", str(model), "--port", "0", "--adapter-dtype", "bfloat16"]) == 2
-    assert "adapter-dtype is for language models" in capsys.readouterr().err
+    assert "adapter-dtype needs a language model that generates" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -650,7 +650,12 @@ X, Y = data(8)
 BAD_CALLS: dict[str, tuple[dict[str, Any], dict[str, Any], type[Exception], str]] = {
     "no such loss": ({"loss": "l2"}, {}, ValueError, "'l2' is not available"),
     "optimizer by name": ({"optimizer": "adamw"}, {}, TypeError, "optimizer is 'adamw', expected an AdamW"),
-    "optimizer class": ({"optimizer": nplora.AdamW}, {}, TypeError, "optimizer is the class AdamW, not one"),
+    "optimizer class": (
+        {"optimizer": nplora.AdamW},
+        {},
+        TypeError,
+        "optimizer is the class AdamW, not an instance",
+    ),
     "torch's optimizer": (
         {"optimizer": foreign_optimizer()},
         {},

@@ -248,8 +248,8 @@ def _asked(
             question = asked(lm.tokenizer, example, row.values, row.where, reading.chat)
             if len(question.ids) >= context:
                 raise DataError(
-                    f"{row.where}: the prompt has {counted(len(question.ids), 'token')}, but the model's "
-                    f"context is {context:,}"
+                    f"{row.where}: the prompt has {counted(len(question.ids), 'token')}, expected fewer than "
+                    f"{context:,} (the model's context)"
                 )
         except (DataError, LimitError) as error:
             bad.skip(error, reading.skip_bad)

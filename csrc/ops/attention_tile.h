@@ -197,7 +197,7 @@ struct QueryTile {
         scores[(key - keys.first) * kTileLanes + lane] += bias[key];
     }
   }
-  // The first lane of the tile whose query is at position `at` or at a later position.
+  // The first lane that holds a query at position `at` or at a later position.
   size_t lane_at(size_t at) const {
     if (at <= run.first_position) return 0;
     const size_t lane = (at - run.first_position) * shape.group();

@@ -63,8 +63,8 @@ struct Decoder<BlockQ3_K> {
       const auto d = Vec<float>::broadcast(scales.d[2 * j + i / kBytes]);
 #if defined(NPLORA_SIMD_AVX512)
       // The permutation uses four bits of each index. The lower three bits are the code of the element, and
-      // the highest bit belongs to the code of another element. The table `codes` repeats its eight values
-      // twice, so the highest bit does not change the result.
+      // the highest bit belongs to the code of another element. The table `codes` holds its eight
+      // values twice, so the highest bit does not change the result.
       const __m512 codes = _mm512_setr_ps(-4, -3, -2, -1, 0, 1, 2, 3, -4, -3, -2, -1, 0, 1, 2, 3);
       const Indices low_bits = indices(q) >> (j % 4 * 2), bits = indices(high),
                     high_bit = j < 2 ? bits << (2 - j) : bits >> (j - 2);

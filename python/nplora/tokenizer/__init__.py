@@ -1,4 +1,4 @@
-"""Converts text to tokens and back, and chats to text, as the model's own tokenizer does.
+"""Converts text to tokens, tokens to text, and a chat to text, as the model's own tokenizer does.
 
 This package needs the extra "llm": pip install "nplora[llm]".
 """

@@ -396,8 +396,8 @@ class Tokenizer:
                 characters.
         Returns:
             a tuple (ids, first, cut). `ids` has the token ids of each sentence. `first` has a list for each
-            sentence: the position of the first token of each word, or -1 for a word without tokens. A cut
-            word, for example, has no tokens. `cut` is the number of sentences that were cut.
+            sentence: the position of the first token of each word, or -1 for a word without tokens, such as a
+            word after the last token that fits. `cut` is the number of sentences that were cut.
         Raises:
             TypeError: a sentence is not a list of texts.
             ValueError: a word is empty or has only spaces. `encode_texts` lists other reasons.

@@ -79,10 +79,9 @@ class TextExamples:
         tokens: int32, the token ids of all different texts, one text after the other.
         starts: int64 (texts + 1,), the index in `tokens` of the first token of each text; the last value is
             the length of `tokens`.
-        first: int64 (examples,), for each example, the index in `starts` of its first text (in pairs with
-            positives: the anchor).
-        second: int64 (examples,), for each example, the index of its second text (in pairs with positives:
-            the positive).
+        first: int64 (examples,), for each example, the index in `starts` of its first text. If the examples
+            are pairs of an anchor and a positive, this is the anchor.
+        second: int64 (examples,), for each example, the index of its second text, such as the positive.
         negatives: int64, the indices of the negatives of all examples, one example after the other.
         negative_starts: int64 (examples + 1,), the index in `negatives` of the first negative of each
             example; the last value is the length of `negatives`.

@@ -175,8 +175,8 @@ def evaluate_retrieval(
         relevant: a dict from the name of each query to its relevant documents. These are a list of document
             names, or a dict from document names to grades above 0. Queries without a relevant document are
             left out.
-        k: a list of numbers of documents. For each number k, the scores count only the k best documents that
-            a search finds.
+        k: a list of numbers. For each number k, the scores count only the k best documents that a search
+            finds.
         query_prompt, corpus_prompt: texts that precede each query and each document, as in `Encoder.embed`.
         dim: use only the first `dim` values of an embedding (Matryoshka); None: all.
         batch_size: as in `Encoder.embed`.

@@ -131,7 +131,7 @@ class KtoObjective(Objective):
     def sequences_of(self, x: PackedBatch, y: Judgements) -> list[PackedBatch]:
         """Return the answers, and the mismatched pairs if there are any.
 
-        The data of a search have mismatched pairs if one of the searched losses needs mismatched pairs.
+        If `tune` compares several losses, the data have mismatched pairs if one of these losses needs them.
         """
         return [x, y.mismatched] if len(y.mismatched.ids) else [x]
 

@@ -250,9 +250,10 @@ template <size_t kRows, size_t kVectors>
 
 // The number of operations (multiplications and additions) of one smmla instruction in int8_peak.
 inline constexpr double kPeakOperations = 16 * kIntLanes;
-[[gnu::always_inline]] inline void peak_step(LaneInts (&sums)[3], LaneInts x) {
+[[gnu::always_inline]] inline void peak_step(LaneInts (&sums)[3], const LaneInts (&w)[3], LaneInts x) {
 #pragma GCC unroll 3
-  for (LaneInts& sum : sums) sum = (LaneInts)vmmlaq_s32((int32x4_t)sum, (int8x16_t)x, (int8x16_t)x);
+  for (size_t v = 0; v < 3; ++v)
+    sums[v] = (LaneInts)vmmlaq_s32((int32x4_t)sums[v], (int8x16_t)x, (int8x16_t)w[v]);
 }
 
 // Exchanges the high half of `first` and the low half of `second`. Before the exchange, each vector holds
@@ -312,8 +313,8 @@ template <size_t kRows, size_t kVectors>
 #else
 
 inline constexpr double kPeakOperations = 8 * kIntLanes;
-[[gnu::always_inline]] inline void peak_step(LaneInts (&sums)[3], LaneInts x) {
-  dot_vectors(sums, {x, x, x}, x);
+[[gnu::always_inline]] inline void peak_step(LaneInts (&sums)[3], const LaneInts (&w)[3], LaneInts x) {
+  dot_vectors(sums, w, x);
 }
 
 template <size_t kRows, size_t kVectors>
@@ -441,24 +442,26 @@ inline void int8_multiply(size_t m, size_t n, size_t depth, const CodedRows& a, 
 }
 
 // Measures the speed of int8 products. With twelve independent sums, no product waits for the result of
-// another product.
+// another product. As in a matrix product, the twelve products have different pairs of operands. If two pairs
+// were equal, the compiler could compute their product once.
 inline double int8_peak(size_t iterations) {
-  constexpr size_t kGroups = 4, kVectors = 3;
-  alignas(64) const LaneInts ones = broadcast_int(0x01010101);
-  LaneInts sums[kGroups][kVectors] = {};
-  const void* at = &ones;
+  constexpr size_t kRows = 4, kVectors = 3;
+  LaneInts operands[kVectors + kRows];
+  for (LaneInts& operand : operands) operand = broadcast_int(0x01010101);
+  const LaneInts* at = operands;
+  LaneInts sums[kRows][kVectors] = {};
   for (size_t k = 0; k < iterations; ++k) {
     keep(at);  // hides the operands from the compiler, so that every product is computed
-    const LaneInts x = load_quads(at);
+    const LaneInts w[kVectors] = {load_quads(at), load_quads(at + 1), load_quads(at + 2)};
 #pragma GCC unroll 4
-    for (size_t i = 0; i < kGroups; ++i) peak_step(sums[i], x);
+    for (size_t i = 0; i < kRows; ++i) peak_step(sums[i], w, load_quads(at + kVectors + i));
   }
   LaneInts total{};
 #pragma GCC unroll 4
-  for (size_t i = 0; i < kGroups; ++i) total += sums[i][0] + sums[i][1] + sums[i][2];
+  for (size_t i = 0; i < kRows; ++i) total += sums[i][0] + sums[i][1] + sums[i][2];
   int32_t sum = sum_of_lanes(total);
   __asm__ volatile("" : "+r"(sum));  // uses the sums, so that the compiler keeps the products
-  return double(iterations) * double(kGroups * kVectors) * kPeakOperations;
+  return double(iterations) * double(kRows * kVectors) * kPeakOperations;
 }
 
 constexpr Int8Gemm make_int8_gemm() {

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <optional>
 #include <vector>
 
 #include "base/parallel.h"
@@ -245,29 +246,33 @@ void attend_rows(const AttentionShape& shape, const std::vector<Run>& runs, Matr
   if (!whole) parallel_for(rows, threads, Interruptible::kYes, join);
 }
 
-void attend_runs(const AttentionShape& shape, const std::vector<Run>& runs, Matrix<const float> q,
-                 const Outputs& to) {
+void attend_runs(const Timed& timed, const AttentionShape& shape, const std::vector<Run>& runs,
+                 Matrix<const float> q, const Outputs& to) {
   std::vector<Run> long_runs, short_runs;
   for (const Run& run : runs)
     (run.count * shape.group() < kFewestLanes ? short_runs : long_runs).push_back(run);
+  if (timed) {
+    count_operations(timed, shape, long_runs, 2);
+    count_operations(timed, in_floats(shape), short_runs, 2);
+  }
   attend_tiles(shape, long_runs, q, to);
   if (!short_runs.empty()) attend_rows(shape, short_runs, q, to);
 }
 
 }  // namespace
 
-void attention(const AttentionShape& shape, Sequences sequences, Matrix<const float> q, Matrix<const float> k,
+void attention(const AttentionShape& given, Sequences sequences, Matrix<const float> q, Matrix<const float> k,
                Matrix<const float> v, Matrix<float> out, Matrix<float> lse) {
   const Timed timed(Activity::kAttention);
+  const AttentionShape shape = in_pairs_if_even(given);
   std::vector<Run> runs;
   for (size_t i = 0; i < sequences.count; ++i) {
     const size_t row = size_t(sequences.starts[i]), count = size_t(sequences.starts[i + 1]) - row;
     if (count > 0) runs.push_back({row, count, 0, k.row(row), v.row(row), k.stride});
   }
-  if (timed) count_operations(timed, shape, runs, 2);
-  if (!shape.pairs || shape.head_dim % 2 != 0) return attend_runs(in_floats(shape), runs, q, {out, lse});
-  const PairedKeysAndValues paired(runs, k, v, false);
-  attend_runs(shape, runs, q, {out, lse});
+  std::optional<PairedKeysAndValues> paired;
+  if (shape.pairs) paired.emplace(runs, k, v, false);
+  attend_runs(timed, shape, runs, q, {out, lse});
 }
 
 void attention_cached(const AttentionShape& shape, Matrix<const float> q, KeyValueCache cache,
@@ -284,8 +289,7 @@ void attention_cached(const AttentionShape& shape, Matrix<const float> q, KeyVal
     runs.push_back({i, 1, size_t(lengths[i]) - 1, cache.keys, cache.values, shape.kv_heads * shape.head_dim,
                     cache.table + size_t(slots[i]) * cache.slot_pages, cache.page_tokens});
   }
-  if (timed) count_operations(timed, shape, runs, 2);
-  attend_runs(shape, runs, q, {out, {}});
+  attend_runs(timed, shape, runs, q, {out, {}});
 }
 
 }  // namespace nplora

@@ -239,7 +239,7 @@ struct Task {
 void attention_backward(const AttentionShape& given, Sequences sequences, Matrix<const float> dout,
                         const AttentionSaved& saved, Matrix<float> dq, Matrix<float> dk, Matrix<float> dv) {
   const Timed timed(Activity::kAttentionBackward);
-  const AttentionShape shape = given.head_dim % 2 == 0 ? given : in_floats(given);
+  const AttentionShape shape = in_pairs_if_even(given);
   std::vector<Run> runs;
   size_t longest = 0;
   for (size_t i = 0; i < sequences.count; ++i) {

@@ -96,6 +96,11 @@ inline AttentionShape in_floats(AttentionShape shape) {
   return shape;
 }
 
+// Pairs of bfloat16 values need an even head_dim. Otherwise, all products are in float32.
+inline AttentionShape in_pairs_if_even(const AttentionShape& shape) {
+  return shape.head_dim % 2 == 0 ? shape : in_floats(shape);
+}
+
 // Returns the smallest range of keys that the queries at the positions first_position to last_position of a
 // run need.
 inline Span visible_keys(const AttentionShape& shape, const Run& run, size_t first_position,

@@ -64,14 +64,14 @@ void backward(std::span<const BackwardPart<Sum<E>>> parts, Matrix<const Sum<E>> 
 // Reports the number of operations of a backward pass to `timed`. The number does not depend on whether
 // updates are merged on the fly.
 template <class T>
-void count_operations(const Timed& timed, std::span<const BackwardPart<T>> parts, bool wants_dx,
-                      Arithmetic arithmetic) {
+void count_operations(const Timed& timed, std::span<const BackwardPart<T>> parts, bool wants_dx, bool int8) {
   for (const BackwardPart<T>& part : parts) {
+    const LayerArithmetic arithmetic = backward_arithmetic(part.w, part.dy.rows, int8);
     const size_t tokens = part.dy.rows, rank = part.low.rank(), d_out = part.w.d_out, d_in = part.w.d_in;
     const size_t of_dz = rank ? d_out : 0, of_dx = wants_dx ? d_in : 0, of_da = part.da.data ? d_out : 0,
                  of_db = part.db.data ? d_in : 0;
-    if (wants_dx) timed.count(arithmetic, flops(tokens, d_out, d_in));
-    timed.count(arithmetic_of_update(arithmetic), flops(tokens, rank, of_dz + of_dx + of_da + of_db));
+    if (wants_dx) timed.count(arithmetic.product, flops(tokens, d_out, d_in));
+    timed.count(arithmetic.update, flops(tokens, rank, of_dz + of_dx + of_da + of_db));
   }
 }
 
@@ -81,11 +81,8 @@ template <class T>
 void lora_backward(std::span<const BackwardPart<T>> parts, Matrix<const T> x, Matrix<T> dx, bool int8,
                    std::optional<uint64_t> dither_key) {
   if (parts.empty() || parts[0].dy.rows == 0) return;
-  const bool in_int8 = int8 && backward_in_int8(parts[0].w, parts[0].dy.rows);
   const Timed timed(Activity::kBackward);
-  if (timed)
-    count_operations(timed, parts, dx.data != nullptr,
-                     arithmetic_of<T>(parts[0].w, parts[0].dy.rows, in_int8));
+  if (timed) count_operations(timed, parts, dx.data != nullptr, int8);
   if constexpr (std::is_same_v<T, float>) {
     const size_t tokens = parts[0].dy.rows;
     const auto is_bf16 = [](const BackwardPart<T>& part) { return part.w.storage == Storage::kBfloat16; };
@@ -99,7 +96,8 @@ void lora_backward(std::span<const BackwardPart<T>> parts, Matrix<const T> x, Ma
     const size_t most_paired = !all_packed                           ? kInPlaceBatch
                                : kernels::table().pairs_in_registers ? kPairedBatch
                                                                      : kFewTokens;
-    if (in_int8) return backward<Bf16Pair, Int8Quad>(parts, x, dx, dither_key);
+    if (int8 && backward_in_int8(parts[0].w, tokens))
+      return backward<Bf16Pair, Int8Quad>(parts, x, dx, dither_key);
     if (computes_pairs(parts[0].w, tokens))
       return all_bf16 && tokens <= most_paired ? backward<Bf16Pair, Bf16>(parts, x, dx)
                                                : backward<Bf16Pair, Bf16Pair>(parts, x, dx);

@@ -85,12 +85,12 @@ bool share_weights(std::span<const GroupParts<T>> groups) {
 // not depend on whether the update is merged on the fly.
 template <class T>
 void count_operations(const Timed& timed, std::span<const ForwardPart<T>> parts, size_t rows,
-                      Arithmetic arithmetic) {
+                      size_t plan_tokens, bool int8) {
   for (const ForwardPart<T>& part : parts) {
-    if (!part.multiplied) timed.count(arithmetic, flops(rows, part.w.d_out, part.w.d_in));
+    const LayerArithmetic arithmetic = forward_arithmetic(part.w, plan_tokens, int8);
+    if (!part.multiplied) timed.count(arithmetic.product, flops(rows, part.w.d_out, part.w.d_in));
     for_groups(part, rows, [&](Range some, const LowRank<T>& low) {
-      timed.count(arithmetic_of_update(arithmetic),
-                  flops(some.count, low.rank(), part.w.d_in + part.w.d_out));
+      timed.count(arithmetic.update, flops(some.count, low.rank(), part.w.d_in + part.w.d_out));
     });
   }
 }
@@ -102,12 +102,11 @@ void forward_as(std::span<const ForwardPart<T>> parts, Matrix<const T> x, size_t
     if (part.low.rank() == 0 && part.z.data)
       for (size_t i = 0; i < part.z.rows; ++i) std::fill_n(part.z.row(i), part.z.cols, T(0));
   if (x.rows == 0 || parts.empty()) return;
-  const bool in_int8 = int8 && forward_in_int8(parts[0].w, plan_tokens);
   const Timed timed(Activity::kForward);
-  if (timed) count_operations(timed, parts, x.rows, arithmetic_of<T>(parts[0].w, plan_tokens, in_int8));
+  if (timed) count_operations(timed, parts, x.rows, plan_tokens, int8);
   if (plan_tokens <= kernels::kSmallBatch) return small_stack(parts, x);
   if constexpr (std::is_same_v<T, float>) {
-    if (in_int8)
+    if (int8 && forward_in_int8(parts[0].w, plan_tokens))
       return forward_rows<Bf16Pair, Int8Quad>(parts, x, useful_threads(flops_of(parts, x.rows)), plan_tokens);
     if (computes_pairs(parts[0].w, plan_tokens)) return large_stack<Bf16Pair>(parts, x, plan_tokens);
   }

@@ -54,16 +54,29 @@ inline bool backward_in_int8(const WeightView& w, size_t tokens) {
   return w.compute == Compute::kInt8 && tokens > kFloatBatch;
 }
 
-// The arithmetic of a product with W. `in_int8` is true if the product is computed in int8. The update of an
-// int8 product is computed with pairs of bfloat16 values.
-template <class T>
-Arithmetic arithmetic_of(const WeightView& w, size_t tokens, bool in_int8) {
-  if (sizeof(T) == 8) return Arithmetic::kFloat64;
-  if (in_int8) return Arithmetic::kInt8;
-  return computes_pairs(w, tokens) ? Arithmetic::kBfloat16 : Arithmetic::kFloat32;
+// The arithmetic of one layer: of its product with W, and of its update.
+struct LayerArithmetic {
+  Arithmetic product, update;
+};
+
+inline LayerArithmetic arithmetic_of_floats(const WeightView& w, bool pairs) {
+  const Arithmetic both = w.storage == Storage::kFloat64 ? Arithmetic::kFloat64
+                          : pairs                        ? Arithmetic::kBfloat16
+                                                         : Arithmetic::kFloat32;
+  return {both, both};
 }
-inline Arithmetic arithmetic_of_update(Arithmetic product) {
-  return product == Arithmetic::kInt8 ? Arithmetic::kBfloat16 : product;
+
+// The arithmetic of a forward pass, and of a backward pass. `int8` is true if the caller permits int8 for
+// large batches.
+inline LayerArithmetic forward_arithmetic(const WeightView& w, size_t tokens, bool int8) {
+  const bool small = tokens <= kernels::kSmallBatch;
+  if (small && dots_int8(w)) return {Arithmetic::kInt8, Arithmetic::kFloat32};
+  if (int8 && forward_in_int8(w, tokens)) return {Arithmetic::kInt8, Arithmetic::kBfloat16};
+  return arithmetic_of_floats(w, !small && computes_pairs(w, tokens));
+}
+inline LayerArithmetic backward_arithmetic(const WeightView& w, size_t tokens, bool int8) {
+  if (int8 && backward_in_int8(w, tokens)) return {Arithmetic::kInt8, Arithmetic::kBfloat16};
+  return arithmetic_of_floats(w, computes_pairs(w, tokens));
 }
 
 enum class Update {

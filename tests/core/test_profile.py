@@ -49,23 +49,57 @@ def test_a_layer_counts_the_operations_of_its_products(compute: str, product: st
     }
 
 
+@pytest.mark.parametrize("rows", range(1, 11))
+@pytest.mark.parametrize("storage", ["float32", "bfloat16", "q8_0", "nf4"])
+@pytest.mark.parametrize("compute", ["bfloat16", "int8"])
+def test_products_of_few_rows_count_in_the_arithmetic_that_computes_them(
+    compute: str, storage: str, rows: int
+) -> None:
+    """Products in the arithmetic of another weight have the bits of that weight's products."""
+    rng = np.random.default_rng(0)
+    W = rng.standard_normal((D_OUT, 2 * D_OUT), np.float32)
+    x, dy = (rng.standard_normal((rows, n), np.float32) for n in (2 * D_OUT, D_OUT))
+    found = []  # for each arithmetic, the product in a forward and in a backward pass, and the profile
+    for other in ("float32", "bfloat16", compute):
+        layer = nplora.LoRALinear(nplora.FrozenWeight(W, storage, other), rank=RANK)
+        products = layer.weight.matmul(x), layer.weight.matmul_t(dy)
+        found.append((products, recorded(lambda layer=layer: layer.backward(dy, layer.forward(x)[1]))))
+    for i, activity in enumerate(("forward", "backward")):
+        computed = [products[i].tobytes() for products, _ in found]
+        arithmetic = {computed[1]: "bfloat16", computed[0]: "float32"}.get(computed[2], "int8")
+        operations = found[2][1]["", activity][1]
+        assert max(operations, key=lambda name: operations[name]) == arithmetic
+        update = "bfloat16" if rows > (8, 4)[i] else "float32"
+        assert operations.keys() == {arithmetic, update}
+
+
 def test_a_layer_in_float64_counts_in_float64() -> None:
     weight = nplora.FrozenWeight(np.ones((D_OUT, D_IN)), dtype="float64")
     found = recorded(lambda: weight.matmul_t(np.ones((ROWS, D_OUT))))
     assert found == {("", "backward"): (1, {"float64": 2.0 * ROWS * D_OUT * D_IN})}
 
 
-@pytest.mark.parametrize(("window", "causal"), [(0, True), (5, True), (0, False), (5, False)])
-def test_attention_counts_the_keys_that_queries_see(window: int, causal: bool) -> None:
-    heads, dim, lengths = 2, 8, (30, 7)
+def attention_profile(
+    dim: int, lengths: tuple[int, ...], window: int, causal: bool, bfloat16: bool
+) -> dict[tuple[str, str], tuple[int, dict[str, float]]]:
+    """The profile of a forward and a backward pass with two heads."""
+    heads = 2
     starts = np.array([0, *np.cumsum(lengths)], np.int64)
     x = np.random.default_rng(0).standard_normal((sum(lengths), heads * dim), np.float32)
     out, lse = np.empty_like(x), np.empty((len(x), heads), np.float32)
     d = [np.empty_like(x) for _ in range(3)]
 
     def work() -> None:
-        _core.attention(x, x, x, starts, heads, heads, 1.0, window, out, lse, False, causal)
-        _core.attention_backward(x, x, x, x, out, lse, starts, heads, heads, 1.0, window, *d, False, causal)
+        shape = starts, heads, heads, 1.0, window
+        _core.attention(x, x, x, *shape, out, lse, bfloat16, causal)
+        _core.attention_backward(x, x, x, x, out, lse, *shape, *d, bfloat16, causal)
+
+    return recorded(work)
+
+
+@pytest.mark.parametrize(("window", "causal"), [(0, True), (5, True), (0, False), (5, False)])
+def test_attention_counts_the_keys_that_queries_see(window: int, causal: bool) -> None:
+    heads, dim, lengths = 2, 8, (30, 7)
 
     def sees(query: int, key: int) -> bool:
         near = window == 0 or abs(query - key) < window
@@ -73,9 +107,27 @@ def test_attention_counts_the_keys_that_queries_see(window: int, causal: bool) -
 
     pairs = sum(sees(q, k) for n in lengths for q in range(n) for k in range(n))
     product = 2.0 * pairs * heads * dim
-    assert recorded(work) == {
+    assert attention_profile(dim, lengths, window, causal, bfloat16=False) == {
         ("", "attention"): (1, {"float32": 2 * product}),
         ("", "attention_backward"): (1, {"float32": 5 * product}),
+    }
+
+
+@pytest.mark.parametrize(
+    ("dim", "length", "forward", "backward"),
+    [
+        (8, 30, "bfloat16", "bfloat16"),
+        (7, 30, "float32", "float32"),  # an odd number of values does not divide into pairs
+        (8, 7, "float32", "bfloat16"),  # the forward pass computes a few queries without tiles
+    ],
+)
+def test_attention_counts_in_the_arithmetic_that_computes_it(
+    dim: int, length: int, forward: str, backward: str
+) -> None:
+    product = 2.0 * length * (length + 1) / 2 * 2 * dim
+    assert attention_profile(dim, (length,), 0, causal=True, bfloat16=True) == {
+        ("", "attention"): (1, {forward: 2 * product}),
+        ("", "attention_backward"): (1, {backward: 5 * product}),
     }
 
 

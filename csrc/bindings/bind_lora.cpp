@@ -165,31 +165,41 @@ std::string in_words(const KernelPlan& plan) {
   return "the update is separate (" + separate + " operations, " + merged + " if merged into W on the fly)";
 }
 
-// Describes in words the KernelPlans of the forward and backward passes.
-py::dict explain(const PackedWeight& weight, size_t rows, size_t rank, bool dropout, bool keep_z) {
+std::string in_words(const LayerArithmetic& arithmetic, bool small) {
+  std::string text = kArithmeticNames[size_t(arithmetic.product)];
+  const bool int8 = arithmetic.product == Arithmetic::kInt8;
+  if (int8) text += ", summed in integers and float32";
+  if (int8 && small) text += ", with W in its own blocks";
+  if (int8) return text + "; the update in " + kArithmeticNames[size_t(arithmetic.update)];
+  return arithmetic.product == Arithmetic::kBfloat16 ? text + ", summed in float32" : text;
+}
+
+// Describes in words the arithmetic and the KernelPlans of the forward and backward passes.
+py::dict explain(const PackedWeight& weight, size_t rows, size_t rank, bool dropout, bool keep_z, bool int8) {
   require(rows >= 1 && rows <= PTRDIFF_MAX, "explain: rows is " + std::to_string(rows) +
                                                 ", expected at least 1 and no more than an array can have");
   const WeightView w = weight.view();
-  const bool small_int8 = dots_int8(w) && rows <= kernels::kSmallBatch, decoded = is_blocks(w.storage);
-  const bool int8 = keep_z && forward_in_int8(w, rows), int8_back = backward_in_int8(w, rows);
-  const bool pairs = rows > kernels::kSmallBatch && computes_pairs(w, rows);
-  const size_t element_bytes = w.storage == Storage::kFloat64 ? 8 : pairs ? 2 : 4;
-  const LayerShape shape{rows, w.d_out, w.d_in, rank, element_bytes, dropout, decoded};
+  const bool small = rows <= kernels::kSmallBatch;
+  const LayerArithmetic forward = forward_arithmetic(w, rows, int8 && keep_z),
+                        backward = backward_arithmetic(w, rows, int8);
+  const auto shape_of = [&](Arithmetic update) {
+    const size_t bytes = update == Arithmetic::kFloat64 ? 8 : update == Arithmetic::kBfloat16 ? 2 : 4;
+    return LayerShape{rows, w.d_out, w.d_in, rank, bytes, dropout, is_blocks(w.storage)};
+  };
+  const LayerShape shape = shape_of(forward.update);
   const char* paths[] = {"few rows: W is read once in place, and each row is summed alone",
                          "tokens in the lanes: x and y are transposed",
                          "outputs in the lanes: blocks of W are transposed"};
-  const ForwardPath by_cost = forward_path(rows, w.d_out, w.d_in, element_bytes, decoded);
-  const auto path = static_cast<size_t>(int8 ? ForwardPath::kRows : by_cost);
+  const ForwardPath by_cost = forward_path(rows, w.d_out, w.d_in, shape.element_bytes, shape.decoded);
+  const bool transposes = !small && forward.product == Arithmetic::kInt8;
+  const auto path = static_cast<size_t>(transposes ? ForwardPath::kRows : by_cost);
+  const std::string computes = in_words(forward, small), back = in_words(backward, false);
   py::dict plan;
-  plan["computes in"] = small_int8 ? "int8, summed in integers and float32, with W in its own blocks; the "
-                                     "update in float32"
-                        : int8     ? "int8, summed in integers and float32; the update in bfloat16"
-                        : element_bytes == 2 ? "bfloat16, summed in float32"
-                        : element_bytes == 4 ? "float32"
-                                             : "float64";
+  plan["computes in"] = computes;
   plan["forward"] = std::string(paths[path]) + "; " + in_words(plan_forward(shape, keep_z));
-  plan["backward"] = std::string("inputs in the lanes: W is ") +
-                     (int8_back ? "rounded to int8; " : "read in place; ") + in_words(plan_backward(shape));
+  plan["backward"] = (back == computes ? "" : "computes in " + back + "; ") + "inputs in the lanes: W is " +
+                     (backward.product == Arithmetic::kInt8 ? "rounded to int8; " : "read in place; ") +
+                     in_words(plan_backward(shape_of(backward.update)));
   return plan;
 }
 
@@ -222,7 +232,7 @@ void register_merge(py::module_& m) {
 void register_lora(py::module_& m) {
   using py::arg;
   m.def("explain", &explain, arg("weight"), arg("rows"), arg("rank"), arg("dropout"), arg("keep_z"),
-        "Describe in words how the forward and backward pass are computed");
+        arg("int8") = true, "Describe in words how the forward and backward pass are computed");
   register_fields<ForwardFields<float>>(m);
   register_fields<BackwardFields<float>>(m);
   register_products<float>(m);

@@ -156,8 +156,13 @@ def lora_backward(
     rounding to the nearest int8 would set small elements to 0.
     """
 
-def explain(weight: PackedWeight, rows: int, rank: int, dropout: bool, keep_z: bool) -> dict[str, str]:
-    """Describe in words how the forward and backward pass are computed, and why."""
+def explain(
+    weight: PackedWeight, rows: int, rank: int, dropout: bool, keep_z: bool, int8: bool = True
+) -> dict[str, str]:
+    """Describe in words how the forward and backward pass are computed, and why.
+
+    int8: whether training may compute many rows in int8, if the weight has compute="int8".
+    """
 
 def merge_lora(w: Array, a: Array, b: Array, scale: float, storage: str, key: int | None = None) -> None:
     """W += scale · A B in place. With a 64-bit key (uint16 only), the sums are rounded stochastically.

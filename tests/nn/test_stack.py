@@ -13,6 +13,7 @@ import pytest
 import nplora
 from nplora import Linear, LoRALinear, _core, stack_backward, stack_forward
 from nplora.lora.delta import LoraDelta
+from nplora.nn.int8 import without_int8
 from nplora.nn.module import inference
 from nplora.nn.stack import StackSaved, stack_infer
 from reference import gamma
@@ -432,6 +433,35 @@ def test_explain_tells_the_way_and_its_reason() -> None:
     square = np.ones((1024, 1024), np.float32)  # decoded blocks are cheaper to transpose than x and y
     assert "tokens in the lanes" in LoRALinear(square, 8).explain(128)
     assert "outputs in the lanes" in LoRALinear(square, 8, dtype="q4_0").explain(128)
+
+
+@pytest.mark.parametrize("storage", ["float32", "q8_0"])
+@pytest.mark.parametrize("rows", [1, 4, 5, 8, 9, 40])
+def test_explain_follows_the_switches_of_int8(storage: str, rows: int) -> None:
+    """Without int8, many rows are computed as by a layer in bfloat16. The switches do not change few rows."""
+    int8, bfloat16 = (
+        LoRALinear(nplora.FrozenWeight(np.ones((64, 96), np.float32), storage, compute), 2)
+        for compute in ("int8", "bfloat16")
+    )
+    given = int8.explain(rows).splitlines()
+    assert ("int8" in given[-1]) == (rows > 4)
+    with without_int8():
+        inside = int8.explain(rows).splitlines()
+    int8.int8 = False
+    assert int8.explain(rows).splitlines() == inside
+    assert inside[0] == (given[0] if rows <= 8 else bfloat16.explain(rows).splitlines()[0])
+    assert "int8" not in inside[-1]
+
+
+@pytest.mark.parametrize("compute", ["bfloat16", "int8"])
+@pytest.mark.parametrize(("rows", "differs"), [(4, False), (5, True), (8, True), (9, False)])
+def test_explain_names_the_arithmetic_of_a_backward_pass_that_differs(
+    compute: str, rows: int, differs: bool
+) -> None:
+    layer = LoRALinear(nplora.FrozenWeight(np.ones((64, 96), np.float32), compute=compute), 2)
+    forward, _, backward = layer.explain(rows).splitlines()
+    assert forward.startswith(f"computes in: {'float32' if rows <= 8 else compute}")
+    assert backward.startswith(f"backward: computes in {compute}, ") == differs
 
 
 def test_explain_tells_of_no_pass_that_is_refused_and_no_update_that_is_not_computed() -> None:

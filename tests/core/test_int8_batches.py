@@ -146,6 +146,13 @@ def test_zeros_and_tiny_numbers_give_zero() -> None:
     assert np.all(fw.matmul_t(np.eye(40, dtype=np.float32)[[0, 3, 4, 3, 4, 3]])[1:] == 0)
 
 
+@pytest.mark.parametrize("largest", [2.0**-119, 2.0**108 * 1.99])
+def test_values_within_the_limits_neither_vanish_nor_overflow(largest: float) -> None:
+    """Without the scales of W, the largest sum is 4032 * 127 * 2^109, just below 2^128."""
+    x, W = np.full((9, DEPTH), largest, np.float32), np.full((5, DEPTH), 1 / largest, np.float32)
+    assert FrozenWeight(W, compute="int8").matmul(x) == pytest.approx(DEPTH, rel=1e-5)
+
+
 @pytest.mark.usefixtures("thread_limit")
 def test_results_do_not_depend_on_threads_or_on_other_rows() -> None:
     fw = FrozenWeight(normal(900, 512), "q4_k", "int8")

@@ -59,18 +59,20 @@ class FrozenWeight:
               Sums are computed in float32. Products are twice as fast if the CPU has bfloat16 instructions.
               If x has up to 8 rows, products are still computed in float32.
             - "int8": W is rounded to 8 bits with one scale for each row, and x to 8 bits with one scale for
-              every 64 values. In the backward pass, column i of dy is multiplied by the scale of row i of W,
-              and then each row of dy is rounded to 8 bits with one scale. If d_out is above 4032, each row of
-              dy is divided into several equal parts, and each part has a scale. The 8-bit values are
+              every 64 values. In the backward pass, column i of dy is multiplied by the scale of row i of
+              W, and then each row of dy is rounded to 8 bits with one scale. If d_out is above 4032, each
+              row of dy is divided into several equal parts, and each part has a scale. The 8-bit values are
               multiplied and summed as integers. Products with the LoRA factors are computed as with
               "bfloat16". If x has up to 8 rows and W is stored in a GGUF format, x is multiplied with the
               blocks of W directly, and x gets one scale for every 32 values. If W is stored in any other
               format, up to 8 rows of x are multiplied in float32. `matmul_t` multiplies dy in float32 if dy
-              has up to 4 rows. Layers round W to 8 bits only in training. In inference, if x has more than 8
-              rows, layers compute as with "bfloat16". The head of a language model computes its backward pass
-              in bfloat16, or in int8 with stochastic rounding (see the arguments `int8` and `dither_key` of
-              `stack_backward`). In your own models, use "bfloat16" for a layer whose outputs go into a
-              softmax over many classes.
+              has up to 4 rows. Values of x above 6e32 can make an output infinite or NaN, even if the exact
+              output is finite. If all values with a common scale are below 1.5e-36, they count as 0. Layers
+              round W to 8 bits only in training. In inference, if x has more than 8 rows, layers compute as
+              with "bfloat16". The head of a language model computes its backward pass in bfloat16, or in
+              int8 with stochastic rounding (see the arguments `int8` and `dither_key` of `stack_backward`).
+              In your own models, use "bfloat16" for a layer whose outputs go into a softmax over many
+              classes.
         double_quant: also quantise the absmax of NF4 to 8 bits. A value of W then takes 4.13 bits instead of
             4.5.
     Raises:

@@ -57,8 +57,8 @@ inline void quantize_sub_block(const float* x, int8_t* codes, float& scale, floa
   half_sums[1] = scale * static_cast<float>(all - half);
 }
 
-inline void quantize_row(size_t n, const float* x, int8_t* codes, float* scales, float* sums,
-                         float* half_sums) {
+inline void quantize_sub_blocks(size_t n, const float* x, int8_t* codes, float* scales, float* sums,
+                                float* half_sums) {
   for (size_t i = 0; i < n; i += kSubBlock)
     quantize_sub_block(x + i, codes + i, scales[i / kSubBlock], sums[i / kSubBlock],
                        half_sums + i / kSubBlock * 2);

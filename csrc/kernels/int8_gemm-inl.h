@@ -47,9 +47,9 @@ struct Nearest {
   LaneInts operator()(size_t, Vec<float> x) const { return to_ints(x); }
 };
 
-// Rounds elements stochastically. The random bits of element i depend on first + i (see Int8Gemm::dither).
-// The random bits are computed for kDithered elements at a time, so the calls must have ascending i,
-// beginning with 0.
+// Rounds elements stochastically. The random bits of element i depend on first + i (see
+// Int8Gemm::dither_groups). The random bits are computed for kDithered elements at a time, so the calls must
+// have ascending i, beginning with 0.
 struct Stochastic {
   static constexpr int kFraction = 23;  // 127 * 2^23 plus 23 random bits fits into int32
   uint64_t seed, first;
@@ -102,7 +102,7 @@ inline void quantize_group(size_t n, const Load& load, const Round& round, int8_
 }
 
 template <class RoundFrom>
-inline void quantize_all_groups(size_t n, size_t group, const float* x, const float* factors,
+inline void quantize_all_groups(size_t n, size_t group, const float* x, const float* w_scales,
                                 const RoundFrom& round_from, int8_t* codes, float* scales,
                                 int32_t* corrections) {
   for (size_t first = 0; first < n; first += group, ++scales, ++corrections, codes += group) {
@@ -110,23 +110,23 @@ inline void quantize_all_groups(size_t n, size_t group, const float* x, const fl
     const auto plain = [&](size_t i, bool whole)
                            __attribute__((always_inline)) { return load_upto(count, x + first, i, whole); };
     const auto folded = [&](size_t i, bool whole) __attribute__((always_inline)) {
-      return plain(i, whole) * load_upto(count, factors + first, i, whole);
+      return plain(i, whole) * load_upto(count, w_scales + first, i, whole);
     };
     const auto round = round_from(first);
-    factors ? quantize_group(count, folded, round, codes, *scales, *corrections)
-            : quantize_group(count, plain, round, codes, *scales, *corrections);
+    w_scales ? quantize_group(count, folded, round, codes, *scales, *corrections)
+             : quantize_group(count, plain, round, codes, *scales, *corrections);
   }
 }
 
-inline void quantize_groups(size_t n, size_t group, const float* x, const float* factors, int8_t* codes,
+inline void quantize_groups(size_t n, size_t group, const float* x, const float* w_scales, int8_t* codes,
                             float* scales, int32_t* corrections) {
-  quantize_all_groups(n, group, x, factors, [](size_t) { return Nearest{}; }, codes, scales, corrections);
+  quantize_all_groups(n, group, x, w_scales, [](size_t) { return Nearest{}; }, codes, scales, corrections);
 }
 
 inline void dither_groups(size_t n, size_t group, uint64_t seed, uint64_t first, const float* x,
-                          const float* factors, int8_t* codes, float* scales, int32_t* corrections) {
+                          const float* w_scales, int8_t* codes, float* scales, int32_t* corrections) {
   quantize_all_groups(
-      n, group, x, factors, [&](size_t i) { return Stochastic(seed, first + i); }, codes, scales,
+      n, group, x, w_scales, [&](size_t i) { return Stochastic(seed, first + i); }, codes, scales,
       corrections);
 }
 

@@ -372,7 +372,8 @@ struct Int8Products {
   // / 127, and a code is x * (1 / scale), rounded to nearest. If all magnitudes in a sub-block are below
   // 2^-119, the scale, the sums and the codes are 0. If a sub-block contains NaN or infinity, the scale and
   // the sums are NaN, and the codes are 0.
-  void (*quantize)(size_t n, const float* x, int8_t* codes, float* scales, float* sums, float* half_sums);
+  void (*quantize_sub_blocks)(size_t n, const float* x, int8_t* codes, float* scales, float* sums,
+                              float* half_sums);
 
   // Multiplies `x` (m, cols) with rows of blocks and stores the products in `y` (m, rows). `cols` is a
   // multiple of the number of elements in a block. There is one kernel for each row format, in the
@@ -433,19 +434,19 @@ inline constexpr size_t kDithered = 64;
 struct Int8Gemm {
   size_t code_offset;  // the offset of the codes of W, at most 128
 
-  // Quantises a row of `n` elements in groups of `group` elements. Element i is x[i] * factors[i], or x[i] if
-  // `factors` is null. The function code_scale gives the scale of each group. A code is the element times (1
-  // / scale), rounded to nearest, ties to even. The codes are 0 if the scale is 0 or NaN. The codes are
+  // Quantises a row of `n` elements in groups of `group` elements. Element i is x[i] * w_scales[i], or x[i]
+  // if `w_scales` is null. The function code_scale gives the scale of each group. A code is the element times
+  // (1 / scale), rounded to nearest, ties to even. The codes are 0 if the scale is 0 or NaN. The codes are
   // padded with zeros to a multiple of four.
-  void (*quantize)(size_t n, size_t group, const float* x, const float* factors, int8_t* codes, float* scales,
-                   int32_t* corrections);
+  void (*quantize_groups)(size_t n, size_t group, const float* x, const float* w_scales, int8_t* codes,
+                          float* scales, int32_t* corrections);
 
-  // Quantises like `quantize`, but rounds v = x * (1 / scale) stochastically, up or down. The expected value
-  // of the code differs from v by at most 2^-23. `first` and `group` must be multiples of kDithered. Philox
-  // makes four words from each counter. With e = first + i, the random bits of element i are the low 23 bits
-  // of word e / 16 % 4 for the counter e / kDithered * 16 + e % 16. The divisions round down.
-  void (*dither)(size_t n, size_t group, uint64_t seed, uint64_t first, const float* x, const float* factors,
-                 int8_t* codes, float* scales, int32_t* corrections);
+  // Quantises like quantize_groups, but rounds v = x * (1 / scale) stochastically, up or down. The expected
+  // value of the code differs from v by at most 2^-23. `first` and `group` must be multiples of kDithered.
+  // Philox makes four words from each counter. With e = first + i, the random bits of element i are the low
+  // 23 bits of word e / 16 % 4 for the counter e / kDithered * 16 + e % 16. The divisions round down.
+  void (*dither_groups)(size_t n, size_t group, uint64_t seed, uint64_t first, const float* x,
+                        const float* w_scales, int8_t* codes, float* scales, int32_t* corrections);
 
   // For each row i of w (rows, cols), sets largest[i] to the maximum of largest[i] and the magnitudes of the
   // elements of row i. NaN counts as larger than all numbers.

@@ -45,7 +45,7 @@ constexpr BlockDots make_block_dots() {
   return {{NPLORA_ROW_FORMATS(NPLORA_DOTS)}, dot_nf4};
 }
 constexpr Int8Products make_int8() {
-  return {quantize_row, {NPLORA_ROW_FORMATS(NPLORA_INT8_DOTS)}};
+  return {quantize_sub_blocks, {NPLORA_ROW_FORMATS(NPLORA_INT8_DOTS)}};
 }
 #undef NPLORA_DECODE
 #undef NPLORA_ENCODE

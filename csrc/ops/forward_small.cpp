@@ -26,8 +26,8 @@ kernels::Int8Rows quantized(Matrix<const float> x) {
   float* scales = scratch<float>(Scratch::kCodeScales, 4 * x.rows * sub_blocks);
   float *sums = scales + x.rows * sub_blocks, *half_sums = sums + x.rows * sub_blocks;
   for (size_t t = 0; t < x.rows; ++t)
-    kernels::table().int8.quantize(x.cols, x.row(t), codes + t * x.cols, scales + t * sub_blocks,
-                                   sums + t * sub_blocks, half_sums + t * 2 * sub_blocks);
+    kernels::table().int8.quantize_sub_blocks(x.cols, x.row(t), codes + t * x.cols, scales + t * sub_blocks,
+                                              sums + t * sub_blocks, half_sums + t * 2 * sub_blocks);
   return {codes, scales, sums, half_sums};
 }
 

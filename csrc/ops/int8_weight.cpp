@@ -76,16 +76,16 @@ void CodedBlock::place(size_t rows, void* memory) {
   codes_ = reinterpret_cast<int8_t*>(corrections_ + rows * groups());
 }
 
-void CodedBlock::quantize(size_t row, const float* x, const float* factors) const {
-  kernels::table().int8_gemm.quantize(cols_, group_, x, factors, codes_ + row * stride(),
-                                      scales_ + row * groups(), corrections_ + row * groups());
+void CodedBlock::quantize(size_t row, const float* x, const float* w_scales) const {
+  kernels::table().int8_gemm.quantize_groups(cols_, group_, x, w_scales, codes_ + row * stride(),
+                                             scales_ + row * groups(), corrections_ + row * groups());
 }
 
 void CodedBlock::dither(size_t row, uint64_t seed, size_t random_row, const float* x,
-                        const float* factors) const {
-  kernels::table().int8_gemm.dither(cols_, group_, seed, random_row * round_up(cols_, kernels::kDithered), x,
-                                    factors, codes_ + row * stride(), scales_ + row * groups(),
-                                    corrections_ + row * groups());
+                        const float* w_scales) const {
+  kernels::table().int8_gemm.dither_groups(
+      cols_, group_, seed, random_row * round_up(cols_, kernels::kDithered), x, w_scales,
+      codes_ + row * stride(), scales_ + row * groups(), corrections_ + row * groups());
 }
 
 kernels::CodedRows CodedBlock::from(size_t row, size_t col) const {

@@ -59,13 +59,13 @@ class CodedBlock {
   // Sets the memory in which `rows` rows are stored.
   void place(size_t rows, void* memory);
 
-  // Quantises x (cols), and stores the result as row `row`. If `factors` (cols) is not null, each element of
-  // x is first multiplied by its factor.
-  void quantize(size_t row, const float* x, const float* factors) const;
+  // Quantises x (cols), and stores the result as row `row`. If `w_scales` (cols) is not null, each element of
+  // x is first multiplied by its scale.
+  void quantize(size_t row, const float* x, const float* w_scales) const;
 
   // Does the same as `quantize`, but rounds stochastically. The random bits depend on `seed`, on `random_row`
   // and on the column.
-  void dither(size_t row, uint64_t seed, size_t random_row, const float* x, const float* factors) const;
+  void dither(size_t row, uint64_t seed, size_t random_row, const float* x, const float* w_scales) const;
 
   // The stored rows, beginning at row `row` and column `col`. A group of values with one scale must begin at
   // column `col`.

@@ -22,7 +22,7 @@ void run_quantize(const KernelTable& table, size_t n, Data data, Random& random,
   Row<float> x(place, values), scales(place, n / kSubBlock), sums(place, n / kSubBlock),
       half_sums(place, n / kSubBlock * 2);
   Row<int8_t> codes(place, n);
-  table.int8.quantize(n, x.data(), codes.data(), scales.data(), sums.data(), half_sums.data());
+  table.int8.quantize_sub_blocks(n, x.data(), codes.data(), scales.data(), sums.data(), half_sums.data());
   for (size_t sub_block = 0; sub_block < n / kSubBlock; ++sub_block) {
     double largest = 0;
     bool finite = true;

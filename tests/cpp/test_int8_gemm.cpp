@@ -72,10 +72,11 @@ void run_quantize(const KernelTable& table, size_t n, size_t group, bool folds, 
   Row<int32_t> corrections(place, groups);
   const float* folded = folds ? factor_row.data() : nullptr;
   if (rounding.dithers)
-    table.int8_gemm.dither(n, group, rounding.seed, rounding.first, x.data(), folded, codes.data(),
-                           scales.data(), corrections.data());
+    table.int8_gemm.dither_groups(n, group, rounding.seed, rounding.first, x.data(), folded, codes.data(),
+                                  scales.data(), corrections.data());
   else
-    table.int8_gemm.quantize(n, group, x.data(), folded, codes.data(), scales.data(), corrections.data());
+    table.int8_gemm.quantize_groups(n, group, x.data(), folded, codes.data(), scales.data(),
+                                    corrections.data());
   if (folds)
     for (size_t i = 0; i < n; ++i) {
       volatile float product = values[i] * factors[i];
@@ -133,7 +134,7 @@ void test_mean_of_dithered(const KernelTable& table) {
     int8_t codes[kSmall + 1];
     float scale;
     int32_t correction;
-    table.int8_gemm.dither(kSmall + 1, 64, 7, 64 * row, x.data(), nullptr, codes, &scale, &correction);
+    table.int8_gemm.dither_groups(kSmall + 1, 64, 7, 64 * row, x.data(), nullptr, codes, &scale, &correction);
     for (size_t i = 0; i < kSmall; ++i) sum += codes[i];
   }
   const double n = kRows * kSmall, deviation = std::sqrt(0.3 * 0.7 / n);

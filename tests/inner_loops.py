@@ -40,8 +40,9 @@ KERNELS: dict[str, list[tuple[str, ...]]] = {
 }
 DOTS = "dots_rows", "dots_row_major"
 INT8 = "int8_token_tile", "int8_group_tile"
-HAVE_INT8 = "avxvnni", "avx512vnni", "avx512bf16", "neonbf16", "neoni8mm"  # multiply codes in one instruction
-ONLY_INT8 = "avxvnni", "avx512vnni", "neoni8mm"  # units without other products
+# Units that multiply codes in one instruction.
+HAVE_INT8 = "avxvnni", "avx512vnni", "avx512bf16", "neondot", "neonbf16", "neoni8mm"
+ONLY_INT8 = "avxvnni", "avx512vnni", "neondot", "neoni8mm"  # units without other products
 ONLY_PAIRS = "avx512bf16", "neonbf16"  # units whose other products are of bfloat16 pairs
 INSTANCE = re.compile(rf"nplora::kernels::(\w+)::({'|'.join(KERNELS)})<(.*?)>\(")
 
@@ -183,7 +184,7 @@ def int8_step(loop: Loop) -> Need:
     rows, vectors = loop.sizes
     # Four pointers advance (w, and x from up to three rows on), a comparison, a branch; AVX2 reads offsets of
     # rows from the stack, or spills one of the 16 vectors. NEON reads two numbers from the stack.
-    control = 9 if loop.isa in ("avxvnni", "neonbf16") else 7
+    control = 9 if loop.isa in ("avxvnni", "neondot", "neonbf16") else 7
     if loop.isa == "neoni8mm":  # two steps: two vectors of w are loaded and zipped, and rows of x in halves
         return Need(rows * vectors, rows + 4 * vectors + control)
     return Need(rows * vectors, rows + vectors + control)

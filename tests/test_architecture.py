@@ -453,6 +453,7 @@ def test_each_instruction_set_has_a_unit_with_its_own_namespace() -> None:
             "avx512bf16",
             "amx",
             "neon",
+            "neondot",
             "neonbf16",
             "neoni8mm",
         )

@@ -97,10 +97,10 @@ inline constexpr int kFaultStatus = 135;  // 128 + SIGBUS on Linux; other system
 bool offers_tiles();
 bool request_tiles();
 
-// Whether an aarch64 processor has the instructions for bfloat16 and for dot products of bytes.
-bool has_arm_bf16_and_dot_products();
-
-// Whether an aarch64 processor has the instructions for products of int8 matrices (I8MM).
+// Whether an aarch64 processor has the instructions for dot products of bytes, for bfloat16, and for products
+// of int8 matrices (I8MM).
+bool has_arm_dot_products();
+bool has_arm_bf16();
 bool has_arm_i8mm();
 
 }  // namespace nplora::platform

@@ -114,10 +114,14 @@ bool request_tiles() {
 
 #endif
 
-bool has_arm_bf16_and_dot_products() {
-  // kBf16 is a bit of AT_HWCAP2, and kDotProducts is a bit of AT_HWCAP.
-  constexpr unsigned long kBf16 = 1ul << 14, kDotProducts = 1ul << 20;
-  return (getauxval(AT_HWCAP2) & kBf16) != 0 && (getauxval(AT_HWCAP) & kDotProducts) != 0;
+bool has_arm_dot_products() {
+  constexpr unsigned long kDotProducts = 1ul << 20;  // a bit in AT_HWCAP
+  return (getauxval(AT_HWCAP) & kDotProducts) != 0;
+}
+
+bool has_arm_bf16() {
+  constexpr unsigned long kBf16 = 1ul << 14;  // a bit in AT_HWCAP2
+  return (getauxval(AT_HWCAP2) & kBf16) != 0;
 }
 
 bool has_arm_i8mm() {

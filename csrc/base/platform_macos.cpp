@@ -48,8 +48,12 @@ bool request_tiles() {
   return false;
 }
 
-bool has_arm_bf16_and_dot_products() {
-  return has_feature("hw.optional.arm.FEAT_BF16") && has_feature("hw.optional.arm.FEAT_DotProd");
+bool has_arm_dot_products() {
+  return has_feature("hw.optional.arm.FEAT_DotProd");
+}
+
+bool has_arm_bf16() {
+  return has_feature("hw.optional.arm.FEAT_BF16");
 }
 
 bool has_arm_i8mm() {

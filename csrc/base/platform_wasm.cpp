@@ -60,7 +60,11 @@ bool request_tiles() {
   return false;
 }
 
-bool has_arm_bf16_and_dot_products() {
+bool has_arm_dot_products() {
+  return false;
+}
+
+bool has_arm_bf16() {
   return false;
 }
 

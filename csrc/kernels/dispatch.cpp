@@ -20,7 +20,7 @@ extern const Int8Gemm k_avxvnni_products, k_avx512vnni_products;
 #elif defined(NPLORA_AARCH64)
 extern const KernelTable k_neon_table;
 extern const NarrowKernels k_neonbf16_kernels;
-extern const Int8Gemm k_neoni8mm_products;
+extern const Int8Gemm k_neondot_products, k_neoni8mm_products;
 #endif
 
 namespace {
@@ -66,6 +66,7 @@ const Choice* choices(size_t* count) {
   static const KernelTable avx512bf16 = with_kernels(k_avx512_table, "avx512bf16", k_avx512bf16_kernels);
   static const KernelTable amx = with_kernels(avx512bf16, "amx", k_amx_products);
 #elif defined(NPLORA_AARCH64)
+  static const KernelTable neondot = with_kernels(k_neon_table, "neondot", k_neondot_products);
   static const KernelTable neonbf16 = with_kernels(k_neon_table, "neonbf16", k_neonbf16_kernels);
   static const KernelTable neoni8mm = with_kernels(neonbf16, "neoni8mm", k_neoni8mm_products);
 #endif
@@ -80,6 +81,7 @@ const Choice* choices(size_t* count) {
       {&amx, cpu().amx, "AMX with BF16, beside the AVX-512 of avx512bf16", true},
 #elif defined(NPLORA_AARCH64)
       {&k_neon_table, cpu().neon, "NEON"},
+      {&neondot, cpu().neondot, "NEON with dot products"},
       {&neonbf16, cpu().neonbf16, "NEON with BF16 and dot products"},
       {&neoni8mm, cpu().neoni8mm, "NEON with BF16, dot products and I8MM"},
 #endif

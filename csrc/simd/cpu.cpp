@@ -60,7 +60,8 @@ Cpu detect() {
 Cpu detect() {
   Cpu found;
   found.neon = true;  // NEON is part of the aarch64 architecture
-  found.neonbf16 = platform::has_arm_bf16_and_dot_products();
+  found.neondot = platform::has_arm_dot_products();
+  found.neonbf16 = found.neondot && platform::has_arm_bf16();
   found.neoni8mm = found.neonbf16 && platform::has_arm_i8mm();
   return found;
 }

@@ -11,7 +11,8 @@ struct Cpu {
   bool avx512bf16 = false;  // true only if `avx512vnni` is true
   bool amx = false;         // `avx512bf16` is true, and AMX-TILE and AMX-BF16 are supported
   bool neon = false;
-  bool neonbf16 = false;  // the NEON instructions for bfloat16 and for dot products of bytes are supported
+  bool neondot = false;   // the NEON instructions for dot products of bytes are supported
+  bool neonbf16 = false;  // `neondot` is true, and the NEON instructions for bfloat16 are supported
   bool neoni8mm = false;  // true only if `neonbf16` is true
 };
 

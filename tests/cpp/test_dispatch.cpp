@@ -27,6 +27,7 @@ const std::vector<const char*> kOptional = {
 #if defined(__x86_64__)
     "avx2", "avxvnni", "avx512", "avx512vnni", "avx512bf16", "amx",
 #elif defined(__aarch64__)
+    "neondot",
     "neonbf16",
     "neoni8mm",
 #endif
@@ -34,7 +35,7 @@ const std::vector<const char*> kOptional = {
 
 // Whether a table has kernels of its own for int8 products only.
 bool has_only_int8(std::string_view isa) {
-  return isa == "avxvnni" || isa == "avx512vnni" || isa == "neoni8mm";
+  return isa == "avxvnni" || isa == "avx512vnni" || isa == "neondot" || isa == "neoni8mm";
 }
 
 bool has(const std::string& text, std::string_view part) {

@@ -239,8 +239,8 @@ void register_filtered_cross_entropy(py::module_& m) {
   m.def(
       "filtered_cross_entropy",
       [](const WeightArgument<float>& weight, Floats logits, const Integers& targets, double factor,
-         double bound, const Floats& mean, Array<double> losses, Array<double> skipped, Array<bool> is_flat,
-         Floats dx) {
+         double bound, const Floats& mean, Array<double> losses, Array<double> skipped, Integers kept,
+         Floats dx, const std::optional<Floats>& x, std::optional<Floats> dweight) {
         const WeightView w = view<float>(weight);
         const auto rows = write(logits), to = write(dx);
         require(w.d_out <= size_t(INT32_MAX), "the vocabulary is too large");
@@ -251,17 +251,27 @@ void register_filtered_cross_entropy(py::module_& m) {
         require_size("mean", mean, w.d_in);
         require_size("losses", losses, rows.rows);
         require_size("skipped", skipped, rows.rows);
-        require_size("is_flat", is_flat, rows.rows);
+        require_size("kept", kept, rows.rows);
+        require(x.has_value() == dweight.has_value(), "x and dweight must both be given, or neither");
+        std::optional<HeadGradient> head;
+        if (dweight) {
+          require_shape("x", *x, rows.rows, w.d_in);
+          require_shape("dweight", *dweight, w.d_out, w.d_in);
+          head = HeadGradient{read(*x), write(*dweight)};
+        }
         const auto wanted = checked_targets(targets, rows);
-        const FilteredRows out{losses.mutable_data(), skipped.mutable_data(),
-                               reinterpret_cast<uint8_t*>(is_flat.mutable_data())};
+        const FilteredRows out{losses.mutable_data(), skipped.mutable_data(), kept.mutable_data()};
         const WordFilter filter{bound, mean.data()};
-        without_gil([&] { filtered_cross_entropy(w, rows, wanted.data(), factor, filter, out, to); });
+        without_gil([&] {
+          filtered_cross_entropy(w, rows, wanted.data(), factor, filter, out, to, head ? &*head : nullptr);
+        });
       },
       arg("weight"), arg("logits").noconvert(), arg("targets").noconvert(), arg("factor"), arg("bound"),
-      arg("mean").noconvert(), arg("losses").noconvert(), arg("skipped").noconvert(),
-      arg("is_flat").noconvert(), arg("dx").noconvert(),
-      "The losses, and dx = factor (Σ p W + (1 - Σ p) mean - W[target]); Σ runs over the kept words");
+      arg("mean").noconvert(), arg("losses").noconvert(), arg("skipped").noconvert(), arg("kept").noconvert(),
+      arg("dx").noconvert(), arg("x").noconvert() = py::none(), arg("dweight").noconvert() = py::none(),
+      "The losses, and dx = factor (Σ p W + skipped mean - W[target]); Σ runs over the kept words; if "
+      "dweight "
+      "is given, dweight += factor (p - one_hot)^T x, without the skipped words");
 }
 
 AttentionShape shape_of(const Floats& q, size_t kv_width, size_t heads, size_t kv_heads, double scale,

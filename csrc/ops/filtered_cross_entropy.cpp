@@ -1,8 +1,10 @@
 #include "ops/filtered_cross_entropy.h"
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstring>
+#include <limits>
 #include <utility>
 #include <vector>
 
@@ -19,6 +21,9 @@ namespace {
 // Each word of the vocabulary has one row of W. W is processed in blocks of kWords rows and at most kColumns
 // columns. A block takes at most 24 KB, so it stays in L1 while all tokens use it.
 constexpr size_t kWords = 32, kColumns = 2 * kDecodedColumns;
+// The gradient of W adds rows of x, in blocks of kTokens tokens and at most kInputColumns columns. A block of
+// x takes at most 384 KB, so it stays in L2 while all words use it.
+constexpr size_t kTokens = 256, kInputColumns = 2 * kColumns;
 // Adding a row of W to a row of dx takes kKeptCost times as long as multiplying by a row of W in a dense
 // product.
 constexpr double kKeptCost = 2;
@@ -42,9 +47,10 @@ class KeptWords {
   size_t blocks() const { return blocks_; }
   size_t size() const { return size_; }
 
-  // Stores the likely words and the target of one row. If the row has more than limit() likely words, returns
-  // false and changes nothing.
-  bool keep(size_t row, const RowSum& sum, int32_t target, double factor, double bound, double* skipped);
+  // Stores the likely words and the target of one row, and returns the number of stored words. `skipped`
+  // becomes the total probability of all other words. If the row has more than limit() likely words, returns
+  // the number of all words, and changes nothing.
+  size_t keep(size_t row, const RowSum& sum, int32_t target, double factor, double bound, double* skipped);
 
   void arrange();
 
@@ -68,15 +74,15 @@ class KeptWords {
   uint8_t* ids_ = nullptr;
 };
 
-bool KeptWords::keep(size_t row, const RowSum& sum, int32_t target, double factor, double bound,
-                     double* skipped) {
+size_t KeptWords::keep(size_t row, const RowSum& sum, int32_t target, double factor, double bound,
+                       double* skipped) {
   const auto& kernel = kernels::table().transformer;
-  const float* logits = logits_.row(row);
+  float* logits = logits_.row(row);
   float* values = scratch<float>(Scratch::kSums, limit() + kernels::kSelected);
   int32_t* ids = scratch<int32_t>(Scratch::kCodes, limit() + kernels::kSelected);
   const auto least = float(double(sum.largest) + std::log(sum.sum) + std::log(bound));
   size_t count = kernel.select(logits_.cols, logits, least, limit(), ids, values);
-  if (count > limit()) return false;
+  if (count > limit()) return logits_.cols;
   int32_t* place = std::lower_bound(ids, ids + count, target);
   const auto at = size_t(place - ids);
   if (at == count || *place != target) {  // the target is kept even if it is unlikely
@@ -86,12 +92,15 @@ bool KeptWords::keep(size_t row, const RowSum& sum, int32_t target, double facto
     values[at] = logits[target];
     ++count;
   }
-  *skipped = 1 - kernel.exp_sum(count, values, sum.largest, values) / sum.sum;
+  // 1 - Σ_kept p would have an error of about 1e-7, and could be negative.
+  for (size_t i = 0; i < count; ++i) logits[ids[i]] = -std::numeric_limits<float>::infinity();
+  const RowSum rest = sum_of_row(logits_.cols, logits, nullptr);
+  *skipped = rest.sum / sum.sum * std::exp(double(rest.largest) - double(sum.largest));
+  kernel.exp_sum(count, values, sum.largest, values);
   kernel.scaled(count, float(factor / sum.sum), values, row_weights(row), false);
   row_weights(row)[at] -= float(factor);
   std::memcpy(row_ids(row), ids, count * sizeof *ids);
-  counts_[row] = count;
-  return true;
+  return counts_[row] = count;
 }
 
 // A counting sort: sorts the kept words by their block, and within a block by their row.
@@ -162,29 +171,92 @@ void add_kept_rows(const WeightView& w, const KeptWords& kept, Matrix<float> dx)
   });
 }
 
+// The tokens of a block of tokens that keep a word, for each word of a block of words.
+class Keepers {
+ public:
+  // Sorts the kept words of one block of words and one block of at most kTokens tokens: by word, and for each
+  // word by token.
+  Keepers(const KeptWords& kept, size_t block, Range tokens)
+      : weights_(scratch<float>(Scratch::kWeight, kWords * kTokens)),
+        tokens_(scratch<uint8_t>(Scratch::kCodes, kWords * kTokens)) {
+    const auto for_kept = [&](const auto& body) {
+      for (size_t i = 0; i < tokens.count; ++i)
+        for (size_t at = kept.first(block, tokens.first + i); at < kept.first(block, tokens.first + i + 1);
+             ++at)
+          body(i, at, kept.ids()[at]);
+    };
+    for_kept([&](size_t, size_t, size_t word) { ++ends_[word]; });
+    size_t before = 0;
+    for (size_t& end : ends_) before += std::exchange(end, before);
+    for_kept([&](size_t token, size_t at, size_t word) {
+      const size_t to = ends_[word]++;
+      weights_[to] = kept.weights()[at];
+      tokens_[to] = uint8_t(token);
+    });
+  }
+
+  // Adds the rows of x, times their weights, to the row of dw of one word. `x` is a part of the rows of x.
+  void add(size_t word, size_t columns, const kernels::Panels<float>& x, float* dw) const {
+    const size_t first = word ? ends_[word - 1] : 0, count = ends_[word] - first;
+    if (count > 0)
+      kernels::table().transformer.add_rows(count, columns, tokens_ + first, weights_ + first, x, dw);
+  }
+
+ private:
+  float* weights_;
+  uint8_t* tokens_;  // counted from the first token of the block
+  std::array<size_t, kWords> ends_{};
+};
+
+// For each kept word, adds the row of x of its token, times the weight of the word, to the row of dw of the
+// word. A task computes some columns of dw for some words.
+void add_kept_inputs(const KeptWords& kept, const HeadGradient& head) {
+  const Matrix<const float> x = head.x;
+  const Matrix<float> dw = head.dw;
+  const double work = kKeptCost * flops(1, kept.size(), dw.cols);
+  const size_t threads = useful_threads(work);
+  const Grid grid({dw.cols, kInputColumns, kInputColumns}, {dw.rows, kWords, round_up(dw.rows, kWords)}, work,
+                  threads);
+  parallel_for(grid.tasks(), threads, Interruptible::kYes, [&](size_t task) {
+    const Range cols = grid.tokens(task), side = grid.side(task);
+    for (size_t start = 0; start < x.rows; start += kTokens) {
+      const Range tokens{start, std::min(kTokens, x.rows - start)};
+      const kernels::Panels<float> rows{x.row(start) + cols.first, x.stride, kernels::kPanelColumns};
+      for (size_t first = side.first; first < side.first + side.count; first += kWords) {
+        const Keepers keepers(kept, first / kWords, tokens);
+        for (size_t i = 0; i < std::min(kWords, dw.rows - first); ++i)
+          keepers.add(i, cols.count, rows, dw.row(first + i) + cols.first);
+      }
+    }
+  });
+}
+
 }  // namespace
 
 void filtered_cross_entropy(const WeightView& w, Matrix<float> logits, const int64_t* targets, double factor,
-                            const WordFilter& filter, const FilteredRows& rows, Matrix<float> dx) {
+                            const WordFilter& filter, const FilteredRows& rows, Matrix<float> dx,
+                            const HeadGradient* head) {
   const Timed timed(Activity::kLoss);
   const size_t vocab = logits.cols;
   KeptWords kept(logits);
   parallel_for(logits.rows, useful_threads(kLogitCost * double(logits.rows) * double(vocab)),
                Interruptible::kYes, [&](size_t i) {
                  rows.losses[i] = rows.skipped[i] = 0;
-                 rows.is_flat[i] = 0;
+                 rows.kept[i] = 0;
                  if (targets[i] != kIgnoredTarget) {
                    const RowSum sum = sum_of_row(vocab, logits.row(i), nullptr);
                    rows.losses[i] = sum.loss(logits.row(i)[targets[i]]);
-                   rows.is_flat[i] =
-                       !kept.keep(i, sum, int32_t(targets[i]), factor, filter.bound, rows.skipped + i);
-                   if (rows.is_flat[i]) return;
+                   rows.kept[i] = int64_t(
+                       kept.keep(i, sum, int32_t(targets[i]), factor, filter.bound, rows.skipped + i));
+                   if (size_t(rows.kept[i]) == vocab) return;
                  }
                  kernels::table().transformer.scaled(dx.cols, float(factor * rows.skipped[i]), filter.mean,
                                                      dx.row(i), false);
                });
   kept.arrange();
   add_kept_rows(w, kept, dx);
+  if (head) add_kept_inputs(kept, *head);
+  if (timed) timed.count(Arithmetic::kFloat32, (head ? 2 : 1) * flops(1, kept.size(), dx.cols));
 }
 
 }  // namespace nplora

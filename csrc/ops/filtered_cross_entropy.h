@@ -17,32 +17,45 @@ struct WordFilter {
   const float* mean;  // (d_in)
 };
 
-// The results for each row: the loss, the total probability of the skipped words, and whether the row is flat
-// (has too many likely words for the filter).
+// The results for each row: the loss, the total probability of the skipped words, and the number of kept
+// words. A row with too many likely words for the filter is flat: it keeps all words.
 struct FilteredRows {
   double *losses, *skipped;  // (n)
-  uint8_t* is_flat;          // (n)
+  int64_t* kept;             // (n)
+};
+
+// The gradient of a trained W.
+struct HeadGradient {
+  Matrix<const float> x;  // (n, d_in), the input of the product with W
+  Matrix<float> dw;       // (vocab, d_in)
 };
 
 // For logits = x Wᵀ, computes the losses, with the same bits as `cross_entropy`, and an approximate
 // gradient dx. With p = softmax(logits), the exact gradient is factor (Σ p_w W_w - W_target). The words w
 // with p_w >= bound are kept, and so is the target; all other words are skipped (gradient filtering of
 // Wijmans et al. 2024, word by word). The mean row μ of W replaces the row of each skipped word:
-//   dx = factor (Σ_kept p_w W_w + m μ - W_target),  where m = Σ_skipped p_w = 1 - Σ_kept p_w.
+//   dx = factor (Σ_kept p_w W_w + m μ - W_target),  where m = Σ_skipped p_w.
 // The error of a row of dx is `factor` · Σ_skipped p_w (W_w - μ). By the triangle inequality, the norm of
-// this error is at most `factor` · m · max_w ‖W_w - μ‖. The mass m is at most `bound` · (number of skipped
-// words).
-// Rounding in float32 adds two more errors. One is the error of the sums in dx. The other is the error of m,
-// which is computed from the sum of exponentials in `cross_entropy`.
+// this error is at most `factor` · m · max_w ‖W_w - μ‖. This is true for any row μ. The mass m is at most
+// `bound` · (number of skipped words). Rounding in float32 adds the error of the sums in dx.
+//
+// If W is trained, `head` is not null, and the gradient of W is added to dw. The exact gradient is
+// factor Σ_i (p_i - one_hot_i) x_iᵀ, where x_i is row i of x. Only the kept words of a row i are added:
+//   dw_w += factor Σ_i (p_iw - [w is the target of i]) x_i, where the sum is over all i that keep w.
+// Row i contributes the error factor q_i x_iᵀ, where q_i holds the probabilities of its skipped words. As no
+// such probability is above `bound`, ‖q_i‖² <= bound · m_i, so that the Frobenius norm of the error of dw is
+// at most factor Σ_i √(bound · m_i) ‖x_i‖.
 //
 // A row is flat if more than a quarter of all words have p_w >= bound. For flat rows, the caller can compute
-// dx faster with a dense product. So for a flat row, the function computes only the loss: the logits and dx
-// of the row do not change, and `skipped` is 0. The logits of all other rows are overwritten with undefined
-// values. For a row with an ignored target, the loss, `skipped` and dx are 0.
+// the gradients faster with dense products. So for a flat row, the function computes only the loss: the
+// logits and dx of the row do not change, the row adds nothing to dw, `skipped` is 0, and `kept` is the size
+// of the vocabulary. The logits of all other rows are overwritten with undefined values. For a row with an
+// ignored target, the loss, `skipped`, `kept` and dx are 0.
 //
-// The terms of Σ_kept are added in ascending order of the word ids, in float32, even if W is multiplied in
-// bfloat16 elsewhere. W must not be float64.
+// The terms of Σ_kept are added in ascending order of the word ids, and those of dw in ascending order of the
+// rows, in float32, even if W is multiplied in bfloat16 elsewhere. W must not be float64.
 void filtered_cross_entropy(const WeightView& w, Matrix<float> logits, const int64_t* targets, double factor,
-                            const WordFilter& filter, const FilteredRows& rows, Matrix<float> dx);
+                            const WordFilter& filter, const FilteredRows& rows, Matrix<float> dx,
+                            const HeadGradient* head);
 
 }  // namespace nplora

@@ -421,15 +421,21 @@ def filtered_cross_entropy(
     mean: Array,
     losses: Array,
     skipped: Array,
-    is_flat: Array,
+    kept: Array,
     dx: Array,
+    x: Array | None = None,
+    dweight: Array | None = None,
 ) -> None:
-    """The losses of cross_entropy for logits = x Wᵀ, and the gradient of x without unlikely words.
+    """The losses of cross_entropy for logits = x Wᵀ, and the gradients without unlikely words.
 
     dx (n, d) = factor · (Σ p W + skipped · mean - W[target]), where Σ runs over the words with p >= bound and
-    the target, and `skipped` (n,) float64 is the probability of all other words. `is_flat` (n,) bool marks
-    rows in which more than a quarter of all words have p >= bound: their logits and their dx do not change,
-    and their `skipped` is 0. All other logits become undefined. The weight must not be float64.
+    the target, and `skipped` (n,) float64 is the probability of all other words. `kept` (n,) int64 is the
+    number of words in the sum. If x (n, d) and dweight (vocab, d) are given, dweight += factor ·
+    (p - one_hot)ᵀ x, without the skipped words of each row.
+
+    If more than a quarter of all words have p >= bound, `kept` is the number of all words: the logits and the
+    dx of the row do not change, the row adds nothing to dweight, and its `skipped` is 0. All other logits
+    become undefined. The weight must not be float64.
     """
 
 class Constants(NamedTuple):

@@ -1,4 +1,4 @@
-"""The gradient of the head's input without unlikely words, against float64 NumPy."""
+"""The gradients of the head without unlikely words, against float64 NumPy."""
 
 import math
 from typing import Any
@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 import nplora
 import reference
 from nplora import _core
+from nplora.runtime.profile import Profiler
 
 Array = NDArray[Any]
 
@@ -45,15 +46,15 @@ class Head:
         assert near[gap + 1] - near[gap] > 1e-5
         return math.exp((near[gap] + near[gap + 1]) / 2)
 
-    def run(self, bound: float, weight: Any = None) -> tuple[Array, Array, Array, Array]:
+    def run(self, bound: float, weight: Any = None, *trained: Array) -> tuple[Array, Array, Array, Array]:
         n = len(self.logits)
-        losses, skipped, is_flat = np.full(n, np.nan), np.full(n, np.nan), np.ones(n, np.bool_)
+        losses, skipped, kept = np.full(n, np.nan), np.full(n, np.nan), np.full(n, -1)
         dx, self.given = np.full((n, self.w.shape[1]), np.nan, np.float32), self.logits.copy()
         weight = self.weight.packed if weight is None else weight
         _core.filtered_cross_entropy(
-            weight, self.given, self.targets, FACTOR, bound, self.mean, losses, skipped, is_flat, dx
+            weight, self.given, self.targets, FACTOR, bound, self.mean, losses, skipped, kept, dx, *trained
         )
-        return losses, skipped, is_flat, dx
+        return losses, skipped, kept, dx
 
     def kept(self, bound: float) -> Array:
         words = np.arange(self.w.shape[0])
@@ -61,20 +62,22 @@ class Head:
 
 
 def assert_right(head: Head, bound: float, results: tuple[Array, Array, Array, Array]) -> None:
-    losses, skipped, is_flat, dx = results
+    losses, skipped, counts, dx = results
     expected = np.empty(len(losses))
     _core.cross_entropy(head.logits.copy(), head.targets, FACTOR, expected, True)
     assert losses.tobytes() == expected.tobytes()  # the filter changes no loss
     p, kept = head.probabilities, head.kept(bound)
     vocab = len(head.w)
     flat = (p >= bound).sum(axis=1) > vocab // 4
-    assert np.array_equal(is_flat, flat)
+    assert np.array_equal(counts, np.where(flat, vocab, kept.sum(axis=1)))
     assert np.array_equal(head.given[flat], head.logits[flat])
     assert np.isnan(dx[flat]).all()
     one_hot = np.arange(vocab) == head.targets[:, None]
     mass = np.where(kept, 0, p).sum(axis=1)
-    off = 16 * U + reference.gamma(min(vocab, 2048) + 8) + 40 * U  # the error of a sum of exponentials
-    assert (np.abs(skipped - mass)[~flat] <= off).all()
+    # The relative error of a quotient of two sums of exponentials. The rounding of each logit's distance to
+    # the largest logit, at most 2 * 20, is an error of its exponential.
+    off = 2 * (reference.gamma(min(vocab, 2048) + 8) + 40 * U)
+    assert (np.abs(skipped - mass)[~flat] <= off * mass[~flat]).all()
     exact = FACTOR * ((np.where(kept, p, 0) - one_hot) @ head.w + mass[:, None] * head.mean)
     size = FACTOR * (np.where(kept, p, 0) @ np.abs(head.w) + one_hot @ np.abs(head.w) + np.abs(head.mean))
     within = (off + reference.gamma(kept.sum(axis=1).max(initial=0) + 4)) * size
@@ -125,8 +128,8 @@ def test_the_filter_skips_nothing_of_a_certain_word(rng: np.random.Generator) ->
 def test_a_row_with_many_likely_words_is_left_to_the_dense_product(rng: np.random.Generator) -> None:
     head = Head(rng, 4, 100, 16)
     head.logits[1:3] = 0
-    _, skipped, is_flat, dx = head.run(1e-3)
-    assert is_flat.tolist() == [False, True, True, False]
+    _, skipped, kept, dx = head.run(1e-3)
+    assert (kept == 100).tolist() == [False, True, True, False]
     assert (skipped[1:3] == 0).all()
     assert np.isnan(dx[1:3]).all()
     assert np.isfinite(dx[[0, 3]]).all()
@@ -136,9 +139,9 @@ def test_a_row_with_an_ignored_target_has_no_gradient(rng: np.random.Generator) 
     head = Head(rng, 3, 100, 16)
     head.targets[1] = -100
     head.logits[1] = np.nan
-    losses, skipped, is_flat, dx = head.run(1e-2)
-    assert losses[1] == skipped[1] == 0
-    assert not is_flat.any()
+    losses, skipped, kept, dx = head.run(1e-2)
+    assert losses[1] == skipped[1] == kept[1] == 0
+    assert (kept < 100).all()
     assert not dx[1].any()
     assert dx[[0, 2]].any(axis=1).all()
 
@@ -157,13 +160,67 @@ def test_nan_and_infinity_stay_in_their_row(rng: np.random.Generator) -> None:
     assert_right(head, 1e-2, head.run(1e-2))
 
 
+def test_a_small_skipped_probability_is_exact(rng: np.random.Generator) -> None:
+    head = Head(rng, 64, 5000, 8)
+    head.logits *= 3
+    bound = head.bound_near(1e-9)
+    skipped = head.run(bound)[1]
+    mass = np.where(head.kept(bound), 0, head.probabilities).sum(axis=1)
+    assert (mass > 0).all()
+    assert (mass < 1e-5).all()
+    np.testing.assert_allclose(skipped, mass, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("n", "vocab", "d"), [(1, 4, 1), (9, 130, 47), (40, 700, 64), (300, 2100, 500)])
+def test_the_gradient_of_a_trained_weight_matches_the_oracle(
+    n: int, vocab: int, d: int, rng: np.random.Generator
+) -> None:
+    head = Head(rng, n, vocab, d)
+    if n > 2:
+        head.logits[1] = 0  # a flat row
+        head.targets[2] = -100
+    x, dweight = rng.standard_normal((n, d), np.float32), rng.standard_normal((vocab, d), np.float32)
+    before, bound = dweight.astype(np.float64), head.bound_near(5e-3)
+    head.targets[:] = np.where(head.targets < 0, -100, head.targets)
+    plain = head.run(bound)
+    results = head.run(bound, None, x, dweight)
+    for with_weight, alone in zip(results, plain, strict=True):
+        assert with_weight.tobytes() == alone.tobytes()
+    skipped, counts = results[1:3]
+    used = ((counts < vocab) & (head.targets >= 0))[:, None]
+    one_hot = np.arange(vocab) == head.targets[:, None]
+    dlogits = FACTOR * (np.where(head.kept(bound), head.probabilities, 0) - one_hot) * used
+    exact = before + dlogits.T @ x.astype(np.float64)
+    size = np.abs(before) + (np.abs(dlogits) + 2 * FACTOR * one_hot * used).T @ np.abs(x.astype(np.float64))
+    off = reference.gamma(n + 4) + reference.gamma(min(vocab, 2048) + 8) + 60 * U
+    assert (np.abs(dweight - exact) <= off * size).all()
+    # the documented bound on the error of the gradient
+    whole = before + (FACTOR * (head.probabilities - one_hot) * used).T @ x.astype(np.float64)
+    limit = FACTOR * (np.sqrt(bound * skipped) * np.linalg.norm(x, axis=1)).sum()
+    assert np.linalg.norm(dweight - whole) <= limit + np.linalg.norm(off * size)
+
+
+def test_a_profile_counts_the_products_with_kept_words(rng: np.random.Generator) -> None:
+    head, profiler = Head(rng, 9, 500, 40), Profiler()
+    x, dweight = rng.standard_normal((9, 40), np.float32), np.zeros((500, 40), np.float32)
+    for trained, products in (((), 1), ((x, dweight), 2)):
+        profiler.start()
+        kept = head.run(1e-2, None, *trained)[2]
+        profiler.stop()
+        assert (kept < 500).all()
+        found = profiler.totals.pop(("", "loss"))
+        assert found.operations == {"float32": products * 2 * kept.sum() * 40}
+
+
 @pytest.mark.usefixtures("thread_limit")
 @pytest.mark.parametrize("storage", ["float32", "q8_0"])
 def test_the_bits_do_not_depend_on_threads(storage: str, rng: np.random.Generator) -> None:
     head, results = Head(rng, 200, 3000, 192, storage), []
+    x = rng.standard_normal((200, 192), np.float32)
     for threads in (1, 2, 5):
         nplora.set_num_threads(threads)
-        results.append([array.tobytes() for array in head.run(1e-4)])
+        dweight = np.zeros((3000, 192), np.float32)
+        results.append([array.tobytes() for array in (*head.run(1e-4, None, x, dweight), dweight)])
     assert results[0] == results[1] == results[2]
 
 
@@ -184,6 +241,13 @@ def test_wrong_arguments_are_refused(rng: np.random.Generator) -> None:
         head.run(0.1, np.zeros((100, 17), np.float32))
     with pytest.raises(ValueError, match="does not fit"):
         head.run(0.1, nplora.FrozenWeight(np.zeros((100, 16)), "float64").packed)
+    x, dweight = np.zeros((2, 16), np.float32), np.zeros((100, 16), np.float32)
+    with pytest.raises(ValueError, match="x and dweight must both be given"):
+        head.run(0.1, None, x)
+    with pytest.raises(ValueError, match="x must have shape"):
+        head.run(0.1, None, x[:1], dweight)
+    with pytest.raises(ValueError, match="dweight must have shape"):
+        head.run(0.1, None, x, dweight[:, :8].copy())
     head.targets[0] = 100
     with pytest.raises(ValueError, match="targets holds 100"):
         head.run(0.1)

@@ -95,7 +95,7 @@ def test_a_sample_that_fails_leaves_no_words_in_the_filter(
     monkeypatch.setattr(lm.model, "read_out_backward", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         int8_check.of_tokens(lm, batches)()
-    assert not lm.model.word_filter.take_skipped().size
+    assert not lm.model.word_filter.take_skipped().rows
 
 
 def test_a_comparison_leaves_gradients_and_dropout_alone(path: Path) -> None:

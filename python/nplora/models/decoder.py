@@ -71,7 +71,7 @@ class Decoder(Module):
             the block again in the backward pass. Checkpointing increases the computation by a third, and
             reduces the memory to a tenth. The gradients have the same bits as without checkpointing.
         prefix: the cached outputs of the blocks below the lowest adapted block, or None.
-        word_filter: a filter that leaves unlikely words out of the gradient of the head's input, or None.
+        word_filter: a filter that leaves unlikely words out of the head's gradients, or None.
         int8_head: with compute="int8", also compute the gradient of the head's input in int8 instead of
             bfloat16. The gradient of the logits is then rounded to int8 stochastically, so the gradient of
             the input is a little less exact. The default is therefore False on machines with bfloat16

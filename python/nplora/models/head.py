@@ -105,13 +105,12 @@ def _chunk_gradient(
     The gradient of row i is multiplied by `factor` and, if `weights` is given, by weights[i]. The logits of
     these rows are freed at the end.
     """
-    logits, saved = logits_forward(head, model.read_out(x))
+    normed = model.read_out(x)
+    logits, saved = logits_forward(head, normed)
     losses, word_filter = np.empty(len(x)), model.word_filter
-    if word_filter is not None and isinstance(head, Linear) and word_filter.applies(head):
+    if word_filter is not None and word_filter.applies(head):
         give_way()
-        dnormed = word_filter.gradient(head, logits, targets, factor, losses)
-        if weights is not None:
-            dnormed *= weights[:, None]
+        dnormed = word_filter.gradient(head, normed, logits, targets, factor, losses, weights)
         return losses, model.read_out_backward(dnormed, x)
     _core.cross_entropy(logits, targets, factor, losses, True)
     if weights is not None:

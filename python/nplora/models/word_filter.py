@@ -1,40 +1,75 @@
-"""WordFilter: computes the gradient of the head's input without the unlikely words of the vocabulary."""
+"""WordFilter: computes the gradients of the head without the unlikely words of the vocabulary."""
 
 from __future__ import annotations
 
-from typing import Any
+import statistics
+import time
+from collections import deque
+from typing import Any, NamedTuple, TypeGuard
 
 import numpy as np
 import numpy.typing as npt
 
 from nplora import _check, _core
-from nplora.nn import Linear
+from nplora.nn import Linear, TrainedHead
+from nplora.nn.linear import core_weight
 from nplora.nn.module import Module
 from nplora.weights import FrozenWeight, buffers
 
 Array = npt.NDArray[Any]
 
+_TIMES = 32  # the number of calls whose times are kept
 FLAT_ROWS = 32  # the maximum number of rows of logits that are copied at once
 
 
+class SkippedWords(NamedTuple):
+    """What a filter skipped in some rows of x.
+
+    Attributes:
+        rows: the number of rows.
+        probability: the total probability of the skipped words, summed over the rows.
+        kept: the share of the vocabulary that was kept, summed over the rows. A row that was computed without
+            the filter adds 1.
+    """
+
+    rows: int
+    probability: float
+    kept: float
+
+
 class WordFilter:
-    """Computes a gradient without the unlikely words of the vocabulary (Wijmans et al. 2024).
+    """Computes gradients without the unlikely words of the vocabulary (Wijmans et al. 2024).
 
     The gradient of the head's input x is dx = factor · (Σ p_w W_w - W_target), a sum over all words w of the
     vocabulary. Here p_w is the probability of the word w, and W_w is row w of the head's weight W. The filter
     keeps the words with p_w >= `bound`, and the target. For each skipped word, the filter replaces the term
-    p_w W_w of the sum by p_w μ, where μ is the mean of all rows of W. So the factors p_w in the sum still add
-    up to 1. The error has the bound
+    p_w W_w of the sum by p_w μ, where μ is the mean of all rows of the frozen W. So the factors p_w in the
+    sum still add up to 1. The error has the bound
 
         ‖error of dx‖ <= factor · m · max_w ‖W_w - μ‖,
 
     where m is the total probability of the skipped words. The bound follows from the triangle inequality,
     because the error is factor · Σ_skipped p_w (W_w - μ). The filter does not change the bits of the losses.
-    If more than a quarter of the words have p_w >= `bound` for a row of x, the gradient of this row is
+    If more than a quarter of the words have p_w >= `bound` for a row of x, the gradients of this row are
     computed without the filter.
 
-    The filter applies only to a frozen head that does not compute in float64. A head that is trained, or has
-    an adapter, is computed without the filter.
+    If all rows of W are trained (`modules_to_save`), the filter also computes the gradient of W. μ is still
+    the mean row of the weight before training. Each row of x adds p_w x to the gradients of its kept words
+    only (and (p_w - 1) x to that of the target). Summed over the rows i of x, the error has the bound
+
+        ‖error of dW‖ <= factor · Σ_i √(bound · m_i) ‖x_i‖    (Frobenius norm),
+
+    because the squares of a row's skipped probabilities add up to at most `bound` · m_i. This error is small
+    beside the gradient of the whole W. But a word that is skipped in all rows of x gets no gradient at all,
+    and optimisers such as AdamW make large steps even for tiny gradients. So such a word moves less than
+    without the filter.
+
+    If the head shares the embedding's weight and both are trained, the filter computes the head's part of the
+    gradient. The embedding's part is exact.
+
+    The filter does not apply to a head with a low-rank adapter, to a head of which only some rows are
+    trained, or to a head that computes in float64. Such heads are computed without the filter: the gradients
+    of adapter factors and of single rows are other products, which the filter does not have.
 
         >>> import nplora
         >>> from nplora.models import WordFilter
@@ -42,7 +77,7 @@ class WordFilter:
         >>> lm.add_lora(rank=2)
         >>> lm.model.word_filter = WordFilter(1e-6)
         >>> loss = lm.train_step([[1, 2, 3]], [[1, 2, 3]], optimizer=nplora.AdamW(lr=1e-3))
-        >>> len(lm.model.word_filter.take_skipped())      # one for each target
+        >>> lm.model.word_filter.take_skipped().rows      # one for each target
         2
 
     Args:
@@ -56,46 +91,90 @@ class WordFilter:
         if bound == 0:
             raise ValueError("WordFilter: bound is 0, expected a value above 0")
         self._mean: tuple[FrozenWeight, Array] | None = None  # a weight and its mean row
-        self._skipped: list[Array] = []
+        self._skipped = _NOTHING
+        self._times: deque[tuple[int, float]] = deque(maxlen=_TIMES)  # rows and seconds of the last calls
 
-    def applies(self, head: Module) -> bool:
-        """Whether the filter can compute the gradient of this head's input."""
+    def applies(self, head: Module) -> TypeGuard[Linear | TrainedHead]:
+        """Whether the filter can compute the gradients of this head."""
+        if isinstance(head, TrainedHead):
+            return head.is_whole and head.adapter_enabled and head.weight.compute_dtype == np.float32
         return (
             type(head) is Linear
             and isinstance(head.weight, FrozenWeight)
             and head.weight.compute_dtype == np.float32
         )
 
-    def gradient(self, head: Linear, logits: Array, targets: Array, factor: float, losses: Array) -> Array:
-        """Return dx (n, d) for `logits` (n, words), and write the losses to `losses`, float64 (n,).
+    def gradient(
+        self,
+        head: Linear | TrainedHead,
+        x: Array,
+        logits: Array,
+        targets: Array,
+        factor: float,
+        losses: Array,
+        weights: Array | None = None,
+    ) -> Array:
+        """Return dx (n, d) for the head's input x (n, d). Write the losses to `losses`, float64 (n,).
 
-        No target may be IGNORED. `logits` is overwritten.
+        The gradient of a trained head is added to `head.rows.grad`. No target may be IGNORED.
+
+        Args:
+            logits: the logits (n, words) of x, which are overwritten.
+            weights: float32 (n,), by which the gradients of the rows are multiplied; None: 1.
         """
-        weight = head.weight
-        assert isinstance(weight, FrozenWeight)
+        started = time.perf_counter()
+        frozen = weight = head.weight
+        assert isinstance(frozen, FrozenWeight)
+        own: tuple[Array, Array] | None = None  # the input of the head's own gradient, and this gradient
+        if isinstance(head, TrainedHead):
+            weight = head.rows.value
+            own = x if weights is None else x * weights[:, None], head.rows.grad
         dx = buffers.empty((len(logits), weight.shape[1]), np.float32)
-        skipped, is_flat = np.empty(len(logits)), np.empty(len(logits), np.bool_)
+        skipped, kept = np.empty(len(logits)), np.empty(len(logits), np.int64)
         _core.filtered_cross_entropy(
-            weight.packed, logits, targets, factor, self.bound, self._mean_of(weight), losses, skipped,
-            is_flat, dx,
+            core_weight(weight), logits, targets, factor, self.bound, self._mean_of(frozen), losses, skipped,
+            kept, dx, *(own or ()),
         )  # fmt: skip
-        flat = np.flatnonzero(is_flat)
+        words = logits.shape[1]
+        flat = np.flatnonzero(kept == words)
         for start in range(0, len(flat), FLAT_ROWS):
             chosen = flat[start : start + FLAT_ROWS]
             rows = logits[chosen]
             _core.cross_entropy(rows, targets[chosen], factor, np.empty(len(rows)), True)
+            if own is not None:
+                _core.add_outer(rows, own[0][chosen], 1.0, own[1])
             dense = np.empty((len(rows), dx.shape[1]), np.float32)
-            _core.matmul_t(weight.packed, rows, dense, False)
+            _core.matmul_t(core_weight(weight), rows, dense, False)
             dx[chosen] = dense
-        self._skipped.append(skipped)
+        if weights is not None:
+            dx *= weights[:, None]
+        before = self._skipped
+        self._skipped = SkippedWords(
+            before.rows + len(logits),
+            before.probability + float(skipped.sum()),
+            before.kept + float(kept.sum()) / words,
+        )
+        self._times.append((len(logits), time.perf_counter() - started))
         return dx
 
-    def take_skipped(self) -> Array:
-        """Return the total probability of the skipped words, float64, for each row of x whose gradient was
-        computed since the last call of `take_skipped`.
+    def usual_time(self) -> tuple[int, float]:
+        """Return a number of rows of x, and the seconds that `gradient` took for so many rows: the median of
+        the last calls.
+
+        Raises:
+            ValueError: `gradient` was not called yet.
         """
-        taken, self._skipped = self._skipped, []
-        return np.concatenate([np.empty(0), *taken])
+        if not self._times:
+            raise ValueError("WordFilter.usual_time: no gradient was computed yet")
+        rows = max(rows for rows, _ in self._times)
+        return rows, rows * statistics.median(seconds / count for count, seconds in self._times)
+
+    def take_skipped(self) -> SkippedWords:
+        """Return what was skipped in all rows of x whose gradients were computed since the last call of
+        `take_skipped`.
+        """
+        taken, self._skipped = self._skipped, _NOTHING
+        return taken
 
     def _mean_of(self, weight: FrozenWeight) -> Array:
         """Return the mean (d,) of all rows of a weight. The mean is stored for the next call."""
@@ -107,3 +186,6 @@ class WordFilter:
             _core.matmul_t(weight.packed, ones, total)
             self._mean = weight, total[0] / np.float32(weight.shape[0])
         return self._mean[1]
+
+
+_NOTHING = SkippedWords(0, 0.0, 0.0)

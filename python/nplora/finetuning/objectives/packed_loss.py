@@ -13,6 +13,7 @@ from nplora.models.word_filter import WordFilter
 from nplora.nn.module import Module
 from nplora.trainer import FusedLoss
 
+KEPT = "kept_vocabulary"  # the metric: the share of the vocabulary that the word filter keeps
 MicroBatch = tuple[PackedBatch, slice, slice]  # the slices are its sequences and tokens in the whole batch
 
 
@@ -48,9 +49,10 @@ class PackedLoss(FusedLoss):
         self.tokens += len(x.ids)
 
     def _end_part(self) -> None:
-        """After a micro-batch, record the total probability of the skipped words, and call `after_part`."""
+        """After a micro-batch, record what the word filter skipped and kept, and call `after_part`."""
         if self.word_filter is not None:
-            self._tally.add("skipped_probability", self.word_filter.take_skipped(), counted=True)
+            rows, probability, kept = self.word_filter.take_skipped()
+            self._tally.add_all([("skipped_probability", probability, rows, True), (KEPT, kept, rows, True)])
         self.after_part()
 
     def _micro_batches(self, x: PackedBatch) -> Iterator[MicroBatch]:

@@ -7,6 +7,7 @@ from typing import Any
 
 from nplora import _check
 from nplora.adapters import Adapter
+from nplora.adapters.trained_rows import HEAD
 from nplora.distributed.communicator import Alone, Communicator
 from nplora.finetuning.data import Data
 from nplora.finetuning.data.stored import Examples
@@ -284,6 +285,8 @@ def adapters_of(op: str, inputs: RunInputs, options: FinetuneOptions) -> Adapter
         invocation = start.invocation_tokens
         rest = start.use_dora, options.dropout, "", start.trained_rows, (), ()
     options.require_int8_for_head(op, adapters.trains_head)
+    if options.filter_vocabulary:
+        _require_filtered_head(op, adapters)
     if invocation is not None:
         activated.require_plain(op, adapters.shapes, *rest)
         for dataset in inputs.datasets:
@@ -294,6 +297,22 @@ def adapters_of(op: str, inputs: RunInputs, options: FinetuneOptions) -> Adapter
             "to have a frozen block there, adapt only the last blocks, for example with layers='last:4'"
         )
     return adapters
+
+
+def _require_filtered_head(op: str, adapters: Adapters) -> None:
+    """Raise a ValueError if a `WordFilter` would not apply to the head with its adapter."""
+    if HEAD in adapters.shapes:
+        problem = "lm_head has a low-rank adapter: leave lm_head out of the targets"
+    elif adapters.trains_head and not adapters.trains_whole_head:
+        problem = (
+            "only some of its rows are trained: by trainable_tokens, by add_tokens, or by the adapter to "
+            "continue from"
+        )
+    else:
+        return
+    raise ValueError(
+        f"{op}: filter_vocabulary needs an output layer that is frozen or trained as a whole, but {problem}"
+    )
 
 
 def _require_invocation(

@@ -70,9 +70,16 @@ def _check_distillation(op: str, options: Any) -> None:
         require_temperature(op, options.temperature)
     if not 0 < _check.number(op, "kd_ratio", options.kd_ratio) <= 1:
         raise ValueError(f"{op}: kd_ratio is {options.kd_ratio}, expected above 0 and at most 1")
-    if options.objective == "distill" and options.teacher is None:
+    if options.objective != "distill":
+        return
+    if options.teacher is None:
         raise ValueError(
             f"{op}: objective 'distill' needs a teacher: a model, or a file that nplora teach made"
+        )
+    if options.filter_vocabulary:
+        raise ValueError(
+            f"{op}: filter_vocabulary={options.filter_vocabulary} and objective 'distill' exclude each "
+            "other: the divergence from the teacher needs the probabilities of all tokens"
         )
 
 

@@ -27,6 +27,7 @@ from nplora.finetuning.data import Data, TokenBatches
 from nplora.finetuning.data.stored import shared_words
 from nplora.finetuning.earlier_run import find_earlier_run
 from nplora.finetuning.execution import choose_execution, fixed_compute
+from nplora.finetuning.filter_check import FilterCheck
 from nplora.finetuning.int8_check import Int8Check
 from nplora.finetuning.load import (
     RunInputs,
@@ -389,6 +390,8 @@ def _finetune(
                 )
                 stack.enter_context(_saved_after_an_error(lm, directory, base, save, reached))
             callbacks += [TokenProgress(loss=loss)] if speaking else []
+            if speaking and word_filter is not None and word_filter.applies(lm.lm_head):
+                callbacks.append(FilterCheck(lm.lm_head, word_filter, say))
             if lm.compute == "int8":
                 sample = int8_check.of_tokens(lm, batches, execution.micro_tokens)
                 callbacks.append(Int8Check(lm, sample, say))

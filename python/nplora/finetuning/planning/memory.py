@@ -98,6 +98,7 @@ class Adapters:
     added: int = 0  # rows of the embedding and the head beyond those of the model
     freeze_B: bool = False  # noqa: N815
     trains_head: bool = False  # whether rows of the head, or of a tied embedding, are trained
+    trains_whole_head: bool = False  # whether these are all rows
 
     @classmethod
     def of(
@@ -154,7 +155,10 @@ class Adapters:
         counts = {name: width * (size if ids is None else len(ids)) for name, ids in rows.items()}
         shared = EMBEDDING in rows and lm.ties_head and (tie_whole or rows[EMBEDDING] is not None)
         trains_head = HEAD in rows or shared or size > stored
-        return dataclasses.replace(self, rows=counts, added=size - stored, trains_head=trains_head)
+        whole = rows.get(HEAD, ()) is None or (shared and rows[EMBEDDING] is None)
+        return dataclasses.replace(
+            self, rows=counts, added=size - stored, trains_head=trains_head, trains_whole_head=whole
+        )
 
     @property
     def numbers(self) -> int:

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import pickle
+import re
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -443,7 +444,7 @@ def test_explain_follows_the_switches_of_int8(storage: str, rows: int) -> None:
         LoRALinear(nplora.FrozenWeight(np.ones((64, 96), np.float32), storage, compute), 2)
         for compute in ("int8", "bfloat16")
     )
-    given = int8.explain(rows).splitlines()
+    given = int8.explain(rows).splitlines()[:3]
     assert ("int8" in given[-1]) == (rows > 4)
     with without_int8():
         inside = int8.explain(rows).splitlines()
@@ -459,9 +460,28 @@ def test_explain_names_the_arithmetic_of_a_backward_pass_that_differs(
     compute: str, rows: int, differs: bool
 ) -> None:
     layer = LoRALinear(nplora.FrozenWeight(np.ones((64, 96), np.float32), compute=compute), 2)
-    forward, _, backward = layer.explain(rows).splitlines()
+    forward, _, backward = layer.explain(rows).splitlines()[:3]
     assert forward.startswith(f"computes in: {'float32' if rows <= 8 else compute}")
     assert backward.startswith(f"backward: computes in {compute}, ") == differs
+
+
+def test_explain_has_the_error_of_rounding_to_int8_if_a_pass_rounds_to_int8() -> None:
+    W = np.random.default_rng(0).standard_normal((96, 512), np.float32)
+    layer = LoRALinear(W, 4, compute="int8")
+    line = layer.explain(9).splitlines()[-1]
+    measured, bound = re.findall(r"([\d.]+)%", line)
+    x = np.random.default_rng(1).standard_normal((200, 512))
+    error = layer.int8_error(x, samples=200)
+    assert float(measured) / 100 == pytest.approx(error.measured, rel=0.2)
+    assert float(bound) / 100 == pytest.approx(error.bound, rel=0.2)
+    for text in (
+        layer.explain(8),
+        layer.explain(9, training=False),
+        LoRALinear(W, 4, compute="bfloat16").explain(9),
+    ):
+        assert "rounding to int8" not in text
+    layer.int8 = False
+    assert "rounding to int8" not in layer.explain(9)
 
 
 def test_explain_tells_of_no_pass_that_is_refused_and_no_update_that_is_not_computed() -> None:

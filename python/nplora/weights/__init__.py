@@ -8,5 +8,14 @@ from nplora.weights.frozen_weight import (
     dtype_name,
     freeze,
 )
+from nplora.weights.int8_error import Int8Error
 
-__all__ = ["COMPUTES", "FLOAT_COMPUTES", "FrozenWeight", "become_infinite", "dtype_name", "freeze"]
+__all__ = [
+    "COMPUTES",
+    "FLOAT_COMPUTES",
+    "FrozenWeight",
+    "Int8Error",
+    "become_infinite",
+    "dtype_name",
+    "freeze",
+]

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from nplora import _check, _core
-from nplora.weights import buffers, storages
+from nplora.weights import buffers, int8_error, storages
 
 if TYPE_CHECKING:  # the file readers take most of the import time, and only some callers need them
     from nplora.formats import gguf, safetensors, sharded
@@ -454,6 +454,49 @@ class FrozenWeight:
         (array([64.], dtype=float32), array([64.06], dtype=float32))
         """
         return _few_at_a_time(self.matmul_t, dy) if self.rounds else self.matmul_t(dy)
+
+    def int8_error(
+        self,
+        x: npt.ArrayLike,
+        transposed: bool = False,
+        dither_key: int | None = None,
+        samples: int = int8_error.SAMPLES,
+    ) -> int8_error.Int8Error:
+        """Measure how much rounding to int8 changes `matmul(x)`, or `matmul_t(x)` if `transposed` is set.
+
+        A sample of the elements is compared with the product in float64. The result also has a bound, which
+        no rounding errors can exceed. Both are for the arithmetic of many rows (see `compute` above), even if
+        x has few rows. Both hold as long as no sum overflows float32.
+
+        Args:
+            x: array (..., d_in), or (..., d_out) if `transposed` is set.
+            transposed: whether the product is that of a backward pass, dy @ W, with dy = x. Then all of W is
+                decoded. Otherwise, only a few rows of W are decoded.
+            dither_key: only if `transposed` is set: a key for stochastic rounding of dy, as in
+                `stack_backward`.
+            samples: the most rows of x, and the most elements of each row of the product, in the sample.
+        Raises:
+            ValueError: the weight's compute is not "int8"; the last axis of x has the wrong length; `samples`
+                is below 1; or `dither_key` is given, but `transposed` is not set.
+
+        >>> rng = np.random.default_rng(0)
+        >>> weight = FrozenWeight(rng.standard_normal((64, 128)), dtype="q8_0", compute="int8")
+        >>> x = rng.standard_normal((32, 128))
+        >>> x[:, 7] *= 100  # one large column makes the codes of its neighbours coarse
+        >>> weight.int8_error(x)
+        Int8Error(measured=0.015, bound=0.17, of 16 rows and 16 outputs)
+        """
+        op, (d_out, d_in) = "FrozenWeight.int8_error", self.shape
+        if self.compute != "int8":
+            raise ValueError(f"{op}: the weight has compute={self.compute!r}, expected 'int8'")
+        _check.integer(op, "samples", samples, least=1)
+        if transposed:
+            rows, _ = _check.rows(op, "x", x, d_out, "d_out", self.compute_dtype)
+            return int8_error.measure_t(self._packed, rows, samples, dither_key)
+        if dither_key is not None:
+            raise ValueError(f"{op}: dither_key={dither_key} needs transposed=True: x is rounded to nearest")
+        rows, _ = _check.rows(op, "x", x, d_in, "d_in", self.compute_dtype)
+        return int8_error.measure(self._packed, rows, samples)
 
     def take(self, ids: npt.ArrayLike) -> Array:
         """Return the decoded rows W[ids].

@@ -1,5 +1,6 @@
 """Fine-tuning and evaluation of language models and classifiers on files of text."""
 
+from nplora.finetuning.array_sample import sample_gradient
 from nplora.finetuning.attach import attach_adapter, load_with_adapter
 from nplora.finetuning.classification import (
     ClassificationReport,
@@ -16,6 +17,7 @@ from nplora.finetuning.comparison import Comparison, compare
 from nplora.finetuning.evaluation import evaluate, evaluate_batches
 from nplora.finetuning.execution import plan
 from nplora.finetuning.held_out import held_out_loss
+from nplora.finetuning.int8_check import Int8Check
 from nplora.finetuning.judging.results import Difference, Evaluation, MeanLoss, Score
 from nplora.finetuning.objectives.token_loss import TokenLoss
 from nplora.finetuning.options import EvaluateOptions, FinetuneOptions, TeachOptions
@@ -36,6 +38,7 @@ __all__ = [
     "Evaluation",
     "FinetuneOptions",
     "FinetuneReport",
+    "Int8Check",
     "LabelScore",
     "MeanLoss",
     "Sample",
@@ -60,6 +63,7 @@ __all__ = [
     "load_with_adapter",
     "plan",
     "predict_rows",
+    "sample_gradient",
     "teach",
     "train_classifier",
     "tune",

@@ -16,6 +16,7 @@ from nplora.nn import Linear, LoRALinear
 from nplora.nn.int8 import without_int8
 from nplora.nn.losses import NonFiniteLossError
 from nplora.nn.module import Module
+from nplora.nn.product_errors import ProductErrors
 from nplora.trainer import Callback, Run
 from nplora.trainer.history import StepRecord
 
@@ -42,8 +43,9 @@ class Int8Check(Callback):
     Every comparison uses the same sample of the training data. The parts of a model are its blocks, its head
     and its embedding. If the cosine between the two gradients of a part is too small, this part computes in
     bfloat16 in the rest of the run. If only the cosine for the whole model is too small, the part with the
-    smallest cosine switches to bfloat16. The log has one line for each comparison. If `add_gradient` raises
-    NonFiniteLossError, nothing is compared, and a message says so.
+    smallest cosine switches to bfloat16. The log has one line for each comparison. It also holds the error of
+    the worst product (see `ProductErrors.worst`); on several ranks, it is that of rank 0. If `add_gradient`
+    raises NonFiniteLossError, nothing is compared, and a message says so.
 
     Args:
         model: the model, with its adapter.
@@ -51,17 +53,32 @@ class Int8Check(Callback):
         say: prints a line.
         every: the number of steps between two comparisons.
         least_cosine: the smallest cosine that is accepted; None: LEAST_COSINE.
+
+    >>> import nplora, numpy as np
+    >>> rng = np.random.default_rng(0)
+    >>> layer = nplora.LoRALinear(rng.standard_normal((16, 64)), rank=2, compute="int8", rng=0)
+    >>> model = nplora.Sequential(layer)
+    >>> x, y = rng.standard_normal((64, 64)), rng.standard_normal((64, 16))
+    >>> sample = nplora.finetuning.sample_gradient(model, "mse", x[:32], y[:32])
+    >>> check = nplora.finetuning.Int8Check(model, sample, every=4, least_cosine=0.9)
+    >>> trainer = nplora.Trainer(model, "mse", callbacks=[check])
+    >>> history = trainer.fit(x, y, epochs=2, checkpoint_dir="int8-run", overwrite=True)
+    >>> import json, pathlib
+    >>> log = pathlib.Path("int8-run/log.jsonl").read_text(encoding="utf-8").splitlines()
+    >>> [(row["step"], row["worst_product"]) for row in map(json.loads, log) if row["event"] == "int8"]
+    [(1, '0'), (4, '0')]
     """
 
     def __init__(
         self,
         model: Module,
         add_gradient: AddGradient,
-        say: Callable[[str], None],
+        say: Callable[[str], None] = print,
         every: int = EVERY,
         least_cosine: float | None = None,
     ) -> None:
-        self._model, self._add_gradient, self._say = model, add_gradient, say
+        self._products = ProductErrors(model)
+        self._model, self._add_gradient, self._say = model, self._products.sampled(add_gradient), say
         self._every, self._least = every, LEAST_COSINE if least_cosine is None else least_cosine
         self._fallen_back: list[str] = []  # the parts that compute in bfloat16
 
@@ -109,6 +126,7 @@ class Int8Check(Callback):
                 "worst": worst,
                 "worst_cosine": parts.get(worst),
                 "in_bfloat16": self._fallen_back,
+                **self._products.worst(),
             },
         )
 

@@ -160,11 +160,10 @@ def backward_bounds(dy: Array, w: Array, largest: Array, stochastic: bool) -> Ar
 
 def rounding_errors(x: Array, group: int, stochastic: bool) -> Array:
     """Bounds (n, cols) of |x̂ - x|. In each row of x, `group` neighbouring values have one scale."""
-    errors = np.abs(x, dtype=np.float64)
-    for first in range(0, x.shape[1], group):
-        some = errors[:, first : first + group]
-        some[...] = _steps(code_scales(some.max(axis=1, keepdims=True)), some, stochastic)
-    return errors
+    magnitudes = np.abs(x, dtype=np.float64)
+    largest = np.maximum.reduceat(magnitudes, np.arange(0, x.shape[1], group), axis=1)
+    scales = np.repeat(code_scales(largest), group, axis=1)[:, : x.shape[1]]
+    return _steps(scales, magnitudes, stochastic)
 
 
 def part_length(depth: int) -> int:

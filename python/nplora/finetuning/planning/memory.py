@@ -24,6 +24,7 @@ from nplora.models.head import most_rows
 from nplora.models.word_filter import FLAT_ROWS
 from nplora.nn import Linear, LoRALinear
 from nplora.nn.principal import PRINCIPAL_INITS
+from nplora.weights.int8_error import sample_nbytes
 
 _FLOAT, _BITS = 4, 2
 _LANES = _core.constants.lanes_bytes
@@ -395,11 +396,12 @@ def predicted(
 
 
 def _of_int8(lm: LanguageModel, adapters: Adapters) -> int:
-    """The bytes that int8 takes in addition: a scale for each row of weights, and the gradient values that
-    `Int8Check` compares."""
+    """The bytes that int8 takes in addition: a scale for each row of weights, the gradient values that
+    `Int8Check` compares, and the arrays with which it measures the error of a product."""
     layers = [module for _, module in lm.named_modules() if isinstance(module, Linear | LoRALinear)]
     rows = sum(int(layer.weight.shape[0]) for layer in layers)
-    return _FLOAT * (rows + min(COMPARED, adapters.numbers))
+    largest = max((sample_nbytes(*layer.weight.shape) for layer in layers), default=0)
+    return _FLOAT * (rows + min(COMPARED, adapters.numbers)) + largest
 
 
 def _is_embedding(name: str) -> bool:

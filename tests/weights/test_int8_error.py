@@ -1,12 +1,13 @@
 """Int8Error: the measured error of int8 products, and the bound that it never exceeds."""
 
+import tracemalloc
 from typing import Any
 
 import numpy as np
 import pytest
 
 from nplora import FrozenWeight
-from nplora.weights.int8_error import Int8Error
+from nplora.weights.int8_error import Int8Error, sample_nbytes
 
 Array = np.ndarray[Any, Any]
 FORMATS = ("q4_1", "q4_k", "q8_0", "nf4", "bfloat16", "float32")
@@ -117,6 +118,17 @@ def test_values_that_are_not_finite_have_no_finite_error(value: float) -> None:
     for error in errors_of(weight, x, dy):
         assert not np.isfinite(error.measured)
         assert not np.isfinite(error.bound)
+
+
+@pytest.mark.parametrize("shape", [(75, 512), (512, 75), (5000, 64), (1, 2048)])
+def test_a_measurement_takes_no_more_memory_than_is_said(shape: tuple[int, int]) -> None:
+    weight, x = FrozenWeight(normal(*shape), compute="int8"), normal(16, shape[1])
+    weight.int8_error(x)
+    tracemalloc.start()
+    weight.int8_error(x)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < sample_nbytes(*shape) + 40_000  # the objects of Python
 
 
 def test_arguments_that_have_no_int8_error_are_refused() -> None:

@@ -64,6 +64,26 @@ def test_the_bound_holds_where_a_long_depth_is_cut(depth: int) -> None:
     assert all(map(holds, errors_of(high, normal(9, 9, seed=1), with_outliers(normal(9, depth, seed=2)))))
 
 
+@pytest.mark.parametrize(("depth", "lost"), [(4032, 4031), (4033, 2111), (9000, 3071)])
+def test_values_beside_a_large_one_vanish_and_the_bound_is_tight(depth: int, lost: int) -> None:
+    """One value of dy is so large that the others in its part become 0. Its own element of W is 0."""
+    dy, W = np.ones((16, depth), np.float32), np.ones((depth, 2), np.float32)
+    dy[:, 0], W[0, 1] = 1e6, 0
+    error = FrozenWeight(W, compute="int8").int8_error(dy, transposed=True)
+    assert holds(error)
+    assert error.errors[:, 1] == pytest.approx(lost, rel=1e-4)
+    assert error.bounds[:, 1] == pytest.approx(lost, rel=0.01 * depth / lost)
+
+
+@pytest.mark.parametrize("depth", [64, 200])
+def test_values_beside_a_large_one_vanish_in_its_group_of_x(depth: int) -> None:
+    x, W = np.ones((16, depth), np.float32), np.ones((3, depth), np.float32)
+    x[:, 0], W[:, 0] = 1e6, 0
+    error = FrozenWeight(W, compute="int8").int8_error(x)
+    assert holds(error)
+    assert error.errors == pytest.approx(63, rel=1e-4)
+
+
 def test_errors_are_those_of_the_products_against_float64() -> None:
     weight = FrozenWeight(normal(75, 512), "q4_k", "int8")
     x, dy, W = normal(40, 512, seed=1), normal(40, 75, seed=2), weight.to_numpy().astype(np.float64)

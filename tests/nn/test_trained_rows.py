@@ -72,6 +72,18 @@ def test_the_gradient_of_the_input_does_not_use_the_frozen_copies(rng: np.random
     np.testing.assert_allclose(dx, dy @ table_of(weight, rows), rtol=1e-5, atol=1e-5)
 
 
+def test_the_int8_arithmetic_of_a_head_can_be_switched_off(rng: np.random.Generator) -> None:
+    W, x = rng.standard_normal((VOCAB, 64)), rng.standard_normal((12, 64))
+    heads = {}
+    for compute in ("int8", "bfloat16"):
+        weight = FrozenWeight(W, compute=compute)
+        heads[compute] = TrainedHead(weight, TrainedRows(weight, [3]))
+    exact = heads["bfloat16"].forward(x)[0]
+    assert not np.array_equal(heads["int8"].forward(x)[0], exact)
+    heads["int8"].int8 = False
+    assert np.array_equal(heads["int8"].forward(x)[0], exact)
+
+
 def test_a_tied_layer_has_no_parameters_of_its_own(rng: np.random.Generator) -> None:
     weight = some_weight(rng, "float32")
     rows = TrainedRows(weight, TOKENS)

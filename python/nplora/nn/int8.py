@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from contextvars import ContextVar
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from nplora.nn.module import inferring
 
 _allowed: ContextVar[bool] = ContextVar("nplora_int8", default=True)
 
 
+@runtime_checkable
 class Int8Layer(Protocol):
     """A layer whose int8 arithmetic can be turned off.
 
@@ -42,6 +43,6 @@ def without_int8() -> Iterator[None]:
         _allowed.reset(token)
 
 
-def in_int8(*layers: Int8Layer) -> bool:
-    """Whether `layers` may now compute products with many rows in int8. Always False in inference."""
-    return _allowed.get() and not inferring() and all(layer.int8 for layer in layers)
+def in_int8(layer: Int8Layer, *more: Int8Layer) -> bool:
+    """Whether all of these layers may now compute products with many rows in int8. False in inference."""
+    return _allowed.get() and not inferring() and all(each.int8 for each in (layer, *more))

@@ -416,6 +416,8 @@ class TrainedHead(TrainedRowsLayer):
     array([ 1.,  2., 30.], dtype=float32)
     """
 
+    int8 = True  # as in LoRALinear
+
     def __init__(
         self, weight: FrozenWeight, rows: TrainedRows, is_tied: bool = False, bias: Array | None = None
     ) -> None:
@@ -437,7 +439,7 @@ class TrainedHead(TrainedRowsLayer):
         inputs, lead = _check.rows("TrainedHead.forward", "x", x, dim, "dim", dtype)
         weight, rows, alone, merged = self._terms()
         y = buffers.empty((len(inputs), weight.shape[0]), dtype)
-        _core.matmul(core_weight(weight), inputs, self.bias, y, in_int8())
+        _core.matmul(core_weight(weight), inputs, self.bias, y, in_int8(self))
         if rows is not None:
             own = np.empty((len(inputs), len(rows.values)), dtype)
             bias = None if self.bias is None else self.bias[rows.ids]

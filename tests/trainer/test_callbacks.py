@@ -142,6 +142,27 @@ def test_ctrl_c_in_the_hook_leaves_the_last_whole_step(tmp_path: Path) -> None:
     assert (whole.A.tobytes(), whole.B.tobytes()) == (second.A.tobytes(), second.B.tobytes())
 
 
+def test_what_a_callback_logs_is_found_without_the_log(tmp_path: Path) -> None:
+    class Note(Callback):
+        before: Any = None
+
+        def on_fit_start(self, run: Run) -> None:
+            self.before = run.logged("note")
+
+        def on_step_end(self, run: Run, record: StepRecord) -> None:
+            run.log("note", {"step": run.step, "nan": math.nan})
+            if run.step == 2:
+                raise SystemError
+
+    with pytest.raises(SystemError):
+        fit(trainer_of(layer(), Note()), epochs=4, checkpoint_dir=tmp_path, checkpoint_every=1)
+    (tmp_path / "log.jsonl").unlink()
+    second = Note()
+    with pytest.warns(UserWarning, match="log is missing"):
+        fit(trainer_of(layer(), second), epochs=4, checkpoint_dir=tmp_path, resume=True)
+    assert second.before == {"event": "note", "step": 2, "nan": None}
+
+
 class Momentum(Callback):
     """Replaces each gradient of A by a running mean, which it keeps in the log."""
 

@@ -1027,10 +1027,10 @@ def test_a_checkpoint_of_a_later_schema_is_not_skipped(
     directory = copy_of(stopped, tmp_path)
     changed, path = newest(directory), newest_file(directory)
     with monkeypatch.context() as later:
-        later.setattr(checkpoint, "SCHEMA", 3)
+        later.setattr(checkpoint, "SCHEMA", 4)
         files.replace([checkpoint.new_file(path, changed)])
     with pytest.raises(
-        UnsupportedError, match=r"the checkpoint has schema '3', but this nplora reads only schemas 1 to 2"
+        UnsupportedError, match=r"the checkpoint has schema '4', but this nplora reads only schemas 1 to 3"
     ):
         fit(trainer_of(net()), checkpoint_dir=directory, resume=True)
 

@@ -17,8 +17,8 @@ from nplora.formats.errors import CorruptError, FormatError, UnsupportedError, b
 from nplora.formats.safetensors import SafetensorsFile
 from nplora.runtime.user_warning import warn_user
 
-SCHEMA = 2
-OLDEST = 1  # this schema has no evaluations, and no step in `best`
+SCHEMA = 3  # schema 2 has no `logged`
+OLDEST = 1  # this schema also has no evaluations, and no step in `best`
 
 MARKS = {"schema", "state", "sha256"}  # the metadata keys of every checkpoint
 _GROUPS = ("parameters", "optimizer", "best", "history", "outer")
@@ -42,6 +42,8 @@ class Checkpoint:
         epochs, evaluations: the records of the last finished epochs, and the records of the last evaluations.
             Each of the two lists has at most `history.KEPT` records.
         log_bytes: the length of the log in bytes when the checkpoint was written. The log holds all records.
+        logged: a dict from the name of each event to the last line of the log with this event. A resumed run
+            needs the lines of its callbacks, and the log may be lost.
         parameters, best_parameters: the result of `fingerprint.factors(model)` at this step, and the result
             at the best evaluation. Both are dicts from names to arrays.
         optimizer: a dict from names to the optimiser's moments.
@@ -71,6 +73,7 @@ class Checkpoint:
     best_parameters: Mapping[str, Array]
     history: Mapping[str, Array]
     outer: Mapping[str, Array] = dataclasses.field(default_factory=dict)
+    logged: dict[str, Any] = dataclasses.field(default_factory=dict)
     isa: str = dataclasses.field(default_factory=lambda: str(_core.config()["isa"]))
     version: str = dataclasses.field(default_factory=lambda: str(_core.config()["version"]))
     serial: int = 0
@@ -104,6 +107,7 @@ _KINDS: dict[str, type | tuple[type, ...]] = {
     "epochs": list,
     "evaluations": list,
     "log_bytes": int,
+    "logged": dict,
     "isa": str,
     "version": str,
     "serial": int,
@@ -216,7 +220,10 @@ def _fields(state: object, path: Path) -> dict[str, Any]:
 
 def _completed(state: object) -> object:
     """Add the fields that an older schema lacks. If `best` has no step, set the step to 0 (unknown)."""
-    if not isinstance(state, dict) or "evaluations" in state:
+    if not isinstance(state, dict):
+        return state
+    state = {"logged": {}, **state}
+    if "evaluations" in state:
         return state
     best = state.get("best")
     return {**state, "evaluations": [], "best": {"step": 0, **best} if isinstance(best, dict) else best}

@@ -324,5 +324,13 @@ def _add_log(history: History, checkpoint: Checkpoint, directory: RunDirectory) 
     ]
 
 
+def log_before(directory: RunDirectory, checkpoint: Checkpoint) -> bytes:
+    """The log up to a checkpoint; empty if it cannot be read, which `restored_history` warns about."""
+    try:
+        return directory.read_log(checkpoint.log_bytes)
+    except (FormatError, OSError):
+        return b""
+
+
 def _number(value: object) -> int:
     return value if isinstance(value, int) else 0

@@ -6,7 +6,7 @@ from typing import Any
 from nplora.distributed.communicator import Alone, Ranks
 from nplora.formats.strict_json import json_values
 from nplora.nn.module import Module
-from nplora.trainer.history import History, last_logged
+from nplora.trainer.history import History
 from nplora.trainer.run_directory import RunDirectory
 from nplora.trainer.run_state import RunState
 
@@ -26,7 +26,6 @@ class Run:
 
     def __init__(self, state: RunState, directory: RunDirectory | None) -> None:
         self._state, self._directory = state, directory
-        self._logged: dict[str, dict[str, Any]] | None = None  # other ranks: the last log line of each event
         self.ranks: Ranks = Alone()  # the processes that train together
         self._ended: str | None = None  # why the run ended, as in `History.ended`
         self.was_finished = False  # whether the run was resumed, but had already ended
@@ -83,18 +82,16 @@ class Run:
         >>> history = trainer.fit(np.eye(4), np.eye(4), checkpoint_dir="noted-run", overwrite=True)
         {'event': 'note', 'loss': 0.0}
         """
-        row = {"event": event, **record}
+        row = json_values({"event": event, **record})
         if self._directory is not None:
             self._directory.log(row)
-        elif self._logged is not None:
-            self._logged[event] = json_values(row)
+        self._state.logged[event] = row
 
     def logged(self, event: str) -> dict[str, Any]:
-        """The last line of the log in which "event" is `event`; an empty dict if there is no such line.
+        """The last record that was logged as `event`, as the line of the log; an empty dict if there is none.
 
-        On several ranks, only rank 0 writes the log. On another rank, this method finds only the lines that
-        were in the log before the first step, and the lines that this rank itself has logged.
+        Checkpoints hold these lines, so a resumed run finds them even if its log is lost. On several ranks,
+        only rank 0 writes the log. On another rank, this method finds only the lines that were in the log
+        before the first step, and the lines that this rank itself has logged.
         """
-        if self._directory is None:
-            return dict((self._logged or {}).get(event, {}))
-        return last_logged(self._directory.read_log(self._directory.log_bytes), event)
+        return dict(self._state.logged.get(event, {}))

@@ -10,6 +10,7 @@ from nplora.runtime.user_warning import warn_user
 from nplora.trainer.checkpoint import Checkpoint
 from nplora.trainer.fingerprint import base_fingerprint
 from nplora.trainer.fit_config import FitConfig
+from nplora.trainer.history import last_of_each_event
 from nplora.trainer.interrupts import Interrupts
 from nplora.trainer.log_header import HEADER, log_header
 from nplora.trainer.nonfinite import nonfinite_parameters
@@ -18,6 +19,7 @@ from nplora.trainer.resuming import (
     failure_record,
     first_few,
     has_other_validation,
+    log_before,
     restored_history,
     settings_of,
     starting_point,
@@ -86,6 +88,8 @@ class RunCheckpoints:
         except ValueError as error:
             raise type(error)(f"{error}; --overwrite (overwrite=True) starts a new run") from error
         self._state.continue_from(checkpoint, history)
+        if not checkpoint.logged:  # an older schema: the lines are only in the log
+            self._state.logged = last_of_each_event(log_before(self._directory, checkpoint))
         if has_other_validation(checkpoint, self._settings):
             self._state.early_stopping.continue_from(None, {})
         elif (

@@ -24,6 +24,7 @@ class StateCopy:
 
     Attributes:
         step, batch, records: the numbers of steps, of batches used in the current epoch, and of step records.
+        logged: the last log line of each event.
         updates, outer_updates: the numbers of steps that the optimiser and the outer optimiser have made.
         streams: the positions of the layers' dropout streams.
         values, moments: the trained values, and the arrays of the optimiser and of the outer optimiser.
@@ -32,6 +33,7 @@ class StateCopy:
     step: int = 0
     batch: int = 0
     records: int = 0
+    logged: dict[str, dict[str, Any]] = field(default_factory=dict)
     updates: int = 0
     outer_updates: int = 0
     streams: list[tuple[int, int]] = field(default_factory=list)
@@ -46,6 +48,7 @@ class RunState:
         model, optimizer, parameters: the objects that change in training.
         outer: the optimiser of outer steps; None if the ranks make no local steps.
         history: the records of the run so far.
+        logged: a dict from the name of each event to the last line of the run's log with this event.
         early_stopping: the object that keeps the best evaluation so far and its factors.
         step: the number of updates so far.
         epoch, batch: the number of finished epochs, and the number of batches used in the current epoch.
@@ -67,6 +70,7 @@ class RunState:
         self.model, self.optimizer, self.parameters = model, optimizer, model.parameters()
         self.outer = outer
         self.history, self.early_stopping = History(), EarlyStopping(model, patience, keeps_best)
+        self.logged: dict[str, dict[str, Any]] = {}
         self.step = self.epoch = self.batch = 0
         self.total_steps = total_steps
         self.updating = False
@@ -117,6 +121,7 @@ class RunState:
         """Copy the state into the object `copy` and its arrays. Call this method only between two steps."""
         copy.step, copy.batch, copy.records = self.step, self.batch, len(self.history.steps)
         copy.updates, copy.streams = self.optimizer.steps, list(self._streams)
+        copy.logged = dict(self.logged)
         copy.outer_updates = 0 if self.outer is None else self.outer.steps
         for arrays, held in ((copy.values, self._values()), (copy.moments, self._moments())):
             arrays += [np.empty_like(array) for array in held[len(arrays) :]]
@@ -132,6 +137,7 @@ class RunState:
         if self.outer is not None:
             self.outer.steps = copy.outer_updates
         del self.history.steps[copy.records :]
+        self.logged = dict(copy.logged)
         for arrays, held in ((copy.values, self._values()), (copy.moments, self._moments())):
             for array, now in zip(arrays, held, strict=True):
                 np.copyto(now, array)
@@ -189,6 +195,7 @@ class RunState:
             epochs=self.history.epoch_rows(),
             evaluations=self.history.evaluation_rows(),
             log_bytes=0,
+            logged=self.logged,
             parameters=factors(self.model),
             optimizer=self.optimizer.state_dict(copy=False),
             best_parameters=self.early_stopping.best_factors,
@@ -209,6 +216,7 @@ class RunState:
                 self.outer.load_state_dict(checkpoint.outer)
         self.history.steps, self.history.epochs = history.steps, history.epochs
         self.history.evaluations = history.evaluations
+        self.logged = {event: dict(row) for event, row in checkpoint.logged.items()}
         self.step, self.epoch, self.batch = checkpoint.step, checkpoint.epoch, checkpoint.batch
         best = checkpoint.best
         if best is not None and best["epoch"] and not best["step"]:  # an older schema without steps in `best`

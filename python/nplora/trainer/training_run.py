@@ -11,7 +11,7 @@ from nplora.trainer.checksum import checksum
 from nplora.trainer.evaluation import evaluate
 from nplora.trainer.fit_config import FitConfig
 from nplora.trainer.handshake import require_agreement
-from nplora.trainer.history import EVALUATION, EvaluationRecord, History, last_of_each_event
+from nplora.trainer.history import EVALUATION, EvaluationRecord, History
 from nplora.trainer.interrupts import Interrupts, Terminated
 from nplora.trainer.local_steps import LocalSteps
 from nplora.trainer.meeting import Meeting
@@ -93,16 +93,11 @@ class TrainingRun(Run):
         resumed = self._directory is not None and self._begin_directory(self._directory, resume)
         if self._meeting.size > 1:
             resumed = self._state.share(self._meeting, resumed)
-            self._logged = self._meeting.broadcast(self._last_lines(), "the start of a log")
+            self._state.logged = self._meeting.broadcast(self._state.logged, "the start of a log")
         if resumed:
             self._stop_if_patience_is_lost()
             self.was_finished = self._ended is not None or self._has_all_steps()
         self._has_begun = True
-
-    def _last_lines(self) -> dict[str, dict[str, Any]] | None:
-        """A dict from each event's name to the last log line with this event; None if there is no log."""
-        directory = self._directory
-        return None if directory is None else last_of_each_event(directory.read_log(directory.log_bytes))
 
     def _begin_directory(self, directory: RunDirectory, resume: bool) -> bool:
         """Load a checkpoint to resume a run, or begin a new log. Return whether a checkpoint was loaded."""

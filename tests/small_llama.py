@@ -1,5 +1,6 @@
 """A Llama with random weights and a byte-level tokenizer, as a GGUF file."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ def save_small_llama(
     without: str = "",
     changes: dict[str, Any] | None = None,
     vocab: int | None = None,
+    edit: Callable[[dict[str, Any]], None] | None = None,
 ) -> Path:
     """Write the model. Its output is random, and it learns fast.
 
@@ -27,6 +29,7 @@ def save_small_llama(
         without: a tensor to leave out.
         changes: metadata that replace its own.
         vocab: the number of rows of its embedding, if it differs from the tokenizer's.
+        edit: a function that changes the tensors.
     """
     rng = np.random.default_rng(1)
     vocabulary = byte_level() | {
@@ -64,5 +67,7 @@ def save_small_llama(
     norms = ["output_norm", *(f"blk.{i}.{part}_norm" for i in range(BLOCKS) for part in ("attn", "ffn"))]
     tensors |= {f"{name}.weight": np.ones(HIDDEN, np.float32) for name in norms}
     tensors.pop(without, None)
+    if edit is not None:
+        edit(tensors)
     gguf.save(path, tensors, metadata | (changes or {}))
     return path

@@ -67,9 +67,10 @@ def test_all_ranks_return_the_same_blocks_to_bfloat16(
     def parts(ranks: ThreadRank) -> list[str]:
         lm = nplora.load_model(path, compute="int8")
         lm.add_lora(rank=2)
-        names, said = int8_check.part_names(lm), list[str]()
-        low.cosines = {name: 0.5 if i == ranks.rank else 0.99 for i, name in enumerate(names)}
-        check = int8_check.Int8Check(lm, lambda: None, said.append)
+        said = list[str]()
+        own.lm, own.names = lm, int8_check.int8_parts(lm)[:2]
+        own.worse = own.names[ranks.rank]
+        check = int8_check.Int8Check(lm, lambda: 0.0, said.append)
         ids = np.arange(1, 9)
         trainer = nplora.Trainer(
             lm,
@@ -81,11 +82,17 @@ def test_all_ranks_return_the_same_blocks_to_bfloat16(
             local_steps=2,
         )
         trainer.fit([(pack([(ids, ids)]), None)] * 2, epochs=1)
-        assert said[0].endswith(f": {names[0]}, {names[1]}")
+        assert sorted(said[0].split(": ")[-1].split(", ")) == own.names
         return said
 
-    low = threading.local()
-    monkeypatch.setattr(int8_check, "cosines", lambda *_: (0.99, low.cosines))
+    def measured(_: Any) -> int8_check.Errors:
+        """On each rank, another part is inexact, as long as it computes in int8."""
+        is_worse = any(layer.int8 for layer in int8_check.layers_of(own.lm, [own.worse]))
+        cosines = {name: 0.5 if is_worse and name == own.worse else 0.99 for name in own.names}
+        return int8_check.Errors(0.99, cosines, 0.0)
+
+    own = threading.local()
+    monkeypatch.setattr(int8_check.Comparison, "measure", measured)
     first, second = on_threads(2, parts)
     assert first == second
 
@@ -99,7 +106,7 @@ def test_nothing_is_compared_if_the_loss_of_one_rank_is_not_finite(
         lm, lines = nplora.load_model(path, compute="int8"), list[str]()
         lm.add_lora(rank=2)
         own.rank = ranks.rank
-        check = int8_check.Int8Check(lm, lambda: None, lines.append)
+        check = int8_check.Int8Check(lm, lambda: 0.0, lines.append)
         ids = np.arange(1, 9)
         trainer = nplora.Trainer(
             lm, TokenLoss(), accumulate=2, callbacks=[check], progress=False, communicator=ranks
@@ -110,10 +117,10 @@ def test_nothing_is_compared_if_the_loss_of_one_rank_is_not_finite(
     def found(*_: Any) -> Any:
         if own.rank == 1:
             raise NonFiniteLossError("the loss is nan")
-        return 0.5, {"model.layers.0": 0.5}
+        return int8_check.Errors(0.5, {"model.layers.0": 0.5}, 0.0)
 
     own = threading.local()
-    monkeypatch.setattr(int8_check, "cosines", found)
+    monkeypatch.setattr(int8_check.Comparison, "measure", found)
     line = "step 1: the gradients in int8 and bfloat16 are not compared: rank 1: the loss is nan"
     assert on_threads(2, said) == [[line]] * 2
 

@@ -23,7 +23,7 @@ from nplora.finetuning.embedding import (
     train,
 )
 from nplora.finetuning.embedding import metrics as measures
-from nplora.finetuning.int8_check import Int8Check, layers_of, part_names
+from nplora.finetuning.int8_check import Int8Check, int8_parts, layers_of
 from nplora.formats.errors import DataError
 from small_encoder import WORDS, save_small_encoder
 
@@ -473,7 +473,7 @@ def test_a_sample_whose_loss_is_not_finite_is_not_compared(model: Path) -> None:
         check.on_step_end(run, None)  # type: ignore[arg-type]
     assert said == ["step 1: the gradients in int8 and bfloat16 are not compared: the loss is nan"]
     assert not log
-    assert all(layer.int8 for layer in layers_of(encoder, part_names(encoder)))
+    assert all(layer.int8 for layer in layers_of(encoder, int8_parts(encoder)))
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
-"""Int8Check: the sampled cosine of gradients in int8, and the return of blocks to bfloat16."""
+"""Int8Check: the errors of int8 in a sample's loss and gradients, and the return of parts to bfloat16."""
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -8,10 +9,11 @@ import numpy as np
 import pytest
 
 import nplora
-from nplora.finetuning import TokenLoss, finetune, int8_check
-from nplora.finetuning.int8_check import Int8Check, cosines, layers_of
+from nplora.distributed.communicator import Alone
+from nplora.finetuning import finetune, int8_check
+from nplora.finetuning.int8_check import Comparison, Errors, Int8Check, int8_parts, layers_of
 from nplora.models.packing import pack
-from nplora.models.word_filter import WordFilter
+from nplora.nn.int8 import Int8Layer
 from nplora.trainer import Callback
 from small_llama import save_small_llama
 
@@ -40,8 +42,8 @@ def with_adapter(path: Path, compute: str, dropout: float = 0.0) -> nplora.Langu
     return lm
 
 
-def add_gradient(lm: nplora.LanguageModel) -> None:
-    lm.forward_backward(BATCH, 1 / BATCH.num_targets)
+def add_gradient(lm: nplora.LanguageModel) -> float:
+    return lm.forward_backward(BATCH, 1 / BATCH.num_targets) / BATCH.num_targets
 
 
 def gradients(lm: nplora.LanguageModel) -> dict[str, Any]:
@@ -50,28 +52,35 @@ def gradients(lm: nplora.LanguageModel) -> dict[str, Any]:
     return {p.name: p.grad.copy() for p in lm.parameters()}
 
 
-def test_cosines_are_those_of_models_that_compute_in_int8_and_in_bfloat16(path: Path) -> None:
-    lm = with_adapter(path, "int8")
-    whole, parts = cosines(lm, lambda: add_gradient(lm))
-    int8, exact = (gradients(with_adapter(path, compute)) for compute in ("int8", "bfloat16"))
-    for part, found in [("", whole), *parts.items()]:
+def errors(lm: nplora.LanguageModel, add: Any = None) -> Errors:
+    return Comparison(lm, add or (lambda: add_gradient(lm))).measure()
+
+
+def test_errors_are_those_of_models_that_compute_in_int8_and_in_bfloat16(path: Path) -> None:
+    found = errors(with_adapter(path, "int8"))
+    models = [with_adapter(path, compute) for compute in ("int8", "bfloat16")]
+    int8, exact = (gradients(lm) for lm in models)
+    for part, cosine in [("", found.cosine), *found.parts.items()]:
         a, b = (
             np.concatenate([g[name].ravel() for name in g if name.startswith(part)]).astype(np.float64)
             for g in (int8, exact)
         )
-        assert found == pytest.approx(a @ b / np.linalg.norm(a) / np.linalg.norm(b), abs=1e-5)
-        assert found < 0.99999
-    assert len(parts) > 1
+        assert cosine == pytest.approx(a @ b / np.linalg.norm(a) / np.linalg.norm(b), abs=1e-5)
+        assert cosine < 0.99999
+    assert len(found.parts) > 1
+    losses = [add_gradient(lm) for lm in models]
+    assert found.loss == pytest.approx(losses[0] - losses[1], abs=1e-9)
+    assert found.loss
 
 
 def test_many_values_are_compared_by_a_sample(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lm = with_adapter(path, "int8")
-    exact, parts = cosines(lm, lambda: add_gradient(lm))
+    exact = errors(lm)
     monkeypatch.setattr(int8_check, "COMPARED", lm.num_trainable // 3)
-    whole, sampled = cosines(lm, lambda: add_gradient(lm))
-    assert whole != exact
-    assert whole == pytest.approx(exact, abs=0.01)
-    assert sampled.keys() == parts.keys()
+    sampled = errors(lm)
+    assert sampled.cosine != exact.cosine
+    assert sampled.cosine == pytest.approx(exact.cosine, abs=0.01)
+    assert sampled.parts.keys() == exact.parts.keys()
 
 
 def test_a_sample_has_values_of_all_columns(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -80,71 +89,163 @@ def test_a_sample_has_values_of_all_columns(monkeypatch: pytest.MonkeyPatch) -> 
     signs = np.where(np.arange(576) % 3, -1, 1)
     calls = iter((signs, 1))
 
-    def wrong_in_most_columns() -> None:
+    def wrong_in_most_columns() -> float:
         layer.dB[...] = next(calls)
+        return 0.0
 
-    assert cosines(layer, wrong_in_most_columns)[0] < 0
-
-
-def test_a_sample_that_fails_leaves_no_words_in_the_filter(
-    path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    lm = with_adapter(path, "int8")
-    lm.model.word_filter = WordFilter(1e-3)
-    batches = nplora.data.TokenBatches(nplora.data.read_dataset(data, lm.tokenizer), batch_examples=4)
-    monkeypatch.setattr(lm.model, "read_out_backward", lambda *_: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        int8_check.of_tokens(lm, batches)()
-    assert not lm.model.word_filter.take_skipped().rows
+    assert Comparison(layer, wrong_in_most_columns).measure().cosine < 0
 
 
 def test_a_comparison_leaves_gradients_and_dropout_alone(path: Path) -> None:
     plain, compared = (with_adapter(path, "int8", dropout=0.5) for _ in range(2))
     for lm in (plain, compared):
         lm.forward_backward(BATCH, 1.0)
-    cosines(compared, lambda: add_gradient(compared))
+    errors(compared)
     for lm in (plain, compared):
         lm.forward_backward(BATCH, 1.0)
     for p, q in zip(plain.parameters(), compared.parameters(), strict=True):
         assert np.array_equal(p.grad, q.grad)
 
 
-class Flags(Callback):
-    def __init__(self, lm: nplora.LanguageModel) -> None:
-        self.lm, self.seen = lm, list[list[bool]]()
+class RunOfSteps:
+    """What `Int8Check` uses of a run that is alone and has no log."""
 
+    def __init__(self, step: int = 1) -> None:
+        self.step, self.ranks, self.rows = step, Alone(), list[dict[str, Any]]()
+
+    def log(self, event: str, row: dict[str, Any]) -> None:
+        self.rows.append(row)
+
+
+def compared(lm: nplora.LanguageModel, **options: Any) -> tuple[list[str], list[str], int]:
+    """Make one comparison. Return the lines, the parts in bfloat16, and the number of gradients."""
+    said, run, count = list[str](), RunOfSteps(), list[int]()
+
+    def counted() -> float:
+        count.append(1)
+        return add_gradient(lm)
+
+    Int8Check(lm, counted, said.append, **options).on_step_end(run, None)  # type: ignore[arg-type]
+    return said, run.rows[0]["in_bfloat16"], len(count)
+
+
+def outlier(tmp_path: Path, part: str) -> Path:
+    """A model with a column of large weights for a channel of small values, in the head or in the last MLP.
+
+    In int8, a row of weights has one scale. So the large weight leaves all other weights of its row inexact.
+    """
+    weights, norm, size = (
+        (["output"], "output_norm", 2000)
+        if part == "lm_head"
+        else (["blk.1.ffn_gate", "blk.1.ffn_up"], "blk.1.ffn_norm", 300)
+    )
+
+    def edit(tensors: dict[str, Any]) -> None:
+        for name in weights:
+            tensors[f"{name}.weight"][:, 0] = size
+        tensors[f"{norm}.weight"][0] = 1e-4
+
+    return save_small_llama(tmp_path / "outlier.gguf", edit=edit)
+
+
+@pytest.mark.parametrize("part", ["lm_head", "model.layers.1"])
+def test_only_the_part_that_causes_the_errors_returns_to_bfloat16(tmp_path: Path, part: str) -> None:
+    """With the outlier in a frozen head, all cosines are high, but the loss is wrong."""
+    lm = with_adapter(outlier(tmp_path, part), "int8")
+    before = errors(lm)
+    said, parts, _ = compared(lm)
+    assert parts == [part]
+    assert said[0].endswith(f": {part}")
+    assert [n for n in int8_parts(lm) if not all(each.int8 for each in layers_of(lm, [n]))] == [part]
+    after = errors(lm)
+    assert min(after.parts.values()) > max(0.95, min(before.parts.values()))
+    assert abs(after.loss) < 0.02
+    if part == "lm_head":
+        assert min(before.parts.values()) > 0.95
+        assert abs(before.loss) > 0.1
+
+
+@pytest.mark.parametrize("options", [{"trainable_tokens": (5, 6)}, {"targets": ("q_proj", "lm_head")}])
+def test_a_trained_head_returns_to_bfloat16(tmp_path: Path, options: dict[str, Any]) -> None:
+    lm = nplora.load_model(outlier(tmp_path, "lm_head"), compute="int8")
+    lm.add_lora(rank=4, seed=1, **options)
+    assert "lm_head" in compared(lm)[1]
+    assert abs(errors(lm).loss) < 0.02
+
+
+def test_a_head_of_trained_rows_alone_is_no_part_that_computes_in_int8(path: Path) -> None:
+    lm = nplora.load_model(path, compute="int8")
+    lm.add_lora(rank=4, modules_to_save="lm_head")
+    assert int8_parts(lm) == ["model.layers.0", "model.layers.1"]
+
+
+def test_frozen_blocks_below_the_adapters_never_compute_in_int8(path: Path) -> None:
+    lm = nplora.load_model(path, compute="int8")
+    lm.add_lora(rank=4, layers="last:1")
+    assert int8_parts(lm) == ["model.layers.1", "lm_head"]
+
+
+def test_a_comparison_computes_few_gradients(path: Path) -> None:
+    """If the errors remain, all parts return after a limited number of trials."""
+    lm = with_adapter(path, "int8")
+    said, parts, count = compared(lm, least_cosine=2.0)  # never reached
+    assert sorted(parts) == sorted(int8_parts(lm))
+    assert count <= 3 + int8_check.MOST_TRIALS
+    assert not said[1:]
+    assert errors(lm).cosine == pytest.approx(1, abs=1e-6)
+
+
+def test_small_errors_need_no_trial(path: Path) -> None:
+    assert compared(with_adapter(path, "int8")) == ([], [], 2)
+
+
+class Stopped(Callback):
     def on_step_end(self, run: Any, record: Any) -> None:
-        self.seen.append([layer.int8 for layer in layers_of(self.lm, int8_check.part_names(self.lm))])
+        if run.step == 2:
+            raise RuntimeError("stopped")
 
 
-def test_parts_below_the_threshold_return_to_bfloat16(path: Path, data: Path) -> None:
-    lm, said = with_adapter(path, "int8"), list[str]()
-    batches = nplora.data.TokenBatches(nplora.data.read_dataset(data, lm.tokenizer), batch_examples=4)
-    sample = int8_check.of_tokens(lm, batches)
-    _, parts = cosines(lm, sample)
-    best = max(parts, key=lambda part: parts[part])
-    flags = Flags(lm)
-    check = Int8Check(lm, sample, said.append, every=2, least_cosine=parts[best] - 1e-7)
-    trainer = nplora.Trainer(lm, TokenLoss(), nplora.AdamW(lr=0.0), callbacks=[check, flags], progress=False)
-    trainer.fit(batches, steps=2)
-    lower = {part for part in parts if part != best}
-    assert {name.strip() for name in said[0].split(": ")[-1].split(",")} == lower
-    assert not all(flags.seen[0])
-    assert all(layer.int8 for layer in layers_of(lm, parts))  # after the run, as before it
-
-
-def test_the_worst_part_that_still_computes_in_int8_returns_next(
-    path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("callbacks", [[], [Stopped()]])
+def test_after_a_run_all_parts_can_compute_in_int8_again(
+    path: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, callbacks: list[Callback]
 ) -> None:
-    lm, said = with_adapter(path, "int8"), list[str]()
-    names = int8_check.part_names(lm)
-    found = {name: 0.96 + i / 1000 for i, name in enumerate(names)}
-    monkeypatch.setattr(int8_check, "cosines", lambda *_: (0.9, found))
-    batches = nplora.data.TokenBatches(nplora.data.read_dataset(data, lm.tokenizer), batch_examples=4)
-    check = Int8Check(lm, int8_check.of_tokens(lm, batches), said.append, every=1)
-    trainer = nplora.Trainer(lm, TokenLoss(), nplora.AdamW(lr=0.0), callbacks=[check], progress=False)
-    trainer.fit(batches, steps=len(names) + 1)
-    assert [line.split(": ")[-1] for line in said] == names  # one after another, then nothing is left
+    monkeypatch.setattr(int8_check, "LEAST_COSINE", 2.0)  # all parts return
+    lm, options = nplora.load_model(path, compute="int8"), {"rank": 4, "steps": 2, "progress": False}
+    lm.model.layers[0].mlp.up_proj.int8 = False  # the user's choice
+    stops = pytest.raises(RuntimeError, match="stopped") if callbacks else contextlib.nullcontext()
+    with stops:
+        finetune(lm, data, tmp_path / "out", callbacks=callbacks, **options)
+    flags = {name: module.int8 for name, module in lm.named_modules() if isinstance(module, Int8Layer)}
+    assert [name for name, is_int8 in flags.items() if not is_int8] in ([], ["model.layers.0.mlp.up_proj"])
+
+
+class StopsEarly(Callback):
+    def on_step_end(self, run: Any, record: Any) -> None:
+        if run.step == 2:
+            run.stop()
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_a_resumed_run_keeps_its_parts_in_bfloat16_even_without_its_log(
+    path: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lost: bool
+) -> None:
+    monkeypatch.setattr(int8_check, "LEAST_COSINE", 2.0)  # all parts return
+    options: dict[str, Any] = {"compute": "int8", "progress": False, "rank": 4, "schedule": "constant"}
+    options |= {"steps": 3, "save_every": 1}
+    finetune(path, data, tmp_path / "out", callbacks=[StopsEarly()], **options)
+    if lost:
+        (tmp_path / "out" / "log.jsonl").unlink()
+    seen = list[list[str]]()
+
+    class Flags(Callback):
+        def on_step_begin(self, run: Any) -> None:
+            names = int8_parts(run.model)
+            seen.append([n for n in names if any(layer.int8 for layer in layers_of(run.model, [n]))])
+
+    warns = pytest.warns(UserWarning, match="the log is missing") if lost else contextlib.nullcontext()
+    with warns:
+        finetune(path, data, tmp_path / "out", resume=True, callbacks=[Flags()], **options)
+    assert seen == [[]]
 
 
 def test_a_comparison_that_a_signal_prevented_is_made_when_the_run_is_resumed(
@@ -156,7 +257,7 @@ def test_a_comparison_that_a_signal_prevented_is_made_when_the_run_is_resumed(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(int8_check, "cosines", interrupted)
+        patch.setattr(int8_check, "Comparison", interrupted)
         assert finetune(path, data, tmp_path / "out", **options).history.interrupted
     finetune(path, data, tmp_path / "out", resume=True, **options)
     log = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Self
 
 import numpy as np
 import numpy.typing as npt
 
-from nplora import _core
-from nplora.finetuning.data import TokenBatches
-from nplora.lm import LanguageModel
-from nplora.nn import Linear, LoRALinear
-from nplora.nn.int8 import without_int8
+from nplora.nn import TrainedHead
+from nplora.nn.int8 import Int8Layer, without_int8
 from nplora.nn.losses import NonFiniteLossError
 from nplora.nn.module import Module
 from nplora.nn.product_errors import ProductErrors
@@ -23,33 +22,78 @@ from nplora.trainer.history import StepRecord
 Array = npt.NDArray[np.float32]
 
 EVERY = 100  # steps between two comparisons; there is also one after the first step
-SAMPLE_TOKENS = 512  # the most tokens of the sample, if its first sequence is not longer
-# The least rows of a product that is compared. A product of fewer rows with low-bit weights is computed in
-# int8 even within `without_int8`.
-LEAST_ROWS = _core.constants.small_batch + 1
 # The least cosine between a part's gradients in int8 and in bfloat16. SmolLM2 has about 0.985. At 0.95, the
 # norm of the error is a third of the gradient's norm, which is less than the noise of a batch.
 LEAST_COSINE = 0.95
+# The largest difference between the mean losses of the sample in int8 and in bfloat16. SmolLM2 has 0.01 to
+# 0.06 before training, and at most 0.01 after 30 steps. If the head is inexact, its probabilities may be
+# useless while all cosines are high, because the target dominates the gradient of the logits. The loss then
+# shows the error.
+LARGEST_DIFFERENCE = 0.1
+# The most trials of one comparison. A trial computes the gradient of the sample, with one more part of the
+# model in bfloat16.
+MOST_TRIALS = 6
+_CANDIDATES = 3  # the most parts that are tried before the best of them stays in bfloat16
 # At most about this many values of the gradients are compared, so that the comparison needs little memory.
 COMPARED = 1 << 20
 _EVENT = "int8"  # the name of the check's event in the log
 
-AddGradient = Callable[[], None]  # adds the gradient of the sample to the gradients of the model
+# Adds the gradient of the sample's mean loss to the gradients of the parameters, and returns the mean loss.
+AddGradient = Callable[[], float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Errors:
+    """How much the loss and the gradients of a sample differ from those in bfloat16.
+
+    Attributes:
+        cosine: the cosine between the two gradients of the whole model.
+        parts: the cosine for each part of the model that has parameters.
+        loss: the mean loss minus the mean loss in bfloat16.
+    """
+
+    cosine: float
+    parts: dict[str, float]
+    loss: float
+
+    @classmethod
+    def largest(cls, ranks: Sequence[Errors]) -> Errors:
+        """The largest errors of several ranks: the smallest cosines, and the largest difference of losses."""
+        parts = {part: min(each.parts[part] for each in ranks) for part in ranks[0].parts}
+        return cls(min(each.cosine for each in ranks), parts, max((each.loss for each in ranks), key=abs))
+
+    def size(self, least_cosine: float) -> float:
+        """The largest error, relative to its limit. A size of at most 1 is accepted; NaN becomes infinity."""
+        largest = max(1e-9, 1 - least_cosine)
+        sizes = [(1 - cosine) / largest for cosine in (self.cosine, *self.parts.values())]
+        sizes.append(abs(self.loss) / LARGEST_DIFFERENCE)
+        return math.inf if any(map(math.isnan, sizes)) else max(sizes)
 
 
 class Int8Check(Callback):
-    """Computes the gradient of a sample in int8 and in bfloat16, and compares their directions.
+    """Computes the loss and the gradient of a sample in int8 and in bfloat16, and compares them.
 
     Every comparison uses the same sample of the training data. The parts of a model are its blocks, its head
-    and its embedding. If the cosine between the two gradients of a part is too small, this part computes in
-    bfloat16 in the rest of the run. If only the cosine for the whole model is too small, the part with the
-    smallest cosine switches to bfloat16. The log has one line for each comparison. It also holds the error of
-    the worst product (see `ProductErrors.worst`); on several ranks, it is that of rank 0. If `add_gradient`
-    raises NonFiniteLossError, nothing is compared, and a message says so.
+    and its embedding. The errors of int8 are too large if a cosine between the two gradients, of a part or of
+    the whole model, is too small, or if the losses differ by more than LARGEST_DIFFERENCE. Then the check
+    searches for the part that causes the errors. A part's own cosine does not show this, because errors of
+    one part change the gradients of the others. So the check tries the part with the smallest cosine, a part
+    without a gradient of its own (a frozen head), and the part with the second smallest cosine. It tries a
+    part by computing this part in bfloat16 and measuring the errors again. The part that reduces the errors
+    most computes in bfloat16 for the rest of the run. This is repeated until the errors are small enough.
+    After MOST_TRIALS trials without success, all parts whose cosines are too small compute in bfloat16; if
+    there is no such part, all parts do.
+
+    The log has one line for each comparison. It also holds the error of the worst product (see
+    `ProductErrors.worst`); on several ranks, it is that of rank 0. If the loss of the sample is NaN or
+    infinite, nothing is compared, and a message says so.
+
+    The check is a context manager. At the end of the `with` block, all parts can compute in int8 again.
 
     Args:
         model: the model, with its adapter.
-        add_gradient: a function that adds the gradient of the sample to the gradients of the parameters.
+        add_gradient: a function that adds the gradient of the sample's mean loss to the gradients of the
+            parameters, and returns the mean loss. May raise NonFiniteLossError.
         say: prints a line.
         every: the number of steps between two comparisons.
         least_cosine: the smallest cosine that is accepted; None: LEAST_COSINE.
@@ -81,11 +125,18 @@ class Int8Check(Callback):
         self._model, self._add_gradient, self._say = model, self._products.sampled(add_gradient), say
         self._every, self._least = every, LEAST_COSINE if least_cosine is None else least_cosine
         self._fallen_back: list[str] = []  # the parts that compute in bfloat16
+        self._switched: list[Int8Layer] = []  # the layers of these parts
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for layer in self._switched:
+            layer.int8 = True
+        self._fallen_back, self._switched = [], []
 
     def on_fit_start(self, run: Run) -> None:
         """In a resumed run, switch to bfloat16 those parts that the earlier run had switched."""
-        for layer in layers_of(self._model, part_names(self._model)):
-            layer.int8 = True  # an earlier run that ended with an error may have left it False
         last = run.logged(_EVENT)
         self._fall_back(last.get("in_bfloat16", []))
         if run.step and self._is_due(run) and last.get("step") != run.step:
@@ -95,131 +146,157 @@ class Int8Check(Callback):
         if self._is_due(run):
             self._compare(run)
 
-    def on_fit_end(self, run: Run) -> None:
-        for layer in layers_of(self._model, self._fallen_back):
-            layer.int8 = True
-
     def _is_due(self, run: Run) -> bool:
         return run.step == 1 or run.step % self._every == 0
 
     def _compare(self, run: Run) -> None:
-        found = self._smallest_cosines(run)
-        if found is None:
+        before = len(self._fallen_back)
+        try:
+            found, left = self._search(run)
+        except NonFiniteLossError as error:
+            self._say(f"step {run.step}: the gradients in int8 and bfloat16 are not compared: {error}")
             return
-        whole, parts = found
-        worst = min(parts, key=lambda part: parts[part], default="")
-        in_int8 = [part for part in parts if any(layer.int8 for layer in layers_of(self._model, [part]))]
-        new = [part for part in in_int8 if not parts[part] >= self._least]
-        if in_int8 and not new and not whole >= self._least:
-            new = [min(in_int8, key=lambda part: parts[part])]
-        if new:
+        if new := self._fallen_back[before:]:
             self._say(
-                f"step {run.step}: the cosine between the gradients in int8 and in bfloat16 is {whole:.3f}; "
-                f"from now on, these parts of the model compute in bfloat16: {', '.join(new)}"
+                f"step {run.step}: int8 is too inexact: {_described(found)}. From now on, some parts compute "
+                f"in bfloat16; then {_described(left)}. These parts are: {', '.join(new)}"
             )
-        self._fall_back(new)
+        worst = min(found.parts, key=lambda part: found.parts[part], default="")
         run.log(
             _EVENT,
             {
                 "step": run.step,
-                "cosine": whole,
+                "cosine": found.cosine,
                 "worst": worst,
-                "worst_cosine": parts.get(worst),
-                "in_bfloat16": self._fallen_back,
+                "worst_cosine": found.parts.get(worst),
+                "loss_difference": found.loss,
+                "in_bfloat16": list(self._fallen_back),
                 **self._products.worst(),
             },
         )
 
-    def _smallest_cosines(self, run: Run) -> tuple[float, dict[str, float]] | None:
-        """Return the smallest cosine over all ranks: a number for the whole model, and a dict for the parts.
+    def _search(self, run: Run) -> tuple[Errors, Errors]:
+        """Switch parts to bfloat16 until the errors are small. Return the errors before and after.
 
-        The result is None if the loss of the sample is not finite on a rank. With local steps, the cosines of
-        the ranks differ. All ranks use the smallest cosine, because all must compute in the same arithmetic.
+        All ranks make the same decisions, because all use the largest errors of all ranks. With local steps,
+        the errors of the ranks differ.
+
+        Raises:
+            NonFiniteLossError: the loss of the sample is not finite on a rank.
+        """
+        exact = list[Comparison]()
+
+        def measure() -> Errors:
+            if not exact:
+                exact.append(Comparison(self._model, self._add_gradient))
+            return exact[0].measure()
+
+        found = left = self._of_all_ranks(run, measure)
+        trials = 0
+        while self._is_too_large(left) and trials < MOST_TRIALS:
+            tried: dict[str, Errors] = {}
+            for part in self._candidates(left)[: min(_CANDIDATES, MOST_TRIALS - trials)]:
+                trials += 1
+                with self._in_bfloat16(part):
+                    tried[part] = self._of_all_ranks(run, measure)
+                if not self._is_too_large(tried[part]):
+                    break
+            best = min(tried, key=lambda part: tried[part].size(self._least), default=None)
+            if best is None or not tried[best].size(self._least) < left.size(self._least):
+                break
+            left = tried[best]
+            self._fall_back([best])
+        if self._is_too_large(left):
+            in_int8 = self._parts_in_int8()
+            bad = [part for part in in_int8 if not left.parts.get(part, 1) >= self._least]
+            self._fall_back(bad or in_int8)
+            left = self._of_all_ranks(run, measure)
+        return found, left
+
+    def _is_too_large(self, errors: Errors) -> bool:
+        return errors.size(self._least) > 1
+
+    def _of_all_ranks(self, run: Run, measure: Callable[[], Errors]) -> Errors:
+        """Measure the errors; return the largest errors of all ranks.
+
+        Raises:
+            NonFiniteLossError: on every rank, if one rank raises this error.
         """
         own, problem = None, ""
         try:
-            own = cosines(self._model, self._add_gradient)
+            own = measure()
         except NonFiniteLossError as error:
             problem = str(error)
         rows = run.ranks.gather((own, problem), f"the comparison of step {run.step}")
-        found = [row for row, _ in rows if row is not None]
-        if len(found) < len(rows):
-            rank, problem = next((rank, problem) for rank, (row, problem) in enumerate(rows) if row is None)
-            where = f"rank {rank}: " if len(rows) > 1 else ""
-            self._say(
-                f"step {run.step}: the gradients in int8 and bfloat16 are not compared: {where}{problem}"
-            )
-            return None
-        whole = min(cosine for cosine, _ in found)
-        return whole, {part: min(of_parts[part] for _, of_parts in found) for part in found[0][1]}
+        for rank, (errors, problem) in enumerate(rows):
+            if errors is None:
+                raise NonFiniteLossError(f"rank {rank}: {problem}" if len(rows) > 1 else problem)
+        return Errors.largest([errors for errors, _ in rows if errors is not None])
+
+    def _candidates(self, errors: Errors) -> list[str]:
+        """The parts to try, the most likely cause first; see the class."""
+        in_int8, cosines = self._parts_in_int8(), errors.parts
+        trained = sorted((part for part in in_int8 if part in cosines), key=lambda part: cosines[part])
+        frozen = [part for part in in_int8 if part not in cosines]
+        return [*trained[:1], *frozen[-1:], *trained[1:], *frozen[:-1]]
+
+    def _parts_in_int8(self) -> list[str]:
+        parts = int8_parts(self._model)
+        return [part for part in parts if any(layer.int8 for layer in layers_of(self._model, [part]))]
+
+    @contextlib.contextmanager
+    def _in_bfloat16(self, part: str) -> Iterator[None]:
+        layers = [layer for layer in layers_of(self._model, [part]) if layer.int8]
+        try:
+            for layer in layers:
+                layer.int8 = False
+            yield
+        finally:
+            for layer in layers:
+                layer.int8 = True
 
     def _fall_back(self, parts: Iterable[str]) -> None:
+        parts = list(parts)
         self._fallen_back += parts
-        for layer in layers_of(self._model, self._fallen_back):
-            layer.int8 = False
+        for layer in layers_of(self._model, parts):
+            if layer.int8:
+                layer.int8 = False
+                self._switched.append(layer)
 
 
-def of_tokens(lm: LanguageModel, batches: TokenBatches, micro_tokens: int | None = None) -> AddGradient:
-    """Return the argument `add_gradient` of an `Int8Check`.
-
-    The sample comes from the run's first batch: it is the first micro-batch that has targets.
-
-    Args:
-        micro_tokens: maximum number of tokens in a micro-batch, as in `PackedLoss`.
-    """
-    tokens = min(SAMPLE_TOKENS, micro_tokens or SAMPLE_TOKENS)
-
-    def add_gradient() -> None:
-        batch, _ = next(batches.epoch(0))
-        pieces = batch.pieces(tokens)
-        sample = next((piece for piece in pieces if piece.num_targets), pieces[0])
-        try:
-            lm.forward_backward(sample, 1 / max(1, sample.num_targets))
-        finally:
-            if lm.model.word_filter is not None:
-                lm.model.word_filter.take_skipped()  # the run must not count the sample's words
-
-    return add_gradient
+def _described(errors: Errors) -> str:
+    worst = min(errors.cosine, *errors.parts.values()) if errors.parts else errors.cosine
+    return f"the smallest cosine of gradients is {worst:.3f}, the losses differ by {abs(errors.loss):.3f}"
 
 
-def sample_length(sizes: Iterable[tuple[int, int]]) -> int:
-    """The number of examples in a sample.
-
-    The first examples are counted until they have `LEAST_ROWS` texts. Further examples are counted as long as
-    the sample has at most `SAMPLE_TOKENS` tokens.
-
-    Args:
-        sizes: for each example, a tuple: its number of tokens, and its number of texts.
-    """
-    tokens = texts = count = 0
-    for new_tokens, new_texts in sizes:
-        if tokens + new_tokens > SAMPLE_TOKENS and texts >= LEAST_ROWS:
-            break
-        tokens, texts, count = tokens + new_tokens, texts + new_texts, count + 1
-    return count
-
-
-def cosines(model: Module, add_gradient: AddGradient) -> tuple[float, dict[str, float]]:
-    """The cosine between the gradients in int8 and in bfloat16: for the whole model, and for each part of it.
+class Comparison:
+    """Compares the loss and the gradient of a sample with those in bfloat16, which are computed only once.
 
     If the gradients have many values, only every k-th value is compared (see `sample_step`). The gradients of
     the parameters and the states of the random generators stay unchanged.
     """
-    step = sample_step([parameter.grad for parameter in model.parameters()])
 
-    def gradients() -> Iterator[tuple[str, Array]]:
-        add_gradient()
-        for parameter in model.parameters():
-            yield parameter.name, parameter.grad.reshape(-1)[::step].copy()
+    def __init__(self, model: Module, add_gradient: AddGradient) -> None:
+        self._model, self._add_gradient = model, add_gradient
+        self._step = sample_step([parameter.grad for parameter in model.parameters()])
+        with _undisturbed(model), without_int8():
+            self._loss = add_gradient()
+            self._exact = [values.copy() for _, values in self._sampled()]
 
-    with _undisturbed(model):
-        int8 = [gradient for _, gradient in gradients()]
-    whole, parts = Products(), dict[str, Products]()
-    with _undisturbed(model), without_int8():
-        for gradient, (name, exact) in zip(int8, gradients(), strict=True):
-            for products in (whole, parts.setdefault(part_of(name), Products())):
-                products.add(gradient, exact)
-    return whole.cosine(), {part: products.cosine() for part, products in parts.items()}
+    def measure(self) -> Errors:
+        """Compute the loss and the gradient in the current arithmetic of the model's layers."""
+        whole, parts = Products(), dict[str, Products]()
+        with _undisturbed(self._model):
+            loss = self._add_gradient()
+            for exact, (name, values) in zip(self._exact, self._sampled(), strict=True):
+                for products in (whole, parts.setdefault(part_of(name), Products())):
+                    products.add(values, exact)
+        cosines = {part: products.cosine() for part, products in parts.items()}
+        return Errors(whole.cosine(), cosines, loss - self._loss)
+
+    def _sampled(self) -> Iterator[tuple[str, Array]]:
+        for parameter in self._model.parameters():
+            yield parameter.name, parameter.grad.reshape(-1)[:: self._step]
 
 
 def sample_step(gradients: Sequence[Array]) -> int:
@@ -258,22 +335,35 @@ class Products:
 
 
 def computes_in_int8(model: Module) -> bool:
-    """Whether some frozen weights of a model have compute="int8"."""
-    layers = (module for _, module in model.named_modules() if isinstance(module, Linear | LoRALinear))
-    return any(getattr(layer.weight, "compute", None) == "int8" for layer in layers)
+    """Whether training multiplies some frozen weights of a model in int8."""
+    return any(True for _ in _int8_layers(model))
 
 
-def layers_of(model: Module, parts: Iterable[str]) -> Iterator[Linear | LoRALinear]:
-    """Yield the linear layers in the given parts of a model. Only linear layers can compute in int8."""
+def layers_of(model: Module, parts: Iterable[str]) -> Iterator[Int8Layer]:
+    """Yield the layers in the given parts of a model that can multiply in int8."""
     wanted = set(parts)
+    return (layer for name, layer in _int8_layers(model) if part_of(name) in wanted)
+
+
+def int8_parts(model: Module) -> list[str]:
+    """The parts of a model that can multiply in int8 in training, in the model's order.
+
+    The parts before the first part with parameters are left out. They are computed as in inference, and so
+    never in int8.
+    """
+    first = next((part_of(parameter.name) for parameter in model.parameters()), None)
+    parts = list(dict.fromkeys(part_of(name) for name, _ in model.named_modules()))
+    own = {part_of(name) for name, _ in _int8_layers(model)}
+    begin = parts.index(first) if first in parts else 0
+    return [part for part in parts[begin:] if part in own]
+
+
+def _int8_layers(model: Module) -> Iterator[tuple[str, Int8Layer]]:
     for name, module in model.named_modules():
-        if isinstance(module, Linear | LoRALinear) and part_of(name) in wanted:
-            yield module
-
-
-def part_names(model: Module) -> list[str]:
-    """The parts of the model that have parameters."""
-    return list(dict.fromkeys(part_of(parameter.name) for parameter in model.parameters()))
+        is_whole = isinstance(module, TrainedHead) and module.is_whole  # no frozen row is left
+        weight = getattr(module, "weight", None)
+        if isinstance(module, Int8Layer) and getattr(weight, "compute", None) == "int8" and not is_whole:
+            yield name, module
 
 
 def part_of(name: str) -> str:

@@ -20,7 +20,7 @@ from nplora.distributed.opening import (
     or_none_if_alone,
     say_if_alone,
 )
-from nplora.finetuning import int8_check
+from nplora.finetuning import int8_sample
 from nplora.finetuning.agreement import require_same_data, require_same_options
 from nplora.finetuning.baseline import Baseline, answers_of
 from nplora.finetuning.data import Data, TokenBatches
@@ -393,8 +393,9 @@ def _finetune(
             if speaking and word_filter is not None and word_filter.applies(lm.lm_head):
                 callbacks.append(FilterCheck(lm.lm_head, word_filter, say))
             if lm.compute == "int8":
-                sample = int8_check.of_tokens(lm, batches, execution.micro_tokens)
-                callbacks.append(Int8Check(lm, sample, say))
+                own_loss = inputs.objective.loss(None)
+                sample = int8_sample.of_tokens(lm, own_loss, batches, execution.micro_tokens)
+                callbacks.append(stack.enter_context(Int8Check(lm, sample, say)))
             trainer = new_trainer(lm, loss, chosen, callbacks, or_none_if_alone(ranks))
             history = _train(trainer, batches, validation, chosen, directory)
         found_at = place

@@ -6,14 +6,15 @@ The seed and the number of the epoch determine the order of the texts.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from nplora import _check
-from nplora.finetuning.int8_check import sample_length
+from nplora.finetuning.int8_check import AddGradient
+from nplora.finetuning.int8_sample import sample_length
 from nplora.lm import TextClassifier
 from nplora.nn import losses
 from nplora.nn.losses import Loss
@@ -70,8 +71,8 @@ class TextBatches:
     def __iter__(self) -> Iterator[tuple[list[Sequence[int]], Array]]:
         return self.epoch(0, 0)
 
-    def sample_gradient(self, model: TextClassifier, loss: Loss) -> Callable[[], None]:
-        """Return a function for `Int8Check` that adds the gradient of a sample to the model's gradients.
+    def sample_gradient(self, model: TextClassifier, loss: Loss) -> AddGradient:
+        """Return the argument `add_gradient` of an `Int8Check`.
 
         The sample consists of the first texts of the data. The sample has at most `SAMPLE_TOKENS` tokens,
         unless `LEAST_ROWS` texts have more tokens. The sample has at least `LEAST_ROWS` texts, unless the
@@ -84,10 +85,12 @@ class TextBatches:
         """
         count = sample_length((len(ids), 1) for ids in self._ids)
 
-        def add_gradient() -> None:
+        def add_gradient() -> float:
             logits, saved = model.forward(self._ids[:count])
             targets = self._chosen(self._targets[:count])
-            model.backward(losses.call(loss, logits, targets)[1], saved)
+            value, gradient = losses.call(loss, logits, targets)
+            model.backward(gradient, saved)
+            return value
 
         return add_gradient
 

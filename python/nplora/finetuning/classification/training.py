@@ -421,11 +421,13 @@ class _Training:
         ]
         loss = self._loss(targets)
         train, valid = self._batches(targets, truth, centre, spread)
+        check = None
         if computes_in_int8(classifier):
-            callbacks.append(Int8Check(classifier, train.sample_gradient(classifier, loss), say))
+            check = Int8Check(classifier, train.sample_gradient(classifier, loss), say)
+            callbacks.append(check)
         trainer = self._trainer(loss, callbacks)
         found_at = self.output
-        with opened_output(self.output, self.ranks) as directory:
+        with opened_output(self.output, self.ranks) as directory, check or contextlib.nullcontext():
             history = self._fit(trainer, train, valid, directory)
             classifier.head.rescale(spread, centre)
             fitted, report = 1.0, None

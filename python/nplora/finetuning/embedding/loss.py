@@ -12,7 +12,8 @@ import numpy.typing as npt
 
 from nplora import _check
 from nplora.finetuning.embedding.batches import Examples, TextBatch
-from nplora.finetuning.int8_check import sample_length
+from nplora.finetuning.int8_check import AddGradient
+from nplora.finetuning.int8_sample import sample_length
 from nplora.finetuning.nonfinite_layers import watched_blocks
 from nplora.lm import Encoder
 from nplora.models.packing import cut
@@ -114,8 +115,8 @@ class EmbeddingLoss(FusedLoss):
         encoder.set_random_state(after)
         return loss * len(x)
 
-    def sample_gradient(self, model: Module, examples: Examples) -> Callable[[], None]:
-        """Return a function for `Int8Check` that adds the gradient of a sample to the model's gradients.
+    def sample_gradient(self, model: Module, examples: Examples) -> AddGradient:
+        """Return the argument `add_gradient` of an `Int8Check`.
 
         The sample consists of the first examples: up to 16 examples, with about `SAMPLE_TOKENS` tokens. The
         sample has at least two examples and `LEAST_ROWS` texts, unless the data have fewer. With fewer texts,
@@ -127,11 +128,12 @@ class EmbeddingLoss(FusedLoss):
         count = sample_length((sum(map(np.size, texts)), len(texts)) for texts in singles)
         count = min(max(count, _LEAST_EXAMPLES), most)
 
-        def add_gradient() -> None:
+        def add_gradient() -> float:
             batch, scores = examples.batch(np.arange(count))
             loss = self.forward_backward(model, batch, scores, 1 / len(batch))
             if not math.isfinite(loss):
                 raise NonFiniteLossError(f"the loss is {loss}")
+            return loss / len(batch)
 
         return add_gradient
 

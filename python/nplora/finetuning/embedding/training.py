@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -215,12 +216,13 @@ def train(
             "rank": rank, "alpha": alpha, "targets": targets, "layers": layers, "dropout": dropout,
             "use_rslora": use_rslora, "use_dora": use_dora, "init": init,
         }  # fmt: skip
-        with rollback_on_error(encoder):
+        with rollback_on_error(encoder), contextlib.ExitStack() as stack:
             _add_lora(op, encoder, lora, seed, say)
             rate = default_lr(encoder.config.hidden_size) if lr is None else lr
             callbacks = list(callbacks)
             if computes_in_int8(encoder):
-                callbacks.append(Int8Check(encoder, function.sample_gradient(encoder, read[0]), say))
+                check = Int8Check(encoder, function.sample_gradient(encoder, read[0]), say)
+                callbacks.append(stack.enter_context(check))
             trainer = Trainer(
                 encoder, function, AdamW(rate, weight_decay=weight_decay), schedule=schedule,
                 warmup_steps=warmup, accumulate=accumulate, clip_norm=max_grad_norm, seed=seed,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Iterator
 from typing import Any
@@ -86,6 +87,9 @@ class KtoLoss(PackedLoss):
 
     def _micro_batches(self, x: PackedBatch) -> Iterator[MicroBatch]:
         return micro_batches(x, self.micro_tokens)
+
+    def _inputs_of(self, y: Judgements, sequences: slice, tokens: slice) -> Judgements:
+        return dataclasses.replace(y, good=y.good[sequences])  # all mismatched pairs: the estimate needs many
 
     def _kl(self, model: LanguageModel, y: Judgements) -> float:
         """The estimate of the KL divergence from the mismatched pairs of a batch."""

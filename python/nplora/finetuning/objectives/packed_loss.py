@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 from nplora.finetuning.nonfinite_layers import first_nonfinite_layer
 from nplora.finetuning.objectives.tally import Addition, Tally
@@ -28,10 +28,12 @@ class PackedLoss(FusedLoss):
         word_filter: the filter of the model's head, or None.
         int8_head: whether the gradient of the head's input is computed in int8; None: the model does not use
             int8.
+        together: the number of neighbouring sequences that are always in the same micro-batch.
         unit: what the method `count` counts, such as "trained tokens". Progress lines print this name.
     """
 
     unit = "trained tokens"
+    together: ClassVar[int] = 1
 
     def __init__(self, micro_tokens: int | None = None) -> None:
         self.micro_tokens = micro_tokens
@@ -57,7 +59,23 @@ class PackedLoss(FusedLoss):
 
     def _micro_batches(self, x: PackedBatch) -> Iterator[MicroBatch]:
         """The micro-batches of a batch. A micro-batch without targets has no loss, and is left out."""
-        return (each for each in micro_batches(x, self.micro_tokens) if each[0].num_targets)
+        cut = micro_batches(x, self.micro_tokens, self.together)
+        return (each for each in cut if each[0].num_targets)
+
+    def parts_of(self, x: PackedBatch, y: Any, most_tokens: int | None) -> list[tuple[PackedBatch, Any]]:
+        """Divide a batch and its additional inputs into batches of at most `most_tokens` tokens."""
+        return [
+            (part, self._inputs_of(y, sequences, tokens))
+            for part, sequences, tokens in micro_batches(x, most_tokens, self.together)
+        ]
+
+    def _inputs_of(self, y: Any, sequences: slice, tokens: slice) -> Any:
+        """The additional inputs of the loss for a part of a batch.
+
+        Args:
+            sequences, tokens: the part's sequences and tokens in the batch.
+        """
+        return y
 
     def settings(self) -> dict[str, Any]:
         cut = {} if self.micro_tokens is None else {"micro_tokens": self.micro_tokens}

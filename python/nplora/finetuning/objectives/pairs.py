@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from abc import abstractmethod
 from collections.abc import Iterator
@@ -37,6 +38,7 @@ class PairLoss(PackedLoss):
     """
 
     unit = "pairs"
+    together = 2
 
     def count(self, x: PackedBatch, y: Answers) -> int:
         return (len(x.starts) - 1) // 2
@@ -57,7 +59,10 @@ class PairLoss(PackedLoss):
         return self._loss(x, y.is_answer, weight, model.log_probs(x))[0] / self.count(x, y)
 
     def _micro_batches(self, x: PackedBatch) -> Iterator[MicroBatch]:
-        return micro_batches(x, self.micro_tokens, together=2)
+        return micro_batches(x, self.micro_tokens, self.together)
+
+    def _inputs_of(self, y: Answers, sequences: slice, tokens: slice) -> Answers:
+        return dataclasses.replace(y, is_answer=y.is_answer[tokens])
 
     def _scaled(
         self, part: PackedBatch, is_answer: Array, weight: float, factor: float, log_probs: Array

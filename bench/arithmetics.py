@@ -23,7 +23,8 @@ from nplora.finetuning import evaluate
 ARITHMETICS: dict[str, dict[str, Any]] = {
     "float32": {"compute": "float32"},
     "bfloat16": {"compute": "bfloat16"},
-    "int8": {"compute": "int8", "int8_head": "off"},
+    "int8, head in bfloat16": {"compute": "int8", "int8_head": "off"},
+    "int8": {"compute": "int8", "int8_head": "forward"},
     "int8, head in int8": {"compute": "int8", "int8_head": "on"},
 }
 DEFAULT_TASKS = ("style", "instructions", "classification")

@@ -132,7 +132,7 @@ def repeatable_plans(monkeypatch: pytest.MonkeyPatch) -> None:
     found: dict[tuple[str, ...], Any] = {}
     usual = choice.measured
 
-    def measured(lm: nplora.LanguageModel, computes: tuple[str, ...], int8_head: bool = False) -> Any:
+    def measured(lm: nplora.LanguageModel, computes: tuple[str, ...], int8_head: str = "forward") -> Any:
         return found.setdefault(computes, usual(lm, computes, int8_head))
 
     monkeypatch.setattr(choice, "measured", measured)

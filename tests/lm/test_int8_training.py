@@ -91,6 +91,24 @@ def test_the_gradient_of_the_logits_is_not_rounded_to_int8(model: Path, options:
     assert np.array_equal(*results)
 
 
+@pytest.mark.parametrize("head", ["off", "forward", "on"])
+def test_a_run_computes_the_head_as_its_option_says(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, head: str
+) -> None:
+    """The first loss of the run is that of a model whose head is switched by hand."""
+    losses = {}
+    for compute, is_exact in (("int8", False), ("int8", True), ("bfloat16", True)):
+        lm = nplora.load_model(model, compute=compute)
+        lm.lm_head.int8 = not is_exact
+        lm.add_lora(rank=4, seed=0)
+        dataset = nplora.data.read_dataset(ROWS, lm.tokenizer)
+        batch, _ = next(nplora.data.TokenBatches(dataset, batch_examples=4).epoch(0))
+        losses[compute, is_exact] = lm.forward_backward(batch, 1.0) / batch.num_targets
+    assert len(set(losses.values())) == 3
+    report = finetune(model, ROWS, tmp_path / "run", compute="int8", int8_head=head, steps=1, **SHORT)
+    assert report.history.loss[0] == pytest.approx(losses["int8", head == "off"], rel=1e-7)
+
+
 def test_an_evaluation_computes_as_decoding_and_a_validation_whole_sequences(tmp_path: Path) -> None:
     path = save_small_llama(tmp_path / "model.gguf", "q8_0")
     int8, bfloat16 = (nplora.load_model(path, compute=compute) for compute in ("int8", "bfloat16"))
@@ -137,21 +155,24 @@ def test_the_head_in_int8_is_an_option_that_a_run_keeps(model: Path, tmp_path: P
         report = finetune(model, data, tmp_path / name, progress=False, **options, **more)
         return (report.output / "adapter_model.safetensors").read_bytes()
 
-    on, off = (adapter(word, compute="int8", int8_head=word, steps=4) for word in ("on", "off"))
-    assert on != off
+    words = ("on", "forward", "off")
+    on, forward, off = whole = [adapter(word, compute="int8", int8_head=word, steps=4) for word in words]
+    assert len(set(whole)) == 3
     loaded = nplora.load_model(model, compute="int8")
     loaded.model.int8_head = True
     assert adapter("loaded", loaded, steps=4) == on  # "auto" is what the model says
     loaded = nplora.load_model(model, compute="int8")
     loaded.model.int8_head = True
+    assert adapter("loaded_forward", loaded, int8_head="forward", steps=4) == forward
+    loaded = nplora.load_model(model, compute="int8")
     assert adapter("loaded_off", loaded, int8_head="off", steps=4) == off
-    assert loaded.model.int8_head
-    for name, other, whole in (("on", "off", on), ("off", "on", off)):
+    assert loaded.lm_head.int8
+    for name, other, expected in (("on", "off", on), ("forward", "on", forward), ("off", "forward", off)):
         adapter(f"stopped_{name}", compute="int8", int8_head=name, steps=2)
         with pytest.raises(ValueError, match="int8_head"):
             adapter(f"stopped_{name}", compute="int8", int8_head=other, steps=4, resume=True)
         with pytest.warns(UserWarning, match="total_steps"):
-            assert adapter(f"stopped_{name}", steps=4, resume=True) == whole  # keeps both choices
+            assert adapter(f"stopped_{name}", steps=4, resume=True) == expected  # keeps both choices
 
 
 @pytest.fixture
@@ -180,7 +201,7 @@ def test_a_run_that_does_not_state_its_head_resumes_as_it_began(
     """Runs that are older than the option computed the head as the processor prefers."""
     monkeypatch.setattr(decoder, "has_bfloat16_instructions", lambda: not in_int8)
     finetune(model, ROWS, tmp_path / "whole", compute="int8", steps=4, **SHORT)
-    assert settings(tmp_path / "whole")["int8_head"] is in_int8
+    assert settings(tmp_path / "whole")["int8_head"] == ("on" if in_int8 else "forward")
     with monkeypatch.context() as older:
         older.setattr(PackedLoss, "settings", lambda _: {})
         finetune(model, ROWS, tmp_path / "older", compute="int8", steps=2, **SHORT)
@@ -191,7 +212,7 @@ def test_a_run_that_does_not_state_its_head_resumes_as_it_began(
         finetune(model, ROWS, tmp_path / "older", steps=4, resume=True, **SHORT)
     files = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("whole", "older")]
     assert files[0] == files[1]
-    assert settings(tmp_path / "older")["int8_head"] is in_int8
+    assert settings(tmp_path / "older")["int8_head"] == ("on" if in_int8 else "forward")
 
 
 @pytest.mark.slow
@@ -223,17 +244,17 @@ def test_a_run_whose_head_is_not_in_int8_says_so(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
 ) -> None:
     monkeypatch.setattr(decoder, "has_bfloat16_instructions", lambda: False)
-    timed = list[bool]()
+    timed = list[str]()
 
-    def measured(lm: nplora.LanguageModel, computes: tuple[str, ...], int8_head: bool) -> Any:
+    def measured(lm: nplora.LanguageModel, computes: tuple[str, ...], int8_head: str) -> Any:
         timed.append(int8_head)
         return speed.measured(lm, computes, int8_head)
 
     monkeypatch.setattr(choice, "measured", measured)
     nplora.plan(model, ROWS, compute="int8", rank=4, batch_examples=4, **options)
     finetune(model, ROWS, tmp_path / "run", compute="int8", steps=1, **SHORT, **options)
-    assert settings(tmp_path / "run")["int8_head"] is False
-    assert timed == [False]
+    assert settings(tmp_path / "run")["int8_head"] == "forward"
+    assert timed == ["forward"]
     with pytest.raises(ValueError, match=r"plan: int8_head='on' (and filter|needs a head)"):
         nplora.plan(model, ROWS, compute="int8", int8_head="on", rank=4, batch_examples=4, **options)
     with pytest.raises(ValueError, match=r"finetune: int8_head='on' (and filter|needs a head)"):
@@ -256,7 +277,7 @@ def test_an_embedding_that_is_trained_beside_another_head_leaves_it_in_int8(
             finetune(model, ROWS, tmp_path / "run", steps=1, **SHORT, **options)
         return
     finetune(model, ROWS, tmp_path / "run", steps=1, **SHORT, **options)
-    assert settings(tmp_path / "run")["int8_head"] is True
+    assert settings(tmp_path / "run")["int8_head"] == "on"
 
 
 @pytest.mark.parametrize("compute", [None, "bfloat16"])

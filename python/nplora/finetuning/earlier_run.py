@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from nplora.finetuning.options import FinetuneOptions
+from nplora.finetuning.options import INT8_HEAD, FinetuneOptions
 from nplora.formats.files import StrPath
 from nplora.formats.run_files import holds_run
 from nplora.trainer.checkpoint import Checkpoint
@@ -22,9 +22,9 @@ class EarlierRun:
     Attributes:
         compute: arithmetic of the products with frozen weights; None: the checkpoint does not name
             this arithmetic.
-        int8_head: whether the gradient of the head's input was computed in int8. None: the checkpoint does
-            not record this, because the run is older than the option `int8_head`. Such a run computed the
-            gradient as int8_head="auto" does.
+        int8_head: the arithmetic of the head: "off", "forward" or "on". None: the checkpoint does not record
+            this, because the run is older than the option `int8_head`. Such a run computed the head as
+            int8_head="auto" does.
         micro_tokens: maximum tokens of a micro-batch; None: the run did not divide its batches into
             micro-batches.
         step: the number of steps that the earlier run has made.
@@ -33,7 +33,7 @@ class EarlierRun:
     compute: str | None
     micro_tokens: int | None
     step: int
-    int8_head: bool | None = None
+    int8_head: str | None = None
 
     def keep_compute(self, options: FinetuneOptions) -> FinetuneOptions:
         """If `options.compute` is None, set it to the earlier run's `compute`. Return the new options."""
@@ -64,9 +64,9 @@ class EarlierRun:
         # These options exclude int8_head="on". If the earlier run did not have these options, the trainer
         # refuses to resume, and its message names the options.
         rows = options.trainable_tokens or options.add_tokens or options.modules_to_save
-        if options.filter_vocabulary or rows:
+        if self.int8_head == "on" and (options.filter_vocabulary or rows):
             return options
-        return dataclasses.replace(options, int8_head="on" if self.int8_head else "off")
+        return dataclasses.replace(options, int8_head=self.int8_head)
 
 
 def find_earlier_run(output: StrPath) -> EarlierRun | None:
@@ -92,5 +92,5 @@ def _described(checkpoint: Checkpoint) -> EarlierRun:
         computes.pop() if len(computes) == 1 else None,
         micro_tokens if type(micro_tokens) is int and micro_tokens > 0 else None,
         checkpoint.step,
-        int8_head if isinstance(int8_head := settings.get("int8_head"), bool) else None,
+        int8_head if (int8_head := settings.get("int8_head")) in INT8_HEAD else None,
     )

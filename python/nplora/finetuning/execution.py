@@ -14,7 +14,7 @@ from nplora.finetuning.data.stored import Examples
 from nplora.finetuning.earlier_run import EarlierRun
 from nplora.finetuning.load import (
     RunInputs,
-    computes_head_in_int8,
+    arithmetic_of_head,
     evaluation_batches,
     read_inputs,
     training_batches,
@@ -426,7 +426,7 @@ def _work_of(
         ),
         is_local=is_local,
         filters=options.filter_vocabulary > 0,
-        int8_head=computes_head_in_int8(inputs.lm, options, adapters.trains_head),
+        int8_head=arithmetic_of_head(inputs.lm, options, adapters.trains_head),
         reference=[
             size for one in read_before for size in _sizes(one) for _ in range(1 + objective.extra_passes)
         ],

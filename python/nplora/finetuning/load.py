@@ -264,17 +264,21 @@ def _start(op: str, lm: LanguageModel, options: FinetuneOptions) -> Adapter | No
     return read_for(lm, options.adapter, lm.source, options.any_base)
 
 
-def computes_head_in_int8(lm: LanguageModel, options: FinetuneOptions, trains_head: bool) -> bool:
-    """Whether a run computes the gradient of the head's input in int8.
+def arithmetic_of_head(lm: LanguageModel, options: FinetuneOptions, trains_head: bool) -> str:
+    """The arithmetic of the head in int8 runs: "off", "forward" or "on", as in the option `int8_head`.
 
-    The result is False if the model does not use int8, if `filter_vocabulary` is set, or if rows of the head
-    are trained.
+    The choice "auto" is what the model says. But if the model does not use int8, `filter_vocabulary` is set,
+    or rows of the head are trained, "auto" is never "on".
 
     Args:
         trains_head: whether rows of the head are trained directly, not through a low-rank adapter.
     """
-    chosen = lm.model.int8_head if options.int8_head == "auto" else options.int8_head == "on"
-    return chosen and lm.compute == "int8" and not options.filter_vocabulary and not trains_head
+    if options.int8_head != "auto":
+        return options.int8_head
+    if not lm.lm_head.int8:
+        return "off"
+    can_be_on = lm.compute == "int8" and not options.filter_vocabulary and not trains_head
+    return "on" if can_be_on and lm.model.int8_head else "forward"
 
 
 def training_batches(dataset: Examples, options: FinetuneOptions) -> TokenBatches:

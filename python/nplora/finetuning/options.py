@@ -44,7 +44,7 @@ DEFAULT_EXAMPLES = 8
 TEACHER_DTYPES = ("float16", "float32")
 EVALUATED = (*ONE_ANSWER, "preference", "choice")
 KEEP_PREFIX = ("off", "memory", "disk")
-INT8_HEAD = ("auto", "on", "off")
+INT8_HEAD = ("auto", "off", "forward", "on")
 _OF_THE_ADAPTER = (
     "rank", "alpha", "rank_pattern", "alpha_pattern", "targets", "layers", "use_rslora", "use_dora", "init",
     "trainable_tokens", "modules_to_save", "invocation", "add_tokens",
@@ -297,8 +297,9 @@ class FinetuneOptions:
     int8_head: str = _option(
         _SPEED,
         "auto",
-        "arithmetic of the head's backward pass if `compute` is int8: on (int8 with stochastic rounding), "
-        "off (bfloat16), or auto (bfloat16 if the processor has instructions for it, otherwise int8)",
+        "arithmetic of the head if `compute` is int8: off (bfloat16), forward (int8 in the forward pass, "
+        "bfloat16 in the backward pass), on (int8 in both, with stochastic rounding in the backward pass), "
+        "or auto (forward if the processor has instructions for bfloat16, otherwise on)",
         choices=INT8_HEAD,
     )
     recompute: bool = _option(

@@ -31,7 +31,7 @@ from nplora.finetuning.filter_check import FilterCheck
 from nplora.finetuning.int8_check import Int8Check
 from nplora.finetuning.load import (
     RunInputs,
-    computes_head_in_int8,
+    arithmetic_of_head,
     evaluation_batches,
     read_inputs,
     training_batches,
@@ -240,9 +240,9 @@ def finetune(
         keep: adapter to save if there are validation data: best (with the lowest validation loss) or last.
         compute: arithmetic of the products with frozen weights: float32, bfloat16 or int8 (default: float32,
             unless `memory` is too small for float32).
-        int8_head: arithmetic of the head's backward pass if `compute` is int8: on (int8 with stochastic
-            rounding), off (bfloat16), or auto (bfloat16 if the processor has instructions for it, otherwise
-            int8).
+        int8_head: arithmetic of the head if `compute` is int8: off (bfloat16), forward (int8 in the forward
+            pass, bfloat16 in the backward pass), on (int8 in both, with stochastic rounding in the backward
+            pass), or auto (forward if the processor has instructions for bfloat16, otherwise on).
         recompute: gradient checkpointing: recompute activations in the backward pass; slower, but saves
             memory.
         filter_vocabulary: probability such as 1e-6: the gradient of the output layer leaves out all tokens of
@@ -357,7 +357,7 @@ def _finetune(
     if is_first:
         require_free(place, chosen, bool(inputs.added_tokens))
     prefix = _new_prefix(inputs, place, chosen.keep_prefix)
-    int8_head = computes_head_in_int8(lm, chosen, isinstance(lm.lm_head, TrainedHead))
+    int8_head = arithmetic_of_head(lm, chosen, isinstance(lm.lm_head, TrainedHead))
     word_filter = WordFilter(chosen.filter_vocabulary) if chosen.filter_vocabulary else None
 
     with opened_output(place, ranks) as directory, _computing(lm, execution, prefix, word_filter, int8_head):
@@ -441,16 +441,16 @@ def _computing(
     execution: ExecutionPlan,
     prefix: PrefixCache | None,
     word_filter: WordFilter | None,
-    int8_head: bool,
+    int8_head: str,
 ) -> Iterator[None]:
     """In the `with` block, let the model compute as the plan says. Afterwards, undo this."""
-    before = lm.model.recompute, lm.model.int8_head
+    before, head = (lm.model.recompute, lm.model.int8_head, lm.lm_head.int8), lm.lm_head
     lm.model.recompute, lm.model.prefix, lm.model.word_filter = execution.recompute, prefix, word_filter
-    lm.model.int8_head = int8_head
+    lm.model.int8_head, head.int8 = int8_head == "on", int8_head != "off"
     try:
         yield
     finally:
-        lm.model.recompute, lm.model.int8_head = before
+        lm.model.recompute, lm.model.int8_head, head.int8 = before
         lm.model.prefix = lm.model.word_filter = None
         if prefix is not None:
             prefix.close()
@@ -461,7 +461,9 @@ def _shown(options: FinetuneOptions, inputs: RunInputs, batches: TokenBatches) -
     lm, held_out, summary = inputs.lm, inputs.held_out, batches.log_summary()
     chosen = {field.name: getattr(options, field.name) for field in dataclasses.fields(options)}
     used = {name: summary[name] for name in ("batch_examples", "batch_tokens") if name in summary}
-    int8_head = computes_head_in_int8(lm, options, isinstance(lm.lm_head, TrainedHead))
+    int8_head = options.int8_head
+    if lm.compute == "int8":
+        int8_head = arithmetic_of_head(lm, options, isinstance(lm.lm_head, TrainedHead))
     return {
         "model": lm.source,
         "data": summary["source"],

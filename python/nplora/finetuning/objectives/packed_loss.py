@@ -26,8 +26,7 @@ class PackedLoss(FusedLoss):
         tokens: number of tokens, trained or not, in the batches that all ranks together have processed.
         after_part: a function that is called after the backward pass of each micro-batch.
         word_filter: the filter of the model's head, or None.
-        int8_head: whether the gradient of the head's input is computed in int8; None: the model does not use
-            int8.
+        int8_head: the arithmetic of the head: "off", "forward" or "on"; None: the model does not use int8.
         together: the number of neighbouring sequences that are always in the same micro-batch.
         unit: what the method `count` counts, such as "trained tokens". Progress lines print this name.
     """
@@ -41,7 +40,7 @@ class PackedLoss(FusedLoss):
         self._tally = Tally()
         self.after_part: Callable[[], None] = _nothing
         self.word_filter: WordFilter | None = None
-        self.int8_head: bool | None = None
+        self.int8_head: str | None = None
 
     def parts(self, x: PackedBatch, y: Any) -> int:
         """The number of micro-batches of a batch."""

@@ -65,11 +65,11 @@ class Speed:
         return lm.config.num_hidden_layers * self.forward.seconds(tokens) + self.head.seconds(targets) / 2
 
 
-def measured(lm: LanguageModel, computes: tuple[str, ...], int8_head: bool = False) -> dict[str, Speed]:
+def measured(lm: LanguageModel, computes: tuple[str, ...], int8_head: str = "forward") -> dict[str, Speed]:
     """Measure the speed in each arithmetic, with the current number of threads.
 
     Args:
-        int8_head: whether plans in int8 also compute the gradient of the head's input in int8.
+        int8_head: the arithmetic of the head in plans in int8: "off", "forward" or "on".
     """
     block = lm.model.layers[0]
     config = lm.config
@@ -100,17 +100,17 @@ def measured(lm: LanguageModel, computes: tuple[str, ...], int8_head: bool = Fal
     }
 
 
-def _products(lm: LanguageModel, linears: list[FrozenWeight], compute: str, int8_head: bool) -> Speed:
+def _products(lm: LanguageModel, linears: list[FrozenWeight], compute: str, int8_head: str) -> Speed:
     """Measure the speed of the products with frozen weights, without the other work of a block."""
     weights = [weight.with_compute(compute) for weight in linears]
     forward = _cost(weights, FrozenWeight.matmul, 1, (_FEW, _MANY))
     backward = _cost(weights, FrozenWeight.matmul_t, 0, (_FEW, _MANY))
-    head = [weight.with_compute(compute) for weight in _matrices(lm.lm_head)]
-    head_rows = (_HEAD_ROWS // 4, _HEAD_ROWS)
-    to = _cost(head, FrozenWeight.matmul, 1, head_rows)
-    if compute == "int8" and not int8_head:  # the gradient of the head's input is computed in bfloat16
-        head = [weight.with_compute("bfloat16") for weight in head]
-    back = _cost(head, FrozenWeight.matmul_t, 0, head_rows)
+    forward_of_head = "bfloat16" if compute == "int8" and int8_head == "off" else compute
+    backward_of_head = "bfloat16" if compute == "int8" and int8_head != "on" else compute
+    head, head_rows = _matrices(lm.lm_head), (_HEAD_ROWS // 4, _HEAD_ROWS)
+    there = [weight.with_compute(forward_of_head) for weight in head]
+    to = _cost(there, FrozenWeight.matmul, 1, head_rows)
+    back = _cost([w.with_compute(backward_of_head) for w in there], FrozenWeight.matmul_t, 0, head_rows)
     operations = 2.0 * sum(weight.size for weight in weights) / forward.token
     return Speed(forward, backward, Cost(to.call + back.call, to.token + back.token), operations)
 

@@ -47,7 +47,7 @@ class Work:
         adds_in_order: whether gradients of micro-batches are stored, to be added up later in a fixed order.
         is_local: whether each rank makes local steps, whose changes an outer step combines.
         filters: whether a word filter computes the gradient of the head's input.
-        int8_head: whether plans in int8 also compute the gradient of the head's input in int8.
+        int8_head: the arithmetic of the head in plans in int8: "off", "forward" or "on".
 
     >>> work = nplora.finetuning.planning.Work([(np.array([8, 5]), np.array([3, 2]))], steps=10)
     >>> work.longest, work.batch_tokens
@@ -70,7 +70,7 @@ class Work:
     adds_in_order: bool = False
     is_local: bool = False
     filters: bool = False
-    int8_head: bool = False
+    int8_head: str = "forward"
 
     def batches_of_steps(self) -> Iterator[list[tuple[Array, Array]]]:
         """Divide `batches` into steps, and yield the batches of each step.

@@ -152,6 +152,18 @@ def test_a_run_in_int8_learns_compares_its_gradients_and_resumes_to_the_bit(
     assert 0.95 < row["cosine"] < 1  # 1 would be a run in bfloat16
 
 
+def test_a_run_continues_in_another_arithmetic_if_this_is_asked_for(model: Path, tmp_path: Path) -> None:
+    rows, options = some_rows(), {**FAST, "epochs": None, "steps": 2}
+    train_classifier(model, rows, tmp_path / "out", **options)
+    options |= {"compute": "bfloat16", "resume": True}
+    with pytest.raises(ValueError, match=r"compute was float32, is bfloat16 .*; --change-compute"):
+        train_classifier(model, rows, tmp_path / "out", **options)
+    with pytest.warns(UserWarning, match="another arithmetic: compute was float32, is bfloat16"):
+        train_classifier(model, rows, tmp_path / "out", change_compute=True, **options)
+    with pytest.raises(ValueError, match="train_classifier: change_compute needs resume"):
+        train_classifier(model, rows, tmp_path / "new", change_compute=True)
+
+
 def test_balanced_weights_give_all_labels_the_same_weight(model: Path, tmp_path: Path) -> None:
     """The first loss, whose logits are nearly 0 for all labels, is the mean of weight · log 2."""
     rows = [{"text": "a cat", "label": 1}] * 2 + [{"text": "the mat", "label": 0}] * 6

@@ -449,6 +449,16 @@ def test_a_run_in_int8_learns_and_compares_its_gradients(model: Path, tmp_path: 
     assert 0.95 < row["cosine"] < 1  # 1 would be a run in bfloat16
 
 
+def test_a_run_continues_in_another_arithmetic_if_this_is_asked_for(model: Path, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"batch_size": 2, "steps": 2, "lr": 1e-3}
+    train(model, ROWS, tmp_path / "out", **options)
+    options |= {"compute": "bfloat16", "resume": True}
+    with pytest.raises(ValueError, match=r"compute was float32, is bfloat16 .*; --change-compute"):
+        train(model, ROWS, tmp_path / "out", **options)
+    with pytest.warns(UserWarning, match="another arithmetic: compute was float32, is bfloat16"):
+        train(model, ROWS, tmp_path / "out", change_compute=True, **options)
+
+
 @pytest.mark.parametrize(("words", "expected"), [(3, 16), (25, 9), (62, 5)])
 def test_the_gradients_of_about_512_tokens_are_compared(
     words: int, expected: int, model: Path, monkeypatch: pytest.MonkeyPatch

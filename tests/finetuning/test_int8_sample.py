@@ -119,4 +119,4 @@ def test_a_sample_that_fails_leaves_no_words_in_the_filter(
     monkeypatch.setattr(lm.model, "read_out_backward", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         int8_sample.of_tokens(lm, TokenLoss(), batches_of(lm, SUMS, 4))()
-    assert not lm.model.word_filter.take_skipped().size
+    assert not lm.model.word_filter.take_skipped().rows

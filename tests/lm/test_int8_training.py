@@ -223,6 +223,46 @@ def test_a_model_in_float32_does_not_resume_a_run_in_int8(model: Path, int8_run:
         finetune(model, ROWS, int8_run, steps=4, compute="float32", resume=True, **SHORT)
 
 
+@pytest.mark.parametrize(
+    ("options", "changed"),
+    [
+        ({"compute": "bfloat16"}, "compute was int8, is bfloat16 in 14 layers"),
+        ({"compute": "int8", "int8_head": "off"}, "int8_head was {head}, is off"),
+    ],
+)
+def test_a_run_continues_in_another_arithmetic_if_this_is_asked_for(
+    model: Path, int8_run: Path, options: dict[str, Any], changed: str
+) -> None:
+    changed = changed.format(head=settings(int8_run)["int8_head"])
+    options = {**SHORT, **options, "steps": 4, "resume": True}
+    with pytest.raises(ValueError, match=f"{changed}; --change-compute .change_compute=True. continues"):
+        finetune(model, ROWS, int8_run, **options)
+    with (
+        pytest.warns(UserWarning, match="total_steps"),
+        pytest.warns(UserWarning, match=f"continues in another arithmetic: {changed}$"),
+    ):
+        report = finetune(model, ROWS, int8_run, change_compute=True, **options)
+    assert len(report.history.steps) == 4
+    log = [json.loads(line) for line in (int8_run / "log.jsonl").read_text().splitlines()]
+    assert [row.get("changed") for row in log if row["event"] == "resume"] == [changed]
+    with pytest.warns(UserWarning, match="total_steps"):  # the new arithmetic is that of the run from now on
+        finetune(model, ROWS, int8_run, **{**options, "steps": 5})
+
+
+def test_another_change_is_refused_even_if_the_arithmetic_may_change(model: Path, int8_run: Path) -> None:
+    options = {**SHORT, "compute": "bfloat16", "batch_examples": 3, "steps": 4, "resume": True}
+    with pytest.raises(ValueError, match=r"batch_examples was 4, is 3; --overwrite"):
+        finetune(model, ROWS, int8_run, change_compute=True, **options)
+
+
+def test_the_arithmetic_of_a_new_run_cannot_change(model: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="finetune: change_compute needs resume"):
+        finetune(model, ROWS, tmp_path / "run", change_compute=True, **SHORT)
+    trainer = nplora.Trainer(nplora.LoRALinear(np.eye(4), rank=1))
+    with pytest.raises(ValueError, match="fit: change_compute needs resume"):
+        trainer.fit(np.eye(4), np.eye(4), checkpoint_dir=tmp_path / "run", change_compute=True)
+
+
 @pytest.mark.slow
 def test_a_filter_of_words_does_not_resume_a_run_with_its_head_in_int8(model: Path, tmp_path: Path) -> None:
     finetune(model, ROWS, tmp_path / "run", compute="int8", int8_head="on", steps=2, **SHORT)

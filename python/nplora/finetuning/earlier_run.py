@@ -50,14 +50,14 @@ class EarlierRun:
                 refuses to resume.
         Raises:
             ValueError: `int8_head` is given, but the checkpoint does not say how the earlier run computed its
-                head.
+                head, and `change_compute` is not set.
         """
         if not self.compute == compute == "int8":
             return options
-        if self.int8_head is None and options.int8_head != "auto":
+        if self.int8_head is None and options.int8_head != "auto" and not options.change_compute:
             raise ValueError(
                 f"finetune: int8_head={options.int8_head!r} is given, but the checkpoint to resume does not "
-                "say how the run computed its head; leave int8_head out"
+                "say how the run computed its head; leave int8_head out, or set change_compute"
             )
         if self.int8_head is None or options.int8_head != "auto":
             return options

@@ -33,7 +33,7 @@ from nplora.lm.trained_rows import module_names, text_list, token_list
 from nplora.models.divergence import DIVERGENCES
 from nplora.nn import LoRALinear
 from nplora.nn.optim import SCHEDULES
-from nplora.trainer.fit_config import KEEP, require_outer_steps
+from nplora.trainer.fit_config import KEEP, require_outer_steps, require_resume
 from nplora.trainer.reporters import REPORTERS
 from nplora.trainer.training_setup import OUTER_LR, OUTER_MOMENTUM
 from nplora.weights import COMPUTES, FLOAT_COMPUTES
@@ -349,6 +349,11 @@ class FinetuneOptions:
         False,
         "continue the run in the output directory; the results are bit for bit the same as without a stop",
     )
+    change_compute: bool = _unplanned(
+        _RUN,
+        False,
+        "with `resume`: continue the run even if its arithmetic changes, that is `compute` or `int8_head`",
+    )
     overwrite: bool = _unplanned(_RUN, False, "delete the run and the adapter in the output directory")
     sample: tuple[str, ...] = _unplanned(
         _RUN,
@@ -433,6 +438,8 @@ class FinetuneOptions:
         ):  # fmt: skip
             if all(getattr(self, name) not in (None, False) for name in (one, other)):
                 raise ValueError(f"{op}: {one} and {other} are both given, expected only one of them")
+
+        require_resume(op, self.change_compute, self.resume)
 
     def _check_choices(self, op: str) -> None:
         for name, words in (

@@ -134,6 +134,7 @@ def finetune(
     report_to: str | Sequence[str] = (),
     profile: bool = False,
     resume: bool = False,
+    change_compute: bool = False,
     overwrite: bool = False,
     sample: Sequence[str] = (),
     distributed: str | None = None,
@@ -260,6 +261,8 @@ def finetune(
             it reaches.
         resume: continue the run in the output directory; the results are bit for bit the same as without a
             stop.
+        change_compute: with `resume`: continue the run even if its arithmetic changes, that is `compute` or
+            `int8_head`.
         overwrite: delete the run and the adapter in the output directory.
         sample: prompt that the model answers before and after training; sent as a chat if the training data
             are chats.
@@ -520,6 +523,7 @@ def _train(
         checkpoint_every=options.save_every,
         save_minutes=options.save_minutes,
         resume=options.resume,
+        change_compute=options.change_compute,
         overwrite=options.overwrite,
     )
 

@@ -20,6 +20,7 @@ class FitConfig:
             None: there is no early stopping.
         keep: which factors the model has after the run: "best" or "last".
         checkpoint_every: the number of steps between two checkpoints; None: about one checkpoint per epoch.
+        change_compute: whether a resumed run may have another arithmetic.
         save_seconds: the longest time between two checkpoints, in seconds; infinity: no limit.
     """
 
@@ -33,6 +34,13 @@ class FitConfig:
     keep: str
     checkpoint_every: int | None
     save_seconds: float
+    change_compute: bool = False
+
+
+def require_resume(op: str, change_compute: bool, resume: bool) -> None:
+    """Raise a ValueError if `change_compute` is set without `resume`."""
+    if change_compute and not resume:
+        raise ValueError(f"{op}: change_compute needs resume: a new run has no arithmetic to change")
 
 
 def require_outer_steps(op: str, eval_every: int | None, local_steps: int | None) -> None:

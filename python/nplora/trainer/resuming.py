@@ -1,5 +1,6 @@
 """Resuming a run: checks that a checkpoint fits the run, and restores the run's history."""
 
+import dataclasses
 import json
 from typing import Any
 
@@ -135,6 +136,41 @@ def starting_point(directory: RunDirectory, newest: Checkpoint, settings: dict[s
             f"lr), the run continues from step {start.step}"
         )
     return start
+
+
+# ---- the arithmetic ----
+
+
+def compute_changes(checkpoint: Checkpoint, settings: dict[str, Any]) -> str:
+    """A text about the changed arithmetic, such as "compute was int8, is float32 in 14 layers", or ""."""
+    then, now = (_computes(each.get("fixed")) for each in (checkpoint.settings, settings))
+    changes = [_changes(then, now)]
+    if then["layers"].keys() == now["layers"].keys():
+        changes.append(_layer_changes(then["layers"], now["layers"]))
+    return ", ".join(filter(None, changes))
+
+
+def with_compute_of(checkpoint: Checkpoint, settings: dict[str, Any]) -> Checkpoint:
+    """Return the checkpoint as if its run had computed in the arithmetic of `settings`."""
+    fixed, now = checkpoint.settings.get("fixed"), _computes(settings["fixed"])
+    if not isinstance(fixed, dict):
+        return checkpoint
+    then = _computes(fixed)["layers"]
+    layers = {name: {**fixed["layers"][name], **now["layers"].get(name, {})} for name in then}
+    changed = {name: now[name] for name in _OPTIONAL if name in fixed and name in now}
+    fixed = {**fixed, **changed, **({"layers": {**fixed["layers"], **layers}} if layers else {})}
+    return dataclasses.replace(checkpoint, settings={**checkpoint.settings, "fixed": fixed})
+
+
+def _computes(fixed: Any) -> dict[str, Any]:
+    """The arithmetic in the settings of a run: of the head, and of each layer in the dict "layers"."""
+    fixed = fixed if isinstance(fixed, dict) else {}
+    layers = fixed.get("layers")
+    rows = layers.items() if isinstance(layers, dict) else ()
+    computes = {
+        name: {"compute": row["compute"]} for name, row in rows if isinstance(row, dict) and "compute" in row
+    }
+    return {**{name: fixed[name] for name in _OPTIONAL if name in fixed}, "layers": computes}
 
 
 # ---- checks of the checkpoint ----

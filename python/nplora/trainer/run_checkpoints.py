@@ -16,6 +16,7 @@ from nplora.trainer.log_header import HEADER, log_header
 from nplora.trainer.nonfinite import nonfinite_parameters
 from nplora.trainer.resuming import (
     NONFINITE,
+    compute_changes,
     failure_record,
     first_few,
     has_other_validation,
@@ -23,6 +24,7 @@ from nplora.trainer.resuming import (
     restored_history,
     settings_of,
     starting_point,
+    with_compute_of,
 )
 from nplora.trainer.run_directory import RunDirectory
 from nplora.trainer.run_state import RunState
@@ -30,6 +32,7 @@ from nplora.trainer.training_setup import TrainingSetup
 
 EPOCH_CHECKPOINT_SECONDS = 1.0  # at the end of an epoch, the least age of the last checkpoint
 RESUME_HINT = "--resume (resume=True) continues the run"
+COMPUTE_HINT = "--change-compute (change_compute=True) continues the run in the new arithmetic"
 
 _RUINED = 3.0  # if the loss is more than this many times the first loss, a new run is better
 
@@ -76,17 +79,25 @@ class RunCheckpoints:
         Raises:
             ValueError: the run cannot continue with the current data and settings.
             CorruptError: the checkpoint is damaged, or does not fit the model.
+        Warns:
+            UserWarning: the run continues in another arithmetic; see also `restored_history`.
         """
         newest, batches = self._directory.latest(), self._config.batches.length
         if newest is None:
             return False
+        changed, may_change = "", self._config.change_compute
         try:
             checkpoint = starting_point(self._directory, newest, self._settings)
+            changed = compute_changes(checkpoint, self._settings)
+            expected = with_compute_of(checkpoint, self._settings) if may_change else checkpoint
             history, unlogged = restored_history(
-                self._directory, checkpoint, self._state, self._settings, self._base, batches
+                self._directory, expected, self._state, self._settings, self._base, batches
             )
         except ValueError as error:
-            raise type(error)(f"{error}; --overwrite (overwrite=True) starts a new run") from error
+            hint = f"; {COMPUTE_HINT}" if changed and not may_change else ""
+            raise type(error)(f"{error}{hint}; --overwrite (overwrite=True) starts a new run") from error
+        if changed:
+            warn_user(f"{self._directory.path}: the run continues in another arithmetic: {changed}")
         self._state.continue_from(checkpoint, history)
         if not checkpoint.logged:  # an older schema: the lines are only in the log
             self._state.logged = last_of_each_event(log_before(self._directory, checkpoint))
@@ -100,7 +111,8 @@ class RunCheckpoints:
         self._directory.cut_log(checkpoint.log_bytes)
         for event, record in unlogged:
             self._directory.log({"event": event, **record.row()})
-        self._directory.log({"event": "resume", "step": self._state.step, **self._header()})
+        change = {"changed": changed} if changed else {}
+        self._directory.log({"event": "resume", "step": self._state.step, **change, **self._header()})
         if checkpoint is not newest:
             self._saved = None
             self.save(must=True)  # so that this older checkpoint becomes the newest

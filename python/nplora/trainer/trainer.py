@@ -19,7 +19,7 @@ from nplora.runtime.user_warning import warn_user
 from nplora.trainer.batches import ArrayBatches, batches_of, validation_of
 from nplora.trainer.callbacks import Callback, checked_callbacks
 from nplora.trainer.evaluation import check_rows, evaluate, predict
-from nplora.trainer.fit_config import KEEP, FitConfig, require_outer_steps
+from nplora.trainer.fit_config import KEEP, FitConfig, require_outer_steps, require_resume
 from nplora.trainer.fused import FusedLoss
 from nplora.trainer.history import History
 from nplora.trainer.progress import progress_line
@@ -130,6 +130,7 @@ class Trainer(TrainingSetup):
         checkpoint_every: int | None = None,
         save_minutes: float = 5.0,
         resume: bool = False,
+        change_compute: bool = False,
         overwrite: bool = False,
     ) -> History:
         """Train, and return the records of the run.
@@ -186,6 +187,8 @@ class Trainer(TrainingSetup):
                 read from `log.jsonl`. A run that ended with NonFiniteLossError continues from the last
                 checkpoint before the step that caused the error, and only with other settings, such as a
                 lower learning rate.
+            change_compute: with `resume`: continue the run even if its arithmetic changes, that is the
+                `compute` of its layers. Without `change_compute`, such a change is refused.
             overwrite: begin a new run in a `checkpoint_dir` that holds an old run. The files of the old run,
                 and its adapter, are deleted when the first checkpoint of the new run is on the disk.
         Raises:
@@ -212,12 +215,13 @@ class Trainer(TrainingSetup):
                 checkpoint cannot be written during the run; the run ends before the end of the warm-up; or no
                 step had a label to train on.
         """
+        require_resume(_OP, change_compute, resume)
         if checkpoint_dir is not None and not self.communicator.rank:
             files.require_named(_OP, checkpoint_dir=checkpoint_dir)
             files.require_directory(checkpoint_dir)
         config = self._fit_config(
             x, y, epochs, steps, batch_size, shuffle, validation, eval_every, patience, keep,
-            checkpoint_every, save_minutes,
+            checkpoint_every, save_minutes, change_compute,
         )  # fmt: skip
         self._check_model()
         for batches in (config.batches, config.validation):
@@ -315,6 +319,7 @@ class Trainer(TrainingSetup):
         keep: str,
         checkpoint_every: int | None,
         save_minutes: float,
+        change_compute: bool,
     ) -> FitConfig:
         if epochs is not None and steps is not None:
             raise ValueError(f"{_OP}: epochs and steps are both given, expected only one of them")
@@ -351,6 +356,7 @@ class Trainer(TrainingSetup):
             keep=keep,
             checkpoint_every=checkpoint_every,
             save_seconds=60 * minutes or math.inf,
+            change_compute=bool(change_compute),
         )
         if total is not None and 0 < total <= self.warmup_steps:
             warn_user(f"{_OP}: the warm-up takes {self.warmup_steps} steps, but the run ends after {total}")

@@ -15,7 +15,7 @@ from nplora.formats.label_record import TASKS
 from nplora.lm.adapting import parse_blocks, target_names
 from nplora.nn import LoRALinear
 from nplora.nn.optim import SCHEDULES
-from nplora.trainer.fit_config import KEEP
+from nplora.trainer.fit_config import KEEP, require_resume
 from nplora.weights import COMPUTES
 
 TASKS_OF_ROWS = (*TASKS, "tokens")
@@ -111,6 +111,10 @@ class ClassifyOptions:
     save_every: int = _same("save_every")
     save_minutes: float = _same("save_minutes")
     resume: bool = _same("resume")
+    change_compute: bool = _same(
+        "change_compute",
+        help="with `resume`: continue the run even if its arithmetic changes, that is `compute`",
+    )
     overwrite: bool = _same("overwrite")
     distributed: str | None = _same("distributed")
 
@@ -127,6 +131,7 @@ class ClassifyOptions:
             parse_blocks(self.layers, op)
 
     def _check_choices(self, op: str) -> None:
+        require_resume(op, self.change_compute, self.resume)
         for one, other in (("epochs", "steps"), ("resume", "overwrite")):
             if all(getattr(self, name) not in (None, False) for name in (one, other)):
                 raise ValueError(f"{op}: {one} and {other} are both given, expected only one of them")

@@ -192,6 +192,7 @@ def train_classifier(
     save_every: int = 100,
     save_minutes: float = 5.0,
     resume: bool = False,
+    change_compute: bool = False,
     overwrite: bool = False,
     distributed: str | None = None,
 ) -> ClassifierRun:
@@ -270,6 +271,7 @@ def train_classifier(
         save_minutes: maximum minutes between checkpoints; 0: no limit.
         resume: continue the run in the output directory; the results are bit for bit the same as without a
             stop.
+        change_compute: with `resume`: continue the run even if its arithmetic changes, that is `compute`.
         overwrite: delete the run and the adapter in the output directory.
         distributed: how several processes train: mpi (all processes of one mpirun train one adapter
             together, each with some batches of every step) or off (each process makes a separate run).
@@ -540,6 +542,7 @@ class _Training:
             checkpoint_every=options.save_every,
             save_minutes=options.save_minutes,
             resume=options.resume,
+            change_compute=options.change_compute,
             overwrite=options.overwrite,
         )
 

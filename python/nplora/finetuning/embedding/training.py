@@ -116,6 +116,7 @@ def train(
     communicator: Communicator | None = None,
     distributed: str | None = None,
     resume: bool = False,
+    change_compute: bool = False,
     overwrite: bool = False,
 ) -> EmbeddingTraining:
     """Train a LoRA adapter on pairs, triplets or scored pairs of texts, and save it for PEFT.
@@ -171,6 +172,7 @@ def train(
         distributed: "mpi": the processes that `mpirun` started train together. "off": each process that
             `mpirun` started makes a separate run.
         resume: continue the run in `output`; the results are bit for bit those of a run without a stop.
+        change_compute: with `resume`: continue the run even if its arithmetic changes, that is `compute`.
         overwrite: delete the run and the adapter in `output`.
     Returns:
         the encoder with the adapter, and the history of the run.
@@ -244,6 +246,7 @@ def train(
                     checkpoint_every=save_every,
                     save_minutes=save_minutes,
                     resume=resume,
+                    change_compute=change_compute,
                     overwrite=overwrite,
                 )
                 if directory is not None:

@@ -115,6 +115,7 @@ def plan(
     report_to: str | Sequence[str] = (),
     profile: bool = False,
     resume: bool = False,
+    change_compute: bool = False,
     overwrite: bool = False,
     sample: Sequence[str] = (),
     distributed: str | None = None,

@@ -35,6 +35,7 @@ from nplora.finetuning.planning import (
 )
 from nplora.finetuning.planning.memory import Memory, predicted
 from nplora.finetuning.planning.resident import unread
+from nplora.formats.errors import DataError
 from nplora.formats.gguf import Typed
 from nplora.lm import load_model
 from nplora.models.footprint import NOT_ADAPTED
@@ -346,6 +347,27 @@ def test_a_budget_too_small_for_any_process_is_not_blamed_on_an_earlier_peak(
     assert "peak" not in str(caught.value)
     with pytest.raises(BudgetError, match="the peak memory of this process is 9000 MB already"):
         plan(model, data, memory=least[1024])
+
+
+def test_the_error_names_no_length_that_cuts_off_the_answers(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = tmp_path / "chats.jsonl"
+
+    def refused(prompt: int) -> str:
+        data.write_text(json.dumps({"prompt": "x" * prompt, "completion": "y" * 20}) + "\n")
+        with pytest.raises(BudgetError) as caught:
+            plan(model, data, memory="150M")
+        return str(caught.value)
+
+    def size(lm: Any, adapters: Any, work: Work, *rest: Any) -> Memory:
+        return Memory(MEGABYTE * (140 if work.longest <= 32 else 160), 0, 0, 0, 0, 0, 0)
+
+    monkeypatch.setattr(choice, "needed", size)
+    assert "; with --max-length 32 it needs 140 MB; " in refused(25)
+    assert "; a --max-length that fits would leave out examples, " in refused(35)
+    with pytest.raises(DataError, match="no examples"):
+        plan(model, data, max_length=32)
 
 
 @pytest.mark.slow

@@ -420,6 +420,7 @@ def _work_of(
         and min(steps_of_epoch, options.eval_every or steps_of_epoch) < steps,
         prefix_tokens=inputs.tokens if options.keep_prefix == "memory" else 0,
         sequences=train.sequences,
+        least_length=max(one.least_length for one in inputs.datasets),
         extra_passes=objective.extra_passes,
         teaching=objective.teaching(inputs.lm),
         adds_in_order=adds_in_order(

@@ -127,6 +127,10 @@ class Examples(Protocol):
         """For each example, the number of its tokens that count in the loss."""
 
     @property
+    def least_length(self) -> int:
+        """The smallest maximum length of a sequence with which no example is left out."""
+
+    @property
     def largest_id(self) -> int:
         """The largest token id."""
 
@@ -205,6 +209,14 @@ class Stored:
     def targets(self) -> Array:
         """The number of trained tokens of each example. The first token of a sequence is never trained."""
         return self._by_example(self._trained_counts())
+
+    @property
+    def least_length(self) -> int:
+        """The smallest maximum length of a sequence with which every sequence keeps a trained token."""
+        first_tokens, never = self._starts[:-1].astype(np.intp), len(self._ids)
+        places = np.where(self._trained, np.arange(never), never)
+        places[first_tokens] = never
+        return int((np.minimum.reduceat(places, first_tokens) - first_tokens).max()) + 1
 
     def _trained_counts(self) -> Array:
         """The number of trained tokens of each stored sequence."""

@@ -296,11 +296,16 @@ def _too_little(
 def _shorter(
     work: Work, plan: ExecutionPlan, limit: float, size: Callable[[ExecutionPlan, Work], int]
 ) -> str:
-    """The end of an error message: the largest --max-length (a power of two) with which the plan fits."""
+    """The end of an error message: the largest --max-length (a power of two) with which the plan fits.
+
+    A length with which examples would be left out is not named.
+    """
     length = -(-work.longest // work.sequences)
     while length > _LEAST_MICRO_BATCH:
         length = 1 << ((length - 1).bit_length() - 1)  # the next smaller power of two
         needed = size(dataclasses.replace(plan, micro_tokens=work.sequences * length), work.shortened(length))
+        if needed <= limit and length < work.least_length:
+            return "; a --max-length that fits would leave out examples, because their answers are cut off"
         if needed <= limit:
             return f"; with --max-length {length} it needs {need(needed)}"
     return "; a smaller --max-length does not help"

@@ -39,6 +39,7 @@ class Work:
         prefix_tokens: the number of tokens for which a `PrefixCache` holds block outputs in memory.
         sequences: the number of sequences of an example, such as 2 for a pair of answers. The maximum length
             applies to each sequence.
+        least_length: the smallest maximum length of a sequence with which no example is left out.
         extra_passes: the number of additional forward passes in a step. Each pass has about as many tokens as
             the step.
         reference: for each forward pass before the first step, a tuple: its number of tokens, and its number
@@ -64,6 +65,7 @@ class Work:
     keeps_best: bool = False
     prefix_tokens: int = 0
     sequences: int = 1
+    least_length: int = 0
     extra_passes: int = 0
     reference: Sequence[tuple[int, int]] = ()
     teaching: Teaching | None = None

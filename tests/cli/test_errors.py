@@ -38,6 +38,8 @@ OPTIONS = {
          "--resume with a lower --lr continues"),
         ("--columns prompt=a (columns={'prompt': 'a'}) reads", "--columns prompt=a reads"),
         ("chat=True (--chat) does that", "--chat does that"),
+        ("out: valid_split was 0.1, is not set", "out: --valid-split was 0.1, is not set"),
+        ("out: with lr=1e-3 and no valid_split, as", "out: with --lr 1e-3 and no --valid-split, as"),
         # what stays
         ("d/a_config.json: valid_split is 1, expected", "d/a_config.json: valid_split is 1, expected"),
         ("d.jsonl, line 1: text is 'with lr=1e-3'", "d.jsonl, line 1: text is 'with lr=1e-3'"),

@@ -358,7 +358,7 @@ def test_other_numbers_of_ranks_and_local_steps(tmp_path: Path) -> None:
     fit(local_steps=2)
     with pytest.raises(ValueError, match="local_steps was 2, is 3"):
         fit(local_steps=3, resume=True)
-    with pytest.raises(ValueError, match="local_steps was 2, is None"):
+    with pytest.raises(ValueError, match="local_steps was 2, is not set"):
         fit(resume=True)
     with pytest.warns(UserWarning, match=r"differ from the checkpoint's: outer_lr was 0\.7, is 0\.5"):
         fit(local_steps=2, outer_lr=0.5, resume=True)

@@ -266,7 +266,7 @@ def test_the_arithmetic_of_a_new_run_cannot_change(model: Path, tmp_path: Path) 
 @pytest.mark.slow
 def test_a_filter_of_words_does_not_resume_a_run_with_its_head_in_int8(model: Path, tmp_path: Path) -> None:
     finetune(model, ROWS, tmp_path / "run", compute="int8", int8_head="on", steps=2, **SHORT)
-    with pytest.raises(ValueError, match=r"filter_vocabulary was None, is 0\.001"):
+    with pytest.raises(ValueError, match=r"filter_vocabulary was not set, is 0\.001"):
         finetune(model, ROWS, tmp_path / "run", filter_vocabulary=1e-3, steps=4, resume=True, **SHORT)
 
 

@@ -1109,7 +1109,10 @@ def test_a_checkpoint_of_other_shapes_lists_them_all(stopped: Path, tmp_path: Pa
     w = other.modules[0].weight  # type: ignore[attr-defined]
     other.modules[0] = nplora.LoRALinear(w, rank=3, dropout=0.3, use_dora=True)
     unchanged_by_failing_resume(
-        copy_of(stopped, tmp_path), other, ValueError, r"0\.rank was 2, is 3; --overwrite"
+        copy_of(stopped, tmp_path),
+        other,
+        ValueError,
+        r"0\.rank was 2, is 3; with rank=2, as before, the run continues; --overwrite",
     )
 
 
@@ -1135,11 +1138,11 @@ def test_a_moment_of_the_wrong_shape_is_corrupt(stopped: Path, tmp_path: Path) -
 def test_a_run_cannot_resume_with_other_data_or_batches(stopped: Path, tmp_path: Path) -> None:
     directory = copy_of(stopped, tmp_path)
     x, y = data()
-    with pytest.raises(ValueError, match=r"batch_size was 4, is 5; --overwrite"):
+    with pytest.raises(ValueError, match=r"batch_size was 4, is 5; with batch_size=4, as before, "):
         fit(trainer_of(net()), batch_size=5, checkpoint_dir=directory, resume=True)
-    with pytest.raises(
-        ValueError, match=r"shuffle was True, is False, seed was 7, is 8, accumulate was 3, is 2; --overwrite"
-    ):
+    changes = "shuffle was True, is False, seed was 7, is 8, accumulate was 3, is 2"
+    advice = "with shuffle=True, seed=7 and accumulate=3, as before, the run continues"
+    with pytest.raises(ValueError, match=f"{changes}; {advice}; --overwrite"):
         fit(trainer_of(net(), seed=8, accumulate=2), shuffle=False, checkpoint_dir=directory, resume=True)
     x[51, 5] += 1
     with pytest.raises(ValueError, match=r"x has changed; --overwrite"):
@@ -1151,11 +1154,11 @@ def test_a_run_cannot_resume_with_other_data_or_batches(stopped: Path, tmp_path:
 @pytest.mark.parametrize(
     ("other", "message"),
     [
-        ({"alpha": 64}, r"0\.alpha was 16\.0, is 64\.0; --overwrite"),
-        ({"use_rslora": True}, r"0\.use_rslora was False, is True; --overwrite"),
-        ({"dropout": 0.5}, r"0\.dropout was 0\.3, is 0\.5; --overwrite"),
-        ({"compute": "bfloat16"}, r"0\.compute was float32, is bfloat16; --overwrite"),
-        ({"compute": "int8"}, r"0\.compute was float32, is int8; --overwrite"),
+        ({"alpha": 64}, r"0\.alpha was 16\.0, is 64\.0; with alpha=16\.0"),
+        ({"use_rslora": True}, r"0\.use_rslora was False, is True; with no use_rslora"),
+        ({"dropout": 0.5}, r"0\.dropout was 0\.3, is 0\.5; with dropout=0\.3"),
+        ({"compute": "bfloat16"}, r"0\.compute was float32, is bfloat16; with compute='float32'"),
+        ({"compute": "int8"}, r"0\.compute was float32, is int8; with compute='float32'"),
     ],
 )
 def test_a_run_cannot_resume_with_other_settings_of_a_layer(
@@ -1165,7 +1168,8 @@ def test_a_run_cannot_resume_with_other_settings_of_a_layer(
     w = model.modules[0].weight.to_numpy()  # type: ignore[attr-defined]
     usual = {"rank": 2, "dropout": 0.3, "use_dora": True}
     model.modules[0] = nplora.LoRALinear(w, **{**usual, **other})
-    unchanged_by_failing_resume(copy_of(stopped, tmp_path), model, ValueError, message)
+    whole = f"{message}, as before, the run continues; --overwrite"
+    unchanged_by_failing_resume(copy_of(stopped, tmp_path), model, ValueError, whole)
 
 
 def test_a_checkpoint_without_the_settings_of_layers_resumes(

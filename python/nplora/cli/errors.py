@@ -74,8 +74,9 @@ class Spelling:
 
     A message about a file begins with the file's name, and may name fields of the file. The fields of a file
     may have the same names as options. So in a message about a file, a keyword is replaced only if a value
-    follows the keyword, as in `rank=8`. In a message about a row of a file, nothing is replaced. A word that
-    the user has typed as an argument is not replaced either, because the word may be the name of a file.
+    follows the keyword, as in `rank=8`, or the word "was", or if it stands after the word "no". In a message
+    about a row of a file, nothing is replaced. A word that the user has typed as an argument is not replaced
+    either, because the word may be the name of a file.
 
     Args:
         options: a dict from keywords to options of the command.
@@ -87,6 +88,7 @@ class Spelling:
         names = "|".join(sorted(map(re.escape, options), key=len, reverse=True)) or "(?!)"
         self._given = re.compile(rf"{_ALONE}({names})=({_VALUE})(?![\w/+-]|\.\w)")
         self._named = re.compile(rf"{_ALONE}({names}){_END}")
+        self._changed = re.compile(rf"{_ALONE}({names})(?= was )|(?<=\bno )({names}){_END}")
         self._doubled = re.compile(rf" \(({names})=[^()]*\)")
 
     def __call__(self, text: str) -> str:
@@ -98,6 +100,7 @@ class Spelling:
         operation = _OPERATION.match(text)
         if not colon or (operation is not None and operation[1] not in self._typed):
             text = self._named.sub(self._alone, text)
+        text = self._changed.sub(self._alone, text)
         return _REPEATED.sub(r"\1", text)
 
     def _without(self, found: re.Match[str]) -> str:
@@ -111,8 +114,8 @@ class Spelling:
         return option if found[2] == "True" else f"{option} {found[2].strip(chr(39))}"
 
     def _alone(self, found: re.Match[str]) -> str:
-        is_option = "_" in found[1] and found[0] not in self._typed
-        return self._options[found[1]] if is_option else found[0]
+        is_option = "_" in found[0] and found[0] not in self._typed
+        return self._options[found[0]] if is_option else found[0]
 
 
 def one_line(text: str) -> str:

@@ -69,6 +69,21 @@ class EarlierRun:
         return dataclasses.replace(options, int8_head=self.int8_head)
 
 
+def words_of_kept(given: FinetuneOptions, chosen: FinetuneOptions) -> str:
+    """A text about the options that a resumed run takes over from the earlier run; "" if there are none.
+
+    Args:
+        given: the options of the user.
+        chosen: the options after `EarlierRun.keep_compute` and `EarlierRun.keep_int8_head`.
+    """
+    kept = [
+        f"--{name.replace('_', '-')} {value}"
+        for name in ("compute", "int8_head")
+        if (value := getattr(chosen, name)) not in (getattr(given, name), "float32")
+    ]
+    return f"the run continues with {' and '.join(kept)}, as before" if kept else ""
+
+
 def find_earlier_run(output: StrPath) -> EarlierRun | None:
     """Return the earlier run in a directory, or None if the directory has no complete checkpoint."""
     if not holds_run(output):

@@ -25,7 +25,7 @@ from nplora.finetuning.agreement import require_same_data, require_same_options
 from nplora.finetuning.baseline import Baseline, answers_of
 from nplora.finetuning.data import Data, TokenBatches
 from nplora.finetuning.data.stored import shared_words
-from nplora.finetuning.earlier_run import find_earlier_run
+from nplora.finetuning.earlier_run import find_earlier_run, words_of_kept
 from nplora.finetuning.execution import choose_execution, fixed_compute
 from nplora.finetuning.filter_check import FilterCheck
 from nplora.finetuning.int8_check import Int8Check
@@ -335,10 +335,13 @@ def _finetune(
         require_reporters("finetune", chosen.report_to)
         earlier = find_earlier_run(place) if chosen.resume else None
     earlier = ranks.broadcast(earlier, "the search for an earlier run")
+    given = chosen
     if earlier is not None and not isinstance(model, LanguageModel):
         chosen = earlier.keep_compute(chosen)
     if earlier is not None:
         chosen = earlier.keep_int8_head(chosen, fixed_compute(model, chosen))
+        if kept := words_of_kept(given, chosen):
+            say(f"{files.name(output)}: {kept}")
 
     inputs = read_inputs("finetune", model, data, valid, chosen)
     require_same_data(ranks, inputs.train, inputs.held_out)

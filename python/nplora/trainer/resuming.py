@@ -24,7 +24,12 @@ _USUAL: dict[str, Any] = {"communication_dtype": "float32", "local_steps": None}
 # Runs in int8 have this setting, except runs of early versions. The setting is compared only if both runs
 # have it.
 _OPTIONAL = ("int8_head",)
+# Settings that are not arguments with the same name and a value that a message can show.
+_NOT_ARGUMENTS = (
+    "x", "y", "batches", "loss", "optimizer", "teacher", "micro_tokens", "trained_rows", "is_tied", "size",
+)  # fmt: skip
 _MOST = 5  # the most differences that a message lists
+_MOST_ADVISED = 3  # the most settings that a message advises to set as before
 _LONGEST_ERROR = 500  # the most characters of an error message in the log
 
 
@@ -240,7 +245,7 @@ def _check_settings(path: object, checkpoint: Checkpoint, settings: dict[str, An
         raise CorruptError(f"{_refusal(path)}: the data file or the way it is read has changed")
     changed = _changes(fixed, settings["fixed"])
     if changed:
-        raise ValueError(f"{_refusal(path)}: {changed}")
+        raise ValueError(f"{_refusal(path)}: {changed}{_advice([(fixed, settings['fixed'])])}")
 
 
 def _check_position(
@@ -259,9 +264,39 @@ def _check_position(
 
 def _check_layers(path: object, checkpoint: Checkpoint, settings: dict[str, Any]) -> None:
     """Raise an error if the settings of the adapter layers differ from those in the checkpoint."""
-    changed = _layer_changes(checkpoint.settings["fixed"].get("layers"), settings["fixed"]["layers"])
+    then, now = checkpoint.settings["fixed"].get("layers"), settings["fixed"]["layers"]
+    changed = _layer_changes(then, now)
     if changed:
-        raise ValueError(f"{_refusal(path)}: {changed}")
+        pairs = [(then[layer], now[layer]) for layer in now] if then.keys() == now.keys() else []
+        raise ValueError(f"{_refusal(path)}: {changed}{_advice(pairs)}")
+
+
+def _advice(pairs: list[tuple[Any, dict[str, Any]]]) -> str:
+    """The end of a refusal: the settings with which the run would continue, as keyword arguments.
+
+    Args:
+        pairs: settings of the checkpoint and of this run: of the run itself, or of each layer.
+    Returns:
+        a text such as "; with compute='int8' and no filter_vocabulary, as before, the run continues". The
+        text is "" if a changed setting is not an argument, or if a setting of the checkpoint differs from
+        layer to layer.
+    """
+    before: dict[str, str] = {}
+    for then, now in pairs:
+        if not isinstance(then, dict):
+            return ""
+        for name in _changed_names(then, now):
+            was = _word(name, then.get(name, _USUAL.get(name)))
+            if name in _NOT_ARGUMENTS or not isinstance(was, str | int | float | None):
+                return ""
+            text = f"no {name}" if was is None or was is False else f"{name}={was!r}"
+            if before.setdefault(name, text) != text:
+                return ""
+    if not before:
+        return ""
+    *most, last = before.values()
+    listed = f"{', '.join(most)} and {last}" if most else last
+    return f"; with {listed if len(most) < _MOST_ADVISED else 'the settings'}, as before, the run continues"
 
 
 def _check_arrays(path: object, checkpoint: Checkpoint, state: RunState) -> None:
@@ -290,14 +325,29 @@ def _changes(then: Any, now: dict[str, Any]) -> str:
     """A text about all changed settings except those of layers, such as "batch_size was 8, is 16"."""
     if not isinstance(then, dict):
         return "the checkpoint does not state its settings"
-    skipped = {"layers", *(name for name in _OPTIONAL if name not in then or name not in now)}
-    names = [name for name in {**then, **now} if name not in skipped and then.get(name) != now.get(name)]
     return ", ".join(
         f"{name} has changed"
         if name in ("x", "y") and then.get(name) and now.get(name)
-        else f"{name} was {then.get(name, _USUAL.get(name))}, is {now.get(name, _USUAL.get(name))}"
-        for name in names
+        else _change(name, then.get(name, _USUAL.get(name)), now.get(name, _USUAL.get(name)))
+        for name in _changed_names(then, now)
     )
+
+
+def _changed_names(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """The names of all changed settings except those of layers."""
+    skipped = {"layers", *(name for name in _OPTIONAL if name not in then or name not in now)}
+    return [name for name in {**then, **now} if name not in skipped and then.get(name) != now.get(name)]
+
+
+def _change(name: str, was: Any, is_now: Any) -> str:
+    """A text about a changed setting, such as "batch_size was 8, is 16"."""
+    before, after = ("not set" if value is None else _word(name, value) for value in (was, is_now))
+    return f"{name} was {before}, is {after}"
+
+
+def _word(name: str, value: Any) -> Any:
+    """The value of a setting as the option of the same name takes it."""
+    return ("on" if value else "off") if name == "int8_head" and isinstance(value, bool) else value
 
 
 def _layer_changes(then: Any, now: dict[str, dict[str, Any]]) -> str:
@@ -320,7 +370,7 @@ def _layer_changes(then: Any, now: dict[str, dict[str, Any]]) -> str:
         for name in {**then[layer], **settings}:
             was, is_now = then[layer].get(name), settings.get(name)
             if was != is_now:
-                changed.setdefault(f"{name} was {was}, is {is_now}", []).append(layer)
+                changed.setdefault(_change(name, was, is_now), []).append(layer)
     return first_few([_in_layers(change, layers) for change, layers in changed.items()], ", ")
 
 

@@ -133,6 +133,9 @@ def test_eval_writes_the_answers_to_a_file(
     status, _, err = run(capsys, model, "--data", data, "--answers", tmp_path / "b.jsonl")
     assert status == 0
     assert "--answers: nothing was written, because no answers were generated; add --metric" in err
+    words = "--max-new-tokens has no effect, because no answers are generated; add --metric"
+    assert words not in err
+    assert words in run(capsys, model, "--data", data, "--max-new-tokens", 2)[2]
 
 
 def test_a_loss_that_is_not_finite_fails_after_the_table(

@@ -1,5 +1,7 @@
 """Suggestions: an option or a command of another program is refused with the one that was meant."""
 
+import re
+
 import pytest
 
 from nplora import cli
@@ -14,7 +16,8 @@ from nplora.cli.parser import COMMANDS, parser_of
         ("--per-device-train-batch-size", "--batch-examples"), ("--max-seq-length", "--max-length"),
         ("--target-modules", "--targets"), ("--warmup-ratio", "--warmup, a number of steps"),
         ("--output-dir", "--output"), ("--train-file", "--data"), ("--batch_examples", "--batch-examples"),
-        ("--shedule", "--schedule"), ("--save-steps", "--save-every"),
+        ("--shedule", "--schedule"), ("--save-steps", "--save-every"), ("--int8", "--compute int8"),
+        ("--cosine=1", "--schedule cosine"), ("--eval", "--eval-every"), ("--filter", "--filter-vocabulary"),
     ],
 )  # fmt: skip
 def test_an_option_of_another_program_is_refused_with_ours(
@@ -81,7 +84,6 @@ def test_a_command_that_generates_no_text_explains_no_batches(capsys: pytest.Cap
 @pytest.mark.parametrize(
     ("words", "found"),
     [
-        (["--temp", "0.5"], {"temperature": 0.5}),  # the beginning of one option stands for it
         (["--", "-r"], {"prompt": "-r"}),
         (["-learning_rate is low"], {"prompt": "-learning_rate is low"}),
         (["-"], {"prompt": "-"}),
@@ -90,6 +92,32 @@ def test_a_command_that_generates_no_text_explains_no_batches(capsys: pytest.Cap
 def test_words_that_argparse_understands_are_left_to_it(words: list[str], found: dict[str, object]) -> None:
     line = ["generate", "m", *([] if "prompt" in found else ["x"]), *words]
     assert vars(parser_of(line).parse_args(line)).items() >= found.items()
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("--filter-vocabulary", "P (probability such as 1e-6)"),
+        ("--compute", "one of float32, bfloat16, int8"),
+        ("--rank", "INT (rank of the LoRA factors)"),
+        ("--columns", "OURS=THEIRS (names of fields in the data, as in prompt=question,completion=answer)"),
+    ],
+)
+def test_a_missing_value_is_described(option: str, value: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["finetune", "m", "--data", "d", "--output", "o", option])
+    message = (
+        f"nplora: error: argument {option}: expected one argument: {value} (try nplora finetune --help)\n"
+    )
+    assert capsys.readouterr().err == message
+
+
+def test_the_help_states_a_default_once(capsys: pytest.CaptureFixture[str]) -> None:
+    for command in COMMANDS:
+        with pytest.raises(SystemExit):
+            cli.main([command, "--help"])
+        text = " ".join(capsys.readouterr().out.split())
+        assert not re.search(r"\(default: [^()]*\) \(default: ", text), command
 
 
 @pytest.mark.parametrize(

@@ -802,7 +802,7 @@ def test_a_comparison_can_be_written_as_json_and_markdown(lm: LanguageModel, ada
     [
         ([], ValueError, "compare: adapters is empty, expected at least one adapter"),
         ({}, ValueError, "compare: adapters is empty, expected at least one adapter"),
-        (["a", "b", "./a"], ValueError, "compare: adapter a is given twice; a dictionary can give"),
+        (["a", "b", "./a"], ValueError, "compare: adapter a is given twice, expected each"),
         ("a", TypeError, "compare: adapters is 'a', expected a list or a dictionary"),
         ([3], TypeError, "compare: an adapter is 3, expected a path, an Adapter, a pair (one of these"),
         ({"base": "a"}, ValueError, "compare: an adapter has the name 'base'"),

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -511,7 +512,24 @@ def test_an_unknown_field_in_columns_is_named() -> None:
         ValueError, match=r"here: columns has the key 'xyz', which no format has; possible: answer, ch"
     ):
         ReadOptions(columns={"xyz": "question"}, op="here")
+    with pytest.raises(ValueError, match=r"'foo', which no format has; possible: .*: question=foo$"):
+        ReadOptions(columns={"foo": "question"}, op="here")
     ReadOptions(columns={name: "x" for row in (*GOOD.values(), {"tools": []}) for name in row})
+
+
+@pytest.mark.parametrize(
+    ("columns", "names", "hint"),
+    [
+        ("question=prompt,answer=completion", ["question", "answer"],
+         "nplora's name comes before the equals sign: prompt=question"),
+        ("prompt=questoin,completion=answer", ["question", "answer"], "did you mean 'question'?"),
+        ("prompt=question,completion=answer", ["question;answer"],
+         "';' seems to separate the columns; a .csv file needs commas, a .tsv file tabs"),
+    ],
+)  # fmt: skip
+def test_a_wrong_name_in_columns_is_explained(columns: str, names: list[str], hint: str) -> None:
+    with pytest.raises(DataError, match=rf"; it has \[.*\]; {re.escape(hint)}$"):
+        renamed(dict.fromkeys(names, "x"), parse_columns(columns), "d.csv, row 1")
 
 
 # ---- files ----

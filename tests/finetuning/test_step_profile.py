@@ -112,3 +112,4 @@ def test_the_floor_is_the_operations_at_the_peak_rates() -> None:
     assert lines[1].split() == ["a", "1000.0", "66.7%", "4", "100%"]
     assert lines[2].split() == ["b", "500.0", "33.3%"]
     assert lines[4] == "products alone, at the peak rates: 1000.0 ms a step"
+    assert lines[5].startswith("peak rates on 1 thread, in GFLOP/s: ")

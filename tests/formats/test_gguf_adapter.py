@@ -74,7 +74,7 @@ HOSTILE: dict[str, tuple[Callable[[dict[str, Any], dict[str, Any]], object], typ
     "a model": (
         lambda _, metadata: metadata.update({"general.type": "model"}),
         FormatError,
-        "general.type is 'model', expected 'adapter'",
+        "general.type is 'model', expected 'adapter'; this is a model file, not an adapter",
     ),
     "types in an array": (
         lambda _, metadata: metadata.update({"general.type": np.uint32([1, 2])}),

@@ -295,16 +295,18 @@ def test_a_run_whose_head_is_not_in_int8_says_so(
     finetune(model, ROWS, tmp_path / "run", compute="int8", steps=1, **SHORT, **options)
     assert settings(tmp_path / "run")["int8_head"] == "forward"
     assert timed == ["forward"]
-    with pytest.raises(ValueError, match=r"plan: int8_head='on' (and filter|needs a head)"):
+    with pytest.raises(ValueError, match=rf"plan: int8_head='on' .*{next(iter(options))}.* "):
         nplora.plan(model, ROWS, compute="int8", int8_head="on", rank=4, batch_examples=4, **options)
-    with pytest.raises(ValueError, match=r"finetune: int8_head='on' (and filter|needs a head)"):
+    with pytest.raises(ValueError, match=r"finetune: int8_head='on' .*"):
         finetune(model, ROWS, tmp_path / "on", compute="int8", int8_head="on", **SHORT, **options)
 
 
 def test_an_adapter_that_trains_the_head_has_no_head_in_int8(model: Path, tmp_path: Path) -> None:
     more: dict[str, Any] = {"compute": "int8", "steps": 1, "batch_examples": 4, "progress": False}
     finetune(model, ROWS, tmp_path / "run", rank=4, modules_to_save="lm_head", **more)
-    with pytest.raises(ValueError, match="int8_head='on' needs a head without trained rows"):
+    with pytest.raises(
+        ValueError, match=r"int8_head='on' needs .*; the adapter to continue from trains rows"
+    ):
         finetune(model, ROWS, tmp_path / "on", adapter=tmp_path / "run", int8_head="on", **more)
 
 

@@ -731,6 +731,8 @@ def test_repr_shows_the_options() -> None:
     assert "merged=True" in repr(layer)
     rounded = nplora.LoRALinear(np.eye(4), rank=2, init="pissa", compute="bfloat16")
     assert "compute='bfloat16', init='pissa', num_trainable=16)" in repr(rounded)
+    plain = nplora.Linear(np.eye(4), compute="int8")
+    assert repr(plain) == "Linear((4, 4), dtype='float32', compute='int8', trainable=False)"
     with pytest.raises(ValueError, match="dropout"):
         layer.dropout = 1.0
 

@@ -51,6 +51,8 @@ def run(arguments: argparse.Namespace) -> None:
         raise UsageError("--compare needs an adapter to compare the model with: add --adapter PATH")
     options = given_options(arguments, EvaluateOptions)
     checked(EvaluateOptions, options)
+    if arguments.max_new_tokens is not None and not arguments.metric:
+        show_warning("--max-new-tokens has no effect, because no answers are generated; add --metric")
     record = None if arguments.answers is None else _Recorder(arguments.answers)
     with contextlib.nullcontext() if record is None else contextlib.closing(record):
         common = {"any_base": arguments.any_base, "progress": True, "record": record, **options}

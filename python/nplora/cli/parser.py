@@ -77,7 +77,13 @@ class WrongArguments(SystemExit):
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser that prints an error as one line."""
+    """A parser that prints an error as one line.
+
+    The beginning of an option does not stand for the option: it might mean another option in a later version.
+    """
+
+    def __init__(self, *args: Any, **more: Any) -> None:
+        super().__init__(*args, allow_abbrev=False, **more)
 
     def error(self, message: str) -> NoReturn:
         text = one_line(message)
@@ -87,6 +93,12 @@ class Parser(argparse.ArgumentParser):
 
 class CommandParser(Parser):
     """The parser of one command. If an option is unknown, the parser suggests a similar option."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print an error. If the value of an option is missing, describe the value."""
+        found = re.fullmatch(r"argument (\S+): expected (?:one|at least one) argument", message)
+        action = found and self._option_string_actions.get(found[1].rpartition("/")[2])
+        super().error(message + (f": {_value_of(action)}" if action else ""))
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Parse the words. If there is a hint for an unknown option, print all unknown options and exit.
@@ -105,19 +117,24 @@ class CommandParser(Parser):
         return super().parse_known_args(args, namespace)
 
     def _is_unknown(self, word: str) -> bool:
-        begun = [option for option in self._long_options() if option.startswith(word)]
-        return (
-            word.startswith("-")
-            and " " not in word
-            and word not in self._option_string_actions
-            and len(begun) != 1
-        )
+        return word.startswith("-") and " " not in word and word not in self._option_string_actions
 
     def _long_options(self) -> list[str]:
         return [option for option in self._option_string_actions if option.startswith("--")]
 
     def _suggestion(self, word: str) -> str:
-        """The end of a message about an unknown option (see `_check.suggestion`)."""
+        """The end of a message about an unknown option (see `_check.suggestion`).
+
+        Values count as names of their options: for --int8, the suggestion is --compute int8. So does the
+        beginning of a single option.
+        """
+        options = [action for action in self._actions if action.choices and action.option_strings]
+        values = [option.option_strings[-1] for option in options if word[2:] in (option.choices or ())]
+        if values:
+            return f"; did you mean {values[0]} {word[2:]}?"
+        begun = [option for option in self._long_options() if option.startswith(word)]
+        if len(begun) == 1 and word.startswith("--"):
+            return f"; did you mean {begun[0]}?"
         in_order = {
             action.dest: action.metavar
             for action in self._actions
@@ -134,6 +151,14 @@ class CommandParser(Parser):
 
         names = [option[2:].replace("-", "_") for option in self._long_options()]
         return _check.suggestion(word.lstrip("-").replace("-", "_"), [*in_order, *names], show)
+
+
+def _value_of(action: argparse.Action) -> str:
+    """A description of the value of an option: the possible values, or the beginning of the help text."""
+    if action.choices:
+        return f"one of {', '.join(map(str, action.choices))}"
+    about = re.split(r"[:;(]", (action.help or "").replace("%%", "%"))[0].strip()
+    return f"{action.metavar or 'a value'} ({about})"
 
 
 def parser_of(words: Sequence[str]) -> Parser:
@@ -330,7 +355,8 @@ def _help_of(field: "dataclasses.Field[Any]") -> str:
     if isinstance(default, tuple):
         text += "" if "repeatable" in text else " (repeatable)"
         default = " ".join(default)
-    return text if default is None or default is False or default == "" else f"{text} (default: {default})"
+    says_default = "(default: " in text or default is None or default is False or default == ""
+    return text if says_default else f"{text} (default: {default})"
 
 
 def _add_switch(group: argparse._ActionsContainer, field: "dataclasses.Field[Any]", text: str) -> None:

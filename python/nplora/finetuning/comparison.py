@@ -235,9 +235,7 @@ def _named(adapters: object) -> dict[str, Adapters]:
     elif isinstance(adapters, Sequence) and not isinstance(adapters, str | tuple):
         names = list(map(name_of, adapters))
         if twice := [name for name in names if names.count(name) > 1]:
-            raise ValueError(
-                f"compare: adapter {twice[0]} is given twice; a dictionary can give each adapter a name"
-            )
+            raise ValueError(f"compare: adapter {twice[0]} is given twice, expected each adapter once")
         found = dict(zip(names, adapters, strict=True))
     else:
         raise TypeError(f"compare: adapters is {brief(adapters)}, expected a list or a dictionary")

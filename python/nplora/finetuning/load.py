@@ -179,7 +179,10 @@ def require_validation(op: str, options: FinetuneOptions, given: bool) -> None:
     """Raise a ValueError if an option needs validation data, and there are none."""
     for name in ("eval_every", "patience"):
         if getattr(options, name) is not None and not given:
-            raise ValueError(f"{op}: {name} needs validation data: give valid or valid_split")
+            raise ValueError(
+                f"{op}: {name} needs validation data: give --valid (valid=...) or --valid-split "
+                "(valid_split=...)"
+            )
 
 
 def require_plain(op: str, lm: LanguageModel) -> None:

@@ -490,10 +490,11 @@ class FinetuneOptions:
                 "the word filter does not compute the head's backward pass in int8"
             )
         if trains_head:
+            names = ("trainable_tokens", "add_tokens", "modules_to_save")
+            cause = next((name for name in names if getattr(self, name)), "the adapter to continue from")
             raise ValueError(
                 f"{op}: int8_head='on' needs a head without trained rows, because their backward pass is not "
-                "in int8; trainable_tokens, add_tokens, modules_to_save or the adapter to continue from "
-                "trains them"
+                f"in int8; {cause} trains rows of the head"
             )
 
     def _check_numbers(self, op: str) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from nplora import _core
+from nplora.formats.errors import counted
 from nplora.models.head import SECTION as HEAD
 from nplora.runtime import get_num_threads
 from nplora.runtime.profile import Profiler, Total
@@ -87,7 +88,7 @@ class StepProfile:
         each, floor = (1e3 * seconds / max(1, self.steps) for seconds in (self.seconds, self.floor))
         lines.append(f"{'all':<26}{each:9.1f}{1:8.1%}")
         lines.append(f"products alone, at the peak rates: {floor:.1f} ms a step")
-        lines.append(f"peak rates on {self.threads} threads, in GFLOP/s: {peaks}")
+        lines.append(f"peak rates on {counted(self.threads, 'thread')}, in GFLOP/s: {peaks}")
         return "\n".join(lines)
 
     def _line(self, row: ProfileRow) -> str:

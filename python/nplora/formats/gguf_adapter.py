@@ -113,7 +113,8 @@ def from_file(file: GgufFile) -> GgufAdapter:
     """Read an adapter from an open GGUF file. Raises the errors of `load`."""
     kind = file.metadata.string("general.type")
     if kind != "adapter":
-        raise FormatError(f"{file.source}: general.type is {brief(kind)}, expected 'adapter'")
+        what = "; this is a model file, not an adapter" if kind == "model" else ""
+        raise FormatError(f"{file.source}: general.type is {brief(kind)}, expected 'adapter'{what}")
     kind = file.metadata.string("adapter.type")
     if kind != "lora":
         raise UnsupportedError(f"{file.source}: adapter.type is {brief(kind)}, expected 'lora'")

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from nplora import _check
-from nplora.nn.linear import Linear
+from nplora.nn.linear import Linear, describe_weight
 from nplora.nn.lora_linear import LoRALinear
 from nplora.nn.module import Gradient, Parameter, Saved, SharedWeights, inferring, quiet
 from nplora.nn.windows import Windows, pair
@@ -148,7 +148,7 @@ class Conv2d(_Convolution, Linear):
         return _backward(self._windows, gradient, saved, super().backward, need_dx)
 
     def __repr__(self) -> str:
-        parts = [f"{(self.shape[0], *self.kernel)}", f"dtype={str(self.weight.dtype)!r}"]
+        parts = [f"{(self.shape[0], *self.kernel)}", *describe_weight(self.weight)]
         return f"Conv2d({', '.join([*parts, *self._windows.describe(), f'trainable={self.trainable}'])})"
 
 

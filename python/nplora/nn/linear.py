@@ -209,7 +209,16 @@ class Linear(Prepared, Module):
         )
 
     def __repr__(self) -> str:
-        return f"Linear({self.shape}, dtype={str(self.weight.dtype)!r}, trainable={self.trainable})"
+        parts = [f"{self.shape}", *describe_weight(self.weight), f"trainable={self.trainable}"]
+        return f"Linear({', '.join(parts)})"
+
+
+def describe_weight(weight: FrozenWeight | Array) -> list[str]:
+    """The parts of a layer's repr that say how its weight is stored, and how it computes if it rounds."""
+    parts = [f"dtype={str(weight.dtype)!r}"]
+    if isinstance(weight, FrozenWeight) and weight.rounds:
+        parts.append(f"compute={weight.compute!r}")
+    return parts
 
 
 @functools.cache

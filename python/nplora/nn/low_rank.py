@@ -11,6 +11,7 @@ import numpy.typing as npt
 from nplora import _check, _core
 from nplora.lora.delta import LoraDelta
 from nplora.lora.merging import MergeReport, merge_weight
+from nplora.nn.linear import describe_weight
 from nplora.nn.module import AdapterLayer, Commit, Parameter
 from nplora.nn.prepared import Prepared
 from nplora.nn.principal import PRINCIPAL_INITS, principal_factors
@@ -398,9 +399,7 @@ class LoRALayer(Prepared, AdapterLayer):
         d_out, d_in = self.weight.shape
         flags = [name for name in ("use_rslora", "use_dora", "freeze_B", "merged") if getattr(self, name)]
         parts = [f"({d_out}, {d_in})", f"rank={self.rank}", f"alpha={self.alpha:g}"]
-        parts.append(f"dtype={self.weight.dtype!r}")
-        if self.weight.rounds:
-            parts.append(f"compute={self.weight.compute!r}")
+        parts += describe_weight(self.weight)
         if self._taken is not None:  # the weight is only a part of the original W
             parts.append(f"init={self.init!r}")
         if self.dropout:

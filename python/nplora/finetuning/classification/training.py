@@ -335,7 +335,10 @@ class _Training:
         self.train, self.valid = self._read(splits.train, held_out)
         require_same_data(ranks, self.train, self.valid, op)
         if self.valid is None and options.calibrate:
-            raise ValueError(f"{op}: calibrate needs validation data: give valid or valid_split")
+            raise ValueError(
+                f"{op}: calibrate needs validation data: give --valid (valid=...) or --valid-split "
+                "(valid_split=...)"
+            )
         labels = self.train.labels(self.task)
         encoder = opened_encoder(op, model, options.compute)
         if isinstance(model, Encoder) and model.adapter_layers():

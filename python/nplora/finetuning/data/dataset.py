@@ -103,13 +103,18 @@ class ReadOptions:
             raise TypeError(f"{op}: columns is {_check.kind(self.columns)}, expected a dictionary")
         for name, theirs in self.columns.items():
             if name not in FIELDS:
-                near = nearest_names(str(name), FIELDS, 1)
-                possible = f"did you mean {near[0]!r}?" if near else f"possible: {', '.join(FIELDS)}"
-                order = f"; nplora's name comes before the equals sign: {theirs}={name}"
-                raise ValueError(
-                    f"{op}: columns has the key {brief(name)}, which no format has; {possible}"
-                    f"{order if theirs in FIELDS else ''}"
-                )
+                hint = _hint_of_key(str(name), theirs)
+                raise ValueError(f"{op}: columns has the key {brief(name)}, which no format has; {hint}")
+
+
+def _hint_of_key(name: str, theirs: str) -> str:
+    """A hint for a key of `columns` that no format has, and for its value `theirs`."""
+    near = nearest_names(name, FIELDS, 1, cutoff=0.6)
+    if near and not (theirs in FIELDS and name.lower() in FIELDS):
+        return f"did you mean {near[0]!r}?"
+    possible = [] if near else [f"possible: {', '.join(FIELDS)}"]
+    order = f"nplora's name comes before the equals sign: {theirs}={name}"
+    return "; ".join([*possible, *([order] if theirs in FIELDS else [])])
 
 
 def read_dataset(

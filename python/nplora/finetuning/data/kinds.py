@@ -9,7 +9,7 @@ from typing import Any
 from nplora.finetuning.data.examples import Chat, Example, Judged, Preference
 from nplora.finetuning.data.parsing import choices, messages, preferences, sharegpt, texts
 from nplora.finetuning.data.parsing.fields import CONTEXT, Fields
-from nplora.formats.errors import DataError, brief
+from nplora.formats.errors import DataError, brief, nearest_names
 
 
 @dataclass(frozen=True)
@@ -92,9 +92,8 @@ def _renames(names: list[str]) -> str:
     message says how to rename these two fields.
     """
     spelled = {name.lower(): name for name in reversed(names)}
-    sign = next((sign for sign in ";\t|," if len(names) == 1 and sign in names[0]), None)
-    if sign is not None:
-        return f"{sign!r} seems to separate the columns; a .csv file needs commas, a .tsv file tabs"
+    if separator := _separator_hint(names):
+        return separator
     prompt, answer = (
         next((spelled[n] for n in known if n in spelled), None)
         for known in (("prompt", *preferences.PROMPTS), ("completion", *_ANSWERS))
@@ -106,6 +105,14 @@ def _renames(names: list[str]) -> str:
         f"--columns prompt={prompt},completion={answer} (columns={columns}) reads the fields "
         f"{prompt!r} and {answer!r}"
     )
+
+
+def _separator_hint(names: list[str]) -> str:
+    """A hint for a table whose columns are not separated, so that a row has one field; otherwise ""."""
+    sign = next((sign for sign in ";\t|," if len(names) == 1 and sign in names[0]), None)
+    if sign is None:
+        return ""
+    return f"{sign!r} seems to separate the columns; a .csv file needs commas, a .tsv file tabs"
 
 
 def _kinds_with(names: list[str], is_judged: bool) -> dict[str, str]:
@@ -135,14 +142,24 @@ def renamed(values: dict[str, Any], columns: Mapping[str, str], where: str) -> d
     """
     if not columns:
         return values
-    for theirs in columns.values():
+    for ours, theirs in columns.items():
         if theirs not in values:
             raise DataError(
                 f"{where}: the row has no field {theirs!r} that --columns (columns=...) renames; it has "
-                f"{brief(list(values))}"
+                f"{brief(list(values))}{_missing_hint(ours, theirs, list(values))}"
             )
     others = {k: v for k, v in values.items() if k not in columns and k not in columns.values()}
     return others | {ours: values[theirs] for ours, theirs in columns.items()}
+
+
+def _missing_hint(ours: str, theirs: str, names: list[str]) -> str:
+    """The end of the error message for a row without the field `theirs`, which should be read as `ours`."""
+    if separator := _separator_hint(names):
+        return f"; {separator}"
+    if ours in names and theirs in FIELDS:
+        return f"; nplora's name comes before the equals sign: {theirs}={ours}"
+    near = nearest_names(theirs, names, 1, cutoff=0.6)
+    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def lost_context(values: Mapping[str, Any], example: Example) -> tuple[str, ...]:

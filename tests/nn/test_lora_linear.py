@@ -554,17 +554,24 @@ def test_a_frozen_weight_keeps_its_own_storage() -> None:
     [
         ("float32", "bfloat16", "computes in float32; pass W.with_compute('bfloat16') instead"),
         ("q8_0", "int8", "computes in float32; pass W.with_compute('int8') instead"),
-        ("float64", "bfloat16", "computes in float64"),
+        ("float64", "bfloat16",
+         "computes in float64; pass FrozenWeight(W.to_numpy(), dtype='float32', compute='bfloat16') instead"),
         ("float32", "int8", "computes in float32; pass W.with_compute('int8') instead"),
-        ("float64", "int8", "computes in float64"),
+        ("float64", "int8",
+         "computes in float64; pass FrozenWeight(W.to_numpy(), dtype='float32', compute='int8') instead"),
     ],
-)
+)  # fmt: skip
 def test_a_frozen_weight_keeps_its_own_arithmetic(dtype: str, compute: str, message: str) -> None:
     fw = nplora.FrozenWeight(np.ones((9, 64)), dtype=dtype)
     with pytest.raises(ValueError, match=f"LoRALinear: .*{re.escape(message)}$"):
         LoRALinear(fw, compute=compute)
+    assert LoRALinear(fw, compute="float32").weight is fw
     if "with_compute" in message:
-        assert LoRALinear(fw.with_compute(compute), compute=compute).weight.compute == compute
+        rounded = fw.with_compute(compute)
+        assert LoRALinear(rounded, compute=compute).weight is LoRALinear(rounded).weight is rounded
+        for layer in (LoRALinear, nplora.Linear):
+            with pytest.raises(ValueError, match=r"pass W\.with_compute\('float32'\) instead"):
+                layer(rounded, compute="float32")
 
 
 def test_a_layer_that_computes_in_bfloat16_stays_near_and_keeps_its_compute_when_merged(

@@ -82,8 +82,8 @@ class Parser(argparse.ArgumentParser):
     The beginning of an option does not stand for the option: it might mean another option in a later version.
     """
 
-    def __init__(self, *args: Any, **more: Any) -> None:
-        super().__init__(*args, allow_abbrev=False, **more)
+    def __init__(self, **more: Any) -> None:
+        super().__init__(allow_abbrev=False, **more)
 
     def error(self, message: str) -> NoReturn:
         text = one_line(message)

@@ -96,7 +96,7 @@ class Conv2d(_Convolution, Linear):
         dilation: int | tuple[int, int] = 1,
         kernel_size: int | tuple[int, int] | None = None,
         dtype: npt.DTypeLike | None = None,
-        compute: str = "float32",
+        compute: str | None = None,
         trainable: bool = False,
     ) -> None:
         matrix, self._windows = _matrix("Conv2d", W, kernel_size, stride, padding, dilation)
@@ -192,7 +192,7 @@ class LoRAConv2d(_Convolution, LoRALinear):
         dilation: int | tuple[int, int] = 1,
         kernel_size: int | tuple[int, int] | None = None,
         dtype: npt.DTypeLike | None = None,
-        compute: str = "float32",
+        compute: str | None = None,
         init: str = "zero",
         dropout: float = 0.0,
         use_rslora: bool = False,

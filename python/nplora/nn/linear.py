@@ -43,7 +43,7 @@ class Linear(Prepared, Module):
         bias: array (d_out,) or None.
         dtype: the storage format of W, as in LoRALinear. A trainable weight must be "float32" or "float64".
         compute: the arithmetic of products with a frozen weight: "float32", "bfloat16" or "int8", as in
-            FrozenWeight.
+            LoRALinear.
         trainable: whether W and `bias` themselves are trained, as the parameters "weight" and "bias".
             Products with a trainable weight are computed in the weight's dtype.
     Attributes:
@@ -62,13 +62,13 @@ class Linear(Prepared, Module):
         W: npt.ArrayLike | FrozenWeight,
         bias: npt.ArrayLike | None = None,
         dtype: npt.DTypeLike | None = None,
-        compute: str = "float32",
+        compute: str | None = None,
         trainable: bool = False,
     ) -> None:
         frozen = freeze("Linear", W, dtype, compute)
         self.shape = frozen.shape
         self.trainable = bool(trainable)
-        if trainable and compute != "float32":
+        if trainable and compute not in (None, "float32"):
             raise ValueError(f"Linear: compute={compute!r} with trainable=True, expected compute='float32'")
         self.weight = trainable_copy("Linear", frozen) if trainable else frozen
         self._dtype = frozen.compute_dtype

@@ -75,7 +75,8 @@ class LoRALinear(LoRALayer):
             quantised ("q8_0", "q4_1", "nf4", ...). None: the format of W if W is a FrozenWeight,
             and "float32" if W is an array (even a float64 array). With "float64" all arrays are float64;
             otherwise x is converted to float32.
-        compute: the arithmetic of products with W, as in FrozenWeight: "float32", "bfloat16" or "int8".
+        compute: the arithmetic of products with W, as in FrozenWeight: "float32", "bfloat16" or "int8". None:
+            the arithmetic of W if W is a FrozenWeight, and "float32" if W is an array.
         init: how the factors A and B start.
 
             - "zero": A is 0, and B is drawn from U(±1/sqrt(d_in)). At first, the layer computes x Wᵀ.
@@ -111,7 +112,7 @@ class LoRALinear(LoRALayer):
         alpha: float = 16,
         bias: npt.ArrayLike | None = None,
         dtype: npt.DTypeLike | None = None,
-        compute: str = "float32",
+        compute: str | None = None,
         init: str = "zero",
         dropout: float = 0.0,
         use_rslora: bool = False,

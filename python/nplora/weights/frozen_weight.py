@@ -643,18 +643,26 @@ def _few_at_a_time(product: Callable[[Array], Array], x: npt.ArrayLike) -> Array
 
 
 def freeze(
-    op: str, W: npt.ArrayLike | FrozenWeight, dtype: npt.DTypeLike | None, compute: str = "float32"
+    op: str, W: npt.ArrayLike | FrozenWeight, dtype: npt.DTypeLike | None, compute: str | None = None
 ) -> FrozenWeight:
-    """Pack W if it is an array. If W is a FrozenWeight, check `dtype` and `compute`, and return W itself."""
+    """Pack W if it is an array. If W is a FrozenWeight, check `dtype` and `compute`, and return W itself.
+
+    Args:
+        compute: None: the arithmetic of W if W is a FrozenWeight, and "float32" if W is an array.
+    """
     if not isinstance(W, FrozenWeight):
-        return FrozenWeight(W, dtype_name(op, dtype), compute)
+        return FrozenWeight(W, dtype_name(op, dtype), "float32" if compute is None else compute)
     if dtype is not None and dtype_name(op, dtype) != W.dtype:
         raise ValueError(
             f"{op}: dtype={dtype_name(op, dtype)!r}, but W is a FrozenWeight stored as {W.dtype}"
         )
-    if _check.choice(op, "compute", compute, COMPUTES) in ("float32", W.compute):
+    # As for an array, "float32" is accepted for a matrix in float64, which computes in float64.
+    accepted = (W.compute, "float32") if W.dtype == "float64" else (W.compute,)
+    if compute is None or _check.choice(op, "compute", compute, COMPUTES) in accepted:
         return W
-    way = "" if W.dtype == "float64" else f"; pass W.with_compute({compute!r}) instead"
+    way = f"; pass W.with_compute({compute!r}) instead"
+    if W.dtype == "float64":
+        way = f"; pass FrozenWeight(W.to_numpy(), dtype='float32', compute={compute!r}) instead"
     raise ValueError(f"{op}: compute={compute!r}, but W is a FrozenWeight that computes in {W.compute}{way}")
 
 

@@ -181,18 +181,24 @@ def test_a_resumed_run_says_what_it_keeps_and_which_options_continue_it(
         start = f"nplora: error: {out}: the run cannot continue with other data or settings: "
         return capsys.readouterr().err.splitlines()[-1].removeprefix(start)
 
-    end = ", as before, the run continues; --overwrite starts a new run"
-    assert refused("--compute", "float32").endswith(f"is float32 in 14 layers; with --compute int8{end}")
-    assert refused("--rank", "3", "--alpha", "8").endswith(f"; with --rank 2 and --alpha 16.0{end}")
+    before = ", as before, the run continues"
+    end, change = (
+        "; --overwrite starts a new run",
+        "; --change-compute continues the run in the new arithmetic",
+    )
+    assert refused("--compute", "float32").endswith(
+        f"is float32 in 14 layers; with --compute int8{before}{change}{end}"
+    )
+    assert refused("--rank", "3", "--alpha", "8").endswith(f"; with --rank 2 and --alpha 16.0{before}{end}")
     assert refused("--filter-vocabulary", "0") == (
-        f"--filter-vocabulary was 1e-05, is not set; with --filter-vocabulary 1e-05{end}"
+        f"--filter-vocabulary was 1e-05, is not set; with --filter-vocabulary 1e-05{before}{end}"
     )
     assert cli.main([*line, "--overwrite", "--compute", "int8", "--int8-head", "on"]) == 0
     assert cli.main([*line, "--resume"]) == 0
     kept = f"{out}: the run continues with --compute int8 and --int8-head on, as before"
     assert capsys.readouterr().err.splitlines().count(kept) == 1
     assert cli.main([*line, "--resume", "--int8-head", "off", "--compute", "int8"]) == 2
-    assert f"--int8-head was on, is off; with --int8-head on{end}" in capsys.readouterr().err
+    assert f"--int8-head was on, is off; with --int8-head on{before}{change}{end}" in capsys.readouterr().err
 
 
 def test_a_report_that_cannot_be_printed_says_that_the_adapter_is_saved(

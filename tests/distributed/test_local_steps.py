@@ -89,7 +89,7 @@ def test_all_ranks_return_the_same_blocks_to_bfloat16(
         """On each rank, another part is inexact, as long as it computes in int8."""
         is_worse = any(layer.int8 for layer in int8_check.layers_of(own.lm, [own.worse]))
         cosines = {name: 0.5 if is_worse and name == own.worse else 0.99 for name in own.names}
-        return int8_check.Errors(0.99, cosines, 0.0)
+        return int8_check.Errors(0.99, cosines, 0.0, 1.0)
 
     own = threading.local()
     monkeypatch.setattr(int8_check.Comparison, "measure", measured)
@@ -117,7 +117,7 @@ def test_nothing_is_compared_if_the_loss_of_one_rank_is_not_finite(
     def found(*_: Any) -> Any:
         if own.rank == 1:
             raise NonFiniteLossError("the loss is nan")
-        return int8_check.Errors(0.5, {"model.layers.0": 0.5}, 0.0)
+        return int8_check.Errors(0.5, {"model.layers.0": 0.5}, 0.0, 1.0)
 
     own = threading.local()
     monkeypatch.setattr(int8_check.Comparison, "measure", found)

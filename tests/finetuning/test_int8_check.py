@@ -165,6 +165,29 @@ def test_only_the_part_that_causes_the_errors_returns_to_bfloat16(tmp_path: Path
         assert abs(before.loss) > 0.1
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_int8_is_not_blamed_if_bfloat16_is_not_finite_either(path: Path, value: float) -> None:
+    lm, said, run = with_adapter(path, "int8"), list[str](), RunOfSteps()
+
+    def diverged() -> float:
+        loss = add_gradient(lm)
+        next(iter(lm.parameters())).grad[0, 0] = value
+        return loss
+
+    Int8Check(lm, diverged, said.append).on_step_end(run, None)  # type: ignore[arg-type]
+    assert [line.partition(": the sample has a loss or a gradient that")[0] for line in said] == [
+        "step 1: the gradients in int8 and bfloat16 are not compared"
+    ]
+    assert run.rows == []
+    assert all(layer.int8 for layer in layers_of(lm, int8_parts(lm)))
+
+
+@pytest.mark.parametrize(("difference", "size"), [(0.05, 1), (-0.25, 1), (0.5, 2)])
+def test_the_limit_of_a_difference_follows_the_loss(difference: float, size: float) -> None:
+    loss = (abs(difference) / size - 0.05) / 0.02
+    assert Errors(1.0, {}, difference, loss).size(0.95) == pytest.approx(size)
+
+
 @pytest.mark.parametrize("options", [{"trainable_tokens": (5, 6)}, {"targets": ("q_proj", "lm_head")}])
 def test_a_trained_head_returns_to_bfloat16(tmp_path: Path, options: dict[str, Any]) -> None:
     lm = nplora.load_model(outlier(tmp_path, "lm_head"), compute="int8")

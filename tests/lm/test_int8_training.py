@@ -235,7 +235,9 @@ def test_a_run_continues_in_another_arithmetic_if_this_is_asked_for(
 ) -> None:
     changed = changed.format(head=settings(int8_run)["int8_head"])
     options = {**SHORT, **options, "steps": 4, "resume": True}
-    with pytest.raises(ValueError, match=f"{changed}; --change-compute .change_compute=True. continues"):
+    with pytest.raises(
+        ValueError, match=f"{changed}; with .*; --change-compute .change_compute=True. continues"
+    ):
         finetune(model, ROWS, int8_run, **options)
     with (
         pytest.warns(UserWarning, match="total_steps"),
@@ -251,7 +253,10 @@ def test_a_run_continues_in_another_arithmetic_if_this_is_asked_for(
 
 def test_another_change_is_refused_even_if_the_arithmetic_may_change(model: Path, int8_run: Path) -> None:
     options = {**SHORT, "compute": "bfloat16", "batch_examples": 3, "steps": 4, "resume": True}
-    with pytest.raises(ValueError, match=r"batch_examples was 4, is 3; --overwrite"):
+    with pytest.raises(
+        ValueError,
+        match=r"batch_examples was 4, is 3; with batch_examples=4, as before, the run continues; --overwrite",
+    ):
         finetune(model, ROWS, int8_run, change_compute=True, **options)
 
 

@@ -25,11 +25,11 @@ EVERY = 100  # steps between two comparisons; there is also one after the first 
 # The least cosine between a part's gradients in int8 and in bfloat16. SmolLM2 has about 0.985. At 0.95, the
 # norm of the error is a third of the gradient's norm, which is less than the noise of a batch.
 LEAST_COSINE = 0.95
-# The largest difference between the mean losses of the sample in int8 and in bfloat16. SmolLM2 has 0.01 to
-# 0.06 before training, and at most 0.01 after 30 steps. If the head is inexact, its probabilities may be
-# useless while all cosines are high, because the target dominates the gradient of the logits. The loss then
-# shows the error.
-LARGEST_DIFFERENCE = 0.1
+# The largest difference between the mean losses of the sample in int8 and in bfloat16: this number, plus this
+# share of the loss in bfloat16. A loss of 4.6 may differ by 0.14. SmolLM2 has 0.01 to 0.06 before training,
+# and at most 0.01 after 30 steps. If the head is inexact, its probabilities may be useless while all cosines
+# are high, because the target dominates the gradient of the logits. The loss then shows the error.
+LARGEST_DIFFERENCE, LARGEST_SHARE = 0.05, 0.02
 # The most trials of one comparison. A trial computes the gradient of the sample, with one more part of the
 # model in bfloat16.
 MOST_TRIALS = 6
@@ -50,23 +50,31 @@ class Errors:
         cosine: the cosine between the two gradients of the whole model.
         parts: the cosine for each part of the model that has parameters.
         loss: the mean loss minus the mean loss in bfloat16.
+        exact_loss: the mean loss in bfloat16.
     """
 
     cosine: float
     parts: dict[str, float]
     loss: float
+    exact_loss: float
 
     @classmethod
     def largest(cls, ranks: Sequence[Errors]) -> Errors:
         """The largest errors of several ranks: the smallest cosines, and the largest difference of losses."""
         parts = {part: min(each.parts[part] for each in ranks) for part in ranks[0].parts}
-        return cls(min(each.cosine for each in ranks), parts, max((each.loss for each in ranks), key=abs))
+        furthest = max(ranks, key=lambda each: each.size_of_loss)
+        return cls(min(each.cosine for each in ranks), parts, furthest.loss, furthest.exact_loss)
+
+    @property
+    def size_of_loss(self) -> float:
+        """The difference of the losses, relative to its limit."""
+        return abs(self.loss) / (LARGEST_DIFFERENCE + LARGEST_SHARE * abs(self.exact_loss))
 
     def size(self, least_cosine: float) -> float:
         """The largest error, relative to its limit. A size of at most 1 is accepted; NaN becomes infinity."""
         largest = max(1e-9, 1 - least_cosine)
         sizes = [(1 - cosine) / largest for cosine in (self.cosine, *self.parts.values())]
-        sizes.append(abs(self.loss) / LARGEST_DIFFERENCE)
+        sizes.append(self.size_of_loss)
         return math.inf if any(map(math.isnan, sizes)) else max(sizes)
 
 
@@ -75,7 +83,7 @@ class Int8Check(Callback):
 
     Every comparison uses the same sample of the training data. The parts of a model are its blocks, its head
     and its embedding. The errors of int8 are too large if a cosine between the two gradients, of a part or of
-    the whole model, is too small, or if the losses differ by more than LARGEST_DIFFERENCE. Then the check
+    the whole model, is too small, or if the losses differ by too much (see LARGEST_DIFFERENCE). Then the check
     searches for the part that causes the errors. A part's own cosine does not show this, because errors of
     one part change the gradients of the others. So the check tries the part with the smallest cosine, a part
     without a gradient of its own (a frozen head), and the part with the second smallest cosine. It tries a
@@ -85,8 +93,8 @@ class Int8Check(Callback):
     there is no such part, all parts do.
 
     The log has one line for each comparison. It also holds the error of the worst product (see
-    `ProductErrors.worst`); on several ranks, it is that of rank 0. If the loss of the sample is NaN or
-    infinite, nothing is compared, and a message says so.
+    `ProductErrors.worst`); on several ranks, it is that of rank 0. If the loss or the gradient of the sample is
+    not finite in bfloat16 either, nothing is compared, and a message says so.
 
     The check is a context manager. At the end of the `with` block, all parts can compute in int8 again.
 
@@ -282,6 +290,8 @@ class Comparison:
         with _undisturbed(model), without_int8():
             self._loss = add_gradient()
             self._exact = [values.copy() for _, values in self._sampled()]
+        if not all(np.isfinite(values).all() for values in (self._loss, *self._exact)):
+            raise NonFiniteLossError("the sample has a loss or a gradient that is not finite in bfloat16")
 
     def measure(self) -> Errors:
         """Compute the loss and the gradient in the current arithmetic of the model's layers."""
@@ -292,7 +302,7 @@ class Comparison:
                 for products in (whole, parts.setdefault(part_of(name), Products())):
                     products.add(values, exact)
         cosines = {part: products.cosine() for part, products in parts.items()}
-        return Errors(whole.cosine(), cosines, loss - self._loss)
+        return Errors(whole.cosine(), cosines, loss - self._loss, self._loss)
 
     def _sampled(self) -> Iterator[tuple[str, Array]]:
         for parameter in self._model.parameters():

@@ -83,18 +83,18 @@ class Int8Check(Callback):
 
     Every comparison uses the same sample of the training data. The parts of a model are its blocks, its head
     and its embedding. The errors of int8 are too large if a cosine between the two gradients, of a part or of
-    the whole model, is too small, or if the losses differ by too much (see LARGEST_DIFFERENCE). Then the check
-    searches for the part that causes the errors. A part's own cosine does not show this, because errors of
-    one part change the gradients of the others. So the check tries the part with the smallest cosine, a part
-    without a gradient of its own (a frozen head), and the part with the second smallest cosine. It tries a
-    part by computing this part in bfloat16 and measuring the errors again. The part that reduces the errors
+    the whole model, is too small, or if the losses differ by too much (see LARGEST_DIFFERENCE). Then the
+    check searches for the part that causes the errors. A part's own cosine does not show this, because errors
+    of one part change the gradients of the others. So the check tries the part with the smallest cosine, a
+    part without a gradient of its own (a frozen head), and the part with the second smallest cosine. It tries
+    a part by computing this part in bfloat16 and measuring the errors again. The part that reduces the errors
     most computes in bfloat16 for the rest of the run. This is repeated until the errors are small enough.
     After MOST_TRIALS trials without success, all parts whose cosines are too small compute in bfloat16; if
     there is no such part, all parts do.
 
     The log has one line for each comparison. It also holds the error of the worst product (see
-    `ProductErrors.worst`); on several ranks, it is that of rank 0. If the loss or the gradient of the sample is
-    not finite in bfloat16 either, nothing is compared, and a message says so.
+    `ProductErrors.worst`); on several ranks, it is that of rank 0. If the loss or the gradient of the sample
+    is not finite in bfloat16 either, nothing is compared, and a message says so.
 
     The check is a context manager. At the end of the `with` block, all parts can compute in int8 again.
 

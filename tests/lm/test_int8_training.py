@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import nplora
+from nplora import _core
 from nplora.finetuning import TokenLoss, finetune
 from nplora.finetuning.objectives import PackedLoss
 from nplora.finetuning.planning import choice, speed
@@ -273,6 +274,15 @@ def test_a_filter_of_words_does_not_resume_a_run_with_its_head_in_int8(model: Pa
     finetune(model, ROWS, tmp_path / "run", compute="int8", int8_head="on", steps=2, **SHORT)
     with pytest.raises(ValueError, match=r"filter_vocabulary was not set, is 0\.001"):
         finetune(model, ROWS, tmp_path / "run", filter_vocabulary=1e-3, steps=4, resume=True, **SHORT)
+
+
+def test_a_processor_without_vector_instructions_is_warned_of(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = {**_core.config(), "isa": "generic"}
+    monkeypatch.setattr(_core, "config", lambda: here)
+    with pytest.warns(UserWarning, match="compute='int8' is about 8 times slower than 'float32' here"):
+        nplora.plan(model, ROWS, compute="int8", rank=4, batch_examples=4)
 
 
 HEADS_WITHOUT_INT8: list[dict[str, Any]] = [

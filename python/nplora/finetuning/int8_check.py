@@ -290,7 +290,7 @@ class Comparison:
         with _undisturbed(model), without_int8():
             self._loss = add_gradient()
             self._exact = [values.copy() for _, values in self._sampled()]
-        if not all(np.isfinite(values).all() for values in (self._loss, *self._exact)):
+        if not math.isfinite(self._loss) or not all(np.isfinite(values).all() for values in self._exact):
             raise NonFiniteLossError("the sample has a loss or a gradient that is not finite in bfloat16")
 
     def measure(self) -> Errors:

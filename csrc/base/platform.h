@@ -97,8 +97,8 @@ inline constexpr int kFaultStatus = 135;  // 128 + SIGBUS on Linux; other system
 bool offers_tiles();
 bool request_tiles();
 
-// Whether an aarch64 processor has the instructions for dot products of bytes, for bfloat16, and for products
-// of int8 matrices (I8MM).
+// Each function returns whether an aarch64 processor has certain instructions: for dot products of bytes, for
+// bfloat16, or for products of int8 matrices (I8MM).
 bool has_arm_dot_products();
 bool has_arm_bf16();
 bool has_arm_i8mm();

@@ -269,9 +269,8 @@ void register_filtered_cross_entropy(py::module_& m) {
       arg("weight"), arg("logits").noconvert(), arg("targets").noconvert(), arg("factor"), arg("bound"),
       arg("mean").noconvert(), arg("losses").noconvert(), arg("skipped").noconvert(), arg("kept").noconvert(),
       arg("dx").noconvert(), arg("x").noconvert() = py::none(), arg("dweight").noconvert() = py::none(),
-      "The losses, and dx = factor (Σ p W + skipped mean - W[target]); Σ runs over the kept words; if "
-      "dweight "
-      "is given, dweight += factor (p - one_hot)^T x, without the skipped words");
+      "The losses, and dx = factor (Σ p W + skipped mean - W[target]), where Σ runs over the kept words. "
+      "If dweight is given: dweight += factor (p - one_hot)^T x, without the skipped words");
 }
 
 AttentionShape shape_of(const Floats& q, size_t kv_width, size_t heads, size_t kv_heads, double scale,

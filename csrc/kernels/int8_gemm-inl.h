@@ -443,7 +443,7 @@ inline void int8_multiply(size_t m, size_t n, size_t depth, const CodedRows& a, 
 
 // Measures the speed of int8 products. With twelve independent sums, no product waits for the result of
 // another product. As in a matrix product, the twelve products have different pairs of operands. If two pairs
-// were equal, the compiler could compute their product once.
+// were equal, the compiler could compute their product only once.
 inline double int8_peak(size_t iterations) {
   constexpr size_t kRows = 4, kVectors = 3;
   LaneInts operands[kVectors + kRows];

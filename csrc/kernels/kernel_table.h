@@ -470,9 +470,9 @@ struct Int8Gemm {
   // all columns of the panel. `depth` counts values and is at most kInt8Depth. The first column of `a` must
   // be the start of a group. If `scales` is null, all scales are 1. Within a group, products of codes are
   // summed in integers. The sums of the groups are then added in order, in float, and multiplied by `scales`
-  // at the end. If all values of `a` are below 2^109, these sums do not overflow: their magnitudes are at
-  // most kInt8Depth * 127 times the largest value. With larger values, a result can be infinite or NaN even
-  // if `scales` would make it finite.
+  // at the end. If all magnitudes in `a` are below 2^109, these sums do not overflow: their magnitudes are at
+  // most kInt8Depth * 127 times the largest magnitude in `a`. With larger magnitudes, a result can be
+  // infinite or NaN even if `scales` would make it finite.
   void (*multiply)(size_t m, size_t n, size_t depth, const CodedRows& a, const Int8Quad* w, size_t columns,
                    const float* scales, float* c, size_t c_stride, bool accumulate);
 

@@ -567,7 +567,7 @@ double peak(size_t iterations) {
 #pragma GCC unroll 12
     for (size_t i = 0; i < kSums; ++i)
       if constexpr (kValuesPerElement<E> == 1)
-        sums[i] = fma(sums[i], factor, x);  // no two sums are equal, so the compiler must compute each
+        sums[i] = fma(sums[i], factor, x);  // no two sums are equal, so each must be computed
       else
         sums[i] = fma(x, factor, sums[i]);
   }

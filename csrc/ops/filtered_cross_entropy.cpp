@@ -47,8 +47,8 @@ class KeptWords {
   size_t blocks() const { return blocks_; }
   size_t size() const { return size_; }
 
-  // Stores the likely words and the target of one row, and returns the number of stored words. `skipped`
-  // becomes the total probability of all other words. If the row has more than limit() likely words, returns
+  // Stores the likely words and the target of one row, and returns the number of stored words. Sets
+  // `skipped` to the total probability of all other words. If the row has more than limit() likely words, returns
   // the number of all words, and changes nothing.
   size_t keep(size_t row, const RowSum& sum, int32_t target, double factor, double bound, double* skipped);
 
@@ -171,7 +171,7 @@ void add_kept_rows(const WeightView& w, const KeptWords& kept, Matrix<float> dx)
   });
 }
 
-// The tokens of a block of tokens that keep a word, for each word of a block of words.
+// For each word of one block of words, the tokens that keep this word, from one block of tokens.
 class Keepers {
  public:
   // Sorts the kept words of one block of words and one block of at most kTokens tokens: by word, and for each
@@ -195,7 +195,8 @@ class Keepers {
     });
   }
 
-  // Adds the rows of x, times their weights, to the row of dw of one word. `x` is a part of the rows of x.
+  // Adds the rows of x of all tokens that keep one word, times their weights, to `dw`: the row of this word.
+  // `x` holds some columns of these rows.
   void add(size_t word, size_t columns, const kernels::Panels<float>& x, float* dw) const {
     const size_t first = word ? ends_[word - 1] : 0, count = ends_[word] - first;
     if (count > 0)
@@ -208,8 +209,8 @@ class Keepers {
   std::array<size_t, kWords> ends_{};
 };
 
-// For each kept word, adds the row of x of its token, times the weight of the word, to the row of dw of the
-// word. A task computes some columns of dw for some words.
+// For each kept word of a token, adds the token's row of x, times the word's weight, to the word's row of dw.
+// A task computes some columns of dw for some words.
 void add_kept_inputs(const KeptWords& kept, const HeadGradient& head) {
   const Matrix<const float> x = head.x;
   const Matrix<float> dw = head.dw;

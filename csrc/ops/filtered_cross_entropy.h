@@ -24,7 +24,7 @@ struct FilteredRows {
   int64_t* kept;             // (n)
 };
 
-// The gradient of a trained W.
+// The input and the output of the gradient of a trained W. The gradient is added to `dw`.
 struct HeadGradient {
   Matrix<const float> x;  // (n, d_in), the input of the product with W
   Matrix<float> dw;       // (vocab, d_in)
@@ -36,7 +36,7 @@ struct HeadGradient {
 // Wijmans et al. 2024, word by word). The mean row μ of W replaces the row of each skipped word:
 //   dx = factor (Σ_kept p_w W_w + m μ - W_target),  where m = Σ_skipped p_w.
 // The error of a row of dx is `factor` · Σ_skipped p_w (W_w - μ). By the triangle inequality, the norm of
-// this error is at most `factor` · m · max_w ‖W_w - μ‖. This is true for any row μ. The mass m is at most
+// this error is at most `factor` · m · max_w ‖W_w - μ‖, whatever μ is. The mass m is at most
 // `bound` · (number of skipped words). Rounding in float32 adds the error of the sums in dx.
 //
 // If W is trained, `head` is not null, and the gradient of W is added to dw. The exact gradient is

@@ -60,7 +60,7 @@ class CodedBlock {
   void place(size_t rows, void* memory);
 
   // Quantises x (cols), and stores the result as row `row`. If `w_scales` (cols) is not null, each element of
-  // x is first multiplied by its scale.
+  // x is first multiplied by the corresponding element of `w_scales`.
   void quantize(size_t row, const float* x, const float* w_scales) const;
 
   // Does the same as `quantize`, but rounds stochastically. The random bits depend on `seed`, on `random_row`

@@ -54,7 +54,7 @@ inline bool backward_in_int8(const WeightView& w, size_t tokens) {
   return w.compute == Compute::kInt8 && tokens > kFloatBatch;
 }
 
-// The arithmetic of one layer: of its product with W, and of its update.
+// The arithmetic of a layer's product with W, and of its low-rank update.
 struct LayerArithmetic {
   Arithmetic product, update;
 };
@@ -66,8 +66,8 @@ inline LayerArithmetic arithmetic_of_floats(const WeightView& w, bool pairs) {
   return {both, both};
 }
 
-// The arithmetic of a forward pass, and of a backward pass. `int8` is true if the caller permits int8 for
-// large batches.
+// These two functions return the arithmetic of a forward pass and of a backward pass. `int8` is true if the
+// caller permits int8 for large batches.
 inline LayerArithmetic forward_arithmetic(const WeightView& w, size_t tokens, bool int8) {
   const bool small = tokens <= kernels::kSmallBatch;
   if (small && dots_int8(w)) return {Arithmetic::kInt8, Arithmetic::kFloat32};

@@ -433,9 +433,9 @@ def filtered_cross_entropy(
     number of words in the sum. If x (n, d) and dweight (vocab, d) are given, dweight += factor ·
     (p - one_hot)ᵀ x, without the skipped words of each row.
 
-    If more than a quarter of all words have p >= bound, `kept` is the number of all words: the logits and the
-    dx of the row do not change, the row adds nothing to dweight, and its `skipped` is 0. All other logits
-    become undefined. The weight must not be float64.
+    If more than a quarter of all words have p >= bound in a row, `kept` is the number of all words: the
+    logits and the dx of the row do not change, the row adds nothing to dweight, and its `skipped` is 0. The
+    logits of all other rows become undefined. The weight must not be float64.
     """
 
 class Constants(NamedTuple):

@@ -73,10 +73,10 @@ class Spelling:
     in "--resume ... (resume=True)", the parentheses are removed.
 
     A message about a file begins with the file's name, and may name fields of the file. The fields of a file
-    may have the same names as options. So in a message about a file, a keyword is replaced only if a value
-    follows the keyword, as in `rank=8`, or the word "was", or if it stands after the word "no". In a message
-    about a row of a file, nothing is replaced. A word that the user has typed as an argument is not replaced
-    either, because the word may be the name of a file.
+    may have the same names as options. So in a message about a file, a keyword is replaced only before a
+    value, as in `rank=8`, before the word "was", and after the word "no". In a message about a row of a file,
+    nothing is replaced. A word that the user has typed as an argument is not replaced either, because the
+    word may be the name of a file.
 
     Args:
         options: a dict from keywords to options of the command.

@@ -79,7 +79,7 @@ class WrongArguments(SystemExit):
 class Parser(argparse.ArgumentParser):
     """A parser that prints an error as one line.
 
-    The beginning of an option does not stand for the option: it might mean another option in a later version.
+    Options cannot be abbreviated: in a later version, an abbreviation might fit several options.
     """
 
     def __init__(self, **more: Any) -> None:
@@ -125,8 +125,8 @@ class CommandParser(Parser):
     def _suggestion(self, word: str) -> str:
         """The end of a message about an unknown option (see `_check.suggestion`).
 
-        Values count as names of their options: for --int8, the suggestion is --compute int8. So does the
-        beginning of a single option.
+        If the word names a value of an option, the suggestion is this option with the value: for --int8, it
+        is --compute int8. If the word is the beginning of exactly one option, the suggestion is this option.
         """
         options = [action for action in self._actions if action.choices and action.option_strings]
         values = [option.option_strings[-1] for option in options if word[2:] in (option.choices or ())]

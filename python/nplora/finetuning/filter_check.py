@@ -1,4 +1,4 @@
-"""FilterCheck: says once if a word filter costs more time than it saves."""
+"""FilterCheck: prints a message if a word filter costs more time than it saves."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ _SLOWER = 1.1
 class FilterCheck(Callback):
     """Compares the time of the head's gradients with and without a word filter, once in a run.
 
-    The time without the filter does not depend on the probabilities. So it is measured with logits that are
-    all 0, after the step, and the check changes no gradient.
+    The time without the filter does not depend on the probabilities. So the check measures this time after a
+    step, with logits that are all 0. The check changes no gradient.
 
     Args:
         head: a head to which the filter applies.
@@ -55,8 +55,9 @@ class FilterCheck(Callback):
             self._say(
                 f"step {run.step}: filter_vocabulary={self._filter.bound:g} makes the steps slower: the "
                 f"gradients of the output layer take {1e3 * seconds:.3g} ms for {rows} tokens, and about "
-                f"{1e3 * plain:.3g} ms without the filter. It keeps {statistics.fmean(self._kept):.1%} of "
-                "the vocabulary. Leave the option out, or choose a larger probability"
+                f"{1e3 * plain:.3g} ms without the filter. The filter keeps "
+                f"{statistics.fmean(self._kept):.1%} of the vocabulary. Leave the option out, or choose a "
+                "larger probability"
             )
 
 

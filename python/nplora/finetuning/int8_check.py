@@ -25,10 +25,11 @@ EVERY = 100  # steps between two comparisons; there is also one after the first 
 # The least cosine between a part's gradients in int8 and in bfloat16. SmolLM2 has about 0.985. At 0.95, the
 # norm of the error is a third of the gradient's norm, which is less than the noise of a batch.
 LEAST_COSINE = 0.95
-# The largest difference between the mean losses of the sample in int8 and in bfloat16: this number, plus this
-# share of the loss in bfloat16. A loss of 4.6 may differ by 0.14. SmolLM2 has 0.01 to 0.06 before training,
-# and at most 0.01 after 30 steps. If the head is inexact, its probabilities may be useless while all cosines
-# are high, because the target dominates the gradient of the logits. The loss then shows the error.
+# The largest difference between the mean losses of the sample in int8 and in bfloat16 is the first number
+# plus the second number times the loss in bfloat16. A loss of 4.6 may differ by 0.14. SmolLM2 has 0.01 to
+# 0.06 before training, and at most 0.01 after 30 steps. If the head is inexact, its probabilities may be
+# useless while all cosines are high, because the target dominates the gradient of the logits. The loss then
+# shows the error.
 LARGEST_DIFFERENCE, LARGEST_SHARE = 0.05, 0.02
 # The most trials of one comparison. A trial computes the gradient of the sample, with one more part of the
 # model in bfloat16.
@@ -86,15 +87,15 @@ class Int8Check(Callback):
     the whole model, is too small, or if the losses differ by too much (see LARGEST_DIFFERENCE). Then the
     check searches for the part that causes the errors. A part's own cosine does not show this, because errors
     of one part change the gradients of the others. So the check tries the part with the smallest cosine, a
-    part without a gradient of its own (a frozen head), and the part with the second smallest cosine. It tries
-    a part by computing this part in bfloat16 and measuring the errors again. The part that reduces the errors
-    most computes in bfloat16 for the rest of the run. This is repeated until the errors are small enough.
-    After MOST_TRIALS trials without success, all parts whose cosines are too small compute in bfloat16; if
-    there is no such part, all parts do.
+    part without a gradient of its own (a frozen head), and the part with the second smallest cosine. In a
+    trial, the part computes in bfloat16, and the errors are measured again. The part whose trial has the
+    smallest errors computes in bfloat16 for the rest of the run. This is repeated until the errors are small
+    enough. If MOST_TRIALS trials do not suffice, or if no trial reduces the errors, all parts whose cosines
+    are too small compute in bfloat16; if there is no such part, all parts do.
 
-    The log has one line for each comparison. It also holds the error of the worst product (see
-    `ProductErrors.worst`); on several ranks, it is that of rank 0. If the loss or the gradient of the sample
-    is not finite in bfloat16 either, nothing is compared, and a message says so.
+    The log has one line for each comparison. The line also holds the error of the worst product (see
+    `ProductErrors.worst`), on several ranks that of rank 0. If `add_gradient` raises NonFiniteLossError, or
+    if the loss or the gradient in bfloat16 is not finite, nothing is compared, and a message says so.
 
     The check is a context manager. At the end of the `with` block, all parts can compute in int8 again.
 
@@ -166,8 +167,8 @@ class Int8Check(Callback):
             return
         if new := self._fallen_back[before:]:
             self._say(
-                f"step {run.step}: int8 is too inexact: {_described(found)}. From now on, some parts compute "
-                f"in bfloat16; then {_described(left)}. These parts are: {', '.join(new)}"
+                f"step {run.step}: int8 is too inexact: {_described(found)}. From now on, these parts "
+                f"compute in bfloat16: {', '.join(new)}. With this change, {_described(left)}"
             )
         worst = min(found.parts, key=lambda part: found.parts[part], default="")
         run.log(
@@ -274,7 +275,7 @@ class Int8Check(Callback):
 
 def _described(errors: Errors) -> str:
     worst = min(errors.cosine, *errors.parts.values()) if errors.parts else errors.cosine
-    return f"the smallest cosine of gradients is {worst:.3f}, the losses differ by {abs(errors.loss):.3f}"
+    return f"the smallest cosine of gradients is {worst:.3f}, and the losses differ by {abs(errors.loss):.3f}"
 
 
 class Comparison:

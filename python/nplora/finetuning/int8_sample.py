@@ -32,11 +32,11 @@ def of_tokens(
 
     The gradient is that of the run's loss. The sample is a part of one of the run's first batches, with about
     SAMPLE_TOKENS tokens. It has at least LEAST_ROWS targets, so that the products of the head are compared
-    too. If it needs more tokens for these targets, it gets more, but no more than a micro-batch of the run.
-    If no micro-batch has enough targets, the one with the most targets is the sample.
+    too. If SAMPLE_TOKENS tokens have fewer targets, the sample is larger, up to a micro-batch of the run. If
+    no micro-batch has enough targets, the one with the most targets is the sample.
 
     Args:
-        loss: a loss like that of the run, but without micro-batches. Nothing else may use it.
+        loss: a loss like that of the run, but without micro-batches. Nothing else may use this object.
         micro_tokens: maximum number of tokens in a micro-batch of the run, as in `PackedLoss`.
     """
     found: list[tuple[PackedBatch, Any]] = []

@@ -274,10 +274,10 @@ def _start(op: str, lm: LanguageModel, options: FinetuneOptions) -> Adapter | No
 
 
 def arithmetic_of_head(lm: LanguageModel, options: FinetuneOptions, trains_head: bool) -> str:
-    """The arithmetic of the head in int8 runs: "off", "forward" or "on", as in the option `int8_head`.
+    """The arithmetic of the head in a run in int8: "off", "forward" or "on", as in the option `int8_head`.
 
-    The choice "auto" is what the model says. But if the model does not use int8, `filter_vocabulary` is set,
-    or rows of the head are trained, "auto" is never "on".
+    For "auto", the settings of the model choose. But if the model does not use int8, `filter_vocabulary` is
+    set, or rows of the head are trained, "auto" never becomes "on".
 
     Args:
         trains_head: whether rows of the head are trained directly, not through a low-rank adapter.

@@ -352,7 +352,7 @@ class FinetuneOptions:
     change_compute: bool = _unplanned(
         _RUN,
         False,
-        "with `resume`: continue the run even if its arithmetic changes, that is `compute` or `int8_head`",
+        "with `resume`: continue the run even if `compute` or `int8_head` has changed",
     )
     overwrite: bool = _unplanned(_RUN, False, "delete the run and the adapter in the output directory")
     sample: tuple[str, ...] = _unplanned(

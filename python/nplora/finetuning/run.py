@@ -261,8 +261,7 @@ def finetune(
             it reaches.
         resume: continue the run in the output directory; the results are bit for bit the same as without a
             stop.
-        change_compute: with `resume`: continue the run even if its arithmetic changes, that is `compute` or
-            `int8_head`.
+        change_compute: with `resume`: continue the run even if `compute` or `int8_head` has changed.
         overwrite: delete the run and the adapter in the output directory.
         sample: prompt that the model answers before and after training; sent as a chat if the training data
             are chats.

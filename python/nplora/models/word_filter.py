@@ -68,8 +68,8 @@ class WordFilter:
     gradient. The embedding's part is exact.
 
     The filter does not apply to a head with a low-rank adapter, to a head of which only some rows are
-    trained, or to a head that computes in float64. Such heads are computed without the filter: the gradients
-    of adapter factors and of single rows are other products, which the filter does not have.
+    trained, or to a head that computes in float64. Such heads are computed without the filter: the filter
+    cannot compute the gradients of adapter factors or of single rows, which are other products.
 
         >>> import nplora
         >>> from nplora.models import WordFilter
@@ -125,7 +125,7 @@ class WordFilter:
         started = time.perf_counter()
         frozen = weight = head.weight
         assert isinstance(frozen, FrozenWeight)
-        own: tuple[Array, Array] | None = None  # the input of the head's own gradient, and this gradient
+        own: tuple[Array, Array] | None = None  # the weighted x, and the gradient of the head's weight
         if isinstance(head, TrainedHead):
             weight = head.rows.value
             own = x if weights is None else x * weights[:, None], head.rows.grad
@@ -158,8 +158,8 @@ class WordFilter:
         return dx
 
     def usual_time(self) -> tuple[int, float]:
-        """Return a number of rows of x, and the seconds that `gradient` took for so many rows: the median of
-        the last calls.
+        """Return the largest number of rows in the last calls of `gradient`, and the seconds for this number.
+        They follow from the median of the time per row.
 
         Raises:
             ValueError: `gradient` was not called yet.

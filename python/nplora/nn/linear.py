@@ -214,7 +214,7 @@ class Linear(Prepared, Module):
 
 
 def describe_weight(weight: FrozenWeight | Array) -> list[str]:
-    """The parts of a layer's repr that say how its weight is stored, and how it computes if it rounds."""
+    """The parts of a layer's repr about its weight: `dtype` and, if products are rounded, `compute`."""
     parts = [f"dtype={str(weight.dtype)!r}"]
     if isinstance(weight, FrozenWeight) and weight.rounds:
         parts.append(f"compute={weight.compute!r}")

@@ -389,11 +389,12 @@ class LoRALinear(LoRALayer):
 
         The layer chooses a method by counting floating-point operations, never by timing. The same call
         therefore gives the same bits on every machine with the same instruction set. The text describes the
-        present state of the layer, with its switch `int8` and `without_int8`. If the backward pass uses
-        another arithmetic than the forward pass, as it does for 5 to 8 rows with compute="bfloat16", the line
-        `backward` names it. While the adapter is merged or disabled, the text does not mention the update.
-        If `backward` would raise an error, the text has no line for `backward`. The costs of DoRA and of
-        the gradients are the same for every method, so these costs are not shown.
+        present state of the layer, and takes account of its switch `int8` and of `without_int8`. If the
+        backward pass uses another arithmetic than the forward pass, as it does for 5 to 8 rows with
+        compute="bfloat16", the line `backward` names this arithmetic. While the adapter is merged or
+        disabled, the text does not mention the update. If `backward` would raise an error, the text has no
+        line for `backward`. The costs of DoRA and of the gradients are the same for every method, so these
+        costs are not shown.
 
             >>> import nplora, numpy as np
             >>> layer = nplora.LoRALinear(np.eye(64), rank=4)
@@ -402,9 +403,9 @@ class LoRALinear(LoRALayer):
             forward: ...
             backward: ...
 
-        If a training pass rounds x and W to int8, the text has a line about the error of x Wᵀ. To measure it,
-        `int8_error` is called with 16 rows of normally distributed numbers. Call `int8_error` with your own
-        inputs, because they may have outliers.
+        If a training pass rounds x and W to int8, the text has a line about the error of x Wᵀ. This error is
+        measured by `int8_error`, for 16 rows of normally distributed numbers. Your own inputs may have
+        outliers, so call `int8_error` with them too.
 
         Raises:
             ValueError: `rows` is below 1, or above the maximum number of rows of an array.
@@ -427,14 +428,14 @@ class LoRALinear(LoRALayer):
         error = self.weight.int8_error(x)
         return (
             f"changes x Wᵀ by {error.measured:.1%} of its norm, measured for normally distributed x "
-            f"(at most {error.bound:.0%} for any signs of the rounding errors); int8_error measures your x"
+            f"(at most {error.bound:.0%}, with the worst signs of all errors); int8_error measures your x"
         )
 
     def int8_error(self, x: npt.ArrayLike, samples: int = SAMPLES) -> Int8Error:
         """Measure how much rounding to int8 changes the product x Wᵀ with the frozen weight, and bound it.
 
-        The update is computed in bfloat16 and is not part of the product. `layer.weight.int8_error` also
-        measures the product of a backward pass.
+        The update is computed in bfloat16 and is not part of the product. `layer.weight.int8_error` can
+        also measure the product of a backward pass.
 
             >>> import nplora, numpy as np
             >>> rng = np.random.default_rng(0)

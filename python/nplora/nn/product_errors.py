@@ -25,7 +25,7 @@ class ProductErrors:
     """Measures x Wᵀ in each linear layer that multiplies in int8, for a sample of the layer's inputs.
 
     A layer is measured in its first forward pass of many rows that is computed in int8. `worst` returns the
-    largest error, and forgets all errors. So each layer is measured once for each call of `worst`. Frozen
+    largest error, and forgets all errors. So each layer is measured once between two calls of `worst`. Frozen
     convolutions are not measured.
 
     >>> import nplora, numpy as np
@@ -56,7 +56,7 @@ class ProductErrors:
         return sampling
 
     def worst(self) -> dict[str, Any]:
-        """The layer with the largest measured error, for the run's log; the values are None without a layer.
+        """The layer with the largest measured error, for the run's log. Without a measured layer: None.
 
         "worst_product" is the name of the layer. "product_error" and "product_bound" are the attributes
         `measured` and `bound` of its `Int8Error`.

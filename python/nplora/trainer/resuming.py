@@ -24,7 +24,8 @@ _USUAL: dict[str, Any] = {"communication_dtype": "float32", "local_steps": None}
 # Runs in int8 have this setting, except runs of early versions. The setting is compared only if both runs
 # have it.
 _OPTIONAL = ("int8_head",)
-# Settings that are not arguments with the same name and a value that a message can show.
+# For these settings, a message cannot advise an argument: none has the same name, or its value does
+# not fit into a message.
 _NOT_ARGUMENTS = (
     "x", "y", "batches", "loss", "optimizer", "teacher", "micro_tokens", "trained_rows", "is_tied", "size",
 )  # fmt: skip
@@ -156,7 +157,7 @@ def compute_changes(checkpoint: Checkpoint, settings: dict[str, Any]) -> str:
 
 
 def with_compute_of(checkpoint: Checkpoint, settings: dict[str, Any]) -> Checkpoint:
-    """Return the checkpoint as if its run had computed in the arithmetic of `settings`."""
+    """Return a copy of the checkpoint that states the arithmetic of `settings`."""
     fixed, now = checkpoint.settings.get("fixed"), _computes(settings["fixed"])
     if not isinstance(fixed, dict):
         return checkpoint
@@ -275,7 +276,8 @@ def _advice(pairs: list[tuple[Any, dict[str, Any]]]) -> str:
     """The end of a refusal: the settings with which the run would continue, as keyword arguments.
 
     Args:
-        pairs: settings of the checkpoint and of this run: of the run itself, or of each layer.
+        pairs: settings in the checkpoint, and the same settings now. There is one pair for the whole run, or
+            one for each layer.
     Returns:
         a text such as "; with compute='int8' and no filter_vocabulary, as before, the run continues". The
         text is "" if a changed setting is not an argument, or if a setting of the checkpoint differs from
@@ -296,7 +298,7 @@ def _advice(pairs: list[tuple[Any, dict[str, Any]]]) -> str:
         return ""
     *most, last = before.values()
     listed = f"{', '.join(most)} and {last}" if most else last
-    return f"; with {listed if len(most) < _MOST_ADVISED else 'the settings'}, as before, the run continues"
+    return f"; with {listed if len(most) < _MOST_ADVISED else 'all settings'}, as before, the run continues"
 
 
 def _check_arrays(path: object, checkpoint: Checkpoint, state: RunState) -> None:
@@ -346,7 +348,7 @@ def _change(name: str, was: Any, is_now: Any) -> str:
 
 
 def _word(name: str, value: Any) -> Any:
-    """The value of a setting as the option of the same name takes it."""
+    """The value of a setting in the form of its option: the int8_head of an old run is True or False."""
     return ("on" if value else "off") if name == "int8_head" and isinstance(value, bool) else value
 
 

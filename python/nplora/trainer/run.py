@@ -88,7 +88,7 @@ class Run:
         self._state.logged[event] = row
 
     def logged(self, event: str) -> dict[str, Any]:
-        """The last record that was logged as `event`, as the line of the log; an empty dict if there is none.
+        """The last line that was logged for `event`, as a dict; an empty dict if there is none.
 
         Checkpoints hold these lines, so a resumed run finds them even if its log is lost. On several ranks,
         only rank 0 writes the log. On another rank, this method finds only the lines that were in the log

@@ -187,8 +187,8 @@ class Trainer(TrainingSetup):
                 read from `log.jsonl`. A run that ended with NonFiniteLossError continues from the last
                 checkpoint before the step that caused the error, and only with other settings, such as a
                 lower learning rate.
-            change_compute: with `resume`: continue the run even if its arithmetic changes, that is the
-                `compute` of its layers. Without `change_compute`, such a change is refused.
+            change_compute: with `resume`: continue the run even if the `compute` of layers has changed.
+                Without `change_compute`, this change is refused.
             overwrite: begin a new run in a `checkpoint_dir` that holds an old run. The files of the old run,
                 and its adapter, are deleted when the first checkpoint of the new run is on the disk.
         Raises:

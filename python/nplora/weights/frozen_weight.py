@@ -66,13 +66,13 @@ class FrozenWeight:
               "bfloat16". If x has up to 8 rows and W is stored in a GGUF format, x is multiplied with the
               blocks of W directly, and x gets one scale for every 32 values. If W is stored in any other
               format, up to 8 rows of x are multiplied in float32. `matmul_t` multiplies dy in float32 if dy
-              has up to 4 rows. Values of x above 6e32 can make an output infinite or NaN, even if the exact
-              output is finite. If all values with a common scale are below 1.5e-36, they count as 0. Layers
-              round W to 8 bits only in training. In inference, if x has more than 8 rows, layers compute as
-              with "bfloat16". The head of a language model computes its backward pass in bfloat16, or in
-              int8 with stochastic rounding (see the arguments `int8` and `dither_key` of `stack_backward`).
-              In your own models, use "bfloat16" for a layer whose outputs go into a softmax over many
-              classes.
+              has up to 4 rows. Magnitudes above 6e32 in x can make an output infinite or NaN, even if the
+              exact output is finite. If all magnitudes with a common scale are below 1.5e-36, they count as
+              0. Layers round W to 8 bits only in training. In inference, if x has more than 8 rows, layers
+              compute as with "bfloat16". The head of a language model computes its backward pass in bfloat16,
+              or in int8 with stochastic rounding (see the arguments `int8` and `dither_key` of
+              `stack_backward`). In your own models, use "bfloat16" for a layer whose outputs go into a
+              softmax over many classes.
         double_quant: also quantise the absmax of NF4 to 8 bits. A value of W then takes 4.13 bits instead of
             4.5.
     Raises:
@@ -465,8 +465,8 @@ class FrozenWeight:
         """Measure how much rounding to int8 changes `matmul(x)`, or `matmul_t(x)` if `transposed` is set.
 
         A sample of the elements is compared with the product in float64. The result also has a bound, which
-        no rounding errors can exceed. Both are for the arithmetic of many rows (see `compute` above), even if
-        x has few rows. Both hold as long as no sum overflows float32.
+        the error cannot exceed. The error and the bound are those of products with many rows (see `compute`
+        above), even if x has few rows. They hold as long as no sum overflows float32.
 
         Args:
             x: array (..., d_in), or (..., d_out) if `transposed` is set.
@@ -656,7 +656,7 @@ def freeze(
         raise ValueError(
             f"{op}: dtype={dtype_name(op, dtype)!r}, but W is a FrozenWeight stored as {W.dtype}"
         )
-    # As for an array, "float32" is accepted for a matrix in float64, which computes in float64.
+    # A matrix in float64 computes in float64. compute="float32" is accepted for it, as for an array.
     accepted = (W.compute, "float32") if W.dtype == "float64" else (W.compute,)
     if compute is None or _check.choice(op, "compute", compute, COMPUTES) in accepted:
         return W

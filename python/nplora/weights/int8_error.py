@@ -12,7 +12,7 @@ backward:  dx = Σ dy_i w_i is computed as Σ t̂_i c_i. Here w_i is an element 
            |Δdx| <= Σ_i e_i |c_i| + |dy_i| d_i.
 
 Codes are multiplied and summed in integers, without error. The sums of G groups are then converted to
-float32, multiplied by scales and added. These are at most 3 G + 6 roundings in a row. They add at most
+float32, multiplied by scales and added. A result goes through at most 3 G + 6 roundings. They add at most
 γ Σ |x̂_k| |ŵ_k| to the error, where γ is about (3 G + 6) · 2^-24.
 """
 
@@ -31,8 +31,8 @@ Array = npt.NDArray[Any]
 
 SAMPLES = 16  # the default for the largest number of rows, and of outputs, in a sample
 _GROUP = 64  # in a row of x, this many neighbouring values have one scale
-_DEPTH, _DEPTH_UNIT = 4032, 192  # a longer row of dy is divided into parts, in multiples of 192 values
-_LEAST_ROWS = _core.constants.small_batch + 1  # products with fewer rows are not computed in this scheme
+_DEPTH, _DEPTH_UNIT = 4032, 192  # a longer row of dy is cut into parts of a multiple of 192 values
+_LEAST_ROWS = _core.constants.small_batch + 1  # products with fewer rows do not use this scheme
 _UNIT = 2.0**-24  # the unit roundoff of float32
 # A code is the rounded product of x and 1 / s. The product and 1 / s are computed in float32. So before the
 # product is rounded to an integer, it differs from x / s by less than 127 · 4 · 2^-24 < 2^-15.

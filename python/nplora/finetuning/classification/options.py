@@ -113,7 +113,7 @@ class ClassifyOptions:
     resume: bool = _same("resume")
     change_compute: bool = _same(
         "change_compute",
-        help="with `resume`: continue the run even if its arithmetic changes, that is `compute`",
+        help="with `resume`: continue the run even if `compute` has changed",
     )
     overwrite: bool = _same("overwrite")
     distributed: str | None = _same("distributed")

@@ -271,7 +271,7 @@ def train_classifier(
         save_minutes: maximum minutes between checkpoints; 0: no limit.
         resume: continue the run in the output directory; the results are bit for bit the same as without a
             stop.
-        change_compute: with `resume`: continue the run even if its arithmetic changes, that is `compute`.
+        change_compute: with `resume`: continue the run even if `compute` has changed.
         overwrite: delete the run and the adapter in the output directory.
         distributed: how several processes train: mpi (all processes of one mpirun train one adapter
             together, each with some batches of every step) or off (each process makes a separate run).

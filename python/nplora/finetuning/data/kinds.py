@@ -108,7 +108,7 @@ def _renames(names: list[str]) -> str:
 
 
 def _separator_hint(names: list[str]) -> str:
-    """A hint for a table whose columns are not separated, so that a row has one field; otherwise ""."""
+    """A hint if a table seems to have another separator, so that its rows have one field; otherwise ""."""
     sign = next((sign for sign in ";\t|," if len(names) == 1 and sign in names[0]), None)
     if sign is None:
         return ""
@@ -153,7 +153,7 @@ def renamed(values: dict[str, Any], columns: Mapping[str, str], where: str) -> d
 
 
 def _missing_hint(ours: str, theirs: str, names: list[str]) -> str:
-    """The end of the error message for a row without the field `theirs`, which should be read as `ours`."""
+    """The end of an error message: a row lacks the field `theirs`, which --columns renames to `ours`."""
     if separator := _separator_hint(names):
         return f"; {separator}"
     if ours in names and theirs in FIELDS:

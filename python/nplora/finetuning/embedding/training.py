@@ -172,7 +172,7 @@ def train(
         distributed: "mpi": the processes that `mpirun` started train together. "off": each process that
             `mpirun` started makes a separate run.
         resume: continue the run in `output`; the results are bit for bit those of a run without a stop.
-        change_compute: with `resume`: continue the run even if its arithmetic changes, that is `compute`.
+        change_compute: with `resume`: continue the run even if `compute` has changed.
         overwrite: delete the run and the adapter in `output`.
     Returns:
         the encoder with the adapter, and the history of the run.

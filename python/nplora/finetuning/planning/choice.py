@@ -298,7 +298,7 @@ def _shorter(
 ) -> str:
     """The end of an error message: the largest --max-length (a power of two) with which the plan fits.
 
-    A length with which examples would be left out is not named.
+    The message names no length with which examples would be left out.
     """
     length = -(-work.longest // work.sequences)
     while length > _LEAST_MICRO_BATCH:

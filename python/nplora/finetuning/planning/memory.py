@@ -99,7 +99,7 @@ class Adapters:
     added: int = 0  # rows of the embedding and the head beyond those of the model
     freeze_B: bool = False  # noqa: N815
     trains_head: bool = False  # whether rows of the head, or of a tied embedding, are trained
-    trains_whole_head: bool = False  # whether these are all rows
+    trains_whole_head: bool = False  # whether all rows of the head are trained
 
     @classmethod
     def of(

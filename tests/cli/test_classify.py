@@ -219,7 +219,7 @@ def test_a_file_of_predictions_is_not_left_behind_after_an_error(
         ),
         (
             '{"text": "a cat", "probability pet": 1}\n',
-            "row 1 has a field 'probability pet', which is the name",
+            "row 1 has a field 'probability pet', but predict writes a column",
         ),
         (
             '{"text": "a cat", "prediction": 1}\n',

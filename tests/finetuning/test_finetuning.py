@@ -764,8 +764,8 @@ def test_a_run_that_resumes_from_its_start_measures_the_baseline(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"micro_tokens": "24"}, "micro_tokens was 24, is None"),
-        ({"micro_tokens": -1}, "micro_tokens was -1, is None"),
+        ({"micro_tokens": "24"}, "micro_tokens was 24, is not set"),
+        ({"micro_tokens": -1}, "micro_tokens was -1, is not set"),
         ({"layers": [1]}, "does not state the settings of its layers"),
         ({"layers": {"a": 1}}, "does not state the settings of its layers"),
         ({"layers": {"a": {"compute": ["float32"]}}}, "1 layers had adapters"),

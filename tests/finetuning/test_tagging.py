@@ -292,7 +292,7 @@ ROW = {"tokens": ["a", "cat"], "tags": ["O", "B-PET"]}
         ({"tokens": ["a"], "tags": [0.5]}, r"row 2, tags\[0\]: the label is 0.5, expected .* an integer$"),
         ({"tokens": ["a"], "tags": [None]}, r"row 2, tags\[0\]: the label is None, expected"),
         ({"tokens": ["a"], "tags": [" "]}, r"row 2, tags\[0\]: the label is empty"),
-        ({"tokens": ["a"], "tags": [1]}, r"the label 1 is a number, but data, row 1, tags\[0\] has 'O'"),
+        ({"tokens": ["a"], "tags": [1]}, r"the label 1 is a number, but the label 'O' \(data, row 1"),
         ({"tokens": ["a"]}, r"no field 'tags' or 'ner_tags' or 'labels', only \['tokens'\]; --columns tags="),
         ({"tags": ["O"]}, r"row 2: no field 'tokens' or 'words', only \['tags'\]; --columns tokens=NAME"),
         ({**ROW, "ner_tags": [1, 2]}, "the fields 'tags' and 'ner_tags'; --columns tags=NAME chooses one"),

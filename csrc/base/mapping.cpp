@@ -79,7 +79,7 @@ class Neighbours {
     end_ = nullptr;
     char* const region = platform::map_pages(kRegion, kHugePage);
     if (region == nullptr) return false;
-    platform::keep_small_pages(region, kRegion);  // small pages, until weights fill a whole huge page
+    platform::keep_small_pages(region, kRegion);  // no huge page before weights fill it
     next_ = region;
     small_pages_ = region;
     end_ = region + kRegion;

@@ -77,8 +77,8 @@ class FinetuneReport:
         parameters: number of all values of the model, trained or not.
         was_finished: whether the resumed run was already finished, so that nothing was trained.
         unit: the unit of the counts in the history: trained tokens, pairs or answers.
-        metrics_before, metrics_after: other metrics of the loss on the validation data, such as the rewards
-            of DPO: before training, and with the saved adapter.
+        metrics_before, metrics_after: other metrics of the loss on the validation data, such as DPO's
+            rewards. `metrics_before` was measured before training, `metrics_after` with the saved adapter.
         process: rank of the process that made the report, if several processes have trained together. Only
             rank 0 has the texts of the samples.
         ranks: the speed and the waiting time of each process, if several processes have trained together.

@@ -216,7 +216,7 @@ class LanguageModel(Module):
             ()
 
         Raises:
-            FormatError: the id or the text of a token belongs to another token of the model.
+            FormatError: another token of the model already has the id or the text of a token in `tokens`.
         """
         if not tokens:
             return ()
@@ -946,9 +946,9 @@ class LanguageModel(Module):
     def forward_backward(self, batch: PackedBatch, factor: float) -> float:
         """Return the sum of the losses at all targets of a batch.
 
-        Add `factor` times the gradient of this sum to the adapters' gradients. For the mean over several
-        batches, set `factor` to 1 / (the number of targets of all batches). A batch without targets is not
-        computed, and its loss is 0.
+        Add `factor` times the gradient of the sum of losses to the adapters' gradients. For the mean over
+        several batches, set `factor` to 1 / (the number of targets of all batches). A batch without targets
+        is not computed, and its loss is 0.
 
             >>> import nplora
             >>> from nplora.models.packing import pack

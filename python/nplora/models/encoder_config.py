@@ -32,7 +32,7 @@ class EncoderConfig:
         hidden_act: the activation: "gelu" (exact), "gelu_pytorch_tanh" or "silu".
         type_vocab_size: the number of token types; 0 if the model has no token types.
         position_rows: the number of rows in the table of learned positions; 0 if the model has no such table.
-        first_position: the row of the table of learned positions for the first token of each text.
+        first_position: the first token of each text uses this row of the table of learned positions.
         relative_buckets: the number of buckets of distances in `RelativeBias`; 0 if the model has no relative
             bias.
         sliding_windows: a number w for each layer. A token attends to itself and to w - 1 tokens on each

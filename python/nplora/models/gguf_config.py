@@ -12,7 +12,7 @@ def read(file: GgufFile) -> ModelConfig:
     """The configuration that a GGUF file's metadata and tensor names describe.
 
     Raises:
-        UnsupportedError: nplora does not know the architecture or the scaling of its rotation.
+        UnsupportedError: nplora does not know the architecture, or its scaling of rotary positions.
         FormatError: an entry is missing, or has a wrong type or an impossible value; or the file is not a
             model.
     """

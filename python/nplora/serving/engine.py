@@ -403,5 +403,5 @@ def unselected(function: Callable[[], T]) -> T:
 
 
 def waiting(count: int) -> str:
-    """The beginning of a sentence about the number of waiting requests."""
+    """Return "1 request is" or, for example, "5 requests are"."""
     return "1 request is" if count == 1 else f"{count:,} requests are"

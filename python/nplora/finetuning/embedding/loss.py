@@ -169,7 +169,7 @@ class EmbeddingLoss(FusedLoss):
         return loss, np.concatenate(gradients)
 
     def _micro_batches(self, x: TextBatch) -> Iterator[slice]:
-        """For each micro-batch, yield the slice of `x.texts` that has its texts."""
+        """Yield slices that cut `x.texts` into micro-batches."""
         cuts = cut(np.array([np.size(ids) for ids in x.texts]), self.micro_tokens)
         return (slice(first, end) for first, end in itertools.pairwise(cuts))
 

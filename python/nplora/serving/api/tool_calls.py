@@ -2,8 +2,8 @@
 
 - `<tool_call>{"name": ..., "arguments": ...}</tool_call>` (Hermes, Qwen), or a list of calls between the two
   marks (SmolLM);
-- `[TOOL_CALLS][{"name": ..., "arguments": ...}]` (Mistral), where the text lacks the mark [TOOL_CALLS] if
-  this mark is a special token;
+- `[TOOL_CALLS][{"name": ..., "arguments": ...}]` (Mistral); if the mark [TOOL_CALLS] is a special token, the
+  generated text begins after it;
 - a text that consists only of `{"name": ..., "parameters": ...}` (Llama), or of a list of such objects.
 """
 

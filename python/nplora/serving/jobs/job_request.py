@@ -74,7 +74,8 @@ def checked(request: Mapping[str, Any], base: str) -> JobRequest:
     """Check the body of a request.
 
     Args:
-        base: the name of the base model. If the request names another model, the job continues an adapter.
+        base: the name of the base model. A request with another name asks to continue the adapter of that
+            name.
     Raises:
         RequestError: a field is missing, unknown or wrong.
     """

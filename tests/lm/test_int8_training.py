@@ -254,11 +254,33 @@ def test_a_run_continues_in_another_arithmetic_if_this_is_asked_for(
 
 def test_another_change_is_refused_even_if_the_arithmetic_may_change(model: Path, int8_run: Path) -> None:
     options = {**SHORT, "compute": "bfloat16", "batch_examples": 3, "steps": 4, "resume": True}
-    with pytest.raises(
-        ValueError,
-        match=r"batch_examples was 4, is 3; with batch_examples=4, as before, the run continues; --overwrite",
-    ):
+    changed, end = "batch_examples was 4, is 3", "as before, the run continues; --overwrite"
+    with pytest.raises(ValueError, match=f"{changed}; with batch_examples=4, {end}"):
         finetune(model, ROWS, int8_run, change_compute=True, **options)
+    changed += ", compute was int8, is bfloat16 in 14 layers"
+    with pytest.raises(ValueError, match=f"{changed}; with batch_examples=4 and compute='int8', {end}"):
+        finetune(model, ROWS, int8_run, **options)
+    with pytest.warns(UserWarning, match="total_steps"):
+        finetune(model, ROWS, int8_run, **{**options, "batch_examples": 4, "compute": "int8"})
+
+
+def test_advice_covers_the_head_of_a_run_that_began_in_bfloat16(model: Path, tmp_path: Path) -> None:
+    options = {**SHORT, "steps": 2, "resume": True}
+    finetune(model, ROWS, tmp_path / "run", compute="bfloat16", **{**SHORT, "steps": 1})
+    with pytest.raises(ValueError, match="; with compute='bfloat16' and no int8_head, as before, "):
+        finetune(model, ROWS, tmp_path / "run", compute="int8", int8_head="on", **options)
+
+
+@pytest.mark.parametrize("pattern_first", [True, False])
+def test_no_advice_is_given_about_a_setting_from_a_pattern(
+    model: Path, tmp_path: Path, pattern_first: bool
+) -> None:
+    options = [{}, {"rank_pattern": {"q_proj": 2}}]
+    first, second = reversed(options) if pattern_first else options
+    finetune(model, ROWS, tmp_path / "run", steps=1, **SHORT, **first)
+    ranks = "rank was 2, is 4" if pattern_first else "rank was 4, is 2"
+    with pytest.raises(ValueError, match=f"{ranks} in 2 layers; --overwrite"):
+        finetune(model, ROWS, tmp_path / "run", steps=2, resume=True, **SHORT, **second)
 
 
 def test_the_arithmetic_of_a_new_run_cannot_change(model: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 from typing import Any
 
 from nplora.formats.errors import CorruptError, FormatError
@@ -28,6 +29,7 @@ _OPTIONAL = ("int8_head",)
 # not fit into a message.
 _NOT_ARGUMENTS = (
     "x", "y", "batches", "loss", "optimizer", "teacher", "micro_tokens", "trained_rows", "is_tied", "size",
+    "added_tokens", "invocation_tokens",
 )  # fmt: skip
 _MOST = 5  # the most differences that a message lists
 _MOST_ADVISED = 3  # the most settings that a message advises to set as before
@@ -182,6 +184,40 @@ def _computes(fixed: Any) -> dict[str, Any]:
 # ---- checks of the checkpoint ----
 
 
+def checked_history(
+    path: Path,
+    checkpoint: Checkpoint,
+    state: RunState,
+    settings: dict[str, Any],
+    base: str,
+    batches: int | None,
+) -> History:
+    """Check that a checkpoint fits the run; return the part of the history that the checkpoint contains.
+
+    Args:
+        base: the fingerprint of the run's base model.
+        batches: the number of batches in an epoch; None if unknown.
+    Raises:
+        CorruptError: the checkpoint belongs to another model or another data file; its batch number is beyond
+            the end of an epoch; or its arrays do not fit the model (the message lists the first few
+            differences).
+        ValueError: the run's data or settings differ from those in the checkpoint, or the run ends before the
+            checkpoint's step.
+    """
+    if not is_same_base(checkpoint.base, base):
+        differ = "the frozen weights or the configuration differ"
+        raise CorruptError(f"{path}: the checkpoint is of another base model: {differ}")
+    _check_settings(path, checkpoint, settings, state.total_steps)
+    _check_position(path, checkpoint, state.total_steps, batches)
+    _check_arrays(path, checkpoint, state)
+    history = History()
+    try:
+        history.restore(checkpoint.history, checkpoint.epochs, checkpoint.evaluations)
+    except (ValueError, TypeError) as error:
+        raise CorruptError(f"{path}: the checkpoint's history is not valid: {error}") from error
+    return history
+
+
 def restored_history(
     directory: RunDirectory,
     checkpoint: Checkpoint,
@@ -192,35 +228,17 @@ def restored_history(
 ) -> tuple[History, list[tuple[str, Record]]]:
     """Check that a checkpoint fits the run; return the history up to the checkpoint.
 
-    Args:
-        base: the fingerprint of the run's base model.
-        batches: the number of batches in an epoch; None if unknown.
     Returns:
         the history, and a list of the records that are missing at the end of the log, for example because the
         disk was full. Each item of the list is a pair (event, record).
     Raises:
-        CorruptError: the checkpoint belongs to another model or another data file; its batch number is beyond
-            the end of an epoch; or its arrays do not fit the model (the message lists the first few
-            differences).
-        ValueError: the run's data or settings differ from those in the checkpoint, or the run ends before the
-            checkpoint's step.
+        CorruptError, ValueError: the checkpoint does not fit the run; see `checked_history`.
     Warns:
         UserWarning: a setting under "free" has changed; the instruction set or nplora's version differs; or
             the log has lost records, so that the history is incomplete.
     """
     path = directory.path
-    if not is_same_base(checkpoint.base, base):
-        differ = "the frozen weights or the configuration differ"
-        raise CorruptError(f"{path}: the checkpoint is of another base model: {differ}")
-    _check_settings(path, checkpoint, settings)
-    _check_position(path, checkpoint, state.total_steps, batches)
-    _check_layers(path, checkpoint, settings)
-    _check_arrays(path, checkpoint, state)
-    history = History()
-    try:
-        history.restore(checkpoint.history, checkpoint.epochs, checkpoint.evaluations)
-    except (ValueError, TypeError) as error:
-        raise CorruptError(f"{path}: the checkpoint's history is not valid: {error}") from error
+    history = checked_history(path, checkpoint, state, settings, base, batches)
     unlogged = _add_log(history, checkpoint, directory)
     changed = _changes(checkpoint.settings.get("free"), settings["free"])
     if changed:
@@ -239,14 +257,20 @@ def _refusal(path: object) -> str:
     return f"{path}: the run cannot continue with other data or settings"
 
 
-def _check_settings(path: object, checkpoint: Checkpoint, settings: dict[str, Any]) -> None:
+def _check_settings(
+    path: object, checkpoint: Checkpoint, settings: dict[str, Any], total_steps: int | None
+) -> None:
     """Raise an error if a setting under "fixed", such as the data, differs from the checkpoint's setting."""
-    fixed = checkpoint.settings.get("fixed")
-    if isinstance(fixed, dict) and fixed.get("data") != settings["fixed"].get("data"):
+    then, now = checkpoint.settings.get("fixed"), settings["fixed"]
+    if not isinstance(then, dict):
+        raise ValueError(f"{_refusal(path)}: {_changes(then, now)}")
+    if then.get("data") != now.get("data"):
         raise CorruptError(f"{_refusal(path)}: the data file or the way it is read has changed")
-    changed = _changes(fixed, settings["fixed"])
-    if changed:
-        raise ValueError(f"{_refusal(path)}: {changed}{_advice([(fixed, settings['fixed'])])}")
+    changes = [_changes(then, now), _layer_changes(then.get("layers"), now["layers"])]
+    if any(changes):
+        is_over = total_steps is not None and checkpoint.step > total_steps
+        advice = "" if is_over else _advice(then, now)
+        raise ValueError(f"{_refusal(path)}: {', '.join(filter(None, changes))}{advice}")
 
 
 def _check_position(
@@ -263,42 +287,53 @@ def _check_position(
         )
 
 
-def _check_layers(path: object, checkpoint: Checkpoint, settings: dict[str, Any]) -> None:
-    """Raise an error if the settings of the adapter layers differ from those in the checkpoint."""
-    then, now = checkpoint.settings["fixed"].get("layers"), settings["fixed"]["layers"]
-    changed = _layer_changes(then, now)
-    if changed:
-        pairs = [(then[layer], now[layer]) for layer in now] if then.keys() == now.keys() else []
-        raise ValueError(f"{_refusal(path)}: {changed}{_advice(pairs)}")
-
-
-def _advice(pairs: list[tuple[Any, dict[str, Any]]]) -> str:
+def _advice(then: dict[str, Any], now: dict[str, Any]) -> str:
     """The end of a refusal: the settings with which the run would continue, as keyword arguments.
 
     Args:
-        pairs: settings in the checkpoint, and the same settings now. There is one pair for the whole run, or
-            one for each layer.
+        then, now: the settings under "fixed" in the checkpoint, and those of the resumed run.
     Returns:
         a text such as "; with compute='int8' and no filter_vocabulary, as before, the run continues". The
-        text is "" if a changed setting is not an argument, or if a setting of the checkpoint differs from
-        layer to layer.
+        text is "" if arguments with these values would perhaps not be enough.
     """
-    before: dict[str, str] = {}
-    for then, now in pairs:
-        if not isinstance(then, dict):
-            return ""
-        for name in _changed_names(then, now):
-            was = _word(name, then.get(name, _USUAL.get(name)))
-            if name in _NOT_ARGUMENTS or not isinstance(was, str | int | float | None):
-                return ""
-            text = f"no {name}" if was is None or was is False else f"{name}={was!r}"
-            if before.setdefault(name, text) != text:
-                return ""
-    if not before:
+    before = _before(then, now)
+    if not before or any(name in _NOT_ARGUMENTS or not _is_short(was) for name, was in before.items()):
         return ""
-    *most, last = before.values()
+    *most, last = (
+        f"no {name}" if was is None or was is False else f"{name}={was!r}" for name, was in before.items()
+    )
     listed = f"{', '.join(most)} and {last}" if most else last
     return f"; with {listed if len(most) < _MOST_ADVISED else 'all settings'}, as before, the run continues"
+
+
+def _is_short(value: Any) -> bool:
+    return value is None or isinstance(value, str | int | float)
+
+
+def _before(then: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
+    """Return all changed settings, of the run and of its layers, with their values in the checkpoint.
+
+    The result is empty if other layers have adapters, or if a changed setting of layers is not the same in
+    all layers: such a setting comes from a pattern, or the layers were made one by one.
+    """
+    before = {name: then.get(name, _USUAL.get(name)) for name in _changed_names(then, now)}
+    layers = then.get("layers")
+    if layers is None:  # a checkpoint of an early version
+        return before
+    if not isinstance(layers, dict) or layers.keys() != now["layers"].keys():
+        return {}
+    rows = [(layers[layer], now["layers"][layer]) for layer in layers]
+    if not all(isinstance(was, dict) for was, _ in rows):
+        return {}
+    changed = {name: None for was, new in rows for name in {**was, **new} if was.get(name) != new.get(name)}
+    for name in changed:
+        first, *others = [(was.get(name), new.get(name)) for was, new in rows if name in was or name in new]
+        if any(pair != first for pair in others):
+            return {}
+        before[name] = first[0]
+    if "compute" in changed and "int8_head" in now:
+        before.setdefault("int8_head", then.get("int8_head"))  # which only compute="int8" allows
+    return before
 
 
 def _check_arrays(path: object, checkpoint: Checkpoint, state: RunState) -> None:
@@ -343,13 +378,8 @@ def _changed_names(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 def _change(name: str, was: Any, is_now: Any) -> str:
     """A text about a changed setting, such as "batch_size was 8, is 16"."""
-    before, after = ("not set" if value is None else _word(name, value) for value in (was, is_now))
+    before, after = ("not set" if value is None else value for value in (was, is_now))
     return f"{name} was {before}, is {after}"
-
-
-def _word(name: str, value: Any) -> Any:
-    """The value of a setting in the form of its option: the int8_head of an old run is True or False."""
-    return ("on" if value else "off") if name == "int8_head" and isinstance(value, bool) else value
 
 
 def _layer_changes(then: Any, now: dict[str, dict[str, Any]]) -> str:

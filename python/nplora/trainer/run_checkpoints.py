@@ -16,6 +16,7 @@ from nplora.trainer.log_header import HEADER, log_header
 from nplora.trainer.nonfinite import nonfinite_parameters
 from nplora.trainer.resuming import (
     NONFINITE,
+    checked_history,
     compute_changes,
     failure_record,
     first_few,
@@ -94,7 +95,7 @@ class RunCheckpoints:
                 self._directory, expected, self._state, self._settings, self._base, batches
             )
         except ValueError as error:
-            hint = f"; {COMPUTE_HINT}" if changed and not may_change else ""
+            hint = f"; {COMPUTE_HINT}" if changed and self._may_continue(checkpoint, batches) else ""
             raise type(error)(f"{error}{hint}; --overwrite (overwrite=True) starts a new run") from error
         if changed:
             warn_user(f"{self._directory.path}: the run continues in another arithmetic: {changed}")
@@ -117,6 +118,17 @@ class RunCheckpoints:
             self._saved = None
             self.save(must=True)  # so that this older checkpoint becomes the newest
         self._directory.newest = None  # not needed any more: the state has copies of its arrays
+        return True
+
+    def _may_continue(self, checkpoint: Checkpoint, batches: int | None) -> bool:
+        """Whether a refused run would continue if the arithmetic might change."""
+        if self._config.change_compute:
+            return False
+        try:
+            expected = with_compute_of(checkpoint, self._settings)
+            checked_history(self._directory.path, expected, self._state, self._settings, self._base, batches)
+        except ValueError:
+            return False
         return True
 
     # ---- during the run ----

@@ -216,6 +216,25 @@ def test_a_run_that_does_not_state_its_head_resumes_as_it_began(
     assert settings(tmp_path / "older")["int8_head"] == ("on" if in_int8 else "forward")
 
 
+@pytest.mark.parametrize(("is_on", "word"), [(False, "forward"), (True, "on")])
+def test_a_run_that_states_its_head_as_yes_or_no_resumes(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_on: bool, word: str
+) -> None:
+    """Early runs in int8 stored whether the backward pass of the head was in int8."""
+    usual = PackedLoss.settings
+    with monkeypatch.context() as older:
+        older.setattr(PackedLoss, "settings", lambda loss: {**usual(loss), "int8_head": is_on})
+        finetune(model, ROWS, tmp_path / "run", compute="int8", int8_head=word, steps=1, **SHORT)
+    assert f'"int8_head":{json.dumps(is_on)}' in (tmp_path / "run" / "log.jsonl").read_text()
+    options = {**SHORT, "steps": 2, "resume": True}
+    with pytest.raises(ValueError, match=f"int8_head was {word}, is off; with int8_head='{word}', as before"):
+        finetune(model, ROWS, tmp_path / "run", int8_head="off", **options)
+    for steps, given in ((2, {}), (3, {"int8_head": word})):
+        with pytest.warns(UserWarning, match="total_steps"):
+            finetune(model, ROWS, tmp_path / "run", **{**options, **given, "steps": steps})
+        assert settings(tmp_path / "run")["int8_head"] == word
+
+
 @pytest.mark.slow
 def test_a_model_in_float32_does_not_resume_a_run_in_int8(model: Path, int8_run: Path) -> None:
     with pytest.raises(ValueError, match="compute was int8, is float32"):

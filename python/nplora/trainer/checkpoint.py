@@ -219,10 +219,18 @@ def _fields(state: object, path: Path) -> dict[str, Any]:
 
 
 def _completed(state: object) -> object:
-    """Add the fields that an older schema lacks. If `best` has no step, set the step to 0 (unknown)."""
+    """Add the fields that an older schema lacks, and give old settings their present form.
+
+    If `best` has no step, the step is set to 0 (unknown).
+    """
     if not isinstance(state, dict):
         return state
     state = {"logged": {}, **state}
+    settings = state.get("settings")
+    fixed = settings.get("fixed") if isinstance(settings, dict) else None
+    if isinstance(fixed, dict) and isinstance(fixed.get("int8_head"), bool):
+        # Early runs in int8 stored whether the backward pass of the head was in int8.
+        fixed["int8_head"] = "on" if fixed["int8_head"] else "forward"
     if "evaluations" in state:
         return state
     best = state.get("best")

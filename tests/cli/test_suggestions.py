@@ -112,6 +112,17 @@ def test_a_missing_value_is_described(option: str, value: str, capsys: pytest.Ca
     assert capsys.readouterr().err == message
 
 
+@pytest.mark.parametrize(
+    ("option", "value"), [("--lr", "FLOAT"), ("--report-to", "NAMES"), ("--output", "a value")]
+)
+def test_a_missing_value_of_a_hidden_option_is_named(
+    option: str, value: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["plan", "m", "--data", "d", option])
+    assert f"argument {option}: expected one argument: {value} (try nplora plan" in capsys.readouterr().err
+
+
 def test_the_help_states_a_default_once(capsys: pytest.CaptureFixture[str]) -> None:
     for command in COMMANDS:
         with pytest.raises(SystemExit):

@@ -157,6 +157,8 @@ def _value_of(action: argparse.Action) -> str:
     """A description of the value of an option: the possible values, or the beginning of the help text."""
     if action.choices:
         return f"one of {', '.join(map(str, action.choices))}"
+    if action.help == argparse.SUPPRESS:  # the command accepts this option, but ignores it
+        return str(action.metavar or "a value")
     about = re.split(r"[:;(]", (action.help or "").replace("%%", "%"))[0].strip()
     return f"{action.metavar or 'a value'} ({about})"
 

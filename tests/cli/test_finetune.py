@@ -201,6 +201,26 @@ def test_a_resumed_run_says_what_it_keeps_and_which_options_continue_it(
     assert f"--int8-head was on, is off; with --int8-head on{before}{change}{end}" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--change-compute"], "--change-compute needs --resume: "),
+        (["--patience", "2"], "--patience 2 needs validation data: give --valid or --valid-split"),
+    ],
+)
+def test_an_option_that_needs_another_is_spelled_as_on_the_command_line(
+    options: list[str],
+    message: str,
+    model: Path,
+    data: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    line = ["finetune", str(model), "--data", str(data / "train.jsonl"), "--output", str(tmp_path / "out")]
+    assert cli.main([*line, *options]) == 2
+    assert f"nplora: error: finetune: {message}" in capsys.readouterr().err
+
+
 def test_a_report_that_cannot_be_printed_says_that_the_adapter_is_saved(
     model: Path,
     data: Path,

@@ -160,7 +160,7 @@ def test_a_run_continues_in_another_arithmetic_if_this_is_asked_for(model: Path,
         train_classifier(model, rows, tmp_path / "out", **options)
     with pytest.warns(UserWarning, match="another arithmetic: compute was float32, is bfloat16"):
         train_classifier(model, rows, tmp_path / "out", change_compute=True, **options)
-    with pytest.raises(ValueError, match="train_classifier: change_compute needs resume"):
+    with pytest.raises(ValueError, match="train_classifier: change_compute=True needs resume=True"):
         train_classifier(model, rows, tmp_path / "new", change_compute=True)
 
 

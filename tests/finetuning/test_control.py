@@ -176,7 +176,7 @@ def test_options_about_evaluations_need_validation_data(
     option: str, model: Path, data: Path, tmp_path: Path
 ) -> None:
     advice = r"give --valid \(valid=...\) or --valid-split \(valid_split=...\)"
-    with pytest.raises(ValueError, match=f"^finetune: {option} needs validation data: {advice}$"):
+    with pytest.raises(ValueError, match=f"^finetune: {option}=2 needs validation data: {advice}$"):
         finetune(model, data / "train.jsonl", tmp_path / "out", **{option: 2})
     with pytest.raises(ValueError, match=f"^finetune: {option} is 0, expected at least 1"):
         finetune(model, data, tmp_path / "out", **{option: 0})

@@ -303,10 +303,10 @@ def test_no_advice_is_given_about_a_setting_from_a_pattern(
 
 
 def test_the_arithmetic_of_a_new_run_cannot_change(model: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="finetune: change_compute needs resume"):
+    with pytest.raises(ValueError, match="finetune: change_compute=True needs resume=True"):
         finetune(model, ROWS, tmp_path / "run", change_compute=True, **SHORT)
     trainer = nplora.Trainer(nplora.LoRALinear(np.eye(4), rank=1))
-    with pytest.raises(ValueError, match="fit: change_compute needs resume"):
+    with pytest.raises(ValueError, match="fit: change_compute=True needs resume=True"):
         trainer.fit(np.eye(4), np.eye(4), checkpoint_dir=tmp_path / "run", change_compute=True)
 
 

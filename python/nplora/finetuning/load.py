@@ -184,9 +184,9 @@ def _warn_of_unused(op: str, tokens: Sequence[AddedToken], train: Examples) -> N
 def require_validation(op: str, options: FinetuneOptions, given: bool) -> None:
     """Raise a ValueError if an option needs validation data, and there are none."""
     for name in ("eval_every", "patience"):
-        if getattr(options, name) is not None and not given:
+        if (value := getattr(options, name)) is not None and not given:
             raise ValueError(
-                f"{op}: {name} needs validation data: give --valid (valid=...) or --valid-split "
+                f"{op}: {name}={value} needs validation data: give --valid (valid=...) or --valid-split "
                 "(valid_split=...)"
             )
 

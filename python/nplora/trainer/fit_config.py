@@ -40,7 +40,9 @@ class FitConfig:
 def require_resume(op: str, change_compute: bool, resume: bool) -> None:
     """Raise a ValueError if `change_compute` is set without `resume`."""
     if change_compute and not resume:
-        raise ValueError(f"{op}: change_compute needs resume: a new run has no arithmetic to change")
+        raise ValueError(
+            f"{op}: change_compute=True needs resume=True: a new run has no arithmetic to change"
+        )
 
 
 def require_outer_steps(op: str, eval_every: int | None, local_steps: int | None) -> None:

@@ -9,6 +9,7 @@ import pytest
 
 import nplora
 import small_models
+from nplora import _core
 from nplora.finetuning import FinetuneOptions, finetune, plan
 from nplora.finetuning.filter_check import FilterCheck, seconds_without_filter
 from nplora.models import WordFilter
@@ -98,11 +99,26 @@ def test_a_filter_that_saves_time_is_not_reported() -> None:
     assert said_by(1e-9, steps=20, total=20) == []
 
 
-def test_the_time_without_a_filter_counts_both_gradients_of_a_trained_head(tmp_path: Path) -> None:
-    lm = small_models.load(tmp_path)
+def test_the_time_without_a_filter_counts_both_gradients_of_a_trained_head(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lm, calls, usual = small_models.load(tmp_path), list[int](), _core.matmul_t
+
+    def counted(*arguments: Any) -> None:
+        calls[-1] += 1
+        usual(*arguments)
+
+    def begin(*arguments: Any) -> None:  # each repetition begins with the loss
+        calls.append(0)
+
+    monkeypatch.setattr(_core, "matmul_t", counted)
+    monkeypatch.setattr(_core, "cross_entropy", begin)
     assert isinstance(lm.lm_head, nplora.Linear)
     assert seconds_without_filter(lm.lm_head, 8) > 0
+    assert set(calls) == {1}
+    calls.clear()
     lm.add_lora(rank=2, modules_to_save="lm_head")
     assert isinstance(lm.lm_head, nplora.nn.TrainedHead)
     assert seconds_without_filter(lm.lm_head, 8) > 0
+    assert set(calls) == {2}
     assert not lm.lm_head.rows.grad.any()

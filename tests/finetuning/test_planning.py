@@ -370,6 +370,31 @@ def test_the_error_names_no_length_that_cuts_off_the_answers(
         plan(model, data, max_length=32)
 
 
+def test_the_error_names_a_length_that_is_no_power_of_two_if_only_such_a_length_keeps_all_examples(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At 1 MB a token, compare the message with the lengths that fit and keep all examples."""
+    data = tmp_path / "chats.jsonl"
+    monkeypatch.setattr(
+        choice, "needed", lambda lm, a, work, *r: Memory(MEGABYTE * work.longest, 0, 0, 0, 0, 0, 0)
+    )
+    for prompt in (1, 20, 35, 50):
+        data.write_text(json.dumps({"prompt": "x" * prompt, "completion": "y" * (60 - prompt)}) + "\n")
+        dataset = read_dataset(data, load_model(model))
+        least, longest = dataset.least_length, int(dataset.lengths.max())
+        for most in (least - 1, least, least + 1, longest - 2, 1, 0):
+            with pytest.raises(BudgetError) as caught:
+                plan(model, data, memory=f"{int(MEGABYTE * (most + 0.5) * 1.02)}B")
+            named = re.search(r"; with --max-length (\d+) it needs", str(caught.value))
+            if named:
+                assert least <= int(named[1]) <= most
+            elif most:
+                assert most < least
+                assert "; a --max-length that fits would leave out examples, " in str(caught.value)
+            else:
+                assert "; a smaller --max-length does not help" in str(caught.value)
+
+
 @pytest.mark.slow
 def test_the_error_names_a_shorter_length_that_fits(smollm2: Path, tmp_path: Path) -> None:
     rows = bench_plan.Setting(1, 2048).write(tmp_path)

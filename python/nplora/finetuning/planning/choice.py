@@ -296,16 +296,21 @@ def _too_little(
 def _shorter(
     work: Work, plan: ExecutionPlan, limit: float, size: Callable[[ExecutionPlan, Work], int]
 ) -> str:
-    """The end of an error message: the largest --max-length (a power of two) with which the plan fits.
+    """The end of an error message: a smaller --max-length with which the plan fits.
 
-    The message names no length with which examples would be left out.
+    This is the largest power of two with which no example is left out. If none fits, it is the smallest
+    length with which no example is left out.
     """
-    length = -(-work.longest // work.sequences)
-    while length > _LEAST_MICRO_BATCH:
-        length = 1 << ((length - 1).bit_length() - 1)  # the next smaller power of two
-        needed = size(dataclasses.replace(plan, micro_tokens=work.sequences * length), work.shortened(length))
-        if needed <= limit and length < work.least_length:
-            return "; a --max-length that fits would leave out examples, because their answers are cut off"
-        if needed <= limit:
-            return f"; with --max-length {length} it needs {need(needed)}"
+
+    def needed(length: int) -> int:
+        tokens = max(work.sequences * length, _LEAST_MICRO_BATCH)
+        return size(dataclasses.replace(plan, micro_tokens=tokens), work.shortened(length))
+
+    longest, least = -(-work.longest // work.sequences), max(work.least_length, 1)
+    powers = [1 << n for n in reversed(range((longest - 1).bit_length()))]
+    for length in (*powers, least):
+        if least <= length < longest and (found := needed(length)) <= limit:
+            return f"; with --max-length {length} it needs {need(found)}"
+    if needed(1) <= limit:
+        return "; a --max-length that fits would leave out examples, because their answers are cut off"
     return "; a smaller --max-length does not help"

@@ -373,10 +373,10 @@ def test_the_error_names_no_length_that_cuts_off_the_answers(
 def test_the_error_names_a_length_that_is_no_power_of_two_if_only_such_a_length_keeps_all_examples(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """At 1 MB a token, compare the message with the lengths that fit and keep all examples."""
+    """At 10 MB a token, compare the message with the lengths that fit and keep all examples."""
     data = tmp_path / "chats.jsonl"
     monkeypatch.setattr(
-        choice, "needed", lambda lm, a, work, *r: Memory(MEGABYTE * work.longest, 0, 0, 0, 0, 0, 0)
+        choice, "needed", lambda lm, a, work, *r: Memory(10 * MEGABYTE * work.longest, 0, 0, 0, 0, 0, 0)
     )
     for prompt in (1, 20, 35, 50):
         data.write_text(json.dumps({"prompt": "x" * prompt, "completion": "y" * (60 - prompt)}) + "\n")
@@ -384,7 +384,7 @@ def test_the_error_names_a_length_that_is_no_power_of_two_if_only_such_a_length_
         least, longest = dataset.least_length, int(dataset.lengths.max())
         for most in (least - 1, least, least + 1, longest - 2, 1, 0):
             with pytest.raises(BudgetError) as caught:
-                plan(model, data, memory=f"{int(MEGABYTE * (most + 0.5) * 1.02)}B")
+                plan(model, data, memory=int(10 * MEGABYTE * (most + 0.5) * 1.02))
             named = re.search(r"; with --max-length (\d+) it needs", str(caught.value))
             if named:
                 assert least <= int(named[1]) <= most

@@ -48,8 +48,8 @@ class KeptWords {
   size_t size() const { return size_; }
 
   // Stores the likely words and the target of one row, and returns the number of stored words. Sets
-  // `skipped` to the total probability of all other words. If the row has more than limit() likely words, returns
-  // the number of all words, and changes nothing.
+  // `skipped` to the total probability of all other words. If the row has more than limit() likely words,
+  // returns the number of all words, and changes nothing.
   size_t keep(size_t row, const RowSum& sum, int32_t target, double factor, double bound, double* skipped);
 
   void arrange();

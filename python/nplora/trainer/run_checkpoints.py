@@ -61,6 +61,7 @@ class RunCheckpoints:
         self._saved: tuple[int, ...] | None = None  # the position of the newest checkpoint
         self._tried_step = 0  # the step of the last attempt to write a checkpoint
         self._tried_at = -math.inf  # the time of the last attempt to write a checkpoint
+        self.changed_compute = ""  # how the arithmetic of a resumed run has changed
 
     # ---- the beginning ----
 
@@ -99,6 +100,7 @@ class RunCheckpoints:
             raise type(error)(f"{error}{hint}; --overwrite (overwrite=True) starts a new run") from error
         if changed:
             warn_user(f"{self._directory.path}: the run continues in another arithmetic: {changed}")
+        self.changed_compute = changed
         self._state.continue_from(checkpoint, history)
         if not checkpoint.logged:  # an older schema: the lines are only in the log
             self._state.logged = last_of_each_event(log_before(self._directory, checkpoint))

@@ -93,7 +93,8 @@ class TrainingRun(Run):
         resumed = self._directory is not None and self._begin_directory(self._directory, resume)
         if self._meeting.size > 1:
             resumed = self._state.share(self._meeting, resumed)
-            self._state.logged = self._meeting.broadcast(self._state.logged, "the start of a log")
+            start = self._state.logged, self.changed_compute
+            self._state.logged, self.changed_compute = self._meeting.broadcast(start, "the start of a log")
         if resumed:
             self._stop_if_patience_is_lost()
             self.was_finished = self._ended is not None or self._has_all_steps()
@@ -105,6 +106,7 @@ class TrainingRun(Run):
             self._setup, self._config, self._state, directory, self._interrupts
         )
         if resume and self._checkpoints.resume():
+            self.changed_compute = self._checkpoints.changed_compute
             return True
         self._checkpoints.begin()
         return False

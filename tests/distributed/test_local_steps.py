@@ -4,6 +4,7 @@ import json
 import shutil
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from nplora.distributed import Alone, Communicator, RankError
 from nplora.finetuning import FinetuneOptions, TokenLoss, int8_check
 from nplora.models.packing import pack
 from nplora.nn.losses import NonFiniteLossError
+from nplora.nn.product_errors import ProductErrors
 from nplora.trainer import Callback, History, Run, StepRecord, resuming
 from small_llama import save_small_llama
 
@@ -61,17 +63,18 @@ FIT = ("epochs", "steps", "checkpoint_dir", "checkpoint_every", "resume", "valid
 def test_all_ranks_return_the_same_blocks_to_bfloat16(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Between outer steps, the gradients of the ranks differ, and so may their cosines."""
+    """Between outer steps, the gradients and products of the ranks differ, and so may their errors."""
     path = save_small_llama(tmp_path / "model.gguf", "q8_0")
 
     def parts(ranks: ThreadRank) -> list[str]:
         lm = nplora.load_model(path, compute="int8")
         lm.add_lora(rank=2)
         said = list[str]()
-        own.lm, own.names = lm, int8_check.int8_parts(lm)[:2]
+        own.lm, own.names = lm, ["model.layers.0", "model.layers.1"]
         own.worse = own.names[ranks.rank]
-        check = int8_check.Int8Check(lm, lambda: 0.0, said.append)
         ids = np.arange(1, 9)
+        sample = pack([(np.arange(1, 30), np.arange(1, 30))])
+        check = int8_check.Int8Check(lm, lambda: lm.forward_backward(sample, 1.0), said.append)
         trainer = nplora.Trainer(
             lm,
             TokenLoss(),
@@ -82,17 +85,24 @@ def test_all_ranks_return_the_same_blocks_to_bfloat16(
             local_steps=2,
         )
         trainer.fit([(pack([(ids, ids)]), None)] * 2, epochs=1)
-        assert sorted(said[0].split(": ")[-1].split(", ")) == own.names
+        assert sorted(said[0].partition("bfloat16: ")[2].partition(". ")[0].split(", ")) == own.names
         return said
 
-    def measured(_: Any) -> int8_check.Errors:
+    def measured(comparison: Any) -> int8_check.Errors:
         """On each rank, another part is inexact, as long as it computes in int8."""
+        comparison._add_gradient()  # the check sees the products
         is_worse = any(layer.int8 for layer in int8_check.layers_of(own.lm, [own.worse]))
         cosines = {name: 0.5 if is_worse and name == own.worse else 0.99 for name in own.names}
         return int8_check.Errors(0.99, cosines, 0.0, 1.0)
 
+    def sampled(products: ProductErrors, name: str, *_: Any) -> None:
+        error: Any = SimpleNamespace(measured=float(int8_check.part_of(name) == own.worse), bound=1.0)
+        products.seen.append(name)
+        products.found[name] = error
+
     own = threading.local()
     monkeypatch.setattr(int8_check.Comparison, "measure", measured)
+    monkeypatch.setattr(ProductErrors, "_sample", sampled)
     first, second = on_threads(2, parts)
     assert first == second
 

@@ -79,6 +79,47 @@ def test_a_layer_with_an_outlier_returns_to_bfloat16(
     assert trained(model, lenient, tmp_path / "lenient")[0]["in_bfloat16"] == []
 
 
+def test_a_frozen_layer_below_the_first_trained_layer_is_found(tmp_path: Path) -> None:
+    last = nplora.LoRALinear(normal(8, 64, seed=1), 2, compute="int8", rng=1)
+    model = nplora.Sequential(nplora.Linear(with_outlier(), compute="int8"), last)
+    before, after = trained(
+        model, Int8Check(model, sample_gradient(model, "mse", X[:32], Y[:32]), every=3), tmp_path / "run"
+    )
+    assert before["cosine"] < 0.9
+    assert before["worst_product"] == "0"
+    assert before["in_bfloat16"] == after["in_bfloat16"] == ["0"]
+    assert after["cosine"] > 0.99
+
+
+def test_a_frozen_convolution_can_return_to_bfloat16(tmp_path: Path) -> None:
+    """Its products are not measured."""
+    W, images = normal(4, 64, 1, 1), normal(16, 64, 4, 4)
+    W[:, 7], images[:, 7] = 1e4, 1e-6
+    model = nplora.Sequential(
+        nplora.Conv2d(W, compute="int8"), nplora.LoRAConv2d(normal(4, 4, 1, 1), rank=2, compute="int8", rng=0)
+    )
+    y = normal(16, 4, 4, 4)
+    check = Int8Check(model, sample_gradient(model, "mse", images, y), print)
+    trainer = nplora.Trainer(model, "mse", nplora.AdamW(lr=0.0), callbacks=[check], progress=False)
+    trainer.fit(images, y, steps=1, checkpoint_dir=tmp_path / "run")
+    rows = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert next(row["in_bfloat16"] for row in rows if row["event"] == "int8") == ["0"]
+
+
+def test_a_check_that_is_used_again_names_each_part_once(tmp_path: Path) -> None:
+    model = network(with_outlier())
+    check = Int8Check(model, sample_gradient(model, "mse", X[:32], Y[:32]), every=3, least_cosine=0.9)
+    trainer = nplora.Trainer(model, "mse", nplora.AdamW(lr=0.0), callbacks=[check], progress=False)
+    trainer.fit(X, Y, steps=3, checkpoint_dir=tmp_path / "run")
+    with pytest.warns(UserWarning, match="total_steps"):
+        trainer.fit(X, Y, steps=6, checkpoint_dir=tmp_path / "run", resume=True)
+    rows = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    parts = [row["in_bfloat16"] for row in rows if row["event"] == "int8"]
+    assert len(parts) == 3
+    assert parts[0]
+    assert all(each == parts[0] for each in parts)
+
+
 def test_without_a_product_in_int8_the_fields_are_null(tmp_path: Path) -> None:
     model = nplora.Sequential(nplora.LoRALinear(normal(8, 64), rank=2, compute="bfloat16"))
     (event,) = trained(model, Int8Check(model, sample_gradient(model, "mse", X, Y)), tmp_path / "run")

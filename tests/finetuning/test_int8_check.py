@@ -3,17 +3,20 @@
 import contextlib
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
 import nplora
+import small_llama
 from nplora.distributed.communicator import Alone
 from nplora.finetuning import finetune, int8_check
-from nplora.finetuning.int8_check import Comparison, Errors, Int8Check, int8_parts, layers_of
+from nplora.finetuning.int8_check import Comparison, Errors, Int8Check
 from nplora.models.packing import pack
 from nplora.nn.int8 import Int8Layer
+from nplora.nn.product_errors import int8_layers
 from nplora.trainer import Callback
 from small_llama import save_small_llama
 
@@ -155,14 +158,134 @@ def test_only_the_part_that_causes_the_errors_returns_to_bfloat16(tmp_path: Path
     before = errors(lm)
     said, parts, _ = compared(lm)
     assert parts == [part]
-    assert said[0].endswith(f": {part}")
-    assert [n for n in int8_parts(lm) if not all(each.int8 for each in layers_of(lm, [n]))] == [part]
+    assert f"these parts compute in bfloat16: {part}. With this change, " in said[0]
+    assert {int8_check.part_of(name) for name, each in int8_layers(lm) if not each.int8} == {part}
     after = errors(lm)
     assert min(after.parts.values()) > max(0.95, min(before.parts.values()))
     assert abs(after.loss) < 0.02
     if part == "lm_head":
         assert min(before.parts.values()) > 0.95
         assert abs(before.loss) > 0.1
+
+
+BLOCKS = 6
+
+
+def with_outliers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, blocks: list[int]) -> Path:
+    """A model of six blocks. In the MLPs of `blocks`, W has a column of large weights, as in `outlier`."""
+    monkeypatch.setattr(small_llama, "BLOCKS", BLOCKS)
+
+    def edit(tensors: dict[str, Any]) -> None:
+        for block in blocks:
+            tensors[f"blk.{block}.ffn_gate.weight"][:, 0] = 300
+            tensors[f"blk.{block}.ffn_up.weight"][:, 0] = 300
+            tensors[f"blk.{block}.ffn_norm.weight"][0] = 1e-4
+
+    return save_small_llama(tmp_path / "outliers.gguf", edit=edit)
+
+
+def with_first_block_trained(path: Path) -> nplora.LanguageModel:
+    lm = nplora.load_model(path, compute="int8")
+    lm.add_lora(rank=4, seed=1, layers=[0])
+    for layer in lm.adapter_layers().values():
+        layer.A[...] = 0.02 * np.random.default_rng(2).standard_normal(layer.A.shape)
+    return lm
+
+
+@pytest.mark.parametrize("block", [2, 3])
+def test_a_frozen_block_above_the_adapter_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int
+) -> None:
+    """The block has no gradient of its own. Only the gradients of block 0 are wrong."""
+    lm = with_first_block_trained(with_outliers(tmp_path, monkeypatch, [block]))
+    assert errors(lm).cosine < 0.9
+    assert compared(lm)[1] == [f"model.layers.{block}"]
+    assert errors(lm).cosine > 0.99
+
+
+def test_more_parts_are_tried_if_the_first_do_not_help(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The errors of the products are hidden, so block 3 is not among the first candidates."""
+    lm = with_first_block_trained(with_outliers(tmp_path, monkeypatch, [3]))
+    exact = SimpleNamespace(measured=0.0, bound=0.0)
+    monkeypatch.setattr(nplora.FrozenWeight, "int8_error", lambda *_: exact)
+    _, parts, count = compared(lm)
+    assert parts == ["model.layers.3"]
+    assert count <= 2 + int8_check.MOST_TRIALS
+
+
+@pytest.mark.parametrize("blocks", [[1, 4], [0, 2, 4]])
+def test_only_the_blocks_with_outliers_are_switched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, blocks: list[int]
+) -> None:
+    lm = with_adapter(with_outliers(tmp_path, monkeypatch, blocks), "int8")
+    _, parts, count = compared(lm)
+    assert sorted(parts) == [f"model.layers.{block}" for block in blocks]
+    assert count <= 2 + int8_check.MOST_TRIALS
+    assert errors(lm).cosine > 0.99
+
+
+def test_inexact_blocks_that_do_no_harm_return_to_int8(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All suspects are switched together. Those that the gradients do not need go back."""
+    monkeypatch.setattr(int8_check, "LARGEST_PRODUCT_ERROR", 0.0)  # every part is a suspect
+    blocks = [1, 4]
+    lm = with_adapter(with_outliers(tmp_path, monkeypatch, blocks), "int8")
+    _, parts, count = compared(lm)
+    assert {f"model.layers.{block}" for block in blocks} < set(parts)
+    assert len(parts) < BLOCKS
+    assert count <= 2 + int8_check.MOST_TRIALS
+
+
+def test_parts_that_do_not_help_stay_in_int8_and_this_is_said_once(path: Path) -> None:
+    lm, said, run = with_adapter(path, "int8"), list[str](), RunOfSteps()
+    exact = iter([True])
+
+    def wrong_gradient() -> float:
+        loss = add_gradient(lm)
+        if not next(exact, False):  # after the gradient in bfloat16, every gradient is wrong
+            for parameter in lm.parameters():
+                parameter.grad[...] = -1
+        return loss
+
+    check = Int8Check(lm, wrong_gradient, said.append, every=1)
+    for _ in range(2):
+        exact = iter([True])
+        check.on_step_end(run, None)  # type: ignore[arg-type]
+    assert [row["in_bfloat16"] for row in run.rows] == [[], []]
+    assert len(said) == 1
+    assert "does not help; the run continues in int8" in said[0]
+    assert all(layer.int8 for _, layer in int8_layers(lm))
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_nan_on_any_rank_is_the_largest_error(order: int) -> None:
+    ranks = [Errors(0.99, {"p": 0.99}, 0.0, 1.0), Errors(np.nan, {"p": np.nan}, np.nan, 1.0)][::order]
+    found = Errors.largest(ranks)
+    assert np.isnan([found.cosine, found.parts["p"], found.loss]).all()
+    assert found.size(0.95) == np.inf
+
+
+@pytest.mark.slow
+def test_a_run_that_is_resumed_in_int8_is_compared_at_once(tmp_path: Path, data: Path) -> None:
+    options: dict[str, Any] = {"rank": 4, "progress": False, "schedule": "constant", "lr": 1e-2}
+    path = outlier(tmp_path, "lm_head")
+
+    def events(compute: str, steps: int, **more: Any) -> list[tuple[int, list[str]]]:
+        finetune(path, data, tmp_path / "run", compute=compute, steps=steps, **options, **more)
+        log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+        return [(row["step"], row["in_bfloat16"]) for row in log if row["event"] == "int8"]
+
+    assert events("float32", 2) == []
+    with pytest.warns(UserWarning, match="another arithmetic|total_steps"):
+        assert events("int8", 3, resume=True, change_compute=True) == [(2, ["lm_head"])]
+    with pytest.warns(UserWarning, match="another arithmetic|total_steps"):
+        events("float32", 4, resume=True, change_compute=True)
+    with pytest.warns(UserWarning, match="another arithmetic|total_steps"):
+        found = events("int8", 5, resume=True, change_compute=True)
+    assert found == [(2, ["lm_head"]), (4, ["lm_head"])]
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
@@ -179,7 +302,7 @@ def test_int8_is_not_blamed_if_bfloat16_is_not_finite_either(path: Path, value: 
         "step 1: the gradients in int8 and bfloat16 are not compared"
     ]
     assert run.rows == []
-    assert all(layer.int8 for layer in layers_of(lm, int8_parts(lm)))
+    assert all(layer.int8 for _, layer in int8_layers(lm))
 
 
 @pytest.mark.parametrize(("difference", "size"), [(0.05, 1), (-0.25, 1), (0.5, 2)])
@@ -199,20 +322,20 @@ def test_a_trained_head_returns_to_bfloat16(tmp_path: Path, options: dict[str, A
 def test_a_head_of_trained_rows_alone_is_no_part_that_computes_in_int8(path: Path) -> None:
     lm = nplora.load_model(path, compute="int8")
     lm.add_lora(rank=4, modules_to_save="lm_head")
-    assert int8_parts(lm) == ["model.layers.0", "model.layers.1"]
+    assert sorted(compared(lm, least_cosine=2.0)[1]) == ["model.layers.0", "model.layers.1"]
 
 
 def test_frozen_blocks_below_the_adapters_never_compute_in_int8(path: Path) -> None:
     lm = nplora.load_model(path, compute="int8")
     lm.add_lora(rank=4, layers="last:1")
-    assert int8_parts(lm) == ["model.layers.1", "lm_head"]
+    assert sorted(compared(lm, least_cosine=2.0)[1]) == ["lm_head", "model.layers.1"]
 
 
 def test_a_comparison_computes_few_gradients(path: Path) -> None:
     """If the errors remain, all parts return after a limited number of trials."""
     lm = with_adapter(path, "int8")
     said, parts, count = compared(lm, least_cosine=2.0)  # never reached
-    assert sorted(parts) == sorted(int8_parts(lm))
+    assert sorted(parts) == ["lm_head", "model.layers.0", "model.layers.1"]
     assert count <= 3 + int8_check.MOST_TRIALS
     assert not said[1:]
     assert errors(lm).cosine == pytest.approx(1, abs=1e-6)
@@ -262,8 +385,7 @@ def test_a_resumed_run_keeps_its_parts_in_bfloat16_even_without_its_log(
 
     class Flags(Callback):
         def on_step_begin(self, run: Any) -> None:
-            names = int8_parts(run.model)
-            seen.append([n for n in names if any(layer.int8 for layer in layers_of(run.model, [n]))])
+            seen.append([name for name, layer in int8_layers(run.model) if layer.int8])
 
     warns = pytest.warns(UserWarning, match="the log is missing") if lost else contextlib.nullcontext()
     with warns:

@@ -96,6 +96,17 @@ def test_convolutions_are_measured_by_their_windows() -> None:
     y, _ = errors.sampled(lambda: model.forward(images))()
     assert np.array_equal(y, model.forward(images)[0])
     assert errors.found.keys() == {"0"}
+    assert errors.seen == ["0", "1"]
+
+
+def test_only_the_frozen_rows_of_a_trained_head_are_a_product_in_int8(tmp_path: Path) -> None:
+    path, ids = save_small_llama(tmp_path / "model.gguf", "q8_0"), np.arange(1, 40)
+    for options, is_seen in (({"modules_to_save": "lm_head"}, False), ({"trainable_tokens": (5, 6)}, True)):
+        lm = nplora.load_model(path, compute="int8")
+        lm.add_lora(rank=4, **options)  # type: ignore[arg-type]
+        errors = ProductErrors(lm)
+        errors.sampled(lambda lm=lm: lm.forward_backward(pack([(ids, ids)]), 1.0))()  # type: ignore[misc]
+        assert ("lm_head" in errors.found) == is_seen
 
 
 def test_a_pass_that_fails_leaves_the_layers_as_they_were() -> None:

@@ -11,11 +11,12 @@ from typing import Self
 import numpy as np
 import numpy.typing as npt
 
-from nplora.nn import TrainedHead
+from nplora import _core
 from nplora.nn.int8 import Int8Layer, without_int8
 from nplora.nn.losses import NonFiniteLossError
 from nplora.nn.module import Module
-from nplora.nn.product_errors import ProductErrors
+from nplora.nn.product_errors import ProductErrors, int8_layers, nan_as_infinity
+from nplora.runtime.user_warning import warn_user
 from nplora.trainer import Callback, Run
 from nplora.trainer.history import StepRecord
 
@@ -31,10 +32,13 @@ LEAST_COSINE = 0.95
 # useless while all cosines are high, because the target dominates the gradient of the logits. The loss then
 # shows the error.
 LARGEST_DIFFERENCE, LARGEST_SHARE = 0.05, 0.02
-# The most trials of one comparison. A trial computes the gradient of the sample, with one more part of the
-# model in bfloat16.
+# A product whose error is larger, relative to its exact values, is a likely cause. SmolLM2 has 0.01 to 0.06.
+LARGEST_PRODUCT_ERROR = 0.2
+# The most trials of one comparison. A trial computes the gradient of the sample, with more parts of the model
+# in bfloat16. If they do not suffice, there is one last trial with all parts in bfloat16.
 MOST_TRIALS = 6
-_CANDIDATES = 3  # the most parts that are tried before the best of them stays in bfloat16
+_LEAST_REDUCTION = 0.1  # parts return to bfloat16 only if this reduces the errors by this share or more
+_CANDIDATES = 3  # after this many trials, the best is kept; if none helps, more are tried
 # At most about this many values of the gradients are compared, so that the comparison needs little memory.
 COMPARED = 1 << 20
 _EVENT = "int8"  # the name of the check's event in the log
@@ -61,10 +65,13 @@ class Errors:
 
     @classmethod
     def largest(cls, ranks: Sequence[Errors]) -> Errors:
-        """The largest errors of several ranks: the smallest cosines, and the largest difference of losses."""
-        parts = {part: min(each.parts[part] for each in ranks) for part in ranks[0].parts}
-        furthest = max(ranks, key=lambda each: each.size_of_loss)
-        return cls(min(each.cosine for each in ranks), parts, furthest.loss, furthest.exact_loss)
+        """The largest errors of several ranks: the smallest cosines, and the largest difference of losses.
+
+        NaN counts as the largest error.
+        """
+        parts = {part: _least(each.parts[part] for each in ranks) for part in ranks[0].parts}
+        furthest = max(ranks, key=lambda each: nan_as_infinity(each.size_of_loss))
+        return cls(_least(each.cosine for each in ranks), parts, furthest.loss, furthest.exact_loss)
 
     @property
     def size_of_loss(self) -> float:
@@ -83,19 +90,31 @@ class Int8Check(Callback):
     """Computes the loss and the gradient of a sample in int8 and in bfloat16, and compares them.
 
     Every comparison uses the same sample of the training data. The parts of a model are its blocks, its head
-    and its embedding. The errors of int8 are too large if a cosine between the two gradients, of a part or of
-    the whole model, is too small, or if the losses differ by too much (see LARGEST_DIFFERENCE). Then the
-    check searches for the part that causes the errors. A part's own cosine does not show this, because errors
-    of one part change the gradients of the others. So the check tries the part with the smallest cosine, a
-    part without a gradient of its own (a frozen head), and the part with the second smallest cosine. In a
-    trial, the part computes in bfloat16, and the errors are measured again. The part whose trial has the
-    smallest errors computes in bfloat16 for the rest of the run. This is repeated until the errors are small
-    enough. If MOST_TRIALS trials do not suffice, or if no trial reduces the errors, all parts whose cosines
-    are too small compute in bfloat16; if there is no such part, all parts do.
+    and its embedding; only those count that multiply in int8 during the sample. The errors of int8 are too
+    large if a cosine between the two gradients, of a part or of the whole model, is too small, or if the
+    losses differ by too much (see LARGEST_DIFFERENCE). Then the check searches for the parts that cause the
+    errors. In a trial, some parts compute in bfloat16, and the errors are measured again. A part's own cosine
+    does not show the cause, because errors of one part change the gradients of the others. The errors of
+    single products show it better (see `ProductErrors`). So the check tries these candidates, in this order:
+
+    1. the part with the largest error of a product,
+    2. all parts with an error above LARGEST_PRODUCT_ERROR together, if there are several,
+    3. the part with the smallest cosine,
+    4. the last part without a gradient of its own (a frozen head, for example),
+    5. the other parts, by the errors of their products.
+
+    The best of the first three candidates computes in bfloat16 for the rest of the run; more candidates are
+    tried only if these do not reduce the errors by a tenth or more. This is repeated until the errors are
+    small enough. Then the parts that are not needed return to int8, as long as trials are left. If
+    MOST_TRIALS trials do not suffice, or if no trial reduces the errors, all parts compute in bfloat16,
+    provided that this reduces the errors. So a comparison computes at most MOST_TRIALS + 3 gradients. If the
+    errors are still too large, the check prints this; it does not repeat it at the following comparisons if
+    nothing changes.
 
     The log has one line for each comparison. The line also holds the error of the worst product (see
-    `ProductErrors.worst`), on several ranks that of rank 0. If `add_gradient` raises NonFiniteLossError, or
-    if the loss or the gradient in bfloat16 is not finite, nothing is compared, and a message says so.
+    `ProductErrors.worst`), on several ranks that of rank 0. A run that is resumed in another arithmetic has a
+    comparison before its first step. If `add_gradient` raises NonFiniteLossError, or if the loss or the
+    gradient in bfloat16 is not finite, nothing is compared, and a message says so.
 
     The check is a context manager. At the end of the `with` block, all parts can compute in int8 again.
 
@@ -135,6 +154,7 @@ class Int8Check(Callback):
         self._every, self._least = every, LEAST_COSINE if least_cosine is None else least_cosine
         self._fallen_back: list[str] = []  # the parts that compute in bfloat16
         self._switched: list[Int8Layer] = []  # the layers of these parts
+        self._remains = False  # whether the errors were too large after the last comparison
 
     def __enter__(self) -> Self:
         return self
@@ -142,14 +162,16 @@ class Int8Check(Callback):
     def __exit__(self, *_: object) -> None:
         for layer in self._switched:
             layer.int8 = True
-        self._fallen_back, self._switched = [], []
+        self._fallen_back, self._switched, self._remains = [], [], False
 
     def on_fit_start(self, run: Run) -> None:
         """In a resumed run, switch to bfloat16 those parts that the earlier run had switched."""
         last = run.logged(_EVENT)
         self._fall_back(last.get("in_bfloat16", []))
-        if run.step and self._is_due(run) and last.get("step") != run.step:
-            self._compare(run)  # a signal ended the earlier run before this comparison
+        is_new = not last or bool(run.changed_compute)  # this arithmetic has not been compared yet
+        # A signal may have ended the earlier run before a comparison that was due.
+        if run.step and (is_new or (self._is_due(run) and last.get("step") != run.step)):
+            self._compare(run)
 
     def on_step_end(self, run: Run, record: StepRecord) -> None:
         if self._is_due(run):
@@ -163,14 +185,20 @@ class Int8Check(Callback):
         try:
             found, left = self._search(run)
         except NonFiniteLossError as error:
+            self._products.worst()  # forgets the errors
             self._say(f"step {run.step}: the gradients in int8 and bfloat16 are not compared: {error}")
             return
+        text, remains = f"step {run.step}: int8 is too inexact: {_described(found)}", self._is_too_large(left)
         if new := self._fallen_back[before:]:
+            still = "; this is still too inexact" * remains
             self._say(
-                f"step {run.step}: int8 is too inexact: {_described(found)}. From now on, these parts "
-                f"compute in bfloat16: {', '.join(new)}. With this change, {_described(left)}"
+                f"{text}. From now on, these parts compute in bfloat16: {', '.join(new)}. With this change, "
+                f"{_described(left)}{still}"
             )
-        worst = min(found.parts, key=lambda part: found.parts[part], default="")
+        elif remains and not self._remains:
+            self._say(f"{text}. Computing more parts in bfloat16 does not help; the run continues in int8")
+        self._remains = remains
+        worst = max(found.parts, key=lambda part: nan_as_infinity(1 - found.parts[part]), default="")
         run.log(
             _EVENT,
             {
@@ -201,29 +229,60 @@ class Int8Check(Callback):
             return exact[0].measure()
 
         found = left = self._of_all_ranks(run, measure)
-        trials = 0
-        while self._is_too_large(left) and trials < MOST_TRIALS:
-            tried: dict[str, Errors] = {}
-            for part in self._candidates(left)[: min(_CANDIDATES, MOST_TRIALS - trials)]:
-                trials += 1
-                with self._in_bfloat16(part):
-                    tried[part] = self._of_all_ranks(run, measure)
-                if not self._is_too_large(tried[part]):
+        if not self._is_too_large(left):
+            return found, left
+        products = self._errors_of_products(run)
+
+        def trial(parts: Iterable[str]) -> Errors:
+            with self._in_bfloat16(parts):
+                return self._of_all_ranks(run, measure)
+
+        chosen, trials = list[str](), MOST_TRIALS
+        while self._is_too_large(left):
+            best, least = list[str](), left
+            for number, more in enumerate(_candidates(left, products, chosen)[:trials], 1):
+                trials -= 1
+                errors = trial([*chosen, *more])
+                if self._helps(errors, left) and self._size(errors) < self._size(least):
+                    best, least = more, errors
+                if not self._is_too_large(least) or (best and number >= _CANDIDATES):
                     break
-            best = min(tried, key=lambda part: tried[part].size(self._least), default=None)
-            if best is None or not tried[best].size(self._least) < left.size(self._least):
+            if not best:
                 break
-            left = tried[best]
-            self._fall_back([best])
-        if self._is_too_large(left):
-            in_int8 = self._parts_in_int8()
-            bad = [part for part in in_int8 if not left.parts.get(part, 1) >= self._least]
-            self._fall_back(bad or in_int8)
-            left = self._of_all_ranks(run, measure)
+            chosen, left = [*chosen, *best], least
+        if not self._is_too_large(left) and len(chosen) > 1:
+            for part in sorted(chosen, key=lambda part: products[part])[:trials]:
+                fewer = [each for each in chosen if each != part]
+                if not self._is_too_large(errors := trial(fewer)):
+                    chosen, left = fewer, errors
+        if self._is_too_large(left) and (rest := [part for part in products if part not in chosen]):
+            errors = trial(products)
+            if self._helps(errors, left):
+                chosen, left = [*chosen, *rest], errors
+        self._fall_back(chosen)
         return found, left
 
+    def _errors_of_products(self, run: Run) -> dict[str, float]:
+        """The parts that multiplied in int8, with the largest error of their products on any rank."""
+        own = dict[str, float]()
+        for name in self._products.seen:
+            error = self._products.found.get(name)  # None: not measured
+            part, size = part_of(name), 0.0 if error is None else nan_as_infinity(error.measured)
+            own[part] = max(size, own.get(part, 0.0))
+        found = dict[str, float]()
+        for ranks in run.ranks.gather(own, f"the products of step {run.step}"):
+            for part, size in ranks.items():
+                found[part] = max(size, found.get(part, 0.0))
+        return found
+
+    def _helps(self, errors: Errors, before: Errors) -> bool:
+        return self._size(errors) < (1 - _LEAST_REDUCTION) * self._size(before)
+
+    def _size(self, errors: Errors) -> float:
+        return errors.size(self._least)
+
     def _is_too_large(self, errors: Errors) -> bool:
-        return errors.size(self._least) > 1
+        return self._size(errors) > 1
 
     def _of_all_ranks(self, run: Run, measure: Callable[[], Errors]) -> Errors:
         """Measure the errors; return the largest errors of all ranks.
@@ -242,20 +301,9 @@ class Int8Check(Callback):
                 raise NonFiniteLossError(f"rank {rank}: {problem}" if len(rows) > 1 else problem)
         return Errors.largest([errors for errors, _ in rows if errors is not None])
 
-    def _candidates(self, errors: Errors) -> list[str]:
-        """The parts to try, the most likely cause first; see the class."""
-        in_int8, cosines = self._parts_in_int8(), errors.parts
-        trained = sorted((part for part in in_int8 if part in cosines), key=lambda part: cosines[part])
-        frozen = [part for part in in_int8 if part not in cosines]
-        return [*trained[:1], *frozen[-1:], *trained[1:], *frozen[:-1]]
-
-    def _parts_in_int8(self) -> list[str]:
-        parts = int8_parts(self._model)
-        return [part for part in parts if any(layer.int8 for layer in layers_of(self._model, [part]))]
-
     @contextlib.contextmanager
-    def _in_bfloat16(self, part: str) -> Iterator[None]:
-        layers = [layer for layer in layers_of(self._model, [part]) if layer.int8]
+    def _in_bfloat16(self, parts: Iterable[str]) -> Iterator[None]:
+        layers = [layer for layer in layers_of(self._model, parts) if layer.int8]
         try:
             for layer in layers:
                 layer.int8 = False
@@ -265,7 +313,7 @@ class Int8Check(Callback):
                 layer.int8 = True
 
     def _fall_back(self, parts: Iterable[str]) -> None:
-        parts = list(parts)
+        parts = [part for part in parts if part not in self._fallen_back]
         self._fallen_back += parts
         for layer in layers_of(self._model, parts):
             if layer.int8:
@@ -273,8 +321,25 @@ class Int8Check(Callback):
                 self._switched.append(layer)
 
 
+def _candidates(errors: Errors, products: dict[str, float], chosen: Sequence[str]) -> list[list[str]]:
+    """The parts to try, the most likely cause first; see `Int8Check`."""
+    parts = sorted((part for part in products if part not in chosen), key=lambda part: -products[part])
+    trained = [part for part in parts if part in errors.parts]
+    frozen = [part for part in products if part in parts and part not in errors.parts]
+    worst = sorted(trained, key=lambda part: -nan_as_infinity(1 - errors.parts[part]))[:1]
+    found = [[part] for part in dict.fromkeys([*parts[:1], *worst, *frozen[-1:], *parts])]
+    inexact = [part for part in parts if products[part] > LARGEST_PRODUCT_ERROR]
+    if len(inexact) > 1:
+        found.insert(1, inexact)
+    return found
+
+
+def _least(values: Iterable[float]) -> float:
+    return float(np.min(list(values)))  # NaN if a value is NaN
+
+
 def _described(errors: Errors) -> str:
-    worst = min(errors.cosine, *errors.parts.values()) if errors.parts else errors.cosine
+    worst = _least([errors.cosine, *errors.parts.values()])
     return f"the smallest cosine of gradients is {worst:.3f}, and the losses differ by {abs(errors.loss):.3f}"
 
 
@@ -347,34 +412,22 @@ class Products:
 
 def computes_in_int8(model: Module) -> bool:
     """Whether training multiplies some frozen weights of a model in int8."""
-    return any(True for _ in _int8_layers(model))
+    return any(True for _ in int8_layers(model))
+
+
+def warn_of_slow_int8(op: str, model: Module) -> None:
+    """Warn if a model computes in int8, but nplora uses no vector instructions."""
+    if computes_in_int8(model) and _core.config()["isa"] == "generic":
+        warn_user(
+            f"{op}: compute='int8' is about 8 times slower than 'float32' here, because nplora uses no "
+            "vector instructions (its instruction set is 'generic')"
+        )
 
 
 def layers_of(model: Module, parts: Iterable[str]) -> Iterator[Int8Layer]:
     """Yield the layers in the given parts of a model that can multiply in int8."""
     wanted = set(parts)
-    return (layer for name, layer in _int8_layers(model) if part_of(name) in wanted)
-
-
-def int8_parts(model: Module) -> list[str]:
-    """The parts of a model that can multiply in int8 in training, in the model's order.
-
-    The parts before the first part with parameters are left out. They are computed as in inference, and so
-    never in int8.
-    """
-    first = next((part_of(parameter.name) for parameter in model.parameters()), None)
-    parts = list(dict.fromkeys(part_of(name) for name, _ in model.named_modules()))
-    own = {part_of(name) for name, _ in _int8_layers(model)}
-    begin = parts.index(first) if first in parts else 0
-    return [part for part in parts[begin:] if part in own]
-
-
-def _int8_layers(model: Module) -> Iterator[tuple[str, Int8Layer]]:
-    for name, module in model.named_modules():
-        is_whole = isinstance(module, TrainedHead) and module.is_whole  # no frozen row is left
-        weight = getattr(module, "weight", None)
-        if isinstance(module, Int8Layer) and getattr(weight, "compute", None) == "int8" and not is_whole:
-            yield name, module
+    return (layer for name, layer in int8_layers(model) if part_of(name) in wanted)
 
 
 def part_of(name: str) -> str:

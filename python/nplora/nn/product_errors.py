@@ -12,9 +12,10 @@ import numpy.typing as npt
 
 from nplora import _core
 from nplora.nn.conv import Conv2d
-from nplora.nn.int8 import in_int8
+from nplora.nn.int8 import Int8Layer, in_int8
 from nplora.nn.lora_linear import LoRALinear
 from nplora.nn.module import Module
+from nplora.nn.trained_rows import TrainedHead
 from nplora.weights import FrozenWeight, Int8Error
 from nplora.weights.int8_error import SAMPLES, sample
 
@@ -26,7 +27,7 @@ class ProductErrors:
 
     A layer is measured in its first forward pass of many rows that is computed in int8. `worst` returns the
     largest error, and forgets all errors. So each layer is measured once between two calls of `worst`. Frozen
-    convolutions are not measured.
+    convolutions are seen, but not measured.
 
     >>> import nplora, numpy as np
     >>> from nplora.nn.product_errors import ProductErrors
@@ -40,11 +41,13 @@ class ProductErrors:
 
     Attributes:
         found: a dict from the names of layers to their errors.
+        seen: the names of the layers that multiplied in int8, in the order of their products.
     """
 
     def __init__(self, model: Module) -> None:
         self._model = model
         self.found: dict[str, Int8Error] = {}
+        self.seen: list[str] = []
 
     def sampled(self, run: Callable[[], Any]) -> Callable[[], Any]:
         """Return a function that calls `run` and samples the products in this call."""
@@ -61,21 +64,19 @@ class ProductErrors:
         "worst_product" is the name of the layer. "product_error" and "product_bound" are the attributes
         `measured` and `bound` of its `Int8Error`.
         """
-        found, self.found = self.found, {}
+        found, self.found, self.seen = self.found, {}, []
         if not found:
             return {"worst_product": None, "product_error": None, "product_bound": None}
-        name, error = max(found.items(), key=lambda item: _or_infinity(item[1].measured))
+        name, error = max(found.items(), key=lambda item: nan_as_infinity(item[1].measured))
         return {"worst_product": name, "product_error": error.measured, "product_bound": error.bound}
 
     @contextlib.contextmanager
     def _watching(self) -> Iterator[None]:
         """Inside the `with` block, replace those methods of the layers that get x."""
         with contextlib.ExitStack() as stack:
-            for name, module in self._model.named_modules():
-                weight = getattr(module, "weight", None)
-                if hasattr(module, "int8") and isinstance(weight, FrozenWeight) and weight.compute == "int8":
-                    for method in _methods(module):
-                        stack.enter_context(self._replaced(module, method, name))
+            for name, layer in int8_layers(self._model):
+                for method in _methods(layer):
+                    stack.enter_context(self._replaced(layer, method, name))
             yield
 
     @contextlib.contextmanager
@@ -83,8 +84,8 @@ class ProductErrors:
         original = getattr(layer, method)
 
         def sampling(x: npt.ArrayLike, *arguments: Any) -> Any:
-            if name not in self.found and in_int8(layer):
-                self._sample(name, layer.weight, np.asarray(x))
+            if name not in self.seen and in_int8(layer):
+                self._sample(name, layer, np.asarray(x))
             return original(x, *arguments)
 
         vars(layer)[method] = sampling
@@ -93,23 +94,38 @@ class ProductErrors:
         finally:
             del vars(layer)[method]
 
-    def _sample(self, name: str, weight: FrozenWeight, x: Array) -> None:
-        rows = x.reshape(-1, weight.shape[1])
+    def _sample(self, name: str, layer: Any, x: Array) -> None:
+        if isinstance(layer, Conv2d):  # x are images
+            self.seen.append(name)
+            return
+        rows, weight = x.reshape(-1, layer.weight.shape[1]), layer.weight
         if len(rows) > _core.constants.small_batch:
+            self.seen.append(name)
             self.found[name] = weight.int8_error(rows[sample(len(rows), SAMPLES)])
 
 
-def _methods(layer: Module) -> Iterator[str]:
-    """Yield the names of the methods that get x.
+def int8_layers(model: Module) -> Iterator[tuple[str, Int8Layer]]:
+    """Yield the names and layers of a model that can multiply frozen weights in int8."""
+    for name, module in model.named_modules():
+        is_whole = isinstance(module, TrainedHead) and module.is_whole  # no frozen row is left
+        weight = getattr(module, "weight", None)
+        in_codes = isinstance(weight, FrozenWeight) and weight.compute == "int8"
+        if isinstance(module, Int8Layer) and in_codes and not is_whole:
+            yield name, module
+
+
+def _methods(layer: Any) -> Iterator[str]:
+    """Yield the names of the methods that get x; for a frozen convolution, the one that gets images.
 
     A stack of layers calls `forward_part`. `LoRALinear.forward` calls `forward_part`, too; in other classes,
-    `forward` does not. The `forward` of a convolution gets images instead of x.
+    `forward` does not.
     """
-    if hasattr(layer, "forward_part"):
+    if hasattr(layer, "forward_part") and not isinstance(layer, Conv2d):
         yield "forward_part"
-    if not isinstance(layer, LoRALinear | Conv2d):
+    if not isinstance(layer, LoRALinear):
         yield "forward"
 
 
-def _or_infinity(error: float) -> float:
+def nan_as_infinity(error: float) -> float:
+    """Return the error, so that NaN counts as the largest error."""
     return math.inf if math.isnan(error) else error

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import nplora
+from nplora import _core
 from nplora.finetuning import (
     ClassificationReport,
     ClassifyOptions,
@@ -162,6 +163,15 @@ def test_a_run_continues_in_another_arithmetic_if_this_is_asked_for(model: Path,
         train_classifier(model, rows, tmp_path / "out", change_compute=True, **options)
     with pytest.raises(ValueError, match="train_classifier: change_compute=True needs resume=True"):
         train_classifier(model, rows, tmp_path / "new", change_compute=True)
+
+
+def test_int8_without_vector_instructions_is_warned_of(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = {**_core.config(), "isa": "generic"}
+    monkeypatch.setattr(_core, "config", lambda: here)
+    with pytest.warns(UserWarning, match="train_classifier: compute='int8' is about 8 times slower"):
+        train_classifier(model, some_rows(), tmp_path / "out", compute="int8", steps=1)
 
 
 def test_balanced_weights_give_all_labels_the_same_weight(model: Path, tmp_path: Path) -> None:

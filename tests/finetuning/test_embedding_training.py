@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import nplora
+from nplora import _core
 from nplora.distributed import Alone
 from nplora.finetuning.embedding import (
     EmbeddingLoss,
@@ -23,8 +24,9 @@ from nplora.finetuning.embedding import (
     train,
 )
 from nplora.finetuning.embedding import metrics as measures
-from nplora.finetuning.int8_check import Int8Check, int8_parts, layers_of
+from nplora.finetuning.int8_check import Int8Check
 from nplora.formats.errors import DataError
+from nplora.nn.product_errors import int8_layers
 from small_encoder import WORDS, save_small_encoder
 
 pytest.importorskip("tokenizers")
@@ -483,7 +485,16 @@ def test_a_sample_whose_loss_is_not_finite_is_not_compared(model: Path) -> None:
         check.on_step_end(run, None)  # type: ignore[arg-type]
     assert said == ["step 1: the gradients in int8 and bfloat16 are not compared: the loss is nan"]
     assert not log
-    assert all(layer.int8 for layer in layers_of(encoder, int8_parts(encoder)))
+    assert all(layer.int8 for _, layer in int8_layers(encoder))
+
+
+def test_int8_without_vector_instructions_is_warned_of(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = {**_core.config(), "isa": "generic"}
+    monkeypatch.setattr(_core, "config", lambda: here)
+    with pytest.warns(UserWarning, match="train: compute='int8' is about 8 times slower than 'float32' here"):
+        train(model, ROWS, tmp_path / "out", steps=1, batch_size=2, compute="int8")
 
 
 @pytest.mark.slow

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from nplora import _core
 from nplora.adapters import Adapter, read_for
 from nplora.finetuning.data import (
     EVALUATION_TOKENS,
@@ -18,6 +17,7 @@ from nplora.finetuning.data import (
 from nplora.finetuning.data.sources import Source, sources_of, splits_of
 from nplora.finetuning.data.split import Division
 from nplora.finetuning.data.stored import Examples
+from nplora.finetuning.int8_check import warn_of_slow_int8
 from nplora.finetuning.objectives import Objective, objective_of
 from nplora.finetuning.options import DEFAULT_EXAMPLES, FinetuneOptions
 from nplora.formats import files
@@ -112,11 +112,7 @@ def read_inputs(
         raise ValueError(f"{op}: valid_split is {share}, but there are validation data already")
     lm = opened(op, model, options.compute, check)
     options.require_int8_head(op, lm.compute)
-    if lm.compute == "int8" and _core.config()["isa"] == "generic":
-        warn_user(
-            f"{op}: compute='int8' is about 8 times slower than 'float32' here, because nplora uses no "
-            "vector instructions (its instruction set is 'generic')"
-        )
+    warn_of_slow_int8(op, lm)
     require_plain(op, lm)
     lm.require_trainable(op)  # fails if a named adapter is selected
     start = _start(op, lm, options)

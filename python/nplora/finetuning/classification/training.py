@@ -40,7 +40,7 @@ from nplora.finetuning.classification.text_batches import TextBatches
 from nplora.finetuning.classification.text_progress import TextProgress
 from nplora.finetuning.data import Data
 from nplora.finetuning.data.sources import Source, sources_of, splits_of
-from nplora.finetuning.int8_check import Int8Check, computes_in_int8
+from nplora.finetuning.int8_check import Int8Check, computes_in_int8, warn_of_slow_int8
 from nplora.finetuning.options import default_lr, parse_columns
 from nplora.finetuning.output import opened_output, require_free_directory
 from nplora.finetuning.report import WAS_FINISHED, memory_in_words
@@ -341,6 +341,7 @@ class _Training:
             )
         labels = self.train.labels(self.task)
         encoder = opened_encoder(op, model, options.compute)
+        warn_of_slow_int8(op, encoder)
         if isinstance(model, Encoder) and model.adapter_layers():
             raise ValueError(f"{op}: the encoder has an adapter already, expected an encoder without one")
         if self.is_first:

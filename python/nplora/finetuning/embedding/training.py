@@ -25,7 +25,7 @@ from nplora.finetuning.data.sources import Data, sources_of, splits_of
 from nplora.finetuning.embedding.batches import ExampleBatches
 from nplora.finetuning.embedding.examples import TextReport, read_sources
 from nplora.finetuning.embedding.loss import MICRO_TOKENS, EmbeddingLoss
-from nplora.finetuning.int8_check import Int8Check, computes_in_int8
+from nplora.finetuning.int8_check import Int8Check, computes_in_int8, warn_of_slow_int8
 from nplora.finetuning.options import default_lr
 from nplora.finetuning.output import opened_output, require_free_directory, require_inputs_kept
 from nplora.finetuning.token_progress import speaker, speaks
@@ -197,6 +197,7 @@ def train(
         splits = splits_of(op, data)
         held_out = splits.valid if valid is None else sources_of(op, valid)
         encoder = _opened(op, model, compute)
+        warn_of_slow_int8(op, encoder)
         paths = [each.path for each in [*splits.train, *(held_out or [])] if each.path is not None]
         if is_first:
             require_inputs_kept(op, output, encoder.config.source, [("data", path) for path in paths])

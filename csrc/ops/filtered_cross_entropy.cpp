@@ -195,8 +195,8 @@ class Keepers {
     });
   }
 
-  // Adds the rows of x of all tokens that keep one word, times their weights, to `dw`: the row of this word.
-  // `x` holds some columns of these rows.
+  // Adds the rows of x of all tokens that keep one word, times their weights, to the row of dw of this word.
+  // `x` and `dw` hold only some columns of these rows.
   void add(size_t word, size_t columns, const kernels::Panels<float>& x, float* dw) const {
     const size_t first = word ? ends_[word - 1] : 0, count = ends_[word] - first;
     if (count > 0)

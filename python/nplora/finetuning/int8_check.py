@@ -32,13 +32,14 @@ LEAST_COSINE = 0.95
 # useless while all cosines are high, because the target dominates the gradient of the logits. The loss then
 # shows the error.
 LARGEST_DIFFERENCE, LARGEST_SHARE = 0.05, 0.02
-# A product whose error is larger, relative to its exact values, is a likely cause. SmolLM2 has 0.01 to 0.06.
+# If the norm of a product's error, divided by the norm of the exact product, is larger than this, the product
+# is a likely cause. SmolLM2 has 0.01 to 0.06.
 LARGEST_PRODUCT_ERROR = 0.2
 # The most trials of one comparison. A trial computes the gradient of the sample, with more parts of the model
 # in bfloat16. If they do not suffice, there is one last trial with all parts in bfloat16.
 MOST_TRIALS = 6
-_LEAST_REDUCTION = 0.1  # parts return to bfloat16 only if this reduces the errors by this share or more
-_CANDIDATES = 3  # after this many trials, the best is kept; if none helps, more are tried
+_LEAST_REDUCTION = 0.1  # parts stay in bfloat16 only if the errors become smaller by more than this share
+_CANDIDATES = 3  # after this many trials, the best one is kept; if none helps, there are more trials
 # At most about this many values of the gradients are compared, so that the comparison needs little memory.
 COMPARED = 1 << 20
 _EVENT = "int8"  # the name of the check's event in the log
@@ -90,31 +91,32 @@ class Int8Check(Callback):
     """Computes the loss and the gradient of a sample in int8 and in bfloat16, and compares them.
 
     Every comparison uses the same sample of the training data. The parts of a model are its blocks, its head
-    and its embedding; only those count that multiply in int8 during the sample. The errors of int8 are too
-    large if a cosine between the two gradients, of a part or of the whole model, is too small, or if the
-    losses differ by too much (see LARGEST_DIFFERENCE). Then the check searches for the parts that cause the
-    errors. In a trial, some parts compute in bfloat16, and the errors are measured again. A part's own cosine
-    does not show the cause, because errors of one part change the gradients of the others. The errors of
-    single products show it better (see `ProductErrors`). So the check tries these candidates, in this order:
+    and its embedding. The errors of int8 are too large if a cosine between the two gradients, of a part or of
+    the whole model, is too small, or if the losses differ by too much (see LARGEST_DIFFERENCE). Then the
+    check searches for the parts that cause the errors, among all parts that multiply in int8. In a trial,
+    some parts compute in bfloat16, and the errors are measured again. A part's own cosine does not show the
+    cause, because errors of one part change the gradients of the others. The errors of single products show
+    it better (see `ProductErrors`). So the check tries these candidates, in this order:
 
     1. the part with the largest error of a product,
     2. all parts with an error above LARGEST_PRODUCT_ERROR together, if there are several,
     3. the part with the smallest cosine,
     4. the last part without a gradient of its own (a frozen head, for example),
-    5. the other parts, by the errors of their products.
+    5. the other parts, those with the largest errors of products first.
 
-    The best of the first three candidates computes in bfloat16 for the rest of the run; more candidates are
-    tried only if these do not reduce the errors by a tenth or more. This is repeated until the errors are
-    small enough. Then the parts that are not needed return to int8, as long as trials are left. If
-    MOST_TRIALS trials do not suffice, or if no trial reduces the errors, all parts compute in bfloat16,
-    provided that this reduces the errors. So a comparison computes at most MOST_TRIALS + 3 gradients. If the
-    errors are still too large, the check prints this; it does not repeat it at the following comparisons if
-    nothing changes.
+    A candidate helps if it reduces the errors by more than a tenth. The best of the first three candidates
+    stays in bfloat16; if none of them helps, more candidates are tried, until one helps. This is repeated
+    until the errors are small enough. Then, as long as trials are left, the check tries whether a part can
+    return to int8. If MOST_TRIALS trials do not suffice, or if no candidate helps, a last trial computes all
+    parts in bfloat16, and they stay so if this helps. So a comparison computes at most MOST_TRIALS + 3
+    gradients. The parts that were found compute in bfloat16 for the rest of the run. If the errors are still
+    too large, the check prints this. It prints this again only if it switches more parts, or if the errors
+    were small enough in between.
 
     The log has one line for each comparison. The line also holds the error of the worst product (see
-    `ProductErrors.worst`), on several ranks that of rank 0. A run that is resumed in another arithmetic has a
-    comparison before its first step. If `add_gradient` raises NonFiniteLossError, or if the loss or the
-    gradient in bfloat16 is not finite, nothing is compared, and a message says so.
+    `ProductErrors.worst`); on several ranks, this is the worst product of rank 0. A run that is resumed in
+    another arithmetic makes a comparison before its first step. If `add_gradient` raises NonFiniteLossError,
+    or if the loss or the gradient in bfloat16 is not finite, nothing is compared, and a message says so.
 
     The check is a context manager. At the end of the `with` block, all parts can compute in int8 again.
 
@@ -263,7 +265,7 @@ class Int8Check(Callback):
         return found, left
 
     def _errors_of_products(self, run: Run) -> dict[str, float]:
-        """The parts that multiplied in int8, with the largest error of their products on any rank."""
+        """For each part that multiplied in int8, the largest error of its products on any rank."""
         own = dict[str, float]()
         for name in self._products.seen:
             error = self._products.found.get(name)  # None: not measured

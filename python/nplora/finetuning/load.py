@@ -272,8 +272,8 @@ def _start(op: str, lm: LanguageModel, options: FinetuneOptions) -> Adapter | No
 def arithmetic_of_head(lm: LanguageModel, options: FinetuneOptions, trains_head: bool) -> str:
     """The arithmetic of the head in a run in int8: "off", "forward" or "on", as in the option `int8_head`.
 
-    For "auto", the settings of the model choose. But if the model does not use int8, `filter_vocabulary` is
-    set, or rows of the head are trained, "auto" never becomes "on".
+    "auto" becomes the choice that is set in the model. But it never becomes "on" if the model does not use
+    int8, if `filter_vocabulary` is set, or if rows of the head are trained.
 
     Args:
         trains_head: whether rows of the head are trained directly, not through a low-rank adapter.

@@ -158,8 +158,8 @@ class WordFilter:
         return dx
 
     def usual_time(self) -> tuple[int, float]:
-        """Return the largest number of rows in the last calls of `gradient`, and the seconds for this number.
-        They follow from the median of the time per row.
+        """Return the largest number of rows in the last calls of `gradient`, and the usual seconds for this
+        number: the number times the median of the seconds per row.
 
         Raises:
             ValueError: `gradient` was not called yet.

@@ -391,7 +391,7 @@ class LoRALinear(LoRALayer):
         therefore gives the same bits on every machine with the same instruction set. The text describes the
         present state of the layer, and takes account of its switch `int8` and of `without_int8`. If the
         backward pass uses another arithmetic than the forward pass, as it does for 5 to 8 rows with
-        compute="bfloat16", the line `backward` names this arithmetic. While the adapter is merged or
+        compute="bfloat16", the line `backward` names its arithmetic. While the adapter is merged or
         disabled, the text does not mention the update. If `backward` would raise an error, the text has no
         line for `backward`. The costs of DoRA and of the gradients are the same for every method, so these
         costs are not shown.

@@ -26,8 +26,8 @@ class ProductErrors:
     """Measures x Wᵀ in each linear layer that multiplies in int8, for a sample of the layer's inputs.
 
     A layer is measured in its first forward pass of many rows that is computed in int8. `worst` returns the
-    largest error, and forgets all errors. So each layer is measured once between two calls of `worst`. Frozen
-    convolutions are seen, but not measured.
+    largest error, and forgets all errors. So between two calls of `worst`, a layer is measured once at most.
+    Frozen convolutions are listed in `seen`, but not measured.
 
     >>> import nplora, numpy as np
     >>> from nplora.nn.product_errors import ProductErrors
@@ -41,7 +41,7 @@ class ProductErrors:
 
     Attributes:
         found: a dict from the names of layers to their errors.
-        seen: the names of the layers that multiplied in int8, in the order of their products.
+        seen: the names of the layers that multiplied in int8, in the order of their first products.
     """
 
     def __init__(self, model: Module) -> None:
@@ -59,10 +59,10 @@ class ProductErrors:
         return sampling
 
     def worst(self) -> dict[str, Any]:
-        """The layer with the largest measured error, for the run's log. Without a measured layer: None.
+        """The layer with the largest measured error, as values for the run's log.
 
         "worst_product" is the name of the layer. "product_error" and "product_bound" are the attributes
-        `measured` and `bound` of its `Int8Error`.
+        `measured` and `bound` of its `Int8Error`. If no layer was measured, all three values are None.
         """
         found, self.found, self.seen = self.found, {}, []
         if not found:
@@ -127,5 +127,5 @@ def _methods(layer: Any) -> Iterator[str]:
 
 
 def nan_as_infinity(error: float) -> float:
-    """Return the error, so that NaN counts as the largest error."""
+    """Return the error, or infinity for NaN, so that NaN counts as the largest error."""
     return math.inf if math.isnan(error) else error

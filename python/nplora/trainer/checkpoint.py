@@ -219,7 +219,7 @@ def _fields(state: object, path: Path) -> dict[str, Any]:
 
 
 def _completed(state: object) -> object:
-    """Add the fields that an older schema lacks, and give old settings their present form.
+    """Add the fields that an older schema lacks, and convert settings of early versions.
 
     If `best` has no step, the step is set to 0 (unknown).
     """

@@ -25,8 +25,8 @@ _USUAL: dict[str, Any] = {"communication_dtype": "float32", "local_steps": None}
 # Runs in int8 have this setting, except runs of early versions. The setting is compared only if both runs
 # have it.
 _OPTIONAL = ("int8_head",)
-# For these settings, a message cannot advise an argument: none has the same name, or its value does
-# not fit into a message.
+# A message cannot advise the old values of these settings: no argument has the name of the setting, or the
+# value is too long for a message.
 _NOT_ARGUMENTS = (
     "x", "y", "batches", "loss", "optimizer", "teacher", "micro_tokens", "trained_rows", "is_tied", "size",
     "added_tokens", "invocation_tokens",
@@ -159,7 +159,7 @@ def compute_changes(checkpoint: Checkpoint, settings: dict[str, Any]) -> str:
 
 
 def with_compute_of(checkpoint: Checkpoint, settings: dict[str, Any]) -> Checkpoint:
-    """Return a copy of the checkpoint that states the arithmetic of `settings`."""
+    """Return a copy of the checkpoint, with the arithmetic of `settings` in its own settings."""
     fixed, now = checkpoint.settings.get("fixed"), _computes(settings["fixed"])
     if not isinstance(fixed, dict):
         return checkpoint
@@ -294,7 +294,7 @@ def _advice(then: dict[str, Any], now: dict[str, Any]) -> str:
         then, now: the settings under "fixed" in the checkpoint, and those of the resumed run.
     Returns:
         a text such as "; with compute='int8' and no filter_vocabulary, as before, the run continues". The
-        text is "" if arguments with these values would perhaps not be enough.
+        text is "" if it is not certain that the run continues with these arguments.
     """
     before = _before(then, now)
     if not before or any(name in _NOT_ARGUMENTS or not _is_short(was) for name, was in before.items()):
@@ -313,8 +313,9 @@ def _is_short(value: Any) -> bool:
 def _before(then: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
     """Return all changed settings, of the run and of its layers, with their values in the checkpoint.
 
-    The result is empty if other layers have adapters, or if a changed setting of layers is not the same in
-    all layers: such a setting comes from a pattern, or the layers were made one by one.
+    The result is empty if the adapters are now in other layers. It is also empty if a setting has not changed
+    in the same way in all layers that have it: then it comes from a pattern, or the layers were made one by
+    one.
     """
     before = {name: then.get(name, _USUAL.get(name)) for name in _changed_names(then, now)}
     layers = then.get("layers")
@@ -332,7 +333,7 @@ def _before(then: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
             return {}
         before[name] = first[0]
     if "compute" in changed and "int8_head" in now:
-        before.setdefault("int8_head", then.get("int8_head"))  # which only compute="int8" allows
+        before.setdefault("int8_head", then.get("int8_head"))  # only compute="int8" allows it
     return before
 
 

@@ -29,7 +29,7 @@ class Run:
         self.ranks: Ranks = Alone()  # the processes that train together
         self._ended: str | None = None  # why the run ended, as in `History.ended`
         self.was_finished = False  # whether the run was resumed, but had already ended
-        self.changed_compute = ""  # how the arithmetic differs from that of the run that is resumed
+        self.changed_compute = ""  # how a resumed run's arithmetic has changed; "": not at all
 
     def __repr__(self) -> str:
         total = "" if self.total_steps is None else f" of {self.total_steps}"

@@ -61,7 +61,7 @@ class RunCheckpoints:
         self._saved: tuple[int, ...] | None = None  # the position of the newest checkpoint
         self._tried_step = 0  # the step of the last attempt to write a checkpoint
         self._tried_at = -math.inf  # the time of the last attempt to write a checkpoint
-        self.changed_compute = ""  # how the arithmetic of a resumed run has changed
+        self.changed_compute = ""  # how a resumed run's arithmetic has changed; "": not at all
 
     # ---- the beginning ----
 
@@ -123,7 +123,7 @@ class RunCheckpoints:
         return True
 
     def _may_continue(self, checkpoint: Checkpoint, batches: int | None) -> bool:
-        """Whether a refused run would continue if the arithmetic might change."""
+        """Whether a refused run would continue if `change_compute` were also set."""
         if self._config.change_compute:
             return False
         try:

@@ -31,7 +31,7 @@ Array = npt.NDArray[Any]
 
 SAMPLES = 16  # the default for the largest number of rows, and of outputs, in a sample
 _GROUP = 64  # in a row of x, this many neighbouring values have one scale
-_DEPTH, _DEPTH_UNIT = 4032, 192  # a longer row of dy is cut into parts of a multiple of 192 values
+_DEPTH, _DEPTH_UNIT = 4032, 192  # a longer row of dy is cut; the length of a part is a multiple of 192
 _LEAST_ROWS = _core.constants.small_batch + 1  # products with fewer rows do not use this scheme
 _UNIT = 2.0**-24  # the unit roundoff of float32
 # A code is the rounded product of x and 1 / s. The product and 1 / s are computed in float32. So before the

@@ -108,7 +108,7 @@ def _renames(names: list[str]) -> str:
 
 
 def _separator_hint(names: list[str]) -> str:
-    """A hint if a table seems to have another separator, so that its rows have one field; otherwise ""."""
+    """A hint if rows have only one field because the table has another separator; otherwise ""."""
     sign = next((sign for sign in ";\t|," if len(names) == 1 and sign in names[0]), None)
     if sign is None:
         return ""

@@ -89,7 +89,7 @@ class KtoLoss(PackedLoss):
         return micro_batches(x, self.micro_tokens)
 
     def _inputs_of(self, y: Judgements, sequences: slice, tokens: slice) -> Judgements:
-        return dataclasses.replace(y, good=y.good[sequences])  # `mismatched` stays whole: its KL needs many
+        return dataclasses.replace(y, good=y.good[sequences])  # `_kl` needs all pairs of `mismatched`
 
     def _kl(self, model: LanguageModel, y: Judgements) -> float:
         """The estimate of the KL divergence from the mismatched pairs of a batch."""

@@ -298,8 +298,8 @@ def _shorter(
 ) -> str:
     """The end of an error message: a smaller --max-length with which the plan fits.
 
-    This is the largest power of two with which no example is left out. If none fits, it is the smallest
-    length with which no example is left out.
+    This is the largest power of two that fits and leaves out no example. If there is none, it is the smallest
+    length that leaves out no example, provided that it fits.
     """
 
     def needed(length: int) -> int:

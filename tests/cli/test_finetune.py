@@ -189,7 +189,7 @@ def test_a_resumed_run_says_what_it_keeps_and_which_options_continue_it(
     assert refused("--compute", "float32").endswith(
         f"is float32 in 14 layers; with --compute int8{before}{change}{end}"
     )
-    assert refused("--rank", "3", "--alpha", "8").endswith(f"; with --rank 2 and --alpha 16.0{before}{end}")
+    assert refused("--rank", "3", "--alpha", "8").endswith(f"is 8.0 in 14 layers{end}")
     assert refused("--filter-vocabulary", "0") == (
         f"--filter-vocabulary was 1e-05, is not set; with --filter-vocabulary 1e-05{before}{end}"
     )

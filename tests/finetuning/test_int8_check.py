@@ -288,6 +288,19 @@ def test_a_run_that_is_resumed_in_int8_is_compared_at_once(tmp_path: Path, data:
     assert found == [(2, ["lm_head"]), (4, ["lm_head"])]
 
 
+@pytest.mark.parametrize("targets", [5, 8, 9])
+def test_a_head_in_int8_only_in_the_backward_pass_is_found(tmp_path: Path, targets: int) -> None:
+    """With 5 to 8 targets, the head's forward pass is in float32, and its backward pass in int8."""
+    lm = with_adapter(outlier(tmp_path, "lm_head"), "int8")
+    lm.model.int8_head = True
+    ids = np.random.default_rng(0).integers(1, 250, 40)
+    batch = pack([(ids, np.where(np.arange(40) < 40 - targets, -100, ids))])
+    said, run = list[str](), RunOfSteps()
+    check = Int8Check(lm, lambda: lm.forward_backward(batch, 1 / targets) / targets, said.append)
+    check.on_step_end(run, None)  # type: ignore[arg-type]
+    assert run.rows[0]["in_bfloat16"] == ["lm_head"]
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_int8_is_not_blamed_if_bfloat16_is_not_finite_either(path: Path, value: float) -> None:
     lm, said, run = with_adapter(path, "int8"), list[str](), RunOfSteps()

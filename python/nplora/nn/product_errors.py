@@ -27,7 +27,8 @@ class ProductErrors:
 
     A layer is measured in its first forward pass of many rows that is computed in int8. `worst` returns the
     largest error, and forgets all errors. So between two calls of `worst`, a layer is measured once at most.
-    Frozen convolutions are listed in `seen`, but not measured.
+    Frozen convolutions, and layers with so few rows that only their backward pass is in int8, are listed in
+    `seen`, but not measured.
 
     >>> import nplora, numpy as np
     >>> from nplora.nn.product_errors import ProductErrors
@@ -84,7 +85,7 @@ class ProductErrors:
         original = getattr(layer, method)
 
         def sampling(x: npt.ArrayLike, *arguments: Any) -> Any:
-            if name not in self.seen and in_int8(layer):
+            if name not in self.found and in_int8(layer):
                 self._sample(name, layer, np.asarray(x))
             return original(x, *arguments)
 
@@ -95,13 +96,14 @@ class ProductErrors:
             del vars(layer)[method]
 
     def _sample(self, name: str, layer: Any, x: Array) -> None:
-        if isinstance(layer, Conv2d):  # x are images
-            self.seen.append(name)
-            return
-        rows, weight = x.reshape(-1, layer.weight.shape[1]), layer.weight
-        if len(rows) > _core.constants.small_batch:
-            self.seen.append(name)
-            self.found[name] = weight.int8_error(rows[sample(len(rows), SAMPLES)])
+        is_convolution = isinstance(layer, Conv2d)
+        rows = (
+            x if is_convolution else x.reshape(-1, layer.weight.shape[1])
+        )  # the x of a convolution are images
+        if name not in self.seen and (is_convolution or len(rows) > _core.constants.float_batch):
+            self.seen.append(name)  # at least the backward pass is in int8
+        if not is_convolution and len(rows) > _core.constants.small_batch:
+            self.found[name] = layer.weight.int8_error(rows[sample(len(rows), SAMPLES)])
 
 
 def int8_layers(model: Module) -> Iterator[tuple[str, Int8Layer]]:

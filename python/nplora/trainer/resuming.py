@@ -313,9 +313,9 @@ def _is_short(value: Any) -> bool:
 def _before(then: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
     """Return all changed settings, of the run and of its layers, with their values in the checkpoint.
 
-    The result is empty if the adapters are now in other layers. It is also empty if a setting has not changed
-    in the same way in all layers that have it: then it comes from a pattern, or the layers were made one by
-    one.
+    The result is empty if the adapters are now in other layers, or if the layers do not all have the same
+    change. It is also empty if a setting of layers other than `compute` has changed, such as `rank`, because
+    it may come from a pattern or from an adapter.
     """
     before = {name: then.get(name, _USUAL.get(name)) for name in _changed_names(then, now)}
     layers = then.get("layers")
@@ -327,6 +327,8 @@ def _before(then: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
     if not all(isinstance(was, dict) for was, _ in rows):
         return {}
     changed = {name: None for was, new in rows for name in {**was, **new} if was.get(name) != new.get(name)}
+    if changed.keys() - {"compute"}:
+        return {}
     for name in changed:
         first, *others = [(was.get(name), new.get(name)) for was, new in rows if name in was or name in new]
         if any(pair != first for pair in others):

@@ -17,6 +17,7 @@ from nplora.formats import gguf, peft_config, safetensors
 from nplora.formats.gguf import Tensor, Typed
 from nplora.formats.gguf.ggml_types import GGML_TYPES, VALUE_LETTERS
 from nplora.formats.peft_config import Patterns, PeftConfig
+from nplora.models.families import FAMILIES
 from nplora.tokenizer.gguf_vocabulary import SPLITS
 
 Seeds = dict[str, bytes]
@@ -212,7 +213,7 @@ def config_json_seeds() -> Seeds:
     switches = {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True, "hidden_act": "silu"}
     sizes = {"num_key_value_heads": 1, "head_dim": 2, "rms_norm_eps": 1e-5}
     nf4 = {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
-    return {
+    seeds = {
         "small": dumps(small),
         "llama 3": dumps(small | switches | {"rope_parameters": {"rope_theta": 5e4, **llama3}}),
         "linear": dumps(small | sizes | {"rope_theta": 5e4, "rope_scaling": {"type": "linear", "factor": 2}}),
@@ -229,6 +230,9 @@ def config_json_seeds() -> Seeds:
             small | {"model_type": "phi3", "rope_scaling": long, "original_max_position_embeddings": 4}
         ),
     }
+    named = {json.loads(seed)["model_type"] for seed in seeds.values()}
+    others = [family.model_type for family in FAMILIES if family.model_type not in named]
+    return seeds | {name: dumps(small | {"model_type": name}) for name in others}
 
 
 # ---- tokenizers ----

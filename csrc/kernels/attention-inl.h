@@ -47,8 +47,8 @@ inline Vec<float> sum_of(const Vec<float>* v) {
 
 // Computes the dot products of the heads of a query with the rows of `k`, for two heads and kRows rows at a
 // time, where kRows is half the number of lanes. For each dot product, the function first computes a vector
-// of partial sums. Two heads and kRows rows give as many of these vectors as a vector has lanes, so the
-// vectors form a square matrix. After this matrix is transposed, the partial sums of all these dot products
+// of partial sums. Two heads and kRows rows give 2 kRows vectors of 2 kRows lanes, so the vectors form a
+// square matrix. After this matrix is transposed, the partial sums of all these dot products
 // are added at once. The rows that are left at the end are processed one by one.
 inline void key_dots(size_t rows, size_t heads, size_t group, size_t dim, const float* q, const float* k,
                      size_t k_stride, float* scores, size_t s_stride) {

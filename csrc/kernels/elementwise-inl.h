@@ -5,8 +5,8 @@
 
 namespace nplora::kernels::NPLORA_ISA {
 
-// Memory bandwidth limits the speed of optimiser steps. Even so, the code does not prefetch. On a Zen 4, the
-// hardware prefetcher follows the four arrays of a step, and software prefetching made a step a fifth slower.
+// Memory bandwidth limits the speed of optimiser steps. The code does not prefetch: on a Zen 4, the hardware
+// prefetcher follows the four arrays of a step, and software prefetching made a step a fifth slower.
 
 // One AdamW step for the parameters `p`, gradients `g` and moments `m` and `v`, which have n elements each.
 // The names b1 and b2 mean beta1 and beta2, wd is the weight decay, and bias1 and bias2 correct the moments.

@@ -40,8 +40,8 @@ struct HeadGradient {
 // `bound` · (number of skipped words). Rounding in float32 adds the error of the sums in dx.
 //
 // If W is trained, `head` is not null, and the gradient of W is added to dw. The exact gradient is
-// factor Σ_i (p_i - one_hot_i) x_iᵀ, where x_i is row i of x. Only the kept words of a row i are added:
-//   dw_w += factor Σ_i (p_iw - [w is the target of i]) x_i, where the sum is over all i that keep w.
+// factor Σ_i (p_i - one_hot_i) x_iᵀ, where x_i is row i of x. For a word w, only the rows i that keep w are
+// added:  dw_w += factor Σ_i (p_iw - [w is the target of i]) x_i.
 // The error of dw is factor · Σ_i q_i x_iᵀ, where q_i holds the probabilities of the words that row i skips.
 // As no such probability is above `bound`, ‖q_i‖² <= bound · m_i, so that the Frobenius norm of the error is
 // at most factor · Σ_i √(bound · m_i) ‖x_i‖.

@@ -136,8 +136,8 @@ inline KernelPlan plan_forward(const LayerShape& s, bool keep_z) {
   return plan;
 }
 
-// If the update is separate, the products dz = dy A and dz B are computed. If the update is merged on the
-// fly, dz B is not computed, but the cost includes dz, because the gradient of B needs dz.
+// If the update is separate, two products are computed: dy A, called dz, and then dz B. If the update is
+// merged on the fly, dz B is not computed, but the cost includes dz, because the gradient of B needs dz.
 inline KernelPlan plan_backward(const LayerShape& s) {
   const double project = flops(s.tokens, s.rank, s.d_out), expand = flops(s.tokens, s.rank, s.d_in);
   return cheaper(s, {project + expand, project + merge_cost(s, s.d_out)});

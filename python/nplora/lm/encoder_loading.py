@@ -270,8 +270,8 @@ def _gguf_settings(file: GgufFile, architecture: str, weights: GgufWeights) -> S
     The embeddings are normalised, as in llama.cpp.
 
     Args:
-        weights: the weights in the file, for products in float32. A Dense module multiplies only one vector
-            for each text, so products in bfloat16 or int8 would save little time.
+        weights: the weights in the file. The products with them are computed in float32. A Dense module
+            multiplies only one vector for each text, so bfloat16 or int8 would save little time.
     """
     found = file.metadata.integer(f"{architecture}.pooling_type", 0)
     dense = {name: shape for name, shape in weights.shapes().items() if name in _GGUF_DENSE}

@@ -171,7 +171,7 @@ def with_compute_of(checkpoint: Checkpoint, settings: dict[str, Any]) -> Checkpo
 
 
 def _computes(fixed: Any) -> dict[str, Any]:
-    """The arithmetic in the settings of a run: of the head, and of each layer in the dict "layers"."""
+    """Return those settings of a run that name an arithmetic: the head's, and in "layers" each layer's."""
     fixed = fixed if isinstance(fixed, dict) else {}
     layers = fixed.get("layers")
     rows = layers.items() if isinstance(layers, dict) else ()

@@ -301,7 +301,7 @@ class _Reader:
 
         Args:
             shown: the number of examples to return.
-            any_names: whether to accept data in which no row has a field that `columns` renames.
+            any_names: whether to accept a name in `columns` that no row has.
         Returns:
             a tuple: the summary; a dict from the hash of each example, after the cut, to the number of equal
             examples, without the examples that are left out; and the first `shown` examples.

@@ -34,7 +34,7 @@ class Sentences:
 
     Attributes:
         texts: the text of each sentence. If a client sent words, they are joined by spaces.
-        spans: for each sentence, the start and the end of each word in the text, int64 (words, 2).
+        spans: for each sentence, where each word begins and ends in the sentence's text, int64 (words, 2).
         first: for each sentence, an array with the index of each word's first token, as in `WordIds`.
         rows: for each word that has a token, the index of its row of logits.
     """

@@ -36,6 +36,7 @@ from bench.timing import Runtimes, on_threads
 
 NAMES = (
     "product",
+    "int8",
     "rows",
     "lowbit",
     "lora_step",
@@ -77,6 +78,8 @@ def measure(name: str, quick: bool, threads: list[int], formats: list[str] | Non
     match name:
         case "product":
             return {name: [row for n in threads for row in bench_product.run(quick, n)]}
+        case "int8":
+            return {name: [row for n in threads for row in bench_product.run_int8(quick, n)]}
         case "rows":
             return {name: [row for n in threads for row in bench_product.run_rows(quick, n)]}
         case "lowbit":

@@ -13,11 +13,13 @@ from bench.timing import BF16_UNIT, Calls, Contestant, Result, Runtimes, assert_
 SHAPES = [(576, 576), (1536, 576), (576, 1536), (2048, 2048), (4096, 4096), (577, 1531), (999, 1001)]
 BATCHES = (8, 32, 128, 512, 2048)
 INT8_SHAPES, INT8_BATCHES = SHAPES[:4], (32, 128, 512, 2048)
-INT8_STORAGE = "q4_1"  # of the weights that int8 and bfloat16 share
+INT8_STORAGES = ("q4_1", "q4_k", "q8_0", "bfloat16", "float32")  # of the same weights, for all arithmetics
+INT8_STORED, INT8_STORED_BATCHES = INT8_SHAPES[-1], (128, 512)  # for all storages but the first
 INT8_ERROR = 0.02  # of the norm of a result, against float64
 ROW_SHAPE, ROW_BATCHES = (8192, 4096), (1, 2, 4, 16)
 COLD_BYTES = 128 * 2**20  # copies of W are used in turn, so that none is in a cache
 COLD_BATCHES = 32  # batches up to this size are also timed cold
+PEERS = ("NumPy", "torch", "a file", "bfloat16", "float32")  # the last two: nplora, in a race with int8
 CHECKED = 4  # rows of each result that are compared with float64
 
 Product = Callable[[], np.ndarray]
@@ -221,8 +223,9 @@ def race(runtimes: Runtimes, case: Case, bound: str) -> Result:
         Contestant("nplora", nplora_products, (case, runtimes.threads, path, bound), ceilings=names)
     ]
     if case.dtype == "int8":
-        arguments = case._replace(dtype="bfloat16"), runtimes.threads, None, bound
-        contestants.append(Contestant("bfloat16", nplora_products, arguments))
+        for compute in ("bfloat16", "float32"):
+            arguments = case._replace(dtype=compute), runtimes.threads, None, bound
+            contestants.append(Contestant(compute, nplora_products, arguments))
         return runtimes.race(contestants, rounds=7)
     if case.dtype == "float32":
         contestants.append(Contestant("NumPy", numpy_products, (case,), "numpy"))
@@ -242,7 +245,7 @@ def figures(case: Case, threads: int, result: Result, amount: Amount) -> list[di
     rows = []
     for cell in case.cells():
         mine, bound = ("nplora", cell.name), ("nplora", f"bound {cell.name}")
-        peers = [peer for peer in ("NumPy", "torch", "a file", "bfloat16") if (peer, cell.name) in result]
+        peers = [peer for peer in PEERS if (peer, cell.name) in result]
         rows.append(
             {
                 "d_out": case.d_out,
@@ -284,8 +287,16 @@ def run(quick: bool, threads: int) -> list[dict[str, Any]]:
             found = figures(case, threads, result, case.flops)
             show(case, threads, "GFLOP/s", "of peak", found)
             rows += found
-    for shape in INT8_SHAPES[:1] if quick else INT8_SHAPES:
-        case = Case(*shape, (128,) if quick else INT8_BATCHES, "int8", INT8_STORAGE)
+    return rows
+
+
+def run_int8(quick: bool, threads: int) -> list[dict[str, Any]]:
+    """The same in int8, against nplora's own products in bfloat16 and float32 from the same storage."""
+    cases = [Case(*shape, INT8_BATCHES, "int8", INT8_STORAGES[0]) for shape in INT8_SHAPES]
+    cases += [Case(*INT8_STORED, INT8_STORED_BATCHES, "int8", storage) for storage in INT8_STORAGES[1:]]
+    rows: list[dict[str, Any]] = []
+    runtimes = Runtimes(threads)
+    for case in [cases[0]._replace(batches=(128,))] if quick else cases:
         result = race(runtimes, case, "int8_dots")
         found = figures(case, threads, result, case.flops)
         show(case, threads, "GFLOP/s", "of peak", found)

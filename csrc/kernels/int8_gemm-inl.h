@@ -16,10 +16,11 @@ namespace nplora::kernels::NPLORA_ISA {
 
 // ---- conversion of x and W to int8 ----
 
-// Loads one vector from the array `from`, starting at element i. The array has `n` elements. Lanes after the
-// last element are set to zero. If the caller knows that the vector ends within the array, it may set `whole`
-// to skip the test for the end of the array.
-[[gnu::always_inline]] inline Vec<float> load_upto(size_t n, const float* from, size_t i, bool whole) {
+// Loads one vector from the array `from`, starting at element i, and widens it to float. The array has `n`
+// elements. Lanes after the last element are set to zero. If the caller knows that the vector ends within the
+// array, it may set `whole` to skip the test for the end of the array.
+template <class E>
+[[gnu::always_inline]] inline Vec<float> load_upto(size_t n, const E* from, size_t i, bool whole) {
   return whole || n - i >= kIntLanes ? Vec<float>::load(from + i) : Vec<float>::load_partial(from + i, n - i);
 }
 
@@ -136,18 +137,23 @@ inline void largest_of_rows(size_t rows, size_t cols, const float* w, size_t w_s
         cols, [&](size_t i, bool whole) { return load_upto(cols, w, i, whole); }, largest[row]);
 }
 
-inline void encode(size_t rows, size_t cols, const float* w, size_t w_stride, const float* inverses,
+template <class E>
+inline void encode(size_t rows, size_t cols, const E* w, size_t w_stride, const float* inverses,
                    uint8_t* codes, size_t codes_stride) {
   for (size_t row = 0; row < rows; ++row, w += w_stride, codes += codes_stride) {
     const Vec<float> inverse = all_lanes(inverses[row]);
-    for (size_t i = 0; i < cols; i += kIntLanes) {
-      const LaneInts whole =
-          to_ints(load_upto(cols, w, i, false) * inverse) + static_cast<int32_t>(kCodeOffset);
-      const LaneCodes some = low_bytes(whole);
-      if (cols - i >= kIntLanes)
-        __builtin_memcpy(codes + i, &some, sizeof some);
-      else
-        __builtin_memcpy(codes + i, &some, cols - i);
+    const auto code = [&](size_t i, bool whole) __attribute__((always_inline)) {
+      const LaneInts numbers = to_ints(load_upto(cols, w, i, whole) * inverse);
+      return low_bytes(numbers + static_cast<int32_t>(kCodeOffset));
+    };
+    size_t i = 0;
+    for (; i + kIntLanes <= cols; i += kIntLanes) {
+      const LaneCodes some = code(i, true);
+      __builtin_memcpy(codes + i, &some, sizeof some);
+    }
+    if (i < cols) {
+      const LaneCodes some = code(i, false);
+      __builtin_memcpy(codes + i, &some, cols - i);
     }
   }
 }
@@ -465,7 +471,7 @@ inline double int8_peak(size_t iterations) {
 }
 
 constexpr Int8Gemm make_int8_gemm() {
-  return {kCodeOffset, quantize_groups, dither_groups, largest_of_rows,
+  return {kCodeOffset, quantize_groups, dither_groups, largest_of_rows, encode,
           encode,      quad_rows,       int8_multiply, int8_peak};
 }
 

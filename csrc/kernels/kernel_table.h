@@ -454,9 +454,11 @@ struct Int8Gemm {
 
   // Converts floats w (rows, cols) to `codes` (rows, cols). A code is w * inverses[row], rounded to nearest,
   // ties to even, plus the offset. The product w * inverses[row] must lie strictly between -127.5 and 127.5,
-  // or be NaN.
+  // or be NaN. encode_bf16 does the same with numbers in bfloat16.
   void (*encode)(size_t rows, size_t cols, const float* w, size_t w_stride, const float* inverses,
                  uint8_t* codes, size_t codes_stride);
+  void (*encode_bf16)(size_t rows, size_t cols, const Bf16* w, size_t w_stride, const float* inverses,
+                      uint8_t* codes, size_t codes_stride);
 
   // Packs `codes` (rows, cols) into out (ceil(rows / 4), cols): element (i, j) of `out` holds the codes of
   // rows 4i to 4i + 3 in column j. If `rows` is not a multiple of four, zeros replace the missing rows. The

@@ -6,6 +6,7 @@
 
 namespace nplora {
 
+using kernels::Bf16;
 using kernels::Int8Quad;
 using kernels::kInt8PanelColumns;
 using kernels::kPanelColumns;
@@ -19,22 +20,40 @@ constexpr size_t kCodesPerQuad = kernels::kValuesPerElement<Int8Quad>;
 // columns) take 18 KB.
 constexpr size_t kRowsAtOnce = 48;
 
-// Decodes W[rows, cols] to floats, at most kDecodedColumns columns at a time, and calls body(panel, column)
-// for each panel. `column` is the first column of the panel, counted from cols.first. Full panels are decoded
-// two at a time. A last panel that is narrower is decoded by itself (see full_columns).
-template <class Body>
-void for_float_panels(const WeightView& w, Range rows, Range cols, const Body& body) {
-  float* decoded = scratch<float>(Scratch::kDecoded, rows.count * scratch_columns(kDecodedColumns));
+// Prefetches W[rows, cols] if W is packed. The hardware does not prefetch the next panel, because it is far
+// away in memory.
+void fetch_panels(const WeightView& w, Range rows, Range cols) {
+  if (!w.packed) return;
+  for (size_t p = 0; p < cols.count; p += kPanelColumns) {
+    const size_t bytes = rows.count * std::min(kPanelColumns, cols.count - p) * bytes_per_element(w.storage);
+    const char* at = stored_at(w, rows.first, cols.first + p);
+    for (size_t line = 0; line < bytes; line += kCacheLine) __builtin_prefetch(at + line);
+  }
+}
+
+// Reads W[rows, cols] as elements of type E, and calls body(panel, column) for each panel. `column` is the
+// first column of the panel, counted from cols.first. Full panels are read two at a time. A last panel that
+// is narrower is read by itself (see full_columns).
+template <class E, class Body>
+void for_panels_of(const WeightView& w, Range rows, Range cols, E* decoded, const Body& body) {
   const size_t end = cols.first + cols.count, full = full_columns(w.d_in);
   for (size_t first = cols.first, c; first < end; first += c) {
     c = std::min(kDecodedColumns, (first < full ? std::min(full, end) : end) - first);
     const Range some{first, c};
-    const Panels<float> panels = row_block(w, rows, some, false, decoded);
+    fetch_panels(w, rows, {first + c, std::min(kDecodedColumns, end - first - c)});
+    const Panels<E> panels = row_block(w, rows, some, false, decoded);
     for (size_t p = 0; p < some.count; p += kPanelColumns)
-      body(Matrix<const float>{panels.data + p / kPanelColumns * panels.panel_stride, rows.count,
-                               std::min(kPanelColumns, some.count - p), panels.row_stride},
+      body(Matrix<const E>{panels.data + p / kPanelColumns * panels.panel_stride, rows.count,
+                           std::min(kPanelColumns, some.count - p), panels.row_stride},
            first - cols.first + p);
   }
+}
+
+// Does the same for elements of type float. A W in another format is decoded.
+template <class Body>
+void for_float_panels(const WeightView& w, Range rows, Range cols, const Body& body) {
+  float* decoded = scratch<float>(Scratch::kDecoded, rows.count * scratch_columns(kDecodedColumns));
+  for_panels_of(w, rows, cols, decoded, body);
 }
 
 }  // namespace
@@ -108,6 +127,26 @@ struct Inverses {
 };
 static_assert(kInt8PanelColumns <= kRowsAtOnce);
 
+// Converts each panel of W[rows, cols] to `codes` (rows, kPanelColumns), and calls body(codes, column). If a
+// panel's width is not a multiple of four, zeros follow the codes of each row. W is not in low-bit blocks,
+// except in NF4.
+template <class Body>
+void for_coded_panels(const WeightView& w, Range rows, Range cols, const Inverses& inverses, uint8_t* codes,
+                      const Body& body) {
+  const kernels::Int8Gemm& k = kernels::table().int8_gemm;
+  const auto encode_with = [&](auto encode) {
+    return [&body, &inverses, codes, encode](auto panel, size_t column) {
+      if (panel.cols % kCodesPerQuad != 0) std::fill_n(codes, panel.rows * kPanelColumns, uint8_t{0});
+      encode(panel.rows, panel.cols, panel.data, panel.stride, inverses.of, codes, kPanelColumns);
+      body(Matrix<const uint8_t>{codes, panel.rows, panel.cols, kPanelColumns}, column);
+    };
+  };
+  if (in_place<Bf16>(w))
+    for_panels_of<Bf16>(w, rows, cols, nullptr, encode_with(k.encode_bf16));
+  else
+    for_float_panels(w, rows, cols, encode_with(k.encode));
+}
+
 }  // namespace
 
 void transposed_quads(const WeightView& w, Range rows, Range cols, Int8Quad* out) {
@@ -128,11 +167,7 @@ void transposed_quads(const WeightView& w, Range rows, Range cols, Int8Quad* out
     }
     return;
   }
-  for_float_panels(w, rows, cols, [&](Matrix<const float> panel, size_t col) {
-    if (panel.cols % kCodesPerQuad != 0) std::fill_n(codes, sizeof codes, uint8_t{0});
-    k.int8_gemm.encode(rows.count, panel.cols, panel.data, panel.stride, inverses.of, codes, kPanelColumns);
-    transpose({codes, rows.count, panel.cols, kPanelColumns}, col);
-  });
+  for_coded_panels(w, rows, cols, inverses, codes, transpose);
 }
 
 ColumnBlock<Int8Quad> column_quads(const WeightView& w, Range rows, Range cols, Int8Quad* out) {
@@ -152,10 +187,7 @@ ColumnBlock<Int8Quad> column_quads(const WeightView& w, Range rows, Range cols, 
       for (size_t c = 0; c < cols.count; c += kPanelColumns)
         interleave({block.data + c, some.count, std::min(kPanelColumns, cols.count - c), block.stride}, c);
     } else {
-      for_float_panels(w, some, cols, [&](Matrix<const float> panel, size_t col) {
-        k.encode(panel.rows, panel.cols, panel.data, panel.stride, inverses.of, codes, kPanelColumns);
-        interleave({codes, panel.rows, panel.cols, kPanelColumns}, col);
-      });
+      for_coded_panels(w, some, cols, inverses, codes, interleave);
     }
   }
   return {out, kPanelColumns, panel_stride};

@@ -181,24 +181,24 @@ def test_a_resumed_run_says_what_it_keeps_and_which_options_continue_it(
         start = f"nplora: error: {out}: the run cannot continue with other data or settings: "
         return capsys.readouterr().err.splitlines()[-1].removeprefix(start)
 
-    before = ", as before, the run continues"
+    advice = "to continue, use the run's earlier settings: "
     end, change = (
         "; --overwrite starts a new run",
         "; --change-compute continues the run in the new arithmetic",
     )
     assert refused("--compute", "float32").endswith(
-        f"is float32 in 14 layers; with --compute int8{before}{change}{end}"
+        f"is float32 in 14 layers; {advice}--compute int8{change}{end}"
     )
     assert refused("--rank", "3", "--alpha", "8").endswith(f"is 8.0 in 14 layers{end}")
     assert refused("--filter-vocabulary", "0") == (
-        f"--filter-vocabulary was 1e-05, is not set; with --filter-vocabulary 1e-05{before}{end}"
+        f"--filter-vocabulary was 1e-05, is not set; {advice}--filter-vocabulary 1e-05{end}"
     )
     assert cli.main([*line, "--overwrite", "--compute", "int8", "--int8-head", "on"]) == 0
     assert cli.main([*line, "--resume"]) == 0
-    kept = f"{out}: the run continues with --compute int8 and --int8-head on, as before"
+    kept = f"{out}: the run continues with its earlier --compute int8 and --int8-head on"
     assert capsys.readouterr().err.splitlines().count(kept) == 1
     assert cli.main([*line, "--resume", "--int8-head", "off", "--compute", "int8"]) == 2
-    assert f"--int8-head was on, is off; with --int8-head on{before}{change}{end}" in capsys.readouterr().err
+    assert f"--int8-head was on, is off; {advice}--int8-head on{change}{end}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -143,34 +143,66 @@ void test_mean_of_dithered(const KernelTable& table) {
 
 // ---- W to int8 ----
 
+// For each row of `values` (rows, cols), 127 divided by the largest magnitude.
+std::vector<float> inverses_of(const std::vector<float>& values, size_t rows, size_t cols) {
+  std::vector<float> inverses(rows);
+  for (size_t i = 0; i < rows; ++i) {
+    float largest = 0;
+    for (size_t j = 0; j < cols; ++j) largest = std::max(largest, std::abs(values[i * cols + j]));
+    inverses[i] = largest > 0 ? 127 / largest : 0;
+  }
+  return inverses;
+}
+
+void expect_codes(const KernelTable& table, Placed<uint8_t>& codes, size_t rows, size_t cols,
+                  const std::vector<float>& values, const std::vector<float>& inverses) {
+  for (size_t i = 0; i < rows; ++i)
+    for (size_t j = 0; j < cols; ++j) {
+      const int wanted = code_of(values[i * cols + j], inverses[i]);
+      const auto got = static_cast<int8_t>(codes(i, j) - offset_of(table));
+      check::expect(got == wanted, "code (%zu, %zu) is %d, wanted %d", i, j, got, wanted);
+    }
+  check::expect(codes.gaps_intact(), "wrote outside the codes");
+}
+
 void run_encode(const KernelTable& table, size_t rows, size_t cols, size_t gap, Random& random, Place place) {
   check::Case one("%s int8 encode %zu x %zu, gap %zu, %s", table.isa, rows, cols, gap, name_of(place));
   const std::vector<float> values = draw<float>(random, rows * cols, Data::kUniform);
   Placed<float> w(rows, cols, {cols + gap}, place, values);
-  std::vector<float> wanted_largest(rows), inverse_values(rows);
-  for (size_t i = 0; i < rows; ++i) {
-    wanted_largest[i] = float(random.below(2)) / 2;
-    float largest = 0;
-    for (size_t j = 0; j < cols; ++j) largest = std::max(largest, std::abs(values[i * cols + j]));
-    inverse_values[i] = largest > 0 ? 127 / largest : 0;
-  }
+  std::vector<float> wanted_largest(rows);
+  for (float& least : wanted_largest) least = float(random.below(2)) / 2;
+  const std::vector<float> inverse_values = inverses_of(values, rows, cols);
   Row<float> largest(place, wanted_largest), inverses(place, inverse_values);
   table.int8_gemm.largest(rows, cols, w.data(), cols + gap, largest.data());
-  Placed<uint8_t> codes(rows, cols, {cols + gap}, place);
-  table.int8_gemm.encode(rows, cols, w.data(), cols + gap, inverses.data(), codes.data(), cols + gap);
   for (size_t i = 0; i < rows; ++i) {
-    for (size_t j = 0; j < cols; ++j) {
-      const float value = values[i * cols + j];
-      wanted_largest[i] = std::max(wanted_largest[i], std::abs(value));
-      const int wanted = code_of(value, inverse_values[i]);
-      const auto got = static_cast<int8_t>(codes(i, j) - offset_of(table));
-      check::expect(got == wanted, "code (%zu, %zu) is %d, wanted %d", i, j, got, wanted);
-    }
+    for (size_t j = 0; j < cols; ++j)
+      wanted_largest[i] = std::max(wanted_largest[i], std::abs(values[i * cols + j]));
     check::expect(largest[i] == wanted_largest[i], "the largest of row %zu is %.9g, wanted %.9g", i,
                   double(largest[i]), double(wanted_largest[i]));
   }
-  check::expect(codes.gaps_intact() && largest.gaps_intact() && w.untouched(values),
-                "wrote outside its outputs");
+  Placed<uint8_t> codes(rows, cols, {cols + gap}, place);
+  table.int8_gemm.encode(rows, cols, w.data(), cols + gap, inverses.data(), codes.data(), cols + gap);
+  expect_codes(table, codes, rows, cols, values, inverse_values);
+  check::expect(largest.gaps_intact() && w.untouched(values), "wrote outside its outputs");
+}
+
+void run_encode_bf16(const KernelTable& table, size_t rows, size_t cols, size_t gap, Random& random,
+                     Place place) {
+  check::Case one("%s int8 encode_bf16 %zu x %zu, gap %zu, %s", table.isa, rows, cols, gap, name_of(place));
+  std::vector<float> values = draw<float>(random, rows * cols, Data::kUniform);
+  std::vector<Bf16> stored;
+  for (float& value : values) {
+    const uint32_t upper = __builtin_bit_cast(uint32_t, value) >> 16;
+    stored.push_back(Bf16(upper));
+    value = __builtin_bit_cast(float, upper << 16);
+  }
+  const std::vector<float> inverse_values = inverses_of(values, rows, cols);
+  Row<float> inverses(place, inverse_values);
+  Placed<Bf16> w(rows, cols, {cols + gap}, place, stored);
+  Placed<uint8_t> codes(rows, cols, {cols + gap}, place);
+  table.int8_gemm.encode_bf16(rows, cols, w.data(), cols + gap, inverses.data(), codes.data(), cols + gap);
+  expect_codes(table, codes, rows, cols, values, inverse_values);
+  check::expect(w.untouched(stored), "wrote to its input");
 }
 
 void run_quad_rows(const KernelTable& table, size_t rows, size_t cols, size_t gap, Random& random,
@@ -198,6 +230,7 @@ void test_packing(const KernelTable& table) {
       for (Place place : kPlaces) {
         const size_t gap = random.below(3);
         if (check::count_shape("int8 encode")) run_encode(table, rows, cols, gap, random, place);
+        if (check::count_shape("int8 encode")) run_encode_bf16(table, rows, cols, gap, random, place);
         if (check::count_shape("int8 quad_rows")) run_quad_rows(table, rows, cols, gap, random, place);
       }
 }

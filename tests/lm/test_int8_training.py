@@ -227,7 +227,8 @@ def test_a_run_that_states_its_head_as_yes_or_no_resumes(
         finetune(model, ROWS, tmp_path / "run", compute="int8", int8_head=word, steps=1, **SHORT)
     assert f'"int8_head":{json.dumps(is_on)}' in (tmp_path / "run" / "log.jsonl").read_text()
     options = {**SHORT, "steps": 2, "resume": True}
-    with pytest.raises(ValueError, match=f"int8_head was {word}, is off; with int8_head='{word}', as before"):
+    advice = f"to continue, use the run's earlier settings: int8_head='{word}'; "
+    with pytest.raises(ValueError, match=f"int8_head was {word}, is off; {advice}"):
         finetune(model, ROWS, tmp_path / "run", int8_head="off", **options)
     for steps, given in ((2, {}), (3, {"int8_head": word})):
         with pytest.warns(UserWarning, match="total_steps"):
@@ -256,7 +257,7 @@ def test_a_run_continues_in_another_arithmetic_if_this_is_asked_for(
     changed = changed.format(head=settings(int8_run)["int8_head"])
     options = {**SHORT, **options, "steps": 4, "resume": True}
     with pytest.raises(
-        ValueError, match=f"{changed}; with .*; --change-compute .change_compute=True. continues"
+        ValueError, match=f"{changed}; to continue, .*; --change-compute .change_compute=True. continues"
     ):
         finetune(model, ROWS, int8_run, **options)
     with (
@@ -273,11 +274,11 @@ def test_a_run_continues_in_another_arithmetic_if_this_is_asked_for(
 
 def test_another_change_is_refused_even_if_the_arithmetic_may_change(model: Path, int8_run: Path) -> None:
     options = {**SHORT, "compute": "bfloat16", "batch_examples": 3, "steps": 4, "resume": True}
-    changed, end = "batch_examples was 4, is 3", "as before, the run continues; --overwrite"
-    with pytest.raises(ValueError, match=f"{changed}; with batch_examples=4, {end}"):
+    changed, advice = "batch_examples was 4, is 3", "to continue, use the run's earlier settings"
+    with pytest.raises(ValueError, match=f"{changed}; {advice}: batch_examples=4; --overwrite"):
         finetune(model, ROWS, int8_run, change_compute=True, **options)
     changed += ", compute was int8, is bfloat16 in 14 layers"
-    with pytest.raises(ValueError, match=f"{changed}; with batch_examples=4 and compute='int8', {end}"):
+    with pytest.raises(ValueError, match=f"{changed}; {advice}: batch_examples=4 and compute='int8'; "):
         finetune(model, ROWS, int8_run, **options)
     with pytest.warns(UserWarning, match="total_steps"):
         finetune(model, ROWS, int8_run, **{**options, "batch_examples": 4, "compute": "int8"})
@@ -286,7 +287,7 @@ def test_another_change_is_refused_even_if_the_arithmetic_may_change(model: Path
 def test_advice_covers_the_head_of_a_run_that_began_in_bfloat16(model: Path, tmp_path: Path) -> None:
     options = {**SHORT, "steps": 2, "resume": True}
     finetune(model, ROWS, tmp_path / "run", compute="bfloat16", **{**SHORT, "steps": 1})
-    with pytest.raises(ValueError, match="; with compute='bfloat16' and no int8_head, as before, "):
+    with pytest.raises(ValueError, match="earlier settings: compute='bfloat16' and no int8_head; "):
         finetune(model, ROWS, tmp_path / "run", compute="int8", int8_head="on", **options)
 
 

@@ -305,22 +305,23 @@ class Int8Check(Callback):
 
     @contextlib.contextmanager
     def _in_bfloat16(self, parts: Iterable[str]) -> Iterator[None]:
-        layers = [layer for layer in layers_of(self._model, parts) if layer.int8]
+        layers = self._switch(parts)
         try:
-            for layer in layers:
-                layer.int8 = False
             yield
         finally:
             for layer in layers:
                 layer.int8 = True
 
     def _fall_back(self, parts: Iterable[str]) -> None:
-        parts = [part for part in parts if part not in self._fallen_back]
-        self._fallen_back += parts
-        for layer in layers_of(self._model, parts):
-            if layer.int8:
-                layer.int8 = False
-                self._switched.append(layer)
+        self._fallen_back += [part for part in parts if part not in self._fallen_back]
+        self._switched += self._switch(parts)
+
+    def _switch(self, parts: Iterable[str]) -> list[Int8Layer]:
+        """Let parts compute in bfloat16. Return those layers that were in int8 before."""
+        layers = [layer for layer in layers_of(self._model, parts) if layer.int8]
+        for layer in layers:
+            layer.int8 = False
+        return layers
 
 
 def _candidates(errors: Errors, products: dict[str, float], chosen: Sequence[str]) -> list[list[str]]:

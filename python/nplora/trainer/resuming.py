@@ -293,8 +293,8 @@ def _advice(then: dict[str, Any], now: dict[str, Any]) -> str:
     Args:
         then, now: the settings under "fixed" in the checkpoint, and those of the resumed run.
     Returns:
-        a text such as "; with compute='int8' and no filter_vocabulary, as before, the run continues". The
-        text is "" if it is not certain that the run continues with these arguments.
+        a text such as "; to continue, use the run's earlier settings: compute='int8' and no
+        filter_vocabulary". The text is "" if it is not certain that the run continues with these arguments.
     """
     before = _before(then, now)
     if not before or any(name in _NOT_ARGUMENTS or not _is_short(was) for name, was in before.items()):
@@ -303,7 +303,7 @@ def _advice(then: dict[str, Any], now: dict[str, Any]) -> str:
         f"no {name}" if was is None or was is False else f"{name}={was!r}" for name, was in before.items()
     )
     listed = f"{', '.join(most)} and {last}" if most else last
-    return f"; with {listed if len(most) < _MOST_ADVISED else 'all settings'}, as before, the run continues"
+    return "; to continue, use the run's earlier settings" + f": {listed}" * (len(most) < _MOST_ADVISED)
 
 
 def _is_short(value: Any) -> bool:
@@ -313,9 +313,9 @@ def _is_short(value: Any) -> bool:
 def _before(then: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
     """Return all changed settings, of the run and of its layers, with their values in the checkpoint.
 
-    The result is empty if the adapters are now in other layers, or if the layers do not all have the same
-    change. It is also empty if a setting of layers other than `compute` has changed, such as `rank`, because
-    it may come from a pattern or from an adapter.
+    The only setting of layers that can be in the result is `compute`. If another one has changed, such as
+    `rank`, the result is empty, because it may come from a pattern or from an adapter. The result is also
+    empty if the adapters are now in other layers, or if the layers do not all have the same change.
     """
     before = {name: then.get(name, _USUAL.get(name)) for name in _changed_names(then, now)}
     layers = then.get("layers")
@@ -324,19 +324,20 @@ def _before(then: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(layers, dict) or layers.keys() != now["layers"].keys():
         return {}
     rows = [(layers[layer], now["layers"][layer]) for layer in layers]
-    if not all(isinstance(was, dict) for was, _ in rows):
+    if not all(isinstance(was, dict) and _without_compute(was) == _without_compute(new) for was, new in rows):
         return {}
-    changed = {name: None for was, new in rows for name in {**was, **new} if was.get(name) != new.get(name)}
-    if changed.keys() - {"compute"}:
-        return {}
-    for name in changed:
-        first, *others = [(was.get(name), new.get(name)) for was, new in rows if name in was or name in new]
-        if any(pair != first for pair in others):
+    computes = {(was["compute"], new["compute"]) for was, new in rows if "compute" in was and "compute" in new}
+    if any(was != new for was, new in computes):
+        if len(computes) > 1:
             return {}
-        before[name] = first[0]
-    if "compute" in changed and "int8_head" in now:
-        before.setdefault("int8_head", then.get("int8_head"))  # only compute="int8" allows it
+        before["compute"] = computes.pop()[0]
+        if "int8_head" in now:
+            before.setdefault("int8_head", then.get("int8_head"))  # only compute="int8" allows it
     return before
+
+
+def _without_compute(layer: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in layer.items() if name != "compute"}
 
 
 def _check_arrays(path: object, checkpoint: Checkpoint, state: RunState) -> None:

@@ -91,12 +91,14 @@ class RunCheckpoints:
         try:
             checkpoint = starting_point(self._directory, newest, self._settings)
             changed = compute_changes(checkpoint, self._settings)
-            expected = with_compute_of(checkpoint, self._settings) if may_change else checkpoint
+            in_new_compute = with_compute_of(checkpoint, self._settings)
+            expected = in_new_compute if may_change else checkpoint
             history, unlogged = restored_history(
                 self._directory, expected, self._state, self._settings, self._base, batches
             )
         except ValueError as error:
-            hint = f"; {COMPUTE_HINT}" if changed and self._may_continue(checkpoint, batches) else ""
+            may_continue = changed and not may_change and self._fits(in_new_compute, batches)
+            hint = f"; {COMPUTE_HINT}" if may_continue else ""
             raise type(error)(f"{error}{hint}; --overwrite (overwrite=True) starts a new run") from error
         if changed:
             warn_user(f"{self._directory.path}: the run continues in another arithmetic: {changed}")
@@ -122,13 +124,10 @@ class RunCheckpoints:
         self._directory.newest = None  # not needed any more: the state has copies of its arrays
         return True
 
-    def _may_continue(self, checkpoint: Checkpoint, batches: int | None) -> bool:
-        """Whether a refused run would continue if `change_compute` were also set."""
-        if self._config.change_compute:
-            return False
+    def _fits(self, checkpoint: Checkpoint, batches: int | None) -> bool:
+        """Whether a checkpoint fits the run, so that the run can continue from it."""
         try:
-            expected = with_compute_of(checkpoint, self._settings)
-            checked_history(self._directory.path, expected, self._state, self._settings, self._base, batches)
+            checked_history(self._directory.path, checkpoint, self._state, self._settings, self._base, batches)
         except ValueError:
             return False
         return True

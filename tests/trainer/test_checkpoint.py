@@ -1138,10 +1138,11 @@ def test_a_moment_of_the_wrong_shape_is_corrupt(stopped: Path, tmp_path: Path) -
 def test_a_run_cannot_resume_with_other_data_or_batches(stopped: Path, tmp_path: Path) -> None:
     directory = copy_of(stopped, tmp_path)
     x, y = data()
-    with pytest.raises(ValueError, match=r"batch_size was 4, is 5; to continue, use the run's earlier settings: batch_size=4; "):
+    advice = "to continue, use the run's earlier settings: "
+    with pytest.raises(ValueError, match=f"batch_size was 4, is 5; {advice}batch_size=4; --overwrite"):
         fit(trainer_of(net()), batch_size=5, checkpoint_dir=directory, resume=True)
     changes = "shuffle was True, is False, seed was 7, is 8, accumulate was 3, is 2"
-    advice = "to continue, use the run's earlier settings: shuffle=True, seed=7 and accumulate=3"
+    advice += "shuffle=True, seed=7 and accumulate=3"
     with pytest.raises(ValueError, match=f"{changes}; {advice}; --overwrite"):
         fit(trainer_of(net(), seed=8, accumulate=2), shuffle=False, checkpoint_dir=directory, resume=True)
     x[51, 5] += 1

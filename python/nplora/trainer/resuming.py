@@ -324,9 +324,9 @@ def _before(then: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(layers, dict) or layers.keys() != now["layers"].keys():
         return {}
     rows = [(layers[layer], now["layers"][layer]) for layer in layers]
-    if not all(isinstance(was, dict) and _without_compute(was) == _without_compute(new) for was, new in rows):
+    if any(not isinstance(was, dict) or _without_compute(was) != _without_compute(new) for was, new in rows):
         return {}
-    computes = {(was["compute"], new["compute"]) for was, new in rows if "compute" in was and "compute" in new}
+    computes = {(was.get("compute"), new.get("compute")) for was, new in rows if "compute" in {**was, **new}}
     if any(was != new for was, new in computes):
         if len(computes) > 1:
             return {}

@@ -127,7 +127,8 @@ class RunCheckpoints:
     def _fits(self, checkpoint: Checkpoint, batches: int | None) -> bool:
         """Whether a checkpoint fits the run, so that the run can continue from it."""
         try:
-            checked_history(self._directory.path, checkpoint, self._state, self._settings, self._base, batches)
+            path = self._directory.path
+            checked_history(path, checkpoint, self._state, self._settings, self._base, batches)
         except ValueError:
             return False
         return True

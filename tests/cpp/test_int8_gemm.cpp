@@ -10,6 +10,7 @@
 #include "numbers.h"
 #include "philox.h"
 
+using nplora::kernels::Bf16;
 using nplora::kernels::Int8Quad;
 using nplora::kernels::KernelTable;
 using nplora::kernels::kInt8PanelColumns;
@@ -193,7 +194,7 @@ void run_encode_bf16(const KernelTable& table, size_t rows, size_t cols, size_t 
   std::vector<Bf16> stored;
   for (float& value : values) {
     const uint32_t upper = __builtin_bit_cast(uint32_t, value) >> 16;
-    stored.push_back(Bf16(upper));
+    stored.push_back(static_cast<Bf16>(upper));
     value = __builtin_bit_cast(float, upper << 16);
   }
   const std::vector<float> inverse_values = inverses_of(values, rows, cols);

@@ -28,6 +28,7 @@ from bench import (
     bench_serve,
     bench_threads,
     bench_train,
+    bench_train_int8,
     bench_transformer,
     ceilings,
     plot,
@@ -46,6 +47,7 @@ NAMES = (
     "inference",
     "serve",
     "train",
+    "train_int8",
     "dpo",
     "embed",
     "embedding_training",
@@ -105,6 +107,8 @@ def measure(name: str, quick: bool, threads: list[int], formats: list[str] | Non
                 "kept_prefix": kept,
                 "train_peak": [] if quick else bench_train.run_memory(threads[-1]),
             }
+        case "train_int8":
+            return {name: bench_train_int8.run(quick, threads[-1])}
         case "dpo":
             return {name: bench_dpo.run(quick, threads[-1])}
         case "embed":

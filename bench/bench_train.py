@@ -125,7 +125,8 @@ def operations(model: Any, setting: Setting) -> float:
     return products + ATTENTION_PRODUCTS * 2 * scores * heads
 
 
-def torch_step(setting: Setting, threads: int) -> Callable[[], float]:
+def torch_step(setting: Setting, threads: int, file: Path | None = None) -> Callable[[], float]:
+    """`file`: the model; None: SmolLM2."""
     os.environ["TQDM_DISABLE"] = "1"
     import torch
     from peft import LoraConfig, get_peft_model
@@ -135,10 +136,10 @@ def torch_step(setting: Setting, threads: int) -> Callable[[], float]:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     torch.set_num_threads(threads)
-    file = model_file()
+    file = file or model_file()
     assert file is not None
     dtype = getattr(torch, setting.dtype)
-    base = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=FILE, dtype=dtype)
+    base = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=dtype)
     if setting.checkpoint_blocks:
         base.gradient_checkpointing_enable()
         base.enable_input_require_grads()
@@ -304,10 +305,15 @@ def run_memory(threads: int) -> list[dict[str, Any]]:
 
 
 def peak(name: str, setting: Setting, threads: int) -> int:
-    """The peak memory (VmHWM) of a new process after three steps, in bytes."""
+    """The peak memory of a new process after three steps, in bytes."""
+    return peak_of(nplora_step if name == "nplora" else torch_step, setting, threads)
+
+
+def peak_of(make_step: Callable[..., Callable[[], float]], *arguments: Any) -> int:
+    """The peak memory (VmHWM) of a new process after three steps of make_step(*arguments), in bytes."""
     context = get_context("spawn")
     here, there = context.Pipe()
-    process = context.Process(target=_report_peak, args=(there, name, setting, threads))
+    process = context.Process(target=_report_peak, args=(there, make_step, arguments))
     process.start()
     there.close()
     result = int(here.recv())
@@ -315,8 +321,10 @@ def peak(name: str, setting: Setting, threads: int) -> int:
     return result
 
 
-def _report_peak(connection: Any, name: str, setting: Setting, threads: int) -> None:
-    step = nplora_step(setting, threads) if name == "nplora" else torch_step(setting, threads)
+def _report_peak(
+    connection: Any, make_step: Callable[..., Callable[[], float]], arguments: tuple[Any, ...]
+) -> None:
+    step = make_step(*arguments)
     for _ in range(3):
         step()
     lines = Path("/proc/self/status").read_text().splitlines()

@@ -57,7 +57,7 @@ struct PairedRows {
 // A run: neighbouring queries, and the keys of their sequence. The positions of the queries are
 // first_position, first_position + 1, and so on.
 struct Run {
-  size_t row, count;      // the first row of q, and the number of rows
+  size_t row, count;      // the run's queries are the rows `row` to row + count - 1 of q
   size_t first_position;  // the position of the first query in its sequence
   const float *k, *v;     // points to the row of position 0 or, with pages, to page 0
   size_t stride;          // the row stride of k and v

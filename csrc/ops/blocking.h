@@ -21,7 +21,7 @@ inline constexpr size_t kDepthUnitValues =
 // In products with tokens in the SIMD lanes, this number of rows of W is multiplied at a time. kRowBlock is a
 // multiple of tile_rows on every instruction set.
 inline constexpr size_t kRowBlock = 48;
-// The largest depth of a block, in values. With this depth, each of the following fits into L2: a panel of W,
+// The largest depth of a block, counted in values, not in pairs. With this depth, each of the following fits into L2: a panel of W,
 // a panel of a transposed block of W, and a block of x that was transposed into the SIMD lanes (1056 x 48
 // floats = 198 KB). The depth is cut into blocks of about equal size. The sums are loaded and stored once for
 // each block.

@@ -43,8 +43,8 @@ struct HeadGradient {
 // factor Σ_i (p_i - one_hot_i) x_iᵀ, where x_i is row i of x. For a word w, only the rows i that keep w are
 // added:  dw_w += factor Σ_i (p_iw - [w is the target of i]) x_i.
 // The error of dw is factor · Σ_i q_i x_iᵀ, where q_i holds the probabilities of the words that row i skips.
-// As no such probability is above `bound`, ‖q_i‖² <= bound · m_i, so that the Frobenius norm of the error is
-// at most factor · Σ_i √(bound · m_i) ‖x_i‖.
+// None of these probabilities is above `bound`, so ‖q_i‖² <= bound · m_i. The Frobenius norm of the error is
+// therefore at most factor · Σ_i √(bound · m_i) ‖x_i‖.
 //
 // A row is flat if more than a quarter of all words have p_w >= bound. For flat rows, the caller can compute
 // the gradients faster with dense products. So for a flat row, the function computes only the loss: the

@@ -128,8 +128,8 @@ struct Inverses {
 static_assert(kInt8PanelColumns <= kRowsAtOnce);
 
 // Converts each panel of W[rows, cols] to `codes` (rows, kPanelColumns), and calls body(codes, column). If a
-// panel's width is not a multiple of four, zeros follow the codes of each row. W is not in low-bit blocks,
-// except in NF4.
+// panel's width is not a multiple of four, zeros follow the codes of each row. `encodes_blocks(w)` must
+// be false.
 template <class Body>
 void for_coded_panels(const WeightView& w, Range rows, Range cols, const Inverses& inverses, uint8_t* codes,
                       const Body& body) {

@@ -5,8 +5,8 @@
 //   `join_parts(parts)` makes a vector whose part p is `parts[p]`. `first_halves(s)` makes a vector whose
 //     part p holds the first 16 bytes of the sub-block `s[p]`. `last_halves(s)` does the same with the last
 //     16 bytes.
-//   `transpose_parts(v)` transposes one 4 x 4 matrix of lanes for each p. Row k of this matrix is part p of
-//     the vector `v[k]`.
+//   `transpose_parts(v)` transposes several 4 x 4 matrices of lanes. Matrix p consists of part p of each of
+//     the four vectors v[0] to v[3]: its row k is part p of v[k].
 //   `dot_lanes<kLargest>(u, x)` multiplies the bytes of the eight vectors u[k] by the bytes of the eight
 //     vectors x(k), and returns the sum of the 32 products of each lane. The bytes of u[k] are unsigned, and
 //     at most kLargest. The bytes of x(k) are from -127 to 127. Without VNNI, kLargest must be at most 128.

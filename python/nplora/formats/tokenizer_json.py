@@ -1,4 +1,4 @@
-"""The added tokens of a tokenizer.json, and the limits of that file."""
+"""Reads the added tokens of a tokenizer.json. Also: how large such a file may be."""
 
 import json
 from collections import Counter

@@ -120,7 +120,7 @@ class Attention(Module):
         """Compute the output y (n, d) from the input x (n, d).
 
         Args:
-            rows: int64 (m,), different indices of tokens. If given, y (m, d) has the outputs of only these
+            rows: int64 (m,), indices of tokens, each at most once. If given, y (m, d) has the outputs of only these
                 tokens.
         """
         outputs, qkv = stack_forward(self._inputs, x)

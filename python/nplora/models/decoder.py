@@ -108,7 +108,7 @@ class Decoder(Module):
         """Compute the residual stream (n, d) after the last block. Call this method in `with inference()`.
 
         Args:
-            rows: int64 (m,), different indices of tokens. If given, return only the rows (m, d) of these
+            rows: int64 (m,), indices of tokens, each at most once. If given, return only the rows (m, d) of these
                 tokens.
         """
         first = self.first_adapted() if rows is None else min(self.first_adapted(), len(self.layers) - 1)

@@ -159,8 +159,10 @@ class Linear(Prepared, Module):
     ) -> tuple[_core.ForwardPart, Array, LinearSaved]:
         """Prepare a call of `_core.lora_forward`, which can run several layers on the same input.
 
-        Return a tuple: this layer's argument for the call; the array y (n, d_out), into which the call writes
-        this layer's output; and the values for `backward`.
+        Returns:
+            this layer's argument for the call;
+            the array y (n, d_out) that will hold this layer's output after the call;
+            the values that `backward` needs.
         """
         y = buffers.empty((len(rows), self.shape[0]), self._dtype)
         a, b = self._factors

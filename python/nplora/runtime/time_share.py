@@ -120,7 +120,7 @@ class TimeShare:
 
     @property
     def share(self) -> float:
-        """The share of the time for training."""
+        """The part of the time that training gets, between 0 and 1."""
         return self._budget.share
 
     def __enter__(self) -> None:

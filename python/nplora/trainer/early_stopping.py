@@ -83,7 +83,7 @@ class EarlyStopping:
 
     @property
     def is_over(self) -> bool:
-        """Whether the last `patience` evaluations brought no new lowest validation loss."""
+        """Whether the lowest validation loss has not changed in the last `patience` evaluations."""
         return self._patience is not None and self.best is not None and self.best["since"] >= self._patience
 
     @property

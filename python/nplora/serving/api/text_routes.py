@@ -61,7 +61,7 @@ def _submit(
 ) -> tuple[TextRequest, list[Ticket]]:
     """Read a request, and submit it to the engine once for each wanted answer.
 
-    After an error, the answers that were already submitted are cancelled.
+    If an error occurs, the answers for which the request was already submitted are cancelled.
     """
     return submitted(lambda: _submit_once(service, values, client, read))
 

@@ -60,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ".jsonl or .conll for words; .npy holds only the probabilities or predicted numbers"
     )
     parser.add_argument("--output", metavar="PATH", type=path, help=text)
-    text = "eval and predict: directory of a PEFT adapter (default: none; the model then needs a head of its own)"
+    text = "eval and predict: PEFT adapter (default: none; the model then needs a head of its own)"
     parser.add_argument("--adapter", metavar="DIR", type=adapter_path, help=text)
     add_any_base(parser)
     parser.add_argument("--json", action="store_true", help="eval: print the report as JSON")

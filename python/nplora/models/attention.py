@@ -120,8 +120,8 @@ class Attention(Module):
         """Compute the output y (n, d) from the input x (n, d).
 
         Args:
-            rows: int64 (m,), indices of tokens, each at most once. If given, y (m, d) has the outputs of only these
-                tokens.
+            rows: int64 (m,), indices of tokens, each at most once. If given, y (m, d) has the outputs
+                of only these tokens.
         """
         outputs, qkv = stack_forward(self._inputs, x)
         q, k, v = self._split(outputs)

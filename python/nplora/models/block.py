@@ -132,9 +132,9 @@ class DecoderBlock(Module):
         """Return the output y (n, d), and the values that `run_backward` needs.
 
         Args:
-            rows: int64 (m,), indices of tokens, each at most once. If given, y (m, d) has the outputs of only these
-                tokens. Attention still reads the keys and values of all tokens, but the MLP reads only
-                the rows of these tokens.
+            rows: int64 (m,), indices of tokens, each at most once. If given, y (m, d) has the outputs
+                of only these tokens. Attention still reads the keys and values of all tokens, but the MLP
+                reads only the rows of these tokens.
         """
         saved = list[HalfSaved]()
         keep = narrowed if self._narrow and not inferring() else _unchanged

@@ -108,8 +108,8 @@ class Decoder(Module):
         """Compute the residual stream (n, d) after the last block. Call this method in `with inference()`.
 
         Args:
-            rows: int64 (m,), indices of tokens, each at most once. If given, return only the rows (m, d) of these
-                tokens.
+            rows: int64 (m,), indices of tokens, each at most once. If given, return only the rows
+                (m, d) of these tokens.
         """
         first = self.first_adapted() if rows is None else min(self.first_adapted(), len(self.layers) - 1)
         x = self._run_frozen(first, ids, positions)[0]

@@ -11,6 +11,7 @@
 #include <string>
 #include <string_view>
 
+#include "base/cache_line.h"
 #include "base/platform.h"
 #include "base/pool.h"
 
@@ -33,29 +34,44 @@ thread_local bool asking = false;
 // this many operations in about 5 µs, and waking a worker also takes about 5 µs.
 constexpr double kOperationsPerThread = 5e5;
 
-// Hands out tasks one by one from a shared counter. After the first exception, no more tasks are handed out.
-// All threads compute in the caller's floating-point environment (rounding mode, flushing of subnormals), so
-// results do not depend on which thread takes a task.
+// Hands out tasks one by one. The tasks are cut into shares of neighbouring tasks, one for each thread. A
+// thread takes the tasks of its own share first, and then helps with the other shares. Neighbouring tasks
+// usually use neighbouring rows of arrays. So from call to call, a thread finds most of its rows in the cache
+// of its own core. To fetch them from another core can take longer than to compute with them: on two cores of
+// a Zen 5 that share no cache, attention with 4 x 256 tokens was 1.5 times as fast as with a single counter.
+//
+// After the first exception, no more tasks are handed out. All threads compute in the caller's floating-point
+// environment (rounding mode, flushing of subnormals), so results do not depend on which thread takes a task.
 class TaskRun {
  public:
-  TaskRun(size_t tasks, Interruptible interruptible, void (*body)(const void*, size_t), const void* context)
-      : tasks_(tasks),
+  TaskRun(size_t tasks, size_t threads, Interruptible interruptible, void (*body)(const void*, size_t),
+          const void* context)
+      : shares_(std::clamp<size_t>(threads, 1, kMostShares)),
         hook_(interruptible == Interruptible::kYes && !asking ? interrupt_hook.load() : nullptr),
         body_(body),
         context_(context) {
     std::fegetenv(&environment_);
+    for (size_t i = 0; i < shares_; ++i) {
+      share_[i].next = tasks * i / shares_;
+      share_[i].end = tasks * (i + 1) / shares_;
+    }
   }
 
-  void work(bool calling_thread) noexcept {
+  // `thread` is 0 on the calling thread. Any other number names the same thread in every call.
+  void work(size_t thread) noexcept {
+    const bool calling_thread = thread == 0;
     std::fenv_t own;
     if (!calling_thread) {
       std::fegetenv(&own);
       std::fesetenv(&environment_);
     }
     try {
-      for (size_t task; !stop_ && (task = next_++) < tasks_;) {
-        body_(context_, task);
-        if (calling_thread && hook_) poll();
+      for (size_t i = 0; i < shares_; ++i) {
+        Share& share = share_[(thread + i) % shares_];
+        for (size_t task; !stop_ && share.next < share.end && (task = share.next++) < share.end;) {
+          body_(context_, task);
+          if (calling_thread && hook_) poll();
+        }
       }
     } catch (...) {
       if (!stop_.exchange(true)) error_ = std::current_exception();
@@ -79,13 +95,19 @@ class TaskRun {
       throw std::runtime_error("the process was forked by a signal handler inside a call");
   }
 
-  const size_t tasks_;
+  static constexpr size_t kMostShares = 32;
+  struct alignas(kCacheLine) Share {
+    std::atomic<size_t> next;
+    size_t end;
+  };
+
+  const size_t shares_;
+  Share share_[kMostShares];
   bool (*const hook_)();
   void (*const body_)(const void*, size_t);
   const void* const context_;
   const bool forked_before_ = forked();
   std::fenv_t environment_;
-  std::atomic<size_t> next_{0};
   std::atomic<bool> stop_{false};
   std::exception_ptr error_;
 };
@@ -182,17 +204,17 @@ size_t useful_threads(double operations) {
 
 void detail::run_tasks(size_t tasks, size_t threads, Interruptible interruptible,
                        void (*body)(const void*, size_t), const void* context) {
-  TaskRun run(tasks, interruptible, body, context);
   threads = asking ? 1 : std::min(threads, tasks);
+  TaskRun run(tasks, threads, interruptible, body, context);
   if (threads <= 1) {
-    run.work(true);
+    run.work(0);
   } else if (backend() == Backend::kPool) {
     run_on_pool(
-        threads - 1, [](void* self, bool calling) { static_cast<TaskRun*>(self)->work(calling); }, &run);
+        threads - 1, [](void* self, size_t worker) { static_cast<TaskRun*>(self)->work(worker); }, &run);
   } else {
 #ifdef _OPENMP
 #pragma omp parallel num_threads(static_cast<int>(threads)) if (!omp_in_parallel())
-    run.work(omp_get_thread_num() == 0);
+    run.work(static_cast<size_t>(omp_get_thread_num()));
 #endif
   }
   run.rethrow();

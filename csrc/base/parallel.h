@@ -48,7 +48,8 @@ void run_tasks(size_t tasks, size_t threads, Interruptible interruptible, void (
 // take more time than they save. For elementwise work, `operations` may be the number of elements.
 size_t useful_threads(double operations);
 
-// Calls body(task) once for each task in [0, tasks), in any order, on at most `threads` threads. Each output
+// Calls body(task) once for each task in [0, tasks), in any order, on at most `threads` threads. The tasks are
+// cut into shares of neighbouring tasks, one for each thread. A thread begins with its own share. Each output
 // must be computed by a single task. So no sum is split between tasks, and results do not depend on the
 // number of threads. If tasks throw, the first exception is rethrown.
 template <class Body>

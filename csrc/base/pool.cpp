@@ -28,7 +28,7 @@ std::atomic<bool> in_child{false};
 constexpr auto kSpinTime = std::chrono::microseconds(1000);
 
 struct Job {
-  void (*work)(void*, bool);
+  void (*work)(void*, size_t);
   void* context;
   size_t places;                   // the number of workers that may still join; guarded by Pool::mutex_
   std::atomic<size_t> working{0};  // the number of workers that have joined and not yet returned
@@ -36,10 +36,10 @@ struct Job {
 
 class Pool {
  public:
-  void run(size_t helpers, void (*work)(void*, bool), void* context) {
+  void run(size_t helpers, void (*work)(void*, size_t), void* context) {
     Job job{work, context, helpers};
     open(&job, helpers);
-    work(context, true);
+    work(context, 0);
     if (!forked()) close(&job);  // in a forked child, the workers are gone and the mutex may be locked
   }
 
@@ -74,7 +74,7 @@ class Pool {
     try {
       while (worker_threads_.size() < wanted) {
         worker_threads_.reserve(worker_threads_.size() + 1);
-        std::thread worker([this] { serve(); });
+        std::thread worker([this, number = worker_threads_.size() + 1] { serve(number); });
         worker_threads_.push_back(worker.native_handle());
         worker.detach();
         steered_from_ = -1;
@@ -93,7 +93,7 @@ class Pool {
     if (platform::avoid_processor(worker_threads_, processor)) steered_from_ = processor;
   }
 
-  [[noreturn]] void serve() {
+  [[noreturn]] void serve(size_t number) {
     for (;;) {
       const bool seen = spin([this] { return open_places_.load(std::memory_order_acquire) > 0; }, kSpinTime);
       std::unique_lock lock(mutex_);
@@ -104,7 +104,7 @@ class Pool {
       open_places_.fetch_sub(1, std::memory_order_relaxed);
       job->working.fetch_add(1, std::memory_order_relaxed);
       lock.unlock();
-      job->work(job->context, false);
+      job->work(job->context, number);
       lock.lock();
       job->working.fetch_sub(1, std::memory_order_release);
       done_.notify_all();
@@ -131,7 +131,7 @@ bool forked() {
   return in_child;
 }
 
-void run_on_pool(size_t helpers, void (*work)(void*, bool), void* context) {
+void run_on_pool(size_t helpers, void (*work)(void*, size_t), void* context) {
   static Pool* const pool = new Pool;  // the pool is never destroyed, because its threads never end
   pool->run(helpers, work, context);
 }

@@ -11,11 +11,11 @@
 
 namespace nplora {
 
-// Runs work(context, true) on the calling thread and work(context, false) on up to `helpers` workers. Returns
-// when every call of `work` that started has returned. `work` must return at once when nothing is left to do,
-// and must not throw. Several threads may call run_on_pool at the same time, but `work` must not call
+// Runs work(context, 0) on the calling thread and work(context, worker) on up to `helpers` workers, where
+// `worker` is the worker's number, beginning with 1. Returns when every call of `work` that started has
+// returned. `work` must return at once when nothing is left to do, and must not throw. Several threads may call run_on_pool at the same time, but `work` must not call
 // run_on_pool.
-void run_on_pool(size_t helpers, void (*work)(void*, bool calling_thread), void* context);
+void run_on_pool(size_t helpers, void (*work)(void*, size_t worker), void* context);
 
 // Whether this process is a child of fork. Threads do not survive a fork, so a child must not use the pool.
 bool forked();

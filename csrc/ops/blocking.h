@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <cstddef>
+#include <utility>
 #include <vector>
 
 #include "base/parallel.h"
@@ -144,6 +145,17 @@ class Grid {
         const size_t start = first * side.unit, end = std::min(side.count, (first + count) * side.unit);
         tasks_.push_back({nth_piece(tokens.count, tokens.unit, pieces, piece), {start, end - start}});
       }
+  }
+
+  // Deals the tasks out like cards: the tasks of each thread's share (see parallel_for) become neighbours, and
+  // each share has long and short tasks.
+  Grid dealt_out(size_t threads) && {
+    std::vector<Task> dealt;
+    dealt.reserve(tasks_.size());
+    for (size_t share = 0; share < threads; ++share)
+      for (size_t i = share; i < tasks_.size(); i += threads) dealt.push_back(tasks_[i]);
+    tasks_ = std::move(dealt);
+    return std::move(*this);
   }
 
   size_t tasks() const { return tasks_.size(); }

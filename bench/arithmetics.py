@@ -2,6 +2,7 @@
 
     python -m bench.arithmetics results.jsonl                     # every run; the file keeps what is done
     python -m bench.arithmetics results.jsonl --tasks style --seeds 0
+    python -m bench.arithmetics results.jsonl --models random-0.5B    # a wide model with outliers
     python -m bench.arithmetics results.jsonl --table             # only print what the file has
 
 Each run is `nplora.finetune` with its defaults on 320 rows, once, in 40 steps. Then the adapter is loaded
@@ -17,6 +18,7 @@ from typing import Any
 
 import nplora
 from bench.defaults import models, parser_of_runs
+from bench.random_model import WIDE, write_wide
 from bench.tasks import split
 from nplora.finetuning import evaluate
 
@@ -84,6 +86,8 @@ def main() -> None:
     if not given.table:
         with tempfile.TemporaryDirectory() as directory:
             files = models(Path(directory))
+            if WIDE.name in given.models:
+                files[WIDE.name] = write_wide(Path(directory, "wide.gguf"), tokenizer=files["SmolLM2-135M"])
             for seed in given.seeds:
                 for name in given.models:
                     for task in given.tasks:

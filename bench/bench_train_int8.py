@@ -25,14 +25,13 @@ from bench.bench_train import (
     torch_step,
 )
 from bench.defaults import GEMMA3, models
-from bench.nodes import MODELS, Llama
 from bench.peft_layer import has_peft
+from bench.random_model import write_large
 from bench.tasks import style
 from bench.timing import Calls, Contestant, Result, Runtimes, on_threads
 
 FILTER = 1e-6  # the least probability of a word that Gemma's filter keeps
 LOSS_WITHIN = 0.02  # the largest relative difference of the first losses
-Q4_K_VALUES, Q4_K_BYTES = 256, 144
 Step = Callable[[], float]
 
 
@@ -111,54 +110,6 @@ def torch_cells(file: Path, setting: Setting, threads: int) -> Calls:
     return {"step": step}
 
 
-def write_8b(directory: Path) -> Path:
-    """A model with the shape of Llama 3.1 8B. All its matrices are made of the same random Q4_K blocks."""
-    from nplora.formats import gguf
-    from nplora.formats.gguf import Typed
-
-    shape = next(model for model in MODELS if model.name == "Llama-3.1-8B")
-    rng = np.random.default_rng(0)
-    blocks = shape.vocabulary * shape.hidden // Q4_K_VALUES
-    raw = rng.integers(0, 256, (blocks, Q4_K_BYTES), np.uint8)
-    # A value is d s q - dmin m with 6-bit s and m, and 4-bit q. These factors give a mean near 0.
-    raw[:, :4] = np.array([6e-5, 6e-5 * 7.5], np.float16).view(np.uint8)
-
-    def matrix(name: str, d_out: int, d_in: int) -> gguf.Tensor:
-        used = d_out * d_in // Q4_K_VALUES
-        return gguf.Tensor(name, "Q4_K", (d_out, d_in), raw[:used].reshape(-1))
-
-    def tensors(model: Llama) -> dict[str, Any]:
-        found: dict[str, Any] = {"output_norm.weight": np.ones(model.hidden, np.float32)}
-        for name in ("token_embd.weight", "output.weight"):
-            found[name] = matrix(name, model.vocabulary, model.hidden)
-        parts = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
-        for i in range(model.layers):
-            for part, (d_out, d_in) in zip(parts, model.shapes, strict=True):
-                name = f"blk.{i}.{part}.weight"
-                found[name] = matrix(name, d_out, d_in)
-            for part in ("attn", "ffn"):
-                found[f"blk.{i}.{part}_norm.weight"] = np.ones(model.hidden, np.float32)
-        return found
-
-    sizes = {
-        "block_count": shape.layers,
-        "context_length": 8192,
-        "embedding_length": shape.hidden,
-        "feed_forward_length": shape.inner,
-        "attention.head_count": shape.heads,
-        "attention.head_count_kv": shape.kv_heads,
-        "vocab_size": shape.vocabulary,
-    }
-    path = directory / "8b.gguf"
-    metadata = {
-        "general.architecture": "llama",
-        **{f"llama.{key}": Typed(value, "UINT32") for key, value in sizes.items()},
-        "llama.attention.layer_norm_rms_epsilon": Typed(1e-5, "FLOAT32"),
-    }
-    gguf.save(path, tensors(shape), metadata)
-    return path
-
-
 def race(
     name: str, file: Path, arithmetics: Sequence[Arithmetic], setting: Setting, peers: Sequence[str],
     runtimes: Runtimes, rounds: int,
@@ -234,6 +185,6 @@ def run(quick: bool, threads: int) -> list[dict[str, Any]]:
             text = text_setting(gemma, setting)
             rows += race("Gemma 3 270M", gemma, arithmetics, text, peers, runtimes, 3)
             show_skipped(gemma, text, threads)
-        large = write_8b(Path(directory))
+        large = write_large(Path(directory, "8b.gguf"))
         rows += race("8B, Q4_K", large, [BFLOAT16, INT8], full_text(1, 512, "int8"), [], runtimes, 3)
     return rows

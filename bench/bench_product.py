@@ -13,8 +13,8 @@ from bench.timing import BF16_UNIT, Calls, Contestant, Result, Runtimes, assert_
 SHAPES = [(576, 576), (1536, 576), (576, 1536), (2048, 2048), (4096, 4096), (577, 1531), (999, 1001)]
 BATCHES = (8, 32, 128, 512, 2048)
 INT8_SHAPES, INT8_BATCHES = SHAPES[:4], (32, 128, 512, 2048)
-INT8_STORAGES = ("q4_1", "q4_k", "q8_0", "bfloat16", "float32")  # of the same weights, for all arithmetics
-INT8_STORED, INT8_STORED_BATCHES = INT8_SHAPES[-1], (128, 512)  # for all storages but the first
+INT8_STORAGES = ("q4_1", "q4_k", "q8_0", "bfloat16", "float32")  # all arithmetics read the same storage
+INT8_STORED, INT8_STORED_BATCHES = INT8_SHAPES[-1], (128, 512)  # for each storage after the first
 INT8_ERROR = 0.02  # of the norm of a result, against float64
 ROW_SHAPE, ROW_BATCHES = (8192, 4096), (1, 2, 4, 16)
 COLD_BYTES = 128 * 2**20  # copies of W are used in turn, so that none is in a cache
@@ -44,7 +44,7 @@ class Case(NamedTuple):
 
     @property
     def weight_bytes(self) -> int:
-        return self.d_out * self.d_in * (2 if self.dtype == "bfloat16" else 4)
+        return int(self.d_out * self.d_in * bits_of(self.storage or self.dtype) / 8)
 
     @property
     def copies(self) -> int:
@@ -64,6 +64,16 @@ class Case(NamedTuple):
                     yield Cell(direction, batch, cold=True)
                 if fits:
                     yield Cell(direction, batch, cold=False)
+
+
+def bits_of(storage: str) -> float:
+    """The bits of one value of a weight."""
+    from nplora import _core
+
+    if storage in ("float32", "bfloat16"):
+        return 16 if storage == "bfloat16" else 32
+    blocks = _core.block_formats()[storage]
+    return 8 * blocks.nbytes / blocks.elements
 
 
 @lru_cache(maxsize=1)
@@ -86,7 +96,7 @@ def check(case: Case, cell: Cell, got: np.ndarray) -> None:
     rows = np.linspace(0, cell.batch - 1, min(CHECKED, cell.batch)).astype(int)
     left, right = (x[rows], W.T) if cell.direction == "forward" else (dy[rows], W)
     left, right = left.astype(np.float64), right.astype(np.float64)
-    if case.storage is not None:
+    if case.dtype == "int8":
         wanted = left @ right
         if not np.linalg.norm(got[rows] - wanted) < INT8_ERROR * np.linalg.norm(wanted):
             raise AssertionError(f"{case.dtype}: a product is off by more than {INT8_ERROR:.0%}")
@@ -251,6 +261,7 @@ def figures(case: Case, threads: int, result: Result, amount: Amount) -> list[di
                 "d_out": case.d_out,
                 "d_in": case.d_in,
                 "dtype": case.dtype,
+                "storage": case.storage or case.dtype,
                 "threads": threads,
                 **cell._asdict(),
                 "rate": amount(cell) / result.median(*mine),

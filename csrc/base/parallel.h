@@ -40,23 +40,36 @@ void set_interrupt_hook(bool (*hook)());
 enum class Interruptible { kNo, kYes };
 
 namespace detail {
-void run_tasks(size_t tasks, size_t threads, Interruptible interruptible, void (*body)(const void*, size_t),
-               const void* context);
+void run_tasks(size_t tasks, size_t threads, size_t shares, Interruptible interruptible,
+               void (*body)(const void*, size_t), const void* context);
+
+template <class Body>
+void call_body(const void* body, size_t task) {
+  (*static_cast<const Body*>(body))(task);
 }
+}  // namespace detail
 
 // Returns the number of threads to use for this many floating-point operations: starting more threads would
 // take more time than they save. For elementwise work, `operations` may be the number of elements.
 size_t useful_threads(double operations);
 
-// Calls body(task) once for each task in [0, tasks), in any order, on at most `threads` threads. The tasks are
-// cut into shares of neighbouring tasks, one for each thread. A thread begins with its own share. Each output
-// must be computed by a single task. So no sum is split between tasks, and results do not depend on the
-// number of threads. If tasks throw, the first exception is rethrown.
+// Calls body(task) once for each task in [0, tasks), in any order, on at most `threads` threads. The tasks
+// are cut into shares of neighbouring tasks, one for each thread. A thread takes the tasks of its own
+// share first, and then helps with the other shares. So if successive calls cut an array at about the same
+// rows, a thread finds most of its rows in the cache of its own core.
+//
+// Each output must be computed by a single task. So no sum is split between tasks, and results do not
+// depend on the number of threads. If tasks throw, the first exception is rethrown.
 template <class Body>
 void parallel_for(size_t tasks, size_t threads, Interruptible interruptible, const Body& body) {
-  detail::run_tasks(
-      tasks, threads, interruptible,
-      [](const void* context, size_t task) { (*static_cast<const Body*>(context))(task); }, &body);
+  detail::run_tasks(tasks, threads, threads, interruptible, detail::call_body<Body>, &body);
+}
+
+// Does the same, but the tasks are started in order: whenever a thread is free, it takes the next task. If
+// the tasks become shorter and shorter, no thread waits long for another thread.
+template <class Body>
+void parallel_in_order(size_t tasks, size_t threads, Interruptible interruptible, const Body& body) {
+  detail::run_tasks(tasks, threads, 1, interruptible, detail::call_body<Body>, &body);
 }
 
 }  // namespace nplora

@@ -11,10 +11,10 @@
 
 namespace nplora {
 
-// Runs work(context, 0) on the calling thread and work(context, worker) on up to `helpers` workers, where
-// `worker` is the worker's number, beginning with 1. Returns when every call of `work` that started has
-// returned. `work` must return at once when nothing is left to do, and must not throw. Several threads may call run_on_pool at the same time, but `work` must not call
-// run_on_pool.
+// Runs work(context, 0) on the calling thread and work(context, worker) on up to `helpers` workers. `worker`
+// is the worker's number, beginning with 1. Returns when every call of `work` that started has returned.
+// `work` must return at once when nothing is left to do, and must not throw. Several threads may call
+// run_on_pool at the same time, but `work` must not call run_on_pool.
 void run_on_pool(size_t helpers, void (*work)(void*, size_t worker), void* context);
 
 // Whether this process is a child of fork. Threads do not survive a fork, so a child must not use the pool.

@@ -19,6 +19,9 @@ constexpr float kLowest = std::numeric_limits<float>::lowest();
 // than there are threads.
 constexpr size_t kTilesPerTask = 4;
 
+// If there are this many tasks for each thread, the last ones are short enough that no thread waits for long.
+constexpr size_t kManyTasks = 16;
+
 // A run consists of neighbouring queries of one sequence. A lane is one head of one query. All lanes of a
 // tile must use the same key-value head. If a run has fewer than kFewestLanes lanes for each key-value head,
 // most lanes of its tiles would be idle, so attention is computed without tiles.
@@ -142,11 +145,18 @@ void attend_tiles(const AttentionShape& shape, const std::vector<Run>& runs, Mat
         end = first;
       }
   }
-  parallel_for(tasks.size(), useful_threads(operations), Interruptible::kYes, [&](size_t i) {
+  const size_t threads = useful_threads(operations);
+  const auto attend_lanes = [&](size_t i) {
     const TileTask& task = tasks[i];
     for (size_t lane = task.first_lane; lane < task.end_lane; lane += kTileLanes)
       attend({shape, runs[task.run], task.kv_head, lane, task.end_lane}, q, to);
-  });
+  };
+  // A thread that begins with its own share finds most of its rows in its cache. But with only a few tasks, one
+  // share would hold the long tasks of a run, and another share its short tasks.
+  if (runs.size() >= threads || tasks.size() >= kManyTasks * threads)
+    parallel_for(tasks.size(), threads, Interruptible::kYes, attend_lanes);
+  else
+    parallel_in_order(tasks.size(), threads, Interruptible::kYes, attend_lanes);
 }
 
 // ---- single queries ----

@@ -47,9 +47,9 @@ struct BackwardBuffers {
   float *lse, *delta;         // (kTileLanes)
 };
 
-// The operands of a tile, stored as pairs of bfloat16 numbers. In `q` and `dout`, a pair consists of two neighbouring values
-// of one lane. In `ds_down`, a pair consists of the values of two neighbouring keys. In all other arrays, a
-// pair consists of the values of two neighbouring lanes.
+// The operands of a tile, stored as pairs of bfloat16 numbers. In `q` and `dout`, a pair consists of two
+// neighbouring values of one lane. In `ds_down`, a pair consists of the values of two neighbouring keys. In
+// all other arrays, a pair consists of the values of two neighbouring lanes.
 struct PairBuffers {
   static constexpr size_t kLanePairs = kTileLanes / 2;
 

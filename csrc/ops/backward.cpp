@@ -48,19 +48,14 @@ void backward(std::span<const BackwardPart<Sum<E>>> parts, Matrix<const Sum<E>> 
         }
       });
     const double work = stack.work() * double(token_block.count) / double(tokens);
-    const Grid grid =
-        Grid({dx.data ? token_block.count : 0, kTokenUnit, input.task_tokens(token_block.count)},
-             {dx.cols, group, round_up(dx.cols, group)}, work, threads)
-            .dealt_out(threads);
+    const Grid grid({dx.data ? token_block.count : 0, kTokenUnit, input.task_tokens(token_block.count)},
+                    {dx.cols, group, round_up(dx.cols, group)}, work, threads);
     const size_t products = dx.data ? grid.tasks() : 0;
-    // The products are spread evenly among all tasks, so that each thread's share has both kinds of tasks.
-    const size_t tasks = products + factors.tasks();
-    parallel_for(tasks, threads, Interruptible::kYes, [&](size_t i) {
-      const size_t before = i * products / tasks;  // the number of products among the tasks before task i
-      if (before < (i + 1) * products / tasks)
-        input.multiply(token_block, grid.tokens(before), grid.side(before));
+    parallel_in_order(products + factors.tasks(), threads, Interruptible::kYes, [&](size_t i) {
+      if (i < products)
+        input.multiply(token_block, grid.tokens(i), grid.side(i));
       else
-        factors.add(token_block, i - before);
+        factors.add(token_block, i - products);
     });
   }
   factors.finish();

@@ -6,7 +6,6 @@
 
 #include <algorithm>
 #include <cstddef>
-#include <utility>
 #include <vector>
 
 #include "base/parallel.h"
@@ -22,10 +21,10 @@ inline constexpr size_t kDepthUnitValues =
 // In products with tokens in the SIMD lanes, this number of rows of W is multiplied at a time. kRowBlock is a
 // multiple of tile_rows on every instruction set.
 inline constexpr size_t kRowBlock = 48;
-// The largest depth of a block, counted in values, not in pairs. With this depth, each of the following fits into L2: a panel of W,
-// a panel of a transposed block of W, and a block of x that was transposed into the SIMD lanes (1056 x 48
-// floats = 198 KB). The depth is cut into blocks of about equal size. The sums are loaded and stored once for
-// each block.
+// The largest depth of a block, counted in values, not in pairs. With this depth, each of the following fits
+// into L2: a panel of W, a panel of a transposed block of W, and a block of x that was transposed into the
+// SIMD lanes (1056 x 48 floats = 198 KB). The depth is cut into blocks of about equal size. The sums are
+// loaded and stored once for each block.
 inline constexpr size_t kDepthBlock = 22 * kernels::kPanelColumns;
 // Blocks of W begin at multiples of this depth, which is the width of two panels: 96 is a multiple of
 // kDepthUnitValues, but the width of a single panel, 48, is not.
@@ -145,17 +144,6 @@ class Grid {
         const size_t start = first * side.unit, end = std::min(side.count, (first + count) * side.unit);
         tasks_.push_back({nth_piece(tokens.count, tokens.unit, pieces, piece), {start, end - start}});
       }
-  }
-
-  // Deals the tasks out like cards: the tasks of each thread's share (see parallel_for) become neighbours, and
-  // each share has long and short tasks.
-  Grid dealt_out(size_t threads) && {
-    std::vector<Task> dealt;
-    dealt.reserve(tasks_.size());
-    for (size_t share = 0; share < threads; ++share)
-      for (size_t i = share; i < tasks_.size(); i += threads) dealt.push_back(tasks_[i]);
-    tasks_ = std::move(dealt);
-    return std::move(*this);
   }
 
   size_t tasks() const { return tasks_.size(); }

@@ -147,11 +147,10 @@ Range next_columns(const WeightView& w, Range side, size_t done) {
 void add_kept_rows(const WeightView& w, const KeptWords& kept, Matrix<float> dx) {
   const double work = kKeptCost * flops(1, kept.size(), dx.cols);
   const size_t threads = useful_threads(work);
-  const Grid grid =
-      Grid({dx.rows, kTokenUnit, dx.rows}, {dx.cols, kColumns, round_up(dx.cols, kColumns)}, work, threads)
-          .dealt_out(threads);
+  const Grid grid({dx.rows, kTokenUnit, dx.rows}, {dx.cols, kColumns, round_up(dx.cols, kColumns)}, work,
+                  threads);
   const kernels::Transformer& kernel = kernels::table().transformer;
-  parallel_for(grid.tasks(), threads, Interruptible::kYes, [&](size_t task) {
+  parallel_in_order(grid.tasks(), threads, Interruptible::kYes, [&](size_t task) {
     const Range tokens = grid.tokens(task), side = grid.side(task);
     float* made = scratch<float>(Scratch::kWeight, kWords * scratch_columns(kColumns));
     for (size_t done = 0; done < side.count;) {
@@ -217,10 +216,9 @@ void add_kept_inputs(const KeptWords& kept, const HeadGradient& head) {
   const Matrix<float> dw = head.dw;
   const double work = kKeptCost * flops(1, kept.size(), dw.cols);
   const size_t threads = useful_threads(work);
-  const Grid grid = Grid({dw.cols, kInputColumns, kInputColumns},
-                         {dw.rows, kWords, round_up(dw.rows, kWords)}, work, threads)
-                        .dealt_out(threads);
-  parallel_for(grid.tasks(), threads, Interruptible::kYes, [&](size_t task) {
+  const Grid grid({dw.cols, kInputColumns, kInputColumns}, {dw.rows, kWords, round_up(dw.rows, kWords)}, work,
+                  threads);
+  parallel_in_order(grid.tasks(), threads, Interruptible::kYes, [&](size_t task) {
     const Range cols = grid.tokens(task), side = grid.side(task);
     for (size_t start = 0; start < x.rows; start += kTokens) {
       const Range tokens{start, std::min(kTokens, x.rows - start)};

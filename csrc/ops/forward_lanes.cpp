@@ -48,10 +48,9 @@ class LanesForward {
         for_pieces(blocks, 1, threads, [&](Range mine) {
           for (size_t b = 0; b < mine.count; ++b) prepare(token_block, mine.first + b);
         });
-      const Grid grid = Grid({blocks, 1, kTaskTokens / lanes_}, {rows.blocks(), 1, rows.blocks()},
-                             flops_of(parts_, token_block.count), threads)
-                            .dealt_out(threads);
-      parallel_for(grid.tasks(), threads, Interruptible::kYes, [&](size_t i) {
+      const Grid grid({blocks, 1, kTaskTokens / lanes_}, {rows.blocks(), 1, rows.blocks()},
+                      flops_of(parts_, token_block.count), threads);
+      parallel_in_order(grid.tasks(), threads, Interruptible::kYes, [&](size_t i) {
         rows.for_parts(grid.side(i), [&](PartRows piece) { multiply(token_block, grid.tokens(i), piece); });
       });
     }

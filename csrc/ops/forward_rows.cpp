@@ -61,10 +61,9 @@ class RowsForward {
       const Range token_block{first, std::min(block_tokens_, x_.rows - first)};
       if (!joined_.empty() || (kConverts && multiplies_x(parts_)))
         for_pieces(token_block.count, kTokenUnit, threads, [&](Range some) { prepare(token_block, some); });
-      const Grid grid = Grid({token_block.count, kTokenUnit, token_block.count},
-                             {rows.blocks(), 1, rows.blocks()}, flops_of(parts_, token_block.count), threads)
-                            .dealt_out(threads);
-      parallel_for(grid.tasks(), threads, Interruptible::kYes, [&](size_t i) {
+      const Grid grid({token_block.count, kTokenUnit, token_block.count}, {rows.blocks(), 1, rows.blocks()},
+                      flops_of(parts_, token_block.count), threads);
+      parallel_in_order(grid.tasks(), threads, Interruptible::kYes, [&](size_t i) {
         rows.for_parts(grid.side(i), [&](PartRows piece) { multiply(token_block, grid.tokens(i), piece); });
       });
     }

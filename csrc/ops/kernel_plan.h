@@ -18,8 +18,8 @@ enum class ForwardPath {
   kRows,   // W is transposed, which is fastest for large batches
 };
 
-// A block of W that was just decoded is still in L1. Transposing an element of x or y takes kDecodedGain times
-// as long as transposing an element of such a block.
+// A block of W that was just decoded is still in L1. Transposing an element of x or y takes kDecodedGain
+// times as long as transposing an element of such a block.
 inline constexpr size_t kDecodedGain = 6;
 
 inline ForwardPath forward_path(size_t tokens, size_t d_out, size_t d_in, size_t element_bytes,

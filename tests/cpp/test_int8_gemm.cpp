@@ -231,7 +231,7 @@ void test_packing(const KernelTable& table) {
       for (Place place : kPlaces) {
         const size_t gap = random.below(3);
         if (check::count_shape("int8 encode")) run_encode(table, rows, cols, gap, random, place);
-        if (check::count_shape("int8 encode")) run_encode_bf16(table, rows, cols, gap, random, place);
+        if (check::count_shape("int8 encode_bf16")) run_encode_bf16(table, rows, cols, gap, random, place);
         if (check::count_shape("int8 quad_rows")) run_quad_rows(table, rows, cols, gap, random, place);
       }
 }

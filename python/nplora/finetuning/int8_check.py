@@ -162,8 +162,7 @@ class Int8Check(Callback):
         return self
 
     def __exit__(self, *_: object) -> None:
-        for layer in self._switched:
-            layer.int8 = True
+        _switch(self._switched, int8=True)
         self._fallen_back, self._switched, self._remains = [], [], False
 
     def on_fit_start(self, run: Run) -> None:
@@ -236,7 +235,7 @@ class Int8Check(Callback):
         products = self._errors_of_products(run)
 
         def trial(parts: Iterable[str]) -> Errors:
-            with self._in_bfloat16(parts):
+            with self._in_bfloat16(list(parts)):
                 return self._of_all_ranks(run, measure)
 
         chosen, trials = list[str](), MOST_TRIALS
@@ -304,24 +303,27 @@ class Int8Check(Callback):
         return Errors.largest([errors for errors, _ in rows if errors is not None])
 
     @contextlib.contextmanager
-    def _in_bfloat16(self, parts: Iterable[str]) -> Iterator[None]:
-        layers = self._switch(parts)
+    def _in_bfloat16(self, parts: Sequence[str]) -> Iterator[None]:
+        layers = self._layers_in_int8(parts)
         try:
+            _switch(layers, int8=False)
             yield
         finally:
-            for layer in layers:
-                layer.int8 = True
+            _switch(layers, int8=True)
 
-    def _fall_back(self, parts: Iterable[str]) -> None:
+    def _fall_back(self, parts: Sequence[str]) -> None:
+        layers = self._layers_in_int8(parts)
         self._fallen_back += [part for part in parts if part not in self._fallen_back]
-        self._switched += self._switch(parts)
+        self._switched += layers
+        _switch(layers, int8=False)
 
-    def _switch(self, parts: Iterable[str]) -> list[Int8Layer]:
-        """Let parts compute in bfloat16. Return those layers that were in int8 before."""
-        layers = [layer for layer in layers_of(self._model, parts) if layer.int8]
-        for layer in layers:
-            layer.int8 = False
-        return layers
+    def _layers_in_int8(self, parts: Sequence[str]) -> list[Int8Layer]:
+        return [layer for layer in layers_of(self._model, parts) if layer.int8]
+
+
+def _switch(layers: Iterable[Int8Layer], int8: bool) -> None:
+    for layer in layers:
+        layer.int8 = int8
 
 
 def _candidates(errors: Errors, products: dict[str, float], chosen: Sequence[str]) -> list[list[str]]:

@@ -1,4 +1,4 @@
-"""Reads the added tokens of a tokenizer.json. Also: how large such a file may be."""
+"""Reads the added tokens of a tokenizer.json, and limits the size of this file."""
 
 import json
 from collections import Counter

@@ -303,7 +303,8 @@ def _advice(then: dict[str, Any], now: dict[str, Any]) -> str:
         f"no {name}" if was is None or was is False else f"{name}={was!r}" for name, was in before.items()
     )
     listed = f"{', '.join(most)} and {last}" if most else last
-    return "; to continue, use the run's earlier settings" + f": {listed}" * (len(most) < _MOST_ADVISED)
+    advice = "; to continue, use the run's earlier settings"
+    return f"{advice}: {listed}" if len(most) < _MOST_ADVISED else advice
 
 
 def _is_short(value: Any) -> bool:

@@ -151,8 +151,8 @@ void attend_tiles(const AttentionShape& shape, const std::vector<Run>& runs, Mat
     for (size_t lane = task.first_lane; lane < task.end_lane; lane += kTileLanes)
       attend({shape, runs[task.run], task.kv_head, lane, task.end_lane}, q, to);
   };
-  // A thread that begins with its own share finds most of its rows in its cache. But with only a few tasks, one
-  // share would hold the long tasks of a run, and another share its short tasks.
+  // A thread that begins with its own share finds most of its rows in its cache. But with only a few tasks,
+  // one share would hold the long tasks of a run, and another share its short tasks.
   if (runs.size() >= threads || tasks.size() >= kManyTasks * threads)
     parallel_for(tasks.size(), threads, Interruptible::kYes, attend_lanes);
   else

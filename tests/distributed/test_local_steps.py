@@ -131,7 +131,7 @@ def test_nothing_is_compared_if_the_loss_of_one_rank_is_not_finite(
 
     own = threading.local()
     monkeypatch.setattr(int8_check.Comparison, "measure", found)
-    line = "step 1: the gradients in int8 and bfloat16 are not compared: rank 1: the loss is nan"
+    line = "step 1: the sample's gradients in int8 and bfloat16 are not compared: rank 1: the loss is nan"
     assert on_threads(2, said) == [[line]] * 2
 
 

@@ -483,7 +483,7 @@ def test_a_sample_whose_loss_is_not_finite_is_not_compared(model: Path) -> None:
     run: Any = SimpleNamespace(step=1, ranks=Alone(), log=lambda *row: log.append(row))
     with np.errstate(all="ignore"):
         check.on_step_end(run, None)  # type: ignore[arg-type]
-    assert said == ["step 1: the gradients in int8 and bfloat16 are not compared: the loss is nan"]
+    assert said == ["step 1: the sample's gradients in int8 and bfloat16 are not compared: the loss is nan"]
     assert not log
     assert all(layer.int8 for _, layer in int8_layers(encoder))
 

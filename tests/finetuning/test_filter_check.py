@@ -88,7 +88,7 @@ def said_by(seconds: float, steps: int, total: int) -> list[str]:
 
 def test_a_filter_that_costs_more_than_it_saves_is_reported_once() -> None:
     [line] = said_by(10.0, steps=20, total=20)
-    assert line.startswith("step 5: filter_vocabulary=0.001 makes the steps slower")
+    assert line.startswith("step 5: --filter-vocabulary 0.001 makes the steps slower")
     assert "take 1e+04 ms for 16 tokens" in line
     assert "keeps 30.0% of the vocabulary" in line
     assert said_by(10.0, steps=2, total=2)[0].startswith("step 2: ")

@@ -312,7 +312,7 @@ def test_int8_is_not_blamed_if_bfloat16_is_not_finite_either(path: Path, value: 
 
     Int8Check(lm, diverged, said.append).on_step_end(run, None)  # type: ignore[arg-type]
     assert [line.partition(": the sample has a loss or a gradient that")[0] for line in said] == [
-        "step 1: the gradients in int8 and bfloat16 are not compared"
+        "step 1: the sample's gradients in int8 and bfloat16 are not compared"
     ]
     assert run.rows == []
     assert all(layer.int8 for _, layer in int8_layers(lm))
@@ -444,3 +444,21 @@ def test_a_run_logs_its_cosines_and_resumes_with_its_parts(
         rows("stopped", steps=6, resume=True)
     files = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("whole", "stopped")]
     assert files[0] == files[1]
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "message"),
+    [
+        ({"every": 0}, ValueError, "every is 0"),
+        ({"every": "2"}, TypeError, "every is"),
+        ({"least_cosine": 2}, ValueError, "least_cosine is 2, expected a number from -1 to 1"),
+        ({"least_cosine": "x"}, TypeError, "least_cosine is"),
+        ({"model": "m"}, TypeError, "model is 'm', expected a module"),
+        ({"add_gradient": None}, TypeError, "add_gradient is None, expected a function"),
+    ],
+)
+def test_wrong_arguments(change: dict[str, Any], kind: type[Exception], message: str) -> None:
+    model = nplora.Sequential(nplora.LoRALinear(np.eye(4), rank=1))
+    arguments = {"model": model, "add_gradient": lambda: 0.0, **change}
+    with pytest.raises(kind, match=f"Int8Check: {message}"):
+        Int8Check(**arguments)

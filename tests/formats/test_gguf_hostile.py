@@ -93,7 +93,7 @@ HOSTILE = {
     "training data": (
         b'{"prompt": "a", "completion": "b"}\n',
         FormatError,
-        "expected 'GGUF' (is it a data file? The model is the first argument)",
+        "expected 'GGUF' (is it a data file, not a model or an adapter?)",
     ),
     "version 0": (container(version=0), UnsupportedError, "version 0, expected little-endian version 2"),
     "version 1": (container(version=1), UnsupportedError, "version 1"),

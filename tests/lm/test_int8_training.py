@@ -272,6 +272,27 @@ def test_a_run_continues_in_another_arithmetic_if_this_is_asked_for(
         finetune(model, ROWS, int8_run, **{**options, "steps": 5})
 
 
+def test_a_finished_run_does_not_change_its_arithmetic(model: Path, int8_run: Path) -> None:
+    options = {**SHORT, "compute": "bfloat16", "steps": 2, "resume": True, "change_compute": True}
+    before = (int8_run / "log.jsonl").read_text()
+    finetune(model, ROWS, int8_run, **options)  # without a warning
+    added = (int8_run / "log.jsonl").read_text().removeprefix(before)
+    assert "changed" not in added
+    finetune(model, ROWS, int8_run, steps=2, resume=True, **SHORT)
+
+
+@pytest.mark.parametrize("head", ["off", "on"])
+def test_a_change_of_the_arithmetic_chooses_the_head_as_in_a_new_run(
+    model: Path, tmp_path: Path, head: str
+) -> None:
+    finetune(model, ROWS, tmp_path / "run", compute="int8", int8_head=head, steps=1, **SHORT)
+    chosen = "forward" if decoder.has_bfloat16_instructions() else "on"
+    options = {**SHORT, "compute": "int8", "steps": 2, "resume": True, "change_compute": True}
+    with pytest.warns(UserWarning, match=f"int8_head was {head}, is {chosen}" if head != chosen else "steps"):
+        finetune(model, ROWS, tmp_path / "run", int8_head="auto", **options)
+    assert settings(tmp_path / "run")["int8_head"] == chosen
+
+
 def test_another_change_is_refused_even_if_the_arithmetic_may_change(model: Path, int8_run: Path) -> None:
     options = {**SHORT, "compute": "bfloat16", "batch_examples": 3, "steps": 4, "resume": True}
     changed, advice = "batch_examples was 4, is 3", "to continue, use the run's earlier settings"

@@ -42,8 +42,8 @@ class EarlierRun:
         return options
 
     def keep_int8_head(self, options: FinetuneOptions, compute: str | None) -> FinetuneOptions:
-        """If both runs compute in int8, replace int8_head="auto" by the earlier run's value. Return the
-        options.
+        """If both runs compute in int8, replace int8_head="auto" by the earlier run's value, unless
+        `change_compute` is set. Return the options.
 
         Args:
             compute: arithmetic of the resumed run. If the earlier run used another arithmetic, the trainer
@@ -52,9 +52,9 @@ class EarlierRun:
             ValueError: `int8_head` is given, but the checkpoint does not say how the earlier run computed its
                 head, and `change_compute` is not set.
         """
-        if not self.compute == compute == "int8":
+        if not self.compute == compute == "int8" or options.change_compute:
             return options
-        if self.int8_head is None and options.int8_head != "auto" and not options.change_compute:
+        if self.int8_head is None and options.int8_head != "auto":
             raise ValueError(
                 f"finetune: int8_head={options.int8_head!r} is given, but the checkpoint to resume does not "
                 "say how the run computed its head; leave int8_head out, or set change_compute"
@@ -81,7 +81,7 @@ def words_of_kept(given: FinetuneOptions, chosen: FinetuneOptions) -> str:
         for name in ("compute", "int8_head")
         if (value := getattr(chosen, name)) not in (getattr(given, name), "float32")
     ]
-    return f"the run continues with its earlier {' and '.join(kept)}" if kept else ""
+    return f"--resume keeps {' and '.join(kept)} of the run" if kept else ""
 
 
 def find_earlier_run(output: StrPath) -> EarlierRun | None:

@@ -53,11 +53,11 @@ class FilterCheck(Callback):
         plain = seconds_without_filter(self._head, rows)
         if seconds > _SLOWER * plain:
             self._say(
-                f"step {run.step}: filter_vocabulary={self._filter.bound:g} makes the steps slower: the "
+                f"step {run.step}: --filter-vocabulary {self._filter.bound:g} makes the steps slower: the "
                 f"gradients of the output layer take {1e3 * seconds:.3g} ms for {rows} tokens, and about "
                 f"{1e3 * plain:.3g} ms without the filter. The filter keeps "
-                f"{statistics.fmean(self._kept):.1%} of the vocabulary. Leave the option out, or choose a "
-                "larger probability"
+                f"{statistics.fmean(self._kept):.1%} of the vocabulary. A new run would be faster without "
+                "this option, or with a larger probability"
             )
 
 

@@ -11,7 +11,7 @@ from typing import Self
 import numpy as np
 import numpy.typing as npt
 
-from nplora import _core
+from nplora import _check, _core
 from nplora.nn.int8 import Int8Layer, without_int8
 from nplora.nn.losses import NonFiniteLossError
 from nplora.nn.module import Module
@@ -127,6 +127,9 @@ class Int8Check(Callback):
         say: prints a line.
         every: the number of steps between two comparisons.
         least_cosine: the smallest cosine that is accepted; None: LEAST_COSINE.
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: `every` is less than 1, or `least_cosine` is not a cosine.
 
     >>> import nplora, numpy as np
     >>> rng = np.random.default_rng(0)
@@ -151,6 +154,14 @@ class Int8Check(Callback):
         every: int = EVERY,
         least_cosine: float | None = None,
     ) -> None:
+        op = "Int8Check"
+        if not isinstance(model, Module):
+            raise TypeError(f"{op}: model is {_check.kind(model)}, expected a module")
+        if not callable(add_gradient):
+            raise TypeError(f"{op}: add_gradient is {_check.kind(add_gradient)}, expected a function")
+        _check.integer(op, "every", every, least=1)
+        if least_cosine is not None and not -1 <= _check.number(op, "least_cosine", least_cosine) <= 1:
+            raise ValueError(f"{op}: least_cosine is {least_cosine}, expected a number from -1 to 1")
         self._products = ProductErrors(model)
         self._model, self._add_gradient, self._say = model, self._products.sampled(add_gradient), say
         self._every, self._least = every, LEAST_COSINE if least_cosine is None else least_cosine
@@ -187,7 +198,9 @@ class Int8Check(Callback):
             found, left = self._search(run)
         except NonFiniteLossError as error:
             self._products.worst()  # forgets the errors
-            self._say(f"step {run.step}: the gradients in int8 and bfloat16 are not compared: {error}")
+            self._say(
+                f"step {run.step}: the sample's gradients in int8 and bfloat16 are not compared: {error}"
+            )
             return
         text, remains = f"step {run.step}: int8 is too inexact: {_described(found)}", self._is_too_large(left)
         if new := self._fallen_back[before:]:

@@ -380,7 +380,10 @@ def require_finished(directory: StrPath) -> None:
         return
     is_whole = all(map(os.path.lexists, files_of(directory)))
     if not is_whole or is_dropped(directory):
-        reason = "the directory holds a run that has no adapter yet: finish it with --resume (resume=True)"
+        reason = (
+            "the directory holds a run that has no adapter yet: finish it with --resume (resume=True), or, "
+            "after Trainer.fit, save the adapter with nplora.save_adapter"
+        )
         raise FileNotFoundError(errno.ENOENT, reason, files.name(directory))
 
 

@@ -18,6 +18,7 @@ def read(file: GgufFile) -> ModelConfig:
     """
     kind = file.metadata.string("general.type", "model")
     if kind != "model":
-        raise FormatError(f"{file.source}: general.type is {brief(kind)}, expected 'model'")
+        what = "; this is an adapter file, not a model" if kind == "adapter" else ""
+        raise FormatError(f"{file.source}: general.type is {brief(kind)}, expected 'model'{what}")
     architecture = file.metadata.string("general.architecture")
     return families.by_architecture(file.source, architecture).read_metadata(file)

@@ -279,7 +279,8 @@ def _check_position(
     """Raise an error if the checkpoint's position is beyond the end of the run or of an epoch."""
     if total_steps is not None and checkpoint.step > total_steps:
         raise ValueError(
-            f"{path}: the checkpoint is of step {checkpoint.step}, but this run ends at step {total_steps}"
+            f"{path}: the checkpoint is of step {checkpoint.step}, but this run ends at step {total_steps}; "
+            "give a larger --epochs or --steps (epochs, steps)"
         )
     if batches is not None and checkpoint.batch > batches:
         raise CorruptError(
@@ -434,7 +435,7 @@ def _add_log(history: History, checkpoint: Checkpoint, directory: RunDirectory) 
     if len(log) != checkpoint.log_bytes or found != wanted:
         warn_user(
             f"{directory.path / LOG}: the log is {reason}: the run continues, "
-            f"but the history has {len(history.steps)} of {checkpoint.step} steps "
+            f"and its history has {len(history.steps)} of {checkpoint.step} steps "
             f"and {len(history.epochs)} of {checkpoint.epoch} epochs"
         )
     last_step, last_epoch = (_number(last_logged(log, event).get(event)) for event in ("step", "epoch"))

@@ -100,6 +100,9 @@ class RunCheckpoints:
             may_continue = changed and not may_change and self._fits(in_new_compute, batches)
             hint = f"; {COMPUTE_HINT}" if may_continue else ""
             raise type(error)(f"{error}{hint}; --overwrite (overwrite=True) starts a new run") from error
+        total = self._state.total_steps
+        if total is not None and checkpoint.step >= total:
+            changed = ""  # the run is finished, so nothing is computed in the new arithmetic
         if changed:
             warn_user(f"{self._directory.path}: the run continues in another arithmetic: {changed}")
         self.changed_compute = changed

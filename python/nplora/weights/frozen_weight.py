@@ -488,7 +488,8 @@ class FrozenWeight:
         """
         op, (d_out, d_in) = "FrozenWeight.int8_error", self.shape
         if self.compute != "int8":
-            raise ValueError(f"{op}: the weight has compute={self.compute!r}, expected 'int8'")
+            cure = "" if self.compute == "float64" else "; weight.with_compute('int8') has it"
+            raise ValueError(f"{op}: the weight has compute={self.compute!r}, expected 'int8'{cure}")
         _check.integer(op, "samples", samples, least=1)
         if transposed:
             rows, _ = _check.rows(op, "x", x, d_out, "d_out", self.compute_dtype)

@@ -89,7 +89,7 @@ def parse_start(start: memoryview, size: int, source: str) -> tuple[int, int, in
     if not MAGIC.startswith(bytes(start[:4])):
         like = " (is it a safetensors file?)" if bytes(start[8:10]) == b'{"' else ""
         if bytes(start[:1]) in (b"{", b"["):
-            like = " (is it a data file? The model is the first argument)"
+            like = " (is it a data file, not a model or an adapter?)"
         raise FormatError(f"{source}: begins with {quoted(bytes(start[:4]))}, expected {quoted(MAGIC)}{like}")
     if len(start) < START.size:
         raise TruncatedError(f"{source}: the file has {size} bytes, but a header has at least {START.size}")

@@ -156,10 +156,13 @@ def test_a_run_in_int8_learns_compares_its_gradients_and_resumes_to_the_bit(
 def test_a_run_continues_in_another_arithmetic_if_this_is_asked_for(model: Path, tmp_path: Path) -> None:
     rows, options = some_rows(), {**FAST, "epochs": None, "steps": 2}
     train_classifier(model, rows, tmp_path / "out", **options)
-    options |= {"compute": "bfloat16", "resume": True}
+    options |= {"compute": "bfloat16", "resume": True, "steps": 3}
     with pytest.raises(ValueError, match=r"compute was float32, is bfloat16 .*; --change-compute"):
         train_classifier(model, rows, tmp_path / "out", **options)
-    with pytest.warns(UserWarning, match="another arithmetic: compute was float32, is bfloat16"):
+    with (
+        pytest.warns(UserWarning, match="total_steps was 2, is 3"),
+        pytest.warns(UserWarning, match="another arithmetic: compute was float32, is bfloat16"),
+    ):
         train_classifier(model, rows, tmp_path / "out", change_compute=True, **options)
     with pytest.raises(ValueError, match="train_classifier: change_compute=True needs resume=True"):
         train_classifier(model, rows, tmp_path / "new", change_compute=True)

@@ -454,10 +454,13 @@ def test_a_run_in_int8_learns_and_compares_its_gradients(model: Path, tmp_path: 
 def test_a_run_continues_in_another_arithmetic_if_this_is_asked_for(model: Path, tmp_path: Path) -> None:
     options: dict[str, Any] = {"batch_size": 2, "steps": 2, "lr": 1e-3}
     train(model, ROWS, tmp_path / "out", **options)
-    options |= {"compute": "bfloat16", "resume": True}
+    options |= {"compute": "bfloat16", "resume": True, "steps": 3}
     with pytest.raises(ValueError, match=r"compute was float32, is bfloat16 .*; --change-compute"):
         train(model, ROWS, tmp_path / "out", **options)
-    with pytest.warns(UserWarning, match="another arithmetic: compute was float32, is bfloat16"):
+    with (
+        pytest.warns(UserWarning, match="total_steps was 2, is 3"),
+        pytest.warns(UserWarning, match="another arithmetic: compute was float32, is bfloat16"),
+    ):
         train(model, ROWS, tmp_path / "out", change_compute=True, **options)
 
 

@@ -395,7 +395,7 @@ def test_a_damaged_log_loses_records_but_not_the_run(
     log.write_bytes(damage(log.read_bytes()))
     second = trainer_of(net())
     with pytest.warns(
-        UserWarning, match=rf"log\.jsonl: the log is .*the history has {len(steps)} of 12 steps"
+        UserWarning, match=rf"log\.jsonl: the log is .*its history has {len(steps)} of 12 steps"
     ):
         history = fit(second, checkpoint_dir=directory, resume=True)
     assert [record.step for record in history.steps] == [*steps, *range(13, STEPS + 1)]

@@ -129,7 +129,7 @@ class Int8Check(Callback):
         least_cosine: the smallest cosine that is accepted; None: LEAST_COSINE.
     Raises:
         TypeError: an argument has the wrong type.
-        ValueError: `every` is less than 1, or `least_cosine` is not a cosine.
+        ValueError: `every` is less than 1, or `least_cosine` is NaN or infinite.
 
     >>> import nplora, numpy as np
     >>> rng = np.random.default_rng(0)
@@ -160,8 +160,8 @@ class Int8Check(Callback):
         if not callable(add_gradient):
             raise TypeError(f"{op}: add_gradient is {_check.kind(add_gradient)}, expected a function")
         _check.integer(op, "every", every, least=1)
-        if least_cosine is not None and not -1 <= _check.number(op, "least_cosine", least_cosine) <= 1:
-            raise ValueError(f"{op}: least_cosine is {least_cosine}, expected a number from -1 to 1")
+        if least_cosine is not None:
+            _check.number(op, "least_cosine", least_cosine)
         self._products = ProductErrors(model)
         self._model, self._add_gradient, self._say = model, self._products.sampled(add_gradient), say
         self._every, self._least = every, LEAST_COSINE if least_cosine is None else least_cosine

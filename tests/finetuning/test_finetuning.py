@@ -583,7 +583,10 @@ def test_the_adapter_of_an_overwritten_run_is_not_used_for_the_new_run(
         ["combine", str(out), "--output", str(tmp_path / "sum")],
     ):
         assert cli.main(line) == 2
-        message = "the directory holds a run that has no adapter yet: finish it with --resume (resume=True)"
+        message = (
+            "the directory holds a run that has no adapter yet: finish it with --resume (resume=True), or, "
+            "after Trainer.fit, save the adapter with nplora.save_adapter"
+        )
         assert capsys.readouterr().err == f"nplora: error: {out}: {message}\n"
     finetune(model, data, out, **QUICK, seed=5, resume=True)
     assert evaluate(model, data, adapter=out)["loss"] > 0
@@ -634,7 +637,7 @@ def test_a_run_that_cannot_resume_is_one_error_with_a_way_out(
             {"targets": "q_proj"},
             r"settings: \d layers had adapters, now \d have them \(removed: .*v_proj; new: none\)",
         ),
-        ({"epochs": 1}, "of step 20, but this run ends at step 5"),
+        ({"epochs": 1}, r"ends at step 5; give a larger --epochs or --steps \(epochs, steps\)"),
     ):
         with pytest.raises(ValueError, match=message + way_out):
             finetune(

@@ -454,7 +454,7 @@ def test_a_run_logs_its_cosines_and_resumes_with_its_parts(
         ({"every": "2"}, TypeError, "every is"),
         ({"least_cosine": math.nan}, ValueError, "least_cosine is nan"),
         ({"least_cosine": "x"}, TypeError, "least_cosine is"),
-        ({"model": "m"}, TypeError, "model is a str, expected a module"),
+        ({"model": "m"}, TypeError, "model is 'm', expected a module"),
         ({"add_gradient": None}, TypeError, "add_gradient is a NoneType, expected a function"),
     ],
 )

@@ -157,6 +157,13 @@ void register_weight(py::module_& m) {
       .def_property_readonly(
           "compute", [](const PackedWeight& w) { return kComputes[static_cast<size_t>(w.compute())]; })
       .def_property_readonly("nbytes", &PackedWeight::nbytes)
+      .def("keep_int8",
+           [](const PackedWeight& w) {
+             require(w.compute() == Compute::kInt8, "the weight does not compute in int8");
+             without_gil([&] { w.keep_int8(); });
+           })
+      .def_property_readonly("keeps_int8", &PackedWeight::keeps_int8)
+      .def_property_readonly("int8_nbytes", &PackedWeight::int8_nbytes)
       .def_static("of_array", &of_array<float>, arg("w").noconvert(), arg("storage"), arg("compute"))
       .def_static("of_array", &of_array<double>, arg("w").noconvert(), arg("storage"), arg("compute"))
       .def_static("of_array", &of_array<uint16_t>, arg("w").noconvert(), arg("storage"), arg("compute"))

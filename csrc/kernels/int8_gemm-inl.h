@@ -190,6 +190,19 @@ inline void quad_rows(size_t rows, size_t cols, const uint8_t* codes, size_t cod
   }
 }
 
+inline void turn_quads(size_t rows, size_t quads, const Int8Quad* w, size_t w_stride, Int8Quad* out,
+                       size_t out_stride) {
+  // Transposes a matrix of four by four bytes.
+  const Bytes turned = {0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15};
+  for (size_t q = 0; q < quads; ++q, w += w_stride, out += 4) {
+    Int8Quad* to = out;
+    for (size_t row = 0; row < rows; row += 4, to += out_stride) {
+      const Bytes some = lookup(load_bytes(w + row), turned);
+      __builtin_memcpy(to, &some, sizeof some);
+    }
+  }
+}
+
 // ---- the product ----
 
 // The operands of a product.
@@ -472,7 +485,7 @@ inline double int8_peak(size_t iterations) {
 
 constexpr Int8Gemm make_int8_gemm() {
   return {kCodeOffset, quantize_groups, dither_groups, largest_of_rows, encode,
-          encode,      quad_rows,       int8_multiply, int8_peak};
+          encode,      quad_rows,       turn_quads,    int8_multiply,   int8_peak};
 }
 
 }  // namespace nplora::kernels::NPLORA_ISA

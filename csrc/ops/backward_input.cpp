@@ -47,7 +47,7 @@ InputGradient<E, W>::InputGradient(const Stack& stack, std::optional<uint64_t> d
     merges_ |= stack.dx().data && p.update == Update::kMergedOnTheFly;
     if (makes_two_panels(p.arrays.w, is_shared())) group_ = kDecodedColumns;
     if (kInt8 && stack.dx().data) {
-      p.arrays.w.row_scales->find(p.arrays.w);
+      p.arrays.w.int8->find_scales(p.arrays.w);
       codes_.emplace_back(p.arrays.w.d_out, int8_depth_block(p.arrays.w.d_out));
     }
   }
@@ -79,9 +79,9 @@ void InputGradient<E, W>::prepare(Range token_block, Range some) const {
       for (size_t i = some.first; i < some.first + some.count; ++i) {
         const size_t row = token_block.first + i;
         if (dither_key_)
-          codes_[j].dither(i, *dither_key_ + j, row, part.dy.row(row), part.w.row_scales->scales());
+          codes_[j].dither(i, *dither_key_ + j, row, part.dy.row(row), part.w.int8->scales());
         else
-          codes_[j].quantize(i, part.dy.row(row), part.w.row_scales->scales());
+          codes_[j].quantize(i, part.dy.row(row), part.w.int8->scales());
       }
     }
 }

@@ -228,12 +228,14 @@ class RowsForward {
       size_t col = 0;
       do {  // if W has no columns, the only iteration sets y to zero
         const Range cols{col, std::min(depth, x_.cols - col)};
-        for_blocks_of(rows,
-                      [&](size_t i, Range block) { make_block(u, block, cols, blocks + i * block_size); });
+        for_blocks_of(rows, [&](size_t i, Range block) {
+          if (!kept_block(u.part.w, block, cols)) make_block(u, block, cols, blocks + i * block_size);
+        });
         for (size_t i = 0; i < some.count; i += kFew) {
           const Range few{some.first + i, std::min(kFew, some.count - i)};
           for_blocks_of(rows, [&](size_t b, Range block) {
-            multiply(u, token_block, few, block, cols, blocks + b * block_size);
+            const W* kept = kept_block(u.part.w, block, cols);
+            multiply(u, token_block, few, block, cols, kept ? kept : blocks + b * block_size);
           });
         }
         col += cols.count;
@@ -259,7 +261,7 @@ class RowsForward {
     if constexpr (kInt8)
       kernels::table().int8_gemm.multiply(
           few.count, rows.count, cols.count, x_codes_.from(few.first, cols.first), block, kBlockRows,
-          u.part.w.row_scales->scales() + rows.first, y, u.part.y.stride, cols.first > 0);
+          u.part.w.int8->scales() + rows.first, y, u.part.y.stride, cols.first > 0);
     else
       multiply(elements(token_block, few.first), few.count, rows, cols, block, y, u.part.y.stride);
     if (cols.first + cols.count == x_.cols) add_update(u, token_block, few, rows);
@@ -284,6 +286,14 @@ class RowsForward {
     if (part.bias)
       add_product<T>(few.count, rows.count, 1, {&kOne, 0, 0}, part.bias + rows.first, 0, y, part.y.stride,
                      true);
+  }
+
+  // The transpose of W[rows, cols] if its codes are kept, otherwise null.
+  static const W* kept_block(const WeightView& w, Range rows, Range cols) {
+    if constexpr (kInt8)
+      return kept_quads(w, rows.first, cols.first);
+    else
+      return nullptr;
   }
 
   // Stores the transpose of W[rows, cols] in `block` (cols, kBlockRows), as elements of type W. If the update
@@ -335,7 +345,7 @@ template <class E, class W>
 void forward_rows(std::span<const ForwardPart<Sum<E>>> parts, Matrix<const Sum<E>> x, size_t threads,
                   size_t plan_tokens) {
   if constexpr (std::is_same_v<W, Int8Quad>)
-    for (const ForwardPart<Sum<E>>& part : parts) part.w.row_scales->find(part.w);
+    for (const ForwardPart<Sum<E>>& part : parts) part.w.int8->find_scales(part.w);
   RowsForward<E, W>(parts, x, plan_tokens).run(threads);
 }
 

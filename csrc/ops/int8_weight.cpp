@@ -58,10 +58,23 @@ void for_float_panels(const WeightView& w, Range rows, Range cols, const Body& b
 
 }  // namespace
 
-// ---- the scales of W's rows ----
+// ---- the scales and the codes of W ----
 
-void RowScales::find(const WeightView& w) {
-  if (found_.load(std::memory_order_acquire)) return;
+namespace {
+
+size_t quads_of_block(const WeightView& w) {
+  return ceil_div(w.d_in, kCodesPerQuad) * kInt8PanelColumns;
+}
+
+}  // namespace
+
+Int8Form::~Int8Form() {
+  delete[] scales_.load();
+  delete codes_.load();
+}
+
+void Int8Form::find_scales(const WeightView& w) {
+  if (scales()) return;
   std::unique_ptr<float[]> found(new float[w.d_out]);
   const kernels::Int8Gemm& k = kernels::table().int8_gemm;
   const double elements = static_cast<double>(w.d_out) * static_cast<double>(w.d_in);
@@ -76,7 +89,36 @@ void RowScales::find(const WeightView& w) {
                  for (size_t i = 0; i < rows.count; ++i) largest[i] = kernels::code_scale(largest[i]).scale;
                });
   float* none = nullptr;
-  if (found_.compare_exchange_strong(none, found.get())) found.release();
+  if (scales_.compare_exchange_strong(none, found.get())) found.release();
+}
+
+size_t Int8Form::code_bytes(const WeightView& w) {
+  return ceil_div(w.d_out, kInt8PanelColumns) * quads_of_block(w) * sizeof(Int8Quad);
+}
+
+const Int8Quad* Int8Form::codes() const {
+  const AlignedBuffer* kept = codes_.load(std::memory_order_acquire);
+  return kept ? kept->as<Int8Quad>() : nullptr;
+}
+
+void Int8Form::keep_codes(const WeightView& w) {
+  if (codes()) return;
+  find_scales(w);
+  auto made = std::make_unique<const AlignedBuffer>(code_bytes(w), Life::kLong);
+  const double elements = static_cast<double>(w.d_out) * static_cast<double>(w.d_in);
+  parallel_for(ceil_div(w.d_out, kInt8PanelColumns), useful_threads(4 * elements), Interruptible::kYes,
+               [&](size_t block) {
+                 transposed_quads(w, nth_block(w.d_out, kInt8PanelColumns, block), {0, w.d_in},
+                                  made->as<Int8Quad>() + block * quads_of_block(w));
+               });
+  const AlignedBuffer* none = nullptr;
+  if (codes_.compare_exchange_strong(none, made.get())) made.release();
+}
+
+const Int8Quad* kept_quads(const WeightView& w, size_t row, size_t col) {
+  const Int8Quad* codes = w.int8->codes();
+  if (!codes) return nullptr;
+  return codes + row / kInt8PanelColumns * quads_of_block(w) + col / kCodesPerQuad * kInt8PanelColumns;
 }
 
 // ---- rows of x or dy ----
@@ -121,7 +163,7 @@ struct Inverses {
   float of[kRowsAtOnce];
 
   Inverses(const WeightView& w, Range rows) {
-    const float* scales = w.row_scales->scales() + rows.first;
+    const float* scales = w.int8->scales() + rows.first;
     for (size_t i = 0; i < rows.count; ++i) of[i] = scales[i] > 0 ? 1 / scales[i] : 0;
   }
 };
@@ -173,6 +215,16 @@ void transposed_quads(const WeightView& w, Range rows, Range cols, Int8Quad* out
 ColumnBlock<Int8Quad> column_quads(const WeightView& w, Range rows, Range cols, Int8Quad* out) {
   const kernels::Int8Gemm& k = kernels::table().int8_gemm;
   const size_t panel_stride = ceil_div(rows.count, kCodesPerQuad) * kPanelColumns;
+  if (w.int8->codes()) {
+    for (size_t i = 0; i < rows.count; i += kInt8PanelColumns)
+      for (size_t c = 0; c < cols.count; c += kPanelColumns)
+        k.turn_quads(std::min(kInt8PanelColumns, rows.count - i),
+                     ceil_div(std::min(kPanelColumns, cols.count - c), kCodesPerQuad),
+                     kept_quads(w, rows.first + i, cols.first + c), kInt8PanelColumns,
+                     out + c / kPanelColumns * panel_stride + i / kCodesPerQuad * kPanelColumns,
+                     kPanelColumns);
+    return {out, kPanelColumns, panel_stride};
+  }
   uint8_t codes[kRowsAtOnce * scratch_columns(kDecodedColumns)];
   for (size_t i = 0; i < rows.count; i += kRowsAtOnce) {
     const Range some{rows.first + i, std::min(kRowsAtOnce, rows.count - i)};

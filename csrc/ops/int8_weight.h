@@ -1,5 +1,6 @@
 // The operands of int8 products for large batches: W, and rows of x or dy. A block of W is converted from its
-// storage format to int8 when a product copies the block to scratch memory. Whatever the storage format, the
+// storage format to int8 when a product copies the block to scratch memory, unless the codes of W are kept.
+// Whatever the storage format, the
 // int8 codes of a row of W have one common scale. (In contrast, int8 products for small batches use the codes
 // and scales of the low-bit blocks themselves, see kernels::Int8Products.)
 #pragma once
@@ -7,6 +8,7 @@
 #include <atomic>
 #include <memory>
 
+#include "base/aligned_buffer.h"
 #include "base/matrix.h"
 #include "base/range.h"
 #include "kernels/kernel_table.h"
@@ -15,26 +17,39 @@
 
 namespace nplora {
 
-// The scales of W's rows. Computing the scales reads all of W, which may be in a mapped file. So the scales
-// are computed only when a product first needs them; text generation never needs them.
-class RowScales {
+// W for int8 products: the scales of its rows, and its codes if they are kept. Computing the scales reads all
+// of W, which may be in a mapped file. So the scales are computed only when a product first needs them; text
+// generation never needs them.
+class Int8Form {
  public:
-  RowScales() = default;
-  ~RowScales() { delete[] found_.load(); }
-  RowScales(const RowScales&) = delete;
-  RowScales& operator=(const RowScales&) = delete;
+  Int8Form() = default;
+  ~Int8Form();
+  Int8Form(const Int8Form&) = delete;
+  Int8Form& operator=(const Int8Form&) = delete;
 
   // Computes the scales of `w`, unless they are known. If several threads compute the scales at the same
   // time, one result is kept.
-  void find(const WeightView& w);
+  void find_scales(const WeightView& w);
 
-  // The scales (d_out), or null if `find` has not been called yet. A scale is the largest magnitude in a row,
+  // The scales (d_out), or null if they have not been computed yet. A scale is the largest magnitude in a row,
   // divided by 127. The scale is 0 if all magnitudes are below 2^-119, and NaN if an element is NaN or
   // infinite.
-  const float* scales() const { return found_.load(std::memory_order_acquire); }
+  const float* scales() const { return scales_.load(std::memory_order_acquire); }
+
+  // Computes the codes of `w` and keeps them, so that products do not convert W again. Does nothing if the
+  // codes are kept already. If several threads compute the codes at the same time, one result is kept.
+  void keep_codes(const WeightView& w);
+
+  // The codes, or null if they are not kept. They consist of one block for every kInt8PanelColumns rows of W.
+  // Each block is stored as transposed_quads stores it, with all columns of W.
+  const kernels::Int8Quad* codes() const;
+
+  // The memory for the codes of `w`, in bytes.
+  static size_t code_bytes(const WeightView& w);
 
  private:
-  std::atomic<float*> found_ = nullptr;
+  std::atomic<float*> scales_ = nullptr;
+  std::atomic<const AlignedBuffer*> codes_ = nullptr;
 };
 
 // The depth of a block in int8 products, in values. If the depth of a product is at most kInt8Depth, there is
@@ -86,9 +101,14 @@ class CodedBlock {
 // the first column is a multiple of kInt8DepthUnit.
 void transposed_quads(const WeightView& w, Range rows, Range cols, kernels::Int8Quad* out);
 
+// The kept codes of W, from `row` and `col`, as transposed_quads stores them; null if the codes are not kept.
+// `row` is a multiple of kInt8PanelColumns, and `col` is a multiple of four.
+const kernels::Int8Quad* kept_quads(const WeightView& w, size_t row, size_t col);
+
 // Writes the int8 codes of W[rows, cols], for backward products, to out (rows / 4, kPanelColumns). If there
-// are more than kPanelColumns columns, `out` holds two such panels, one after the other. The first column is
-// a multiple of kPanelColumns, and there are at most kDecodedColumns columns.
+// are more than kPanelColumns columns, `out` holds two such panels, one after the other. The first row is a
+// multiple of kInt8PanelColumns. The first column is a multiple of kPanelColumns, and there are at most
+// kDecodedColumns columns.
 ColumnBlock<kernels::Int8Quad> column_quads(const WeightView& w, Range rows, Range cols,
                                             kernels::Int8Quad* out);
 

@@ -397,8 +397,8 @@ void int8_dots_of_blocks(const WeightView& w, Range rows, size_t m, const kernel
 
 PackedWeight::PackedWeight(const WeightView& w, std::shared_ptr<const void> owner)
     : owner_(std::move(owner)), view_(w) {
-  if (view_.compute == Compute::kInt8) row_scales_ = std::make_unique<RowScales>();
-  view_.row_scales = row_scales_.get();
+  if (view_.compute == Compute::kInt8) int8_ = std::make_unique<Int8Form>();
+  view_.int8 = int8_.get();
 }
 
 PackedWeight::~PackedWeight() = default;
@@ -407,8 +407,8 @@ template <class T>
 PackedWeight::PackedWeight(Matrix<const T> w, Storage storage, Compute compute)
     : buffer_(w.rows * w.cols * bytes_per_element(storage), Life::kLong),
       view_{storage, true, buffer_.as<void>(), w.rows, w.cols, 0, compute},
-      row_scales_(compute == Compute::kInt8 ? std::make_unique<RowScales>() : nullptr) {
-  view_.row_scales = row_scales_.get();
+      int8_(compute == Compute::kInt8 ? std::make_unique<Int8Form>() : nullptr) {
+  view_.int8 = int8_.get();
   for_rows(w.rows, w.cols, [&](size_t i) {
     for_panels(w.cols, [&](size_t c, size_t width) {
       narrow(storage, width, w.row(i) + c, buffer_.as<char>() + packed_offset(view_, i, c));
@@ -430,6 +430,18 @@ size_t PackedWeight::nbytes() const {
   }
   if (is_blocks(view_.storage)) return view_.d_out * view_.row_stride;
   return view_.d_out * view_.d_in * bytes_per_element(view_.storage);
+}
+
+void PackedWeight::keep_int8() const {
+  int8_->keep_codes(view_);
+}
+
+bool PackedWeight::keeps_int8() const {
+  return int8_ && int8_->codes();
+}
+
+size_t PackedWeight::int8_nbytes() const {
+  return Int8Form::code_bytes(view_);
 }
 
 template <class T>

@@ -15,7 +15,7 @@
 
 namespace nplora {
 
-class RowScales;
+class Int8Form;
 
 // The arithmetic of the products with a weight. With kFloat, products are computed in float64 if the weight
 // is stored in float64, and in float32 otherwise. With kBfloat16, large batches use pairs of bfloat16, summed
@@ -39,7 +39,7 @@ struct WeightView {
   size_t row_stride;
   Compute compute = Compute::kFloat;
   kernels::Nf4 nf4{};
-  RowScales* row_scales = nullptr;  // the scales for int8 products; not null if `compute` is kInt8
+  Int8Form* int8 = nullptr;  // W for int8 products of large batches; not null if `compute` is kInt8
 };
 
 template <class T>
@@ -154,6 +154,12 @@ class PackedWeight {
   size_t d_in() const { return view_.d_in; }
   size_t nbytes() const;
 
+  // Keeps the int8 codes of W in memory (see Int8Form::keep_codes). `compute` must be kInt8.
+  void keep_int8() const;
+  bool keeps_int8() const;
+  // The memory that kept codes take, in bytes.
+  size_t int8_nbytes() const;
+
   // Writes W to out (d_out, d_in). If W is stored as kFloat64, T is double. For all other storage types, T
   // is float. For the two 16-bit types, T may also be uint16_t; `out` then receives the bit patterns.
   template <class T>
@@ -170,7 +176,7 @@ class PackedWeight {
   AlignedBuffer buffer_;
   std::shared_ptr<const void> owner_;
   WeightView view_;
-  std::unique_ptr<RowScales> row_scales_;
+  std::unique_ptr<Int8Form> int8_;
 };
 
 }  // namespace nplora

@@ -58,6 +58,13 @@ class PackedWeight:
     def compute(self) -> str: ...
     @property
     def nbytes(self) -> int: ...
+    def keep_int8(self) -> None:
+        """Keep the codes of int8 products in memory. The weight must compute in "int8"."""
+    @property
+    def keeps_int8(self) -> bool: ...
+    @property
+    def int8_nbytes(self) -> int:
+        """The size in bytes of the codes that `keep_int8` keeps."""
     def unpack(self, out: Array) -> None:
         """Write the row-major matrix to `out`: float32 (float64 for "float64"), or uint16 bit patterns."""
     def gather_rows(self, ids: Array, out: Array) -> None:

@@ -2,6 +2,7 @@
 
 import math
 import re
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -67,6 +68,18 @@ def agree(got: Array, wanted: tuple[Array, Array]) -> bool:
     return bool(np.all(np.abs(got - wanted[0]) <= wanted[1]))
 
 
+def multiplied(fw: FrozenWeight, x: Array, dy: Array) -> tuple[Array, Array]:
+    """Both products with W. They must have the same bits if the codes of W are kept."""
+    y, dx = fw.matmul(x), fw.matmul_t(dy)
+    kept = fw.with_compute("float32").with_compute("int8")
+    kept.keep_int8()
+    assert kept.keeps_int8
+    assert not fw.keeps_int8
+    assert np.array_equal(kept.matmul(x), y, equal_nan=True)
+    assert np.array_equal(kept.matmul_t(dy), dx, equal_nan=True)
+    return y, dx
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("storage", STORAGES)
 @pytest.mark.parametrize("rows", ROWS)
@@ -74,25 +87,26 @@ def test_products_are_those_of_the_scheme(storage: str, rows: int) -> None:
     x, dy = normal(rows, 512), normal(rows, 75, seed=2)
     fw = FrozenWeight(normal(75, 512, seed=1), storage, "int8")
     W = fw.to_numpy()
-    assert agree(fw.matmul(x), products(x, W))
-    assert agree(fw.matmul_t(dy), transposed_products(dy, W))
+    y, dx = multiplied(fw, x, dy)
+    assert agree(y, products(x, W))
+    assert agree(dx, transposed_products(dy, W))
 
 
 @pytest.mark.parametrize("d_out", [1, 3, 31, 32, 33, 49, 100])
 @pytest.mark.parametrize("d_in", [1, 2, 5, 47, 48, 63, 65, 97, 200])
 def test_shapes_without_a_common_factor(d_out: int, d_in: int) -> None:
     x, dy, W = normal(11, d_in), normal(11, d_out, seed=1), normal(d_out, d_in, seed=2)
-    fw = FrozenWeight(W, compute="int8")
-    assert agree(fw.matmul(x), products(x, W))
-    assert agree(fw.matmul_t(dy), transposed_products(dy, W))
+    y, dx = multiplied(FrozenWeight(W, compute="int8"), x, dy)
+    assert agree(y, products(x, W))
+    assert agree(dx, transposed_products(dy, W))
 
 
 @pytest.mark.parametrize("depth", [4032, 4033, 9000])
 def test_a_long_depth_is_cut(depth: int) -> None:
     x, W = normal(9, depth), normal(5, depth, seed=1)
-    assert agree(FrozenWeight(W, compute="int8").matmul(x), products(x, W))
+    assert agree(multiplied(FrozenWeight(W, compute="int8"), x, normal(9, 5))[0], products(x, W))
     dy, W = normal(9, depth), normal(depth, 5, seed=1)
-    assert agree(FrozenWeight(W, compute="int8").matmul_t(dy), transposed_products(dy, W))
+    assert agree(multiplied(FrozenWeight(W, compute="int8"), normal(9, 5), dy)[1], transposed_products(dy, W))
 
 
 @pytest.mark.parametrize("sign", [1, -1])
@@ -131,9 +145,9 @@ def test_values_that_are_not_finite_stay(value: float) -> None:
     assert np.isfinite(np.delete(y, 3, 0)).all()
     assert np.isfinite(np.delete(dx, 4, 0)).all()
     W[7, 5] = value
-    fw = FrozenWeight(W, compute="int8")
-    assert not np.isfinite(fw.matmul(normal(20, 128))[:, 7]).any()
-    assert not np.isfinite(fw.matmul_t(normal(20, 40))[:, 5]).any()
+    y, dx = multiplied(FrozenWeight(W, compute="int8"), normal(20, 128), normal(20, 40))
+    assert not np.isfinite(y[:, 7]).any()
+    assert not np.isfinite(dx[:, 5]).any()
 
 
 def test_zeros_and_tiny_numbers_give_zero() -> None:
@@ -160,10 +174,62 @@ def test_results_do_not_depend_on_threads_or_on_other_rows() -> None:
     results = set()
     for threads in (1, 2, 3, 7):
         nplora.set_num_threads(threads)
-        results.add(fw.matmul(x).tobytes() + fw.matmul_t(dy).tobytes())
+        y, dx = multiplied(fw, x, dy)
+        results.add(y.tobytes() + dx.tobytes())
     assert len(results) == 1
     assert np.array_equal(fw.matmul(x[50:70]), fw.matmul(x)[50:70])
     assert np.array_equal(fw.matmul_t(dy[50:70]), fw.matmul_t(dy)[50:70])
+
+
+@pytest.mark.parametrize("rows", [1, 4, 5, 8, 9, 40])
+@pytest.mark.parametrize("storage", ["q4_1", "bfloat16"])
+def test_a_layer_computes_the_same_with_kept_codes(storage: str, rows: int) -> None:
+    results = []
+    for keeps in (False, True):
+        weights = [FrozenWeight(normal(n, 96, seed=n), storage, "int8") for n in (70, 33)]
+        layers = [LoRALinear(weight, rank=3, rng=0) for weight in weights]
+        for layer in layers:
+            layer.A[...] = 0.1
+            if keeps:
+                layer.weight.keep_int8()
+        ys, saved = stack_forward(layers, normal(rows, 96))
+        dx = stack_backward(layers, [normal(rows, n) for n in (70, 33)], saved, dither_key=5)
+        results.append([*ys, dx, *(layer.dA for layer in layers), *(layer.dB for layer in layers)])
+    for converted, kept in zip(*results, strict=True):
+        assert np.array_equal(converted, kept)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (32, 64), (33, 65), (0, 5), (5, 0)])
+def test_kept_codes_take_a_byte_for_each_element(shape: tuple[int, int]) -> None:
+    fw = FrozenWeight(normal(*shape), compute="int8")
+    fw.keep_int8()
+    fw.keep_int8()  # does nothing
+    d_out, d_in = shape
+    assert fw.int8_nbytes == math.ceil(d_out / 32) * 32 * math.ceil(d_in / 4) * 4
+
+
+@pytest.mark.parametrize("compute", ["float32", "bfloat16"])
+def test_only_a_weight_in_int8_keeps_codes(compute: str) -> None:
+    fw = FrozenWeight(normal(8, 64), compute=compute)
+    message = f"compute='{compute}', expected 'int8'; weight.with_compute('int8') has it"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        fw.keep_int8()
+    with pytest.raises(ValueError, match="the weight does not compute in int8"):
+        fw.packed.keep_int8()
+    assert not fw.keeps_int8
+
+
+def test_threads_that_keep_codes_at_the_same_time_agree() -> None:
+    fw, x = FrozenWeight(normal(900, 512), "q4_k", "int8"), normal(40, 512)
+    wanted = fw.matmul(x)
+
+    def call(i: int) -> Array:
+        if i % 2 == 0:
+            fw.keep_int8()
+        return fw.matmul(x)
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(np.array_equal(found, wanted) for found in pool.map(call, range(32)))
 
 
 # ---- stochastic rounding of dy ----

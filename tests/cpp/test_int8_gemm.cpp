@@ -224,6 +224,26 @@ void run_quad_rows(const KernelTable& table, size_t rows, size_t cols, size_t ga
   check::expect(out.gaps_intact() && codes.untouched(values), "wrote outside its output");
 }
 
+void run_turn_quads(const KernelTable& table, size_t rows, size_t quads, size_t gap, Random& random,
+                    Place place) {
+  check::Case one("%s int8 turn_quads %zu x %zu, gap %zu, %s", table.isa, rows, quads, gap, name_of(place));
+  const size_t read = up_to_four(rows);
+  std::vector<Int8Quad> values(quads * read);
+  for (Int8Quad& value : values) value = Int8Quad(static_cast<uint32_t>(random.bits()));
+  Placed<Int8Quad> w(quads, read, {read + gap}, place, values);
+  Placed<Int8Quad> out(read / 4, 4 * quads, {4 * quads + gap}, place);
+  table.int8_gemm.turn_quads(rows, quads, w.data(), read + gap, out.data(), 4 * quads + gap);
+  const auto code = [](Int8Quad quad, size_t i) {
+    return static_cast<uint8_t>(static_cast<uint32_t>(quad) >> 8 * i);
+  };
+  for (size_t i = 0; i < rows; ++i)
+    for (size_t j = 0; j < 4 * quads; ++j) {
+      const uint8_t got = code(out(i / 4, j), i % 4), wanted = code(values[j / 4 * read + i], j % 4);
+      check::expect(got == wanted, "row %zu of column %zu is %d, wanted %d", i, j, got, wanted);
+    }
+  check::expect(out.gaps_intact() && w.untouched(values), "wrote outside its output");
+}
+
 void test_packing(const KernelTable& table) {
   Random random(520);
   for (size_t rows = 0; rows <= 17; ++rows)
@@ -233,6 +253,8 @@ void test_packing(const KernelTable& table) {
         if (check::count_shape("int8 encode")) run_encode(table, rows, cols, gap, random, place);
         if (check::count_shape("int8 encode_bf16")) run_encode_bf16(table, rows, cols, gap, random, place);
         if (check::count_shape("int8 quad_rows")) run_quad_rows(table, rows, cols, gap, random, place);
+        if (cols <= 24 && check::count_shape("int8 turn_quads"))
+          run_turn_quads(table, rows, cols, gap, random, place);
       }
 }
 

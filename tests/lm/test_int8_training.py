@@ -13,6 +13,7 @@ from nplora import _core
 from nplora.finetuning import TokenLoss, finetune
 from nplora.finetuning.objectives import PackedLoss
 from nplora.finetuning.planning import choice, speed
+from nplora.finetuning.planning.memory import Arithmetic
 from nplora.models import decoder, head
 from nplora.models.packing import pack
 from nplora.nn import stack_backward
@@ -368,9 +369,9 @@ def test_a_run_whose_head_is_not_in_int8_says_so(
     monkeypatch.setattr(decoder, "has_bfloat16_instructions", lambda: False)
     timed = list[str]()
 
-    def measured(lm: nplora.LanguageModel, computes: tuple[str, ...], int8_head: str) -> Any:
+    def measured(lm: nplora.LanguageModel, arithmetics: tuple[Arithmetic, ...], int8_head: str) -> Any:
         timed.append(int8_head)
-        return speed.measured(lm, computes, int8_head)
+        return speed.measured(lm, arithmetics, int8_head)
 
     monkeypatch.setattr(choice, "measured", measured)
     nplora.plan(model, ROWS, compute="int8", rank=4, batch_examples=4, **options)

@@ -106,6 +106,7 @@ def plan(
     keep: str = "best",
     compute: str | None = None,
     int8_head: str = "auto",
+    keep_int8: bool = False,
     recompute: bool = False,
     filter_vocabulary: float = 0.0,
     memory: str | int | None = None,
@@ -147,7 +148,9 @@ def plan(
     """
     chosen = from_arguments("plan", FinetuneOptions, locals())
     inputs = read_inputs("plan", model, data, valid, chosen, check=False)
-    constraints = PlanConstraints(fixed_compute(model, chosen), chosen.recompute)
+    constraints = PlanConstraints(
+        fixed_compute(model, chosen), chosen.recompute, keep_int8=chosen.keep_int8
+    )
     return _planned("plan", inputs, adapters_of("plan", inputs, chosen), chosen, constraints)
 
 
@@ -182,7 +185,7 @@ def choose_execution(
         )
     if options.memory is None:
         micro_tokens = None if earlier is None else earlier.micro_tokens
-        execution = ExecutionPlan(inputs.lm.compute, options.recompute, micro_tokens)
+        execution = ExecutionPlan(inputs.lm.compute, options.recompute, micro_tokens, options.keep_int8)
         done = 0 if earlier is None else earlier.step
         short = ranks.gather(_shortage(inputs, adapters, options, execution, done), "the memory of the run")
         for rank, problem in enumerate(short):
@@ -194,6 +197,7 @@ def choose_execution(
         options.recompute,
         micro_tokens=None if earlier is None else (earlier.micro_tokens,),
         resuming=earlier is not None,
+        keep_int8=options.keep_int8,
     )
     own = _planned("finetune", inputs, adapters, options, constraints)
     execution = fitting_all(ranks.gather(own, "the choice of an execution plan"))
@@ -245,7 +249,9 @@ def predicted(
     op: str, inputs: RunInputs, adapters: Adapters, options: FinetuneOptions, execution: ExecutionPlan
 ) -> MemoryPlan:
     """The predicted memory and time of a run with this execution plan."""
-    fixed = PlanConstraints(execution.compute, execution.recompute, (execution.micro_tokens,))
+    fixed = PlanConstraints(
+        execution.compute, execution.recompute, (execution.micro_tokens,), keep_int8=execution.keep_int8
+    )
     return _planned(op, inputs, adapters, dataclasses.replace(options, memory=None), fixed)
 
 

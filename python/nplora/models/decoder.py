@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from contextvars import Context, copy_context
 from typing import Any
@@ -23,7 +24,7 @@ from nplora.nn.module import Module, Saved, inference
 from nplora.nn.row_groups import row_groups
 from nplora.runtime.giving_way import give_way
 from nplora.runtime.machine import has_bfloat16_instructions
-from nplora.weights import buffers
+from nplora.weights import FrozenWeight, buffers
 
 Array = npt.NDArray[Any]
 
@@ -216,12 +217,28 @@ class Decoder(Module):
         """Accumulate the gradients of the embedding, given the gradient `dx` of the embedding's output."""
         self.embed_tokens.backward(dx if self._multiplier == 1 else dx * self._multiplier, saved)
 
+    def keep_int8(self) -> None:
+        """Keep the codes of the weights that training multiplies in int8 (see `FrozenWeight.keep_int8`).
+
+        These are the weights of the adapted blocks. The blocks below compute in bfloat16.
+        """
+        for weight in frozen_weights(self.layers[self.first_adapted() :]):
+            if weight.compute == "int8":
+                weight.keep_int8()
+
     def first_adapted(self) -> int:
         """The index of the lowest block that needs a gradient, or the number of blocks if none does."""
         if self.embed_tokens.local_parameters():
             return 0
         adapted = (index for index, block in enumerate(self.layers) if block.parameters())
         return next(adapted, len(self.layers))
+
+
+def frozen_weights(blocks: Iterable[Module]) -> Iterator[FrozenWeight]:
+    """The frozen matrices of some blocks."""
+    for block in blocks:
+        for _, module in block.named_modules():
+            yield from (frozen for frozen in module.local_frozen() if isinstance(frozen, FrozenWeight))
 
 
 def _run_through(

@@ -12,6 +12,7 @@ from functools import partial
 from nplora.finetuning.planning.memory import (
     NOTHING,
     Adapters,
+    Arithmetic,
     ExecutionPlan,
     Memory,
     MicroBatch,
@@ -56,6 +57,8 @@ class PlanConstraints:
         micro_tokens: sizes of micro-batches to choose from; None: any size.
         resuming: whether the run is resumed. A resumed run may use the whole memory limit. A new run leaves a
             margin.
+        keep_int8: whether plans must keep the int8 codes of weights in memory. If False, plans in int8 may
+            keep the codes.
 
     >>> constraints = nplora.finetuning.planning.PlanConstraints(compute="bfloat16")
     >>> constraints.recompute, constraints.micro_tokens
@@ -66,6 +69,7 @@ class PlanConstraints:
     recompute: bool = False
     micro_tokens: tuple[int | None, ...] | None = None
     resuming: bool = False
+    keep_int8: bool = False
 
 
 def resident_memory(lm: LanguageModel, teacher: LanguageModel | None = None) -> tuple[int, int]:
@@ -164,17 +168,19 @@ def choose(
             f"{op}: the peak memory of this process is {need(reached)} already, and the limit is "
             f"{room(budget)}: plan and train in a new process"
         )
-    speeds = measured(lm, tuple(dict.fromkeys(plan.compute for plan in plans)), work.int8_head)
-    taught = _teaching_times(work, tuple(speeds))
+    speeds = measured(lm, tuple(dict.fromkeys(plan.arithmetic for plan in plans)), work.int8_head)
+    taught = _teaching_times(work, dict.fromkeys(plan.compute for plan in plans))
     seconds = {
-        plan: _seconds(lm, adapters, work, plan, speeds[plan.compute], taught[plan.compute]) for plan in plans
+        plan: _seconds(lm, adapters, work, plan, speeds[plan.arithmetic], taught[plan.compute])
+        for plan in plans
     }
     chosen = preferred(fitting, seconds.__getitem__)
     others = tuple(Alternative(plan, sizes[plan], seconds[plan]) for plan in plans if plan != chosen)
-    before = sum(speeds[chosen.compute].inference(lm, *one) for one in work.reference)
+    speed = speeds[chosen.arithmetic]
+    before = sum(speed.inference(lm, *one) for one in work.reference)
     most = max(1, _TIMED_BATCHES // work.accumulate)
     times = tuple(
-        tuple(_batch_times(lm, adapters, work, step, chosen, speeds[chosen.compute], taught[chosen.compute]))
+        tuple(_batch_times(lm, adapters, work, step, chosen, speed, taught[chosen.compute]))
         for step in itertools.islice(work.batches_of_steps(), most)
     )
     return MemoryPlan(
@@ -212,7 +218,9 @@ def _plans(
     sizes = constraints.micro_tokens
     if sizes is None:
         sizes = (None, *_halves(work)) if free else (None,)
-    return itertools.starmap(ExecutionPlan, itertools.product(computes, policies, sizes))
+    for compute, *rest in itertools.product(computes, policies, sizes):
+        keeps = {constraints.keep_int8, constraints.keep_int8 or free} if compute == "int8" else {False}
+        yield from (ExecutionPlan(compute, *rest, keep) for keep in sorted(keeps))
 
 
 def _halves(work: Work) -> Iterator[int]:
@@ -226,7 +234,7 @@ def _halves(work: Work) -> Iterator[int]:
         yield size
 
 
-def _teaching_times(work: Work, computes: tuple[str, ...]) -> dict[str, Callable[[MicroBatch], float]]:
+def _teaching_times(work: Work, computes: Iterable[str]) -> dict[str, Callable[[MicroBatch], float]]:
     """Return a dict: arithmetic -> function that predicts the seconds of the teacher for a micro-batch."""
     teaching = work.teaching
     if teaching is None:
@@ -234,8 +242,8 @@ def _teaching_times(work: Work, computes: tuple[str, ...]) -> dict[str, Callable
     row = teaching.measured_row()
     if teaching.model is None:
         return dict.fromkeys(computes, partial(teaching.step, None, row))
-    speeds = measured(teaching.model, computes)
-    return {compute: partial(teaching.step, speeds[compute], row) for compute in computes}
+    speeds = measured(teaching.model, tuple(map(Arithmetic, computes)))
+    return {arithmetic.compute: partial(teaching.step, speed, row) for arithmetic, speed in speeds.items()}
 
 
 def _seconds(

@@ -11,7 +11,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 from nplora import _core
 from nplora.adapters.trained_rows import EMBEDDING, HEAD, rows_needed, with_rows_beyond
@@ -19,6 +19,7 @@ from nplora.finetuning.int8_check import COMPARED
 from nplora.formats.tokenizer_json import AddedToken
 from nplora.lm import LanguageModel, adapting
 from nplora.models.config import ModelConfig
+from nplora.models.decoder import frozen_weights
 from nplora.models.footprint import NOT_ADAPTED, Adapted
 from nplora.models.head import most_rows
 from nplora.models.word_filter import FLAT_ROWS
@@ -52,6 +53,18 @@ class MicroBatch:
     longest: int
 
 
+class Arithmetic(NamedTuple):
+    """How the products with frozen weights are computed.
+
+    Attributes:
+        compute: the arithmetic of the products.
+        keep_int8: whether the codes of the weights are kept in memory (see `FrozenWeight.keep_int8`).
+    """
+
+    compute: str
+    keep_int8: bool = False
+
+
 @dataclass(frozen=True)
 class ExecutionPlan:
     """How a training step is computed. Plans differ in memory and time; results differ only by rounding.
@@ -60,6 +73,7 @@ class ExecutionPlan:
         compute: arithmetic of the products with frozen weights.
         recompute: whether activations are recomputed in the backward pass (gradient checkpointing).
         micro_tokens: maximum number of tokens in a micro-batch; None: batches are not cut into micro-batches.
+        keep_int8: whether the int8 codes of the adapted blocks' weights are kept in memory.
 
     >>> print(nplora.finetuning.planning.ExecutionPlan("bfloat16", recompute=True, micro_tokens=512))
     bfloat16, activations recomputed, micro-batches of up to 512 tokens
@@ -68,11 +82,17 @@ class ExecutionPlan:
     compute: str
     recompute: bool
     micro_tokens: int | None = None
+    keep_int8: bool = False
+
+    @property
+    def arithmetic(self) -> Arithmetic:
+        return Arithmetic(self.compute, self.keep_int8)
 
     def __str__(self) -> str:
+        codes = " with kept codes" if self.keep_int8 else ""
         activations = "activations recomputed" if self.recompute else "activations kept"
         cut = "" if self.micro_tokens is None else f", micro-batches of up to {self.micro_tokens} tokens"
-        return f"{self.compute}, {activations}{cut}"
+        return f"{self.compute}{codes}, {activations}{cut}"
 
 
 @dataclass(frozen=True)
@@ -245,7 +265,8 @@ class Memory:
     """Peak memory in bytes, term by term; `total` is the peak of the whole process.
 
     `gradients` is the memory of gradients that are stored until they can be added up in a fixed order. It is
-    0 if the gradients of each batch are added to the gradients of the step at once.
+    0 if the gradients of each batch are added to the gradients of the step at once. `codes` is the memory that
+    the option `keep_int8` takes.
 
     >>> memory = nplora.plan("model.gguf", "train.jsonl").memory
     >>> memory.total > memory.process
@@ -262,6 +283,7 @@ class Memory:
     gradients: int = dataclasses.field(
         default=0, metadata={"text": "gradients, until they are added up over all ranks"}
     )
+    codes: int = dataclasses.field(default=0, metadata={"text": "weights as 8-bit integers"})
 
     @property
     def total(self) -> int:
@@ -271,7 +293,7 @@ class Memory:
         return "\n".join(
             f"  {getattr(self, field.name) / 1e6:6.0f} MB  {field.metadata['text']}"
             for field in dataclasses.fields(self)
-            if field.name != "gradients" or self.gradients
+            if field.default is dataclasses.MISSING or getattr(self, field.name)
         )
 
 
@@ -376,7 +398,8 @@ def predicted(
     pairs = max(step.tokens, evaluated) * max(
         block.footprint(NOT_ADAPTED, narrow).scratch for block in layers
     )
-    codes = _of_int8(lm, adapters) if plan.compute == "int8" else 0
+    int8 = _of_int8(lm, adapters) if plan.compute == "int8" else 0
+    codes = sum(weight.int8_nbytes for weight in frozen_weights(layers[first:])) if plan.keep_int8 else 0
     process, weights = resident
     return Memory(
         process,
@@ -389,9 +412,10 @@ def predicted(
         threads * (min(_LANES, lanes) + _THREAD)
         + pairs
         + adapters.scratch(narrow, max(step.tokens, evaluated), threads)
-        + codes
+        + int8
         + _HEAP
         + _core.constants.spare_buffer_bytes,
+        codes=codes,
     )
 
 

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from nplora.finetuning.planning.memory import Adapters, MicroBatch
+from nplora.finetuning.planning.memory import Adapters, Arithmetic, MicroBatch
 from nplora.lm import LanguageModel
+from nplora.models.decoder import frozen_weights
 from nplora.models.positions import packed_positions
-from nplora.nn.module import Module
 from nplora.runtime.giving_way import give_way
 from nplora.weights import FrozenWeight, buffers
 
@@ -65,7 +65,9 @@ class Speed:
         return lm.config.num_hidden_layers * self.forward.seconds(tokens) + self.head.seconds(targets) / 2
 
 
-def measured(lm: LanguageModel, computes: tuple[str, ...], int8_head: str = "forward") -> dict[str, Speed]:
+def measured(
+    lm: LanguageModel, arithmetics: tuple[Arithmetic, ...], int8_head: str = "forward"
+) -> dict[Arithmetic, Speed]:
     """Measure the speed in each arithmetic, with the current number of threads.
 
     Args:
@@ -83,40 +85,44 @@ def measured(lm: LanguageModel, computes: tuple[str, ...], int8_head: str = "for
         block.run_backward(x.copy(), whole_forward(), positions, need_dx=True)
 
     forward_seconds, whole_seconds = seconds(whole_forward), seconds(whole)
-    linears = [weight for _, module in block.named_modules() for weight in _matrices(module)]
-    speeds = {compute: _products(lm, linears, compute, int8_head) for compute in computes}
-    reference = speeds.get(lm.compute) or _products(lm, linears, lm.compute, int8_head)
+    linears = list(frozen_weights([block]))
+    speeds = {arithmetic: _products(lm, linears, arithmetic, int8_head) for arithmetic in arithmetics}
+    own = Arithmetic(lm.compute)
+    reference = speeds.get(own) or _products(lm, linears, own, int8_head)
     rest = max(0.0, forward_seconds - reference.forward.seconds(_MANY)) / _MANY
     rest_backward = max(0.0, whole_seconds - forward_seconds - reference.backward.seconds(_MANY)) / _MANY
     buffers.release()
     return {
-        compute: Speed(
+        arithmetic: Speed(
             Cost(speed.forward.call, speed.forward.token + rest),
             Cost(speed.backward.call, speed.backward.token + rest_backward),
             speed.head,
             speed.operations,
         )
-        for compute, speed in speeds.items()
+        for arithmetic, speed in speeds.items()
     }
 
 
-def _products(lm: LanguageModel, linears: list[FrozenWeight], compute: str, int8_head: str) -> Speed:
+def _products(
+    lm: LanguageModel, linears: list[FrozenWeight], arithmetic: Arithmetic, int8_head: str
+) -> Speed:
     """Measure the speed of the products with frozen weights, without the other work of a block."""
+    compute = arithmetic.compute
     weights = [weight.with_compute(compute) for weight in linears]
+    if arithmetic.keep_int8:
+        weights = [weight.with_compute("float32").with_compute("int8") for weight in linears]  # new objects
+        for weight in weights:
+            weight.keep_int8()
     forward = _cost(weights, FrozenWeight.matmul, 1, (_FEW, _MANY))
     backward = _cost(weights, FrozenWeight.matmul_t, 0, (_FEW, _MANY))
     forward_of_head = "bfloat16" if compute == "int8" and int8_head == "off" else compute
     backward_of_head = "bfloat16" if compute == "int8" and int8_head != "on" else compute
-    head, head_rows = _matrices(lm.lm_head), (_HEAD_ROWS // 4, _HEAD_ROWS)
+    head, head_rows = list(frozen_weights([lm.lm_head])), (_HEAD_ROWS // 4, _HEAD_ROWS)
     there = [weight.with_compute(forward_of_head) for weight in head]
     to = _cost(there, FrozenWeight.matmul, 1, head_rows)
     back = _cost([w.with_compute(backward_of_head) for w in there], FrozenWeight.matmul_t, 0, head_rows)
     operations = 2.0 * sum(weight.size for weight in weights) / forward.token
     return Speed(forward, backward, Cost(to.call + back.call, to.token + back.token), operations)
-
-
-def _matrices(module: Module) -> list[FrozenWeight]:
-    return [frozen for frozen in module.local_frozen() if isinstance(frozen, FrozenWeight)]
 
 
 def _cost(

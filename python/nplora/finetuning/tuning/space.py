@@ -23,8 +23,8 @@ _EPOCHS = (1, 2, 4)
 # What belongs to one run, not to a search.
 UNSEARCHED = (
     "resume", "overwrite", "sample", "save_every", "save_minutes", "seed", "steps", "valid_split", "memory",
-    "keep_prefix", "compute", "int8_head", "recompute", "filter_vocabulary", "format", "columns", "chat",
-    "learn", "max_length", "skip_bad", "profile", "change_compute",
+    "keep_prefix", "compute", "int8_head", "keep_int8", "recompute", "filter_vocabulary", "format", "columns",
+    "chat", "learn", "max_length", "skip_bad", "profile", "change_compute",
     "strict", "adapter", "any_base", "layers", "rank_pattern", "alpha_pattern", "eval_every", "patience",
     "keep", "report_to", "objective", "teacher", "distributed", "communication_dtype", "local_steps",
     "outer_lr", "outer_momentum",

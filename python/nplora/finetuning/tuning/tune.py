@@ -419,6 +419,8 @@ class _Trials:
         lm = self._inputs.lm.copied({})
         put_on_adapter(lm, self._inputs.start, options)
         lm.model.recompute = self._execution.recompute
+        if self._execution.keep_int8:
+            lm.model.keep_int8()
         lm.model.prefix = self._shared_prefix(lm)
         return lm
 

@@ -111,11 +111,14 @@ def in_fresh_process(code: str, given: dict[str, Any]) -> dict[str, Any]:
 
 BFLOAT16 = {"compute": "bfloat16"}
 RECOMPUTE = {"recompute": True}
+KEEP_INT8 = {"compute": "int8", "keep_int8": True}
 SETTINGS = (
     Setting(4, 256),
     Setting(4, 256, options=RECOMPUTE),
     Setting(4, 256, options=BFLOAT16),
     Setting(4, 256, options=BFLOAT16 | RECOMPUTE),
+    Setting(4, 256, options={"compute": "int8"}),
+    Setting(4, 256, options=KEEP_INT8),
     Setting(1, 64),
     Setting(8, 64, options=BFLOAT16),
     Setting(1, 512, 32),
@@ -142,7 +145,8 @@ SETTINGS = (
 )
 PREFERENCES = tuple(s for s in SETTINGS if s.options.get("objective") in ("dpo", "orpo", "kto"))
 TESTED = (
-    SETTINGS[4],
+    Setting(1, 64),
+    Setting(1, 64, options=KEEP_INT8),
     Setting(4, 64, options=BFLOAT16),
     Setting(2, 256, 16, {"layers": "last:4", "rank": 32} | BFLOAT16),
     Setting(2, 384, options={"memory": "330M"}),

@@ -20,6 +20,7 @@ ROW_SHAPE, ROW_BATCHES = (8192, 4096), (1, 2, 4, 16)
 COLD_BYTES = 128 * 2**20  # copies of W are used in turn, so that none is in a cache
 COLD_BATCHES = 32  # batches up to this size are also timed cold
 PEERS = ("NumPy", "torch", "a file", "bfloat16", "float32")  # the last two: nplora, in a race with int8
+KEPT = "kept codes"  # nplora in int8, with the codes of W in memory
 CHECKED = 4  # rows of each result that are compared with float64
 
 Product = Callable[[], np.ndarray]
@@ -132,10 +133,19 @@ def calls_of(case: Case, product: Callable[[Cell, int], Product]) -> Calls:
 
 
 def packed_weights(case: Case) -> list[Any]:
+    """Copies of W in the case's storage."""
     import nplora
 
     W = arrays(case)[0]
     return [nplora.FrozenWeight(W, case.storage or case.dtype, case.dtype) for _ in range(case.copies)]
+
+
+def weights_with_kept_codes(case: Case) -> list[Any]:
+    """The same, with the codes of int8 products kept in memory."""
+    weights = packed_weights(case)
+    for weight in weights:
+        weight.keep_int8()
+    return weights
 
 
 def weights_of_a_file(case: Case) -> list[Any]:
@@ -152,12 +162,14 @@ def weights_of_a_file(case: Case) -> list[Any]:
     ]
 
 
-def nplora_products(case: Case, threads: int, path: str | None, bound: str, from_file: bool = False) -> Calls:
+def nplora_products(
+    case: Case, threads: int, path: str | None, bound: str, make: Callable[[Case], list[Any]] = packed_weights
+) -> Calls:
     import nplora
 
     nplora.set_num_threads(threads)
     _, x, dy = arrays(case)
-    weights = weights_of_a_file(case) if from_file else packed_weights(case)
+    weights = make(case)
     y, dx = np.empty((len(x), case.d_out), np.float32), np.empty((len(x), case.d_in), np.float32)
 
     def product(cell: Cell, copy: int) -> Product:
@@ -242,13 +254,15 @@ def race(runtimes: Runtimes, case: Case, bound: str) -> Result:
         for compute in ("bfloat16", "float32"):
             arguments = case._replace(dtype=compute), runtimes.threads, None, bound
             contestants.append(Contestant(compute, nplora_products, arguments))
+        kept = case, runtimes.threads, None, bound, weights_with_kept_codes
+        contestants.append(Contestant(KEPT, nplora_products, kept))
         return runtimes.race(contestants, rounds=7)
     if case.dtype == "float32":
         contestants.append(Contestant("NumPy", numpy_products, (case,), "numpy"))
     if has_torch():
         contestants.append(Contestant("torch", torch_products, (case, runtimes.threads), "torch"))
     if bound == "read":
-        arguments = case, runtimes.threads, None, bound, True
+        arguments = case, runtimes.threads, None, bound, weights_of_a_file
         contestants.append(Contestant("a file", nplora_products, arguments))
     return runtimes.race(contestants, rounds=7)
 
@@ -275,19 +289,25 @@ def figures(case: Case, threads: int, result: Result, amount: Amount) -> list[di
                 "over": {peer: result.ratio((peer, cell.name), mine) for peer in peers},
             }
         )
+        if (KEPT, cell.name) in result:
+            rows[-1]["kept_over_bfloat16"] = result.ratio(("bfloat16", cell.name), (KEPT, cell.name))
     return rows
 
 
 def show(case: Case, threads: int, unit: str, bound: str, rows: list[dict[str, Any]]) -> None:
-    peers = list(rows[0]["over"])
+    peers, kept = list(rows[0]["over"]), "kept_over_bfloat16" in rows[0]
     storage = f" from {case.storage}" if case.storage else ""
     print(f"\nW {case.d_out}x{case.d_in} {case.dtype}{storage}, {on_threads(threads)}")
     print(
-        f"  {'rows':>5} {'':9}{'':5} {unit:>8} {bound:>9}" + "".join(f"{'× ' + peer:>11}" for peer in peers)
+        f"  {'rows':>5} {'':9}{'':5} {unit:>8} {bound:>9}"
+        + "".join(f"{'× ' + peer:>11}" for peer in peers)
+        + ("  kept codes × bfloat16" if kept else "")
     )
     for row in rows:
         share = f"{row['of_bound']:9.1%}" if row["of_bound"] is not None else f"{'':9}"
         over = "".join(f"{row['over'][peer]:11.2f}" for peer in peers)
+        if kept:
+            over += f"{row['kept_over_bfloat16']:23.2f}"
         where = "cold" if row["cold"] else "warm"
         print(f"  {row['batch']:5} {row['direction']:9}{where:5} {row['rate'] / 1e9:8.1f} {share}{over}")
 

@@ -293,7 +293,10 @@ def run_memory(threads: int) -> list[dict[str, Any]]:
     for dtype in DTYPES:
         for checkpoint in (False, True):
             setting = full_text(4, 256, dtype, checkpoint)
-            peaks = {name: peak(name, setting, threads) for name in ("nplora", "torch")}
+            peaks = {
+                name: peak_of(step, setting, threads)
+                for name, step in (("nplora", nplora_step), ("torch", torch_step))
+            }
             ratio = peaks["torch"] / peaks["nplora"]
             blocks = "blocks recomputed" if checkpoint else "activations kept"
             print(
@@ -302,11 +305,6 @@ def run_memory(threads: int) -> list[dict[str, Any]]:
             )
             rows.append({"dtype": dtype, "checkpoint_blocks": checkpoint, **peaks})
     return rows
-
-
-def peak(name: str, setting: Setting, threads: int) -> int:
-    """The peak memory of a new process after three steps, in bytes."""
-    return peak_of(nplora_step if name == "nplora" else torch_step, setting, threads)
 
 
 def peak_of(make_step: Callable[..., Callable[[], float]], *arguments: Any) -> int:

@@ -1,7 +1,7 @@
 """Training steps in int8, against the same steps in bfloat16 and float32, and against torch with PEFT.
 
-Three models: SmolLM2-135M, Gemma 3 270M with a filter of unlikely words, and a model with the shape of
-Llama 3.1 8B and random weights in Q4_K.
+Three models: SmolLM2-135M in Q4_1 and in bfloat16, Gemma 3 270M with a filter of unlikely words, and a model
+with the shape of Llama 3.1 8B and random weights in Q4_K.
 """
 
 import shutil
@@ -61,16 +61,24 @@ def text_setting(file: Path, plain: Setting) -> TextSetting:
 
 @dataclass(frozen=True)
 class Arithmetic:
-    """How the products of a step are computed. `filtered` is the bound of a word filter; 0: no filter."""
+    """How the products of a step are computed.
+
+    Attributes:
+        int8_head: whether the head computes its backward pass in int8.
+        keeps: whether the int8 codes of the weights are kept in memory.
+        filtered: the bound of a word filter; 0: no filter.
+    """
 
     name: str
     compute: str
     int8_head: bool = False
+    keeps: bool = False
     filtered: float = 0.0
 
 
 FLOAT32, BFLOAT16 = Arithmetic("float32", "float32"), Arithmetic("bfloat16", "bfloat16")
 INT8, INT8_HEAD = Arithmetic("int8", "int8"), Arithmetic("int8, head too", "int8", int8_head=True)
+INT8_KEPT = Arithmetic("int8, kept codes", "int8", keeps=True)
 FILTERED = tuple(
     Arithmetic(f"{compute}, filter", compute, filtered=FILTER) for compute in ("float32", "bfloat16", "int8")
 )
@@ -83,6 +91,8 @@ def adapted(file: Path, arithmetic: Arithmetic) -> Any:
     lm = nplora.load_model(file, compute=arithmetic.compute)
     lm.add_lora(rank=RANK, alpha=ALPHA, targets="all-linear")
     lm.model.int8_head = arithmetic.int8_head
+    if arithmetic.keeps:
+        lm.model.keep_int8()
     lm.model.word_filter = WordFilter(arithmetic.filtered) if arithmetic.filtered else None
     return lm
 
@@ -130,18 +140,18 @@ def race(
     result = runtimes.race(contestants, rounds=rounds, seconds=0.0)
     print(f"\n{name}, {setting.name} tokens, {on_threads(threads)}")
     print(f"  {'':24}{'s':>8}{'tokens/s':>10}{'× bfloat16':>12}{'peak, MB':>10}")
-    rows = list[dict[str, Any]]()
-    cells = {each.name: ("nplora", each.name) for each in arithmetics}
-    cells |= {f"torch + PEFT, {peer}": (f"torch {peer}", "step") for peer in peers}
-    for words, cell in cells.items():
-        arithmetic = next((each for each in arithmetics if each.name == words), None)
-        memory = (
-            peak_of(nplora_step, file, arithmetic, setting, threads)
-            if arithmetic is not None
-            else peak_of(torch_step, theirs[words.split(", ")[1]], threads, file)
-        )
-        rows.append(_row(name, setting, words, cell, result, memory))
-    return rows
+    lines: list[tuple[str, tuple[str, str], tuple[Any, ...]]] = [
+        (each.name, ("nplora", each.name), (nplora_step, file, each, setting, threads))
+        for each in arithmetics
+    ]
+    lines += [
+        (f"torch + PEFT, {peer}", (f"torch {peer}", "step"), (torch_step, of_peer, threads, file))
+        for peer, of_peer in theirs.items()
+    ]
+    return [
+        _row(name, setting, words, cell, result, peak_of(*step_and_arguments))
+        for words, cell, step_and_arguments in lines
+    ]
 
 
 def _row(
@@ -168,10 +178,20 @@ def show_skipped(file: Path, setting: Setting, threads: int) -> None:
         print(f"  {arithmetic.name}: keeps {kept:.1%} of the words; skips a probability of {probability:.1e}")
 
 
+def in_bfloat16(file: Path, directory: Path) -> Path:
+    """A copy of a model with all matrices in bfloat16."""
+    from nplora.cli.entry import main
+
+    copy = directory / "bfloat16.gguf"
+    if main(["convert", str(file), str(copy), "--dtype", "bfloat16"]):
+        raise RuntimeError(f"the conversion of {file} failed")
+    return copy
+
+
 def has_room(directory: Path) -> bool:
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    free = 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
-    return min(free, shutil.disk_usage(directory).free) >= LARGE_BYTES
+    from nplora.platform.memory import available_memory
+
+    return min(available_memory() or 0, shutil.disk_usage(directory).free) >= LARGE_BYTES
 
 
 def run(quick: bool, threads: int) -> list[dict[str, Any]]:
@@ -184,10 +204,13 @@ def run(quick: bool, threads: int) -> list[dict[str, Any]]:
         return race("SmolLM2-135M", file, [BFLOAT16, INT8], full_text(1, 64, "int8"), [], runtimes, 1)
     setting = full_text(4, 256, "int8")
     peers = ["float32", "bfloat16"] if has_peft() else []
-    smollm2 = [FLOAT32, BFLOAT16, INT8, INT8_HEAD]
+    smollm2 = [FLOAT32, BFLOAT16, INT8, INT8_HEAD, INT8_KEPT]
     rows = race("SmolLM2-135M", file, smollm2, setting, peers, runtimes, 7)
     rows += race("SmolLM2-135M", file, smollm2[1:], full_text(1, 1024, "int8"), [], runtimes, 7)
     with tempfile.TemporaryDirectory() as directory:
+        wide = in_bfloat16(file, Path(directory))
+        for few in (full_text(2, 64, "int8"), setting):
+            rows += race("SmolLM2-135M in bfloat16", wide, [BFLOAT16, INT8, INT8_KEPT], few, [], runtimes, 7)
         if find_spec(GEMMA3) is not None:
             gemma = models(Path(directory))["Gemma-3-270M"]
             arithmetics = [*smollm2[:3], *FILTERED]

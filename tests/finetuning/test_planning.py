@@ -232,6 +232,57 @@ def test_int8_takes_more_than_bfloat16_for_scales_and_comparisons(model: Path, d
     assert int8.scratch - bfloat16.scratch == 4 * (sum(d_out for d_out, _ in shapes) + numbers) + measured
 
 
+def kept_codes(lm: nplora.LanguageModel, first: int) -> int:
+    """A byte for each weight of the blocks from `first` on. No size in the small model needs padding."""
+    return sum(
+        module.weight.size
+        for block in lm.model.layers[first:]
+        for _, module in block.named_modules()
+        if isinstance(module, nplora.Linear)
+    )
+
+
+def test_kept_codes_take_a_byte_for_each_weight_of_adapted_blocks(model: Path, data: Path) -> None:
+    lm = load_model(model)
+    for layers, first in (("first:1", 0), ("last:1", 1)):
+        kept, converted = (
+            plan(model, data, compute="int8", layers=layers, keep_int8=keeps) for keeps in (True, False)
+        )
+        assert kept.memory.total - converted.memory.total == kept.memory.codes == kept_codes(lm, first) > 0
+        assert "weights as 8-bit integers" in str(kept)
+        assert "weights as 8-bit integers" not in str(converted)
+
+
+def test_a_budget_decides_whether_codes_are_kept(
+    model: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Kept codes are chosen where they fit and are faster. Here, only the arithmetic decides on the time."""
+    usual = choice.measured
+
+    def measured(*arguments: Any) -> Any:
+        found = usual(*arguments)
+        slow = next(iter(found.values()))
+        cost = dataclasses.replace(slow.forward, token=10 * slow.forward.token)
+        return {
+            arithmetic: slow if arithmetic.keep_int8 else dataclasses.replace(slow, forward=cost)
+            for arithmetic in found
+        }
+
+    monkeypatch.setattr(choice, "measured", measured)
+    monkeypatch.setattr(choice, "peak_memory", lambda: 0)
+    monkeypatch.setattr(choice, "current_memory", lambda: 10**7)
+    options: dict[str, Any] = {"compute": "int8", "recompute": True, "batch_examples": 1}
+    needed = {keeps: plan(model, data, keep_int8=keeps, **options).memory.total for keeps in (False, True)}
+    assert needed[False] < needed[True]
+    plans = {keeps: plan(model, data, memory=int(1.03 * needed[keeps]), **options) for keeps in needed}
+    assert plans[True].chosen.keep_int8
+    assert str(plans[True]).startswith("int8 with kept codes, ")
+    limited = plan(model, data, memory=int(1.02 * needed[True]) - 1000, **options)
+    assert not limited.chosen.keep_int8
+    fixed = plan(model, data, memory="1G", keep_int8=True, **options)
+    assert {one.keep_int8 for one in fixed.compared()} == {True}
+
+
 def test_without_a_budget_the_options_are_only_predicted(model: Path, data: Path) -> None:
     found = plan(model, data, recompute=True, steps=5, accumulate=2)
     assert (found.chosen, found.others, found.steps) == (ExecutionPlan("float32", True, None), (), 5)

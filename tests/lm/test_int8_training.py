@@ -185,6 +185,32 @@ def int8_run(model: Path, tmp_path: Path) -> Path:
     return tmp_path / "run"
 
 
+@pytest.mark.parametrize("options", [{}, {"layers": "last:1"}, {"memory": "1G"}])
+def test_a_run_with_kept_codes_trains_the_same_adapter(
+    model: Path, tmp_path: Path, options: dict[str, Any]
+) -> None:
+    """The kept codes are those of the adapted blocks, which alone compute in int8."""
+    adapters = []
+    for keeps in (False, True):
+        lm = nplora.load_model(model, compute="int8")
+        options |= {"keep_int8": keeps, "int8_head": "off", "steps": 2}
+        report = finetune(lm, ROWS, tmp_path / str(keeps), **SHORT, **options)
+        adapters.append((report.output / "adapter_model.safetensors").read_bytes())
+        kept = [block.mlp.up_proj.weight.keeps_int8 for block in lm.model.layers]
+        if keeps or "memory" not in options:
+            assert kept == [keeps and "layers" not in options, keeps]
+        assert not lm.lm_head.weight.keeps_int8
+    assert adapters[0] == adapters[1]
+
+
+@pytest.mark.parametrize("compute", ["bfloat16", None])
+def test_codes_are_kept_only_with_int8(model: Path, tmp_path: Path, compute: str | None) -> None:
+    words = f"finetune: keep_int8 needs compute='int8', but compute is '{compute or 'float32'}'"
+    with pytest.raises(ValueError, match=words):
+        finetune(model, ROWS, tmp_path / "out", compute=compute, keep_int8=True, **SHORT)
+    assert not (tmp_path / "out").exists()
+
+
 ROWS = [{"prompt": f"{i} ", "completion": "abc" * 3} for i in range(12)]
 SHORT: dict[str, Any] = {"rank": 4, "batch_examples": 4, "progress": False, "schedule": "constant"}
 

@@ -148,9 +148,7 @@ def plan(
     """
     chosen = from_arguments("plan", FinetuneOptions, locals())
     inputs = read_inputs("plan", model, data, valid, chosen, check=False)
-    constraints = PlanConstraints(
-        fixed_compute(model, chosen), chosen.recompute, keep_int8=chosen.keep_int8
-    )
+    constraints = PlanConstraints(fixed_compute(model, chosen), chosen.recompute, keep_int8=chosen.keep_int8)
     return _planned("plan", inputs, adapters_of("plan", inputs, chosen), chosen, constraints)
 
 

@@ -31,8 +31,8 @@ class Int8Form {
   // time, one result is kept.
   void find_scales(const WeightView& w);
 
-  // The scales (d_out), or null if they have not been computed yet. A scale is the largest magnitude in a row,
-  // divided by 127. The scale is 0 if all magnitudes are below 2^-119, and NaN if an element is NaN or
+  // The scales (d_out), or null if they have not been computed yet. A scale is the largest magnitude in a
+  // row, divided by 127. The scale is 0 if all magnitudes are below 2^-119, and NaN if an element is NaN or
   // infinite.
   const float* scales() const { return scales_.load(std::memory_order_acquire); }
 

@@ -305,8 +305,9 @@ class FinetuneOptions:
     keep_int8: bool = _option(
         _SPEED,
         False,
-        "if `compute` is int8: keep the weights of the adapted blocks in memory as 8-bit integers too, one byte "
-        "for each weight; makes steps faster, above all small batches and models in 16 or 32 bits",
+        "if `compute` is int8: also keep the weights of the adapted blocks in memory as 8-bit integers, one "
+        "byte for each weight; steps are faster, above all if they are short or the model is in 16 or 32 bits "
+        "(default: only if `memory` is set and has room)",
     )
     recompute: bool = _option(
         _SPEED,

@@ -218,9 +218,10 @@ def _plans(
     sizes = constraints.micro_tokens
     if sizes is None:
         sizes = (None, *_halves(work)) if free else (None,)
-    for compute, *rest in itertools.product(computes, policies, sizes):
-        keeps = {constraints.keep_int8, constraints.keep_int8 or free} if compute == "int8" else {False}
-        yield from (ExecutionPlan(compute, *rest, keep) for keep in sorted(keeps))
+    for compute, recompute, size in itertools.product(computes, policies, sizes):
+        yield ExecutionPlan(compute, recompute, size, constraints.keep_int8)
+        if free and compute == "int8" and not constraints.keep_int8:
+            yield ExecutionPlan(compute, recompute, size, True)
 
 
 def _halves(work: Work) -> Iterator[int]:

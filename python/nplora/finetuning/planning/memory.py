@@ -265,8 +265,8 @@ class Memory:
     """Peak memory in bytes, term by term; `total` is the peak of the whole process.
 
     `gradients` is the memory of gradients that are stored until they can be added up in a fixed order. It is
-    0 if the gradients of each batch are added to the gradients of the step at once. `codes` is the memory that
-    the option `keep_int8` takes.
+    0 if the gradients of each batch are added to the gradients of the step at once. `codes` is the memory
+    that the option `keep_int8` takes.
 
     >>> memory = nplora.plan("model.gguf", "train.jsonl").memory
     >>> memory.total > memory.process

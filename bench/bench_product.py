@@ -20,7 +20,7 @@ ROW_SHAPE, ROW_BATCHES = (8192, 4096), (1, 2, 4, 16)
 COLD_BYTES = 128 * 2**20  # copies of W are used in turn, so that none is in a cache
 COLD_BATCHES = 32  # batches up to this size are also timed cold
 PEERS = ("NumPy", "torch", "a file", "bfloat16", "float32")  # the last two: nplora, in a race with int8
-KEPT = "kept codes"  # nplora in int8, with the codes of W in memory
+KEPT = "keep_int8"  # nplora in int8, with weights that are kept in memory as 8-bit integers
 CHECKED = 4  # rows of each result that are compared with float64
 
 Product = Callable[[], np.ndarray]
@@ -45,7 +45,9 @@ class Case(NamedTuple):
 
     @property
     def weight_bytes(self) -> int:
-        return int(self.d_out * self.d_in * bits_of(self.storage or self.dtype) / 8)
+        from nplora.weights import storages
+
+        return self.d_out * storages.row_nbytes(self.storage or self.dtype, self.d_in)
 
     @property
     def copies(self) -> int:
@@ -65,16 +67,6 @@ class Case(NamedTuple):
                     yield Cell(direction, batch, cold=True)
                 if fits:
                     yield Cell(direction, batch, cold=False)
-
-
-def bits_of(storage: str) -> float:
-    """The bits of one value of a weight."""
-    from nplora import _core
-
-    if storage in ("float32", "bfloat16"):
-        return 16 if storage == "bfloat16" else 32
-    blocks = _core.block_formats()[storage]
-    return 8 * blocks.nbytes / blocks.elements
 
 
 @lru_cache(maxsize=1)
@@ -140,8 +132,8 @@ def packed_weights(case: Case) -> list[Any]:
     return [nplora.FrozenWeight(W, case.storage or case.dtype, case.dtype) for _ in range(case.copies)]
 
 
-def weights_with_kept_codes(case: Case) -> list[Any]:
-    """The same, with the codes of int8 products kept in memory."""
+def weights_kept_in_int8(case: Case) -> list[Any]:
+    """Copies of W that are also kept in memory as 8-bit integers."""
     weights = packed_weights(case)
     for weight in weights:
         weight.keep_int8()
@@ -254,7 +246,7 @@ def race(runtimes: Runtimes, case: Case, bound: str) -> Result:
         for compute in ("bfloat16", "float32"):
             arguments = case._replace(dtype=compute), runtimes.threads, None, bound
             contestants.append(Contestant(compute, nplora_products, arguments))
-        kept = case, runtimes.threads, None, bound, weights_with_kept_codes
+        kept = case, runtimes.threads, None, bound, weights_kept_in_int8
         contestants.append(Contestant(KEPT, nplora_products, kept))
         return runtimes.race(contestants, rounds=7)
     if case.dtype == "float32":
@@ -301,13 +293,13 @@ def show(case: Case, threads: int, unit: str, bound: str, rows: list[dict[str, A
     print(
         f"  {'rows':>5} {'':9}{'':5} {unit:>8} {bound:>9}"
         + "".join(f"{'× ' + peer:>11}" for peer in peers)
-        + ("  kept codes × bfloat16" if kept else "")
+        + ("  keep_int8 × bfloat16" if kept else "")
     )
     for row in rows:
         share = f"{row['of_bound']:9.1%}" if row["of_bound"] is not None else f"{'':9}"
         over = "".join(f"{row['over'][peer]:11.2f}" for peer in peers)
         if kept:
-            over += f"{row['kept_over_bfloat16']:23.2f}"
+            over += f"{row['kept_over_bfloat16']:22.2f}"
         where = "cold" if row["cold"] else "warm"
         print(f"  {row['batch']:5} {row['direction']:9}{where:5} {row['rate'] / 1e9:8.1f} {share}{over}")
 

@@ -65,7 +65,7 @@ class Arithmetic:
 
     Attributes:
         int8_head: whether the head computes its backward pass in int8.
-        keeps: whether the int8 codes of the weights are kept in memory.
+        keeps: whether weights are kept in memory as 8-bit integers.
         filtered: the bound of a word filter; 0: no filter.
     """
 
@@ -78,7 +78,7 @@ class Arithmetic:
 
 FLOAT32, BFLOAT16 = Arithmetic("float32", "float32"), Arithmetic("bfloat16", "bfloat16")
 INT8, INT8_HEAD = Arithmetic("int8", "int8"), Arithmetic("int8, head too", "int8", int8_head=True)
-INT8_KEPT = Arithmetic("int8, kept codes", "int8", keeps=True)
+INT8_KEPT = Arithmetic("int8, keep_int8", "int8", keeps=True)
 FILTERED = tuple(
     Arithmetic(f"{compute}, filter", compute, filtered=FILTER) for compute in ("float32", "bfloat16", "int8")
 )
@@ -92,7 +92,8 @@ def adapted(file: Path, arithmetic: Arithmetic) -> Any:
     lm.add_lora(rank=RANK, alpha=ALPHA, targets="all-linear")
     lm.model.int8_head = arithmetic.int8_head
     if arithmetic.keeps:
-        lm.model.keep_int8()
+        for weight in lm.model.int8_weights():
+            weight.keep_int8()
     lm.model.word_filter = WordFilter(arithmetic.filtered) if arithmetic.filtered else None
     return lm
 
@@ -109,6 +110,9 @@ def nplora_cells(file: Path, arithmetics: Sequence[Arithmetic], setting: Setting
     losses = [step() for step in steps.values()]
     if not (np.isfinite(losses).all() and max(losses) <= (1 + LOSS_WITHIN) * min(losses)):
         raise AssertionError(f"the first losses differ: {losses}")
+    equal = {loss for loss, each in zip(losses, arithmetics, strict=True) if each in (INT8, INT8_KEPT)}
+    if len(equal) > 1:
+        raise AssertionError(f"keep_int8 changes the loss: {equal}")
     return dict(steps)
 
 

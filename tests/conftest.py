@@ -14,7 +14,7 @@ import systems
 from figures import Figure
 from nplora.cli.demo import dictionary
 from nplora.finetuning.planning import choice
-from nplora.finetuning.planning.memory import Arithmetic
+from nplora.finetuning.planning.memory import ProductMethod
 
 _FIGURE = "figure"
 
@@ -130,13 +130,13 @@ def figure(request: pytest.FixtureRequest) -> Figure:
 @pytest.fixture
 def repeatable_plans(monkeypatch: pytest.MonkeyPatch) -> None:
     """Plans depend neither on the memory that this process uses, nor on the speed of the machine."""
-    found: dict[tuple[Arithmetic, ...], Any] = {}
+    found: dict[tuple[ProductMethod, ...], Any] = {}
     usual = choice.measured
 
     def measured(
-        lm: nplora.LanguageModel, arithmetics: tuple[Arithmetic, ...], int8_head: str = "forward"
+        lm: nplora.LanguageModel, methods: tuple[ProductMethod, ...], int8_head: str = "forward"
     ) -> Any:
-        return found.setdefault(arithmetics, usual(lm, arithmetics, int8_head))
+        return found.setdefault(methods, usual(lm, methods, int8_head))
 
     monkeypatch.setattr(choice, "measured", measured)
     monkeypatch.setattr(choice, "peak_memory", lambda: 0)

@@ -162,6 +162,7 @@ void register_weight(py::module_& m) {
              require(w.compute() == Compute::kInt8, "the weight does not compute in int8");
              without_gil([&] { w.keep_int8(); });
            })
+      .def("drop_int8", [](const PackedWeight& w) { without_gil([&] { w.drop_int8(); }); })
       .def_property_readonly("keeps_int8", &PackedWeight::keeps_int8)
       .def_property_readonly("int8_nbytes", &PackedWeight::int8_nbytes)
       .def_static("of_array", &of_array<float>, arg("w").noconvert(), arg("storage"), arg("compute"))

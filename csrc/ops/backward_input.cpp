@@ -48,7 +48,7 @@ InputGradient<E, W>::InputGradient(const Stack& stack, std::optional<uint64_t> d
     if (makes_two_panels(p.arrays.w, is_shared())) group_ = kDecodedColumns;
     if (kInt8 && stack.dx().data) {
       p.arrays.w.int8->find_scales(p.arrays.w);
-      codes_.emplace_back(p.arrays.w.d_out, int8_depth_block(p.arrays.w.d_out));
+      int8_.push_back({{p.arrays.w.d_out, int8_depth_block(p.arrays.w.d_out)}, p.arrays.w.int8->codes()});
     }
   }
 }
@@ -56,15 +56,15 @@ InputGradient<E, W>::InputGradient(const Stack& stack, std::optional<uint64_t> d
 template <class E, class W>
 size_t InputGradient<E, W>::code_bytes(size_t block_tokens) const {
   size_t sum = 0;
-  for (const CodedBlock& each : codes_) sum += each.bytes(block_tokens);
+  for (const Int8Operands& each : int8_) sum += each.dy.bytes(block_tokens);
   return sum;
 }
 
 template <class E, class W>
 void InputGradient<E, W>::place_codes(size_t block_tokens, void* memory) {
-  for (CodedBlock& each : codes_) {
-    each.place(block_tokens, memory);
-    memory = static_cast<char*>(memory) + each.bytes(block_tokens);
+  for (Int8Operands& each : int8_) {
+    each.dy.place(block_tokens, memory);
+    memory = static_cast<char*>(memory) + each.dy.bytes(block_tokens);
   }
 }
 
@@ -74,14 +74,14 @@ void InputGradient<E, W>::place_codes(size_t block_tokens, void* memory) {
 template <class E, class W>
 void InputGradient<E, W>::prepare(Range token_block, Range some) const {
   if constexpr (kInt8)
-    for (size_t j = 0; j < codes_.size(); ++j) {
+    for (size_t j = 0; j < int8_.size(); ++j) {
       const BackwardPart<T>& part = stack_.parts()[j].arrays;
       for (size_t i = some.first; i < some.first + some.count; ++i) {
         const size_t row = token_block.first + i;
         if (dither_key_)
-          codes_[j].dither(i, *dither_key_ + j, row, part.dy.row(row), part.w.int8->scales());
+          int8_[j].dy.dither(i, *dither_key_ + j, row, part.dy.row(row), part.w.int8->scales());
         else
-          codes_[j].quantize(i, part.dy.row(row), part.w.int8->scales());
+          int8_[j].dy.quantize(i, part.dy.row(row), part.w.int8->scales());
       }
     }
 }
@@ -90,7 +90,7 @@ template <class E, class W>
 typename InputGradient<E, W>::Gradient InputGradient<E, W>::gradient_of(const Part& p, Range token_block,
                                                                         Range some) const {
   if constexpr (kInt8)
-    return {{}, &codes_[static_cast<size_t>(&p - stack_.parts().data())], some.first};
+    return {{}, &int8_[static_cast<size_t>(&p - stack_.parts().data())], some.first};
   else
     return {stack_.dy_of(p, token_block, some), nullptr, 0};
 }
@@ -145,9 +145,10 @@ void InputGradient<E, W>::multiply(Range token_block, Range some, Range cols) co
 }
 
 template <class E, class W>
-ColumnBlock<W> InputGradient<E, W>::block_at(const WeightView& w, Range rows, Range cols, W* made) const {
+ColumnBlock<W> InputGradient<E, W>::block_at(const WeightView& w, const Gradient& dy, Range rows, Range cols,
+                                             W* made) const {
   if constexpr (kInt8)
-    return column_quads(w, rows, cols, made);
+    return column_quads(w, dy.int8->kept, rows, cols, made);
   else
     return column_block(w, rows, cols, is_shared(), made);
 }
@@ -168,7 +169,7 @@ void InputGradient<E, W>::add_frozen(const Part& p, const Gradient& dy, Range gr
     size_t o = 0;
     do {  // if W has no rows, the only iteration sets dx to zero
       const Range rows{o, std::min(depth, w.d_out - o)};
-      const ColumnBlock<W> block = block_at(w, rows, cols, made);
+      const ColumnBlock<W> block = block_at(w, dy, rows, cols, made);
       for (size_t c = 0; c < cols.count; c += kPanelColumns) {
         const Range panel{cols.first + c, std::min(kPanelColumns, cols.count - c)};
         const ColumnBlock<W> its{block.data + c / kPanelColumns * block.panel_stride, block.row_stride};
@@ -198,8 +199,8 @@ void InputGradient<E, W>::add_block(const Part& p, const Gradient& dy, Range row
     T* out = dx.row(i) + panel.first;
     if constexpr (kInt8) {
       kernels::table().int8_gemm.multiply(few.count, panel.count, rows.count,
-                                          dy.codes->from(dy.first + i, rows.first), block.data, kPanelColumns,
-                                          nullptr, out, dx.stride, accumulate);
+                                          dy.int8->dy.from(dy.first + i, rows.first), block.data,
+                                          kPanelColumns, nullptr, out, dx.stride, accumulate);
     } else {
       const Strided<E>& a = dy.elements;
       const size_t depth = std::is_same_v<E, W> ? depth_of<E>(rows.count) : rows.count;

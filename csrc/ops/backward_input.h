@@ -49,17 +49,23 @@ class InputGradient {
 
   static constexpr bool kInt8 = std::is_same_v<W, kernels::Int8Quad>;
 
-  // The dy of some tokens, for a product with W. In int8 products, dy is in `codes`, and `elements` is empty.
-  // In all other products, dy is in `elements`, and `codes` is null.
+  // What an int8 product of a layer reads.
+  struct Int8Operands {
+    CodedBlock dy;
+    KeptCodes kept;  // the codes of W, if they are kept
+  };
+
+  // The dy of some tokens, for a product with W. In int8 products, dy is in `int8`, and `elements` is empty.
+  // In all other products, dy is in `elements`, and `int8` is null.
   struct Gradient {
     kernels::Strided<E> elements;
-    const CodedBlock* codes;
-    size_t first;  // the row of `codes` that holds the first of these tokens
+    const Int8Operands* int8;
+    size_t first;  // the row of int8->dy that holds the first of these tokens
   };
 
   bool is_shared() const;
   Gradient gradient_of(const Part& p, Range token_block, Range some) const;
-  ColumnBlock<W> block_at(const WeightView& w, Range rows, Range cols, W* made) const;
+  ColumnBlock<W> block_at(const WeightView& w, const Gradient& dy, Range rows, Range cols, W* made) const;
   template <class After>
   void add_frozen(const Part& p, const Gradient& dy, Range group, Matrix<T> dx, bool accumulate,
                   const After& after) const;
@@ -72,8 +78,8 @@ class InputGradient {
   const Stack& stack_;
   const std::optional<uint64_t> dither_key_;
   size_t group_ = kernels::kPanelColumns;
-  bool merges_ = false;            // whether the update of any layer is merged on the fly
-  std::vector<CodedBlock> codes_;  // the dy of each layer in int8
+  bool merges_ = false;             // whether the update of any layer is merged on the fly
+  std::vector<Int8Operands> int8_;  // the operands of each layer, if products are in int8
 };
 
 }  // namespace nplora

@@ -50,6 +50,7 @@ class RowsForward {
       assert(!(part.multiplied && update == Update::kMergedOnTheFly));
       const bool projects = part.low.rank() && (keep_z || update == Update::kSeparate);
       updates_.push_back({part, update, projects ? join(part.low) : nullptr});
+      if constexpr (kInt8) updates_.back().kept = part.w.int8->codes();
     }
   }
 
@@ -94,6 +95,7 @@ class RowsForward {
     T* a = nullptr;             // scale * Aᵀ (r, d_out)
     Matrix<const E> a_pairs{};  // scale * Aᵀ, converted to type E
     E* z_elements = nullptr;    // the layer's z of a token block, if z is converted to E
+    KeptCodes kept{};           // the kept codes of W, if the product is in int8
 
     size_t rank() const { return part.low.rank(); }
   };
@@ -229,12 +231,12 @@ class RowsForward {
       do {  // if W has no columns, the only iteration sets y to zero
         const Range cols{col, std::min(depth, x_.cols - col)};
         for_blocks_of(rows, [&](size_t i, Range block) {
-          if (!kept_block(u.part.w, block, cols)) make_block(u, block, cols, blocks + i * block_size);
+          if (!kept_block(u, block, cols)) make_block(u, block, cols, blocks + i * block_size);
         });
         for (size_t i = 0; i < some.count; i += kFew) {
           const Range few{some.first + i, std::min(kFew, some.count - i)};
           for_blocks_of(rows, [&](size_t b, Range block) {
-            const W* kept = kept_block(u.part.w, block, cols);
+            const W* kept = kept_block(u, block, cols);
             multiply(u, token_block, few, block, cols, kept ? kept : blocks + b * block_size);
           });
         }
@@ -289,11 +291,10 @@ class RowsForward {
   }
 
   // The transpose of W[rows, cols] if its codes are kept, otherwise null.
-  static const W* kept_block(const WeightView& w, Range rows, Range cols) {
+  static const W* kept_block(const PartUpdate& u, Range rows, Range cols) {
     if constexpr (kInt8)
-      return kept_quads(w, rows.first, cols.first);
-    else
-      return nullptr;
+      if (u.kept) return u.kept.at(rows.first, cols.first);
+    return nullptr;
   }
 
   // Stores the transpose of W[rows, cols] in `block` (cols, kBlockRows), as elements of type W. If the update

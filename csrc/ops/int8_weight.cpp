@@ -60,19 +60,6 @@ void for_float_panels(const WeightView& w, Range rows, Range cols, const Body& b
 
 // ---- the scales and the codes of W ----
 
-namespace {
-
-size_t quads_of_block(const WeightView& w) {
-  return ceil_div(w.d_in, kCodesPerQuad) * kInt8PanelColumns;
-}
-
-}  // namespace
-
-Int8Form::~Int8Form() {
-  delete[] scales_.load();
-  delete codes_.load();
-}
-
 void Int8Form::find_scales(const WeightView& w) {
   if (scales()) return;
   std::unique_ptr<float[]> found(new float[w.d_out]);
@@ -92,33 +79,49 @@ void Int8Form::find_scales(const WeightView& w) {
   if (scales_.compare_exchange_strong(none, found.get())) found.release();
 }
 
-size_t Int8Form::code_bytes(const WeightView& w) {
+namespace {
+
+size_t quads_of_block(const WeightView& w) {
+  return ceil_div(w.d_in, kCodesPerQuad) * kInt8PanelColumns;
+}
+
+}  // namespace
+
+KeptCodes::KeptCodes(const WeightView& w, AlignedBuffer codes)
+    : codes_(std::make_shared<const AlignedBuffer>(std::move(codes))), block_(quads_of_block(w)) {}
+
+const Int8Quad* KeptCodes::at(size_t row, size_t col) const {
+  return codes_->as<Int8Quad>() + row / kInt8PanelColumns * block_ + col / kCodesPerQuad * kInt8PanelColumns;
+}
+
+size_t KeptCodes::bytes(const WeightView& w) {
   return ceil_div(w.d_out, kInt8PanelColumns) * quads_of_block(w) * sizeof(Int8Quad);
 }
 
-const Int8Quad* Int8Form::codes() const {
-  const AlignedBuffer* kept = codes_.load(std::memory_order_acquire);
-  return kept ? kept->as<Int8Quad>() : nullptr;
+KeptCodes Int8Form::codes() const {
+  const std::lock_guard lock(mutex_);
+  return codes_;
+}
+
+void Int8Form::drop_codes() {
+  KeptCodes dropped;  // freed after the mutex is unlocked
+  const std::lock_guard lock(mutex_);
+  std::swap(codes_, dropped);
 }
 
 void Int8Form::keep_codes(const WeightView& w) {
   if (codes()) return;
   find_scales(w);
-  auto made = std::make_unique<const AlignedBuffer>(code_bytes(w), Life::kLong);
+  AlignedBuffer made(KeptCodes::bytes(w), Life::kLong);
   const double elements = static_cast<double>(w.d_out) * static_cast<double>(w.d_in);
   parallel_for(ceil_div(w.d_out, kInt8PanelColumns), useful_threads(4 * elements), Interruptible::kYes,
                [&](size_t block) {
                  transposed_quads(w, nth_block(w.d_out, kInt8PanelColumns, block), {0, w.d_in},
-                                  made->as<Int8Quad>() + block * quads_of_block(w));
+                                  made.as<Int8Quad>() + block * quads_of_block(w));
                });
-  const AlignedBuffer* none = nullptr;
-  if (codes_.compare_exchange_strong(none, made.get())) made.release();
-}
-
-const Int8Quad* kept_quads(const WeightView& w, size_t row, size_t col) {
-  const Int8Quad* codes = w.int8->codes();
-  if (!codes) return nullptr;
-  return codes + row / kInt8PanelColumns * quads_of_block(w) + col / kCodesPerQuad * kInt8PanelColumns;
+  KeptCodes kept(w, std::move(made));
+  const std::lock_guard lock(mutex_);
+  codes_ = std::move(kept);
 }
 
 // ---- rows of x or dy ----
@@ -212,17 +215,38 @@ void transposed_quads(const WeightView& w, Range rows, Range cols, Int8Quad* out
   for_coded_panels(w, rows, cols, inverses, codes, transpose);
 }
 
-ColumnBlock<Int8Quad> column_quads(const WeightView& w, Range rows, Range cols, Int8Quad* out) {
+namespace {
+
+// Prefetches the codes of W[row:row + kInt8PanelColumns, cols].
+void fetch_kept(const KeptCodes& kept, size_t row, Range cols) {
+  const auto* at = reinterpret_cast<const char*>(kept.at(row, cols.first));
+  const size_t bytes = ceil_div(cols.count, kCodesPerQuad) * kInt8PanelColumns * sizeof(Int8Quad);
+  for (size_t line = 0; line < bytes; line += kCacheLine) __builtin_prefetch(at + line);
+}
+
+// Does the work of column_quads if the codes of W are kept. The hardware does not prefetch the codes of the
+// next rows, because they are far away in memory.
+void turn_kept(const KeptCodes& kept, Range rows, Range cols, Int8Quad* out, size_t panel_stride) {
+  constexpr size_t kAhead = 4 * kInt8PanelColumns;
+  for (size_t i = 0; i < rows.count; i += kInt8PanelColumns) {
+    if (i + kAhead < rows.count) fetch_kept(kept, rows.first + i + kAhead, cols);
+    for (size_t c = 0; c < cols.count; c += kPanelColumns)
+      kernels::table().int8_gemm.turn_quads(
+          std::min(kInt8PanelColumns, rows.count - i),
+          ceil_div(std::min(kPanelColumns, cols.count - c), kCodesPerQuad),
+          kept.at(rows.first + i, cols.first + c), kInt8PanelColumns,
+          out + c / kPanelColumns * panel_stride + i / kCodesPerQuad * kPanelColumns, kPanelColumns);
+  }
+}
+
+}  // namespace
+
+ColumnBlock<Int8Quad> column_quads(const WeightView& w, const KeptCodes& kept, Range rows, Range cols,
+                                   Int8Quad* out) {
   const kernels::Int8Gemm& k = kernels::table().int8_gemm;
   const size_t panel_stride = ceil_div(rows.count, kCodesPerQuad) * kPanelColumns;
-  if (w.int8->codes()) {
-    for (size_t i = 0; i < rows.count; i += kInt8PanelColumns)
-      for (size_t c = 0; c < cols.count; c += kPanelColumns)
-        k.turn_quads(std::min(kInt8PanelColumns, rows.count - i),
-                     ceil_div(std::min(kPanelColumns, cols.count - c), kCodesPerQuad),
-                     kept_quads(w, rows.first + i, cols.first + c), kInt8PanelColumns,
-                     out + c / kPanelColumns * panel_stride + i / kCodesPerQuad * kPanelColumns,
-                     kPanelColumns);
+  if (kept) {
+    turn_kept(kept, rows, cols, out, panel_stride);
     return {out, kPanelColumns, panel_stride};
   }
   uint8_t codes[kRowsAtOnce * scratch_columns(kDecodedColumns)];

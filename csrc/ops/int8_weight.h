@@ -1,12 +1,12 @@
 // The operands of int8 products for large batches: W, and rows of x or dy. A block of W is converted from its
 // storage format to int8 when a product copies the block to scratch memory, unless the codes of W are kept.
-// Whatever the storage format, the
-// int8 codes of a row of W have one common scale. (In contrast, int8 products for small batches use the codes
-// and scales of the low-bit blocks themselves, see kernels::Int8Products.)
+// Whatever the storage format, the int8 codes of a row of W have one common scale. (In contrast, int8 products
+// for small batches use the codes and scales of the low-bit blocks themselves, see kernels::Int8Products.)
 #pragma once
 
 #include <atomic>
 #include <memory>
+#include <mutex>
 
 #include "base/aligned_buffer.h"
 #include "base/matrix.h"
@@ -17,13 +17,35 @@
 
 namespace nplora {
 
+// The int8 codes of all of W, kept in memory. They consist of one block for every kInt8PanelColumns rows of W.
+// Each block is stored as transposed_quads stores it, with all columns of W. A product holds the codes while it
+// reads them, so another thread may drop them in the meantime.
+class KeptCodes {
+ public:
+  KeptCodes() = default;
+  KeptCodes(const WeightView& w, AlignedBuffer codes);
+
+  // Whether there are codes.
+  explicit operator bool() const { return codes_ != nullptr; }
+
+  // The codes from `row` and `col` on. `row` is a multiple of kInt8PanelColumns, and `col` a multiple of four.
+  const kernels::Int8Quad* at(size_t row, size_t col) const;
+
+  // The memory for the codes of `w`, in bytes.
+  static size_t bytes(const WeightView& w);
+
+ private:
+  std::shared_ptr<const AlignedBuffer> codes_;
+  size_t block_ = 0;  // the number of quads of a block
+};
+
 // W for int8 products: the scales of its rows, and its codes if they are kept. Computing the scales reads all
 // of W, which may be in a mapped file. So the scales are computed only when a product first needs them; text
 // generation never needs them.
 class Int8Form {
  public:
   Int8Form() = default;
-  ~Int8Form();
+  ~Int8Form() { delete[] scales_.load(); }
   Int8Form(const Int8Form&) = delete;
   Int8Form& operator=(const Int8Form&) = delete;
 
@@ -37,19 +59,19 @@ class Int8Form {
   const float* scales() const { return scales_.load(std::memory_order_acquire); }
 
   // Computes the codes of `w` and keeps them, so that products do not convert W again. Does nothing if the
-  // codes are kept already. If several threads compute the codes at the same time, one result is kept.
+  // codes are kept already.
   void keep_codes(const WeightView& w);
 
-  // The codes, or null if they are not kept. They consist of one block for every kInt8PanelColumns rows of W.
-  // Each block is stored as transposed_quads stores it, with all columns of W.
-  const kernels::Int8Quad* codes() const;
+  // Frees the kept codes, as soon as no product reads them.
+  void drop_codes();
 
-  // The memory for the codes of `w`, in bytes.
-  static size_t code_bytes(const WeightView& w);
+  // The kept codes; empty if none are kept.
+  KeptCodes codes() const;
 
  private:
   std::atomic<float*> scales_ = nullptr;
-  std::atomic<const AlignedBuffer*> codes_ = nullptr;
+  mutable std::mutex mutex_;
+  KeptCodes codes_;  // guarded by mutex_
 };
 
 // The depth of a block in int8 products, in values. If the depth of a product is at most kInt8Depth, there is
@@ -101,15 +123,11 @@ class CodedBlock {
 // the first column is a multiple of kInt8DepthUnit.
 void transposed_quads(const WeightView& w, Range rows, Range cols, kernels::Int8Quad* out);
 
-// The kept codes of W, from `row` and `col`, as transposed_quads stores them; null if the codes are not kept.
-// `row` is a multiple of kInt8PanelColumns, and `col` is a multiple of four.
-const kernels::Int8Quad* kept_quads(const WeightView& w, size_t row, size_t col);
-
 // Writes the int8 codes of W[rows, cols], for backward products, to out (rows / 4, kPanelColumns). If there
 // are more than kPanelColumns columns, `out` holds two such panels, one after the other. The first row is a
 // multiple of kInt8PanelColumns. The first column is a multiple of kPanelColumns, and there are at most
-// kDecodedColumns columns.
-ColumnBlock<kernels::Int8Quad> column_quads(const WeightView& w, Range rows, Range cols,
-                                            kernels::Int8Quad* out);
+// kDecodedColumns columns. If `kept` has the codes of W, they are copied from there.
+ColumnBlock<kernels::Int8Quad> column_quads(const WeightView& w, const KeptCodes& kept, Range rows,
+                                            Range cols, kernels::Int8Quad* out);
 
 }  // namespace nplora

@@ -1,6 +1,7 @@
 #include "ops/weight.h"
 
 #include <algorithm>
+#include <cassert>
 #include <cstring>
 #include <type_traits>
 
@@ -433,7 +434,12 @@ size_t PackedWeight::nbytes() const {
 }
 
 void PackedWeight::keep_int8() const {
+  assert(compute() == Compute::kInt8);
   int8_->keep_codes(view_);
+}
+
+void PackedWeight::drop_int8() const {
+  if (int8_) int8_->drop_codes();
 }
 
 bool PackedWeight::keeps_int8() const {
@@ -441,7 +447,7 @@ bool PackedWeight::keeps_int8() const {
 }
 
 size_t PackedWeight::int8_nbytes() const {
-  return Int8Form::code_bytes(view_);
+  return KeptCodes::bytes(view_);
 }
 
 template <class T>

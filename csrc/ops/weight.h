@@ -156,6 +156,7 @@ class PackedWeight {
 
   // Keeps the int8 codes of W in memory (see Int8Form::keep_codes). `compute` must be kInt8.
   void keep_int8() const;
+  void drop_int8() const;
   bool keeps_int8() const;
   // The memory that kept codes take, in bytes.
   size_t int8_nbytes() const;

@@ -60,6 +60,8 @@ class PackedWeight:
     def nbytes(self) -> int: ...
     def keep_int8(self) -> None:
         """Keep the codes of int8 products in memory. The weight must compute in "int8"."""
+    def drop_int8(self) -> None:
+        """Free the kept codes."""
     @property
     def keeps_int8(self) -> bool: ...
     @property

@@ -202,16 +202,21 @@ def test_a_layer_computes_the_same_with_kept_codes(storage: str, rows: int) -> N
 @pytest.mark.parametrize("shape", [(1, 1), (32, 64), (33, 65), (0, 5), (5, 0)])
 def test_kept_codes_take_a_byte_for_each_element(shape: tuple[int, int]) -> None:
     fw = FrozenWeight(normal(*shape), compute="int8")
-    fw.keep_int8()
-    fw.keep_int8()  # does nothing
+    for _ in range(2):
+        fw.keep_int8()
+        assert fw.keeps_int8
     d_out, d_in = shape
     assert fw.int8_nbytes == math.ceil(d_out / 32) * 32 * math.ceil(d_in / 4) * 4
+    assert multiplied(fw.with_compute("float32").with_compute("int8"), normal(9, d_in), normal(9, d_out))
+    for _ in range(2):
+        fw.drop_int8()
+        assert not fw.keeps_int8
 
 
 @pytest.mark.parametrize("compute", ["float32", "bfloat16"])
 def test_only_a_weight_in_int8_keeps_codes(compute: str) -> None:
     fw = FrozenWeight(normal(8, 64), compute=compute)
-    message = f"compute='{compute}', expected 'int8'; weight.with_compute('int8') has it"
+    message = f"compute='{compute}', expected 'int8'; use weight.with_compute('int8')"
     with pytest.raises(ValueError, match=re.escape(message)):
         fw.keep_int8()
     with pytest.raises(ValueError, match="the weight does not compute in int8"):
@@ -219,17 +224,18 @@ def test_only_a_weight_in_int8_keeps_codes(compute: str) -> None:
     assert not fw.keeps_int8
 
 
-def test_threads_that_keep_codes_at_the_same_time_agree() -> None:
-    fw, x = FrozenWeight(normal(900, 512), "q4_k", "int8"), normal(40, 512)
-    wanted = fw.matmul(x)
+def test_codes_may_be_kept_and_dropped_during_products() -> None:
+    fw, x, dy = FrozenWeight(normal(900, 512), "q4_k", "int8"), normal(40, 512), normal(40, 900)
+    wanted = fw.matmul(x), fw.matmul_t(dy)
 
-    def call(i: int) -> Array:
-        if i % 2 == 0:
-            fw.keep_int8()
-        return fw.matmul(x)
+    def call(i: int) -> tuple[Array, Array]:
+        fw.keep_int8() if i % 2 else fw.drop_int8()
+        return fw.matmul(x), fw.matmul_t(dy)
 
     with ThreadPoolExecutor(8) as pool:
-        assert all(np.array_equal(found, wanted) for found in pool.map(call, range(32)))
+        for found in pool.map(call, range(64)):
+            assert np.array_equal(found[0], wanted[0])
+            assert np.array_equal(found[1], wanted[1])
 
 
 # ---- stochastic rounding of dy ----

@@ -236,7 +236,7 @@ void run_turn_quads(const KernelTable& table, size_t rows, size_t quads, size_t 
   const auto code = [](Int8Quad quad, size_t i) {
     return static_cast<uint8_t>(static_cast<uint32_t>(quad) >> 8 * i);
   };
-  for (size_t i = 0; i < rows; ++i)
+  for (size_t i = 0; i < read; ++i)
     for (size_t j = 0; j < 4 * quads; ++j) {
       const uint8_t got = code(out(i / 4, j), i % 4), wanted = code(values[j / 4 * read + i], j % 4);
       check::expect(got == wanted, "row %zu of column %zu is %d, wanted %d", i, j, got, wanted);

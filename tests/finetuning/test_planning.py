@@ -32,15 +32,18 @@ from nplora.finetuning.planning import (
     needed,
     parse_bytes,
     peak_memory,
+    speed,
 )
-from nplora.finetuning.planning.memory import Memory, predicted
+from nplora.finetuning.planning.memory import Memory, ProductMethod, predicted
 from nplora.finetuning.planning.resident import unread
 from nplora.formats.errors import DataError
 from nplora.formats.gguf import Typed
 from nplora.lm import load_model
+from nplora.models.decoder import frozen_weights
 from nplora.models.footprint import NOT_ADAPTED
 from nplora.models.packing import pack
 from nplora.platform import memory as system_memory
+from nplora.weights import keeping_int8
 from nplora.weights.int8_error import sample_nbytes
 from small_llama import save_small_llama
 
@@ -232,31 +235,50 @@ def test_int8_takes_more_than_bfloat16_for_scales_and_comparisons(model: Path, d
     assert int8.scratch - bfloat16.scratch == 4 * (sum(d_out for d_out, _ in shapes) + numbers) + measured
 
 
-def kept_codes(lm: nplora.LanguageModel, first: int) -> int:
-    """A byte for each weight of the blocks from `first` on. No size in the small model needs padding."""
-    return sum(
-        module.weight.size
-        for block in lm.model.layers[first:]
-        for _, module in block.named_modules()
-        if isinstance(module, nplora.Linear)
-    )
-
-
-def test_kept_codes_take_a_byte_for_each_weight_of_adapted_blocks(model: Path, data: Path) -> None:
-    lm = load_model(model)
+def test_weights_kept_in_int8_have_a_line_in_the_plan(model: Path, data: Path) -> None:
+    """A byte for each weight of the first adapted block and of the later blocks, if no size needs padding."""
+    words, blocks = "MB  weights kept as 8-bit integers", load_model(model).model.layers
     for layers, first in (("first:1", 0), ("last:1", 1)):
         kept, converted = (
             plan(model, data, compute="int8", layers=layers, keep_int8=keeps) for keeps in (True, False)
         )
-        assert kept.memory.total - converted.memory.total == kept.memory.codes == kept_codes(lm, first) > 0
-        assert "weights as 8-bit integers" in str(kept)
-        assert "weights as 8-bit integers" not in str(converted)
+        assert kept.memory.codes == sum(weight.size for weight in frozen_weights(blocks[first:])) > 0
+        assert converted.memory.codes == 0
+        assert words in str(kept)
+        assert words not in str(converted)
 
 
-def test_a_budget_decides_whether_codes_are_kept(
+def test_weights_that_are_kept_already_are_not_counted_again(model: Path, data: Path) -> None:
+    lm = load_model(model, compute="int8")
+    with keeping_int8(frozen_weights(lm.model.layers[1:])):
+        rest = plan(lm, data, keep_int8=True).memory.codes
+    assert rest == sum(weight.int8_nbytes for weight in frozen_weights(lm.model.layers[:1]))
+
+
+def test_a_limit_that_fits_without_kept_weights_says_so(model: Path, data: Path) -> None:
+    options: dict[str, Any] = {"compute": "int8", "recompute": True, "batch_examples": 1}
+    least = plan(model, data, **options).memory.total
+    with pytest.raises(BudgetError, match="; without --keep-int8 it needs .* MB; --memory .*M is enough"):
+        plan(model, data, memory=int(1.025 * least), keep_int8=True, **options)
+
+
+def test_blocks_that_are_not_trained_take_the_time_of_inference(model: Path, data: Path) -> None:
+    lm, arithmetics = load_model(model), ("int8", "bfloat16")
+    speeds = speed.measured(lm, tuple(map(ProductMethod, arithmetics)))
+    int8, bfloat16 = (speeds[ProductMethod(compute)] for compute in arithmetics)
+    assert int8.inference == bfloat16.inference == bfloat16.forward
+    slow = dataclasses.replace(int8, inference=speed.Cost(7.0, 0.0))
+    adapters = [Adapters.of(lm, 2, "all-linear", layers) for layers in ("last:1", None)]
+    times = [slow.step(lm, each, MicroBatch(20, 20, 20), False) for each in adapters]
+    assert times[0] > 7 > times[1]
+    assert slow.forward_pass(lm, 20, 20) > 7 * len(lm.model.layers)
+
+
+@pytest.mark.usefixtures("repeatable_plans")
+def test_a_budget_decides_whether_weights_are_kept_in_int8(
     model: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Kept codes are chosen where they fit and are faster. Here, only the arithmetic decides on the time."""
+    """Weights are kept if they fit and a step is then faster. Here, it is always faster."""
     usual = choice.measured
 
     def measured(*arguments: Any) -> Any:
@@ -264,21 +286,17 @@ def test_a_budget_decides_whether_codes_are_kept(
         slow = next(iter(found.values()))
         cost = dataclasses.replace(slow.forward, token=10 * slow.forward.token)
         return {
-            arithmetic: slow if arithmetic.keep_int8 else dataclasses.replace(slow, forward=cost)
-            for arithmetic in found
+            method: slow if method.keep_int8 else dataclasses.replace(slow, forward=cost) for method in found
         }
 
     monkeypatch.setattr(choice, "measured", measured)
-    monkeypatch.setattr(choice, "peak_memory", lambda: 0)
-    monkeypatch.setattr(choice, "current_memory", lambda: 10**7)
     options: dict[str, Any] = {"compute": "int8", "recompute": True, "batch_examples": 1}
     needed = {keeps: plan(model, data, keep_int8=keeps, **options).memory.total for keeps in (False, True)}
     assert needed[False] < needed[True]
-    plans = {keeps: plan(model, data, memory=int(1.03 * needed[keeps]), **options) for keeps in needed}
-    assert plans[True].chosen.keep_int8
-    assert str(plans[True]).startswith("int8 with kept codes, ")
-    limited = plan(model, data, memory=int(1.02 * needed[True]) - 1000, **options)
-    assert not limited.chosen.keep_int8
+    large = plan(model, data, memory=int(1.03 * needed[True]), **options)
+    assert str(large).startswith("int8, weights kept as 8-bit integers, activations recomputed: ")
+    for limit in (1.02 * needed[True] - 1000, 1.03 * needed[False]):
+        assert not plan(model, data, memory=int(limit), **options).chosen.keep_int8
     fixed = plan(model, data, memory="1G", keep_int8=True, **options)
     assert {one.keep_int8 for one in fixed.compared()} == {True}
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,11 @@ from nplora import _core
 from nplora.finetuning import TokenLoss, finetune
 from nplora.finetuning.objectives import PackedLoss
 from nplora.finetuning.planning import choice, speed
-from nplora.finetuning.planning.memory import Arithmetic
+from nplora.finetuning.planning.memory import ProductMethod
 from nplora.models import decoder, head
 from nplora.models.packing import pack
 from nplora.nn import stack_backward
+from nplora.trainer import Callback
 from nplora.trainer.run_directory import RunDirectory
 from small_llama import save_small_llama
 
@@ -185,22 +187,68 @@ def int8_run(model: Path, tmp_path: Path) -> Path:
     return tmp_path / "run"
 
 
-@pytest.mark.parametrize("options", [{}, {"layers": "last:1"}, {"memory": "1G"}])
-def test_a_run_with_kept_codes_trains_the_same_adapter(
+class _Kept(Callback):
+    """Records after each step which weights are kept in memory as 8-bit integers: their numbers of bytes."""
+
+    def __init__(self, lm: nplora.LanguageModel) -> None:
+        self._lm, self.sizes = lm, list[list[int]]()
+
+    def on_step_end(self, *arguments: Any) -> None:
+        del arguments
+        weights = decoder.frozen_weights([self._lm])
+        self.sizes.append([weight.int8_nbytes for weight in weights if weight.keeps_int8])
+
+
+@pytest.mark.usefixtures("repeatable_plans")
+@pytest.mark.parametrize("options", [{}, {"layers": "last:1"}, {"layers": "first:1"}, {"memory": "1G"}])
+def test_a_run_that_keeps_weights_in_int8_trains_the_same_adapter(
     model: Path, tmp_path: Path, options: dict[str, Any]
 ) -> None:
-    """The kept codes are those of the adapted blocks, which alone compute in int8."""
     adapters = []
     for keeps in (False, True):
         lm = nplora.load_model(model, compute="int8")
-        options |= {"keep_int8": keeps, "int8_head": "off", "steps": 2}
-        report = finetune(lm, ROWS, tmp_path / str(keeps), **SHORT, **options)
+        options |= {"keep_int8": keeps, "steps": 2, "batch_examples": 4, "rank": 4}
+        callback = _Kept(lm)
+        planned = nplora.plan(lm, ROWS, **options)
+        out = tmp_path / str(keeps)
+        report = finetune(lm, ROWS, out, callbacks=[callback], progress=False, **options)
         adapters.append((report.output / "adapter_model.safetensors").read_bytes())
-        kept = [block.mlp.up_proj.weight.keeps_int8 for block in lm.model.layers]
-        if keeps or "memory" not in options:
-            assert kept == [keeps and "layers" not in options, keeps]
-        assert not lm.lm_head.weight.keeps_int8
+        assert [sum(sizes) for sizes in callback.sizes] == 2 * [planned.memory.codes]
+        assert bool(planned.memory.codes) == planned.chosen.keep_int8
+        assert keeps <= planned.chosen.keep_int8
+        assert not any(weight.keeps_int8 for weight in decoder.frozen_weights([lm]))  # after the run
     assert adapters[0] == adapters[1]
+
+
+def test_a_run_that_is_stopped_while_it_converts_weights_leaves_the_model_as_it_was(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lm = nplora.load_model(model, compute="int8")
+    before = lm.lm_head.int8, lm.model.recompute, lm.model.int8_head, lm.model.prefix
+    usual = nplora.FrozenWeight.keep_int8
+
+    def stopped(weight: nplora.FrozenWeight) -> None:
+        if any(other.keeps_int8 for other in decoder.frozen_weights([lm])):
+            raise KeyboardInterrupt
+        usual(weight)
+
+    monkeypatch.setattr(nplora.FrozenWeight, "keep_int8", stopped)
+    options: dict[str, Any] = {"keep_int8": True, "recompute": True, "int8_head": "off"}
+    with pytest.raises(KeyboardInterrupt):
+        finetune(lm, ROWS, tmp_path / "out", layers="last:1", keep_prefix="memory", **options, **SHORT)
+    assert (lm.lm_head.int8, lm.model.recompute, lm.model.int8_head, lm.model.prefix) == before
+    assert not any(weight.keeps_int8 for weight in decoder.frozen_weights([lm]))
+
+
+def test_a_resumed_run_may_keep_weights_or_not(model: Path, tmp_path: Path) -> None:
+    adapters = []
+    for name, keeps in (("never", (False, False)), ("later", (False, True)), ("first", (True, False))):
+        for steps, keep in zip((2, 4), keeps, strict=True):
+            options = {"compute": "int8", "keep_int8": keep, "steps": steps, "resume": steps == 4}
+            with warnings.catch_warnings(action="ignore"):  # the number of steps has changed
+                report = finetune(model, ROWS, tmp_path / name, **options, **SHORT)
+        adapters.append((report.output / "adapter_model.safetensors").read_bytes())
+    assert len(set(adapters)) == 1
 
 
 @pytest.mark.parametrize("compute", ["bfloat16", None])
@@ -395,9 +443,9 @@ def test_a_run_whose_head_is_not_in_int8_says_so(
     monkeypatch.setattr(decoder, "has_bfloat16_instructions", lambda: False)
     timed = list[str]()
 
-    def measured(lm: nplora.LanguageModel, arithmetics: tuple[Arithmetic, ...], int8_head: str) -> Any:
+    def measured(lm: nplora.LanguageModel, methods: tuple[ProductMethod, ...], int8_head: str) -> Any:
         timed.append(int8_head)
-        return speed.measured(lm, arithmetics, int8_head)
+        return speed.measured(lm, methods, int8_head)
 
     monkeypatch.setattr(choice, "measured", measured)
     nplora.plan(model, ROWS, compute="int8", rank=4, batch_examples=4, **options)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,7 +28,7 @@ from nplora.lm import LanguageModel, load_model
 from nplora.lm.generation import Prompt, prompt_ids
 from nplora.lm.trained_rows import new_tokens
 from nplora.runtime.user_warning import warn_user
-from nplora.weights import COMPUTES, FrozenWeight
+from nplora.weights import COMPUTES
 
 
 @dataclass
@@ -216,18 +216,13 @@ def opened(
 def loaded(op: str, path: StrPath, compute: str, check: bool = True) -> LanguageModel:
     """Load a model as `load_model` does. Warn if `compute` is "int8" and decoding cannot use int8."""
     lm = load_model(path, compute, check=check)
-    if compute == "int8" and not any(weight.meets_int8 for weight in _frozen_weights(lm)):
+    if compute == "int8" and not any(weight.meets_int8 for weight in frozen_weights([lm])):
         warn_user(
             f"{op}: with compute='int8', products with few tokens use int8 only if the weights have one of "
             f"GGUF's quantised formats. {files.name(path)} has no such weights, so decoding computes in "
             "float32"
         )
     return lm
-
-
-def _frozen_weights(lm: LanguageModel) -> Iterator[FrozenWeight]:
-    for _, module in lm.named_modules():
-        yield from (weight for weight in module.local_frozen() if isinstance(weight, FrozenWeight))
 
 
 def _read(

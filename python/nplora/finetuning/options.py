@@ -305,9 +305,9 @@ class FinetuneOptions:
     keep_int8: bool = _option(
         _SPEED,
         False,
-        "if `compute` is int8: also keep the weights of the adapted blocks in memory as 8-bit integers, one "
-        "byte for each weight; steps are faster, above all if they are short or the model is in 16 or 32 bits "
-        "(default: only if `memory` is set and has room)",
+        "if `compute` is int8: also keep weights in memory as 8-bit integers, one byte for each weight of the "
+        "first adapted block and of all later blocks; steps are faster, above all with few tokens or with "
+        "weights in 16 or 32 bits (default: only if `memory` is set and has room)",
     )
     recompute: bool = _option(
         _SPEED,
@@ -478,11 +478,11 @@ class FinetuneOptions:
 
     def require_int8(self, op: str, compute: str) -> None:
         """Raise a ValueError if `int8_head` or `keep_int8` is set and `compute` is not "int8"."""
-        given = "keep_int8" if self.keep_int8 else ""
-        if self.int8_head != "auto":
-            given = f"int8_head={self.int8_head!r}"
+        given = [] if self.int8_head == "auto" else [f"int8_head={self.int8_head!r}"]
+        given += ["keep_int8"] if self.keep_int8 else []
         if given and compute != "int8":
-            raise ValueError(f"{op}: {given} needs compute='int8', but compute is {compute!r}")
+            need = "needs" if len(given) == 1 else "need"
+            raise ValueError(f"{op}: {' and '.join(given)} {need} compute='int8', but compute is {compute!r}")
 
     def require_int8_for_head(self, op: str, trains_head: bool) -> None:
         """Raise a ValueError if `int8_head` is "on", but the head's backward pass cannot be in int8.

@@ -62,6 +62,7 @@ from nplora.trainer.fingerprint import set_factors
 from nplora.trainer.interrupts import Interrupts
 from nplora.trainer.reporters import reporting, require_reporters
 from nplora.trainer.run_directory import RunDirectory
+from nplora.weights import keeping_int8
 
 
 @_check.keywords
@@ -245,9 +246,9 @@ def finetune(
         int8_head: arithmetic of the head if `compute` is int8: off (bfloat16), forward (int8 in the forward
             pass, bfloat16 in the backward pass), on (int8 in both, with stochastic rounding in the backward
             pass), or auto (forward if the processor has instructions for bfloat16, otherwise on).
-        keep_int8: if `compute` is int8: also keep the weights of the adapted blocks in memory as 8-bit
-            integers, one byte for each weight; steps are faster, above all if they are short or the model is
-            in 16 or 32 bits (default: only if `memory` is set and has room).
+        keep_int8: if `compute` is int8: also keep weights in memory as 8-bit integers, one byte for each
+            weight of the first adapted block and of all later blocks; steps are faster, above all with few
+            tokens or with weights in 16 or 32 bits (default: only if `memory` is set and has room).
         recompute: gradient checkpointing: recompute activations in the backward pass; slower, but saves
             memory.
         filter_vocabulary: probability such as 1e-6: the gradient of the output layer leaves out all tokens of
@@ -393,7 +394,7 @@ def _finetune(
                 stack.callback(profiler.cancel)
                 callbacks.insert(0, profiler)
             if directory is not None:
-                reports, shown = Path(directory, REPORTS), _shown(chosen, inputs, batches)
+                reports, shown = Path(directory, REPORTS), _shown(chosen, execution, inputs, batches)
                 callbacks += stack.enter_context(
                     reporting(chosen.report_to, reports, shown, lambda: loss.tokens)
                 )
@@ -454,12 +455,11 @@ def _computing(
 ) -> Iterator[None]:
     """In the `with` block, let the model compute as the plan says. Afterwards, undo this."""
     before, head = (lm.model.recompute, lm.model.int8_head, lm.lm_head.int8), lm.lm_head
-    lm.model.recompute, lm.model.prefix, lm.model.word_filter = execution.recompute, prefix, word_filter
-    lm.model.int8_head, head.int8 = int8_head == "on", int8_head != "off"
-    if execution.keep_int8:
-        lm.model.keep_int8()
     try:
-        yield
+        lm.model.recompute, lm.model.prefix, lm.model.word_filter = execution.recompute, prefix, word_filter
+        lm.model.int8_head, head.int8 = int8_head == "on", int8_head != "off"
+        with keeping_int8(lm.model.int8_weights() if execution.keep_int8 else []):
+            yield
     finally:
         lm.model.recompute, lm.model.int8_head, head.int8 = before
         lm.model.prefix = lm.model.word_filter = None
@@ -467,10 +467,13 @@ def _computing(
             prefix.close()
 
 
-def _shown(options: FinetuneOptions, inputs: RunInputs, batches: TokenBatches) -> dict[str, Any]:
+def _shown(
+    options: FinetuneOptions, execution: ExecutionPlan, inputs: RunInputs, batches: TokenBatches
+) -> dict[str, Any]:
     """Return the hyper-parameters that reports show: the inputs, and the options with their final values."""
     lm, held_out, summary = inputs.lm, inputs.held_out, batches.log_summary()
     chosen = {field.name: getattr(options, field.name) for field in dataclasses.fields(options)}
+    planned = {"recompute": execution.recompute, "keep_int8": execution.keep_int8}
     used = {name: summary[name] for name in ("batch_examples", "batch_tokens") if name in summary}
     int8_head = options.int8_head
     if lm.compute == "int8":
@@ -481,7 +484,7 @@ def _shown(options: FinetuneOptions, inputs: RunInputs, batches: TokenBatches) -
         "examples": summary["examples"],
         "valid": None if held_out is None else held_out.report.source,
         "trained_values": lm.num_trainable,
-    } | (chosen | used | {"compute": lm.compute, "int8_head": int8_head})
+    } | (chosen | used | planned | {"compute": lm.compute, "int8_head": int8_head})
 
 
 def new_trainer(

@@ -217,14 +217,14 @@ class Decoder(Module):
         """Accumulate the gradients of the embedding, given the gradient `dx` of the embedding's output."""
         self.embed_tokens.backward(dx if self._multiplier == 1 else dx * self._multiplier, saved)
 
-    def keep_int8(self) -> None:
-        """Keep the codes of the weights that training multiplies in int8 (see `FrozenWeight.keep_int8`).
+    def int8_weights(self) -> list[FrozenWeight]:
+        """The weights that training multiplies in int8, without those of the head.
 
-        These are the weights of the adapted blocks. The blocks below compute in bfloat16.
+        These are weights of the blocks from the first adapted block on. The blocks before it compute in
+        bfloat16.
         """
-        for weight in frozen_weights(self.layers[self.first_adapted() :]):
-            if weight.compute == "int8":
-                weight.keep_int8()
+        trained = frozen_weights(self.layers[self.first_adapted() :])
+        return [weight for weight in trained if weight.compute == "int8"]
 
     def first_adapted(self) -> int:
         """The index of the lowest block that needs a gradient, or the number of blocks if none does."""
@@ -234,10 +234,10 @@ class Decoder(Module):
         return next(adapted, len(self.layers))
 
 
-def frozen_weights(blocks: Iterable[Module]) -> Iterator[FrozenWeight]:
-    """The frozen matrices of some blocks."""
-    for block in blocks:
-        for _, module in block.named_modules():
+def frozen_weights(modules: Iterable[Module]) -> Iterator[FrozenWeight]:
+    """The frozen matrices of some modules, and of the modules inside them."""
+    for each in modules:
+        for _, module in each.named_modules():
             yield from (frozen for frozen in module.local_frozen() if isinstance(frozen, FrozenWeight))
 
 

@@ -43,6 +43,16 @@ def without_int8() -> Iterator[None]:
         _allowed.reset(token)
 
 
+def arithmetic_of_inference(compute: str) -> str:
+    """The arithmetic in which a layer with this `compute` multiplies many rows in inference.
+
+    >>> from nplora.nn.int8 import arithmetic_of_inference
+    >>> arithmetic_of_inference("int8"), arithmetic_of_inference("float32")
+    ('bfloat16', 'float32')
+    """
+    return "bfloat16" if compute == "int8" else compute
+
+
 def in_int8(layer: Int8Layer, *more: Int8Layer) -> bool:
     """Whether all of these layers may now compute products with many rows in int8. False in inference."""
     return _allowed.get() and not inferring() and all(each.int8 for each in (layer, *more))

@@ -7,6 +7,7 @@ from nplora.weights.frozen_weight import (
     become_infinite,
     dtype_name,
     freeze,
+    keeping_int8,
 )
 from nplora.weights.int8_error import Int8Error
 
@@ -18,4 +19,5 @@ __all__ = [
     "become_infinite",
     "dtype_name",
     "freeze",
+    "keeping_int8",
 ]

@@ -12,10 +12,10 @@ from functools import partial
 from nplora.finetuning.planning.memory import (
     NOTHING,
     Adapters,
-    Arithmetic,
     ExecutionPlan,
     Memory,
     MicroBatch,
+    ProductMethod,
     predicted,
     with_filter,
 )
@@ -57,8 +57,8 @@ class PlanConstraints:
         micro_tokens: sizes of micro-batches to choose from; None: any size.
         resuming: whether the run is resumed. A resumed run may use the whole memory limit. A new run leaves a
             margin.
-        keep_int8: whether plans must keep the int8 codes of weights in memory. If False, plans in int8 may
-            keep the codes.
+        keep_int8: whether plans must keep weights in memory as 8-bit integers. If False, plans in int8 may do
+            so.
 
     >>> constraints = nplora.finetuning.planning.PlanConstraints(compute="bfloat16")
     >>> constraints.recompute, constraints.micro_tokens
@@ -161,23 +161,25 @@ def choose(
     fitting = [plan for plan in plans if sizes[plan] <= limit]
     if budget is not None and not fitting:
         smallest = min(plans, key=lambda plan: sizes[plan])
-        shorter = _shorter(work, smallest, limit, lambda *changed: memory(*changed).total)
-        raise BudgetError(f"{op}: {_too_little(smallest, sizes[smallest], budget, constraints, shorter)}")
+        way_out = _shorter(work, smallest, limit, lambda *changed: memory(*changed).total)
+        converting = memory(dataclasses.replace(smallest, keep_int8=False)).total
+        if smallest.keep_int8 and converting <= limit:
+            way_out = f"; without --keep-int8 it needs {need(converting)}"
+        raise BudgetError(f"{op}: {_too_little(smallest, sizes[smallest], budget, constraints, way_out)}")
     if budget is not None and budget < reached:
         raise BudgetError(
             f"{op}: the peak memory of this process is {need(reached)} already, and the limit is "
             f"{room(budget)}: plan and train in a new process"
         )
-    speeds = measured(lm, tuple(dict.fromkeys(plan.arithmetic for plan in plans)), work.int8_head)
+    speeds = measured(lm, tuple(dict.fromkeys(plan.method for plan in plans)), work.int8_head)
     taught = _teaching_times(work, dict.fromkeys(plan.compute for plan in plans))
     seconds = {
-        plan: _seconds(lm, adapters, work, plan, speeds[plan.arithmetic], taught[plan.compute])
-        for plan in plans
+        plan: _seconds(lm, adapters, work, plan, speeds[plan.method], taught[plan.compute]) for plan in plans
     }
     chosen = preferred(fitting, seconds.__getitem__)
     others = tuple(Alternative(plan, sizes[plan], seconds[plan]) for plan in plans if plan != chosen)
-    speed = speeds[chosen.arithmetic]
-    before = sum(speed.inference(lm, *one) for one in work.reference)
+    speed = speeds[chosen.method]
+    before = sum(speed.forward_pass(lm, *one) for one in work.reference)
     most = max(1, _TIMED_BATCHES // work.accumulate)
     times = tuple(
         tuple(_batch_times(lm, adapters, work, step, chosen, speed, taught[chosen.compute]))
@@ -243,8 +245,8 @@ def _teaching_times(work: Work, computes: Iterable[str]) -> dict[str, Callable[[
     row = teaching.measured_row()
     if teaching.model is None:
         return dict.fromkeys(computes, partial(teaching.step, None, row))
-    speeds = measured(teaching.model, tuple(map(Arithmetic, computes)))
-    return {arithmetic.compute: partial(teaching.step, speed, row) for arithmetic, speed in speeds.items()}
+    speeds = measured(teaching.model, tuple(map(ProductMethod, computes)))
+    return {method.compute: partial(teaching.step, speed, row) for method, speed in speeds.items()}
 
 
 def _seconds(
@@ -278,7 +280,7 @@ def _batch_times(
     for batch in batches:
         times = [
             speed.step(lm, adapters, one, plan.recompute)
-            + work.extra_passes * speed.inference(lm, one.tokens, one.targets)
+            + work.extra_passes * speed.forward_pass(lm, one.tokens, one.targets)
             + taught(one)
             for one in work.cut(batch, plan.micro_tokens)
         ]
@@ -286,18 +288,18 @@ def _batch_times(
 
 
 def _too_little(
-    plan: ExecutionPlan, size: int, budget: int, constraints: PlanConstraints, shorter: str
+    plan: ExecutionPlan, size: int, budget: int, constraints: PlanConstraints, way_out: str
 ) -> str:
     """The error message for a budget that is too small for every plan.
 
     Args:
         plan, size: the plan that needs the least memory, and the bytes that it needs.
-        shorter: a hint on --max-length, from `_shorter`.
+        way_out: a hint on another option with which the plan fits.
     """
     reserve = "" if constraints.resuming else f" plus {_MARGIN - 1:.0%} in reserve"
     enough = size * (_MARGIN if constraints.resuming else _MARGIN**2)
     return (
-        f"no plan fits into {room(budget)}: the smallest ({plan}) needs {need(size)}{reserve}{shorter}; "
+        f"no plan fits into {room(budget)}: the smallest ({plan}) needs {need(size)}{reserve}{way_out}; "
         f"--memory {math.ceil(enough / 1e6)}M is enough"
     )
 

@@ -53,12 +53,12 @@ class MicroBatch:
     longest: int
 
 
-class Arithmetic(NamedTuple):
+class ProductMethod(NamedTuple):
     """How the products with frozen weights are computed.
 
     Attributes:
         compute: the arithmetic of the products.
-        keep_int8: whether the codes of the weights are kept in memory (see `FrozenWeight.keep_int8`).
+        keep_int8: whether weights are kept in memory as 8-bit integers (see `FrozenWeight.keep_int8`).
     """
 
     compute: str
@@ -73,7 +73,7 @@ class ExecutionPlan:
         compute: arithmetic of the products with frozen weights.
         recompute: whether activations are recomputed in the backward pass (gradient checkpointing).
         micro_tokens: maximum number of tokens in a micro-batch; None: batches are not cut into micro-batches.
-        keep_int8: whether the int8 codes of the adapted blocks' weights are kept in memory.
+        keep_int8: whether weights are kept in memory as 8-bit integers (see `FrozenWeight.keep_int8`).
 
     >>> print(nplora.finetuning.planning.ExecutionPlan("bfloat16", recompute=True, micro_tokens=512))
     bfloat16, activations recomputed, micro-batches of up to 512 tokens
@@ -85,14 +85,14 @@ class ExecutionPlan:
     keep_int8: bool = False
 
     @property
-    def arithmetic(self) -> Arithmetic:
-        return Arithmetic(self.compute, self.keep_int8)
+    def method(self) -> ProductMethod:
+        return ProductMethod(self.compute, self.keep_int8)
 
     def __str__(self) -> str:
-        codes = " with kept codes" if self.keep_int8 else ""
+        kept = ", weights kept as 8-bit integers" if self.keep_int8 else ""
         activations = "activations recomputed" if self.recompute else "activations kept"
         cut = "" if self.micro_tokens is None else f", micro-batches of up to {self.micro_tokens} tokens"
-        return f"{self.compute}{codes}, {activations}{cut}"
+        return f"{self.compute}{kept}, {activations}{cut}"
 
 
 @dataclass(frozen=True)
@@ -283,7 +283,7 @@ class Memory:
     gradients: int = dataclasses.field(
         default=0, metadata={"text": "gradients, until they are added up over all ranks"}
     )
-    codes: int = dataclasses.field(default=0, metadata={"text": "weights as 8-bit integers"})
+    codes: int = dataclasses.field(default=0, metadata={"text": "weights kept as 8-bit integers"})
 
     @property
     def total(self) -> int:
@@ -399,7 +399,7 @@ def predicted(
         block.footprint(NOT_ADAPTED, narrow).scratch for block in layers
     )
     int8 = _of_int8(lm, adapters) if plan.compute == "int8" else 0
-    codes = sum(weight.int8_nbytes for weight in frozen_weights(layers[first:])) if plan.keep_int8 else 0
+    kept = [weight for weight in frozen_weights(layers[first:]) if plan.keep_int8 and not weight.keeps_int8]
     process, weights = resident
     return Memory(
         process,
@@ -415,7 +415,7 @@ def predicted(
         + int8
         + _HEAP
         + _core.constants.spare_buffer_bytes,
-        codes=codes,
+        codes=sum(weight.int8_nbytes for weight in kept),
     )
 
 

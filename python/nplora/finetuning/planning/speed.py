@@ -11,12 +11,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from nplora.finetuning.planning.memory import Adapters, Arithmetic, MicroBatch
+from nplora.finetuning.planning.memory import Adapters, MicroBatch, ProductMethod
 from nplora.lm import LanguageModel
 from nplora.models.decoder import frozen_weights
 from nplora.models.positions import packed_positions
+from nplora.nn.int8 import arithmetic_of_inference
 from nplora.runtime.giving_way import give_way
-from nplora.weights import FrozenWeight, buffers
+from nplora.weights import FrozenWeight, buffers, keeping_int8
 
 Array = npt.NDArray[Any]
 
@@ -36,23 +37,37 @@ class Cost:
     def seconds(self, tokens: int) -> float:
         return self.call + self.token * tokens
 
+    def plus(self, token: float) -> Cost:
+        """The cost if each token takes `token` more seconds."""
+        return Cost(self.call, self.token + token)
+
 
 @dataclass(frozen=True)
 class Speed:
-    """The speed of a model in one arithmetic: the costs of a block's forward pass, of a block's backward
-    pass, and of both passes of the head together."""
+    """The speed of a model with one product method.
+
+    Attributes:
+        forward, backward: the costs of a block's passes in training.
+        head: the cost of both passes of the head together.
+        operations: floating-point operations per second in the products of a block.
+        inference: the cost of a block's forward pass if nothing in the block is trained.
+    """
 
     forward: Cost
     backward: Cost
     head: Cost
-    operations: float  # floating-point operations per second in the products of a block
+    operations: float
+    inference: Cost
 
     def step(self, lm: LanguageModel, adapters: Adapters, one: MicroBatch, recompute: bool) -> float:
         """The predicted seconds of the forward and backward passes of a micro-batch."""
         blocks = lm.config.num_hidden_layers
         trained = blocks - adapters.first_block(blocks)
-        forwards = blocks + (trained if recompute else 0)
-        products = forwards * self.forward.seconds(one.tokens) + trained * self.backward.seconds(one.tokens)
+        trained_forwards = 2 * trained if recompute else trained
+        forwards = blocks - trained + trained_forwards
+        products = trained_forwards * self.forward.seconds(one.tokens)
+        products += (blocks - trained) * self.inference.seconds(one.tokens)
+        products += trained * self.backward.seconds(one.tokens)
         longer = one.tokens * max(0, one.longest - _MANY) / 2 * lm.config.num_attention_heads
         scores = longer * lm.config.head_dim * (forwards * _ATTENTION[0] + trained * _ATTENTION[1])
         factors = sum(adapters.rank_of(name) * sum(shape) for name, shape in adapters.shapes.items())
@@ -60,15 +75,15 @@ class Speed:
         whole = 2.0 * max(adapters.rows.values(), default=0) * one.targets  # the gradient of a trained head
         return products + (scores + low + whole) / self.operations + self.head.seconds(one.targets)
 
-    def inference(self, lm: LanguageModel, tokens: int, targets: int) -> float:
-        """The predicted seconds of a forward pass alone."""
-        return lm.config.num_hidden_layers * self.forward.seconds(tokens) + self.head.seconds(targets) / 2
+    def forward_pass(self, lm: LanguageModel, tokens: int, targets: int) -> float:
+        """The predicted seconds of a forward pass of the whole model in inference."""
+        return lm.config.num_hidden_layers * self.inference.seconds(tokens) + self.head.seconds(targets) / 2
 
 
 def measured(
-    lm: LanguageModel, arithmetics: tuple[Arithmetic, ...], int8_head: str = "forward"
-) -> dict[Arithmetic, Speed]:
-    """Measure the speed in each arithmetic, with the current number of threads.
+    lm: LanguageModel, methods: tuple[ProductMethod, ...], int8_head: str = "forward"
+) -> dict[ProductMethod, Speed]:
+    """Measure the speed with each method, and with the current number of threads.
 
     Args:
         int8_head: the arithmetic of the head in plans in int8: "off", "forward" or "on".
@@ -86,35 +101,43 @@ def measured(
 
     forward_seconds, whole_seconds = seconds(whole_forward), seconds(whole)
     linears = list(frozen_weights([block]))
-    speeds = {arithmetic: _products(lm, linears, arithmetic, int8_head) for arithmetic in arithmetics}
-    own = Arithmetic(lm.compute)
-    reference = speeds.get(own) or _products(lm, linears, own, int8_head)
-    rest = max(0.0, forward_seconds - reference.forward.seconds(_MANY)) / _MANY
-    rest_backward = max(0.0, whole_seconds - forward_seconds - reference.backward.seconds(_MANY)) / _MANY
+    own = ProductMethod(lm.compute)
+    inferring = {method: ProductMethod(arithmetic_of_inference(method.compute)) for method in methods}
+    needed = dict.fromkeys((*methods, *inferring.values(), own))
+    products = {method: _products(lm, linears, method, int8_head) for method in needed}
+    rest = max(0.0, forward_seconds - products[own].forward.seconds(_MANY)) / _MANY
+    rest_backward = max(0.0, whole_seconds - forward_seconds - products[own].backward.seconds(_MANY)) / _MANY
     buffers.release()
     return {
-        arithmetic: Speed(
-            Cost(speed.forward.call, speed.forward.token + rest),
-            Cost(speed.backward.call, speed.backward.token + rest_backward),
-            speed.head,
-            speed.operations,
+        method: Speed(
+            products[method].forward.plus(rest),
+            products[method].backward.plus(rest_backward),
+            products[method].head,
+            products[method].operations,
+            products[other].forward.plus(rest),
         )
-        for arithmetic, speed in speeds.items()
+        for method, other in inferring.items()
     }
 
 
+@dataclass(frozen=True)
+class _Products:
+    """The costs of the products of a block, without its other work; see `Speed`."""
+
+    forward: Cost
+    backward: Cost
+    head: Cost
+    operations: float
+
+
 def _products(
-    lm: LanguageModel, linears: list[FrozenWeight], arithmetic: Arithmetic, int8_head: str
-) -> Speed:
-    """Measure the speed of the products with frozen weights, without the other work of a block."""
-    compute = arithmetic.compute
+    lm: LanguageModel, linears: list[FrozenWeight], method: ProductMethod, int8_head: str
+) -> _Products:
+    compute = method.compute
     weights = [weight.with_compute(compute) for weight in linears]
-    if arithmetic.keep_int8:
-        weights = [weight.with_compute("float32").with_compute("int8") for weight in linears]  # new objects
-        for weight in weights:
-            weight.keep_int8()
-    forward = _cost(weights, FrozenWeight.matmul, 1, (_FEW, _MANY))
-    backward = _cost(weights, FrozenWeight.matmul_t, 0, (_FEW, _MANY))
+    with keeping_int8(weights if method.keep_int8 else []):
+        forward = _cost(weights, FrozenWeight.matmul, 1, (_FEW, _MANY))
+        backward = _cost(weights, FrozenWeight.matmul_t, 0, (_FEW, _MANY))
     forward_of_head = "bfloat16" if compute == "int8" and int8_head == "off" else compute
     backward_of_head = "bfloat16" if compute == "int8" and int8_head != "on" else compute
     head, head_rows = list(frozen_weights([lm.lm_head])), (_HEAD_ROWS // 4, _HEAD_ROWS)
@@ -122,7 +145,7 @@ def _products(
     to = _cost(there, FrozenWeight.matmul, 1, head_rows)
     back = _cost([w.with_compute(backward_of_head) for w in there], FrozenWeight.matmul_t, 0, head_rows)
     operations = 2.0 * sum(weight.size for weight in weights) / forward.token
-    return Speed(forward, backward, Cost(to.call + back.call, to.token + back.token), operations)
+    return _Products(forward, backward, Cost(to.call + back.call, to.token + back.token), operations)
 
 
 def _cost(

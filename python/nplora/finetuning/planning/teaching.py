@@ -109,5 +109,5 @@ class Teaching:
         """
         forward = 0.0
         if teacher is not None and self.model is not None:
-            forward = teacher.inference(self.model, one.tokens, one.targets)
+            forward = teacher.forward_pass(self.model, one.tokens, one.targets)
         return forward + row * one.targets

@@ -38,6 +38,7 @@ from nplora.models import PrefixCache
 from nplora.nn.losses import NonFiniteLossError
 from nplora.trainer.directory_lock import DirectoryLock
 from nplora.trainer.evaluation import evaluate
+from nplora.weights import keeping_int8
 
 # The search warns if there are fewer held-out examples than this, because the standard error is then about as
 # large as the differences between good settings.
@@ -405,7 +406,8 @@ class _Trials:
         lm = self._model(options)
         trainer = new_trainer(lm, objective.loss(self._execution.micro_tokens), options, [])
         try:
-            history = trainer.fit(batches, steps=steps)
+            with keeping_int8(lm.model.int8_weights() if self._execution.keep_int8 else []):
+                history = trainer.fit(batches, steps=steps)
         except NonFiniteLossError:
             return math.inf, time.perf_counter() - start, 0.0
         if history.interrupted:
@@ -419,8 +421,6 @@ class _Trials:
         lm = self._inputs.lm.copied({})
         put_on_adapter(lm, self._inputs.start, options)
         lm.model.recompute = self._execution.recompute
-        if self._execution.keep_int8:
-            lm.model.keep_int8()
         lm.model.prefix = self._shared_prefix(lm)
         return lm
 

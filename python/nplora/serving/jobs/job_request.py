@@ -30,7 +30,7 @@ _NOT_OF_REQUESTS = {
     "adapter", "any_base", "objective", "teacher", "kl", "temperature", "kd_ratio", "seed", "compute",
     "memory", "keep_prefix", "save_every", "save_minutes", "report_to", "resume", "overwrite", "sample",
     "distributed", "communication_dtype", "local_steps", "outer_lr", "outer_momentum", "strict",
-    "change_compute",
+    "change_compute", "keep_int8",
 }  # fmt: skip
 OPTIONS = tuple(
     field.name for field in dataclasses.fields(FinetuneOptions) if field.name not in _NOT_OF_REQUESTS

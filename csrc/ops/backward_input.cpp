@@ -148,7 +148,7 @@ template <class E, class W>
 ColumnBlock<W> InputGradient<E, W>::block_at(const WeightView& w, const Gradient& dy, Range rows, Range cols,
                                              W* made) const {
   if constexpr (kInt8)
-    return column_quads(w, dy.int8->kept, rows, cols, made);
+    return column_quads(w, dy.int8->kept.get(), rows, cols, made);
   else
     return column_block(w, rows, cols, is_shared(), made);
 }

@@ -52,7 +52,7 @@ class InputGradient {
   // What an int8 product of a layer reads.
   struct Int8Operands {
     CodedBlock dy;
-    KeptCodes kept;  // the codes of W, if they are kept
+    std::shared_ptr<const KeptCodes> kept;  // the kept codes of W, or null
   };
 
   // The dy of some tokens, for a product with W. In int8 products, dy is in `int8`, and `elements` is empty.

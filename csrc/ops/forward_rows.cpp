@@ -90,12 +90,12 @@ class RowsForward {
   struct PartUpdate {
     const ForwardPart<T>& part;
     Update update;
-    Joined* joined;             // null if z is not needed
-    size_t column = 0;          // the layer's first column in Joined::z
-    T* a = nullptr;             // scale * Aᵀ (r, d_out)
-    Matrix<const E> a_pairs{};  // scale * Aᵀ, converted to type E
-    E* z_elements = nullptr;    // the layer's z of a token block, if z is converted to E
-    KeptCodes kept{};           // the kept codes of W, if the product is in int8
+    Joined* joined;                           // null if z is not needed
+    size_t column = 0;                        // the layer's first column in Joined::z
+    T* a = nullptr;                           // scale * Aᵀ (r, d_out)
+    Matrix<const E> a_pairs{};                // scale * Aᵀ, converted to type E
+    E* z_elements = nullptr;                  // the layer's z of a token block, if z is converted to E
+    std::shared_ptr<const KeptCodes> kept{};  // the kept codes of W, or null
 
     size_t rank() const { return part.low.rank(); }
   };
@@ -293,7 +293,7 @@ class RowsForward {
   // The transpose of W[rows, cols] if its codes are kept, otherwise null.
   static const W* kept_block(const PartUpdate& u, Range rows, Range cols) {
     if constexpr (kInt8)
-      if (u.kept) return u.kept.at(rows.first, cols.first);
+      if (u.kept) return u.kept->at(rows.first, cols.first);
     return nullptr;
   }
 

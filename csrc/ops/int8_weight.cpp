@@ -87,41 +87,27 @@ size_t quads_of_block(const WeightView& w) {
 
 }  // namespace
 
-KeptCodes::KeptCodes(const WeightView& w, AlignedBuffer codes)
-    : codes_(std::make_shared<const AlignedBuffer>(std::move(codes))), block_(quads_of_block(w)) {}
+KeptCodes::KeptCodes(const WeightView& w) : block_(quads_of_block(w)), codes_(bytes(w), Life::kLong) {
+  const double elements = static_cast<double>(w.d_out) * static_cast<double>(w.d_in);
+  parallel_for(ceil_div(w.d_out, kInt8PanelColumns), useful_threads(4 * elements), Interruptible::kYes,
+               [&](size_t block) {
+                 transposed_quads(w, nth_block(w.d_out, kInt8PanelColumns, block), {0, w.d_in},
+                                  codes_.as<Int8Quad>() + block * block_);
+               });
+}
 
 const Int8Quad* KeptCodes::at(size_t row, size_t col) const {
-  return codes_->as<Int8Quad>() + row / kInt8PanelColumns * block_ + col / kCodesPerQuad * kInt8PanelColumns;
+  return codes_.as<Int8Quad>() + row / kInt8PanelColumns * block_ + col / kCodesPerQuad * kInt8PanelColumns;
 }
 
 size_t KeptCodes::bytes(const WeightView& w) {
   return ceil_div(w.d_out, kInt8PanelColumns) * quads_of_block(w) * sizeof(Int8Quad);
 }
 
-KeptCodes Int8Form::codes() const {
-  const std::lock_guard lock(mutex_);
-  return codes_;
-}
-
-void Int8Form::drop_codes() {
-  KeptCodes dropped;  // freed after the mutex is unlocked
-  const std::lock_guard lock(mutex_);
-  std::swap(codes_, dropped);
-}
-
 void Int8Form::keep_codes(const WeightView& w) {
   if (codes()) return;
   find_scales(w);
-  AlignedBuffer made(KeptCodes::bytes(w), Life::kLong);
-  const double elements = static_cast<double>(w.d_out) * static_cast<double>(w.d_in);
-  parallel_for(ceil_div(w.d_out, kInt8PanelColumns), useful_threads(4 * elements), Interruptible::kYes,
-               [&](size_t block) {
-                 transposed_quads(w, nth_block(w.d_out, kInt8PanelColumns, block), {0, w.d_in},
-                                  made.as<Int8Quad>() + block * quads_of_block(w));
-               });
-  KeptCodes kept(w, std::move(made));
-  const std::lock_guard lock(mutex_);
-  codes_ = std::move(kept);
+  codes_.set(std::make_shared<const KeptCodes>(w));
 }
 
 // ---- rows of x or dy ----
@@ -241,12 +227,12 @@ void turn_kept(const KeptCodes& kept, Range rows, Range cols, Int8Quad* out, siz
 
 }  // namespace
 
-ColumnBlock<Int8Quad> column_quads(const WeightView& w, const KeptCodes& kept, Range rows, Range cols,
+ColumnBlock<Int8Quad> column_quads(const WeightView& w, const KeptCodes* kept, Range rows, Range cols,
                                    Int8Quad* out) {
   const kernels::Int8Gemm& k = kernels::table().int8_gemm;
   const size_t panel_stride = ceil_div(rows.count, kCodesPerQuad) * kPanelColumns;
   if (kept) {
-    turn_kept(kept, rows, cols, out, panel_stride);
+    turn_kept(*kept, rows, cols, out, panel_stride);
     return {out, kPanelColumns, panel_stride};
   }
   uint8_t codes[kRowsAtOnce * scratch_columns(kDecodedColumns)];

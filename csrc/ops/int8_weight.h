@@ -6,11 +6,11 @@
 
 #include <atomic>
 #include <memory>
-#include <mutex>
 
 #include "base/aligned_buffer.h"
 #include "base/matrix.h"
 #include "base/range.h"
+#include "base/shared_slot.h"
 #include "kernels/kernel_table.h"
 #include "ops/scratch.h"
 #include "ops/weight.h"
@@ -18,15 +18,11 @@
 namespace nplora {
 
 // The int8 codes of all of W, kept in memory. They consist of one block for every kInt8PanelColumns rows of W.
-// Each block is stored as transposed_quads stores it, with all columns of W. A product holds the codes while it
-// reads them, so another thread may drop them in the meantime.
+// Each block is stored as transposed_quads stores it, with all columns of W.
 class KeptCodes {
  public:
-  KeptCodes() = default;
-  KeptCodes(const WeightView& w, AlignedBuffer codes);
-
-  // Whether there are codes.
-  explicit operator bool() const { return codes_ != nullptr; }
+  // Converts all of `w`, whose scales must be known.
+  explicit KeptCodes(const WeightView& w);
 
   // The codes from `row` and `col` on. `row` is a multiple of kInt8PanelColumns, and `col` a multiple of four.
   const kernels::Int8Quad* at(size_t row, size_t col) const;
@@ -35,8 +31,8 @@ class KeptCodes {
   static size_t bytes(const WeightView& w);
 
  private:
-  std::shared_ptr<const AlignedBuffer> codes_;
-  size_t block_ = 0;  // the number of quads of a block
+  size_t block_;  // the number of quads of a block
+  AlignedBuffer codes_;
 };
 
 // W for int8 products: the scales of its rows, and its codes if they are kept. Computing the scales reads all
@@ -62,16 +58,16 @@ class Int8Form {
   // codes are kept already.
   void keep_codes(const WeightView& w);
 
-  // Frees the kept codes, as soon as no product reads them.
-  void drop_codes();
+  // Frees the kept codes as soon as no product reads them.
+  void drop_codes() { codes_.set(nullptr); }
 
-  // The kept codes; empty if none are kept.
-  KeptCodes codes() const;
+  // The kept codes, or null. A product holds the pointer while it reads the codes, so another thread may drop
+  // the codes in the meantime.
+  std::shared_ptr<const KeptCodes> codes() const { return codes_.get(); }
 
  private:
   std::atomic<float*> scales_ = nullptr;
-  mutable std::mutex mutex_;
-  KeptCodes codes_;  // guarded by mutex_
+  SharedSlot<KeptCodes> codes_;
 };
 
 // The depth of a block in int8 products, in values. If the depth of a product is at most kInt8Depth, there is
@@ -126,8 +122,9 @@ void transposed_quads(const WeightView& w, Range rows, Range cols, kernels::Int8
 // Writes the int8 codes of W[rows, cols], for backward products, to out (rows / 4, kPanelColumns). If there
 // are more than kPanelColumns columns, `out` holds two such panels, one after the other. The first row is a
 // multiple of kInt8PanelColumns. The first column is a multiple of kPanelColumns, and there are at most
-// kDecodedColumns columns. If `kept` has the codes of W, they are copied from there.
-ColumnBlock<kernels::Int8Quad> column_quads(const WeightView& w, const KeptCodes& kept, Range rows,
+// kDecodedColumns columns. If `kept` is not null, it holds the codes of
+// W, and they are copied from there.
+ColumnBlock<kernels::Int8Quad> column_quads(const WeightView& w, const KeptCodes* kept, Range rows,
                                             Range cols, kernels::Int8Quad* out);
 
 }  // namespace nplora

@@ -399,7 +399,8 @@ def predicted(
         block.footprint(NOT_ADAPTED, narrow).scratch for block in layers
     )
     int8 = _of_int8(lm, adapters) if plan.compute == "int8" else 0
-    kept = [weight for weight in frozen_weights(layers[first:]) if plan.keep_int8 and not weight.keeps_int8]
+    trained = frozen_weights(layers[first:] if plan.keep_int8 else [])
+    codes = sum(weight.int8_nbytes for weight in trained if not weight.keeps_int8)
     process, weights = resident
     return Memory(
         process,
@@ -415,7 +416,7 @@ def predicted(
         + int8
         + _HEAP
         + _core.constants.spare_buffer_bytes,
-        codes=sum(weight.int8_nbytes for weight in kept),
+        codes=codes,
     )
 
 

@@ -258,7 +258,7 @@ def test_weights_that_are_kept_already_are_not_counted_again(model: Path, data: 
 def test_a_limit_that_fits_without_kept_weights_says_so(model: Path, data: Path) -> None:
     options: dict[str, Any] = {"compute": "int8", "recompute": True, "batch_examples": 1}
     least = plan(model, data, **options).memory.total
-    with pytest.raises(BudgetError, match="; without --keep-int8 it needs .* MB; --memory .*M is enough"):
+    with pytest.raises(BudgetError, match=r"; without --keep-int8 it needs .* MB; --memory .*M is enough"):
         plan(model, data, memory=int(1.025 * least), keep_int8=True, **options)
 
 

@@ -27,6 +27,7 @@ from nplora.formats.tokenizer_json import AddedToken
 from nplora.lm import LanguageModel, load_model
 from nplora.lm.generation import Prompt, prompt_ids
 from nplora.lm.trained_rows import new_tokens
+from nplora.models.decoder import frozen_weights
 from nplora.runtime.user_warning import warn_user
 from nplora.weights import COMPUTES
 

@@ -1,7 +1,8 @@
 // The operands of int8 products for large batches: W, and rows of x or dy. A block of W is converted from its
 // storage format to int8 when a product copies the block to scratch memory, unless the codes of W are kept.
-// Whatever the storage format, the int8 codes of a row of W have one common scale. (In contrast, int8 products
-// for small batches use the codes and scales of the low-bit blocks themselves, see kernels::Int8Products.)
+// Whatever the storage format, the int8 codes of a row of W have one common scale. (In contrast, int8
+// products for small batches use the codes and scales of the low-bit blocks themselves, see
+// kernels::Int8Products.)
 #pragma once
 
 #include <atomic>
@@ -17,14 +18,15 @@
 
 namespace nplora {
 
-// The int8 codes of all of W, kept in memory. They consist of one block for every kInt8PanelColumns rows of W.
-// Each block is stored as transposed_quads stores it, with all columns of W.
+// The int8 codes of all of W, kept in memory. They consist of one block for every kInt8PanelColumns rows of
+// W. Each block is stored as transposed_quads stores it, with all columns of W.
 class KeptCodes {
  public:
   // Converts all of `w`, whose scales must be known.
   explicit KeptCodes(const WeightView& w);
 
-  // The codes from `row` and `col` on. `row` is a multiple of kInt8PanelColumns, and `col` a multiple of four.
+  // The codes from `row` and `col` on. `row` is a multiple of kInt8PanelColumns, and `col` a multiple of
+  // four.
   const kernels::Int8Quad* at(size_t row, size_t col) const;
 
   // The memory for the codes of `w`, in bytes.

@@ -255,11 +255,12 @@ def test_weights_that_are_kept_already_are_not_counted_again(model: Path, data: 
     assert rest == sum(weight.int8_nbytes for weight in frozen_weights(lm.model.layers[:1]))
 
 
+@pytest.mark.usefixtures("repeatable_plans")
 def test_a_limit_that_fits_without_kept_weights_says_so(model: Path, data: Path) -> None:
     options: dict[str, Any] = {"compute": "int8", "recompute": True, "batch_examples": 1}
     least = plan(model, data, **options).memory.total
     with pytest.raises(BudgetError, match=r"; without --keep-int8 it needs .* MB; --memory .*M is enough"):
-        plan(model, data, memory=int(1.025 * least), keep_int8=True, **options)
+        plan(model, data, memory=int(1.02 * least) + 1000, keep_int8=True, **options)
 
 
 def test_blocks_that_are_not_trained_take_the_time_of_inference(model: Path, data: Path) -> None:
@@ -295,7 +296,7 @@ def test_a_budget_decides_whether_weights_are_kept_in_int8(
     assert needed[False] < needed[True]
     large = plan(model, data, memory=int(1.03 * needed[True]), **options)
     assert str(large).startswith("int8, weights kept as 8-bit integers, activations recomputed: ")
-    for limit in (1.02 * needed[True] - 1000, 1.03 * needed[False]):
+    for limit in (1.02 * needed[True] - 1000, 1.02 * needed[False] + 1000):
         assert not plan(model, data, memory=int(limit), **options).chosen.keep_int8
     fixed = plan(model, data, memory="1G", keep_int8=True, **options)
     assert {one.keep_int8 for one in fixed.compared()} == {True}

@@ -21,12 +21,28 @@ void expect(bool condition, const char* what) {
 
 void run_jobs(size_t threads) {
   for (size_t tasks : {1, 2, 7, 100}) {
-    std::vector<int> counts(tasks, 0);  // not atomic, because each task has its own
-    nplora::parallel_for(tasks, threads, nplora::Interruptible::kYes, [&](size_t i) { ++counts[i]; });
-    bool once = true;
-    for (int count : counts) once = once && count == 1;
-    expect(once, "every task runs once");
+    for (bool in_order : {false, true}) {
+      std::vector<int> counts(tasks, 0);  // not atomic, because each task has its own
+      const auto body = [&](size_t i) { ++counts[i]; };
+      if (in_order)
+        nplora::parallel_in_order(tasks, threads, nplora::Interruptible::kYes, body);
+      else
+        nplora::parallel_for(tasks, threads, nplora::Interruptible::kYes, body);
+      bool once = true;
+      for (int count : counts) once = once && count == 1;
+      expect(once, "every task runs once");
+    }
   }
+}
+
+// When a task starts, all tasks before it have started, except those that other threads have just taken.
+void run_in_order(size_t threads) {
+  std::atomic<size_t> started{0};
+  std::atomic<bool> ordered{true};
+  nplora::parallel_in_order(1000, threads, nplora::Interruptible::kNo, [&](size_t i) {
+    if (++started + threads <= i) ordered = false;
+  });
+  expect(ordered, "tasks start in order");
 }
 
 void run_failing_job(size_t threads) {
@@ -58,10 +74,14 @@ int main(int argc, char** argv) {
       for (int round = 0; round < 300; ++round)
         for (size_t threads : {2, 4}) {
           run_jobs(threads);
+          run_in_order(threads);
           run_failing_job(threads);
         }
     });
   for (auto& caller : callers) caller.join();
+  run_jobs(130);  // more threads than shares
+  run_in_order(130);
+  run_failing_job(130);
   std::printf("%d passed, %d failed\n", passed.load(), failed.load());
   return failed > 0;
 }

@@ -355,6 +355,7 @@ def test_a_finished_run_does_not_change_its_arithmetic(model: Path, int8_run: Pa
     added = (int8_run / "log.jsonl").read_text().removeprefix(before)
     assert "changed" not in added
     finetune(model, ROWS, int8_run, steps=2, resume=True, **SHORT)
+    assert {row["compute"] for row in settings(int8_run)["layers"].values()} == {"int8"}
 
 
 @pytest.mark.parametrize("head", ["off", "on"])

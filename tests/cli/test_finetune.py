@@ -172,7 +172,7 @@ def test_a_resumed_run_says_what_it_keeps_and_which_options_continue_it(
 ) -> None:
     out = tmp_path / "out"
     line = f"finetune {model} --data {data} --output {out} --rank 2 --steps 1 --batch-examples 4".split()
-    started = [*line, "--compute", "int8", "--int8-head", "off", "--filter-vocabulary", "1e-5"]
+    started = [*line, "--compute", "int8", "--int8-head", "off", "--filter-vocabulary", "1e-5", "--keep-int8"]
     assert cli.main(started) == 0
     assert "continues" not in capsys.readouterr().err
 

@@ -330,6 +330,7 @@ def test_finetune_repeats_the_winner_to_the_bit(
 ) -> None:
     """The line that the command prints is run, and the loss of its adapter is that of the trial."""
     words = ["--batch-examples", "12", "--rank", "2", "--targets", "q_proj,v_proj", "--layers", "last:1"]
+    words += ["--compute", "int8", "--keep-int8"]
     output = tmp_path / "a search"
     line = ["tune", str(model), "--data", str(data), "--output", str(output), "--budget", "10m", *words]
     assert cli.main([*line, "--search", "lr=1e-3,1e-2", "--search", "epochs=1,2"]) == 0
@@ -337,6 +338,7 @@ def test_finetune_repeats_the_winner_to_the_bit(
     starred = next(row.split() for row in out if row.endswith("*"))
     command = shlex.split(out[-1])
     assert command[:3] == ["nplora", "finetune", str(model)]
+    assert "--keep-int8" in command
     assert command[command.index("--output") + 1] == str(output / "best")
     assert cli.main(command[1:]) == 0
     said = re.search(r"validation loss [\d.]+ -> ([\d.]+)", capsys.readouterr().out)
@@ -345,6 +347,33 @@ def test_finetune_repeats_the_winner_to_the_bit(
     assert [path.name for path in output.iterdir() if path.name != "best"] == [NAME]
     assert cli.main([*line, "--search", "lr=1e-3,1e-2", "--search", "epochs=1,2", "--resume"]) == 0
     assert capsys.readouterr().out.splitlines() == out
+
+
+def test_trials_keep_weights_in_int8_while_they_train(
+    model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept, usual = list[tuple[bool, ...]](), tuning.new_trainer
+
+    def new_trainer(lm: nplora.LanguageModel, *arguments: Any) -> Any:
+        trainer, fit = usual(lm, *arguments), nplora.Trainer.fit
+
+        def watched(*given: Any, **more: Any) -> Any:
+            history = fit(trainer, *given, **more)
+            kept.append(tuple(weight.keeps_int8 for weight in lm.model.int8_weights()))
+            return history
+
+        monkeypatch.setattr(trainer, "fit", watched)
+        return trainer
+
+    monkeypatch.setattr(tuning, "new_trainer", new_trainer)
+    losses = []
+    for keeps in (False, True):
+        options = QUICK | {"epochs": 1, "compute": "int8", "keep_int8": keeps}
+        report = tune(model, data, tmp_path / str(keeps), budget="5m", search={"lr": [1e-3]}, **options)
+        losses.append([trial.loss for trial in report.trials])
+        assert {all(each) for each in kept} == {keeps}
+        kept.clear()
+    assert losses[0] == losses[1]
 
 
 @pytest.mark.slow

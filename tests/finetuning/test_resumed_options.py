@@ -85,6 +85,7 @@ OTHERS: dict[str, tuple[str, Any]] = {
     "filter_vocabulary": ("sft", 1e-4),
     "memory": ("sft", "8G"),
     "int8_head": ("int8", "on"),
+    "keep_int8": ("int8", True),
     "keep_prefix": ("upper", "memory"),
     "any_base": ("sft", True),
     "save_every": ("sft", 7),

@@ -16,8 +16,8 @@ struct AttentionShape {
   float scale;         // the factor for all scores; usually 1 / sqrt(head_dim)
   size_t window;       // a token attends to itself and `window` - 1 tokens before it; 0 means no limit
   bool pairs = false;  // whether matrix products of tiles use bfloat16, with sums in float32
-  // If `causal` is false, a token also attends to later tokens of its sequence. With a window, these are the
-  // next `window` - 1 tokens. Without a window, they are all later tokens.
+  // If `causal` is false, a token also attends to later tokens of its sequence: to the next `window` - 1
+  // tokens if there is a window, otherwise to all of them.
   bool causal = true;
   // `bias` (heads, 2 reach + 1) holds numbers that are added to the scores (Shaw et al. 2018). The number for
   // a score depends on the head and on the distance, which is the position of the key minus the position of

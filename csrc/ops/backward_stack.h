@@ -35,10 +35,11 @@ class BackwardStack {
     bool adds, wants_db;                  // adds: dz B is added to dx; wants_db: dB must be computed
     const LowRank<T>* dropped = nullptr;  // the layer's update if the update uses dropout, else null
     size_t rank = 0;                      // the sum of the ranks of all layers of the group
-    Matrix<const E> b{};  // B of all layers, one below the other: (rank, d_in), or (rank / 2, d_in) pairs
-    T* dz = nullptr;      // the dz of a token block of n tokens, (n, rank)
-    E *elements = nullptr, *rows = nullptr;  // for pairs: dz (n, rank / 2), dz transposed (rank, n / 2)
-    T* db = nullptr;                         // the sums of dB, (r, d_in)
+    Matrix<const E> b{};    // B of all layers, one below the other: (rank, d_in), or (rank / 2, d_in) pairs
+    T* dz = nullptr;        // the dz of a token block of n tokens, (n, rank)
+    E* elements = nullptr;  // if E is Bf16Pair: dz in pairs, (n, rank / 2)
+    E* rows = nullptr;      // if E is Bf16Pair: dz transposed, in pairs, (rank, n / 2)
+    T* db = nullptr;        // the sums of dB, (r, d_in)
   };
 
   struct Part {

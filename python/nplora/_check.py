@@ -524,7 +524,7 @@ def _storage_in_place(op: str, array: Array, dtype: str | None) -> str:
         return "bfloat16"
     name: str = array.dtype.name
     if name not in ("float32", "float64", "float16", "bfloat16"):
-        hint = '; for bit patterns of bfloat16 pass dtype="bfloat16"' if name == "uint16" else ""
+        hint = '; if W holds bit patterns of bfloat16, pass dtype="bfloat16"' if name == "uint16" else ""
         raise TypeError(f"{op}: W has dtype {name}, expected float32, float64, float16 or bfloat16{hint}")
     if dtype not in (None, name):
         raise ValueError(f"{op}: dtype={dtype!r}, but W has dtype {name}")

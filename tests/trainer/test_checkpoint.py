@@ -754,7 +754,7 @@ def test_a_run_that_diverged_continues_with_a_lower_lr_and_not_with_the_same(
     advice, _, ruined = note.partition(", where the loss had risen from 0.3936 to ")
     assert advice == f"--resume with a lower --lr (resume=True, a lower lr) continues from step {good}"
     loss = {6: "51.01", 4: "16.01"}.get(good)
-    assert ruined == (f"{loss}: better start a new run with a lower --lr (--overwrite)" if loss else "")
+    assert ruined == (f"{loss}: a new run with --overwrite and a lower --lr would be better" if loss else "")
     disk = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
     with pytest.raises(
         ValueError,

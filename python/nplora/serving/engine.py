@@ -284,7 +284,7 @@ class Engine:
             self._scheduler.close()
 
     def metrics(self) -> Metrics:
-        """A copy of the counters, which does not change later."""
+        """A copy of the counters. Later requests do not change the copy."""
         with self._lock:
             self._scheduler.counts()
             return self._metrics.copy()

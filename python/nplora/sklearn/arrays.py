@@ -25,7 +25,7 @@ _DTYPES = [np.float64, np.float32]
 
 @dataclass(frozen=True)
 class FileModel:
-    """What is pickled of a fitted model whose network was read from a file: all but the frozen weights.
+    """A fitted model as it is pickled if its network was read from a file: without the frozen weights.
 
     Attributes:
         path, activation, adaptation, probe: the arguments with which `read_network` and `adapted` rebuild the

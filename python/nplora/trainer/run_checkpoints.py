@@ -254,6 +254,6 @@ class RunCheckpoints:
         if good.step and then > _RUINED * first:
             words += (
                 f", where the loss had risen from {first:.4g} to {then:.4g}: "
-                "better start a new run with a lower --lr (--overwrite)"
+                "a new run with --overwrite and a lower --lr would be better"
             )
         return words

@@ -763,7 +763,9 @@ def _values(array: Array, storage: str) -> Array:
     _check.matrix("FrozenWeight", "W", array)
     bits = array.dtype == np.uint16 and storage == "bfloat16"
     if array.dtype.kind != "f" and not _check.is_bfloat16(array) and not bits:
-        hint = '; for bit patterns of bfloat16 pass dtype="bfloat16"' if array.dtype == np.uint16 else ""
+        hint = (
+            '; if W holds bit patterns of bfloat16, pass dtype="bfloat16"' if array.dtype == np.uint16 else ""
+        )
         raise TypeError(f"FrozenWeight: W has dtype {array.dtype}, expected floats{hint}")
     if bits or (array.dtype.name == storage and array.itemsize == 2 and array.dtype.isnative):
         return np.require(array.view(np.uint16), requirements=("C", "A"))

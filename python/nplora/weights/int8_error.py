@@ -90,7 +90,10 @@ def measure(packed: _core.PackedWeight, x: Array, samples: int) -> Int8Error:
 
 
 def measure_t(packed: _core.PackedWeight, dy: Array, samples: int, dither_key: int | None) -> Int8Error:
-    """The error of dy W for at most `samples` rows of dy and columns of W. All of W is decoded once."""
+    """The error of the product dy W, for at most `samples` rows of dy and at most `samples` columns of W.
+
+    All of W is decoded once.
+    """
     d_out, d_in = packed.shape
     rows, outputs = sample(len(dy), samples), sample(d_in, samples)
     some = _with_enough_rows(dy[rows])

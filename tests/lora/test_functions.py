@@ -270,7 +270,7 @@ def misaligned(W: Array) -> Array:
         (read_only, ValueError, "merge_lora: W is read-only"),
         (lambda W: W.astype(">f4"), TypeError, r"W is byte-swapped \(>f4\)"),
         (lambda W: W.astype(int), TypeError, "W has dtype int64, expected float32, float64, float16 or"),
-        (lambda W: W.astype(np.uint16), TypeError, 'if W holds bit patterns of bfloat16, pass dtype="bfloat16"'),
+        (lambda W: W.astype(np.uint16), TypeError, 'W holds bit patterns of bfloat16, pass dtype="bfloat16"'),
         pytest.param(
             lambda W: W.astype(np.longdouble),
             TypeError,

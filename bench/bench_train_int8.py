@@ -34,7 +34,7 @@ from bench.timing import Calls, Contestant, Result, Runtimes, on_threads
 
 FILTER = 1e-6  # the least probability of a word that Gemma's filter keeps
 LOSS_WITHIN = 0.02  # the largest relative difference of the first losses in different arithmetics
-LARGE_BYTES = 7 << 30  # the memory and the disk space that the 8B model needs, with a reserve
+LARGE_BYTES = 7 << 30  # of free memory and, again, of disk space for the 8B model, with a reserve
 Step = Callable[[], float]
 
 
@@ -222,7 +222,7 @@ def run(quick: bool, threads: int) -> list[dict[str, Any]]:
             rows += race("Gemma 3 270M", gemma, arithmetics, text, peers, runtimes, 3)
             show_skipped(gemma, text, threads)
         if not has_room(Path(directory)):
-            print("\n8B is not timed: it needs 7 GiB of free memory and of free space for temporary files")
+            print("\nthe 8B model is not timed: it needs 7 GiB of free memory, and 7 GiB of disk space")
             return rows
         large = write_large(Path(directory, "8b.gguf"))
         rows += race("8B, Q4_K", large, [BFLOAT16, INT8], full_text(1, 512, "int8"), [], runtimes, 3)

@@ -54,9 +54,9 @@ void call_body(const void* body, size_t task) {
 size_t useful_threads(double operations);
 
 // Calls body(task) once for each task in [0, tasks), in any order, on at most `threads` threads. The tasks
-// are cut into shares of neighbouring tasks, one for each thread. A thread takes the tasks of its own
-// share first, and then helps with the other shares. So if successive calls cut an array at about the same
-// rows, a thread finds most of its rows in the cache of its own core.
+// are cut into shares of neighbouring tasks, one for each of up to 128 threads. A thread takes the tasks of
+// its own share first, and then helps with the other shares. So if successive calls cut an array at about the
+// same rows, a thread finds most of its rows in the cache of its own core.
 //
 // Each output must be computed by a single task. So no sum is split between tasks, and results do not
 // depend on the number of threads. If tasks throw, the first exception is rethrown.

@@ -469,7 +469,7 @@ struct Int8Gemm {
   // Converts codes from the layout of forward products to the layout of backward products. Element (q, i)
   // of w (quads, rows) holds the codes of columns 4q to 4q + 3 in row i of W. Element (i, j) of out
   // (ceil(rows / 4), 4 * quads) holds the codes of rows 4i to 4i + 3 in column j. If `rows` is not a multiple
-  // of four, the rows of `w` are read up to the next multiple of four.
+  // of four, each row of `w` is read up to the next multiple of four elements.
   void (*turn_quads)(size_t rows, size_t quads, const Int8Quad* w, size_t w_stride, Int8Quad* out,
                      size_t out_stride);
 

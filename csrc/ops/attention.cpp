@@ -19,7 +19,8 @@ constexpr float kLowest = std::numeric_limits<float>::lowest();
 // than there are threads.
 constexpr size_t kTilesPerTask = 4;
 
-// If there are this many tasks for each thread, the last ones are short enough that no thread waits for long.
+// With at least this many tasks for each thread, a single task is a small part of the work, so no thread waits
+// long at the end.
 constexpr size_t kManyTasks = 16;
 
 // A run consists of neighbouring queries of one sequence. A lane is one head of one query. All lanes of a
@@ -151,8 +152,9 @@ void attend_tiles(const AttentionShape& shape, const std::vector<Run>& runs, Mat
     for (size_t lane = task.first_lane; lane < task.end_lane; lane += kTileLanes)
       attend({shape, runs[task.run], task.kv_head, lane, task.end_lane}, q, to);
   };
-  // A thread that begins with its own share finds most of its rows in its cache. But with only a few tasks,
-  // one share would hold the long tasks of a run, and another share its short tasks.
+  // A thread that begins with its own share finds most of its rows in its cache. But if there are fewer runs
+  // than threads, and only a few tasks, one share would hold the long tasks of a run, and another share its
+  // short tasks.
   if (runs.size() >= threads || tasks.size() >= kManyTasks * threads)
     parallel_for(tasks.size(), threads, Interruptible::kYes, attend_lanes);
   else

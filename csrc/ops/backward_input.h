@@ -49,7 +49,7 @@ class InputGradient {
 
   static constexpr bool kInt8 = std::is_same_v<W, kernels::Int8Quad>;
 
-  // What an int8 product of a layer reads.
+  // The operands of a layer's product in int8.
   struct Int8Operands {
     CodedBlock dy;
     std::shared_ptr<const KeptCodes> kept;  // the kept codes of W, or null

@@ -290,7 +290,7 @@ class RowsForward {
                      true);
   }
 
-  // The transpose of W[rows, cols] if its codes are kept, otherwise null.
+  // The kept codes of W[rows, cols], transposed; null if no codes are kept.
   static const W* kept_block(const PartUpdate& u, Range rows, Range cols) {
     if constexpr (kInt8)
       if (u.kept) return u.kept->at(rows.first, cols.first);

@@ -19,14 +19,14 @@
 namespace nplora {
 
 // The int8 codes of all of W, kept in memory. They consist of one block for every kInt8PanelColumns rows of
-// W. Each block is stored as transposed_quads stores it, with all columns of W.
+// W. A block has all columns of W, in the layout that transposed_quads writes.
 class KeptCodes {
  public:
   // Converts all of `w`, whose scales must be known.
   explicit KeptCodes(const WeightView& w);
 
-  // The codes from `row` and `col` on. `row` is a multiple of kInt8PanelColumns, and `col` a multiple of
-  // four.
+  // The codes, beginning at row `row` and column `col`. `row` is a multiple of kInt8PanelColumns, and `col` is
+  // a multiple of four.
   const kernels::Int8Quad* at(size_t row, size_t col) const;
 
   // The memory for the codes of `w`, in bytes.
@@ -38,8 +38,8 @@ class KeptCodes {
 };
 
 // W for int8 products: the scales of its rows, and its codes if they are kept. Computing the scales reads all
-// of W, which may be in a mapped file. So the scales are computed only when a product first needs them; text
-// generation never needs them.
+// of W, which may be in a mapped file. So the scales are computed only when a product or keep_codes first
+// needs them; text generation never needs them.
 class Int8Form {
  public:
   Int8Form() = default;
@@ -124,8 +124,8 @@ void transposed_quads(const WeightView& w, Range rows, Range cols, kernels::Int8
 // Writes the int8 codes of W[rows, cols], for backward products, to out (rows / 4, kPanelColumns). If there
 // are more than kPanelColumns columns, `out` holds two such panels, one after the other. The first row is a
 // multiple of kInt8PanelColumns. The first column is a multiple of kPanelColumns, and there are at most
-// kDecodedColumns columns. If `kept` is not null, it holds the codes of
-// W, and they are copied from there.
+// kDecodedColumns columns. If `kept` is not null, it holds the codes of W. They are then copied from `kept`
+// and transposed.
 ColumnBlock<kernels::Int8Quad> column_quads(const WeightView& w, const KeptCodes* kept, Range rows,
                                             Range cols, kernels::Int8Quad* out);
 

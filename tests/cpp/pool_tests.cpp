@@ -20,7 +20,7 @@ void expect(bool condition, const char* what) {
 }
 
 void run_jobs(size_t threads) {
-  for (size_t tasks : {1, 2, 7, 100}) {
+  for (size_t tasks : {1, 2, 7, 100, 200}) {
     for (bool in_order : {false, true}) {
       std::vector<int> counts(tasks, 0);  // not atomic, because each task has its own
       const auto body = [&](size_t i) { ++counts[i]; };

@@ -584,8 +584,8 @@ def test_the_adapter_of_an_overwritten_run_is_not_used_for_the_new_run(
     ):
         assert cli.main(line) == 2
         message = (
-            "the directory holds a run that has no adapter yet: finish it with --resume (resume=True), or, "
-            "after Trainer.fit, save the adapter with nplora.save_adapter"
+            "the directory holds a run that has no adapter yet: continue it with --resume (resume=True); if "
+            "Trainer.fit made the run, save the adapter with nplora.save_adapter"
         )
         assert capsys.readouterr().err == f"nplora: error: {out}: {message}\n"
     finetune(model, data, out, **QUICK, seed=5, resume=True)

@@ -305,9 +305,9 @@ class FinetuneOptions:
     keep_int8: bool = _option(
         _SPEED,
         False,
-        "if `compute` is int8: also keep weights in memory as 8-bit integers, one byte for each weight of "
-        "the first adapted block and of all later blocks; steps are faster, above all with few tokens or "
-        "with weights in 16 or 32 bits (default: only if `memory` is set and has room)",
+        "with compute int8: keep weights in memory as 8-bit integers too, one byte for each weight from the "
+        "first adapted block on; makes steps faster, above all with few tokens or with weights in 16 or 32 "
+        "bits (default: only with a memory limit, if there is room)",
     )
     recompute: bool = _option(
         _SPEED,

@@ -381,8 +381,8 @@ def require_finished(directory: StrPath) -> None:
     is_whole = all(map(os.path.lexists, files_of(directory)))
     if not is_whole or is_dropped(directory):
         reason = (
-            "the directory holds a run that has no adapter yet: finish it with --resume (resume=True), or, "
-            "after Trainer.fit, save the adapter with nplora.save_adapter"
+            "the directory holds a run that has no adapter yet: continue it with --resume (resume=True); if "
+            "Trainer.fit made the run, save the adapter with nplora.save_adapter"
         )
         raise FileNotFoundError(errno.ENOENT, reason, files.name(directory))
 

@@ -1,4 +1,4 @@
-"""Reads the added tokens of a tokenizer.json, and limits the size of this file."""
+"""Reads the added tokens of a tokenizer.json. Also holds the limit for the size of such a file."""
 
 import json
 from collections import Counter

@@ -50,7 +50,7 @@ class Speed:
         forward, backward: the costs of a block's passes in training.
         head: the cost of both passes of the head together.
         operations: floating-point operations per second in the products of a block.
-        inference: the cost of a block's forward pass if nothing in the block is trained.
+        inference: the cost of a block's forward pass in inference, or before the first adapted block.
     """
 
     forward: Cost
@@ -122,7 +122,7 @@ def measured(
 
 @dataclass(frozen=True)
 class _Products:
-    """The costs of the products of a block, without its other work; see `Speed`."""
+    """The costs of the products of a block, without its other work, and of the head; see `Speed`."""
 
     forward: Cost
     backward: Cost

@@ -126,7 +126,7 @@ def test_a_file_instead_of_a_directory_is_the_first_error(
     monkeypatch.chdir(tmp_path)
     Path("f").write_text("", encoding="utf-8")
     assert cli.main(line.format(file).split()) == 2
-    message = f"nplora: error: {file}: is {kind}, expected a directory: name another one\n"
+    message = f"nplora: error: {file}: is {kind}, expected a directory\n"
     assert capsys.readouterr().err == message
 
 

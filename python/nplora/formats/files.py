@@ -344,7 +344,7 @@ def require_directory(path: StrPath) -> None:
     """Raise NotADirectoryError if the path exists but is not a directory."""
     if os.path.exists(path) and not os.path.isdir(path):
         kind = kind_name(stat.S_IFMT(os.stat(path).st_mode))
-        reason = f"is {kind}, expected a directory: name another one"
+        reason = f"is {kind}, expected a directory"
         raise NotADirectoryError(errno.ENOTDIR, reason, name(path))
 
 

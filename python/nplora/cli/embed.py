@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt", metavar="TEXT", help=text)
     text = "name of a prompt in the model's files; the prompt becomes the prefix of each text"
     parser.add_argument("--prompt-name", metavar="NAME", help=text)
-    text = "number of texts in a batch (default: the number that gives about 4,096 tokens)"
+    text = "number of texts in a batch (default: the number that gives about 2,048 tokens)"
     parser.add_argument("--batch-size", metavar="N", type=int, help=text)
     text = "maximum number of tokens in a text; longer texts are cut (default: the model's maximum)"
     parser.add_argument("--max-length", metavar="N", type=int, help=text)

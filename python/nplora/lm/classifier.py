@@ -171,7 +171,7 @@ class TextClassifier(Module):
             (1, 2)
 
         Args:
-            batch_size: the number of texts that are computed together. None: a batch has about 4,096 tokens.
+            batch_size: the number of texts that are computed together. None: a batch has about 2,048 tokens.
         Returns:
             an array (texts, outputs), float32. If tokens are classified, the shape is (tokens, outputs).
         """

@@ -19,8 +19,8 @@ constexpr float kLowest = std::numeric_limits<float>::lowest();
 // than there are threads.
 constexpr size_t kTilesPerTask = 4;
 
-// With at least this many tasks for each thread, a single task is a small part of the work, so no thread waits
-// long at the end.
+// With at least this many tasks for each thread, a single task is a small part of the work, so no thread
+// waits long at the end.
 constexpr size_t kManyTasks = 16;
 
 // A run consists of neighbouring queries of one sequence. A lane is one head of one query. All lanes of a

@@ -25,8 +25,8 @@ class KeptCodes {
   // Converts all of `w`, whose scales must be known.
   explicit KeptCodes(const WeightView& w);
 
-  // The codes, beginning at row `row` and column `col`. `row` is a multiple of kInt8PanelColumns, and `col` is
-  // a multiple of four.
+  // The codes, beginning at row `row` and column `col`. `row` is a multiple of kInt8PanelColumns, and `col`
+  // is a multiple of four.
   const kernels::Int8Quad* at(size_t row, size_t col) const;
 
   // The memory for the codes of `w`, in bytes.

@@ -13,7 +13,13 @@ from bench.timing import BF16_UNIT, Calls, Contestant, Result, Runtimes, assert_
 SHAPES = [(576, 576), (1536, 576), (576, 1536), (2048, 2048), (4096, 4096), (577, 1531), (999, 1001)]
 BATCHES = (8, 32, 128, 512, 2048)
 INT8_SHAPES, INT8_BATCHES = SHAPES[:4], (32, 128, 512, 2048)
-INT8_STORAGES = ("q4_1", "q4_k", "q8_0", "bfloat16", "float32")  # in each, all read the same stored weights
+INT8_STORAGES = (
+    "q4_1",
+    "q4_k",
+    "q8_0",
+    "bfloat16",
+    "float32",
+)  # all arithmetics read the same weights
 INT8_STORED, INT8_STORED_BATCHES = INT8_SHAPES[-1], (128, 512)  # for each storage after the first
 INT8_ERROR = 0.02  # of the norm of a result, against float64
 ROW_SHAPE, ROW_BATCHES = (8192, 4096), (1, 2, 4, 16)

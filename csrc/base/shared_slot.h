@@ -1,29 +1,45 @@
 // A place for a shared object that one thread may replace while other threads use it.
 #pragma once
 
+#include <atomic>
 #include <memory>
-#include <mutex>
-#include <utility>
+
+#include "base/pause.h"
+#include "base/pool.h"
 
 namespace nplora {
 
+// After a fork, the lock may be held by a thread that does not exist in the child. A child therefore does not
+// wait for the lock: `get` then returns null, and `set` does nothing.
 template <class T>
 class SharedSlot {
  public:
   // The object, or null. It exists at least as long as the returned pointer.
   std::shared_ptr<const T> get() const {
-    const std::lock_guard lock(mutex_);
-    return object_;
+    if (!lock()) return nullptr;
+    std::shared_ptr<const T> object = object_;
+    unlock();
+    return object;
   }
 
   // Replaces the object. The old object is deleted when nobody uses it any more.
   void set(std::shared_ptr<const T> object) {
-    const std::lock_guard lock(mutex_);
+    if (!lock()) return;
     object_.swap(object);
+    unlock();
   }
 
  private:
-  mutable std::mutex mutex_;
+  bool lock() const {
+    while (locked_.exchange(true, std::memory_order_acquire)) {
+      if (forked()) return false;
+      pause();
+    }
+    return true;
+  }
+  void unlock() const { locked_.store(false, std::memory_order_release); }
+
+  mutable std::atomic<bool> locked_{false};
   std::shared_ptr<const T> object_;
 };
 

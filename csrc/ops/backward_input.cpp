@@ -56,15 +56,15 @@ InputGradient<E, W>::InputGradient(const Stack& stack, std::optional<uint64_t> d
 template <class E, class W>
 size_t InputGradient<E, W>::code_bytes(size_t block_tokens) const {
   size_t sum = 0;
-  for (const Int8Operands& each : int8_) sum += each.dy.bytes(block_tokens);
+  for (const Int8Operands& each : int8_) sum += each.codes.bytes(block_tokens);
   return sum;
 }
 
 template <class E, class W>
 void InputGradient<E, W>::place_codes(size_t block_tokens, void* memory) {
   for (Int8Operands& each : int8_) {
-    each.dy.place(block_tokens, memory);
-    memory = static_cast<char*>(memory) + each.dy.bytes(block_tokens);
+    each.codes.place(block_tokens, memory);
+    memory = static_cast<char*>(memory) + each.codes.bytes(block_tokens);
   }
 }
 
@@ -79,9 +79,9 @@ void InputGradient<E, W>::prepare(Range token_block, Range some) const {
       for (size_t i = some.first; i < some.first + some.count; ++i) {
         const size_t row = token_block.first + i;
         if (dither_key_)
-          int8_[j].dy.dither(i, *dither_key_ + j, row, part.dy.row(row), part.w.int8->scales());
+          int8_[j].codes.dither(i, *dither_key_ + j, row, part.dy.row(row), part.w.int8->scales());
         else
-          int8_[j].dy.quantize(i, part.dy.row(row), part.w.int8->scales());
+          int8_[j].codes.quantize(i, part.dy.row(row), part.w.int8->scales());
       }
     }
 }
@@ -199,7 +199,7 @@ void InputGradient<E, W>::add_block(const Part& p, const Gradient& dy, Range row
     T* out = dx.row(i) + panel.first;
     if constexpr (kInt8) {
       kernels::table().int8_gemm.multiply(few.count, panel.count, rows.count,
-                                          dy.int8->dy.from(dy.first + i, rows.first), block.data,
+                                          dy.int8->codes.from(dy.first + i, rows.first), block.data,
                                           kPanelColumns, nullptr, out, dx.stride, accumulate);
     } else {
       const Strided<E>& a = dy.elements;

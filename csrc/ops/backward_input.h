@@ -51,7 +51,7 @@ class InputGradient {
 
   // The operands of a layer's product in int8.
   struct Int8Operands {
-    CodedBlock dy;
+    CodedBlock codes;                       // dy in int8
     std::shared_ptr<const KeptCodes> kept;  // the kept codes of W, or null
   };
 
@@ -60,7 +60,7 @@ class InputGradient {
   struct Gradient {
     kernels::Strided<E> elements;
     const Int8Operands* int8;
-    size_t first;  // the row of int8->dy that holds the first of these tokens
+    size_t first;  // the row of int8->codes that holds the first of these tokens
   };
 
   bool is_shared() const;

@@ -60,7 +60,8 @@ class Int8Form {
   // codes are kept already.
   void keep_codes(const WeightView& w);
 
-  // Frees the kept codes as soon as no product reads them.
+  // Forgets the kept codes, which are freed when no product reads them any more. If another thread calls
+  // keep_codes at the same time, the codes may be kept again.
   void drop_codes() { codes_.set(nullptr); }
 
   // The kept codes, or null. A product holds the pointer while it reads the codes, so another thread may drop

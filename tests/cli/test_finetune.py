@@ -195,7 +195,7 @@ def test_a_resumed_run_says_what_it_keeps_and_which_options_continue_it(
     )
     assert cli.main([*line, "--overwrite", "--compute", "int8", "--int8-head", "on"]) == 0
     assert cli.main([*line, "--resume"]) == 0
-    kept = f"{out}: the run keeps its options --compute int8 and --int8-head on"
+    kept = f"{out}: the run still uses --compute int8 and --int8-head on"
     assert capsys.readouterr().err.splitlines().count(kept) == 1
     assert cli.main([*line, "--resume", "--int8-head", "off", "--compute", "int8"]) == 2
     assert f"--int8-head was on, is off; {advice}--int8-head on{change}{end}" in capsys.readouterr().err

@@ -32,6 +32,7 @@ from nplora.finetuning.planning import (
     needed,
     parse_bytes,
     peak_memory,
+    preferred,
     speed,
 )
 from nplora.finetuning.planning.memory import Memory, ProductMethod, predicted
@@ -264,15 +265,23 @@ def test_a_limit_that_fits_without_kept_weights_says_so(model: Path, data: Path)
 
 
 def test_blocks_that_are_not_trained_take_the_time_of_inference(model: Path, data: Path) -> None:
-    lm, arithmetics = load_model(model), ("int8", "bfloat16")
-    speeds = speed.measured(lm, tuple(map(ProductMethod, arithmetics)))
-    int8, bfloat16 = (speeds[ProductMethod(compute)] for compute in arithmetics)
-    assert int8.inference == bfloat16.inference == bfloat16.forward
-    slow = dataclasses.replace(int8, inference=speed.Cost(7.0, 0.0))
+    lm, int8, bfloat16 = load_model(model), ProductMethod("int8", True), ProductMethod("bfloat16")
+    assert int8.of_inference == bfloat16 == bfloat16.of_inference
+    speeds = speed.measured(lm, (int8,))
+    assert speeds.keys() == {int8, bfloat16, ProductMethod("float32")}
+    slow = dataclasses.replace(speeds[bfloat16], forward=speed.Cost(7.0, 0.0))
     adapters = [Adapters.of(lm, 2, "all-linear", layers) for layers in ("last:1", None)]
-    times = [slow.step(lm, each, MicroBatch(20, 20, 20), False) for each in adapters]
-    assert times[0] > 7 > times[1]
-    assert slow.forward_pass(lm, 20, 20) > 7 * len(lm.model.layers)
+    for recompute in (False, True):
+        sizes = [speeds[int8].step(lm, each, MicroBatch(20, 20, 20), recompute, slow) for each in adapters]
+        assert 8 > sizes[0] > 7 > sizes[1]
+    slow = dataclasses.replace(slow, head_forward=speed.Cost(100.0, 0.0), head_backward=speed.Cost(1e6, 0.0))
+    assert 0 < slow.forward_pass(lm, 20, 20) - 7 * len(lm.model.layers) - 100 < 1
+
+
+def test_weights_are_kept_in_int8_only_for_a_gain_that_is_more_than_noise() -> None:
+    plans = [ExecutionPlan("int8", False, None, keeps) for keeps in (False, True)]
+    for gain, chosen in ((0.99, False), (0.97, True)):
+        assert preferred(plans, {plans[0]: 1.0, plans[1]: gain}.__getitem__).keep_int8 == chosen
 
 
 @pytest.mark.usefixtures("repeatable_plans")

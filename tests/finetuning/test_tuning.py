@@ -356,6 +356,7 @@ def test_trials_keep_weights_in_int8_while_they_train(
 
     def new_trainer(lm: nplora.LanguageModel, *arguments: Any) -> Any:
         trainer, fit = usual(lm, *arguments), nplora.Trainer.fit
+        assert not any(weight.keeps_int8 for weight in lm.model.int8_weights())  # those of an earlier trial
 
         def watched(*given: Any, **more: Any) -> Any:
             history = fit(trainer, *given, **more)
@@ -369,11 +370,25 @@ def test_trials_keep_weights_in_int8_while_they_train(
     losses = []
     for keeps in (False, True):
         options = QUICK | {"epochs": 1, "compute": "int8", "keep_int8": keeps}
-        report = tune(model, data, tmp_path / str(keeps), budget="5m", search={"lr": [1e-3]}, **options)
+        report = tune(model, data, tmp_path / str(keeps), budget="5m", search={"lr": [1e-3, 2e-3]}, **options)
         losses.append([trial.loss for trial in report.trials])
         assert {all(each) for each in kept} == {keeps}
         kept.clear()
     assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"int8_head": "off"}, {"int8_head": "on"}, {"int8_head": "forward", "filter_vocabulary": 0.2}],
+)
+def test_trials_compute_the_head_as_a_run_does(
+    model: Path, data: Path, tmp_path: Path, options: dict[str, Any]
+) -> None:
+    options = QUICK | {"epochs": 1, "compute": "int8", "rank": 4, "targets": "all-linear"} | options
+    report = tune(model, data, tmp_path / "out", budget="5m", search={"lr": [1e-2]}, **options)
+    assert report.winner is not None
+    done = finetune(model, data, tmp_path / "best", progress=False, **report.options)
+    assert done.loss_after == report.winner.loss
 
 
 @pytest.mark.slow

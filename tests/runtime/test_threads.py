@@ -153,6 +153,31 @@ def test_a_forked_child_computes_the_same_bits(kind: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("compute", ["bfloat16", "int8"])
+def test_a_child_forked_during_products_of_another_thread_does_not_hang(compute: str) -> None:
+    """In such a child, a lock that the other thread held stays locked."""
+    code = (
+        "import os, sys, threading, warnings; warnings.simplefilter('ignore')\n"
+        "import numpy as np, nplora\n"
+        f"weight = nplora.FrozenWeight(np.eye(32, dtype=np.float32), compute={compute!r})\n"
+        "x = np.ones((16, 32), np.float32); wanted = weight.matmul(x); done = False\n"
+        "def work():\n"
+        "    while not done: weight.matmul(x)\n"
+        "threads = [threading.Thread(target=work) for _ in range(3)]\n"
+        "for thread in threads: thread.start()\n"
+        "codes = []\n"
+        "for _ in range(1000):\n"
+        "    child = os.fork()\n"
+        "    if child == 0: os._exit(0 if (weight.matmul(x) == wanted).all() else 1)\n"
+        "    codes.append(os.waitpid(child, 0)[1])\n"
+        "done = True\n"
+        "sys.exit(any(codes))"
+    )
+    done = run_python(code, OMP_NUM_THREADS="2")
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
 def test_other_python_threads_run_while_the_core_works() -> None:
     x, w, _, _ = factors(512, 1024, 1024, 1)
     y = np.empty((512, 1024), np.float32)

@@ -1544,7 +1544,7 @@ def test_a_crash_of_a_run_that_overwrites_another_leaves_one_of_them_whole(
         if checkpoint.read(newest_file(directory)).step:
             break  # the new run is well under way
         states.append("new")
-        with pytest.raises(FileNotFoundError, match="a run that has no adapter yet: continue it with --resume"):
+        with pytest.raises(FileNotFoundError, match="has no adapter yet: continue it with --resume"):
             nplora.load_adapter(adapted(), directory)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*a run that was killed left this file unfinished")

@@ -81,7 +81,7 @@ def words_of_kept(given: FinetuneOptions, chosen: FinetuneOptions) -> str:
         for name in ("compute", "int8_head")
         if (value := getattr(chosen, name)) not in (getattr(given, name), "float32")
     ]
-    return f"the run keeps its options {' and '.join(kept)}" if kept else ""
+    return f"the run still uses {' and '.join(kept)}" if kept else ""
 
 
 def find_earlier_run(output: StrPath) -> EarlierRun | None:

@@ -246,9 +246,10 @@ def finetune(
         int8_head: arithmetic of the head if `compute` is int8: off (bfloat16), forward (int8 in the forward
             pass, bfloat16 in the backward pass), on (int8 in both, with stochastic rounding in the backward
             pass), or auto (forward if the processor has instructions for bfloat16, otherwise on).
-        keep_int8: with compute int8: keep weights in memory as 8-bit integers too, one byte for each weight
-            from the first adapted block on; makes steps faster, above all with few tokens or with weights in
-            16 or 32 bits (default: only with a memory limit, if there is room).
+        keep_int8: with compute int8: convert the weights of the first adapted block and of all later blocks
+            only once, and keep the 8-bit integers in memory, one byte for each weight; makes steps faster,
+            above all with few tokens or with weights in 16 or 32 bits (default: only with a memory limit, if
+            there is room and steps become faster).
         recompute: gradient checkpointing: recompute activations in the backward pass; slower, but saves
             memory.
         filter_vocabulary: probability such as 1e-6: the gradient of the output layer leaves out all tokens of
@@ -370,7 +371,11 @@ def _finetune(
     int8_head = arithmetic_of_head(lm, chosen, isinstance(lm.lm_head, TrainedHead))
     word_filter = WordFilter(chosen.filter_vocabulary) if chosen.filter_vocabulary else None
 
-    with opened_output(place, ranks) as directory, _computing(lm, execution, prefix, word_filter, int8_head):
+    with (
+        opened_output(place, ranks) as directory,
+        contextlib.nullcontext() if prefix is None else contextlib.closing(prefix),
+        computing(lm, execution, prefix, word_filter, int8_head),
+    ):
         read = [batches, *([validation] if validation else [])]
         prepared = Preparation(inputs.objective, plain, read, directory, say, ranks)
         del plain
@@ -446,7 +451,7 @@ def _new_prefix(inputs: RunInputs, output: StrPath, where: str) -> PrefixCache |
 
 
 @contextlib.contextmanager
-def _computing(
+def computing(
     lm: LanguageModel,
     execution: ExecutionPlan,
     prefix: PrefixCache | None,
@@ -463,8 +468,6 @@ def _computing(
     finally:
         lm.model.recompute, lm.model.int8_head, head.int8 = before
         lm.model.prefix = lm.model.word_filter = None
-        if prefix is not None:
-            prefix.close()
 
 
 def _shown(

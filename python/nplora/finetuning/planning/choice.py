@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -33,6 +33,7 @@ _LEAST_MICRO_BATCH = 32  # tokens: smaller micro-batches save little memory and 
 # A new plan must fit into the limit divided by this margin. A resumed run may use the whole limit, because
 # its process may need a little more memory than the first one did. Error messages take account of the margin.
 _MARGIN = 1.02
+_LEAST_GAIN = 1.02  # how much faster a plan must be if it keeps weights in int8
 _TIMED_BATCHES = 1024  # a plan holds the times of about this many batches
 _FLOAT = 4
 
@@ -58,7 +59,7 @@ class PlanConstraints:
         resuming: whether the run is resumed. A resumed run may use the whole memory limit. A new run leaves a
             margin.
         keep_int8: whether plans must keep weights in memory as 8-bit integers. If False, plans in int8 may do
-            so.
+            so if there is a memory limit.
 
     >>> constraints = nplora.finetuning.planning.PlanConstraints(compute="bfloat16")
     >>> constraints.recompute, constraints.micro_tokens
@@ -161,11 +162,12 @@ def choose(
     fitting = [plan for plan in plans if sizes[plan] <= limit]
     if budget is not None and not fitting:
         smallest = min(plans, key=lambda plan: sizes[plan])
-        way_out = _shorter(work, smallest, limit, lambda *changed: memory(*changed).total)
         converting = memory(dataclasses.replace(smallest, keep_int8=False)).total
         if smallest.keep_int8 and converting <= limit:
-            way_out = f"; without --keep-int8 it needs {need(converting)}"
-        raise BudgetError(f"{op}: {_too_little(smallest, sizes[smallest], budget, constraints, way_out)}")
+            advice = f"; without --keep-int8 it needs {need(converting)}"
+        else:
+            advice = _shorter(work, smallest, limit, lambda *changed: memory(*changed).total)
+        raise BudgetError(f"{op}: {_too_little(smallest, sizes[smallest], budget, constraints, advice)}")
     if budget is not None and budget < reached:
         raise BudgetError(
             f"{op}: the peak memory of this process is {need(reached)} already, and the limit is "
@@ -173,16 +175,13 @@ def choose(
         )
     speeds = measured(lm, tuple(dict.fromkeys(plan.method for plan in plans)), work.int8_head)
     taught = _teaching_times(work, dict.fromkeys(plan.compute for plan in plans))
-    seconds = {
-        plan: _seconds(lm, adapters, work, plan, speeds[plan.method], taught[plan.compute]) for plan in plans
-    }
+    seconds = {plan: _seconds(lm, adapters, work, plan, speeds, taught[plan.compute]) for plan in plans}
     chosen = preferred(fitting, seconds.__getitem__)
     others = tuple(Alternative(plan, sizes[plan], seconds[plan]) for plan in plans if plan != chosen)
-    speed = speeds[chosen.method]
-    before = sum(speed.forward_pass(lm, *one) for one in work.reference)
+    before = sum(speeds[chosen.method.of_inference].forward_pass(lm, *one) for one in work.reference)
     most = max(1, _TIMED_BATCHES // work.accumulate)
     times = tuple(
-        tuple(_batch_times(lm, adapters, work, step, chosen, speed, taught[chosen.compute]))
+        tuple(_batch_times(lm, adapters, work, step, chosen, speeds, taught[chosen.compute]))
         for step in itertools.islice(work.batches_of_steps(), most)
     )
     return MemoryPlan(
@@ -194,14 +193,19 @@ def choose(
 def preferred(plans: Iterable[ExecutionPlan], seconds: Callable[[ExecutionPlan], float]) -> ExecutionPlan:
     """Choose the most exact arithmetic of the plans. Return the fastest plan with this arithmetic.
 
-    `seconds` returns the time of a plan's step.
+    `seconds` returns the time of a plan's step. A plan that keeps weights in int8 must be at least 2 % faster
+    than other plans, because the times are measured.
 
     >>> planning = nplora.finetuning.planning
     >>> plans = [planning.ExecutionPlan("bfloat16", False), planning.ExecutionPlan("float32", True)]
     >>> print(planning.preferred(plans, {plans[0]: 1.0, plans[1]: 2.0}.__getitem__))
     float32, activations recomputed
     """
-    return min(plans, key=lambda plan: (COMPUTES.index(plan.compute), seconds(plan)))
+
+    def rank(plan: ExecutionPlan) -> tuple[int, float]:
+        return COMPUTES.index(plan.compute), seconds(plan) * (_LEAST_GAIN if plan.keep_int8 else 1)
+
+    return min(plans, key=rank)
 
 
 def _plans(
@@ -245,8 +249,9 @@ def _teaching_times(work: Work, computes: Iterable[str]) -> dict[str, Callable[[
     row = teaching.measured_row()
     if teaching.model is None:
         return dict.fromkeys(computes, partial(teaching.step, None, row))
-    speeds = measured(teaching.model, tuple(map(ProductMethod, computes)))
-    return {method.compute: partial(teaching.step, speed, row) for method, speed in speeds.items()}
+    methods = {compute: ProductMethod(compute).of_inference for compute in computes}
+    speeds = measured(teaching.model, tuple(dict.fromkeys(methods.values())))
+    return {compute: partial(teaching.step, speeds[method], row) for compute, method in methods.items()}
 
 
 def _seconds(
@@ -254,12 +259,12 @@ def _seconds(
     adapters: Adapters,
     work: Work,
     plan: ExecutionPlan,
-    speed: Speed,
+    speeds: Mapping[ProductMethod, Speed],
     taught: Callable[[MicroBatch], float],
 ) -> float:
     """The predicted seconds of an average step; see `_batch_times`."""
     steps = list(work.batches_of_steps())
-    times = _batch_times(lm, adapters, work, itertools.chain(*steps), plan, speed, taught)
+    times = _batch_times(lm, adapters, work, itertools.chain(*steps), plan, speeds, taught)
     return sum(one.seconds for one in times) / len(steps)
 
 
@@ -269,7 +274,7 @@ def _batch_times(
     work: Work,
     batches: Iterable[tuple[Array, Array]],
     plan: ExecutionPlan,
-    speed: Speed,
+    speeds: Mapping[ProductMethod, Speed],
     taught: Callable[[MicroBatch], float],
 ) -> Iterator[BatchTime]:
     """Yield the predicted time of each batch in `batches`.
@@ -277,10 +282,11 @@ def _batch_times(
     Args:
         taught: a function that predicts the seconds of the teacher for a micro-batch.
     """
+    inference = speeds[plan.method.of_inference]
     for batch in batches:
         times = [
-            speed.step(lm, adapters, one, plan.recompute)
-            + work.extra_passes * speed.forward_pass(lm, one.tokens, one.targets)
+            speeds[plan.method].step(lm, adapters, one, plan.recompute, inference)
+            + work.extra_passes * inference.forward_pass(lm, one.tokens, one.targets)
             + taught(one)
             for one in work.cut(batch, plan.micro_tokens)
         ]
@@ -288,18 +294,18 @@ def _batch_times(
 
 
 def _too_little(
-    plan: ExecutionPlan, size: int, budget: int, constraints: PlanConstraints, way_out: str
+    plan: ExecutionPlan, size: int, budget: int, constraints: PlanConstraints, advice: str
 ) -> str:
     """The error message for a budget that is too small for every plan.
 
     Args:
         plan, size: the plan that needs the least memory, and the bytes that it needs.
-        way_out: a hint on another option with which the plan fits.
+        advice: a hint on another option with which the plan may fit.
     """
     reserve = "" if constraints.resuming else f" plus {_MARGIN - 1:.0%} in reserve"
     enough = size * (_MARGIN if constraints.resuming else _MARGIN**2)
     return (
-        f"no plan fits into {room(budget)}: the smallest ({plan}) needs {need(size)}{reserve}{way_out}; "
+        f"no plan fits into {room(budget)}: the smallest ({plan}) needs {need(size)}{reserve}{advice}; "
         f"--memory {math.ceil(enough / 1e6)}M is enough"
     )
 

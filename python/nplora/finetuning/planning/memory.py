@@ -24,6 +24,7 @@ from nplora.models.footprint import NOT_ADAPTED, Adapted
 from nplora.models.head import most_rows
 from nplora.models.word_filter import FLAT_ROWS
 from nplora.nn import Linear, LoRALinear
+from nplora.nn.int8 import arithmetic_of_inference
 from nplora.nn.principal import PRINCIPAL_INITS
 from nplora.weights.int8_error import sample_nbytes
 
@@ -63,6 +64,11 @@ class ProductMethod(NamedTuple):
 
     compute: str
     keep_int8: bool = False
+
+    @property
+    def of_inference(self) -> ProductMethod:
+        """The method of inference, and of the blocks before the first adapted block."""
+        return ProductMethod(arithmetic_of_inference(self.compute))
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -37,9 +38,9 @@ class Cost:
     def seconds(self, tokens: int) -> float:
         return self.call + self.token * tokens
 
-    def plus(self, token: float) -> Cost:
-        """The cost if each token takes `token` more seconds."""
-        return Cost(self.call, self.token + token)
+    def plus(self, more: float) -> Cost:
+        """The cost if each token takes `more` additional seconds."""
+        return Cost(self.call, self.token + more)
 
 
 @dataclass(frozen=True)
@@ -47,37 +48,44 @@ class Speed:
     """The speed of a model with one product method.
 
     Attributes:
-        forward, backward: the costs of a block's passes in training.
-        head: the cost of both passes of the head together.
+        forward, backward: the costs of a block's passes.
+        head_forward, head_backward: the costs of the head's passes.
         operations: floating-point operations per second in the products of a block.
-        inference: the cost of a block's forward pass in inference, or before the first adapted block.
     """
 
     forward: Cost
     backward: Cost
-    head: Cost
+    head_forward: Cost
+    head_backward: Cost
     operations: float
-    inference: Cost
 
-    def step(self, lm: LanguageModel, adapters: Adapters, one: MicroBatch, recompute: bool) -> float:
-        """The predicted seconds of the forward and backward passes of a micro-batch."""
+    def step(
+        self, lm: LanguageModel, adapters: Adapters, one: MicroBatch, recompute: bool, inference: Speed
+    ) -> float:
+        """The predicted seconds of the forward and backward passes of a micro-batch.
+
+        Args:
+            inference: the speed with the product method of inference, which the blocks before the first
+                adapted block use.
+        """
         blocks = lm.config.num_hidden_layers
         trained = blocks - adapters.first_block(blocks)
         trained_forwards = 2 * trained if recompute else trained
         forwards = blocks - trained + trained_forwards
         products = trained_forwards * self.forward.seconds(one.tokens)
-        products += (blocks - trained) * self.inference.seconds(one.tokens)
+        products += (blocks - trained) * inference.forward.seconds(one.tokens)
         products += trained * self.backward.seconds(one.tokens)
         longer = one.tokens * max(0, one.longest - _MANY) / 2 * lm.config.num_attention_heads
         scores = longer * lm.config.head_dim * (forwards * _ATTENTION[0] + trained * _ATTENTION[1])
         factors = sum(adapters.rank_of(name) * sum(shape) for name, shape in adapters.shapes.items())
         low = (6.0 * factors - 2.0 * adapters.frozen) * one.tokens * _LOW_RANK  # a frozen B has no gradient
         whole = 2.0 * max(adapters.rows.values(), default=0) * one.targets  # the gradient of a trained head
-        return products + (scores + low + whole) / self.operations + self.head.seconds(one.targets)
+        head = self.head_forward.seconds(one.targets) + self.head_backward.seconds(one.targets)
+        return products + (scores + low + whole) / self.operations + head
 
     def forward_pass(self, lm: LanguageModel, tokens: int, targets: int) -> float:
-        """The predicted seconds of a forward pass of the whole model in inference."""
-        return lm.config.num_hidden_layers * self.inference.seconds(tokens) + self.head.seconds(targets) / 2
+        """The predicted seconds of a forward pass of the whole model."""
+        return lm.config.num_hidden_layers * self.forward.seconds(tokens) + self.head_forward.seconds(targets)
 
 
 def measured(
@@ -87,6 +95,8 @@ def measured(
 
     Args:
         int8_head: the arithmetic of the head in plans in int8: "off", "forward" or "on".
+    Returns:
+        the speeds with these methods, and with the methods that they use in inference.
     """
     block = lm.model.layers[0]
     config = lm.config
@@ -102,50 +112,34 @@ def measured(
     forward_seconds, whole_seconds = seconds(whole_forward), seconds(whole)
     linears = list(frozen_weights([block]))
     own = ProductMethod(lm.compute)
-    inferring = {method: ProductMethod(arithmetic_of_inference(method.compute)) for method in methods}
-    needed = dict.fromkeys((*methods, *inferring.values(), own))
+    needed = dict.fromkeys((*methods, *(method.of_inference for method in methods), own))
     products = {method: _products(lm, linears, method, int8_head) for method in needed}
     rest = max(0.0, forward_seconds - products[own].forward.seconds(_MANY)) / _MANY
     rest_backward = max(0.0, whole_seconds - forward_seconds - products[own].backward.seconds(_MANY)) / _MANY
     buffers.release()
     return {
-        method: Speed(
-            products[method].forward.plus(rest),
-            products[method].backward.plus(rest_backward),
-            products[method].head,
-            products[method].operations,
-            products[other].forward.plus(rest),
+        method: dataclasses.replace(
+            speed, forward=speed.forward.plus(rest), backward=speed.backward.plus(rest_backward)
         )
-        for method, other in inferring.items()
+        for method, speed in products.items()
     }
 
 
-@dataclass(frozen=True)
-class _Products:
-    """The costs of the products of a block, without its other work, and of the head; see `Speed`."""
-
-    forward: Cost
-    backward: Cost
-    head: Cost
-    operations: float
-
-
-def _products(
-    lm: LanguageModel, linears: list[FrozenWeight], method: ProductMethod, int8_head: str
-) -> _Products:
+def _products(lm: LanguageModel, linears: list[FrozenWeight], method: ProductMethod, int8_head: str) -> Speed:
+    """Measure the speed of the products with frozen weights, without the other work of a block."""
     compute = method.compute
     weights = [weight.with_compute(compute) for weight in linears]
     with keeping_int8(weights if method.keep_int8 else []):
         forward = _cost(weights, FrozenWeight.matmul, 1, (_FEW, _MANY))
         backward = _cost(weights, FrozenWeight.matmul_t, 0, (_FEW, _MANY))
-    forward_of_head = "bfloat16" if compute == "int8" and int8_head == "off" else compute
-    backward_of_head = "bfloat16" if compute == "int8" and int8_head != "on" else compute
+    forward_of_head = arithmetic_of_inference(compute) if int8_head == "off" else compute
+    backward_of_head = compute if int8_head == "on" else arithmetic_of_inference(compute)
     head, head_rows = list(frozen_weights([lm.lm_head])), (_HEAD_ROWS // 4, _HEAD_ROWS)
     there = [weight.with_compute(forward_of_head) for weight in head]
     to = _cost(there, FrozenWeight.matmul, 1, head_rows)
     back = _cost([w.with_compute(backward_of_head) for w in there], FrozenWeight.matmul_t, 0, head_rows)
     operations = 2.0 * sum(weight.size for weight in weights) / forward.token
-    return _Products(forward, backward, Cost(to.call + back.call, to.token + back.token), operations)
+    return Speed(forward, backward, to, back, operations)
 
 
 def _cost(

@@ -16,11 +16,17 @@ from nplora.finetuning.data import Data
 from nplora.finetuning.data.batches import TokenBatches
 from nplora.finetuning.data.sources import splits_of
 from nplora.finetuning.execution import adapters_of, choose_execution, predicted
-from nplora.finetuning.load import RunInputs, evaluation_batches, read_inputs, training_batches
+from nplora.finetuning.load import (
+    RunInputs,
+    arithmetic_of_head,
+    evaluation_batches,
+    read_inputs,
+    training_batches,
+)
 from nplora.finetuning.objectives import Objective, objective_of
 from nplora.finetuning.options import FinetuneOptions, default_lr
 from nplora.finetuning.planning import ExecutionPlan, available_memory
-from nplora.finetuning.run import new_trainer, put_on_adapter
+from nplora.finetuning.run import computing, new_trainer, put_on_adapter
 from nplora.finetuning.token_progress import speaker
 from nplora.finetuning.tuning.bayes import OptunaSampler
 from nplora.finetuning.tuning.log import TuneLog
@@ -34,11 +40,11 @@ from nplora.formats import files
 from nplora.formats.errors import counted
 from nplora.formats.files import StrPath
 from nplora.lm import LanguageModel
-from nplora.models import PrefixCache
+from nplora.models import PrefixCache, WordFilter
+from nplora.nn import TrainedHead
 from nplora.nn.losses import NonFiniteLossError
 from nplora.trainer.directory_lock import DirectoryLock
 from nplora.trainer.evaluation import evaluate
-from nplora.weights import keeping_int8
 
 # The search warns if there are fewer held-out examples than this, because the standard error is then about as
 # large as the differences between good settings.
@@ -383,7 +389,9 @@ class _Trials:
         Raises:
             NonFiniteLossError: the loss is not finite.
         """
-        loss, seconds = self._evaluated(self._model(self._base))
+        lm = self._model(self._base)
+        lm.model.prefix = self._shared_prefix(lm)
+        loss, seconds = self._evaluated(lm)
         if not math.isfinite(loss):
             raise NonFiniteLossError(
                 f"tune: the validation loss before training is {loss}, expected a finite number"
@@ -404,24 +412,25 @@ class _Trials:
         self._prepare(objective, batches)
         start = time.perf_counter()
         lm = self._model(options)
-        trainer = new_trainer(lm, objective.loss(self._execution.micro_tokens), options, [])
-        try:
-            with keeping_int8(lm.model.int8_weights() if self._execution.keep_int8 else []):
+        loss = objective.loss(self._execution.micro_tokens)
+        loss.word_filter = WordFilter(options.filter_vocabulary) if options.filter_vocabulary else None
+        trainer = new_trainer(lm, loss, options, [])
+        int8_head = arithmetic_of_head(lm, options, isinstance(lm.lm_head, TrainedHead))
+        with computing(lm, self._execution, self._shared_prefix(lm), loss.word_filter, int8_head):
+            try:
                 history = trainer.fit(batches, steps=steps)
-        except NonFiniteLossError:
-            return math.inf, time.perf_counter() - start, 0.0
-        if history.interrupted:
-            raise KeyboardInterrupt
-        seconds = time.perf_counter() - start
-        held_out, evaluation = self._evaluated(lm)
+            except NonFiniteLossError:
+                return math.inf, time.perf_counter() - start, 0.0
+            if history.interrupted:
+                raise KeyboardInterrupt
+            seconds = time.perf_counter() - start
+            held_out, evaluation = self._evaluated(lm)
         return held_out if math.isfinite(held_out) else math.inf, seconds, evaluation
 
     def _model(self, options: FinetuneOptions) -> LanguageModel:
         """The model with a new adapter. The models of all trials share the frozen weights."""
         lm = self._inputs.lm.copied({})
         put_on_adapter(lm, self._inputs.start, options)
-        lm.model.recompute = self._execution.recompute
-        lm.model.prefix = self._shared_prefix(lm)
         return lm
 
     def _evaluated(self, lm: LanguageModel) -> tuple[float, float]:

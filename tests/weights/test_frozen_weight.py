@@ -186,7 +186,7 @@ def test_products_are_the_same_to_the_bit_on_any_number_of_threads(rng: np.rando
         ((np.ones((2, 2), int),), TypeError, "W has dtype int64, expected floats$"),
         ((np.ones((2, 2), bool),), TypeError, "W has dtype bool"),
         ((np.ones((2, 2), complex),), TypeError, "W has dtype complex128"),
-        ((np.ones((2, 2), np.uint16),), TypeError, 'bit patterns of bfloat16 pass dtype="bfloat16"'),
+        ((np.ones((2, 2), np.uint16),), TypeError, 'W holds bit patterns of bfloat16, pass dtype="bfloat16"'),
         ((np.ones((2, 2), np.uint16), "float16"), TypeError, "W has dtype uint16"),
         (([["a", "b"]],), TypeError, "W has dtype <U1"),
         (

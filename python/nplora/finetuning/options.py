@@ -306,9 +306,9 @@ class FinetuneOptions:
         _SPEED,
         False,
         "with compute int8: convert the weights of the first adapted block and of all later blocks only "
-        "once, and keep the 8-bit integers in memory, one byte for each weight; makes steps faster, above all "
-        "with few tokens or with weights in 16 or 32 bits (default: only with a memory limit, if there is "
-        "room and steps become faster)",
+        "once, and keep the 8-bit integers in memory, one byte for each weight; makes steps faster, above "
+        "all with few tokens or with weights in 16 or 32 bits (default: only with a memory limit, if there "
+        "is room and steps become faster)",
     )
     recompute: bool = _option(
         _SPEED,

@@ -84,6 +84,13 @@ def test_a_model_that_peft_cannot_name_is_refused(model: nplora.Module, words: s
         load_adapter(model, tmp_path)
 
 
+@pytest.mark.parametrize("call", [save_adapter, load_adapter])
+def test_swapped_arguments_are_named(call: Any) -> None:
+    words = f"^{call.__name__}: model is 'out', expected a model; the directory comes after it$"
+    with pytest.raises(TypeError, match=words):
+        call("out", Net())
+
+
 def test_a_float64_model_keeps_its_precision(tmp_path: Path) -> None:
     model = perturbed(Net(embedding=False, dtype="float64"), 1)
     save_adapter(model, tmp_path)

@@ -240,6 +240,24 @@ def test_a_run_that_is_stopped_while_it_converts_weights_leaves_the_model_as_it_
     assert not any(weight.keeps_int8 for weight in decoder.frozen_weights([lm]))
 
 
+def test_a_finished_run_does_not_convert_weights(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    converted, usual = list[nplora.FrozenWeight](), nplora.FrozenWeight.keep_int8
+
+    def keep_int8(weight: nplora.FrozenWeight) -> None:
+        converted.append(weight)
+        usual(weight)
+
+    monkeypatch.setattr(nplora.FrozenWeight, "keep_int8", keep_int8)
+    options: dict[str, Any] = {"compute": "int8", "keep_int8": True, "epochs": 1}
+    finetune(model, ROWS, tmp_path / "run", **options, **SHORT)
+    assert converted
+    converted.clear()
+    finetune(model, ROWS, tmp_path / "run", resume=True, **options, **SHORT)
+    assert not converted
+
+
 def test_a_resumed_run_may_keep_weights_or_not(model: Path, tmp_path: Path) -> None:
     adapters = []
     for name, keeps in (("never", (False, False)), ("later", (False, True)), ("first", (True, False))):

@@ -10,6 +10,7 @@ from nplora.adapters import Adapter
 from nplora.adapters.trained_rows import HEAD
 from nplora.distributed.communicator import Alone, Communicator
 from nplora.finetuning.data import Data
+from nplora.finetuning.data.batches import TokenBatches
 from nplora.finetuning.data.stored import Examples
 from nplora.finetuning.earlier_run import EarlierRun
 from nplora.finetuning.load import (
@@ -393,6 +394,15 @@ def _shortage(
     return shortage(needed(inputs.lm, adapters, work, execution, resident), available_memory())
 
 
+def steps_of(batches: TokenBatches, options: FinetuneOptions) -> int:
+    """The number of steps of a run."""
+    return options.steps or (options.epochs or 1) * _steps_of_epoch(batches, options)
+
+
+def _steps_of_epoch(batches: TokenBatches, options: FinetuneOptions) -> int:
+    return -(-batches.length // options.accumulate)
+
+
 def _work_of(
     inputs: RunInputs, adapters: Adapters, options: FinetuneOptions, most_epochs: int | None = None
 ) -> Work:
@@ -406,8 +416,7 @@ def _work_of(
     is_local = options.local_steps is not None
     read_before = inputs.datasets if objective.has_reference else []
     batches = training_batches(train, options)
-    steps_of_epoch = -(-batches.length // options.accumulate)
-    steps = options.steps or (options.epochs or 1) * steps_of_epoch
+    steps_of_epoch, steps = _steps_of_epoch(batches, options), steps_of(batches, options)
     most = 1 + _MOST_EXAMPLES // len(train) if most_epochs is None else most_epochs
     epochs = min(-(-steps * options.accumulate // batches.length), most)
     lengths, targets = train.lengths, train.targets

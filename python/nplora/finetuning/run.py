@@ -26,7 +26,7 @@ from nplora.finetuning.baseline import Baseline, answers_of
 from nplora.finetuning.data import Data, TokenBatches
 from nplora.finetuning.data.stored import shared_words
 from nplora.finetuning.earlier_run import find_earlier_run, words_of_kept
-from nplora.finetuning.execution import choose_execution, fixed_compute
+from nplora.finetuning.execution import choose_execution, fixed_compute, steps_of
 from nplora.finetuning.filter_check import FilterCheck
 from nplora.finetuning.int8_check import Int8Check
 from nplora.finetuning.load import (
@@ -362,6 +362,8 @@ def _finetune(
 
     lm = inputs.lm
     batches = training_batches(inputs.train, chosen)
+    if earlier is not None and earlier.step >= steps_of(batches, chosen):
+        execution = dataclasses.replace(execution, keep_int8=False)  # nothing is left to train
     validation = None if inputs.held_out is None else evaluation_batches(inputs.held_out)
     plain = lm.with_tokens(inputs.added_tokens)  # shares the frozen weights, and stays without an adapter
     put_on_adapter(lm, inputs.start, chosen)

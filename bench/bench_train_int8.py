@@ -34,7 +34,7 @@ from bench.timing import Calls, Contestant, Result, Runtimes, on_threads
 
 FILTER = 1e-6  # the least probability of a word that Gemma's filter keeps
 LOSS_WITHIN = 0.02  # the largest relative difference of the first losses in different arithmetics
-LARGE_BYTES = 7 << 30  # the memory, and separately the disk space, that the 8B model needs
+LARGE_BYTES = 7 << 30  # the 8B model needs this much free memory, and as much free disk space
 Step = Callable[[], float]
 
 
@@ -224,7 +224,7 @@ def run(quick: bool, threads: int) -> list[dict[str, Any]]:
             rows += race("Gemma 3 270M", gemma, arithmetics, text, peers, runtimes, 3)
             show_skipped(gemma, text, threads)
         if not has_room(Path(directory)):
-            print("\nthe 8B model is not timed: it needs 7 GiB of free memory, and 7 GiB of disk space")
+            print("\nthe 8B model is not timed: it needs 7 GiB of free memory, and 7 GiB of free disk space")
             return rows
         large = write_large(Path(directory, "8b.gguf"))
         rows += race("8B, Q4_K", large, [BFLOAT16, INT8], full_text(1, 512, "int8"), [], runtimes, 3)

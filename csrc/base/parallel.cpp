@@ -97,8 +97,9 @@ class TaskRun {
       throw std::runtime_error("the process was forked by a signal handler inside a call");
   }
 
-  // Takes the first share without an owner. The search begins with the share of this thread's number. If all
-  // shares have owners, the thread helps with that share.
+  // Returns the share with which this thread begins. This is the first share without an owner, searched from
+  // number thread % shares_ on; the thread then owns it. If every share has an owner, it is number thread %
+  // shares_.
   size_t claim(size_t thread) {
     for (size_t i = 0; i < shares_; ++i)
       if (!share_[(thread + i) % shares_].owned.exchange(true)) return (thread + i) % shares_;

@@ -9,8 +9,8 @@
 
 namespace nplora {
 
-// After a fork, the lock may be held by a thread that does not exist in the child. A child therefore does not
-// wait for the lock: `get` then returns null, and `set` does nothing.
+// After a fork, the lock may be held by a thread that does not exist in the child. A child therefore never
+// waits for the lock. If the lock is held, `get` returns null and `set` does nothing.
 template <class T>
 class SharedSlot {
  public:

@@ -86,7 +86,7 @@ def test_a_model_that_peft_cannot_name_is_refused(model: nplora.Module, words: s
 
 @pytest.mark.parametrize("call", [save_adapter, load_adapter])
 def test_swapped_arguments_are_named(call: Any) -> None:
-    words = f"^{call.__name__}: model is 'out', expected a model; the directory comes after it$"
+    words = f"^{call.__name__}: model is 'out', expected a model; pass the model first, then the directory$"
     with pytest.raises(TypeError, match=words):
         call("out", Net())
 

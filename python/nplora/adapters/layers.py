@@ -66,7 +66,7 @@ def save_adapter(
             known. This argument is stored with the adapter. `nplora generate` prints a warning if training
             and generation differ in their use of the chat template.
     Raises:
-        TypeError: `model` is not a model.
+        TypeError: `model` is not a `Module`, for example because the two arguments are swapped.
         ValueError: the model has no LoRA layer, or a value is NaN or infinite. Or PEFT's format cannot
             express the adapter, because layers differ in rsLoRA or DoRA, or because PEFT would apply the name
             of one layer to another layer too.
@@ -108,7 +108,9 @@ def from_model(model: Module, op: str) -> AdapterContent:
 def _trained(op: str, model: Module) -> tuple[dict[str, LoRALayer], dict[str, dict[str, Array]]]:
     """Two dicts: the LoRA layers by name, and the arrays of fully trained layers by layer and parameter."""
     if not isinstance(model, Module):
-        raise TypeError(f"{op}: model is {brief(model)}, expected a model; the directory comes after it")
+        raise TypeError(
+            f"{op}: model is {brief(model)}, expected a model; pass the model first, then the directory"
+        )
     layers, whole = dict[str, LoRALayer](), dict[str, dict[str, Array]]()
     for name, module in model.named_modules():
         if isinstance(module, LoRALayer):
@@ -197,7 +199,7 @@ def load_adapter(
         the loaded layers and the changed settings.
     Raises:
         RuntimeError: the update of a layer is merged into the layer's weight.
-        TypeError: `model` is not a model.
+        TypeError: `model` is not a `Module`, for example because the two arguments are swapped.
         ValueError: the model has no LoRA layer, or a layer was made with init="pissa" or "olora".
     Warns:
         UserWarning: adapter_config.json has unknown keys, or the file has copies of the base model's weights.

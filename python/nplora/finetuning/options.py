@@ -305,10 +305,10 @@ class FinetuneOptions:
     keep_int8: bool = _option(
         _SPEED,
         False,
-        "with compute int8: convert the weights of the first adapted block and of all later blocks only "
-        "once, and keep the 8-bit integers in memory, one byte for each weight; makes steps faster, above "
-        "all with few tokens or with weights in 16 or 32 bits (default: only with a memory limit, if there "
-        "is room and steps become faster)",
+        "keep weights in memory as 8-bit integers too, with compute int8, so that they are converted only "
+        "once; this takes one byte for each weight of the first adapted block and of all later blocks; steps "
+        "become faster, above all with few tokens or with weights in 16 or 32 bits (default: only with a "
+        "memory limit, if there is room and steps become faster)",
     )
     recompute: bool = _option(
         _SPEED,

@@ -246,10 +246,10 @@ def finetune(
         int8_head: arithmetic of the head if `compute` is int8: off (bfloat16), forward (int8 in the forward
             pass, bfloat16 in the backward pass), on (int8 in both, with stochastic rounding in the backward
             pass), or auto (forward if the processor has instructions for bfloat16, otherwise on).
-        keep_int8: with compute int8: convert the weights of the first adapted block and of all later blocks
-            only once, and keep the 8-bit integers in memory, one byte for each weight; makes steps faster,
-            above all with few tokens or with weights in 16 or 32 bits (default: only with a memory limit, if
-            there is room and steps become faster).
+        keep_int8: keep weights in memory as 8-bit integers too, with compute int8, so that they are converted
+            only once; this takes one byte for each weight of the first adapted block and of all later blocks;
+            steps become faster, above all with few tokens or with weights in 16 or 32 bits (default: only
+            with a memory limit, if there is room and steps become faster).
         recompute: gradient checkpointing: recompute activations in the backward pass; slower, but saves
             memory.
         filter_vocabulary: probability such as 1e-6: the gradient of the output layer leaves out all tokens of

@@ -218,7 +218,7 @@ class Decoder(Module):
         self.embed_tokens.backward(dx if self._multiplier == 1 else dx * self._multiplier, saved)
 
     def int8_weights(self) -> list[FrozenWeight]:
-        """The weights that training multiplies in int8 at most, without those of the head.
+        """The weights that training may multiply in int8, without those of the head.
 
         These are weights of the blocks from the first adapted block on. The blocks before it compute in
         bfloat16, and so do the parts of the model in which `Int8Check` has turned int8 off.

@@ -33,7 +33,7 @@ _LEAST_MICRO_BATCH = 32  # tokens: smaller micro-batches save little memory and 
 # A new plan must fit into the limit divided by this margin. A resumed run may use the whole limit, because
 # its process may need a little more memory than the first one did. Error messages take account of the margin.
 _MARGIN = 1.02
-_LEAST_GAIN = 1.02  # how much faster a plan must be if it keeps weights in int8
+_LEAST_GAIN = 1.02  # a plan that keeps weights in int8 must be faster than the others by this factor
 _TIMED_BATCHES = 1024  # a plan holds the times of about this many batches
 _FLOAT = 4
 
@@ -59,7 +59,7 @@ class PlanConstraints:
         resuming: whether the run is resumed. A resumed run may use the whole memory limit. A new run leaves a
             margin.
         keep_int8: whether plans must keep weights in memory as 8-bit integers. If False, plans in int8 may do
-            so if there is a memory limit.
+            so, but only if there is a memory limit.
 
     >>> constraints = nplora.finetuning.planning.PlanConstraints(compute="bfloat16")
     >>> constraints.recompute, constraints.micro_tokens
@@ -193,8 +193,8 @@ def choose(
 def preferred(plans: Iterable[ExecutionPlan], seconds: Callable[[ExecutionPlan], float]) -> ExecutionPlan:
     """Choose the most exact arithmetic of the plans. Return the fastest plan with this arithmetic.
 
-    `seconds` returns the time of a plan's step. A plan that keeps weights in int8 must be at least 2 % faster
-    than other plans, because the times are measured.
+    `seconds` returns the time of a plan's step. A plan that keeps weights in int8 is preferred only if it is
+    at least 2 % faster than the plans that do not, because measured times vary.
 
     >>> planning = nplora.finetuning.planning
     >>> plans = [planning.ExecutionPlan("bfloat16", False), planning.ExecutionPlan("float32", True)]
@@ -300,7 +300,7 @@ def _too_little(
 
     Args:
         plan, size: the plan that needs the least memory, and the bytes that it needs.
-        advice: a hint on another option with which the plan may fit.
+        advice: the part of the message that names another option, with which a plan may fit.
     """
     reserve = "" if constraints.resuming else f" plus {_MARGIN - 1:.0%} in reserve"
     enough = size * (_MARGIN if constraints.resuming else _MARGIN**2)

@@ -96,7 +96,7 @@ def measured(
     Args:
         int8_head: the arithmetic of the head in plans in int8: "off", "forward" or "on".
     Returns:
-        the speeds with these methods, and with the methods that they use in inference.
+        the speed with each of these methods, with its method of inference, and with the model's own method.
     """
     block = lm.model.layers[0]
     config = lm.config

@@ -31,6 +31,7 @@ needs_fork = pytest.mark.skipif(not hasattr(os, "fork") or IS_BROWSER, reason="t
 needs_new_paths = pytest.mark.skipif(IS_WINE, reason="Wine does not know an open directory's new path")
 needs_links = pytest.mark.skipif(IS_WINDOWS, reason="this system's links are second names of the file")
 needs_flushing = pytest.mark.skipif(IS_WINDOWS, reason="this system flushes directories by itself")
+needs_resizing = pytest.mark.skipif(sys.platform != "linux", reason="this system cannot resize mappings")
 needs_cut_files = pytest.mark.skipif(IS_WINDOWS, reason="this system refuses to shorten mapped files")
 
 

@@ -35,6 +35,15 @@ AlignedBuffer::AlignedBuffer(size_t bytes, Life life) : bytes_(bytes) {
   ++allocated;
 }
 
+bool AlignedBuffer::resize(size_t bytes) {
+  if (bytes_ < kLeastMapped || bytes < kLeastMapped || bytes > SIZE_MAX - 2 * kHugePage) return false;
+  char* const resized = nplora::resize(data_, bytes_, bytes);
+  if (resized == nullptr) return false;
+  data_ = resized;
+  bytes_ = bytes;
+  return true;
+}
+
 AlignedBuffer::~AlignedBuffer() {
   if (bytes_ >= kLeastMapped)
     unmap(data_, bytes_);

@@ -25,6 +25,11 @@ class AlignedBuffer {
   // The number of buffers that this process has allocated so far.
   static size_t allocations();
 
+  // Changes the size, which leaves the contents undefined. Only for a short-lived buffer (Life::kShort).
+  // Returns false if the system cannot do this faster than it would make a new buffer; the buffer is then
+  // unchanged.
+  bool resize(size_t bytes);
+
   size_t size() const { return bytes_; }
   template <class T>
   T* as() const {

@@ -19,31 +19,40 @@ constexpr size_t most_for(size_t bytes) {
 AlignedBuffer BufferCache::take(size_t bytes) {
   const std::lock_guard lock(mutex_);
   AlignedBuffer buffer;
-  const auto found = idle_.lower_bound(bytes);
-  if (found != idle_.end() && found->first <= most_for(bytes)) {
-    buffer = std::move(found->second);
-    idle_.erase(found);
-    idle_bytes_ -= buffer.size();
+  if (const auto found = idle_.lower_bound(bytes); found != idle_.end() && found->first <= most_for(bytes)) {
+    buffer = remove(found);
   } else {
-    make_room(bytes);
-    buffer = AlignedBuffer(bytes);
+    const size_t most_idle = most_idle_beside(bytes);
+    if (idle_bytes_ > most_idle && nearest(bytes)->second.resize(bytes)) buffer = remove(nearest(bytes));
+    while (idle_bytes_ > most_idle) remove(std::prev(idle_.end()));
+    if (buffer.size() == 0) buffer = AlignedBuffer(bytes);
   }
   used_bytes_ += buffer.size();
   most_used_ = std::max(most_used_, used_bytes_);
   return buffer;
 }
 
-// Makes room for a new buffer of `bytes` bytes. Frees idle buffers, the largest first, until all buffers,
-// including the new buffer, take at most `most` bytes in total. `most` is peak + kSpareBytes, but at most
-// 2 * peak. Here, `peak` is the largest number of bytes that were in use at one time, if the new buffer is
-// counted as used.
-void BufferCache::make_room(size_t bytes) {
-  const size_t peak = std::max(most_used_, used_bytes_ + bytes), most = peak + std::min(peak, kSpareBytes);
-  while (!idle_.empty() && used_bytes_ + idle_bytes_ + bytes > most) {
-    const auto largest = std::prev(idle_.end());
-    idle_bytes_ -= largest->first;
-    idle_.erase(largest);
-  }
+// The largest number of idle bytes if a new buffer of `bytes` bytes is used. All buffers together may take
+// peak + kSpareBytes, but at most 2 * peak. Here, `peak` is the largest number of bytes that were in use at
+// one time, including the new buffer.
+size_t BufferCache::most_idle_beside(size_t bytes) const {
+  const size_t used = used_bytes_ + bytes, peak = std::max(most_used_, used);
+  return peak + std::min(peak, kSpareBytes) - used;
+}
+
+// The idle buffer whose size is nearest to `bytes`. There must be an idle buffer.
+BufferCache::Idle::iterator BufferCache::nearest(size_t bytes) {
+  const auto above = idle_.lower_bound(bytes);
+  if (above == idle_.begin()) return above;
+  const auto below = std::prev(above);
+  return above == idle_.end() || bytes - below->first < above->first - bytes ? below : above;
+}
+
+AlignedBuffer BufferCache::remove(Idle::iterator chosen) {
+  idle_bytes_ -= chosen->first;
+  AlignedBuffer buffer = std::move(chosen->second);
+  idle_.erase(chosen);
+  return buffer;
 }
 
 void BufferCache::give_back(AlignedBuffer buffer) noexcept {

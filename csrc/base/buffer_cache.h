@@ -18,7 +18,8 @@ class BufferCache {
   static constexpr size_t kSpareBytes = size_t{4} << 20;
 
   // Returns a buffer of at least this many bytes, with undefined contents. Reuses an idle buffer if its size
-  // is at most a quarter above `bytes`; otherwise, allocates a new buffer.
+  // is at most a quarter above `bytes`. Otherwise, allocates a new buffer, or resizes an idle buffer if there
+  // is no room for a new one.
   AlignedBuffer take(size_t bytes);
   void give_back(AlignedBuffer buffer) noexcept;
 
@@ -26,10 +27,14 @@ class BufferCache {
   void release() noexcept;
 
  private:
-  void make_room(size_t bytes);
+  using Idle = std::multimap<size_t, AlignedBuffer>;  // the keys are sizes in bytes
+
+  size_t most_idle_beside(size_t bytes) const;
+  Idle::iterator nearest(size_t bytes);
+  AlignedBuffer remove(Idle::iterator chosen);
 
   std::mutex mutex_;
-  std::multimap<size_t, AlignedBuffer> idle_;  // the keys are sizes in bytes
+  Idle idle_;
   size_t used_bytes_ = 0, idle_bytes_ = 0, most_used_ = 0;
 };
 

@@ -115,6 +115,13 @@ char* map_beside(size_t bytes) {
   return map(bytes);
 }
 
+char* resize(void* at, size_t before, size_t after) {
+  const size_t old_size = whole_pages(before), size = whole_pages(after);
+  const bool huge = size >= kHugePage;
+  if (huge != (old_size >= kHugePage)) return nullptr;
+  return platform::resize_pages(static_cast<char*>(at), old_size, size, huge ? kHugePage : 1);
+}
+
 void unmap(void* at, size_t bytes) {
   const size_t size = whole_pages(bytes);
   neighbours.leave(static_cast<const char*>(at), size);

@@ -23,6 +23,12 @@ char* map(size_t bytes);
 // when the other part of the huge page is unmapped.
 char* map_beside(size_t bytes);
 
+// Changes the size of a mapping that `map` made, and returns its new start. Its contents are then undefined.
+// The pages that both sizes have stay in memory, so this is faster than to unmap and map: the system takes
+// longer to provide a new page than a product takes to fill it. Returns nullptr if the system cannot do this,
+// or if only one of the two sizes has huge pages; the mapping is then unchanged.
+char* resize(void* at, size_t before, size_t after);
+
 void unmap(void* at, size_t bytes);
 
 }  // namespace nplora

@@ -28,6 +28,11 @@ char* map_pages(size_t bytes, size_t alignment);
 // mapping.
 void unmap_pages(void* at, size_t bytes);
 
+// Changes the size of a whole mapping, which may move. Pages that both sizes have stay as they are. The new
+// start is aligned as by `map_pages`. Returns nullptr if the system cannot do this; the mapping is then
+// unchanged.
+char* resize_pages(char* at, size_t before, size_t after, size_t alignment);
+
 // Two requests to the system: to use huge pages, or to use small pages. If the system refuses a request, the
 // program still works, but is slower or uses more memory.
 void prefer_huge_pages(char* at, size_t bytes);

@@ -26,6 +26,17 @@ std::string huge_page_setting(const char* name) {
 
 }  // namespace
 
+char* resize_pages(char* at, size_t before, size_t after, size_t alignment) {
+  void* resized = mremap(at, before, after, 0);
+  if (resized != MAP_FAILED) return at;
+  char* const target = map_pages(after, alignment);
+  if (target == nullptr) return nullptr;
+  resized = mremap(at, before, after, MREMAP_MAYMOVE | MREMAP_FIXED, target);
+  if (resized != MAP_FAILED) return target;
+  unmap_pages(target, after);
+  return nullptr;
+}
+
 void prefer_huge_pages(char* at, size_t bytes) {
   madvise(at, bytes, MADV_HUGEPAGE);
 }

@@ -18,6 +18,10 @@ bool has_feature(const char* name) {
 
 }  // namespace
 
+char* resize_pages(char*, size_t, size_t, size_t) {
+  return nullptr;
+}
+
 void prefer_huge_pages(char*, size_t) {}
 
 void keep_small_pages(char*, size_t) {}

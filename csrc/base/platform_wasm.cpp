@@ -19,6 +19,10 @@ void unmap_pages(void* at, size_t) {
   ::operator delete(at, std::align_val_t{kCacheLine});
 }
 
+char* resize_pages(char*, size_t, size_t, size_t) {
+  return nullptr;
+}
+
 void prefer_huge_pages(char*, size_t) {}
 
 void keep_small_pages(char*, size_t) {}

@@ -53,6 +53,10 @@ void unmap_pages(void* at, size_t) {
   if (at != nullptr) VirtualFree(at, 0, MEM_RELEASE);
 }
 
+char* resize_pages(char*, size_t, size_t, size_t) {
+  return nullptr;
+}
+
 void prefer_huge_pages(char*, size_t) {}
 
 void keep_small_pages(char*, size_t) {}

@@ -6,6 +6,7 @@ import sys
 import numpy as np
 import pytest
 
+import systems
 from nplora import _core
 from nplora.weights import buffers
 
@@ -130,6 +131,31 @@ for _ in range(10):
 print(_core.allocations() - allocated)
 """)
     assert int(out[0]) == 0
+
+
+@systems.needs_resizing
+@pytest.mark.slow
+def test_a_buffer_that_is_too_small_grows_and_keeps_its_pages():
+    out = in_fresh_process("""
+import resource
+def faults():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+def step(rows):
+    arrays = [buffers.empty((rows, width), np.float32) for width in (384, 1152, 384, 384, 1536) * 6]
+    for array in arrays:
+        array.fill(1)
+    return sum(array.nbytes for array in arrays)
+step(700)
+new = []
+for rows in range(710, 1000, 10):  # each batch is larger than the one before
+    faulted = faults()
+    size = step(rows)
+    new.append((faults() - faulted) * resource.getpagesize() / size)
+print(max(new), rss(), size / 2**20)
+""")
+    new, held, most = map(float, out)
+    assert new < 0.2
+    assert held < 1.1 * most + 4 + 4  # of these, 4 MiB are the spare memory of the cache
 
 
 def test_idle_memory_can_be_returned():

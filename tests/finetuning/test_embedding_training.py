@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import nplora
+from kept_weights import KeptWeights
 from nplora import _core
 from nplora.distributed import Alone
 from nplora.finetuning.embedding import (
@@ -26,6 +27,7 @@ from nplora.finetuning.embedding import (
 from nplora.finetuning.embedding import metrics as measures
 from nplora.finetuning.int8_check import Int8Check
 from nplora.formats.errors import DataError
+from nplora.models.decoder import frozen_weights
 from nplora.nn.product_errors import int8_layers
 from small_encoder import WORDS, save_small_encoder
 
@@ -449,6 +451,29 @@ def test_a_run_in_int8_learns_and_compares_its_gradients(model: Path, tmp_path: 
     log = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
     (row,) = (row for row in log if row["event"] == "int8")
     assert 0.95 < row["cosine"] < 1  # 1 would be a run in bfloat16
+
+
+def test_a_run_that_keeps_weights_in_int8_trains_the_same_adapter(model: Path, tmp_path: Path) -> None:
+    adapters = []
+    for keeps in (False, True):
+        options: dict[str, Any] = {"compute": "int8", "keep_int8": keeps, "steps": 3, "batch_size": 2}
+        kept = KeptWeights()
+        run = train(model, ROWS, tmp_path / str(keeps), callbacks=[kept], **options)
+        blocks = [weight.int8_nbytes for weight in frozen_weights(run.encoder.model.layers)]
+        assert kept.nbytes == 3 * [keeps * sum(blocks)]
+        assert not any(weight.keeps_int8 for weight in frozen_weights([run.encoder]))  # after the run
+        adapters.append(Path(run.output, "adapter_model.safetensors").read_bytes())
+    assert adapters[0] == adapters[1]
+
+
+def test_weights_are_kept_only_with_int8(model: Path, tmp_path: Path) -> None:
+    words = "train: keep_int8 needs compute='int8', but compute is 'bfloat16'"
+    encoder = nplora.load_encoder(model, compute="bfloat16")
+    for given in (encoder, model):
+        with pytest.raises(ValueError, match=words):
+            train(given, ROWS, tmp_path, compute=None if given is encoder else "bfloat16", keep_int8=True)
+    with pytest.raises(TypeError, match="train: keep_int8 is 'no', expected True or False"):
+        train(model, ROWS, tmp_path, compute="int8", keep_int8="no")  # type: ignore[arg-type]
 
 
 def test_a_run_continues_in_another_arithmetic_if_this_is_asked_for(model: Path, tmp_path: Path) -> None:

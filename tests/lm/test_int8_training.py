@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import nplora
+from kept_weights import KeptWeights
 from nplora import _core
 from nplora.finetuning import TokenLoss, finetune
 from nplora.finetuning.objectives import PackedLoss
@@ -18,7 +19,6 @@ from nplora.finetuning.planning.memory import ProductMethod
 from nplora.models import decoder, head
 from nplora.models.packing import pack
 from nplora.nn import stack_backward
-from nplora.trainer import Callback
 from nplora.trainer.run_directory import RunDirectory
 from small_llama import save_small_llama
 
@@ -187,18 +187,6 @@ def int8_run(model: Path, tmp_path: Path) -> Path:
     return tmp_path / "run"
 
 
-class _Kept(Callback):
-    """Records after each step which weights are kept in memory as 8-bit integers: their numbers of bytes."""
-
-    def __init__(self, lm: nplora.LanguageModel) -> None:
-        self._lm, self.sizes = lm, list[list[int]]()
-
-    def on_step_end(self, *arguments: Any) -> None:
-        del arguments
-        weights = decoder.frozen_weights([self._lm])
-        self.sizes.append([weight.int8_nbytes for weight in weights if weight.keeps_int8])
-
-
 @pytest.mark.usefixtures("repeatable_plans")
 @pytest.mark.parametrize("options", [{}, {"layers": "last:1"}, {"layers": "first:1"}, {"memory": "1G"}])
 def test_a_run_that_keeps_weights_in_int8_trains_the_same_adapter(
@@ -208,12 +196,12 @@ def test_a_run_that_keeps_weights_in_int8_trains_the_same_adapter(
     for keeps in (False, True):
         lm = nplora.load_model(model, compute="int8")
         options |= {"keep_int8": keeps, "steps": 2, "batch_examples": 4, "rank": 4}
-        callback = _Kept(lm)
+        callback = KeptWeights()
         planned = nplora.plan(lm, ROWS, **options)
         out = tmp_path / str(keeps)
         report = finetune(lm, ROWS, out, callbacks=[callback], progress=False, **options)
         adapters.append((report.output / "adapter_model.safetensors").read_bytes())
-        assert [sum(sizes) for sizes in callback.sizes] == 2 * [planned.memory.codes]
+        assert callback.nbytes == 2 * [planned.memory.codes]
         assert bool(planned.memory.codes) == planned.chosen.keep_int8
         assert keeps <= planned.chosen.keep_int8
         assert not any(weight.keeps_int8 for weight in decoder.frozen_weights([lm]))  # after the run

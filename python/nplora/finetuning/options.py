@@ -480,10 +480,7 @@ class FinetuneOptions:
     def require_int8(self, op: str, compute: str) -> None:
         """Raise a ValueError if `int8_head` or `keep_int8` is set and `compute` is not "int8"."""
         given = [] if self.int8_head == "auto" else [f"int8_head={self.int8_head!r}"]
-        given += ["keep_int8"] if self.keep_int8 else []
-        if given and compute != "int8":
-            need = "needs" if len(given) == 1 else "need"
-            raise ValueError(f"{op}: {' and '.join(given)} {need} compute='int8', but compute is {compute!r}")
+        require_int8(op, compute, given + ["keep_int8"] * self.keep_int8)
 
     def require_int8_for_head(self, op: str, trains_head: bool) -> None:
         """Raise a ValueError if `int8_head` is "on", but the head's backward pass cannot be in int8.
@@ -534,6 +531,13 @@ class FinetuneOptions:
     def reading(self, max_length: int, op: str = "finetune") -> ReadOptions:
         """The options for reading the data. `max_length` is the maximum number of tokens of an example."""
         return _reading(self, max_length, op)
+
+
+def require_int8(op: str, compute: str, given: Sequence[str]) -> None:
+    """Raise a ValueError if any of the options in `given` is set and `compute` is not "int8"."""
+    if given and compute != "int8":
+        need = "needs" if len(given) == 1 else "need"
+        raise ValueError(f"{op}: {' and '.join(given)} {need} compute='int8', but compute is {compute!r}")
 
 
 def default_lr(hidden_size: int, objective: str = "sft") -> float:

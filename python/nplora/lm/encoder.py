@@ -21,7 +21,7 @@ from nplora.lm.pooling import Pooling, PoolingSaved
 from nplora.lm.word_ids import WordIds
 from nplora.models import model_digest
 from nplora.models.config import ModelConfig
-from nplora.models.decoder import Decoder, DecoderSaved
+from nplora.models.decoder import Decoder, DecoderSaved, frozen_weights
 from nplora.models.encoder_config import EncoderConfig
 from nplora.models.packing import cut
 from nplora.models.positions import packed_positions
@@ -119,6 +119,16 @@ class Encoder(Module):
         for child, name in ((self.model, ""), (self.pooling, "pooling")):
             for found, module in child._walk(name, seen):
                 yield ".".join(filter(None, (prefix, found or "model"))), module
+
+    @property
+    def compute(self) -> str:
+        """The arithmetic of the products with frozen weights: "float32", "bfloat16" or "int8".
+
+        >>> import nplora
+        >>> nplora.load_encoder("encoder-model", compute="bfloat16").compute
+        'bfloat16'
+        """
+        return next(frozen_weights(self.model.layers)).compute
 
     @property
     def tokenizer(self) -> Tokenizer:

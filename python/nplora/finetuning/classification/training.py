@@ -41,7 +41,7 @@ from nplora.finetuning.classification.text_progress import TextProgress
 from nplora.finetuning.data import Data
 from nplora.finetuning.data.sources import Source, sources_of, splits_of
 from nplora.finetuning.int8_check import Int8Check, computes_in_int8, warn_of_slow_int8
-from nplora.finetuning.options import default_lr, parse_columns
+from nplora.finetuning.options import default_lr, parse_columns, require_int8
 from nplora.finetuning.output import opened_output, require_free_directory
 from nplora.finetuning.report import WAS_FINISHED, memory_in_words
 from nplora.finetuning.token_progress import speaker, speaks
@@ -59,6 +59,7 @@ from nplora.runtime.user_warning import warn_user
 from nplora.trainer import Callback, History, RankRecord, Run, Trainer
 from nplora.trainer.callbacks import checked_callbacks
 from nplora.trainer.interrupts import Interrupts
+from nplora.weights import keeping_int8
 
 Array = npt.NDArray[Any]
 
@@ -189,6 +190,7 @@ def train_classifier(
     patience: int | None = None,
     keep: str = "best",
     compute: str | None = None,
+    keep_int8: bool = False,
     save_every: int = 100,
     save_minutes: float = 5.0,
     resume: bool = False,
@@ -267,6 +269,8 @@ def train_classifier(
             stopping).
         keep: adapter to save if there are validation data: best (with the lowest validation loss) or last.
         compute: arithmetic of the products with frozen weights: float32, bfloat16 or int8 (default: float32).
+        keep_int8: keep weights in memory as 8-bit integers too, with compute int8, so that they are converted
+            only once; this takes one byte for each weight of the first adapted block and of all later blocks.
         save_every: steps between checkpoints.
         save_minutes: maximum minutes between checkpoints; 0: no limit.
         resume: continue the run in the output directory; the results are bit for bit the same as without a
@@ -341,6 +345,7 @@ class _Training:
             )
         labels = self.train.labels(self.task)
         encoder = opened_encoder(op, model, options.compute)
+        require_int8(op, encoder.compute, ["keep_int8"] * options.keep_int8)
         warn_of_slow_int8(op, encoder)
         if isinstance(model, Encoder) and model.adapter_layers():
             raise ValueError(f"{op}: the encoder has an adapter already, expected an encoder without one")
@@ -434,7 +439,8 @@ class _Training:
         trainer = self._trainer(loss, callbacks)
         found_at = self.output
         with opened_output(self.output, self.ranks) as directory, check or contextlib.nullcontext():
-            history = self._fit(trainer, train, valid, directory)
+            with keeping_int8(classifier.encoder.model.int8_weights() if options.keep_int8 else []):
+                history = self._fit(trainer, train, valid, directory)
             classifier.head.rescale(spread, centre)
             fitted, report = 1.0, None
             if self.valid is not None and self.valid_ids is not None and truth is not None:

@@ -26,7 +26,7 @@ from nplora.finetuning.embedding.batches import ExampleBatches
 from nplora.finetuning.embedding.examples import TextReport, read_sources
 from nplora.finetuning.embedding.loss import MICRO_TOKENS, EmbeddingLoss
 from nplora.finetuning.int8_check import Int8Check, computes_in_int8, warn_of_slow_int8
-from nplora.finetuning.options import default_lr
+from nplora.finetuning.options import default_lr, require_int8
 from nplora.finetuning.output import opened_output, require_free_directory, require_inputs_kept
 from nplora.finetuning.token_progress import speaker, speaks
 from nplora.formats import files
@@ -37,6 +37,7 @@ from nplora.nn.embedding_losses import EmbeddingFunction
 from nplora.nn.optim import AdamW
 from nplora.trainer import Callback, History, RankRecord, Trainer
 from nplora.trainer.interrupts import Interrupts
+from nplora.weights import keeping_int8
 
 
 @dataclass(frozen=True)
@@ -108,6 +109,7 @@ def train(
     patience: int | None = None,
     keep: str = "best",
     compute: str | None = None,
+    keep_int8: bool = False,
     save_every: int = 100,
     save_minutes: float = 5.0,
     seed: int = 0,
@@ -160,6 +162,8 @@ def train(
             "last".
         compute: arithmetic of the products with frozen weights: "float32" (the default), "bfloat16" or
             "int8". A loaded encoder keeps its arithmetic.
+        keep_int8: keep weights in memory as 8-bit integers too, with compute int8, so that they are converted
+            only once; this takes one byte for each weight of the first adapted block and of all later blocks.
         save_every: steps between checkpoints.
         save_minutes: maximum minutes between checkpoints; 0: no limit.
         seed: seed of the initial factors, dropout and the order of the examples.
@@ -188,6 +192,7 @@ def train(
     with heard_by_all_ranks(distributed):
         if distributed is not None:
             _check.choice(op, "distributed", distributed, DISTRIBUTED)
+        _check.boolean(op, "keep_int8", keep_int8)
         files.require_named(op, output=output)
     with opened_communicator(op, distributed, communicator) as ranks:
         is_first = ranks.rank == 0  # this rank writes the output and prints
@@ -197,6 +202,7 @@ def train(
         splits = splits_of(op, data)
         held_out = splits.valid if valid is None else sources_of(op, valid)
         encoder = _opened(op, model, compute)
+        require_int8(op, encoder.compute, ["keep_int8"] * keep_int8)
         warn_of_slow_int8(op, encoder)
         paths = [each.path for each in [*splits.train, *(held_out or [])] if each.path is not None]
         if is_first:
@@ -234,7 +240,8 @@ def train(
             if is_first:
                 require_free_directory(place, resume, overwrite)
             found_at = place
-            with opened_output(place, ranks) as directory:
+            kept = keeping_int8(encoder.model.int8_weights() if keep_int8 else [])
+            with opened_output(place, ranks) as directory, kept:
                 history = trainer.fit(
                     batches[0],
                     epochs=epochs,

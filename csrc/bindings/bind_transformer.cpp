@@ -59,10 +59,37 @@ Activation activation_of(const std::string& act) {
   throw std::invalid_argument("act is '" + act + "', expected silu, gelu_pytorch_tanh or gelu");
 }
 
-// Registers the gated units for inputs of type T: float32, or bfloat16 as bit patterns.
+// Registers the activations and gated units for inputs of type T: float32, or bfloat16 as bit patterns.
 template <class T>
-void register_gated(py::module_& m) {
+void register_activations(py::module_& m) {
   using py::arg;
+  m.def(
+      "activated",
+      [](const std::string& act, const Array<T>& x, Floats out) {
+        const Activation activation = activation_of(act);
+        require_like("out", out, x);
+        const auto from = read(x);
+        const auto to = write(out);
+        const T* const up = nullptr;
+        without_gil([&] { gated(activation, from.rows * from.cols, from.data, up, to.data); });
+      },
+      arg("act"), arg("x").noconvert(), arg("out").noconvert(), "out = act(x)");
+  m.def(
+      "activated_backward",
+      [](const std::string& act, const Floats& dout, const Array<T>& x, Floats dx) {
+        const Activation activation = activation_of(act);
+        require_like("dout", dout, x);
+        require_like("dx", dx, x);
+        const auto gradient = read(dout);
+        const auto from = read(x);
+        const auto to = write(dx);
+        const T* const up = nullptr;
+        without_gil([&] {
+          gated_backward(activation, from.rows * from.cols, gradient.data, from.data, up, to.data, nullptr);
+        });
+      },
+      arg("act"), arg("dout").noconvert(), arg("x").noconvert(), arg("dx").noconvert(),
+      "dx = act'(x) ∘ dout");
   m.def(
       "gated",
       [](const std::string& act, const Array<T>& gate, const Array<T>& up, Floats out) {
@@ -160,31 +187,6 @@ void register_elements(py::module_& m) {
       arg("dy").noconvert(), arg("x").noconvert(), arg("weight").noconvert(), arg("eps"),
       arg("dx").noconvert(), arg("accumulate"), "dx = [dx +] the gradient of x");
   m.def(
-      "activated",
-      [](const std::string& act, const Floats& x, Floats out) {
-        const Activation activation = activation_of(act);
-        require_like("out", out, x);
-        const auto from = read(x);
-        const auto to = write(out);
-        without_gil([&] { gated(activation, from.rows * from.cols, from.data, nullptr, to.data); });
-      },
-      arg("act"), arg("x").noconvert(), arg("out").noconvert(), "out = act(x)");
-  m.def(
-      "activated_backward",
-      [](const std::string& act, const Floats& dout, const Floats& x, Floats dx) {
-        const Activation activation = activation_of(act);
-        require_like("dout", dout, x);
-        require_like("dx", dx, x);
-        const auto gradient = read(dout), from = read(x);
-        const auto to = write(dx);
-        without_gil([&] {
-          gated_backward(activation, from.rows * from.cols, gradient.data, from.data, nullptr, to.data,
-                         nullptr);
-        });
-      },
-      arg("act"), arg("dout").noconvert(), arg("x").noconvert(), arg("dx").noconvert(),
-      "dx = act'(x) ∘ dout");
-  m.def(
       "rope",
       [](Floats x, const Integers& positions, const Floats& table, bool interleaved, bool inverse,
          size_t head_dim) {
@@ -200,8 +202,23 @@ void register_elements(py::module_& m) {
       },
       arg("x").noconvert(), arg("positions").noconvert(), arg("table").noconvert(), arg("interleaved"),
       arg("inverse"), arg("head_dim"), "Apply rotary position embeddings in place");
-  register_gated<float>(m);
-  register_gated<uint16_t>(m);
+  register_activations<float>(m);
+  register_activations<uint16_t>(m);
+  m.def(
+      "activated_narrow",
+      [](const std::string& act, const Floats& x, Floats out, Array<uint16_t> bits) {
+        const Activation activation = activation_of(act);
+        require_like("out", out, x);
+        require_like("bits", bits, x);
+        const auto from = read(x);
+        const auto to = write(out);
+        const auto stored = write(bits);
+        without_gil([&] {
+          gated_narrow(activation, from.rows * from.cols, from.data, nullptr, to.data, stored.data, nullptr);
+        });
+      },
+      arg("act"), arg("x").noconvert(), arg("out").noconvert(), arg("bits").noconvert(),
+      "Does the same as activated, and stores x as bit patterns of bfloat16");
   m.def(
       "gated_narrow",
       [](const std::string& act, const Floats& gate, const Floats& up, Floats out, Array<uint16_t> gate_bits,

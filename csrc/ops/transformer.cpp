@@ -113,6 +113,19 @@ void gated_backward(Activation act, size_t n, const float* dout, const float* ga
 
 namespace {
 
+// The floats of `count` bfloat16 values, at most kConvertedElements. If `up_bits` is null, so is `up`.
+struct Widened {
+  Widened(size_t count, const uint16_t* gate_bits, const uint16_t* up_bits)
+      : gate(scratch<float>(Scratch::kPairing, 2 * kConvertedElements)),
+        up(up_bits ? gate + kConvertedElements : nullptr) {
+    const auto widen = kernels::table().convert.widen_bfloat16;
+    widen(count, gate_bits, gate);
+    if (up) widen(count, up_bits, up);
+  }
+
+  float *gate, *up;
+};
+
 // Calls body(first, count) for pieces of kConvertedElements elements.
 template <class Body>
 void for_converted(size_t n, const Body& body) {
@@ -127,12 +140,9 @@ void for_converted(size_t n, const Body& body) {
 void gated(Activation act, size_t n, const uint16_t* gate, const uint16_t* up, float* out) {
   const Timed timed(Activity::kActivation);
   const auto kernel_of_act = kernel().gated[size_t(act)];
-  const auto widen = kernels::table().convert.widen_bfloat16;
   for_converted(n, [&](size_t first, size_t count) {
-    float *g = scratch<float>(Scratch::kPairing, 2 * kConvertedElements), *u = g + kConvertedElements;
-    widen(count, gate + first, g);
-    widen(count, up + first, u);
-    kernel_of_act(count, g, u, out + first);
+    const Widened values(count, gate + first, up ? up + first : nullptr);
+    kernel_of_act(count, values.gate, values.up, out + first);
   });
 }
 
@@ -140,11 +150,9 @@ void gated_backward(Activation act, size_t n, const float* dout, const uint16_t*
                     float* dgate, float* dup) {
   const Timed timed(Activity::kActivation);
   const auto kernel_of_act = kernel().gated_backward[size_t(act)];
-  const auto widen = kernels::table().convert.widen_bfloat16;
-  for_converted(n, [&](size_t first, size_t count) {  // first widens `gate` into dgate, and `up` into dup
-    widen(count, gate + first, dgate + first);
-    widen(count, up + first, dup + first);
-    kernel_of_act(count, dout + first, dgate + first, dup + first, dgate + first, dup + first);
+  for_converted(n, [&](size_t first, size_t count) {
+    const Widened values(count, gate + first, up ? up + first : nullptr);
+    kernel_of_act(count, dout + first, values.gate, values.up, dgate + first, dup ? dup + first : nullptr);
   });
 }
 
@@ -154,9 +162,9 @@ void gated_narrow(Activation act, size_t n, const float* gate, const float* up, 
   const auto kernel_of_act = kernel().gated[size_t(act)];
   const auto narrow = kernels::table().convert.narrow_bfloat16;
   for_converted(n, [&](size_t first, size_t count) {
-    kernel_of_act(count, gate + first, up + first, out + first);
+    kernel_of_act(count, gate + first, up ? up + first : nullptr, out + first);
     narrow(count, gate + first, gate_bits + first);
-    narrow(count, up + first, up_bits + first);
+    if (up) narrow(count, up + first, up_bits + first);
   });
 }
 

@@ -56,8 +56,8 @@ using kernels::Activation;
 // A gated unit: out (n) = act(gate) ∘ up (Shazeer 2020). If `up` is null, out = act(gate).
 void gated(Activation act, size_t n, const float* gate, const float* up, float* out);
 
-// Computes the gradients of `gated`. `dgate` may be the same array as `gate`, and `dup` the same array as
-// `up`. If `up` is null, `dup` must be null too.
+// Computes the gradients of `gated`. `dgate` may be the same array as `dout` or `gate`, and `dup` the same
+// array as `up`. If `up` is null, `dup` must be null too.
 void gated_backward(Activation act, size_t n, const float* dout, const float* gate, const float* up,
                     float* dgate, float* dup);
 
@@ -67,7 +67,7 @@ void gated(Activation act, size_t n, const uint16_t* gate, const uint16_t* up, f
 void gated_backward(Activation act, size_t n, const float* dout, const uint16_t* gate, const uint16_t* up,
                     float* dgate, float* dup);
 
-// Does the same as `gated`, and also stores `gate` and `up` in bfloat16.
+// Does the same as `gated`, and also stores `gate` and `up` in bfloat16. If `up` is null, so is `up_bits`.
 void gated_narrow(Activation act, size_t n, const float* gate, const float* up, float* out,
                   uint16_t* gate_bits, uint16_t* up_bits);
 

@@ -315,7 +315,10 @@ def layer_norm_backward(dy: Array, x: Array, weight: Array, eps: float, dx: Arra
     """dx = [dx +] the gradient of x. Weight and bias are frozen. dx may be the same array as dy."""
 
 def activated(act: str, x: Array, out: Array) -> None:
-    """out = act(x), all (n, f); act is as in `gated`. out may be the same array as x."""
+    """out = act(x), all (n, f); act and x are as act and gate in `gated`. out may be the same array as x."""
+
+def activated_narrow(act: str, x: Array, out: Array, bits: Array) -> None:
+    """Compute `activated` of a float32 array, and also store x as bits of bfloat16 (uint16)."""
 
 def activated_backward(act: str, dout: Array, x: Array, dx: Array) -> None:
     """dx = act'(x) ∘ dout. dx may be the same array as dout or x."""

@@ -239,6 +239,29 @@ def test_an_activation_is_a_gated_unit_whose_up_is_1(act: str, rng: np.random.Ge
     assert np.array_equal(dout, dx)
 
 
+@pytest.mark.parametrize("shape", [(1, 1), (3, 33), (2, 1024), (5, 7000)])
+def test_an_activation_of_bits_is_that_of_the_widened_numbers(
+    shape: tuple[int, int], rng: np.random.Generator
+) -> None:
+    dout, x = (rng.normal(0, 2, shape).astype(np.float32) for _ in range(2))
+    bits, expected = np.empty(shape, np.uint16), np.empty(shape, np.uint16)
+    out, same, dx = (unwritten(*shape) for _ in range(3))
+    _core.activated("gelu", x, out)
+    _core.activated_narrow("gelu", x, same, bits)
+    assert np.array_equal(out, same)
+    _core.narrow(x, "bfloat16", expected)
+    assert np.array_equal(bits, expected)
+    _core.widen(bits, "bfloat16", x)
+    _core.activated("gelu", x, out)
+    _core.activated("gelu", bits, same)
+    assert np.array_equal(out, same)
+    _core.activated_backward("gelu", dout, x, dx)
+    _core.activated_backward("gelu", dout, bits, dout)  # in place
+    assert np.array_equal(dout, dx)
+    with pytest.raises(ValueError, match="bits must have shape"):
+        _core.activated_narrow("gelu", x, out, bits[:, :0])
+
+
 # ---- gated units ----
 
 ACTS = ("silu", "gelu_pytorch_tanh")

@@ -6,10 +6,11 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 
 from nplora import _core
-from nplora.models.activation_storage import keeps_bits, narrowed, widened
+from nplora.models.activation_storage import keeps_bits
 from nplora.models.footprint import BITS, FLOAT, Adapted, Footprint, stored
 from nplora.nn import Linear, LoRALinear, stack_backward, stack_forward
 from nplora.nn.module import Gradient, Module, Saved, inferring
@@ -57,10 +58,13 @@ class FeedForward(Module):
         """Compute the output y (n, d) from the input x (n, d)."""
         (up,), entry = stack_forward((self.up_proj,), x)
         hidden = up if inferring() else buffers.empty_like(up)
-        _core.activated(self._act, up, hidden)
-        (y,), down = stack_forward((self.down_proj,), hidden)
         if self._narrow and not inferring():
-            up = narrowed(up)
+            bits = buffers.empty(up.shape, np.uint16)
+            _core.activated_narrow(self._act, up, hidden, bits)
+            up = bits
+        else:
+            _core.activated(self._act, up, hidden)
+        (y,), down = stack_forward((self.down_proj,), hidden)
         return y, FeedForwardSaved(up, entry.with_x(None), down.with_x(None))
 
     def run_cached(self, x: Array, *state: object) -> Array:
@@ -74,9 +78,9 @@ class FeedForward(Module):
     ) -> Gradient:
         """Accumulate the gradients of the LoRA factors. Return dx (n, d), or None if `need_dx` is False."""
         deeper = need_dx or bool(self.up_proj.local_parameters())
-        up, hidden = widened(saved.up) if self._narrow else saved.up, None
+        up, hidden = saved.up, None
         if self.down_proj.reads_x:
-            hidden = buffers.empty_like(up)
+            hidden = buffers.empty(up.shape, np.float32)
             _core.activated(self._act, up, hidden)
         dhidden = stack_backward((self.down_proj,), [dy], saved.down.with_x(hidden), deeper)
         if not deeper:
@@ -93,10 +97,10 @@ class FeedForward(Module):
         d, f = self.down_proj.weight.shape
         low = adapted.saved(("up_proj", "down_proj"))
         saved = stored(narrow) * f
-        forward = low + FLOAT * (2 * f + d) + (BITS * f if narrow else 0)  # the peak holds up, hidden and y
+        # At its peak, the forward pass holds up, hidden, and either y or the bits of up.
+        forward = low + FLOAT * 2 * f + (BITS * f if narrow else FLOAT * d)
         backward = FLOAT * (f + d)  # the gradients of hidden and x
         backward += FLOAT * d if adapted.read_inputs(("up_proj",)) and narrow else 0  # x
         backward += FLOAT * f if adapted.read_inputs(("down_proj",)) else 0  # hidden
-        backward += FLOAT * f if narrow else 0  # up
         backward += FLOAT * f if adapted.use_dora and adapted.outputs else 0
         return Footprint(saved + low, forward, backward)

@@ -20,6 +20,7 @@ from nplora.finetuning.embedding import (
     TextBatch,
     evaluate_retrieval,
     evaluate_similarity,
+    label_pairs,
     read_examples,
     spearman,
     train,
@@ -464,6 +465,40 @@ def test_a_run_that_keeps_weights_in_int8_trains_the_same_adapter(model: Path, t
         assert not any(weight.keeps_int8 for weight in frozen_weights([run.encoder]))  # after the run
         adapters.append(Path(run.output, "adapter_model.safetensors").read_bytes())
     assert adapters[0] == adapters[1]
+
+
+@pytest.mark.parametrize("count", [1, 8, 501])
+def test_pairs_of_labels_have_the_scores_of_their_labels(count: int) -> None:
+    texts = [f"{label} {i}" for label, number in (("a", 5), ("b", 2), ("c", 1)) for i in range(number)]
+    rows = label_pairs([*texts, "a 0"], [text[0] for text in texts] + ["a"], count, seed=1)
+    assert len(rows) == count
+    for row in rows:
+        assert row["sentence1"] != row["sentence2"]
+        assert row["score"] == (row["sentence1"][0] == row["sentence2"][0])
+    assert [row["score"] for row in rows] == [1.0 - i % 2 for i in range(count)]
+    if count > 100:
+        assert {row[name] for row in rows for name in ("sentence1", "sentence2")} == set(texts)
+        alike = [row["sentence1"][0] for row in rows[::2]]
+        assert 0.35 < alike.count("b") / len(alike) < 0.65  # "c" has only one text
+    assert rows == label_pairs([*texts, "a 0"], [text[0] for text in texts] + ["a"], count, seed=1)
+
+
+@pytest.mark.parametrize(
+    ("texts", "labels", "error", "words"),
+    [
+        (["a", "b"], [1], ValueError, "there are 2 texts, but 1 labels"),
+        (["a", "b"], [1, 1], ValueError, "there is only one label, expected at least two"),
+        (["a", "a", "b"], [1, 1, 2], ValueError, "no label has two different texts"),
+        (["a", 2, "b"], [1, 1, 2], TypeError, r"texts\[1\] is .*, expected a text"),
+        ("ab", [1, 2], TypeError, "texts is a text, expected a list of texts"),
+        ([], [], ValueError, "there is only one label"),
+    ],
+)
+def test_labels_that_give_no_pairs_are_refused(
+    texts: Any, labels: list[int], error: type[Exception], words: str
+) -> None:
+    with pytest.raises(error, match=f"label_pairs: {words}"):
+        label_pairs(texts, labels)
 
 
 def test_weights_are_kept_only_with_int8(model: Path, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@
 from nplora.finetuning.embedding.batches import ExampleBatches, TextBatch
 from nplora.finetuning.embedding.examples import TextExamples, TextReport, read_examples
 from nplora.finetuning.embedding.files import Embedded, embed_file
+from nplora.finetuning.embedding.label_pairs import label_pairs
 from nplora.finetuning.embedding.loss import EmbeddingLoss
 from nplora.finetuning.embedding.metrics import (
     RetrievalScores,
@@ -34,6 +35,7 @@ __all__ = [
     "embed_file",
     "evaluate_retrieval",
     "evaluate_similarity",
+    "label_pairs",
     "pearson",
     "read_examples",
     "spearman",

@@ -486,12 +486,12 @@ def test_pairs_of_labels_have_the_scores_of_their_labels(count: int) -> None:
 @pytest.mark.parametrize(
     ("texts", "labels", "error", "words"),
     [
-        (["a", "b"], [1], ValueError, "there are 2 texts, but 1 labels"),
-        (["a", "b"], [1, 1], ValueError, "there is only one label, expected at least two"),
+        (["a", "b"], [1], ValueError, "there are 2 texts, but 1 label$"),
+        (["a", "b"], [1, 1], ValueError, "there are fewer than two different labels"),
         (["a", "a", "b"], [1, 1, 2], ValueError, "no label has two different texts"),
         (["a", 2, "b"], [1, 1, 2], TypeError, r"texts\[1\] is .*, expected a text"),
         ("ab", [1, 2], TypeError, "texts is a text, expected a list of texts"),
-        ([], [], ValueError, "there is only one label"),
+        ([], [], ValueError, "there are fewer than two different labels"),
     ],
 )
 def test_labels_that_give_no_pairs_are_refused(

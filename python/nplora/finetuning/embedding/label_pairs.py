@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from nplora import _check
+from nplora.formats.errors import counted
 
 
 def label_pairs(
@@ -31,8 +32,8 @@ def label_pairs(
     Returns:
         rows with the fields sentence1, sentence2 and score.
     Raises:
-        ValueError: the numbers of texts and labels differ, there is only one label, or no label has two
-            different texts.
+        ValueError: the numbers of texts and labels differ, there are fewer than two different labels, or no
+            label has two different texts.
         TypeError: an argument, or an element of `texts`, has a wrong type.
     """
     op = "label_pairs"
@@ -45,14 +46,14 @@ def label_pairs(
         if not isinstance(text, str):
             raise TypeError(f"{op}: texts[{i}] is {_check.kind(text)}, expected a text")
     if len(given) != len(names):
-        raise ValueError(f"{op}: there are {len(given)} texts, but {len(names)} labels")
+        raise ValueError(f"{op}: there are {counted(len(given), 'text')}, but {counted(len(names), 'label')}")
     groups = dict[Hashable, dict[str, None]]()  # the different texts of each label, in their order
     for text, name in zip(given, names, strict=True):
         groups.setdefault(name, {})[text] = None
     of_label = [list(group) for group in groups.values()]
     alike = [group for group in of_label if len(group) > 1]
     if len(of_label) < 2:
-        raise ValueError(f"{op}: there is only one label, expected at least two")
+        raise ValueError(f"{op}: there are fewer than two different labels")
     if not alike:
         raise ValueError(f"{op}: no label has two different texts")
     rng, rows = np.random.default_rng(seed), list[dict[str, Any]]()

@@ -132,8 +132,8 @@ constexpr size_t rows_beside(size_t vectors) {
 // of `w`, which is more than kOutputVectors. Wide tiles have few rows and read `w` so fast that `w` must be
 // in L1: on AVX2, tiles of 2 x 6 accumulators read 192 bytes of `w` every 6 cycles. So a dense panel is cut
 // into L1 blocks, and all rows of `a` are multiplied by one block before the next block is read. L1 has 32 KB
-// or more, and must also hold the rows of `a` and `c`. Products of pairs use no wide tiles, because AVX2
-// would have to split the pairs of `w` for each row of `a`.
+// or more, and must also hold the rows of `a` and `c`. Products of pairs use no wide tiles: on AVX2, a
+// wide tile would have to split the same pairs of `w` again for each row of `a`.
 template <class E>
 inline constexpr size_t kL1BlockBytes =
     kValuesPerElement<E> == 1 && kPanelVectors > kOutputVectors ? size_t{24} << 10 : 0;

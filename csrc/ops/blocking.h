@@ -67,7 +67,7 @@ inline constexpr size_t kFewInt8Tokens = 63;
 // at a time.
 inline constexpr size_t kColumnBlock = 4 * kernels::kPanelColumns, kSumDepth = 128;
 static_assert(kSumDepth % kDepthUnitValues == 0 && kTaskTokens % kDepthUnitValues == 0);
-// The largest number of floating-point operations of one task. On the slowest instruction set, a task of this
+// A task may have at most this many floating-point operations. On the slowest instruction set, a task of this
 // size takes 0.1 s. Ctrl-C is noticed only between tasks, so tasks must be short.
 inline constexpr double kTaskFlops = 2e9;
 

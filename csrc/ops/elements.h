@@ -46,8 +46,8 @@ void elements_of(Matrix<const float> m, E* out, size_t depth) {
   }
 }
 
-// Returns m with its values as elements of type E. If E is Bf16Pair, m is converted to pairs in `out` (see
-// elements_of). For every other E, the result is m itself.
+// Returns the elements of type E for the values of m. If E is Bf16Pair, they are written to `out` (see
+// elements_of). Every other E needs no conversion, and the result is m itself.
 template <class E>
 kernels::Strided<E> elements_or_self(Matrix<const kernels::Sum<E>> m, E* out) {
   if constexpr (kernels::kValuesPerElement<E> == 1) {
@@ -58,9 +58,9 @@ kernels::Strided<E> elements_or_self(Matrix<const kernels::Sum<E>> m, E* out) {
   }
 }
 
-// Returns m (rows, cols) with its values as elements of type E. If E is Bf16Pair, neighbours of one column
-// are paired, and the result (depth_of(rows), cols) is stored in `out`. For every other E, the result is m
-// itself.
+// Returns the elements of type E for the values of m (rows, cols). If E is Bf16Pair, two neighbours in a
+// column form a pair, and the pairs (depth_of(rows), cols) are written to `out`. Every other E needs no
+// conversion, and the result is m itself.
 template <class E>
 Matrix<const E> pairs_down_columns(Matrix<const kernels::Sum<E>> m, E* out) {
   if constexpr (kernels::kValuesPerElement<E> == 1) {

@@ -87,7 +87,7 @@ class SmallForward {
   // updates are prefetched.
   void multiply(Range rows) const {
     std::vector<FetchList> next;
-    constexpr size_t kMostBytes = 256 << 10;  // the limit for all A together, and for all B together
+    constexpr size_t kMostBytes = 256 << 10;  // of all A, at most so many bytes are prefetched; of all B too
     for (const auto& group : groups_) next.push_back(factors(*group.low, rows, kMostBytes / groups_.size()));
     if constexpr (std::is_same_v<W, float>)
       if (dots_blocks(part_.w)) {

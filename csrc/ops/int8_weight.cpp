@@ -49,7 +49,7 @@ void for_panels_of(const WeightView& w, Range rows, Range cols, E* decoded, cons
   }
 }
 
-// Does the same for elements of type float. A W in another format is decoded.
+// Does the same for elements of type float. If W has another format, it is decoded to floats.
 template <class Body>
 void for_float_panels(const WeightView& w, Range rows, Range cols, const Body& body) {
   float* decoded = scratch<float>(Scratch::kDecoded, rows.count * scratch_columns(kDecodedColumns));

@@ -55,8 +55,8 @@ class ModelConfig:
         residual_multiplier: a factor for the output of each half-block (attention or MLP).
         logits_scaling: a divisor for the logits.
         causal: whether a token attends only to itself and earlier tokens. If False, the model is an encoder.
-        interleaved: whether two neighbouring values of a head form a pair that is rotated, as in some GGUF
-            files. If False, values i and i + rotary_dim / 2 of a head form a pair.
+        interleaved: which values of a head are rotated as a pair. True: two neighbours, as in some GGUF
+            files. False: the values i and i + rotary_dim / 2.
 
     >>> import nplora
     >>> config = nplora.load_model("model.gguf").config

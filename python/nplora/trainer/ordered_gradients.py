@@ -187,7 +187,10 @@ class OrderedGradients(Gradients):
         return _Result(value, count)
 
     def _check_parts(self, loss: PartedLoss, parts: int) -> None:
-        """Refuse a loss that has not called `after_part` for every part: some gradients would be lost."""
+        """Raise an error if the loss has not called `after_part` for every part of the batch.
+
+        The gradients of the other parts would be missing.
+        """
         if self._sum.kept != parts:
             raise RuntimeError(
                 f"{type(loss).__name__}.forward_backward has called after_part {self._sum.kept} times, "

@@ -6,7 +6,7 @@
 - pairs: MiniLM with LoRA, trained in int8 by nplora on 640 pairs of texts with equal and different labels;
   then logistic regression on the embeddings.
 - setfit: MiniLM trained on pairs of texts by SetFit, logistic regression. There are about 640 pairs, or two
-  for each text if that is more. SetFit is in an environment of its own, whose python `--setfit` names.
+  for each text if that is more. `--setfit` is the path of the Python that has SetFit.
 
 Each run is a process of its own. Its CPU time and its peak memory are those of the training, with the loading
 of the model. The accuracy is that on the held-out texts, as the mean of the seeds. `--most` and `--held-out`
@@ -78,7 +78,7 @@ def pairs(train: labelled_texts.Rows, per_class: int | None, seed: int) -> Any:
             model_directory(), rows, output, loss="cosine", lr=2e-4, batch_size=16, seed=seed,
             max_length=LONGEST, compute="int8", progress=False,
         ).encoder  # fmt: skip
-    model = LogisticRegression(max_iter=1000).fit(encoder.embed(texts, max_length=LONGEST), labels)
+    model = LogisticRegression(C=10, max_iter=1000).fit(encoder.embed(texts, max_length=LONGEST), labels)
     return lambda given: model.predict(encoder.embed(given, max_length=LONGEST))
 
 

@@ -22,12 +22,11 @@ class AlignedBuffer {
   AlignedBuffer(const AlignedBuffer&) = delete;
   AlignedBuffer& operator=(const AlignedBuffer&) = delete;
 
-  // The number of buffers that this process has allocated so far.
+  // How many times this process has allocated or resized a buffer so far.
   static size_t allocations();
 
-  // Changes the size, which leaves the contents undefined. Only for a short-lived buffer (Life::kShort).
-  // Returns false if the system cannot do this faster than it would make a new buffer; the buffer is then
-  // unchanged.
+  // Changes the size of a short-lived buffer. The contents are then undefined. If one of the two sizes is
+  // below 64 KiB, or if the system cannot keep the buffer's pages, `resize` returns false and changes nothing.
   bool resize(size_t bytes);
 
   size_t size() const { return bytes_; }
@@ -39,6 +38,7 @@ class AlignedBuffer {
  private:
   void* data_ = nullptr;
   size_t bytes_ = 0;
+  Life life_ = Life::kShort;
 };
 
 }  // namespace nplora

@@ -1,6 +1,9 @@
 #include "base/buffer_cache.h"
 
 #include <algorithm>
+#include <array>
+#include <cstdint>
+#include <iterator>
 #include <new>
 #include <utility>
 
@@ -18,18 +21,18 @@ constexpr size_t most_for(size_t bytes) {
 
 AlignedBuffer BufferCache::take(size_t bytes) {
   const std::lock_guard lock(mutex_);
-  AlignedBuffer buffer;
+  std::optional<AlignedBuffer> buffer;
   if (const auto found = idle_.lower_bound(bytes); found != idle_.end() && found->first <= most_for(bytes)) {
     buffer = remove(found);
   } else {
     const size_t most_idle = most_idle_beside(bytes);
-    if (idle_bytes_ > most_idle && nearest(bytes)->second.resize(bytes)) buffer = remove(nearest(bytes));
+    if (idle_bytes_ > most_idle) buffer = remove_resized(bytes);
     while (idle_bytes_ > most_idle) remove(std::prev(idle_.end()));
-    if (buffer.size() == 0) buffer = AlignedBuffer(bytes);
+    if (!buffer) buffer = AlignedBuffer(bytes);
   }
-  used_bytes_ += buffer.size();
+  used_bytes_ += buffer->size();
   most_used_ = std::max(most_used_, used_bytes_);
-  return buffer;
+  return *std::move(buffer);
 }
 
 // The largest number of idle bytes if a new buffer of `bytes` bytes is used. All buffers together may take
@@ -40,12 +43,20 @@ size_t BufferCache::most_idle_beside(size_t bytes) const {
   return peak + std::min(peak, kSpareBytes) - used;
 }
 
-// The idle buffer whose size is nearest to `bytes`. There must be an idle buffer.
-BufferCache::Idle::iterator BufferCache::nearest(size_t bytes) {
-  const auto above = idle_.lower_bound(bytes);
-  if (above == idle_.begin()) return above;
-  const auto below = std::prev(above);
-  return above == idle_.end() || bytes - below->first < above->first - bytes ? below : above;
+// Resizes an idle buffer to `bytes` bytes: of the next larger and the next smaller one, the one that is
+// nearer in size, or the other one if the nearer one cannot be resized.
+std::optional<AlignedBuffer> BufferCache::remove_resized(size_t bytes) {
+  const auto larger = idle_.lower_bound(bytes);
+  const auto smaller = larger == idle_.begin() ? idle_.end() : std::prev(larger);
+  const auto distance = [&](Idle::iterator chosen) {
+    if (chosen == idle_.end()) return SIZE_MAX;
+    return std::max(chosen->first, bytes) - std::min(chosen->first, bytes);
+  };
+  std::array both{larger, smaller};
+  if (distance(smaller) < distance(larger)) std::swap(both[0], both[1]);
+  for (const auto chosen : both)
+    if (chosen != idle_.end() && chosen->second.resize(bytes)) return remove(chosen);
+  return std::nullopt;
 }
 
 AlignedBuffer BufferCache::remove(Idle::iterator chosen) {

@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <map>
 #include <mutex>
+#include <optional>
 
 #include "base/aligned_buffer.h"
 
@@ -30,7 +31,7 @@ class BufferCache {
   using Idle = std::multimap<size_t, AlignedBuffer>;  // the keys are sizes in bytes
 
   size_t most_idle_beside(size_t bytes) const;
-  Idle::iterator nearest(size_t bytes);
+  std::optional<AlignedBuffer> remove_resized(size_t bytes);
   AlignedBuffer remove(Idle::iterator chosen);
 
   std::mutex mutex_;

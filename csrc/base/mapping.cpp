@@ -115,11 +115,11 @@ char* map_beside(size_t bytes) {
   return map(bytes);
 }
 
-char* resize(void* at, size_t before, size_t after) {
-  const size_t old_size = whole_pages(before), size = whole_pages(after);
-  const bool huge = size >= kHugePage;
+char* remap(void* at, size_t old_bytes, size_t new_bytes) {
+  const size_t old_size = whole_pages(old_bytes), new_size = whole_pages(new_bytes);
+  const bool huge = new_size >= kHugePage;
   if (huge != (old_size >= kHugePage)) return nullptr;
-  return platform::resize_pages(static_cast<char*>(at), old_size, size, huge ? kHugePage : 1);
+  return platform::remap_pages(static_cast<char*>(at), old_size, new_size, huge ? kHugePage : 1);
 }
 
 void unmap(void* at, size_t bytes) {

@@ -23,11 +23,11 @@ char* map(size_t bytes);
 // when the other part of the huge page is unmapped.
 char* map_beside(size_t bytes);
 
-// Changes the size of a mapping that `map` made, and returns its new start. Its contents are then undefined.
-// The pages that both sizes have stay in memory, so this is faster than to unmap and map: the system takes
-// longer to provide a new page than a product takes to fill it. Returns nullptr if the system cannot do this,
-// or if only one of the two sizes has huge pages; the mapping is then unchanged.
-char* resize(void* at, size_t before, size_t after);
+// Changes the size of a mapping that `map` made. Returns its new start. The contents are then undefined. Pages
+// within the smaller of the two sizes stay in memory. This is faster than to unmap the old mapping and to map
+// a new one, whose pages the system would have to clear. If the system cannot do this, or if exactly one of
+// the two sizes is large enough for huge pages, `remap` returns nullptr and changes nothing.
+char* remap(void* at, size_t old_bytes, size_t new_bytes);
 
 void unmap(void* at, size_t bytes);
 

@@ -6,6 +6,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cerrno>
 #include <fstream>
 #include <string>
@@ -26,14 +27,19 @@ std::string huge_page_setting(const char* name) {
 
 }  // namespace
 
-char* resize_pages(char* at, size_t before, size_t after, size_t alignment) {
-  void* resized = mremap(at, before, after, 0);
-  if (resized != MAP_FAILED) return at;
-  char* const target = map_pages(after, alignment);
+char* remap_pages(char* at, size_t old_bytes, size_t new_bytes, size_t alignment) {
+  static std::atomic<bool> moves_to_target = true;
+  const bool any_page_fits = alignment <= page_size();
+  void* const remapped = mremap(at, old_bytes, new_bytes, any_page_fits ? MREMAP_MAYMOVE : 0);
+  if (remapped != MAP_FAILED) return static_cast<char*>(remapped);
+  if (any_page_fits || new_bytes <= old_bytes || !moves_to_target) return nullptr;
+  char* const target = map_pages(new_bytes, alignment);
   if (target == nullptr) return nullptr;
-  resized = mremap(at, before, after, MREMAP_MAYMOVE | MREMAP_FIXED, target);
-  if (resized != MAP_FAILED) return target;
-  unmap_pages(target, after);
+  if (mremap(at, old_bytes, new_bytes, MREMAP_MAYMOVE | MREMAP_FIXED, target) != MAP_FAILED) return target;
+  // Before Linux failed, it may have unmapped the target, and another thread may have mapped the same
+  // addresses since. So the target cannot be unmapped here. It has no pages, so only addresses are lost, and
+  // only once: later calls do not try to move a mapping to a target.
+  moves_to_target = false;
   return nullptr;
 }
 

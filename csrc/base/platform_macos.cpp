@@ -18,7 +18,7 @@ bool has_feature(const char* name) {
 
 }  // namespace
 
-char* resize_pages(char*, size_t, size_t, size_t) {
+char* remap_pages(char*, size_t, size_t, size_t) {
   return nullptr;
 }
 

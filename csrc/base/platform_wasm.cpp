@@ -19,7 +19,7 @@ void unmap_pages(void* at, size_t) {
   ::operator delete(at, std::align_val_t{kCacheLine});
 }
 
-char* resize_pages(char*, size_t, size_t, size_t) {
+char* remap_pages(char*, size_t, size_t, size_t) {
   return nullptr;
 }
 

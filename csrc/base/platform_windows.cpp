@@ -53,7 +53,7 @@ void unmap_pages(void* at, size_t) {
   if (at != nullptr) VirtualFree(at, 0, MEM_RELEASE);
 }
 
-char* resize_pages(char*, size_t, size_t, size_t) {
+char* remap_pages(char*, size_t, size_t, size_t) {
   return nullptr;
 }
 

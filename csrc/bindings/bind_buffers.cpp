@@ -27,7 +27,7 @@ void register_buffers(py::module_& m) {
   m.def("empty", &empty_array, py::arg("dtype"), py::arg("shape"),
         "An array with undefined contents, which may reuse the memory of a deleted array");
   m.def("release_buffers", [] { buffer_cache().release(); }, "Return idle buffers to the system");
-  m.def("allocations", &AlignedBuffer::allocations, "The number of buffers that this process has allocated");
+  m.def("allocations", &AlignedBuffer::allocations, "How many times this process has allocated or resized a buffer");
 }
 
 }  // namespace nplora::bindings

@@ -87,7 +87,8 @@ class SmallForward {
   // updates are prefetched.
   void multiply(Range rows) const {
     std::vector<FetchList> next;
-    constexpr size_t kMostBytes = 256 << 10;  // of all A, at most so many bytes are prefetched; of all B too
+    // The most bytes of all A that are prefetched. The same limit holds for all B.
+    constexpr size_t kMostBytes = 256 << 10;
     for (const auto& group : groups_) next.push_back(factors(*group.low, rows, kMostBytes / groups_.size()));
     if constexpr (std::is_same_v<W, float>)
       if (dots_blocks(part_.w)) {

@@ -41,7 +41,8 @@ enum class Scratch {
   kDropped,       // rows of x after dropout: 32 d_in elements
   kDroppedLanes,  // rows of x after dropout, put into lanes or into pairs: 32 d_in elements
   // Holds rows of x that will be transposed into lanes (48 L or 8 d_in elements), or rows of x in pairs (16
-  // d_in elements). For attention in pairs, this buffer holds a tile: 96 (head_dim + 24) elements.
+  // d_in elements). For attention in pairs, this buffer holds a tile: 96 (head_dim + 24) elements. For
+  // activations of bfloat16 values, it holds 2,048 floats.
   kPairing,
   kCodes,       // a small batch of x in int8: 8 d_in elements
   kCodeScales,  // the scales and sums of the codes in kCodes: d_in elements

@@ -113,7 +113,7 @@ void gated_backward(Activation act, size_t n, const float* dout, const float* ga
 
 namespace {
 
-// The floats of `count` bfloat16 values, at most kConvertedElements. If `up_bits` is null, so is `up`.
+// Converts `count` bfloat16 values (at most kConvertedElements) to floats. If `up_bits` is null, `up` is null.
 struct Widened {
   Widened(size_t count, const uint16_t* gate_bits, const uint16_t* up_bits)
       : gate(scratch<float>(Scratch::kPairing, 2 * kConvertedElements)),
@@ -162,9 +162,9 @@ void gated_narrow(Activation act, size_t n, const float* gate, const float* up, 
   const auto kernel_of_act = kernel().gated[size_t(act)];
   const auto narrow = kernels::table().convert.narrow_bfloat16;
   for_converted(n, [&](size_t first, size_t count) {
-    kernel_of_act(count, gate + first, up ? up + first : nullptr, out + first);
-    narrow(count, gate + first, gate_bits + first);
+    narrow(count, gate + first, gate_bits + first);  // first, because `out` may be the same array as `gate`
     if (up) narrow(count, up + first, up_bits + first);
+    kernel_of_act(count, gate + first, up ? up + first : nullptr, out + first);
   });
 }
 

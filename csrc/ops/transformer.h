@@ -67,7 +67,8 @@ void gated(Activation act, size_t n, const uint16_t* gate, const uint16_t* up, f
 void gated_backward(Activation act, size_t n, const float* dout, const uint16_t* gate, const uint16_t* up,
                     float* dgate, float* dup);
 
-// Does the same as `gated`, and also stores `gate` and `up` in bfloat16. If `up` is null, so is `up_bits`.
+// Does the same as `gated`, and also stores `gate` and `up` in bfloat16. If `up` is null, `up_bits` must be
+// null too. `out` may be the same array as `gate`.
 void gated_narrow(Activation act, size_t n, const float* gate, const float* up, float* out,
                   uint16_t* gate_bits, uint16_t* up_bits);
 

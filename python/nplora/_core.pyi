@@ -299,7 +299,7 @@ def allocations() -> int: ...
 def rms_norm(x: Array, weight: Array, eps: float, y: Array) -> None:
     """y = weight ∘ x / sqrt(mean x² + eps). x and y are (n, d), weight is (d,).
 
-    All arrays of this function and of those below are float32.
+    Unless something else is said, all arrays of this function and of those below are float32.
     """
 
 def rms_norm_backward(dy: Array, x: Array, weight: Array, eps: float, dx: Array, accumulate: bool) -> None:
@@ -315,13 +315,16 @@ def layer_norm_backward(dy: Array, x: Array, weight: Array, eps: float, dx: Arra
     """dx = [dx +] the gradient of x. Weight and bias are frozen. dx may be the same array as dy."""
 
 def activated(act: str, x: Array, out: Array) -> None:
-    """out = act(x), all (n, f); act and x are as act and gate in `gated`. out may be the same array as x."""
+    """out = act(x), all (n, f); act is as in `gated`.
+
+    x is float32, or uint16 with the bits of bfloat16. If x is float32, out may be the same array.
+    """
 
 def activated_narrow(act: str, x: Array, out: Array, bits: Array) -> None:
-    """Compute `activated` of a float32 array, and also store x as bits of bfloat16 (uint16)."""
+    """Do the same as `activated` for float32 x, and store x in `bits` as bfloat16 (uint16)."""
 
 def activated_backward(act: str, dout: Array, x: Array, dx: Array) -> None:
-    """dx = act'(x) ∘ dout. dx may be the same array as dout or x."""
+    """dx = act'(x) ∘ dout; x is as in `activated`. dx may be the same array as dout, or as x in float32."""
 
 def rope(x: Array, positions: Array, table: Array, interleaved: bool, inverse: bool, head_dim: int) -> None:
     """Rotate the heads of x (n, heads · head_dim) in place, using the rows `positions` (int64) of the table.
@@ -339,12 +342,15 @@ def gated(act: str, gate: Array, up: Array, out: Array) -> None:
     """
 
 def gated_narrow(act: str, gate: Array, up: Array, out: Array, gate_bits: Array, up_bits: Array) -> None:
-    """Compute `gated` of float32 arrays, and also store gate and up as bits of bfloat16 (uint16)."""
+    """Do the same as `gated` for float32 arrays, and store gate and up as bits of bfloat16 (uint16).
+
+    out may be the same array as gate.
+    """
 
 def gated_backward(act: str, dout: Array, gate: Array, up: Array, dgate: Array, dup: Array) -> None:
-    """The gradients of gate and up. dgate may be the same array as gate, and dup the same as up.
+    """The gradients of gate and up, which are float32, or uint16 with the bits of bfloat16.
 
-    gate and up are float32, or uint16 bits of bfloat16.
+    dgate may be the same array as dout. In float32, dgate may also be gate, and dup may be up.
     """
 
 def attention(

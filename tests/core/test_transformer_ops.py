@@ -258,6 +258,9 @@ def test_an_activation_of_bits_is_that_of_the_widened_numbers(
     _core.activated_backward("gelu", dout, x, dx)
     _core.activated_backward("gelu", dout, bits, dout)  # in place
     assert np.array_equal(dout, dx)
+    _core.activated_narrow("gelu", x, x, expected)  # in place
+    assert np.array_equal(x, out)
+    assert np.array_equal(expected, bits)
     with pytest.raises(ValueError, match="bits must have shape"):
         _core.activated_narrow("gelu", x, out, bits[:, :0])
 
@@ -291,7 +294,16 @@ def test_a_gated_unit_of_bits_is_that_of_the_widened_numbers(
     _core.gated("silu", gate, up, out)
     _core.gated("silu", gate_bits, up_bits, same)
     assert np.array_equal(out, same)
+    _core.gated_narrow("silu", gate, up, gate, expected, up_bits)  # in place
+    assert np.array_equal(gate, out)
+    assert np.array_equal(expected, gate_bits)
+    _core.widen(gate_bits, "bfloat16", gate)
     _core.gated_backward("silu", dout, gate_bits, up_bits, dgate, dup)
+    for inputs in ((gate, up), (gate_bits, up_bits)):
+        gradient, of_up = dout.copy(), unwritten(*shape)
+        _core.gated_backward("silu", gradient, *inputs, gradient, of_up)  # in place
+        assert np.array_equal(gradient, dgate)
+        assert np.array_equal(of_up, dup)
     _core.gated_backward("silu", dout, gate, up, gate, up)
     assert np.array_equal(dgate, gate)
     assert np.array_equal(dup, up)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import nplora
+from failing_step import FailingStep
 from kept_weights import KeptWeights
 from nplora import _core
 from nplora.finetuning import (
@@ -23,7 +24,6 @@ from nplora.finetuning.classification.calibration import temperature
 from nplora.formats.errors import DataError, FormatError
 from nplora.models.decoder import frozen_weights
 from nplora.nn import losses
-from nplora.trainer import Callback, Run, StepRecord
 from small_encoder import WORDS, save_small_encoder
 from small_llama import save_small_llama
 
@@ -93,15 +93,6 @@ def test_a_regression_predicts_the_targets_as_they_are(model: Path, tmp_path: Pa
     assert math.isclose(report.values["loss"], np.mean(np.subtract(found, wanted) ** 2), rel_tol=1e-5)
 
 
-class _Fail(Callback):
-    def __init__(self, step: int) -> None:
-        self._step = step
-
-    def on_step_end(self, run: Run, record: StepRecord) -> None:
-        if record.step == self._step:
-            raise OSError("the power is gone")
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("task", ["single", "regression"])
 def test_a_resumed_run_has_the_bits_of_a_run_without_a_stop(task: str, model: Path, tmp_path: Path) -> None:
@@ -112,7 +103,7 @@ def test_a_resumed_run_has_the_bits_of_a_run_without_a_stop(task: str, model: Pa
     for step in (1, 3, 4):
         with pytest.raises(OSError, match="the power is gone"):
             train_classifier(
-                model, some_rows(), tmp_path / "cut", callbacks=[_Fail(step)], resume=True, **options
+                model, some_rows(), tmp_path / "cut", callbacks=[FailingStep(step)], resume=True, **options
             )
     again = train_classifier(model, some_rows(), tmp_path / "cut", resume=True, **options)
     finished = train_classifier(model, some_rows(), tmp_path / "cut", resume=True, **options)
@@ -143,7 +134,7 @@ def test_a_run_in_int8_learns_compares_its_gradients_and_resumes_to_the_bit(
     options: dict[str, Any] = {**FAST, "epochs": 8, "compute": "int8", "save_every": 3}
     train_classifier(model, some_rows(), tmp_path / "whole", **options)
     with pytest.raises(OSError, match="the power is gone"):
-        train_classifier(model, some_rows(), tmp_path / "cut", callbacks=[_Fail(4)], **options)
+        train_classifier(model, some_rows(), tmp_path / "cut", callbacks=[FailingStep(4)], **options)
     train_classifier(model, some_rows(), tmp_path / "cut", resume=True, **options)
     files = [Path(tmp_path, name, "adapter_model.safetensors").read_bytes() for name in ("whole", "cut")]
     assert files[0] == files[1]
@@ -167,6 +158,15 @@ def test_a_run_that_keeps_weights_in_int8_trains_the_same_adapter(model: Path, t
         assert not any(weight.keeps_int8 for weight in frozen_weights([encoder]))  # after the run
         adapters.append(Path(run.output, "adapter_model.safetensors").read_bytes())
     assert adapters[0] == adapters[1]
+
+
+def test_a_finished_run_converts_no_weights(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options: dict[str, Any] = {**FAST, "steps": 1, "compute": "int8", "keep_int8": True}
+    train_classifier(model, some_rows(), tmp_path / "out", **options)
+    monkeypatch.setattr(nplora.FrozenWeight, "keep_int8", None)  # a call would fail
+    assert train_classifier(model, some_rows(), tmp_path / "out", resume=True, **options).was_finished
 
 
 @pytest.mark.parametrize("compute", ["bfloat16", None])
@@ -447,7 +447,9 @@ def test_logits_that_are_not_finite_are_an_error_that_names_the_row(model: Path)
 def test_a_loaded_encoder_is_left_as_it_was(model: Path, tmp_path: Path) -> None:
     encoder = nplora.load_encoder(model)
     with pytest.raises(OSError, match="the power is gone"):
-        train_classifier(encoder, some_rows(), tmp_path / "a", max_length=5, callbacks=[_Fail(1)], **FAST)
+        train_classifier(
+            encoder, some_rows(), tmp_path / "a", max_length=5, callbacks=[FailingStep(1)], **FAST
+        )
     assert encoder.max_length == 32
     run = train_classifier(encoder, some_rows(8), tmp_path / "b", max_length=5, steps=1, **FAST)
     assert (encoder.max_length, run.classifier.max_length) == (32, 5)

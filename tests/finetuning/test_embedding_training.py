@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import nplora
+from failing_step import FailingStep
 from kept_weights import KeptWeights
 from nplora import _core
 from nplora.distributed import Alone
@@ -467,6 +468,21 @@ def test_a_run_that_keeps_weights_in_int8_trains_the_same_adapter(model: Path, t
     assert adapters[0] == adapters[1]
 
 
+def test_a_resumed_run_may_keep_weights_and_a_finished_one_converts_none(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options: dict[str, Any] = {"compute": "int8", "batch_size": 2}
+    train(model, ROWS, tmp_path / "whole", steps=4, **options)
+    with pytest.raises(OSError, match="the power is gone"):
+        train(model, ROWS, tmp_path / "cut", steps=4, save_every=2, callbacks=[FailingStep(3)], **options)
+    options |= {"keep_int8": True, "resume": True, "steps": 4}
+    train(model, ROWS, tmp_path / "cut", save_every=2, **options)
+    files = [Path(tmp_path, name, "adapter_model.safetensors").read_bytes() for name in ("whole", "cut")]
+    assert files[0] == files[1]
+    monkeypatch.setattr(nplora.FrozenWeight, "keep_int8", None)  # a call would fail
+    train(model, ROWS, tmp_path / "cut", save_every=2, **options)
+
+
 @pytest.mark.parametrize("count", [1, 8, 501])
 def test_pairs_of_labels_have_the_scores_of_their_labels(count: int) -> None:
     texts = [f"{label} {i}" for label, number in (("a", 5), ("b", 2), ("c", 1)) for i in range(number)]
@@ -480,7 +496,11 @@ def test_pairs_of_labels_have_the_scores_of_their_labels(count: int) -> None:
         assert {row[name] for row in rows for name in ("sentence1", "sentence2")} == set(texts)
         alike = [row["sentence1"][0] for row in rows[::2]]
         assert 0.35 < alike.count("b") / len(alike) < 0.65  # "c" has only one text
-    assert rows == label_pairs([*texts, "a 0"], [text[0] for text in texts] + ["a"], count, seed=1)
+        assert {row["sentence1"][0] + row["sentence2"][0] for row in rows[1::2]} == {
+            "ab", "ac", "ba", "bc", "ca", "cb"
+        }  # fmt: skip
+        assert rows != label_pairs(texts, [text[0] for text in texts], count, seed=2)
+    assert rows == label_pairs(texts, [text[0] for text in texts], count, seed=1)
 
 
 @pytest.mark.parametrize(
@@ -490,7 +510,12 @@ def test_pairs_of_labels_have_the_scores_of_their_labels(count: int) -> None:
         (["a", "b"], [1, 1], ValueError, "there are fewer than two different labels"),
         (["a", "a", "b"], [1, 1, 2], ValueError, "no label has two different texts"),
         (["a", 2, "b"], [1, 1, 2], TypeError, r"texts\[1\] is .*, expected a text"),
-        ("ab", [1, 2], TypeError, "texts is a text, expected a list of texts"),
+        ("ab", [1, 2], TypeError, "texts is .*, expected a list of texts"),
+        (None, [1, 2], TypeError, "texts is None, expected a list of texts"),
+        (["a", "b"], "xy", TypeError, "labels is .*, expected a list of labels"),
+        (["a", "b"], [[1], [2]], TypeError, r"labels\[0\] is .*, expected a text or a number"),
+        (["a", " ", "b"], [1, 1, 2], ValueError, r"texts\[1\] is empty"),
+        (["a", "b", "a"], [1, 1, 2], ValueError, "the text 'a' has two labels: 1 and 2"),
         ([], [], ValueError, "there are fewer than two different labels"),
     ],
 )

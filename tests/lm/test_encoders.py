@@ -396,7 +396,7 @@ def test_a_prompt_is_put_before_each_text(directory: Path, tmp_path: Path) -> No
     encoder = nplora.load_encoder(model)
     assert np.array_equal(encoder.embed(["a cat"]), wanted)
     assert np.array_equal(encoder.embed(["a cat"], prompt=""), plain)
-    with pytest.raises(KeyError, match="no prompt is named 'document'; the model has: 'query', 'none'"):
+    with pytest.raises(ValueError, match="no prompt is named 'document'; the model has: 'query', 'none'"):
         encoder.embed(["a"], prompt_name="document")
     with pytest.raises(ValueError, match="prompt and prompt_name are both given"):
         encoder.embed(["a"], prompt="a", prompt_name="query")

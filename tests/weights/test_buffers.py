@@ -158,6 +158,56 @@ print(max(new), rss(), size / 2**20)
     assert held < 1.1 * most + 4 + 4  # of these, 4 MiB are the spare memory of the cache
 
 
+@pytest.mark.slow
+def test_buffers_of_random_sizes_hold_what_is_written_to_them():
+    """Buffers grow, shrink and move on two threads. Other rules hold above 64 KiB, and again above 2 MiB."""
+    out = in_fresh_process("""
+from concurrent.futures import ThreadPoolExecutor
+around = [1 << 16, 1 << 20, 1 << 21, 3 << 21]
+def work(seed):
+    rng, held = np.random.default_rng(seed), {}
+    for number in range(3000):
+        if len(held) > 12:
+            key = list(held)[int(rng.integers(len(held)))]
+            assert (held.pop(key) == key % 251).all(), key
+        size = int(rng.choice(around) * rng.uniform(0.7, 1.4))
+        array = buffers.empty((size,), np.uint8)
+        array.fill(number % 251)
+        held[number] = array
+        assert array.ctypes.data % 64 == 0
+    return sum(array.nbytes for array in held.values())
+with ThreadPoolExecutor(2) as pool:
+    print(len(list(pool.map(work, (1, 2)))), rss() < 2 * 13 * 8 * 1.5)
+""")
+    assert out == ["2", "True"]
+
+
+@systems.needs_resizing
+@pytest.mark.slow
+def test_buffers_work_where_no_address_is_left_to_move_them_to():
+    out = in_fresh_process("""
+import resource
+step = lambda rows: [buffers.empty((rows, 1024), np.float32) for _ in range(24)]
+for rows in range(600, 640, 10):  # mappings above 2 MiB, which move if they grow
+    for number, array in enumerate(arrays := step(rows)):
+        array.fill(number)
+    assert all((array == number).all() for number, array in enumerate(arrays))
+    del array, arrays
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + (1 << 20), used + (1 << 20)))
+for rows in range(640, 700, 10):
+    try:
+        for number, array in enumerate(arrays := step(rows)):
+            array.fill(number)
+        assert all((array == number).all() for number, array in enumerate(arrays))
+    except MemoryError:
+        print("no memory")
+        break
+    del array, arrays
+""")
+    assert out in ([], ["no", "memory"])
+
+
 def test_idle_memory_can_be_returned():
     out = in_fresh_process("""
 array = taken(100)

@@ -2,7 +2,7 @@
 
 import argparse
 
-from nplora.cli.parser import given_data, path, weighted_path
+from nplora.cli.parser import add_any_base, given_data, path, weighted_path
 
 HELP = "Turn the texts of a file into embeddings, with an encoder such as MiniLM."
 
@@ -16,6 +16,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", metavar="FILE", type=path, required=True, help=text)
     text = "adapter for the model: a PEFT directory"
     parser.add_argument("--adapter", metavar="DIR", type=path, help=text)
+    add_any_base(parser)
+    text = (
+        "how the hidden states of a text become its embedding, for example mean, cls or last (default: the "
+        "setting in the model's files)"
+    )
+    parser.add_argument("--pooling", metavar="NAME", help=text)
     text = "field that holds the text (default: text)"
     parser.add_argument("--column", metavar="NAME", default="text", help=text)
     text = (
@@ -42,6 +48,8 @@ def run(arguments: argparse.Namespace) -> None:
         given_data(arguments.data),
         arguments.output,
         adapter=arguments.adapter,
+        any_base=arguments.any_base,
+        pooling=arguments.pooling,
         column=arguments.column,
         normalize=arguments.normalize,
         prompt=arguments.prompt,

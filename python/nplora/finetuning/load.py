@@ -112,7 +112,7 @@ def read_inputs(
     if share is not None and held_out_sources is not None:
         raise ValueError(f"{op}: valid_split is {share}, but there are validation data already")
     lm = opened(op, model, options.compute, check)
-    options.require_int8(op, lm.compute)
+    options.require_fitting(op, lm.compute)
     warn_of_slow_int8(op, lm)
     require_plain(op, lm)
     lm.require_trainable(op)  # fails if a named adapter is selected

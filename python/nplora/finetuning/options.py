@@ -465,7 +465,7 @@ class FinetuneOptions:
             )
         if self.compute is not None:
             _check.choice(op, "compute", self.compute, COMPUTES)
-            self.require_int8(op, self.compute)
+            self.require_fitting(op, self.compute)
         if self.freeze_B and self.lora_plus_ratio != 1:
             raise ValueError(
                 f"{op}: lora_plus_ratio={self.lora_plus_ratio} and freeze_B exclude each other: the ratio "
@@ -477,10 +477,10 @@ class FinetuneOptions:
         ):
             raise ValueError(f"{op}: {own[0]} needs local_steps, which is not set")
 
-    def require_int8(self, op: str, compute: str) -> None:
+    def require_fitting(self, op: str, compute: str) -> None:
         """Raise a ValueError if `int8_head` or `keep_int8` is set and `compute` is not "int8"."""
-        given = [] if self.int8_head == "auto" else [f"int8_head={self.int8_head!r}"]
-        require_int8(op, compute, given + ["keep_int8"] * self.keep_int8)
+        int8_head = False if self.int8_head == "auto" else self.int8_head
+        require_int8(op, compute, int8_head=int8_head, keep_int8=self.keep_int8)
 
     def require_int8_for_head(self, op: str, trains_head: bool) -> None:
         """Raise a ValueError if `int8_head` is "on", but the head's backward pass cannot be in int8.
@@ -533,11 +533,17 @@ class FinetuneOptions:
         return _reading(self, max_length, op)
 
 
-def require_int8(op: str, compute: str, given: Sequence[str]) -> None:
-    """Raise a ValueError if any of the options in `given` is set and `compute` is not "int8"."""
-    if given and compute != "int8":
-        need = "needs" if len(given) == 1 else "need"
-        raise ValueError(f"{op}: {' and '.join(given)} {need} compute='int8', but compute is {compute!r}")
+def require_int8(op: str, compute: str, **options: object) -> None:
+    """Raise a ValueError if an option is not False, and `compute` is not "int8".
+
+    Args:
+        options: options that need int8.
+    """
+    set_ones = {name: value for name, value in options.items() if value is not False}
+    if set_ones and compute != "int8":
+        shown = [name if value is True else f"{name}={value!r}" for name, value in set_ones.items()]
+        need = "needs" if len(shown) == 1 else "need"
+        raise ValueError(f"{op}: {' and '.join(shown)} {need} compute='int8', but compute is {compute!r}")
 
 
 def default_lr(hidden_size: int, objective: str = "sft") -> float:

@@ -128,7 +128,8 @@ class Encoder(Module):
         >>> nplora.load_encoder("encoder-model", compute="bfloat16").compute
         'bfloat16'
         """
-        return next(frozen_weights(self.model.layers)).compute
+        weights = frozen_weights(self.model.layers)
+        return next((weight.compute for weight in weights), "float32")
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -274,7 +275,7 @@ class Encoder(Module):
             UserWarning: texts had more than `max_length` tokens, and were cut; the message says how many.
         """
         longest = self._longest("encode", max_length)
-        ids, shortened = self.token_ids(_texts("encode", texts), longest)
+        ids, shortened = self.token_ids(texts_of("encode", texts), longest)
         if shortened:
             warnings.warn(
                 f"encode: {shortened:,} of {counted(len(ids), 'text')} are longer than {longest} tokens, and "
@@ -389,7 +390,7 @@ class Encoder(Module):
             TypeError: an item of `texts` is not a text.
             ValueError: a text has no tokens, an option is out of range, or `prompt` and `prompt_name` are
                 both given.
-            KeyError: there is no prompt with this name; the message lists the names.
+            ValueError: there is no prompt with this name; the message lists the names.
             CorruptError: as in `require_unchanged`.
         Warns:
             UserWarning: texts were cut.
@@ -397,7 +398,7 @@ class Encoder(Module):
         if isinstance(texts, str):
             alone: Array = self.embed([texts], batch_size, normalize, prompt, prompt_name, max_length)
             return np.asarray(alone[0])
-        given = _texts("embed", texts)
+        given = texts_of("embed", texts)
         before = self.prompt_text(prompt, prompt_name)
         ids = self.encode([before + text for text in given] if before else given, max_length)
         return self.embed_ids(ids, batch_size, normalize)
@@ -614,14 +615,14 @@ class Encoder(Module):
             'query: '
 
         Raises:
-            ValueError, KeyError: as in `embed`.
+            ValueError: as in `embed`.
             UnsupportedError: according to the model's files, the pooling must leave out the prompt.
         """
         if prompt is not None and name is not None:
             raise ValueError("embed: prompt and prompt_name are both given, expected one of them")
         if name is not None and name not in self.prompts:
             known = ", ".join(map(repr, self.prompts)) or "none"
-            raise KeyError(f"embed: no prompt is named {name!r}; the model has: {known}")
+            raise ValueError(f"embed: no prompt is named {name!r}; the model has: {known}")
         name = self.default_prompt if name is None and prompt is None else name
         text = self.prompts[name] if name is not None else prompt or ""
         if text and not self._include_prompt:
@@ -632,7 +633,7 @@ class Encoder(Module):
         return text
 
 
-def _texts(op: str, texts: Iterable[str]) -> list[str]:
+def texts_of(op: str, texts: Iterable[str]) -> list[str]:
     """The texts as a list. Raises TypeError if an item is not a text."""
     if isinstance(texts, str) or not np.iterable(texts):
         raise TypeError(f"{op}: texts is {_check.kind(texts)}, expected a list of texts")

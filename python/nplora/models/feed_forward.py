@@ -57,12 +57,14 @@ class FeedForward(Module):
     def run(self, x: Array, positions: object = None) -> tuple[Array, FeedForwardSaved]:
         """Compute the output y (n, d) from the input x (n, d)."""
         (up,), entry = stack_forward((self.up_proj,), x)
-        hidden = up if inferring() else buffers.empty_like(up)
-        if self._narrow and not inferring():
-            bits = buffers.empty(up.shape, np.uint16)
-            _core.activated_narrow(self._act, up, hidden, bits)
-            up = bits
+        hidden = up
+        if inferring():
+            _core.activated(self._act, up, hidden)
+        elif self._narrow:
+            up = buffers.empty(hidden.shape, np.uint16)
+            _core.activated_narrow(self._act, hidden, hidden, up)
         else:
+            hidden = buffers.empty_like(up)
             _core.activated(self._act, up, hidden)
         (y,), down = stack_forward((self.down_proj,), hidden)
         return y, FeedForwardSaved(up, entry.with_x(None), down.with_x(None))
@@ -85,6 +87,7 @@ class FeedForward(Module):
         dhidden = stack_backward((self.down_proj,), [dy], saved.down.with_x(hidden), deeper)
         if not deeper:
             return None
+        del hidden
         _core.activated_backward(self._act, dhidden, up, dhidden)  # in place
         return stack_backward((self.up_proj,), [dhidden], saved.input.with_x(x), need_dx)
 
@@ -97,10 +100,11 @@ class FeedForward(Module):
         d, f = self.down_proj.weight.shape
         low = adapted.saved(("up_proj", "down_proj"))
         saved = stored(narrow) * f
-        # At its peak, the forward pass holds up, hidden, and either y or the bits of up.
-        forward = low + FLOAT * 2 * f + (BITS * f if narrow else FLOAT * d)
-        backward = FLOAT * (f + d)  # the gradients of hidden and x
-        backward += FLOAT * d if adapted.read_inputs(("up_proj",)) and narrow else 0  # x
-        backward += FLOAT * f if adapted.read_inputs(("down_proj",)) else 0  # hidden
+        # At its peak, the forward pass holds y and hidden, and up in float32 or in bfloat16.
+        forward = low + FLOAT * (f + d) + (BITS if narrow else FLOAT) * f
+        reads_hidden = adapted.read_inputs(("down_proj",))
+        # The backward pass holds the gradient of hidden, and at first hidden, later the gradient of x.
+        backward = FLOAT * (f + (max(d, f) if reads_hidden else d))
+        backward += FLOAT * d if narrow else 0  # x
         backward += FLOAT * f if adapted.use_dora and adapted.outputs else 0
         return Footprint(saved + low, forward, backward)

@@ -187,9 +187,9 @@ class OrderedGradients(Gradients):
         return _Result(value, count)
 
     def _check_parts(self, loss: PartedLoss, parts: int) -> None:
-        """Raise an error if the loss has not called `after_part` for every part of the batch.
+        """Raise a RuntimeError if the loss has not called `after_part` for every part of the batch.
 
-        The gradients of the other parts would be missing.
+        Otherwise, the gradients of some parts would be lost.
         """
         if self._sum.kept != parts:
             raise RuntimeError(

@@ -215,7 +215,7 @@ class RowReader:
         text = text_of(row, self._columns.text)
         if not text.strip():
             raise DataError(f"{row.where}: the text is empty")
-        value = _field(row, self._columns.label)
+        value = _field(row, "label", self._columns.label)
         if self._task == "regression":
             return Labelled(text, _number(value, row.where))
         if self._task == "single":
@@ -311,17 +311,17 @@ def text_of(row: Row, column: str) -> str:
 
     Raises DataError if the row has no text, or the error that occurred when the row was read.
     """
-    value = _field(row, column)
+    value = _field(row, "text", column)
     if not isinstance(value, str):
         raise DataError(f"{row.where}: {column!r} is {brief(value)}, expected a text")
     return value
 
 
-def _field(row: Row, column: str) -> Any:
+def _field(row: Row, ours: str, column: str) -> Any:
+    """The value of a field, whose name is `ours` by default."""
     if row.error is not None:
         raise row.error
     if column not in row.values:
-        ours = {"text": "text", "label": "label"}.get(column, column)
         raise DataError(
             f"{row.where}: no field {column!r}, only {brief(list(row.values))}; --columns {ours}=NAME names "
             "another field"

@@ -10,7 +10,7 @@ from typing import Any
 from nplora import _check
 from nplora.distributed.opening import DISTRIBUTED
 from nplora.finetuning.classification.labelled import require_separator
-from nplora.finetuning.options import FinetuneOptions, parse_columns, require_int8
+from nplora.finetuning.options import FinetuneOptions, parse_columns
 from nplora.formats.label_record import TASKS
 from nplora.lm.adapting import parse_blocks, target_names
 from nplora.nn import LoRALinear
@@ -111,7 +111,8 @@ class ClassifyOptions:
     keep_int8: bool = _same(
         "keep_int8",
         help="keep weights in memory as 8-bit integers too, with compute int8, so that they are converted "
-        "only once; this takes one byte for each weight of the first adapted block and of all later blocks",
+        "only once; steps become faster; this takes one byte for each weight of the first adapted block and "
+        "of all later blocks",
     )
     save_every: int = _same("save_every")
     save_minutes: float = _same("save_minutes")
@@ -130,8 +131,6 @@ class ClassifyOptions:
                 _check.boolean(op, field.name, getattr(self, field.name))
         object.__setattr__(self, "targets", target_names(self.targets))
         self._check_choices(op)
-        if self.compute is not None:
-            require_int8(op, self.compute, ["keep_int8"] * self.keep_int8)
         self._check_numbers(op)
         parse_columns(self.columns, op)
         if isinstance(self.layers, str):

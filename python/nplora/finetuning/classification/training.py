@@ -41,6 +41,7 @@ from nplora.finetuning.classification.text_progress import TextProgress
 from nplora.finetuning.data import Data
 from nplora.finetuning.data.sources import Source, sources_of, splits_of
 from nplora.finetuning.int8_check import Int8Check, computes_in_int8, warn_of_slow_int8
+from nplora.finetuning.kept_int8 import KeptInt8
 from nplora.finetuning.options import default_lr, parse_columns, require_int8
 from nplora.finetuning.output import opened_output, require_free_directory
 from nplora.finetuning.report import WAS_FINISHED, memory_in_words
@@ -59,7 +60,6 @@ from nplora.runtime.user_warning import warn_user
 from nplora.trainer import Callback, History, RankRecord, Run, Trainer
 from nplora.trainer.callbacks import checked_callbacks
 from nplora.trainer.interrupts import Interrupts
-from nplora.weights import keeping_int8
 
 Array = npt.NDArray[Any]
 
@@ -270,7 +270,8 @@ def train_classifier(
         keep: adapter to save if there are validation data: best (with the lowest validation loss) or last.
         compute: arithmetic of the products with frozen weights: float32, bfloat16 or int8 (default: float32).
         keep_int8: keep weights in memory as 8-bit integers too, with compute int8, so that they are converted
-            only once; this takes one byte for each weight of the first adapted block and of all later blocks.
+            only once; steps become faster; this takes one byte for each weight of the first adapted block and
+            of all later blocks.
         save_every: steps between checkpoints.
         save_minutes: maximum minutes between checkpoints; 0: no limit.
         resume: continue the run in the output directory; the results are bit for bit the same as without a
@@ -328,6 +329,8 @@ class _Training:
         op = "train_classifier"
         self.options, self.given, self.output = options, output, Path(files.absolute(output))
         self.ranks, self.is_first = ranks, ranks.rank == 0  # the first rank writes the output and prints
+        compute = model.compute if isinstance(model, Encoder) else options.compute or "float32"
+        require_int8(op, compute, keep_int8=options.keep_int8)
         require_same_options(ranks, options, op)
         if self.is_first:
             files.require_directory(output)
@@ -345,7 +348,6 @@ class _Training:
             )
         labels = self.train.labels(self.task)
         encoder = opened_encoder(op, model, options.compute)
-        require_int8(op, encoder.compute, ["keep_int8"] * options.keep_int8)
         warn_of_slow_int8(op, encoder)
         if isinstance(model, Encoder) and model.adapter_layers():
             raise ValueError(f"{op}: the encoder has an adapter already, expected an encoder without one")
@@ -356,7 +358,8 @@ class _Training:
             encoder, labels, "single" if tokens else self.task, tokens, options.seed
         )
         if options.max_length is not None:
-            self.classifier.max_length = min(options.max_length, encoder.config.max_position_embeddings)
+            most = encoder.config.max_position_embeddings
+            self.classifier.max_length = _check.integer(op, "max_length", options.max_length, 1, most)
             require_room(op, self.classifier)
         self.train_ids = self._encoded(self.train)
         self.valid_ids = None if self.valid is None else self._encoded(self.valid)
@@ -424,9 +427,10 @@ class _Training:
             options.rank, options.alpha, options.targets, options.layers, options.dropout, options.use_rslora,
             options.use_dora, options.seed, options.init,
         )  # fmt: skip
-        start = _Start()
+        start, kept = _Start(), KeptInt8(classifier.encoder.model)
         callbacks = [
             start,
+            *([kept] * options.keep_int8),
             *own,
             *([TextProgress(*self._counted())] * speaking),
         ]
@@ -439,7 +443,7 @@ class _Training:
         trainer = self._trainer(loss, callbacks)
         found_at = self.output
         with opened_output(self.output, self.ranks) as directory, check or contextlib.nullcontext():
-            with keeping_int8(classifier.encoder.model.int8_weights() if options.keep_int8 else []):
+            with kept:
                 history = self._fit(trainer, train, valid, directory)
             classifier.head.rescale(spread, centre)
             fitted, report = 1.0, None

@@ -68,6 +68,8 @@ def embed_file(
     output: StrPath,
     *,
     adapter: StrPath | Adapter | None = None,
+    any_base: bool = False,
+    pooling: str | None = None,
     column: str = "text",
     normalize: bool | None = None,
     prompt: str | None = None,
@@ -91,13 +93,15 @@ def embed_file(
             each value of its embedding; .jsonl: {"text": …, "embedding": […]}. The rows have the order of
             the data.
         adapter: a PEFT directory, or an `Adapter`. With an adapter, `model` must be a path.
+        any_base: accept an adapter that was trained on another model with the same shapes.
+        pooling: as in `load_encoder`. With `pooling`, `model` must be a path.
         column: the field that holds the text.
         normalize, prompt, prompt_name, batch_size, max_length: as in `Encoder.embed`.
         overwrite: replace an existing file.
         progress: print progress on stderr; None: only on a terminal or in a notebook.
     Raises:
         DataError: a text is missing or empty, or there are no texts. The message names the file and the line.
-        ValueError, KeyError, TypeError: an argument has a wrong value or type; or the output is one of the
+        ValueError, TypeError: an argument has a wrong value or type; or the output is one of the
             input files; or an embedding has NaN or infinity.
         FileExistsError: the output exists, and `overwrite` is not set.
         OSError: a file cannot be read or written. If the output existed before, it stays unchanged.
@@ -115,7 +119,7 @@ def embed_file(
     texts = [text for source in sources for text in _texts(source, column)]
     if not texts:
         raise DataError(f"{', '.join(source.name for source in sources)}: there are no texts")
-    encoder = _opened(op, model, adapter)
+    encoder = _opened(op, model, adapter, any_base, pooling)
     _require_not_read(op, output, encoder, sources, adapter)
     longest = encoder.max_length
     if max_length is not None:
@@ -128,14 +132,20 @@ def embed_file(
     return Embedded(Path(output), len(texts), encoder.dim, cut, longest)
 
 
-def _opened(op: str, model: StrPath | Encoder, adapter: StrPath | Adapter | None) -> Encoder:
+def _opened(
+    op: str, model: StrPath | Encoder, adapter: StrPath | Adapter | None, any_base: bool, pooling: str | None
+) -> Encoder:
     if isinstance(model, Encoder):
-        if adapter is not None:
-            raise ValueError(f"{op}: adapter is given, but model is an encoder; expected a path to a model")
+        for name, value in (("adapter", adapter), ("pooling", pooling)):
+            if value is not None:
+                raise ValueError(
+                    f"{op}: {name} is given, but model is an encoder; expected a path to a model"
+                )
         return model
-    encoder = load_encoder(model)
+    encoder = load_encoder(model, pooling=pooling)
     if adapter is not None:
-        (adapter if isinstance(adapter, Adapter) else read_adapter(adapter)).attach(encoder)
+        found = adapter if isinstance(adapter, Adapter) else read_adapter(adapter, any_base=any_base)
+        found.attach(encoder, any_base)
     return encoder
 
 

@@ -8,16 +8,19 @@ from typing import Any
 import numpy as np
 
 from nplora import _check
-from nplora.formats.errors import counted
+from nplora.formats.errors import brief, counted
+from nplora.lm.encoder import texts_of
 
 
+@_check.keywords
 def label_pairs(
     texts: Iterable[str], labels: Iterable[Hashable], count: int = 640, seed: int = 0
 ) -> list[dict[str, Any]]:
-    """Make random pairs of labelled texts, for `train` with the loss "cosine" (Tunstall et al. 2022, SetFit).
+    """Make random pairs of labelled texts, for `train` with the loss "cosine" (SetFit, Tunstall et al. 2022).
 
-    The two texts of every other pair have the same label, and the score 1. The texts of the other pairs have
-    different labels, and the score 0. Each label is drawn equally often, even if it has few texts.
+    The two texts of every other pair have the same label, and the score 1. All labels with at least two texts
+    have the same probability. The texts of the other pairs have different labels, and the score 0. All labels
+    have the same probability. A pair may occur more than once.
 
         >>> import nplora
         >>> texts = ["where is my parcel", "delivery is late", "return an order", "a refund"]
@@ -26,43 +29,53 @@ def label_pairs(
         [1.0, 0.0]
 
     Args:
-        texts, labels: the texts and their labels, in the same order.
+        texts, labels: the texts and their labels, in the same order. Copies of a text count once.
         count: the number of pairs.
         seed: the seed of the random choices.
     Returns:
         rows with the fields sentence1, sentence2 and score.
     Raises:
-        ValueError: the numbers of texts and labels differ, there are fewer than two different labels, or no
-            label has two different texts.
-        TypeError: an argument, or an element of `texts`, has a wrong type.
+        ValueError: the numbers of texts and labels differ, a text is empty or has two labels, there are fewer
+            than two different labels, or no label has two different texts.
+        TypeError: an argument, or an element of `texts` or `labels`, has a wrong type.
     """
     op = "label_pairs"
     _check.integer(op, "count", count, least=1)
     _check.integer(op, "seed", seed, least=0)
-    if isinstance(texts, str):
-        raise TypeError(f"{op}: texts is a text, expected a list of texts")
-    given, names = list(texts), list(labels)
-    for i, text in enumerate(given):
-        if not isinstance(text, str):
-            raise TypeError(f"{op}: texts[{i}] is {_check.kind(text)}, expected a text")
-    if len(given) != len(names):
-        raise ValueError(f"{op}: there are {counted(len(given), 'text')}, but {counted(len(names), 'label')}")
-    groups = dict[Hashable, dict[str, None]]()  # the different texts of each label, in their order
-    for text, name in zip(given, names, strict=True):
-        groups.setdefault(name, {})[text] = None
-    of_label = [list(group) for group in groups.values()]
-    alike = [group for group in of_label if len(group) > 1]
-    if len(of_label) < 2:
+    groups = _groups(op, texts_of(op, texts), labels)
+    large = [group for group in groups if len(group) > 1]
+    if len(groups) < 2:
         raise ValueError(f"{op}: there are fewer than two different labels")
-    if not alike:
+    if not large:
         raise ValueError(f"{op}: no label has two different texts")
     rng, rows = np.random.default_rng(seed), list[dict[str, Any]]()
     for number in range(count):
         if number % 2 == 0:
-            group = alike[rng.integers(len(alike))]
+            group = large[rng.integers(len(large))]
             first, second = (group[i] for i in rng.choice(len(group), 2, replace=False))
         else:
-            two = (of_label[i] for i in rng.choice(len(of_label), 2, replace=False))
+            two = (groups[i] for i in rng.choice(len(groups), 2, replace=False))
             first, second = (group[rng.integers(len(group))] for group in two)
         rows.append({"sentence1": first, "sentence2": second, "score": 1.0 - number % 2})
     return rows
+
+
+def _groups(op: str, texts: list[str], labels: Iterable[Hashable]) -> list[list[str]]:
+    """The different texts of each label."""
+    if isinstance(labels, str) or not np.iterable(labels):
+        raise TypeError(f"{op}: labels is {_check.kind(labels)}, expected a list of labels")
+    given = list(labels)
+    if len(texts) != len(given):
+        raise ValueError(f"{op}: there are {counted(len(texts), 'text')}, but {counted(len(given), 'label')}")
+    label_of = dict[str, Hashable]()
+    for i, (text, label) in enumerate(zip(texts, given, strict=True)):
+        if not isinstance(label, Hashable):
+            raise TypeError(f"{op}: labels[{i}] is {_check.kind(label)}, expected a text or a number")
+        if not text.strip():
+            raise ValueError(f"{op}: texts[{i}] is empty")
+        if label_of.setdefault(text, label) != label:
+            raise ValueError(f"{op}: the text {brief(text)} has two labels: {label_of[text]!r} and {label!r}")
+    groups = dict[Hashable, list[str]]()
+    for text, label in label_of.items():
+        groups.setdefault(label, []).append(text)
+    return list(groups.values())

@@ -26,6 +26,7 @@ from nplora.finetuning.embedding.batches import ExampleBatches
 from nplora.finetuning.embedding.examples import TextReport, read_sources
 from nplora.finetuning.embedding.loss import MICRO_TOKENS, EmbeddingLoss
 from nplora.finetuning.int8_check import Int8Check, computes_in_int8, warn_of_slow_int8
+from nplora.finetuning.kept_int8 import KeptInt8
 from nplora.finetuning.options import default_lr, require_int8
 from nplora.finetuning.output import opened_output, require_free_directory, require_inputs_kept
 from nplora.finetuning.token_progress import speaker, speaks
@@ -37,7 +38,6 @@ from nplora.nn.embedding_losses import EmbeddingFunction
 from nplora.nn.optim import AdamW
 from nplora.trainer import Callback, History, RankRecord, Trainer
 from nplora.trainer.interrupts import Interrupts
-from nplora.weights import keeping_int8
 
 
 @dataclass(frozen=True)
@@ -163,7 +163,8 @@ def train(
         compute: arithmetic of the products with frozen weights: "float32" (the default), "bfloat16" or
             "int8". A loaded encoder keeps its arithmetic.
         keep_int8: keep weights in memory as 8-bit integers too, with compute int8, so that they are converted
-            only once; this takes one byte for each weight of the first adapted block and of all later blocks.
+            only once; steps become faster; this takes one byte for each weight of the first adapted block and
+            of all later blocks.
         save_every: steps between checkpoints.
         save_minutes: maximum minutes between checkpoints; 0: no limit.
         seed: seed of the initial factors, dropout and the order of the examples.
@@ -198,11 +199,12 @@ def train(
         is_first = ranks.rank == 0  # this rank writes the output and prints
         if is_first:
             files.require_directory(output)
+        arithmetic = model.compute if isinstance(model, Encoder) else compute or "float32"
+        require_int8(op, arithmetic, keep_int8=keep_int8)
         function = EmbeddingLoss(loss, dims=dims, micro_tokens=micro_tokens)
         splits = splits_of(op, data)
         held_out = splits.valid if valid is None else sources_of(op, valid)
         encoder = _opened(op, model, compute)
-        require_int8(op, encoder.compute, ["keep_int8"] * keep_int8)
         warn_of_slow_int8(op, encoder)
         paths = [each.path for each in [*splits.train, *(held_out or [])] if each.path is not None]
         if is_first:
@@ -229,6 +231,8 @@ def train(
             _add_lora(op, encoder, lora, seed, say)
             rate = default_lr(encoder.config.hidden_size) if lr is None else lr
             callbacks = list(callbacks)
+            if keep_int8:
+                callbacks.append(stack.enter_context(KeptInt8(encoder.model)))
             if computes_in_int8(encoder):
                 check = Int8Check(encoder, function.sample_gradient(encoder, read[0]), say)
                 callbacks.append(stack.enter_context(check))
@@ -240,8 +244,7 @@ def train(
             if is_first:
                 require_free_directory(place, resume, overwrite)
             found_at = place
-            kept = keeping_int8(encoder.model.int8_weights() if keep_int8 else [])
-            with opened_output(place, ranks) as directory, kept:
+            with opened_output(place, ranks) as directory:
                 history = trainer.fit(
                     batches[0],
                     epochs=epochs,

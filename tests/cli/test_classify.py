@@ -35,7 +35,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_weights_are_kept_in_int8(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     train = ["classify", "train", "model", "--data", "train.csv", "--output", "out", "--steps", "1"]
     assert cli.main([*train, "--keep-int8"]) == 2
-    assert "--keep-int8 needs --compute int8, but --compute is float32" in capsys.readouterr().err
+    assert "--keep-int8 needs --compute int8, but compute is 'float32'" in capsys.readouterr().err
     assert cli.main([*train, "--keep-int8", "--compute", "int8"]) == 0
 
 

@@ -511,7 +511,7 @@ def test_pairs_of_labels_have_the_scores_of_their_labels(count: int) -> None:
         (["a", "a", "b"], [1, 1, 2], ValueError, "no label has two different texts"),
         (["a", 2, "b"], [1, 1, 2], TypeError, r"texts\[1\] is .*, expected a text"),
         ("ab", [1, 2], TypeError, "texts is .*, expected a list of texts"),
-        (None, [1, 2], TypeError, "texts is None, expected a list of texts"),
+        (None, [1, 2], TypeError, "texts is a NoneType, expected a list of texts"),
         (["a", "b"], "xy", TypeError, "labels is .*, expected a list of labels"),
         (["a", "b"], [[1], [2]], TypeError, r"labels\[0\] is .*, expected a text or a number"),
         (["a", " ", "b"], [1, 1, 2], ValueError, r"texts\[1\] is empty"),

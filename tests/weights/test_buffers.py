@@ -174,7 +174,7 @@ def work(seed):
         array = buffers.empty((size,), np.uint8)
         array.fill(number % 251)
         held[number] = array
-        assert array.ctypes.data % 64 == 0
+        assert size < 1 << 16 or array.ctypes.data % 64 == 0
     return sum(array.nbytes for array in held.values())
 with ThreadPoolExecutor(2) as pool:
     print(len(list(pool.map(work, (1, 2)))), rss() < 2 * 13 * 8 * 1.5)

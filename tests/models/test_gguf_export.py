@@ -1,5 +1,6 @@
 """Models converted from Hugging Face's files to GGUF, read back by PyPI's gguf and nplora."""
 
+import dataclasses
 import json
 import os
 import re
@@ -12,6 +13,7 @@ import pytest
 from gguf.quants import dequantize
 
 import nplora
+import small_models
 from block_formats import EXPECTED
 from nplora import cli
 from nplora.formats import gguf, safetensors
@@ -425,3 +427,21 @@ def test_a_merged_file_is_the_merged_model(
         np.testing.assert_allclose(merged, before, atol=1e-3)
     lm.unmerge()
     np.testing.assert_array_equal(lm.logits(ids), before)
+
+
+def test_a_partly_rotated_head_has_a_divisor_for_each_rotated_pair(tmp_path: Path) -> None:
+    """Llama 3's formula, with the frequencies θ^(-2i / rotary_dim) of the rotated pairs."""
+    scaling = {
+        "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 32,
+    }  # fmt: skip
+    small_models.write_tensors(tmp_path / "model.safetensors", small_models.hf_tensors())
+    (tmp_path / "config.json").write_text(json.dumps(small_models.config(rope_scaling=scaling)))
+    whole = nplora.load_model(tmp_path).config
+    for dim in (None, 4):
+        config = dataclasses.replace(whole, rotary_dim=dim)
+        width = dim or config.head_dim
+        wavelength = 2 * np.pi * config.rope.theta ** (np.arange(0, width, 2) / width)
+        smooth = np.clip((32 / wavelength - 1.0) / (4.0 - 1.0), 0, 1)
+        (made,) = families.of(config).rope_factors(config).values()
+        np.testing.assert_allclose(made, 1 / ((1 - smooth) / 8.0 + smooth), rtol=1e-12)

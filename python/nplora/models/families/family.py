@@ -232,8 +232,9 @@ class Family:
         """The tensors (by name) that describe the rotation in a GGUF file."""
         if config.rope.llama3 is None:
             return {}
-        pairs = np.arange(0, config.head_dim, 2, dtype=np.float64)
-        return {ROPE_FREQS: config.rope.llama3.factors(config.rope.theta ** (-pairs / config.head_dim))}
+        width = config.rotary_dim or config.head_dim
+        frequencies = config.rope.theta ** (-np.arange(0, width, 2, dtype=np.float64) / width)
+        return {ROPE_FREQS: config.rope.llama3.factors(frequencies)}
 
     # ---- names ----
 

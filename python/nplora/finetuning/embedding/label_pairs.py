@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from nplora import _check
-from nplora.formats.errors import brief, counted
+from nplora.formats.errors import counted
 from nplora.lm.encoder import texts_of
 
 
@@ -20,7 +20,7 @@ def label_pairs(
 
     The two texts of every other pair have the same label, and the score 1. All labels with at least two texts
     have the same probability. The texts of the other pairs have different labels, and the score 0. All labels
-    have the same probability. A pair may occur more than once.
+    have the same probability. A pair may occur more than once, but never consists of two equal texts.
 
         >>> import nplora
         >>> texts = ["where is my parcel", "delivery is late", "return an order", "a refund"]
@@ -29,14 +29,15 @@ def label_pairs(
         [1.0, 0.0]
 
     Args:
-        texts, labels: the texts and their labels, in the same order. Copies of a text count once.
+        texts, labels: the texts and their labels, in the same order. For each label, copies of a text count
+            once.
         count: the number of pairs.
         seed: the seed of the random choices.
     Returns:
         rows with the fields sentence1, sentence2 and score.
     Raises:
-        ValueError: the numbers of texts and labels differ, a text is empty or has two labels, there are fewer
-            than two different labels, or no label has two different texts.
+        ValueError: the numbers of texts and labels differ, a text is empty, there are fewer than two
+            different labels, or no label has two different texts.
         TypeError: an argument, or an element of `texts` or `labels`, has a wrong type.
     """
     op = "label_pairs"
@@ -54,8 +55,10 @@ def label_pairs(
             group = large[rng.integers(len(large))]
             first, second = (group[i] for i in rng.choice(len(group), 2, replace=False))
         else:
-            two = (groups[i] for i in rng.choice(len(groups), 2, replace=False))
-            first, second = (group[rng.integers(len(group))] for group in two)
+            first = second = ""
+            while first == second:  # a text may have several labels
+                two = (groups[i] for i in rng.choice(len(groups), 2, replace=False))
+                first, second = (group[rng.integers(len(group))] for group in two)
         rows.append({"sentence1": first, "sentence2": second, "score": 1.0 - number % 2})
     return rows
 
@@ -67,15 +70,11 @@ def _groups(op: str, texts: list[str], labels: Iterable[Hashable]) -> list[list[
     given = list(labels)
     if len(texts) != len(given):
         raise ValueError(f"{op}: there are {counted(len(texts), 'text')}, but {counted(len(given), 'label')}")
-    label_of = dict[str, Hashable]()
+    groups = dict[Hashable, dict[str, None]]()
     for i, (text, label) in enumerate(zip(texts, given, strict=True)):
         if not isinstance(label, Hashable):
             raise TypeError(f"{op}: labels[{i}] is {_check.kind(label)}, expected a text or a number")
         if not text.strip():
             raise ValueError(f"{op}: texts[{i}] is empty")
-        if label_of.setdefault(text, label) != label:
-            raise ValueError(f"{op}: the text {brief(text)} has two labels: {label_of[text]!r} and {label!r}")
-    groups = dict[Hashable, list[str]]()
-    for text, label in label_of.items():
-        groups.setdefault(label, []).append(text)
-    return list(groups.values())
+        groups.setdefault(label, {})[text] = None
+    return [list(group) for group in groups.values()]

@@ -26,7 +26,8 @@ class AlignedBuffer {
   static size_t allocations();
 
   // Changes the size of a short-lived buffer. The contents are then undefined. If one of the two sizes is
-  // below 64 KiB, or if the system cannot keep the buffer's pages, `resize` returns false and changes nothing.
+  // below 64 KiB, or if the system cannot keep the buffer's pages, `resize` returns false and changes
+  // nothing.
   bool resize(size_t bytes);
 
   size_t size() const { return bytes_; }

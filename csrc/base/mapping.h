@@ -23,10 +23,10 @@ char* map(size_t bytes);
 // when the other part of the huge page is unmapped.
 char* map_beside(size_t bytes);
 
-// Changes the size of a mapping that `map` made. Returns its new start. The contents are then undefined. Pages
-// within the smaller of the two sizes stay in memory. This is faster than to unmap the old mapping and to map
-// a new one, whose pages the system would have to clear. If the system cannot do this, or if exactly one of
-// the two sizes is large enough for huge pages, `remap` returns nullptr and changes nothing.
+// Changes the size of a mapping that `map` made. Returns its new start. The contents are then undefined.
+// Pages within the smaller of the two sizes stay in memory. This is faster than to unmap the old mapping and
+// to map a new one, whose pages the system would have to clear. If the system cannot do this, or if exactly
+// one of the two sizes is large enough for huge pages, `remap` returns nullptr and changes nothing.
 char* remap(void* at, size_t old_bytes, size_t new_bytes);
 
 void unmap(void* at, size_t bytes);

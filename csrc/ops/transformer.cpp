@@ -113,7 +113,8 @@ void gated_backward(Activation act, size_t n, const float* dout, const float* ga
 
 namespace {
 
-// Converts `count` bfloat16 values (at most kConvertedElements) to floats. If `up_bits` is null, `up` is null.
+// Converts `count` bfloat16 values, at most kConvertedElements, to floats. If `up_bits` is null, `up` is
+// null.
 struct Widened {
   Widened(size_t count, const uint16_t* gate_bits, const uint16_t* up_bits)
       : gate(scratch<float>(Scratch::kPairing, 2 * kConvertedElements)),

@@ -35,16 +35,16 @@ AlignedBuffer BufferCache::take(size_t bytes) {
   return *std::move(buffer);
 }
 
-// The largest number of idle bytes if a new buffer of `bytes` bytes is used. All buffers together may take
-// peak + kSpareBytes, but at most 2 * peak. Here, `peak` is the largest number of bytes that were in use at
-// one time, including the new buffer.
+// Returns how many bytes may stay idle if a new buffer of `bytes` bytes is in use. All buffers together may
+// take peak + kSpareBytes, but at most 2 * peak. Here, `peak` is the largest number of bytes that were in use
+// at one time, including the new buffer.
 size_t BufferCache::most_idle_beside(size_t bytes) const {
   const size_t used = used_bytes_ + bytes, peak = std::max(most_used_, used);
   return peak + std::min(peak, kSpareBytes) - used;
 }
 
-// Resizes an idle buffer to `bytes` bytes: of the next larger and the next smaller one, the one that is
-// nearer in size, or the other one if the nearer one cannot be resized.
+// Resizes the idle buffer that is nearest in size to `bytes`: the next larger or the next smaller one. If that
+// fails, tries the other one.
 std::optional<AlignedBuffer> BufferCache::remove_resized(size_t bytes) {
   const auto larger = idle_.lower_bound(bytes);
   const auto smaller = larger == idle_.begin() ? idle_.end() : std::prev(larger);

@@ -24,8 +24,8 @@ char* map(size_t bytes);
 char* map_beside(size_t bytes);
 
 // Changes the size of a mapping that `map` made. Returns its new start. The contents are then undefined.
-// Pages within the smaller of the two sizes stay in memory. This is faster than to unmap the old mapping and
-// to map a new one, whose pages the system would have to clear. If the system cannot do this, or if exactly
+// Pages within the smaller of the two sizes stay in memory. This is faster than unmapping the old mapping and
+// mapping a new one, whose pages the system would have to clear. If the system cannot do this, or if exactly
 // one of the two sizes is large enough for huge pages, `remap` returns nullptr and changes nothing.
 char* remap(void* at, size_t old_bytes, size_t new_bytes);
 

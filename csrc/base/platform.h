@@ -29,8 +29,8 @@ char* map_pages(size_t bytes, size_t alignment);
 void unmap_pages(void* at, size_t bytes);
 
 // Changes the size of a whole mapping, and may move it. The pages within the smaller size keep their content.
-// The new start has the alignment that `map_pages` would give it. If the system cannot do this, `remap_pages`
-// returns nullptr and changes nothing.
+// The new start is aligned as `map_pages` would align it. If the system cannot do this, `remap_pages` returns
+// nullptr and changes nothing.
 char* remap_pages(char* at, size_t old_bytes, size_t new_bytes, size_t alignment);
 
 // Two requests to the system: to use huge pages, or to use small pages. If the system refuses a request, the

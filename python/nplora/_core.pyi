@@ -324,7 +324,9 @@ def activated_narrow(act: str, x: Array, out: Array, bits: Array) -> None:
     """Do the same as `activated` for float32 x, and store x in `bits` as bfloat16 (uint16)."""
 
 def activated_backward(act: str, dout: Array, x: Array, dx: Array) -> None:
-    """dx = act'(x) ∘ dout; x is as in `activated`. dx may be the same array as dout, or as x in float32."""
+    """dx = act'(x) ∘ dout; x is as in `activated`. dx may be the same array as dout, or as x if x is
+    float32.
+    """
 
 def rope(x: Array, positions: Array, table: Array, interleaved: bool, inverse: bool, head_dim: int) -> None:
     """Rotate the heads of x (n, heads · head_dim) in place, using the rows `positions` (int64) of the table.

@@ -534,7 +534,7 @@ class FinetuneOptions:
 
 
 def require_int8(op: str, compute: str, **options: object) -> None:
-    """Raise a ValueError if an option is not False, and `compute` is not "int8".
+    """Raise a ValueError if any of `options` is set (not False) while `compute` is not "int8".
 
     Args:
         options: options that need int8.

@@ -103,7 +103,8 @@ class FeedForward(Module):
         # At its peak, the forward pass holds y and hidden, and up in float32 or in bfloat16.
         forward = low + FLOAT * (f + d) + (BITS if narrow else FLOAT) * f
         reads_hidden = adapted.read_inputs(("down_proj",))
-        # The backward pass holds the gradient of hidden, and at first hidden, later the gradient of x.
+        # The backward pass always holds the gradient of hidden. It also holds hidden itself at first, and the
+        # gradient of x later.
         backward = FLOAT * (f + (max(d, f) if reads_hidden else d))
         backward += FLOAT * d if narrow else 0  # x
         backward += FLOAT * f if adapted.use_dora and adapted.outputs else 0

@@ -111,8 +111,8 @@ class ClassifyOptions:
     keep_int8: bool = _same(
         "keep_int8",
         help="keep weights in memory as 8-bit integers too, with compute int8, so that they are converted "
-        "only once; steps become faster; this takes one byte for each weight of the first adapted block and "
-        "of all later blocks",
+        "only once; steps become faster, but the integers take one byte for each weight of the first "
+        "adapted block and of all later blocks",
     )
     save_every: int = _same("save_every")
     save_minutes: float = _same("save_minutes")

@@ -270,8 +270,8 @@ def train_classifier(
         keep: adapter to save if there are validation data: best (with the lowest validation loss) or last.
         compute: arithmetic of the products with frozen weights: float32, bfloat16 or int8 (default: float32).
         keep_int8: keep weights in memory as 8-bit integers too, with compute int8, so that they are converted
-            only once; steps become faster; this takes one byte for each weight of the first adapted block and
-            of all later blocks.
+            only once; steps become faster, but the integers take one byte for each weight of the first
+            adapted block and of all later blocks.
         save_every: steps between checkpoints.
         save_minutes: maximum minutes between checkpoints; 0: no limit.
         resume: continue the run in the output directory; the results are bit for bit the same as without a

@@ -18,9 +18,10 @@ def label_pairs(
 ) -> list[dict[str, Any]]:
     """Make random pairs of labelled texts, for `train` with the loss "cosine" (SetFit, Tunstall et al. 2022).
 
-    The two texts of every other pair have the same label, and the score 1. All labels with at least two texts
-    have the same probability. The texts of the other pairs have different labels, and the score 0. All labels
-    have the same probability. A pair may occur more than once, but never consists of two equal texts.
+    The pairs alternate. In the first, third, fifth pair and so on, both texts have the same label, and the
+    score is 1. All labels with at least two texts are equally likely. In the other pairs, the labels differ,
+    and the score is 0. All labels are equally likely. A pair may occur more than once, but never consists of
+    two equal texts.
 
         >>> import nplora
         >>> texts = ["where is my parcel", "delivery is late", "return an order", "a refund"]

@@ -163,8 +163,8 @@ def train(
         compute: arithmetic of the products with frozen weights: "float32" (the default), "bfloat16" or
             "int8". A loaded encoder keeps its arithmetic.
         keep_int8: keep weights in memory as 8-bit integers too, with compute int8, so that they are converted
-            only once; steps become faster; this takes one byte for each weight of the first adapted block and
-            of all later blocks.
+            only once; steps become faster, but the integers take one byte for each weight of the first
+            adapted block and of all later blocks.
         save_every: steps between checkpoints.
         save_minutes: maximum minutes between checkpoints; 0: no limit.
         seed: seed of the initial factors, dropout and the order of the examples.

@@ -43,8 +43,8 @@ size_t BufferCache::most_idle_beside(size_t bytes) const {
   return peak + std::min(peak, kSpareBytes) - used;
 }
 
-// Resizes the idle buffer that is nearest in size to `bytes`: the next larger or the next smaller one. If that
-// fails, tries the other one.
+// Resizes the idle buffer that is nearest in size to `bytes`: the next larger or the next smaller one. If
+// that fails, tries the other one.
 std::optional<AlignedBuffer> BufferCache::remove_resized(size_t bytes) {
   const auto larger = idle_.lower_bound(bytes);
   const auto smaller = larger == idle_.begin() ? idle_.end() : std::prev(larger);

@@ -27,7 +27,8 @@ void register_buffers(py::module_& m) {
   m.def("empty", &empty_array, py::arg("dtype"), py::arg("shape"),
         "An array with undefined contents, which may reuse the memory of a deleted array");
   m.def("release_buffers", [] { buffer_cache().release(); }, "Return idle buffers to the system");
-  m.def("allocations", &AlignedBuffer::allocations, "How many times this process has allocated or resized a buffer");
+  m.def("allocations", &AlignedBuffer::allocations,
+        "How many times this process has allocated or resized a buffer");
 }
 
 }  // namespace nplora::bindings

@@ -60,12 +60,13 @@ void run_failing_job(size_t threads) {
 
 int main(int argc, char** argv) {
   if (argc == 2 && std::string_view(argv[1]) == "race") {
-    int count = 0;  // the sleeps give other threads time to take tasks
-    nplora::parallel_for(100, 4, nplora::Interruptible::kNo, [&](size_t) {
-      ++count;
-      std::this_thread::sleep_for(std::chrono::milliseconds(1));
-    });
-    std::printf("not found: counted %d of 100\n", count);
+    int count = 0;  // the sleeps and the rounds give other threads time to take tasks, even on a busy machine
+    for (int round = 0; round < 30; ++round)
+      nplora::parallel_for(100, 4, nplora::Interruptible::kNo, [&](size_t) {
+        ++count;
+        std::this_thread::sleep_for(std::chrono::milliseconds(1));
+      });
+    std::printf("not found: counted %d of 3000\n", count);
     return 0;
   }
   std::vector<std::thread> callers;

@@ -25,9 +25,9 @@ class AlignedBuffer {
   // How many times this process has allocated or resized a buffer so far.
   static size_t allocations();
 
-  // Changes the size of a short-lived buffer. The contents are then undefined. If one of the two sizes is
-  // below 64 KiB, or if the system cannot keep the buffer's pages, `resize` returns false and changes
-  // nothing.
+  // Changes the size of a short-lived buffer. The contents are then undefined. If the buffer is long-lived,
+  // if the old or the new size is below 64 KiB, or if the system cannot keep the buffer's pages, `resize`
+  // returns false and changes nothing.
   bool resize(size_t bytes);
 
   size_t size() const { return bytes_; }

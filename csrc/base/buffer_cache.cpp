@@ -43,8 +43,9 @@ size_t BufferCache::most_idle_beside(size_t bytes) const {
   return peak + std::min(peak, kSpareBytes) - used;
 }
 
-// Resizes the idle buffer that is nearest in size to `bytes`: the next larger or the next smaller one. If
-// that fails, tries the other one.
+// Resizes an idle buffer to `bytes` bytes, and removes it from the idle buffers. Tries the next larger and
+// the next smaller buffer, beginning with the one whose size is nearer to `bytes`. Returns std::nullopt if
+// neither can be resized.
 std::optional<AlignedBuffer> BufferCache::remove_resized(size_t bytes) {
   const auto larger = idle_.lower_bound(bytes);
   const auto smaller = larger == idle_.begin() ? idle_.end() : std::prev(larger);

@@ -10,17 +10,18 @@
 
 namespace nplora {
 
-// The used and the idle buffers together take at most the peak memory of the used buffers plus the spare
-// memory. The size of the spare memory is kSpareBytes, or the peak if the peak is smaller. The spare memory
-// is for code that needs a few buffers of different sizes one after the other, for example a forward pass
-// over a prompt. Without spare memory, this forward pass would free and map nearly all buffers in each layer.
+// A buffer is used from `take` until `give_back`, and idle afterwards. All buffers together take at most P +
+// min(P, kSpareBytes) bytes, where P is the largest number of bytes that were used at one time since the last
+// call of `release`. The spare memory, min(P, kSpareBytes), is for code that needs a few buffers of different
+// sizes one after the other, for example a forward pass over a prompt. Without spare memory, this forward
+// pass would free and map nearly all buffers in each layer.
 class BufferCache {
  public:
   static constexpr size_t kSpareBytes = size_t{4} << 20;
 
   // Returns a buffer of at least this many bytes, with undefined contents. Reuses an idle buffer if its size
-  // is at most a quarter above `bytes`. Otherwise, allocates a new buffer, or resizes an idle buffer if there
-  // is no room for a new one.
+  // is at most a quarter above `bytes`. Otherwise, allocates a new buffer. If the buffers would then take too
+  // much memory, resizes an idle buffer instead, or frees idle buffers.
   AlignedBuffer take(size_t bytes);
   void give_back(AlignedBuffer buffer) noexcept;
 

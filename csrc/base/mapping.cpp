@@ -34,8 +34,9 @@ char* huge_page_after(char* at) {
 // child would never end.
 class Neighbours {
  public:
-  // Returns nullptr if weights cannot share huge pages on this system, if another thread holds the lock, or
-  // if there is no memory.
+  // Returns `size` bytes of memory for a weight, usually directly after the previous weight. Returns nullptr
+  // if weights cannot share huge pages on this system, if another thread holds the lock, or if there is no
+  // memory.
   char* take(size_t size) {
     const std::unique_lock lock(mutex_, std::try_to_lock);
     if (!lock) return nullptr;

@@ -38,9 +38,9 @@ constexpr double kOperationsPerThread = 5e5;
 // no more tasks are handed out. All threads compute in the caller's floating-point environment (rounding
 // mode, flushing of subnormals), so results do not depend on which thread takes a task.
 //
-// Shares pay off if cores exchange data slowly. In a virtual machine, moving a cache line from one core to
-// the other took 180 ns. There, attention with 4 x 256 tokens was 1.5 times as fast with shares as with one
-// common counter.
+// Each share has its own counter of tasks. One counter for all threads would be slow, because its cache line
+// would move from core to core for each task. In a virtual machine, such a move took 180 ns, and attention
+// with 4 x 256 tokens was 1.5 times as fast with shares as with one counter.
 class TaskRun {
  public:
   TaskRun(size_t tasks, size_t shares, Interruptible interruptible, void (*body)(const void*, size_t),
@@ -57,8 +57,9 @@ class TaskRun {
     }
   }
 
-  // `thread` is 0 on the calling thread. A worker has the same number in every call, and so usually the same
-  // share.
+  // Runs tasks until no task is left: first the tasks of this thread's share, then those of the other shares.
+  // `thread` is 0 on the calling thread. A worker has the same number `thread` in every call, so it usually
+  // begins with the same share.
   void work(size_t thread) noexcept {
     const bool calling_thread = thread == 0;
     const size_t own_share = calling_thread ? 0 : claim(thread);
@@ -97,9 +98,9 @@ class TaskRun {
       throw std::runtime_error("the process was forked by a signal handler inside a call");
   }
 
-  // Returns the share with which this thread begins. This is the first share without an owner, searched from
-  // number thread % shares_ on; the thread then owns it. If every share has an owner, it is number thread %
-  // shares_.
+  // Returns the number of the share with which this worker begins. Tries the shares in order, beginning with
+  // share thread % shares_. The worker becomes the owner of the first share that has no owner. If all shares
+  // have owners, the worker begins with share thread % shares_ and does not own it.
   size_t claim(size_t thread) {
     for (size_t i = 0; i < shares_; ++i)
       if (!share_[(thread + i) % shares_].owned.exchange(true)) return (thread + i) % shares_;

@@ -49,8 +49,9 @@ void call_body(const void* body, size_t task) {
 }
 }  // namespace detail
 
-// Returns the number of threads to use for this many floating-point operations: starting more threads would
-// take more time than they save. For elementwise work, `operations` may be the number of elements.
+// Returns how many threads to use for work of `operations` floating-point operations. More threads would not
+// help, because starting them would take longer than the time that they save. For elementwise work,
+// `operations` may be the number of elements.
 size_t useful_threads(double operations);
 
 // Calls body(task) once for each task in [0, tasks), in any order, on at most `threads` threads. The tasks
@@ -65,8 +66,8 @@ void parallel_for(size_t tasks, size_t threads, Interruptible interruptible, con
   detail::run_tasks(tasks, threads, threads, interruptible, detail::call_body<Body>, &body);
 }
 
-// Does the same, but the tasks are started in order: whenever a thread is free, it takes the next task. If
-// the tasks become shorter and shorter, no thread waits long for another thread.
+// Does the same as parallel_for, but starts the tasks in order: whenever a thread is free, it takes the next
+// task. If the tasks become shorter and shorter, no thread waits long for another thread.
 template <class Body>
 void parallel_in_order(size_t tasks, size_t threads, Interruptible interruptible, const Body& body) {
   detail::run_tasks(tasks, threads, 1, interruptible, detail::call_body<Body>, &body);

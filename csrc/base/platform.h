@@ -96,9 +96,9 @@ inline constexpr int kFaultStatus = 135;  // 128 + SIGBUS on Linux; other system
 
 // ---- the processor ----
 
-// offers_tiles: whether the system would let a process use the tile registers of AMX. request_tiles: asks for
-// permission to use these registers, and returns false if the system refuses. After request_tiles, all
-// threads of the process need larger signal stacks.
+// `offers_tiles` returns whether the system lets processes use the tile registers of AMX, if they ask for
+// permission. `request_tiles` asks for this permission, and returns false if the system refuses. After
+// request_tiles, all threads of the process need larger signal stacks.
 bool offers_tiles();
 bool request_tiles();
 

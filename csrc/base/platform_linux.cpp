@@ -36,9 +36,10 @@ char* remap_pages(char* at, size_t old_bytes, size_t new_bytes, size_t alignment
   char* const target = map_pages(new_bytes, alignment);
   if (target == nullptr) return nullptr;
   if (mremap(at, old_bytes, new_bytes, MREMAP_MAYMOVE | MREMAP_FIXED, target) != MAP_FAILED) return target;
-  // The failed mremap may already have unmapped the target, and another thread may since have mapped memory
-  // there. So the target must not be unmapped here. It has no pages, so only addresses are lost, and only
-  // once: later calls do not try to move a mapping to a target.
+  // The failed mremap may already have unmapped the target, and another thread may then have mapped other
+  // memory at the same addresses. So the target must not be unmapped here. No page of the target was used, so
+  // only address space is lost. This happens only once, because later calls do not try to move a mapping to a
+  // target.
   moves_to_target = false;
   return nullptr;
 }

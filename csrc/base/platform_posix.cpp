@@ -105,7 +105,7 @@ void on_bus_error(int signal, siginfo_t* info, void* context) {
   if (is_function(before)) return call(before, signal, info, context);
   if (before.sa_handler == SIG_IGN && !is_access) return;
   ::signal(signal, SIG_DFL);
-  if (!is_access) raise(signal);  // a failed access needs no raise: it is repeated after the return
+  if (!is_access) raise(signal);  // a failed access needs no raise: after the return, it fails again
 }
 
 }  // namespace

@@ -1,10 +1,10 @@
 // A pool of threads. The caller never waits for a worker that has not begun to work on the job.
 //
-// An OpenMP region ends at a barrier that every thread must reach. A processor core may be busy with another
-// program, or with a worker of OpenBLAS, which spins for 100 ms after each product. The caller of the region
-// then waits at the barrier for a whole time slice, although the caller has done all the work itself. In this
-// pool, a worker that wakes up joins a job only if the job is still open, and the caller waits only for
-// workers that joined.
+// An OpenMP region ends at a barrier that every thread must reach. If a core is busy with another program, or
+// with a worker of OpenBLAS (which spins for 100 ms after each product), the OpenMP thread on this core
+// reaches the barrier late. The caller of the region then waits at the barrier for a whole time slice, even
+// if the caller has done all the work itself. In this pool, a worker that wakes up joins a job only if the
+// job is still open, and the caller waits only for workers that joined.
 #pragma once
 
 #include <cstddef>

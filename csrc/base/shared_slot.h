@@ -14,7 +14,7 @@ namespace nplora {
 template <class T>
 class SharedSlot {
  public:
-  // The object, or null. It exists at least as long as the returned pointer.
+  // Returns the object, or null. The object exists at least as long as the returned pointer.
   std::shared_ptr<const T> get() const {
     if (!lock()) return nullptr;
     std::shared_ptr<const T> object = object_;

@@ -28,10 +28,10 @@ namespace py = pybind11;
 template <class T>
 using Array = py::array_t<T, py::array::c_style>;
 
-// Takes the GIL back. If the interpreter shuts down in the meantime, Python before 3.14 ends a daemon thread
-// here with pthread_exit, and glibc then unwinds the stack. The unwinding would run the destructors of Python
-// objects in the calling functions, although the thread does not have the GIL. So this function stops the
-// unwinding, and the thread sleeps until the process ends, as in Python 3.14.
+// Takes the GIL back. If the interpreter has started to shut down while this thread had no GIL, Python before
+// 3.14 ends a daemon thread here with pthread_exit, and glibc then unwinds the stack. The unwinding would run
+// the destructors of Python objects in the calling functions, although the thread does not have the GIL. So
+// this function stops the unwinding, and the thread sleeps until the process ends, as in Python 3.14.
 inline void take_gil(PyThreadState* state) {
   try {
     PyEval_RestoreThread(state);

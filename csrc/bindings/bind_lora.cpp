@@ -131,8 +131,8 @@ Matrix<T> rows_of(py::array_t<T>& array) {
   return {array.mutable_data(), size_t(rows), size_t(cols), size_t(stride / size)};
 }
 
-// The elements of W have type T, and the elements of the factors have type F. For the two 16-bit storage
-// formats, F is float.
+// Adds scale * A B to w in place. The elements of w have type T, and the elements of the factors A and B have
+// type F. For the two 16-bit storage formats, T is uint16_t (bit patterns) and F is float.
 template <class T, class F>
 void merge(py::array_t<T> w, const Array<F>& a, const Array<F>& b, double scale, const std::string& name,
            std::optional<uint64_t> key) {

@@ -100,10 +100,10 @@ const std::vector<Trained>& collect(const py::tuple& parameters, const py::tuple
   return all;
 }
 
-// Calls step(scale) without the GIL. If max_norm is given, the function first multiplies the norm of all
-// gradients by `scale`. If the product is above max_norm, the function lowers `scale` so that the product
-// becomes max_norm. The function returns the product for the original `scale`, and does not call `step` if
-// this product is not finite.
+// Clips the gradients if max_norm is given, and calls step(scale) without the GIL. To clip, the function
+// computes `norm`, the Euclidean norm of all gradients times `scale`. If `norm` is above max_norm, `scale` is
+// multiplied by max_norm / norm. If `norm` is not finite, `step` is not called. Returns `norm`, or
+// std::nullopt if max_norm is not given.
 template <class Step>
 std::optional<double> clip_and_step(const std::vector<Trained>& parameters, double scale,
                                     std::optional<double> max_norm, const Step& step) {

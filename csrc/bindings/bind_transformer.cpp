@@ -22,13 +22,14 @@ void require_like(const char* name, const Array<T>& array, const Array<U>& other
   require_shape(name, array, size_t(other.shape(0)), size_t(other.shape(1)));
 }
 
-// Copies indices before they are checked, so that no other code can change them while the GIL is released.
+// Returns a copy of an array of n indices. The indices are checked in the copy, because other code may change
+// the array while the GIL is released.
 std::vector<int64_t> copied(const char* name, const Integers& array, size_t n) {
   require_size(name, array, n);
   return {array.data(), array.data() + n};
 }
 
-// Copies n integers, and checks that each is at least `least` and below `end`.
+// Returns a copy of an array of n integers. Checks that each integer is at least `least` and below `end`.
 std::vector<int64_t> within(const char* name, const Integers& array, size_t n, int64_t least, int64_t end) {
   std::vector<int64_t> values = copied(name, array, n);
   for (const int64_t value : values)

@@ -62,9 +62,9 @@ std::unique_ptr<PackedWeight> pack(const Array<T>& w, const std::string& name,
   return packed;
 }
 
-// A weight whose values stay in the caller's arrays. The arrays are kept alive and not copied, and no code
-// may write to them. (pybind11's keep_alive is not used, because it also runs after a call with wrong
-// arguments, and then crashes.)
+// A weight whose values stay in the caller's arrays. The weight keeps the arrays alive and does not copy
+// them. No code may write to the arrays. (pybind11's keep_alive is not used, because it also runs after a
+// call with wrong arguments, and then crashes.)
 template <class... Arrays>
 std::unique_ptr<PackedWeight> as_it_lies(const WeightView& w, const Arrays&... arrays) {
   return std::make_unique<PackedWeight>(w, std::make_shared<py::tuple>(py::make_tuple(arrays...)));

@@ -1,7 +1,7 @@
 # The bill of materials of a wheel (CycloneDX): what the build compiled in, and under which licence.
 #
-# Only the wheel's own file says what is in the core. auditwheel and delocate list the libraries that they add
-# to a wheel in files of their own beside this one.
+# This file lists only what is in the core library. auditwheel and delocate may add other libraries to a
+# wheel; they list these libraries in separate files in the same folder.
 
 # Templates and inline functions of the C++ library are compiled in. The preprocessor knows which library it
 # is.

@@ -1,19 +1,21 @@
-// The kernels of attention: the softmax, its backward pass, and the products for a single query. The
-// softmax kernels keep one query in each SIMD lane, so they never sum across lanes. Each kernel is
+// The kernels of attention: the softmax, its backward pass, and the products for a single query. In the
+// softmax kernels, each SIMD lane holds one query, so these kernels never sum across lanes. Each kernel is
 // documented in kernel_table.h.
 
 namespace nplora::kernels::NPLORA_ISA {
 
 // Returns the prefetch distance, in bytes, for a kernel that reads `rows` rows of keys or values at a time.
-// The distance is a multiple of the row size. It is at least `rows` rows, so that the kernel never prefetches
-// a row that it is already reading.
+// Successive rows are `stride` elements apart. The distance is a whole number of rows, and at least
+// kFetchAhead bytes. The distance is also at least `rows` rows, so that the kernel never prefetches a row
+// that it is already reading.
 inline size_t fetch_distance(size_t rows, size_t stride) {
   const size_t bytes = stride * sizeof(float);
   return bytes * (rows * bytes > kFetchAhead ? rows : ceil_div(kFetchAhead, bytes));
 }
 
-// Multiplies the query `q` (dim) with kRows rows of the keys `k` (kRows, dim). The sum of the lanes of
-// `sums[j]` is the dot product of `q` and row j.
+// Multiplies the query `q` (dim) with kRows rows of the keys `k` (kRows, dim). The dot product of `q` and row
+// j is the sum of the lanes of `sums[j]`. If kFetch is set, the function prefetches the keys that are `ahead`
+// bytes after the keys that it reads.
 template <size_t kRows, bool kFetch>
 __attribute__((always_inline)) inline void row_products(size_t dim, const float* q, const float* k,
                                                         size_t stride, size_t ahead, Vec<float>* sums) {
@@ -48,8 +50,8 @@ inline Vec<float> sum_of(const Vec<float>* v) {
 // Computes the dot products of the heads of a query with the rows of `k`, for two heads and kRows rows at a
 // time, where kRows is half the number of lanes. For each dot product, the function first computes a vector
 // of partial sums. Two heads and kRows rows give 2 kRows vectors of 2 kRows lanes, so the vectors form a
-// square matrix. After this matrix is transposed, the partial sums of all these dot products
-// are added at once. The rows that are left at the end are processed one by one.
+// square matrix. The function transposes this matrix and then adds its rows. Each lane of the result is one
+// dot product. The rows of `k` that are left at the end are processed one by one.
 inline void key_dots(size_t rows, size_t heads, size_t group, size_t dim, const float* q, const float* k,
                      size_t k_stride, float* scores, size_t s_stride) {
   using V = Vec<float>;
@@ -77,8 +79,8 @@ inline void key_dots(size_t rows, size_t heads, size_t group, size_t dim, const 
     }
 }
 
-// Multiplies kRows rows of `v` by their weights and adds the products to `out`. `out` is loaded and stored
-// only once for all these rows.
+// Multiplies kRows rows of `v` by their weights and adds the products to `out`. Each vector of `out` is
+// loaded and stored only once for all kRows rows.
 template <size_t kRows>
 inline void add_value_rows(size_t heads, size_t group, size_t dim, const float* weights, size_t w_stride,
                            const float* v, size_t v_stride, float* out) {
@@ -118,10 +120,10 @@ inline void scale_columns(size_t rows, size_t n, const float* factor, float* x, 
   });
 }
 
-// Returns the maxima of several neighbouring columns, one in each lane. `column` points to the first column.
-// Lane i of the result is the maximum of lane i of `before` and the `rows` elements of column i. The loop
-// keeps four separate maxima for each column: with only one, each comparison would have to wait for the
-// result of the previous comparison.
+// Returns the maxima of neighbouring columns, one in each lane. `column` points to the first element of the
+// first column, and each column has `rows` elements. Lane i of the result is the largest of the elements of
+// column i and lane i of `before`. The loop keeps four separate maxima for each column. With only one, each
+// comparison would have to wait for the result of the previous comparison.
 template <class Span>
 inline Vec<float> largest_of_column(size_t rows, const float* column, size_t stride, Vec<float> before,
                                     const Span& span) {
@@ -158,9 +160,9 @@ inline void softmax_step(size_t rows, size_t n, float* s, size_t s_stride, float
 // gradient of the loss: ds is the gradient with respect to s. In attention, delta equals the dot product of
 // dout and `out`, where `out` is the output of attention (Dao et al. 2022, section 3.1). The backward pass
 // computes the probabilities p again, as exp(s - lse). `lse` is the logarithm of the sum of exp(s), from the
-// forward pass. The backward pass also computes the scores s again. The rounding errors of these scores may
-// differ from those of the forward pass, so a large s may exceed `lse` by so much that exp(s - lse)
-// overflows. So the code replaces a positive s - lse by 0.
+// forward pass. The backward pass also computes the scores s again, with rounding errors that may differ from
+// those of the forward pass. A large s may then exceed `lse` by so much that exp(s - lse) overflows. So the
+// code replaces a positive s - lse by 0.
 inline void softmax_backward(size_t rows, size_t n, const float* lse, const float* delta, float* s, float* dp,
                              size_t stride) {
   using V = Vec<float>;

@@ -1,15 +1,15 @@
-// Kernels that convert low-bit blocks to float and multiply with them. One implementation serves every
-// instruction set and every block format. Each kernel is documented in kernel_table.h. The decoders
-// are in kernels/formats.
+// Kernels for weights in low-bit blocks. They decode the blocks to float, or multiply rows of `x` by rows of
+// blocks. One implementation serves every instruction set and every block format. Each kernel is documented
+// in kernel_table.h. The decoders are in kernels/formats.
 //
 // In all formats except NF4, a decoded value is a product of two or three factors. The first factor is the
-// scale of the block, a float16. The second factor is the scale of the sub-block, an integer; some formats
-// have no such scale. The last factor is the code, or the level that a table gives for the code. In some
-// formats, a minimum is added to the product. The scale of the block has 11 significant bits. Together, the
-// scale of the sub-block and the code have at most 12 significant bits: 7 + 5 bits in Q6_K, and 5 + 7 bits in
-// IQ4_XS. So the product fits into the 24 significant bits of a float and is exact. Rounding occurs only when
-// the minimum is added. Therefore, a fused multiply-add gives the same value as a separate multiplication and
-// addition.
+// scale of the block, a float16. The second factor is the scale of the sub-block, an integer. If the blocks
+// of a format have a single sub-block, the second factor is missing. The last factor is the code, or the
+// level that a table gives for the code. In some formats, a minimum is added to the product. The scale of the
+// block has 11 significant bits. Together, the scale of the sub-block and the code have at most 12
+// significant bits: 7 + 5 bits in Q6_K, and 5 + 7 bits in IQ4_XS. So the product fits into the 24 significant
+// bits of a float and is exact. Rounding occurs only when the minimum is added. Therefore, a fused
+// multiply-add gives the same value as a separate multiplication and addition.
 
 namespace nplora::kernels::NPLORA_ISA {
 
@@ -37,7 +37,8 @@ inline Vec<float> broadcast(const Half& half) {
   return Vec<float>::broadcast(to_float(half));
 #endif
 }
-// Converts four float16 numbers to floats in `to`. The lowest 16 bits of `halves` are the first number.
+// Converts the four float16 numbers in `halves` to floats, and stores the floats in `to` (4). The lowest 16
+// bits of `halves` are the first number.
 inline void to_four_floats(uint64_t halves, float* to) {
 #if defined(NPLORA_SIMD_AVX512) || defined(NPLORA_SIMD_AVX2)
   _mm_storeu_ps(to, _mm_cvtph_ps(_mm_cvtsi64_si128(static_cast<long long>(halves))));
@@ -49,8 +50,8 @@ inline void to_four_floats(uint64_t halves, float* to) {
 inline Half negative(Half half) {
   return __builtin_bit_cast(Half, static_cast<uint16_t>(__builtin_bit_cast(uint16_t, half) ^ 0x8000));
 }
-// Makes the compiler store `values` in memory, so that each value can later be broadcast as it is loaded. GCC
-// would otherwise keep the values in a register and permute that register for each broadcast.
+// Makes the compiler store `values` in memory, so that one instruction can later load a value and copy it to
+// all lanes. GCC would otherwise keep the values in a register and permute that register for each broadcast.
 template <size_t kCount>
 inline void keep_in_memory(float (&values)[kCount]) {
   asm("" : "+m"(values));
@@ -74,8 +75,9 @@ inline void put(const Floats& low, const Floats& high, Vec<float> d, To to) {
   put(high, d, to + kBytes);
 }
 
-// A position in a row of DecodedRows. If the row covers two panels, the position must be a multiple of
-// kBytes, so that the kBytes elements that begin at the position are all in one panel.
+// A destination for decoded values: the floats that begin at element `at` of a row of DecodedRows. The
+// functions `put` store kBytes floats at a time, and these floats must be in the same panel. So if the row
+// covers two panels, `at` must be a multiple of kBytes.
 static_assert(kPanelColumns % kBytes == 0);
 struct DecodedRow {
   float* row;
@@ -85,7 +87,8 @@ struct DecodedRow {
   operator float*() const { return row + at + (at < kPanelColumns ? 0 : apart); }
 };
 
-// A destination that stores decoded values as int8 codes (see BlockDecoders::encode).
+// A destination for decoded values. The functions `put` store each value as an int8 code, which is the
+// rounded product of the value and `inverse`, plus `offset` (see BlockDecoders::encode).
 struct EncodedRow {
   uint8_t* codes;
   Vec<float> inverse;
@@ -116,8 +119,8 @@ inline void put(const Floats& q, Vec<float> d, Vec<float> m, const EncodedRow& t
 }
 
 // A sub-block of 4-bit codes can hold only sixteen different values, one for each possible nibble. If the
-// destination stores int8 codes, nibbles_for converts these sixteen values to int8 codes. The int8 code of
-// each element is then looked up by its nibble.
+// destination stores int8 codes, nibbles_for converts these sixteen values to int8 codes. The nibble of an
+// element is then an index into these sixteen int8 codes.
 struct NibbleCodes {
   Bytes codes;
 };
@@ -135,9 +138,9 @@ inline Bytes high(const NibbleCodes& n, Bytes b) {
   return lookup(n.codes, high_nibbles(b));
 }
 
-// A destination that does not store decoded values but multiplies them with kTokens rows of `x`. The products
-// of each token are added to one vector of sums. The order of the additions does not depend on the number of
-// tokens.
+// A destination for decoded values. The functions `put` do not store the values, but multiply them by kTokens
+// rows of `x`. The products for row t of `x` are added to the lanes of sums[t]. The order of the additions
+// does not depend on the number of tokens.
 template <size_t kTokens>
 struct Dot {
   const float* x;
@@ -170,9 +173,10 @@ inline void put(const Floats& q, Vec<float> d, Vec<float> m, const Dot<kTokens>&
   for (size_t i = 0; i < kVectors; ++i) to.add(i, fma(q.v[i], d, m));
 }
 
-// Adds the products of a sub-block that has a single scale `d`. The function multiplies the sum of the
-// products by the scale. For a single token, this takes fewer multiplications than multiplying each code by
-// the scale.
+// Adds the products of a sub-block that has a single scale `d`. `low` and `high` are the first and the last
+// kBytes codes of the sub-block. The function first sums the products of the codes and `x`, and then
+// multiplies the sum by `d`. For a single token, this order takes fewer multiplications than multiplying each
+// code by `d` first.
 template <size_t kTokens>
 inline void put(const Floats& low, const Floats& high, Vec<float> d, const Dot<kTokens>& to) {
 #pragma GCC unroll 4
@@ -188,8 +192,8 @@ inline void put(const Floats& low, const Floats& high, Vec<float> d, const Dot<k
 
 // ---- decoders of a single block ----
 
-// A decoder prepares the scales of one block. The decoder's member `sub_block(j, to)` decodes sub-block j and
-// passes the values to the destination `to`.
+// A Decoder<Block> is made from one block, and holds the scales of the block as floats. The member function
+// `sub_block(j, to)` decodes sub-block j, and calls `put` to pass the values to the destination `to`.
 template <class Block>
 struct Decoder;
 
@@ -202,9 +206,9 @@ struct HighBits {
         high(each_bit(static_cast<uint16_t>(bits[2] | bits[3] << 8), 16)) {}
 };
 
-// The factors and the minima of a block, with one factor and one minimum for every sub-block. The function
-// `read` decodes the factors and the minima to memory. Formats that pack their factors and minima into few
-// bits specialise this struct.
+// The factors of a block, and in some formats its minima, as floats in memory. A factor is the scale of the
+// block times the scale of a sub-block (in some formats, of half a sub-block). `read` computes the factors
+// and minima of a block. Formats whose sub-blocks have scales specialise this struct.
 template <class Block>
 struct Scales {
   void read(const Block&) {}
@@ -240,9 +244,9 @@ struct SubScales {
 // Each kernel unit (isa_*.cpp) defines kUnrolledSubBlocks, the unroll factor of the loops over the sub-blocks
 // of a block.
 
-// Prefetches the blocks of a later row: while the columns of row i are decoded, the same columns of row i +
-// kRowsAhead are prefetched. The hardware does not prefetch these columns, because it cannot detect a stream
-// in only a few bytes.
+// Before some columns of row i are decoded, the same columns of row i + kRowsAhead are prefetched. The
+// hardware does not prefetch these columns, because it cannot detect a stream in the few bytes that are read
+// from each row. `fetch_columns` prefetches the `bytes` bytes at `at`, but at most four cache lines.
 constexpr size_t kRowsAhead = 8;
 inline void fetch_columns(const void* at, size_t bytes) {
   constexpr size_t kMost = 4 * kCacheLine;
@@ -251,7 +255,8 @@ inline void fetch_columns(const void* at, size_t bytes) {
     __builtin_prefetch(static_cast<const char*>(at) + line);
 }
 
-// Decodes the columns [first, first + cols) of each row. The destination of row i is destination(i).
+// Decodes the columns [first, first + cols) of each row. The decoded values of row i are passed to the
+// destination that destination(i) returns.
 template <class Block, class Destination>
 inline void decode_rows(size_t rows, size_t first, size_t cols, const void* blocks, size_t row_bytes,
                         const Destination& destination) {
@@ -293,19 +298,21 @@ void encode_blocks(size_t rows, size_t first, size_t cols, const void* blocks, s
 
 // ---- products of a few tokens with rows of blocks ----
 
-// All tokens are multiplied with kFewRows rows of W before the next rows are read. While rows are read, the
-// same columns of later rows are prefetched. The function fetch_ahead returns the distance to these later
-// rows in bytes. The distance is kFetchAhead, rounded up to a multiple of the size of `group` rows.
+// The rows of W are processed in groups, usually of kFewRows rows. All tokens are multiplied by the rows of a
+// group before the next group is read. While a row is read, the same columns of a later row are prefetched.
+// The function fetch_ahead returns the distance between the two rows in bytes. The distance is kFetchAhead,
+// rounded up to a multiple of the size of `group` rows.
 inline constexpr size_t kFewRows = 8;
 inline size_t fetch_ahead(size_t row_bytes, size_t group = kFewRows) {
   const size_t few = group * row_bytes;
   return few == 0 ? 0 : ceil_div(kFetchAhead, few) * few;
 }
 
-// Prefetches some of the cache lines of `next` into L2, and removes these lines from `next`. The rows of W
-// are processed in groups of `group` rows. This function is called before each group, and `rows` is the
-// number of rows that are not yet processed. Each call prefetches the fraction group / rows of the cache
-// lines that are left in `next`, so that all calls prefetch about the same number of lines.
+// `next` describes the cache lines that the caller of the kernel wants to be prefetched. This function
+// prefetches some of these lines into L2, and removes them from `next`. The rows of W are processed in groups
+// of `group` rows. This function is called before each group, and `rows` is the number of rows that are not
+// yet processed. Each call prefetches the fraction group / rows of the remaining lines. So all calls prefetch
+// about the same number of lines.
 inline void fetch_share(Fetch& next, size_t rows, size_t group = kFewRows) {
   const size_t n = rows <= group ? next.lines : ceil_div(next.lines * group, rows);
   next.lines -= n;
@@ -313,8 +320,8 @@ inline void fetch_share(Fetch& next, size_t rows, size_t group = kFewRows) {
     __builtin_prefetch(next.at, 0, 2);
 }
 
-// Creates the decoders of up to kTogether neighbouring blocks in each row of a tile. The pointer at[r] points
-// to the first of these blocks in row r.
+// Creates the decoders of the blocks of a tile: up to kTogether neighbouring blocks in each of kRows rows.
+// The pointer at[r] points to the first block of row r. `get(r, i)` returns the decoder of block i of row r.
 inline constexpr size_t kTogether = 16;
 template <class Block, size_t kRows>
 struct Decoders {
@@ -324,8 +331,8 @@ struct Decoders {
 };
 
 // The decoders of formats whose blocks have only one sub-block. One instruction converts the scales and
-// minima of several rows to float, and each float is later broadcast from memory. Tiles of two rows use the
-// general decoders above, because this conversion would not make such tiles faster.
+// minima of several rows to float. The floats are stored in `factors`, and `get` broadcasts them from there.
+// Tiles of two rows use the general decoders above, because this conversion would not make such tiles faster.
 template <class Block, size_t kRows>
   requires(Block::kElements == kSubBlock && kRows > 2)
 struct Decoders<Block, kRows> {
@@ -336,7 +343,7 @@ struct Decoders<Block, kRows> {
   Decoders(const Block* const (&at)[kRows], size_t n) : at(at) {
     static_assert(offsetof(Block, d) == 0);
     if constexpr (kFactors == 2) static_assert(offsetof(Block, m) == sizeof(Half));
-    constexpr size_t kAtOnce = smaller(kRows, 64 / kBits);  // `halves` has room for kAtOnce rows
+    constexpr size_t kAtOnce = smaller(kRows, 64 / kBits);  // the factors of kAtOnce rows fit into `halves`
     for (size_t i = 0; i < n; ++i)
       for (size_t r = 0; r < kRows; r += kAtOnce) {
         uint64_t halves = 0;
@@ -365,8 +372,8 @@ struct BlockRows {
   size_t row_bytes;
   size_t ahead = fetch_ahead(row_bytes);
 
-  // Decodes the rows of W that `rows` lists, block by block. The decoded block that begins at element i of
-  // row rows[r] is passed to the destination `to(r, i)`.
+  // Decodes the first `cols` columns of the rows rows[0] to rows[kRows - 1] of W, block by block. The values
+  // of the block that begins at column i of row rows[r] are passed to the destination that to(r, i) returns.
   template <size_t kRows, class To>
   void add(const size_t (&rows)[kRows], size_t cols, const To& to) const {
     const Block* at[kRows];
@@ -391,9 +398,10 @@ struct BlockRows {
   }
 };
 
-// Multiplies kTokens rows of `x` with up to kRows rows of W. The vectors of sums are stored in `part`
-// (tokens, all, lanes), where `all` is the number of rows of W. If fewer than kRows rows are left, the last
-// row is computed several times, but its sums are stored only once.
+// Multiplies kTokens rows of `x` by kRows rows of W, beginning with row `first`. The sums are stored in
+// `part` (kTokens, all, kLanes), where `all` is the number of rows of W. `rows` is the number of rows that
+// are left in the group. If `rows` is less than kRows, the last row is computed several times, but its sums
+// are stored only once.
 template <size_t kTokens, size_t kRows, class Rows>
 inline void dot_tile(const Rows& w, size_t first, size_t rows, size_t cols, const float* x, size_t x_stride,
                      float* part, size_t all) {
@@ -414,8 +422,9 @@ struct RowRange {
   size_t first, count;
 };
 
-// Processes the `m` tokens in groups of 4, then 2, then 1. The first group brings the rows of W into L1, and
-// the later groups read them there.
+// Multiplies `m` tokens by the rows `few` of W. The tokens are processed in groups of 4, and the remaining
+// tokens in groups of 2 and 1. The first group brings the rows of W into L1, and the later groups read the
+// rows from L1.
 template <size_t kTokens, class Rows>
 inline void dot_tiles(const Rows& w, RowRange few, size_t m, size_t cols, const float* x, size_t x_stride,
                       float* part, size_t all) {

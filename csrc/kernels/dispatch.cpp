@@ -1,5 +1,5 @@
-// Chooses the kernel table. If the environment variable NPLORA_ISA is set, it names the table. Otherwise, the
-// table is the one for the best instruction set that this machine supports.
+// Chooses the kernel table. If the environment variable NPLORA_ISA is set, the variable names the table.
+// Otherwise, the best table that this machine can run is chosen.
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
@@ -26,6 +26,8 @@ extern const Int8Gemm k_neondot_products, k_neoni8mm_products;
 namespace {
 
 #if defined(NPLORA_X86_64) || defined(NPLORA_AARCH64)
+// Each function with_kernels returns a copy of `table` with the name `isa`, in which the given kernels
+// replace the kernels of `table`.
 KernelTable with_kernels(const KernelTable& table, const char* isa, const NarrowKernels& kernels) {
   KernelTable made = table;
   made.isa = isa;
@@ -90,8 +92,8 @@ const Choice* choices(size_t* count) {
   return all;
 }
 
-// Checks that this process can use a table, and asks Linux for the tile registers if the table needs them.
-// Returns an empty string on success, else the reason for the failure.
+// Checks that this process can use a table. If the table needs the tile registers of AMX, the function asks
+// Linux for them. Returns an empty string on success, else the reason for the failure.
 std::string try_to_enable(const Choice& choice) {
   if (!choice.available) return std::string("this machine, or its operating system, lacks ") + choice.parts;
   if (choice.takes_tiles && !simd::ask_for_tiles())

@@ -1,15 +1,15 @@
 // Matrix products for small batches. These products read the weight W once, in the order in which it is
 // stored: panel by panel, or row by row if W is row-major. Each kernel is documented in kernel_table.h.
 //
-// A token is a row of the left operand, such as `x`. The products of a token are summed in an order that does
-// not depend on the other tokens. Each lane of a vector sums every kLanes-th product of a row of W, and the
-// lanes are added at the end. So the results of a token have the same bits in every batch.
+// A token is a row of the left operand, such as `x`. For each token and each row of W, lane i of a vector
+// sums the products in all columns k with k % kLanes == i. The lanes are added at the end. The order of these
+// additions does not depend on the other tokens, so the results of a token have the same bits in every batch.
 //
 // Each kernel unit (isa_*.cpp) defines three constants.
 //   `kDotResident` is the largest number of vectors of `x` that stay in registers while the rows of a panel
 //     of W are multiplied by a single token. The sums of the token take kDotSums more registers.
-//   `kDotRows` is the number of rows of W that share each load of `x`, for a single token whose `x` does not
-//     stay in registers.
+//   `kDotRows` is used for a single token whose row of `x` does not stay in registers. Each vector of `x` is
+//     then loaded once for kDotRows rows of W.
 //   `kDotSums` is the number of vectors in which the products of a row of W are summed, if a row of a panel
 //     has at least 2 * kDotSums vectors. kDotRows * kDotSums is at least 8: an FMA has a latency of 4 cycles
 //     and 2 FMAs can start in each cycle, so 8 independent sums are needed.
@@ -25,20 +25,21 @@ inline constexpr size_t kVectorsOfPanel = kPanelColumns / Vec<Sum<W>>::kLanes;
 template <class W>
 inline constexpr size_t kSideSums = kVectorsOfPanel<W> >= 2 * kDotSums ? kDotSums : 1;
 
-// The number of rows of W that share each load of `x`. For a single token, this number is kDotRows. For
-// several tokens, this number is the largest number of rows whose sums take at most eight vectors, but at
-// least 1. Eight vectors hide the latency of an FMA, and more rows could need too many registers.
+// The number of rows of W that are multiplied by a vector of `x` each time the vector is loaded. For a single
+// token, this number is kDotRows. For several tokens, this number is the largest number of rows whose sums
+// take at most eight vectors, but at least 1. Eight vectors hide the latency of an FMA, and more rows could
+// need too many registers.
 template <class W, size_t kTokens>
 inline constexpr size_t kSharingRows =
     kTokens == 1 ? kDotRows : (kTokens * kSideSums<W> < 8 ? 8 / (kTokens * kSideSums<W>) : 1);
 
-// Whether the columns of `x` that are multiplied by a panel of W fit into the registers, together with the
-// sums.
+// Whether the registers have room for the sums and for kTokens rows of `x`. Only the columns of `x` that are
+// multiplied by one panel of W count.
 template <class W, size_t kTokens>
 inline constexpr bool kStaysInRegisters =
     kTokens * (kVectorsOfPanel<W> + kSideSums<W>) <= kDotResident + kDotSums;
 
-// The partial sums for each pair of a row of W and a token, with kSideSums vectors for each pair.
+// kSideSums vectors of partial sums for each of kRows rows of W and each of kTokens tokens.
 template <class W, size_t kTokens, size_t kRows>
 using RowSums = Vec<Sum<W>>[kRows][kTokens][kSideSums<W>];
 
@@ -87,8 +88,8 @@ inline void fetch_panel(const W* at) {
     __builtin_prefetch(reinterpret_cast<const char*>(at) + line, 0, 2);
 }
 
-// The operands of a product that multiplies some tokens (rows of `x`) with `rows` rows of `w`. The kLanes
-// partial sums for the product of token t with row r of `w` begin at part + t * part_stride + r * kLanes.
+// The operands of a product of several tokens (rows of `x`) with `rows` rows of `w`. The kLanes partial sums
+// for the product of token t with row r of `w` begin at part + t * part_stride + r * kLanes.
 template <class W>
 struct Dots {
   size_t rows;
@@ -120,7 +121,8 @@ struct Dots {
   }
 };
 
-// Multiplies a full panel, kRows rows of W at a time, until fewer than kRows rows are left.
+// Multiplies kTokens tokens by the rows of a full panel, kRows rows at a time, until fewer than kRows rows
+// are left. Afterwards, `p` describes the product with the remaining rows.
 template <class W, size_t kTokens, size_t kRows>
 inline void dots_rows(Dots<W>& p) {
   using V = Vec<Sum<W>>;
@@ -161,7 +163,7 @@ inline void dots_panel(Dots<W>& p) {
   dots_rows<W, kTokens, 1>(p);
 }
 
-// Multiplies a panel, or a whole matrix, that has fewer columns than a full panel.
+// Multiplies one token by the last `width` columns of W, which are fewer columns than a full panel has.
 template <class W>
 inline void dots_narrow(Dots<W> p, size_t width) {
   using V = Vec<Sum<W>>;
@@ -175,9 +177,10 @@ inline void dots_narrow(Dots<W> p, size_t width) {
   }
 }
 
-// Multiplies the full panels of a row-major W, kRows rows at a time, until fewer than kRows rows are left.
-// The sums of the kRows rows stay in registers for all panels. The code prefetches W, `ahead` elements ahead
-// of the elements that it reads.
+// Multiplies kTokens tokens by the full panels of a row-major W, kRows rows at a time, until fewer than kRows
+// rows are left. A panel of a row-major W is a group of kPanelColumns columns. The sums of the kRows rows
+// stay in registers for all panels. While an element of W is read, the element `ahead` elements later is
+// prefetched.
 template <class W, size_t kTokens, size_t kRows>
 inline void dots_row_major(Dots<W>& p, size_t panels, size_t ahead) {
   using V = Vec<Sum<W>>;
@@ -205,8 +208,9 @@ inline void dots_row_major(Dots<W>& p, size_t panels, size_t ahead) {
   }
 }
 
-// Divides the `m` tokens into groups of 4, then 2, then 1, and calls body.operator()<kTokens>(first token)
-// for each group of kTokens tokens.
+// Divides the `m` tokens into groups of 4, and the remaining tokens into groups of 2 and 1. For each group,
+// calls body.operator()<kTokens>(t), where kTokens is the size of the group and t is the first token of the
+// group.
 template <size_t kTokens = 4, class Body>
 [[gnu::always_inline]] inline void for_tokens(size_t m, const Body& body, size_t first = 0) {
   for (; first + kTokens <= m; first += kTokens) body.template operator()<kTokens>(first);
@@ -221,8 +225,9 @@ inline Dots<W> from_token(Dots<W> p, size_t first) {
   return p;
 }
 
-// Multiplies the full panels of a row-major W. All tokens are multiplied with a few rows of W before the next
-// rows are read. The same columns of later rows are prefetched, at least kFetchAhead bytes ahead.
+// Multiplies the full panels of a row-major W. All `m` tokens are multiplied by kFew rows of W before the
+// next rows of W are read. Meanwhile, the same columns of later rows are prefetched. The later rows begin at
+// least kFetchAhead bytes after the rows that are read.
 template <class W>
 inline void dots_row_major(size_t m, Dots<W> p, size_t panels) {
   constexpr size_t kFew = 8;
@@ -258,7 +263,7 @@ void dots(size_t m, size_t rows, size_t depth, const Panels<W>& w, const Sum<W>*
   }
   do {  // if `depth` is 0, the only iteration sets `part` to zero
     const size_t width = smaller(depth, kPanelColumns);
-    // The last rows of a panel prefetch the first rows of the next panel.
+    // While the last rows of a panel are multiplied, the first rows of the next panel are prefetched.
     const size_t last = smaller(rows, kFetchAhead / (kPanelColumns * sizeof(W)));
     if (width == kPanelColumns) {
       for_tokens(m, [&]<size_t kTokens>(size_t first) {
@@ -281,8 +286,9 @@ void dots(size_t m, size_t rows, size_t depth, const Panels<W>& w, const Sum<W>*
 }
 
 // Sums each row of `part` (rows, kLanes), adds `bias` (rows) if it is not null, and stores the results in `y`
-// (rows). A row is summed in pairs: its elements are added in pairs, then the results in pairs, and so on.
-// The function transposes blocks of kLanes rows, so that all rows of a block are summed at once.
+// (rows). To sum a row, the second half of the row is added to the first half. Then the second half of the
+// result is added to the first half of the result, and so on. The function transposes blocks of kLanes rows,
+// so that all rows of a block are summed at once.
 template <class T>
 void sum_parts(size_t rows, const T* part, const T* bias, T* y) {
   constexpr size_t kLanes = Vec<T>::kLanes;
@@ -323,8 +329,9 @@ inline void add_first(Vec<T> sums, size_t n, T* y) {
     (Vec<T>::load_partial(y, n) + sums).store_partial(y, n);
 }
 
-// Adds the product of `a` (rows, kDepth) and `z` to `y` (rows), for at most kLanes rows. Each loaded vector
-// holds several rows of `a`, because kDepth is less than kLanes.
+// Adds the product of `a` (rows, kDepth) and one row of kDepth elements to `y` (rows). `z` holds this row,
+// repeated until all lanes are full. `rows` is at most kLanes. Each loaded vector holds several rows of `a`,
+// because kDepth is less than kLanes.
 template <size_t kDepth, class A, class T>
 inline void add_packed_rows(size_t rows, const A* a, Vec<T> z, T* y) {
   constexpr size_t kLanes = Vec<T>::kLanes;
@@ -354,8 +361,8 @@ inline void add_packed_dots(size_t m, size_t rows, const A* a, const T* z, size_
 }
 
 // Adds z aᵀ to `y` (kTokens, rows), where `z` is (kTokens, depth) and `a` is (rows, depth). `rows` is at most
-// kLanes / kTokens. If `rows` is less, the last row of `a` is computed several times, but its sums
-// are added to `y` only once.
+// kLanes / kTokens. If `rows` is less, the last row of `a` is computed several times, but its sums are added
+// to `y` only once.
 template <size_t kTokens, class A, class T>
 inline void add_few_dots(size_t rows, size_t depth, const A* a, const T* z, size_t z_stride, T* y,
                          size_t y_stride) {
@@ -391,8 +398,9 @@ inline void add_few_dots(size_t rows, size_t depth, const A* a, const T* z, size
   }
 }
 
-// Processes the `m` tokens in groups of 4, then 2, then 1. The first group brings the rows of `a` into L1,
-// and the later groups read them there.
+// Adds z aᵀ to `y` (m, rows), where `rows` is at most kLanes. The tokens are processed in groups of kTokens,
+// and the remaining tokens in smaller groups. The first group brings the rows of `a` into L1, and the later
+// groups read the rows from L1.
 template <size_t kTokens, class A, class T>
 inline void add_block_dots(size_t m, size_t rows, size_t depth, const A* a, const T* z, size_t z_stride, T* y,
                            size_t y_stride) {
@@ -403,6 +411,8 @@ inline void add_block_dots(size_t m, size_t rows, size_t depth, const A* a, cons
   if constexpr (kTokens > 1) add_block_dots<kTokens / 2>(m, rows, depth, a, z, z_stride, y, y_stride);
 }
 
+// Adds z aᵀ to `y` (m, rows). If `depth` is 2, 4 or a larger power of two below kLanes, add_packed_dots
+// computes the product, with `depth` as a template argument.
 template <size_t kDepth, class A, class T>
 inline void add_dots_of_depth(size_t m, size_t rows, size_t depth, const A* a, const T* z, size_t z_stride,
                               T* y, size_t y_stride) {

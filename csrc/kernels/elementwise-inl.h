@@ -6,11 +6,11 @@
 namespace nplora::kernels::NPLORA_ISA {
 
 // Memory bandwidth limits the speed of optimiser steps. The code does not prefetch: on a Zen 4, the hardware
-// prefetcher follows the four arrays of a step, and software prefetching made a step a fifth slower.
+// prefetcher follows the four arrays of a step, and software prefetching made a step 20 % slower.
 
 // One AdamW step for the parameters `p`, gradients `g` and moments `m` and `v`, which have n elements each.
-// The names b1 and b2 mean beta1 and beta2, wd is the weight decay, and bias1 and bias2 correct the moments.
-// The step is:
+// The gradients are first multiplied by grad_scale. In the formulas, b1 and b2 are beta1 and beta2, wd is the
+// weight decay, and bias1 and bias2 are the bias corrections (see AdamWCoefficients). The step is:
 //   m = b1 m + (1 - b1) g;  v = b2 v + (1 - b2) g²;
 //   p = p (1 - lr wd) - lr (m / bias1) / (sqrt(v / bias2) + eps)
 template <class T>
@@ -33,9 +33,11 @@ void adamw(size_t n, T* __restrict p, const T* __restrict g, T* __restrict m, T*
   }
 }
 
-// One SGD step for the parameters `p` with gradients `g`, which have n elements each. Without momentum, the
-// step is p -= lr * d, where d = g + wd * p and wd is the weight decay. With momentum, the step computes buf
-// = momentum * buf + d, and then p -= lr * buf, or p -= lr * (d + momentum * buf) if `nesterov` is set.
+// One SGD step for the parameters `p` with gradients `g`, which have n elements each. The gradients are first
+// multiplied by grad_scale. In the formulas, wd is the weight decay. The step is:
+//   d = g + wd p;  buf = momentum * buf + d;
+//   p = p - lr buf, or p = p - lr (d + momentum * buf) if `nesterov` is set
+// Without momentum, `buf` is null, and the step is p = p - lr d.
 template <class T>
 void sgd_plain(size_t n, T* __restrict p, const T* __restrict g, const SgdCoefficients& k) {
   const T lr = T(k.lr), decay = T(k.weight_decay), grad_scale = T(k.grad_scale);
@@ -63,8 +65,9 @@ void sgd(size_t n, T* p, const T* g, T* buf, const SgdCoefficients& k) {
     sgd_momentum<false>(n, p, g, buf, k);
 }
 
-// Keeps sixteen partial sums: the square of element i is added to partial sum i % 16. At the end, the partial
-// sums are added in pairs. The order of the additions is the same on every instruction set.
+// Returns the sum of the squares of x (n). The function keeps sixteen partial sums: the square of element i
+// is added to partial sum i % 16. At the end, the partial sums are added in pairs. The order of the additions
+// is the same on every instruction set.
 template <class T>
 double sum_of_squares(size_t n, const T* x) {
   double sums[16] = {};
@@ -77,8 +80,8 @@ double sum_of_squares(size_t n, const T* x) {
   return sums[0];
 }
 
-// Calls `body(i, word)` for each i < n, where `word` is a random 32-bit number. Philox computes four numbers
-// from each counter. `word` is number (first + i) % 4 of the four numbers for the counter (first + i) / 4.
+// Calls `body(i, word)` for each i < n, where `word` is a random 32-bit number. Philox makes four words from
+// each counter. Element i gets word (first + i) % 4 of the counter floor((first + i) / 4).
 template <class Body>
 inline void for_words(size_t n, uint64_t seed, uint64_t first, const Body& body) {
   constexpr size_t kElements = 4 * kPhiloxBlocks;
@@ -92,7 +95,7 @@ inline void for_words(size_t n, uint64_t seed, uint64_t first, const Body& body)
   }
 }
 
-// Dropout: out[i] is x[i] * factor if the random 32-bit word of element i is at least `threshold`, else 0.
+// Dropout: out[i] is 0 if the random word of element i is below `threshold`, else x[i] * factor.
 template <class T>
 void dropout(size_t n, uint64_t seed, uint64_t first, uint32_t threshold, T factor, const T* x, T* out) {
   for_words(n, seed, first,
@@ -101,10 +104,11 @@ void dropout(size_t n, uint64_t seed, uint64_t first, uint32_t threshold, T fact
 
 // ---- stochastic rounding ----
 
-// Rounds a magnitude, given as the bits of a float, stochastically to a format that lacks the last `dropped`
-// bits of a float. The function adds a random number to the last `dropped` bits, then sets these bits to
-// zero. If the addition carries into the exponent, the result is still correct. `largest` is the largest
-// finite number of the format. NaN and magnitudes of at least `largest` do not change.
+// Rounds the magnitude of a float stochastically to a format that lacks the last `dropped` bits of a float.
+// `magnitude` and `largest` are the bits of floats. The function adds the first `dropped` bits of the random
+// number `word` to the last `dropped` bits of the magnitude, then sets these last bits to zero. If the
+// addition carries into the exponent, the result is still correct. `largest` is the largest finite number of
+// the format. NaN and magnitudes of at least `largest` do not change.
 inline uint32_t dither_bits(uint32_t magnitude, uint32_t word, int dropped, uint32_t largest) {
   const uint32_t dithered = (magnitude + (word >> (32 - dropped))) >> dropped << dropped;
   return magnitude >= largest ? magnitude : dithered;
@@ -122,8 +126,9 @@ inline void dither_float16(size_t n, uint64_t seed, uint64_t first, float* x) {
     const uint32_t bits = __builtin_bit_cast(uint32_t, x[i]), sign = bits & 0x80000000u,
                    magnitude = bits ^ sign;
     const uint32_t normal = dither_bits(magnitude, word, 13, 0x477FE000u);
-    // Below 2^-14, neighbouring float16 numbers are 2^-24 apart, so the magnitude of x[i] is converted to
-    // units of 2^-24. The code adds a random fraction and rounds the sum down.
+    // Below 2^-14, neighbouring float16 numbers are 2^-24 apart. So the magnitude of x[i] is converted to
+    // units of 2^-24 and split into the integer `whole` and a fraction. The code adds a random fraction to
+    // this fraction. If the sum is at least 1, the magnitude is rounded up, else down.
     const bool is_subnormal = magnitude < 0x38800000u;
     const float units = is_subnormal ? __builtin_bit_cast(float, magnitude) * 0x1p24f : 0.0f;
     const int32_t whole = int32_t(units), part = int32_t((units - float(whole)) * 0x1p24f);
@@ -139,8 +144,9 @@ inline void widen_bfloat16(size_t n, const uint16_t* from, float* to) {
   for (size_t i = 0; i < n; ++i) to[i] = __builtin_bit_cast(float, uint32_t(from[i]) << 16);
 }
 
-// Rounds `x` to the nearest bfloat16, with ties to even. A NaN is not rounded, because rounding could turn
-// the NaN into infinity or zero. The function keeps the upper bits of the NaN and makes the NaN quiet.
+// Returns the bits of `x` rounded to the nearest bfloat16, with ties to even. A NaN is not rounded, because
+// rounding could turn the NaN into infinity or zero. Instead, the function keeps the upper bits of the NaN
+// and makes the NaN quiet.
 inline uint32_t bfloat16_bits(float x) {
   const uint32_t bits = __builtin_bit_cast(uint32_t, x);
   const uint32_t rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
@@ -154,10 +160,10 @@ inline Bf16Pair bfloat16_pair(float first, float second) {
 
 #if defined(NPLORA_SIMD_AVX512) && defined(NPLORA_SIMD_BF16)
 // `narrowed` converts two vectors of floats to bfloat16 in one instruction. The first vector becomes the low
-// half of the result. The instruction gives the same bits as bfloat16_bits, except for subnormal numbers. The
-// function `can_narrow` returns true if neither vector has a subnormal number. The function tests the bits
-// instead of comparing the numbers, because a program may have set its processor to treat subnormal numbers
-// as 0.
+// half of the result. The instruction gives the same bits as bfloat16_bits, except for subnormal numbers.
+// `can_narrow` returns true if neither vector has a subnormal number. `subnormals` returns a mask of the
+// lanes with subnormal numbers. The code tests the bits instead of comparing the numbers: a comparison would
+// see a subnormal number as 0 if the program has set the processor to treat subnormal numbers as 0.
 inline __mmask16 subnormals(__m512 x) {
   const __m512i bits = _mm512_castps_si512(x);
   return _mm512_test_epi32_mask(bits, _mm512_set1_epi32(0x7FFFFF)) &
@@ -186,9 +192,9 @@ inline void narrow_bfloat16(size_t n, const float* from, uint16_t* to) {
 
 inline void pair_rows(size_t rows, size_t cols, const float* x, size_t x_stride, Bf16Pair* out) {
 #if defined(NPLORA_SIMD_AVX512) && defined(NPLORA_SIMD_BF16)
-  // The hardware prefetcher cannot follow all rows of `x`, so while the code reads a pair of rows, it
-  // prefetches a later pair. The prefetch distance is about kFetchAhead bytes, but at least one pair of rows.
-  // The code divides by cols + 1 instead of `cols`, because `cols` may be 0.
+  // The hardware prefetcher cannot follow all rows of `x`, so while the code reads two rows, it prefetches
+  // two later rows. The prefetch distance is about kFetchAhead bytes, but at least two rows. The code divides
+  // by cols + 1 instead of `cols`, because `cols` may be 0.
   const size_t ahead = (kFetchAhead / sizeof(float) / (cols + 1) + 2) * x_stride;
 #endif
   for (; rows >= 2; rows -= 2, x += 2 * x_stride, out += cols) {
@@ -219,7 +225,7 @@ inline void pair_bits(size_t rows, size_t cols, const uint16_t* x, size_t x_stri
 
 // ---- float16 conversions for instruction sets that have none ----
 
-// A program may have set its processor to treat subnormal floats as 0. Therefore, these conversions compute
+// A program may have set the processor to treat subnormal floats as 0. Therefore, these conversions compute
 // no intermediate value that is a subnormal float.
 inline void widen_float16_portable(size_t n, const uint16_t* from, float* to) {
   for (size_t i = 0; i < n; ++i) {
@@ -244,9 +250,9 @@ inline void narrow_float16_portable(size_t n, const float* from, uint16_t* to) {
     } else if (value >= 0x477FF000u) {  // a magnitude of at least 65520 is rounded to infinity
       half = 0x7C00u;
     } else if (value < 0x38800000u) {
-      // The float16 result is subnormal or the smallest normal number. The code adds 0.5 to the magnitude. A
-      // float from 0.5 to 1 is a multiple of 2^-24, like a subnormal float16, so the addition rounds in the
-      // same way as a conversion to float16.
+      // The float16 result is subnormal or the smallest normal number. The code adds 0.5 to the magnitude.
+      // The sum is a float from 0.5 to 1, so it is a multiple of 2^-24, like a subnormal float16. The
+      // addition therefore rounds in the same way as a conversion to float16.
       half = __builtin_bit_cast(uint32_t, __builtin_bit_cast(float, value) + 0.5f) - 0x3F000000u;
     } else {  // changes the exponent's bias from 127 to 15 and rounds to nearest, ties to even
       half = (value - 0x38000000u + 0xFFFu + ((value >> 13) & 1u)) >> 13;

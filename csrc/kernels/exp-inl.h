@@ -1,18 +1,19 @@
-// The exponential function that all kernels use, and for_vectors, which loops over an array of floats in
-// steps of one vector.
+// The exponential function that all kernels use, and for_vectors, which loops over an array of floats, one
+// vector at a time.
 
 namespace nplora::kernels::NPLORA_ISA {
 
-// Computes exp(x) with a relative error below 2^-23. NaN stays NaN. The result is Inf for x above 88.72,
-// subnormal for x between about -104 and -87.3, and 0 for smaller x.
+// Computes exp(x) in each lane. The result is Inf for x above 88.72, a subnormal number for x between about
+// -104 and -87.3, and 0 for smaller x. The relative error of a normal result is below 2^-23. NaN stays NaN.
 //
 // The argument is split into x = n ln 2 + r with a whole number n and |r| <= ln 2 / 2, so that exp(x) = 2^n
-// exp(r). A polynomial approximates exp(r). The polynomial begins with 1 + r. The other coefficients minimise
-// the largest relative error of the polynomial. This error is below 2^-28. The constant ln 2 is split into
-// two parts. The first part has only 9 bits, so that n times the first part is exact.
+// exp(r). A polynomial approximates exp(r). The polynomial begins with 1 + r. The other coefficients are
+// chosen to minimise its largest relative error, which is below 2^-28. To compute r, the code splits the
+// constant ln 2 into two parts. The first part has only 9 bits, so that n times the first part is exact.
 inline Vec<float> exp(Vec<float> x) {
   using V = Vec<float>;
-  constexpr float kShift = 0x1.8p23f;  // x + kShift is a whole number, because it is above 2^23
+  // Adding kShift rounds to a whole number, because floats from 2^23 to 2^24 are whole numbers.
+  constexpr float kShift = 0x1.8p23f;
   constexpr float kCoefficients[] = {
       0.0013814539f, 0.0083687454f, 0.041668389f, 0.16666521f, 0.49999994f, 1, 1};
   const V shift = V::broadcast(kShift);
@@ -27,8 +28,10 @@ inline Vec<float> exp(Vec<float> x) {
   return times_power_of_two(p, n);
 }
 
-// `Whole` loads and stores all lanes of a vector. `Part` loads and stores only the first `n` lanes. In all
-// other lanes, `load` and `or_zero` return zero, and `load_or` returns the lanes of its first argument.
+// Whole and Part access one vector of an array of floats. Whole accesses all lanes. Part accesses only the
+// first `n` lanes, which is needed for an incomplete vector at the end of an array. In a Part, `load(p)` sets
+// the other lanes to zero, `load_or(v, p)` copies the other lanes from v, and `or_zero(v)` returns v with the
+// other lanes set to zero.
 struct Whole {
   Vec<float> load(const float* p) const { return Vec<float>::load(p); }
   Vec<float> load_or(Vec<float>, const float* p) const { return load(p); }
@@ -52,9 +55,9 @@ struct Part {
   }
 };
 
-// Calls `body(i, span)` for each vector of an array of `n` floats. The vector begins at element i. `span`
-// loads and stores the vector: `span` is a Whole if the vector is full, and a Part if the last vector is
-// incomplete.
+// Calls `body(i, span)` for each vector of an array of `n` floats, where i is the index of the first element
+// of the vector. The body loads and stores the vector through `span`, which is a Whole if the vector is full,
+// and a Part if the last vector is incomplete.
 template <class Body>
 inline void for_vectors(size_t n, const Body& body) {
   constexpr size_t kLanes = Vec<float>::kLanes;
@@ -63,14 +66,14 @@ inline void for_vectors(size_t n, const Body& body) {
   if (i < n) body(i, Part{n - i});
 }
 
-// Combines the lanes of `v` in pairs with the function `pair`, then combines the results in pairs, and so on
-// until one number is left.
-template <class Pair>
-inline float fold(Vec<float> v, const Pair& pair) {
+// Combines all lanes of `v` into one number. The function `combine` takes two numbers and returns one. The
+// lanes are combined in pairs, then the results in pairs, and so on until one number is left.
+template <class Combine>
+inline float fold(Vec<float> v, const Combine& combine) {
   float lanes[Vec<float>::kLanes];
   v.store(lanes);
   for (size_t half = Vec<float>::kLanes / 2; half > 0; half /= 2)
-    for (size_t i = 0; i < half; ++i) lanes[i] = pair(lanes[i], lanes[i + half]);
+    for (size_t i = 0; i < half; ++i) lanes[i] = combine(lanes[i], lanes[i + half]);
   return lanes[0];
 }
 inline float sum_of_lanes(Vec<float> v) {

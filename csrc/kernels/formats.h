@@ -1,8 +1,9 @@
 // The list of all block formats. Each format has a file in kernels/formats that holds its block layout. The
-// file also holds the decoder of the format and the conversion of its codes to int8, but only kernel units
-// (isa_*.cpp) compile these two. In the core, a new format needs three things: a file in kernels/formats, a
-// quantiser in ops/quantizers, and two lines in this file, which name the format and its file. The guide
-// docs/add-a-block-format.md lists the rest.
+// second part of the file is compiled only in kernel units (isa_*.cpp). This part holds the decoder of the
+// format and, in row formats, the functions that int8 products need. In C++, a new format needs a file in
+// kernels/formats, a quantiser in ops/quantizers, and two lines in this file. One line adds the format to the
+// list, and the other line includes the file of the format. The guide docs/add-a-block-format.md describes
+// all steps.
 //
 // In all present 4-bit and 5-bit formats with blocks of 32 elements, the low nibbles of the bytes `q` belong
 // to elements 0 to 15, and the high nibbles belong to elements 16 to 31. In the 5-bit formats, bit i of

@@ -1,12 +1,13 @@
-// Multiplies a few rows of `x`, quantised to int8, by rows of low-bit blocks, in integer arithmetic. One
-// implementation serves every instruction set. Each kernel is documented in kernel_table.h.
+// Products of a few rows of `x` with rows of low-bit blocks, in integer arithmetic. The rows of `x` are
+// quantised to int8. One implementation serves every instruction set. Each kernel is documented in
+// kernel_table.h.
 //
-// An element of W is a * code + b, where a and b are two factors of the sub-block (in some formats, of half
-// of the sub-block). An element of `x` is scale * code. The dot product of a sub-block of W and a sub-block
-// of `x` is
+// An element of W is a * code + b, where a and b are floats that all elements of a sub-block share. (In some
+// formats, each half of a sub-block has its own a and b.) An element of `x` is scale * code. The dot product
+// of a sub-block of W and a sub-block of `x` is
 //   a * scale * Σ (codes of W * codes of x) + b * scale * Σ (codes of x).
-// The sum of the products of codes is computed in integers. The value scale * Σ (codes of x) is stored
-// with `x`.
+// The sum of the products of codes is computed in integers. Int8Rows stores the value scale * Σ (codes of x)
+// for each sub-block of `x`.
 
 namespace nplora::kernels::NPLORA_ISA {
 
@@ -64,9 +65,9 @@ inline void quantize_sub_blocks(size_t n, const float* x, int8_t* codes, float* 
                        half_sums + i / kSubBlock * 2);
 }
 
-// ---- the factors a and b of one block, and the codes of its sub-blocks ----
+// ---- the factors a and the minima b of one block, and the codes of its sub-blocks ----
 
-// The factor a or b of a block that has a single sub-block.
+// The factor a, or the minimum b, of a block that has a single sub-block.
 struct One {
   float v;
   static One load(const float* p) { return {*p}; }
@@ -78,7 +79,7 @@ inline float sum(One x) {
   return x.v;
 }
 
-// The factors of a block with eight sub-blocks, one for each sub-block.
+// The factors a, or the minima b, of a block with eight sub-blocks: one factor or minimum for each sub-block.
 struct EightSubBlocks {
   Eight v;
   static EightSubBlocks load(const float* p) { return {load_eight(p)}; }
@@ -90,8 +91,9 @@ inline float sum(EightSubBlocks x) {
   return sum(x.v);
 }
 
-// The factors of a block with eight sub-blocks, one for each half of a sub-block. The function `at`
-// multiplies the factors by the scale that `x` has in the same columns.
+// The 16 factors a of a block with eight sub-blocks: one for each half of each sub-block. `at(j)` returns the
+// factors of sub-block j, times the scale of sub-block j of `x`. Lanes 0 to 3 belong to the first half of the
+// sub-block, and lanes 4 to 7 belong to the second half.
 struct Halves {
   const float* factors;
   Eight x;  // the scales of eight sub-blocks of `x`
@@ -99,8 +101,8 @@ struct Halves {
   friend Halves operator*(const Halves& a, const EightSubBlocks& y) { return {a.factors, y.v}; }
 };
 
-// The 16 minima of a block with eight sub-blocks: one for each half of each sub-block. Each minimum is
-// multiplied by the sum of the values of `x` in its half of the sub-block.
+// The 16 minima of a block with eight sub-blocks: one for each half of each sub-block. The minimum of a half
+// is multiplied by the sum of the 16 values of `x` in the same columns.
 struct HalfMinima {
   Eight low, high;
   static HalfMinima load(const float* p) { return {load_eight(p), load_eight(p + 8)}; }
@@ -139,7 +141,9 @@ struct Codes;
 // times a scale, plus a minimum.
 struct Unsigned {
   static constexpr bool kHasMinimum = true, kPlainNibbles = false;
-  static constexpr size_t kLargestCode = 255;  // an upper bound; formats for int8_lanes state their own
+  // An upper bound. Without VNNI, int8_lanes needs the largest code of the format. So formats with unsigned
+  // codes and blocks of one sub-block define kLargestCode themselves.
+  static constexpr size_t kLargestCode = 255;
   static EightInts dot_with(SubBlock codes, SubBlock x) { return dot(codes, x); }
 };
 // The base class of Codes<Block> for formats with signed codes. In these formats, an element is a code times
@@ -150,9 +154,9 @@ struct Signed {
   static EightInts dot_with(SubBlock codes, SubBlock x) { return dot_signed(codes, x); }
 };
 
-// The base class of Codes<Block> for formats with signed codes of eight bits. With VNNI, 128 is added to each
-// code, because the instruction vpdpbusd needs unsigned bytes. To compensate, the minimum of a sub-block is
-// -128 times the scale of the sub-block. Without VNNI, the codes stay signed (see dot_signed).
+// The base class of Codes<Block> for formats with signed codes of eight bits. With VNNI, `moved` adds 128 to
+// each code, because the instruction vpdpbusd needs unsigned bytes. To compensate, the minimum of a sub-block
+// is -128 times the scale of the sub-block. Without VNNI, the codes stay signed (see dot_signed).
 #if defined(NPLORA_SIMD_VNNI)
 struct EightBitCodes : Unsigned {
   static constexpr float kOffset = 128;
@@ -175,10 +179,10 @@ inline SubBlock high_bits(const uint8_t (&bits)[4]) {
   return join(high.low, high.high);
 }
 
-// `Type` is the type of the minima of a block. `sums` loads the sums of `x` by which the minima are
-// multiplied. If a format has one minimum for each sub-block, each sum is over a whole sub-block. The
-// specialisation below is for formats with a minimum for each half of a sub-block, where each sum is over
-// half a sub-block.
+// `Type` is the type that holds the minima of a block. Each minimum is multiplied by the sum of the values of
+// `x` in the same columns. `sums(x, sub_block)` loads these sums for all sub-blocks of one block. The first
+// sum belongs to sub-block number `sub_block` of `x`. In most formats, each sub-block has one minimum. The
+// specialisation below is for formats in which each half of a sub-block has a minimum.
 template <class Block>
 struct MinimaOf {
   using Type = typename Codes<Block>::Factors;
@@ -202,8 +206,8 @@ struct Rows {
 
 // Returns the codes and the factors of a block. If a format does not specialise `Scales`, the factors are
 // read from the block instead of from `scales`. The caller decodes the scales of all rows of a tile before it
-// computes the products: the decoding of one row is a long chain of dependent instructions, but the processor
-// can overlap the chains of several rows.
+// computes the products. Decoding the scales of one row is a long chain of dependent instructions. If several
+// rows are decoded together, the processor can overlap their chains.
 template <class Block>
 inline Codes<Block> codes_of(const Block& block, const Scales<Block>& scales) {
   if constexpr (requires { Codes<Block>{{}, block, scales}; })
@@ -212,9 +216,9 @@ inline Codes<Block> codes_of(const Block& block, const Scales<Block>& scales) {
     return {{}, block};
 }
 
-// Multiplies kTokens rows of `x` with up to kRows rows of W. The products are stored in `y`, whose rows are
-// `all` elements apart. If fewer than kRows rows are left, the last row is computed several times, but its
-// products are stored only once.
+// Multiplies kTokens rows of `x` by the first kRows rows of `w`. The products are stored in `y` (kTokens,
+// kRows), whose rows are `all` elements apart. If `w` has fewer than kRows rows, the last row is computed
+// several times, but its products are stored only once.
 template <class Block, size_t kTokens, size_t kRows>
 inline void int8_tile(const Rows& w, size_t sub_blocks, const Int8Rows& x, float* y, size_t all) {
   using Factors = typename Codes<Block>::Factors;
@@ -261,8 +265,9 @@ inline void int8_tile(const Rows& w, size_t sub_blocks, const Int8Rows& x, float
     for (size_t t = 0; t < kTokens && r < w.count; ++t) y[t * all + r] = sum(sums[r][t]) + sum(minima[r][t]);
 }
 
-// Processes the `m` tokens in groups of 4, then 2, then 1. The first group brings the rows of W into L1, and
-// the later groups read them there.
+// Multiplies `m` tokens by the rows `w`. The tokens are processed in groups of 4, and the remaining tokens in
+// groups of 2 and 1. The first group brings the rows of W into L1, and the later groups read the rows from
+// L1.
 template <class Block, size_t kTokens>
 inline void int8_tiles(const Rows& w, size_t m, size_t sub_blocks, Int8Rows x, float* y, size_t all) {
   constexpr size_t kRows = 4 / kTokens;
@@ -279,34 +284,35 @@ inline void int8_tiles(const Rows& w, size_t m, size_t sub_blocks, Int8Rows x, f
 
 // ---- rows of W in the lanes, for formats whose block is a single sub-block ----
 //
-// Each lane belongs to one of kLaneRows rows of W. The codes of the rows are transposed once for all tokens.
-// For each token and each sub-block, one instruction converts the integer sums of all these rows to float. No
-// sums across lanes are needed.
+// Each lane belongs to one of kLaneRows rows of W. The codes of a sub-block are transposed once and then used
+// for all tokens. For each token and each sub-block, one instruction converts the integer sums of the
+// kLaneRows rows to float. No sums across lanes are needed.
 
 template <class Block>
 inline constexpr bool kRowsInLanes = Block::kElements == kSubBlock;
 
-// The largest number of tokens for which the registers have room for the sums and for the codes of the rows.
+// The largest number of tokens that are multiplied at the same time. With more tokens, the registers would
+// not have room for both the sums of the tokens and the codes of the rows.
 #if defined(NPLORA_SIMD_AVX512)
 inline constexpr size_t kLaneTokens = 8;
 #else
 inline constexpr size_t kLaneTokens = 4;
 #endif
 
-// Calls the function `of` with k, k + 4, k + 8 and so on, and returns the kLaneParts results in the array
-// `parts`.
-template <class Of>
-[[gnu::always_inline]] inline auto of_parts(size_t k, const Of& of) {
+// Calls compute(k + 4 * p) for each part p of a vector (see vec_lanes.h), and returns the results in the
+// array `parts`.
+template <class Compute>
+[[gnu::always_inline]] inline auto of_parts(size_t k, const Compute& compute) {
   struct {
-    decltype(of(k)) parts[kLaneParts];
+    decltype(compute(k)) parts[kLaneParts];
   } found;
 #pragma GCC unroll 4
-  for (size_t p = 0; p < kLaneParts; ++p) found.parts[p] = of(k + 4 * p);
+  for (size_t p = 0; p < kLaneParts; ++p) found.parts[p] = compute(k + 4 * p);
   return found;
 }
 
-// Transposes the codes of kLaneRows blocks, where at(r) returns block r. Each lane of codes[k] holds four
-// codes of one block: lane r holds the elements 4 * k to 4 * k + 3 of block r.
+// Transposes the codes of kLaneRows blocks, where at(r) returns block r. Lane r of codes[k] holds the codes
+// of elements 4 * k to 4 * k + 3 of block r.
 template <class Block, class At>
 [[gnu::always_inline]] inline void transposed_codes(const At& at, LaneBytes (&codes)[8]) {
   LaneBytes low[4], high[4];
@@ -355,8 +361,9 @@ template <class Block, class At>
   return (LaneBits)heads[0];
 }
 
-// Multiplies kTokens rows of `x` with up to kLaneRows rows of W. If fewer than kLaneRows rows are left, the
-// last row is computed in several lanes, but its products are stored only once.
+// Multiplies kTokens rows of `x` by the first kLaneRows rows of `w`. The products are stored in `y` (kTokens,
+// kLaneRows), whose rows are `all` elements apart. If `w` has fewer than kLaneRows rows, the last row is
+// computed in several lanes, but its products are stored only once.
 template <class Block, size_t kTokens>
 inline void int8_lanes(const Rows& w, size_t sub_blocks, const Int8Rows& x, float* y, size_t all) {
   using C = Codes<Block>;
@@ -370,7 +377,7 @@ inline void int8_lanes(const Rows& w, size_t sub_blocks, const Int8Rows& x, floa
     LaneBytes codes[8];
     transposed_codes<Block>(at, codes);
     [[maybe_unused]] LaneSigns signs[8];
-    if constexpr (!C::kHasMinimum)  // dot_lanes needs unsigned codes of W, so their signs move to `x`
+    if constexpr (!C::kHasMinimum)  // dot_lanes needs unsigned codes of W, so `x` gets the signs
 #pragma GCC unroll 8
       for (size_t k = 0; k < 8; ++k) {
         const LaneBytes all = codes[k];

@@ -17,15 +17,16 @@ namespace nplora::kernels::NPLORA_ISA {
 // ---- conversion of x and W to int8 ----
 
 // Loads one vector from the array `from`, starting at element i, and widens it to float. The array has `n`
-// elements. Lanes after the last element are set to zero. If the caller knows that the vector ends within the
-// array, it may set `whole` to skip the test for the end of the array.
+// elements. Lanes after the last element are set to zero. The caller may set `whole` if the vector ends
+// within the array. The function then skips the test for the end of the array.
 template <class E>
 [[gnu::always_inline]] inline Vec<float> load_upto(size_t n, const E* from, size_t i, bool whole) {
   return whole || n - i >= kIntLanes ? Vec<float>::load(from + i) : Vec<float>::load_partial(from + i, n - i);
 }
 
-// Returns the largest of `least` and the magnitudes of `n` elements. NaN counts as larger than all numbers.
-// The function compares the bits of the magnitudes as integers, because a larger magnitude has larger bits.
+// Returns the largest of `least` and the magnitudes of `n` elements. load(i, whole) loads one vector of
+// elements, starting at element i (see load_upto). NaN counts as larger than all numbers. The function
+// compares the bits of the magnitudes as integers, because a larger magnitude has larger bits.
 template <class Load>
 inline float largest_magnitude(size_t n, const Load& load, float least) {
   LaneInts most = broadcast_int(__builtin_bit_cast(int32_t, least)), other = most;
@@ -70,8 +71,10 @@ struct Stochastic {
   }
 };
 
-// Quantises one group. `load(i, whole)` loads one vector of elements, starting at element i (see load_upto).
-// `round(i, v)` rounds the vector `v`, which is load(i, whole) * (1 / scale), to codes.
+// Quantises one group of `n` elements. `codes` is padded with zeros to a multiple of four codes. `correction`
+// is explained at CodedRows. `load(i, whole)` loads one vector of elements, starting at element i (see
+// load_upto). `round(i, v)` rounds the vector `v`, which holds the elements from element i on, multiplied by
+// the inverse of the scale.
 template <class Load, class Round>
 inline void quantize_group(size_t n, const Load& load, const Round& round, int8_t* codes, float& scale,
                            int32_t& correction) {
@@ -159,7 +162,8 @@ inline void encode(size_t rows, size_t cols, const E* w, size_t w_stride, const 
 }
 
 // Interleaves four rows of sixteen bytes, so that the four bytes of each column are neighbours. The function
-// first interleaves single bytes of two rows, then pairs of bytes.
+// first interleaves the bytes of `a` and `b`, and the bytes of `c` and `d`. It then interleaves the resulting
+// pairs of bytes.
 inline void quad_sixteen(Bytes a, Bytes b, Bytes c, Bytes d, void* out) {
   const BytePair first = interleave(a, b), second = interleave(c, d);
   const BytePair low = interleave_words(first.low, second.low),
@@ -192,7 +196,7 @@ inline void quad_rows(size_t rows, size_t cols, const uint8_t* codes, size_t cod
 
 inline void turn_quads(size_t rows, size_t quads, const Int8Quad* w, size_t w_stride, Int8Quad* out,
                        size_t out_stride) {
-  // Transposes a matrix of four by four bytes.
+  // A lookup with these indices transposes a matrix of four by four bytes.
   const Bytes turned = {0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15};
   for (size_t q = 0; q < quads; ++q, w += w_stride, out += 4) {
     Int8Quad* to = out;
@@ -205,7 +209,7 @@ inline void turn_quads(size_t rows, size_t quads, const Int8Quad* w, size_t w_st
 
 // ---- the product ----
 
-// The operands of a product.
+// The operands of a product (see Int8Gemm::multiply).
 struct Int8Product {
   size_t n, depth;
   CodedRows a;
@@ -217,9 +221,9 @@ struct Int8Product {
   bool accumulate;
 };
 
-// Multiplies one vector of sums by the scales of W, and stores the products in `c` or adds them to `c`. If
-// `kPartial` is set, the vector may extend beyond the last column of `c`; the additional lanes are not
-// stored.
+// Multiplies one vector of sums by the scales of W, and stores the products in `c` or adds them to `c`. The
+// vector begins at element (row, column) of `c`. If `kPartial` is set, the vector may extend beyond the last
+// column of `c`; the additional lanes are not stored.
 template <bool kPartial>
 [[gnu::always_inline]] inline void store_outputs(const Int8Product& p, Vec<float> sums, size_t row,
                                                  size_t column) {
@@ -236,8 +240,8 @@ template <bool kPartial>
     sums.store_partial(c, count);
 }
 
-// Adds the products of kRows rows of `a` and kVectors vectors of `w` to `sums`, in integers. In each of
-// `quads` steps, the function multiplies four neighbouring codes along the depth.
+// Multiplies kRows rows of `a` by kVectors vectors of `w`, and adds the integer products to `sums`. There are
+// `quads` steps. Each step covers four codes that are neighbours along the depth.
 template <size_t kRows, size_t kVectors>
 [[gnu::always_inline]] inline void int8_steps(size_t quads, const int8_t* a, size_t a_stride,
                                               const Int8Quad* w, size_t columns,
@@ -275,18 +279,18 @@ inline constexpr double kPeakOperations = 16 * kIntLanes;
     sums[v] = (LaneInts)vmmlaq_s32((int32x4_t)sums[v], (int8x16_t)x, (int8x16_t)w[v]);
 }
 
-// Exchanges the high half of `first` and the low half of `second`. Before the exchange, each vector holds
-// four sums of one row. After the exchange, each vector holds four sums of two rows and two columns, as the
-// instruction smmla requires. A second exchange restores the original vectors.
+// Exchanges the high half of `first` and the low half of `second`. Before the exchange, each vector holds the
+// sums of one row in four columns. After the exchange, each vector holds the sums of two rows in two columns,
+// as the instruction smmla requires. A second exchange restores the original vectors.
 [[gnu::always_inline]] inline void exchange_halves(LaneInts& first, LaneInts& second) {
   const auto a = (int64x2_t)first, b = (int64x2_t)second;
   first = (LaneInts)vzip1q_s64(a, b);
   second = (LaneInts)vzip2q_s64(a, b);
 }
 
-// Does the same as int8_steps, but two steps at a time: smmla multiplies eight codes of each of two rows of
-// `a` by eight codes of each of two columns of `w`. If the number of steps or rows is odd, int8_steps
-// computes the last step or row.
+// Does the same as int8_steps, but two steps at a time. An smmla instruction multiplies two rows of `a` by
+// two columns of `w`, with eight codes of each row and of each column. If the number of steps or rows is odd,
+// int8_steps computes the last step or row.
 template <size_t kRows, size_t kVectors>
 [[gnu::always_inline]] inline void int8_double_steps(size_t quads, const int8_t* a, size_t a_stride,
                                                      const Int8Quad* w, size_t columns,
@@ -415,7 +419,8 @@ inline void int8_group_tile(const Int8Product& p, size_t column) {
     for (size_t v = 0; v < kVectors; ++v) store_outputs<kPartial>(p, totals[i][v], i, column + v * kIntLanes);
 }
 
-// Computes a tile of `rows` rows, at most kRows, with the template instance for this number of rows.
+// Computes a tile of `rows` rows, where `rows` is at most kRows. The recursion finds the template instance
+// for this number of rows.
 template <bool kOneGroup, size_t kRows, size_t kVectors, bool kPartial>
 inline void int8_tile_upto(size_t rows, const Int8Product& p, size_t column) {
   if (rows == kRows) {
@@ -427,8 +432,8 @@ inline void int8_tile_upto(size_t rows, const Int8Product& p, size_t column) {
   if constexpr (kRows > 1) int8_tile_upto<kOneGroup, kRows - 1, kVectors, kPartial>(rows, p, column);
 }
 
-// Computes some columns of the product, in all `m` rows. The columns begin at `column` and fill kVectors
-// vectors.
+// Computes kVectors vectors of columns of the product, in all `m` rows. The first of these columns is
+// `column`.
 template <bool kOneGroup, size_t kRows, size_t kVectors, bool kPartial>
 inline void int8_rows(size_t m, Int8Product p, size_t column) {
   for (size_t rows; m > 0; m -= rows) {
@@ -460,9 +465,9 @@ inline void int8_multiply(size_t m, size_t n, size_t depth, const CodedRows& a, 
     int8_columns<false, kGroupTileRows, kGroupTileVectors>(m, p);
 }
 
-// Measures the speed of int8 products. With twelve independent sums, no product waits for the result of
-// another product. As in a matrix product, the twelve products have different pairs of operands. If two pairs
-// were equal, the compiler could compute their product only once.
+// Measures the speed of int8 products. The twelve sums are independent, so no product waits for the result of
+// another product. Each of the twelve products multiplies a different pair of operands, as in a matrix
+// product. If two pairs were equal, the compiler could compute one product instead of two.
 inline double int8_peak(size_t iterations) {
   constexpr size_t kRows = 4, kVectors = 3;
   LaneInts operands[kVectors + kRows];

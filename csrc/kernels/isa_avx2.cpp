@@ -1,9 +1,9 @@
 // AVX2, FMA3 and F16C (Haswell, Zen): 16 registers of 256 bits. gemm_tokens_in_lanes and
 // gemm_outputs_in_lanes both use 6 x 2 accumulators (rows x vectors). With 4 x 3 accumulators,
-// gemm_outputs_in_lanes would have to read each element of W from L2 1.5 times as often. For a dense panel,
-// gemm_outputs_in_lanes uses 2 x 6 accumulators. With 6 x 2 accumulators, a tile would read only one of the
-// three cache lines in each row of a dense panel, and the hardware does not prefetch if a program reads only
-// every third cache line.
+// gemm_outputs_in_lanes would have to read each element of W from L2 1.5 times as often, because a tile would
+// have only 4 rows instead of 6. For a dense panel, gemm_outputs_in_lanes uses 2 x 6 accumulators. A row of a
+// dense panel of floats has three cache lines, and a tile of 6 x 2 accumulators would read only one of them.
+// The hardware does not prefetch if a program reads only every third cache line.
 #define NPLORA_ISA avx2
 #define NPLORA_SIMD_AVX2
 

@@ -1,6 +1,7 @@
-// The kernels that run on every machine, because they use no special instructions. On x86-64, the compiler
-// uses 16 registers of 128 bits for these kernels. The accumulators (rows x vectors) are 4 x 2 in
-// gemm_tokens_in_lanes and 4 x 3 in gemm_outputs_in_lanes.
+// The kernels for machines without any of the other instruction sets. These kernels use no special
+// instructions, so they run on every machine. On x86-64, the compiler uses 16 registers of 128 bits for these
+// kernels. The accumulators (rows x vectors) are 4 x 2 in gemm_tokens_in_lanes and 4 x 3 in
+// gemm_outputs_in_lanes.
 #define NPLORA_ISA generic
 #define NPLORA_SIMD_GENERIC
 

@@ -1,7 +1,7 @@
 // NEON on aarch64: 32 registers of 128 bits. The accumulators (rows x vectors) are 12 x 2 in
-// gemm_tokens_in_lanes and 8 x 3 in gemm_outputs_in_lanes. For pairs of bfloat16, gemm_outputs_in_lanes uses
-// all 32 registers: 24 for accumulators, 6 for vectors of `w`, 1 for a mask and 1 for a scalar pair. The mask
-// splits 3 vectors of pairs into the 6 vectors of `w`.
+// gemm_tokens_in_lanes and 8 x 3 in gemm_outputs_in_lanes. For bfloat16 pairs, gemm_outputs_in_lanes uses all
+// 32 registers: 24 for accumulators, 6 for vectors of single values of `w`, 1 for a mask and 1 for a pair of
+// `a`. The mask splits 3 vectors of pairs into the 6 vectors of single values.
 #define NPLORA_ISA neon
 #define NPLORA_SIMD_NEON
 

@@ -1,7 +1,7 @@
 // NEON with BF16 (Neoverse V1 and N2, Cortex-X2 and A710, Apple M2). Products of bfloat16 pairs use BFDOT,
 // which rounds to odd and treats subnormal inputs and results as zero. The accumulators (rows x vectors) are
 // 12 x 2 in gemm_tokens_in_lanes and 8 x 3 in gemm_outputs_in_lanes. The accumulators take 24 of the 32
-// registers. The remaining 8 registers hold 2 or 3 vectors of one operand and some broadcast pairs of the
+// registers. The remaining 8 registers hold 2 or 3 vectors of one operand and several broadcast pairs of the
 // other operand. The file dispatch.cpp combines these kernels with the other kernels of neon.
 #define NPLORA_ISA neonbf16
 #define NPLORA_SIMD_NEON

@@ -1,11 +1,12 @@
 // The whole interface between the kernels and the rest of the library: one table of function pointers for
 // each instruction set. The library chooses its table when it first needs a kernel. The comment of a kernel
-// gives the shapes of its arrays; the kernel reads and writes only elements within these shapes. A kernel
-// allocates no memory, throws no exceptions and does not know about threads.
+// gives the shapes of its arrays. The kernel reads and writes only elements within these shapes, unless its
+// comment says otherwise. A kernel allocates no memory, throws no exceptions and starts no threads.
 //
-// In the comments, x (rows, cols) means that the array x has the shape (rows, cols). The depth of a matrix
-// product is the dimension that the product sums over. An array is dense if there are no gaps between its
-// rows. A token is a row of the activations `x`.
+// In the comments, x (rows, cols) means that the array x has the shape (rows, cols). The argument `x_stride`
+// is the distance from one row of `x` to the next, in elements. An array is dense if there are no gaps
+// between its rows. The depth of a matrix product is the dimension that the product sums over. A token is a
+// row of the activations `x`. A lane is one element of a SIMD vector.
 #pragma once
 
 #include <cstddef>
@@ -16,13 +17,16 @@
 
 namespace nplora::kernels {
 
-// A weight W is stored in panels of 48 columns: 48 floats are 3 AVX-512, 6 AVX2 or 12 NEON vectors, so one
-// layout serves every instruction set. A tile of 8 rows x 48 columns takes 24 AVX-512 registers, which is
-// enough to hide the latency of fused multiply-adds.
+// The number of columns of a panel. A panel holds 48 neighbouring columns of a weight W, row by row. Because
+// 48 floats are 3 AVX-512, 6 AVX2 or 12 NEON vectors, one layout serves every instruction set. A tile is the
+// part of a result that a kernel keeps in registers while it computes that part. With AVX-512, a tile of 8
+// rows x 48 columns takes 24 of the 32 registers. These 24 independent sums are enough to hide the latency of
+// fused multiply-adds.
 inline constexpr size_t kPanelColumns = 48;
 
-// A matrix in panels. Element (row, col) is data[(col / 48) * panel_stride + row * row_stride + col % 48]. A
-// row-major matrix is the special case panel_stride == 48.
+// A matrix in panels. Let `width` be kPanelDepth<T>, which is 48 if an element is a single value. Element
+// (row, col) is data[(col / width) * panel_stride + row * row_stride + col % width]. A row-major matrix is
+// the special case panel_stride == width.
 template <class T>
 struct Panels {
   const T* data;
@@ -30,8 +34,8 @@ struct Panels {
   size_t panel_stride;
 };
 
-// A matrix with two strides. Element (i, step) is data[i * row_stride + step * step_stride]. A matrix product
-// sums over `step`.
+// A matrix with two strides. Element (i, step) is data[i * row_stride + step * step_stride]. `step` is the
+// index along the depth: a matrix product sums over `step`.
 template <class T>
 struct Strided {
   const T* data;
@@ -40,7 +44,8 @@ struct Strided {
 };
 
 // One bfloat16 value of a weight. (A Bf16Pair holds two values.) With very few tokens, a product loads the
-// values of the weight as Bf16 and converts them to float in registers, instead of forming pairs.
+// values of the weight as Bf16 and converts them to float in registers. The product does not combine these
+// values into pairs.
 enum class Bf16 : uint16_t {};
 
 // The element type of the bfloat16 products: two bfloat16 values that are neighbours along the depth. The low
@@ -75,8 +80,8 @@ inline constexpr size_t kValuesPerElement<Bf16Pair> = 2;
 template <>
 inline constexpr size_t kValuesPerElement<Int8Quad> = 4;
 
-// The number of elements of type E in a row of a full panel, if the values of an element are neighbours in
-// the row.
+// The number of elements of type E that hold one row of a full panel, which has 48 values. The values of an
+// element are neighbours in the row.
 template <class E>
 inline constexpr size_t kPanelDepth = kPanelColumns / kValuesPerElement<E>;
 
@@ -88,48 +93,56 @@ struct Fetch {
 
   static constexpr Fetch none() { return {}; }
 
-  // Prefetches `lines` cache lines that begin at `from`. A step of gemm_outputs_in_lanes prefetches `each`
-  // lines, but at most as many lines as the step reads from `w`. If `each` is 0, gemm_outputs_in_lanes
-  // prefetches nothing. Let `left` be the number of lines that are not yet prefetched when a tile begins, and
-  // let `steps` be the number of steps of the tile. If `left` is less than steps * each, each step prefetches
-  // only one line. If `left` is less than `steps`, each step prefetches later rows of `w` instead. In L1
-  // blocks (see l1_block_bytes), a step prefetches at most one line, and never a later row of `w`. The
-  // kernels for low-bit blocks ignore `each` and spread the prefetches evenly over the rows of W.
+  // Prefetches `lines` cache lines that begin at `from`. The kernels for low-bit blocks ignore `each` and
+  // spread the prefetches evenly over the rows of W.
+  //
+  // gemm_outputs_in_lanes computes its result tile by tile. A tile takes one step for each element in a row
+  // of `a`. When a tile begins, the number of lines that are not yet prefetched decides what each step of the
+  // tile prefetches:
+  //   If there are at least steps * each lines, a step prefetches `each` lines, but at most as many lines as
+  //     the step reads from `w`.
+  //   If there are fewer lines, but at least one for each step, a step prefetches one line.
+  //   If there is less than one line for each step, a step prefetches later rows of `w` instead.
+  // If `each` is 0, gemm_outputs_in_lanes prefetches nothing. In an L1 block (see l1_block_bytes), tiles of
+  // full width prefetch at most one line in each step, and never a later row of `w`.
   static constexpr Fetch memory(const void* from, size_t lines, size_t each = 0) {
     return {static_cast<const char*>(from), lines, each};
   }
 
-  // This Fetch is only for gemm_outputs_in_lanes. Each step prefetches the rows of `w` that are kFetchAhead
-  // bytes after the rows that the step reads. In L1 blocks (see l1_block_bytes), each step prefetches one
-  // cache line of the next L1 block instead. An L1 block is read several times. If all these readings
-  // together have fewer steps than the next block has cache lines, nothing is prefetched.
+  // Prefetches later rows of `w`; only for gemm_outputs_in_lanes. Each step prefetches the rows of `w` that
+  // are kFetchAhead bytes after the rows that the step reads. In L1 blocks (see l1_block_bytes), each step
+  // prefetches one cache line of the next L1 block instead. The kernel reads each L1 block several times. If
+  // all readings of a block together have fewer steps than the next block has cache lines, the kernel
+  // prefetches nothing and relies on the hardware prefetcher.
   static constexpr Fetch rows_ahead() { return {nullptr, 0, 1}; }
 };
 
 // The prefetch distance, in bytes, for a weight that is read only once. The bytes of a prefetch arrive more
-// than 500 cycles after the request, or 1000 cycles if other programs use the same memory. Memory delivers
-// about 10 bytes in each cycle, so a kernel reads up to 10000 bytes while it waits for the prefetched bytes.
-// kFetchAhead must be larger than this number.
+// than 500 cycles after the request, or more than 1000 cycles if other programs use the memory at the same
+// time. Memory delivers about 10 bytes in each cycle, so a kernel reads up to 10000 bytes while it waits for
+// the prefetched bytes. kFetchAhead must be larger than this number.
 inline constexpr size_t kFetchAhead = 12288;
 
-// A multiple of the `depth_unit` of every instruction set (see Tiles). If the depth is cut at multiples of
-// kDepthUnit elements, the sums have the same bits as without a cut. For floats, kPanelDepth is 48, a
-// multiple of kDepthUnit. For bfloat16 pairs, kPanelDepth is 24, which is not a multiple of kDepthUnit.
-// Therefore, in products of bfloat16 pairs, the depth is cut at multiples of kDepthCut (ops/blocking.h), a
-// common multiple of kPanelDepth and kDepthUnit.
+// A matrix product may be split along the depth into several calls of a kernel. If every cut is at a multiple
+// of kDepthUnit elements, the sums have the same bits as in a single call, because kDepthUnit is a multiple
+// of the `depth_unit` of every instruction set (see Tiles). For floats, a cut may be at any panel:
+// kPanelDepth is 48, a multiple of kDepthUnit. For bfloat16 pairs, kPanelDepth is 24, which is not a multiple
+// of kDepthUnit. Therefore, a W of bfloat16 pairs is cut only at every second panel (see kDepthCut in
+// ops/blocking.h): 48 pairs are a multiple of kDepthUnit.
 inline constexpr size_t kDepthUnit = 16;
 static_assert(kPanelDepth<float> % kDepthUnit == 0);
 
-// Measures the peak speed: multiplies values in registers, without reading memory, as fast as the multiply
-// instructions of this table allow. Returns the number of operations.
+// Runs the multiply instructions of this table as fast as possible, with operands in registers or in L1, so
+// that the caller can measure the peak speed. Returns the number of operations (multiplications and
+// additions).
 using Peak = double (*)(size_t iterations);
 
-// The two matrix products that compute parts of larger products. In both kernels, the argument `depth` counts
-// elements of type E. Both products sum over the depth strictly in order. If depth_unit is above 1, each
-// group of depth_unit elements is summed first, and then the sums of the groups are added in order. Both
-// products use fused multiply-adds if the instruction set has them. If the depth is cut only at multiples of
-// depth_unit, the result does not depend on tile sizes, blocking or threads, and both products give the same
-// bits.
+// The two matrix products from which larger products are computed, block by block. In both kernels, the
+// argument `depth` counts elements of type E. If depth_unit is 1, the terms of a sum are added one by one, in
+// the order of the depth. If depth_unit is above 1, each group of depth_unit elements is summed first, and
+// then the sums of the groups are added in order. Both products use fused multiply-adds if the instruction
+// set has them. If the depth is cut only at multiples of depth_unit, the result does not depend on tile
+// sizes, blocking or threads, and both products give the same bits.
 template <class E>
 struct Tiles {
   // The number of tokens in a full tile of gemm_tokens_in_lanes, which is the number of lanes of two vectors.
@@ -138,23 +151,24 @@ struct Tiles {
   // The number of rows of `w` in a full tile of gemm_tokens_in_lanes. Any number of rows is allowed, but full
   // tiles are the fastest.
   size_t tile_rows;
-  // The size of a full tile of gemm_outputs_in_lanes if the rows of `w` are not dense: tile_tokens rows of
-  // `a` times tile_columns columns of `w`. Each tile reads its columns of `w` once.
+  // The size of a full tile of gemm_outputs_in_lanes if `w` is not dense: the tile multiplies tile_tokens
+  // rows of `a` by tile_columns columns of `w`. Each tile reads its columns of `w` once.
   size_t tile_tokens, tile_columns;
-  // In a dense panel, gemm_outputs_in_lanes processes blocks of at most l1_block_bytes bytes, which stay in
-  // L1. If l1_block_bytes is 0, a panel is processed as a whole.
+  // gemm_outputs_in_lanes cuts a dense panel along the depth into L1 blocks of at most l1_block_bytes bytes.
+  // An L1 block stays in L1 while all rows of `a` are multiplied by it. If l1_block_bytes is 0, panels are
+  // not cut.
   size_t l1_block_bytes;
   size_t depth_unit;  // kDepthUnit is a multiple of this number
 
   // Computes yt = w xt, or yt += w xt if `accumulate` is set, for yt (rows, n_lanes), w (rows, depth) and xt
-  // (depth, n_lanes). The tokens are in the SIMD lanes, and the elements of `w` are broadcast. `n_lanes`
-  // must be `lanes` or lanes / 2. `xt` and `yt` are dense.
+  // (depth, n_lanes). Each SIMD lane holds one token, and the elements of `w` are broadcast to all lanes.
+  // `n_lanes` must be `lanes` or lanes / 2. `xt` and `yt` are dense.
   void (*gemm_tokens_in_lanes)(size_t n_lanes, size_t rows, size_t depth, const Panels<E>& w, const E* xt,
                                Sum<E>* yt, bool accumulate);
 
   // Computes c = a w, or c += a w if `accumulate` is set, for c (m, n), a (m, depth) and w (depth, n) with n
-  // <= kPanelColumns. The outputs, which are the columns of `c`, are in the SIMD lanes, and the elements of
-  // `a` are broadcast.
+  // <= kPanelColumns. Each SIMD lane holds one output, which is a column of `c`, and the elements of `a` are
+  // broadcast to all lanes. `next` determines what the kernel prefetches (see Fetch).
   void (*gemm_outputs_in_lanes)(size_t m, size_t n, size_t depth, const Strided<E>& a, const E* w,
                                 size_t w_stride, Sum<E>* c, size_t c_stride, bool accumulate,
                                 const Fetch& next);
@@ -162,11 +176,12 @@ struct Tiles {
   Peak peak;
 };
 
-// The largest number of rows of a small batch.
+// The largest number of tokens in a small batch.
 inline constexpr size_t kSmallBatch = 8;
 
-// The element type of `x` in products with a weight of type W. If W is Bf16, the kernel converts the weight
-// to float, so `x` holds floats. If W is Bf16Pair, the kernel multiplies pairs by pairs, so `x` holds pairs.
+// The element type of the operand `a` in SmallProducts<W>::gemm_outputs_in_lanes. If W is Bf16, the kernel
+// converts the weight to float, so `a` holds floats. If W is Bf16Pair, the kernel multiplies pairs by pairs,
+// so `a` holds pairs.
 template <class W>
 struct OperandOf {
   using Type = Sum<W>;
@@ -179,7 +194,7 @@ template <class W>
 using Operand = typename OperandOf<W>::Type;
 
 // The type in which the weight is stored when SmallProducts<W>::gemm_outputs_in_lanes reads it. If W is
-// Bf16Pair, single bfloat16 values are stored, and gemm_outputs_in_lanes makes pairs of them.
+// Bf16Pair, single bfloat16 values are stored, and gemm_outputs_in_lanes combines them into pairs.
 template <class W>
 struct StoredOf {
   using Type = W;
@@ -193,11 +208,12 @@ struct StoredOf<Bf16Pair> {
 // transpose the weight.
 template <class W>
 struct SmallProducts {
-  // Multiplies x (m, depth) with the rows of `w` (rows, depth). The result is `part` (m, rows, lanes / 2),
-  // which holds partial sums: partial sum i is the sum of the products at all depths k with k % (lanes / 2)
-  // == i. If `accumulate` is set, the results are added to `part` instead. If `depth` is not 0, w.row_stride
-  // must be greater than 0. The order in which the products of a row of `x` are added depends neither on `m`
-  // nor on whether `w` is stored in panels or row-major. In SmallProducts<Bf16Pair>, `dots` is null.
+  // Multiplies x (m, depth) with the rows of w (rows, depth). The result is part (m, rows, kLanes), where
+  // kLanes is Tiles<Sum<W>>::lanes / 2, the number of lanes of one vector. part[t][r][i] is a partial sum:
+  // the sum of x[t][k] * w[r][k] over all k with k % kLanes == i. If `accumulate` is set, the partial sums
+  // are added to `part` instead. If `depth` is not 0, w.row_stride must be greater than 0. The order in which
+  // the products of a row of `x` are added depends neither on `m` nor on whether `w` is stored in panels or
+  // row-major. In SmallProducts<Bf16Pair>, `dots` is null.
   void (*dots)(size_t m, size_t rows, size_t depth, const Panels<W>& w, const Sum<W>* x, size_t x_stride,
                Sum<W>* part, bool accumulate);
 
@@ -207,10 +223,10 @@ struct SmallProducts {
   void (*add_dots)(size_t m, size_t rows, size_t depth, const W* a, const Sum<W>* z, size_t z_stride,
                    Sum<W>* y, size_t y_stride);
 
-  // Computes the same product as gemm_outputs_in_lanes of Tiles, but `depth` is always the number of rows of
-  // `w`. If `a` holds pairs of bfloat16 values, the first value of a pair is multiplied by one row of `w`,
-  // and the second value by the next row. In this case, if `w` has an odd number of rows, the last row is
-  // paired with zeros.
+  // Computes c = a w, or c += a w, like Tiles::gemm_outputs_in_lanes, but `depth` is always the number of
+  // rows of `w`. If `a` holds pairs of bfloat16 values, the first value of a pair is multiplied by one row of
+  // `w`, and the second value by the next row. In this case, if `w` has an odd number of rows, the last row
+  // is paired with a row of zeros.
   void (*gemm_outputs_in_lanes)(size_t m, size_t n, size_t depth, const Strided<Operand<W>>& a,
                                 const typename StoredOf<W>::Type* w, size_t w_stride, Sum<W>* c,
                                 size_t c_stride, bool accumulate, const Fetch& next);
@@ -236,31 +252,32 @@ struct SgdCoefficients {
 
 template <class T>
 struct Products : Tiles<T> {
-  // Transposes `x` (rows, cols) into `xt` (cols, n_lanes), for rows <= n_lanes. The lanes without a row of
-  // `x` are set to zero.
+  // Transposes `x` (rows, cols) into `xt` (cols, n_lanes), for rows <= n_lanes. If `rows` is less than
+  // n_lanes, the remaining columns of `xt` are set to zero.
   void (*to_lanes)(size_t n_lanes, size_t rows, size_t cols, const T* x, size_t x_stride, T* xt);
 
-  // Transposes `yt` (cols, n_lanes) into `y` (rows, cols), for rows <= n_lanes, and adds `bias` (cols), which
-  // may be null.
+  // Transposes the first `rows` columns of `yt` (cols, n_lanes) into `y` (rows, cols), for rows <= n_lanes,
+  // and adds `bias` (cols) to each row of `y`. `bias` may be null.
   void (*from_lanes)(size_t n_lanes, size_t rows, size_t cols, const T* yt, const T* bias, T* y,
                      size_t y_stride);
 
   // Transposes `x` (rows, cols) into `xt` (cols, rows).
   void (*transpose)(size_t rows, size_t cols, const T* x, size_t x_stride, T* xt, size_t xt_stride);
 
-  // Sums the lanes of each row of `part` (rows, lanes / 2) in a fixed order, and adds `bias` (rows), which
-  // may be null. The sums are stored in `y` (rows).
+  // Sums each row of part (rows, lanes / 2), which holds the partial sums of SmallProducts::dots, in a fixed
+  // order. Adds `bias` (rows), which may be null. The sums are stored in `y` (rows).
   void (*sum_parts)(size_t rows, const T* part, const T* bias, T* y);
 
   // Does one AdamW step on `n` elements (Loshchilov & Hutter 2019, algorithm 2, as implemented in torch). The
   // gradient `g` is first multiplied by grad_scale.
   void (*adamw)(size_t n, T* p, const T* g, T* m, T* v, const AdamWCoefficients& k);
 
-  // Does one SGD step on `n` elements: d = grad_scale * g + weight_decay * p; buf = momentum * buf + d; p -=
-  // lr * (nesterov ? d + momentum * buf : buf). `buf` may be null if momentum is 0.
+  // Does one SGD step on `n` elements. `buf` may be null if momentum is 0.
+  //   d = grad_scale * g + weight_decay * p;  buf = momentum * buf + d;
+  //   p -= lr * (nesterov ? d + momentum * buf : buf)
   void (*sgd)(size_t n, T* p, const T* g, T* buf, const SgdCoefficients& k);
 
-  // Returns the sum of the squares of `x`, in double and in a fixed order.
+  // Returns the sum of the squares of `x` (n). The squares are added in double, in a fixed order.
   double (*sum_of_squares)(size_t n, const T* x);
 
   // Dropout: element i of `out` is x[i] * factor, or 0 if the element is dropped. Element i is dropped if the
@@ -269,8 +286,8 @@ struct Products : Tiles<T> {
 
   // Adds the product of a dense `a` (m, depth) and w (depth, n) to `c` (m, n). The order of the additions is
   // the same as in gemm_outputs_in_lanes. `panels` holds w in dense panels of kPanelColumns columns. The last
-  // panel has only the remaining columns, without padding. The caller sets `streams` if `c` is too large for
-  // the cache; the kernel then prefetches `c`.
+  // panel has only the remaining columns, without padding. If `streams` is set, the kernel prefetches `c`.
+  // The caller sets `streams` if `c` is too large for the cache.
   void (*merge)(size_t m, size_t n, size_t depth, const T* a, const T* panels, T* c, size_t c_stride,
                 bool streams);
 };
@@ -284,11 +301,11 @@ struct Conversions {
   void (*widen_float16)(size_t n, const uint16_t* from, float* to);
   void (*narrow_float16)(size_t n, const float* from, uint16_t* to);
 
-  // Rounds stochastically: each x[i] becomes one of its two neighbours in the 16-bit format. The random
-  // choice makes the expected value of the result equal to x[i]. There is one exception: if the format is
-  // float16 and |x[i]| is below 2^-14, the expected value differs from x[i] by at most 2^-48. Element i uses
-  // the same random bits as element i of `dropout`. If x[i] is NaN or |x[i]| is at least the largest finite
-  // number of the format, x[i] does not change.
+  // Rounds stochastically: each x[i] is rounded up or down to a number of the 16-bit format. The
+  // probabilities are such that the expected value of the result is x[i]. There is one exception: if the
+  // format is float16 and |x[i]| is below 2^-14, the expected value differs from x[i] by at most 2^-48.
+  // Element i uses the same random bits as element i of `dropout`. If x[i] is NaN or |x[i]| is at least the
+  // largest finite number of the format, x[i] does not change.
   void (*dither_bfloat16)(size_t n, uint64_t seed, uint64_t first, float* x);
   void (*dither_float16)(size_t n, uint64_t seed, uint64_t first, float* x);
 
@@ -312,15 +329,15 @@ struct Nf4 {
 };
 
 // The memory for rows of decoded floats. A row may cover two panels, which are stored one after the other. If
-// col < kPanelColumns, element (row, col) is data[row * stride + col]. Otherwise, the element is in the
-// second panel, at data[row * stride + col + apart].
+// `apart` is 0 or col < kPanelColumns, element (row, col) is data[row * stride + col]. Otherwise, the element
+// is in the second panel, at data[row * stride + col + apart].
 struct DecodedRows {
   float* data;
   size_t stride, apart = 0;
 };
 
 // Conversions of low-bit blocks (kernels/formats) to float. All instruction sets give the same bits: each
-// value is the same as in float32 arithmetic without fused multiply-adds.
+// value is computed in float32, without fused multiply-adds.
 struct BlockDecoders {
   // Decodes the columns [first, first + cols) of `rows` rows that are stored in blocks, and stores the floats
   // in `to` (rows, cols). The rows of blocks begin `row_bytes` bytes apart. `first` and `cols` are multiples
@@ -342,12 +359,13 @@ struct BlockDecoders {
 // Products of small batches with a weight in low-bit blocks. The blocks are decoded in registers. A product
 // reads the weight once, in storage order.
 struct BlockDots {
-  // Multiplies `x` (m, cols) with rows of blocks. The result `part` (m, rows, lanes / 2) holds partial sums:
-  // partial sum i is the sum of the products in all columns k with k % (lanes / 2) == i. `cols` is a multiple
-  // of the number of elements in a block. There is one kernel for each row format, in the order of
-  // BlockFormat. The bits of the sums for a row of `x` do not depend on `m`. A kernel may multiply the codes
-  // of a sub-block by `x` and sum the products before it multiplies the sum by the scale. If `x` has elements
-  // above 1e34, this sum can overflow.
+  // Multiplies x (m, cols) with a weight W (rows, cols), whose rows are stored in blocks. The result is part
+  // (m, rows, kLanes), where kLanes is Tiles<float>::lanes / 2. part[t][r][i] is a partial sum: the sum of
+  // x[t][k] * W[r][k] over all columns k with k % kLanes == i. `cols` is a multiple of the number of elements
+  // in a block. There is one kernel for each row format, in the order of BlockFormat. The bits of the sums
+  // for a row of `x` do not depend on `m`. A kernel may multiply the codes of a sub-block by `x` and sum the
+  // products before it multiplies the sum by the scale. If `x` has elements above 1e34, this sum can
+  // overflow.
   void (*dots[kRowFormats])(size_t m, size_t rows, size_t cols, const void* blocks, size_t row_bytes,
                             const float* x, size_t x_stride, float* part, const Fetch& next);
 
@@ -358,9 +376,9 @@ struct BlockDots {
 };
 
 // Rows of `x` in int8. Element i of a row is approximately codes[i] * scale, with one scale for each
-// sub-block. For each sub-block, `sums` holds the sum of its 32 elements codes[i] * scale. For each half of a
-// sub-block, `half_sums` holds the sum of its 16 elements codes[i] * scale. The shapes are codes (m, cols),
-// scales (m, cols / kSubBlock), sums (m, cols / kSubBlock) and half_sums (m, 2 * cols / kSubBlock).
+// sub-block. `sums` holds the sum of the 32 products codes[i] * scale of each sub-block. `half_sums` holds
+// the sum of the 16 products of each half of a sub-block. The shapes are codes (m, cols), scales (m, cols /
+// kSubBlock), sums (m, cols / kSubBlock) and half_sums (m, 2 * cols / kSubBlock).
 struct Int8Rows {
   const int8_t* codes;
   const float *scales, *sums, *half_sums;
@@ -368,26 +386,26 @@ struct Int8Rows {
 
 // Products of small batches with a weight in low-bit blocks, in integer arithmetic.
 struct Int8Products {
-  // Quantises a row of `n` elements, where `n` is a multiple of kSubBlock. In each sub-block, scale = max |x|
-  // / 127, and a code is x * (1 / scale), rounded to nearest. If all magnitudes in a sub-block are below
-  // 2^-119, the scale, the sums and the codes are 0. If a sub-block contains NaN or infinity, the scale and
-  // the sums are NaN, and the codes are 0.
+  // Quantises a row of `n` elements, where `n` is a multiple of kSubBlock. The scale of a sub-block is the
+  // largest magnitude in the sub-block divided by 127. A code is x * (1 / scale), rounded to nearest. If all
+  // magnitudes in a sub-block are below 2^-119, the scale, the sums and the codes are 0. If a sub-block
+  // contains NaN or infinity, the scale and the sums are NaN, and the codes are 0.
   void (*quantize_sub_blocks)(size_t n, const float* x, int8_t* codes, float* scales, float* sums,
                               float* half_sums);
 
-  // Multiplies `x` (m, cols) with rows of blocks and stores the products in `y` (m, rows). `cols` is a
-  // multiple of the number of elements in a block. There is one kernel for each row format, in the
-  // order of BlockFormat. The bits of a row of `y` do not depend on `m`.
+  // Stores the products of x (m, cols) with the rows of a weight W (rows, cols) in `y` (m, rows). The rows of
+  // W are stored in blocks. `cols` is a multiple of the number of elements in a block. There is one kernel
+  // for each row format, in the order of BlockFormat. The bits of a row of `y` do not depend on `m`.
   void (*dots[kRowFormats])(size_t m, size_t rows, size_t cols, const void* blocks, size_t row_bytes,
                             const Int8Rows& x, float* y, const Fetch& next);
 };
 
 // Rows in int8 for the products of large batches. Each row is divided into groups of `group` values along the
 // depth. The last group may be shorter. Each group has one scale: element i of a row is about codes[i] *
-// scales[i / group]. For each group, `corrections` holds -offset * (sum of the codes), where `offset` is the
-// offset of the codes of W (see Int8Gemm). The rows of `codes` begin `stride` bytes apart. Each row is padded
-// with zeros to a multiple of four codes. The rows of `scales` and `corrections` begin `groups` elements
-// apart.
+// scales[i / group]. The codes of W are stored with an offset (see Int8Gemm). For each group, `corrections`
+// holds -offset * (sum of the codes of the group), which cancels the offset in a sum of products. The rows of
+// `codes` begin `stride` bytes apart. Each row is padded with zeros to a multiple of four codes. The rows of
+// `scales` and `corrections` begin `groups` elements apart.
 struct CodedRows {
   const int8_t* codes;
   size_t stride;
@@ -397,7 +415,8 @@ struct CodedRows {
 };
 
 // The number of neighbouring values in a row of x that share one scale. In activations, a few columns have
-// much larger values than the other columns. With one scale for a whole row, most codes would be near 0.
+// much larger values than the other columns. If a whole row had one scale, these large values would make the
+// scale so large that most codes in the row would be near 0.
 inline constexpr size_t kInt8Group = 64;
 
 // The number of columns of a panel of W in forward products. Backward products use kPanelColumns instead.
@@ -406,15 +425,16 @@ inline constexpr size_t kInt8PanelColumns = 32;
 // The largest depth of one int8 product. With this depth, a sum of products of codes fits into 32 bits: a
 // product of two codes is at most 255 * 127, and 4096 * 255 * 127 < 2^27. A correction (see CodedRows) is
 // smaller: at most 4096 * 128 * 127 < 2^26. A longer depth is cut into several products, which are added in
-// float. So the integer sums never overflow, whatever the depth. 4032 is the largest multiple of both
-// kPanelColumns and kInt8Group that is at most 4096.
+// float, so the integer sums never overflow. 4032 is the largest multiple of both kPanelColumns and
+// kInt8Group that is at most 4096.
 inline constexpr size_t kInt8Depth = 4032;
 static_assert(kInt8Depth % kPanelColumns == 0 && kInt8Depth % kInt8Group == 0 && kInt8Depth <= 4096);
 static_assert(int64_t{255 + 128} * 127 * 4096 < int64_t{1} << 31);
 
-// Returns the scale of values whose largest magnitude is `largest`, and the factor that turns these values
-// into codes. The scale and the factor are 0 if the magnitudes are so small that 1 / scale could be infinite.
-// If a value is NaN or infinite, the scale is NaN and the factor is 0.
+// Returns the scale of values whose largest magnitude is `largest`, and its inverse 1 / scale, which turns
+// these values into codes: a code is value * inverse, rounded. The scale and the inverse are 0 if the
+// magnitudes are so small that 1 / scale could be infinite. If a value is NaN or infinite, the scale is NaN
+// and the inverse is 0.
 struct CodeScale {
   float scale, inverse;
 };
@@ -426,6 +446,7 @@ static inline CodeScale code_scale(float largest) {
   return {scale, 1 / scale};
 }
 
+// The number of elements for which Int8Gemm::dither_groups computes random bits at a time.
 inline constexpr size_t kDithered = 64;
 
 // The products of large batches in int8. W has one scale for each row. The codes of W and of `x` are from
@@ -441,10 +462,11 @@ struct Int8Gemm {
   void (*quantize_groups)(size_t n, size_t group, const float* x, const float* w_scales, int8_t* codes,
                           float* scales, int32_t* corrections);
 
-  // Quantises like quantize_groups, but rounds v = x * (1 / scale) stochastically, up or down. The expected
-  // value of the code differs from v by at most 2^-23. `first` and `group` must be multiples of kDithered.
-  // Philox makes four words from each counter. With e = first + i, the random bits of element i are the low
-  // 23 bits of word e / 16 % 4 for the counter e / kDithered * 16 + e % 16. The divisions round down.
+  // Quantises like quantize_groups, but rounds stochastically. The value v = element * (1 / scale) is rounded
+  // up or down, and the expected value of the code differs from v by at most 2^-23. `first` and `group` must
+  // be multiples of kDithered. The random bits of element i depend on `seed` and e = first + i. From each
+  // counter, Philox makes four words. Element i uses the low 23 bits of word floor(e / 16) % 4 for the
+  // counter floor(e / kDithered) * 16 + e % 16.
   void (*dither_groups)(size_t n, size_t group, uint64_t seed, uint64_t first, const float* x,
                         const float* w_scales, int8_t* codes, float* scales, int32_t* corrections);
 
@@ -478,10 +500,11 @@ struct Int8Gemm {
   // the first n columns of a panel, which has kInt8PanelColumns or kPanelColumns columns. The kernel may read
   // all columns of the panel. `depth` counts values and is at most kInt8Depth. The first column of `a` must
   // be the start of a group. If `scales` is null, all scales are 1. Within a group, products of codes are
-  // summed in integers. The sums of the groups are then added in order, in float, and multiplied by `scales`
-  // at the end. If all magnitudes in `a` are below 2^109, these sums do not overflow: their magnitudes are at
-  // most kInt8Depth * 127 times the largest magnitude in `a`. With larger magnitudes, a result can be
-  // infinite or NaN even if `scales` would make it finite.
+  // summed in integers. The sums of the groups are multiplied by the scales of the groups and added in order,
+  // in float. The total is multiplied by `scales` at the end. The magnitude of a total before this last step
+  // is at most kInt8Depth * 127 times the largest magnitude in `a`. So a total does not overflow if all
+  // magnitudes in `a` are below 2^109. With larger magnitudes, a result can be infinite or NaN even if
+  // `scales` would make it finite.
   void (*multiply)(size_t m, size_t n, size_t depth, const CodedRows& a, const Int8Quad* w, size_t columns,
                    const float* scales, float* c, size_t c_stride, bool accumulate);
 
@@ -496,38 +519,39 @@ inline constexpr size_t kSelected = 64;
 enum class Activation : uint8_t { kSilu, kGeluTanh, kGelu };
 inline constexpr size_t kActivations = 3;
 
-// The operations of a language model other than matrix products with weights. Some comments say that an
-// output may be the same array as an input. A kernel with such a comment reads element i of the input before
-// it writes element i of the output.
+// The operations of a language model other than matrix products with weights. If the comment of a kernel says
+// that an output may be the same array as an input, the kernel reads element i of the input before it writes
+// element i of the output.
 struct Transformer {
   // RMSNorm of `n` elements: y = x * weight / sqrt(mean x² + eps).
   void (*rms_norm)(size_t n, const float* x, const float* weight, float eps, float* y);
 
-  // The backward pass of RMSNorm: dx = r * (dn - x * r² * mean(dn * x)) with dn = dy * weight and r = 1 /
-  // sqrt(mean x² + eps). If `accumulate` is set, the gradient is added to `dx`. `dx` may be the same
+  // The backward pass of RMSNorm. If `accumulate` is set, the gradient is added to `dx`. `dx` may be the same
   // array as `dy`.
+  //   dx = r * (dn - x * r² * mean(dn * x)) with dn = dy * weight and r = 1 / sqrt(mean x² + eps)
   void (*rms_norm_backward)(size_t n, const float* dy, const float* x, const float* weight, float eps,
                             float* dx, bool accumulate);
 
-  // LayerNorm of `n` elements: y = (x - mean x) * r * weight + bias with r = 1 / sqrt(variance x + eps). If
-  // `bias` is null, nothing is added.
+  // LayerNorm of `n` elements. If `bias` is null, nothing is added.
+  //   y = (x - mean x) * r * weight + bias with r = 1 / sqrt(variance x + eps)
   void (*layer_norm)(size_t n, const float* x, const float* weight, const float* bias, float eps, float* y);
 
-  // The backward pass of LayerNorm: dx = r * (dn - mean(dn) - xn * mean(dn * xn)) with dn = dy * weight and
-  // xn = (x - mean x) * r. If `accumulate` is set, the gradient is added to `dx`. `dx` may be the same array
-  // as `dy`.
+  // The backward pass of LayerNorm. If `accumulate` is set, the gradient is added to `dx`. `dx` may be the
+  // same array as `dy`. The formula uses dn = dy * weight, xn = (x - mean x) * r, and r as in layer_norm.
+  //   dx = r * (dn - mean(dn) - xn * mean(dn * xn))
   void (*layer_norm_backward)(size_t n, const float* dy, const float* x, const float* weight, float eps,
                               float* dx, bool accumulate);
 
-  // Rotary position encoding: each pair (a, b) in `x` (heads, head_dim) becomes (a cos - b sin, b cos + a
-  // sin). A pair consists of elements i and half + i of a head, or of elements 2i and 2i + 1 if `interleaved`
-  // is set. Only the first 2 * half elements of a head are read or written. `table` holds `half` cosines,
-  // then `half` sines. If `inverse` is set, the sines are negated.
+  // Rotary position encoding of `x` (heads, head_dim). The elements of a head form pairs: a pair consists of
+  // elements i and half + i, or of elements 2i and 2i + 1 if `interleaved` is set. Each pair (a, b) is
+  // rotated: it becomes (a * cos - b * sin, b * cos + a * sin). Only the first 2 * half elements of a head
+  // are read or written. `table` holds `half` cosines, then `half` sines, one of each for each pair. If
+  // `inverse` is set, the sines are negated, so that the pairs are rotated back.
   void (*rotate)(size_t heads, size_t head_dim, size_t half, const float* table, bool interleaved,
                  bool inverse, float* x);
 
-  // A gated unit: out = act(gate) * up. There is one kernel for each Activation. If `up` is null, out =
-  // act(gate).
+  // A gated unit: out = act(gate) * up, or out = act(gate) if `up` is null. There is one kernel for each
+  // Activation.
   void (*gated[kActivations])(size_t n, const float* gate, const float* up, float* out);
 
   // The backward pass of a gated unit: dgate = dout * up * act'(gate) and dup = dout * act(gate). `dgate` and
@@ -551,16 +575,16 @@ struct Transformer {
   // which are added at the end.
   float (*dot)(size_t n, const float* a, const float* b);
 
-  // Computes the dot products of the heads of a query q (heads, dim) and the rows of keys k (rows, heads /
-  // group * dim). The results are stored in `scores` (heads, rows). Each group of `group` heads of the query
-  // shares one head of the keys. Head h of the query uses head j = floor(h / group) of the keys, which is in
-  // the `dim` columns of `k` that begin at column j * dim.
+  // Computes the dot products of one query q (heads, dim) with `rows` keys k (rows, heads / group * dim),
+  // head by head. The results are stored in `scores` (heads, rows). The keys have fewer heads than the query
+  // if `group` is above 1: head h of the query uses head j = floor(h / group) of the keys. Head j of the keys
+  // is in the `dim` columns of `k` that begin at column j * dim.
   void (*key_dots)(size_t rows, size_t heads, size_t group, size_t dim, const float* q, const float* k,
                    size_t k_stride, float* scores, size_t s_stride);
 
-  // For each head h, adds the weighted sum of the rows of v (rows, heads / group * dim) to row h of `out`
-  // (heads, dim). Row h of weights (heads, rows) holds the weights. Head h uses the `dim` columns of `v` that
-  // begin at column h / group * dim, with h / group rounded down.
+  // For each head h, adds a weighted sum of the rows of v (rows, heads / group * dim) to row h of out (heads,
+  // dim). The weight of row i of `v` is element (h, i) of weights (heads, rows). Head h uses only the `dim`
+  // columns of `v` that begin at column j * dim, with j = floor(h / group).
   void (*add_values)(size_t rows, size_t heads, size_t group, size_t dim, const float* weights,
                      size_t w_stride, const float* v, size_t v_stride, float* out);
 
@@ -581,18 +605,20 @@ struct Transformer {
   void (*scale_columns)(size_t rows, size_t n, const float* factor, float* x, size_t x_stride);
 
   // Does one step of a softmax over each column of a matrix (Milakov & Gimelshein 2018). A step processes one
-  // tile `s` (rows, n), which holds the next `rows` rows of the matrix. If the caller computes other weighted
-  // sums over the rows, it must multiply its sums over the earlier tiles by `factor` after the step. For each
-  // column, the step computes:
+  // tile s (rows, n), which holds the next `rows` rows of the matrix. `largest`, `sum` and `factor` have one
+  // element for each column. For each column, the step computes:
   //   new = max(largest, max s);  factor = exp(largest - new);  s = exp(s - new);
   //   sum = sum * factor + Σ s;  largest = new.
-  // Before the first tile, the caller must set `largest` to the lowest finite float, so that -Inf becomes 0
-  // even in a column in which all elements are -Inf.
+  // Before the first tile, the caller must set `sum` to 0, and `largest` to the lowest finite float. An
+  // element -Inf then becomes 0, even in a column in which all elements are -Inf. The caller may use the
+  // results s as weights, for example to sum the values in attention. After each step, such a caller must
+  // multiply its weighted sums over the earlier tiles by `factor`.
   void (*softmax_step)(size_t rows, size_t n, float* s, size_t s_stride, float* largest, float* sum,
                        float* factor);
 
   // The backward pass of a softmax over each column of `s`: p = exp(min(s - lse, 0)) and ds = p * (dp -
-  // delta). The kernel works in place: `s` (rows, n) becomes p, and `dp` (rows, n) becomes ds.
+  // delta). `lse` and `delta` have one element for each column. The kernel works in place: `s` (rows, n)
+  // becomes p, and `dp` (rows, n) becomes ds.
   void (*softmax_backward)(size_t rows, size_t n, const float* lse, const float* delta, float* s, float* dp,
                            size_t stride);
 
@@ -601,7 +627,7 @@ struct Transformer {
   void (*whole_softmax_backward)(size_t rows, size_t n, float* s, float* dp, size_t stride);
 };
 
-// The kernels for bfloat16 values and for bytes. Some processors have special instructions for these kernels.
+// The kernels for 16-bit values and for bytes. Some processors have special instructions for these kernels.
 struct NarrowKernels {
   Tiles<Bf16Pair> bf16;
   SmallProducts<Bf16Pair> small_pairs;
@@ -609,8 +635,8 @@ struct NarrowKernels {
   Int8Products int8;
   Int8Gemm int8_gemm;
 
-  // If true, small_pairs.gemm_outputs_in_lanes makes pairs of the rows of `w` in registers. If false, each
-  // call first writes a copy of `w` in pairs to memory.
+  // If true, small_pairs.gemm_outputs_in_lanes combines the rows of `w` into pairs in registers. If false,
+  // the kernel first writes a copy of the rows of `w`, combined into pairs, to memory.
   bool pairs_in_registers = true;
 };
 
@@ -677,9 +703,9 @@ inline const SmallProducts<Bf16Pair>& KernelTable::small<Bf16Pair>() const {
 // or cannot run on this machine (for example, because Linux refuses the AMX registers).
 const KernelTable& table();
 
-// Fills `out` with the tables of this build that this machine can run, and returns the number of these
-// tables. The best table comes last. This function does not ask Linux for the AMX registers. Tests and
-// show_config use this function.
+// Fills `out` with the tables of this build that this machine can run, but with at most `capacity` tables.
+// Returns the number of tables in `out`. The tables are in ascending order, with the best table last. This
+// function does not ask Linux for the AMX registers. Tests and show_config use this function.
 size_t available_tables(const KernelTable** out, size_t capacity);
 
 }  // namespace nplora::kernels

@@ -6,9 +6,9 @@
 namespace nplora::kernels::NPLORA_ISA {
 
 // Runs the random number generator Philox4x32-10 (Salmon et al. 2011) on kPhiloxBlocks counters at once. The
-// counters are first, first + 1, and so on. From each counter, the generator makes four words; word w for the
-// counter first + i is stored in words[w][i]. The upper 32 bits of the 64-bit lanes may hold any value,
-// because the multiplications read only the lower 32 bits.
+// counters are first, first + 1, and so on. The generator makes four words from each counter. Word w of the
+// counter first + i is stored in words[w][i]. Each word is computed in the lower half of a 64-bit lane. The
+// upper half may hold any value, because the multiplications read only the lower half.
 inline constexpr size_t kPhiloxBlocks = 16;
 inline void philox(uint64_t seed, uint64_t first, uint32_t (&words)[4][kPhiloxBlocks]) {
   constexpr size_t kTogether = 2, kAtOnce = kTogether * kWideLanes;  // two chains of products run in parallel

@@ -1,8 +1,8 @@
 // The matrix products, and the transposes that move their operands and results into and out of the SIMD
 // lanes. One implementation serves every instruction set. Each kernel is documented in kernel_table.h.
 //
-// Each kernel unit (isa_*.cpp) defines the sizes of its tiles. All values that a tile uses must fit
-// into the registers.
+// Each kernel unit (isa_*.cpp) defines the sizes of its tiles. All values that a tile uses must fit into the
+// registers.
 //   `kTileRows` is the number of rows of `w` in a tile of gemm_tokens_in_lanes. A tile of
 //     gemm_tokens_in_lanes has kTileRows * 2 accumulators, 2 vectors of `x` and 1 broadcast element.
 //   `kTileTokens` is the number of rows of `a` in a tile of gemm_outputs_in_lanes or of merge.
@@ -12,7 +12,7 @@
 //   `kPanelVectors` is the number of vectors of `w` in a tile of gemm_outputs_in_lanes for a dense panel.
 //     `kPanelVectors` is either kOutputVectors or the number of vectors in a row of a panel of floats. If
 //     `kPanelVectors` is larger than kOutputVectors, a tile for a dense panel has fewer than kTileTokens rows
-//     of `a`.
+//     of `a`, so that the accumulators fit into the registers.
 //   `kNearRows` is the number of rows of `a` that gemm_outputs_in_lanes reads through one pointer: the
 //     address of row i is the pointer plus i times the row stride. If one pointer served more rows, GCC would
 //     run out of general registers and keep multiples of the stride in vector registers. Moving these
@@ -33,13 +33,14 @@ struct TokensInLanes {
   bool accumulate;
 };
 
-// Computes one tile. If `w` is in full panels, `kStride` is the row stride of `w`, which is known at compile
-// time. Otherwise, `kStride` is 0. In a full panel, the rows of the next tile directly follow the rows of
-// this tile in memory, but the hardware does not prefetch them. So each step prefetches at most one cache
-// line of the rows of the next tile. Tiles of fewer than 24 accumulators prefetch into L2, and larger tiles
-// prefetch into L1. On a Zen 4, with a W that is not in the cache, batches of 16 rows are a quarter faster if
-// the tiles prefetch into L2 instead of L1. With AVX2, prefetching into L2 makes batches of 32 rows a tenth
-// faster. Tiles of 24 accumulators gain nothing from prefetching into L2.
+// Computes one tile of kRows rows of `yt`, with kVectors vectors in each row. If `w` is in full panels,
+// `kStride` is the row stride of `w`, which is known at compile time. Otherwise, `kStride` is 0. In a full
+// panel, the rows of the next tile directly follow the rows of this tile in memory, but the hardware does not
+// prefetch the rows of the next tile. So each step along the depth prefetches the next kFetchStep bytes of
+// these rows. Tiles of fewer than 24 accumulators prefetch into L2, and larger tiles prefetch into L1. On a
+// Zen 4, with a W that is not in the cache, batches of 16 tokens are a quarter faster if the tiles prefetch
+// into L2 instead of L1. With AVX2, prefetching into L2 makes batches of 32 tokens a tenth faster. Tiles of
+// 24 accumulators gain nothing from prefetching into L2.
 template <class E, size_t kVectors, size_t kRows, size_t kStride>
 inline void gemm_tokens_in_lanes_fixed(TokensInLanes<E> p) {
   using T = Sum<E>;
@@ -82,7 +83,8 @@ inline void gemm_tokens_in_lanes_fixed(TokensInLanes<E> p) {
     for (size_t v = 0; v < kVectors; ++v) c[j][v].store(p.yt + j * kWidth + v * kLanes);
 }
 
-// Computes a tile of `rows` rows, at most kRows, with the template instance for this number of rows.
+// Computes a tile of `rows` rows, where `rows` is at most kRows. The recursion finds the template instance
+// for this number of rows.
 template <class E, size_t kVectors, size_t kRows, size_t kStride>
 inline void gemm_tokens_in_lanes_upto(size_t rows, TokensInLanes<E> p) {
   if (rows == kRows) return gemm_tokens_in_lanes_fixed<E, kVectors, kRows, kStride>(p);
@@ -115,9 +117,9 @@ void gemm_tokens_in_lanes(size_t n_lanes, size_t rows, size_t depth, const Panel
 
 // ---- gemm_outputs_in_lanes: the product c = a w ----
 
-// The number of rows of `w` that each element of `a` is multiplied by. The number is 2 if `a` holds pairs of
-// bfloat16 values and `w` holds single values: the kernel then pairs rows of `w` in registers. Otherwise, the
-// number is 1.
+// The number of rows of `w` that each element of `a` is multiplied by. If `a` holds pairs of bfloat16 values
+// and `w` holds single values, the number is 2, and the kernel pairs two rows of `w` in registers. Otherwise,
+// the number is 1.
 template <class E, class W>
 inline constexpr size_t kRowsOf = 1;
 template <>
@@ -131,35 +133,41 @@ constexpr size_t rows_beside(size_t vectors) {
 // The size of an L1 block in bytes, or 0 if products use no wide tiles. A wide tile has kPanelVectors vectors
 // of `w`, which is more than kOutputVectors. Wide tiles have few rows and read `w` so fast that `w` must be
 // in L1: on AVX2, tiles of 2 x 6 accumulators read 192 bytes of `w` every 6 cycles. So a dense panel is cut
-// into L1 blocks, and all rows of `a` are multiplied by one block before the next block is read. L1 has 32 KB
-// or more, and must also hold the rows of `a` and `c`. Products of pairs use no wide tiles: on AVX2, a
-// wide tile would have to split the same pairs of `w` again for each row of `a`.
+// into L1 blocks, which are groups of rows of `w`. All rows of `a` are multiplied by one block before the
+// next block is read. A block has about 24 KB, because L1 has 32 KB or more and must also hold the rows of
+// `a` and `c`. Products of pairs use no wide tiles: on AVX2, a wide tile would have to split the same pairs
+// of `w` again for each row of `a`.
 template <class E>
 inline constexpr size_t kL1BlockBytes =
     kValuesPerElement<E> == 1 && kPanelVectors > kOutputVectors ? size_t{24} << 10 : 0;
 
-// Returns a Fetch for wide tiles, which prefetch one cache line at each step until `lines` lines have been
-// prefetched. The addresses of successive lines are `bytes` bytes apart. Wide tiles read this
-// distance from the member `each`.
+// Returns a Fetch for wide tiles. Wide tiles prefetch one cache line at each step, at most `lines` lines in
+// all. The first line is at `from`, and each next line is `bytes` bytes after the previous line. In a Fetch
+// for wide tiles, the member `each` holds this distance in bytes, instead of a number of lines.
 inline Fetch lines_apart(const void* from, size_t lines, size_t bytes) {
   return Fetch::memory(from, lines, bytes);
 }
 
-// The cache lines that a tile prefetches at each step. Usually, these are the next lines of a Fetch. If the
-// Fetch has too few lines left, the tile prefetches lines of later rows of `w` instead. The later rows are
-// kFetchAhead bytes after the rows that the step reads. A tile prefetches only its own columns of later rows,
-// because the other columns are in L2 already.
+// The cache lines that a tile prefetches at each step. At step i, the first of these lines is at the address
+// at + i * step, and each next line is `line` bytes after the previous line. Usually, these are the next
+// lines of a Fetch. If the Fetch has too few lines left, the tile prefetches lines of later rows of `w`
+// instead. In a full dense panel, the later rows are kFetchAhead bytes after the rows that the step reads. In
+// later rows, a tile prefetches only the columns that it multiplies: prefetching other columns would gain
+// nothing, because they are in L2 already.
 struct FetchSteps {
   const char* at;
   size_t step, line;
 };
-// The largest number of cache lines that a tile prefetches at each step. The limit is the number of cache
-// lines that one step reads from `w`. A row of the tile that is shorter than a cache line counts as one line.
+// kFetched is the largest number of cache lines that a tile prefetches at each step. This limit is the number
+// of cache lines that one step reads from `w`. A step reads kRowBytes bytes from each row of `w`. If
+// kRowBytes is less than a cache line, a row counts as one line.
 template <class W>
 inline constexpr size_t kRowBytes = kOutputVectors * Vec<Sum<W>>::kLanes * sizeof(W);
 template <class E, class W>
 inline constexpr size_t kFetched =
     kRowBytes<W> > kCacheLine ? ceil_div(kRowsOf<E, W> * kRowBytes<W>, kCacheLine) : kRowsOf<E, W>;
+// Returns the cache lines that a tile of `steps` steps prefetches. If these lines come from `next`, they are
+// removed from `next`. `w` is the first row that the tile reads.
 template <class E, bool kWide, class W>
 inline FetchSteps take(Fetch& next, size_t steps, const W* w, size_t w_stride) {
   constexpr size_t kRowsAhead = kFetchAhead / (kPanelColumns * sizeof(W));
@@ -251,8 +259,8 @@ inline void gemm_outputs_in_lanes_fixed(size_t tiles, const OutputsInLanes<E, W>
         return Vec<E>::broadcast(i < kNearRows ? a[i * p.a.row_stride]
                                                : far[(i - kNearRows) * p.a.row_stride]);
       };
-      // If a wide tile has fewer rows of `a` than vectors of `w`, a step keeps its elements of `a` in
-      // registers and loads one vector of `w` at a time.
+      // If a wide tile has fewer rows of `a` than vectors of `w`, a step first loads all elements of `a` that
+      // it needs into registers, and then loads one vector of `w` at a time.
       if constexpr (kWide && kRows < kVectors) {
         decltype(load_a(0)) x[kRows];
 #pragma GCC unroll 16
@@ -304,14 +312,16 @@ inline void gemm_outputs_in_lanes_fixed(size_t tiles, const OutputsInLanes<E, W>
   }
 }
 
-// Computes a tile of `rows` rows, at most kRows, with the template instance for this number of rows.
+// Computes a tile of `rows` rows, where `rows` is at most kRows. The recursion finds the template instance
+// for this number of rows.
 template <class E, class W, size_t kRows, size_t kVectors, bool kPartial>
 inline void gemm_outputs_in_lanes_upto(size_t rows, const OutputsInLanes<E, W>& p, Fetch& fetch) {
   if (rows == kRows) return gemm_outputs_in_lanes_fixed<E, W, kRows, kVectors, kPartial>(1, p, fetch);
   if constexpr (kRows > 1) gemm_outputs_in_lanes_upto<E, W, kRows - 1, kVectors, kPartial>(rows, p, fetch);
 }
 
-// Computes all `m` rows, in full tiles and a last smaller tile.
+// Computes all `m` rows of `c`: first full tiles of rows_beside(kVectors) rows, then one smaller tile for the
+// remaining rows.
 template <class E, class W, size_t kVectors, bool kPartial>
 inline void gemm_outputs_in_lanes_rows(size_t m, OutputsInLanes<E, W> p, Fetch& fetch) {
   constexpr size_t kRows = rows_beside(kVectors);
@@ -325,7 +335,8 @@ inline void gemm_outputs_in_lanes_rows(size_t m, OutputsInLanes<E, W> p, Fetch& 
     gemm_outputs_in_lanes_upto<E, W, kRows - 1, kVectors, kPartial>(m % kRows, p, fetch);
 }
 
-// Calls the template instance for the number of vectors that the `n` columns take, which is at most kVectors.
+// The `n` columns of `c` fill at most kVectors vectors. The recursion finds the template instance for this
+// number of vectors.
 template <class E, class W, size_t kVectors>
 inline void gemm_outputs_in_lanes_columns(size_t m, const OutputsInLanes<E, W>& p, Fetch& fetch) {
   constexpr size_t kLanes = Vec<E>::kLanes;
@@ -348,7 +359,7 @@ inline void gemm_outputs_in_lanes_groups(size_t m, OutputsInLanes<E, W> p, Fetch
 
 // Multiplies `a` with a dense panel, which is split into L1 blocks of about equal size. Each block is read
 // several times: once for each tile of rows and each group of kPanelVectors vectors. If the caller passes
-// Fetch::rows_ahead, each reading of a block prefetches an equal share of the next block.
+// Fetch::rows_ahead, each of these readings also prefetches an equal part of the next block.
 template <class E, class W>
 inline void gemm_outputs_in_lanes_l1_blocks(size_t m, OutputsInLanes<E, W> p, Fetch fetch) {
   constexpr size_t kLanes = Vec<E>::kLanes;
@@ -394,15 +405,16 @@ void gemm_outputs_in_lanes(size_t m, size_t n, size_t depth, const Strided<E>& a
 // ---- merge: adds the product a w to c ----
 
 // If `streams` is set, the code prefetches `c`, up to kPanelsAhead panels ahead of the panel that it
-// computes. The code prefetches into L2: if the distance between two rows of `c` is a multiple of 4 KB, the
-// rows would evict each other from L1.
+// computes. The code prefetches into L2 instead of L1. If the distance between the rows of `c` is a multiple
+// of 4 KB, the rows evict each other from L1.
 inline constexpr size_t kPanelsAhead = 8;
 
-// Computes kRows rows of `c` in `count` full panels, tile by tile. If `streams` is set, each step prefetches
-// one row of a later tile of `c`. If all rows of the later tile were prefetched at once, the requests would
-// wait for each other. With a small rank, a tile has too few steps to hide this wait. For the last panels,
-// the later tile belongs to the next kRows rows of `c`. The sizes are template parameters so that
-// tests/inner_loops.py can read them in the function's name.
+// Computes kRows rows of `c` in the columns of `count` full panels, tile by tile. If `streams` is set, each
+// step along the depth prefetches one row of a later tile of `c`. If all rows of the later tile were
+// prefetched at once, the requests would wait for each other. The depth is the rank, and with a small rank a
+// tile has too few steps to hide this wait. For the last panels, the later tile belongs to the next kRows
+// rows of `c`. The sizes are template parameters so that tests/inner_loops.py can read them in the function's
+// name.
 template <class T, size_t kRows, size_t kVectors>
 inline void merge_tiles(size_t count, size_t depth, const T* a, const T* panels, T* c, size_t c_stride,
                         bool streams) {
@@ -550,8 +562,8 @@ void transpose(size_t rows, size_t cols, const T* x, size_t x_stride, T* xt, siz
     }
 }
 
-// Measures the peak speed. A product has a latency of 4 cycles, and two products can start in each cycle, so
-// at least 8 independent sums are needed. The code uses twelve.
+// Measures the peak speed. A fused multiply-add has a latency of 4 cycles, and two of them can start in each
+// cycle. So at least 8 independent sums are needed. The code uses 12 sums.
 template <class E>
 double peak(size_t iterations) {
   constexpr size_t kSums = 12, kLanes = Vec<E>::kLanes;

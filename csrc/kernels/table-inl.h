@@ -1,5 +1,5 @@
-// Fills the kernel table of a kernel unit (isa_*.cpp) with the kernels that the unit included
-// before this file.
+// Makes the kernel table of a kernel unit (isa_*.cpp). The table holds the kernels from the files that the
+// unit included before this file.
 
 #define NPLORA_DECODERS
 #include "kernels/formats.h"

@@ -1,12 +1,12 @@
-// Products of bfloat16 pairs in the tile registers of AMX (simd/tile_registers.h). Each kernel is
-// documented in kernel_table.h.
+// Products of bfloat16 pairs in the tile registers of AMX (simd/tile_registers.h). Each kernel is documented
+// in kernel_table.h.
 //
 // Six of the eight registers hold tiles of sums, which form a grid: 2 x 3 tiles (rows x columns) in
 // gemm_outputs_in_lanes, and 3 x 2 tiles in gemm_tokens_in_lanes. The other two registers hold a tile of the
 // first operand `a` and a tile of the second operand `b`. A step covers up to kTileSide pairs along the
 // depth, and adds their products to all six tiles of sums. A step needs seven loads of 8 cycles and six
-// products of 16 cycles. For each output, the products of a step are summed, and then their sum is added to
-// the earlier sum. Subnormal numbers count as zero.
+// products of 16 cycles. For each output, the products of a step are summed first, and then this sum is added
+// to the sum of the earlier steps. Subnormal numbers count as zero.
 
 namespace nplora::kernels::NPLORA_ISA {
 
@@ -49,8 +49,9 @@ inline void store_sums(float* c, size_t c_stride) {
   });
 }
 
-// Adds the product of `a` and `b` to all sums. Every second row of tiles is processed from the last column to
-// the first, because the tile of `b` for the last column is still loaded.
+// Adds the product of `a` and `b` to all sums. Rows of tiles with an odd index are processed from the last
+// column to the first. So each row of tiles begins with the column that the previous row ended with, and the
+// tile of `b` for this column is still loaded.
 template <int kRows, int kColumns>
 inline void tile_step(const Bf16Pair* a, size_t a_stride, const Bf16Pair* b, size_t b_stride) {
   for_sums<kRows, kColumns>([&]<int kRow, int kNth>() __attribute__((always_inline)) {
@@ -68,7 +69,7 @@ struct CopiedStep {
   alignas(64) Bf16Pair a[kPanelColumns * kTileSide];
   alignas(64) Bf16Pair b[kTileSide * kPanelColumns];
 
-  // Copies elements of `from` to the columns [first, end) of `a`.
+  // Copies the first end - first elements of each row of `from` to the columns [first, end) of `a`.
   void copy_a(size_t rows, size_t first, size_t end, const Strided<Bf16Pair>& from) {
     for (size_t i = 0; i < rows; ++i)
       for (size_t k = first; k < end; ++k)
@@ -97,7 +98,8 @@ struct OutputTiles {
   bool accumulate;
 
   // Returns the number of pairs in a step. If the whole depth is less than kTileSide, as for a small rank,
-  // one shorter step covers the whole depth.
+  // one shorter step covers the whole depth. If the elements of a row of `a` are not contiguous, steps always
+  // have kTileSide pairs, because CopiedStep pads them.
   size_t steps() const { return a.step_stride == 1 && 0 < depth && depth < kTileSide ? depth : kTileSide; }
 };
 
@@ -129,7 +131,7 @@ inline void output_tiles(size_t rows, size_t columns, OutputTiles p) {
   store_sums<kRows, kColumns>(p.c, p.c_stride);
 }
 
-// Computes all rows of `c`, for kColumns tiles of columns.
+// Computes all `m` rows of `c`, in kColumns tiles of `columns` columns each.
 template <int kColumns>
 inline void output_rows(size_t m, size_t columns, OutputTiles p) {
   const auto advance = [&](size_t rows) {
@@ -159,8 +161,8 @@ inline void gemm_outputs_in_lanes(size_t m, size_t n, size_t depth, const Stride
   release_tiles();
 }
 
-// Does the same as gemm_outputs_in_lanes, but `w` holds single bfloat16 values. The function copies
-// kPairedRows rows of `w` at a time into pairs. The copy fits into L1.
+// Does the same as gemm_outputs_in_lanes, but `w` holds single bfloat16 values. The function pairs
+// kPairedRows rows of `w` at a time, and stores the pairs in a buffer that fits into L1.
 inline constexpr size_t kPairedRows = 256;
 
 inline void paired_gemm_outputs_in_lanes(size_t m, size_t n, size_t depth, const Strided<Bf16Pair>& a,
@@ -187,8 +189,9 @@ inline void paired_gemm_outputs_in_lanes(size_t m, size_t n, size_t depth, const
 
 // ---- gemm_tokens_in_lanes: the product yt = w xt ----
 
-// Computes kRows x kColumns tiles of `yt`. If `w` is in panels, every third step needs elements of `w` from
-// two panels. For such a step, these elements are copied.
+// Computes kRows x kColumns tiles of `yt`. Each tile has the shape (rows, kTileSide), where `rows` must be
+// kTileSide if kRows is above 1. If `w` is in panels, every third step needs elements of `w` from two panels.
+// Such a step copies these elements into a CopiedStep.
 template <int kRows, int kColumns>
 inline void token_tiles(size_t rows, size_t depth, const Panels<Bf16Pair>& w, const Bf16Pair* xt, float* yt,
                         bool accumulate) {

@@ -20,8 +20,9 @@ inline void rms_norm(size_t n, const float* x, const float* weight, float eps, f
       n, [&](size_t i, auto span) { span.store(span.load(x + i) * factor * span.load(weight + i), y + i); });
 }
 
-// The backward pass of y = weight ∘ x r, where r is 1 / sqrt(mean x² + eps). The gradient is dx = r (dn - x
-// r² mean(dn ∘ x)) with dn = dy ∘ weight, because dr/dx_j = -r³ x_j / n.
+// The backward pass of y = weight ∘ x r with r = 1 / sqrt(mean x² + eps), where ∘ multiplies element by
+// element. With dn = dy ∘ weight, and because dr/dx_j = -r³ x_j / n, the gradient is:
+//   dx = r (dn - x r² mean(dn ∘ x))
 inline void rms_norm_backward(size_t n, const float* dy, const float* x, const float* weight, float eps,
                               float* dx, bool accumulate) {
   using V = Vec<float>;
@@ -39,8 +40,8 @@ inline void rms_norm_backward(size_t n, const float* dy, const float* x, const f
   });
 }
 
-// The mean of a row, and 1 / sqrt(variance + eps). The variance is computed from the differences between the
-// elements and the mean.
+// `mean` is the mean of a row, and `r` is 1 / sqrt(variance + eps). The variance is the mean of the squared
+// differences between the elements and their mean.
 struct Moments {
   float mean, r;
 };
@@ -68,8 +69,9 @@ inline void layer_norm(size_t n, const float* x, const float* weight, const floa
   });
 }
 
-// The backward pass of y = weight ∘ xn + bias with xn = (x - mean) r. The gradient is dx = r (dn - mean(dn) -
-// xn mean(dn ∘ xn)) with dn = dy ∘ weight, because mean and r depend on all elements of x.
+// The backward pass of y = weight ∘ xn + bias with xn = (x - mean) r. The mean and r depend on all elements
+// of x. With dn = dy ∘ weight, the gradient is:
+//   dx = r (dn - mean(dn) - xn mean(dn ∘ xn))
 inline void layer_norm_backward(size_t n, const float* dy, const float* x, const float* weight, float eps,
                                 float* dx, bool accumulate) {
   using V = Vec<float>;
@@ -90,7 +92,8 @@ inline void layer_norm_backward(size_t n, const float* dy, const float* x, const
   });
 }
 
-// Rotates the pairs of one head. The elements of pair i have the indices i * kStep and i * kStep + distance.
+// Rotates the `half` pairs of one head. The elements of pair i have the indices i * kStep and i * kStep +
+// distance. `sign` is -1 if the rotation is inverted, else 1.
 template <size_t kStep>
 inline void rotate_head(size_t half, size_t distance, const float* __restrict table, float sign,
                         float* __restrict x) {
@@ -122,8 +125,8 @@ inline Vec<float> sigmoid(Vec<float> g) {
 // g, s), which returns d * act'(g). The caller must pass gate(g) as `s`.
 
 // An activation with gate(g) = sigmoid(p(g)), where p is a polynomial. With s = gate(g), the derivative is
-// act'(g) = s (1 + g p'(g) (1 - s)). `Polynomial::inner` returns p(g), and `Polynomial::slope` returns g
-// p'(g).
+// act'(g) = s (1 + g p'(g) (1 - s)). `Polynomial::inner` returns p(g), and `Polynomial::slope` returns the
+// product g p'(g).
 template <class Polynomial>
 struct Sigmoidal {
   static Vec<float> gate(Vec<float> g) { return sigmoid(Polynomial::inner(g)); }
@@ -156,9 +159,11 @@ using GeluTanh = Sigmoidal<GeluTanhInner>;
 // The exact GELU: gate(g) = Phi(g), and act'(g) = Phi(g) + g phi(g), where Phi is the distribution function
 // of N(0, 1), and phi is its density.
 //
-// With z = |g| / sqrt(2) and t = 1 / (1 + z / 2), Phi(-|g|) = erfc(z) / 2 is approximately t exp(P(t) - z²) /
-// 2. The coefficients of the polynomial P are kP (Press et al., Numerical Recipes, section 6.2). The relative
-// error is below 1.2e-7 for all z. For positive g, Phi(g) = 1 - Phi(-g).
+// The function first computes Phi(-|g|) = erfc(z) / 2 with z = |g| / sqrt(2). For positive g, Phi(g) = 1 -
+// Phi(-g). With t = 1 / (1 + z / 2), the approximation is:
+//   erfc(z) ≈ t exp(P(t) - z²)
+// The coefficients of the polynomial P are kP (Press et al., Numerical Recipes, section 6.2). The relative
+// error is below 1.2e-7 for all z.
 struct Gelu {
   static Vec<float> gate(Vec<float> g) {
     using V = Vec<float>;
@@ -204,8 +209,8 @@ void gated_backward(size_t n, const float* dout, const float* gate, const float*
   });
 }
 
-// Keeps four separate maxima: with only one, each comparison would have to wait for the result of the
-// previous one.
+// The loop keeps four separate maxima. With only one, each comparison would have to wait for the result of
+// the previous comparison.
 inline float largest(size_t n, const float* x) {
   constexpr size_t kLanes = Vec<float>::kLanes;
   const Vec<float> lowest = Vec<float>::broadcast(-3.40282347e38f);
@@ -218,8 +223,8 @@ inline float largest(size_t n, const float* x) {
   return fold(max(max(m[0], m[1]), max(m[2], m[3])), [](float a, float b) { return a > b ? a : b; });
 }
 
-// While element i of `x` is read, the element that is kFetchAhead bytes after element i is prefetched into
-// L1, which has room for more than kFetchAhead bytes.
+// While the code reads element i of `x`, it prefetches the element that is kFetchAhead bytes later into L1.
+// L1 has room for more than kFetchAhead bytes.
 inline float exp_sum(size_t n, const float* x, float shift, float* y) {
   const Vec<float> less = Vec<float>::broadcast(shift);
   Vec<float> sum = Vec<float>::zero();
@@ -240,10 +245,10 @@ inline void scaled(size_t n, float factor, const float* x, float* y, bool accumu
   });
 }
 
-// Most groups of kSelected elements have no elements to select, or only a few. The compiler vectorises the
-// test for a whole group. If a group has elements to select, the code stores every element of the group, but
-// counts only the selected elements. So an element that is not counted is overwritten by the next element. A
-// branch for each element would often be mispredicted.
+// The code tests the elements in groups of kSelected, and skips a group without elements to select. The
+// compiler vectorises this test. Most other groups have only a few elements to select, and a branch for each
+// element would often be mispredicted. So the code stores every element of such a group, but increments
+// `count` only for the selected elements. An element that is not counted is overwritten by the next element.
 inline size_t select(size_t n, const float* x, float least, size_t limit, int32_t* ids, float* values) {
   size_t count = 0;
   for (size_t first = 0; first < n; first += kSelected) {
@@ -261,8 +266,8 @@ inline size_t select(size_t n, const float* x, float least, size_t limit, int32_
   return count;
 }
 
-// Does the work of add_rows for kPanels full panels. The elements of `out` in these panels stay in registers
-// until all rows are added.
+// Does the work of add_rows for kPanels full panels, where `out` points to the first of their columns. The
+// elements of `out` in these panels stay in registers until all rows are added.
 template <size_t kPanels>
 inline void add_rows_of_panels(size_t count, const uint8_t* ids, const float* weights,
                                const Panels<float>& rows, float* out) {
@@ -290,6 +295,7 @@ inline void add_rows_of_panels(size_t count, const uint8_t* ids, const float* we
 
 inline void add_rows(size_t count, size_t n, const uint8_t* ids, const float* weights,
                      const Panels<float>& rows, float* out) {
+  // The code computes kMost panels of `out` at a time. These panels take 12 vectors.
   constexpr size_t kLanes = Vec<float>::kLanes,
                    kMost = 12 * kLanes < kPanelColumns ? 1 : 12 * kLanes / kPanelColumns;
   Panels<float> at = rows;

@@ -22,8 +22,8 @@ void gelu_backward(size_t n, const T* x, const T* dy, bool tanh, T* out);
 template <class T>
 void dropout(size_t n, const T* x, double probability, uint64_t key, T* out);
 
-// widen_bits converts the bit patterns of a 16-bit float format to floats, and narrow_bits converts floats to
-// these bit patterns.
+// `storage` names a 16-bit float format. widen_bits converts n numbers of this format to floats, and
+// narrow_bits converts n floats to this format. A uint16_t holds the bits of one number.
 void widen_bits(size_t n, const uint16_t* from, Storage storage, float* to);
 void narrow_bits(size_t n, const float* from, Storage storage, uint16_t* to);
 

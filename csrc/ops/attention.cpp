@@ -23,9 +23,10 @@ constexpr size_t kTilesPerTask = 4;
 // waits long at the end.
 constexpr size_t kManyTasks = 16;
 
-// A run consists of neighbouring queries of one sequence. A lane is one head of one query. All lanes of a
-// tile must use the same key-value head. If a run has fewer than kFewestLanes lanes for each key-value head,
-// most lanes of its tiles would be idle, so attention is computed without tiles.
+// A run consists of neighbouring queries of one sequence. A lane is one head of one query. A tile has room
+// for kTileLanes lanes, which must all use the same key-value head. If a run has fewer than kFewestLanes
+// lanes for each key-value head, its tiles would be mostly empty. The attention of this run is then computed
+// without tiles.
 constexpr size_t kFewestLanes = 12;
 
 // The keys of a single query are cut into pieces of at most this many keys.
@@ -62,14 +63,15 @@ struct ForwardBuffers {
   float *queries, *sums;          // (head_dim, kTileLanes)
   float* scores;                  // (kTileKeys, kTileLanes)
   float *largest, *sum, *factor;  // (kTileLanes)
-  // Only for products in bfloat16, which multiply pairs of values: `pairs` (head_dim / 2, lanes) holds the
-  // queries, and `weights` (kTileKeys / 2, lanes) holds the softmax weights of a tile of keys.
+  // These two arrays are used only if the products are in bfloat16, because these products multiply pairs of
+  // values. `pairs` (head_dim / 2, lanes) holds the queries, and `weights` (kTileKeys / 2, lanes) holds the
+  // softmax weights of a tile of keys.
   kernels::Bf16Pair *pairs, *weights;
 };
 
 // Algorithm 1 of Dao 2023 (FlashAttention-2) for one tile of queries. Each key is read from memory only once.
-// Whenever a tile of keys has a larger score than all earlier tiles, the sums over the earlier tiles are
-// scaled down.
+// The softmax weights of a lane are computed relative to the largest score so far. Whenever a tile of keys
+// raises this largest score, the sums over the earlier tiles are scaled down.
 void attend(const QueryTile& tile, Matrix<const float> q, const Outputs& to) {
   const size_t dim = tile.shape.head_dim, lanes = tile.lanes;
   const ForwardBuffers b(dim);
@@ -152,9 +154,10 @@ void attend_tiles(const AttentionShape& shape, const std::vector<Run>& runs, Mat
     for (size_t lane = task.first_lane; lane < task.end_lane; lane += kTileLanes)
       attend({shape, runs[task.run], task.kv_head, lane, task.end_lane}, q, to);
   };
-  // A thread that begins with its own share finds most of its rows in its cache. But if there are fewer runs
-  // than threads, and only a few tasks, one share would hold the long tasks of a run, and another share its
-  // short tasks.
+  // parallel_for gives each thread a share of neighbouring tasks. A thread then reads about the same rows as
+  // in the preceding operation, so most of these rows are in its cache. But if there are only a few runs and
+  // a few tasks, the shares take unequal times, because a run begins with long tasks and ends with short
+  // ones. In this case, all threads take their tasks from one list.
   if (runs.size() >= threads || tasks.size() >= kManyTasks * threads)
     parallel_for(tasks.size(), threads, Interruptible::kYes, attend_lanes);
   else
@@ -163,8 +166,9 @@ void attend_tiles(const AttentionShape& shape, const std::vector<Run>& runs, Mat
 
 // ---- single queries ----
 
-// One query and a range of its keys. For this range, the results are the outputs (heads, head_dim), the
-// largest scores (heads) and the sums of exponentials (heads).
+// One query and a range of its keys. attend_piece stores three results for a piece, one after the other: the
+// outputs (heads, head_dim), which are not yet divided by the sums; the largest scores (heads); and the sums
+// (heads) of exp(score - largest score).
 struct Piece {
   const Run* run;
   size_t row;
@@ -178,9 +182,10 @@ void attend_piece(const AttentionShape& shape, const Piece& piece, Matrix<const 
   float *largest = part + heads * dim, *sum = largest + heads;
   float *scaled = scratch<float>(Scratch::kAttention, heads * (dim + n)), *scores = scaled + heads * dim;
   kernel().scaled(heads * dim, shape.scale, q.row(piece.row), scaled, false);
-  // key_dots multiplies the query with several keys at a time. The keys that are left at the end of a call
-  // are multiplied one by one, and their products are added in a different order. To make the results
-  // independent of the size of the pages, every call except the last one must end at a multiple of kKeyUnit.
+  // key_dots multiplies the query with several keys at a time. If too few keys are left at the end of a call,
+  // they are multiplied one by one, and the terms of their scores are added in a different order. So the
+  // results depend on how the keys are divided among the calls. To make the results independent of the size
+  // of the pages, every call except the last one ends at a multiple of kKeyUnit.
   const size_t aligned = std::min(round_up(piece.keys.first, kKeyUnit), piece.keys.end);
   for (const Span half : {Span{piece.keys.first, aligned}, Span{aligned, piece.keys.end}})
     run.for_parts(half, [&](Span part) {
@@ -203,8 +208,9 @@ void attend_piece(const AttentionShape& shape, const Piece& piece, Matrix<const 
   });
 }
 
-// Combines the results of the pieces into which the keys of a query were cut. The sum of a piece is Σ
-// exp(score - largest score of the piece). The total is Σ exp(score - largest score of all pieces).
+// Combines the results of all pieces of one query, which is row `row` of q, and stores its outputs and lse.
+// The sum of a piece is Σ exp(score - largest score of the piece). Each sum is multiplied by exp(largest
+// score of the piece - largest score of all pieces) before it is added to the total.
 void join_pieces(const AttentionShape& shape, size_t row, size_t pieces, const float* parts,
                  const Outputs& to) {
   const size_t dim = shape.head_dim, heads = shape.heads, stride = heads * (dim + 2);

@@ -1,7 +1,7 @@
 // Attention, causal or in both directions, tile by tile (Vaswani et al. 2017). Groups of query heads share
-// keys and values (Ainslie et al. 2023). Each thread has only one tile of scores at a time (Dao et al. 2022;
-// Dao 2023). Rows are tokens: a row of q is (heads, head_dim), and a row of k or v is (kv_heads, head_dim).
-// Query head h uses key-value head h / (heads / kv_heads).
+// keys and values (Ainslie et al. 2023). Each thread holds only one tile of the score matrix in memory at a
+// time (Dao et al. 2022; Dao 2023). Rows are tokens: a row of q is (heads, head_dim), and a row of k or v is
+// (kv_heads, head_dim). Query head h uses key-value head h / (heads / kv_heads).
 #pragma once
 
 #include <cstddef>
@@ -39,17 +39,20 @@ struct Sequences {
   size_t count;
 };
 
-// Computes out = softmax(scale q kᵀ) v within each sequence, and lse (n, heads) = log Σ exp(scores), which
-// the backward pass needs. A score is a sum of head_dim products. An output is a sum of products, with one
-// product for each key. All sums are added in order, in float32. So for a sum of m products, the error is
-// below gamma(m) = m u / (1 - m u) times the sum of the magnitudes of the products, where u is the unit
-// roundoff. Inf or NaN in a row may spread to all rows of the same sequence, but not to other sequences.
+// Computes out = softmax(scale q kᵀ) v within each sequence. Also computes the log-sum-exp of the scores, lse
+// (n, heads) = log Σ exp(scores), which the backward pass needs. If lse.data is null, lse is not computed. A
+// score is a sum of head_dim products. An output is a sum of products, with one product for each key. All
+// sums are in float32. For a sum of m products, the error is below gamma(m) = m u / (1 - m u) times the sum
+// of the magnitudes of the products, where u is the unit roundoff. Inf or NaN in a row may spread to all rows
+// of the same sequence, but not to other sequences.
 void attention(const AttentionShape& shape, Sequences sequences, Matrix<const float> q, Matrix<const float> k,
                Matrix<const float> v, Matrix<float> out, Matrix<float> lse);
 
+// The inputs and the outputs of `attention`, which the backward pass reads.
 struct AttentionSaved {
   Matrix<const float> q, k, v, out, lse;
 };
+// Computes dq, dk and dv from dout, the gradient of `out`.
 void attention_backward(const AttentionShape& shape, Sequences sequences, Matrix<const float> dout,
                         const AttentionSaved& saved, Matrix<float> dq, Matrix<float> dk, Matrix<float> dv);
 
@@ -67,10 +70,11 @@ struct KeyValueCache {
 };
 // Row i of q is the query of the token at position lengths[i] - 1 in slot slots[i] of the cache. The query
 // attends to this token and to all earlier tokens. With a window, it attends only to this token and to the
-// `window` - 1 tokens before this token. The bits of a row of `out` depend neither on the size of the pages
-// nor on the other rows, with one exception: the length of the run that the row belongs to. A run consists of
-// neighbouring rows with successive tokens of one slot. A run of fewer than kFewestLanes / (heads / kv_heads)
-// rows is computed by another method, which rounds differently.
+// `window` - 1 tokens before this token. The size of the pages does not change the bits of `out`. Other rows
+// of q can change the bits of a row of `out` only through the length of the run that contains the row. A run
+// consists of neighbouring rows with successive tokens of one slot. The attention of a run of fewer than
+// kFewestLanes / (heads / kv_heads) rows is computed by another method, which rounds differently (see
+// kFewestLanes in attention.cpp).
 void attention_cached(const AttentionShape& shape, Matrix<const float> q, KeyValueCache cache,
                       const int64_t* slots, const int64_t* lengths, Matrix<float> out);
 

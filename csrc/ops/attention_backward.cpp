@@ -12,8 +12,8 @@ namespace nplora {
 namespace {
 
 // Blocks of tokens are made smaller until the first diagonal (see attention_backward) has at least
-// kFewestTasks tasks. The constant kFewestTasks must not depend on the number of threads, because the order
-// of the sums depends on the size of the blocks.
+// kFewestTasks tasks. kFewestTasks must not depend on the number of threads. Otherwise the results would
+// depend on the number of threads, because the size of the blocks determines the order of the sums.
 constexpr size_t kFewestTasks = 12;
 
 const kernels::Transformer& kernel() {
@@ -101,7 +101,8 @@ void find_delta(const QueryTile& tile, const Operands& x, bool first, const Back
 }
 
 // Computes the backward pass of the softmax in place: b.scores becomes p, and b.dp becomes ds (see
-// attend_backward). `whole` is true if b.scores holds the scores of all keys to which the queries attend.
+// attend_backward). If `whole` is true, b.scores must hold the scores of all keys to which the queries
+// attend. If `whole` is false, the function also reads b.lse and b.delta. `n` is the number of keys.
 void softmax_backward(size_t n, size_t lanes, bool whole, const BackwardBuffers& b) {
   if (whole)
     kernel().whole_softmax_backward(n, lanes, b.scores, b.dp, kTileLanes);
@@ -143,9 +144,10 @@ void multiply(const QueryTile& tile, const Keys& all, const Operands& x, const B
   });
 }
 
-// Does the same as `multiply`, but multiplies pairs of bfloat16. Keys at positions 2i and 2i + 1 form a pair.
-// So if the span of the keys begins at an odd position, the function also computes scores for the key before
-// the span. These scores are masked, because this key is before the window.
+// Does the same as `multiply`, but multiplies pairs of bfloat16. The keys at positions 2i and 2i + 1 form a
+// pair. If the span begins at an odd position, it begins with the second key of a pair. The function then
+// also computes scores for the first key of this pair. `mask` sets these scores to -Inf, because the first
+// key is before the window of every query of the tile.
 void multiply_pairs(const QueryTile& tile, const Keys& all, const Operands& x, const BackwardBuffers& b) {
   const size_t dim = tile.shape.head_dim, lanes = tile.lanes, column = tile.kv_head * dim;
   const PairBuffers pairs(dim, lanes, b);
@@ -174,10 +176,10 @@ void multiply_pairs(const QueryTile& tile, const Keys& all, const Operands& x, c
 // in the SIMD lanes of all products. With the scores s:
 //   p = exp(s - lse);  dv += p dout;  dp = dout vᵀ;  ds = p ∘ (dp - delta);
 //   dq = scale ds k;  dk += ds (scale q).
-// For a tile of queries, the first block of keys sets dq, and later blocks add to dq. If the scores of all
-// keys of the queries fit into one tile, p and delta are computed from these scores instead of from lse and
-// `out`. The reason is that with few keys, dp and delta can be nearly equal. A delta from the rounded `out`
-// would then make dp - delta too inexact.
+// For a tile of queries, the first block of keys sets dq, and later blocks add to dq. If one tile of scores
+// holds all keys to which the queries attend, p and delta are computed from these scores, and not from lse
+// and `out`. The reason is that with few keys, dp and delta can be nearly equal. The rounding errors of `out`
+// would then be large in comparison with dp - delta.
 void attend_backward(const QueryTile& tile, Span block, const Operands& x, bool first) {
   const size_t dim = tile.shape.head_dim, lanes = tile.lanes;
   const Span seen = tile.visible(),
@@ -206,9 +208,10 @@ void attend_backward(const QueryTile& tile, Span block, const Operands& x, bool 
   tile.scatter(b.q_rows, tile.shape.scale, x.dq, !first);
 }
 
-// The number of tokens in a block. For one head, four arrays of a block are in L2: the keys, the values and
-// their gradients, each of up to 128 KB. If the first diagonal has fewer than kFewestTasks tasks, the number
-// of tokens is halved repeatedly, but not below kTileKeys.
+// Returns the number of tokens in a block. A task reads or writes four arrays of a block of keys, for one
+// key-value head: the keys, the values and their gradients. If head_dim is at most 512, each array takes at
+// most 128 KB, so that all four stay in L2. If the first diagonal has fewer than kFewestTasks tasks, the
+// number of tokens is halved repeatedly, but not below kTileKeys.
 size_t block_tokens(const AttentionShape& shape, const std::vector<Run>& runs) {
   size_t block = std::clamp<size_t>(32768 / shape.head_dim / kTileKeys, 1, 8) * kTileKeys;
   const auto tasks = [&] {
@@ -227,15 +230,16 @@ struct Task {
 
 }  // namespace
 
-// The queries and the keys of a sequence are cut into blocks. A task computes one query block with one key
-// block. dq is a sum over keys, and dk and dv are sums over queries, so two tasks may run at the same time
-// only if they have neither the query block nor the key block in common. Therefore, the tasks are ordered as
-// the diagonals of a matrix whose rows are query blocks and whose columns are key blocks: the tasks of one
-// diagonal run in parallel, and the diagonals are computed one after the other. So every sum has one fixed
-// order. A task computes its products only once, for dq, dk and dv. Within a diagonal, no thread waits for
-// another thread. Diagonal d consists of the tasks of query block i and key block i - d, for i >= d. Without
-// causality, if a sequence has n blocks, diagonal d also contains the tasks of query block i < d and key
-// block i - d + n.
+// The queries and the keys of a sequence are cut into blocks of tokens. A task multiplies one block of
+// queries with one block of keys. It computes the scores only once, for dq, dk and dv. dq is a sum over keys,
+// and dk and dv are sums over queries. So two tasks for the same key-value head may run at the same time only
+// if they have neither the query block nor the key block in common.
+//
+// Therefore, the tasks are arranged in a matrix whose rows are query blocks and whose columns are key blocks.
+// The tasks of one diagonal of this matrix run in parallel, and no task of a diagonal waits for another. The
+// diagonals are computed one after the other, so every sum has one fixed order. Diagonal d consists of the
+// tasks of query block i and key block i - d, for i >= d. Without causality, if a sequence has n blocks,
+// diagonal d also contains the tasks of query block i < d and key block i - d + n.
 void attention_backward(const AttentionShape& given, Sequences sequences, Matrix<const float> dout,
                         const AttentionSaved& saved, Matrix<float> dq, Matrix<float> dk, Matrix<float> dv) {
   const Timed timed(Activity::kAttentionBackward);
@@ -256,7 +260,7 @@ void attention_backward(const AttentionShape& given, Sequences sequences, Matrix
   std::vector<Task> tasks;
   for (size_t diagonal = 0; diagonal * block < longest; ++diagonal) {
     if (shape.causal && shape.window > 0 && diagonal > 0 && (diagonal - 1) * block + 1 >= shape.window)
-      break;  // on this diagonal and all later ones, no key is in a window
+      break;  // on this diagonal and all later ones, no key is in the window of a query
     tasks.clear();
     for (size_t i = 0; i < runs.size(); ++i)
       for (size_t b = shape.causal || diagonal * block >= runs[i].count ? diagonal : 0;

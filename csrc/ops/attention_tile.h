@@ -16,9 +16,10 @@
 
 namespace nplora {
 
-// A lane is one head of one query. All lanes of a tile use the same key-value head. The lanes of a run that
-// use the same key-value head are ordered by token, then by head, and are cut into tiles of kTileLanes lanes.
-// Most arrays of a tile have the shape (n, kTileLanes), so that neighbouring lanes are neighbours in memory.
+// The number of lanes in a tile. A lane is one head of one query. All lanes of a tile use the same key-value
+// head. The lanes of a run that use the same key-value head are ordered by token, then by head, and are cut
+// into tiles of kTileLanes lanes. Most arrays of a tile have the shape (n, kTileLanes), so that neighbouring
+// lanes are neighbours in memory.
 inline constexpr size_t kTileLanes = kernels::kPanelColumns;
 // The number of keys in a tile. The scores of a tile are 64 keys x 48 lanes of floats = 12 KB.
 inline constexpr size_t kTileKeys = 64;
@@ -31,8 +32,9 @@ struct Span {
 };
 
 // The sums over keys are split only at multiples of kKeyUnit positions, so that the results do not depend on
-// the size of the pages. kKeyUnit must be a multiple of the number of keys that key_dots multiplies at a time
-// (at most 8), and of kDepthUnit, because a product may split its depth only at multiples of kDepthUnit.
+// the size of the pages. kKeyUnit must be a multiple of kDepthUnit, because a product may split its depth
+// only at multiples of kDepthUnit. kKeyUnit must also be a multiple of the number of keys that key_dots
+// multiplies at a time, which is at most 8.
 inline constexpr size_t kKeyUnit = kernels::kDepthUnit;
 static_assert(kPageUnit % kKeyUnit == 0 && kTileKeys % kKeyUnit == 0);
 
@@ -59,15 +61,15 @@ struct PairedRows {
 struct Run {
   size_t row, count;      // the run's queries are the rows `row` to row + count - 1 of q
   size_t first_position;  // the position of the first query in its sequence
-  const float *k, *v;     // points to the row of position 0 or, with pages, to page 0
+  const float *k, *v;     // the address of position 0 or, with pages, the address of page 0
   size_t stride;          // the row stride of k and v
   // pages[i] is the page of the positions i * page_tokens to (i + 1) * page_tokens - 1. `pages` is null if
   // page 0 holds all positions.
   const int64_t* pages = nullptr;
   size_t page_tokens = 0;
-  const PairedRows* k_pairs = nullptr;  // null if products are in float32 or there are pages
+  const PairedRows* k_pairs = nullptr;  // null if products are in float32 or k and v are in pages
   const PairedRows* v_pairs = nullptr;
-  size_t pair_row = 0;  // the row of `down` with positions 0 and 1 of the sequence
+  size_t pair_row = 0;  // the row of `down` that pairs positions 0 and 1 of the sequence
 
   Matrix<const float> keys(size_t head, size_t dim, Span part) const {
     return {k + row_of(part.first) * stride + head * dim, part.size(), dim, stride};
@@ -79,7 +81,8 @@ struct Run {
   size_t row_of(size_t position) const {
     return pages ? size_t(pages[position / page_tokens]) * page_tokens + position % page_tokens : position;
   }
-  // Calls body(part) for parts of a span that are contiguous in memory: each part is inside one page.
+  // Cuts a span of positions into parts that are contiguous in memory, and calls body(part) for each part.
+  // With pages, each part is inside one page. Without pages, the whole span is one part.
   template <class Body>
   void for_parts(Span span, const Body& body) const {
     while (span.first < span.end) {
@@ -101,8 +104,8 @@ inline AttentionShape in_pairs_if_even(const AttentionShape& shape) {
   return shape.head_dim % 2 == 0 ? shape : in_floats(shape);
 }
 
-// Returns the smallest range of keys that the queries at the positions first_position to last_position of a
-// run need.
+// Returns the smallest range that contains all keys to which the queries at the positions first_position to
+// last_position of a run attend.
 inline Span visible_keys(const AttentionShape& shape, const Run& run, size_t first_position,
                          size_t last_position) {
   const size_t window = shape.window, keys = run.first_position + run.count;
@@ -111,26 +114,28 @@ inline Span visible_keys(const AttentionShape& shape, const Run& run, size_t fir
   return {first, window > 0 ? std::min(last_position + window, keys) : keys};
 }
 
-// Adds the number of floating-point operations of attention to `timed`. For each lane and each key to which
-// the query of the lane attends, there are `products` * head_dim multiply-adds.
+// Adds the number of floating-point operations of attention to `timed`. `products` is the number of matrix
+// products: 2 in the forward pass, and 5 in the backward pass. For each product, each head of a query and
+// each key to which the query attends, there are head_dim multiply-adds.
 inline void count_operations(const Timed& timed, const AttentionShape& shape, const std::vector<Run>& runs,
                              double products) {
-  double pairs = 0;
+  double attended = 0;
   for (const Run& run : runs)
     for (size_t i = run.first_position; i < run.first_position + run.count; ++i)
-      pairs += double(visible_keys(shape, run, i, i).size());
+      attended += double(visible_keys(shape, run, i, i).size());
   timed.count(shape.pairs ? Arithmetic::kBfloat16 : Arithmetic::kFloat32,
-              products * pairs * 2.0 * double(shape.heads * shape.head_dim));
+              products * attended * 2.0 * double(shape.heads * shape.head_dim));
 }
 
-// A tile: the lanes `first` to first + lanes - 1 of the run. The lanes that use the key-value head kv_head
-// are numbered from 0, and other lanes have no number.
+// A tile: the lanes `first` to first + lanes - 1 of a run. Only the lanes that use the key-value head kv_head
+// are counted, from 0.
 struct QueryTile {
   const AttentionShape& shape;
   const Run& run;
   size_t kv_head, first, lanes;
 
-  // The tile has the first kTileLanes of the lanes first_lane to end_lane - 1, or all if there are fewer.
+  // The tile begins with lane first_lane. It ends before lane end_lane, or earlier if it already has
+  // kTileLanes lanes.
   QueryTile(const AttentionShape& s, const Run& r, size_t head, size_t first_lane, size_t end_lane)
       : shape(s),
         run(r),
@@ -156,8 +161,8 @@ struct QueryTile {
     }
   }
 
-  // Multiplies x (n, heads * head_dim) by `factor`, and stores it in `to` (lanes, head_dim): row i of `to`
-  // comes from the head of x that belongs to lane i of the tile.
+  // Copies the lanes of the tile from x (n, heads * head_dim) to `to` (lanes, head_dim), and multiplies them
+  // by `factor`. Lane i of the tile is one head of one row of x, and becomes row i of `to`.
   void gather(Matrix<const float> x, float factor, float* to) const {
     const size_t dim = shape.head_dim;
     for_tokens([&](size_t row, size_t head, size_t heads, size_t lane) {
@@ -259,8 +264,8 @@ inline void pair_rows(size_t rows, size_t lanes, const float* x, kernels::Bf16Pa
 // The keys and values of some runs, as pairs of bfloat16 in scratch memory of the calling thread.
 class PairedKeysAndValues {
  public:
-  // Converts k and v (n, width), and sets the pointers in `runs` to the results. Only a backward pass needs
-  // v_.along and k_.down, so they are set only if `backward` is true.
+  // Converts k and v (n, width), and sets the pointers in `runs` to the results. v_.along and k_.down are
+  // null unless `backward` is true, because only a backward pass reads them.
   PairedKeysAndValues(std::vector<Run>& runs, Matrix<const float> k, Matrix<const float> v, bool backward);
   PairedKeysAndValues(const PairedKeysAndValues&) = delete;
   PairedKeysAndValues& operator=(const PairedKeysAndValues&) = delete;

@@ -3,7 +3,8 @@
 //   dz = scale dy A, for each layer
 //   dx = the sum of dy W + undrop(dz B) over all layers
 //   da += scale dyᵀ z and db += dzᵀ drop(x), for each layer
-// The function `drop` applies the dropout mask to x, and `undrop` applies the same mask to a gradient.
+// The array z = drop(x) Bᵀ comes from the forward pass. The function `drop` applies the dropout mask to x,
+// and `undrop` applies the same mask to a gradient.
 #include <algorithm>
 #include <type_traits>
 
@@ -89,10 +90,11 @@ void lora_backward(std::span<const BackwardPart<T>> parts, Matrix<const T> x, Ma
     const auto is_packed = [](const BackwardPart<T>& part) { return part.w.packed; };
     const bool all_bf16 = std::all_of(parts.begin(), parts.end(), is_bf16);
     const bool all_packed = std::all_of(parts.begin(), parts.end(), is_packed);
-    // In batches of up to `most_paired` tokens, gemm_outputs_in_lanes pairs the rows of W during the product.
-    // If pairs_in_registers is false, each call of gemm_outputs_in_lanes (for up to kFewTokens tokens) makes
-    // a new copy of the rows to pair them. In larger batches, all tokens share one copy of the paired rows,
-    // which is made before the products.
+    // A W in bfloat16 can be multiplied in two ways. In batches of up to `most_paired` tokens,
+    // gemm_outputs_in_lanes reads the rows of W and pairs them during the product. In larger batches, the
+    // rows are first copied to memory in pairs, and all tokens of a task share this copy. If
+    // pairs_in_registers is false, each call of gemm_outputs_in_lanes makes its own copy. Batches of more
+    // than kFewTokens tokens would need several calls, and thus several copies, for the same rows.
     const size_t most_paired = !all_packed                           ? kInPlaceBatch
                                : kernels::table().pairs_in_registers ? kPairedBatch
                                                                      : kFewTokens;
@@ -119,9 +121,8 @@ void add_outer(Matrix<const T> a, Matrix<const T> b, double scale, Matrix<T> out
     const Range rows = nth_block(out.rows, kRowBlock, i / col_tasks);
     const Range cols = nth_block(out.cols, kColumnBlock, i % col_tasks);
     T* scaled = scratch<T>(Scratch::kFactor, kSumDepth * kRowBlock);
-    // The whole product is computed in separate memory, and then added to `out`. `out` therefore gets the
-    // same bits as if the caller computed the product into an array of zeros and then added this array to
-    // `out`.
+    // The product is summed over all tokens in separate memory, and is then added to `out` in one step. So
+    // the rounding of the product does not depend on the old values of `out`.
     const Matrix<T> product{scratch<T>(Scratch::kWeight, rows.count * cols.count), rows.count, cols.count,
                             cols.count};
     for (size_t first = 0; first < a.rows; first += kSumDepth) {

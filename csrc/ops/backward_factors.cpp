@@ -26,9 +26,10 @@ void FactorGradients<E>::cut(const Part* part, const Joined* joined, size_t cols
     tasks_.push_back({part, joined, {c, std::min(kColumnBlock, cols - c)}});
 }
 
-// Adds the product of a token block to the sums of a task. If the task computes columns of dAᵀ (r, d_out),
-// the product is zᵀ dy. If the task computes columns of dB (r, d_in), the product is dzᵀ drop(x). Only a few
-// tokens are multiplied at a time, so that the rows of dy or x stay in the cache.
+// Computes the matrix product of a task for one token block, and adds it to the sums of the task. If the task
+// computes columns of dAᵀ (r, d_out), the product is zᵀ dy. If the task computes columns of dB (r, d_in), the
+// product is dzᵀ drop(x). Only a few tokens are multiplied at a time, so that the rows of dy or x stay in the
+// cache.
 template <class E>
 void FactorGradients<E>::add(Range token_block, size_t task) const {
   const Task& t = tasks_[task];

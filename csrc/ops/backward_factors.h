@@ -20,7 +20,7 @@ class FactorGradients {
   explicit FactorGradients(const Stack& stack);
   size_t tasks() const { return tasks_.size(); }
 
-  // Adds the product of one token block to the sums of a task.
+  // Computes the matrix product of a task for one token block, and adds it to the sums of the task.
   void add(Range token_block, size_t task) const;
 
   // Adds all sums to the caller's gradients. The addition cannot be interrupted: after an interrupt, the

@@ -20,12 +20,12 @@ using kernels::Strided;
 
 namespace {
 
-// Returns the memory to prefetch while the first tokens of a task are multiplied by a block of W. Usually,
-// the function returns the memory that is read after the block: the next rows of the same panel, or the next
-// panel. In three cases, the function returns Fetch::rows_ahead(), which prefetches later rows of the same
-// block: if W is not packed, if all tokens fit into one tile, or if the block is read in place and the kernel
-// divides it into L1 blocks. (When the later tokens of the task are multiplied, the block is already in L2,
-// and its rows are prefetched into L1.)
+// Returns the memory to prefetch while the first `tokens` tokens of a task are multiplied by a block of W.
+// (When later tokens of the task are multiplied, the block is already in L2, and the caller prefetches its
+// rows into L1.) Usually, the function returns the memory that is read after the block: the next rows of the
+// same panel, or the next panel. There are three exceptions: W is not packed, all `tokens` tokens fit into
+// one tile, or the kernel reads the block in place and divides it into L1 blocks. In these cases, the
+// function returns Fetch::rows_ahead(), which prefetches later rows of the same block.
 template <class E>
 Fetch following(const WeightView& w, Range rows, Range panel, size_t tokens, const void* block) {
   const kernels::Tiles<E>& k = kernels::table().tiles<E>();

@@ -30,10 +30,11 @@ class InputGradient {
   // The largest number of tokens in a task.
   size_t task_tokens(size_t block_tokens) const;
 
-  // The size in bytes of the int8 copy of dy, if a token block has at most `block_tokens` tokens.
+  // The size in bytes of the int8 copies of dy of all layers, if a token block has at most `block_tokens`
+  // tokens. The size is 0 if W is not Int8Quad.
   size_t code_bytes(size_t block_tokens) const;
 
-  // Sets where the int8 copy of dy is stored.
+  // Sets the memory for the int8 copies of dy. It must have code_bytes(block_tokens) bytes.
   void place_codes(size_t block_tokens, void* memory);
 
   // If W is Int8Quad, quantises the dy of some tokens of a token block. With a dither key, dy is rounded
@@ -52,7 +53,7 @@ class InputGradient {
   // The operands of a layer's product in int8.
   struct Int8Operands {
     CodedBlock codes;                       // dy in int8
-    std::shared_ptr<const KeptCodes> kept;  // the kept codes of W, or null
+    std::shared_ptr<const KeptCodes> kept;  // all of W in int8, if kept in memory; otherwise null
   };
 
   // The dy of some tokens, for a product with W. In int8 products, dy is in `int8`, and `elements` is empty.

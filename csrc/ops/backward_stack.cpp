@@ -83,8 +83,9 @@ E* BackwardStack<E>::divide(Arena<T>& t, Arena<E>& e, size_t more) {
   return e.take(ceil_div(more, sizeof(E)));
 }
 
-// Stacks the B matrices of all joined layers, one below the other. If there is only one layer, its B is not
-// copied. If E is Bf16Pair, the rows of the stacked B are then converted to pairs.
+// Stacks the B matrices of the layers of a group, one below the other, and sets all.b to the result. If the
+// group has only one layer, its B is not copied. If E is Bf16Pair, the rows of the result are converted to
+// pairs.
 template <class E>
 void BackwardStack<E>::bring_b(Joined& all) const {
   E* room = const_cast<E*>(all.b.data);  // memory that `divide` reserved for the stacked B
@@ -105,8 +106,8 @@ void BackwardStack<E>::bring_b(Joined& all) const {
   all.b = pairs_down_columns<E>({stack, all.rank, d_in_, d_in_}, room);
 }
 
-// Computes dz for a few tokens at a time, so that their dy is still in L2 when the product with A reads dy.
-// If E is Bf16Pair, the function also converts dy, z and dz.
+// Processes kTokenUnit tokens at a time. If E is Bf16Pair, dy and z are converted before dz is computed, and
+// dz is converted afterwards. For so few tokens, the converted dy is still in L2 when it is multiplied by A.
 template <class E>
 void BackwardStack<E>::prepare(Range token_block, Range some) const {
   for (size_t i = 0; i < some.count; i += kTokenUnit) {

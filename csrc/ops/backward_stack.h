@@ -39,7 +39,7 @@ class BackwardStack {
     T* dz = nullptr;        // the dz of a token block of n tokens, (n, rank)
     E* elements = nullptr;  // if E is Bf16Pair: dz in pairs, (n, rank / 2)
     E* rows = nullptr;      // if E is Bf16Pair: dz transposed, in pairs, (rank, n / 2)
-    T* db = nullptr;        // the sums of dB, (r, d_in)
+    T* db = nullptr;        // the sums of dB, (rank, d_in)
   };
 
   struct Part {

@@ -33,15 +33,16 @@ static_assert(kDepthBlock % kDepthCut == 0 && kDepthCut % kDepthUnitValues == 0)
 inline size_t depth_block(size_t depth) {
   return round_up(ceil_div(depth, std::max<size_t>(1, ceil_div(depth, kDepthBlock))), kDepthCut);
 }
-// A task keeps at most kTaskTokens tokens in L2 or L3. A token block of x has at most kLanesBytes bytes after
-// it is transposed into the SIMD lanes.
+// In forward_lanes, and usually in the backward pass, a task multiplies at most kTaskTokens tokens, so that
+// these tokens stay in L2 or L3. A token block of x has at most kLanesBytes bytes after it is transposed into
+// the SIMD lanes.
 inline constexpr size_t kTaskTokens = 256, kLanesBytes = size_t{8} << 20;
-// In the backward pass, batches of up to this many rows are not computed in bfloat16 or int8, because these
-// products are not faster for a few rows.
+// In the backward pass, batches of up to this many tokens are not computed in bfloat16 or int8, because
+// products in bfloat16 or int8 are not faster for so few tokens.
 inline constexpr size_t kFloatBatch = 4;
-// In the backward pass, batches of up to this many tokens read a row-major W in place, unless W must be
-// converted. In larger batches, all tokens share one copy of each block of W. A packed W, or a W in double,
-// is read in place in larger batches too, unless it must be converted.
+// A limit for the backward pass. Batches of up to this many tokens read W in place. In larger batches, all
+// tokens share one copy of each block of W. There are exceptions: a W that must be converted is never read in
+// place, and any other W that is packed or in double is always read in place.
 inline constexpr size_t kInPlaceBatch = 16;
 // Two limits for the number of tokens in a backward pass with a W in bfloat16. Batches up to the limit read W
 // in place, and each tile converts the values of W in registers. Larger batches use a converted copy of W.
@@ -75,10 +76,11 @@ inline double flops(size_t n, size_t d_out, size_t d_in) {
   return 2.0 * static_cast<double>(n) * static_cast<double>(d_out) * static_cast<double>(d_in);
 }
 
-// The number of tokens in a token block (MC in BLIS). A token has `width` elements, and a token block takes
-// at most `bytes` bytes. The token blocks of a batch have about equal size. A batch is cut into token blocks
-// at multiples of kTokenUnit. Token blocks are cut into tasks at multiples of kTokenUnit too, except in
-// forward_lanes, which cuts at multiples of the number of lanes.
+// The number of tokens in a token block (MC in BLIS). A token has `width` elements of `element_bytes` bytes.
+// A token block takes at most `bytes` bytes, unless 2 * kTokenUnit tokens already take more. The token blocks
+// of a batch have about equal size. A batch is cut into token blocks at multiples of kTokenUnit. Token blocks
+// are cut into tasks at multiples of kTokenUnit too, except in forward_lanes, which cuts at multiples of the
+// number of lanes.
 inline constexpr size_t kTokenUnit = 32;
 static_assert(kTokenUnit % kDepthUnitValues == 0);
 inline size_t tokens_of_block(size_t tokens, size_t width, size_t element_bytes, size_t bytes = kLanesBytes) {
@@ -117,7 +119,9 @@ void for_pieces(size_t n, size_t unit, size_t threads, const Body& body) {
 class Grid {
  public:
   struct Cut {
-    size_t count, unit, most;  // `count` items, cut at multiples of `unit` into pieces of at most `most`
+    // There are `count` items. Each piece begins at a multiple of `unit`. The largest number of items in a
+    // piece is `most`, rounded up to a multiple of `unit`.
+    size_t count, unit, most;
   };
 
   Grid(Cut tokens, Cut side, double operations, size_t threads) {
@@ -125,13 +129,14 @@ class Grid {
     // W counts as at least one unit of rows or columns. So there are tasks even if W has no rows or columns.
     const size_t units = std::max<size_t>(1, ceil_div(side.count, side.unit));
     size_t pieces = ceil_div(tokens.count, std::max<size_t>(1, tokens.most));
-    // If W has too few units of `side.unit` rows or columns for all threads, the range of tokens is cut into
-    // more pieces. But if the number of units is a multiple of the number of threads, the tokens are not cut
-    // further, because W would be read and decoded again for each piece of the tokens.
+    // W is cut at multiples of side.unit rows or columns. If W has too few of these units for all threads,
+    // the tokens are cut into more pieces. There is one exception: if the number of units is a multiple of
+    // the number of threads, all threads get equal work anyway. The tokens are then not cut into more pieces,
+    // because W is read and decoded once for each piece.
     if (pieces * units < pieces_for(threads) && units % threads != 0)
       pieces = ceil_div(pieces_for(threads), units);
-    // Makes the number of token pieces as small as possible without making the longest piece longer. Fewer
-    // pieces are better, because W is read once for each piece.
+    // Reduces the number of token pieces, but only so far that the longest piece does not become longer.
+    // Fewer pieces are better, because W is read once for each piece.
     const size_t token_units = ceil_div(tokens.count, tokens.unit);
     pieces = ceil_div(token_units, ceil_div(token_units, pieces));
     const size_t in_time = pieces * units / (static_cast<size_t>(operations / kTaskFlops) + 1);

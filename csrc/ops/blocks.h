@@ -11,7 +11,8 @@
 namespace nplora {
 
 // Decodes a matrix (rows, cols) that is stored in blocks, in any format except NF4. Each row of `blocks`
-// holds cols / elements blocks one after the other, where a block has `elements` values and `bytes` bytes.
+// holds the blocks of one row of the matrix, one after the other. BlockFormatInfo has the number of values
+// and the number of bytes of a block.
 void dequantize(BlockFormat format, Matrix<const uint8_t> blocks, Matrix<float> out);
 
 // Quantises values (rows, cols) to blocks, with a squared error close to the smallest possible error. First
@@ -27,13 +28,15 @@ void quantize_row(BlockFormat format, size_t cols, const float* x, uint8_t* out)
 
 // ---- NF4, whose blocks may begin in one row and end in the next ----
 
-// Quantises n = rows * cols values to codes (ceil(n / 2)) and absmax (ceil(n / 64)). There must be no gaps
-// between the rows. First calls require_storable, like `quantize`.
+// Quantises n = rows * cols values to NF4. `codes` (ceil(n / 2)) holds two codes in each byte. `absmax`
+// (ceil(n / 64)) holds the largest magnitude of each block of 64 values. There must be no gaps between the
+// rows of `values`. Like `quantize`, this function first calls require_storable.
 void quantize_nf4(Matrix<const float> values, uint8_t* codes, float* absmax);
 
-// The second quantisation of NF4: the array absmax (n) is quantised, too. Fills codes (n), book (kNf4Book)
-// and scales (ceil(n / kNf4Group)), and returns the mean of `absmax`. The quantised value of absmax[i] is
-// mean + scales[i / kNf4Group] * book[codes[i]].
+// The second quantisation of NF4: the array absmax (n) is quantised, too. Fills codes (n), scales (ceil(n /
+// kNf4Group)) and `book` (kNf4Book), the table of the numbers that the codes stand for before scaling.
+// Returns the mean of `absmax`. The quantised value of absmax[i] is mean + scales[i / kNf4Group] *
+// book[codes[i]].
 float quantize_absmax(size_t n, const float* absmax, uint8_t* codes, float (&book)[kNf4Book], float* scales);
 
 // Decodes the n values of w to out (n).

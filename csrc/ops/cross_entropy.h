@@ -13,10 +13,12 @@ inline constexpr int64_t kIgnoredTarget = -100;  // marks a row without a loss, 
 // The shapes are logits (n, vocab), targets (n) and losses (n). For each row, the loss is log Σ exp(logits) -
 // logits[target], or 0 if the target is ignored. If `gradient` is true, the logits are overwritten by their
 // gradient: factor * (softmax - one_hot), or 0 for ignored targets. If `gradient` is false, the logits do not
-// change. To compute Σ, the exponentials of each block of kBlockLogits logits are summed in float32, with one
-// partial sum for each of the L lanes of a vector. The sums of the blocks are added in float64. The relative
-// error of Σ is below gamma(kBlockLogits / L + log2 L) plus the relative error of `exp`. Here gamma(m) = m u
-// / (1 - m u), and u is the unit roundoff.
+// change.
+//
+// To compute Σ exp(logits), the exponentials of each block of kBlockLogits logits are summed in float32, with
+// one partial sum for each of the L lanes of a vector. The sums of the blocks are added in float64. The
+// relative error of the total is below gamma(kBlockLogits / L + log2 L) plus the relative error of `exp`.
+// Here gamma(m) = m u / (1 - m u), and u is the unit roundoff.
 void cross_entropy(Matrix<float> logits, const int64_t* targets, double factor, double* losses,
                    bool gradient);
 
@@ -28,13 +30,13 @@ struct RowSum {
   float largest;
   double sum;
 
-  double loss(float logit) const;
+  double loss(float logit) const;  // the loss if `logit` is the logit of the target
 };
 
 // Computes the sum of exponentials of one row block by block (Milakov & Gimelshein 2018), so that the row is
 // read from memory once. For each block of kBlockLogits logits, the function computes exp(logit - largest),
 // where `largest` is the largest logit from the start of the row to the end of the block. If `shifts` is not
-// null, the exponentials overwrite the logits, and shifts[i] becomes the number `largest` of block i.
+// null, the exponentials overwrite the logits, and the number `largest` of block i is stored in shifts[i].
 RowSum sum_of_row(size_t n, float* logits, float* shifts);
 
 }  // namespace nplora

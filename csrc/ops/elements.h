@@ -17,8 +17,8 @@ size_t depth_of(size_t n) {
   return ceil_div(n, kernels::kValuesPerElement<E>);
 }
 
-// Stores the transpose of x (rows, cols) in xt (depth_of<E>(cols), n_lanes), as elements of type E. There are
-// at least as many lanes as rows; lanes without a row are set to 0.
+// Stores the transpose of x (rows, cols) in xt (depth_of<E>(cols), n_lanes), as elements of type E. n_lanes
+// must be at least the number of rows. Lanes without a row are set to 0.
 template <class E>
 void lanes_of(size_t n_lanes, Matrix<const kernels::Sum<E>> x, E* xt) {
   const auto& k = kernels::table().products<kernels::Sum<E>>();

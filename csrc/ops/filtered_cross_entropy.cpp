@@ -30,13 +30,14 @@ constexpr double kKeptCost = 2;
 
 // The kept words of each row of the logits: up to limit() likely words, and the target. `keep` stores the
 // kept words of one row as two lists, in ascending order of the words. The lists overwrite the logits of the
-// row, so they need no other memory: row i begins with the counts[i] weights of its words, and the second
-// half of the row begins with the ids of the words.
+// row, so they need no other memory: row i begins with the weights of its counts_[i] kept words, and the
+// second half of the row begins with the ids of these words. For a word with the probability p, the weight is
+// factor * p, or factor * (p - 1) if the word is the target.
 //
 // When the words of all rows are stored, `arrange` copies them in the order in which the product with W needs
 // them: one block of the vocabulary after the other, and within a block, one row of the logits after the
-// other. The product cannot read the lists themselves in this order, because the lists of different rows are
-// too far apart in memory.
+// other. The product could not read the words from the lists in this order, because the lists of different
+// rows are too far apart in memory.
 class KeptWords {
  public:
   explicit KeptWords(Matrix<float> logits)
@@ -92,7 +93,8 @@ size_t KeptWords::keep(size_t row, const RowSum& sum, int32_t target, double fac
     values[at] = logits[target];
     ++count;
   }
-  // 1 - Σ_kept p would have an error of about 1e-7, and could be negative.
+  // The probabilities of the skipped words are summed. The difference 1 - Σ_kept p would have an error of
+  // about 1e-7, and could be negative.
   for (size_t i = 0; i < count; ++i) logits[ids[i]] = -std::numeric_limits<float>::infinity();
   const RowSum rest = sum_of_row(logits_.cols, logits, nullptr);
   *skipped = rest.sum / sum.sum * std::exp(double(rest.largest) - double(sum.largest));
@@ -108,8 +110,8 @@ void KeptWords::arrange() {
   firsts_ = scratch<uint32_t>(Scratch::kLowGradients, blocks_ * rows() + 1);
   std::fill_n(firsts_, blocks_ * rows() + 1, 0);
   const size_t threads = useful_threads(double(blocks_ * rows()));
-  // Calls body(row) for all rows. Neighbouring rows go to the same thread, because the counts of neighbouring
-  // rows are in the same cache line.
+  // Calls body(row) for all rows. Neighbouring rows go to the same thread, because their counts are in the
+  // same cache line, and two threads should not write to one cache line.
   const auto for_rows = [&](const auto& body) {
     for_pieces(rows(), kTokenUnit, threads, [&](Range some) {
       for (size_t i = 0; i < some.count; ++i) body(some.first + i);
@@ -134,8 +136,8 @@ void KeptWords::arrange() {
   });
 }
 
-// Returns the next columns of W to process if the first `done` columns of the range `side` are done. The
-// returned columns are either all in full panels, or all in a last panel that is narrower than a full panel.
+// Returns the columns of W to process after the first `done` columns of the range `side`. The returned
+// columns are either all in full panels, or all in a last panel that is narrower than a full panel.
 Range next_columns(const WeightView& w, Range side, size_t done) {
   const size_t first = side.first + done, full = full_columns(w.d_in),
                end = std::min(side.first + side.count, first < full ? full : w.d_in);

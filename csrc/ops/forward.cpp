@@ -126,7 +126,8 @@ void small_groups(std::span<const GroupParts<T>> groups, Matrix<const T> x) {
   lora_infer<T>(parts, x, x.rows);
 }
 
-// Whether no update of a large batch is merged on the fly.
+// Whether all updates of a large batch are computed separately. If the result is false, at least one update
+// is merged on the fly.
 template <class T>
 bool updates_are_separate(std::span<const GroupParts<T>> groups) {
   for (const GroupParts<T>& group : groups)
@@ -141,7 +142,7 @@ bool updates_are_separate(std::span<const GroupParts<T>> groups) {
   return true;
 }
 
-// Whether no layer of a group adds an update or a bias to x Wᵀ.
+// Whether y = x Wᵀ, without an update or a bias, for all layers of a group.
 template <class T>
 bool adds_nothing(const GroupParts<T>& group) {
   return std::all_of(group.parts.begin(), group.parts.end(),

@@ -16,14 +16,16 @@ namespace nplora {
 template <class W>
 void forward_small(std::span<const ForwardPart<kernels::Sum<W>>> parts, Matrix<const kernels::Sum<W>> x);
 
-// The method with tokens in the SIMD lanes, in elements of type E. forward_lanes transposes x and y.
+// The method with tokens in the SIMD lanes. forward_lanes transposes x and y. The products with W and B have
+// elements of type E.
 template <class E>
 void forward_lanes(std::span<const ForwardPart<kernels::Sum<E>>> parts, Matrix<const kernels::Sum<E>> x,
                    size_t threads);
 
-// The method with outputs in the SIMD lanes. forward_rows transposes blocks of W. For a batch of
-// `plan_tokens` rows, plan_forward may choose to merge the low-rank update on the fly: the update is then
-// added to these blocks. Blocks of the weight have elements of type W, which is E or Int8Quad.
+// The method with outputs in the SIMD lanes. forward_rows transposes blocks of W. The low-rank update may be
+// merged on the fly: it is then added to these blocks. plan_forward decides this for a batch of `plan_tokens`
+// rows, even if x has more or fewer rows. Blocks of the weight have elements of type W, which is E or
+// Int8Quad.
 template <class E, class W>
 void forward_rows(std::span<const ForwardPart<kernels::Sum<E>>> parts, Matrix<const kernels::Sum<E>> x,
                   size_t threads, size_t plan_tokens);
@@ -33,6 +35,7 @@ Matrix<const T> rows_of(Matrix<const T> m, Range rows) {
   return {m.row(rows.first), rows.count, m.cols, m.stride};
 }
 
+// Returns drop(x[tokens]) in scratch memory. Without dropout, returns x[tokens] itself.
 template <class T>
 Matrix<const T> dropped(const LowRank<T>& low, Matrix<const T> x, Range tokens) {
   if (low.dropout == 0) return rows_of(x, tokens);

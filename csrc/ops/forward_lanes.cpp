@@ -18,9 +18,10 @@ using kernels::Tiles;
 
 namespace {
 
-// The forward pass with tokens in the SIMD lanes and elements of type E. For a block of tokens, x is first
-// transposed into the lanes, z is computed, and then the rows of W are multiplied with all tokens of the
-// block. The products x Wᵀ are summed in type T, and z Aᵀ is computed in type T, too.
+// The forward pass with tokens in the SIMD lanes and elements of type E. For each token block, x is first
+// transposed into the lanes, and z is computed. Then the rows of W are multiplied with all tokens of the
+// token block. A token block consists of lane blocks, which have as many tokens as there are lanes. The
+// products x Wᵀ are summed in type T, and z Aᵀ is computed in type T, too.
 template <class E>
 class LanesForward {
  public:
@@ -88,8 +89,8 @@ class LanesForward {
     return {token_block.first + block.first, block.count};
   }
 
-  // For one lane block of tokens, computes xt (x transposed). Also computes z and zt (z transposed, times
-  // scale) of each layer. A lane block consists of as many tokens as there are lanes.
+  // Computes xt (x transposed) for lane block b of a token block. Also computes z and zt (z transposed, times
+  // scale) of each layer.
   void prepare(Range token_block, size_t b) const {
     const Range tokens = lane_block(token_block, b);
     E* lanes = xt_ + b * depth_ * lanes_;
@@ -143,7 +144,8 @@ class LanesForward {
     }
   }
 
-  // Calls after(b, yt) for each lane block b, where yt (rows, lanes) is the product that y already holds.
+  // Replaces `frozen` if y already holds x Wᵀ: for each lane block b, copies some columns of y to yt (rows,
+  // lanes), transposed, and calls after(b, yt).
   template <class After>
   void multiplied(const ForwardPart<T>& part, Range token_block, Range rows, Range blocks, T* yt,
                   const After& after) const {

@@ -95,7 +95,7 @@ class RowsForward {
     T* a = nullptr;                           // scale * Aᵀ (r, d_out)
     Matrix<const E> a_pairs{};                // scale * Aᵀ, converted to type E
     E* z_elements = nullptr;                  // the layer's z of a token block, if z is converted to E
-    std::shared_ptr<const KeptCodes> kept{};  // the kept codes of W, or null
+    std::shared_ptr<const KeptCodes> kept{};  // all of W in int8, if kept in memory; otherwise null
 
     size_t rank() const { return part.low.rank(); }
   };
@@ -132,6 +132,8 @@ class RowsForward {
       u.a_pairs.data = e.take(depth_of<E>(u.rank()) * u.part.w.d_out);
     }
   }
+  // Computes scale * Aᵀ of a layer, and stores Bᵀ of the layer beside the Bᵀ of the other layers of its
+  // group.
   void bring(PartUpdate& u) const {
     const LowRank<T>& low = u.part.low;
     const size_t rank = u.rank(), d_out = u.part.w.d_out;
@@ -290,7 +292,7 @@ class RowsForward {
                      true);
   }
 
-  // The kept codes of W[rows, cols], transposed; null if no codes are kept.
+  // Returns the int8 codes of W[rows, cols], transposed, or null if the codes of W are not kept in memory.
   static const W* kept_block(const PartUpdate& u, Range rows, Range cols) {
     if constexpr (kInt8)
       if (u.kept) return u.kept->at(rows.first, cols.first);

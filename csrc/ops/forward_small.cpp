@@ -42,14 +42,14 @@ struct ProjectedUpdate {
   size_t rank() const { return low->rank(); }
 };
 
-// Lists the memory to prefetch before an update is added to some outputs y[:, rows]. The memory holds
-// A[rows], and a part of B whose size is proportional to the number of rows. Other workers may prefetch the
-// other parts of B. The list has at most `most` bytes of A and at most `most` bytes of B.
+// Lists the memory to prefetch before an update is added to some outputs y[:, rows]: A[rows] and a part of B.
+// The size of this part is proportional to the number of rows, because other workers prefetch the other parts
+// of B. The list has at most `max_bytes` bytes of A, and at most `max_bytes` bytes of B.
 template <class T>
-FetchList factors(const LowRank<T>& low, Range rows, size_t most) {
+FetchList factors(const LowRank<T>& low, Range rows, size_t max_bytes) {
   if (low.rank() == 0 || rows.count == 0) return {Fetch::none(), Fetch::none()};
   const auto lines = [&]<class E>(const E* from, size_t n) {
-    return Fetch::memory(from, ceil_div(std::min(n * sizeof(E), most), kCacheLine));
+    return Fetch::memory(from, ceil_div(std::min(n * sizeof(E), max_bytes), kCacheLine));
   };
   const size_t size = low.b.rows * low.b.stride, first = size * rows.first / low.a.rows;
   const size_t b_count = size * (rows.first + rows.count) / low.a.rows - first;
@@ -66,8 +66,8 @@ void fetch(const Fetch& some) {
 // Computes the outputs of one layer. The weight is read once, as elements of type W. If the weight is stored
 // in panels, the panels are read one after the other, while the partial sums of the rows stay in the cache.
 // The updates are added at the end, because their factors are prefetched during the products with the weight.
-// The products are summed in type T, and the updates are computed in type T, too. For each row of x, the
-// result has the same bits in every batch.
+// The products are summed in type T, and the updates are computed in type T, too. The bits of the result for
+// a row of x do not depend on the other rows of x.
 template <class W>
 class SmallForward {
  public:
@@ -87,18 +87,18 @@ class SmallForward {
   // updates are prefetched.
   void multiply(Range rows) const {
     std::vector<FetchList> next;
-    // The most bytes of all A that are prefetched. The same limit holds for all B.
-    constexpr size_t kMostBytes = 256 << 10;
-    for (const auto& group : groups_) next.push_back(factors(*group.low, rows, kMostBytes / groups_.size()));
+    // At most this many bytes of A are prefetched for all groups together, and at most this many bytes of B.
+    constexpr size_t kMaxBytes = 256 << 10;
+    for (const auto& group : groups_) next.push_back(factors(*group.low, rows, kMaxBytes / groups_.size()));
     if constexpr (std::is_same_v<W, float>)
       if (dots_blocks(part_.w)) {
         size_t blocks = ceil_div(rows.count, kRowBlock);
         for_blocks(rows, kRowBlock, [&](Range some) {
           Fetch beside = Fetch::none();
           for (size_t i = 0; i < next.size(); ++i) {
-            const auto [most, rest] = next[i].share(blocks);
-            i == 0 ? void(beside = most) : fetch(most);
-            fetch(rest);
+            const auto [longer, shorter] = next[i].share(blocks);
+            i == 0 ? void(beside = longer) : fetch(longer);
+            fetch(shorter);
           }
           --blocks;
           multiply_blocks(some, beside);
@@ -151,14 +151,15 @@ class SmallForward {
   }
 
  private:
-  // Cuts the rows into ranges of at most `most` rows, and calls body(range) for each range.
+  // Cuts the rows into ranges of `most` rows, and calls body(range) for each range. The last range may be
+  // shorter.
   template <class Body>
   static void for_blocks(Range rows, size_t most, const Body& body) {
     for (size_t r = 0; r < rows.count; r += most) body(Range{rows.first + r, std::min(most, rows.count - r)});
   }
 
   // Computes the same as `multiply`, for a W in low-bit blocks. The blocks are decoded in registers or
-  // multiplied in int8.
+  // multiplied in int8. At the same time, the memory `next` is prefetched.
   void multiply_blocks(Range rows, const Fetch& next) const {
     const size_t n = x_.rows;
     if (!dots_int8(part_.w)) {
@@ -175,14 +176,15 @@ class SmallForward {
     }
   }
 
-  // y[:, rows] = `sums` (n, rows, lanes), summed over the lanes [+ bias].
+  // Adds up `sums` (n, rows, lanes) over the lanes, and stores the totals [+ bias] in y[:, rows].
   void sum_lanes(Range rows, const T* sums) const {
     for (size_t t = 0; t < x_.rows; ++t, sums += rows.count * lanes_)
       k_.sum_parts(rows.count, sums, bias_at(part_, rows.first), part_.y.row(t) + rows.first);
   }
 
-  // Computes the same as `multiply`, for a W that is not in low-bit blocks. If W must be decoded, a few rows
-  // are decoded at a time, and the decoded rows stay in L2. The partial sums of several tokens stay in L1.
+  // Computes the same as `multiply`, for a W that is not in low-bit blocks. If W must be decoded, kRowBlock
+  // rows are decoded at a time, so that the decoded rows stay in L2. If x has several rows, kRowBlock rows of
+  // W are multiplied at a time, so that the partial sums stay in L1.
   void multiply_rows(Range rows) const {
     const bool decodes = !in_place<W>(part_.w);
     const bool sums_in_l1 = std::is_same_v<W, Bf16> && part_.w.packed;
@@ -197,14 +199,14 @@ class SmallForward {
   }
 
   // Multiplies the given rows of W with x, and stores the partial sums in `sums` (n, rows, lanes). At most
-  // `most` columns of W are multiplied at a time.
-  void stream(Range rows, size_t most, W* decoded, T* sums) const {
+  // `max_cols` columns of W are multiplied at a time.
+  void stream(Range rows, size_t max_cols, W* decoded, T* sums) const {
     const WeightView& w = part_.w;
     const size_t full = full_columns(w.d_in);
-    most = std::max(most, kPanelColumns);
+    max_cols = std::max(max_cols, kPanelColumns);
     size_t c = 0;
     do {  // if W has no columns, the only iteration sets `sums` to zero
-      const size_t cols = std::min(most, (c < full ? full : w.d_in) - c);
+      const size_t cols = std::min(max_cols, (c < full ? full : w.d_in) - c);
       kernels::table().small<W>().dots(x_.rows, rows.count, cols,
                                        row_block(w, rows, {c, cols}, false, decoded), x_.data + c, x_.stride,
                                        sums, c > 0);
@@ -230,8 +232,8 @@ struct Projection {
   Range ranks;
 };
 
-// Adds one to a counter at the end of a product with rows of B, even if the product throws an exception.
-// Other threads wait until all these products have ended.
+// Adds one to a counter when a product with rows of B ends. Other threads wait until all these products have
+// ended, so a product that throws an exception is counted, too.
 class Counted {
  public:
   explicit Counted(std::atomic<size_t>& count) : count_(count) {}

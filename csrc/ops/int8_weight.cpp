@@ -20,8 +20,8 @@ constexpr size_t kCodesPerQuad = kernels::kValuesPerElement<Int8Quad>;
 // columns) take 18 KB.
 constexpr size_t kRowsAtOnce = 48;
 
-// Prefetches W[rows, cols] if W is packed. The hardware does not prefetch the next panel, because it is far
-// away in memory.
+// Prefetches W[rows, cols] if W is packed. The hardware prefetches only memory that follows the rows in use,
+// and the next panel is far away from these rows.
 void fetch_panels(const WeightView& w, Range rows, Range cols) {
   if (!w.packed) return;
   for (size_t p = 0; p < cols.count; p += kPanelColumns) {
@@ -32,8 +32,9 @@ void fetch_panels(const WeightView& w, Range rows, Range cols) {
 }
 
 // Reads W[rows, cols] as elements of type E, and calls body(panel, column) for each panel. `column` is the
-// first column of the panel, counted from cols.first. Full panels are read two at a time. A last panel that
-// is narrower is read by itself (see full_columns).
+// first column of the panel, counted from cols.first. `panel` is a matrix with rows.count rows. Full panels
+// are read two at a time. A narrower last panel is read by itself (see full_columns). If W cannot be read in
+// place, the elements are decoded into `decoded` (rows.count * scratch_columns(kDecodedColumns) elements).
 template <class E, class Body>
 void for_panels_of(const WeightView& w, Range rows, Range cols, E* decoded, const Body& body) {
   const size_t end = cols.first + cols.count, full = full_columns(w.d_in);
@@ -49,7 +50,7 @@ void for_panels_of(const WeightView& w, Range rows, Range cols, E* decoded, cons
   }
 }
 
-// Does the same for elements of type float. If W has another format, it is decoded to floats.
+// Calls for_panels_of for elements of type float, with scratch memory for the decoded elements.
 template <class Body>
 void for_float_panels(const WeightView& w, Range rows, Range cols, const Body& body) {
   float* decoded = scratch<float>(Scratch::kDecoded, rows.count * scratch_columns(kDecodedColumns));
@@ -114,7 +115,8 @@ void Int8Form::keep_codes(const WeightView& w) {
 
 static_assert(kInt8DepthUnit % kernels::kDithered == 0 && kernels::kInt8Group % kernels::kDithered == 0);
 
-// Rows whose distance is a multiple of 1 KB would evict each other from L1, so the distance is made larger.
+// The distance from one row to the next, in bytes. A multiple of 1 KB is avoided, because rows at this
+// distance would evict each other from L1.
 size_t CodedBlock::stride() const {
   const size_t bytes = round_up(cols_, kCodesPerQuad);
   return bytes % 1024 == 0 ? bytes + kCacheLine : bytes;
@@ -147,7 +149,8 @@ kernels::CodedRows CodedBlock::from(size_t row, size_t col) const {
 
 namespace {
 
-// The inverse of the scale for some rows of W: 1 / scale, or 0 if the scale is 0 or NaN.
+// For each of the rows `rows` of W, of[i] is the inverse of the scale: 1 / scale, or 0 if the scale is 0 or
+// NaN.
 struct Inverses {
   float of[kRowsAtOnce];
 
@@ -158,9 +161,10 @@ struct Inverses {
 };
 static_assert(kInt8PanelColumns <= kRowsAtOnce);
 
-// Converts each panel of W[rows, cols] to `codes` (rows, kPanelColumns), and calls body(codes, column). If a
-// panel's width is not a multiple of four, zeros follow the codes of each row. `encodes_blocks(w)` must
-// be false.
+// Converts each panel of W[rows, cols] to int8 codes, and calls body(panel, column). `panel` is the matrix of
+// the codes, and `column` is the first column of the panel, counted from cols.first. `codes` is memory for
+// one panel: rows.count * kPanelColumns codes. If the width of a panel is not a multiple of four, each row of
+// codes is padded with zeros. encodes_blocks(w) must be false.
 template <class Body>
 void for_coded_panels(const WeightView& w, Range rows, Range cols, const Inverses& inverses, uint8_t* codes,
                       const Body& body) {
@@ -186,7 +190,7 @@ void transposed_quads(const WeightView& w, Range rows, Range cols, Int8Quad* out
   constexpr size_t kColumns = kInt8DepthUnit;
   alignas(kCacheLine) uint8_t codes[kInt8PanelColumns * scratch_columns(kColumns)];
   const auto transpose = [&](Matrix<const uint8_t> block, size_t col) {
-    // `to_lanes` moves four codes as if they were one float.
+    // `to_lanes` moves floats without changing their bits, so here it moves four codes at a time.
     k.f32.to_lanes(kInt8PanelColumns, rows.count, ceil_div(block.cols, kCodesPerQuad),
                    reinterpret_cast<const float*>(block.data), block.stride / kCodesPerQuad,
                    reinterpret_cast<float*>(out + col / kCodesPerQuad * kInt8PanelColumns));
@@ -210,8 +214,8 @@ void fetch_kept(const KeptCodes& kept, size_t row, Range cols) {
   for (size_t line = 0; line < bytes; line += kCacheLine) __builtin_prefetch(at + line);
 }
 
-// Does the work of column_quads if the codes of W are kept. The hardware does not prefetch the codes of the
-// next rows, because they are far away in memory.
+// Does the work of column_quads if `kept` holds the codes of W. The hardware does not prefetch the codes of
+// the next rows, because these codes are in another block of `kept`, far away in memory.
 void turn_kept(const KeptCodes& kept, Range rows, Range cols, Int8Quad* out, size_t panel_stride) {
   constexpr size_t kAhead = 4 * kInt8PanelColumns;
   for (size_t i = 0; i < rows.count; i += kInt8PanelColumns) {

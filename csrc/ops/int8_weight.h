@@ -1,7 +1,8 @@
-// The operands of int8 products for large batches: W, and rows of x or dy. A block of W is converted from its
-// storage format to int8 when a product copies the block to scratch memory, unless the codes of W are kept.
-// Whatever the storage format, the int8 codes of a row of W have one common scale. (In contrast, int8
-// products for small batches use the codes and scales of the low-bit blocks themselves, see
+// The int8 operands of the matrix products for large batches: the weight W, and the rows of x (in a forward
+// pass) or of dy (in a backward pass). A product converts W to int8 codes one block at a time, in scratch
+// memory. After a call of keep_codes, the int8 codes of all of W are in memory, and products no longer
+// convert W. The int8 codes of a row of W have one scale, whatever the storage format of W. (Small batches
+// are different: their int8 products use the codes and scales of low-bit blocks directly, see
 // kernels::Int8Products.)
 #pragma once
 
@@ -18,18 +19,18 @@
 
 namespace nplora {
 
-// The int8 codes of all of W, kept in memory. They consist of one block for every kInt8PanelColumns rows of
-// W. A block has all columns of W, in the layout that transposed_quads writes.
+// The int8 codes of all of W, in memory. W is divided into blocks of kInt8PanelColumns rows. The codes of a
+// block are an array (ceil(d_in / 4), kInt8PanelColumns) of Int8Quad, as transposed_quads writes it.
 class KeptCodes {
  public:
-  // Converts all of `w`, whose scales must be known.
+  // Converts all of `w` to int8 codes. Int8Form::find_scales must have computed the scales of `w` before.
   explicit KeptCodes(const WeightView& w);
 
-  // The codes, beginning at row `row` and column `col`. `row` is a multiple of kInt8PanelColumns, and `col`
-  // is a multiple of four.
+  // The address of the element that holds the codes of columns `col` to `col` + 3 in row `row`. `row` is a
+  // multiple of kInt8PanelColumns, and `col` is a multiple of four.
   const kernels::Int8Quad* at(size_t row, size_t col) const;
 
-  // The memory for the codes of `w`, in bytes.
+  // The size of the codes of `w`, in bytes.
   static size_t bytes(const WeightView& w);
 
  private:
@@ -37,9 +38,9 @@ class KeptCodes {
   AlignedBuffer codes_;
 };
 
-// W for int8 products: the scales of its rows, and its codes if they are kept. Computing the scales reads all
-// of W, which may be in a mapped file. So the scales are computed only when a product or keep_codes first
-// needs them; text generation never needs them.
+// The data for int8 products with W: the scales of the rows of W, and the codes of W if keep_codes has stored
+// them. Computing the scales reads all of W, which may be in a mapped file. So the scales are computed only
+// when a product or keep_codes first needs them; text generation never needs them.
 class Int8Form {
  public:
   Int8Form() = default;
@@ -47,25 +48,26 @@ class Int8Form {
   Int8Form(const Int8Form&) = delete;
   Int8Form& operator=(const Int8Form&) = delete;
 
-  // Computes the scales of `w`, unless they are known. If several threads compute the scales at the same
-  // time, one result is kept.
+  // Computes the scales of `w`, unless they have been computed before. Several threads may call find_scales
+  // at the same time. Each thread then computes all scales, and the first result is stored.
   void find_scales(const WeightView& w);
 
-  // The scales (d_out), or null if they have not been computed yet. A scale is the largest magnitude in a
-  // row, divided by 127. The scale is 0 if all magnitudes are below 2^-119, and NaN if an element is NaN or
-  // infinite.
+  // The scales (d_out), or null if they have not been computed yet. The scale of a row is the largest
+  // magnitude in the row, divided by 127. The scale is 0 if all magnitudes are below 2^-119, and NaN if an
+  // element is NaN or infinite.
   const float* scales() const { return scales_.load(std::memory_order_acquire); }
 
-  // Computes the codes of `w` and keeps them, so that products do not convert W again. Does nothing if the
-  // codes are kept already.
+  // Computes the codes of `w` and stores them, so that products do not convert W again. Does nothing if the
+  // codes are already stored.
   void keep_codes(const WeightView& w);
 
-  // Forgets the kept codes, which are freed when no product reads them any more. If another thread calls
-  // keep_codes at the same time, the codes may be kept again.
+  // Drops the codes that keep_codes has stored. The memory of the codes is freed when no product reads the
+  // codes any more. If another thread calls keep_codes at the same time, this object may hold codes again
+  // afterwards.
   void drop_codes() { codes_.set(nullptr); }
 
-  // The kept codes, or null. A product holds the pointer while it reads the codes, so another thread may drop
-  // the codes in the meantime.
+  // The codes that keep_codes has stored, or null. While a product reads the codes, it holds this pointer. So
+  // another thread may call drop_codes at any time.
   std::shared_ptr<const KeptCodes> codes() const { return codes_.get(); }
 
  private:
@@ -73,8 +75,10 @@ class Int8Form {
   SharedSlot<KeptCodes> codes_;
 };
 
-// The depth of a block in int8 products, in values. If the depth of a product is at most kInt8Depth, there is
-// only one block. A longer depth is cut into blocks of about equal size.
+// Int8 products sum over the depth in blocks of at most kInt8Depth values. int8_depth_block returns the size
+// of these blocks, in values, for a product with the depth `depth`. If `depth` is at most kInt8Depth, there
+// is only one block. A longer depth is cut into blocks of about equal size. The size is a multiple of
+// kInt8DepthUnit.
 inline constexpr size_t kInt8DepthUnit = 192;  // a multiple of 2 * kPanelColumns and of kInt8Group
 static_assert(kernels::kInt8Depth % kInt8DepthUnit == 0);
 static_assert(kInt8DepthUnit % kDecodedColumns == 0 && kInt8DepthUnit % kernels::kInt8Group == 0);
@@ -83,7 +87,8 @@ inline size_t int8_depth_block(size_t depth) {
   return round_up(std::max<size_t>(1, ceil_div(depth, blocks)), kInt8DepthUnit);
 }
 
-// Rows of x, or of dy, for one token block, quantised to int8.
+// The rows of x (or of dy) of one token block, quantised to int8. A row has `cols` values. Each group of
+// `group` neighbouring values in a row has one scale.
 class CodedBlock {
  public:
   CodedBlock() = default;
@@ -92,19 +97,18 @@ class CodedBlock {
   // The memory for `rows` rows, in bytes.
   size_t bytes(size_t rows) const { return rows * (groups() * (sizeof(float) + sizeof(int32_t)) + stride()); }
 
-  // Sets the memory in which `rows` rows are stored.
+  // Sets the memory in which `rows` rows are stored. `memory` must have at least bytes(rows) bytes.
   void place(size_t rows, void* memory);
 
   // Quantises x (cols), and stores the result as row `row`. If `w_scales` (cols) is not null, each element of
   // x is first multiplied by the corresponding element of `w_scales`.
   void quantize(size_t row, const float* x, const float* w_scales) const;
 
-  // Does the same as `quantize`, but rounds stochastically. The random bits depend on `seed`, on `random_row`
+  // Quantises like `quantize`, but rounds stochastically. The random bits depend on `seed`, on `random_row`
   // and on the column.
   void dither(size_t row, uint64_t seed, size_t random_row, const float* x, const float* w_scales) const;
 
-  // The stored rows, beginning at row `row` and column `col`. A group of values with one scale must begin at
-  // column `col`.
+  // The stored rows, beginning at row `row` and column `col`. `col` must be a multiple of `group`.
   kernels::CodedRows from(size_t row, size_t col) const;
 
  private:
@@ -117,16 +121,19 @@ class CodedBlock {
   int32_t* corrections_ = nullptr;
 };
 
-// Writes the int8 codes of W[rows, cols], transposed for forward products, to out (cols / 4,
-// kInt8PanelColumns). Each element of `out` holds four codes. There are at most kInt8PanelColumns rows, and
-// the first column is a multiple of kInt8DepthUnit.
+// Writes the int8 codes of W[rows, cols], in the layout of forward products, to out (ceil(cols / 4),
+// kInt8PanelColumns). Element (q, i) of `out` holds the codes of columns 4q to 4q + 3 in row i, where rows
+// and columns are counted from the start of the block. There are at most kInt8PanelColumns rows, and the
+// first column is a multiple of kInt8DepthUnit.
 void transposed_quads(const WeightView& w, Range rows, Range cols, kernels::Int8Quad* out);
 
-// Writes the int8 codes of W[rows, cols], for backward products, to out (rows / 4, kPanelColumns). If there
-// are more than kPanelColumns columns, `out` holds two such panels, one after the other. The first row is a
-// multiple of kInt8PanelColumns. The first column is a multiple of kPanelColumns, and there are at most
-// kDecodedColumns columns. If `kept` is not null, it holds the codes of W. They are then copied from `kept`
-// and transposed.
+// Writes the int8 codes of W[rows, cols], in the layout of backward products, to out (ceil(rows / 4),
+// kPanelColumns). Element (q, j) of `out` holds the codes of rows 4q to 4q + 3 in column j, where rows and
+// columns are counted from the start of the block. If there are more than kPanelColumns columns, `out`
+// consists of two arrays of this shape, one after the other. The first row is a multiple of
+// kInt8PanelColumns. The first column is a multiple of kPanelColumns, and there are at most kDecodedColumns
+// columns. If `kept` is not null, it must hold the codes of `w`. The function then only changes the layout of
+// these codes. If `kept` is null, the function computes the codes from `w`.
 ColumnBlock<kernels::Int8Quad> column_quads(const WeightView& w, const KeptCodes* kept, Range rows,
                                             Range cols, kernels::Int8Quad* out);
 

@@ -1,6 +1,6 @@
 // Chooses the methods to compute a product with W and its low-rank update. The functions of this file compare
-// the numbers of operations of the methods. The choice of a method can change the rounding of a result, so it
-// does not depend on timing, the number of threads or the instruction set.
+// estimates of the work that each method takes. The choice of a method can change the rounding of a result.
+// So the choice does not depend on timing, the number of threads or the instruction set.
 #pragma once
 
 #include <algorithm>
@@ -22,6 +22,8 @@ enum class ForwardPath {
 // times as long as transposing an element of such a block.
 inline constexpr size_t kDecodedGain = 6;
 
+// Chooses the path that spends less time on transposing. For each token block, kLanes transposes the rows of
+// x and y, and kRows transposes all of W. `decoded` is true if W is in low-bit blocks.
 inline ForwardPath forward_path(size_t tokens, size_t d_out, size_t d_in, size_t element_bytes,
                                 bool decoded) {
   if (tokens <= kernels::kSmallBatch) return ForwardPath::kSmall;
@@ -39,7 +41,8 @@ inline size_t inference_tokens(size_t batch) {
   return batch <= kernels::kSmallBatch ? batch : kInferenceTokens;
 }
 
-// Whether a product with this many rows is computed with pairs of bfloat16 values.
+// Whether a product with `tokens` rows is computed with pairs of bfloat16 values. This function is not for
+// small batches in a forward pass, and not for products in int8.
 inline bool computes_pairs(const WeightView& w, size_t tokens) {
   return w.compute != Compute::kFloat && tokens > kFloatBatch;
 }
@@ -102,8 +105,9 @@ struct UpdateCost {
   double separate, merged;
 };
 
-// The cost of merging the update on the fly. `width` is the number of elements of one token: d_in in a
-// forward pass, d_out in a backward pass.
+// The cost of merging the update on the fly. The update is added to all of W once for each token block. The
+// number of token blocks depends on `width`, the number of elements of one token: d_in in a forward pass,
+// d_out in a backward pass.
 inline double merge_cost(const LayerShape& s, size_t width) {
   const size_t blocks = ceil_div(s.tokens, tokens_of_l3_block(s.tokens, width, s.element_bytes));
   return double(blocks) *
@@ -117,8 +121,9 @@ struct KernelPlan {
 };
 
 // Chooses the cheaper of the two methods to apply the update. An update is merged on the fly only in float
-// and double: in bfloat16, rounding W + scale A B would lose a small update, such as that of an adapter at
-// the start of training.
+// and double. In bfloat16, the sum W + scale A B would be rounded to bfloat16, and a small update would be
+// lost, for example at the start of training. With dropout, an update is never merged, because the update
+// multiplies drop(x) but W multiplies x.
 inline KernelPlan cheaper(const LayerShape& s, const UpdateCost& cost) {
   if (s.rank == 0) return {Update::kNone, cost};
   const bool can_merge = s.element_bytes >= 4 && !s.dropout && s.tokens > kernels::kSmallBatch;
@@ -126,8 +131,8 @@ inline KernelPlan cheaper(const LayerShape& s, const UpdateCost& cost) {
 }
 
 // If the update is separate, the products z = x Bᵀ and z Aᵀ are computed. If the update is merged on the fly,
-// z Aᵀ is not computed, and z is computed only if a backward pass will need it (keep_z). Only the method that
-// transposes W can merge updates on the fly.
+// z Aᵀ is not computed, and z is computed only if a backward pass will need it (keep_z). Only
+// ForwardPath::kRows can merge an update on the fly.
 inline KernelPlan plan_forward(const LayerShape& s, bool keep_z) {
   const double project = flops(s.tokens, s.rank, s.d_in), expand = flops(s.tokens, s.rank, s.d_out);
   KernelPlan plan = cheaper(s, {project + expand, merge_cost(s, s.d_in) + (keep_z ? project : 0)});
@@ -137,7 +142,8 @@ inline KernelPlan plan_forward(const LayerShape& s, bool keep_z) {
 }
 
 // If the update is separate, two products are computed: dy A, called dz, and then dz B. If the update is
-// merged on the fly, dz B is not computed, but the cost includes dz, because the gradient of B needs dz.
+// merged on the fly, dz B is not computed. The cost then still includes dz, because the gradient of B needs
+// dz.
 inline KernelPlan plan_backward(const LayerShape& s) {
   const double project = flops(s.tokens, s.rank, s.d_out), expand = flops(s.tokens, s.rank, s.d_in);
   return cheaper(s, {project + expand, project + merge_cost(s, s.d_out)});

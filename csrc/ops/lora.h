@@ -1,5 +1,6 @@
-// Products with a frozen weight and its low-rank update: the forward pass and the backward pass of one layer
-// or a stack of layers. `add_outer` adds a product aᵀ b to a matrix, for the gradients of the factors.
+// Products with a frozen weight and its low-rank update: the forward pass and the backward pass of one layer,
+// or of a stack of layers (layers that read the same x). `add_outer` adds a product aᵀ b to a matrix, for the
+// gradients of the factors.
 #pragma once
 
 #include <cstdint>
@@ -18,11 +19,11 @@ template <class T>
 struct LowRank {
   Matrix<const T> a, b;
   double scale = 0;
-  double dropout = 0;  // the probability that `drop` sets an element of x to zero
+  double dropout = 0;  // the dropout probability of the x that is multiplied by B
   uint64_t key = 0;    // the key of the dropout mask
   // Copies of a and b in bfloat16, without gaps between the rows, or null. Small batches read the copies
-  // instead of a and b, which takes half the time. The copies must be exact: if bfloat16 cannot represent all
-  // values of a and b, the pointers must be null.
+  // instead of a and b, because the copies have half the size. The copies must be exact: if bfloat16 cannot
+  // represent all values of a and b, the pointers must be null.
   const kernels::Bf16 *narrow_a = nullptr, *narrow_b = nullptr;
 
   size_t rank() const { return scale == 0 ? 0 : a.cols; }
@@ -36,11 +37,12 @@ struct GroupUpdate {
   LowRank<T> low;
 };
 
-// One layer of a forward pass: z = drop(x) Bᵀ, y = x Wᵀ + scale z Aᵀ [+ bias]. The shapes are x (n, d_in), y
-// (n, d_out) and z (n, r). `bias` may be null. If the caller does not need z, z.data may be null. In a small
-// batch, `groups` may replace `low`: each group of rows of x then has its own update. The groups together
-// have n rows. With groups, z is not stored. In a large batch, `multiplied` means that y already holds x Wᵀ.
-// Only the update and the bias are then added to y. The update must not be merged on the fly.
+// One layer of a forward pass: z = drop(x) Bᵀ, y = x Wᵀ + scale z Aᵀ [+ bias]. Here, drop(x) is x after
+// dropout. The shapes are x (n, d_in), y (n, d_out) and z (n, r). `bias` may be null. If the caller does not
+// need z, z.data may be null. In a small batch, `groups` may replace `low`: each group of rows of x then has
+// its own update. The groups together have n rows. With groups, z is not stored. If `multiplied` is true, y
+// already holds x Wᵀ, and the forward pass only adds the update and the bias to y. `multiplied` may be true
+// only for a large batch, and only if the update is not merged on the fly.
 template <class T>
 struct ForwardPart {
   WeightView w;
@@ -54,15 +56,16 @@ struct ForwardPart {
 // Computes the outputs of the layers `parts`, which all read the same x (n, d_in). `int8` matters only for a
 // large batch and a weight with Compute::kInt8: if `int8` is true, the products with W are computed in int8;
 // if `int8` is false, they are computed as for Compute::kBfloat16. Training may set `int8`, because products
-// in int8 are faster. But these products round W a second time, from its blocks to codes with one scale for
-// each row. Inference does not set `int8`, because this second rounding would make the answers of the model
-// less accurate.
+// in int8 are faster. But these products round W a second time: the values of W, already rounded to the
+// storage format, are rounded again to int8 codes with one scale for each row. Inference does not set `int8`,
+// because this second rounding would make the answers of the model less accurate.
 template <class T>
 void lora_forward(std::span<const ForwardPart<T>> parts, Matrix<const T> x, bool int8);
 
-// Does the same as lora_forward, but for inference. Large batches are not computed in int8. The batch has
-// `batch` rows, and x holds all of these rows or only some of them. The method depends only on whether
-// `batch` is at most kSmallBatch (see kInferenceTokens).
+// Does the same as lora_forward, but for inference: large batches are never computed in int8. `batch` is the
+// number of rows of the whole batch. x may hold only a part of the batch. The number of rows changes the
+// method only in one way: the method for small batches is used if `batch` is at most kSmallBatch (see
+// kInferenceTokens).
 template <class T>
 void lora_infer(std::span<const ForwardPart<T>> parts, Matrix<const T> x, size_t batch);
 
@@ -75,8 +78,8 @@ struct GroupParts {
 };
 
 // Does the same as lora_infer for several groups of rows of x. Each group has its own layers. Usually, the
-// groups share the weights and have different updates. For each i, layer i has the same array y in all
-// groups, and each group writes its own rows of y.
+// groups share the weights and have different updates. For each i, the outputs of layer i for all rows of x
+// are in one array. The `y` of layer i in a group is a view of this group's rows of the array.
 template <class T>
 void lora_forward_groups(std::span<const GroupParts<T>> groups, Matrix<const T> x);
 
@@ -90,13 +93,13 @@ struct BackwardPart {
   Matrix<T> da, db;
 };
 
-// Computes the gradients of all layers, and dx = the sum of dy W + undrop(dz B) over all layers. If dx is not
-// needed, its data is null. If `int8` is false, the products with a weight of Compute::kInt8 are computed as
-// for Compute::kBfloat16. If `dither_key` is given, dy is rounded stochastically for int8 products. The
-// random bits for an element of dy depend on the key and on the position of the element. If dy is the
-// gradient of logits, `int8` must be false or a `dither_key` must be given: each row of this gradient has one
-// large element and many small elements, and rounding to nearest in int8 would turn all small elements into
-// 0.
+// Computes the gradients of all layers, and dx = the sum of dy W + undrop(dz B) over all layers, where
+// `undrop` is the backward pass of `drop`. If dx is not needed, its data is null. If `int8` is false, the
+// products with a weight of Compute::kInt8 are computed as for Compute::kBfloat16. If `dither_key` is given,
+// dy is rounded stochastically for int8 products. The random bits for an element of dy depend on the key and
+// on the position of the element. If dy is the gradient of logits, `int8` must be false or `dither_key` must
+// be given. Each row of this gradient has one large element and many small elements. In int8, rounding to
+// nearest would turn all small elements into 0.
 template <class T>
 void lora_backward(std::span<const BackwardPart<T>> parts, Matrix<const T> x, Matrix<T> dx, bool int8,
                    std::optional<uint64_t> dither_key = {});

@@ -15,16 +15,16 @@ using kernels::Products;
 namespace {
 
 constexpr size_t kRowsPerTask = 48;  // a multiple of tile_tokens (for float) on every instruction set
-// A task multiplies its rows of A by a few columns of B at a time: by as many columns as fit into
-// kColumnsBytes bytes. On a Zen 4, whose L2 holds 1 MB, merging was 2-3 % slower with a limit of 128 KB than
-// with this limit.
+// A task multiplies its rows of A by a few columns of B at a time: the panels of these columns of B take at
+// most kColumnsBytes bytes. On a Zen 4, whose L2 holds 1 MB, merging was 2-3 % slower with a limit of 128 KB
+// than with this limit.
 constexpr size_t kColumnsBytes = size_t{320} << 10;
-// The number of columns of a tile. 16-bit weights are converted to float one tile at a time: 8 x 384 floats =
-// 12 KB.
+// The number of columns of a tile. A 16-bit weight is converted to float one tile at a time. A tile of 8 rows
+// takes 8 x 384 floats = 12 KB.
 constexpr size_t kTileColumns = 8 * kPanelColumns;
 
-// Copies B to panels of kPanelColumns columns without gaps. In the caller's B, the distance between two rows
-// may be a multiple of 4 KB, and rows at this distance would evict each other from L1.
+// Copies B to dense panels of kPanelColumns columns. In the caller's B, the distance between two rows may be
+// a multiple of 4 KB, and rows at this distance would evict each other from L1.
 template <class T>
 const T* panels_of(Matrix<const T> b) {
   T* panels = scratch<T>(Scratch::kLowLanes, b.rows * b.cols);

@@ -1,5 +1,5 @@
-// Merges updates on the fly: for the products of large batches, adds scale * A * B (the update) to blocks of
-// W.
+// Merges updates on the fly: adds the update scale * A B to a copy of a block of W, before a large batch is
+// multiplied by the copy.
 #pragma once
 
 #include <algorithm>
@@ -10,7 +10,7 @@
 
 namespace nplora {
 
-// Writes some rows of A, times the scale, to out (rows, r).
+// Writes scale * A[rows] to out (rows.count, r), and returns `out`.
 template <class T>
 const T* scaled_rows(Matrix<const T> a, Range rows, double scale, T* out) {
   for (size_t i = 0; i < rows.count; ++i)
@@ -18,8 +18,8 @@ const T* scaled_rows(Matrix<const T> a, Range rows, double scale, T* out) {
   return out;
 }
 
-// Writes a block of W plus scale A[rows] B[:, cols] to `out` (rows, cols). The block is at most one panel
-// wide.
+// Writes W[rows, cols] + scale A[rows] B[:, cols] to `out` (rows.count, cols.count). `from` is the block
+// W[rows, cols], which is at most one panel wide.
 template <class T>
 ColumnBlock<T> merged_block(const LowRank<T>& low, Range rows, Range cols, ColumnBlock<T> from, T* out) {
   const size_t rank = low.a.cols;

@@ -15,9 +15,9 @@ namespace {
 constexpr size_t kBlockElements = 16384;
 constexpr double kOperationsPerElement = 16;
 
-// If there are enough blocks for all threads, a task consists of up to kTaskBlocks neighbouring blocks. Long
-// tasks are faster, because after each jump to another place in memory, the hardware must detect the access
-// pattern again before it can prefetch.
+// A task consists of 1 to kTaskBlocks neighbouring blocks. Tasks become longer only if at least
+// kTasksPerThread tasks are left for each thread. Long tasks are faster, because after each jump to another
+// place in memory, the hardware must detect the access pattern again before it can prefetch.
 constexpr size_t kTaskBlocks = 8, kTasksPerThread = 8;
 
 struct ElementBlock {
@@ -34,7 +34,7 @@ struct ElementBlock {
 template <class Body>
 const std::vector<ElementBlock>& for_blocks(const std::vector<Trained>& parameters, const Body& body) {
   static thread_local std::vector<ElementBlock> kept;
-  std::vector<ElementBlock>& blocks = kept;  // `kept` is thread_local, and the lambda runs on other threads
+  std::vector<ElementBlock>& blocks = kept;  // on another thread, `kept` would be another vector
   blocks.clear();
   double elements = 0;
   for (size_t i = 0; i < parameters.size(); ++i) {
@@ -100,7 +100,8 @@ void sgd_step(const std::vector<Trained>& parameters, kernels::SgdCoefficients s
   });
 }
 
-// Each block has its own sum, and these sums are added in the order of the blocks.
+// Each block has its own sum, and these sums are added in the order of the blocks. So the result does not
+// depend on the number of threads.
 double sum_of_squares(const std::vector<Trained>& parameters) {
   const Timed timed(Activity::kOptimizer);
   const std::vector<ElementBlock>& blocks = for_blocks(parameters, [](const Trained& p, ElementBlock& block) {

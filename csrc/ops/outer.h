@@ -1,4 +1,5 @@
-// Products that the kernel gemm_outputs_in_lanes computes. The columns of a result are in the SIMD lanes.
+// Matrix products that the kernel gemm_outputs_in_lanes computes (the columns of a result are in the SIMD
+// lanes), and transposes.
 #pragma once
 
 #include <algorithm>
@@ -10,6 +11,7 @@
 
 namespace nplora {
 
+// The kernel that multiplies elements of type E by a weight with elements of type W.
 template <class E, class W>
 const auto& gemm_outputs_in_lanes() {
   if constexpr (std::is_same_v<E, W>)
@@ -20,9 +22,10 @@ const auto& gemm_outputs_in_lanes() {
     return kernels::table().small<W>().gemm_outputs_in_lanes;
 }
 
-// c (m, cols) = [c +] a (m, depth) times w (depth, cols). The columns are computed panel by panel. If `next`
-// is a Fetch::memory, its memory is prefetched during the product with the first panel. If `next` is
-// Fetch::rows_ahead(), the product with each panel prefetches later rows of the same panel.
+// Computes c = a w, or c += a w if `accumulate` is set, for c (m, cols), a (m, depth) and w (depth, cols).
+// The columns are computed panel by panel. If `next` is a Fetch::memory, its memory is prefetched during the
+// product with the first panel. If `next` is Fetch::rows_ahead(), the product with each panel prefetches
+// later rows of the same panel.
 template <class E>
 void add_product(size_t m, size_t cols, size_t depth, kernels::Strided<E> a, const E* w, size_t w_stride,
                  kernels::Sum<E>* c, size_t c_stride, bool accumulate,
@@ -35,11 +38,11 @@ void add_product(size_t m, size_t cols, size_t depth, kernels::Strided<E> a, con
   }
 }
 
-// Returns the memory to prefetch while the rows `some` of m are in use: the rows directly after `some`, at
-// most some.count rows. If the rows of m have gaps between them, nothing is prefetched.
+// Returns the memory to prefetch while the rows `in_use` of m are in use: the rows that follow, at most
+// in_use.count of them. If there are gaps between the rows of m, nothing is prefetched.
 template <class T>
-kernels::Fetch rows_after(Matrix<const T> m, Range some) {
-  const size_t end = some.first + some.count, count = std::min(some.count, m.rows - end);
+kernels::Fetch rows_after(Matrix<const T> m, Range in_use) {
+  const size_t end = in_use.first + in_use.count, count = std::min(in_use.count, m.rows - end);
   if (m.stride != m.cols || count == 0) return kernels::Fetch::none();
   return kernels::Fetch::memory(m.row(end), count * m.cols * sizeof(T) / kCacheLine, 1);
 }

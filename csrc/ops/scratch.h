@@ -9,15 +9,16 @@
 namespace nplora {
 
 // The use of a scratch buffer. A thread has one buffer for each use. The contents of a buffer are valid only
-// until the call that wrote them ends. The comments give the largest size of each buffer, in elements if no
-// unit is named. L is the number of SIMD lanes (at most 32), and r is the sum of the ranks of a stack.
+// until the call that wrote them ends. The comments give the largest size of each buffer. A size without a
+// unit is a number of elements. L is the number of SIMD lanes (at most 32), and r is the sum of the ranks of
+// a stack.
 enum class Scratch {
   // Holds x of a token block: transposed into lanes, converted to pairs of bfloat16 values, or converted to
   // int8. The largest size is kLanesBytes bytes or 64 d_in elements (64 tokens), whichever is larger. In the
   // backward pass, this buffer holds dy, z and dz in pairs, dy in int8, and the factors A and B. For
   // attention in bfloat16, this buffer holds the keys and values of a batch in pairs. For
-  // filtered_cross_entropy, this buffer holds the weights of the kept words: up to a quarter as many elements
-  // as there are logits.
+  // filtered_cross_entropy, this buffer holds the weights of the words that are not skipped: at most one
+  // weight for every four logits.
   kLanes,
   // Holds z of a token block in lanes or pairs, with r elements for each token. If outputs are in the lanes,
   // this buffer also holds the factors of a stack, with r (d_in + d_out) elements. In a merge, this buffer
@@ -33,8 +34,10 @@ enum class Scratch {
   // Holds decoded or transposed blocks of W. The blocks take kBlocksBytes bytes; in a small batch, they take
   // 48 * kStreamedRows elements.
   kWeight,
-  kDecoded,  // a block of W before it is transposed, or with its update added: 48 * kDepthBlock elements
-  kFewRows,  // a few rows of a block of W before they are paired: 18 KB
+  // Holds a block of W before the block is transposed, or a block to which the update A·B is added. The
+  // buffer has 48 * kDepthBlock elements.
+  kDecoded,
+  kFewRows,  // a few rows of a block of W, before they are converted to pairs: 18 KB
   // Holds one of three things. (1) B (r, d_in), r * d_in elements, plain or in pairs. (2) The transpose of z
   // or dz of a few tokens, 32 * r elements. (3) Rows of A times the scale, kDepthBlock * r elements.
   kFactor,
@@ -80,7 +83,8 @@ T* scratch(Scratch use, size_t n) {
   return static_cast<T*>(scratch_bytes(use, n * sizeof(T)));
 }
 
-// Hands out parts of a buffer. If `data` is null, `take` returns null pointers and only adds up the sizes.
+// Hands out parts of a buffer. If `data` is null, `take` only adds up the requested sizes, and returns null
+// pointers.
 template <class T>
 struct Arena {
   T* data = nullptr;
@@ -93,8 +97,9 @@ struct Arena {
   }
 };
 
-// Calls `divide` twice, with an arena of type T and an arena of type E. The first call only adds up sizes.
-// The second call gets arenas that point to two buffers of these sizes.
+// Calls divide(t, e) twice, with an arena of type T and an arena of type E. In the first call, the arenas
+// only add up the sizes that `divide` takes. In the second call, the arenas hand out parts of two scratch
+// buffers of these sizes.
 template <class T, class E, class Divide>
 void divide_scratch(Scratch use_t, Scratch use_e, const Divide& divide) {
   Arena<T> t;

@@ -113,8 +113,8 @@ void gated_backward(Activation act, size_t n, const float* dout, const float* ga
 
 namespace {
 
-// Converts `count` bfloat16 values, at most kConvertedElements, to floats. If `up_bits` is null, `up` is
-// null.
+// Copies of `count` elements of `gate` and `up`, converted from bfloat16 to float. `count` is at most
+// kConvertedElements. If `up_bits` is null, `up` is null.
 struct Widened {
   Widened(size_t count, const uint16_t* gate_bits, const uint16_t* up_bits)
       : gate(scratch<float>(Scratch::kPairing, 2 * kConvertedElements)),
@@ -127,7 +127,8 @@ struct Widened {
   float *gate, *up;
 };
 
-// Calls body(first, count) for pieces of kConvertedElements elements.
+// Cuts n elements into pieces of at most kConvertedElements elements, and calls body(first, count) for each
+// piece.
 template <class Body>
 void for_converted(size_t n, const Body& body) {
   for_pieces(n, kSigmoidOperations, [&](size_t first, size_t count) {
@@ -163,7 +164,7 @@ void gated_narrow(Activation act, size_t n, const float* gate, const float* up, 
   const auto kernel_of_act = kernel().gated[size_t(act)];
   const auto narrow = kernels::table().convert.narrow_bfloat16;
   for_converted(n, [&](size_t first, size_t count) {
-    narrow(count, gate + first, gate_bits + first);  // first, because `out` may be the same array as `gate`
+    narrow(count, gate + first, gate_bits + first);  // before `out` is written: it may be the array `gate`
     if (up) narrow(count, up + first, up_bits + first);
     kernel_of_act(count, gate + first, up ? up + first : nullptr, out + first);
   });

@@ -16,7 +16,8 @@ namespace nplora {
 // u is the unit roundoff.
 void rms_norm(Matrix<const float> x, const float* weight, float eps, Matrix<float> y);
 
-// dx = [dx +] the gradient of x. The weight is frozen, so its gradient is not computed.
+// Stores the gradient of x in `dx`, or adds it to `dx` if `accumulate` is set. The weight is frozen, so its
+// gradient is not computed.
 void rms_norm_backward(Matrix<const float> dy, Matrix<const float> x, const float* weight, float eps,
                        Matrix<float> dx, bool accumulate);
 
@@ -25,7 +26,7 @@ void rms_norm_backward(Matrix<const float> dy, Matrix<const float> x, const floa
 // same way as the squares in `rms_norm`.
 void layer_norm(Matrix<const float> x, const float* weight, const float* bias, float eps, Matrix<float> y);
 
-// Does the same as `layer_norm` for the sum of two arrays, row by row: sum += x, then y = LayerNorm of `sum`.
+// Adds x to `sum`, and then applies `layer_norm` to `sum`: sum += x, y = layer_norm(sum).
 void add_layer_norm(Matrix<const float> x, Matrix<float> sum, const float* weight, const float* bias,
                     float eps, Matrix<float> y);
 
@@ -47,8 +48,8 @@ struct RotaryTable {
 // Rotates pairs of elements in place (Su et al. 2021, equation 34). In row i of x (n, heads * head_dim), each
 // pair (a, b) of each head becomes (a cos - b sin, b cos + a sin). The cosines and sines are in row
 // positions[i] of the table. The pairs are in the first rotary_dim elements of a head; the other elements do
-// not change. If `inverse` is true, the pairs are rotated in the opposite direction: the backward pass
-// applies this to the gradient.
+// not change. If `inverse` is true, the pairs are rotated in the opposite direction. The backward pass
+// rotates the gradient in this way.
 void rope(Matrix<float> x, size_t head_dim, const int64_t* positions, RotaryTable table, bool inverse);
 
 using kernels::Activation;

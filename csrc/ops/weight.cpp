@@ -88,8 +88,9 @@ size_t decoded_stride(size_t cols, size_t element_bytes) {
   return cols * element_bytes % 1024 == 0 ? cols + kPanelColumns / 3 : cols;
 }
 
-// Calls body(first, rows, values) for a few rows at a time. The number of rows is even, except in the last
-// call. `values` is memory for one float for each element of these rows; it fits into L1.
+// Cuts `rows` into ranges of a few rows, and calls body(first, few, values) for each range `few`. `first` is
+// the first row of the range, counted from rows.first. The number of rows is even, except in the last call.
+// `values` is memory for few.count * cols floats, which fit into L1.
 template <class Body>
 void for_few_rows(Range rows, size_t cols, const Body& body) {
   constexpr size_t kValues = 4608;  // 18 KB of floats
@@ -106,8 +107,8 @@ void copy_row(const WeightView& w, size_t row, T* out) {
   for_panels(w.d_in, [&](size_t c, size_t width) { widen(w.storage, width, locate(w, row, c).at, out + c); });
 }
 
-// Prefetches columns of a few rows of W, unless W is packed or in NF4. The hardware does not prefetch these
-// columns, because there are too few rows to detect a stream, or because a new stream begins here.
+// Prefetches W[rows, cols], unless W is packed or in NF4. The hardware prefetches a stream of reads only
+// after several reads. Here, there are too few rows for this, or a new stream begins.
 void fetch(const WeightView& w, Range rows, Range cols) {
   if (w.packed || w.storage == Storage::kNf4) return;
   const bool blocks = is_blocks(w.storage);
@@ -120,7 +121,8 @@ void fetch(const WeightView& w, Range rows, Range cols) {
     for (size_t line = 0; line < count; line += kCacheLine) __builtin_prefetch(row + line);
 }
 
-// In the rows `rows`, prefetches the columns directly after `cols`: at most cols.count columns.
+// Prefetches the columns that follow `cols` in the rows `rows`: cols.count columns, or fewer at the end of
+// the rows.
 void fetch_after(const WeightView& w, Range rows, Range cols) {
   const size_t end = cols.first + cols.count;
   fetch(w, rows, {end, std::min(cols.count, w.d_in - end)});
@@ -273,8 +275,9 @@ struct Panelling {
   Range panel(Range cols, size_t i) const { return {cols.first + i * width, width}; }
 };
 
-// Calls body(first, rows) for a few rows at a time. The number of rows is even, except in the last call.
-// Before each call, the rows of the next call are prefetched.
+// Cuts `rows` into ranges of a few rows, and calls body(first, few) for each range `few`. `first` is the
+// first row of the range, counted from rows.first. The number of rows is even, except in the last call.
+// Before each call, the columns `cols` of the next range are prefetched.
 template <class Body>
 void for_fetched_rows(const WeightView& w, Range rows, Range cols, const Body& body) {
   constexpr size_t kRows = 16;  // the floats of 16 rows (6 KB) stay in L1 together with the prefetched rows

@@ -19,11 +19,11 @@ class Int8Form;
 
 // The arithmetic of the products with a weight. With kFloat, products are computed in float64 if the weight
 // is stored in float64, and in float32 otherwise. With kBfloat16, large batches use pairs of bfloat16, summed
-// in float. A batch is large if it has more than kSmallBatch rows in a forward pass, or more than kFloatBatch
-// rows in a backward pass. With kInt8, large batches use int8 instead (see ops/int8_weight.h), and forward
-// passes of small batches use int8 too if W is in one of GGUF's block formats. The products with the LoRA
-// factors A and B never use int8. If a weight has kInt8, its factors are multiplied in the same way as with
-// kBfloat16.
+// in float, and small batches use float32. Here, a batch is large if it has more than kSmallBatch rows in a
+// forward pass, or more than kFloatBatch rows in a backward pass. kInt8 is like kBfloat16, with two
+// differences: large batches are multiplied with W in int8 (see ops/int8_weight.h), and forward passes of
+// small batches use int8 if W is in one of GGUF's block formats. The products with the LoRA factors A and B
+// never use int8.
 enum class Compute { kFloat, kBfloat16, kInt8 };
 
 // W in the form in which the products read it. If `packed` is true, W is stored as panels of kPanelColumns
@@ -35,7 +35,7 @@ struct WeightView {
   bool packed;
   const void* data;
   size_t d_out, d_in;
-  // The distance between two rows: in elements if W is row-major, in bytes if W is in blocks
+  // The distance from one row to the next: in elements if W is row-major, in bytes if W is in blocks
   size_t row_stride;
   Compute compute = Compute::kFloat;
   kernels::Nf4 nf4{};
@@ -70,12 +70,12 @@ inline constexpr size_t scratch_columns(size_t cols) {
 
 // The block W[rows, cols] in elements of type E. The first column is a multiple of kPanelColumns. If the
 // elements of W are stored as type E, the block is read in place. Otherwise, the block is decoded into
-// `scratch` (rows * scratch_columns(cols) elements). If `shared` is true (many tokens use the block), the
-// block of a row-major W is copied even if it needs no decoding. Without the copy, rows whose distance is a
-// power of two would evict each other from the cache. The rows of a packed W do not evict each other, so
-// `shared` has no effect on a packed W. The element type Bf16 is only for weights stored in bfloat16. With
-// this type, the block is always read in place. If E is Bf16Pair, an element holds two neighbouring values of
-// a row, because gemm_tokens_in_lanes sums along the rows of W.
+// `scratch` (rows * scratch_columns(cols) elements). `shared` means that many tokens use the block. If
+// `shared` is true, the block of a row-major W is copied even if it needs no decoding. Without the copy, rows
+// whose distance is a power of two would evict each other from the cache. The rows of a packed W do not evict
+// each other, so `shared` has no effect on a packed W. The element type Bf16 is only for weights stored in
+// bfloat16. With this type, the block is always read in place. If E is Bf16Pair, an element holds two
+// neighbouring values of a row, because gemm_tokens_in_lanes sums along the rows of W.
 template <class E>
 kernels::Panels<E> row_block(const WeightView& w, Range rows, Range cols, bool shared, E* scratch);
 
@@ -127,18 +127,20 @@ inline bool dots_int8(const WeightView& w) {
   return w.compute == Compute::kInt8 && is_blocks(w.storage) && w.storage != Storage::kNf4;
 }
 
-// Multiplies a small batch by low-bit blocks. The product of a row of x and a row of W is stored as lanes / 2
-// partial sums (see kernels::BlockDots), so `part` is (m, rows, lanes / 2).
+// Multiplies a small batch x (m, d_in) by W[rows]ᵀ, where W is in low-bit blocks. The product of a row of x
+// and a row of W is stored as lanes / 2 partial sums (see kernels::BlockDots), so `part` is (m, rows, lanes /
+// 2). The kernel prefetches `next`.
 void dots_of_blocks(const WeightView& w, Range rows, Matrix<const float> x, float* part,
                     const kernels::Fetch& next);
 
-// Multiplies a small batch in int8 by low-bit blocks: y (m, rows) = x W[rows]ᵀ.
+// Multiplies a small batch x (m, d_in), quantised to int8, by low-bit blocks of W: y (m, rows) = x W[rows]ᵀ.
 void int8_dots_of_blocks(const WeightView& w, Range rows, size_t m, const kernels::Int8Rows& x, float* y,
                          const kernels::Fetch& next);
 
 class PackedWeight {
  public:
-  // Uses W where it is stored, without a copy. The memory of W must exist as long as `owner` exists.
+  // Uses W where it is stored, without a copy. This object holds `owner`, which must keep the memory of W
+  // alive.
   PackedWeight(const WeightView& w, std::shared_ptr<const void> owner);
   ~PackedWeight();
 
@@ -158,11 +160,11 @@ class PackedWeight {
   void keep_int8() const;
   void drop_int8() const;
   bool keeps_int8() const;
-  // The memory that kept codes take, in bytes.
+  // The memory that the int8 codes of W take if they are kept, in bytes.
   size_t int8_nbytes() const;
 
-  // Writes W to out (d_out, d_in). If W is stored as kFloat64, T is double. For all other storage types, T
-  // is float. For the two 16-bit types, T may also be uint16_t; `out` then receives the bit patterns.
+  // Writes W to out (d_out, d_in). If W is stored as kFloat64, T is double. For all other storage formats, T
+  // is float. For the two 16-bit formats, T may also be uint16_t; `out` then receives the bit patterns.
   template <class T>
   void unpack(Matrix<T> out) const;
 

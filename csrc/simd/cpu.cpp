@@ -26,9 +26,9 @@ bool bit(unsigned word, int i) {
   return (word >> i & 1) != 0;
 }
 
-// Returns the XCR0 register, which has a bit for each set of registers that the operating system saves.
-// An instruction faults if it uses registers that the operating system does not save, even if CPUID
-// lists the instruction.
+// Returns the XCR0 register, which has a bit for each set of registers that the operating system saves. An
+// instruction faults if it uses registers that the operating system does not save, even if CPUID lists the
+// instruction.
 unsigned saved_state() {
   unsigned eax, edx;
   __asm__ volatile("xgetbv" : "=a"(eax), "=d"(edx) : "c"(0));

@@ -1,7 +1,7 @@
 // The tile registers of AMX: eight matrices of up to 16 rows of 64 bytes. The program sets the shape of each
 // matrix. One instruction multiplies two registers, which hold pairs of bfloat16, and adds the product to a
-// third register. One instruction does up to 16 x 16 x 32 multiply-adds. The code is in assembly, because the
-// compiler does not allocate the tile registers.
+// third register. Such an instruction does up to 16 x 16 x 32 multiply-adds. The code is in assembly, because
+// the compiler does not allocate the tile registers.
 #pragma once
 
 #include <stddef.h>
@@ -11,6 +11,7 @@ namespace nplora::kernels::NPLORA_ISA {
 
 inline constexpr size_t kTileSide = 16;
 
+// The operand of the instruction ldtilecfg. Each element of a tile has four bytes.
 struct alignas(64) TileShapes {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};
   uint16_t row_bytes[16] = {};

@@ -78,8 +78,8 @@ struct Vec;
 #endif
 #endif
 
-// The compilers' vector extensions provide the operators -, * and / for the registers of every
-// instruction set.
+// The compilers' vector extensions provide the operators -, * and / for the registers of every instruction
+// set.
 inline Vec<float> operator-(Vec<float> a, Vec<float> b) {
   return {a.v - b.v};
 }

@@ -134,8 +134,8 @@ inline Vec<double> add_neighbours(Vec<double> a, Vec<double> b) {
   return {_mm256_permute4x64_pd(_mm256_hadd_pd(a.v, b.v), 0xd8)};
 }
 
-// Transposes an 8 x 8 block in 8 registers. The steps rearrange 32-bit lanes, then 64-bit lanes,
-// then 128-bit halves.
+// Transposes an 8 x 8 block in 8 registers. The steps rearrange 32-bit lanes, then 64-bit lanes, then 128-bit
+// halves.
 inline void transpose(Vec<float> (&r)[8]) {
   __m256 t[8], u[8];
 #pragma GCC unroll 4

@@ -101,8 +101,9 @@ inline Vec<Bf16Pair> Vec<Bf16Pair>::pair_rows(Vec<Bf16> first, Vec<Bf16> second)
       _mm512_permutex2var_epi16(_mm512_castsi256_si512(first.v), order, _mm512_castsi256_si512(second.v))};
 }
 
-// Separates even-numbered from odd-numbered pairs of 32-bit lanes. `a` holds the pairs 0 to 7, and `b` holds
-// the pairs 8 to 15. Afterwards, `a` holds the even-numbered pairs, and `b` holds the odd-numbered pairs.
+// Separates even-numbered from odd-numbered pairs of 32-bit lanes. Before the call, `a` holds pairs 0 to 7,
+// and `b` holds pairs 8 to 15. After the call, `a` holds the even-numbered pairs, and `b` holds the
+// odd-numbered pairs.
 template <class T>
 inline void unzip_pairs(Vec<T>& a, Vec<T>& b) {
   const __m512i even = _mm512_set_epi64(14, 12, 10, 8, 6, 4, 2, 0),

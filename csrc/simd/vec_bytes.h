@@ -11,8 +11,8 @@
 //     are floats or bytes.
 //   `Nibbles(offset, d)` decodes a nibble q to d * (q - offset), and `Nibbles(d, m)` decodes q to d * q + m.
 //     In the following functions, `nibbles` is a Nibbles object. `low(nibbles, b)` decodes the low nibble of
-//     each byte of b. `high(nibbles, b)` decodes the high nibble of each byte. `nibbles.all()` returns
-//     the decoded values of the nibbles 0 to 15.
+//     each byte of b. `high(nibbles, b)` decodes the high nibble of each byte. `nibbles.all()` returns the
+//     decoded values of the nibbles 0 to 15.
 #pragma once
 
 #include "simd/vec.h"
@@ -81,7 +81,8 @@ inline BytePair interleave(Bytes a, Bytes b) {
 }
 
 // A table with the decoded values of all 16 nibbles. One permutation instruction looks up the values of 16
-// nibbles. This instruction reads only the low four bits of each index.
+// nibbles. This instruction reads only the low four bits of each index, so `low` need not clear the high
+// nibble.
 struct Nibbles {
   __m512 values;
   Nibbles(int offset, Vec<float> d) : values(_mm512_mul_ps(codes(offset), d.v)) {}
@@ -153,7 +154,7 @@ inline Floats widen(Bytes b) {
            {vcvtq_f32_s32(vmovl_high_s16(high))}}};
 }
 
-// The levels are stored in four vectors of bytes: vector i holds byte i of every level.
+// The 16 levels, stored as four vectors of bytes: vector i holds byte i of each level.
 struct Levels {
   uint8x16x4_t planes;
   explicit Levels(const float (&levels)[16]) : planes(vld4q_u8(reinterpret_cast<const uint8_t*>(levels))) {}
@@ -178,8 +179,8 @@ inline BytePair interleave(Bytes a, Bytes b) {
 
 #else
 
-// In the generic unit (isa_generic.cpp), long functions are not inlined. With inlining, the generic unit made
-// up two fifths of the library's code, although few machines use this unit.
+// In the generic unit (isa_generic.cpp), long functions are not inlined. With inlining, two fifths of the
+// library's code belonged to the generic unit, although few machines use this unit.
 [[gnu::noinline]] inline Bytes lookup(Bytes levels, Bytes b) {
   uint8_t from[kBytes], r[kBytes];
   __builtin_memcpy(from, &levels, sizeof from);

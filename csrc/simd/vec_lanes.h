@@ -1,19 +1,20 @@
-// Vectors of kLaneRows lanes of 32 bits, one lane for each of kLaneRows rows of W, for x86-64 only. A vector
-// fills a whole register. A vector consists of parts of 128 bits: part p has the lanes of rows 4p to 4p + 3.
-// Only kernel units may include this file (see vec.h).
+// Vectors with one lane of 32 bits for each of kLaneRows rows of W, for x86-64 only. A vector fills a whole
+// register, and consists of kLaneParts parts of 128 bits. Part p holds the lanes of rows 4p to 4p + 3. Only
+// kernel units may include this file (see vec.h).
 //
 //   `join_parts(parts)` makes a vector whose part p is `parts[p]`. `first_halves(s)` makes a vector whose
 //     part p holds the first 16 bytes of the sub-block `s[p]`. `last_halves(s)` does the same with the last
 //     16 bytes.
-//   `transpose_parts(v)` transposes several 4 x 4 matrices of lanes. Matrix p consists of part p of each of
-//     the four vectors v[0] to v[3]: its row k is part p of v[k].
+//   `transpose_parts(v)` transposes kLaneParts matrices of 4 x 4 lanes. Row k of matrix p is part p of the
+//     vector v[k].
 //   `dot_lanes<kLargest>(u, x)` multiplies the bytes of the eight vectors u[k] by the bytes of the eight
 //     vectors x(k), and returns the sum of the 32 products of each lane. The bytes of u[k] are unsigned, and
 //     at most kLargest. The bytes of x(k) are from -127 to 127. Without VNNI, kLargest must be at most 128.
 //   `broadcast_four(p)` loads four bytes into each lane.
 //   `magnitudes(b)` returns the magnitudes of signed bytes. `set_signs(signs, b)` stores the signs of the
-//     bytes b in `signs`. Any sign may be stored for a byte that is 0, because its magnitude is 0.
-//     `with_signs(x, signs)` multiplies each byte of `x` by the stored sign.
+//     bytes b in `signs`. For a byte that is 0, the stored sign does not matter, because the byte is later
+//     multiplied as a magnitude of 0. `with_signs(x, signs)` multiplies each byte of `x` by the stored sign
+//     of the byte in the same place.
 //   `to_floats(sums)` converts integers to floats, lane by lane. `floats_of_halves(lanes)` converts the
 //     float16 numbers in the low halves of the lanes to floats.
 #pragma once
@@ -138,8 +139,8 @@ inline LaneInts sums_of(LanePairs pairs) {
 }
 #endif
 
-// Stores the bytes themselves, because vpsignb reads the signs from the bytes. `set_signs` writes the bytes
-// to memory, so that the registers are free for the magnitudes.
+// The signs of bytes. LaneSigns stores the bytes themselves, because the instruction vpsignb reads the signs
+// from bytes. `set_signs` writes the bytes to memory, so that the registers are free for the magnitudes.
 struct LaneSigns {
   LaneBytes bytes;
 };

@@ -4,8 +4,8 @@
 // The type that `broadcast` returns. A Scalar holds one number instead of a vector of copies, because NEON
 // can multiply a vector by one element of another vector. A plain load (ldr) is enough to load one number.
 // The instruction ld1r, which loads a vector of copies, would also occupy the pipelines of the multipliers
-// (Neoverse and Cortex-A7x optimisation guides). The instruction ld1r would also need an addition for each
-// address.
+// (Neoverse and Cortex-A7x optimisation guides). The instruction ld1r also takes no offset, so each address
+// would need an addition.
 template <class T>
 struct Scalar;
 template <>
@@ -25,8 +25,8 @@ struct Scalar<Bf16Pair> {
 };
 
 // `first_words` loads the first `n` of 4 words of 32 bits, and sets the other lanes to 0. `first_halves`
-// loads the first `n` of 4 words of 16 bits in the same way. Both functions load directly into registers. A
-// loop over the words would instead build the vector on the stack.
+// loads the first `n` of 4 words of 16 bits, and also sets the other lanes to 0. Both functions load directly
+// into registers. A loop over the words would instead build the vector on the stack.
 inline uint32x4_t first_words(const void* p, size_t n) {
   uint64_t pair = 0;
   uint32_t third = 0;

@@ -10,9 +10,9 @@
 //     `kCodeOffset` is 128: the stored codes are then unsigned, as the instruction vpdpbusd requires. Without
 //     VNNI, `kCodeOffset` is 0.
 //   `load_quads(p)` loads a vector of codes.
-//   `dot_vectors(sums, w, x)` multiplies, for each `w[v]` and each lane, the four codes in the lane of `w[v]`
-//     by the four codes in the lane of `x`, and adds the four products to the lane of `sums[v]`. The codes of
-//     `w` include the offset.
+//   `dot_vectors(sums, w, x)` multiplies each vector w[v] by the vector `x`. In each lane, the four codes of
+//     w[v] are multiplied by the four codes of `x`, and the four products are added to the lane of sums[v].
+//     The codes of `w` include kCodeOffset.
 #pragma once
 
 #include "simd/vec.h"

@@ -38,7 +38,7 @@ inline constexpr IQ4Levels kIQ4 = [] {
 
 // In int8 products, each code is replaced by its level, which is a number of eight bits.
 struct IQ4Codes : EightBitCodes {
-  static SubBlock of(const uint8_t* q) { return lookup(moved(kIQ4.as_bytes()), nibbles(q)); }
+  static SubBlock levels_of(const uint8_t* q) { return lookup(moved(kIQ4.as_bytes()), nibbles(q)); }
 };
 
 // Decodes 32 codes, which are the nibbles of 16 bytes. The decoded value of a code is `d` times the level of
@@ -71,7 +71,7 @@ struct Codes<BlockIQ4_NL> : IQ4Codes {
   using Factors = One;
   const BlockIQ4_NL& block;
   Factors a{to_float(block.d)}, b{-kOffset * a.v};
-  SubBlock sub_block(size_t) const { return of(block.q); }
+  SubBlock sub_block(size_t) const { return levels_of(block.q); }
 };
 
 }  // namespace nplora::kernels::NPLORA_ISA

@@ -67,7 +67,7 @@ struct Codes<BlockIQ4_XS> : IQ4Codes {
   const BlockIQ4_XS& block;
   const Scales<BlockIQ4_XS>& scales;
   Factors a = Factors::load(scales.d), b{a.v * -kOffset};
-  SubBlock sub_block(size_t j) const { return of(block.q + j * kBytes); }
+  SubBlock sub_block(size_t j) const { return levels_of(block.q + j * kBytes); }
 };
 
 }  // namespace nplora::kernels::NPLORA_ISA

@@ -55,8 +55,9 @@ inline constexpr Nf4Levels kLevels = [] {
   return levels;
 }();
 
-// Like bitsandbytes, this function rounds the product before it adds the offset. Without the keyword
-// `volatile`, the compiler could use a fused multiply-add, which does not round the product.
+// Returns the scale of block `block`. Like bitsandbytes, this function rounds the product before it adds the
+// offset. Without the keyword `volatile`, the compiler could use a fused multiply-add, which does not round
+// the product.
 inline float absmax_of(const Nf4& w, size_t block) {
   if (w.absmax) return w.absmax[block];
   const volatile float product = w.absmax_book[w.absmax_codes[block]] * w.absmax_scales[block / kNf4Group];
@@ -101,7 +102,8 @@ inline void decode_nf4(size_t rows, size_t cols, Nf4 w, size_t first, size_t row
   }
 }
 
-// The rows of a weight in NF4. Each row must begin at the start of a block and have a whole number of blocks.
+// The rows of a weight in NF4. Row i begins with element first + i * row_step of the flattened tensor. Each
+// row must begin at the start of a block and have a whole number of blocks.
 struct Nf4Rows {
   static constexpr size_t kElements = BlockNf4::kElements;
   const Nf4& w;

@@ -5,11 +5,12 @@
 namespace nplora {
 
 // A block has eight sub-blocks. An element with the 3-bit code q is d * (scale - 32) * (q - 4), with one
-// 6-bit `scale` for each half of a sub-block. The low two bits of the codes of sub-block j are in the 32
-// bytes of `low` that start at byte 32 * (j / 4). The low two bits of a code start at bit 2 * (j % 4) of
-// their byte. The highest bit of the code of element i of sub-block j is bit j of high[i]. The low four bits
-// of scale i are in byte i % 8 of `scales`: in the low nibble if i < 8, else in the high nibble. The high two
-// bits of scale i start at bit 2 * (i / 4) of byte 8 + i % 4 of `scales`.
+// 6-bit `scale` for each half of a sub-block. Half h of sub-block j has scale number 2 * j + h. The low two
+// bits of the codes of sub-block j are in the 32 bytes of `low` that start at byte 32 * (j / 4). The low two
+// bits of a code start at bit 2 * (j % 4) of their byte. The highest bit of the code of element i of
+// sub-block j is bit j of high[i]. The low four bits of scale number i are in byte i % 8 of `scales`: in the
+// low nibble if i < 8, else in the high nibble. The high two bits of scale number i start at bit 2 * (i / 4)
+// of byte 8 + i % 4 of `scales`.
 struct BlockQ3_K {
   static constexpr size_t kElements = 256;
   static constexpr BlockFacts kFacts{.largest = 31 * 3 * kLargestHalf, .shorter = "iq4_nl"};
@@ -63,8 +64,8 @@ struct Decoder<BlockQ3_K> {
       const auto d = Vec<float>::broadcast(scales.d[2 * j + i / kBytes]);
 #if defined(NPLORA_SIMD_AVX512)
       // The permutation uses four bits of each index. The lower three bits are the code of the element, and
-      // the highest bit belongs to the code of another element. The table `codes` holds its eight
-      // values twice, so the highest bit does not change the result.
+      // the highest bit belongs to the code of another element. The table `codes` holds the values -4 to 3
+      // twice, so the highest bit does not change the result.
       const __m512 codes = _mm512_setr_ps(-4, -3, -2, -1, 0, 1, 2, 3, -4, -3, -2, -1, 0, 1, 2, 3);
       const Indices low_bits = indices(q) >> (j % 4 * 2), bits = indices(high),
                     high_bit = j < 2 ? bits << (2 - j) : bits >> (j - 2);

@@ -82,6 +82,8 @@ bool refit(const float* x, CodeRange codes, Affine& b) {
   return b.d > 0 && b.dmin >= 0;
 }
 
+// Chooses d, dmin and the scale and minimum of each group for the values x of a block, with the search that
+// scale_groups.h describes.
 template <class Affine>
 Affine best_affine(const float* x, CodeRange codes) {
   Affine best;

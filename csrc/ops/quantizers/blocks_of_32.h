@@ -19,8 +19,9 @@ inline CodeGrid rounded(CodeGrid grid) {
   return {round_to_half(grid.d), round_to_half(grid.m)};
 }
 
-// The grid with the smallest squared error of all grids that were passed to `show`. A grid is rounded to
-// float16 before its error is computed, because blocks store their grids in float16.
+// Finds the grid with the smallest squared error for the values x, among the initial grid and all grids that
+// are passed to `show`. A grid is rounded to float16 before its error is computed, because blocks store their
+// grids in float16.
 struct Best {
   const float* x;
   CodeRange codes;
@@ -64,9 +65,9 @@ inline CodeGrid best_affine(const float* x, float last) {
   return best.grid;
 }
 
-// Stores the codes of a block. The stored code is the code minus codes.first, so the smallest stored code is
-// 0. The low four bits of a code are stored in a nibble. In 5-bit formats, bit 4 of the code is stored in
-// `high`.
+// Rounds the values x of a block to codes on `grid`, and stores the codes in `out`. A stored code is the code
+// minus codes.first, so the smallest stored code is 0. The low four bits of a stored code are in a nibble of
+// out.q. In 5-bit formats, bit 4 is in out.high.
 template <class Block>
 void store_codes(const float* x, CodeGrid grid, CodeRange codes, Block& out) {
   const Encoder code(grid, codes);

@@ -39,8 +39,9 @@ class Encoder {
   CodeRange codes_;
 };
 
-// The sum of term(i) for i < n. The function adds eight partial sums, each of which contains every eighth
-// term, so that vectors of different widths can add the terms in the same order.
+// The sum of term(i) for i = 0 to n - 1, where n is a multiple of eight. Partial sum j contains the terms j,
+// j + 8, j + 16 and so on. With eight partial sums, the order of the additions, and so the result, is the
+// same for SIMD vectors of any width up to eight floats.
 template <size_t n, class Term>
 float sum(const Term& term) {
   float parts[8] = {};
@@ -84,9 +85,10 @@ inline CodeGrid fitted(const Moments& s, CodeGrid otherwise) {
   return {float(d), float((s.x - d * s.q) / s.n)};
 }
 
-// A grid that spans exactly the range of the values does not give the smallest error, so a few other grids
-// are tried. In some of these grids, the values use fewer codes than exist. In other grids, the values would
-// need more codes than exist, so the extreme values are clipped.
+// A grid that spans exactly the range of the values usually does not give the smallest error, so kTries other
+// grids are tried. In try i, the range of the values has codes_of_try(i) more steps than the range of the
+// codes. If this number is negative, the values do not use all codes. If it is positive, the extreme values
+// are clipped.
 inline constexpr int kTries = 8;
 inline float codes_of_try(int i) {
   constexpr float kFewest = -1.5f, kMost = 1.5f;

@@ -14,7 +14,7 @@ using Format = LevelCodes<kElements, kIQ4Levels>;
 
 // Tries several starting scales: each maps the value of largest magnitude to a number near the first or the
 // last level. With each starting scale, the values are rounded to codes, and then a new scale is fitted to
-// these codes. Returns the new scale with the smallest error.
+// these codes. Returns the scale with the smallest error.
 float best_scale(const float* x) {
   constexpr int kSteps = 7;
   constexpr float kStep = 0.01f;

@@ -7,7 +7,8 @@
 
 namespace nplora {
 
-// A group has kSize values. Each value is d times one of kLevels, which are in ascending order.
+// A group has kSize values. Each value is rounded to d times one of the levels kLevels, which are in
+// ascending order. The code of a level is its index in kLevels.
 template <size_t kGroupSize, const int8_t (&kLevels)[16]>
 struct LevelCodes {
   static constexpr size_t kSize = kGroupSize;

@@ -51,8 +51,8 @@ void dynamic_book(float (&book)[kNf4Book]) {
   for (int i = 0; i < kExponents; ++i) {
     const int parts = 1 << i;
     const float step = (1.0f - 0.1f) / float(parts), unit = float(std::pow(10.0, i - kExponents + 1));
-    // bound(k) is where part k begins. Like torch.linspace, the function computes a bound with a fused
-    // multiply-add from the end of the range that is nearer to the bound.
+    // bound(k) is where part k begins. Like torch.linspace, `bound` starts from the nearer end of the range
+    // (0.1 or 1) and uses a fused multiply-add.
     const auto bound = [&](int k) {
       return k < (parts + 1) / 2 ? std::fma(step, float(k), 0.1f) : std::fma(-step, float(parts - k), 1.0f);
     };

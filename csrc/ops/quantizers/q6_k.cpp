@@ -12,8 +12,9 @@ struct Format : IntegerCodes<16, -32, 31> {
 ScaledBlock<Format> best_block(const float* x) {
   // The first scale of a group turns the largest magnitude of the group into a code of magnitude 32. The
   // search tries all scales that differ by at most 8 from the first scale or from its negative, limited to
-  // the range from kLeastScale to kMostScale. For the largest value of the block, the first scale is about
-  // 123, so the scales near 123 map this value to codes from 31 to 34, before the codes are clipped.
+  // the range from kLeastScale to kMostScale. In the group with the largest magnitude of the block, the first
+  // scale is about 127 * 31 / 32 = 123. The search then tries scales from 115 to 127. Before clipping, they
+  // turn the largest magnitude into codes of magnitude 34 to 31.
   constexpr int kReach = 8;
   ScaledBlock<Format> best;
   best.d = unit_of(absmax(BlockQ6_K::kElements, x) / Format::kCodeRange.last, Format::kMostScale);

@@ -1,7 +1,7 @@
 // Formats whose blocks have a small integer for each group of values (ggml's K types). The scale of a group
-// is its integer times a float16 that the whole block shares. A group is a sub-block or half a sub-block.
+// is the group's integer times a float16 number of the block. A group is a sub-block or half a sub-block.
 // First a grid is fitted to each group separately. Then the quantiser repeats two steps: it chooses better
-// integers near the current ones, and fits the float16 of the block to the chosen integers.
+// integers near the current ones, and it fits the float16 number of the block to the chosen integers.
 #pragma once
 
 #include <algorithm>
@@ -15,9 +15,9 @@ namespace nplora {
 
 inline constexpr int kRounds = 3;
 
-// The float16 number that is about `largest` / largest_integer. Subnormal float16 numbers are sparse, so a
-// subnormal result is rounded up. If the result were rounded down, its product with largest_integer could be
-// far below `largest`.
+// The float16 number that is about `largest` / largest_integer. A subnormal result is rounded up. Subnormal
+// float16 numbers have few significant bits, so after rounding down, the result times largest_integer could
+// be far below `largest`.
 inline float unit_of(float largest, float largest_integer) {
   if (largest == 0) return 0;
   return round_to_half(std::min(largest / largest_integer, kLargestHalf) + kSmallestHalf / 2);

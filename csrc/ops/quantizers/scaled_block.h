@@ -54,8 +54,8 @@ inline float absmax(size_t n, const float* x) {
   return most;
 }
 
-// Fits d to the current codes and scales, and then fits the codes and scales to the new d. Repeats both steps
-// as long as the error becomes smaller, at most kRounds - 1 times.
+// Fits d to the current scales and codes, and then chooses new scales and codes for the new d. Repeats both
+// steps as long as the error becomes smaller, at most kRounds - 1 times.
 template <class Format>
 ScaledBlock<Format> refined(const float* x, ScaledBlock<Format> best) {
   for (int i = 1; i < kRounds; ++i) {

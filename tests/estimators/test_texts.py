@@ -72,6 +72,53 @@ def test_a_grid_search_loads_a_model_that_turns_texts_into_vectors_once(
     np.testing.assert_array_equal(other, vectors)
 
 
+def test_the_default_learning_rate_is_that_of_train_classifier(model: Path) -> None:
+    """It depends on the width of the encoder, which is 32 here."""
+    outputs = [
+        LoRATextClassifier(model, **{**FAST, "lr": lr}).fit(X, Y).decision_function(X)
+        for lr in (None, 2e-3, 1e-3)
+    ]
+    np.testing.assert_array_equal(outputs[0], outputs[1])
+    assert (outputs[0] != outputs[2]).any()
+
+
+@pytest.mark.parametrize("compute", ["bfloat16", "int8"])
+def test_an_estimator_computes_in_the_given_arithmetic(model: Path, compute: str) -> None:
+    options = {**FAST, "epochs": 8, "compute": compute}
+    fitted = LoRATextClassifier(model, **options).fit(X, Y)
+    assert fitted.model_.encoder.compute == compute
+    assert fitted.score(X, Y) == 1
+    exact = LoRATextClassifier(model, **{**options, "compute": "float32"}).fit(X, Y)
+    assert exact.model_.encoder.compute == "float32"
+    logits = [estimator.decision_function(X) for estimator in (fitted, exact)]
+    assert 0 < np.abs(logits[0] - logits[1]).max() < 0.2 * np.abs(logits[1]).max()
+    again = pickle.loads(pickle.dumps(fitted))
+    assert again.model_.encoder.compute == compute
+    np.testing.assert_array_equal(again.decision_function(X), logits[0])
+
+
+def test_an_estimator_in_int8_compares_its_gradients_with_bfloat16(
+    model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("nplora.finetuning.int8_check.LEAST_COSINE", 1.0)
+    options = {**FAST, "epochs": 1, "verbose": True}
+    LoRATextClassifier(model, compute="float32", **options).fit(X, Y)
+    assert "int8" not in capsys.readouterr().err
+    LoRATextClassifier(model, compute="int8", **options).fit(X, Y)
+    assert "int8 is too inexact" in capsys.readouterr().err
+
+
+def test_an_unknown_arithmetic_is_refused(model: Path) -> None:
+    with pytest.raises(ValueError, match="LoRATextClassifier: compute='int4' is not available; possible: "):
+        LoRATextClassifier(model, compute="int4").fit(X, Y)
+
+
+def test_checkpoints_without_a_seed_are_announced_as_useless(model: Path, tmp_path: Path) -> None:
+    options = {**FAST, "epochs": 1, "random_state": None}
+    with pytest.warns(UserWarning, match="without an integer random_state, a repeated fit does not continue"):
+        LoRATextClassifier(model, checkpoint_dir=tmp_path, **options).fit(X, Y)
+
+
 def test_copies_and_pickles_predict_the_same(model: Path) -> None:
     for estimator, y in (
         (LoRATextClassifier(model, **FAST), Y),

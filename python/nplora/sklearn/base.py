@@ -6,7 +6,7 @@ import contextlib
 import functools
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
 
@@ -21,7 +21,8 @@ from nplora import _check
 from nplora.nn.losses import Loss
 from nplora.nn.module import Module
 from nplora.nn.optim import SCHEDULES, AdamW
-from nplora.trainer import Batches, History, Trainer
+from nplora.runtime.user_warning import warn_user
+from nplora.trainer import Batches, Callback, History, Trainer
 from nplora.trainer.batches import ArrayBatches
 from nplora.trainer.evaluation import predict
 from nplora.trainer.fingerprint import base_fingerprint, fingerprint
@@ -119,6 +120,16 @@ class LoRAEstimator(BaseEstimator):  # type: ignore[misc]
         """Return a text that identifies the targets, for the name of a checkpoint's directory."""
         return fingerprint(y, whole=True)
 
+    def _peak_lr(self) -> float:
+        """Return the peak learning rate of a fit."""
+        return float(self.lr)
+
+    def _callbacks(
+        self, batches: Batches, loss: Loss
+    ) -> contextlib.AbstractContextManager[Sequence[Callback]]:
+        """A context with the callbacks of a fit."""
+        return contextlib.nullcontext(())
+
     # ---- the fit loop ----
 
     def _train(
@@ -170,12 +181,14 @@ class LoRAEstimator(BaseEstimator):  # type: ignore[misc]
     def _start_run(self, seed: int) -> None:
         """Create a new optimiser, and start the count of the calls of `partial_fit` at 1."""
         self._first_seed, self._calls = seed, 1
-        self._optimizer = AdamW(self.lr, weight_decay=self.weight_decay)
+        self._optimizer = AdamW(self._peak_lr(), weight_decay=self.weight_decay)
 
     def _run(self, batches: Batches, loss: Loss, schedule: str, seed: int, **options: Any) -> None:
-        progress = bool(self.verbose)
-        trainer = Trainer(self.model_, loss, self._optimizer, schedule=schedule, seed=seed, progress=progress)
-        with self._unscaled():
+        with self._unscaled(), self._callbacks(batches, loss) as callbacks:
+            trainer = Trainer(
+                self.model_, loss, self._optimizer, schedule=schedule, seed=seed, callbacks=callbacks,
+                progress=bool(self.verbose),
+            )  # fmt: skip
             history: History = trainer.fit(batches, **options)
             if history.interrupted:
                 raise KeyboardInterrupt
@@ -219,6 +232,11 @@ class LoRAEstimator(BaseEstimator):  # type: ignore[misc]
         """
         if self.checkpoint_dir is None:
             return {}
+        if not isinstance(self.random_state, int | np.integer):
+            warn_user(
+                f"{type(self).__name__}: with checkpoint_dir and without an integer random_state, a repeated "
+                "fit does not continue an interrupted one, because it draws other random numbers"
+            )
         start = [(p.name, fingerprint(p.value, whole=True)) for p in self.model_.parameters()]
         settings = {k: repr(v) for k, v in self.get_params(deep=False).items() if k not in _UNSEEN}
         parts = [settings, seed, repr(loss), base_fingerprint(self.model_, whole=True), start]

@@ -30,8 +30,10 @@ class LoRATextRegressor(RegressorBase, TextEstimator):
         rank, alpha, dropout, layers: the settings of LoRA, as in `Encoder.add_lora`.
         targets: the layers to adapt: "all-linear", or a list with the last parts of the layers' dotted names.
         max_length: the number of tokens to which longer texts are cut; None: the encoder's own limit.
-        lr, epochs, batch_size, weight_decay, schedule: the settings of AdamW and of the training, as in
+        lr: the peak learning rate; None: 0.8 / hidden size of the model, at most 2e-3.
+        epochs, batch_size, weight_decay, schedule: the settings of AdamW and of the training, as in
             `Trainer`.
+        compute: the arithmetic of the products with frozen weights: "float32", "bfloat16" or "int8".
         loss: "mse" or "huber".
         early_stopping: hold rows out, stop after `patience` epochs without a lower loss on these rows, and
             use the trained values of the epoch with the lowest loss.
@@ -56,11 +58,12 @@ class LoRATextRegressor(RegressorBase, TextEstimator):
         targets: str | Sequence[str] = "all-linear",
         layers: str | None = None,
         max_length: int | None = None,
-        lr: float = 1e-3,
+        lr: float | None = None,
         epochs: int = 3,
         batch_size: int = 32,
         weight_decay: float = 0.01,
         schedule: str = "cosine",
+        compute: str = "float32",
         loss: str = "mse",
         early_stopping: bool = False,
         validation_fraction: float = 0.1,
@@ -82,6 +85,7 @@ class LoRATextRegressor(RegressorBase, TextEstimator):
         self.batch_size = batch_size
         self.weight_decay = weight_decay
         self.schedule = schedule
+        self.compute = compute
         self.loss = loss
         self.early_stopping = early_stopping
         self.validation_fraction = validation_fraction

@@ -50,8 +50,10 @@ class LoRATokenClassifier(LabelledBase, TextEstimator):
         max_length: the number of tokens to which `fit` cuts longer sentences; None: the encoder's own limit.
             `predict` does not cut a longer sentence, but splits it into windows of this length, as
             `TextClassifier.predict_words` does.
-        lr, epochs, batch_size, weight_decay, schedule: the settings of AdamW and of the training, as in
+        lr: the peak learning rate; None: 0.8 / hidden size of the model, at most 2e-3.
+        epochs, batch_size, weight_decay, schedule: the settings of AdamW and of the training, as in
             `Trainer`.
+        compute: the arithmetic of the products with frozen weights: "float32", "bfloat16" or "int8".
         class_weight: a dict from labels to weights, "balanced", or None.
         early_stopping: hold sentences out, stop after `patience` epochs without a lower loss on these
             sentences, and use the trained values of the epoch with the lowest loss.
@@ -78,11 +80,12 @@ class LoRATokenClassifier(LabelledBase, TextEstimator):
         targets: str | Sequence[str] = "all-linear",
         layers: str | None = None,
         max_length: int | None = None,
-        lr: float = 1e-3,
+        lr: float | None = None,
         epochs: int = 3,
         batch_size: int = 32,
         weight_decay: float = 0.01,
         schedule: str = "cosine",
+        compute: str = "float32",
         class_weight: dict[Any, float] | str | None = None,
         early_stopping: bool = False,
         validation_fraction: float = 0.1,
@@ -104,6 +107,7 @@ class LoRATokenClassifier(LabelledBase, TextEstimator):
         self.batch_size = batch_size
         self.weight_decay = weight_decay
         self.schedule = schedule
+        self.compute = compute
         self.class_weight = class_weight
         self.early_stopping = early_stopping
         self.validation_fraction = validation_fraction

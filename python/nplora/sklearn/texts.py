@@ -16,16 +16,21 @@ import numpy.typing as npt
 from nplora import _check
 from nplora.finetuning import TextBatches
 from nplora.finetuning.classification.text_batches import ids_fingerprint
+from nplora.finetuning.int8_callbacks import int8_callbacks
+from nplora.finetuning.options import default_lr
+from nplora.finetuning.token_progress import speaker
 from nplora.formats import files, model_directory
 from nplora.formats.errors import FormatError, counted
 from nplora.formats.files import StrPath
 from nplora.lm import Encoder, TextClassifier, load_encoder, new_classifier
 from nplora.lm.classifier_loading import has_output_bias
+from nplora.nn.losses import Loss
 from nplora.nn.module import Module
 from nplora.runtime.user_warning import warn_user
 from nplora.sklearn.base import LoRAEstimator
-from nplora.trainer import Batches
+from nplora.trainer import Batches, Callback
 from nplora.trainer.fingerprint import base_fingerprint, factors, set_factors
+from nplora.weights import COMPUTES
 
 Array = npt.NDArray[Any]
 Scale = tuple[Array, Array]  # a factor and an offset of the outputs
@@ -34,18 +39,18 @@ Scale = tuple[Array, Array]  # a factor and an offset of the outputs
 _loaded: weakref.WeakValueDictionary[tuple[Any, ...], Encoder] = weakref.WeakValueDictionary()
 
 
-def shared_encoder(op: str, model: StrPath | None) -> Encoder:
-    """Load an encoder, or return the encoder that was already loaded from the same files.
+def shared_encoder(op: str, model: StrPath | None, compute: str = "float32") -> Encoder:
+    """Load an encoder, or return the encoder that was already loaded from the same files with this `compute`.
 
     Raises:
         TypeError: `model` is not a path. `load_encoder` lists the other errors.
     """
     if not isinstance(model, str | os.PathLike):
         raise TypeError(f"{op}: model is {_check.kind(model)}, expected the path of an encoder")
-    key = versions_of(model)
+    key = (*versions_of(model), compute)
     found = _loaded.get(key)
     if found is None:
-        found = _loaded[key] = load_encoder(model, pooling="mean")
+        found = _loaded[key] = load_encoder(model, compute, pooling="mean")
     return found
 
 
@@ -85,7 +90,8 @@ class StoredClassifier:
 
     Attributes:
         path: the path of the encoder.
-        labels, task, lora, max_length, tokens: the arguments with which `_classifier` rebuilds the model.
+        labels, task, lora, max_length, tokens, compute: the arguments with which `_classifier` rebuilds the
+            model.
         values: a dict from names to the trained arrays.
         streams: a dict from the layers' names to the states of their random numbers for dropout.
         base: the fingerprint of the frozen weights, by which a changed encoder is detected.
@@ -100,6 +106,7 @@ class StoredClassifier:
     streams: dict[str, list[int]]
     base: str
     tokens: bool = False
+    compute: str = "float32"
 
     def restored(self) -> TextClassifier:
         """Read the encoder again and return the model.
@@ -107,7 +114,9 @@ class StoredClassifier:
         Raises:
             FormatError: the path now holds a different encoder. OSError: the encoder cannot be read.
         """
-        made = _classifier(self.path, self.labels, self.task, self.tokens, self.lora, self.max_length, 0)
+        made = _classifier(
+            self.path, self.labels, self.task, self.tokens, self.lora, self.max_length, 0, self.compute
+        )
         if base_fingerprint(made, whole=True) != self.base:
             raise FormatError(f"{self.path}: this is not the encoder that the estimator was fitted with")
         set_factors(made, self.values)
@@ -123,8 +132,9 @@ def _classifier(
     lora: dict[str, Any],
     max_length: int | None,
     seed: int,
+    compute: str,
 ) -> TextClassifier:
-    encoder = shared_encoder("TextEstimator", path).copied({})
+    encoder = shared_encoder("TextEstimator", path, compute).copied({})
     made = new_classifier(encoder, labels, task, tokens, seed)
     if max_length is not None:
         made.max_length = min(max_length, encoder.config.max_position_embeddings)
@@ -160,7 +170,9 @@ class TextEstimator(LoRAEstimator):
         """
         op = type(self).__name__
         if reset or not hasattr(self, "model_"):
-            self._encoder = shared_encoder(op, self.model)
+            self._encoder = shared_encoder(
+                op, self.model, _check.choice(op, "compute", self.compute, COMPUTES)
+            )
             longest = self._encoder.max_length
             if self.max_length is not None:
                 most = self._encoder.config.max_position_embeddings
@@ -187,7 +199,9 @@ class TextEstimator(LoRAEstimator):
         self._lora, self._path = lora, os.fspath(files.absolute(self.model))
         self._rescaling: list[Scale] = []
         labels = self._labels(outputs)
-        return _classifier(self.model, labels, self._task, self._tokens, lora, self.max_length, seed)
+        return _classifier(
+            self.model, labels, self._task, self._tokens, lora, self.max_length, seed, self.compute
+        )
 
     def _labels(self, outputs: int) -> list[str]:
         """Return the names of the model's outputs, which a saved adapter contains."""
@@ -219,6 +233,17 @@ class TextEstimator(LoRAEstimator):
     def _has_bias(self) -> bool:
         return has_output_bias(self._encoder)
 
+    def _peak_lr(self) -> float:
+        return default_lr(self._encoder.config.hidden_size) if self.lr is None else super()._peak_lr()
+
+    def _callbacks(
+        self, batches: Batches, loss: Loss
+    ) -> contextlib.AbstractContextManager[Sequence[Callback]]:
+        assert isinstance(batches, TextBatches)
+        sample = batches.sample_gradient(self.model_, loss)
+        say = speaker(bool(self.verbose))
+        return int8_callbacks(self.model_, self.model_.encoder.model, sample, False, say)
+
     def _batches(self, x: Any, y: Array, shuffle: bool, seed: int) -> Batches:
         return TextBatches(x, y, self.batch_size, shuffle, seed)
 
@@ -243,6 +268,7 @@ class TextEstimator(LoRAEstimator):
             state["model_"] = StoredClassifier(
                 self._path, made.labels, made.task, self._lora,
                 made.max_length, values, made.random_state(), base, made.classifies_tokens,
+                made.encoder.compute,
             )  # fmt: skip
         return state
 

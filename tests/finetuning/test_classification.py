@@ -129,13 +129,15 @@ def test_a_resumed_run_has_the_bits_of_a_run_without_a_stop(task: str, model: Pa
 
 @pytest.mark.slow
 def test_a_run_in_int8_learns_compares_its_gradients_and_resumes_to_the_bit(
-    model: Path, tmp_path: Path
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options: dict[str, Any] = {**FAST, "epochs": 8, "compute": "int8", "save_every": 3}
     train_classifier(model, some_rows(), tmp_path / "whole", **options)
     with pytest.raises(OSError, match="the power is gone"):
         train_classifier(model, some_rows(), tmp_path / "cut", callbacks=[FailingStep(4)], **options)
-    train_classifier(model, some_rows(), tmp_path / "cut", resume=True, **options)
+    options |= {"compute": None, "resume": True}  # the run stays in int8
+    train_classifier(model, some_rows(), tmp_path / "cut", progress=True, **options)
+    assert "cut: the run still uses --compute int8" in capsys.readouterr().err
     files = [Path(tmp_path, name, "adapter_model.safetensors").read_bytes() for name in ("whole", "cut")]
     assert files[0] == files[1]
     exact = nplora.load_classifier(model, tmp_path / "whole")  # in float32

@@ -402,6 +402,11 @@ def test_unknown_names_of_a_search_are_refused(model: Path) -> None:
         evaluate_retrieval(encoder, queries, corpus, {"q": []})
     with pytest.raises(TypeError, match="expected names of documents"):
         evaluate_retrieval(encoder, queries, corpus, {"q": "d"})
+    lists: list[tuple[str, Any]] = [("queries", ["a cat"]), ("corpus", ["a dog"]), ("relevant", ["d"])]
+    for name, value in lists:
+        given: dict[str, Any] = {"queries": queries, "corpus": corpus, "relevant": {"q": ["d"]}, name: value}
+        with pytest.raises(TypeError, match=f"{name} is .*, expected a dict whose keys are names"):
+            evaluate_retrieval(encoder, **given)
 
 
 # ---- runs ----
@@ -469,14 +474,15 @@ def test_a_run_that_keeps_weights_in_int8_trains_the_same_adapter(model: Path, t
 
 
 def test_a_resumed_run_may_keep_weights_and_a_finished_one_converts_none(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options: dict[str, Any] = {"compute": "int8", "batch_size": 2}
     train(model, ROWS, tmp_path / "whole", steps=4, **options)
     with pytest.raises(OSError, match="the power is gone"):
         train(model, ROWS, tmp_path / "cut", steps=4, save_every=2, callbacks=[FailingStep(3)], **options)
-    options |= {"keep_int8": True, "resume": True, "steps": 4}
-    train(model, ROWS, tmp_path / "cut", save_every=2, **options)
+    options |= {"compute": None, "keep_int8": True, "resume": True, "steps": 4}  # the run stays in int8
+    train(model, ROWS, tmp_path / "cut", save_every=2, progress=True, **options)
+    assert "cut: the run still uses --compute int8" in capsys.readouterr().err
     files = [Path(tmp_path, name, "adapter_model.safetensors").read_bytes() for name in ("whole", "cut")]
     assert files[0] == files[1]
     monkeypatch.setattr(nplora.FrozenWeight, "keep_int8", None)  # a call would fail

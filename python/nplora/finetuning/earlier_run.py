@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from nplora.distributed.communicator import Communicator
 from nplora.finetuning.options import INT8_HEAD, FinetuneOptions
+from nplora.formats import files
 from nplora.formats.files import StrPath
 from nplora.formats.run_files import holds_run
 from nplora.trainer.checkpoint import Checkpoint
@@ -82,6 +85,24 @@ def words_of_kept(given: FinetuneOptions, chosen: FinetuneOptions) -> str:
         if (value := getattr(chosen, name)) not in (getattr(given, name), "float32")
     ]
     return f"the run still uses {' and '.join(kept)}" if kept else ""
+
+
+def compute_to_resume(
+    output: StrPath, compute: str | None, resume: bool, ranks: Communicator, say: Callable[[str], None]
+) -> str:
+    """The arithmetic of a run whose model is given as a path: `compute`, or float32 if it is None.
+
+    With `resume` and without `compute`, the result is the arithmetic of the run to resume. `say` prints this
+    if it is not float32. Only rank 0 reads the output directory.
+    """
+    if not resume or compute is not None:
+        return compute or "float32"
+    earlier = find_earlier_run(output) if ranks.rank == 0 else None
+    earlier = ranks.broadcast(earlier, "the search for an earlier run")
+    if earlier is None or earlier.compute in (None, "float32"):
+        return "float32"
+    say(f"{files.name(output)}: the run still uses --compute {earlier.compute}")
+    return earlier.compute
 
 
 def find_earlier_run(output: StrPath) -> EarlierRun | None:

@@ -40,8 +40,9 @@ from nplora.finetuning.classification.text_batches import TextBatches
 from nplora.finetuning.classification.text_progress import TextProgress
 from nplora.finetuning.data import Data
 from nplora.finetuning.data.sources import Source, sources_of, splits_of
-from nplora.finetuning.int8_check import Int8Check, computes_in_int8, warn_of_slow_int8
-from nplora.finetuning.kept_int8 import KeptInt8
+from nplora.finetuning.earlier_run import compute_to_resume
+from nplora.finetuning.int8_callbacks import int8_callbacks
+from nplora.finetuning.int8_check import warn_of_slow_int8
 from nplora.finetuning.options import default_lr, parse_columns, require_int8
 from nplora.finetuning.output import opened_output, require_free_directory
 from nplora.finetuning.report import WAS_FINISHED, memory_in_words
@@ -268,7 +269,8 @@ def train_classifier(
         patience: end the run after this number of evaluations in a row without a lower validation loss (early
             stopping).
         keep: adapter to save if there are validation data: best (with the lowest validation loss) or last.
-        compute: arithmetic of the products with frozen weights: float32, bfloat16 or int8 (default: float32).
+        compute: arithmetic of the products with frozen weights: float32, bfloat16 or int8 (default: float32,
+            or with `resume` the arithmetic of the run).
         keep_int8: keep weights in memory as 8-bit integers too, with compute int8, so that they are converted
             only once; steps become faster, but the integers take one byte for each weight of the first
             adapted block and of all later blocks.
@@ -311,7 +313,7 @@ def train_classifier(
         files.require_named(op, output=output)
     undo = rollback_on_error(model) if isinstance(model, Encoder) else contextlib.nullcontext(_nothing)
     with opened_communicator(op, distributed, communicator) as ranks, undo as keep_layers:
-        return _Training(model, data, output, valid, options, ranks).run(own, progress, keep_layers)
+        return _Training(model, data, output, valid, options, ranks, progress).run(own, keep_layers)
 
 
 class _Training:
@@ -325,15 +327,22 @@ class _Training:
         valid: Data | None,
         options: ClassifyOptions,
         ranks: Communicator,
+        progress: bool | None,
     ) -> None:
         op = "train_classifier"
         self.options, self.given, self.output = options, output, Path(files.absolute(output))
         self.ranks, self.is_first = ranks, ranks.rank == 0  # the first rank writes the output and prints
-        compute = model.compute if isinstance(model, Encoder) else options.compute or "float32"
-        require_int8(op, compute, keep_int8=options.keep_int8)
+        self.speaking = self.is_first and speaks(progress)
+        self.say = speaker(self.speaking)
+        say_if_alone(ranks, options.distributed, progress)
         require_same_options(ranks, options, op)
         if self.is_first:
             files.require_directory(output)
+        compute = options.compute
+        if not isinstance(model, Encoder):
+            compute = compute_to_resume(output, compute, options.resume, ranks, self.say)
+        used = model.compute if isinstance(model, Encoder) else compute or "float32"
+        require_int8(op, used, keep_int8=options.keep_int8)
         splits = splits_of(op, data)
         held_out = splits.valid if valid is None else sources_of(op, valid)
         columns = parse_columns(options.columns, op)
@@ -347,7 +356,7 @@ class _Training:
                 "(valid_split=...)"
             )
         labels = self.train.labels(self.task)
-        encoder = opened_encoder(op, model, options.compute)
+        encoder = opened_encoder(op, model, compute)
         warn_of_slow_int8(op, encoder)
         if isinstance(model, Encoder) and model.adapter_layers():
             raise ValueError(f"{op}: the encoder has an adapter already, expected an encoder without one")
@@ -407,11 +416,9 @@ class _Training:
 
     # ---- the run ----
 
-    def run(self, own: list[Callback], progress: bool | None, keep_layers: Any) -> ClassifierRun:
-        options, classifier = self.options, self.classifier
-        speaking = self.is_first and speaks(progress)
-        say, labels = speaker(speaking), classifier.labels
-        say_if_alone(self.ranks, options.distributed, progress)
+    def run(self, own: list[Callback], keep_layers: Any) -> ClassifierRun:
+        options, classifier, say = self.options, self.classifier, self.say
+        labels = classifier.labels
         examples = counted(len(self.train), unit_of(classifier))
         say(f"{examples} to train on, {counted(len(labels), 'label')}")
         if self.is_first and self.task == "tokens":
@@ -427,24 +434,15 @@ class _Training:
             options.rank, options.alpha, options.targets, options.layers, options.dropout, options.use_rslora,
             options.use_dora, options.seed, options.init,
         )  # fmt: skip
-        start, kept = _Start(), KeptInt8(classifier.encoder.model)
-        callbacks = [
-            start,
-            *([kept] * options.keep_int8),
-            *own,
-            *([TextProgress(*self._counted())] * speaking),
-        ]
-        loss = self._loss(targets)
+        start, loss = _Start(), self._loss(targets)
         train, valid = self._batches(targets, truth, centre, spread)
-        check = None
-        if computes_in_int8(classifier):
-            check = Int8Check(classifier, train.sample_gradient(classifier, loss), say)
-            callbacks.append(check)
-        trainer = self._trainer(loss, callbacks)
+        sample = train.sample_gradient(classifier, loss)
+        in_int8 = int8_callbacks(classifier, classifier.encoder.model, sample, options.keep_int8, say)
         found_at = self.output
-        with opened_output(self.output, self.ranks) as directory, check or contextlib.nullcontext():
-            with kept:
-                history = self._fit(trainer, train, valid, directory)
+        with opened_output(self.output, self.ranks) as directory, in_int8 as checks:
+            callbacks = [start, *own, *([TextProgress(*self._counted())] * self.speaking), *checks]
+            trainer = self._trainer(loss, callbacks)
+            history = self._fit(trainer, train, valid, directory)
             classifier.head.rescale(spread, centre)
             fitted, report = 1.0, None
             if self.valid is not None and self.valid_ids is not None and truth is not None:

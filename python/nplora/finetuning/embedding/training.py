@@ -22,11 +22,12 @@ from nplora.distributed.opening import (
 )
 from nplora.finetuning.agreement import require_same_data
 from nplora.finetuning.data.sources import Data, sources_of, splits_of
+from nplora.finetuning.earlier_run import compute_to_resume
 from nplora.finetuning.embedding.batches import ExampleBatches
 from nplora.finetuning.embedding.examples import TextReport, read_sources
 from nplora.finetuning.embedding.loss import MICRO_TOKENS, EmbeddingLoss
-from nplora.finetuning.int8_check import Int8Check, computes_in_int8, warn_of_slow_int8
-from nplora.finetuning.kept_int8 import KeptInt8
+from nplora.finetuning.int8_callbacks import int8_callbacks
+from nplora.finetuning.int8_check import warn_of_slow_int8
 from nplora.finetuning.options import default_lr, require_int8
 from nplora.finetuning.output import opened_output, require_free_directory, require_inputs_kept
 from nplora.finetuning.token_progress import speaker, speaks
@@ -160,8 +161,8 @@ def train(
         patience: end the run after this number of evaluations in a row without a lower validation loss.
         keep: the adapter to save if there are validation data: "best" (with the lowest validation loss) or
             "last".
-        compute: arithmetic of the products with frozen weights: "float32" (the default), "bfloat16" or
-            "int8". A loaded encoder keeps its arithmetic.
+        compute: arithmetic of the products with frozen weights: "float32", "bfloat16" or "int8"; None:
+            float32, or with `resume` the arithmetic of the run. A loaded encoder keeps its arithmetic.
         keep_int8: keep weights in memory as 8-bit integers too, with compute int8, so that they are converted
             only once; steps become faster, but the integers take one byte for each weight of the first
             adapted block and of all later blocks.
@@ -174,8 +175,8 @@ def train(
             step among themselves, so there may be at most `accumulate` ranks. The trained adapter is bit for
             bit the same for any number of ranks. Every rank makes the same call. Only rank 0 writes to
             `output`.
-        distributed: "mpi": the processes that `mpirun` started train together. "off": each process that
-            `mpirun` started makes a separate run.
+        distributed: what several processes do that `mpirun` has started. "mpi": they train one adapter
+            together. "off": each of them makes a separate run.
         resume: continue the run in `output`; the results are bit for bit those of a run without a stop.
         change_compute: with `resume`: continue the run even if `compute` has changed.
         overwrite: delete the run and the adapter in `output`.
@@ -199,8 +200,12 @@ def train(
         is_first = ranks.rank == 0  # this rank writes the output and prints
         if is_first:
             files.require_directory(output)
-        arithmetic = model.compute if isinstance(model, Encoder) else compute or "float32"
-        require_int8(op, arithmetic, keep_int8=keep_int8)
+        say, place = speaker(is_first and speaks(progress)), Path(files.absolute(output))
+        say_if_alone(ranks, distributed, progress)
+        if not isinstance(model, Encoder):
+            compute = compute_to_resume(output, compute, resume, ranks, say)
+        used = model.compute if isinstance(model, Encoder) else compute or "float32"
+        require_int8(op, used, keep_int8=keep_int8)
         function = EmbeddingLoss(loss, dims=dims, micro_tokens=micro_tokens)
         splits = splits_of(op, data)
         held_out = splits.valid if valid is None else sources_of(op, valid)
@@ -215,8 +220,6 @@ def train(
             if sources is not None
         ]
         require_same_data(ranks, read[0], read[1] if len(read) > 1 else None, op)
-        say, place = speaker(is_first and speaks(progress)), Path(files.absolute(output))
-        say_if_alone(ranks, distributed, progress)
         for examples in read:
             say(str(examples.report))
         batches = [
@@ -230,16 +233,12 @@ def train(
         with rollback_on_error(encoder), contextlib.ExitStack() as stack:
             _add_lora(op, encoder, lora, seed, say)
             rate = default_lr(encoder.config.hidden_size) if lr is None else lr
-            callbacks = list(callbacks)
-            if keep_int8:
-                callbacks.append(stack.enter_context(KeptInt8(encoder.model)))
-            if computes_in_int8(encoder):
-                check = Int8Check(encoder, function.sample_gradient(encoder, read[0]), say)
-                callbacks.append(stack.enter_context(check))
+            sample = function.sample_gradient(encoder, read[0])
+            checks = stack.enter_context(int8_callbacks(encoder, encoder.model, sample, keep_int8, say))
             trainer = Trainer(
                 encoder, function, AdamW(rate, weight_decay=weight_decay), schedule=schedule,
                 warmup_steps=warmup, accumulate=accumulate, clip_norm=max_grad_norm, seed=seed,
-                callbacks=callbacks, progress=progress, communicator=or_none_if_alone(ranks),
+                callbacks=[*callbacks, *checks], progress=progress, communicator=or_none_if_alone(ranks),
             )  # fmt: skip
             if is_first:
                 require_free_directory(place, resume, overwrite)

@@ -71,7 +71,62 @@ def test_the_command_trains_evaluates_and_predicts(here: Path, capsys: pytest.Ca
     assert lines == [{key: value for key, value in row.items() if key != "label"} for row in rows]
     capsys.readouterr()
     assert cli.main(["classify", "predict", *shared, "--output", "found.csv"]) == 2
-    assert "the file exists already" in capsys.readouterr().err
+    assert "the file already exists; name another one, or replace it with --overwrite" in (
+        capsys.readouterr().err
+    )
+
+
+def test_predictions_and_plots_replace_a_file_only_with_overwrite(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["classify", "train", "model", "--data", "train.csv", "--output", "out", *FAST]) == 0
+    shared = ["model", "--adapter", "out", "--data", "train.csv"]
+    predict, plot = ["predict", *shared, "--output", "found.jsonl"], ["eval", *shared, "--plot", "found.png"]
+    for command, name in ((predict, "found.jsonl"), (plot, "found.png")):
+        (here / name).write_text("earlier")
+        assert cli.main(["classify", *command]) == 2
+        assert "already exists; name another one, or replace it with --overwrite" in capsys.readouterr().err
+        assert (here / name).read_text() == "earlier"
+        assert cli.main(["classify", *command, "--overwrite"]) == 0
+        assert (here / name).read_bytes() != b"earlier"
+    assert len((here / "found.jsonl").read_text().splitlines()) == len(LINES)
+
+    names = sorted(path.name for path in here.iterdir())
+    (here / "bad.jsonl").write_text('{"text": "a cat"}\n{"txt": "a dog"}\n')
+    bad = ["predict", "model", "--adapter", "out", "--data", "bad.jsonl", "--output", "found.jsonl"]
+    before = (here / "found.jsonl").read_text()
+    assert cli.main(["classify", *bad, "--overwrite"]) == 2
+    assert (here / "found.jsonl").read_text() == before
+    assert sorted(path.name for path in here.iterdir()) == sorted([*names, "bad.jsonl"])
+
+    table = (here / "train.csv").read_text()
+    capsys.readouterr()
+    itself = ["classify", "predict", *shared, "--output", "train.csv", "--overwrite"]
+    assert cli.main(itself) == 2
+    assert "train.csv is the data itself, which is never overwritten" in capsys.readouterr().err
+    assert (here / "train.csv").read_text() == table
+
+
+def test_the_adapter_of_a_classifier_does_not_fit_other_commands(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train = ["classify", "train", "model", "--data", "train.csv", "--output", "out", "--steps", "1"]
+    assert cli.main(train) == 0
+    capsys.readouterr()
+    for command in (
+        ["merge", "model", "out", "--output", "merged"],
+        ["embed", "model", "train.csv", "--adapter", "out", "--output", "vectors.npy"],
+    ):
+        assert cli.main(command) == 2
+        assert "it belongs to a classifier (task_type SEQ_CLS)" in capsys.readouterr().err
+    swapped = [
+        ["merge", "out", "model", "--output", "merged"],
+        ["embed", "out", "train.csv", "--output", "v.npy"],
+    ]
+    for command in swapped:
+        assert cli.main(command) == 2
+        assert "out: the directory holds n" in (err := capsys.readouterr().err)
+        assert ", but an adapter: give the base model, and this directory as the adapter" in err
 
 
 TAGGED = "the O\ncat B-PET\nsat I-PET\n\na O\ndog B-PET\n\nreturn O\nmy O\norder O\n"

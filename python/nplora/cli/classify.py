@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import csv
-import errno
 import json
 import os
 import sys
@@ -32,7 +31,11 @@ HELP = (
 
 _OF_TEXTS, _OF_WORDS = (".csv", ".jsonl", ".npy"), (".jsonl", ".conll")  # the suffixes of output files
 
-_SHARED = ("columns", "separator", "skip_bad", "compute")  # options of train that eval accepts too
+# Options of train that eval and predict accept too.
+_SHARED = {
+    "eval": ("columns", "separator", "skip_bad", "compute", "overwrite"),
+    "predict": ("columns", "skip_bad", "compute", "overwrite"),
+}
 
 _NOT_OF_TRAIN = {
     "adapter": "eval and predict",
@@ -81,14 +84,33 @@ def run(arguments: argparse.Namespace) -> None:
         return
     if arguments.what == "predict" or arguments.output is not None or arguments.plot is not None:
         require_one_process("classify")  # predictions on stdout are an output too
-    own = {"eval": _SHARED, "predict": ("columns", "skip_bad", "compute")}[arguments.what]
+    own = _SHARED[arguments.what]
     others = ["valid"] * (arguments.valid is not None) + [name for name in options if name not in own]
     if others:
         raise UsageError(
             f"classify {arguments.what}: --{others[0].replace('_', '-')} is an option of classify train"
         )
     checked(ClassifyOptions, options)
+    options.pop("overwrite", None)
+    output = arguments.plot if arguments.what == "eval" else arguments.output
+    if output is not None:
+        _require_writable(output, arguments)
     (_evaluate if arguments.what == "eval" else _predict)(arguments, options)
+
+
+def _require_writable(output: str, arguments: argparse.Namespace) -> None:
+    """Raise an error if the output exists and `--overwrite` is not given, or if the output is an input."""
+    from nplora.finetuning.data.sources import sources_of
+    from nplora.formats import files, model_directory, peft_adapter
+    from nplora.formats.files import StrPath
+
+    files.require_new(output, arguments.overwrite)
+    sources = sources_of("classify", given_data(arguments.data))
+    read: list[tuple[str, StrPath]] = [("data", source.path) for source in sources if source.path is not None]
+    read += [("model", path) for path in model_directory.files_of(arguments.model)]
+    if arguments.adapter is not None:
+        read += [("adapter", path) for path in peft_adapter.files_of(arguments.adapter)]
+    files.require_not_read(f"classify {arguments.what}", [output], read)
 
 
 def _train(arguments: argparse.Namespace, options: dict[str, Any]) -> None:
@@ -114,19 +136,16 @@ def _train(arguments: argparse.Namespace, options: dict[str, Any]) -> None:
 
 def _evaluate(arguments: argparse.Namespace, options: dict[str, Any]) -> None:
     from nplora import finetuning
-    from nplora.formats import files
 
     if arguments.output is not None:
         raise UsageError("classify eval: --output is for train and predict")
     if arguments.probabilities:
         raise UsageError("classify eval: --probabilities is for predict")
-    if arguments.plot is not None:
-        files.require_new(arguments.plot, overwrite=False)
     classifier = _loaded(arguments, options)
     report = finetuning.evaluate_classifier(classifier, given_data(arguments.data), progress=True, **options)
     print(json.dumps(report.as_json(), allow_nan=False) if arguments.json else report, flush=True)
     if arguments.plot is not None:
-        report.plot(arguments.plot)
+        report.plot(arguments.plot, arguments.overwrite)
 
 
 def _predict(arguments: argparse.Namespace, options: dict[str, Any]) -> None:
@@ -136,7 +155,7 @@ def _predict(arguments: argparse.Namespace, options: dict[str, Any]) -> None:
         raise UsageError("classify predict: --json is for eval; by default, predictions are JSON lines")
     if arguments.plot is not None:
         raise UsageError("classify predict: --plot is for eval")
-    with _opened(arguments.output) as stream:
+    with _opened(arguments.output, arguments.overwrite) as stream:
         classifier = _loaded(arguments, options)
         suffix = f".{(arguments.output or '.jsonl').lower().rpartition('.')[2]}"
         labelled, known = ("words", _OF_WORDS) if classifier.classifies_tokens else ("texts", _OF_TEXTS)
@@ -171,8 +190,12 @@ def _loaded(arguments: argparse.Namespace, options: dict[str, Any]) -> Any:
 
 
 @contextlib.contextmanager
-def _opened(output: str | None) -> Iterator[TextIO]:
-    """Open a new file for writing, or return stdout if `output` is None. After an error, delete the file."""
+def _opened(output: str | None, overwrite: bool) -> Iterator[TextIO]:
+    """Open a new file for writing, or return stdout if `output` is None. After an error, delete the file.
+
+    With `overwrite`, the new file has a temporary name until it is complete, and then replaces the earlier
+    file.
+    """
     if output is None:
         yield sys.stdout
         return
@@ -181,15 +204,16 @@ def _opened(output: str | None) -> Iterator[TextIO]:
             f"classify predict: --output is {output!r}, expected a name that ends in "
             f"{' or '.join(_OF_TEXTS)} (texts), or in {' or '.join(_OF_WORDS)} (words)"
         )
-    if os.path.lexists(output):
-        raise FileExistsError(errno.EEXIST, "the file exists already; choose another for --output", output)
-    with open(output, "x", encoding="utf-8", newline="") as stream:
+    target = f"{output}.{os.getpid()}.part" if overwrite else output
+    with open(target, "x", encoding="utf-8", newline="") as stream:
         try:
             yield stream
             stream.flush()
         except BaseException:
-            os.unlink(output)
+            os.unlink(target)
             raise
+    if overwrite:
+        os.replace(target, output)
 
 
 def _write_lines(stream: TextIO, rows: Iterable[dict[str, Any]]) -> None:

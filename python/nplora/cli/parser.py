@@ -348,11 +348,12 @@ def add_options(
 
 
 def _help_of(field: "dataclasses.Field[Any]") -> str:
-    """Return the help text of a field.
+    """Return the help text of a field: its entry "command_help" or, without such an entry, "help".
 
     In this text, names of fields in backticks become options: `max_length` becomes --max-length.
     """
-    text = re.sub(r"`(\w+)`", lambda match: _option(match[1]), field.metadata["help"]).replace("%", "%%")
+    text = field.metadata.get("command_help", field.metadata["help"])
+    text = re.sub(r"`(\w+)`", lambda match: _option(match[1]), text).replace("%", "%%")
     default = field.default
     if isinstance(default, tuple):
         text += "" if "repeatable" in text else " (repeatable)"

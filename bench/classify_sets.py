@@ -26,7 +26,6 @@ from typing import Any
 from bench import labelled_texts
 from bench.bench_embed import model_directory
 
-PER_CLASS = (8, 64, None)
 LONGEST = 64  # tokens of a text, for every contestant
 EPOCHS = {8: 20, 64: 10, None: 2}  # of LoRA
 PAIRS = 640  # of texts, half of them with the same label; SetFit may have more
@@ -90,14 +89,11 @@ def setfit(train: labelled_texts.Rows, per_class: int | None, seed: int) -> Any:
     torch.set_num_threads(2)
     model = library.SetFitModel.from_pretrained(str(model_directory()), device="cpu")
     model.model_body.max_seq_length = LONGEST
-    settings = library.TrainingArguments(
-        num_iterations=max(1, PAIRS // (2 * len(train))),
-        seed=seed,
-        report_to="none",
-        output_dir=tempfile.mkdtemp(),
-    )
-    trainer = library.Trainer(model=model, args=settings, train_dataset=datasets.Dataset.from_list(train))
-    trainer.train()
+    with tempfile.TemporaryDirectory() as output:
+        settings = library.TrainingArguments(
+            num_iterations=max(1, PAIRS // (2 * len(train))), seed=seed, report_to="none", output_dir=output
+        )
+        library.Trainer(model=model, args=settings, train_dataset=datasets.Dataset.from_list(train)).train()
     return model.predict
 
 
@@ -131,13 +127,18 @@ def in_new_process(python: str, *arguments: Any) -> Result:
 
 
 def table(
-    sets: list[str], names: list[str], setfit_python: str | None, most: int | None, held: int | None
+    sets: list[str],
+    sizes: list[int | None],
+    names: list[str],
+    setfit_python: str | None,
+    most: int | None,
+    held: int | None,
 ) -> None:
     """Print a row for each set and each number of examples, as soon as it is known."""
     shown = [name for name in names if name != "setfit" or setfit_python]
     print("| set | texts | " + " | ".join(shown) + " |", "| --- | --- |" + " --- |" * len(shown), sep="\n")
     for data in sets:
-        for per_class in PER_CLASS:
+        for per_class in sizes:
             seeds = range(3 if per_class == 8 else 1)
             count = len(labelled_texts.shots(labelled_texts.split(data)[0], per_class, 0)[:most])
             cells = []
@@ -158,6 +159,8 @@ if __name__ == "__main__":
     parser.add_argument(
         "--sets", default=",".join(labelled_texts.PACKAGES), metavar="NAMES", help="sets of texts"
     )
+    text = "numbers of examples per label: 8, 64 or all"
+    parser.add_argument("--shots", default="8,64,all", metavar="NUMBERS", help=text)
     parser.add_argument("--only", default=",".join(CONTESTANTS), metavar="NAMES", help="contestants")
     parser.add_argument("--setfit", metavar="PYTHON", help="python that has SetFit")
     parser.add_argument("--most", type=int, metavar="N", help="the most texts to train on")
@@ -167,4 +170,5 @@ if __name__ == "__main__":
     if given.one:
         print(json.dumps(measured(*json.loads(given.one))))
     else:
-        table(given.sets.split(","), given.only.split(","), given.setfit, given.most, given.held_out)
+        sizes = [None if size == "all" else int(size) for size in given.shots.split(",")]
+        table(given.sets.split(","), sizes, given.only.split(","), given.setfit, given.most, given.held_out)

@@ -15,6 +15,8 @@ from nplora.formats.label_record import LabelRecord
 from nplora.formats.tokenizer_json import AddedToken
 from nplora.lora.delta import LoraDelta
 
+CLASSIFIER_TASKS = ("SEQ_CLS", "TOKEN_CLS")  # PEFT's names for the tasks of a classifier
+
 
 @dataclass(eq=False, repr=False)
 class AdapterContent(Mapping[str, LoraDelta]):
@@ -119,16 +121,29 @@ class AdapterContent(Mapping[str, LoraDelta]):
     def require_low_rank(self, hint: str) -> None:
         """Raise UnsupportedError if the adapter holds fully trained layers or trained tokens."""
         ending = f", expected low-rank factors; {hint}"
-        require_low_rank(self.source, self.modules_to_save, self.token_rows, ending)
+        require_low_rank(self.source, self.task_type, self.modules_to_save, self.token_rows, ending)
 
 
-def require_low_rank(source: str, whole: Collection[str], tokens: Collection[str], ending: str) -> None:
+def require_low_rank(
+    source: str, task_type: str | None, whole: Collection[str], tokens: Collection[str], ending: str
+) -> None:
     """Raise UnsupportedError if an adapter has fully trained layers, or layers with trained tokens.
 
     Args:
+        task_type: PEFT's name for the adapter's task.
         ending: the end of the message, which says what is possible instead.
     """
     for what, layers in (("fully trained layers", whole), ("trained tokens", tokens)):
         if layers:
             names = ", ".join(map(brief, layers))
-            raise UnsupportedError(f"{source}: the adapter holds {what} ({names}){ending}")
+            instead = f"; {hint}" if (hint := classifier_hint(task_type)) else ending
+            raise UnsupportedError(f"{source}: the adapter holds {what} ({names}){instead}")
+
+
+def classifier_hint(task_type: str | None) -> str:
+    """A text that says how to use the adapter of a classifier; "" for an adapter with another task."""
+    if task_type not in CLASSIFIER_TASKS:
+        return ""
+    return (
+        f"it belongs to a classifier (task_type {task_type}): use it with nplora classify or load_classifier"
+    )

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from nplora.adapters.content import AdapterContent
+from nplora.adapters.content import AdapterContent, classifier_hint
 from nplora.formats.errors import FormatError, brief, counted, in_places
 from nplora.formats.tokenizer_json import AddedToken
 from nplora.models import model_digest
@@ -58,8 +58,9 @@ class Target:
             function returns the weight's shape. If the adapter may not, the function returns a text that says
             why not. If the target accepts all rows, the function returns None.
         require_kind: a function that raises UnsupportedError if the target cannot hold this kind of adapter.
-            The arguments of the function are the adapter's source, whether the adapter has DoRA, the
-            adapter's fully trained layers, and the adapter's layers with trained tokens.
+            The arguments of the function are the adapter's source and task type, whether the adapter has
+            DoRA, the adapter's fully trained layers, and the adapter's layers with trained tokens.
+        task_type: PEFT's name for the model's task, or None.
     """
 
     title: str = ""
@@ -69,9 +70,10 @@ class Target:
     whole: Mapping[str, Mapping[str, npt.NDArray[Any] | Place]] | None = None
     rows: Callable[[str], tuple[int, int] | str | None] = lambda layer: None
     ties_head: bool = False
-    require_kind: Callable[[str, bool, Collection[str], Collection[str]], None] = (
-        lambda source, has_dora, whole, tokens: None
+    require_kind: Callable[[str, str | None, bool, Collection[str], Collection[str]], None] = (
+        lambda source, task_type, has_dora, whole, tokens: None
     )
+    task_type: str | None = None
 
     def place_of(
         self,
@@ -171,7 +173,9 @@ class Target:
 
     def check(self, adapter: AdapterContent, any_base: bool) -> None:
         """Raise FormatError if an adapter does not fit, belongs to another model, or has no layers."""
-        self.require_kind(adapter.source, adapter.use_dora, adapter.modules_to_save, adapter.token_rows)
+        self.require_kind(
+            adapter.source, adapter.task_type, adapter.use_dora, adapter.modules_to_save, adapter.token_rows
+        )
         problems = list[str]()
         for name, delta in adapter.items():
             with collecting(problems):
@@ -197,8 +201,10 @@ class Target:
             reasons = counted(len(problems), "reason")
             raise FormatError(f"{adapter.source}: the adapter cannot be used ({reasons}):{lines}")
         if problems:
-            subject = model_digest.subject(*base, self.digest)
-            raise FormatError(f"{adapter.source}: {subject} does not fit {self.title} {in_places(problems)}")
+            subject, ending = model_digest.subject(*base, self.digest), f" {in_places(problems)}"
+            if self.task_type != adapter.task_type and (hint := classifier_hint(adapter.task_type)):
+                ending = f"; {hint}"
+            raise FormatError(f"{adapter.source}: {subject} does not fit {self.title}{ending}")
         if not any_base and (refusal := model_digest.refusal(*base, self.digest)):
             raise FormatError(f"{adapter.source}: {refusal}")
         if not adapter and not adapter.modules_to_save:

@@ -143,7 +143,9 @@ def _target(model: BaseModel | None, family: Family) -> Target:
     return Target(title, place, digest, require_kind=_require_sums)
 
 
-def _require_sums(source: str, has_dora: bool, whole: Collection[str], tokens: Collection[str]) -> None:
+def _require_sums(
+    source: str, task_type: str | None, has_dora: bool, whole: Collection[str], tokens: Collection[str]
+) -> None:
     if has_dora:
         raise UnsupportedError(
             f"{source}: the adapter uses DoRA, which rescales the rows of W + ΔW. llama.cpp only adds ΔW, so "
@@ -153,7 +155,7 @@ def _require_sums(source: str, has_dora: bool, whole: Collection[str], tokens: C
         "; a llama.cpp adapter can only hold low-rank factors, so merge the adapter into the model instead "
         "(nplora merge)"
     )
-    require_low_rank(source, whole, tokens, ending)
+    require_low_rank(source, task_type, whole, tokens, ending)
 
 
 def _require_not_read(outputs: Iterable[StrPath], adapter: StrPath | None, base: StrPath | None) -> None:

@@ -460,4 +460,7 @@ def _target(model: Module, live: bool, **more: Any) -> Target:
         dtype = module.weight.compute_dtype
         return Place("the model's layer", module.weight.shape, embedding, use_dora, kernel, dtype)
 
-    return Target("the model", place, model.base_digest(), rows=rows, ties_head=model.ties_head, **more)
+    return Target(
+        "the model", place, model.base_digest(), rows=rows, ties_head=model.ties_head,
+        task_type=model.task_type, **more,
+    )  # fmt: skip

@@ -44,7 +44,7 @@ def read(
 
     Raises:
         FormatError: a file is malformed, or the adapter belongs to another model or does not fit `target`.
-            The message lists every mismatch.
+            The message lists the mismatches.
         CorruptError: adapter_config.json was edited.
         OSError: a file cannot be read.
     """
@@ -56,7 +56,7 @@ def _read(opened: PeftAdapter, target: Target, edited_config: bool, any_base: bo
     config, problems = opened.config, list[str]()
     has_dora = config.use_dora or any(name.endswith(MAGNITUDE) for name in opened.tensors)
     tensors, tokens = opened.whole(), opened.tokens(problems)
-    target.require_kind(opened.directory, has_dora, config.modules_to_save, tokens)
+    target.require_kind(opened.directory, config.task_type, has_dora, config.modules_to_save, tokens)
     if target.ties_head and _is_same(opened, tokens):
         del tokens[ROWS_HEAD]
     copied = _copied_rows(opened, tensors, tokens, target)

@@ -106,7 +106,7 @@ _LONGEST_NAME = 256
 _MOST_NAMES = 5_000
 
 
-_MOST_PROBLEMS = 20  # problems listed in one message; the rest are only counted
+_MOST_PROBLEMS = 10  # problems listed in one message; the rest are only counted
 
 
 def in_places(problems: Sequence[str]) -> str:

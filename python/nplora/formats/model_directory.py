@@ -19,6 +19,7 @@ from nplora.platform.files import link
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+ADAPTER_CONFIG = "adapter_config.json"  # the name in a directory of PEFT
 _COMPANIONS = (".json", ".txt", ".model", ".jinja")  # configuration, tokenizer, chat template
 _MAX_COMPANION = 64 << 20
 _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -146,7 +147,23 @@ def _required_weights(directory: Path) -> Path:
     pickles = [name for name in _PICKLES if (directory / name).exists()]
     if pickles:
         raise UnsafeError(f"{directory / pickles[0]}: a pickle can run any code; expected {WEIGHTS}")
-    raise FormatError(f"{files.name(directory)}: holds neither {WEIGHTS} nor {INDEX}")
+    raise FormatError(
+        f"{files.name(directory)}: the directory holds neither {WEIGHTS} nor {INDEX}{_but_adapter(directory)}"
+    )
+
+
+def require_config(directory: StrPath) -> None:
+    """Raise FileNotFoundError if a directory holds no config.json."""
+    if not Path(directory, CONFIG).exists():
+        reason = f"the directory holds no {CONFIG}{_but_adapter(directory)}"
+        raise FileNotFoundError(errno.ENOENT, reason, os.fspath(directory))
+
+
+def _but_adapter(directory: StrPath) -> str:
+    """The end of a message about a directory without a model; "" if the directory holds no adapter either."""
+    if not Path(directory, ADAPTER_CONFIG).exists():
+        return ""
+    return ", but an adapter: give the base model, and this directory as the adapter"
 
 
 def companions(source: Path, target: Path) -> list[NewFile]:

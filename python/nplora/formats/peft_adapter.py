@@ -43,7 +43,7 @@ from nplora.formats.safetensors import SafetensorsFile, Tensors
 from nplora.formats.tokenizer_json import AddedToken
 from nplora.platform.files import remove_in
 
-CONFIG = "adapter_config.json"
+CONFIG = model_directory.ADAPTER_CONFIG
 TENSORS = "adapter_model.safetensors"
 PICKLE = "adapter_model.bin"
 CONFIG_DIGEST = "adapter_config.sha256"

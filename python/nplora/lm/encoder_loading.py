@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import errno
-import os
 import warnings
 from collections.abc import Callable, Container
 from dataclasses import dataclass
@@ -184,9 +182,7 @@ def _require_fitting(pooling: Pooling, config: EncoderConfig | ModelConfig) -> N
 def _from_directory(path: StrPath, compute: str, mmap: bool, check: bool) -> _Parts:
     settings = sentence_files.read(Path(path))
     directory = Path(path, settings.transformer)
-    if not (directory / model_directory.CONFIG).exists():
-        reason = f"the directory holds no {model_directory.CONFIG}"
-        raise FileNotFoundError(errno.ENOENT, reason, os.fspath(directory))
+    model_directory.require_config(directory)
     fields = read_fields(directory / model_directory.CONFIG)
     file = model_directory.open_tensors(directory, mmap)
     family = families.encoder_by_model_type(fields.string("model_type"))

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import errno
-import os
 from collections.abc import Callable
 from pathlib import Path
 
 from nplora import _check, tokenizer
-from nplora.formats import files, gguf, model_directory, peft_adapter
+from nplora.formats import files, gguf, model_directory
 from nplora.formats.files import StrPath
 from nplora.lm.language_model import LanguageModel
 from nplora.models import building, gguf_config, hf_config
@@ -64,13 +62,7 @@ def _from_gguf(path: StrPath, compute: str, mmap: bool, check: bool) -> Language
 
 
 def _from_directory(path: StrPath, compute: str, mmap: bool, check: bool) -> LanguageModel:
-    if not Path(path, model_directory.CONFIG).exists():
-        reason = f"the directory holds no {model_directory.CONFIG}"
-        if Path(path, peft_adapter.CONFIG).exists():
-            reason += (
-                ", but an adapter: load the base model, and pass this directory as the adapter (--adapter)"
-            )
-        raise FileNotFoundError(errno.ENOENT, reason, os.fspath(path))
+    model_directory.require_config(path)
     config = hf_config.read(Path(path, model_directory.CONFIG))
     weights = SafetensorsWeights(model_directory.open_tensors(path, mmap), compute, check)
     return _build(config, weights, lambda: tokenizer.from_directory(path))

@@ -9,6 +9,7 @@ from types import MappingProxyType
 from typing import Any
 
 from nplora.adapters import Adapter
+from nplora.adapters.content import CLASSIFIER_TASKS
 from nplora.formats.files import StrPath
 from nplora.lm import Encoder, TextClassifier, load_classifier
 from nplora.lm.classifier_loading import has_head
@@ -77,7 +78,7 @@ class ServedEncoder:
 
     def _with_adapter(self, adapter: Adapter, any_base: bool) -> Model:
         copy = self.encoder.copied({})
-        if adapter.task_type in ("SEQ_CLS", "TOKEN_CLS"):
+        if adapter.task_type in CLASSIFIER_TASKS:
             made = load_classifier(copy, adapter, any_base=any_base)
             copy.max_length = made.max_length  # texts of requests are cut at the `max_length` of the copy
             return made

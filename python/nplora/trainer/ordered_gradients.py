@@ -107,9 +107,10 @@ class OrderedGradients(Gradients):
     def _results(self, batches: list[tuple[Any, Any]], parts: list[int], totals: StepTotals) -> list[_Result]:
         """Run one batch on each rank; return the results of all ranks.
 
-        Each rank must know how many dropout masks the earlier batches of the round draw. At first, the ranks
-        assume one mask for each part and layer. If this number is wrong, they run the round again with the
-        right number.
+        In a layer, all batches of the round take their dropout masks from one stream of random numbers, one
+        batch after the other. So before a rank runs its batch, it must know how many masks the earlier
+        batches take. At first, the ranks assume one mask for each part and layer. If this number is wrong,
+        they run the round again with the right number.
         """
         start = [layer.dropout_stream for layer in self._adapters]
         data = checksum(batches) if self._meeting.size > 1 else 0

@@ -93,7 +93,8 @@ def embed_file(
             each value of its embedding; .jsonl: {"text": …, "embedding": […]}. The rows have the order of
             the data.
         adapter: a PEFT directory, or an `Adapter`. With an adapter, `model` must be a path.
-        any_base: accept an adapter that was trained on another model with the same shapes.
+        any_base: accept an adapter that was trained on another model with the same shapes. With `any_base`,
+            `model` must be a path.
         pooling: as in `load_encoder`. With `pooling`, `model` must be a path.
         column: the field that holds the text.
         normalize, prompt, prompt_name, batch_size, max_length: as in `Encoder.embed`.
@@ -136,8 +137,8 @@ def _opened(
     op: str, model: StrPath | Encoder, adapter: StrPath | Adapter | None, any_base: bool, pooling: str | None
 ) -> Encoder:
     if isinstance(model, Encoder):
-        for name, value in (("adapter", adapter), ("pooling", pooling)):
-            if value is not None:
+        for name, value in (("adapter", adapter), ("any_base", any_base), ("pooling", pooling)):
+            if value not in (None, False):
                 raise ValueError(
                     f"{op}: {name} is given, but model is an encoder; expected a path to a model"
                 )

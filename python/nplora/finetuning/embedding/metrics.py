@@ -182,11 +182,15 @@ def evaluate_retrieval(
         batch_size: as in `Encoder.embed`.
     Raises:
         ValueError: no query has a relevant document, the corpus is empty, or an argument is out of range.
+        TypeError: `queries`, `corpus` or `relevant` is not a dict.
         KeyError: `relevant` has a name that is not in `queries` or `corpus`.
     """
     op = "evaluate_retrieval"
     if isinstance(k, str) or not np.iterable(k):
         raise TypeError(f"{op}: k is {brief(k)}, expected a list of numbers such as (1, 10)")
+    for name, value in (("queries", queries), ("corpus", corpus), ("relevant", relevant)):
+        if not isinstance(value, Mapping):
+            raise TypeError(f"{op}: {name} is {_check.kind(value)}, expected a dict whose keys are names")
     places = {name: i for i, name in enumerate(corpus)}
     grades = {name: _grades(op, name, queries, places, given) for name, given in relevant.items()}
     names = [name for name in queries if grades.get(name)]

@@ -98,7 +98,7 @@ class Body:
             raise RequestError("the body is nested too deeply", code="invalid_json") from None
 
     async def drain(self, most: int) -> None:
-        """Discard the rest of a refused body: read at most `most` bytes, for at most `_DRAIN_SECONDS`."""
+        """Read the rest of a refused body and discard it. Stop after `most` bytes or `_DRAIN_SECONDS`."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_DRAIN_SECONDS):
                 while not self._ended and most > 0:

@@ -260,7 +260,7 @@ void attention_backward(const AttentionShape& given, Sequences sequences, Matrix
   std::vector<Task> tasks;
   for (size_t diagonal = 0; diagonal * block < longest; ++diagonal) {
     if (shape.causal && shape.window > 0 && diagonal > 0 && (diagonal - 1) * block + 1 >= shape.window)
-      break;  // on this diagonal and all later ones, no key is in the window of a query
+      break;  // on this diagonal and on all later ones, no key is in the window of any query
     tasks.clear();
     for (size_t i = 0; i < runs.size(); ++i)
       for (size_t b = shape.causal || diagonal * block >= runs[i].count ? diagonal : 0;

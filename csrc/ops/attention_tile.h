@@ -44,8 +44,8 @@ struct PairedRows {
   const kernels::Bf16Pair* down;   // a pair holds two values of a column, at positions 2i and 2i + 1
   size_t width;                    // the number of columns of k (or v) before pairing
 
-  // Returns the left operand of a product that sums over head_dim: the array `along`, beginning with the pair
-  // that contains element (row, column) of k (or v).
+  // Returns the left operand of a product that sums over head_dim. It is the part of the array `along` that
+  // begins with the pair of element (row, column). The element is one of k, or of v in a PairedRows of values.
   kernels::Strided<kernels::Bf16Pair> over_dim(size_t row, size_t column) const {
     return {along + (row * width + column) / 2, width / 2, 1};
   }

@@ -48,8 +48,9 @@ WeightView view_of(Matrix<const T> w) {
 }
 
 // The number of columns in full panels. All other columns are in the last panel, which is narrower. The
-// columns that are passed to row_block must be either all in full panels or all in the narrower panel. Only
-// row_block<Bf16Pair> also accepts columns of full panels together with columns of the narrower panel.
+// columns that are passed to row_block must be either all in full panels or all in the narrower panel. The
+// exception is row_block<Bf16Pair>, which accepts columns of full panels together with those of the narrower
+// panel.
 inline size_t full_columns(size_t d_in) {
   return d_in / kernels::kPanelColumns * kernels::kPanelColumns;
 }

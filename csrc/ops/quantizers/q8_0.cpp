@@ -26,7 +26,7 @@ void quantize_blocks(size_t blocks, const float* x, BlockQ8_0* out) {
     for (size_t i = 0; i < kElements; ++i) absmax = std::max(absmax, std::abs(x[i]));
     const float d = absmax / 127, inverse = 1 / d;
     out->d = to_half(d);
-    // If 1 / d is infinite, d is so small that float16 rounds it to 0, and all codes are 0.
+    // If 1 / d is infinite, d is so small that float16 rounds it to 0. The block then stores only zeros.
     for (size_t i = 0; i < kElements; ++i)
       out->q[i] = std::isinf(inverse) ? int8_t{0} : rounded_away(x[i] * inverse);
   }

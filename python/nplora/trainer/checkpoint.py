@@ -126,10 +126,11 @@ def new_file(path: Path, checkpoint: Checkpoint, more: Mapping[str, str] | None 
 
 
 def read(path: Path) -> Checkpoint:
-    """Read the arrays of a checkpoint one by one to check them; then map the file into memory.
+    """Check the arrays of a checkpoint, then map the file into memory.
 
-    The file is mapped because a copy of all arrays might not fit into memory. The arrays are read before the
-    file is mapped, because a disk error in a mapped file would end the process.
+    The file is mapped because a copy of all arrays might not fit into memory. To check them, the function
+    first reads the arrays one by one from the file. If the disk fails then, reading raises an OSError. In a
+    mapped file, an error of the disk would end the process.
 
     Raises:
         UnsupportedError: a later version of nplora made the file. FormatError: the file is damaged. OSError:

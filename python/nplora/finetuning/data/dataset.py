@@ -253,7 +253,11 @@ def text_windows(op: str, source: Source, tokenizer: Tokenizer, length: int | No
 
 
 def check_names(names: ColumnNames, options: ReadOptions) -> None:
-    """Warn about rows that were read without renaming. Raise DataError if no row has a name in `columns`."""
+    """Warn about rows that were read without renaming.
+
+    Raises:
+        DataError: `columns` names fields, and no row has any of them.
+    """
     if not options.any_names:
         names.require()
     names.warn()

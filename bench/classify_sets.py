@@ -26,6 +26,7 @@ from typing import Any
 from bench import labelled_texts
 from bench.bench_embed import model_directory
 
+SIZES = {"8": 8, "64": 64, "all": None}  # examples per label
 LONGEST = 64  # tokens of a text, for every contestant
 EPOCHS = {8: 20, 64: 10, None: 2}  # of LoRA
 PAIRS = 640  # of texts, half of them with the same label; SetFit may have more
@@ -159,8 +160,7 @@ if __name__ == "__main__":
     parser.add_argument(
         "--sets", default=",".join(labelled_texts.PACKAGES), metavar="NAMES", help="sets of texts"
     )
-    text = "numbers of examples per label: 8, 64 or all"
-    parser.add_argument("--shots", default="8,64,all", metavar="NUMBERS", help=text)
+    parser.add_argument("--shots", choices=SIZES, nargs="+", default=list(SIZES), help="examples per label")
     parser.add_argument("--only", default=",".join(CONTESTANTS), metavar="NAMES", help="contestants")
     parser.add_argument("--setfit", metavar="PYTHON", help="python that has SetFit")
     parser.add_argument("--most", type=int, metavar="N", help="the most texts to train on")
@@ -170,5 +170,5 @@ if __name__ == "__main__":
     if given.one:
         print(json.dumps(measured(*json.loads(given.one))))
     else:
-        sizes = [None if size == "all" else int(size) for size in given.shots.split(",")]
+        sizes = [SIZES[size] for size in given.shots]
         table(given.sets.split(","), sizes, given.only.split(","), given.setfit, given.most, given.held_out)

@@ -33,8 +33,8 @@ template <class W, size_t kTokens>
 inline constexpr size_t kSharingRows =
     kTokens == 1 ? kDotRows : (kTokens * kSideSums<W> < 8 ? 8 / (kTokens * kSideSums<W>) : 1);
 
-// Whether the registers have room for the sums and for kTokens rows of `x`. Only the columns of `x` that are
-// multiplied by one panel of W count.
+// Whether the registers have room for the sums and for kTokens rows of `x`. Of each row, only the columns are
+// needed that are multiplied by one panel of W.
 template <class W, size_t kTokens>
 inline constexpr bool kStaysInRegisters =
     kTokens * (kVectorsOfPanel<W> + kSideSums<W>) <= kDotResident + kDotSums;
@@ -411,8 +411,8 @@ inline void add_block_dots(size_t m, size_t rows, size_t depth, const A* a, cons
   if constexpr (kTokens > 1) add_block_dots<kTokens / 2>(m, rows, depth, a, z, z_stride, y, y_stride);
 }
 
-// Adds z aᵀ to `y` (m, rows). If `depth` is 2, 4 or a larger power of two below kLanes, add_packed_dots
-// computes the product, with `depth` as a template argument.
+// Adds z aᵀ to `y` (m, rows). If `depth` is a power of two from 2 to kLanes / 2, add_packed_dots computes the
+// product, with `depth` as a template argument.
 template <size_t kDepth, class A, class T>
 inline void add_dots_of_depth(size_t m, size_t rows, size_t depth, const A* a, const T* z, size_t z_stride,
                               T* y, size_t y_stride) {

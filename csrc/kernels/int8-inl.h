@@ -142,7 +142,7 @@ struct Codes;
 struct Unsigned {
   static constexpr bool kHasMinimum = true, kPlainNibbles = false;
   // An upper bound. Without VNNI, int8_lanes needs the largest code of the format. So formats with unsigned
-  // codes and blocks of one sub-block define kLargestCode themselves.
+  // codes and blocks of one sub-block define kLargestCode themselves. With VNNI, this bound is not used.
   static constexpr size_t kLargestCode = 255;
   static EightInts dot_with(SubBlock codes, SubBlock x) { return dot(codes, x); }
 };

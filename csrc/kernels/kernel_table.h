@@ -336,8 +336,8 @@ struct DecodedRows {
   size_t stride, apart = 0;
 };
 
-// Conversions of low-bit blocks (kernels/formats) to float. All instruction sets give the same bits: each
-// value is computed in float32, without fused multiply-adds.
+// Conversions of low-bit blocks (kernels/formats) to float. All instruction sets give the same bits. Some
+// kernels use fused multiply-adds, but each value is the same as without them; blocks-inl.h says why.
 struct BlockDecoders {
   // Decodes the columns [first, first + cols) of `rows` rows that are stored in blocks, and stores the floats
   // in `to` (rows, cols). The rows of blocks begin `row_bytes` bytes apart. `first` and `cols` are multiples

@@ -43,8 +43,9 @@ struct Sequences {
 // (n, heads) = log Σ exp(scores), which the backward pass needs. If lse.data is null, lse is not computed. A
 // score is a sum of head_dim products. An output is a sum of products, with one product for each key. All
 // sums are in float32. For a sum of m products, the error is below gamma(m) = m u / (1 - m u) times the sum
-// of the magnitudes of the products, where u is the unit roundoff. Inf or NaN in a row may spread to all rows
-// of the same sequence, but not to other sequences.
+// of the magnitudes of the products, where u is the unit roundoff. If the products are computed in pairs,
+// their operands are first rounded to bfloat16, and the error of this rounding is added. Inf or NaN in a row
+// may spread to all rows of the same sequence, but not to other sequences.
 void attention(const AttentionShape& shape, Sequences sequences, Matrix<const float> q, Matrix<const float> k,
                Matrix<const float> v, Matrix<float> out, Matrix<float> lse);
 

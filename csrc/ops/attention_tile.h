@@ -45,7 +45,8 @@ struct PairedRows {
   size_t width;                    // the number of columns of k (or v) before pairing
 
   // Returns the left operand of a product that sums over head_dim. It is the part of the array `along` that
-  // begins with the pair of element (row, column). The element is one of k, or of v in a PairedRows of values.
+  // begins with the pair of element (row, column). In a PairedRows of keys, this is an element of k; in a
+  // PairedRows of values, an element of v.
   kernels::Strided<kernels::Bf16Pair> over_dim(size_t row, size_t column) const {
     return {along + (row * width + column) / 2, width / 2, 1};
   }

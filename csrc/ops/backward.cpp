@@ -90,11 +90,12 @@ void lora_backward(std::span<const BackwardPart<T>> parts, Matrix<const T> x, Ma
     const auto is_packed = [](const BackwardPart<T>& part) { return part.w.packed; };
     const bool all_bf16 = std::all_of(parts.begin(), parts.end(), is_bf16);
     const bool all_packed = std::all_of(parts.begin(), parts.end(), is_packed);
-    // A W in bfloat16 can be multiplied in two ways. In batches of up to `most_paired` tokens,
+    // Products of pairs can read a W in bfloat16 in two ways. In batches of up to `most_paired` tokens,
     // gemm_outputs_in_lanes reads the rows of W and pairs them during the product. In larger batches, the
     // rows are first copied to memory in pairs, and all tokens of a task share this copy. If
     // pairs_in_registers is false, each call of gemm_outputs_in_lanes makes its own copy. Batches of more
-    // than kFewTokens tokens would need several calls, and thus several copies, for the same rows.
+    // than kFewTokens tokens would need several calls, and thus several copies, for the same rows. A W that
+    // is not packed is read in the first way for up to kInPlaceBatch tokens.
     const size_t most_paired = !all_packed                           ? kInPlaceBatch
                                : kernels::table().pairs_in_registers ? kPairedBatch
                                                                      : kFewTokens;

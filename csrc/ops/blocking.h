@@ -33,16 +33,17 @@ static_assert(kDepthBlock % kDepthCut == 0 && kDepthCut % kDepthUnitValues == 0)
 inline size_t depth_block(size_t depth) {
   return round_up(ceil_div(depth, std::max<size_t>(1, ceil_div(depth, kDepthBlock))), kDepthCut);
 }
-// In forward_lanes, and usually in the backward pass, a task multiplies at most kTaskTokens tokens, so that
-// these tokens stay in L2 or L3. A token block of x has at most kLanesBytes bytes after it is transposed into
-// the SIMD lanes.
+// A task of forward_lanes multiplies at most kTaskTokens tokens, so that these tokens stay in L2 or L3. So
+// does a task of the backward pass if blocks of W are one panel wide and no update is merged on the fly. A
+// token block of x has at most kLanesBytes bytes after it is transposed into the SIMD lanes, unless
+// 2 * kTokenUnit tokens take more.
 inline constexpr size_t kTaskTokens = 256, kLanesBytes = size_t{8} << 20;
 // In the backward pass, batches of up to this many tokens are not computed in bfloat16 or int8, because
 // products in bfloat16 or int8 are not faster for so few tokens.
 inline constexpr size_t kFloatBatch = 4;
 // A limit for the backward pass. Batches of up to this many tokens read W in place. In larger batches, all
-// tokens share one copy of each block of W. There are exceptions: a W that must be converted is never read in
-// place, and any other W that is packed or in double is always read in place.
+// tokens share one copy of each block of W. There are exceptions: a W that must be decoded into memory is
+// never read in place, and any other W that is packed or in double is always read in place.
 inline constexpr size_t kInPlaceBatch = 16;
 // Two limits for the number of tokens in a backward pass with a W in bfloat16. Batches up to the limit read W
 // in place, and each tile converts the values of W in registers. Larger batches use a converted copy of W.
@@ -119,8 +120,9 @@ void for_pieces(size_t n, size_t unit, size_t threads, const Body& body) {
 class Grid {
  public:
   struct Cut {
-    // There are `count` items. Each piece begins at a multiple of `unit`. The largest number of items in a
-    // piece is `most`, rounded up to a multiple of `unit`.
+    // There are `count` items. Each piece begins at a multiple of `unit`. `most` limits the items of a piece.
+    // For tokens, `most` is rounded up to a multiple of `unit`. For `side`, `most` is rounded down, but to
+    // `unit` at least.
     size_t count, unit, most;
   };
 

@@ -16,8 +16,8 @@ class FetchList {
   FetchList(const kernels::Fetch& first, const kernels::Fetch& second) : left_{first, second} {}
 
   // Removes the next share from the list and returns it. The share is 1 / `shares` of the memory that is
-  // left. The result has two ranges of memory. Usually the whole share is in the first range, and the second is
-  // empty. If the share contains the end of `first` and the start of `second` (the two arguments of the
+  // left. The result has two ranges of memory. Usually the whole share is in the first range, and the second
+  // is empty. If the share contains the end of `first` and the start of `second` (the two arguments of the
   // constructor), it has two parts, and the first range is the longer part.
   std::array<kernels::Fetch, 2> share(size_t shares) {
     const size_t n = ceil_div(left_[0].lines + left_[1].lines, shares);

@@ -93,8 +93,8 @@ size_t KeptWords::keep(size_t row, const RowSum& sum, int32_t target, double fac
     values[at] = logits[target];
     ++count;
   }
-  // The probabilities of the skipped words are summed. The difference 1 - Σ_kept p would have an error of
-  // about 1e-7, and could be negative.
+  // Sums the probabilities of the skipped words. The difference 1 - Σ_kept p would have an error of about
+  // 1e-7, and could be negative.
   for (size_t i = 0; i < count; ++i) logits[ids[i]] = -std::numeric_limits<float>::infinity();
   const RowSum rest = sum_of_row(logits_.cols, logits, nullptr);
   *skipped = rest.sum / sum.sum * std::exp(double(rest.largest) - double(sum.largest));

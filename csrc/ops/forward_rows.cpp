@@ -338,7 +338,7 @@ class RowsForward {
   size_t block_tokens_ = 0;
   std::vector<Joined> joined_;
   std::vector<PartUpdate> updates_;
-  E* x_elements_ = nullptr;  // x of a token block, converted to type E; null if x is not converted
+  E* x_elements_ = nullptr;  // x of a token block, converted to pairs for the products with W, or null
   CodedBlock x_codes_{x_.cols, kernels::kInt8Group};
 };
 

@@ -123,7 +123,8 @@ struct KernelPlan {
 // Chooses the cheaper of the two methods to apply the update. An update is merged on the fly only in float
 // and double. In bfloat16, the sum W + scale A B would be rounded to bfloat16, and a small update would be
 // lost, for example at the start of training. With dropout, an update is never merged, because the update
-// multiplies drop(x) but W multiplies x.
+// multiplies drop(x) but W multiplies x. In small batches (up to kSmallBatch rows), no update is merged
+// either.
 inline KernelPlan cheaper(const LayerShape& s, const UpdateCost& cost) {
   if (s.rank == 0) return {Update::kNone, cost};
   const bool can_merge = s.element_bytes >= 4 && !s.dropout && s.tokens > kernels::kSmallBatch;

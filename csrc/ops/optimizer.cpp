@@ -15,8 +15,8 @@ namespace {
 constexpr size_t kBlockElements = 16384;
 constexpr double kOperationsPerElement = 16;
 
-// A task consists of 1 to kTaskBlocks neighbouring blocks. Tasks become longer only if at least
-// kTasksPerThread tasks are left for each thread. Long tasks are faster, because after each jump to another
+// A task consists of 1 to kTaskBlocks neighbouring blocks. It has more than one block only if each thread
+// still gets at least kTasksPerThread tasks. Long tasks are faster, because after each jump to another
 // place in memory, the hardware must detect the access pattern again before it can prefetch.
 constexpr size_t kTaskBlocks = 8, kTasksPerThread = 8;
 

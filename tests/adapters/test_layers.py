@@ -423,3 +423,19 @@ def test_a_language_model_takes_an_adapter_in_the_place_of_another(tmp_path: Pat
     assert model.train_step(ids, ids, nplora.AdamW(lr=1e-2)) > model.loss(ids, ids)
     attach_adapter(model, [(tmp_path / "all", 0.0)], replace=True)
     np.testing.assert_array_equal(model.logits(ids), plain_logits)
+
+
+def test_at_most_ten_mismatches_are_listed(tmp_path: Path) -> None:
+    save_adapter(Net(), tmp_path)
+
+    def damage(tensors: dict[str, Array]) -> None:
+        for i in range(11):
+            tensors[f"stray.{i:02}"] = np.zeros(1, np.float32)
+
+    rewrite(tmp_path, damage)
+    with pytest.raises(FormatError) as caught:
+        load_adapter(Net(), tmp_path)
+    lines = str(caught.value).splitlines()
+    assert lines[0].endswith("does not fit the model in 11 places:")
+    assert [line.split("'")[1] for line in lines[1:-1]] == [f"stray.{i:02}" for i in range(10)]
+    assert lines[-1] == "  …"

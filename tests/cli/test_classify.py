@@ -1,8 +1,10 @@
 """`nplora classify`: train, eval and predict."""
 
 import csv
+import errno
 import json
 import re
+import stat
 from pathlib import Path
 
 import numpy as np
@@ -91,11 +93,26 @@ def test_predictions_and_plots_replace_a_file_only_with_overwrite(
         assert (here / name).read_bytes() != b"earlier"
     assert len((here / "found.jsonl").read_text().splitlines()) == len(LINES)
 
+    (here / "found.jsonl").chmod(0o600)
+    assert cli.main(["classify", *predict, "--overwrite"]) == 0
+    assert stat.S_IMODE((here / "found.jsonl").stat().st_mode) == 0o600
+    assert cli.main(["classify", "predict", *shared, "--overwrite"]) == 2
+    assert "classify predict: --overwrite needs --output" in capsys.readouterr().err
+
     names = sorted(path.name for path in here.iterdir())
     (here / "bad.jsonl").write_text('{"text": "a cat"}\n{"txt": "a dog"}\n')
     bad = ["predict", "model", "--adapter", "out", "--data", "bad.jsonl", "--output", "found.jsonl"]
     before = (here / "found.jsonl").read_text()
     assert cli.main(["classify", *bad, "--overwrite"]) == 2
+    assert (here / "found.jsonl").read_text() == before
+    assert sorted(path.name for path in here.iterdir()) == sorted([*names, "bad.jsonl"])
+
+    def failing(source: str, target: str) -> None:
+        raise PermissionError(errno.EACCES, "the file is in use", target)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("os.replace", failing)
+        assert cli.main(["classify", *predict, "--overwrite"]) == 2
     assert (here / "found.jsonl").read_text() == before
     assert sorted(path.name for path in here.iterdir()) == sorted([*names, "bad.jsonl"])
 

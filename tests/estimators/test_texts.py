@@ -72,14 +72,20 @@ def test_a_grid_search_loads_a_model_that_turns_texts_into_vectors_once(
     np.testing.assert_array_equal(other, vectors)
 
 
-def test_the_default_learning_rate_is_that_of_train_classifier(model: Path) -> None:
-    """It depends on the width of the encoder, which is 32 here."""
+def test_the_default_learning_rate_depends_on_the_width_of_the_encoder(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nplora.sklearn.texts.default_lr", {32: 3e-3}.__getitem__)
     outputs = [
-        LoRATextClassifier(model, **{**FAST, "lr": lr}).fit(X, Y).decision_function(X)
-        for lr in (None, 2e-3, 1e-3)
+        LoRATextClassifier(model, **{**FAST, "lr": lr}).fit(X, Y).decision_function(X) for lr in (None, 3e-3)
     ]
     np.testing.assert_array_equal(outputs[0], outputs[1])
-    assert (outputs[0] != outputs[2]).any()
+
+
+@pytest.mark.parametrize("lr", ["0.1", True, [1e-3]])
+def test_a_learning_rate_must_be_a_number(model: Path, lr: Any) -> None:
+    with pytest.raises(TypeError, match=r"AdamW: lr is .*, expected a number"):
+        LoRATextClassifier(model, **{**FAST, "lr": lr}).fit(X, Y)
 
 
 @pytest.mark.parametrize("compute", ["bfloat16", "int8"])
@@ -106,6 +112,20 @@ def test_an_estimator_in_int8_compares_its_gradients_with_bfloat16(
     assert "int8" not in capsys.readouterr().err
     LoRATextClassifier(model, compute="int8", **options).fit(X, Y)
     assert "int8 is too inexact" in capsys.readouterr().err
+    with pytest.warns(UserWarning, match="int8 is too inexact"):
+        LoRATextClassifier(model, compute="int8", **{**options, "verbose": False}).fit(X, Y)
+
+
+def test_a_model_is_trained_further_in_its_own_arithmetic(model: Path) -> None:
+    fitted = LoRATextClassifier(model, compute="int8", warm_start=True, **FAST)
+    fitted.partial_fit(X, Y, classes=["delivery", "return"]).partial_fit(X, Y).fit(X, Y)
+    assert fitted.model_.encoder.compute == "int8"
+    fitted.set_params(compute="float32")
+    words = "compute is 'float32', but the model that is trained further computes in 'int8'"
+    for train in (fitted.fit, fitted.partial_fit):
+        with pytest.raises(ValueError, match=words):
+            train(X, Y)
+    assert fitted.set_params(warm_start=False).fit(X, Y).model_.encoder.compute == "float32"
 
 
 def test_an_unknown_arithmetic_is_refused(model: Path) -> None:

@@ -14,7 +14,7 @@ ScaledBlock<Format> best_block(const float* x) {
   // search tries all scales that differ by at most 8 from the first scale or from its negative, limited to
   // the range from kLeastScale to kMostScale. In the group with the largest magnitude of the block, the first
   // scale is about 127 * 31 / 32 = 123. The search then tries scales from 115 to 127. Before clipping, they
-  // turn the largest magnitude into codes of magnitude 34 to 31.
+  // turn the largest magnitude into codes of magnitude 34 to 31. The scales from -115 to -128 are tried too.
   constexpr int kReach = 8;
   ScaledBlock<Format> best;
   best.d = unit_of(absmax(BlockQ6_K::kElements, x) / Format::kCodeRange.last, Format::kMostScale);

@@ -14,7 +14,7 @@ Arguments and errors that several functions of this package share:
     overwrite: replace an existing adapter at the output path.
 
     FormatError: a file is malformed. Or the adapter does not fit the given model, or belongs to another
-        model. The message lists the mismatches.
+        model. The message lists up to ten mismatches.
     UnsupportedError: nplora does not know this kind of adapter. Or the adapter has DoRA magnitudes, or layers
         that are trained without LoRA, and the function does not support them.
     UnsafeError: the weights are a pickle, or the configuration could run code or make the program hang.

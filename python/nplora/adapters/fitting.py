@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from nplora.adapters.content import AdapterContent, classifier_hint
+from nplora.adapters.content import CLASSIFIER_TASKS, AdapterContent, classifier_hint
 from nplora.formats.errors import FormatError, brief, counted, in_places
 from nplora.formats.tokenizer_json import AddedToken
 from nplora.models import model_digest
@@ -201,10 +201,10 @@ class Target:
             reasons = counted(len(problems), "reason")
             raise FormatError(f"{adapter.source}: the adapter cannot be used ({reasons}):{lines}")
         if problems:
-            subject, ending = model_digest.subject(*base, self.digest), f" {in_places(problems)}"
-            if self.task_type != adapter.task_type and (hint := classifier_hint(adapter.task_type)):
-                ending = f"; {hint}"
-            raise FormatError(f"{adapter.source}: {subject} does not fit {self.title}{ending}")
+            subject, target = model_digest.subject(*base, self.digest), self.title
+            if self.task_type not in CLASSIFIER_TASKS and (hint := classifier_hint(adapter.task_type)):
+                target = f"{target} ({hint})"
+            raise FormatError(f"{adapter.source}: {subject} does not fit {target} {in_places(problems)}")
         if not any_base and (refusal := model_digest.refusal(*base, self.digest)):
             raise FormatError(f"{adapter.source}: {refusal}")
         if not adapter and not adapter.modules_to_save:

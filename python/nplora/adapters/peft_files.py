@@ -44,7 +44,7 @@ def read(
 
     Raises:
         FormatError: a file is malformed, or the adapter belongs to another model or does not fit `target`.
-            The message lists the mismatches.
+            The message lists up to ten mismatches.
         CorruptError: adapter_config.json was edited.
         OSError: a file cannot be read.
     """

@@ -5,6 +5,8 @@ import contextlib
 import csv
 import json
 import os
+import secrets
+import stat
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TextIO
@@ -58,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text = "train: validation rows; their loss is printed after every epoch"
     parser.add_argument("--valid", metavar="FILE", type=path, help=text)
     text = (
-        "train: directory for the adapter, the checkpoints and log.jsonl. predict: new file for the rows and "
+        "train: directory for the adapter, the checkpoints and log.jsonl. predict: file for the rows and "
         "their predictions (default: JSON lines on stdout). The file is .csv, .jsonl or .npy for texts, and "
         ".jsonl or .conll for words; .npy holds only the probabilities or predicted numbers"
     )
@@ -67,7 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--adapter", metavar="DIR", type=adapter_path, help=text)
     add_any_base(parser)
     parser.add_argument("--json", action="store_true", help="eval: print the report as JSON")
-    text = "eval: new PNG file for a plot of the confusion matrix and of the scores of each label"
+    text = "eval: PNG file for a plot of the confusion matrix and of the scores of each label"
     parser.add_argument("--plot", metavar="FILE", type=path, help=text)
     text = "predict: if the classifier labels words, also write the probability of each label for each word"
     parser.add_argument("--probabilities", action="store_true", help=text)
@@ -92,9 +94,12 @@ def run(arguments: argparse.Namespace) -> None:
         )
     checked(ClassifyOptions, options)
     options.pop("overwrite", None)
-    output = arguments.plot if arguments.what == "eval" else arguments.output
+    name = "plot" if arguments.what == "eval" else "output"
+    output = getattr(arguments, name)
     if output is not None:
         _require_writable(output, arguments)
+    elif arguments.overwrite:
+        raise UsageError(f"classify {arguments.what}: --overwrite needs --{name}")
     (_evaluate if arguments.what == "eval" else _predict)(arguments, options)
 
 
@@ -194,7 +199,7 @@ def _opened(output: str | None, overwrite: bool) -> Iterator[TextIO]:
     """Open a new file for writing, or return stdout if `output` is None. After an error, delete the file.
 
     With `overwrite`, the new file has a temporary name until it is complete, and then replaces the earlier
-    file.
+    file and takes over its permissions.
     """
     if output is None:
         yield sys.stdout
@@ -204,16 +209,21 @@ def _opened(output: str | None, overwrite: bool) -> Iterator[TextIO]:
             f"classify predict: --output is {output!r}, expected a name that ends in "
             f"{' or '.join(_OF_TEXTS)} (texts), or in {' or '.join(_OF_WORDS)} (words)"
         )
-    target = f"{output}.{os.getpid()}.part" if overwrite else output
+    directory, name = os.path.split(output)
+    replaces = overwrite and os.path.exists(output)
+    target = os.path.join(directory, f".{name}.{secrets.token_hex(6)}.tmp") if replaces else output
     with open(target, "x", encoding="utf-8", newline="") as stream:
         try:
+            if replaces:
+                os.chmod(target, stat.S_IMODE(os.stat(output).st_mode))
             yield stream
-            stream.flush()
+            stream.close()
+            if replaces:
+                os.replace(target, output)
         except BaseException:
+            stream.close()  # Windows cannot delete an open file
             os.unlink(target)
             raise
-    if overwrite:
-        os.replace(target, output)
 
 
 def _write_lines(stream: TextIO, rows: Iterable[dict[str, Any]]) -> None:

@@ -12,6 +12,7 @@ from nplora.finetuning.options import INT8_HEAD, FinetuneOptions
 from nplora.formats import files
 from nplora.formats.files import StrPath
 from nplora.formats.run_files import holds_run
+from nplora.lm import Encoder
 from nplora.trainer.checkpoint import Checkpoint
 from nplora.trainer.run_directory import RunDirectory
 from nplora.weights import COMPUTES
@@ -87,21 +88,26 @@ def words_of_kept(given: FinetuneOptions, chosen: FinetuneOptions) -> str:
     return f"the run still uses {' and '.join(kept)}" if kept else ""
 
 
-def compute_to_resume(
-    output: StrPath, compute: str | None, resume: bool, ranks: Communicator, say: Callable[[str], None]
-) -> str:
-    """The arithmetic of a run whose model is given as a path: `compute`, or float32 if it is None.
+def compute_for(
+    model: StrPath | Encoder,
+    output: StrPath,
+    compute: str | None,
+    resume: bool,
+    ranks: Communicator,
+    say: Callable[[str], None],
+) -> str | None:
+    """Return the argument `compute` with which the encoder of a run is to be opened.
 
-    With `resume` and without `compute`, the result is the arithmetic of the run to resume. `say` prints this
-    if it is not float32. Only rank 0 reads the output directory.
+    This is the option `compute` of the run. But with `resume`, and if `model` is a path and `compute` is
+    None, it is the arithmetic of the run to resume. `say` then prints it if it is not float32. Only rank 0
+    reads the output directory.
     """
-    if not resume or compute is not None:
-        return compute or "float32"
-    earlier = find_earlier_run(output) if ranks.rank == 0 else None
+    earlier = find_earlier_run(output) if resume and ranks.rank == 0 else None
     earlier = ranks.broadcast(earlier, "the search for an earlier run")
-    if earlier is None or earlier.compute in (None, "float32"):
-        return "float32"
-    say(f"{files.name(output)}: the run still uses --compute {earlier.compute}")
+    if compute is not None or isinstance(model, Encoder) or earlier is None or earlier.compute is None:
+        return compute
+    if earlier.compute != "float32":
+        say(f"{files.name(output)}: the run still uses --compute {earlier.compute}")
     return earlier.compute
 
 

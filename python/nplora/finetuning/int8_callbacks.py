@@ -14,7 +14,11 @@ from nplora.weights import keeping_int8
 
 @contextlib.contextmanager
 def int8_callbacks(
-    model: Module, decoder: Decoder, sample: AddGradient, keep_int8: bool, say: Callable[[str], None]
+    model: Module,
+    decoder: Decoder,
+    sample: Callable[[], AddGradient],
+    keep_int8: bool,
+    say: Callable[[str], None],
 ) -> Iterator[list[Callback]]:
     """Yield the callbacks of a run that computes in int8; an empty list if the run does not.
 
@@ -22,7 +26,7 @@ def int8_callbacks(
 
     Args:
         decoder: the blocks of `model`.
-        sample: the argument `add_gradient` of `Int8Check`.
+        sample: makes the argument `add_gradient` of `Int8Check`.
         keep_int8: keep the weights of `Decoder.int8_weights` in memory as 8-bit integers.
         say: prints a line.
     """
@@ -31,7 +35,7 @@ def int8_callbacks(
         if keep_int8:
             made.append(_KeptInt8(decoder, stack))
         if computes_in_int8(model):
-            made.append(stack.enter_context(Int8Check(model, sample, say)))
+            made.append(stack.enter_context(Int8Check(model, sample(), say)))
         yield made
 
 

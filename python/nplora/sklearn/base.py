@@ -120,14 +120,14 @@ class LoRAEstimator(BaseEstimator):  # type: ignore[misc]
         """Return a text that identifies the targets, for the name of a checkpoint's directory."""
         return fingerprint(y, whole=True)
 
-    def _peak_lr(self) -> float:
-        """Return the peak learning rate of a fit."""
-        return float(self.lr)
+    def _peak_lr(self) -> Any:
+        """Return the peak learning rate of a fit. `AdamW` checks it."""
+        return self.lr
 
     def _callbacks(
         self, batches: Batches, loss: Loss
     ) -> contextlib.AbstractContextManager[Sequence[Callback]]:
-        """A context with the callbacks of a fit."""
+        """Return a context manager that yields the callbacks of one call of `Trainer.fit`."""
         return contextlib.nullcontext(())
 
     # ---- the fit loop ----

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import weakref
 from collections.abc import Iterator, Sequence
@@ -17,6 +18,7 @@ from nplora import _check
 from nplora.finetuning import TextBatches
 from nplora.finetuning.classification.text_batches import ids_fingerprint
 from nplora.finetuning.int8_callbacks import int8_callbacks
+from nplora.finetuning.int8_check import warn_of_slow_int8
 from nplora.finetuning.options import default_lr
 from nplora.finetuning.token_progress import speaker
 from nplora.formats import files, model_directory
@@ -170,9 +172,9 @@ class TextEstimator(LoRAEstimator):
         """
         op = type(self).__name__
         if reset or not hasattr(self, "model_"):
-            self._encoder = shared_encoder(
-                op, self.model, _check.choice(op, "compute", self.compute, COMPUTES)
-            )
+            compute = _check.choice(op, "compute", self.compute, COMPUTES)
+            self._encoder = shared_encoder(op, self.model, compute)
+            warn_of_slow_int8(op, self._encoder)
             longest = self._encoder.max_length
             if self.max_length is not None:
                 most = self._encoder.config.max_position_embeddings
@@ -233,16 +235,22 @@ class TextEstimator(LoRAEstimator):
     def _has_bias(self) -> bool:
         return has_output_bias(self._encoder)
 
-    def _peak_lr(self) -> float:
+    def _peak_lr(self) -> Any:
         return default_lr(self._encoder.config.hidden_size) if self.lr is None else super()._peak_lr()
 
     def _callbacks(
         self, batches: Batches, loss: Loss
     ) -> contextlib.AbstractContextManager[Sequence[Callback]]:
         assert isinstance(batches, TextBatches)
-        sample = batches.sample_gradient(self.model_, loss)
-        say = speaker(bool(self.verbose))
-        return int8_callbacks(self.model_, self.model_.encoder.model, sample, False, say)
+        encoder = self.model_.encoder
+        if encoder.compute != self.compute:
+            raise ValueError(
+                f"{type(self).__name__}: compute is {self.compute!r}, but the model that is trained further "
+                f"computes in {encoder.compute!r}"
+            )
+        sample = functools.partial(batches.sample_gradient, self.model_, loss)
+        say = speaker(True) if self.verbose else warn_user
+        return int8_callbacks(self.model_, encoder.model, sample, False, say)
 
     def _batches(self, x: Any, y: Array, shuffle: bool, seed: int) -> Batches:
         return TextBatches(x, y, self.batch_size, shuffle, seed)

@@ -1,6 +1,7 @@
 """train_classifier: trains LoRA and a new head on labelled texts, and saves both as a PEFT adapter."""
 
 import contextlib
+import functools
 import itertools
 import os
 from collections.abc import Mapping, Sequence
@@ -40,7 +41,7 @@ from nplora.finetuning.classification.text_batches import TextBatches
 from nplora.finetuning.classification.text_progress import TextProgress
 from nplora.finetuning.data import Data
 from nplora.finetuning.data.sources import Source, sources_of, splits_of
-from nplora.finetuning.earlier_run import compute_to_resume
+from nplora.finetuning.earlier_run import compute_for
 from nplora.finetuning.int8_callbacks import int8_callbacks
 from nplora.finetuning.int8_check import warn_of_slow_int8
 from nplora.finetuning.options import default_lr, parse_columns, require_int8
@@ -338,9 +339,7 @@ class _Training:
         require_same_options(ranks, options, op)
         if self.is_first:
             files.require_directory(output)
-        compute = options.compute
-        if not isinstance(model, Encoder):
-            compute = compute_to_resume(output, compute, options.resume, ranks, self.say)
+        compute = compute_for(model, output, options.compute, options.resume, ranks, self.say)
         used = model.compute if isinstance(model, Encoder) else compute or "float32"
         require_int8(op, used, keep_int8=options.keep_int8)
         splits = splits_of(op, data)
@@ -436,11 +435,11 @@ class _Training:
         )  # fmt: skip
         start, loss = _Start(), self._loss(targets)
         train, valid = self._batches(targets, truth, centre, spread)
-        sample = train.sample_gradient(classifier, loss)
+        sample = functools.partial(train.sample_gradient, classifier, loss)
         in_int8 = int8_callbacks(classifier, classifier.encoder.model, sample, options.keep_int8, say)
         found_at = self.output
         with opened_output(self.output, self.ranks) as directory, in_int8 as checks:
-            callbacks = [start, *own, *([TextProgress(*self._counted())] * self.speaking), *checks]
+            callbacks = [start, *checks, *own, *([TextProgress(*self._counted())] * self.speaking)]
             trainer = self._trainer(loss, callbacks)
             history = self._fit(trainer, train, valid, directory)
             classifier.head.rescale(spread, centre)

@@ -19,9 +19,9 @@ def label_pairs(
     """Make random pairs of labelled texts, for `train` with the loss "cosine" (SetFit, Tunstall et al. 2022).
 
     The pairs alternate. In the first, third, fifth pair and so on, both texts have the same label, and the
-    score is 1. In the other pairs, the labels differ, and the score is 0. The labels are drawn at random, and
-    a label with few texts is as likely as any other. A pair may occur more than once, but never consists of
-    two equal texts.
+    score is 1. In the other pairs, the labels differ, and the score is 0. The labels are drawn at random, so
+    that a label with few texts is as likely as any other. But a label with a single text occurs only in pairs
+    with different labels. A pair may occur more than once, but never consists of two equal texts.
 
         >>> import nplora
         >>> texts = ["where is my parcel", "delivery is late", "return an order", "a refund"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -22,7 +23,7 @@ from nplora.distributed.opening import (
 )
 from nplora.finetuning.agreement import require_same_data
 from nplora.finetuning.data.sources import Data, sources_of, splits_of
-from nplora.finetuning.earlier_run import compute_to_resume
+from nplora.finetuning.earlier_run import compute_for
 from nplora.finetuning.embedding.batches import ExampleBatches
 from nplora.finetuning.embedding.examples import TextReport, read_sources
 from nplora.finetuning.embedding.loss import MICRO_TOKENS, EmbeddingLoss
@@ -202,8 +203,7 @@ def train(
             files.require_directory(output)
         say, place = speaker(is_first and speaks(progress)), Path(files.absolute(output))
         say_if_alone(ranks, distributed, progress)
-        if not isinstance(model, Encoder):
-            compute = compute_to_resume(output, compute, resume, ranks, say)
+        compute = compute_for(model, output, compute, resume, ranks, say)
         used = model.compute if isinstance(model, Encoder) else compute or "float32"
         require_int8(op, used, keep_int8=keep_int8)
         function = EmbeddingLoss(loss, dims=dims, micro_tokens=micro_tokens)
@@ -233,12 +233,12 @@ def train(
         with rollback_on_error(encoder), contextlib.ExitStack() as stack:
             _add_lora(op, encoder, lora, seed, say)
             rate = default_lr(encoder.config.hidden_size) if lr is None else lr
-            sample = function.sample_gradient(encoder, read[0])
+            sample = functools.partial(function.sample_gradient, encoder, read[0])
             checks = stack.enter_context(int8_callbacks(encoder, encoder.model, sample, keep_int8, say))
             trainer = Trainer(
                 encoder, function, AdamW(rate, weight_decay=weight_decay), schedule=schedule,
                 warmup_steps=warmup, accumulate=accumulate, clip_norm=max_grad_norm, seed=seed,
-                callbacks=[*callbacks, *checks], progress=progress, communicator=or_none_if_alone(ranks),
+                callbacks=[*checks, *callbacks], progress=progress, communicator=or_none_if_alone(ranks),
             )  # fmt: skip
             if is_first:
                 require_free_directory(place, resume, overwrite)

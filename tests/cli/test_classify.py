@@ -124,6 +124,43 @@ def test_predictions_and_plots_replace_a_file_only_with_overwrite(
     assert (here / "train.csv").read_text() == table
 
 
+def test_an_output_that_cannot_be_written_is_refused_before_anything_is_computed(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["classify", "train", "model", "--data", "train.csv", "--output", "out", *FAST]) == 0
+    capsys.readouterr()
+    shared = ["model", "--adapter", "out", "--data", "train.csv"]
+    missing = "none: the directory of the new file does not exist"
+    for command, words in (
+        (["classify", "eval", *shared, "--plot", "none/a.png"], missing),
+        (
+            ["classify", "eval", *shared, "--plot", "a.pdf"],
+            "--plot is 'a.pdf', expected a name that ends in .png",
+        ),
+        (["classify", "predict", *shared, "--output", "none/a.csv"], missing),
+        (["embed", "model", "train.csv", "--output", "none/a.npy"], missing),
+        (["export", "out", "--ollama", "new"], "out: the directory holds no config.json, but an adapter"),
+    ):
+        assert cli.main(command) == 2
+        out, err = capsys.readouterr()
+        assert not out
+        assert words in err
+        assert "left" not in err  # no progress was printed
+
+
+def test_options_that_exclude_each_other_are_named_as_they_are_typed(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train = ["classify", "train", "model", "--data", "train.csv", "--output", "out"]
+    assert cli.main([*train, "--epochs", "1", "--steps", "2"]) == 2
+    assert "--epochs and --steps are both given" in capsys.readouterr().err
+    assert cli.main([*train, "--calibrate"]) == 2
+    assert "--calibrate needs validation data" in capsys.readouterr().err
+    embed = ["embed", "model", "train.csv", "--output", "a.npy", "--prompt", "a", "--prompt-name", "b"]
+    assert cli.main(embed) == 2
+    assert "--prompt and --prompt-name are both given" in capsys.readouterr().err
+
+
 def test_the_adapter_of_a_classifier_does_not_fit_other_commands(
     here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -391,6 +391,24 @@ def test_embeddings_that_are_not_finite_are_not_measured(model: Path) -> None:
         evaluate_retrieval(encoder, {"q": "a"}, {"d": "a"}, {"q": ["d"]})
 
 
+def test_measures_take_an_encoder_not_its_path(model: Path) -> None:
+    words = "encoder is .*, expected an encoder, as load_encoder returns it"
+    with pytest.raises(TypeError, match=f"evaluate_retrieval: {words}"):
+        evaluate_retrieval(str(model), {"q": "a"}, {"d": "a"}, {"q": ["d"]})  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=f"evaluate_similarity: {words}"):
+        evaluate_similarity(model, [])  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=f"new_classifier: {words}"):
+        nplora.new_classifier(str(model), ["a", "b"])  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"evaluate_classifier: classifier is .*, expected a classifier"):
+        nplora.finetuning.evaluate_classifier(str(model), [])  # type: ignore[arg-type]
+
+
+def test_one_pair_has_no_correlation(model: Path) -> None:
+    rows = [{"sentence1": "a cat", "sentence2": "a dog", "score": 1.0}]
+    with pytest.raises(ValueError, match="there is only one pair of texts, expected at least two"):
+        evaluate_similarity(nplora.load_encoder(model), rows)
+
+
 def test_unknown_names_of_a_search_are_refused(model: Path) -> None:
     encoder = nplora.load_encoder(model)
     queries, corpus = {"q": "a cat"}, {"d": "a dog"}
@@ -528,6 +546,8 @@ def test_a_text_with_two_labels_makes_no_pair_with_itself() -> None:
         (["a", "b"], [[1], [2]], TypeError, r"labels\[0\] is .*, expected a text or a number"),
         (["a", " ", "b"], [1, 1, 2], ValueError, r"texts\[1\] is empty"),
         ([], [], ValueError, "there are fewer than two different labels"),
+        (["a", "b", "c"], [1, None, 1], ValueError, r"labels\[1\] is missing: it is None"),
+        (["a", "b", "c"], [1, 1, float("nan")], ValueError, r"labels\[2\] is missing: it is nan"),
     ],
 )
 def test_labels_that_give_no_pairs_are_refused(

@@ -116,6 +116,8 @@ def export_ollama(
     """
     files.require_named(_OP, model=model, directory=directory, adapter=adapter)
     model_directory.require_no_hub_name(model)
+    if Path(model).is_dir():
+        model_directory.require_config(model)
     if keep_adapter and adapter is None:
         raise ValueError(f"{_OP}: keep_adapter needs an adapter")
     given = _checked(parameters)

@@ -110,6 +110,7 @@ def _require_writable(output: str, arguments: argparse.Namespace) -> None:
     from nplora.formats.files import StrPath
 
     files.require_new(output, arguments.overwrite)
+    files.require_parent(output)
     sources = sources_of("classify", given_data(arguments.data))
     read: list[tuple[str, StrPath]] = [("data", source.path) for source in sources if source.path is not None]
     read += [("model", path) for path in model_directory.files_of(arguments.model)]
@@ -141,12 +142,17 @@ def _train(arguments: argparse.Namespace, options: dict[str, Any]) -> None:
 
 def _evaluate(arguments: argparse.Namespace, options: dict[str, Any]) -> None:
     from nplora import finetuning
+    from nplora.formats import files
 
     if arguments.output is not None:
         raise UsageError("classify eval: --output is for train and predict")
     if arguments.probabilities:
         raise UsageError("classify eval: --probabilities is for predict")
+    if arguments.plot is not None and files.suffix(arguments.plot) != ".png":
+        raise UsageError(f"classify eval: --plot is {arguments.plot!r}, expected a name that ends in .png")
     classifier = _loaded(arguments, options)
+    if arguments.plot is not None and classifier.task == "regression":
+        raise UsageError("classify eval: --plot is for labels, but the classifier predicts numbers")
     report = finetuning.evaluate_classifier(classifier, given_data(arguments.data), progress=True, **options)
     print(json.dumps(report.as_json(), allow_nan=False) if arguments.json else report, flush=True)
     if arguments.plot is not None:

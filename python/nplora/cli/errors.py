@@ -68,8 +68,9 @@ def show_warning(
 class Spelling:
     """Replaces the names of keyword arguments in a message by the options of a command.
 
-    `resume=True` becomes --resume, `rank=8` becomes "--rank 8", and a name with an underscore, such as
-    `valid_split`, becomes --valid-split. If a message names an option and then its keyword in parentheses, as
+    `resume=True` becomes --resume, `rank=8` becomes "--rank 8", "epochs and steps are both given" becomes
+    "--epochs and --steps are both given", and a name with an underscore, such as `valid_split`, becomes
+    --valid-split. If a message names an option and then its keyword in parentheses, as
     in "--resume ... (resume=True)", the parentheses are removed.
 
     A message about a file begins with the file's name, and may name fields of the file. The fields of a file
@@ -89,6 +90,7 @@ class Spelling:
         self._given = re.compile(rf"{_ALONE}({names})=({_VALUE})(?![\w/+-]|\.\w)")
         self._named = re.compile(rf"{_ALONE}({names}){_END}")
         self._changed = re.compile(rf"{_ALONE}({names})(?= was )|(?<=\bno )({names}){_END}")
+        self._both = re.compile(rf"{_ALONE}({names}) and ({names})(?= are both given)")
         self._doubled = re.compile(rf" \(({names})=[^()]*\)")
 
     def __call__(self, text: str) -> str:
@@ -96,6 +98,9 @@ class Spelling:
         subject, colon, _ = text.partition(": ")
         if colon and _ROW.search(subject):
             return text
+        text = self._both.sub(
+            lambda found: " and ".join(self._options[name] for name in found.groups()), text
+        )
         text = self._given.sub(self._with_value, text)
         operation = _OPERATION.match(text)
         if not colon or (operation is not None and operation[1] not in self._typed):

@@ -361,6 +361,13 @@ def require_new(path: StrPath, overwrite: bool) -> None:
         raise FileExistsError(errno.EEXIST, f"the file already exists; {OTHER_OR}", name(path))
 
 
+def require_parent(path: StrPath) -> None:
+    """Raise FileNotFoundError if the directory of a file to write does not exist."""
+    parent = Path(path).parent
+    if not parent.is_dir():
+        raise FileNotFoundError(errno.ENOENT, "the directory of the new file does not exist", name(parent))
+
+
 def require_not_read(op: str, outputs: Iterable[StrPath], inputs: Iterable[tuple[str, StrPath]]) -> None:
     """Raise an error if one of the paths `outputs` leads to the same file as one of the paths in `inputs`.
 

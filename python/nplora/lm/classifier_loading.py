@@ -19,7 +19,7 @@ from nplora.formats.model_directory import CONFIG
 from nplora.lm import classifier_head
 from nplora.lm.classifier import TextClassifier
 from nplora.lm.classifier_head import ClassifierHead
-from nplora.lm.encoder import Encoder
+from nplora.lm.encoder import Encoder, require_encoder
 from nplora.lm.encoder_loading import load_encoder
 from nplora.models import families
 from nplora.models.config import ModelConfig
@@ -71,6 +71,7 @@ def new_classifier(
         TypeError: the labels are not texts.
     """
     op = "new_classifier"
+    require_encoder(op, encoder)
     record = _record(op, labels, task, tokens)
     spec = _spec(encoder, tokens)
     _check.integer(op, "seed", seed, least=0)

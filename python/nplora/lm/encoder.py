@@ -61,6 +61,14 @@ class EncoderSaved(Saved):
             ) from None
 
 
+def require_encoder(op: str, value: object) -> None:
+    """Raise TypeError if a value is not an `Encoder`."""
+    if not isinstance(value, Encoder):
+        raise TypeError(
+            f"{op}: encoder is {_check.kind(value)}, expected an encoder, as load_encoder returns it"
+        )
+
+
 class Encoder(Module):
     """A model with frozen weights that turns texts into vectors; `nplora.load_encoder` loads such a model.
 

@@ -74,7 +74,7 @@ def is_model(source: StrPath) -> bool:
     """Whether the path holds a model: a safetensors file, an index of shards, a directory or a GGUF file."""
     path = Path(source)
     if path.is_dir():
-        return (path / CONFIG).exists() and not (path / "adapter_config.json").exists()
+        return (path / CONFIG).exists() and not (path / model_directory.ADAPTER_CONFIG).exists()
     if files.suffix(path) == ".safetensors" or model_directory.is_index(path):
         return True
     return _is_gguf(path) and not gguf_adapter.is_adapter(gguf.open(path))

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from nplora.lm.classifier import probabilities
+from nplora.runtime.user_warning import warn_user
 
 Array = npt.NDArray[Any]
 
@@ -39,3 +40,12 @@ def temperature(task: str, logits: Array, targets: Array) -> float:
         slope = float((probabilities(task, middle * wide) * wide).sum() - right.sum())
         low, high = (middle, high) if slope < 0 else (low, middle)
     return float(1 / (low * high) ** 0.5)
+
+
+def warn_if_all_right(op: str, fitted: float) -> None:
+    """Warn if a temperature is at its lower limit, because all predictions on the held-out data are right."""
+    if fitted < 1.01 * _LEAST:
+        warn_user(
+            f"{op}: calibrate: all predictions on the validation data are right, so the calibrated "
+            "probabilities are 0 or 1; use more validation data, or no calibration"
+        )

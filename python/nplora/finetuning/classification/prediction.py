@@ -79,6 +79,9 @@ def evaluate_classifier(
             tags of entities, but one of them fits no scheme such as IOB2.
     """
     op = "evaluate_classifier"
+    if not isinstance(classifier, TextClassifier):
+        kind = _check.kind(classifier)
+        raise TypeError(f"{op}: classifier is {kind}, expected a classifier, as load_classifier returns it")
     require_separator(op, separator)
     labels = None if classifier.task == "regression" else classifier.labels
     if labels is None and len(classifier.labels) > 1:

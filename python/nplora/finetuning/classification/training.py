@@ -23,6 +23,7 @@ from nplora.distributed.opening import (
 )
 from nplora.finetuning.agreement import require_same_data, require_same_options
 from nplora.finetuning.classification.calibration import temperature as fitting_temperature
+from nplora.finetuning.classification.calibration import warn_if_all_right
 from nplora.finetuning.classification.class_weights import balanced_weights
 from nplora.finetuning.classification.encoded import Encoded, cut_in_words, require_words, unit_of
 from nplora.finetuning.classification.labelled import (
@@ -351,7 +352,7 @@ class _Training:
         require_same_data(ranks, self.train, self.valid, op)
         if self.valid is None and options.calibrate:
             raise ValueError(
-                f"{op}: calibrate needs validation data: give --valid (valid=...) or --valid-split "
+                f"{op}: calibrate=True needs validation data: give --valid (valid=...) or --valid-split "
                 "(valid_split=...)"
             )
         labels = self.train.labels(self.task)
@@ -452,6 +453,7 @@ class _Training:
                 logits, truth = self._logits(ids)[chosen], encoded.truth(truth)
                 if options.calibrate:
                     fitted = fitting_temperature(classifier.task, logits, _joined(truth))
+                    warn_if_all_right("train_classifier", fitted)
                     classifier.head.rescale(1 / fitted)
                     logits = logits / fitted
                 report = ClassificationReport.of(self.task, labels, logits, truth)

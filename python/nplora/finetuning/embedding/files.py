@@ -116,6 +116,7 @@ def embed_file(
     if batch_size is not None:
         _check.integer(op, "batch_size", batch_size, least=1)
     files.require_new(output, overwrite)
+    files.require_parent(output)
     sources = sources_of(op, data)
     texts = [text for source in sources for text in _texts(source, column)]
     if not texts:

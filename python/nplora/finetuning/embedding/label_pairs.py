@@ -37,8 +37,8 @@ def label_pairs(
     Returns:
         rows with the fields sentence1, sentence2 and score.
     Raises:
-        ValueError: the numbers of texts and labels differ, a text is empty, there are fewer than two
-            different labels, or no label has two different texts.
+        ValueError: the numbers of texts and labels differ, a text is empty, a label is missing (None or NaN),
+            there are fewer than two different labels, or no label has two different texts.
         TypeError: an argument, or an element of `texts` or `labels`, has a wrong type.
     """
     op = "label_pairs"
@@ -73,6 +73,8 @@ def _groups(op: str, texts: list[str], labels: Iterable[Hashable]) -> list[list[
         raise ValueError(f"{op}: there are {counted(len(texts), 'text')}, but {counted(len(given), 'label')}")
     groups = dict[Hashable, dict[str, None]]()
     for i, (text, label) in enumerate(zip(texts, given, strict=True)):
+        if label is None or label != label:
+            raise ValueError(f"{op}: labels[{i}] is missing: it is {label}")
         if not isinstance(label, Hashable):
             raise TypeError(f"{op}: labels[{i}] is {_check.kind(label)}, expected a text or a number")
         if not text.strip():

@@ -14,6 +14,7 @@ from nplora.finetuning.data.sources import Data, sources_of
 from nplora.finetuning.embedding.examples import read_sources
 from nplora.formats.errors import brief
 from nplora.lm import Encoder
+from nplora.lm.encoder import require_encoder
 from nplora.weights import FrozenWeight
 
 Array = npt.NDArray[Any]
@@ -92,10 +93,13 @@ def evaluate_similarity(
         ValueError: an argument is out of range, or there is only one pair.
     """
     op = "evaluate_similarity"
+    require_encoder(op, encoder)
     _require_dim(op, encoder, dim)
     examples = read_sources(op, sources_of(op, data), encoder, "cosent", columns, prompts, max_length)
     vectors = _units(op, encoder.embed_ids(examples.texts(), normalize=False), dim)
     assert examples.scores is not None
+    if len(examples) < 2:
+        raise ValueError(f"{op}: there is only one pair of texts, expected at least two")
     cosines = (vectors[examples.first] * vectors[examples.second]).sum(axis=1, dtype=np.float64)
     return {
         "spearman": spearman(cosines, examples.scores),
@@ -186,6 +190,7 @@ def evaluate_retrieval(
         KeyError: `relevant` has a name that is not in `queries` or `corpus`.
     """
     op = "evaluate_retrieval"
+    require_encoder(op, encoder)
     if isinstance(k, str) or not np.iterable(k):
         raise TypeError(f"{op}: k is {brief(k)}, expected a list of numbers such as (1, 10)")
     for name, value in (("queries", queries), ("corpus", corpus), ("relevant", relevant)):

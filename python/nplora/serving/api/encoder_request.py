@@ -175,7 +175,10 @@ class EncoderReader:
         length, inputs = _Length.read(body, encoder, self._longest), _inputs(body)
         if isinstance(inputs[0], str):
             return [np.array(ids, np.int64) for ids in _encoded(encoder, inputs, prompt, length)]
-        every = (_tokens(encoder, f"input[{i}]", one, length) for i, one in enumerate(inputs))
+        if inputs[0] is not body.required("input"):
+            every = [_tokens(encoder, f"input[{i}]", one, length) for i, one in enumerate(inputs)]
+        else:  # the tokens of a single text
+            every = [_tokens(encoder, "input", inputs[0], length)]
         return [np.array(ids, np.int64) for ids in every]
 
 
@@ -235,7 +238,9 @@ def _encoded(encoder: Encoder, inputs: list[Any], prompt: str, length: _Length) 
     with _tokenizing():
         ids, shortened = encoder.token_ids(texts, length.most)
     if shortened and not length.cuts:
-        raise _too_long(f"{shortened:,} of {counted(len(texts), 'text')} have", length)
+        raise _too_long(
+            f"{shortened:,} of {counted(len(texts), 'text')} {'has' if shortened == 1 else 'have'}", length
+        )
     return ids
 
 
@@ -258,7 +263,10 @@ def _tokens(encoder: Encoder, name: str, given: object, length: _Length) -> list
         )
     if len(given) > length.most and not length.cuts:
         raise _too_long(f"{name} has", length)
-    return [checked_integer(name, id_, 0, encoder.config.vocab_size - 1) for id_ in given[: length.most]]
+    largest = encoder.config.vocab_size - 1
+    return [
+        checked_integer(f"{name}[{i}]", token, 0, largest) for i, token in enumerate(given[: length.most])
+    ]
 
 
 def _too_long(what: str, length: _Length) -> RequestError:

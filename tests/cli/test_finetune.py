@@ -85,7 +85,7 @@ def test_the_commands_train_evaluate_and_answer(model: Path, data: Path, tmp_pat
     [
         ("finetune M --data D --output O --rank 0", 2, "rank is 0"),
         ("finetune M --data D --output O --rank x", 2, "argument --rank: invalid int value: 'x'"),
-        ("finetune M --data D --output O --epochs 1 --steps 2", 2, "epochs and steps are both given"),
+        ("finetune M --data D --output O --epochs 1 --steps 2", 2, "--epochs and --steps are both given"),
         ("finetune M --data D", 2, "the following arguments are required: --output"),
         ("finetune M --data D --output O --schedule sine", 2, "invalid choice: 'sine'"),
         ("finetune M --data no.jsonl --output O", 2, "no such file: no.jsonl"),

@@ -319,7 +319,7 @@ def test_the_tokenizer_of_another_model_is_refused_before_anything_is_written(tm
 
 
 def test_calibration_needs_validation_data(model: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="calibrate needs validation data"):
+    with pytest.raises(ValueError, match="calibrate=True needs validation data"):
         train_classifier(model, [ROW, SHOP], tmp_path / "out", calibrate=True)
 
 

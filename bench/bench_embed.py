@@ -205,7 +205,7 @@ def run(
     expected = nplora_embed(count, threads)()
     installed = contestants()
     if missing := [name for name in only or () if name not in installed]:
-        raise SystemExit(f"not installed: {', '.join(missing)}")
+        raise SystemExit(f"not available: {', '.join(missing)} (graphs also need onnxscript)")
     names = [name for name in installed if only is None or name in {*only, "nplora"}]
     with TemporaryDirectory() as directory:
         graph = Path(directory, "model.onnx")
@@ -230,7 +230,9 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--texts", type=int, default=2000, metavar="N", help="number of texts")
     parser.add_argument("--threads", type=int, default=2, metavar="N", help="number of threads")
-    parser.add_argument("--only", choices=[*RUNS, *RUNS_OF_GRAPHS], nargs="+", help="peers of nplora")
+    parser.add_argument(
+        "--only", choices=[*RUNS, *RUNS_OF_GRAPHS], nargs="+", help="contestants; nplora always runs"
+    )
     parser.add_argument("--once", action="store_true", help="one turn of each contestant instead of three")
     given = parser.parse_args()
     Runtimes.once = given.once

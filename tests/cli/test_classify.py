@@ -172,14 +172,22 @@ def test_the_adapter_of_a_classifier_does_not_fit_other_commands(
         ["embed", "model", "train.csv", "--adapter", "out", "--output", "vectors.npy"],
     ):
         assert cli.main(command) == 2
-        assert "it belongs to a classifier (task_type SEQ_CLS)" in capsys.readouterr().err
+        assert "this is the adapter of a classifier (task_type SEQ_CLS)" in capsys.readouterr().err
+
+
+def test_an_adapter_that_is_given_as_the_model_is_recognised(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train = ["classify", "train", "model", "--data", "train.csv", "--output", "out", "--steps", "1"]
+    assert cli.main(train) == 0
     swapped = [
         ["merge", "out", "model", "--output", "merged"],
         ["embed", "out", "train.csv", "--output", "v.npy"],
     ]
     for command in swapped:
         assert cli.main(command) == 2
-        assert "out: the directory holds n" in (err := capsys.readouterr().err)
+        err = capsys.readouterr().err
+        assert re.search(r"out: the directory holds (no|neither) ", err)
         assert ", but an adapter: give the base model, and this directory as the adapter" in err
 
 

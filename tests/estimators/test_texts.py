@@ -121,7 +121,7 @@ def test_a_model_is_trained_further_in_its_own_arithmetic(model: Path) -> None:
     fitted.partial_fit(X, Y, classes=["delivery", "return"]).partial_fit(X, Y).fit(X, Y)
     assert fitted.model_.encoder.compute == "int8"
     fitted.set_params(compute="float32")
-    words = "compute is 'float32', but the model that is trained further computes in 'int8'"
+    words = "compute is 'float32', but the fitted model computes in 'int8'"
     for train in (fitted.fit, fitted.partial_fit):
         with pytest.raises(ValueError, match=words):
             train(X, Y)

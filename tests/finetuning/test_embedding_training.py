@@ -391,7 +391,7 @@ def test_embeddings_that_are_not_finite_are_not_measured(model: Path) -> None:
         evaluate_retrieval(encoder, {"q": "a"}, {"d": "a"}, {"q": ["d"]})
 
 
-def test_measures_take_an_encoder_not_its_path(model: Path) -> None:
+def test_a_path_is_refused_where_a_loaded_model_is_expected(model: Path) -> None:
     words = "encoder is .*, expected an encoder, as load_encoder returns it"
     with pytest.raises(TypeError, match=f"evaluate_retrieval: {words}"):
         evaluate_retrieval(str(model), {"q": "a"}, {"d": "a"}, {"q": ["d"]})  # type: ignore[arg-type]
@@ -543,6 +543,7 @@ def test_a_text_with_two_labels_makes_no_pair_with_itself() -> None:
         ("ab", [1, 2], TypeError, "texts is .*, expected a list of texts"),
         (None, [1, 2], TypeError, "texts is a NoneType, expected a list of texts"),
         (["a", "b"], "xy", TypeError, "labels is .*, expected a list of labels"),
+        (["a", "b"], [np.ones(2), 2], TypeError, r"labels\[0\] is .*, expected a text or a number"),
         (["a", "b"], [[1], [2]], TypeError, r"labels\[0\] is .*, expected a text or a number"),
         (["a", " ", "b"], [1, 1, 2], ValueError, r"texts\[1\] is empty"),
         ([], [], ValueError, "there are fewer than two different labels"),

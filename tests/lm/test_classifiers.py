@@ -188,14 +188,14 @@ def test_tokens_have_logits_of_their_own(model: Path, tmp_path: Path) -> None:
         nplora.finetuning.evaluate_classifier(again, [{"text": "a", "label": "a"}])
 
 
-def test_the_adapter_of_another_classifier_is_refused_with_all_that_does_not_fit(
+def test_a_classifier_lists_what_does_not_fit_in_the_adapter_of_another_classifier(
     model: Path, tmp_path: Path
 ) -> None:
     classifier = new(model, ("O", "B"), tokens=True)
     classifier.add_lora(rank=2)
     with pytest.raises(FormatError, match=r"does not fit the model in \d+ places?:\n") as caught:
         nplora.load_adapter(classifier, saved(model, tmp_path / "adapter"))
-    assert "it belongs to a classifier" not in str(caught.value)
+    assert "this is the adapter of a classifier" not in str(caught.value)
 
 
 def test_a_regression_has_no_probabilities(model: Path) -> None:

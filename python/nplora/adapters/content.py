@@ -131,7 +131,8 @@ def require_low_rank(
 
     Args:
         task_type: PEFT's name for the adapter's task.
-        ending: the end of the message, which says what is possible instead.
+        ending: the end of the message, which says what is possible instead. For the adapter of a classifier,
+            `classifier_hint` replaces it.
     """
     for what, layers in (("fully trained layers", whole), ("trained tokens", tokens)):
         if layers:
@@ -145,5 +146,6 @@ def classifier_hint(task_type: str | None) -> str:
     if task_type not in CLASSIFIER_TASKS:
         return ""
     return (
-        f"it belongs to a classifier (task_type {task_type}): use it with nplora classify or load_classifier"
+        f"this is the adapter of a classifier (task_type {task_type}): use it with nplora classify or "
+        "load_classifier"
     )

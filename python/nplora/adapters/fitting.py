@@ -201,10 +201,10 @@ class Target:
             reasons = counted(len(problems), "reason")
             raise FormatError(f"{adapter.source}: the adapter cannot be used ({reasons}):{lines}")
         if problems:
-            subject, target = model_digest.subject(*base, self.digest), self.title
+            subject = model_digest.subject(*base, self.digest)
             if self.task_type not in CLASSIFIER_TASKS and (hint := classifier_hint(adapter.task_type)):
-                target = f"{target} ({hint})"
-            raise FormatError(f"{adapter.source}: {subject} does not fit {target} {in_places(problems)}")
+                subject = f"{hint}; {subject}"
+            raise FormatError(f"{adapter.source}: {subject} does not fit {self.title} {in_places(problems)}")
         if not any_base and (refusal := model_digest.refusal(*base, self.digest)):
             raise FormatError(f"{adapter.source}: {refusal}")
         if not adapter and not adapter.modules_to_save:

@@ -104,7 +104,11 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _require_writable(output: str, arguments: argparse.Namespace) -> None:
-    """Raise an error if the output exists and `--overwrite` is not given, or if the output is an input."""
+    """Raise an error if a command cannot write its output, or must not.
+
+    The output's directory must exist. The output must not be a directory or one of the inputs. Without
+    `--overwrite`, the output must not exist.
+    """
     from nplora.finetuning.data.sources import sources_of
     from nplora.formats import files, model_directory, peft_adapter
     from nplora.formats.files import StrPath
@@ -227,7 +231,8 @@ def _opened(output: str | None, overwrite: bool) -> Iterator[TextIO]:
             if replaces:
                 os.replace(target, output)
         except BaseException:
-            stream.close()  # Windows cannot delete an open file
+            with contextlib.suppress(OSError):  # if the disk is full, closing the file fails too
+                stream.close()  # Windows cannot delete an open file
             os.unlink(target)
             raise
 

@@ -96,11 +96,11 @@ def compute_for(
     ranks: Communicator,
     say: Callable[[str], None],
 ) -> str | None:
-    """Return the argument `compute` with which the encoder of a run is to be opened.
+    """Return the value of `compute` with which a run loads its encoder.
 
-    This is the option `compute` of the run. But with `resume`, and if `model` is a path and `compute` is
-    None, it is the arithmetic of the run to resume. `say` then prints it if it is not float32. Only rank 0
-    reads the output directory.
+    If a resumed run has a path as `model` and no `compute`, this is the arithmetic of the earlier run, and
+    `say` prints it unless it is float32. Otherwise, it is the argument `compute`. Only rank 0 reads the
+    output directory.
     """
     earlier = find_earlier_run(output) if resume and ranks.rank == 0 else None
     earlier = ranks.broadcast(earlier, "the search for an earlier run")

@@ -245,8 +245,8 @@ class TextEstimator(LoRAEstimator):
         encoder = self.model_.encoder
         if encoder.compute != self.compute:
             raise ValueError(
-                f"{type(self).__name__}: compute is {self.compute!r}, but the model that is trained further "
-                f"computes in {encoder.compute!r}"
+                f"{type(self).__name__}: compute is {self.compute!r}, but the fitted model computes in "
+                f"{encoder.compute!r}; to change compute, call fit with warm_start=False"
             )
         sample = functools.partial(batches.sample_gradient, self.model_, loss)
         say = speaker(True) if self.verbose else warn_user

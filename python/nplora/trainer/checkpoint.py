@@ -128,9 +128,9 @@ def new_file(path: Path, checkpoint: Checkpoint, more: Mapping[str, str] | None 
 def read(path: Path) -> Checkpoint:
     """Check the arrays of a checkpoint, then map the file into memory.
 
-    The file is mapped because a copy of all arrays might not fit into memory. To check them, the function
-    first reads the arrays one by one from the file. If the disk fails then, reading raises an OSError. In a
-    mapped file, an error of the disk would end the process.
+    The file is mapped because a copy of all arrays might not fit into memory. For the check, the arrays are
+    read from the file one by one, because a disk error then raises an OSError. In a mapped file, a disk error
+    would end the process.
 
     Raises:
         UnsupportedError: a later version of nplora made the file. FormatError: the file is damaged. OSError:

@@ -46,6 +46,6 @@ def warn_if_all_right(op: str, fitted: float) -> None:
     """Warn if a temperature is at its lower limit, because all predictions on the held-out data are right."""
     if fitted < 1.01 * _LEAST:
         warn_user(
-            f"{op}: calibrate: all predictions on the validation data are right, so the calibrated "
-            "probabilities are 0 or 1; use more validation data, or no calibration"
+            f"{op}: calibrate=True: all predictions on the validation data are right, so most calibrated "
+            "probabilities are almost 0 or 1; use more validation data, or no calibration"
         )

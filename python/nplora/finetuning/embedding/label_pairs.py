@@ -19,9 +19,9 @@ def label_pairs(
     """Make random pairs of labelled texts, for `train` with the loss "cosine" (SetFit, Tunstall et al. 2022).
 
     The pairs alternate. In the first, third, fifth pair and so on, both texts have the same label, and the
-    score is 1. In the other pairs, the labels differ, and the score is 0. The labels are drawn at random, so
-    that a label with few texts is as likely as any other. But a label with a single text occurs only in pairs
-    with different labels. A pair may occur more than once, but never consists of two equal texts.
+    score is 1. In the other pairs, the labels differ, and the score is 0. All labels are equally likely, even
+    if they have few texts; but a label with a single text occurs only in pairs with different labels. A pair
+    may occur more than once, but never consists of two equal texts.
 
         >>> import nplora
         >>> texts = ["where is my parcel", "delivery is late", "return an order", "a refund"]
@@ -73,10 +73,11 @@ def _groups(op: str, texts: list[str], labels: Iterable[Hashable]) -> list[list[
         raise ValueError(f"{op}: there are {counted(len(texts), 'text')}, but {counted(len(given), 'label')}")
     groups = dict[Hashable, dict[str, None]]()
     for i, (text, label) in enumerate(zip(texts, given, strict=True)):
-        if label is None or label != label:
-            raise ValueError(f"{op}: labels[{i}] is missing: it is {label}")
         if not isinstance(label, Hashable):
             raise TypeError(f"{op}: labels[{i}] is {_check.kind(label)}, expected a text or a number")
+        equal: Any = label == label  # false for NaN; for the NA of pandas, not a boolean
+        if label is None or not isinstance(equal, bool | np.bool_) or not equal:
+            raise ValueError(f"{op}: labels[{i}] is missing: it is {label}")
         if not text.strip():
             raise ValueError(f"{op}: texts[{i}] is empty")
         groups.setdefault(label, {})[text] = None

@@ -96,10 +96,10 @@ def evaluate_similarity(
     require_encoder(op, encoder)
     _require_dim(op, encoder, dim)
     examples = read_sources(op, sources_of(op, data), encoder, "cosent", columns, prompts, max_length)
-    vectors = _units(op, encoder.embed_ids(examples.texts(), normalize=False), dim)
-    assert examples.scores is not None
     if len(examples) < 2:
         raise ValueError(f"{op}: there is only one pair of texts, expected at least two")
+    vectors = _units(op, encoder.embed_ids(examples.texts(), normalize=False), dim)
+    assert examples.scores is not None
     cosines = (vectors[examples.first] * vectors[examples.second]).sum(axis=1, dtype=np.float64)
     return {
         "spearman": spearman(cosines, examples.scores),

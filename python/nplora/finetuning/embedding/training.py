@@ -176,7 +176,7 @@ def train(
             step among themselves, so there may be at most `accumulate` ranks. The trained adapter is bit for
             bit the same for any number of ranks. Every rank makes the same call. Only rank 0 writes to
             `output`.
-        distributed: what several processes do that `mpirun` has started. "mpi": they train one adapter
+        distributed: what the processes do if `mpirun` has started several. "mpi": they train one adapter
             together. "off": each of them makes a separate run.
         resume: continue the run in `output`; the results are bit for bit those of a run without a stop.
         change_compute: with `resume`: continue the run even if `compute` has changed.

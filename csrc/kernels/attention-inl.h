@@ -1,6 +1,6 @@
 // The kernels of attention: the softmax, its backward pass, and the products for a single query. In the
-// softmax kernels, each SIMD lane holds one query, so these kernels never sum across lanes. Each kernel is
-// documented in kernel_table.h.
+// softmax kernels, each SIMD lane holds one head of one query, so these kernels never sum across lanes. Each
+// kernel is documented in kernel_table.h.
 
 namespace nplora::kernels::NPLORA_ISA {
 

@@ -33,8 +33,8 @@ template <class W, size_t kTokens>
 inline constexpr size_t kSharingRows =
     kTokens == 1 ? kDotRows : (kTokens * kSideSums<W> < 8 ? 8 / (kTokens * kSideSums<W>) : 1);
 
-// Whether the registers have room for the sums and for kTokens rows of `x`. Of each row, only the columns are
-// needed that are multiplied by one panel of W.
+// Whether the registers have room for the sums and for the part of kTokens rows of `x` that is multiplied by
+// one panel of W.
 template <class W, size_t kTokens>
 inline constexpr bool kStaysInRegisters =
     kTokens * (kVectorsOfPanel<W> + kSideSums<W>) <= kDotResident + kDotSums;

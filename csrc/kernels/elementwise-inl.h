@@ -250,7 +250,7 @@ inline void narrow_float16_portable(size_t n, const float* from, uint16_t* to) {
     } else if (value >= 0x477FF000u) {  // a magnitude of at least 65520 is rounded to infinity
       half = 0x7C00u;
     } else if (value < 0x38800000u) {
-      // The float16 result is subnormal or the smallest normal number. The code adds 0.5 to the magnitude.
+      // The float16 result is 0, subnormal or the smallest normal number. The code adds 0.5 to the magnitude.
       // The sum is a float from 0.5 to 1, so it is a multiple of 2^-24, like a subnormal float16. The
       // addition therefore rounds in the same way as a conversion to float16.
       half = __builtin_bit_cast(uint32_t, __builtin_bit_cast(float, value) + 0.5f) - 0x3F000000u;

@@ -119,7 +119,7 @@ struct Fetch {
 
 // The prefetch distance, in bytes, for a weight that is read only once. The bytes of a prefetch arrive more
 // than 500 cycles after the request, or more than 1000 cycles if other programs use the memory at the same
-// time. Memory delivers about 10 bytes in each cycle, so a kernel reads up to 10000 bytes while it waits for
+// time. Memory delivers about 10 bytes in each cycle, so a kernel reads about 10000 bytes while it waits for
 // the prefetched bytes. kFetchAhead must be larger than this number.
 inline constexpr size_t kFetchAhead = 12288;
 
@@ -264,8 +264,8 @@ struct Products : Tiles<T> {
   // Transposes `x` (rows, cols) into `xt` (cols, rows).
   void (*transpose)(size_t rows, size_t cols, const T* x, size_t x_stride, T* xt, size_t xt_stride);
 
-  // Sums each row of part (rows, lanes / 2), which holds the partial sums of SmallProducts::dots, in a fixed
-  // order. Adds `bias` (rows), which may be null. The sums are stored in `y` (rows).
+  // Sums each row of part (rows, lanes / 2) in a fixed order, adds `bias` (rows), which may be null, and
+  // stores the sums in `y` (rows). `part` holds the partial sums of SmallProducts::dots.
   void (*sum_parts)(size_t rows, const T* part, const T* bias, T* y);
 
   // Does one AdamW step on `n` elements (Loshchilov & Hutter 2019, algorithm 2, as implemented in torch). The
@@ -287,7 +287,7 @@ struct Products : Tiles<T> {
   // Adds the product of a dense `a` (m, depth) and w (depth, n) to `c` (m, n). The order of the additions is
   // the same as in gemm_outputs_in_lanes. `panels` holds w in dense panels of kPanelColumns columns. The last
   // panel has only the remaining columns, without padding. If `streams` is set, the kernel prefetches `c`.
-  // The caller sets `streams` if `c` is too large for the cache.
+  // The caller sets `streams` unless `c` is already in the cache.
   void (*merge)(size_t m, size_t n, size_t depth, const T* a, const T* panels, T* c, size_t c_stride,
                 bool streams);
 };

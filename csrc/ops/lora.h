@@ -63,9 +63,8 @@ template <class T>
 void lora_forward(std::span<const ForwardPart<T>> parts, Matrix<const T> x, bool int8);
 
 // Does the same as lora_forward, but for inference: large batches are never computed in int8. `batch` is the
-// number of rows of the whole batch. x may hold only a part of the batch. The number of rows changes the
-// method only in one way: the method for small batches is used if `batch` is at most kSmallBatch (see
-// kInferenceTokens).
+// number of rows of the whole batch. x may hold only a part of the batch. `batch` changes the method only in
+// one way: the method for small batches is used if `batch` is at most kSmallBatch (see kInferenceTokens).
 template <class T>
 void lora_infer(std::span<const ForwardPart<T>> parts, Matrix<const T> x, size_t batch);
 

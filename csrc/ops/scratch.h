@@ -17,8 +17,8 @@ enum class Scratch {
   // int8. The largest size is kLanesBytes bytes or 64 d_in elements (64 tokens), whichever is larger. In the
   // backward pass, this buffer holds dy, z and dz in pairs, dy in int8, and the factors A and B. For
   // attention in bfloat16, this buffer holds the keys and values of a batch in pairs. For
-  // filtered_cross_entropy, this buffer holds the weights of the words that are not skipped. In each row,
-  // these are at most a quarter of the logits, and the target.
+  // filtered_cross_entropy, this buffer holds one weight for each word that is not skipped: in each row, at
+  // most a quarter of all words, plus the target.
   kLanes,
   // Holds z of a token block in lanes or pairs, with r elements for each token. If outputs are in the lanes,
   // this buffer also holds the factors of a stack, with r (d_in + d_out) elements. In a merge, this buffer

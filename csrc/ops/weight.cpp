@@ -89,7 +89,7 @@ size_t decoded_stride(size_t cols, size_t element_bytes) {
 }
 
 // Cuts `rows` into ranges of a few rows, and calls body(first, few, values) for each range `few`. `first` is
-// the first row of the range, counted from rows.first. The number of rows is even, except in the last call.
+// the first row of the range, counted from rows.first. few.count is even, except possibly in the last call.
 // `values` is memory for few.count * cols floats, which fit into L1.
 template <class Body>
 void for_few_rows(Range rows, size_t cols, const Body& body) {
@@ -276,7 +276,7 @@ struct Panelling {
 };
 
 // Cuts `rows` into ranges of a few rows, and calls body(first, few) for each range `few`. `first` is the
-// first row of the range, counted from rows.first. The number of rows is even, except in the last call.
+// first row of the range, counted from rows.first. few.count is even, except possibly in the last call.
 // Before each call, the columns `cols` of the next range are prefetched.
 template <class Body>
 void for_fetched_rows(const WeightView& w, Range rows, Range cols, const Body& body) {

@@ -129,8 +129,8 @@ inline bool dots_int8(const WeightView& w) {
 }
 
 // Multiplies a small batch x (m, d_in) by W[rows]ᵀ, where W is in low-bit blocks. The product of a row of x
-// and a row of W is stored as lanes / 2 partial sums (see kernels::BlockDots), so `part` is (m, rows, lanes /
-// 2). The kernel prefetches `next`.
+// and a row of W is stored as lanes / 2 partial sums (see kernels::BlockDots), so `part` is
+// (m, rows, lanes / 2). The kernel prefetches `next`.
 void dots_of_blocks(const WeightView& w, Range rows, Matrix<const float> x, float* part,
                     const kernels::Fetch& next);
 

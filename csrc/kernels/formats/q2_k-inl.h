@@ -5,9 +5,9 @@
 namespace nplora {
 
 // A block has eight sub-blocks. Byte 2 * j + h of `scales` belongs to half h of sub-block j: the low nibble
-// is the scale of this half, and the high nibble is the minimum of this half. An element with code q is d *
-// scale * q - dmin * minimum. The 2-bit codes of sub-block j are in the 32 bytes of `q` that start at byte 32
-// * (j / 4). Each code starts at bit 2 * (j % 4) of its byte.
+// is the scale of this half, and the high nibble is the minimum of this half. An element with code q is
+// d * scale * q - dmin * minimum. The 2-bit codes of sub-block j are in the 32 bytes of `q` that start at
+// byte 32 * (j / 4). Each code starts at bit 2 * (j % 4) of its byte.
 struct BlockQ2_K {
   static constexpr size_t kElements = 256;
   static constexpr BlockFacts kFacts{.largest = 15 * kLargestHalf, .shorter = "iq4_nl"};

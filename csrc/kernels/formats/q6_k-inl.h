@@ -6,10 +6,10 @@ namespace nplora {
 
 // A block has eight sub-blocks. An element with code q is d * scale * (q - 32), with one `scale` for each
 // half of a sub-block. Half h of sub-block j has the scale scales[2 * j + h]. The codes have six bits. The
-// low four bits of the codes of sub-block j are in the 32 bytes of `low` that start at byte 64 * (j / 4) + 32
-// * (j % 2). If j % 4 < 2, the low four bits are in the low nibbles of these bytes, else in the high nibbles.
-// The high two bits of the codes of sub-block j are in the 32 bytes of `high` that start at byte 32 * (j /
-// 4). The high two bits of a code start at bit 2 * (j % 4) of their byte.
+// low four bits of the codes of sub-block j are in the 32 bytes of `low` that start at byte
+// 64 * (j / 4) + 32 * (j % 2). If j % 4 < 2, the low four bits are in the low nibbles of these bytes, else in
+// the high nibbles. The high two bits of the codes of sub-block j are in the 32 bytes of `high` that start at
+// byte 32 * (j / 4). The high two bits of a code start at bit 2 * (j % 4) of their byte.
 struct BlockQ6_K {
   static constexpr size_t kElements = 256;
   static constexpr BlockFacts kFacts{.largest = 31 * 127 * kLargestHalf, .shorter = "q8_0"};

@@ -1370,7 +1370,7 @@ def test_an_error_says_where_a_misplaced_adapter_belongs(model: Path, data: Path
     with pytest.raises(FormatError, match=words):
         load_with_adapter(model, tensors)
     with pytest.raises(
-        FileNotFoundError, match=r"holds no config\.json, but an adapter: load the base model, and"
+        FileNotFoundError, match=r"holds no config\.json, but an adapter: give the base model"
     ):
         load_model(out)
 

@@ -205,7 +205,9 @@ def run(
     expected = nplora_embed(count, threads)()
     installed = contestants()
     if missing := [name for name in only or () if name not in installed]:
-        raise SystemExit(f"not available: {', '.join(missing)} (graphs also need onnxscript)")
+        raise SystemExit(
+            f"not available: {', '.join(missing)} (onnxruntime and openvino also need onnxscript)"
+        )
     names = [name for name in installed if only is None or name in {*only, "nplora"}]
     with TemporaryDirectory() as directory:
         graph = Path(directory, "model.onnx")

@@ -246,7 +246,7 @@ class TextEstimator(LoRAEstimator):
         if encoder.compute != self.compute:
             raise ValueError(
                 f"{type(self).__name__}: compute is {self.compute!r}, but the fitted model computes in "
-                f"{encoder.compute!r}; to change compute, call fit with warm_start=False"
+                f"{encoder.compute!r}; to change compute, set warm_start=False, then call fit"
             )
         sample = functools.partial(batches.sample_gradient, self.model_, loss)
         say = speaker(True) if self.verbose else warn_user

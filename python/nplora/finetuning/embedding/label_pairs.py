@@ -37,8 +37,8 @@ def label_pairs(
     Returns:
         rows with the fields sentence1, sentence2 and score.
     Raises:
-        ValueError: the numbers of texts and labels differ, a text is empty, a label is missing (None or NaN),
-            there are fewer than two different labels, or no label has two different texts.
+        ValueError: the numbers of texts and labels differ, a text is empty, a label is missing (None, NaN or
+            pandas.NA), there are fewer than two different labels, or no label has two different texts.
         TypeError: an argument, or an element of `texts` or `labels`, has a wrong type.
     """
     op = "label_pairs"

@@ -242,7 +242,7 @@ struct SubScales {
 // ---- rows of blocks ----
 //
 // Each kernel unit (isa_*.cpp) defines kUnrolledSubBlocks, the unroll factor of the loops over the sub-blocks
-// of a block.
+// of a block, and kMostBlockSums, the largest number of vectors of sums for which the registers suffice.
 
 // Before some columns of row i are decoded, the same columns of row i + kRowsAhead are prefetched. The
 // hardware does not prefetch these columns, because it cannot detect a stream in the few bytes that are read
@@ -372,26 +372,34 @@ struct BlockRows {
   size_t row_bytes;
   size_t ahead = fetch_ahead(row_bytes);
 
-  // Decodes the first `cols` columns of the rows rows[0] to rows[kRows - 1] of W, block by block. The values
-  // of the block that begins at column i of row rows[r] are passed to the destination that to(r, i) returns.
+  // Decodes the first `cols` columns of the rows rows[0] to rows[kRows - 1] of W, block by block. A sub-block
+  // is decoded in all rows before the next one, so that its columns of `x` are loaded once. The values of the
+  // block that begins at column i of row rows[r] are passed to the destination that to(r, i) returns.
   template <size_t kRows, class To>
-  void add(const size_t (&rows)[kRows], size_t cols, const To& to) const {
+  [[gnu::always_inline]] void add(const size_t (&rows)[kRows], size_t cols, const To& to) const {
     const Block* at[kRows];
 #pragma GCC unroll 4
     for (size_t r = 0; r < kRows; ++r) at[r] = reinterpret_cast<const Block*>(blocks + rows[r] * row_bytes);
     for (size_t first = 0; first < cols / kElements; first += kTogether) {
       const size_t n = smaller(kTogether, cols / kElements - first);
       const Decoders<Block, kRows> decoders(at, n);
-      for (size_t i = 0; i < n; ++i)
+      for (size_t i = 0; i < n; ++i) {
 #pragma GCC unroll 4
-        for (size_t r = 0; r < kRows; ++r) {
+        for (size_t r = 0; r < kRows; ++r)
           for (size_t line = 0; line < sizeof(Block); line += kCacheLine)
             __builtin_prefetch(reinterpret_cast<const uint8_t*>(at[r] + i) + ahead + line, 0, 2);
-          const Decoder<Block> block = decoders.get(r, i);
+        const auto decode = [&](const auto&... blocks) __attribute__((always_inline)) {
 #pragma GCC unroll kUnrolledSubBlocks
-          for (size_t j = 0; j < kElements / kSubBlock; ++j)
-            block.sub_block(j, to(r, (first + i) * kElements) + j * kSubBlock);
-        }
+          for (size_t j = 0; j < kElements / kSubBlock; ++j) {
+            size_t r = 0;
+            (blocks.sub_block(j, to(r++, (first + i) * kElements) + j * kSubBlock), ...);
+          }
+        };
+        if constexpr (kRows == 2)
+          decode(decoders.get(0, i), decoders.get(1, i));
+        else
+          decode(decoders.get(0, i), decoders.get(1, i), decoders.get(2, i), decoders.get(3, i));
+      }
 #pragma GCC unroll 4
       for (size_t r = 0; r < kRows; ++r) at[r] += n;
     }
@@ -428,7 +436,7 @@ struct RowRange {
 template <size_t kTokens, class Rows>
 inline void dot_tiles(const Rows& w, RowRange few, size_t m, size_t cols, const float* x, size_t x_stride,
                       float* part, size_t all) {
-  constexpr size_t kRows = kTokens == 4 ? 2 : 4;
+  constexpr size_t kRows = 4 * kTokens <= kMostBlockSums ? 4 : 2;
   for (; m >= kTokens; m -= kTokens, x += kTokens * x_stride, part += kTokens * all * Vec<float>::kLanes)
     for (size_t i = 0; i < few.count; i += kRows)
       dot_tile<kTokens, kRows>(w, few.first + i, few.count - i, cols, x, x_stride, part, all);

@@ -229,7 +229,7 @@ template <bool kPartial>
                                                  size_t column) {
   float* c = p.c + row * p.c_stride + column;
   const size_t count = !kPartial ? kIntLanes : smaller(kIntLanes, p.n - column);
-  const auto load = [count](const float* from) __attribute__((always_inline)) {
+  const auto load = [&](const float* from) __attribute__((always_inline)) {
     return kPartial ? load_upto(count, from, 0, false) : Vec<float>::load(from);
   };
   if (p.scales) sums = sums * load(p.scales + column);

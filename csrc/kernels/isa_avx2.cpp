@@ -18,7 +18,7 @@ namespace nplora::kernels::avx2 {
 inline constexpr size_t kTileRows = 6;
 inline constexpr size_t kTileTokens = 6, kOutputVectors = 2, kPanelVectors = 6, kNearRows = kTileTokens;
 inline constexpr size_t kDotResident = 12, kDotRows = 4, kDotSums = 2;
-inline constexpr size_t kUnrolledSubBlocks = 8;
+inline constexpr size_t kUnrolledSubBlocks = 8, kMostBlockSums = 4;
 inline constexpr size_t kTokenTileRows = 4, kTokenTileVectors = 3, kGroupTileRows = 3, kGroupTileVectors = 2;
 }  // namespace nplora::kernels::avx2
 

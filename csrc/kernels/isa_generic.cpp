@@ -16,7 +16,7 @@ inline constexpr size_t kTileRows = 4;
 inline constexpr size_t kTileTokens = 4, kOutputVectors = 3, kPanelVectors = kOutputVectors,
                         kNearRows = kTileTokens;
 inline constexpr size_t kDotResident = 0, kDotRows = 4, kDotSums = 2;
-inline constexpr size_t kUnrolledSubBlocks = 1;
+inline constexpr size_t kUnrolledSubBlocks = 1, kMostBlockSums = 8;
 inline constexpr size_t kTokenTileRows = 2, kTokenTileVectors = 1, kGroupTileRows = 2, kGroupTileVectors = 1;
 }  // namespace nplora::kernels::generic
 

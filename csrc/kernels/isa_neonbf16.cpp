@@ -19,7 +19,7 @@ inline constexpr size_t kTileRows = 12;
 inline constexpr size_t kTileTokens = 8, kOutputVectors = 3, kPanelVectors = kOutputVectors,
                         kNearRows = kTileTokens;
 inline constexpr size_t kDotResident = 24, kDotRows = 4, kDotSums = 4;
-inline constexpr size_t kUnrolledSubBlocks = 8;
+inline constexpr size_t kUnrolledSubBlocks = 8, kMostBlockSums = 8;
 inline constexpr size_t kTokenTileRows = 6, kTokenTileVectors = 4, kGroupTileRows = 3, kGroupTileVectors = 4;
 }  // namespace nplora::kernels::neonbf16
 

@@ -65,14 +65,26 @@ inline void gemm_tokens_in_lanes_fixed(TokensInLanes<E> p) {
         __builtin_prefetch(next, 0, kLocality);
         next += kFetchStep;
       }
-      Vec<E> x[kVectors];
+      const auto add = [&]<size_t kPart>() __attribute__((always_inline)) {
+        decltype(part<kPart>(Vec<E>{})) x[kVectors];
 #pragma GCC unroll 2
-      for (size_t v = 0; v < kVectors; ++v) x[v] = Vec<E>::load(p.xt + v * kLanes);
+        for (size_t v = 0; v < kVectors; ++v) x[v] = part<kPart>(Vec<E>::load(p.xt + v * kLanes));
 #pragma GCC unroll 16
-      for (size_t j = 0; j < kRows; ++j) {
-        const auto b = Vec<E>::broadcast(wk[j * stride]);
+        for (size_t j = 0; j < kRows; ++j) {
+          const auto b = part<kPart>(Vec<E>::broadcast(wk[j * stride]));
 #pragma GCC unroll 2
-        for (size_t v = 0; v < kVectors; ++v) c[j][v] = fma(x[v], b, c[j][v]);
+          for (size_t v = 0; v < kVectors; ++v) {
+            c[j][v] = fma(x[v], b, c[j][v]);
+            if constexpr (kParts<E> == 2) in_order(c[j][v]);
+          }
+        }
+      };
+      add.template operator()<0>();
+      if constexpr (kParts<E> == 2) {
+        // Without `keep`, the compiler would store what it has loaded, instead of loading it again.
+        keep(wk);
+        keep(p.xt);
+        add.template operator()<1>();
       }
     }
   }
@@ -267,20 +279,31 @@ inline void gemm_outputs_in_lanes_fixed(size_t tiles, const OutputsInLanes<E, W>
         for (size_t i = 0; i < kRows; ++i) x[i] = load_a(i);
 #pragma GCC unroll 8
         for (size_t v = 0; v < kVectors; ++v) {
-          Vec<E> b = load_w(v);
+          Vec<E> b = load_w.template operator()<0>(v);
           keep(b);  // without `keep`, GCC would load the vector once for each row
 #pragma GCC unroll 16
           for (size_t i = 0; i < kRows; ++i) acc[i][v] = fma(x[i], b, acc[i][v]);
         }
       } else {
-        Vec<E> b[kVectors];
+        const auto add = [&]<size_t kPart>() __attribute__((always_inline)) {
+          decltype(part<kPart>(Vec<E>{})) b[kVectors];
 #pragma GCC unroll 4
-        for (size_t v = 0; v < kVectors; ++v) b[v] = load_w(v);
+          for (size_t v = 0; v < kVectors; ++v) b[v] = load_w.template operator()<kPart>(v);
 #pragma GCC unroll 16
-        for (size_t i = 0; i < kRows; ++i) {
-          const auto x = load_a(i);
+          for (size_t i = 0; i < kRows; ++i) {
+            const auto x = part<kPart>(load_a(i));
 #pragma GCC unroll 4
-          for (size_t v = 0; v < kVectors; ++v) acc[i][v] = fma(x, b[v], acc[i][v]);
+            for (size_t v = 0; v < kVectors; ++v) {
+              acc[i][v] = fma(x, b[v], acc[i][v]);
+              if constexpr (kParts<E> == 2) in_order(acc[i][v]);
+            }
+          }
+        };
+        add.template operator()<0>();
+        if constexpr (kParts<E> == 2) {
+          keep(a);
+          keep(w);
+          add.template operator()<1>();
         }
       }
       a += p.a.step_stride;
@@ -289,16 +312,18 @@ inline void gemm_outputs_in_lanes_fixed(size_t tiles, const OutputsInLanes<E, W>
     };
     size_t left = p.depth;
     for (; left >= kRowsOf<E, W>; left -= kRowsOf<E, W>)
-      step([&](size_t v) __attribute__((always_inline)) {
+      step([&]<size_t kPart>(size_t v) __attribute__((always_inline)) {
         if constexpr (kRowsOf<E, W> == 1)
-          return load(Vec<E>{}, w, v);
+          return part<kPart>(load(Vec<E>{}, w, v));
+        else if constexpr (kParts<E> == 2)
+          return load(Vec<T>{}, w + kPart * p.w_stride, v);
         else
           return Vec<E>::pair_rows(load(Vec<W>{}, w, v), load(Vec<W>{}, w + p.w_stride, v));
       });
     if constexpr (kRowsOf<E, W> == 2)
       if (left > 0)
-        step([&](size_t v) __attribute__((always_inline)) {
-          return Vec<E>::pair_rows(load(Vec<W>{}, w, v), Vec<W>::zero());
+        step([&]<size_t kPart>(size_t v) __attribute__((always_inline)) {
+          return part<kPart>(Vec<E>::pair_rows(load(Vec<W>{}, w, v), Vec<W>::zero()));
         });
 
     for_vectors([&](T* c, size_t i, size_t v) __attribute__((always_inline)) {

@@ -25,6 +25,10 @@
 //   `add_neighbours(a, b)` adds lanes 2i and 2i + 1 of each vector. The first half of the result holds the
 //     sums of a, and the second half holds the sums of b.
 //   `keep(v)` makes the compiler keep the loaded vector v in a register.
+//   `part<0>(a)` and `part<1>(a)` are the first and the second numbers of the pairs in `a`. If kParts<E> is
+//     2, a kernel calculates fma(a, b, c) in two steps, one for each part of `a` and `b`. The registers of
+//     AVX2 hold the accumulators of a tile and one part of the operands, but not both parts. If kParts<E> is
+//     1, part<0>(a) is `a`.
 #pragma once
 
 #if !defined(NPLORA_ISA)
@@ -64,6 +68,9 @@ inline Bits bits_at(const T* p) {
   return bits;
 }
 
+template <class E>
+inline constexpr size_t kParts = 1;
+
 #if defined(NPLORA_SIMD_GENERIC)
 #include "simd/vec_generic.h"
 #else
@@ -94,6 +101,18 @@ inline Vec<float> operator/(Vec<float> a, Vec<float> b) {
 inline Vec<float> fma(Vec<Bf16Pair> a, Vec<Bf16Pair> b, Vec<float> c) {
   return fma(second(a), second(b), fma(first(a), first(b), c));
 }
+template <size_t kPart>
+inline auto part(Vec<Bf16Pair> a) {
+  if constexpr (kParts<Bf16Pair> == 1)
+    return a;
+  else
+    return kPart == 0 ? first(a) : second(a);
+}
 #endif
+
+template <size_t kPart, class Operand>
+inline Operand part(Operand a) {
+  return a;
+}
 
 }  // namespace nplora::kernels::NPLORA_ISA

@@ -87,12 +87,25 @@ inline Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) {
   return {_mm256_fmadd_pd(a.v, b.v, c.v)};
 }
 
+// The compiler neither reorders the calls of `in_order` nor moves the calculation of `v` behind its call.
+template <class T>
+inline void in_order(Vec<T>& v) {
+  __asm__ volatile("" : "+x"(v.v));
+}
+
+template <>
+inline constexpr size_t kParts<Bf16Pair> = 2;
 template <>
 struct Vec<Bf16Pair> {
   static constexpr size_t kLanes = 8;
   __m256i v;
 
-  static Vec broadcast(Bf16Pair x) { return {_mm256_set1_epi32(static_cast<int>(x))}; }
+  // Without `in_order`, Clang would shift `x` before it copies `x` to all lanes, and use more instructions.
+  static Vec broadcast(Bf16Pair x) {
+    Vec all{_mm256_set1_epi32(static_cast<int>(x))};
+    in_order(all);
+    return all;
+  }
   static Vec load(const Bf16Pair* p) { return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))}; }
   static Vec load_partial(const Bf16Pair* p, size_t n) {
     return {_mm256_maskload_epi32(reinterpret_cast<const int*>(p), Vec<float>::mask(n))};

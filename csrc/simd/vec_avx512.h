@@ -69,6 +69,17 @@ inline Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) {
   return {_mm512_fmadd_pd(a.v, b.v, c.v)};
 }
 
+// The compiler neither reorders the calls of `in_order` nor moves the calculation of `v` behind its call.
+template <class T>
+inline void in_order(Vec<T>& v) {
+  __asm__ volatile("" : "+v"(v.v));
+}
+
+// There are registers for both parts, but Clang would store some accumulators in memory all the same.
+#if !defined(NPLORA_SIMD_BF16) && defined(__clang__)
+template <>
+inline constexpr size_t kParts<Bf16Pair> = 2;
+#endif
 template <>
 struct Vec<Bf16Pair> {
   static constexpr size_t kLanes = 16;

@@ -56,9 +56,13 @@ inline Floats widen(Bytes b) {
 }
 
 // Converts bytes to indices for the function `permuted`, which reads only the low four bits of each index.
+// The empty asm statement keeps the indices in a register. Clang would otherwise shift the bytes instead of
+// the indices, and would convert the low and the high nibbles separately.
 typedef uint32_t Indices __attribute__((vector_size(64)));
 inline Indices indices(Bytes b) {
-  return (Indices)_mm512_cvtepu8_epi32((__m128i)b);
+  auto at = (Indices)_mm512_cvtepu8_epi32((__m128i)b);
+  __asm__("" : "+v"(at));
+  return at;
 }
 inline Floats permuted(__m512 values, Indices at) {
   return {{{_mm512_permutexvar_ps((__m512i)at, values)}}};
@@ -69,7 +73,7 @@ struct Levels {
   explicit Levels(const float (&levels)[16]) : v(_mm512_loadu_ps(levels)) {}
 };
 inline Floats lookup(const Levels& levels, Bytes b) {
-  return {{{_mm512_permutexvar_ps(_mm512_cvtepu8_epi32((__m128i)b), levels.v)}}};
+  return permuted(levels.v, indices(b));
 }
 
 inline Bytes lookup(Bytes levels, Bytes b) {
@@ -94,10 +98,10 @@ struct Nibbles {
   }
 };
 inline Floats low(const Nibbles& n, Bytes b) {
-  return {{{_mm512_permutexvar_ps(_mm512_cvtepu8_epi32((__m128i)b), n.values)}}};
+  return permuted(n.values, indices(b));
 }
 inline Floats high(const Nibbles& n, Bytes b) {
-  return {{{_mm512_permutexvar_ps(_mm512_srli_epi32(_mm512_cvtepu8_epi32((__m128i)b), 4), n.values)}}};
+  return permuted(n.values, indices(b) >> 4);
 }
 
 #elif defined(NPLORA_SIMD_AVX2)

@@ -112,7 +112,7 @@ struct Nf4Rows {
   size_t ahead = fetch_ahead(row_step / 2);
 
   template <size_t kRows, class To>
-  void add(const size_t (&rows)[kRows], size_t cols, const To& to) const {
+  [[gnu::always_inline]] void add(const size_t (&rows)[kRows], size_t cols, const To& to) const {
     for (size_t i = 0; i < cols; i += kElements)
 #pragma GCC unroll 4
       for (size_t r = 0; r < kRows; ++r) {

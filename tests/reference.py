@@ -172,7 +172,8 @@ def rope(x: Array, angles: Array, interleaved: bool) -> Array:
     """Each pair of x (n, heads, head_dim) as a complex number, times exp(i angle); angles (n, head_dim/2)."""
     half = x.shape[-1] // 2
     a, b = (x[..., ::2], x[..., 1::2]) if interleaved else (x[..., :half], x[..., half:])
-    turned = (a + 1j * b) * np.exp(1j * angles)[:, None, :]
+    # np.exp of a complex number calls a C function that Wine lacks.
+    turned = (a + 1j * b) * (np.cos(angles) + 1j * np.sin(angles))[:, None, :]
     out = np.empty_like(x)
     if interleaved:
         out[..., ::2], out[..., 1::2] = turned.real, turned.imag

@@ -27,14 +27,15 @@ if [ $# -gt 2 ]; then names=("${@:3}"); else names=(_core); fi
 mkdir -p "$build/tools"
 tools=$(cd "$build/tools" && pwd)
 # zig has its own words for instruction sets of ARM. Its linker of 0.17 crashes on a bundle, which differs
-# from a shared library in one field only, and on the symbols of debuggers.
+# from a shared library in one field only, and on the symbols of debuggers. Without -s, an extension for
+# Windows would be a sixth larger.
 cat >"$tools/c++" <<END
 #!/usr/bin/env bash
 arguments=()
 for argument in "\$@"; do
   [ "\${argument#-march=armv8.2-a+}" = "\$argument" ] || argument=-mcpu=generic+v8_2a+\${argument#-march=armv8.2-a+}
-  [ "\$argument" != -bundle ] || arguments+=(-s)
   [ "\$argument" != -bundle ] || argument=-shared
+  [ "\$argument" != -shared ] || arguments+=(-s)
   arguments+=("\$argument")
 done
 exec "$python" -m ziglang c++ -target $triple "\${arguments[@]}"

@@ -135,6 +135,8 @@ def start_wine() -> None:
         "WINEDEBUG": "-all",
         "WINEDLLOVERRIDES": "mscoree=;mshtml=;winex11.drv=;winewayland.drv=",
         "XDG_RUNTIME_DIR": str(PREFIX),
+        # The pip of this Python makes commands that look for python.exe on the path.
+        "WINEPATH": windows_path(PYTHON),
     }
     PREFIX.mkdir(parents=True, exist_ok=True)
     if not (PREFIX / "system.reg").exists():

@@ -27,7 +27,8 @@ class Block(NamedTuple):
 
 
 def blocks() -> list[Block]:
-    text = re.sub(r"^ {3}", "", (ROOT / "CONTRIBUTING.md").read_text(), flags=re.MULTILINE)  # in lists, too
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    text = re.sub(r"^ {3}", "", text, flags=re.MULTILINE)  # in lists, too
     found = [Block(commands, not_run == "") for not_run, commands in BLOCK.findall(text)]
     if len(found) != len(FENCE.findall(text)):
         raise ValueError("CONTRIBUTING.md: a block of shell commands is not closed")

@@ -64,7 +64,7 @@ def _sentences(file: Path, paragraphs: Iterator[tuple[int, str]]) -> Iterator[Se
 def from_python() -> Iterator[Sentence]:
     for file in sorted((ROOT / "python" / "nplora").rglob("*.py")):
         texts = _Texts()
-        texts.visit(ast.parse(file.read_text()))
+        texts.visit(ast.parse(file.read_text(encoding="utf-8")))
         yield from _sentences(file, iter(texts.found))
 
 
@@ -102,7 +102,7 @@ def paragraphs(text: str, first: int) -> list[tuple[int, str]]:
 def from_cpp() -> Iterator[Sentence]:
     for file in sorted((ROOT / "csrc").rglob("*")):
         if file.suffix in (".h", ".cpp"):
-            yield from _sentences(file, _comments(file.read_text()))
+            yield from _sentences(file, _comments(file.read_text(encoding="utf-8")))
 
 
 def _comments(text: str) -> Iterator[tuple[int, str]]:
@@ -129,7 +129,7 @@ def from_docs() -> Iterator[Sentence]:
     pages += sorted((ROOT / "docs").glob("*.md"))
     for file in pages:
         if file.exists():
-            yield from _sentences(file, _prose(file.read_text()))
+            yield from _sentences(file, _prose(file.read_text(encoding="utf-8")))
 
 
 def _prose(text: str) -> Iterator[tuple[int, str]]:

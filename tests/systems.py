@@ -7,6 +7,7 @@ is lacking. Only the code of tests is excused: the same error inside the package
 import ctypes
 import os
 import re
+import shlex
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -14,6 +15,8 @@ from pathlib import Path
 from types import ModuleType, TracebackType
 
 import pytest
+
+from nplora.platform import files
 
 IS_WINDOWS = sys.platform == "win32"
 IS_BROWSER = sys.platform == "emscripten"
@@ -32,6 +35,11 @@ needs_new_paths = pytest.mark.skipif(IS_WINE, reason="Wine does not know an open
 needs_links = pytest.mark.skipif(IS_WINDOWS, reason="this system's links are second names of the file")
 needs_flushing = pytest.mark.skipif(IS_WINDOWS, reason="this system flushes directories by itself")
 needs_resizing = pytest.mark.skipif(sys.platform != "linux", reason="this system cannot resize mappings")
+needs_bash = pytest.mark.skipif(IS_WINDOWS, reason="this system runs no scripts of bash")
+needs_cpuinfo = pytest.mark.skipif(
+    sys.platform in ("win32", "darwin"), reason="this system has the processor's name in no file"
+)
+needs_counted_pages = pytest.mark.skipif(IS_WINE, reason="Wine does not count a process's mapped pages")
 needs_cut_files = pytest.mark.skipif(IS_WINDOWS, reason="this system refuses to shorten mapped files")
 
 
@@ -43,6 +51,17 @@ def needs_procfs(name: str) -> pytest.MarkDecorator:
 
 # Code by which a process sends itself Ctrl-C. On Windows, os.kill would end it.
 CTRL_C = "signal.raise_signal(signal.SIGINT)" if IS_WINDOWS else "os.kill(os.getpid(), signal.SIGINT)"
+
+
+# Code after which a process rounds upward.
+if IS_WINDOWS:
+    ROUND_UPWARD = "import ctypes; assert ctypes.CDLL('ucrtbase').fesetround(0x200) == 0\n"
+else:
+    ROUND_UPWARD = (
+        "import ctypes, ctypes.util, platform\n"
+        "upward = {'x86_64': 0x800, 'aarch64': 0x400000, 'arm64': 0x400000}[platform.machine()]\n"
+        "assert ctypes.CDLL(ctypes.util.find_library('m')).fesetround(upward) == 0\n"
+    )
 
 
 def _can_link() -> bool:
@@ -62,6 +81,25 @@ def _refuse_link(*arguments: object, **keywords: object) -> None:
 HAS_LINKS = not IS_WINDOWS or _can_link()
 if not HAS_LINKS:
     os.symlink = _refuse_link
+
+
+def path_of(descriptor: int) -> str:
+    """The path of an open file, or what the system says about a descriptor of another kind."""
+    if not IS_WINDOWS:
+        return os.readlink(f"/proc/self/fd/{descriptor}")
+    try:
+        return files.path_of(descriptor)
+    except OSError:
+        return ""
+
+
+def words_of(line: str) -> list[str]:
+    """The words of a command line, as this system's shell or program reads them."""
+    if not IS_WINDOWS:
+        return shlex.split(line)
+    count, shell = ctypes.c_int(), ctypes.windll.shell32  # type: ignore[attr-defined]
+    shell.CommandLineToArgvW.restype = ctypes.POINTER(ctypes.c_wchar_p)
+    return shell.CommandLineToArgvW(ctypes.c_wchar_p(line), ctypes.byref(count))[: count.value]
 
 
 def lacking(error: BaseException) -> str | None:

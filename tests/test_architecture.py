@@ -323,7 +323,7 @@ COMPUTES = {"demo/dictionary.py", "demo/digits.py", "description.py"}
 
 def test_the_command_line_holds_no_arithmetic() -> None:
     files = [file for file in python_files() if room_of(file) == "cli"]
-    commands = {str(file.relative_to(PACKAGE / "cli")): file for file in files}
+    commands = {file.relative_to(PACKAGE / "cli").as_posix(): file for file in files}
     assert commands.keys() > COMPUTES
     for name in commands.keys() - COMPUTES:
         found = {imported.partition(".")[0] for imported, _ in imports(commands[name])}
@@ -357,7 +357,7 @@ def includes(file: Path) -> tuple[set[str], set[str]]:
 
 def including(headers: set[str]) -> set[str]:
     """The rooms, or files, that include one of these system headers."""
-    return {str(file.relative_to(CSRC)) for file in cpp_files() if includes(file)[1] & headers}
+    return {file.relative_to(CSRC).as_posix() for file in cpp_files() if includes(file)[1] & headers}
 
 
 def unit_sources(unit: Path) -> set[Path]:
@@ -406,7 +406,7 @@ STANDARD_C_HEADERS = {"stddef.h", "stdint.h"}
 def test_only_the_files_of_the_platform_know_the_operating_system() -> None:
     """CMakeLists.txt chooses between these files, so that no file asks which system it is compiled for."""
     for file in cpp_files():
-        path = str(file.relative_to(CSRC))
+        path = file.relative_to(CSRC).as_posix()
         if re.fullmatch(r"base/platform_\w+\.cpp", path):
             assert not re.search(r"#\s*(el)?ifn?(def)?\b.*\b(linux|WIN|APPLE|EMSC|wasm)", code_of(file)), path
             continue
@@ -433,7 +433,7 @@ def test_openmp_is_used_in_base_parallel_only() -> None:
     assert including({"omp.h"}) <= {"base/parallel.cpp"}
     for file in cpp_files():
         if re.search(r"#\s*pragma\s+omp|\bomp_\w+\(", code_of(file)):
-            assert str(file.relative_to(CSRC)) == "base/parallel.cpp"
+            assert file.relative_to(CSRC).as_posix() == "base/parallel.cpp"
 
 
 def test_kernels_and_operations_start_no_threads() -> None:
@@ -504,7 +504,7 @@ def test_every_block_format_has_one_file_and_one_quantiser_and_is_in_the_list() 
 def test_only_the_list_knows_the_block_formats() -> None:
     types = "|".join(format_list().values())
     for file in cpp_files():
-        path = str(file.relative_to(CSRC))
+        path = file.relative_to(CSRC).as_posix()
         if path == "kernels/formats.h":
             continue
         known = any(name.startswith("kernels/formats/") for name in includes(file)[0])
@@ -524,7 +524,7 @@ RECOMMENDED = "q8_0"
 def test_python_asks_the_core_for_the_block_formats() -> None:
     names = {name for pair in format_list().items() for name in pair}
     for file in python_files():
-        if str(file.relative_to(PACKAGE)) in FORMAT_TABLES:
+        if file.relative_to(PACKAGE).as_posix() in FORMAT_TABLES:
             continue
         constants = {node.value for node in nodes_of(file) if isinstance(node, ast.Constant)}
         assert not (constants & names) - {RECOMMENDED}, file

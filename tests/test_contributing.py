@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 from scripts import check_contributing
 
+import systems
+
 ROOT = Path(__file__).parents[1]
-TEXT = (ROOT / "CONTRIBUTING.md").read_text()
+TEXT = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 COMMANDS = "".join(block.commands for block in check_contributing.blocks())
-PRESETS = json.loads((ROOT / "CMakePresets.json").read_text())
+PRESETS = json.loads((ROOT / "CMakePresets.json").read_text(encoding="utf-8"))
 CI = ROOT / ".ci"
 
 ci_is_there = pytest.mark.skipif(not CI.is_dir(), reason="a source distribution has no .ci")
@@ -19,7 +21,7 @@ ci_is_there = pytest.mark.skipif(not CI.is_dir(), reason="a source distribution 
 
 def steps() -> dict[str, str]:
     """The text of each step of CI."""
-    return {path.stem: path.read_text() for path in (CI / "steps").glob("*.sh")}
+    return {path.stem: path.read_text(encoding="utf-8") for path in (CI / "steps").glob("*.sh")}
 
 
 def test_every_preset_that_contributors_use_exists() -> None:
@@ -47,7 +49,7 @@ def test_every_step_that_contributing_names_exists() -> None:
 
 @ci_is_there
 def test_ci_runs_every_step_after_those_that_it_needs() -> None:
-    listed = re.search(r"^steps=\(([^)]*)\)$", (CI / "run").read_text(), re.MULTILINE)
+    listed = re.search(r"^steps=\(([^)]*)\)$", (CI / "run").read_text(encoding="utf-8"), re.MULTILINE)
     assert listed
     order = listed[1].split()
     assert sorted(order) == sorted(steps())
@@ -60,6 +62,7 @@ def test_ci_runs_every_step_after_those_that_it_needs() -> None:
 
 
 @ci_is_there
+@systems.needs_bash
 def test_the_list_of_steps_describes_each_of_them() -> None:
     printed = subprocess.run([CI / "run", "--list"], capture_output=True, text=True, check=True).stdout
     for name, text in steps().items():
@@ -67,6 +70,7 @@ def test_the_list_of_steps_describes_each_of_them() -> None:
 
 
 @ci_is_there
+@systems.needs_bash
 def test_an_unknown_step_is_an_error_that_names_it() -> None:
     run = subprocess.run([CI / "run", "no_such_step"], capture_output=True, text=True)
     assert (run.returncode, run.stdout) == (2, "")
@@ -76,9 +80,8 @@ def test_an_unknown_step_is_an_error_that_names_it() -> None:
 def ci_with(directory: Path, fake_steps: dict[str, tuple[str, str]]) -> Path:
     """.ci/run with other steps: by their names what they need, and their commands."""
     (directory / ".ci" / "steps").mkdir(parents=True)
-    text, count = re.subn(
-        r"^steps=\([^)]*\)$", f"steps=({' '.join(fake_steps)})", (CI / "run").read_text(), flags=re.MULTILINE
-    )
+    real, listed = (CI / "run").read_text(encoding="utf-8"), f"steps=({' '.join(fake_steps)})"
+    text, count = re.subn(r"^steps=\([^)]*\)$", listed, real, flags=re.MULTILINE)
     assert count == 1
     program = directory / ".ci" / "run"
     program.write_text(text)
@@ -93,6 +96,7 @@ COUNTED = 'mkdir -p "$NPLORA_CI_DIR/{0}"; echo "= {1} passed, 2 skipped" >"$NPLO
 
 
 @ci_is_there
+@systems.needs_bash
 def test_ci_runs_two_steps_at_a_time_and_adds_up_what_passed(tmp_path: Path) -> None:
     ci = ci_with(
         tmp_path,
@@ -117,6 +121,7 @@ def test_ci_runs_two_steps_at_a_time_and_adds_up_what_passed(tmp_path: Path) -> 
 
 
 @ci_is_there
+@systems.needs_bash
 def test_a_third_step_has_the_lowest_priority(tmp_path: Path) -> None:
     wait = "until [ -e third ]; do sleep 0.01; done"
     fake = {"first": ("", wait), "second": ("", wait), "threads": ("", "touch third; echo nice: $(nice)")}
@@ -126,6 +131,7 @@ def test_a_third_step_has_the_lowest_priority(tmp_path: Path) -> None:
 
 
 @ci_is_there
+@systems.needs_bash
 def test_a_step_that_fails_ends_the_others(tmp_path: Path) -> None:
     ci = ci_with(tmp_path, {"slow": ("", "sleep 60"), "bad": ("", "exit 3"), "later": ("bad", "touch later")})
     run = subprocess.run([ci], cwd=tmp_path, capture_output=True, text=True, timeout=30)

@@ -108,7 +108,7 @@ def test_each_source_has_sentences_at_lines_that_exist(source: str) -> None:
     assert len(found) > 40
     for sentence in found:
         assert sentence.file.is_file()
-        assert 0 < sentence.line <= sentence.file.read_text().count("\n") + 1
+        assert 0 < sentence.line <= sentence.file.read_text(encoding="utf-8").count("\n") + 1
 
 
 def test_the_average_sentence_of_each_page_is_short() -> None:

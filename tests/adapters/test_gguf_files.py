@@ -569,13 +569,13 @@ def test_a_conversion_tells_what_it_did(tmp_path: Path) -> None:
     directory = write_peft(tmp_path / "peft", patterned(), factors(patterned()))
     report = nplora.adapter_to_gguf(directory, tmp_path / "a.gguf", base_config(tmp_path / "base", "qwen2"))
     assert str(report) == (
-        f"{tmp_path}/a.gguf: 10 layers of qwen2, alpha 6\n3 layers: the scale is multiplied into lora_b"
+        f"{tmp_path / 'a.gguf'}: 10 layers of qwen2, alpha 6\n3 layers: the scale is multiplied into lora_b"
     )
     file = gguf.open(tmp_path / "a.gguf")
     norm = {"blk.0.attn_norm.weight": np.ones(WIDTH, np.float32)}
     gguf.save(tmp_path / "b.gguf", dict(file) | norm, file.metadata.typed())
     assert str(nplora.adapter_from_gguf(tmp_path / "b.gguf", tmp_path / "back")) == (
-        f"{tmp_path}/back: 10 layers of qwen2, alpha 6\nignored tensors: 'blk.0.attn_norm.weight'"
+        f"{tmp_path / 'back'}: 10 layers of qwen2, alpha 6\nignored tensors: 'blk.0.attn_norm.weight'"
     )
 
 
@@ -600,11 +600,11 @@ def test_the_command_converts_by_what_the_source_is(tmp_path: Path) -> None:
     ]
     with pytest.raises(ValueError, match=r"_config\.json does not name the base model; use --base MODEL"):
         adapters.convert_adapter(directory, file)
-    with pytest.raises(ValueError, match=r"the output must end in \.gguf, got '.*/back'"):
+    with pytest.raises(ValueError, match=r"the output must end in \.gguf, got '.*[/\\]back'"):
         adapters.convert_adapter(directory, back, base)
     for name in ("b.gguf", "b.GGUF", "b.safetensors"):
         with pytest.raises(
-            ValueError, match=rf"is a file\. A GGUF adapter is converted to a directory, .*/{name}'"
+            ValueError, match=rf"is a file\. A GGUF adapter is converted to a directory, .*[/\\]{name}'"
         ):
             adapters.convert_adapter(file, tmp_path / name, base)
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import nplora
+import systems
 from nplora import adapters, cli
 from nplora.adapters import export_ollama
 from nplora.formats.gguf import Typed
@@ -204,6 +205,8 @@ def test_the_command_writes_it_and_replaces_only_with_overwrite(
 
 
 def test_a_path_of_two_lines_brings_no_instruction(model: Path, tmp_path: Path) -> None:
+    if systems.IS_WINDOWS:
+        pytest.skip("this system's names hold no control characters")
     (tmp_path / "a\nSYSTEM x").mkdir()
     model = model.rename(tmp_path / "a\nSYSTEM x" / "model.gguf")
     with pytest.raises(ValueError, match="model has control characters"):

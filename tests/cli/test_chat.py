@@ -107,7 +107,7 @@ def test_the_commands(
         "* none",
     ]
     assert "/save FILE.jsonl" in err
-    assert [json.loads(line) for line in rows.read_text().splitlines()][1:] == [
+    assert [json.loads(line) for line in rows.read_text(encoding="utf-8").splitlines()][1:] == [
         {"messages": [*brief, {"role": "assistant", "content": two}]},
         {"messages": [{"role": "user", "content": "three"}, {"role": "assistant", "content": three}]},
     ]
@@ -236,6 +236,7 @@ def _take_terminal(descriptor: int) -> None:
 
 @pytest.fixture
 def terminal(model: Path, tmp_path: Path) -> Iterator[Terminal]:
+    pytest.importorskip("termios", reason="this system has no pseudo-terminals")
     made = Terminal(tmp_path, model, "--adapter", f"calm={model.parent / 'tone'}", "--max-new-tokens", 90_000)
     yield made
     made.close()
@@ -264,11 +265,11 @@ def test_a_chat_in_a_terminal(terminal: Terminal, tmp_path: Path) -> None:
     terminal.until("> ")
     terminal.type("\x04")
     assert terminal.process.wait(SECONDS) == 0
-    messages = json.loads((tmp_path / "chat.jsonl").read_text())["messages"]
+    messages = json.loads((tmp_path / "chat.jsonl").read_text(encoding="utf-8"))["messages"]
     assert [(m["role"], m["content"]) for m in messages[::2]] == [("user", "hello"), ("user", "one\ntwo")]
     assert all(len(m["content"]) >= 20 for m in messages[1::2])
     history = tmp_path / "nplora" / "chat_history"
-    assert history.read_text().splitlines()[:2] == ["/adapter none", "hello"]
+    assert history.read_text(encoding="utf-8").splitlines()[:2] == ["/adapter none", "hello"]
     assert history.stat().st_mode & 0o777 == 0o600
 
 

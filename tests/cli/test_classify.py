@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import systems
 from nplora import cli
 from small_encoder import save_small_encoder
 
@@ -95,7 +96,8 @@ def test_predictions_and_plots_replace_a_file_only_with_overwrite(
 
     (here / "found.jsonl").chmod(0o600)
     assert cli.main(["classify", *predict, "--overwrite"]) == 0
-    assert stat.S_IMODE((here / "found.jsonl").stat().st_mode) == 0o600
+    if not systems.IS_WINDOWS:
+        assert stat.S_IMODE((here / "found.jsonl").stat().st_mode) == 0o600
     assert cli.main(["classify", "predict", *shared, "--overwrite"]) == 2
     assert "classify predict: --overwrite needs --output" in capsys.readouterr().err
 

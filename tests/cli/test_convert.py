@@ -27,12 +27,12 @@ def test_an_option_that_would_do_nothing_is_refused(
 ) -> None:
     (tmp_path / "config.json").write_text("{}")
     for line, message in (
-        (f"convert {tmp_path} x.gguf --base m", "--base is for adapters, but SOURCE is a model"),
-        (f"convert {tmp_path} x.gguf --any-base", "--any-base is for adapters, but SOURCE is a model"),
+        ("convert MODEL x.gguf --base m", "--base is for adapters, but SOURCE is a model"),
+        ("convert MODEL x.gguf --any-base", "--any-base is for adapters, but SOURCE is a model"),
         ("convert . x.gguf --dtype q8_0", "--dtype is for models, but SOURCE is not one"),
         ("convert nowhere x.gguf --dtype q8_0", "no such file: nowhere"),
     ):
-        assert cli.main(line.split()) == 2
+        assert cli.main([str(tmp_path) if word == "MODEL" else word for word in line.split()]) == 2
         assert message in capsys.readouterr().err
 
 

@@ -297,7 +297,7 @@ def test_a_llama_cpp_adapter_is_described_with_its_norms(alpha: float, scale: fl
     }
     gguf_adapter.save(tmp_path / "a.gguf", GgufAdapter("llama", alpha, pairs))
     assert squeezed(description.describe(tmp_path / "a.gguf")) == [
-        f"{tmp_path}/a.gguf: llama.cpp's LoRA adapter for a model of architecture llama",
+        f"{tmp_path / 'a.gguf'}: llama.cpp's LoRA adapter for a model of architecture llama",
         f"alpha {alpha:g}, scale = {'alpha / rank' if alpha else '1'}",
         "",
         "targets",

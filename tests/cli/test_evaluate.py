@@ -53,6 +53,10 @@ def run(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str, s
     return status, *capsys.readouterr()
 
 
+def in_markdown(text: object) -> str:
+    return str(text).replace("\\", "\\\\")
+
+
 def test_eval_prints_each_metric_with_its_interval(
     model: Path, data: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -97,12 +101,13 @@ def test_compare_prints_a_table_with_a_row_for_each_adapter(
     words = "--data", data, "--compare", "--adapter", adapter, "--adapter", f"{adapter}:0.5"
     status, out, err = run(capsys, model, *words)
     assert status == 0
-    assert [line.split()[0] for line in out.splitlines()[1:4]] == ["base", str(adapter), f"{adapter}:0.5"]
+    names = [re.split("  ", line)[0] for line in out.splitlines()[1:4]]
+    assert names == ["base", str(adapter), f"{adapter}:0.5"]
     assert "base: loss " in err
     status, out, _ = run(capsys, model, *words, "--markdown")
     assert out.splitlines()[2].startswith("| base | ")
     status, out, _ = run(capsys, model, "--data", data, "--markdown")
-    assert out.splitlines()[2].startswith(f"| {model} | ")
+    assert out.splitlines()[2].startswith(f"| {in_markdown(model)} | ")
 
 
 @pytest.mark.filterwarnings("ignore:evaluate.* is given 2 times")
@@ -113,7 +118,7 @@ def test_the_markdown_of_eval_names_the_adapters(
     for more, name in (((), ""), (("--adapter", f"{adapter}:0.5"), f" + {adapter}:0.5")):
         status, out, _ = run(capsys, model, *words, *more)
         assert status == 0
-        assert out.splitlines()[2].startswith(f"| {model} + {adapter}{name} | ")
+        assert out.splitlines()[2].startswith(f"| {in_markdown(f'{model} + {adapter}{name}')} | ")
 
 
 def test_eval_writes_the_answers_to_a_file(
@@ -121,15 +126,15 @@ def test_eval_writes_the_answers_to_a_file(
 ) -> None:
     words = "--metric", "f1", "--max-new-tokens", 2, "--answers", tmp_path / "a.jsonl", "--compare"
     assert run(capsys, model, "--data", data, "--adapter", adapter, *words)[0] == 0
-    rows = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [row["system"] for row in rows] == ["base"] * 4 + [str(adapter)] * 4
     assert rows[1].keys() == {"system", "row", "answer", "reference", "f1"}
     assert rows[1]["row"].endswith("valid.jsonl, line 2")
-    before = (tmp_path / "a.jsonl").read_text()
+    before = (tmp_path / "a.jsonl").read_text(encoding="utf-8")
     status, _, err = run(capsys, model, "--data", data, *words[:-1])
     assert status == 2
     assert "the file exists already; choose another for --answers" in err
-    assert (tmp_path / "a.jsonl").read_text() == before
+    assert (tmp_path / "a.jsonl").read_text(encoding="utf-8") == before
     status, _, err = run(capsys, model, "--data", data, "--answers", tmp_path / "b.jsonl")
     assert status == 0
     assert "--answers: nothing was written, because no answers were generated; add --metric" in err

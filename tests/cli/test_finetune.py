@@ -68,10 +68,12 @@ def test_the_commands_train_evaluate_and_answer(model: Path, data: Path, tmp_pat
     assert asked.stdout == f"{load_model(model).generate('1+1=', 5)}\n"
     assert asked.stderr == ""
     for prompt, given in (("-", b"1\xff"), (b"1\xff", b"")):
+        if systems.IS_WINDOWS and isinstance(prompt, bytes):  # words of a command are text there
+            continue
         line = [sys.executable, "-m", "nplora", "generate", str(model), prompt]
         odd = subprocess.run(line, input=given, capture_output=True)
         assert odd.returncode == 2
-        assert odd.stderr == b"nplora: error: the prompt is not UTF-8, at byte 1\n"
+        assert odd.stderr.splitlines() == [b"nplora: error: the prompt is not UTF-8, at byte 1"]
     full = command("generate", model, "1" * 58)
     assert full.stderr == (
         "nplora: warning: generate: the text ends after 6 tokens because the model's context of 64 is full\n"
@@ -157,7 +159,8 @@ def test_every_option_has_help(capsys: pytest.CaptureFixture[str]) -> None:
 def test_resuming_without_a_run_says_that_a_new_one_starts(
     model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    line = f"finetune {model} --data {data} --output {tmp_path / 'out'} --steps 1 --resume".split()
+    paths = [str(model), "--data", str(data), "--output", str(tmp_path / "out")]
+    line = ["finetune", *paths, "--steps", "1", "--resume"]
     message = f"{tmp_path / 'out'}: there is no run to resume, so a new run starts\n"
     assert cli.main(line) == 0
     assert capsys.readouterr().err.count(message) == 1
@@ -171,7 +174,8 @@ def test_a_resumed_run_says_what_it_keeps_and_which_options_continue_it(
     model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
-    line = f"finetune {model} --data {data} --output {out} --rank 2 --steps 1 --batch-examples 4".split()
+    paths = [str(model), "--data", str(data), "--output", str(out)]
+    line = ["finetune", *paths, "--rank", "2", "--steps", "1", "--batch-examples", "4"]
     started = [*line, "--compute", "int8", "--int8-head", "off", "--filter-vocabulary", "1e-5", "--keep-int8"]
     assert cli.main(started) == 0
     assert "continues" not in capsys.readouterr().err
@@ -229,8 +233,8 @@ def test_a_report_that_cannot_be_printed_says_that_the_adapter_is_saved(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(sys, "stdout", DEAD["disk"])
-    line = f"finetune {model} --data {data} --output {tmp_path / 'out'} --rank 2 --steps 2"
-    assert cli.main(line.split()) == 2
+    paths = [str(model), "--data", str(data), "--output", str(tmp_path / "out")]
+    assert cli.main(["finetune", *paths, "--rank", "2", "--steps", "2"]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error == (
         "nplora: error: no space left on device; "

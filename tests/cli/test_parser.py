@@ -11,7 +11,7 @@ import pytest
 import nplora
 from nplora import adapters, cli, finetuning
 from nplora.cli import description
-from nplora.cli.parser import COMMANDS, parser_of
+from nplora.cli.parser import COMMANDS, adapter_path, parser_of, weighted_path
 from nplora.models import gguf_export
 from nplora.trainer import Trainer, plot
 from nplora.weights import storages
@@ -154,3 +154,11 @@ def test_a_parser_loads_what_its_command_needs_and_no_other_command(word: str) -
     commands, rooms = done.stdout.splitlines()
     assert commands == str([word] if word in COMMANDS else list(COMMANDS))
     assert bool(rooms != "[]") == (word in HEAVY)
+
+
+def test_the_colon_of_a_drive_begins_no_weight(tmp_path: Path) -> None:
+    """Such as the one in C:\\missing on Windows."""
+    missing = str(tmp_path / "missing")
+    assert weighted_path(missing) == (missing, 1.0)
+    assert weighted_path(f"{missing}:0.5") == (missing, 0.5)
+    assert adapter_path(missing) == missing

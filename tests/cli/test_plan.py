@@ -27,8 +27,8 @@ def test_plan_shows_what_changes_a_plan_and_takes_all_of_finetune(
         "save-minutes",
     }
     assert not shown & hidden
-    others = "--lr 1e-3 --output out --save-every 5 --overwrite --sample x"
-    assert cli.main(f"plan {model} --data {data} --targets q_proj,v_proj {others}".split()) == 0
+    others = "--targets q_proj,v_proj --lr 1e-3 --output out --save-every 5 --overwrite --sample x"
+    assert cli.main(["plan", str(model), "--data", str(data), *others.split()]) == 0
     assert "MB at most" in capsys.readouterr().out
 
 

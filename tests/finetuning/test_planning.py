@@ -15,6 +15,7 @@ import pytest
 from bench import bench_plan
 
 import nplora
+import systems
 from nplora import cli
 from nplora.finetuning import FinetuneOptions, TokenLoss, execution, finetune, plan
 from nplora.finetuning.data import read_dataset
@@ -70,6 +71,7 @@ def data(tmp_path: Path) -> Path:
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(systems.IS_WINE, reason="Wine counts only a part of a process's memory")
 @pytest.mark.usefixtures("smollm2")
 @pytest.mark.parametrize("setting", bench_plan.TESTED, ids=str)
 def test_the_peak_of_a_run_is_the_predicted_one(setting: bench_plan.Setting) -> None:
@@ -601,6 +603,7 @@ SHAPES = [
         *(("int8", *shape) for shape in SHAPES[1:]),
     ],
 )
+@systems.needs_procfs("status")
 def test_scratch_is_what_a_call_takes(
     compute: str, n: int, rank: int, layers: int, d_out: int, d_in: int
 ) -> None:
@@ -710,6 +713,7 @@ def test_memory_of_a_process_grows_by_what_it_fills() -> None:
     assert peak_memory() >= current_memory() - MEGABYTE
 
 
+@systems.needs_procfs("smaps")
 def test_what_is_mapped_and_not_read_is_counted(tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"
     path.write_bytes(bytes(8 << 20))
@@ -734,6 +738,7 @@ def test_links_of_hugging_faces_cache_are_followed_to_what_is_mapped(tmp_path: P
     assert unread(str(snapshot / list(files)[-1])) == 0
 
 
+@systems.needs_procfs("smaps")
 def test_mappings_of_files_with_odd_names_are_skipped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -812,6 +817,7 @@ GROUPS = {  # files below the root; the process has 300 kB of its own, the machi
 }
 
 
+@systems.needs_procfs("cgroup")
 @pytest.mark.parametrize("name", GROUPS)
 def test_what_is_available_is_what_the_machine_and_every_group_leave(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -872,6 +878,7 @@ def test_a_run_with_a_plan_resumes_to_the_bit(
 
 
 @pytest.mark.slow
+@systems.needs_procfs("statm")
 def test_the_pairs_of_attention_are_what_a_pass_keeps(model: Path) -> None:
     """Compared with how much a new process grows in a forward and a backward pass in bfloat16."""
     n, width, heads = 8192, 512, 8

@@ -924,10 +924,11 @@ def test_the_command_line_trains_on_pairs(
 ) -> None:
     data = tmp_path / "pairs.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in PAIRS))
-    line = f"finetune {model} --data {data} --output {tmp_path / 'out'} --steps 2 --rank 2"
-    assert cli.main(line.split()) == 2
+    line = ["finetune", str(model), "--data", str(data), "--output", str(tmp_path / "out")]
+    line += ["--steps", "2", "--rank", "2"]
+    assert cli.main(line) == 2
     assert "--objective dpo" in capsys.readouterr().err
-    assert cli.main([*line.split(), "--objective", "dpo", "--loss-type", "ipo", "--beta", "0.2"]) == 0
+    assert cli.main([*line, "--objective", "dpo", "--loss-type", "ipo", "--beta", "0.2"]) == 0
     settings = json.loads((tmp_path / "out" / "log.jsonl").read_text().splitlines()[1])["settings"]["fixed"]
     assert (settings["objective"], settings["loss_type"], settings["beta"]) == ("dpo", "ipo", 0.2)
 

@@ -492,9 +492,10 @@ def test_the_metadata_of_an_arrow_file_may_be_any_bytes(tmp_path: Path) -> None:
     whole = file.read_bytes()
     for place in range(len(whole)):
         changed = whole[place] ^ (1, 0x80, 0xFF)[place % 3]
-        file.write_bytes(whole[:place] + bytes([changed]) + whole[place + 1 :])
+        damaged = tmp_path / f"{place}.arrow"  # a new name, because one before may still be mapped
+        damaged.write_bytes(whole[:place] + bytes([changed]) + whole[place + 1 :])
         with contextlib.suppress(FormatError):
-            list(read_rows(file))
+            list(read_rows(damaged))
 
 
 # ---- objects of Python ----
@@ -686,7 +687,7 @@ def test_a_list_of_texts_is_no_list_of_rows(text: str) -> None:
         FileNotFoundError, match=r'if this is a text to train on, expected a row \{"text": …\}'
     ):
         splits_of("test", [text, "b"])
-    with pytest.raises(FileNotFoundError, match=r"^\[Errno 2\] No such file"):
+    with pytest.raises(FileNotFoundError, match=r"^\[\w+ 2\] (No such file|File not found)"):
         splits_of("test", ["no.jsonl"])
 
 

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import os
 import random
 import re
 import warnings
@@ -320,7 +321,7 @@ def test_a_bad_first_sentence_of_a_file_is_skipped(model: Path, tmp_path: Path) 
     (tmp_path / "a.conll").write_bytes(b"a O\ncat\n\nb\xff O\n\na O\ncat B-PET\n")
     run = train_classifier(model, tmp_path / "a.conll", tmp_path / "out", skip_bad=True, steps=1)
     assert run.examples == 1
-    assert "2 bad rows skipped (a.conll, line 2: 1 column" in str(run).replace(f"{tmp_path}/", "")
+    assert "2 bad rows skipped (a.conll, line 2: 1 column" in str(run).replace(f"{tmp_path}{os.sep}", "")
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,6 @@ import json
 import math
 import os
 import re
-import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 import pytest
 
 import nplora
+import systems
 from nplora import cli
 from nplora.cli.parser import weighted_path
 from nplora.finetuning import FinetuneOptions, TuneOptions, evaluate, finetune, teach, tune
@@ -236,7 +236,7 @@ def test_a_command_has_every_digit_of_a_number() -> None:
     command = command_of("m.gguf", [("d.jsonl", 1.0)], None, Path("out"), {"lr": 0.0123456789, "alpha": 16.0})
     assert command == ("nplora finetune m.gguf --data d.jsonl --output out --alpha 16 --lr 0.0123456789")
     files = [("a.jsonl", 0.123456789), ("b.jsonl", 3.0), ("c.jsonl", 1e-7)]
-    words = shlex.split(command_of("m.gguf", files, None, Path("out"), {}))
+    words = systems.words_of(command_of("m.gguf", files, None, Path("out"), {}))
     assert [weighted_path(word) for word in words if ".jsonl" in word] == files
 
 
@@ -336,7 +336,7 @@ def test_finetune_repeats_the_winner_to_the_bit(
     assert cli.main([*line, "--search", "lr=1e-3,1e-2", "--search", "epochs=1,2"]) == 0
     out = capsys.readouterr().out.splitlines()
     starred = next(row.split() for row in out if row.endswith("*"))
-    command = shlex.split(out[-1])
+    command = systems.words_of(out[-1])
     assert command[:3] == ["nplora", "finetune", str(model)]
     assert "--keep-int8" in command
     assert command[command.index("--output") + 1] == str(output / "best")
@@ -439,11 +439,13 @@ def test_a_tenth_is_held_out_unless_there_are_validation_data(
         assert given.winner is not None
         assert given.loss_before == evaluate(model, data)["loss"]
     several = tune(model, [(directory, 2), data], tmp_path / "e", **few)
-    assert f"--data {directory}:2 --data {data} --output" in several.command
+    words = systems.words_of(several.command)
+    assert words[3:8] == ["--data", f"{directory}:2", "--data", str(data), "--output"]
     rows = iter([json.loads(line) for line in data.read_text(encoding="utf-8").splitlines()])
     lm = nplora.load_model(model)
     report = tune(lm, rows, tmp_path / "d", valid=[{"prompt": "1+1=", "completion": "2"}], **few)
-    assert f"finetune {model} --data DATA --valid VALID" in report.command
+    words = systems.words_of(report.command)
+    assert words[1:7] == ["finetune", str(model), "--data", "DATA", "--valid", "VALID"]
     assert not lm.adapter_layers()
 
 
@@ -673,7 +675,8 @@ def test_a_search_that_continues_an_adapter_leaves_its_ranks(model: Path, data: 
         model, data, tmp_path / "out", budget=1, progress=False, adapter=tmp_path / "first",
         search={"lr": [1e-2, 1e-3]}, epochs=1,
     )  # fmt: skip
-    assert f"--adapter {tmp_path / 'first'}" in report.command
+    words = systems.words_of(report.command)
+    assert words[words.index("--adapter") + 1] == str(tmp_path / "first")
     assert "--rank" not in report.command
     done = finetune(model, data, tmp_path / "best", progress=False, **report.options)
     assert report.winner is not None

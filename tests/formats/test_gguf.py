@@ -408,6 +408,7 @@ print(json.dumps([seconds, opened, anonymous() - before, len(tokens), len(merges
 """
 
 
+@systems.needs_procfs("smaps_rollup")
 @pytest.mark.slow
 def test_opening_smollm2_takes_no_time_and_no_memory(smollm2: Path) -> None:
     """The best of three runs, because another process may take the CPU."""

@@ -412,3 +412,4 @@ def test_damaged_files_give_only_format_errors_and_the_oracle_accepts_what_we_ac
             (t.name, t.tensor_type.name, tuple(t.shape.tolist()[::-1]), t.data.tobytes())
             for t in theirs.tensors
         ]
+        del theirs  # Windows writes to no file that is mapped

@@ -248,7 +248,8 @@ def made(value: Any) -> Any:
 @pytest.mark.parametrize("name", ROWS)
 def test_only_the_needed_part_of_a_very_long_row_is_read(name: str, tmp_path: Path) -> None:
     row, expected, words = ROWS[name]
-    (tmp_path / "a.jsonl").write_text(json.dumps(made(row), ensure_ascii=False) + "\n")
+    text = json.dumps(made(row), ensure_ascii=False) + "\n"
+    (tmp_path / "a.jsonl").write_text(text, encoding="utf-8")
     error, found = measured("rows", tmp_path / "a.jsonl")
     assert error == expected
     assert words in found

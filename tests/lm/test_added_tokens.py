@@ -240,7 +240,7 @@ def test_the_saved_files_hold_the_tokens(model: Path, tmp_path: Path) -> None:
     nplora.save_adapter(lm, tmp_path / "a")
     names = ["adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "tokenizer_config.json"]
     assert sorted(os.listdir(tmp_path / "a")) == names
-    added = json.loads((tmp_path / "a" / "tokenizer.json").read_text())["added_tokens"]
+    added = json.loads((tmp_path / "a" / "tokenizer.json").read_text(encoding="utf-8"))["added_tokens"]
     assert [(t["id"], t["content"], t["special"]) for t in added[-2:]] == [
         (VOCAB, "<a>", False), (VOCAB + 1, "</a>", False),
     ]  # fmt: skip

@@ -8,6 +8,7 @@ import pytest
 from bench.bench_plan import Setting
 
 import nplora
+import systems
 from figures import Figure
 
 Array = np.ndarray[Any, Any]
@@ -119,6 +120,7 @@ def test_logits_and_ten_steps_are_those_of_peft(
     assert np.abs(lm.logits(ids) - expected).max() <= 1e-3 * np.abs(expected).max()
 
 
+@systems.needs_counted_pages
 def test_the_peak_of_a_run_is_the_predicted_one(gemma3: Path, figure: Figure) -> None:
     few = {"compute": "bfloat16", "layers": "last:6"}
     for batch, length, options in ((1, 64, {}), (1, 128, few)):

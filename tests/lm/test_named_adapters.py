@@ -222,9 +222,10 @@ def test_swapped_arguments_are_noticed(
     lm, few = load_model(model), paths["few"]
     words = "load_adapter: path, the first argument, does not exist, but the second argument"
     for name, found in (
-        (str(few), f"'{few}' exists"), (few, f"'{few}' exists"), (Adapter.read(few), "is an Adapter"),
+        (str(few), f"{str(few)!r} exists"), (few, f"{str(few)!r} exists"),
+        (Adapter.read(few), "is an Adapter"),
     ):  # fmt: skip
-        with pytest.raises(FileNotFoundError, match=f"{words} {found}: swap the two: 'nowhere'$"):
+        with pytest.raises(FileNotFoundError, match=f"{words} {re.escape(found)}: swap the two: 'nowhere'$"):
             lm.load_adapter("nowhere", name)  # type: ignore[arg-type]
     monkeypatch.chdir(few.parent)
     for path in ("nowhere", f"nowhere/{few.name}"):

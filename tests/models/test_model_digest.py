@@ -301,7 +301,7 @@ def test_the_shards_with_the_norms_are_enough_to_detect_another_base(adapter: Pa
     nplora.combine([(adapter, 1)], base=base)
     nplora.adapter_to_gguf(adapter, tmp_path / "a.gguf", base)
     with pytest.raises(
-        ValueError, match=r"/other', sha256 .*, but the adapters belong to another model \(.*; pass that"
+        ValueError, match=r"[/\\]other', sha256 .*, but the adapters belong to another model \(.*; pass that"
     ):
         nplora.combine([(adapter, 1)], base=other)
     for named in (other, other / "config.json"):
@@ -378,7 +378,7 @@ def test_a_base_that_is_not_a_model_is_refused(
     for path, message in (
         (tmp_path / "nowhere" / "config.json", "no such file: {}"),
         (tmp_path / "nowhere.gguf", "no such file: {}"),
-        (tmp_path / "empty", "no such file: {}/config.json"),
+        (tmp_path / "empty", f"no such file: {{}}{os.sep}config.json"),
         (base / "model.safetensors.index.json", "{}: model_type is missing, expected text"),
         (tmp_path / "data.gguf", "{}: metadata 'general.architecture' is missing"),
         (tmp_path / "a.gguf", "{}: the file is an adapter, expected a model"),

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import nplora
+import systems
 from nplora.platform import host
 from nplora.runtime import machine
 
@@ -35,6 +36,7 @@ def test_a_runtime_may_have_no_version(
     ]
 
 
+@systems.needs_cpuinfo
 @pytest.mark.parametrize(
     ("text", "name"),
     [

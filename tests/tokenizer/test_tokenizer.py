@@ -395,6 +395,7 @@ def eager_threads() -> Iterator[None]:
 
 
 @pytest.mark.slow
+@systems.needs_fork
 @pytest.mark.usefixtures("eager_threads")
 def test_children_that_are_forked_while_threads_encode_encode_too() -> None:
     tokenizer = from_gguf(opened(byte_level()))

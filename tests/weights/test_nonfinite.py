@@ -179,7 +179,7 @@ def test_written_json_never_holds_nan() -> None:
     for file in package.rglob("*.py"):
         if file.relative_to(package).as_posix() in NOT_WRITTEN:
             continue
-        for node in ast.walk(ast.parse(file.read_text())):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call) and ast.unparse(node.func) in ("json.dump", "json.dumps"):
                 found += 1
                 assert {k.arg: ast.unparse(k.value) for k in node.keywords}.get("allow_nan") == "False", file

@@ -408,4 +408,4 @@ def _text(*head: str, **sections: list[Row]) -> str:
 
 def _printable(text: str) -> str:
     """Escape the control characters in a text, so that the text cannot control the terminal."""
-    return text if text.isprintable() else repr(text)[1:-1]
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)

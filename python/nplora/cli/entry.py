@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import errno
 import functools
 import io
 import itertools
@@ -85,10 +86,23 @@ def _status(arguments: list[str]) -> int:
         show_error(error, f" (try {parsed.prog} --help)", spelled, arguments)
         return 2
     except EXPECTED as error:
+        if _nobody_reads(error):
+            return 1
         show_error(error, spelled=spelled, typed=arguments)
         is_wrong = isinstance(error, ValueError | OSError | ModuleNotFoundError)
         return 2 if is_wrong and not isinstance(error, RankError) else 1
     return 0
+
+
+def _nobody_reads(error: Exception) -> bool:
+    """Whether a write to stdout failed with EINVAL. On Windows, this means what EPIPE means elsewhere."""
+    if not isinstance(error, OSError) or error.errno != errno.EINVAL or error.filename is not None:
+        return False
+    try:
+        print(end="", flush=True)  # the text that could not be written is still in the buffer
+    except OSError as again:
+        return again.errno == errno.EINVAL
+    return False
 
 
 def _run_command(parsed: argparse.Namespace) -> None:

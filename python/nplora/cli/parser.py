@@ -271,7 +271,7 @@ def weighted_path(text: str) -> tuple[str, float]:
     Raises:
         FileNotFoundError: the text is the name of an adapter on the Hugging Face Hub instead of a path.
     """
-    before, colon, weight = text.rpartition(":")
+    before, colon, weight = _split_weight(text)
     if not colon or os.path.exists(text):
         return path(text), 1.0
     try:
@@ -285,9 +285,17 @@ def weighted_path(text: str) -> tuple[str, float]:
     return found
 
 
+def _split_weight(text: str) -> tuple[str, str, str]:
+    """Split at the last colon as `str.rpartition` does, but not at the colon of a drive, as in C:\\x."""
+    drive = os.path.splitdrive(text)[0]
+    start = len(drive) if drive.endswith(":") and os.path.isabs(text) else 0
+    before, colon, weight = text[start:].rpartition(":")
+    return text[:start] + before, colon, weight
+
+
 def adapter_path(text: str) -> str:
     """Return the path of an adapter, for a command in which adapters have no weights."""
-    before, colon, _ = text.rpartition(":")
+    before, colon, _ = _split_weight(text)
     if colon and os.path.exists(before) and not os.path.exists(text):
         raise argparse.ArgumentTypeError(
             f"{text!r} has a weight, but this command takes no weights: "

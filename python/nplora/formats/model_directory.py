@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import gc
 import os
 import re
 import tempfile
@@ -54,7 +55,7 @@ def require_no_hub_name(path: StrPath, kind: str = "a model") -> None:
         FileNotFoundError: the path is a Hub name or a web address. The message says how to download the
             files.
     """
-    named = files.name(path)
+    named = path.as_posix() if isinstance(path, Path) else files.name(path)
     found = _HUB_NAME.fullmatch(f"OWNER/{named}" if _WITHOUT_OWNER.fullmatch(named) else named)
     if found is None or os.path.lexists(path):
         return
@@ -190,9 +191,12 @@ def linked(source: Path, weights: Path, changed: Mapping[str, Path] | None = Non
         weights: a safetensors file of any name.
         changed: a dict from names of files in `source` to the paths of the files that are linked instead.
     """
-    with tempfile.TemporaryDirectory(prefix="nplora-") as made:
+    with tempfile.TemporaryDirectory(prefix="nplora-", ignore_cleanup_errors=True) as made:
         for path in source.iterdir():
             if files.suffix(path) in _COMPANIONS and not is_index(path) and path.is_file():
                 link((changed or {}).get(path.name, path).absolute(), Path(made, path.name))
         link(weights.absolute(), Path(made, WEIGHTS))
-        yield Path(made)
+        try:
+            yield Path(made)
+        finally:
+            gc.collect()  # Windows removes no file that is mapped by a model, which may be in a cycle

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import re
+import shlex
 import signal
 import socket
 import subprocess
@@ -22,6 +24,19 @@ else:
     NOTICE = signal.SIGUSR1  # Slurm and mpirun can send this signal before the end of a job
 
 
+def command_line(words: list[str]) -> str:
+    """Join the words of a command into a line that the system's usual shell splits into the same words."""
+    return " ".join(map(_quoted, words)) if sys.platform == "win32" else shlex.join(words)
+
+
+def _quoted(word: str) -> str:
+    """A word in double quotes, if Windows' shells would split it or give one of its signs a meaning."""
+    quoted = subprocess.list2cmdline([word])
+    if quoted != word or not re.search(r"[&|<>^();,'`@{}]", word):
+        return quoted
+    return f'"{word}{word[len(word.rstrip(chr(92))) :]}"'  # a backslash before a quote is doubled
+
+
 def call_in_forked_child(function: Callable[[], object]) -> None:
     """Call a function in every child process that `os.fork` makes after this call."""
     if sys.platform != "win32":
@@ -32,7 +47,10 @@ def start_apart(arguments: list[str], **options: Any) -> subprocess.Popen[bytes]
     """Start a program that Ctrl-C in the terminal does not reach."""
     if sys.platform == "win32":
         flags = subprocess.CREATE_NEW_PROCESS_GROUP | subprocess.CREATE_NO_WINDOW
-        return subprocess.Popen(arguments, creationflags=flags, **options)
+        try:
+            return subprocess.Popen(arguments, creationflags=flags, **options)
+        except OSError as error:  # without the program's name
+            raise type(error)(error.errno, error.strerror, arguments[0], error.winerror) from None
     return subprocess.Popen(arguments, start_new_session=True, **options)
 
 

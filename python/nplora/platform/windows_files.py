@@ -12,6 +12,7 @@ import glob
 import os
 import secrets
 import sys
+import time
 from typing import TYPE_CHECKING
 
 assert sys.platform == "win32" or not TYPE_CHECKING  # on other systems, type checkers skip what follows
@@ -28,6 +29,7 @@ _LOCKED_BYTE = 1 << 40  # beyond the end of the file, because Windows lets no ot
 # Windows' errors for: access denied, sharing violation, lock violation, and a file that is mapped.
 _IN_USE = {5, 32, 33, 1224}
 _LONGEST = 1 << 15
+_TRIES = 100  # a millisecond apart, to open a file that is just being replaced
 
 
 def open_file(path: str | os.PathLike[str], flags: int, directory: int | None, follow_links: bool) -> int:
@@ -43,7 +45,19 @@ def open_file(path: str | os.PathLike[str], flags: int, directory: int | None, f
         attributes |= _DIRECTORY  # a directory can be opened too, so that its kind can be reported
     else:
         creation = _CREATE_NEW if flags & os.O_EXCL else _OPEN_ALWAYS
-    return _descriptor(path, access, creation, attributes, flags)
+    try:
+        for _ in range(_TRIES):
+            try:
+                return _descriptor(path, access, creation, attributes, flags)
+            except FileNotFoundError:
+                if not _is_being_replaced(path):
+                    raise
+                time.sleep(0.001)
+        return _descriptor(path, access, creation, attributes, flags)
+    except PermissionError as error:
+        if os.path.isdir(path):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path) from error
+        raise
 
 
 def open_directory(path: str, directory: int | None) -> int:
@@ -107,6 +121,11 @@ def _replaced(path: str, mark: str) -> str:
     if mark == "*":
         folder, name = glob.escape(folder), glob.escape(name)
     return os.path.join(folder, f".{name}.{mark}.old")
+
+
+def _is_being_replaced(path: str) -> bool:
+    """Whether a file that did not exist a moment ago is between the two renames of `replace`, or was."""
+    return bool(glob.glob(_replaced(path, "*"))) or os.path.exists(path)
 
 
 def _remove(path: str) -> None:

@@ -5,6 +5,8 @@ import os
 
 # The messages of these errors are clear without the names of their classes, and without a traceback.
 EXPECTED = (OSError, ValueError, ArithmeticError, ImportError, MemoryError)
+# Windows' numbers for a file or a folder that does not exist. Other systems give none.
+_MISSING = (None, 2, 3)
 
 
 def message_of(error: BaseException) -> str:
@@ -30,11 +32,14 @@ def message_of(error: BaseException) -> str:
 def _of_system(error: OSError, text: str, number: int) -> str:
     """The message of a system error.
 
-    `text` is the system's text for the error number, or a more exact text.
+    `text` is the system's text for the error number, or a more exact text. Windows has its own errors: there,
+    its text belongs to `error.winerror`, which other errors do not have.
     """
-    is_systems, file = text == os.strerror(number), error.filename
+    windows_number, file = getattr(error, "winerror", None), error.filename
+    is_systems = bool(text) and (windows_number is not None or text == os.strerror(number))
     if is_systems:
-        text = "no such file" if number == errno.ENOENT else text[0].lower() + text[1:]
+        is_missing = number == errno.ENOENT and windows_number in _MISSING
+        text = "no such file" if is_missing else text[0].lower() + text[1:]
     if file is None:
         return text
     path = os.fsdecode(file) if isinstance(file, (str, bytes, os.PathLike)) else str(file)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import io
 import json
@@ -41,7 +42,12 @@ class _Line(NamedTuple):
     def send(self, data: bytes) -> None:
         rest = memoryview(data)
         while rest:
-            rest = rest[os.write(self.writer, rest) :]
+            try:
+                rest = rest[os.write(self.writer, rest) :]
+            except OSError as error:
+                if error.errno == errno.EINVAL:  # what Windows says when nobody reads any more
+                    raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE)) from error
+                raise
 
     def receive(self, most: int) -> bytes:
         """Read a line. The end is missing if the line exceeds `most` bytes or the other process has ended."""

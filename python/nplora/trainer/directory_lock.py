@@ -34,8 +34,12 @@ class DirectoryLock:
         self._directory = directory
         self._descriptor = self._lock(what)
         self._pid = os.getpid()  # forked children must not unlock
-        os.ftruncate(self._descriptor, 0)
-        system.write_at(self._descriptor, f"{self._pid}\n".encode(), 0)
+        try:
+            os.ftruncate(self._descriptor, 0)
+            system.write_at(self._descriptor, f"{self._pid}\n".encode(), 0)
+        except BaseException:
+            self.close()
+            raise
 
     def _lock(self, what: str) -> int:
         """Open and lock the file. If another process removes the file between the two actions, try again."""

@@ -1,12 +1,12 @@
 """The header of a run's log: the model, the data, the command, the version and the machine."""
 
 import datetime
-import shlex
 import sys
 from typing import Any
 
 from nplora import _core
 from nplora.nn.module import Module
+from nplora.platform import processes
 from nplora.runtime.machine import machine
 from nplora.trainer.batches import Batches
 
@@ -24,7 +24,7 @@ def log_header(model: Module, batches: Batches, validation: Batches | None) -> d
     return {
         "nplora": str(_core.config()["version"]),
         "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
-        "command": _text(shlex.join(sys.orig_argv)),
+        "command": _text(processes.command_line(sys.orig_argv)),
         "model": _text(_shown(model)),
         "data": _summary(batches),
         "valid": None if validation is None else _summary(validation),

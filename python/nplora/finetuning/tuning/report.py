@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-import shlex
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from nplora.finetuning.tuning.schedule import shown_time
 from nplora.finetuning.tuning.search import shown_value
 from nplora.finetuning.tuning.trial import Trial
 from nplora.formats.errors import counted
+from nplora.platform import processes
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ def command_of(
     for field in dataclasses.fields(FinetuneOptions):
         if field.name in options:
             words += _option(field.name, options[field.name], kinds[field.name])
-    return shlex.join(words)
+    return processes.command_line(words)
 
 
 def _option(name: str, value: Any, kind: Any) -> list[str]:

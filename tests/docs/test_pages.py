@@ -44,6 +44,7 @@ SECONDS = 300  # for the blocks of a page, on a machine that is busy with other 
 NOT_HERE = {
     *("git", "apt-get", "pip", "pre-commit", "cmake", "ctest", "huggingface-cli", "hf", "ollama"),
     *("llama-cli", "llama-server", "llama-quantize", "docker", "bash .ci/run", ".ci/run", "python -m bench"),
+    "python -m bench.builds",
     *("scripts/browser/build.sh", "scripts/browser/test.sh", "unzip"),
     *("python3.13 scripts/cross/test_windows.py", "mpiexec", "mpirun", "sbatch", "kubectl", "curl"),
     *(

@@ -242,7 +242,8 @@ struct SubScales {
 // ---- rows of blocks ----
 //
 // Each kernel unit (isa_*.cpp) defines kUnrolledSubBlocks, the unroll factor of the loops over the sub-blocks
-// of a block, and kMostBlockSums, the largest number of vectors of sums for which the registers suffice.
+// of a block. It also defines kMostBlockSums: a tile has four rows of W if it then has at most kMostBlockSums
+// vectors of sums. Otherwise, it has two rows.
 
 // Before some columns of row i are decoded, the same columns of row i + kRowsAhead are prefetched. The
 // hardware does not prefetch these columns, because it cannot detect a stream in the few bytes that are read

@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <bit>
 
 #include "base/platform.h"
 
@@ -76,7 +77,10 @@ void call_in_forked_child(void (*)()) {}
 WithoutSignals::WithoutSignals() = default;
 WithoutSignals::~WithoutSignals() = default;
 
+// A mask has the processors of one group of at most 64. It is 0 for a process with threads in several groups.
 size_t usable_processors() {
+  DWORD_PTR usable = 0, all = 0;
+  if (GetProcessAffinityMask(GetCurrentProcess(), &usable, &all) && usable != 0) return std::popcount(usable);
   return std::max(1u, std::thread::hardware_concurrency());
 }
 

@@ -191,7 +191,9 @@ def run(program: Path, *arguments: str) -> Counter[str]:
 def run_pytest(arguments: list[str]) -> Counter[str]:
     code = f"import os, sys, pytest; os.chdir('N:/{ROOT.name}'); sys.exit(pytest.main(sys.argv[1:]))"
     shutil.rmtree(PREFIX / "drive_c" / TEMPORARY, ignore_errors=True)
-    return run(PYTHON / "python.exe", "-c", code, f"--basetemp=C:/{TEMPORARY}", "-q", *arguments)
+    # In processes of their own, so that a crash costs one test.
+    options = [f"--basetemp=C:/{TEMPORARY}", "-q", "-n", "2", "--dist", "loadfile"]
+    return run(PYTHON / "python.exe", "-c", code, *options, *arguments)
 
 
 def main() -> None:

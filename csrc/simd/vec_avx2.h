@@ -45,6 +45,9 @@ inline Vec<float> operator+(Vec<float> a, Vec<float> b) {
 inline Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) {
   return {_mm256_fmadd_ps(a.v, b.v, c.v)};
 }
+inline float fma(float a, float b, float c) {
+  return __builtin_fmaf(a, b, c);
+}
 inline Vec<float> max(Vec<float> a, Vec<float> b) {
   return {_mm256_max_ps(a.v, b.v)};
 }

@@ -60,6 +60,9 @@ template <class T>
 inline Vec<T> fma(Vec<T> a, Vec<T> b, Vec<T> c) {
   return {a.v * b.v + c.v};
 }
+inline float fma(float a, float b, float c) {
+  return a * b + c;
+}
 template <class T>
 inline Vec<T> max(Vec<T> a, Vec<T> b) {
   return {a.v > b.v ? a.v : b.v};

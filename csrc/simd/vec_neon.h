@@ -77,6 +77,9 @@ inline Vec<float> operator+(Vec<float> a, Vec<float> b) {
 inline Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) {
   return {vfmaq_f32(c.v, a.v, b.v)};
 }
+inline float fma(float a, float b, float c) {
+  return __builtin_fmaf(a, b, c);
+}
 inline Vec<float> fma(Vec<float> a, Scalar<float> b, Vec<float> c) {
   return {vfmaq_lane_f32(c.v, a.v, b.v, 0)};
 }

@@ -83,16 +83,7 @@ cmake -S . -B "$cache/build" -G Ninja -DCMAKE_BUILD_TYPE=Release -DNPLORA_OPENMP
 cmake --build "$cache/build" --target _core
 
 step "The wheel"
-tree=$cache/tree
-rm -rf "$tree" "$cache"/nplora-*.whl
-mkdir "$tree"
-_PYTHON_HOST_PLATFORM=pyodide-$abi-wasm32 python -c \
-  'import sys; from scikit_build_core import build; build.prepare_metadata_for_build_wheel(sys.argv[1])' "$tree"
-cp -r python/nplora "$tree"
-find "$tree/nplora" \( -name '*.so' -o -name __pycache__ \) -prune -exec rm -r {} +
-cp "$cache/build/_core.$tag.so" "$tree/nplora"
-wheel pack -d "$cache" "$tree" >/dev/null
-ls -l "$cache"/*.whl
+python scripts/pack_wheel.py "$cache/build/_core.$tag.so" "pyodide-$abi-wasm32" "$cache"
 
 step "The page, for any web server"
 page=$cache/page

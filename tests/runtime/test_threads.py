@@ -134,7 +134,9 @@ def test_the_number_of_threads_at_the_start(variable: str, threads: int | None) 
     if hasattr(os, "sched_setaffinity"):
         code = "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\n" + code
     elif systems.IS_WINDOWS:
-        limit = "kernel.SetProcessAffinityMask(ctypes.c_void_p(kernel.GetCurrentProcess()), ctypes.c_size_t(1))"
+        limit = (
+            "kernel.SetProcessAffinityMask(ctypes.c_void_p(kernel.GetCurrentProcess()), ctypes.c_size_t(1))"
+        )
         code = f"import ctypes; kernel = ctypes.windll.kernel32; assert {limit}\n" + code
     else:
         processors = os.cpu_count() or 1

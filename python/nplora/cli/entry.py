@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import errno
 import functools
 import io
 import itertools
@@ -17,7 +16,7 @@ from nplora.cli.parser import parser_of
 from nplora.distributed.communicator import RankError, is_reported
 from nplora.distributed.launch import require_one_process
 from nplora.distributed.opening import heard_by_all_ranks
-from nplora.platform.processes import write_utf8
+from nplora.platform.processes import is_broken_pipe, write_utf8
 from nplora.runtime.error_text import EXPECTED
 from nplora.runtime.stderr import stderr
 
@@ -95,13 +94,13 @@ def _status(arguments: list[str]) -> int:
 
 
 def _nobody_reads(error: Exception) -> bool:
-    """Whether a write to stdout failed with EINVAL. On Windows, this means what EPIPE means elsewhere."""
-    if not isinstance(error, OSError) or error.errno != errno.EINVAL or error.filename is not None:
+    """Whether stdout is a broken pipe. On Windows, this is no BrokenPipeError."""
+    if not isinstance(error, OSError) or not is_broken_pipe(error) or error.filename is not None:
         return False
     try:
         print(end="", flush=True)  # the text that could not be written is still in the buffer
     except OSError as again:
-        return again.errno == errno.EINVAL
+        return is_broken_pipe(again)
     return False
 
 

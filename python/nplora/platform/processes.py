@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import os
 import re
@@ -70,6 +71,11 @@ def write_utf8(stream: TextIO | None) -> None:
     with contextlib.suppress(OSError, ValueError):  # a closed stream
         if isinstance(stream, io.TextIOWrapper) and not stream.isatty():
             stream.reconfigure(encoding="utf-8")
+
+
+def is_broken_pipe(error: OSError) -> bool:
+    """Whether a write failed because the program at the other end has ended. Windows then says EINVAL."""
+    return error.errno == errno.EPIPE or (sys.platform == "win32" and error.errno == errno.EINVAL)
 
 
 def detect_vanished_peer(connection: Any) -> None:

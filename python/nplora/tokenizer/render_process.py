@@ -45,7 +45,7 @@ class _Line(NamedTuple):
             try:
                 rest = rest[os.write(self.writer, rest) :]
             except OSError as error:
-                if error.errno == errno.EINVAL:  # what Windows says when nobody reads any more
+                if processes.is_broken_pipe(error):
                     raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE)) from error
                 raise
 

@@ -54,12 +54,14 @@ if ! compgen -G "$formats/*aarch64" >/dev/null; then
   trap 'echo -1 >"$formats/nplora-aarch64"' EXIT
 fi
 
-# inside COMMAND...: in the root directory of aarch64, where /source is this checkout.
+# inside COMMAND...: in the root directory of aarch64, where /source is this checkout. NumPy's kernels for SVE
+# return wrong products under qemu, so it is told to use others.
 inside() {
   mkdir -p "$root/source"
   unshare --mount --pid --fork bash -c '
     mount -t proc proc "$0/proc" && mount --bind /dev "$0/dev" && mount --bind . "$0/source"
-    exec env -i PATH=/usr/sbin:/usr/bin:/sbin:/bin HOME=/root LC_ALL=C.UTF-8 PYTHONPATH=/source/tests PYTHONDONTWRITEBYTECODE=1 \
+    exec env -i PATH=/usr/sbin:/usr/bin:/sbin:/bin HOME=/root LC_ALL=C.UTF-8 OPENBLAS_CORETYPE=ARMV8 \
+      PYTHONPATH=/source/tests PYTHONDONTWRITEBYTECODE=1 \
       chroot "$0" sh -c "cd /source && exec \"\$@\"" sh "$@"' "$root" "$@"
 }
 

@@ -6,6 +6,7 @@ tenth of the calls: their threads run side by side inside the core only.
 
 import concurrent.futures
 import hashlib
+import importlib.util
 import sys
 import sysconfig
 import threading
@@ -21,6 +22,7 @@ from nplora import losses
 from small_llama import save_small_llama
 
 LACKS_LOCK = bool(sysconfig.get_config_var("Py_GIL_DISABLED"))
+HAS_TOKENIZERS = importlib.util.find_spec("tokenizers") is not None
 THREADS, CALLS = 8, 1000 if LACKS_LOCK else 100
 
 rng = np.random.default_rng(0)
@@ -89,7 +91,7 @@ def kinds_of_calls(model: Path) -> list[Call]:
     def generate() -> ArrayLike:
         return np.frombuffer(lm.generate("one two ", 4).encode(), np.uint8)
 
-    return [
+    calls = [
         *(product(*kind) for kind in (("float32", "float32"), ("bfloat16", "bfloat16"), ("q8_0", "float32"))),
         *(product(*kind) for kind in (("q4_k", "int8"), ("nf4", "float32"))),
         quantize,
@@ -98,10 +100,11 @@ def kinds_of_calls(model: Path) -> list[Call]:
         train_layers,
         change_number_of_threads,
         lambda: lm.loss(ids, ids),
-        generate,
-        lambda: lm.tokenizer.encode("Threads share a tokenizer, its cache too."),
         train_model,
     ]
+    if HAS_TOKENIZERS:  # has no build for every Python
+        calls += [generate, lambda: lm.tokenizer.encode("Threads share a tokenizer, its cache too.")]
+    return calls
 
 
 def bits(call: Call) -> bytes:

@@ -292,6 +292,7 @@ def test_a_merge_of_a_base_that_changes_meanwhile_writes_nothing(
 def test_a_run_stops_at_the_change_and_leaves_the_checkpoint_before_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    pytest.importorskip("tokenizers")
     model = save_small_llama(tmp_path / "model.gguf")
     (tmp_path / "train.jsonl").write_text(8 * '{"text": "abcabcabc"}\n')
     forward_backward, calls = LanguageModel.forward_backward, [0]

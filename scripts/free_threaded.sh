@@ -53,7 +53,7 @@ python3 scripts/test_python.py "$plain" "$cache/plain"
 
 step "With ThreadSanitizer"
 checked=$(python checked CC=clang-19 CXX=clang++-19 --with-thread-sanitizer --without-ensurepip)
-CC=clang-19 CXX=clang++-19 CXXFLAGS='-O1 -g1 -fsanitize=thread' "$cache/plain/environment/bin/pip" install -q \
+CC=clang-19 CXX=clang++-19 CXXFLAGS='-O1 -g1 -fsanitize=thread' "$cache/plain/environment/bin/pip" install -q --prefer-binary \
   --upgrade --target "$cache/checked" . pytest threadpoolctl -C cmake.build-type=None \
   -C cmake.define.NPLORA_OPENMP=OFF -C build-dir="$cache/build-nplora"
 suppressions=$source/Tools/tsan/suppressions_free_threading.txt

@@ -55,7 +55,7 @@ def main() -> None:
     python = environment(sys.argv[1], place / "environment")
     wheel = build(python, place)
     print(f"{wheel.name}: {wheel.stat().st_size:,} bytes", flush=True)
-    call(python, "-m", "pip", "install", "-q", wheel, *settings["test-requires"])
+    call(python, "-m", "pip", "install", "-q", "--prefer-binary", wheel, *settings["test-requires"])
     for command in settings["test-command"]:
         words = shlex.split(command.replace("{project}", str(ROOT)))
         call(python.parent / words[0], *words[1:], *(sys.argv[3:] if words[0] == "pytest" else []))

@@ -4,8 +4,9 @@
 Usage: python3.13 scripts/cross/test_windows.py [ARGUMENT OF PYTEST...]
 
 Needs Debian 13 on x86-64 with the right to call apt-get, 4 GB of disk, and an hour on two processors. Without
-arguments, it runs the kernel tests, and then all tests of Python that release.yml runs on real machines. With
-arguments, it runs only these tests. The last line is the total.
+arguments, it runs the kernel tests, compares the losses of small models with native ones, and then runs all
+tests of Python that release.yml runs on real machines. With arguments, it runs only these tests. The last
+line is the total. PYTHON (python3) must have nplora.
 
 Everything is kept in $NPLORA_CROSS_DIR (build/cross/windows), so that a second run compiles what changed.
 """
@@ -187,6 +188,15 @@ def run(program: Path, *arguments: str) -> Counter[str]:
     return found
 
 
+def compare_losses() -> None:
+    """Train small models natively and under Wine, with several instruction sets."""
+    native, script = os.environ.get("PYTHON", "python3"), ROOT / "scripts/same_losses.py"
+    for isa in ("generic", "avx2", ""):
+        call(native, script, WORK / "native.npz", NPLORA_ISA=isa)
+        files = windows_path(WORK / "wine.npz"), windows_path(WORK / "native.npz")
+        call("wine", PYTHON / "python.exe", windows_path(script), *files, NPLORA_ISA=isa)
+
+
 def run_pytest(arguments: list[str]) -> Counter[str]:
     code = f"import os, sys, pytest; os.chdir('N:/{ROOT.name}'); sys.exit(pytest.main(sys.argv[1:]))"
     shutil.rmtree(PREFIX / "drive_c" / TEMPORARY, ignore_errors=True)
@@ -207,6 +217,7 @@ def main() -> None:
     if len(sys.argv) == 1:
         total += run(WORK / "build/tests/cpp/pool_tests.exe")
         total += run(WORK / "build/tests/cpp/kernel_tests.exe", "1", "1", KERNEL_SHAPES)
+        compare_losses()
     total += run_pytest(sys.argv[1:] or selection())
     failed = total["failed"] + total["error"]
     print(f"{total['passed']} passed, {failed} failed, {total['skipped']} skipped")

@@ -8,6 +8,7 @@ import ctypes
 import os
 import re
 import shlex
+import signal
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -48,6 +49,8 @@ def needs_procfs(name: str) -> pytest.MarkDecorator:
     there = not IS_WINDOWS and Path("/proc/self", name).exists()  # Wine shows that of another process
     return pytest.mark.skipif(not there, reason=f"this system has no /proc/self/{name}")
 
+
+KILLED = 1 if IS_WINDOWS else -signal.SIGKILL  # the exit status of a process after Popen.kill()
 
 # Code by which a process sends itself Ctrl-C. On Windows, os.kill would end it.
 CTRL_C = "signal.raise_signal(signal.SIGINT)" if IS_WINDOWS else "os.kill(os.getpid(), signal.SIGINT)"

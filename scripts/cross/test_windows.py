@@ -202,7 +202,7 @@ def run_pytest(arguments: list[str]) -> Counter[str]:
     shutil.rmtree(PREFIX / "drive_c" / TEMPORARY, ignore_errors=True)
     # In processes of their own, so that a crash costs one test.
     options = [f"--basetemp=C:/{TEMPORARY}", "-q", "-n", "2", "--dist", "loadfile"]
-    return run(PYTHON / "python.exe", "-c", code, *options, *arguments)
+    return run(PYTHON / "python.exe", "-u", "-c", code, *options, *arguments)
 
 
 def main() -> None:

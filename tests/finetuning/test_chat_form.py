@@ -1,6 +1,7 @@
 """An adapter stores whether it was trained with the chat template, and other uses give a warning."""
 
 import json
+import os
 import warnings
 from pathlib import Path
 from typing import Any
@@ -75,7 +76,7 @@ def test_generate_warns_of_another_form(
     adapter = trained(model, tmp_path / name, rows)
     line = ["generate", model, "1+1=", "--adapter", adapter, "--max-new-tokens", 2]
     printed = command(*line, *(["--chat"] if chat else [])).stderr
-    assert printed == (f"nplora: warning: generate: {adapter.parent}/{message}\n" if message else "")
+    assert printed == (f"nplora: warning: generate: {adapter.parent}{os.sep}{message}\n" if message else "")
 
 
 @pytest.mark.slow

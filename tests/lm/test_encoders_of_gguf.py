@@ -1,6 +1,7 @@
 """Encoders from GGUF files, written as llama.cpp's converter writes them."""
 
 import base64
+import io
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -285,19 +286,18 @@ def test_unigram_tokens_are_those_of_tokenizer_json() -> None:
 
 
 @pytest.fixture(scope="module")
-def sentencepiece(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Array]:
+def sentencepiece() -> tuple[Any, Array]:
     """A small model of SentencePiece, and its table of characters."""
     theirs = pytest.importorskip("sentencepiece")
     proto = pytest.importorskip("sentencepiece.sentencepiece_model_pb2")
-    text, path = Path(__file__).read_text(encoding="utf-8"), tmp_path_factory.mktemp("sentencepiece")
+    text, file = Path(__file__).read_text(encoding="utf-8"), io.BytesIO()
     theirs.SentencePieceTrainer.train(
-        sentence_iterator=iter(text.splitlines()), model_prefix=str(path / "spm"), vocab_size=200,
-        minloglevel=9,
-    )  # fmt: skip
-    model = proto.ModelProto.FromString((path / "spm.model").read_bytes())
+        sentence_iterator=iter(text.splitlines()), model_writer=file, vocab_size=200, minloglevel=9
+    )
+    model = proto.ModelProto.FromString(file.getvalue())
     table = np.frombuffer(model.normalizer_spec.precompiled_charsmap, np.uint8)
     assert table.size
-    return theirs.SentencePieceProcessor(model_file=str(path / "spm.model")), table
+    return theirs.SentencePieceProcessor(model_proto=file.getvalue()), table
 
 
 def test_unigram_tokens_are_those_of_sentencepiece(sentencepiece: tuple[Any, Array]) -> None:

@@ -136,10 +136,10 @@ def test_the_file_has_no_name_and_is_gone_with_the_process(lm: LanguageModel, tm
 def test_a_system_that_moves_few_bytes_at_a_time_moves_all(
     lm: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    pwrite, preadv = os.pwrite, os.preadv
     [a] = sequences(20)
     wanted = passes(lm, [packed(a)])
     prefix = keeping(lm, tmp_path)
-    pwrite, preadv = os.pwrite, os.preadv
     monkeypatch.setattr(os, "pwrite", lambda fd, rest, offset: pwrite(fd, rest[:100], offset))
     monkeypatch.setattr(os, "preadv", lambda fd, into, offset: preadv(fd, [into[0][:100]], offset))
     assert passes(lm, [packed(a)]) == wanted

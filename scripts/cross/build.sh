@@ -44,10 +44,14 @@ for tool in ar ranlib; do printf '#!/usr/bin/env bash\nexec "%s" -m ziglang %s "
 chmod +x "$tools"/*
 
 # The version and the headers of the Python that the extension is for. macOS' headers are those of any 64-bit
-# Unix, except for sizes that the extension does not use.
+# Unix, except for sizes that the extension does not use. Debian's pyconfig.h looks for another one, by the
+# system.
 version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 tag=cpython-${version/./}-darwin.so
-include=$("$python" -c 'import sysconfig; print(sysconfig.get_path("include"))')
+include=$tools/include
+rm -rf "$include"
+cp -r "$("$python" -c 'import sysconfig; print(sysconfig.get_path("include"))')" "$include"
+cp "$("$python" -c 'import sysconfig; print(sysconfig.get_config_h_filename())')" "$include/pyconfig.h"
 interpreter=$(command -v "$python")
 more=()
 if [ "$system" = Windows ]; then

@@ -46,6 +46,7 @@ NOT_HERE = {
     *("llama-cli", "llama-server", "llama-quantize", "docker", "bash .ci/run", ".ci/run", "python -m bench"),
     "python -m bench.builds",
     *("scripts/browser/build.sh", "scripts/browser/test.sh", "unzip"),
+    *("scripts/cross/test_aarch64.sh", "python3 scripts/test_python.py", "scripts/free_threaded.sh"),
     *("python3.13 scripts/cross/test_windows.py", "mpiexec", "mpirun", "sbatch", "kubectl", "curl"),
     *(
         "python -m venv",

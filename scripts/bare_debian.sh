@@ -45,4 +45,5 @@ python3 -m venv /venv
 /venv/bin/pip install -q "nplora[test] @ file://$(echo /sdist/*.tar.gz)"
 cd /source
 /venv/bin/python -c 'import nplora; print(nplora.__file__); nplora.show_config()'
+/venv/bin/python -c 'from bench import bench_import; bench_import.run(quick=True)'
 OMP_NUM_THREADS=1 /venv/bin/pytest -q -m 'not slow' -n 2 --dist loadfile -p no:cacheprovider

@@ -32,7 +32,10 @@ _NO_PRIVILEGE = 1314  # Windows allows symbolic links to few users
 
 needs_signals = pytest.mark.skipif(IS_WINDOWS, reason="this system sends no signals to other processes")
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork") or IS_BROWSER, reason="this system has no fork")
-needs_new_paths = pytest.mark.skipif(IS_WINE, reason="Wine does not know an open directory's new path")
+needs_new_paths = pytest.mark.skipif(
+    IS_WINE or IS_BROWSER, reason="this system does not know an open directory's new path"
+)
+needs_locks = pytest.mark.skipif(IS_BROWSER, reason="this system has no locks of files")
 needs_links = pytest.mark.skipif(IS_WINDOWS, reason="this system's links are second names of the file")
 needs_flushing = pytest.mark.skipif(IS_WINDOWS, reason="this system flushes directories by itself")
 needs_resizing = pytest.mark.skipif(sys.platform != "linux", reason="this system cannot resize mappings")

@@ -221,7 +221,7 @@ def test_merge_rounds_the_exact_sum_once(storage: str, d_out: int, d_in: int, r:
 def test_rows_are_gathered_in_any_order_and_refused_out_of_range() -> None:
     w = np.random.default_rng(0).standard_normal((10, 97)).astype(np.float32)
     packed = _core.PackedWeight(w, "float32")
-    ids = np.array([9, 0, 3, 3])
+    ids = np.array([9, 0, 3, 3], np.int64)
     out = np.empty((4, 97), np.float32)
     packed.gather_rows(ids, out)
     assert np.array_equal(out, w[ids])
@@ -318,7 +318,7 @@ def test_an_error_in_a_stack_names_the_wrong_field() -> None:
 
 def test_explain_refuses_impossible_numbers_of_rows() -> None:
     weight = _core.PackedWeight(np.ones((3, 4), np.float32), "float32")
-    for rows in (0, 2**63, 2**64 - 1):
+    for rows in (0, sys.maxsize + 1, 2 * sys.maxsize + 1):
         with pytest.raises(ValueError, match=f"explain: rows is {rows}, expected at least 1"):
             _core.explain(weight, rows, 1, False, True)
     assert set(_core.explain(weight, 1, 0, False, True)) == {"computes in", "forward", "backward"}

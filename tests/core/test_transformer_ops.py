@@ -133,8 +133,8 @@ def test_rope_refuses_positions_and_widths_that_do_not_fit() -> None:
     x, table = np.ones((2, 4), np.float32), rotary_table(np.zeros((3, 2)))
     for bad in (3, -1):
         with pytest.raises(ValueError, match=f"positions holds {bad}, expected at least 0 and below 3"):
-            _core.rope(x, np.array([0, bad]), table, False, False, head_dim=4)
-    places = np.array([0, 1])
+            _core.rope(x, np.array([0, bad], np.int64), table, False, False, head_dim=4)
+    places = np.array([0, 1], np.int64)
     for rotary_dim in (0, 3, 6):
         table = np.ones((3, rotary_dim), np.float32)
         with pytest.raises(ValueError, match="table must have an even width of at most head_dim"):
@@ -662,9 +662,9 @@ def test_cached_attention_equals_attention_over_the_whole_sequence(case: Case, p
     keys, values = (np.full((3, t + 5, case.kv_heads * case.dim), np.nan, np.float32) for _ in range(2))
     for slot, run in ((2, first), (0, second)):
         keys[slot, :t], values[slot, :t] = run.k, run.v
-    for rows in np.array_split(np.arange(t), min(pieces, t)):
+    for rows in np.array_split(np.arange(t, dtype=np.int64), min(pieces, t)):
         q = np.concatenate([first.q[rows], second.q[rows]])
-        slots = np.repeat(np.array([2, 0]), len(rows))
+        slots = np.repeat(np.array([2, 0], np.int64), len(rows))
         out = unwritten(*q.shape)
         _core.attention_cached(
             q, keys, values, own_pages(keys), slots, np.tile(rows + 1, 2), *first.options, out
@@ -676,15 +676,15 @@ def test_cached_attention_equals_attention_over_the_whole_sequence(case: Case, p
 
 def own_pages(keys: np.ndarray) -> np.ndarray:
     """The table of a cache in which each slot has one page, its own."""
-    return np.arange(len(keys))[:, None]
+    return np.arange(len(keys), dtype=np.int64)[:, None]
 
 
 @pytest.mark.parametrize("group", [1, 3, 8, 11, 13])
 @pytest.mark.parametrize("dim", [2, 16, 63, 64, 128])
 def test_decoding_matches_the_whole_matrix(group: int, dim: int, rng: np.random.Generator) -> None:
-    lengths = np.array([1, 7, 256, 257, 700])
+    lengths = np.array([1, 7, 256, 257, 700], np.int64)
     keys, values = normal(rng, 5, 700, 2 * dim), normal(rng, 5, 700, 2 * dim)
-    slots = np.array([4, 0, 0, 2, 1])
+    slots = np.array([4, 0, 0, 2, 1], np.int64)
     q, out = normal(rng, 5, 2 * group * dim), unwritten(5, 2 * group * dim)
     _core.attention_cached(q, keys, values, own_pages(keys), slots, lengths, 2 * group, 2, 0.2, 0, out)
     for i, (slot, length) in enumerate(zip(slots, lengths, strict=True)):
@@ -723,10 +723,10 @@ def test_the_bits_of_attention_do_not_depend_on_pages_or_on_the_other_rows(
         _core.attention_cached(np.ascontiguousarray(q[rows]), *held, slots, rows + 1, *options)
         return out
 
-    whole = run(np.arange(n), False)
+    whole = run(np.arange(n, dtype=np.int64), False)
     for begin, end in ((0, 600), (0, 37), (37, 300), (300, 333), (333, 600)):
-        np.testing.assert_array_equal(run(np.arange(begin, end), True), whole[begin:end])
-    single = np.array([0, 15, 17, 63, 65, 300, 511, 599])  # neighbours would be one run
+        np.testing.assert_array_equal(run(np.arange(begin, end, dtype=np.int64), True), whole[begin:end])
+    single = np.array([0, 15, 17, 63, 65, 300, 511, 599], np.int64)  # neighbours would be one run
     together = run(single, False)
     np.testing.assert_array_equal(run(single, True), together)
     np.testing.assert_array_equal(
@@ -754,9 +754,10 @@ def test_attention_refuses_arrays_that_do_not_fit() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             _core.attention_cached(
-                run.q[:1], cache, cache, own_pages(cache), np.array([slot]), np.array([length]),
-                2, 1, 1.0, 0, run.out[:1],
-            )  # fmt: skip
+                *(run.q[:1], cache, cache, own_pages(cache)),
+                *(np.array([slot], np.int64), np.array([length], np.int64)),
+                *(2, 1, 1.0, 0, run.out[:1]),
+            )
     for pages, message in (
         ([[0], [2]], "pages holds 2"),
         ([[0], [-1]], "pages holds -1"),
@@ -849,7 +850,7 @@ def test_cross_entropy_leaves_ignored_rows_unread() -> None:
     logits = np.full((2, 5), np.nan, np.float32)
     logits[1] = 0
     losses = np.empty(2)
-    _core.cross_entropy(logits, np.array([-100, 2]), 1.0, losses, True)
+    _core.cross_entropy(logits, np.array([-100, 2], np.int64), 1.0, losses, True)
     np.testing.assert_allclose(losses, [0, math.log(5)], rtol=1e-7)
     np.testing.assert_allclose(logits, [[0] * 5, [0.2, 0.2, -0.8, 0.2, 0.2]], rtol=1e-6)
 
@@ -858,13 +859,13 @@ def test_cross_entropy_propagates_nan_and_infinity_in_their_row() -> None:
     for value in (np.nan, np.inf):
         logits, losses = np.ones((3, 5), np.float32), np.empty(3)
         logits[1, 3] = value
-        _core.cross_entropy(logits, np.array([0, 0, 0]), 1.0, losses, True)
+        _core.cross_entropy(logits, np.array([0, 0, 0], np.int64), 1.0, losses, True)
         assert np.isnan(losses[1])
         assert np.isnan(logits[1]).all()
         assert np.isfinite(losses[[0, 2]]).all()
         assert np.isfinite(logits[[0, 2]]).all()
     logits = np.array([[0, -np.inf, 0]], np.float32)  # one token is ruled out
-    _core.cross_entropy(logits, np.array([0]), 1.0, losses[:1], True)
+    _core.cross_entropy(logits, np.array([0], np.int64), 1.0, losses[:1], True)
     np.testing.assert_allclose(losses[0], math.log(2), rtol=1e-7)
     assert logits[0, 1] == 0
 
@@ -873,7 +874,7 @@ def test_cross_entropy_refuses_targets_out_of_range() -> None:
     logits, losses = np.ones((2, 5), np.float32), np.empty(2)
     for bad in (5, -1, -99):
         with pytest.raises(ValueError, match=f"targets holds {bad}"):
-            _core.cross_entropy(logits, np.array([0, bad]), 1.0, losses, True)
+            _core.cross_entropy(logits, np.array([0, bad], np.int64), 1.0, losses, True)
     assert (logits == 1).all()
 
 

@@ -332,7 +332,7 @@ def test_a_git_lfs_pointer_is_named_whichever_file_it_replaces(name: str, tmp_pa
         ),
         (lambda path, data: path.mkdir(), FormatError, "a directory, expected a regular file"),
         (lambda path, data: os.mkfifo(path), FormatError, "a FIFO, expected a regular file"),
-        (lambda path, data: path.symlink_to("/dev/zero"), FormatError, "a character device, expected a"),
+        (lambda path, data: path.symlink_to("/dev/null"), FormatError, "a character device, expected a"),
     ],
     ids=["cut", "empty", "header", "directory", "fifo", "device"],
 )

@@ -75,7 +75,7 @@ def test_the_error_of_the_heads_gradient_is_within_the_documented_bound(lm: Lang
     widest = np.linalg.norm(w - w.mean(axis=0), axis=1).max()
     for i in range(50):
         row = x[i : i + 1]
-        dx = word_filter.gradient(head, row, head(row), np.array([i]), 0.5, np.empty(1))
+        dx = word_filter.gradient(head, row, head(row), np.array([i], np.int64), 0.5, np.empty(1))
         error = np.linalg.norm(dx - exact[i])
         bound = 0.5 * word_filter.take_skipped().probability * widest
         assert error <= bound + 1e-5

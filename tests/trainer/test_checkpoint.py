@@ -1298,6 +1298,7 @@ def test_a_run_that_is_dropped_is_not_read(
     assert newest(directory).serial > before + 1  # neither generation is the old run's
 
 
+@systems.needs_locks
 def test_two_writers_get_an_error_with_the_pid(tmp_path: Path) -> None:
     with (
         RunDirectory(tmp_path),
@@ -1309,6 +1310,7 @@ def test_two_writers_get_an_error_with_the_pid(tmp_path: Path) -> None:
     fit(trainer_of(net()), checkpoint_dir=tmp_path)  # the lock is gone
 
 
+@systems.needs_locks
 def test_only_a_kill_leaves_a_lock_file_and_that_does_not_lock(tmp_path: Path) -> None:
     (tmp_path / "lock").write_text("12345\n")
     with RunDirectory(tmp_path):
@@ -1350,6 +1352,7 @@ def test_a_lock_file_that_cannot_be_written_does_not_lock(
     RunDirectory(tmp_path).close()
 
 
+@systems.needs_fork
 def test_a_forked_child_leaves_the_lock_to_its_parent(tmp_path: Path) -> None:
     with RunDirectory(tmp_path) as directory:
         child = os.fork()
@@ -1785,7 +1788,7 @@ def test_an_error_of_the_log_names_it(
         return real(descriptor, *arguments)
 
     monkeypatch.setattr(os, call, fail)
-    with pytest.raises(OSError, match=rf"Input/output error: .*{message}: '.*log\.jsonl'"):
+    with pytest.raises(OSError, match=rf"{os.strerror(errno.EIO)}: .*{message}: '.*log\.jsonl'"):
         fit(trainer_of(net()), checkpoint_dir=tmp_path)
 
 

@@ -66,3 +66,8 @@ def usable_cores() -> frozenset[int]:
     if sys.platform == "linux":
         return frozenset(os.sched_getaffinity(0))
     return frozenset(range(os.cpu_count() or 1))
+
+
+def has_threads() -> bool:
+    """Whether Python can start threads. In a browser, it cannot."""
+    return sys.platform != "emscripten"

@@ -4,6 +4,7 @@ import sys
 import time
 from typing import Any
 
+from nplora.platform.host import has_threads
 from nplora.runtime.stderr import stderr
 from nplora.trainer.callbacks import Callback
 from nplora.trainer.history import EpochRecord, StepRecord
@@ -35,6 +36,8 @@ def progress_line(progress: bool | None) -> ProgressLine | None:
         import tqdm
     except ImportError:
         return PlainLine()
+    if not has_threads():
+        tqdm.tqdm.monitor_interval = 0  # otherwise a bar starts a thread
     return TqdmLine(tqdm.tqdm)
 
 

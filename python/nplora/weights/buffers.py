@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import sys
 from collections.abc import Iterator
 from contextvars import ContextVar
 from typing import Any
@@ -22,7 +23,10 @@ def empty(shape: tuple[int, ...], dtype: npt.DTypeLike) -> Array:
     largest amount that was in use at once. `release` returns idle memory to the system.
     """
     dtype = np.dtype(dtype)
-    if math.prod(shape) * dtype.itemsize < _core.constants.least_buffer_bytes:
+    nbytes = math.prod(shape) * dtype.itemsize
+    if nbytes > sys.maxsize:
+        raise MemoryError(f"an array of {nbytes:,} bytes")
+    if nbytes < _core.constants.least_buffer_bytes:
         return np.empty(shape, dtype)  # for small arrays, malloc's caches are as fast
     return _core.empty(dtype, shape)
 

@@ -123,8 +123,8 @@ def sample(count: int, most: int) -> Array:
     (array([0, 1, 2]), 16)
     """
     if count <= most:
-        return np.arange(count)
-    return np.sort(np.random.default_rng(count).choice(count, most, replace=False))
+        return np.arange(count, dtype=np.int64)
+    return np.sort(np.random.default_rng(count).choice(count, most, replace=False)).astype(np.int64)
 
 
 def forward_bounds(x: Array, w: Array) -> Array:
@@ -215,7 +215,7 @@ def _columns(packed: _core.PackedWeight, outputs: Array) -> tuple[Array, Array]:
     columns, largest = np.empty((d_out, len(outputs))), np.empty(d_out, np.float32)
     count = max(1, _MOST_DECODED // max(1, d_in))
     for first in range(0, d_out, count):
-        ids = np.arange(first, min(first + count, d_out))
+        ids = np.arange(first, min(first + count, d_out), dtype=np.int64)
         decoded = np.empty((len(ids), d_in), np.float32)
         packed.gather_rows(ids, decoded)
         columns[ids], largest[ids] = decoded[:, outputs], np.abs(decoded).max(axis=1, initial=0)

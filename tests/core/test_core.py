@@ -227,7 +227,7 @@ def test_rows_are_gathered_in_any_order_and_refused_out_of_range() -> None:
     assert np.array_equal(out, w[ids])
     for bad in (10, -1):
         with pytest.raises(IndexError, match=f"row {bad} is out of range for a weight of 10 rows"):
-            packed.gather_rows(np.array([bad]), out[:1])
+            packed.gather_rows(np.array([bad], np.int64), out[:1])
 
 
 def test_row_norms_are_summed_in_double() -> None:
@@ -238,7 +238,7 @@ def test_row_norms_are_summed_in_double() -> None:
 
 
 def test_a_weight_without_columns_takes_no_time() -> None:
-    w = np.empty((10**11, 0), np.float32)
+    w = np.empty((min(10**11, sys.maxsize), 0), np.float32)
     assert _core.PackedWeight(w, "float32").nbytes == 0
 
 

@@ -710,7 +710,7 @@ def test_the_bits_of_attention_do_not_depend_on_pages_or_on_the_other_rows(
     """A prompt in one piece and in several, and single queries, with one page and with shuffled pages."""
     n, dim = 600, 24
     q, keys, values = normal(rng, n, 2 * group * dim), normal(rng, 1, n, 2 * dim), normal(rng, 1, n, 2 * dim)
-    table = rng.permutation(-(-n // page) + 3)[None, : -(-n // page)].copy()
+    table = rng.permutation(-(-n // page) + 3)[None, : -(-n // page)].astype(np.int64)
     paged_keys, paged_values = (np.full((table.max() + 1, page, 2 * dim), np.nan, np.float32) for _ in "kv")
     for position in range(n):
         cell = table[0, position // page], position % page
@@ -758,6 +758,7 @@ def test_attention_refuses_arrays_that_do_not_fit() -> None:
                 *(np.array([slot], np.int64), np.array([length], np.int64)),
                 *(2, 1, 1.0, 0, run.out[:1]),
             )
+    slots, lengths = np.array([[0], [1]], np.int64)
     for pages, message in (
         ([[0], [2]], "pages holds 2"),
         ([[0], [-1]], "pages holds -1"),
@@ -766,7 +767,7 @@ def test_attention_refuses_arrays_that_do_not_fit() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             _core.attention_cached(
-                run.q[:1], cache, cache, np.array(pages, np.int64), np.array([0]), np.array([1]),
+                run.q[:1], cache, cache, np.array(pages, np.int64), slots, lengths,
                 2, 1, 1.0, 0, run.out[:1],
             )  # fmt: skip
     assert np.isnan(run.out).all()

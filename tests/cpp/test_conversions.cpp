@@ -106,11 +106,15 @@ class FlushedSubnormals {
  private:
   const unsigned before_ = _mm_getcsr();
 #elif defined(__aarch64__)
-  FlushedSubnormals() { __builtin_aarch64_set_fpcr(before_ | 1u << 24); }
-  ~FlushedSubnormals() { __builtin_aarch64_set_fpcr(before_); }
+  FlushedSubnormals() {
+    __asm__("mrs %0, fpcr" : "=r"(before_));
+    set(before_ | 1u << 24);
+  }
+  ~FlushedSubnormals() { set(before_); }
 
  private:
-  const unsigned before_ = __builtin_aarch64_get_fpcr();
+  static void set(uint64_t fpcr) { __asm__ volatile("msr fpcr, %0" : : "r"(fpcr)); }
+  uint64_t before_;
 #endif
 };
 

@@ -4,9 +4,10 @@
 #   scripts/cross/test_aarch64.sh CACHE [ARGUMENT OF PYTEST...]
 #
 # Without arguments, small models are trained both natively and under qemu, their losses are compared, and
-# then the tests run that release.yml runs on real machines, except the slow ones. Needs root, and Debian 13
-# with the packages g++-aarch64-linux-gnu, qemu-user and debootstrap. Python is Debian's. Nothing of Debian for
-# aarch64 is set up: its packages are only unpacked. PYTHON (python3) must have nplora.
+# then the tests run that release.yml runs on real machines, except the slow ones.
+#
+# Needs root, and Debian 13 with the packages g++-aarch64-linux-gnu, qemu-user and debootstrap. PYTHON
+# (python3) must have nplora. The Python for aarch64 is Debian's. Its packages are unpacked, but not set up.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 

@@ -377,6 +377,9 @@ class LoRALayer(Prepared, AdapterLayer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
         if state.get("_merged") is not None:
+            vars(self).update(A=buffers.writable(self.A), B=buffers.writable(self.B))
+            if self.m is not None:
+                vars(self).update(m=buffers.writable(self.m))
             self._allow_writes(False)  # a copied array is writable again
 
     def discard(self) -> None:

@@ -144,6 +144,7 @@ class TrainedRows:
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
         if self.merged is not None:
+            self.value = buffers.writable(self.value)
             self.value.flags.writeable = False  # a copied array is writable again
 
 

@@ -31,6 +31,14 @@ def empty(shape: tuple[int, ...], dtype: npt.DTypeLike) -> Array:
     return _core.empty(dtype, shape)
 
 
+def writable(array: Array) -> Array:
+    """Return the array, or a copy of a read-only array.
+
+    From NumPy 2.5 on, an array that was pickled while it was read-only stays read-only for ever.
+    """
+    return array if array.flags.writeable else array.copy()
+
+
 def empty_like(array: Array) -> Array:
     """Like `empty`, with the shape and dtype of another array."""
     return empty(array.shape, array.dtype)

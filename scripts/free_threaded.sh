@@ -36,10 +36,10 @@ python() {
   if [ ! -e "$place/ready" ]; then
     mkdir -p "$build"
     (
-      cd "$build"
-      "${still[@]}" "$source/configure" -q --prefix="$place" --disable-gil "${@:2}"
-      "${still[@]}" make -s -j "$(nproc)"
-      "${still[@]}" make -s altinstall COMPILEALL_OPTS="-x ."
+      cd "$build" &&
+        "${still[@]}" "$source/configure" -q --prefix="$place" --disable-gil "${@:2}" &&
+        "${still[@]}" make -s -j "$(nproc)" &&
+        "${still[@]}" make -s altinstall COMPILEALL_OPTS="-x ."
     ) >"$build.log" 2>&1 || { tail -n 20 "$build.log" >&2; exit 1; }
     touch "$place/ready"
   fi

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Compiles the source distribution on a bare Debian, and runs its fast tests there.
+# Compiles the source distribution on a bare Debian, measures the import, and runs the fast tests there.
 #
 #   scripts/bare_debian.sh [DIRECTORY [RELEASE]]
 #
@@ -29,7 +29,10 @@ if [ "${1:-}" != --inside ]; then
   cp /etc/ssl/certs/ca-certificates.crt "$root/etc/ssl/certs/"
   [ ! -e /etc/resolv.conf ] || cp /etc/resolv.conf "$root/etc/"
   exec unshare --mount --pid --fork bash -c '
-    mount -t proc proc "$0/proc" && mount --bind /dev "$0/dev" && mount --bind /dev/shm "$0/dev/shm"
+    set -e
+    mount -t proc proc "$0/proc"
+    mount --bind /dev "$0/dev"
+    mount --bind /dev/shm "$0/dev/shm"
     exec env -i PATH=/usr/sbin:/usr/bin:/sbin:/bin HOME=/root LC_ALL=C.UTF-8 CMAKE_BUILD_PARALLEL_LEVEL="$1" \
       SSL_CERT_FILE=/etc/ssl/certs/ca-certificates.crt PIP_CERT=/etc/ssl/certs/ca-certificates.crt \
       chroot "$0" bash /inside.sh --inside' "$root" "${CMAKE_BUILD_PARALLEL_LEVEL:-2}"

@@ -2,8 +2,8 @@
 
 Usage: python scripts/pack_wheel.py EXTENSION PLATFORM DIRECTORY
 
-PLATFORM is what sysconfig.get_platform() is there, such as win-amd64. The wheel is the only one of DIRECTORY
-afterwards. The Python that runs this script has the version of the extension, and the packages
+PLATFORM is the value of sysconfig.get_platform() on that system, such as win-amd64. Older wheels of nplora in
+DIRECTORY are removed. This script needs the same version of Python as the extension, and the packages
 scikit-build-core, pybind11, cmake and wheel.
 """
 

@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Build the wheel for one Python on this system, and test it as release.yml does.
+"""Build the wheel for one Python on this system, and run the tests that release.yml runs with most wheels.
 
 Usage: python3 scripts/test_python.py PYTHON [DIRECTORY] [ARGUMENT OF PYTEST...]
 
-PYTHON is an interpreter with its headers: any that nplora supports, also a free-threaded one. The first line
-of the result has the wheel's name and size, then come the numbers of tests and the time of the import. These
-are a row of the table in docs/platforms.md. DIRECTORY (build/pythons) keeps the wheels and the environments.
+PYTHON is an interpreter of a version that nplora supports, with its headers. It may be free-threaded. The
+script prints the name and the size of the wheel, the numbers of tests, and the time of the import, for the
+table in docs/platforms.md. DIRECTORY (build/pythons) keeps the last wheel and its environment.
 """
 
 import os
@@ -24,14 +24,14 @@ def call(*words: object, **variables: str) -> None:
     subprocess.run([str(word) for word in words], cwd=ROOT, env=environment, check=True)
 
 
-def environment(python: str, place: Path) -> Path:
-    """A new virtual environment. The result is its interpreter."""
+def new_environment(python: str, place: Path) -> Path:
+    """Create a virtual environment, and return the path of its interpreter."""
     call(python, "-m", "venv", "--clear", place)
     return place / "bin/python"
 
 
 def build(python: Path, place: Path) -> Path:
-    """The wheel as it is published."""
+    """Build, repair and compress the wheel, and return its path."""
     built, published = place / "built", place / "published"
     for old in [*built.glob("*.whl"), *published.glob("*.whl")]:
         old.unlink()
@@ -39,7 +39,7 @@ def build(python: Path, place: Path) -> Path:
     call(*pip, "-C", "cmake.define.NPLORA_OPENMP=OFF", ROOT)
     tools = place / "tools"
     if not (tools / "bin/auditwheel").exists():
-        call(environment(sys.executable, tools), "-m", "pip", "install", "-q", *REPAIR)
+        call(new_environment(sys.executable, tools), "-m", "pip", "install", "-q", *REPAIR)
     search = f"{tools / 'bin'}:{os.environ['PATH']}"
     call(tools / "bin/auditwheel", "repair", "--wheel-dir", published, *built.glob("*.whl"), PATH=search)
     (wheel,) = published.glob("*.whl")
@@ -52,12 +52,12 @@ def main() -> None:
         sys.exit(__doc__)
     place = Path(sys.argv[2] if len(sys.argv) > 2 else ROOT / "build/pythons").absolute()
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["cibuildwheel"]
-    python = environment(sys.argv[1], place / "environment")
+    python = new_environment(sys.argv[1], place / "environment")
     wheel = build(python, place)
     print(f"{wheel.name}: {wheel.stat().st_size:,} bytes", flush=True)
     call(python, "-m", "pip", "install", "-q", "--prefer-binary", wheel, *settings["test-requires"])
     for command in settings["test-command"]:
-        words = shlex.split(command.replace("{project}", str(ROOT)))
+        words = [word.replace("{project}", str(ROOT)) for word in shlex.split(command)]
         call(python.parent / words[0], *words[1:], *(sys.argv[3:] if words[0] == "pytest" else []))
     call(python, "-c", "from bench import bench_import; bench_import.run(quick=True)")
 

@@ -53,7 +53,8 @@ def needs_procfs(name: str) -> pytest.MarkDecorator:
     return pytest.mark.skipif(not there, reason=f"this system has no /proc/self/{name}")
 
 
-KILLED = 1 if IS_WINDOWS else -signal.SIGKILL  # the exit status of a process after Popen.kill()
+# The return code of a process after Popen.kill(). On Windows, a Python error gives the same code.
+KILLED = 1 if IS_WINDOWS else -signal.SIGKILL
 
 # Code by which a process sends itself Ctrl-C. On Windows, os.kill would end it.
 CTRL_C = "signal.raise_signal(signal.SIGINT)" if IS_WINDOWS else "os.kill(os.getpid(), signal.SIGINT)"

@@ -77,10 +77,11 @@ void call_in_forked_child(void (*)()) {}
 WithoutSignals::WithoutSignals() = default;
 WithoutSignals::~WithoutSignals() = default;
 
-// A mask has the processors of one group of at most 64. It is 0 for a process with threads in several groups.
+// The mask covers one group of at most 64 processors. It is 0 if the process has threads in several groups.
 size_t usable_processors() {
   DWORD_PTR usable = 0, all = 0;
-  if (GetProcessAffinityMask(GetCurrentProcess(), &usable, &all) && usable != 0) return std::popcount(usable);
+  if (GetProcessAffinityMask(GetCurrentProcess(), &usable, &all) && usable != 0)
+    return static_cast<size_t>(std::popcount(usable));
   return std::max(1u, std::thread::hardware_concurrency());
 }
 

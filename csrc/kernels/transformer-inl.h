@@ -100,7 +100,8 @@ inline void rotate_head(size_t half, size_t distance, const float* __restrict ta
   for (size_t i = 0; i < half; ++i) {
     float *a = x + i * kStep, *b = a + distance;
     const float cosine = table[i], sine = sign * table[half + i], from_a = *a, from_b = *b;
-    // Not a sum of two products: compilers would differ in which product they round.
+    // For a * b + c * d, each compiler would choose which product to fuse with the sum, and the last bit
+    // would differ. `fma` fixes the choice.
     *a = fma(from_a, cosine, -(from_b * sine));
     *b = fma(from_b, cosine, from_a * sine);
   }

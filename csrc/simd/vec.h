@@ -15,7 +15,8 @@
 //   `load_group<n>(p)` loads n elements and repeats them until all lanes are full.
 //   `Vec<Bf16Pair>::pair_rows(first, second)` pairs each bfloat16 value of the row `first` with the value in
 //     the same column of the row `second`.
-//   `fma(a, b, c)` returns a * b + c, also of single floats.
+//   `fma(a, b, c)` returns a * b + c. `a` and `c` are vectors, and `b` is a vector or a result of
+//     `broadcast`. Or all three are floats.
 //   `max(a, b)` and `min(a, b)` return NaN if b is NaN. `max`, `min` and the operators -, * and / exist only
 //     for vectors of floats.
 //   `times_power_of_two(a, n)` returns a * 2^n for whole numbers n from -252 to 254, and NaN if `a` is NaN.

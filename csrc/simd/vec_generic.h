@@ -61,7 +61,11 @@ inline Vec<T> fma(Vec<T> a, Vec<T> b, Vec<T> c) {
   return {a.v * b.v + c.v};
 }
 inline float fma(float a, float b, float c) {
+#if defined(__ARM_FEATURE_FMA)
+  return __builtin_fmaf(a, b, c);  // in a * b + c, the compiler could fuse a product that `c` contains
+#else
   return a * b + c;
+#endif
 }
 template <class T>
 inline Vec<T> max(Vec<T> a, Vec<T> b) {

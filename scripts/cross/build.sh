@@ -44,19 +44,20 @@ for tool in ar ranlib; do printf '#!/usr/bin/env bash\nexec "%s" -m ziglang %s "
 chmod +x "$tools"/*
 
 # The version and the headers of the Python that the extension is for. macOS' headers are those of any 64-bit
-# Unix, except for sizes that the extension does not use. Debian has two files pyconfig.h: one includes the
-# other, and knows only Linux.
+# Unix, except for sizes that the extension does not use. Debian's pyconfig.h only includes another
+# pyconfig.h, from a directory of this architecture. So the headers are copied, and that other file replaces
+# pyconfig.h in the copy.
 version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 tag=cpython-${version/./}-darwin.so
 include=$tools/include
 rm -rf "$include"
-cp -r "$("$python" -c 'import sysconfig; print(sysconfig.get_path("include"))')" "$include"
+cp -rpL "$("$python" -c 'import sysconfig; print(sysconfig.get_path("include"))')" "$include"
 complete='import os, sysconfig
 file = sysconfig.get_config_h_filename()
 root, directory, name = file.rsplit("/", 2)
 other = os.path.join(root, sysconfig.get_config_var("MULTIARCH") or "", directory, name)
 print(other if os.path.exists(other) else file)'
-cp "$("$python" -c "$complete")" "$include/pyconfig.h"
+cp -p "$("$python" -c "$complete")" "$include/pyconfig.h"
 interpreter=$(command -v "$python")
 more=()
 if [ "$system" = Windows ]; then

@@ -3,18 +3,19 @@
 #
 #   scripts/cross/test_aarch64.sh CACHE [ARGUMENT OF PYTEST...]
 #
-# Without arguments, small models are trained both natively and under qemu, their losses are compared, and
-# then the tests run that release.yml runs on real machines, except the slow ones.
+# Without arguments of pytest, the script trains small models natively and under qemu, and compares their
+# losses. Then it runs the tests of release.yml, except the slow ones.
 #
-# Needs root, and Debian 13 with the packages g++-aarch64-linux-gnu, qemu-user and debootstrap. PYTHON
-# (python3) must have nplora. The Python for aarch64 is Debian's. Its packages are unpacked, but not set up.
+# Needs root, and Debian 13 with the packages g++-aarch64-linux-gnu, qemu-user, debootstrap and python3-venv.
+# PYTHON (python3) is a native Python with nplora. The Python for aarch64 comes from Debian's packages, which
+# are unpacked but not configured.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
 mkdir -p "${1:?which directory keeps the files?}"
 cache=$(cd "$1" && pwd)
 root=$cache/root
-native=${PYTHON:-python3}
+native=$(command -v "${PYTHON:-python3}") # before PATH changes
 
 if [ ! -e "$root/ready" ]; then
   packages=libpython3.13-dev,python3.13,libstdc++6,tzdata
@@ -45,7 +46,7 @@ pip install -q --upgrade --target "$site" --only-binary :all: --python-version 3
 rm -rf "$site"/nplora*
 python -m zipfile -e "$cache"/nplora-*.whl "$site"
 
-# Linux gives programs for aarch64 to qemu, also those that the tests start.
+# Let Linux run programs for aarch64 with qemu, also those that the tests start.
 formats=/proc/sys/fs/binfmt_misc
 [ -e "$formats/register" ] || mount -t binfmt_misc none "$formats"
 if ! compgen -G "$formats/*aarch64" >/dev/null; then
@@ -55,12 +56,15 @@ if ! compgen -G "$formats/*aarch64" >/dev/null; then
   trap 'echo -1 >"$formats/nplora-aarch64"' EXIT
 fi
 
-# inside COMMAND...: in the root directory of aarch64, where /source is this checkout. NumPy's kernels for SVE
-# return wrong products under qemu, so it is told to use others.
+# inside COMMAND...: runs a command in the root directory for aarch64, where /source is this checkout. Under
+# qemu, OpenBLAS's kernels for SVE return wrong products, so OPENBLAS_CORETYPE selects others.
 inside() {
   mkdir -p "$root/source"
   unshare --mount --pid --fork bash -c '
-    mount -t proc proc "$0/proc" && mount --bind /dev "$0/dev" && mount --bind . "$0/source"
+    set -e
+    mount -t proc proc "$0/proc"
+    mount --bind /dev "$0/dev"
+    mount --bind . "$0/source"
     exec env -i PATH=/usr/sbin:/usr/bin:/sbin:/bin HOME=/root LC_ALL=C.UTF-8 OPENBLAS_CORETYPE=ARMV8 \
       PYTHONPATH=/source/tests PYTHONDONTWRITEBYTECODE=1 \
       chroot "$0" sh -c "cd /source && exec \"\$@\"" sh "$@"' "$root" "$@"
@@ -76,4 +80,5 @@ if [ $# -eq 1 ]; then
   set -- "$1" -m 'not slow' tests/core tests/lora tests/weights tests/runtime
 fi
 inside python3.13 -c 'import nplora; nplora.show_config()'
+inside python3.13 -c 'from bench import bench_import; bench_import.run(quick=True)'
 inside python3.13 -m pytest -q -p no:cacheprovider "${@:2}"

@@ -3,10 +3,10 @@
 
 Usage: python3.13 scripts/cross/test_windows.py [ARGUMENT OF PYTEST...]
 
-Needs Debian 13 on x86-64 with the right to call apt-get, 4 GB of disk, and an hour on two processors. Without
-arguments, it runs the kernel tests, compares the losses of small models with native ones, and then runs all
-tests of Python that release.yml runs on real machines. With arguments, it runs only these tests. The last
-line is the total. PYTHON (python3) must have nplora.
+Needs Debian 13 on x86-64 with the right to call apt-get, 6 GB of disk, and an hour on two processors. Without
+arguments, it runs the kernel tests, compares the losses of small models with those of native runs, and runs
+all Python tests that release.yml runs on real machines. With arguments, it runs only pytest with these
+arguments. The last line is the total. PYTHON (python3) is a native Python with nplora.
 
 Everything is kept in $NPLORA_CROSS_DIR (build/cross/windows), so that a second run compiles what changed.
 """
@@ -29,6 +29,7 @@ WORK = Path(os.environ.get("NPLORA_CROSS_DIR", ROOT / "build/cross/windows")).ab
 TOOLS, PYTHON, PREFIX = WORK / "venv", WORK / "python", WORK / "prefix"
 SITE = PYTHON / "Lib/site-packages"
 EXTENSION = WORK / "build/_core.cp313-win_amd64.pyd"
+NATIVE = shutil.which(os.environ.get("PYTHON", "python3"))  # before PATH changes
 
 # Commands, and the Debian packages that have them.
 DEBIAN = {"wine": "wine", "/usr/lib/wine/wine64": "wine64", "git": "git"}
@@ -43,7 +44,7 @@ OF_INTERPRETER = re.compile(
 )
 # NumPy 2.2 and later call functions of Windows' C library that Wine 10 lacks.
 FOR_WINE = ["numpy==2.1.3"]
-# What tests compare nplora with.
+# More packages that the tests use. tzdata has the time zones, which Windows lacks.
 OTHERS = [
     "torch>=2.4,<=2.13.0",
     "transformers>=5",
@@ -188,19 +189,25 @@ def run(program: Path, *arguments: str) -> Counter[str]:
     return found
 
 
-def compare_losses() -> None:
+def compare_losses() -> Counter[str]:
     """Train small models natively and under Wine, with several instruction sets."""
-    native, script = os.environ.get("PYTHON", "python3"), ROOT / "scripts/same_losses.py"
+    script, found = ROOT / "scripts/same_losses.py", Counter[str]()
+    files = windows_path(WORK / "wine.npz"), windows_path(WORK / "native.npz")
     for isa in ("generic", "avx2", ""):
-        call(native, script, WORK / "native.npz", NPLORA_ISA=isa)
-        files = windows_path(WORK / "wine.npz"), windows_path(WORK / "native.npz")
-        call("wine", PYTHON / "python.exe", windows_path(script), *files, NPLORA_ISA=isa)
+        try:
+            call(NATIVE, script, WORK / "native.npz", NPLORA_ISA=isa)
+            call("wine", PYTHON / "python.exe", windows_path(script), *files, NPLORA_ISA=isa)
+            found["passed"] += 1
+        except subprocess.CalledProcessError as error:
+            print(error, flush=True)
+            found["failed"] += 1
+    return found
 
 
 def run_pytest(arguments: list[str]) -> Counter[str]:
     code = f"import os, sys, pytest; os.chdir('N:/{ROOT.name}'); sys.exit(pytest.main(sys.argv[1:]))"
     shutil.rmtree(PREFIX / "drive_c" / TEMPORARY, ignore_errors=True)
-    # In processes of their own, so that a crash costs one test.
+    # In two worker processes. If a test crashes its worker, only this test fails.
     options = [f"--basetemp=C:/{TEMPORARY}", "-q", "-n", "2", "--dist", "loadfile"]
     return run(PYTHON / "python.exe", "-u", "-c", code, *options, *arguments)
 
@@ -217,7 +224,7 @@ def main() -> None:
     if len(sys.argv) == 1:
         total += run(WORK / "build/tests/cpp/pool_tests.exe")
         total += run(WORK / "build/tests/cpp/kernel_tests.exe", "1", "1", KERNEL_SHAPES)
-        compare_losses()
+        total += compare_losses()
     total += run_pytest(sys.argv[1:] or selection())
     failed = total["failed"] + total["error"]
     print(f"{total['passed']} passed, {failed} failed, {total['skipped']} skipped")

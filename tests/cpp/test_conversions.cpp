@@ -107,7 +107,7 @@ class FlushedSubnormals {
   const unsigned before_ = _mm_getcsr();
 #elif defined(__aarch64__)
   FlushedSubnormals() {
-    __asm__("mrs %0, fpcr" : "=r"(before_));
+    __asm__ volatile("mrs %0, fpcr" : "=r"(before_));
     set(before_ | 1u << 24);
   }
   ~FlushedSubnormals() { set(before_); }

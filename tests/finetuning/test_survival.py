@@ -71,7 +71,7 @@ def whole(model: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 def test_a_run_that_is_killed_many_times_ends_with_the_same_adapter(
     model: Path, data: Path, tmp_path: Path, whole: tuple[bytes, bytes]
 ) -> None:
-    """Killed at six random moments after the first step, then one run to the end.
+    """Each of two runs is killed three times, after it has written to its log. Then it is resumed to its end.
 
     tests/attack kills at 120 random moments.
     """
@@ -95,8 +95,8 @@ def test_a_run_that_is_killed_many_times_ends_with_the_same_adapter(
         done = run(model, data, output, "--resume")
         assert done.returncode == 0, done.stderr
         assert adapter_of(output) == whole
-        left = [file.name for file in output.iterdir() if file.name.endswith(".tmp")]
-        assert not left or systems.IS_WINDOWS  # where nobody knows whether another program still writes them
+        if not systems.IS_WINDOWS:  # nplora cannot know whether another program writes such a file there
+            assert not [file.name for file in output.iterdir() if file.name.endswith(".tmp")]
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
@@ -138,7 +138,7 @@ def test_a_disk_that_fills_up_ends_the_run_which_resumes_later(
 def test_a_run_on_pairs_that_is_disturbed_ends_with_the_same_adapter(
     model: Path, tmp_path: Path, disturbance: str
 ) -> None:
-    """Killed in the reference or in the steps; or a limit on the size of files, which the log reaches."""
+    """The run is killed in the reference or in the steps, or its log reaches a limit on the size of files."""
     data, output = tmp_path / "pairs.jsonl", tmp_path / "out"
     pairs = ({"prompt": f"{n}+{n}=", "chosen": str(2 * n), "rejected": "no"} for n in range(24))
     data.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))

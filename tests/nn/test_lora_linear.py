@@ -802,6 +802,24 @@ def test_factors_are_read_only_while_merged_in_a_copy_too(clone: Any, rng: np.ra
     assert clone(layer).A.flags.writeable
 
 
+def test_a_merged_layer_is_unmerged_although_its_arrays_cannot_become_writable(
+    rng: np.random.Generator,
+) -> None:
+    """With NumPy 2.5 or later, an array that was pickled while read-only stays read-only after loading."""
+    layer = layer_of(rng, use_dora=True)
+    layer.merge()
+    state = dict(layer.__getstate__())
+    for name in ("A", "B", "m"):
+        array = state[name]
+        state[name] = np.frombuffer(array.tobytes(), array.dtype).reshape(array.shape)
+    twin = object.__new__(type(layer))
+    twin.__setstate__(state)
+    assert not twin.A.flags.writeable
+    twin.unmerge()
+    twin.A[...], twin.B[...], twin.m[...] = 0, 0, 0
+    assert layer.A.all()
+
+
 def test_dora_norms_do_not_depend_on_what_the_products_compute_in(rng: np.random.Generator) -> None:
     W = rng.standard_normal((40, 256))
     for rank in (8, 9, 24):

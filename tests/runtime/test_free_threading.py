@@ -1,7 +1,7 @@
-"""Calls of many kinds from many threads, as Python without its global lock makes them.
+"""Many threads call nplora at once.
 
-scripts/free_threaded.sh runs this file with such a Python, also under ThreadSanitizer. Other Pythons make a
-tenth of the calls: their threads run side by side inside the core only.
+scripts/free_threaded.sh runs this file with free-threaded Python, also under ThreadSanitizer. Other Pythons
+make a tenth of the calls, because their threads run at once only inside the core.
 """
 
 import concurrent.futures
@@ -35,7 +35,7 @@ Call = Callable[[], ArrayLike]
 
 
 def product(storage: str, compute: str) -> Call:
-    """Of a weight that all threads share."""
+    """Both products of a weight that all threads share."""
     weight = nplora.FrozenWeight(W, storage, compute)
     return lambda: np.concatenate([weight.matmul(x), weight.matmul_t(dy)], axis=None)
 
@@ -73,7 +73,7 @@ def train_layers() -> ArrayLike:
 
 
 def change_number_of_threads() -> ArrayLike:
-    """Of the calls that all threads make from now on."""
+    """Set the number of threads to 2 or 3 for all threads, then compute."""
     nplora.set_num_threads(3 - nplora.get_num_threads() % 2)
     return nplora.lora_forward(x, W, A, B)[0]
 
@@ -102,7 +102,7 @@ def kinds_of_calls(model: Path) -> list[Call]:
         lambda: lm.loss(ids, ids),
         train_model,
     ]
-    if HAS_TOKENIZERS:  # has no build for every Python
+    if HAS_TOKENIZERS:  # the package has no build for some Pythons
         calls += [generate, lambda: lm.tokenizer.encode("Threads share a tokenizer, its cache too.")]
     return calls
 

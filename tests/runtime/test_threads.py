@@ -126,9 +126,10 @@ def test_a_limit_of_threadpoolctl_belongs_to_its_thread() -> None:
     ("variable", "threads"), [(" 3", 3), ("2,4", 2), ("", None), ("0", None), ("-1", None), ("many", None)]
 )
 def test_the_number_of_threads_at_the_start(variable: str, threads: int | None) -> None:
-    """As in OpenMP; else one for each processor that this process may use, which taskset changes.
+    """The variable sets the number, as in OpenMP.
 
-    macOS has no such limit: one for each processor.
+    Otherwise there is one thread for each processor that the process may use. The test limits the process to
+    one processor on Linux and Windows. macOS has no such limit.
     """
     code, processors = "from nplora import _core; print(_core.get_num_threads())", 1
     if hasattr(os, "sched_setaffinity"):

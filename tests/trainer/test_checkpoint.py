@@ -1788,7 +1788,7 @@ def test_an_error_of_the_log_names_it(
         return real(descriptor, *arguments)
 
     monkeypatch.setattr(os, call, fail)
-    with pytest.raises(OSError, match=rf"{os.strerror(errno.EIO)}: .*{message}: '.*log\.jsonl'"):
+    with pytest.raises(OSError, match=rf"{re.escape(os.strerror(errno.EIO))}: .*{message}: '.*log\.jsonl'"):
         fit(trainer_of(net()), checkpoint_dir=tmp_path)
 
 

@@ -24,7 +24,7 @@ from dead_streams import DEAD
 from notebooks import notebook
 from nplora.nn import losses, optim
 from nplora.platform.processes import ENDING_SIGNALS
-from nplora.trainer import Callback, EpochRecord, History, Run, StepRecord, Trainer, interrupts
+from nplora.trainer import Callback, EpochRecord, History, Run, StepRecord, Trainer, interrupts, progress
 from nplora.trainer.batches import ArrayBatches
 from nplora.trainer.interrupts import Interrupts
 from nplora.trainer.run_directory import RunDirectory
@@ -385,6 +385,14 @@ def test_callbacks_are_called_in_order_and_can_stop_the_run() -> None:
     assert len(history.steps) == 7
     losses = f"loss {history.loss[0]:.4g} -> {history.loss[-1]:.4g}"
     assert repr(history) == f"History(7 steps, 2 epochs, ended='callback', {losses})"
+
+
+def test_a_bar_of_tqdm_starts_no_thread_where_none_can_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    tqdm = pytest.importorskip("tqdm").tqdm
+    monkeypatch.setattr(tqdm, "monitor_interval", 10)
+    monkeypatch.setattr(progress, "has_threads", lambda: False)
+    assert progress.progress_line(True) is not None
+    assert tqdm.monitor_interval == 0
 
 
 @pytest.mark.parametrize("installed", [True, False], ids=["tqdm", "plain"])

@@ -59,6 +59,8 @@ def test_a_size_that_no_memory_holds_is_a_memory_error():
         buffers.empty((2**40, 2**40), np.float32)
     with pytest.raises(MemoryError):
         buffers.empty((2**46,), np.float32)
+    with pytest.raises(MemoryError, match="cannot allocate an array of 4,722,366,482,869,645,213,696 bytes"):
+        buffers.empty((2**70,), np.float32)
 
 
 def in_fresh_process(code):

@@ -92,7 +92,7 @@ def test_a_plan_does_not_read_the_matrices_and_a_run_checks_them_once(
     (tmp_path / "train.jsonl").write_text('{"text": "abc"}\n' * 4)
     checked: list[str] = []
     monkeypatch.setattr(weights, "require_finite", lambda source, tensor: checked.append(tensor.name))
-    options: dict[str, Any] = {"steps": 1, "rank": 1, "memory": "4G"}
+    options: dict[str, Any] = {"steps": 1, "rank": 1, "memory": "4G"}  # this process may already use much
     nplora.plan(model, tmp_path / "train.jsonl", **options)
     nplora.load_model(model, check=False)
     assert not checked

@@ -94,7 +94,7 @@ def _status(arguments: list[str]) -> int:
 
 
 def _nobody_reads(error: Exception) -> bool:
-    """Whether stdout is a broken pipe. On Windows, this is no BrokenPipeError."""
+    """Whether a write to stdout failed because its reader has ended, but not with BrokenPipeError."""
     if not isinstance(error, OSError) or not is_broken_pipe(error) or error.filename is not None:
         return False
     try:

@@ -62,7 +62,10 @@ def machine_id() -> str:
 
 
 def usable_cores() -> frozenset[int]:
-    """The indices of the cores that this process may use. On systems other than Linux: all cores."""
+    """The indices of the cores that this process may use.
+
+    On systems other than Linux, limits of the process are ignored: the result is all cores of the machine.
+    """
     if sys.platform == "linux":
         return frozenset(os.sched_getaffinity(0))
     return frozenset(range(os.cpu_count() or 1))

@@ -74,7 +74,7 @@ def write_utf8(stream: TextIO | None) -> None:
 
 
 def is_broken_pipe(error: OSError) -> bool:
-    """Whether a write failed because the program at the other end has ended. Windows then says EINVAL."""
+    """Whether a write failed because the reader has ended. On Windows, the error can be EINVAL."""
     return error.errno == errno.EPIPE or (sys.platform == "win32" and error.errno == errno.EINVAL)
 
 

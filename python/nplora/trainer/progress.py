@@ -37,7 +37,7 @@ def progress_line(progress: bool | None) -> ProgressLine | None:
     except ImportError:
         return PlainLine()
     if not has_threads():
-        tqdm.tqdm.monitor_interval = 0  # otherwise a bar starts a thread
+        tqdm.tqdm.monitor_interval = 0  # otherwise the bar would start a monitor thread
     return TqdmLine(tqdm.tqdm)
 
 

@@ -25,16 +25,16 @@ def empty(shape: tuple[int, ...], dtype: npt.DTypeLike) -> Array:
     dtype = np.dtype(dtype)
     nbytes = math.prod(shape) * dtype.itemsize
     if nbytes > sys.maxsize:
-        raise MemoryError(f"an array of {nbytes:,} bytes")
+        raise MemoryError(f"cannot allocate an array of {nbytes:,} bytes")
     if nbytes < _core.constants.least_buffer_bytes:
         return np.empty(shape, dtype)  # for small arrays, malloc's caches are as fast
     return _core.empty(dtype, shape)
 
 
 def writable(array: Array) -> Array:
-    """Return the array, or a copy of a read-only array.
+    """Return the array itself if it is writable, otherwise a writable copy.
 
-    From NumPy 2.5 on, an array that was pickled while it was read-only stays read-only for ever.
+    Since NumPy 2.5, an array that was read-only when it was pickled cannot be made writable after loading.
     """
     return array if array.flags.writeable else array.copy()
 
